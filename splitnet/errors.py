@@ -1,0 +1,71 @@
+"""Every error that splitnet raises on purpose: one sentence that says what happened and how to fix it."""
+
+from __future__ import annotations
+
+
+class SplitnetError(Exception):
+    """Base of all errors that a user can act on; the command line prints them without a traceback."""
+
+
+class ModelNotFound(SplitnetError):
+    """The model id or folder does not exist or holds no usable checkpoint."""
+
+
+class UnsupportedModel(SplitnetError):
+    """The architecture of the model cannot be cut into spans."""
+
+
+class ProtocolError(SplitnetError):
+    """A frame that breaks the wire protocol: the sender's fault."""
+
+
+class ProtocolVersionError(ProtocolError):
+    """The other side speaks another version of the protocol."""
+
+
+class CodecError(ProtocolError):
+    """A tensor payload does not fit its codec, shape or bounds."""
+
+
+class NotAuthorized(SplitnetError):
+    """The peer does not accept this key, or the record of a peer is not signed by its key."""
+
+
+class KeyFileError(SplitnetError):
+    """A key file or list of keys cannot be read."""
+
+
+class DirectoryError(SplitnetError):
+    """The DHT cannot be joined or answered nothing."""
+
+
+class CoverageError(SplitnetError):
+    """Some blocks of the model are served by nobody."""
+
+
+class WrongSwarm(SplitnetError):
+    """The swarm serves other weights than the ones the client holds."""
+
+
+class PeerBusy(SplitnetError):
+    """A peer has no room for another session."""
+
+
+class PeerLost(SplitnetError):
+    """A peer of the route stopped answering."""
+
+
+class PeerFailed(SplitnetError):
+    """A peer answered with an error."""
+
+
+class ContextTooLong(SplitnetError):
+    """The sequence is longer than the model or the session allows."""
+
+
+class OutOfMemory(SplitnetError):
+    """The blocks do not fit in the memory of the device."""
+
+
+class AddressInUse(SplitnetError):
+    """The address to listen on is taken."""
