@@ -1,0 +1,20 @@
+"""splitnet: run a model that is too big for any one device across many, and tune prompts for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["AutoModelForCausalLM", "__version__"]
+
+if TYPE_CHECKING:
+    from splitnet.client.causal_lm import AutoModelForCausalLM
+
+
+def __getattr__(name: str) -> Any:
+    # torch and transformers take seconds to import: only who uses the library pays.
+    if name == "AutoModelForCausalLM":
+        from splitnet.client.causal_lm import AutoModelForCausalLM
+
+        return AutoModelForCausalLM
+    raise AttributeError(f"module 'splitnet' has no attribute {name!r}")

@@ -1,0 +1,42 @@
+# Recipes that people and CI share. `make demo MODEL=... PROMPT="..."`, `make test`, `make lint`, `make format`.
+
+# The first Python that is new enough and can make virtual environments (Debian splits ensurepip off into python3-venv).
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
+	$$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	&& echo $$python && break; done)
+
+export MODEL PROMPT
+
+.PHONY: demo test lint format
+.DELETE_ON_ERROR:
+
+demo: .venv/demo.stamp
+	@.venv/bin/splitnet demo $${MODEL:+"$$MODEL"} $${PROMPT:+--prompt="$$PROMPT"}
+
+test: .venv/dev.stamp
+	@.venv/bin/python -m pytest -q
+
+lint: .venv/dev.stamp
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+format: .venv/dev.stamp
+	.venv/bin/ruff check --fix .
+	.venv/bin/ruff format .
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer with venv found:" \
+		"install it (Debian: apt install python3 python3-venv) or name one with PYTHON=..." >&2; exit 1; }
+	@echo "Creating .venv with $(PYTHON)"
+	@$(PYTHON) -m venv .venv
+
+.venv/demo.stamp: pyproject.toml | .venv/bin/python
+	@echo "Installing splitnet into .venv (some minutes the first time)"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[demo]"
+	@touch $@
+
+.venv/dev.stamp: pyproject.toml | .venv/bin/python
+	@echo "Installing splitnet and its development tools into .venv (some minutes the first time)"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	@touch .venv/demo.stamp $@

@@ -1,0 +1,68 @@
+"""Keeps the record of a peer fresh in the DHT, and takes it out when the peer leaves."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+from splitnet.errors import SplitnetError
+from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
+from splitnet.net.records import PeerRecord
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 15.0
+
+
+class Announcer:
+    """Publishes `describe()` now and every `refresh_s` seconds, until closed.
+
+    Args:
+        directory: the DHT.
+        identity: signs the records.
+        describe: the record as of now.
+    """
+
+    def __init__(
+        self,
+        directory: Directory,
+        identity: Identity,
+        describe: Callable[[], PeerRecord],
+        *,
+        refresh_s: float = REFRESH_S,
+    ) -> None:
+        self._directory = directory
+        self._identity = identity
+        self._describe = describe
+        self._refresh_s = refresh_s
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="splitnet-announce", daemon=True)
+
+    def start(self) -> None:
+        """Publishes the first record before returning, then keeps it fresh."""
+        self._publish()
+        self._thread.start()
+
+    def close(self) -> None:
+        """Withdraws the record."""
+        self._leaving.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        record = self._describe()
+        try:
+            self._directory.withdraw(record, self._identity)
+        except SplitnetError as error:
+            log.warning("could not leave the DHT cleanly, the record expires by itself: %s", error)
+
+    def _run(self) -> None:
+        while not self._leaving.wait(self._refresh_s):
+            try:
+                self._publish()
+            except SplitnetError as error:
+                log.warning("announcement failed, next try in %.0f s: %s", self._refresh_s, error)
+
+    def _publish(self) -> None:
+        if not self._directory.announce(self._describe(), self._identity):
+            log.warning("the DHT did not take this peer's record: check that the clock of this machine is right")

@@ -1,0 +1,188 @@
+"""The loop that owns the device: takes ready steps, runs them as one packed pass, hands the results on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+
+import torch
+
+from peers.service import Service, SessionTooLong
+from peers.work import Work, WorkQueue
+from splitnet.errors import CodecError, ProtocolError
+from splitnet.model.span import Part as SpanPart
+from splitnet.model.span import Span
+from splitnet.net.codecs import codec_by_code
+from splitnet.net.messages import FailureCode
+
+log = logging.getLogger(__name__)
+
+MAX_PASS_POSITIONS = 512
+
+
+class Speed:
+    """Observed speed of the device, as exponential averages; what peers publish and clients plan with."""
+
+    def __init__(self, decode_ms_per_block: float, prefill_ms_per_block_token: float) -> None:
+        self.decode_ms_per_block = decode_ms_per_block
+        self.prefill_ms_per_block_token = prefill_ms_per_block_token
+
+    def observe(self, positions: int, blocks: int, elapsed_ms: float) -> None:
+        """Takes in one pass of `positions` positions through `blocks` blocks."""
+        if positions == 1:
+            self.decode_ms_per_block += 0.1 * (elapsed_ms / blocks - self.decode_ms_per_block)
+        elif positions >= 32:
+            observed = elapsed_ms / blocks / positions
+            self.prefill_ms_per_block_token += 0.1 * (observed - self.prefill_ms_per_block_token)
+
+
+def measure_speed(span: Span, *, repeats: int = 3, prefill_positions: int = 64) -> Speed:
+    """Times a decode token and a prefill through the span; the first pass of each kind is a warm-up."""
+    hidden = torch.randn(prefill_positions, span.hidden_size)
+    blocks = span.end - span.start
+
+    def fastest_ms(positions: int) -> float:
+        times: list[float] = []
+        for _ in range(repeats + 1):
+            row = span.new_row()
+            began = time.perf_counter()
+            span.forward(hidden[:positions], [SpanPart(row, 0, positions)])
+            times.append((time.perf_counter() - began) * 1000)
+        return min(times[1:])
+
+    return Speed(fastest_ms(1) / blocks, fastest_ms(prefill_positions) / blocks / prefill_positions)
+
+
+class Engine:
+    """Runs steps through a span until closed.
+
+    Args:
+        span: the blocks.
+        service: prepares each step and takes its output.
+        queue: where steps come from.
+        speed: updated with every pass.
+    """
+
+    def __init__(self, span: Span, service: Service, queue: WorkQueue, speed: Speed) -> None:
+        self._span = span
+        self._service = service
+        self._queue = queue
+        self._speed = speed
+        self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
+        self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        """Ends the loop after the pass that is running."""
+        self._queue.close()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while chosen := self._queue.take(MAX_PASS_POSITIONS):
+            ready = [(work, count) for work, count in chosen if self._begin(work)]
+            try:
+                if ready:
+                    self._pass(ready)
+            except torch.OutOfMemoryError:
+                self._fail_all(ready, FailureCode.BUSY, "the device ran out of memory")
+            except Exception:
+                log.exception("a pass failed")
+                self._fail_all(ready, FailureCode.INTERNAL, "the peer could not compute this step; see its log")
+            for work, _ in chosen:
+                self._queue.release(work)
+            self._publish_load()
+
+    def _begin(self, work: Work) -> bool:
+        """Before the first pass of a step: decodes its payload and prepares the session's rows."""
+        if work.session.closed:
+            work.done = work.total
+            return False
+        if work.done:
+            return True
+        try:
+            self._service.prepare(work)
+            codec = codec_by_code(work.step.codec)
+            work.hidden = codec.decode(work.step.payload, work.total, self._span.hidden_size)
+            return True
+        except SessionTooLong as error:
+            self._give_up(work, FailureCode.TOO_LONG, str(error))
+        except CodecError as error:
+            self._give_up(work, FailureCode.BAD_MESSAGE, str(error))
+        except ProtocolError as error:
+            self._give_up(work, FailureCode.OUT_OF_ORDER, str(error))
+        return False
+
+    def _pass(self, ready: list[tuple[Work, int]]) -> None:
+        began = time.perf_counter()
+        session = ready[0][0].session
+        span = self._view(session.start, session.end)
+        parts: list[SpanPart] = []
+        inputs: list[torch.Tensor] = []
+        for work, count in ready:
+            assert work.hidden is not None
+            inputs.append(work.hidden[work.done : work.done + count])
+            for part in work.parts(count):
+                row = work.session.rows.get(part.row)
+                if row is None:
+                    row = work.session.rows[part.row] = span.new_row()
+                parts.append(SpanPart(row, part.start, part.count))
+        hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        output = span.forward(hidden, parts)
+        elapsed_ms = (time.perf_counter() - began) * 1000
+        self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
+        offset = 0
+        for work, count in ready:
+            work.outputs.append(output[offset : offset + count])
+            work.compute_ms += elapsed_ms
+            work.done += count
+            offset += count
+            if not work.remaining:
+                self._finish(work)
+
+    def _finish(self, work: Work) -> None:
+        output = work.outputs[0] if len(work.outputs) == 1 else torch.cat(work.outputs)
+        session = work.session
+        try:
+            if session.end < self._service.served.num_blocks:
+                self._service.finished(work, session.codec.encode(output), b"")
+            else:
+                kept = _kept_rows(work, output)
+                self._service.finished(work, b"", session.codec.encode(kept) if len(kept) else b"")
+        except CodecError as error:
+            self._service.failed(work, FailureCode.INTERNAL, str(error))
+
+    def _view(self, start: int, end: int) -> Span:
+        view = self._views.get((start, end))
+        if view is None:
+            view = self._views[start, end] = self._span.view(start, end)
+        return view
+
+    def _give_up(self, work: Work, code: FailureCode, text: str) -> None:
+        work.done = work.total
+        self._service.failed(work, code, text)
+
+    def _fail_all(self, ready: list[tuple[Work, int]], code: FailureCode, text: str) -> None:
+        for work, _ in ready:
+            self._give_up(work, code, text)
+
+    def _publish_load(self) -> None:
+        blocks = self._span.end - self._span.start
+        self._service.queue_ms = max(0, self._queue.queued_positions) * blocks * self._speed.prefill_ms_per_block_token
+
+
+def _kept_rows(work: Work, output: torch.Tensor) -> torch.Tensor:
+    """The positions of `output` that the client asked to have back."""
+    parts = work.step.parts
+    if all(part.keep == part.count for part in parts):
+        return output
+    pieces: list[torch.Tensor] = []
+    offset = 0
+    for part in parts:
+        offset += part.count
+        if part.keep:
+            pieces.append(output[offset - part.keep : offset])
+    return torch.cat(pieces) if pieces else output[:0]

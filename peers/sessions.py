@@ -1,0 +1,111 @@
+"""Sessions that a peer holds, and the KV memory that they have reserved."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from splitnet.errors import PeerBusy
+from splitnet.net.codecs import Codec
+from splitnet.net.sent_log import SentLog
+from splitnet.net.transport import Connection, Endpoint
+
+if TYPE_CHECKING:
+    from peers.work import Work
+    from splitnet.model.kv_cache import RowCache
+
+MAX_SESSIONS = 1024
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client's rows along this hop.
+
+    `owner` and `previous` are CURVE keys: steps are accepted from nobody else.
+    """
+
+    id: bytes
+    owner: bytes
+    reply_to: Connection
+    epoch: int
+    start: int
+    end: int
+    budget: int
+    """Positions reserved, over all rows."""
+    codec: Codec
+    previous: bytes | None
+    next: Endpoint | None
+    log: SentLog
+    used_at: float
+    """Seconds of the peer's clock."""
+    rows: dict[int, RowCache] = field(default_factory=dict)
+    waiting: deque[Work] = field(default_factory=deque)
+    """Steps in the order of arrival; the engine takes the first."""
+    closed: bool = False
+
+
+class SessionTable:
+    """Admission by KV memory: what is reserved never exceeds `capacity` positions.
+
+    Args:
+        capacity: positions of KV cache that this peer can hold.
+        idle_s: a session that nothing was heard of for so long is dropped.
+    """
+
+    def __init__(self, capacity: int, *, idle_s: float = 600.0) -> None:
+        self.capacity = capacity
+        self.idle_s = idle_s
+        self._sessions: dict[bytes, Session] = {}
+        self._reserved = 0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    @property
+    def free_positions(self) -> int:
+        return self.capacity - self._reserved
+
+    def get(self, session_id: bytes) -> Session | None:
+        return self._sessions.get(session_id)
+
+    def add(self, session: Session) -> None:
+        """Admits a session.
+
+        Raises:
+            PeerBusy: its budget does not fit.
+        """
+        if len(self._sessions) >= MAX_SESSIONS:
+            raise PeerBusy(f"this peer holds {MAX_SESSIONS} sessions already")
+        self._reserve(session.budget)
+        self._sessions[session.id] = session
+
+    def resize(self, session: Session, budget: int) -> None:
+        """Changes what a session has reserved; it never shrinks.
+
+        Raises:
+            PeerBusy: the larger budget does not fit.
+        """
+        if budget > session.budget:
+            self._reserve(budget - session.budget)
+            session.budget = budget
+
+    def remove(self, session: Session) -> None:
+        if self._sessions.pop(session.id, None) is not None:
+            self._reserved -= session.budget
+            session.closed = True
+            session.rows.clear()
+
+    def expire(self, now: float) -> list[Session]:
+        """Removes and returns the sessions that were idle for too long."""
+        idle = [session for session in self._sessions.values() if now - session.used_at > self.idle_s]
+        for session in idle:
+            self.remove(session)
+        return idle
+
+    def _reserve(self, positions: int) -> None:
+        if positions > self.free_positions:
+            raise PeerBusy(
+                f"no KV memory for {positions} positions: {self.free_positions} of {self.capacity} are free"
+            )
+        self._reserved += positions

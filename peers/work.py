@@ -1,0 +1,137 @@
+"""Steps that wait for the device, and which of them run together next."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from peers.sessions import Session
+from splitnet.net.messages import Part, Step
+
+if TYPE_CHECKING:
+    import torch
+
+DECODE_POSITIONS = 16
+"""A step with at most so many positions counts as decode (a token per row, or a speculated window)."""
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """A step on its way through the device, in one or several passes."""
+
+    session: Session
+    step: Step
+    total: int
+    arrived_at: float
+    done: int = 0
+    compute_ms: float = 0.0
+    hidden: torch.Tensor | None = None
+    """Decoded input, `[positions, hidden]`."""
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        return self.total - self.done
+
+    def parts(self, count: int) -> list[Part]:
+        """The next `count` positions as parts of rows."""
+        chosen: list[Part] = []
+        skip, left = self.done, count
+        for part in self.step.parts:
+            if skip >= part.count:
+                skip -= part.count
+                continue
+            taken = min(part.count - skip, left)
+            chosen.append(Part(part.row, part.start + skip, taken, 0))
+            skip = 0
+            left -= taken
+            if not left:
+                break
+        return chosen
+
+
+class WorkQueue:
+    """First steps of all sessions that have work, in turns.
+
+    A session is busy while its step is in a pass, so steps of one session never overtake each other.
+    """
+
+    def __init__(self) -> None:
+        self._ready: OrderedDict[Session, None] = OrderedDict()
+        self._changed = threading.Condition()
+        self._closed = False
+        self.queued_positions = 0
+
+    def put(self, work: Work) -> None:
+        with self._changed:
+            session = work.session
+            session.waiting.append(work)
+            self.queued_positions += work.total
+            if len(session.waiting) == 1:
+                self._ready[session] = None
+                self._changed.notify()
+
+    def take(self, max_positions: int) -> list[tuple[Work, int]]:
+        """Waits for work and returns what runs in the next pass: steps with how many positions of each.
+
+        Decode comes first, so that a token never waits for more than one pass of somebody's prefill; then prefill
+        fills the pass up. All of a pass goes through the same blocks. Empty when the queue is closed.
+        """
+        with self._changed:
+            while True:
+                while not self._ready and not self._closed:
+                    self._changed.wait()
+                if self._closed:
+                    return []
+                heads = [session.waiting[0] for session in list(self._ready) if self._is_live(session)]
+                if heads:
+                    break
+            decode = [work for work in heads if work.remaining <= DECODE_POSITIONS]
+            prefill = [work for work in heads if work.remaining > DECODE_POSITIONS]
+            chosen: list[tuple[Work, int]] = []
+            left = max_positions
+            for work in decode + prefill:
+                if chosen and not self._same_blocks(chosen[0][0], work):
+                    continue
+                count = min(work.remaining, left)
+                if count:
+                    chosen.append((work, count))
+                    left -= count
+            for work, _ in chosen:
+                del self._ready[work.session]
+            return chosen
+
+    def release(self, work: Work) -> None:
+        """Ends a pass of `work`: it goes on in a later pass, or makes room for the session's next step."""
+        with self._changed:
+            session = work.session
+            if not work.remaining and session.waiting and session.waiting[0] is work:
+                session.waiting.popleft()
+                self.queued_positions -= work.total
+            if session.waiting:
+                self._ready[session] = None
+                self._changed.notify()
+
+    def discard(self, session: Session) -> None:
+        """Forgets the steps of a session that has ended."""
+        with self._changed:
+            self.queued_positions -= sum(work.total for work in session.waiting)
+            session.waiting.clear()
+            self._ready.pop(session, None)
+
+    def close(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _is_live(self, session: Session) -> bool:
+        if session.waiting:
+            return True
+        self._ready.pop(session, None)
+        return False
+
+    @staticmethod
+    def _same_blocks(first: Work, second: Work) -> bool:
+        return (first.session.start, first.session.end) == (second.session.start, second.session.end)

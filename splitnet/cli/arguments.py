@@ -1,0 +1,63 @@
+"""Arguments that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitnet.errors import SplitnetError
+
+Model = Annotated[
+    str, typer.Argument(help="Hugging Face id or checkpoint folder; `demo` is SmolLM2-135M-Instruct.", show_default=False)
+]
+Join = Annotated[
+    list[str],
+    typer.Option("--join", metavar="ADDR", help="Address that a peer of the swarm prints; repeat for several."),
+]
+CodecName = Annotated[
+    str, typer.Option("--codec", help="How activations travel: auto, or a name from docs/codecs.md such as int8.")
+]
+KeyFile = Annotated[Path | None, typer.Option("--key-file", help="File with the key of this machine.")]
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def quiet_libraries() -> None:
+    """Keeps progress bars and advice of transformers and the hub client out of what the commands print."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def resolve_model(model: str) -> str:
+    """The checkpoint that a model argument stands for; prepares the demo model if it is asked for."""
+    from splitnet.model.demo import DEMO_NAME, demo_checkpoint
+
+    quiet_libraries()
+    if model != DEMO_NAME:
+        return model
+    from splitnet.cli.progress import StageProgress
+
+    with StageProgress() as progress:
+        return str(demo_checkpoint(progress=progress.update))
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes in a text such as `4GiB` or `500M`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in _UNITS:
+        raise SplitnetError(f"{text!r} is not an amount of memory: write it as 4GiB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def parse_blocks(text: str) -> tuple[int, int]:
+    """Start and end of a text such as `0:10`, blocks 0 to 9."""
+    match = re.fullmatch(r"(\d+):(\d+)", text.strip())
+    if match is None or int(match[1]) >= int(match[2]):
+        raise SplitnetError(f"{text!r} is not a range of blocks: write START:END, as 0:10 for blocks 0 to 9")
+    return int(match[1]), int(match[2])

@@ -1,0 +1,63 @@
+"""`splitnet chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
+from splitnet.cli.generate import MaxNewTokens, Seed, Temperature, TopP
+
+
+def chat(
+    model: Model,
+    join: Join,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    codec: CodecName = "auto",
+    key_file: KeyFile = None,
+) -> None:
+    """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
+    checkpoint = resolve_model(model)
+
+    from splitnet.cli.generation import Client, Sampling
+
+    client = Client.connect(checkpoint, join, codec, key_file)
+    try:
+        sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+        start = [{"role": "system", "content": system}] if system else []
+        messages = list(start)
+        typer.secho("/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer", dim=True, err=True)
+        with client.model.session():
+            while (line := _read_line()) is not None:
+                if line == "/reset":
+                    messages = list(start)
+                    continue
+                messages.append({"role": "user", "content": line})
+                try:
+                    answer = client.answer(client.encode_chat(messages), sampling)
+                except KeyboardInterrupt:
+                    typer.echo("\n(stopped)", err=True)
+                    messages.pop()
+                    continue
+                messages.append({"role": "assistant", "content": answer.text})
+    finally:
+        client.model.close()
+
+
+def _read_line() -> str | None:
+    """The next line that says something; None at the end."""
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            typer.echo(err=True)
+            return None
+        if line == "/exit":
+            return None
+        if line:
+            return line

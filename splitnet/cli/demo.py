@@ -1,0 +1,48 @@
+"""`splitnet demo`: three peer daemons on this machine, and one answer through them."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from splitnet.cli.arguments import CodecName, resolve_model
+from splitnet.model.demo import DEMO_NAME
+
+PROMPT = "Explain in three sentences how bees find their way home."
+
+
+def demo(
+    model: Annotated[
+        str, typer.Argument(help="Hugging Face id or checkpoint folder instead of SmolLM2-135M-Instruct.")
+    ] = DEMO_NAME,
+    prompt: Annotated[str, typer.Option(help="What to ask.")] = PROMPT,
+    peers: Annotated[int, typer.Option(min=1, max=16, help="How many daemons to start.")] = 3,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
+    codec: CodecName = "int8",
+) -> None:
+    """Start peers as separate processes, each with its own blocks only, and generate an answer through them."""
+    checkpoint = resolve_model(model)
+    typer.secho(f"starting {peers} peers ...", err=True)
+
+    from splitnet.cli.local_swarm import LocalSwarm
+
+    with LocalSwarm(checkpoint, peers) as swarm:
+        # The daemons load while this process does.
+        from splitnet.cli.generation import Client, Sampling, print_summary
+
+        for index, blocks in enumerate(swarm.spans):
+            typer.secho(f"  daemon {index + 1}: blocks {blocks[0]}..{blocks[1] - 1}", err=True)
+        address = swarm.wait()
+        client = Client.connect(checkpoint, [address], codec, None)
+        try:
+            typer.secho(f"\n> {prompt}\n", bold=True)
+            ids = client.encode_prompt(prompt, chat=None)
+            with client.model.session() as cache:
+                answer = client.answer(ids, Sampling(max_new_tokens, 0.0, 1.0, None))
+                typer.echo()
+                if cache.session is not None:
+                    print_summary(answer, cache.session)
+        finally:
+            client.model.close()
+    typer.secho("all daemons have left; nothing is running any more", err=True)

@@ -1,0 +1,49 @@
+"""`splitnet generate`: one answer."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
+
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
+    join: Join,
+    max_new_tokens: MaxNewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+    codec: CodecName = "auto",
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--raw", help="With the model's chat template, or the bare text.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
+    stats: Annotated[bool, typer.Option("--stats", help="Print route, speed and bytes, to stderr.")] = False,
+    key_file: KeyFile = None,
+) -> None:
+    """Generate text after PROMPT through the peers of a swarm, streaming to stdout."""
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    checkpoint = resolve_model(model)
+
+    from splitnet.cli.generation import Client, Sampling, print_summary
+
+    client = Client.connect(checkpoint, join, codec, key_file)
+    try:
+        ids = client.encode_prompt(prompt, chat=chat, system=system)
+        with client.model.session() as cache:
+            answer = client.answer(ids, Sampling(max_new_tokens, temperature, top_p, seed))
+            if stats and cache.session is not None:
+                print_summary(answer, cache.session)
+    finally:
+        client.model.close()

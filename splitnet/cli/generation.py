@@ -1,0 +1,160 @@
+"""What `generate`, `chat` and `demo` share: loading the client's model, streaming, and the summary of an answer."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import TextStreamer
+
+from splitnet.client.causal_lm import RemoteCausalLM, attach
+from splitnet.client.session import Session
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.errors import SplitnetError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.identity import Identity
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 is greedy."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int | None
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments for `generate()`."""
+        if not self.temperature:
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False, "temperature": None, "top_p": None}
+        torch.manual_seed(self.seed if self.seed is not None else random.getrandbits(63))
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+
+
+@dataclass
+class Client:
+    """A model with remote blocks, and its tokenizer."""
+
+    model: RemoteCausalLM
+    tokenizer: Any
+
+    @classmethod
+    def connect(cls, model: str, join: Sequence[str], codec: str, key_file: Path | None) -> Client:
+        """Loads the local part of the model and joins the swarm."""
+        checkpoint = Checkpoint.open(model)
+        swarm = Swarm(ModelFacts.of(checkpoint), join, identity=Identity.load_or_create(key_file))
+        try:
+            remote = attach(checkpoint, swarm, codec=codec)
+            return cls(remote, checkpoint.tokenizer())
+        except BaseException:
+            swarm.close()
+            raise
+
+    def encode_prompt(self, prompt: str, *, chat: bool | None, system: str | None = None) -> torch.Tensor:
+        """Token ids `[1, seq]` of a prompt; `chat` None: as a chat if the model has a chat template."""
+        if chat is None:
+            chat = bool(self.tokenizer.chat_template)
+        if not chat:
+            ids = self.tokenizer(prompt, return_tensors="pt").input_ids
+        else:
+            system_messages = [{"role": "system", "content": system}] if system else []
+            ids = self.encode_chat([*system_messages, {"role": "user", "content": prompt}])
+        if not ids.shape[1]:
+            raise SplitnetError("the prompt is empty: give some text")
+        return ids
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> torch.Tensor:
+        """Token ids `[1, seq]` of a conversation, ready for the next answer."""
+        if not self.tokenizer.chat_template:
+            raise SplitnetError("this model has no chat template: use `splitnet generate --raw`")
+        return self.tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+
+    def answer(self, ids: torch.Tensor, sampling: Sampling, *, stream: bool = True) -> Answer:
+        """Generates after `ids`, printing text as it comes."""
+        streamer = _TimedStreamer(self.tokenizer, silent=not stream)
+        began = time.perf_counter()
+        options = sampling.options()
+        output = self.model.generate(
+            ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=self._pad(), **options
+        )
+        new = output[0, ids.shape[1] :]
+        return Answer(
+            text=self.tokenizer.decode(new, skip_special_tokens=True),
+            prompt_tokens=ids.shape[1],
+            new_tokens=len(new),
+            first_token_s=streamer.first_token_at - began,
+            total_s=time.perf_counter() - began,
+        )
+
+    def _pad(self) -> int | None:
+        pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.tokenizer.eos_token_id
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Generated text and how long it took."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    first_token_s: float
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decode speed, without the prefill."""
+        decode_s = self.total_s - self.first_token_s
+        return (self.new_tokens - 1) / decode_s if decode_s > 0 else 0.0
+
+
+class _TimedStreamer(TextStreamer):
+    """Prints to stdout as text comes, and remembers when the first token came."""
+
+    def __init__(self, tokenizer: Any, *, silent: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.first_token_at = 0.0
+        self._puts = 0
+        self._silent = silent
+
+    def put(self, value: torch.Tensor) -> None:
+        self._puts += 1
+        if self._puts == 2:  # the first is the prompt
+            self.first_token_at = time.perf_counter()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        if not self._silent:
+            sys.stdout.write(text + ("\n" if stream_end else ""))
+            sys.stdout.flush()
+
+
+def print_summary(answer: Answer, session: Session) -> None:
+    """Route, speed and bytes of an answer, on stderr."""
+    console = Console(stderr=True)
+    table = Table(title="route", title_justify="left")
+    for column in ("from", "to", "codec", "bytes per token"):
+        table.add_column(column, justify="right" if column == "bytes per token" else "left")
+    for link in session.links():
+        table.add_row(link.sender, link.receiver, link.codec, str(link.bytes_per_token))
+    console.print(table)
+    console.print(
+        f"{answer.prompt_tokens} prompt tokens, {answer.new_tokens} new; "
+        f"time to first token {answer.first_token_s * 1000:.0f} ms, then {answer.tokens_per_s:.1f} tokens/s"
+    )

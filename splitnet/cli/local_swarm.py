@@ -1,0 +1,102 @@
+"""Peer daemons as child processes on this machine, for the demo."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import TracebackType
+
+from splitnet.errors import SplitnetError
+
+START_TIMEOUT_S = 180.0
+STOP_TIMEOUT_S = 15.0
+
+
+class LocalSwarm:
+    """`count` daemons that share the blocks of a checkpoint evenly; all are stopped on leaving.
+
+    Args:
+        checkpoint: hub id or folder.
+        count: how many daemons.
+        options: more options for each, as on the command line.
+    """
+
+    def __init__(self, checkpoint: str, count: int, options: tuple[str, ...] = ("--threads", "1")) -> None:
+        self._checkpoint = checkpoint
+        self._options = options
+        blocks = _count_blocks(checkpoint)
+        count = min(count, blocks)
+        edges = [round(index * blocks / count) for index in range(count + 1)]
+        self.spans = list(zip(edges, edges[1:], strict=False))
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="splitnet-demo-")
+
+    def __enter__(self) -> LocalSwarm:
+        self._start(0, ())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for process in self.processes:
+            process.terminate()
+        for process in self.processes:
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._folder.cleanup()
+
+    def wait(self) -> str:
+        """Starts the other daemons once the first serves, waits for all, and returns the address to join with."""
+        address = self._await_address(0)
+        for index in range(1, len(self.spans)):
+            self._start(index, ("--join", address))
+        for index in range(1, len(self.spans)):
+            self._await_address(index)
+        return address
+
+    def _start(self, index: int, extra: tuple[str, ...]) -> None:
+        start, end = self.spans[index]
+        command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint, "--blocks", f"{start}:{end}"]
+        command += ["--listen", "tcp://127.0.0.1:0", "--address-file", str(self._address_file(index))]
+        with self._log_file(index).open("wb") as log:
+            self.processes.append(
+                subprocess.Popen([*command, *self._options, *extra], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            )
+
+    def _await_address(self, index: int) -> str:
+        deadline = time.monotonic() + START_TIMEOUT_S
+        file = self._address_file(index)
+        while not file.exists():
+            if self.processes[index].poll() is not None:
+                said = self._log_file(index).read_text(errors="replace").strip().splitlines()
+                raise SplitnetError(f"daemon {index + 1} ended: {said[-1] if said else 'it said nothing'}")
+            if time.monotonic() > deadline:
+                raise SplitnetError(f"daemon {index + 1} did not start in {START_TIMEOUT_S:.0f} s: is the machine busy?")
+            time.sleep(0.05)
+        return file.read_text().strip()
+
+    def _address_file(self, index: int) -> Path:
+        return Path(self._folder.name) / f"address-{index}"
+
+    def _log_file(self, index: int) -> Path:
+        return Path(self._folder.name) / f"log-{index}"
+
+
+def _count_blocks(checkpoint: str) -> int:
+    """Blocks of a checkpoint, without loading torch if the folder is local."""
+    config = Path(checkpoint) / "config.json"
+    if config.is_file():
+        values = json.loads(config.read_text())
+        for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+            if isinstance(values.get(name), int):
+                return values[name]
+    from splitnet.model.checkpoint import Checkpoint
+
+    return Checkpoint.open(checkpoint).num_blocks

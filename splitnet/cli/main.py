@@ -1,0 +1,60 @@
+"""The command `splitnet`: its subcommands, and how errors end it."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+
+import splitnet
+from splitnet.cli.chat import chat
+from splitnet.cli.demo import demo
+from splitnet.cli.generate import generate
+from splitnet.cli.key import key
+from splitnet.cli.peer import peer
+from splitnet.cli.status import status
+from splitnet.errors import SplitnetError
+
+app = typer.Typer(
+    name="splitnet",
+    help="Run a model that is too big for any one device across many.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+for command in (peer, generate, chat, status, key, demo):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"splitnet {splitnet.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
+) -> None:
+    """Options before the command."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        stream=sys.stderr,
+    )
+
+
+def main() -> None:
+    """Runs the command line; an error that the user can act on is one sentence and exit code 1."""
+    try:
+        app()
+    except SplitnetError as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)

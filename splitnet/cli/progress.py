@@ -1,0 +1,51 @@
+"""Progress of long operations, on stderr."""
+
+from __future__ import annotations
+
+import sys
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+
+class StageProgress:
+    """A bar per stage on a terminal; a line per stage where there is none. Use it as a context manager."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._live = self._console.is_terminal
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+            console=self._console,
+            disable=not self._live,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> StageProgress:
+        self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._finish_others("")
+        self._bars.stop()
+
+    def update(self, stage: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` (any unit; 0: unknown) of a stage is done; stages before it are finished."""
+        if stage not in self._tasks:
+            self._finish_others(stage)
+            self._tasks[stage] = self._bars.add_task(stage, total=total or None)
+            if not self._live:
+                print(f"{stage} ...", file=sys.stderr, flush=True)
+        self._bars.update(self._tasks[stage], completed=done, total=total or None)
+
+    def _finish_others(self, stage: str) -> None:
+        for name, task in self._tasks.items():
+            if name != stage:
+                self._bars.update(task, total=1, completed=1)

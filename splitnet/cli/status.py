@@ -1,0 +1,77 @@
+"""`splitnet status`: who serves what."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Annotated, Any
+
+import typer
+
+from splitnet.cli.arguments import Join, Model, resolve_model
+
+
+def status(
+    model: Model,
+    join: Join,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
+    checkpoint = resolve_model(model)
+
+    from scheduler.route import missing_blocks
+    from splitnet.client.swarm import ModelFacts, Swarm
+    from splitnet.model.checkpoint import Checkpoint
+    from splitnet.net.facts import facts_of
+
+    facts = ModelFacts.of(Checkpoint.open(checkpoint))
+    with Swarm(facts, join) as swarm:
+        records = sorted(swarm.peers(fresh=True), key=lambda record: (record.start, record.end))
+    holes = missing_blocks([facts_of(record) for record in records], facts.num_blocks)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "model": facts.name,
+                    "fingerprint": facts.fingerprint,
+                    "num_blocks": facts.num_blocks,
+                    "missing": [list(hole) for hole in holes],
+                    "peers": [_as_json(record) for record in records],
+                }
+            )
+        )
+        return
+    _print_table(facts, records, holes)
+
+
+def _as_json(record: Any) -> dict[str, Any]:
+    values = dataclasses.asdict(record)
+    values["key"] = record.key.text
+    values["codecs"] = list(record.codecs)
+    return values
+
+
+def _print_table(facts: Any, records: Any, holes: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(title=f"{facts.name}, {facts.num_blocks} blocks", title_justify="left")
+    for column in ("peer", "blocks", "address", "device", "ms/token", "free KV positions", "sessions"):
+        table.add_column(column, justify="right" if column in ("ms/token", "free KV positions", "sessions") else "left")
+    for record in records:
+        table.add_row(
+            record.key.text[:12],
+            f"{record.start}..{record.end - 1}",
+            record.address,
+            f"{record.device} {record.dtype}",
+            f"{record.decode_ms_per_block * (record.end - record.start):.1f}",
+            str(record.kv_free_positions),
+            str(record.sessions),
+        )
+    console.print(table)
+    if holes:
+        for start, end in holes:
+            console.print(f"blocks {start}..{end - 1} are served by nobody: start a peer with --blocks {start}:{end}")
+    else:
+        console.print("every block is served")

@@ -1,0 +1,187 @@
+"""A transformers `Cache` that stands for the KV caches of the peers.
+
+transformers asks a cache for its length, crops it (speculative decoding), reorders its rows (beam search) and selects
+rows. None of that needs the keys and values here: lengths are counted, and reordering becomes forks that travel with
+the next step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import count
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from splitnet.client.session import Session
+from splitnet.net.messages import Fork, Part
+
+RESERVE_STEP = 256
+"""Positions per row by which a reservation grows."""
+
+
+class RemoteLayer(CacheLayerMixin):
+    """The one layer of a `RemoteCache`: rows of a batch with their left padding, and the session that holds them.
+
+    Args:
+        open_session: makes a session for a budget of positions.
+    """
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, open_session: Callable[[int], Session]) -> None:
+        super().__init__()
+        self.columns = 0
+        """Length of the padded batch."""
+        self.session: Session | None = None
+        self._open_session = open_session
+        self._padding: list[int] = []
+        self._rows: list[int] = []
+        self._sources: list[int] | None = None
+        self._ids = count(1)
+        self._reserved_columns = 0
+
+    @property
+    def batch(self) -> int:
+        """Rows that the cache holds; 0 before the first step."""
+        return len(self._current())
+
+    def begin_step(self, mask: torch.Tensor, keep: int) -> tuple[Session, list[Part], list[Fork] | None]:
+        """Registers new columns and says what the peers have to do for them.
+
+        Args:
+            mask: `[batch, columns]` bool for past and new columns; False is padding.
+            keep: how many of the last new columns are wanted back; 0 means all.
+
+        Returns:
+            The session, the parts of the step, and forks of rows to make before.
+
+        Raises:
+            ValueError: padding that is not on the left.
+        """
+        batch, columns = mask.shape
+        new = columns - self.columns
+        restarted = not self._rows
+        if restarted:
+            self._rows = [next(self._ids) for _ in range(batch)]
+        if self.batch != batch:
+            raise ValueError(f"the cache holds {self.batch} rows, the batch has {batch}")
+        padding = (columns - mask.sum(dim=1)).tolist()
+        if not bool(mask[:, -1].all()) or not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+            raise ValueError("padding must be on the left to generate: set tokenizer.padding_side = 'left'")
+        if self.columns and padding != self._padding:
+            raise ValueError("the attention mask of positions that are cached already has changed")
+        self._padding = padding
+        self._reserve(columns, batch)
+        # No forks at all drop the rows of before a reset.
+        forks = [] if restarted else self._take_forks()
+        parts: list[Part] = []
+        for row, pad in zip(self._rows, padding, strict=True):
+            start = max(0, self.columns - pad)
+            length = columns - pad - start
+            parts.append(Part(row, start, length, min(length, keep) if keep else length))
+        self.columns += new
+        assert self.session is not None
+        return self.session, parts, forks
+
+    def reserve(self, columns: int) -> None:
+        """With the next step, asks the peers for memory up to a length that is known in advance."""
+        self._reserved_columns = max(self._reserved_columns, columns)
+
+    def close(self) -> None:
+        """Frees the peers' memory."""
+        if self.session is not None:
+            self.session.close()
+
+    def get_seq_length(self) -> int:
+        return self.columns
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.columns + query_length, 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last `-tokens_to_remove` columns; the next step makes the peers forget them too."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+        self.columns = max(0, self.columns + tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        chosen = torch.arange(self.batch)[indices.cpu()].tolist()
+        if chosen != list(range(self.batch)):
+            self._select(chosen)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if repeats != 1:
+            self._select([index for index in range(self.batch) for _ in range(repeats)])
+
+    def reset(self) -> None:
+        """Forgets all rows; the session and its reservation stay."""
+        self.columns = 0
+        self._rows, self._sources, self._padding = [], None, []
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        raise NotImplementedError("keys and values live on the peers")
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object):
+        raise NotImplementedError("keys and values live on the peers")
+
+    def _current(self) -> list[int]:
+        return self._rows if self._sources is None else self._sources
+
+    def _select(self, chosen: Sequence[int]) -> None:
+        if self._rows:
+            current = self._current()
+            self._sources = [current[index] for index in chosen]
+            self._padding = [self._padding[index] for index in chosen]
+
+    def _take_forks(self) -> list[Fork] | None:
+        """Rows as the peers must have them; the first that continues a row keeps its id, so nothing is copied."""
+        if self._sources is None:
+            return None
+        forks: list[Fork] = []
+        for source in self._sources:
+            taken = any(fork.row == source for fork in forks)
+            forks.append(Fork(next(self._ids) if taken else source, source))
+        self._rows = [fork.row for fork in forks]
+        self._sources = None
+        return forks
+
+    def _reserve(self, columns: int, batch: int) -> None:
+        if columns > self._reserved_columns:
+            self._reserved_columns = -(-columns // RESERVE_STEP) * RESERVE_STEP
+        if self.session is None:
+            self.session = self._open_session(self._reserved_columns * batch)
+        else:
+            self.session.reserve(self._reserved_columns * batch)
+
+
+class RemoteCache(Cache):
+    """What `generate()` gets as its cache: see `RemoteLayer`.
+
+    Args:
+        open_session: makes a session for a budget of positions.
+    """
+
+    def __init__(self, open_session: Callable[[int], Session]) -> None:
+        self.remote = RemoteLayer(open_session)
+        super().__init__(layers=[self.remote])
+
+    @property
+    def session(self) -> Session | None:
+        return self.remote.session
+
+    def close(self) -> None:
+        """Frees the peers' memory; the cache can't be used any more."""
+        self.remote.close()
+
+    def __del__(self) -> None:
+        self.close()

@@ -1,0 +1,204 @@
+"""A transformers causal LM whose blocks are remote."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from splitnet.client.cache import RemoteCache
+from splitnet.client.remote import RemoteBlocks
+from splitnet.client.session import Session
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.shell import backbone_of, load_shell
+from splitnet.net.identity import Identity
+
+
+class AutoModelForCausalLM:
+    """Loads a model of which only embeddings, final norm and head are here; use `from_pretrained`."""
+
+    def __init__(self) -> None:
+        raise OSError("use splitnet.AutoModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDR])")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        initial_peers: Sequence[str],
+        codec: str = "auto",
+        identity: Identity | None = None,
+        revision: str | None = None,
+        dtype: torch.dtype | str | None = None,
+        device: str = "cpu",
+    ) -> PreTrainedModel:
+        """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
+
+        Args:
+            model: hub id or checkpoint folder; only the tensors outside the blocks are read.
+            initial_peers: multiaddrs of the swarm.
+            codec: how activations travel: "auto", or a name from `splitnet.net.codecs.CODECS`.
+            identity: the key that private swarms must know; None: the user's own (see `splitnet key`).
+            revision: of the model on the hub.
+            dtype, device: of the local part.
+
+        Raises:
+            ModelNotFound, UnsupportedModel: the model cannot be used.
+            DirectoryError: no initial peer answers.
+        """
+        checkpoint = Checkpoint.open(model, revision=revision)
+        swarm = Swarm(ModelFacts.of(checkpoint), initial_peers, identity=identity or Identity.load_or_create())
+        try:
+            return attach(checkpoint, swarm, codec=codec, dtype=dtype, device=device)
+        except BaseException:
+            swarm.close()
+            raise
+
+
+def attach(
+    checkpoint: Checkpoint,
+    swarm: Swarm,
+    *,
+    codec: str = "auto",
+    dtype: torch.dtype | str | None = None,
+    device: str = "cpu",
+) -> RemoteCausalLM:
+    """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
+
+    def open_session(budget: int) -> Session:
+        return Session(swarm, budget=budget, codec=codec)
+
+    blocks = RemoteBlocks(open_session, checkpoint.max_positions)
+    model = load_shell(checkpoint, blocks, dtype=dtype, device=device)
+    model.__class__ = type(f"Remote{type(model).__name__}", (RemoteCausalLM, type(model)), {})
+    assert isinstance(model, RemoteCausalLM)
+    model.connect_blocks(blocks, swarm, open_session)
+    model.eval()
+    return model
+
+
+class RemoteCausalLM(PreTrainedModel):
+    """What a causal LM with remote blocks has beyond its transformers class: sessions, and a cache of its own."""
+
+    swarm: Swarm
+
+    def connect_blocks(self, blocks: RemoteBlocks, swarm: Swarm, open_session: Any) -> None:
+        """Lets `blocks` see the mask, the cache and the kept positions of every forward pass."""
+        self.swarm = swarm
+        self._blocks = blocks
+        self._open_session = open_session
+        self._conversation: _Conversation | None = None
+        self.register_forward_pre_hook(self._before_model, with_kwargs=True)
+        self.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
+        backbone_of(self).register_forward_pre_hook(self._before_backbone, with_kwargs=True)
+
+    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate()`; without a `cache` of the caller, peers free their memory at the end.
+
+        Within `session()`, positions that the peers hold from calls before are not computed again.
+        """
+        prompt = inputs if inputs is not None else kwargs.get("input_ids")
+        if kwargs.get("cache") is not None or kwargs.get("use_cache") is False:
+            return self._generate(inputs, kwargs)
+        cache = self._conversation.cache if self._conversation else self.new_cache()
+        kwargs["cache"] = cache
+        new_tokens = kwargs.get("max_new_tokens")
+        if prompt is not None and isinstance(new_tokens, int):
+            cache.remote.reserve(prompt.shape[1] + new_tokens)
+        try:
+            if self._conversation and prompt is not None:
+                self._conversation.rewind_to(prompt)
+            output = self._generate(inputs, kwargs)
+            if self._conversation:
+                self._conversation.remember(output)
+            return output
+        except BaseException:
+            if self._conversation:
+                self._conversation.forget()
+            raise
+        finally:
+            if not self._conversation:
+                cache.close()
+
+    @contextmanager
+    def session(self, max_length: int | None = None) -> Iterator[RemoteCache]:
+        """Keeps the KV caches on the peers between calls of `generate()`.
+
+        Args:
+            max_length: positions per row to reserve from the start, so that a later call cannot be refused.
+        """
+        cache = self.new_cache()
+        if max_length is not None:
+            cache.remote.reserve(max_length)
+        outer, self._conversation = self._conversation, _Conversation(cache)
+        try:
+            yield cache
+        finally:
+            self._conversation = outer
+            cache.close()
+
+    def new_cache(self) -> RemoteCache:
+        """An empty cache on the peers, for callers that pass `cache=` themselves."""
+        return RemoteCache(self._open_session)
+
+    def close(self) -> None:
+        """Leaves the swarm."""
+        self.swarm.close()
+
+    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+        return super().generate(inputs, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _before_model(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        keep = kwargs.get("logits_to_keep", 0)
+        self._blocks.call.keep = keep if isinstance(keep, int) and kwargs.get("labels") is None else 0
+
+    def _after_model(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        call = self._blocks.call
+        call.mask, call.cache, call.keep = None, None, 0
+
+    def _before_backbone(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        cache = kwargs.get("cache")
+        if cache is None and kwargs.get("use_cache"):
+            cache = kwargs["cache"] = self.new_cache()
+        elif cache is None:
+            # Otherwise transformers would make a local cache for blocks that aren't local.
+            kwargs["use_cache"] = False
+        elif not isinstance(cache, RemoteCache):
+            raise TypeError(
+                f"the blocks are remote, so a {type(cache).__name__} cannot hold their keys and values: "
+                "leave out `cache`, or use model.new_cache()"
+            )
+        self._blocks.call.cache = cache
+        self._blocks.call.mask = kwargs.get("attention_mask")
+        return args, kwargs
+
+
+class _Conversation:
+    """A cache that outlives a call of `generate()`, and the tokens whose keys and values it holds."""
+
+    def __init__(self, cache: RemoteCache) -> None:
+        self.cache = cache
+        self._tokens: torch.Tensor | None = None
+
+    def rewind_to(self, prompt: torch.Tensor) -> None:
+        """Crops the cache to what it shares with the next prompt, `[batch, seq]`, less one token to go on from."""
+        held, layer = self._tokens, self.cache.remote
+        if held is None or held.shape[0] != prompt.shape[0] or layer.batch != prompt.shape[0]:
+            self.forget()
+            return
+        length = min(held.shape[1], prompt.shape[1] - 1, layer.columns)
+        same = (held[:, :length] == prompt[:, :length]).all(dim=0)
+        shared = length if bool(same.all()) else int(same.int().argmin())
+        layer.crop(min(0, shared - layer.columns))
+
+    def remember(self, output: Any) -> None:
+        self._tokens = output if isinstance(output, torch.Tensor) else output.sequences
+
+    def forget(self) -> None:
+        self._tokens = None
+        self.cache.reset()

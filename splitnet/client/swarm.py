@@ -1,0 +1,261 @@
+"""A client's connection to the peers of one model: who is there, how far away, and through whom to go."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from itertools import count
+from typing import TYPE_CHECKING
+
+from scheduler.route import NoRoute, best_route
+from scheduler.swarm import CLIENT, Link, Network
+from splitnet.errors import CoverageError, ProtocolError, ProtocolVersionError, WrongSwarm
+from splitnet.net.directory import Directory
+from splitnet.net.facts import facts_of
+from splitnet.net.identity import Identity
+from splitnet.net.messages import PROTOCOL_VERSION, Failure, Message, Payload, Ping, Pong, decode, encode
+from splitnet.net.records import PeerRecord
+from splitnet.net.transport import Destination, Endpoint, LinkState, Transport
+
+if TYPE_CHECKING:
+    from splitnet.client.session import Session
+    from splitnet.model.checkpoint import Checkpoint
+
+log = logging.getLogger(__name__)
+
+RECORDS_MAX_AGE_S = 10.0
+PING_TIMEOUT_S = 1.0
+PROBE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a client must know of the model to use its swarm."""
+
+    fingerprint: str
+    name: str
+    num_blocks: int
+    hidden_size: int
+    max_positions: int | None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> ModelFacts:
+        """The facts of a checkpoint."""
+        return cls(
+            fingerprint=checkpoint.fingerprint,
+            name=checkpoint.name,
+            num_blocks=checkpoint.num_blocks,
+            hidden_size=checkpoint.hidden_size,
+            max_positions=checkpoint.max_positions,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedHop:
+    """A peer of a route with the blocks `[start, end)` that it runs."""
+
+    record: PeerRecord
+    start: int
+    end: int
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.record.address, self.record.key)
+
+
+class Swarm:
+    """All peers of one model, seen from a client. Thread-safe; close it when done.
+
+    Args:
+        facts: the model.
+        initial_peers: multiaddrs that any peer of the swarm prints.
+        identity: the client's key; None makes one that lives as long as this object.
+
+    Raises:
+        DirectoryError: none of `initial_peers` answers.
+    """
+
+    def __init__(self, facts: ModelFacts, initial_peers: Sequence[str], *, identity: Identity | None = None) -> None:
+        self.facts = facts
+        self.identity = identity or Identity.generate()
+        self._directory = Directory.start(initial_peers=initial_peers, listen=None)
+        self._records: list[PeerRecord] = []
+        self._records_at = 0.0
+        self._network = Network()
+        self._sessions: dict[bytes, Session] = {}
+        self._pongs: dict[int, Future[float]] = {}
+        self._nonces = count(1)
+        self._measured: set[str] = set()
+        self._lock = threading.Lock()
+        self._transport = Transport(self.identity, on_message=self._receive, on_link=self._link_changed)
+        self._transport.start()
+
+    def close(self) -> None:
+        """Closes all sessions and leaves."""
+        for session in list(self._sessions.values()):
+            session.close()
+        self._transport.close()
+        self._directory.close()
+
+    def __enter__(self) -> Swarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def peers(self, *, fresh: bool = False) -> list[PeerRecord]:
+        """Peers that serve this model and speak this protocol; read again after 10 s, or at once if `fresh`.
+
+        Raises:
+            WrongSwarm: the swarm serves other weights only.
+            ProtocolVersionError: all peers speak another protocol.
+        """
+        if fresh or not self._records or time.monotonic() - self._records_at > RECORDS_MAX_AGE_S:
+            self._records = self._directory.peers(self.facts.fingerprint)
+            self._records_at = time.monotonic()
+        speaking = [record for record in self._records if record.protocol == PROTOCOL_VERSION]
+        if not self._records:
+            others = sorted({name for key, name in self._directory.models().items() if key != self.facts.fingerprint})
+            if others:
+                raise WrongSwarm(
+                    f"this swarm serves other weights than your {self.facts.name}: it has {', '.join(others)}. "
+                    "Use that model, or the address of a swarm of yours"
+                )
+        elif not speaking:
+            spoken = max(record.protocol for record in self._records)
+            older = "this client" if spoken > PROTOCOL_VERSION else "the peers"
+            raise ProtocolVersionError(
+                f"the peers speak protocol {spoken}, this client speaks {PROTOCOL_VERSION}: upgrade {older}"
+            )
+        return speaking
+
+    def plan(
+        self, *, positions: int, bytes_per_position: int, exclude: Collection[str] = (), fresh: bool = False
+    ) -> list[PlannedHop]:
+        """The best route for a session of `positions` positions.
+
+        Args:
+            positions: KV positions that every hop must have free.
+            bytes_per_position: size of an encoded position on a link.
+            exclude: keys (as text) of peers that must not be used.
+            fresh: look into the directory even if that was done a moment ago.
+
+        Raises:
+            CoverageError: blocks are served by nobody that could be used; names them.
+        """
+        records = {record.key.text: record for record in self.peers(fresh=fresh) if record.key.text not in exclude}
+        self._measure(records.values())
+        try:
+            route = best_route(
+                [facts_of(record) for record in records.values()],
+                self.facts.num_blocks,
+                self._network,
+                bytes_per_position=bytes_per_position,
+                kv_needed=positions,
+                exclude=frozenset(exclude),
+            )
+        except NoRoute as error:
+            if not fresh:
+                return self.plan(
+                    positions=positions, bytes_per_position=bytes_per_position, exclude=exclude, fresh=True
+                )
+            raise CoverageError(_describe_gap(error, self.facts, excluded=bool(exclude))) from None
+        return [PlannedHop(records[hop.peer], hop.start, hop.end) for hop in route.hops]
+
+    def link(self, record: PeerRecord) -> Link:
+        """The client's link to a peer, as measured; pessimistic if it was not."""
+        return self._network.link(CLIENT, record.key.text)
+
+    def link_between(self, sender: PeerRecord, receiver: PeerRecord) -> Link:
+        """The link from one peer to another, as far as known."""
+        return self._network.link(sender.key.text, receiver.key.text)
+
+    def link_state(self, endpoint: Endpoint) -> LinkState:
+        return self._transport.state(endpoint)
+
+    def send(self, endpoint: Endpoint, message: Message) -> int:
+        """Sends a message and returns its size in bytes."""
+        frames = encode(message)
+        self._transport.send(endpoint, frames)
+        return sum(map(len, frames))
+
+    def register(self, session: Session) -> None:
+        self._sessions[session.id] = session
+
+    def unregister(self, session: Session) -> None:
+        self._sessions.pop(session.id, None)
+
+    def ping(self, endpoint: Endpoint, padding: int = 0) -> Future[float]:
+        """Round-trip time in ms, measured from the moment of the call."""
+        nonce = next(self._nonces)
+        future: Future[float] = Future()
+        began = time.perf_counter()
+        timed: Future[float] = Future()
+        future.add_done_callback(lambda _: timed.set_result((time.perf_counter() - began) * 1000))
+        with self._lock:
+            self._pongs[nonce] = future
+        self.send(endpoint, Ping(nonce, bytes(padding)))
+        return timed
+
+    def _measure(self, records: Collection[PeerRecord]) -> None:
+        """Measures the links to peers that are new; those that don't answer in a second stay unmeasured."""
+        new = [record for record in records if record.key.text not in self._measured]
+        if not new:
+            return
+        self._measured.update(record.key.text for record in new)
+        endpoints = {record.key.text: Endpoint(record.address, record.key) for record in new}
+        # The first ping of a link also pays for its handshake, so it is thrown away.
+        wait([self.ping(endpoint) for endpoint in endpoints.values()], timeout=PING_TIMEOUT_S)
+        small = {key: self.ping(endpoint) for key, endpoint in endpoints.items()}
+        wait(small.values(), timeout=PING_TIMEOUT_S)
+        padded = {key: self.ping(endpoint, PROBE_BYTES) for key, endpoint in endpoints.items() if small[key].done()}
+        wait(padded.values(), timeout=PING_TIMEOUT_S)
+        for key, future in padded.items():
+            if future.done():
+                rtt_ms = small[key].result()
+                extra_ms = max(future.result() - rtt_ms, 1e-3)
+                link = Link(latency_ms=rtt_ms / 2, bytes_per_ms=PROBE_BYTES / extra_ms)
+                self._network = self._network.with_link(CLIENT, key, link).with_link(key, CLIENT, link)
+
+    def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
+        if not isinstance(source, Endpoint):
+            return
+        try:
+            message = decode(frames)
+        except ProtocolError as error:
+            log.warning("%s sent what is not a message: %s", source.address, error)
+            if isinstance(error, ProtocolVersionError):
+                for session in list(self._sessions.values()):
+                    session.link_failed(source, error)
+            return
+        if isinstance(message, Pong):
+            with self._lock:
+                pong = self._pongs.pop(message.nonce, None)
+            if pong is not None:
+                pong.set_result(0.0)
+        elif isinstance(message, Failure) and not message.session:
+            log.warning("%s answered: %s", source.address, message.text)
+        else:
+            session = self._sessions.get(getattr(message, "session", b""))
+            if session is not None:
+                session.deliver(source, message)
+
+    def _link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
+        if state in (LinkState.DOWN, LinkState.REFUSED):
+            for session in list(self._sessions.values()):
+                session.link_changed(endpoint, state)
+
+
+def _describe_gap(error: NoRoute, facts: ModelFacts, *, excluded: bool) -> str:
+    if not error.missing:
+        return f"no peers of {facts.name} have free memory for this session: try again later or a shorter one"
+    ranges = ", ".join(f"{start}..{end - 1}" if end - start > 1 else f"{start}" for start, end in error.missing)
+    who = "by no peer that can be used" if excluded else "by nobody"
+    return (
+        f"blocks {ranges} of {facts.name} are served {who}: start a peer with "
+        f"`splitnet peer {facts.name} --blocks {error.missing[0][0]}:{error.missing[0][1]} --join ADDR`"
+    )

@@ -1,0 +1,135 @@
+"""Attention of a packed batch: positions of several sequences in one tensor, each against its own KV cache.
+
+It is registered with transformers' `AttentionInterface`, so that the model code of a family runs unchanged: its
+linear layers see all positions at once (one read of the weights for all sequences), and this function replaces the
+attention alone. Which sequences are packed is known to the thread that runs the pass.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from splitnet.model.kv_cache import RowCache
+
+PACKED = "splitnet_packed"
+"""Name of the attention function; transformers makes no masks for it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """New positions of one sequence: `count` of them from the absolute position `start`, which is `row.length`."""
+
+    row: RowCache
+    start: int
+    count: int
+
+
+@dataclass(frozen=True)
+class PackedPass:
+    """What the attention function must know of the pass that its thread runs.
+
+    Attributes:
+        parts: the sequences, in the order of their positions in the packed tensor.
+        windows: per block of the span its sliding window in positions or None; empty if the family has no such
+            list, then the window is what the block passes to its attention.
+        sdpa: whether the family's attention is what torch's scaled dot product attention computes.
+    """
+
+    parts: Sequence[Part]
+    windows: Sequence[int | None]
+    sdpa: bool
+
+
+class _Running(threading.local):
+    packed: PackedPass | None = None
+
+
+_running = _Running()
+
+
+@contextmanager
+def running(packed: PackedPass):
+    """Makes `packed` the pass of this thread."""
+    _running.packed = packed
+    try:
+        yield
+    finally:
+        _running.packed = None
+
+
+def _packed_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """`query`, `key`, `value`: `[1, heads, positions, head size]`; gives `[1, positions, heads, head size]`."""
+    packed = _running.packed
+    if packed is None:
+        raise RuntimeError("packed attention runs only inside Span.forward")
+    block: int = module.layer_idx  # type: ignore[assignment]
+    window = packed.windows[block] if packed.windows else kwargs.get("sliding_window")
+    eager = not packed.sdpa or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
+    attend = _own_attention(module) if eager else sdpa_attention_forward
+    parts = packed.parts
+    outputs: list[torch.Tensor] = []
+    end = 0
+    for part in parts:
+        begin, end = end, end + part.count
+        whole = len(parts) == 1
+        keys, values = part.row.append(
+            block,
+            key if whole else key[:, :, begin:end],
+            value if whole else value[:, :, begin:end],
+        )
+        keys, values, mask = _windowed(keys, values, part.count, window, query.dtype if eager else None)
+        output, _ = attend(module, query if whole else query[:, :, begin:end], keys, values, mask, **kwargs)
+        outputs.append(output)
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
+
+
+def _windowed(
+    keys: torch.Tensor, values: torch.Tensor, count: int, window: int | None, additive: torch.dtype | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """What the last `count` positions may see: keys and values within reach, and the mask among them.
+
+    No mask for one position, nor for sdpa where positions see exactly all before them (it has a fast path for that).
+
+    Args:
+        additive: dtype of a mask to add to the scores; None for a mask of booleans.
+    """
+    reach = keys.shape[2] if window is None else min(keys.shape[2], window + count - 1)
+    if reach < keys.shape[2]:
+        keys, values = keys[:, :, -reach:], values[:, :, -reach:]
+    if count == 1:
+        return keys, values, None
+    if additive is None and reach == count and (window is None or count <= window):
+        return keys, values, None
+    past = reach - count
+    seen = torch.ones(count, reach, dtype=torch.bool, device=keys.device).tril(past)
+    if window is not None and reach > window:
+        seen = seen.triu(past - window + 1)
+    if additive is None:
+        return keys, values, seen[None, None]
+    mask = torch.zeros(count, reach, dtype=additive, device=keys.device)
+    return keys, values, mask.masked_fill_(~seen, torch.finfo(additive).min)[None, None]
+
+
+def _own_attention(module: nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
+    """The attention written out in the family's own model code: with soft caps, sinks and what else it has."""
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+AttentionInterface.register(PACKED, _packed_attention)

@@ -1,0 +1,303 @@
+"""A model's checkpoint: config, tensor index and the tensors that are asked for, from a folder or from the hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+
+from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model.families import family_of
+from splitnet.model.shards import INDEX_FILE, SINGLE_FILE, Shards, TensorInfo, read_tensor_infos
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all); from several threads, one at a time."""
+
+_BLOCK_NAME = re.compile(r"^(?P<container>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)$")
+_OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech")
+_ESSENTIALS = (
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "layer_types", "sliding_window"),
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_parameters", "num_experts_per_tok"),
+    *("tie_word_embeddings",),
+)
+_SAMPLED_TENSORS = 16
+_SAMPLE_BYTES = 256
+
+
+@dataclass(frozen=True)
+class BlockTensor:
+    """Where one tensor of a block stands.
+
+    Attributes:
+        name: in the checkpoint.
+        rest: the part of the name after the number of the block.
+    """
+
+    name: str
+    rest: str
+
+
+class Checkpoint:
+    """A model whose tensors are read one by one, only from the shards that hold what is asked for.
+
+    Open one with `Checkpoint.open`.
+
+    Attributes:
+        name: hub id, or the name of the folder.
+        config: of the text model.
+    """
+
+    def __init__(self, name: str, shards: Shards, config: PreTrainedConfig) -> None:
+        self.name = name
+        self.config = config
+        self._shards = shards
+
+    @classmethod
+    def open(cls, model: str | Path, *, revision: str | None = None) -> Checkpoint:
+        """Opens a local folder or, if there is none of that name, a hub id.
+
+        Nothing but the config and the index of the shards is read (from the hub: downloaded).
+
+        Raises:
+            ModelNotFound: neither exists, or it holds no safetensors.
+            UnsupportedModel: the family of the model is not known or cannot be cut into spans.
+        """
+        shards = Shards.open(model, revision)
+        try:
+            config = AutoConfig.from_pretrained(shards.source, revision=shards.revision)
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UnsupportedModel(
+                f"transformers does not know the architecture of {model}: update transformers ({_first_line(error)})"
+            ) from error
+        config = config.get_text_config()
+        family_of(config)
+        return cls(shards.name, shards, config)
+
+    @property
+    def num_blocks(self) -> int:
+        return self.config.num_hidden_layers
+
+    @property
+    def hidden_size(self) -> int:
+        """Values per position of a boundary activation."""
+        return self.config.hidden_size
+
+    @property
+    def model_type(self) -> str:
+        """The family as transformers names it."""
+        return self.config.model_type
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model was made for; None if its config does not say."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The type that the weights are stored in."""
+        if isinstance(self.config.dtype, torch.dtype):
+            return self.config.dtype
+        return next((info.dtype for info in self._infos().values() if info.dtype.is_floating_point), torch.float32)
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The names of all tensors."""
+        return tuple(self._shards.weight_map)
+
+    @cached_property
+    def block_tensors(self) -> tuple[tuple[BlockTensor, ...], ...]:
+        """The tensors of each block.
+
+        Raises:
+            UnsupportedModel: the names do not number `num_blocks` blocks.
+        """
+        containers: dict[str, dict[int, list[BlockTensor]]] = {}
+        for name in self.names:
+            if match := _BLOCK_NAME.match(name):
+                blocks = containers.setdefault(match["container"], {})
+                blocks.setdefault(int(match["index"]), []).append(BlockTensor(name, match["rest"]))
+        complete = [name for name, blocks in containers.items() if all(i in blocks for i in range(self.num_blocks))]
+        container = min(complete, key=lambda name: (bool(_OTHER_TOWERS.search(name)), name), default=None)
+        if container is None:
+            raise UnsupportedModel(
+                f"the tensors of {self.name} are not named as {self.num_blocks} numbered blocks, so it cannot be cut "
+                "into spans: take a checkpoint in transformers' format"
+            )
+        self._container = container
+        return tuple(tuple(containers[container][i]) for i in range(self.num_blocks))
+
+    @cached_property
+    def shell_names(self) -> tuple[str, ...]:
+        """The names of all tensors outside the blocks."""
+        assert self.block_tensors
+        prefix = self._container + "."
+        return tuple(
+            name for name in self.names if not (name.startswith(prefix) and _BLOCK_NAME.match(name))
+        )
+
+    @property
+    def container(self) -> str:
+        """What stands before the number of a block in the names of its tensors, such as `model.layers`."""
+        assert self.block_tensors
+        return self._container
+
+    def bytes_of(self, names: Iterable[str], dtype: torch.dtype | None) -> int:
+        """Bytes of these tensors once they are loaded as `dtype` (None: as stored). Reads only headers of shards."""
+        infos = self._infos(self._shards.weight_map[name] for name in (names := list(names)))
+        return sum(infos[name].bytes_as(dtype) for name in names)
+
+    def load_tensors(
+        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
+    ) -> LoadingTensors:
+        """Opens tensors for reading; from the hub, downloads the shards that hold them.
+
+        Args:
+            names: name to give a tensor -> its name in the checkpoint.
+            dtype: the type that they will be converted to by the reader.
+        """
+        return LoadingTensors(self._shards, names, dtype, progress)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex of a SHA-256 that is equal for equal weights: swarms are told apart by it.
+
+        It covers what defines the computation in the config, the names, shapes and types of all tensors, and 256
+        bytes from the middle of 16 tensors spread over the sorted names. It does not depend on how the tensors are
+        sharded nor on which shards are here: from the hub, headers and samples are read by range. It is a check
+        against mistakes (another size, fine-tune or precision), not proof: two checkpoints that differ only in
+        places that are not sampled have the same fingerprint, and a peer could lie about it.
+        """
+        digest = hashlib.sha256()
+        essentials = {key: getattr(self.config, key, None) for key in _ESSENTIALS}
+        digest.update(json.dumps(essentials, sort_keys=True, default=str).encode())
+        infos = self._infos()
+        names = sorted(infos)
+        for name in names:
+            info = infos[name]
+            digest.update(f"\n{name} {info.stored} {info.shape}".encode())
+        chosen = sorted({i * (len(names) - 1) // (_SAMPLED_TENSORS - 1) for i in range(_SAMPLED_TENSORS)})
+        for info in (infos[names[i]] for i in chosen):
+            with self._shards.open_range(info.shard) as file:
+                file.seek(info.offset + max(0, (info.nbytes - _SAMPLE_BYTES) // 2))
+                digest.update(file.read(min(_SAMPLE_BYTES, info.nbytes)))
+        return digest.hexdigest()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that comes with the model.
+
+        Raises:
+            ModelNotFound: the checkpoint has none.
+        """
+        try:
+            return AutoTokenizer.from_pretrained(self._shards.source, revision=self._shards.revision)
+        except (OSError, ValueError) as error:
+            raise ModelNotFound(
+                f"{self.name} has no usable tokenizer: add its tokenizer files ({_first_line(error)})"
+            ) from error
+
+    def generation_config(self) -> GenerationConfig:
+        """The model's defaults for generation; those of its config if it has none of its own."""
+        try:
+            return GenerationConfig.from_pretrained(self._shards.source, revision=self._shards.revision)
+        except OSError:
+            return GenerationConfig.from_model_config(self.config)
+
+    def _infos(self, shards: Iterable[str] | None = None) -> dict[str, TensorInfo]:
+        wanted = sorted(set(self._shards.weight_map.values() if shards is None else shards))
+        infos: dict[str, TensorInfo] = {}
+        for shard in wanted:
+            if shard not in self._headers:
+                with self._shards.open_range(shard) as file:
+                    self._headers[shard] = read_tensor_infos(file, shard)
+            infos.update(self._headers[shard])
+        return infos
+
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, TensorInfo]]:
+        return {}
+
+
+class LoadingTensors:
+    """Tensors of a checkpoint as a state dict that reads each tensor when it is indexed; use it in a `with`."""
+
+    def __init__(
+        self, shards: Shards, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
+    ) -> None:
+        self._shards = shards
+        self._names = names
+        self._dtype = dtype
+        self._progress = progress
+        self._files = ExitStack()
+        self._lock = threading.Lock()
+        self._done = 0
+        self.nbytes = 0
+
+    def __enter__(self) -> dict[str, Any]:
+        by_shard: dict[str, list[tuple[str, str]]] = {}
+        for given, name in self._names.items():
+            by_shard.setdefault(self._shards.weight_map[name], []).append((given, name))
+        tensors: dict[str, Any] = {}
+        for shard, names in by_shard.items():
+            path = self._shards.download(shard)
+            with path.open("rb") as raw:
+                infos = read_tensor_infos(raw, shard)
+            file = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
+            for given, name in names:
+                tensors[given] = _LazyTensor(self, file.get_slice(name), infos[name])
+                self.nbytes += infos[name].nbytes
+        return tensors
+
+    def __exit__(self, *error: object) -> None:
+        self._files.close()
+
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Counts a tensor as read; one that keeps its type is copied, or it would stay on the mapped file."""
+        if tensor.dtype == self._dtype:
+            tensor = tensor.clone()
+        with self._lock:
+            self._done += tensor.nbytes
+            if self._progress is not None:
+                self._progress(self._done, self.nbytes)
+        return tensor
+
+
+class _LazyTensor:
+    """One tensor on disk, as transformers' loading expects it: `tensor[...]` reads it."""
+
+    def __init__(self, loading: LoadingTensors, stored: Any, info: TensorInfo) -> None:
+        self._loading = loading
+        self._stored = stored
+        self._info = info
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._info.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._info.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._info.shape)
+
+    def get_dtype(self) -> str:
+        return self._info.stored
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self._loading.take(self._stored[index])
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

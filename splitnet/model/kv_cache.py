@@ -1,0 +1,174 @@
+"""The KV cache of one sequence for the blocks of a span, and the caches that transformers' backbones see."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers import Cache
+
+FIRST_CAPACITY = 256
+"""Positions that the first allocation of a row holds; each next one doubles."""
+
+
+@dataclass
+class _Block:
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class RowCache:
+    """Keys and values of one sequence (row), one pair of tensors `[1, kv heads, capacity, head size]` per block.
+
+    Memory is allocated as positions arrive, in capacities that double, so that appending a token copies only the
+    token. All positions are kept, also for blocks with a sliding window: a rewind is then exact.
+
+    Args:
+        max_length: positions that the row will never exceed; keeps the last doubling from overshooting.
+    """
+
+    def __init__(self, max_length: int | None = None) -> None:
+        self.length = 0
+        self._max_length = max_length
+        self._blocks: dict[int, _Block] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the row's tensors occupy."""
+        return sum(block.keys.nbytes + block.values.nbytes for block in self._blocks.values())
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks have stored something."""
+        return len(self._blocks)
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Bytes that one position takes in all blocks that have stored something."""
+        return sum(
+            tensor.nbytes // tensor.shape[2]
+            for block in self._blocks.values()
+            for tensor in (block.keys, block.values)
+        )
+
+    def crop(self, length: int) -> None:
+        """Forgets all positions from `length` on; their memory is kept for the next ones.
+
+        Raises:
+            ValueError: the row has fewer positions than that.
+        """
+        if not 0 <= length <= self.length:
+            raise ValueError(f"cannot crop a row of {self.length} positions to {length}")
+        self.length = length
+
+    def fork(self) -> RowCache:
+        """An independent copy."""
+        copy = RowCache(self._max_length)
+        copy.length = self.length
+        for index, block in self._blocks.items():
+            copy._blocks[index] = _Block(
+                _grown(block.keys, block.keys.shape[2], self.length),
+                _grown(block.values, block.values.shape[2], self.length),
+            )
+        return copy
+
+    def append(
+        self, block_index: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores new positions after `length` and gives views of all keys and values up to and with them.
+
+        `length` itself moves only with `advance`, when all blocks have stored theirs: a pass that fails half-way
+        leaves the row as it was.
+
+        Args:
+            block_index: which block of the span.
+            keys: `[1, kv heads, new positions, head size]`.
+            values: likewise; the head size may differ from that of the keys.
+        """
+        start, end = self.length, self.length + keys.shape[2]
+        block = self._blocks.get(block_index)
+        if block is None:
+            capacity = self._capacity(end, 0)
+            block = self._blocks[block_index] = _Block(_grown(keys, capacity, 0), _grown(values, capacity, 0))
+        elif end > block.keys.shape[2]:
+            capacity = self._capacity(end, block.keys.shape[2])
+            block.keys = _grown(block.keys, capacity, start)
+            block.values = _grown(block.values, capacity, start)
+        block.keys[:, :, start:end] = keys
+        block.values[:, :, start:end] = values
+        return block.keys[:, :, :end], block.values[:, :, :end]
+
+    def advance(self, count: int) -> None:
+        """Counts `count` positions that all blocks have stored."""
+        self.length += count
+
+    def _capacity(self, needed: int, current: int) -> int:
+        capacity = max(FIRST_CAPACITY, current)
+        while capacity < needed:
+            capacity *= 2
+        if self._max_length is not None and needed <= self._max_length:
+            capacity = min(capacity, self._max_length)
+        return capacity
+
+
+def _grown(tensor: torch.Tensor, capacity: int, kept: int) -> torch.Tensor:
+    """A tensor like `tensor` with room for `capacity` positions that starts with its first `kept` ones."""
+    grown = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[3]))
+    if kept:
+        grown[:, :, :kept] = tensor[:, :, :kept]
+    return grown
+
+
+class PassThrough(Cache):
+    """Given to a backbone whose attention function writes to the rows itself."""
+
+    def __init__(self) -> None:
+        self.layers = []
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return key_states, value_states
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return 0
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return query_length, 0
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+
+class OneRow(Cache):
+    """One row as the cache of a backbone that computes attention in its own way, one sequence at a time."""
+
+    def __init__(self, row: RowCache) -> None:
+        self.layers = []
+        self._row = row
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._row.append(layer_idx, key_states, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._row.length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self._row.length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._row.length + query_length, 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return []  # all positions are kept: the mask alone makes the window
+
+    @property
+    def is_compileable(self) -> bool:
+        return False

@@ -1,0 +1,60 @@
+"""How much memory a device has left, and errors that say how many blocks would fit."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from splitnet.errors import OutOfMemory
+
+
+def free_memory(device: str | torch.device) -> int:
+    """Bytes that can still be allocated on a device: on a CPU, what the system says is available to new programs."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    available = _available_on_linux()
+    if available is not None:
+        return available
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _available_on_linux() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kib is None else kib * 1024
+
+
+@contextmanager
+def guarded(model: str, start: int, end: int, block_bytes: int, device: torch.device) -> Iterator[None]:
+    """Refuses to load what cannot fit, and turns the allocator's errors into ours.
+
+    Raises:
+        OutOfMemory: with how many blocks would fit.
+    """
+    free = free_memory(device)
+    fitting = min(end - start, free // block_bytes)
+    advice = f"at most {fitting} fit: use --blocks {start}:{start + fitting}" if fitting else "not even one fits"
+    message = (
+        f"blocks {start}:{end} of {model} take {(end - start) * block_bytes / 2**30:.2f} GiB, {device} has "
+        f"{free / 2**30:.2f} GiB free: {advice}, or a smaller --dtype"
+    )
+    if fitting < end - start:
+        raise OutOfMemory(message)
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise OutOfMemory(message) from error
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # what torch's CPU allocator says
+            raise
+        raise OutOfMemory(message) from error

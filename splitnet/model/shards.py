@@ -1,0 +1,200 @@
+"""The files of a checkpoint, in a folder or on the hub: found, downloaded one by one, or read by range."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import torch
+from huggingface_hub import HfFileSystem, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from splitnet.errors import ModelNotFound, UnsupportedModel
+
+INDEX_FILE = "model.safetensors.index.json"
+SINGLE_FILE = "model.safetensors"
+_MAX_HEADER_BYTES = 100_000_000
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a shard, as the shard's header describes it.
+
+    Attributes:
+        shard: file name.
+        stored: name of its type in the safetensors format.
+        offset: of its first byte in the file.
+    """
+
+    shard: str
+    stored: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _DTYPES.get(self.stored, torch.uint8)
+
+    def bytes_as(self, dtype: torch.dtype | None) -> int:
+        """Bytes that it takes once loaded as `dtype` (None: as stored)."""
+        if dtype is None or not self.dtype.is_floating_point:
+            return self.nbytes
+        return math.prod(self.shape) * dtype.itemsize
+
+
+def read_tensor_infos(file: BinaryIO, shard: str) -> dict[str, TensorInfo]:
+    """The tensors of a safetensors file, from its header alone.
+
+    Format: https://github.com/huggingface/safetensors#format
+
+    Raises:
+        UnsupportedModel: it is not a safetensors file.
+    """
+    try:
+        (size,) = struct.unpack("<Q", file.read(8))
+        if size > _MAX_HEADER_BYTES:
+            raise ValueError("header too long")
+        header = json.loads(file.read(size))
+        return {
+            name: TensorInfo(
+                shard,
+                entry["dtype"],
+                tuple(entry["shape"]),
+                8 + size + entry["data_offsets"][0],
+                entry["data_offsets"][1] - entry["data_offsets"][0],
+            )
+            for name, entry in header.items()
+            if name != "__metadata__"
+        }
+    except (struct.error, ValueError, KeyError, TypeError) as error:
+        raise UnsupportedModel(f"{shard} is not a safetensors file: download or convert it again") from error
+
+
+class Shards:
+    """The safetensors files of one checkpoint.
+
+    Attributes:
+        name: hub id, or the name of the folder.
+        source: what transformers' `from_pretrained` methods accept.
+        revision: of the hub repository; None for a folder.
+    """
+
+    def __init__(self, name: str, folder: Path | None, revision: str | None) -> None:
+        self.name = name
+        self.revision = revision
+        self._folder = folder
+        self.source = name if folder is None else str(folder)
+
+    @classmethod
+    def open(cls, model: str | Path, revision: str | None) -> Shards:
+        """Finds a local folder or a hub repository.
+
+        Raises:
+            ModelNotFound: neither exists, or it has no config or no safetensors.
+        """
+        folder = Path(model).expanduser()
+        if folder.is_dir():
+            shards = cls(folder.resolve().name, folder, None)
+        elif isinstance(model, Path) or str(model).startswith((".", "/", "~")):
+            raise ModelNotFound(f"there is no folder {model}: give a checkpoint folder or a Hugging Face id")
+        else:
+            shards = cls(model, None, revision)
+        if shards._find("config.json") is None:
+            raise ModelNotFound(f"{model} has no config.json: give a folder or id of a transformers checkpoint")
+        assert shards.weight_map
+        return shards
+
+    @cached_property
+    def weight_map(self) -> Mapping[str, str]:
+        """Name of each tensor -> file name of the shard that holds it."""
+        index = self._find(INDEX_FILE)
+        if index is not None:
+            weight_map: Any = json.loads(index.read_text())["weight_map"]
+            return weight_map
+        try:
+            with self.open_range(SINGLE_FILE) as file:
+                return {name: SINGLE_FILE for name in read_tensor_infos(file, SINGLE_FILE)}
+        except FileNotFoundError as error:
+            raise ModelNotFound(
+                f"{self.name} holds no safetensors: convert it with transformers' save_pretrained"
+            ) from error
+
+    def download(self, shard: str) -> Path:
+        """The local path of a shard; from the hub it is downloaded first, if it is not in the cache.
+
+        Raises:
+            ModelNotFound: the shard is missing.
+        """
+        path = self._find(shard)
+        if path is None:
+            raise ModelNotFound(f"{self.name} lacks {shard}, which holds tensors that are needed: download it again")
+        return path
+
+    def open_range(self, shard: str) -> BinaryIO:
+        """Opens a shard for reading parts of it, without downloading the whole.
+
+        Raises:
+            FileNotFoundError: there is no such shard.
+        """
+        if self._folder is not None:
+            return (self._folder / shard).open("rb")
+        cached = try_to_load_from_cache(self.name, shard, revision=self.revision)
+        if isinstance(cached, str):
+            return Path(cached).open("rb")
+        remote = HfFileSystem().open(f"{self.name}/{shard}", "rb", revision=self.revision, block_size=2**16)
+        return cast(BinaryIO, remote)
+
+    def _find(self, file: str) -> Path | None:
+        if self._folder is not None:
+            path = self._folder / file
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(self.name, file, revision=self.revision))
+        except GatedRepoError as error:
+            raise ModelNotFound(
+                f"{self.name} needs its licence accepted: do so on its page, then log in with 'hf auth login'"
+            ) from error
+        except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            raise ModelNotFound(
+                f"{self.name} is neither a folder here nor in the cache, and the hub cannot be reached: check the "
+                "name and the network"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+            raise ModelNotFound(
+                f"there is neither a folder nor a Hugging Face model {self.name!r}: check the name, or log in with "
+                "'hf auth login' if it is private"
+            ) from error
+        except HfHubHTTPError as error:
+            raise ModelNotFound(f"the hub does not give {self.name}: {error}") from error

@@ -1,0 +1,207 @@
+"""Blocks `[start, end)` of a model: its transformers backbone, cut down to them.
+
+No model code is written here. The backbone is built in full on the meta device (which takes no memory), its list of
+blocks is cut, all that comes before and after the blocks is made neutral, and only the tensors of the blocks are
+read. Rotary embeddings, grouped heads, experts, soft caps and so on come with the family's own code.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from splitnet.errors import OutOfMemory, UnsupportedModel
+from splitnet.model.attention import PACKED, PackedPass, Part, running
+from splitnet.model.backbone import BlockList, cut_backbone_class, share_blocks
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.kv_cache import OneRow, PassThrough, RowCache
+from splitnet.model.memory import free_memory, guarded
+
+__all__ = ["Part", "Span", "block_bytes", "free_memory"]
+
+
+class Span:
+    """Blocks `[start, end)` on one device. Use one span from one thread at a time.
+
+    Load one with `Span.load`.
+
+    Attributes:
+        hidden_size: values per position of a boundary activation.
+        weight_bytes: bytes of the weights.
+        kv_bytes_per_position: bytes of KV cache that one position of one row takes in all blocks of the span.
+    """
+
+    def __init__(
+        self, backbone: PreTrainedModel, start: int, end: int, windows: Sequence[int | None], packs: bool
+    ) -> None:
+        self.start = start
+        self.end = end
+        self._backbone = backbone
+        self._windows = windows
+        self._packs = packs
+        self._sdpa = bool(getattr(backbone, "_supports_sdpa", False))
+        self._nothing_cached = PassThrough()
+        parameter = next(backbone.parameters())
+        self.device = parameter.device
+        self.dtype = parameter.dtype
+        self.hidden_size: int = backbone.config.hidden_size
+        self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
+        self.kv_bytes_per_position = self._probe()
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Checkpoint,
+        start: int,
+        end: int,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Span:
+        """Reads the weights of blocks `[start, end)`, and no others.
+
+        Args:
+            dtype: of weights and activations, such as "bfloat16"; None: as the checkpoint stores them.
+            progress: called with (bytes read, bytes to read).
+
+        Raises:
+            ValueError: the model has no such blocks.
+            UnsupportedModel: its blocks cannot run on their own.
+            OutOfMemory: they do not fit; the message says how many would.
+        """
+        if not 0 <= start < end <= checkpoint.num_blocks:
+            raise ValueError(f"blocks {start}:{end} are not within 0:{checkpoint.num_blocks}")
+        cut = cut_backbone_class(checkpoint.config, start, end)
+        wanted = as_dtype(dtype) or checkpoint.dtype
+        names = {
+            f"{cut.container}.{index - start}.{tensor.rest}": tensor.name
+            for index in range(start, end)
+            for tensor in checkpoint.block_tensors[index]
+        }
+        size = block_bytes(checkpoint, wanted)
+        with guarded(checkpoint.name, start, end, size, torch.device(device)):
+            with checkpoint.load_tensors(names, wanted, progress) as tensors:
+                backbone = cut.load(tensors, wanted)
+            backbone.to(torch.device(device))
+            return cls(backbone, start, end, cut.windows, cut.packs)
+
+    def new_row(self, max_length: int | None = None) -> RowCache:
+        """An empty KV cache for one sequence.
+
+        Args:
+            max_length: positions that it will never exceed, if known: saves memory.
+        """
+        return RowCache(max_length)
+
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        """Runs new positions of one or more sequences through the blocks and appends them to their rows.
+
+        Args:
+            hidden: `[positions, hidden]`: the positions of the parts one after the other.
+            parts: each with a row of its own that holds exactly the positions before `start`.
+
+        Returns:
+            `[positions, hidden]`, on the span's device and in its dtype.
+
+        Raises:
+            ValueError: the parts do not fit `hidden` or their rows. Nothing is changed then.
+        """
+        self._check(hidden, parts)
+        with torch.inference_mode():
+            hidden = hidden.to(device=self.device, dtype=self.dtype)
+            output = self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
+        for part in parts:
+            part.row.advance(part.count)
+        return output
+
+    def view(self, start: int, end: int) -> Span:
+        """The blocks `[start, end)` of this span as a span of its own, with the same weights in memory.
+
+        Raises:
+            ValueError: this span does not hold all of these blocks.
+        """
+        if not self.start <= start < end <= self.end:
+            raise ValueError(f"blocks {start}:{end} are not within {self.start}:{self.end}")
+        backbone = share_blocks(self._backbone, start - self.start, end - self.start)
+        return Span(backbone, start, end, self._windows, self._packs)
+
+    def free_memory(self) -> int:
+        """Bytes that are free on the span's device."""
+        return free_memory(self.device)
+
+    def _check(self, hidden: torch.Tensor, parts: Sequence[Part]) -> None:
+        if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
+            raise ValueError(f"expected [positions, {self.hidden_size}], got {list(hidden.shape)}")
+        if sum(part.count for part in parts) != hidden.shape[0] or any(part.count < 1 for part in parts):
+            raise ValueError(f"the parts do not add up to {hidden.shape[0]} positions")
+        if any(part.start != part.row.length for part in parts):
+            raise ValueError("a part does not start where its row ends: crop the row first")
+        if len({id(part.row) for part in parts}) != len(parts):
+            raise ValueError("two parts of one pass have the same row")
+
+    def _run_packed(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        positions = [position for part in parts for position in range(part.start, part.start + part.count)]
+        with running(PackedPass(parts, self._windows, self._sdpa)):
+            output = self._backbone(
+                inputs_embeds=hidden[None],
+                position_ids=torch.tensor([positions], device=self.device),
+                cache=self._nothing_cached,
+                use_cache=True,
+            )
+        return output[0][0]
+
+    def _run_rows(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        outputs: list[torch.Tensor] = []
+        begin = 0
+        for part in parts:
+            positions = torch.arange(part.start, part.start + part.count, device=self.device)
+            output = self._backbone(
+                inputs_embeds=hidden[None, begin : begin + part.count],
+                position_ids=positions[None],
+                cache=OneRow(part.row),
+                use_cache=True,
+            )
+            outputs.append(output[0][0])
+            begin += part.count
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _probe(self) -> int:
+        """Runs one position: proves that the blocks run on their own, and measures what it leaves in the cache."""
+        row = self.new_row()
+        family = self._backbone.config.model_type
+        try:
+            output = self.forward(torch.zeros(1, self.hidden_size), [Part(row, 0, 1)])
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:
+            raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own: {error}") from error
+        if output.shape != (1, self.hidden_size) or row.blocks != self.end - self.start:
+            raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")
+        return row.bytes_per_position
+
+
+def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> int:
+    """Bytes of the weights of the largest block as `dtype` (None: as stored); reads only headers of shards."""
+    wanted = as_dtype(dtype)
+    return max(
+        checkpoint.bytes_of((tensor.name for tensor in tensors), wanted) for tensors in checkpoint.block_tensors
+    )
+
+
+def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype from its name.
+
+    Raises:
+        ValueError: there is no floating-point dtype of that name.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        return dtype
+    found = getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"{dtype!r} is not a type of weights: use float32, bfloat16 or float16")
+    return found

@@ -1,0 +1,79 @@
+"""The parts of hivemind that the directory uses, and the event loop that its node runs in."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+
+class NodeLoop(asyncio.SelectorEventLoop):
+    """Starts children in a session of their own: a Ctrl-C ends this process only after the peer has left the DHT."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._children: list[asyncio.SubprocessTransport] = []
+
+    async def subprocess_exec(self, protocol_factory: Any, *args: Any, **options: Any) -> Any:
+        transport, protocol = await super().subprocess_exec(protocol_factory, *args, start_new_session=True, **options)
+        self._children.append(transport)
+        return transport, protocol
+
+    async def reap_children(self, timeout_s: float) -> None:
+        """Kills the children that have not ended and waits until the system has let go of them."""
+        deadline = self.time() + timeout_s
+        for child in self._children:
+            with suppress(ProcessLookupError):
+                child.kill()
+            while child.get_returncode() is None and self.time() < deadline:
+                await asyncio.sleep(0.005)
+            child.close()
+
+    async def cancel_all_tasks(self) -> None:
+        """Ends the background tasks that hivemind leaves behind."""
+        tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await self.shutdown_asyncgens()
+        await self.shutdown_default_executor()
+
+
+@dataclass(frozen=True)
+class Hivemind:
+    """The parts of hivemind that are used here; it has no type information."""
+
+    P2P: Any
+    PeerID: Any
+    DHTNode: Any
+    key_id: Callable[[str], bytes]  # hash of a DHT key, 20 bytes
+
+
+@cache
+def import_hivemind() -> Hivemind:
+    """Imports hivemind, once, and mends it."""
+    node, p2p, routing, storage = (  # late: these imports take 1.8 s
+        importlib.import_module(f"hivemind.{name}")
+        for name in ("dht.node", "p2p", "dht.routing", "utils.timed_storage")
+    )
+    storage.TimedStorage.store = _refuse_older(storage.TimedStorage.store)
+    return Hivemind(p2p.P2P, p2p.PeerID, node.DHTNode, lambda key: routing.DHTID.generate(key).to_bytes())
+
+
+def _refuse_older(store: Callable[[Any, Any, Any, float], bool]) -> Callable[[Any, Any, Any, float], bool]:
+    """Mends `TimedStorage.store` of hivemind 1.1.12, which refuses an older value but takes over its expiration.
+
+    Whoever repeated an earlier record of a peer could so make the DHT forget the current one before its time.
+    """
+
+    def store_newer(self: Any, key: Any, value: Any, expiration_time: float) -> bool:
+        held = self.data.get(key)
+        if held is not None and held.expiration_time >= expiration_time:
+            return False
+        return store(self, key, value, expiration_time)
+
+    return store_newer

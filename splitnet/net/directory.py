@@ -1,0 +1,269 @@
+"""The directory of peers: signed records in a Kademlia DHT (hivemind's `DHTNode` over libp2p).
+
+The node runs in an event loop on a thread of its own, beside the one child process (`p2pd`) that speaks libp2p.
+DHT keys: `splitnet.peers.<fingerprint>` holds one record per peer, under the text of its key; `splitnet.models` holds
+one record per model, under its fingerprint. Every node of the DHT checks the signatures of what it stores and reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import errno
+import logging
+import socket
+import threading
+import time
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import ExitStack, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast
+
+from splitnet.errors import AddressInUse, DirectoryError, NotAuthorized, ProtocolError
+from splitnet.net.dht_node import NodeLoop, import_hivemind
+from splitnet.net.identity import Identity
+from splitnet.net.records import MODELS_KEY, PeerRecord, RecordValidator, peers_key, verified_record
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S: Final = 10.0
+CALL_TIMEOUT_S: Final = 10.0
+RPC_TIMEOUT_S: Final = 3.0
+MAX_RECORDS: Final = 4096
+
+_REAP_TIMEOUT_S = 2.0
+_EXAMPLE_ADDRESS = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
+
+T = TypeVar("T")
+
+
+class Directory:
+    """One node of the DHT. All methods may be called from any thread; they block, for 10 s at most.
+
+    addresses: multiaddrs that others can join with; empty for a client, which does not listen.
+    """
+
+    addresses: list[str]
+
+    def __init__(self) -> None:
+        self._loop = NodeLoop()
+        self._loop.set_exception_handler(_log_loop_error)
+        self._thread = threading.Thread(target=self._run_loop, name="splitnet-directory", daemon=True)
+        self._closing = threading.Lock()
+        self._closed = False
+        self._p2p: Any = None
+        self._node: Any = None
+        self._stores_for_others = False
+        self._initial_peer_ids: set[Any] = set()
+        self.addresses = []
+
+    @classmethod
+    def start(
+        cls,
+        *,
+        initial_peers: Sequence[str] = (),
+        listen: Sequence[str] | None = None,
+        identity_path: Path | None = None,
+        verbose: bool = False,
+    ) -> Directory:
+        """Joins the DHT through any of `initial_peers` (multiaddrs), or begins a new one if there are none.
+
+        listen: multiaddrs such as `/ip4/0.0.0.0/tcp/0`; None makes a client that stores nothing for others.
+        identity_path: libp2p key that keeps the address of this node the same over restarts; made if absent.
+        verbose: let hivemind and libp2p log.
+        Raises DirectoryError if none of `initial_peers` answers within 10 s, AddressInUse if `listen` is taken.
+        """
+        for address in initial_peers:
+            if not address.startswith("/") or "/p2p/" not in address:
+                raise DirectoryError(f"{address!r} is no address to join with; it looks like {_EXAMPLE_ADDRESS}.")
+        for address in listen or ():
+            _refuse_taken_port(address)
+        import_hivemind()
+        logging.getLogger("hivemind").setLevel(logging.INFO if verbose else logging.CRITICAL)
+        directory = cls()
+        directory._thread.start()
+        atexit.register(directory.close)
+        with ExitStack() as on_failure:
+            on_failure.callback(directory.close)
+            try:
+                directory._call(directory._open(initial_peers, listen, identity_path), START_TIMEOUT_S)
+            except Exception as error:
+                raise _start_error(initial_peers, error) from error
+            on_failure.pop_all()
+        return directory
+
+    def announce(self, record: PeerRecord, identity: Identity) -> bool:
+        """Publishes `record` until it expires; call it again before that.
+
+        False if the DHT refused it: it holds a later record of this key, or the clock of this machine is wrong.
+        Raises DirectoryError if the DHT does not answer.
+        """
+        packed = record.pack(identity)
+        keys, subkeys = [peers_key(record.model)], [record.key.text]
+        if not record.has_left:
+            keys.append(MODELS_KEY)
+            subkeys.append(record.model)
+        stored = self._request(
+            lambda node: node.store_many(
+                keys,
+                [packed] * len(keys),
+                [record.expires_at] * len(keys),
+                subkeys=subkeys,
+                exclude_self=not self._stores_for_others,
+            )
+        )
+        return bool(stored[keys[0], subkeys[0]])
+
+    def withdraw(self, record: PeerRecord, identity: Identity) -> bool:
+        """Replaces the announced `record` by one that says that the peer has left, so that lookups miss it at once."""
+        return self.announce(record.farewell(), identity)
+
+    def peers(self, model: str) -> list[PeerRecord]:
+        """Verified records of the peers that serve the model with this fingerprint. Raises DirectoryError."""
+        return [
+            record
+            for subkey, record in self._read(peers_key(model))
+            if record.model == model and record.key.text == subkey and not record.has_left
+        ]
+
+    def models(self) -> dict[str, str]:
+        """Name by fingerprint of the models in the swarm; a name is what some peer claims. Raises DirectoryError."""
+        return {record.model: record.model_name for subkey, record in self._read(MODELS_KEY) if record.model == subkey}
+
+    def close(self) -> None:
+        """Leaves the DHT and ends the thread and the child process. May be called more than once."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        atexit.unregister(self.close)
+        if self._thread.is_alive():
+            with suppress(FutureTimeoutError, DirectoryError):
+                self._call(self._shut_down(), CALL_TIMEOUT_S)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _read(self, key: str) -> Iterator[tuple[object, PeerRecord]]:
+        found = self._request(lambda node: node.get(key, latest=True))
+        entries = None if found is None else found.value
+        if not isinstance(entries, dict):
+            return
+        now = time.time()
+        # Entries keep the order in which they first came, so a late flood does not push out long-standing peers.
+        for subkey, entry in islice(cast("dict[object, Any]", entries).items(), MAX_RECORDS):
+            try:
+                record = verified_record(entry.value)
+            except (ProtocolError, NotAuthorized, TypeError) as error:
+                logger.debug("dropped a record under %s: %s", key, error)
+                continue
+            if record.expires_at > now:
+                yield subkey, record
+
+    def _request(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+        if self._closed:
+            raise DirectoryError("The directory is closed; start it again.")
+        try:
+            return self._call(self._answer(request), CALL_TIMEOUT_S)
+        except DirectoryError:
+            raise
+        except Exception as error:
+            cause = str(error) or "no answer in time"
+            raise DirectoryError(f"The DHT did not answer ({cause}); check the network and try again.") from error
+
+    async def _answer(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+        answer = await request(self._node)
+        protocol = self._node.protocol
+        if self._initial_peer_ids and not protocol.routing_table.uid_to_peer_id:
+            # A node that does not answer is forgotten. When all are, as after an outage, only these can be asked.
+            self._node.blacklist.clear()
+            await asyncio.gather(*(protocol.call_ping(peer_id) for peer_id in self._initial_peer_ids))
+            if protocol.routing_table.uid_to_peer_id:
+                return await request(self._node)
+            if not self._stores_for_others:
+                raise DirectoryError("No node of the DHT answers any more; join through the address of another peer.")
+        return answer
+
+    def _call(self, request: Coroutine[Any, Any, T], timeout_s: float) -> T:
+        bounded = asyncio.wait_for(request, timeout_s)
+        future: Future[T] = asyncio.run_coroutine_threadsafe(bounded, self._loop)
+        return future.result(timeout_s + 1.0)
+
+    async def _open(self, initial_peers: Sequence[str], listen: Sequence[str] | None, identity: Path | None) -> None:
+        hivemind = import_hivemind()
+        self._stores_for_others = listen is not None
+        self._p2p = await hivemind.P2P.create(
+            initial_peers=list(initial_peers),
+            host_maddrs=listen,
+            no_listen=listen is None,
+            dht_mode="client" if listen is None else "server",
+            identity_path=None if identity is None else str(identity),
+            check_if_identity_free=False,
+            nat_port_map=False,  # opening a port in somebody's router is the owner's decision
+        )
+        self._node = await hivemind.DHTNode.create(
+            p2p=self._p2p,
+            initial_peers=list(initial_peers),
+            client_mode=listen is None,
+            wait_timeout=RPC_TIMEOUT_S,
+            # A lookup always asks the nodes that store the key, so caches would only keep old records alive.
+            cache_locally=False,
+            cache_nearest=0,
+            cache_on_store=False,
+            record_validator=RecordValidator(hivemind.key_id),
+        )
+        self._initial_peer_ids = {hivemind.PeerID.from_base58(peer.rpartition("/p2p/")[2]) for peer in initial_peers}
+        if listen is not None:
+            self.addresses = [str(address) for address in await self._p2p.get_visible_maddrs()]
+
+    async def _shut_down(self) -> None:
+        for part in (self._node, self._p2p):
+            if part is not None:
+                with suppress(Exception):
+                    await asyncio.wait_for(part.shutdown(), _REAP_TIMEOUT_S)
+        await self._loop.reap_children(_REAP_TIMEOUT_S)
+
+    def _run_loop(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        try:
+            self._loop.run_forever()
+            self._loop.run_until_complete(self._loop.cancel_all_tasks())
+        finally:
+            self._loop.close()
+
+
+def _refuse_taken_port(multiaddr: str) -> None:
+    # libp2p listens with SO_REUSEPORT: it would share a port with another node and lose half of the connections.
+    parts = multiaddr.split("/")
+    if len(parts) < 5 or parts[1] not in ("ip4", "ip6") or parts[3] != "tcp" or not parts[4].isdecimal():
+        raise DirectoryError(f"{multiaddr!r} is no address to listen on; it looks like /ip4/0.0.0.0/tcp/31330.")
+    with socket.socket(socket.AF_INET if parts[1] == "ip4" else socket.AF_INET6) as probe:
+        # Without this a port stays taken for a minute after its last connection; a listener still refuses the bind.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((parts[2], int(parts[4])))
+        except (OSError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
+                raise AddressInUse(f"The DHT address {multiaddr} is taken; choose another port.") from error
+            raise DirectoryError(f"The DHT cannot listen on {multiaddr} ({error}); choose another address.") from error
+
+
+def _start_error(initial_peers: Sequence[str], error: Exception) -> DirectoryError:
+    cause = str(error) or "it took too long"
+    if initial_peers:
+        return DirectoryError(
+            f"No peer answers at {', '.join(initial_peers)} ({cause}); check that it runs and that its port is open."
+        )
+    return DirectoryError(f"The DHT node did not start ({cause}).")
+
+
+def _log_loop_error(_loop: asyncio.AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    logger.debug("directory: %s", context.get("message"), exc_info=context.get("exception"))

@@ -1,0 +1,54 @@
+"""What a sender keeps of a session: the encoded boundary activations that it sent, ready to be sent again.
+
+About `hidden` bytes per position with an int8 codec, far less than the KV cache that they stand for. The same bytes
+give the next hop the same KV cache, so a replacement continues the text token for token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from splitnet.errors import ProtocolError
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Payload
+from splitnet.net.rows import fork_rows
+
+
+class SentLog:
+    """Encoded positions by row. Every codec writes one self-contained record per position, so bytes can be cut."""
+
+    def __init__(self, codec: int, bytes_per_position: int) -> None:
+        self.codec = codec
+        self.bytes_per_position = bytes_per_position
+        self._rows: dict[int, bytearray] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(map(len, self._rows.values()))
+
+    def length(self, row: int) -> int:
+        """Positions logged for `row`."""
+        return len(self._rows.get(row, b"")) // self.bytes_per_position
+
+    def record(self, parts: Sequence[Part], forks: Sequence[Fork] | None, payload: Payload) -> None:
+        """Takes in what a step sent; positions at or after a part's start are replaced."""
+        if forks is not None:
+            self._rows = fork_rows(self._rows, forks, bytearray)
+        size = self.bytes_per_position
+        view = memoryview(payload)
+        offset = 0
+        for part in parts:
+            row = self._rows.setdefault(part.row, bytearray())
+            if part.start * size > len(row):
+                raise ProtocolError(f"row {part.row} has a gap before position {part.start}")
+            del row[part.start * size :]
+            row += view[offset : offset + part.count * size]
+            offset += part.count * size
+
+    def replay(self, positions_per_step: int) -> Iterator[tuple[tuple[Part, ...], bytes]]:
+        """Steps that rebuild every row from nothing, at most `positions_per_step` positions each."""
+        size = self.bytes_per_position
+        step = max(1, min(positions_per_step, MAX_PAYLOAD_BYTES // size))
+        for row, data in self._rows.items():
+            for start in range(0, len(data) // size, step):
+                chunk = bytes(data[start * size : (start + step) * size])
+                yield (Part(row, start, len(chunk) // size, 0),), chunk

@@ -1,0 +1,369 @@
+"""All ZeroMQ sockets of a process, owned by one thread.
+
+A peer listens with one ROUTER socket; every process connects to others with one DEALER socket each. Every link is
+CurveZMQ: a server proves its key to whoever connects, and learns the key of the client (ZAP, RFC 27). Messages are
+handed over as raw frames; what they mean is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, cast
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
+
+log = logging.getLogger(__name__)
+
+_ZAP_ENDPOINT = "inproc://zeromq.zap.01"
+_TICK_MS = 200
+_CLOSE_LINGER_MS = 500
+_RECEIVE_BURST = 64
+_QUEUED_MESSAGES = 1000
+_HEARTBEAT_MS = 5_000
+_HANDSHAKE_MS = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a peer listens, and the key that it must prove to have."""
+
+    address: str
+    """`tcp://host:port`"""
+    key: PublicKey
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """An incoming connection: the proven CURVE key of the other side and where answers go."""
+
+    routing_id: bytes
+    curve: bytes
+    """Raw CURVE public key, 32 bytes."""
+
+
+Destination = Endpoint | Connection
+
+
+class LinkState(Enum):
+    """State of an outgoing link."""
+
+    CONNECTING = "connecting"
+    UP = "up"
+    DOWN = "down"
+    """It was up and is lost, or nobody listens there; ZeroMQ keeps trying."""
+    REFUSED = "refused"
+    """The other side proved another key, or does not accept ours."""
+
+
+MessageHandler = Callable[[Destination, Sequence[Payload]], None]
+LinkHandler = Callable[[Endpoint, LinkState], None]
+
+_STATE_OF_EVENT = {
+    zmq.EVENT_HANDSHAKE_SUCCEEDED: LinkState.UP,
+    zmq.EVENT_DISCONNECTED: LinkState.DOWN,
+    zmq.EVENT_CLOSED: LinkState.DOWN,
+    zmq.EVENT_CONNECT_RETRIED: LinkState.DOWN,
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH: LinkState.REFUSED,
+    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: LinkState.REFUSED,
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: LinkState.REFUSED,
+}
+
+
+@dataclass(slots=True)
+class _Link:
+    endpoint: Endpoint
+    socket: zmq.Socket[bytes]
+    monitor: zmq.Socket[bytes]
+    state: LinkState = LinkState.CONNECTING
+
+
+@dataclass(slots=True)
+class _Outbox:
+    """Messages from other threads; one byte on `wake` per batch makes the owner look."""
+
+    items: deque[tuple[Destination, Sequence[Payload] | None]] = field(
+        default_factory=deque[tuple[Destination, Sequence[Payload] | None]]
+    )
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    awake: bool = False
+
+
+class Transport:
+    """Sends and receives frames on CurveZMQ links.
+
+    Handlers run in the transport's own thread and must return quickly. `send`, `connect`, `disconnect` and `close`
+    may be called from any thread.
+
+    Args:
+        identity: the key pair of this process.
+        on_message: called with the source and the frames of every message.
+        on_link: called when the state of an outgoing link changes.
+        on_tick: called about five times per second.
+        authorized: whose connections are accepted; None accepts any key.
+        listen: `tcp://host:port` to bind (port 0: any free one); None for a process that only connects.
+
+    Raises:
+        AddressInUse: something else listens on `listen`.
+        SplitnetError: `listen` is not an address of this machine.
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        *,
+        on_message: MessageHandler,
+        on_link: LinkHandler | None = None,
+        on_tick: Callable[[], None] | None = None,
+        authorized: AuthorizedKeys | None = None,
+        listen: str | None = None,
+    ) -> None:
+        self._identity = identity
+        self._on_message = on_message
+        self._on_link = on_link
+        self._on_tick = on_tick
+        self._authorized = authorized
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._links: dict[Endpoint, _Link] = {}
+        self._outbox = _Outbox()
+        self._wake_send, self._wake_receive = socket.socketpair()
+        self._wake_receive.setblocking(False)
+        self._closing = False
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_receive.fileno(), zmq.POLLIN)
+        self._zap: zmq.Socket[bytes] | None = None
+        self._router: zmq.Socket[bytes] | None = None
+        self.port = 0
+        if listen is not None:
+            try:
+                self._listen(listen)
+            except BaseException:
+                self._release()
+                raise
+        self._thread = threading.Thread(target=self._run, name="splitnet-transport", daemon=True)
+
+    def start(self) -> None:
+        """Begins to serve; handlers may be called from now on."""
+        self._thread.start()
+
+    def send(self, destination: Destination, frames: Sequence[Payload]) -> None:
+        """Queues frames; delivery is not guaranteed. An endpoint that is not connected yet is connected."""
+        self._post(destination, frames)
+
+    def connect(self, endpoint: Endpoint) -> None:
+        """Opens a link; its state arrives at `on_link`. Does nothing for a link that is open."""
+        self._post(endpoint, ())
+
+    def disconnect(self, endpoint: Endpoint) -> None:
+        """Closes a link and forgets it."""
+        self._post(endpoint, None)
+
+    def state(self, endpoint: Endpoint) -> LinkState:
+        """State of the link to `endpoint`; `CONNECTING` for one that was never opened."""
+        link = self._links.get(endpoint)
+        return link.state if link else LinkState.CONNECTING
+
+    def close(self) -> None:
+        """Sends what is queued (for at most half a second), closes every socket and ends the thread."""
+        if self._closing:
+            return
+        self._closing = True
+        if self._thread.ident is None:
+            self._release()
+            return
+        self._wake_send.send(b"\0")
+        self._thread.join()
+
+    def _post(self, destination: Destination, frames: Sequence[Payload] | None) -> None:
+        outbox = self._outbox
+        with outbox.lock:
+            if self._closing:
+                return
+            outbox.items.append((destination, frames))
+            wake, outbox.awake = not outbox.awake, True
+        if wake and threading.get_ident() != self._thread.ident:
+            self._wake_send.send(b"\0")
+
+    def _listen(self, address: str) -> None:
+        self._zap = self._context.socket(zmq.REP)
+        self._zap.bind(_ZAP_ENDPOINT)
+        self._poller.register(self._zap, zmq.POLLIN)
+        self._router = self._context.socket(zmq.ROUTER)
+        self._secure(self._router)
+        self._router.curve_server = True
+        self._router.zap_domain = b"splitnet"
+        self._router.router_mandatory = True
+        try:
+            self._router.bind(address)
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EADDRINUSE:
+                raise AddressInUse(f"{address} is taken: choose another with --listen, or port 0 for any") from None
+            raise SplitnetError(f"cannot listen on {address}: {error}. Use --listen tcp://HOST:PORT") from None
+        self.port = int(self._router.last_endpoint.rpartition(b":")[2].rstrip(b"\0"))
+        self._poller.register(self._router, zmq.POLLIN)
+
+    def _secure(self, handle: zmq.Socket[bytes]) -> None:
+        handle.curve_publickey = self._identity.curve_public
+        handle.curve_secretkey = self._identity.curve_secret
+        handle.linger = _CLOSE_LINGER_MS
+        handle.maxmsgsize = MAX_PAYLOAD_BYTES
+        handle.sndhwm = handle.rcvhwm = _QUEUED_MESSAGES
+        handle.heartbeat_ivl = _HEARTBEAT_MS
+        handle.heartbeat_timeout = 2 * _HEARTBEAT_MS
+        handle.handshake_ivl = _HANDSHAKE_MS
+        handle.ipv6 = True
+
+    def _link(self, endpoint: Endpoint) -> _Link:
+        link = self._links.get(endpoint)
+        if link is None:
+            dealer = self._context.socket(zmq.DEALER)
+            self._secure(dealer)
+            dealer.curve_serverkey = endpoint.key.curve
+            dealer.reconnect_ivl_max = 5_000
+            monitor = dealer.get_monitor_socket(sum(_STATE_OF_EVENT))
+            dealer.connect(endpoint.address)
+            link = self._links[endpoint] = _Link(endpoint, dealer, monitor)
+            self._poller.register(dealer, zmq.POLLIN)
+            self._poller.register(monitor, zmq.POLLIN)
+        return link
+
+    def _unlink(self, endpoint: Endpoint) -> None:
+        link = self._links.pop(endpoint, None)
+        if link is not None:
+            self._poller.unregister(link.socket)
+            self._poller.unregister(link.monitor)
+            link.socket.disable_monitor()
+            link.monitor.close(0)
+            link.socket.close()
+
+    def _run(self) -> None:
+        wake = self._wake_receive.fileno()
+        try:
+            while not self._closing:
+                ready = dict(self._poller.poll(_TICK_MS))
+                if wake in ready:
+                    self._drain_wakes()
+                self._flush()
+                if self._zap is not None and self._zap in ready:
+                    self._answer_zap()
+                if self._router is not None and self._router in ready:
+                    self._receive(self._router, None)
+                for link in list(self._links.values()):
+                    if link.socket in ready:
+                        self._receive(link.socket, link.endpoint)
+                    if link.monitor in ready:
+                        self._follow(link)
+                self._flush()
+                if self._on_tick is not None:
+                    self._guard(self._on_tick)
+            self._flush()
+        finally:
+            self._release()
+
+    def _drain_wakes(self) -> None:
+        try:
+            while len(self._wake_receive.recv(4096)) == 4096:
+                pass
+        except BlockingIOError:
+            pass
+
+    def _flush(self) -> None:
+        outbox = self._outbox
+        while True:
+            with outbox.lock:
+                if not outbox.items:
+                    outbox.awake = False
+                    return
+                items = list(outbox.items)
+                outbox.items.clear()
+            for destination, frames in items:
+                self._dispatch(destination, frames)
+
+    def _dispatch(self, destination: Destination, frames: Sequence[Payload] | None) -> None:
+        try:
+            if isinstance(destination, Endpoint):
+                if frames is None:
+                    self._unlink(destination)
+                elif frames:
+                    self._link(destination).socket.send_multipart(frames, zmq.NOBLOCK)
+                else:
+                    self._link(destination)
+            elif self._router is not None and frames:
+                self._router.send_multipart([destination.routing_id, *frames], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            # The other side is gone or too slow to drain its queue; sessions find out by their deadlines.
+            log.debug("message dropped: %s", error)
+
+    def _receive(self, handle: zmq.Socket[bytes], endpoint: Endpoint | None) -> None:
+        for _ in range(_RECEIVE_BURST):
+            try:
+                received = cast("list[zmq.Frame]", handle.recv_multipart(zmq.NOBLOCK, copy=False))
+            except zmq.Again:
+                return
+            source: Destination
+            if endpoint is None:
+                source = Connection(received[0].bytes, _proven_key(received[-1]))
+                received = received[1:]
+            else:
+                source = endpoint
+            frames: list[Payload] = [frame.bytes if len(frame) < 4096 else frame.buffer for frame in received]
+            self._guard(self._on_message, source, frames)
+
+    def _follow(self, link: _Link) -> None:
+        while True:
+            try:
+                event = parse_monitor_message(link.monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            except zmq.Again:
+                return
+            state = _STATE_OF_EVENT.get(event, link.state)
+            # A refused handshake also ends in a disconnection: keep the cause until the link is up.
+            if state is LinkState.DOWN and link.state is LinkState.REFUSED:
+                continue
+            if state is not link.state:
+                link.state = state
+                if self._on_link is not None:
+                    self._guard(self._on_link, link.endpoint, state)
+
+    def _answer_zap(self) -> None:
+        assert self._zap is not None
+        request = self._zap.recv_multipart()
+        version, request_id = request[0], request[1] if len(request) > 1 else b""
+        curve = request[6] if len(request) == 7 and request[5] == b"CURVE" else b""
+        if len(curve) == 32 and (self._authorized is None or self._authorized.allows(curve)):
+            reply = [version, request_id, b"200", b"OK", curve.hex().encode(), b""]
+        else:
+            log.info("connection refused: key %s is not authorised", curve.hex())
+            reply = [version, request_id, b"400", b"not authorised", b"", b""]
+        self._zap.send_multipart(reply)
+
+    def _guard(self, handler: Callable[..., None], *arguments: Any) -> None:
+        """A handler's error must not end the thread that everything depends on."""
+        try:
+            handler(*arguments)
+        except Exception:
+            log.exception("error in a transport handler")
+
+    def _release(self) -> None:
+        for endpoint in list(self._links):
+            self._unlink(endpoint)
+        for handle in (self._router, self._zap):
+            if handle is not None:
+                handle.close()
+        self._context.term()
+        self._wake_send.close()
+        self._wake_receive.close()
+
+
+def _proven_key(frame: zmq.Frame) -> bytes:
+    """The CURVE key that the ZAP handler vouched for."""
+    return bytes.fromhex(cast(str, frame.get("User-Id")))

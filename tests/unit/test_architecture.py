@@ -1,0 +1,177 @@
+"""The rules that keep the project readable: one-way imports, no circles, no pickle, documents that name what exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("scheduler", "splitnet", "peers")
+MAY_IMPORT_PEERS = "splitnet.cli.peer"
+UNSAFE_SERIALIZERS = {"_pickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+
+
+def source_files(*folders: str) -> list[Path]:
+    return sorted(file for folder in folders for file in (ROOT / folder).rglob("*.py"))
+
+
+def module_name(file: Path) -> str:
+    parts = file.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(file): file for file in source_files(*PACKAGES)}
+
+
+@cache
+def parse(file: Path) -> ast.Module:
+    return ast.parse(file.read_text(), str(file))
+
+
+def targets(node: ast.Import | ast.ImportFrom, importer: str) -> Iterator[str]:
+    """The modules that one import statement names, e.g. `a.b` for `from a import b` if b is a module."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+        return
+    base = node.module or ""
+    if node.level:
+        package = importer.split(".") if MODULES[importer].name == "__init__.py" else importer.split(".")[:-1]
+        base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+    for alias in node.names:
+        submodule = f"{base}.{alias.name}"
+        yield submodule if submodule in MODULES else base
+
+
+def imports(module: str, *, when_used: bool) -> set[str]:
+    """What a module imports when it is imported itself, or also when its functions and annotations are used."""
+    found: set[str] = set()
+    pending: list[ast.AST] = [parse(MODULES[module])]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.update(targets(node, module))
+        elif when_used:
+            pending.extend(ast.iter_child_nodes(node))
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending.extend(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            pending.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def importers_of(packages: set[str], within: str) -> set[str]:
+    """Modules of the package `within` that import one of `packages` anywhere, functions included."""
+    return {
+        module
+        for module in MODULES
+        if module.split(".")[0] == within
+        and any(name.split(".")[0] in packages for name in imports(module, when_used=True))
+    }
+
+
+def test_every_package_is_found() -> None:
+    assert {module.split(".")[0] for module in MODULES} == set(PACKAGES)
+
+
+def test_the_scheduler_stands_alone() -> None:
+    allowed = sys.stdlib_module_names | {"numpy", "scheduler"}
+    foreign = {
+        (module, name)
+        for module in MODULES
+        if module.split(".")[0] == "scheduler"
+        for name in imports(module, when_used=True)
+        if name.split(".")[0] not in allowed
+    }
+    assert not foreign
+
+
+def test_only_the_entry_point_imports_the_peers() -> None:
+    assert importers_of({"peers"}, within="splitnet") == {MAY_IMPORT_PEERS}
+
+
+def test_modules_do_not_import_each_other_in_circles() -> None:
+    graph = {module: imports(module, when_used=False) & MODULES.keys() - {module} for module in MODULES}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"import circle: {' <- '.join(error.args[1])}", pytrace=False)
+
+
+def test_nothing_is_pickled() -> None:
+    offenders: list[str] = []
+    for file in source_files(*PACKAGES, "benchmarks", "examples"):
+        for node in ast.walk(parse(file)):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save"):
+                names = ["pickle"]  # What both use underneath.
+            if UNSAFE_SERIALIZERS & {name.split(".")[0] for name in names}:
+                offenders.append(f"{file.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}")
+    assert not offenders
+
+
+def defines(body: list[ast.stmt], path: list[str]) -> bool:
+    """Whether statements define the name `path`, e.g. ["Session", "step"]."""
+    for node in body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and node.name == path[0]:
+            if len(path) == 1 or (isinstance(node, ast.ClassDef) and defines(node.body, path[1:])):
+                return True
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and len(path) == 1:
+            assigned = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if path[0] in {name.id for name in assigned if isinstance(name, ast.Name)}:
+                return True
+        elif isinstance(node, ast.If) and defines([*node.body, *node.orelse], path):
+            return True
+    return False
+
+
+def wrong_mentions(text: str) -> tuple[int, list[str]]:
+    """How many `path/file.py` or `path/file.py:Name.part` a text holds, and those that do not exist."""
+    mentions = re.findall(r"(?<![\w/.-])([\w./-]+\.py)(?::([A-Za-z_][\w.]*\w))?(?!\w)", text)
+    wrong: list[str] = []
+    for path, name in mentions:
+        file = ROOT / path
+        if "/" not in path and not file.is_file():
+            namesakes = [candidate for candidate in source_files(*PACKAGES, "tests") if candidate.name == path]
+            file = namesakes[0] if len(namesakes) == 1 else file
+        if not file.is_file() or (name and not defines(parse(file).body, name.split("."))):
+            wrong.append(f"{path}:{name}" if name else path)
+    return len(mentions), wrong
+
+
+def test_mentions_of_what_is_absent_are_found() -> None:
+    here = "tests/unit/test_architecture.py"
+    text = f"`{here}:defines`, `{here}:nothing`, {here}:defines. scheduler/absent.py, `test_architecture.py:ROOT`"
+    assert wrong_mentions(text) == (5, [f"{here}:nothing", "scheduler/absent.py"])
+
+
+def test_architecture_names_what_exists() -> None:
+    mentioned, wrong = wrong_mentions((ROOT / "ARCHITECTURE.md").read_text())
+    assert mentioned > 0
+    assert not wrong
+
+
+def test_protocol_document_has_the_version_of_the_code() -> None:
+    from splitnet.net.messages import PROTOCOL_VERSION
+
+    text = (ROOT / "docs" / "protocol.md").read_text()
+    assert re.findall(r"^Protocol version: (\d+)$", text, re.MULTILINE) == [str(PROTOCOL_VERSION)]
+
+
+def test_help_does_not_wait_for_heavy_libraries() -> None:
+    heavy = {"torch", "transformers", "hivemind", "peers"}
+    program = f"import sys, splitnet.cli.main; print(sorted({heavy} & set(sys.modules)))"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.strip() == "[]"

@@ -1,0 +1,336 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+
+from splitnet.errors import AddressInUse, DirectoryError
+from splitnet.net import directory as directory_module
+from splitnet.net.dht_node import import_hivemind
+from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
+from splitnet.net.records import MAX_CLOCK_SKEW_S, MODELS_KEY, PeerRecord, RecordValidator, peers_key
+
+LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
+CHILD_EXIT_TIMEOUT_S = 20
+
+
+def record_of(identity: Identity, **changes: Any) -> PeerRecord:
+    """A valid record of a peer, of a model that no other record names."""
+    facts: dict[str, Any] = {
+        "key": identity.public,
+        "model": os.urandom(16).hex(),
+        "model_name": "tiny",
+        "address": "tcp://127.0.0.1:31330",
+        "start": 0,
+        "end": 4,
+        "num_blocks": 8,
+        "protocol": 1,
+        "codecs": ("none",),
+        "device": "cpu",
+        "dtype": "float32",
+        "decode_ms_per_block": 1.0,
+        "prefill_ms_per_block_token": 0.5,
+        "kv_free_positions": 1000,
+        "queue_ms": 0.0,
+        "sessions": 0,
+        "version": "0.1.0",
+        "issued_at": time.time(),
+    }
+    return PeerRecord(**{**facts, **changes})
+
+
+@pytest.fixture(scope="module")
+def bootstrap() -> Iterator[Directory]:
+    with Directory.start(listen=LOOPBACK) as directory:
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def member(bootstrap: Directory) -> Iterator[Directory]:
+    with Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as directory:
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def client(bootstrap: Directory, member: Directory) -> Iterator[Directory]:
+    with Directory.start(initial_peers=bootstrap.addresses + member.addresses) as directory:
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def attacker(bootstrap: Directory) -> Iterator[Directory]:
+    """A full node that checks nothing of what it stores and returns."""
+    with Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as directory:
+        directory._node.protocol.record_validator = None
+        yield directory
+
+
+def store_raw(directory: Directory, key: str, value: object, expires_at: float, subkey: object) -> None:
+    directory._request(lambda node: node.store(key, value, expires_at, subkey=subkey))
+
+
+def test_client_finds_what_peers_announce(bootstrap: Directory, member: Directory, client: Directory) -> None:
+    anna, bert = Identity.generate(), Identity.generate()
+    first = record_of(anna)
+    second = record_of(bert, model=first.model, start=4, end=8)
+    assert bootstrap.announce(first, anna) and member.announce(second, bert)
+    for directory in (bootstrap, member, client):
+        assert sorted(directory.peers(first.model), key=lambda record: record.start) == [first, second]
+    assert client.models()[first.model] == "tiny"
+    assert client.peers("00" * 16) == []
+    assert client.addresses == []
+
+
+def test_newest_record_of_a_peer_wins(member: Directory, client: Directory) -> None:
+    anna = Identity.generate()
+    old = record_of(anna)
+    new = dataclasses.replace(old, queue_ms=5.0, issued_at=old.issued_at + 1)
+    assert member.announce(new, anna)
+    assert not member.announce(old, anna)
+    assert client.peers(old.model) == [new]
+
+
+def test_withdrawn_peer_is_gone_at_once_and_may_come_back(member: Directory, client: Directory) -> None:
+    anna = Identity.generate()
+    record = record_of(anna)
+    assert member.announce(record, anna)
+    assert member.withdraw(record, anna)
+    assert client.peers(record.model) == []
+    assert not member.announce(record, anna)
+    again = dataclasses.replace(record, issued_at=record.issued_at + 10)
+    assert member.announce(again, anna)
+    assert client.peers(record.model) == [again]
+
+
+def test_expired_records_are_dropped(member: Directory, client: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    anna = Identity.generate()
+    record = record_of(anna)
+    assert member.announce(record, anna)
+    monkeypatch.setattr(directory_module, "time", SimpleNamespace(time=lambda: record.expires_at + 0.1))
+    assert client.peers(record.model) == []
+    assert record.model not in client.models()
+
+
+def test_a_forged_record_neither_counts_nor_hides_the_peer(
+    member: Directory, client: Directory, attacker: Directory
+) -> None:
+    anna, mallory = Identity.generate(), Identity.generate()
+    record = record_of(anna)
+    assert member.announce(record, anna)
+    key, late = peers_key(record.model), time.time() + 3000
+    own = record_of(mallory, model=record.model, address="tcp://192.0.2.66:1")
+    genuine = record.pack(anna)
+    forged = bytearray(genuine)
+    forged[-1] ^= 1
+    values: list[object] = [
+        own.pack(mallory),
+        bytes(forged),
+        genuine,
+        b"",
+        b"x" * 5000,
+        "text",
+        None,
+        [1, 2],
+        {"a": b"b"},
+    ]
+    for value in values:
+        store_raw(attacker, key, value, late, record.key.text)
+        store_raw(attacker, key, value, late, None)
+    store_raw(attacker, key, own.pack(mallory), own.expires_at, 7)
+    store_raw(attacker, MODELS_KEY, own.pack(mallory), own.expires_at, "ff" * 16)
+    store_raw(attacker, MODELS_KEY, b"garbage", late, record.model)
+    assert client.peers(record.model) == [record]
+    assert client.models()[record.model] == "tiny"
+    assert "ff" * 16 not in client.models()
+
+
+def test_lookups_drop_forgeries_even_without_the_validator(attacker: Directory) -> None:
+    anna, mallory = Identity.generate(), Identity.generate()
+    record = record_of(anna)
+    own = record_of(mallory, model=record.model)
+    elsewhere = record_of(anna)
+    assert attacker.announce(record, anna)
+    for subkey, value in enumerate([own.pack(mallory), elsewhere.pack(anna), b"garbage", "text", [], 5]):
+        store_raw(attacker, peers_key(record.model), value, time.time() + 3000, str(subkey))
+    assert attacker.peers(record.model) == [record]
+
+
+def test_a_lookup_reads_a_bounded_number_of_records(attacker: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    identities = [Identity.generate() for _ in range(4)]
+    model = os.urandom(16).hex()
+    for identity in identities:
+        assert attacker.announce(record_of(identity, model=model), identity)
+    monkeypatch.setattr(directory_module, "MAX_RECORDS", 3)
+    assert {record.key for record in attacker.peers(model)} == {identity.public for identity in identities[:3]}
+
+
+def _dht_record(record: PeerRecord, identity: Identity, **changes: Any) -> Any:
+    packed = record.pack(identity)
+    fields: dict[str, Any] = {
+        "key": peers_key(record.model).encode(),
+        "subkey": b"\xd9" + bytes([len(record.key.text)]) + record.key.text.encode(),
+        "value": b"\xc5" + len(packed).to_bytes(2, "big") + packed,
+        "expiration_time": record.expires_at,
+    }
+    return SimpleNamespace(**{**fields, **changes})
+
+
+def test_validator_ties_a_record_to_its_place_and_expiration() -> None:
+    anna = Identity.generate()
+    record = record_of(anna)
+    validator = RecordValidator(str.encode, clock=lambda: record.issued_at)
+    assert validator.validate(_dht_record(record, anna))
+    for changes in (
+        {"key": peers_key("00" * 16).encode()},
+        {"key": MODELS_KEY.encode()},
+        {"subkey": b""},
+        {"subkey": b"\xa0"},
+        {"subkey": b"\xc1"},
+        {"value": b""},
+        {"value": record.pack(anna)},
+        {"expiration_time": record.expires_at + 1},
+        {"expiration_time": float("inf")},
+        {"expiration_time": float("nan")},
+    ):
+        assert not validator.validate(_dht_record(record, anna, **changes))
+    models_subkey = b"\xd9" + bytes([len(record.model)]) + record.model.encode()
+    in_models = {"key": MODELS_KEY.encode(), "subkey": models_subkey}
+    assert validator.validate(_dht_record(record, anna, **in_models))
+    assert not validator.validate(_dht_record(record.farewell(), anna, **in_models))
+
+
+def test_validator_refuses_records_from_the_future() -> None:
+    anna = Identity.generate()
+    record = record_of(anna)
+    for skew_s, accepted in ((MAX_CLOCK_SKEW_S - 1, True), (MAX_CLOCK_SKEW_S + 1, False)):
+        validator = RecordValidator(str.encode, clock=lambda skew_s=skew_s: record.issued_at - skew_s)
+        assert validator.validate(_dht_record(record, anna)) is accepted
+
+
+def test_repeating_an_older_value_does_not_shorten_the_life_of_the_newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import_hivemind()
+    from hivemind.dht.storage import DictionaryDHTValue
+    from hivemind.utils import timed_storage
+
+    now = 1000.0
+    monkeypatch.setattr(timed_storage, "get_dht_time", lambda: now)
+    values: Any = DictionaryDHTValue()
+    assert values.store("peer", b"new", 1060.0)
+    assert not values.store("peer", b"old", 1010.0)
+    now = 1020.0
+    assert values.get("peer").value == b"new"
+
+
+def test_one_living_initial_peer_is_enough(bootstrap: Directory, member: Directory) -> None:
+    gone = Directory.start(listen=LOOPBACK)
+    addresses = gone.addresses
+    gone.close()
+    with Directory.start(initial_peers=addresses + bootstrap.addresses) as directory:
+        assert directory.peers("00" * 16) == []
+
+
+def test_a_client_that_lost_every_node_joins_again(member: Directory, client: Directory) -> None:
+    anna = Identity.generate()
+    record = record_of(anna)
+    assert member.announce(record, anna)
+    routing_table = client._node.protocol.routing_table
+    for node_id in list(routing_table.uid_to_peer_id):
+        del routing_table[node_id]
+    assert client.peers(record.model) == [record]
+
+
+def test_a_client_whose_swarm_is_gone_says_so() -> None:
+    swarm = Directory.start(listen=LOOPBACK)
+    with Directory.start(initial_peers=swarm.addresses) as client:
+        assert client.models() == {}
+        swarm.close()
+        with pytest.raises(DirectoryError, match="No node of the DHT answers"):
+            client.models()
+
+
+def test_closed_peer_is_reported(bootstrap: Directory) -> None:
+    gone = Directory.start(listen=LOOPBACK)
+    addresses = gone.addresses
+    gone.close()
+    with pytest.raises(DirectoryError, match="No peer answers at /ip4/127"):
+        Directory.start(initial_peers=addresses)
+
+
+def test_a_silent_initial_peer_costs_bounded_time(bootstrap: Directory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_module, "START_TIMEOUT_S", 1.0)
+    peer_id = bootstrap.addresses[0].rpartition("/")[2]
+    children = set(psutil.Process().children())
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"/ip4/127.0.0.1/tcp/{silent.getsockname()[1]}/p2p/{peer_id}"
+        begin = time.monotonic()
+        with pytest.raises(DirectoryError, match="No peer answers"):
+            Directory.start(initial_peers=[address])
+        assert time.monotonic() - begin < 6.0
+    assert set(psutil.Process().children()) <= children
+
+
+@pytest.mark.parametrize("address", ["tcp://127.0.0.1:31330", "/ip4/127.0.0.1/tcp/31330", "", "/p2p/"])
+def test_a_wrong_address_to_join_is_explained(address: str) -> None:
+    with pytest.raises(DirectoryError):
+        Directory.start(initial_peers=[address])
+
+
+def test_a_taken_port_is_reported(bootstrap: Directory) -> None:
+    taken = bootstrap.addresses[0].rpartition("/p2p/")[0]
+    with pytest.raises(AddressInUse, match=taken):
+        Directory.start(listen=[taken])
+
+
+@pytest.mark.parametrize(
+    "address", ["nonsense", "/ip4/127.0.0.1/tcp/x", "/ip4/127.0.0.1/tcp/70000", "/ip4/300.1.1.1/tcp/0"]
+)
+def test_a_wrong_address_to_listen_on_is_explained(address: str) -> None:
+    with pytest.raises(DirectoryError, match="listen on"):
+        Directory.start(listen=[address])
+
+
+def test_identity_file_keeps_the_address(tmp_path: Path) -> None:
+    peer_ids: set[str] = set()
+    for _ in range(2):
+        with Directory.start(listen=LOOPBACK, identity_path=tmp_path / "libp2p") as directory:
+            peer_ids.add(directory.addresses[0].rpartition("/")[2])
+    assert len(peer_ids) == 1
+
+
+def test_close_leaves_no_thread_and_no_child(bootstrap: Directory) -> None:
+    children = set(psutil.Process().children())
+    directory = Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK)
+    (child,) = set(psutil.Process().children()) - children
+    assert os.getpgid(child.pid) != os.getpgid(0), "Ctrl-C in the terminal must not reach p2pd"
+    directory.close()
+    directory.close()
+    assert not directory._thread.is_alive()
+    assert not child.is_running()
+    with pytest.raises(DirectoryError, match="closed"):
+        directory.peers("00" * 16)
+
+
+def test_a_killed_process_leaves_no_child() -> None:
+    code = (
+        "import psutil, sys; from splitnet.net.directory import Directory; "
+        f"Directory.start(listen={LOOPBACK!r}); "
+        "print(psutil.Process().children()[0].pid, flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path.cwd()
+    ) as process:
+        assert process.stdout is not None
+        child = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+        child.wait(CHILD_EXIT_TIMEOUT_S)

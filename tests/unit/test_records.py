@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitnet.errors import NotAuthorized, ProtocolError, ProtocolVersionError
+from splitnet.net.identity import Identity
+from splitnet.net.records import MAX_RECORD_BYTES, MAX_TTL_S, RECORD_LAYOUT, PeerRecord
+
+IDENTITY = Identity.generate()
+STRANGER = Identity.generate()
+RECORD = PeerRecord(
+    key=IDENTITY.public,
+    model="0123456789abcdef",
+    model_name="SmolLM2-135M-Instruct",
+    address="tcp://192.0.2.7:31330",
+    start=3,
+    end=17,
+    num_blocks=30,
+    protocol=1,
+    codecs=("none", "int8-rotated"),
+    device="cuda:0",
+    dtype="bfloat16",
+    decode_ms_per_block=0.5,
+    prefill_ms_per_block_token=0.125,
+    kv_free_positions=8192,
+    queue_ms=0.0,
+    sessions=2,
+    version="0.1.0",
+    issued_at=1_750_000_000.25,
+)
+PACKED = RECORD.pack(IDENTITY)
+PAYLOAD: list[Any] = msgpack.unpackb(msgpack.unpackb(PACKED)[0])
+
+words = st.text(alphabet="abcdefghijklmnopqrstuvwxyz0123456789-", min_size=1, max_size=30).filter(
+    lambda word: not word.startswith("-")
+)
+milliseconds = st.floats(min_value=0, max_value=1e9)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> PeerRecord:
+    num_blocks = draw(st.integers(1, 200))
+    end = draw(st.integers(0, num_blocks))
+    host = draw(st.sampled_from(["192.0.2.7", "[2001:db8::1]", "peer.example.org", "localhost"]))
+    return PeerRecord(
+        key=IDENTITY.public,
+        model=draw(st.text(alphabet="0123456789abcdef", min_size=8, max_size=64)),
+        model_name=draw(st.text(min_size=1, max_size=200).filter(str.isprintable)),
+        address=f"tcp://{host}:{draw(st.integers(1, 65535))}",
+        start=draw(st.integers(0, end)),
+        end=end,
+        num_blocks=num_blocks,
+        protocol=draw(st.integers(0, 100)),
+        codecs=tuple(draw(st.lists(words, max_size=8))),
+        device=draw(words),
+        dtype=draw(words),
+        decode_ms_per_block=draw(milliseconds),
+        prefill_ms_per_block_token=draw(milliseconds),
+        kv_free_positions=draw(st.integers(0, 1 << 48)),
+        queue_ms=draw(milliseconds),
+        sessions=draw(st.integers(0, 1 << 20)),
+        version=draw(words),
+        issued_at=draw(st.floats(min_value=0, max_value=1e11)),
+        ttl_s=draw(st.floats(min_value=0, max_value=MAX_TTL_S, exclude_min=True)),
+    )
+
+
+def pack(value: object) -> bytes:
+    data = msgpack.packb(value)
+    assert data is not None
+    return data
+
+
+def sign(payload: object, identity: Identity = IDENTITY, prefix: bytes = b"splitnet peer record\0") -> bytes:
+    packed = pack(payload)
+    return pack([packed, identity.sign(prefix + packed)])
+
+
+@given(records())
+def test_round_trip(record: PeerRecord) -> None:
+    data = record.pack(IDENTITY)
+    assert len(data) <= MAX_RECORD_BYTES
+    assert PeerRecord.unpack(data) == record
+
+
+@given(position=st.integers(0, len(PACKED) - 1), change=st.integers(1, 255))
+def test_any_changed_byte_is_refused(position: int, change: int) -> None:
+    data = bytearray(PACKED)
+    data[position] ^= change
+    with pytest.raises((ProtocolError, NotAuthorized)):
+        PeerRecord.unpack(bytes(data))
+
+
+@given(st.integers(0, len(PACKED) - 1))
+def test_a_cut_or_padded_record_is_refused(length: int) -> None:
+    with pytest.raises(ProtocolError):
+        PeerRecord.unpack(PACKED[:length])
+    with pytest.raises(ProtocolError):
+        PeerRecord.unpack(PACKED + bytes(length + 1))
+
+
+@given(st.binary(max_size=300))
+def test_random_bytes_raise_only_protocol_error(data: bytes) -> None:
+    with pytest.raises(ProtocolError):
+        PeerRecord.unpack(data)
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(), children, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(index=st.integers(0, len(PAYLOAD) - 1), value=json_like)
+def test_a_signed_field_of_any_other_value_is_valid_or_refused(index: int, value: Any) -> None:
+    payload = [*PAYLOAD]
+    payload[index] = value
+    data = sign(payload)
+    try:
+        record = PeerRecord.unpack(data)
+    except (ProtocolError, NotAuthorized):
+        return
+    assert PeerRecord.unpack(record.pack(IDENTITY)) == record
+
+
+@given(json_like)
+def test_a_signed_payload_of_any_shape_is_refused(payload: Any) -> None:
+    with pytest.raises((ProtocolError, NotAuthorized)):
+        PeerRecord.unpack(sign(payload))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", "XYZ"),
+        ("model", "0123"),
+        ("model_name", ""),
+        ("model_name", "a\x1b[2Jb"),
+        ("address", "tcp://*:31330"),
+        ("address", "tcp://0.0.0.0:31330"),
+        ("address", "tcp://[::]:31330"),
+        ("address", "tcp://192.0.2.7:0"),
+        ("address", "tcp://192.0.2.7:65536"),
+        ("address", "tcp://192.0.2:80"),
+        ("address", "tcp://[abc]:80"),
+        ("address", "tcp://eth0;192.0.2.7:80"),
+        ("address", "ipc:///tmp/socket"),
+        ("address", "tcp://host:80\n"),
+        ("start", -1),
+        ("start", 18),
+        ("end", 31),
+        ("end", True),
+        ("num_blocks", 0),
+        ("num_blocks", 1 << 20),
+        ("codecs", ("bad\ncodec",)),
+        ("codecs", ("none",) * 33),
+        ("device", ""),
+        ("dtype", "x" * 65),
+        ("decode_ms_per_block", float("nan")),
+        ("decode_ms_per_block", -1.0),
+        ("prefill_ms_per_block_token", float("inf")),
+        ("queue_ms", 1e12),
+        ("kv_free_positions", -1),
+        ("sessions", 1 << 60),
+        ("issued_at", float("inf")),
+        ("ttl_s", 0.0),
+        ("ttl_s", MAX_TTL_S + 1),
+    ],
+)
+def test_values_out_of_range_are_refused_on_both_sides(field: str, value: Any) -> None:
+    with pytest.raises(ProtocolError, match=field):
+        dataclasses.replace(RECORD, **{field: value})
+    index = 1 + [f.name for f in dataclasses.fields(PeerRecord)].index(field)
+    with pytest.raises(ProtocolError):
+        PeerRecord.unpack(sign([*PAYLOAD[:index], value, *PAYLOAD[index + 1 :]]))
+
+
+def test_a_record_of_another_key_is_refused() -> None:
+    with pytest.raises(NotAuthorized):
+        RECORD.pack(STRANGER)
+    with pytest.raises(NotAuthorized):
+        PeerRecord.unpack(sign(PAYLOAD, STRANGER))
+
+
+def test_a_signature_without_the_prefix_is_refused() -> None:
+    assert PeerRecord.unpack(sign(PAYLOAD)) == RECORD
+    with pytest.raises(NotAuthorized):
+        PeerRecord.unpack(sign(PAYLOAD, prefix=b""))
+
+
+def test_a_key_that_is_no_point_is_a_protocol_error() -> None:
+    with pytest.raises(ProtocolError, match="key"):
+        PeerRecord.unpack(sign([RECORD_LAYOUT, bytes(32), *PAYLOAD[2:]]))
+
+
+def test_fields_of_later_versions_are_ignored_and_other_layouts_refused() -> None:
+    assert PeerRecord.unpack(sign([*PAYLOAD, "later", 7])) == RECORD
+    with pytest.raises(ProtocolVersionError):
+        PeerRecord.unpack(sign([RECORD_LAYOUT + 1, *PAYLOAD[1:]]))
+
+
+def test_an_oversized_record_is_refused() -> None:
+    with pytest.raises(ProtocolError, match=str(MAX_RECORD_BYTES)):
+        PeerRecord.unpack(sign([*PAYLOAD, "x" * MAX_RECORD_BYTES]))
+
+
+@pytest.mark.parametrize("now", [RECORD.issued_at - 500, RECORD.issued_at, RECORD.issued_at + 10])
+@pytest.mark.parametrize("ttl_s", [1.0, 60.0, MAX_TTL_S])
+def test_a_farewell_outlives_the_record_it_ends(now: float, ttl_s: float) -> None:
+    record = dataclasses.replace(RECORD, ttl_s=ttl_s)
+    farewell = record.farewell(now)
+    assert farewell.has_left and not record.has_left
+    assert farewell.expires_at > record.expires_at
+    assert PeerRecord.unpack(farewell.pack(IDENTITY)) == farewell
