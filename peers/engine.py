@@ -129,7 +129,7 @@ class Engine:
                 row = work.session.rows.get(part.row)
                 if row is None:
                     row = work.session.rows[part.row] = span.new_row()
-                parts.append(SpanPart(row, part.start, part.count))
+                parts.append(SpanPart(row, part.start, part.length))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         output = span.forward(hidden, parts)
         elapsed_ms = (time.perf_counter() - began) * 1000
@@ -177,12 +177,12 @@ class Engine:
 def _kept_rows(work: Work, output: torch.Tensor) -> torch.Tensor:
     """The positions of `output` that the client asked to have back."""
     parts = work.step.parts
-    if all(part.keep == part.count for part in parts):
+    if all(part.keep == part.length for part in parts):
         return output
     pieces: list[torch.Tensor] = []
     offset = 0
     for part in parts:
-        offset += part.count
+        offset += part.length
         if part.keep:
             pieces.append(output[offset - part.keep : offset])
     return torch.cat(pieces) if pieces else output[:0]

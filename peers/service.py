@@ -162,7 +162,7 @@ class Service:
                 row.crop(part.start)
         named = {part.row for part in step.parts}
         held = sum(row.length for row_id, row in session.rows.items() if row_id not in named)
-        held += sum(part.start + part.count for part in step.parts)
+        held += sum(part.start + part.length for part in step.parts)
         if held > session.budget:
             raise SessionTooLong(f"the step needs {held} positions, the session has reserved {session.budget}")
 
@@ -307,7 +307,9 @@ class Service:
         session = self.sessions.get(message.session)
         if session is None or source.curve not in (session.owner, session.previous):
             # The same answer for both, so that nobody learns which sessions exist.
-            self._fail(source, message.session, message.epoch, message.number, FailureCode.UNKNOWN_SESSION, "no session")
+            self._fail(
+                source, message.session, message.epoch, message.number, FailureCode.UNKNOWN_SESSION, "no session"
+            )
             return
         if message.epoch != session.epoch:
             return  # fenced: it comes from a route that is no more, or runs ahead of its Open and will be repeated
@@ -325,13 +327,13 @@ class Service:
         total = message.positions
         codec = codec_by_code(message.codec)
         expected = total * codec.bytes_per_position(self.served.hidden_size)
-        if not total or not all(part.count and part.keep <= part.count for part in message.parts):
+        if not total or not all(part.length and part.keep <= part.length for part in message.parts):
             raise ProtocolError("a part of the step is empty, or keeps more than it has")
         if len({part.row for part in message.parts}) != len(message.parts):
             raise ProtocolError("a step names a row twice")
         if len(message.payload) != expected:
             raise CodecError(f"{total} positions take {expected} bytes, got {len(message.payload)}")
-        longest = max(part.start + part.count for part in message.parts)
+        longest = max(part.start + part.length for part in message.parts)
         if self.served.max_positions is not None and longest > self.served.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.served.max_positions}")
         if total + sum(work.total for work in session.waiting) > session.budget:
@@ -347,7 +349,9 @@ class Service:
     def _replay(self, source: Connection, message: Replay, now: float) -> None:
         session = self.sessions.get(message.session)
         if session is None or session.owner != source.curve:
-            self._fail(source, message.session, message.epoch, message.number, FailureCode.UNKNOWN_SESSION, "no session")
+            self._fail(
+                source, message.session, message.epoch, message.number, FailureCode.UNKNOWN_SESSION, "no session"
+            )
             return
         if message.epoch != session.epoch or session.next is None:
             self._fail(source, session.id, message.epoch, message.number, FailureCode.STALE_EPOCH, "no such next hop")

@@ -105,7 +105,5 @@ class SessionTable:
 
     def _reserve(self, positions: int) -> None:
         if positions > self.free_positions:
-            raise PeerBusy(
-                f"no KV memory for {positions} positions: {self.free_positions} of {self.capacity} are free"
-            )
+            raise PeerBusy(f"no KV memory for {positions} positions: {self.free_positions} of {self.capacity} are free")
         self._reserved += positions

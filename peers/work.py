@@ -40,10 +40,10 @@ class Work:
         chosen: list[Part] = []
         skip, left = self.done, count
         for part in self.step.parts:
-            if skip >= part.count:
-                skip -= part.count
+            if skip >= part.length:
+                skip -= part.length
                 continue
-            taken = min(part.count - skip, left)
+            taken = min(part.length - skip, left)
             chosen.append(Part(part.row, part.start + skip, taken, 0))
             skip = 0
             left -= taken

@@ -1,0 +1,1 @@
+"""Pure planning: facts about a swarm in, decisions out. No sockets, no clock, no torch."""

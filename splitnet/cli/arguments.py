@@ -13,7 +13,8 @@ import typer
 from splitnet.errors import SplitnetError
 
 Model = Annotated[
-    str, typer.Argument(help="Hugging Face id or checkpoint folder; `demo` is SmolLM2-135M-Instruct.", show_default=False)
+    str,
+    typer.Argument(help="Hugging Face id or checkpoint folder; `demo` is SmolLM2-135M-Instruct.", show_default=False),
 ]
 Join = Annotated[
     list[str],

@@ -31,7 +31,9 @@ def chat(
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         start = [{"role": "system", "content": system}] if system else []
         messages = list(start)
-        typer.secho("/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer", dim=True, err=True)
+        typer.secho(
+            "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer", dim=True, err=True
+        )
         with client.model.session():
             while (line := _read_line()) is not None:
                 if line == "/reset":

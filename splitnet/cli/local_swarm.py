@@ -78,7 +78,9 @@ class LocalSwarm:
                 said = self._log_file(index).read_text(errors="replace").strip().splitlines()
                 raise SplitnetError(f"daemon {index + 1} ended: {said[-1] if said else 'it said nothing'}")
             if time.monotonic() > deadline:
-                raise SplitnetError(f"daemon {index + 1} did not start in {START_TIMEOUT_S:.0f} s: is the machine busy?")
+                raise SplitnetError(
+                    f"daemon {index + 1} did not start in {START_TIMEOUT_S:.0f} s: is the machine busy?"
+                )
             time.sleep(0.05)
         return file.read_text().strip()
 

@@ -17,7 +17,8 @@ from splitnet.cli.arguments import KeyFile, Model, parse_blocks, parse_bytes, re
 def peer(
     model: Model,
     blocks: Annotated[
-        str | None, typer.Option(metavar="START:END", help="Blocks to serve; chosen by what the swarm lacks if not given.")
+        str | None,
+        typer.Option(metavar="START:END", help="Blocks to serve; chosen by what the swarm lacks if not given."),
     ] = None,
     memory: Annotated[str | None, typer.Option(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
     kv_memory: Annotated[str | None, typer.Option(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,

@@ -96,18 +96,18 @@ class RemoteBlocks(nn.Module):
     def _exchange(
         session: Session, hidden: torch.Tensor, new_mask: torch.Tensor, parts: list[Part], forks: Any
     ) -> torch.Tensor:
-        if all(part.count == hidden.shape[1] for part in parts):
+        if all(part.length == hidden.shape[1] for part in parts):
             packed = hidden.reshape(-1, hidden.shape[-1])
         else:
             packed = hidden[new_mask.to(hidden.device)]
-            parts = [part for part in parts if part.count]
+            parts = [part for part in parts if part.length]
         returned = session.step(packed, parts, forks).to(hidden.device, hidden.dtype)
         if len(returned) == hidden.shape[0] * hidden.shape[1]:
             return returned.view(hidden.shape)
         output = torch.zeros_like(hidden)
         wanted = new_mask.clone()
         kept = {part.row: part.keep for part in parts}
-        if any(part.keep != part.count for part in parts):
+        if any(part.keep != part.length for part in parts):
             # Real positions counted from the right: the last `keep` of each row were returned.
             from_right = new_mask.flip(1).cumsum(1).flip(1)
             rows = [row for row in range(len(new_mask)) if bool(new_mask[row].any())]

@@ -204,7 +204,7 @@ class Session:
         numbers: list[int] = []
         offset = 0
         for chunk in self._chunks(parts):
-            positions = sum(part.count for part in chunk)
+            positions = sum(part.length for part in chunk)
             payload = self._first_codec.encode(hidden[offset : offset + positions])
             offset += positions
             numbers.append(self._send_step(tuple(chunk), tuple(forks) if forks is not None else None, payload))
@@ -264,9 +264,7 @@ class Session:
         self._epoch += 1
         self.hops = [Hop(planned, self._codec_after(route, index)) for index, planned in enumerate(route)]
         self._first_codec = self._client_codec(route[0])
-        self._log = SentLog(
-            self._first_codec.code, self._first_codec.bytes_per_position(self._swarm.facts.hidden_size)
-        )
+        self._log = SentLog(self._first_codec.code, self._first_codec.bytes_per_position(self._swarm.facts.hidden_size))
         answers = self._exchange_open([self._open_message(index) for index in range(len(route))])
         failed = {name: answer for name, answer in answers.items() if isinstance(answer, SplitnetError)}
         if not failed:
@@ -328,9 +326,7 @@ class Session:
                 break
             if source not in waiting:
                 continue
-            if isinstance(item, SplitnetError):
-                answers[waiting.pop(source)] = item
-            elif isinstance(item, Opened) and item.epoch == self._epoch:
+            if isinstance(item, SplitnetError) or (isinstance(item, Opened) and item.epoch == self._epoch):
                 answers[waiting.pop(source)] = item
             elif isinstance(item, Failure) and item.epoch == self._epoch:
                 answers[waiting.pop(source)] = _error_of(item, source)
@@ -401,15 +397,15 @@ class Session:
         limit = min(STEP_POSITIONS, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
         chunks: list[list[Part]] = [[]]
         room = limit
-        for row, start, count, keep in parts:
+        for row, start, length, keep in parts:
             begun = 0
-            while begun < count:
+            while begun < length:
                 if not room:
                     chunks.append([])
                     room = limit
-                taken = min(room, count - begun)
+                taken = min(room, length - begun)
                 # What is kept are the last `keep` positions of the whole part.
-                kept = max(0, min(taken, begun + taken - (count - keep)))
+                kept = max(0, min(taken, begun + taken - (length - keep)))
                 chunks[-1].append(Part(row, start + begun, taken, kept))
                 begun += taken
                 room -= taken

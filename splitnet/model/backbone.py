@@ -1,9 +1,15 @@
-"""A family's transformers backbone, cut: with some of its blocks and nothing else, or with all but its blocks."""
+"""A model of transformers, cut: some of its blocks and nothing else, or all but its blocks.
+
+The whole model is built on the meta device, which takes no memory, and cut before any weight is read. So whatever a
+family derives from the number of a block (experts in some blocks only, blocks without rotary embedding, scales) is as
+in the whole model.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,44 +18,162 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from transformers.utils import logging as transformers_logging
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model.attention import PACKED
-from splitnet.model.families import family_of
-
-_OWN_ROPE_PER_SEQUENCE = {"dynamic", "longrope"}
-"""Kinds of rotary embedding whose frequencies depend on the length of the sequence: not shared by a pack."""
+from splitnet.model.families import Family
 
 
-class CutBackbone:
-    """How to build blocks `[start, end)` of a model.
+class Zero(nn.Module):
+    """Stands for learned position embeddings in a span: the client has added them."""
 
-    Attributes:
-        container: name of the list of blocks within the backbone, such as `layers`.
-        windows: per block of the span its sliding window in positions or None; empty if the config has no such list.
-        packs: whether sequences can share one pass (the family's attention can be replaced); else row by row.
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        return self.zero
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("zero", torch.zeros((), dtype=dtype, device="cpu"), persistent=False)
+
+
+def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model without a head.
+
+    Raises:
+        UnsupportedModel: transformers has no causal language model of this family.
+    """
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UnsupportedModel(f"models of the family {config.model_type!r} are not causal language models")
+    return AutoModel._model_mapping[type(config)]
+
+
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model with its head; errors as `backbone_class`."""
+    backbone_class(config)
+    return AutoModelForCausalLM._model_mapping[type(config)]
+
+
+def find_container(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
+    """The name of the list of blocks within a model, such as `layers` or `model.decoder.layers`.
+
+    Raises:
+        UnsupportedModel: it has no such list.
+    """
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(config))
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
+            return name
+    raise UnsupportedModel(
+        f"models of the family {config.model_type!r} cannot be cut into spans: they have no list of "
+        f"{config.num_hidden_layers} blocks"
+    )
+
+
+def load_cut(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    cut: Callable[[PreTrainedModel], None],
+    tensors: Mapping[str, Any],
+    dtype: torch.dtype,
+    attention: str | None,
+) -> PreTrainedModel:
+    """Builds a model on the meta device, cuts it, and loads what is left of it.
+
+    Loading itself (conversion of names and layouts, merging of experts, types, buffers) is transformers' own.
+
+    Args:
+        cut: removes parts of the model in place.
+        tensors: state dict whose values may be read lazily, with the names of the cut model in the checkpoint.
+        attention: name of the attention function; None for the family's default.
+
+    Raises:
+        UnsupportedModel: the checkpoint lacks tensors of the cut model.
     """
 
-    def __init__(self, config: PreTrainedConfig, start: int, end: int) -> None:
-        self._family = family_of(config)
-        config = copy.deepcopy(config)
-        for key, value in self._family.neutral_config.items():
-            setattr(config, key, value)
-        self._config = config
-        self._start, self._end = start, end
-        self._class = backbone_class(config)
-        types = getattr(config, "layer_types", None) or ()
-        window = getattr(config, "sliding_window", None)
-        self.windows = tuple(window if kind == "sliding_attention" else None for kind in types[start:end])
-        self.packs = bool(self._class._supports_attention_backend) and not (
-            _rope_types(config) & _OWN_ROPE_PER_SEQUENCE
+    def build(model: PreTrainedModel, config: PreTrainedConfig) -> None:
+        model_class.__init__(model, config)
+        cut(model)
+
+    names = {"__init__": build, "__module__": model_class.__module__}
+    cut_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), names)
+    options = {} if attention is None else {"attn_implementation": attention}
+    with _no_progress_bars():
+        model, report = cut_class.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options
         )
-        self.container = ""
-
-        cut = self
-
-        def build(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-            cut._class.__init__(model, config)
-            cut._cut(model)
-
-        self._cut_class = type(
-            self._class.__name__, (self._class,), {"__init__": build, "__module__": self._class.__module__}
+    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if missing:
+        raise UnsupportedModel(
+            f"the checkpoint does not fit the family {config.model_type!r}: {missing[0]} is missing or has another "
+            "shape; take a checkpoint in transformers' format"
         )
+    model.__class__ = model_class
+    return model
+
+
+def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int, family: Family) -> None:
+    """Leaves blocks `[start, end)` of a backbone and makes what comes before and after them neutral."""
+    parent, list_name = parent_of(backbone, container)
+    kept = getattr(parent, list_name)[start:end]
+    for module in kept.modules():
+        if isinstance(getattr(module, "layer_idx", None), int):
+            module.layer_idx = module.layer_idx - start
+    for owner in {id(module): module for module in (backbone, parent)}.values():
+        for name, child in list(owner.named_children()):
+            if name in family.added_positions:
+                setattr(owner, name, Zero(backbone.dtype))
+            elif child is not parent and next(child.parameters(), None) is not None:
+                setattr(owner, name, nn.Identity())
+    setattr(parent, list_name, kept)
+    _slice_config(backbone.config, start, end)
+
+
+def share_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> PreTrainedModel:
+    """A backbone with blocks `[start, end)` of another, which has `config.num_hidden_layers` of them."""
+    shared = _shallow(backbone)
+    shared.config = copy.deepcopy(backbone.config)
+    _slice_config(shared.config, start, end)
+    owner: nn.Module = shared
+    *path, list_name = container.split(".")
+    for name in path:
+        setattr(owner, name, _shallow(getattr(owner, name)))
+        owner = getattr(owner, name)
+        if hasattr(owner, "config"):
+            owner.config = shared.config
+    setattr(owner, list_name, getattr(owner, list_name)[start:end])
+    return shared
+
+
+def parent_of(model: nn.Module, container: str) -> tuple[nn.Module, str]:
+    """The module that holds the list of blocks, and the list's name in it."""
+    path, _, name = container.rpartition(".")
+    return model.get_submodule(path), name
+
+
+def _shallow(module: Any) -> Any:
+    """A copy of a module with the same children, which can be replaced one by one."""
+    shallow = copy.copy(module)
+    shallow.__dict__["_modules"] = dict(module._modules)
+    return shallow
+
+
+def _slice_config(config: PreTrainedConfig, start: int, end: int) -> None:
+    """Leaves the entries of the blocks `[start, end)` in all lists of the config that have one per block."""
+    count = config.num_hidden_layers
+    for key, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == count and key in _PER_BLOCK:
+            setattr(config, key, value[start:end])
+    config.num_hidden_layers = end - start
+
+
+_PER_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_layers")
+"""Lists in configs with one entry per block. (Others of that length, such as `eos_token_id`, mean something else.)"""
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Silences transformers' own bar for loading: progress is reported to the caller."""
+    enabled = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            transformers_logging.enable_progress_bar()

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.families import family_of
-from splitnet.model.shards import INDEX_FILE, SINGLE_FILE, Shards, TensorInfo, read_tensor_infos
+from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); from several threads, one at a time."""
@@ -57,11 +57,13 @@ class Checkpoint:
     Attributes:
         name: hub id, or the name of the folder.
         config: of the text model.
+        multimodal: the checkpoint holds more than the text model; the rest is left alone.
     """
 
-    def __init__(self, name: str, shards: Shards, config: PreTrainedConfig) -> None:
+    def __init__(self, name: str, shards: Shards, config: PreTrainedConfig, multimodal: bool = False) -> None:
         self.name = name
         self.config = config
+        self.multimodal = multimodal
         self._shards = shards
 
     @classmethod
@@ -81,9 +83,9 @@ class Checkpoint:
             raise UnsupportedModel(
                 f"transformers does not know the architecture of {model}: update transformers ({_first_line(error)})"
             ) from error
-        config = config.get_text_config()
-        family_of(config)
-        return cls(shards.name, shards, config)
+        text_config = config.get_text_config()
+        family_of(text_config)
+        return cls(shards.name, shards, text_config, multimodal=text_config is not config)
 
     @property
     def num_blocks(self) -> int:
@@ -155,7 +157,8 @@ class Checkpoint:
 
     def bytes_of(self, names: Iterable[str], dtype: torch.dtype | None) -> int:
         """Bytes of these tensors once they are loaded as `dtype` (None: as stored). Reads only headers of shards."""
-        infos = self._infos(self._shards.weight_map[name] for name in (names := list(names)))
+        names = list(names)
+        infos = self._infos(self._shards.weight_map[name] for name in names)
         return sum(infos[name].bytes_as(dtype) for name in names)
 
     def load_tensors(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitnet.errors import UnsupportedModel
 
@@ -48,6 +48,9 @@ FAMILIES: Mapping[str, Family] = {
     "granitemoe": Family(neutral_config={"embedding_multiplier": 1.0}),
     "opt": Family(added_positions=("embed_positions",)),
 }
+
+_OWN_ROPE_PER_SEQUENCE = {"dynamic", "longrope"}
+"""Kinds of rotary embedding whose frequencies depend on the length of the sequence: not shared by a pack."""
 
 _STANDARD = Family()
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -87,3 +90,21 @@ def _reason_against(config: PreTrainedConfig) -> str:
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are stored quantized; take a checkpoint with plain weights"
     return ""
+
+
+def packs_sequences(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
+    """Whether several sequences can share one pass through the backbone; if not they run one after the other."""
+    return bool(model_class._supports_attention_backend) and not _rope_types(config) & _OWN_ROPE_PER_SEQUENCE
+
+
+def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Per block its sliding window in positions, or None; empty if the config does not tell blocks apart."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rope_types(config: PreTrainedConfig) -> set[str]:
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return {kind["rope_type"] for kind in kinds if "rope_type" in kind}

@@ -11,13 +11,14 @@ import copy
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
-from splitnet.errors import OutOfMemory, UnsupportedModel
+from splitnet.errors import UnsupportedModel
 from splitnet.model.attention import PACKED, PackedPass, Part, running
-from splitnet.model.backbone import BlockList, cut_backbone_class, share_blocks
+from splitnet.model.backbone import backbone_class, cut_to_blocks, find_container, load_cut, share_blocks
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.dtypes import as_dtype
+from splitnet.model.families import family_of, packs_sequences, sliding_windows
 from splitnet.model.kv_cache import OneRow, PassThrough, RowCache
 from splitnet.model.memory import free_memory, guarded
 
@@ -36,11 +37,19 @@ class Span:
     """
 
     def __init__(
-        self, backbone: PreTrainedModel, start: int, end: int, windows: Sequence[int | None], packs: bool
+        self,
+        backbone: PreTrainedModel,
+        container: str,
+        start: int,
+        end: int,
+        *,
+        windows: Sequence[int | None],
+        packs: bool,
     ) -> None:
         self.start = start
         self.end = end
         self._backbone = backbone
+        self._container = container
         self._windows = windows
         self._packs = packs
         self._sdpa = bool(getattr(backbone, "_supports_sdpa", False))
@@ -76,19 +85,29 @@ class Span:
         """
         if not 0 <= start < end <= checkpoint.num_blocks:
             raise ValueError(f"blocks {start}:{end} are not within 0:{checkpoint.num_blocks}")
-        cut = cut_backbone_class(checkpoint.config, start, end)
+        config = copy.deepcopy(checkpoint.config)
+        family = family_of(config)
+        for key, value in family.neutral_config.items():
+            setattr(config, key, value)
+        model_class = backbone_class(config)
+        container = find_container(model_class, config)
+        packs = packs_sequences(model_class, config)
         wanted = as_dtype(dtype) or checkpoint.dtype
         names = {
-            f"{cut.container}.{index - start}.{tensor.rest}": tensor.name
+            f"{container}.{index - start}.{tensor.rest}": tensor.name
             for index in range(start, end)
             for tensor in checkpoint.block_tensors[index]
         }
-        size = block_bytes(checkpoint, wanted)
-        with guarded(checkpoint.name, start, end, size, torch.device(device)):
+
+        def cut(backbone: PreTrainedModel) -> None:
+            cut_to_blocks(backbone, container, start, end, family)
+
+        with guarded(checkpoint.name, start, end, block_bytes(checkpoint, wanted), torch.device(device)):
             with checkpoint.load_tensors(names, wanted, progress) as tensors:
-                backbone = cut.load(tensors, wanted)
+                backbone = load_cut(model_class, config, cut, tensors, wanted, PACKED if packs else None)
             backbone.to(torch.device(device))
-            return cls(backbone, start, end, cut.windows, cut.packs)
+            windows = sliding_windows(checkpoint.config)[start:end]
+            return cls(backbone, container, start, end, windows=windows, packs=packs)
 
     def new_row(self, max_length: int | None = None) -> RowCache:
         """An empty KV cache for one sequence.
@@ -127,8 +146,8 @@ class Span:
         """
         if not self.start <= start < end <= self.end:
             raise ValueError(f"blocks {start}:{end} are not within {self.start}:{self.end}")
-        backbone = share_blocks(self._backbone, start - self.start, end - self.start)
-        return Span(backbone, start, end, self._windows, self._packs)
+        backbone = share_blocks(self._backbone, self._container, start - self.start, end - self.start)
+        return Span(backbone, self._container, start, end, windows=self._windows, packs=self._packs)
 
     def free_memory(self) -> int:
         """Bytes that are free on the span's device."""
@@ -191,17 +210,3 @@ def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> int:
     return max(
         checkpoint.bytes_of((tensor.name for tensor in tensors), wanted) for tensors in checkpoint.block_tensors
     )
-
-
-def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A torch dtype from its name.
-
-    Raises:
-        ValueError: there is no floating-point dtype of that name.
-    """
-    if dtype is None or isinstance(dtype, torch.dtype):
-        return dtype
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise ValueError(f"{dtype!r} is not a type of weights: use float32, bfloat16 or float16")
-    return found

@@ -22,18 +22,23 @@ import numpy.typing as npt
 import torch
 
 from splitnet.errors import CodecError
-
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
+from splitnet.net.block_integers import (
+    BLOCK,
+    LARGEST_SCALE,
+    SCALE_BYTES,
+    Bytes,
+    Floats,
+    Scales,
+    dequantise,
+    from_bfloat16,
+    pack,
+    quantise,
+    unpack,
+)
 
 DEFAULT_INT8 = "int8"
-BLOCK = 64  # values that share one scale, and the size of the rotation
-_SCALE_BYTES = 2
-_LARGEST = 2.0**100  # larger magnitudes are refused: no model has them, and it keeps every decoded value finite
-_SMALLEST = np.float32(2.0**-100)  # a block of smaller magnitudes is written as zeros
-_LARGEST_SCALE_BITS = 0x7200  # 2**101 as bfloat16: above every scale that `encode` writes
+_LARGEST_HIDDEN = 2**20
 _BLOCKS_PER_CHUNK = 1024  # temporaries of 256 KiB stay in the cache of a core
-_BLOCKS_PER_PRODUCT = 64  # a matrix product so small that BLAS does not wake its threads, which would then spin
 
 
 class Codec(ABC):
@@ -64,13 +69,16 @@ class Codec(ABC):
         """
 
     def _check_payload(self, payload: bytes | memoryview, positions: int, hidden: int) -> None:
-        if positions < 0 or hidden < 1:
-            raise CodecError(f"a tensor of {positions} positions and {hidden} hidden values cannot exist.")
+        if positions < 0 or not 1 <= hidden <= _LARGEST_HIDDEN:
+            raise CodecError(
+                f"activations of {positions} positions and {hidden} hidden values are out of bounds; "
+                f"the hidden size may be 1 to {_LARGEST_HIDDEN}."
+            )
         expected = positions * self.bytes_per_position(hidden)
         size = payload.nbytes if isinstance(payload, memoryview) else len(payload)
         if size != expected:
             raise CodecError(
-                f"the {self.name} payload has {size} bytes where {positions} positions of {hidden} values take {expected}."
+                f"the {self.name} payload has {size} bytes; {positions} positions of {hidden} values take {expected}."
             )
 
 
@@ -87,7 +95,7 @@ class _Float32(Codec):
 
     def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
         self._check_payload(payload, positions, hidden)
-        return torch.from_numpy(np.frombuffer(payload, "<f4").astype(np.float32).reshape(positions, hidden))
+        return _tensor(np.frombuffer(payload, "<f4").astype(np.float32).reshape(positions, hidden))
 
 
 class _Float16(Codec):
@@ -100,7 +108,7 @@ class _Float16(Codec):
 
     def encode(self, hidden: torch.Tensor) -> bytes:
         values = _matrix(hidden).float()
-        if not bool(torch.isfinite(values).all()):
+        if not _all_within(values, torch.finfo(torch.float32).max):
             raise _not_finite(self.name)
         halves = values.clamp(-65504.0, 65504.0).to(torch.float16).cpu()
         return halves.contiguous().numpy().astype("<f2", copy=False).tobytes()
@@ -108,7 +116,7 @@ class _Float16(Codec):
     def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
         self._check_payload(payload, positions, hidden)
         halves = np.frombuffer(payload, "<f2").astype(np.float16).reshape(positions, hidden)
-        return torch.from_numpy(halves).float()
+        return _tensor(halves).float()
 
 
 class _BFloat16(Codec):
@@ -120,25 +128,23 @@ class _BFloat16(Codec):
         return 2 * hidden
 
     def encode(self, hidden: torch.Tensor) -> bytes:
-        halves = _matrix(hidden).to(torch.bfloat16)
-        if not bool(torch.isfinite(halves).all()):
+        values = _matrix(hidden)
+        if not _all_within(values, torch.finfo(torch.bfloat16).max):
             raise _not_finite(self.name)
-        return halves.cpu().contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+        return (
+            values.to(torch.bfloat16).cpu().contiguous().view(torch.int16).numpy().astype("<i2", copy=False).tobytes()
+        )
 
     def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
         self._check_payload(payload, positions, hidden)
-        return torch.from_numpy(_from_bfloat16(np.frombuffer(payload, "<u2")).reshape(positions, hidden))
+        return _tensor(from_bfloat16(np.frombuffer(payload, "<u2")).reshape(positions, hidden))
 
 
 class _BlockInteger(Codec):
-    """Integers of `bits` bits in blocks of 64 values with one bfloat16 scale each, rotated or not.
+    """Integers of `bits` bits in blocks of 64 values (see block_integers.py), rotated or not.
 
-    A record is the scales of all blocks, then their codes. A code `c` in `[-2**(bits-1), 2**(bits-1))` stands for
-    `(c + 0.5) * scale`: the levels are symmetric and none is wasted. If 64 does not divide `hidden`, the last block is
-    padded with zeros.
-
-    Rotation is exact: values are first rounded to a grid so fine (2**-18 of the block's range) that all sums of 64 are
-    exact in float32. Hence the bytes depend neither on the order in which a BLAS adds nor on the batch or machine.
+    A record is the scales of all its blocks, then their codes. If 64 does not divide `hidden`, the last block is padded
+    with zeros.
     """
 
     def __init__(self, name: str, code: int, bits: int, rotate: bool) -> None:
@@ -146,10 +152,9 @@ class _BlockInteger(Codec):
         self.code = code
         self._bits = bits
         self._rotate = rotate
-        self._step = np.float32(2.0 ** (1 - bits))
 
     def bytes_per_position(self, hidden: int) -> int:
-        return _blocks(hidden) * (_SCALE_BYTES + BLOCK * self._bits // 8)
+        return _blocks(hidden) * (SCALE_BYTES + BLOCK * self._bits // 8)
 
     def encode(self, hidden: torch.Tensor) -> bytes:
         values = _rows(hidden)
@@ -157,50 +162,30 @@ class _BlockInteger(Codec):
         blocks = _blocks(width)
         if blocks * BLOCK != width:
             values = np.pad(values, ((0, 0), (0, blocks * BLOCK - width)))
-        scales, codes, payload = _records(positions, blocks, self._bits)
+        payload = np.empty(positions, _record(blocks, self._bits))
+        scales, codes = _fields(payload)
         for part in _chunks(positions, blocks):
-            scale, code = self._quantise(values[part].reshape(-1, BLOCK))
+            try:
+                scale, code = quantise(values[part].reshape(-1, BLOCK), self._bits, self._rotate)
+            except OverflowError:
+                raise _not_finite(self.name) from None
             scales[part] = scale.reshape(-1, blocks)
-            codes[part] = _pack(code, self._bits).reshape(-1, blocks, codes.shape[2])
+            codes[part] = pack(code, self._bits).reshape(-1, blocks, codes.shape[2])
         return payload.tobytes()
 
     def decode(self, payload: bytes | memoryview, positions: int, hidden: int) -> torch.Tensor:
         self._check_payload(payload, positions, hidden)
         blocks = _blocks(hidden)
-        scales, codes, _ = _records(positions, blocks, self._bits, payload)
-        if positions and int(scales.max()) > _LARGEST_SCALE_BITS:
+        scales, codes = _fields(np.frombuffer(payload, _record(blocks, self._bits)))
+        if positions and int(scales.max()) > LARGEST_SCALE:
             raise CodecError(f"the {self.name} payload holds a scale that no sender writes; it is corrupt or forged.")
         values = np.empty((positions, blocks * BLOCK), np.float32)
         for part in _chunks(positions, blocks):
-            codes_part = _unpack(codes[part].reshape(-1, codes.shape[2]), self._bits)
-            levels = codes_part.astype(np.float32)
-            levels += np.float32(0.5)
-            if self._rotate:
-                levels = _rotated(levels)
-            np.multiply(levels, _from_bfloat16(scales[part]).reshape(-1, 1), out=values[part].reshape(-1, BLOCK))
+            code = unpack(codes[part].reshape(-1, codes.shape[2]), self._bits)
+            values[part] = dequantise(scales[part].reshape(-1, 1), code, self._rotate).reshape(-1, blocks * BLOCK)
         if blocks * BLOCK != hidden:
             values = values[:, :hidden].copy()
-        return torch.from_numpy(values)
-
-    def _quantise(self, values: Floats) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int8]]:
-        """Return the scales `[blocks, 1]`, as bfloat16 bits, and codes `[blocks, 64]` of `values` `[blocks, 64]`."""
-        peak = _peak(values)
-        if not float(peak.max()) < _LARGEST:  # also true of NaN
-            raise _not_finite(self.name)
-        peak = np.maximum(peak, _SMALLEST)
-        is_zero = peak == _SMALLEST
-        if self._rotate:
-            # Adding and subtracting 96 times the power of two below the peak rounds to 2**-18 of twice that power.
-            anchor = (peak.view(np.int32) & np.int32(0x7F800000)).view(np.float32) * np.float32(96)
-            values = _rotated((values + anchor) - anchor)
-            peak = np.maximum(_peak(values), _SMALLEST)
-        # The next bfloat16 strictly above the smallest scale that covers the peak, so that no code overflows.
-        bits = (peak * self._step).view(np.uint32) + np.uint32(0x10000)
-        bits &= np.uint32(0xFFFF0000)
-        codes = values / bits.view(np.float32)
-        np.floor(codes, out=codes)
-        bits[is_zero] = 0
-        return (bits >> np.uint32(16)).astype(np.uint16), codes.astype(np.int8)
+        return _tensor(values)
 
 
 def _rows(hidden: torch.Tensor) -> Floats:
@@ -208,9 +193,17 @@ def _rows(hidden: torch.Tensor) -> Floats:
 
 
 def _matrix(hidden: torch.Tensor) -> torch.Tensor:
-    if hidden.dim() != 2 or hidden.shape[1] < 1 or not hidden.is_floating_point():
+    if hidden.dim() != 2 or not 1 <= hidden.shape[1] <= _LARGEST_HIDDEN or not hidden.is_floating_point():
         raise CodecError(f"activations must be floats [positions, hidden], not {hidden.dtype} {list(hidden.shape)}.")
     return hidden.detach()
+
+
+def _tensor(values: npt.NDArray[np.float32] | npt.NDArray[np.float16]) -> torch.Tensor:
+    return torch.from_numpy(values)  # pyright: ignore[reportUnknownMemberType]
+
+
+def _all_within(values: torch.Tensor, largest: float) -> bool:
+    return values.numel() == 0 or float(values.abs().amax()) <= largest  # false if there is a NaN
 
 
 def _not_finite(name: str) -> CodecError:
@@ -234,76 +227,9 @@ def _record(blocks: int, bits: int) -> np.dtype[np.void]:
     return np.dtype([("scales", "<u2", (blocks,)), ("codes", "u1", (blocks, BLOCK * bits // 8))])
 
 
-def _records(
-    positions: int, blocks: int, bits: int, payload: bytes | memoryview | None = None
-) -> tuple[npt.NDArray[np.uint16], Bytes, npt.NDArray[np.void]]:
-    """Return the scales `[positions, blocks]` and codes `[positions, blocks, bytes]` of a payload, and the payload."""
-    record = _record(blocks, bits)
-    records = np.empty(positions, record) if payload is None else np.frombuffer(payload, record)
-    return records["scales"], records["codes"], records
-
-
-def _from_bfloat16(bits: npt.NDArray[np.uint16]) -> Floats:
-    wide = bits.astype(np.uint32)
-    wide <<= np.uint32(16)
-    return wide.view(np.float32)
-
-
-def _peak(values: Floats) -> Floats:
-    """Return the largest magnitude `[blocks, 1]` of each block; NaN if it holds one."""
-    magnitudes = np.abs(values)
-    if len(values) <= _BLOCKS_PER_PRODUCT:
-        return np.maximum.reduce(magnitudes, axis=1, keepdims=True)
-    return torch.from_numpy(magnitudes).amax(1, keepdim=True).numpy()  # many times faster than numpy along short rows
-
-
-def _hadamard(size: int) -> Floats:
-    """Return Sylvester's orthonormal Hadamard matrix, symmetric and its own inverse; `size` is a power of four."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
-    return matrix / np.float32(size**0.5)
-
-
-_ROTATION = _hadamard(BLOCK)
-
-
-def _rotated(values: Floats) -> Floats:
-    if len(values) <= _BLOCKS_PER_PRODUCT:
-        return values @ _ROTATION
-    rotated = np.empty_like(values)
-    for start in range(0, len(values), _BLOCKS_PER_PRODUCT):
-        part = slice(start, start + _BLOCKS_PER_PRODUCT)
-        np.matmul(values[part], _ROTATION, out=rotated[part])
-    return rotated
-
-
-_SIX_BIT_SHIFTS = np.array([[0], [2], [4]], np.uint8)
-
-
-def _pack(codes: npt.NDArray[np.int8], bits: int) -> Bytes:
-    """Pack signed codes `[blocks, 64]` into `[blocks, 8 * bits]` bytes: the low bits of the first codes fill the low
-    bits of the bytes, and the remaining codes are shared out over the high bits."""
-    unsigned = codes.view(np.uint8)
-    if bits == 8:
-        return unsigned
-    if bits == 4:
-        return (unsigned[:, :32] & 15) | (unsigned[:, 32:] << 4)
-    shared = (unsigned[:, None, 48:] >> _SIX_BIT_SHIFTS) << 6
-    return ((unsigned[:, :48] & 63).reshape(-1, 3, 16) | shared).reshape(-1, 48)
-
-
-def _unpack(packed: Bytes, bits: int) -> npt.NDArray[np.int8]:
-    """Undo `_pack`."""
-    if bits == 8:
-        return packed.view(np.int8)
-    if bits == 4:
-        unsigned = np.concatenate((packed & 15, packed >> 4), axis=1)
-    else:
-        shared = (packed.reshape(-1, 3, 16) >> 6) << _SIX_BIT_SHIFTS
-        unsigned = np.concatenate((packed & 63, np.bitwise_or.reduce(shared, axis=1)), axis=1)
-    sign = np.int8(1 << (bits - 1))
-    return (unsigned.view(np.int8) ^ sign) - sign
+def _fields(records: npt.NDArray[np.void]) -> tuple[Scales, Bytes]:
+    """Return views of the scales `[positions, blocks]` and the codes `[positions, blocks, bytes]`."""
+    return records["scales"], records["codes"]
 
 
 def _by_name(codecs: Sequence[Codec]) -> Mapping[str, Codec]:

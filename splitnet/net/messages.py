@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, ClassVar, NamedTuple, cast
 
-import msgpack
+import msgpack  # pyright: ignore[reportMissingTypeStubs]
 
 from splitnet.errors import ProtocolError, ProtocolVersionError
 
@@ -32,10 +32,14 @@ MAX_POSITIONS = 1 << 24
 MAX_BLOCKS = 4096
 MAX_TEXT = 2048
 
+# msgpack comes without types.
+_packb = cast("Callable[[list[Any]], bytes]", msgpack.packb)  # pyright: ignore[reportUnknownMemberType]
+_unpackb = cast("Callable[..., Any]", msgpack.unpackb)  # pyright: ignore[reportUnknownMemberType]
+
 SESSION_BYTES = 16
 KEY_BYTES = 32
 
-Payload = bytes | bytearray | memoryview
+Payload = bytes | memoryview
 Check = Callable[[Any], Any]
 
 
@@ -60,7 +64,7 @@ class Part(NamedTuple):
     row: int
     start: int
     """Absolute position of the first new one; what the hop has cached from there on is dropped first."""
-    count: int
+    length: int
     keep: int
     """How many of the last positions the tail returns to the client (0: none)."""
 
@@ -231,7 +235,7 @@ class Step:
 
     @property
     def positions(self) -> int:
-        return sum(part.count for part in self.parts)
+        return sum(part.length for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,7 +297,7 @@ def encode(message: Message) -> list[Payload]:
     """The frames of a message."""
     kind = type(message)
     fields = [getattr(message, name) for name, _ in _CHECKS[kind]]
-    header = _PREFIX[kind] + cast(bytes, msgpack.packb(fields))
+    header = _PREFIX[kind] + _packb(fields)
     if kind in _HAS_PAYLOAD:
         payload = cast("Ping | Step | Result", message).payload
         if len(payload):
@@ -313,7 +317,7 @@ def decode(frames: Sequence[Payload]) -> Message:
     header = memoryview(frames[0])
     if not 4 <= len(header) <= MAX_HEADER_BYTES:
         raise ProtocolError(f"a header has 4 to {MAX_HEADER_BYTES} bytes, got {len(header)}")
-    if header[:2] != MAGIC:
+    if bytes(header[:2]) != MAGIC:
         raise ProtocolError("not a splitnet message")
     if header[2] != PROTOCOL_VERSION:
         raise ProtocolVersionError(
@@ -349,7 +353,7 @@ def _payload(frames: Sequence[Payload]) -> Payload:
 
 def _unpack(body: memoryview) -> list[Any]:
     try:
-        fields: Any = msgpack.unpackb(
+        fields = _unpackb(
             body,
             max_array_len=MAX_ROWS,
             max_map_len=0,

@@ -41,8 +41,8 @@ class SentLog:
             if part.start * size > len(row):
                 raise ProtocolError(f"row {part.row} has a gap before position {part.start}")
             del row[part.start * size :]
-            row += view[offset : offset + part.count * size]
-            offset += part.count * size
+            row += view[offset : offset + part.length * size]
+            offset += part.length * size
 
     def replay(self, positions_per_step: int) -> Iterator[tuple[tuple[Part, ...], bytes]]:
         """Steps that rebuild every row from nothing, at most `positions_per_step` positions each."""

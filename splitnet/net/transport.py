@@ -69,14 +69,14 @@ class LinkState(Enum):
 MessageHandler = Callable[[Destination, Sequence[Payload]], None]
 LinkHandler = Callable[[Endpoint, LinkState], None]
 
-_STATE_OF_EVENT = {
-    zmq.EVENT_HANDSHAKE_SUCCEEDED: LinkState.UP,
-    zmq.EVENT_DISCONNECTED: LinkState.DOWN,
-    zmq.EVENT_CLOSED: LinkState.DOWN,
-    zmq.EVENT_CONNECT_RETRIED: LinkState.DOWN,
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: LinkState.REFUSED,
-    zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: LinkState.REFUSED,
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: LinkState.REFUSED,
+_STATE_OF_EVENT: dict[zmq.Event, LinkState] = {
+    zmq.Event.HANDSHAKE_SUCCEEDED: LinkState.UP,
+    zmq.Event.DISCONNECTED: LinkState.DOWN,
+    zmq.Event.CLOSED: LinkState.DOWN,
+    zmq.Event.CONNECT_RETRIED: LinkState.DOWN,
+    zmq.Event.HANDSHAKE_FAILED_AUTH: LinkState.REFUSED,
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: LinkState.REFUSED,
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: LinkState.REFUSED,
 }
 
 
@@ -209,7 +209,8 @@ class Transport:
             if error.errno == zmq.EADDRINUSE:
                 raise AddressInUse(f"{address} is taken: choose another with --listen, or port 0 for any") from None
             raise SplitnetError(f"cannot listen on {address}: {error}. Use --listen tcp://HOST:PORT") from None
-        self.port = int(self._router.last_endpoint.rpartition(b":")[2].rstrip(b"\0"))
+        bound = cast(bytes, self._router.getsockopt(zmq.LAST_ENDPOINT))
+        self.port = int(bound.rpartition(b":")[2].rstrip(b"\0"))
         self._poller.register(self._router, zmq.POLLIN)
 
     def _secure(self, handle: zmq.Socket[bytes]) -> None:
@@ -307,7 +308,7 @@ class Transport:
     def _receive(self, handle: zmq.Socket[bytes], endpoint: Endpoint | None) -> None:
         for _ in range(_RECEIVE_BURST):
             try:
-                received = cast("list[zmq.Frame]", handle.recv_multipart(zmq.NOBLOCK, copy=False))
+                received = handle.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 return
             source: Destination
@@ -325,7 +326,7 @@ class Transport:
                 event = parse_monitor_message(link.monitor.recv_multipart(zmq.NOBLOCK))["event"]
             except zmq.Again:
                 return
-            state = _STATE_OF_EVENT.get(event, link.state)
+            state = _STATE_OF_EVENT.get(zmq.Event(event), link.state)
             # A refused handshake also ends in a disconnection: keep the cause until the link is up.
             if state is LinkState.DOWN and link.state is LinkState.REFUSED:
                 continue

@@ -93,7 +93,7 @@ def test_the_scheduler_stands_alone() -> None:
     assert not foreign
 
 
-def test_only_the_entry_point_imports_the_peers() -> None:
+def test_one_file_of_splitnet_imports_the_peers() -> None:
     assert importers_of({"peers"}, within="splitnet") == {MAY_IMPORT_PEERS}
 
 

@@ -1,0 +1,103 @@
+"""The client's part of a model: embeddings, final norm and head of the causal language model, without its blocks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from splitnet.model.attention import PACKED
+from splitnet.model.backbone import causal_class, find_container, load_cut, parent_of
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.dtypes import as_dtype
+from splitnet.model.families import family_of, packs_sequences
+
+
+class AllBlocks(nn.Module):
+    """Stands in the list of blocks as the only one: calls `blocks` and answers as the family's own blocks do.
+
+    The backbone's mask, positions and cache are not handed on: who provides `blocks` has taken from them what it
+    needs (see `backbone_of`).
+    """
+
+    attention_type = "full_attention"  # some backbones choose a mask by it
+    layer_type = "full_attention"
+
+    def __init__(self, blocks: nn.Module, returns_tuple: bool) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self._returns_tuple = returns_tuple
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> torch.Tensor | tuple[torch.Tensor]:
+        """`[batch, sequence, hidden]` -> `[batch, sequence, hidden]`."""
+        output = self.blocks(hidden_states)
+        return (output,) if self._returns_tuple else output
+
+
+def load_shell(
+    checkpoint: Checkpoint,
+    blocks: nn.Module,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """The causal language model of a checkpoint with `blocks` in place of its own; only the rest is read.
+
+    `config.num_hidden_layers` is 1: transformers sees one block, with one layer of cache.
+
+    Args:
+        blocks: its `forward` takes and gives `[batch, sequence, hidden]`. It stays where it is.
+        dtype: of the weights, such as "bfloat16"; None: as the checkpoint stores them.
+
+    Raises:
+        UnsupportedModel: the family cannot be cut, or the checkpoint does not fit it.
+    """
+    config = copy.deepcopy(checkpoint.config)
+    family = family_of(config)
+    model_class = causal_class(config)
+    container = find_container(model_class, config)
+
+    def cut(model: PreTrainedModel) -> None:
+        parent, name = parent_of(model, container)
+        setattr(parent, name, nn.ModuleList())
+        model.config.num_hidden_layers = 1
+        if getattr(model.config, "layer_types", None):
+            model.config.layer_types = ["full_attention"]
+
+    # Nothing attends here, so no masks are needed: the packed attention's name tells transformers to make none.
+    attention = PACKED if packs_sequences(model_class, config) else None
+    wanted = as_dtype(dtype) or checkpoint.dtype
+    with checkpoint.load_tensors(_names(checkpoint, container), wanted) as tensors:
+        model = load_cut(model_class, config, cut, tensors, wanted, attention)
+    model.to(torch.device(device))
+    parent, name = parent_of(model, container)
+    setattr(parent, name, nn.ModuleList([AllBlocks(blocks, family.blocks_return_tuple)]))
+    model.generation_config = checkpoint.generation_config()
+    return model
+
+
+def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The module within a causal language model whose `forward` receives `attention_mask`, `position_ids` and `cache`."""
+    return getattr(model, model.base_model_prefix)
+
+
+def _names(checkpoint: Checkpoint, container: str) -> dict[str, str]:
+    """Name in the causal language model -> name in the checkpoint, of what is outside the blocks.
+
+    They differ where the checkpoint is of a multimodal model, whose text model has a prefix of its own.
+    """
+    if not checkpoint.multimodal:
+        return {name: name for name in checkpoint.shell_names}
+    own, stored = container.rpartition(".")[0], checkpoint.container.rpartition(".")[0]
+    names: dict[str, str] = {}
+    for name in checkpoint.shell_names:
+        if name.startswith(stored + "."):
+            names[own + name.removeprefix(stored)] = name
+        elif name.endswith("lm_head.weight"):
+            names["lm_head.weight"] = name
+    return names

@@ -1,0 +1,209 @@
+"""What transformers can do with a local model it can do with remote blocks, with the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.errors import ContextTooLong
+from tests.random_models import random_checkpoint
+from tests.swarm.harness import local_swarm
+
+pytestmark = pytest.mark.swarm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def remote(folder: Path) -> Iterator[RemoteCausalLM]:
+    with local_swarm(folder, [(0, 1), (1, 4), (4, 6)]) as swarm:
+        yield swarm.model()
+
+
+def prompt(length: int = 7, batch: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(batch: torch.Tensor, pads: list[int]) -> dict[str, torch.Tensor]:
+    mask = torch.ones_like(batch)
+    ids = batch.clone()
+    for row, pad in enumerate(pads):
+        mask[row, :pad] = 0
+        ids[row, :pad] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def same(local: PreTrainedModel, remote: RemoteCausalLM, inputs: Any, **options: Any) -> torch.Tensor:
+    """Generates with both and expects equal tokens."""
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    if isinstance(inputs, torch.Tensor):
+        inputs = {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}
+    torch.manual_seed(5)
+    expected = local.generate(**inputs, **options)
+    torch.manual_seed(5)
+    got = remote.generate(**inputs, **options)
+    assert torch.equal(got, expected)
+    return got
+
+
+def test_greedy(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    same(local, remote, prompt())
+
+
+def test_sampling_with_a_seed(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    same(local, remote, prompt(), do_sample=True, temperature=0.8, top_p=0.9)
+
+
+def test_left_padded_batch(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    same(local, remote, left_padded(prompt(9, 3), [0, 4, 2]))
+
+
+def test_beam_search(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    same(local, remote, prompt(), num_beams=4)
+
+
+def test_beam_search_on_a_padded_batch_with_several_answers(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    same(local, remote, left_padded(prompt(9, 2), [3, 0]), num_beams=3, num_return_sequences=2)
+
+
+def test_several_samples_per_prompt(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    same(local, remote, prompt(), do_sample=True, num_return_sequences=3)
+
+
+def test_prompt_lookup(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    repeating = prompt(6).repeat(1, 3)
+    same(local, remote, repeating, prompt_lookup_num_tokens=4)
+
+
+def test_assisted_decoding(local: PreTrainedModel, remote: RemoteCausalLM, tmp_path: Path) -> None:
+    # The assistant is another random model, so most of what it drafts is rejected and cropped.
+    assistant = AutoModelForCausalLM.from_pretrained(random_checkpoint("llama", tmp_path, blocks=2, seed=0)).eval()
+    same(local, remote, prompt(), assistant_model=assistant)
+
+
+def test_without_a_cache(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    same(local, remote, prompt(), use_cache=False, max_new_tokens=6)
+
+
+def test_a_prompt_longer_than_a_step(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    # Longer than one step may be, so it flows through the hops in several.
+    same(local, remote, prompt(220), max_new_tokens=4)
+
+
+def test_streamer_stopping_criterion_and_logits_processor(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    class Collector(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    class OnlyEven(LogitsProcessor):
+        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+            scores[:, 1::2] = -torch.inf
+            return scores
+
+    streamer = Collector()
+    inputs = prompt()
+    options: dict[str, Any] = {
+        "max_new_tokens": 20,
+        "do_sample": False,
+        "logits_processor": LogitsProcessorList([OnlyEven()]),
+        "stopping_criteria": [lambda ids, scores, **_: torch.tensor([ids.shape[1] >= 15] * len(ids))],
+        "attention_mask": torch.ones_like(inputs),
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
+    expected = local.generate(inputs, **options)
+    got = remote.generate(inputs, streamer=streamer, **options)
+    assert torch.equal(got, expected)
+    assert got.shape[1] == 15
+    assert streamer.tokens == [*got[0].tolist(), -1]
+    assert all(token % 2 == 0 for token in got[0, 7:].tolist())
+
+
+@pytest.mark.parametrize("side", ["none", "left", "right"])
+def test_logits_and_loss(local: PreTrainedModel, remote: RemoteCausalLM, side: str) -> None:
+    ids = prompt(8, 2)
+    mask = torch.ones_like(ids)
+    if side != "none":
+        mask[1, : 3 if side == "left" else None] = 0
+        mask[1] = mask[1] if side == "left" else torch.tensor([1, 1, 1, 1, 1, 0, 0, 0])
+    labels = torch.where(mask.bool(), ids, -100)
+    with torch.no_grad():
+        expected = local(ids, attention_mask=mask, labels=labels)
+        got = remote(ids, attention_mask=mask, labels=labels)
+    kept = mask.bool()
+    torch.testing.assert_close(got.logits[kept], expected.logits[kept], atol=1e-5, rtol=1e-4)
+    # A padded position can be the one before a label, and its logits are arbitrary.
+    if side != "left":
+        torch.testing.assert_close(got.loss, expected.loss, atol=1e-5, rtol=1e-5)
+
+
+def test_a_session_keeps_the_cache_between_calls(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    with remote.session(max_length=128) as cache:
+        first = same(local, remote, prompt())
+        moved = cache.session.traffic.positions
+        longer = torch.cat([first, prompt(5, seed=1)], dim=1)
+        same(local, remote, longer)
+        # Only what the peers did not hold was sent: the last token of the first answer, the 5 new, 23 decoded.
+        assert cache.session.traffic.positions - moved == 1 + 5 + 23
+        # Another conversation shares nothing and starts over; one that shares a beginning is cut back to it.
+        same(local, remote, prompt(9, seed=2))
+        same(local, remote, torch.cat([longer[:, :10], prompt(3, seed=3)], dim=1))
+        same(local, remote, prompt(6, batch=3, seed=4))
+
+
+def test_a_forward_pass_with_a_cache(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+    ids = prompt(10)
+    with torch.no_grad():
+        expected = local(ids).logits
+        first = remote(ids[:, :6], use_cache=True)
+        second = remote(ids[:, 6:], cache=first.cache, use_cache=True)
+    got = torch.cat([first.logits, second.logits], dim=1)
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_more_than_the_context_is_refused(remote: RemoteCausalLM) -> None:
+    longest = remote.config.max_position_embeddings
+    with pytest.raises(ContextTooLong, match=str(longest)):
+        remote(prompt(longest + 1))
+
+
+def test_a_local_cache_is_refused_with_the_fix(remote: RemoteCausalLM) -> None:
+    from transformers import DynamicCache
+
+    with pytest.raises(TypeError, match="new_cache"):
+        remote.generate(prompt(), cache=DynamicCache(), max_new_tokens=2)
+
+
+def test_padding_on_the_right_is_refused_for_generation(remote: RemoteCausalLM) -> None:
+    ids = prompt(6, 2)
+    mask = torch.ones_like(ids)
+    mask[0, 4:] = 0
+    with pytest.raises(ValueError, match="left"):
+        remote.generate(ids, attention_mask=mask, max_new_tokens=2)
+
+
+def test_nothing_stays_reserved(remote: RemoteCausalLM) -> None:
+    remote.generate(prompt(), max_new_tokens=2, eos_token_id=None)
+    records = remote.swarm.peers(fresh=True)
+    assert len(records) == 3

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler.placement import choose_span
+from scheduler.swarm import Peer, coverage, missing_blocks
+
+
+def peer(start: int, end: int, decode_ms: float = 1.0) -> Peer:
+    return Peer(f"{start}-{end}", start, end, decode_ms, decode_ms, 0.0, 1000)
+
+
+peers_strategy = st.lists(
+    st.builds(peer, st.integers(-1, 12), st.integers(0, 14), st.sampled_from([0.0, 0.5, 1.0, 7.0, 1e9])),
+    max_size=6,
+)
+
+
+@given(peers=peers_strategy, num_blocks=st.integers(1, 12), max_blocks=st.integers(1, 20))
+def test_span_is_in_range_and_fills_as_much_of_the_holes_as_any_other(
+    peers: list[Peer], num_blocks: int, max_blocks: int
+) -> None:
+    start, end = choose_span(peers, num_blocks, max_blocks)
+    assert 0 <= start < end <= num_blocks
+    assert end - start == min(max_blocks, num_blocks)
+    empty = [replicas == 0 for replicas in coverage(peers, num_blocks)]
+    most = max(sum(empty[first : first + end - start]) for first in range(num_blocks - (end - start) + 1))
+    assert sum(empty[start:end]) == most
+
+
+@given(peers=peers_strategy, num_blocks=st.integers(1, 12), max_blocks=st.integers(1, 12))
+def test_joining_peers_cover_the_model(peers: list[Peer], num_blocks: int, max_blocks: int) -> None:
+    for _ in range(num_blocks):
+        peers = [*peers, peer(*choose_span(peers, num_blocks, max_blocks))]
+    assert missing_blocks(peers, num_blocks) == []
+
+
+def test_a_hole_goes_before_a_weak_block() -> None:
+    assert choose_span([peer(0, 10, decode_ms=100.0), peer(14, 20)], 20, 4) == (10, 14)
+
+
+def test_the_weakest_blocks_are_reinforced() -> None:
+    swarm = [peer(0, 10), peer(10, 20, decode_ms=5.0), peer(20, 30)]
+    assert choose_span(swarm, 30, 10) == (10, 20)
+    assert choose_span([*swarm, peer(10, 20, decode_ms=0.1)], 30, 10) == (0, 10)
+
+
+def test_empty_swarm_is_filled_from_the_front() -> None:
+    assert choose_span([], 30, 12) == (0, 12)
+    assert choose_span([peer(0, 12)], 30, 12) == (12, 24)
+    assert choose_span([peer(0, 12), peer(12, 24)], 30, 12) == (18, 30)
+    assert choose_span([], 30, 99) == (0, 30)
+
+
+@pytest.mark.parametrize(("num_blocks", "max_blocks"), [(0, 1), (4, 0)])
+def test_a_peer_serves_at_least_one_block(num_blocks: int, max_blocks: int) -> None:
+    with pytest.raises(ValueError, match="at least one block"):
+        choose_span([], num_blocks, max_blocks)

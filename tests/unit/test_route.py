@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from scheduler import route as route_module
+from scheduler.cost import block_ms, route_ms, transfer_ms
+from scheduler.route import NEAR_EQUAL, NoRoute, best_route
+from scheduler.swarm import CLIENT, UNMEASURED, Hop, Link, Network, Peer, Route, coverage, missing_blocks
+
+FAST = Link(latency_ms=1.0, bytes_per_ms=100_000.0)
+
+
+def peer(name: str, start: int, end: int, decode_ms: float = 1.0, queue_ms: float = 0.0, kv_free: int = 1000) -> Peer:
+    return Peer(name, start, end, decode_ms, decode_ms / 10, queue_ms, kv_free)
+
+
+def plan(peers: Sequence[Peer], num_blocks: int, network: Network | None = None, **options: object) -> Route:
+    settings: dict[str, object] = {"bytes_per_position": 1000, "kv_needed": 100, **options}
+    return best_route(peers, num_blocks, network or Network(unmeasured=FAST), **settings)  # pyright: ignore
+
+
+def all_routes(
+    peers: Sequence[Peer], num_blocks: int, start: int = 0, used: tuple[str, ...] = ()
+) -> Iterator[list[Hop]]:
+    """Every chain of peers over blocks [start, num_blocks) in which no peer stands twice."""
+    if start == num_blocks:
+        yield []
+        return
+    for candidate in peers:
+        if candidate.id not in used and candidate.start <= start < candidate.end:
+            for end in range(start + 1, min(candidate.end, num_blocks) + 1):
+                for rest in all_routes(peers, num_blocks, end, (*used, candidate.id)):
+                    yield [Hop(candidate.id, start, end), *rest]
+
+
+@st.composite
+def swarms(draw: st.DrawFn) -> tuple[list[Peer], int, Network]:
+    num_blocks = draw(st.integers(1, 6))
+    milliseconds = st.sampled_from([0.0, 0.5, 1.0, 3.0, 20.0, 100.0])
+    peers: list[Peer] = []
+    for name in "abcd"[: draw(st.integers(1, 4))]:
+        start = draw(st.integers(0, num_blocks - 1))
+        end = draw(st.integers(start + 1, num_blocks))
+        times = [draw(milliseconds) for _ in range(3)]
+        peers.append(Peer(name, start, end, *times, kv_free=draw(st.sampled_from([10, 100, 500]))))
+    names = [CLIENT, *(item.id for item in peers)]
+    pairs = st.tuples(st.sampled_from(names), st.sampled_from(names))
+    links = st.builds(Link, st.sampled_from([0.0, 1.0, 10.0, 50.0]), st.sampled_from([10.0, 1000.0]))
+    return peers, num_blocks, Network(draw(st.dictionaries(pairs, links, max_size=12)), Link(30.0, 100.0))
+
+
+@given(swarm=swarms(), positions=st.sampled_from([1, 7, 64]), exclude=st.sets(st.sampled_from("abcd"), max_size=2))
+def test_best_route_equals_brute_force(
+    swarm: tuple[list[Peer], int, Network], positions: int, exclude: set[str]
+) -> None:
+    peers, num_blocks, network = swarm
+    usable = [item for item in peers if item.id not in exclude and item.kv_free >= 100]
+    by_id = {item.id: item for item in peers}
+
+    def cost(hops: Sequence[Hop]) -> float:
+        return route_ms(hops, by_id, network, positions=positions, bytes_per_position=100)
+
+    lowest = min(map(cost, all_routes(usable, num_blocks)), default=None)
+    options = {"positions": positions, "bytes_per_position": 100, "exclude": exclude}
+    if lowest is None:
+        with pytest.raises(NoRoute) as caught:
+            plan(peers, num_blocks, network, **options)
+        assert bool(caught.value.missing) != bool(caught.value.full)
+        return
+    best = plan(peers, num_blocks, network, **options)
+    assert best.cost_ms == pytest.approx(lowest)
+    assert best.cost_ms == pytest.approx(cost(best.hops))
+    check_route(best, usable, num_blocks)
+
+    near = plan(peers, num_blocks, network, rng=random.Random(num_blocks), **options)
+    assert near.cost_ms <= lowest * (1 + NEAR_EQUAL) + 1e-9
+    check_route(near, usable, num_blocks)
+
+
+def check_route(route: Route, usable: Sequence[Peer], num_blocks: int) -> None:
+    by_id = {item.id: item for item in usable}
+    boundary = 0
+    for hop in route.hops:
+        assert hop.start == boundary < hop.end
+        assert by_id[hop.peer].start <= hop.start and hop.end <= by_id[hop.peer].end
+        boundary = hop.end
+    assert boundary == num_blocks
+    assert len({hop.peer for hop in route.hops}) == len(route.hops)
+
+
+@given(swarm=swarms())
+def test_repaired_route_is_valid_when_the_search_is_cut_short(swarm: tuple[list[Peer], int, Network]) -> None:
+    peers, num_blocks, network = swarm
+    if missing_blocks(peers, num_blocks):
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(route_module, "MAX_PROGRAMMES", 0)
+        check_route(plan(peers, num_blocks, network, kv_needed=0), peers, num_blocks)
+
+
+def test_spans_are_entered_and_left_in_the_middle() -> None:
+    peers = [peer("slow", 0, 10, decode_ms=10.0), peer("fast", 4, 12, decode_ms=1.0)]
+    assert plan(peers, 12).hops == (Hop("slow", 0, 4), Hop("fast", 4, 12))
+    peers = [peer("fast", 0, 10, decode_ms=1.0), peer("slow", 4, 12, decode_ms=10.0)]
+    assert plan(peers, 12).hops == (Hop("fast", 0, 10), Hop("slow", 10, 12))
+
+
+def test_no_peer_is_visited_twice_even_where_that_would_be_faster() -> None:
+    peers = [peer("wide", 0, 30, decode_ms=10.0), peer("fast", 10, 20, decode_ms=0.1)]
+    assert plan(peers, 30).hops == (Hop("wide", 0, 30),)
+    peers.append(peer("end", 20, 30, decode_ms=11.0))
+    assert plan(peers, 30).hops == (Hop("wide", 0, 10), Hop("fast", 10, 20), Hop("end", 20, 30))
+
+
+def test_a_hop_is_not_taken_for_less_than_its_link_costs() -> None:
+    peers = [peer("whole", 0, 10, decode_ms=1.0), peer("half", 0, 5, decode_ms=0.5)]
+    assert plan(peers, 10).hops == (Hop("half", 0, 5), Hop("whole", 5, 10))
+    slow_links = Network(unmeasured=Link(latency_ms=5.0, bytes_per_ms=1e6))
+    assert plan(peers, 10, slow_links).hops == (Hop("whole", 0, 10),)
+
+
+def test_measured_links_win_over_unmeasured_ones() -> None:
+    peers = [peer("known", 0, 4, decode_ms=2.0), peer("unknown", 0, 4, decode_ms=1.0)]
+    network = Network().with_link(CLIENT, "known", FAST).with_link("known", CLIENT, FAST)
+    assert plan(peers, 4, network).hops == (Hop("known", 0, 4),)
+    assert plan(peers, 4, Network()).hops == (Hop("unknown", 0, 4),)
+
+
+def test_long_steps_choose_by_arithmetic_and_short_ones_by_weights() -> None:
+    peers = [Peer("decoder", 0, 4, 1.0, 1.0, 0.0, 1000), Peer("prefiller", 0, 4, 5.0, 0.1, 0.0, 1000)]
+    assert plan(peers, 4).hops[0].peer == "decoder"
+    assert plan(peers, 4, positions=100).hops[0].peer == "prefiller"
+
+
+def test_full_and_excluded_peers_are_left_out() -> None:
+    peers = [peer("full", 0, 4, 0.1, kv_free=99), peer("busy", 0, 4, queue_ms=50.0), peer("free", 0, 4)]
+    assert plan(peers, 4).hops[0].peer == "free"
+    assert plan(peers, 4, exclude={"free"}).hops[0].peer == "busy"
+    with pytest.raises(NoRoute) as caught:
+        plan(peers, 4, exclude={"free", "busy"})
+    assert (caught.value.missing, caught.value.full) == ([], [(0, 4)])
+
+
+def test_missing_blocks_are_named() -> None:
+    peers = [peer("a", 0, 12), peer("b", 18, 24), peer("c", 26, 30, kv_free=0)]
+    with pytest.raises(NoRoute) as caught:
+        plan(peers, 30)
+    assert (caught.value.missing, caught.value.full) == ([(12, 18), (24, 26)], [])
+    with pytest.raises(NoRoute) as caught:
+        plan([], 3)
+    assert caught.value.missing == [(0, 3)]
+
+
+def test_clients_with_the_same_facts_spread_over_near_equal_peers_only() -> None:
+    peers = [peer("a", 0, 8), peer("b", 0, 8), peer("c", 0, 8, decode_ms=1.01), peer("slow", 0, 8, decode_ms=1.5)]
+    network = Network(unmeasured=Link(latency_ms=0.0, bytes_per_ms=1e9))
+    rng = random.Random(7)
+    chosen = Counter(plan(peers, 8, network, rng=rng).hops[0].peer for _ in range(300))
+    assert set(chosen) == {"a", "b", "c"}
+    assert min(chosen.values()) > 30
+    assert {plan(peers, 8, network).hops[0].peer for _ in range(5)} == {"a"}
+
+
+def test_two_peers_of_one_id_are_refused() -> None:
+    with pytest.raises(ValueError, match="ids"):
+        plan([peer("a", 0, 4), peer("a", 0, 4)], 4)
+
+
+def test_cost_is_the_sum_that_the_design_names() -> None:
+    peers = {"a": Peer("a", 0, 4, 2.0, 0.5, 3.0, 9), "b": Peer("b", 4, 6, 4.0, 0.25, 1.0, 9)}
+    links = {(CLIENT, "a"): Link(10, 100), ("a", "b"): Link(1, 1000), ("b", CLIENT): Link(20, 50)}
+    hops = [Hop("a", 0, 4), Hop("b", 4, 6)]
+    decode = route_ms(hops, peers, Network(links), positions=1, bytes_per_position=100)
+    assert decode == pytest.approx((10 + 1) + (3 + 4 * 2) + (1 + 0.1) + (1 + 2 * 4) + (20 + 2))
+    prefill = route_ms(hops, peers, Network(links), positions=10, bytes_per_position=100)
+    assert prefill == pytest.approx((10 + 10) + (3 + 4 * 5) + (1 + 1) + (1 + 2 * 4) + (20 + 20))
+    assert block_ms(peers["b"], 100) == 25.0
+    assert transfer_ms(UNMEASURED, 0) == UNMEASURED.latency_ms
+
+
+def test_network_is_immutable_and_pessimistic() -> None:
+    empty = Network()
+    assert empty.link("a", "b") == UNMEASURED
+    assert empty.with_link("a", "b", FAST).link("a", "b") == FAST
+    assert empty.link("a", "b") == UNMEASURED
+    assert Network({("a", "b"): FAST}).link("b", "a") == UNMEASURED
+
+
+@given(st.lists(st.tuples(st.integers(-2, 12), st.integers(-2, 12)), max_size=8), st.integers(1, 10))
+def test_coverage_counts_and_gaps_agree(spans: list[tuple[int, int]], num_blocks: int) -> None:
+    peers = [peer(str(index), start, end) for index, (start, end) in enumerate(spans)]
+    counts = coverage(peers, num_blocks)
+    assert counts == [sum(start <= block < end for start, end in spans) for block in range(num_blocks)]
+    gaps = missing_blocks(peers, num_blocks)
+    assert [block for start, end in gaps for block in range(start, end)] == [
+        block for block, replicas in enumerate(counts) if not replicas
+    ]
+    assert all(first[1] < second[0] for first, second in zip(gaps, gaps[1:], strict=False))
