@@ -158,7 +158,7 @@ class Session:
                 route = self._swarm.plan(
                     positions=self._budget, bytes_per_position=self._planned_bytes(), exclude=refused
                 )
-            except CoverageError:
+            except (CoverageError, PeerBusy):
                 if refused:
                     # Why the last peer refused says more than that nobody is left.
                     raise next(reversed(refused.values())) from None

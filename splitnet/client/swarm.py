@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING
 
 from scheduler.route import NoRoute, best_route
 from scheduler.swarm import CLIENT, Link, Network
-from splitnet.errors import CoverageError, ProtocolError, ProtocolVersionError, WrongSwarm
+from splitnet.errors import (
+    CoverageError,
+    PeerBusy,
+    ProtocolError,
+    ProtocolVersionError,
+    SplitnetError,
+    WrongSwarm,
+)
 from splitnet.net.directory import Directory
 from splitnet.net.facts import facts_of
 from splitnet.net.identity import Identity
@@ -146,6 +153,7 @@ class Swarm:
 
         Raises:
             CoverageError: blocks are served by nobody that could be used; names them.
+            PeerBusy: they are served, but no peer has memory for the session.
         """
         records = {record.key.text: record for record in self.peers(fresh=fresh) if record.key.text not in exclude}
         self._measure(records.values())
@@ -163,7 +171,7 @@ class Swarm:
                 return self.plan(
                     positions=positions, bytes_per_position=bytes_per_position, exclude=exclude, fresh=True
                 )
-            raise CoverageError(_describe_gap(error, self.facts, excluded=bool(exclude))) from None
+            raise _no_route(error, self.facts, excluded=bool(exclude)) from None
         return [PlannedHop(records[hop.peer], hop.start, hop.end) for hop in route.hops]
 
     def link(self, record: PeerRecord) -> Link:
@@ -250,12 +258,19 @@ class Swarm:
                 session.link_changed(endpoint, state)
 
 
-def _describe_gap(error: NoRoute, facts: ModelFacts, *, excluded: bool) -> str:
+def _no_route(error: NoRoute, facts: ModelFacts, *, excluded: bool) -> SplitnetError:
     if not error.missing:
-        return f"no peers of {facts.name} have free memory for this session: try again later or a shorter one"
-    ranges = ", ".join(f"{start}..{end - 1}" if end - start > 1 else f"{start}" for start, end in error.missing)
+        return PeerBusy(
+            f"the peers of blocks {_ranges(error.full)} of {facts.name} have no free KV memory for this session: "
+            "try again later, generate less, or start another peer for them"
+        )
+    start, end = error.missing[0]
     who = "by no peer that can be used" if excluded else "by nobody"
-    return (
-        f"blocks {ranges} of {facts.name} are served {who}: start a peer with "
-        f"`splitnet peer {facts.name} --blocks {error.missing[0][0]}:{error.missing[0][1]} --join ADDR`"
+    return CoverageError(
+        f"blocks {_ranges(error.missing)} of {facts.name} are served {who}: start a peer with "
+        f"`splitnet peer {facts.name} --blocks {start}:{end} --join ADDR`"
     )
+
+
+def _ranges(blocks: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{start}..{end - 1}" if end - start > 1 else f"{start}" for start, end in blocks)

@@ -145,9 +145,7 @@ class Checkpoint:
         """The names of all tensors outside the blocks."""
         assert self.block_tensors
         prefix = self._container + "."
-        return tuple(
-            name for name in self.names if not (name.startswith(prefix) and _BLOCK_NAME.match(name))
-        )
+        return tuple(name for name in self.names if not (name.startswith(prefix) and _BLOCK_NAME.match(name)))
 
     @property
     def container(self) -> str:
@@ -235,9 +233,7 @@ class Checkpoint:
 class LoadingTensors:
     """Tensors of a checkpoint as a state dict that reads each tensor when it is indexed; use it in a `with`."""
 
-    def __init__(
-        self, shards: Shards, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
-    ) -> None:
+    def __init__(self, shards: Shards, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None) -> None:
         self._shards = shards
         self._names = names
         self._dtype = dtype

@@ -46,9 +46,7 @@ class RowCache:
     def bytes_per_position(self) -> int:
         """Bytes that one position takes in all blocks that have stored something."""
         return sum(
-            tensor.nbytes // tensor.shape[2]
-            for block in self._blocks.values()
-            for tensor in (block.keys, block.values)
+            tensor.nbytes // tensor.shape[2] for block in self._blocks.values() for tensor in (block.keys, block.values)
         )
 
     def crop(self, length: int) -> None:
@@ -72,9 +70,7 @@ class RowCache:
             )
         return copy
 
-    def append(
-        self, block_index: int, keys: torch.Tensor, values: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new positions after `length` and gives views of all keys and values up to and with them.
 
         `length` itself moves only with `advance`, when all blocks have stored theirs: a pass that fails half-way

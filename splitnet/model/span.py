@@ -207,6 +207,4 @@ class Span:
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> int:
     """Bytes of the weights of the largest block as `dtype` (None: as stored); reads only headers of shards."""
     wanted = as_dtype(dtype)
-    return max(
-        checkpoint.bytes_of((tensor.name for tensor in tensors), wanted) for tensors in checkpoint.block_tensors
-    )
+    return max(checkpoint.bytes_of((tensor.name for tensor in tensors), wanted) for tensors in checkpoint.block_tensors)

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.errors import ContextTooLong
-from tests.random_models import random_checkpoint
+from tests.unit.random_models import random_checkpoint
 from tests.swarm.harness import local_swarm
 
 pytestmark = pytest.mark.swarm
