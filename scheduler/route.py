@@ -25,7 +25,11 @@ NEAR_EQUAL: Final = 0.05
 """Routes that cost at most this share more than the best one count as equally good."""
 
 MAX_PROGRAMMES: Final = 256
-"""How many times the dynamic programme may run; then the best route known is repaired, which may cost optimality."""
+MAX_TRANSITIONS: Final = 2_000_000_000
+"""How often the dynamic programme may run, and how many (block, peer, peer) it may look at in all those runs.
+
+After that the best route found so far is taken, which may not be the optimum: a few seconds at most for any swarm.
+"""
 
 Floats = NDArray[np.float64]
 Flags = NDArray[np.bool_]
@@ -115,28 +119,41 @@ class _Costs:
 
 
 def _best_path(costs: _Costs, serves: Flags) -> list[int]:
-    """For each block the index of the peer that runs it; each peer's blocks are contiguous."""
-    order = count()
-    cost, path = _cheapest_path(costs, serves)
-    cases = [(cost, next(order), path, serves)]
-    while cases:
-        _, number, path, serves = heapq.heappop(cases)
+    """For each block the index of the peer that runs it; the blocks of each peer are contiguous."""
+    limit = min(MAX_PROGRAMMES, MAX_TRANSITIONS // (serves.size * len(serves)))
+    order = count(1)
+    best_ms, best = np.inf, list[int]()
+    open_cases: list[tuple[float, int, list[int], Flags]] = []
+    new_cases = [serves]
+    number = 0
+    while True:
+        for case in new_cases:
+            bound, path = _cheapest_path(costs, case)
+            if not path:
+                continue
+            valid = _without_second_visits(path)
+            if (cost := _path_ms(costs, valid)) < best_ms:
+                best_ms, best = cost, valid
+            number = next(order)
+            heapq.heappush(open_cases, (bound, number, path, case))
+        if not open_cases or number >= limit:
+            return best
+        bound, _, path, case = heapq.heappop(open_cases)
         visit = _second_visit(path)
-        if visit is None:
-            return path
-        if number >= MAX_PROGRAMMES:
-            break
+        if visit is None or bound >= best_ms:
+            return best
         peer, block = visit
-        before, after, instead = serves.copy(), serves.copy(), serves.copy()
+        before, after, instead = case.copy(), case.copy(), case.copy()
         before[peer, block:] = False
         after[peer, : block + 1] = False
         instead[:, block] = False
         instead[peer, block] = True
-        for case in (before, after, instead):
-            cost, path_of_case = _cheapest_path(costs, case)
-            if cost < np.inf:
-                heapq.heappush(cases, (cost, next(order), path_of_case, case))
-    return _without_second_visits(path)
+        new_cases = [before, after, instead]
+
+
+def _path_ms(costs: _Costs, path: Sequence[int]) -> float:
+    changes = sum(float(costs.enter[sender, peer]) for sender, peer in pairwise(path) if sender != peer)
+    return float(costs.first[path[0]] + costs.block[path].sum() + costs.leave[path[-1]]) + changes
 
 
 def _cheapest_path(costs: _Costs, serves: Flags) -> tuple[float, list[int]]:

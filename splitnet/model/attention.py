@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -43,11 +43,33 @@ class PackedPass:
         windows: per block of the span its sliding window in positions or None; empty if the family has no such
             list, then the window is what the block passes to its attention.
         sdpa: whether the family's attention is what torch's scaled dot product attention computes.
+        masks: those made so far in this pass, by what they depend on: most blocks need the same ones.
     """
 
     parts: Sequence[Part]
     windows: Sequence[int | None]
     sdpa: bool
+    masks: dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor] = field(default_factory=dict)
+
+    def mask(
+        self, count: int, reach: int, window: int | None, additive: torch.dtype | None, device: torch.device
+    ) -> torch.Tensor:
+        """`[1, 1, count, reach]`: what the last `count` of `reach` positions may see.
+
+        Args:
+            additive: dtype of a mask to add to the scores; None for a mask of booleans.
+        """
+        key = (count, reach, window, additive)
+        if key not in self.masks:
+            past = reach - count
+            mask = torch.ones(count, reach, dtype=torch.bool, device=device).tril(past)
+            if window is not None:
+                mask = mask.triu(past - window + 1)
+            if additive is not None:
+                hidden = torch.finfo(additive).min
+                mask = torch.zeros(count, reach, dtype=additive, device=device).masked_fill_(~mask, hidden)
+            self.masks[key] = mask[None, None]
+        return self.masks[key]
 
 
 class _Running(threading.local):
@@ -58,7 +80,7 @@ _running = _Running()
 
 
 @contextmanager
-def running(packed: PackedPass):
+def running(packed: PackedPass) -> Iterator[None]:
     """Makes `packed` the pass of this thread."""
     _running.packed = packed
     try:
@@ -83,48 +105,30 @@ def _packed_attention(
     window = packed.windows[block] if packed.windows else kwargs.get("sliding_window")
     eager = not packed.sdpa or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
     attend = _own_attention(module) if eager else sdpa_attention_forward
+    additive = query.dtype if eager else None
     parts = packed.parts
     outputs: list[torch.Tensor] = []
     end = 0
     for part in parts:
-        begin, end = end, end + part.count
-        whole = len(parts) == 1
-        keys, values = part.row.append(
-            block,
-            key if whole else key[:, :, begin:end],
-            value if whole else value[:, :, begin:end],
-        )
-        keys, values, mask = _windowed(keys, values, part.count, window, query.dtype if eager else None)
-        output, _ = attend(module, query if whole else query[:, :, begin:end], keys, values, mask, **kwargs)
+        new = slice(end, end + part.count)
+        end = new.stop
+        keys, values = part.row.append(block, key[:, :, new], value[:, :, new])
+        if window is not None and keys.shape[2] > window + part.count - 1:
+            reach = window + part.count - 1
+            keys, values = keys[:, :, -reach:], values[:, :, -reach:]
+        mask = None
+        if _needs_mask(part.count, keys.shape[2], window, eager):
+            mask = packed.mask(part.count, keys.shape[2], window, additive, keys.device)
+        output, _ = attend(module, query[:, :, new], keys, values, mask, **kwargs)
         outputs.append(output)
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 
-def _windowed(
-    keys: torch.Tensor, values: torch.Tensor, count: int, window: int | None, additive: torch.dtype | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """What the last `count` positions may see: keys and values within reach, and the mask among them.
-
-    No mask for one position, nor for sdpa where positions see exactly all before them (it has a fast path for that).
-
-    Args:
-        additive: dtype of a mask to add to the scores; None for a mask of booleans.
-    """
-    reach = keys.shape[2] if window is None else min(keys.shape[2], window + count - 1)
-    if reach < keys.shape[2]:
-        keys, values = keys[:, :, -reach:], values[:, :, -reach:]
+def _needs_mask(count: int, reach: int, window: int | None, eager: bool) -> bool:
+    """Not for one position, nor where sdpa's own causal mask (its fast path) is the right one."""
     if count == 1:
-        return keys, values, None
-    if additive is None and reach == count and (window is None or count <= window):
-        return keys, values, None
-    past = reach - count
-    seen = torch.ones(count, reach, dtype=torch.bool, device=keys.device).tril(past)
-    if window is not None and reach > window:
-        seen = seen.triu(past - window + 1)
-    if additive is None:
-        return keys, values, seen[None, None]
-    mask = torch.zeros(count, reach, dtype=additive, device=keys.device)
-    return keys, values, mask.masked_fill_(~seen, torch.finfo(additive).min)[None, None]
+        return False
+    return eager or reach > count or (window is not None and reach > window)
 
 
 def _own_attention(module: nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:

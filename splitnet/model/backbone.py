@@ -24,12 +24,13 @@ from splitnet.model.families import Family
 class Zero(nn.Module):
     """Stands for learned position embeddings in a span: the client has added them."""
 
-    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
-        return self.zero
-
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
-        self.register_buffer("zero", torch.zeros((), dtype=dtype, device="cpu"), persistent=False)
+        # Not a buffer: loading would leave one uninitialized. A scalar on the CPU adds to tensors on any device.
+        self._zero = torch.zeros((), dtype=dtype, device="cpu")
+
+    def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
+        return self._zero
 
 
 def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

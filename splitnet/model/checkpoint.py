@@ -77,15 +77,20 @@ class Checkpoint:
             UnsupportedModel: the family of the model is not known or cannot be cut into spans.
         """
         shards = Shards.open(model, revision)
+        path = shards.config()
         try:
-            config = AutoConfig.from_pretrained(shards.source, revision=shards.revision)
+            config = AutoConfig.from_pretrained(path)
+        except OSError as error:
+            raise ModelNotFound(f"the config of {model} cannot be read: download it again") from error
         except (ValueError, KeyError, AttributeError) as error:
             raise UnsupportedModel(
                 f"transformers does not know the architecture of {model}: update transformers ({_first_line(error)})"
             ) from error
         text_config = config.get_text_config()
         family_of(text_config)
-        return cls(shards.name, shards, text_config, multimodal=text_config is not config)
+        checkpoint = cls(shards.name, shards, text_config, multimodal=text_config is not config)
+        assert checkpoint.names  # raises if there are no safetensors
+        return checkpoint
 
     @property
     def num_blocks(self) -> int:
@@ -111,7 +116,9 @@ class Checkpoint:
         """The type that the weights are stored in."""
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
-        return next((info.dtype for info in self._infos().values() if info.dtype.is_floating_point), torch.float32)
+        first = next(iter(self._shards.weight_map.values()))
+        types = (info.dtype for info in self._infos([first]).values())
+        return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
 
     @cached_property
     def names(self) -> tuple[str, ...]:

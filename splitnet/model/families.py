@@ -24,12 +24,14 @@ class Family:
             embeddings (learned positions). The client adds them; in spans they give zero.
         neutral_config: config values that make the backbone pass its input to the first block unchanged.
         blocks_return_tuple: the backbone takes `output[0]` of what a block returns.
+        packs: whether the family's attention can be replaced by a packed one, where transformers does not say so.
         refused: why the family cannot be cut; empty if it can.
     """
 
     added_positions: tuple[str, ...] = ()
     neutral_config: Mapping[str, Any] = field(default_factory=dict)
     blocks_return_tuple: bool = False
+    packs: bool | None = None
     refused: str = ""
 
 
@@ -46,7 +48,9 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_neo": Family(added_positions=("wpe",)),
     "granite": Family(neutral_config={"embedding_multiplier": 1.0}),
     "granitemoe": Family(neutral_config={"embedding_multiplier": 1.0}),
+    "mpt": _TUPLES,
     "opt": Family(added_positions=("embed_positions",)),
+    "stablelm": Family(packs=True),
 }
 
 _OWN_ROPE_PER_SEQUENCE = {"dynamic", "longrope"}
@@ -94,7 +98,10 @@ def _reason_against(config: PreTrainedConfig) -> str:
 
 def packs_sequences(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
     """Whether several sequences can share one pass through the backbone; if not they run one after the other."""
-    return bool(model_class._supports_attention_backend) and not _rope_types(config) & _OWN_ROPE_PER_SEQUENCE
+    packs = family_of(config).packs
+    if packs is None:
+        packs = bool(getattr(model_class, "_supports_attention_backend", False))
+    return packs and not _rope_types(config) & _OWN_ROPE_PER_SEQUENCE
 
 
 def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:

@@ -26,12 +26,22 @@ def free_memory(device: str | torch.device) -> int:
 
 
 def _available_on_linux() -> int | None:
+    """What the kernel says is available, or less if a control group (a container's limit) leaves less."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
     kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
-    return None if kib is None else kib * 1024
+    if kib is None:
+        return None
+    try:
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))
+    except (OSError, ValueError):
+        return kib * 1024  # no control group, or one without a limit ("max")
+    return max(0, min(kib * 1024, limit - used))
 
 
 @contextmanager

@@ -120,7 +120,7 @@ class Shards:
         """Finds a local folder or a hub repository.
 
         Raises:
-            ModelNotFound: neither exists, or it has no config or no safetensors.
+            ModelNotFound: there is no such folder.
         """
         folder = Path(model).expanduser()
         if folder.is_dir():
@@ -129,9 +129,6 @@ class Shards:
             raise ModelNotFound(f"there is no folder {model}: give a checkpoint folder or a Hugging Face id")
         else:
             shards = cls(model, None, revision)
-        if shards._find("config.json") is None:
-            raise ModelNotFound(f"{model} has no config.json: give a folder or id of a transformers checkpoint")
-        assert shards.weight_map
         return shards
 
     @cached_property
@@ -144,10 +141,21 @@ class Shards:
         try:
             with self.open_range(SINGLE_FILE) as file:
                 return {name: SINGLE_FILE for name in read_tensor_infos(file, SINGLE_FILE)}
-        except FileNotFoundError as error:
+        except ModelNotFound as error:
             raise ModelNotFound(
                 f"{self.name} holds no safetensors: convert it with transformers' save_pretrained"
             ) from error
+
+    def config(self) -> Path:
+        """The local path of the config.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        path = self._find("config.json")
+        if path is None:
+            raise ModelNotFound(f"{self.name} has no config.json: give a folder or id of a transformers checkpoint")
+        return path
 
     def download(self, shard: str) -> Path:
         """The local path of a shard; from the hub it is downloaded first, if it is not in the cache.
@@ -164,15 +172,18 @@ class Shards:
         """Opens a shard for reading parts of it, without downloading the whole.
 
         Raises:
-            FileNotFoundError: there is no such shard.
+            ModelNotFound: there is no such shard, or the hub does not answer.
         """
-        if self._folder is not None:
-            return (self._folder / shard).open("rb")
-        cached = try_to_load_from_cache(self.name, shard, revision=self.revision)
-        if isinstance(cached, str):
-            return Path(cached).open("rb")
-        remote = HfFileSystem().open(f"{self.name}/{shard}", "rb", revision=self.revision, block_size=2**16)
-        return cast(BinaryIO, remote)
+        try:
+            if self._folder is not None:
+                return (self._folder / shard).open("rb")
+            cached = try_to_load_from_cache(self.name, shard, revision=self.revision)
+            if isinstance(cached, str):
+                return Path(cached).open("rb")
+            remote = HfFileSystem().open(f"{self.name}/{shard}", "rb", revision=self.revision, block_size=2**16)
+            return cast(BinaryIO, remote)
+        except OSError as error:
+            raise ModelNotFound(f"{self.name} lacks {shard}: download it again, or check the network") from error
 
     def _find(self, file: str) -> Path | None:
         if self._folder is not None:

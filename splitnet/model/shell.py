@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -13,7 +11,7 @@ from splitnet.model.attention import PACKED
 from splitnet.model.backbone import causal_class, find_container, load_cut, parent_of
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
-from splitnet.model.families import family_of, packs_sequences
+from splitnet.model.families import family_of
 
 
 class AllBlocks(nn.Module):
@@ -69,11 +67,10 @@ def load_shell(
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = ["full_attention"]
 
-    # Nothing attends here, so no masks are needed: the packed attention's name tells transformers to make none.
-    attention = PACKED if packs_sequences(model_class, config) else None
     wanted = as_dtype(dtype) or checkpoint.dtype
+    # Nothing attends here: the packed attention's name only tells transformers to make no masks.
     with checkpoint.load_tensors(_names(checkpoint, container), wanted) as tensors:
-        model = load_cut(model_class, config, cut, tensors, wanted, attention)
+        model = load_cut(model_class, config, cut, tensors, wanted, PACKED)
     model.to(torch.device(device))
     parent, name = parent_of(model, container)
     setattr(parent, name, nn.ModuleList([AllBlocks(blocks, family.blocks_return_tuple)]))
@@ -81,9 +78,13 @@ def load_shell(
     return model
 
 
-def backbone_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The module within a causal language model whose `forward` receives `attention_mask`, `position_ids` and `cache`."""
-    return getattr(model, model.base_model_prefix)
+def backbone_of(model: nn.Module) -> nn.Module:
+    """The module of a shell whose `forward` loops over the blocks: it receives `attention_mask`, `cache` and so on."""
+    for module in model.modules():
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and len(child) and isinstance(child[0], AllBlocks):
+                return module
+    raise ValueError("this model has no place where its blocks were: load it with load_shell")
 
 
 def _names(checkpoint: Checkpoint, container: str) -> dict[str, str]:

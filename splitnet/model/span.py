@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -54,6 +55,9 @@ class Span:
         self._packs = packs
         self._sdpa = bool(getattr(backbone, "_supports_sdpa", False))
         self._nothing_cached = PassThrough()
+        self._dynamic_ropes: list[Any] = [
+            module for module in backbone.modules() if getattr(module, "rope_type", None) == "dynamic"
+        ]
         parameter = next(backbone.parameters())
         self.device = parameter.device
         self.dtype = parameter.dtype
@@ -102,7 +106,8 @@ class Span:
         def cut(backbone: PreTrainedModel) -> None:
             cut_to_blocks(backbone, container, start, end, family)
 
-        with guarded(checkpoint.name, start, end, block_bytes(checkpoint, wanted), torch.device(device)):
+        largest = max(_bytes_of_block(checkpoint, index, wanted) for index in range(start, end))
+        with guarded(checkpoint.name, start, end, largest, torch.device(device)):
             with checkpoint.load_tensors(names, wanted, progress) as tensors:
                 backbone = load_cut(model_class, config, cut, tensors, wanted, PACKED if packs else None)
             backbone.to(torch.device(device))
@@ -178,6 +183,7 @@ class Span:
         outputs: list[torch.Tensor] = []
         begin = 0
         for part in parts:
+            self._forget_rope()
             positions = torch.arange(part.start, part.start + part.count, device=self.device)
             output = self._backbone(
                 inputs_embeds=hidden[None, begin : begin + part.count],
@@ -188,6 +194,12 @@ class Span:
             outputs.append(output[0][0])
             begin += part.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _forget_rope(self) -> None:
+        """Dynamic rotary embeddings remember the longest sequence so far, which was another one."""
+        for rope in self._dynamic_ropes:
+            rope.inv_freq = rope.original_inv_freq.to(self.device)
+            rope.max_seq_len_cached = rope.original_max_seq_len
 
     def _probe(self) -> int:
         """Runs one position: proves that the blocks run on their own, and measures what it leaves in the cache."""
@@ -207,4 +219,8 @@ class Span:
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> int:
     """Bytes of the weights of the largest block as `dtype` (None: as stored); reads only headers of shards."""
     wanted = as_dtype(dtype)
-    return max(checkpoint.bytes_of((tensor.name for tensor in tensors), wanted) for tensors in checkpoint.block_tensors)
+    return max(_bytes_of_block(checkpoint, index, wanted) for index in range(checkpoint.num_blocks))
+
+
+def _bytes_of_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype | None) -> int:
+    return checkpoint.bytes_of((tensor.name for tensor in checkpoint.block_tensors[index]), dtype)

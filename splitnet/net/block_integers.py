@@ -1,8 +1,12 @@
 """Quantising blocks of 64 floats to 8, 6 or 4 bits, exactly reproducible.
 
-A block holds one bfloat16 scale and 64 codes. A code `c` in `[-2**(bits-1), 2**(bits-1))` stands for
-`(c + 0.5) * scale`: the levels are symmetric and none is wasted. A rotated block is multiplied by an orthonormal
-Hadamard matrix first, which spreads an outlier evenly over the block (QuaRot, arXiv:2404.00456).
+A block holds one bfloat16 scale and 64 signed codes. A plain block writes each value as the nearest `code * scale`. A
+rotated block is multiplied by an orthonormal Hadamard matrix first, which spreads an outlier evenly over the block
+(QuaRot, arXiv:2404.00456); a code then stands for `(code + 0.5) * scale`, so that none of the `2**bits` levels is wasted.
+(Plain blocks need a level at zero: next to an outlier, zero is the best that can be said of the other values.)
+
+The signs of the values are flipped by a fixed pattern before the rotation, a bent function, whose Walsh spectrum is
+flat: so a block of equal values is spread as evenly as a single outlier, and does not meet the missing zero level.
 
 The rotation is exact: values are first rounded to a grid so fine (2**-17 of the block's largest magnitude or finer)
 that every sum of 64 of them is exact in float32; on the way back the codes are small integers plus one half. Hence the
@@ -10,8 +14,6 @@ result depends neither on the order in which a BLAS adds, nor on the batch, the 
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -45,13 +47,17 @@ def quantise(values: Floats, bits: int, rotate: bool) -> tuple[Scales, Codes]:
         # With p the power of two at or below the peak, floats near 96 p are 2**-17 p apart: so adding and subtracting
         # 96 p rounds each value to a multiple of that, and 64 values below 2 p sum up to at most 2**24 such multiples.
         anchor: Floats = (peak.view(np.int32) & np.int32(0x7F800000)).view(np.float32) * np.float32(96)
-        values = _rotated((values + anchor) - anchor)
+        values = _product((values + anchor) - anchor, _ROTATION)
         peak = np.maximum(_peak(values), _SMALLEST)
+    levels = 2 ** (bits - 1) - (0 if rotate else 1)
     # The next bfloat16 strictly above the smallest scale that covers the peak, so that no code overflows.
-    scale = (peak * np.float32(2.0 ** (1 - bits))).view(np.uint32) + np.uint32(0x10000)
+    scale = (peak * np.float32(1 / levels)).view(np.uint32) + np.uint32(0x10000)
     scale &= np.uint32(0xFFFF0000)
     codes = values / scale.view(np.float32)
-    np.floor(codes, out=codes)
+    if rotate:
+        np.floor(codes, out=codes)
+    else:
+        np.rint(codes, out=codes)
     scale[is_zero] = 0
     return (scale >> np.uint32(16)).astype(np.uint16), codes.astype(np.int8)
 
@@ -59,9 +65,9 @@ def quantise(values: Floats, bits: int, rotate: bool) -> tuple[Scales, Codes]:
 def dequantise(scales: Scales, codes: Codes, rotate: bool) -> Floats:
     """Return the values `[blocks, 64]` of scales `[blocks, 1]` and codes `[blocks, 64]`."""
     values = codes.astype(np.float32)
-    values += np.float32(0.5)
     if rotate:
-        values = _rotated(values)
+        values += np.float32(0.5)
+        values = _product(values, _ROTATION_BACK)
     values *= from_bfloat16(scales)
     return values
 
@@ -104,28 +110,26 @@ def unpack(packed: Bytes, bits: int) -> Codes:
 _SIX_BIT_SHIFTS = np.array([[0], [2], [4]], np.uint8)
 
 
-def _hadamard(size: int) -> Floats:
-    """Return Sylvester's orthonormal Hadamard matrix, symmetric and its own inverse; `size` is a power of four."""
-    signs = np.ones((1, 1), np.float32)
-    while len(signs) < size:
-        signs = np.kron(np.array([[1, 1], [1, -1]], np.float32), signs)
-    return (signs / np.sqrt(size)).astype(np.float32)
+def _signed_hadamard() -> Floats:
+    """Return Sylvester's orthonormal Hadamard matrix with the signs of its rows flipped where the bent function is 1."""
+    index = np.arange(BLOCK)
+    exponent = index & (index >> 1) & 0b010101  # row i: i0 i1 + i2 i3 + i4 i5, as separate bits
+    entries = (index[:, None] & index) ^ exponent[:, None]
+    return np.array([[(-1) ** bin(entry).count("1") for entry in row] for row in entries], np.float32) / np.float32(8)
 
 
-_ROTATION = _hadamard(BLOCK)
+_ROTATION = _signed_hadamard()
+_ROTATION_BACK = np.ascontiguousarray(_ROTATION.T)
 
 
-def _rotated(values: Floats) -> Floats:
+def _product(values: Floats, matrix: Floats) -> Floats:
     if len(values) <= _SMALL_BATCH:
-        return values @ _ROTATION
-    rotated = np.empty_like(values)
-    for part in _small_batches(len(values)):
-        np.matmul(values[part], _ROTATION, out=rotated[part])
-    return rotated
-
-
-def _small_batches(blocks: int) -> Iterator[slice]:
-    return (slice(start, start + _SMALL_BATCH) for start in range(0, blocks, _SMALL_BATCH))
+        return values @ matrix
+    product = np.empty_like(values)
+    for start in range(0, len(values), _SMALL_BATCH):
+        part = slice(start, start + _SMALL_BATCH)
+        np.matmul(values[part], matrix, out=product[part])
+    return product
 
 
 def _peak(values: Floats) -> Floats:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -201,4 +202,4 @@ def test_coverage_counts_and_gaps_agree(spans: list[tuple[int, int]], num_blocks
     assert [block for start, end in gaps for block in range(start, end)] == [
         block for block, replicas in enumerate(counts) if not replicas
     ]
-    assert all(first[1] < second[0] for first, second in zip(gaps, gaps[1:], strict=False))
+    assert all(first[1] < second[0] for first, second in pairwise(gaps))

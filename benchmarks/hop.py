@@ -1,0 +1,104 @@
+"""What one hop adds to a decode token beyond the compute of its blocks, on loopback with CURVE on.
+
+Two routes through the same blocks take turns: one peer with all of them, and several peers with a part each. The
+blocks compute the same, so the difference per additional peer is what a hop costs: codec, messages, sockets,
+encryption, threads and dispatch. Each peer is a process of its own.
+
+    python benchmarks/hop.py CHECKPOINT [--hops 3] [--tokens 200] [--rounds 5] [--codec int8]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+
+import torch
+
+from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.client.session import Session
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net import messages
+from splitnet.net.codecs import codec_by_name
+from splitnet.net.messages import Part
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="hub id or folder of a checkpoint")
+    parser.add_argument("--hops", type=int, default=3, help="peers of the longer route")
+    parser.add_argument("--tokens", type=int, default=200, help="decode tokens per round and route")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--codec", default="int8")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    facts = ModelFacts.of(Checkpoint.open(arguments.checkpoint))
+    hidden = torch.randn(1, facts.hidden_size)
+    with LocalSwarm(arguments.checkpoint, 1) as short, LocalSwarm(arguments.checkpoint, arguments.hops) as long:
+        with Swarm(facts, [short.wait()]) as one, Swarm(facts, [long.wait()]) as many:
+            routes = {1: Session(one, budget=4096, codec=arguments.codec)}
+            routes[arguments.hops] = Session(many, budget=4096, codec=arguments.codec)
+            for session in routes.values():
+                decode(session, hidden, 50)
+            rounds: dict[int, list[float]] = {hops: [] for hops in routes}
+            for _ in range(arguments.rounds):
+                for hops, session in routes.items():
+                    rounds[hops].append(statistics.median(decode(session, hidden, arguments.tokens)))
+            report(rounds, arguments, facts.hidden_size)
+
+
+def decode(session: Session, hidden: torch.Tensor, tokens: int) -> list[float]:
+    """Milliseconds of each of `tokens` decode steps; the row is rewound before, so that attention costs the same."""
+    times: list[float] = []
+    for position in range(tokens):
+        began = time.perf_counter()
+        session.step(hidden, [Part(1, position, 1, 1)])
+        times.append((time.perf_counter() - began) * 1000)
+    return times
+
+
+def report(rounds: dict[int, list[float]], arguments: argparse.Namespace, hidden: int) -> None:
+    shorter, longer = sorted(rounds)
+    added = [(long - short) / (longer - shorter) for short, long in zip(rounds[shorter], rounds[longer], strict=True)]
+    print("| route | ms per token, median of rounds | min | max |")
+    print("|---|---|---|---|")
+    for hops, values in rounds.items():
+        print(f"| {hops} peer(s) | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
+    print(f"| each hop adds | {statistics.median(added):.2f} | {min(added):.2f} | {max(added):.2f} |")
+    print()
+    print(f"Of which, measured alone in one thread (codec {arguments.codec}, hidden {hidden}):")
+    print()
+    print("| part | us |")
+    print("|---|---|")
+    for name, microseconds in parts(arguments.codec, hidden).items():
+        print(f"| {name} | {microseconds:.0f} |")
+
+
+def parts(codec_name: str, hidden: int) -> dict[str, float]:
+    """Median microseconds of what a hop does in Python for one decode token."""
+    codec = codec_by_name(codec_name)
+    activation = torch.randn(1, hidden)
+    payload = codec.encode(activation)
+    step = messages.Step(bytes(16), 1, 1000, (Part(1, 1000, 1, 1),), None, 0, codec.code, payload)
+    frames = messages.encode(step)
+    return {
+        "decode the activation": median_us(lambda: codec.decode(payload, 1, hidden)),
+        "encode the activation": median_us(lambda: codec.encode(activation)),
+        "read the message": median_us(lambda: messages.decode(frames)),
+        "write the message": median_us(lambda: messages.encode(step)),
+    }
+
+
+def median_us(action: object, repeats: int = 2000) -> float:
+    assert callable(action)
+    times: list[float] = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        action()
+        times.append((time.perf_counter() - began) * 1e6)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()
