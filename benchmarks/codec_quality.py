@@ -2,8 +2,8 @@
 
     python benchmarks/codec_quality.py CHECKPOINT [--text FILE] [--cuts 10 20] [--cuts 5 25] [--tokens 1024]
 
-The model runs whole; at each cut the output of the block before it is encoded and decoded by the codec under test, as it
-would be between two peers. Each result is compared with the same model without codecs.
+The model runs whole; at each cut the output of the block before it is encoded and decoded by the codec under test, as
+between two peers. Each result is compared with the same model without codecs.
 """
 
 from __future__ import annotations

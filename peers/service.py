@@ -129,7 +129,7 @@ class Service:
     def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
         """A link to a next hop came up, was refused or was lost."""
         with self._lock:
-            if state in (LinkState.UP, LinkState.REFUSED):
+            if state is not LinkState.CONNECTING:
                 waiting = [pending for pending in self._pending if pending.session.next == endpoint]
                 for pending in waiting:
                     self._answer_open(pending, reachable=state is LinkState.UP)
@@ -258,12 +258,13 @@ class Service:
         session.next = following
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now
-        pending = _PendingOpen(session, message.epoch, now + self._reach_s)
+        state = LinkState.UP if following is None else self._outbox.state(following)
+        # A link that was lost may come back, if the next hop only restarted; a new one gets the full time.
+        patience_s = self._reach_s / 3 if state is LinkState.DOWN else self._reach_s
+        pending = _PendingOpen(session, message.epoch, now + patience_s)
         self._pending.append(pending)
-        if following is None or self._outbox.state(following) is LinkState.UP:
-            self._answer_open(pending, reachable=True)
-        elif self._outbox.state(following) is LinkState.REFUSED:
-            self._answer_open(pending, reachable=False)
+        if following is None or state in (LinkState.UP, LinkState.REFUSED):
+            self._answer_open(pending, reachable=state is LinkState.UP)
         else:
             self._outbox.connect(following)
 

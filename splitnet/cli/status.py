@@ -19,7 +19,7 @@ def status(
     """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
     checkpoint = resolve_model(model)
 
-    from scheduler.route import missing_blocks
+    from scheduler.swarm import missing_blocks
     from splitnet.client.swarm import ModelFacts, Swarm
     from splitnet.model.checkpoint import Checkpoint
     from splitnet.net.facts import facts_of

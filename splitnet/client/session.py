@@ -37,6 +37,7 @@ from splitnet.net.messages import (
     Opened,
     Part,
     Payload,
+    Replay,
     Result,
     Step,
     encode,
@@ -47,6 +48,8 @@ from splitnet.net.transport import Endpoint, LinkState
 log = logging.getLogger(__name__)
 
 OPEN_TIMEOUT_S = 10.0
+REOPEN_TIMEOUT_S = 2.0
+"""For peers whose link was lost: time to come back, if they only restarted."""
 STEP_TIMEOUT_S = 120.0
 STEP_POSITIONS = 512
 """A longer prefill is cut into steps that flow through the hops one after the other."""
@@ -97,9 +100,10 @@ class LinkUse:
 
 @dataclass(slots=True)
 class _Pending:
-    """A step whose result is awaited."""
+    """A step or replay whose result is awaited."""
 
-    step: Step
+    step: Step | None
+    """None for a replay."""
     kept: int
     result: Payload | None = None
     codec: int = 0
@@ -156,12 +160,17 @@ class Session:
         while True:
             try:
                 route = self._swarm.plan(
-                    positions=self._budget, bytes_per_position=self._planned_bytes(), exclude=refused
+                    positions=self._budget,
+                    bytes_per_position=self._planned_bytes(),
+                    exclude=refused,
+                    fresh=bool(refused),
                 )
             except (CoverageError, PeerBusy):
-                if refused:
-                    # Why the last peer refused says more than that nobody is left.
-                    raise next(reversed(refused.values())) from None
+                present = {record.key.text for record in self._swarm.peers()}
+                for name in reversed(refused):
+                    if name in present:
+                        # Why a peer that is there refused says more than that nobody else is.
+                        raise refused[name] from None
                 raise
             failed = self._open_route(route)
             if not failed:
@@ -211,6 +220,23 @@ class Session:
             forks = None
         self.traffic.positions += offset
         return self._collect(numbers)
+
+    def replay(self, index: int, until: int | None = None) -> None:
+        """Has the hop at `index` send its log to the next hop again, and waits until that is done.
+
+        Args:
+            index: of the hop that sends.
+            until: the boundary where the replay ends; None: the end of the next hop.
+
+        Raises:
+            PeerLost, PeerFailed: as in `step`.
+        """
+        until = self.hops[index + 1].planned.end if until is None else until
+        self._number += 1
+        with self._lock:
+            self._pending[self._number] = _Pending(None, 0)
+        self._swarm.send(self.hops[index].endpoint, Replay(self.id, self._epoch, self._number, until))
+        self._collect([self._number])
 
     def links(self) -> list[LinkUse]:
         """The links of the open route in order, with the bytes that one decode token takes on each."""
@@ -308,22 +334,25 @@ class Session:
     def _exchange_open(self, requests: Sequence[tuple[Hop, Open]]) -> dict[str, Opened | SplitnetError]:
         """Sends `Open` messages and waits for the answer to each, by the name of the peer."""
         waiting = {hop.endpoint: hop.name for hop, _ in requests}
+        deadlines: dict[Endpoint, float] = {}
         answers: dict[str, Opened | SplitnetError] = {}
         for hop, message in requests:
-            if self._swarm.link_state(hop.endpoint) is LinkState.REFUSED:
+            state = self._swarm.link_state(hop.endpoint)
+            if state is LinkState.REFUSED:
                 answers[waiting.pop(hop.endpoint)] = _not_authorized(hop.endpoint)
             else:
+                patience = REOPEN_TIMEOUT_S if state is LinkState.DOWN else OPEN_TIMEOUT_S
+                deadlines[hop.endpoint] = time.monotonic() + patience
                 self._swarm.send(hop.endpoint, message)
-        deadline = time.monotonic() + OPEN_TIMEOUT_S
         while waiting:
+            late = min(waiting, key=lambda endpoint: deadlines[endpoint])
             try:
-                source, item = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
+                source, item = self._inbox.get(timeout=max(0.0, deadlines[late] - time.monotonic()))
             except queue.Empty:
-                for endpoint, name in waiting.items():
-                    answers[name] = PeerLost(
-                        f"the peer at {endpoint.address} does not answer: check its network and firewall"
-                    )
-                break
+                answers[waiting.pop(late)] = PeerLost(
+                    f"the peer at {late.address} does not answer: check its network and firewall"
+                )
+                continue
             if source not in waiting:
                 continue
             if isinstance(item, SplitnetError) or (isinstance(item, Opened) and item.epoch == self._epoch):
@@ -348,7 +377,7 @@ class Session:
         with self._lock:
             pending = self._pending.get(result.number)
         index = next((i for i, hop in enumerate(self.hops) if hop.endpoint == source), None)
-        if pending is None or index is None or result.epoch != self._epoch or index + 1 >= len(self.hops):
+        if pending is None or pending.step is None or index is None or result.epoch != self._epoch or index + 1 >= len(self.hops):
             return
         hop = self.hops[index]
         if hop.carried and hop.planned.end == result.end:

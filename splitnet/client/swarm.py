@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Collection, Sequence
@@ -97,6 +98,7 @@ class Swarm:
         self._pongs: dict[int, Future[float]] = {}
         self._nonces = count(1)
         self._measured: set[str] = set()
+        self._random = random.Random()
         self._lock = threading.Lock()
         self._transport = Transport(self.identity, on_message=self._receive, on_link=self._link_changed)
         self._transport.start()
@@ -165,6 +167,7 @@ class Swarm:
                 bytes_per_position=bytes_per_position,
                 kv_needed=positions,
                 exclude=frozenset(exclude),
+                rng=self._random,
             )
         except NoRoute as error:
             if not fresh:

@@ -8,9 +8,10 @@ in the whole model.
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -41,13 +42,13 @@ def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UnsupportedModel(f"models of the family {config.model_type!r} are not causal language models")
-    return AutoModel._model_mapping[type(config)]
+    return cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class of the model with its head; errors as `backbone_class`."""
     backbone_class(config)
-    return AutoModelForCausalLM._model_mapping[type(config)]
+    return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[type(config)])
 
 
 def find_container(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
@@ -94,11 +95,12 @@ def load_cut(
 
     names = {"__init__": build, "__module__": model_class.__module__}
     cut_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), names)
-    options = {} if attention is None else {"attn_implementation": attention}
-    with _no_progress_bars():
-        model, report = cut_class.from_pretrained(
+    options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
+    with _one_at_a_time, _no_progress_bars():
+        loaded: Any = cut_class.from_pretrained(
             None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options
         )
+    model, report = loaded
     missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
     if missing:
         raise UnsupportedModel(
@@ -107,6 +109,10 @@ def load_cut(
         )
     model.__class__ = model_class
     return model
+
+
+_one_at_a_time = threading.Lock()
+"""While it builds a model, transformers changes settings of the whole process, such as torch's default dtype."""
 
 
 def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int, family: Family) -> None:
@@ -136,7 +142,7 @@ def share_blocks(backbone: PreTrainedModel, container: str, start: int, end: int
     for name in path:
         setattr(owner, name, _shallow(getattr(owner, name)))
         owner = getattr(owner, name)
-        if hasattr(owner, "config"):
+        if isinstance(owner, PreTrainedModel):
             owner.config = shared.config
     setattr(owner, list_name, getattr(owner, list_name)[start:end])
     return shared

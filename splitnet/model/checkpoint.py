@@ -5,24 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import threading
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.families import family_of
+from splitnet.model.lazy_tensors import LazyTensors, Progress
 from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all); from several threads, one at a time."""
 
 _BLOCK_NAME = re.compile(r"^(?P<container>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)$")
 _OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech")
@@ -168,14 +163,14 @@ class Checkpoint:
 
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
-    ) -> LoadingTensors:
+    ) -> LazyTensors:
         """Opens tensors for reading; from the hub, downloads the shards that hold them.
 
         Args:
             names: name to give a tensor -> its name in the checkpoint.
             dtype: the type that they will be converted to by the reader.
         """
-        return LoadingTensors(self._shards, names, dtype, progress)
+        return LazyTensors(self._shards, names, dtype, progress)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -209,7 +204,7 @@ class Checkpoint:
             ModelNotFound: the checkpoint has none.
         """
         try:
-            return AutoTokenizer.from_pretrained(self._shards.source, revision=self._shards.revision)
+            return AutoTokenizer.from_pretrained(self._shards.source, **self._shards.options)
         except (OSError, ValueError) as error:
             raise ModelNotFound(
                 f"{self.name} has no usable tokenizer: add its tokenizer files ({_first_line(error)})"
@@ -218,7 +213,7 @@ class Checkpoint:
     def generation_config(self) -> GenerationConfig:
         """The model's defaults for generation; those of its config if it has none of its own."""
         try:
-            return GenerationConfig.from_pretrained(self._shards.source, revision=self._shards.revision)
+            return GenerationConfig.from_pretrained(self._shards.source, **self._shards.options)
         except OSError:
             return GenerationConfig.from_model_config(self.config)
 
@@ -235,74 +230,6 @@ class Checkpoint:
     @cached_property
     def _headers(self) -> dict[str, dict[str, TensorInfo]]:
         return {}
-
-
-class LoadingTensors:
-    """Tensors of a checkpoint as a state dict that reads each tensor when it is indexed; use it in a `with`."""
-
-    def __init__(self, shards: Shards, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None) -> None:
-        self._shards = shards
-        self._names = names
-        self._dtype = dtype
-        self._progress = progress
-        self._files = ExitStack()
-        self._lock = threading.Lock()
-        self._done = 0
-        self.nbytes = 0
-
-    def __enter__(self) -> dict[str, Any]:
-        by_shard: dict[str, list[tuple[str, str]]] = {}
-        for given, name in self._names.items():
-            by_shard.setdefault(self._shards.weight_map[name], []).append((given, name))
-        tensors: dict[str, Any] = {}
-        for shard, names in by_shard.items():
-            path = self._shards.download(shard)
-            with path.open("rb") as raw:
-                infos = read_tensor_infos(raw, shard)
-            file = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
-            for given, name in names:
-                tensors[given] = _LazyTensor(self, file.get_slice(name), infos[name])
-                self.nbytes += infos[name].nbytes
-        return tensors
-
-    def __exit__(self, *error: object) -> None:
-        self._files.close()
-
-    def take(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Counts a tensor as read; one that keeps its type is copied, or it would stay on the mapped file."""
-        if tensor.dtype == self._dtype:
-            tensor = tensor.clone()
-        with self._lock:
-            self._done += tensor.nbytes
-            if self._progress is not None:
-                self._progress(self._done, self.nbytes)
-        return tensor
-
-
-class _LazyTensor:
-    """One tensor on disk, as transformers' loading expects it: `tensor[...]` reads it."""
-
-    def __init__(self, loading: LoadingTensors, stored: Any, info: TensorInfo) -> None:
-        self._loading = loading
-        self._stored = stored
-        self._info = info
-
-    @property
-    def shape(self) -> torch.Size:
-        return torch.Size(self._info.shape)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._info.dtype
-
-    def get_shape(self) -> list[int]:
-        return list(self._info.shape)
-
-    def get_dtype(self) -> str:
-        return self._info.stored
-
-    def __getitem__(self, index: Any) -> torch.Tensor:
-        return self._loading.take(self._stored[index])
 
 
 def _first_line(error: BaseException) -> str:

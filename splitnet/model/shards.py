@@ -115,6 +115,11 @@ class Shards:
         self._folder = folder
         self.source = name if folder is None else str(folder)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What `from_pretrained` methods must be told besides `source`."""
+        return {} if self.revision is None else {"revision": self.revision}
+
     @classmethod
     def open(cls, model: str | Path, revision: str | None) -> Shards:
         """Finds a local folder or a hub repository.
@@ -140,7 +145,7 @@ class Shards:
             return weight_map
         try:
             with self.open_range(SINGLE_FILE) as file:
-                return {name: SINGLE_FILE for name in read_tensor_infos(file, SINGLE_FILE)}
+                return dict.fromkeys(read_tensor_infos(file, SINGLE_FILE), SINGLE_FILE)
         except ModelNotFound as error:
             raise ModelNotFound(
                 f"{self.name} holds no safetensors: convert it with transformers' save_pretrained"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -11,7 +12,7 @@ from splitnet.model.attention import PACKED
 from splitnet.model.backbone import causal_class, find_container, load_cut, parent_of
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
-from splitnet.model.families import family_of
+from splitnet.model.families import family_of, packs_sequences
 
 
 class AllBlocks(nn.Module):
@@ -68,10 +69,11 @@ def load_shell(
             model.config.layer_types = ["full_attention"]
 
     wanted = as_dtype(dtype) or checkpoint.dtype
-    # Nothing attends here: the packed attention's name only tells transformers to make no masks.
+    # Nothing attends here: the packed attention's name only tells transformers to make no masks, where it can.
+    attention = PACKED if packs_sequences(model_class, config) else None
     with checkpoint.load_tensors(_names(checkpoint, container), wanted) as tensors:
-        model = load_cut(model_class, config, cut, tensors, wanted, PACKED)
-    model.to(torch.device(device))
+        model = load_cut(model_class, config, cut, tensors, wanted, attention)
+    nn.Module.to(model, device)
     parent, name = parent_of(model, container)
     setattr(parent, name, nn.ModuleList([AllBlocks(blocks, family.blocks_return_tuple)]))
     model.generation_config = checkpoint.generation_config()

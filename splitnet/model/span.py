@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from splitnet.errors import UnsupportedModel
@@ -44,6 +45,7 @@ class Span:
         start: int,
         end: int,
         *,
+        dtype: torch.dtype,
         windows: Sequence[int | None],
         packs: bool,
     ) -> None:
@@ -58,9 +60,8 @@ class Span:
         self._dynamic_ropes: list[Any] = [
             module for module in backbone.modules() if getattr(module, "rope_type", None) == "dynamic"
         ]
-        parameter = next(backbone.parameters())
-        self.device = parameter.device
-        self.dtype = parameter.dtype
+        self.device = next(backbone.parameters()).device
+        self.dtype = dtype  # not that of any parameter: some families keep their norms in float32
         self.hidden_size: int = backbone.config.hidden_size
         self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
         self.kv_bytes_per_position = self._probe()
@@ -110,9 +111,9 @@ class Span:
         with guarded(checkpoint.name, start, end, largest, torch.device(device)):
             with checkpoint.load_tensors(names, wanted, progress) as tensors:
                 backbone = load_cut(model_class, config, cut, tensors, wanted, PACKED if packs else None)
-            backbone.to(torch.device(device))
+            nn.Module.to(backbone, device).requires_grad_(False)
             windows = sliding_windows(checkpoint.config)[start:end]
-            return cls(backbone, container, start, end, windows=windows, packs=packs)
+            return cls(backbone, container, start, end, dtype=wanted, windows=windows, packs=packs)
 
     def new_row(self, max_length: int | None = None) -> RowCache:
         """An empty KV cache for one sequence.
@@ -152,7 +153,15 @@ class Span:
         if not self.start <= start < end <= self.end:
             raise ValueError(f"blocks {start}:{end} are not within {self.start}:{self.end}")
         backbone = share_blocks(self._backbone, self._container, start - self.start, end - self.start)
-        return Span(backbone, self._container, start, end, windows=self._windows, packs=self._packs)
+        return Span(
+            backbone,
+            self._container,
+            start,
+            end,
+            dtype=self.dtype,
+            windows=self._windows,
+            packs=self._packs,
+        )
 
     def free_memory(self) -> int:
         """Bytes that are free on the span's device."""

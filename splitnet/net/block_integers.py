@@ -2,8 +2,8 @@
 
 A block holds one bfloat16 scale and 64 signed codes. A plain block writes each value as the nearest `code * scale`. A
 rotated block is multiplied by an orthonormal Hadamard matrix first, which spreads an outlier evenly over the block
-(QuaRot, arXiv:2404.00456); a code then stands for `(code + 0.5) * scale`, so that none of the `2**bits` levels is wasted.
-(Plain blocks need a level at zero: next to an outlier, zero is the best that can be said of the other values.)
+(QuaRot, arXiv:2404.00456); a code then stands for `(code + 0.5) * scale`, so that all `2**bits` levels are used. (Plain
+blocks need a level at zero: next to an outlier, zero is the best that can be said of the other values.)
 
 The signs of the values are flipped by a fixed pattern before the rotation, a bent function, whose Walsh spectrum is
 flat: so a block of equal values is spread as evenly as a single outlier, and does not meet the missing zero level.
@@ -111,7 +111,7 @@ _SIX_BIT_SHIFTS = np.array([[0], [2], [4]], np.uint8)
 
 
 def _signed_hadamard() -> Floats:
-    """Return Sylvester's orthonormal Hadamard matrix with the signs of its rows flipped where the bent function is 1."""
+    """Return Sylvester's orthonormal Hadamard matrix, its rows negated where the bent function is 1."""
     index = np.arange(BLOCK)
     exponent = index & (index >> 1) & 0b010101  # row i: i0 i1 + i2 i3 + i4 i5, as separate bits
     entries = (index[:, None] & index) ^ exponent[:, None]

@@ -11,40 +11,29 @@ from splitnet.net.codecs import CODECS, DEFAULT_INT8
 
 pytestmark = pytest.mark.e2e
 
+TOKENS = 512
 CUTS = [(10, 20), (5, 25)]
-LARGEST_DIVERGENCE = {
-    "none": 0.0,
-    "fp16": 1e-6,
-    "bf16": 5e-5,
-    "int8": 2e-4,
-    "int8-block": 4e-3,
-    "int6": 3e-3,
-    "int4": 4e-2,
-}
-"""In nats, with two cuts: at most about twice the measured divergence, so that a real loss of quality fails."""
+LARGEST_DIVERGENCE = {"none": 0.0, "fp16": 1e-6, "bf16": 5e-5, "int8-block": 5e-3, "int6": 3e-3, "int4": 4e-2}
+"""In nats, with cuts before blocks 10 and 20: about twice what was measured, so that a real loss of quality fails."""
 
 
 @pytest.fixture(scope="module")
 def comparison(demo_checkpoint: Path) -> Comparison:
-    return Comparison(demo_checkpoint, VARIED_TEXT.read_text(encoding="utf-8"), tokens=1024)
-
-
-def test_the_text_gives_1024_tokens(comparison: Comparison) -> None:
-    assert comparison.ids.shape == (1, 1024)
+    return Comparison(demo_checkpoint, VARIED_TEXT.read_text(encoding="utf-8"), TOKENS)
 
 
 @pytest.mark.parametrize("cuts", CUTS)
 def test_default_int8_stays_below_5e_4(comparison: Comparison, cuts: tuple[int, int]) -> None:
+    assert comparison.ids.shape == (1, TOKENS)
     quality = comparison.quality(CODECS[DEFAULT_INT8], cuts)
     assert 0 < quality.divergence < 5e-4
     assert quality.top1 > 0.98
 
 
-@pytest.mark.parametrize("name", CODECS)
-def test_no_codec_got_worse(comparison: Comparison, name: str) -> None:
+@pytest.mark.parametrize("name", LARGEST_DIVERGENCE)
+def test_no_other_codec_got_worse(comparison: Comparison, name: str) -> None:
     assert comparison.quality(CODECS[name], CUTS[0]).divergence <= LARGEST_DIVERGENCE[name]
 
 
-def test_every_codec_has_its_row_in_the_documentation() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "codecs.md").read_text(encoding="utf-8")
-    assert all(page.count(f"\n| {name} |") >= 2 for name in CODECS)
+def test_every_codec_has_a_bound() -> None:
+    assert {*LARGEST_DIVERGENCE, DEFAULT_INT8} == set(CODECS)

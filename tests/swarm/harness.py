@@ -46,6 +46,13 @@ class LocalSwarm:
         self._stack.callback(peer.close)
         return peer
 
+    @contextmanager
+    def visit(self) -> Iterator[LocalSwarm]:
+        """The same peers for a while: clients that are made on it end with it."""
+        visitor = LocalSwarm(self.folder, self.peers)
+        with visitor._stack:
+            yield visitor
+
     def connect(self, identity: Identity | None = None) -> Swarm:
         """A client's connection, without a model."""
         facts = ModelFacts.of(Checkpoint.open(self.folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -51,6 +52,14 @@ def test_unknown_codecs_are_refused_with_the_known_ones() -> None:
         codec_by_name("int7")
     with pytest.raises(CodecError, match="number 255 is unknown"):
         codec_by_code(255)
+
+
+def test_every_codec_has_its_rows_in_the_documentation() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "codecs.md").read_text(encoding="utf-8")
+    for codec in CODECS.values():
+        assert f"\n| `{codec.name}` | {codec.code} |" in page
+        assert page.count(f"\n| {codec.name} | ") == 3
+        assert f"\n| {codec.name} | {codec.bytes_per_position(576)} | " in page
 
 
 def test_two_codecs_cannot_share_a_number_or_a_name() -> None:

@@ -1,0 +1,113 @@
+"""The real model through three daemon processes: the tokens are those of plain transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import splitnet
+from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.net.identity import Identity
+from tests.e2e.daemons import Daemon
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+TOKENS = 64
+PROMPTS = [
+    "The three primary colours are",
+    "def fibonacci(n):\n    ",
+    "Once upon a time, in a small village by the sea, there lived an old fisherman who",
+]
+QUESTION = "Why is the sky blue?"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(demo_checkpoint: Path) -> Any:
+    return AutoTokenizer.from_pretrained(demo_checkpoint, padding_side="left")
+
+
+@pytest.fixture(scope="module")
+def local(demo_checkpoint: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32).eval()
+
+
+def connect(checkpoint: Path, address: str, codec: str) -> Any:
+    return splitnet.AutoModelForCausalLM.from_pretrained(
+        checkpoint, initial_peers=[address], codec=codec, identity=Identity.generate()
+    )
+
+
+@pytest.fixture(scope="module")
+def remote(demo_checkpoint: Path, address: str) -> Iterator[RemoteCausalLM]:
+    model = connect(demo_checkpoint, address, "none")
+    yield model
+    model.close()
+
+
+def generate(model: PreTrainedModel, inputs: Any, **options: Any) -> torch.Tensor:
+    torch.manual_seed(11)
+    chosen = {"max_new_tokens": TOKENS, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
+    return model.generate(**inputs, **chosen)
+
+
+def same(local: PreTrainedModel, remote: RemoteCausalLM, inputs: Any, **options: Any) -> None:
+    """Generates with both, to the full length, and expects equal tokens."""
+    expected = generate(local, inputs, **options)
+    got = generate(remote, inputs, **options)
+    assert got.shape[1] == inputs["input_ids"].shape[1] + TOKENS
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_greedy(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any, prompt: str) -> None:
+    same(local, remote, tokenizer(prompt, return_tensors="pt"))
+
+
+def test_left_padded_batch(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any) -> None:
+    inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
+    assert 0 in inputs["attention_mask"]
+    same(local, remote, inputs)
+
+
+def test_beam_search(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any) -> None:
+    same(local, remote, tokenizer(PROMPTS[0], return_tensors="pt"), num_beams=3)
+
+
+def test_sampling_with_a_seed(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any) -> None:
+    inputs = tokenizer(PROMPTS[2], return_tensors="pt")
+    same(local, remote, inputs, do_sample=True, temperature=0.9, top_p=0.95)
+
+
+def test_a_chat_over_int8_makes_sense(demo_checkpoint: Path, address: str, tokenizer: Any) -> None:
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    model = connect(demo_checkpoint, address, "int8")
+    try:
+        output = model.generate(**chat, max_new_tokens=16, do_sample=False)
+    finally:
+        model.close()
+    assert "Paris" in tokenizer.decode(output[0, chat["input_ids"].shape[1] :])
+
+
+def test_the_client_holds_no_blocks(remote: RemoteCausalLM, local: PreTrainedModel) -> None:
+    held, whole = (sum(parameter.nbytes for parameter in model.parameters()) for model in (remote, local))
+    embeddings = local.get_input_embeddings().weight.nbytes
+    norm = local.config.hidden_size * 4
+    assert held == embeddings + norm < whole / 4
+
+
+def test_memory_of_a_daemon_grows_with_its_span(trio: list[Daemon], demo_checkpoint: Path, local: Any) -> None:
+    # Spans of 7 and 12 blocks: what lies between is five blocks, and not a second copy of them.
+    small, large = (psutil.Process(daemon.process.pid).memory_full_info().uss for daemon in trio[:2])
+    block = sum(parameter.nbytes for parameter in local.model.layers[0].parameters())
+    assert abs((large - small) - 5 * block) < 3 * block

@@ -1,0 +1,202 @@
+"""The chain: activations go from peer to peer, through the client where they must, and sessions stay apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from splitnet.client.session import Session
+from splitnet.errors import CoverageError, PeerBusy, PeerFailed, PeerLost, WrongSwarm
+from splitnet.net.messages import Part, Result
+from splitnet.net.transport import Destination
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+SPANS = [(0, 2), (2, 3), (3, 6)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, SPANS) as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def shared(running: LocalSwarm) -> Iterator[LocalSwarm]:
+    with running.visit() as visitor:
+        yield visitor
+
+
+def prompt(length: int = 7, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 300, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **GREEDY)  # pyright: ignore
+
+
+def test_peers_push_to_each_other(shared: LocalSwarm, local: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends = _record_result_ends(monkeypatch)
+    model = shared.model()
+    with model.session() as cache:
+        assert torch.equal(generate(model, prompt()), generate(local, prompt()))
+        assert not any(hop.carried for hop in cache.session.hops)
+    assert set(ends) == {6}, "only the tail answers the client"
+
+
+def test_the_client_carries_where_a_peer_is_not_let_in(
+    folder: Path, local: PreTrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from splitnet.net.identity import Identity
+
+    client = Identity.generate()
+    keys = tmp_path / "authorized_keys"
+    keys.write_text(client.public.text + "\n")
+    with local_swarm(folder, [(0, 2)]) as swarm:
+        # This peer lets the client in, and no other peer; so nobody can push to it.
+        swarm.add(2, 3, authorized_keys=keys)
+        swarm.add(3, 6)
+        ends = _record_result_ends(monkeypatch)
+        model = swarm.model(identity=client)
+        with model.session() as cache:
+            assert torch.equal(generate(model, prompt()), generate(local, prompt()))
+            assert [hop.carried for hop in cache.session.hops] == [True, False, False]
+            assert [link.sender for link in cache.session.links()][1] == "blocks 0..1 via client"
+    assert set(ends) == {2, 6}, "the first hop's output came to the client, the second pushed its own"
+
+
+def test_a_span_is_entered_and_left_in_the_middle(folder: Path, local: PreTrainedModel) -> None:
+    with local_swarm(folder, [(0, 4), (2, 6)]) as swarm:
+        model = swarm.model()
+        with model.session() as cache:
+            assert torch.equal(generate(model, prompt()), generate(local, prompt()))
+            hops = cache.session.hops
+            assert [hop.planned.start for hop in hops][0] == 0
+            assert hops[0].planned.end == hops[1].planned.start
+
+
+def test_clients_at_once_get_what_each_gets_alone(shared: LocalSwarm) -> None:
+    work = [("none", 5), ("int8", 40), ("fp16", 17), ("none", 90), ("int8", 9), ("bf16", 23)]
+    models = [shared.model(codec) for codec, _ in work]
+    prompts = [prompt(length, seed=length) for _, length in work]
+    alone = [generate(model, ids) for model, ids in zip(models, prompts, strict=True)]
+    for _ in range(3):
+        with ThreadPoolExecutor(len(work)) as pool:
+            together = list(pool.map(generate, models, prompts))
+        assert all(torch.equal(one, other) for one, other in zip(alone, together, strict=True))
+
+
+def test_one_model_serves_several_threads(shared: LocalSwarm, local: PreTrainedModel) -> None:
+    model = shared.model()
+    prompts = [prompt(length, seed=length) for length in (4, 12, 30)]
+    with ThreadPoolExecutor(3) as pool:
+        got = list(pool.map(lambda ids: generate(model, ids), prompts))
+    for ids, tokens in zip(prompts, got, strict=True):
+        assert torch.equal(tokens, generate(local, ids))
+
+
+def test_a_hop_rebuilds_its_cache_from_the_log_of_the_one_before(shared: LocalSwarm) -> None:
+    swarm = shared.connect()
+    torch.manual_seed(0)
+    hidden = torch.randn(20, 64)
+    with_replay = Session(swarm, budget=64, codec="int8")
+    undisturbed = Session(swarm, budget=64, codec="int8")
+    for session in (with_replay, undisturbed):
+        session.step(hidden[:12], [Part(1, 0, 12, 0)])
+        session.step(hidden[12:15], [Part(1, 12, 3, 1)])
+    # The last hop forgets what it has; the hop before sends its log again.
+    tail = next(peer for peer in shared.peers if peer.span.end == 6)
+    held = tail._service.sessions.get(with_replay.id)
+    assert held is not None
+    held.rows.clear()
+    with_replay.replay(1)
+    assert {row: cache.length for row, cache in held.rows.items()} == {1: 15}
+    after = [session.step(hidden[15:16], [Part(1, 15, 1, 1)]) for session in (with_replay, undisturbed)]
+    assert torch.equal(*after)
+    for session in (with_replay, undisturbed):
+        session.close()
+
+
+def test_a_repeated_step_changes_nothing(shared: LocalSwarm) -> None:
+    session = Session(shared.connect(), budget=64, codec="none")
+    hidden = torch.randn(10, 64, generator=torch.Generator().manual_seed(3))
+    session.step(hidden[:9], [Part(1, 0, 9, 1)])
+    once = session.step(hidden[9:], [Part(1, 9, 1, 1)])
+    twice = session.step(hidden[9:], [Part(1, 9, 1, 1)])
+    assert torch.equal(once, twice)
+    session.close()
+
+
+def test_a_step_beyond_what_is_cached_is_refused(shared: LocalSwarm) -> None:
+    from splitnet.errors import ProtocolError
+
+    session = Session(shared.connect(), budget=64, codec="none")
+    with pytest.raises((PeerFailed, ProtocolError), match="position"):
+        session.step(torch.randn(1, 64), [Part(1, 5, 1, 1)])
+    session.close()
+
+
+def test_memory_that_is_not_there_is_refused(shared: LocalSwarm, folder: Path) -> None:
+    with local_swarm(folder, [(0, 6)], kv_memory=100 * 6 * 2 * 2 * 16 * 4) as small:
+        model = small.model()
+        with pytest.raises(PeerBusy, match="KV memory"):
+            model.generate(prompt(), max_new_tokens=2000, eos_token_id=None)
+        # A session that fits is served, and closing it makes room again.
+        for _ in range(3):
+            model.generate(prompt(), max_new_tokens=60, eos_token_id=None)
+
+
+def test_a_hole_is_named(folder: Path) -> None:
+    with local_swarm(folder, [(0, 2), (5, 6)]) as swarm:
+        with pytest.raises(CoverageError, match=r"blocks 2\.\.4 .*--blocks 2:5"):
+            generate(swarm.model(), prompt())
+
+
+def test_other_weights_are_named(shared: LocalSwarm, tmp_path: Path) -> None:
+    other = LocalSwarm(random_checkpoint("llama", tmp_path, seed=9), peers=shared.peers)
+    with other.visit() as visitor, pytest.raises(WrongSwarm, match="other weights"):
+        generate(visitor.model(), prompt())
+
+
+def test_a_peer_that_leaves_is_noticed_and_named(folder: Path) -> None:
+    with local_swarm(folder, [(0, 3), (3, 6)]) as swarm:
+        model = swarm.model()
+        with model.session():
+            generate(model, prompt())
+            swarm.peers[1].close()
+            with pytest.raises(PeerLost, match=swarm.peers[1].endpoint.address):
+                generate(model, prompt(8, seed=1))
+        with pytest.raises(CoverageError, match=r"3\.\.5"):
+            generate(model, prompt())
+
+
+def _record_result_ends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The boundaries of all results that reach clients."""
+    ends: list[int] = []
+    deliver = Session.deliver
+
+    def spy(self: Session, source: Destination, message: object) -> None:
+        if isinstance(message, Result):
+            ends.append(message.end)
+        deliver(self, source, message)  # pyright: ignore
+
+    monkeypatch.setattr(Session, "deliver", spy)
+    return ends

@@ -1,0 +1,183 @@
+"""What is read of a checkpoint, from where, and what tells checkpoints apart."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub.errors import EntryNotFoundError
+from transformers import AutoModelForCausalLM
+
+from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model import shards
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import Part, Span, block_bytes
+from tests.unit.random_models import random_checkpoint
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("models") / "tiny")
+
+
+class FakeHub:
+    """A hub with one repository, whose files are those of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.downloaded: list[str] = []
+        self.opened: list[str] = []
+
+    def hf_hub_download(self, repo: str, file: str, revision: str | None = None) -> str:
+        assert (repo, revision) == ("someone/tiny", "v1")
+        if not (self.folder / file).exists():
+            raise EntryNotFoundError(f"no {file}")
+        self.downloaded.append(file)
+        return str(self.folder / file)
+
+    def try_to_load_from_cache(self, repo: str, file: str, revision: str | None = None) -> str | None:
+        return str(self.folder / file) if file in self.downloaded else None
+
+    def open(self, path: str, mode: str, revision: str | None = None, block_size: int | None = None) -> Any:
+        file = path.removeprefix("someone/tiny/")
+        self.opened.append(file)
+        return (self.folder / file).open("rb")
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
+    hub = FakeHub(folder)
+    monkeypatch.setattr(shards, "hf_hub_download", hub.hf_hub_download)
+    monkeypatch.setattr(shards, "try_to_load_from_cache", hub.try_to_load_from_cache)
+    monkeypatch.setattr(shards, "HfFileSystem", lambda: hub)
+    return hub
+
+
+def test_facts_of_a_folder(folder: Path) -> None:
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.name == "tiny"
+    assert (checkpoint.num_blocks, checkpoint.hidden_size, checkpoint.model_type) == (6, 64, "llama")
+    assert checkpoint.max_positions == 256
+    assert checkpoint.dtype == torch.float32
+    assert checkpoint.container == "model.layers"
+    assert set(checkpoint.shell_names) == {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    block = sum(parameter.nbytes for parameter in model.model.layers[0].parameters())
+    assert block_bytes(checkpoint, None) == block
+    assert block_bytes(checkpoint, torch.bfloat16) == block // 2
+    assert checkpoint.generation_config().eos_token_id == 2
+
+
+def test_only_needed_shards_are_downloaded_from_the_hub(folder: Path, hub: FakeHub) -> None:
+    checkpoint = Checkpoint.open("someone/tiny", revision="v1")
+    assert hub.downloaded == ["config.json", "model.safetensors.index.json"]
+    assert checkpoint.name == "someone/tiny"
+    local = Checkpoint.open(folder)
+    assert checkpoint.fingerprint == local.fingerprint
+    assert not [file for file in hub.downloaded if file.endswith(".safetensors")]
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    assert set(hub.opened) == set(weight_map.values())
+
+    span = Span.load(checkpoint, 4, 5)
+    needed = {weight_map[tensor.name] for tensor in local.block_tensors[4]}
+    assert {file for file in hub.downloaded if file.endswith(".safetensors")} == needed
+    assert needed < set(weight_map.values())
+    hidden, same = torch.randn(2, 64), Span.load(local, 4, 5)
+    assert torch.equal(
+        span.forward(hidden, [Part(span.new_row(), 0, 2)]), same.forward(hidden, [Part(same.new_row(), 0, 2)])
+    )
+
+
+def _resharded(folder: Path, target: Path) -> Path:
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(target)  # one shard
+    return target
+
+
+def _other_weights(folder: Path, target: Path) -> Path:
+    return random_checkpoint("llama", target, seed=1)
+
+
+def _other_precision(folder: Path, target: Path) -> Path:
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(target)
+    return target
+
+
+def _other_rope(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    config["rope_parameters"]["rope_theta"] *= 2
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+def _other_notes(folder: Path, target: Path) -> Path:
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    config |= {"transformers_version": "5.0.0", "_name_or_path": "elsewhere", "use_cache": False}
+    (target / "config.json").write_text(json.dumps(config))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "equal"),
+    [
+        (_resharded, True),
+        (_other_notes, True),
+        (_other_weights, False),
+        (_other_precision, False),
+        (_other_rope, False),
+    ],
+)
+def test_fingerprint(change: Callable[[Path, Path], Path], equal: bool, folder: Path, tmp_path: Path) -> None:
+    changed = Checkpoint.open(change(folder, tmp_path / "changed")).fingerprint
+    assert (changed == Checkpoint.open(folder).fingerprint) is equal
+    assert len(bytes.fromhex(changed)) == 32
+
+
+def test_what_is_not_there_is_said_with_the_fix(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no folder"):
+        Checkpoint.open(tmp_path / "nowhere")
+    with pytest.raises(ModelNotFound, match=r"no config\.json"):
+        Checkpoint.open(tmp_path)
+    shutil.copy(folder / "config.json", tmp_path)
+    with pytest.raises(ModelNotFound, match=r"no safetensors.*save_pretrained"):
+        Checkpoint.open(tmp_path)
+    with pytest.raises(ModelNotFound, match="tokenizer"):
+        Checkpoint.open(folder).tokenizer()
+
+
+def test_a_shard_that_is_missing_or_damaged(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    checkpoint = Checkpoint.open(copy)
+    weight_map = json.loads((copy / "model.safetensors.index.json").read_text())["weight_map"]
+    shard = copy / weight_map[checkpoint.block_tensors[5][0].name]
+    shard.write_bytes(b"\xff" * 100)
+    with pytest.raises(UnsupportedModel, match="not a safetensors file"):
+        Span.load(checkpoint, 5, 6)
+    shard.unlink()
+    with pytest.raises(ModelNotFound, match=f"lacks {shard.name}"):
+        Span.load(Checkpoint.open(copy), 5, 6)
+
+
+def test_a_checkpoint_that_does_not_fit_its_config(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 9}))
+    with pytest.raises(UnsupportedModel, match="9 numbered blocks"):
+        Span.load(Checkpoint.open(copy), 0, 1)
+    (copy / "config.json").write_text(json.dumps(config | {"intermediate_size": 96}))
+    with pytest.raises(UnsupportedModel, match="another shape"):
+        Span.load(Checkpoint.open(copy), 0, 1)
+    (copy / "config.json").write_text(json.dumps(config | {"model_type": "no-such-family"}))
+    with pytest.raises(UnsupportedModel, match="update transformers"):
+        Checkpoint.open(copy)
+    (copy / "config.json").write_text("{")
+    with pytest.raises(ModelNotFound, match="cannot be read"):
+        Checkpoint.open(copy)

@@ -1,0 +1,106 @@
+"""The cache of one row against what concatenating and slicing would give."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitnet.model.kv_cache import FIRST_CAPACITY, RowCache
+
+HEADS, KEY_SIZE, VALUE_SIZE, BLOCKS = 2, 4, 3, 2
+
+actions = st.one_of(
+    st.tuples(st.just("append"), st.integers(1, 300)),
+    st.tuples(st.just("crop"), st.floats(0, 1)),
+    st.tuples(st.just("fork"), st.just(0)),
+)
+
+
+def _new(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(1, HEADS, count, KEY_SIZE, generator=generator),
+        torch.randn(1, HEADS, count, VALUE_SIZE, generator=generator),
+    )
+
+
+@settings(max_examples=60)
+@given(st.lists(actions, max_size=12), st.sampled_from([None, 700, 10_000]))
+def test_equals_concatenation(steps: list[tuple[str, float]], max_length: int | None) -> None:
+    row = RowCache(max_length)
+    expected = [(torch.empty(1, HEADS, 0, KEY_SIZE), torch.empty(1, HEADS, 0, VALUE_SIZE)) for _ in range(BLOCKS)]
+    abandoned: list[tuple[RowCache, int]] = []
+    for number, (action, amount) in enumerate(steps):
+        if action == "append":
+            for block in range(BLOCKS):
+                keys, values = _new(int(amount), seed=100 * number + block)
+                old_keys, old_values = expected[block]
+                expected[block] = torch.cat((old_keys, keys), 2), torch.cat((old_values, values), 2)
+                stored = row.append(block, keys, values)
+                assert torch.equal(stored[0], expected[block][0])
+                assert torch.equal(stored[1], expected[block][1])
+            row.advance(int(amount))
+        elif action == "crop":
+            length = int(row.length * amount)
+            row.crop(length)
+            expected = [(keys[:, :, :length], values[:, :, :length]) for keys, values in expected]
+        else:
+            abandoned.append((row, row.length))
+            row = row.fork()
+        assert row.length == expected[0][0].shape[2]
+    for original, length in abandoned:  # what copies did later has not touched it
+        assert original.length == length
+
+
+def test_a_fork_shares_nothing() -> None:
+    row = RowCache()
+    row.append(0, *_new(5, seed=1))
+    row.advance(5)
+    copy = row.fork()
+    row.crop(2)
+    row.append(0, *_new(3, seed=2))
+    kept, _ = copy.append(0, *_new(1, seed=3))
+    assert torch.equal(kept[:, :, :5], _new(5, seed=1)[0])
+
+
+def test_a_pass_that_fails_leaves_the_row_as_it_was() -> None:
+    row = RowCache()
+    row.append(0, *_new(5, seed=1))
+    row.append(1, *_new(5, seed=2))
+    row.advance(5)
+    row.append(0, *_new(7, seed=3))  # block 1 never gets its part
+    assert row.length == 5
+    keys, _ = row.append(0, *_new(1, seed=4))
+    assert torch.equal(keys, torch.cat((_new(5, seed=1)[0], _new(1, seed=4)[0]), 2))
+
+
+def test_appending_a_token_does_not_move_the_others() -> None:
+    row = RowCache()
+    places: set[int] = set()
+    for position in range(FIRST_CAPACITY * 4):
+        keys, _ = row.append(0, *_new(1, seed=position))
+        row.advance(1)
+        places.add(keys.data_ptr())
+    assert len(places) <= 3  # 256, 512 and 1024 positions
+
+
+def test_memory_follows_the_positions_and_stops_at_the_longest() -> None:
+    row = RowCache(max_length=600)
+    assert row.nbytes == 0
+    per_position = HEADS * (KEY_SIZE + VALUE_SIZE) * 4
+    for count, capacity in ((1, FIRST_CAPACITY), (FIRST_CAPACITY, 2 * FIRST_CAPACITY), (300, 600)):
+        row.append(0, *_new(count, seed=count))
+        row.advance(count)
+        assert row.nbytes == capacity * per_position
+    assert row.bytes_per_position == per_position
+
+
+@pytest.mark.parametrize("length", [-1, 6])
+def test_crop_beyond_the_row_is_refused(length: int) -> None:
+    row = RowCache()
+    row.append(0, *_new(5, seed=1))
+    row.advance(5)
+    with pytest.raises(ValueError, match="cannot crop"):
+        row.crop(length)

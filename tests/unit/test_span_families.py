@@ -1,0 +1,391 @@
+"""Spans of every family, packed raggedly and rewound, against the whole model run by transformers alone."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    MambaConfig,
+    MambaForCausalLM,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from splitnet.errors import OutOfMemory, UnsupportedModel
+from splitnet.model import memory
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.kv_cache import RowCache
+from splitnet.model.shell import backbone_of, load_shell
+from splitnet.model.span import Part, Span, block_bytes
+from tests.unit.random_models import random_checkpoint
+
+CUTS = ((0, 1), (1, 4), (4, 6))
+LENGTHS = (17, 25, 9)
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family and what its config has in particular."""
+
+    family: str
+    overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return "-".join((self.family, *self.overrides))
+
+
+def _dynamic_rope(**more: Any) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_theta": 10_000.0, **more}, "max_position_embeddings": 16}
+
+
+STANDARD = (
+    *("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "mixtral", "olmo2"),
+    *("gpt_oss", "smollm3", "gpt2", "opt", "gpt_neox", "bloom", "falcon", "gemma", "phi", "stablelm", "starcoder2"),
+    *("cohere", "cohere2", "glm4", "gpt_bigcode", "mpt"),
+)
+CASES = [
+    *map(Case, STANDARD),
+    Case("falcon", {"alibi": True}),
+    Case("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    Case("granite", {"embedding_multiplier": 3.0}),
+    Case("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    Case("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
+    Case("qwen3_moe", {"mlp_only_layers": [1, 4]}),
+    Case("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
+    Case("gpt_neo", {"attention_types": [[["global", "local"], 3]], "window_size": 8}),
+    Case("gptj", {"rotary_dim": 8}),
+]
+
+
+class LocalChain(nn.Module):
+    """Spans in this process, in place of a model's blocks; every call is a sequence of its own."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        super().__init__()
+        self.spans = spans
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return torch.stack([Sequences(self.spans).step([(0, row)])[0] for row in hidden])
+
+
+class Tap(nn.Module):
+    """In place of the blocks: remembers what they would get, and gives what it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: torch.Tensor | None = None
+        self.answer: torch.Tensor | None = None
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        self.seen = hidden.clone()
+        return hidden if self.answer is None else self.answer
+
+
+class Sequences:
+    """The rows of several sequences in a chain of spans."""
+
+    def __init__(self, spans: Sequence[Span]) -> None:
+        self.spans = spans
+        self.rows: dict[int, list[RowCache]] = {}
+
+    def step(self, chunks: Sequence[tuple[int, torch.Tensor]]) -> list[torch.Tensor]:
+        """Runs new positions `[count, hidden]` of some sequences, packed, through all spans."""
+        for key, _ in chunks:
+            self.rows.setdefault(key, [span.new_row() for span in self.spans])
+        hidden = torch.cat([chunk for _, chunk in chunks])
+        for index, span in enumerate(self.spans):
+            rows = [self.rows[key][index] for key, _ in chunks]
+            parts = [Part(row, row.length, len(chunk)) for row, (_, chunk) in zip(rows, chunks, strict=True)]
+            hidden = span.forward(hidden, parts)
+        return list(hidden.split([len(chunk) for _, chunk in chunks]))
+
+    def crop(self, key: int, length: int) -> None:
+        for row in self.rows[key]:
+            row.crop(length)
+
+    def fork(self, key: int, new_key: int) -> None:
+        self.rows[new_key] = [row.fork() for row in self.rows[key]]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
+    """Checkpoints by case, each made once."""
+    folders: dict[str, Path] = {}
+
+    def make(case: Case) -> Path:
+        if str(case) not in folders:
+            folders[str(case)] = random_checkpoint(case.family, tmp_path_factory.mktemp(str(case)), **case.overrides)
+        return folders[str(case)]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def llama(made: Callable[[Case], Path]) -> Checkpoint:
+    return Checkpoint.open(made(Case("llama")))
+
+
+def load_spans(checkpoint: Checkpoint) -> list[Span]:
+    return [Span.load(checkpoint, start, end) for start, end in CUTS]
+
+
+def whole_model(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    assert expected.std() > 0.05, "the reference is degenerate"
+    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.inference_mode()
+def test_packed_spans_equal_the_whole_model(case: Case, made: Callable[[Case], Path]) -> None:
+    folder = made(case)
+    checkpoint = Checkpoint.open(folder)
+    whole, tap = whole_model(folder), Tap()
+    shell = load_shell(checkpoint, tap)
+    sequences = Sequences(load_spans(checkpoint))
+    torch.manual_seed(1)
+    tokens = [torch.randint(3, 300, (1, length)) for length in LENGTHS]
+    inputs: list[torch.Tensor] = []
+    for ids in tokens:
+        shell(ids)
+        assert tap.seen is not None
+        inputs.append(tap.seen[0])
+
+    outputs = [torch.full_like(hidden, torch.nan) for hidden in inputs]
+    done = [0, 0, 0]
+
+    def step(*chunks: tuple[int, int]) -> None:
+        given = [(key, inputs[key][done[key] : done[key] + count]) for key, count in chunks]
+        for (key, count), output in zip(chunks, sequences.step(given), strict=True):
+            outputs[key][done[key] : done[key] + count] = output
+            done[key] += count
+
+    step((0, 5))
+    step((0, 1), (1, 11))
+    step((0, 1), (1, 1), (2, 3))
+    step((2, 1), (0, 1), (1, 1))
+    # A rewind, in the middle of a copy that goes another way: neither must leave a trace in the other.
+    sequences.fork(1, new_key=9)
+    sequences.step([(9, inputs[0][:7])])
+    sequences.crop(1, 8)
+    done[1] = 8
+    step((1, 3), (2, 2))
+    step((2, 1), (1, 1))
+    step((1, 13), (0, 1))
+    step((0, 8), (2, 2))
+    assert done == list(LENGTHS)
+
+    for ids, output in zip(tokens, outputs, strict=True):
+        tap.answer = output[None]
+        assert_close(shell(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@torch.inference_mode()
+def test_shell_over_local_spans_equals_the_whole_model(case: Case, made: Callable[[Case], Path]) -> None:
+    folder = made(case)
+    checkpoint = Checkpoint.open(folder)
+    whole = whole_model(folder)
+    shell = load_shell(checkpoint, LocalChain(load_spans(checkpoint)))
+    ids = torch.randint(3, 300, (2, 13))
+    assert_close(shell(ids).logits, whole(ids).logits)
+    assert type(shell) is type(whole)
+    assert shell.config.num_hidden_layers == 1
+    assert "cache" in inspect.signature(type(backbone_of(shell)).forward).parameters
+    blocks = sum(checkpoint.bytes_of((tensor.name for tensor in block), None) for block in checkpoint.block_tensors)
+    whole_bytes = sum(parameter.nbytes for parameter in whole.parameters())
+    assert sum(parameter.nbytes for parameter in shell.parameters()) == whole_bytes - blocks
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("llama", _dynamic_rope(rope_type="dynamic", factor=2.0)),
+        Case(
+            "phi3",
+            _dynamic_rope(
+                rope_type="longrope",
+                short_factor=[1.0] * 8,
+                long_factor=[4.0] * 8,
+                original_max_position_embeddings=16,
+                partial_rotary_factor=1.0,
+            )
+            | {"original_max_position_embeddings": 16, "max_position_embeddings": 64, "sliding_window": None},
+        ),
+    ],
+    ids=lambda case: case.family,
+)
+@torch.inference_mode()
+def test_rope_that_depends_on_the_length_is_that_of_each_sequence(case: Case, made: Callable[[Case], Path]) -> None:
+    folder = made(case)
+    checkpoint = Checkpoint.open(folder)
+    long, short = torch.randn(30, 64), torch.randn(22, 64)
+    sequences = Sequences(load_spans(checkpoint))
+    outputs: dict[int, list[torch.Tensor]] = {0: [], 1: []}
+    for start, end in [(0, 8), (8, 9), *((i, i + 1) for i in range(9, 22))]:
+        begin = start + 8 if start else 0  # the long one is ahead, past the length where the rotary embedding changes
+        chunks = [(0, long[begin : end + 8]), (1, short[start:end])]
+        for key, output in enumerate(sequences.step(chunks)):
+            outputs[key].append(output)
+    for key, hidden in enumerate((long, short)):
+        fresh = whole_model(folder).model  # a dynamic rotary embedding remembers earlier sequences
+        fresh.norm = nn.Identity()
+        cache, done = DynamicCache(config=fresh.config), 0
+        for output in outputs[key]:
+            expected = fresh(inputs_embeds=hidden[None, done : done + len(output)], cache=cache, use_cache=True)[0][0]
+            assert_close(output, expected)
+            done += len(output)
+
+
+@torch.inference_mode()
+def test_text_model_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
+    text = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300, "sliding_window": 8}
+    vision = {"num_hidden_layers": 6, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
+    vision |= {"image_size": 32, "patch_size": 8}
+    special = {"image_token_index": 290, "boi_token_index": 291, "eoi_token_index": 292}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **special)
+    whole = Gemma3ForConditionalGeneration(config).eval()
+    for parameter in whole.parameters():
+        if parameter.ndim >= 2:
+            parameter.normal_(0, parameter.shape[-1] ** -0.5)
+    whole.save_pretrained(tmp_path, max_shard_size="200KB")
+    checkpoint = Checkpoint.open(tmp_path)
+    shell = load_shell(checkpoint, LocalChain(load_spans(checkpoint)))
+    ids = torch.randint(3, 280, (1, 20))
+    assert_close(shell(ids).logits, whole(ids).logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mixtral"])
+def test_a_span_reads_only_its_shards(family: str, made: Callable[[Case], Path], tmp_path: Path) -> None:
+    folder = made(Case(family))
+    shards = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    checkpoint = Checkpoint.open(folder)
+    needed = {shards[tensor.name] for index in (2, 3) for tensor in checkpoint.block_tensors[index]}
+    assert len(needed) < len(set(shards.values()))
+    partial = tmp_path / "partial"
+    shutil.copytree(folder, partial, ignore=lambda _, files: set(shards.values()).intersection(files) - needed)
+    reported: list[tuple[int, int]] = []
+    span = Span.load(Checkpoint.open(partial), 2, 4, progress=lambda done, total: reported.append((done, total)))
+    hidden = torch.randn(3, 64)
+    whole = Span.load(checkpoint, 2, 4)
+    assert torch.equal(
+        span.forward(hidden, [Part(span.new_row(), 0, 3)]), whole.forward(hidden, [Part(whole.new_row(), 0, 3)])
+    )
+    stored = sum(checkpoint.bytes_of((t.name for t in checkpoint.block_tensors[i]), None) for i in (2, 3))
+    assert reported[-1] == (stored, stored)
+    assert [done for done, _ in reported] == sorted(done for done, _ in reported)
+    assert abs(span.weight_bytes - stored) < 1024  # and the frequencies of a rotary embedding
+
+
+def test_dtype_of_a_span(llama: Checkpoint) -> None:
+    assert Span.load(llama, 0, 2).dtype == torch.float32
+    span = Span.load(llama, 0, 2, dtype="bfloat16")
+    output = span.forward(torch.randn(3, 64), [Part(span.new_row(), 0, 3)])
+    assert span.dtype == output.dtype == torch.bfloat16
+    assert span.kv_bytes_per_position == 2 * 2 * (2 * 16) * 2  # keys and values, blocks, heads x head size, bytes
+    assert block_bytes(llama, "bfloat16") * 2 == block_bytes(llama, None)
+    with pytest.raises(ValueError, match="not a type of weights"):
+        Span.load(llama, 0, 1, dtype="int8")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "opt", "bloom"])
+def test_a_view_runs_some_blocks_of_a_span(family: str, made: Callable[[Case], Path]) -> None:
+    checkpoint = Checkpoint.open(made(Case(family)))
+    span = Span.load(checkpoint, 1, 6)
+    view, alone = span.view(2, 5), Span.load(checkpoint, 2, 5)
+    hidden = torch.randn(12, 64)
+    rows = view.new_row(), alone.new_row()
+    for begin, end in ((0, 10), (10, 11), (11, 12)):
+        count = end - begin
+        assert torch.equal(
+            view.forward(hidden[begin:end], [Part(rows[0], begin, count)]),
+            alone.forward(hidden[begin:end], [Part(rows[1], begin, count)]),
+        )
+    assert view.kv_bytes_per_position == alone.kv_bytes_per_position
+    assert (view.start, view.end) == (2, 5)
+    whole = span.forward(hidden, [Part(span.new_row(), 0, 12)])
+    chained = hidden
+    for part in (span.view(1, 2), view, span.view(5, 6)):
+        chained = part.forward(chained, [Part(part.new_row(), 0, 12)])
+    assert_close(chained, whole)
+    with pytest.raises(ValueError, match="not within"):
+        span.view(0, 3)
+
+
+def test_spans_in_several_threads_do_not_meet(llama: Checkpoint) -> None:
+    hidden = torch.randn(40, 64)
+    spans = load_spans(llama)
+    expected = [span.forward(hidden, [Part(span.new_row(), 0, 40)]) for span in spans]
+    barrier = threading.Barrier(len(spans))
+    equal: list[bool] = []
+
+    def work(span: Span, wanted: torch.Tensor) -> None:
+        barrier.wait()
+        for _ in range(20):
+            equal.append(torch.equal(span.forward(hidden, [Part(span.new_row(), 0, 40)]), wanted))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(spans, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert equal == [True] * 60
+
+
+def test_parts_that_do_not_fit_are_refused(llama: Checkpoint) -> None:
+    span = Span.load(llama, 0, 1)
+    row = span.new_row()
+    refused = [
+        (torch.randn(2, 32), [Part(row, 0, 2)]),
+        (torch.randn(2, 64), [Part(row, 0, 3)]),
+        (torch.randn(2, 64), [Part(row, 1, 2)]),
+        (torch.randn(2, 64), [Part(row, 0, 1), Part(row, 0, 1)]),
+        (torch.randn(0, 64), [Part(row, 0, 0)]),
+    ]
+    for hidden, parts in refused:
+        with pytest.raises(ValueError):
+            span.forward(hidden, parts)
+    assert row.length == 0
+    with pytest.raises(ValueError, match="not within"):
+        Span.load(llama, 3, 7)
+
+
+def test_too_little_memory_says_how_many_blocks_fit(llama: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2 * block_bytes(llama, None) + 100)
+    with pytest.raises(OutOfMemory, match="at most 2 fit: use --blocks 1:3"):
+        Span.load(llama, 1, 5)
+    assert Span.load(llama, 1, 3).end == 3
+
+
+def test_families_that_cannot_be_cut_are_refused_by_name(tmp_path: Path) -> None:
+    mamba = MambaForCausalLM(MambaConfig(num_hidden_layers=2, hidden_size=16, vocab_size=30, state_size=4))
+    mamba.save_pretrained(tmp_path / "mamba")
+    with pytest.raises(UnsupportedModel, match=r"'mamba'.*recurrent"):
+        Checkpoint.open(tmp_path / "mamba")
+    t5 = T5ForConditionalGeneration(T5Config(num_layers=1, d_model=16, d_kv=8, d_ff=16, num_heads=2, vocab_size=30))
+    t5.save_pretrained(tmp_path / "t5")
+    with pytest.raises(UnsupportedModel, match=r"'t5'.*encoder-decoder"):
+        Checkpoint.open(tmp_path / "t5")
+    random_checkpoint("lfm2", tmp_path / "lfm2", layer_types=["conv", "full_attention"] * 3)
+    with pytest.raises(UnsupportedModel, match=r"'lfm2'.*'conv'"):
+        Checkpoint.open(tmp_path / "lfm2")
