@@ -98,13 +98,19 @@ def load_cut(
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     with _one_at_a_time, _no_progress_bars():
         loaded: Any = cut_class.from_pretrained(
-            None, config=config, state_dict=tensors, dtype=dtype, output_loading_info=True, **options
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, in our words
+            **options,
         )
     model, report = loaded
-    missing = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    missing = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     if missing:
         raise UnsupportedModel(
-            f"the checkpoint does not fit the family {config.model_type!r}: {missing[0]} is missing or has another "
+            f"the checkpoint does not fit the family {config.model_type!r}: {min(missing)} is missing or has another "
             "shape; take a checkpoint in transformers' format"
         )
     model.__class__ = model_class

@@ -23,24 +23,19 @@ class Family:
         added_positions: children of the module that holds the blocks whose output the backbone *adds* to the
             embeddings (learned positions). The client adds them; in spans they give zero.
         neutral_config: config values that make the backbone pass its input to the first block unchanged.
-        blocks_return_tuple: the backbone takes `output[0]` of what a block returns.
         packs: whether the family's attention can be replaced by a packed one, where transformers does not say so.
         refused: why the family cannot be cut; empty if it can.
     """
 
     added_positions: tuple[str, ...] = ()
     neutral_config: Mapping[str, Any] = field(default_factory=dict)
-    blocks_return_tuple: bool = False
     packs: bool | None = None
     refused: str = ""
 
 
-_TUPLES = Family(blocks_return_tuple=True)
 _SHARED_STATE = Family(refused="its blocks share states with each other besides the hidden state")
 
 FAMILIES: Mapping[str, Family] = {
-    "bloom": _TUPLES,
-    "falcon": _TUPLES,
     "gemma3n_text": _SHARED_STATE,
     "gemma4_text": _SHARED_STATE,
     "gpt2": Family(added_positions=("wpe",)),
@@ -48,7 +43,6 @@ FAMILIES: Mapping[str, Family] = {
     "gpt_neo": Family(added_positions=("wpe",)),
     "granite": Family(neutral_config={"embedding_multiplier": 1.0}),
     "granitemoe": Family(neutral_config={"embedding_multiplier": 1.0}),
-    "mpt": _TUPLES,
     "opt": Family(added_positions=("embed_positions",)),
     "stablelm": Family(packs=True),
 }

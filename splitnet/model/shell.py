@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from splitnet.errors import UnsupportedModel
 from splitnet.model.attention import PACKED
 from splitnet.model.backbone import causal_class, find_container, load_cut, parent_of
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
-from splitnet.model.families import family_of, packs_sequences
+from splitnet.model.families import packs_sequences
 
 
 class AllBlocks(nn.Module):
@@ -57,7 +58,6 @@ def load_shell(
         UnsupportedModel: the family cannot be cut, or the checkpoint does not fit it.
     """
     config = copy.deepcopy(checkpoint.config)
-    family = family_of(config)
     model_class = causal_class(config)
     container = find_container(model_class, config)
 
@@ -75,7 +75,8 @@ def load_shell(
         model = load_cut(model_class, config, cut, tensors, wanted, attention)
     nn.Module.to(model, device)
     parent, name = parent_of(model, container)
-    setattr(parent, name, nn.ModuleList([AllBlocks(blocks, family.blocks_return_tuple)]))
+    returns_tuple = _blocks_return_tuple(model, parent, name)
+    setattr(parent, name, nn.ModuleList([AllBlocks(blocks, returns_tuple)]))
     model.generation_config = checkpoint.generation_config()
     return model
 
@@ -87,6 +88,27 @@ def backbone_of(model: nn.Module) -> nn.Module:
             if isinstance(child, nn.ModuleList) and len(child) and isinstance(child[0], AllBlocks):
                 return module
     raise ValueError("this model has no place where its blocks were: load it with load_shell")
+
+
+def _blocks_return_tuple(model: PreTrainedModel, parent: nn.Module, name: str) -> bool:
+    """Whether a family's backbone takes `output[0]` of what a block returns: found by trying both.
+
+    To take `[0]` of a tensor would drop the batch dimension, often without an error.
+
+    Raises:
+        UnsupportedModel: it takes neither a tensor nor a tuple.
+    """
+    ids = torch.zeros(2, 3, dtype=torch.long, device=model.device)
+    for returns_tuple in (False, True):
+        setattr(parent, name, nn.ModuleList([AllBlocks(nn.Identity(), returns_tuple)]))
+        try:
+            with torch.inference_mode():
+                output = backbone_of(model)(input_ids=ids, use_cache=False)[0]
+        except (IndexError, AttributeError, TypeError, ValueError, RuntimeError):
+            continue
+        if isinstance(output, torch.Tensor) and output.shape[:2] == ids.shape:
+            return returns_tuple
+    raise UnsupportedModel(f"the client's part of the family {model.config.model_type!r} does not run on its own")
 
 
 def _names(checkpoint: Checkpoint, container: str) -> dict[str, str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -249,6 +250,7 @@ class Transport:
 
     def _run(self) -> None:
         wake = self._wake_receive.fileno()
+        next_tick = 0.0
         try:
             while not self._closing:
                 ready = dict(self._poller.poll(_TICK_MS))
@@ -265,7 +267,8 @@ class Transport:
                     if link.monitor in ready:
                         self._follow(link)
                 self._flush()
-                if self._on_tick is not None:
+                if self._on_tick is not None and time.monotonic() >= next_tick:
+                    next_tick = time.monotonic() + _TICK_MS / 1000
                     self._guard(self._on_tick)
             self._flush()
         finally:

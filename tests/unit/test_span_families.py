@@ -262,8 +262,14 @@ def test_text_model_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
     text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300, "sliding_window": 8}
     vision = {"num_hidden_layers": 6, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
     vision |= {"image_size": 32, "patch_size": 8}
-    special = {"image_token_index": 290, "boi_token_index": 291, "eoi_token_index": 292}
-    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **special)
+    config = Gemma3Config(
+        text_config=text,  # type: ignore[arg-type]
+        vision_config=vision,  # type: ignore[arg-type]
+        mm_tokens_per_image=4,
+        image_token_index=290,
+        boi_token_index=291,
+        eoi_token_index=292,
+    )
     whole = Gemma3ForConditionalGeneration(config).eval()
     for parameter in whole.parameters():
         if parameter.ndim >= 2:

@@ -1,0 +1,148 @@
+"""Who is not let in gets nothing, and who is not who the records say is not used."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitnet.client.session import Session
+from splitnet.client.swarm import Swarm
+from splitnet.errors import CoverageError, NotAuthorized
+from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
+from splitnet.net.messages import Message, Part, Step
+from splitnet.net.records import PeerRecord
+from splitnet.net.transport import Connection, Endpoint
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def private(folder: Path, tmp_path: Path) -> Iterator[tuple[LocalSwarm, Identity]]:
+    """A peer that lets in one key, and that key."""
+    friend = Identity.generate()
+    keys = tmp_path / "authorized_keys"
+    keys.write_text(f"{friend.public.text} a friend\n")
+    with local_swarm(folder, [(0, 6)], authorized_keys=keys) as swarm:
+        yield swarm, friend
+
+
+def one_step(swarm: Swarm) -> torch.Tensor:
+    session = Session(swarm, budget=16, codec="none")
+    try:
+        return session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
+    finally:
+        session.close()
+
+
+def test_a_key_that_is_not_listed_gets_nothing(
+    private: tuple[LocalSwarm, Identity], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swarm, friend = private
+    heard: list[Message] = []
+    service = swarm.peers[0]._service
+    receive = service.receive
+    monkeypatch.setattr(
+        service, "receive", lambda source, message, now: (heard.append(message), receive(source, message, now))
+    )
+    with pytest.raises(NotAuthorized, match="splitnet key"):
+        one_step(swarm.connect(Identity.generate()))
+    assert heard == [], "nothing that a stranger sends reaches the peer"
+    assert one_step(swarm.connect(friend)).shape == (1, 64)
+    assert heard
+
+
+def test_a_key_that_is_added_later_is_let_in(private: tuple[LocalSwarm, Identity], tmp_path: Path) -> None:
+    swarm, friend = private
+    newcomer = Identity.generate()
+    keys = tmp_path / "authorized_keys"
+    keys.write_text(f"{friend.public.text}\n{newcomer.public.text}\n")
+    deadline = time.monotonic() + 20
+    while True:
+        try:
+            assert one_step(swarm.connect(newcomer)).shape == (1, 64)
+            return
+        except NotAuthorized:
+            assert time.monotonic() < deadline, "the list is read again within seconds"
+
+
+def test_a_peer_with_another_key_than_its_record_is_not_used(folder: Path) -> None:
+    with local_swarm(folder, [(0, 6)]) as swarm:
+        honest = swarm.peers[0]
+        impostor = Identity.generate()
+        # Signed properly, but by a key that is not the one that answers at this address.
+        lie = dataclasses.replace(honest.record(), key=impostor.public, decode_ms_per_block=0.0)
+        _announce(swarm, lie, impostor)
+        client = swarm.connect()
+        assert {record.key for record in client.peers(fresh=True)} == {honest.identity.public, impostor.public}
+        session = Session(client, budget=16, codec="none")
+        assert session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)]).shape == (1, 64)
+        assert [hop.endpoint.key for hop in session.hops] == [honest.identity.public]
+        session.close()
+
+
+def test_a_swarm_of_impostors_serves_nobody(folder: Path) -> None:
+    with local_swarm(folder, [(0, 3)]) as swarm:
+        impostor = Identity.generate()
+        lie = dataclasses.replace(swarm.peers[0].record(), key=impostor.public, start=3, end=6)
+        _announce(swarm, lie, impostor)
+        with pytest.raises((NotAuthorized, CoverageError)):
+            one_step(swarm.connect())
+
+
+def test_a_session_belongs_to_the_key_that_opened_it(folder: Path) -> None:
+    with local_swarm(folder, [(0, 6)]) as swarm:
+        owner, thief = swarm.connect(), swarm.connect()
+        session = Session(owner, budget=16, codec="none")
+        before = session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
+        # The thief knows the id and everything else of the session.
+        stolen = Session(thief, budget=16, codec="none")
+        owner_id, stolen_id = session.id, stolen.id
+        thief.unregister(stolen)
+        stolen.id = owner_id
+        thief.register(stolen)
+        with pytest.raises(Exception, match="not your session"):
+            stolen.open()
+        held = swarm.peers[0]._service.sessions.get(owner_id)
+        assert held is not None
+        service = swarm.peers[0]._service
+        service.receive(
+            Connection(b"elsewhere", Identity.generate().public.curve_raw),
+            Step(owner_id, held.epoch, 99, (Part(1, 0, 1, 0),), None, 0, 0, bytes(256)),
+            time.monotonic(),
+        )
+        assert {row: cache.length for row, cache in held.rows.items()} == {1: 3}
+        again = session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
+        assert torch.equal(before, again)
+        assert stolen_id != owner_id
+        session.close()
+
+
+def test_an_endpoint_with_a_wrong_key_is_never_spoken_to(folder: Path) -> None:
+    with local_swarm(folder, [(0, 6)]) as swarm:
+        client = swarm.connect()
+        wrong = Endpoint(swarm.peers[0].endpoint.address, Identity.generate().public)
+        pong = client.ping(wrong)
+        right = client.ping(swarm.peers[0].endpoint)
+        assert right.result(timeout=10) > 0
+        assert not pong.done()
+
+
+def _announce(swarm: LocalSwarm, record: PeerRecord, identity: Identity) -> None:
+    directory = Directory.start(initial_peers=swarm.addresses, listen=None)
+    try:
+        assert directory.announce(record, identity)
+    finally:
+        directory.close()
