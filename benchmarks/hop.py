@@ -36,9 +36,12 @@ def main() -> None:
     facts = ModelFacts.of(Checkpoint.open(arguments.checkpoint))
     hidden = torch.randn(1, facts.hidden_size)
     with LocalSwarm(arguments.checkpoint, 1) as short, LocalSwarm(arguments.checkpoint, arguments.hops) as long:
-        with Swarm(facts, [short.wait()]) as one, Swarm(facts, [long.wait()]) as many:
-            routes = {1: Session(one, budget=4096, codec=arguments.codec)}
-            routes[arguments.hops] = Session(many, budget=4096, codec=arguments.codec)
+        addresses = {1: short.wait(), arguments.hops: long.wait()}
+        with Swarm(facts, [addresses[1]]) as one, Swarm(facts, [addresses[arguments.hops]]) as many:
+            routes = {
+                1: Session(one, budget=4096, codec=arguments.codec),
+                arguments.hops: Session(many, budget=4096, codec=arguments.codec),
+            }
             for session in routes.values():
                 decode(session, hidden, 50)
             rounds: dict[int, list[float]] = {hops: [] for hops in routes}

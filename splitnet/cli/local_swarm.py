@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -31,7 +32,7 @@ class LocalSwarm:
         blocks = _count_blocks(checkpoint)
         count = min(count, blocks)
         edges = [round(index * blocks / count) for index in range(count + 1)]
-        self.spans = list(zip(edges, edges[1:], strict=False))
+        self.spans = list(itertools.pairwise(edges))
         self.processes: list[subprocess.Popen[bytes]] = []
         self._folder = tempfile.TemporaryDirectory(prefix="splitnet-demo-")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import queue
 import secrets
@@ -377,7 +378,13 @@ class Session:
         with self._lock:
             pending = self._pending.get(result.number)
         index = next((i for i, hop in enumerate(self.hops) if hop.endpoint == source), None)
-        if pending is None or pending.step is None or index is None or result.epoch != self._epoch or index + 1 >= len(self.hops):
+        if (
+            pending is None
+            or pending.step is None
+            or index is None
+            or result.epoch != self._epoch
+            or index + 1 >= len(self.hops)
+        ):
             return
         hop = self.hops[index]
         if hop.carried and hop.planned.end == result.end:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ FAMILIES = (
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generates_as_transformers_does(family: str, tmp_path: Path) -> None:
     folder = random_checkpoint(family, tmp_path)
-    local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 300, (2, 11), generator=generator)
     mask = torch.ones_like(ids)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.errors import ContextTooLong
-from tests.unit.random_models import random_checkpoint
 from tests.swarm.harness import local_swarm
+from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
 
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def local(folder: Path) -> PreTrainedModel:
+def local(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
@@ -48,7 +48,7 @@ def left_padded(batch: torch.Tensor, pads: list[int]) -> dict[str, torch.Tensor]
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def same(local: PreTrainedModel, remote: RemoteCausalLM, inputs: Any, **options: Any) -> torch.Tensor:
+def same(local: Any, remote: RemoteCausalLM, inputs: Any, **options: Any) -> torch.Tensor:
     """Generates with both and expects equal tokens."""
     options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **options}
     if isinstance(inputs, torch.Tensor):
@@ -61,51 +61,51 @@ def same(local: PreTrainedModel, remote: RemoteCausalLM, inputs: Any, **options:
     return got
 
 
-def test_greedy(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_greedy(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, prompt())
 
 
-def test_sampling_with_a_seed(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_sampling_with_a_seed(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, prompt(), do_sample=True, temperature=0.8, top_p=0.9)
 
 
-def test_left_padded_batch(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_left_padded_batch(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, left_padded(prompt(9, 3), [0, 4, 2]))
 
 
-def test_beam_search(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_beam_search(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, prompt(), num_beams=4)
 
 
-def test_beam_search_on_a_padded_batch_with_several_answers(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_beam_search_on_a_padded_batch_with_several_answers(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, left_padded(prompt(9, 2), [3, 0]), num_beams=3, num_return_sequences=2)
 
 
-def test_several_samples_per_prompt(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_several_samples_per_prompt(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, prompt(), do_sample=True, num_return_sequences=3)
 
 
-def test_prompt_lookup(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_prompt_lookup(local: Any, remote: RemoteCausalLM) -> None:
     repeating = prompt(6).repeat(1, 3)
     same(local, remote, repeating, prompt_lookup_num_tokens=4)
 
 
-def test_assisted_decoding(local: PreTrainedModel, remote: RemoteCausalLM, tmp_path: Path) -> None:
+def test_assisted_decoding(local: Any, remote: RemoteCausalLM, tmp_path: Path) -> None:
     # The assistant is another random model, so most of what it drafts is rejected and cropped.
     assistant = AutoModelForCausalLM.from_pretrained(random_checkpoint("llama", tmp_path, blocks=2, seed=0)).eval()
     same(local, remote, prompt(), assistant_model=assistant)
 
 
-def test_without_a_cache(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_without_a_cache(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, prompt(), use_cache=False, max_new_tokens=6)
 
 
-def test_a_prompt_longer_than_a_step(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_a_prompt_longer_than_a_step(local: Any, remote: RemoteCausalLM) -> None:
     # Longer than one step may be, so it flows through the hops in several.
     same(local, remote, prompt(220), max_new_tokens=4)
 
 
-def test_streamer_stopping_criterion_and_logits_processor(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_streamer_stopping_criterion_and_logits_processor(local: Any, remote: RemoteCausalLM) -> None:
     class Collector(BaseStreamer):
         def __init__(self) -> None:
             self.tokens: list[int] = []
@@ -117,7 +117,7 @@ def test_streamer_stopping_criterion_and_logits_processor(local: PreTrainedModel
             self.tokens.append(-1)
 
     class OnlyEven(LogitsProcessor):
-        def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             scores[:, 1::2] = -torch.inf
             return scores
 
@@ -141,7 +141,7 @@ def test_streamer_stopping_criterion_and_logits_processor(local: PreTrainedModel
 
 
 @pytest.mark.parametrize("side", ["none", "left", "right"])
-def test_logits_and_loss(local: PreTrainedModel, remote: RemoteCausalLM, side: str) -> None:
+def test_logits_and_loss(local: Any, remote: RemoteCausalLM, side: str) -> None:
     ids = prompt(8, 2)
     mask = torch.ones_like(ids)
     if side != "none":
@@ -158,9 +158,10 @@ def test_logits_and_loss(local: PreTrainedModel, remote: RemoteCausalLM, side: s
         torch.testing.assert_close(got.loss, expected.loss, atol=1e-5, rtol=1e-5)
 
 
-def test_a_session_keeps_the_cache_between_calls(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_a_session_keeps_the_cache_between_calls(local: Any, remote: RemoteCausalLM) -> None:
     with remote.session(max_length=128) as cache:
         first = same(local, remote, prompt())
+        assert cache.session is not None
         moved = cache.session.traffic.positions
         longer = torch.cat([first, prompt(5, seed=1)], dim=1)
         same(local, remote, longer)
@@ -172,7 +173,7 @@ def test_a_session_keeps_the_cache_between_calls(local: PreTrainedModel, remote:
         same(local, remote, prompt(6, batch=3, seed=4))
 
 
-def test_a_forward_pass_with_a_cache(local: PreTrainedModel, remote: RemoteCausalLM) -> None:
+def test_a_forward_pass_with_a_cache(local: Any, remote: RemoteCausalLM) -> None:
     ids = prompt(10)
     with torch.no_grad():
         expected = local(ids).logits
