@@ -93,6 +93,7 @@ class Peer:
             identity,
             on_message=self._receive,
             on_link=self._service.link_changed,
+            on_lost=lambda connection: self._service.connection_lost(connection, time.monotonic()),
             on_tick=lambda: self._service.tick(time.monotonic()),
             authorized=AuthorizedKeys.from_file(options.authorized_keys) if options.authorized_keys else None,
             listen=options.listen,
@@ -190,6 +191,10 @@ class Peer:
     def connect(self, endpoint: Endpoint) -> None:
         """Opens the link to a next hop."""
         self._transport.connect(endpoint)
+
+    def disconnect(self, endpoint: Endpoint) -> None:
+        """Closes the link to a next hop."""
+        self._transport.disconnect(endpoint)
 
     def state(self, endpoint: Endpoint) -> LinkState:
         """State of the link to a next hop."""

@@ -82,19 +82,19 @@ class Engine:
             self._thread.join()
 
     def _run(self) -> None:
-        while chosen := self._queue.take(MAX_PASS_POSITIONS):
-            ready = [(work, count) for work, count in chosen if self._begin(work)]
-            try:
-                if ready:
-                    self._pass(ready)
-            except torch.OutOfMemoryError:
-                self._fail_all(ready, FailureCode.BUSY, "the device ran out of memory")
-            except Exception:
-                log.exception("a pass failed")
-                self._fail_all(ready, FailureCode.INTERNAL, "the peer could not compute this step; see its log")
-            for work, _ in chosen:
-                self._queue.release(work)
-            self._publish_load()
+        while self._turn():
+            pass
+
+    def _turn(self) -> bool:
+        """Waits for steps and runs a pass of them; False when the queue is closed. Keeps no session alive after it."""
+        chosen = self._queue.take(MAX_PASS_POSITIONS)
+        ready = [(work, count) for work, count in chosen if self._begin(work)]
+        if ready:
+            self._compute(ready)
+        for work, _ in chosen:
+            self._queue.release(work)
+        self._publish_load()
+        return bool(chosen)
 
     def _begin(self, work: Work) -> bool:
         """Before the first pass of a step: decodes its payload and prepares the session's rows."""
@@ -114,7 +114,23 @@ class Engine:
             self._give_up(work, FailureCode.BAD_MESSAGE, str(error))
         except ProtocolError as error:
             self._give_up(work, FailureCode.OUT_OF_ORDER, str(error))
+        except Exception as error:
+            self._give_up(work, *_failure_of(error))
         return False
+
+    def _compute(self, ready: list[tuple[Work, int]]) -> None:
+        """Runs a pass; if that fails, each of its steps alone, so that none fails for another's sake."""
+        try:
+            self._pass(ready)
+            return
+        except Exception as error:
+            # A pass that fails leaves all rows as they were.
+            failure = _failure_of(error)
+        if len(ready) == 1:
+            self._give_up(ready[0][0], *failure)
+        else:
+            for item in ready:
+                self._compute([item])
 
     def _pass(self, ready: list[tuple[Work, int]]) -> None:
         began = time.perf_counter()
@@ -128,7 +144,7 @@ class Engine:
             for part in work.parts(count):
                 row = work.session.rows.get(part.row)
                 if row is None:
-                    row = work.session.rows[part.row] = span.new_row()
+                    row = work.session.rows[part.row] = span.new_row(work.session.room[part.row])
                 parts.append(SpanPart(row, part.start, part.length))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         output = span.forward(hidden, parts)
@@ -144,9 +160,9 @@ class Engine:
                 self._finish(work)
 
     def _finish(self, work: Work) -> None:
-        output = work.outputs[0] if len(work.outputs) == 1 else torch.cat(work.outputs)
         session = work.session
         try:
+            output = work.outputs[0] if len(work.outputs) == 1 else torch.cat(work.outputs)
             if session.end < self._service.served.num_blocks:
                 self._service.finished(work, session.codec.encode(output), b"")
             else:
@@ -154,6 +170,8 @@ class Engine:
                 self._service.finished(work, b"", session.codec.encode(kept) if len(kept) else b"")
         except CodecError as error:
             self._service.failed(work, FailureCode.INTERNAL, str(error))
+        except Exception as error:
+            self._service.failed(work, *_failure_of(error))
 
     def _view(self, start: int, end: int) -> Span:
         view = self._views.get((start, end))
@@ -165,13 +183,17 @@ class Engine:
         work.done = work.total
         self._service.failed(work, code, text)
 
-    def _fail_all(self, ready: list[tuple[Work, int]], code: FailureCode, text: str) -> None:
-        for work, _ in ready:
-            self._give_up(work, code, text)
-
     def _publish_load(self) -> None:
         blocks = self._span.end - self._span.start
         self._service.queue_ms = max(0, self._queue.queued_positions) * blocks * self._speed.prefill_ms_per_block_token
+
+
+def _failure_of(error: Exception) -> tuple[FailureCode, str]:
+    """What a client is told of an error that is not its own."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return FailureCode.BUSY, "the device ran out of memory"
+    log.error("a step failed", exc_info=error)
+    return FailureCode.INTERNAL, "the peer could not compute this step; see its log"
 
 
 def _kept_rows(work: Work, output: torch.Tensor) -> torch.Tensor:

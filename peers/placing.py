@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduler.placement import choose_span
-from splitnet.net.facts import facts_of
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
+from splitnet.net.facts import facts_of
 from splitnet.net.records import PeerRecord
 
 MEMORY_SHARE = 0.6

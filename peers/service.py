@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import threading
 from dataclasses import dataclass
-from typing import Protocol
 
+from peers.next_hops import NextHops
+from peers.outbox import Outbox
+from peers.row_memory import SessionTooLong, prepare_rows
 from peers.sessions import Session, SessionTable
 from peers.work import Work, WorkQueue
 from splitnet.errors import CodecError, PeerBusy, ProtocolError, ProtocolVersionError
@@ -30,28 +32,19 @@ from splitnet.net.messages import (
     Result,
     Step,
 )
-from splitnet.net.rows import fork_rows
 from splitnet.net.sent_log import SentLog
-from splitnet.net.transport import Connection, Destination, Endpoint, LinkState
+from splitnet.net.transport import Connection, Destination, Endpoint, LinkState, is_address
 
 log = logging.getLogger(__name__)
 
 REPLAY_POSITIONS = 512
 """Positions per step of a replay."""
 
+PROBE_S = 15.0
+"""A client that was silent for so long is sent a `Pong` that it ignores, which shows whether it is still connected."""
 
-class SessionTooLong(ProtocolError):
-    """More positions than the model or the session allows."""
-
-
-class Outbox(Protocol):
-    """Where a service puts what it has to say."""
-
-    def send(self, destination: Destination, message: Message) -> None: ...
-
-    def connect(self, endpoint: Endpoint) -> None: ...
-
-    def state(self, endpoint: Endpoint) -> LinkState: ...
+LOST_GRACE_S = 30.0
+"""How long the sessions of a client whose connection has ended wait for it to come back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,13 +60,13 @@ class Served:
     max_positions: int | None
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _PendingOpen:
     """An `Open` that waits until its next hop answers or the time is up."""
 
-    session: Session
-    epoch: int
     deadline: float
+    new_link: bool
+    """The session has never pushed over this link."""
 
 
 class Service:
@@ -97,14 +90,17 @@ class Service:
         """Expected wait of a new step for the device, kept up to date by the engine."""
         self._outbox = outbox
         self._reach_s = reach_s
-        self._pending: list[_PendingOpen] = []
+        self._next_hops = NextHops(outbox)
+        self._pending: dict[Session, _PendingOpen] = {}
+        self._probe_at = 0.0
         self._lock = threading.RLock()
 
     def receive(self, source: Destination, message: Message, now: float) -> None:
         """Handles a message that came from `source` at `now` (seconds)."""
-        if not isinstance(source, Connection):
-            return  # a next hop has nothing to say over the link that we push on
         with self._lock:
+            if not isinstance(source, Connection):
+                self._pass_on(source, message)
+                return
             match message:
                 case Ping():
                     self._outbox.send(source, Pong(message.nonce, self.queue_ms, self.sessions.free_positions))
@@ -130,41 +126,39 @@ class Service:
         """A link to a next hop came up, was refused or was lost."""
         with self._lock:
             if state is not LinkState.CONNECTING:
-                waiting = [pending for pending in self._pending if pending.session.next == endpoint]
-                for pending in waiting:
-                    self._answer_open(pending, reachable=state is LinkState.UP)
+                waiting = [session for session in self._pending if session.next == endpoint]
+                for session in waiting:
+                    self._answer_open(session, reachable=state is LinkState.UP)
+
+    def connection_lost(self, connection: Connection, now: float) -> None:
+        """A client is not connected any more: unless it comes back, its sessions end soon."""
+        with self._lock:
+            for session in self.sessions:
+                if session.reply_to == connection:
+                    session.used_at = min(session.used_at, now + LOST_GRACE_S - self.sessions.idle_s)
 
     def tick(self, now: float) -> None:
-        """Gives up on links and drops idle sessions."""
+        """Gives up on links, drops idle sessions, and finds out which clients have gone."""
         with self._lock:
-            for pending in [pending for pending in self._pending if now >= pending.deadline]:
-                self._answer_open(pending, reachable=False)
+            for session in [session for session, pending in self._pending.items() if now >= pending.deadline]:
+                self._answer_open(session, reachable=False)
             for session in self.sessions.expire(now):
-                self.queue.discard(session)
+                self._forget(session)
                 log.info("session %s expired", session.id.hex())
+            self._next_hops.tick(now)
+            if now >= self._probe_at:
+                self._probe_at = now + PROBE_S
+                for connection in {session.reply_to for session in self.sessions if now - session.used_at > PROBE_S}:
+                    self._outbox.send(connection, Pong(0, self.queue_ms, self.sessions.free_positions))
 
     def prepare(self, work: Work) -> None:
         """Brings a session's rows to where a step begins: forks and crops. Called by the engine, before a pass.
 
         Raises:
-            SessionTooLong: the rows would hold more positions than the session has reserved.
+            SessionTooLong: the rows would take more memory than the session has reserved.
             ProtocolError: a fork of a row that does not exist, or a gap before the first position.
         """
-        session, step = work.session, work.step
-        if step.forks is not None:
-            session.rows = fork_rows(session.rows, step.forks, lambda row: row.fork())
-        for part in step.parts:
-            row = session.rows.get(part.row)
-            length = 0 if row is None else row.length
-            if part.start > length:
-                raise ProtocolError(f"row {part.row} has {length} positions, the step begins at {part.start}")
-            if row is not None and part.start < length:
-                row.crop(part.start)
-        named = {part.row for part in step.parts}
-        held = sum(row.length for row_id, row in session.rows.items() if row_id not in named)
-        held += sum(part.start + part.length for part in step.parts)
-        if held > session.budget:
-            raise SessionTooLong(f"the step needs {held} positions, the session has reserved {session.budget}")
+        prepare_rows(work.session, work.step)
 
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         """Sends on what the engine has computed.
@@ -176,12 +170,15 @@ class Service:
         """
         session, step = work.session, work.step
         with self._lock:
-            if session.closed or step.epoch != session.epoch:
+            if session.closed:
                 return
             at_tail = session.end == self.served.num_blocks
             replayed = step.replay_until != 0 and session.end >= step.replay_until
             if not at_tail:
+                # Also what an older epoch sent: the log follows the rows, which hold it.
                 session.log.record(step.parts, step.forks, payload)
+            if step.epoch != session.epoch:
+                return
             if session.next is not None and not replayed:
                 self._outbox.send(
                     session.next,
@@ -218,13 +215,16 @@ class Service:
             self._fail(source, message.session, message.epoch, 0, *refused)
             return
         codec = codec_by_code(message.codec)
-        following = self._next_of(message)
         session = self.sessions.get(message.session)
         if session is not None and session.owner != source.curve:
             self._fail(source, message.session, message.epoch, 0, FailureCode.UNKNOWN_SESSION, "not your session")
             return
         if session is not None and message.epoch < session.epoch:
             self._fail(source, message.session, message.epoch, 0, FailureCode.STALE_EPOCH, "a newer epoch is open")
+            return
+        if session is not None and (session.start, session.end, session.codec) != (message.start, message.end, codec):
+            text = "an open session keeps its blocks and its codec"
+            self._fail(source, message.session, message.epoch, 0, FailureCode.WRONG_BLOCKS, text)
             return
         try:
             if session is None:
@@ -238,7 +238,7 @@ class Service:
                     budget=message.budget,
                     codec=codec,
                     previous=None,
-                    next=following,
+                    next=None,
                     log=SentLog(message.codec, codec.bytes_per_position(self.served.hidden_size)),
                     used_at=now,
                 )
@@ -248,25 +248,54 @@ class Service:
         except PeerBusy as error:
             self._fail(source, message.session, message.epoch, 0, FailureCode.BUSY, str(error))
             return
-        if (session.start, session.end) != (message.start, message.end):
-            self._fail(
-                source, message.session, message.epoch, 0, FailureCode.WRONG_BLOCKS, "an open session keeps its blocks"
-            )
-            return
         session.reply_to = source
         session.epoch = message.epoch
-        session.next = following
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now
+        self._reach(session, self._next_of(message), now)
+
+    def _reach(self, session: Session, following: Endpoint | None, now: float) -> None:
+        """Connects a session to its next hop; the answer to its `Open` goes out when it is known whether that works."""
+        pending = self._pending.pop(session, None)
+        new_link = following != session.next or (pending is not None and pending.new_link)
+        if not self._set_next(session, following):
+            self._say_opened(session, next_reachable=False)
+            return
         state = LinkState.UP if following is None else self._outbox.state(following)
         # A link that was lost may come back, if the next hop only restarted; a new one gets the full time.
         patience_s = self._reach_s / 3 if state is LinkState.DOWN else self._reach_s
-        pending = _PendingOpen(session, message.epoch, now + patience_s)
-        self._pending.append(pending)
-        if following is None or state in (LinkState.UP, LinkState.REFUSED):
-            self._answer_open(pending, reachable=state is LinkState.UP)
-        else:
-            self._outbox.connect(following)
+        deadline = now + patience_s if pending is None else min(pending.deadline, now + patience_s)
+        self._pending[session] = _PendingOpen(deadline, new_link)
+        if state in (LinkState.UP, LinkState.REFUSED):
+            self._answer_open(session, reachable=state is LinkState.UP)
+
+    def _set_next(self, session: Session, following: Endpoint | None) -> bool:
+        """Makes a session push to another hop, or to none; False if this peer has too many links already."""
+        if following == session.next:
+            return True
+        before, session.next = session.next, None
+        if following is not None and self._next_hops.acquire(following):
+            session.next = following
+        if before is not None:
+            self._next_hops.release(before)
+        return session.next == following
+
+    def _answer_open(self, session: Session, *, reachable: bool) -> None:
+        pending = self._pending.pop(session)
+        if not reachable and pending.new_link:
+            # The client will carry. Nothing goes on trying to connect to an address that never answered.
+            self._set_next(session, None)
+        self._say_opened(session, next_reachable=reachable)
+
+    def _say_opened(self, session: Session, *, next_reachable: bool) -> None:
+        cached = sum(row.length for row in list(session.rows.values()))
+        self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached))
+
+    def _forget(self, session: Session) -> None:
+        """Lets go of what a session that has ended occupied."""
+        self.queue.discard(session)
+        self._pending.pop(session, None)
+        self._set_next(session, None)
 
     def _refusal(self, message: Open) -> tuple[FailureCode, str] | None:
         """Why an `Open` cannot be served by this peer at all."""
@@ -282,7 +311,7 @@ class Service:
             codec_by_code(message.codec)
             self._next_of(message)
             if message.previous:
-                PublicKey(message.previous).curve_raw
+                PublicKey(message.previous)
         except Exception as error:  # an unknown codec, a key that is no point of the curve, a malformed address
             return FailureCode.BAD_MESSAGE, str(error)
         return None
@@ -293,16 +322,17 @@ class Service:
             return None
         key = PublicKey(message.next_key)
         _ = key.curve_raw
-        host, _, port = message.next_address.removeprefix("tcp://").rpartition(":")
-        if not message.next_address.startswith("tcp://") or not host or "*" in host or not port.isdecimal():
+        if not is_address(message.next_address):
             raise ProtocolError("the next hop's address is not tcp://HOST:PORT")
         return Endpoint(message.next_address, key)
 
-    def _answer_open(self, pending: _PendingOpen, *, reachable: bool) -> None:
-        self._pending.remove(pending)
-        session = pending.session
-        if not session.closed and session.epoch == pending.epoch:
-            self._outbox.send(session.reply_to, Opened(session.id, pending.epoch, reachable))
+    def _pass_on(self, source: Endpoint, message: Message) -> None:
+        """What a next hop says is an answer to a step that we pushed: the client waits for it."""
+        if not isinstance(message, Failure):
+            return
+        session = self.sessions.get(message.session)
+        if session is not None and session.next == source and session.epoch == message.epoch:
+            self._outbox.send(session.reply_to, message)
 
     def _step(self, source: Connection, message: Step, now: float) -> None:
         session = self.sessions.get(message.session)
@@ -337,7 +367,7 @@ class Service:
         longest = max(part.start + part.length for part in message.parts)
         if self.served.max_positions is not None and longest > self.served.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.served.max_positions}")
-        if total + sum(work.total for work in session.waiting) > session.budget:
+        if session.waiting_size + total + len(message.forks or ()) > session.budget:
             raise SessionTooLong(f"the session has reserved {session.budget} positions")
         return total
 
@@ -345,7 +375,7 @@ class Service:
         session = self.sessions.get(message.session)
         if session is not None and session.owner == source.curve:
             self.sessions.remove(session)
-            self.queue.discard(session)
+            self._forget(session)
 
     def _replay(self, source: Connection, message: Replay, now: float) -> None:
         session = self.sessions.get(message.session)
@@ -359,6 +389,9 @@ class Service:
             return
         session.used_at = now
         steps = list(session.log.replay(REPLAY_POSITIONS))
+        if not steps:
+            code = session.codec.code
+            self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, 0.0))
         for index, (parts, payload) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
             self._outbox.send(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from splitnet.model.kv_cache import RowCache
 
 MAX_SESSIONS = 1024
+MIN_BUDGET = 64
+"""Positions that a session reserves at least, so that many tiny ones are not free."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,8 +43,15 @@ class Session:
     used_at: float
     """Seconds of the peer's clock."""
     rows: dict[int, RowCache] = field(default_factory=dict)
+    """Touched by the engine's thread only, so that no pass loses its rows half-way."""
+    room: dict[int, int] = field(default_factory=dict)
+    """Positions that the memory of each row has room for at most, see `peers/row_memory.py`."""
     waiting: deque[Work] = field(default_factory=deque)
-    """Steps in the order of arrival; the engine takes the first."""
+    """Steps in the order of arrival; the engine takes the first. Touched by the work queue only."""
+    waiting_size: int = 0
+    """What the waiting steps hold, see `peers/work.py:Work.size`."""
+    passed_over: int = 0
+    """Passes since its first step could have run."""
     closed: bool = False
 
 
@@ -62,6 +72,9 @@ class SessionTable:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._sessions.values())
+
     @property
     def free_positions(self) -> int:
         return self.capacity - self._reserved
@@ -70,13 +83,14 @@ class SessionTable:
         return self._sessions.get(session_id)
 
     def add(self, session: Session) -> None:
-        """Admits a session.
+        """Admits a session; its budget becomes what it has reserved.
 
         Raises:
             PeerBusy: its budget does not fit.
         """
         if len(self._sessions) >= MAX_SESSIONS:
             raise PeerBusy(f"this peer holds {MAX_SESSIONS} sessions already")
+        session.budget = max(session.budget, min(MIN_BUDGET, self.capacity))
         self._reserve(session.budget)
         self._sessions[session.id] = session
 
@@ -94,7 +108,6 @@ class SessionTable:
         if self._sessions.pop(session.id, None) is not None:
             self._reserved -= session.budget
             session.closed = True
-            session.rows.clear()
 
     def expire(self, now: float) -> list[Session]:
         """Removes and returns the sessions that were idle for too long."""

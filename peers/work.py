@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 DECODE_POSITIONS = 16
 """A step with at most so many positions counts as decode (a token per row, or a speculated window)."""
 
+PATIENCE = 4
+"""Passes that may leave out a session that is ready; then one is made for it."""
+
 
 @dataclass(slots=True, eq=False)
 class Work:
@@ -34,6 +37,11 @@ class Work:
     @property
     def remaining(self) -> int:
         return self.total - self.done
+
+    @property
+    def size(self) -> int:
+        """What the step occupies while it waits, in positions; a fork counts as one."""
+        return self.total + len(self.step.forks or ())
 
     def parts(self, count: int) -> list[Part]:
         """The next `count` positions as parts of rows."""
@@ -68,6 +76,7 @@ class WorkQueue:
         with self._changed:
             session = work.session
             session.waiting.append(work)
+            session.waiting_size += work.size
             self.queued_positions += work.total
             if len(session.waiting) == 1:
                 self._ready[session] = None
@@ -77,31 +86,36 @@ class WorkQueue:
         """Waits for work and returns what runs in the next pass: steps with how many positions of each.
 
         Decode comes first, so that a token never waits for more than one pass of somebody's prefill; then prefill
-        fills the pass up. All of a pass goes through the same blocks. Empty when the queue is closed.
+        fills the pass up. All of a pass goes through the same blocks. A session that `PATIENCE` passes left out leads
+        the next one, and half of it is kept for it. Empty when the queue is closed.
         """
         with self._changed:
-            while True:
-                while not self._ready and not self._closed:
-                    self._changed.wait()
-                if self._closed:
-                    return []
-                heads = [session.waiting[0] for session in list(self._ready) if self._is_live(session)]
-                if heads:
-                    break
+            while not self._ready and not self._closed:
+                self._changed.wait()
+            if self._closed:
+                return []
+            # Who ran last stands at the end, so the first has waited longest.
+            heads = [session.waiting[0] for session in self._ready]
             decode = [work for work in heads if work.remaining <= DECODE_POSITIONS]
             prefill = [work for work in heads if work.remaining > DECODE_POSITIONS]
-            chosen: list[tuple[Work, int]] = []
-            left = max_positions
+            leader = (decode or prefill)[0]
+            kept = 0
+            if heads[0].session.passed_over >= PATIENCE:
+                leader = heads[0]
+                kept = min(leader.remaining, -(-max_positions // 2))
+            left = max_positions - kept
+            counts: dict[Work, int] = {leader: kept} if kept else {}
             for work in decode + prefill:
-                if chosen and not self._same_blocks(chosen[0][0], work):
-                    continue
-                count = min(work.remaining, left)
-                if count:
-                    chosen.append((work, count))
-                    left -= count
-            for work, _ in chosen:
+                if self._same_blocks(leader, work):
+                    count = min(work.remaining - counts.get(work, 0), left)
+                    if count:
+                        counts[work] = counts.get(work, 0) + count
+                        left -= count
+            for work in heads:
+                work.session.passed_over = 0 if work in counts else work.session.passed_over + 1
+            for work in counts:
                 del self._ready[work.session]
-            return chosen
+            return list(counts.items())
 
     def release(self, work: Work) -> None:
         """Ends a pass of `work`: it goes on in a later pass, or makes room for the session's next step."""
@@ -109,6 +123,7 @@ class WorkQueue:
             session = work.session
             if not work.remaining and session.waiting and session.waiting[0] is work:
                 session.waiting.popleft()
+                session.waiting_size -= work.size
                 self.queued_positions -= work.total
             if session.waiting:
                 self._ready[session] = None
@@ -119,18 +134,13 @@ class WorkQueue:
         with self._changed:
             self.queued_positions -= sum(work.total for work in session.waiting)
             session.waiting.clear()
+            session.waiting_size = 0
             self._ready.pop(session, None)
 
     def close(self) -> None:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-
-    def _is_live(self, session: Session) -> bool:
-        if session.waiting:
-            return True
-        self._ready.pop(session, None)
-        return False
 
     @staticmethod
     def _same_blocks(first: Work, second: Work) -> bool:

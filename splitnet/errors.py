@@ -55,6 +55,10 @@ class PeerLost(SplitnetError):
     """A peer of the route stopped answering."""
 
 
+class SessionLost(PeerLost):
+    """A peer answers, but does not hold the session any more."""
+
+
 class PeerFailed(SplitnetError):
     """A peer answered with an error."""
 

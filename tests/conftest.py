@@ -26,7 +26,7 @@ hypothesis.settings.load_profile("splitnet")
 GRACE_SECONDS = 5.0
 """How long what a test started may take to end after the test."""
 
-SHARED_THREADS = ("tqdm", "TMonitor", "Thread-auto_conversion")
+SHARED_THREADS = ("tqdm", "TMonitor", "Thread-auto_conversion", "GarbageCollectorThread")
 SHARED_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 """Helpers that libraries start once and keep for the life of the process."""
 

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from splitnet.errors import SplitnetError
+from splitnet.errors import AddressInUse, DirectoryError, SplitnetError
+
+
+def _checked_addresses(addresses: list[str] | None) -> list[str] | None:
+    """Refuses what is not even written as an address before anything slow begins."""
+    for address in addresses or ():
+        if not re.fullmatch(r"/.+/p2p/\w+", address):
+            raise DirectoryError(
+                f"{address!r} is no address to join with: copy a whole one that a peer prints, /ip4/..."
+            )
+    return addresses
+
 
 Model = Annotated[
     str,
@@ -18,7 +31,21 @@ Model = Annotated[
 ]
 Join = Annotated[
     list[str],
-    typer.Option("--join", metavar="ADDR", help="Address that a peer of the swarm prints; repeat for several."),
+    typer.Option(
+        "--join",
+        metavar="ADDR",
+        callback=_checked_addresses,
+        help="Address that a peer of the swarm prints; repeat for several.",
+    ),
+]
+JoinIfAny = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--join",
+        metavar="ADDR",
+        callback=_checked_addresses,
+        help="Address of a swarm to join; without it a new one starts.",
+    ),
 ]
 CodecName = Annotated[
     str, typer.Option("--codec", help="How activations travel: auto, or a name from docs/codecs.md such as int8.")
@@ -62,3 +89,29 @@ def parse_blocks(text: str) -> tuple[int, int]:
     if match is None or int(match[1]) >= int(match[2]):
         raise SplitnetError(f"{text!r} is not a range of blocks: write START:END, as 0:10 for blocks 0 to 9")
     return int(match[1]), int(match[2])
+
+
+def refuse_taken(listen: str) -> None:
+    """Checks an address such as `tcp://0.0.0.0:31331`, so that one that cannot be used is told before blocks load.
+
+    Raises:
+        AddressInUse: something listens there.
+        SplitnetError: it is not an address of this machine.
+    """
+    match = re.fullmatch(r"tcp://(.+):(\d+)", listen)
+    if match is None or int(match[2]) > 65535:
+        raise SplitnetError(
+            f"{listen!r} is no address to listen on: write tcp://HOST:PORT, with port 0 for any free one"
+        )
+    host = "0.0.0.0" if match[1] == "*" else match[1].strip("[]")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, int(match[2]), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{listen} is taken: choose another port with --listen, or 0 for any free one") from None
+        raise SplitnetError(
+            f"cannot listen on {listen} ({error.strerror}): give an address of this machine, or tcp://0.0.0.0:0"
+        ) from None

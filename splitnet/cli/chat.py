@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated
 
 import typer
@@ -31,9 +32,8 @@ def chat(
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         start = [{"role": "system", "content": system}] if system else []
         messages = list(start)
-        typer.secho(
-            "/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer", dim=True, err=True
-        )
+        if sys.stdin.isatty():
+            typer.secho("/reset forgets the conversation, /exit or Ctrl-D leaves, Ctrl-C stops an answer", dim=True)
         with client.model.session():
             while (line := _read_line()) is not None:
                 if line == "/reset":
@@ -53,11 +53,13 @@ def chat(
 
 def _read_line() -> str | None:
     """The next line that says something; None at the end."""
+    terminal = sys.stdin.isatty()
     while True:
         try:
-            line = input("> ").strip()
+            line = input("> " if terminal else "").strip()
         except (EOFError, KeyboardInterrupt):
-            typer.echo(err=True)
+            if terminal:
+                typer.echo()
             return None
         if line == "/exit":
             return None

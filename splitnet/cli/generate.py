@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
+from splitnet.errors import SplitnetError
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
@@ -34,6 +35,8 @@ def generate(
     """Generate text after PROMPT through the peers of a swarm, streaming to stdout."""
     if prompt == "-":
         prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise SplitnetError("the prompt is empty: give some text")
     checkpoint = resolve_model(model)
 
     from splitnet.cli.generation import Client, Sampling, print_summary

@@ -20,6 +20,7 @@ from splitnet.client.session import Session
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.codecs import codec_by_name
 from splitnet.net.identity import Identity
 
 
@@ -55,6 +56,8 @@ class Client:
     @classmethod
     def connect(cls, model: str, join: Sequence[str], codec: str, key_file: Path | None) -> Client:
         """Loads the local part of the model and joins the swarm."""
+        if codec != "auto":
+            codec_by_name(codec)
         checkpoint = Checkpoint.open(model)
         swarm = Swarm(ModelFacts.of(checkpoint), join, identity=Identity.load_or_create(key_file))
         try:
@@ -73,8 +76,6 @@ class Client:
         else:
             system_messages = [{"role": "system", "content": system}] if system else []
             ids = self.encode_chat([*system_messages, {"role": "user", "content": prompt}])
-        if not ids.shape[1]:
-            raise SplitnetError("the prompt is empty: give some text")
         return ids
 
     def encode_chat(self, messages: Sequence[dict[str, str]]) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 from typing import Annotated
 
@@ -51,6 +52,10 @@ def common(
 
 def main() -> None:
     """Runs the command line; an error that the user can act on is one sentence and exit code 1."""
+    # Or the process would end without what it does at its end: leave the swarm, and stop its children.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:
+            signal.signal(number, _exit_cleanly)
     try:
         app()
     except SplitnetError as error:
@@ -58,3 +63,7 @@ def main() -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _exit_cleanly(number: int, frame: object) -> None:
+    sys.exit(128 + number)

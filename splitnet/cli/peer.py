@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
-import tempfile
-import threading
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import KeyFile, Model, parse_blocks, parse_bytes, resolve_model
+from splitnet.cli.arguments import JoinIfAny, KeyFile, Model, parse_blocks, parse_bytes, refuse_taken, resolve_model
+from splitnet.errors import SplitnetError
+
+
+class Dtype(StrEnum):
+    """Types of weights that blocks compute in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
 
 
 def peer(
@@ -22,10 +31,7 @@ def peer(
     ] = None,
     memory: Annotated[str | None, typer.Option(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
     kv_memory: Annotated[str | None, typer.Option(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
-    join: Annotated[
-        list[str] | None,
-        typer.Option("--join", metavar="ADDR", help="Address of a swarm to join; without it a new one starts."),
-    ] = None,
+    join: JoinIfAny = None,
     listen: Annotated[
         str, typer.Option(metavar="tcp://HOST:PORT", help="Where to take activations; port 0 is any free one.")
     ] = "tcp://0.0.0.0:0",
@@ -36,9 +42,7 @@ def peer(
         str | None, typer.Option(metavar="HOST", help="Name or address that others reach this machine by.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = "cpu",
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; the checkpoint's own if not given.")
-    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; the checkpoint's own if not given.")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
     authorized_keys: Annotated[
         Path | None, typer.Option(help="File with the keys (see `splitnet key`) that may connect; anyone if not given.")
@@ -49,13 +53,14 @@ def peer(
     ] = None,
 ) -> None:
     """Serve blocks of MODEL until interrupted."""
-    # A stop that comes while libraries load must be as clean as one that comes later.
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: _interrupt(stop))
+    if blocks and memory:
+        raise typer.BadParameter("give --blocks or --memory, not both")
     wanted_blocks = parse_blocks(blocks) if blocks else None
     wanted_memory = parse_bytes(memory) if memory else None
     wanted_kv_memory = parse_bytes(kv_memory) if kv_memory else None
+    refuse_taken(listen)
+    if address_file is not None:
+        _forget(address_file)
     checkpoint = resolve_model(model)
 
     import torch
@@ -64,6 +69,7 @@ def peer(
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
 
+    _check_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     options = PeerOptions(
@@ -73,16 +79,18 @@ def peer(
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,
         device=device,
-        dtype=dtype,
+        dtype=dtype.value if dtype else None,
         kv_memory=wanted_kv_memory,
         authorized_keys=authorized_keys,
         key_file=key_file,
     )
     with StageProgress() as progress:
         serving = Peer.start(checkpoint, options, progress=progress.update)
+    # Until here a signal has been an exception; from here it ends the wait. The queue may be filled by a handler.
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()
     try:
-        signal.signal(signal.SIGINT, lambda *_: stop.set())
-        signal.signal(signal.SIGTERM, lambda *_: stop.set())
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: stop.put(number))
         span = serving.span
         typer.echo(
             f"serving blocks {span.start}..{span.end - 1} of {serving.checkpoint.name} "
@@ -93,20 +101,37 @@ def peer(
             typer.echo(f"  --join {address}")
         if address_file is not None:
             _write_atomically(address_file, serving.addresses[0] + "\n")
-        while not stop.wait(1.0):  # a bounded wait lets signal handlers run
-            pass
+        stop.get()
         typer.echo("leaving the swarm")
     finally:
+        if address_file is not None:
+            _forget(address_file)
         serving.close()
 
 
-def _interrupt(stop: threading.Event) -> None:
-    stop.set()
-    raise KeyboardInterrupt
+def _check_device(device: str) -> None:
+    import torch
+
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    kind, _, index = device.partition(":")
+    if kind not in counts or (index and not index.isdecimal()) or int(index or 0) >= counts[kind]:
+        present = [f"{name}:{i}" if name == "cuda" else name for name, count in counts.items() for i in range(count)]
+        raise SplitnetError(f"this machine has no device {device!r} for torch: use --device {' or '.join(present)}")
 
 
 def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.replace(file.name, path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError as error:
+        raise SplitnetError(f"cannot write the address to {path} ({error.strerror}): give another file") from None
+
+
+def _forget(path: Path) -> None:
+    """Removes an address file, so that it is there only while its peer serves."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise SplitnetError(f"cannot replace {path} ({error.strerror}): give another --address-file") from None

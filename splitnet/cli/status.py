@@ -56,18 +56,23 @@ def _print_table(facts: Any, records: Any, holes: Any) -> None:
     from rich.table import Table
 
     console = Console()
-    table = Table(title=f"{facts.name}, {facts.num_blocks} blocks", title_justify="left")
-    for column in ("peer", "blocks", "address", "device", "ms/token", "free KV positions", "sessions"):
-        table.add_column(column, justify="right" if column in ("ms/token", "free KV positions", "sessions") else "left")
+    table = Table(
+        title=f"{facts.name}, {facts.num_blocks} blocks", title_justify="left", box=None, padding=(0, 2, 0, 0)
+    )
+    for column in ("blocks", "address", "device"):
+        table.add_column(column, no_wrap=column != "device")
+    for column in ("ms/token", "free KV", "sessions"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("key", no_wrap=True)
     for record in records:
         table.add_row(
-            record.key.text[:12],
             f"{record.start}..{record.end - 1}",
-            record.address,
+            record.address.removeprefix("tcp://"),
             f"{record.device} {record.dtype}",
             f"{record.decode_ms_per_block * (record.end - record.start):.1f}",
             str(record.kv_free_positions),
             str(record.sessions),
+            record.key.text[:9],
         )
     console.print(table)
     if holes:

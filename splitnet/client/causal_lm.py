@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.remote import RemoteBlocks
-from splitnet.client.session import Session
+from splitnet.client.session import RECOVERY_TIMEOUT_S, Session
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.shell import backbone_of, load_shell
@@ -36,6 +36,7 @@ class AutoModelForCausalLM:
         revision: str | None = None,
         dtype: torch.dtype | str | None = None,
         device: str = "cpu",
+        recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
     ) -> PreTrainedModel:
         """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
 
@@ -46,6 +47,7 @@ class AutoModelForCausalLM:
             identity: the key that private swarms must know; None: the user's own (see `splitnet key`).
             revision: of the model on the hub.
             dtype, device: of the local part.
+            recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
 
         Raises:
             ModelNotFound, UnsupportedModel: the model cannot be used.
@@ -54,7 +56,9 @@ class AutoModelForCausalLM:
         checkpoint = Checkpoint.open(model, revision=revision)
         swarm = Swarm(ModelFacts.of(checkpoint), initial_peers, identity=identity or Identity.load_or_create())
         try:
-            return attach(checkpoint, swarm, codec=codec, dtype=dtype, device=device)
+            return attach(
+                checkpoint, swarm, codec=codec, dtype=dtype, device=device, recovery_timeout_s=recovery_timeout_s
+            )
         except BaseException:
             swarm.close()
             raise
@@ -67,11 +71,12 @@ def attach(
     codec: str = "auto",
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
+    recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
 ) -> RemoteCausalLM:
     """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
 
     def open_session(budget: int) -> Session:
-        return Session(swarm, budget=budget, codec=codec)
+        return Session(swarm, budget=budget, codec=codec, recovery_timeout_s=recovery_timeout_s)
 
     blocks = RemoteBlocks(open_session, checkpoint.max_positions)
     model = load_shell(checkpoint, blocks, dtype=dtype, device=device)

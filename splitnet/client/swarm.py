@@ -8,15 +8,17 @@ import threading
 import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import TYPE_CHECKING
 
 from scheduler.route import NoRoute, best_route
-from scheduler.swarm import CLIENT, Link, Network
+from scheduler.swarm import CLIENT, Link, Network, Peer
 from splitnet.errors import (
     CoverageError,
+    NotAuthorized,
     PeerBusy,
+    PeerLost,
     ProtocolError,
     ProtocolVersionError,
     SplitnetError,
@@ -99,6 +101,7 @@ class Swarm:
         self._nonces = count(1)
         self._measured: set[str] = set()
         self._random = random.Random()
+        self._banned: dict[str, float] = {}
         self._lock = threading.Lock()
         self._transport = Transport(self.identity, on_message=self._receive, on_link=self._link_changed)
         self._transport.start()
@@ -143,13 +146,22 @@ class Swarm:
         return speaking
 
     def plan(
-        self, *, positions: int, bytes_per_position: int, exclude: Collection[str] = (), fresh: bool = False
+        self,
+        *,
+        positions: int,
+        bytes_per_position: int,
+        blocks: tuple[int, int] | None = None,
+        between: tuple[PeerRecord | None, PeerRecord | None] = (None, None),
+        exclude: Collection[str] = (),
+        fresh: bool = False,
     ) -> list[PlannedHop]:
         """The best route for a session of `positions` positions.
 
         Args:
             positions: KV positions that every hop must have free.
             bytes_per_position: size of an encoded position on a link.
+            blocks: the part `[start, end)` of the model to plan; None: all of it.
+            between: the peers before and after that part; None: the client.
             exclude: keys (as text) of peers that must not be used.
             fresh: look into the directory even if that was done a moment ago.
 
@@ -157,25 +169,37 @@ class Swarm:
             CoverageError: blocks are served by nobody that could be used; names them.
             PeerBusy: they are served, but no peer has memory for the session.
         """
-        records = {record.key.text: record for record in self.peers(fresh=fresh) if record.key.text not in exclude}
+        start, end = blocks or (0, self.facts.num_blocks)
+        now = time.monotonic()
+        excluded = set(exclude) | {key for key, until in self._banned.items() if until > now}
+        records = {record.key.text: record for record in self.peers(fresh=fresh) if record.key.text not in excluded}
         self._measure(records.values())
+        parts = [part for record in records.values() if (part := _within(facts_of(record), start, end)) is not None]
         try:
             route = best_route(
-                [facts_of(record) for record in records.values()],
-                self.facts.num_blocks,
-                self._network,
+                parts,
+                end - start,
+                self._seen_from(*between),
                 bytes_per_position=bytes_per_position,
                 kv_needed=positions,
-                exclude=frozenset(exclude),
                 rng=self._random,
             )
         except NoRoute as error:
             if not fresh:
                 return self.plan(
-                    positions=positions, bytes_per_position=bytes_per_position, exclude=exclude, fresh=True
+                    positions=positions,
+                    bytes_per_position=bytes_per_position,
+                    blocks=blocks,
+                    between=between,
+                    exclude=exclude,
+                    fresh=True,
                 )
-            raise _no_route(error, self.facts, excluded=bool(exclude)) from None
-        return [PlannedHop(records[hop.peer], hop.start, hop.end) for hop in route.hops]
+            raise _no_route(error, self.facts, start, excluded=bool(excluded)) from None
+        return [PlannedHop(records[hop.peer], hop.start + start, hop.end + start) for hop in route.hops]
+
+    def ban(self, key: str, seconds: float) -> None:
+        """Plans without a peer for a while."""
+        self._banned[key] = time.monotonic() + seconds
 
     def link(self, record: PeerRecord) -> Link:
         """The client's link to a peer, as measured; pessimistic if it was not."""
@@ -211,6 +235,16 @@ class Swarm:
             self._pongs[nonce] = future
         self.send(endpoint, Ping(nonce, bytes(padding)))
         return timed
+
+    def _seen_from(self, before: PeerRecord | None, after: PeerRecord | None) -> Network:
+        """The links as a planner sees them that begins at one peer and ends at another instead of the client."""
+        network = self._network
+        for key in {other for pair in network.measured for other in pair} - {CLIENT}:
+            if before is not None:
+                network = network.with_link(CLIENT, key, self._network.link(before.key.text, key))
+            if after is not None:
+                network = network.with_link(key, CLIENT, self._network.link(key, after.key.text))
+        return network
 
     def _measure(self, records: Collection[PeerRecord]) -> None:
         """Measures the links to peers that are new; those that don't answer in a second stay unmeasured."""
@@ -256,21 +290,43 @@ class Swarm:
                 session.deliver(source, message)
 
     def _link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
-        if state in (LinkState.DOWN, LinkState.REFUSED):
-            for session in list(self._sessions.values()):
-                session.link_changed(endpoint, state)
+        if state is LinkState.REFUSED:
+            error: SplitnetError = not_authorized(endpoint)
+        elif state is LinkState.DOWN:
+            error = PeerLost(f"the peer at {endpoint.address} is gone")
+        else:
+            return
+        for session in list(self._sessions.values()):
+            session.link_failed(endpoint, error)
 
 
-def _no_route(error: NoRoute, facts: ModelFacts, *, excluded: bool) -> SplitnetError:
-    if not error.missing:
+def not_authorized(endpoint: Endpoint) -> NotAuthorized:
+    """A link was refused in its handshake."""
+    return NotAuthorized(
+        f"the peer at {endpoint.address} does not accept this client's key (or has another key than its record says): "
+        "ask its owner to add the output of `splitnet key` to the peer's --authorized-keys file"
+    )
+
+
+def _within(peer: Peer, start: int, end: int) -> Peer | None:
+    """What a peer serves of the blocks `[start, end)`, counted from `start`."""
+    first, last = max(peer.start, start), min(peer.end, end)
+    return replace(peer, start=first - start, end=last - start) if first < last else None
+
+
+def _no_route(error: NoRoute, facts: ModelFacts, offset: int, *, excluded: bool) -> SplitnetError:
+    """What the user is told. Blocks in `error` are counted from `offset`."""
+    missing = [(start + offset, end + offset) for start, end in error.missing]
+    if not missing:
+        full = _ranges([(start + offset, end + offset) for start, end in error.full])
         return PeerBusy(
-            f"the peers of blocks {_ranges(error.full)} of {facts.name} have no free KV memory for this session: "
+            f"the peers of blocks {full} of {facts.name} have no free KV memory for this session: "
             "try again later, generate less, or start another peer for them"
         )
-    start, end = error.missing[0]
+    start, end = missing[0]
     who = "by no peer that can be used" if excluded else "by nobody"
     return CoverageError(
-        f"blocks {_ranges(error.missing)} of {facts.name} are served {who}: start a peer with "
+        f"blocks {_ranges(missing)} of {facts.name} are served {who}: start a peer with "
         f"`splitnet peer {facts.name} --blocks {start}:{end} --join ADDR`"
     )
 

@@ -19,7 +19,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreT
 from transformers.utils import logging as transformers_logging
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model.families import Family
+from splitnet.model.families import ADDED_POSITIONS
 
 
 class Zero(nn.Module):
@@ -40,7 +40,7 @@ def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         UnsupportedModel: transformers has no causal language model of this family.
     """
-    if type(config) not in AutoModelForCausalLM._model_mapping:
+    if type(config) not in AutoModelForCausalLM._model_mapping or type(config) not in AutoModel._model_mapping:
         raise UnsupportedModel(f"models of the family {config.model_type!r} are not causal language models")
     return cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])
 
@@ -86,7 +86,7 @@ def load_cut(
         attention: name of the attention function; None for the family's default.
 
     Raises:
-        UnsupportedModel: the checkpoint lacks tensors of the cut model.
+        UnsupportedModel: the cut model cannot be built, or the checkpoint lacks tensors of it.
     """
 
     def build(model: PreTrainedModel, config: PreTrainedConfig) -> None:
@@ -96,16 +96,21 @@ def load_cut(
     names = {"__init__": build, "__module__": model_class.__module__}
     cut_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), names)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
-    with _one_at_a_time, _no_progress_bars():
-        loaded: Any = cut_class.from_pretrained(
-            None,
-            config=config,
-            state_dict=tensors,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, in our words
-            **options,
-        )
+    try:
+        with _one_at_a_time, _no_progress_bars():
+            loaded: Any = cut_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                dtype=dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, in our words
+                **options,
+            )
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise UnsupportedModel(
+            f"models of the family {config.model_type!r} cannot be cut into spans: {error}"
+        ) from error
     model, report = loaded
     missing = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
     if missing:
@@ -121,7 +126,7 @@ _one_at_a_time = threading.Lock()
 """While it builds a model, transformers changes settings of the whole process, such as torch's default dtype."""
 
 
-def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int, family: Family) -> None:
+def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> None:
     """Leaves blocks `[start, end)` of a backbone and makes what comes before and after them neutral."""
     parent, list_name = parent_of(backbone, container)
     kept = getattr(parent, list_name)[start:end]
@@ -130,12 +135,16 @@ def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: in
             module.layer_idx = module.layer_idx - start
     for owner in {id(module): module for module in (backbone, parent)}.values():
         for name, child in list(owner.named_children()):
-            if name in family.added_positions:
+            if name in ADDED_POSITIONS:
                 setattr(owner, name, Zero(backbone.dtype))
-            elif child is not parent and next(child.parameters(), None) is not None:
+            elif child is not parent and (next(child.parameters(), None) is not None or _is_norm(child)):
                 setattr(owner, name, nn.Identity())
     setattr(parent, list_name, kept)
     _slice_config(backbone.config, start, end)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()  # some have no parameters
 
 
 def share_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> PreTrainedModel:

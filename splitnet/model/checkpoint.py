@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.model.families import family_of
+from splitnet.model.families import check_can_be_cut
 from splitnet.model.lazy_tensors import LazyTensors, Progress
 from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
 
@@ -82,7 +82,7 @@ class Checkpoint:
                 f"transformers does not know the architecture of {model}: update transformers ({_first_line(error)})"
             ) from error
         text_config = config.get_text_config()
-        family_of(text_config)
+        check_can_be_cut(text_config)
         checkpoint = cls(shards.name, shards, text_config, multimodal=text_config is not config)
         assert checkpoint.names  # raises if there are no safetensors
         return checkpoint

@@ -1,74 +1,75 @@
-"""Which model families can be cut into spans, and what is special about a few of them: data, no model code.
+"""Which model families can be cut into spans, and what is special about some of them: data, no model code.
 
-A family is transformers' `model_type` of the text model. Families that are not named here are taken as standard:
-a decoder-only causal language model whose blocks stand in one `ModuleList`, called one after the other.
+A family is transformers' `model_type` of the text model. A family that is not named here is tried if it is a
+decoder-only causal language model: it runs sequence by sequence with its own attention. Its blocks must stand in one
+list, leave nothing but keys and values in the cache, and the rest of the backbone must be one that can be made
+neutral: that is checked while a span loads, so a family that needs more than this file says is refused, not run wrong.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from splitnet.errors import UnsupportedModel
 
+PACKS = frozenset(
+    {
+        *("apertus", "arcee", "codegen", "cohere", "cohere2", "cwm", "deepseek_v3", "ernie4_5", "ernie4_5_moe"),
+        *("exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox"),
+        *("gpt_oss", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "internlm3", "llama", "minimax_m2"),
+        *("ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt"),
+        *("persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
+        "starcoder2",
+    }
+)
+"""Families whose attention can be replaced by a packed one, so that sequences share a pass: each is in the tests."""
 
-@dataclass(frozen=True)
-class Family:
-    """What is special about one family.
-
-    Attributes:
-        added_positions: children of the module that holds the blocks whose output the backbone *adds* to the
-            embeddings (learned positions). The client adds them; in spans they give zero.
-        neutral_config: config values that make the backbone pass its input to the first block unchanged.
-        packs: whether the family's attention can be replaced by a packed one, where transformers does not say so.
-        refused: why the family cannot be cut; empty if it can.
-    """
-
-    added_positions: tuple[str, ...] = ()
-    neutral_config: Mapping[str, Any] = field(default_factory=dict)
-    packs: bool | None = None
-    refused: str = ""
-
-
-_SHARED_STATE = Family(refused="its blocks share states with each other besides the hidden state")
-
-FAMILIES: Mapping[str, Family] = {
-    "gemma3n_text": _SHARED_STATE,
-    "gemma4_text": _SHARED_STATE,
-    "gpt2": Family(added_positions=("wpe",)),
-    "gpt_bigcode": Family(added_positions=("wpe",)),
-    "gpt_neo": Family(added_positions=("wpe",)),
-    "granite": Family(neutral_config={"embedding_multiplier": 1.0}),
-    "granitemoe": Family(neutral_config={"embedding_multiplier": 1.0}),
-    "opt": Family(added_positions=("embed_positions",)),
-    "stablelm": Family(packs=True),
+REFUSED: Mapping[str, str] = {
+    "gemma3n_text": "its blocks share states with each other besides the hidden state",
+    "gemma4_text": "its blocks share states with each other besides the hidden state",
 }
+"""Families that cannot be cut, and why, where the config does not tell."""
+
+ADDED_POSITIONS = ("wpe", "embed_positions")
+"""Children of the module that holds the blocks whose output the backbone adds to the embeddings. The client does so;
+in spans they give zero."""
+
+NEUTRAL_CONFIG: Mapping[str, Any] = {"embedding_multiplier": 1.0}
+"""Config values with which a backbone hands its input to the first block unchanged."""
 
 _OWN_ROPE_PER_SEQUENCE = {"dynamic", "longrope"}
 """Kinds of rotary embedding whose frequencies depend on the length of the sequence: not shared by a pack."""
 
-_STANDARD = Family()
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 
-def family_of(config: PreTrainedConfig) -> Family:
-    """The family of a text model's config.
+def check_can_be_cut(config: PreTrainedConfig) -> None:
+    """Refuses a text model that cannot be cut into spans.
 
     Raises:
-        UnsupportedModel: the family cannot be cut into spans; the message names it and says why.
+        UnsupportedModel: the message names the family and says why.
     """
-    name = config.model_type
-    family = FAMILIES.get(name, _STANDARD)
-    reason = family.refused or _reason_against(config)
+    reason = REFUSED.get(config.model_type) or _reason_against(config)
     if reason:
         raise UnsupportedModel(
-            f"models of the family {name!r} cannot be cut into spans: {reason}. Use a decoder-only model such as "
-            "Llama, Qwen or Gemma"
+            f"models of the family {config.model_type!r} cannot be cut into spans: {reason}. Use a decoder-only model "
+            "such as Llama, Qwen or Gemma"
         )
-    return family
+
+
+def packs_sequences(config: PreTrainedConfig) -> bool:
+    """Whether several sequences can share one pass through the backbone; if not they run one after the other."""
+    return config.model_type in PACKS and not _rope_types(config) & _OWN_ROPE_PER_SEQUENCE
+
+
+def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
+    """Per block its sliding window in positions, or None; empty if the config does not tell blocks apart."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ()
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _reason_against(config: PreTrainedConfig) -> str:
@@ -88,21 +89,6 @@ def _reason_against(config: PreTrainedConfig) -> str:
     if getattr(config, "quantization_config", None) is not None:
         return "its weights are stored quantized; take a checkpoint with plain weights"
     return ""
-
-
-def packs_sequences(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> bool:
-    """Whether several sequences can share one pass through the backbone; if not they run one after the other."""
-    packs = family_of(config).packs
-    if packs is None:
-        packs = bool(getattr(model_class, "_supports_attention_backend", False))
-    return packs and not _rope_types(config) & _OWN_ROPE_PER_SEQUENCE
-
-
-def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
-    """Per block its sliding window in positions, or None; empty if the config does not tell blocks apart."""
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None) or ()
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
 
 
 def _rope_types(config: PreTrainedConfig) -> set[str]:

@@ -8,35 +8,12 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from splitnet.errors import UnsupportedModel
 from splitnet.model.attention import PACKED
 from splitnet.model.backbone import causal_class, find_container, load_cut, parent_of
+from splitnet.model.block_stand_in import AllBlocks, blocks_return_tuple
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import packs_sequences
-
-
-class AllBlocks(nn.Module):
-    """Stands in the list of blocks as the only one: calls `blocks` and answers as the family's own blocks do.
-
-    The backbone's mask, positions and cache are not handed on: who provides `blocks` has taken from them what it
-    needs (see `backbone_of`).
-    """
-
-    attention_type = "full_attention"  # some backbones choose a mask by it
-    layer_type = "full_attention"
-
-    def __init__(self, blocks: nn.Module, returns_tuple: bool) -> None:
-        super().__init__()
-        self.blocks = blocks
-        self._returns_tuple = returns_tuple
-
-    def forward(
-        self, hidden_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> torch.Tensor | tuple[torch.Tensor]:
-        """`[batch, sequence, hidden]` -> `[batch, sequence, hidden]`."""
-        output = self.blocks(hidden_states)
-        return (output,) if self._returns_tuple else output
 
 
 def load_shell(
@@ -70,13 +47,12 @@ def load_shell(
 
     wanted = as_dtype(dtype) or checkpoint.dtype
     # Nothing attends here: the packed attention's name only tells transformers to make no masks, where it can.
-    attention = PACKED if packs_sequences(model_class, config) else None
+    attention = PACKED if packs_sequences(config) else None
     with checkpoint.load_tensors(_names(checkpoint, container), wanted) as tensors:
         model = load_cut(model_class, config, cut, tensors, wanted, attention)
     nn.Module.to(model, device)
     parent, name = parent_of(model, container)
-    returns_tuple = _blocks_return_tuple(model, parent, name)
-    setattr(parent, name, nn.ModuleList([AllBlocks(blocks, returns_tuple)]))
+    setattr(parent, name, nn.ModuleList([AllBlocks(blocks, blocks_return_tuple(model, container))]))
     model.generation_config = checkpoint.generation_config()
     return model
 
@@ -88,27 +64,6 @@ def backbone_of(model: nn.Module) -> nn.Module:
             if isinstance(child, nn.ModuleList) and len(child) and isinstance(child[0], AllBlocks):
                 return module
     raise ValueError("this model has no place where its blocks were: load it with load_shell")
-
-
-def _blocks_return_tuple(model: PreTrainedModel, parent: nn.Module, name: str) -> bool:
-    """Whether a family's backbone takes `output[0]` of what a block returns: found by trying both.
-
-    To take `[0]` of a tensor would drop the batch dimension, often without an error.
-
-    Raises:
-        UnsupportedModel: it takes neither a tensor nor a tuple.
-    """
-    ids = torch.zeros(2, 3, dtype=torch.long, device=model.device)
-    for returns_tuple in (False, True):
-        setattr(parent, name, nn.ModuleList([AllBlocks(nn.Identity(), returns_tuple)]))
-        try:
-            with torch.inference_mode():
-                output = backbone_of(model)(input_ids=ids, use_cache=False)[0]
-        except (IndexError, AttributeError, TypeError, ValueError, RuntimeError):
-            continue
-        if isinstance(output, torch.Tensor) and output.shape[:2] == ids.shape:
-            return returns_tuple
-    raise UnsupportedModel(f"the client's part of the family {model.config.model_type!r} does not run on its own")
 
 
 def _names(checkpoint: Checkpoint, container: str) -> dict[str, str]:

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from splitnet.errors import UnsupportedModel
 from splitnet.model.attention import PACKED, PackedPass, Part, running
 from splitnet.model.backbone import backbone_class, cut_to_blocks, find_container, load_cut, share_blocks
+from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
-from splitnet.model.families import family_of, packs_sequences, sliding_windows
+from splitnet.model.families import NEUTRAL_CONFIG, packs_sequences, sliding_windows
 from splitnet.model.kv_cache import OneRow, PassThrough, RowCache
 from splitnet.model.memory import free_memory, guarded
 
@@ -91,12 +92,12 @@ class Span:
         if not 0 <= start < end <= checkpoint.num_blocks:
             raise ValueError(f"blocks {start}:{end} are not within 0:{checkpoint.num_blocks}")
         config = copy.deepcopy(checkpoint.config)
-        family = family_of(config)
-        for key, value in family.neutral_config.items():
-            setattr(config, key, value)
+        for key, value in NEUTRAL_CONFIG.items():
+            if hasattr(config, key):
+                setattr(config, key, value)
         model_class = backbone_class(config)
         container = find_container(model_class, config)
-        packs = packs_sequences(model_class, config)
+        packs = packs_sequences(config)
         wanted = as_dtype(dtype) or checkpoint.dtype
         names = {
             f"{container}.{index - start}.{tensor.rest}": tensor.name
@@ -105,13 +106,14 @@ class Span:
         }
 
         def cut(backbone: PreTrainedModel) -> None:
-            cut_to_blocks(backbone, container, start, end, family)
+            cut_to_blocks(backbone, container, start, end)
 
         largest = max(_bytes_of_block(checkpoint, index, wanted) for index in range(start, end))
         with guarded(checkpoint.name, start, end, largest, torch.device(device)):
             with checkpoint.load_tensors(names, wanted, progress) as tensors:
                 backbone = load_cut(model_class, config, cut, tensors, wanted, PACKED if packs else None)
             nn.Module.to(backbone, device).requires_grad_(False)
+            check_neutral(backbone, container, wanted)
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, dtype=wanted, windows=windows, packs=packs)
 

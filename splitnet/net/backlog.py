@@ -7,7 +7,7 @@ from collections.abc import Hashable
 from typing import Protocol
 
 TRACKED_BYTES = 64 * 1024
-"""Smaller messages are not counted here; ZeroMQ bounds their number per connection."""
+"""Messages up to this size are not counted here; ZeroMQ bounds their number per connection."""
 
 MAX_BACKLOG_BYTES = 1 << 30
 
@@ -52,7 +52,7 @@ class Backlog:
             self._subtract(*self._waiting.popleft()[:2])
 
     def _fits(self, receiver: Hashable, size: int) -> bool:
-        held = self._held[receiver] if receiver in self._held else 0
+        held = self._held.get(receiver, 0)
         return not held or held + size <= self._limit - self.nbytes
 
     def _forget_sent(self) -> None:

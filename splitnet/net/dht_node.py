@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ def import_hivemind() -> Hivemind:
         for name in ("dht.node", "p2p", "dht.routing", "utils.timed_storage")
     )
     storage.TimedStorage.store = _refuse_older(storage.TimedStorage.store)
+    logging.getLogger("asyncio").addFilter(_is_not_about_reaped_children)
     return Hivemind(p2p.P2P, p2p.PeerID, node.DHTNode, lambda key: routing.DHTID.generate(key).to_bytes())
 
 
@@ -77,3 +79,11 @@ def _refuse_older(store: Callable[[Any, Any, Any, float], bool]) -> Callable[[An
         return store(self, key, value, expiration_time)
 
     return store_newer
+
+
+def _is_not_about_reaped_children(record: logging.LogRecord) -> bool:
+    """False for asyncio's warning that a child had been waited for by someone else.
+
+    `terminate` and `kill` of asyncio's children do so themselves when the child has just ended.
+    """
+    return not str(record.msg).lower().startswith(("unknown child process pid", "child process pid"))

@@ -197,12 +197,14 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Answers `Open`: memory is reserved, and whether the next hop can be reached."""
+    """Answers `Open`: memory is reserved."""
 
     TAG: ClassVar[int] = 4
     session: bytes = _session()
     epoch: int = _epoch()
     next_reachable: bool = _wire(_flag)
+    cached_positions: int = _wire(_NUMBER)
+    """Over all rows; 0 tells the client that this hop begins with nothing."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,16 +30,21 @@ class SentLog:
         return len(self._rows.get(row, b"")) // self.bytes_per_position
 
     def record(self, parts: Sequence[Part], forks: Sequence[Fork] | None, payload: Payload) -> None:
-        """Takes in what a step sent; positions at or after a part's start are replaced."""
-        if forks is not None:
-            self._rows = fork_rows(self._rows, forks, bytearray)
+        """Takes in what a step sent; positions at or after a part's start are replaced.
+
+        Raises:
+            ProtocolError: a fork of a row that is not logged, or a gap before a part. Nothing is changed then.
+        """
+        rows = self._rows if forks is None else fork_rows(self._rows, forks, bytearray)
         size = self.bytes_per_position
+        for part in parts:
+            if part.start * size > len(rows.get(part.row, b"")):
+                raise ProtocolError(f"row {part.row} has a gap before position {part.start}")
+        self._rows = rows
         view = memoryview(payload)
         offset = 0
         for part in parts:
-            row = self._rows.setdefault(part.row, bytearray())
-            if part.start * size > len(row):
-                raise ProtocolError(f"row {part.row} has a gap before position {part.start}")
+            row = rows.setdefault(part.row, bytearray())
             del row[part.start * size :]
             row += view[offset : offset + part.length * size]
             offset += part.length * size

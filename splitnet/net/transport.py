@@ -8,6 +8,7 @@ handed over as raw frames; what they mean is decided elsewhere.
 from __future__ import annotations
 
 import logging
+import re
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.net.backlog import TRACKED_BYTES, Backlog
 from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
 
@@ -33,6 +35,18 @@ _RECEIVE_BURST = 64
 _QUEUED_MESSAGES = 1000
 _HEARTBEAT_MS = 5_000
 _HANDSHAKE_MS = 10_000
+_CURVE_BYTES = 64
+"""More than encryption adds to a frame (RFC 26: 33 bytes)."""
+_SERVE_THREAD, _CONNECT_THREAD = 1, 2
+"""ZeroMQ's threads: whoever connects resolves host names in it and may wait for that; who listens must not."""
+
+_ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})")
+
+
+def is_address(text: str) -> bool:
+    """Whether `text` is `tcp://host:port` with one host and a port that can be connected to."""
+    match = _ADDRESS.fullmatch(text)
+    return match is not None and 1 <= int(match[2]) <= 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +83,7 @@ class LinkState(Enum):
 
 MessageHandler = Callable[[Destination, Sequence[Payload]], None]
 LinkHandler = Callable[[Endpoint, LinkState], None]
+LostHandler = Callable[[Connection], None]
 
 _STATE_OF_EVENT: dict[zmq.Event, LinkState] = {
     zmq.Event.HANDSHAKE_SUCCEEDED: LinkState.UP,
@@ -110,6 +125,7 @@ class Transport:
         identity: the key pair of this process.
         on_message: called with the source and the frames of every message.
         on_link: called when the state of an outgoing link changes.
+        on_lost: called when a message could not be sent because its incoming connection has ended.
         on_tick: called about five times per second.
         authorized: whose connections are accepted; None accepts any key.
         listen: `tcp://host:port` to bind (port 0: any free one); None for a process that only connects.
@@ -125,6 +141,7 @@ class Transport:
         *,
         on_message: MessageHandler,
         on_link: LinkHandler | None = None,
+        on_lost: LostHandler | None = None,
         on_tick: Callable[[], None] | None = None,
         authorized: AuthorizedKeys | None = None,
         listen: str | None = None,
@@ -132,9 +149,11 @@ class Transport:
         self._identity = identity
         self._on_message = on_message
         self._on_link = on_link
+        self._on_lost = on_lost
         self._on_tick = on_tick
         self._authorized = authorized
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
+        self._backlog = Backlog()
         self._links: dict[Endpoint, _Link] = {}
         self._outbox = _Outbox()
         self._wake_send, self._wake_receive = socket.socketpair()
@@ -158,7 +177,10 @@ class Transport:
         self._thread.start()
 
     def send(self, destination: Destination, frames: Sequence[Payload]) -> None:
-        """Queues frames; delivery is not guaranteed. An endpoint that is not connected yet is connected."""
+        """Queues frames; delivery is not guaranteed. An endpoint that is not connected yet is connected.
+
+        Frames must not be changed afterwards.
+        """
         self._post(destination, frames)
 
     def connect(self, endpoint: Endpoint) -> None:
@@ -176,14 +198,16 @@ class Transport:
 
     def close(self) -> None:
         """Sends what is queued (for at most half a second), closes every socket and ends the thread."""
-        if self._closing:
-            return
-        self._closing = True
+        with self._outbox.lock:
+            if self._closing:
+                return
+            self._closing = True
+            if self._thread.ident is not None:
+                self._wake_send.send(b"\0")
         if self._thread.ident is None:
             self._release()
-            return
-        self._wake_send.send(b"\0")
-        self._thread.join()
+        else:
+            self._thread.join()
 
     def _post(self, destination: Destination, frames: Sequence[Payload] | None) -> None:
         outbox = self._outbox
@@ -192,8 +216,8 @@ class Transport:
                 return
             outbox.items.append((destination, frames))
             wake, outbox.awake = not outbox.awake, True
-        if wake and threading.get_ident() != self._thread.ident:
-            self._wake_send.send(b"\0")
+            if wake and threading.get_ident() != self._thread.ident:
+                self._wake_send.send(b"\0")
 
     def _listen(self, address: str) -> None:
         self._zap = self._context.socket(zmq.REP)
@@ -201,6 +225,7 @@ class Transport:
         self._poller.register(self._zap, zmq.POLLIN)
         self._router = self._context.socket(zmq.ROUTER)
         self._secure(self._router)
+        self._router.affinity = _SERVE_THREAD
         self._router.curve_server = True
         self._router.zap_domain = b"splitnet"
         self._router.router_mandatory = True
@@ -218,7 +243,7 @@ class Transport:
         handle.curve_publickey = self._identity.curve_public
         handle.curve_secretkey = self._identity.curve_secret
         handle.linger = _CLOSE_LINGER_MS
-        handle.maxmsgsize = MAX_PAYLOAD_BYTES
+        handle.maxmsgsize = MAX_PAYLOAD_BYTES + _CURVE_BYTES
         handle.sndhwm = handle.rcvhwm = _QUEUED_MESSAGES
         handle.heartbeat_ivl = _HEARTBEAT_MS
         handle.heartbeat_timeout = 2 * _HEARTBEAT_MS
@@ -229,11 +254,17 @@ class Transport:
         link = self._links.get(endpoint)
         if link is None:
             dealer = self._context.socket(zmq.DEALER)
-            self._secure(dealer)
-            dealer.curve_serverkey = endpoint.key.curve
-            dealer.reconnect_ivl_max = 5_000
-            monitor = dealer.get_monitor_socket(sum(_STATE_OF_EVENT))
-            dealer.connect(endpoint.address)
+            monitor: zmq.Socket[bytes] | None = None
+            try:
+                self._secure(dealer)
+                dealer.affinity = _CONNECT_THREAD
+                dealer.curve_serverkey = endpoint.key.curve
+                dealer.reconnect_ivl_max = 5_000
+                monitor = dealer.get_monitor_socket(sum(_STATE_OF_EVENT))
+                dealer.connect(endpoint.address)
+            except zmq.ZMQError:
+                _close_watched(dealer, monitor)
+                raise
             link = self._links[endpoint] = _Link(endpoint, dealer, monitor)
             self._poller.register(dealer, zmq.POLLIN)
             self._poller.register(monitor, zmq.POLLIN)
@@ -244,9 +275,7 @@ class Transport:
         if link is not None:
             self._poller.unregister(link.socket)
             self._poller.unregister(link.monitor)
-            link.socket.disable_monitor()
-            link.monitor.close(0)
-            link.socket.close()
+            _close_watched(link.socket, link.monitor)
 
     def _run(self) -> None:
         wake = self._wake_receive.fileno()
@@ -266,10 +295,11 @@ class Transport:
                         self._receive(link.socket, link.endpoint)
                     if link.monitor in ready:
                         self._follow(link)
-                self._flush()
                 if self._on_tick is not None and time.monotonic() >= next_tick:
                     next_tick = time.monotonic() + _TICK_MS / 1000
                     self._guard(self._on_tick)
+                # Handlers do not wake this thread, so nothing of theirs may be left when it goes to sleep.
+                self._flush()
             self._flush()
         finally:
             self._release()
@@ -299,14 +329,26 @@ class Transport:
                 if frames is None:
                     self._unlink(destination)
                 elif frames:
-                    self._link(destination).socket.send_multipart(frames, zmq.NOBLOCK)
+                    self._transmit(self._link(destination).socket, destination, frames)
                 else:
                     self._link(destination)
             elif self._router is not None and frames:
-                self._router.send_multipart([destination.routing_id, *frames], zmq.NOBLOCK)
+                self._transmit(self._router, destination, [destination.routing_id, *frames])
         except zmq.ZMQError as error:
             # The other side is gone or too slow to drain its queue; sessions find out by their deadlines.
             log.debug("message dropped: %s", error)
+            if error.errno == zmq.EHOSTUNREACH and isinstance(destination, Connection) and self._on_lost is not None:
+                self._guard(self._on_lost, destination)
+
+    def _transmit(self, handle: zmq.Socket[bytes], destination: Destination, frames: Sequence[Payload]) -> None:
+        size = len(frames[-1])
+        if size <= TRACKED_BYTES:
+            handle.send_multipart(frames, zmq.NOBLOCK)
+        elif self._backlog.has_room(destination, size):
+            tracker = handle.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
+            self._backlog.add(destination, size, cast(zmq.MessageTracker, tracker))
+        else:
+            log.warning("a message of %d bytes was dropped: its receiver is too slow", size)
 
     def _receive(self, handle: zmq.Socket[bytes], endpoint: Endpoint | None) -> None:
         for _ in range(_RECEIVE_BURST):
@@ -358,6 +400,8 @@ class Transport:
             log.exception("error in a transport handler")
 
     def _release(self) -> None:
+        with self._outbox.lock:
+            self._closing = True
         for endpoint in list(self._links):
             self._unlink(endpoint)
         for handle in (self._router, self._zap):
@@ -366,6 +410,14 @@ class Transport:
         self._context.term()
         self._wake_send.close()
         self._wake_receive.close()
+
+
+def _close_watched(handle: zmq.Socket[bytes], monitor: zmq.Socket[bytes] | None) -> None:
+    """Closes a socket and the one that monitors it."""
+    handle.disable_monitor()
+    if monitor is not None:
+        monitor.close(0)
+    handle.close()
 
 
 def _proven_key(frame: zmq.Frame) -> bytes:

@@ -7,7 +7,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,11 @@ import psutil
 
 SPLITNET = (sys.executable, "-m", "splitnet")
 LOOPBACK = ("--listen", "tcp://127.0.0.1:0", "--threads", "1")
+RUN_VARIABLE = "SPLITNET_TEST_RUN"
+"""Marks a started process and, by inheritance, all that it starts."""
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
+COMMAND_TIMEOUT_S = 90.0
 
 
 @dataclass
@@ -25,6 +29,7 @@ class Daemon:
     """A process of `splitnet peer` that has been started; it may not serve yet."""
 
     process: subprocess.Popen[bytes]
+    run: str
     address_file: Path
     log_file: Path
 
@@ -38,19 +43,22 @@ class Daemon:
 
     def address(self) -> str:
         """Waits until the daemon serves and gives the address to join with."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not self.serves:
-            assert self.process.poll() is None, f"the daemon ended with {self.process.returncode}:\n{self.log}"
-            assert time.monotonic() < deadline, f"the daemon does not serve:\n{self.log}"
-            time.sleep(0.02)
-        return self.address_file.read_text().strip()
+        self.wait_for(lambda: self.serves)
+        # The file is there at once with all of its text.
+        text = self.address_file.read_text()
+        assert text.startswith("/ip4/127.0.0.1/tcp/") and text.endswith("\n") and "/p2p/" in text
+        return text.strip()
 
-    def children(self) -> list[psutil.Process]:
-        """Its child processes: the daemon of libp2p."""
-        return psutil.Process(self.process.pid).children(recursive=True)
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Waits until something is true of a daemon that runs."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not condition():
+            assert self.process.poll() is None, f"the daemon ended with {self.process.returncode}:\n{self.log}"
+            assert time.monotonic() < deadline, f"the daemon takes too long:\n{self.log}"
+            time.sleep(0.01)
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> float:
-        """Sends a signal and waits for the end; gives the seconds that took."""
+        """Sends a signal, waits for the end, expects that nothing is left; gives the seconds that took."""
         began = time.monotonic()
         self.process.send_signal(number)
         try:
@@ -59,7 +67,9 @@ class Daemon:
             if self.process.poll() is None:
                 self.process.kill()
                 self.process.wait()
-        return time.monotonic() - began
+        seconds = time.monotonic() - began
+        expect_nothing_left(self.run)
+        return seconds
 
 
 @contextmanager
@@ -70,12 +80,14 @@ def starting(folder: Path, model: str | Path, *arguments: str) -> Iterator[Daemo
         folder: for its log and its address file; must exist.
         arguments: more than where to listen.
     """
-    name = f"peer-{len(list(folder.glob('*.log')))}"
-    address_file, log_file = folder / f"{name}.address", folder / f"{name}.log"
+    run = uuid.uuid4().hex
+    address_file, log_file = folder / f"{run}.address", folder / f"{run}.log"
     command = [*SPLITNET, "peer", str(model), *LOOPBACK, *arguments, "--address-file", str(address_file)]
     with log_file.open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment(folder))
-    daemon = Daemon(process, address_file, log_file)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(folder, run)
+        )
+    daemon = Daemon(process, run, address_file, log_file)
     try:
         yield daemon
     finally:
@@ -84,7 +96,9 @@ def starting(folder: Path, model: str | Path, *arguments: str) -> Iterator[Daemo
 
 
 @contextmanager
-def daemons(folder: Path, model: str | Path, spans: Sequence[tuple[int, int]], *arguments: str) -> Iterator[list[Daemon]]:
+def daemons(
+    folder: Path, model: str | Path, spans: Sequence[tuple[int, int]], *arguments: str
+) -> Iterator[list[Daemon]]:
     """Daemons that serve `spans` of a model in one swarm; the first began it."""
     with ExitStack() as stack:
         running: list[Daemon] = []
@@ -95,25 +109,6 @@ def daemons(folder: Path, model: str | Path, spans: Sequence[tuple[int, int]], *
         for daemon in running:
             daemon.address()
         yield running
-
-
-@dataclass
-class Command:
-    """A client command that runs, or has run."""
-
-    process: subprocess.Popen[str]
-    began: float
-    given: str | None = None
-
-    def result(self, timeout_s: float = 100.0) -> Finished:
-        """Waits for the end of the command."""
-        try:
-            output, errors = self.process.communicate(self.given, timeout=timeout_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            output, errors = self.process.communicate()
-            raise AssertionError(f"no end within {timeout_s} s; it said:\n{output}\n{errors}") from None
-        return Finished(self.process.returncode, output, errors, time.monotonic() - self.began)
 
 
 @dataclass(frozen=True)
@@ -127,38 +122,55 @@ class Finished:
 
     @property
     def error(self) -> str:
-        """The one sentence that a failed command ends with."""
-        assert "Traceback" not in self.errors, self.errors
-        lines = [line for line in self.errors.splitlines() if line.strip()]
-        found = [line for line in lines if line.startswith("error: ")]
-        assert len(found) == 1 and lines[-1] == found[0], self.errors
-        return found[0].removeprefix("error: ")
+        """The one sentence with which a command that failed ends; before it may stand only what it was doing."""
+        assert self.code == 1, self.errors
+        *progress, last = self.errors.splitlines()
+        assert all(line.endswith(" ...") for line in progress), self.errors
+        assert last.startswith("error: "), self.errors
+        return last.removeprefix("error: ")
 
 
-def command(folder: Path, *arguments: str, given: str | None = None) -> Command:
-    """Starts `splitnet ...`; several can run at once.
+def run(folder: Path, *arguments: str, given: str | None = None) -> Finished:
+    """Runs `splitnet ...` to its end and expects that nothing is left of it.
 
     Args:
         folder: holds the key of this user.
         given: what it reads from stdin.
     """
     began = time.monotonic()
-    process = subprocess.Popen(
+    run = uuid.uuid4().hex
+    with subprocess.Popen(
         [*SPLITNET, *arguments],
         stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=environment(folder),
-    )
-    return Command(process, began, given)
+        env=_environment(folder, run),
+    ) as process:
+        try:
+            output, errors = process.communicate(given, timeout=COMMAND_TIMEOUT_S)
+        except BaseException:
+            process.terminate()
+            raise
+    finished = Finished(process.returncode, output, errors, time.monotonic() - began)
+    assert "Traceback" not in errors, errors
+    expect_nothing_left(run)
+    return finished
 
 
-def run(folder: Path, *arguments: str, given: str | None = None) -> Finished:
-    """Runs `splitnet ...` to its end."""
-    return command(folder, *arguments, given=given).result()
+def expect_nothing_left(run: str) -> None:
+    """Fails if a process lives that a command started."""
+    left: list[str] = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(RUN_VARIABLE) == run:
+                left.append(" ".join(process.cmdline()))
+        except psutil.Error:
+            continue  # of another user, or it has just ended
+    assert not left, f"still running: {left}"
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """This process's, with a key of its own and output that is the same on every terminal."""
-    return {**os.environ, "SPLITNET_KEY_FILE": str(folder / "key"), "NO_COLOR": "1", "COLUMNS": "200"}
+def _environment(folder: Path, run: str) -> dict[str, str]:
+    """This process's, with a key of its own, without a hub, and with output that is the same on every terminal."""
+    own = {"SPLITNET_KEY_FILE": str(folder / "key"), RUN_VARIABLE: run}
+    return {**os.environ, **own, "HF_HUB_OFFLINE": "1", "NO_COLOR": "1", "COLUMNS": "100"}

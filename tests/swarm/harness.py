@@ -58,9 +58,9 @@ class LocalSwarm:
         facts = ModelFacts.of(Checkpoint.open(self.folder))
         return self._stack.enter_context(Swarm(facts, self.addresses, identity=identity))
 
-    def model(self, codec: str = "none", identity: Identity | None = None) -> RemoteCausalLM:
+    def model(self, codec: str = "none", identity: Identity | None = None, **options: Any) -> RemoteCausalLM:
         """A causal LM whose blocks are on these peers."""
-        return attach(Checkpoint.open(self.folder), self.connect(identity), codec=codec)
+        return attach(Checkpoint.open(self.folder), self.connect(identity), codec=codec, **options)
 
 
 @contextmanager

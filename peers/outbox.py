@@ -1,0 +1,20 @@
+"""Where a service puts what it has to say."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from splitnet.net.messages import Message
+from splitnet.net.transport import Destination, Endpoint, LinkState
+
+
+class Outbox(Protocol):
+    """The way out, without sockets: see `splitnet.net.transport.Transport`."""
+
+    def send(self, destination: Destination, message: Message) -> None: ...
+
+    def connect(self, endpoint: Endpoint) -> None: ...
+
+    def disconnect(self, endpoint: Endpoint) -> None: ...
+
+    def state(self, endpoint: Endpoint) -> LinkState: ...

@@ -1,0 +1,215 @@
+"""Replacing the hops of a session that died, so that its text goes on as if nothing had happened.
+
+The peer before a lost hop has logged the encoded activations that it sent. The client plans other peers for just the
+lost blocks, opens the route again in a new epoch (messages of the old one are dropped from then on), has the log sent
+to the replacement, and sends again what is under way. The same bytes give the same KV cache. Where the neighbour died
+too, the log of the nearest living sender stands in; the last of them is the client's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import wait
+
+from splitnet.client.chain import Chain
+from splitnet.client.swarm import PlannedHop, Swarm
+from splitnet.errors import CoverageError, PeerBusy, PeerFailed, PeerLost, SessionLost, SplitnetError
+from splitnet.net.messages import Step
+from splitnet.net.sent_log import SentLog
+from splitnet.net.transport import Endpoint
+
+log = logging.getLogger(__name__)
+
+REPLAY_POSITIONS = 512
+BAN_S = 30.0
+"""How long a peer that died is not planned with."""
+
+SILENCE_S = 5.0
+"""Without any answer for so long, the hops are asked whether they live."""
+
+ANSWER_S = 1.0
+"""A peer that does not answer a ping in this time counts as lost."""
+
+MAX_ATTEMPTS = 8
+REPLAY_TIMEOUT_S = 60.0
+COVERAGE_POLL_S = 0.5
+
+
+class Recovery:
+    """Repairs a chain while the steps of one call are awaited.
+
+    Args:
+        swarm: where replacements come from.
+        chain: the route.
+        sent: what the client itself has sent; None if nothing yet.
+        next_number: makes numbers for replays.
+        timeout_s: how long to wait for coverage when nobody serves the lost blocks.
+    """
+
+    def __init__(
+        self, swarm: Swarm, chain: Chain, sent: SentLog | None, next_number: Callable[[], int], timeout_s: float
+    ) -> None:
+        self.patience_s = SILENCE_S
+        self._swarm = swarm
+        self._chain = chain
+        self._sent = sent
+        self._next_number = next_number
+        self._timeout_s = timeout_s
+
+    def find_silent_hops(self, budget: int, bytes_per_position: int) -> None:
+        """Asks all hops whether they live and replaces those that don't say so.
+
+        If all do, nothing is wrong with the peers: the device takes its time, or a message between two of them was
+        lost with their link. What is under way is then sent again, which costs time but changes nothing.
+        """
+        pings = {hop.endpoint: self._swarm.ping(hop.endpoint) for hop in self._chain.hops}
+        wait(pings.values(), timeout=ANSWER_S)
+        silent = {
+            endpoint: PeerLost(f"the peer at {endpoint.address} does not answer")
+            for endpoint, pong in pings.items()
+            if not pong.done()
+        }
+        if silent:
+            self._repair(dict(silent), budget, bytes_per_position)
+        else:
+            self.patience_s = min(2 * self.patience_s, 60.0)
+            self._send_again()
+
+    def replace_hop(self, endpoint: Endpoint, error: SplitnetError, budget: int, bytes_per_position: int) -> None:
+        """Replaces a hop that died or lost the session.
+
+        Raises:
+            SplitnetError: `error` itself, where another peer would answer the same.
+        """
+        if not isinstance(error, PeerLost | PeerBusy):
+            raise error
+        self._repair({endpoint: error}, budget, bytes_per_position)
+
+    def _repair(self, lost: dict[Endpoint, SplitnetError], budget: int, bytes_per_position: int) -> None:
+        chain = self._chain
+        began = time.monotonic()
+        healthy = [hop.planned for hop in chain.hops if hop.endpoint not in lost]
+        if len(healthy) == len(chain.hops):
+            return  # trouble of a hop that was replaced already
+        for _ in range(MAX_ATTEMPTS):
+            for endpoint, error in lost.items():
+                if not isinstance(error, SessionLost):
+                    self._swarm.ban(endpoint.key.text, BAN_S)
+                chain.drop(endpoint)
+                log.warning("%s: another peer takes its place", error)
+            route = self._plan(healthy, budget, bytes_per_position, began + self._timeout_s)
+            failed = chain.open(route, budget)
+            opened_s = time.monotonic() - began
+            lost = {hop.endpoint: failed[hop.name] for hop in chain.hops if hop.name in failed}
+            if not lost:
+                if self._sent is not None and self._sent.nbytes:
+                    # A hop that answers may have restarted, or dropped a session that was idle for too long.
+                    forgetful = {hop.planned for hop in chain.hops if not hop.cached_positions}
+                    healthy = [hop for hop in healthy if hop not in forgetful]
+                lost = self._refill(healthy)
+            if not lost:
+                total_s = time.monotonic() - began
+                log.warning("recovered in %.0f ms, %.0f ms to plan and open", total_s * 1000, opened_s * 1000)
+                self._send_again()
+                return
+            healthy = [hop for hop in healthy if hop.endpoint not in lost]
+        raise next(iter(lost.values()))
+
+    def _plan(
+        self, healthy: Sequence[PlannedHop], budget: int, bytes_per_position: int, deadline: float
+    ) -> list[PlannedHop]:
+        """A route through the `healthy` hops; waits until `deadline` for somebody to serve what lies between."""
+        while True:
+            # A peer holds one cache per session, so those that stay cannot fill a gap.
+            used = {hop.record.key.text for hop in healthy}
+            route: list[PlannedHop] = []
+            position = 0
+            try:
+                for following in (*healthy, None):
+                    until = following.start if following else self._swarm.facts.num_blocks
+                    if position < until:
+                        fill = self._swarm.plan(
+                            positions=budget,
+                            bytes_per_position=bytes_per_position,
+                            blocks=(position, until),
+                            between=(route[-1].record if route else None, following.record if following else None),
+                            exclude=used,
+                        )
+                        used |= {hop.record.key.text for hop in fill}
+                        route += fill
+                    if following:
+                        route.append(following)
+                        position = following.end
+                return route
+            except (CoverageError, PeerBusy):
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(COVERAGE_POLL_S)
+
+    def _refill(self, healthy: Sequence[PlannedHop]) -> dict[Endpoint, SplitnetError]:
+        """Replays logs into all hops that are not `healthy`, front to back; returns those that failed meanwhile."""
+        hops = self._chain.hops
+        index = 0
+        while index < len(hops):
+            first = index
+            while index < len(hops) and hops[index].planned not in healthy:
+                index += 1
+            if index > first:
+                lost = self._await_replays(self._replay_into(first, until=hops[index - 1].planned.end))
+                if lost:
+                    return lost
+            index += 1
+        return {}
+
+    def _replay_into(self, first: int, until: int) -> list[int]:
+        """Begins the replay that refills hops from index `first` to the boundary `until`; the numbers to wait for."""
+        before = self._chain.hops[first - 1] if first else None
+        if before is None or (before.carried and before.carried_log is None):
+            # The client begins; if its steps pass hops that are healthy, those compute them once more.
+            return self._send_log(self._sent, 0, until)
+        if before.carried:
+            return self._send_log(before.carried_log, first, until)
+        number = self._next_number()
+        self._chain.ask_replay(first - 1, number, until)
+        return [number]
+
+    def _send_log(self, sent: SentLog | None, to: int, until: int) -> list[int]:
+        chain = self._chain
+        numbers: list[int] = []
+        if sent is None:
+            return numbers
+        for parts, payload in sent.replay(REPLAY_POSITIONS):
+            numbers.append(self._next_number())
+            step = Step(chain.session, chain.epoch, numbers[-1], parts, None, until, sent.codec, payload)
+            chain.send_step(step, 0, to=to)
+        return numbers
+
+    def _await_replays(self, numbers: Sequence[int]) -> dict[Endpoint, SplitnetError]:
+        """Waits for the end of replays; returns hops that failed before it came."""
+        chain = self._chain
+        deadline = time.monotonic() + REPLAY_TIMEOUT_S
+        try:
+            while any(chain.pending[number].result is None for number in numbers):
+                try:
+                    trouble = chain.receive(deadline - time.monotonic())
+                except queue.Empty:
+                    raise PeerFailed("a replay did not end in time: try again") from None
+                if trouble is not None:
+                    endpoint, error = trouble
+                    if not isinstance(error, PeerLost | PeerBusy):
+                        raise error
+                    return {endpoint: error}
+            return {}
+        finally:
+            for number in numbers:
+                chain.forget(number)
+
+    def _send_again(self) -> None:
+        chain = self._chain
+        for number in sorted(chain.pending):
+            pending = chain.pending[number]
+            if pending.step is not None and pending.result is None:
+                chain.send_again(pending)

@@ -1,0 +1,296 @@
+"""Every command as a user runs it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitnet.cli.main import main
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.directory import Directory
+from tests.e2e.conftest import SPANS
+from tests.e2e.daemons import Daemon, Finished, daemons, run, starting
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+COMMANDS = ["peer", "generate", "chat", "status", "key", "demo"]
+NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
+KV = ("--kv-memory", "64MiB")
+
+
+def small_model(folder: Path, tokenizer_of: Path, seed: int) -> Path:
+    """Six random blocks with the demo model's tokenizer: quick to load, and every text is an answer."""
+    random_checkpoint("llama", folder, blocks=6, vocab=49152, seed=seed)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(tokenizer_of / file, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_model(tmp_path_factory.mktemp("small"), demo_checkpoint, seed=0)
+
+
+@pytest.fixture(scope="module")
+def fine_tuned(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture with other weights."""
+    return small_model(tmp_path_factory.mktemp("fine-tuned"), demo_checkpoint, seed=1)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the user of these tests keeps the key."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def holed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A swarm that lacks blocks 4 and 5."""
+    with daemons(tmp_path_factory.mktemp("holed"), small, [(0, 4)], *KV) as (daemon,):
+        yield daemon
+
+
+@pytest.fixture(scope="module")
+def private(small: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """A swarm of one peer that accepts only the user's key, as `splitnet key` prints it."""
+    folder = tmp_path_factory.mktemp("private")
+    shown = run(home, "key")
+    assert shown.code == 0
+    (folder / "keys").write_text(f"# friends\n{shown.output.strip()} a comment\n")
+    with daemons(folder, small, [(0, 6)], *KV, "--authorized-keys", str(folder / "keys")) as (daemon,):
+        yield daemon
+
+
+Here = Callable[..., Finished]
+
+
+@pytest.fixture
+def here(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Here]:
+    """Runs a command in this process, which has loaded the libraries already."""
+    monkeypatch.setenv("SPLITNET_KEY_FILE", str(home / "key"))
+    monkeypatch.setenv("COLUMNS", "100")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+
+    def run_here(*arguments: str, given: str = "") -> Finished:
+        monkeypatch.setattr(sys, "argv", ["splitnet", *arguments])
+        monkeypatch.setattr(sys, "stdin", StringIO(given))
+        capfd.readouterr()
+        began = time.monotonic()
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        return Finished(code, *capfd.readouterr(), time.monotonic() - began)
+
+    yield run_here
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_help_is_fast(home: Path) -> None:
+    seconds: list[float] = []
+    for arguments in [(), *((command,) for command in COMMANDS)]:
+        shown = run(home, *arguments, "--help")
+        assert shown.code == 0 and "--help" in shown.output and not shown.errors
+        seconds.append(shown.seconds)
+        assert all(command in shown.output for command in (COMMANDS if not arguments else ()))
+    assert statistics.median(seconds) < 0.5
+
+
+def test_version(home: Path) -> None:
+    assert re.fullmatch(r"splitnet \d+\.\d+\.\d+\n", run(home, "--version").output)
+
+
+FAILURES: dict[str, tuple[str, str]] = {
+    # name: (arguments, expected sentence); {words} are filled in
+    "no such folder": ("peer /no/such/folder", "there is no folder /no/such/folder: give"),
+    "blocks that are not there": ("peer {small} --blocks 4:9", "has blocks 0..5: use --blocks"),
+    "blocks written wrongly": ("peer {small} --blocks 4-9", "'4-9' is not a range of blocks: write START:END"),
+    "memory written wrongly": ("peer {small} --memory lots", "'lots' is not an amount of memory: write it as 4GiB"),
+    "too little memory": ("peer {small} --memory 1KiB", "one block of .* takes .*: use --memory with more"),
+    "port taken": ("peer {small} --listen {taken}", "{taken} is taken: choose another port"),
+    "DHT port taken": ("peer {small} --dht-listen {taken_dht}", "{taken_dht} is taken; choose another port"),
+    "not this machine": ("peer {small} --listen tcp://203.0.113.5:0", "cannot listen on .*: give an address of this"),
+    "no address to listen on": ("peer {small} --listen 31331", "'31331' is no address to listen on: write tcp://"),
+    "no such device": ("peer {small} --device warp", "this machine has no device 'warp' .*: use --device cpu"),
+    "no list of keys": ("peer {small} --authorized-keys /no/keys", "authorized keys in /no/keys cannot be read"),
+    "no address to join": ("peer {small} --join 127.0.0.1:80", "'127.0.0.1:80' is no address to join with: copy"),
+    "nobody to join": ("peer {small} --join {nobody}", "No peer answers at {nobody} .*; check that it runs"),
+    "client: nobody to join": ("generate {small} hi --join {nobody}", "No peer answers at {nobody} .*; check that it"),
+    "client: no address to join": ("status {small} --join here", "'here' is no address to join with: copy"),
+    "client: a hole": ("generate {small} hi --join {holed}", "blocks 4..5 of .* are served by nobody: start a peer"),
+    "client: other weights": ("generate {fine_tuned} hi --join {holed}", "this swarm serves other weights than your"),
+    "status: other weights": ("status {fine_tuned} --join {holed}", "this swarm serves other weights than your"),
+    "client: no such codec": ("generate {small} hi --join {holed} --codec zip", "there is no codec 'zip'; use one of"),
+    "client: no prompt": ("generate {small} - --join {holed}", "the prompt is empty: give some text"),
+    "client: long prompt": (
+        "generate {small} {long} --join {private}",
+        "more than the model's context of 256: shorten",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def words(small: Path, fine_tuned: Path, holed: Daemon, private: Daemon) -> Iterator[dict[str, str]]:
+    """What the words in braces stand for."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        yield {
+            "small": str(small),
+            "fine_tuned": str(fine_tuned),
+            "holed": holed.address(),
+            "private": private.address(),
+            "nobody": NOBODY,
+            "taken": f"tcp://127.0.0.1:{port}",
+            "taken_dht": f"/ip4/127.0.0.1/tcp/{port}",
+            "long": "very_" * 300 + "long",
+        }
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_one_sentence_says_what_is_wrong_and_the_fix(words: dict[str, str], here: Here, name: str) -> None:
+    arguments, sentence = FAILURES[name]
+    finished = here(*arguments.format_map(words).split())
+    assert re.search(sentence.format_map(words), finished.error), finished.error
+    assert not finished.output
+
+
+def test_failures_as_processes(words: dict[str, str], home: Path) -> None:
+    failing = [FAILURES[name] for name in ("client: a hole", "client: nobody to join", "port taken")]
+    # Only in a process of its own can the hub be made unreachable.
+    failing.append(("peer no-such/model", "no-such/model is neither a folder here nor in the cache"))
+    with ThreadPoolExecutor(2) as pool:
+        ends = list(pool.map(lambda failure: run(home, *failure[0].format_map(words).split()), failing))
+    for finished, (_, sentence) in zip(ends, failing, strict=True):
+        assert re.search(sentence.format_map(words), finished.error), finished.error
+        assert not finished.output
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "generate demo hi",
+        "generate demo",
+        "peer",
+        "peer demo --dtype int3",
+        "peer demo --blocks 0:1 --memory 1GiB",
+        "generate demo hi --join {nobody} --temperature -1",
+        "fly",
+    ],
+)
+def test_wrong_use_is_exit_code_2(home: Path, arguments: str) -> None:
+    finished = run(home, *arguments.format(nobody=NOBODY).split())
+    assert finished.code == 2
+    assert "Usage: " in finished.errors and not finished.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: Daemon, home: Path, tmp_path: Path) -> None:
+    fingerprint = Checkpoint.open(small).fingerprint
+    with Directory.start(initial_peers=[holed.address()]) as directory:
+
+        def served() -> list[tuple[int, int]]:
+            return sorted((record.start, record.end) for record in directory.peers(fingerprint))
+
+        with starting(tmp_path, small, *KV, "--blocks", "4:6", "--join", holed.address()) as daemon:
+            assert not daemon.serves
+            daemon.address()
+            # Who sees the file finds the peer.
+            assert served() == [(0, 4), (4, 6)]
+            assert daemon.stop(number) < 10
+            assert daemon.process.returncode == 0
+            assert served() == [(0, 4)]
+            assert not daemon.serves and not list(tmp_path.glob("*.address*"))
+            assert daemon.log.endswith("leaving the swarm\n")
+    table = here("status", str(small), "--join", holed.address())
+    assert "blocks 4..5 are served by nobody: start a peer with --blocks 4:6" in table.output
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_peer_that_is_stopped_while_it_starts(number: signal.Signals, small: Path, tmp_path: Path) -> None:
+    with starting(tmp_path, small, *KV, "--blocks", "0:6") as daemon:
+        daemon.wait_for(lambda: "start a swarm" in daemon.log)
+        assert daemon.stop(number) < 10
+        assert daemon.process.returncode == 128 + number
+        assert not daemon.serves and "Traceback" not in daemon.log
+
+
+def test_status_in_json(address: str, demo_checkpoint: Path, home: Path) -> None:
+    shown = run(home, "status", str(demo_checkpoint), "--json", "--join", address)
+    assert shown.code == 0 and not shown.errors
+    status: dict[str, Any] = json.loads(shown.output)
+    checkpoint = Checkpoint.open(demo_checkpoint)
+    assert status["fingerprint"] == checkpoint.fingerprint
+    assert (status["model"], status["num_blocks"], status["missing"]) == (checkpoint.name, 30, [])
+    assert [(peer["start"], peer["end"]) for peer in status["peers"]] == SPANS
+    for peer in status["peers"]:
+        assert peer["key"].startswith("sn1") and peer["address"].startswith("tcp://127.0.0.1:")
+        assert peer["decode_ms_per_block"] > 0 and peer["prefill_ms_per_block_token"] > 0
+        assert peer["kv_free_positions"] > 0 and "int8" in peer["codecs"]
+        assert (peer["device"], peer["dtype"]) == ("cpu", "float32")
+
+
+def test_chat_remembers_the_turn_before(address: str, demo_checkpoint: Path, home: Path) -> None:
+    turns = "My name is Ada.\nWhat is my name?\n"
+    chat = run(home, "chat", str(demo_checkpoint), "--join", address, "--max-new-tokens", "24", given=turns)
+    assert chat.code == 0 and not chat.errors
+    assert "Ada" in chat.output.splitlines()[-1]
+
+
+def test_generate_with_statistics(address: str, demo_checkpoint: Path, home: Path) -> None:
+    arguments = ("generate", str(demo_checkpoint), "--join", address, "--codec", "int8", "--max-new-tokens", "16")
+    answer = run(home, *arguments, "--stats", "What is the capital of France?")
+    assert answer.code == 0
+    assert "Paris" in answer.output
+    for start, end in SPANS:
+        assert f"blocks {start}..{end - 1}" in answer.errors
+    assert re.search(r"\d+ prompt tokens, \d+ new; time to first token \d+ ms, then [\d.]+ tokens/s", answer.errors)
+
+
+def test_generate_samples_by_seed_reads_stdin_and_takes_a_raw_prompt(
+    private: Daemon, small: Path, home: Path, here: Here
+) -> None:
+    start = ("generate", str(small), "--join", private.address(), "--max-new-tokens", "12")
+    sampled = (*start, "--raw", "--temperature", "1", "bees")
+    answers = {
+        "sampled": run(home, *sampled, "--seed", "3"),
+        "repeated": here(*sampled, "--seed", "3"),
+        "other": here(*sampled, "--seed", "4"),
+        "piped": run(home, *start, "--raw", "-", given="bees"),
+        "raw": here(*start, "--raw", "bees"),
+        "chat": here(*start, "--chat", "bees"),
+    }
+    assert all(answer.code == 0 and not answer.errors for answer in answers.values()), answers
+    texts = {name: answer.output for name, answer in answers.items()}
+    assert texts["sampled"] == texts["repeated"] != texts["other"]
+    assert texts["piped"] == texts["raw"] != texts["chat"]
+
+
+def test_a_stranger_is_told_so_at_once(private: Daemon, small: Path, tmp_path: Path) -> None:
+    finished = run(tmp_path, "generate", str(small), "hi", "--join", private.address())
+    assert re.search("does not accept this client's key.*`splitnet key`.*--authorized-keys", finished.error)
+    assert not finished.output
+    assert finished.seconds < 20
+
+
+def test_demo(small: Path, home: Path) -> None:
+    demo = run(home, "demo", str(small), "--peers", "2", "--max-new-tokens", "8", "--prompt", "bees")
+    assert demo.code == 0
+    assert demo.output.startswith("\n> bees\n\n")
+    assert "daemon 1: blocks 0..2\n" in demo.errors and "daemon 2: blocks 3..5\n" in demo.errors
+    assert "nothing is running any more" in demo.errors

@@ -1,0 +1,171 @@
+"""Peers die, and the text goes on with the same tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+from splitnet.errors import CoverageError
+from splitnet.net.identity import Identity
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+SPANS = [(0, 2), (2, 4), (4, 6)]
+GREEDY = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def local(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture
+def twins(folder: Path) -> Iterator[LocalSwarm]:
+    """Two peers for every span."""
+    with local_swarm(folder, SPANS * 2) as swarm:
+        yield swarm
+
+
+class After(BaseStreamer):
+    """Does something once a number of tokens has come."""
+
+    def __init__(self, tokens: int, action: Callable[[], None]) -> None:
+        self._left = tokens + 1  # the prompt comes first
+        self._action = action
+
+    def put(self, value: torch.Tensor) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._action()
+
+    def end(self) -> None:
+        pass
+
+
+def prompt(length: int = 9, batch: int = 1) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def kill_hops(swarm: LocalSwarm, cache: Any, *indexes: int) -> Callable[[], None]:
+    def kill() -> None:
+        assert cache.session is not None
+        doomed = [cache.session.hops[index].endpoint for index in indexes]
+        for peer in swarm.peers:
+            if peer.endpoint in doomed:
+                peer.close()
+
+    return kill
+
+
+@pytest.mark.parametrize("indexes", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)], ids=str)
+def test_hops_that_die_are_replaced(twins: LocalSwarm, local: Any, indexes: tuple[int, ...]) -> None:
+    model = twins.model()
+    with model.session() as cache:
+        got = model.generate(**prompt(), **GREEDY, streamer=After(10, kill_hops(twins, cache, *indexes)))
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+def test_beams_survive(twins: LocalSwarm, local: Any) -> None:
+    model = twins.model()
+    options = {**GREEDY, "num_beams": 3}
+    calls = 0
+
+    def kill_at_tenth(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 10:
+            kill_hops(twins, cache, 1)()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with model.session() as cache:
+        got = model.generate(**prompt(), **options, stopping_criteria=[kill_at_tenth])
+    assert calls > 10
+    assert torch.equal(got, local.generate(**prompt(), **options))
+
+
+def test_one_after_the_other(twins: LocalSwarm, local: Any) -> None:
+    model = twins.model()
+    with model.session() as cache:
+        first, second = After(5, kill_hops(twins, cache, 0)), After(15, kill_hops(twins, cache, 2))
+
+        class Both(BaseStreamer):
+            def put(self, value: torch.Tensor) -> None:
+                first.put(value)
+                second.put(value)
+
+            def end(self) -> None:
+                pass
+
+        got = model.generate(**prompt(), **GREEDY, streamer=Both())
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+def test_with_the_int8_codec_the_text_is_the_undisturbed_one(twins: LocalSwarm) -> None:
+    model = twins.model("int8")
+    undisturbed = model.generate(**prompt(), **GREEDY)
+    with model.session() as cache:
+        got = model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(twins, cache, 1)))
+    assert torch.equal(got, undisturbed)
+
+
+def test_a_session_that_all_peers_have_dropped_is_rebuilt(twins: LocalSwarm, local: Any) -> None:
+    def forget() -> None:
+        for peer in twins.peers:
+            service = peer._service
+            for session in list(service.sessions):
+                service.sessions.remove(session)
+
+    model = twins.model()
+    with model.session():
+        got = model.generate(**prompt(), **GREEDY, streamer=After(12, forget))
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+def test_a_replacement_that_comes_late_is_waited_for(folder: Path, local: Any) -> None:
+    with local_swarm(folder, SPANS) as swarm:
+        model = swarm.model()
+
+        def restart() -> None:
+            swarm.peers[1].close()
+            swarm.add(2, 4)
+
+        with model.session():
+            got = model.generate(**prompt(), **GREEDY, streamer=After(12, restart))
+        assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+def test_without_a_replacement_the_blocks_are_named(folder: Path) -> None:
+    with local_swarm(folder, SPANS) as swarm:
+        model = swarm.model(recovery_timeout_s=1.0)
+        with model.session() as cache, pytest.raises(CoverageError, match=r"2\.\.3"):
+            model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
+
+
+def test_hops_that_the_client_carries_between_are_replaced_too(folder: Path, local: Any, tmp_path: Path) -> None:
+    client = Identity.generate()
+    keys = tmp_path / "authorized_keys"
+    keys.write_text(client.public.text + "\n")
+    with local_swarm(folder, [(0, 2)]) as swarm:
+        for start, end in ((2, 4), (2, 4), (4, 6)):
+            # Nobody but the client may connect, so it carries between all hops.
+            swarm.add(start, end, authorized_keys=keys)
+        model = swarm.model(identity=client)
+        with model.session() as cache:
+            got = model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
+            assert cache.session is not None
+            assert [hop.carried for hop in cache.session.hops] == [True, True, False]
+        assert torch.equal(got, local.generate(**prompt(), **GREEDY))

@@ -1,0 +1,307 @@
+"""Messages and frames: what goes in comes out, and whatever else arrives is a `ProtocolError`."""
+
+from __future__ import annotations
+
+import dataclasses
+import tracemalloc
+from typing import Any
+
+import msgpack
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitnet.errors import ProtocolError, ProtocolVersionError
+from splitnet.net.messages import (
+    KEY_BYTES,
+    MAGIC,
+    MAX_BLOCKS,
+    MAX_HEADER_BYTES,
+    MAX_PAYLOAD_BYTES,
+    MAX_POSITIONS,
+    MAX_ROWS,
+    MAX_TEXT,
+    MESSAGES,
+    PROTOCOL_VERSION,
+    SESSION_BYTES,
+    Close,
+    Failure,
+    Fork,
+    Message,
+    Open,
+    Opened,
+    Part,
+    Ping,
+    Pong,
+    Replay,
+    Result,
+    Step,
+    decode,
+    encode,
+)
+
+SESSION = bytes(range(SESSION_BYTES))
+LARGEST_NUMBER = (1 << 48) - 1
+LARGEST_EPOCH = (1 << 31) - 1
+
+sessions = st.binary(min_size=SESSION_BYTES, max_size=SESSION_BYTES)
+keys = st.one_of(st.just(b""), st.binary(min_size=KEY_BYTES, max_size=KEY_BYTES))
+numbers = st.integers(0, LARGEST_NUMBER)
+epochs = st.integers(0, LARGEST_EPOCH)
+blocks = st.integers(0, MAX_BLOCKS)
+positions = st.integers(0, MAX_POSITIONS)
+codes = st.integers(0, 255)
+milliseconds = st.floats(0, 1e300)
+payloads = st.binary(max_size=64)
+
+
+def texts(limit: int) -> st.SearchStrategy[str]:
+    return st.text(st.characters(codec="utf-8"), max_size=min(limit, 80))
+
+
+parts = st.lists(st.builds(Part, numbers, positions, positions, positions), max_size=5).map(tuple)
+forks = st.none() | st.lists(st.builds(Fork, numbers, numbers), max_size=5).map(tuple)
+messages: st.SearchStrategy[Message] = st.one_of(
+    st.builds(Ping, numbers, payloads),
+    st.builds(Pong, numbers, milliseconds, numbers),
+    st.builds(Open, sessions, epochs, texts(64), blocks, blocks, positions, codes, keys, keys, texts(256)),
+    st.builds(Opened, sessions, epochs, st.booleans()),
+    st.builds(Close, sessions),
+    st.builds(Step, sessions, epochs, numbers, parts, forks, blocks, codes, payloads),
+    st.builds(Result, sessions, epochs, numbers, blocks, codes, milliseconds, payloads),
+    st.builds(Failure, st.just(b"") | sessions, epochs, numbers, codes, texts(MAX_TEXT)),
+    st.builds(Replay, sessions, epochs, numbers, blocks),
+)
+
+OPEN = Open(SESSION, 1, "model", 0, 2, 128, 0, b"", bytes(KEY_BYTES), "tcp://127.0.0.1:1")
+STEP = Step(SESSION, 1, 7, (Part(1, 0, 3, 1),), (Fork(2, 1),), 0, 0, b"payload")
+RESULT = Result(SESSION, 1, 7, 2, 0, 1.5, b"payload")
+FAILURE = Failure(SESSION, 1, 7, 3, "busy")
+EXAMPLES: list[Message] = [
+    Ping(1, b"padding"),
+    Pong(1, 2.5, 100),
+    OPEN,
+    Opened(SESSION, 1, True),
+    Close(SESSION),
+    STEP,
+    RESULT,
+    FAILURE,
+    Replay(SESSION, 1, 7, 2),
+]
+
+
+def frames_of(tag: int, fields: Any, *payload: bytes) -> list[bytes]:
+    return [MAGIC + bytes((PROTOCOL_VERSION, tag)) + msgpack.packb(fields), *payload]
+
+
+def fields_of(message: Message) -> list[Any]:
+    fields = [getattr(message, item.name) for item in dataclasses.fields(message) if item.name != "payload"]
+    return msgpack.unpackb(msgpack.packb(fields))
+
+
+def decode_or_refuse(frames: list[Any]) -> Message | None:
+    """None if the frames were refused in the one way that the protocol allows."""
+    try:
+        return decode(frames)
+    except ProtocolError:
+        return None
+
+
+def test_there_is_an_example_of_every_message() -> None:
+    assert [type(message) for message in EXAMPLES] == list(MESSAGES)
+
+
+@given(messages)
+def test_a_message_comes_back_from_its_frames(message: Message) -> None:
+    frames = encode(message)
+    assert decode(frames) == message
+    assert decode([memoryview(frame) for frame in frames]) == message
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+@settings(max_examples=50)
+@given(data=st.data())
+def test_frames_that_were_changed_raise_nothing_but_protocol_errors(message: Message, data: st.DataObject) -> None:
+    header, *payload = encode(message)
+    changed = bytearray(header)
+    for _ in range(data.draw(st.integers(1, 4))):
+        where = data.draw(st.integers(0, len(changed) - 1))
+        changed[where : where + data.draw(st.integers(0, 3))] = data.draw(st.binary(max_size=4))
+        if not changed:
+            break
+    decode_or_refuse([bytes(changed), *payload])
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_no_beginning_of_a_header_is_a_message(message: Message) -> None:
+    header, *payload = encode(message)
+    for length in range(len(header)):
+        with pytest.raises(ProtocolError):
+            decode([header[:length], *payload])
+    with pytest.raises(ProtocolError):
+        decode([bytes(header) + b"\0", *payload])
+
+
+@given(st.lists(st.binary(max_size=80), max_size=4))
+def test_random_frames_are_refused(frames: list[bytes]) -> None:
+    decode_or_refuse(frames)
+
+
+@given(st.integers(0, 255), st.binary(max_size=200))
+def test_random_bodies_are_refused_or_valid(tag: int, body: bytes) -> None:
+    message = decode_or_refuse([MAGIC + bytes((PROTOCOL_VERSION, tag)) + body])
+    if message is not None:
+        assert decode(encode(message)) == message
+
+
+@given(st.integers(0, 255).filter(lambda version: version != PROTOCOL_VERSION), st.binary(max_size=40))
+def test_another_version_is_named_whatever_follows(version: int, rest: bytes) -> None:
+    with pytest.raises(ProtocolVersionError, match=rf"protocol {version}, this one {PROTOCOL_VERSION}"):
+        decode([MAGIC + bytes((version,)) + b"\1" + rest])
+
+
+scalars = st.one_of(
+    st.none(), st.booleans(), st.integers(-(1 << 63), (1 << 64) - 1), st.floats(), st.binary(max_size=40), st.text()
+)
+values = st.recursive(scalars, lambda inner: st.lists(inner, max_size=4), max_leaves=12)
+
+
+@given(st.sampled_from(EXAMPLES), st.data())
+def test_a_field_of_any_other_value_is_refused_or_harmless(message: Message, data: st.DataObject) -> None:
+    fields = fields_of(message)
+    fields[data.draw(st.integers(0, len(fields) - 1))] = data.draw(values)
+    decoded = decode_or_refuse(frames_of(message.TAG, fields))
+    if decoded is not None:
+        assert decode(encode(decoded)) == decoded
+
+
+BOUNDS: list[tuple[Message, str, Any, Any]] = [
+    (Ping(1), "nonce", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (Pong(1, 0, 0), "queue_ms", 1e9, float("inf")),
+    (Pong(1, 0, 0), "queue_ms", 0.0, -0.5),
+    (Pong(1, 0, 0), "queue_ms", 3, float("nan")),
+    (Pong(1, 0, 0), "kv_free_positions", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (OPEN, "session", SESSION, SESSION + b"x"),
+    (OPEN, "session", SESSION, b""),
+    (OPEN, "session", SESSION, "0123456789abcdef"),
+    (OPEN, "epoch", LARGEST_EPOCH, LARGEST_EPOCH + 1),
+    (OPEN, "epoch", 0, -1),
+    (OPEN, "epoch", 1, True),
+    (OPEN, "epoch", 1, 1.0),
+    (OPEN, "model", "m" * 64, "m" * 65),
+    (OPEN, "start", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (OPEN, "end", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (OPEN, "budget", MAX_POSITIONS, MAX_POSITIONS + 1),
+    (OPEN, "codec", 255, 256),
+    (OPEN, "previous", bytes(KEY_BYTES), bytes(KEY_BYTES - 1)),
+    (OPEN, "next_key", b"", bytes(KEY_BYTES + 1)),
+    (OPEN, "next_address", "a" * 256, "a" * 257),
+    (Opened(SESSION, 1, True), "next_reachable", False, 0),
+    (STEP, "number", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (STEP, "parts", [[1, 0, 1, 0]] * MAX_ROWS, [[1, 0, 1, 0]] * (MAX_ROWS + 1)),
+    (STEP, "parts", [], None),
+    (STEP, "parts", [[LARGEST_NUMBER, MAX_POSITIONS, MAX_POSITIONS, MAX_POSITIONS]], [[LARGEST_NUMBER + 1, 0, 1, 0]]),
+    (STEP, "parts", [[1, 0, 1, 0]], [[1, 0, 1]]),
+    (STEP, "parts", [[1, 0, 1, 0]], [[1, 0, 1, 0, 0]]),
+    (STEP, "parts", [[1, 0, 1, 0]], [[1, MAX_POSITIONS + 1, 1, 0]]),
+    (STEP, "parts", [[1, 0, 1, 0]], [[1, 0, -1, 0]]),
+    (STEP, "parts", [[1, 0, 1, 0]], [[1, 0, True, 0]]),
+    (STEP, "forks", None, False),
+    (STEP, "forks", [[1, 1]] * MAX_ROWS, [[1, 1]] * (MAX_ROWS + 1)),
+    (STEP, "forks", [], [[1]]),
+    (STEP, "replay_until", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (RESULT, "end", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (RESULT, "compute_ms", 0, -1),
+    (FAILURE, "session", b"", b"x"),
+    (FAILURE, "text", "t" * MAX_TEXT, "t" * (MAX_TEXT + 1)),
+    (FAILURE, "code", 255, 256),
+]
+
+
+@pytest.mark.parametrize(("message", "name", "allowed", "refused"), BOUNDS)
+def test_every_bound_is_kept(message: Message, name: str, allowed: Any, refused: Any) -> None:
+    names = [item.name for item in dataclasses.fields(message)]
+    fields = fields_of(message)
+    fields[names.index(name)] = allowed
+    decode(frames_of(message.TAG, fields))
+    fields[names.index(name)] = refused
+    with pytest.raises(ProtocolError):
+        decode(frames_of(message.TAG, fields))
+
+
+def test_the_bounds_name_every_field_that_has_one() -> None:
+    bounded = {(type(message), name) for message, name, _, _ in BOUNDS}
+    # These share a check with a field that is listed.
+    same = {"session", "epoch", "nonce", "number", "codec", "until"}
+    for message in EXAMPLES:
+        for item in dataclasses.fields(message):
+            if item.name not in same | {"payload"}:
+                assert (type(message), item.name) in bounded, f"{type(message).__name__}.{item.name}"
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
+def test_missing_and_surplus_fields_and_frames_are_refused(message: Message) -> None:
+    fields = fields_of(message)
+    for wrong in (fields[:-1], [*fields, 0], [], None, 7, b"bytes", "text"):
+        with pytest.raises(ProtocolError):
+            decode(frames_of(message.TAG, wrong))
+    with pytest.raises(ProtocolError):
+        decode(frames_of(message.TAG, fields, b"payload", b"a third frame"))
+    if not hasattr(message, "payload"):
+        with pytest.raises(ProtocolError, match="payload"):
+            decode(frames_of(message.TAG, fields, b"payload"))
+
+
+def test_unknown_tags_are_refused() -> None:
+    for tag in set(range(256)) - {kind.TAG for kind in MESSAGES}:
+        with pytest.raises(ProtocolError, match=f"tag {tag}"):
+            decode(frames_of(tag, []))
+
+
+def test_no_frames_are_refused() -> None:
+    with pytest.raises(ProtocolError):
+        decode([])
+
+
+def test_frames_that_are_too_large_are_refused() -> None:
+    with pytest.raises(ProtocolError, match="header"):
+        decode([encode(Close(SESSION))[0] + bytes(MAX_HEADER_BYTES), b""])
+    zeros = bytearray(MAX_PAYLOAD_BYTES + 1)  # pages that are never touched take no memory
+    with pytest.raises(ProtocolError, match="payload"):
+        decode([*encode(Ping(1)), memoryview(zeros)])
+    assert isinstance(decode([*encode(Ping(1)), memoryview(zeros)[:-1]]), Ping)
+
+
+HUGE_CLAIMS = {
+    "array": b"\xdd\xff\xff\xff\xff",
+    "array of arrays": b"\x99" + b"\xdd\xff\xff\xff\xff" * 9,
+    "deep arrays": b"\xdc\x04\x00" * 20_000,
+    "deep small arrays": b"\x91" * 60_000,
+    "map": b"\xdf\xff\xff\xff\xff",
+    "bytes": b"\x91\xc6\xff\xff\xff\xff",
+    "text": b"\x91\xdb\xff\xff\xff\xff",
+    "extension": b"\x91\xc9\xff\xff\xff\xff\x01",
+    "timestamp": b"\x91\xd6\xff\x00\x00\x00\x01",
+}
+
+
+@pytest.mark.parametrize("body", HUGE_CLAIMS.values(), ids=HUGE_CLAIMS.keys())
+def test_a_header_that_claims_much_allocates_little(body: bytes) -> None:
+    header = MAGIC + bytes((PROTOCOL_VERSION, Step.TAG)) + body
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            decode([header])
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 * 2**20
+
+
+def test_a_step_with_as_much_as_allowed_fits_in_a_header() -> None:
+    most = (Part(LARGEST_NUMBER, MAX_POSITIONS, MAX_POSITIONS, MAX_POSITIONS),) * MAX_ROWS
+    step = Step(
+        SESSION, LARGEST_EPOCH, LARGEST_NUMBER, most, (Fork(LARGEST_NUMBER, LARGEST_NUMBER),) * MAX_ROWS, 0, 255
+    )
+    assert len(encode(step)[0]) <= MAX_HEADER_BYTES
+    assert decode(encode(step)) == step

@@ -1,0 +1,421 @@
+"""Sockets: frames arrive whole and in order from those who may send them, and links tell how they are."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.net.backlog import TRACKED_BYTES, Backlog
+from splitnet.net.identity import AuthorizedKeys, Identity
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
+from splitnet.net.transport import Connection, Destination, Endpoint, LinkState, Transport, is_address
+
+ANY_PORT = "tcp://127.0.0.1:0"
+WAIT_S = 20.0
+
+
+class Node:
+    """A transport that records what happens to it, and lets a test wait for that."""
+
+    def __init__(self, listen: str | None = None, authorized: AuthorizedKeys | None = None) -> None:
+        self.identity = Identity.generate()
+        self.received: list[tuple[Destination, list[bytes]]] = []
+        self.states: list[tuple[Endpoint, LinkState]] = []
+        self.lost: list[Connection] = []
+        self.ticks = 0
+        self.answer: Callable[[Destination, list[bytes]], Sequence[Payload] | None] = lambda source, frames: None
+        self.on_tick: Callable[[], None] = lambda: None
+        self._changed = threading.Condition()
+        self.transport = Transport(
+            self.identity,
+            on_message=self._message,
+            on_link=self._link,
+            on_lost=self._lost,
+            on_tick=self._tick,
+            authorized=authorized,
+            listen=listen,
+        )
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(f"tcp://127.0.0.1:{self.transport.port}", self.identity.public)
+
+    def wait(self, condition: Callable[[], bool]) -> None:
+        with self._changed:
+            assert self._changed.wait_for(condition, WAIT_S)
+
+    def wait_for_state(self, endpoint: Endpoint, state: LinkState) -> None:
+        self.wait(lambda: (endpoint, state) in self.states)
+
+    def frames(self) -> list[list[bytes]]:
+        return [frames for _, frames in self.received]
+
+    def _message(self, source: Destination, frames: Sequence[Payload]) -> None:
+        copied = [bytes(frame) for frame in frames]
+        with self._changed:
+            self.received.append((source, copied))
+            self._changed.notify_all()
+        reply = self.answer(source, copied)
+        if reply is not None:
+            self.transport.send(source, reply)
+
+    def _link(self, endpoint: Endpoint, state: LinkState) -> None:
+        with self._changed:
+            self.states.append((endpoint, state))
+            self._changed.notify_all()
+
+    def _lost(self, connection: Connection) -> None:
+        with self._changed:
+            self.lost.append(connection)
+            self._changed.notify_all()
+
+    def _tick(self) -> None:
+        self.on_tick()
+        with self._changed:
+            self.ticks += 1
+            self._changed.notify_all()
+
+
+@pytest.fixture
+def node() -> Iterator[Callable[..., Node]]:
+    with ExitStack() as stack:
+
+        def start(*args: Any, **options: Any) -> Node:
+            made = Node(*args, **options)
+            stack.callback(made.transport.close)
+            made.transport.start()
+            return made
+
+        yield start
+
+
+Start = Callable[..., Node]
+
+
+def echo(source: Destination, frames: list[bytes]) -> list[bytes]:
+    return frames
+
+
+def test_messages_arrive_in_order_and_answers_come_back(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    server.answer = echo
+    sent = [[b"%d" % number, bytes([number % 256]) * (number % 7)] for number in range(500)]
+    for frames in sent:
+        client.transport.send(server.endpoint, frames)
+    client.wait(lambda: len(client.received) == len(sent))
+    assert server.frames() == sent
+    assert client.frames() == sent
+    assert {source for source, _ in client.received} == {server.endpoint}
+    assert {getattr(source, "curve", None) for source, _ in server.received} == {client.identity.public.curve_raw}
+
+
+def test_the_largest_payload_arrives(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    server.answer = lambda source, frames: [b"%d" % len(frames[1]), frames[1][-5:]]
+    client.transport.send(server.endpoint, [b"header", bytes(MAX_PAYLOAD_BYTES - 5) + b"tail!"])
+    client.wait(lambda: bool(client.received))
+    assert client.frames() == [[b"%d" % MAX_PAYLOAD_BYTES, b"tail!"]]
+
+
+def test_a_larger_one_ends_the_connection_and_the_next_works(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    client.transport.send(server.endpoint, [b"header", bytes(MAX_PAYLOAD_BYTES + 1024)])
+    client.wait_for_state(server.endpoint, LinkState.DOWN)
+    client.wait(lambda: client.states[-1] == (server.endpoint, LinkState.UP))
+    client.transport.send(server.endpoint, [b"small"])
+    server.wait(lambda: bool(server.received))
+    assert server.frames() == [[b"small"]]
+
+
+def test_many_threads_send_at_once(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    threads, each = 8, 100
+
+    def send(thread: int) -> None:
+        for number in range(each):
+            client.transport.send(server.endpoint, [b"%d" % thread, b"%d" % number])
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(send, range(threads)))
+    server.wait(lambda: len(server.received) == threads * each)
+    for thread in range(threads):
+        mine = [frames[1] for frames in server.frames() if frames[0] == b"%d" % thread]
+        assert mine == [b"%d" % number for number in range(each)]
+
+
+def test_answers_go_to_the_one_who_asked(node: Start) -> None:
+    server, clients = node(ANY_PORT), [node() for _ in range(4)]
+    server.answer = echo
+    for number, client in enumerate(clients):
+        for _ in range(20):
+            client.transport.send(server.endpoint, [b"%d" % number])
+    for number, client in enumerate(clients):
+        client.wait(lambda client=client: len(client.received) == 20)
+        assert client.frames() == [[b"%d" % number]] * 20
+
+
+def test_a_key_that_is_not_listed_is_refused(node: Start, tmp_path: Path) -> None:
+    friend, stranger = node(), node()
+    keys = tmp_path / "keys"
+    keys.write_text(friend.identity.public.text + "\n")
+    server = node(ANY_PORT, authorized=AuthorizedKeys.from_file(keys))
+    stranger.transport.send(server.endpoint, [b"let me in"])
+    stranger.wait_for_state(server.endpoint, LinkState.REFUSED)
+    assert stranger.transport.state(server.endpoint) is LinkState.REFUSED
+    friend.transport.send(server.endpoint, [b"hello"])
+    server.wait(lambda: bool(server.received))
+    assert server.frames() == [[b"hello"]]
+    assert (server.endpoint, LinkState.UP) not in stranger.states
+
+
+def test_a_server_with_another_key_is_not_talked_to(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    expected = Endpoint(server.endpoint.address, Identity.generate().public)
+    client.transport.send(expected, [b"secret"])
+    client.wait_for_state(expected, LinkState.REFUSED)
+    assert (expected, LinkState.UP) not in client.states
+    assert not server.received
+
+
+def test_a_server_that_ends_is_noticed_and_one_that_comes_back_is_found(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    endpoint = server.endpoint
+    client.transport.connect(endpoint)
+    client.wait_for_state(endpoint, LinkState.UP)
+    server.transport.close()
+    client.wait_for_state(endpoint, LinkState.DOWN)
+    assert client.transport.state(endpoint) is LinkState.DOWN
+
+
+def test_an_address_where_nobody_listens_is_down(node: Start) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = Endpoint(f"tcp://127.0.0.1:{free.getsockname()[1]}", Identity.generate().public)
+        client = node()
+        client.transport.connect(endpoint)
+        client.wait_for_state(endpoint, LinkState.DOWN)
+
+
+def test_a_client_that_is_gone_is_reported_when_something_is_sent_to_it(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    client.transport.send(server.endpoint, [b"hello"])
+    server.wait(lambda: bool(server.received))
+    connection = server.received[0][0]
+    assert isinstance(connection, Connection)
+    client.transport.close()
+    # Until the socket's end has arrived, a message is still taken.
+    server.on_tick = lambda: server.transport.send(connection, [b"are you there?"])
+    server.wait(lambda: bool(server.lost))
+    assert set(server.lost) == {connection}
+
+
+def test_a_port_that_is_taken_is_named(node: Start) -> None:
+    address = node(ANY_PORT).endpoint.address
+    before = threading.active_count()
+    with pytest.raises(AddressInUse, match=address):
+        Node(address)
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("address", ["tcp://192.0.2.7:0", "tcp://127.0.0.1", "udp://127.0.0.1:0", "nonsense", ""])
+def test_an_address_that_cannot_be_listened_on_is_named(address: str) -> None:
+    with pytest.raises(SplitnetError, match="--listen"):
+        Node(address)
+
+
+def test_an_address_that_cannot_be_connected_to_harms_nothing(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    key = Identity.generate().public
+    for address in ["tcp://127.0.0.1:99999", "tcp://", "nonsense", "tcp://;;:1", "inproc://x", "tcp://a b:1", ""]:
+        client.transport.send(Endpoint(address, key), [b"lost"])
+    client.transport.send(server.endpoint, [b"found"])
+    server.wait(lambda: bool(server.received))
+    assert server.frames() == [[b"found"]]
+
+
+def test_a_link_that_is_closed_is_forgotten_and_can_be_opened_again(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    for number in range(3):
+        client.transport.send(server.endpoint, [b"%d" % number])
+        server.wait(lambda number=number: len(server.received) == number + 1)
+        client.transport.disconnect(server.endpoint)
+    client.transport.disconnect(server.endpoint)
+    assert len({source for source, _ in server.received}) == 3, "each time it is another connection"
+    client.wait(lambda: client.transport.state(server.endpoint) is LinkState.CONNECTING)
+
+
+def test_closing_sends_what_is_queued_and_leaves_no_thread(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    client.transport.connect(server.endpoint)
+    client.wait_for_state(server.endpoint, LinkState.UP)
+    for number in range(100):
+        client.transport.send(server.endpoint, [b"%d" % number])
+    client.transport.close()
+    assert not any(thread is client.transport._thread for thread in threading.enumerate())
+    server.wait(lambda: len(server.received) == 100)
+    client.transport.close()
+    client.transport.send(server.endpoint, [b"too late"])
+    client.transport.connect(server.endpoint)
+
+
+def test_closing_before_the_start() -> None:
+    Node(ANY_PORT).transport.close()
+
+
+def test_closing_while_others_send(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    going, stop = threading.Barrier(5), threading.Event()
+
+    def send() -> None:
+        going.wait(WAIT_S)
+        while not stop.is_set():
+            client.transport.send(server.endpoint, [b"x"])
+
+    with ThreadPoolExecutor(4) as pool:
+        senders = [pool.submit(send) for _ in range(4)]
+        going.wait(WAIT_S)
+        client.transport.close()
+        stop.set()
+        for sender in senders:
+            sender.result(timeout=WAIT_S)
+
+
+def test_an_error_in_a_handler_ends_nothing(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a bug in a handler")
+
+    server.answer = fail
+    server.on_tick = fail
+    for number in range(3):
+        client.transport.send(server.endpoint, [b"%d" % number])
+    server.wait(lambda: len(server.received) == 3)
+    server.answer = echo
+    client.transport.send(server.endpoint, [b"again"])
+    client.wait(lambda: client.frames() == [[b"again"]])
+
+
+def test_what_a_tick_sends_does_not_wait_for_the_next_event(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    client.transport.connect(server.endpoint)
+    client.wait_for_state(server.endpoint, LinkState.UP)
+    queued: list[int] = []
+
+    def tick() -> None:
+        queued.append(len(client.transport._outbox.items))
+        client.transport.send(server.endpoint, [b"tick"])
+
+    client.on_tick = tick
+    server.wait(lambda: len(server.received) >= 3)
+    assert not any(queued), "nothing of the tick before was left"
+
+
+def test_ticks_do_not_come_with_every_message(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    server.answer = echo
+    client.wait(lambda: client.ticks > 0)
+    before = server.ticks
+    for number in range(300):
+        client.transport.send(server.endpoint, [b"%d" % number])
+        client.wait(lambda number=number: len(client.received) == number + 1)
+    assert server.ticks - before < 100
+
+
+class Parcel:
+    """A message that ZeroMQ holds until `done`."""
+
+    done = False
+
+
+def test_a_slow_receiver_gets_half_of_the_backlog_and_others_the_rest() -> None:
+    backlog = Backlog(limit=1000)
+    held: dict[str, list[Parcel]] = {"slow": [], "other": [], "third": []}
+    for receiver, parcels in held.items():
+        while backlog.has_room(receiver, 10):
+            parcels.append(Parcel())
+            backlog.add(receiver, 10, parcels[-1])
+    assert [len(parcels) for parcels in held.values()] == [50, 25, 13]
+    assert backlog.has_room("a fourth", 900), "a first message always goes out"
+    for parcel in held["slow"]:
+        parcel.done = True
+    assert backlog.has_room("other", 10)
+    assert backlog.nbytes == 10 * (25 + 13)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 300), st.booleans()), max_size=60))
+def test_a_backlog_counts_what_is_not_sent(messages: list[tuple[int, int, bool]]) -> None:
+    backlog = Backlog(limit=1000)
+    waiting: list[tuple[int, int, Parcel]] = []
+    for receiver, size, one_is_sent in messages:
+        if one_is_sent and waiting:
+            waiting.pop(size % len(waiting))[2].done = True
+        if backlog.has_room(receiver, size):
+            parcel = Parcel()
+            backlog.add(receiver, size, parcel)
+            waiting.append((receiver, size, parcel))
+            mine = sum(held for other, held, _ in waiting if other == receiver)
+            assert mine == size or sum(held for _, held, _ in waiting) <= 1000
+    for _, _, parcel in waiting:
+        parcel.done = True
+    for receiver, _, _ in messages:
+        assert backlog.has_room(receiver, 1001)
+    assert backlog.nbytes == 0
+
+
+def test_a_receiver_that_does_not_read_takes_bounded_memory(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 64 * TRACKED_BYTES
+    server = node(ANY_PORT)
+    monkeypatch.setattr(server.transport, "_backlog", Backlog(limit))
+    reader, sleeper = node(), node()
+    asleep = threading.Event()
+    sleeper.answer = lambda source, frames: asleep.wait(WAIT_S) and None
+    try:
+        for client in (sleeper, reader):
+            client.transport.send(server.endpoint, [b"hello"])
+        server.wait(lambda: len(server.received) == 2)
+        by_key = {getattr(source, "curve", b""): source for source, _ in server.received}
+        to_sleeper, to_reader = (by_key[client.identity.public.curve_raw] for client in (sleeper, reader))
+        large = bytes(4 * TRACKED_BYTES)
+        # Far more than the kernel's buffers and the limit together.
+        for _ in range(400):
+            server.transport.send(to_sleeper, [b"header", large])
+        server.transport.send(to_reader, [b"header", large])
+        reader.wait(lambda: len(reader.received) == 1)
+        assert server.transport._backlog.nbytes <= limit
+    finally:
+        asleep.set()
+
+
+@pytest.mark.parametrize(
+    ("text", "valid"),
+    [
+        ("tcp://127.0.0.1:1", True),
+        ("tcp://peer.example.org:65535", True),
+        ("tcp://[::1]:4000", True),
+        ("tcp://host:0", False),
+        ("tcp://host:65536", False),
+        ("tcp://host:٤٢", False),
+        ("tcp://*:1", False),
+        ("tcp://127.0.0.1;127.0.0.2:1", False),
+        ("tcp://a b:1", False),
+        ("tcp://host", False),
+        ("tcp://:1", False),
+        ("ipc:///tmp/socket", False),
+        ("inproc://zeromq.zap.01", False),
+        ("tcp://host:1\n", False),
+        ("", False),
+    ],
+)
+def test_addresses(text: str, valid: bool) -> None:
+    assert is_address(text) is valid

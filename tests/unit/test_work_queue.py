@@ -1,0 +1,344 @@
+"""The order in which steps get to the device."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from peers.sessions import Session
+from peers.work import DECODE_POSITIONS, PATIENCE, Work, WorkQueue
+from splitnet.net.codecs import CODECS
+from splitnet.net.messages import Fork, Part, Step
+from splitnet.net.sent_log import SentLog
+from splitnet.net.transport import Connection
+
+PASS = 64
+"""Positions of a pass in these tests."""
+
+WAIT_S = 20.0
+
+
+def session(name: int, start: int = 0, end: int = 4) -> Session:
+    return Session(
+        id=name.to_bytes(16, "big"),
+        owner=b"owner",
+        reply_to=Connection(b"client", b"owner"),
+        epoch=1,
+        start=start,
+        end=end,
+        budget=1 << 20,
+        codec=CODECS["none"],
+        previous=None,
+        next=None,
+        log=SentLog(0, 4),
+        used_at=0.0,
+    )
+
+
+def work(owner: Session, *lengths: int, number: int = 0, forks: tuple[Fork, ...] | None = None) -> Work:
+    parts = tuple(Part(row, 10, length, 1) for row, length in enumerate(lengths, start=1))
+    return Work(owner, Step(owner.id, 1, number, parts, forks, 0, 0), sum(lengths), 0.0)
+
+
+def run_pass(queue: WorkQueue, positions: int = PASS) -> list[tuple[Work, int]]:
+    """What the engine does with a pass, without a device."""
+    chosen = queue.take(positions)
+    for item, count in chosen:
+        item.done += count
+    for item, _ in chosen:
+        queue.release(item)
+    return chosen
+
+
+def test_decode_comes_before_prefill_and_prefill_fills_the_pass() -> None:
+    queue = WorkQueue()
+    prefill, decode = session(1), session(2)
+    queue.put(work(prefill, 200))
+    queue.put(work(decode, 1))
+    chosen = run_pass(queue)
+    assert [(item.session, count) for item, count in chosen] == [(decode, 1), (prefill, PASS - 1)]
+
+
+def test_a_speculated_window_is_decode_and_a_longer_step_is_not() -> None:
+    queue = WorkQueue()
+    long, window = session(1), session(2)
+    queue.put(work(long, DECODE_POSITIONS + 1))
+    queue.put(work(window, DECODE_POSITIONS))
+    assert [item.session for item, _ in run_pass(queue)] == [window, long]
+
+
+def test_a_step_waits_until_the_one_before_is_through() -> None:
+    queue = WorkQueue()
+    owner = session(1)
+    first, second = work(owner, 100), work(owner, 1)
+    queue.put(first)
+    queue.put(second)
+    assert queue.take(PASS) == [(first, PASS)]
+    first.done = PASS
+    other = work(session(2), 1)
+    queue.put(other)
+    # While a pass runs, its session has nothing that could run.
+    assert queue.take(PASS) == [(other, 1)]
+    queue.release(first)
+    assert run_pass(queue) == [(first, 36)]
+    assert run_pass(queue) == [(second, 1)]
+
+
+def test_the_parts_of_a_pass_go_on_where_the_last_ended() -> None:
+    item = work(session(1), 5, 3, 4)
+    seen: list[Part] = []
+    while item.remaining:
+        count = min(4, item.remaining)
+        parts = item.parts(count)
+        assert sum(part.length for part in parts) == count
+        seen += parts
+        item.done += count
+    assert seen == [
+        Part(1, 10, 4, 0),
+        Part(1, 14, 1, 0),
+        Part(2, 10, 3, 0),
+        Part(3, 10, 4, 0),
+    ]
+
+
+def test_prefills_take_turns() -> None:
+    queue = WorkQueue()
+    owners = [session(name) for name in range(3)]
+    for owner in owners:
+        queue.put(work(owner, 10 * PASS))
+    turns = [run_pass(queue)[0][0].session for _ in range(9)]
+    assert turns == owners * 3
+
+
+def test_a_prefill_without_end_starves_nobody() -> None:
+    queue = WorkQueue()
+    greedy, modest = session(1), session(2)
+    for _ in range(50):
+        queue.put(work(greedy, 10 * PASS))
+    queue.put(work(modest, 2 * PASS))
+    passes = 0
+    while modest.waiting:
+        run_pass(queue)
+        passes += 1
+    assert passes <= 4
+
+
+def test_decode_without_end_does_not_starve_prefill() -> None:
+    queue = WorkQueue()
+    # Together they fill every pass, and each has its next step waiting already.
+    decoders = [session(name) for name in range(2 * PASS // DECODE_POSITIONS)]
+    for owner in decoders:
+        for _ in range(200):
+            queue.put(work(owner, DECODE_POSITIONS))
+    prefill = session(99)
+    queue.put(work(prefill, 2 * PASS))
+    passes = 0
+    while prefill.waiting:
+        chosen = run_pass(queue)
+        assert any(item.session is not prefill for item, _ in chosen), "decode goes on beside it"
+        passes += 1
+    assert passes <= 4 * (PATIENCE + 1)
+
+
+def test_decode_of_all_sessions_goes_on_when_it_fills_more_than_a_pass() -> None:
+    queue = WorkQueue()
+    owners = [session(name) for name in range(3 * PASS)]
+    for owner in owners:
+        queue.put(work(owner, 1))
+        queue.put(work(owner, 1))
+    first = [item.session for _ in range(3) for item, _ in run_pass(queue)]
+    assert len(first) == len(set(first)) == len(owners)
+
+
+def test_only_sessions_with_the_same_blocks_share_a_pass() -> None:
+    queue = WorkQueue()
+    whole = [session(1), session(2)]
+    half = session(3, 0, 2)
+    for owner in (*whole, half):
+        queue.put(work(owner, 1))
+    assert [item.session for item, _ in run_pass(queue)] == whole
+    assert [item.session for item, _ in run_pass(queue)] == [half]
+
+
+def test_other_blocks_are_not_starved() -> None:
+    queue = WorkQueue()
+    decoders = [session(1), session(2)]
+    for owner in decoders:
+        for _ in range(200):
+            queue.put(work(owner, 1))
+    lonely = session(3, 0, 2)
+    queue.put(work(lonely, PASS))
+    passes = 0
+    while lonely.waiting:
+        run_pass(queue)
+        passes += 1
+    # One pass for each half that is kept for it would be the worst.
+    assert passes <= 2 * (PATIENCE + 1)
+
+
+def test_discarding_a_session_whose_step_is_in_a_pass() -> None:
+    queue = WorkQueue()
+    owner, other = session(1), session(2)
+    running, waiting = work(owner, 100), work(owner, 5)
+    queue.put(running)
+    queue.put(waiting)
+    [(item, count)] = queue.take(PASS)
+    queue.discard(owner)
+    assert queue.queued_positions == 0
+    assert owner.waiting_size == 0
+    item.done += count
+    queue.release(item)
+    assert queue.queued_positions == 0
+    queue.put(work(other, 1))
+    assert [item.session for item, _ in run_pass(queue)] == [other]
+
+
+def test_forks_count_as_memory_but_not_as_work() -> None:
+    queue = WorkQueue()
+    owner = session(1)
+    queue.put(work(owner, 2, forks=tuple(Fork(row, 1) for row in range(30))))
+    assert owner.waiting_size == 32
+    assert queue.queued_positions == 2
+    run_pass(queue)
+    assert owner.waiting_size == 0
+
+
+def test_closing_wakes_the_engine() -> None:
+    queue = WorkQueue()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(queue.take, PASS)
+        queue.close()
+        assert waiting.result(timeout=WAIT_S) == []
+    queue.put(work(session(1), 1))
+    assert queue.take(PASS) == []
+
+
+def test_steps_from_several_threads_all_run_once_and_in_order() -> None:
+    queue = WorkQueue()
+    owners = [session(name) for name in range(6)]
+    steps = 60
+    done: list[Work] = []
+    finished = threading.Event()
+
+    def engine() -> None:
+        while chosen := queue.take(PASS):
+            for item, count in chosen:
+                item.done += count
+                if not item.remaining:
+                    done.append(item)
+            for item, _ in chosen:
+                queue.release(item)
+            if len(done) == steps * len(owners):
+                finished.set()
+
+    def send(owner: Session) -> None:
+        for number in range(steps):
+            queue.put(work(owner, 1 + 13 * number % 90, number=number))
+
+    with ThreadPoolExecutor(len(owners) + 1) as pool:
+        running = pool.submit(engine)
+        list(pool.map(send, owners))
+        assert finished.wait(WAIT_S)
+        queue.close()
+        running.result(timeout=WAIT_S)
+    for owner in owners:
+        assert [item.step.number for item in done if item.session is owner] == list(range(steps))
+    assert queue.queued_positions == 0
+    assert all(not owner.waiting and owner.waiting_size == 0 for owner in owners)
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Clients put and leave while passes begin and end, in any order."""
+
+    running: Bundle[list[tuple[Work, int]]] = Bundle("running")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = WorkQueue()
+        self.owners = [session(name, 0, 2 + name % 2) for name in range(5)]
+        self.expected: dict[Session, list[Work]] = {owner: [] for owner in self.owners}
+        self.in_passes: Counter[Session] = Counter()
+
+    @rule(owner=st.integers(0, 4), lengths=st.lists(st.integers(1, 100), min_size=1, max_size=3))
+    def put(self, owner: int, lengths: list[int]) -> None:
+        item = work(self.owners[owner], *lengths)
+        self.expected[item.session].append(item)
+        self.queue.put(item)
+
+    @rule(target=running, positions=st.integers(1, 128))
+    def take(self, positions: int) -> list[tuple[Work, int]]:
+        if not any(waiting and not self.in_passes[owner] for owner, waiting in self.expected.items()):
+            return []  # it would wait
+        chosen = self.queue.take(positions)
+        assert chosen
+        assert sum(count for _, count in chosen) <= positions
+        assert len({(item.session.start, item.session.end) for item, _ in chosen}) == 1
+        assert len({item.session for item, _ in chosen}) == len(chosen)
+        for item, count in chosen:
+            assert 1 <= count <= item.remaining
+            assert not self.in_passes[item.session], "one step of a session at a time"
+            assert self.expected[item.session][0] is item, "in the order of arrival"
+            self.in_passes[item.session] += 1
+        return chosen
+
+    @rule(chosen=consumes(running))
+    def end(self, chosen: list[tuple[Work, int]]) -> None:
+        for item, count in chosen:
+            item.done += count
+            self.in_passes[item.session] -= 1
+            if not item.remaining and item in self.expected.get(item.session, []):
+                self.expected[item.session].remove(item)
+            self.queue.release(item)
+
+    @rule(owner=st.integers(0, 4))
+    def leave(self, owner: int) -> None:
+        gone = self.owners[owner]
+        self.queue.discard(gone)
+        del self.expected[gone]
+        self.owners[owner] = session(100 + owner, gone.start, gone.end)
+        self.expected[self.owners[owner]] = []
+
+    @invariant()
+    def counted(self) -> None:
+        waiting = [item for items in self.expected.values() for item in items]
+        assert self.queue.queued_positions == sum(item.total for item in waiting)
+        for owner, items in self.expected.items():
+            assert list(owner.waiting) == items
+            assert owner.waiting_size == sum(item.size for item in items)
+
+    def teardown(self) -> None:
+        """Whatever was going on, all that is left runs in a bounded number of passes."""
+        for owner in [owner for owner in self.expected if self.in_passes[owner]]:
+            self.queue.discard(owner)
+            del self.expected[owner]
+        left = sum(item.remaining for items in self.expected.values() for item in items)
+        steps = sum(map(len, self.expected.values()))
+        passes = 0
+        while self.queue.queued_positions:
+            for item, _ in run_pass(self.queue):
+                if not item.remaining:
+                    self.expected[item.session].remove(item)
+            passes += 1
+            assert passes <= left + steps
+        assert not any(self.expected.values())
+
+
+TestQueueMachine = QueueMachine.TestCase
+TestQueueMachine.settings = settings(max_examples=60, stateful_step_count=30)
+
+
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 200)), min_size=1, max_size=30))
+def test_every_step_is_computed_in_full(steps: list[tuple[int, int]]) -> None:
+    queue = WorkQueue()
+    owners = [session(name, 0, 2 + name % 2) for name in range(5)]
+    items = [work(owners[owner], length) for owner, length in steps]
+    for item in items:
+        queue.put(item)
+    while queue.queued_positions:
+        run_pass(queue)
+    assert all(not item.remaining for item in items)
