@@ -1,0 +1,144 @@
+"""What a client makes of the records that it finds."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from splitnet.client import swarm as swarm_module
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
+from splitnet.net.identity import Identity
+from splitnet.net.messages import PROTOCOL_VERSION
+from splitnet.net.records import PeerRecord
+
+FACTS = ModelFacts("ab" * 32, "a-model", num_blocks=6, hidden_size=64, max_positions=256)
+RECORD = PeerRecord(
+    key=Identity.generate().public,
+    model=FACTS.fingerprint,
+    model_name=FACTS.name,
+    # Nobody listens on the discard port here, so the link stays unmeasured.
+    address="tcp://127.0.0.1:9",
+    start=0,
+    end=6,
+    num_blocks=6,
+    protocol=PROTOCOL_VERSION,
+    codecs=("none", "int8"),
+    device="cpu",
+    dtype="float32",
+    decode_ms_per_block=1.0,
+    prefill_ms_per_block_token=0.1,
+    kv_free_positions=1000,
+    queue_ms=0.0,
+    sessions=0,
+    version="0.1.0",
+    issued_at=time.time(),
+)
+
+
+class FakeDirectory:
+    """A directory that holds what a test puts into it."""
+
+    def __init__(self) -> None:
+        self.records: list[PeerRecord] = []
+        self.names: dict[str, str] = {}
+        self.lookups = 0
+
+    def peers(self, model: str) -> list[PeerRecord]:
+        self.lookups += 1
+        return self.records
+
+    def models(self) -> dict[str, str]:
+        return self.names
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def directory(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
+    fake = FakeDirectory()
+    monkeypatch.setattr(swarm_module.Directory, "start", lambda **_: fake)
+    monkeypatch.setattr(swarm_module, "PING_TIMEOUT_S", 0.0)
+    return fake
+
+
+@pytest.fixture
+def swarm(directory: FakeDirectory) -> Iterator[Swarm]:
+    with Swarm(FACTS, ["/an/address"]) as swarm:
+        yield swarm
+
+
+def served(**changes: object) -> PeerRecord:
+    return dataclasses.replace(RECORD, key=Identity.generate().public, **changes)  # pyright: ignore[reportArgumentType]
+
+
+def test_newer_peers_ask_for_a_newer_client(swarm: Swarm, directory: FakeDirectory) -> None:
+    directory.records = [served(protocol=PROTOCOL_VERSION + 1)]
+    with pytest.raises(ProtocolVersionError, match="upgrade this client"):
+        swarm.peers()
+
+
+def test_older_peers_are_to_be_upgraded(swarm: Swarm, directory: FakeDirectory) -> None:
+    directory.records = [served(protocol=PROTOCOL_VERSION - 1)]
+    with pytest.raises(ProtocolVersionError, match="upgrade the peers"):
+        swarm.peers()
+
+
+def test_peers_of_another_version_are_left_out(swarm: Swarm, directory: FakeDirectory) -> None:
+    spoken = served()
+    directory.records = [served(protocol=PROTOCOL_VERSION + 1), spoken]
+    assert swarm.peers() == [spoken]
+
+
+def test_a_swarm_of_other_weights_is_named(swarm: Swarm, directory: FakeDirectory) -> None:
+    directory.names = {"cd" * 32: "another-model"}
+    with pytest.raises(WrongSwarm, match="another-model"):
+        swarm.peers()
+
+
+def test_records_are_looked_up_once_for_a_while(swarm: Swarm, directory: FakeDirectory) -> None:
+    directory.records = [served()]
+    swarm.peers()
+    swarm.peers()
+    assert directory.lookups == 1
+    swarm.peers(fresh=True)
+    assert directory.lookups == 2
+
+
+def test_a_hole_within_the_planned_blocks_has_the_models_numbers(swarm: Swarm, directory: FakeDirectory) -> None:
+    directory.records = [served(start=0, end=3), served(start=5, end=6)]
+    with pytest.raises(CoverageError, match=r"blocks 3\.\.4 .*--blocks 3:5"):
+        swarm.plan(positions=10, bytes_per_position=66, blocks=(2, 6))
+
+
+def test_peers_without_memory_are_busy(swarm: Swarm, directory: FakeDirectory) -> None:
+    directory.records = [served(kv_free_positions=5)]
+    with pytest.raises(PeerBusy, match=r"blocks 0\.\.5"):
+        swarm.plan(positions=10, bytes_per_position=66)
+
+
+def test_a_part_of_the_model_is_planned_between_peers(swarm: Swarm, directory: FakeDirectory) -> None:
+    whole, first, last = served(), served(start=0, end=2), served(start=4, end=6)
+    directory.records = [whole, first, last]
+    hops = swarm.plan(
+        positions=10,
+        bytes_per_position=66,
+        blocks=(2, 4),
+        between=(first, last),
+        exclude={first.key.text, last.key.text},
+    )
+    assert [(hop.record, hop.start, hop.end) for hop in hops] == [(whole, 2, 4)]
+
+
+def test_a_banned_peer_is_not_planned_with(swarm: Swarm, directory: FakeDirectory) -> None:
+    good, bad = served(decode_ms_per_block=50.0), served()
+    directory.records = [good, bad]
+    assert swarm.plan(positions=10, bytes_per_position=66)[0].record == bad
+    swarm.ban(bad.key.text, seconds=60)
+    assert swarm.plan(positions=10, bytes_per_position=66)[0].record == good
+    swarm.ban(bad.key.text, seconds=0)
+    assert swarm.plan(positions=10, bytes_per_position=66)[0].record == bad
