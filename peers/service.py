@@ -191,6 +191,7 @@ class Service:
                         step.replay_until,
                         session.codec.code,
                         payload,
+                        session.end,
                     ),
                 )
                 return
@@ -257,6 +258,8 @@ class Service:
     def _reach(self, session: Session, following: Endpoint | None, now: float) -> None:
         """Connects a session to its next hop; the answer to its `Open` goes out when it is known whether that works."""
         pending = self._pending.pop(session, None)
+        if following != session.next:
+            pending = None
         new_link = following != session.next or (pending is not None and pending.new_link)
         if not self._set_next(session, following):
             self._say_opened(session, next_reachable=False)
@@ -346,6 +349,8 @@ class Service:
             return  # fenced: it comes from a route that is no more, or runs ahead of its Open and will be repeated
         session.used_at = now
         try:
+            if source.curve != session.owner and message.boundary != session.start:
+                raise ProtocolError(f"the step stands before block {message.boundary}, the session at {session.start}")
             total = self._check_step(session, message)
         except ProtocolError as error:
             code = FailureCode.TOO_LONG if isinstance(error, SessionTooLong) else FailureCode.BAD_MESSAGE
@@ -392,11 +397,12 @@ class Service:
         if not steps:
             code = session.codec.code
             self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, 0.0))
+        codec, end = session.log.codec, session.end
         for index, (parts, payload) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
             self._outbox.send(
                 session.next,
-                Step(session.id, session.epoch, number, parts, None, message.until, session.log.codec, payload),
+                Step(session.id, session.epoch, number, parts, None, message.until, codec, payload, end),
             )
 
     def _fail(

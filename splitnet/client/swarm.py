@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, replace
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from scheduler.route import NoRoute, best_route
 from scheduler.swarm import CLIENT, Link, Network, Peer
@@ -32,7 +32,6 @@ from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Destination, Endpoint, LinkState, Transport
 
 if TYPE_CHECKING:
-    from splitnet.client.session import Session
     from splitnet.model.checkpoint import Checkpoint
 
 log = logging.getLogger(__name__)
@@ -77,6 +76,18 @@ class PlannedHop:
         return Endpoint(self.record.address, self.record.key)
 
 
+class Subscriber(Protocol):
+    """Who gets what arrives for a session, from the transport's thread."""
+
+    id: bytes
+
+    def deliver(self, source: Endpoint, message: Message) -> None: ...
+
+    def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Swarm:
     """All peers of one model, seen from a client. Thread-safe; close it when done.
 
@@ -96,7 +107,7 @@ class Swarm:
         self._records: list[PeerRecord] = []
         self._records_at = 0.0
         self._network = Network()
-        self._sessions: dict[bytes, Session] = {}
+        self._sessions: dict[bytes, Subscriber] = {}
         self._pongs: dict[int, Future[float]] = {}
         self._nonces = count(1)
         self._measured: set[str] = set()
@@ -218,10 +229,10 @@ class Swarm:
         self._transport.send(endpoint, frames)
         return sum(map(len, frames))
 
-    def register(self, session: Session) -> None:
+    def register(self, session: Subscriber) -> None:
         self._sessions[session.id] = session
 
-    def unregister(self, session: Session) -> None:
+    def unregister(self, session: Subscriber) -> None:
         self._sessions.pop(session.id, None)
 
     def ping(self, endpoint: Endpoint, padding: int = 0) -> Future[float]:

@@ -234,6 +234,8 @@ class Step:
     """0 for new positions. In a replay: hops that end at this block or later log their output and send nothing on."""
     codec: int = _wire(_uint(255))
     payload: Payload = b""
+    boundary: int = _wire(_uint(MAX_BLOCKS), default=0)
+    """The block that the payload stands before, as a hop that pushes names it: so that no chain can be a circle."""
 
     @property
     def positions(self) -> int:

@@ -1,11 +1,14 @@
-"""Daemons that all end-to-end tests share."""
+"""What all end-to-end tests share: three daemons of the demo model, and the same model in plain transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.e2e.daemons import Daemon, daemons
 
@@ -23,3 +26,15 @@ def trio(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def address(trio: list[Daemon]) -> str:
     """Where to join the swarm of the three daemons."""
     return trio[0].address()
+
+
+@pytest.fixture(scope="session")
+def tokenizer(demo_checkpoint: Path) -> Any:
+    """Its tokenizer."""
+    return AutoTokenizer.from_pretrained(demo_checkpoint, padding_side="left")
+
+
+@pytest.fixture(scope="session")
+def local(demo_checkpoint: Path) -> PreTrainedModel:
+    """The demo model in plain transformers."""
+    return AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32).eval()

@@ -144,14 +144,14 @@ def run(folder: Path, *arguments: str, given: str | None = None) -> Finished:
         stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         env=_environment(folder, run),
     ) as process:
         try:
-            output, errors = process.communicate(given, timeout=COMMAND_TIMEOUT_S)
+            said = process.communicate(None if given is None else given.encode(), timeout=COMMAND_TIMEOUT_S)
         except BaseException:
             process.terminate()
             raise
+    output, errors = (text.decode() for text in said)
     finished = Finished(process.returncode, output, errors, time.monotonic() - began)
     assert "Traceback" not in errors, errors
     expect_nothing_left(run)

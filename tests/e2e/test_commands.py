@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import PreTrainedModel
 
 from splitnet.cli.main import main
 from splitnet.model.checkpoint import Checkpoint
@@ -200,7 +201,7 @@ def test_wrong_use_is_exit_code_2(home: Path, arguments: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: Daemon, home: Path, tmp_path: Path) -> None:
+def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: Daemon, here: Here, tmp_path: Path) -> None:
     fingerprint = Checkpoint.open(small).fingerprint
     with Directory.start(initial_peers=[holed.address()]) as directory:
 
@@ -245,11 +246,25 @@ def test_status_in_json(address: str, demo_checkpoint: Path, home: Path) -> None
         assert (peer["device"], peer["dtype"]) == ("cpu", "float32")
 
 
-def test_chat_remembers_the_turn_before(address: str, demo_checkpoint: Path, home: Path) -> None:
-    turns = "My name is Ada.\nWhat is my name?\n"
-    chat = run(home, "chat", str(demo_checkpoint), "--join", address, "--max-new-tokens", "24", given=turns)
+def test_chat_of_two_turns(
+    address: str, demo_checkpoint: Path, local: PreTrainedModel, tokenizer: Any, home: Path
+) -> None:
+    turns = ["My name is Ada. Who are you?", "What is my name?"]
+    arguments = ("chat", str(demo_checkpoint), "--join", address, "--codec", "none", "--max-new-tokens", "20")
+    chat = run(home, *arguments, given="".join(turn + "\n" for turn in turns))
     assert chat.code == 0 and not chat.errors
-    assert "Ada" in chat.output.splitlines()[-1]
+    messages: list[dict[str, str]] = []
+    expected = ""
+    for turn in turns:
+        messages.append({"role": "user", "content": turn})
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = local.generate(**inputs, max_new_tokens=20, do_sample=False)
+        answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+        expected += answer + "\n"
+    assert chat.output == expected
 
 
 def test_generate_with_statistics(address: str, demo_checkpoint: Path, home: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 import splitnet
 from splitnet.client.causal_lm import RemoteCausalLM
@@ -24,17 +24,6 @@ PROMPTS = [
     "def fibonacci(n):\n    ",
     "Once upon a time, in a small village by the sea, there lived an old fisherman who",
 ]
-QUESTION = "Why is the sky blue?"
-
-
-@pytest.fixture(scope="module")
-def tokenizer(demo_checkpoint: Path) -> Any:
-    return AutoTokenizer.from_pretrained(demo_checkpoint, padding_side="left")
-
-
-@pytest.fixture(scope="module")
-def local(demo_checkpoint: Path) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32).eval()
 
 
 def connect(checkpoint: Path, address: str, codec: str) -> Any:

@@ -373,7 +373,9 @@ def test_a_backlog_counts_what_is_not_sent(messages: list[tuple[int, int, bool]]
     assert backlog.nbytes == 0
 
 
-def test_a_receiver_that_does_not_read_takes_bounded_memory(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_receiver_that_does_not_read_takes_bounded_memory(
+    node: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     limit = 64 * TRACKED_BYTES
     server = node(ANY_PORT)
     monkeypatch.setattr(server.transport, "_backlog", Backlog(limit))
@@ -393,6 +395,7 @@ def test_a_receiver_that_does_not_read_takes_bounded_memory(node: Start, monkeyp
         server.transport.send(to_reader, [b"header", large])
         reader.wait(lambda: len(reader.received) == 1)
         assert server.transport._backlog.nbytes <= limit
+        assert "its receiver is too slow" in caplog.text
     finally:
         asleep.set()
 
