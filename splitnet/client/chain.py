@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from scheduler.codec_choice import choose_codec
+from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.swarm import PlannedHop, Swarm, not_authorized
 from splitnet.errors import (
     ContextTooLong,
@@ -21,7 +21,7 @@ from splitnet.errors import (
     SplitnetError,
     WrongSwarm,
 )
-from splitnet.net.codecs import CODECS, Codec, codec_by_name
+from splitnet.net.codecs import Codec, codec_by_name
 from splitnet.net.messages import (
     Close,
     Failure,
@@ -29,11 +29,9 @@ from splitnet.net.messages import (
     Message,
     Open,
     Opened,
-    Part,
     Replay,
     Result,
     Step,
-    encode,
 )
 from splitnet.net.sent_log import SentLog
 from splitnet.net.transport import Endpoint, LinkState
@@ -83,17 +81,6 @@ class Traffic:
     bytes_received: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class LinkUse:
-    """A link of a route and what one decode token costs on it."""
-
-    sender: str
-    receiver: str
-    codec: str
-    bytes_per_token: int
-    """Of the message, without the framing and encryption of ZeroMQ."""
-
-
 @dataclass(slots=True)
 class Pending:
     """A step or replay whose result is awaited."""
@@ -126,7 +113,7 @@ class Chain:
         self.traffic = Traffic()
         self.pending: dict[int, Pending] = {}
         self._swarm = swarm
-        self._codec_name = codec
+        self._codecs = LinkCodecs(swarm, codec)
         self._opened: dict[Endpoint, tuple[int, int]] = {}
         self._inbox: queue.SimpleQueue[tuple[Endpoint, Message | SplitnetError]] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -139,14 +126,14 @@ class Chain:
         """
         self.epoch += 1
         before = {hop.planned: hop for hop in self.hops}
-        self.hops = [Hop(planned, self._codec_after(route, index)) for index, planned in enumerate(route)]
+        self.hops = [Hop(planned, self._codecs.after(route, index)) for index, planned in enumerate(route)]
         for hop in self.hops:
             if hop.planned in before:
                 # A log is written with one codec, so a hop that stays keeps the codec that it began with.
                 hop.codec = before[hop.planned].codec
                 hop.carried_log = before[hop.planned].carried_log
         if not self.traffic.steps:
-            self.first_codec = self._codec_to(route[0])
+            self.first_codec = self._codecs.to(route[0])
         wanted = {hop.endpoint: hop.blocks for hop in self.hops}
         for endpoint, blocks in list(self._opened.items()):
             if wanted.get(endpoint) != blocks:
@@ -233,25 +220,6 @@ class Chain:
         if endpoint in self._opened:
             self._inbox.put((endpoint, error))
 
-    def links(self) -> list[LinkUse]:
-        """The links of the route in order, with the bytes that one decode token takes on each."""
-        if not self.hops:
-            return []
-        hidden = self._swarm.facts.hidden_size
-        part = (Part(1, 1000, 1, 1),)
-        codec, sender = self.first_codec, "client"
-        uses: list[LinkUse] = []
-        for hop in self.hops:
-            payload = bytes(codec.bytes_per_position(hidden))
-            message = Step(self.session, self.epoch, 1000, part, None, 0, codec.code, payload)
-            blocks = f"blocks {hop.planned.start}..{hop.planned.end - 1}"
-            uses.append(LinkUse(sender, blocks, codec.name, sum(map(len, encode(message)))))
-            sender = f"{blocks} via client" if hop.carried else blocks
-            codec = hop.codec
-        answer = Result(self.session, self.epoch, 1000, 0, codec.code, 1.0, bytes(codec.bytes_per_position(hidden)))
-        uses.append(LinkUse(sender, "client", codec.name, sum(map(len, encode(answer)))))
-        return uses
-
     def _carry(self, source: Endpoint, result: Result) -> None:
         """The client between two hops that cannot reach each other."""
         with self._lock:
@@ -329,27 +297,6 @@ class Chain:
             next_key=following.planned.record.key.raw if following else b"",
             next_address=following.planned.record.address if following else "",
         )
-
-    def _codec_to(self, first: PlannedHop) -> Codec:
-        if self._codec_name != "auto":
-            return codec_by_name(self._codec_name)
-        return self._cheapest(self._swarm.link(first.record).bytes_per_ms, first.record.codecs)
-
-    def _codec_after(self, route: Sequence[PlannedHop], index: int) -> Codec:
-        """Codec of the link behind a hop: to the next one, or from the tail to the client."""
-        if self._codec_name != "auto":
-            return codec_by_name(self._codec_name)
-        record = route[index].record
-        if index + 1 == len(route):
-            return self._cheapest(self._swarm.link(record).bytes_per_ms, record.codecs)
-        following = route[index + 1].record
-        shared = [name for name in record.codecs if name in following.codecs]
-        return self._cheapest(self._swarm.link_between(record, following).bytes_per_ms, shared)
-
-    def _cheapest(self, bytes_per_ms: float, spoken: Sequence[str]) -> Codec:
-        hidden = self._swarm.facts.hidden_size
-        sizes = {name: CODECS[name].bytes_per_position(hidden) for name in spoken if name in CODECS}
-        return codec_by_name(choose_codec(sizes, bytes_per_ms))
 
 
 _ERROR_OF_CODE: dict[int, type[SplitnetError]] = {

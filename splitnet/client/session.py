@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 import torch
 
-from splitnet.client.chain import Chain, Hop, LinkUse, Pending, Traffic
+from splitnet.client.chain import Chain, Hop, Pending, Traffic
+from splitnet.client.link_use import LinkUse, link_uses
 from splitnet.client.recovery import Recovery
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy, PeerLost, SplitnetError
@@ -170,7 +171,7 @@ class Session:
 
     def links(self) -> list[LinkUse]:
         """The links of the open route in order, with the bytes that one decode token takes on each."""
-        return self._chain.links()
+        return link_uses(self._chain, self._swarm.facts.hidden_size) if self._is_open else []
 
     def close(self) -> None:
         """Frees the memory on all hops."""
