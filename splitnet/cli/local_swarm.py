@@ -24,11 +24,15 @@ class LocalSwarm:
         checkpoint: hub id or folder.
         count: how many daemons.
         options: more options for each, as on the command line.
+        join: address of a swarm to join; empty starts a new one.
     """
 
-    def __init__(self, checkpoint: str, count: int, options: tuple[str, ...] = ("--threads", "1")) -> None:
+    def __init__(
+        self, checkpoint: str, count: int, options: tuple[str, ...] = ("--threads", "1"), join: str = ""
+    ) -> None:
         self._checkpoint = checkpoint
         self._options = options
+        self._join = join
         blocks = _count_blocks(checkpoint)
         count = min(count, blocks)
         edges = [round(index * blocks / count) for index in range(count + 1)]
@@ -37,7 +41,7 @@ class LocalSwarm:
         self._folder = tempfile.TemporaryDirectory(prefix="splitnet-demo-")
 
     def __enter__(self) -> LocalSwarm:
-        self._start(0, ())
+        self.processes.append(self._start(0))
         return self
 
     def __exit__(
@@ -56,20 +60,27 @@ class LocalSwarm:
     def wait(self) -> str:
         """Starts the other daemons once the first serves, waits for all, and returns the address to join with."""
         address = self._await_address(0)
-        for index in range(1, len(self.spans)):
-            self._start(index, ("--join", address))
+        self._join = self._join or address
+        self.processes += [self._start(index) for index in range(1, len(self.spans))]
         for index in range(1, len(self.spans)):
             self._await_address(index)
         return address
 
-    def _start(self, index: int, extra: tuple[str, ...]) -> None:
+    def restart_dead(self) -> None:
+        """Starts daemons that have ended again, and waits until they serve."""
+        for index, process in enumerate(self.processes):
+            if process.poll() is not None:
+                self._address_file(index).unlink()
+                self.processes[index] = self._start(index)
+                self._await_address(index)
+
+    def _start(self, index: int) -> subprocess.Popen[bytes]:
         start, end = self.spans[index]
         command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint, "--blocks", f"{start}:{end}"]
         command += ["--listen", "tcp://127.0.0.1:0", "--address-file", str(self._address_file(index))]
+        command += ["--join", self._join] if self._join else []
         with self._log_file(index).open("wb") as log:
-            self.processes.append(
-                subprocess.Popen([*command, *self._options, *extra], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            )
+            return subprocess.Popen([*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
 
     def _await_address(self, index: int) -> str:
         deadline = time.monotonic() + START_TIMEOUT_S

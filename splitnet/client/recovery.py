@@ -13,6 +13,7 @@ import queue
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import wait
+from dataclasses import dataclass
 
 from splitnet.client.chain import Chain
 from splitnet.client.swarm import PlannedHop, Swarm
@@ -38,6 +39,18 @@ REPLAY_TIMEOUT_S = 60.0
 COVERAGE_POLL_S = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """One repair of a route."""
+
+    lost: tuple[str, ...]
+    """Why hops had to be replaced."""
+    opened_ms: float
+    """Until other peers were planned and had opened the session."""
+    total_ms: float
+    """Until they had the cache, and what was under way was sent again."""
+
+
 class Recovery:
     """Repairs a chain while the steps of one call are awaited.
 
@@ -53,6 +66,7 @@ class Recovery:
         self, swarm: Swarm, chain: Chain, sent: SentLog | None, next_number: Callable[[], int], timeout_s: float
     ) -> None:
         self.patience_s = SILENCE_S
+        self.done: list[Recovered] = []
         self._swarm = swarm
         self._chain = chain
         self._sent = sent
@@ -94,11 +108,13 @@ class Recovery:
         healthy = [hop.planned for hop in chain.hops if hop.endpoint not in lost]
         if len(healthy) == len(chain.hops):
             return  # trouble of a hop that was replaced already
+        causes: list[str] = []
         for _ in range(MAX_ATTEMPTS):
             for endpoint, error in lost.items():
                 if not isinstance(error, SessionLost):
                     self._swarm.ban(endpoint.key.text, BAN_S)
                 chain.drop(endpoint)
+                causes.append(str(error))
                 log.warning("%s: another peer takes its place", error)
             route = self._plan(healthy, budget, bytes_per_position, began + self._timeout_s)
             failed = chain.open(route, budget)
@@ -111,9 +127,9 @@ class Recovery:
                     healthy = [hop for hop in healthy if hop not in forgetful]
                 lost = self._refill(healthy)
             if not lost:
-                total_s = time.monotonic() - began
-                log.warning("recovered in %.0f ms, %.0f ms to plan and open", total_s * 1000, opened_s * 1000)
                 self._send_again()
+                total_s = time.monotonic() - began
+                self.done.append(Recovered(tuple(causes), opened_s * 1000, total_s * 1000))
                 return
             healthy = [hop for hop in healthy if hop.endpoint not in lost]
         raise next(iter(lost.values()))

@@ -12,7 +12,7 @@ import torch
 
 from splitnet.client.chain import Chain, Hop, Pending, Traffic
 from splitnet.client.link_use import LinkUse, link_uses
-from splitnet.client.recovery import Recovery
+from splitnet.client.recovery import Recovered, Recovery
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy, PeerLost, SplitnetError
 from splitnet.net.codecs import DEFAULT_INT8, codec_by_code, codec_by_name
@@ -39,6 +39,9 @@ class Session:
         codec: name of a codec for every link, or "auto" to choose by cost for each link.
         step_timeout_s: how long a step may take in all.
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
+
+    Attributes:
+        recoveries: repairs of the route so far.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Session:
     ) -> None:
         if codec != "auto":
             codec_by_name(codec)
+        self.recoveries: list[Recovered] = []
         self.id = secrets.token_bytes(SESSION_BYTES)
         self._swarm = swarm
         self._chain = Chain(swarm, self.id, codec)
@@ -214,6 +218,7 @@ class Session:
                     pending = self._chain.pending[number]
                 outputs.append(self._decode(pending))
         finally:
+            self.recoveries += recovery.done
             for number in numbers:
                 self._chain.forget(number)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
