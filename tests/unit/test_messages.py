@@ -91,7 +91,7 @@ EXAMPLES: list[Message] = [
 
 
 def frames_of(tag: int, fields: Any, *payload: bytes) -> list[bytes]:
-    return [MAGIC + bytes((PROTOCOL_VERSION, tag)) + msgpack.packb(fields), *payload]
+    return [b"".join((MAGIC, bytes((PROTOCOL_VERSION, tag)), msgpack.packb(fields) or b"")), *payload]
 
 
 def fields_of(message: Message) -> list[Any]:
@@ -267,7 +267,7 @@ def test_no_frames_are_refused() -> None:
 
 def test_frames_that_are_too_large_are_refused() -> None:
     with pytest.raises(ProtocolError, match="header"):
-        decode([encode(Close(SESSION))[0] + bytes(MAX_HEADER_BYTES), b""])
+        decode([bytes(encode(Close(SESSION))[0]) + bytes(MAX_HEADER_BYTES)])
     zeros = bytearray(MAX_PAYLOAD_BYTES + 1)  # pages that are never touched take no memory
     with pytest.raises(ProtocolError, match="payload"):
         decode([*encode(Ping(1)), memoryview(zeros)])

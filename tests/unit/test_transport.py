@@ -381,7 +381,11 @@ def test_a_receiver_that_does_not_read_takes_bounded_memory(
     monkeypatch.setattr(server.transport, "_backlog", Backlog(limit))
     reader, sleeper = node(), node()
     asleep = threading.Event()
-    sleeper.answer = lambda source, frames: asleep.wait(WAIT_S) and None
+
+    def sleep(source: Destination, frames: list[bytes]) -> None:
+        asleep.wait(WAIT_S)
+
+    sleeper.answer = sleep
     try:
         for client in (sleeper, reader):
             client.transport.send(server.endpoint, [b"hello"])
