@@ -1,0 +1,285 @@
+"""The cache that stands for the peers' caches: whatever generation does to it, the peers' rows follow."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from splitnet.client.cache import RESERVE_STEP, RemoteCache, RemoteLayer
+from splitnet.client.session import Session
+from splitnet.net.messages import Fork, Part
+from splitnet.net.rows import fork_rows
+
+
+class FakeSession:
+    """Rows as peers hold them, with a token in the place of each position's keys and values."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.rows: dict[int, list[int]] = {}
+        self.seen: set[int] = set()
+        self.closed = 0
+        self.copies = 0
+
+    def reserve(self, positions: int) -> None:
+        self.budget = max(self.budget, positions)
+
+    def close(self) -> None:
+        self.closed += 1
+
+    def step(self, parts: list[Part], forks: list[Fork] | None, tokens: list[list[int]]) -> None:
+        """Does what a peer does; `tokens` are those of each part."""
+        if forks is not None:
+            new = [fork.row for fork in forks if fork.row not in self.rows]
+            assert not set(new) & self.seen, "row ids are never used twice"
+            self.copies += len(new)
+            self.rows = fork_rows(self.rows, forks, list)
+        for part, added in zip(parts, tokens, strict=True):
+            row = self.rows.setdefault(part.row, [])
+            assert 0 <= part.start <= len(row), "no gap"
+            assert part.length == len(added) >= 1
+            row[part.start :] = added
+        self.seen |= self.rows.keys()
+        assert sum(map(len, self.rows.values())) <= self.budget
+
+
+def make_layer() -> tuple[RemoteLayer, list[FakeSession]]:
+    made: list[FakeSession] = []
+
+    def open_session(budget: int) -> Session:
+        made.append(FakeSession(budget))
+        return cast(Session, made[-1])
+
+    return RemoteLayer(open_session), made
+
+
+def mask(*paddings: int, columns: int) -> torch.Tensor:
+    return torch.tensor([[column >= padding for column in range(columns)] for padding in paddings])
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Generation in any order of steps, rewinds, beams and new conversations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.made = make_layer()
+        self.batch: list[tuple[int, list[int]]] = []
+        """Padding and tokens of each row."""
+        self.columns = 0
+        self.tokens = 0
+
+    @initialize(paddings=st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    def prompt(self, paddings: list[int]) -> None:
+        self.batch = [(padding, []) for padding in paddings]
+        self.columns = 0
+        self.step(4)
+
+    @rule(new=st.integers(1, 5))
+    def step(self, new: int) -> None:
+        columns = self.columns + new
+        keep = 1 + new % 2
+        session, parts, forks = self.layer.begin_step(
+            mask(*(padding for padding, _ in self.batch), columns=columns), keep
+        )
+        sent: list[list[int]] = []
+        for (padding, held), part in zip(self.batch, parts, strict=True):
+            added = [self.token() for _ in range(columns - padding - len(held))]
+            held += added
+            sent.append(added)
+            assert part.keep == min(part.length, keep)
+        cast(FakeSession, session).step(parts, forks, sent)
+        self.columns = columns
+        self.current = [part.row for part in parts]
+
+    def token(self) -> int:
+        self.tokens += 1
+        return self.tokens
+
+    @rule(count=st.integers(0, 6))
+    def crop(self, count: int) -> None:
+        # A prompt is never cut into: padding stays what it was.
+        count = min(count, self.columns - 4)
+        self.layer.crop(-count)
+        self.columns -= count
+        self.batch = [(padding, held[: self.columns - padding]) for padding, held in self.batch]
+
+    @rule(data=st.data())
+    def reorder(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.integers(0, len(self.batch) - 1), min_size=1, max_size=5))
+        if data.draw(st.booleans()):
+            self.layer.reorder_cache(torch.tensor(chosen))
+        else:
+            self.layer.batch_select_indices(torch.tensor(chosen))
+        self.choose(chosen)
+
+    @precondition(lambda self: len(self.batch) <= 3)
+    @rule(repeats=st.integers(1, 3))
+    def repeat(self, repeats: int) -> None:
+        self.layer.batch_repeat_interleave(repeats)
+        self.choose([row for row in range(len(self.batch)) for _ in range(repeats)])
+
+    def choose(self, chosen: list[int]) -> None:
+        self.batch = [(self.batch[row][0], list(self.batch[row][1])) for row in chosen]
+
+    @rule(paddings=st.lists(st.integers(0, 3), min_size=1, max_size=4))
+    def reset(self, paddings: list[int]) -> None:
+        self.layer.reset()
+        assert self.layer.batch == 0
+        self.prompt(paddings)
+
+    @rule()
+    def look(self) -> None:
+        """What is held after the next step is what the model would have in its own cache."""
+        self.step(1)
+        [session] = self.made
+        assert [session.rows[row] for row in self.current] == [held for _, held in self.batch]
+        assert len(session.rows) == len(self.batch), "rows that nobody continues are dropped"
+
+    @invariant()
+    def knows_its_length(self) -> None:
+        assert self.layer.get_seq_length() == self.columns
+        assert self.layer.get_mask_sizes(3) == (self.columns + 3, 0)
+        assert self.layer.batch == len(self.batch)
+
+    def teardown(self) -> None:
+        if self.batch:
+            self.look()
+
+
+TestCacheMachine = CacheMachine.TestCase
+TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=25)
+
+
+def test_a_beam_that_stays_is_not_copied() -> None:
+    layer, made = make_layer()
+    session, parts, forks = layer.begin_step(mask(0, 0, 0, columns=2), 1)
+    cast(FakeSession, session).step(parts, forks, [[1, 2], [3, 4], [5, 6]])
+    layer.reorder_cache(torch.tensor([0, 1, 1]))
+    _, parts, forks = layer.begin_step(mask(0, 0, 0, columns=3), 1)
+    assert forks is not None
+    made[0].step(parts, forks, [[7], [8], [9]])
+    assert made[0].copies == 1
+    assert [made[0].rows[part.row] for part in parts] == [[1, 2, 7], [3, 4, 8], [3, 4, 9]]
+
+
+def test_nothing_is_forked_where_nothing_moved() -> None:
+    layer, _ = make_layer()
+    layer.begin_step(mask(0, 0, columns=2), 1)
+    layer.reorder_cache(torch.tensor([0, 1]))
+    layer.batch_repeat_interleave(1)
+    assert layer.begin_step(mask(0, 0, columns=3), 1)[2] is None
+
+
+def test_the_first_step_drops_what_a_session_held_before() -> None:
+    layer, _ = make_layer()
+    assert layer.begin_step(mask(0, columns=2), 1)[2] == []
+
+
+def test_padding_does_not_travel() -> None:
+    layer, _ = make_layer()
+    _, parts, _ = layer.begin_step(mask(0, 2, 3, columns=4), 0)
+    assert [(part.start, part.length, part.keep) for part in parts] == [(0, 4, 4), (0, 2, 2), (0, 1, 1)]
+    _, parts, _ = layer.begin_step(mask(0, 2, 3, columns=5), 1)
+    assert [(part.start, part.length, part.keep) for part in parts] == [(4, 1, 1), (2, 1, 1), (1, 1, 1)]
+
+
+def test_memory_is_reserved_ahead_and_for_all_rows() -> None:
+    layer, made = make_layer()
+    layer.begin_step(mask(0, 0, columns=3), 1)
+    [session] = made
+    assert session.budget == 2 * RESERVE_STEP
+    layer.begin_step(mask(0, 0, columns=RESERVE_STEP), 1)
+    assert session.budget == 2 * RESERVE_STEP
+    layer.begin_step(mask(0, 0, columns=RESERVE_STEP + 1), 1)
+    assert session.budget == 4 * RESERVE_STEP
+    layer.batch_repeat_interleave(3)
+    layer.begin_step(mask(0, 0, 0, 0, 0, 0, columns=RESERVE_STEP + 2), 1)
+    assert session.budget == 12 * RESERVE_STEP
+
+
+def test_a_length_that_is_known_is_reserved_at_once_and_exactly() -> None:
+    layer, made = make_layer()
+    layer.reserve(40)
+    layer.reserve(20)
+    layer.begin_step(mask(0, 0, columns=3), 1)
+    assert made[0].budget == 2 * 40
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.tensor([[True, True, False]]),
+        torch.tensor([[True, False, True]]),
+        torch.tensor([[False, False, False]]),
+    ],
+)
+def test_padding_that_is_not_on_the_left_is_refused(wrong: torch.Tensor) -> None:
+    layer, made = make_layer()
+    with pytest.raises(ValueError, match="padding_side"):
+        layer.begin_step(wrong, 1)
+    assert not made, "before anything is reserved"
+
+
+def test_a_mask_that_changes_the_past_is_refused() -> None:
+    layer, _ = make_layer()
+    layer.begin_step(mask(1, columns=3), 1)
+    with pytest.raises(ValueError, match="has changed"):
+        layer.begin_step(mask(0, columns=4), 1)
+
+
+def test_another_number_of_rows_is_refused() -> None:
+    layer, _ = make_layer()
+    layer.begin_step(mask(0, 0, columns=3), 1)
+    with pytest.raises(ValueError, match="holds 2 rows, the batch has 3"):
+        layer.begin_step(mask(0, 0, 0, columns=4), 1)
+
+
+def test_cropping_takes_a_negative_number_as_transformers_does() -> None:
+    layer, _ = make_layer()
+    layer.begin_step(mask(0, columns=3), 1)
+    with pytest.raises(ValueError, match="negative"):
+        layer.crop(1)
+    layer.crop(-100)
+    assert layer.get_seq_length() == 0
+
+
+def test_keys_and_values_are_not_here() -> None:
+    layer, _ = make_layer()
+    nothing = torch.empty(0)
+    with pytest.raises(NotImplementedError):
+        layer.update(nothing, nothing)
+    with pytest.raises(NotImplementedError):
+        layer.lazy_initialization(nothing, nothing)
+
+
+def test_a_cache_closes_its_session_when_it_is_gone() -> None:
+    made: list[FakeSession] = []
+
+    def open_session(budget: int) -> Any:
+        made.append(FakeSession(budget))
+        return made[-1]
+
+    RemoteCache(open_session).close()
+    assert not made
+    cache = RemoteCache(open_session)
+    cache.remote.begin_step(mask(0, columns=2), 1)
+    assert cache.session is made[0]
+    assert cache.get_seq_length() == 2
+    del cache
+    assert made[0].closed
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 6))
+def test_parts_are_the_real_positions_of_the_mask(paddings: list[int], new: int, keep: int) -> None:
+    layer, _ = make_layer()
+    columns = max(paddings) + new
+    given_mask = mask(*paddings, columns=columns)
+    _, parts, _ = layer.begin_step(given_mask, keep)
+    assert [part.length for part in parts] == given_mask.sum(dim=1).tolist()
+    assert all(part.start == 0 and part.keep == (min(keep, part.length) if keep else part.length) for part in parts)
+    assert len({part.row for part in parts}) == len(parts)

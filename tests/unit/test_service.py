@@ -1,0 +1,901 @@
+"""What a peer answers to each message in each state, without sockets and without a device."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
+
+from peers.engine import Engine, Speed
+from peers.next_hops import KEEP_S, MAX_NEXT_HOPS
+from peers.row_memory import SessionTooLong
+from peers.service import LOST_GRACE_S, PROBE_S, REPLAY_POSITIONS, Served, Service
+from peers.sessions import MAX_SESSIONS, MIN_BUDGET, Session, SessionTable
+from peers.work import Work, WorkQueue
+from splitnet.errors import ProtocolError, ProtocolVersionError
+from splitnet.net.codecs import CODECS
+from splitnet.net.identity import Identity
+from splitnet.net.messages import (
+    Close,
+    Failure,
+    FailureCode,
+    Fork,
+    Message,
+    Open,
+    Opened,
+    Part,
+    Ping,
+    Pong,
+    Replay,
+    Result,
+    Step,
+    decode,
+    encode,
+)
+from splitnet.net.transport import Connection, Destination, Endpoint, LinkState
+
+HIDDEN = 8
+MODEL = "fingerprint"
+CAPACITY = 10_000
+REACH_S = 3.0
+IDLE_S = 600.0
+PLAIN = CODECS["none"]
+SID = bytes(range(16))
+
+OWNER = Identity.generate().public
+BEFORE = Identity.generate().public
+AFTER = Endpoint("tcp://192.0.2.1:7000", Identity.generate().public)
+OTHER = Endpoint("tcp://192.0.2.2:7000", Identity.generate().public)
+CLIENT = Connection(b"client", OWNER.curve_raw)
+PREVIOUS = Connection(b"previous", BEFORE.curve_raw)
+STRANGER = Connection(b"stranger", Identity.generate().public.curve_raw)
+
+
+class FakeOutbox:
+    """Records what the service says; the test decides how links are."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[Destination, Message]] = []
+        self.states: dict[Endpoint, LinkState] = {}
+        self.open_links: set[Endpoint] = set()
+
+    def send(self, destination: Destination, message: Message) -> None:
+        assert decode(encode(message)) == message, "only what the protocol allows is said"
+        self.sent.append((destination, message))
+
+    def connect(self, endpoint: Endpoint) -> None:
+        self.open_links.add(endpoint)
+
+    def disconnect(self, endpoint: Endpoint) -> None:
+        self.open_links.remove(endpoint)
+        self.states.pop(endpoint, None)
+
+    def state(self, endpoint: Endpoint) -> LinkState:
+        return self.states.get(endpoint, LinkState.CONNECTING)
+
+
+class FakeRow:
+    """A row without keys and values."""
+
+    def __init__(self, length: int = 0) -> None:
+        self.length = length
+
+    def crop(self, length: int) -> None:
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def fork(self) -> FakeRow:
+        return FakeRow(self.length)
+
+
+@dataclass
+class Peer:
+    """A service of blocks 2..5 of 8, with a clock that the test moves."""
+
+    end: int = 6
+    capacity: int = CAPACITY
+    max_positions: int | None = 4096
+    now: float = 1000.0
+    outbox: FakeOutbox = field(default_factory=FakeOutbox)
+    queue: WorkQueue = field(default_factory=WorkQueue)
+
+    def __post_init__(self) -> None:
+        served = Served(MODEL, 2, self.end, 8, HIDDEN, self.max_positions)
+        self.table = SessionTable(self.capacity, idle_s=IDLE_S)
+        self.service = Service(served, self.table, self.queue, self.outbox, reach_s=REACH_S)
+
+    def says(self, message: Message, source: Destination = CLIENT) -> list[tuple[Destination, Message]]:
+        """What is sent because of `message`."""
+        self.service.receive(source, message, self.now)
+        return self.heard()
+
+    def heard(self) -> list[tuple[Destination, Message]]:
+        sent, self.outbox.sent = self.outbox.sent, []
+        return sent
+
+    def passes(self, seconds: float) -> list[tuple[Destination, Message]]:
+        self.now += seconds
+        self.service.tick(self.now)
+        return self.heard()
+
+    def link(self, endpoint: Endpoint, state: LinkState) -> list[tuple[Destination, Message]]:
+        self.outbox.states[endpoint] = state
+        self.service.link_changed(endpoint, state)
+        return self.heard()
+
+    def session(self) -> Session:
+        session = self.table.get(SID)
+        assert session is not None
+        return session
+
+    def begin(self) -> Work:
+        """The engine takes the next step and prepares its rows."""
+        [(work, count)] = self.queue.take(10_000)
+        assert count == work.remaining
+        self.service.prepare(work)
+        return work
+
+    def end_pass(self, work: Work, output: bytes | None = None, kept: bytes = b"kept") -> list[tuple[Destination, Any]]:
+        """The engine has computed a step."""
+        for part in work.parts(work.remaining):
+            row: Any = work.session.rows.setdefault(part.row, FakeRow())  # type: ignore[arg-type]
+            row.length += part.length
+        work.done = work.total
+        at_tail = work.session.end == 8
+        self.service.finished(work, b"" if at_tail else (output or bytes(work.step.payload)), kept if at_tail else b"")
+        self.queue.release(work)
+        return self.heard()
+
+    def compute(self, message: Step, source: Connection = CLIENT) -> list[tuple[Destination, Any]]:
+        """A step from its arrival to what is sent on."""
+        assert self.says(message, source) == []
+        return self.end_pass(self.begin())
+
+
+def opening(**changes: Any) -> Open:
+    message = Open(
+        session=SID,
+        epoch=1,
+        model=MODEL,
+        start=2,
+        end=6,
+        budget=1000,
+        codec=PLAIN.code,
+        previous=BEFORE.raw,
+        next_key=AFTER.key.raw,
+        next_address=AFTER.address,
+    )
+    return replace(message, **changes)
+
+
+def to_client(**changes: Any) -> Open:
+    return opening(next_key=b"", next_address="", **changes)
+
+
+def step(*parts: Part, forks: tuple[Fork, ...] | None = None, fill: int = 0, **changes: Any) -> Step:
+    parts = parts or (Part(1, 0, 3, 1),)
+    payload = bytes([fill]) * (sum(part.length for part in parts) * 4 * HIDDEN)
+    return replace(Step(SID, 1, 7, parts, forks, 0, PLAIN.code, payload, 2), **changes)
+
+
+def code_of(sent: list[tuple[Destination, Any]], to: Destination = CLIENT) -> FailureCode:
+    [(destination, message)] = sent
+    assert destination == to
+    assert isinstance(message, Failure)
+    assert message.text
+    return FailureCode(message.code)
+
+
+def is_opened(sent: list[tuple[Destination, Any]], *, reachable: bool, epoch: int = 1) -> bool:
+    [(destination, message)] = sent
+    assert destination == CLIENT
+    assert isinstance(message, Opened)
+    return (message.session, message.epoch, message.next_reachable) == (SID, epoch, reachable)
+
+
+@pytest.fixture
+def peer() -> Peer:
+    return Peer()
+
+
+@pytest.fixture
+def opened(peer: Peer) -> Peer:
+    """With a session whose next hop is up."""
+    peer.outbox.states[AFTER] = LinkState.UP
+    assert is_opened(peer.says(opening()), reachable=True)
+    return peer
+
+
+class TestOpen:
+    def test_is_answered_at_once_when_the_next_hop_is_up(self, peer: Peer) -> None:
+        peer.outbox.states[AFTER] = LinkState.UP
+        assert is_opened(peer.says(opening()), reachable=True)
+        assert peer.table.free_positions == CAPACITY - 1000
+
+    def test_is_answered_at_once_when_results_go_to_the_client(self, peer: Peer) -> None:
+        assert is_opened(peer.says(to_client()), reachable=True)
+        assert not peer.outbox.open_links
+
+    def test_waits_until_the_link_is_up(self, peer: Peer) -> None:
+        assert peer.says(opening()) == []
+        assert peer.outbox.open_links == {AFTER}
+        assert peer.passes(REACH_S - 0.1) == []
+        assert peer.link(OTHER, LinkState.UP) == []
+        assert is_opened(peer.link(AFTER, LinkState.UP), reachable=True)
+        assert peer.passes(REACH_S) == []
+        assert peer.session().next == AFTER
+
+    @pytest.mark.parametrize("state", [LinkState.REFUSED, LinkState.DOWN])
+    def test_is_answered_when_the_link_is_refused_or_nobody_is_there(self, peer: Peer, state: LinkState) -> None:
+        assert peer.says(opening()) == []
+        assert is_opened(peer.link(AFTER, state), reachable=False)
+
+    def test_is_answered_at_once_when_the_link_is_known_to_be_refused(self, peer: Peer) -> None:
+        peer.outbox.states[AFTER] = LinkState.REFUSED
+        assert is_opened(peer.says(opening()), reachable=False)
+
+    def test_gives_up_when_the_time_is_over_and_stops_to_connect(self, peer: Peer) -> None:
+        peer.says(opening())
+        assert is_opened(peer.passes(REACH_S), reachable=False)
+        assert peer.session().next is None
+        assert not peer.outbox.open_links, "a hostile address is not tried for ever"
+        assert peer.link(AFTER, LinkState.UP) == []
+
+    def test_many_times_while_waiting_is_answered_once_and_in_time(self, peer: Peer) -> None:
+        for _ in range(90):
+            assert peer.says(opening()) == []
+            assert peer.passes(REACH_S / 100) == []
+        assert is_opened(peer.passes(REACH_S / 10 + 0.01), reachable=False)
+        assert peer.passes(REACH_S) == []
+
+    def test_again_is_harmless(self, opened: Peer) -> None:
+        opened.compute(step())
+        assert is_opened(opened.says(opening()), reachable=True)
+        assert opened.table.free_positions == CAPACITY - 1000
+        assert opened.session().rows[1].length == 3
+
+    def test_again_with_more_budget_reserves_more_and_never_less(self, opened: Peer) -> None:
+        opened.says(opening(budget=1500))
+        assert opened.table.free_positions == CAPACITY - 1500
+        opened.says(opening(budget=10))
+        assert opened.table.free_positions == CAPACITY - 1500
+        assert code_of(opened.says(opening(budget=CAPACITY + 1))) is FailureCode.BUSY
+        assert opened.table.free_positions == CAPACITY - 1500
+
+    def test_again_with_another_next_hop_uses_that(self, opened: Peer) -> None:
+        moved = opening(epoch=2, next_key=OTHER.key.raw, next_address=OTHER.address)
+        assert opened.says(moved) == []
+        assert is_opened(opened.link(OTHER, LinkState.UP), reachable=True, epoch=2)
+        [(destination, _)] = opened.compute(step(epoch=2))
+        assert destination == OTHER
+
+    def test_of_a_session_that_pushes_already_survives_a_link_that_is_down(self, opened: Peer) -> None:
+        opened.outbox.states[AFTER] = LinkState.DOWN
+        assert opened.says(opening(budget=1500)) == []
+        assert is_opened(opened.passes(REACH_S), reachable=False)
+        assert opened.session().next == AFTER
+        assert opened.outbox.open_links == {AFTER}
+
+    def test_without_memory_is_busy(self, peer: Peer) -> None:
+        assert code_of(peer.says(opening(budget=CAPACITY + 1))) is FailureCode.BUSY
+        assert len(peer.table) == 0
+        assert peer.table.free_positions == CAPACITY
+
+    def test_of_tiny_sessions_is_not_free(self, peer: Peer) -> None:
+        answers = [peer.says(to_client(session=number.to_bytes(16, "big"), budget=0)) for number in range(200)]
+        admitted = sum(isinstance(message, Opened) for sent in answers for _, message in sent)
+        assert admitted == CAPACITY // MIN_BUDGET == len(peer.table)
+
+    def test_of_more_sessions_than_allowed_is_busy(self) -> None:
+        peer = Peer(capacity=MIN_BUDGET * (MAX_SESSIONS + 10))
+        for number in range(MAX_SESSIONS):
+            peer.says(to_client(session=number.to_bytes(16, "big"), budget=1))
+        assert code_of(peer.says(to_client(session=b"\xff" * 16, budget=1))) is FailureCode.BUSY
+        assert len(peer.table) == MAX_SESSIONS
+
+    @pytest.mark.parametrize(
+        ("changes", "code"),
+        [
+            ({"model": "other"}, FailureCode.WRONG_MODEL),
+            ({"start": 1}, FailureCode.WRONG_BLOCKS),
+            ({"end": 7}, FailureCode.WRONG_BLOCKS),
+            ({"start": 4, "end": 4}, FailureCode.WRONG_BLOCKS),
+            ({"start": 5, "end": 3}, FailureCode.WRONG_BLOCKS),
+            ({"codec": 255}, FailureCode.BAD_MESSAGE),
+            ({"next_address": "udp://192.0.2.1:1"}, FailureCode.BAD_MESSAGE),
+            ({"next_address": "tcp://192.0.2.1"}, FailureCode.BAD_MESSAGE),
+            ({"next_address": "tcp://192.0.2.1:0"}, FailureCode.BAD_MESSAGE),
+            ({"next_address": "tcp://192.0.2.1;192.0.2.2:1"}, FailureCode.BAD_MESSAGE),
+            ({"next_address": ""}, FailureCode.BAD_MESSAGE),
+            ({"next_key": b"\xff" * 32}, FailureCode.BAD_MESSAGE),
+            ({"next_key": bytes(32)}, FailureCode.BAD_MESSAGE),
+            ({"previous": b"\xff" * 32}, FailureCode.BAD_MESSAGE),
+        ],
+    )
+    def test_of_what_is_not_served_is_refused(self, peer: Peer, changes: dict[str, Any], code: FailureCode) -> None:
+        assert code_of(peer.says(opening(**changes))) is code
+        assert len(peer.table) == 0
+        assert not peer.outbox.open_links
+
+    @pytest.mark.parametrize("changes", [{"start": 3}, {"end": 5}, {"codec": CODECS["fp16"].code}])
+    def test_of_an_open_session_keeps_blocks_and_codec(self, opened: Peer, changes: dict[str, Any]) -> None:
+        before = opened.table.free_positions
+        assert code_of(opened.says(opening(budget=2000, **changes))) is FailureCode.WRONG_BLOCKS
+        assert opened.table.free_positions == before
+
+    def test_by_another_key_changes_nothing(self, opened: Peer) -> None:
+        assert code_of(opened.says(to_client(epoch=9), STRANGER), STRANGER) is FailureCode.UNKNOWN_SESSION
+        assert (opened.session().epoch, opened.session().next) == (1, AFTER)
+
+    def test_of_an_older_epoch_is_stale(self, opened: Peer) -> None:
+        opened.says(opening(epoch=5))
+        assert code_of(opened.says(opening(epoch=4))) is FailureCode.STALE_EPOCH
+        assert opened.session().epoch == 5
+
+
+class TestLinks:
+    def open_to(self, peer: Peer, number: int, endpoint: Endpoint) -> list[tuple[Destination, Message]]:
+        session = number.to_bytes(16, "big")
+        return peer.says(opening(session=session, budget=1, next_key=endpoint.key.raw, next_address=endpoint.address))
+
+    def test_are_few_whatever_clients_ask_for(self, peer: Peer) -> None:
+        key = AFTER.key
+        for number in range(MAX_NEXT_HOPS + 20):
+            self.open_to(peer, number, Endpoint(f"tcp://192.0.2.9:{1 + number}", key))
+        answers = [message for _, message in peer.heard()]
+        assert len(peer.outbox.open_links) == MAX_NEXT_HOPS
+        assert answers == []
+        [(_, message)] = self.open_to(peer, 1000, AFTER)
+        assert isinstance(message, Opened), "the client is told to carry"
+        assert not message.next_reachable
+        peer.passes(REACH_S)
+        assert not peer.outbox.open_links
+
+    def test_are_shared_and_closed_some_time_after_the_last_session(self, peer: Peer) -> None:
+        peer.outbox.states[AFTER] = LinkState.UP
+        for number in range(3):
+            self.open_to(peer, number, AFTER)
+        for number in range(3):
+            assert peer.outbox.open_links == {AFTER}
+            peer.says(Close(number.to_bytes(16, "big")))
+        peer.passes(1)
+        peer.passes(KEEP_S)
+        assert peer.outbox.open_links == {AFTER}, "the next session finds it open"
+        peer.passes(1)
+        assert not peer.outbox.open_links
+
+    def test_that_are_not_used_make_room(self, peer: Peer) -> None:
+        endpoints = [Endpoint(f"tcp://192.0.2.9:{1 + number}", AFTER.key) for number in range(MAX_NEXT_HOPS + 1)]
+        for number, endpoint in enumerate(endpoints):
+            peer.outbox.states[endpoint] = LinkState.UP
+            [(_, message)] = self.open_to(peer, number, endpoint)
+            assert isinstance(message, Opened) and message.next_reachable
+            peer.says(Close(number.to_bytes(16, "big")))
+        assert peer.outbox.open_links == set(endpoints[1:])
+
+    def test_of_sessions_that_end_in_any_way_are_let_go(self, peer: Peer) -> None:
+        peer.says(opening())
+        peer.says(Close(SID))
+        assert not peer.outbox.open_links
+        peer.says(opening())
+        peer.passes(IDLE_S + 1)
+        assert not peer.outbox.open_links
+        assert peer.passes(1) == []
+
+
+class TestStep:
+    def test_is_pushed_to_the_next_hop(self, opened: Peer) -> None:
+        sent = step(fill=1)
+        opened.says(sent)
+        work = opened.begin()
+        [(destination, pushed)] = opened.end_pass(work, output=b"\2" * len(sent.payload))
+        assert destination == AFTER
+        assert pushed == replace(sent, payload=b"\2" * len(sent.payload), boundary=6)
+
+    def test_goes_to_the_client_where_that_carries(self, peer: Peer) -> None:
+        peer.says(to_client())
+        sent = step()
+        [(destination, result)] = peer.compute(sent)
+        assert destination == CLIENT
+        assert isinstance(result, Result)
+        assert (result.number, result.end, result.payload) == (sent.number, 6, sent.payload)
+
+    def test_ends_at_the_tail_with_what_the_client_keeps(self) -> None:
+        peer = Peer(end=8)
+        peer.says(to_client(start=4, end=8))
+        [(destination, result)] = peer.compute(step())
+        assert destination == CLIENT
+        assert (result.end, result.payload) == (8, b"kept")
+        assert peer.session().log.nbytes == 0
+
+    def test_is_taken_from_the_previous_hop_and_answered_to_the_client(self, peer: Peer) -> None:
+        peer.says(to_client())
+        [(destination, _)] = peer.compute(step(), PREVIOUS)
+        assert destination == CLIENT
+        assert code_of(peer.says(step(Part(1, 3, 3, 4)), PREVIOUS)) is FailureCode.BAD_MESSAGE
+
+    def test_of_a_stranger_is_of_no_session(self, opened: Peer) -> None:
+        assert code_of(opened.says(step(), STRANGER), STRANGER) is FailureCode.UNKNOWN_SESSION
+        assert code_of(opened.says(step(session=b"\xff" * 16))) is FailureCode.UNKNOWN_SESSION
+        assert opened.queue.queued_positions == 0
+
+    def test_that_a_hop_pushes_must_stand_where_the_session_begins(self, opened: Peer) -> None:
+        """Or hostile clients could make peers push to each other in a circle."""
+        for boundary in (0, 1, 3, 6):
+            assert code_of(opened.says(step(boundary=boundary), PREVIOUS)) is FailureCode.BAD_MESSAGE
+        assert opened.says(step(boundary=2), PREVIOUS) == []
+
+    def test_that_the_client_carries_stands_where_the_client_says(self, opened: Peer) -> None:
+        assert opened.says(step(boundary=0)) == []
+
+    def test_of_another_epoch_is_dropped(self, opened: Peer) -> None:
+        for epoch in (0, 2):
+            assert opened.says(step(epoch=epoch)) == []
+        assert opened.queue.queued_positions == 0
+
+    @pytest.mark.parametrize(
+        ("wrong", "code"),
+        [
+            (step(Part(1, 0, 0, 0), payload=b""), FailureCode.BAD_MESSAGE),
+            (step(Part(1, 0, 2, 0), Part(2, 0, 0, 0)), FailureCode.BAD_MESSAGE),
+            (step(parts=(), payload=b""), FailureCode.BAD_MESSAGE),
+            (step(Part(1, 0, 2, 3)), FailureCode.BAD_MESSAGE),
+            (step(Part(1, 0, 1, 0), Part(1, 1, 1, 0)), FailureCode.BAD_MESSAGE),
+            (step(payload=b"short"), FailureCode.BAD_MESSAGE),
+            (step(payload=b""), FailureCode.BAD_MESSAGE),
+            (step(codec=255), FailureCode.BAD_MESSAGE),
+            (step(codec=CODECS["fp16"].code), FailureCode.BAD_MESSAGE),
+            (step(Part(1, 4095, 2, 0)), FailureCode.TOO_LONG),
+            (step(Part(1, 0, 1001, 0)), FailureCode.TOO_LONG),
+            (step(Part(1, 0, 1 << 24, 0), payload=b""), FailureCode.BAD_MESSAGE),
+            (step(Part(1, 0, 1, 0), forks=tuple(Fork(row, row) for row in range(1000))), FailureCode.TOO_LONG),
+        ],
+    )
+    def test_that_cannot_be_is_refused_before_the_device_sees_it(
+        self, opened: Peer, wrong: Step, code: FailureCode
+    ) -> None:
+        assert code_of(opened.says(wrong)) is code
+        assert opened.queue.queued_positions == 0
+
+    def test_waits_only_within_the_budget(self, opened: Peer) -> None:
+        for start in range(0, 1000, 250):
+            assert opened.says(step(Part(1, start, 250, 0))) == []
+        assert code_of(opened.says(step(Part(1, 0, 1, 0)))) is FailureCode.TOO_LONG
+        opened.end_pass(opened.begin())
+        assert opened.says(step(Part(1, 0, 250, 0))) == []
+
+    def test_twice_changes_nothing(self, opened: Peer) -> None:
+        opened.compute(step(Part(1, 0, 3, 0)))
+        again = step(Part(1, 3, 1, 1), Part(2, 3, 1, 1), forks=(Fork(1, 1), Fork(2, 1)))
+        first = opened.compute(again)
+        rows = {row: held.length for row, held in opened.session().rows.items()}
+        second = opened.compute(again)
+        assert first == second
+        assert rows == {1: 4, 2: 4} == {row: held.length for row, held in opened.session().rows.items()}
+
+
+class TestRows:
+    def test_are_cropped_to_the_start(self, opened: Peer) -> None:
+        opened.compute(step(Part(1, 0, 10, 0)))
+        opened.compute(step(Part(1, 4, 1, 0)))
+        assert opened.session().rows[1].length == 5
+
+    @pytest.mark.parametrize(
+        ("wrong", "error"),
+        [
+            (step(Part(1, 11, 1, 0)), ProtocolError),
+            (step(Part(2, 1, 1, 0)), ProtocolError),
+            (step(Part(3, 0, 1, 0), forks=(Fork(3, 2),)), ProtocolError),
+            (step(Part(1, 0, 1, 0), Part(2, 0, 995, 0)), None),
+            (step(Part(2, 0, 995, 0)), SessionTooLong),
+            (step(Part(1, 9, 1, 0), forks=tuple(Fork(row, 1) for row in range(1, 102))), SessionTooLong),
+        ],
+    )
+    def test_stay_as_they_were_if_a_step_does_not_fit(
+        self, opened: Peer, wrong: Step, error: type[Exception] | None
+    ) -> None:
+        opened.compute(step(Part(1, 0, 10, 0)))
+        session = opened.session()
+        row = session.rows[1]
+        opened.says(wrong)
+        [(work, _)] = opened.queue.take(10_000)
+        if error is None:
+            opened.service.prepare(work)
+            return
+        with pytest.raises(error):
+            opened.service.prepare(work)
+        assert session.rows == {1: row}
+        assert row.length == 10
+
+    def test_that_were_long_once_still_take_memory(self, opened: Peer) -> None:
+        """Cropped rows keep their tensors: a session must not collect them."""
+        opened.compute(step(Part(1, 0, 990, 0)))
+        for row in range(2, 10):
+            opened.says(step(Part(row - 1, 0, 1, 0), Part(row, 0, 900, 0)))
+            [(work, _)] = opened.queue.take(10_000)
+            try:
+                opened.service.prepare(work)
+            except SessionTooLong:
+                return
+            opened.end_pass(work)
+        pytest.fail("rows of 900 positions were collected in a session of 1000")
+
+    def test_of_a_batch_fit_in_what_a_client_reserves_for_them(self, opened: Peer) -> None:
+        """Up to the last position, with forks to and fro, and in a second batch of another size."""
+        for batch in (4, 10):
+            columns = 1000 // batch
+            rows = list(range(batch * 1000, batch * 1000 + batch))
+            opened.compute(step(*(Part(row, 0, 5, 1) for row in rows), forks=()))
+            for position in range(5, columns):
+                forks = None
+                if position % 50 == 0:
+                    forks = tuple(Fork(row + 100 * position, rows[0]) for row in rows)
+                    rows = [fork.row for fork in forks]
+                opened.compute(step(*(Part(row, position, 1, 1) for row in rows), forks=forks))
+            assert sum(row.length for row in opened.session().rows.values()) == batch * columns
+
+
+class TestClose:
+    def test_frees_the_memory(self, opened: Peer) -> None:
+        opened.says(step())
+        assert opened.says(Close(SID)) == []
+        assert opened.table.free_positions == CAPACITY
+        assert opened.queue.queued_positions == 0
+        assert code_of(opened.says(step())) is FailureCode.UNKNOWN_SESSION
+
+    @pytest.mark.parametrize("source", [STRANGER, PREVIOUS])
+    def test_by_anybody_else_is_ignored(self, opened: Peer, source: Connection) -> None:
+        assert opened.says(Close(SID), source) == []
+        assert opened.session() is not None
+
+    def test_of_nothing_is_ignored(self, peer: Peer) -> None:
+        assert peer.says(Close(SID)) == []
+
+    def test_while_the_step_is_on_the_device(self, opened: Peer) -> None:
+        opened.compute(step())
+        opened.says(step(Part(1, 3, 1, 1)))
+        work = opened.begin()
+        opened.says(Close(SID))
+        assert work.session.rows[1].length == 3, "the pass that runs keeps its rows"
+        assert opened.end_pass(work) == []
+        opened.service.failed(work, FailureCode.INTERNAL, "too late")
+        assert opened.heard() == []
+        assert opened.queue.queued_positions == 0
+
+    def test_and_open_again_begins_anew(self, opened: Peer) -> None:
+        opened.compute(step())
+        opened.says(Close(SID))
+        assert is_opened(opened.says(opening()), reachable=True)
+        assert not opened.session().rows
+
+
+class TestEpochs:
+    def test_a_step_that_was_on_the_device_when_a_newer_epoch_began_is_not_sent_but_logged(self, opened: Peer) -> None:
+        opened.says(step())
+        work = opened.begin()
+        opened.says(opening(epoch=2))
+        assert opened.end_pass(work) == []
+        # The rows hold its positions, so the next step continues after them, and so must the log.
+        [(destination, pushed)] = opened.compute(step(Part(1, 3, 1, 1), epoch=2))
+        assert (destination, pushed.epoch) == (AFTER, 2)
+        assert opened.session().log.length(1) == 4
+
+    def test_the_answer_to_an_open_names_the_newest(self, peer: Peer) -> None:
+        peer.says(opening(epoch=1))
+        peer.says(opening(epoch=2))
+        assert is_opened(peer.link(AFTER, LinkState.UP), reachable=True, epoch=2)
+        assert peer.passes(REACH_S) == []
+
+
+class TestReplay:
+    def test_sends_the_log_to_the_next_hop(self, opened: Peer) -> None:
+        length = REPLAY_POSITIONS + 10
+        opened.says(opening(budget=2000))
+        opened.compute(step(Part(1, 0, length, 1), fill=3))
+        opened.compute(step(Part(1, length, 2, 1), fill=4))
+        sent = opened.says(Replay(SID, 1, 99, 8))
+        assert [destination for destination, _ in sent] == [AFTER, AFTER]
+        steps: list[Any] = [message for _, message in sent]
+        assert [message.parts for message in steps] == [
+            (Part(1, 0, REPLAY_POSITIONS, 0),),
+            (Part(1, REPLAY_POSITIONS, 12, 0),),
+        ]
+        assert [message.number for message in steps] == [0, 99]
+        assert {message.replay_until for message in steps} == {8}
+        assert b"".join(message.payload for message in steps) == b"\3" * 4 * HIDDEN * length + b"\4" * 4 * HIDDEN * 2
+
+    def test_of_nothing_is_answered_at_once(self, opened: Peer) -> None:
+        [(destination, result)] = opened.says(Replay(SID, 1, 99, 8))
+        assert destination == CLIENT
+        assert isinstance(result, Result)
+        assert (result.number, bytes(result.payload)) == (99, b"")
+
+    def test_steps_end_at_their_boundary_with_one_answer(self, peer: Peer) -> None:
+        peer.says(to_client())
+        assert peer.compute(step(number=0, replay_until=6), PREVIOUS) == []
+        [(destination, result)] = peer.compute(step(Part(1, 3, 1, 0), number=99, replay_until=6), PREVIOUS)
+        assert (destination, result.number, result.payload) == (CLIENT, 99, b"")
+        assert peer.session().log.length(1) == 4
+
+    def test_steps_for_a_later_boundary_are_passed_on(self, opened: Peer) -> None:
+        [(destination, pushed)] = opened.compute(step(number=0, replay_until=8), PREVIOUS)
+        assert (destination, pushed.replay_until, pushed.number) == (AFTER, 8, 0)
+
+    def test_is_refused_to_strangers_and_for_other_epochs(self, opened: Peer) -> None:
+        for source in (STRANGER, PREVIOUS):
+            assert code_of(opened.says(Replay(SID, 1, 1, 8), source), source) is FailureCode.UNKNOWN_SESSION
+        assert code_of(opened.says(Replay(SID, 2, 1, 8))) is FailureCode.STALE_EPOCH
+
+    def test_without_a_next_hop_is_refused(self, peer: Peer) -> None:
+        peer.says(to_client())
+        assert code_of(peer.says(Replay(SID, 1, 1, 8))) is FailureCode.STALE_EPOCH
+
+
+class TestTime:
+    def test_an_idle_session_is_dropped(self, opened: Peer) -> None:
+        opened.says(step())
+        opened.passes(IDLE_S)
+        assert len(opened.table) == 1
+        opened.passes(1)
+        assert len(opened.table) == 0
+        assert opened.table.free_positions == CAPACITY
+        assert opened.queue.queued_positions == 0
+
+    def test_steps_and_opens_keep_a_session(self, opened: Peer) -> None:
+        for message in (opening(), step(), step(Part(1, 3, 1, 1))):
+            opened.passes(IDLE_S - 1)
+            opened.says(message)
+        opened.passes(IDLE_S - 1)
+        assert len(opened.table) == 1
+
+    def test_strangers_do_not_keep_it(self, opened: Peer) -> None:
+        opened.passes(IDLE_S)
+        opened.says(step(), STRANGER)
+        opened.says(Replay(SID, 1, 1, 8), STRANGER)
+        opened.passes(1)
+        assert len(opened.table) == 0
+
+    def test_a_silent_client_is_probed_and_its_sessions_end_soon_if_it_is_gone(self, opened: Peer) -> None:
+        opened.passes(1)
+        probes = opened.passes(PROBE_S)
+        assert [destination for destination, _ in probes] == [CLIENT]
+        assert all(isinstance(message, Pong) for _, message in probes)
+        opened.service.connection_lost(STRANGER, opened.now)
+        opened.service.connection_lost(CLIENT, opened.now)
+        opened.passes(LOST_GRACE_S)
+        assert len(opened.table) == 1
+        # It is lost in every probe, which gives it no more time.
+        opened.service.connection_lost(CLIENT, opened.now)
+        opened.passes(1)
+        assert len(opened.table) == 0
+
+    def test_a_client_that_comes_back_keeps_its_sessions(self, opened: Peer) -> None:
+        opened.service.connection_lost(CLIENT, opened.now)
+        opened.passes(LOST_GRACE_S - 1)
+        returned = Connection(b"another", CLIENT.curve)
+        opened.says(opening(epoch=2), returned)
+        opened.passes(LOST_GRACE_S)
+        assert len(opened.table) == 1
+        assert opened.session().reply_to == returned
+
+
+POISON = 666.0
+
+
+class FakeSpan:
+    """Blocks that add one, and fail if they are given `POISON`."""
+
+    start, end, hidden_size = 2, 6, HIDDEN
+
+    def __init__(self) -> None:
+        self.passes: list[int] = []
+        self.error: Exception = ValueError("a bug in a block")
+
+    def new_row(self, max_length: int | None = None) -> FakeRow:
+        return FakeRow()
+
+    def view(self, start: int, end: int) -> FakeSpan:
+        return self
+
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Any]) -> torch.Tensor:
+        self.passes.append(len(hidden))
+        if (hidden == POISON).any():
+            raise self.error
+        for part in parts:
+            assert part.row.length == part.start
+            part.row.length += part.count
+        return hidden + 1
+
+
+class TestEngine:
+    """The engine with one session of each of three clients."""
+
+    @pytest.fixture
+    def span(self) -> FakeSpan:
+        return FakeSpan()
+
+    @pytest.fixture
+    def engine(self, peer: Peer, span: FakeSpan) -> Engine:
+        for name in (1, 2, 3):
+            peer.says(to_client(session=bytes([name]) * 16), Connection(bytes([name]), OWNER.curve_raw))
+        return Engine(span, peer.service, peer.queue, Speed(1.0, 1.0))  # type: ignore[arg-type]
+
+    def send(self, peer: Peer, name: int, value: float = 0.0, start: int = 0, **changes: Any) -> None:
+        payload = PLAIN.encode(torch.full((2, HIDDEN), float(value)))
+        message = step(Part(1, start, 2, 1), session=bytes([name]) * 16, payload=payload, **changes)
+        assert peer.says(message, Connection(bytes([name]), OWNER.curve_raw)) == []
+
+    def answers(self, peer: Peer) -> dict[int, Any]:
+        """By the number of the session; each has one."""
+        heard = [(message.session[0], message) for _, message in peer.heard() if not isinstance(message, Opened)]  # type: ignore[union-attr]
+        assert len(dict(heard)) == len(heard)
+        return dict(heard)
+
+    def test_runs_what_is_ready_in_one_pass(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
+        for name in (1, 2, 3):
+            self.send(peer, name, value=name)
+        assert engine._turn()
+        assert span.passes == [6]
+        for name, result in self.answers(peer).items():
+            assert isinstance(result, Result)
+            assert torch.equal(PLAIN.decode(result.payload, 2, HIDDEN), torch.full((2, HIDDEN), name + 1.0))
+
+    def test_a_step_that_breaks_a_pass_fails_alone(self, peer: Peer, engine: Engine) -> None:
+        for name in (1, 2, 3):
+            self.send(peer, name, value=POISON if name == 2 else 0.0)
+        engine._turn()
+        answers = self.answers(peer)
+        assert [type(answers[name]) for name in (1, 2, 3)] == [Result, Failure, Result]
+        assert answers[2].code == FailureCode.INTERNAL
+        assert "bug" not in answers[2].text, "what went wrong inside is for the log"
+        assert peer.queue.queued_positions == 0
+        # Its session goes on.
+        self.send(peer, 2)
+        engine._turn()
+        assert isinstance(self.answers(peer)[2], Result)
+
+    def test_memory_that_is_used_up_is_told_as_such(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
+        span.error = torch.OutOfMemoryError()
+        self.send(peer, 1, value=POISON)
+        engine._turn()
+        assert self.answers(peer)[1].code == FailureCode.BUSY
+
+    def test_refused_steps_fail_alone(self, peer: Peer, engine: Engine) -> None:
+        self.send(peer, 1, start=9)
+        self.send(peer, 2, forks=(Fork(1, 5),))
+        self.send(peer, 3)
+        engine._turn()
+        answers = self.answers(peer)
+        assert [answers[name].code for name in (1, 2)] == [FailureCode.OUT_OF_ORDER] * 2
+        assert isinstance(answers[3], Result)
+
+    def test_an_error_while_rows_are_copied_ends_nothing(
+        self, peer: Peer, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def no_memory(row: FakeRow) -> FakeRow:
+            raise RuntimeError("cannot allocate")
+
+        self.send(peer, 1)
+        engine._turn()
+        peer.heard()
+        monkeypatch.setattr(FakeRow, "fork", no_memory)
+        self.send(peer, 1, forks=(Fork(1, 1), Fork(2, 1)))
+        self.send(peer, 2)
+        assert engine._turn()
+        answers = self.answers(peer)
+        assert answers[1].code == FailureCode.INTERNAL
+        assert isinstance(answers[2], Result)
+
+    def test_an_error_while_a_result_is_sent_fails_alone(
+        self, peer: Peer, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        finished = peer.service.finished
+
+        def fail(work: Work, payload: bytes, result: bytes) -> None:
+            if work.session.id[0] == 2:
+                raise RuntimeError("a bug")
+            finished(work, payload, result)
+
+        monkeypatch.setattr(peer.service, "finished", fail)
+        for name in (1, 2, 3):
+            self.send(peer, name)
+        engine._turn()
+        answers = self.answers(peer)
+        assert [type(answers[name]) for name in (1, 2, 3)] == [Result, Failure, Result]
+
+    def test_a_session_that_closes_while_a_pass_is_made_disturbs_nobody(
+        self, peer: Peer, engine: Engine, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.send(peer, 1)
+        engine._turn()
+        peer.heard()
+        self.send(peer, 1, start=2)
+        self.send(peer, 2)
+        compute = engine._compute
+
+        def close_first(ready: list[tuple[Work, int]]) -> None:
+            peer.says(Close(b"\1" * 16), Connection(b"\1", OWNER.curve_raw))
+            compute(ready)
+
+        monkeypatch.setattr(engine, "_compute", close_first)
+        engine._turn()
+        assert [type(answer) for answer in self.answers(peer).values()] == [Result]
+        assert peer.queue.queued_positions == 0
+
+    def test_a_session_that_has_ended_is_not_computed(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
+        self.send(peer, 1)
+        session = peer.table.get(b"\1" * 16)
+        assert session is not None
+        peer.table.remove(session)
+        engine._turn()
+        assert span.passes == []
+        assert peer.heard() == []
+
+    def test_a_step_longer_than_a_pass_takes_several(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
+        length = 900
+        payload = PLAIN.encode(-torch.arange(length * HIDDEN).reshape(length, HIDDEN).float())
+        client = Connection(b"\1", OWNER.curve_raw)
+        peer.says(step(Part(1, 0, length, 1), session=b"\1" * 16, payload=payload), client)
+        engine._turn()
+        self.send(peer, 2)
+        engine._turn()
+        assert sum(span.passes) == length + 2
+        answers = self.answers(peer)
+        assert torch.equal(PLAIN.decode(answers[1].payload, length, HIDDEN), PLAIN.decode(payload, length, HIDDEN) + 1)
+        assert isinstance(answers[2], Result)
+
+    def test_keeps_no_session_alive(self, peer: Peer, engine: Engine) -> None:
+        self.send(peer, 1)
+        engine._turn()
+        session = peer.table.get(b"\1" * 16)
+        assert session is not None
+        row: Any = session.rows[1]
+        alive = weakref.ref(row)
+        del row, session
+        peer.says(Close(b"\1" * 16), Connection(b"\1", OWNER.curve_raw))
+        gc.collect()
+        assert alive() is None, "the memory of its rows is free at once"
+
+
+class TestOthers:
+    def test_a_ping_is_answered_with_the_load(self, opened: Peer) -> None:
+        opened.service.queue_ms = 12.5
+        assert opened.says(Ping(5, b"padding"), STRANGER) == [(STRANGER, Pong(5, 12.5, CAPACITY - 1000))]
+
+    @pytest.mark.parametrize(
+        "message", [Pong(1, 0, 0), Opened(SID, 1, True, 0), Result(SID, 1, 1, 6, 0, 0), Failure(SID, 1, 1, 1, "x")]
+    )
+    def test_what_only_peers_say_is_refused(self, opened: Peer, message: Message) -> None:
+        assert code_of(opened.says(message)) is FailureCode.BAD_MESSAGE
+
+    def test_a_sender_of_another_version_is_told(self, peer: Peer) -> None:
+        peer.service.reject(CLIENT, ProtocolVersionError("the other side speaks protocol 9"))
+        assert code_of(peer.heard()) is FailureCode.BAD_MESSAGE
+
+    def test_frames_that_are_no_message_are_dropped(self, peer: Peer) -> None:
+        peer.service.reject(CLIENT, ProtocolError("no message"))
+        peer.service.reject(AFTER, ProtocolVersionError("the other side speaks protocol 9"))
+        assert peer.heard() == []
+
+    def test_what_the_next_hop_refuses_is_told_to_the_client(self, opened: Peer) -> None:
+        failure = Failure(SID, 1, 7, FailureCode.UNKNOWN_SESSION, "no session")
+        assert opened.says(failure, AFTER) == [(CLIENT, failure)]
+        assert opened.says(failure, OTHER) == []
+        assert opened.says(replace(failure, epoch=2), AFTER) == []
+        assert opened.says(replace(failure, session=b""), AFTER) == []
+
+    @pytest.mark.parametrize("message", [Ping(1), opening(), step(), Close(SID), Replay(SID, 1, 1, 8)])
+    def test_a_next_hop_has_nothing_else_to_say(self, opened: Peer, message: Message) -> None:
+        assert opened.says(message, AFTER) == []
+        assert opened.session() is not None
+
+    def test_a_failed_step_is_told_to_the_client(self, opened: Peer) -> None:
+        opened.says(step(), PREVIOUS)
+        work = opened.begin()
+        opened.service.failed(work, FailureCode.INTERNAL, "x" * 9999)
+        assert code_of(opened.heard()) is FailureCode.INTERNAL

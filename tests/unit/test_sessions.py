@@ -1,0 +1,134 @@
+"""Admission: what sessions have reserved never exceeds the KV memory, and comes back when they end."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peers.sessions import MAX_SESSIONS, MIN_BUDGET, Session, SessionTable
+from splitnet.errors import PeerBusy
+from splitnet.net.codecs import CODECS
+from splitnet.net.sent_log import SentLog
+from splitnet.net.transport import Connection
+
+
+def session(name: int, budget: int, used_at: float = 0.0) -> Session:
+    return Session(
+        id=name.to_bytes(16, "big"),
+        owner=b"owner",
+        reply_to=Connection(b"client", b"owner"),
+        epoch=1,
+        start=0,
+        end=4,
+        budget=budget,
+        codec=CODECS["none"],
+        previous=None,
+        next=None,
+        log=SentLog(0, 4),
+        used_at=used_at,
+    )
+
+
+def test_a_session_is_found_by_its_id_until_it_is_removed() -> None:
+    table = SessionTable(1000)
+    first, second = session(1, 100), session(2, 200)
+    table.add(first)
+    table.add(second)
+    assert (table.get(first.id), table.get(second.id), table.get(b"other")) == (first, second, None)
+    assert list(table) == [first, second]
+    table.remove(first)
+    assert (table.get(first.id), len(table), first.closed, second.closed) == (None, 1, True, False)
+    assert table.free_positions == 800
+
+
+def test_removing_twice_frees_once() -> None:
+    table = SessionTable(1000)
+    one = session(1, 100)
+    table.add(one)
+    table.remove(one)
+    table.remove(one)
+    assert table.free_positions == 1000
+
+
+def test_what_does_not_fit_is_refused_with_what_is_free() -> None:
+    table = SessionTable(1000)
+    table.add(session(1, 900))
+    with pytest.raises(PeerBusy, match="101 positions: 100 of 1000 are free"):
+        table.add(session(2, 101))
+    table.add(session(3, 100))
+    assert table.free_positions == 0
+
+
+def test_a_session_grows_where_there_is_room_and_never_shrinks() -> None:
+    table = SessionTable(1000)
+    one = session(1, 300)
+    table.add(one)
+    table.resize(one, 800)
+    table.resize(one, 100)
+    assert (one.budget, table.free_positions) == (800, 200)
+    with pytest.raises(PeerBusy):
+        table.resize(one, 1001)
+    assert (one.budget, table.free_positions) == (800, 200)
+
+
+def test_the_smallest_session_takes_something_even_where_there_is_little() -> None:
+    table = SessionTable(MIN_BUDGET + 1)
+    table.add(session(1, 0))
+    assert table.free_positions == 1
+    with pytest.raises(PeerBusy):
+        table.add(session(2, 0))
+    tiny = SessionTable(5)
+    tiny.add(session(1, 0))
+    assert tiny.free_positions == 0
+
+
+def test_the_number_of_sessions_is_bounded() -> None:
+    table = SessionTable(10 * MIN_BUDGET * MAX_SESSIONS)
+    for name in range(MAX_SESSIONS):
+        table.add(session(name, 1))
+    with pytest.raises(PeerBusy, match=str(MAX_SESSIONS)):
+        table.add(session(MAX_SESSIONS, 1))
+
+
+def test_only_idle_sessions_expire() -> None:
+    table = SessionTable(1000, idle_s=60)
+    old, young = session(1, 100, used_at=0), session(2, 100, used_at=50)
+    table.add(old)
+    table.add(young)
+    assert table.expire(60) == []
+    assert table.expire(61) == [old]
+    assert old.closed
+    assert (list(table), table.free_positions) == ([young], 900)
+
+
+operations = st.lists(
+    st.tuples(st.sampled_from(["add", "resize", "remove", "expire"]), st.integers(0, 9), st.integers(0, 600)),
+    max_size=60,
+)
+
+
+@given(operations)
+def test_what_is_reserved_is_what_the_sessions_hold(steps: list[tuple[str, int, int]]) -> None:
+    table = SessionTable(2000, idle_s=100)
+    made: dict[int, Session] = {}
+    for kind, name, amount in steps:
+        current = made.get(name)
+        try:
+            if kind == "add" and current is None:
+                current = session(name, amount, used_at=amount)
+                table.add(current)
+                made[name] = current
+            elif kind == "resize" and current is not None:
+                table.resize(current, amount)
+            elif kind == "remove" and current is not None:
+                table.remove(made.pop(name))
+            elif kind == "expire":
+                for expired in table.expire(amount):
+                    assert amount - expired.used_at > 100
+                    del made[int.from_bytes(expired.id, "big")]
+        except PeerBusy:
+            assert amount > table.free_positions or amount < MIN_BUDGET
+        assert table.free_positions == 2000 - sum(held.budget for held in made.values()) >= 0
+        assert set(table) == set(made.values())
+        assert not any(held.closed for held in made.values())
