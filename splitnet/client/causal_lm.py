@@ -37,7 +37,7 @@ class AutoModelForCausalLM:
         dtype: torch.dtype | str | None = None,
         device: str = "cpu",
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
-    ) -> PreTrainedModel:
+    ) -> RemoteCausalLM:
         """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
 
         Args:

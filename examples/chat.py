@@ -1,0 +1,34 @@
+"""A conversation in one session: the peers keep its KV caches, so each turn sends only what is new.
+
+python examples/chat.py MODEL ADDR "My name is Ada." "What is my name?"
+"""
+
+from __future__ import annotations
+
+import sys
+
+from transformers import AutoTokenizer
+
+import splitnet
+
+
+def main(name: str, address: str, *turns: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    model = splitnet.AutoModelForCausalLM.from_pretrained(name, initial_peers=[address])
+    messages: list[dict[str, str]] = []
+    with model.session(max_length=1024) as cache:
+        for turn in turns:
+            messages.append({"role": "user", "content": turn})
+            inputs = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+            output = model.generate(**inputs, max_new_tokens=48, do_sample=False)
+            length = inputs["input_ids"].shape[1]
+            answer = tokenizer.decode(output[0, length:], skip_special_tokens=True)
+            messages.append({"role": "assistant", "content": answer})
+            sent = cache.session.traffic.positions if cache.session else 0
+            print(f"you:   {turn}\nmodel: {answer}\n({length} tokens of prompt; {sent} positions sent so far)\n")
+    model.close()
+
+
+main(*sys.argv[1:])
