@@ -12,7 +12,7 @@ from pathlib import Path
 import splitnet
 from peers.announce import Announcer
 from peers.engine import Engine, measure_speed
-from peers.placing import SpanWish, choose_blocks
+from peers.placing import ANY_SPAN, SpanWish, choose_blocks
 from peers.service import Served, Service
 from peers.sessions import SessionTable
 from peers.work import WorkQueue
@@ -48,7 +48,7 @@ class PeerOptions:
         idle_s: seconds until an idle session is dropped.
     """
 
-    wish: SpanWish = SpanWish()
+    wish: SpanWish = ANY_SPAN
     initial_peers: Sequence[str] = ()
     listen: str = "tcp://0.0.0.0:0"
     dht_listen: Sequence[str] | None = None

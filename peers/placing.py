@@ -24,6 +24,9 @@ class SpanWish:
     memory: int | None = None
 
 
+ANY_SPAN = SpanWish()
+
+
 def choose_blocks(
     checkpoint: Checkpoint, wish: SpanWish, present: Sequence[PeerRecord], *, device: str, dtype: str | None
 ) -> tuple[int, int]:

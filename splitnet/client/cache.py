@@ -63,17 +63,16 @@ class RemoteLayer(CacheLayerMixin):
             ValueError: padding that is not on the left.
         """
         batch, columns = mask.shape
-        new = columns - self.columns
         restarted = not self._rows
-        if restarted:
-            self._rows = [next(self._ids) for _ in range(batch)]
-        if self.batch != batch:
+        if not restarted and self.batch != batch:
             raise ValueError(f"the cache holds {self.batch} rows, the batch has {batch}")
         padding = (columns - mask.sum(dim=1)).tolist()
         if not bool(mask[:, -1].all()) or not bool((mask[:, 1:] >= mask[:, :-1]).all()):
             raise ValueError("padding must be on the left to generate: set tokenizer.padding_side = 'left'")
         if self.columns and padding != self._padding:
             raise ValueError("the attention mask of positions that are cached already has changed")
+        if restarted:
+            self._rows = [next(self._ids) for _ in range(batch)]
         self._padding = padding
         self._reserve(columns, batch)
         # No forks at all drop the rows of before a reset.
@@ -83,7 +82,7 @@ class RemoteLayer(CacheLayerMixin):
             start = max(0, self.columns - pad)
             length = columns - pad - start
             parts.append(Part(row, start, length, min(length, keep) if keep else length))
-        self.columns += new
+        self.columns = columns
         assert self.session is not None
         return self.session, parts, forks
 
