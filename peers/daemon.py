@@ -21,10 +21,11 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
 from splitnet.net.codecs import CODECS
 from splitnet.net.directory import Directory
+from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import PROTOCOL_VERSION, Message, Payload, decode, encode
 from splitnet.net.records import PeerRecord
-from splitnet.net.transport import Destination, Endpoint, LinkState, Transport
+from splitnet.net.transport import Transport
 
 log = logging.getLogger(__name__)
 

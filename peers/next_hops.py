@@ -9,7 +9,7 @@ import math
 from collections import Counter
 
 from peers.outbox import Outbox
-from splitnet.net.transport import Endpoint, LinkState
+from splitnet.net.endpoints import Endpoint, LinkState
 
 MAX_NEXT_HOPS = 64
 KEEP_S = 60.0

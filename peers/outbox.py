@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.messages import Message
-from splitnet.net.transport import Destination, Endpoint, LinkState
 
 
 class Outbox(Protocol):

@@ -17,6 +17,7 @@ from peers.sessions import Session, SessionTable
 from peers.work import Work, WorkQueue
 from splitnet.errors import CodecError, PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import codec_by_code
+from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState, is_address
 from splitnet.net.identity import PublicKey
 from splitnet.net.messages import (
     Close,
@@ -33,7 +34,6 @@ from splitnet.net.messages import (
     Step,
 )
 from splitnet.net.sent_log import SentLog
-from splitnet.net.transport import Connection, Destination, Endpoint, LinkState, is_address
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from splitnet.errors import PeerBusy
 from splitnet.net.codecs import Codec
+from splitnet.net.endpoints import Connection, Endpoint
 from splitnet.net.sent_log import SentLog
-from splitnet.net.transport import Connection, Endpoint
 
 if TYPE_CHECKING:
     from peers.work import Work

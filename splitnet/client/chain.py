@@ -22,6 +22,7 @@ from splitnet.errors import (
     WrongSwarm,
 )
 from splitnet.net.codecs import Codec, codec_by_name
+from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.messages import (
     Close,
     Failure,
@@ -34,7 +35,6 @@ from splitnet.net.messages import (
     Step,
 )
 from splitnet.net.sent_log import SentLog
-from splitnet.net.transport import Endpoint, LinkState
 
 OPEN_TIMEOUT_S = 10.0
 REOPEN_TIMEOUT_S = 2.0

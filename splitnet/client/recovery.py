@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from splitnet.client.chain import Chain
 from splitnet.client.swarm import PlannedHop, Swarm
 from splitnet.errors import CoverageError, PeerBusy, PeerFailed, PeerLost, SessionLost, SplitnetError
+from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Step
 from splitnet.net.sent_log import SentLog
-from splitnet.net.transport import Endpoint
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from splitnet.client.recovery import Recovered, Recovery
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy, PeerLost, SplitnetError
 from splitnet.net.codecs import DEFAULT_INT8, codec_by_code, codec_by_name
+from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, SESSION_BYTES, Fork, Message, Part, Payload, Step
 from splitnet.net.sent_log import SentLog
-from splitnet.net.transport import Endpoint
 
 log = logging.getLogger(__name__)
 

@@ -25,11 +25,12 @@ from splitnet.errors import (
     WrongSwarm,
 )
 from splitnet.net.directory import Directory
+from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.facts import facts_of
 from splitnet.net.identity import Identity
 from splitnet.net.messages import PROTOCOL_VERSION, Failure, Message, Payload, Ping, Pong, decode, encode
 from splitnet.net.records import PeerRecord
-from splitnet.net.transport import Destination, Endpoint, LinkState, Transport
+from splitnet.net.transport import Transport
 
 if TYPE_CHECKING:
     from splitnet.model.checkpoint import Checkpoint

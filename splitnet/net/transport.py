@@ -8,14 +8,12 @@ handed over as raw frames; what they mean is decided elsewhere.
 from __future__ import annotations
 
 import logging
-import re
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from enum import Enum
 from typing import Any, cast
 
 import zmq
@@ -23,12 +21,13 @@ from zmq.utils.monitor import parse_monitor_message
 
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.net.backlog import TRACKED_BYTES, Backlog
-from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
+from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
+from splitnet.net.gatekeeper import Gatekeeper, proven_key
+from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
 
 log = logging.getLogger(__name__)
 
-_ZAP_ENDPOINT = "inproc://zeromq.zap.01"
 _TICK_MS = 200
 _CLOSE_LINGER_MS = 500
 _RECEIVE_BURST = 64
@@ -39,47 +38,6 @@ _CURVE_BYTES = 64
 """More than encryption adds to a frame (RFC 26: 33 bytes)."""
 _SERVE_THREAD, _CONNECT_THREAD = 1, 2
 """ZeroMQ's threads: whoever connects resolves host names in it and may wait for that; who listens must not."""
-
-_ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})")
-
-
-def is_address(text: str) -> bool:
-    """Whether `text` is `tcp://host:port` with one host and a port that can be connected to."""
-    match = _ADDRESS.fullmatch(text)
-    return match is not None and 1 <= int(match[2]) <= 65535
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a peer listens, and the key that it must prove to have."""
-
-    address: str
-    """`tcp://host:port`"""
-    key: PublicKey
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """An incoming connection: the proven CURVE key of the other side and where answers go."""
-
-    routing_id: bytes
-    curve: bytes
-    """Raw CURVE public key, 32 bytes."""
-
-
-Destination = Endpoint | Connection
-
-
-class LinkState(Enum):
-    """State of an outgoing link."""
-
-    CONNECTING = "connecting"
-    UP = "up"
-    DOWN = "down"
-    """It was up and is lost, or nobody listens there; ZeroMQ keeps trying."""
-    REFUSED = "refused"
-    """The other side proved another key, or does not accept ours."""
-
 
 MessageHandler = Callable[[Destination, Sequence[Payload]], None]
 LinkHandler = Callable[[Endpoint, LinkState], None]
@@ -151,7 +109,6 @@ class Transport:
         self._on_link = on_link
         self._on_lost = on_lost
         self._on_tick = on_tick
-        self._authorized = authorized
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         self._backlog = Backlog()
         self._links: dict[Endpoint, _Link] = {}
@@ -161,7 +118,7 @@ class Transport:
         self._closing = False
         self._poller = zmq.Poller()
         self._poller.register(self._wake_receive.fileno(), zmq.POLLIN)
-        self._zap: zmq.Socket[bytes] | None = None
+        self._gate = Gatekeeper(self._context, authorized) if listen is not None else None
         self._router: zmq.Socket[bytes] | None = None
         self.port = 0
         if listen is not None:
@@ -220,14 +177,13 @@ class Transport:
                 self._wake_send.send(b"\0")
 
     def _listen(self, address: str) -> None:
-        self._zap = self._context.socket(zmq.REP)
-        self._zap.bind(_ZAP_ENDPOINT)
-        self._poller.register(self._zap, zmq.POLLIN)
+        assert self._gate is not None
+        self._poller.register(self._gate.socket, zmq.POLLIN)
         self._router = self._context.socket(zmq.ROUTER)
         self._secure(self._router)
         self._router.affinity = _SERVE_THREAD
         self._router.curve_server = True
-        self._router.zap_domain = b"splitnet"
+        self._router.zap_domain = Gatekeeper.DOMAIN
         self._router.router_mandatory = True
         try:
             self._router.bind(address)
@@ -286,8 +242,8 @@ class Transport:
                 if wake in ready:
                     self._drain_wakes()
                 self._flush()
-                if self._zap is not None and self._zap in ready:
-                    self._answer_zap()
+                if self._gate is not None and self._gate.socket in ready:
+                    self._gate.answer()
                 if self._router is not None and self._router in ready:
                     self._receive(self._router, None)
                 for link in list(self._links.values()):
@@ -358,7 +314,7 @@ class Transport:
                 return
             source: Destination
             if endpoint is None:
-                source = Connection(received[0].bytes, _proven_key(received[-1]))
+                source = Connection(received[0].bytes, proven_key(received[-1]))
                 received = received[1:]
             else:
                 source = endpoint
@@ -380,18 +336,6 @@ class Transport:
                 if self._on_link is not None:
                     self._guard(self._on_link, link.endpoint, state)
 
-    def _answer_zap(self) -> None:
-        assert self._zap is not None
-        request = self._zap.recv_multipart()
-        version, request_id = request[0], request[1] if len(request) > 1 else b""
-        curve = request[6] if len(request) == 7 and request[5] == b"CURVE" else b""
-        if len(curve) == 32 and (self._authorized is None or self._authorized.allows(curve)):
-            reply = [version, request_id, b"200", b"OK", curve.hex().encode(), b""]
-        else:
-            log.info("connection refused: key %s is not authorised", curve.hex())
-            reply = [version, request_id, b"400", b"not authorised", b"", b""]
-        self._zap.send_multipart(reply)
-
     def _guard(self, handler: Callable[..., None], *arguments: Any) -> None:
         """A handler's error must not end the thread that everything depends on."""
         try:
@@ -404,9 +348,10 @@ class Transport:
             self._closing = True
         for endpoint in list(self._links):
             self._unlink(endpoint)
-        for handle in (self._router, self._zap):
-            if handle is not None:
-                handle.close()
+        if self._gate is not None:
+            self._gate.socket.close()
+        if self._router is not None:
+            self._router.close()
         self._context.term()
         self._wake_send.close()
         self._wake_receive.close()
@@ -418,8 +363,3 @@ def _close_watched(handle: zmq.Socket[bytes], monitor: zmq.Socket[bytes] | None)
     if monitor is not None:
         monitor.close(0)
     handle.close()
-
-
-def _proven_key(frame: zmq.Frame) -> bytes:
-    """The CURVE key that the ZAP handler vouched for."""
-    return bytes.fromhex(cast(str, frame.get("User-Id")))

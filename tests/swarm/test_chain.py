@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from splitnet.client.session import Session
 from splitnet.errors import CoverageError, PeerBusy, PeerFailed, WrongSwarm
+from splitnet.net.endpoints import Destination
 from splitnet.net.messages import Part, Result
-from splitnet.net.transport import Destination
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.unit.random_models import random_checkpoint
 

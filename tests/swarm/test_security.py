@@ -14,10 +14,10 @@ from splitnet.client.session import Session
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, NotAuthorized
 from splitnet.net.directory import Directory
+from splitnet.net.endpoints import Connection, Endpoint
 from splitnet.net.identity import Identity
 from splitnet.net.messages import Message, Part, Step
 from splitnet.net.records import PeerRecord
-from splitnet.net.transport import Connection, Endpoint
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.unit.random_models import random_checkpoint
 

@@ -19,6 +19,7 @@ from peers.sessions import MAX_SESSIONS, MIN_BUDGET, Session, SessionTable
 from peers.work import Work, WorkQueue
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import CODECS
+from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.messages import (
     Close,
@@ -37,7 +38,6 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
-from splitnet.net.transport import Connection, Destination, Endpoint, LinkState
 
 HIDDEN = 8
 MODEL = "fingerprint"

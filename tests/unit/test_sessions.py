@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from peers.sessions import MAX_SESSIONS, MIN_BUDGET, Session, SessionTable
 from splitnet.errors import PeerBusy
 from splitnet.net.codecs import CODECS
+from splitnet.net.endpoints import Connection
 from splitnet.net.sent_log import SentLog
-from splitnet.net.transport import Connection
 
 
 def session(name: int, budget: int, used_at: float = 0.0) -> Session:

@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.net.backlog import TRACKED_BYTES, Backlog
+from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState, is_address
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
-from splitnet.net.transport import Connection, Destination, Endpoint, LinkState, Transport, is_address
+from splitnet.net.transport import Transport
 
 ANY_PORT = "tcp://127.0.0.1:0"
 WAIT_S = 20.0

@@ -13,9 +13,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 from peers.sessions import Session
 from peers.work import DECODE_POSITIONS, PATIENCE, Work, WorkQueue
 from splitnet.net.codecs import CODECS
+from splitnet.net.endpoints import Connection
 from splitnet.net.messages import Fork, Part, Step
 from splitnet.net.sent_log import SentLog
-from splitnet.net.transport import Connection
 
 PASS = 64
 """Positions of a pass in these tests."""
