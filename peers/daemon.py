@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import splitnet
+from peers.admission import SessionTable
 from peers.announce import Announcer
 from peers.engine import Engine, measure_speed
 from peers.placing import ANY_SPAN, SpanWish, choose_blocks
 from peers.service import Served, Service
-from peers.sessions import SessionTable
-from peers.work import WorkQueue
+from peers.work_queue import WorkQueue
 from splitnet.errors import ProtocolError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span

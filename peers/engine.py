@@ -9,7 +9,8 @@ import time
 import torch
 
 from peers.service import Service, SessionTooLong
-from peers.work import Work, WorkQueue
+from peers.session import Work
+from peers.work_queue import WorkQueue
 from splitnet.errors import CodecError, ProtocolError
 from splitnet.model.span import Part as SpanPart
 from splitnet.model.span import Span

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from peers.sessions import Session
+from peers.session import Session
 from splitnet.errors import ProtocolError
 from splitnet.model.kv_cache import FIRST_CAPACITY
 from splitnet.net.messages import Step

@@ -10,11 +10,12 @@ import logging
 import threading
 from dataclasses import dataclass
 
+from peers.admission import SessionTable
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
 from peers.row_memory import SessionTooLong, prepare_rows
-from peers.sessions import Session, SessionTable
-from peers.work import Work, WorkQueue
+from peers.session import Session, Work
+from peers.work_queue import WorkQueue
 from splitnet.errors import CodecError, PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState, is_address

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from dataclasses import dataclass
 from enum import Enum
@@ -14,7 +15,16 @@ _ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9.
 def is_address(text: str) -> bool:
     """Whether `text` is `tcp://host:port` with one host and a port that can be connected to."""
     match = _ADDRESS.fullmatch(text)
-    return match is not None and 1 <= int(match[2]) <= 65535
+    if match is None or not 1 <= int(match[2]) <= 65535:
+        return False
+    host = match[1]
+    try:
+        if host.startswith("["):
+            return not ipaddress.IPv6Address(host[1:-1]).is_unspecified
+        # A host of digits and dots only is an IPv4 address or a mistake.
+        return not re.fullmatch(r"[0-9.]+", host) or not ipaddress.IPv4Address(host).is_unspecified
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,6 @@ signature covers a prefix of its own, so that a signature made for another purpo
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import re
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any, Final, cast
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
 
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
+from splitnet.net.endpoints import is_address
 from splitnet.net.identity import Identity, PublicKey
 
 RECORD_LAYOUT: Final = 1
@@ -38,7 +38,6 @@ _MAX_CODECS = 32
 
 _FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+/ -]{0,63}")
-_ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})")
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ class PeerRecord:
         _require(_is_text(self.model_name) and 1 <= len(self.model_name) <= 200, "model_name")
         # Names are printed on terminals: a control character could rewrite what the user sees.
         _require(self.model_name.isprintable(), "model_name")
-        _require(_is_text(self.address) and _is_address(self.address), "address")
+        _require(_is_text(self.address) and is_address(self.address), "address")
         _require(_is_count(self.num_blocks, 1, _MAX_BLOCKS), "num_blocks")
         _require(_is_count(self.end, 0, self.num_blocks), "end")
         _require(_is_count(self.start, 0, self.end), "start")
@@ -258,17 +257,3 @@ def _is_count(value: object, low: int, high: int) -> bool:
 
 def _is_number(value: object, high: float) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= high
-
-
-def _is_address(address: str) -> bool:
-    match = _ADDRESS.fullmatch(address)
-    if match is None or not 1 <= int(match[2]) <= 65535:
-        return False
-    host = match[1]
-    try:
-        if host.startswith("["):
-            return not ipaddress.IPv6Address(host[1:-1]).is_unspecified
-        # A host of digits and dots only is an IPv4 address or a mistake.
-        return not re.fullmatch(r"[0-9.]+", host) or not ipaddress.IPv4Address(host).is_unspecified
-    except ValueError:
-        return False

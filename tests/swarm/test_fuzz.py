@@ -19,8 +19,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
+from peers.admission import MAX_SESSIONS
 from peers.next_hops import MAX_NEXT_HOPS
-from peers.sessions import MAX_SESSIONS
 from splitnet.net.codecs import CODECS
 from splitnet.net.identity import Identity
 from splitnet.net.messages import (

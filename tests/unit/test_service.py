@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 
+from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
 from peers.engine import Engine, Speed
 from peers.next_hops import KEEP_S, MAX_NEXT_HOPS
 from peers.row_memory import SessionTooLong
 from peers.service import LOST_GRACE_S, PROBE_S, REPLAY_POSITIONS, Served, Service
-from peers.sessions import MAX_SESSIONS, MIN_BUDGET, Session, SessionTable
-from peers.work import Work, WorkQueue
+from peers.session import Session, Work
+from peers.work_queue import WorkQueue
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from peers.sessions import Session
-from peers.work import DECODE_POSITIONS, PATIENCE, Work, WorkQueue
+from peers.session import Session, Work
+from peers.work_queue import DECODE_POSITIONS, PATIENCE, WorkQueue
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection
 from splitnet.net.messages import Fork, Part, Step

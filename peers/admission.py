@@ -1,58 +1,15 @@
-"""Sessions that a peer holds, and the KV memory that they have reserved."""
+"""Which sessions a peer admits: by the KV memory that they reserve."""
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from peers.session import Session
 from splitnet.errors import PeerBusy
-from splitnet.net.codecs import Codec
-from splitnet.net.endpoints import Connection, Endpoint
-from splitnet.net.sent_log import SentLog
-
-if TYPE_CHECKING:
-    from peers.work import Work
-    from splitnet.model.kv_cache import RowCache
 
 MAX_SESSIONS = 1024
 MIN_BUDGET = 64
 """Positions that a session reserves at least, so that many tiny ones are not free."""
-
-
-@dataclass(slots=True, eq=False)
-class Session:
-    """One client's rows along this hop.
-
-    `owner` and `previous` are CURVE keys: steps are accepted from nobody else.
-    """
-
-    id: bytes
-    owner: bytes
-    reply_to: Connection
-    epoch: int
-    start: int
-    end: int
-    budget: int
-    """Positions reserved, over all rows."""
-    codec: Codec
-    previous: bytes | None
-    next: Endpoint | None
-    log: SentLog
-    used_at: float
-    """Seconds of the peer's clock."""
-    rows: dict[int, RowCache] = field(default_factory=dict)
-    """Touched by the engine's thread only, so that no pass loses its rows half-way."""
-    room: dict[int, int] = field(default_factory=dict)
-    """Positions that the memory of each row has room for at most, see `peers/row_memory.py`."""
-    waiting: deque[Work] = field(default_factory=deque)
-    """Steps in the order of arrival; the engine takes the first. Touched by the work queue only."""
-    waiting_size: int = 0
-    """What the waiting steps hold, see `peers/work.py:Work.size`."""
-    passed_over: int = 0
-    """Passes since its first step could have run."""
-    closed: bool = False
 
 
 class SessionTable:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peers.sessions import MAX_SESSIONS, MIN_BUDGET, Session, SessionTable
+from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
+from peers.session import Session
 from splitnet.errors import PeerBusy
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection

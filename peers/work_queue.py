@@ -4,60 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from peers.sessions import Session
-from splitnet.net.messages import Part, Step
-
-if TYPE_CHECKING:
-    import torch
+from peers.session import Session, Work
 
 DECODE_POSITIONS = 16
 """A step with at most so many positions counts as decode (a token per row, or a speculated window)."""
 
 PATIENCE = 4
 """Passes that may leave out a session that is ready; then one is made for it."""
-
-
-@dataclass(slots=True, eq=False)
-class Work:
-    """A step on its way through the device, in one or several passes."""
-
-    session: Session
-    step: Step
-    total: int
-    arrived_at: float
-    done: int = 0
-    compute_ms: float = 0.0
-    hidden: torch.Tensor | None = None
-    """Decoded input, `[positions, hidden]`."""
-    outputs: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def remaining(self) -> int:
-        return self.total - self.done
-
-    @property
-    def size(self) -> int:
-        """What the step occupies while it waits, in positions; a fork counts as one."""
-        return self.total + len(self.step.forks or ())
-
-    def parts(self, count: int) -> list[Part]:
-        """The next `count` positions as parts of rows."""
-        chosen: list[Part] = []
-        skip, left = self.done, count
-        for part in self.step.parts:
-            if skip >= part.length:
-                skip -= part.length
-                continue
-            taken = min(part.length - skip, left)
-            chosen.append(Part(part.row, part.start + skip, taken, 0))
-            skip = 0
-            left -= taken
-            if not left:
-                break
-        return chosen
 
 
 class WorkQueue:

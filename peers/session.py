@@ -1,0 +1,91 @@
+"""A session at a hop, and its steps on their way through the device."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from splitnet.net.codecs import Codec
+from splitnet.net.endpoints import Connection, Endpoint
+from splitnet.net.messages import Part, Step
+from splitnet.net.sent_log import SentLog
+
+if TYPE_CHECKING:
+    import torch
+
+    from splitnet.model.kv_cache import RowCache
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One client's rows along this hop.
+
+    `owner` and `previous` are CURVE keys: steps are accepted from nobody else.
+    """
+
+    id: bytes
+    owner: bytes
+    reply_to: Connection
+    epoch: int
+    start: int
+    end: int
+    budget: int
+    """Positions reserved, over all rows."""
+    codec: Codec
+    previous: bytes | None
+    next: Endpoint | None
+    log: SentLog
+    used_at: float
+    """Seconds of the peer's clock."""
+    rows: dict[int, RowCache] = field(default_factory=dict)
+    """Touched by the engine's thread only, so that no pass loses its rows half-way."""
+    room: dict[int, int] = field(default_factory=dict)
+    """Positions that the memory of each row has room for at most, see `peers/row_memory.py`."""
+    waiting: deque[Work] = field(default_factory=deque)
+    """Steps in the order of arrival; the engine takes the first. Touched by the work queue only."""
+    waiting_size: int = 0
+    """What the waiting steps hold, see `Work.size`."""
+    passed_over: int = 0
+    """Passes since its first step could have run."""
+    closed: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Work:
+    """A step on its way through the device, in one or several passes."""
+
+    session: Session
+    step: Step
+    total: int
+    arrived_at: float
+    done: int = 0
+    compute_ms: float = 0.0
+    hidden: torch.Tensor | None = None
+    """Decoded input, `[positions, hidden]`."""
+    outputs: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def remaining(self) -> int:
+        return self.total - self.done
+
+    @property
+    def size(self) -> int:
+        """What the step occupies while it waits, in positions; a fork counts as one."""
+        return self.total + len(self.step.forks or ())
+
+    def parts(self, count: int) -> list[Part]:
+        """The next `count` positions as parts of rows."""
+        chosen: list[Part] = []
+        skip, left = self.done, count
+        for part in self.step.parts:
+            if skip >= part.length:
+                skip -= part.length
+                continue
+            taken = min(part.length - skip, left)
+            chosen.append(Part(part.row, part.start + skip, taken, 0))
+            skip = 0
+            left -= taken
+            if not left:
+                break
+        return chosen
