@@ -71,6 +71,7 @@ class Engine:
         self._queue = queue
         self._speed = speed
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
+        self._publish_speed()
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
@@ -94,7 +95,7 @@ class Engine:
             self._compute(ready)
         for work, _ in chosen:
             self._queue.release(work)
-        self._publish_load()
+        self._publish_speed()
         return bool(chosen)
 
     def _begin(self, work: Work) -> bool:
@@ -184,9 +185,9 @@ class Engine:
         work.done = work.total
         self._service.failed(work, code, text)
 
-    def _publish_load(self) -> None:
+    def _publish_speed(self) -> None:
         blocks = self._span.end - self._span.start
-        self._service.queue_ms = max(0, self._queue.queued_positions) * blocks * self._speed.prefill_ms_per_block_token
+        self._service.ms_per_position = blocks * self._speed.prefill_ms_per_block_token
 
 
 def _failure_of(error: Exception) -> tuple[FailureCode, str]:

@@ -87,14 +87,19 @@ class Service:
         self.served = served
         self.sessions = sessions
         self.queue = queue
-        self.queue_ms = 0.0
-        """Expected wait of a new step for the device, kept up to date by the engine."""
+        self.ms_per_position = 0.0
+        """Time that a position takes on the device, kept up to date by the engine."""
         self._outbox = outbox
         self._reach_s = reach_s
         self._next_hops = NextHops(outbox)
         self._pending: dict[Session, _PendingOpen] = {}
         self._probe_at = 0.0
         self._lock = threading.RLock()
+
+    @property
+    def queue_ms(self) -> float:
+        """Expected wait of a new step for the device; 0 only if there is nothing to do."""
+        return self.queue.queued_positions * self.ms_per_position
 
     def receive(self, source: Destination, message: Message, now: float) -> None:
         """Handles a message that came from `source` at `now` (seconds)."""

@@ -28,9 +28,10 @@ REPLAY_POSITIONS = 512
 BAN_S = 30.0
 """How long a peer that died is not planned with."""
 
-SILENCE_S = 5.0
+SILENCE_S = 2.0
 """Without any answer for so long, the hops are asked whether they live."""
 
+IDLE_CHECKS = 2
 ANSWER_S = 1.0
 """A peer that does not answer a ping in this time counts as lost."""
 
@@ -65,7 +66,7 @@ class Recovery:
     def __init__(
         self, swarm: Swarm, chain: Chain, sent: SentLog | None, next_number: Callable[[], int], timeout_s: float
     ) -> None:
-        self.patience_s = SILENCE_S
+        self._idle_checks = 0
         self.done: list[Recovered] = []
         self._swarm = swarm
         self._chain = chain
@@ -74,23 +75,24 @@ class Recovery:
         self._timeout_s = timeout_s
 
     def find_silent_hops(self, budget: int, bytes_per_position: int) -> None:
-        """Asks all hops whether they live and replaces those that don't say so.
+        """Asks all hops whether they live, and replaces those that don't say so.
 
-        If all do, nothing is wrong with the peers: the device takes its time, or a message between two of them was
-        lost with their link. What is under way is then sent again, which costs time but changes nothing.
+        Where all live and some compute, there is nothing to do but to wait. Where all live and none has anything to
+        do, twice in a row, what was under way got lost between two of them: the route is opened anew, by which they
+        find out whether they reach each other, and it is sent again.
         """
         pings = {hop.endpoint: self._swarm.ping(hop.endpoint) for hop in self._chain.hops}
         wait(pings.values(), timeout=ANSWER_S)
-        silent = {
+        silent: dict[Endpoint, SplitnetError] = {
             endpoint: PeerLost(f"the peer at {endpoint.address} does not answer")
             for endpoint, pong in pings.items()
             if not pong.done()
         }
-        if silent:
-            self._repair(dict(silent), budget, bytes_per_position)
-        else:
-            self.patience_s = min(2 * self.patience_s, 60.0)
-            self._send_again()
+        idle = not silent and not any(pong.result().queue_ms for pong in pings.values())
+        self._idle_checks = self._idle_checks + 1 if idle else 0
+        if silent or self._idle_checks == IDLE_CHECKS:
+            self._idle_checks = 0
+            self._repair(silent, budget, bytes_per_position)
 
     def replace_hop(self, endpoint: Endpoint, error: SplitnetError, budget: int, bytes_per_position: int) -> None:
         """Replaces a hop that died or lost the session.
@@ -100,14 +102,13 @@ class Recovery:
         """
         if not isinstance(error, PeerLost | PeerBusy):
             raise error
-        self._repair({endpoint: error}, budget, bytes_per_position)
+        if any(hop.endpoint == endpoint for hop in self._chain.hops):  # and was not replaced already
+            self._repair({endpoint: error}, budget, bytes_per_position)
 
     def _repair(self, lost: dict[Endpoint, SplitnetError], budget: int, bytes_per_position: int) -> None:
         chain = self._chain
         began = time.monotonic()
         healthy = [hop.planned for hop in chain.hops if hop.endpoint not in lost]
-        if len(healthy) == len(chain.hops):
-            return  # trouble of a hop that was replaced already
         causes: list[str] = []
         for _ in range(MAX_ATTEMPTS):
             for endpoint, error in lost.items():

@@ -12,7 +12,7 @@ import torch
 
 from splitnet.client.chain import Chain, Hop, Pending, Traffic
 from splitnet.client.link_use import LinkUse, link_uses
-from splitnet.client.recovery import Recovered, Recovery
+from splitnet.client.recovery import SILENCE_S, Recovered, Recovery
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy, PeerLost, SplitnetError
 from splitnet.net.codecs import DEFAULT_INT8, codec_by_code, codec_by_name
@@ -229,7 +229,7 @@ class Session:
             route = " -> ".join(f"{start}:{end}" for start, end in (hop.blocks for hop in self.hops))
             raise PeerLost(f"no answer from the route {route} in {self._step_timeout_s:.0f} s: try again")
         try:
-            trouble = self._chain.receive(min(recovery.patience_s, deadline - time.monotonic()))
+            trouble = self._chain.receive(min(SILENCE_S, deadline - time.monotonic()))
         except queue.Empty:
             recovery.find_silent_hops(self._budget, self.bytes_per_position)
             return

@@ -77,6 +77,15 @@ class PlannedHop:
         return Endpoint(self.record.address, self.record.key)
 
 
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a ping brings back."""
+
+    rtt_ms: float
+    queue_ms: float
+    """How long a new step would wait for the peer's device; 0: it has nothing to do."""
+
+
 class Subscriber(Protocol):
     """Who gets what arrives for a session, from the transport's thread."""
 
@@ -109,7 +118,7 @@ class Swarm:
         self._records_at = 0.0
         self._network = Network()
         self._sessions: dict[bytes, Subscriber] = {}
-        self._pongs: dict[int, Future[float]] = {}
+        self._pings: dict[int, tuple[float, Future[Answer]]] = {}
         self._nonces = count(1)
         self._measured: set[str] = set()
         self._random = random.Random()
@@ -236,17 +245,14 @@ class Swarm:
     def unregister(self, session: Subscriber) -> None:
         self._sessions.pop(session.id, None)
 
-    def ping(self, endpoint: Endpoint, padding: int = 0) -> Future[float]:
-        """Round-trip time in ms, measured from the moment of the call."""
+    def ping(self, endpoint: Endpoint, padding: int = 0) -> Future[Answer]:
+        """Asks a peer for a sign of life; the future stays undone if none comes."""
         nonce = next(self._nonces)
-        future: Future[float] = Future()
-        began = time.perf_counter()
-        timed: Future[float] = Future()
-        future.add_done_callback(lambda _: timed.set_result((time.perf_counter() - began) * 1000))
+        future: Future[Answer] = Future()
         with self._lock:
-            self._pongs[nonce] = future
+            self._pings[nonce] = (time.perf_counter(), future)
         self.send(endpoint, Ping(nonce, bytes(padding)))
-        return timed
+        return future
 
     def _seen_from(self, before: PeerRecord | None, after: PeerRecord | None) -> Network:
         """The links as a planner sees them that begins at one peer and ends at another instead of the client."""
@@ -273,8 +279,8 @@ class Swarm:
         wait(padded.values(), timeout=PING_TIMEOUT_S)
         for key, future in padded.items():
             if future.done():
-                rtt_ms = small[key].result()
-                extra_ms = max(future.result() - rtt_ms, 1e-3)
+                rtt_ms = small[key].result().rtt_ms
+                extra_ms = max(future.result().rtt_ms - rtt_ms, 1e-3)
                 link = Link(latency_ms=rtt_ms / 2, bytes_per_ms=PROBE_BYTES / extra_ms)
                 self._network = self._network.with_link(CLIENT, key, link).with_link(key, CLIENT, link)
 
@@ -291,9 +297,9 @@ class Swarm:
             return
         if isinstance(message, Pong):
             with self._lock:
-                pong = self._pongs.pop(message.nonce, None)
-            if pong is not None:
-                pong.set_result(0.0)
+                began, future = self._pings.pop(message.nonce, (0.0, None))
+            if future is not None:
+                future.set_result(Answer((time.perf_counter() - began) * 1000, message.queue_ms))
         elif isinstance(message, Failure) and not message.session:
             log.warning("%s answered: %s", source.address, message.text)
         else:

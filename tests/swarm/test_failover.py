@@ -148,6 +148,37 @@ def test_a_replacement_that_comes_late_is_waited_for(folder: Path, local: Any) -
         assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
+def test_a_hop_that_hangs_is_replaced(twins: LocalSwarm, local: Any) -> None:
+    def hang() -> None:
+        assert cache.session is not None
+        hung = next(peer for peer in twins.peers if peer.endpoint == cache.session.hops[1].endpoint)
+        hung._service.receive = lambda *_: None  # type: ignore[method-assign]
+
+    model = twins.model()
+    with model.session() as cache:
+        got = model.generate(**prompt(), **GREEDY, streamer=After(12, hang))
+        assert cache.session is not None
+        assert len(cache.session.recoveries) == 1
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+def test_a_message_that_is_lost_between_peers_is_sent_again(twins: LocalSwarm, local: Any) -> None:
+    def lose_one() -> None:
+        assert cache.session is not None
+        sender = next(peer for peer in twins.peers if peer.endpoint == cache.session.hops[0].endpoint)
+        send = sender._transport.send
+
+        def drop(*_: Any) -> None:
+            sender._transport.send = send  # type: ignore[method-assign]
+
+        sender._transport.send = drop  # type: ignore[method-assign]
+
+    model = twins.model()
+    with model.session() as cache:
+        got = model.generate(**prompt(), **GREEDY, streamer=After(12, lose_one))
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
 def test_without_a_replacement_the_blocks_are_named(folder: Path) -> None:
     with local_swarm(folder, SPANS) as swarm:
         model = swarm.model(recovery_timeout_s=1.0)

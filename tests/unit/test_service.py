@@ -865,7 +865,8 @@ class TestEngine:
 
 class TestOthers:
     def test_a_ping_is_answered_with_the_load(self, opened: Peer) -> None:
-        opened.service.queue_ms = 12.5
+        opened.service.ms_per_position = 2.5
+        opened.service.queue.queued_positions = 5
         assert opened.says(Ping(5, b"padding"), STRANGER) == [(STRANGER, Pong(5, 12.5, CAPACITY - 1000))]
 
     @pytest.mark.parametrize(
