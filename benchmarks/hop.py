@@ -1,8 +1,9 @@
 """What one hop adds to a decode token beyond the compute of its blocks, on loopback with CURVE on.
 
-Two routes through the same blocks take turns: one peer with all of them, and several peers with a part each. The
-blocks compute the same, so the difference per additional peer is what a hop costs: codec, messages, sockets,
-encryption, threads and dispatch. Each peer is a process of its own.
+Two routes through the same blocks take turns: one peer with all of them, and several peers with a part each. Each peer
+is a process of its own. Of every token the client knows the time that it took and the time that the devices spent on it
+(steps and results carry it); the rest is what the hops and the client add: codecs, messages, sockets, encryption,
+threads and dispatch. The difference between the routes, per additional peer, is what one hop adds.
 
     python benchmarks/hop.py CHECKPOINT [--hops 3] [--tokens 200] [--rounds 5] [--codec int8]
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -44,31 +46,50 @@ def main() -> None:
             }
             for session in routes.values():
                 decode(session, hidden, 50)
-            rounds: dict[int, list[float]] = {hops: [] for hops in routes}
+            rounds: dict[int, list[Token]] = {hops: [] for hops in routes}
             for _ in range(arguments.rounds):
                 for hops, session in routes.items():
-                    rounds[hops].append(statistics.median(decode(session, hidden, arguments.tokens)))
+                    rounds[hops].append(decode(session, hidden, arguments.tokens))
             report(rounds, arguments, facts.hidden_size)
 
 
-def decode(session: Session, hidden: torch.Tensor, tokens: int) -> list[float]:
-    """Milliseconds of each of `tokens` decode steps; the row is rewound before, so that attention costs the same."""
-    times: list[float] = []
+@dataclass(frozen=True)
+class Token:
+    """Medians over the tokens of a round, in ms."""
+
+    total_ms: float
+    compute_ms: float
+    rest_ms: float
+
+
+def decode(session: Session, hidden: torch.Tensor, tokens: int) -> Token:
+    """Decodes `tokens` tokens after an empty context."""
+    totals: list[float] = []
+    computes: list[float] = []
     for position in range(tokens):
         began = time.perf_counter()
         session.step(hidden, [Part(1, position, 1, 1)])
-        times.append((time.perf_counter() - began) * 1000)
-    return times
+        totals.append((time.perf_counter() - began) * 1000)
+        computes.append(session.compute_ms)
+    rests = [total - compute for total, compute in zip(totals, computes, strict=True)]
+    return Token(statistics.median(totals), statistics.median(computes), statistics.median(rests))
 
 
-def report(rounds: dict[int, list[float]], arguments: argparse.Namespace, hidden: int) -> None:
+def report(rounds: dict[int, list[Token]], arguments: argparse.Namespace, hidden: int) -> None:
     shorter, longer = sorted(rounds)
-    added = [(long - short) / (longer - shorter) for short, long in zip(rounds[shorter], rounds[longer], strict=True)]
-    print("| route | ms per token, median of rounds | min | max |")
+    added = [
+        (long.rest_ms - short.rest_ms) / (longer - shorter)
+        for short, long in zip(rounds[shorter], rounds[longer], strict=True)
+    ]
+    print("| route | ms per token | of it on the devices | rest |")
     print("|---|---|---|---|")
-    for hops, values in rounds.items():
-        print(f"| {hops} peer(s) | {statistics.median(values):.2f} | {min(values):.2f} | {max(values):.2f} |")
-    print(f"| each hop adds | {statistics.median(added):.2f} | {min(added):.2f} | {max(added):.2f} |")
+    for hops, tokens in rounds.items():
+        medians = [statistics.median(getattr(token, name) for token in tokens) for name in Token.__dataclass_fields__]
+        print(f"| {hops} peer(s) | {' | '.join(f'{value:.2f}' for value in medians)} |")
+    print()
+    print(
+        f"One hop adds {statistics.median(added):.2f} ms (of {len(added)} rounds {min(added):.2f} to {max(added):.2f})."
+    )
     print()
     print(f"Of which, measured alone in one thread (codec {arguments.codec}, hidden {hidden}):")
     print()

@@ -178,6 +178,7 @@ class Service:
         with self._lock:
             if session.closed:
                 return
+            compute_us = step.compute_us + round(work.compute_ms * 1000)
             at_tail = session.end == self.served.num_blocks
             replayed = step.replay_until != 0 and session.end >= step.replay_until
             if not at_tail:
@@ -198,6 +199,7 @@ class Service:
                         session.codec.code,
                         payload,
                         session.end,
+                        compute_us,
                     ),
                 )
                 return
@@ -206,7 +208,7 @@ class Service:
             body = b"" if replayed else (result_payload if at_tail else payload)
             self._outbox.send(
                 session.reply_to,
-                Result(session.id, step.epoch, step.number, session.end, session.codec.code, work.compute_ms, body),
+                Result(session.id, step.epoch, step.number, session.end, session.codec.code, compute_us, body),
             )
 
     def failed(self, work: Work, code: FailureCode, text: str) -> None:
@@ -402,7 +404,7 @@ class Service:
         steps = list(session.log.replay(REPLAY_POSITIONS))
         if not steps:
             code = session.codec.code
-            self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, 0.0))
+            self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, 0))
         codec, end = session.log.codec, session.end
         for index, (parts, payload) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0

@@ -54,8 +54,6 @@ class Hop:
     """What the client has carried on for it."""
     cached_positions: int = 0
     """What it held of the session when it was opened."""
-    compute_ms: float = 0.0
-    """Device time of its last step that ended at the client."""
 
     @property
     def endpoint(self) -> Endpoint:
@@ -111,6 +109,8 @@ class Chain:
         self.first_codec = codec_by_name("none")
         """Codec of the client's own link to the first hop."""
         self.traffic = Traffic()
+        self.compute_ms = 0.0
+        """Device time of the last step over all hops."""
         self.pending: dict[int, Pending] = {}
         self._swarm = swarm
         self._codecs = LinkCodecs(swarm, codec)
@@ -203,7 +203,7 @@ class Chain:
             # Only the tail has the output of a step; the end of a replay may come from any hop.
             if pending.is_replay or source == self.hops[-1].endpoint:
                 if not pending.is_replay:
-                    self.hops[-1].compute_ms = item.compute_ms
+                    self.compute_ms = item.compute_us / 1000
                 self.traffic.bytes_received += len(item.payload)
                 pending.result = item
         return None
@@ -228,9 +228,15 @@ class Chain:
             return
         for hop, following in itertools.pairwise(self.hops):
             if hop.endpoint == source and hop.carried and hop.planned.end == result.end:
-                hop.compute_ms = result.compute_ms
                 step = pending.step
-                carried = replace(step, epoch=self.epoch, codec=result.codec, payload=result.payload)
+                carried = replace(
+                    step,
+                    epoch=self.epoch,
+                    codec=result.codec,
+                    payload=result.payload,
+                    boundary=result.end,
+                    compute_us=result.compute_us,
+                )
                 self._log_carried(hop, step, result)
                 self.traffic.bytes_received += len(result.payload)
                 self.traffic.bytes_sent += self._swarm.send(following.endpoint, carried)

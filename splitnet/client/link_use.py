@@ -9,7 +9,8 @@ from splitnet.net.codecs import Codec
 from splitnet.net.messages import Part, Result, Step, encode
 
 _POSITION = 1000
-"""The size of a message grows a little with the numbers in it; this stands for a usual one."""
+_COMPUTE_US = 10_000
+"""The size of a message grows a little with the numbers in it; these stand for usual ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,10 +42,15 @@ def link_uses(chain: Chain, hidden: int) -> list[LinkUse]:
 def _step_bytes(chain: Chain, codec: Codec, hidden: int) -> int:
     payload = bytes(codec.bytes_per_position(hidden))
     parts = (Part(1, _POSITION, 1, 1),)
-    return sum(map(len, encode(Step(chain.session, chain.epoch, _POSITION, parts, None, 0, codec.code, payload))))
+    return sum(
+        map(
+            len,
+            encode(Step(chain.session, chain.epoch, _POSITION, parts, None, 0, codec.code, payload, 0, _COMPUTE_US)),
+        )
+    )
 
 
 def _result_bytes(chain: Chain, codec: Codec, hidden: int) -> int:
     payload = bytes(codec.bytes_per_position(hidden))
     end = chain.hops[-1].planned.end
-    return sum(map(len, encode(Result(chain.session, chain.epoch, _POSITION, end, codec.code, 1.0, payload))))
+    return sum(map(len, encode(Result(chain.session, chain.epoch, _POSITION, end, codec.code, _COMPUTE_US, payload))))

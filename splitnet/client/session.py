@@ -78,6 +78,11 @@ class Session:
     def traffic(self) -> Traffic:
         return self._chain.traffic
 
+    @property
+    def compute_ms(self) -> float:
+        """Time that the devices of all hops spent on the last step."""
+        return self._chain.compute_ms
+
     def open(self) -> None:
         """Plans a route and reserves memory on it; called by the first step at the latest.
 

@@ -236,6 +236,8 @@ class Step:
     payload: Payload = b""
     boundary: int = _wire(_uint(MAX_BLOCKS), default=0)
     """The block that the payload stands before, as a hop that pushes names it: so that no chain can be a circle."""
+    compute_us: int = _wire(_NUMBER, default=0)
+    """Time that devices have spent on the step, on the hops before."""
 
     @property
     def positions(self) -> int:
@@ -253,8 +255,8 @@ class Result:
     end: int = _wire(_uint(MAX_BLOCKS))
     """The boundary that the payload stands at."""
     codec: int = _wire(_uint(255))
-    compute_ms: float = _wire(_milliseconds)
-    """Time that this hop's device spent on the step."""
+    compute_us: int = _wire(_NUMBER)
+    """Time that devices have spent on the step, on all hops so far."""
     payload: Payload = b""
 
 

@@ -67,15 +67,15 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Open, sessions, epochs, texts(64), blocks, blocks, positions, codes, keys, keys, texts(256)),
     st.builds(Opened, sessions, epochs, st.booleans(), numbers),
     st.builds(Close, sessions),
-    st.builds(Step, sessions, epochs, numbers, parts, forks, blocks, codes, payloads, blocks),
-    st.builds(Result, sessions, epochs, numbers, blocks, codes, milliseconds, payloads),
+    st.builds(Step, sessions, epochs, numbers, parts, forks, blocks, codes, payloads, blocks, numbers),
+    st.builds(Result, sessions, epochs, numbers, blocks, codes, numbers, payloads),
     st.builds(Failure, st.just(b"") | sessions, epochs, numbers, codes, texts(MAX_TEXT)),
     st.builds(Replay, sessions, epochs, numbers, blocks),
 )
 
 OPEN = Open(SESSION, 1, "model", 0, 2, 128, 0, b"", bytes(KEY_BYTES), "tcp://127.0.0.1:1")
 STEP = Step(SESSION, 1, 7, (Part(1, 0, 3, 1),), (Fork(2, 1),), 0, 0, b"payload")
-RESULT = Result(SESSION, 1, 7, 2, 0, 1.5, b"payload")
+RESULT = Result(SESSION, 1, 7, 2, 0, 1500, b"payload")
 FAILURE = Failure(SESSION, 1, 7, 3, "busy")
 EXAMPLES: list[Message] = [
     Ping(1, b"padding"),
@@ -213,7 +213,7 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (STEP, "replay_until", MAX_BLOCKS, MAX_BLOCKS + 1),
     (STEP, "boundary", MAX_BLOCKS, MAX_BLOCKS + 1),
     (RESULT, "end", MAX_BLOCKS, MAX_BLOCKS + 1),
-    (RESULT, "compute_ms", 0, -1),
+    (RESULT, "compute_us", 0, -1),
     (FAILURE, "session", b"", b"x"),
     (FAILURE, "text", "t" * MAX_TEXT, "t" * (MAX_TEXT + 1)),
     (FAILURE, "code", 255, 256),
