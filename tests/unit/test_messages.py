@@ -212,6 +212,7 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (STEP, "forks", [], [[1]]),
     (STEP, "replay_until", MAX_BLOCKS, MAX_BLOCKS + 1),
     (STEP, "boundary", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (STEP, "compute_us", 1 << 40, -1),
     (RESULT, "end", MAX_BLOCKS, MAX_BLOCKS + 1),
     (RESULT, "compute_us", 0, -1),
     (FAILURE, "session", b"", b"x"),
