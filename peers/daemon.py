@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import socket
 import time
@@ -202,6 +203,9 @@ class Peer:
         return self._transport.state(endpoint)
 
     def _serve(self) -> None:
+        # What is loaded by now stays: the collector need not walk over it between two tokens.
+        gc.collect()
+        gc.freeze()
         self._engine.start()
         self._transport.start()
         self._announcer.start()

@@ -178,33 +178,34 @@ class Service:
         with self._lock:
             if session.closed:
                 return
-            compute_us = step.compute_us + round(work.compute_ms * 1000)
-            at_tail = session.end == self.served.num_blocks
-            replayed = step.replay_until != 0 and session.end >= step.replay_until
-            if not at_tail:
-                # Also what an older epoch sent: the log follows the rows, which hold it.
+            # Sent first, since the next hop waits for it. Logged also in an older epoch: the log follows the rows.
+            if step.epoch == session.epoch:
+                self._send_on(work, payload, result_payload)
+            if session.end != self.served.num_blocks:
                 session.log.record(step.parts, step.forks, payload)
-            if step.epoch != session.epoch:
-                return
-            if session.next is not None and not replayed:
-                self._outbox.send(
-                    session.next,
-                    Step(
-                        session.id,
-                        step.epoch,
-                        step.number,
-                        step.parts,
-                        step.forks,
-                        step.replay_until,
-                        session.codec.code,
-                        payload,
-                        session.end,
-                        compute_us,
-                    ),
-                )
-                return
-            if replayed and step.number == 0:
-                return  # only the last step of a replay is answered
+
+    def _send_on(self, work: Work, payload: Payload, result_payload: Payload) -> None:
+        session, step = work.session, work.step
+        compute_us = step.compute_us + round(work.compute_ms * 1000)
+        replayed = step.replay_until != 0 and session.end >= step.replay_until
+        if session.next is not None and not replayed:
+            self._outbox.send(
+                session.next,
+                Step(
+                    session.id,
+                    step.epoch,
+                    step.number,
+                    step.parts,
+                    step.forks,
+                    step.replay_until,
+                    session.codec.code,
+                    payload,
+                    session.end,
+                    compute_us,
+                ),
+            )
+        elif not replayed or step.number:  # of a replay only the last step is answered
+            at_tail = session.end == self.served.num_blocks
             body = b"" if replayed else (result_payload if at_tail else payload)
             self._outbox.send(
                 session.reply_to,

@@ -8,7 +8,6 @@ handed over as raw frames; what they mean is decided elsewhere.
 from __future__ import annotations
 
 import logging
-import socket
 import threading
 import time
 from collections import deque
@@ -25,6 +24,7 @@ from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.gatekeeper import Gatekeeper, proven_key
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
+from splitnet.net.wake import Wake
 
 log = logging.getLogger(__name__)
 
@@ -113,11 +113,10 @@ class Transport:
         self._backlog = Backlog()
         self._links: dict[Endpoint, _Link] = {}
         self._outbox = _Outbox()
-        self._wake_send, self._wake_receive = socket.socketpair()
-        self._wake_receive.setblocking(False)
+        self._wake = Wake()
         self._closing = False
         self._poller = zmq.Poller()
-        self._poller.register(self._wake_receive.fileno(), zmq.POLLIN)
+        self._poller.register(self._wake.fileno(), zmq.POLLIN)
         self._gate = Gatekeeper(self._context, authorized) if listen is not None else None
         self._router: zmq.Socket[bytes] | None = None
         self.port = 0
@@ -160,7 +159,7 @@ class Transport:
                 return
             self._closing = True
             if self._thread.ident is not None:
-                self._wake_send.send(b"\0")
+                self._wake.set()
         if self._thread.ident is None:
             self._release()
         else:
@@ -174,7 +173,7 @@ class Transport:
             outbox.items.append((destination, frames))
             wake, outbox.awake = not outbox.awake, True
             if wake and threading.get_ident() != self._thread.ident:
-                self._wake_send.send(b"\0")
+                self._wake.set()
 
     def _listen(self, address: str) -> None:
         assert self._gate is not None
@@ -234,13 +233,13 @@ class Transport:
             _close_watched(link.socket, link.monitor)
 
     def _run(self) -> None:
-        wake = self._wake_receive.fileno()
+        wake = self._wake.fileno()
         next_tick = 0.0
         try:
             while not self._closing:
                 ready = dict(self._poller.poll(_TICK_MS))
                 if wake in ready:
-                    self._drain_wakes()
+                    self._wake.clear()
                 self._flush()
                 if self._gate is not None and self._gate.socket in ready:
                     self._gate.answer()
@@ -259,13 +258,6 @@ class Transport:
             self._flush()
         finally:
             self._release()
-
-    def _drain_wakes(self) -> None:
-        try:
-            while len(self._wake_receive.recv(4096)) == 4096:
-                pass
-        except BlockingIOError:
-            pass
 
     def _flush(self) -> None:
         outbox = self._outbox
@@ -353,8 +345,7 @@ class Transport:
         if self._router is not None:
             self._router.close()
         self._context.term()
-        self._wake_send.close()
-        self._wake_receive.close()
+        self._wake.close()
 
 
 def _close_watched(handle: zmq.Socket[bytes], monitor: zmq.Socket[bytes] | None) -> None:
