@@ -29,7 +29,7 @@ SCALE_BYTES = 2
 LARGEST_SCALE = 0x7200  # the bits of 2**101: above every scale that `quantise` returns
 _LARGEST = 2.0**100  # larger magnitudes are refused: no model has them, and it keeps every decoded value finite
 _SMALLEST = np.float32(2.0**-100)  # blocks of smaller magnitudes become zeros
-_SMALL_BATCH = 64  # blocks; a product of so few rows does not wake the threads of a BLAS, which would then spin
+SMALL_BATCH = 64  # blocks; a product of so few rows does not wake the threads of a BLAS, which would then spin
 
 
 def quantise(values: Floats, bits: int, rotate: bool) -> tuple[Scales, Codes]:
@@ -123,11 +123,11 @@ _ROTATION_BACK = np.ascontiguousarray(_ROTATION.T)
 
 
 def _product(values: Floats, matrix: Floats) -> Floats:
-    if len(values) <= _SMALL_BATCH:
+    if len(values) <= SMALL_BATCH:
         return values @ matrix
     product = np.empty_like(values)
-    for start in range(0, len(values), _SMALL_BATCH):
-        part = slice(start, start + _SMALL_BATCH)
+    for start in range(0, len(values), SMALL_BATCH):
+        part = slice(start, start + SMALL_BATCH)
         np.matmul(values[part], matrix, out=product[part])
     return product
 
@@ -135,7 +135,7 @@ def _product(values: Floats, matrix: Floats) -> Floats:
 def _peak(values: Floats) -> Floats:
     """Return the largest magnitude `[blocks, 1]` of each block; NaN if it holds one."""
     magnitudes = np.abs(values)
-    if len(values) <= _SMALL_BATCH:
+    if len(values) <= SMALL_BATCH:
         return np.maximum.reduce(magnitudes, axis=1, keepdims=True)
     # torch is many times faster than numpy along short rows.
     return torch.from_numpy(magnitudes).amax(1, keepdim=True).numpy()  # pyright: ignore[reportUnknownMemberType]
