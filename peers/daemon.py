@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import socket
 import time
@@ -203,9 +202,6 @@ class Peer:
         return self._transport.state(endpoint)
 
     def _serve(self) -> None:
-        # What is loaded by now stays: the collector need not walk over it between two tokens.
-        gc.collect()
-        gc.freeze()
         self._engine.start()
         self._transport.start()
         self._announcer.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
@@ -91,6 +92,9 @@ def peer(
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: stop.put(number))
+        # What is loaded by now stays: the collector need not walk over it between two tokens.
+        gc.collect()
+        gc.freeze()
         span = serving.span
         typer.echo(
             f"serving blocks {span.start}..{span.end - 1} of {serving.checkpoint.name} "
