@@ -195,6 +195,14 @@ class Swarm:
         excluded = set(exclude) | {key for key, until in self._banned.items() if until > now}
         records = {record.key.text: record for record in self.peers(fresh=fresh) if record.key.text not in excluded}
         self._measure(records.values())
+        # A record outlives a peer that was killed; whom the client cannot connect to cannot serve it.
+        lost = [
+            key
+            for key, record in records.items()
+            if self.link_state(Endpoint(record.address, record.key)) is LinkState.DOWN
+        ]
+        for key in lost:
+            del records[key]
         parts = [part for record in records.values() if (part := _within(facts_of(record), start, end)) is not None]
         try:
             route = best_route(
@@ -215,7 +223,7 @@ class Swarm:
                     exclude=exclude,
                     fresh=True,
                 )
-            raise _no_route(error, self.facts, start, excluded=bool(excluded)) from None
+            raise _no_route(error, self.facts, start, excluded=bool(excluded or lost)) from None
         return [PlannedHop(records[hop.peer], hop.start + start, hop.end + start) for hop in route.hops]
 
     def ban(self, key: str, seconds: float) -> None:

@@ -11,6 +11,7 @@ import pytest
 from splitnet.client import swarm as swarm_module
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
+from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.messages import PROTOCOL_VERSION
 from splitnet.net.records import PeerRecord
@@ -46,6 +47,7 @@ class FakeDirectory:
         self.records: list[PeerRecord] = []
         self.names: dict[str, str] = {}
         self.lookups = 0
+        self.states: dict[Endpoint, LinkState] = {}
 
     def peers(self, model: str) -> list[PeerRecord]:
         self.lookups += 1
@@ -63,6 +65,7 @@ def directory(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
     fake = FakeDirectory()
     monkeypatch.setattr(swarm_module.Directory, "start", lambda **_: fake)
     monkeypatch.setattr(swarm_module, "PING_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(Swarm, "link_state", lambda self, endpoint: fake.states.get(endpoint, LinkState.CONNECTING))
     return fake
 
 
@@ -142,3 +145,13 @@ def test_a_banned_peer_is_not_planned_with(swarm: Swarm, directory: FakeDirector
     assert swarm.plan(positions=10, bytes_per_position=66)[0].record == good
     swarm.ban(bad.key.text, seconds=0)
     assert swarm.plan(positions=10, bytes_per_position=66)[0].record == bad
+
+
+def test_a_peer_that_cannot_be_connected_to_is_not_planned_with(swarm: Swarm, directory: FakeDirectory) -> None:
+    living, killed = served(decode_ms_per_block=50.0), served()
+    directory.records = [living, killed]
+    directory.states[Endpoint(killed.address, killed.key)] = LinkState.DOWN
+    assert swarm.plan(positions=10, bytes_per_position=66)[0].record == living
+    directory.records = [killed]
+    with pytest.raises(CoverageError, match="no peer that can be used"):
+        swarm.plan(positions=10, bytes_per_position=66, fresh=True)
