@@ -38,9 +38,6 @@ from splitnet.net.sent_log import SentLog
 
 log = logging.getLogger(__name__)
 
-REPLAY_POSITIONS = 512
-"""Positions per step of a replay."""
-
 PROBE_S = 15.0
 """A client that was silent for so long is sent a `Pong` that it ignores, which shows whether it is still connected."""
 
@@ -365,7 +362,7 @@ class Service:
             code = FailureCode.TOO_LONG if isinstance(error, SessionTooLong) else FailureCode.BAD_MESSAGE
             self._fail(session.reply_to, session.id, message.epoch, message.number, code, str(error))
             return
-        self.queue.put(Work(session, message, total, now))
+        self.queue.put(Work(session, message, total))
 
     def _check_step(self, session: Session, message: Step) -> int:
         """Positions in the step, after everything that its header claims was checked against its session."""
@@ -402,7 +399,7 @@ class Service:
             self._fail(source, session.id, message.epoch, message.number, FailureCode.STALE_EPOCH, "no such next hop")
             return
         session.used_at = now
-        steps = list(session.log.replay(REPLAY_POSITIONS))
+        steps = list(session.log.replay())
         if not steps:
             code = session.codec.code
             self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, 0))

@@ -58,7 +58,6 @@ class Work:
     session: Session
     step: Step
     total: int
-    arrived_at: float
     done: int = 0
     compute_ms: float = 0.0
     hidden: torch.Tensor | None = None

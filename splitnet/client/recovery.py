@@ -24,7 +24,6 @@ from splitnet.net.sent_log import SentLog
 
 log = logging.getLogger(__name__)
 
-REPLAY_POSITIONS = 512
 BAN_S = 30.0
 """How long a peer that died is not planned with."""
 
@@ -198,7 +197,7 @@ class Recovery:
         numbers: list[int] = []
         if sent is None:
             return numbers
-        for parts, payload in sent.replay(REPLAY_POSITIONS):
+        for parts, payload in sent.replay():
             numbers.append(self._next_number())
             step = Step(chain.session, chain.epoch, numbers[-1], parts, None, until, sent.codec, payload)
             chain.send_step(step, 0, to=to)

@@ -55,7 +55,6 @@ class FailureCode(IntEnum):
     WRONG_BLOCKS = 7
     TOO_LONG = 8
     STALE_EPOCH = 9
-    NEXT_UNREACHABLE = 10
 
 
 class Part(NamedTuple):

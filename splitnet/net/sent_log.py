@@ -12,6 +12,9 @@ from splitnet.errors import ProtocolError
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Payload
 from splitnet.net.rows import fork_rows
 
+REPLAY_POSITIONS = 512
+"""Positions per step of a replay, whoever sends it."""
+
 
 class SentLog:
     """Encoded positions by row. Every codec writes one self-contained record per position, so bytes can be cut."""
@@ -49,7 +52,7 @@ class SentLog:
             row += view[offset : offset + part.length * size]
             offset += part.length * size
 
-    def replay(self, positions_per_step: int) -> Iterator[tuple[tuple[Part, ...], bytes]]:
+    def replay(self, positions_per_step: int = REPLAY_POSITIONS) -> Iterator[tuple[tuple[Part, ...], bytes]]:
         """Steps that rebuild every row from nothing, at most `positions_per_step` positions each."""
         size = self.bytes_per_position
         step = max(1, min(positions_per_step, MAX_PAYLOAD_BYTES // size))

@@ -8,28 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 from splitnet.errors import CoverageError
 from splitnet.net.identity import Identity
 from tests.swarm.harness import LocalSwarm, local_swarm
-from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
 
 SPANS = [(0, 2), (2, 4), (4, 6)]
 GREEDY = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_checkpoint("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def local(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 @pytest.fixture

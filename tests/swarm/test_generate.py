@@ -20,16 +20,6 @@ pytestmark = pytest.mark.swarm
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_checkpoint("llama", tmp_path_factory.mktemp("llama"))
-
-
-@pytest.fixture(scope="module")
-def local(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-@pytest.fixture(scope="module")
 def remote(folder: Path) -> Iterator[RemoteCausalLM]:
     with local_swarm(folder, [(0, 1), (1, 4), (4, 6)]) as swarm:
         yield swarm.model()

@@ -19,14 +19,8 @@ from splitnet.net.identity import Identity
 from splitnet.net.messages import Message, Part, Step
 from splitnet.net.records import PeerRecord
 from tests.swarm.harness import LocalSwarm, local_swarm
-from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return random_checkpoint("llama", tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture

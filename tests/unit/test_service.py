@@ -15,7 +15,7 @@ from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
 from peers.engine import Engine, Speed
 from peers.next_hops import KEEP_S, MAX_NEXT_HOPS
 from peers.row_memory import SessionTooLong
-from peers.service import LOST_GRACE_S, PROBE_S, REPLAY_POSITIONS, Served, Service
+from peers.service import LOST_GRACE_S, PROBE_S, Served, Service
 from peers.session import Session, Work
 from peers.work_queue import WorkQueue
 from splitnet.errors import ProtocolError, ProtocolVersionError
@@ -39,6 +39,7 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
+from splitnet.net.sent_log import REPLAY_POSITIONS
 
 HIDDEN = 8
 MODEL = "fingerprint"
