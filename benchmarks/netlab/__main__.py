@@ -1,0 +1,47 @@
+"""An emulated network by hand, and whether it is accurate.
+
+python -m benchmarks.netlab open HOST HOST ... [--delay MS] [--rate MBIT] [--loss PERCENT]
+python -m benchmarks.netlab check
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .check import check
+from .lab import Lab, LabError
+from .prompt import prompt
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.netlab",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    opening = commands.add_parser("open", help="bring up hosts, then ask what to do, until Ctrl-D")
+    opening.add_argument("hosts", nargs="+", metavar="HOST", help="any names")
+    opening.add_argument("--delay", type=float, default=0.0, metavar="MS", help="one way, between any two hosts")
+    opening.add_argument("--rate", type=float, default=0.0, metavar="MBIT", help="of every host's link; 0: no limit")
+    opening.add_argument("--loss", type=float, default=0.0, metavar="PERCENT", help="between any two hosts")
+    commands.add_parser("check", help="measure delay, rate and loss beside what was asked for; some minutes")
+    arguments = parser.parse_args()
+    try:
+        if arguments.command == "check":
+            check()
+        else:
+            everywhere = {"delay_ms": arguments.delay, "rate_mbit": arguments.rate, "loss_percent": arguments.loss}
+            with Lab(arguments.hosts, **everywhere) as lab:
+                prompt(lab)
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

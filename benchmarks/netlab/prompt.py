@@ -1,0 +1,71 @@
+"""A prompt for a lab."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable
+
+from .lab import Lab, LabError
+
+_HELP = """\
+delay A B MS         one-way delay between two hosts
+rate A B MBIT        Mbit/s between two hosts, 0: no limit
+loss A B PERCENT     packets lost between two hosts
+                     ("-" as value of these: back to what the hosts' own links say)
+access A MS MBIT PERCENT   the own link of a host
+cut A B              drop everything between two hosts
+down A, up A         drop everything from and to a host, or no longer
+heal                 end all cuts, bring all hosts up
+run A COMMAND ...    run a command in a host; names of hosts after it become their addresses
+start A COMMAND ...  the same without waiting for its end
+quit                 stop everything"""
+
+
+def prompt(lab: Lab) -> None:
+    """Reads commands for a lab from stdin until its end or `quit`."""
+    for host in lab.hosts:
+        print(f"{host}: {lab.address(host)}, from another terminal: {lab.entrance(host)} COMMAND")
+    print("`help` lists commands; Ctrl-D ends.")
+    while True:
+        try:
+            words = shlex.split(input("netlab> "))
+            if words == ["quit"]:
+                return
+            if words:
+                _obey(lab, words)
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+        except (LabError, OSError, ValueError) as error:
+            print(f"error: {error}")
+
+
+def _obey(lab: Lab, words: list[str]) -> None:
+    pairs: dict[str, Callable[[str, str, float | None], None]] = {
+        "delay": lab.delay,
+        "rate": lab.rate,
+        "loss": lab.loss,
+    }
+    match words:
+        case ["help"]:
+            print(_HELP)
+        case [("delay" | "rate" | "loss") as what, a, b, value]:
+            pairs[what](a, b, None if value == "-" else float(value))
+        case ["access", host, delay, rate, loss]:
+            lab.access(host, delay_ms=float(delay), rate_mbit=float(rate), loss_percent=float(loss))
+        case ["cut", a, b]:
+            lab.cut(a, b)
+        case ["down", host]:
+            lab.down(host)
+        case ["up", host]:
+            lab.up(host)
+        case ["heal"]:
+            lab.heal()
+        case [("run" | "start") as how, host, *command] if command:
+            process = lab.run(host, [lab.address(word) if word in lab.hosts else word for word in command])
+            if how == "run":
+                process.wait()
+        case _:
+            print(f"no such command: {shlex.join(words)}; `help` lists them")
