@@ -1,0 +1,56 @@
+"""A client's own knowledge of the network: where it stands, and the links that it has measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from scheduler.coordinates import Coordinate
+from scheduler.network import CLIENT, Link, Place
+from scheduler.simulation.directory import View
+from scheduler.simulation.world import World, measured_to
+
+RANDOM_PROBES = 16
+NEAR_PROBES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """number: in the geography. links: both ways between the client and the peers that it has measured."""
+
+    number: int
+    place: Place
+    links: dict[tuple[str, str], Link]
+
+
+def new_client(world: World, number: int, view: View, rng: np.random.Generator) -> Client:
+    """A client that measured its links to some random peers, and then to those that seem to be the nearest.
+
+    A round trip is measured up to 10% too long. Peers that have died in the meantime are measured too: that error of
+    the simulator gives nobody an advantage, as such a peer refuses when a route through it is opened.
+    """
+    geography = world.geography
+    coordinate = Coordinate()
+    links: dict[tuple[str, str], Link] = {}
+    count = len(view.peers)
+    chosen = rng.choice(count, min(RANDOM_PROBES, count), replace=False).tolist()
+    for index in chosen:
+        record = view.records[view.peers[index].id]
+        coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)
+    vectors, heights = view.coordinates
+    foretold = np.sqrt(((vectors - np.array(coordinate.vector)) ** 2).sum(axis=1)) + heights
+    near = foretold.argsort(kind="stable")[:NEAR_PROBES].tolist()
+    for index in near:
+        record = view.records[view.peers[index].id]
+        coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)
+    for index in {*chosen, *near}:
+        record = view.records[view.peers[index].id]
+        late = 1 + 0.1 * rng.random()
+        for sender, receiver, names in (
+            (number, record.number, (CLIENT, record.peer.id)),
+            (record.number, number, (record.peer.id, CLIENT)),
+        ):
+            link = geography.link(sender, receiver)
+            links[names] = Link(link.latency_ms * late, link.bytes_per_ms)
+    return Client(number, Place(coordinate, float(geography.up[number])), links)

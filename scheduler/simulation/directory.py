@@ -1,0 +1,106 @@
+"""What peers have published, and what clients see of it: facts with an age."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scheduler.coordinates import DIMENSIONS
+from scheduler.network import Link, Network, Place
+from scheduler.placement import Spans
+from scheduler.swarm import Peer
+
+ID_BYTES = 32
+"""A public key."""
+NUMBER_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What a peer says of itself. number: of the device. links: that it measured to others, by their ids."""
+
+    number: int
+    peer: Peer
+    place: Place
+    links: Mapping[str, Link]
+    published_s: float
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the facts, packed: without the address, the signature and what describes the model."""
+        own = 2 + len(self.peer.speed.block_ms) + 3 + len(self.place.coordinate.vector) + 3
+        return ID_BYTES + own * NUMBER_BYTES + len(self.links) * (ID_BYTES + 2 * NUMBER_BYTES)
+
+
+class View:
+    """All records that clients know between two readings of the directory. Immutable.
+
+    Attributes:
+        peers, numbers, start, end, kv_free: of all records, in one order.
+    """
+
+    def __init__(self, records: Collection[Record], num_blocks: int) -> None:
+        self.records = {record.peer.id: record for record in records}
+        self.peers = [record.peer for record in self.records.values()]
+        self.num_blocks = num_blocks
+        self.numbers = np.array([record.number for record in records], dtype=np.int64)
+        self.start = np.array([peer.start for peer in self.peers], dtype=np.int64)
+        self.end = np.array([peer.end for peer in self.peers], dtype=np.int64)
+        self.kv_free = np.array([peer.kv_free for peer in self.peers], dtype=np.int64)
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Where each peer stands in the order."""
+        return {peer.id: position for position, peer in enumerate(self.peers)}
+
+    @cached_property
+    def serving(self) -> list[NDArray[np.int64]]:
+        """For each block who serves it."""
+        return [np.flatnonzero((self.start <= block) & (block < self.end)) for block in range(self.num_blocks)]
+
+    @cached_property
+    def decode_ms(self) -> NDArray[np.float64]:
+        """Of one block and position, without load."""
+        return np.array([peer.speed.at(1) for peer in self.peers])
+
+    @cached_property
+    def places(self) -> Network:
+        """The coordinates of all peers, and no measured link."""
+        return Network(places={name: record.place for name, record in self.records.items()})
+
+    @cached_property
+    def coordinates(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Vectors and heights of all peers."""
+        places = [record.place.coordinate for record in self.records.values()]
+        vectors = np.array([place.vector for place in places]).reshape(len(places), DIMENSIONS)
+        return vectors, np.array([place.height_ms for place in places])
+
+    @cached_property
+    def spans(self) -> Spans:
+        """All peers as the placement sees them."""
+        return Spans.of(self.peers, self.num_blocks)
+
+
+class Directory:
+    """Records by the id of their peer. A record that is not renewed stays until it expires."""
+
+    def __init__(self, ttl_s: float, num_blocks: int) -> None:
+        self._ttl_s = ttl_s
+        self._num_blocks = num_blocks
+        self._records: dict[str, Record] = {}
+
+    def publish(self, record: Record) -> None:
+        self._records[record.peer.id] = record
+
+    def withdraw(self, peer: str) -> None:
+        self._records.pop(peer, None)
+
+    def view(self, now_s: float) -> View:
+        """All records that have not expired."""
+        for name in [name for name, record in self._records.items() if now_s - record.published_s > self._ttl_s]:
+            del self._records[name]
+        return View(self._records.values(), self._num_blocks)

@@ -1,0 +1,186 @@
+"""A peer that runs: its queue, its passes, its KV memory, and what it knows of itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from scheduler.coordinates import Coordinate
+from scheduler.network import Link, Place
+from scheduler.simulation.directory import Record
+from scheduler.simulation.world import Device
+from scheduler.swarm import Peer
+
+if TYPE_CHECKING:
+    from scheduler.simulation.session import Session
+
+DECODE_POSITIONS: Final = 16
+PASS_POSITIONS: Final = 512
+PATIENCE: Final = 4
+"""As in the work queue of real peers."""
+
+
+@dataclass(slots=True, eq=False)
+class Step:
+    """New positions of a session on their way through the hops.
+
+    epoch: of the session; a step of an older one is dropped. hop: at which it is, or to which it goes. last_hop: at
+    which it ends. remaining: positions that this hop has still to run. final: no further step belongs to it.
+    """
+
+    session: Session
+    epoch: int
+    hop: int
+    last_hop: int
+    positions: int
+    final: bool = True
+    replay: bool = False
+    remaining: int = 0
+    passed_over: int = 0
+    arrived_ms: float = 0.0
+
+
+class Node:
+    """A device that serves the blocks [start, end) at a time.
+
+    Attributes:
+        generation: how often it has changed or lost its blocks; what was under way before is lost.
+        measured: links to other peers, by number.
+    """
+
+    def __init__(self, device: Device, span: tuple[int, int], coordinate: Coordinate, up_bytes_per_ms: float) -> None:
+        self.device = device
+        self.number = device.number
+        self.id = device.id
+        self.start, self.end = span
+        self.serves = False
+        self.gone = False
+        self.generation = 0
+        self.coordinate = coordinate
+        self.up_bytes_per_ms = up_bytes_per_ms
+        self.measured: dict[int, Link] = {}
+        self.kv_used = 0
+        self.sessions: dict[Session, None] = {}
+        self.ready: list[Step] = []
+        self.running = False
+        self.uplink_free_ms = 0.0
+        self.busy_ms = 0.0
+        self.served_since_ms = 0.0
+        self.served_ms = 0.0
+        self._begin_interval(0.0)
+
+    def _begin_interval(self, now_ms: float) -> None:
+        self._interval_began_ms = now_ms
+        self._squares = 0.0
+        self._positions = 0
+        self._waited_ms = 0.0
+        self._steps = 0
+
+    def begin(self, now_ms: float) -> None:
+        """Serves from now on."""
+        self.serves = True
+        self.served_since_ms = now_ms
+        self._begin_interval(now_ms)
+
+    def stop(self, now_ms: float) -> list[Session]:
+        """Serves no more, and forgets everything; returns whose sessions that were."""
+        lost = list(self.sessions)
+        self.sessions.clear()
+        if self.serves:
+            self.served_ms += now_ms - self.served_since_ms
+        self.serves = False
+        self.generation += 1
+        self.kv_used = 0
+        self.ready.clear()
+        self.running = False
+        return lost
+
+    def reserve(self, session: Session, positions: int) -> bool:
+        """Takes KV memory for a session; False: there is not enough."""
+        if self.kv_used + positions > self.device.kv_positions:
+            return False
+        self.kv_used += positions
+        self.sessions[session] = None
+        return True
+
+    def release(self, session: Session, positions: int) -> None:
+        """Gives the memory of a session back, if it is still there."""
+        if session in self.sessions:
+            del self.sessions[session]
+            self.kv_used -= positions
+
+    def next_pass(self, now_ms: float) -> tuple[list[tuple[Step, int]], float]:
+        """What runs now, steps with how many positions of each, and for how many ms.
+
+        Decode first, then prefill fills the pass; all of it goes through the same blocks. A step that some passes left
+        out leads the next one, and half of that is kept for it.
+        """
+        ready = self.ready
+        if len(ready) == 1:
+            step = ready.pop()
+            taken = [(step, min(step.remaining, PASS_POSITIONS))]
+        else:
+            taken = self._pack(ready)
+            for step, _ in taken:
+                ready.remove(step)
+        first = taken[0][0]
+        start, end = first.session.hops[first.hop][1:]
+        positions = 0
+        for step, count in taken:
+            positions += count
+            if step.arrived_ms >= 0.0:
+                if step.positions <= DECODE_POSITIONS:
+                    self._waited_ms += now_ms - step.arrived_ms
+                    self._steps += 1
+                step.arrived_ms = -1.0
+        took_ms = self.device.speed.at(positions) * (end - start)
+        self.running = True
+        self.busy_ms += took_ms
+        self._squares += took_ms * took_ms
+        self._positions += positions
+        return taken, took_ms
+
+    def _pack(self, ready: list[Step]) -> list[tuple[Step, int]]:
+        decode = [step for step in ready if step.remaining <= DECODE_POSITIONS]
+        prefill = [step for step in ready if step.remaining > DECODE_POSITIONS]
+        leader = (decode or prefill)[0]
+        kept = 0
+        if ready[0].passed_over >= PATIENCE:
+            leader = ready[0]
+            kept = min(leader.remaining, PASS_POSITIONS // 2)
+        left = PASS_POSITIONS - kept
+        counts = {leader: kept} if kept else {}
+        blocks = leader.session.hops[leader.hop][1:]
+        for step in decode + prefill:
+            if step.session.hops[step.hop][1:] == blocks:
+                count = min(step.remaining - counts.get(step, 0), left)
+                if count:
+                    counts[step] = counts.get(step, 0) + count
+                    left -= count
+        for step in ready:
+            step.passed_over = 0 if step in counts else step.passed_over + 1
+        return list(counts.items())
+
+    def record(self, now_ms: float, best_rate: float) -> Record:
+        """What it publishes: its load is that of the time since the last record.
+
+        A new step that comes at any time finds a pass under way that has a mean of (sum of squares of passes) / (twice
+        the time) still to go; where steps were seen to wait longer, as sessions on other blocks came between, that
+        counts in proportion to how busy the device was. In a pass it will meet the positions that come meanwhile.
+        """
+        elapsed = max(now_ms - self._interval_began_ms, 1.0)
+        residual = self._squares / elapsed / 2
+        waited = self._waited_ms / self._steps * min(1.0, self._steps / elapsed) if self._steps else 0.0
+        batch = self._positions / elapsed * 2 * residual
+        self._begin_interval(now_ms)
+        peer = Peer(
+            self.id,
+            self.start,
+            self.end,
+            self.device.speed,
+            max(residual, waited),
+            batch,
+            self.device.kv_positions - self.kv_used,
+        )
+        links = {f"p{number:06d}": link for number, link in self.measured.items()}
+        return Record(self.number, peer, Place(self.coordinate, best_rate), links, now_ms / 1000)

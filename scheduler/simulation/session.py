@@ -1,0 +1,93 @@
+"""A client's session: where its hops are, and what became of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+from scheduler.encoding import Encoding
+from scheduler.network import Link
+from scheduler.simulation.clients import Client
+from scheduler.simulation.geography import Geography
+from scheduler.simulation.node import Node
+from scheduler.simulation.world import Request
+
+RUNNING: Final = "running"
+FINISHED: Final = "finished"
+FAILED: Final = "failed"
+
+Hops = list[tuple[Node, int, int]]
+"""Who runs which blocks [start, end)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What it costs to get a step from one device to the next, directly or by way of the client.
+
+    token_ms: of one position, without the latency. sender: whose way up a long step occupies; None: the client's.
+    """
+
+    latency_ms: float
+    token_ms: float
+    links: tuple[Link, ...]
+    sender: Node | None
+
+    def ms(self, positions: int, encodings: tuple[Encoding, ...]) -> float:
+        """Of a step, without the latency."""
+        return sum(min(encoding.ms(positions, link.bytes_per_ms) for encoding in encodings) for link in self.links)
+
+    def uplink_ms(self, positions: int, encodings: tuple[Encoding, ...], up_bytes_per_ms: float) -> float:
+        """For how long the sender's way up is occupied."""
+        return positions * min(encoding.bytes_per_position for encoding in encodings) / up_bytes_per_ms
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One request and its way through the swarm. All times in ms.
+
+    epoch: grows with each repair; what was sent before is void. generations: of the nodes, when they were opened.
+    wires: before each hop, and after the last. steps_lost: whether a repair is under way.
+    """
+
+    request: Request
+    client: Client
+    arrived_ms: float
+    hops: Hops = field(default_factory=list)
+    generations: list[int] = field(default_factory=list)
+    wires: list[Wire] = field(default_factory=list)
+    epoch: int = 0
+    state: str = RUNNING
+    tokens: int = 0
+    first_ms: float = 0.0
+    ended_ms: float = 0.0
+    replays: int = 0
+    repairs: int = 0
+    refusals: int = 0
+    trouble_since_ms: float = -1.0
+    uplink_free_ms: float = 0.0
+    banned: set[str] = field(default_factory=set)
+    foretold_ms: float = 0.0
+    token_times_ms: list[float] = field(default_factory=list)
+
+    def lost_hops(self) -> list[int]:
+        """Hops whose node no longer holds the session."""
+        return [
+            index
+            for index, (node, _, _) in enumerate(self.hops)
+            if not node.serves or node.generation != self.generations[index]
+        ]
+
+    def connect(self, geography: Geography, encodings: tuple[Encoding, ...], through_client: bool) -> None:
+        """Draws the wires of the present hops."""
+        client = self.client.number
+        stations: list[Node | None] = [None, *(node for node, _, _ in self.hops), None]
+        self.wires = []
+        for sender, receiver in zip(stations, stations[1:], strict=False):
+            here = sender.number if sender else client
+            there = receiver.number if receiver else client
+            if through_client and sender and receiver:
+                links = (geography.link(here, client), geography.link(client, there))
+            else:
+                links = (geography.link(here, there),)
+            token_ms = sum(min(encoding.ms(1, link.bytes_per_ms) for encoding in encodings) for link in links)
+            self.wires.append(Wire(sum(link.latency_ms for link in links), token_ms, links, sender))

@@ -1,0 +1,231 @@
+"""What happens in a simulation before anybody decides anything: devices, when they come and go, and who asks for what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from scheduler.coordinates import DIMENSIONS, Coordinate
+from scheduler.encoding import Encoding, encodings_of
+from scheduler.network import CLIENT
+from scheduler.simulation.geography import Access, Geography
+from scheduler.swarm import Speed
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All that a simulation depends on; the same settings give the same result.
+
+    peers: living at any time, on average. clients: each with one session. sessions_per_peer_hour: how often they come.
+    num_blocks, hidden: of the model. refresh_s: how often a peer publishes its facts. record_ttl_s: how long they stay
+    after the last time. view_s: how often clients read all facts. load_s: to load one block. uptime: factor to the time
+    that devices stay; infinite for no churn. moves: whether peers may change their blocks. jitter: mean share by which
+    a message's latency exceeds the link's. loss: share of messages that are sent twice. silence_s: until a hop that
+    crashed counts as lost. patience_s: how long a session waits for peers to serve its blocks.
+    """
+
+    peers: int = 1000
+    clients: int = 1000
+    sessions_per_peer_hour: float = 2.0
+    seed: int = 1
+    num_blocks: int = 80
+    hidden: int = 8192
+    refresh_s: float = 30.0
+    record_ttl_s: float = 90.0
+    view_s: float = 10.0
+    load_s: float = 1.0
+    uptime: float = 1.0
+    moves: bool = True
+    jitter: float = 0.05
+    loss: float = 0.005
+    silence_s: float = 3.0
+    patience_s: float = 30.0
+    candidates: int = 300
+
+    @property
+    def duration_s(self) -> float:
+        """How long clients arrive."""
+        return self.clients / (self.peers * self.sessions_per_peer_hour / 3600)
+
+    @property
+    def encodings(self) -> tuple[Encoding, ...]:
+        return encodings_of({"none": 4.0 * self.hidden, "int8": 1.03 * self.hidden})
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A kind of device. share: of all. decode_ms: to read a block's weights; prefill_ms: arithmetic of a position in it.
+
+    blocks: fewest and most that its owner gives memory for. kv_positions: that all sessions may take together.
+    uptime_h: mean time until it leaves. wired: whether its link is that of a data centre.
+    """
+
+    name: str
+    share: float
+    decode_ms: float
+    prefill_ms: float
+    blocks: tuple[int, int]
+    kv_positions: int
+    uptime_h: float
+    wired: bool = False
+
+
+KINDS: Final[Sequence[Kind]] = (
+    Kind("data centre GPU", 0.03, 0.5, 0.005, (16, 48), 64_000, 24.0, wired=True),
+    Kind("desktop GPU", 0.22, 1.2, 0.02, (8, 20), 24_000, 4.0),
+    Kind("laptop GPU", 0.20, 3.0, 0.07, (4, 8), 12_000, 1.5),
+    Kind("unified memory", 0.20, 5.0, 0.2, (8, 24), 24_000, 2.0),
+    Kind("desktop CPU", 0.20, 12.0, 1.0, (8, 24), 16_000, 4.0),
+    Kind("board", 0.15, 16.0, 4.0, (2, 5), 4_000, 12.0),
+)
+"""A block of 0.9 GB, as of a model of 70 billion parameters with 8 bits each, read at 1800 down to 55 GB/s."""
+
+ACCESSES: Final[Sequence[tuple[float, tuple[float, float], tuple[float, float], tuple[float, float]]]] = (
+    # share; one-way delay in ms, Mbit/s up and Mbit/s down, each from .. to
+    (0.35, (0.5, 2.0), (100.0, 900.0), (200.0, 1000.0)),
+    (0.40, (2.5, 7.0), (10.0, 50.0), (100.0, 1000.0)),
+    (0.25, (5.0, 10.0), (4.0, 20.0), (20.0, 150.0)),
+)
+"""Fibre; cable; telephone line or radio."""
+DATA_CENTRE: Final = (1.0, (0.5, 0.7), (1000.0, 1000.0), (1000.0, 1000.0))
+BYTES_PER_MS: Final = 125.0
+"""Of one Mbit/s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """A device that serves blocks. number: in the geography. joins_s, leaves_s: when. crashes: leaves without a word."""
+
+    number: int
+    id: str
+    kind: Kind
+    speed: Speed
+    max_blocks: int
+    kv_positions: int
+    joins_s: float
+    leaves_s: float
+    crashes: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A client, number in the geography, that wants `output` tokens for `prompt` tokens at a time."""
+
+    number: int
+    at_s: float
+    prompt: int
+    output: int
+
+    @property
+    def positions(self) -> int:
+        return self.prompt + self.output
+
+
+class World:
+    """Devices and requests drawn from the seed; every policy meets the same."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        rng = np.random.default_rng(settings.seed)
+        lifetimes = _lifetimes(rng, settings)
+        kinds = [kind for kind, _, _ in lifetimes]
+        accesses = [_draw_access(rng, kind.wired) for kind in kinds]
+        accesses += [_draw_access(rng, False) for _ in range(settings.clients)]
+        self.geography = Geography(rng, accesses)
+        self.devices = [
+            _draw_device(rng, number, kind, joins, leaves, settings.num_blocks)
+            for number, (kind, joins, leaves) in enumerate(lifetimes)
+        ]
+        arrivals = np.sort(rng.uniform(0.0, settings.duration_s, settings.clients))
+        prompts = np.clip(rng.lognormal(np.log(200), 1.0, settings.clients), 8, 4096).astype(int)
+        outputs = np.clip(rng.lognormal(np.log(100), 0.8, settings.clients), 4, 1024).astype(int)
+        self.requests = [
+            Request(len(self.devices) + client, float(at), int(prompt), int(output))
+            for client, (at, prompt, output) in enumerate(zip(arrivals, prompts, outputs, strict=True))
+        ]
+        self.number_of = {device.id: device.number for device in self.devices}
+        self.coordinates = _settled_coordinates(rng, self.geography, self.devices)
+
+    def names_for(self, client: int) -> dict[str, int]:
+        """The number of each device by its name, as a client sees it."""
+        return {**self.number_of, CLIENT: client}
+
+
+def device_id(number: int) -> str:
+    return f"p{number:06d}"
+
+
+def _lifetimes(rng: np.random.Generator, settings: Settings) -> list[tuple[Kind, float, float]]:
+    """Kinds with the times at which their devices come and go: as many come as go on average."""
+    shares = np.array([kind.share for kind in KINDS])
+    lifetimes: list[tuple[Kind, float, float]] = []
+    for kind in rng.choice(len(KINDS), size=settings.peers, p=shares / shares.sum()):
+        joins, uptime_s = 0.0, 3600 * KINDS[kind].uptime_h * settings.uptime
+        while joins < settings.duration_s:  # a place in the swarm, taken by one device after the other
+            leaves = joins + (float(rng.exponential(uptime_s)) if np.isfinite(uptime_s) else np.inf)
+            lifetimes.append((KINDS[kind], joins, leaves))
+            joins = leaves
+    return sorted(lifetimes, key=lambda lifetime: lifetime[1])
+
+
+def _draw_access(rng: np.random.Generator, wired: bool) -> Access:
+    shares = [access[0] for access in ACCESSES]
+    _, delay, up, down = DATA_CENTRE if wired else ACCESSES[int(rng.choice(len(ACCESSES), p=shares))]
+    return Access(
+        float(rng.uniform(*delay)),
+        BYTES_PER_MS * float(np.exp(rng.uniform(*np.log(up)))),
+        BYTES_PER_MS * float(np.exp(rng.uniform(*np.log(down)))),
+    )
+
+
+def _draw_device(
+    rng: np.random.Generator, number: int, kind: Kind, joins: float, leaves: float, num_blocks: int
+) -> Device:
+    slower = float(rng.lognormal(0.0, 0.25))
+    return Device(
+        number=number,
+        id=device_id(number),
+        kind=kind,
+        speed=Speed.of(kind.decode_ms * slower, kind.prefill_ms * slower),
+        max_blocks=min(num_blocks, int(rng.integers(kind.blocks[0], kind.blocks[1] + 1))),
+        kv_positions=int(kind.kv_positions * rng.uniform(0.5, 1.5)),
+        joins_s=joins,
+        leaves_s=leaves,
+        crashes=bool(rng.random() < 0.5),
+    )
+
+
+FOUNDERS: Final = 300
+FOUNDING_ROUNDS: Final = 240
+NEWCOMER_ROUNDS: Final = 32
+
+
+def _settled_coordinates(rng: np.random.Generator, geography: Geography, devices: Sequence[Device]) -> list[Coordinate]:
+    """Where the devices that are there from the start believe to be.
+
+    The first few have measured round trips to random others for two hours, once in 30 s; each later one has measured
+    some when it joined those before it, as a swarm grows.
+    """
+    count = sum(device.joins_s == 0 for device in devices)
+    coordinates = [Coordinate()] * count
+    founders = min(count, FOUNDERS)
+    for _ in range(FOUNDING_ROUNDS if founders > 1 else 0):
+        for number, other in enumerate(
+            ((np.arange(founders) + rng.integers(1, founders, founders)) % founders).tolist()
+        ):
+            coordinates[number] = measured_to(rng, geography, number, coordinates[number], other, coordinates[other])
+    for number in range(founders, count):
+        for other in rng.integers(0, number, NEWCOMER_ROUNDS).tolist():
+            coordinates[number] = measured_to(rng, geography, number, coordinates[number], other, coordinates[other])
+    return coordinates
+
+
+def measured_to(
+    rng: np.random.Generator, geography: Geography, number: int, own: Coordinate, other: int, theirs: Coordinate
+) -> Coordinate:
+    """The coordinate of a device after it measured a round trip to another, up to 10% too long."""
+    rtt_ms = 2 * geography.one_way_ms(number, other) * (1 + 0.1 * rng.random())
+    return own.moved(theirs, rtt_ms, tuple(rng.normal(size=DIMENSIONS).tolist()))
