@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 
 from peers.session import Session
@@ -25,6 +26,7 @@ class SessionTable:
         self.idle_s = idle_s
         self._sessions: dict[bytes, Session] = {}
         self._reserved = 0
+        self._ended = threading.Condition()
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -65,6 +67,13 @@ class SessionTable:
         if self._sessions.pop(session.id, None) is not None:
             self._reserved -= session.budget
             session.closed = True
+            with self._ended:
+                self._ended.notify_all()
+
+    def wait_until_empty(self, timeout_s: float) -> bool:
+        """Waits until no session is left; False if some are after `timeout_s` seconds."""
+        with self._ended:
+            return self._ended.wait_for(lambda: not self._sessions, timeout_s)
 
     def expire(self, now: float) -> list[Session]:
         """Removes and returns the sessions that were idle for too long."""

@@ -23,6 +23,7 @@ class Announcer:
         directory: the DHT.
         identity: signs the records.
         describe: the record as of now.
+        look_around: called before each refresh; brings up to date what `describe` tells of others.
     """
 
     def __init__(
@@ -30,14 +31,17 @@ class Announcer:
         directory: Directory,
         identity: Identity,
         describe: Callable[[], PeerRecord],
+        look_around: Callable[[], None],
         *,
         refresh_s: float = REFRESH_S,
     ) -> None:
         self._directory = directory
         self._identity = identity
         self._describe = describe
+        self._look_around = look_around
         self._refresh_s = refresh_s
         self._leaving = threading.Event()
+        self._withdrawn = False
         self._thread = threading.Thread(target=self._run, name="splitnet-announce", daemon=True)
 
     def start(self) -> None:
@@ -46,7 +50,10 @@ class Announcer:
         self._thread.start()
 
     def close(self) -> None:
-        """Withdraws the record."""
+        """Withdraws the record. May be called more than once."""
+        if self._withdrawn:
+            return
+        self._withdrawn = True
         self._leaving.set()
         if self._thread.ident is not None:
             self._thread.join()
@@ -57,8 +64,11 @@ class Announcer:
             log.warning("could not leave the DHT cleanly, the record expires by itself: %s", error)
 
     def _run(self) -> None:
-        while not self._leaving.wait(self._refresh_s):
+        pause_s = 0.0  # those who are there already are measured at once
+        while not self._leaving.wait(pause_s):
+            pause_s = self._refresh_s
             try:
+                self._look_around()
                 self._publish()
             except SplitnetError as error:
                 log.warning("announcement failed, next try in %.0f s: %s", self._refresh_s, error)

@@ -12,9 +12,12 @@ from pathlib import Path
 import splitnet
 from peers.admission import SessionTable
 from peers.announce import Announcer
-from peers.engine import Engine, measure_speed
-from peers.placing import ANY_SPAN, SpanWish, choose_blocks
+from peers.engine import Engine
+from peers.load import Load
+from peers.neighbours import Neighbours
+from peers.placing import ANY_SPAN, SpanWish, choose_blocks, fitting_blocks
 from peers.service import Served, Service
+from peers.speed import measure_speed
 from peers.work_queue import WorkQueue
 from splitnet.errors import ProtocolError
 from splitnet.model.checkpoint import Checkpoint
@@ -23,7 +26,8 @@ from splitnet.net.codecs import CODECS
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.messages import PROTOCOL_VERSION, Message, Payload, decode, encode
+from splitnet.net.messages import PROTOCOL_VERSION, Message, Payload, Pong, decode, encode
+from splitnet.net.prober import Prober
 from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
 
@@ -70,14 +74,23 @@ class Peer:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, directory: Directory, span: Span, options: PeerOptions, identity: Identity
+        self,
+        checkpoint: Checkpoint,
+        directory: Directory,
+        span: Span,
+        options: PeerOptions,
+        identity: Identity,
+        max_blocks: int,
     ) -> None:
         self.checkpoint = checkpoint
         self.span = span
         self.identity = identity
         self._directory = directory
         self._options = options
+        self._max_blocks = max_blocks
         self._speed = measure_speed(span)
+        self._load = Load()
+        self._placed_at = time.time()
         self._sessions = SessionTable(_kv_capacity(span, options.kv_memory), idle_s=options.idle_s)
         self._queue = WorkQueue()
         served = Served(
@@ -89,7 +102,7 @@ class Peer:
             max_positions=checkpoint.max_positions,
         )
         self._service = Service(served, self._sessions, self._queue, self)
-        self._engine = Engine(span, self._service, self._queue, self._speed)
+        self._engine = Engine(span, self._service, self._queue, self._speed, self._load)
         self._transport = Transport(
             identity,
             on_message=self._receive,
@@ -101,7 +114,11 @@ class Peer:
         )
         host = options.public_host or _reachable_host(options.listen)
         self.endpoint = Endpoint(f"tcp://{host}:{self._transport.port}", identity.public)
-        self._announcer = Announcer(directory, identity, self.record)
+        self._prober = Prober(self.send)
+        self._neighbours = Neighbours(
+            lambda: directory.peers(checkpoint.fingerprint), identity.public.text, self._service, self._prober
+        )
+        self._announcer = Announcer(directory, identity, self.record, self._neighbours.look_around)
 
     @classmethod
     def start(cls, model: str | Path, options: PeerOptions, *, progress: Progress | None = None) -> Peer:
@@ -123,13 +140,8 @@ class Peer:
         listen = options.dht_listen if options.dht_listen is not None else (_dht_address(options.listen),)
         directory = Directory.start(initial_peers=options.initial_peers, listen=listen)
         try:
-            start, end = choose_blocks(
-                checkpoint,
-                options.wish,
-                directory.peers(checkpoint.fingerprint),
-                device=options.device,
-                dtype=options.dtype,
-            )
+            fitting = fitting_blocks(checkpoint, options.wish, device=options.device, dtype=options.dtype)
+            start, end = choose_blocks(checkpoint, options.wish, fitting, directory.peers(checkpoint.fingerprint))
             span = Span.load(
                 checkpoint,
                 start,
@@ -139,7 +151,7 @@ class Peer:
                 progress=lambda done, total: report(f"load blocks {start}..{end - 1}", done, total),
             )
             report("measure the device", 0, 0)
-            peer = cls(checkpoint, directory, span, options, identity)
+            peer = cls(checkpoint, directory, span, options, identity, fitting)
         except BaseException:
             directory.close()
             raise
@@ -157,6 +169,8 @@ class Peer:
 
     def record(self) -> PeerRecord:
         """What the peer announces of itself, as of now."""
+        wait_ms, batch = self._load.at(time.monotonic())
+        coordinate, coordinate_error = self._neighbours.coordinate
         return PeerRecord(
             key=self.identity.public,
             model=self.checkpoint.fingerprint,
@@ -169,14 +183,29 @@ class Peer:
             codecs=tuple(CODECS),
             device=str(self.span.device),
             dtype=str(self.span.dtype).removeprefix("torch."),
-            decode_ms_per_block=self._speed.decode_ms_per_block,
-            prefill_ms_per_block_token=self._speed.prefill_ms_per_block_token,
+            block_ms=self._speed.block_ms,
+            queue_ms=max(wait_ms, self._service.queue_ms),
+            batch=batch,
             kv_free_positions=self._sessions.free_positions,
-            queue_ms=self._service.queue_ms,
             sessions=len(self._sessions),
+            max_blocks=self._max_blocks,
+            placed_at=self._placed_at,
+            coordinate=coordinate,
+            coordinate_error=coordinate_error,
+            bytes_per_ms=self._neighbours.whereabouts.place.bytes_per_ms,
+            links=self._neighbours.seen_links,
             version=splitnet.__version__,
             issued_at=time.time(),
         )
+
+    def drain(self, timeout_s: float) -> None:
+        """Leaves the DHT and hands running sessions over: their clients replace this peer, which serves until then.
+
+        Returns when no session is left, or after `timeout_s` seconds: idle ones find out when they go on.
+        """
+        self._announcer.close()
+        self._service.leave()
+        self._sessions.wait_until_empty(timeout_s)
 
     def close(self) -> None:
         """Leaves the DHT, stops serving and frees everything."""
@@ -201,6 +230,14 @@ class Peer:
         """State of the link to a next hop."""
         return self._transport.state(endpoint)
 
+    def probe(self, endpoint: Endpoint) -> None:
+        """Begins to measure the round trip to a next hop."""
+        self._prober.ping(endpoint)
+
+    def rtt_ms(self, endpoint: Endpoint) -> float:
+        """The round trip to a next hop as measured lately; 0: not measured."""
+        return self._prober.rtt_ms(endpoint)
+
     def _serve(self) -> None:
         self._engine.start()
         self._transport.start()
@@ -212,7 +249,10 @@ class Peer:
         except ProtocolError as error:
             self._service.reject(source, error)
             return
-        self._service.receive(source, message, time.monotonic())
+        if isinstance(message, Pong) and isinstance(source, Endpoint):
+            self._prober.pong(source, message)
+        else:
+            self._service.receive(source, message, time.monotonic())
 
 
 def _kv_capacity(span: Span, kv_memory: int | None) -> int:

@@ -8,9 +8,11 @@ import time
 
 import torch
 
+from peers.load import Load
 from peers.service import Service, SessionTooLong
 from peers.session import Work
-from peers.work_queue import WorkQueue
+from peers.speed import ObservedSpeed
+from peers.work_queue import DECODE_POSITIONS, WorkQueue
 from splitnet.errors import CodecError, ProtocolError
 from splitnet.model.span import Part as SpanPart
 from splitnet.model.span import Span
@@ -22,39 +24,6 @@ log = logging.getLogger(__name__)
 MAX_PASS_POSITIONS = 512
 
 
-class Speed:
-    """Observed speed of the device, as exponential averages; what peers publish and clients plan with."""
-
-    def __init__(self, decode_ms_per_block: float, prefill_ms_per_block_token: float) -> None:
-        self.decode_ms_per_block = decode_ms_per_block
-        self.prefill_ms_per_block_token = prefill_ms_per_block_token
-
-    def observe(self, positions: int, blocks: int, elapsed_ms: float) -> None:
-        """Takes in one pass of `positions` positions through `blocks` blocks."""
-        if positions == 1:
-            self.decode_ms_per_block += 0.1 * (elapsed_ms / blocks - self.decode_ms_per_block)
-        elif positions >= 32:
-            observed = elapsed_ms / blocks / positions
-            self.prefill_ms_per_block_token += 0.1 * (observed - self.prefill_ms_per_block_token)
-
-
-def measure_speed(span: Span, *, repeats: int = 3, prefill_positions: int = 64) -> Speed:
-    """Times a decode token and a prefill through the span; the first pass of each kind is a warm-up."""
-    hidden = torch.randn(prefill_positions, span.hidden_size)
-    blocks = span.end - span.start
-
-    def fastest_ms(positions: int) -> float:
-        times: list[float] = []
-        for _ in range(repeats + 1):
-            row = span.new_row()
-            began = time.perf_counter()
-            span.forward(hidden[:positions], [SpanPart(row, 0, positions)])
-            times.append((time.perf_counter() - began) * 1000)
-        return min(times[1:])
-
-    return Speed(fastest_ms(1) / blocks, fastest_ms(prefill_positions) / blocks / prefill_positions)
-
-
 class Engine:
     """Runs steps through a span until closed.
 
@@ -62,14 +31,15 @@ class Engine:
         span: the blocks.
         service: prepares each step and takes its output.
         queue: where steps come from.
-        speed: updated with every pass.
+        speed, load: updated with every pass.
     """
 
-    def __init__(self, span: Span, service: Service, queue: WorkQueue, speed: Speed) -> None:
+    def __init__(self, span: Span, service: Service, queue: WorkQueue, speed: ObservedSpeed, load: Load) -> None:
         self._span = span
         self._service = service
         self._queue = queue
         self._speed = speed
+        self._load = load
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
         self._publish_speed()
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
@@ -136,6 +106,7 @@ class Engine:
 
     def _pass(self, ready: list[tuple[Work, int]]) -> None:
         began = time.perf_counter()
+        self._observe_load(ready)
         session = ready[0][0].session
         span = self._view(session.start, session.end)
         parts: list[SpanPart] = []
@@ -175,6 +146,15 @@ class Engine:
         except Exception as error:
             self._service.failed(work, *_failure_of(error))
 
+    def _observe_load(self, ready: list[tuple[Work, int]]) -> None:
+        now = time.monotonic()
+        fresh = [work for work, _ in ready if not work.done]
+        for work in fresh:
+            work.wait_ms = (now - work.arrived_at) * 1000
+        positions = sum(count for _, count in ready)
+        others = [positions - count for work, count in ready if work.total <= DECODE_POSITIONS]
+        self._load.observe(now, [work.wait_ms for work in fresh], others)
+
     def _view(self, start: int, end: int) -> Span:
         view = self._views.get((start, end))
         if view is None:
@@ -187,7 +167,7 @@ class Engine:
 
     def _publish_speed(self) -> None:
         blocks = self._span.end - self._span.start
-        self._service.ms_per_position = blocks * self._speed.prefill_ms_per_block_token
+        self._service.ms_per_position = blocks * self._speed.prefill_ms_per_block_position
 
 
 def _failure_of(error: Exception) -> tuple[FailureCode, str]:

@@ -13,6 +13,8 @@ from splitnet.net.endpoints import Endpoint, LinkState
 
 MAX_NEXT_HOPS = 64
 KEEP_S = 60.0
+PROBE_S = 2.0
+"""How often the links that sessions use are measured."""
 
 
 class NextHops:
@@ -31,6 +33,7 @@ class NextHops:
         self._users: Counter[Endpoint] = Counter()
         self._unused: dict[Endpoint, float] = {}
         """Since when (infinite until the next tick), in the order in which they lost their last session."""
+        self._probe_at = 0.0
 
     def __len__(self) -> int:
         return len(self._users) + len(self._unused)
@@ -56,12 +59,16 @@ class NextHops:
                 self._close(endpoint)
 
     def tick(self, now: float) -> None:
-        """Closes links that nobody has used for long."""
+        """Closes links that nobody has used for long, and measures the others."""
         for endpoint, since in list(self._unused.items()):
             if now - since > self._keep_s:
                 self._close(endpoint)
             else:
                 self._unused[endpoint] = min(since, now)
+        if now >= self._probe_at:
+            self._probe_at = now + PROBE_S
+            for endpoint in self._users:
+                self._outbox.probe(endpoint)
 
     def _close(self, endpoint: Endpoint) -> None:
         del self._unused[endpoint]

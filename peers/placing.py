@@ -27,27 +27,37 @@ class SpanWish:
 ANY_SPAN = SpanWish()
 
 
-def choose_blocks(
-    checkpoint: Checkpoint, wish: SpanWish, present: Sequence[PeerRecord], *, device: str, dtype: str | None
-) -> tuple[int, int]:
-    """The blocks `[start, end)` to serve beside the peers that are `present`.
+def fitting_blocks(checkpoint: Checkpoint, wish: SpanWish, *, device: str, dtype: str | None) -> int:
+    """How many blocks the peer has memory for; 0 if it was told which blocks to serve, and so must stay with them.
 
     Raises:
-        SplitnetError: the blocks asked for do not exist in the model.
         OutOfMemory: not even one block fits.
     """
-    count = checkpoint.num_blocks
     if wish.blocks is not None:
-        start, end = wish.blocks
-        if not 0 <= start < end <= count:
-            raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")
-        return start, end
+        return 0
     size = block_bytes(checkpoint, dtype)
     memory = wish.memory if wish.memory is not None else int(free_memory(device) * MEMORY_SHARE)
-    fitting = min(count, memory // size)
+    fitting = min(checkpoint.num_blocks, memory // size)
     if fitting < 1:
         raise OutOfMemory(
             f"one block of {checkpoint.name} takes {size / 2**20:.0f} MiB, {memory / 2**20:.0f} MiB are given: "
             "use --memory with more, or a smaller --dtype"
         )
-    return choose_span([facts_of(record) for record in present], count, fitting)
+    return fitting
+
+
+def choose_blocks(
+    checkpoint: Checkpoint, wish: SpanWish, fitting: int, present: Sequence[PeerRecord]
+) -> tuple[int, int]:
+    """The blocks `[start, end)` to serve beside the peers that are `present`; at most `fitting` if they are chosen.
+
+    Raises:
+        SplitnetError: the blocks asked for do not exist in the model.
+    """
+    count = checkpoint.num_blocks
+    if wish.blocks is None:
+        return choose_span([facts_of(record) for record in present], count, fitting)
+    start, end = wish.blocks
+    if not 0 <= start < end <= count:
+        raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")
+    return start, end

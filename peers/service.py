@@ -33,6 +33,7 @@ from splitnet.net.messages import (
     Replay,
     Result,
     Step,
+    Timing,
 )
 from splitnet.net.sent_log import SentLog
 
@@ -86,6 +87,7 @@ class Service:
         self.queue = queue
         self.ms_per_position = 0.0
         """Time that a position takes on the device, kept up to date by the engine."""
+        self.leaving = False
         self._outbox = outbox
         self._reach_s = reach_s
         self._next_hops = NextHops(outbox)
@@ -117,6 +119,23 @@ class Service:
                     self._replay(source, message, now)
                 case _:
                     self._fail(source, b"", 0, 0, FailureCode.BAD_MESSAGE, f"a peer takes no {type(message).__name__}")
+
+    def leave(self) -> None:
+        """Takes no new sessions from now on, and tells the clients of the others to replace this peer."""
+        with self._lock:
+            self.leaving = True
+            for session in self.sessions:
+                self._fail(session.reply_to, session.id, session.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
+
+    def borrow_link(self, endpoint: Endpoint) -> bool:
+        """Opens a link to another peer as next hops do; False if there are too many."""
+        with self._lock:
+            return self._next_hops.acquire(endpoint)
+
+    def return_link(self, endpoint: Endpoint) -> None:
+        """Ends what `borrow_link` began."""
+        with self._lock:
+            self._next_hops.release(endpoint)
 
     def reject(self, source: Destination, error: ProtocolError) -> None:
         """Answers frames that are not a message."""
@@ -183,7 +202,9 @@ class Service:
 
     def _send_on(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         session, step = work.session, work.step
-        compute_us = step.compute_us + round(work.compute_ms * 1000)
+        rtt_ms = self._outbox.rtt_ms(session.next) if session.next is not None else 0.0
+        times = (round(ms * 1000) for ms in (work.wait_ms, work.compute_ms, rtt_ms))
+        timings = (*step.timings, Timing(*times))
         replayed = step.replay_until != 0 and session.end >= step.replay_until
         if session.next is not None and not replayed:
             self._outbox.send(
@@ -198,7 +219,7 @@ class Service:
                     session.codec.code,
                     payload,
                     session.end,
-                    compute_us,
+                    timings,
                 ),
             )
         elif not replayed or step.number:  # of a replay only the last step is answered
@@ -206,7 +227,7 @@ class Service:
             body = b"" if replayed else (result_payload if at_tail else payload)
             self._outbox.send(
                 session.reply_to,
-                Result(session.id, step.epoch, step.number, session.end, session.codec.code, compute_us, body),
+                Result(session.id, step.epoch, step.number, session.end, session.codec.code, timings, body),
             )
 
     def failed(self, work: Work, code: FailureCode, text: str) -> None:
@@ -235,6 +256,8 @@ class Service:
             return
         try:
             if session is None:
+                if self.leaving:
+                    raise PeerBusy("this peer is leaving")
                 session = Session(
                     id=message.session,
                     owner=source.curve,
@@ -362,7 +385,7 @@ class Service:
             code = FailureCode.TOO_LONG if isinstance(error, SessionTooLong) else FailureCode.BAD_MESSAGE
             self._fail(session.reply_to, session.id, message.epoch, message.number, code, str(error))
             return
-        self.queue.put(Work(session, message, total))
+        self.queue.put(Work(session, message, total, now))
 
     def _check_step(self, session: Session, message: Step) -> int:
         """Positions in the step, after everything that its header claims was checked against its session."""
@@ -402,7 +425,7 @@ class Service:
         steps = list(session.log.replay())
         if not steps:
             code = session.codec.code
-            self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, 0))
+            self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, ()))
         codec, end = session.log.codec, session.end
         for index, (parts, payload) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0

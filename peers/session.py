@@ -58,7 +58,11 @@ class Work:
     session: Session
     step: Step
     total: int
+    arrived_at: float
+    """Seconds of the peer's clock."""
     done: int = 0
+    wait_ms: float = 0.0
+    """From its arrival until its first pass."""
     compute_ms: float = 0.0
     hidden: torch.Tensor | None = None
     """Decoded input, `[positions, hidden]`."""

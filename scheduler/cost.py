@@ -2,36 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
-from scheduler.swarm import CLIENT, Hop, Link, Network, Peer
+from scheduler.encoding import Encoding
+from scheduler.network import CLIENT, Link, Network
+from scheduler.swarm import Hop, Peer
 
 
 def block_ms(peer: Peer, positions: int) -> float:
-    """Ms for `positions` new tokens through one block of `peer`.
-
-    A short step is bound by reading the weights, as a decode step is; a long one by its arithmetic.
-    """
-    return max(peer.decode_ms, positions * peer.prefill_ms)
+    """Ms for `positions` new positions through one block of `peer`, in a pass that other sessions share."""
+    return peer.speed.at(positions + peer.batch)
 
 
-def transfer_ms(link: Link, num_bytes: float) -> float:
-    """Ms from the first byte sent to the last byte received."""
-    return link.latency_ms + num_bytes / link.bytes_per_ms
+def hop_ms(peer: Peer, blocks: int, positions: int) -> float:
+    """Ms from the arrival of a step at a hop until its blocks are done."""
+    return peer.queue_ms + blocks * block_ms(peer, positions)
+
+
+def transfer_ms(link: Link, positions: int, encodings: Sequence[Encoding]) -> float:
+    """Ms from the first byte encoded to the last one decoded, with the codec that takes least."""
+    return link.latency_ms + occupied_ms(link, positions, encodings)
+
+
+def occupied_ms(link: Link, positions: int, encodings: Sequence[Encoding]) -> float:
+    """Ms for which a step keeps the link and its two ends busy; the latency is not part of it."""
+    return min(encoding.ms(positions, link.bytes_per_ms) for encoding in encodings)
 
 
 def route_ms(
-    hops: Iterable[Hop], peers: Mapping[str, Peer], network: Network, *, positions: int, bytes_per_position: float
+    hops: Sequence[Hop],
+    peers: Mapping[str, Peer],
+    network: Network,
+    *,
+    positions: int,
+    encodings: Sequence[Encoding],
+    in_flight: int = 1,
+    source: str = CLIENT,
+    target: str = CLIENT,
 ) -> float:
-    """Ms of one step of `positions` tokens from the client through `hops` and back to it.
+    """Ms until `in_flight` steps of `positions` positions, sent at the same time, came back to the client.
 
-    bytes_per_position: size of the boundary activation of one token as the codec writes it.
+    The first takes the sum of all hops and links. Each further one is behind it by the slowest stage: a hop, or a link.
+
+    encodings: the codecs that a link may use. source, target: peers in place of the client, for a part of a route.
     """
-    num_bytes = positions * bytes_per_position
-    total, sender = 0.0, CLIENT
-    for hop in hops:
-        peer = peers[hop.peer]
-        total += transfer_ms(network.link(sender, hop.peer), num_bytes)
-        total += peer.queue_ms + (hop.end - hop.start) * block_ms(peer, positions)
-        sender = hop.peer
-    return total + transfer_ms(network.link(sender, CLIENT), num_bytes)
+    names = [source, *(hop.peer for hop in hops), target]
+    links = [network.link(sender, receiver) for sender, receiver in pairwise(names)]
+    passes = [hop_ms(peers[hop.peer], hop.end - hop.start, positions) for hop in hops]
+    total = sum(transfer_ms(link, positions, encodings) for link in links) + sum(passes)
+    slowest = max(*passes, *(occupied_ms(link, positions, encodings) for link in links))
+    return total + (in_flight - 1) * slowest

@@ -1,59 +1,62 @@
-"""Facts about a swarm: who serves which blocks at what speed, and the links between them. All frozen."""
+"""Facts about a swarm: who serves which blocks, at what speed and under what load. All frozen."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Final
 
-CLIENT: Final = ""
-"""Stands for the client where a peer's id is expected."""
+PASS_SIZES: Final = (1, 4, 16, 64, 256)
+"""Positions in a pass through the blocks at which a peer's speed is stated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """Ms per block of one pass, by the positions in it: the decode tokens of a batch, or a chunk of a prefill.
+
+    block_ms: one value for each of `PASS_SIZES`. Between two sizes it runs straight, beyond the last in proportion.
+    Raises ValueError for another number of values.
+    """
+
+    block_ms: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.block_ms) != len(PASS_SIZES):
+            raise ValueError(f"a speed has {len(PASS_SIZES)} values, one for each of {PASS_SIZES}")
+
+    @classmethod
+    def of(cls, decode_ms: float, prefill_ms: float) -> Speed:
+        """Of a device that takes `decode_ms` to read a block's weights, and `prefill_ms` of arithmetic per position."""
+        return cls(tuple(max(decode_ms, size * prefill_ms) for size in PASS_SIZES))
+
+    def at(self, positions: float) -> float:
+        """Ms per block of a pass of so many positions."""
+        if positions <= PASS_SIZES[0]:
+            return self.block_ms[0]
+        if positions >= PASS_SIZES[-1]:
+            return self.block_ms[-1] * positions / PASS_SIZES[-1]
+        above = bisect_left(PASS_SIZES, positions)
+        low, high = PASS_SIZES[above - 1], PASS_SIZES[above]
+        share = (positions - low) / (high - low)
+        return self.block_ms[above - 1] * (1 - share) + self.block_ms[above] * share
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
     """A peer that serves the blocks [start, end).
 
-    decode_ms: ms per block for one token. prefill_ms: ms per block and token of a long step.
-    queue_ms: wait before a step starts. kv_free: positions that new sessions may still take.
+    speed: observed. queue_ms: wait of a step until its pass starts. batch: positions of other sessions that share the
+    pass of a decode step. kv_free: positions that new sessions may still take.
     """
 
     id: str
     start: int
     end: int
-    decode_ms: float
-    prefill_ms: float
-    queue_ms: float
-    kv_free: int
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A directed connection. latency_ms: one way. bytes_per_ms: bandwidth."""
-
-    latency_ms: float
-    bytes_per_ms: float
-
-
-UNMEASURED: Final = Link(latency_ms=100.0, bytes_per_ms=1250.0)
-"""Between two peers of whom nothing is known: across the world, 10 Mbit/s. Pessimistic, so that measured links win."""
-
-
-class Network:
-    """The links that were measured, by (sender, receiver); any other link counts as `unmeasured`. Immutable."""
-
-    def __init__(self, links: Mapping[tuple[str, str], Link] | None = None, unmeasured: Link = UNMEASURED) -> None:
-        self.measured: Mapping[tuple[str, str], Link] = MappingProxyType(dict(links or {}))
-        self.unmeasured = unmeasured
-
-    def link(self, sender: str, receiver: str) -> Link:
-        """The link from `sender` to `receiver`; either may be `CLIENT`."""
-        return self.measured.get((sender, receiver), self.unmeasured)
-
-    def with_link(self, sender: str, receiver: str, link: Link) -> Network:
-        """The same network with one link measured anew."""
-        return Network({**self.measured, (sender, receiver): link}, self.unmeasured)
+    speed: Speed
+    queue_ms: float = 0.0
+    batch: float = 0.0
+    kv_free: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,7 @@ class Hop:
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """Hops that cover all blocks in order, no peer twice. cost_ms: what the planned step takes by the cost model."""
+    """Hops that cover all blocks in order, no peer twice. cost_ms: by the objective that it was planned for."""
 
     hops: tuple[Hop, ...]
     cost_ms: float
@@ -85,11 +88,11 @@ def coverage(peers: Iterable[Peer], num_blocks: int) -> list[int]:
     return [replicas := replicas + step for step in change[:num_blocks]]
 
 
-def missing_blocks(peers: Iterable[Peer], num_blocks: int) -> list[tuple[int, int]]:
-    """The ranges [start, end) of blocks that no peer serves, in order."""
+def missing_blocks(peers: Iterable[Peer], num_blocks: int, first: int = 0) -> list[tuple[int, int]]:
+    """The ranges [start, end) of blocks that no peer serves, in order; of the blocks from `first` on."""
     ranges: list[tuple[int, int]] = []
     for block, replicas in enumerate(coverage(peers, num_blocks)):
-        if replicas:
+        if replicas or block < first:
             continue
         if ranges and ranges[-1][1] == block:
             ranges[-1] = (ranges[-1][0], block + 1)

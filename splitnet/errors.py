@@ -59,6 +59,10 @@ class SessionLost(PeerLost):
     """A peer answers, but does not hold the session any more."""
 
 
+class PeerLeaving(PeerLost):
+    """A peer is about to end; it serves the session until it is replaced."""
+
+
 class PeerFailed(SplitnetError):
     """A peer answered with an error."""
 

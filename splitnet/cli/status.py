@@ -47,7 +47,9 @@ def status(
 def _as_json(record: Any) -> dict[str, Any]:
     values = dataclasses.asdict(record)
     values["key"] = record.key.text
-    values["codecs"] = list(record.codecs)
+    values["links"] = [
+        {"peer": link.peer.hex(), "rtt_ms": link.rtt_ms, "bytes_per_ms": link.bytes_per_ms} for link in record.links
+    ]
     return values
 
 
@@ -69,7 +71,7 @@ def _print_table(facts: Any, records: Any, holes: Any) -> None:
             f"{record.start}..{record.end - 1}",
             record.address.removeprefix("tcp://"),
             f"{record.device} {record.dtype}",
-            f"{record.decode_ms_per_block * (record.end - record.start):.1f}",
+            f"{record.block_ms[0] * (record.end - record.start):.1f}",
             str(record.kv_free_positions),
             str(record.sessions),
             record.key.text[:9],

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from splitnet.client.link_codecs import LinkCodecs
-from splitnet.client.swarm import PlannedHop, Swarm, not_authorized
+from splitnet.client.planner import Needs, PlannedHop
+from splitnet.client.swarm import Swarm, not_authorized
 from splitnet.errors import (
     ContextTooLong,
     PeerBusy,
     PeerFailed,
+    PeerLeaving,
     PeerLost,
     ProtocolError,
     SessionLost,
@@ -33,8 +35,12 @@ from splitnet.net.messages import (
     Replay,
     Result,
     Step,
+    Timing,
 )
 from splitnet.net.sent_log import SentLog
+
+USUAL_POSITIONS = 64
+"""Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""
 
 OPEN_TIMEOUT_S = 10.0
 REOPEN_TIMEOUT_S = 2.0
@@ -61,7 +67,7 @@ class Hop:
 
     @property
     def name(self) -> str:
-        return self.planned.record.key.text
+        return self.planned.name
 
     @property
     def blocks(self) -> tuple[int, int]:
@@ -109,14 +115,18 @@ class Chain:
         self.first_codec = codec_by_name("none")
         """Codec of the client's own link to the first hop."""
         self.traffic = Traffic()
-        self.compute_ms = 0.0
-        """Device time of the last step over all hops."""
+        self.timings: tuple[Timing, ...] = ()
+        """Of the last step, hop by hop."""
         self.pending: dict[int, Pending] = {}
         self._swarm = swarm
         self._codecs = LinkCodecs(swarm, codec)
         self._opened: dict[Endpoint, tuple[int, int]] = {}
         self._inbox: queue.SimpleQueue[tuple[Endpoint, Message | SplitnetError]] = queue.SimpleQueue()
         self._lock = threading.Lock()
+
+    def needs(self, budget: int, in_flight: int) -> Needs:
+        """What a session that reserves `budget` positions wants of its route."""
+        return Needs(budget, self._codecs.encodings, USUAL_POSITIONS if in_flight > 1 else 1, in_flight)
 
     def open(self, route: Sequence[PlannedHop], budget: int) -> dict[str, SplitnetError]:
         """Opens all hops of `route` in a new epoch; hops that are open already keep their caches.
@@ -177,6 +187,15 @@ class Chain:
             self.pending[number] = Pending(None, 0)
         self._swarm.send(self.hops[index].endpoint, Replay(self.session, self.epoch, number, until))
 
+    def tell_survey(self, positions: int) -> None:
+        """Tells what the last step, of `positions` positions, met on its way."""
+        survey = self._swarm.survey
+        for index, (hop, timing) in enumerate(zip(self.hops, self.timings, strict=False)):
+            blocks = hop.planned.end - hop.planned.start
+            survey.hop_seen(hop.name, positions, timing.compute_us / 1000 / blocks, timing.wait_us / 1000)
+            if timing.next_rtt_us and index + 1 < len(self.hops):
+                survey.link_seen(hop.name, self.hops[index + 1].name, timing.next_rtt_us / 1000)
+
     def forget(self, number: int) -> None:
         """Awaits a number no longer."""
         with self._lock:
@@ -203,7 +222,7 @@ class Chain:
             # Only the tail has the output of a step; the end of a replay may come from any hop.
             if pending.is_replay or source == self.hops[-1].endpoint:
                 if not pending.is_replay:
-                    self.compute_ms = item.compute_us / 1000
+                    self.timings = item.timings
                 self.traffic.bytes_received += len(item.payload)
                 pending.result = item
         return None
@@ -235,7 +254,7 @@ class Chain:
                     codec=result.codec,
                     payload=result.payload,
                     boundary=result.end,
-                    compute_us=result.compute_us,
+                    timings=result.timings,
                 )
                 self._log_carried(hop, step, result)
                 self.traffic.bytes_received += len(result.payload)
@@ -311,6 +330,7 @@ _ERROR_OF_CODE: dict[int, type[SplitnetError]] = {
     FailureCode.TOO_LONG: ContextTooLong,
     FailureCode.UNKNOWN_SESSION: SessionLost,
     FailureCode.OUT_OF_ORDER: SessionLost,
+    FailureCode.LEAVING: PeerLeaving,
 }
 
 

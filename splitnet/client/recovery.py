@@ -16,7 +16,8 @@ from concurrent.futures import wait
 from dataclasses import dataclass
 
 from splitnet.client.chain import Chain
-from splitnet.client.swarm import PlannedHop, Swarm
+from splitnet.client.planner import Needs, PlannedHop, with_kept_hops
+from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy, PeerFailed, PeerLost, SessionLost, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Step
@@ -44,7 +45,7 @@ class Recovered:
     """One repair of a route."""
 
     lost: tuple[str, ...]
-    """Why hops had to be replaced."""
+    """Why hops were replaced."""
     opened_ms: float
     """Until other peers were planned and had opened the session."""
     total_ms: float
@@ -73,7 +74,7 @@ class Recovery:
         self._next_number = next_number
         self._timeout_s = timeout_s
 
-    def find_silent_hops(self, budget: int, bytes_per_position: int) -> None:
+    def find_silent_hops(self, needs: Needs) -> None:
         """Asks all hops whether they live, and replaces those that don't say so.
 
         Where all live and some compute, there is nothing to do but to wait. Where all live and none has anything to
@@ -91,9 +92,9 @@ class Recovery:
         self._idle_checks = self._idle_checks + 1 if idle else 0
         if silent or self._idle_checks == IDLE_CHECKS:
             self._idle_checks = 0
-            self._repair(silent, budget, bytes_per_position)
+            self._repair(silent, needs)
 
-    def replace_hop(self, endpoint: Endpoint, error: SplitnetError, budget: int, bytes_per_position: int) -> None:
+    def replace_hop(self, endpoint: Endpoint, error: SplitnetError, needs: Needs) -> None:
         """Replaces a hop that died or lost the session.
 
         Raises:
@@ -102,13 +103,22 @@ class Recovery:
         if not isinstance(error, PeerLost | PeerBusy):
             raise error
         if any(hop.endpoint == endpoint for hop in self._chain.hops):  # and was not replaced already
-            self._repair({endpoint: error}, budget, bytes_per_position)
+            self._repair({endpoint: error}, needs)
 
-    def _repair(self, lost: dict[Endpoint, SplitnetError], budget: int, bytes_per_position: int) -> None:
+    def move(self, route: Sequence[PlannedHop], needs: Needs) -> None:
+        """Leaves hops that work for better ones; what both routes share keeps its caches."""
+        self._repair({}, needs, route)
+
+    def _repair(
+        self, lost: dict[Endpoint, SplitnetError], needs: Needs, better: Sequence[PlannedHop] | None = None
+    ) -> None:
         chain = self._chain
         began = time.monotonic()
         healthy = [hop.planned for hop in chain.hops if hop.endpoint not in lost]
         causes: list[str] = []
+        if better is not None:
+            healthy = [hop for hop in healthy if hop in better]
+            causes.append("there is a better route")
         for _ in range(MAX_ATTEMPTS):
             for endpoint, error in lost.items():
                 if not isinstance(error, SessionLost):
@@ -116,8 +126,10 @@ class Recovery:
                 chain.drop(endpoint)
                 causes.append(str(error))
                 log.warning("%s: another peer takes its place", error)
-            route = self._plan(healthy, budget, bytes_per_position, began + self._timeout_s)
-            failed = chain.open(route, budget)
+            route = better or self._plan(healthy, needs, began + self._timeout_s)
+            better = None
+            healthy = [hop for hop in healthy if hop in route]
+            failed = chain.open(route, needs.kv_positions)
             opened_s = time.monotonic() - began
             lost = {hop.endpoint: failed[hop.name] for hop in chain.hops if hop.name in failed}
             if not lost:
@@ -134,36 +146,36 @@ class Recovery:
             healthy = [hop for hop in healthy if hop.endpoint not in lost]
         raise next(iter(lost.values()))
 
-    def _plan(
-        self, healthy: Sequence[PlannedHop], budget: int, bytes_per_position: int, deadline: float
-    ) -> list[PlannedHop]:
-        """A route through the `healthy` hops; waits until `deadline` for somebody to serve what lies between."""
+    def _plan(self, healthy: Sequence[PlannedHop], needs: Needs, deadline: float) -> list[PlannedHop]:
+        """A route that keeps the `healthy` hops if it can; waits until `deadline` for coverage."""
         while True:
-            # A peer holds one cache per session, so those that stay cannot fill a gap.
-            used = {hop.record.key.text for hop in healthy}
-            route: list[PlannedHop] = []
-            position = 0
             try:
-                for following in (*healthy, None):
-                    until = following.start if following else self._swarm.facts.num_blocks
-                    if position < until:
-                        fill = self._swarm.plan(
-                            positions=budget,
-                            bytes_per_position=bytes_per_position,
-                            blocks=(position, until),
-                            between=(route[-1].record if route else None, following.record if following else None),
-                            exclude=used,
-                        )
-                        used |= {hop.record.key.text for hop in fill}
-                        route += fill
-                    if following:
-                        route.append(following)
-                        position = following.end
-                return route
-            except (CoverageError, PeerBusy):
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(COVERAGE_POLL_S)
+                return self._fill_gaps(healthy, needs)
+            except (CoverageError, PeerBusy) as error:
+                # Perhaps a hop that stays could run more blocks. It holds one cache per session, so it begins anew.
+                try:
+                    route = self._swarm.plan(needs, holders={hop.name for hop in healthy})
+                    return with_kept_hops(route, healthy)
+                except (CoverageError, PeerBusy):
+                    if time.monotonic() >= deadline:
+                        raise error from None
+            time.sleep(COVERAGE_POLL_S)
+
+    def _fill_gaps(self, healthy: Sequence[PlannedHop], needs: Needs) -> list[PlannedHop]:
+        used = {hop.name for hop in healthy}
+        route: list[PlannedHop] = []
+        position = 0
+        for following in (*healthy, None):
+            until = following.start if following else self._swarm.facts.num_blocks
+            if position < until:
+                ends = (route[-1].record if route else None, following.record if following else None)
+                fill = self._swarm.plan(needs, blocks=(position, until), ends=ends, exclude=used)
+                used |= {hop.name for hop in fill}
+                route += fill
+            if following:
+                route.append(following)
+                position = following.end
+        return route
 
     def _refill(self, healthy: Sequence[PlannedHop]) -> dict[Endpoint, SplitnetError]:
         """Replays logs into all hops that are not `healthy`, front to back; returns those that failed meanwhile."""

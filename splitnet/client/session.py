@@ -7,23 +7,32 @@ import queue
 import secrets
 import time
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 
 from splitnet.client.chain import Chain, Hop, Pending, Traffic
 from splitnet.client.link_use import LinkUse, link_uses
+from splitnet.client.planner import Needs
 from splitnet.client.recovery import SILENCE_S, Recovered, Recovery
+from splitnet.client.replanning import Replanner
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy, PeerLost, SplitnetError
-from splitnet.net.codecs import DEFAULT_INT8, codec_by_code, codec_by_name
+from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, SESSION_BYTES, Fork, Message, Part, Payload, Step
 from splitnet.net.sent_log import SentLog
 
 log = logging.getLogger(__name__)
 
+DECODE_POSITIONS = 16
+"""A step with at most so many positions tells how fast the hops decode."""
+
 STEP_TIMEOUT_S = 120.0
 RECOVERY_TIMEOUT_S = 30.0
+THROUGHPUT_STEPS = 8
+"""How many steps a session that asks for throughput has under way."""
+
 STEP_POSITIONS = 512
 """A longer prefill is cut into steps that flow through the hops one after the other."""
 
@@ -37,6 +46,7 @@ class Session:
         swarm: the peers.
         budget: positions to reserve over all rows; grows when needed.
         codec: name of a codec for every link, or "auto" to choose by cost for each link.
+        prefer: "latency": the result of a step soonest; "throughput": most steps per second, for batches and training.
         step_timeout_s: how long a step may take in all.
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
 
@@ -50,17 +60,19 @@ class Session:
         *,
         budget: int,
         codec: str = "auto",
+        prefer: Literal["latency", "throughput"] = "latency",
         step_timeout_s: float = STEP_TIMEOUT_S,
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
     ) -> None:
-        if codec != "auto":
-            codec_by_name(codec)
+        if prefer not in ("latency", "throughput"):
+            raise SplitnetError(f"a session prefers latency or throughput, not {prefer!r}")
         self.recoveries: list[Recovered] = []
         self.id = secrets.token_bytes(SESSION_BYTES)
         self._swarm = swarm
         self._chain = Chain(swarm, self.id, codec)
         self._budget = max(1, budget)
-        self._route_codec = codec_by_name(DEFAULT_INT8 if codec == "auto" else codec)
+        self._in_flight = THROUGHPUT_STEPS if prefer == "throughput" else 1
+        self._replanner = Replanner(swarm)
         self._step_timeout_s = step_timeout_s
         self._recovery_timeout_s = recovery_timeout_s
         self._number = 0
@@ -81,7 +93,7 @@ class Session:
     @property
     def compute_ms(self) -> float:
         """Time that the devices of all hops spent on the last step."""
-        return self._chain.compute_ms
+        return sum(timing.compute_us for timing in self._chain.timings) / 1000
 
     def open(self) -> None:
         """Plans a route and reserves memory on it; called by the first step at the latest.
@@ -95,12 +107,7 @@ class Session:
         refused: dict[str, SplitnetError] = {}
         while not self._is_open:
             try:
-                route = self._swarm.plan(
-                    positions=self._budget,
-                    bytes_per_position=self.bytes_per_position,
-                    exclude=refused,
-                    fresh=bool(refused),
-                )
+                route = self._swarm.plan(self.needs, exclude=refused, fresh=bool(refused))
             except (CoverageError, PeerBusy):
                 present = {record.key.text for record in self._swarm.peers()}
                 for name in reversed(refused):
@@ -115,9 +122,9 @@ class Session:
             self._is_open = not failed
 
     @property
-    def bytes_per_position(self) -> int:
-        """Size of an encoded position, as far as the route is planned with it."""
-        return self._route_codec.bytes_per_position(self._swarm.facts.hidden_size)
+    def needs(self) -> Needs:
+        """What the session wants of its route."""
+        return self._chain.needs(self._budget, self._in_flight)
 
     def reserve(self, positions: int) -> None:
         """Makes room for `positions` positions over all rows, on every hop.
@@ -150,6 +157,8 @@ class Session:
             ContextTooLong: the rows are longer than the model or the hops allow.
         """
         self.open()
+        self._move_if_that_pays()
+        began = time.perf_counter()
         codec = self._chain.first_codec
         if self._log is None:
             self._log = SentLog(codec.code, codec.bytes_per_position(self._swarm.facts.hidden_size))
@@ -162,7 +171,12 @@ class Session:
             numbers.append(self._send(tuple(chunk), tuple(forks) if forks is not None else None, payload))
             forks = None
         self.traffic.positions += offset
-        return self._collect(numbers)
+        repairs = len(self.recoveries)
+        output = self._collect(numbers)
+        if len(numbers) == 1 and offset <= DECODE_POSITIONS and len(self.recoveries) == repairs:
+            self._replanner.step_took((time.perf_counter() - began) * 1000)
+            self._chain.tell_survey(offset)
+        return output
 
     def replay(self, index: int, until: int | None = None) -> None:
         """Has the hop at `index` send its log to the next hop again, and waits until that is done.
@@ -197,6 +211,22 @@ class Session:
         """Takes from the transport's thread that a link of the client is lost or refused."""
         self._chain.link_failed(endpoint, error)
 
+    def _move_if_that_pays(self) -> None:
+        if self._log is None:
+            return
+        cached = self._log.positions
+        planned = [hop.planned for hop in self.hops]
+        route = self._replanner.better_route(planned, self.needs, cached, max(0, self._budget - cached))
+        if route is not None:
+            recovery = self._recovery()
+            try:
+                recovery.move(route, self.needs)
+            finally:
+                self.recoveries += recovery.done
+
+    def _recovery(self) -> Recovery:
+        return Recovery(self._swarm, self._chain, self._log, self._next_number, self._recovery_timeout_s)
+
     def _next_number(self) -> int:
         self._number += 1
         return self._number
@@ -212,7 +242,7 @@ class Session:
 
     def _collect(self, numbers: Sequence[int]) -> torch.Tensor:
         """Waits for the results of steps and puts them together in order."""
-        recovery = Recovery(self._swarm, self._chain, self._log, self._next_number, self._recovery_timeout_s)
+        recovery = self._recovery()
         deadline = time.monotonic() + self._step_timeout_s
         outputs: list[torch.Tensor] = []
         try:
@@ -236,10 +266,10 @@ class Session:
         try:
             trouble = self._chain.receive(min(SILENCE_S, deadline - time.monotonic()))
         except queue.Empty:
-            recovery.find_silent_hops(self._budget, self.bytes_per_position)
+            recovery.find_silent_hops(self.needs)
             return
         if trouble is not None:
-            recovery.replace_hop(*trouble, self._budget, self.bytes_per_position)
+            recovery.replace_hop(*trouble, self.needs)
 
     def _decode(self, pending: Pending) -> torch.Tensor:
         result = pending.result

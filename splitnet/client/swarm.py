@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import Future, wait
-from dataclasses import dataclass, replace
-from itertools import count
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from scheduler.route import NoRoute, best_route
-from scheduler.swarm import CLIENT, Link, Network, Peer
+from scheduler.network import CLIENT, Link
+from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
+from splitnet.client.survey import Survey
 from splitnet.errors import (
     CoverageError,
     NotAuthorized,
@@ -26,9 +25,9 @@ from splitnet.errors import (
 )
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
-from splitnet.net.facts import facts_of
 from splitnet.net.identity import Identity
-from splitnet.net.messages import PROTOCOL_VERSION, Failure, Message, Payload, Ping, Pong, decode, encode
+from splitnet.net.messages import PROTOCOL_VERSION, Failure, Message, Payload, Pong, decode, encode
+from splitnet.net.prober import PING_TIMEOUT_S, Answer, Prober
 from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
 
@@ -38,8 +37,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 RECORDS_MAX_AGE_S = 10.0
-PING_TIMEOUT_S = 1.0
-PROBE_BYTES = 64 * 1024
+MEASURED_AT_ONCE = 32
+MAX_PROBED_ROUTES = 4
+"""How often a route is planned again because the links to its ends were not measured yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +64,6 @@ class ModelFacts:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class PlannedHop:
-    """A peer of a route with the blocks `[start, end)` that it runs."""
-
-    record: PeerRecord
-    start: int
-    end: int
-
-    @property
-    def endpoint(self) -> Endpoint:
-        return Endpoint(self.record.address, self.record.key)
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a ping brings back."""
-
-    rtt_ms: float
-    queue_ms: float
-    """How long a new step would wait for the peer's device; 0: it has nothing to do."""
-
-
 class Subscriber(Protocol):
     """Who gets what arrives for a session, from the transport's thread."""
 
@@ -106,6 +84,10 @@ class Swarm:
         initial_peers: multiaddrs that any peer of the swarm prints.
         identity: the client's key; None makes one that lives as long as this object.
 
+    Attributes:
+        survey: what is known of peers and links.
+        news: counts up when that was refreshed.
+
     Raises:
         DirectoryError: none of `initial_peers` answers.
     """
@@ -113,26 +95,29 @@ class Swarm:
     def __init__(self, facts: ModelFacts, initial_peers: Sequence[str], *, identity: Identity | None = None) -> None:
         self.facts = facts
         self.identity = identity or Identity.generate()
+        self.survey = Survey()
+        self.news = 0
         self._directory = Directory.start(initial_peers=initial_peers, listen=None)
         self._records: list[PeerRecord] = []
         self._records_at = 0.0
-        self._network = Network()
         self._sessions: dict[bytes, Subscriber] = {}
-        self._pings: dict[int, tuple[float, Future[Answer]]] = {}
-        self._nonces = count(1)
-        self._measured: set[str] = set()
-        self._random = random.Random()
         self._banned: dict[str, float] = {}
-        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._planner = Planner(self.survey, facts.name)
+        self._prober = Prober(self.send)
         self._transport = Transport(self.identity, on_message=self._receive, on_link=self._link_changed)
         self._transport.start()
+        self._watcher = threading.Thread(target=self._watch, name="splitnet-watch", daemon=True)
+        self._watcher.start()
 
     def close(self) -> None:
         """Closes all sessions and leaves."""
         for session in list(self._sessions.values()):
             session.close()
+        self._closing.set()
         self._transport.close()
         self._directory.close()
+        self._watcher.join(PING_TIMEOUT_S)
 
     def __enter__(self) -> Swarm:
         return self
@@ -168,75 +153,59 @@ class Swarm:
 
     def plan(
         self,
+        needs: Needs,
         *,
-        positions: int,
-        bytes_per_position: int,
         blocks: tuple[int, int] | None = None,
-        between: tuple[PeerRecord | None, PeerRecord | None] = (None, None),
+        ends: Ends = CLIENT_ENDS,
         exclude: Collection[str] = (),
+        holders: Collection[str] = (),
         fresh: bool = False,
     ) -> list[PlannedHop]:
-        """The best route for a session of `positions` positions.
+        """The best route for a session.
 
         Args:
-            positions: KV positions that every hop must have free.
-            bytes_per_position: size of an encoded position on a link.
+            needs: of the session.
             blocks: the part `[start, end)` of the model to plan; None: all of it.
-            between: the peers before and after that part; None: the client.
+            ends: the peers before and after that part; None: the client.
             exclude: keys (as text) of peers that must not be used.
+            holders: keys of peers that hold the session already.
             fresh: look into the directory even if that was done a moment ago.
 
         Raises:
             CoverageError: blocks are served by nobody that could be used; names them.
             PeerBusy: they are served, but no peer has memory for the session.
         """
-        start, end = blocks or (0, self.facts.num_blocks)
-        now = time.monotonic()
-        excluded = set(exclude) | {key for key, until in self._banned.items() if until > now}
-        records = {record.key.text: record for record in self.peers(fresh=fresh) if record.key.text not in excluded}
-        self._measure(records.values())
-        # A record outlives a peer that was killed; whom the client cannot connect to cannot serve it.
-        lost = [
-            key
-            for key, record in records.items()
-            if self.link_state(Endpoint(record.address, record.key)) is LinkState.DOWN
-        ]
-        for key in lost:
-            del records[key]
-        parts = [part for record in records.values() if (part := _within(facts_of(record), start, end)) is not None]
+        part = blocks or (0, self.facts.num_blocks)
         try:
-            route = best_route(
-                parts,
-                end - start,
-                self._seen_from(*between),
-                bytes_per_position=bytes_per_position,
-                kv_needed=positions,
-                rng=self._random,
-            )
-        except NoRoute as error:
-            if not fresh:
-                return self.plan(
-                    positions=positions,
-                    bytes_per_position=bytes_per_position,
-                    blocks=blocks,
-                    between=between,
-                    exclude=exclude,
-                    fresh=True,
-                )
-            raise _no_route(error, self.facts, start, excluded=bool(excluded or lost)) from None
-        return [PlannedHop(records[hop.peer], hop.start + start, hop.end + start) for hop in route.hops]
+            records, restricted = self._usable(exclude, fresh=fresh)
+            route = self._planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+            for _ in range(MAX_PROBED_ROUTES):
+                # Of many peers only some links are measured. Those that the client would use are, before it does.
+                own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
+                if not self._measure(self.survey.unknown(own)):
+                    break
+                route = self._planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+            return route
+        except (CoverageError, PeerBusy):
+            if fresh:
+                raise
+            return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=True)
+
+    def cost_ms(
+        self, needs: Needs, hops: Sequence[PlannedHop], *, ends: Ends = CLIENT_ENDS, positions: int | None = None
+    ) -> float:
+        """Ms of a step through `hops` by what is known now; `positions`: of an unusual step."""
+        return self._planner.cost_ms(self.peers(), needs, hops, ends=ends, positions=positions)
 
     def ban(self, key: str, seconds: float) -> None:
         """Plans without a peer for a while."""
         self._banned[key] = time.monotonic() + seconds
 
-    def link(self, record: PeerRecord) -> Link:
-        """The client's link to a peer, as measured; pessimistic if it was not."""
-        return self._network.link(CLIENT, record.key.text)
-
-    def link_between(self, sender: PeerRecord, receiver: PeerRecord) -> Link:
-        """The link from one peer to another, as far as known."""
-        return self._network.link(sender.key.text, receiver.key.text)
+    def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
+        """The link between two peers, or the client (None) and a peer: as measured, foretold, or assumed."""
+        records = [record for record in (sender, receiver) if record is not None]
+        names = [record.key.text if record is not None else CLIENT for record in (sender, receiver)]
+        return self.survey.network(records).link(*names)
 
     def link_state(self, endpoint: Endpoint) -> LinkState:
         return self._transport.state(endpoint)
@@ -253,44 +222,41 @@ class Swarm:
     def unregister(self, session: Subscriber) -> None:
         self._sessions.pop(session.id, None)
 
-    def ping(self, endpoint: Endpoint, padding: int = 0) -> Future[Answer]:
+    def ping(self, endpoint: Endpoint) -> Future[Answer]:
         """Asks a peer for a sign of life; the future stays undone if none comes."""
-        nonce = next(self._nonces)
-        future: Future[Answer] = Future()
-        with self._lock:
-            self._pings[nonce] = (time.perf_counter(), future)
-        self.send(endpoint, Ping(nonce, bytes(padding)))
-        return future
+        return self._prober.ping(endpoint)
 
-    def _seen_from(self, before: PeerRecord | None, after: PeerRecord | None) -> Network:
-        """The links as a planner sees them that begins at one peer and ends at another instead of the client."""
-        network = self._network
-        for key in {other for pair in network.measured for other in pair} - {CLIENT}:
-            if before is not None:
-                network = network.with_link(CLIENT, key, self._network.link(before.key.text, key))
-            if after is not None:
-                network = network.with_link(key, CLIENT, self._network.link(key, after.key.text))
-        return network
+    def _usable(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], bool]:
+        """Peers that a route may go through, and whether there are others."""
+        now = time.monotonic()
+        excluded = set(exclude) | {key for key, until in self._banned.items() if until > now}
+        present = self.peers(fresh=fresh)
+        records = [record for record in present if record.key.text not in excluded]
+        if len(self.survey.whereabouts.links) < MEASURED_AT_ONCE:
+            self._measure(self.survey.unknown(records))
+        # A record outlives a peer that was killed; whom the client cannot connect to cannot serve it.
+        usable = [
+            record for record in records if self.link_state(Endpoint(record.address, record.key)) is not LinkState.DOWN
+        ]
+        return usable, len(usable) < len(present)
 
-    def _measure(self, records: Collection[PeerRecord]) -> None:
-        """Measures the links to peers that are new; those that don't answer in a second stay unmeasured."""
-        new = [record for record in records if record.key.text not in self._measured]
-        if not new:
-            return
-        self._measured.update(record.key.text for record in new)
-        endpoints = {record.key.text: Endpoint(record.address, record.key) for record in new}
-        # The first ping of a link also pays for its handshake, so it is thrown away.
-        wait([self.ping(endpoint) for endpoint in endpoints.values()], timeout=PING_TIMEOUT_S)
-        small = {key: self.ping(endpoint) for key, endpoint in endpoints.items()}
-        wait(small.values(), timeout=PING_TIMEOUT_S)
-        padded = {key: self.ping(endpoint, PROBE_BYTES) for key, endpoint in endpoints.items() if small[key].done()}
-        wait(padded.values(), timeout=PING_TIMEOUT_S)
-        for key, future in padded.items():
-            if future.done():
-                rtt_ms = small[key].result().rtt_ms
-                extra_ms = max(future.result().rtt_ms - rtt_ms, 1e-3)
-                link = Link(latency_ms=rtt_ms / 2, bytes_per_ms=PROBE_BYTES / extra_ms)
-                self._network = self._network.with_link(CLIENT, key, link).with_link(key, CLIENT, link)
+    def _measure(self, records: Sequence[PeerRecord]) -> bool:
+        """Measures the links to the first of these peers; False if there are none."""
+        chosen = {Endpoint(record.address, record.key): record for record in records[:MEASURED_AT_ONCE]}
+        if chosen:
+            self.survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S))
+        return bool(chosen)
+
+    def _watch(self) -> None:
+        """While sessions are open: keeps records and links fresh, so that they can tell when a better route exists."""
+        while not self._closing.wait(RECORDS_MAX_AGE_S):
+            if not self._sessions:
+                continue
+            try:
+                self._measure(self.survey.stale(self.peers(fresh=True)))
+                self.news += 1
+            except SplitnetError as error:
+                log.info("the facts about peers could not be refreshed: %s", error)
 
     def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
         if not isinstance(source, Endpoint):
@@ -304,10 +270,7 @@ class Swarm:
                     session.link_failed(source, error)
             return
         if isinstance(message, Pong):
-            with self._lock:
-                began, future = self._pings.pop(message.nonce, (0.0, None))
-            if future is not None:
-                future.set_result(Answer((time.perf_counter() - began) * 1000, message.queue_ms))
+            self._prober.pong(source, message)
         elif isinstance(message, Failure) and not message.session:
             log.warning("%s answered: %s", source.address, message.text)
         else:
@@ -332,30 +295,3 @@ def not_authorized(endpoint: Endpoint) -> NotAuthorized:
         f"the peer at {endpoint.address} does not accept this client's key (or has another key than its record says): "
         "ask its owner to add the output of `splitnet key` to the peer's --authorized-keys file"
     )
-
-
-def _within(peer: Peer, start: int, end: int) -> Peer | None:
-    """What a peer serves of the blocks `[start, end)`, counted from `start`."""
-    first, last = max(peer.start, start), min(peer.end, end)
-    return replace(peer, start=first - start, end=last - start) if first < last else None
-
-
-def _no_route(error: NoRoute, facts: ModelFacts, offset: int, *, excluded: bool) -> SplitnetError:
-    """What the user is told. Blocks in `error` are counted from `offset`."""
-    missing = [(start + offset, end + offset) for start, end in error.missing]
-    if not missing:
-        full = _ranges([(start + offset, end + offset) for start, end in error.full])
-        return PeerBusy(
-            f"the peers of blocks {full} of {facts.name} have no free KV memory for this session: "
-            "try again later, generate less, or start another peer for them"
-        )
-    start, end = missing[0]
-    who = "by no peer that can be used" if excluded else "by nobody"
-    return CoverageError(
-        f"blocks {_ranges(missing)} of {facts.name} are served {who}: start a peer with "
-        f"`splitnet peer {facts.name} --blocks {start}:{end} --join ADDR`"
-    )
-
-
-def _ranges(blocks: Sequence[tuple[int, int]]) -> str:
-    return ", ".join(f"{start}..{end - 1}" if end - start > 1 else f"{start}" for start, end in blocks)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from scheduler.swarm import Peer
-from splitnet.net.records import PeerRecord
+from collections.abc import Iterable, Mapping
+
+from scheduler.coordinates import DIMENSIONS, Coordinate
+from scheduler.network import Link, Network, Place
+from scheduler.swarm import Peer, Speed
+from splitnet.net.records import KEY_PREFIX_BYTES, PeerRecord
 
 
 def facts_of(record: PeerRecord) -> Peer:
@@ -12,8 +16,40 @@ def facts_of(record: PeerRecord) -> Peer:
         id=record.key.text,
         start=record.start,
         end=record.end,
-        decode_ms=record.decode_ms_per_block,
-        prefill_ms=record.prefill_ms_per_block_token,
+        speed=Speed(record.block_ms),
         queue_ms=record.queue_ms,
+        batch=record.batch,
         kv_free=record.kv_free_positions,
     )
+
+
+def place_of(record: PeerRecord) -> Place:
+    """Where a peer says that it stands."""
+    coordinate = Coordinate(record.coordinate[:DIMENSIONS], record.coordinate[DIMENSIONS], record.coordinate_error)
+    return Place(coordinate, record.bytes_per_ms)
+
+
+def network_of(
+    records: Iterable[PeerRecord], links: Mapping[tuple[str, str], Link], places: Mapping[str, Place]
+) -> Network:
+    """The links between peers as their records tell.
+
+    What a peer has measured to another counts for the way back too, unless the other has measured that itself.
+
+    Args:
+        records: of all peers.
+        links: measured by whoever plans; they count more than what is told.
+        places: of others than the peers, such as the client.
+    """
+    records = list(records)
+    names = {record.key.raw[:KEY_PREFIX_BYTES]: record.key.text for record in records}
+    there: dict[tuple[str, str], Link] = {}
+    back: dict[tuple[str, str], Link] = {}
+    for record in records:
+        for seen in record.links:
+            other = names.get(seen.peer)
+            if other is not None and other != record.key.text:
+                link = Link(seen.rtt_ms / 2, seen.bytes_per_ms)
+                there[record.key.text, other] = back[other, record.key.text] = link
+    known = {record.key.text: place_of(record) for record in records if record.coordinate_error < 1.0}
+    return Network({**back, **there, **links}, places={**known, **places})

@@ -55,6 +55,8 @@ class FailureCode(IntEnum):
     WRONG_BLOCKS = 7
     TOO_LONG = 8
     STALE_EPOCH = 9
+    LEAVING = 10
+    """Not about a request: the peer is about to end, and serves the session until its client has replaced it."""
 
 
 class Part(NamedTuple):
@@ -66,6 +68,17 @@ class Part(NamedTuple):
     length: int
     keep: int
     """How many of the last positions the tail returns to the client (0: none)."""
+
+
+class Timing(NamedTuple):
+    """What a step met at one hop, in microseconds."""
+
+    wait_us: int
+    """From its arrival until its first pass began."""
+    compute_us: int
+    """On the device, over all its passes."""
+    next_rtt_us: int
+    """Round trip to the next hop, as this one has seen it lately; 0: not measured."""
 
 
 class Fork(NamedTuple):
@@ -139,6 +152,8 @@ def _optional(check: Check) -> Check:
 
 _ROW_ID = (1 << 48) - 1
 _NUMBER = _uint((1 << 48) - 1)
+_MAX_US = (1 << 48) - 1
+_MAX_HOPS = 256
 
 
 def _wire(check: Check, **options: Any) -> Any:
@@ -235,8 +250,8 @@ class Step:
     payload: Payload = b""
     boundary: int = _wire(_uint(MAX_BLOCKS), default=0)
     """The block that the payload stands before, as a hop that pushes names it: so that no chain can be a circle."""
-    compute_us: int = _wire(_NUMBER, default=0)
-    """Time that devices have spent on the step, on the hops before."""
+    timings: tuple[Timing, ...] = _wire(_records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
+    """Of the hops before, in order."""
 
     @property
     def positions(self) -> int:
@@ -254,8 +269,8 @@ class Result:
     end: int = _wire(_uint(MAX_BLOCKS))
     """The boundary that the payload stands at."""
     codec: int = _wire(_uint(255))
-    compute_us: int = _wire(_NUMBER)
-    """Time that devices have spent on the step, on all hops so far."""
+    timings: tuple[Timing, ...] = _wire(_records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))
+    """Of all hops so far, in order."""
     payload: Payload = b""
 
 

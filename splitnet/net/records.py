@@ -13,18 +13,23 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, cast
+from typing import Any, Final, NamedTuple, cast
 
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
 
+from scheduler.coordinates import DIMENSIONS
+from scheduler.swarm import PASS_SIZES
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
 from splitnet.net.endpoints import is_address
 from splitnet.net.identity import Identity, PublicKey
 
 RECORD_LAYOUT: Final = 1
-MAX_RECORD_BYTES: Final = 2048
+MAX_RECORD_BYTES: Final = 3072
 DEFAULT_TTL_S: Final = 60.0
 MAX_TTL_S: Final = 3600.0
+
+MAX_SEEN_LINKS: Final = 16
+KEY_PREFIX_BYTES: Final = 8
 
 MAX_CLOCK_SKEW_S: Final = 300.0
 MODELS_KEY: Final = "splitnet.models"
@@ -40,6 +45,15 @@ _FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+/ -]{0,63}")
 
 
+class SeenLink(NamedTuple):
+    """A link to another peer, as the publisher has measured it."""
+
+    peer: bytes
+    """The first 8 bytes of the other's raw key."""
+    rtt_ms: float
+    bytes_per_ms: float
+
+
 @dataclass(frozen=True)
 class PeerRecord:
     """The facts that one peer publishes. Raises ProtocolError when a value is out of its range.
@@ -49,9 +63,13 @@ class PeerRecord:
     address: `tcp://host:port` that clients and other peers connect to; an IPv6 host stands in brackets.
     start, end, num_blocks: serves blocks [start, end) of num_blocks; start == end says that the peer has left.
     protocol: version of the wire protocol. codecs: names, at most 32. device, dtype, version: for people and planners.
-    decode_ms_per_block: ms for one token through one block. prefill_ms_per_block_token: ms per block per token.
-    kv_free_positions: positions that new sessions may still take. queue_ms: wait before a step starts.
-    sessions: open sessions. issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
+    block_ms: ms per block of a pass with as many positions as `scheduler.swarm.PASS_SIZES` says, observed.
+    queue_ms: wait of a step before its pass starts. batch: positions of others that share the pass of a decode step.
+    kv_free_positions: positions that new sessions may still take. sessions: open sessions.
+    max_blocks: how many blocks this peer has memory for. placed_at: Unix time in seconds when it took its span.
+    coordinate: in ms, and behind it the height; coordinate_error: relative, see `scheduler.coordinates`.
+    bytes_per_ms: the best bandwidth it has seen on any link, 0: none yet. links: to other peers, at most 16.
+    issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
     """
 
     key: PublicKey
@@ -65,11 +83,17 @@ class PeerRecord:
     codecs: tuple[str, ...]
     device: str
     dtype: str
-    decode_ms_per_block: float
-    prefill_ms_per_block_token: float
-    kv_free_positions: int
+    block_ms: tuple[float, ...]
     queue_ms: float
+    batch: float
+    kv_free_positions: int
     sessions: int
+    max_blocks: int
+    placed_at: float
+    coordinate: tuple[float, ...]
+    coordinate_error: float
+    bytes_per_ms: float
+    links: tuple[SeenLink, ...]
     version: str
     issued_at: float
     ttl_s: float = DEFAULT_TTL_S
@@ -87,11 +111,21 @@ class PeerRecord:
         _require(type(self.codecs) is tuple and len(self.codecs) <= _MAX_CODECS, "codecs")
         for name in (*self.codecs, self.device, self.dtype, self.version):
             _require(_is_text(name) and _WORD.fullmatch(name), "codecs, device, dtype or version")
-        for field in ("decode_ms_per_block", "prefill_ms_per_block_token", "queue_ms"):
+        for field in ("queue_ms", "batch", "coordinate_error", "bytes_per_ms"):
             _require(_is_number(getattr(self, field), _MAX_MS), field)
-        _require(_is_count(self.kv_free_positions, 0, _MAX_COUNT), "kv_free_positions")
-        _require(_is_count(self.sessions, 0, _MAX_COUNT), "sessions")
-        _require(_is_number(self.issued_at, _MAX_UNIX_S), "issued_at")
+        _require(type(self.block_ms) is tuple and len(self.block_ms) == len(PASS_SIZES), "block_ms")
+        _require(all(_is_number(value, _MAX_MS) for value in self.block_ms), "block_ms")
+        _require(type(self.coordinate) is tuple and len(self.coordinate) == DIMENSIONS + 1, "coordinate")
+        _require(all(_is_number(value, _MAX_MS, low=-_MAX_MS) for value in self.coordinate), "coordinate")
+        _require(self.coordinate[DIMENSIONS] >= 0, "coordinate")
+        _require(type(self.links) is tuple and len(self.links) <= MAX_SEEN_LINKS, "links")
+        for link in self.links:
+            _require(len(link) == 3 and type(link[0]) is bytes and len(link[0]) == KEY_PREFIX_BYTES, "links")
+            _require(_is_number(link[1], _MAX_MS) and _is_number(link[2], _MAX_MS) and link[2] > 0, "links")
+        for field in ("kv_free_positions", "sessions", "max_blocks"):
+            _require(_is_count(getattr(self, field), 0, _MAX_COUNT), field)
+        for field in ("placed_at", "issued_at"):
+            _require(_is_number(getattr(self, field), _MAX_UNIX_S), field)
         _require(_is_number(self.ttl_s, MAX_TTL_S) and self.ttl_s > 0, "ttl_s")
 
     @property
@@ -152,8 +186,10 @@ class PeerRecord:
         for value, expected in zip(values[1:], _TYPES[1:], strict=True):
             if expected == "float" and type(value) is not float:
                 raise ProtocolError("The peer record holds a value of the wrong type.")
-        codecs: Any = values[_CODECS]
-        values[_CODECS] = tuple(codecs) if isinstance(codecs, list) else None  # pyright: ignore[reportUnknownArgumentType]
+        for index, expected in enumerate(_TYPES):
+            if expected.startswith("tuple"):
+                values[index] = _tuple_of(values[index])
+        values[_LINKS] = tuple(SeenLink(*_tuple_of(link, 3)) for link in values[_LINKS])
         return cls(key, *values[1:])
 
 
@@ -208,7 +244,7 @@ def verified_record(data: bytes) -> PeerRecord:
 
 
 _TYPES = [str(field.type) for field in dataclasses.fields(PeerRecord)]
-_CODECS = [field.name for field in dataclasses.fields(PeerRecord)].index("codecs")
+_LINKS = [field.name for field in dataclasses.fields(PeerRecord)].index("links")
 
 
 _unpackb = cast("Callable[..., Any]", msgpack.unpackb)  # pyright: ignore[reportUnknownMemberType]
@@ -237,6 +273,12 @@ def _unpack_array(data: bytes) -> list[Any]:
     return cast(list[Any], value)
 
 
+def _tuple_of(value: Any, length: int | None = None) -> tuple[Any, ...]:
+    if type(value) is not list or length not in (None, len(cast(list[Any], value))):
+        raise ProtocolError("The peer record holds a list of the wrong length, or something else in its place.")
+    return tuple(cast(list[Any], value))
+
+
 def _unpack_scalar(data: bytes) -> object:
     items = _unpack_array(b"\x91" + data)  # as the only element of an array
     return items[0]
@@ -255,5 +297,5 @@ def _is_count(value: object, low: int, high: int) -> bool:
     return type(value) is int and low <= value <= high
 
 
-def _is_number(value: object, high: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= high
+def _is_number(value: object, high: float, *, low: float = 0.0) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high

@@ -28,6 +28,11 @@ class SentLog:
     def nbytes(self) -> int:
         return sum(map(len, self._rows.values()))
 
+    @property
+    def positions(self) -> int:
+        """Logged over all rows."""
+        return self.nbytes // self.bytes_per_position
+
     def length(self, row: int) -> int:
         """Positions logged for `row`."""
         return len(self._rows.get(row, b"")) // self.bytes_per_position

@@ -77,7 +77,7 @@ def test_a_peer_with_another_key_than_its_record_is_not_used(folder: Path) -> No
         honest = swarm.peers[0]
         impostor = Identity.generate()
         # Signed properly, but by a key that is not the one that answers at this address.
-        lie = dataclasses.replace(honest.record(), key=impostor.public, decode_ms_per_block=0.0)
+        lie = dataclasses.replace(honest.record(), key=impostor.public, block_ms=(0.0,) * 5)
         _announce(swarm, lie, impostor)
         client = swarm.connect()
         assert {record.key for record in client.peers(fresh=True)} == {honest.identity.public, impostor.public}

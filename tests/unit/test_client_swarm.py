@@ -8,7 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from scheduler.encoding import Encoding
 from splitnet.client import swarm as swarm_module
+from splitnet.client.planner import Needs
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
 from splitnet.net.endpoints import Endpoint, LinkState
@@ -16,6 +18,7 @@ from splitnet.net.identity import Identity
 from splitnet.net.messages import PROTOCOL_VERSION
 from splitnet.net.records import PeerRecord
 
+NEEDS = Needs(kv_positions=10, encodings=(Encoding("int8", 66),))
 FACTS = ModelFacts("ab" * 32, "a-model", num_blocks=6, hidden_size=64, max_positions=256)
 RECORD = PeerRecord(
     key=Identity.generate().public,
@@ -30,11 +33,17 @@ RECORD = PeerRecord(
     codecs=("none", "int8"),
     device="cpu",
     dtype="float32",
-    decode_ms_per_block=1.0,
-    prefill_ms_per_block_token=0.1,
-    kv_free_positions=1000,
+    block_ms=(1.0, 1.0, 1.6, 6.4, 25.6),
     queue_ms=0.0,
+    batch=0.0,
+    kv_free_positions=1000,
     sessions=0,
+    max_blocks=0,
+    placed_at=time.time(),
+    coordinate=(0.0, 0.0, 0.0, 0.01),
+    coordinate_error=1.0,
+    bytes_per_ms=0.0,
+    links=(),
     version="0.1.0",
     issued_at=time.time(),
 )
@@ -115,43 +124,42 @@ def test_records_are_looked_up_once_for_a_while(swarm: Swarm, directory: FakeDir
 def test_a_hole_within_the_planned_blocks_has_the_models_numbers(swarm: Swarm, directory: FakeDirectory) -> None:
     directory.records = [served(start=0, end=3), served(start=5, end=6)]
     with pytest.raises(CoverageError, match=r"blocks 3\.\.4 .*--blocks 3:5"):
-        swarm.plan(positions=10, bytes_per_position=66, blocks=(2, 6))
+        swarm.plan(NEEDS, blocks=(2, 6))
 
 
 def test_peers_without_memory_are_busy(swarm: Swarm, directory: FakeDirectory) -> None:
     directory.records = [served(kv_free_positions=5)]
     with pytest.raises(PeerBusy, match=r"blocks 0\.\.5"):
-        swarm.plan(positions=10, bytes_per_position=66)
+        swarm.plan(NEEDS)
 
 
 def test_a_part_of_the_model_is_planned_between_peers(swarm: Swarm, directory: FakeDirectory) -> None:
     whole, first, last = served(), served(start=0, end=2), served(start=4, end=6)
     directory.records = [whole, first, last]
     hops = swarm.plan(
-        positions=10,
-        bytes_per_position=66,
+        NEEDS,
         blocks=(2, 4),
-        between=(first, last),
+        ends=(first, last),
         exclude={first.key.text, last.key.text},
     )
     assert [(hop.record, hop.start, hop.end) for hop in hops] == [(whole, 2, 4)]
 
 
 def test_a_banned_peer_is_not_planned_with(swarm: Swarm, directory: FakeDirectory) -> None:
-    good, bad = served(decode_ms_per_block=50.0), served()
+    good, bad = served(block_ms=(50.0,) * 5), served()
     directory.records = [good, bad]
-    assert swarm.plan(positions=10, bytes_per_position=66)[0].record == bad
+    assert swarm.plan(NEEDS)[0].record == bad
     swarm.ban(bad.key.text, seconds=60)
-    assert swarm.plan(positions=10, bytes_per_position=66)[0].record == good
+    assert swarm.plan(NEEDS)[0].record == good
     swarm.ban(bad.key.text, seconds=0)
-    assert swarm.plan(positions=10, bytes_per_position=66)[0].record == bad
+    assert swarm.plan(NEEDS)[0].record == bad
 
 
 def test_a_peer_that_cannot_be_connected_to_is_not_planned_with(swarm: Swarm, directory: FakeDirectory) -> None:
-    living, killed = served(decode_ms_per_block=50.0), served()
+    living, killed = served(block_ms=(50.0,) * 5), served()
     directory.records = [living, killed]
     directory.states[Endpoint(killed.address, killed.key)] = LinkState.DOWN
-    assert swarm.plan(positions=10, bytes_per_position=66)[0].record == living
+    assert swarm.plan(NEEDS)[0].record == living
     directory.records = [killed]
     with pytest.raises(CoverageError, match="no peer that can be used"):
-        swarm.plan(positions=10, bytes_per_position=66, fresh=True)
+        swarm.plan(NEEDS, fresh=True)

@@ -36,6 +36,7 @@ from splitnet.net.messages import (
     Replay,
     Result,
     Step,
+    Timing,
     decode,
     encode,
 )
@@ -60,6 +61,7 @@ def texts(limit: int) -> st.SearchStrategy[str]:
 
 
 parts = st.lists(st.builds(Part, numbers, positions, positions, positions), max_size=5).map(tuple)
+timings = st.lists(st.builds(Timing, numbers, numbers, numbers), max_size=4).map(tuple)
 forks = st.none() | st.lists(st.builds(Fork, numbers, numbers), max_size=5).map(tuple)
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Ping, numbers, payloads),
@@ -67,15 +69,15 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Open, sessions, epochs, texts(64), blocks, blocks, positions, codes, keys, keys, texts(256)),
     st.builds(Opened, sessions, epochs, st.booleans(), numbers),
     st.builds(Close, sessions),
-    st.builds(Step, sessions, epochs, numbers, parts, forks, blocks, codes, payloads, blocks, numbers),
-    st.builds(Result, sessions, epochs, numbers, blocks, codes, numbers, payloads),
+    st.builds(Step, sessions, epochs, numbers, parts, forks, blocks, codes, payloads, blocks, timings),
+    st.builds(Result, sessions, epochs, numbers, blocks, codes, timings, payloads),
     st.builds(Failure, st.just(b"") | sessions, epochs, numbers, codes, texts(MAX_TEXT)),
     st.builds(Replay, sessions, epochs, numbers, blocks),
 )
 
 OPEN = Open(SESSION, 1, "model", 0, 2, 128, 0, b"", bytes(KEY_BYTES), "tcp://127.0.0.1:1")
 STEP = Step(SESSION, 1, 7, (Part(1, 0, 3, 1),), (Fork(2, 1),), 0, 0, b"payload")
-RESULT = Result(SESSION, 1, 7, 2, 0, 1500, b"payload")
+RESULT = Result(SESSION, 1, 7, 2, 0, (Timing(0, 1500, 250),), b"payload")
 FAILURE = Failure(SESSION, 1, 7, 3, "busy")
 EXAMPLES: list[Message] = [
     Ping(1, b"padding"),
@@ -212,9 +214,10 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (STEP, "forks", [], [[1]]),
     (STEP, "replay_until", MAX_BLOCKS, MAX_BLOCKS + 1),
     (STEP, "boundary", MAX_BLOCKS, MAX_BLOCKS + 1),
-    (STEP, "compute_us", 1 << 40, -1),
+    (STEP, "timings", [[0, 1 << 40, 3]] * 256, [[0, 1, 3]] * 257),
+    (STEP, "timings", [], [[0, 1]]),
     (RESULT, "end", MAX_BLOCKS, MAX_BLOCKS + 1),
-    (RESULT, "compute_us", 0, -1),
+    (RESULT, "timings", [[0, 0, 0]], [[0, -1, 0]]),
     (FAILURE, "session", b"", b"x"),
     (FAILURE, "text", "t" * MAX_TEXT, "t" * (MAX_TEXT + 1)),
     (FAILURE, "code", 255, 256),

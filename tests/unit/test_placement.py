@@ -5,11 +5,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler.placement import choose_span
-from scheduler.swarm import Peer, coverage, missing_blocks
+from scheduler.swarm import Peer, Speed, coverage, missing_blocks
 
 
 def peer(start: int, end: int, decode_ms: float = 1.0) -> Peer:
-    return Peer(f"{start}-{end}", start, end, decode_ms, decode_ms, 0.0, 1000)
+    return Peer(f"{start}-{end}", start, end, Speed.of(decode_ms, decode_ms), kv_free=1000)
 
 
 peers_strategy = st.lists(

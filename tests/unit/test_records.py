@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from splitnet.errors import NotAuthorized, ProtocolError, ProtocolVersionError
 from splitnet.net.identity import Identity
-from splitnet.net.records import MAX_RECORD_BYTES, MAX_TTL_S, RECORD_LAYOUT, PeerRecord
+from splitnet.net.records import MAX_RECORD_BYTES, MAX_TTL_S, RECORD_LAYOUT, PeerRecord, SeenLink
 
 IDENTITY = Identity.generate()
 STRANGER = Identity.generate()
@@ -26,11 +26,17 @@ RECORD = PeerRecord(
     codecs=("none", "int8-rotated"),
     device="cuda:0",
     dtype="bfloat16",
-    decode_ms_per_block=0.5,
-    prefill_ms_per_block_token=0.125,
-    kv_free_positions=8192,
+    block_ms=(0.5, 0.5, 0.75, 2.0, 8.0),
     queue_ms=0.0,
+    batch=1.5,
+    kv_free_positions=8192,
     sessions=2,
+    max_blocks=20,
+    placed_at=1_740_000_000.0,
+    coordinate=(1.0, -2.5, 0.0, 3.0),
+    coordinate_error=0.25,
+    bytes_per_ms=1250.0,
+    links=(SeenLink(b"8 bytes!", 20.5, 1000.0), SeenLink(bytes(8), 0.5, 9e5)),
     version="0.1.0",
     issued_at=1_750_000_000.25,
 )
@@ -41,6 +47,7 @@ words = st.text(alphabet="abcdefghijklmnopqrstuvwxyz0123456789-", min_size=1, ma
     lambda word: not word.startswith("-")
 )
 milliseconds = st.floats(min_value=0, max_value=1e9)
+seen_links = st.builds(SeenLink, st.binary(min_size=8, max_size=8), milliseconds, st.floats(0, 1e9, exclude_min=True))
 
 
 @st.composite
@@ -60,11 +67,17 @@ def records(draw: st.DrawFn) -> PeerRecord:
         codecs=tuple(draw(st.lists(words, max_size=8))),
         device=draw(words),
         dtype=draw(words),
-        decode_ms_per_block=draw(milliseconds),
-        prefill_ms_per_block_token=draw(milliseconds),
-        kv_free_positions=draw(st.integers(0, 1 << 48)),
+        block_ms=tuple(draw(milliseconds) for _ in range(5)),
         queue_ms=draw(milliseconds),
+        batch=draw(milliseconds),
+        kv_free_positions=draw(st.integers(0, 1 << 48)),
         sessions=draw(st.integers(0, 1 << 20)),
+        max_blocks=draw(st.integers(0, 200)),
+        placed_at=draw(st.floats(min_value=0, max_value=1e11)),
+        coordinate=(*(draw(st.floats(-1e6, 1e6)) for _ in range(3)), draw(milliseconds)),
+        coordinate_error=draw(milliseconds),
+        bytes_per_ms=draw(milliseconds),
+        links=tuple(draw(st.lists(seen_links, max_size=16))),
         version=draw(words),
         issued_at=draw(st.floats(min_value=0, max_value=1e11)),
         ttl_s=draw(st.floats(min_value=0, max_value=MAX_TTL_S, exclude_min=True)),
@@ -163,10 +176,19 @@ def test_a_signed_payload_of_any_shape_is_refused(payload: Any) -> None:
         ("codecs", ("none",) * 33),
         ("device", ""),
         ("dtype", "x" * 65),
-        ("decode_ms_per_block", float("nan")),
-        ("decode_ms_per_block", -1.0),
-        ("prefill_ms_per_block_token", float("inf")),
+        ("block_ms", (1.0, 1.0, 1.0, 1.0, float("nan"))),
+        ("block_ms", (-1.0, 1.0, 1.0, 1.0, 1.0)),
+        ("block_ms", (1.0, 1.0, 1.0, 1.0)),
         ("queue_ms", 1e12),
+        ("batch", float("inf")),
+        ("coordinate", (1.0, 1.0, 1.0)),
+        ("coordinate", (1.0, 1.0, 1.0, -0.5)),
+        ("coordinate", (1.0, float("nan"), 1.0, 1.0)),
+        ("links", (SeenLink(b"short", 1.0, 1.0),)),
+        ("links", (SeenLink(bytes(8), -1.0, 1.0),)),
+        ("links", (SeenLink(bytes(8), 1.0, 0.0),)),
+        ("links", (SeenLink(bytes(8), 1.0, 1.0),) * 17),
+        ("max_blocks", -1),
         ("kv_free_positions", -1),
         ("sessions", 1 << 60),
         ("issued_at", float("inf")),

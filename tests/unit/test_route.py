@@ -9,21 +9,26 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler import route as route_module
-from scheduler.cost import block_ms, route_ms, transfer_ms
+from scheduler import chain_search
+from scheduler.coordinates import Coordinate
+from scheduler.cost import block_ms, occupied_ms, route_ms, transfer_ms
+from scheduler.encoding import Encoding
+from scheduler.network import CLIENT, UNMEASURED, Link, Network, Place
 from scheduler.route import NEAR_EQUAL, NoRoute, best_route
-from scheduler.swarm import CLIENT, UNMEASURED, Hop, Link, Network, Peer, Route, coverage, missing_blocks
+from scheduler.swarm import Hop, Peer, Route, Speed, coverage, missing_blocks
 
 FAST = Link(latency_ms=1.0, bytes_per_ms=100_000.0)
+PLAIN = (Encoding("plain", 100),)
+CODECS = (Encoding("plain", 100), Encoding("small", 20, step_ms=2.0, position_ms=0.01))
 
 
 def peer(name: str, start: int, end: int, decode_ms: float = 1.0, queue_ms: float = 0.0, kv_free: int = 1000) -> Peer:
-    return Peer(name, start, end, decode_ms, decode_ms / 10, queue_ms, kv_free)
+    return Peer(name, start, end, Speed.of(decode_ms, decode_ms / 10), queue_ms, kv_free=kv_free)
 
 
 def plan(peers: Sequence[Peer], num_blocks: int, network: Network | None = None, **options: object) -> Route:
-    settings: dict[str, object] = {"bytes_per_position": 1000, "kv_needed": 100, **options}
-    return best_route(peers, num_blocks, network or Network(unmeasured=FAST), **settings)  # pyright: ignore
+    settings: dict[str, object] = {"encodings": PLAIN, "kv_needed": 100, **options}
+    return best_route(peers, (0, num_blocks), network or Network(unmeasured=FAST), **settings)  # pyright: ignore
 
 
 def all_routes(
@@ -48,27 +53,46 @@ def swarms(draw: st.DrawFn) -> tuple[list[Peer], int, Network]:
     for name in "abcd"[: draw(st.integers(1, 4))]:
         start = draw(st.integers(0, num_blocks - 1))
         end = draw(st.integers(start + 1, num_blocks))
-        times = [draw(milliseconds) for _ in range(3)]
-        peers.append(Peer(name, start, end, *times, kv_free=draw(st.sampled_from([10, 100, 500]))))
+        speed = Speed.of(draw(milliseconds), draw(milliseconds))
+        batch, kv_free = draw(st.sampled_from([0.0, 2.5])), draw(st.sampled_from([10, 100, 500]))
+        peers.append(Peer(name, start, end, speed, draw(milliseconds), batch, kv_free))
     names = [CLIENT, *(item.id for item in peers)]
     pairs = st.tuples(st.sampled_from(names), st.sampled_from(names))
     links = st.builds(Link, st.sampled_from([0.0, 1.0, 10.0, 50.0]), st.sampled_from([10.0, 1000.0]))
-    return peers, num_blocks, Network(draw(st.dictionaries(pairs, links, max_size=12)), Link(30.0, 100.0))
+    vectors = st.tuples(*[st.sampled_from([0.0, 5.0, 40.0])] * 3)
+    coordinates = st.builds(Coordinate, vectors, st.sampled_from([0.1, 8.0]), st.sampled_from([0.1, 1.0]))
+    places = st.builds(Place, coordinates, st.sampled_from([0.0, 50.0, 2000.0]))
+    network = Network(
+        draw(st.dictionaries(pairs, links, max_size=12)),
+        Link(30.0, 100.0),
+        draw(st.dictionaries(st.sampled_from(names), places)),
+    )
+    return peers, num_blocks, network
 
 
-@given(swarm=swarms(), positions=st.sampled_from([1, 7, 64]), exclude=st.sets(st.sampled_from("abcd"), max_size=2))
+@given(
+    swarm=swarms(),
+    positions=st.sampled_from([1, 7, 64]),
+    exclude=st.sets(st.sampled_from("abcd"), max_size=2),
+    in_flight=st.sampled_from([1, 2, 10]),
+    encodings=st.sampled_from([PLAIN, CODECS]),
+)
 def test_best_route_equals_brute_force(
-    swarm: tuple[list[Peer], int, Network], positions: int, exclude: set[str]
+    swarm: tuple[list[Peer], int, Network],
+    positions: int,
+    exclude: set[str],
+    in_flight: int,
+    encodings: tuple[Encoding, ...],
 ) -> None:
     peers, num_blocks, network = swarm
     usable = [item for item in peers if item.id not in exclude and item.kv_free >= 100]
     by_id = {item.id: item for item in peers}
 
     def cost(hops: Sequence[Hop]) -> float:
-        return route_ms(hops, by_id, network, positions=positions, bytes_per_position=100)
+        return route_ms(hops, by_id, network, positions=positions, encodings=encodings, in_flight=in_flight)
 
     lowest = min(map(cost, all_routes(usable, num_blocks)), default=None)
-    options = {"positions": positions, "bytes_per_position": 100, "exclude": exclude}
+    options = {"positions": positions, "encodings": encodings, "exclude": exclude, "in_flight": in_flight}
     if lowest is None:
         with pytest.raises(NoRoute) as caught:
             plan(peers, num_blocks, network, **options)
@@ -101,7 +125,7 @@ def test_repaired_route_is_valid_when_the_search_is_cut_short(swarm: tuple[list[
     if missing_blocks(peers, num_blocks):
         return
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(route_module, "MAX_PROGRAMMES", 0)
+        patch.setattr(chain_search, "MAX_PROGRAMMES", 0)
         check_route(plan(peers, num_blocks, network, kv_needed=0), peers, num_blocks)
 
 
@@ -128,13 +152,16 @@ def test_a_hop_is_not_taken_for_less_than_its_link_costs() -> None:
 
 def test_measured_links_win_over_unmeasured_ones() -> None:
     peers = [peer("known", 0, 4, decode_ms=2.0), peer("unknown", 0, 4, decode_ms=1.0)]
-    network = Network().with_link(CLIENT, "known", FAST).with_link("known", CLIENT, FAST)
+    network = Network().with_links({(CLIENT, "known"): FAST, ("known", CLIENT): FAST})
     assert plan(peers, 4, network).hops == (Hop("known", 0, 4),)
     assert plan(peers, 4, Network()).hops == (Hop("unknown", 0, 4),)
 
 
 def test_long_steps_choose_by_arithmetic_and_short_ones_by_weights() -> None:
-    peers = [Peer("decoder", 0, 4, 1.0, 1.0, 0.0, 1000), Peer("prefiller", 0, 4, 5.0, 0.1, 0.0, 1000)]
+    peers = [
+        Peer("decoder", 0, 4, Speed.of(1.0, 1.0), kv_free=1000),
+        Peer("prefiller", 0, 4, Speed.of(5.0, 0.1), kv_free=1000),
+    ]
     assert plan(peers, 4).hops[0].peer == "decoder"
     assert plan(peers, 4, positions=100).hops[0].peer == "prefiller"
 
@@ -174,23 +201,67 @@ def test_two_peers_of_one_id_are_refused() -> None:
 
 
 def test_cost_is_the_sum_that_the_design_names() -> None:
-    peers = {"a": Peer("a", 0, 4, 2.0, 0.5, 3.0, 9), "b": Peer("b", 4, 6, 4.0, 0.25, 1.0, 9)}
+    peers = {"a": Peer("a", 0, 4, Speed.of(2.0, 0.5), 3.0), "b": Peer("b", 4, 6, Speed.of(4.0, 0.25), 1.0)}
     links = {(CLIENT, "a"): Link(10, 100), ("a", "b"): Link(1, 1000), ("b", CLIENT): Link(20, 50)}
     hops = [Hop("a", 0, 4), Hop("b", 4, 6)]
-    decode = route_ms(hops, peers, Network(links), positions=1, bytes_per_position=100)
+    decode = route_ms(hops, peers, Network(links), positions=1, encodings=PLAIN)
     assert decode == pytest.approx((10 + 1) + (3 + 4 * 2) + (1 + 0.1) + (1 + 2 * 4) + (20 + 2))
-    prefill = route_ms(hops, peers, Network(links), positions=10, bytes_per_position=100)
-    assert prefill == pytest.approx((10 + 10) + (3 + 4 * 5) + (1 + 1) + (1 + 2 * 4) + (20 + 20))
-    assert block_ms(peers["b"], 100) == 25.0
-    assert transfer_ms(UNMEASURED, 0) == UNMEASURED.latency_ms
+    prefill = route_ms(hops, peers, Network(links), positions=16, encodings=PLAIN)
+    assert prefill == pytest.approx((10 + 16) + (3 + 4 * 8) + (1 + 1.6) + (1 + 2 * 4) + (20 + 32))
+    assert block_ms(peers["b"], 512) == 128.0
+    assert transfer_ms(UNMEASURED, 0, PLAIN) == UNMEASURED.latency_ms
+    steps = route_ms(hops, peers, Network(links), positions=1, encodings=PLAIN, in_flight=5)
+    assert steps == pytest.approx(decode + 4 * (3 + 4 * 2))
 
 
 def test_network_is_immutable_and_pessimistic() -> None:
     empty = Network()
     assert empty.link("a", "b") == UNMEASURED
-    assert empty.with_link("a", "b", FAST).link("a", "b") == FAST
+    assert empty.with_links({("a", "b"): FAST}).link("a", "b") == FAST
     assert empty.link("a", "b") == UNMEASURED
     assert Network({("a", "b"): FAST}).link("b", "a") == UNMEASURED
+
+
+def test_a_part_of_a_route_begins_and_ends_at_the_peers_beside_it() -> None:
+    peers = [peer("near", 2, 6, decode_ms=2.0), peer("far", 2, 6)]
+    network = Network({("before", "near"): FAST, ("near", "after"): FAST})
+    part = best_route(peers, (3, 6), network, encodings=PLAIN, kv_needed=1, source="before", target="after")
+    assert part.hops == (Hop("near", 3, 6),)
+    assert part.cost_ms == pytest.approx(2 * (1 + 0.001) + 3 * 2)
+    with pytest.raises(NoRoute) as caught:
+        best_route(peers, (1, 7), network, encodings=PLAIN, kv_needed=1)
+    assert caught.value.missing == [(1, 2), (6, 7)]
+
+
+def test_a_slow_link_is_worth_encoding_for() -> None:
+    assert transfer_ms(Link(0, 1), 10, CODECS) == pytest.approx(2.1 + 200)
+    assert occupied_ms(Link(5, 1e6), 10, CODECS) == pytest.approx(0.001)
+
+
+def test_latency_prefers_one_hop_and_throughput_many() -> None:
+    peers = [peer("whole", 0, 8), peer("left", 0, 4), peer("right", 4, 8)]
+    network = Network(unmeasured=Link(1.0, 1e6))
+    assert plan(peers, 8, network).hops == (Hop("whole", 0, 8),)
+    busy = plan(peers, 8, network, in_flight=100)
+    assert max(hop.end - hop.start for hop in busy.hops) == 3
+    assert busy.cost_ms == pytest.approx(4 * 1 + 8 + 99 * 3, rel=1e-3)
+
+
+def test_a_table_holds_the_same_links_as_the_network() -> None:
+    near, far = Coordinate((0.0, 0.0, 0.0), 2.0, 0.0), Coordinate((30.0, 40.0, 0.0), 4.0, 0.5)
+    places = {"a": Place(near, 500.0), "b": Place(far, 2000.0), "c": Place(far, 0.0)}
+    network = Network({("a", "c"): FAST}, places=places)
+    assert network.link("a", "b").latency_ms == pytest.approx(28 * 1.25)
+    assert network.link("a", "b").bytes_per_ms == 500.0
+    assert network.link("c", "a").bytes_per_ms == UNMEASURED.bytes_per_ms
+    names = ["a", "b", "c", "unknown"]
+    table = network.table(names)
+    for row, sender in enumerate(names):
+        for column, receiver in enumerate(names):
+            if sender != receiver:
+                link = network.link(sender, receiver)
+                assert table.latency_ms[row, column] == pytest.approx(link.latency_ms)
+                assert 1 / table.ms_per_byte[row, column] == pytest.approx(link.bytes_per_ms)
 
 
 @given(st.lists(st.tuples(st.integers(-2, 12), st.integers(-2, 12)), max_size=8), st.integers(1, 10))
@@ -202,4 +273,6 @@ def test_coverage_counts_and_gaps_agree(spans: list[tuple[int, int]], num_blocks
     assert [block for start, end in gaps for block in range(start, end)] == [
         block for block, replicas in enumerate(counts) if not replicas
     ]
+    later = missing_blocks(peers, num_blocks, first=3)
+    assert later == [(max(start, 3), end) for start, end in gaps if end > 3]
     assert all(first[1] < second[0] for first, second in pairwise(gaps))

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
-from peers.engine import Engine, Speed
+from peers.engine import Engine
+from peers.load import Load
 from peers.next_hops import KEEP_S, MAX_NEXT_HOPS
 from peers.row_memory import SessionTooLong
 from peers.service import LOST_GRACE_S, PROBE_S, Served, Service
 from peers.session import Session, Work
+from peers.speed import ObservedSpeed
 from peers.work_queue import WorkQueue
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import CODECS
@@ -36,6 +38,7 @@ from splitnet.net.messages import (
     Replay,
     Result,
     Step,
+    Timing,
     decode,
     encode,
 )
@@ -65,6 +68,7 @@ class FakeOutbox:
         self.sent: list[tuple[Destination, Message]] = []
         self.states: dict[Endpoint, LinkState] = {}
         self.open_links: set[Endpoint] = set()
+        self.probed: list[Endpoint] = []
 
     def send(self, destination: Destination, message: Message) -> None:
         assert decode(encode(message)) == message, "only what the protocol allows is said"
@@ -79,6 +83,12 @@ class FakeOutbox:
 
     def state(self, endpoint: Endpoint) -> LinkState:
         return self.states.get(endpoint, LinkState.CONNECTING)
+
+    def probe(self, endpoint: Endpoint) -> None:
+        self.probed.append(endpoint)
+
+    def rtt_ms(self, endpoint: Endpoint) -> float:
+        return 0.25
 
 
 class FakeRow:
@@ -397,7 +407,7 @@ class TestStep:
         work = opened.begin()
         [(destination, pushed)] = opened.end_pass(work, output=b"\2" * len(sent.payload))
         assert destination == AFTER
-        assert pushed == replace(sent, payload=b"\2" * len(sent.payload), boundary=6)
+        assert pushed == replace(sent, payload=b"\2" * len(sent.payload), boundary=6, timings=(Timing(0, 0, 250),))
 
     def test_goes_to_the_client_where_that_carries(self, peer: Peer) -> None:
         peer.says(to_client())
@@ -725,7 +735,7 @@ class TestEngine:
     def engine(self, peer: Peer, span: FakeSpan) -> Engine:
         for name in (1, 2, 3):
             peer.says(to_client(session=bytes([name]) * 16), Connection(bytes([name]), OWNER.curve_raw))
-        return Engine(span, peer.service, peer.queue, Speed(1.0, 1.0))  # type: ignore[arg-type]
+        return Engine(span, peer.service, peer.queue, ObservedSpeed((1.0,) * 5), Load())  # type: ignore[arg-type]
 
     def send(self, peer: Peer, name: int, value: float = 0.0, start: int = 0, **changes: Any) -> None:
         payload = PLAIN.encode(torch.full((2, HIDDEN), float(value)))
@@ -871,7 +881,7 @@ class TestOthers:
         assert opened.says(Ping(5, b"padding"), STRANGER) == [(STRANGER, Pong(5, 12.5, CAPACITY - 1000))]
 
     @pytest.mark.parametrize(
-        "message", [Pong(1, 0, 0), Opened(SID, 1, True, 0), Result(SID, 1, 1, 6, 0, 0), Failure(SID, 1, 1, 1, "x")]
+        "message", [Pong(1, 0, 0), Opened(SID, 1, True, 0), Result(SID, 1, 1, 6, 0, ()), Failure(SID, 1, 1, 1, "x")]
     )
     def test_what_only_peers_say_is_refused(self, opened: Peer, message: Message) -> None:
         assert code_of(opened.says(message)) is FailureCode.BAD_MESSAGE

@@ -42,7 +42,7 @@ def session(name: int, start: int = 0, end: int = 4) -> Session:
 
 def work(owner: Session, *lengths: int, number: int = 0, forks: tuple[Fork, ...] | None = None) -> Work:
     parts = tuple(Part(row, 10, length, 1) for row, length in enumerate(lengths, start=1))
-    return Work(owner, Step(owner.id, 1, number, parts, forks, 0, 0), sum(lengths))
+    return Work(owner, Step(owner.id, 1, number, parts, forks, 0, 0), sum(lengths), 0.0)
 
 
 def run_pass(queue: WorkQueue, positions: int = PASS) -> list[tuple[Work, int]]:

@@ -1,0 +1,38 @@
+"""How busy a device has been lately: what peers publish beside their speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+HALF_LIFE_S = 10.0
+SHARE = 0.2
+"""Weight of the latest pass in the average."""
+
+
+class Load:
+    """Averages over recent passes; they fade while nothing happens."""
+
+    def __init__(self) -> None:
+        self._wait_ms = 0.0
+        self._batch = 0.0
+        self._at = 0.0
+
+    def observe(self, now: float, waits_ms: Sequence[float], others: Sequence[int]) -> None:
+        """Takes in a pass.
+
+        Args:
+            now: seconds.
+            waits_ms: of the steps that began in it.
+            others: for each decode step in it, the positions that belong to other sessions.
+        """
+        self._wait_ms, self._batch = self.at(now)
+        self._at = now
+        for wait_ms in waits_ms:
+            self._wait_ms += SHARE * (wait_ms - self._wait_ms)
+        for batch in others:
+            self._batch += SHARE * (batch - self._batch)
+
+    def at(self, now: float) -> tuple[float, float]:
+        """Ms that a step waits for its pass, and positions of others that share the pass of a decode step."""
+        fade = 0.5 ** (max(0.0, now - self._at) / HALF_LIFE_S)
+        return self._wait_ms * fade, self._batch * fade

@@ -1,0 +1,82 @@
+"""A peer looks around: it measures its links to other peers, so that clients can plan with them."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from scheduler.coordinates import MIN_HEIGHT_MS
+from splitnet.errors import SplitnetError
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.identity import PublicKey
+from splitnet.net.prober import Prober
+from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
+from splitnet.net.whereabouts import Whereabouts
+
+log = logging.getLogger(__name__)
+
+MEASURED_AT_ONCE = 8
+
+
+class LinkLender(Protocol):
+    """Opens links that next hops may use as well."""
+
+    def borrow_link(self, endpoint: Endpoint) -> bool: ...
+
+    def return_link(self, endpoint: Endpoint) -> None: ...
+
+
+class Neighbours:
+    """Measures links to a few peers at a time: those that it knows least about.
+
+    Args:
+        records: looks up all peers.
+        own_key: text of this peer's key.
+        links: where links are borrowed from.
+        prober: sends the pings.
+    """
+
+    def __init__(
+        self, records: Callable[[], Sequence[PeerRecord]], own_key: str, links: LinkLender, prober: Prober
+    ) -> None:
+        self.whereabouts = Whereabouts()
+        self._records = records
+        self._own_key = own_key
+        self._links = links
+        self._prober = prober
+        self._random = random.Random()
+
+    def look_around(self) -> None:
+        """Measures some links; takes a few round trips, a few seconds at most."""
+        try:
+            others = [record for record in self._records() if record.key.text != self._own_key]
+        except SplitnetError as error:
+            log.warning("could not look for other peers: %s", error)
+            return
+        self._random.shuffle(others)
+        others.sort(key=lambda record: -self.whereabouts.age_s(record.key.text))
+        chosen = {Endpoint(record.address, record.key): record for record in others[:MEASURED_AT_ONCE]}
+        borrowed = [endpoint for endpoint in chosen if self._links.borrow_link(endpoint)]
+        try:
+            for endpoint, link in self._prober.measure(borrowed).items():
+                self.whereabouts.measured(chosen[endpoint], link)
+        finally:
+            for endpoint in borrowed:
+                self._links.return_link(endpoint)
+
+    @property
+    def seen_links(self) -> tuple[SeenLink, ...]:
+        """The latest measurements, as they are published."""
+        latest = list(self.whereabouts.links.items())[-MAX_SEEN_LINKS:]
+        return tuple(
+            SeenLink(PublicKey.parse(key).raw[:KEY_PREFIX_BYTES], 2 * link.latency_ms, link.bytes_per_ms)
+            for key, link in latest
+        )
+
+    @property
+    def coordinate(self) -> tuple[tuple[float, ...], float]:
+        """Vector with the height behind it, and the relative error, as they are published."""
+        coordinate = self.whereabouts.place.coordinate
+        return (*coordinate.vector, max(coordinate.height_ms, MIN_HEIGHT_MS)), coordinate.error

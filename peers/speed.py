@@ -1,0 +1,57 @@
+"""How fast a device runs its blocks: timed at the start, corrected by every pass."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+
+import torch
+
+from scheduler import swarm
+from scheduler.swarm import PASS_SIZES
+from splitnet.model.span import Part, Span
+
+SHARE = 0.1
+"""Weight of the latest pass in the average."""
+
+
+class ObservedSpeed:
+    """Ms per block at each of `scheduler.swarm.PASS_SIZES`."""
+
+    def __init__(self, block_ms: tuple[float, ...]) -> None:
+        self._speed = swarm.Speed(block_ms)
+
+    @property
+    def block_ms(self) -> tuple[float, ...]:
+        return self._speed.block_ms
+
+    @property
+    def prefill_ms_per_block_position(self) -> float:
+        return self._speed.block_ms[-1] / PASS_SIZES[-1]
+
+    def observe(self, positions: int, blocks: int, elapsed_ms: float) -> None:
+        """Takes in one pass of `positions` positions through `blocks` blocks: moves the sizes on both sides of it."""
+        factor = elapsed_ms / blocks / max(self._speed.at(positions), 1e-6)
+        correction = 1 + SHARE * (factor - 1)
+        above = min(bisect_left(PASS_SIZES, positions), len(PASS_SIZES) - 1)
+        touched = {above} if positions >= PASS_SIZES[above] else {above - 1, above}
+        self._speed = swarm.Speed(
+            tuple(value * correction if index in touched else value for index, value in enumerate(self.block_ms))
+        )
+
+
+def measure_speed(span: Span) -> ObservedSpeed:
+    """Times passes of all sizes through the span; the first is a warm-up."""
+    hidden = torch.randn(PASS_SIZES[-1], span.hidden_size)
+    blocks = span.end - span.start
+
+    def elapsed_ms(positions: int) -> float:
+        began = time.perf_counter()
+        span.forward(hidden[:positions], [Part(span.new_row(), 0, positions)])
+        return (time.perf_counter() - began) * 1000
+
+    elapsed_ms(PASS_SIZES[0])
+    # A short pass is easily disturbed, a long one takes its time.
+    return ObservedSpeed(
+        tuple(min(elapsed_ms(size) for _ in range(3 if size <= 16 else 1)) / blocks for size in PASS_SIZES)
+    )

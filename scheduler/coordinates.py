@@ -1,0 +1,60 @@
+"""Network coordinates: where a device stands, so that the delay between two that never met can be foretold.
+
+Vivaldi with height vectors (Dabek, Cox, Kaashoek and Morris: "Vivaldi: A Decentralized Network Coordinate System",
+SIGCOMM 2004, sections 3 and 5.4). A device moves a little with each round trip that it measures. What it must publish
+stays a handful of numbers however many devices there are.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+DIMENSIONS: Final = 3
+TUNING: Final = 0.25
+"""The constants c_e and c_c of the paper: how far one measurement moves the error and the place."""
+
+MIN_HEIGHT_MS: Final = 0.01
+MAX_ERROR: Final = 1.5
+
+
+@dataclass(frozen=True, slots=True)
+class Coordinate:
+    """A place in a space of round-trip times.
+
+    vector: `DIMENSIONS` numbers in ms. height_ms: of the access link, which every way to the device passes.
+    error: expected relative error of round trips foretold from here; 1 and more: nothing is known yet.
+    """
+
+    vector: tuple[float, ...] = (0.0,) * DIMENSIONS
+    height_ms: float = MIN_HEIGHT_MS
+    error: float = 1.0
+
+    def rtt_ms(self, other: Coordinate) -> float:
+        """The round trip foretold between two places."""
+        return math.dist(self.vector, other.vector) + self.height_ms + other.height_ms
+
+    def moved(self, other: Coordinate, rtt_ms: float, direction: tuple[float, ...]) -> Coordinate:
+        """This place after a round trip of `rtt_ms` to `other` was measured.
+
+        direction: where to go if both stand at the same point; any vector of `DIMENSIONS` numbers, best a random one.
+        """
+        rtt_ms = max(rtt_ms, 2 * MIN_HEIGHT_MS)
+        foretold = self.rtt_ms(other)
+        own, theirs = max(self.error, 1e-3), max(other.error, 1e-3)
+        weight = own / (own + theirs)
+        share = TUNING * weight
+        error = min(MAX_ERROR, abs(foretold - rtt_ms) / rtt_ms * share + self.error * (1 - share))
+        away = tuple(here - there for here, there in zip(self.vector, other.vector, strict=True))
+        apart = math.hypot(*away)
+        if apart < 1e-6:
+            length = math.hypot(*direction) or 1.0
+            away, apart_or_one = tuple(value / length for value in direction), 1.0
+        else:
+            apart_or_one = apart
+        force = share * (rtt_ms - foretold)
+        vector = tuple(here + force * value / apart_or_one for here, value in zip(self.vector, away, strict=True))
+        # Heights add where vectors subtract, so both heights push the same way (section 5.4 of the paper).
+        height = self.height_ms + force * (self.height_ms + other.height_ms) / max(foretold, 1e-6)
+        return Coordinate(vector, max(height, MIN_HEIGHT_MS), error)

@@ -1,0 +1,176 @@
+"""Routes for a client's sessions, from what its survey knows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+
+from scheduler.cost import route_ms
+from scheduler.encoding import Encoding
+from scheduler.network import CLIENT
+from scheduler.route import NoRoute, best_route
+from scheduler.swarm import Hop
+from splitnet.client.survey import Survey
+from splitnet.errors import CoverageError, PeerBusy, SplitnetError
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.records import PeerRecord
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedHop:
+    """A peer of a route with the blocks `[start, end)` that it runs."""
+
+    record: PeerRecord
+    start: int
+    end: int
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return Endpoint(self.record.address, self.record.key)
+
+    @property
+    def name(self) -> str:
+        return self.record.key.text
+
+
+def with_kept_hops(route: Sequence[PlannedHop], present: Sequence[PlannedHop]) -> list[PlannedHop]:
+    """The route with those hops that it shares with the present one.
+
+    A record changes with every refresh; a peer that runs the same blocks as before is the same hop.
+    """
+    known = {(hop.name, hop.record.address, hop.start, hop.end): hop for hop in present}
+    return [known.get((hop.name, hop.record.address, hop.start, hop.end), hop) for hop in route]
+
+
+Ends = tuple[PeerRecord | None, PeerRecord | None]
+"""The peers before and after a part of a route; None: the client."""
+
+CLIENT_ENDS: Ends = (None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a session wants of a route.
+
+    kv_positions: to be free on every hop. encodings: codecs that a link may use.
+    positions: of a usual step. in_flight: steps under way at the same time; 1 asks for the least latency.
+    """
+
+    kv_positions: int
+    encodings: tuple[Encoding, ...]
+    positions: int = 1
+    in_flight: int = 1
+
+
+class Planner:
+    """Plans routes over the blocks of one model.
+
+    Args:
+        survey: what is known.
+        model_name: for errors.
+    """
+
+    def __init__(self, survey: Survey, model_name: str) -> None:
+        self._survey = survey
+        self._model_name = model_name
+        self._random = random.Random()
+
+    def plan(
+        self,
+        records: Sequence[PeerRecord],
+        needs: Needs,
+        blocks: tuple[int, int],
+        *,
+        ends: Ends = CLIENT_ENDS,
+        holders: Collection[str] = (),
+        restricted: bool = False,
+    ) -> list[PlannedHop]:
+        """The best route through the peers of `records` over the blocks `[start, end)`.
+
+        Args:
+            records: who may be used.
+            needs: of the session.
+            blocks: what to cover.
+            ends: who stands before and after them.
+            holders: peers that hold the session already, so that it needs no more room there.
+            restricted: there are more peers, which may not be used; for the error.
+
+        Raises:
+            CoverageError: blocks are served by nobody in `records`; names them.
+            PeerBusy: they are served, but no peer has memory for the session.
+        """
+        source, target = _names(ends)
+        peers = [
+            replace(peer, kv_free=max(peer.kv_free, needs.kv_positions)) if peer.id in holders else peer
+            for peer in self._survey.peers(records)
+        ]
+        try:
+            route = best_route(
+                peers,
+                blocks,
+                self._survey.network(_with_ends(records, ends)),
+                encodings=needs.encodings,
+                kv_needed=needs.kv_positions,
+                positions=needs.positions,
+                in_flight=needs.in_flight,
+                source=source,
+                target=target,
+                rng=self._random,
+            )
+        except NoRoute as error:
+            raise _no_route(error, self._model_name, restricted) from None
+        by_name = {record.key.text: record for record in records}
+        return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
+
+    def cost_ms(
+        self,
+        records: Sequence[PeerRecord],
+        needs: Needs,
+        hops: Sequence[PlannedHop],
+        *,
+        ends: Ends = CLIENT_ENDS,
+        positions: int | None = None,
+    ) -> float:
+        """Ms of a step of `positions` positions (the usual number if None) through `hops`."""
+        source, target = _names(ends)
+        known = {record.key.text: record for record in _with_ends(records, ends)}
+        known |= {hop.name: hop.record for hop in hops if hop.name not in known}
+        return route_ms(
+            [Hop(hop.name, hop.start, hop.end) for hop in hops],
+            {peer.id: peer for peer in self._survey.peers(list(known.values()))},
+            self._survey.network(list(known.values())),
+            positions=positions or needs.positions,
+            encodings=needs.encodings,
+            in_flight=needs.in_flight if positions is None else 1,
+            source=source,
+            target=target,
+        )
+
+
+def _names(ends: Ends) -> tuple[str, str]:
+    before, after = ends
+    return before.key.text if before else CLIENT, after.key.text if after else CLIENT
+
+
+def _with_ends(records: Sequence[PeerRecord], ends: Ends) -> list[PeerRecord]:
+    names = {record.key.text for record in records}
+    return [*records, *(end for end in ends if end is not None and end.key.text not in names)]
+
+
+def _no_route(error: NoRoute, model_name: str, restricted: bool) -> SplitnetError:
+    if not error.missing:
+        return PeerBusy(
+            f"the peers of blocks {_ranges(error.full)} of {model_name} have no free KV memory for this session: "
+            "try again later, generate less, or start another peer for them"
+        )
+    start, end = error.missing[0]
+    who = "by no peer that can be used" if restricted else "by nobody"
+    return CoverageError(
+        f"blocks {_ranges(error.missing)} of {model_name} are served {who}: start a peer with "
+        f"`splitnet peer {model_name} --blocks {start}:{end} --join ADDR`"
+    )
+
+
+def _ranges(blocks: Sequence[tuple[int, int]]) -> str:
+    return ", ".join(f"{start}..{end - 1}" if end - start > 1 else f"{start}" for start, end in blocks)

@@ -1,0 +1,84 @@
+"""Leaving a route that works for one that is better."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from itertools import takewhile
+
+from scheduler.replan import move_pays
+from splitnet.client.planner import Needs, PlannedHop, with_kept_hops
+from splitnet.client.swarm import Swarm
+from splitnet.errors import SplitnetError
+
+log = logging.getLogger(__name__)
+
+SURPRISE = 2.0
+SURPRISE_MS = 20.0
+"""A step that took so many times as long as usual, and so much longer, is a reason to look for another route."""
+
+PAUSE_S = 1.0
+"""Between two looks."""
+
+SHARE = 0.2
+"""Weight of the latest step in what is usual."""
+
+
+class Replanner:
+    """Looks for a better route when the facts were refreshed, or when steps have become slow.
+
+    Args:
+        swarm: plans and knows costs.
+    """
+
+    def __init__(self, swarm: Swarm) -> None:
+        self._swarm = swarm
+        self._news = swarm.news
+        self._usual_ms = 0.0
+        self._surprised = False
+        self._looked_at = 0.0
+
+    def step_took(self, elapsed_ms: float) -> None:
+        """Takes in the time of a decode step."""
+        usual = self._usual_ms or elapsed_ms
+        self._surprised = elapsed_ms > SURPRISE * usual + SURPRISE_MS
+        self._usual_ms = usual + SHARE * (elapsed_ms - usual)
+
+    def better_route(
+        self, hops: Sequence[PlannedHop], needs: Needs, cached: int, steps_left: int
+    ) -> list[PlannedHop] | None:
+        """A route that pays for the move from `hops`, if there is a reason to look for one and it exists.
+
+        Args:
+            hops: the present route.
+            needs: of the session.
+            cached: positions that new hops would have to be given.
+            steps_left: decode steps that are expected at most.
+        """
+        now = time.monotonic()
+        fresh_facts = self._news != self._swarm.news
+        if not (fresh_facts or self._surprised) or now - self._looked_at < PAUSE_S:
+            return None
+        self._looked_at, self._news, self._surprised = now, self._swarm.news, False
+        try:
+            route = with_kept_hops(self._swarm.plan(needs, holders={hop.name for hop in hops}), hops)
+        except SplitnetError as error:
+            log.debug("no other route: %s", error)
+            return None
+        if route == list(hops):
+            return None
+        current_ms = self._swarm.cost_ms(needs, hops)
+        new_ms = self._swarm.cost_ms(needs, route)
+        if not move_pays(current_ms, new_ms, self._move_ms(needs, hops, route, cached), steps_left):
+            return None
+        log.info("a better route: %.0f ms per step instead of %.0f ms", new_ms, current_ms)
+        return route
+
+    def _move_ms(self, needs: Needs, hops: Sequence[PlannedHop], route: Sequence[PlannedHop], cached: int) -> float:
+        """Ms to give the session's cache to the hops of `route` that do not have it."""
+        stay = len(list(takewhile(lambda hop: hop in hops, route)))
+        stay_behind = len(list(takewhile(lambda hop: hop in hops, reversed(route[stay:]))))
+        changed = route[stay : len(route) - stay_behind]
+        before = route[stay - 1].record if stay else None
+        return self._swarm.cost_ms(needs, changed, ends=(before, None), positions=max(cached, 1))

@@ -1,0 +1,116 @@
+"""Peers and links as a client plans with them: what they say of themselves, corrected by what it has seen."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from scheduler.network import CLIENT, Link, Network
+from scheduler.swarm import Peer, Speed
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.facts import facts_of, network_of
+from splitnet.net.records import PeerRecord
+from splitnet.net.whereabouts import Whereabouts
+
+TRUST_S = 60.0
+"""How long what was seen of a hop counts more than what it says."""
+
+SHARE = 0.5
+"""Weight of the latest step in the average."""
+
+REMEASURE_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Averages over the decode steps that a hop has run for this client."""
+
+    at: float
+    positions: int
+    """Of the last one; most have the same number."""
+    block_ms: float
+    wait_ms: float
+
+
+class Survey:
+    """Thread-safe.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.whereabouts = Whereabouts(clock)
+        self._clock = clock
+        self._hops: dict[str, _Seen] = {}
+        self._links: dict[tuple[str, str], tuple[float, float]] = {}
+        self._tried: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    def hop_seen(self, key: str, positions: int, block_ms: float, wait_ms: float) -> None:
+        """Takes in what a decode step of `positions` met at a hop: ms per block, and ms until its pass began."""
+        now = self._clock()
+        with self._lock:
+            before = self._hops.get(key)
+            if before is not None and now - before.at < TRUST_S:
+                block_ms = before.block_ms + SHARE * (block_ms - before.block_ms)
+                wait_ms = before.wait_ms + SHARE * (wait_ms - before.wait_ms)
+            self._hops[key] = _Seen(now, positions, block_ms, wait_ms)
+
+    def link_seen(self, sender: str, receiver: str, rtt_ms: float) -> None:
+        """Takes in the round trip between two hops."""
+        with self._lock:
+            self._links[sender, receiver] = (self._clock(), rtt_ms)
+
+    def peers(self, records: Sequence[PeerRecord]) -> list[Peer]:
+        """The peers of these records."""
+        oldest = self._clock() - TRUST_S
+        with self._lock:
+            hops = {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
+        return [_corrected(facts_of(record), hops.get(record.key.text)) for record in records]
+
+    def network(self, records: Sequence[PeerRecord]) -> Network:
+        """All links, the client's own among them."""
+        own = self.whereabouts.links
+        links = {(CLIENT, key): link for key, link in own.items()} | {(key, CLIENT): link for key, link in own.items()}
+        place = self.whereabouts.place
+        places = {CLIENT: place} if place.coordinate.error < 1.0 else {}
+        network = network_of(records, links, places)
+        oldest = self._clock() - TRUST_S
+        with self._lock:
+            self._links = {pair: seen for pair, seen in self._links.items() if seen[0] >= oldest}
+            seen = {pair: rtt_ms for pair, (_, rtt_ms) in self._links.items()}
+        between = {pair: Link(rtt_ms / 2, network.link(*pair).bytes_per_ms) for pair, rtt_ms in seen.items()}
+        return network.with_links(between) if between else network
+
+    def unknown(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
+        """Those of the peers to which nobody tried to measure the link yet."""
+        with self._lock:
+            return [record for record in records if record.key.text not in self._tried]
+
+    def stale(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
+        """Those of the peers whose link should be measured again; the one that was tried longest ago first."""
+        oldest = self._clock() - REMEASURE_S
+        with self._lock:
+            tried = {record.key.text: self._tried.get(record.key.text, float("-inf")) for record in records}
+        return sorted(
+            (record for record in records if tried[record.key.text] < oldest),
+            key=lambda record: tried[record.key.text],
+        )
+
+    def links_measured(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
+        """Takes in which links the client tried to measure, and what came of it."""
+        now = self._clock()
+        with self._lock:
+            self._tried.update({record.key.text: now for record in tried.values()})
+        for endpoint, link in links.items():
+            self.whereabouts.measured(tried[endpoint], link)
+
+
+def _corrected(peer: Peer, seen: _Seen | None) -> Peer:
+    if seen is None:
+        return peer
+    factor = seen.block_ms / max(peer.speed.at(seen.positions + peer.batch), 1e-6)
+    return replace(peer, speed=Speed(tuple(ms * factor for ms in peer.speed.block_ms)), queue_ms=seen.wait_ms)

@@ -1,0 +1,110 @@
+"""Pings, and what they tell of links."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from dataclasses import dataclass
+from itertools import count
+
+from scheduler.network import Link
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.messages import Ping, Pong
+
+PING_TIMEOUT_S = 1.0
+PROBE_BYTES = 64 * 1024
+FASTEST_PROBE_MS = 0.05
+"""A probe that seems to take no time at all says only that the link is fast."""
+
+FORGET_S = 60.0
+KEPT_ENDPOINTS = 1024
+KEPT_ROUND_TRIPS = 3
+"""Of these the shortest counts: it met the least traffic and computing on its way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a ping brings back."""
+
+    rtt_ms: float
+    queue_ms: float
+    """How long a new step would wait for the peer's device; 0: it has nothing to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    at: float
+    padding: int
+    future: Future[Answer]
+
+
+class Prober:
+    """Sends pings and takes in the answers. Thread-safe.
+
+    Args:
+        send: sends a message to an endpoint.
+    """
+
+    def __init__(self, send: Callable[[Endpoint, Ping], object]) -> None:
+        self._send = send
+        self._nonces = count(1)
+        self._sent: dict[int, _Sent] = {}
+        self._round_trips: dict[Endpoint, deque[float]] = {}
+        self._lock = threading.Lock()
+
+    def ping(self, endpoint: Endpoint, padding: int = 0) -> Future[Answer]:
+        """Asks a peer for a sign of life; the future stays undone if none comes.
+
+        Args:
+            endpoint: the peer.
+            padding: bytes to send with it.
+        """
+        nonce = next(self._nonces)
+        future: Future[Answer] = Future()
+        now = time.perf_counter()
+        with self._lock:
+            while self._sent and now - next(iter(self._sent.values())).at > FORGET_S:
+                del self._sent[next(iter(self._sent))]
+            self._sent[nonce] = _Sent(now, padding, future)
+        self._send(endpoint, Ping(nonce, bytes(padding)))
+        return future
+
+    def pong(self, source: Endpoint, message: Pong) -> None:
+        """Takes in an answer."""
+        with self._lock:
+            sent = self._sent.pop(message.nonce, None)
+            if sent is None:
+                return
+            rtt_ms = (time.perf_counter() - sent.at) * 1000
+            if not sent.padding:
+                self._round_trips.setdefault(source, deque(maxlen=KEPT_ROUND_TRIPS)).append(rtt_ms)
+                while len(self._round_trips) > KEPT_ENDPOINTS:
+                    del self._round_trips[next(iter(self._round_trips))]
+        sent.future.set_result(Answer(rtt_ms, message.queue_ms))
+
+    def rtt_ms(self, endpoint: Endpoint) -> float:
+        """The round trip to a peer as measured lately; 0: not measured."""
+        with self._lock:
+            return min(self._round_trips.get(endpoint, (0.0,)))
+
+    def measure(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> dict[Endpoint, Link]:
+        """Latency and bandwidth of the links to peers; those that don't answer in time are left out."""
+        # The first ping of a link also pays for its handshake, so it is thrown away. So is the first probe: until it
+        # has arrived, TCP does not trust the link with as many bytes at once.
+        answered = self._answers(endpoints, 0, timeout_s)
+        small = self._answers(answered, 0, timeout_s)
+        probed = self._answers(small, PROBE_BYTES, timeout_s)
+        links: dict[Endpoint, Link] = {}
+        for endpoint, answer in self._answers(probed, PROBE_BYTES, timeout_s).items():
+            rtt_ms = small[endpoint].rtt_ms
+            extra_ms = max(answer.rtt_ms - rtt_ms, FASTEST_PROBE_MS)
+            links[endpoint] = Link(rtt_ms / 2, PROBE_BYTES / extra_ms)
+        return links
+
+    def _answers(self, endpoints: Iterable[Endpoint], padding: int, timeout_s: float) -> dict[Endpoint, Answer]:
+        pings = {endpoint: self.ping(endpoint, padding) for endpoint in endpoints}
+        wait(pings.values(), timeout=timeout_s)
+        return {endpoint: future.result() for endpoint, future in pings.items() if future.done()}
