@@ -5,7 +5,7 @@ is a process of its own. Of every token the client knows the time that it took a
 (steps and results carry it); the rest is what the hops and the client add: codecs, messages, sockets, encryption,
 threads and dispatch. The difference between the routes, per additional peer, is what one hop adds.
 
-    python benchmarks/hop.py CHECKPOINT [--hops 3] [--tokens 200] [--rounds 5] [--codec int8]
+    python benchmarks/hop.py CHECKPOINT [--hops 3] [--tokens 200] [--rounds 5] [--codec auto]
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--hops", type=int, default=3, help="peers of the longer route")
     parser.add_argument("--tokens", type=int, default=200, help="decode tokens per round and route")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--codec", default="int8")
+    parser.add_argument("--codec", default="auto", help="of every link; auto chooses by cost, as clients do")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     facts = ModelFacts.of(Checkpoint.open(arguments.checkpoint))
@@ -50,7 +51,11 @@ def main() -> None:
             for _ in range(arguments.rounds):
                 for hops, session in routes.items():
                     rounds[hops].append(decode(session, hidden, arguments.tokens))
-            report(rounds, arguments, facts.hidden_size)
+            report(rounds)
+            used = Counter(link.codec for link in routes[arguments.hops].links())
+            print(f"Codecs of the longer route's links: {', '.join(f'{name} ({n})' for name, n in used.items())}.\n")
+            for name in used:
+                report_parts(name, facts.hidden_size)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,7 @@ def decode(session: Session, hidden: torch.Tensor, tokens: int) -> Token:
     return Token(statistics.median(totals), statistics.median(computes), statistics.median(rests))
 
 
-def report(rounds: dict[int, list[Token]], arguments: argparse.Namespace, hidden: int) -> None:
+def report(rounds: dict[int, list[Token]]) -> None:
     shorter, longer = sorted(rounds)
     added = [
         (long.rest_ms - short.rest_ms) / (longer - shorter)
@@ -90,13 +95,16 @@ def report(rounds: dict[int, list[Token]], arguments: argparse.Namespace, hidden
     print(
         f"One hop adds {statistics.median(added):.2f} ms (of {len(added)} rounds {min(added):.2f} to {max(added):.2f})."
     )
-    print()
-    print(f"Of which, measured alone in one thread (codec {arguments.codec}, hidden {hidden}):")
+
+
+def report_parts(codec: str, hidden: int) -> None:
+    print(f"Of which, measured alone in one thread (codec {codec}, hidden {hidden}):")
     print()
     print("| part | us |")
     print("|---|---|")
-    for name, microseconds in parts(arguments.codec, hidden).items():
+    for name, microseconds in parts(codec, hidden).items():
         print(f"| {name} | {microseconds:.0f} |")
+    print()
 
 
 def parts(codec_name: str, hidden: int) -> dict[str, float]:

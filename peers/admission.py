@@ -70,10 +70,10 @@ class SessionTable:
             with self._ended:
                 self._ended.notify_all()
 
-    def wait_until_empty(self, timeout_s: float) -> bool:
-        """Waits until no session is left; False if some are after `timeout_s` seconds."""
+    def wait_for_end(self, timeout_s: float) -> bool:
+        """Waits until a session ends, for `timeout_s` seconds at most."""
         with self._ended:
-            return self._ended.wait_for(lambda: not self._sessions, timeout_s)
+            return self._ended.wait(timeout_s)
 
     def expire(self, now: float) -> list[Session]:
         """Removes and returns the sessions that were idle for too long."""

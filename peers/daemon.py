@@ -201,11 +201,14 @@ class Peer:
     def drain(self, timeout_s: float) -> None:
         """Leaves the DHT and hands running sessions over: their clients replace this peer, which serves until then.
 
-        Returns when no session is left, or after `timeout_s` seconds: idle ones find out when they go on.
+        Returns when no session is in use any more, or after `timeout_s` seconds. The clients of idle ones find out when
+        they go on.
         """
         self._announcer.close()
         self._service.leave()
-        self._sessions.wait_until_empty(timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self._service.in_use(time.monotonic()):
+            self._sessions.wait_for_end(0.2)
 
     def close(self) -> None:
         """Leaves the DHT, stops serving and frees everything."""

@@ -42,6 +42,9 @@ log = logging.getLogger(__name__)
 PROBE_S = 15.0
 """A client that was silent for so long is sent a `Pong` that it ignores, which shows whether it is still connected."""
 
+IN_USE_S = 3.0
+"""A session without a step for so long is waiting for somebody to type."""
+
 LOST_GRACE_S = 30.0
 """How long the sessions of a client whose connection has ended wait for it to come back."""
 
@@ -126,6 +129,11 @@ class Service:
             self.leaving = True
             for session in self.sessions:
                 self._fail(session.reply_to, session.id, session.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
+
+    def in_use(self, now: float) -> bool:
+        """Whether a session has steps under way, or had some a moment ago."""
+        with self._lock:
+            return any(session.waiting or now - session.used_at < IN_USE_S for session in self.sessions)
 
     def borrow_link(self, endpoint: Endpoint) -> bool:
         """Opens a link to another peer as next hops do; False if there are too many."""

@@ -6,6 +6,7 @@ import gc
 import os
 import queue
 import signal
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -49,11 +50,15 @@ def peer(
         Path | None, typer.Option(help="File with the keys (see `splitnet key`) that may connect; anyone if not given.")
     ] = None,
     key_file: KeyFile = None,
+    drain_s: Annotated[
+        float,
+        typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over when told to end."),
+    ] = 15.0,
     address_file: Annotated[
         Path | None, typer.Option(help="Write the address to join with here, once this peer serves.")
     ] = None,
 ) -> None:
-    """Serve blocks of MODEL until interrupted."""
+    """Serve blocks of MODEL until interrupted (SIGINT or SIGTERM); then running sessions move to other peers."""
     if blocks and memory:
         raise typer.BadParameter("give --blocks or --memory, not both")
     wanted_blocks = parse_blocks(blocks) if blocks else None
@@ -106,7 +111,11 @@ def peer(
         if address_file is not None:
             _write_atomically(address_file, serving.addresses[0] + "\n")
         stop.get()
-        typer.echo("leaving the swarm")
+        typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.default_int_handler)
+        with suppress(KeyboardInterrupt):
+            serving.drain(drain_s)
     finally:
         if address_file is not None:
             _forget(address_file)

@@ -28,8 +28,12 @@ log = logging.getLogger(__name__)
 BAN_S = 30.0
 """How long a peer that died is not planned with."""
 
-SILENCE_S = 2.0
-"""Without any answer for so long, the hops are asked whether they live."""
+MIN_SILENCE_S = 0.25
+MAX_SILENCE_S = 2.0
+SILENT_STEPS = 5.0
+"""Without any answer for so many times what a step usually takes, but within these bounds, the hops are asked whether
+they live. With `ANSWER_S` that bounds the time until a peer that hangs, or is cut off, is found out.
+"""
 
 IDLE_CHECKS = 2
 ANSWER_S = 1.0
@@ -50,6 +54,12 @@ class Recovered:
     """Until other peers were planned and had opened the session."""
     total_ms: float
     """Until they had the cache, and what was under way was sent again."""
+
+
+def silence_s(usual_ms: float) -> float:
+    """How long to wait for an answer before asking; usual_ms: of such a step, 0 if that is not known."""
+    usual_s = SILENT_STEPS * usual_ms / 1000
+    return min(max(usual_s, MIN_SILENCE_S), MAX_SILENCE_S) if usual_ms else MAX_SILENCE_S
 
 
 class Recovery:

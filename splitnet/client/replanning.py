@@ -30,20 +30,23 @@ class Replanner:
 
     Args:
         swarm: plans and knows costs.
+
+    Attributes:
+        usual_ms: of a decode step, 0 before the first.
     """
 
     def __init__(self, swarm: Swarm) -> None:
         self._swarm = swarm
         self._news = swarm.news
-        self._usual_ms = 0.0
+        self.usual_ms = 0.0
         self._surprised = False
         self._looked_at = 0.0
 
     def step_took(self, elapsed_ms: float) -> None:
         """Takes in the time of a decode step."""
-        usual = self._usual_ms or elapsed_ms
+        usual = self.usual_ms or elapsed_ms
         self._surprised = elapsed_ms > SURPRISE * usual + SURPRISE_MS
-        self._usual_ms = usual + SHARE * (elapsed_ms - usual)
+        self.usual_ms = usual + SHARE * (elapsed_ms - usual)
 
     def better_route(
         self, hops: Sequence[PlannedHop], needs: Needs, cached: int, steps_left: int

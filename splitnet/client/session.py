@@ -14,7 +14,7 @@ import torch
 from splitnet.client.chain import Chain, Hop, Pending, Traffic
 from splitnet.client.link_use import LinkUse, link_uses
 from splitnet.client.planner import Needs
-from splitnet.client.recovery import SILENCE_S, Recovered, Recovery
+from splitnet.client.recovery import Recovered, Recovery, silence_s
 from splitnet.client.replanning import Replanner
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy, PeerLost, SplitnetError
@@ -172,8 +172,9 @@ class Session:
             forks = None
         self.traffic.positions += offset
         repairs = len(self.recoveries)
-        output = self._collect(numbers)
-        if len(numbers) == 1 and offset <= DECODE_POSITIONS and len(self.recoveries) == repairs:
+        decodes = len(numbers) == 1 and offset <= DECODE_POSITIONS
+        output = self._collect(numbers, silence_s(self._replanner.usual_ms if decodes else 0.0))
+        if decodes and len(self.recoveries) == repairs:
             self._replanner.step_took((time.perf_counter() - began) * 1000)
             self._chain.tell_survey(offset)
         return output
@@ -190,7 +191,7 @@ class Session:
         """
         number = self._next_number()
         self._chain.ask_replay(index, number, self.hops[index + 1].planned.end if until is None else until)
-        self._collect([number])
+        self._collect([number], silence_s(0.0))
 
     def links(self) -> list[LinkUse]:
         """The links of the open route in order, with the bytes that one decode token takes on each."""
@@ -240,8 +241,8 @@ class Session:
         chain.send_step(step, sum(part.keep for part in parts))
         return number
 
-    def _collect(self, numbers: Sequence[int]) -> torch.Tensor:
-        """Waits for the results of steps and puts them together in order."""
+    def _collect(self, numbers: Sequence[int], patience_s: float) -> torch.Tensor:
+        """The results of steps in order; after so much silence it looks what is wrong."""
         recovery = self._recovery()
         deadline = time.monotonic() + self._step_timeout_s
         outputs: list[torch.Tensor] = []
@@ -249,7 +250,7 @@ class Session:
             for number in numbers:
                 pending = self._chain.pending[number]
                 while pending.result is None:
-                    self._await(deadline, recovery)
+                    self._await(deadline, patience_s, recovery)
                     pending = self._chain.pending[number]
                 outputs.append(self._decode(pending))
         finally:
@@ -258,13 +259,13 @@ class Session:
                 self._chain.forget(number)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _await(self, deadline: float, recovery: Recovery) -> None:
+    def _await(self, deadline: float, patience_s: float, recovery: Recovery) -> None:
         """Waits for one event; a hop that is lost is replaced."""
         if time.monotonic() >= deadline:
             route = " -> ".join(f"{start}:{end}" for start, end in (hop.blocks for hop in self.hops))
             raise PeerLost(f"no answer from the route {route} in {self._step_timeout_s:.0f} s: try again")
         try:
-            trouble = self._chain.receive(min(SILENCE_S, deadline - time.monotonic()))
+            trouble = self._chain.receive(min(patience_s, deadline - time.monotonic()))
         except queue.Empty:
             recovery.find_silent_hops(self.needs)
             return
