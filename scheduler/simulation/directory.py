@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -21,18 +21,24 @@ NUMBER_BYTES = 4
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """What a peer says of itself. number: of the device. links: that it measured to others, by their ids."""
+    """What a peer says of itself.
+
+    number: of the device. links: that it measured to others, by their ids. sessions: that it holds. settled_at_s: since
+    when it serves its blocks.
+    """
 
     number: int
     peer: Peer
     place: Place
     links: Mapping[str, Link]
     published_s: float
+    sessions: int
+    settled_at_s: float
 
     @property
     def size_bytes(self) -> int:
         """Of the facts, packed: without the address, the signature and what describes the model."""
-        own = 2 + len(self.peer.speed.block_ms) + 3 + len(self.place.coordinate.vector) + 3
+        own = 2 + len(self.peer.speed.block_ms) + 3 + len(self.place.coordinate.vector) + 3 + 2
         return ID_BYTES + own * NUMBER_BYTES + len(self.links) * (ID_BYTES + 2 * NUMBER_BYTES)
 
 
@@ -41,9 +47,13 @@ class View:
 
     Attributes:
         peers, numbers, start, end, kv_free: of all records, in one order.
+        arriving: peers that are on their way to other blocks, with those.
+        at_s: when the directory was read.
     """
 
-    def __init__(self, records: Collection[Record], num_blocks: int) -> None:
+    def __init__(self, records: Collection[Record], num_blocks: int, arriving: Sequence[Peer], at_s: float) -> None:
+        self.arriving = arriving
+        self.at_s = at_s
         self.records = {record.peer.id: record for record in records}
         self.peers = [record.peer for record in self.records.values()]
         self.num_blocks = num_blocks
@@ -92,9 +102,16 @@ class Directory:
         self._ttl_s = ttl_s
         self._num_blocks = num_blocks
         self._records: dict[str, Record] = {}
+        self._arriving: dict[str, tuple[Peer, float]] = {}
 
     def publish(self, record: Record) -> None:
         self._records[record.peer.id] = record
+        self._arriving.pop(record.peer.id, None)
+
+    def announce(self, peer: Peer, until_s: float) -> None:
+        """That a peer is on its way to the blocks that are named."""
+        self.withdraw(peer.id)
+        self._arriving[peer.id] = peer, until_s
 
     def withdraw(self, peer: str) -> None:
         self._records.pop(peer, None)
@@ -103,4 +120,7 @@ class Directory:
         """All records that have not expired."""
         for name in [name for name, record in self._records.items() if now_s - record.published_s > self._ttl_s]:
             del self._records[name]
-        return View(self._records.values(), self._num_blocks)
+        for name in [name for name, (_, until_s) in self._arriving.items() if now_s > until_s]:
+            del self._arriving[name]
+        arriving = [peer for peer, _ in self._arriving.values()]
+        return View(list(self._records.values()), self._num_blocks, arriving, now_s)

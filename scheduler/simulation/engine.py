@@ -5,13 +5,15 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Iterator
-from itertools import count, groupby
+from itertools import count, groupby, takewhile
 from typing import Any, Final
 
 import numpy as np
 
 from scheduler.coordinates import Coordinate
+from scheduler.cost import occupied_ms
 from scheduler.network import CLIENT
+from scheduler.replan import move_pays
 from scheduler.route import NoRoute
 from scheduler.simulation.clients import new_client
 from scheduler.simulation.directory import Directory, View
@@ -20,16 +22,13 @@ from scheduler.simulation.placing import Placing
 from scheduler.simulation.policies import Plan, Routing
 from scheduler.simulation.session import FAILED, FINISHED, RUNNING, Session
 from scheduler.simulation.world import Device, Request, World, measured_to
-from scheduler.swarm import Hop
+from scheduler.swarm import Hop, Peer
 
 MEASURED_LINKS: Final = 16
 """Links that a record holds at most."""
 
 PROBES: Final = 4
 """Peers to which a peer measures the round trip each time before it publishes."""
-
-CHECK_S: Final = 120.0
-"""Mean time between two looks of a peer at whether it should move."""
 
 ATTEMPTS: Final = 8
 RETRY_MS: Final = 2000.0
@@ -125,7 +124,7 @@ class Simulation:
         self.nodes[device.id] = node
         self._at(device.leaves_s * 1000, self._leave, node)
         if self.settings.moves:
-            self._at(self.now + 2000 * CHECK_S * self._rng.random(), self._consider_move, node)
+            self._at(self.now + 2000 * self.placing.check_s * self._rng.random(), self._consider_move, node)
         return node
 
     def _read_directory(self, _: None) -> None:
@@ -183,21 +182,23 @@ class Simulation:
     def _consider_move(self, node: Node) -> None:
         if node.gone:
             return
-        self._at(self.now + 2000 * CHECK_S * self._rng.random(), self._consider_move, node)
-        span = self.placing.move(node.device, (node.start, node.end), self.view) if node.serves else None
+        self._at(self.now + 2000 * self.placing.check_s * self._rng.random(), self._consider_move, node)
+        span = self.placing.move(node, self.view) if node.serves else None
         if span is not None and span != (node.start, node.end):
             self.moves += 1
-            self._directory.withdraw(node.id)
             for session in node.stop(self.now):
                 self._at(self.now + 100.0, self._repair, session)
             node.start, node.end = span
             node.measured.clear()
-            self._at(self.now + self._load_ms(node), self._begin, node)
+            ready = self.now + self._load_ms(node)
+            peer = Peer(node.id, *span, node.device.speed)
+            self._directory.announce(peer, ready / 1000 + self.settings.refresh_s)
+            self._at(ready, self._begin, node)
 
     def _leave(self, node: Node) -> None:
         node.gone = True
         silence = self.settings.silence_s * 1000 if node.device.crashes else 100.0
-        if not node.device.crashes:
+        if not node.device.crashes or not node.serves:
             self._directory.withdraw(node.id)
         for session in node.stop(self.now):
             self._at(self.now + silence, self._repair, session)
@@ -258,10 +259,11 @@ class Simulation:
         exclude = session.banned | (used or set()) | {node.id for node, _, _ in session.hops}
         request = session.request
         plan = Plan(session.client, request, blocks, source, target, exclude, request.positions)
-        hops, foretold = self.routing.route(plan, self.view, self._choices)
+        planned = self.routing.route(plan, self.view, self._choices)
         if source == target == CLIENT:
-            session.foretold_ms = foretold
-        return hops
+            session.foretold_ms = planned.token_ms
+        session.asked_ms = planned.asked_ms
+        return planned.hops
 
     def _open(self, session: Session, replaced: list[tuple[int, int, list[Hop]]]) -> float | None:
         """Opens new hops and goes on; or says after how many ms the client knows that it must plan anew."""
@@ -299,7 +301,7 @@ class Simulation:
         session.refusals = 0
         session.repairs += not first_time
         # Connecting takes a round trip, and so does opening.
-        ready = self.now + 2 * rtt
+        ready = self.now + session.asked_ms + 2 * rtt
         if session.tokens == 0:
             self._at(ready, self._prefill, (session, session.epoch))
         else:
@@ -420,7 +422,68 @@ class Simulation:
             if session.tokens >= session.request.output:
                 self._end(session, FINISHED)
                 return
+        if self.routing.replans and self.now - session.looked_ms >= self.settings.replan_s * 1000:
+            session.looked_ms = self.now
+            if session.tokens > 1 and self._moved(session):
+                return
         self._send(Step(session, session.epoch, 0, len(session.hops) - 1, 1))
+
+    def _moved(self, session: Session) -> bool:
+        """Looks for a better route between two tokens, and goes over to it if that pays."""
+        request = session.request
+        present = [Hop(node.id, start, end) for node, start, end in session.hops]
+        if session.lost_hops():
+            return False
+        blocks = (0, self._num_blocks)
+        seen = {node.id: seen for node, seen in session.seen.items()}
+        plan = Plan(
+            session.client, request, blocks, CLIENT, CLIENT, session.banned, request.positions, present, seen,
+            session.latencies,
+        )  # fmt: skip
+        try:
+            planned = self.routing.route(plan, self.view, self._choices)
+        except NoRoute:
+            return False
+        hops = planned.hops
+        stay = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(hops, present, strict=False))))
+        behind = takewhile(lambda pair: pair[0] == pair[1], zip(hops[stay:][::-1], present[stay:][::-1], strict=False))
+        stay_behind = len(list(behind))
+        changed = hops[stay : len(hops) - stay_behind]
+        if not changed or not planned.present_ms:
+            return False
+        context = request.prompt + session.tokens - 1
+        move_ms = self._move_ms(session, changed, present[stay - 1].peer if stay else CLIENT, context)
+        if not move_pays(planned.present_ms, planned.token_ms, move_ms, request.output - session.tokens):
+            return False
+        session.epoch += 1
+        old = session.hops[stay : len(session.hops) - stay_behind]
+        for node, _, _ in old:
+            node.release(session, request.positions)
+        session.asked_ms = planned.asked_ms
+        if self._open(session, [(stay, stay + len(old), changed)]) is None:
+            session.repairs -= 1
+            session.moves += 1
+            session.foretold_ms = planned.token_ms
+            return True
+        # A peer refused, as its facts were old. What was released a moment ago is still free.
+        for node, _, _ in old:
+            node.reserve(session, request.positions)
+        return False
+
+    def _move_ms(self, session: Session, hops: list[Hop], sender: str, context: int) -> float:
+        """About what it takes to give the context to new hops, foretold from what the records say."""
+        network = self.view.places
+        total, slowest = 0.0, 0.0
+        for hop in hops:
+            peer = self.view.records[hop.peer].peer
+            compute = (hop.end - hop.start) * peer.speed.at(min(context, PASS_POSITIONS)) * context
+            compute /= min(context, PASS_POSITIONS)
+            link = network.link(sender, hop.peer)
+            total += link.latency_ms + peer.queue_ms
+            slowest = max(slowest, occupied_ms(link, context, self._encodings), compute)
+            total += (compute + occupied_ms(link, context, self._encodings)) / max(1.0, context / PASS_POSITIONS)
+            sender = hop.peer
+        return total + slowest
 
     def _end(self, session: Session, state: str) -> None:
         session.state = state

@@ -126,14 +126,16 @@ class Node:
         first = taken[0][0]
         start, end = first.session.hops[first.hop][1:]
         positions = 0
-        for step, count in taken:
+        for _, count in taken:
             positions += count
-            if step.arrived_ms >= 0.0:
-                if step.positions <= DECODE_POSITIONS:
-                    self._waited_ms += now_ms - step.arrived_ms
-                    self._steps += 1
-                step.arrived_ms = -1.0
-        took_ms = self.device.speed.at(positions) * (end - start)
+        block_ms = self.device.speed.at(positions)
+        took_ms = block_ms * (end - start)
+        for step, _ in taken:
+            if step.positions <= DECODE_POSITIONS:
+                waited_ms = now_ms - step.arrived_ms
+                self._waited_ms += waited_ms
+                self._steps += 1
+                step.session.met(self, block_ms, waited_ms)
         self.running = True
         self.busy_ms += took_ms
         self._squares += took_ms * took_ms
@@ -183,4 +185,12 @@ class Node:
             self.device.kv_positions - self.kv_used,
         )
         links = {f"p{number:06d}": link for number, link in self.measured.items()}
-        return Record(self.number, peer, Place(self.coordinate, best_rate), links, now_ms / 1000)
+        return Record(
+            self.number,
+            peer,
+            Place(self.coordinate, best_rate),
+            links,
+            now_ms / 1000,
+            len(self.sessions),
+            self.served_since_ms / 1000,
+        )

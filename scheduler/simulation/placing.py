@@ -8,13 +8,17 @@ from typing import Protocol
 import numpy as np
 
 from scheduler.coordinates import Coordinate
+from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import Spans, best_span
 from scheduler.simulation.directory import View
+from scheduler.simulation.node import Node
 from scheduler.simulation.world import Device, World
 
 
 class Placing(Protocol):
-    """Chooses blocks for peers, and sometimes others."""
+    """Chooses blocks for peers, and sometimes others. check_s: mean time after which a peer asks for others."""
+
+    check_s: float
 
     def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
         """Spans of the devices that are there from the start, who have joined one after the other."""
@@ -24,16 +28,24 @@ class Placing(Protocol):
         """The span of a device that joins those in view."""
         ...
 
-    def move(self, device: Device, span: tuple[int, int], view: View) -> tuple[int, int] | None:
-        """The span that a device should serve instead, or None."""
+    def move(self, node: Node, view: View) -> tuple[int, int] | None:
+        """The span that a peer should serve instead, or None."""
         ...
 
 
 class OwnPlacing:
-    """`choose_span` for those that join."""
+    """`choose_span` for those that join, and `best_move` for those that are there.
+
+    A move that `best_move` wants confirmed is done when two looks at different views name it; what was announced in
+    between is part of the views.
+    """
 
     def __init__(self, world: World) -> None:
-        self._num_blocks = world.settings.num_blocks
+        self.check_s = world.settings.refresh_s
+        self._settings = world.settings
+        self._max_blocks = {device.id: device.max_blocks for device in world.devices}
+        self._named: tuple[View | None, Move | None] = (None, None)
+        self._announced: dict[str, tuple[View, Move]] = {}
 
     def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
         start, end = np.zeros((2, len(devices)), dtype=np.int64)
@@ -41,11 +53,37 @@ class OwnPlacing:
         names = [device.id for device in devices]
         for index, device in enumerate(devices):
             before = Spans(names[:index], start[:index], end[:index], ms[:index])
-            start[index], end[index] = best_span(before, self._num_blocks, device.max_blocks)
+            start[index], end[index] = best_span(before, self._settings.num_blocks, device.max_blocks)
         return list(zip(start.tolist(), end.tolist(), strict=True))
 
     def join(self, device: Device, coordinate: Coordinate, view: View) -> tuple[int, int]:
-        return best_span(view.spans, self._num_blocks, device.max_blocks)
+        return best_span(view.spans, self._settings.num_blocks, device.max_blocks)
 
-    def move(self, device: Device, span: tuple[int, int], view: View) -> tuple[int, int] | None:
-        return None
+    def move(self, node: Node, view: View) -> tuple[int, int] | None:
+        if self._named[0] is not view:
+            self._named = view, self._best(view)
+        move = self._named[1]
+        if move is None or move.peer != node.id:
+            self._announced.pop(node.id, None)
+            return None
+        if move.confirm:
+            before = self._announced.setdefault(node.id, (view, move))
+            held_s = view.at_s - before[0].at_s
+            if before[1] != move or held_s < self._settings.refresh_s + self._settings.view_s:
+                return None
+        self._announced.pop(node.id, None)
+        return move.start, move.end
+
+    def _best(self, view: View) -> Move | None:
+        willingness = Willingness(
+            sessions={name: record.sessions for name, record in view.records.items()},
+            load_s={name: self._settings.load_s * self._max_blocks[name] for name in view.records},
+            settled_s={name: view.at_s - record.settled_at_s for name, record in view.records.items()},
+        )
+        return best_move(
+            [*view.peers, *view.arriving],
+            self._settings.num_blocks,
+            max_blocks=self._max_blocks,
+            willingness=willingness,
+            moving={peer.id: (peer.start, peer.end) for peer in view.arriving},
+        )

@@ -1,23 +1,33 @@
-"""Ways to choose a route. All know the same facts; those that need no planning are here, Petals' in a file of its own."""
+"""Ways to choose a route, all from the same facts: that of splitnet, and simple ones to compare it with."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.candidates import candidates
+from scheduler.candidates import LIMIT, candidates
+from scheduler.cost import route_ms
 from scheduler.network import CLIENT, Link, Network
 from scheduler.route import NoRoute, best_route
 from scheduler.simulation.clients import Client
 from scheduler.simulation.directory import View
 from scheduler.simulation.geography import TrueNetwork
 from scheduler.simulation.world import Request, World
-from scheduler.swarm import Hop
+from scheduler.swarm import Hop, Peer, Route, Speed
+
+
+@dataclass(frozen=True, slots=True)
+class SeenHop:
+    """What a session met at a hop, averaged over its last tokens: ms per block of a pass, and ms until it began."""
+
+    block_ms: float
+    wait_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +35,8 @@ class Plan:
     """What to plan. blocks: [start, end). source, target: the client, or the peers beside a part of a route.
 
     exclude: peers that must not be used. kv_needed: positions that each hop must have room for.
+    present: the route that the session has, if it asks for a better one. seen: what the session met at its hops;
+    latencies: and between them.
     """
 
     client: Client
@@ -34,44 +46,74 @@ class Plan:
     target: str
     exclude: Collection[str]
     kv_needed: int
+    present: Sequence[Hop] = ()
+    seen: Mapping[str, SeenHop] = field(default_factory=dict[str, SeenHop])
+    latencies: Mapping[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A route. token_ms: what a token is expected to take; 0: not known. asked_ms: time that the plan itself took.
+
+    present_ms: what a token is expected to take on the present route.
+    """
+
+    hops: list[Hop]
+    token_ms: float = 0.0
+    asked_ms: float = 0.0
+    present_ms: float = 0.0
 
 
 class Routing(Protocol):
-    """A way to choose routes."""
+    """A way to choose routes.
+
+    through_client: whether the client carries everything from hop to hop. replans: whether sessions look for better
+    routes while they run.
+    """
 
     through_client: bool
-    """Whether the client carries everything from hop to hop."""
+    replans: bool
 
-    def route(self, plan: Plan, view: View, rng: random.Random) -> tuple[list[Hop], float]:
-        """The hops, and what a token is expected to take in ms; 0: not known. Raises NoRoute."""
+    def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
+        """A route. Raises NoRoute."""
         ...
 
 
-class Best:
-    """`best_route` over `candidates`.
+@dataclass(frozen=True, slots=True)
+class BestOptions:
+    """How `Best` plans.
 
-    coordinates: whether links that were not measured are foretold from coordinates, or count as bad. true_links:
-    whether instead all links are known as they are. prompt: whether the length of the prompt counts, too.
+    limit: to how many candidates. coordinates: whether links that were not measured are foretold from coordinates, or
+    count as bad. true_links: whether instead all links are known as they are. replans: whether sessions look for better
+    routes while they run. prompt: whether the length of the prompt counts, too. checks: how often the peers of a new
+    route are asked for the latencies between them, and the route is planned again.
     """
+
+    limit: int = LIMIT
+    coordinates: bool = True
+    true_links: bool = False
+    replans: bool = True
+    prompt: bool = False
+    checks: int = 0
+
+
+class Best:
+    """`best_route` over `candidates`, corrected by what the session itself has seen."""
 
     through_client = False
 
-    def __init__(
-        self, world: World, *, limit: int, coordinates: bool = True, true_links: bool = False, prompt: bool = False
-    ) -> None:
+    def __init__(self, world: World, options: BestOptions) -> None:
+        self.replans = options.replans
         self._world = world
-        self._limit = limit
-        self._coordinates = coordinates
-        self._true_links = true_links
-        self._prompt = prompt
+        self._options = options
 
-    def route(self, plan: Plan, view: View, rng: random.Random) -> tuple[list[Hop], float]:
-        everywhere = view.places.with_places({CLIENT: plan.client.place}) if self._coordinates else Network()
-        encodings = self._world.settings.encodings
-        request = plan.request
-        positions = 1 + request.prompt // request.output if self._prompt else 1
+    def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
+        options, encodings = self._options, self._world.settings.encodings
+        everywhere = view.places.with_places({CLIENT: plan.client.place}) if options.coordinates else Network()
+        positions = 1 + plan.request.prompt // plan.request.output if options.prompt else 1
+        peers = self._peers(plan, view)
         chosen = candidates(
-            view.peers,
+            peers,
             plan.blocks,
             everywhere,
             encodings=encodings,
@@ -80,38 +122,106 @@ class Best:
             source=plan.source,
             target=plan.target,
             exclude=plan.exclude,
-            limit=self._limit,
+            limit=options.limit,
         )
-        names = {plan.source, plan.target, *(peer.id for peer in chosen)}
-        if self._true_links:
-            network: Network = TrueNetwork(self._world.geography, self._world.names_for(plan.client.number))
-        else:
-            links: dict[tuple[str, str], Link] = {}
-            for name in names & view.records.keys():
-                for other, link in view.records[name].links.items():
-                    if other in names:
-                        links[name, other] = link
-            links.update(plan.client.links)
-            known = {name: everywhere.places[name] for name in names if name in everywhere.places}
-            network = Network(links, places=known)
-        route = best_route(
-            chosen,
-            plan.blocks,
-            network,
-            encodings=encodings,
-            kv_needed=plan.kv_needed,
-            positions=positions,
-            source=plan.source,
-            target=plan.target,
-            rng=rng,
-        )
-        return list(route.hops), route.cost_ms
+        by_id = {peer.id: peer for peer in chosen}
+        for hop in plan.present:
+            if hop.peer in view.index and hop.peer not in by_id:
+                by_id[hop.peer] = peers[view.index[hop.peer]]
+        chosen = list(by_id.values())
+        network = self._network(plan, view, everywhere, by_id.keys())
+
+        def best() -> Route:
+            return best_route(
+                chosen,
+                plan.blocks,
+                network,
+                encodings=encodings,
+                kv_needed=plan.kv_needed,
+                positions=positions,
+                source=plan.source,
+                target=plan.target,
+                rng=rng,
+            )
+
+        def cost(hops: Sequence[Hop]) -> float:
+            return route_ms(
+                hops,
+                by_id,
+                network,
+                positions=positions,
+                encodings=encodings,
+                source=plan.source,
+                target=plan.target,
+            )
+
+        route = best()
+        asked_ms, found = 0.0, [route.hops]
+        for _ in range(options.checks):
+            pairs = list(pairwise([plan.source, *(hop.peer for hop in route.hops), plan.target]))
+            unknown = [pair for pair in pairs if pair not in network.measured]
+            if not unknown:
+                break
+            # The client asks the senders, each of which sends something there and back.
+            asked_ms += max(
+                2 * (self._latency(plan, CLIENT, sender) + self._latency(plan, sender, receiver))
+                for sender, receiver in unknown
+            )
+            links = {pair: Link(self._latency(plan, *pair), network.link(*pair).bytes_per_ms) for pair in unknown}
+            network = network.with_links(links)
+            route = best()
+            found.append(route.hops)
+        hops = min(found, key=cost)
+        return Planned(list(hops), cost(hops), asked_ms, self._present_ms(plan, by_id, cost))
+
+    def _present_ms(self, plan: Plan, by_id: Mapping[str, Peer], cost: Callable[[Sequence[Hop]], float]) -> float:
+        known = plan.present and all(hop.peer in by_id for hop in plan.present)
+        return cost(plan.present) if known else 0.0
+
+    def _latency(self, plan: Plan, sender: str, receiver: str) -> float:
+        numbers, client = self._world.number_of, plan.client.number
+        return self._world.geography.one_way_ms(numbers.get(sender, client), numbers.get(receiver, client))
+
+    def _peers(self, plan: Plan, view: View) -> list[Peer]:
+        """All peers, those that the session uses as it has seen them and with room for it."""
+        if not plan.present:
+            return view.peers
+        peers = list(view.peers)
+        for hop in plan.present:
+            index = view.index.get(hop.peer)
+            if index is None:
+                continue
+            peer = replace(peers[index], kv_free=max(peers[index].kv_free, plan.kv_needed))
+            if seen := plan.seen.get(hop.peer):
+                factor = seen.block_ms / max(peer.speed.at(1 + peer.batch), 1e-6)
+                speed = Speed(tuple(ms * factor for ms in peer.speed.block_ms))
+                peer = replace(peer, speed=speed, queue_ms=seen.wait_ms)
+            peers[index] = peer
+        return peers
+
+    def _network(self, plan: Plan, view: View, everywhere: Network, ids: Collection[str]) -> Network:
+        """The links between some peers and the client, with those that were measured."""
+        if self._options.true_links:
+            return TrueNetwork(self._world.geography, self._world.names_for(plan.client.number))
+        names = {plan.source, plan.target, *ids}
+        links: dict[tuple[str, str], Link] = {}
+        for name in names & view.records.keys():
+            for other, link in view.records[name].links.items():
+                if other in names:
+                    links[name, other] = link
+        links.update(plan.client.links)
+        network = Network(links, places={name: everywhere.places[name] for name in names if name in everywhere.places})
+        if not plan.latencies:
+            return network
+        seen = {pair: Link(latency_ms, network.link(*pair).bytes_per_ms) for pair, latency_ms in plan.latencies.items()}
+        return network.with_links(seen)
 
 
 class Stepwise:
     """Chooses one peer after the other, each for as many blocks as it has."""
 
     through_client = False
+    replans = False
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -120,7 +230,7 @@ class Stepwise:
         """Which of `serving` (indices in the view) comes next. sender: number of who sends to it."""
         raise NotImplementedError
 
-    def route(self, plan: Plan, view: View, rng: random.Random) -> tuple[list[Hop], float]:
+    def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
         first, end = plan.blocks
         hops: list[Hop] = []
         block = first
@@ -138,7 +248,7 @@ class Stepwise:
             hops.append(Hop(view.peers[index].id, block, stop))
             sender = int(view.numbers[index])
             block = stop
-        return hops, 0.0
+        return Planned(hops)
 
 
 class RandomRoute(Stepwise):
@@ -163,8 +273,3 @@ class Nearest(Stepwise):
     def choose(self, view: View, serving: NDArray[np.int64], sender: int, end: int, rng: random.Random) -> int:
         latency = self._world.geography.one_way_from(sender, view.numbers[serving])
         return int(serving[latency.argmin()])
-
-
-def names_of(hops: Sequence[Hop]) -> list[str]:
-    """The peers of a route."""
-    return [hop.peer for hop in hops]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Final
 
 from scheduler.encoding import Encoding
-from scheduler.network import Link
+from scheduler.network import CLIENT, Link
 from scheduler.simulation.clients import Client
 from scheduler.simulation.geography import Geography
 from scheduler.simulation.node import Node
+from scheduler.simulation.policies import SeenHop
 from scheduler.simulation.world import Request
 
 RUNNING: Final = "running"
@@ -46,15 +48,17 @@ class Session:
     """One request and its way through the swarm. All times in ms.
 
     epoch: grows with each repair; what was sent before is void. generations: of the nodes, when they were opened.
-    wires: before each hop, and after the last. steps_lost: whether a repair is under way.
+    wires: before each hop, and after the last. replays: that are awaited. trouble_since_ms: when it lost a hop or was
+    refused; -1: it has a route. foretold_ms: of a token, by the plan. seen, latencies: what it met at its hops, and
+    between them. looked_ms: when it last looked for a better route; moves: how often it took one.
     """
 
     request: Request
     client: Client
     arrived_ms: float
-    hops: Hops = field(default_factory=list)
-    generations: list[int] = field(default_factory=list)
-    wires: list[Wire] = field(default_factory=list)
+    hops: Hops = field(default_factory=list[tuple[Node, int, int]])
+    generations: list[int] = field(default_factory=list[int])
+    wires: list[Wire] = field(default_factory=list[Wire])
     epoch: int = 0
     state: str = RUNNING
     tokens: int = 0
@@ -65,9 +69,22 @@ class Session:
     refusals: int = 0
     trouble_since_ms: float = -1.0
     uplink_free_ms: float = 0.0
-    banned: set[str] = field(default_factory=set)
+    banned: set[str] = field(default_factory=set[str])
     foretold_ms: float = 0.0
-    token_times_ms: list[float] = field(default_factory=list)
+    asked_ms: float = 0.0
+    token_times_ms: list[float] = field(default_factory=list[float])
+    seen: dict[Node, SeenHop] = field(default_factory=dict["Node", SeenHop])
+    latencies: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
+    looked_ms: float = 0.0
+    moves: int = 0
+
+    def met(self, node: Node, block_ms: float, wait_ms: float) -> None:
+        """Takes in what a token met at a hop."""
+        before = self.seen.get(node)
+        if before is not None:
+            block_ms = (before.block_ms + block_ms) / 2
+            wait_ms = (before.wait_ms + wait_ms) / 2
+        self.seen[node] = SeenHop(block_ms, wait_ms)
 
     def lost_hops(self) -> list[int]:
         """Hops whose node no longer holds the session."""
@@ -82,7 +99,7 @@ class Session:
         client = self.client.number
         stations: list[Node | None] = [None, *(node for node, _, _ in self.hops), None]
         self.wires = []
-        for sender, receiver in zip(stations, stations[1:], strict=False):
+        for sender, receiver in pairwise(stations):
             here = sender.number if sender else client
             there = receiver.number if receiver else client
             if through_client and sender and receiver:
@@ -90,4 +107,6 @@ class Session:
             else:
                 links = (geography.link(here, there),)
             token_ms = sum(min(encoding.ms(1, link.bytes_per_ms) for encoding in encodings) for link in links)
+            names = sender.id if sender else CLIENT, receiver.id if receiver else CLIENT
+            self.latencies[names] = geography.one_way_ms(here, there)
             self.wires.append(Wire(sum(link.latency_ms for link in links), token_ms, links, sender))

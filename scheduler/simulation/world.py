@@ -1,4 +1,4 @@
-"""What happens in a simulation before anybody decides anything: devices, when they come and go, and who asks for what."""
+"""What happens in a simulation whatever anybody decides: devices, when they come and go, and who asks for what."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ class Settings:
     that devices stay; infinite for no churn. moves: whether peers may change their blocks. jitter: mean share by which
     a message's latency exceeds the link's. loss: share of messages that are sent twice. silence_s: until a hop that
     crashed counts as lost. patience_s: how long a session waits for peers to serve its blocks.
+    replan_s: how often a session looks for a better route.
     """
 
     peers: int = 1000
@@ -43,7 +44,7 @@ class Settings:
     loss: float = 0.005
     silence_s: float = 3.0
     patience_s: float = 30.0
-    candidates: int = 300
+    replan_s: float = 10.0
 
     @property
     def duration_s(self) -> float:
@@ -57,8 +58,9 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of device. share: of all. decode_ms: to read a block's weights; prefill_ms: arithmetic of a position in it.
+    """A kind of device. share: of all.
 
+    decode_ms: to read a block's weights. prefill_ms: arithmetic of a position in a block.
     blocks: fewest and most that its owner gives memory for. kv_positions: that all sessions may take together.
     uptime_h: mean time until it leaves. wired: whether its link is that of a data centre.
     """
@@ -97,7 +99,10 @@ BYTES_PER_MS: Final = 125.0
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device that serves blocks. number: in the geography. joins_s, leaves_s: when. crashes: leaves without a word."""
+    """A device that serves blocks.
+
+    number: in the geography. joins_s, leaves_s: when. crashes: it leaves without a word.
+    """
 
     number: int
     id: str
@@ -162,7 +167,7 @@ def _lifetimes(rng: np.random.Generator, settings: Settings) -> list[tuple[Kind,
     """Kinds with the times at which their devices come and go: as many come as go on average."""
     shares = np.array([kind.share for kind in KINDS])
     lifetimes: list[tuple[Kind, float, float]] = []
-    for kind in rng.choice(len(KINDS), size=settings.peers, p=shares / shares.sum()):
+    for kind in rng.choice(len(KINDS), size=settings.peers, p=shares / shares.sum()).tolist():
         joins, uptime_s = 0.0, 3600 * KINDS[kind].uptime_h * settings.uptime
         while joins < settings.duration_s:  # a place in the swarm, taken by one device after the other
             leaves = joins + (float(rng.exponential(uptime_s)) if np.isfinite(uptime_s) else np.inf)
@@ -210,7 +215,7 @@ def _settled_coordinates(rng: np.random.Generator, geography: Geography, devices
     some when it joined those before it, as a swarm grows.
     """
     count = sum(device.joins_s == 0 for device in devices)
-    coordinates = [Coordinate()] * count
+    coordinates: list[Coordinate] = [Coordinate()] * count
     founders = min(count, FOUNDERS)
     for _ in range(FOUNDING_ROUNDS if founders > 1 else 0):
         for number, other in enumerate(

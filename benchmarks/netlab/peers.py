@@ -1,0 +1,150 @@
+"""Peer daemons in the hosts of a lab, and a client that may be told which of them to use."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from splitnet.client.session import Session
+from splitnet.client.swarm import PlannedHop, Swarm
+from splitnet.net.messages import Part
+from splitnet.net.records import PeerRecord
+
+from .lab import Lab, LabError
+
+_START_TIMEOUT_S = 180.0
+
+
+class LabPeers:
+    """`splitnet peer` in some hosts, each with blocks of a checkpoint; the first begins the swarm. Use with `with`.
+
+    Args:
+        lab: the hosts.
+        checkpoint: hub id or folder.
+        spans: blocks `[start, end)` by host.
+        options: more options for each, as on the command line.
+
+    Attributes:
+        addresses: multiaddrs to join with, by host.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        checkpoint: str,
+        spans: Mapping[str, tuple[int, int]],
+        options: Sequence[str] = ("--threads", "1"),
+    ) -> None:
+        self.addresses: dict[str, str] = {}
+        self._lab = lab
+        self._checkpoint = checkpoint
+        self._spans = spans
+        self._options = options
+        self._processes: dict[str, subprocess.Popen[Any]] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="splitnet-lab-")
+
+    def __enter__(self) -> LabPeers:
+        try:
+            first, *others = self._spans
+            self._start(first)
+            self._await_address(first)
+            for host in others:
+                self._start(host, "--join", self.addresses[first])
+            for host in others:
+                self._await_address(host)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            try:
+                process.wait(15.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self._folder.cleanup()
+
+    def log(self, host: str) -> str:
+        """What the daemon of a host has said."""
+        return self._file(host, "log").read_text(errors="replace")
+
+    def host_of(self, record: PeerRecord) -> str:
+        """The host whose daemon published a record."""
+        return next(host for host in self._spans if record.address.startswith(f"tcp://{self._lab.address(host)}:"))
+
+    def _start(self, host: str, *more: str) -> None:
+        start, end = self._spans[host]
+        command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint, "--blocks", f"{start}:{end}"]
+        command += ["--listen", f"tcp://{self._lab.address(host)}:0"]
+        command += ["--address-file", str(self._file(host, "address"))]
+        with self._file(host, "log").open("wb") as log:
+            self._processes[host] = self._lab.run(
+                host, [*command, *self._options, *more], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def _await_address(self, host: str) -> None:
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self._file(host, "address").exists():
+            if self._processes[host].poll() is not None:
+                raise LabError(f"the daemon in {host} ended: {self.log(host).strip()}")
+            if time.monotonic() > deadline:
+                raise LabError(f"the daemon in {host} did not start in {_START_TIMEOUT_S:.0f} s: is the machine busy?")
+            time.sleep(0.05)
+        self.addresses[host] = self._file(host, "address").read_text().strip()
+
+    def _file(self, host: str, kind: str) -> Path:
+        return Path(self._folder.name) / f"{host}.{kind}"
+
+
+class GuidedSwarm(Swarm):
+    """A swarm that uses `route` if it is set, whatever planning would say."""
+
+    route: Sequence[PlannedHop] | None = None
+
+    def plan(self, *arguments: Any, **options: Any) -> list[PlannedHop]:
+        return super().plan(*arguments, **options) if self.route is None else list(self.route)
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """A prompt, and medians over the decode steps after it, in ms."""
+
+    prompt_ms: float
+    total_ms: float
+    compute_ms: float
+    """On the devices of all hops."""
+
+
+def measure_steps(session: Session, hidden: torch.Tensor, tokens: int) -> StepTimes:
+    """Sends `hidden`, `[context, hidden]`, through a session as a prompt, then its last row as `tokens` decode steps.
+
+    Raises:
+        RuntimeError: a hop had to be replaced, so that nothing was measured.
+    """
+    context = len(hidden)
+    began = time.perf_counter()
+    session.step(hidden, [Part(1, 0, context, 1)])
+    prompt_ms = (time.perf_counter() - began) * 1000
+    totals: list[float] = []
+    computes: list[float] = []
+    for position in range(context, context + tokens):
+        began = time.perf_counter()
+        session.step(hidden[-1:], [Part(1, position, 1, 1)])
+        totals.append((time.perf_counter() - began) * 1000)
+        computes.append(session.compute_ms)
+    if session.recoveries:
+        raise RuntimeError(f"the route was repaired while it was measured: {session.recoveries}")
+    return StepTimes(prompt_ms, statistics.median(totals), statistics.median(computes))

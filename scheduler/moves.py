@@ -1,0 +1,263 @@
+"""Which peer should move to other blocks, and where to.
+
+All peers ask this of the same public facts, and only the one that is named moves: so they move one after the other
+without a lock. Their views of each other may be stale, though. What keeps two of them from leaving a block at once:
+
+- The peer with the lowest id of those that serve a block never leaves it, and relies on no promise: with however stale
+  views, peers that move at once leave every block its lowest. (A peer leaves only blocks at which it has seen a lower
+  id. The lowest id that ever served a block never saw one.) This does not help against peers that die.
+- Where a model lacks blocks and no such peer can help, the lowest may move too: a move with `confirm`. It must be
+  announced first (`moving`), held until all records that the peer has seen are younger than the announcement, and
+  done only if it is still named then. Of peers that leave a block, the last one to announce sees all the others.
+
+Moves end: each leaves fewer blocks without a peer, or brings spare replicas nearer to them, or lifts some of the
+weakest blocks above all that it weakens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+import numpy as np
+
+from scheduler.placement import Floats, Integers, Spans, best_span, fewest_hops, rates, sum_per_block
+from scheduler.swarm import Peer
+
+MIN_GAIN: Final = 0.2
+"""A move must lift blocks that are weaker than this share above the weakest one beyond that, and weaken none below."""
+
+SETTLE_S: Final = 300.0
+"""How long a peer stays where it is, unless blocks are served by nobody."""
+
+HORIZON_S: Final = 600.0
+"""For so long a move is expected to do good; in this time it must make up for what it costs."""
+
+LOAD_S: Final = 30.0
+"""How long a peer serves nothing while it moves, if it does not say."""
+
+REPLAY_S: Final = 1.0
+"""How long a session waits for its replay when a peer leaves it; measured at 1,000 positions (docs/benchmarks.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The peer should leave its span and serve the blocks [start, end).
+
+    confirm: the move must be announced, held and named again before it is done (see this module).
+    """
+
+    peer: str
+    start: int
+    end: int
+    confirm: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Willingness:
+    """What moving would mean to each peer, by id; the defaults hold for those that are not named.
+
+    sessions: open ones, which must be replayed elsewhere. load_s: from leaving the old span to serving the new one.
+    settled_s: since the peer last moved or joined.
+    """
+
+    sessions: Mapping[str, int] = field(default_factory=dict[str, int])
+    load_s: Mapping[str, float] = field(default_factory=dict[str, float])
+    settled_s: Mapping[str, float] = field(default_factory=dict[str, float])
+
+
+def best_move(
+    peers: Sequence[Peer],
+    num_blocks: int,
+    *,
+    max_blocks: Mapping[str, int],
+    willingness: Willingness | None = None,
+    moving: Mapping[str, tuple[int, int]] | None = None,
+    min_gain: float = MIN_GAIN,
+) -> Move | None:
+    """The one move that improves the swarm most; None if none is worth it. The same for the same facts in any order.
+
+    Where blocks are served by nobody, the model cannot be used: as many of them as possible are filled at once, at any
+    cost. Otherwise the throughput of the weakest block counts (as in `choose_span`). A move must raise weak blocks,
+    those with less than 1 + `min_gain` times the throughput of the weakest, beyond that mark, and leave all others
+    there. Lifting only some of them earns that share of the gain, as others must follow. What is gained within
+    `HORIZON_S` must exceed the tokens lost while the peer loads and its sessions are replayed (at worst, the swarm
+    waits for each).
+
+    max_blocks: for how many blocks a peer has memory. Peers that are not in it stay where they are.
+    moving: peers that have announced a move or are on it, and where to. They do not count as serving their old blocks,
+        only as soon serving the new ones. While there are any, others move only to blocks that nobody serves. A peer
+        that asks about its own announced move leaves itself out.
+
+    Raises ValueError if two peers have the same id, or num_blocks is less than 1.
+    """
+    if num_blocks < 1 or len({peer.id for peer in peers}) != len(peers):
+        raise ValueError("the ids of the peers differ, and a model has at least one block")
+    moving = moving or {}
+    by_id = sorted(peers, key=lambda peer: peer.id)
+    serving = Spans.of((peer for peer in by_id if peer.id not in moving), num_blocks)
+    arriving = (replace(peer, start=moving[peer.id][0], end=moving[peer.id][1]) for peer in by_id if peer.id in moving)
+    view = _View(serving, Spans.of(arriving, num_blocks), max_blocks, num_blocks)
+    if not view.planned.all():
+        return _fill(view) or _shift(view)
+    if moving:
+        return None
+    return _reinforce(view, willingness or Willingness(), min_gain)
+
+
+class _View:
+    """The facts as arrays: of the peers that serve, in the order of their ids, and of each block.
+
+    length: blocks that a peer would serve elsewhere, 0 if it cannot move. lowest: has the lowest id at some block.
+    planned: tokens per 1000 s of each block once all moves under way are done.
+    """
+
+    def __init__(self, serving: Spans, arriving: Spans, max_blocks: Mapping[str, int], num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self.serving = serving
+        self.all = Spans(
+            [*serving.ids, *arriving.ids],
+            np.concatenate([serving.start, arriving.start]),
+            np.concatenate([serving.end, arriving.end]),
+            np.concatenate([serving.ms, arriving.ms]),
+        )
+        self.length: Integers = np.array([max_blocks.get(peer, 0) for peer in serving.ids], dtype=np.int64)
+        self.length = self.length.clip(0, num_blocks)
+        self.rate = serving.rate
+        self.planned = sum_per_block(self.all.start, self.all.end, self.all.rate, num_blocks)
+        self.lowest = np.zeros(len(serving.ids), dtype=bool)
+        first = np.full((num_blocks + 1, num_blocks + 1), len(serving.ids))
+        np.minimum.at(first, (serving.start, serving.end), np.arange(len(serving.ids)))
+        for block in range(num_blocks):
+            peer = first[: block + 1, block + 1 :].min()
+            if peer < len(self.lowest):
+                self.lowest[peer] = True
+
+    def without(self, peer: int) -> Spans:
+        """Everyone else, where they will be."""
+        rest = np.delete(np.arange(len(self.all.ids)), peer)
+        return Spans(
+            [self.all.ids[other] for other in map(int, rest)],
+            self.all.start[rest],
+            self.all.end[rest],
+            self.all.ms[rest],
+        )
+
+
+def _fill(view: _View) -> Move | None:
+    """Sends a peer that is nowhere the lowest to where it fills most; of several the one that is missed least."""
+    free = np.flatnonzero(~view.lowest & (view.length > 0))
+    if not len(free):
+        return None
+    holes = np.concatenate([[0], np.cumsum(view.planned == 0)])
+    most = np.array([0, *((holes[size:] - holes[:-size]).max() for size in range(1, view.num_blocks + 1))])
+    least = _range_minima(view.planned)
+    spare = least[view.serving.start, view.serving.end][free] - view.rate[free]
+    peer = int(free[np.lexsort((free, -spare, -most[view.length[free]]))[0]])
+    span = best_span(view.without(peer), view.num_blocks, int(view.length[peer]))
+    return Move(view.serving.ids[peer], *span)
+
+
+def _shift(view: _View) -> Move | None:
+    """Moves a peer although it is the lowest somewhere, as the model cannot be used without.
+
+    All that it leaves has another replica. Blocks that it takes along are not served while it moves. If no move fills
+    a hole, one that brings spare replicas nearer to a hole: a row of such moves shifts spare memory to where it lacks.
+    """
+    served = sum_per_block(view.serving.start, view.serving.end, np.ones(len(view.rate)), view.num_blocks)
+    planned = sum_per_block(view.all.start, view.all.end, np.ones(len(view.all.ids)), view.num_blocks)
+    blocks = np.arange(view.num_blocks)
+    nothing = view.num_blocks + 1
+    best = int((planned == 0).sum()), int(_distance_to_holes(planned[None, :])[0]), False
+    found: Move | None = None
+    # `_fill` has found nobody who is nowhere the lowest, so these are at most as many as there are blocks.
+    for peer in map(int, np.flatnonzero(view.length > 0)):
+        length = int(view.length[peer])
+        starts = np.arange(view.num_blocks - length + 1)
+        old = (view.serving.start[peer] <= blocks) & (blocks < view.serving.end[peer])
+        new = (starts[:, None] <= blocks) & (blocks < starts[:, None] + length)
+        after = planned - old + new
+        lost = (old & ~new & (served < 2)).any(axis=1)
+        holes = np.where(lost, nothing, (after == 0).sum(axis=1))
+        distance = np.where(lost, nothing, _distance_to_holes(after))
+        start = int(np.lexsort((starts, distance, holes))[0])
+        alone = bool((old & (served < 2)).any())
+        key = int(holes[start]), int(distance[start]), alone
+        if key[:2] < best[:2] or (found is not None and key < best):
+            best, found = key, Move(view.serving.ids[peer], start, start + length, confirm=True)
+    return found
+
+
+def _distance_to_holes(replicas: Floats) -> Integers:
+    """How far the block with a spare replica that is nearest to a hole is from it, `[cases, blocks]` -> `[cases]`."""
+    cases, num_blocks = replicas.shape
+    nearest = np.full(cases, num_blocks)
+    last_hole, last_spare = np.full(cases, -num_blocks), np.full(cases, -num_blocks)
+    for block in range(num_blocks):
+        hole, spare = replicas[:, block] == 0, replicas[:, block] >= 2
+        np.minimum(nearest, np.where(hole, block - last_spare, num_blocks), out=nearest)
+        np.minimum(nearest, np.where(spare, block - last_hole, num_blocks), out=nearest)
+        last_hole[hole], last_spare[spare] = block, block
+    return nearest
+
+
+def _reinforce(view: _View, willingness: Willingness, min_gain: float) -> Move | None:
+    """The move of a peer that is nowhere the lowest that gains most for the weakest blocks, after its cost."""
+    ids, now = view.serving.ids, view.planned
+    settled = np.array([willingness.settled_s.get(peer, np.inf) >= SETTLE_S for peer in ids], dtype=bool)
+    movers = np.flatnonzero(~view.lowest & (view.length > 0) & settled)
+    if not len(movers):
+        return None
+    weakest = float(now.min())
+    mark = weakest * (1 + min_gain)
+    old_start, old_end, length = view.serving.start[movers], view.serving.end[movers], view.length[movers]
+    old_rate, new_rate = view.rate[movers], rates(view.serving.ms[movers], length)
+    least = _range_minima(now)
+    raised = (now < mark) & (now + new_rate[:, None] >= mark)
+    raised_before = np.zeros((len(movers), view.num_blocks + 1), dtype=np.int64)  # of the blocks before a boundary
+    np.cumsum(raised, axis=1, out=raised_before[:, 1:])
+    rows = np.arange(len(movers))
+
+    load_s = np.array([willingness.load_s.get(ids[peer], LOAD_S) for peer in map(int, movers)])
+    sessions = np.array([willingness.sessions.get(ids[peer], 0) for peer in map(int, movers)])
+    while_loading = np.minimum(weakest, least[old_start, old_end] - old_rate)
+    cost = (weakest - while_loading) * load_s + sessions * REPLAY_S * weakest
+
+    score = np.full((len(movers), view.num_blocks), -np.inf)
+    for start in range(view.num_blocks):
+        # Ranges that are reversed are empty: their minimum is infinite, and nothing is lifted in them.
+        end = np.minimum(start + length, view.num_blocks)
+        left = np.minimum(least[old_start, np.minimum(old_end, start)], least[np.maximum(old_start, end), old_end])
+        kept = least[np.maximum(old_start, start), np.minimum(old_end, end)]
+        before = np.minimum(end, old_start)  # of the new blocks those in front of the old span, and those behind it
+        behind = np.maximum(start, old_end)
+        lifted = np.maximum(raised_before[rows, before] - raised_before[:, start], 0)
+        lifted += np.maximum(raised_before[rows, end] - raised_before[rows, behind], 0)
+        entered = np.minimum(least[start, before], least[behind, end])
+        outside = np.minimum(least[0, np.minimum(start, old_start)], least[np.maximum(end, old_end), view.num_blocks])
+        between = least[np.minimum(end, old_end), np.maximum(start, old_start)]
+        after = np.minimum(np.minimum(left - old_rate, kept - old_rate + new_rate), entered + new_rate)
+        after = np.minimum(np.minimum(outside, between), after)
+        allowed = (left - old_rate >= mark) & ((new_rate >= old_rate) | (kept - old_rate + new_rate >= mark))
+        allowed &= (lifted > 0) & (start + length <= view.num_blocks)
+        share = lifted / (now < mark).sum()
+        part: Floats = (mark - weakest) * share
+        gain = np.where(after >= mark, after - weakest, part)
+        score[:, start] = np.where(allowed, gain * HORIZON_S - cost, -np.inf)
+    best = score.max()
+    if best <= 0:
+        return None
+    mover = int(np.flatnonzero(score.max(axis=1) == best)[0])
+    peer, size = int(movers[mover]), int(length[mover])
+    start = fewest_hops(np.flatnonzero(score[mover] == best), size, view.without(peer), view.num_blocks)
+    return Move(ids[peer], start, start + size)
+
+
+def _range_minima(values: Floats) -> Floats:
+    """The least of values[i:j] for each [i, j]; infinite if there is none."""
+    count = len(values)
+    minima = np.full((count + 1, count + 1), np.inf)
+    for start in range(count):
+        minima[start, start + 1 :] = np.minimum.accumulate(values[start:])
+    return minima

@@ -1,0 +1,239 @@
+"""The rules of Petals, written anew after its paper and its documentation of behaviour, as something to compare with.
+
+Borzunov et al., "Distributed Inference and Fine-tuning of Large Language Models Over The Internet" (NeurIPS 2023),
+section 3 and appendix; numbers that the paper does not give are those of its program in November 2026
+(bigscience-workshop/petals): 18 ms overhead per hop, 150 ms for a link that was not measured, 10 s for a server without
+free cache, and rebalancing below 75% of the throughput that could be.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+
+from scheduler.coordinates import Coordinate
+from scheduler.route import NoRoute
+from scheduler.simulation.directory import View
+from scheduler.simulation.node import Node
+from scheduler.simulation.policies import Plan, Planned
+from scheduler.simulation.world import Device, World
+from scheduler.swarm import Hop
+
+OVERHEAD_MS: Final = 18.0
+UNKNOWN_MS: Final = 150.0
+FULL_MS: Final = 10_000.0
+BALANCE_QUALITY: Final = 0.75
+CHECK_S: Final = 120.0
+LEAST_GAIN: Final = 1e-3
+ROUNDS: Final = 10
+"""Rounds in which all servers move in turns until the swarm counts as balanced; Petals has no such limit."""
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+class PetalsRouting:
+    """The shortest path over servers, each used to the end of its blocks.
+
+    push: servers send to each other, and a link costs what the sending server has measured, or `UNKNOWN_MS`; without
+    it everything goes through the client, who knows the round trip to each server exactly, which is more than Petals'
+    own client measures. Load is not a part of the costs.
+    """
+
+    replans = False
+
+    def __init__(self, world: World, *, push: bool) -> None:
+        self.through_client = not push
+        self._world = world
+
+    def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
+        first, end = plan.blocks
+        usable = np.ones(len(view.peers), dtype=bool)
+        usable[[view.index[name] for name in plan.exclude if name in view.index]] = False
+        penalty = np.where(view.kv_free < plan.kv_needed, FULL_MS, 0.0)
+        one_way = self._world.geography.one_way_from(plan.client.number, view.numbers)
+        if self.through_client:
+            following, cost = self._through_client(view, usable, 2 * one_way + penalty, first, end)
+        else:
+            following, cost = self._pushing(view, usable, one_way, penalty, plan, first, end)
+        hops: list[Hop] = []
+        block, index = first, following[first]
+        while True:
+            stop = min(end, int(view.end[index]))
+            hops.append(Hop(view.peers[index].id, block, stop))
+            if stop == end:
+                return Planned(hops, cost)
+            block, index = stop, following[stop] if self.through_client else following[num_boundaries(view) + index]
+
+    def _through_client(
+        self, view: View, usable: NDArray[np.bool_], hop_ms: Floats, first: int, end: int
+    ) -> tuple[dict[int, int], float]:
+        """The best server for each block at which one may begin, and the cost from the first block on."""
+        left = np.full(end + 1, np.inf)
+        left[end] = 0.0
+        following: dict[int, int] = {}
+        for block in range(end - 1, first - 1, -1):
+            serving = view.serving[block][usable[view.serving[block]]]
+            if not len(serving):
+                raise NoRoute([(block, block + 1)], [])
+            stop = np.minimum(view.end[serving], end)
+            cost = hop_ms[serving] + OVERHEAD_MS + (stop - block) * view.decode_ms[serving] + left[stop]
+            best = int(cost.argmin())
+            following[block], left[block] = int(serving[best]), float(cost[best])
+        return following, float(left[first])
+
+    def _pushing(
+        self,
+        view: View,
+        usable: NDArray[np.bool_],
+        one_way: Floats,
+        penalty: Floats,
+        plan: Plan,
+        first: int,
+        end: int,
+    ) -> tuple[dict[int, int], float]:
+        """As above; the server after server i stands at the number of boundaries + i."""
+        following: dict[int, int] = {}
+        left = np.where(view.end >= end, one_way, np.inf)  # from when a server has run its last block
+        base = num_boundaries(view)
+
+        def enter(block: int) -> tuple[Integers, Floats]:
+            serving = view.serving[block][usable[view.serving[block]]]
+            if not len(serving):
+                raise NoRoute([(block, block + 1)], [])
+            stop = np.minimum(view.end[serving], end)
+            compute = OVERHEAD_MS + (stop - block) * view.decode_ms[serving]
+            return serving, compute + penalty[serving] + left[serving]
+
+        for block in range(end - 1, first, -1):
+            senders = np.flatnonzero((view.end == block) & usable)
+            if not len(senders):
+                continue
+            serving, cost = enter(block)
+            place = {int(index): position for position, index in enumerate(serving)}
+            cheapest = int(cost.argmin())
+            for sender in map(int, senders):
+                best, best_ms = cheapest, float(cost[cheapest]) + UNKNOWN_MS
+                for name, link in view.records[view.peers[sender].id].links.items():
+                    position = place.get(view.index.get(name, -1))
+                    if position is not None and float(cost[position]) + link.latency_ms < best_ms:
+                        best, best_ms = position, float(cost[position]) + link.latency_ms
+                following[base + sender], left[sender] = int(serving[best]), best_ms
+        serving, cost = enter(first)
+        source = self._world.number_of.get(plan.source)
+        away = one_way[serving]
+        if source is not None:
+            links = view.records[plan.source].links if plan.source in view.records else {}
+            away = np.array(
+                [
+                    links[view.peers[index].id].latency_ms if view.peers[index].id in links else UNKNOWN_MS
+                    for index in map(int, serving)
+                ]
+            )
+        total = cost + away
+        best = int(total.argmin())
+        following[first] = int(serving[best])
+        return following, float(total[best])
+
+
+def num_boundaries(view: View) -> int:
+    """Of the blocks of the model, both ends included."""
+    return view.num_blocks + 1
+
+
+class PetalsPlacing:
+    """A server joins where throughput is lowest, and moves if the swarm could then be balanced so that it gains enough.
+
+    The throughput of a server is the lesser of what its network and its arithmetic allow: requests per second of
+    positions that each run half of its blocks.
+    """
+
+    check_s = CHECK_S
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._num_blocks = world.settings.num_blocks
+        self._rng = np.random.default_rng([world.settings.seed, 2])
+        self._balanced: tuple[View | None, float] = (None, 0.0)
+
+    def _throughput(self, device: Device) -> float:
+        """Positions per ms."""
+        geography = self._world.geography
+        rate = min(geography.up[device.number], geography.down[device.number])
+        by_network = float(rate) / (2.0 * self._world.settings.hidden)
+        by_arithmetic = 256 / device.speed.at(256) / ((device.max_blocks + 1) / 2)
+        return min(by_network, by_arithmetic)
+
+    def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
+        throughput = np.zeros(self._num_blocks)
+        spans: list[tuple[int, int]] = []
+        for device in devices:
+            start = _weakest(throughput, device.max_blocks)
+            throughput[start : start + device.max_blocks] += self._throughput(device)
+            spans.append((start, start + device.max_blocks))
+        return spans
+
+    def _of_view(self, view: View) -> tuple[Floats, Floats]:
+        """The throughput of each block, and that of each server."""
+        each = np.array([self._throughput(self._world.devices[number]) for number in view.numbers.tolist()])
+        throughput = np.zeros(self._num_blocks)
+        for start, end, value in zip(view.start.tolist(), view.end.tolist(), each.tolist(), strict=True):
+            throughput[start:end] += value
+        return throughput, each
+
+    def join(self, device: Device, coordinate: Coordinate, view: View) -> tuple[int, int]:
+        throughput, _ = self._of_view(view)
+        start = _weakest(throughput, device.max_blocks)
+        return start, start + device.max_blocks
+
+    def move(self, node: Node, view: View) -> tuple[int, int] | None:
+        """Petals lets each server play through how all would move; here that is done once for each view."""
+        throughput, each = self._of_view(view)
+        initial = float(throughput.min())
+        own = self._throughput(node.device)
+        if node.id not in view.index:
+            return None
+        throughput[node.start : node.end] -= own * (1 + LEAST_GAIN)
+        if initial > LEAST_GAIN * own and throughput.min() <= 0:
+            return None
+        start = _weakest(throughput, node.end - node.start)
+        if start == node.start:
+            return None
+        if self._balanced[0] is not view:
+            self._balanced = view, self._balance(view, each)
+        balanced = self._balanced[1]
+        if balanced <= initial or initial / balanced >= BALANCE_QUALITY - LEAST_GAIN:
+            return None
+        return start, start + node.end - node.start
+
+    def _balance(self, view: View, each: Floats) -> float:
+        """The throughput of the weakest block when nobody wants to move any more."""
+        start, length = view.start.copy(), view.end - view.start
+        throughput, _ = self._of_view(view)
+        for _ in range(ROUNDS):
+            moved = False
+            for index in self._rng.permutation(len(start)).tolist():
+                begin, size, own = int(start[index]), int(length[index]), float(each[index])
+                throughput[begin : begin + size] -= own * (1 + LEAST_GAIN)
+                new = _weakest(throughput, size)
+                throughput[begin : begin + size] += own * LEAST_GAIN
+                throughput[new : new + size] += own
+                moved = moved or new != begin
+                start[index] = new
+            if not moved:
+                break
+        return float(throughput.min())
+
+
+def _weakest(throughput: Floats, length: int) -> int:
+    """The start of the span whose sorted throughputs come first in order."""
+    windows = np.sort(sliding_window_view(throughput, length), axis=1)
+    candidates = np.flatnonzero(windows[:, 0] == windows[:, 0].min())
+    if len(candidates) > 1:
+        candidates = candidates[[int(np.lexsort(windows[candidates].T[::-1])[0])]]
+    return int(candidates[0])
