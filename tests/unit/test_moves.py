@@ -44,13 +44,17 @@ def swarms(draw: st.DrawFn, most_peers: int = 9) -> tuple[list[Peer], int, dict[
     return peers, num_blocks, max_blocks
 
 
-@given(swarms(), st.integers(0, 10))
-def test_repeated_moves_end_and_never_make_it_worse(swarm: tuple[list[Peer], int, dict[str, int]], fixed: int) -> None:
+@settings(deadline=None)
+@given(swarms(), st.integers(0, 10), st.randoms(use_true_random=False))
+def test_repeated_moves_end_never_make_it_worse_and_do_not_depend_on_order(
+    swarm: tuple[list[Peer], int, dict[str, int]], fixed: int, rng: random.Random
+) -> None:
     peers, num_blocks, max_blocks = swarm
     max_blocks = dict(list(max_blocks.items())[:fixed])  # the others stay where they are
     for _ in range(300):
         move = best_move(peers, num_blocks, max_blocks=max_blocks)
-        assert move == best_move(peers[::-1], num_blocks, max_blocks=max_blocks)
+        shuffled = rng.sample(peers, len(peers))
+        assert move == best_move(shuffled, num_blocks, max_blocks=dict(reversed(max_blocks.items())))
         if move is None:
             return
         assert 0 <= move.start < move.end <= num_blocks
@@ -68,6 +72,7 @@ def test_repeated_moves_end_and_never_make_it_worse(swarm: tuple[list[Peer], int
     pytest.fail("the moves do not end")
 
 
+@settings(deadline=None)
 @given(swarms(), st.sets(st.sampled_from("abcdefghi")))
 def test_departures_are_made_up_for_if_there_is_memory(
     swarm: tuple[list[Peer], int, dict[str, int]], gone: set[str]
@@ -82,7 +87,7 @@ def test_departures_are_made_up_for_if_there_is_memory(
     assert not (enough and missing_blocks(peers, num_blocks))
 
 
-@settings(max_examples=int(__import__('os').environ.get('N','300')))
+@settings(max_examples=100, deadline=None)
 @given(swarms(), st.randoms(use_true_random=False), st.integers(1, 8))
 def test_moves_at_once_uncover_nothing_however_stale_the_views(
     swarm: tuple[list[Peer], int, dict[str, int]], rng: random.Random, rounds: int
@@ -157,7 +162,7 @@ class Announcing:
             self.ready_at = now + load_rounds
 
 
-@settings(max_examples=int(__import__('os').environ.get('N','300')))
+@settings(max_examples=40, deadline=None)
 @given(swarms(), st.randoms(use_true_random=False), st.integers(0, 3))
 def test_announced_moves_uncover_nothing_while_views_are_not_older_than_they_are_held(
     swarm: tuple[list[Peer], int, dict[str, int]], rng: random.Random, late: int
@@ -185,7 +190,8 @@ def test_a_replica_moves_into_a_hole_at_once() -> None:
     busy = Willingness(sessions={"b": 1000}, load_s={"b": 1e6}, settled_s={"b": 0.0})
     assert best_move(swarm, 10, max_blocks=budgets, willingness=busy) == Move("b", 5, 10)
     assert best_move(swarm, 10, max_blocks={"a": 5, "c": 3}) == Move("a", 5, 10, confirm=True)
-    assert best_move([*swarm, peer("d", 9, 10)], 10, max_blocks=budgets) == Move("b", 5, 10)
+    # Only block 8 is missing, which 4:9 and 5:10 both fill; 4:9 also helps block 4, which is weaker than block 9.
+    assert best_move([*swarm, peer("d", 9, 10)], 10, max_blocks=budgets) == Move("b", 4, 9)
 
 
 def test_the_peer_that_is_missed_least_fills_the_hole() -> None:
@@ -248,6 +254,7 @@ def test_one_of_several_moves_that_are_needed_is_made() -> None:
     assert first is not None and first == Move("b", 4, 8)
     second = best_move(moved(swarm, first), 12, max_blocks=budgets)
     assert second == Move("c", 8, 12)
+    assert best_move(swarm, 12, max_blocks=budgets, moving={"b": (4, 8)}) is None  # one at a time
 
 
 def test_the_lowest_id_of_a_block_stays() -> None:
