@@ -45,7 +45,8 @@ class PeerOptions:
         initial_peers: multiaddrs of a swarm to join; empty starts a new one.
         listen: `tcp://host:port` for activations, port 0 for any.
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
-        public_host: host name or address that others reach this machine by; None: found out.
+        public_host: host name or address that others reach this machine by, with `:port` if they reach it by another
+            port than it listens on; None: found out.
         device, dtype: as torch and the checkpoint name them; None: chosen.
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
         authorized_keys: file with the keys that may connect; None: anyone.
@@ -113,7 +114,9 @@ class Peer:
             listen=options.listen,
         )
         host = options.public_host or _reachable_host(options.listen)
-        self.endpoint = Endpoint(f"tcp://{host}:{self._transport.port}", identity.public)
+        has_port = host.rpartition(":")[2].isdecimal() and not host.endswith("]")
+        address = f"tcp://{host}" if has_port else f"tcp://{host}:{self._transport.port}"
+        self.endpoint = Endpoint(address, identity.public)
         self._prober = Prober(self.send)
         self._neighbours = Neighbours(
             lambda: directory.peers(checkpoint.fingerprint), identity.public.text, self._service, self._prober

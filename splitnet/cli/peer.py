@@ -41,7 +41,10 @@ def peer(
         str | None, typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Where to take part in the DHT.")
     ] = None,
     public_host: Annotated[
-        str | None, typer.Option(metavar="HOST", help="Name or address that others reach this machine by.")
+        str | None,
+        typer.Option(
+            metavar="HOST[:PORT]", help="How others reach this machine, if by another name or port (NAT, containers)."
+        ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = "cpu",
     dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; the checkpoint's own if not given.")] = None,

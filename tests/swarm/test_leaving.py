@@ -1,0 +1,105 @@
+"""Peers that leave on purpose, and peers that are left because they have become slow."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peers.daemon import Peer
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.test_failover import GREEDY, SPANS, After, prompt
+
+pytestmark = pytest.mark.swarm
+
+
+@pytest.fixture
+def twins(folder: Path) -> Iterator[LocalSwarm]:
+    """Two peers for every span."""
+    with local_swarm(folder, SPANS * 2) as swarm:
+        yield swarm
+
+
+def peer_at(swarm: LocalSwarm, cache: Any, index: int) -> Peer:
+    """The peer that is the hop at `index` of a running session."""
+    return next(peer for peer in swarm.peers if peer.endpoint == cache.session.hops[index].endpoint)
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_peer_that_leaves_hands_its_session_over(twins: LocalSwarm, local: Any, index: int) -> None:
+    model = twins.model()
+    drained: list[float] = []
+
+    def leave() -> None:
+        leaver = peer_at(twins, cache, index)
+
+        def drain() -> None:
+            began = time.monotonic()
+            leaver.drain(30.0)
+            drained.append(time.monotonic() - began)
+
+        thread.append(threading.Thread(target=drain))
+        thread[0].start()
+
+    thread: list[threading.Thread] = []
+    with model.session() as cache:
+        got = model.generate(**prompt(), **GREEDY, streamer=After(10, leave))
+        # The hand-over may come after the last token if that was quick; one more step cannot miss it.
+        more = model.generate(got, attention_mask=torch.ones_like(got), **{**GREEDY, "max_new_tokens": 1})
+        thread[0].join()
+        assert cache.session is not None
+        (recovery,) = cache.session.recoveries
+    assert "leaving" in recovery.lost[0]
+    assert drained[0] < 10.0
+    expected = local.generate(**prompt(), **{**GREEDY, "max_new_tokens": GREEDY["max_new_tokens"] + 1})
+    assert torch.equal(more, expected)
+
+
+def test_a_peer_that_leaves_is_not_in_the_directory_and_takes_no_sessions(twins: LocalSwarm, local: Any) -> None:
+    leavers = twins.peers[:2]
+    for leaver in leavers:
+        leaver.drain(5.0)
+    swarm = twins.connect()
+    gone = {leaver.endpoint.key for leaver in leavers}
+    assert gone.isdisjoint(record.key for record in swarm.peers(fresh=True))
+    model = twins.model()
+    assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+
+
+def test_idle_sessions_do_not_hold_a_leaving_peer_up(folder: Path) -> None:
+    with local_swarm(folder, SPANS) as swarm:
+        model = swarm.model()
+        with model.session():
+            model.generate(**prompt(), **{**GREEDY, "max_new_tokens": 2})
+            began = time.monotonic()
+            swarm.peers[1].drain(60.0)
+            assert time.monotonic() - began < 30.0
+
+
+def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any) -> None:
+    options = {**GREEDY, "max_new_tokens": 60}
+
+    def slow_down() -> None:
+        slow.append(peer_at(twins, cache, 1))
+        service = slow[0]._service
+        prepare = service.prepare
+
+        def slowly(work: Any) -> None:
+            time.sleep(0.15)
+            prepare(work)
+
+        service.prepare = slowly  # type: ignore[method-assign]
+
+    slow: list[Peer] = []
+    model = twins.model()
+    with model.session() as cache:
+        got = model.generate(**prompt(), **options, streamer=After(20, slow_down))
+        assert cache.session is not None
+        assert slow[0].endpoint not in [hop.endpoint for hop in cache.session.hops]
+        assert cache.session.recoveries[0].lost == ("there is a better route",)
+    assert torch.equal(got, local.generate(**prompt(), **options))

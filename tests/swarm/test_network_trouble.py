@@ -1,0 +1,130 @@
+"""Networks that stop, cut connections or deliver late: the text stays the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from splitnet.client import session
+from splitnet.client.recovery import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.proxy import Proxy, proxies
+from tests.swarm.test_failover import GREEDY, SPANS, After, prompt
+
+pytestmark = pytest.mark.swarm
+
+SLACK_S = 1.5
+"""What planning, opening and replaying take on a busy machine, with some to spare."""
+
+
+@dataclass
+class Network:
+    """Peers that are reached through proxies only."""
+
+    swarm: LocalSwarm
+    proxies: list[Proxy]
+
+    def before(self, cache: Any, index: int) -> Proxy:
+        """The proxy of the hop at `index`."""
+        address = cache.session.hops[index].endpoint.address
+        return next(proxy for proxy in self.proxies if address.endswith(f":{proxy.port}"))
+
+
+@pytest.fixture
+def network(folder: Path) -> Iterator[Network]:
+    """Two peers for every span."""
+    with proxies(2 * len(SPANS)) as made, local_swarm(folder, []) as swarm:
+        for proxy, span in zip(made, SPANS * 2, strict=True):
+            peer = swarm.add(*span, public_host=f"127.0.0.1:{proxy.port}")
+            proxy.target = peer._transport.port
+        yield Network(swarm, made)
+
+
+class Then:
+    """Does each of some things once so many tokens have come."""
+
+    def __init__(self, actions: dict[int, Callable[[], None]]) -> None:
+        self._streamers = [After(tokens, action) for tokens, action in actions.items()]
+
+    def put(self, value: torch.Tensor) -> None:
+        for streamer in self._streamers:
+            streamer.put(value)
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any, index: int) -> None:
+    held: list[Proxy] = []
+
+    def hold() -> None:
+        held.append(network.before(cache, index))
+        held[0].hold()
+
+    def release() -> None:
+        held[0].release()
+
+    model = network.swarm.model()
+    with model.session() as cache:
+        got = model.generate(**prompt(), **GREEDY, streamer=Then({10: hold, 13: release}))
+        assert cache.session is not None
+        assert len(cache.session.recoveries) == 1
+        assert held[0] is not network.before(cache, index)
+    assert held[0].late_bytes > 0
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_network_that_stops_is_found_out_in_time(network: Network, local: Any, index: int) -> None:
+    stopped: list[float] = []
+
+    def hold() -> None:
+        stopped.append(time.monotonic())
+        network.before(cache, index).hold()
+
+    def goes_on() -> None:
+        stopped.append(time.monotonic())
+
+    model = network.swarm.model()
+    with model.session() as cache:
+        got = model.generate(**prompt(), **GREEDY, streamer=Then({12: hold, 13: goes_on}))
+        assert cache.session is not None
+        usual_s = cache.session._replanner.usual_ms / 1000
+    # A step of this model takes a few ms, so silence is noticed after the shortest time.
+    assert 5 * usual_s < MIN_SILENCE_S < MAX_SILENCE_S
+    assert stopped[1] - stopped[0] < MIN_SILENCE_S + ANSWER_S + SLACK_S
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_connections_that_are_cut(network: Network, local: Any, index: int) -> None:
+    model = network.swarm.model()
+    with model.session() as cache:
+        got = model.generate(**prompt(), **GREEDY, streamer=After(12, lambda: network.before(cache, index).cut()))
+        assert cache.session is not None
+        assert cache.session.recoveries
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_a_hop_that_is_lost_during_a_prefill(
+    network: Network, local: Any, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "STEP_POSITIONS", 32)  # so that several steps of the prefill are under way
+    longer = torch.cat([prompt()["input_ids"], prompt(length=150)["input_ids"]], dim=1)
+    options = {**GREEDY, "max_new_tokens": 4}
+    model = network.swarm.model()
+    with model.session(max_length=longer.shape[1] + 8) as cache:
+        model(**prompt(), past_key_values=cache)
+        network.before(cache, index).hold()
+        got = model.generate(longer, attention_mask=torch.ones_like(longer), **options)
+        assert cache.session is not None
+        assert len(cache.session.recoveries) == 1
+    assert torch.equal(got, local.generate(longer, attention_mask=torch.ones_like(longer), **options))
