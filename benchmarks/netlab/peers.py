@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import statistics
 import subprocess
 import sys
@@ -10,28 +11,34 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from splitnet.client.planner import PlannedHop
 from splitnet.client.session import Session
-from splitnet.client.swarm import PlannedHop, Swarm
+from splitnet.client.swarm import Swarm
 from splitnet.net.messages import Part
 from splitnet.net.records import PeerRecord
 
 from .lab import Lab, LabError
 
 _START_TIMEOUT_S = 180.0
+_STOP_TIMEOUT_S = 15.0
 
 
 class LabPeers:
-    """`splitnet peer` in some hosts, each with blocks of a checkpoint; the first begins the swarm. Use with `with`.
+    """`splitnet peer` in some hosts, each with blocks of a checkpoint. Use with `with`.
+
+    What can happen to a peer: `kill` (its program dies), `freeze` and `thaw` (it hangs), `lab.down` and `lab.up` (its
+    host loses the network), `stop` (it leaves as it should), and `start` after the death.
 
     Args:
         lab: the hosts.
         checkpoint: hub id or folder.
         spans: blocks `[start, end)` by host.
         options: more options for each, as on the command line.
+        join: multiaddr of a DHT node that outlives the peers; empty: the first peer begins the swarm.
 
     Attributes:
         addresses: multiaddrs to join with, by host.
@@ -43,22 +50,24 @@ class LabPeers:
         checkpoint: str,
         spans: Mapping[str, tuple[int, int]],
         options: Sequence[str] = ("--threads", "1"),
+        join: str = "",
     ) -> None:
         self.addresses: dict[str, str] = {}
         self._lab = lab
         self._checkpoint = checkpoint
         self._spans = spans
         self._options = options
+        self._join = join
         self._processes: dict[str, subprocess.Popen[Any]] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="splitnet-lab-")
 
     def __enter__(self) -> LabPeers:
         try:
             first, *others = self._spans
-            self._start(first)
-            self._await_address(first)
+            self.start(first)
+            self._join = self._join or self.addresses[first]
             for host in others:
-                self._start(host, "--join", self.addresses[first])
+                self._launch(host)
             for host in others:
                 self._await_address(host)
         except BaseException:
@@ -68,14 +77,41 @@ class LabPeers:
 
     def __exit__(self, *_: object) -> None:
         for process in self._processes.values():
+            process.send_signal(signal.SIGCONT)
             process.terminate()
         for process in self._processes.values():
             try:
-                process.wait(15.0)
+                process.wait(_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
         self._folder.cleanup()
+
+    def start(self, host: str) -> None:
+        """Starts the daemon of a host, and waits until it serves. It has a new key and a new port each time."""
+        if host in self._processes and self._processes[host].poll() is None:
+            raise LabError(f"the daemon in {host} runs already")
+        self._file(host, "address").unlink(missing_ok=True)
+        self._launch(host)
+        self._await_address(host)
+
+    def kill(self, host: str) -> None:
+        """kill -9 of the daemon: its host tells others that nobody listens any more."""
+        self._processes[host].kill()
+        self._processes[host].wait()
+
+    def stop(self, host: str) -> None:
+        """Has the daemon leave the swarm and end, as Ctrl-C does."""
+        self._processes[host].terminate()
+        self._processes[host].wait(_STOP_TIMEOUT_S)
+
+    def freeze(self, host: str) -> None:
+        """SIGSTOP: connections stay open, and nothing is answered."""
+        self._processes[host].send_signal(signal.SIGSTOP)
+
+    def thaw(self, host: str) -> None:
+        """Ends `freeze`."""
+        self._processes[host].send_signal(signal.SIGCONT)
 
     def log(self, host: str) -> str:
         """What the daemon of a host has said."""
@@ -85,14 +121,15 @@ class LabPeers:
         """The host whose daemon published a record."""
         return next(host for host in self._spans if record.address.startswith(f"tcp://{self._lab.address(host)}:"))
 
-    def _start(self, host: str, *more: str) -> None:
+    def _launch(self, host: str) -> None:
         start, end = self._spans[host]
         command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint, "--blocks", f"{start}:{end}"]
         command += ["--listen", f"tcp://{self._lab.address(host)}:0"]
         command += ["--address-file", str(self._file(host, "address"))]
-        with self._file(host, "log").open("wb") as log:
+        command += ["--join", self._join] if self._join else []
+        with self._file(host, "log").open("ab") as log:  # a log of before a restart is kept
             self._processes[host] = self._lab.run(
-                host, [*command, *self._options, *more], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                host, [*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log
             )
 
     def _await_address(self, host: str) -> None:
@@ -114,8 +151,15 @@ class GuidedSwarm(Swarm):
 
     route: Sequence[PlannedHop] | None = None
 
+    def __enter__(self) -> Self:
+        return self
+
     def plan(self, *arguments: Any, **options: Any) -> list[PlannedHop]:
         return super().plan(*arguments, **options) if self.route is None else list(self.route)
+
+
+class RouteChanged(Exception):
+    """A session left the route that was to be measured."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +176,7 @@ def measure_steps(session: Session, hidden: torch.Tensor, tokens: int) -> StepTi
     """Sends `hidden`, `[context, hidden]`, through a session as a prompt, then its last row as `tokens` decode steps.
 
     Raises:
-        RuntimeError: a hop had to be replaced, so that nothing was measured.
+        RouteChanged: a hop had to be replaced, so that nothing was measured.
     """
     context = len(hidden)
     began = time.perf_counter()
@@ -146,5 +190,5 @@ def measure_steps(session: Session, hidden: torch.Tensor, tokens: int) -> StepTi
         totals.append((time.perf_counter() - began) * 1000)
         computes.append(session.compute_ms)
     if session.recoveries:
-        raise RuntimeError(f"the route was repaired while it was measured: {session.recoveries}")
+        raise RouteChanged(f"the route was repaired while it was measured: {session.recoveries}")
     return StepTimes(prompt_ms, statistics.median(totals), statistics.median(computes))
