@@ -286,6 +286,8 @@ class Service:
         except PeerBusy as error:
             self._fail(source, message.session, message.epoch, 0, FailureCode.BUSY, str(error))
             return
+        if message.epoch > session.epoch:
+            self.queue.discard_waiting(session)
         session.reply_to = source
         session.epoch = message.epoch
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
@@ -409,7 +411,9 @@ class Service:
         longest = max(part.start + part.length for part in message.parts)
         if self.served.max_positions is not None and longest > self.served.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.served.max_positions}")
-        if session.waiting_size + total + len(message.forks or ()) > session.budget:
+        size = total + len(message.forks or ())
+        # Twice in all, as steps that are answered may still be in their pass, and those of an older epoch are finished.
+        if size > session.budget or session.waiting_size + size > 2 * session.budget:
             raise SessionTooLong(f"the session has reserved {session.budget} positions")
         return total
 

@@ -83,6 +83,17 @@ class WorkQueue:
                 self._ready[session] = None
                 self._changed.notify()
 
+    def discard_waiting(self, session: Session) -> None:
+        """Forgets the steps of a session that no pass has begun: they will be sent again."""
+        with self._changed:
+            begun = len(session.waiting) and (session not in self._ready or session.waiting[0].done > 0)
+            while len(session.waiting) > begun:
+                work = session.waiting.pop()
+                session.waiting_size -= work.size
+                self.queued_positions -= work.total
+            if not session.waiting:
+                self._ready.pop(session, None)
+
     def discard(self, session: Session) -> None:
         """Forgets the steps of a session that has ended."""
         with self._changed:

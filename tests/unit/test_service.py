@@ -434,7 +434,7 @@ class TestStep:
     def test_of_a_stranger_is_of_no_session(self, opened: Peer) -> None:
         assert code_of(opened.says(step(), STRANGER), STRANGER) is FailureCode.UNKNOWN_SESSION
         assert code_of(opened.says(step(session=b"\xff" * 16))) is FailureCode.UNKNOWN_SESSION
-        assert opened.queue.queued_positions == 0
+        assert opened.service.queue.queued_positions == 0
 
     def test_that_a_hop_pushes_must_stand_where_the_session_begins(self, opened: Peer) -> None:
         """Or hostile clients could make peers push to each other in a circle."""
@@ -448,7 +448,7 @@ class TestStep:
     def test_of_another_epoch_is_dropped(self, opened: Peer) -> None:
         for epoch in (0, 2):
             assert opened.says(step(epoch=epoch)) == []
-        assert opened.queue.queued_positions == 0
+        assert opened.service.queue.queued_positions == 0
 
     @pytest.mark.parametrize(
         ("wrong", "code"),
@@ -472,14 +472,23 @@ class TestStep:
         self, opened: Peer, wrong: Step, code: FailureCode
     ) -> None:
         assert code_of(opened.says(wrong)) is code
-        assert opened.queue.queued_positions == 0
+        assert opened.service.queue.queued_positions == 0
 
-    def test_waits_only_within_the_budget(self, opened: Peer) -> None:
-        for start in range(0, 1000, 250):
+    def test_waits_only_within_twice_the_budget(self, opened: Peer) -> None:
+        for start in (*range(0, 1000, 250), *range(0, 1000, 250)):
             assert opened.says(step(Part(1, start, 250, 0))) == []
         assert code_of(opened.says(step(Part(1, 0, 1, 0)))) is FailureCode.TOO_LONG
         opened.end_pass(opened.begin())
         assert opened.says(step(Part(1, 0, 250, 0))) == []
+
+    def test_of_an_older_epoch_is_not_computed_any_more(self, opened: Peer) -> None:
+        for start in (0, 10):
+            assert opened.says(step(Part(1, start, 10, 0))) == []
+        running = opened.begin()
+        opened.says(opening(epoch=2))
+        opened.end_pass(running)
+        assert opened.session().waiting_size == 0
+        assert opened.service.queue.queued_positions == 0
 
     def test_twice_changes_nothing(self, opened: Peer) -> None:
         opened.compute(step(Part(1, 0, 3, 0)))
@@ -557,7 +566,7 @@ class TestClose:
         opened.says(step())
         assert opened.says(Close(SID)) == []
         assert opened.table.free_positions == CAPACITY
-        assert opened.queue.queued_positions == 0
+        assert opened.service.queue.queued_positions == 0
         assert code_of(opened.says(step())) is FailureCode.UNKNOWN_SESSION
 
     @pytest.mark.parametrize("source", [STRANGER, PREVIOUS])
@@ -577,7 +586,7 @@ class TestClose:
         assert opened.end_pass(work) == []
         opened.service.failed(work, FailureCode.INTERNAL, "too late")
         assert opened.heard() == []
-        assert opened.queue.queued_positions == 0
+        assert opened.service.queue.queued_positions == 0
 
     def test_and_open_again_begins_anew(self, opened: Peer) -> None:
         opened.compute(step())
@@ -656,7 +665,7 @@ class TestTime:
         opened.passes(1)
         assert len(opened.table) == 0
         assert opened.table.free_positions == CAPACITY
-        assert opened.queue.queued_positions == 0
+        assert opened.service.queue.queued_positions == 0
 
     def test_steps_and_opens_keep_a_session(self, opened: Peer) -> None:
         for message in (opening(), step(), step(Part(1, 3, 1, 1))):

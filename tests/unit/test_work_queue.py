@@ -303,6 +303,13 @@ class QueueMachine(RuleBasedStateMachine):
         self.owners[owner] = session(100 + owner, gone.start, gone.end)
         self.expected[self.owners[owner]] = []
 
+    @rule(owner=st.integers(0, 4))
+    def begin_anew(self, owner: int) -> None:
+        again = self.owners[owner]
+        self.queue.discard_waiting(again)
+        begun = [item for item in self.expected[again] if item.done or self.in_passes[again]]
+        self.expected[again] = begun[:1]
+
     @invariant()
     def counted(self) -> None:
         waiting = [item for items in self.expected.values() for item in items]
