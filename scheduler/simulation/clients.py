@@ -34,13 +34,13 @@ def new_client(world: World, number: int, view: View, rng: np.random.Generator) 
     coordinate = Coordinate()
     links: dict[tuple[str, str], Link] = {}
     count = len(view.peers)
-    chosen = rng.choice(count, min(RANDOM_PROBES, count), replace=False).tolist()
+    chosen: list[int] = rng.choice(count, min(RANDOM_PROBES, count), replace=False).tolist()
     for index in chosen:
         record = view.records[view.peers[index].id]
         coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)
     vectors, heights = view.coordinates
     foretold = np.sqrt(((vectors - np.array(coordinate.vector)) ** 2).sum(axis=1)) + heights
-    near = foretold.argsort(kind="stable")[:NEAR_PROBES].tolist()
+    near: list[int] = foretold.argsort(kind="stable")[:NEAR_PROBES].tolist()
     for index in near:
         record = view.records[view.peers[index].id]
         coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -66,6 +66,11 @@ class View:
     def index(self) -> dict[str, int]:
         """Where each peer stands in the order."""
         return {peer.id: position for position, peer in enumerate(self.peers)}
+
+    @cached_property
+    def idle_peers(self) -> list[Peer]:
+        """All peers as if they had nothing to do."""
+        return [replace(peer, queue_ms=0.0, batch=0.0) for peer in self.peers]
 
     @cached_property
     def serving(self) -> list[NDArray[np.int64]]:

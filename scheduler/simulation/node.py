@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 from scheduler.coordinates import Coordinate
 from scheduler.network import Link, Place
 from scheduler.simulation.directory import Record
-from scheduler.simulation.world import Device
+from scheduler.simulation.world import Device, device_id
 from scheduler.swarm import Peer
 
 if TYPE_CHECKING:
@@ -87,13 +87,18 @@ class Node:
         lost = list(self.sessions)
         self.sessions.clear()
         if self.serves:
-            self.served_ms += now_ms - self.served_since_ms
+            self.account(now_ms)
         self.serves = False
         self.generation += 1
         self.kv_used = 0
         self.ready.clear()
         self.running = False
         return lost
+
+    def account(self, now_ms: float) -> None:
+        """Counts the time for which it has served."""
+        self.served_ms += now_ms - self.served_since_ms
+        self.served_since_ms = now_ms
 
     def reserve(self, session: Session, positions: int) -> bool:
         """Takes KV memory for a session; False: there is not enough."""
@@ -163,7 +168,7 @@ class Node:
             step.passed_over = 0 if step in counts else step.passed_over + 1
         return list(counts.items())
 
-    def record(self, now_ms: float, best_rate: float) -> Record:
+    def record(self, now_ms: float) -> Record:
         """What it publishes: its load is that of the time since the last record.
 
         A new step that comes at any time finds a pass under way that has a mean of (sum of squares of passes) / (twice
@@ -184,11 +189,11 @@ class Node:
             batch,
             self.device.kv_positions - self.kv_used,
         )
-        links = {f"p{number:06d}": link for number, link in self.measured.items()}
+        links = {device_id(number): link for number, link in self.measured.items()}
         return Record(
             self.number,
             peer,
-            Place(self.coordinate, best_rate),
+            Place(self.coordinate, self.up_bytes_per_ms),
             links,
             now_ms / 1000,
             len(self.sessions),

@@ -9,14 +9,14 @@ free cache, and rebalancing below 75% of the throughput that could be.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from scheduler.coordinates import Coordinate
+from scheduler.network import Link
 from scheduler.route import NoRoute
 from scheduler.simulation.directory import View
 from scheduler.simulation.node import Node
@@ -128,7 +128,8 @@ class PetalsRouting:
         source = self._world.number_of.get(plan.source)
         away = one_way[serving]
         if source is not None:
-            links = view.records[plan.source].links if plan.source in view.records else {}
+            nothing: Mapping[str, Link] = {}
+            links = view.records[plan.source].links if plan.source in view.records else nothing
             away = np.array(
                 [
                     links[view.peers[index].id].latency_ms if view.peers[index].id in links else UNKNOWN_MS
@@ -154,6 +155,7 @@ class PetalsPlacing:
     """
 
     check_s = CHECK_S
+    announces_joining = True
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -179,14 +181,17 @@ class PetalsPlacing:
         return spans
 
     def _of_view(self, view: View) -> tuple[Floats, Floats]:
-        """The throughput of each block, and that of each server."""
-        each = np.array([self._throughput(self._world.devices[number]) for number in view.numbers.tolist()])
+        """The throughput of each block, and that of each server; those that still load count as if they served."""
+        numbers: list[int] = view.numbers.tolist()
+        each = [self._throughput(self._world.devices[number]) for number in numbers]
         throughput = np.zeros(self._num_blocks)
-        for start, end, value in zip(view.start.tolist(), view.end.tolist(), each.tolist(), strict=True):
-            throughput[start:end] += value
-        return throughput, each
+        for peer, value in zip(view.peers, each, strict=True):
+            throughput[peer.start : peer.end] += value
+        for peer in view.arriving:
+            throughput[peer.start : peer.end] += self._throughput(self._world.devices[self._world.number_of[peer.id]])
+        return throughput, np.array(each)
 
-    def join(self, device: Device, coordinate: Coordinate, view: View) -> tuple[int, int]:
+    def join(self, device: Device, view: View) -> tuple[int, int]:
         throughput, _ = self._of_view(view)
         start = _weakest(throughput, device.max_blocks)
         return start, start + device.max_blocks

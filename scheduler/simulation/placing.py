@@ -7,7 +7,6 @@ from typing import Protocol
 
 import numpy as np
 
-from scheduler.coordinates import Coordinate
 from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import Spans, best_span
 from scheduler.simulation.directory import View
@@ -16,15 +15,19 @@ from scheduler.simulation.world import Device, World
 
 
 class Placing(Protocol):
-    """Chooses blocks for peers, and sometimes others. check_s: mean time after which a peer asks for others."""
+    """Chooses blocks for peers, and sometimes others. check_s: mean time after which a peer asks for others.
+
+    announces_joining: whether a device that joins tells the others before it has loaded its blocks.
+    """
 
     check_s: float
+    announces_joining: bool
 
     def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
         """Spans of the devices that are there from the start, who have joined one after the other."""
         ...
 
-    def join(self, device: Device, coordinate: Coordinate, view: View) -> tuple[int, int]:
+    def join(self, device: Device, view: View) -> tuple[int, int]:
         """The span of a device that joins those in view."""
         ...
 
@@ -39,6 +42,8 @@ class OwnPlacing:
     A move that `best_move` wants confirmed is done when two looks at different views name it; what was announced in
     between is part of the views.
     """
+
+    announces_joining = False
 
     def __init__(self, world: World) -> None:
         self.check_s = world.settings.refresh_s
@@ -56,7 +61,7 @@ class OwnPlacing:
             start[index], end[index] = best_span(before, self._settings.num_blocks, device.max_blocks)
         return list(zip(start.tolist(), end.tolist(), strict=True))
 
-    def join(self, device: Device, coordinate: Coordinate, view: View) -> tuple[int, int]:
+    def join(self, device: Device, view: View) -> tuple[int, int]:
         return best_span(view.spans, self._settings.num_blocks, device.max_blocks)
 
     def move(self, node: Node, view: View) -> tuple[int, int] | None:

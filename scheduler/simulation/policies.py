@@ -86,7 +86,8 @@ class BestOptions:
     limit: to how many candidates. coordinates: whether links that were not measured are foretold from coordinates, or
     count as bad. true_links: whether instead all links are known as they are. replans: whether sessions look for better
     routes while they run. prompt: whether the length of the prompt counts, too. checks: how often the peers of a new
-    route are asked for the latencies between them, and the route is planned again.
+    route are asked for the latencies between them, and the route is planned again. load: whether queues and batches of
+    the peers count. spread: whether the choice among near-equal routes is random.
     """
 
     limit: int = LIMIT
@@ -95,6 +96,8 @@ class BestOptions:
     replans: bool = True
     prompt: bool = False
     checks: int = 0
+    load: bool = True
+    spread: bool = True
 
 
 class Best:
@@ -141,7 +144,7 @@ class Best:
                 positions=positions,
                 source=plan.source,
                 target=plan.target,
-                rng=rng,
+                rng=rng if options.spread else None,
             )
 
         def cost(hops: Sequence[Hop]) -> float:
@@ -184,15 +187,17 @@ class Best:
 
     def _peers(self, plan: Plan, view: View) -> list[Peer]:
         """All peers, those that the session uses as it has seen them and with room for it."""
+        load = self._options.load
+        peers = view.peers if load else view.idle_peers
         if not plan.present:
-            return view.peers
-        peers = list(view.peers)
+            return peers
+        peers = list(peers)
         for hop in plan.present:
             index = view.index.get(hop.peer)
             if index is None:
                 continue
             peer = replace(peers[index], kv_free=max(peers[index].kv_free, plan.kv_needed))
-            if seen := plan.seen.get(hop.peer):
+            if load and (seen := plan.seen.get(hop.peer)):
                 factor = seen.block_ms / max(peer.speed.at(1 + peer.batch), 1e-6)
                 speed = Speed(tuple(ms * factor for ms in peer.speed.block_ms))
                 peer = replace(peer, speed=speed, queue_ms=seen.wait_ms)

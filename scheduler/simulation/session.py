@@ -49,8 +49,9 @@ class Session:
 
     epoch: grows with each repair; what was sent before is void. generations: of the nodes, when they were opened.
     wires: before each hop, and after the last. replays: that are awaited. trouble_since_ms: when it lost a hop or was
-    refused; -1: it has a route. foretold_ms: of a token, by the plan. seen, latencies: what it met at its hops, and
-    between them. looked_ms: when it last looked for a better route; moves: how often it took one.
+    refused; -1: it has a route. first_ms, last_ms: when the client had its first and its latest token. foretold_ms: of
+    a token, by the plan. asked_ms: what planning took. seen, latencies: what it met at its hops, and between them.
+    looked_ms: when it last looked for a better route; moves: how often it took one.
     """
 
     request: Request
@@ -63,6 +64,7 @@ class Session:
     state: str = RUNNING
     tokens: int = 0
     first_ms: float = 0.0
+    last_ms: float = 0.0
     ended_ms: float = 0.0
     replays: int = 0
     repairs: int = 0
@@ -72,11 +74,22 @@ class Session:
     banned: set[str] = field(default_factory=set[str])
     foretold_ms: float = 0.0
     asked_ms: float = 0.0
-    token_times_ms: list[float] = field(default_factory=list[float])
     seen: dict[Node, SeenHop] = field(default_factory=dict["Node", SeenHop])
     latencies: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
     looked_ms: float = 0.0
     moves: int = 0
+
+    @property
+    def context(self) -> int:
+        """Positions that its hops have to hold when the next token comes."""
+        return self.request.prompt + self.tokens - 1
+
+    def got_token(self, now_ms: float) -> None:
+        """Counts a token that the client has."""
+        if self.tokens == 0:
+            self.first_ms = now_ms
+        self.tokens += 1
+        self.last_ms = now_ms
 
     def met(self, node: Node, block_ms: float, wait_ms: float) -> None:
         """Takes in what a token met at a hop."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Final
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 import numpy as np
 
@@ -54,6 +56,12 @@ class Settings:
     @property
     def encodings(self) -> tuple[Encoding, ...]:
         return encodings_of({"none": 4.0 * self.hidden, "int8": 1.03 * self.hidden})
+
+
+RULES: Final = frozenset(
+    {"refresh_s", "record_ttl_s", "view_s", "load_s", "moves", "replan_s", "silence_s", "patience_s"}
+)
+"""The settings on which devices and requests do not depend."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +162,17 @@ class World:
         self.number_of = {device.id: device.number for device in self.devices}
         self.coordinates = _settled_coordinates(rng, self.geography, self.devices)
 
+    def under(self, **rules: Any) -> World:
+        """The same world with other settings, of those with which nothing is drawn.
+
+        Raises ValueError for a setting on which the world itself depends.
+        """
+        if drawn := rules.keys() - RULES:
+            raise ValueError(f"the world depends on {', '.join(sorted(drawn))}")
+        other = copy(self)
+        other.settings = replace(self.settings, **rules)
+        return other
+
     def names_for(self, client: int) -> dict[str, int]:
         """The number of each device by its name, as a client sees it."""
         return {**self.number_of, CLIENT: client}
@@ -167,7 +186,8 @@ def _lifetimes(rng: np.random.Generator, settings: Settings) -> list[tuple[Kind,
     """Kinds with the times at which their devices come and go: as many come as go on average."""
     shares = np.array([kind.share for kind in KINDS])
     lifetimes: list[tuple[Kind, float, float]] = []
-    for kind in rng.choice(len(KINDS), size=settings.peers, p=shares / shares.sum()).tolist():
+    drawn: list[int] = rng.choice(len(KINDS), size=settings.peers, p=shares / shares.sum()).tolist()
+    for kind in drawn:
         joins, uptime_s = 0.0, 3600 * KINDS[kind].uptime_h * settings.uptime
         while joins < settings.duration_s:  # a place in the swarm, taken by one device after the other
             leaves = joins + (float(rng.exponential(uptime_s)) if np.isfinite(uptime_s) else np.inf)
@@ -181,9 +201,13 @@ def _draw_access(rng: np.random.Generator, wired: bool) -> Access:
     _, delay, up, down = DATA_CENTRE if wired else ACCESSES[int(rng.choice(len(ACCESSES), p=shares))]
     return Access(
         float(rng.uniform(*delay)),
-        BYTES_PER_MS * float(np.exp(rng.uniform(*np.log(up)))),
-        BYTES_PER_MS * float(np.exp(rng.uniform(*np.log(down)))),
+        BYTES_PER_MS * _log_uniform(rng, *up),
+        BYTES_PER_MS * _log_uniform(rng, *down),
     )
+
+
+def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return math.exp(rng.uniform(math.log(low), math.log(high)))
 
 
 def _draw_device(
@@ -218,12 +242,12 @@ def _settled_coordinates(rng: np.random.Generator, geography: Geography, devices
     coordinates: list[Coordinate] = [Coordinate()] * count
     founders = min(count, FOUNDERS)
     for _ in range(FOUNDING_ROUNDS if founders > 1 else 0):
-        for number, other in enumerate(
-            ((np.arange(founders) + rng.integers(1, founders, founders)) % founders).tolist()
-        ):
+        others: list[int] = ((np.arange(founders) + rng.integers(1, founders, founders)) % founders).tolist()
+        for number, other in enumerate(others):
             coordinates[number] = measured_to(rng, geography, number, coordinates[number], other, coordinates[other])
     for number in range(founders, count):
-        for other in rng.integers(0, number, NEWCOMER_ROUNDS).tolist():
+        others = rng.integers(0, number, NEWCOMER_ROUNDS).tolist()
+        for other in others:
             coordinates[number] = measured_to(rng, geography, number, coordinates[number], other, coordinates[other])
     return coordinates
 

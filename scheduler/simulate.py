@@ -1,0 +1,26 @@
+"""Simulates a swarm: the way in to `scheduler/simulation/`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from scheduler.simulation.engine import Simulation
+from scheduler.simulation.outcome import Outcome, outcome_of, pooled
+from scheduler.simulation.variants import ABLATIONS, BASELINES, POLICIES
+from scheduler.simulation.world import Settings, World
+
+__all__ = ["ABLATIONS", "BASELINES", "POLICIES", "Outcome", "Settings", "World", "pooled", "simulate"]
+
+
+def simulate(world: World, policy: str, progress: Callable[[float], None] | None = None) -> Outcome:
+    """What becomes of the clients of a world under a policy, one of `POLICIES`; the same arguments give the same.
+
+    progress: told from time to time which share of the clients has come.
+    """
+    chosen = POLICIES[policy]
+    world = world.under(**chosen.rules)
+    simulation = Simulation(world, chosen.routing(world), chosen.placing(world))
+    for share in simulation.run():
+        if progress:
+            progress(share)
+    return outcome_of(simulation)

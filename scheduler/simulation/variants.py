@@ -1,0 +1,65 @@
+"""The policies that can be simulated, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Final
+
+from scheduler.simulation.petals import PetalsPlacing, PetalsRouting
+from scheduler.simulation.placing import OwnPlacing, Placing
+from scheduler.simulation.policies import Best, BestOptions, FewestHops, Nearest, RandomRoute, Routing
+from scheduler.simulation.world import World
+
+EVERYBODY: Final = 1_000_000
+"""As a limit of candidates: no limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """How clients choose routes and peers choose blocks. rules: settings that differ from those of the world."""
+
+    label: str
+    routing: Callable[[World], Routing]
+    placing: Callable[[World], Placing] = OwnPlacing
+    rules: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _best(**options: Any) -> Callable[[World], Routing]:
+    return lambda world: Best(world, BestOptions(**options))
+
+
+def _petals(push: bool) -> Callable[[World], Routing]:
+    return lambda world: PetalsRouting(world, push=push)
+
+
+BASELINES: Final = ("own", "own-prompt", "random", "fewest-hops", "nearest", "petals", "petals-push")
+ABLATIONS: Final = (
+    "own", "own-prompt", "own-checks", "true-links", "no-coordinates", "no-replan", "no-moves", "no-load", "stale",
+    "petals-routing", "petals-placing",
+)  # fmt: skip
+
+POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
+    {
+        "own": Policy("own", _best()),
+        "own-prompt": Policy("own, the prompt counts", _best(prompt=True)),
+        "own-checks": Policy("own, links of the new route asked for", _best(checks=2)),
+        "true-links": Policy("own, all links known", _best(true_links=True)),
+        "no-coordinates": Policy("own, measured links only", _best(coordinates=False)),
+        "no-replan": Policy("own, no re-planning", _best(replans=False)),
+        "no-moves": Policy("own, peers never move", _best(), rules={"moves": False}),
+        "no-load": Policy("own, load ignored", _best(load=False)),
+        "stale": Policy(
+            "own, facts four times as old", _best(), rules={"refresh_s": 120.0, "record_ttl_s": 360.0, "view_s": 40.0}
+        ),
+        "all-candidates": Policy("own, over all peers", _best(limit=EVERYBODY)),
+        "random": Policy("random route", RandomRoute),
+        "fewest-hops": Policy("fewest hops", FewestHops),
+        "nearest": Policy("nearest next", Nearest),
+        "petals": Policy("Petals, through the client", _petals(push=False), PetalsPlacing),
+        "petals-push": Policy("Petals, pushing", _petals(push=True), PetalsPlacing),
+        "petals-routing": Policy("Petals' routing, own placement", _petals(push=True)),
+        "petals-placement": Policy("own routing, Petals' placement", _best(), PetalsPlacing),
+    }
+)

@@ -1,0 +1,158 @@
+"""`splitnet simulate`: a swarm that exists only in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from splitnet.errors import SplitnetError
+
+if TYPE_CHECKING:
+    from scheduler.simulate import Outcome, Settings, World
+
+
+def simulate(
+    peers: Annotated[int, typer.Option(min=1, help="Peers that are there at any time, on average.")] = 1000,
+    clients: Annotated[int, typer.Option(min=1, help="Clients that come one after the other.")] = 1000,
+    rate: Annotated[float, typer.Option(min=0.01, help="Clients per peer and hour.")] = 10.0,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="A policy, `baselines` (as without this option), or `ablations`; may be given often."),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the first world.")] = 1,
+    worlds: Annotated[int, typer.Option(min=1, help="How many worlds; their sessions are taken together.")] = 1,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the model.")] = 80,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the model.")] = 8192,
+    uptime: Annotated[float, typer.Option(min=0.01, help="Factor to the time for which peers stay.")] = 1.0,
+    coordinates: Annotated[
+        bool, typer.Option("--coordinates", help="Say what network coordinates and candidates cost, instead.")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="A folder for results.json, made if it is not there.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="A file for a chart (SVG).")] = None,
+) -> None:
+    """Simulate a swarm of thousands of peers and compare ways to route and to place blocks."""
+    from scheduler.simulate import Settings, World
+
+    names = _policies(policy or ["baselines"])
+    settings = Settings(
+        peers=peers,
+        clients=clients,
+        sessions_per_peer_hour=rate,
+        seed=seed,
+        num_blocks=blocks,
+        hidden=hidden,
+        uptime=uptime,
+    )
+    all_settings = [dataclasses.replace(settings, seed=seed + number) for number in range(worlds)]
+    if coordinates:
+        _print_coordinates([World(each) for each in all_settings])
+        return
+    outcomes = _run(all_settings, names)
+    _print_table(outcomes, settings, worlds)
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        results = {name: _figures(outcome) for name, outcome in outcomes.items()}
+        text = json.dumps({"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": results}, indent=1)
+        (output / "results.json").write_text(text + "\n")
+    if plot:
+        from scheduler.simulation.chart import chart
+
+        plot.write_text(chart(outcomes, f"{peers:,} peers, {worlds * clients:,} sessions"))
+
+
+def _policies(wanted: list[str]) -> list[str]:
+    from scheduler.simulate import ABLATIONS, BASELINES, POLICIES
+
+    groups = {"baselines": BASELINES, "ablations": ABLATIONS}
+    names = [name for word in wanted for name in groups.get(word, (word,))]
+    unknown = [name for name in names if name not in POLICIES]
+    if unknown:
+        raise SplitnetError(f"unknown policy {unknown[0]}: use baselines, ablations, or of {', '.join(POLICIES)}")
+    return list(dict.fromkeys(names))
+
+
+def _run(all_settings: list[Settings], names: list[str]) -> dict[str, Outcome]:
+    """One world after the other, so that only one is in memory."""
+    from scheduler.simulate import POLICIES, World, pooled
+    from scheduler.simulate import simulate as simulate_policy
+    from splitnet.cli.progress import StageProgress
+
+    parts: dict[str, list[Outcome]] = {name: [] for name in names}
+    with StageProgress() as progress:
+        for settings in all_settings:
+            progress.update(f"world {settings.seed}", 0, 0)
+            world = World(settings)
+            for name in names:
+                stage = f"world {settings.seed}: {POLICIES[name].label}"
+                progress.update(stage, 0, 100)
+                parts[name].append(
+                    simulate_policy(world, name, lambda share, at=stage: progress.update(at, int(100 * share), 100))
+                )
+    return {name: pooled(outcomes) for name, outcomes in parts.items()}
+
+
+def _figures(outcome: Outcome) -> dict[str, float]:
+    from scheduler.simulation.outcome import percentile
+
+    return {
+        "ttft_p50_s": percentile(outcome.ttft_ms, 50) / 1000,
+        "ttft_p95_s": percentile(outcome.ttft_ms, 95) / 1000,
+        "token_p50_ms": percentile(outcome.token_ms, 50),
+        "token_p95_ms": percentile(outcome.token_ms, 95),
+        "goodput_tokens_per_s": outcome.goodput,
+        "sessions": outcome.sessions,
+        "failed": outcome.failed,
+        "hops_mean": sum(outcome.hops) / max(1, len(outcome.hops)),
+        "utilisation_max": max(outcome.utilisation, default=0.0),
+        "utilisation_mean": sum(outcome.utilisation) / max(1, len(outcome.utilisation)),
+        "utilisation_gini": outcome.gini,
+        "foretold_p50": percentile(outcome.foretold, 50),
+        "peer_moves": outcome.peer_moves,
+        "session_moves": outcome.session_moves,
+        "repairs": outcome.repairs,
+        "record_bytes": outcome.record_bytes,
+    }
+
+
+def _print_table(outcomes: dict[str, Outcome], settings: Settings, worlds: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from scheduler.simulate import POLICIES
+
+    table = Table(
+        title=f"{settings.peers:,} peers, {worlds} x {settings.clients:,} sessions, "
+        f"{settings.sessions_per_peer_hour:g} per peer and hour"
+    )
+    table.add_column("policy")
+    for heading in (
+        "TTFT s\np50", "\np95", "ms/token\np50", "\np95", "tokens/s", "failed", "hops", "load\nGini", "\nmax",
+        "peer\nmoves", "session\nmoves", "repairs",
+    ):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for name, outcome in outcomes.items():
+        row = _figures(outcome)
+        table.add_row(
+            POLICIES[name].label,
+            f"{row['ttft_p50_s']:.2f}",
+            f"{row['ttft_p95_s']:.1f}",
+            f"{row['token_p50_ms']:.0f}",
+            f"{row['token_p95_ms']:.0f}",
+            f"{row['goodput_tokens_per_s']:.1f}",
+            f"{row['failed']:.0f}",
+            f"{row['hops_mean']:.1f}",
+            f"{row['utilisation_gini']:.2f}",
+            f"{row['utilisation_max']:.2f}",
+            f"{row['peer_moves']:.0f}",
+            f"{row['session_moves']:.0f}",
+            f"{row['repairs']:.0f}",
+        )
+    Console(width=None).print(table)
+
+
+def _print_coordinates(worlds: list[World]) -> None:
+    raise NotImplementedError
