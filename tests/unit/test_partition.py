@@ -151,7 +151,7 @@ def test_the_local_search_comes_near_the_optimum(seed: int) -> None:
 
 
 def test_the_local_search_comes_near_the_fastest_slowest_stage() -> None:
-    home = random_home(random.Random(5), 9, 16, scarce=True)
+    home = random_home(random.Random(4), 9, 16)
     best = widest_partition(home.devices, 16, home.network, encodings=ENCODINGS)
     found = widest_partition(home.devices, 16, home.network, encodings=ENCODINGS, exact_devices=0)
     check_feasible(home, found)
