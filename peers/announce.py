@@ -46,7 +46,7 @@ class Announcer:
 
     def start(self) -> None:
         """Publishes the first record before returning, then keeps it fresh."""
-        self._publish()
+        self.publish()
         self._thread.start()
 
     def close(self) -> None:
@@ -69,10 +69,11 @@ class Announcer:
             pause_s = self._refresh_s
             try:
                 self._look_around()
-                self._publish()
+                self.publish()
             except SplitnetError as error:
                 log.warning("announcement failed, next try in %.0f s: %s", self._refresh_s, error)
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Publishes the record as of now, beside the regular refreshes."""
         if not self._directory.announce(self._describe(), self._identity):
             log.warning("the DHT did not take this peer's record: check that the clock of this machine is right")

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import logging
-import socket
+import random
+import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import splitnet
+from peers.addresses import dht_address, public_address
 from peers.admission import SessionTable
 from peers.announce import Announcer
-from peers.engine import Engine
-from peers.load import Load
+from peers.mover import Mover
 from peers.neighbours import Neighbours
-from peers.placing import ANY_SPAN, SpanWish, choose_blocks, fitting_blocks
-from peers.service import Served, Service
-from peers.speed import measure_speed
-from peers.work_queue import WorkQueue
-from splitnet.errors import ProtocolError
+from peers.next_hops import NextHops
+from peers.options import PeerOptions
+from peers.placing import choose_blocks, fitting_blocks
+from peers.service import Service
+from peers.serving import Serving
+from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
 from splitnet.net.codecs import CODECS
@@ -33,38 +35,13 @@ from splitnet.net.transport import Transport
 
 log = logging.getLogger(__name__)
 
+PLACING_S = 15.0
+"""How often a peer looks whether other blocks need it more."""
+
+MOVE_DRAIN_S = 15.0
+"""How long a peer that moves waits for its sessions to be taken over."""
+
 Progress = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class PeerOptions:
-    """How a peer serves.
-
-    Attributes:
-        wish: which blocks, or how much memory for them.
-        initial_peers: multiaddrs of a swarm to join; empty starts a new one.
-        listen: `tcp://host:port` for activations, port 0 for any.
-        dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
-        public_host: host name or address that others reach this machine by, with `:port` if they reach it by another
-            port than it listens on; None: found out.
-        device, dtype: as torch and the checkpoint name them; None: chosen.
-        kv_memory: bytes for KV caches; None: a quarter of the free memory.
-        authorized_keys: file with the keys that may connect; None: anyone.
-        key_file: file of the peer's own key; None: a new key that lives as long as the peer.
-        idle_s: seconds until an idle session is dropped.
-    """
-
-    wish: SpanWish = ANY_SPAN
-    initial_peers: Sequence[str] = ()
-    listen: str = "tcp://0.0.0.0:0"
-    dht_listen: Sequence[str] | None = None
-    public_host: str | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    kv_memory: int | None = None
-    authorized_keys: Path | None = None
-    key_file: Path | None = None
-    idle_s: float = 600.0
 
 
 class Peer:
@@ -84,44 +61,33 @@ class Peer:
         max_blocks: int,
     ) -> None:
         self.checkpoint = checkpoint
-        self.span = span
         self.identity = identity
         self._directory = directory
         self._options = options
         self._max_blocks = max_blocks
-        self._speed = measure_speed(span)
-        self._load = Load()
         self._placed_at = time.time()
-        self._sessions = SessionTable(_kv_capacity(span, options.kv_memory), idle_s=options.idle_s)
-        self._queue = WorkQueue()
-        served = Served(
-            model=checkpoint.fingerprint,
-            start=span.start,
-            end=span.end,
-            num_blocks=checkpoint.num_blocks,
-            hidden_size=checkpoint.hidden_size,
-            max_positions=checkpoint.max_positions,
-        )
-        self._service = Service(served, self._sessions, self._queue, self)
-        self._engine = Engine(span, self._service, self._queue, self._speed, self._load)
+        self._mover = Mover(checkpoint.num_blocks)
+        self._last_record: PeerRecord | None = None
+        self._placing = threading.Lock()
+        self._leaving = threading.Event()
+        self._next_hops = NextHops(self)
+        self._serving: Serving | None = self._serving_of(span)
+        self._service = self._serving.service
         self._transport = Transport(
             identity,
             on_message=self._receive,
-            on_link=self._service.link_changed,
-            on_lost=lambda connection: self._service.connection_lost(connection, time.monotonic()),
-            on_tick=lambda: self._service.tick(time.monotonic()),
+            on_link=lambda endpoint, state: self.service.link_changed(endpoint, state),
+            on_lost=lambda connection: self.service.connection_lost(connection, time.monotonic()),
+            on_tick=lambda: self.service.tick(time.monotonic()),
             authorized=AuthorizedKeys.from_file(options.authorized_keys) if options.authorized_keys else None,
             listen=options.listen,
         )
-        host = options.public_host or _reachable_host(options.listen)
-        has_port = host.rpartition(":")[2].isdecimal() and not host.endswith("]")
-        address = f"tcp://{host}" if has_port else f"tcp://{host}:{self._transport.port}"
+        address = public_address(options.listen, self._transport.port, options.public_host)
         self.endpoint = Endpoint(address, identity.public)
         self._prober = Prober(self.send)
-        self._neighbours = Neighbours(
-            lambda: directory.peers(checkpoint.fingerprint), identity.public.text, self._service, self._prober
-        )
+        self._neighbours = Neighbours(self._others, self._next_hops, self._prober)
         self._announcer = Announcer(directory, identity, self.record, self._neighbours.look_around)
+        self._placer = threading.Thread(target=self._reconsider_often, name="splitnet-place", daemon=True)
 
     @classmethod
     def start(cls, model: str | Path, options: PeerOptions, *, progress: Progress | None = None) -> Peer:
@@ -140,7 +106,7 @@ class Peer:
             AuthorizedKeys.from_file(options.authorized_keys)
         identity = Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
         report("join the swarm" if options.initial_peers else "start a swarm", 0, 0)
-        listen = options.dht_listen if options.dht_listen is not None else (_dht_address(options.listen),)
+        listen = options.dht_listen if options.dht_listen is not None else (dht_address(options.listen),)
         directory = Directory.start(initial_peers=options.initial_peers, listen=listen)
         try:
             fitting = fitting_blocks(checkpoint, options.wish, device=options.device, dtype=options.dtype)
@@ -170,29 +136,56 @@ class Peer:
         """Multiaddrs that others join the swarm with."""
         return self._directory.addresses
 
+    @property
+    def serving(self) -> Serving:
+        """The span and its sessions. Raises SplitnetError while the peer moves to other blocks."""
+        if self._serving is None:
+            raise SplitnetError("this peer is moving to other blocks: try again when it serves them")
+        return self._serving
+
+    @property
+    def span(self) -> Span:
+        """The blocks that it serves."""
+        return self.serving.span
+
+    @property
+    def service(self) -> Service:
+        """What answers messages."""
+        return self._service
+
+    @property
+    def sessions(self) -> SessionTable:
+        """Who has reserved KV memory."""
+        return self._service.sessions
+
     def record(self) -> PeerRecord:
         """What the peer announces of itself, as of now."""
-        wait_ms, batch = self._load.at(time.monotonic())
+        if self._last_record is not None:
+            return replace(self._last_record, issued_at=time.time())
+        serving = self.serving
+        wait_ms, batch = serving.load.at(time.monotonic())
         coordinate, coordinate_error = self._neighbours.coordinate
         return PeerRecord(
             key=self.identity.public,
             model=self.checkpoint.fingerprint,
             model_name=self.checkpoint.name,
             address=self.endpoint.address,
-            start=self.span.start,
-            end=self.span.end,
+            start=serving.span.start,
+            end=serving.span.end,
             num_blocks=self.checkpoint.num_blocks,
             protocol=PROTOCOL_VERSION,
             codecs=tuple(CODECS),
-            device=str(self.span.device),
-            dtype=str(self.span.dtype).removeprefix("torch."),
-            block_ms=self._speed.block_ms,
-            queue_ms=max(wait_ms, self._service.queue_ms),
+            device=str(serving.span.device),
+            dtype=str(serving.span.dtype).removeprefix("torch."),
+            block_ms=serving.speed.block_ms,
+            queue_ms=max(wait_ms, serving.service.queue_ms),
             batch=batch,
-            kv_free_positions=self._sessions.free_positions,
-            sessions=len(self._sessions),
+            kv_free_positions=serving.sessions.free_positions,
+            sessions=len(serving.sessions),
             max_blocks=self._max_blocks,
             placed_at=self._placed_at,
+            moving_to=self._mover.intended,
+            serves=not serving.service.leaving,
             coordinate=coordinate,
             coordinate_error=coordinate_error,
             bytes_per_ms=self._neighbours.whereabouts.place.bytes_per_ms,
@@ -201,23 +194,37 @@ class Peer:
             issued_at=time.time(),
         )
 
-    def drain(self, timeout_s: float) -> None:
-        """Leaves the DHT and hands running sessions over: their clients replace this peer, which serves until then.
+    def reconsider(self) -> bool:
+        """Moves to other blocks if the swarm needs this peer there more; tells whether it has moved."""
+        with self._placing:
+            span = None
+            if not self._leaving.is_set():
+                before = self._mover.intended
+                span = self._mover.decide(self.record(), self._others(), time.time())
+                if span is None and self._mover.intended != before:
+                    self._announcer.publish()
+            if span is not None:
+                self._move(span)
+            return span is not None
 
-        Returns when no session is in use any more, or after `timeout_s` seconds. The clients of idle ones find out when
-        they go on.
-        """
-        self._announcer.close()
-        self._service.leave()
-        deadline = time.monotonic() + timeout_s
-        while time.monotonic() < deadline and self._service.in_use(time.monotonic()):
-            self._sessions.wait_for_end(0.2)
+    def drain(self, timeout_s: float) -> None:
+        """Leaves the DHT and hands running sessions over, see `Serving.drain`; `timeout_s`: seconds."""
+        self._leaving.set()
+        with self._placing:
+            self._announcer.close()
+            if self._serving is not None:
+                self._serving.drain(timeout_s)
 
     def close(self) -> None:
         """Leaves the DHT, stops serving and frees everything."""
-        self._announcer.close()
-        self._transport.close()
-        self._engine.close()
+        self._leaving.set()
+        with self._placing:
+            self._announcer.close()
+            self._transport.close()
+            if self._serving is not None:
+                self._serving.close()
+        if self._placer.ident is not None:
+            self._placer.join()
         self._directory.close()
 
     def send(self, destination: Destination, message: Message) -> None:
@@ -245,47 +252,78 @@ class Peer:
         return self._prober.rtt_ms(endpoint)
 
     def _serve(self) -> None:
-        self._engine.start()
+        self.serving.start()
         self._transport.start()
         self._announcer.start()
+        self._placer.start()
+
+    def _serving_of(self, span: Span) -> Serving:
+        return Serving(
+            self.checkpoint,
+            span,
+            self,
+            self._next_hops,
+            kv_memory=self._options.kv_memory,
+            idle_s=self._options.idle_s,
+        )
+
+    def _others(self) -> list[PeerRecord]:
+        present = self._directory.peers(self.checkpoint.fingerprint)
+        return [record for record in present if record.key != self.identity.public]
+
+    def _reconsider_often(self) -> None:
+        # Not at the same moment as everybody else: who looks later sees what the others have announced.
+        while not self._leaving.wait(PLACING_S * random.uniform(0.5, 1.5)):
+            try:
+                self.reconsider()
+            except SplitnetError as error:
+                log.warning("could not look for better blocks to serve: %s", error)
+
+    def _move(self, span: tuple[int, int]) -> None:
+        """Hands its sessions over, then serves other blocks under the same key and address."""
+        serving = self.serving
+        old = serving.span.start, serving.span.end
+        log.warning("moving from blocks %d..%d to %d..%d", old[0], old[1] - 1, span[0], span[1] - 1)
+        self._last_record = replace(self.record(), moving_to=span, serves=False)
+        self._announcer.publish()
+        serving.drain(MOVE_DRAIN_S)
+        serving.close()
+        # The memory of the old blocks is needed for the new ones. Until those serve, the old service says so.
+        self._serving = serving = None
+        try:
+            self._load_and_serve(*span)
+        except _IsLeaving:
+            return
+        except Exception:
+            log.exception("could not load blocks %d..%d, going back", span[0], span[1] - 1)
+            self._load_and_serve(*old)
+        self._last_record = None
+        self._announcer.publish()
+        log.warning("serving blocks %d..%d", self.span.start, self.span.end - 1)
+
+    def _load_and_serve(self, start: int, end: int) -> None:
+        def go_on(*_: int) -> None:
+            if self._leaving.is_set():
+                raise _IsLeaving
+
+        options = self._options
+        span = Span.load(self.checkpoint, start, end, device=options.device, dtype=options.dtype, progress=go_on)
+        serving = self._serving_of(span)
+        serving.start()
+        self._serving, self._service = serving, serving.service
+        self._placed_at = time.time()
 
     def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
         try:
             message = decode(frames)
         except ProtocolError as error:
-            self._service.reject(source, error)
+            self.service.reject(source, error)
             return
         if isinstance(message, Pong) and isinstance(source, Endpoint):
             self._prober.pong(source, message)
         else:
-            self._service.receive(source, message, time.monotonic())
+            self.service.receive(source, message, time.monotonic())
 
 
-def _kv_capacity(span: Span, kv_memory: int | None) -> int:
-    """Positions of KV cache that fit in the memory set aside for them."""
-    if kv_memory is None:
-        kv_memory = span.free_memory() // 4
-    return max(1, kv_memory // span.kv_bytes_per_position)
-
-
-def _reachable_host(listen: str) -> str:
-    """The host of `listen`; for a wildcard, this machine's address on its default route."""
-    host = listen.removeprefix("tcp://").rpartition(":")[0]
-    if host not in ("0.0.0.0", "*", "[::]", ""):
-        return host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # no packet is sent: this only asks the kernel for a route
-            return probe.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
-
-
-def _dht_address(listen: str) -> str:
-    host = listen.removeprefix("tcp://").rpartition(":")[0]
-    if host in ("*", ""):
-        host = "0.0.0.0"
-    try:
-        return f"/ip4/{socket.gethostbyname(host)}/tcp/0"
-    except OSError:
-        return "/ip4/0.0.0.0/tcp/0"
+class _IsLeaving(Exception):
+    """The peer was told to end while it was loading blocks."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
+from peers.next_hops import NextHops
 from scheduler.coordinates import MIN_HEIGHT_MS
 from splitnet.errors import SplitnetError
 from splitnet.net.endpoints import Endpoint
@@ -20,30 +20,18 @@ log = logging.getLogger(__name__)
 MEASURED_AT_ONCE = 8
 
 
-class LinkLender(Protocol):
-    """Opens links that next hops may use as well."""
-
-    def borrow_link(self, endpoint: Endpoint) -> bool: ...
-
-    def return_link(self, endpoint: Endpoint) -> None: ...
-
-
 class Neighbours:
     """Measures links to a few peers at a time: those that it knows least about.
 
     Args:
-        records: looks up all peers.
-        own_key: text of this peer's key.
-        links: where links are borrowed from.
+        others: looks up all other peers.
+        links: opened for a measurement as for a session.
         prober: sends the pings.
     """
 
-    def __init__(
-        self, records: Callable[[], Sequence[PeerRecord]], own_key: str, links: LinkLender, prober: Prober
-    ) -> None:
+    def __init__(self, others: Callable[[], Sequence[PeerRecord]], links: NextHops, prober: Prober) -> None:
         self.whereabouts = Whereabouts()
-        self._records = records
-        self._own_key = own_key
+        self._others = others
         self._links = links
         self._prober = prober
         self._random = random.Random()
@@ -51,20 +39,20 @@ class Neighbours:
     def look_around(self) -> None:
         """Measures some links; takes a few round trips, a few seconds at most."""
         try:
-            others = [record for record in self._records() if record.key.text != self._own_key]
+            others = list(self._others())
         except SplitnetError as error:
             log.warning("could not look for other peers: %s", error)
             return
         self._random.shuffle(others)
         others.sort(key=lambda record: -self.whereabouts.age_s(record.key.text))
         chosen = {Endpoint(record.address, record.key): record for record in others[:MEASURED_AT_ONCE]}
-        borrowed = [endpoint for endpoint in chosen if self._links.borrow_link(endpoint)]
+        borrowed = [endpoint for endpoint in chosen if self._links.acquire(endpoint)]
         try:
             for endpoint, link in self._prober.measure(borrowed).items():
                 self.whereabouts.measured(chosen[endpoint], link)
         finally:
             for endpoint in borrowed:
-                self._links.return_link(endpoint)
+                self._links.release(endpoint)
 
     @property
     def seen_links(self) -> tuple[SeenLink, ...]:

@@ -9,7 +9,7 @@ from scheduler.placement import choose_span
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
-from splitnet.net.facts import facts_of
+from splitnet.net.facts import expected_facts_of
 from splitnet.net.records import PeerRecord
 
 MEMORY_SHARE = 0.6
@@ -56,7 +56,7 @@ def choose_blocks(
     """
     count = checkpoint.num_blocks
     if wish.blocks is None:
-        return choose_span([facts_of(record) for record in present], count, fitting)
+        return choose_span([expected_facts_of(record) for record in present], count, fitting)
     start, end = wish.blocks
     if not 0 <= start < end <= count:
         raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")

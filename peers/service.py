@@ -79,11 +79,19 @@ class Service:
         sessions: the table of sessions with the KV budget.
         queue: where steps wait for the device.
         outbox: where messages go.
+        next_hops: the links to other peers.
         reach_s: how long a next hop may take to accept the link before the client is told to carry.
     """
 
     def __init__(
-        self, served: Served, sessions: SessionTable, queue: WorkQueue, outbox: Outbox, *, reach_s: float = 3.0
+        self,
+        served: Served,
+        sessions: SessionTable,
+        queue: WorkQueue,
+        outbox: Outbox,
+        next_hops: NextHops,
+        *,
+        reach_s: float = 3.0,
     ) -> None:
         self.served = served
         self.sessions = sessions
@@ -93,7 +101,7 @@ class Service:
         self.leaving = False
         self._outbox = outbox
         self._reach_s = reach_s
-        self._next_hops = NextHops(outbox)
+        self._next_hops = next_hops
         self._pending: dict[Session, _PendingOpen] = {}
         self._probe_at = 0.0
         self._lock = threading.RLock()
@@ -135,15 +143,12 @@ class Service:
         with self._lock:
             return any(session.waiting or now - session.used_at < IN_USE_S for session in self.sessions)
 
-    def borrow_link(self, endpoint: Endpoint) -> bool:
-        """Opens a link to another peer as next hops do; False if there are too many."""
+    def forget_all(self) -> None:
+        """Ends all sessions; their clients find out when they go on."""
         with self._lock:
-            return self._next_hops.acquire(endpoint)
-
-    def return_link(self, endpoint: Endpoint) -> None:
-        """Ends what `borrow_link` began."""
-        with self._lock:
-            self._next_hops.release(endpoint)
+            for session in list(self.sessions):
+                self.sessions.remove(session)
+                self._forget(session)
 
     def reject(self, source: Destination, error: ProtocolError) -> None:
         """Answers frames that are not a message."""

@@ -74,7 +74,8 @@ def peer(
 
     import torch
 
-    from peers.daemon import Peer, PeerOptions
+    from peers.daemon import Peer
+    from peers.options import PeerOptions
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
 

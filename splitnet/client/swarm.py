@@ -236,7 +236,9 @@ class Swarm:
             self._measure(self.survey.unknown(records))
         # A record outlives a peer that was killed; whom the client cannot connect to cannot serve it.
         usable = [
-            record for record in records if self.link_state(Endpoint(record.address, record.key)) is not LinkState.DOWN
+            record
+            for record in records
+            if record.serves and self.link_state(Endpoint(record.address, record.key)) is not LinkState.DOWN
         ]
         return usable, len(usable) < len(present)
 

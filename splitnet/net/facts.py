@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.network import Link, Network, Place
@@ -21,6 +22,12 @@ def facts_of(record: PeerRecord) -> Peer:
         batch=record.batch,
         kv_free=record.kv_free_positions,
     )
+
+
+def expected_facts_of(record: PeerRecord) -> Peer:
+    """The same once the peer is where it moves to."""
+    facts = facts_of(record)
+    return replace(facts, start=record.moving_to[0], end=record.moving_to[1]) if record.moving_to else facts
 
 
 def place_of(record: PeerRecord) -> Place:

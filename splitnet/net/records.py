@@ -66,7 +66,8 @@ class PeerRecord:
     block_ms: ms per block of a pass with as many positions as `scheduler.swarm.PASS_SIZES` says, observed.
     queue_ms: wait of a step before its pass starts. batch: positions of others that share the pass of a decode step.
     kv_free_positions: positions that new sessions may still take. sessions: open sessions.
-    max_blocks: how many blocks this peer has memory for. placed_at: Unix time in seconds when it took its span.
+    max_blocks: how many blocks this peer has memory for; 0: it stays where it is. placed_at: Unix time in seconds when
+    it took its span. moving_to: the span [start, end) that it means to serve next. serves: it takes sessions.
     coordinate: in ms, and behind it the height; coordinate_error: relative, see `scheduler.coordinates`.
     bytes_per_ms: the best bandwidth it has seen on any link, 0: none yet. links: to other peers, at most 16.
     issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
@@ -90,6 +91,8 @@ class PeerRecord:
     sessions: int
     max_blocks: int
     placed_at: float
+    moving_to: tuple[int, int] | None
+    serves: bool
     coordinate: tuple[float, ...]
     coordinate_error: float
     bytes_per_ms: float
@@ -113,6 +116,11 @@ class PeerRecord:
             _require(_is_text(name) and _WORD.fullmatch(name), "codecs, device, dtype or version")
         for field in ("queue_ms", "batch", "coordinate_error", "bytes_per_ms"):
             _require(_is_number(getattr(self, field), _MAX_MS), field)
+        _require(type(self.serves) is bool, "serves")
+        if self.moving_to is not None:
+            _require(type(self.moving_to) is tuple and len(self.moving_to) == 2, "moving_to")
+            _require(_is_count(self.moving_to[1], 1, self.num_blocks), "moving_to")
+            _require(_is_count(self.moving_to[0], 0, self.moving_to[1] - 1), "moving_to")
         _require(type(self.block_ms) is tuple and len(self.block_ms) == len(PASS_SIZES), "block_ms")
         _require(all(_is_number(value, _MAX_MS) for value in self.block_ms), "block_ms")
         _require(type(self.coordinate) is tuple and len(self.coordinate) == DIMENSIONS + 1, "coordinate")
@@ -187,7 +195,7 @@ class PeerRecord:
             if expected == "float" and type(value) is not float:
                 raise ProtocolError("The peer record holds a value of the wrong type.")
         for index, expected in enumerate(_TYPES):
-            if expected.startswith("tuple"):
+            if expected.startswith("tuple") and not (values[index] is None and expected.endswith("None")):
                 values[index] = _tuple_of(values[index])
         values[_LINKS] = tuple(SeenLink(*_tuple_of(link, 3)) for link in values[_LINKS])
         return cls(key, *values[1:])

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from peers.daemon import Peer, PeerOptions
+from peers.daemon import Peer
+from peers.options import PeerOptions
 from peers.placing import SpanWish
 from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.swarm import ModelFacts, Swarm
@@ -32,12 +33,11 @@ class LocalSwarm:
         return self.peers[0].addresses
 
     def add(self, start: int, end: int, **options: Any) -> Peer:
-        """Starts a peer for blocks `[start, end)`."""
-        chosen = {"listen": LOOPBACK, "kv_memory": KV_MEMORY, **options}
+        """Starts a peer for blocks `[start, end)`, or for what `wish` says instead."""
+        chosen = {"wish": SpanWish(blocks=(start, end)), "listen": LOOPBACK, "kv_memory": KV_MEMORY, **options}
         peer = Peer.start(
             options.pop("folder", self.folder),
             PeerOptions(
-                wish=SpanWish(blocks=(start, end)),
                 initial_peers=self.addresses if self.peers else (),
                 **{name: value for name, value in chosen.items() if name != "folder"},
             ),

@@ -117,7 +117,7 @@ def test_a_hop_rebuilds_its_cache_from_the_log_of_the_one_before(shared: LocalSw
         session.step(hidden[12:15], [Part(1, 12, 3, 1)])
     # The last hop forgets what it has; the hop before sends its log again.
     tail = next(peer for peer in shared.peers if peer.span.end == 6)
-    held = tail._service.sessions.get(with_replay.id)
+    held = tail.service.sessions.get(with_replay.id)
     assert held is not None
     held.rows.clear()
     with_replay.replay(1)

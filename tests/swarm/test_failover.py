@@ -113,7 +113,7 @@ def test_with_the_int8_codec_the_text_is_the_undisturbed_one(twins: LocalSwarm) 
 def test_a_session_that_all_peers_have_dropped_is_rebuilt(twins: LocalSwarm, local: Any) -> None:
     def forget() -> None:
         for peer in twins.peers:
-            service = peer._service
+            service = peer.service
             for session in list(service.sessions):
                 service.sessions.remove(session)
 
@@ -140,7 +140,7 @@ def test_a_hop_that_hangs_is_replaced(twins: LocalSwarm, local: Any) -> None:
     def hang() -> None:
         assert cache.session is not None
         hung = next(peer for peer in twins.peers if peer.endpoint == cache.session.hops[1].endpoint)
-        hung._service.receive = lambda *_: None  # type: ignore[method-assign]
+        hung.service.receive = lambda *_: None  # type: ignore[method-assign]
 
     model = twins.model()
     with model.session() as cache:

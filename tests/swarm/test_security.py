@@ -46,7 +46,7 @@ def test_a_key_that_is_not_listed_gets_nothing(
 ) -> None:
     swarm, friend = private
     heard: list[Message] = []
-    service = swarm.peers[0]._service
+    service = swarm.peers[0].service
     receive = service.receive
     monkeypatch.setattr(
         service, "receive", lambda source, message, now: (heard.append(message), receive(source, message, now))
@@ -109,9 +109,9 @@ def test_a_session_belongs_to_the_key_that_opened_it(folder: Path) -> None:
         thief.register(stolen)
         with pytest.raises(Exception, match="not your session"):
             stolen.open()
-        held = swarm.peers[0]._service.sessions.get(owner_id)
+        held = swarm.peers[0].service.sessions.get(owner_id)
         assert held is not None
-        service = swarm.peers[0]._service
+        service = swarm.peers[0].service
         service.receive(
             Connection(b"elsewhere", Identity.generate().public.curve_raw),
             Step(owner_id, held.epoch, 99, (Part(1, 0, 1, 0),), None, 0, 0, bytes(256)),

@@ -46,6 +46,8 @@ def record_of(identity: Identity, **changes: Any) -> PeerRecord:
         "sessions": 0,
         "max_blocks": 0,
         "placed_at": 0.0,
+        "moving_to": None,
+        "serves": True,
         "coordinate": (0.0, 0.0, 0.0, 0.01),
         "coordinate_error": 1.0,
         "bytes_per_ms": 0.0,

@@ -14,7 +14,7 @@ import torch
 from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
 from peers.engine import Engine
 from peers.load import Load
-from peers.next_hops import KEEP_S, MAX_NEXT_HOPS
+from peers.next_hops import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.row_memory import SessionTooLong
 from peers.service import LOST_GRACE_S, PROBE_S, Served, Service
 from peers.session import Session, Work
@@ -119,7 +119,7 @@ class Peer:
     def __post_init__(self) -> None:
         served = Served(MODEL, 2, self.end, 8, HIDDEN, self.max_positions)
         self.table = SessionTable(self.capacity, idle_s=IDLE_S)
-        self.service = Service(served, self.table, self.queue, self.outbox, reach_s=REACH_S)
+        self.service = Service(served, self.table, self.queue, self.outbox, NextHops(self.outbox), reach_s=REACH_S)
 
     def says(self, message: Message, source: Destination = CLIENT) -> list[tuple[Destination, Message]]:
         """What is sent because of `message`."""

@@ -1,0 +1,42 @@
+"""How others reach this machine, if the user does not say."""
+
+from __future__ import annotations
+
+import socket
+
+
+def public_address(listen: str, port: int, public_host: str | None) -> str:
+    """`tcp://host:port` to announce.
+
+    Args:
+        listen: what the peer listens on.
+        port: the one that it got.
+        public_host: `HOST` or `HOST:PORT` that the user gave.
+    """
+    host = public_host or reachable_host(listen)
+    has_port = host.rpartition(":")[2].isdecimal() and not host.endswith("]")
+    return f"tcp://{host}" if has_port else f"tcp://{host}:{port}"
+
+
+def reachable_host(listen: str) -> str:
+    """The host of `listen`; for a wildcard, this machine's address on its default route."""
+    host = listen.removeprefix("tcp://").rpartition(":")[0]
+    if host not in ("0.0.0.0", "*", "[::]", ""):
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # no packet is sent: this only asks the kernel for a route
+            return probe.getsockname()[0]
+        except OSError:
+            return "127.0.0.1"
+
+
+def dht_address(listen: str) -> str:
+    """The multiaddr for the DHT on the host of `listen`, any port."""
+    host = listen.removeprefix("tcp://").rpartition(":")[0]
+    if host in ("*", ""):
+        host = "0.0.0.0"
+    try:
+        return f"/ip4/{socket.gethostbyname(host)}/tcp/0"
+    except OSError:
+        return "/ip4/0.0.0.0/tcp/0"

@@ -1,0 +1,79 @@
+"""When a peer moves to other blocks: all peers look at the same facts, and the one that they name goes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scheduler.moves import Move, Willingness, best_move
+from splitnet.net.facts import facts_of
+from splitnet.net.records import PeerRecord
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Announced:
+    """A move that waits until every other peer has spoken since; issued: when their records were, by key."""
+
+    move: Move
+    issued: dict[str, float]
+
+
+class Mover:
+    """Decides for one peer. See `scheduler.moves` for the rules, and why peers do not leave a block together.
+
+    Args:
+        num_blocks: of the model.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self._num_blocks = num_blocks
+        self._announced: _Announced | None = None
+
+    @property
+    def intended(self) -> tuple[int, int] | None:
+        """The span of a move that is announced but not done yet."""
+        return (self._announced.move.start, self._announced.move.end) if self._announced else None
+
+    def decide(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> tuple[int, int] | None:
+        """The span `[start, end)` to move to now, or None.
+
+        Args:
+            own: this peer's record as of now.
+            others: all other records.
+            now: Unix time in seconds.
+        """
+        move = self._named(own, others, now)
+        if move is None:
+            self._announced = None
+            return None
+        if not move.confirm:
+            self._announced = None
+            return move.start, move.end
+        if self._announced is None or self._announced.move != move:
+            self._announced = _Announced(move, {record.key.text: record.issued_at for record in others})
+            return None
+        before = self._announced.issued
+        if any(record.issued_at <= before.get(record.key.text, 0.0) for record in others):
+            return None
+        self._announced = None
+        return move.start, move.end
+
+    def _named(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> Move | None:
+        """The best move, if it is this peer's."""
+        if not own.max_blocks:
+            return None
+        present = [own, *(record for record in others if record.serves or record.moving_to)]
+        move = best_move(
+            [facts_of(record) for record in present],
+            self._num_blocks,
+            max_blocks={record.key.text: record.max_blocks for record in present if record.max_blocks},
+            willingness=Willingness(
+                sessions={record.key.text: record.sessions for record in present},
+                settled_s={record.key.text: now - record.placed_at for record in present},
+            ),
+            moving={record.key.text: record.moving_to for record in others if record.moving_to},
+        )
+        return move if move is not None and move.peer == own.key.text else None

@@ -1,0 +1,40 @@
+"""How a peer serves: what a user may choose."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peers.placing import ANY_SPAN, SpanWish
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerOptions:
+    """How a peer serves.
+
+    Attributes:
+        wish: which blocks, or how much memory for them.
+        initial_peers: multiaddrs of a swarm to join; empty starts a new one.
+        listen: `tcp://host:port` for activations, port 0 for any.
+        dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
+        public_host: host name or address that others reach this machine by, with `:port` if they reach it by another
+            port than it listens on; None: found out.
+        device, dtype: as torch and the checkpoint name them; None: chosen.
+        kv_memory: bytes for KV caches; None: a quarter of the free memory.
+        authorized_keys: file with the keys that may connect; None: anyone.
+        key_file: file of the peer's own key; None: a new key that lives as long as the peer.
+        idle_s: seconds until an idle session is dropped.
+    """
+
+    wish: SpanWish = ANY_SPAN
+    initial_peers: Sequence[str] = ()
+    listen: str = "tcp://0.0.0.0:0"
+    dht_listen: Sequence[str] | None = None
+    public_host: str | None = None
+    device: str = "cpu"
+    dtype: str | None = None
+    kv_memory: int | None = None
+    authorized_keys: Path | None = None
+    key_file: Path | None = None
+    idle_s: float = 600.0

@@ -1,0 +1,82 @@
+"""A span with all that serves it: while a peer stays where it is, it has one of these."""
+
+from __future__ import annotations
+
+import time
+
+from peers.admission import SessionTable
+from peers.engine import Engine
+from peers.load import Load
+from peers.next_hops import NextHops
+from peers.outbox import Outbox
+from peers.service import Served, Service
+from peers.speed import measure_speed
+from peers.work_queue import WorkQueue
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import Span
+
+
+class Serving:
+    """Sessions, queue and engine of one span.
+
+    Args:
+        checkpoint: the model.
+        span: its blocks; its speed is measured now.
+        outbox: where messages go.
+        next_hops: the links to other peers.
+        kv_memory: bytes for KV caches; None: a quarter of the free memory.
+        idle_s: seconds until an idle session is dropped.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        span: Span,
+        outbox: Outbox,
+        next_hops: NextHops,
+        *,
+        kv_memory: int | None,
+        idle_s: float,
+    ) -> None:
+        self.span = span
+        self.speed = measure_speed(span)
+        self.load = Load()
+        self.sessions = SessionTable(_kv_capacity(span, kv_memory), idle_s=idle_s)
+        self.queue = WorkQueue()
+        served = Served(
+            model=checkpoint.fingerprint,
+            start=span.start,
+            end=span.end,
+            num_blocks=checkpoint.num_blocks,
+            hidden_size=checkpoint.hidden_size,
+            max_positions=checkpoint.max_positions,
+        )
+        self.service = Service(served, self.sessions, self.queue, outbox, next_hops)
+        self._engine = Engine(span, self.service, self.queue, self.speed, self.load)
+
+    def start(self) -> None:
+        """Begins to compute."""
+        self._engine.start()
+
+    def drain(self, timeout_s: float) -> None:
+        """Takes no new sessions, and hands the running ones over: their clients replace this peer, as it is told them.
+
+        Returns when no session is in use any more, or after `timeout_s` seconds. The clients of idle ones find out when
+        they go on.
+        """
+        self.service.leave()
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline and self.service.in_use(time.monotonic()):
+            self.sessions.wait_for_end(0.2)
+
+    def close(self) -> None:
+        """Stops computing, after the pass that is running, and ends all sessions."""
+        self._engine.close()
+        self.service.forget_all()
+
+
+def _kv_capacity(span: Span, kv_memory: int | None) -> int:
+    """Positions of KV cache that fit in the memory set aside for them."""
+    if kv_memory is None:
+        kv_memory = span.free_memory() // 4
+    return max(1, kv_memory // span.kv_bytes_per_position)

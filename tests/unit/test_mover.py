@@ -1,0 +1,66 @@
+"""When a peer decides to move."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from peers.mover import Mover
+from splitnet.net.identity import Identity
+from splitnet.net.records import PeerRecord
+from tests.unit.test_client_swarm import RECORD
+
+NUM_BLOCKS = 6
+IDENTITIES = sorted((Identity.generate() for _ in range(4)), key=lambda identity: identity.public.text)
+NOW = 1e9
+
+
+def record(number: int, start: int, end: int, **facts: object) -> PeerRecord:
+    changes = {"max_blocks": end - start, "placed_at": 0.0, "issued_at": NOW, **facts}
+    return replace(RECORD, key=IDENTITIES[number].public, start=start, end=end, **changes)
+
+
+def test_a_replica_goes_to_blocks_that_nobody_serves() -> None:
+    others = [record(0, 0, 2), record(1, 2, 4)]
+    assert Mover(NUM_BLOCKS).decide(record(2, 2, 4), others, NOW) == (4, 6)
+
+
+def test_only_the_one_that_is_named_goes() -> None:
+    replicas = [record(1, 0, 2), record(2, 0, 2), record(3, 0, 2)]
+    others = [record(0, 0, 2)]
+    going = [
+        own
+        for own in replicas
+        if Mover(NUM_BLOCKS).decide(own, [*others, *(peer for peer in replicas if peer != own)], NOW)
+    ]
+    assert len(going) == 1
+
+
+def test_a_peer_that_was_told_its_blocks_stays() -> None:
+    others = [record(0, 0, 2), record(1, 2, 4)]
+    assert Mover(NUM_BLOCKS).decide(record(2, 2, 4, max_blocks=0), others, NOW) is None
+
+
+def test_nobody_goes_where_somebody_is_going() -> None:
+    others = [record(0, 0, 2), record(1, 2, 4), record(3, 0, 2, moving_to=(4, 6), serves=False)]
+    assert Mover(NUM_BLOCKS).decide(record(2, 2, 4), others, NOW) is None
+
+
+def test_a_peer_that_has_just_come_stays_unless_blocks_are_missing() -> None:
+    slow = tuple(20 * ms for ms in RECORD.block_ms)
+    others = [record(0, 0, 3), record(1, 3, 6, block_ms=slow)]
+    own = record(2, 0, 3)
+    assert Mover(NUM_BLOCKS).decide(replace(own, placed_at=NOW - 1), others, NOW) is None
+    assert Mover(NUM_BLOCKS).decide(own, others, NOW) == (3, 6)
+
+
+def test_what_must_be_confirmed_waits_until_all_others_have_spoken_again() -> None:
+    # Blocks 4..5 are served by nobody, and the only peer that may move is the lowest at its blocks.
+    own, others = record(0, 0, 4, max_blocks=6), [record(1, 0, 4, max_blocks=0)]
+    mover = Mover(NUM_BLOCKS)
+    assert mover.decide(own, others, NOW) is None
+    assert mover.intended is not None
+    assert mover.decide(own, others, NOW + 10) is None
+    later = [replace(peer, issued_at=NOW + 15) for peer in others]
+    intended = mover.intended
+    assert mover.decide(own, later, NOW + 16) == intended
+    assert mover.intended is None
