@@ -178,7 +178,8 @@ class Simulation:
     def _moved(self, session: Session) -> bool:
         """Looks for a better route between two tokens, when it is time to, and goes over to it if that pays."""
         now = self.events.now
-        due = self._routing.replans and now - session.looked_ms >= self._settings.replan_s * 1000
+        pause_s = self._settings.replan_s * self._settings.replan_growth**session.moves
+        due = self._routing.replans and now - session.looked_ms >= pause_s * 1000
         if not due or session.lost_hops():
             return False
         session.looked_ms = now

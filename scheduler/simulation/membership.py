@@ -13,7 +13,7 @@ from scheduler.simulation.events import Events
 from scheduler.simulation.node import Node
 from scheduler.simulation.placing import Placing
 from scheduler.simulation.session import Session
-from scheduler.simulation.world import Device, World, measured_to
+from scheduler.simulation.world import USED_SLOWER, Device, World, measured_to
 from scheduler.swarm import Peer
 
 MEASURED_LINKS: Final = 16
@@ -89,9 +89,16 @@ class Membership:
         node = Node(device, span, coordinate, float(self._world.geography.up[device.number]))
         self.nodes[device.id] = node
         self._events.at(device.leaves_s * 1000, self._leave, node)
+        for begin_s, end_s in device.used_s:
+            self._events.at(begin_s * 1000, self._slow_down, (node, USED_SLOWER))
+            self._events.at(end_s * 1000, self._slow_down, (node, 1.0))
         if self._settings.moves:
             self._events.at(self._next_check_ms(), self._consider_move, node)
         return node
+
+    def _slow_down(self, item: tuple[Node, float]) -> None:
+        node, factor = item
+        node.slower = factor
 
     def _next_check_ms(self) -> float:
         return self._events.now + 2000 * self._placing.check_s * float(self._rng.random())

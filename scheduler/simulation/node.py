@@ -9,7 +9,7 @@ from scheduler.coordinates import Coordinate
 from scheduler.network import Link, Place
 from scheduler.simulation.directory import Record
 from scheduler.simulation.world import Device, device_id
-from scheduler.swarm import Peer
+from scheduler.swarm import Peer, Speed
 
 if TYPE_CHECKING:
     from scheduler.simulation.session import Session
@@ -46,6 +46,7 @@ class Node:
     Attributes:
         generation: how often it has changed or lost its blocks; what was under way before is lost.
         measured: links to other peers, by number.
+        slower: factor to the time of a pass, while its owner works with the device.
     """
 
     def __init__(self, device: Device, span: tuple[int, int], coordinate: Coordinate, up_bytes_per_ms: float) -> None:
@@ -59,6 +60,7 @@ class Node:
         self.coordinate = coordinate
         self.up_bytes_per_ms = up_bytes_per_ms
         self.measured: dict[int, Link] = {}
+        self.slower = 1.0
         self.kv_used = 0
         self.sessions: dict[Session, None] = {}
         self.ready: list[Step] = []
@@ -133,7 +135,7 @@ class Node:
         positions = 0
         for _, count in taken:
             positions += count
-        block_ms = self.device.speed.at(positions)
+        block_ms = self.device.speed.at(positions) * self.slower
         took_ms = block_ms * (end - start)
         for step, _ in taken:
             if step.positions <= DECODE_POSITIONS:
@@ -184,7 +186,7 @@ class Node:
             self.id,
             self.start,
             self.end,
-            self.device.speed,
+            Speed(tuple(ms * self.slower for ms in self.device.speed.block_ms)),
             max(residual, waited),
             batch,
             self.device.kv_positions - self.kv_used,

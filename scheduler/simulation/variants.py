@@ -48,6 +48,8 @@ POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
         "true-links": Policy("own, all links known", _best(true_links=True)),
         "no-coordinates": Policy("own, measured links only", _best(coordinates=False)),
         "no-replan": Policy("own, no re-planning", _best(replans=False)),
+        "own-patient": Policy("own, sessions look ever less often", _best(), rules={"replan_growth": 2.0}),
+        "own-once": Policy("own, sessions look ever less often", _best(), rules={"replan_growth": 1000.0}),
         "no-moves": Policy("own, peers never move", _best(), rules={"moves": False}),
         "no-load": Policy("own, load ignored", _best(load=False)),
         "stale": Policy(

@@ -24,10 +24,11 @@ class Settings:
     peers: living at any time, on average. clients: each with one session. sessions_per_peer_hour: how often they come.
     num_blocks, hidden: of the model. refresh_s: how often a peer publishes its facts. record_ttl_s: how long they stay
     after the last time. view_s: how often clients read all facts. load_s: to load one block. uptime: factor to the time
-    that devices stay; infinite for no churn. moves: whether peers may change their blocks. jitter: mean share by which
+    that devices stay; infinite for no churn. own_use: whether
+    their owners work with them. moves: whether peers may change their blocks. jitter: mean share by which
     a message's latency exceeds the link's. loss: share of messages that are sent twice. silence_s: until a hop that
     crashed counts as lost. patience_s: how long a session waits for peers to serve its blocks.
-    replan_s: how often a session looks for a better route.
+    replan_s: how often a session looks for a better route; replan_growth: factor to that for each time it went over.
     """
 
     peers: int = 1000
@@ -41,12 +42,14 @@ class Settings:
     view_s: float = 10.0
     load_s: float = 1.0
     uptime: float = 1.0
+    own_use: bool = True
     moves: bool = True
     jitter: float = 0.05
     loss: float = 0.005
     silence_s: float = 3.0
     patience_s: float = 30.0
     replan_s: float = 10.0
+    replan_growth: float = 1.0
 
     @property
     def duration_s(self) -> float:
@@ -59,7 +62,7 @@ class Settings:
 
 
 RULES: Final = frozenset(
-    {"refresh_s", "record_ttl_s", "view_s", "load_s", "moves", "replan_s", "silence_s", "patience_s"}
+    {"refresh_s", "record_ttl_s", "view_s", "load_s", "moves", "replan_s", "replan_growth", "silence_s", "patience_s"}
 )
 """The settings on which devices and requests do not depend."""
 
@@ -70,7 +73,8 @@ class Kind:
 
     decode_ms: to read a block's weights. prefill_ms: arithmetic of a position in a block.
     blocks: fewest and most that its owner gives memory for. kv_positions: that all sessions may take together.
-    uptime_h: mean time until it leaves. wired: whether its link is that of a data centre.
+    uptime_h: mean time until it leaves. wired: whether its link is that of a data centre. own_use: whether its owner
+    works with it from time to time, which makes it slower.
     """
 
     name: str
@@ -81,15 +85,16 @@ class Kind:
     kv_positions: int
     uptime_h: float
     wired: bool = False
+    own_use: bool = True
 
 
 KINDS: Final[Sequence[Kind]] = (
-    Kind("data centre GPU", 0.03, 0.5, 0.005, (16, 48), 64_000, 24.0, wired=True),
+    Kind("data centre GPU", 0.03, 0.5, 0.005, (16, 48), 64_000, 24.0, wired=True, own_use=False),
     Kind("desktop GPU", 0.22, 1.2, 0.02, (8, 20), 24_000, 4.0),
     Kind("laptop GPU", 0.20, 3.0, 0.07, (4, 8), 12_000, 1.5),
     Kind("unified memory", 0.20, 5.0, 0.2, (8, 24), 24_000, 2.0),
     Kind("desktop CPU", 0.20, 12.0, 1.0, (8, 24), 16_000, 4.0),
-    Kind("board", 0.15, 16.0, 4.0, (2, 5), 4_000, 12.0),
+    Kind("board", 0.15, 16.0, 4.0, (2, 5), 4_000, 12.0, own_use=False),
 )
 """A block of 0.9 GB, as of a model of 70 billion parameters with 8 bits each, read at 1800 down to 55 GB/s."""
 
@@ -109,7 +114,8 @@ BYTES_PER_MS: Final = 125.0
 class Device:
     """A device that serves blocks.
 
-    number: in the geography. joins_s, leaves_s: when. crashes: it leaves without a word.
+    number: in the geography. joins_s, leaves_s: when. crashes: it leaves without a word. used_s: from when to when its
+    owner works with it.
     """
 
     number: int
@@ -121,6 +127,7 @@ class Device:
     joins_s: float
     leaves_s: float
     crashes: bool
+    used_s: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +165,11 @@ class World:
         self.requests = [
             Request(len(self.devices) + client, float(at), int(prompt), int(output))
             for client, (at, prompt, output) in enumerate(zip(arrivals, prompts, outputs, strict=True))
+        ]
+        use = np.random.default_rng([settings.seed, 6])  # of its own, so that all else is the same without it
+        self.devices = [
+            replace(device, used_s=_draw_use(use, device, settings.duration_s)) if settings.own_use else device
+            for device in self.devices
         ]
         self.number_of = {device.id: device.number for device in self.devices}
         self.coordinates = _settled_coordinates(rng, self.geography, self.devices)
@@ -225,6 +237,22 @@ def _draw_device(
         leaves_s=leaves,
         crashes=bool(rng.random() < 0.5),
     )
+
+
+USED_EVERY_S: Final = 2 * 3600.0
+USED_FOR_S: Final = 600.0
+USED_SLOWER: Final = 3.0
+"""Once in so long a device's owner works with it for so long, both on average; then it is slower by the factor."""
+
+
+def _draw_use(rng: np.random.Generator, device: Device, end_s: float) -> list[tuple[float, float]]:
+    used: list[tuple[float, float]] = []
+    at_s = device.joins_s + float(rng.exponential(USED_EVERY_S))
+    while device.kind.own_use and at_s < end_s:
+        until_s = at_s + float(rng.exponential(USED_FOR_S))
+        used.append((at_s, until_s))
+        at_s = until_s + float(rng.exponential(USED_EVERY_S))
+    return used
 
 
 FOUNDERS: Final = 300

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from scheduler.simulate import Outcome, Settings, World
 
 
+PLANNED_CLIENTS = 50
+"""With --coordinates; each is planned for in every way."""
+
+
 def simulate(
     peers: Annotated[int, typer.Option(min=1, help="Peers that are there at any time, on average.")] = 1000,
     clients: Annotated[int, typer.Option(min=1, help="Clients that come one after the other.")] = 1000,
@@ -49,7 +53,7 @@ def simulate(
     )
     all_settings = [dataclasses.replace(settings, seed=seed + number) for number in range(worlds)]
     if coordinates:
-        _print_coordinates([World(each) for each in all_settings])
+        _print_coordinates(World(settings))
         return
     outcomes = _run(all_settings, names)
     _print_table(outcomes, settings, worlds)
@@ -154,5 +158,31 @@ def _print_table(outcomes: dict[str, Outcome], settings: Settings, worlds: int) 
     Console(width=None).print(table)
 
 
-def _print_coordinates(worlds: list[World]) -> None:
-    raise NotImplementedError
+def _print_coordinates(world: World) -> None:
+    from time import perf_counter
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from scheduler.simulation.outcome import percentile
+    from scheduler.simulation.route_quality import coordinate_error, plan_qualities
+    from splitnet.cli.progress import StageProgress
+
+    console = Console()
+    error = coordinate_error(world)
+    console.print(
+        f"round trips between {world.settings.peers:,} peers, foretold from coordinates: relative error "
+        f"{error.median:.0%} at the median, {error.p90:.0%} at p90; {error.fell_short:.0%} are foretold too short"
+    )
+    table = Table(title=f"routes of {PLANNED_CLIENTS} clients, no peer is busy")
+    table.add_column("planned with")
+    for heading in ("longer than the best\nmean", "\np90", "plan ms"):
+        table.add_column(heading, justify="right")
+    with StageProgress() as progress:
+        for number, quality in enumerate(plan_qualities(world, PLANNED_CLIENTS, perf_counter)):
+            progress.update("planning", number + 1, 0)
+            mean = sum(quality.excess) / len(quality.excess)
+            table.add_row(
+                quality.name, f"{mean:.1%}", f"{percentile(quality.excess, 90):.1%}", f"{quality.plan_ms:.0f}"
+            )
+    console.print(table)

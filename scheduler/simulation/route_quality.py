@@ -1,0 +1,116 @@
+"""What it costs a client's route that links are foretold, and that not all peers are planned with.
+
+All routes are planned with the facts with which a world begins, in which no peer is busy, and judged by the links as
+they are. So what is told here is the planning alone; what becomes of the sessions, `Simulation` tells.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from scheduler.cost import route_ms
+from scheduler.network import CLIENT
+from scheduler.simulation.clients import Client, new_client
+from scheduler.simulation.engine import Simulation
+from scheduler.simulation.geography import TrueNetwork
+from scheduler.simulation.placing import OwnPlacing
+from scheduler.simulation.policies import Best, BestOptions, Plan, RandomRoute, Routing
+from scheduler.simulation.variants import EVERYBODY
+from scheduler.simulation.world import Request, World
+from scheduler.swarm import Hop
+
+PAIRS: Final = 20_000
+
+EXACT: Final = BestOptions(limit=EVERYBODY, true_links=True, spread=False)
+"""What the others are compared with."""
+
+PLANS: Final = (
+    ("all links known, of 300 candidates", BestOptions(true_links=True, spread=False)),
+    ("all links known, of 100 candidates", BestOptions(limit=100, true_links=True, spread=False)),
+    ("coordinates and 16 measured links, of all peers", BestOptions(limit=EVERYBODY, spread=False)),
+    ("coordinates and 16 measured links, of 300 candidates", BestOptions(spread=False)),
+    ("the same, and the links of the new route asked for, twice", BestOptions(checks=2, spread=False)),
+    ("16 measured links, no coordinates, of all peers", BestOptions(limit=EVERYBODY, coordinates=False, spread=False)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class CoordinateError:
+    """Relative errors of round trips foretold between peers. fell_short: share of pairs foretold too near."""
+
+    median: float
+    p90: float
+    fell_short: float
+
+
+@dataclass(frozen=True, slots=True)
+class PlanQuality:
+    """Of one way to plan. excess: by how much a token takes longer than on the best route, of each client.
+
+    plan_ms: median of the time that a plan took.
+    """
+
+    name: str
+    excess: Sequence[float]
+    plan_ms: float
+
+
+def coordinate_error(world: World) -> CoordinateError:
+    """Over random pairs of the peers that are there from the start."""
+    rng = np.random.default_rng([world.settings.seed, 4])
+    here, there = rng.integers(0, len(world.coordinates), (2, PAIRS))
+    here, there = here[here != there], there[here != there]
+    vectors = np.array([coordinate.vector for coordinate in world.coordinates])
+    heights = np.array([coordinate.height_ms for coordinate in world.coordinates])
+    foretold = np.sqrt(((vectors[here] - vectors[there]) ** 2).sum(axis=1)) + heights[here] + heights[there]
+    pairs: list[tuple[int, int]] = np.stack([here, there], axis=1).tolist()
+    true = np.array([2 * world.geography.one_way_ms(one, other) for one, other in pairs])
+    errors = np.abs(foretold - true) / true
+    return CoordinateError(float(np.median(errors)), float(np.percentile(errors, 90)), float((foretold < true).mean()))
+
+
+def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> Iterator[PlanQuality]:
+    """For the first clients of a world, each way of `PLANS`, and a random route to compare with.
+
+    clock: gives the time in seconds, to measure how long planning takes.
+    """
+    routing: Routing = Best(world, EXACT)
+    simulation = Simulation(world, routing, OwnPlacing(world))
+    view = simulation.membership.view
+    rng = np.random.default_rng([world.settings.seed, 5])
+    requests = world.requests[:clients]
+    asking = [new_client(world, request.number, view, rng) for request in requests]
+
+    def costs(routing: Routing) -> tuple[list[float], float]:
+        took_ms: list[float] = []
+        found: list[float] = []
+        for client, request in zip(asking, requests, strict=True):
+            began = clock()
+            planned = routing.route(_plan(client, request, world), view, random.Random(request.number))
+            took_ms.append((clock() - began) * 1000)
+            found.append(true_ms(planned.hops, client))
+        return found, float(np.median(took_ms))
+
+    def true_ms(hops: Sequence[Hop], client: Client) -> float:
+        peers = {hop.peer: view.records[hop.peer].peer for hop in hops}
+        network = TrueNetwork(world.geography, world.names_for(client.number))
+        return route_ms(hops, peers, network, positions=1, encodings=world.settings.encodings)
+
+    best, took_ms = costs(routing)
+    yield PlanQuality("all links known, of all peers", [0.0] * len(best), took_ms)
+    ways: list[tuple[str, Routing]] = [
+        *((name, Best(world, options)) for name, options in PLANS),
+        ("random route", RandomRoute(world)),
+    ]
+    for name, routing in ways:
+        found, took_ms = costs(routing)
+        yield PlanQuality(name, [cost / least - 1 for cost, least in zip(found, best, strict=True)], took_ms)
+
+
+def _plan(client: Client, request: Request, world: World) -> Plan:
+    return Plan(client, request, (0, world.settings.num_blocks), CLIENT, CLIENT, frozenset(), request.positions)

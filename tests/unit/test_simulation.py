@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from scheduler.candidates import candidates
+from scheduler.coordinates import Coordinate
+from scheduler.cost import route_ms
+from scheduler.network import CLIENT
+from scheduler.route import best_route
+from scheduler.simulate import BASELINES, POLICIES, Settings, World, simulate
+from scheduler.simulation.engine import Simulation
+from scheduler.simulation.events import Events
+from scheduler.simulation.geography import Access, Geography, TrueNetwork
+from scheduler.simulation.outcome import Outcome, outcome_of, pooled
+from scheduler.simulation.placing import Placing
+from scheduler.simulation.policies import Plan, Planned
+from scheduler.simulation.route_quality import coordinate_error, plan_qualities
+from scheduler.simulation.session import FAILED, FINISHED, RUNNING
+from scheduler.simulation.world import KINDS, Device, Request, measured_to
+from scheduler.swarm import Hop, Speed
+
+SMALL = Settings(peers=40, clients=60, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.05, load_s=0.1)
+"""A world in which peers come and go all the time."""
+
+
+@pytest.fixture(scope="module")
+def small_world() -> World:
+    return World(SMALL)
+
+
+def ran(world: World, policy: str) -> Simulation:
+    chosen = POLICIES[policy]
+    world = world.under(**chosen.rules)
+    simulation = Simulation(world, chosen.routing(world), chosen.placing(world))
+    for _ in simulation.run():
+        pass
+    return simulation
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_every_session_ends_and_gives_back_what_it_took(small_world: World, policy: str) -> None:
+    simulation = ran(small_world, policy)
+    assert len(simulation.sessions) == SMALL.clients
+    for session in simulation.sessions:
+        assert session.state in (FINISHED, FAILED)
+        if session.state == FINISHED:
+            assert session.tokens == session.request.output
+            assert session.arrived_ms < session.first_ms <= session.last_ms == session.ended_ms
+            starts_and_ends = [0, *(end for _, _, end in session.hops)]
+            assert [start for _, start, _ in session.hops] == starts_and_ends[:-1]
+            assert starts_and_ends[-1] == SMALL.num_blocks
+    for node in simulation.nodes.values():
+        assert node.kv_used == 0
+        assert not node.sessions
+    assert any(session.state == FINISHED for session in simulation.sessions)
+
+
+def test_peers_that_leave_are_replaced_in_mid_session(small_world: World) -> None:
+    sessions = ran(small_world, "own").sessions
+    assert sum(session.repairs for session in sessions if session.state == FINISHED) > 0
+
+
+@pytest.mark.parametrize("policy", ["own", "random", "petals-push"])
+def test_the_same_seed_gives_the_same_result(policy: str) -> None:
+    first, again = (simulate(World(SMALL), policy) for _ in range(2))
+    assert first == again
+    assert simulate(World(replace(SMALL, seed=2)), policy) != first
+
+
+def test_policies_meet_the_same_world(small_world: World) -> None:
+    simulations = [ran(small_world, policy) for policy in ("own", "stale", "petals", "random")]
+    asked = [[session.request for session in simulation.sessions] for simulation in simulations]
+    assert all(requests == asked[0] == small_world.requests for requests in asked)
+    joined = [[node.device for node in simulation.nodes.values()] for simulation in simulations]
+    for devices in joined:  # how many join depends on when the last session ends
+        assert devices == small_world.devices[: len(devices)]
+        assert len(devices) > SMALL.peers
+    with pytest.raises(ValueError, match="seed"):
+        small_world.under(seed=2)
+
+
+def test_progress_grows_to_the_end(small_world: World) -> None:
+    told: list[float] = []
+    simulate(small_world, "own", told.append)
+    assert told == sorted(told)
+    assert all(0 < share <= 1 for share in told)
+
+
+class Fixed:
+    """Routing and placement as they are written down."""
+
+    through_client = False
+    replans = False
+    check_s = 1e9
+    announces_joining = False
+
+    def __init__(self, spans: Sequence[tuple[int, int]], hops: Sequence[Hop]) -> None:
+        self._spans = list(spans)
+        self._hops = list(hops)
+
+    def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
+        return self._spans[: len(devices)]
+
+    def join(self, device: Device, view: object) -> tuple[int, int]:
+        raise AssertionError("nobody joins")
+
+    def move(self, node: object, view: object) -> None:
+        return None
+
+    def route(self, plan: Plan, view: object, rng: random.Random) -> Planned:
+        return Planned(self._hops)
+
+
+def tiny_world(*requests: tuple[float, int, int], loss: float = 0.0) -> World:
+    """Five peers, each 2 ms per block and token, that stay; (at_s, prompt, output) of each request."""
+    settings = Settings(
+        peers=5, clients=len(requests), num_blocks=5, hidden=100, uptime=float("inf"), own_use=False, moves=False,
+        jitter=0.0, loss=loss, sessions_per_peer_hour=len(requests) * 3600 / 5 / 100,
+    )  # fmt: skip
+    world = World(settings)
+    world.devices = [
+        replace(device, speed=Speed.of(2.0, 0.01), max_blocks=5, kv_positions=1000) for device in world.devices
+    ]
+    world.requests = [
+        Request(5 + number, at_s, prompt, output) for number, (at_s, prompt, output) in enumerate(requests)
+    ]
+    return world
+
+
+def outcome_in(world: World, spans: Sequence[tuple[int, int]], hops: Sequence[Hop]) -> tuple[Simulation, Outcome]:
+    fixed = Fixed(spans, hops)
+    placing: Placing = fixed
+    simulation = Simulation(world, fixed, placing)
+    for _ in simulation.run():
+        pass
+    return simulation, outcome_of(simulation)
+
+
+THREE_HOPS = (Hop("p000000", 0, 2), Hop("p000002", 2, 3), Hop("p000004", 3, 5))
+SPANS = ((0, 2), (0, 2), (2, 3), (3, 5), (3, 5))
+
+
+def test_five_peers_take_as_long_as_computed_by_hand() -> None:
+    world = tiny_world((0.0, 16, 11))
+    _, outcome = outcome_in(world, SPANS, THREE_HOPS)
+    stations = [5, 0, 2, 4, 5]
+    links = [world.geography.link(here, there) for here, there in pairwise(stations)]
+    # Of the two codecs int8 takes 0.24 + 0.0029 n + 103 n / rate ms for n positions, none 0.0001 n + 400 n / rate.
+    wires = [min(0.2429 + 103 / link.bytes_per_ms, 0.0001 + 400 / link.bytes_per_ms) for link in links]
+    token_ms = sum(link.latency_ms for link in links) + sum(wires) + 5 * 2.0
+    assert outcome.token_ms == [pytest.approx(token_ms)]
+    prompt = [min(0.2864 + 1648 / link.bytes_per_ms, 0.0016 + 6400 / link.bytes_per_ms) for link in links[:-1]]
+    farthest = max(2 * world.geography.one_way_ms(5, number) for number in (0, 2, 4))
+    first_ms = 2 * farthest + sum(link.latency_ms for link in links) + sum(prompt) + wires[-1] + 5 * 2.0
+    assert outcome.ttft_ms == [pytest.approx(first_ms)]
+    assert outcome.hops == [3]
+    assert outcome.failed == outcome.repairs == outcome.peer_moves == 0
+
+
+def test_the_simulated_time_per_token_is_that_of_the_cost_model() -> None:
+    world = tiny_world((0.0, 16, 11))
+    simulation, outcome = outcome_in(world, SPANS, THREE_HOPS)
+    peers = {record.peer.id: record.peer for record in simulation.membership.view.records.values()}
+    idle = {name: replace(peer, queue_ms=0.0, batch=0.0) for name, peer in peers.items()}
+    network = TrueNetwork(world.geography, world.names_for(5))
+    cost = route_ms(THREE_HOPS, idle, network, positions=1, encodings=world.settings.encodings)
+    assert outcome.token_ms == [pytest.approx(cost)]
+
+
+def test_a_lost_message_costs_time_and_no_token() -> None:
+    _, without = outcome_in(tiny_world((0.0, 16, 50)), SPANS, THREE_HOPS)
+    _, with_loss = outcome_in(tiny_world((0.0, 16, 50), loss=0.3), SPANS, THREE_HOPS)
+    assert with_loss.tokens == without.tokens == 50
+    assert with_loss.token_ms[0] > without.token_ms[0]
+
+
+def test_sessions_that_find_no_memory_fail() -> None:
+    simulation, outcome = outcome_in(tiny_world((0.0, 900, 99), (0.0, 900, 99)), SPANS, THREE_HOPS)
+    assert outcome.failed == 1
+    assert [session.state for session in simulation.sessions] == [FINISHED, FAILED]
+
+
+def test_a_session_that_never_ends_has_failed() -> None:
+    world = tiny_world((0.0, 16, 500))
+    world.geography.delay[:] = 5000.0
+    world.geography._delay = [5000.0] * 6  # pyright: ignore[reportPrivateUsage]
+    simulation, outcome = outcome_in(world, SPANS, THREE_HOPS)
+    assert outcome.failed == 1
+    assert simulation.sessions[0].state != RUNNING
+    assert all(node.kv_used == 0 for node in simulation.nodes.values())
+
+
+def test_one_by_one_events_come_in_the_order_of_time_and_then_of_planning() -> None:
+    events, seen = Events(), list[str]()
+    for ms, name in ((2.0, "c"), (1.0, "a"), (1.0, "b"), (9.0, "late")):
+        events.at(ms, seen.append, name)
+    while events.next_before(5.0):
+        pass
+    assert seen == ["a", "b", "c"]
+    assert events.now == 2.0
+
+
+def test_gini() -> None:
+    def gini(*busy: float) -> float:
+        return replace(EMPTY, utilisation=busy).gini
+
+    assert gini(0.3, 0.3, 0.3, 0.3) == pytest.approx(0.0)
+    assert gini(0.0, 0.0, 0.0, 0.8) == pytest.approx(0.75)
+    assert gini(0.1, 0.3) == pytest.approx(0.25)
+    assert gini() == gini(0.0, 0.0) == 0.0
+
+
+EMPTY = Outcome(0, 0, [], [], [], [], [], 0, 1.0, 0, 0, 0, 0)
+
+
+def test_worlds_are_pooled_by_their_sessions() -> None:
+    one = replace(EMPTY, sessions=1, ttft_ms=[1.0], tokens=10, time_s=5.0, record_bytes=7)
+    other = replace(EMPTY, sessions=3, failed=2, ttft_ms=[2.0, 3.0], tokens=10, time_s=15.0, record_bytes=9)
+    both = pooled([one, other])
+    assert (both.sessions, both.failed, both.ttft_ms, both.record_bytes) == (4, 2, [1.0, 2.0, 3.0], 9)
+    assert both.goodput == 1.0
+
+
+def test_coordinates_converge(small_world: World) -> None:
+    plane = Geography(np.random.default_rng(3), [Access(1.0, 1000.0, 1000.0) for _ in range(60)])
+    plane.factor[:], plane.detour[:] = 2.0, 0.0
+    plane._factor, plane._detour = plane.factor.tolist(), plane.detour.tolist()  # pyright: ignore[reportPrivateUsage]
+    rng = np.random.default_rng(4)
+    places = [Coordinate()] * 60
+
+    def errors() -> list[float]:
+        pairs = [(here, there) for here in range(60) for there in range(here)]
+        true = [2 * plane.one_way_ms(*pair) for pair in pairs]
+        return [abs(places[i].rtt_ms(places[j]) - ms) / ms for (i, j), ms in zip(pairs, true, strict=True)]
+
+    before = float(np.median(errors()))
+    for _ in range(150):
+        for number in range(60):
+            other = int((number + rng.integers(1, 60)) % 60)
+            places[number] = measured_to(rng, plane, number, places[number], other, places[other])
+    assert before > 0.9
+    assert float(np.median(errors())) < 0.12  # every round trip is measured up to 10% too long
+    assert coordinate_error(small_world).median < 0.5
+
+
+def test_plans_are_compared_with_the_best(small_world: World) -> None:
+    ticks = iter(range(10_000))
+    qualities = list(plan_qualities(small_world, 8, lambda: float(next(ticks))))
+    assert all(excess >= -1e-9 for quality in qualities for excess in quality.excess)
+    by_name = {quality.name: float(np.mean(quality.excess)) for quality in qualities}
+    assert by_name["all links known, of 300 candidates"] == pytest.approx(0.0)
+    assert by_name["coordinates and 16 measured links, of all peers"] < by_name["random route"]
+    assert {quality.plan_ms for quality in qualities} == {1000.0}
+
+
+def test_candidates_of_a_large_swarm_cost_little() -> None:
+    world = World(replace(SMALL, peers=300, clients=5, uptime=1.0))
+    simulation = ran(world, "no-replan")
+    view = simulation.membership.view
+    encodings, blocks = world.settings.encodings, (0, SMALL.num_blocks)
+    excess: list[float] = []
+    for session in simulation.sessions:
+        network = view.places.with_places({CLIENT: session.client.place})
+        chosen = candidates(view.peers, blocks, network, encodings=encodings, kv_needed=500, limit=60)
+        assert len(chosen) == 60
+        found = best_route(chosen, blocks, network, encodings=encodings, kv_needed=500)
+        best = best_route(view.peers, blocks, network, encodings=encodings, kv_needed=500)
+        assert found.cost_ms >= best.cost_ms - 1e-9
+        excess.append(found.cost_ms / best.cost_ms - 1)
+    assert float(np.mean(excess)) < 0.05
+
+
+def test_candidates_keep_every_block_served(small_world: World) -> None:
+    view = ran(small_world, "own").membership.view
+    chosen = candidates(
+        view.peers, (0, SMALL.num_blocks), view.places, encodings=SMALL.encodings, kv_needed=10**9, limit=1
+    )
+    served = {block for peer in chosen for block in range(peer.start, peer.end)}
+    assert served == {block for peer in view.peers for block in range(peer.start, peer.end)}
+    assert len(chosen) == SMALL.num_blocks
+
+
+def test_baselines_have_a_policy_each() -> None:
+    assert set(BASELINES) <= POLICIES.keys()
+    assert sum(kind.share for kind in KINDS) == pytest.approx(1.0)
