@@ -12,7 +12,8 @@ class BlockWork:
     """What a pass through one block of a model has to do.
 
     dense_bytes: weights that every pass reads. expert_bytes: weights of all experts, of which a position uses the part
-    `expert_share`. cache_bytes: keys and values that a pass reads. flops: floating-point operations per position.
+    `expert_share`. cache_bytes: keys and values of a session; a pass reads those of as many sessions as it has
+    positions, but at most of `sessions`. flops: floating-point operations per position.
     """
 
     dense_bytes: float
@@ -20,11 +21,12 @@ class BlockWork:
     expert_bytes: float = 0.0
     expert_share: float = 1.0
     cache_bytes: float = 0.0
+    sessions: int = 1
 
     def bytes_read(self, positions: int) -> float:
         """By a pass of so many positions; at worst each of them uses other experts."""
         used = min(1.0, positions * self.expert_share)
-        return self.dense_bytes + used * self.expert_bytes + self.cache_bytes
+        return self.dense_bytes + used * self.expert_bytes + min(positions, self.sessions) * self.cache_bytes
 
 
 def roofline(work: BlockWork, *, bytes_per_ms: float, flops_per_ms: float) -> Speed:

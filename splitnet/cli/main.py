@@ -15,6 +15,7 @@ from splitnet.cli.demo import demo
 from splitnet.cli.generate import generate
 from splitnet.cli.key import key
 from splitnet.cli.peer import peer
+from splitnet.cli.plan import plan
 from splitnet.cli.simulate import simulate
 from splitnet.cli.status import status
 from splitnet.errors import SplitnetError
@@ -26,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (peer, generate, chat, status, key, demo, simulate):
+for command in (peer, generate, chat, status, plan, key, demo, simulate):
     app.command()(command)
 
 

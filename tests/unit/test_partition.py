@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise, permutations
 
 import pytest
@@ -243,6 +243,8 @@ def test_a_device_is_bound_by_its_memory_or_by_its_arithmetic() -> None:
     work = BlockWork(dense_bytes=1000.0, flops=100.0, expert_bytes=8000.0, expert_share=0.25, cache_bytes=10.0)
     assert work.bytes_read(1) == 3010.0
     assert work.bytes_read(100) == 9010.0
+    assert replace(work, sessions=4).bytes_read(2) == 5020.0
+    assert replace(work, sessions=4).bytes_read(100) == 9040.0
     speed = roofline(work, bytes_per_ms=100.0, flops_per_ms=50.0)
     assert speed.at(1) == pytest.approx(30.1)
     assert speed.at(PASS_SIZES[-1]) == pytest.approx(512.0)

@@ -1,0 +1,139 @@
+"""What a model takes, from its config alone: bytes of a block, of a cached position, of the client's part; arithmetic.
+
+The model is built on the meta device, where tensors have shapes but no memory, so this is what transformers would
+load, for every family, and no weight is read or downloaded.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig
+
+from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, parent_of
+from splitnet.model.dtypes import as_dtype
+from splitnet.model.families import check_can_be_cut
+from splitnet.model.kv_cache import OneRow, RowCache
+from splitnet.model.shards import Shards
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes in bytes, of weights in `dtype`.
+
+    Attributes:
+        block_bytes: weights of the largest block; its `expert_bytes` are those of experts, of which a position uses the
+            part `expert_share`.
+        kv_bytes: keys and values of one position in one block.
+        shell_bytes: weights that a client holds: embeddings, final norm and head.
+        head_bytes: weights of the head, which a client reads for every token.
+        max_positions: that the model was made for; None if its config does not say.
+    """
+
+    name: str
+    dtype: str
+    num_blocks: int
+    hidden_size: int
+    block_bytes: int
+    expert_bytes: int
+    expert_share: float
+    kv_bytes: int
+    shell_bytes: int
+    head_bytes: int
+    max_positions: int | None
+
+    @property
+    def flops_per_position(self) -> float:
+        """Of one position in one block: a multiplication and an addition for every weight that it uses."""
+        used = self.block_bytes - (1 - self.expert_share) * self.expert_bytes
+        itemsize = (as_dtype(self.dtype) or torch.float32).itemsize
+        return 2 * used / itemsize
+
+    @classmethod
+    def of(cls, model: str | Path, dtype: str | None = None) -> ModelSizes:
+        """The sizes of a checkpoint folder (its config.json is enough) or of a hub id.
+
+        Args:
+            dtype: that the weights are loaded in; None: the one that the config names, or float32.
+
+        Raises:
+            ModelNotFound: neither exists.
+            UnsupportedModel: the model cannot be cut into spans.
+        """
+        shards = Shards.open(model, None)
+        try:
+            whole = AutoConfig.from_pretrained(shards.config())
+        except OSError as error:
+            raise ModelNotFound(f"the config of {model} cannot be read: download it again") from error
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UnsupportedModel(
+                f"transformers does not know the architecture of {model}: update transformers"
+            ) from error
+        config = whole.get_text_config()
+        check_can_be_cut(config)
+        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        return cls.of_config(shards.name, config, as_dtype(dtype) or stored)
+
+    @classmethod
+    def of_config(cls, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> ModelSizes:
+        """The sizes of the text model that a config describes."""
+        whole_class, class_of_blocks = causal_class(config), backbone_class(config)
+        container = find_container(whole_class, config)
+        with torch.device("meta"):
+            whole: Any = nn.Module.to(whole_class(copy.deepcopy(config)), dtype)
+            backbone: Any = nn.Module.to(class_of_blocks(copy.deepcopy(config)), dtype)
+        parent, list_name = parent_of(whole, container)
+        blocks = list(getattr(parent, list_name))
+        largest = max(blocks, key=_bytes_of)
+        experts = sum(
+            parameter.nbytes
+            for parameter_name, parameter in largest.named_parameters()
+            if "experts" in parameter_name.split(".")
+        )
+        head = whole.get_output_embeddings()
+        return cls(
+            name=name,
+            dtype=str(dtype).removeprefix("torch."),
+            num_blocks=len(blocks),
+            hidden_size=config.hidden_size,
+            block_bytes=_bytes_of(largest),
+            expert_bytes=experts,
+            expert_share=_expert_share(config) if experts else 1.0,
+            kv_bytes=_kv_bytes(backbone, find_container(class_of_blocks, config), dtype),
+            shell_bytes=_bytes_of(whole) - sum(_bytes_of(block) for block in blocks),
+            head_bytes=_bytes_of(head) if head is not None else 0,
+            max_positions=getattr(config, "max_position_embeddings", None),
+        )
+
+
+def _bytes_of(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def _expert_share(config: PreTrainedConfig) -> float:
+    used = getattr(config, "num_experts_per_tok", None)
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    of = next((value for name in names if (value := getattr(config, name, None))), None)
+    return min(1.0, used / of) if used and of else 1.0
+
+
+def _kv_bytes(backbone: Any, container: str, dtype: torch.dtype) -> int:
+    """What a position leaves in the cache of the first block: one goes through it, on the meta device."""
+    cut_to_blocks(backbone, container, 0, 1)
+    hidden = torch.zeros(1, 1, backbone.config.hidden_size, dtype=dtype, device="meta")
+    row = RowCache()
+    try:
+        with torch.inference_mode():
+            position = torch.zeros(1, 1, dtype=torch.long, device="meta")
+            backbone(inputs_embeds=hidden, position_ids=position, cache=OneRow(row), use_cache=True)
+    except Exception as error:
+        raise UnsupportedModel(
+            f"blocks of the family {backbone.config.model_type!r} do not run on their own: {error}"
+        ) from error
+    return row.bytes_per_position
