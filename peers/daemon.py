@@ -211,6 +211,7 @@ class Peer:
         """Leaves the DHT and hands running sessions over, see `Serving.drain`; `timeout_s`: seconds."""
         self._leaving.set()
         with self._placing:
+            self.service.leave()  # before the directory, which may take a second
             self._announcer.close()
             if self._serving is not None:
                 self._serving.drain(timeout_s)

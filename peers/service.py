@@ -134,8 +134,8 @@ class Service:
     def leave(self) -> None:
         """Takes no new sessions from now on, and tells the clients of the others to replace this peer."""
         with self._lock:
-            self.leaving = True
-            for session in self.sessions:
+            told, self.leaving = self.leaving, True
+            for session in () if told else self.sessions:
                 self._fail(session.reply_to, session.id, session.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
 
     def in_use(self, now: float) -> bool:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class SplitnetError(Exception):
-    """Base of all errors that a user can act on; the command line prints them without a traceback."""
+    """Base of all errors that a user can act on; the command line prints them without a traceback.
+
+    Attributes:
+        generated: token ids `[batch, seq]`, prompt included, if the error ended a `generate()` that had come so far; a
+            `generate()` that goes on from them loses nothing. None otherwise.
+    """
+
+    generated: Any = None
 
 
 class ModelNotFound(SplitnetError):

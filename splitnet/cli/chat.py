@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
-from splitnet.cli.generate import MaxNewTokens, Seed, Temperature, TopP
+from splitnet.cli.generate import MaxNewTokens, Seed, Temperature, TopP, Wait
+from splitnet.errors import SplitnetError
 
 
 def chat(
@@ -20,6 +21,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = None,
     codec: CodecName = "auto",
+    wait: Wait = 30.0,
     key_file: KeyFile = None,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
@@ -27,7 +29,7 @@ def chat(
 
     from splitnet.cli.generation import Client, Sampling
 
-    client = Client.connect(checkpoint, join, codec, key_file)
+    client = Client.connect(checkpoint, join, codec, key_file, wait)
     try:
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         start = [{"role": "system", "content": system}] if system else []
@@ -44,6 +46,13 @@ def chat(
                     answer = client.answer(client.encode_chat(messages), sampling)
                 except KeyboardInterrupt:
                     typer.echo("\n(stopped)", err=True)
+                    messages.pop()
+                    continue
+                except SplitnetError as error:
+                    if not sys.stdin.isatty():
+                        raise
+                    typer.secho(f"\nerror: {error}", err=True, fg="red")
+                    typer.secho("the conversation is kept: say it again when that is done", err=True, dim=True)
                     messages.pop()
                     continue
                 messages.append({"role": "assistant", "content": answer.text})

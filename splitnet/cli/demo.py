@@ -34,7 +34,7 @@ def demo(
         for index, blocks in enumerate(swarm.spans):
             typer.secho(f"  daemon {index + 1}: blocks {blocks[0]}..{blocks[1] - 1}", err=True)
         address = swarm.wait()
-        client = Client.connect(checkpoint, [address], codec, None)
+        client = Client.connect(checkpoint, [address], codec, None, wait_s=30.0)
         try:
             typer.secho(f"\n> {prompt}\n", bold=True)
             ids = client.encode_prompt(prompt, chat=None)

@@ -14,6 +14,10 @@ MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at mo
 Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+Wait = Annotated[
+    float,
+    typer.Option(min=0, metavar="SECONDS", help="Time to wait for blocks that suddenly nobody serves."),
+]
 
 
 def generate(
@@ -25,6 +29,7 @@ def generate(
     top_p: TopP = 1.0,
     seed: Seed = None,
     codec: CodecName = "auto",
+    wait: Wait = 30.0,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="With the model's chat template, or the bare text.")
     ] = None,
@@ -41,7 +46,7 @@ def generate(
 
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    client = Client.connect(checkpoint, join, codec, key_file)
+    client = Client.connect(checkpoint, join, codec, key_file, wait)
     try:
         ids = client.encode_prompt(prompt, chat=chat, system=system)
         with client.model.session() as cache:

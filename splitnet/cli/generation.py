@@ -54,14 +54,18 @@ class Client:
     tokenizer: Any
 
     @classmethod
-    def connect(cls, model: str, join: Sequence[str], codec: str, key_file: Path | None) -> Client:
-        """Loads the local part of the model and joins the swarm."""
+    def connect(cls, model: str, join: Sequence[str], codec: str, key_file: Path | None, wait_s: float) -> Client:
+        """Loads the local part of the model and joins the swarm.
+
+        Args:
+            wait_s: how long a session waits for blocks that are suddenly served by nobody.
+        """
         if codec != "auto":
             codec_by_name(codec)
         checkpoint = Checkpoint.open(model)
         swarm = Swarm(ModelFacts.of(checkpoint), join, identity=Identity.load_or_create(key_file))
         try:
-            remote = attach(checkpoint, swarm, codec=codec)
+            remote = attach(checkpoint, swarm, codec=codec, recovery_timeout_s=wait_s)
             return cls(remote, checkpoint.tokenizer())
         except BaseException:
             swarm.close()
@@ -91,9 +95,14 @@ class Client:
         streamer = _TimedStreamer(self.tokenizer, silent=not stream)
         began = time.perf_counter()
         options = sampling.options()
-        output = self.model.generate(
-            ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=self._pad(), **options
-        )
+        try:
+            output = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=self._pad(), **options
+            )
+        except SplitnetError:
+            if streamer.first_token_at:
+                streamer.end()  # what was generated is printed to its last word
+            raise
         new = output[0, ids.shape[1] :]
         return Answer(
             text=self.tokenizer.decode(new, skip_special_tokens=True),

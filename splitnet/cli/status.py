@@ -27,7 +27,7 @@ def status(
     facts = ModelFacts.of(Checkpoint.open(checkpoint))
     with Swarm(facts, join) as swarm:
         records = sorted(swarm.peers(fresh=True), key=lambda record: (record.start, record.end))
-    holes = missing_blocks([facts_of(record) for record in records], facts.num_blocks)
+    holes = missing_blocks([facts_of(record) for record in records if record.serves], facts.num_blocks)
     if as_json:
         typer.echo(
             json.dumps(
@@ -53,6 +53,11 @@ def _as_json(record: Any) -> dict[str, Any]:
     return values
 
 
+def _blocks_of(record: Any) -> str:
+    served = f"{record.start}..{record.end - 1}"
+    return f"{served} -> {record.moving_to[0]}..{record.moving_to[1] - 1}" if record.moving_to else served
+
+
 def _print_table(facts: Any, records: Any, holes: Any) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -68,7 +73,7 @@ def _print_table(facts: Any, records: Any, holes: Any) -> None:
     table.add_column("key", no_wrap=True)
     for record in records:
         table.add_row(
-            f"{record.start}..{record.end - 1}",
+            _blocks_of(record),
             record.address.removeprefix("tcp://"),
             f"{record.device} {record.dtype}",
             f"{record.block_ms[0] * (record.end - record.start):.1f}",

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, StoppingCriteria
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.remote import RemoteBlocks
 from splitnet.client.session import RECOVERY_TIMEOUT_S, Session
 from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.shell import backbone_of, load_shell
 from splitnet.net.identity import Identity
@@ -106,6 +107,9 @@ class RemoteCausalLM(PreTrainedModel):
         """transformers' `generate()`; without a `cache` of the caller, peers free their memory at the end.
 
         Within `session()`, positions that the peers hold from calls before are not computed again.
+
+        Raises:
+            SplitnetError: without beams, its `generated` holds the tokens so far, to go on from.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if kwargs.get("cache") is not None or kwargs.get("use_cache") is False:
@@ -115,6 +119,8 @@ class RemoteCausalLM(PreTrainedModel):
         new_tokens = kwargs.get("max_new_tokens")
         if prompt is not None and isinstance(new_tokens, int):
             cache.remote.reserve(prompt.shape[1] + new_tokens)
+        progress = _Progress()
+        kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), progress]
         try:
             if self._conversation and prompt is not None:
                 self._conversation.rewind_to(prompt)
@@ -122,9 +128,11 @@ class RemoteCausalLM(PreTrainedModel):
             if self._conversation:
                 self._conversation.remember(output)
             return output
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, SplitnetError) and prompt is not None and progress.extends(prompt):
+                error.generated = progress.tokens
             if self._conversation:
-                self._conversation.forget()
+                self._conversation.remember_or_forget(getattr(error, "generated", None))
             raise
         finally:
             if not self._conversation:
@@ -183,6 +191,21 @@ class RemoteCausalLM(PreTrainedModel):
         return args, kwargs
 
 
+class _Progress(StoppingCriteria):
+    """Stops nothing: remembers the tokens so far."""
+
+    def __init__(self) -> None:
+        self.tokens: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        self.tokens = input_ids
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    def extends(self, prompt: torch.Tensor) -> bool:
+        """Whether they begin with the prompt, row by row; beams do not."""
+        return self.tokens is not None and self.tokens.shape[0] == prompt.shape[0]
+
+
 class _Conversation:
     """A cache that outlives a call of `generate()`, and the tokens whose keys and values it holds."""
 
@@ -203,6 +226,13 @@ class _Conversation:
 
     def remember(self, output: Any) -> None:
         self._tokens = output if isinstance(output, torch.Tensor) else output.sequences
+
+    def remember_or_forget(self, tokens: torch.Tensor | None) -> None:
+        """After an error: what was generated before it, if that can be gone on from."""
+        if tokens is None:
+            self.forget()
+        else:
+            self._tokens = tokens
 
     def forget(self) -> None:
         self._tokens = None

@@ -159,6 +159,10 @@ class Chain:
         """Reserves `budget` positions on all hops; returns why which refused."""
         return self._open_hops(range(len(self.hops)), budget)
 
+    def dropped_hops(self) -> list[Endpoint]:
+        """Hops that were given up and never replaced, as nobody could take their place."""
+        return [hop.endpoint for hop in self.hops if hop.endpoint not in self._opened]
+
     def drop(self, endpoint: Endpoint) -> None:
         """Has a hop forget the session."""
         self._opened.pop(endpoint, None)

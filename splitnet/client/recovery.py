@@ -115,6 +115,14 @@ class Recovery:
         if any(hop.endpoint == endpoint for hop in self._chain.hops):  # and was not replaced already
             self._repair({endpoint: error}, needs)
 
+    def replace_dropped_hops(self, needs: Needs) -> None:
+        """Makes the route whole again, if an earlier repair failed."""
+        dropped = self._chain.dropped_hops()
+        if dropped:
+            self._repair(
+                {endpoint: SessionLost(f"the peer at {endpoint.address} was lost") for endpoint in dropped}, needs
+            )
+
     def move(self, route: Sequence[PlannedHop], needs: Needs) -> None:
         """Leaves hops that work for better ones; what both routes share keeps its caches."""
         self._repair({}, needs, route)

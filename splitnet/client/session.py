@@ -157,7 +157,7 @@ class Session:
             ContextTooLong: the rows are longer than the model or the hops allow.
         """
         self.open()
-        self._move_if_that_pays()
+        self._repair_or_improve_route()
         began = time.perf_counter()
         codec = self._chain.first_codec
         if self._log is None:
@@ -212,18 +212,20 @@ class Session:
         """Takes from the transport's thread that a link of the client is lost or refused."""
         self._chain.link_failed(endpoint, error)
 
-    def _move_if_that_pays(self) -> None:
+    def _repair_or_improve_route(self) -> None:
+        """Before a step: replaces what an earlier call could not, or moves to a better route if that pays."""
         if self._log is None:
             return
-        cached = self._log.positions
-        planned = [hop.planned for hop in self.hops]
-        route = self._replanner.better_route(planned, self.needs, cached, max(0, self._budget - cached))
-        if route is not None:
-            recovery = self._recovery()
-            try:
+        recovery = self._recovery()
+        try:
+            recovery.replace_dropped_hops(self.needs)
+            cached = self._log.positions
+            planned = [hop.planned for hop in self.hops]
+            route = self._replanner.better_route(planned, self.needs, cached, max(0, self._budget - cached))
+            if route is not None:
                 recovery.move(route, self.needs)
-            finally:
-                self.recoveries += recovery.done
+        finally:
+            self.recoveries += recovery.done
 
     def _recovery(self) -> Recovery:
         return Recovery(self._swarm, self._chain, self._log, self._next_number, self._recovery_timeout_s)

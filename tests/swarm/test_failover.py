@@ -174,6 +174,24 @@ def test_without_a_replacement_the_blocks_are_named(folder: Path) -> None:
             model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
 
 
+def test_what_was_generated_before_an_error_is_kept_to_go_on_from(folder: Path, local: Any) -> None:
+    with local_swarm(folder, SPANS) as swarm:
+        model = swarm.model(recovery_timeout_s=0.5)
+        with model.session() as cache:
+            with pytest.raises(CoverageError) as caught:
+                model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
+            generated = caught.value.generated
+            assert generated.shape == (1, prompt()["input_ids"].shape[1] + 12)
+            swarm.add(2, 4)
+            before = cache.session.traffic.positions if cache.session else 0
+            options = {**GREEDY, "max_new_tokens": GREEDY["max_new_tokens"] - 12}
+            got = model.generate(generated, attention_mask=torch.ones_like(generated), **options)
+            assert cache.session is not None
+            # The prompt was not sent again: only the token that failed, and those after it.
+            assert cache.session.traffic.positions - before == options["max_new_tokens"]
+        assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
 def test_hops_that_the_client_carries_between_are_replaced_too(folder: Path, local: Any, tmp_path: Path) -> None:
     client = Identity.generate()
     keys = tmp_path / "authorized_keys"

@@ -48,7 +48,7 @@ def test_a_peer_that_leaves_hands_its_session_over(twins: LocalSwarm, local: Any
     thread = threading.Thread(target=drain)
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(10, leave))
-        # The text may have been quicker than the directory, so one more token comes when the peer surely leaves.
+        # The text may have been quicker than the thread, so one more token comes when the peer surely leaves.
         while not leavers[0].service.leaving:
             time.sleep(0.01)
         more = model.generate(got, attention_mask=torch.ones_like(got), **{**GREEDY, "max_new_tokens": 1})
