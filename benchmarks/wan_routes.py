@@ -3,8 +3,8 @@
 Five daemons and a client are hosts of an emulated network (see docs/netlab.md) at 5, 20 and 60 ms from each other. Each
 block has two replicas: a and b have a half of the model each; c, d and e a third. Every order of peers that can run all
 blocks is measured, in turns: decode steps through sessions whose route is given. Where two peers of an order both have
-some blocks, they share them evenly, or as a client has chosen: the devices are equally fast. Beside that stands what new
-clients choose by themselves. All of this three times:
+some blocks, they share them evenly, or as a client has chosen: the devices are equally fast. Beside that stands what
+new clients choose by themselves. All of this three times:
 
 1. as it is;
 2. the link between the first two peers of the fastest route has become slow;
