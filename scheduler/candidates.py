@@ -20,7 +20,11 @@ LIMIT: Final = 300
 ANCHORS: Final = 8
 """Places around which a chain might run."""
 
+FULL_MS: Final = 1e9
+"""What a peer without memory for the session seems to cost: behind all others, but before nobody."""
+
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 
 def candidates(
@@ -38,80 +42,129 @@ def candidates(
 ) -> list[Peer]:
     """At most `limit` of the peers, those that the best route over the blocks [start, end) most likely goes through.
 
-    Every block that some peer could run keeps such a peer, and every block that only full peers serve keeps one of
-    those, so that `best_route` says the same about what is missing; `limit` is raised to one peer per block for that.
-
-    A peer is judged by the cheapest chain through it, foretold roughly and in time linear in the number of peers: the
-    chain runs around one of a few anchors (where the client is, and places far from each other), and a hop pays its own
-    queue and passes and the way from the anchor to itself and back. Only coordinates are used for that, not the
-    measured links. The order of the result is that of `peers`.
-
-    Arguments as for `best_route`, with which the result is meant to be planned.
+    Who plans often with the same facts keeps a `Crowd`. Arguments as for `best_route`, with which the result is meant
+    to be planned.
     """
-    first, end = blocks
-    present = [peer for peer in peers if peer.start < end and peer.end > first and peer.id not in exclude]
-    limit = max(limit, end - first)
-    if len(present) <= limit:
-        return present
-    starts = np.array([max(peer.start, first) for peer in present]) - first
-    ends = np.array([min(peer.end, end) for peer in present]) - first
-    full = np.array([peer.kv_free < kv_needed for peer in present])
-    through = _chain_through(present, starts, ends, network, (source, target), positions, encodings)
-    through[full] += 1e12  # behind all others, but before nobody
-
-    # The best few of each block come first, so that no part of the model is left with one peer that may have died.
-    rank = np.full(len(present), len(present))
-    order = np.argsort(through, kind="stable")
-    few = max(1, limit // (2 * (end - first)))
-    for block in range(end - first):
-        serving = order[(starts[order] <= block) & (block < ends[order])][:few]
-        rank[serving] = np.minimum(rank[serving], np.arange(len(serving)))
-    chosen = np.lexsort((through, rank))[:limit]
-    return [present[index] for index in np.sort(chosen)]
+    crowd = Crowd(peers, network, encodings=encodings, positions=positions)
+    outside = [network.places[name] for name in (source, target) if name in network.places]
+    return crowd.near(outside, blocks, kv_needed=kv_needed, exclude=exclude, limit=limit)
 
 
-def _chain_through(
-    peers: Sequence[Peer],
-    starts: NDArray[np.int64],
-    ends: NDArray[np.int64],
-    network: Network,
-    outside: tuple[str, str],
-    positions: int,
-    encodings: Sequence[Encoding],
-) -> Floats:
-    """About how many ms the cheapest chain takes that goes through each of the peers `[peers]`."""
-    lengths = ends - starts
-    compute = np.array([block_ms(peer, positions) for peer in peers]) * lengths
-    compute += np.array([peer.queue_ms for peer in peers])
-    nowhere = Place(Coordinate(), 0.0)
-    places = [network.places.get(peer.id) for peer in peers]
-    known = np.array([place is not None for place in places])
-    rates = np.array([place.bytes_per_ms if place else 0.0 for place in places])
-    rates[rates == 0] = network.unmeasured.bytes_per_ms
-    compute += _sending_ms(rates, positions, encodings)
-    coordinates = [(place or nowhere).coordinate for place in places]
-    vectors = np.array([coordinate.vector for coordinate in coordinates]).reshape(len(peers), DIMENSIONS)
-    heights = np.array([coordinate.height_ms for coordinate in coordinates])
-    raised = 1 + np.array([coordinate.error for coordinate in coordinates])
+class Crowd:
+    """The peers of a swarm as one client or another sees them, prepared once for many plans.
 
-    ends_of_chain = [np.array(network.places[name].coordinate.vector) for name in outside if name in network.places]
-    anchors = _spread_out(vectors[known], ends_of_chain)
-    best = np.full(len(peers), np.inf)
-    for anchor in anchors:
-        away = np.where(known, (_distances(vectors, anchor) + heights) * raised, 2 * network.unmeasured.latency_ms)
-        hop = compute + away
-        per_block = hop / lengths
-        cheapest = np.array(
-            [
-                per_block[(starts <= block) & (block < ends)].min(initial=np.inf)
-                for block in range(int(ends.max(initial=0)))
-            ]
-        )
-        cheapest[np.isinf(cheapest)] = 0.0
-        before = np.concatenate([[0.0], np.cumsum(cheapest)])
-        outer = sum(float(np.linalg.norm(point - anchor)) / 2 for point in ends_of_chain)
-        best = np.minimum(best, outer + before[-1] - (before[ends] - before[starts]) + hop)
-    return best
+    Only the places in `network` are used, not its measured links. positions: of a usual step.
+    """
+
+    def __init__(
+        self, peers: Sequence[Peer], network: Network, *, encodings: Sequence[Encoding], positions: int = 1
+    ) -> None:
+        self._peers = peers
+        self._index = {peer.id: index for index, peer in enumerate(peers)}
+        self._start = np.array([peer.start for peer in peers], dtype=np.int64)
+        self._end = np.array([peer.end for peer in peers], dtype=np.int64)
+        self._kv_free = np.array([peer.kv_free for peer in peers], dtype=np.int64)
+        self._block = np.array([block_ms(peer, positions) for peer in peers])
+        nowhere = Place(Coordinate(), 0.0)
+        places = [network.places.get(peer.id) for peer in peers]
+        self._known = np.array([place is not None for place in places], dtype=bool)
+        rates = np.array([(place or nowhere).bytes_per_ms for place in places])
+        rates[rates == 0] = network.unmeasured.bytes_per_ms
+        self._fixed = np.array([peer.queue_ms for peer in peers]) + _sending_ms(rates, positions, encodings)
+        coordinates = [(place or nowhere).coordinate for place in places]
+        self._vectors = np.array([place.vector for place in coordinates]).reshape(len(peers), DIMENSIONS)
+        self._heights = np.array([place.height_ms for place in coordinates])
+        self._raised = 1 + np.array([place.error for place in coordinates])
+        self._unknown_ms = 2 * network.unmeasured.latency_ms
+        self._serving: dict[tuple[int, int], tuple[Integers, Integers]] = {}
+
+    def near(
+        self,
+        outside: Sequence[Place],
+        blocks: tuple[int, int],
+        *,
+        kv_needed: int,
+        exclude: Collection[str] = frozenset(),
+        limit: int = LIMIT,
+    ) -> list[Peer]:
+        """At most `limit` peers for a chain over the blocks [start, end), in the order in which the crowd has them.
+
+        Every block that some peer could run keeps such a peer, and every block that only full peers serve keeps one of
+        those, so that `best_route` says the same about what is missing; `limit` is raised to one peer per block for
+        that. Peers in `exclude` are left out.
+
+        A peer is judged by the cheapest chain through it, foretold roughly and in time linear in the number of peers:
+        the chain runs around one of a few anchors (where it begins and ends, and places far from each other), and a hop
+        pays its own queue and passes and the way from the anchor to itself and back.
+
+        outside: where the chain comes from and goes to, as far as that is known.
+        """
+        first, end = blocks
+        present = (self._start < end) & (self._end > first)
+        present[[self._index[name] for name in exclude if name in self._index]] = False
+        limit = max(limit, end - first)
+        if int(present.sum()) > limit:
+            present = self._most_likely(present, outside, blocks, kv_needed, limit)
+        return [self._peers[index] for index in map(int, np.flatnonzero(present))]
+
+    def _most_likely(
+        self, present: NDArray[np.bool_], outside: Sequence[Place], blocks: tuple[int, int], kv_needed: int, limit: int
+    ) -> NDArray[np.bool_]:
+        first, end = blocks
+        starts, ends = self._start.clip(first, end) - first, self._end.clip(first, end) - first
+        unusable = np.where(self._kv_free < kv_needed, FULL_MS, 0.0)
+        unusable[~present] = np.inf
+        through = self._chain_through(starts, ends, unusable, outside, blocks)
+
+        # The best few of each block come first, so that no part of the model is left with one peer that may have died.
+        rank = np.full(len(through), len(through))
+        order = np.argsort(through, kind="stable")
+        order = order[present[order]]
+        few = max(1, limit // (2 * (end - first)))
+        for block in range(end - first):
+            serving = order[(starts[order] <= block) & (block < ends[order])][:few]
+            rank[serving] = np.minimum(rank[serving], np.arange(len(serving)))
+        chosen = np.zeros(len(through), dtype=bool)
+        chosen[order[np.lexsort((through[order], rank[order]))[:limit]]] = True
+        return chosen
+
+    def _chain_through(
+        self,
+        starts: Integers,
+        ends: Integers,
+        unusable: Floats,
+        outside: Sequence[Place],
+        blocks: tuple[int, int],
+    ) -> Floats:
+        """About how many ms the cheapest chain takes that goes through each of the peers `[peers]`."""
+        lengths = ends - starts
+        compute = self._block * lengths + self._fixed + unusable
+        serving, begins = self._by_block(starts, ends, blocks)
+        of_block = np.maximum(lengths, 1)
+        ends_of_chain = [np.array(place.coordinate.vector) for place in outside]
+        best = np.full(len(compute), np.inf)
+        for anchor in _spread_out(self._vectors[self._known], ends_of_chain):
+            away = np.where(
+                self._known, (_distances(self._vectors, anchor) + self._heights) * self._raised, self._unknown_ms
+            )
+            hop = compute + away
+            cheapest = np.zeros(blocks[1] - blocks[0])
+            cheapest[np.diff(begins) > 0] = np.minimum.reduceat(
+                (hop / of_block)[serving], begins[:-1][np.diff(begins) > 0]
+            )
+            cheapest[np.isinf(cheapest)] = 0.0
+            before = np.concatenate([[0.0], np.cumsum(cheapest)])
+            outer = sum(float(np.linalg.norm(point - anchor)) / 2 for point in ends_of_chain)
+            best = np.minimum(best, outer + before[-1] - (before[ends] - before[starts]) + hop)
+        return best
+
+    def _by_block(self, starts: Integers, ends: Integers, blocks: tuple[int, int]) -> tuple[Integers, Integers]:
+        """Who serves each block, one block after the other, and where each block's peers begin in that row."""
+        if blocks not in self._serving:
+            rows = [np.flatnonzero((starts <= block) & (block < ends)) for block in range(blocks[1] - blocks[0])]
+            begins = np.cumsum([0, *(len(row) for row in rows)])
+            self._serving[blocks] = np.concatenate(rows), begins
+        return self._serving[blocks]
 
 
 def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding]) -> Floats:

@@ -11,9 +11,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.candidates import LIMIT, candidates
+from scheduler.candidates import LIMIT, Crowd
 from scheduler.cost import route_ms
-from scheduler.network import CLIENT, Link, Network
+from scheduler.network import CLIENT, Link, Network, Place
 from scheduler.route import NoRoute, best_route
 from scheduler.simulation.clients import Client
 from scheduler.simulation.directory import View
@@ -109,30 +109,25 @@ class Best:
         self.replans = options.replans
         self._world = world
         self._options = options
+        self._crowds: tuple[View | None, dict[int, Crowd]] = (None, {})
 
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
         options, encodings = self._options, self._world.settings.encodings
-        everywhere = view.places.with_places({CLIENT: plan.client.place}) if options.coordinates else Network()
+        places = {CLIENT: plan.client.place, **view.places.places} if options.coordinates else {}
         positions = 1 + plan.request.prompt // plan.request.output if options.prompt else 1
         peers = self._peers(plan, view)
-        chosen = candidates(
-            peers,
-            plan.blocks,
-            everywhere,
-            encodings=encodings,
-            kv_needed=plan.kv_needed,
-            positions=positions,
-            source=plan.source,
-            target=plan.target,
-            exclude=plan.exclude,
-            limit=options.limit,
+        outside = [places[name] for name in (plan.source, plan.target) if name in places]
+        chosen = self._crowd(view, positions).near(
+            outside, plan.blocks, kv_needed=plan.kv_needed, exclude=plan.exclude, limit=options.limit
         )
+        if plan.present:  # what the session has seen of them counts
+            chosen = [peers[view.index[peer.id]] for peer in chosen]
         by_id = {peer.id: peer for peer in chosen}
         for hop in plan.present:
             if hop.peer in view.index and hop.peer not in by_id:
                 by_id[hop.peer] = peers[view.index[hop.peer]]
         chosen = list(by_id.values())
-        network = self._network(plan, view, everywhere, by_id.keys())
+        network = self._network(plan, view, places, by_id.keys())
 
         def best() -> Route:
             return best_route(
@@ -177,6 +172,17 @@ class Best:
         hops = min(found, key=cost)
         return Planned(list(hops), cost(hops), asked_ms, self._present_ms(plan, by_id, cost))
 
+    def _crowd(self, view: View, positions: int) -> Crowd:
+        """Of all peers in view, kept until there is another view."""
+        if self._crowds[0] is not view:
+            self._crowds = view, {}
+        crowds = self._crowds[1]
+        if positions not in crowds:
+            peers = view.peers if self._options.load else view.idle_peers
+            network = view.places if self._options.coordinates else Network()
+            crowds[positions] = Crowd(peers, network, encodings=self._world.settings.encodings, positions=positions)
+        return crowds[positions]
+
     def _present_ms(self, plan: Plan, by_id: Mapping[str, Peer], cost: Callable[[Sequence[Hop]], float]) -> float:
         known = plan.present and all(hop.peer in by_id for hop in plan.present)
         return cost(plan.present) if known else 0.0
@@ -204,7 +210,7 @@ class Best:
             peers[index] = peer
         return peers
 
-    def _network(self, plan: Plan, view: View, everywhere: Network, ids: Collection[str]) -> Network:
+    def _network(self, plan: Plan, view: View, places: Mapping[str, Place], ids: Collection[str]) -> Network:
         """The links between some peers and the client, with those that were measured."""
         if self._options.true_links:
             return TrueNetwork(self._world.geography, self._world.names_for(plan.client.number))
@@ -215,7 +221,7 @@ class Best:
                 if other in names:
                     links[name, other] = link
         links.update(plan.client.links)
-        network = Network(links, places={name: everywhere.places[name] for name in names if name in everywhere.places})
+        network = Network(links, places={name: places[name] for name in names if name in places})
         if not plan.latencies:
             return network
         seen = {pair: Link(latency_ms, network.link(*pair).bytes_per_ms) for pair, latency_ms in plan.latencies.items()}

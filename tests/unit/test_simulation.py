@@ -25,7 +25,7 @@ from scheduler.simulation.session import FAILED, FINISHED, RUNNING
 from scheduler.simulation.world import KINDS, Device, Request, measured_to
 from scheduler.swarm import Hop, Speed
 
-SMALL = Settings(peers=40, clients=60, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.05, load_s=0.1)
+SMALL = Settings(peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1)
 """A world in which peers come and go all the time."""
 
 
