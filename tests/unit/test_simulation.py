@@ -3,7 +3,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from scheduler.cost import route_ms
 from scheduler.network import CLIENT
 from scheduler.route import best_route
 from scheduler.simulate import BASELINES, POLICIES, Settings, World, simulate
+from scheduler.simulation.chart import chart
 from scheduler.simulation.engine import Simulation
 from scheduler.simulation.events import Events
 from scheduler.simulation.geography import Access, Geography, TrueNetwork
@@ -34,7 +37,9 @@ def small_world() -> World:
     return World(SMALL)
 
 
+@cache
 def ran(world: World, policy: str) -> Simulation:
+    """Not to be changed: several tests look at the same one."""
     chosen = POLICIES[policy]
     world = world.under(**chosen.rules)
     simulation = Simulation(world, chosen.routing(world), chosen.placing(world))
@@ -67,10 +72,12 @@ def test_peers_that_leave_are_replaced_in_mid_session(small_world: World) -> Non
 
 
 @pytest.mark.parametrize("policy", ["own", "random", "petals-push"])
-def test_the_same_seed_gives_the_same_result(policy: str) -> None:
-    first, again = (simulate(World(SMALL), policy) for _ in range(2))
-    assert first == again
-    assert simulate(World(replace(SMALL, seed=2)), policy) != first
+def test_the_same_seed_gives_the_same_result(small_world: World, policy: str) -> None:
+    assert simulate(World(SMALL), policy) == outcome_of(ran(small_world, policy))
+
+
+def test_another_seed_gives_another_result(small_world: World) -> None:
+    assert simulate(World(replace(SMALL, seed=2)), "random") != outcome_of(ran(small_world, "random"))
 
 
 def test_policies_meet_the_same_world(small_world: World) -> None:
@@ -284,6 +291,17 @@ def test_candidates_keep_every_block_served(small_world: World) -> None:
     served = {block for peer in chosen for block in range(peer.start, peer.end)}
     assert served == {block for peer in view.peers for block in range(peer.start, peer.end)}
     assert len(chosen) == SMALL.num_blocks
+
+
+def test_a_chart_shows_every_policy(small_world: World) -> None:
+    outcomes = {policy: outcome_of(ran(small_world, policy)) for policy in ("own", "random")}
+    drawn = ElementTree.fromstring(chart({**outcomes, "petals": EMPTY}, "40 peers & more"))
+    texts = ["".join(text.itertext()) for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts[0] == "40 peers & more"
+    assert {POLICIES[name].label for name in ("own", "random", "petals")} < set(texts)
+    p50_s = np.median(outcomes["own"].ttft_ms) / 1000
+    assert any(text.startswith(f"{p50_s:.3g} | ") for text in texts)
+    assert texts.count("nobody got one") == 2
 
 
 def test_baselines_have_a_policy_each() -> None:
