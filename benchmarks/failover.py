@@ -1,25 +1,34 @@
-"""How long text stands still when a hop is killed, and whether it goes on with the same tokens.
+"""How long text stands still when a hop is lost, and whether it goes on with the same tokens.
 
-Two daemons serve each third of the model. One answer is generated undisturbed, then again with kill -9 of the first,
-middle or last hop after some tokens; the killed daemon is started again before the next run.
+Two daemons serve each third of the model, each in a host of an emulated network without delay (see docs/netlab.md; for
+root on Linux). One answer is generated undisturbed, then again, and after some tokens something happens to the first,
+middle or last hop:
 
-    python benchmarks/failover.py CHECKPOINT [--context 100 1000] [--repeats 5] [--codec int8]
+    kill    its program dies (kill -9)
+    hang    its program stops (SIGSTOP)
+    cut     its host loses the network, and nobody is told
+    slow    its program gets one hundredth of the time
+
+    sudo .venv/bin/python benchmarks/failover.py CHECKPOINT [--context 100 1000] [--trouble kill hang cut slow]
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
+from netlab import Lab, LabError
+from netlab.peers import LabPeers
 from transformers.generation.streamers import BaseStreamer
 
-from splitnet.cli.local_swarm import LocalSwarm
 from splitnet.client.cache import RemoteCache
 from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.recovery import Recovered
@@ -28,12 +37,16 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
 
 TEXT = Path(__file__).parent / "data" / "varied_text.txt"
-NEW_TOKENS = 32
-KILL_AFTER = 12
+HOPS = ("first", "middle", "last")
+NEW_TOKENS = 40
+AFTER = 16
+"""Tokens before the trouble, so that the client knows what a step usually takes."""
+SLOW_CYCLE_S = 0.1
+SLOW_SHARE = 0.01
 
 
 class Clock(BaseStreamer):
-    """When each token came; does something after `KILL_AFTER` tokens."""
+    """When each token came; does something after `AFTER` tokens."""
 
     def __init__(self, action: Callable[[], None]) -> None:
         self.times: list[float] = []
@@ -41,59 +54,160 @@ class Clock(BaseStreamer):
 
     def put(self, value: torch.Tensor) -> None:
         self.times.append(time.perf_counter())
-        if len(self.times) == KILL_AFTER + 1:  # the prompt comes first
+        if len(self.times) == AFTER + 1:  # the prompt comes first
             self._action()
 
     def end(self) -> None:
         pass
 
-    def gap_ms(self) -> float:
-        """How much longer the token after the kill took than the others."""
-        steps = [(late - early) * 1000 for early, late in zip(self.times[1:], self.times[2:], strict=False)]
-        return steps[KILL_AFTER - 1] - statistics.median(steps)
+    def steps_ms(self) -> list[float]:
+        return [(late - early) * 1000 for early, late in zip(self.times[1:], self.times[2:], strict=False)]
 
 
-def main() -> None:
+@dataclass(frozen=True)
+class Run:
+    """One answer with trouble in it."""
+
+    to_next_ms: float
+    """From the trouble to the next token."""
+    usual_ms: float
+    lost_ms: float
+    """By how much all tokens after the trouble took longer than usual."""
+    repairs: list[Recovered]
+    same: bool
+
+    @property
+    def found_ms(self) -> float:
+        """Until the repair began; only where one step has it all."""
+        return self.to_next_ms - sum(repair.total_ms for repair in self.repairs) - self.usual_ms
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint")
+    parser.add_argument("checkpoint", help="hub id or folder of a checkpoint")
     parser.add_argument("--context", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--trouble", nargs="+", choices=TROUBLES, default=list(TROUBLES))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--codec", default="int8")
+    parser.add_argument("--codec", default="auto")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    codec = arguments.codec
     checkpoint = Checkpoint.open(arguments.checkpoint)
     ids = checkpoint.tokenizer()(TEXT.read_text(), return_tensors="pt").input_ids
-    print("| context | killed hop | pause ms, median (min-max) | of it plan and open | replay | same tokens |")
-    print("|---|---|---|---|---|---|")
-    with ExitStack() as stack:
-        # The DHT has a node of its own here, since any of the daemons may be killed.
-        directory = stack.enter_context(Directory.start(listen=["/ip4/127.0.0.1/tcp/0"]))
-        address = directory.addresses[0]
-        twins = [stack.enter_context(LocalSwarm(arguments.checkpoint, 3, join=address)) for _ in range(2)]
-        for swarm in twins:
-            swarm.wait()
-        for context in arguments.context:
-            prompt = ids[:, :context]
-            for index, name in enumerate(("first", "middle", "last")):
-                runs: list[tuple[float, Recovered]] = []
-                same = 0
-                for _ in range(arguments.repeats):
-                    with Swarm(ModelFacts.of(checkpoint), [address]) as swarm:
-                        model = attach(checkpoint, swarm, codec=arguments.codec)
-                        expected, _ = generate(model, prompt, lambda: None)
-                        with model.session() as cache:
+    edges = [round(index * checkpoint.num_blocks / len(HOPS)) for index in range(len(HOPS) + 1)]
+    spans = {f"{name}{twin}": (edges[index], edges[index + 1]) for twin in "ab" for index, name in enumerate(HOPS)}
+    try:
+        with Lab(["client", *spans]) as lab, lab.inside("client"):
+            # The DHT has a node of its own here, since any of the daemons may die.
+            directory = Directory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
+            with LabPeers(lab, arguments.checkpoint, spans, join=directory.addresses[0]) as peers:
+                print_header()
+                for trouble in arguments.trouble:
+                    for context in arguments.context:
+                        for index, name in enumerate(HOPS):
+                            runs = [
+                                disturbed(
+                                    lab, peers, checkpoint, directory, ids[:, :context], trouble, index, arguments
+                                )
+                                for _ in range(arguments.repeats)
+                            ]
+                            report(trouble, context, name, runs)
+            directory.close()
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
 
-                            def kill(index: int = index, cache: RemoteCache = cache) -> None:
-                                assert cache.session is not None
-                                kill_listener(cache.session.hops[index].endpoint.address, twins)
 
-                            got, clock = generate(model, prompt, kill)
-                            assert cache.session is not None
-                            runs.append((clock.gap_ms(), cache.session.recoveries[0]))
-                            same += torch.equal(got, expected)
-                    for dead in twins:
-                        dead.restart_dead()
-                report(context, name, runs, same)
+def disturbed(
+    lab: Lab,
+    peers: LabPeers,
+    checkpoint: Checkpoint,
+    directory: Directory,
+    prompt: torch.Tensor,
+    trouble: str,
+    index: int,
+    codec: str,
+) -> Run:
+    """Generates an answer undisturbed and one with trouble at the hop `index`; all is well again at the end."""
+    began: list[float] = []
+    with Swarm(ModelFacts.of(checkpoint), directory.addresses) as swarm:
+        model = attach(checkpoint, swarm, codec=codec)
+        expected, undisturbed = generate(model, prompt, lambda: None)
+        with model.session() as cache, ending() as at_end:
+
+            def happen(cache: RemoteCache = cache) -> None:
+                assert cache.session is not None
+                host = peers.host_of(cache.session.hops[index].planned.record)
+                began.append(time.perf_counter())
+                at_end.append(TROUBLES[trouble](lab, peers, host))
+
+            got, clock = generate(model, prompt, happen)
+            assert cache.session is not None
+            repairs = list(cache.session.recoveries)
+    usual = statistics.median(undisturbed.steps_ms())
+    after = [late for late in clock.times if late > began[0]]
+    return Run(
+        to_next_ms=(after[0] - began[0]) * 1000,
+        usual_ms=usual,
+        lost_ms=(after[-1] - began[0]) * 1000 - usual * len(after),
+        repairs=repairs,
+        same=torch.equal(got, expected),
+    )
+
+
+@contextmanager
+def ending() -> Iterator[list[Callable[[], None]]]:
+    """Collects what must be done at the end."""
+    actions: list[Callable[[], None]] = []
+    try:
+        yield actions
+    finally:
+        for action in actions:
+            action()
+
+
+def kill(lab: Lab, peers: LabPeers, host: str) -> Callable[[], None]:
+    peers.kill(host)
+    return lambda: peers.start(host)
+
+
+def hang(lab: Lab, peers: LabPeers, host: str) -> Callable[[], None]:
+    peers.freeze(host)
+    return lambda: peers.thaw(host)
+
+
+def cut(lab: Lab, peers: LabPeers, host: str) -> Callable[[], None]:
+    lab.down(host)
+    return lambda: lab.up(host)
+
+
+def slow(lab: Lab, peers: LabPeers, host: str) -> Callable[[], None]:
+    ends = threading.Event()
+
+    def turns() -> None:
+        while not ends.is_set():
+            peers.freeze(host)
+            ends.wait(SLOW_CYCLE_S * (1 - SLOW_SHARE))
+            peers.thaw(host)
+            time.sleep(SLOW_CYCLE_S * SLOW_SHARE)
+
+    thread = threading.Thread(target=turns)
+    thread.start()
+
+    def end() -> None:
+        ends.set()
+        thread.join()
+
+    return end
+
+
+TROUBLES: dict[str, Callable[[Lab, LabPeers, str], Callable[[], None]]] = {
+    "kill": kill,
+    "hang": hang,
+    "cut": cut,
+    "slow": slow,
+}
 
 
 def generate(model: RemoteCausalLM, prompt: torch.Tensor, action: Callable[[], None]) -> tuple[torch.Tensor, Clock]:
@@ -109,30 +223,29 @@ def generate(model: RemoteCausalLM, prompt: torch.Tensor, action: Callable[[], N
     return output, clock
 
 
-def kill_listener(address: str, swarms: list[LocalSwarm]) -> None:
-    """kill -9 of the daemon that listens on `address`."""
-    port = int(address.rpartition(":")[2])
-    for daemon in (process for swarm in swarms for process in swarm.processes):
-        if daemon.poll() is None and any(
-            connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-            for connection in psutil.Process(daemon.pid).net_connections("tcp")
-        ):
-            daemon.kill()
-            daemon.wait()
-            return
-    raise RuntimeError(f"no daemon listens on {address}")
+def print_header() -> None:
+    columns = ["trouble", "context", "hop", "ms to the next token, median (min-max)", "found", "planned and opened"]
+    columns += ["replayed", "ms lost until the end", "same tokens"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|", flush=True)
 
 
-def report(context: int, name: str, runs: list[tuple[float, Recovered]], same: int) -> None:
-    gaps = [gap for gap, _ in runs]
-    opened = statistics.median(recovered.opened_ms for _, recovered in runs)
-    replay = statistics.median(recovered.total_ms - recovered.opened_ms for _, recovered in runs)
+def report(trouble: str, context: int, name: str, runs: list[Run]) -> None:
+    to_next = [run.to_next_ms for run in runs]
+    opened = statistics.median(sum(repair.opened_ms for repair in run.repairs) for run in runs)
+    replayed = statistics.median(sum(repair.total_ms - repair.opened_ms for repair in run.repairs) for run in runs)
+    found = statistics.median(run.found_ms for run in runs)
+    same = sum(run.same for run in runs)
     print(
-        f"| {context} | {name} | {statistics.median(gaps):.0f} ({min(gaps):.0f}-{max(gaps):.0f}) "
-        f"| {opened:.0f} | {replay:.0f} | {same} of {len(runs)} |",
+        f"| {trouble} | {context} | {name} | {statistics.median(to_next):.0f} ({min(to_next):.0f}-{max(to_next):.0f}) "
+        f"| {f'{found:.0f}' if trouble != 'slow' else '-'} | {opened:.0f} | {replayed:.0f} "
+        f"| {statistics.median(run.lost_ms for run in runs):.0f} | {same} of {len(runs)} |",
         flush=True,
     )
+    if same < len(runs) or not all(run.repairs for run in runs):
+        for run in runs:
+            print(f"  {run}", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -178,6 +178,7 @@ class Recovery:
                     if time.monotonic() >= deadline:
                         raise error from None
             time.sleep(COVERAGE_POLL_S)
+            self._swarm.pardon_living()
 
     def _fill_gaps(self, healthy: Sequence[PlannedHop], needs: Needs) -> list[PlannedHop]:
         used = {hop.name for hop in healthy}

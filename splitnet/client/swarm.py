@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 
 RECORDS_MAX_AGE_S = 10.0
 MEASURED_AT_ONCE = 32
+PARDON_S = 0.5
+"""In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
 MAX_PROBED_ROUTES = 4
 """How often a route is planned again because the links to its ends were not measured yet."""
 
@@ -200,6 +202,16 @@ class Swarm:
     def ban(self, key: str, seconds: float) -> None:
         """Plans without a peer for a while."""
         self._banned[key] = time.monotonic() + seconds
+
+    def pardon_living(self) -> None:
+        """Lifts the bans of peers that serve and answer now: they were only slow, or cut off for a while."""
+        banned = {
+            Endpoint(record.address, record.key): record
+            for record in self.peers(fresh=True)
+            if record.key.text in self._banned and record.serves
+        }
+        for endpoint in self._prober.measure(banned, PARDON_S):
+            self._banned.pop(endpoint.key.text, None)
 
     def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
         """The link between two peers, or the client (None) and a peer: as measured, foretold, or assumed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -128,3 +129,21 @@ def test_a_hop_that_is_lost_during_a_prefill(
         assert cache.session is not None
         assert len(cache.session.recoveries) == 1
     assert torch.equal(got, local.generate(longer, attention_mask=torch.ones_like(longer), **options))
+
+
+def test_a_peer_that_nobody_can_replace_is_used_again_once_it_answers(folder: Path, local: Any) -> None:
+    with proxies(1) as (proxy,), local_swarm(folder, [SPANS[0]]) as swarm:
+        middle = swarm.add(*SPANS[1], public_host=f"127.0.0.1:{proxy.port}")
+        proxy.target = middle._transport.port
+        swarm.add(*SPANS[2])
+        model = swarm.model(recovery_timeout_s=15.0)  # less than a ban
+        timer = threading.Timer(4.0, proxy.release)
+
+        def hold() -> None:
+            proxy.hold()
+            timer.start()
+
+        with model.session():
+            got = model.generate(**prompt(), **GREEDY, streamer=After(12, hold))
+        assert not timer.is_alive()
+        assert torch.equal(got, local.generate(**prompt(), **GREEDY))
