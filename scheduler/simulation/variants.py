@@ -34,10 +34,10 @@ def _petals(push: bool) -> Callable[[World], Routing]:
     return lambda world: PetalsRouting(world, push=push)
 
 
-BASELINES: Final = ("own", "own-prompt", "random", "fewest-hops", "nearest", "petals", "petals-push")
+BASELINES: Final = ("own", "own-prompt", "no-replan", "petals-push", "petals", "fewest-hops", "nearest", "random")
 ABLATIONS: Final = (
-    "own", "own-prompt", "own-checks", "true-links", "no-coordinates", "no-replan", "no-moves", "no-load", "stale",
-    "petals-routing", "petals-placing",
+    "own", "own-prompt", "own-checks", "own-patient", "no-replan", "no-moves", "no-load", "stale", "no-coordinates",
+    "true-links", "petals-routing", "petals-placement",
 )  # fmt: skip
 
 POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
@@ -48,8 +48,7 @@ POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
         "true-links": Policy("own, all links known", _best(true_links=True)),
         "no-coordinates": Policy("own, measured links only", _best(coordinates=False)),
         "no-replan": Policy("own, no re-planning", _best(replans=False)),
-        "own-patient": Policy("own, sessions look ever less often", _best(), rules={"replan_growth": 2.0}),
-        "own-once": Policy("own, sessions look ever less often", _best(), rules={"replan_growth": 1000.0}),
+        "own-patient": Policy("own, a longer pause after each re-plan", _best(), rules={"replan_growth": 2.0}),
         "no-moves": Policy("own, peers never move", _best(), rules={"moves": False}),
         "no-load": Policy("own, load ignored", _best(load=False)),
         "stale": Policy(

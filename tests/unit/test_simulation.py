@@ -15,7 +15,7 @@ from scheduler.coordinates import Coordinate
 from scheduler.cost import route_ms
 from scheduler.network import CLIENT
 from scheduler.route import best_route
-from scheduler.simulate import BASELINES, POLICIES, Settings, World, simulate
+from scheduler.simulate import ABLATIONS, BASELINES, POLICIES, Settings, World, simulate
 from scheduler.simulation.chart import chart
 from scheduler.simulation.engine import Simulation
 from scheduler.simulation.events import Events
@@ -304,6 +304,6 @@ def test_a_chart_shows_every_policy(small_world: World) -> None:
     assert texts.count("nobody got one") == 2
 
 
-def test_baselines_have_a_policy_each() -> None:
-    assert set(BASELINES) <= POLICIES.keys()
+def test_the_groups_name_policies_that_exist() -> None:
+    assert {*BASELINES, *ABLATIONS} <= POLICIES.keys()
     assert sum(kind.share for kind in KINDS) == pytest.approx(1.0)
