@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from splitnet.cli.planning import Plan
+from splitnet.cli.planning import Plan, amount
 
 
 def title(plan: Plan) -> str:
     """What is cut, and for how much cache there is memory."""
     sizes, demand = plan.sizes, plan.demand
     sessions = f"{demand.sessions} sessions" if demand.sessions > 1 else "a session"
-    return f"{sizes.name}, {sizes.num_blocks} blocks in {sizes.dtype}, with KV caches for {sessions} of {demand.context} tokens"
+    caches = f"KV caches for {sessions} of {demand.context} tokens"
+    return f"{sizes.name}, {sizes.num_blocks} blocks in {sizes.dtype}, with {caches}"
 
 
 def device_table(plan: Plan) -> Table:
@@ -56,7 +57,7 @@ def summary(plan: Plan) -> Iterator[str]:
         f"the first token of a prompt of {plan.demand.prompt}."
     )
     if plan.sessions <= 1:
-        yield f"There is memory for one session of {plan.demand.context} tokens at a time: --sessions makes room for more."
+        yield f"There is memory for one session of {plan.demand.context} tokens; --sessions makes room for more."
     yield from _comparison(plan)
     if plan.client_ms is None:
         yield "The client's time for the head is not in these figures: name the device that it runs on (client: host:)."
@@ -80,8 +81,3 @@ def _comparison(plan: Plan) -> Iterator[str]:
         yield f"{best} alone would give {plan.alone[best]:.1f} {unit}."
     else:
         yield "No device has memory for the model alone."
-
-
-def amount(count: int) -> str:
-    """Bytes in GiB or MiB."""
-    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"

@@ -103,6 +103,11 @@ class Plan:
     exact: bool
 
 
+def amount(count: int) -> str:
+    """Bytes in GiB or MiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
+
+
 class ModelTooBig(OutOfMemory):
     """The devices together cannot hold the model. missing_bytes: of weights and KV caches."""
 
@@ -279,9 +284,8 @@ class _Planning:
         caches = f"{demand.sessions} sessions" if demand.sessions > 1 else "a session"
         return ModelTooBig(
             f"{sizes.name} in {sizes.dtype} does not fit: the devices have memory for {room} of its {sizes.num_blocks} "
-            f"blocks, {missing * per_block / 2**30:.1f} GiB are missing ({per_block / 2**20:.0f} MiB a block, with the "
-            f"KV cache of {caches} of {demand.context} tokens): add a device or memory, or use a smaller --dtype or "
-            "--context",
+            f"blocks, {amount(missing * per_block)} are missing ({amount(per_block)} a block, with the KV cache of "
+            f"{caches} of {demand.context} tokens): add a device or memory, or use a smaller --dtype or --context",
             missing,
             missing * per_block,
         )

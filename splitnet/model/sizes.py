@@ -16,11 +16,12 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model.attention import PACKED
 from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, parent_of
 from splitnet.model.dtypes import as_dtype
-from splitnet.model.families import check_can_be_cut
-from splitnet.model.kv_cache import OneRow, RowCache
+from splitnet.model.families import check_can_be_cut, packs_sequences, sliding_windows
 from splitnet.model.shards import Shards
+from splitnet.model.span import Span
 
 
 @dataclass(frozen=True)
@@ -83,11 +84,10 @@ class ModelSizes:
     @classmethod
     def of_config(cls, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> ModelSizes:
         """The sizes of the text model that a config describes."""
-        whole_class, class_of_blocks = causal_class(config), backbone_class(config)
+        whole_class = causal_class(config)
         container = find_container(whole_class, config)
         with torch.device("meta"):
             whole: Any = nn.Module.to(whole_class(copy.deepcopy(config)), dtype)
-            backbone: Any = nn.Module.to(class_of_blocks(copy.deepcopy(config)), dtype)
         parent, list_name = parent_of(whole, container)
         blocks = list(getattr(parent, list_name))
         largest = max(blocks, key=_bytes_of)
@@ -105,7 +105,7 @@ class ModelSizes:
             block_bytes=_bytes_of(largest),
             expert_bytes=experts,
             expert_share=_expert_share(config) if experts else 1.0,
-            kv_bytes=_kv_bytes(backbone, find_container(class_of_blocks, config), dtype),
+            kv_bytes=_kv_values(config) * dtype.itemsize,
             shell_bytes=_bytes_of(whole) - sum(_bytes_of(block) for block in blocks),
             head_bytes=_bytes_of(head) if head is not None else 0,
             max_positions=getattr(config, "max_position_embeddings", None),
@@ -113,7 +113,9 @@ class ModelSizes:
 
 
 def _bytes_of(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
+    """Bytes of all that a checkpoint holds of a module, where what is tied counts once."""
+    tensors = module.state_dict(keep_vars=True).values()
+    return sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in tensors}.values())
 
 
 def _expert_share(config: PreTrainedConfig) -> float:
@@ -123,17 +125,19 @@ def _expert_share(config: PreTrainedConfig) -> float:
     return min(1.0, used / of) if used and of else 1.0
 
 
-def _kv_bytes(backbone: Any, container: str, dtype: torch.dtype) -> int:
-    """What a position leaves in the cache of the first block: one goes through it, on the meta device."""
+def _kv_values(config: PreTrainedConfig) -> int:
+    """How many values a position leaves in the cache of the first block: a span of it probes that, as a peer's does."""
+    config = copy.deepcopy(config)
+    packs = packs_sequences(config)
+    if packs:
+        config._attn_implementation = PACKED
+    model_class = backbone_class(config)
+    container = find_container(model_class, config)
+    with torch.device("meta"):
+        backbone = model_class(config)
+    dtype = torch.bfloat16  # some kernels for experts take no other where no device is there to choose by
+    nn.Module.to(backbone, dtype)
     cut_to_blocks(backbone, container, 0, 1)
-    hidden = torch.zeros(1, 1, backbone.config.hidden_size, dtype=dtype, device="meta")
-    row = RowCache()
-    try:
-        with torch.inference_mode():
-            position = torch.zeros(1, 1, dtype=torch.long, device="meta")
-            backbone(inputs_embeds=hidden, position_ids=position, cache=OneRow(row), use_cache=True)
-    except Exception as error:
-        raise UnsupportedModel(
-            f"blocks of the family {backbone.config.model_type!r} do not run on their own: {error}"
-        ) from error
-    return row.bytes_per_position
+    windows = sliding_windows(config)[:1]
+    span = Span(backbone, container, 0, 1, dtype=dtype, windows=windows, packs=packs)
+    return span.kv_bytes_per_position // dtype.itemsize

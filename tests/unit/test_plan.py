@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner, Result
+
+from scheduler.network import CLIENT, Link, Network
+from scheduler.roofline import BlockWork, roofline
+from scheduler.swarm import Speed
+from splitnet.cli.arguments import parse_blocks, parse_bytes
+from splitnet.cli.devices_file import SAME_MACHINE, DevicesFile, KnownDevice, MachineSpeed
+from splitnet.cli.main import app
+from splitnet.cli.plan_text import summary
+from splitnet.cli.planning import Demand, ModelTooBig, make_plan
+from splitnet.errors import SplitnetError
+from splitnet.model.sizes import ModelSizes
+from tests.unit.random_models import random_config
+
+MIB = 2**20
+SIZES = ModelSizes(
+    name="model",
+    dtype="bfloat16",
+    num_blocks=8,
+    hidden_size=1024,
+    block_bytes=10 * MIB,
+    expert_bytes=0,
+    expert_share=1.0,
+    kv_bytes=1024,
+    shell_bytes=30 * MIB,
+    head_bytes=20 * MIB,
+    max_positions=4096,
+)
+DEMAND = Demand(context=1024, prompt=512, sessions=1, throughput=False)
+PER_BLOCK = 11 * MIB  # weights and the cache of one session
+NEAR = Network(unmeasured=Link(1.0, 1e5))
+
+
+def device(name: str, memory_mib: int, decode_ms: float = 1.0, torch_device: str | None = None) -> KnownDevice:
+    return KnownDevice(name, memory_mib * MIB, Speed.of(decode_ms, 0.01), torch_device)
+
+
+def test_memory_is_for_weights_and_caches_and_for_the_clients_part_on_its_host() -> None:
+    devices = device("a", 4 * 11), device("b", 4 * 11)
+    plan = make_plan(SIZES, DevicesFile(devices, None, NEAR), DEMAND)
+    assert [(stage.start, stage.end) for stage in plan.stages] == [(0, 4), (4, 8)]
+    assert all(stage.memory_used == stage.device.memory for stage in plan.stages)
+    assert all(stage.kv_memory == 4 * MIB for stage in plan.stages)
+    with pytest.raises(ModelTooBig) as error:
+        make_plan(SIZES, DevicesFile(devices, "a", NEAR), DEMAND)
+    assert error.value.missing_blocks == 3  # of 30 MiB
+    assert error.value.missing_bytes == 3 * PER_BLOCK
+    on_host = make_plan(SIZES, DevicesFile((device("a", 4 * 11 + 30), devices[1]), "a", NEAR), DEMAND)
+    assert {stage.device.name: stage.memory_used for stage in on_host.stages} == {"a": 74 * MIB, "b": 44 * MIB}
+
+
+def test_more_sessions_take_more_memory() -> None:
+    file = DevicesFile((device("a", 4 * 11), device("b", 4 * 11)), None, NEAR)
+    with pytest.raises(ModelTooBig, match=r"3 sessions of 1024 tokens"):
+        make_plan(SIZES, file, replace(DEMAND, sessions=3))
+    roomy = DevicesFile((device("a", 4 * 13), device("b", 4 * 15)), None, NEAR)
+    assert make_plan(SIZES, roomy, replace(DEMAND, sessions=3)).sessions == 3
+    assert make_plan(SIZES, roomy, DEMAND).sessions == 3  # as many as the tighter device has room for
+
+
+def test_a_single_device_is_recommended_where_it_is_faster() -> None:
+    file = DevicesFile((device("slow", 200, 3.0), device("fast", 200)), "fast", NEAR)
+    plan = make_plan(SIZES, file, DEMAND)
+    assert [stage.device.name for stage in plan.stages] == ["fast"]
+    assert plan.everyone is not None and plan.everyone < plan.tokens_per_s == plan.alone["fast"]
+    text = " ".join(summary(plan))
+    assert "fast alone is faster than any chain of devices" in text
+    assert f"would give {plan.everyone:.1f} tokens/s" in text
+    assert "you need no splitnet" in text
+    elsewhere = make_plan(SIZES, replace(file, client_host="slow"), DEMAND)
+    assert "you need no splitnet" not in " ".join(summary(elsewhere))
+
+
+def test_fewer_devices_are_recommended_where_they_are_faster_than_all() -> None:
+    file = DevicesFile((device("a", 44), device("b", 44), device("far", 44, 50.0)), None, NEAR)
+    plan = make_plan(SIZES, file, DEMAND)
+    assert {stage.device.name for stage in plan.stages} == {"a", "b"}
+    text = " ".join(summary(plan))
+    assert "These 2 devices are faster than more of them" in text
+    assert "No device has memory for the model alone" in text
+    assert "name the device that it runs on" in text
+    slow = DevicesFile((*file.devices[:2], device("slow", 200, 90.0)), None, NEAR)
+    assert "slow alone would give 1.4 tokens/s" in " ".join(summary(make_plan(SIZES, slow, DEMAND)))
+
+
+def test_many_sessions_get_most_from_stages_of_equal_pace() -> None:
+    file = DevicesFile((device("a", 300), device("b", 300, 1.5)), None, NEAR)
+    slow_in_batches = [
+        replace(known, speed=Speed.of(size, size)) for known, size in zip(file.devices, (1.0, 1.5), strict=True)
+    ]
+    file = replace(file, devices=tuple(slow_in_batches))
+    one = make_plan(SIZES, file, replace(DEMAND, sessions=8))
+    many = make_plan(SIZES, file, replace(DEMAND, sessions=8, throughput=True))
+    assert [stage.device.name for stage in one.stages] == ["a"]
+    assert {stage.device.name: stage.end - stage.start for stage in many.stages} == {"a": 5, "b": 3}
+    assert many.all_tokens_per_s > 1.3 * one.all_tokens_per_s
+    assert many.tokens_per_s < one.tokens_per_s
+
+
+def test_the_clients_head_and_the_block_times_follow_from_the_machine() -> None:
+    machine = MachineSpeed(bytes_per_ms=10.0 * MIB, flops_per_ms=1e9)
+    links = {(CLIENT, "a"): SAME_MACHINE, ("a", CLIENT): SAME_MACHINE}
+    plan = make_plan(SIZES, DevicesFile((KnownDevice("a", 300 * MIB, machine),), "a", Network(links)), DEMAND)
+    assert plan.client_ms == pytest.approx(2.0)
+    work = BlockWork(10 * MIB, SIZES.flops_per_position, cache_bytes=MIB, sessions=16)
+    block_ms = roofline(work, bytes_per_ms=machine.bytes_per_ms, flops_per_ms=machine.flops_per_ms).at(1)
+    assert block_ms == pytest.approx(1.1)
+    assert plan.stages[0].ms_per_token == pytest.approx(8 * 1.1, abs=1.0)
+    measured = make_plan(SIZES, DevicesFile((device("a", 300),), "a", Network(links)), DEMAND)
+    assert measured.client_ms == pytest.approx(2.0)  # a head as big as two blocks
+    parts = sum(stage.ms_per_token for stage in plan.stages) + sum(link.ms_per_token for link in plan.links)
+    assert 1000 / plan.tokens_per_s == pytest.approx(parts + 2.0)
+
+
+def test_measured_chains_are_foretold() -> None:
+    """The table "What a hop adds" of docs/benchmarks.md: one peer with all 30 blocks, and three with ten each."""
+    smollm = replace(SIZES, num_blocks=30, hidden_size=576, block_bytes=13 * MIB, shell_bytes=0, head_bytes=0)
+    loopback = Network(unmeasured=SAME_MACHINE)
+    for on_device_ms, total_ms, count in [(29.61, 31.41, 1), (32.89, 36.36, 3)]:
+        devices = tuple(device(str(index), 14 * 30 // count, on_device_ms / 30) for index in range(count))
+        plan = make_plan(smollm, DevicesFile(devices, None, loopback), replace(DEMAND, context=1))
+        assert len(plan.stages) == count
+        assert 1000 / plan.tokens_per_s == pytest.approx(total_ms, rel=0.05)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    config = random_config("llama", blocks=6, hidden=64, vocab=300)
+    config.dtype = torch.float32
+    config.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
+
+
+def run(model: Path, devices: str, *options: str) -> Result:
+    file = model.parent / "devices.yaml"
+    file.write_text(devices)
+    return CliRunner().invoke(app, ["plan", str(model), "--devices", str(file), *options])
+
+
+TWO = """
+devices:
+  - {name: desk, memory: 700KiB, block_ms: {decode: 1, prefill: 0.1}, device: cuda}
+  - {name: lap, memory: 700KiB, block_ms: {decode: 2, prefill: 0.1}}
+links:
+  default: {latency_ms: 1, bandwidth: 1Gbit/s}
+"""
+
+
+def test_the_command_prints_tables_and_what_to_run(model: Path) -> None:
+    result = run(model, TWO, "--context", "64", "--prompt", "16")
+    assert result.exit_code == 0, result.output
+    for text in ("desk", "0..", "-> desk", "tokens/s for one session", "first token of a prompt of 16", "--join ADDR"):
+        assert text in result.output
+
+
+def test_json_holds_the_plan_and_commands_that_the_peer_command_understands(model: Path) -> None:
+    result = run(model, TWO, "--context", "64", "--dtype", "float32", "--json")
+    assert result.exit_code == 0, result.output
+    plan = json.loads(result.output)
+    assert plan["fits"] and plan["exact"] and plan["num_blocks"] == 6
+    assert [plan["devices"][0]["start"], plan["devices"][-1]["end"]] == [0, 6]
+    for index, stage in enumerate(plan["devices"]):
+        assert stage["memory_used"] <= stage["memory"] == 700 * 1024
+        words = shlex.split(stage["command"])
+        assert words[:3] == ["splitnet", "peer", str(model)]
+        assert parse_blocks(words[words.index("--blocks") + 1]) == (stage["start"], stage["end"])
+        caches = (stage["end"] - stage["start"]) * 64 * 2 * 2 * 16 * 4  # positions, keys and values, heads, size, bytes
+        assert caches <= parse_bytes(words[words.index("--kv-memory") + 1]) <= stage["memory"]
+        assert ("--device" in words) == (stage["name"] == "desk")
+        assert ("--join" in words) == (index > 0)
+        assert words[words.index("--dtype") + 1] == "float32"
+
+
+def test_a_model_that_does_not_fit(model: Path) -> None:
+    result = run(model, TWO.replace("700KiB", "300KiB"), "--json")
+    assert result.exit_code == 1
+    told = json.loads(result.output)
+    assert not told["fits"]
+    assert told["missing_blocks"] > 0
+    result = run(model, TWO.replace("700KiB", "300KiB"))
+    assert isinstance(result.exception, SplitnetError)
+    assert "1 MiB are missing" in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(["--context", "999"], "made for 256 positions"), (["--context", "16", "--prompt", "17"], "raise --context")],
+)
+def test_lengths_that_cannot_be(model: Path, options: list[str], said: str) -> None:
+    result = run(model, TWO, *options)
+    assert isinstance(result.exception, SplitnetError)
+    assert said in str(result.exception)

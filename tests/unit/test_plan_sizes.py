@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.sizes import ModelSizes
+from splitnet.model.span import Span, block_bytes
+from tests.unit.random_models import random_checkpoint, random_config
+
+
+def config_only(checkpoint: Path, folder: Path) -> Path:
+    folder.mkdir()
+    shutil.copy(checkpoint / "config.json", folder)
+    return folder
+
+
+OVERRIDES = {
+    "deepseek_v3": {
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 24,
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 8,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_key_value_heads": 4,
+    }
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "deepseek_v3", "gemma3_text"])
+def test_sizes_from_the_config_are_those_of_what_a_peer_loads(family: str, tmp_path: Path) -> None:
+    folder = random_checkpoint(family, tmp_path / "whole", blocks=2, **OVERRIDES.get(family, {}))
+    sizes = ModelSizes.of(config_only(folder, tmp_path / "config"))
+    checkpoint = Checkpoint.open(folder)
+    span = Span.load(checkpoint, 1, 2)
+    assert sizes.num_blocks == 2
+    assert sizes.dtype == "float32"
+    assert sizes.hidden_size == checkpoint.hidden_size
+    assert sizes.block_bytes == block_bytes(checkpoint, None)
+    assert sizes.kv_bytes == span.kv_bytes_per_position
+    assert sizes.shell_bytes == checkpoint.bytes_of(checkpoint.shell_names, None)
+    assert ModelSizes.of(folder, "bfloat16").block_bytes == block_bytes(checkpoint, "bfloat16")
+
+
+def test_arithmetic_is_that_of_the_weights_that_a_position_uses() -> None:
+    dense = ModelSizes.of_config("dense", random_config("llama", blocks=1, hidden=64, vocab=300), torch.bfloat16)
+    assert dense.expert_bytes == 0
+    assert dense.flops_per_position == dense.block_bytes  # 2 bytes and 2 operations a weight
+    assert dense.head_bytes == 300 * 64 * 2
+    mixture = ModelSizes.of_config("moe", random_config("mixtral", blocks=1, hidden=64, vocab=300), torch.bfloat16)
+    assert mixture.expert_share == 0.5
+    assert mixture.expert_bytes == 4 * 3 * 64 * 128 * 2
+    assert mixture.flops_per_position == mixture.block_bytes - mixture.expert_bytes / 2
+
+
+def test_what_cannot_be_cut_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match="no folder"):
+        ModelSizes.of(tmp_path / "nowhere")
+    random_config("llama", blocks=1, hidden=64, vocab=300).save_pretrained(tmp_path / "shared")
+    text = (tmp_path / "shared" / "config.json").read_text()
+    (tmp_path / "shared" / "config.json").write_text(text.replace("{", '{"num_kv_shared_layers": 1,', 1))
+    with pytest.raises(UnsupportedModel, match="share KV caches"):
+        ModelSizes.of(tmp_path / "shared")
+    (tmp_path / "shared" / "config.json").write_text('{"model_type": "unheard-of"}')
+    with pytest.raises(UnsupportedModel, match="does not know the architecture"):
+        ModelSizes.of(tmp_path / "shared")
