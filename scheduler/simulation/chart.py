@@ -1,13 +1,12 @@
-"""A chart of what became of the clients under each policy, as SVG."""
+"""A chart of what became of clients under each policy, as SVG."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from scheduler.simulation.outcome import Outcome, percentile
 from scheduler.simulation.variants import POLICIES
 
 LABEL: Final = 230
@@ -20,31 +19,27 @@ OTHER: Final = "#9aa5ab"
 INK: Final = "#222222"
 
 
+Figures = Mapping[str, float]
+"""Of one policy, as `Outcome.figures` gives them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One quantity. bar: what the bar shows; mark: a stroke further on, None for no such thing."""
+    """One quantity. bar: the figure that the bar shows; mark: that of a stroke further on, empty for no such thing."""
 
     title: str
-    bar: Callable[[Outcome], float]
-    mark: Callable[[Outcome], float] | None
+    bar: str
+    mark: str = ""
 
 
 PANELS: Final[Sequence[Panel]] = (
-    Panel(
-        "time to first token, s: p50 | p95",
-        lambda outcome: percentile(outcome.ttft_ms, 50) / 1000,
-        lambda outcome: percentile(outcome.ttft_ms, 95) / 1000,
-    ),
-    Panel(
-        "time per token, ms: p50 | p95",
-        lambda outcome: percentile(outcome.token_ms, 50),
-        lambda outcome: percentile(outcome.token_ms, 95),
-    ),
-    Panel("failed sessions, %", lambda outcome: 100 * outcome.failed / max(1, outcome.sessions), None),
+    Panel("time to first token, s: p50 | p95", "ttft_p50_s", "ttft_p95_s"),
+    Panel("time per token, ms: p50 | p95", "token_p50_ms", "token_p95_ms"),
+    Panel("failed sessions", "failed"),
 )
 
 
-def chart(outcomes: Mapping[str, Outcome], title: str) -> str:
+def chart(outcomes: Mapping[str, Figures], title: str) -> str:
     """An SVG document: a row for each policy, a panel for each quantity, the policies of splitnet in a colour."""
     width = LABEL + len(PANELS) * (PANEL + GAP)
     height = HEAD + len(outcomes) * ROW + 16
@@ -71,9 +66,9 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _bars(panel: Panel, outcomes: Mapping[str, Outcome], left: float) -> list[str]:
-    bars = [panel.bar(outcome) for outcome in outcomes.values()]
-    marks = [panel.mark(outcome) for outcome in outcomes.values()] if panel.mark else bars
+def _bars(panel: Panel, outcomes: Mapping[str, Figures], left: float) -> list[str]:
+    bars = [outcome[panel.bar] for outcome in outcomes.values()]
+    marks = [outcome[panel.mark] for outcome in outcomes.values()] if panel.mark else bars
     longest = max((value for value in [*bars, *marks] if value == value), default=0.0) or 1.0
     scale = (PANEL - 90) / longest
     parts: list[str] = []

@@ -52,6 +52,27 @@ class Outcome:
         ranks = np.arange(1, len(busy) + 1)
         return float((2 * ranks - len(busy) - 1) @ busy / (len(busy) * busy.sum()))
 
+    def figures(self) -> dict[str, float]:
+        """What there is to compare; not a number where nothing was there to measure."""
+        return {
+            "ttft_p50_s": percentile(self.ttft_ms, 50) / 1000,
+            "ttft_p95_s": percentile(self.ttft_ms, 95) / 1000,
+            "token_p50_ms": percentile(self.token_ms, 50),
+            "token_p95_ms": percentile(self.token_ms, 95),
+            "goodput_tokens_per_s": self.goodput,
+            "sessions": self.sessions,
+            "failed": self.failed,
+            "hops_mean": sum(self.hops) / max(1, len(self.hops)),
+            "utilisation_max": max(self.utilisation, default=0.0),
+            "utilisation_mean": sum(self.utilisation) / max(1, len(self.utilisation)),
+            "utilisation_gini": self.gini,
+            "foretold_p50": percentile(self.foretold, 50),
+            "peer_moves": self.peer_moves,
+            "session_moves": self.session_moves,
+            "repairs": self.repairs,
+            "record_bytes": self.record_bytes,
+        }
+
 
 def percentile(values: Sequence[float], percent: float) -> float:
     """Not a number if there are no values."""

@@ -55,17 +55,17 @@ def simulate(
     if coordinates:
         _print_coordinates(World(settings))
         return
-    outcomes = _run(all_settings, names)
-    _print_table(outcomes, settings, worlds)
+    figures = {name: outcome.figures() for name, outcome in _run(all_settings, names).items()}
+    _print_table(figures, settings, worlds)
     if output:
         output.mkdir(parents=True, exist_ok=True)
-        results = {name: _figures(outcome) for name, outcome in outcomes.items()}
-        text = json.dumps({"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": results}, indent=1)
+        results = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": figures}
+        text = json.dumps(results, indent=1)
         (output / "results.json").write_text(text + "\n")
     if plot:
         from scheduler.simulation.chart import chart
 
-        plot.write_text(chart(outcomes, f"{peers:,} peers, {worlds * clients:,} sessions"))
+        plot.write_text(chart(figures, f"{peers:,} peers, {worlds * clients:,} sessions"))
 
 
 def _policies(wanted: list[str]) -> list[str]:
@@ -99,30 +99,7 @@ def _run(all_settings: list[Settings], names: list[str]) -> dict[str, Outcome]:
     return {name: pooled(outcomes) for name, outcomes in parts.items()}
 
 
-def _figures(outcome: Outcome) -> dict[str, float]:
-    from scheduler.simulation.outcome import percentile
-
-    return {
-        "ttft_p50_s": percentile(outcome.ttft_ms, 50) / 1000,
-        "ttft_p95_s": percentile(outcome.ttft_ms, 95) / 1000,
-        "token_p50_ms": percentile(outcome.token_ms, 50),
-        "token_p95_ms": percentile(outcome.token_ms, 95),
-        "goodput_tokens_per_s": outcome.goodput,
-        "sessions": outcome.sessions,
-        "failed": outcome.failed,
-        "hops_mean": sum(outcome.hops) / max(1, len(outcome.hops)),
-        "utilisation_max": max(outcome.utilisation, default=0.0),
-        "utilisation_mean": sum(outcome.utilisation) / max(1, len(outcome.utilisation)),
-        "utilisation_gini": outcome.gini,
-        "foretold_p50": percentile(outcome.foretold, 50),
-        "peer_moves": outcome.peer_moves,
-        "session_moves": outcome.session_moves,
-        "repairs": outcome.repairs,
-        "record_bytes": outcome.record_bytes,
-    }
-
-
-def _print_table(outcomes: dict[str, Outcome], settings: Settings, worlds: int) -> None:
+def _print_table(figures: dict[str, dict[str, float]], settings: Settings, worlds: int) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -138,8 +115,7 @@ def _print_table(outcomes: dict[str, Outcome], settings: Settings, worlds: int) 
         "peer\nmoves", "session\nmoves", "repairs",
     ):  # fmt: skip
         table.add_column(heading, justify="right")
-    for name, outcome in outcomes.items():
-        row = _figures(outcome)
+    for name, row in figures.items():
         table.add_row(
             POLICIES[name].label,
             f"{row['ttft_p50_s']:.2f}",

@@ -295,7 +295,9 @@ def test_candidates_keep_every_block_served(small_world: World) -> None:
 
 def test_a_chart_shows_every_policy(small_world: World) -> None:
     outcomes = {policy: outcome_of(ran(small_world, policy)) for policy in ("own", "random")}
-    drawn = ElementTree.fromstring(chart({**outcomes, "petals": EMPTY}, "40 peers & more"))
+    drawn = ElementTree.fromstring(
+        chart({name: outcome.figures() for name, outcome in {**outcomes, "petals": EMPTY}.items()}, "40 peers & more")
+    )
     texts = ["".join(text.itertext()) for text in drawn.iter("{http://www.w3.org/2000/svg}text")]
     assert texts[0] == "40 peers & more"
     assert {POLICIES[name].label for name in ("own", "random", "petals")} < set(texts)
