@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 
 export MODEL PROMPT
 
-.PHONY: demo test lint format
+.PHONY: demo test lint format soak
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
@@ -20,6 +20,10 @@ lint: .venv/dev.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+
+# Needs root on Linux, see docs/netlab.md.
+soak: .venv/dev.stamp
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/soak.py $${MODEL:+"$$MODEL"} --minutes $(or $(MINUTES),10)
 
 format: .venv/dev.stamp
 	.venv/bin/ruff check --fix .

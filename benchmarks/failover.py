@@ -106,9 +106,7 @@ def main() -> int:
                     for context in arguments.context:
                         for index, name in enumerate(HOPS):
                             runs = [
-                                disturbed(
-                                    lab, peers, checkpoint, directory, ids[:, :context], trouble, index, arguments
-                                )
+                                disturbed(lab, peers, checkpoint, directory, ids[:, :context], trouble, index, codec)
                                 for _ in range(arguments.repeats)
                             ]
                             report(trouble, context, name, runs)

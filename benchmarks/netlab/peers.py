@@ -36,7 +36,7 @@ class LabPeers:
     Args:
         lab: the hosts.
         checkpoint: hub id or folder.
-        spans: blocks `[start, end)` by host.
+        spans: blocks `[start, end)` by host; None lets the daemon choose.
         options: more options for each, as on the command line.
         join: multiaddr of a DHT node that outlives the peers; empty: the first peer begins the swarm.
 
@@ -48,7 +48,7 @@ class LabPeers:
         self,
         lab: Lab,
         checkpoint: str,
-        spans: Mapping[str, tuple[int, int]],
+        spans: Mapping[str, tuple[int, int] | None],
         options: Sequence[str] = ("--threads", "1"),
         join: str = "",
     ) -> None:
@@ -109,6 +109,10 @@ class LabPeers:
         """Ends `freeze`."""
         self._processes[host].send_signal(signal.SIGCONT)
 
+    def pid(self, host: str) -> int:
+        """The process of the daemon of a host."""
+        return self._processes[host].pid
+
     def log(self, host: str) -> str:
         """What the daemon of a host has said."""
         return self._file(host, "log").read_text(errors="replace")
@@ -118,8 +122,9 @@ class LabPeers:
         return next(host for host in self._spans if record.address.startswith(f"tcp://{self._lab.address(host)}:"))
 
     def _launch(self, host: str) -> None:
-        start, end = self._spans[host]
-        command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint, "--blocks", f"{start}:{end}"]
+        span = self._spans[host]
+        command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint]
+        command += ["--blocks", f"{span[0]}:{span[1]}"] if span else []
         command += ["--listen", f"tcp://{self._lab.address(host)}:0"]
         command += ["--address-file", str(self._file(host, "address"))]
         command += ["--join", self._join] if self._join else []

@@ -1,0 +1,405 @@
+"""A swarm under trouble for minutes: is a token ever wrong or lost, does anything leak, is what is lost made good?
+
+Eight daemons with memory for twelve blocks each and four clients are hosts of an emulated network (see docs/netlab.md;
+for root on Linux). Every few seconds something happens to a daemon: kill -9 and a new start, SIGTERM and a new start,
+SIGSTOP for a while, or its host is cut off for a while. Once, all daemons that serve some block are killed and stay
+away, so that others must move. The clients compare each answer with that of plain transformers. Of prompts, those
+are chosen whose likeliest tokens stand out, so that rounding in batches of different sizes cannot change a token.
+
+    sudo make soak [MINUTES=10] [MODEL=...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import random
+import statistics
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from netlab import Lab, LabError
+from netlab.peers import LabPeers
+from transformers import AutoModelForCausalLM
+
+from scheduler.swarm import missing_blocks
+from splitnet.client.causal_lm import RemoteCausalLM, attach
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.errors import SplitnetError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.demo import demo_checkpoint
+from splitnet.model.span import block_bytes
+from splitnet.net.directory import Directory
+from splitnet.net.facts import facts_of
+from splitnet.net.records import DEFAULT_TTL_S
+
+TEXT = Path(__file__).parent / "data" / "varied_text.txt"
+PEERS = 8
+CLIENTS = 4
+BLOCKS_PER_PEER = 12
+LASTING = 2
+"""Daemons that are never killed, so that what they leak shows."""
+NEW_TOKENS = 32
+PROMPTS = 12
+MIN_MARGIN = 0.05
+"""Of logits: far more than rounding changes."""
+PAUSE_S = (2.0, 6.0)
+TROUBLE_S = (3.0, 12.0)
+AWAY_S = 150.0
+"""How long the daemons that all serve some block stay away: longer than their records live."""
+WAIT_S = 240.0
+"""How long clients wait for coverage."""
+MAX_GROWTH_MIB = 64
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt `[1, seq]` and the answer of plain transformers, prompt included."""
+
+    prompt: torch.Tensor
+    answer: torch.Tensor
+
+
+@dataclass
+class Tally:
+    """What the clients saw."""
+
+    answers: int = 0
+    tokens: int = 0
+    wrong: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+    repairs_ms: list[float] = field(default_factory=list)
+    causes: Counter[str] = field(default_factory=Counter)
+    longest_gap_s: float = 0.0
+
+
+class Clients:
+    """Threads that ask and compare until they are told to stop."""
+
+    def __init__(self, checkpoint: Checkpoint, addresses: Sequence[str], questions: Sequence[Question]) -> None:
+        self.tally = Tally()
+        self._questions = questions
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._models: list[RemoteCausalLM] = []
+        for _ in range(CLIENTS):
+            swarm = Swarm(ModelFacts.of(checkpoint), addresses)
+            self._models.append(attach(checkpoint, swarm, codec="none", recovery_timeout_s=WAIT_S))
+        self._threads = [threading.Thread(target=self._ask, args=(model,)) for model in self._models]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Waits for the answers that are under way, and leaves."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        for model in self._models:
+            model.close()
+
+    def _ask(self, model: RemoteCausalLM) -> None:
+        choices = random.Random(id(model))
+        while not self._stop.is_set():
+            question = choices.choice(self._questions)
+            began = time.monotonic()
+            try:
+                with model.session() as cache:
+                    got = model.generate(
+                        question.prompt,
+                        attention_mask=torch.ones_like(question.prompt),
+                        max_new_tokens=NEW_TOKENS,
+                        min_new_tokens=NEW_TOKENS,
+                        do_sample=False,
+                    )
+                    repairs = cache.session.recoveries if cache.session is not None else []
+            except SplitnetError as error:
+                with self._lock:
+                    self.tally.errors.append(str(error))
+                continue
+            with self._lock:
+                self.tally.answers += 1
+                self.tally.tokens += NEW_TOKENS
+                self.tally.longest_gap_s = max(self.tally.longest_gap_s, time.monotonic() - began)
+                self.tally.repairs_ms += [repair.total_ms for repair in repairs]
+                self.tally.causes.update(kind_of(cause) for repair in repairs for cause in repair.lost)
+                if not torch.equal(got, question.answer):
+                    self.tally.wrong.append(f"{question.answer.tolist()} became {got.tolist()}")
+
+
+class Trouble:
+    """What happens to the daemons."""
+
+    def __init__(self, lab: Lab, peers: LabPeers, seed: int) -> None:
+        self.happened: Counter[str] = Counter()
+        self._lab = lab
+        self._peers = peers
+        self._random = random.Random(seed)
+        self._hosts = list(lab.hosts[1:])
+        self._busy: dict[str, threading.Thread] = {}
+        self._ends = threading.Event()
+
+    def one(self) -> None:
+        """Begins some trouble, unless two daemons have some."""
+        self._busy = {host: thread for host, thread in self._busy.items() if thread.is_alive()}
+        if len(self._busy) >= 2:
+            return
+        host = self._random.choice([host for host in self._hosts if host not in self._busy])
+        kinds = ["hang", "cut"] if host in self._hosts[:LASTING] else ["kill", "leave", "hang", "cut"]
+        kind = self._random.choice(kinds)
+        self._begin(host, kind, self._random.uniform(*TROUBLE_S))
+
+    def take_away(self, hosts: Sequence[str]) -> None:
+        """Kills daemons for a long time."""
+        for host in hosts:
+            if host in self._busy:
+                self._busy[host].join()
+            self._begin(host, "kill", AWAY_S)
+
+    def end(self) -> None:
+        """All is well again."""
+        self._ends.set()
+        for thread in self._busy.values():
+            thread.join()
+
+    def _begin(self, host: str, kind: str, seconds: float) -> None:
+        self.happened[kind] += 1
+        self._busy[host] = threading.Thread(target=getattr(self, f"_{kind}"), args=(host, seconds))
+        self._busy[host].start()
+
+    def _kill(self, host: str, seconds: float) -> None:
+        self._peers.kill(host)
+        self._ends.wait(seconds)
+        self._peers.start(host)
+
+    def _leave(self, host: str, seconds: float) -> None:
+        self._peers.stop(host)
+        self._ends.wait(seconds)
+        self._peers.start(host)
+
+    def _hang(self, host: str, seconds: float) -> None:
+        self._peers.freeze(host)
+        self._ends.wait(seconds)
+        self._peers.thaw(host)
+
+    def _cut(self, host: str, seconds: float) -> None:
+        self._lab.down(host)
+        self._ends.wait(seconds)
+        self._lab.up(host)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a process holds."""
+
+    rss_mib: float
+    threads: int
+    descriptors: int
+
+    @classmethod
+    def of(cls, pid: int | None = None) -> Sample:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]  # the DHT's program belongs to it
+        return cls(
+            sum(member.memory_info().rss for member in family) / 2**20,
+            sum(member.num_threads() for member in family),
+            sum(member.num_fds() for member in family),
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="hub id or folder of a checkpoint; the demo's if not given")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seed", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = arguments.checkpoint or str(demo_checkpoint())
+    checkpoint = Checkpoint.open(folder)
+    say(f"the answers of plain transformers to {PROMPTS} prompts")
+    questions = ask_locally(checkpoint, folder)
+    hosts = [f"peer{number}" for number in range(PEERS)]
+    memory = f"{BLOCKS_PER_PEER * block_bytes(checkpoint, None) // 2**20 + 1}MiB"
+    options = ("--threads", "1", "--memory", memory, "--kv-memory", "128MiB", "--drain", "10")
+    failures: list[str] = []
+    try:
+        with Lab(["client", *hosts]) as lab, lab.inside("client"):
+            directory = Directory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
+            say(f"starting {PEERS} daemons")
+            with LabPeers(lab, folder, dict.fromkeys(hosts), options, directory.addresses[0]) as peers:
+                failures = soak(lab, peers, checkpoint, directory, questions, arguments)
+            directory.close()
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    print("soak failed" if failures else "soak passed")
+    return 1 if failures else 0
+
+
+def soak(
+    lab: Lab,
+    peers: LabPeers,
+    checkpoint: Checkpoint,
+    directory: Directory,
+    questions: Sequence[Question],
+    arguments: argparse.Namespace,
+) -> list[str]:
+    """Runs it and returns what was wrong."""
+    failures: list[str] = []
+    lasting = list(lab.hosts[1 : 1 + LASTING])
+    clients = Clients(checkpoint, directory.addresses, questions)
+    trouble = Trouble(lab, peers, arguments.seed)
+    choices = random.Random(arguments.seed)
+    clients.start()
+    began = time.monotonic()
+    ends = began + 60 * arguments.minutes
+    # By then every client has met every size of message, and the daemons have all that they need.
+    first_look, gone_at = began + (ends - began) * 0.25, began + (ends - began) * 0.4
+    before: dict[str, Sample] = {}
+    restored_s: float | None = None
+    while time.monotonic() < ends:
+        time.sleep(choices.uniform(*PAUSE_S))
+        trouble.one()
+        if not before and time.monotonic() > first_look:
+            before = samples(peers, lasting)
+        if restored_s is None and time.monotonic() > gone_at:
+            restored_s = lose_blocks(lab, peers, directory, checkpoint, trouble, choices)
+            ends = max(ends, time.monotonic() + 60)
+        tally = clients.tally
+        say(
+            f"{time.monotonic() - began:.0f} s: {tally.answers} answers, {len(tally.wrong)} wrong, {len(tally.errors)} "
+            f"errors, {len(tally.repairs_ms)} repairs; {dict(trouble.happened)}"
+        )
+    trouble.end()
+    clients.stop()
+    gc.collect()
+    tally = clients.tally
+    kv_left = wait_for_free_kv(checkpoint, directory)
+    after = samples(peers, lasting)
+    minutes = (time.monotonic() - began) / 60
+    print(f"{minutes:.1f} minutes, {PEERS} daemons, {CLIENTS} clients: {tally.answers} answers of {NEW_TOKENS} tokens")
+    print(f"trouble: {dict(trouble.happened)}; repairs: {len(tally.repairs_ms)}, by cause {dict(tally.causes)}")
+    if tally.repairs_ms:
+        print(
+            f"a repair took {statistics.median(tally.repairs_ms):.0f} ms (median), {max(tally.repairs_ms):.0f} (most)"
+        )
+    print(f"blocks that nobody served any more were served again after {restored_s:.0f} s")
+    print(f"wrong answers: {len(tally.wrong)}; answers lost by an error: {len(tally.errors)}")
+    print(f"sessions left on daemons after the clients had gone: {kv_left}")
+    print("| process | MiB before | after | threads before | after | descriptors before | after |")
+    print("|---|---|---|---|---|---|---|")
+    for name, sample in before.items():
+        later = after[name]
+        print(
+            f"| {name} | {sample.rss_mib:.0f} | {later.rss_mib:.0f} | {sample.threads} | {later.threads} "
+            f"| {sample.descriptors} | {later.descriptors} |"
+        )
+        if later.rss_mib > sample.rss_mib + MAX_GROWTH_MIB:
+            failures.append(f"{name} grew by {later.rss_mib - sample.rss_mib:.0f} MiB")
+        if later.threads > sample.threads + 4 or later.descriptors > sample.descriptors + 16:
+            failures.append(f"{name} has more threads or descriptors than before")
+    failures += tally.wrong + tally.errors
+    failures += [f"{kv_left} sessions were never freed"] if kv_left else []
+    failures += ["blocks that were lost were never served again"] if restored_s is None else []
+    return failures
+
+
+def lose_blocks(
+    lab: Lab,
+    peers: LabPeers,
+    directory: Directory,
+    checkpoint: Checkpoint,
+    trouble: Trouble,
+    choices: random.Random,
+) -> float:
+    """Kills all daemons that serve some block; seconds until others have moved there."""
+    records = [record for record in directory.peers(checkpoint.fingerprint) if record.serves]
+    hosts = {record.key.text: peers.host_of(record) for record in records}
+    lasting = lab.hosts[1 : 1 + LASTING]
+    servers = {
+        block: {hosts[record.key.text] for record in records if record.start <= block < record.end}
+        for block in range(checkpoint.num_blocks)
+    }
+    losable = [block for block, names in servers.items() if names.isdisjoint(lasting)]
+    # Few enough that the others have memory for all blocks.
+    losable.sort(key=lambda block: len(servers[block]))
+    if not losable:
+        say("every block is served by a daemon that lasts: nothing is lost")
+        return 0.0
+    doomed = servers[losable[0]]
+    say(f"killing {', '.join(sorted(doomed))}, who all serve block {losable[0]}")
+    began = time.monotonic()
+    trouble.take_away(sorted(doomed))
+    gone = {key for key, host in hosts.items() if host in doomed}
+    while True:
+        living = [
+            facts_of(record)
+            for record in directory.peers(checkpoint.fingerprint)
+            if record.serves and record.key.text not in gone
+        ]
+        if not missing_blocks(living, checkpoint.num_blocks):
+            return time.monotonic() - began
+        time.sleep(1.0)
+
+
+def wait_for_free_kv(checkpoint: Checkpoint, directory: Directory) -> int:
+    """Sessions that are still on daemons when they should all have ended."""
+    deadline = time.monotonic() + 2 * DEFAULT_TTL_S
+    while True:
+        left = sum(record.sessions for record in directory.peers(checkpoint.fingerprint))
+        if not left or time.monotonic() > deadline:
+            return left
+        time.sleep(1.0)
+
+
+def samples(peers: LabPeers, hosts: Sequence[str]) -> dict[str, Sample]:
+    return {"client": Sample.of(), **{host: Sample.of(peers.pid(host)) for host in hosts}}
+
+
+def ask_locally(checkpoint: Checkpoint, folder: str) -> list[Question]:
+    """Prompts with answers whose every token is the likeliest by a margin."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = checkpoint.tokenizer()(TEXT.read_text(), return_tensors="pt").input_ids
+    choices = random.Random(1)
+    questions: list[Question] = []
+    while len(questions) < PROMPTS:
+        length = choices.randrange(8, 200)
+        begin = choices.randrange(0, ids.shape[1] - length)
+        prompt = ids[:, begin : begin + length]
+        output = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=NEW_TOKENS,
+            min_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        best = torch.stack(output.logits).topk(2).values
+        if float((best[..., 0] - best[..., 1]).min()) > MIN_MARGIN:
+            questions.append(Question(prompt, output.sequences))
+    return questions
+
+
+def kind_of(cause: str) -> str:
+    """A cause without its address."""
+    return " ".join(word for word in cause.split() if not word.startswith("tcp://"))
+
+
+def say(text: str) -> None:
+    print(f"{text} ...", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
