@@ -72,7 +72,7 @@ def random_home(rng: random.Random, count: int, num_blocks: int, *, scarce: bool
             f"device-{index}",
             rng.randint(0, most),
             Speed.of(rng.choice([0.3, 1.0, 1.1, 4.0, 12.0]), rng.choice([0.05, 0.4])),
-            rng.choice([0.0, 0.9]),
+            rng.choice([0.0, 0.9, 15.0]),
         )
         for index in range(count)
     ]

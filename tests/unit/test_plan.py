@@ -10,6 +10,7 @@ import torch
 from typer.testing import CliRunner, Result
 
 from scheduler.network import CLIENT, Link, Network
+from scheduler.partition import HOP_MS
 from scheduler.roofline import BlockWork, roofline
 from scheduler.swarm import Speed
 from splitnet.cli.arguments import parse_blocks, parse_bytes
@@ -114,7 +115,9 @@ def test_the_clients_head_and_the_block_times_follow_from_the_machine() -> None:
     work = BlockWork(10 * MIB, SIZES.flops_per_position, cache_bytes=MIB, sessions=16)
     block_ms = roofline(work, bytes_per_ms=machine.bytes_per_ms, flops_per_ms=machine.flops_per_ms).at(1)
     assert block_ms == pytest.approx(1.1)
-    assert plan.stages[0].ms_per_token == pytest.approx(8 * 1.1, abs=1.0)
+    assert plan.stages[0].ms_per_token == pytest.approx(8 * 1.1 + HOP_MS)
+    shared_ms = 8 * 2.6 + HOP_MS + 2.0  # 16 sessions share the weights, but each reads a cache of its own
+    assert plan.all_tokens_per_s == pytest.approx(16_000 / shared_ms, rel=0.03)
     measured = make_plan(SIZES, DevicesFile((device("a", 300),), "a", Network(links)), DEMAND)
     assert measured.client_ms == pytest.approx(2.0)  # a head as big as two blocks
     parts = sum(stage.ms_per_token for stage in plan.stages) + sum(link.ms_per_token for link in plan.links)
