@@ -12,7 +12,6 @@ from scheduler.simulation.directory import View
 from scheduler.simulation.world import World, measured_to
 
 RANDOM_PROBES = 16
-NEAR_PROBES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +26,8 @@ class Client:
 def new_client(world: World, number: int, view: View, rng: np.random.Generator) -> Client:
     """A client that measured its links to some random peers, and then to those that seem to be the nearest.
 
+    By the settings these are the nearest of all, or of those with which a route can begin or end.
+
     A round trip is measured up to 10% too long. Peers that have died in the meantime are measured too: that error of
     the simulator gives nobody an advantage, as such a peer refuses when a route through it is opened.
     """
@@ -40,7 +41,8 @@ def new_client(world: World, number: int, view: View, rng: np.random.Generator) 
         coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)
     vectors, heights = view.coordinates
     foretold = np.sqrt(((vectors - np.array(coordinate.vector)) ** 2).sum(axis=1)) + heights
-    near: list[int] = foretold.argsort(kind="stable")[:NEAR_PROBES].tolist()
+    useful = np.union1d(view.serving[0], view.serving[-1]) if world.settings.probe_ends else np.arange(count)
+    near: list[int] = useful[foretold[useful].argsort(kind="stable")[: world.settings.near_probes]].tolist()
     for index in near:
         record = view.records[view.peers[index].id]
         coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)

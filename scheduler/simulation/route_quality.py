@@ -20,7 +20,7 @@ from scheduler.simulation.engine import Simulation
 from scheduler.simulation.geography import TrueNetwork
 from scheduler.simulation.placing import OwnPlacing
 from scheduler.simulation.policies import Best, BestOptions, Plan, RandomRoute, Routing
-from scheduler.simulation.variants import EVERYBODY
+from scheduler.simulation.variants import EVERYBODY, MANY_ENDS
 from scheduler.simulation.world import Request, World
 from scheduler.swarm import Hop
 
@@ -29,11 +29,14 @@ PAIRS: Final = 20_000
 EXACT: Final = BestOptions(limit=EVERYBODY, true_links=True, spread=False)
 """What the others are compared with."""
 
+NARROW: Final = BestOptions(spread=False)
+"""As clients plan."""
+
 PLANS: Final = (
     ("all links known, of 300 candidates", BestOptions(true_links=True, spread=False)),
     ("all links known, of 100 candidates", BestOptions(limit=100, true_links=True, spread=False)),
     ("coordinates and 16 measured links, of all peers", BestOptions(limit=EVERYBODY, spread=False)),
-    ("coordinates and 16 measured links, of 300 candidates", BestOptions(spread=False)),
+    ("coordinates and 16 measured links, of 300 candidates", NARROW),
     ("the same, and the links of the new route asked for, twice", BestOptions(checks=2, spread=False)),
     ("16 measured links, no coordinates, of all peers", BestOptions(limit=EVERYBODY, coordinates=False, spread=False)),
 )
@@ -85,8 +88,10 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
     rng = np.random.default_rng([world.settings.seed, 5])
     requests = world.requests[:clients]
     asking = [new_client(world, request.number, view, rng) for request in requests]
+    better_measured = world.under(**MANY_ENDS)
+    measuring_more = [new_client(better_measured, request.number, view, rng) for request in requests]
 
-    def costs(routing: Routing) -> tuple[list[float], float]:
+    def costs(routing: Routing, asking: Sequence[Client]) -> tuple[list[float], float]:
         took_ms: list[float] = []
         found: list[float] = []
         for client, request in zip(asking, requests, strict=True):
@@ -101,14 +106,15 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
         network = TrueNetwork(world.geography, world.names_for(client.number))
         return route_ms(hops, peers, network, positions=1, encodings=world.settings.encodings)
 
-    best, took_ms = costs(routing)
+    best, took_ms = costs(routing, asking)
     yield PlanQuality("all links known, of all peers", [0.0] * len(best), took_ms)
-    ways: list[tuple[str, Routing]] = [
-        *((name, Best(world, options)) for name, options in PLANS),
-        ("random route", RandomRoute(world)),
+    ways: list[tuple[str, Routing, Sequence[Client]]] = [
+        *((name, Best(world, options), asking) for name, options in PLANS),
+        ("64 links measured to first and last peers, of 300 candidates", Best(world, NARROW), measuring_more),
+        ("random route", RandomRoute(world), asking),
     ]
-    for name, routing in ways:
-        found, took_ms = costs(routing)
+    for name, routing, clients_asking in ways:
+        found, took_ms = costs(routing, clients_asking)
         yield PlanQuality(name, [cost / least - 1 for cost, least in zip(found, best, strict=True)], took_ms)
 
 

@@ -29,6 +29,7 @@ class Settings:
     a message's latency exceeds the link's. loss: share of messages that are sent twice. silence_s: until a hop that
     crashed counts as lost. patience_s: how long a session waits for peers to serve its blocks.
     replan_s: how often a session looks for a better route; replan_growth: factor to that for each time it went over.
+    near_probes: links that a client measures to peers near by; probe_ends: only to those of the first or last block.
     """
 
     peers: int = 1000
@@ -50,6 +51,8 @@ class Settings:
     patience_s: float = 30.0
     replan_s: float = 10.0
     replan_growth: float = 1.0
+    near_probes: int = 16
+    probe_ends: bool = False
 
     @property
     def duration_s(self) -> float:
@@ -62,7 +65,19 @@ class Settings:
 
 
 RULES: Final = frozenset(
-    {"refresh_s", "record_ttl_s", "view_s", "load_s", "moves", "replan_s", "replan_growth", "silence_s", "patience_s"}
+    {
+        "refresh_s",
+        "record_ttl_s",
+        "view_s",
+        "load_s",
+        "moves",
+        "replan_s",
+        "replan_growth",
+        "near_probes",
+        "probe_ends",
+        "silence_s",
+        "patience_s",
+    }
 )
 """The settings on which devices and requests do not depend."""
 
