@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -25,36 +26,36 @@ Figures = Mapping[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One quantity. bar: the figure that the bar shows; mark: that of a stroke further on, empty for no such thing."""
+    """One quantity: from the figure `low` to the figure `high`; only a bar of `low` where `high` is empty."""
 
     title: str
-    bar: str
-    mark: str = ""
+    low: str
+    high: str = ""
 
 
 PANELS: Final[Sequence[Panel]] = (
-    Panel("time to first token, s: p50 | p95", "ttft_p50_s", "ttft_p95_s"),
-    Panel("time per token, ms: p50 | p95", "token_p50_ms", "token_p95_ms"),
+    Panel("time to first token, s: p50 | p95 (log)", "ttft_p50_s", "ttft_p95_s"),
+    Panel("time per token, ms: p50 | p95 (log)", "token_p50_ms", "token_p95_ms"),
     Panel("failed sessions", "failed"),
 )
 
 
-def chart(outcomes: Mapping[str, Figures], title: str) -> str:
+def chart(figures: Mapping[str, Figures], title: str) -> str:
     """An SVG document: a row for each policy, a panel for each quantity, the policies of splitnet in a colour."""
     width = LABEL + len(PANELS) * (PANEL + GAP)
-    height = HEAD + len(outcomes) * ROW + 16
+    height = HEAD + len(figures) * ROW + 16
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         f'font-family="sans-serif" font-size="12" fill="{INK}">',
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         f'<text x="12" y="22" font-size="15" font-weight="bold">{escape(title)}</text>',
     ]
-    for row, name in enumerate(outcomes):
+    for row, name in enumerate(figures):
         parts.append(_text(LABEL - 10, _middle(row), POLICIES[name].label, "end"))
     for number, panel in enumerate(PANELS):
         left = LABEL + number * (PANEL + GAP)
         parts.append(_text(left, HEAD - 10, panel.title, "start"))
-        parts += _bars(panel, outcomes, left)
+        parts += (_ranges if panel.high else _bars)(panel, figures, left)
     return "\n".join([*parts, "</svg>", ""])
 
 
@@ -66,26 +67,39 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _bars(panel: Panel, outcomes: Mapping[str, Figures], left: float) -> list[str]:
-    bars = [outcome[panel.bar] for outcome in outcomes.values()]
-    marks = [outcome[panel.mark] for outcome in outcomes.values()] if panel.mark else bars
-    longest = max((value for value in [*bars, *marks] if value == value), default=0.0) or 1.0
-    scale = (PANEL - 90) / longest
+def _colour(name: str) -> str:
+    return OWN if POLICIES[name].label.startswith("own") else OTHER
+
+
+def _ranges(panel: Panel, figures: Mapping[str, Figures], left: float) -> list[str]:
+    """From one figure to another on a logarithmic scale."""
+    low = min((row[panel.low] for row in figures.values() if row[panel.low] > 0), default=1.0)
+    high = max((row[panel.high] for row in figures.values() if row[panel.high] > 0), default=low)
+    scale = (PANEL - 110) / max(math.log(high / low), 1e-9)
     parts: list[str] = []
-    for row, (name, bar, mark) in enumerate(zip(outcomes, bars, marks, strict=True)):
-        top = HEAD + row * ROW + 5
-        if bar != bar:
+    for row, (name, values) in enumerate(figures.items()):
+        begin, end = values[panel.low], values[panel.high]
+        if math.isnan(begin):
             parts.append(_text(left, _middle(row), "nobody got one", "start"))
             continue
-        colour = OWN if name.startswith("own") else OTHER
-        parts.append(f'<rect x="{left}" y="{top}" width="{bar * scale:.1f}" height="{ROW - 10}" fill="{colour}"/>')
-        told = f"{bar:.3g}"
-        if panel.mark:
-            end = left + mark * scale
-            parts.append(
-                f'<path d="M{left + bar * scale:.1f} {top + 8}H{end:.1f}M{end:.1f} {top + 2}v12" stroke="{colour}" '
-                'stroke-width="2"/>'
-            )
-            told += f" | {mark:.3g}"
-        parts.append(_text(left + max(bar, mark) * scale + 6, _middle(row), told, "start"))
+        middle = HEAD + row * ROW + ROW / 2
+        at, to = (left + 5 + scale * math.log(max(value, low) / low) for value in (begin, end))
+        parts.append(f'<circle cx="{at:.1f}" cy="{middle}" r="5" fill="{_colour(name)}"/>')
+        parts.append(
+            f'<path d="M{at:.1f} {middle}H{to:.1f}M{to:.1f} {middle - 6}v12" stroke="{_colour(name)}" '
+            'stroke-width="2"/>'
+        )
+        parts.append(_text(to + 6, _middle(row), f"{begin:.3g} | {end:.3g}", "start"))
+    return parts
+
+
+def _bars(panel: Panel, figures: Mapping[str, Figures], left: float) -> list[str]:
+    longest = max((row[panel.low] for row in figures.values()), default=0.0) or 1.0
+    parts: list[str] = []
+    for row, (name, values) in enumerate(figures.items()):
+        value = values[panel.low]
+        length = (PANEL - 110) * value / longest
+        top = HEAD + row * ROW + 5
+        parts.append(f'<rect x="{left}" y="{top}" width="{length:.1f}" height="{ROW - 10}" fill="{_colour(name)}"/>')
+        parts.append(_text(left + length + 6, _middle(row), f"{value:.3g}", "start"))
     return parts
