@@ -67,6 +67,10 @@ def _text(x: float, y: float, text: str, anchor: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
+def _told(value: float) -> str:
+    return f"{value:.3g}" if value < 100 else f"{value:,.0f}"
+
+
 def _colour(name: str) -> str:
     return OWN if POLICIES[name].label.startswith("own") else OTHER
 
@@ -75,7 +79,7 @@ def _ranges(panel: Panel, figures: Mapping[str, Figures], left: float) -> list[s
     """From one figure to another on a logarithmic scale."""
     low = min((row[panel.low] for row in figures.values() if row[panel.low] > 0), default=1.0)
     high = max((row[panel.high] for row in figures.values() if row[panel.high] > 0), default=low)
-    scale = (PANEL - 110) / max(math.log(high / low), 1e-9)
+    scale = (PANEL - 120) / max(math.log(high / low), 1e-9)
     parts: list[str] = []
     for row, (name, values) in enumerate(figures.items()):
         begin, end = values[panel.low], values[panel.high]
@@ -89,7 +93,7 @@ def _ranges(panel: Panel, figures: Mapping[str, Figures], left: float) -> list[s
             f'<path d="M{at:.1f} {middle}H{to:.1f}M{to:.1f} {middle - 6}v12" stroke="{_colour(name)}" '
             'stroke-width="2"/>'
         )
-        parts.append(_text(to + 6, _middle(row), f"{begin:.3g} | {end:.3g}", "start"))
+        parts.append(_text(to + 6, _middle(row), f"{_told(begin)} | {_told(end)}", "start"))
     return parts
 
 
@@ -98,8 +102,8 @@ def _bars(panel: Panel, figures: Mapping[str, Figures], left: float) -> list[str
     parts: list[str] = []
     for row, (name, values) in enumerate(figures.items()):
         value = values[panel.low]
-        length = (PANEL - 110) * value / longest
+        length = (PANEL - 120) * value / longest
         top = HEAD + row * ROW + 5
         parts.append(f'<rect x="{left}" y="{top}" width="{length:.1f}" height="{ROW - 10}" fill="{_colour(name)}"/>')
-        parts.append(_text(left + length + 6, _middle(row), f"{value:.3g}", "start"))
+        parts.append(_text(left + length + 6, _middle(row), _told(value), "start"))
     return parts
