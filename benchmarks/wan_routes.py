@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import random
 import statistics
 import sys
@@ -346,6 +347,10 @@ def show(route: Route) -> str:
     return " → ".join(f"{host} {start}:{end}" for host, start, end in route)
 
 
+def number(value: float) -> str:
+    return "" if math.isnan(value) else f"{value:.1f}"
+
+
 def report_routes(figures: Figures) -> None:
     clients = sum(figures.chosen.values())
     print(f"\nAll routes, {figures.name}:\n")
@@ -387,9 +392,10 @@ def report_followed(sessions: Sequence[Followed]) -> None:
     print("|---" * len(columns) + "|")
     for seen in sessions:
         moved = f"{seen.moved_s:.1f}" if seen.moved_s is not None else "did not"
+        same = "yes" if seen.same else "NO"
         print(
-            f"| {seen.name} | {show(seen.before)} | {seen.before_ms:.1f} | {seen.changed_ms:.1f} | {moved} "
-            f"| {seen.pause_ms:.0f} | {show(seen.after)} | {seen.after_ms:.1f} | {'yes' if seen.same else 'NO'} |"
+            f"| {seen.name} | {show(seen.before)} | {seen.before_ms:.1f} | {number(seen.changed_ms)} | {moved} "
+            f"| {number(seen.pause_ms)} | {show(seen.after)} | {number(seen.after_ms)} | {same} |"
         )
     sys.stdout.flush()
 
