@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,10 @@ from scheduler.simulation.directory import View
 from scheduler.simulation.geography import TrueNetwork
 from scheduler.simulation.world import Request, World
 from scheduler.swarm import Hop, Peer, Route, Speed
+
+
+USUAL_ANSWER: Final = 100
+"""Tokens that a client expects of an answer, the length of which nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +89,7 @@ class BestOptions:
 
     limit: to how many candidates. coordinates: whether links that were not measured are foretold from coordinates, or
     count as bad. true_links: whether instead all links are known as they are. replans: whether sessions look for better
-    routes while they run. prompt: whether the length of the prompt counts, too. checks: how often the peers of a new
+    routes while they run. prompt: whether the length of the prompt counts, too, spread over the tokens of an answer. checks: how often the peers of a new
     route are asked for the latencies between them, and the route is planned again. load: whether queues and batches of
     the peers count. spread: whether the choice among near-equal routes is random.
     """
@@ -114,7 +118,7 @@ class Best:
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
         options, encodings = self._options, self._world.settings.encodings
         places = {CLIENT: plan.client.place, **view.places.places} if options.coordinates else {}
-        positions = 1 + plan.request.prompt // plan.request.output if options.prompt else 1
+        positions = 1 + plan.request.prompt // USUAL_ANSWER if options.prompt else 1
         peers = self._peers(plan, view)
         outside = [places[name] for name in (plan.source, plan.target) if name in places]
         chosen = self._crowd(view, positions).near(
