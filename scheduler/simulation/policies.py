@@ -21,7 +21,6 @@ from scheduler.simulation.geography import TrueNetwork
 from scheduler.simulation.world import Request, World
 from scheduler.swarm import Hop, Peer, Route, Speed
 
-
 USUAL_ANSWER: Final = 100
 """Tokens that a client expects of an answer, the length of which nobody knows."""
 
@@ -89,9 +88,9 @@ class BestOptions:
 
     limit: to how many candidates. coordinates: whether links that were not measured are foretold from coordinates, or
     count as bad. true_links: whether instead all links are known as they are. replans: whether sessions look for better
-    routes while they run. prompt: whether the length of the prompt counts, too, spread over the tokens of an answer. checks: how often the peers of a new
-    route are asked for the latencies between them, and the route is planned again. load: whether queues and batches of
-    the peers count. spread: whether the choice among near-equal routes is random.
+    routes while they run. prompt: whether the length of the prompt counts, too, spread over the tokens of an answer.
+    checks: how often the peers of a new route are asked for the latencies between them, and the route is planned again.
+    load: whether queues and batches of the peers count. spread: whether the choice among near-equal routes is random.
     """
 
     limit: int = LIMIT
