@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scheduler.placement import choose_span
+from scheduler.placement import BLOCKS_SHARE, choose_span
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
 from splitnet.net.facts import expected_facts_of
 from splitnet.net.records import PeerRecord
-
-MEMORY_SHARE = 0.6
-"""Part of the free memory that blocks take when nothing is asked for; the rest is for KV caches and the system."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ def fitting_blocks(checkpoint: Checkpoint, wish: SpanWish, *, device: str, dtype
     if wish.blocks is not None:
         return 0
     size = block_bytes(checkpoint, dtype)
-    memory = wish.memory if wish.memory is not None else int(free_memory(device) * MEMORY_SHARE)
+    memory = wish.memory if wish.memory is not None else int(free_memory(device) * BLOCKS_SHARE)
     fitting = min(checkpoint.num_blocks, memory // size)
     if fitting < 1:
         raise OutOfMemory(

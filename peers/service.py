@@ -267,10 +267,11 @@ class Service:
             text = "an open session keeps its blocks and its codec"
             self._fail(source, message.session, message.epoch, 0, FailureCode.WRONG_BLOCKS, text)
             return
+        if session is None and self.leaving:
+            self._fail(source, message.session, message.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
+            return
         try:
             if session is None:
-                if self.leaving:
-                    raise PeerBusy("this peer is leaving")
                 session = Session(
                     id=message.session,
                     owner=source.curve,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from splitnet.client.chain import Chain
 from splitnet.client.planner import Needs, PlannedHop, with_kept_hops
 from splitnet.client.swarm import Swarm
-from splitnet.errors import CoverageError, PeerBusy, PeerFailed, PeerLost, SessionLost, SplitnetError
+from splitnet.errors import CoverageError, PeerBusy, PeerFailed, PeerLeaving, PeerLost, SessionLost, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Step
 from splitnet.net.sent_log import SentLog
@@ -140,7 +140,7 @@ class Recovery:
         for _ in range(MAX_ATTEMPTS):
             for endpoint, error in lost.items():
                 if not isinstance(error, SessionLost):
-                    self._swarm.ban(endpoint.key.text, BAN_S)
+                    self._swarm.ban(endpoint.key.text, BAN_S, leaves=isinstance(error, PeerLeaving))
                 chain.drop(endpoint)
                 causes.append(str(error))
                 log.warning("%s: another peer takes its place", error)

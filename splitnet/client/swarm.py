@@ -78,6 +78,14 @@ class Subscriber(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Ban:
+    """A peer that is not planned with. left_at: the `placed_at` of the span that it was leaving, if it said so."""
+
+    until: float
+    left_at: float | None
+
+
 class Swarm:
     """All peers of one model, seen from a client. Thread-safe; close it when done.
 
@@ -103,7 +111,7 @@ class Swarm:
         self._records: list[PeerRecord] = []
         self._records_at = 0.0
         self._sessions: dict[bytes, Subscriber] = {}
-        self._banned: dict[str, float] = {}
+        self._bans: dict[str, _Ban] = {}
         self._closing = threading.Event()
         self._planner = Planner(self.survey, facts.name)
         self._prober = Prober(self.send)
@@ -199,19 +207,21 @@ class Swarm:
         """Ms of a step through `hops` by what is known now; `positions`: of an unusual step."""
         return self._planner.cost_ms(self.peers(), needs, hops, ends=ends, positions=positions)
 
-    def ban(self, key: str, seconds: float) -> None:
-        """Plans without a peer for a while."""
-        self._banned[key] = time.monotonic() + seconds
+    def ban(self, key: str, seconds: float, *, leaves: bool = False) -> None:
+        """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""
+        placed_at = next((record.placed_at for record in self._records if record.key.text == key), 0.0)
+        self._bans[key] = _Ban(time.monotonic() + seconds, placed_at if leaves else None)
 
     def pardon_living(self) -> None:
-        """Lifts the bans of peers that serve and answer now: they were only slow, or cut off for a while."""
+        """Lifts the bans of peers that answer now: they were slow or cut off, or have moved and serve other blocks."""
         banned = {
             Endpoint(record.address, record.key): record
             for record in self.peers(fresh=True)
-            if record.key.text in self._banned and record.serves
+            if record.serves and record.key.text in self._bans
+            if self._bans[record.key.text].left_at != record.placed_at
         }
         for endpoint in self._prober.measure(banned, PARDON_S):
-            self._banned.pop(endpoint.key.text, None)
+            self._bans.pop(endpoint.key.text, None)
 
     def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
         """The link between two peers, or the client (None) and a peer: as measured, foretold, or assumed."""
@@ -241,7 +251,7 @@ class Swarm:
     def _usable(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], bool]:
         """Peers that a route may go through, and whether there are others."""
         now = time.monotonic()
-        excluded = set(exclude) | {key for key, until in self._banned.items() if until > now}
+        excluded = set(exclude) | {key for key, ban in self._bans.items() if ban.until > now}
         present = self.peers(fresh=fresh)
         records = [record for record in present if record.key.text not in excluded]
         if len(self.survey.whereabouts.links) < MEASURED_AT_ONCE:

@@ -54,8 +54,8 @@ def test_a_peer_that_leaves_hands_its_session_over(twins: LocalSwarm, local: Any
         more = model.generate(got, attention_mask=torch.ones_like(got), **{**GREEDY, "max_new_tokens": 1})
         thread.join()
         assert cache.session is not None
-        (recovery,) = cache.session.recoveries
-    assert "leaving" in recovery.lost[0]
+        causes = [cause for recovery in cache.session.recoveries for cause in recovery.lost]
+    assert any("leaving" in cause for cause in causes), causes
     assert drained[0] < 10.0
     expected = local.generate(**prompt(), **{**GREEDY, "max_new_tokens": GREEDY["max_new_tokens"] + 1})
     assert torch.equal(more, expected)

@@ -1,0 +1,250 @@
+"""What a client, and a peer that looks around, know of others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from peers.load import HALF_LIFE_S, Load
+from peers.neighbours import MEASURED_AT_ONCE, Neighbours
+from peers.speed import ObservedSpeed
+from scheduler.network import CLIENT, UNMEASURED, Link
+from scheduler.replan import WORTHWHILE, move_pays
+from scheduler.swarm import PASS_SIZES
+from splitnet.client.survey import REMEASURE_S, TRUST_S, Survey
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.facts import place_of
+from splitnet.net.identity import Identity
+from splitnet.net.messages import Ping, Pong
+from splitnet.net.prober import FASTEST_PROBE_MS, PROBE_BYTES, Prober
+from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
+from splitnet.net.whereabouts import MAX_AGE_S, Whereabouts
+from tests.unit.test_client_swarm import RECORD
+
+
+def record(**facts: Any) -> PeerRecord:
+    return replace(RECORD, key=Identity.generate().public, **facts)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TestSurvey:
+    def test_what_was_seen_of_a_hop_counts_more_than_what_it_says(self) -> None:
+        clock, peer = Clock(), record(queue_ms=1.0)
+        survey = Survey(clock)
+        survey.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
+        (seen,) = survey.peers([peer])
+        assert seen.speed.at(1) == pytest.approx(5.0)
+        # Slower by the same factor at all sizes.
+        assert seen.speed.at(256) == pytest.approx(5.0 * peer.block_ms[-1] / peer.block_ms[0])
+        assert seen.queue_ms == 40.0
+
+    def test_what_was_seen_long_ago_counts_no_more(self) -> None:
+        clock, peer = Clock(), record(queue_ms=1.0)
+        survey = Survey(clock)
+        survey.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
+        clock.now += TRUST_S + 1
+        (told,) = survey.peers([peer])
+        assert (told.speed.at(1), told.queue_ms) == (peer.block_ms[0], 1.0)
+
+    def test_one_slow_step_is_not_all(self) -> None:
+        survey, peer = Survey(Clock()), record()
+        for block_ms in (1.0, 1.0, 1.0, 9.0):
+            survey.hop_seen(peer.key.text, positions=1, block_ms=block_ms, wait_ms=0.0)
+        (seen,) = survey.peers([peer])
+        assert 1.0 < seen.speed.at(1) < 9.0
+
+    def test_a_link_that_a_step_has_passed_replaces_what_is_told(self) -> None:
+        clock, there = Clock(), record()
+        here = record(links=(SeenLink(there.key.raw[:KEY_PREFIX_BYTES], 10.0, 500.0),))
+        survey = Survey(clock)
+        between = (here.key.text, there.key.text)
+        assert survey.network([here, there]).link(*between) == Link(5.0, 500.0)
+        survey.link_seen(*between, rtt_ms=80.0)
+        assert survey.network([here, there]).link(*between) == Link(40.0, 500.0)
+        clock.now += TRUST_S + 1
+        assert survey.network([here, there]).link(*between) == Link(5.0, 500.0)
+
+    def test_what_a_peer_measured_counts_for_the_way_back(self) -> None:
+        there = record()
+        here = record(links=(SeenLink(there.key.raw[:KEY_PREFIX_BYTES], 10.0, 500.0),))
+        network = Survey(Clock()).network([here, there])
+        assert network.link(there.key.text, here.key.text) == Link(5.0, 500.0)
+
+    def test_nothing_unknown_is_free(self) -> None:
+        here, there = record(), record()
+        network = Survey(Clock()).network([here, there])
+        assert network.link(here.key.text, there.key.text) == UNMEASURED
+        assert network.link(CLIENT, here.key.text) == UNMEASURED
+
+    def test_own_links_are_measured_again_after_a_while(self) -> None:
+        clock, peer = Clock(), record()
+        survey = Survey(clock)
+        assert survey.unknown([peer]) == [peer] == survey.stale([peer])
+        survey.links_measured({Endpoint(peer.address, peer.key): peer}, {})
+        assert survey.unknown([peer]) == [] == survey.stale([peer])
+        clock.now += REMEASURE_S + 1
+        assert survey.unknown([peer]) == []
+        assert survey.stale([peer]) == [peer]
+
+
+class TestWhereabouts:
+    def test_links_are_forgotten(self) -> None:
+        clock, peer = Clock(), record()
+        whereabouts = Whereabouts(clock)
+        whereabouts.measured(peer, Link(3.0, 100.0))
+        assert whereabouts.links == {peer.key.text: Link(3.0, 100.0)}
+        assert whereabouts.age_s(peer.key.text) == 0.0
+        clock.now += MAX_AGE_S + 1
+        assert whereabouts.links == {}
+        assert whereabouts.age_s("nobody") == float("inf")
+
+    def test_the_latest_link_stands_last_and_the_best_bandwidth_counts(self) -> None:
+        first, second = record(), record()
+        whereabouts = Whereabouts(Clock())
+        for peer, bandwidth in ((first, 900.0), (second, 50.0), (first, 100.0)):
+            whereabouts.measured(peer, Link(3.0, bandwidth))
+        assert list(whereabouts.links) == [second.key.text, first.key.text]
+        assert whereabouts.place.bytes_per_ms == 900.0
+
+    def test_the_coordinate_becomes_one_that_foretells(self) -> None:
+        anchor = record(coordinate=(0.0, 0.0, 0.0, 1.0), coordinate_error=0.1)
+        whereabouts = Whereabouts(Clock())
+        for _ in range(60):
+            whereabouts.measured(anchor, Link(10.0, 100.0))
+        place = whereabouts.place
+        assert place.coordinate.error < 0.5
+        assert place.coordinate.rtt_ms(place_of(anchor).coordinate) == pytest.approx(20.0, rel=0.2)
+
+
+class Echo:
+    """A peer whose link takes no time but counts bytes; it may be silent."""
+
+    def __init__(self) -> None:
+        self.silent: set[Endpoint] = set()
+        self.prober = Prober(self.send)
+        self.sizes: list[int] = []
+
+    def send(self, endpoint: Endpoint, ping: Ping) -> None:
+        self.sizes.append(len(ping.payload))
+        if endpoint not in self.silent:
+            self.prober.pong(endpoint, Pong(ping.nonce, 7.0, 100))
+
+
+class TestProber:
+    @staticmethod
+    def endpoint() -> Endpoint:
+        return Endpoint("tcp://192.0.2.1:5", Identity.generate().public)
+
+    def test_an_answer_has_the_round_trip_and_the_queue(self) -> None:
+        echo, there = Echo(), self.endpoint()
+        answer = echo.prober.ping(there).result(0)
+        assert answer.queue_ms == 7.0
+        assert 0 < answer.rtt_ms < 1000
+        assert echo.prober.rtt_ms(there) == answer.rtt_ms
+
+    def test_an_answer_that_nobody_asked_for_is_ignored(self) -> None:
+        echo, there = Echo(), self.endpoint()
+        echo.prober.pong(there, Pong(12345, 0.0, 0))
+        assert echo.prober.rtt_ms(there) == 0.0
+
+    def test_a_silent_peer_is_left_out(self) -> None:
+        echo, there, silent = Echo(), self.endpoint(), self.endpoint()
+        echo.silent = {silent}
+        assert list(echo.prober.measure([there, silent], timeout_s=0.05)) == [there]
+        assert not echo.prober.ping(silent).done()
+
+    def test_bandwidth_is_never_infinite(self) -> None:
+        echo, there = Echo(), self.endpoint()
+        link = echo.prober.measure([there])[there]
+        assert 0 < link.bytes_per_ms <= PROBE_BYTES / FASTEST_PROBE_MS
+        assert PROBE_BYTES in echo.sizes
+
+
+class Links:
+    """Next hops that count."""
+
+    def __init__(self, refused: Sequence[Endpoint] = ()) -> None:
+        self.open = 0
+        self._refused = refused
+
+    def acquire(self, endpoint: Endpoint) -> bool:
+        self.open += endpoint not in self._refused
+        return endpoint not in self._refused
+
+    def release(self, endpoint: Endpoint) -> None:
+        self.open -= 1
+
+
+class TestNeighbours:
+    def test_all_are_measured_in_turns(self) -> None:
+        others = [record(address=f"tcp://192.0.2.1:{port}") for port in range(1, 2 * MEASURED_AT_ONCE + 1)]
+        links: Any = Links()
+        neighbours = Neighbours(lambda: others, links, Echo().prober)
+        neighbours.look_around()
+        assert len(neighbours.whereabouts.links) == MEASURED_AT_ONCE
+        neighbours.look_around()
+        assert set(neighbours.whereabouts.links) == {other.key.text for other in others}
+        assert links.open == 0
+        assert len(neighbours.seen_links) == min(MAX_SEEN_LINKS, len(others))
+        prefixes = {other.key.raw[:KEY_PREFIX_BYTES] for other in others}
+        assert all(link.peer in prefixes and link.rtt_ms > 0 for link in neighbours.seen_links)
+
+    def test_a_link_that_cannot_be_opened_is_not_measured(self) -> None:
+        here, there = record(address="tcp://192.0.2.1:1"), record(address="tcp://192.0.2.1:2")
+        links: Any = Links([Endpoint(there.address, there.key)])
+        neighbours = Neighbours(lambda: [here, there], links, Echo().prober)
+        neighbours.look_around()
+        assert list(neighbours.whereabouts.links) == [here.key.text]
+        assert links.open == 0
+
+
+class TestLoad:
+    def test_rises_with_waiting_and_fades(self) -> None:
+        load = Load()
+        for _ in range(30):
+            load.observe(10.0, [8.0], [3])
+        wait_ms, batch = load.at(10.0)
+        assert wait_ms == pytest.approx(8.0, rel=0.01)
+        assert batch == pytest.approx(3.0, rel=0.01)
+        assert load.at(10.0 + HALF_LIFE_S) == pytest.approx((wait_ms / 2, batch / 2))
+        assert load.at(10.0 + 100 * HALF_LIFE_S) == pytest.approx((0.0, 0.0))
+
+    def test_nothing_is_no_load(self) -> None:
+        assert Load().at(5.0) == (0.0, 0.0)
+
+
+class TestObservedSpeed:
+    def test_follows_what_passes_take_at_their_size_only(self) -> None:
+        speed = ObservedSpeed((1.0, 1.0, 2.0, 8.0, 32.0))
+        for _ in range(100):
+            speed.observe(positions=1, blocks=4, elapsed_ms=12.0)
+        assert speed.block_ms[0] == pytest.approx(3.0, rel=0.01)
+        assert speed.block_ms[1:] == (1.0, 2.0, 8.0, 32.0)
+
+    def test_between_two_sizes_both_move(self) -> None:
+        speed = ObservedSpeed((1.0, 1.0, 2.0, 8.0, 32.0))
+        for _ in range(100):
+            speed.observe(positions=40, blocks=1, elapsed_ms=10.0)
+        assert speed.block_ms[2] > 2.0
+        assert speed.block_ms[3] > 8.0
+        assert speed.block_ms[0] == 1.0
+        assert len(speed.block_ms) == len(PASS_SIZES)
+
+
+class TestMovePays:
+    def test_only_if_what_is_left_saves_more_than_the_move_costs(self) -> None:
+        assert move_pays(100.0, 50.0, move_ms=400.0, steps_left=9)
+        assert not move_pays(100.0, 50.0, move_ms=400.0, steps_left=8)
+
+    def test_small_gains_move_nobody(self) -> None:
+        assert not move_pays(100.0, 100.0 * WORTHWHILE + 0.1, move_ms=0.0, steps_left=10**6)
