@@ -208,12 +208,7 @@ class Sample:
     @classmethod
     def of(cls, pid: int | None = None) -> Sample:
         process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]  # the DHT's program belongs to it
-        return cls(
-            sum(member.memory_info().rss for member in family) / 2**20,
-            sum(member.num_threads() for member in family),
-            sum(member.num_fds() for member in family),
-        )
+        return cls(process.memory_info().rss / 2**20, process.num_threads(), process.num_fds())
 
 
 def main() -> int:

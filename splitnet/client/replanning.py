@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Sequence
 from itertools import takewhile
@@ -24,6 +25,9 @@ PAUSE_S = 1.0
 SHARE = 0.2
 """Weight of the latest step in what is usual."""
 
+TRIAL_STEPS = 8
+"""After so many steps on a route it is known whether it is as fast as foretold."""
+
 
 class Replanner:
     """Looks for a better route when the facts were refreshed, or when steps have become slow.
@@ -41,12 +45,19 @@ class Replanner:
         self.usual_ms = 0.0
         self._surprised = False
         self._looked_at = 0.0
+        self._route: list[PlannedHop] = []
+        self._foretold_ms = 0.0
+        self._trial_ms: list[float] = []
 
     def step_took(self, elapsed_ms: float) -> None:
         """Takes in the time of a decode step."""
         usual = self.usual_ms or elapsed_ms
         self._surprised = elapsed_ms > SURPRISE * usual + SURPRISE_MS
         self.usual_ms = usual + SHARE * (elapsed_ms - usual)
+        if len(self._trial_ms) < TRIAL_STEPS:
+            self._trial_ms.append(elapsed_ms)
+            if len(self._trial_ms) == TRIAL_STEPS and self._foretold_ms:
+                self._swarm.survey.forecast_came(statistics.median(self._trial_ms) / self._foretold_ms)
 
     def better_route(
         self, hops: Sequence[PlannedHop], needs: Needs, cached: int, steps_left: int
@@ -59,6 +70,9 @@ class Replanner:
             cached: positions that new hops would have to be given.
             steps_left: decode steps that are expected at most.
         """
+        if self._route != hops:
+            self._route, self._trial_ms = list(hops), []
+            self._foretold_ms = self._swarm.cost_ms(needs, hops)
         now = time.monotonic()
         fresh_facts = self._news != self._swarm.news
         if not (fresh_facts or self._surprised) or now - self._looked_at < PAUSE_S:
@@ -72,7 +86,8 @@ class Replanner:
         if route == list(hops):
             return None
         current_ms = self._swarm.cost_ms(needs, hops)
-        new_ms = self._swarm.cost_ms(needs, route)
+        # What is known of the present route was seen; what is known of the other was told, and is doubted.
+        new_ms = self._swarm.cost_ms(needs, route) * self._swarm.survey.doubt
         if not move_pays(current_ms, new_ms, self._move_ms(needs, hops, route, cached), steps_left):
             return None
         log.info("a better route: %.0f ms per step instead of %.0f ms", new_ms, current_ms)

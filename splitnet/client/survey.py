@@ -22,6 +22,10 @@ SHARE = 0.5
 
 REMEASURE_S = 30.0
 
+RELIEF = 0.2
+"""Weight of a forecast that was better than the ones before in what is expected of the next."""
+MAX_DOUBT = 20.0
+
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
@@ -47,6 +51,7 @@ class Survey:
         self._hops: dict[str, _Seen] = {}
         self._links: dict[tuple[str, str], tuple[float, float]] = {}
         self._tried: dict[str, float] = {}
+        self._doubt = 1.0
         self._lock = threading.Lock()
 
     def hop_seen(self, key: str, positions: int, block_ms: float, wait_ms: float) -> None:
@@ -63,6 +68,22 @@ class Survey:
         """Takes in the round trip between two hops."""
         with self._lock:
             self._links[sender, receiver] = (self._clock(), rtt_ms)
+
+    def forecast_came(self, ratio: float) -> None:
+        """Takes in by what factor a route was slower than foretold."""
+        with self._lock:
+            relieved = self._doubt + RELIEF * (ratio - self._doubt)
+            self._doubt = min(max(1.0, ratio, relieved), MAX_DOUBT)
+
+    @property
+    def doubt(self) -> float:
+        """By what factor routes have been slower than foretold lately, at least 1.
+
+        Where devices share something that no record tells of (a machine, a radio), every peer that is not in use looks
+        faster than it will be once it is; without doubt sessions would never come to rest.
+        """
+        with self._lock:
+            return self._doubt
 
     def peers(self, records: Sequence[PeerRecord]) -> list[Peer]:
         """The peers of these records."""

@@ -86,6 +86,17 @@ class TestSurvey:
         assert network.link(here.key.text, there.key.text) == UNMEASURED
         assert network.link(CLIENT, here.key.text) == UNMEASURED
 
+    def test_forecasts_that_were_too_good_are_doubted_until_others_are_not(self) -> None:
+        survey = Survey(Clock())
+        assert survey.doubt == 1.0
+        survey.forecast_came(3.0)
+        assert survey.doubt == 3.0
+        survey.forecast_came(1.0)
+        assert 1.0 < survey.doubt < 3.0
+        for _ in range(50):
+            survey.forecast_came(0.5)
+        assert survey.doubt == 1.0
+
     def test_own_links_are_measured_again_after_a_while(self) -> None:
         clock, peer = Clock(), record()
         survey = Survey(clock)
