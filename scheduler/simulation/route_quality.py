@@ -36,10 +36,10 @@ PLANS: Final = (
     ("all links known, of all peers", BestOptions(limit=EVERYBODY, true_links=True, spread=False)),
     ("all links known, of 300 candidates", BestOptions(true_links=True, spread=False)),
     ("all links known, of 100 candidates", BestOptions(limit=100, true_links=True, spread=False)),
-    ("coordinates and 16 measured links, of all peers", BestOptions(limit=EVERYBODY, spread=False)),
-    ("coordinates and 16 measured links, of 300 candidates", NARROW),
+    ("coordinates and measured links, of all peers", BestOptions(limit=EVERYBODY, spread=False)),
+    ("coordinates and measured links, of 300 candidates", NARROW),
     ("the same, and the links of the new route asked for, twice", BestOptions(checks=2, spread=False)),
-    ("16 measured links, no coordinates, of all peers", BestOptions(limit=EVERYBODY, coordinates=False, spread=False)),
+    ("measured links, no coordinates, of all peers", BestOptions(limit=EVERYBODY, coordinates=False, spread=False)),
 )
 
 

@@ -262,7 +262,7 @@ def test_plans_are_compared_with_the_best(small_world: World) -> None:
     assert all(excess >= -1e-9 for quality in qualities for excess in quality.excess)
     by_name = {quality.name: float(np.mean(quality.excess)) for quality in qualities}
     assert by_name["all links known, of 300 candidates"] == pytest.approx(0.0)
-    assert by_name["coordinates and 16 measured links, of all peers"] < by_name["random route"]
+    assert by_name["coordinates and measured links, of all peers"] < by_name["random route"]
     assert {quality.plan_ms for quality in qualities} == {1000.0}
 
 

@@ -35,7 +35,7 @@ def test_it_prints_a_row_for_each_policy_and_writes_results_and_chart(tmp_path: 
 def test_it_tells_what_coordinates_cost() -> None:
     output = run("--coordinates")
     assert "relative error" in output
-    assert "16 measured links, no coordinates, of all peers" in output
+    assert "measured links, no coordinates, of all peers" in output
 
 
 def test_an_unknown_policy_is_an_error_that_names_the_known_ones() -> None:
