@@ -14,11 +14,12 @@ from peers.admission import SessionTable
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
 from peers.row_memory import SessionTooLong, prepare_rows
+from peers.served import Served, next_hop_of
 from peers.session import Session, Work
 from peers.work_queue import WorkQueue
-from splitnet.errors import CodecError, PeerBusy, ProtocolError, ProtocolVersionError
+from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState, is_address
+from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.identity import PublicKey
 from splitnet.net.messages import (
     Close,
@@ -47,19 +48,6 @@ IN_USE_S = 3.0
 
 LOST_GRACE_S = 30.0
 """How long the sessions of a client whose connection has ended wait for it to come back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Served:
-    """The part of a model that this peer serves."""
-
-    model: str
-    """Fingerprint of the weights."""
-    start: int
-    end: int
-    num_blocks: int
-    hidden_size: int
-    max_positions: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +239,7 @@ class Service:
                 self._fail(session.reply_to, session.id, work.step.epoch, work.step.number, code, text)
 
     def _open(self, source: Connection, message: Open, now: float) -> None:
-        refused = self._refusal(message)
+        refused = self.served.refusal(message)
         if refused is not None:
             self._fail(source, message.session, message.epoch, 0, *refused)
             return
@@ -298,7 +286,7 @@ class Service:
         session.epoch = message.epoch
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now
-        self._reach(session, self._next_of(message), now)
+        self._reach(session, next_hop_of(message), now)
 
     def _reach(self, session: Session, following: Endpoint | None, now: float) -> None:
         """Connects a session to its next hop; the answer to its `Open` goes out when it is known whether that works."""
@@ -345,35 +333,6 @@ class Service:
         self._pending.pop(session, None)
         self._set_next(session, None)
 
-    def _refusal(self, message: Open) -> tuple[FailureCode, str] | None:
-        """Why an `Open` cannot be served by this peer at all."""
-        served = self.served
-        if message.model != served.model:
-            return FailureCode.WRONG_MODEL, "this peer serves other weights"
-        if not served.start <= message.start < message.end <= served.end:
-            return (
-                FailureCode.WRONG_BLOCKS,
-                f"this peer serves blocks {served.start}..{served.end - 1}, not {message.start}..{message.end - 1}",
-            )
-        try:
-            codec_by_code(message.codec)
-            self._next_of(message)
-            if message.previous:
-                PublicKey(message.previous)
-        except Exception as error:  # an unknown codec, a key that is no point of the curve, a malformed address
-            return FailureCode.BAD_MESSAGE, str(error)
-        return None
-
-    @staticmethod
-    def _next_of(message: Open) -> Endpoint | None:
-        if not message.next_key:
-            return None
-        key = PublicKey(message.next_key)
-        _ = key.curve_raw
-        if not is_address(message.next_address):
-            raise ProtocolError("the next hop's address is not tcp://HOST:PORT")
-        return Endpoint(message.next_address, key)
-
     def _pass_on(self, source: Endpoint, message: Message) -> None:
         """What a next hop says is an answer to a step that we pushed: the client waits for it."""
         if not isinstance(message, Failure):
@@ -396,32 +355,12 @@ class Service:
         try:
             if source.curve != session.owner and message.boundary != session.start:
                 raise ProtocolError(f"the step stands before block {message.boundary}, the session at {session.start}")
-            total = self._check_step(session, message)
+            total = self.served.check(session, message)
         except ProtocolError as error:
             code = FailureCode.TOO_LONG if isinstance(error, SessionTooLong) else FailureCode.BAD_MESSAGE
             self._fail(session.reply_to, session.id, message.epoch, message.number, code, str(error))
             return
         self.queue.put(Work(session, message, total, now))
-
-    def _check_step(self, session: Session, message: Step) -> int:
-        """Positions in the step, after everything that its header claims was checked against its session."""
-        total = message.positions
-        codec = codec_by_code(message.codec)
-        expected = total * codec.bytes_per_position(self.served.hidden_size)
-        if not total or not all(part.length and part.keep <= part.length for part in message.parts):
-            raise ProtocolError("a part of the step is empty, or keeps more than it has")
-        if len({part.row for part in message.parts}) != len(message.parts):
-            raise ProtocolError("a step names a row twice")
-        if len(message.payload) != expected:
-            raise CodecError(f"{total} positions take {expected} bytes, got {len(message.payload)}")
-        longest = max(part.start + part.length for part in message.parts)
-        if self.served.max_positions is not None and longest > self.served.max_positions:
-            raise SessionTooLong(f"position {longest} is beyond the model's context of {self.served.max_positions}")
-        size = total + len(message.forks or ())
-        # Twice in all, as steps that are answered may still be in their pass, and those of an older epoch are finished.
-        if size > session.budget or session.waiting_size + size > 2 * session.budget:
-            raise SessionTooLong(f"the session has reserved {session.budget} positions")
-        return total
 
     def _close(self, source: Connection, message: Close) -> None:
         session = self.sessions.get(message.session)

@@ -9,7 +9,8 @@ from peers.engine import Engine
 from peers.load import Load
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
-from peers.service import Served, Service
+from peers.served import Served
+from peers.service import Service
 from peers.speed import measure_speed
 from peers.work_queue import WorkQueue
 from splitnet.model.checkpoint import Checkpoint

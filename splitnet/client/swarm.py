@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from scheduler.network import CLIENT, Link
+from splitnet.client.bans import Bans
 from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
 from splitnet.errors import (
@@ -78,14 +79,6 @@ class Subscriber(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Ban:
-    """A peer that is not planned with. left_at: the `placed_at` of the span that it was leaving, if it said so."""
-
-    until: float
-    left_at: float | None
-
-
 class Swarm:
     """All peers of one model, seen from a client. Thread-safe; close it when done.
 
@@ -111,7 +104,7 @@ class Swarm:
         self._records: list[PeerRecord] = []
         self._records_at = 0.0
         self._sessions: dict[bytes, Subscriber] = {}
-        self._bans: dict[str, _Ban] = {}
+        self._bans = Bans()
         self._closing = threading.Event()
         self._planner = Planner(self.survey, facts.name)
         self._prober = Prober(self.send)
@@ -209,19 +202,16 @@ class Swarm:
 
     def ban(self, key: str, seconds: float, *, leaves: bool = False) -> None:
         """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""
-        placed_at = next((record.placed_at for record in self._records if record.key.text == key), 0.0)
-        self._bans[key] = _Ban(time.monotonic() + seconds, placed_at if leaves else None)
+        record = next((record for record in self._records if record.key.text == key), None)
+        self._bans.add(key, seconds, record if leaves else None)
 
     def pardon_living(self) -> None:
         """Lifts the bans of peers that answer now: they were slow or cut off, or have moved and serve other blocks."""
         banned = {
-            Endpoint(record.address, record.key): record
-            for record in self.peers(fresh=True)
-            if record.serves and record.key.text in self._bans
-            if self._bans[record.key.text].left_at != record.placed_at
+            Endpoint(record.address, record.key): record for record in self._bans.pardonable(self.peers(fresh=True))
         }
         for endpoint in self._prober.measure(banned, PARDON_S):
-            self._bans.pop(endpoint.key.text, None)
+            self._bans.lift(endpoint.key.text)
 
     def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
         """The link between two peers, or the client (None) and a peer: as measured, foretold, or assumed."""
@@ -250,8 +240,7 @@ class Swarm:
 
     def _usable(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], bool]:
         """Peers that a route may go through, and whether there are others."""
-        now = time.monotonic()
-        excluded = set(exclude) | {key for key, ban in self._bans.items() if ban.until > now}
+        excluded = set(exclude) | self._bans.keys()
         present = self.peers(fresh=fresh)
         records = [record for record in present if record.key.text not in excluded]
         if len(self.survey.whereabouts.links) < MEASURED_AT_ONCE:

@@ -16,7 +16,8 @@ from peers.engine import Engine
 from peers.load import Load
 from peers.next_hops import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.row_memory import SessionTooLong
-from peers.service import LOST_GRACE_S, PROBE_S, Served, Service
+from peers.served import Served
+from peers.service import LOST_GRACE_S, PROBE_S, Service
 from peers.session import Session, Work
 from peers.speed import ObservedSpeed
 from peers.work_queue import WorkQueue
