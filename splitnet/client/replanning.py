@@ -77,6 +77,9 @@ class Replanner:
         fresh_facts = self._news != self._swarm.news
         if not (fresh_facts or self._surprised) or now - self._looked_at < PAUSE_S:
             return None
+        if self._surprised:
+            # What a hop took is known from the step. If it was one of the client's own links, that must be measured.
+            self._swarm.look_again([hops[0].record, hops[-1].record])
         self._looked_at, self._news, self._surprised = now, self._swarm.news, False
         try:
             route = with_kept_hops(self._swarm.plan(needs, holders={hop.name for hop in hops}), hops)

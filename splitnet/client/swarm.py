@@ -106,6 +106,8 @@ class Swarm:
         self._sessions: dict[bytes, Subscriber] = {}
         self._bans = Bans()
         self._closing = threading.Event()
+        self._look = threading.Event()
+        self._suspects: Sequence[PeerRecord] = ()
         self._planner = Planner(self.survey, facts.name)
         self._prober = Prober(self.send)
         self._transport = Transport(self.identity, on_message=self._receive, on_link=self._link_changed)
@@ -118,6 +120,7 @@ class Swarm:
         for session in list(self._sessions.values()):
             session.close()
         self._closing.set()
+        self._look.set()
         self._transport.close()
         self._directory.close()
         self._watcher.join(PING_TIMEOUT_S)
@@ -194,6 +197,11 @@ class Swarm:
                 raise
             return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=True)
 
+    def look_again(self, suspects: Sequence[PeerRecord]) -> None:
+        """Refreshes the facts soon, in the background; the links to `suspects` are measured in any case."""
+        self._suspects = suspects
+        self._look.set()
+
     def cost_ms(
         self, needs: Needs, hops: Sequence[PlannedHop], *, ends: Ends = CLIENT_ENDS, positions: int | None = None
     ) -> float:
@@ -262,11 +270,17 @@ class Swarm:
 
     def _watch(self) -> None:
         """While sessions are open: keeps records and links fresh, so that they can tell when a better route exists."""
-        while not self._closing.wait(RECORDS_MAX_AGE_S):
+        while True:
+            self._look.wait(RECORDS_MAX_AGE_S)
+            if self._closing.is_set():
+                return
+            self._look.clear()
             if not self._sessions:
                 continue
+            suspects, self._suspects = self._suspects, ()
             try:
-                self._measure(self.survey.stale(self.peers(fresh=True)))
+                stale = self.survey.stale(self.peers(fresh=True))
+                self._measure([*suspects, *(record for record in stale if record not in suspects)])
                 self.news += 1
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)

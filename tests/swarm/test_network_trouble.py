@@ -147,3 +147,19 @@ def test_a_peer_that_nobody_can_replace_is_used_again_once_it_answers(folder: Pa
             got = model.generate(**prompt(), **GREEDY, streamer=After(12, hold))
         assert not timer.is_alive()
         assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+def test_a_link_that_has_become_slow_is_left(network: Network, local: Any) -> None:
+    options = {**GREEDY, "max_new_tokens": 60}
+
+    def slow_down() -> None:
+        slow.append(network.before(cache, 0))
+        slow[0].delay_s = 0.1
+
+    slow: list[Proxy] = []
+    model = network.swarm.model()
+    with model.session() as cache:
+        got = model.generate(**prompt(), **options, streamer=After(20, slow_down))
+        assert cache.session is not None
+        assert slow[0] is not network.before(cache, 0)
+    assert torch.equal(got, local.generate(**prompt(), **options))
