@@ -83,7 +83,7 @@ class Figures:
 
     name: str
     measured: Mapping[Route, list[float]]
-    """Decode ms per token of each route in each round."""
+    """Decode ms per token of each route in each round: means, since under load only some steps wait."""
     delays_ms: Mapping[Route, float]
     foretold: Mapping[Route, float]
     chosen: Counter[Route]
@@ -162,7 +162,7 @@ class Bench:
                 self._swarm.route = self._planned(route)
                 session = Session(self._swarm, budget=ROOM, codec=CODEC)
                 try:
-                    measured[route].append(measure_steps(session, hidden, self._arguments.tokens).total_ms)
+                    measured[route].append(measure_steps(session, hidden, self._arguments.tokens).mean_ms)
                 except RouteChanged as error:  # one of some rounds
                     print(f"left out: {error}", file=sys.stderr)
                 finally:
@@ -354,7 +354,7 @@ def number(value: float) -> str:
 def report_routes(figures: Figures) -> None:
     clients = sum(figures.chosen.values())
     print(f"\nAll routes, {figures.name}:\n")
-    print("| | route | links, ms | foretold, ms | ms per token, median (range) | chosen |")
+    print("| | route | links, ms | foretold, ms | ms per token, median of rounds (range) | chosen |")
     print("|---|---|---|---|---|---|")
     for rank, route in enumerate(figures.ranking, 1):
         seen = figures.measured[route]

@@ -165,12 +165,15 @@ class RouteChanged(Exception):
 
 @dataclass(frozen=True)
 class StepTimes:
-    """A prompt, and medians over the decode steps after it, in ms."""
+    """A prompt, and the decode steps after it, in ms."""
 
     prompt_ms: float
     total_ms: float
+    """The median step."""
+    mean_ms: float
+    """Where some steps wait for the work of others, and most do not, the median does not tell."""
     compute_ms: float
-    """On the devices of all hops."""
+    """On the devices of all hops, median."""
 
 
 def measure_steps(session: Session, hidden: torch.Tensor, tokens: int) -> StepTimes:
@@ -192,4 +195,4 @@ def measure_steps(session: Session, hidden: torch.Tensor, tokens: int) -> StepTi
         computes.append(session.compute_ms)
     if session.recoveries:
         raise RouteChanged(f"the route was repaired while it was measured: {session.recoveries}")
-    return StepTimes(prompt_ms, statistics.median(totals), statistics.median(computes))
+    return StepTimes(prompt_ms, statistics.median(totals), statistics.fmean(totals), statistics.median(computes))
