@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, StoppingCriteria
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.remote import RemoteBlocks
-from splitnet.client.session import RECOVERY_TIMEOUT_S, Session
+from splitnet.client.session import RECOVERY_TIMEOUT_S, Preference, Session
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
@@ -38,6 +38,7 @@ class AutoModelForCausalLM:
         dtype: torch.dtype | str | None = None,
         device: str = "cpu",
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
+        prefer: Preference = "latency",
     ) -> RemoteCausalLM:
         """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
 
@@ -49,6 +50,7 @@ class AutoModelForCausalLM:
             revision: of the model on the hub.
             dtype, device: of the local part.
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
+            prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches.
 
         Raises:
             ModelNotFound, UnsupportedModel: the model cannot be used.
@@ -58,7 +60,13 @@ class AutoModelForCausalLM:
         swarm = Swarm(ModelFacts.of(checkpoint), initial_peers, identity=identity or Identity.load_or_create())
         try:
             return attach(
-                checkpoint, swarm, codec=codec, dtype=dtype, device=device, recovery_timeout_s=recovery_timeout_s
+                checkpoint,
+                swarm,
+                codec=codec,
+                dtype=dtype,
+                device=device,
+                recovery_timeout_s=recovery_timeout_s,
+                prefer=prefer,
             )
         except BaseException:
             swarm.close()
@@ -73,11 +81,12 @@ def attach(
     dtype: torch.dtype | str | None = None,
     device: str = "cpu",
     recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
+    prefer: Preference = "latency",
 ) -> RemoteCausalLM:
     """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
 
     def open_session(budget: int) -> Session:
-        return Session(swarm, budget=budget, codec=codec, recovery_timeout_s=recovery_timeout_s)
+        return Session(swarm, budget=budget, codec=codec, recovery_timeout_s=recovery_timeout_s, prefer=prefer)
 
     blocks = RemoteBlocks(open_session, checkpoint.max_positions)
     model = load_shell(checkpoint, blocks, dtype=dtype, device=device)

@@ -25,6 +25,8 @@ from splitnet.net.sent_log import SentLog
 
 log = logging.getLogger(__name__)
 
+Preference = Literal["latency", "throughput"]
+
 DECODE_POSITIONS = 16
 """A step with at most so many positions tells how fast the hops decode."""
 
@@ -60,7 +62,7 @@ class Session:
         *,
         budget: int,
         codec: str = "auto",
-        prefer: Literal["latency", "throughput"] = "latency",
+        prefer: Preference = "latency",
         step_timeout_s: float = STEP_TIMEOUT_S,
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
     ) -> None:
