@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Final
 
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, Link, Network
 from scheduler.swarm import Hop, Peer
+
+USUAL_ANSWER: Final = 100
+"""Tokens of an answer, where nobody knows."""
+
+
+def positions_with_prompt(prompt: int) -> int:
+    """Positions of a step that stands for a token of an answer with its share of a prompt of `prompt` tokens.
+
+    A route that is the best for these serves both: it may be a little slower per token than the best for tokens alone,
+    and is much sooner at the first one (see docs/simulation.md).
+    """
+    return 1 + prompt // USUAL_ANSWER
 
 
 def block_ms(peer: Peer, positions: int) -> float:

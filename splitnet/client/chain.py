@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from scheduler.cost import positions_with_prompt
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.planner import Needs, PlannedHop
 from splitnet.client.swarm import Swarm, not_authorized
@@ -124,9 +125,10 @@ class Chain:
         self._inbox: queue.SimpleQueue[tuple[Endpoint, Message | SplitnetError]] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
-    def needs(self, budget: int, in_flight: int) -> Needs:
-        """What a session that reserves `budget` positions wants of its route."""
-        return Needs(budget, self._codecs.encodings, USUAL_POSITIONS if in_flight > 1 else 1, in_flight)
+    def needs(self, budget: int, in_flight: int, prompt: int = 0) -> Needs:
+        """What a session that reserves `budget` positions, and begins with `prompt` of them, wants of its route."""
+        positions = USUAL_POSITIONS if in_flight > 1 else positions_with_prompt(prompt)
+        return Needs(budget, self._codecs.encodings, positions, in_flight)
 
     def open(self, route: Sequence[PlannedHop], budget: int) -> dict[str, SplitnetError]:
         """Opens all hops of `route` in a new epoch; hops that are open already keep their caches.

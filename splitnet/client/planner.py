@@ -6,6 +6,7 @@ import random
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from scheduler.candidates import candidates
 from scheduler.cost import route_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT
@@ -15,6 +16,9 @@ from splitnet.client.survey import Survey
 from splitnet.errors import CoverageError, PeerBusy, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.records import PeerRecord
+
+EXACT_PEERS = 1000
+"""Among more peers than this the search is over the likeliest ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,11 +109,25 @@ class Planner:
             replace(peer, kv_free=max(peer.kv_free, needs.kv_positions)) if peer.id in holders else peer
             for peer in self._survey.peers(records)
         ]
+        network = self._survey.network(_with_ends(records, ends))
+        if len(peers) > EXACT_PEERS:
+            likely = candidates(
+                peers,
+                blocks,
+                network,
+                encodings=needs.encodings,
+                kv_needed=needs.kv_positions,
+                positions=needs.positions,
+                source=source,
+                target=target,
+            )
+            kept = {peer.id for peer in likely} | set(holders)
+            peers = [peer for peer in peers if peer.id in kept]
         try:
             route = best_route(
                 peers,
                 blocks,
-                self._survey.network(_with_ends(records, ends)),
+                network,
                 encodings=needs.encodings,
                 kv_needed=needs.kv_positions,
                 positions=needs.positions,

@@ -97,8 +97,11 @@ class Session:
         """Time that the devices of all hops spent on the last step."""
         return sum(timing.compute_us for timing in self._chain.timings) / 1000
 
-    def open(self) -> None:
+    def open(self, prompt: int = 0) -> None:
         """Plans a route and reserves memory on it; called by the first step at the latest.
+
+        Args:
+            prompt: positions of the first step; with them the route is chosen for the time to the first token, too.
 
         Raises:
             CoverageError: blocks are served by nobody.
@@ -109,7 +112,7 @@ class Session:
         refused: dict[str, SplitnetError] = {}
         while not self._is_open:
             try:
-                route = self._swarm.plan(self.needs, exclude=refused, fresh=bool(refused))
+                route = self._swarm.plan(self._needs(prompt), exclude=refused, fresh=bool(refused))
             except (CoverageError, PeerBusy):
                 present = {record.key.text for record in self._swarm.peers()}
                 for name in reversed(refused):
@@ -125,8 +128,8 @@ class Session:
 
     @property
     def needs(self) -> Needs:
-        """What the session wants of its route."""
-        return self._chain.needs(self._budget, self._in_flight)
+        """What the session wants of its route once it decodes."""
+        return self._needs(0)
 
     def reserve(self, positions: int) -> None:
         """Makes room for `positions` positions over all rows, on every hop.
@@ -158,7 +161,7 @@ class Session:
             PeerFailed: a hop answered with an error.
             ContextTooLong: the rows are longer than the model or the hops allow.
         """
-        self.open()
+        self.open(len(hidden))
         self._repair_or_improve_route()
         began = time.perf_counter()
         codec = self._chain.first_codec
@@ -228,6 +231,9 @@ class Session:
                 recovery.move(route, self.needs)
         finally:
             self.recoveries += recovery.done
+
+    def _needs(self, prompt: int) -> Needs:
+        return self._chain.needs(self._budget, self._in_flight, prompt)
 
     def _recovery(self) -> Recovery:
         return Recovery(self._swarm, self._chain, self._log, self._next_number, self._recovery_timeout_s)

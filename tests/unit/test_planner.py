@@ -1,0 +1,61 @@
+"""Routes for a client's sessions."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from scheduler.cost import USUAL_ANSWER, positions_with_prompt
+from scheduler.encoding import Encoding
+from scheduler.network import Link
+from splitnet.client import planner as planner_module
+from splitnet.client.planner import CLIENT_ENDS, Needs, Planner
+from splitnet.client.survey import Survey
+from splitnet.net.identity import Identity
+from splitnet.net.records import PeerRecord
+from tests.unit.test_client_swarm import RECORD
+
+SLOW = tuple(1000 * ms for ms in RECORD.block_ms)
+NEEDS = Needs(kv_positions=10, encodings=(Encoding("int8", 66),))
+
+
+def record(start: int, end: int, **facts: Any) -> PeerRecord:
+    return replace(RECORD, key=Identity.generate().public, start=start, end=end, **facts)
+
+
+def plan(records: list[PeerRecord], needs: Needs = NEEDS, survey: Survey | None = None) -> list[PeerRecord]:
+    planner = Planner(survey or Survey(), "a-model")
+    route = planner.plan(records, needs, (0, 6), ends=CLIENT_ENDS, holders=(), restricted=False)
+    return [hop.record for hop in route]
+
+
+def test_a_long_prompt_takes_the_route_that_is_good_at_prompts() -> None:
+    # The one is a little faster per token, the other ten times faster at many positions.
+    decodes = record(0, 6, block_ms=(10.0, 11.0, 40.0, 160.0, 640.0))
+    prefills = record(0, 6, block_ms=(12.0, 12.0, 12.5, 16.0, 64.0))
+    survey = Survey()
+    for peer in (decodes, prefills):
+        survey.whereabouts.measured(peer, Link(1.0, 10_000.0))
+    assert plan([decodes, prefills], survey=survey) == [decodes]
+    long = replace(NEEDS, positions=positions_with_prompt(20 * USUAL_ANSWER))
+    assert plan([decodes, prefills], long, survey) == [prefills]
+
+
+def test_without_a_prompt_a_token_counts_alone() -> None:
+    assert positions_with_prompt(0) == positions_with_prompt(USUAL_ANSWER - 1) == 1
+
+
+def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner_module, "EXACT_PEERS", 50)
+    choices = random.Random(1)
+    records = [
+        record(start, start + 3, coordinate=(choices.gauss(0, 40), 0.0, 0.0, 5.0), coordinate_error=0.2, block_ms=SLOW)
+        for start in (0, 3)
+        for _ in range(500)
+    ]
+    fast = [replace(peer, block_ms=RECORD.block_ms) for peer in (records[7], records[707])]
+    records[7], records[707] = fast
+    assert plan(records) == fast
