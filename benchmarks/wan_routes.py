@@ -72,7 +72,7 @@ CODEC = "none"
 CONTEXT = 16
 ROOM = 512
 FACTS_S = 20.0
-"""Peers look around and tell what they see every 15 s."""
+"""Peers look around and tell what they see every 15 s; until then new clients plan with what was before."""
 BEFORE, AFTER, MOST = 20, 30, 250
 """Tokens of the running session: before the network changes, after it moved, and in all."""
 
@@ -289,6 +289,7 @@ def run(bench: Bench) -> None:
     a, b, *_ = order_of(best)
     name = f"the link {a}-{b} takes {SLOW_MS:g} ms"
     followed = [bench.follow(name, best, lambda: bench.delay(a, b, SLOW_MS))]
+    time.sleep(FACTS_S)
     figures.append(bench.measure(name))
     report_routes(figures[-1])
     bench.delay(a, b, DELAYS_MS.get((a, b)) or DELAYS_MS[b, a])
@@ -298,6 +299,7 @@ def run(bench: Bench) -> None:
     name = f"others generate through {busy}"
     with bench.crowd(busy) as crowd:
         followed.append(bench.follow(name, best, crowd.begin))
+        time.sleep(FACTS_S)
         figures.append(bench.measure(name))
         report_routes(figures[-1])
     report_choices(figures)
