@@ -1,15 +1,16 @@
 """How long text stands still when a hop is lost, and whether it goes on with the same tokens.
 
-Two daemons serve each third of the model, each in a host of an emulated network without delay (see docs/netlab.md; for
-root on Linux). One answer is generated undisturbed, then again, and after some tokens something happens to the first,
-middle or last hop:
+Two daemons serve each third of the model, each in a host of an emulated network (docs/netlab.md; for root on Linux). One
+answer is generated undisturbed, then again, and after some tokens something happens to the first, middle or last hop:
 
     kill    its program dies (kill -9)
     hang    its program stops (SIGSTOP)
     cut     its host loses the network, and nobody is told
+    link    it loses the link to whoever sends to it, and nothing else
     slow    its program gets one hundredth of the time
+    leave   its program is told to end (SIGTERM)
 
-    sudo .venv/bin/python benchmarks/failover.py CHECKPOINT [--context 100 1000] [--trouble kill hang cut slow]
+    sudo .venv/bin/python benchmarks/failover.py CHECKPOINT [--context 100 1000] [--trouble kill hang ...] [--delay MS]
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def main() -> int:
     parser.add_argument("--trouble", nargs="+", choices=TROUBLES, default=list(TROUBLES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--codec", default="auto")
+    parser.add_argument("--delay", type=float, default=0.0, help="ms one way between any two hosts")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     codec = arguments.codec
@@ -97,7 +99,7 @@ def main() -> int:
     edges = [round(index * checkpoint.num_blocks / len(HOPS)) for index in range(len(HOPS) + 1)]
     spans = {f"{name}{twin}": (edges[index], edges[index + 1]) for twin in "ab" for index, name in enumerate(HOPS)}
     try:
-        with Lab(["client", *spans]) as lab, lab.inside("client"):
+        with Lab(["client", *spans], delay_ms=arguments.delay) as lab, lab.inside("client"):
             # The DHT has a node of its own here, since any of the daemons may die.
             directory = Directory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
             with LabPeers(lab, arguments.checkpoint, spans, join=directory.addresses[0]) as peers:
@@ -136,9 +138,9 @@ def disturbed(
 
             def happen(cache: RemoteCache = cache) -> None:
                 assert cache.session is not None
-                host = peers.host_of(cache.session.hops[index].planned.record)
+                hosts = ["client", *(peers.host_of(hop.planned.record) for hop in cache.session.hops)]
                 began.append(time.perf_counter())
-                at_end.append(TROUBLES[trouble](lab, peers, host))
+                at_end.append(TROUBLES[trouble](lab, peers, hosts[index + 1], hosts[index]))
 
             got, clock = generate(model, prompt, happen)
             assert cache.session is not None
@@ -165,22 +167,38 @@ def ending() -> Iterator[list[Callable[[], None]]]:
             action()
 
 
-def kill(lab: Lab, peers: LabPeers, host: str) -> Callable[[], None]:
+def kill(lab: Lab, peers: LabPeers, host: str, before: str) -> Callable[[], None]:
     peers.kill(host)
     return lambda: peers.start(host)
 
 
-def hang(lab: Lab, peers: LabPeers, host: str) -> Callable[[], None]:
+def hang(lab: Lab, peers: LabPeers, host: str, before: str) -> Callable[[], None]:
     peers.freeze(host)
     return lambda: peers.thaw(host)
 
 
-def cut(lab: Lab, peers: LabPeers, host: str) -> Callable[[], None]:
+def cut(lab: Lab, peers: LabPeers, host: str, before: str) -> Callable[[], None]:
     lab.down(host)
     return lambda: lab.up(host)
 
 
-def slow(lab: Lab, peers: LabPeers, host: str) -> Callable[[], None]:
+def link(lab: Lab, peers: LabPeers, host: str, before: str) -> Callable[[], None]:
+    lab.cut(before, host)
+    return lab.heal
+
+
+def leave(lab: Lab, peers: LabPeers, host: str, before: str) -> Callable[[], None]:
+    leaving = threading.Thread(target=peers.stop, args=(host,))
+    leaving.start()
+
+    def end() -> None:
+        leaving.join()
+        peers.start(host)
+
+    return end
+
+
+def slow(lab: Lab, peers: LabPeers, host: str, before: str) -> Callable[[], None]:
     ends = threading.Event()
 
     def turns() -> None:
@@ -200,11 +218,13 @@ def slow(lab: Lab, peers: LabPeers, host: str) -> Callable[[], None]:
     return end
 
 
-TROUBLES: dict[str, Callable[[Lab, LabPeers, str], Callable[[], None]]] = {
+TROUBLES: dict[str, Callable[[Lab, LabPeers, str, str], Callable[[], None]]] = {
     "kill": kill,
     "hang": hang,
     "cut": cut,
+    "link": link,
     "slow": slow,
+    "leave": leave,
 }
 
 
@@ -236,7 +256,7 @@ def report(trouble: str, context: int, name: str, runs: list[Run]) -> None:
     same = sum(run.same for run in runs)
     print(
         f"| {trouble} | {context} | {name} | {statistics.median(to_next):.0f} ({min(to_next):.0f}-{max(to_next):.0f}) "
-        f"| {f'{found:.0f}' if trouble != 'slow' else '-'} | {opened:.0f} | {replayed:.0f} "
+        f"| {f'{found:.0f}' if trouble not in ('slow', 'leave') else '-'} | {opened:.0f} | {replayed:.0f} "
         f"| {statistics.median(run.lost_ms for run in runs):.0f} | {same} of {len(runs)} |",
         flush=True,
     )

@@ -86,7 +86,7 @@ class Peer:
         self.endpoint = Endpoint(address, identity.public)
         self._prober = Prober(self.send)
         self._neighbours = Neighbours(self._others, self._next_hops, self._prober)
-        self._announcer = Announcer(directory, identity, self.record, self._neighbours.look_around)
+        self._announcer = Announcer(directory, identity, self.record, self._look_around)
         self._placer = threading.Thread(target=self._reconsider_often, name="splitnet-place", daemon=True)
 
     @classmethod
@@ -178,7 +178,7 @@ class Peer:
             device=str(serving.span.device),
             dtype=str(serving.span.dtype).removeprefix("torch."),
             block_ms=serving.speed.block_ms,
-            queue_ms=max(wait_ms, serving.service.queue_ms),
+            queue_ms=max(wait_ms, min(serving.service.queue_ms, serving.longest_pass_ms)),
             batch=batch,
             kv_free_positions=serving.sessions.free_positions,
             sessions=len(serving.sessions),
@@ -268,6 +268,11 @@ class Peer:
             idle_s=self._options.idle_s,
         )
 
+    def _look_around(self) -> None:
+        if self._serving is not None:
+            self._serving.remeasure_if_idle()
+        self._neighbours.look_around()
+
     def _others(self) -> list[PeerRecord]:
         present = self._directory.peers(self.checkpoint.fingerprint)
         return [record for record in present if record.key != self.identity.public]
@@ -322,6 +327,7 @@ class Peer:
             return
         if isinstance(message, Pong) and isinstance(source, Endpoint):
             self._prober.pong(source, message)
+            self.service.answered(source)
         else:
             self.service.receive(source, message, time.monotonic())
 

@@ -153,7 +153,8 @@ class Engine:
             work.wait_ms = (now - work.arrived_at) * 1000
         positions = sum(count for _, count in ready)
         others = [positions - count for work, count in ready if work.total <= DECODE_POSITIONS]
-        self._load.observe(now, [work.wait_ms for work in fresh], others)
+        waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS]
+        self._load.observe(now, waits, others)
 
     def _view(self, start: int, end: int) -> Span:
         view = self._views.get((start, end))

@@ -17,12 +17,17 @@ class Load:
         self._batch = 0.0
         self._at = 0.0
 
+    @property
+    def last_at(self) -> float:
+        """When the last pass began, in seconds."""
+        return self._at
+
     def observe(self, now: float, waits_ms: Sequence[float], others: Sequence[int]) -> None:
         """Takes in a pass.
 
         Args:
             now: seconds.
-            waits_ms: of the steps that began in it.
+            waits_ms: of the decode steps that began in it; prefill waits for those, so its own waits tell nothing.
             others: for each decode step in it, the positions that belong to other sessions.
         """
         self._wait_ms, self._batch = self.at(now)
@@ -33,6 +38,6 @@ class Load:
             self._batch += SHARE * (batch - self._batch)
 
     def at(self, now: float) -> tuple[float, float]:
-        """Ms that a step waits for its pass, and positions of others that share the pass of a decode step."""
+        """Ms that a decode step waits for its pass, and positions of others that share the pass of a decode step."""
         fade = 0.5 ** (max(0.0, now - self._at) / HALF_LIFE_S)
         return self._wait_ms * fade, self._batch * fade

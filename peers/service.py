@@ -57,6 +57,8 @@ class _PendingOpen:
     deadline: float
     new_link: bool
     """The session has never pushed over this link."""
+    wants_pong: bool
+    """Messages over this link may have got lost, so that it is up counts for nothing: the next hop has to answer."""
 
 
 class Service:
@@ -152,6 +154,14 @@ class Service:
                 waiting = [session for session in self._pending if session.next == endpoint]
                 for session in waiting:
                     self._answer_open(session, reachable=state is LinkState.UP)
+
+    def answered(self, endpoint: Endpoint) -> None:
+        """Another peer has answered a ping, so it is reached."""
+        with self._lock:
+            waiting = [session for session, pending in self._pending.items() if pending.wants_pong]
+            for session in waiting:
+                if session.next == endpoint:
+                    self._answer_open(session, reachable=True)
 
     def connection_lost(self, connection: Connection, now: float) -> None:
         """A client is not connected any more: unless it comes back, its sessions end soon."""
@@ -280,16 +290,20 @@ class Service:
         except PeerBusy as error:
             self._fail(source, message.session, message.epoch, 0, FailureCode.BUSY, str(error))
             return
-        if message.epoch > session.epoch:
+        again = message.epoch > session.epoch
+        if again:
             self.queue.discard_waiting(session)
         session.reply_to = source
         session.epoch = message.epoch
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now
-        self._reach(session, next_hop_of(message), now)
+        self._reach(session, next_hop_of(message), now, again=again)
 
-    def _reach(self, session: Session, following: Endpoint | None, now: float) -> None:
-        """Connects a session to its next hop; the answer to its `Open` goes out when it is known whether that works."""
+    def _reach(self, session: Session, following: Endpoint | None, now: float, *, again: bool) -> None:
+        """Connects a session to its next hop; the answer to its `Open` goes out when it is known whether that works.
+
+        again: a newer epoch of a session that was open.
+        """
         pending = self._pending.pop(session, None)
         if following != session.next:
             pending = None
@@ -298,11 +312,15 @@ class Service:
             self._say_opened(session, next_reachable=False)
             return
         state = LinkState.UP if following is None else self._outbox.state(following)
+        # A route is opened again after trouble, and TCP finds out late that a link is cut.
+        wants_pong = again and not new_link and following is not None and state is LinkState.UP
+        if wants_pong and following is not None:
+            self._outbox.probe(following)
         # A link that was lost may come back, if the next hop only restarted; a new one gets the full time.
-        patience_s = self._reach_s / 3 if state is LinkState.DOWN else self._reach_s
+        patience_s = self._reach_s / 3 if state is LinkState.DOWN or wants_pong else self._reach_s
         deadline = now + patience_s if pending is None else min(pending.deadline, now + patience_s)
-        self._pending[session] = _PendingOpen(deadline, new_link)
-        if state in (LinkState.UP, LinkState.REFUSED):
+        self._pending[session] = _PendingOpen(deadline, new_link, wants_pong)
+        if state in (LinkState.UP, LinkState.REFUSED) and not wants_pong:
             self._answer_open(session, reachable=state is LinkState.UP)
 
     def _set_next(self, session: Session, following: Endpoint | None) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from peers.admission import SessionTable
-from peers.engine import Engine
+from peers.engine import MAX_PASS_POSITIONS, Engine
 from peers.load import Load
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
@@ -15,6 +15,8 @@ from peers.speed import measure_speed
 from peers.work_queue import WorkQueue
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
+
+FIRST_REMEASURE_S = 20.0
 
 
 class Serving:
@@ -54,10 +56,29 @@ class Serving:
         )
         self.service = Service(served, self.sessions, self.queue, outbox, next_hops)
         self._engine = Engine(span, self.service, self.queue, self.speed, self.load)
+        self._measured_at = time.monotonic()
+        self._measure_after_s = FIRST_REMEASURE_S
+
+    @property
+    def longest_pass_ms(self) -> float:
+        """What a decode step waits at most, however much prefill is queued."""
+        return MAX_PASS_POSITIONS * self.service.ms_per_position
 
     def start(self) -> None:
         """Begins to compute."""
         self._engine.start()
+
+    def remeasure_if_idle(self) -> None:
+        """Times the device again if nobody has used it since: at the start others may have kept the machine busy.
+
+        The longer that stays so, the more rarely.
+        """
+        now = time.monotonic()
+        last = max(self._measured_at, self.load.last_at)
+        if now - last > self._measure_after_s and not self.queue.queued_positions:
+            self.speed.replace(measure_speed(self.span))
+            self._measured_at = time.monotonic()
+            self._measure_after_s *= 2
 
     def drain(self, timeout_s: float) -> None:
         """Takes no new sessions, and hands the running ones over: their clients replace this peer, as it is told them.

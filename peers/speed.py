@@ -29,6 +29,10 @@ class ObservedSpeed:
     def prefill_ms_per_block_position(self) -> float:
         return self._speed.block_ms[-1] / PASS_SIZES[-1]
 
+    def replace(self, measured: ObservedSpeed) -> None:
+        """Takes over what was measured anew."""
+        self._speed = measured._speed
+
     def observe(self, positions: int, blocks: int, elapsed_ms: float) -> None:
         """Takes in one pass of `positions` positions through `blocks` blocks: moves the sizes on both sides of it."""
         factor = elapsed_ms / blocks / max(self._speed.at(positions), 1e-6)

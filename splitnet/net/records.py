@@ -64,7 +64,7 @@ class PeerRecord:
     start, end, num_blocks: serves blocks [start, end) of num_blocks; start == end says that the peer has left.
     protocol: version of the wire protocol. codecs: names, at most 32. device, dtype, version: for people and planners.
     block_ms: ms per block of a pass with as many positions as `scheduler.swarm.PASS_SIZES` says, observed.
-    queue_ms: wait of a step before its pass starts. batch: positions of others that share the pass of a decode step.
+    queue_ms: wait of a decode step for its pass. batch: positions of others that share the pass of a decode step.
     kv_free_positions: positions that new sessions may still take. sessions: open sessions.
     max_blocks: how many blocks this peer has memory for; 0: it stays where it is. placed_at: Unix time in seconds when
     it took its span. moving_to: the span [start, end) that it means to serve next. serves: it takes sessions.

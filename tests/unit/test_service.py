@@ -345,6 +345,14 @@ class TestOpen:
         assert code_of(opened.says(to_client(epoch=9), STRANGER), STRANGER) is FailureCode.UNKNOWN_SESSION
         assert (opened.session().epoch, opened.session().next) == (1, AFTER)
 
+    def test_again_after_trouble_a_link_counts_only_if_the_next_hop_answers(self, opened: Peer) -> None:
+        assert opened.says(opening(epoch=2)) == []
+        assert opened.outbox.probed == [AFTER]
+        opened.service.answered(AFTER)
+        assert is_opened(opened.heard(), reachable=True, epoch=2)
+        assert opened.says(opening(epoch=3)) == []
+        assert is_opened(opened.passes(REACH_S / 3 + 0.1), reachable=False, epoch=3)
+
     def test_of_an_older_epoch_is_stale(self, opened: Peer) -> None:
         opened.says(opening(epoch=5))
         assert code_of(opened.says(opening(epoch=4))) is FailureCode.STALE_EPOCH
