@@ -117,15 +117,15 @@ class Simulation:
         for first, end, blocks, source, target in lost_parts(session, lost, self._settings.num_blocks):
             used = {hop.peer for _, _, hops in replaced for hop in hops} | {node.id for node, _, _ in session.hops}
             planned = self._route(session, blocks, source, target, session.banned | used)
-            if source == target == CLIENT:
-                session.foretold_ms = planned.token_ms
+            session.foretold_ms = planned.token_ms if source == target == CLIENT else 0.0  # of the whole route
             session.asked_ms = planned.asked_ms
             replaced.append((first, end, planned.hops))
         return replaced[::-1]
 
     def _route(self, session: Session, blocks: tuple[int, int], source: str, target: str, exclude: set[str]) -> Planned:
         request = session.request
-        plan = Plan(session.client, request, blocks, source, target, exclude, request.positions)
+        prompt = 0 if session.tokens else request.prompt
+        plan = Plan(session.client, request, blocks, source, target, exclude, request.positions, prompt)
         return self._routing.route(plan, self.membership.view, self._choices)
 
     def _open(self, session: Session, replaced: list[Replacement]) -> float | None:
@@ -138,6 +138,7 @@ class Simulation:
         self._traffic.connect(session)
         session.trouble_since_ms = -1.0
         session.refusals = 0
+        session.trial_ms = []
         # Connecting takes a round trip, and so does opening.
         ready = self.events.now + session.asked_ms + 2 * rtt_ms
         if session.tokens == 0:
@@ -173,13 +174,13 @@ class Simulation:
                 self._end(session, FINISHED)
                 return
         if not self._moved(session):
+            session.sent_ms = self.events.now
             self._traffic.send(Step(session, session.epoch, 0, len(session.hops) - 1, 1))
 
     def _moved(self, session: Session) -> bool:
         """Looks for a better route between two tokens, when it is time to, and goes over to it if that pays."""
         now = self.events.now
-        pause_s = self._settings.replan_s * self._settings.replan_growth**session.moves
-        due = self._routing.replans and now - session.looked_ms >= pause_s * 1000
+        due = self._routing.replans and now - session.looked_ms >= self._settings.replan_s * 1000
         if not due or session.lost_hops():
             return False
         session.looked_ms = now

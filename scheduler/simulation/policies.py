@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Final, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.candidates import LIMIT, Crowd
-from scheduler.cost import route_ms
+from scheduler.cost import positions_with_prompt, route_ms
 from scheduler.network import CLIENT, Link, Network, Place
 from scheduler.route import NoRoute, best_route
 from scheduler.simulation.clients import Client
@@ -20,9 +20,6 @@ from scheduler.simulation.directory import View
 from scheduler.simulation.geography import TrueNetwork
 from scheduler.simulation.world import Request, World
 from scheduler.swarm import Hop, Peer, Route, Speed
-
-USUAL_ANSWER: Final = 100
-"""Tokens that a client expects of an answer, the length of which nobody knows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +35,7 @@ class Plan:
     """What to plan. blocks: [start, end). source, target: the client, or the peers beside a part of a route.
 
     exclude: peers that must not be used. kv_needed: positions that each hop must have room for.
+    prompt: positions that come before the first token.
     present: the route that the session has, if it asks for a better one. seen: what the session met at its hops;
     latencies: and between them.
     """
@@ -49,6 +47,7 @@ class Plan:
     target: str
     exclude: Collection[str]
     kv_needed: int
+    prompt: int = 0
     present: Sequence[Hop] = ()
     seen: Mapping[str, SeenHop] = field(default_factory=dict[str, SeenHop])
     latencies: Mapping[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
@@ -97,7 +96,7 @@ class BestOptions:
     coordinates: bool = True
     true_links: bool = False
     replans: bool = True
-    prompt: bool = False
+    prompt: bool = True
     checks: int = 0
     load: bool = True
     spread: bool = True
@@ -117,7 +116,7 @@ class Best:
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
         options, encodings = self._options, self._world.settings.encodings
         places = {CLIENT: plan.client.place, **view.places.places} if options.coordinates else {}
-        positions = 1 + plan.request.prompt // USUAL_ANSWER if options.prompt else 1
+        positions = positions_with_prompt(plan.prompt) if options.prompt else 1
         peers = self._peers(plan, view)
         outside = [places[name] for name in (plan.source, plan.target) if name in places]
         chosen = self._crowd(view, positions).near(
@@ -145,7 +144,7 @@ class Best:
                 rng=rng if options.spread else None,
             )
 
-        def cost(hops: Sequence[Hop]) -> float:
+        def cost(hops: Sequence[Hop], positions: int = positions) -> float:
             return route_ms(
                 hops,
                 by_id,
@@ -173,7 +172,7 @@ class Best:
             route = best()
             found.append(route.hops)
         hops = min(found, key=cost)
-        return Planned(list(hops), cost(hops), asked_ms, self._present_ms(plan, by_id, cost))
+        return Planned(list(hops), cost(hops, 1), asked_ms, self._present_ms(plan, by_id, cost))
 
     def _crowd(self, view: View, positions: int) -> Crowd:
         """Of all peers in view, kept until there is another view."""

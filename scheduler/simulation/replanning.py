@@ -45,9 +45,9 @@ def better_route(
         CLIENT,
         session.banned,
         request.positions,
-        present,
-        seen,
-        session.latencies,
+        present=present,
+        seen=seen,
+        latencies=session.latencies,
     )
     try:
         planned = routing.route(plan, view, rng)
@@ -60,7 +60,9 @@ def better_route(
         return None
     sender = present[first - 1].peer if first else CLIENT
     move_ms = _move_ms(hops, sender, session.context, view, settings)
-    if not move_pays(planned.present_ms, planned.token_ms, move_ms, request.output - session.tokens):
+    # What is known of the present route was seen; what is known of the other was told, and is doubted.
+    new_ms = planned.token_ms * (session.doubt if settings.doubts else 1.0)
+    if not move_pays(planned.present_ms, new_ms, move_ms, request.output - session.tokens):
         return None
     return Change(first, len(present) - behind, hops, planned)
 

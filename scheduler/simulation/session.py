@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
+from statistics import median
 from typing import Final
 
 from scheduler.encoding import Encoding
@@ -17,6 +18,11 @@ from scheduler.simulation.world import Request
 RUNNING: Final = "running"
 FINISHED: Final = "finished"
 FAILED: Final = "failed"
+
+TRIAL_STEPS: Final = 8
+RELIEF: Final = 0.2
+MAX_DOUBT: Final = 20.0
+"""As in real clients."""
 
 Hops = list[tuple[Node, int, int]]
 """Who runs which blocks [start, end)."""
@@ -51,7 +57,8 @@ class Session:
     wires: before each hop, and after the last. replays: that are awaited. trouble_since_ms: when it lost a hop or was
     refused; -1: it has a route. first_ms, last_ms: when the client had its first and its latest token. foretold_ms: of
     a token, by the plan. asked_ms: what planning took. seen, latencies: what it met at its hops, and between them.
-    looked_ms: when it last looked for a better route; moves: how often it took one.
+    looked_ms: when it last looked for a better route; moves: how often it took one. sent_ms: when the latest step went.
+    trial_ms: what the first tokens on this route took; doubt: by what factor routes were slower than foretold.
     """
 
     request: Request
@@ -77,6 +84,9 @@ class Session:
     seen: dict[Node, SeenHop] = field(default_factory=dict["Node", SeenHop])
     latencies: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
     looked_ms: float = 0.0
+    sent_ms: float = 0.0
+    trial_ms: list[float] = field(default_factory=list[float])
+    doubt: float = 1.0
     moves: int = 0
 
     @property
@@ -88,8 +98,19 @@ class Session:
         """Counts a token that the client has."""
         if self.tokens == 0:
             self.first_ms = now_ms
+        else:
+            self._step_took(now_ms - self.sent_ms)
         self.tokens += 1
         self.last_ms = now_ms
+
+    def _step_took(self, ms: float) -> None:
+        """Doubts forecasts by what came of them, as real clients do."""
+        if self.foretold_ms and len(self.trial_ms) < TRIAL_STEPS:
+            self.trial_ms.append(ms)
+            if len(self.trial_ms) == TRIAL_STEPS:
+                ratio = median(self.trial_ms) / self.foretold_ms
+                relieved = self.doubt + RELIEF * (ratio - self.doubt)
+                self.doubt = min(max(1.0, ratio, relieved), MAX_DOUBT)
 
     def met(self, node: Node, block_ms: float, wait_ms: float) -> None:
         """Takes in what a token met at a hop."""

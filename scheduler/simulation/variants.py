@@ -37,22 +37,22 @@ def _petals(push: bool) -> Callable[[World], Routing]:
 MANY_ENDS: Final[Mapping[str, Any]] = MappingProxyType({"near_probes": 64, "probe_ends": True})
 """Clients measure links to 64 of the peers with which a route can begin or end, in place of 16 to any near by."""
 
-BASELINES: Final = ("own", "own-prompt", "no-replan", "petals-push", "petals", "fewest-hops", "nearest", "random")
+BASELINES: Final = ("own", "no-prompt", "no-replan", "petals-push", "petals", "fewest-hops", "nearest", "random")
 ABLATIONS: Final = (
-    "own", "own-prompt", "own-ends", "own-checks", "own-patient", "no-replan", "no-moves", "no-load", "stale",
+    "own", "no-prompt", "own-ends", "own-checks", "no-doubt", "no-replan", "no-moves", "no-load", "stale",
     "no-coordinates", "true-links", "petals-routing", "petals-placement",
 )  # fmt: skip
 
 POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
     {
         "own": Policy("own", _best()),
-        "own-prompt": Policy("own, the prompt counts", _best(prompt=True)),
+        "no-prompt": Policy("own, the prompt ignored", _best(prompt=False)),
         "own-checks": Policy("own, links of the new route asked for", _best(checks=2)),
         "true-links": Policy("own, all links known", _best(true_links=True)),
         "no-coordinates": Policy("own, measured links only", _best(coordinates=False)),
         "own-ends": Policy("own, 64 links to first and last peers", _best(), rules=MANY_ENDS),
         "no-replan": Policy("own, no re-planning", _best(replans=False)),
-        "own-patient": Policy("own, a longer pause after each re-plan", _best(), rules={"replan_growth": 2.0}),
+        "no-doubt": Policy("own, forecasts never doubted", _best(), rules={"doubts": False}),
         "no-moves": Policy("own, peers never move", _best(), rules={"moves": False}),
         "no-load": Policy("own, load ignored", _best(load=False)),
         "stale": Policy(

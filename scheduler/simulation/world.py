@@ -28,7 +28,7 @@ class Settings:
     their owners work with them. moves: whether peers may change their blocks. jitter: mean share by which
     a message's latency exceeds the link's. loss: share of messages that are sent twice. silence_s: until a hop that
     crashed counts as lost. patience_s: how long a session waits for peers to serve its blocks.
-    replan_s: how often a session looks for a better route; replan_growth: factor to that for each time it went over.
+    replan_s: how often a session looks for a better route; doubts: whether it doubts forecasts.
     near_probes: links that a client measures to peers near by; probe_ends: only to those of the first or last block.
     """
 
@@ -50,7 +50,7 @@ class Settings:
     silence_s: float = 3.0
     patience_s: float = 30.0
     replan_s: float = 10.0
-    replan_growth: float = 1.0
+    doubts: bool = True
     near_probes: int = 16
     probe_ends: bool = False
 
@@ -72,7 +72,7 @@ RULES: Final = frozenset(
         "load_s",
         "moves",
         "replan_s",
-        "replan_growth",
+        "doubts",
         "near_probes",
         "probe_ends",
         "silence_s",
