@@ -107,7 +107,8 @@ class Fixed:
     check_s = 1e9
     announces_joining = False
 
-    def __init__(self, spans: Sequence[tuple[int, int]], hops: Sequence[Hop]) -> None:
+    def __init__(self, spans: Sequence[tuple[int, int]], hops: Sequence[Hop], foretold_ms: float = 0.0) -> None:
+        self._foretold_ms = foretold_ms
         self._spans = list(spans)
         self._hops = list(hops)
 
@@ -121,7 +122,7 @@ class Fixed:
         return None
 
     def route(self, plan: Plan, view: object, rng: random.Random) -> Planned:
-        return Planned(self._hops)
+        return Planned(self._hops, self._foretold_ms)
 
 
 def tiny_world(*requests: tuple[float, int, int], loss: float = 0.0) -> World:
@@ -201,6 +202,18 @@ def test_a_session_that_never_ends_has_failed() -> None:
     assert outcome.failed == 1
     assert simulation.sessions[0].state != RUNNING
     assert all(node.kv_used == 0 for node in simulation.nodes.values())
+
+
+def test_a_session_doubts_forecasts_that_did_not_come_true() -> None:
+    world = tiny_world((0.0, 16, 30))
+    simulation, outcome = outcome_in(world, SPANS, THREE_HOPS)
+    assert simulation.sessions[0].doubt == 1.0  # nothing was foretold
+    fixed = Fixed(SPANS, THREE_HOPS, foretold_ms=outcome.token_ms[0] / 3)
+    doubting = Simulation(world, fixed, fixed)
+    for _ in doubting.run():
+        pass
+    assert doubting.sessions[0].doubt == pytest.approx(3.0)
+    assert outcome_of(doubting).foretold == [pytest.approx(1 / 3)]
 
 
 def test_one_by_one_events_come_in_the_order_of_time_and_then_of_planning() -> None:
