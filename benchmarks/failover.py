@@ -1,6 +1,6 @@
 """How long text stands still when a hop is lost, and whether it goes on with the same tokens.
 
-Two daemons serve each third of the model, each in a host of an emulated network (docs/netlab.md; for root on Linux). One
+Two daemons serve each third of the model, each in a host of an emulated network (docs/netlab.md; root on Linux). One
 answer is generated undisturbed, then again, and after some tokens something happens to the first, middle or last hop:
 
     kill    its program dies (kill -9)

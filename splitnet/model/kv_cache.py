@@ -107,6 +107,13 @@ class RowCache:
         return capacity
 
 
+class TracedRow(RowCache):
+    """A row that stores nothing and lets gradients through: a whole sequence passes at once, from its beginning."""
+
+    def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return keys, values
+
+
 def _grown(tensor: torch.Tensor, capacity: int, kept: int) -> torch.Tensor:
     """A tensor like `tensor` with room for `capacity` positions that starts with its first `kept` ones."""
     grown = tensor.new_empty((*tensor.shape[:2], capacity, tensor.shape[3]))

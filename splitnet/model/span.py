@@ -22,7 +22,7 @@ from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import NEUTRAL_CONFIG, packs_sequences, sliding_windows
-from splitnet.model.kv_cache import OneRow, PassThrough, RowCache
+from splitnet.model.kv_cache import OneRow, PassThrough, RowCache, TracedRow
 from splitnet.model.memory import free_memory, guarded
 
 __all__ = ["Part", "Span", "block_bytes", "free_memory"]
@@ -140,11 +140,51 @@ class Span:
         """
         self._check(hidden, parts)
         with torch.inference_mode():
-            hidden = hidden.to(device=self.device, dtype=self.dtype)
-            output = self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
+            output = self._run(hidden.to(device=self.device, dtype=self.dtype), parts)
         for part in parts:
             part.row.advance(part.count)
         return output
+
+    def forward_sequences(self, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Runs whole sequences of which nothing is kept.
+
+        Args:
+            hidden: `[positions, hidden]`: the sequences one after the other.
+            lengths: positions of each.
+
+        Returns:
+            `[positions, hidden]`.
+
+        Raises:
+            ValueError: the lengths do not fit `hidden`.
+        """
+        return self.forward(hidden, [Part(TracedRow(), 0, length) for length in lengths])
+
+    def backward_sequences(self, hidden: torch.Tensor, lengths: Sequence[int], gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of a loss by the input of the blocks, whose weights stay as they are.
+
+        Only the input need have been kept since the forward pass: the rest is computed again (Chen et al., "Training
+        Deep Nets with Sublinear Memory Cost", 2016), so that activations of one pass are in memory, not of all.
+
+        Args:
+            hidden: `[positions, hidden]`: what `forward_sequences` was given.
+            lengths: likewise.
+            gradient: `[positions, hidden]`: of the loss by what that returned.
+
+        Returns:
+            `[positions, hidden]`, on the span's device and in its dtype.
+
+        Raises:
+            ValueError: the lengths or the gradient do not fit `hidden`.
+        """
+        parts = [Part(TracedRow(), 0, length) for length in lengths]
+        self._check(hidden, parts)
+        if gradient.shape != hidden.shape:
+            raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
+        with torch.enable_grad():
+            traced = hidden.to(device=self.device, dtype=self.dtype, copy=True).requires_grad_()
+            output = self._run(traced, parts)
+        return torch.autograd.grad(output, traced, gradient.to(output))[0]
 
     def view(self, start: int, end: int) -> Span:
         """The blocks `[start, end)` of this span as a span of its own, with the same weights in memory.
@@ -178,6 +218,9 @@ class Span:
             raise ValueError("a part does not start where its row ends: crop the row first")
         if len({id(part.row) for part in parts}) != len(parts):
             raise ValueError("two parts of one pass have the same row")
+
+    def _run(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        return self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
 
     def _run_packed(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         positions = [position for part in parts for position in range(part.start, part.start + part.count)]

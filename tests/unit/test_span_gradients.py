@@ -1,0 +1,105 @@
+"""Gradients through spans, against autograd through the whole model of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import Part, Span
+from tests.unit.random_models import random_checkpoint
+
+FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2", "gpt_oss", "bloom", "mixtral", "opt")
+CUTS = ((0, 1), (1, 4), (4, 6))
+LENGTHS = (17, 5, 9)
+HIDDEN = 64
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            made[family] = random_checkpoint(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return make
+
+
+def spans_of(folder: Path) -> list[Span]:
+    return [Span.load(Checkpoint.open(folder), start, end) for start, end in CUTS]
+
+
+def whole_gradient(folder: Path, tokens: torch.Tensor, gradient: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of one sequence: the input of the first block, and the gradient by it for `gradient` by the last one's output."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    backbone = model.base_model
+    lists = (module for module in backbone.modules() if isinstance(module, torch.nn.ModuleList))
+    blocks = next(blocks for blocks in lists if len(blocks) == CUTS[-1][1])
+    seen: dict[str, torch.Tensor] = {}
+
+    def before(module: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        seen["input"] = hidden.detach().requires_grad_()
+        return ((seen["input"], *args[1:]), kwargs) if args else ((), {**kwargs, "hidden_states": seen["input"]})
+
+    def after(module: Any, args: Any, output: Any) -> None:
+        seen["output"] = output if isinstance(output, torch.Tensor) else output[0]
+
+    blocks[0].register_forward_pre_hook(before, with_kwargs=True)
+    blocks[-1].register_forward_hook(after)
+    backbone(tokens[None], use_cache=False)
+    (found,) = torch.autograd.grad(seen["output"], seen["input"], gradient[None])
+    return seen["input"][0].detach(), found[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_of_packed_sequences_is_that_of_the_whole_model(family: str, checkpoint_of: Callable[[str], Path]) -> None:
+    folder = checkpoint_of(family)
+    torch.manual_seed(0)
+    gradient = torch.randn(sum(LENGTHS), HIDDEN)
+    pieces = gradient.split(LENGTHS)
+    wanted = [
+        whole_gradient(folder, torch.randint(3, 300, (length,)), piece)
+        for length, piece in zip(LENGTHS, pieces, strict=True)
+    ]
+    hidden = torch.cat([given for given, _ in wanted])
+    spans, inputs = spans_of(folder), []
+    for span in spans:
+        inputs.append(hidden)
+        hidden = span.forward_sequences(hidden, LENGTHS)
+    for span, given in zip(reversed(spans), reversed(inputs), strict=True):
+        gradient = span.backward_sequences(given, LENGTHS, gradient)
+    expected = torch.cat([found for _, found in wanted])
+    assert float((gradient - expected).norm() / expected.norm()) < 1e-5
+
+
+def test_forward_is_that_of_rows_that_are_kept(checkpoint_of: Callable[[str], Path]) -> None:
+    span = spans_of(checkpoint_of("llama"))[1]
+    hidden = torch.randn(sum(LENGTHS), HIDDEN)
+    rows = [Part(span.new_row(), 0, length) for length in LENGTHS]
+    assert torch.equal(span.forward_sequences(hidden, LENGTHS), span.forward(hidden, rows))
+
+
+def test_leaves_weights_and_input_alone(checkpoint_of: Callable[[str], Path]) -> None:
+    span = spans_of(checkpoint_of("llama"))[1]
+    hidden = torch.randn(9, HIDDEN)
+    before = hidden.clone()
+    span.backward_sequences(hidden, (9,), torch.ones(9, HIDDEN))
+    assert torch.equal(hidden, before) and not hidden.requires_grad
+    assert all(weight.grad is None and not weight.requires_grad for weight in span._backbone.parameters())
+
+
+@pytest.mark.parametrize(("lengths", "shape"), [((4, 4), (9, HIDDEN)), ((9,), (8, HIDDEN))])
+def test_what_does_not_fit_is_refused(
+    lengths: tuple[int, ...], shape: tuple[int, int], checkpoint_of: Callable[[str], Path]
+) -> None:
+    span = spans_of(checkpoint_of("llama"))[0]
+    with pytest.raises(ValueError):
+        span.backward_sequences(torch.randn(9, HIDDEN), lengths, torch.randn(shape))
