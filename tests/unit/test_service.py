@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -113,7 +114,7 @@ class Peer:
     end: int = 6
     capacity: int = CAPACITY
     max_positions: int | None = 4096
-    now: float = 1000.0
+    now: float = field(default_factory=time.monotonic)
     outbox: FakeOutbox = field(default_factory=FakeOutbox)
     queue: WorkQueue = field(default_factory=WorkQueue)
 
