@@ -36,6 +36,10 @@ class CodecError(ProtocolError):
     """A tensor payload does not fit its codec, shape or bounds."""
 
 
+class AdapterError(SplitnetError):
+    """Parameters that a client wants to add to blocks do not fit them."""
+
+
 class NotAuthorized(SplitnetError):
     """The peer does not accept this key, or the record of a peer is not signed by its key."""
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from splitnet.model.adapters import Adapter
 from splitnet.model.kv_cache import RowCache
 
 PACKED = "splitnet_packed"
@@ -32,6 +33,8 @@ class Part:
     row: RowCache
     start: int
     count: int
+    adapter: Adapter | None = None
+    """What its client adds to the blocks; its prefix is in the row."""
 
 
 @dataclass(frozen=True)

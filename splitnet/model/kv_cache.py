@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import Cache
+
+from splitnet.model.adapters import Prefix
 
 FIRST_CAPACITY = 256
 """Positions that the first allocation of a row holds; each next one doubles."""
@@ -25,11 +28,18 @@ class RowCache:
 
     Args:
         max_length: positions that the row will never exceed; keeps the last doubling from overshooting.
+        prefix: of an adapter, by block of the span: keys and values that stand before the first position.
+
+    Attributes:
+        length: positions that are stored, without the prefix.
+        prefix_length: positions of the prefix.
     """
 
-    def __init__(self, max_length: int | None = None) -> None:
+    def __init__(self, max_length: int | None = None, prefix: Mapping[int, Prefix] | None = None) -> None:
         self.length = 0
+        self.prefix_length = next(iter(prefix.values())).keys.shape[2] if prefix else 0
         self._max_length = max_length
+        self._prefix = prefix or {}
         self._blocks: dict[int, _Block] = {}
 
     @property
@@ -49,6 +59,13 @@ class RowCache:
             tensor.nbytes // tensor.shape[2] for block in self._blocks.values() for tensor in (block.keys, block.values)
         )
 
+    def shapes(self) -> list[list[tuple[int, int]]]:
+        """Heads and head size of the keys and of the values, block by block."""
+        return [
+            [(tensor.shape[1], tensor.shape[3]) for tensor in (block.keys, block.values)]
+            for _, block in sorted(self._blocks.items())
+        ]
+
     def crop(self, length: int) -> None:
         """Forgets all positions from `length` on; their memory is kept for the next ones.
 
@@ -61,17 +78,20 @@ class RowCache:
 
     def fork(self) -> RowCache:
         """An independent copy."""
-        copy = RowCache(self._max_length)
+        copy = RowCache(self._max_length, self._prefix)
         copy.length = self.length
         for index, block in self._blocks.items():
+            held = self._before(index) + self.length
             copy._blocks[index] = _Block(
-                _grown(block.keys, block.keys.shape[2], self.length),
-                _grown(block.values, block.values.shape[2], self.length),
+                _grown(block.keys, block.keys.shape[2], held),
+                _grown(block.values, block.values.shape[2], held),
             )
         return copy
 
     def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new positions after `length` and gives views of all keys and values up to and with them.
+
+        The prefix comes first.
 
         `length` itself moves only with `advance`, when all blocks have stored theirs: a pass that fails half-way
         leaves the row as it was.
@@ -81,11 +101,15 @@ class RowCache:
             keys: `[1, kv heads, new positions, head size]`.
             values: likewise; the head size may differ from that of the keys.
         """
-        start, end = self.length, self.length + keys.shape[2]
+        before = self._before(block_index)
+        start, end = before + self.length, before + self.length + keys.shape[2]
         block = self._blocks.get(block_index)
         if block is None:
             capacity = self._capacity(end, 0)
             block = self._blocks[block_index] = _Block(_grown(keys, capacity, 0), _grown(values, capacity, 0))
+            if before:
+                block.keys[:, :, :before] = self._prefix[block_index].keys
+                block.values[:, :, :before] = self._prefix[block_index].values
         elif end > block.keys.shape[2]:
             capacity = self._capacity(end, block.keys.shape[2])
             block.keys = _grown(block.keys, capacity, start)
@@ -98,12 +122,15 @@ class RowCache:
         """Counts `count` positions that all blocks have stored."""
         self.length += count
 
+    def _before(self, block_index: int) -> int:
+        return self.prefix_length if block_index in self._prefix else 0
+
     def _capacity(self, needed: int, current: int) -> int:
         capacity = max(FIRST_CAPACITY, current)
         while capacity < needed:
             capacity *= 2
-        if self._max_length is not None and needed <= self._max_length:
-            capacity = min(capacity, self._max_length)
+        if self._max_length is not None and needed <= self._max_length + self.prefix_length:
+            capacity = min(capacity, self._max_length + self.prefix_length)
         return capacity
 
 
@@ -111,7 +138,10 @@ class TracedRow(RowCache):
     """A row that stores nothing and lets gradients through: a whole sequence passes at once, from its beginning."""
 
     def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return keys, values
+        prefix = self._prefix.get(block_index)
+        if prefix is None:
+            return keys, values
+        return torch.cat((prefix.keys.to(keys), keys), 2), torch.cat((prefix.values.to(values), values), 2)
 
 
 def _grown(tensor: torch.Tensor, capacity: int, kept: int) -> torch.Tensor:
@@ -160,13 +190,13 @@ class OneRow(Cache):
         return self._row.append(layer_idx, key_states, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._row.length
+        return self._row.prefix_length + self._row.length
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self._row.length
+        return self._row.prefix_length + self._row.length
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._row.length + query_length, 0
+        return self._row.prefix_length + self._row.length + query_length, 0
 
     @property
     def is_sliding(self) -> list[bool]:

@@ -15,9 +15,17 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from splitnet.errors import UnsupportedModel
+from splitnet.errors import AdapterError, UnsupportedModel
+from splitnet.model.adapters import Adapter, AddsLowRank, Prefix, applying, linear_layers
 from splitnet.model.attention import PACKED, PackedPass, Part, running
-from splitnet.model.backbone import backbone_class, cut_to_blocks, find_container, load_cut, share_blocks
+from splitnet.model.backbone import (
+    backbone_class,
+    cut_to_blocks,
+    find_container,
+    load_cut,
+    parent_of,
+    share_blocks,
+)
 from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
@@ -49,9 +57,13 @@ class Span:
         dtype: torch.dtype,
         windows: Sequence[int | None],
         packs: bool,
+        whole: Span | None = None,
     ) -> None:
         self.start = start
         self.end = end
+        self._whole = whole or self  # of a view: where its blocks are numbered from
+        self._adapted: set[tuple[int, str]] = set()
+        self._kv_shapes: list[list[tuple[int, int]]] = []
         self._backbone = backbone
         self._container = container
         self._windows = windows
@@ -117,13 +129,14 @@ class Span:
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, dtype=wanted, windows=windows, packs=packs)
 
-    def new_row(self, max_length: int | None = None) -> RowCache:
+    def new_row(self, max_length: int | None = None, adapter: Adapter | None = None) -> RowCache:
         """An empty KV cache for one sequence.
 
         Args:
             max_length: positions that it will never exceed, if known: saves memory.
+            adapter: whose prefix it begins with.
         """
-        return RowCache(max_length)
+        return RowCache(max_length, self._prefix_of(adapter))
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
@@ -145,46 +158,42 @@ class Span:
             part.row.advance(part.count)
         return output
 
-    def forward_sequences(self, hidden: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Runs whole sequences of which nothing is kept.
+    def sequences(self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None) -> torch.Tensor:
+        """Runs whole sequences of which nothing is kept; with a graph for gradients if torch records one.
 
         Args:
             hidden: `[positions, hidden]`: the sequences one after the other.
             lengths: positions of each.
-
-        Returns:
-            `[positions, hidden]`.
-
-        Raises:
-            ValueError: the lengths do not fit `hidden`.
-        """
-        return self.forward(hidden, [Part(TracedRow(), 0, length) for length in lengths])
-
-    def backward_sequences(self, hidden: torch.Tensor, lengths: Sequence[int], gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of a loss by the input of the blocks, whose weights stay as they are.
-
-        Only the input need have been kept since the forward pass: the rest is computed again (Chen et al., "Training
-        Deep Nets with Sublinear Memory Cost", 2016), so that activations of one pass are in memory, not of all.
-
-        Args:
-            hidden: `[positions, hidden]`: what `forward_sequences` was given.
-            lengths: likewise.
-            gradient: `[positions, hidden]`: of the loss by what that returned.
+            adapter: one that `fit` has accepted.
 
         Returns:
             `[positions, hidden]`, on the span's device and in its dtype.
 
         Raises:
-            ValueError: the lengths or the gradient do not fit `hidden`.
+            ValueError: the lengths do not fit `hidden`.
         """
-        parts = [Part(TracedRow(), 0, length) for length in lengths]
+        prefix = self._prefix_of(adapter)
+        parts = [Part(TracedRow(prefix=prefix), 0, length, adapter) for length in lengths]
         self._check(hidden, parts)
-        if gradient.shape != hidden.shape:
-            raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
-        with torch.enable_grad():
-            traced = hidden.to(device=self.device, dtype=self.dtype, copy=True).requires_grad_()
-            output = self._run(traced, parts)
-        return torch.autograd.grad(output, traced, gradient.to(output))[0]
+        return self._run(hidden.to(device=self.device, dtype=self.dtype), parts)
+
+    def fit(self, adapter: Adapter) -> None:
+        """Makes the blocks ready for an adapter.
+
+        Raises:
+            AdapterError: it names blocks or layers that are not here, or its shapes are not theirs.
+        """
+        for block, path, low_rank in adapter.low_ranks():
+            layer, sizes = self._linear_layer(block, path)
+            if (low_rank.a.shape[1], low_rank.b.shape[0]) != sizes:
+                raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, the adapter not")
+            if (block, path) not in self._whole._adapted:
+                self._whole._adapted.add((block, path))
+                layer.register_forward_hook(AddsLowRank(block, path))
+        for block, prefix in adapter.prefixes():
+            shapes = self._whole._kv_shapes[self._index(block)]
+            if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
+                raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, the prefix has not")
 
     def view(self, start: int, end: int) -> Span:
         """The blocks `[start, end)` of this span as a span of its own, with the same weights in memory.
@@ -203,6 +212,7 @@ class Span:
             dtype=self.dtype,
             windows=self._windows,
             packs=self._packs,
+            whole=self._whole,
         )
 
     def free_memory(self) -> int:
@@ -219,12 +229,34 @@ class Span:
         if len({id(part.row) for part in parts}) != len(parts):
             raise ValueError("two parts of one pass have the same row")
 
+    def _index(self, block: int) -> int:
+        """Which of its blocks the backbone of the whole span calls it."""
+        if not self.start <= block < self.end:
+            raise AdapterError(f"block {block} is not among the blocks {self.start}..{self.end - 1}")
+        return block - self._whole.start
+
+    def _linear_layer(self, block: int, path: str) -> tuple[nn.Module, tuple[int, int]]:
+        """A layer that LoRA can be added to, with its numbers of inputs and outputs."""
+        parent, name = parent_of(self._whole._backbone, self._container)
+        module: nn.Module = getattr(parent, name)[self._index(block)]
+        sizes = linear_layers(module).get(path)
+        if sizes is None:
+            raise AdapterError(f"block {block} has no linear layer {path!r}")
+        return module.get_submodule(path), sizes
+
+    def _prefix_of(self, adapter: Adapter | None) -> dict[int, Prefix]:
+        if adapter is None or not adapter.prefix_length:
+            return {}
+        first = self._whole.start
+        return {block - first: prefix for block, prefix in adapter.prefixes() if self.start <= block < self.end}
+
     def _run(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         return self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
 
     def _run_packed(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
-        positions = [position for part in parts for position in range(part.start, part.start + part.count)]
-        with running(PackedPass(parts, self._windows, self._sdpa)):
+        positions = [position for part in parts for position in _positions(part)]
+        adapters = applying([part.adapter for part in parts], [part.count for part in parts])
+        with adapters, running(PackedPass(parts, self._windows, self._sdpa)):
             output = self._backbone(
                 inputs_embeds=hidden[None],
                 position_ids=torch.tensor([positions], device=self.device),
@@ -238,13 +270,13 @@ class Span:
         begin = 0
         for part in parts:
             self._forget_rope()
-            positions = torch.arange(part.start, part.start + part.count, device=self.device)
-            output = self._backbone(
-                inputs_embeds=hidden[None, begin : begin + part.count],
-                position_ids=positions[None],
-                cache=OneRow(part.row),
-                use_cache=True,
-            )
+            with applying([part.adapter], [part.count]):
+                output = self._backbone(
+                    inputs_embeds=hidden[None, begin : begin + part.count],
+                    position_ids=torch.tensor([list(_positions(part))], device=self.device),
+                    cache=OneRow(part.row),
+                    use_cache=True,
+                )
             outputs.append(output[0][0])
             begin += part.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
@@ -267,7 +299,14 @@ class Span:
             raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own: {error}") from error
         if output.shape != (1, self.hidden_size) or row.blocks != self.end - self.start:
             raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")
+        self._kv_shapes = row.shapes()
         return row.bytes_per_position
+
+
+def _positions(part: Part) -> range:
+    """As the blocks count them: the prefix comes first."""
+    start = part.row.prefix_length + part.start
+    return range(start, start + part.count)
 
 
 def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> int:

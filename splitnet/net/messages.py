@@ -3,7 +3,7 @@
 A message travels as one or two ZeroMQ frames:
 
     frame 0   b"SN", version (1 byte), tag (1 byte), msgpack array of the fields in the order of the dataclass
-    frame 1   only for messages with a payload: the encoded tensor, or padding of a ping
+    frame 1   only for messages with a payload: the encoded tensor, an adapter, or padding of a ping
 
 The first three bytes are the same in every version, so that each side can name the other's version. Every length is
 bounded here and checked before anything is allocated; whatever breaks a bound raises `ProtocolError`.
@@ -12,15 +12,15 @@ bounded here and checked before anything is allocated; whatever breaks a bound r
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast, get_args
 
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
 
 from splitnet.errors import ProtocolError, ProtocolVersionError
+from splitnet.net.fields import Check, blob, flag, milliseconds, numbers, optional, records, text, uint
 
 PROTOCOL_VERSION = 1
 MAGIC = b"SN"
@@ -40,7 +40,6 @@ SESSION_BYTES = 16
 KEY_BYTES = 32
 
 Payload = bytes | memoryview
-Check = Callable[[Any], Any]
 
 
 class FailureCode(IntEnum):
@@ -88,70 +87,8 @@ class Fork(NamedTuple):
     source: int
 
 
-def _uint(limit: int) -> Check:
-    def check(value: Any) -> int:
-        if type(value) is not int or not 0 <= value <= limit:
-            raise ProtocolError(f"expected an integer in 0..{limit}")
-        return value
-
-    return check
-
-
-def _blob(*lengths: int) -> Check:
-    def check(value: Any) -> bytes:
-        if type(value) is not bytes or len(value) not in lengths:
-            raise ProtocolError(f"expected {' or '.join(map(str, lengths))} bytes")
-        return value
-
-    return check
-
-
-def _text(limit: int) -> Check:
-    def check(value: Any) -> str:
-        if type(value) is not str or len(value) > limit:
-            raise ProtocolError(f"expected text of at most {limit} characters")
-        return value
-
-    return check
-
-
-def _flag(value: Any) -> bool:
-    if type(value) is not bool:
-        raise ProtocolError("expected a boolean")
-    return value
-
-
-def _milliseconds(value: Any) -> float:
-    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-        raise ProtocolError("expected a non-negative number of milliseconds")
-    return float(value)
-
-
-def _records(kind: Callable[..., Any], limits: Sequence[int], *, most: int = MAX_ROWS) -> Check:
-    width = len(limits)
-
-    def check(value: Any) -> tuple[Any, ...]:
-        if type(value) is not list or len(cast("list[Any]", value)) > most:
-            raise ProtocolError(f"expected a list of at most {most} records")
-        records: list[Any] = []
-        for record in cast("list[Any]", value):
-            if type(record) is not list or len(cast("list[Any]", record)) != width:
-                raise ProtocolError(f"expected records of {width} integers")
-            for number, limit in zip(cast("list[Any]", record), limits, strict=True):
-                if type(number) is not int or not 0 <= number <= limit:
-                    raise ProtocolError(f"expected an integer in 0..{limit}")
-            records.append(kind(*cast("list[int]", record)))
-        return tuple(records)
-
-    return check
-
-
-def _optional(check: Check) -> Check:
-    return lambda value: None if value is None else check(value)
-
-
 _ROW_ID = (1 << 48) - 1
-_NUMBER = _uint((1 << 48) - 1)
+_NUMBER = uint((1 << 48) - 1)
 _MAX_US = (1 << 48) - 1
 _MAX_HOPS = 256
 
@@ -161,11 +98,11 @@ def _wire(check: Check, **options: Any) -> Any:
 
 
 def _session() -> Any:
-    return _wire(_blob(SESSION_BYTES))
+    return _wire(blob(SESSION_BYTES))
 
 
 def _epoch() -> Any:
-    return _wire(_uint((1 << 31) - 1))
+    return _wire(uint((1 << 31) - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +120,7 @@ class Pong:
 
     TAG: ClassVar[int] = 2
     nonce: int = _wire(_NUMBER)
-    queue_ms: float = _wire(_milliseconds)
+    queue_ms: float = _wire(milliseconds)
     kv_free_positions: int = _wire(_NUMBER)
 
 
@@ -194,19 +131,19 @@ class Open:
     TAG: ClassVar[int] = 3
     session: bytes = _session()
     epoch: int = _epoch()
-    model: str = _wire(_text(64))
+    model: str = _wire(text(64))
     """Fingerprint of the weights."""
-    start: int = _wire(_uint(MAX_BLOCKS))
-    end: int = _wire(_uint(MAX_BLOCKS))
-    budget: int = _wire(_uint(MAX_POSITIONS))
+    start: int = _wire(uint(MAX_BLOCKS))
+    end: int = _wire(uint(MAX_BLOCKS))
+    budget: int = _wire(uint(MAX_POSITIONS))
     """Positions of KV cache to reserve, over all rows."""
-    codec: int = _wire(_uint(255))
+    codec: int = _wire(uint(255))
     """Codec of what this hop sends on."""
-    previous: bytes = _wire(_blob(0, KEY_BYTES))
+    previous: bytes = _wire(blob(0, KEY_BYTES))
     """Public key of the hop that may push steps of this session; empty: only the client does."""
-    next_key: bytes = _wire(_blob(0, KEY_BYTES))
+    next_key: bytes = _wire(blob(0, KEY_BYTES))
     """Public key of the next hop; empty: results go to the client."""
-    next_address: str = _wire(_text(256))
+    next_address: str = _wire(text(256))
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +153,7 @@ class Opened:
     TAG: ClassVar[int] = 4
     session: bytes = _session()
     epoch: int = _epoch()
-    next_reachable: bool = _wire(_flag)
+    next_reachable: bool = _wire(flag)
     cached_positions: int = _wire(_NUMBER)
     """Over all rows; 0 tells the client that this hop begins with nothing."""
 
@@ -241,16 +178,16 @@ class Step:
     session: bytes = _session()
     epoch: int = _epoch()
     number: int = _wire(_NUMBER)
-    parts: tuple[Part, ...] = _wire(_records(Part, (_ROW_ID, MAX_POSITIONS, MAX_POSITIONS, MAX_POSITIONS)))
-    forks: tuple[Fork, ...] | None = _wire(_optional(_records(Fork, (_ROW_ID, _ROW_ID))))
+    parts: tuple[Part, ...] = _wire(records(Part, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
+    forks: tuple[Fork, ...] | None = _wire(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
     """Applied before the new positions; rows that are not named are dropped. None: the rows stay."""
-    replay_until: int = _wire(_uint(MAX_BLOCKS))
+    replay_until: int = _wire(uint(MAX_BLOCKS))
     """0 for new positions. In a replay: hops that end at this block or later log their output and send nothing on."""
-    codec: int = _wire(_uint(255))
+    codec: int = _wire(uint(255))
     payload: Payload = b""
-    boundary: int = _wire(_uint(MAX_BLOCKS), default=0)
+    boundary: int = _wire(uint(MAX_BLOCKS), default=0)
     """The block that the payload stands before, as a hop that pushes names it: so that no chain can be a circle."""
-    timings: tuple[Timing, ...] = _wire(_records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
+    timings: tuple[Timing, ...] = _wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
     """Of the hops before, in order."""
 
     @property
@@ -266,10 +203,10 @@ class Result:
     session: bytes = _session()
     epoch: int = _epoch()
     number: int = _wire(_NUMBER)
-    end: int = _wire(_uint(MAX_BLOCKS))
+    end: int = _wire(uint(MAX_BLOCKS))
     """The boundary that the payload stands at."""
-    codec: int = _wire(_uint(255))
-    timings: tuple[Timing, ...] = _wire(_records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))
+    codec: int = _wire(uint(255))
+    timings: tuple[Timing, ...] = _wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))
     """Of all hops so far, in order."""
     payload: Payload = b""
 
@@ -279,11 +216,11 @@ class Failure:
     """A request could not be served; `number` is 0 if it was not about a step."""
 
     TAG: ClassVar[int] = 8
-    session: bytes = _wire(_blob(0, SESSION_BYTES))
+    session: bytes = _wire(blob(0, SESSION_BYTES))
     epoch: int = _epoch()
     number: int = _wire(_NUMBER)
-    code: int = _wire(_uint(255))
-    text: str = _wire(_text(MAX_TEXT))
+    code: int = _wire(uint(255))
+    text: str = _wire(text(MAX_TEXT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,12 +232,116 @@ class Replay:
     epoch: int = _epoch()
     number: int = _wire(_NUMBER)
     """Number of the last step of the replay; the hop that ends at `until` answers it with an empty `Result`."""
-    until: int = _wire(_uint(MAX_BLOCKS))
+    until: int = _wire(uint(MAX_BLOCKS))
 
 
-Message = Ping | Pong | Open | Opened | Close | Step | Result | Failure | Replay
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Whole sequences of which no KV cache is kept, with their encoded boundary activations `[positions, hidden]`.
 
-MESSAGES: tuple[type[Message], ...] = (Ping, Pong, Open, Opened, Close, Step, Result, Failure, Replay)
+    Answered as a step is: pushed from hop to hop, and by the tail with a `Result` of all positions. Sent again, it does
+    the same again.
+    """
+
+    TAG: ClassVar[int] = 10
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = _wire(_NUMBER)
+    oldest: int = _wire(_NUMBER)
+    """The client needs nothing any more of what has a lower number."""
+    lengths: tuple[int, ...] = _wire(numbers(MAX_POSITIONS, most=MAX_ROWS))
+    """Positions of each sequence."""
+    kept: bool = _wire(flag)
+    """Each hop keeps its input, so that a `Gradient` can follow."""
+    adapter: int = _wire(_NUMBER)
+    """Version of the adapter that the blocks run with; 0: none."""
+    gradient_codec: int = _wire(uint(255))
+    """Codec of the gradients that come back this way."""
+    codec: int = _wire(uint(255))
+    payload: Payload = b""
+    boundary: int = _wire(uint(MAX_BLOCKS), default=0)
+    """As in `Step`."""
+    timings: tuple[Timing, ...] = _wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
+    """Of the hops before, in order."""
+
+    @property
+    def positions(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, slots=True)
+class Gradient:
+    """Goes the way of a `Forward` back: the gradient of the client's loss by the activations at a boundary."""
+
+    TAG: ClassVar[int] = 11
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = _wire(_NUMBER)
+    """Of the `Forward`."""
+    boundary: int = _wire(uint(MAX_BLOCKS))
+    codec: int = _wire(uint(255))
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Parameters of the client that the blocks of a hop run with from now on, in this session alone.
+
+    The payload is in the safetensors format; `splitnet.model.adapters` says how the tensors are named. A large adapter
+    comes in several messages.
+    """
+
+    TAG: ClassVar[int] = 12
+    session: bytes = _session()
+    epoch: int = _epoch()
+    version: int = _wire(_NUMBER)
+    remaining: int = _wire(_NUMBER)
+    """How many messages of this version follow."""
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted:
+    """Answers the last `Adapter` of a version."""
+
+    TAG: ClassVar[int] = 13
+    session: bytes = _session()
+    epoch: int = _epoch()
+    version: int = _wire(_NUMBER)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterGradient:
+    """A hop's gradient by the adapter of its blocks, with the same names and shapes; straight to the client."""
+
+    TAG: ClassVar[int] = 14
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = _wire(_NUMBER)
+    """Of the `Forward`."""
+    remaining: int = _wire(_NUMBER)
+    """How many messages of it follow."""
+    payload: Payload = b""
+
+
+Message = (
+    Ping
+    | Pong
+    | Open
+    | Opened
+    | Close
+    | Step
+    | Result
+    | Failure
+    | Replay
+    | Forward
+    | Gradient
+    | Adapter
+    | Adopted
+    | AdapterGradient
+)
+
+MESSAGES: tuple[type[Message], ...] = get_args(Message)
 
 _BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}
 assert len(_BY_TAG) == len(MESSAGES), "two messages share a tag"
@@ -319,7 +360,7 @@ def encode(message: Message) -> list[Payload]:
     fields = [getattr(message, name) for name, _ in _CHECKS[kind]]
     header = _PREFIX[kind] + _packb(fields)
     if kind in _HAS_PAYLOAD:
-        payload = cast("Ping | Step | Result", message).payload
+        payload = cast("Step", message).payload
         if len(payload):
             return [header, payload]
     return [header]

@@ -24,9 +24,14 @@ from splitnet.net.messages import (
     MESSAGES,
     PROTOCOL_VERSION,
     SESSION_BYTES,
+    Adapter,
+    AdapterGradient,
+    Adopted,
     Close,
     Failure,
     Fork,
+    Forward,
+    Gradient,
     Message,
     Open,
     Opened,
@@ -73,6 +78,25 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Result, sessions, epochs, numbers, blocks, codes, timings, payloads),
     st.builds(Failure, st.just(b"") | sessions, epochs, numbers, codes, texts(MAX_TEXT)),
     st.builds(Replay, sessions, epochs, numbers, blocks),
+    st.builds(
+        Forward,
+        sessions,
+        epochs,
+        numbers,
+        numbers,
+        st.lists(positions, max_size=5).map(tuple),
+        st.booleans(),
+        numbers,
+        codes,
+        codes,
+        payloads,
+        blocks,
+        timings,
+    ),
+    st.builds(Gradient, sessions, epochs, numbers, blocks, codes, payloads),
+    st.builds(Adapter, sessions, epochs, numbers, numbers, payloads),
+    st.builds(Adopted, sessions, epochs, numbers),
+    st.builds(AdapterGradient, sessions, epochs, numbers, numbers, payloads),
 )
 
 OPEN = Open(SESSION, 1, "model", 0, 2, 128, 0, b"", bytes(KEY_BYTES), "tcp://127.0.0.1:1")
@@ -89,6 +113,11 @@ EXAMPLES: list[Message] = [
     RESULT,
     FAILURE,
     Replay(SESSION, 1, 7, 2),
+    Forward(SESSION, 1, 7, 5, (3, 1), True, 2, 0, 0, b"payload"),
+    Gradient(SESSION, 1, 7, 2, 0, b"payload"),
+    Adapter(SESSION, 1, 2, 0, b"tensors"),
+    Adopted(SESSION, 1, 2),
+    AdapterGradient(SESSION, 1, 7, 0, b"tensors"),
 ]
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.passes import SpanPasses
 from splitnet.model.span import Part, Span
 from tests.unit.random_models import random_checkpoint
 
@@ -73,9 +74,9 @@ def test_of_packed_sequences_is_that_of_the_whole_model(family: str, checkpoint_
     spans, inputs = spans_of(folder), []
     for span in spans:
         inputs.append(hidden)
-        hidden = span.forward_sequences(hidden, LENGTHS)
+        hidden = SpanPasses(span).forward(hidden, LENGTHS, None, span.start, span.end)
     for span, given in zip(reversed(spans), reversed(inputs), strict=True):
-        gradient = span.backward_sequences(given, LENGTHS, gradient)
+        gradient, _ = SpanPasses(span).backward(given, LENGTHS, gradient, None, span.start, span.end)
     expected = torch.cat([found for _, found in wanted])
     assert float((gradient - expected).norm() / expected.norm()) < 1e-5
 
@@ -84,14 +85,15 @@ def test_forward_is_that_of_rows_that_are_kept(checkpoint_of: Callable[[str], Pa
     span = spans_of(checkpoint_of("llama"))[1]
     hidden = torch.randn(sum(LENGTHS), HIDDEN)
     rows = [Part(span.new_row(), 0, length) for length in LENGTHS]
-    assert torch.equal(span.forward_sequences(hidden, LENGTHS), span.forward(hidden, rows))
+    whole = SpanPasses(span).forward(hidden, LENGTHS, None, span.start, span.end)
+    assert torch.equal(whole, span.forward(hidden, rows))
 
 
 def test_leaves_weights_and_input_alone(checkpoint_of: Callable[[str], Path]) -> None:
     span = spans_of(checkpoint_of("llama"))[1]
     hidden = torch.randn(9, HIDDEN)
     before = hidden.clone()
-    span.backward_sequences(hidden, (9,), torch.ones(9, HIDDEN))
+    SpanPasses(span).backward(hidden, (9,), torch.ones(9, HIDDEN), None, 2, 4)
     assert torch.equal(hidden, before) and not hidden.requires_grad
     assert all(weight.grad is None and not weight.requires_grad for weight in span._backbone.parameters())
 
@@ -102,4 +104,19 @@ def test_what_does_not_fit_is_refused(
 ) -> None:
     span = spans_of(checkpoint_of("llama"))[0]
     with pytest.raises(ValueError):
-        span.backward_sequences(torch.randn(9, HIDDEN), lengths, torch.randn(shape))
+        SpanPasses(span).backward(torch.randn(9, HIDDEN), lengths, torch.randn(shape), None, 0, 1)
+
+
+def test_more_urgent_work_may_run_between_two_blocks(checkpoint_of: Callable[[str], Path]) -> None:
+    span = spans_of(checkpoint_of("llama"))[1]
+    row, decoded = span.new_row(), []
+    token = torch.randn(1, HIDDEN)
+
+    def decode() -> None:
+        decoded.append(span.forward(token, [Part(row, row.length, 1)]))
+
+    hidden, gradient = torch.randn(9, HIDDEN), torch.randn(9, HIDDEN)
+    alone, _ = SpanPasses(span).backward(hidden, (9,), gradient, None, 1, 4)
+    disturbed, _ = SpanPasses(span, between=decode).backward(hidden, (9,), gradient, None, 1, 4)
+    assert torch.equal(alone, disturbed)
+    assert len(decoded) == 6
