@@ -103,6 +103,7 @@ OPEN = Open(SESSION, 1, "model", 0, 2, 128, 0, b"", bytes(KEY_BYTES), "tcp://127
 STEP = Step(SESSION, 1, 7, (Part(1, 0, 3, 1),), (Fork(2, 1),), 0, 0, b"payload")
 RESULT = Result(SESSION, 1, 7, 2, 0, (Timing(0, 1500, 250),), b"payload")
 FAILURE = Failure(SESSION, 1, 7, 3, "busy")
+FORWARD = Forward(SESSION, 1, 7, 5, (3, 1), True, 2, 0, 0, b"payload")
 EXAMPLES: list[Message] = [
     Ping(1, b"padding"),
     Pong(1, 2.5, 100),
@@ -113,7 +114,7 @@ EXAMPLES: list[Message] = [
     RESULT,
     FAILURE,
     Replay(SESSION, 1, 7, 2),
-    Forward(SESSION, 1, 7, 5, (3, 1), True, 2, 0, 0, b"payload"),
+    FORWARD,
     Gradient(SESSION, 1, 7, 2, 0, b"payload"),
     Adapter(SESSION, 1, 2, 0, b"tensors"),
     Adopted(SESSION, 1, 2),
@@ -247,6 +248,20 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (STEP, "timings", [], [[0, 1]]),
     (RESULT, "end", MAX_BLOCKS, MAX_BLOCKS + 1),
     (RESULT, "timings", [[0, 0, 0]], [[0, -1, 0]]),
+    (FORWARD, "lengths", [MAX_POSITIONS] * MAX_ROWS, [1] * (MAX_ROWS + 1)),
+    (FORWARD, "lengths", [], [MAX_POSITIONS + 1]),
+    (FORWARD, "lengths", [0], [True]),
+    (FORWARD, "oldest", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (FORWARD, "kept", False, 1),
+    (FORWARD, "adapter", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (FORWARD, "gradient_codec", 255, 256),
+    (FORWARD, "boundary", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (FORWARD, "timings", [], [[0, 1]]),
+    (Gradient(SESSION, 1, 7, 2, 0), "boundary", MAX_BLOCKS, MAX_BLOCKS + 1),
+    (Adapter(SESSION, 1, 2, 0), "version", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (Adapter(SESSION, 1, 2, 0), "remaining", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (Adopted(SESSION, 1, 2), "version", 0, -1),
+    (AdapterGradient(SESSION, 1, 7, 0), "remaining", 0, -1),
     (FAILURE, "session", b"", b"x"),
     (FAILURE, "text", "t" * MAX_TEXT, "t" * (MAX_TEXT + 1)),
     (FAILURE, "code", 255, 256),
