@@ -265,6 +265,7 @@ class Peer:
             self,
             self._next_hops,
             kv_memory=self._options.kv_memory,
+            training_memory=self._options.training_memory,
             idle_s=self._options.idle_s,
         )
 

@@ -9,6 +9,7 @@ import time
 import torch
 
 from peers.load import Load
+from peers.pass_engine import PassEngine
 from peers.service import Service, SessionTooLong
 from peers.session import Work
 from peers.speed import ObservedSpeed
@@ -42,6 +43,7 @@ class Engine:
         self._load = load
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
         self._publish_speed()
+        self._pass_engine = PassEngine(span, service, self._run_ready_steps)
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
@@ -58,15 +60,28 @@ class Engine:
             pass
 
     def _turn(self) -> bool:
-        """Waits for steps and runs a pass of them; False when the queue is closed. Keeps no session alive after it."""
+        """Waits for work and runs a pass of it; False when the queue is closed. Keeps no session alive after it."""
         chosen = self._queue.take(MAX_PASS_POSITIONS)
+        if chosen:
+            self._run_steps(chosen)
+        elif (work := self._queue.take_pass()) is not None:
+            self._pass_engine.run(work)
+            self._queue.release_pass(work)
+        return not self._queue.closed
+
+    def _run_ready_steps(self) -> None:
+        """Between two blocks of a pass over whole sequences: no step waits for the others."""
+        chosen = self._queue.take(MAX_PASS_POSITIONS, wait=False)
+        if chosen:
+            self._run_steps(chosen)
+
+    def _run_steps(self, chosen: list[tuple[Work, int]]) -> None:
         ready = [(work, count) for work, count in chosen if self._begin(work)]
         if ready:
             self._compute(ready)
         for work, _ in chosen:
             self._queue.release(work)
         self._publish_speed()
-        return bool(chosen)
 
     def _begin(self, work: Work) -> bool:
         """Before the first pass of a step: decodes its payload and prepares the session's rows."""
@@ -117,8 +132,9 @@ class Engine:
             for part in work.parts(count):
                 row = work.session.rows.get(part.row)
                 if row is None:
-                    row = work.session.rows[part.row] = span.new_row(work.session.room[part.row])
-                parts.append(SpanPart(row, part.start, part.length))
+                    room = work.session.room[part.row]
+                    row = work.session.rows[part.row] = span.new_row(room, work.session.adapter)
+                parts.append(SpanPart(row, part.start, part.length, work.session.adapter))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         output = span.forward(hidden, parts)
         elapsed_ms = (time.perf_counter() - began) * 1000

@@ -22,6 +22,7 @@ class PeerOptions:
             port than it listens on; None: found out.
         device, dtype: as torch and the checkpoint name them; None: chosen.
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
+        training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         authorized_keys: file with the keys that may connect; None: anyone.
         key_file: file of the peer's own key; None: a new key that lives as long as the peer.
         idle_s: seconds until an idle session is dropped.
@@ -35,6 +36,7 @@ class PeerOptions:
     device: str = "cpu"
     dtype: str | None = None
     kv_memory: int | None = None
+    training_memory: int | None = None
     authorized_keys: Path | None = None
     key_file: Path | None = None
     idle_s: float = 600.0

@@ -40,7 +40,7 @@ def prepare_rows(session: Session, step: Step) -> None:
         elif end > room[part.row]:
             room[part.row] = max(2 * end, FIRST_CAPACITY)
         lengths[part.row] = end
-    held = sum(lengths.values())
+    held = sum(lengths.values()) + session.prefix_length * len(lengths)
     if held > session.budget:
         raise SessionTooLong(f"the step needs {held} positions, the session has reserved {session.budget}")
     if sum(room.values()) > ROOM_PER_BUDGET * session.budget:

@@ -15,16 +15,20 @@ from peers.next_hops import NextHops
 from peers.outbox import Outbox
 from peers.row_memory import SessionTooLong, prepare_rows
 from peers.served import Served, next_hop_of
-from peers.session import Session, Work
+from peers.session import PassWork, Session, Work
+from peers.training import MissingPass, Training, TrainingMemory
 from peers.work_queue import WorkQueue
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.identity import PublicKey
 from splitnet.net.messages import (
+    Adapter,
     Close,
     Failure,
     FailureCode,
+    Forward,
+    Gradient,
     Message,
     Open,
     Opened,
@@ -50,6 +54,13 @@ LOST_GRACE_S = 30.0
 """How long the sessions of a client whose connection has ended wait for it to come back."""
 
 
+_CODE_OF_ERROR = {
+    PeerBusy: FailureCode.BUSY,
+    SessionTooLong: FailureCode.TOO_LONG,
+    MissingPass: FailureCode.OUT_OF_ORDER,
+}
+
+
 @dataclass(frozen=True, slots=True)
 class _PendingOpen:
     """An `Open` that waits until its next hop answers or the time is up."""
@@ -70,6 +81,7 @@ class Service:
         queue: where steps wait for the device.
         outbox: where messages go.
         next_hops: the links to other peers.
+        training_memory: bytes to keep for clients that train.
         reach_s: how long a next hop may take to accept the link before the client is told to carry.
     """
 
@@ -81,6 +93,7 @@ class Service:
         outbox: Outbox,
         next_hops: NextHops,
         *,
+        training_memory: int = 1 << 28,
         reach_s: float = 3.0,
     ) -> None:
         self.served = served
@@ -92,6 +105,7 @@ class Service:
         self._outbox = outbox
         self._reach_s = reach_s
         self._next_hops = next_hops
+        self._training = Training(served, queue, outbox, TrainingMemory(training_memory))
         self._pending: dict[Session, _PendingOpen] = {}
         self._probe_at = 0.0
         self._lock = threading.RLock()
@@ -101,17 +115,24 @@ class Service:
         """Expected wait of a new step for the device; 0 only if there is nothing to do."""
         return self.queue.queued_positions * self.ms_per_position
 
+    @property
+    def busy_ms(self) -> float:
+        """How long the device will be busy with all that it has to do; 0 only if there is nothing."""
+        return self.queue_ms + self.queue.pass_positions * self.ms_per_position
+
     def receive(self, source: Destination, message: Message, now: float) -> None:
         """Handles a message that came from `source` at `now` (seconds)."""
         with self._lock:
             if not isinstance(source, Connection):
-                self._pass_on(source, message)
+                self._pass_on(source, message, now)
                 return
             match message:
                 case Ping():
-                    self._outbox.send(source, Pong(message.nonce, self.queue_ms, self.sessions.free_positions))
+                    self._outbox.send(source, Pong(message.nonce, self.busy_ms, self.sessions.free_positions))
                 case Step():
                     self._step(source, message, now)
+                case Forward() | Gradient() | Adapter():
+                    self._train(source, message, now)
                 case Open():
                     self._open(source, message, now)
                 case Close():
@@ -132,6 +153,26 @@ class Service:
         """Whether a session has steps under way, or had some a moment ago."""
         with self._lock:
             return any(session.waiting or now - session.used_at < IN_USE_S for session in self.sessions)
+
+    def pass_forwarded(self, work: PassWork, payload: Payload) -> None:
+        """Sends on the output of a forward pass over whole sequences, encoded."""
+        with self._lock:
+            self._training.forwarded(work, payload)
+
+    def pass_went_back(self, work: PassWork, payload: Payload, by_adapter: list[bytes]) -> None:
+        """Sends the gradients of a pass on their ways: that by the input, encoded, and those by the adapter."""
+        with self._lock:
+            self._training.went_back(work, payload, by_adapter)
+
+    def adopted(self, work: PassWork) -> None:
+        """Tells the client that the blocks run with its adapter now."""
+        with self._lock:
+            self._training.adopted(work)
+
+    def pass_failed(self, work: PassWork, code: FailureCode, text: str) -> None:
+        """Tells the client that the device could not do it."""
+        with self._lock:
+            self._training.failed(work, code, text)
 
     def forget_all(self) -> None:
         """Ends all sessions; their clients find out when they go on."""
@@ -182,7 +223,7 @@ class Service:
             if now >= self._probe_at:
                 self._probe_at = now + PROBE_S
                 for connection in {session.reply_to for session in self.sessions if now - session.used_at > PROBE_S}:
-                    self._outbox.send(connection, Pong(0, self.queue_ms, self.sessions.free_positions))
+                    self._outbox.send(connection, Pong(0, self.busy_ms, self.sessions.free_positions))
 
     def prepare(self, work: Work) -> None:
         """Brings a session's rows to where a step begins: forks and crops. Called by the engine, before a pass.
@@ -293,6 +334,7 @@ class Service:
         again = message.epoch > session.epoch
         if again:
             self.queue.discard_waiting(session)
+            self._training.forget(session)
         session.reply_to = source
         session.epoch = message.epoch
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
@@ -348,16 +390,21 @@ class Service:
     def _forget(self, session: Session) -> None:
         """Lets go of what a session that has ended occupied."""
         self.queue.discard(session)
+        self._training.end(session)
         self._pending.pop(session, None)
         self._set_next(session, None)
 
-    def _pass_on(self, source: Endpoint, message: Message) -> None:
-        """What a next hop says is an answer to a step that we pushed: the client waits for it."""
-        if not isinstance(message, Failure):
+    def _pass_on(self, source: Endpoint, message: Message, now: float) -> None:
+        """What a next hop says: a failure, which the client waits for, or a gradient, which goes up from here."""
+        if not isinstance(message, Failure | Gradient):
             return
         session = self.sessions.get(message.session)
-        if session is not None and session.next == source and session.epoch == message.epoch:
+        if session is None or session.next != source or session.epoch != message.epoch:
+            return
+        if isinstance(message, Failure):
             self._outbox.send(session.reply_to, message)
+        else:
+            self._take_in(session, session.reply_to, message, now)
 
     def _step(self, source: Connection, message: Step, now: float) -> None:
         session = self.sessions.get(message.session)
@@ -379,6 +426,30 @@ class Service:
             self._fail(session.reply_to, session.id, message.epoch, message.number, code, str(error))
             return
         self.queue.put(Work(session, message, total, now))
+
+    def _train(self, source: Connection, message: Forward | Gradient | Adapter, now: float) -> None:
+        session = self.sessions.get(message.session)
+        pushed = isinstance(message, Forward) and session is not None and source.curve == session.previous
+        if session is None or not (source.curve == session.owner or pushed):
+            number = 0 if isinstance(message, Adapter) else message.number
+            self._fail(source, message.session, message.epoch, number, FailureCode.UNKNOWN_SESSION, "no session")
+        elif message.epoch == session.epoch:
+            self._take_in(session, source, message, now)
+
+    def _take_in(self, session: Session, source: Connection, message: Forward | Gradient | Adapter, now: float) -> None:
+        session.used_at = now
+        try:
+            if isinstance(message, Forward) and source.curve != session.owner and message.boundary != session.start:
+                raise ProtocolError(f"the pass stands before block {message.boundary}, the session at {session.start}")
+            if isinstance(message, Gradient) and message.boundary != session.end:
+                raise ProtocolError(
+                    f"the gradient stands at block {message.boundary}, the session ends at {session.end}"
+                )
+            self._training.receive(session, source, message, now)
+        except (ProtocolError, PeerBusy) as error:
+            number = 0 if isinstance(message, Adapter) else message.number
+            code = _CODE_OF_ERROR.get(type(error), FailureCode.BAD_MESSAGE)
+            self._fail(session.reply_to, session.id, message.epoch, number, code, str(error))
 
     def _close(self, source: Connection, message: Close) -> None:
         session = self.sessions.get(message.session)

@@ -28,6 +28,7 @@ class Serving:
         outbox: where messages go.
         next_hops: the links to other peers.
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
+        training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         idle_s: seconds until an idle session is dropped.
     """
 
@@ -39,6 +40,7 @@ class Serving:
         next_hops: NextHops,
         *,
         kv_memory: int | None,
+        training_memory: int | None,
         idle_s: float,
     ) -> None:
         self.span = span
@@ -54,7 +56,9 @@ class Serving:
             hidden_size=checkpoint.hidden_size,
             max_positions=checkpoint.max_positions,
         )
-        self.service = Service(served, self.sessions, self.queue, outbox, next_hops)
+        if training_memory is None:
+            training_memory = span.free_memory() // 8
+        self.service = Service(served, self.sessions, self.queue, outbox, next_hops, training_memory=training_memory)
         self._engine = Engine(span, self.service, self.queue, self.speed, self.load)
         self._measured_at = time.monotonic()
         self._measure_after_s = FIRST_REMEASURE_S

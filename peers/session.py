@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from splitnet.net.codecs import Codec
 from splitnet.net.endpoints import Connection, Endpoint
-from splitnet.net.messages import Part, Step
+from splitnet.net.messages import Adapter as AdapterMessage
+from splitnet.net.messages import Forward, Gradient, Part, Step
 from splitnet.net.sent_log import SentLog
 
 if TYPE_CHECKING:
     import torch
 
+    from splitnet.model.adapters import Adapter
     from splitnet.model.kv_cache import RowCache
 
 
@@ -49,6 +51,21 @@ class Session:
     passed_over: int = 0
     """Passes since its first step could have run."""
     closed: bool = False
+    kept: dict[int, PassWork] = field(default_factory=dict)
+    """Forward passes whose input waits for a gradient, by number."""
+    adapter: Adapter | None = None
+    """What the client adds to the blocks. Changed by the engine's thread only."""
+    adapter_version: int = 0
+    adapter_parts: list[AdapterMessage] = field(default_factory=list)
+    """Of a version that is still coming in."""
+    adapter_bytes: int = 0
+    training_bytes: int = 0
+    """What the session takes of the peer's memory for training."""
+
+    @property
+    def prefix_length(self) -> int:
+        """Positions before the first one of each row."""
+        return self.adapter.prefix_length if self.adapter is not None else 0
 
 
 @dataclass(slots=True, eq=False)
@@ -92,3 +109,23 @@ class Work:
             if not left:
                 break
         return chosen
+
+
+@dataclass(slots=True, eq=False)
+class PassWork:
+    """A pass on its way through the device, or an adapter that the device has to take over."""
+
+    session: Session
+    message: Forward | Gradient | AdapterMessage
+    source: Connection
+    """Where a gradient goes back to."""
+    arrived_at: float
+    forward: Forward | None = None
+    """Of a backward pass: what it is the way back of."""
+    wait_ms: float = 0.0
+    compute_ms: float = 0.0
+
+    @property
+    def positions(self) -> int:
+        forward = self.message if isinstance(self.message, Forward) else self.forward
+        return forward.positions if forward is not None else 1

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 
-from peers.session import Session, Work
+from peers.session import PassWork, Session, Work
 
 DECODE_POSITIONS = 16
 """A step with at most so many positions counts as decode (a token per row, or a speculated window)."""
@@ -24,7 +24,15 @@ class WorkQueue:
         self._ready: OrderedDict[Session, None] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
+        self._passes: deque[PassWork] = deque()
+        self._turns_without_pass = 0
         self.queued_positions = 0
+        self.pass_positions = 0
+        """Of passes that wait or run."""
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
 
     def put(self, work: Work) -> None:
         with self._changed:
@@ -36,18 +44,47 @@ class WorkQueue:
                 self._ready[session] = None
                 self._changed.notify()
 
-    def take(self, max_positions: int) -> list[tuple[Work, int]]:
+    def put_pass(self, work: PassWork) -> None:
+        """Adds a pass over whole sequences, which runs when no step is ready."""
+        with self._changed:
+            self._passes.append(work)
+            self.pass_positions += work.positions
+            self._changed.notify()
+
+    def take_pass(self) -> PassWork | None:
+        """The pass that has waited longest, if any; `release_pass` ends it."""
+        with self._changed:
+            self._turns_without_pass = 0
+            return self._passes.popleft() if self._passes and not self._closed else None
+
+    def release_pass(self, work: PassWork) -> None:
+        with self._changed:
+            self.pass_positions -= work.positions
+
+    def discard_passes(self, session: Session) -> list[PassWork]:
+        """Forgets the passes of a session that wait, and returns them."""
+        with self._changed:
+            discarded = [work for work in self._passes if work.session is session]
+            for work in discarded:
+                self._passes.remove(work)
+                self.pass_positions -= work.positions
+            return discarded
+
+    def take(self, max_positions: int, *, wait: bool = True) -> list[tuple[Work, int]]:
         """Waits for work and returns what runs in the next pass: steps with how many positions of each.
 
         Decode comes first, so that a token never waits for more than one pass of somebody's prefill; then prefill
         fills the pass up. All of a pass goes through the same blocks. A session that `PATIENCE` passes left out leads
-        the next one, and half of it is kept for it. Empty when the queue is closed.
+        the next one, and half of it is kept for it. Empty when the queue is closed, or it is the turn of `take_pass`,
+        which comes when no step is ready, or after `PATIENCE` turns. With `wait` false, empty if nothing is ready.
         """
         with self._changed:
-            while not self._ready and not self._closed:
+            while wait and not self._ready and not self._passes and not self._closed:
                 self._changed.wait()
-            if self._closed:
+            pass_is_due = wait and self._passes and self._turns_without_pass >= PATIENCE
+            if self._closed or not self._ready or pass_is_due:
                 return []
+            self._turns_without_pass += 1
             # Who ran last stands at the end, so the first has waited longest.
             heads = [session.waiting[0] for session in self._ready]
             decode = [work for work in heads if work.remaining <= DECODE_POSITIONS]

@@ -33,6 +33,9 @@ def peer(
     ] = None,
     memory: Annotated[str | None, typer.Option(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
     kv_memory: Annotated[str | None, typer.Option(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
+    training_memory: Annotated[
+        str | None, typer.Option(metavar="1GiB", help="Memory to keep for clients that train.")
+    ] = None,
     join: JoinIfAny = None,
     listen: Annotated[
         str, typer.Option(metavar="tcp://HOST:PORT", help="Where to take activations; port 0 is any free one.")
@@ -67,6 +70,7 @@ def peer(
     wanted_blocks = parse_blocks(blocks) if blocks else None
     wanted_memory = parse_bytes(memory) if memory else None
     wanted_kv_memory = parse_bytes(kv_memory) if kv_memory else None
+    wanted_training_memory = parse_bytes(training_memory) if training_memory else None
     refuse_taken(listen)
     if address_file is not None:
         _forget(address_file)
@@ -91,6 +95,7 @@ def peer(
         device=device,
         dtype=dtype.value if dtype else None,
         kv_memory=wanted_kv_memory,
+        training_memory=wanted_training_memory,
         authorized_keys=authorized_keys,
         key_file=key_file,
     )

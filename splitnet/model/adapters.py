@@ -28,6 +28,9 @@ from splitnet.errors import AdapterError
 
 MAX_PREFIX = 4096
 MAX_RANK = 1024
+MAX_GROUP_BYTES = 16 * 1024 * 1024
+"""Tensors of adapters and their gradients travel in groups of at most this size, unless one is larger."""
+
 LORA_A, LORA_B = ".lora_A", ".lora_B"
 PREFIX_KEYS, PREFIX_VALUES = "prefix_keys", "prefix_values"
 _NAME = re.compile(r"(0|[1-9][0-9]{0,5})\.(prefix_keys|prefix_values|[A-Za-z0-9_.]{1,200}\.lora_[AB])")
@@ -94,6 +97,10 @@ class Adapter:
         """The blocks that have a prefix, with it."""
         return self._prefixes.items()
 
+    def outside(self, start: int, end: int) -> bool:
+        """Whether it has tensors of other blocks than `[start, end)`."""
+        return len(self.within(start, end)) < len(self.tensors)
+
     def within(self, start: int, end: int) -> dict[str, torch.Tensor]:
         """The tensors of blocks `[start, end)`."""
         return {name: tensor for name, tensor in self.tensors.items() if start <= block_of(name) < end}
@@ -124,6 +131,19 @@ def read_tensors(payload: bytes | memoryview) -> dict[str, torch.Tensor]:
         return safetensors.torch.load(bytes(payload))
     except Exception as error:  # the library raises what it finds
         raise AdapterError(f"these are no tensors: {error}") from None
+
+
+def split_tensors(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+    """Tensors in groups that fit in a message each."""
+    groups: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if groups[-1] and size + tensor.nbytes > MAX_GROUP_BYTES:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    return groups
 
 
 class _Applied(threading.local):

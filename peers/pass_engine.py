@@ -1,0 +1,102 @@
+"""Runs passes over whole sequences on the device, and takes adapters over."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from peers.service import Service
+from peers.session import PassWork
+from splitnet.errors import AdapterError, CodecError, ProtocolError
+from splitnet.model.adapters import Adapter, read_tensors, split_tensors, write_tensors
+from splitnet.model.passes import SpanPasses
+from splitnet.model.span import Span
+from splitnet.net.codecs import codec_by_code
+from splitnet.net.messages import FailureCode, Forward, Gradient
+
+log = logging.getLogger(__name__)
+
+
+class PassEngine:
+    """Belongs to the engine's thread.
+
+    Args:
+        span: the blocks.
+        service: takes what is computed.
+        between: called between two blocks, for steps that are ready.
+    """
+
+    def __init__(self, span: Span, service: Service, between: Callable[[], None]) -> None:
+        self._span = span
+        self._service = service
+        self._passes = SpanPasses(span, between)
+
+    def run(self, work: PassWork) -> None:
+        """Does what `work` asks for; whatever goes wrong is told its client."""
+        if work.session.closed:
+            return
+        began = time.monotonic()
+        work.wait_ms = (began - work.arrived_at) * 1000
+        try:
+            if isinstance(work.message, Forward):
+                self._forward(work, work.message, began)
+            elif isinstance(work.message, Gradient):
+                self._backward(work, work.message)
+            else:
+                self._adopt(work)
+        except torch.OutOfMemoryError:
+            self._service.pass_failed(work, FailureCode.BUSY, "the device ran out of memory")
+        except (AdapterError, CodecError) as error:
+            self._service.pass_failed(work, FailureCode.BAD_MESSAGE, str(error))
+        except ProtocolError as error:
+            self._service.pass_failed(work, FailureCode.OUT_OF_ORDER, str(error))
+        except Exception:
+            log.exception("a pass failed")
+            text = "the peer could not compute this pass; see its log"
+            self._service.pass_failed(work, FailureCode.INTERNAL, text)
+
+    def _forward(self, work: PassWork, message: Forward, began: float) -> None:
+        session = work.session
+        adapter = self._adapter(work, message)
+        hidden = self._decode(message.codec, message.payload, message.positions)
+        output = self._passes.forward(hidden, message.lengths, adapter, session.start, session.end)
+        payload = session.codec.encode(output)
+        work.compute_ms = (time.monotonic() - began) * 1000
+        self._service.pass_forwarded(work, payload)
+
+    def _backward(self, work: PassWork, message: Gradient) -> None:
+        session, forward = work.session, work.forward
+        assert forward is not None
+        adapter = self._adapter(work, forward)
+        hidden = self._decode(forward.codec, forward.payload, forward.positions)
+        gradient = self._decode(message.codec, message.payload, forward.positions)
+        gradient, by_adapter = self._passes.backward(
+            hidden, forward.lengths, gradient, adapter, session.start, session.end
+        )
+        payload = codec_by_code(forward.gradient_codec).encode(gradient)
+        parts = [write_tensors(group) for group in split_tensors(by_adapter)] if by_adapter else []
+        self._service.pass_went_back(work, payload, parts)
+
+    def _adopt(self, work: PassWork) -> None:
+        session = work.session
+        tensors: dict[str, torch.Tensor] = {}
+        for part in session.adapter_parts:
+            tensors.update(read_tensors(part.payload))
+        adapter = Adapter({name: tensor.to(self._span.device) for name, tensor in tensors.items()})
+        if adapter.outside(session.start, session.end):
+            raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
+        self._span.fit(adapter)
+        session.adapter, session.adapter_version = adapter, session.adapter_parts[0].version
+        self._service.adopted(work)
+
+    def _adapter(self, work: PassWork, message: Forward) -> Adapter | None:
+        session = work.session
+        if message.adapter and message.adapter != session.adapter_version:
+            raise ProtocolError(f"version {message.adapter} of the adapter is not here")
+        return session.adapter if message.adapter else None
+
+    def _decode(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
+        return codec_by_code(codec).decode(payload, positions, self._span.hidden_size).to(self._span.device)

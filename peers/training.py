@@ -1,0 +1,229 @@
+"""What a peer keeps and does for passes over whole sequences: forward, backward, and the adapters that they run with.
+
+A part of the service: it is called under the service's lock, and the engine brings what it has computed.
+"""
+
+from __future__ import annotations
+
+from peers.outbox import Outbox
+from peers.row_memory import SessionTooLong
+from peers.served import Served
+from peers.session import PassWork, Session
+from peers.work_queue import WorkQueue
+from splitnet.errors import CodecError, PeerBusy, ProtocolError
+from splitnet.net.codecs import codec_by_code
+from splitnet.net.endpoints import Connection
+from splitnet.net.messages import (
+    Adapter,
+    AdapterGradient,
+    Adopted,
+    Failure,
+    FailureCode,
+    Forward,
+    Gradient,
+    Payload,
+    Result,
+    Timing,
+)
+
+MAX_PASS_POSITIONS = 4096
+"""Of a pass, unless a single sequence is longer."""
+
+
+class TrainingMemory:
+    """Bytes of what is kept for clients that train: inputs of passes, and adapters.
+
+    Args:
+        capacity: bytes.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.used = 0
+
+    def take(self, session: Session, nbytes: int) -> None:
+        """Raises PeerBusy if there is no room."""
+        if self.used + nbytes > self.capacity:
+            raise PeerBusy(
+                f"no memory to keep {nbytes} bytes for training: {self.capacity - self.used} of {self.capacity} are "
+                "free; train with fewer positions at a time"
+            )
+        self.used += nbytes
+        session.training_bytes += nbytes
+
+    def give_back(self, session: Session, nbytes: int) -> None:
+        self.used -= nbytes
+        session.training_bytes -= nbytes
+
+
+class Training:
+    """Passes and adapters of all sessions.
+
+    Args:
+        served: what this peer serves.
+        queue: where passes wait for the device.
+        outbox: where messages go.
+        memory: what may be kept.
+    """
+
+    def __init__(self, served: Served, queue: WorkQueue, outbox: Outbox, memory: TrainingMemory) -> None:
+        self._served = served
+        self._queue = queue
+        self._outbox = outbox
+        self._memory = memory
+
+    def receive(self, session: Session, source: Connection, message: Forward | Gradient | Adapter, now: float) -> None:
+        """Takes a message in that its sender may send.
+
+        Raises:
+            ProtocolError, PeerBusy: it is refused.
+        """
+        if isinstance(message, Forward):
+            self._check(message)
+            for number in [number for number in session.kept if number < message.oldest]:
+                self._drop(session, number)
+            self._memory.take(session, len(message.payload))
+            self._queue.put_pass(PassWork(session, message, source, now))
+        elif isinstance(message, Gradient):
+            work = session.kept.pop(message.number, None)
+            if work is None:
+                raise MissingPass(f"there is no pass {message.number} to go back from")
+            assert isinstance(work.message, Forward)
+            try:
+                self._check_payload(message.codec, message.payload, work.message.positions)
+            except ProtocolError:
+                self._memory.give_back(session, len(work.message.payload))
+                raise
+            self._queue.put_pass(PassWork(session, message, work.source, now, work.message))
+        else:
+            self._memory.take(session, len(message.payload))
+            session.adapter_parts.append(message)
+            if message.version != session.adapter_parts[0].version:
+                self._give_back_parts(session)
+                raise ProtocolError("an adapter came in parts of different versions")
+            if not message.remaining:
+                self._queue.put_pass(PassWork(session, message, source, now))
+
+    def forget(self, session: Session) -> None:
+        """Lets go of all that is kept for the passes of a session; its adapter stays."""
+        for work in self._queue.discard_passes(session):
+            self._release(work)
+        for number in list(session.kept):
+            self._drop(session, number)
+
+    def end(self, session: Session) -> None:
+        """Lets go of everything of a session."""
+        self.forget(session)
+        session.adapter, session.adapter_version = None, 0
+        session.adapter_parts.clear()
+        self._memory.give_back(session, session.training_bytes)
+
+    def forwarded(self, work: PassWork, payload: Payload) -> None:
+        """Sends on the output of a forward pass, and keeps its input if a gradient may follow."""
+        session, message = work.session, work.message
+        assert isinstance(message, Forward)
+        if session.closed or message.epoch != session.epoch:
+            self._release(work)
+            return
+        rtt_ms = self._outbox.rtt_ms(session.next) if session.next is not None else 0.0
+        times = (round(ms * 1000) for ms in (work.wait_ms, work.compute_ms, rtt_ms))
+        timings = (*message.timings, Timing(*times))
+        codec = session.codec.code
+        if session.next is not None:
+            onward = Forward(
+                session.id,
+                message.epoch,
+                message.number,
+                message.oldest,
+                message.lengths,
+                message.kept,
+                message.adapter,
+                message.gradient_codec,
+                codec,
+                payload,
+                session.end,
+                timings,
+            )
+            self._outbox.send(session.next, onward)
+        else:
+            result = Result(session.id, message.epoch, message.number, session.end, codec, timings, payload)
+            self._outbox.send(session.reply_to, result)
+        if message.kept:
+            self._drop(session, message.number)
+            session.kept[message.number] = work
+        else:
+            self._release(work)
+
+    def went_back(self, work: PassWork, payload: Payload, parts: list[bytes]) -> None:
+        """Sends the gradient by the input up the route, and that by the adapter to the client."""
+        session, message, forward = work.session, work.message, work.forward
+        assert isinstance(message, Gradient) and forward is not None
+        self._release(work)
+        if session.closed or message.epoch != session.epoch:
+            return
+        for index, part in enumerate(parts):
+            remaining = len(parts) - index - 1
+            self._outbox.send(
+                session.reply_to, AdapterGradient(session.id, message.epoch, message.number, remaining, part)
+            )
+        gradient = Gradient(session.id, message.epoch, message.number, session.start, forward.gradient_codec, payload)
+        self._outbox.send(work.source, gradient)
+
+    def adopted(self, work: PassWork) -> None:
+        """The engine has taken an adapter over."""
+        session, message = work.session, work.message
+        assert isinstance(message, Adapter)
+        # Of the former version, whose memory is free now, only the new one's parts remain accounted for.
+        former, session.adapter_bytes = session.adapter_bytes, sum(len(part.payload) for part in session.adapter_parts)
+        session.adapter_parts.clear()
+        if session.closed:
+            return
+        self._memory.give_back(session, former)
+        self._outbox.send(session.reply_to, Adopted(session.id, session.epoch, message.version))
+
+    def failed(self, work: PassWork, code: FailureCode, text: str) -> None:
+        """Tells the client that the device could not do it."""
+        session, message = work.session, work.message
+        if isinstance(message, Adapter):
+            if not session.closed:
+                self._give_back_parts(session)
+            number = 0
+        else:
+            self._release(work)
+            number = message.number
+        if not session.closed:
+            self._outbox.send(session.reply_to, Failure(session.id, message.epoch, number, code, text[:500]))
+
+    def _check(self, message: Forward) -> None:
+        if not message.lengths or not all(message.lengths):
+            raise ProtocolError("a pass has no sequences, or an empty one")
+        longest = max(message.lengths)
+        if self._served.max_positions is not None and longest > self._served.max_positions:
+            raise SessionTooLong(f"{longest} positions are more than the model's context")
+        if message.positions > max(MAX_PASS_POSITIONS, longest):
+            raise SessionTooLong(f"a pass has at most {MAX_PASS_POSITIONS} positions")
+        codec_by_code(message.gradient_codec)
+        self._check_payload(message.codec, message.payload, message.positions)
+
+    def _check_payload(self, code: int, payload: Payload, positions: int) -> None:
+        expected = positions * codec_by_code(code).bytes_per_position(self._served.hidden_size)
+        if len(payload) != expected:
+            raise CodecError(f"{positions} positions take {expected} bytes, got {len(payload)}")
+
+    def _release(self, work: PassWork) -> None:
+        forward = work.message if isinstance(work.message, Forward) else work.forward
+        if forward is not None and not work.session.closed:
+            self._memory.give_back(work.session, len(forward.payload))
+
+    def _drop(self, session: Session, number: int) -> None:
+        work = session.kept.pop(number, None)
+        if work is not None:
+            self._release(work)
+
+    def _give_back_parts(self, session: Session) -> None:
+        self._memory.give_back(session, sum(len(part.payload) for part in session.adapter_parts))
+        session.adapter_parts.clear()
+
+
+class MissingPass(ProtocolError):
+    """A gradient for a pass of which nothing is kept any more; the client does it again."""
