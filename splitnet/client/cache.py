@@ -36,6 +36,8 @@ class RemoteLayer(CacheLayerMixin):
         super().__init__()
         self.columns = 0
         """Length of the padded batch."""
+        self.prefix_length = 0
+        """Positions that stand before the first column of every row, from an adapter."""
         self.session: Session | None = None
         self._open_session = open_session
         self._padding: list[int] = []
@@ -157,10 +159,11 @@ class RemoteLayer(CacheLayerMixin):
     def _reserve(self, columns: int, batch: int) -> None:
         if columns > self._reserved_columns:
             self._reserved_columns = -(-columns // RESERVE_STEP) * RESERVE_STEP
+        positions = (self.prefix_length + self._reserved_columns) * batch
         if self.session is None:
-            self.session = self._open_session(self._reserved_columns * batch)
+            self.session = self._open_session(positions)
         else:
-            self.session.reserve(self._reserved_columns * batch)
+            self.session.reserve(positions)
 
 
 class RemoteCache(Cache):

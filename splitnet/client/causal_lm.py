@@ -11,12 +11,16 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
 from splitnet.client.cache import RemoteCache
+from splitnet.client.local_adapters import Prefix
+from splitnet.client.pass_session import PassSession
 from splitnet.client.remote import RemoteBlocks
-from splitnet.client.session import RECOVERY_TIMEOUT_S, Preference, Session
+from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
+from splitnet.client.session import Preference, Session
 from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.client.trained_prompts import prompt_wrapper, take_prefix, with_trained_prompt
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.shell import backbone_of, load_shell
+from splitnet.model.shell import backbone_of, load_shell, outline_in
 from splitnet.net.identity import Identity
 
 
@@ -39,8 +43,11 @@ class AutoModelForCausalLM:
         device: str = "cpu",
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
         prefer: Preference = "latency",
+        gradient_codec: str = "auto",
     ) -> RemoteCausalLM:
         """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
+
+        `peft.get_peft_model` puts adapters on it, and `loss.backward()` trains them; see docs/tuning.md.
 
         Args:
             model: hub id or checkpoint folder; only the tensors outside the blocks are read.
@@ -51,6 +58,7 @@ class AutoModelForCausalLM:
             dtype, device: of the local part.
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
             prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches.
+            gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
 
         Raises:
             ModelNotFound, UnsupportedModel: the model cannot be used.
@@ -67,6 +75,7 @@ class AutoModelForCausalLM:
                 device=device,
                 recovery_timeout_s=recovery_timeout_s,
                 prefer=prefer,
+                gradient_codec=gradient_codec,
             )
         except BaseException:
             swarm.close()
@@ -82,16 +91,21 @@ def attach(
     device: str = "cpu",
     recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
     prefer: Preference = "latency",
+    gradient_codec: str = "auto",
 ) -> RemoteCausalLM:
     """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
 
     def open_session(budget: int) -> Session:
         return Session(swarm, budget=budget, codec=codec, recovery_timeout_s=recovery_timeout_s, prefer=prefer)
 
-    blocks = RemoteBlocks(open_session, checkpoint.max_positions)
+    def open_passes() -> PassSession:
+        return PassSession(swarm, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s)
+
+    blocks = RemoteBlocks(open_passes, checkpoint.max_positions)
     model = load_shell(checkpoint, blocks, dtype=dtype, device=device)
     model.__class__ = type(f"Remote{type(model).__name__}", (RemoteCausalLM, type(model)), {})
     assert isinstance(model, RemoteCausalLM)
+    model.name_or_path = checkpoint.source
     model.connect_blocks(blocks, swarm, open_session)
     model.eval()
     return model
@@ -108,6 +122,8 @@ class RemoteCausalLM(PreTrainedModel):
         self._blocks = blocks
         self._open_session = open_session
         self._conversation: _Conversation | None = None
+        self._standing_prefix: Prefix = ()
+        blocks.adapters.outline = outline_in(self)
         self.register_forward_pre_hook(self._before_model, with_kwargs=True)
         self.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
         backbone_of(self).register_forward_pre_hook(self._before_backbone, with_kwargs=True)
@@ -170,18 +186,31 @@ class RemoteCausalLM(PreTrainedModel):
 
     def close(self) -> None:
         """Leaves the swarm."""
+        self._blocks.close()
         self.swarm.close()
 
     def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
-        return super().generate(inputs, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        wrapper = prompt_wrapper(self)
+        if wrapper is None:
+            return super().generate(inputs, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        if self._conversation:
+            self._conversation.forget()  # its tokens do not tell of a prompt that was trained
+        inputs, kwargs, self._standing_prefix = with_trained_prompt(wrapper, inputs, kwargs)
+        try:
+            return super().generate(inputs, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        finally:
+            self._standing_prefix = ()
 
-    def _before_model(self, module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before_model(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         keep = kwargs.get("logits_to_keep", 0)
-        self._blocks.call.keep = keep if isinstance(keep, int) and kwargs.get("labels") is None else 0
+        call = self._blocks.call
+        call.keep = keep if isinstance(keep, int) and kwargs.get("labels") is None else 0
+        call.prefix = take_prefix(kwargs, args[0] if args else None) or self._standing_prefix
+        return args, kwargs
 
     def _after_model(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         call = self._blocks.call
-        call.mask, call.cache, call.keep = None, None, 0
+        call.mask, call.cache, call.keep, call.prefix = None, None, 0, ()
 
     def _before_backbone(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         cache = kwargs.get("cache")

@@ -6,10 +6,11 @@ import itertools
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from scheduler.cost import positions_with_prompt
+from splitnet.client.awaited import Awaited, AwaitedReplay, AwaitedStep
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.planner import Needs, PlannedHop
 from splitnet.client.swarm import Swarm, not_authorized
@@ -24,12 +25,17 @@ from splitnet.errors import (
     SplitnetError,
     WrongSwarm,
 )
+from splitnet.model.adapters import Adapter, split_tensors, write_tensors
 from splitnet.net.codecs import Codec, codec_by_name
 from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.messages import Adapter as AdapterMessage
 from splitnet.net.messages import (
+    AdapterGradient,
+    Adopted,
     Close,
     Failure,
     FailureCode,
+    Gradient,
     Message,
     Open,
     Opened,
@@ -86,20 +92,6 @@ class Traffic:
     bytes_received: int = 0
 
 
-@dataclass(slots=True)
-class Pending:
-    """A step or replay whose result is awaited."""
-
-    step: Step | None
-    """None for a replay of a hop's log."""
-    kept: int
-    result: Result | None = None
-
-    @property
-    def is_replay(self) -> bool:
-        return self.step is None or self.step.replay_until > 0
-
-
 class Chain:
     """An opened route. Its events come from the transport's thread; everything else from the session's.
 
@@ -118,10 +110,14 @@ class Chain:
         self.traffic = Traffic()
         self.timings: tuple[Timing, ...] = ()
         """Of the last step, hop by hop."""
-        self.pending: dict[int, Pending] = {}
+        self.awaited: dict[int, Awaited] = {}
+        """By number."""
+        self.adapter: Adapter | None = None
+        self.adapter_version = 0
         self._swarm = swarm
         self._codecs = LinkCodecs(swarm, codec)
         self._opened: dict[Endpoint, tuple[int, int]] = {}
+        self._adopted: dict[Endpoint, int] = {}
         self._inbox: queue.SimpleQueue[tuple[Endpoint, Message | SplitnetError]] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
@@ -155,7 +151,7 @@ class Chain:
         if not failed:
             carried = [index for index, hop in enumerate(self.hops) if hop.carried]
             failed = self._open_hops(carried, budget)
-        return failed
+        return failed or self._hand_out_adapter()
 
     def resize(self, budget: int) -> dict[str, SplitnetError]:
         """Reserves `budget` positions on all hops; returns why which refused."""
@@ -168,6 +164,7 @@ class Chain:
     def drop(self, endpoint: Endpoint) -> None:
         """Has a hop forget the session."""
         self._opened.pop(endpoint, None)
+        self._adopted.pop(endpoint, None)
         self._swarm.send(endpoint, Close(self.session))
 
     def close(self) -> None:
@@ -175,23 +172,51 @@ class Chain:
         for endpoint in list(self._opened):
             self.drop(endpoint)
 
+    @property
+    def first(self) -> Endpoint:
+        """The hop that the client sends to."""
+        return self.hops[0].endpoint
+
+    @property
+    def tail(self) -> Endpoint:
+        """The hop that ends the model."""
+        return self.hops[-1].endpoint
+
+    def send(self, endpoint: Endpoint, message: Message) -> None:
+        """Sends a message of the session."""
+        self.traffic.bytes_sent += self._swarm.send(endpoint, message)
+
     def send_step(self, step: Step, kept: int, *, to: int = 0) -> None:
         """Sends a step into the hop at index `to`; its result is awaited under its number."""
-        with self._lock:
-            self.pending[step.number] = Pending(step, kept)
+        self.expect(step.number, AwaitedStep(step, kept))
         self.traffic.steps += 1
-        self.traffic.bytes_sent += self._swarm.send(self.hops[to].endpoint, step)
-
-    def send_again(self, pending: Pending) -> None:
-        """Sends a step whose result has not come, in the current epoch."""
-        assert pending.step is not None
-        self.send_step(replace(pending.step, epoch=self.epoch), pending.kept)
+        self.send(self.hops[to].endpoint, step)
 
     def ask_replay(self, index: int, number: int, until: int) -> None:
         """Has the hop at `index` send its log to the next hop again; the end of it is awaited under `number`."""
-        with self._lock:
-            self.pending[number] = Pending(None, 0)
+        self.expect(number, AwaitedReplay())
         self._swarm.send(self.hops[index].endpoint, Replay(self.session, self.epoch, number, until))
+
+    def expect(self, number: int, awaited: Awaited) -> None:
+        """Awaits answers that name `number`."""
+        with self._lock:
+            self.awaited[number] = awaited
+
+    def send_all_again(self) -> None:
+        """Sends what has not been answered, in the current epoch."""
+        for number in sorted(self.awaited):
+            self.awaited[number].send_again(self)
+
+    def use_adapter(self, adapter: Adapter | None) -> dict[str, SplitnetError]:
+        """Has the blocks run with other parameters of the client; returns why which hops refused them."""
+        self.adapter = adapter
+        self.adapter_version += 1
+        return self._hand_out_adapter() if self._opened else {}
+
+    def adapted_hops(self) -> set[Endpoint]:
+        """Hops with a part of the adapter."""
+        adapter = self.adapter
+        return {hop.endpoint for hop in self.hops if adapter is not None and adapter.within(*hop.blocks)}
 
     def tell_survey(self, positions: int) -> None:
         """Tells what the last step, of `positions` positions, met on its way."""
@@ -205,7 +230,7 @@ class Chain:
     def forget(self, number: int) -> None:
         """Awaits a number no longer."""
         with self._lock:
-            self.pending.pop(number, None)
+            self.awaited.pop(number, None)
 
     def receive(self, timeout_s: float) -> tuple[Endpoint, SplitnetError] | None:
         """Waits for the next event and takes in results.
@@ -221,22 +246,24 @@ class Chain:
             return (source, item) if source in self._opened else None
         if getattr(item, "epoch", None) != self.epoch:
             return None
-        if isinstance(item, Failure) and (item.number in self.pending or not item.number):
+        number: int = getattr(item, "number", 0)
+        if isinstance(item, Failure) and (number in self.awaited or not number):
             return source, error_of(item, source)
-        if isinstance(item, Result) and item.number in self.pending:
-            pending = self.pending[item.number]
-            # Only the tail has the output of a step; the end of a replay may come from any hop.
-            if pending.is_replay or source == self.hops[-1].endpoint:
-                if not pending.is_replay:
-                    self.timings = item.timings
+        awaited = self.awaited.get(number)
+        if awaited is not None:
+            if isinstance(item, Result) and isinstance(awaited, AwaitedStep) and not awaited.step.replay_until:
+                self.timings = item.timings
+            if isinstance(item, Result | Gradient | AdapterGradient):
                 self.traffic.bytes_received += len(item.payload)
-                pending.result = item
+            awaited.take(source, item, self)
         return None
 
     def deliver(self, source: Endpoint, message: Message) -> None:
         """Takes a message from the transport's thread; what only has to be carried on is sent at once."""
         if isinstance(message, Result) and message.end != self._swarm.facts.num_blocks and len(message.payload):
             self._carry(source, message)
+        elif isinstance(message, Gradient) and message.boundary:
+            self._carry_back(source, message)
         else:
             self._inbox.put((source, message))
 
@@ -248,23 +275,30 @@ class Chain:
     def _carry(self, source: Endpoint, result: Result) -> None:
         """The client between two hops that cannot reach each other."""
         with self._lock:
-            pending = self.pending.get(result.number)
-        if pending is None or pending.step is None or result.epoch != self.epoch:
+            awaited = self.awaited.get(result.number)
+        message = awaited.message if awaited is not None else None
+        if message is None or result.epoch != self.epoch:
             return
         for hop, following in itertools.pairwise(self.hops):
             if hop.endpoint == source and hop.carried and hop.planned.end == result.end:
-                step = pending.step
                 carried = replace(
-                    step,
+                    message,
                     epoch=self.epoch,
                     codec=result.codec,
                     payload=result.payload,
                     boundary=result.end,
                     timings=result.timings,
                 )
-                self._log_carried(hop, step, result)
+                if isinstance(message, Step):
+                    self._log_carried(hop, message, result)
                 self.traffic.bytes_received += len(result.payload)
-                self.traffic.bytes_sent += self._swarm.send(following.endpoint, carried)
+                self.send(following.endpoint, carried)
+
+    def _carry_back(self, source: Endpoint, gradient: Gradient) -> None:
+        for hop, following in itertools.pairwise(self.hops):
+            if following.endpoint == source and hop.carried and hop.planned.end == gradient.boundary:
+                self.traffic.bytes_received += len(gradient.payload)
+                self.send(hop.endpoint, gradient)
 
     @staticmethod
     def _log_carried(hop: Hop, step: Step, result: Result) -> None:
@@ -279,18 +313,53 @@ class Chain:
 
     def _open_hops(self, indexes: Sequence[int], budget: int) -> dict[str, SplitnetError]:
         """Sends `Open` to hops in parallel and waits for each answer; notes where the client has to carry."""
-        waiting = {self.hops[index].endpoint: self.hops[index] for index in indexes}
-        deadlines: dict[Endpoint, float] = {}
+        asked: list[Hop] = []
         failed: dict[str, SplitnetError] = {}
         for index in indexes:
             hop = self.hops[index]
-            state = self._swarm.link_state(hop.endpoint)
-            if state is LinkState.REFUSED:
-                failed[waiting.pop(hop.endpoint).name] = not_authorized(hop.endpoint)
+            if self._swarm.link_state(hop.endpoint) is LinkState.REFUSED:
+                failed[hop.name] = not_authorized(hop.endpoint)
             else:
-                patience_s = REOPEN_TIMEOUT_S if state is LinkState.DOWN else OPEN_TIMEOUT_S
-                deadlines[hop.endpoint] = time.monotonic() + patience_s
+                asked.append(hop)
                 self._swarm.send(hop.endpoint, self._open_message(index, budget))
+
+        def opened(hop: Hop, item: Message) -> bool:
+            if not isinstance(item, Opened):
+                return False
+            hop.carried |= not item.next_reachable
+            hop.cached_positions = item.cached_positions
+            return True
+
+        return failed | self._answers(asked, opened)
+
+    def _hand_out_adapter(self) -> dict[str, SplitnetError]:
+        """Sends the hops that lack it their parts of the adapter, and waits until they have taken them over."""
+        asked: list[Hop] = []
+        for hop in self.hops if self.adapter is not None else ():
+            tensors = self.adapter.within(*hop.blocks) if self.adapter is not None else {}
+            if tensors and self._adopted.get(hop.endpoint) != self.adapter_version:
+                groups = split_tensors(tensors)
+                for index, group in enumerate(groups):
+                    remaining = len(groups) - index - 1
+                    payload = write_tensors(group)
+                    self.send(
+                        hop.endpoint, AdapterMessage(self.session, self.epoch, self.adapter_version, remaining, payload)
+                    )
+                asked.append(hop)
+
+        def adopted(hop: Hop, item: Message) -> bool:
+            if not isinstance(item, Adopted) or item.version != self.adapter_version:
+                return False
+            self._adopted[hop.endpoint] = item.version
+            return True
+
+        return self._answers(asked, adopted)
+
+    def _answers(self, asked: Sequence[Hop], take: Callable[[Hop, Message], bool]) -> dict[str, SplitnetError]:
+        """Waits until all hops have answered; `take` tells whether a message is the answer. Returns who failed, why."""
+        waiting = {hop.endpoint: hop for hop in asked}
+        deadlines = {endpoint: time.monotonic() + self._patience_s(endpoint) for endpoint in waiting}
+        failed: dict[str, SplitnetError] = {}
         while waiting:
             late = min(waiting, key=lambda endpoint: deadlines[endpoint])
             try:
@@ -304,13 +373,16 @@ class Chain:
                 continue
             if isinstance(item, SplitnetError):
                 failed[waiting.pop(source).name] = item
-            elif isinstance(item, Failure) and item.epoch == self.epoch and not item.number:
+            elif getattr(item, "epoch", None) != self.epoch:
+                continue
+            elif isinstance(item, Failure) and not item.number:
                 failed[waiting.pop(source).name] = error_of(item, source)
-            elif isinstance(item, Opened) and item.epoch == self.epoch:
-                hop = waiting.pop(source)
-                hop.carried |= not item.next_reachable
-                hop.cached_positions = item.cached_positions
+            elif take(waiting[source], item):
+                del waiting[source]
         return failed
+
+    def _patience_s(self, endpoint: Endpoint) -> float:
+        return REOPEN_TIMEOUT_S if self._swarm.link_state(endpoint) is LinkState.DOWN else OPEN_TIMEOUT_S
 
     def _open_message(self, index: int, budget: int) -> Open:
         hop = self.hops[index]

@@ -157,7 +157,7 @@ class Recovery:
                     healthy = [hop for hop in healthy if hop not in forgetful]
                 lost = self._refill(healthy)
             if not lost:
-                self._send_again()
+                chain.send_all_again()
                 total_s = time.monotonic() - began
                 self.done.append(Recovered(tuple(causes), opened_s * 1000, total_s * 1000))
                 return
@@ -239,7 +239,7 @@ class Recovery:
         chain = self._chain
         deadline = time.monotonic() + REPLAY_TIMEOUT_S
         try:
-            while any(chain.pending[number].result is None for number in numbers):
+            while not all(chain.awaited[number].done for number in numbers):
                 try:
                     trouble = chain.receive(deadline - time.monotonic())
                 except queue.Empty:
@@ -253,10 +253,3 @@ class Recovery:
         finally:
             for number in numbers:
                 chain.forget(number)
-
-    def _send_again(self) -> None:
-        chain = self._chain
-        for number in sorted(chain.pending):
-            pending = chain.pending[number]
-            if pending.step is not None and pending.result is None:
-                chain.send_again(pending)

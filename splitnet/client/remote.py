@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from splitnet.client.cache import RemoteCache
+from splitnet.client.local_adapters import LocalAdapters, Prefix
+from splitnet.client.pass_session import Passed, PassSession
 from splitnet.client.session import Session
 from splitnet.errors import ContextTooLong
 from splitnet.net.messages import Part
@@ -24,19 +27,23 @@ class Call:
     cache: RemoteCache | None
     keep: int
     """How many last positions the head looks at; 0: all."""
+    prefix: Prefix = ()
 
 
 class RemoteBlocks(nn.Module):
     """All blocks of a model, run by peers.
 
     Args:
-        open_session: makes a session for a budget of positions.
+        passes: makes the session for passes without a cache.
         max_positions: context length of the model, if it has one.
     """
 
-    def __init__(self, open_session: Any, max_positions: int | None) -> None:
+    def __init__(self, passes: Callable[[], PassSession], max_positions: int | None) -> None:
         super().__init__()
-        self._open_session = open_session
+        self.adapters = LocalAdapters()
+        self._make_passes = passes
+        self._passes: PassSession | None = None
+        self._passing = threading.RLock()
         self._max_positions = max_positions
         self._local = threading.local()
 
@@ -50,19 +57,14 @@ class RemoteBlocks(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Boundary activations in and out, `[batch, seq, hidden]`.
 
-        Outputs at padding, and before the last positions when only those are wanted, are zero.
+        Outputs at padding, and before the last positions when only those are wanted, are zero. Gradients flow through,
+        to `hidden` and to the adapter, where there is no cache.
 
         Raises:
             ContextTooLong: the sequence is longer than the model's context.
+            AdapterError: the adapter does not fit the blocks.
             PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
         """
-        if torch.is_grad_enabled() and hidden.requires_grad:
-            output = _NoBackward.apply(hidden, self._run(hidden.detach()))
-            assert isinstance(output, torch.Tensor)
-            return output
-        return self._run(hidden)
-
-    def _run(self, hidden: torch.Tensor) -> torch.Tensor:
         call = self.call
         batch, new, _ = hidden.shape
         past = call.cache.remote.columns if call.cache is not None else 0
@@ -77,20 +79,61 @@ class RemoteBlocks(nn.Module):
         elif mask.dim() != 2 or mask.shape != (batch, past + new):
             raise ValueError(f"the attention mask must be [batch, positions] = {[batch, past + new]}")
         mask = mask.to("cpu", torch.bool)
-        if call.cache is not None:
-            try:
-                session, parts, forks = call.cache.remote.begin_step(mask, call.keep)
-                return self._exchange(session, hidden, mask[:, past:], parts, forks)
-            except BaseException:
-                call.cache.remote.columns = past
-                raise
-        counts = [int(length) for length in mask.sum(dim=1).tolist()]
-        parts = [Part(row, 0, length, length) for row, length in enumerate(counts) if length]
-        session = self._open_session(sum(counts))
+        parameters = self.adapters.parameters_for(call.prefix) if not past else {}
+        if call.cache is None:
+            return self._pass(hidden, mask, parameters)
+        if torch.is_grad_enabled() and (hidden.requires_grad or any(t.requires_grad for t in parameters.values())):
+            hidden = _NoBackward.apply(hidden)  # pyright: ignore[reportAssignmentType]
+        adapter = self.adapters.adapter_of(parameters)
+        if adapter is not None:
+            call.cache.remote.prefix_length = adapter.prefix_length
         try:
-            return self._exchange(session, hidden, mask, parts, None)
-        finally:
-            session.close()
+            session, parts, forks = call.cache.remote.begin_step(mask, call.keep)
+            if not past:
+                session.use_adapter(adapter)
+            with torch.no_grad():
+                return self._exchange(session, hidden, mask[:, past:], parts, forks)
+        except BaseException:
+            call.cache.remote.columns = past
+            raise
+
+    def close(self) -> None:
+        """Frees what the peers keep for passes without a cache."""
+        with self._passing:
+            if self._passes is not None:
+                self._passes.close()
+                self._passes = None
+
+    def _pass(self, hidden: torch.Tensor, mask: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Whole sequences, of which nothing is cached: rows without padding, wherever it is."""
+        lengths = [int(length) for length in mask.sum(dim=1).tolist() if length]
+        where = mask.to(hidden.device)
+        packed = hidden[where]
+        returned = _Pass.apply(self, lengths, tuple(parameters), packed, *parameters.values())
+        assert isinstance(returned, torch.Tensor)
+        output = torch.zeros_like(hidden)
+        output[where] = returned.to(hidden.dtype)
+        return output
+
+    def run_pass(
+        self, packed: torch.Tensor, lengths: list[int], parameters: dict[str, torch.Tensor], *, keep: bool
+    ) -> tuple[torch.Tensor, Passed]:
+        """See `PassSession.forward`."""
+        with self._passing:
+            if self._passes is None:
+                self._passes = self._make_passes()
+            return self._passes.forward(packed, lengths, self.adapters.adapter_of(parameters), keep=keep)
+
+    def run_back(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """See `PassSession.backward`."""
+        with self._passing:
+            assert self._passes is not None
+            return self._passes.backward(batch, gradient)
+
+    def run_forget(self, batch: Passed) -> None:
+        """See `PassSession.forget`."""
+        if self._passes is not None:
+            self._passes.forget(batch)
 
     @staticmethod
     def _exchange(
@@ -117,13 +160,56 @@ class RemoteBlocks(nn.Module):
         return output
 
 
-class _NoBackward(torch.autograd.Function):
-    """Forward values of the peers, without a way back yet."""
+class _Pass(torch.autograd.Function):
+    """A pass through the blocks, with the way back."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        return output
+    def forward(
+        ctx: Any,
+        blocks: RemoteBlocks,
+        lengths: list[int],
+        names: tuple[str, ...],
+        packed: torch.Tensor,
+        *parameters: torch.Tensor,
+    ) -> torch.Tensor:
+        keep = any(ctx.needs_input_grad)
+        by_name = dict(zip(names, parameters, strict=True))
+        output, batch = blocks.run_pass(packed.detach(), lengths, by_name, keep=keep)
+        ctx.blocks, ctx.names = blocks, names
+        ctx.batch = _Kept(blocks, batch) if keep else None
+        return output.to(packed.device, packed.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
-        raise NotImplementedError("this version of splitnet runs blocks forward only; gradients end at the head")
+        if ctx.batch is None or ctx.batch.used:
+            raise RuntimeError("gradients go back through the peers once: run the model again for another backward()")
+        ctx.batch.used = True
+        (gradient,) = grad_outputs
+        by_input, by_name = ctx.blocks.run_back(ctx.batch.passed, gradient)
+        by_input = by_input.to(gradient.device, gradient.dtype)
+        return (None, None, None, by_input, *(by_name[name].to(gradient.device) for name in ctx.names))
+
+
+class _Kept:
+    """What the peers keep for a way back; if that never comes, they are told."""
+
+    def __init__(self, blocks: RemoteBlocks, passed: Passed) -> None:
+        self.passed = passed
+        self.used = False
+        self._blocks = blocks
+
+    def __del__(self) -> None:
+        if not self.used:
+            self._blocks.run_forget(self.passed)
+
+
+class _NoBackward(torch.autograd.Function):
+    """Marks where gradients end, as keys and values on the peers record none."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:
+        raise NotImplementedError("gradients do not go through caches: call the model with use_cache=False to train")

@@ -1,26 +1,24 @@
-"""A session: rows of positions whose KV caches live along a route of peers."""
+"""A session that generates: rows of positions whose KV caches live along a route of peers."""
 
 from __future__ import annotations
 
 import logging
-import queue
-import secrets
 import time
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from splitnet.client.chain import Chain, Hop, Pending, Traffic
+from splitnet.client.awaited import Awaited, AwaitedReplay, AwaitedStep
 from splitnet.client.link_use import LinkUse, link_uses
-from splitnet.client.planner import Needs
-from splitnet.client.recovery import Recovered, Recovery, silence_s
+from splitnet.client.recovery import silence_s
 from splitnet.client.replanning import Replanner
+from splitnet.client.routed_session import RECOVERY_TIMEOUT_S, RoutedSession
 from splitnet.client.swarm import Swarm
-from splitnet.errors import CoverageError, PeerBusy, PeerLost, SplitnetError
+from splitnet.errors import PeerLost, SplitnetError
+from splitnet.model.adapters import Adapter
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.endpoints import Endpoint
-from splitnet.net.messages import MAX_PAYLOAD_BYTES, SESSION_BYTES, Fork, Message, Part, Payload, Step
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Payload, Step
 from splitnet.net.sent_log import SentLog
 
 log = logging.getLogger(__name__)
@@ -31,7 +29,6 @@ DECODE_POSITIONS = 16
 """A step with at most so many positions tells how fast the hops decode."""
 
 STEP_TIMEOUT_S = 120.0
-RECOVERY_TIMEOUT_S = 30.0
 THROUGHPUT_STEPS = 8
 """How many steps a session that asks for throughput has under way."""
 
@@ -39,7 +36,7 @@ STEP_POSITIONS = 512
 """A longer prefill is cut into steps that flow through the hops one after the other."""
 
 
-class Session:
+class Session(RoutedSession):
     """KV caches of some rows along a route. One thread uses a session at a time.
 
     When a hop dies, the session replaces it and goes on with the same tokens; see `splitnet.client.recovery`.
@@ -68,68 +65,20 @@ class Session:
     ) -> None:
         if prefer not in ("latency", "throughput"):
             raise SplitnetError(f"a session prefers latency or throughput, not {prefer!r}")
-        self.recoveries: list[Recovered] = []
-        self.id = secrets.token_bytes(SESSION_BYTES)
-        self._swarm = swarm
-        self._chain = Chain(swarm, self.id, codec)
-        self._budget = max(1, budget)
-        self._in_flight = THROUGHPUT_STEPS if prefer == "throughput" else 1
+        super().__init__(
+            swarm,
+            budget=budget,
+            codec=codec,
+            in_flight=THROUGHPUT_STEPS if prefer == "throughput" else 1,
+            step_timeout_s=step_timeout_s,
+            recovery_timeout_s=recovery_timeout_s,
+        )
         self._replanner = Replanner(swarm)
-        self._step_timeout_s = step_timeout_s
-        self._recovery_timeout_s = recovery_timeout_s
-        self._number = 0
-        self._log: SentLog | None = None
-        self._is_open = False
-        self._closed = False
-        swarm.register(self)
-
-    @property
-    def hops(self) -> list[Hop]:
-        """The open route; empty before the first step."""
-        return self._chain.hops if self._is_open else []
-
-    @property
-    def traffic(self) -> Traffic:
-        return self._chain.traffic
 
     @property
     def compute_ms(self) -> float:
         """Time that the devices of all hops spent on the last step."""
         return sum(timing.compute_us for timing in self._chain.timings) / 1000
-
-    def open(self, prompt: int = 0) -> None:
-        """Plans a route and reserves memory on it; called by the first step at the latest.
-
-        Args:
-            prompt: positions of the first step; with them the route is chosen for the time to the first token, too.
-
-        Raises:
-            CoverageError: blocks are served by nobody.
-            PeerBusy: no peer of some blocks has memory for the budget.
-            NotAuthorized: the peers do not accept this client's key.
-            PeerLost: peers do not answer.
-        """
-        refused: dict[str, SplitnetError] = {}
-        while not self._is_open:
-            try:
-                route = self._swarm.plan(self._needs(prompt), exclude=refused, fresh=bool(refused))
-            except (CoverageError, PeerBusy):
-                present = {record.key.text for record in self._swarm.peers()}
-                for name in reversed(refused):
-                    if name in present:
-                        # Why a peer that is there refused says more than that nobody else is.
-                        raise refused[name] from None
-                raise
-            failed = self._chain.open(route, self._budget)
-            for name, error in failed.items():
-                log.info("peer %s is left out: %s", name, error)
-            refused.update(failed)
-            self._is_open = not failed
-
-    @property
-    def needs(self) -> Needs:
-        """What the session wants of its route once it decodes."""
-        return self._needs(0)
 
     def reserve(self, positions: int) -> None:
         """Makes room for `positions` positions over all rows, on every hop.
@@ -184,6 +133,20 @@ class Session:
             self._chain.tell_survey(offset)
         return output
 
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """Has the blocks run with parameters of the client; before the first step.
+
+        Raises:
+            PeerFailed: they do not fit the blocks.
+        """
+        if adapter is self._chain.adapter:
+            return
+        if self._log is not None:
+            raise SplitnetError("the peers hold keys and values of another adapter: begin with a new cache")
+        for error in self._chain.use_adapter(adapter).values():
+            if not isinstance(error, PeerLost):  # a lost hop is replaced by the next step
+                raise error
+
     def replay(self, index: int, until: int | None = None) -> None:
         """Has the hop at `index` send its log to the next hop again, and waits until that is done.
 
@@ -202,21 +165,6 @@ class Session:
         """The links of the open route in order, with the bytes that one decode token takes on each."""
         return link_uses(self._chain, self._swarm.facts.hidden_size) if self._is_open else []
 
-    def close(self) -> None:
-        """Frees the memory on all hops."""
-        if not self._closed:
-            self._closed = True
-            self._swarm.unregister(self)
-            self._chain.close()
-
-    def deliver(self, source: Endpoint, message: Message) -> None:
-        """Takes a message from the transport's thread."""
-        self._chain.deliver(source, message)
-
-    def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None:
-        """Takes from the transport's thread that a link of the client is lost or refused."""
-        self._chain.link_failed(endpoint, error)
-
     def _repair_or_improve_route(self) -> None:
         """Before a step: replaces what an earlier call could not, or moves to a better route if that pays."""
         if self._log is None:
@@ -231,16 +179,6 @@ class Session:
                 recovery.move(route, self.needs)
         finally:
             self.recoveries += recovery.done
-
-    def _needs(self, prompt: int) -> Needs:
-        return self._chain.needs(self._budget, self._in_flight, prompt)
-
-    def _recovery(self) -> Recovery:
-        return Recovery(self._swarm, self._chain, self._log, self._next_number, self._recovery_timeout_s)
-
-    def _next_number(self) -> int:
-        self._number += 1
-        return self._number
 
     def _send(self, parts: tuple[Part, ...], forks: tuple[Fork, ...] | None, payload: Payload) -> int:
         assert self._log is not None
@@ -258,34 +196,20 @@ class Session:
         outputs: list[torch.Tensor] = []
         try:
             for number in numbers:
-                pending = self._chain.pending[number]
-                while pending.result is None:
+                awaited = self._chain.awaited[number]
+                while not awaited.done:
                     self._await(deadline, patience_s, recovery)
-                    pending = self._chain.pending[number]
-                outputs.append(self._decode(pending))
+                outputs.append(self._decode(awaited))
         finally:
             self.recoveries += recovery.done
             for number in numbers:
                 self._chain.forget(number)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _await(self, deadline: float, patience_s: float, recovery: Recovery) -> None:
-        """Waits for one event; a hop that is lost is replaced."""
-        if time.monotonic() >= deadline:
-            route = " -> ".join(f"{start}:{end}" for start, end in (hop.blocks for hop in self.hops))
-            raise PeerLost(f"no answer from the route {route} in {self._step_timeout_s:.0f} s: try again")
-        try:
-            trouble = self._chain.receive(min(patience_s, deadline - time.monotonic()))
-        except queue.Empty:
-            recovery.find_silent_hops(self.needs)
-            return
-        if trouble is not None:
-            recovery.replace_hop(*trouble, self.needs)
-
-    def _decode(self, pending: Pending) -> torch.Tensor:
-        result = pending.result
-        assert result is not None
-        return codec_by_code(result.codec).decode(result.payload, pending.kept, self._swarm.facts.hidden_size)
+    def _decode(self, awaited: Awaited) -> torch.Tensor:
+        assert isinstance(awaited, AwaitedStep | AwaitedReplay) and awaited.result is not None
+        kept = awaited.kept if isinstance(awaited, AwaitedStep) else 0
+        return codec_by_code(awaited.result.codec).decode(awaited.result.payload, kept, self._swarm.facts.hidden_size)
 
     def _chunks(self, parts: Sequence[Part]) -> list[list[Part]]:
         """Parts in steps of a bounded number of positions."""

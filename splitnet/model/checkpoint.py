@@ -61,6 +61,11 @@ class Checkpoint:
         self.multimodal = multimodal
         self._shards = shards
 
+    @property
+    def source(self) -> str:
+        """Hub id or folder, as transformers takes it."""
+        return str(self._shards.source)
+
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None) -> Checkpoint:
         """Opens a local folder or, if there is none of that name, a hub id.

@@ -14,6 +14,7 @@ from splitnet.model.block_stand_in import AllBlocks, blocks_return_tuple
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import packs_sequences
+from splitnet.model.outline import BlockList, outline_of
 
 
 def load_shell(
@@ -25,7 +26,8 @@ def load_shell(
 ) -> PreTrainedModel:
     """The causal language model of a checkpoint with `blocks` in place of its own; only the rest is read.
 
-    `config.num_hidden_layers` is 1: transformers sees one block, with one layer of cache.
+    transformers' code sees one block, with one layer of cache; `model.config` is that of the whole model. In the list
+    of blocks stands an outline of their linear layers, see `splitnet.model.outline`.
 
     Args:
         blocks: its `forward` takes and gives `[batch, sequence, hidden]`. It stays where it is.
@@ -37,22 +39,25 @@ def load_shell(
     config = copy.deepcopy(checkpoint.config)
     model_class = causal_class(config)
     container = find_container(model_class, config)
+    wanted = as_dtype(dtype) or checkpoint.dtype
+    outlines: list[nn.Module] = []
 
     def cut(model: PreTrainedModel) -> None:
         parent, name = parent_of(model, container)
+        outlines[:] = [outline_of(block, wanted) for block in getattr(parent, name)]
         setattr(parent, name, nn.ModuleList())
         model.config.num_hidden_layers = 1
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = ["full_attention"]
 
-    wanted = as_dtype(dtype) or checkpoint.dtype
     # Nothing attends here: the packed attention's name only tells transformers to make no masks, where it can.
     attention = PACKED if packs_sequences(config) else None
     with checkpoint.load_tensors(_names(checkpoint, container), wanted) as tensors:
         model = load_cut(model_class, config, cut, tensors, wanted, attention)
     nn.Module.to(model, device)
     parent, name = parent_of(model, container)
-    setattr(parent, name, nn.ModuleList([AllBlocks(blocks, blocks_return_tuple(model, container))]))
+    setattr(parent, name, BlockList(AllBlocks(blocks, blocks_return_tuple(model, container)), outlines))
+    model.config = copy.deepcopy(checkpoint.config)
     model.generation_config = checkpoint.generation_config()
     return model
 
@@ -60,10 +65,14 @@ def load_shell(
 def backbone_of(model: nn.Module) -> nn.Module:
     """The module of a shell whose `forward` loops over the blocks: it receives `attention_mask`, `cache` and so on."""
     for module in model.modules():
-        for child in module.children():
-            if isinstance(child, nn.ModuleList) and len(child) and isinstance(child[0], AllBlocks):
-                return module
+        if any(isinstance(child, BlockList) for child in module.children()):
+            return module
     raise ValueError("this model has no place where its blocks were: load it with load_shell")
+
+
+def outline_in(model: nn.Module) -> BlockList:
+    """The outline of a shell's blocks."""
+    return next(child for child in backbone_of(model).children() if isinstance(child, BlockList))
 
 
 def _names(checkpoint: Checkpoint, container: str) -> dict[str, str]:

@@ -727,7 +727,7 @@ class FakeSpan:
         self.passes: list[int] = []
         self.error: Exception = ValueError("a bug in a block")
 
-    def new_row(self, max_length: int | None = None) -> FakeRow:
+    def new_row(self, max_length: int | None = None, adapter: Any = None) -> FakeRow:
         return FakeRow()
 
     def view(self, start: int, end: int) -> FakeSpan:

@@ -1,0 +1,232 @@
+"""Passes over whole sequences along a route, forward and back: for training, and for logits without a cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from splitnet.client.awaited import AwaitedPass
+from splitnet.client.recovery import silence_s
+from splitnet.client.routed_session import RECOVERY_TIMEOUT_S, RoutedSession
+from splitnet.client.swarm import Swarm
+from splitnet.errors import PeerFailed, SplitnetError
+from splitnet.model.adapters import Adapter, read_tensors
+from splitnet.net.codecs import Codec, codec_by_code, codec_by_name
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, Forward
+
+PASS_TIMEOUT_S = 600.0
+MICRO_BATCHES_PER_HOP = 2
+"""A batch is cut into so many micro-batches for each hop, so that all hops have something to do most of the time."""
+
+MIN_POSITIONS = 64
+MAX_POSITIONS = 512
+"""Of a micro-batch: smaller ones use the devices badly, larger ones make them wait for each other."""
+
+LOSSY_GRADIENT_CODEC = "bf16"
+
+
+@dataclass(slots=True)
+class Passed:
+    """A batch that went through the blocks, with what the way back needs."""
+
+    passes: list[AwaitedPass]
+    adapter: Adapter | None
+    numbers: list[int] = field(default_factory=list)
+
+
+class PassSession(RoutedSession):
+    """A route for whole sequences, of which no KV caches are kept. One thread uses it at a time.
+
+    A batch is cut into micro-batches, which flow through the hops one after the other. When a hop dies, those that
+    were under way, or had gone forward and not back, are done again: the same bytes give the same gradients.
+
+    Args:
+        swarm: the peers.
+        codec: of the activations on every link, or "auto".
+        gradient_codec: of the gradients on every link; "auto": exact where the activations are, else "bf16".
+        recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        *,
+        codec: str = "auto",
+        gradient_codec: str = "auto",
+        recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
+    ) -> None:
+        super().__init__(
+            swarm,
+            budget=1,
+            codec=codec,
+            in_flight=MICRO_BATCHES_PER_HOP * 4,
+            step_timeout_s=PASS_TIMEOUT_S,
+            recovery_timeout_s=recovery_timeout_s,
+        )
+        if gradient_codec != "auto":
+            codec_by_name(gradient_codec)
+        self._gradient_codec = gradient_codec
+        self._kept: set[int] = set()
+
+    def forward(
+        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None, *, keep: bool = False
+    ) -> tuple[torch.Tensor, Passed]:
+        """Runs sequences through all blocks.
+
+        Args:
+            hidden: `[positions, hidden]`: the sequences one after the other.
+            lengths: positions of each.
+            adapter: what the blocks run with.
+            keep: `backward` may follow; call `forget` if it does not.
+
+        Returns:
+            `[positions, hidden]` float32, and what `backward` needs.
+
+        Raises:
+            PeerLost, CoverageError, PeerFailed, PeerBusy, ContextTooLong: as in `Session.step`.
+            AdapterError: the adapter does not fit the blocks.
+        """
+        self.open()
+        self._repair()
+        self._use(adapter)
+        batch = Passed([], adapter)
+        codec = self._chain.first_codec
+        offset = 0
+        for group in self._micro_batches(lengths):
+            positions = sum(group)
+            number = self._next_number()
+            if keep:
+                self._kept.add(number)
+            payload = codec.encode(hidden[offset : offset + positions])
+            offset += positions
+            forward = Forward(
+                self.id,
+                self._chain.epoch,
+                number,
+                min(self._kept, default=number),
+                tuple(group),
+                keep,
+                self._chain.adapter_version if adapter is not None else 0,
+                self._codec_of_gradients().code,
+                codec.code,
+                payload,
+            )
+            batch.passes.append(AwaitedPass(forward))
+            batch.numbers.append(number)
+        self.traffic.steps += len(batch.passes)
+        self.traffic.positions += offset
+        for awaited in batch.passes:
+            self._chain.expect(awaited.forward.number, awaited)
+            awaited.send(self._chain)
+        self._await_all(batch)
+        outputs: list[torch.Tensor] = []
+        for awaited in batch.passes:
+            assert awaited.result is not None
+            outputs.append(self._decode(awaited.result.codec, awaited.result.payload, awaited))
+        return torch.cat(outputs), batch
+
+    def backward(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Gradients of a loss by what `forward` was given.
+
+        Args:
+            batch: what `forward` returned, with `keep`; it can go back once.
+            gradient: `[positions, hidden]`, of the loss by the output.
+
+        Returns:
+            The gradient by `hidden`, `[positions, hidden]` float32, and those by the tensors of the adapter.
+
+        Raises:
+            as `forward`.
+        """
+        self._repair()
+        self._use(batch.adapter)
+        codec = self._codec_of_gradients()
+        offset = 0
+        for awaited in batch.passes:
+            positions = awaited.forward.positions
+            payload = codec.encode(gradient[offset : offset + positions])
+            offset += positions
+            self._chain.expect(awaited.forward.number, awaited)
+            awaited.go_back(codec.code, payload, self._version(batch), self._chain)
+        self._await_all(batch)
+        self.forget(batch)
+        by_input: list[torch.Tensor] = []
+        by_adapter: dict[str, torch.Tensor] = {}
+        for awaited in batch.passes:
+            assert awaited.gradient is not None
+            by_input.append(self._decode(awaited.gradient.codec, awaited.gradient.payload, awaited))
+            for payloads in awaited.by_adapter.values():
+                for payload in payloads:
+                    for name, tensor in read_tensors(payload).items():
+                        by_adapter[name] = by_adapter[name] + tensor if name in by_adapter else tensor
+        wanted = batch.adapter.tensors if batch.adapter is not None else {}
+        if {name: tensor.shape for name, tensor in by_adapter.items()} != {n: t.shape for n, t in wanted.items()}:
+            raise PeerFailed("the peers sent gradients of other parameters than the adapter has")
+        return torch.cat(by_input), by_adapter
+
+    def forget(self, batch: Passed) -> None:
+        """The batch will not go back; the peers drop what they keep for it with the next pass."""
+        self._kept.difference_update(batch.numbers)
+
+    def _version(self, batch: Passed) -> int:
+        return self._chain.adapter_version if batch.adapter is not None else 0
+
+    def _use(self, adapter: Adapter | None) -> None:
+        """Has the blocks run with an adapter; nothing is sent if they do already."""
+        if adapter is None or adapter is self._chain.adapter:
+            return
+        recovery = self._recovery()
+        try:
+            for name, error in self._chain.use_adapter(adapter).items():
+                for hop in self.hops:
+                    if hop.name == name:
+                        recovery.replace_hop(hop.endpoint, error, self.needs)
+        finally:
+            self.recoveries += recovery.done
+
+    def _repair(self) -> None:
+        """Replaces what an earlier call could not."""
+        recovery = self._recovery()
+        try:
+            recovery.replace_dropped_hops(self.needs)
+        finally:
+            self.recoveries += recovery.done
+
+    def _await_all(self, batch: Passed) -> None:
+        recovery = self._recovery()
+        deadline = time.monotonic() + self._step_timeout_s
+        try:
+            for awaited in batch.passes:
+                while not awaited.done:
+                    self._await(deadline, silence_s(0.0), recovery)
+        except SplitnetError:
+            self.forget(batch)
+            raise
+        finally:
+            self.recoveries += recovery.done
+            for number in batch.numbers:
+                self._chain.forget(number)
+
+    def _codec_of_gradients(self) -> Codec:
+        if self._gradient_codec != "auto":
+            return codec_by_name(self._gradient_codec)
+        exact = self._chain.first_codec.name == "none" and all(hop.codec.name == "none" for hop in self.hops)
+        return codec_by_name("none" if exact else LOSSY_GRADIENT_CODEC)
+
+    def _decode(self, codec: int, payload: bytes | memoryview, awaited: AwaitedPass) -> torch.Tensor:
+        return codec_by_code(codec).decode(payload, awaited.forward.positions, self._swarm.facts.hidden_size)
+
+    def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
+        """The sequences in groups that fill the hops well; no sequence is cut."""
+        wanted = -(-sum(lengths) // (MICRO_BATCHES_PER_HOP * len(self.hops)))
+        most = min(MAX_POSITIONS, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
+        limit = min(max(wanted, MIN_POSITIONS), most)
+        groups: list[list[int]] = [[]]
+        for length in lengths:
+            if groups[-1] and sum(groups[-1]) + length > limit:
+                groups.append([])
+            groups[-1].append(length)
+        return groups

@@ -1,0 +1,97 @@
+"""What PEFT trains on a local model it trains on remote blocks: the same gradients, by the same calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    TaskType,
+    get_peft_model,
+)
+from transformers import AutoModelForCausalLM
+
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2")
+TASK = TaskType.CAUSAL_LM
+
+
+def lora(family: str) -> LoraConfig:
+    targets = ["c_attn", "c_fc", "c_proj"] if family == "gpt2" else ["q_proj", "v_proj", "down_proj"]
+    return LoraConfig(task_type=TASK, r=4, lora_alpha=12, target_modules=targets, init_lora_weights=False)
+
+
+METHODS: dict[str, Callable[[str], Any]] = {
+    "prompt": lambda family: PromptTuningConfig(task_type=TASK, num_virtual_tokens=5),
+    "p-tuning-mlp": lambda family: PromptEncoderConfig(task_type=TASK, num_virtual_tokens=5, encoder_hidden_size=16),
+    "p-tuning-lstm": lambda family: PromptEncoderConfig(
+        task_type=TASK, num_virtual_tokens=5, encoder_hidden_size=16, encoder_reparameterization_type="LSTM"
+    ),
+    "prefix": lambda family: PrefixTuningConfig(task_type=TASK, num_virtual_tokens=5),
+    "prefix-mlp": lambda family: PrefixTuningConfig(
+        task_type=TASK, num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16
+    ),
+    "lora": lora,
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def swarm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+    """Three peers of a random model; the family is the name of its folder."""
+    folder = random_checkpoint(request.param, tmp_path_factory.mktemp("model") / request.param)
+    with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as started:
+        yield started
+
+
+def batch(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Rows of different lengths, padded on the right; the loss is on the second half of each."""
+    ids = torch.randint(3, 300, (5, 14), generator=torch.Generator().manual_seed(seed))
+    mask = torch.ones_like(ids)
+    labels = ids.clone()
+    for row, length in enumerate((14, 9, 11, 4, 14)):
+        mask[row, length:] = 0
+        labels[row, length:] = -100
+        labels[row, : length // 2] = -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def local_model(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+
+
+def wrapped(model: Any, config: Any, seed: int = 3) -> PeftModel:
+    torch.manual_seed(seed)
+    made = get_peft_model(model, config)
+    assert isinstance(made, PeftModel)
+    return made.eval()  # peers know no dropout
+
+
+def gradients(model: PeftModel, inputs: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    found = [parameter.grad for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
+    assert found and all(gradient is not None for gradient in found)
+    return float(loss.detach()), torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_are_those_of_local_training(method: str, swarm: LocalSwarm) -> None:
+    config = METHODS[method]
+    expected_loss, expected = gradients(wrapped(local_model(swarm.folder), config(swarm.folder.name)), batch())
+    with swarm.visit() as visit:
+        loss, found = gradients(wrapped(visit.model(), config(swarm.folder.name)), batch())
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
