@@ -9,7 +9,7 @@ import time
 
 from splitnet.client.chain import Chain, Hop, Traffic
 from splitnet.client.planner import Needs
-from splitnet.client.recovery import Recovered, Recovery
+from splitnet.client.recovery import COVERAGE_POLL_S, Recovered, Recovery
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy, PeerLost, SplitnetError
 from splitnet.net.endpoints import Endpoint
@@ -81,13 +81,22 @@ class RoutedSession:
             CoverageError: blocks are served by nobody.
             PeerBusy: no peer of some blocks has memory for the budget.
             NotAuthorized: the peers do not accept this client's key.
-            PeerLost: peers do not answer.
+            PeerLost: peers do not answer, nor does anybody take their place in time.
         """
         refused: dict[str, SplitnetError] = {}
+        deadline = time.monotonic() + self._recovery_timeout_s
         while not self._is_open:
             try:
                 route = self._swarm.plan(self._needs(prompt), exclude=refused, fresh=bool(refused))
             except (CoverageError, PeerBusy):
+                silent = [name for name, error in refused.items() if isinstance(error, PeerLost)]
+                if silent and time.monotonic() < deadline:
+                    # They have died, then others will take their blocks; or the network is back in a moment.
+                    for name in silent:
+                        del refused[name]
+                    time.sleep(COVERAGE_POLL_S)
+                    self._swarm.pardon_living()
+                    continue
                 present = {record.key.text for record in self._swarm.peers()}
                 for name in reversed(refused):
                     if name in present:
