@@ -23,6 +23,7 @@ from peers.service import Service
 from peers.serving import Serving
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.memory import give_back_memory
 from splitnet.model.span import Span
 from splitnet.net.codecs import CODECS
 from splitnet.net.directory import Directory
@@ -297,6 +298,7 @@ class Peer:
         serving.close()
         # The memory of the old blocks is needed for the new ones. Until those serve, the old service says so.
         self._serving = serving = None
+        give_back_memory()
         try:
             self._load_and_serve(*span)
         except _IsLeaving:

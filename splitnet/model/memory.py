@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +25,24 @@ def free_memory(device: str | torch.device) -> int:
     if available is not None:
         return available
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def give_back_memory() -> None:
+    """Gives the memory of objects that are not needed any more back to the system.
+
+    Blocks are parts of cycles, so they wait for the collector, and not even it frees what was frozen; and the C library
+    keeps what is freed for later, in pieces that the next blocks may not fit into.
+    """
+    frozen = gc.get_freeze_count() > 0
+    gc.unfreeze()
+    gc.collect()
+    if frozen:
+        gc.freeze()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
 
 
 def _available_on_linux() -> int | None:

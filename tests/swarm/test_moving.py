@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,20 @@ def test_a_hole_is_filled_by_a_peer_that_can_be_spared(folder: Path, local: Any)
         assert spare.endpoint == address
         model = swarm.model()
         assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+
+
+def test_what_a_peer_has_moved_from_takes_no_memory(folder: Path) -> None:
+    with local_swarm(folder, [(0, 6), (0, 2)]) as swarm:
+        mover = swarm.peers[1]
+        gc.collect()
+        gc.freeze()  # as the daemon does when it has started
+        try:
+            left = weakref.ref(mover.span)
+            mover._move((2, 4))
+        finally:
+            gc.unfreeze()
+        assert mover.span.start == 2
+        assert left() is None
 
 
 def test_a_session_waits_for_the_blocks_that_are_moved_to(folder: Path, local: Any) -> None:

@@ -95,3 +95,34 @@ def test_gradients_are_those_of_local_training(method: str, swarm: LocalSwarm) -
         loss, found = gradients(wrapped(visit.model(), config(swarm.folder.name)), batch())
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_adapter_gives_the_same_on_both_sides(method: str, swarm: LocalSwarm, tmp_path: Path) -> None:
+    """Saved from a remote model and loaded on a local one, and the other way round: logits and generated tokens."""
+    config = METHODS[method](swarm.folder.name)
+    inputs = {name: tensor for name, tensor in batch(1).items() if name != "labels"}
+    with swarm.visit() as visit, torch.no_grad():
+        wrapped(visit.model(), config, seed=4).save_pretrained(tmp_path / "there")
+        wrapped(local_model(swarm.folder), config, seed=5).save_pretrained(tmp_path / "here")
+        for name in ("there", "here"):
+            local = PeftModel.from_pretrained(local_model(swarm.folder), tmp_path / name).eval()
+            remote = PeftModel.from_pretrained(visit.model(), tmp_path / name).eval()
+            where = inputs["attention_mask"].bool()
+            expected = local(**inputs, use_cache=False).logits
+            found = remote(**inputs, use_cache=False).logits
+            virtual = expected.shape[1] - where.shape[1]
+            assert torch.allclose(found[:, virtual:][where], expected[:, virtual:][where], atol=2e-4)
+            prompt = inputs["input_ids"][:1, :9]
+            tokens = remote.generate(
+                input_ids=prompt, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            assert torch.equal(tokens, greedy(local, prompt, 8))
+
+
+def greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Token by token without a cache, so that nothing depends on how PEFT generates."""
+    for _ in range(new_tokens):
+        logits = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False).logits
+        prompt = torch.cat((prompt, logits[:, -1:].argmax(-1)), dim=1)
+    return prompt
