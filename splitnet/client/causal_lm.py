@@ -205,7 +205,11 @@ class RemoteCausalLM(PreTrainedModel):
         keep = kwargs.get("logits_to_keep", 0)
         call = self._blocks.call
         call.keep = keep if isinstance(keep, int) and kwargs.get("labels") is None else 0
-        call.prefix = take_prefix(kwargs, args[0] if args else None) or self._standing_prefix
+        call.prefix = take_prefix(kwargs, args[0] if args else None)
+        if self._standing_prefix:
+            call.prefix = self._standing_prefix
+            if kwargs.get("position_ids") is not None:  # the prefix comes before the first
+                kwargs["position_ids"] = kwargs["position_ids"] + self._standing_prefix[0][0].shape[1]
         return args, kwargs
 
     def _after_model(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
