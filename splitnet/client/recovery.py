@@ -144,7 +144,14 @@ class Recovery:
                 chain.drop(endpoint)
                 causes.append(str(error))
                 log.warning("%s: another peer takes its place", error)
-            route = better or self._plan(healthy, needs, began + self._timeout_s)
+            try:
+                route = better or self._plan(healthy, needs, began + self._timeout_s)
+            except CoverageError:
+                # Why a peer that is there refused says more than that nobody else is.
+                for error in lost.values():
+                    if isinstance(error, PeerBusy):
+                        raise error from None
+                raise
             better = None
             healthy = [hop for hop in healthy if hop in route]
             failed = chain.open(route, needs.kv_positions)

@@ -103,8 +103,8 @@ def test_an_adapter_gives_the_same_on_both_sides(method: str, swarm: LocalSwarm,
     config = METHODS[method](swarm.folder.name)
     inputs = {name: tensor for name, tensor in batch(1).items() if name != "labels"}
     with swarm.visit() as visit, torch.no_grad():
-        wrapped(visit.model(), config, seed=4).save_pretrained(tmp_path / "there")
-        wrapped(local_model(swarm.folder), config, seed=5).save_pretrained(tmp_path / "here")
+        wrapped(visit.model(), config, seed=4).save_pretrained(str(tmp_path / "there"))
+        wrapped(local_model(swarm.folder), config, seed=5).save_pretrained(str(tmp_path / "here"))
         for name in ("there", "here"):
             local = PeftModel.from_pretrained(local_model(swarm.folder), tmp_path / name).eval()
             remote = PeftModel.from_pretrained(visit.model(), tmp_path / name).eval()

@@ -1,0 +1,197 @@
+"""Training while peers die, links are lossy, and others use the same peers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, PromptTuningConfig, TaskType, get_peft_model
+
+from peers.daemon import Peer
+from splitnet.errors import SplitnetError
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.test_tuning import TASK, batch, gradients, lora, wrapped
+
+pytestmark = pytest.mark.swarm
+
+SPANS = [(0, 2), (2, 4), (4, 6)]
+
+
+@pytest.fixture(scope="module")
+def swarm(folder: Path) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, SPANS) as started:
+        yield started
+
+
+@pytest.fixture
+def twins(folder: Path) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, SPANS * 2) as started:
+        yield started
+
+
+def train(model: PeftModel, steps: int, between: Callable[[int], None] = lambda step: None) -> torch.Tensor:
+    """Some steps of SGD; `between` runs after each forward pass. Gives the adapter."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=0.1)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batch(step)).loss
+        between(step)
+        loss.backward()
+        optimizer.step()
+    return torch.cat([parameter.detach().flatten() for parameter in trained])
+
+
+def session_of(model: Any) -> Any:
+    return model.get_base_model()._blocks._passes
+
+
+def used(swarm: LocalSwarm, model: Any, index: int) -> Peer:
+    endpoint = session_of(model).hops[index].endpoint
+    return next(peer for peer in swarm.peers if peer.endpoint == endpoint)
+
+
+@pytest.mark.parametrize("indexes", [(0,), (1,), (2,), (0, 2)], ids=str)
+@pytest.mark.parametrize("config", [lora("llama"), PromptTuningConfig(task_type=TASK, num_virtual_tokens=5)], ids=type)
+def test_peers_that_die_between_forward_and_backward_change_nothing(
+    config: Any, indexes: tuple[int, ...], twins: LocalSwarm
+) -> None:
+    undisturbed = train(wrapped(twins.model(), config), 3)
+    model = wrapped(twins.model(), config)
+
+    def kill(step: int) -> None:
+        if step == 1:
+            for index in indexes:
+                used(twins, model, index).close()
+
+    assert torch.equal(train(model, 3, kill), undisturbed)
+    assert session_of(model).recoveries
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+@pytest.mark.parametrize("way", ["forward", "backward"])
+def test_a_peer_that_dies_while_it_computes_changes_nothing(way: str, victim: int, twins: LocalSwarm) -> None:
+    undisturbed = train(wrapped(twins.model(), lora("llama")), 3)
+    model = wrapped(twins.model(), lora("llama"))
+    killed = threading.Event()
+
+    def arm(step: int) -> None:
+        if step == 0:
+            peer = used(twins, model, victim)
+            passes: Any = peer.serving._engine._pass_engine._passes
+            original = getattr(passes, way)
+
+            def dies(*args: Any) -> Any:
+                if not killed.is_set():
+                    killed.set()
+                    peer._transport.close()
+                return original(*args)
+
+            setattr(passes, way, dies)
+
+    assert torch.equal(train(model, 3, arm), undisturbed)
+    assert killed.is_set()
+
+
+def test_a_way_back_that_the_peers_have_forgotten_is_walked_again(swarm: LocalSwarm) -> None:
+    with swarm.visit() as visit:
+        undisturbed = train(wrapped(visit.model(), lora("llama")), 2)
+        model = wrapped(visit.model(), lora("llama"))
+
+        def forget(step: int) -> None:
+            if step == 1:
+                service = used(swarm, model, 1).service
+                session = service.sessions.get(session_of(model).id)
+                assert session is not None and session.kept
+                with service._lock:
+                    service._training.forget(session)
+
+        assert torch.equal(train(model, 2, forget), undisturbed)
+
+
+def test_a_lost_peer_without_another_ends_in_an_error_and_training_can_go_on(folder: Path) -> None:
+    with local_swarm(folder, SPANS) as swarm:
+        model = wrapped(swarm.model(recovery_timeout_s=1.0), lora("llama"))
+        undisturbed = train(wrapped(swarm.model(), lora("llama")), 2)
+        swarm.peers[1].close()
+        with pytest.raises(SplitnetError, match=r"blocks 2\.\.3|does not answer|is gone"):
+            model(**batch())
+        swarm.add(2, 4)
+        assert torch.equal(train(model, 2), undisturbed)
+
+
+@pytest.mark.parametrize("gradient_codec", ["auto", "fp16", "none"])
+def test_gradients_over_lossy_links_point_the_same_way(gradient_codec: str, swarm: LocalSwarm) -> None:
+    with swarm.visit() as visit:
+        _, exact = gradients(wrapped(visit.model(), lora("llama")), batch())
+        lossy = wrapped(visit.model(codec="int8", gradient_codec=gradient_codec), lora("llama"))
+        _, found = gradients(lossy, batch())
+        assert not torch.equal(found, exact)
+        assert float(torch.cosine_similarity(found, exact, dim=0)) > 0.999
+
+
+def test_clients_with_different_adapters_do_not_see_each_other(swarm: LocalSwarm) -> None:
+    prompt = {"input_ids": batch()["input_ids"][:1], "attention_mask": torch.ones(1, 14, dtype=torch.long)}
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def models(visit: LocalSwarm) -> list[Any]:
+        return [visit.model(), *(wrapped(visit.model(), lora("llama"), seed=seed) for seed in (1, 2, 3))]
+
+    with swarm.visit() as visit:
+        alone = [model.generate(**prompt, **options) for model in models(visit)]
+        together: dict[int, torch.Tensor] = {}
+
+        def ask(index: int, model: Any) -> None:
+            together[index] = model.generate(**prompt, **options)
+
+        threads = [threading.Thread(target=ask, args=item) for item in enumerate(models(visit))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert len({tuple(tokens[0].tolist()) for tokens in alone}) == 4
+    for index, tokens in enumerate(alone):
+        assert torch.equal(together[index], tokens)
+
+
+def test_what_is_kept_for_a_client_is_dropped_when_it_goes_on_or_leaves(swarm: LocalSwarm) -> None:
+    with swarm.visit() as visit:
+        model = wrapped(visit.model(), lora("llama"))
+        for seed in range(5):
+            model(**batch(seed))  # nobody goes back
+        peer = used(swarm, model, 0)
+        session = peer.sessions.get(session_of(model).id)
+        assert session is not None
+        newest = max(session.kept)
+        assert all(number > newest - 10 for number in session.kept)
+    memories = [peer.service._training._memory for peer in swarm.peers]
+    for peer in swarm.peers:
+        peer.service.forget_all()
+    assert all(memory.used == 0 for memory in memories)
+
+
+def test_two_ways_back_of_one_pass_are_refused(swarm: LocalSwarm) -> None:
+    with swarm.visit() as visit:
+        loss = wrapped(visit.model(), lora("llama"))(**batch()).loss
+        loss.backward(retain_graph=True)
+        with pytest.raises(RuntimeError, match="once"):
+            loss.backward()
+
+
+def test_an_adapter_that_peers_do_not_know_is_refused_here(swarm: LocalSwarm) -> None:
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"], lora_dropout=0.1)
+    with swarm.visit() as visit:
+        model = get_peft_model(visit.model(), config).train()
+        with pytest.raises(SplitnetError, match=r"lora_dropout=0\.0"):
+            model(**batch())
+
+
+def test_a_peer_without_memory_for_training_says_so(folder: Path) -> None:
+    with local_swarm(folder, SPANS, training_memory=1000) as swarm:
+        model = wrapped(swarm.model(recovery_timeout_s=1.0), lora("llama"))
+        with pytest.raises(SplitnetError, match="train with fewer positions"):
+            model(**batch())
