@@ -1,0 +1,182 @@
+"""Fine-tuning through peers against PEFT in one process: gradients, loss curves, speed, and bytes on the links.
+
+Three daemons serve a third of the model each. The same adapters, data and seeds are trained there and in this process.
+
+    python benchmarks/tuning.py CHECKPOINT [--steps 20] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.client.causal_lm import RemoteCausalLM, attach
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.model.checkpoint import Checkpoint
+
+TEXT = Path(__file__).parent / "data" / "varied_text.txt"
+TASK = TaskType.CAUSAL_LM
+PEERS = 3
+ROWS = 16
+COLUMNS = 64
+LEARNING_RATE = 1e-3
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "prompt tuning": lambda: PromptTuningConfig(task_type=TASK, num_virtual_tokens=16),
+    "p-tuning": lambda: PromptEncoderConfig(task_type=TASK, num_virtual_tokens=16, encoder_hidden_size=128),
+    "prefix tuning": lambda: PrefixTuningConfig(task_type=TASK, num_virtual_tokens=16),
+    "LoRA": lambda: LoraConfig(task_type=TASK, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(PEERS)
+    checkpoint = Checkpoint.open(arguments.checkpoint)
+    batches = batches_of(arguments.checkpoint)
+
+    def local() -> Any:
+        return AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32)
+
+    with LocalSwarm(arguments.checkpoint, PEERS) as peers:
+        address = peers.wait()
+
+        def remote(codec: str) -> RemoteCausalLM:
+            return attach(checkpoint, Swarm(ModelFacts.of(checkpoint), [address]), codec=codec)
+
+        models = {"none": remote("none"), "int8": remote("int8")}
+        compare_gradients(local, models, batches[0])
+        compare_curves(local, models["none"], batches, arguments.steps)
+        compare_speed(local, models, batches, arguments.rounds)
+        for model in models.values():
+            model.close()
+
+
+def batches_of(folder: str) -> list[dict[str, torch.Tensor]]:
+    """Batches of text, `[ROWS, COLUMNS]`."""
+    ids = AutoTokenizer.from_pretrained(folder)(TEXT.read_text(), return_tensors="pt")["input_ids"][0]
+    rows = ids[: len(ids) // COLUMNS * COLUMNS].view(-1, COLUMNS)
+    chosen = [rows[torch.arange(first, first + ROWS) % len(rows)] for first in range(0, 8 * ROWS, ROWS)]
+    return [{"input_ids": batch, "attention_mask": torch.ones_like(batch), "labels": batch} for batch in chosen]
+
+
+def adapted(model: Any, method: str) -> Any:
+    """The model with a new adapter, the same one every time."""
+    torch.manual_seed(0)
+    wrapped: Any = get_peft_model(model, METHODS[method]())
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:  # begins with zeros, by which the gradient of A would be zero
+            torch.nn.init.normal_(parameter, std=0.02)
+    return wrapped
+
+
+def gradient_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    model(**batch).loss.backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad])
+
+
+def compare_gradients(local: Callable[[], Any], models: dict[str, Any], batch: dict[str, torch.Tensor]) -> None:
+    print("| method | trained | largest error, codec none | cosine, codec none | cosine, codec int8 |")
+    print("|---|---|---|---|---|")
+    for method in METHODS:
+        expected = gradient_of(adapted(local(), method), batch)
+        found: dict[str, torch.Tensor] = {}
+        for codec, model in models.items():
+            wrapped = adapted(model, method)
+            found[codec] = gradient_of(wrapped, batch)
+            free(wrapped, method)
+        error = float((found["none"] - expected).abs().max() / expected.abs().max())
+        cosines = [float(torch.cosine_similarity(found[codec], expected, dim=0)) for codec in ("none", "int8")]
+        print(f"| {method} | {len(expected):,} | {error:.1e} | {cosines[0]:.6f} | {cosines[1]:.6f} |", flush=True)
+    print()
+
+
+def curve(model: Any, batches: list[dict[str, torch.Tensor]], steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+    losses: list[float] = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = model(**batches[step % len(batches)]).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def compare_curves(local: Callable[[], Any], remote: Any, batches: list[dict[str, torch.Tensor]], steps: int) -> None:
+    print(f"| method | loss at first | after {steps} steps | largest difference to PEFT in one process |")
+    print("|---|---|---|---|")
+    for method in METHODS:
+        expected = curve(adapted(local(), method), batches, steps)
+        wrapped = adapted(remote, method)
+        found = curve(wrapped, batches, steps)
+        free(wrapped, method)
+        difference = max(abs(a - b) for a, b in zip(found, expected, strict=True))
+        print(f"| {method} | {found[0]:.4f} | {found[-1]:.4f} | {difference:.1e} |", flush=True)
+    print()
+
+
+def compare_speed(
+    local: Callable[[], Any], models: dict[str, Any], batches: list[dict[str, torch.Tensor]], rounds: int
+) -> None:
+    print("| method | 1 process, tokens/s | 3 peers, codec none | ratio (range) | codec int8 | ratio (range) |")
+    print("|---|---|---|---|---|---|")
+    traffic: list[str] = []
+    for method in METHODS:
+        alone = adapted(local(), method)
+        speeds: dict[str, list[float]] = {"alone": [], "none": [], "int8": []}
+        for _ in range(rounds):
+            speeds["alone"].append(tokens_per_s(alone, batches))
+            for codec, model in models.items():
+                wrapped = adapted(model, method)
+                before = sent(model)
+                speeds[codec].append(tokens_per_s(wrapped, batches))
+                after = sent(model)
+                if len(speeds[codec]) == rounds:
+                    per_token = [(b - a) / (2 * ROWS * COLUMNS) for a, b in zip(before, after, strict=True)]
+                    traffic.append(f"| {method} | {codec} | {per_token[0]:.0f} | {per_token[1]:.0f} |")
+                free(wrapped, method)
+        cells = [f"{statistics.median(speeds['alone']):.0f}"]
+        for codec in models:
+            ratios = [a / b for a, b in zip(speeds[codec], speeds["alone"], strict=True)]
+            cells.append(f"{statistics.median(speeds[codec]):.0f}")
+            cells.append(f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})")
+        print(f"| {method} | {' | '.join(cells)} |", flush=True)
+    print("\n| method | codec | bytes that the client sends per token | that it receives |")
+    print("|---|---|---|---|")
+    print("\n".join(traffic))
+
+
+def tokens_per_s(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Of two training steps."""
+    began = time.perf_counter()
+    curve(model, batches, 2)
+    return 2 * ROWS * COLUMNS / (time.perf_counter() - began)
+
+
+def sent(model: Any) -> tuple[int, int]:
+    passes = model._blocks._passes
+    return (passes.traffic.bytes_sent, passes.traffic.bytes_received) if passes is not None else (0, 0)
+
+
+def free(wrapped: Any, method: str) -> None:
+    """Takes an adapter off a model that is used again."""
+    if method == "LoRA":
+        wrapped.unload()
+
+
+if __name__ == "__main__":
+    main()
