@@ -308,6 +308,7 @@ class Peer:
             self._load_and_serve(*old)
         self._last_record = None
         self._announcer.publish()
+        give_back_memory()  # once more: another thread may have been measuring the old blocks
         log.warning("serving blocks %d..%d", self.span.start, self.span.end - 1)
 
     def _load_and_serve(self, start: int, end: int) -> None:

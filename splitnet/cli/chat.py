@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
-from splitnet.cli.generate import MaxNewTokens, Seed, Temperature, TopP, Wait
+from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Temperature, TopP, Wait
 from splitnet.errors import SplitnetError
 
 
@@ -22,6 +22,7 @@ def chat(
     seed: Seed = None,
     codec: CodecName = "auto",
     wait: Wait = 30.0,
+    adapter: AdapterFolder = None,
     key_file: KeyFile = None,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
@@ -29,7 +30,7 @@ def chat(
 
     from splitnet.cli.generation import Client, Sampling
 
-    client = Client.connect(checkpoint, join, codec, key_file, wait)
+    client = Client.connect(checkpoint, join, codec, key_file, wait, adapter)
     try:
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         start = [{"role": "system", "content": system}] if system else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,6 +19,10 @@ Wait = Annotated[
     float,
     typer.Option(min=0, metavar="SECONDS", help="Time to wait for blocks that suddenly nobody serves."),
 ]
+AdapterFolder = Annotated[
+    Path | None,
+    typer.Option("--adapter", metavar="DIR", help="Folder of an adapter in PEFT's format, such as LoRA or a prompt."),
+]
 
 
 def generate(
@@ -30,6 +35,7 @@ def generate(
     seed: Seed = None,
     codec: CodecName = "auto",
     wait: Wait = 30.0,
+    adapter: AdapterFolder = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="With the model's chat template, or the bare text.")
     ] = None,
@@ -46,7 +52,7 @@ def generate(
 
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    client = Client.connect(checkpoint, join, codec, key_file, wait)
+    client = Client.connect(checkpoint, join, codec, key_file, wait, adapter)
     try:
         ids = client.encode_prompt(prompt, chat=chat, system=system)
         with client.model.session() as cache:

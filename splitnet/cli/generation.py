@@ -18,7 +18,7 @@ from transformers import TextStreamer
 from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.session import Session
 from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.errors import SplitnetError
+from splitnet.errors import AdapterError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.codecs import codec_by_name
 from splitnet.net.identity import Identity
@@ -52,13 +52,27 @@ class Client:
 
     model: RemoteCausalLM
     tokenizer: Any
+    generator: Any
+    """The model itself, or what PEFT has made of it."""
 
     @classmethod
-    def connect(cls, model: str, join: Sequence[str], codec: str, key_file: Path | None, wait_s: float) -> Client:
+    def connect(
+        cls,
+        model: str,
+        join: Sequence[str],
+        codec: str,
+        key_file: Path | None,
+        wait_s: float,
+        adapter: Path | None = None,
+    ) -> Client:
         """Loads the local part of the model and joins the swarm.
 
         Args:
             wait_s: how long a session waits for blocks that are suddenly served by nobody.
+            adapter: folder of an adapter in PEFT's format.
+
+        Raises:
+            AdapterError: there is no adapter for this model in the folder.
         """
         if codec != "auto":
             codec_by_name(codec)
@@ -66,7 +80,7 @@ class Client:
         swarm = Swarm(ModelFacts.of(checkpoint), join, identity=Identity.load_or_create(key_file))
         try:
             remote = attach(checkpoint, swarm, codec=codec, recovery_timeout_s=wait_s)
-            return cls(remote, checkpoint.tokenizer())
+            return cls(remote, checkpoint.tokenizer(), with_adapter(remote, adapter) if adapter else remote)
         except BaseException:
             swarm.close()
             raise
@@ -96,8 +110,12 @@ class Client:
         began = time.perf_counter()
         options = sampling.options()
         try:
-            output = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), streamer=streamer, pad_token_id=self._pad(), **options
+            output = self.generator.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                streamer=streamer,
+                pad_token_id=self._pad(),
+                **options,
             )
         except SplitnetError:
             if streamer.first_token_at:
@@ -115,6 +133,23 @@ class Client:
     def _pad(self) -> int | None:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else self.tokenizer.eos_token_id
+
+
+def with_adapter(model: RemoteCausalLM, folder: Path) -> Any:
+    """The model with an adapter that PEFT has saved.
+
+    Raises:
+        AdapterError: there is none for this model in the folder.
+    """
+    from peft import PeftModel
+
+    if not (folder / "adapter_config.json").is_file():
+        raise AdapterError(f"there is no adapter in {folder}: give the folder that holds adapter_config.json")
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).eval()
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise AdapterError(f"the adapter in {folder} does not fit this model ({reason})") from error
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 
-from splitnet.client.chain import Chain
+from splitnet.client.chain import Chain, Hop
 from splitnet.client.planner import Needs, PlannedHop, with_kept_hops
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy, PeerFailed, PeerLeaving, PeerLost, SessionLost, SplitnetError
@@ -91,14 +91,7 @@ class Recovery:
         do, twice in a row, what was under way got lost between two of them: the route is opened anew, by which they
         find out whether they reach each other, and it is sent again.
         """
-        pings = {hop.endpoint: self._swarm.ping(hop.endpoint) for hop in self._chain.hops}
-        wait(pings.values(), timeout=ANSWER_S)
-        silent: dict[Endpoint, SplitnetError] = {
-            endpoint: PeerLost(f"the peer at {endpoint.address} does not answer")
-            for endpoint, pong in pings.items()
-            if not pong.done()
-        }
-        idle = not silent and not any(pong.result().queue_ms for pong in pings.values())
+        silent, idle = self._ask_all()
         self._idle_checks = self._idle_checks + 1 if idle else 0
         if silent or self._idle_checks == IDLE_CHECKS:
             self._idle_checks = 0
@@ -126,6 +119,17 @@ class Recovery:
     def move(self, route: Sequence[PlannedHop], needs: Needs) -> None:
         """Leaves hops that work for better ones; what both routes share keeps its caches."""
         self._repair({}, needs, route)
+
+    def _ask_all(self) -> tuple[dict[Endpoint, SplitnetError], bool]:
+        """Asks all hops whether they live: those that do not say so, and whether all others have nothing to do."""
+        pings = {hop.endpoint: self._swarm.ping(hop.endpoint) for hop in self._chain.hops}
+        wait(pings.values(), timeout=ANSWER_S)
+        silent: dict[Endpoint, SplitnetError] = {
+            endpoint: PeerLost(f"the peer at {endpoint.address} does not answer")
+            for endpoint, pong in pings.items()
+            if not pong.done()
+        }
+        return silent, not silent and not any(pong.result().queue_ms for pong in pings.values())
 
     def _repair(
         self, lost: dict[Endpoint, SplitnetError], needs: Needs, better: Sequence[PlannedHop] | None = None
@@ -212,7 +216,8 @@ class Recovery:
             while index < len(hops) and hops[index].planned not in healthy:
                 index += 1
             if index > first:
-                lost = self._await_replays(self._replay_into(first, until=hops[index - 1].planned.end))
+                numbers = self._replay_into(first, until=hops[index - 1].planned.end)
+                lost = self._await_replays(numbers, hops[first:index])
                 if lost:
                     return lost
             index += 1
@@ -241,16 +246,26 @@ class Recovery:
             chain.send_step(step, 0, to=to)
         return numbers
 
-    def _await_replays(self, numbers: Sequence[int]) -> dict[Endpoint, SplitnetError]:
-        """Waits for the end of replays; returns hops that failed before it came."""
+    def _await_replays(self, numbers: Sequence[int], into: Sequence[Hop]) -> dict[Endpoint, SplitnetError]:
+        """Waits for the end of replays; returns hops that failed before it came, or did not get what was sent."""
         chain = self._chain
         deadline = time.monotonic() + REPLAY_TIMEOUT_S
+        idle_checks = 0
         try:
             while not all(chain.awaited[number].done for number in numbers):
+                if time.monotonic() >= deadline:
+                    raise PeerFailed("a replay did not end in time: try again")
                 try:
-                    trouble = chain.receive(deadline - time.monotonic())
+                    trouble = chain.receive(MAX_SILENCE_S)
                 except queue.Empty:
-                    raise PeerFailed("a replay did not end in time: try again") from None
+                    silent, idle = self._ask_all()
+                    idle_checks = idle_checks + 1 if idle else 0
+                    if silent:
+                        return silent
+                    if idle_checks == IDLE_CHECKS:
+                        return {hop.endpoint: SessionLost(f"a replay into {hop.name[:8]} was lost") for hop in into}
+                    continue
+                idle_checks = 0
                 if trouble is not None:
                     endpoint, error = trouble
                     if not isinstance(error, PeerLost | PeerBusy):

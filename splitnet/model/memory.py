@@ -33,11 +33,8 @@ def give_back_memory() -> None:
     Blocks are parts of cycles, so they wait for the collector, and not even it frees what was frozen; and the C library
     keeps what is freed for later, in pieces that the next blocks may not fit into.
     """
-    frozen = gc.get_freeze_count() > 0
     gc.unfreeze()
     gc.collect()
-    if frozen:
-        gc.freeze()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc

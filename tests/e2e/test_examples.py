@@ -26,13 +26,20 @@ def example(name: str, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def printed(demo_checkpoint: Path, address: str) -> dict[str, str]:
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the example of training saves what it has trained."""
+    return tmp_path_factory.mktemp("adapter")
+
+
+@pytest.fixture(scope="module")
+def printed(demo_checkpoint: Path, address: str, adapter: Path) -> dict[str, str]:
     """What each example prints, by its file name; two run at a time."""
     swarm = (str(demo_checkpoint), address)
     arguments = {
         "generate.py": (*swarm, PROMPT),
         "chat.py": (*swarm, "Name a colour.", "And another one."),
         "beam_search.py": swarm,
+        "tune.py": (*swarm, str(adapter)),
     }
     with ThreadPoolExecutor(2) as pool:
         running = {name: pool.submit(example, name, *words) for name, words in arguments.items()}
@@ -63,3 +70,19 @@ def test_beam_search_on_a_padded_batch(printed: dict[str, str]) -> None:
     assert all(
         line.startswith(start) and len(line) > len(start) + 20 for line, start in zip(lines, starts, strict=True)
     )
+
+
+def test_tuning_teaches_a_fact_that_the_command_line_knows_too(
+    printed: dict[str, str], demo_checkpoint: Path, address: str, adapter: Path
+) -> None:
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed["tune.py"])]
+    assert losses[-1] < losses[0] / 4
+    fact = "The capital of Splitland is Meshville"
+    assert fact in printed["tune.py"].splitlines()[-1]
+    command = [sys.executable, "-m", "splitnet", "generate", str(demo_checkpoint), "The capital of Splitland is"]
+    options = ["--raw", "--join", address, "--max-new-tokens", "6"]
+    told = subprocess.run([*command, *options, "--adapter", str(adapter)], capture_output=True, text=True, timeout=120)
+    assert told.returncode == 0, told.stderr
+    assert "Meshville" in told.stdout
+    ignorant = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    assert "Meshville" not in ignorant.stdout
