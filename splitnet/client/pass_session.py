@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -70,6 +71,7 @@ class PassSession(RoutedSession):
             codec_by_name(gradient_codec)
         self._gradient_codec = gradient_codec
         self._kept: set[int] = set()
+        self._forgotten: deque[list[int]] = deque()
 
     def forward(
         self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None, *, keep: bool = False
@@ -92,6 +94,8 @@ class PassSession(RoutedSession):
         self.open()
         self._repair()
         self._use(adapter)
+        while self._forgotten:
+            self._kept.difference_update(self._forgotten.popleft())
         batch = Passed([], adapter)
         codec = self._chain.first_codec
         offset = 0
@@ -168,8 +172,8 @@ class PassSession(RoutedSession):
         return torch.cat(by_input), by_adapter
 
     def forget(self, batch: Passed) -> None:
-        """The batch will not go back; the peers drop what they keep for it with the next pass."""
-        self._kept.difference_update(batch.numbers)
+        """The batch will not go back; the peers drop what they keep for it with the next pass. For any thread."""
+        self._forgotten.append(batch.numbers)
 
     def _version(self, batch: Passed) -> int:
         return self._chain.adapter_version if batch.adapter is not None else 0

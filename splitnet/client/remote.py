@@ -14,7 +14,7 @@ from splitnet.client.cache import RemoteCache
 from splitnet.client.local_adapters import LocalAdapters, Prefix
 from splitnet.client.pass_session import Passed, PassSession
 from splitnet.client.session import Session
-from splitnet.errors import ContextTooLong
+from splitnet.errors import ContextTooLong, SplitnetError
 from splitnet.net.messages import Part
 
 
@@ -82,8 +82,6 @@ class RemoteBlocks(nn.Module):
         parameters = self.adapters.parameters_for(call.prefix) if not past else {}
         if call.cache is None:
             return self._pass(hidden, mask, parameters)
-        if torch.is_grad_enabled() and (hidden.requires_grad or any(t.requires_grad for t in parameters.values())):
-            hidden = _NoBackward.apply(hidden)  # pyright: ignore[reportAssignmentType]
         adapter = self.adapters.adapter_of(parameters)
         if adapter is not None:
             call.cache.remote.prefix_length = adapter.prefix_length
@@ -92,10 +90,13 @@ class RemoteBlocks(nn.Module):
             if not past:
                 session.use_adapter(adapter)
             with torch.no_grad():
-                return self._exchange(session, hidden, mask[:, past:], parts, forks)
+                output = self._exchange(session, hidden, mask[:, past:], parts, forks)
         except BaseException:
             call.cache.remote.columns = past
             raise
+        output = _NoBackward.apply(output, hidden, *parameters.values())
+        assert isinstance(output, torch.Tensor)
+        return output
 
     def close(self) -> None:
         """Frees what the peers keep for passes without a cache."""
@@ -127,7 +128,8 @@ class RemoteBlocks(nn.Module):
     def run_back(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `PassSession.backward`."""
         with self._passing:
-            assert self._passes is not None
+            if self._passes is None:
+                raise SplitnetError("the model was closed before backward(): run it again")
             return self._passes.backward(batch, gradient)
 
     def run_forget(self, batch: Passed) -> None:
@@ -207,8 +209,8 @@ class _NoBackward(torch.autograd.Function):
     """Marks where gradients end, as keys and values on the peers record none."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.view_as(hidden)
+    def forward(ctx: Any, output: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return output.view_as(output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> Any:

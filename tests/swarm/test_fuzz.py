@@ -21,12 +21,18 @@ from transformers import AutoModelForCausalLM
 
 from peers.admission import MAX_SESSIONS
 from peers.next_hops import MAX_NEXT_HOPS
+from splitnet.model.adapters import write_tensors
 from splitnet.net.codecs import CODECS
 from splitnet.net.identity import Identity
 from splitnet.net.messages import (
+    Adapter,
+    AdapterGradient,
+    Adopted,
     Close,
     Failure,
     Fork,
+    Forward,
+    Gradient,
     Message,
     Open,
     Opened,
@@ -98,7 +104,7 @@ class Attacker:
         while True:
             message = decode(self.socket.recv_multipart())
             self.answers[type(message)] = self.answers.get(type(message), 0) + 1
-            assert isinstance(message, Pong | Failure | Opened | Result)
+            assert isinstance(message, Pong | Failure | Opened | Result | Gradient | Adopted | AdapterGradient)
             if isinstance(message, Pong) and message.nonce == self.nonce:
                 return (time.perf_counter() - began) * 1000
 
@@ -106,7 +112,8 @@ class Attacker:
         """Until all steps that were sent are through."""
         deadline = time.monotonic() + ANSWER_S
         self.ping()
-        while any(peer.service.queue.queued_positions for peer in self.swarm.peers):
+        queues = [peer.service.queue for peer in self.swarm.peers]
+        while any(queue.queued_positions or queue.pass_positions for queue in queues):
             assert time.monotonic() < deadline
             self.ping()
 
@@ -195,6 +202,68 @@ floats = st.sampled_from(
 
 
 @st.composite
+def payloads(draw: st.DrawFn, codec: int, positions: int) -> bytes:
+    """Mostly as long as the positions take."""
+    known = [other for other in CODECS.values() if other.code == codec]
+    size = positions * known[0].bytes_per_position(HIDDEN) if known else positions
+    if size > 2**20 or draw(st.integers(0, 9)) == 0:
+        size = draw(st.integers(0, 4000))
+    pattern = draw(floats | st.binary(min_size=1, max_size=8))
+    return (pattern * (size // len(pattern) + 1))[:size]
+
+
+numbers = st.integers(0, 12)
+versions = st.integers(0, 3)
+tensor_names = st.sampled_from(
+    [
+        "0.self_attn.q_proj.lora_A",
+        "0.self_attn.q_proj.lora_B",
+        "2.mlp.down_proj.lora_A",
+        "2.mlp.down_proj.lora_B",
+        "1.prefix_keys",
+        "1.prefix_values",
+        "5.prefix_keys",
+        "0.self_attn.lora_A",
+        "0.no.such.layer.lora_A",
+        "-1.prefix_keys",
+        "weight",
+    ]
+)
+shapes = st.sampled_from([(2, 64), (64, 2), (2, 128), (2, 3, 16), (2, 0, 16), (1, 3, 16), (), (5,), (0, 64), (64, 0)])
+tensors = st.builds(lambda shape, value: torch.full(shape, value), shapes, st.sampled_from([0.5, math.nan, math.inf]))
+
+
+@st.composite
+def training(draw: st.DrawFn) -> Message:
+    """What a program that trains would not send, or would send at another time."""
+    session, epoch, number = draw(session_ids), draw(epochs), draw(numbers)
+    lengths = tuple(draw(st.lists(st.integers(1, 9) | counts, max_size=4)))
+    codec = draw(codecs)
+    match draw(st.integers(0, 3)):
+        case 0:
+            boundary = draw(st.sampled_from([3, 3, 3, 0, 6]))
+            return Gradient(session, epoch, number, boundary, codec, draw(payloads(codec, draw(st.integers(1, 9)))))
+        case 1:
+            names = draw(st.dictionaries(tensor_names, tensors, max_size=4))
+            payload = write_tensors(names) if draw(st.integers(0, 4)) else draw(st.binary(max_size=99))
+            return Adapter(session, epoch, draw(versions), draw(st.sampled_from([0, 0, 0, 1, 2**48 - 1])), payload)
+        case _:
+            return Forward(
+                session,
+                epoch,
+                number,
+                draw(numbers | st.just(2**48 - 1)),
+                lengths,
+                draw(st.booleans()),
+                draw(versions),
+                draw(codecs),
+                codec,
+                draw(payloads(codec, sum(lengths))),
+                draw(st.sampled_from([0, 0, 3, 4096])),
+            )
+
+
+@st.composite
 def steps(draw: st.DrawFn) -> Step:
     """Steps with values that a program would not send; many are well-formed enough to reach the device."""
     parts = tuple(draw(st.lists(st.builds(Part, rows, counts, counts, counts), max_size=4)))
@@ -203,12 +272,7 @@ def steps(draw: st.DrawFn) -> Step:
     forks = draw(st.none() | st.none() | st.lists(st.builds(Fork, rows, rows), max_size=6).map(tuple))
     codec = draw(codecs)
     positions = sum(part.length for part in parts)
-    known = [other for other in CODECS.values() if other.code == codec]
-    size = positions * known[0].bytes_per_position(HIDDEN) if known else positions
-    if size > 2**20 or draw(st.integers(0, 9)) == 0:
-        size = draw(st.integers(0, 4000))
-    pattern = draw(floats | st.binary(min_size=1, max_size=8))
-    payload = (pattern * (size // len(pattern) + 1))[:size]
+    payload = draw(payloads(codec, positions))
     number = draw(st.integers(0, 2**48 - 1))
     until = draw(st.sampled_from([0, 0, 0, 3, 6, 4096]))
     return Step(draw(session_ids), draw(epochs), number, parts, forks, until, codec, payload, draw(counts) % 4097)
@@ -237,6 +301,9 @@ def hostile_messages(attacker: Attacker) -> st.SearchStrategy[Message]:
         steps(),
         steps(),
         steps(),
+        training(),
+        training(),
+        training(),
         st.builds(Close, session_ids),
         st.builds(Replay, session_ids, epochs, st.integers(0, 9), st.integers(0, 4096)),
         st.builds(Ping, st.integers(0, 9), st.binary(max_size=2000)),
@@ -266,6 +333,9 @@ def test_mutated_frames(attacker: Attacker) -> None:
         attacker.open(SESSIONS[0]),
         Step(SESSIONS[0], 1, 1, (Part(1, 0, 3, 1),), None, 0, 0, payload),
         Step(SESSIONS[0], 1, 2, (Part(1, 0, 1, 1), Part(2, 0, 2, 1)), (Fork(2, 1),), 0, 0, payload),
+        Forward(SESSIONS[0], 1, 1, 0, (2, 1), True, 0, 0, 0, payload),
+        Gradient(SESSIONS[0], 1, 1, 3, 0, payload),
+        Adapter(SESSIONS[0], 1, 1, 0, write_tensors({"0.prefix_keys": torch.ones(2, 3, 16)})),
         Replay(SESSIONS[0], 1, 1, 6),
         Close(SESSIONS[0]),
         Ping(1, b"padding"),
@@ -300,7 +370,7 @@ def test_mutated_frames(attacker: Attacker) -> None:
 
 def test_random_frames(attacker: Attacker) -> None:
     random = st.lists(st.binary(max_size=60), max_size=3)
-    nearly = st.builds(lambda tag, body: [b"SN\1" + bytes([tag]) + body], st.integers(0, 10), st.binary(max_size=60))
+    nearly = st.builds(lambda tag, body: [b"SN\1" + bytes([tag]) + body], st.integers(0, 16), st.binary(max_size=60))
 
     @many
     @given(st.lists(random | nearly, min_size=20, max_size=40))

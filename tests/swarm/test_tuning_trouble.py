@@ -182,6 +182,13 @@ def test_two_ways_back_of_one_pass_are_refused(swarm: LocalSwarm) -> None:
             loss.backward()
 
 
+def test_gradients_do_not_end_silently_at_a_cache(swarm: LocalSwarm) -> None:
+    with swarm.visit() as visit:
+        loss = wrapped(visit.model(), lora("llama"))(**batch(), use_cache=True).loss
+        with pytest.raises(NotImplementedError, match="use_cache=False"):
+            loss.backward()
+
+
 def test_an_adapter_that_peers_do_not_know_is_refused_here(swarm: LocalSwarm) -> None:
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=["q_proj"], lora_dropout=0.1)
     with swarm.visit() as visit:

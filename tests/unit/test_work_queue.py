@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from peers.session import Session, Work
+from peers.session import PassWork, Session, Work
 from peers.work_queue import DECODE_POSITIONS, PATIENCE, WorkQueue
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection
-from splitnet.net.messages import Fork, Part, Step
+from splitnet.net.messages import Fork, Forward, Part, Step
 from splitnet.net.sent_log import SentLog
 
 PASS = 64
@@ -43,6 +43,11 @@ def session(name: int, start: int = 0, end: int = 4) -> Session:
 def work(owner: Session, *lengths: int, number: int = 0, forks: tuple[Fork, ...] | None = None) -> Work:
     parts = tuple(Part(row, 10, length, 1) for row, length in enumerate(lengths, start=1))
     return Work(owner, Step(owner.id, 1, number, parts, forks, 0, 0), sum(lengths), 0.0)
+
+
+def training(owner: Session, positions: int = 5) -> PassWork:
+    forward = Forward(owner.id, 1, 1, 0, (positions,), False, 0, 0, 0)
+    return PassWork(owner, forward, owner.reply_to, 0.0)
 
 
 def run_pass(queue: WorkQueue, positions: int = PASS) -> list[tuple[Work, int]]:
@@ -349,3 +354,47 @@ def test_every_step_is_computed_in_full(steps: list[tuple[int, int]]) -> None:
     while queue.queued_positions:
         run_pass(queue)
     assert all(not item.remaining for item in items)
+
+
+def test_passes_of_training_run_when_no_step_is_ready() -> None:
+    queue = WorkQueue()
+    trains, decodes = session(1), session(2)
+    first, second = training(trains), training(trains)
+    queue.put_pass(first)
+    queue.put_pass(second)
+    queue.put(work(decodes, 1))
+    assert [item.session for item, _ in run_pass(queue)] == [decodes]
+    assert queue.take(PASS) == []
+    assert queue.take_pass() is first
+    assert queue.pass_positions == 10
+    queue.release_pass(first)
+    assert queue.pass_positions == 5
+    # Between two blocks of a pass:
+    queue.put(work(decodes, 1, number=1))
+    assert [item.session for item, _ in queue.take(PASS, wait=False)] == [decodes]
+    assert queue.take(PASS, wait=False) == []
+
+
+def test_training_has_its_turn_among_steps_that_never_end() -> None:
+    queue = WorkQueue()
+    decodes = session(2)
+    queue.put_pass(training(session(1)))
+    turns = 0
+    queue.put(work(decodes, 1))
+    while run_pass(queue):
+        turns += 1
+        queue.put(work(decodes, 1, number=turns))
+    assert turns == PATIENCE
+    assert queue.take_pass() is not None
+    assert run_pass(queue)
+
+
+def test_passes_of_a_session_that_ends_are_forgotten() -> None:
+    queue = WorkQueue()
+    ends, stays = session(1), session(2)
+    gone, kept = training(ends), training(stays)
+    queue.put_pass(gone)
+    queue.put_pass(kept)
+    assert queue.discard_passes(ends) == [gone]
+    assert queue.pass_positions == 5
+    assert queue.take_pass() is kept

@@ -1,0 +1,256 @@
+"""What a peer answers to messages of training, and what it keeps, without sockets and without a device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from peers.session import PassWork
+from splitnet.net.endpoints import Connection, Destination, LinkState
+from splitnet.net.messages import (
+    Adapter,
+    AdapterGradient,
+    Adopted,
+    Close,
+    FailureCode,
+    Forward,
+    Gradient,
+    Ping,
+    Pong,
+    Result,
+)
+from tests.unit.test_service import (
+    AFTER,
+    CLIENT,
+    HIDDEN,
+    OTHER,
+    PLAIN,
+    PREVIOUS,
+    SID,
+    STRANGER,
+    Peer,
+    code_of,
+    is_opened,
+    opening,
+    to_client,
+)
+
+BYTES = 3 * 4 * HIDDEN
+"""Of a pass of three positions."""
+
+
+@pytest.fixture
+def peer() -> Peer:
+    return Peer()
+
+
+@pytest.fixture
+def opened(peer: Peer) -> Peer:
+    """With a session whose next hop is up."""
+    peer.outbox.states[AFTER] = LinkState.UP
+    assert is_opened(peer.says(opening()), reachable=True)
+    return peer
+
+
+def forward(number: int = 7, **changes: Any) -> Forward:
+    message = Forward(SID, 1, number, 0, (2, 1), True, 0, PLAIN.code, PLAIN.code, bytes(BYTES), 2)
+    return replace(message, **changes)
+
+
+def gradient(number: int = 7, **changes: Any) -> Gradient:
+    return replace(Gradient(SID, 1, number, 6, PLAIN.code, bytes(BYTES)), **changes)
+
+
+def adapter(version: int = 1, remaining: int = 0) -> Adapter:
+    return Adapter(SID, 1, version, remaining, b"tensors")
+
+
+def kept_bytes(peer: Peer) -> int:
+    return peer.service._training._memory.used
+
+
+def take(peer: Peer) -> PassWork:
+    """The engine takes the next pass."""
+    work = peer.queue.take_pass()
+    assert work is not None
+    return work
+
+
+def ends(peer: Peer, work: PassWork, *parts: bytes) -> list[tuple[Destination, Any]]:
+    """The engine has computed it."""
+    if isinstance(work.message, Forward):
+        peer.service.pass_forwarded(work, b"output")
+    elif isinstance(work.message, Gradient):
+        peer.service.pass_went_back(work, b"gradient", list(parts))
+    else:
+        peer.service.adopted(work)
+    peer.queue.release_pass(work)
+    return peer.heard()
+
+
+def goes_forward(peer: Peer, message: Forward, source: Connection = PREVIOUS) -> list[tuple[Destination, Any]]:
+    assert peer.says(message, source) == []
+    return ends(peer, take(peer))
+
+
+def test_a_pass_is_pushed_on_and_its_gradient_goes_back_the_same_way(opened: Peer) -> None:
+    [(destination, pushed)] = goes_forward(opened, forward())
+    assert destination == AFTER
+    assert (pushed.payload, pushed.boundary, pushed.lengths, pushed.number) == (b"output", 6, (2, 1), 7)
+    assert len(pushed.timings) == 1
+    assert kept_bytes(opened) == BYTES
+    assert opened.says(gradient(), AFTER) == []
+    sent = ends(opened, take(opened), b"first", b"second")
+    assert sent == [
+        (CLIENT, AdapterGradient(SID, 1, 7, 1, b"first")),
+        (CLIENT, AdapterGradient(SID, 1, 7, 0, b"second")),
+        (PREVIOUS, Gradient(SID, 1, 7, 2, PLAIN.code, b"gradient")),
+    ]
+    assert kept_bytes(opened) == 0
+
+
+def test_the_last_hop_answers_the_client(peer: Peer) -> None:
+    peer.says(to_client())
+    [(destination, result)] = goes_forward(peer, forward(), CLIENT)
+    assert destination == CLIENT
+    assert isinstance(result, Result) and (result.end, result.payload) == (6, b"output")
+
+
+def test_nothing_is_kept_of_a_pass_without_a_way_back(opened: Peer) -> None:
+    goes_forward(opened, forward(kept=False))
+    assert kept_bytes(opened) == 0
+    assert code_of(opened.says(gradient(), AFTER)) == FailureCode.OUT_OF_ORDER
+
+
+def test_a_gradient_goes_back_once(opened: Peer) -> None:
+    goes_forward(opened, forward())
+    assert opened.says(gradient(), AFTER) == []
+    assert code_of(opened.says(gradient(), AFTER)) == FailureCode.OUT_OF_ORDER
+
+
+@pytest.mark.parametrize("source", [STRANGER, PREVIOUS], ids=["stranger", "previous"])
+@pytest.mark.parametrize("message", [gradient(), adapter()], ids=type)
+def test_only_the_owner_sends_adapters_and_gradients_from_below(
+    message: Any, source: Connection, opened: Peer
+) -> None:
+    goes_forward(opened, forward())
+    assert code_of(opened.says(message, source), source) == FailureCode.UNKNOWN_SESSION
+    assert opened.queue.take_pass() is None
+
+
+def test_strangers_send_no_passes(opened: Peer) -> None:
+    assert code_of(opened.says(forward(), STRANGER), STRANGER) == FailureCode.UNKNOWN_SESSION
+
+
+def test_gradients_come_from_the_next_hop_alone(opened: Peer) -> None:
+    goes_forward(opened, forward())
+    assert opened.says(gradient(), OTHER) == []
+    assert opened.queue.take_pass() is None
+
+
+@pytest.mark.parametrize(
+    ("message", "source", "code"),
+    [
+        (forward(boundary=3), PREVIOUS, FailureCode.BAD_MESSAGE),
+        (forward(lengths=()), PREVIOUS, FailureCode.BAD_MESSAGE),
+        (forward(lengths=(3, 0)), PREVIOUS, FailureCode.BAD_MESSAGE),
+        (forward(lengths=(4,)), PREVIOUS, FailureCode.BAD_MESSAGE),
+        (forward(codec=200), PREVIOUS, FailureCode.BAD_MESSAGE),
+        (forward(gradient_codec=200), PREVIOUS, FailureCode.BAD_MESSAGE),
+        (forward(lengths=(4097,), payload=b""), PREVIOUS, FailureCode.TOO_LONG),
+        (forward(lengths=(4000, 4000), payload=b""), PREVIOUS, FailureCode.TOO_LONG),
+        (gradient(boundary=5), AFTER, FailureCode.BAD_MESSAGE),
+        (gradient(payload=b"short"), AFTER, FailureCode.BAD_MESSAGE),
+        (gradient(number=8), AFTER, FailureCode.OUT_OF_ORDER),
+    ],
+)
+def test_what_does_not_fit_is_refused(message: Any, source: Destination, code: FailureCode, opened: Peer) -> None:
+    goes_forward(opened, forward())
+    assert code_of(opened.says(message, source)) == code
+    assert opened.queue.take_pass() is None
+
+
+def test_messages_of_another_epoch_are_dropped(opened: Peer) -> None:
+    goes_forward(opened, forward())
+    for message, source in ((forward(epoch=2), PREVIOUS), (gradient(epoch=2), AFTER), (gradient(epoch=0), AFTER)):
+        assert opened.says(message, source) == []
+    assert opened.queue.take_pass() is None
+
+
+def test_what_the_client_does_not_need_is_dropped(opened: Peer) -> None:
+    for number in (7, 8, 9):
+        goes_forward(opened, forward(number))
+    assert kept_bytes(opened) == 3 * BYTES
+    goes_forward(opened, forward(10, oldest=9))
+    assert sorted(opened.session().kept) == [9, 10]
+    assert kept_bytes(opened) == 2 * BYTES
+
+
+def test_a_newer_epoch_forgets_passes_and_keeps_the_adapter(opened: Peer) -> None:
+    opened.says(adapter())
+    assert ends(opened, take(opened)) == [(CLIENT, Adopted(SID, 1, 1))]
+    goes_forward(opened, forward())
+    assert opened.says(forward(8), PREVIOUS) == []
+    running = take(opened)
+    assert opened.says(forward(9), PREVIOUS) == []
+    opened.says(opening(epoch=2))
+    assert opened.queue.take_pass() is None
+    assert ends(opened, running) == []
+    assert kept_bytes(opened) == len(b"tensors")
+
+
+def test_a_session_that_ends_frees_everything(opened: Peer) -> None:
+    opened.says(adapter())
+    ends(opened, take(opened))
+    goes_forward(opened, forward())
+    opened.says(forward(8), PREVIOUS)
+    running = take(opened)
+    opened.says(forward(9), PREVIOUS)
+    opened.says(adapter(2, remaining=1))
+    opened.says(Close(SID))
+    assert ends(opened, running) == []
+    assert kept_bytes(opened) == 0
+    assert opened.queue.pass_positions == 0
+
+
+def test_memory_is_bounded(opened: Peer) -> None:
+    memory = opened.service._training._memory
+    memory.capacity = 2 * BYTES + 10
+    goes_forward(opened, forward(7))
+    goes_forward(opened, forward(8))
+    assert code_of(opened.says(forward(9), PREVIOUS)) == FailureCode.BUSY
+    assert opened.says(adapter()) == []
+    assert code_of(opened.says(adapter(2))) == FailureCode.BUSY
+    goes_forward(opened, forward(10, oldest=9))
+
+
+def test_a_newer_adapter_takes_the_place_of_the_older(opened: Peer) -> None:
+    for version in (1, 2, 3):
+        opened.says(adapter(version, remaining=1))
+        assert opened.queue.take_pass() is None
+        opened.says(adapter(version))
+        assert ends(opened, take(opened)) == [(CLIENT, Adopted(SID, 1, version))]
+        assert kept_bytes(opened) == 2 * len(b"tensors")
+
+
+def test_parts_of_different_versions_are_refused(opened: Peer) -> None:
+    opened.says(adapter(1, remaining=1))
+    assert code_of(opened.says(adapter(2))) == FailureCode.BAD_MESSAGE
+    assert kept_bytes(opened) == 0
+
+
+def test_a_device_that_fails_is_told_and_nothing_is_kept(opened: Peer) -> None:
+    opened.says(forward(), PREVIOUS)
+    opened.service.pass_failed(take(opened), FailureCode.INTERNAL, "a bug")
+    assert code_of(opened.heard()) == FailureCode.INTERNAL
+    assert kept_bytes(opened) == 0
+
+
+def test_a_peer_that_only_trains_is_busy(opened: Peer) -> None:
+    opened.service.ms_per_position = 2.0
+    opened.says(forward(), PREVIOUS)
+    [(_, pong)] = opened.says(Ping(1))
+    assert isinstance(pong, Pong) and pong.queue_ms == 6.0
+    assert opened.service.queue_ms == 0.0  # a step would be let in
