@@ -19,6 +19,7 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
+from splitnet.tuning.zeroth_order import ZerothOrder
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.unit.random_models import random_checkpoint
 
@@ -126,3 +127,30 @@ def greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
         logits = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False).logits
         prompt = torch.cat((prompt, logits[:, -1:].argmax(-1)), dim=1)
     return prompt
+
+
+@pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])
+def test_training_by_forward_passes_alone(method: str, swarm: LocalSwarm) -> None:
+    """The same steps as on a local model, and peers keep nothing for a way back."""
+    config = METHODS[method](swarm.folder.name)
+
+    def train(model: PeftModel) -> torch.Tensor:
+        before = trained(model)
+        optimizer = ZerothOrder(model.parameters(), lr=1e-3, eps=1e-2, seed=1)
+        for seed in range(3):
+            optimizer.step(lambda seed=seed: model(**batch(seed)).loss)
+        return trained(model) - before
+
+    expected = train(wrapped(local_model(swarm.folder), config))
+    with swarm.visit() as visit:
+        model = wrapped(visit.model(), config)
+        found = train(model)
+        for peer in swarm.peers:
+            session = peer.sessions.get(model.get_base_model()._blocks._passes.id)  # pyright: ignore
+            assert session is not None and not session.kept
+    assert float(expected.norm()) > 0
+    assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+def trained(model: PeftModel) -> torch.Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in model.parameters() if tensor.requires_grad])

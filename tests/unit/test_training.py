@@ -132,9 +132,7 @@ def test_a_gradient_goes_back_once(opened: Peer) -> None:
 
 @pytest.mark.parametrize("source", [STRANGER, PREVIOUS], ids=["stranger", "previous"])
 @pytest.mark.parametrize("message", [gradient(), adapter()], ids=type)
-def test_only_the_owner_sends_adapters_and_gradients_from_below(
-    message: Any, source: Connection, opened: Peer
-) -> None:
+def test_only_the_owner_sends_adapters_and_gradients_from_below(message: Any, source: Connection, opened: Peer) -> None:
     goes_forward(opened, forward())
     assert code_of(opened.says(message, source), source) == FailureCode.UNKNOWN_SESSION
     assert opened.queue.take_pass() is None
