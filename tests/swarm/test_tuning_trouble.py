@@ -184,7 +184,8 @@ def test_two_ways_back_of_one_pass_are_refused(swarm: LocalSwarm) -> None:
 
 def test_gradients_do_not_end_silently_at_a_cache(swarm: LocalSwarm) -> None:
     with swarm.visit() as visit:
-        loss = wrapped(visit.model(), lora("llama"))(**batch(), use_cache=True).loss
+        ids = batch()["input_ids"]
+        loss = wrapped(visit.model(), lora("llama"))(input_ids=ids, labels=ids, use_cache=True).loss
         with pytest.raises(NotImplementedError, match="use_cache=False"):
             loss.backward()
 
