@@ -2,7 +2,7 @@
 
 Three daemons serve a third of the model each. The same adapters, data and seeds are trained there and in this process.
 
-    python benchmarks/tuning.py CHECKPOINT [--steps 20] [--rounds 3]
+    python benchmarks/tuning.py CHECKPOINT [--steps 20] [--rounds 3] [--parts gradients curves speed]
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ PEERS = 3
 ROWS = 16
 COLUMNS = 64
 LEARNING_RATE = 1e-3
+PARTS = ["gradients", "curves", "speed"]
 
 METHODS: dict[str, Callable[[], Any]] = {
     "prompt tuning": lambda: PromptTuningConfig(task_type=TASK, num_virtual_tokens=16),
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     torch.set_num_threads(PEERS)
     checkpoint = Checkpoint.open(arguments.checkpoint)
@@ -58,9 +60,12 @@ def main() -> None:
             return attach(checkpoint, Swarm(ModelFacts.of(checkpoint), [address]), codec=codec)
 
         models = {"none": remote("none"), "int8": remote("int8")}
-        compare_gradients(local, models, batches[0])
-        compare_curves(local, models["none"], batches, arguments.steps)
-        compare_speed(local, models, batches, arguments.rounds)
+        if "gradients" in arguments.parts:
+            compare_gradients(local, models, batches[0])
+        if "curves" in arguments.parts:
+            compare_curves(local, models["none"], batches, arguments.steps)
+        if "speed" in arguments.parts:
+            compare_speed(local, models, batches, arguments.rounds)
         for model in models.values():
             model.close()
 

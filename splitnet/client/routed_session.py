@@ -78,7 +78,7 @@ class RoutedSession:
             prompt: positions of the first step; with them the route is chosen for the time to the first token, too.
 
         Raises:
-            CoverageError: blocks are served by nobody.
+            CoverageError: blocks are served by nobody; if they once were, nor after `recovery_timeout_s`.
             PeerBusy: no peer of some blocks has memory for the budget.
             NotAuthorized: the peers do not accept this client's key.
             PeerLost: peers do not answer, nor does anybody take their place in time.
@@ -90,8 +90,8 @@ class RoutedSession:
                 route = self._swarm.plan(self._needs(prompt), exclude=refused, fresh=bool(refused))
             except (CoverageError, PeerBusy):
                 silent = [name for name, error in refused.items() if isinstance(error, PeerLost)]
-                if silent and time.monotonic() < deadline:
-                    # They have died, then others will take their blocks; or the network is back in a moment.
+                if (silent or self._swarm.was_covered) and time.monotonic() < deadline:
+                    # Peers have died, and others will take their blocks; or the network is back in a moment.
                     for name in silent:
                         del refused[name]
                     time.sleep(COVERAGE_POLL_S)

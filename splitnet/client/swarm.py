@@ -90,6 +90,7 @@ class Swarm:
     Attributes:
         survey: what is known of peers and links.
         news: counts up when that was refreshed.
+        was_covered: all blocks were served at some time.
 
     Raises:
         DirectoryError: none of `initial_peers` answers.
@@ -100,6 +101,7 @@ class Swarm:
         self.identity = identity or Identity.generate()
         self.survey = Survey()
         self.news = 0
+        self.was_covered = False
         self._directory = Directory.start(initial_peers=initial_peers, listen=None)
         self._records: list[PeerRecord] = []
         self._records_at = 0.0
@@ -191,6 +193,7 @@ class Swarm:
                 if not self._measure(self.survey.unknown(own)):
                     break
                 route = self._planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+            self.was_covered |= blocks is None
             return route
         except (CoverageError, PeerBusy):
             if fresh:
