@@ -85,12 +85,14 @@ class RoutedSession:
         """
         refused: dict[str, SplitnetError] = {}
         deadline = time.monotonic() + self._recovery_timeout_s
+        was_covered = self._swarm.was_covered
         while not self._is_open:
             try:
                 route = self._swarm.plan(self._needs(prompt), exclude=refused, fresh=bool(refused))
             except (CoverageError, PeerBusy):
                 silent = [name for name, error in refused.items() if isinstance(error, PeerLost)]
-                if (silent or self._swarm.was_covered) and time.monotonic() < deadline:
+                may_come_back = len(silent) == len(refused) and (silent or was_covered)
+                if may_come_back and time.monotonic() < deadline:
                     # Peers have died, and others will take their blocks; or the network is back in a moment.
                     for name in silent:
                         del refused[name]
