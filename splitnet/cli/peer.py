@@ -9,12 +9,15 @@ import signal
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from splitnet.cli.arguments import JoinIfAny, KeyFile, Model, parse_blocks, parse_bytes, refuse_taken, resolve_model
 from splitnet.errors import SplitnetError
+
+if TYPE_CHECKING:
+    from peers.daemon import Peer
 
 
 class Dtype(StrEnum):
@@ -109,11 +112,7 @@ def peer(
         # What is loaded by now stays: the collector need not walk over it between two tokens.
         gc.collect()
         gc.freeze()
-        span = serving.span
-        typer.echo(
-            f"serving blocks {span.start}..{span.end - 1} of {serving.checkpoint.name} "
-            f"({str(span.dtype).removeprefix('torch.')} on {span.device}) at {serving.endpoint.address}"
-        )
+        typer.echo(_what_it_serves(serving))
         typer.echo("others join with")
         for address in serving.addresses:
             typer.echo(f"  --join {address}")
@@ -129,6 +128,15 @@ def peer(
         if address_file is not None:
             _forget(address_file)
         serving.close()
+
+
+def _what_it_serves(peer: Peer) -> str:
+    # In a function of its own: who keeps the span keeps its memory, also when the peer has moved to other blocks.
+    span = peer.span
+    return (
+        f"serving blocks {span.start}..{span.end - 1} of {peer.checkpoint.name} "
+        f"({str(span.dtype).removeprefix('torch.')} on {span.device}) at {peer.endpoint.address}"
+    )
 
 
 def _check_device(device: str) -> None:

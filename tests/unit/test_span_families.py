@@ -232,7 +232,7 @@ def test_shell_over_local_spans_equals_the_whole_model(case: Case, made: Callabl
     ids = torch.randint(3, 300, (2, 13))
     assert_close(shell(ids).logits, whole(ids).logits)
     assert type(shell) is type(whole)
-    assert shell.config.num_hidden_layers == 1
+    assert shell.config.num_hidden_layers == checkpoint.num_blocks
     assert "cache" in inspect.signature(type(backbone_of(shell)).forward).parameters
     blocks = sum(checkpoint.bytes_of((tensor.name for tensor in block), None) for block in checkpoint.block_tensors)
     whole_bytes = sum(parameter.nbytes for parameter in whole.parameters())
