@@ -27,11 +27,11 @@ from pathlib import Path
 
 import torch
 from netlab import Lab, LabError
+from netlab.generation import Clock, generate
 from netlab.peers import LabPeers
-from transformers.generation.streamers import BaseStreamer
 
 from splitnet.client.cache import RemoteCache
-from splitnet.client.causal_lm import RemoteCausalLM, attach
+from splitnet.client.causal_lm import attach
 from splitnet.client.recovery import Recovered
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
@@ -44,25 +44,6 @@ AFTER = 16
 """Tokens before the trouble, so that the client knows what a step usually takes."""
 SLOW_CYCLE_S = 0.1
 SLOW_SHARE = 0.01
-
-
-class Clock(BaseStreamer):
-    """When each token came; does something after `AFTER` tokens."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self.times: list[float] = []
-        self._action = action
-
-    def put(self, value: torch.Tensor) -> None:
-        self.times.append(time.perf_counter())
-        if len(self.times) == AFTER + 1:  # the prompt comes first
-            self._action()
-
-    def end(self) -> None:
-        pass
-
-    def steps_ms(self) -> list[float]:
-        return [(late - early) * 1000 for early, late in zip(self.times[1:], self.times[2:], strict=False)]
 
 
 @dataclass(frozen=True)
@@ -133,19 +114,23 @@ def disturbed(
     began: list[float] = []
     with Swarm(ModelFacts.of(checkpoint), directory.addresses) as swarm:
         model = attach(checkpoint, swarm, codec=codec)
-        expected, undisturbed = generate(model, prompt, lambda: None)
+        undisturbed = Clock()
+        expected = generate(model, prompt, NEW_TOKENS, undisturbed)
         with model.session() as cache, ending() as at_end:
 
-            def happen(cache: RemoteCache = cache) -> None:
+            def happen(tokens: int, cache: RemoteCache = cache) -> None:
+                if tokens != AFTER:
+                    return
                 assert cache.session is not None
                 hosts = ["client", *(peers.host_of(hop.planned.record) for hop in cache.session.hops)]
                 began.append(time.perf_counter())
                 at_end.append(TROUBLES[trouble](lab, peers, hosts[index + 1], hosts[index]))
 
-            got, clock = generate(model, prompt, happen)
+            clock = Clock(happen)
+            got = generate(model, prompt, NEW_TOKENS, clock)
             assert cache.session is not None
             repairs = list(cache.session.recoveries)
-    usual = statistics.median(undisturbed.steps_ms())
+    usual = statistics.median(undisturbed.gaps_ms)
     after = [late for late in clock.times if late > began[0]]
     return Run(
         to_next_ms=(after[0] - began[0]) * 1000,
@@ -226,19 +211,6 @@ TROUBLES: dict[str, Callable[[Lab, LabPeers, str, str], Callable[[], None]]] = {
     "slow": slow,
     "leave": leave,
 }
-
-
-def generate(model: RemoteCausalLM, prompt: torch.Tensor, action: Callable[[], None]) -> tuple[torch.Tensor, Clock]:
-    clock = Clock(action)
-    output = model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        streamer=clock,
-    )
-    return output, clock
 
 
 def print_header() -> None:

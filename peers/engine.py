@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 
 import torch
 
+from peers.failures import failure_of
 from peers.load import Load
 from peers.pass_engine import PassEngine
 from peers.service import Service, SessionTooLong
@@ -19,8 +19,6 @@ from splitnet.model.span import Part as SpanPart
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.messages import FailureCode
-
-log = logging.getLogger(__name__)
 
 MAX_PASS_POSITIONS = 512
 
@@ -102,7 +100,7 @@ class Engine:
         except ProtocolError as error:
             self._give_up(work, FailureCode.OUT_OF_ORDER, str(error))
         except Exception as error:
-            self._give_up(work, *_failure_of(error))
+            self._give_up(work, *failure_of(error, "step"))
         return False
 
     def _compute(self, ready: list[tuple[Work, int]]) -> None:
@@ -112,7 +110,7 @@ class Engine:
             return
         except Exception as error:
             # A pass that fails leaves all rows as they were.
-            failure = _failure_of(error)
+            failure = failure_of(error, "step")
         if len(ready) == 1:
             self._give_up(ready[0][0], *failure)
         else:
@@ -160,7 +158,7 @@ class Engine:
         except CodecError as error:
             self._service.failed(work, FailureCode.INTERNAL, str(error))
         except Exception as error:
-            self._service.failed(work, *_failure_of(error))
+            self._service.failed(work, *failure_of(error, "step"))
 
     def _observe_load(self, ready: list[tuple[Work, int]]) -> None:
         now = time.monotonic()
@@ -185,14 +183,6 @@ class Engine:
     def _publish_speed(self) -> None:
         blocks = self._span.end - self._span.start
         self._service.ms_per_position = blocks * self._speed.prefill_ms_per_block_position
-
-
-def _failure_of(error: Exception) -> tuple[FailureCode, str]:
-    """What a client is told of an error that is not its own."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return FailureCode.BUSY, "the device ran out of memory"
-    log.error("a step failed", exc_info=error)
-    return FailureCode.INTERNAL, "the peer could not compute this step; see its log"
 
 
 def _kept_rows(work: Work, output: torch.Tensor) -> torch.Tensor:

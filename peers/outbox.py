@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from peers.session import PassWork, Work
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
-from splitnet.net.messages import Message
+from splitnet.net.messages import Message, Timing
 
 
 class Outbox(Protocol):
@@ -26,3 +27,10 @@ class Outbox(Protocol):
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The round trip as measured lately; 0: not measured."""
         ...
+
+
+def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
+    """What a step or pass met at this hop, for whoever comes after it."""
+    following = work.session.next
+    rtt_ms = outbox.rtt_ms(following) if following is not None else 0.0
+    return Timing(*(round(ms * 1000) for ms in (work.wait_ms, work.compute_ms, rtt_ms)))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 
 import torch
 
+from peers.failures import failure_of
 from peers.service import Service
 from peers.session import PassWork
 from splitnet.errors import AdapterError, CodecError, ProtocolError
@@ -16,8 +16,6 @@ from splitnet.model.passes import SpanPasses
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.messages import FailureCode, Forward, Gradient
-
-log = logging.getLogger(__name__)
 
 
 class PassEngine:
@@ -47,16 +45,12 @@ class PassEngine:
                 self._backward(work, work.message)
             else:
                 self._adopt(work)
-        except torch.OutOfMemoryError:
-            self._service.pass_failed(work, FailureCode.BUSY, "the device ran out of memory")
         except (AdapterError, CodecError) as error:
             self._service.pass_failed(work, FailureCode.BAD_MESSAGE, str(error))
         except ProtocolError as error:
             self._service.pass_failed(work, FailureCode.OUT_OF_ORDER, str(error))
-        except Exception:
-            log.exception("a pass failed")
-            text = "the peer could not compute this pass; see its log"
-            self._service.pass_failed(work, FailureCode.INTERNAL, text)
+        except Exception as error:
+            self._service.pass_failed(work, *failure_of(error, "pass"))
 
     def _forward(self, work: PassWork, message: Forward, began: float) -> None:
         session = work.session

@@ -10,7 +10,7 @@ from splitnet.errors import CodecError, ProtocolError
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Endpoint, is_address
 from splitnet.net.identity import PublicKey
-from splitnet.net.messages import FailureCode, Open, Step
+from splitnet.net.messages import FailureCode, Open, Payload, Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +46,11 @@ class Served:
     def check(self, session: Session, message: Step) -> int:
         """Positions in the step, after everything that its header claims was checked against its session."""
         total = message.positions
-        codec = codec_by_code(message.codec)
-        expected = total * codec.bytes_per_position(self.hidden_size)
         if not total or not all(part.length and part.keep <= part.length for part in message.parts):
             raise ProtocolError("a part of the step is empty, or keeps more than it has")
         if len({part.row for part in message.parts}) != len(message.parts):
             raise ProtocolError("a step names a row twice")
-        if len(message.payload) != expected:
-            raise CodecError(f"{total} positions take {expected} bytes, got {len(message.payload)}")
+        self.check_payload(message.codec, message.payload, total)
         longest = max(part.start + part.length for part in message.parts)
         if self.max_positions is not None and longest > self.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
@@ -62,6 +59,12 @@ class Served:
         if size > session.budget or session.waiting_size + size > 2 * session.budget:
             raise SessionTooLong(f"the session has reserved {session.budget} positions")
         return total
+
+    def check_payload(self, codec: int, payload: Payload, positions: int) -> None:
+        """Raises CodecError if there is no such codec, or the payload has not the size of so many positions."""
+        expected = positions * codec_by_code(codec).bytes_per_position(self.hidden_size)
+        if len(payload) != expected:
+            raise CodecError(f"{positions} positions take {expected} bytes, got {len(payload)}")
 
 
 def next_hop_of(message: Open) -> Endpoint | None:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 from peers.admission import SessionTable
 from peers.next_hops import NextHops
-from peers.outbox import Outbox
+from peers.outbox import Outbox, timing_of
 from peers.row_memory import SessionTooLong, prepare_rows
 from peers.served import Served, next_hop_of
 from peers.session import PassWork, Session, Work
-from peers.training import MissingPass, Training, TrainingMemory
+from peers.training import MissingPass, Training, TrainingMemory, number_of
 from peers.work_queue import WorkQueue
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import codec_by_code
@@ -38,7 +38,6 @@ from splitnet.net.messages import (
     Replay,
     Result,
     Step,
-    Timing,
 )
 from splitnet.net.sent_log import SentLog
 
@@ -254,9 +253,7 @@ class Service:
 
     def _send_on(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         session, step = work.session, work.step
-        rtt_ms = self._outbox.rtt_ms(session.next) if session.next is not None else 0.0
-        times = (round(ms * 1000) for ms in (work.wait_ms, work.compute_ms, rtt_ms))
-        timings = (*step.timings, Timing(*times))
+        timings = (*step.timings, timing_of(work, self._outbox))
         replayed = step.replay_until != 0 and session.end >= step.replay_until
         if session.next is not None and not replayed:
             self._outbox.send(
@@ -431,8 +428,8 @@ class Service:
         session = self.sessions.get(message.session)
         pushed = isinstance(message, Forward) and session is not None and source.curve == session.previous
         if session is None or not (source.curve == session.owner or pushed):
-            number = 0 if isinstance(message, Adapter) else message.number
-            self._fail(source, message.session, message.epoch, number, FailureCode.UNKNOWN_SESSION, "no session")
+            code = FailureCode.UNKNOWN_SESSION
+            self._fail(source, message.session, message.epoch, number_of(message), code, "no session")
         elif message.epoch == session.epoch:
             self._take_in(session, source, message, now)
 
@@ -447,9 +444,8 @@ class Service:
                 )
             self._training.receive(session, source, message, now)
         except (ProtocolError, PeerBusy) as error:
-            number = 0 if isinstance(message, Adapter) else message.number
             code = _CODE_OF_ERROR.get(type(error), FailureCode.BAD_MESSAGE)
-            self._fail(session.reply_to, session.id, message.epoch, number, code, str(error))
+            self._fail(session.reply_to, session.id, message.epoch, number_of(message), code, str(error))
 
     def _close(self, source: Connection, message: Close) -> None:
         session = self.sessions.get(message.session)

@@ -5,12 +5,14 @@ A part of the service: it is called under the service's lock, and the engine bri
 
 from __future__ import annotations
 
-from peers.outbox import Outbox
+from dataclasses import replace
+
+from peers.outbox import Outbox, timing_of
 from peers.row_memory import SessionTooLong
 from peers.served import Served
 from peers.session import PassWork, Session
 from peers.work_queue import WorkQueue
-from splitnet.errors import CodecError, PeerBusy, ProtocolError
+from splitnet.errors import PeerBusy, ProtocolError
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Connection
 from splitnet.net.messages import (
@@ -23,7 +25,6 @@ from splitnet.net.messages import (
     Gradient,
     Payload,
     Result,
-    Timing,
 )
 
 MAX_PASS_POSITIONS = 4096
@@ -90,7 +91,7 @@ class Training:
                 raise MissingPass(f"there is no pass {message.number} to go back from")
             assert isinstance(work.message, Forward)
             try:
-                self._check_payload(message.codec, message.payload, work.message.positions)
+                self._served.check_payload(message.codec, message.payload, work.message.positions)
             except ProtocolError:
                 self._memory.give_back(session, len(work.message.payload))
                 raise
@@ -125,25 +126,10 @@ class Training:
         if session.closed or message.epoch != session.epoch:
             self._release(work)
             return
-        rtt_ms = self._outbox.rtt_ms(session.next) if session.next is not None else 0.0
-        times = (round(ms * 1000) for ms in (work.wait_ms, work.compute_ms, rtt_ms))
-        timings = (*message.timings, Timing(*times))
+        timings = (*message.timings, timing_of(work, self._outbox))
         codec = session.codec.code
         if session.next is not None:
-            onward = Forward(
-                session.id,
-                message.epoch,
-                message.number,
-                message.oldest,
-                message.lengths,
-                message.kept,
-                message.adapter,
-                message.gradient_codec,
-                codec,
-                payload,
-                session.end,
-                timings,
-            )
+            onward = replace(message, codec=codec, payload=payload, boundary=session.end, timings=timings)
             self._outbox.send(session.next, onward)
         else:
             result = Result(session.id, message.epoch, message.number, session.end, codec, timings, payload)
@@ -184,15 +170,13 @@ class Training:
     def failed(self, work: PassWork, code: FailureCode, text: str) -> None:
         """Tells the client that the device could not do it."""
         session, message = work.session, work.message
-        if isinstance(message, Adapter):
-            if not session.closed:
-                self._give_back_parts(session)
-            number = 0
-        else:
+        if not isinstance(message, Adapter):
             self._release(work)
-            number = message.number
+        elif not session.closed:
+            self._give_back_parts(session)
         if not session.closed:
-            self._outbox.send(session.reply_to, Failure(session.id, message.epoch, number, code, text[:500]))
+            failure = Failure(session.id, message.epoch, number_of(message), code, text[:500])
+            self._outbox.send(session.reply_to, failure)
 
     def _check(self, message: Forward) -> None:
         if not message.lengths or not all(message.lengths):
@@ -203,12 +187,7 @@ class Training:
         if message.positions > max(MAX_PASS_POSITIONS, longest):
             raise SessionTooLong(f"a pass has at most {MAX_PASS_POSITIONS} positions")
         codec_by_code(message.gradient_codec)
-        self._check_payload(message.codec, message.payload, message.positions)
-
-    def _check_payload(self, code: int, payload: Payload, positions: int) -> None:
-        expected = positions * codec_by_code(code).bytes_per_position(self._served.hidden_size)
-        if len(payload) != expected:
-            raise CodecError(f"{positions} positions take {expected} bytes, got {len(payload)}")
+        self._served.check_payload(message.codec, message.payload, message.positions)
 
     def _release(self, work: PassWork) -> None:
         forward = work.message if isinstance(work.message, Forward) else work.forward
@@ -223,6 +202,11 @@ class Training:
     def _give_back_parts(self, session: Session) -> None:
         self._memory.give_back(session, sum(len(part.payload) for part in session.adapter_parts))
         session.adapter_parts.clear()
+
+
+def number_of(message: Forward | Gradient | Adapter) -> int:
+    """What a failure of the message is about; 0: no pass."""
+    return 0 if isinstance(message, Adapter) else message.number
 
 
 class MissingPass(ProtocolError):

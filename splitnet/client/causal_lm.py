@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel, StoppingCriteria
 
 from splitnet.client.cache import RemoteCache
-from splitnet.client.local_adapters import Prefix
+from splitnet.client.local_adapters import Prefixes
 from splitnet.client.pass_session import PassSession
 from splitnet.client.remote import RemoteBlocks
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
@@ -122,7 +122,7 @@ class RemoteCausalLM(PreTrainedModel):
         self._blocks = blocks
         self._open_session = open_session
         self._conversation: _Conversation | None = None
-        self._standing_prefix: Prefix = ()
+        self._standing_prefix: Prefixes = ()
         blocks.adapters.outline = outline_in(self)
         self.register_forward_pre_hook(self._before_model, with_kwargs=True)
         self.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)

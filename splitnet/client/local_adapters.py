@@ -12,7 +12,7 @@ from torch import nn
 from splitnet.errors import AdapterError
 from splitnet.model.adapters import LORA_A, LORA_B, PREFIX_KEYS, PREFIX_VALUES, Adapter
 
-Prefix = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Prefixes = Sequence[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of each block, `[kv heads, positions, head size]`."""
 
 
@@ -27,7 +27,7 @@ class LocalAdapters:
         self.outline: nn.Module | None = None
         self._latest: Adapter | None = None
 
-    def parameters_for(self, prefix: Prefix) -> dict[str, torch.Tensor]:
+    def parameters_for(self, prefix: Prefixes) -> dict[str, torch.Tensor]:
         """The tensors of the active adapter as `splitnet.model.adapters` names them, connected to what is trained.
 
         Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -35,7 +35,10 @@ class Passed:
 
     passes: list[AwaitedPass]
     adapter: Adapter | None
-    numbers: list[int] = field(default_factory=list)
+
+    @property
+    def numbers(self) -> list[int]:
+        return [awaited.forward.number for awaited in self.passes]
 
 
 class PassSession(RoutedSession):
@@ -119,7 +122,6 @@ class PassSession(RoutedSession):
                 payload,
             )
             batch.passes.append(AwaitedPass(forward))
-            batch.numbers.append(number)
         self.traffic.steps += len(batch.passes)
         self.traffic.positions += offset
         for awaited in batch.passes:

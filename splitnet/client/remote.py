@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from splitnet.client.cache import RemoteCache
-from splitnet.client.local_adapters import LocalAdapters, Prefix
+from splitnet.client.local_adapters import LocalAdapters, Prefixes
 from splitnet.client.pass_session import Passed, PassSession
 from splitnet.client.session import Session
 from splitnet.errors import ContextTooLong, SplitnetError
@@ -27,7 +27,7 @@ class Call:
     cache: RemoteCache | None
     keep: int
     """How many last positions the head looks at; 0: all."""
-    prefix: Prefix = ()
+    prefix: Prefixes = ()
 
 
 class RemoteBlocks(nn.Module):
@@ -94,8 +94,9 @@ class RemoteBlocks(nn.Module):
         except BaseException:
             call.cache.remote.columns = past
             raise
-        output = _NoBackward.apply(output, hidden, *parameters.values())
-        assert isinstance(output, torch.Tensor)
+        if torch.is_grad_enabled():
+            output = _NoBackward.apply(output, hidden, *parameters.values())
+            assert isinstance(output, torch.Tensor)
         return output
 
     def close(self) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from transformers import DynamicCache
 
-from splitnet.client.local_adapters import Prefix
+from splitnet.client.local_adapters import Prefixes
 
 
-def take_prefix(kwargs: dict[str, Any], input_ids: torch.Tensor | None) -> Prefix:
+def take_prefix(kwargs: dict[str, Any], input_ids: torch.Tensor | None) -> Prefixes:
     """Takes a prefix out of what a model is called with; empty if there is none."""
     name = next((name for name in ("cache", "past_key_values") if isinstance(kwargs.get(name), DynamicCache)), None)
     if name is None:
@@ -36,7 +36,7 @@ def take_prefix(kwargs: dict[str, Any], input_ids: torch.Tensor | None) -> Prefi
     return prefix
 
 
-def prefix_in(cache: DynamicCache) -> Prefix:
+def prefix_in(cache: DynamicCache) -> Prefixes:
     """Keys and values in a cache, block by block; PEFT has the same ones for all rows, so those of the first."""
     layers: list[Any] = list(cache.layers)
     if not cache.get_seq_length():
@@ -55,7 +55,7 @@ def prompt_wrapper(model: Any) -> Any:
 
 def with_trained_prompt(
     wrapper: Any, inputs: torch.Tensor | None, kwargs: dict[str, Any]
-) -> tuple[torch.Tensor | None, dict[str, Any], Prefix]:
+) -> tuple[torch.Tensor | None, dict[str, Any], Prefixes]:
     """What `generate()` is to be called with: the trained prompt is put before the user's, or returned as a prefix.
 
     PEFT's own way to do so changes the inputs of every step, by names of arguments that transformers has given up.

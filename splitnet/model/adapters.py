@@ -165,13 +165,12 @@ def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> Itera
     slices: list[tuple[slice, Adapter]] = []
     offset = 0
     for adapter, count in zip(adapters, counts, strict=True):
-        if adapter is not None:
-            if slices and slices[-1][1] is adapter and slices[-1][0].stop == offset:
-                offset_before = slices.pop()[0].start
-            else:
-                offset_before = offset
-            slices.append((slice(offset_before, offset + count), adapter))
-        offset += count
+        begin, offset = offset, offset + count
+        if adapter is None:
+            continue
+        if slices and slices[-1][1] is adapter and slices[-1][0].stop == begin:
+            begin = slices.pop()[0].start
+        slices.append((slice(begin, offset), adapter))
     _applied.slices, _applied.positions = slices, offset
     try:
         yield

@@ -166,8 +166,7 @@ def test_what_is_kept_for_a_client_is_dropped_when_it_goes_on_or_leaves(swarm: L
         peer = used(swarm, model, 0)
         session = peer.sessions.get(session_of(model).id)
         assert session is not None
-        newest = max(session.kept)
-        assert all(number > newest - 10 for number in session.kept)
+        assert len(session.kept) == 1  # of the last one, as the next would have said
     memories = [peer.service._training._memory for peer in swarm.peers]
     for peer in swarm.peers:
         peer.service.forget_all()
