@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import safetensors.torch
@@ -154,8 +154,7 @@ class _Applied(threading.local):
 _applied = _Applied()
 
 
-@contextmanager
-def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> Iterator[None]:
+def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> AbstractContextManager[None]:
     """Adds adapters to what this thread runs through layers with `AddsLowRank`.
 
     Args:
@@ -171,7 +170,13 @@ def applying(adapters: Sequence[Adapter | None], counts: Sequence[int]) -> Itera
         if slices and slices[-1][1] is adapter and slices[-1][0].stop == begin:
             begin = slices.pop()[0].start
         slices.append((slice(begin, offset), adapter))
-    _applied.slices, _applied.positions = slices, offset
+    # Most passes have none, and a token should not pay for those that do.
+    return _with_slices(slices, offset) if slices else nullcontext()
+
+
+@contextmanager
+def _with_slices(slices: Sequence[tuple[slice, Adapter]], positions: int) -> Iterator[None]:
+    _applied.slices, _applied.positions = slices, positions
     try:
         yield
     finally:
