@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["AutoModelForCausalLM", "__version__"]
+__all__ = ["AutoModelForCausalLM", "AutoModelForSequenceClassification", "__version__"]
 
 if TYPE_CHECKING:
     from splitnet.client.causal_lm import AutoModelForCausalLM
+    from splitnet.client.sequence_classification import AutoModelForSequenceClassification
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from splitnet.client.causal_lm import AutoModelForCausalLM
 
         return AutoModelForCausalLM
+    if name == "AutoModelForSequenceClassification":
+        from splitnet.client.sequence_classification import AutoModelForSequenceClassification
+
+        return AutoModelForSequenceClassification
     raise AttributeError(f"module 'splitnet' has no attribute {name!r}")

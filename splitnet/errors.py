@@ -40,6 +40,10 @@ class AdapterError(SplitnetError):
     """Parameters that a client wants to add to blocks do not fit them."""
 
 
+class DataError(SplitnetError):
+    """Training data, or what an earlier run of training has left, cannot be used."""
+
+
 class NotAuthorized(SplitnetError):
     """The peer does not accept this key, or the record of a peer is not signed by its key."""
 

@@ -7,6 +7,7 @@ import os
 import re
 import socket
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
 
 
 def resolve_model(model: str) -> str:

@@ -18,6 +18,7 @@ from splitnet.cli.peer import peer
 from splitnet.cli.plan import plan
 from splitnet.cli.simulate import simulate
 from splitnet.cli.status import status
+from splitnet.cli.tune import tune
 from splitnet.errors import SplitnetError
 
 app = typer.Typer(
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (peer, generate, chat, status, plan, key, demo, simulate):
+for command in (peer, generate, chat, tune, status, plan, key, demo, simulate):
     app.command()(command)
 
 

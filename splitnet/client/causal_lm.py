@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, StoppingCriteria
+from transformers import StoppingCriteria
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.local_adapters import Prefixes
-from splitnet.client.pass_session import PassSession
-from splitnet.client.remote import RemoteBlocks
+from splitnet.client.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
 from splitnet.client.session import Preference, Session
-from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.client.trained_prompts import prompt_wrapper, take_prefix, with_trained_prompt
+from splitnet.client.swarm import Swarm
+from splitnet.client.trained_prompts import prompt_wrapper, with_trained_prompt
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.shell import backbone_of, load_shell, outline_in
+from splitnet.model.shell import load_shell
 from splitnet.net.identity import Identity
 
 
@@ -64,9 +63,7 @@ class AutoModelForCausalLM:
             ModelNotFound, UnsupportedModel: the model cannot be used.
             DirectoryError: no initial peer answers.
         """
-        checkpoint = Checkpoint.open(model, revision=revision)
-        swarm = Swarm(ModelFacts.of(checkpoint), initial_peers, identity=identity or Identity.load_or_create())
-        try:
+        with joined(model, initial_peers=initial_peers, identity=identity, revision=revision) as (checkpoint, swarm):
             return attach(
                 checkpoint,
                 swarm,
@@ -77,9 +74,6 @@ class AutoModelForCausalLM:
                 prefer=prefer,
                 gradient_codec=gradient_codec,
             )
-        except BaseException:
-            swarm.close()
-            raise
 
 
 def attach(
@@ -98,35 +92,24 @@ def attach(
     def open_session(budget: int) -> Session:
         return Session(swarm, budget=budget, codec=codec, recovery_timeout_s=recovery_timeout_s, prefer=prefer)
 
-    def open_passes() -> PassSession:
-        return PassSession(swarm, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s)
-
-    blocks = RemoteBlocks(open_passes, checkpoint.max_positions)
-    model = load_shell(checkpoint, blocks, dtype=dtype, device=device)
-    model.__class__ = type(f"Remote{type(model).__name__}", (RemoteCausalLM, type(model)), {})
-    assert isinstance(model, RemoteCausalLM)
-    model.name_or_path = checkpoint.source
-    model.connect_blocks(blocks, swarm, open_session)
-    model.eval()
+    blocks = remote_blocks(
+        checkpoint, swarm, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s
+    )
+    shell = load_shell(checkpoint, blocks, dtype=dtype, device=device)
+    model = made_remote(shell, RemoteCausalLM, checkpoint.source)
+    model.open_sessions_with(open_session)
+    model.connect_blocks(blocks, swarm)
     return model
 
 
-class RemoteCausalLM(PreTrainedModel):
+class RemoteCausalLM(RemoteModel):
     """What a causal LM with remote blocks has beyond its transformers class: sessions, and a cache of its own."""
 
-    swarm: Swarm
-
-    def connect_blocks(self, blocks: RemoteBlocks, swarm: Swarm, open_session: Any) -> None:
-        """Lets `blocks` see the mask, the cache and the kept positions of every forward pass."""
-        self.swarm = swarm
-        self._blocks = blocks
+    def open_sessions_with(self, open_session: Callable[[int], Session]) -> None:
+        """Sets what makes the session of a cache, for a budget of positions."""
         self._open_session = open_session
         self._conversation: _Conversation | None = None
         self._standing_prefix: Prefixes = ()
-        blocks.adapters.outline = outline_in(self)
-        self.register_forward_pre_hook(self._before_model, with_kwargs=True)
-        self.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
-        backbone_of(self).register_forward_pre_hook(self._before_backbone, with_kwargs=True)
 
     def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate()`; without a `cache` of the caller, peers free their memory at the end.
@@ -184,11 +167,6 @@ class RemoteCausalLM(PreTrainedModel):
         """An empty cache on the peers, for callers that pass `cache=` themselves."""
         return RemoteCache(self._open_session)
 
-    def close(self) -> None:
-        """Leaves the swarm."""
-        self._blocks.close()
-        self.swarm.close()
-
     def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         wrapper = prompt_wrapper(self)
         if wrapper is None:
@@ -202,35 +180,25 @@ class RemoteCausalLM(PreTrainedModel):
             self._standing_prefix = ()
 
     def _before_model(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        args, kwargs = super()._before_model(module, args, kwargs)
         keep = kwargs.get("logits_to_keep", 0)
         call = self._blocks.call
         call.keep = keep if isinstance(keep, int) and kwargs.get("labels") is None else 0
-        call.prefix = take_prefix(kwargs, args[0] if args else None)
         if self._standing_prefix:
             call.prefix = self._standing_prefix
             if kwargs.get("position_ids") is not None:  # the prefix comes before the first
                 kwargs["position_ids"] = kwargs["position_ids"] + self._standing_prefix[0][0].shape[1]
         return args, kwargs
 
-    def _after_model(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        call = self._blocks.call
-        call.mask, call.cache, call.keep, call.prefix = None, None, 0, ()
-
-    def _before_backbone(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = kwargs.get("cache")
-        if cache is None and kwargs.get("use_cache"):
-            cache = kwargs["cache"] = self.new_cache()
-        elif cache is None:
-            # Otherwise transformers would make a local cache for blocks that aren't local.
-            kwargs["use_cache"] = False
-        elif not isinstance(cache, RemoteCache):
+    def _cache_for(self, given: Any, wanted: bool) -> RemoteCache | None:
+        if given is None:
+            return self.new_cache() if wanted else None
+        if not isinstance(given, RemoteCache):
             raise TypeError(
-                f"the blocks are remote, so a {type(cache).__name__} cannot hold their keys and values: "
+                f"the blocks are remote, so a {type(given).__name__} cannot hold their keys and values: "
                 "leave out `cache`, or use model.new_cache()"
             )
-        self._blocks.call.cache = cache
-        self._blocks.call.mask = kwargs.get("attention_mask")
-        return args, kwargs
+        return given
 
 
 class _Progress(StoppingCriteria):

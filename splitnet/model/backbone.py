@@ -15,7 +15,13 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from splitnet.errors import UnsupportedModel
@@ -51,6 +57,21 @@ def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[type(config)])
 
 
+def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model with a head that classifies whole sequences.
+
+    Raises:
+        UnsupportedModel: transformers has none of this family.
+    """
+    backbone_class(config)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise UnsupportedModel(
+            f"transformers has no sequence classification for models of the family {config.model_type!r}: take a model "
+            "of another family, such as Llama, Qwen or Gemma"
+        )
+    return cast(type[PreTrainedModel], AutoModelForSequenceClassification._model_mapping[type(config)])
+
+
 def find_container(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """The name of the list of blocks within a model, such as `layers` or `model.decoder.layers`.
 
@@ -75,6 +96,8 @@ def load_cut(
     tensors: Mapping[str, Any],
     dtype: torch.dtype,
     attention: str | None,
+    *,
+    new_head: bool = False,
 ) -> PreTrainedModel:
     """Builds a model on the meta device, cuts it, and loads what is left of it.
 
@@ -84,6 +107,7 @@ def load_cut(
         cut: removes parts of the model in place.
         tensors: state dict whose values may be read lazily, with the names of the cut model in the checkpoint.
         attention: name of the attention function; None for the family's default.
+        new_head: what the checkpoint lacks of the head, transformers initialises with torch's random numbers.
 
     Raises:
         UnsupportedModel: the cut model cannot be built, or the checkpoint lacks tensors of it.
@@ -112,8 +136,16 @@ def load_cut(
             f"models of the family {config.model_type!r} cannot be cut into spans: {error}"
         ) from error
     model, report = loaded
-    missing = [*report["missing_keys"], *(name for name, *_ in report["mismatched_keys"])]
-    if missing:
+    missing, mismatched = set(report["missing_keys"]), {name for name, *_ in report["mismatched_keys"]}
+    if new_head:
+        head = {name for name in missing | mismatched if not name.startswith(f"{model.base_model_prefix}.")}
+        if head & mismatched:
+            raise UnsupportedModel(
+                f"the checkpoint has a head for another number of labels ({min(head & mismatched)}): give the number "
+                "that it was trained with, or a checkpoint without a head"
+            )
+        missing -= head
+    if missing := missing | mismatched:
         raise UnsupportedModel(
             f"the checkpoint does not fit the family {config.model_type!r}: {min(missing)} is missing or has another "
             "shape; take a checkpoint in transformers' format"

@@ -1,15 +1,16 @@
-"""The client's part of a model: embeddings, final norm and head of the causal language model, without its blocks."""
+"""The client's part of a model: embeddings, final norm and head, without its blocks."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitnet.model.attention import PACKED
-from splitnet.model.backbone import causal_class, find_container, load_cut, parent_of
+from splitnet.model.backbone import causal_class, classifier_class, find_container, load_cut, parent_of
 from splitnet.model.block_stand_in import AllBlocks, blocks_return_tuple
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
@@ -36,8 +37,40 @@ def load_shell(
     Raises:
         UnsupportedModel: the family cannot be cut, or the checkpoint does not fit it.
     """
-    config = copy.deepcopy(checkpoint.config)
-    model_class = causal_class(config)
+    return _load(checkpoint, checkpoint.config, causal_class(checkpoint.config), blocks, dtype, device)
+
+
+def load_classifier_shell(
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    blocks: nn.Module,
+    *,
+    dtype: torch.dtype | str | None = None,
+    device: str | torch.device = "cpu",
+) -> PreTrainedModel:
+    """The same for the model that classifies sequences; a head that the checkpoint does not have is a new, random one.
+
+    Args:
+        config: that of the checkpoint, with the labels that are wanted.
+        blocks, dtype: as for `load_shell`.
+
+    Raises:
+        UnsupportedModel: transformers has no such model of this family, or as for `load_shell`.
+    """
+    return _load(checkpoint, config, classifier_class(config), blocks, dtype, device, new_head=True)
+
+
+def _load(
+    checkpoint: Checkpoint,
+    whole_config: PreTrainedConfig,
+    model_class: type[PreTrainedModel],
+    blocks: nn.Module,
+    dtype: torch.dtype | str | None,
+    device: str | torch.device,
+    *,
+    new_head: bool = False,
+) -> PreTrainedModel:
+    config = copy.deepcopy(whole_config)
     container = find_container(model_class, config)
     wanted = as_dtype(dtype) or checkpoint.dtype
     outlines: list[nn.Module] = []
@@ -46,19 +79,23 @@ def load_shell(
         parent, name = parent_of(model, container)
         outlines[:] = [outline_of(block, wanted) for block in getattr(parent, name)]
         setattr(parent, name, nn.ModuleList())
-        model.config.num_hidden_layers = 1
-        if getattr(model.config, "layer_types", None):
-            model.config.layer_types = ["full_attention"]
+        owners: list[Any] = [model, parent]  # some classes give their backbone a config of its own
+        for owner in owners:
+            owner.config.num_hidden_layers = 1
+            if types := getattr(owner.config, "layer_types", None):
+                # The rotary embedding of some backbones knows only the kinds that there were.
+                owner.config.layer_types = ["full_attention" if "full_attention" in types else types[0]]
 
     # Nothing attends here: the packed attention's name only tells transformers to make no masks, where it can.
     attention = PACKED if packs_sequences(config) else None
     with checkpoint.load_tensors(_names(checkpoint, container), wanted) as tensors:
-        model = load_cut(model_class, config, cut, tensors, wanted, attention)
+        model = load_cut(model_class, config, cut, tensors, wanted, attention, new_head=new_head)
     nn.Module.to(model, device)
     parent, name = parent_of(model, container)
     setattr(parent, name, BlockList(AllBlocks(blocks, blocks_return_tuple(model, container)), outlines))
-    model.config = copy.deepcopy(checkpoint.config)
-    model.generation_config = checkpoint.generation_config()
+    model.config = copy.deepcopy(whole_config)
+    if model.can_generate():
+        model.generation_config = checkpoint.generation_config()
     return model
 
 
@@ -76,7 +113,7 @@ def outline_in(model: nn.Module) -> BlockList:
 
 
 def _names(checkpoint: Checkpoint, container: str) -> dict[str, str]:
-    """Name in the causal language model -> name in the checkpoint, of what is outside the blocks.
+    """Name in the model -> name in the checkpoint, of what is outside the blocks.
 
     They differ where the checkpoint is of a multimodal model, whose text model has a prefix of its own.
     """
@@ -87,6 +124,9 @@ def _names(checkpoint: Checkpoint, container: str) -> dict[str, str]:
     for name in checkpoint.shell_names:
         if name.startswith(stored + "."):
             names[own + name.removeprefix(stored)] = name
-        elif name.endswith("lm_head.weight"):
-            names["lm_head.weight"] = name
+        else:
+            names.update({head: name for head in _HEADS if name.endswith(head)})
     return names
+
+
+_HEADS = ("lm_head.weight", "score.weight")

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from tests.e2e.daemons import Daemon, daemons
+from tests.e2e.small_model import small_model
 
 SPANS = [(0, 7), (7, 19), (19, 30)]
 
@@ -26,6 +27,12 @@ def trio(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def address(trio: list[Daemon]) -> str:
     """Where to join the swarm of the three daemons."""
     return trio[0].address()
+
+
+@pytest.fixture(scope="session")
+def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model with the tokenizer of the demo model."""
+    return small_model(tmp_path_factory.mktemp("small"), demo_checkpoint, seed=0)
 
 
 @pytest.fixture(scope="session")

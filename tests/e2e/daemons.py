@@ -158,6 +158,50 @@ def run(folder: Path, *arguments: str, given: str | None = None) -> Finished:
     return finished
 
 
+@dataclass
+class Background:
+    """A command that is running."""
+
+    process: subprocess.Popen[bytes]
+    run: str
+    began: float
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Waits until something is true while the command runs."""
+        deadline = time.monotonic() + COMMAND_TIMEOUT_S
+        while not condition():
+            assert self.process.poll() is None, self.process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def stop(self, number: signal.Signals) -> Finished:
+        """Sends a signal and waits for the end."""
+        self.process.send_signal(number)
+        output, errors = (text.decode() for text in self.process.communicate(timeout=COMMAND_TIMEOUT_S))
+        if number != signal.SIGKILL:  # which leaves a child that ends when it sees its parent gone
+            expect_nothing_left(self.run)
+        return Finished(self.process.returncode, output, errors, time.monotonic() - self.began)
+
+
+@contextmanager
+def background(folder: Path, *arguments: str) -> Iterator[Background]:
+    """Starts `splitnet ...`, and kills it at the end if it still runs; `folder` holds the key of this user."""
+    run = uuid.uuid4().hex
+    process = subprocess.Popen(
+        [*SPLITNET, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=_environment(folder, run),
+    )
+    with process:
+        try:
+            yield Background(process, run, time.monotonic())
+        finally:
+            if process.poll() is None:
+                process.kill()
+
+
 def expect_nothing_left(run: str) -> None:
     """Fails if a process lives that a command started."""
     left: list[str] = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import signal
 import socket
 import statistics
@@ -23,26 +22,13 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
 from tests.e2e.conftest import SPANS
 from tests.e2e.daemons import Daemon, Finished, run, starting
-from tests.unit.random_models import random_checkpoint
+from tests.e2e.small_model import small_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-COMMANDS = ["peer", "generate", "chat", "status", "key", "demo"]
+COMMANDS = ["peer", "generate", "chat", "tune", "status", "key", "demo"]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
 KV = ("--kv-memory", "64MiB")
-
-
-def small_model(folder: Path, tokenizer_of: Path, seed: int) -> Path:
-    """Six random blocks with the demo model's tokenizer: quick to load, and every text is an answer."""
-    random_checkpoint("llama", folder, blocks=6, vocab=49152, seed=seed)
-    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        shutil.copy(tokenizer_of / file, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return small_model(tmp_path_factory.mktemp("small"), demo_checkpoint, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +104,7 @@ def test_version(home: Path) -> None:
     assert re.fullmatch(r"splitnet \d+\.\d+\.\d+\n", run(home, "--version").output)
 
 
+TUNE = "tune {small} --join {nobody} --output {home}/adapter --data"
 FAILURES: dict[str, tuple[str, str]] = {
     # name: (arguments, expected sentence); {words} are filled in
     "no such folder": ("peer /no/such/folder", "there is no folder /no/such/folder: give"),
@@ -144,12 +131,35 @@ FAILURES: dict[str, tuple[str, str]] = {
         "generate {small} {long} --join {private}",
         "more than the model's context of 256: shorten",
     ),
+    "tune: no data": (f"{TUNE} {{home}}/none", "none cannot be read .No such file or directory.: give a file of JSON"),
+    "tune: a bad line": (f"{TUNE} {{bad_line}}", "line 2: no JSON at character 13 .*; every line must be one whole"),
+    "tune: too long": (f"{TUNE} {{good}} --max-length 3", "line 1: \\d tokens are more than 3: shorten it or raise"),
+    "tune: longer than the context": (
+        f"{TUNE} {{good}} --method prompt --max-length 250",
+        "250 tokens and 16 virtual ones are more than the model's context of 256: lower --max-length to 240",
+    ),
+    "tune: nowhere to put the text": (f"{TUNE} {{good}} --template x", "the template has no {{text}}: write it where"),
+    "tune: a head without labels": (f"{TUNE} {{plain}} --head", "--head tells labels, and the data has none: give"),
+    "tune: one label": (f"{TUNE} {{one_label}}", "all examples have the label 'lights': give others"),
+    "tune: only warm-up": (f"{TUNE} {{plain}} --warmup 100", "100 steps of warm-up leave none of 100: lower --warmup"),
+    "tune: nothing learned": (f"{TUNE} {{plain}} --lr 0", "with --lr 0 nothing is learned: leave it out"),
+    "tune: nothing to resume": (f"{TUNE} {{plain}} --resume", "holds no run to go on with: leave out --resume"),
+    "tune: no such layer": (f"{TUNE} {{plain}} --join {{private}} --targets wing", "LoRA does not fit .* --targets"),
 }
 
 
 @pytest.fixture(scope="module")
-def words(small: Path, fine_tuned: Path, holed: Daemon, private: Daemon) -> Iterator[dict[str, str]]:
+def words(
+    small: Path, fine_tuned: Path, holed: Daemon, private: Daemon, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, str]]:
     """What the words in braces stand for."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "good").write_text(
+        '{"text": "it is dark in here", "label": "lights"}\n{"text": "sing", "label": "music"}'
+    )
+    (folder / "one_label").write_text('{"text": "it is dark in here", "label": "lights"}')
+    (folder / "plain").write_text('{"text": "it is dark in here"}')
+    (folder / "bad_line").write_text('{"text": "a"}\n{"text": "b"')
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         yield {
@@ -158,6 +168,8 @@ def words(small: Path, fine_tuned: Path, holed: Daemon, private: Daemon) -> Iter
             "holed": holed.address(),
             "private": private.address(),
             "nobody": NOBODY,
+            "home": str(folder / "home"),
+            **{name: str(folder / name) for name in ("good", "plain", "bad_line", "one_label")},
             "taken": f"tcp://127.0.0.1:{port}",
             "taken_dht": f"/ip4/127.0.0.1/tcp/{port}",
             "long": "very_" * 300 + "long",

@@ -12,6 +12,7 @@ from peers.daemon import Peer
 from peers.options import PeerOptions
 from peers.placing import SpanWish
 from splitnet.client.causal_lm import RemoteCausalLM, attach
+from splitnet.client.sequence_classification import RemoteSequenceClassification, attach_classifier
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.identity import Identity
@@ -61,6 +62,10 @@ class LocalSwarm:
     def model(self, codec: str = "none", identity: Identity | None = None, **options: Any) -> RemoteCausalLM:
         """A causal LM whose blocks are on these peers."""
         return attach(Checkpoint.open(self.folder), self.connect(identity), codec=codec, **options)
+
+    def classifier(self, codec: str = "none", **options: Any) -> RemoteSequenceClassification:
+        """A model for sequence classification whose blocks are on these peers."""
+        return attach_classifier(Checkpoint.open(self.folder), self.connect(), codec=codec, **options)
 
 
 @contextmanager

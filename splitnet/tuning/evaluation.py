@@ -1,0 +1,72 @@
+"""How well a model does on examples that it was not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from splitnet.tuning.encoding import IGNORED, Encoded, collate
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Result on held-out examples.
+
+    Attributes:
+        loss: mean over the learned tokens, or with a head over the examples.
+        accuracy: share of examples whose label was told right; None if they have none.
+    """
+
+    loss: float
+    accuracy: float | None
+
+
+@torch.no_grad()
+def evaluate(
+    model: Any,
+    rows: Sequence[Encoded],
+    *,
+    batch_size: int,
+    pad: int,
+    words: Sequence[int] | None = None,
+    head: bool = False,
+    advance: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Runs a model over rows, by forward passes.
+
+    Args:
+        words: the first token of each label, for accuracy by words: the model's label is that of the likeliest token.
+        head: whether the model's logits are those of labels.
+        advance: told how many rows are done after each batch.
+    """
+    model.eval()
+    loss_sum, weight_sum, right = 0.0, 0, 0
+    by_length = sorted(rows, key=lambda row: len(row.ids))
+    for start in range(0, len(by_length), batch_size):
+        part = by_length[start : start + batch_size]
+        output = model(**collate(part, pad, head=head))
+        weight = len(part) if head else sum(row.learned for row in part)
+        loss_sum += float(output.loss) * weight
+        weight_sum += weight
+        if head:
+            right += sum(int(output.logits[index].argmax()) == row.choice for index, row in enumerate(part))
+        elif words is not None:
+            right += _told_by_words(output.logits, part, words)
+        if advance:
+            advance(len(part))
+    classified = head or words is not None
+    return Evaluation(loss_sum / weight_sum, right / len(rows) if classified else None)
+
+
+def _told_by_words(logits: torch.Tensor, rows: Sequence[Encoded], words: Sequence[int]) -> int:
+    """How many rows, of logits `[batch, positions, vocabulary]`, have the right label likeliest."""
+    # Soft prompts come before the row and have logits too.
+    offset = logits.shape[1] - max(len(row.ids) for row in rows)
+    right = 0
+    for row, scores in zip(rows, logits, strict=True):
+        first = next(position for position, target in enumerate(row.targets) if target != IGNORED)
+        right += int(scores[offset + first - 1, list(words)].argmax()) == row.choice
+    return right

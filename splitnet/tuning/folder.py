@@ -1,0 +1,139 @@
+"""The folder that a training run writes: nothing in it is ever half written, and a run can go on from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from splitnet.errors import DataError
+
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+
+
+class TuningFolder:
+    """Files of a run.
+
+    Attributes:
+        path: the folder. It holds the adapter in PEFT's format, `settings.json`, `metrics.jsonl` (a line per step and
+            per evaluation), `loss.png`, and `checkpoint.safetensors`, from which the run goes on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._settings = path / "settings.json"
+        self._metrics = path / "metrics.jsonl"
+        self._checkpoint = path / "checkpoint.safetensors"
+
+    def begin(self, settings: dict[str, Any], *, resume: bool) -> None:
+        """Claims the folder for a run with these settings.
+
+        Raises:
+            DataError: it holds another run, or none that could go on.
+        """
+        settings = json.loads(json.dumps(settings))
+        if resume:
+            self._refuse_other(settings)
+            return
+        if self.path.is_dir() and any(self.path.iterdir()):
+            found = "a run: --resume goes on with it, or" if self._settings.exists() else "files:"
+            raise DataError(f"{self.path} already holds {found} give another --output")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"cannot make {self.path} ({error.strerror}): give another --output") from None
+        with self._replacing(self._settings) as partial:
+            partial.write_text(json.dumps(settings, indent=2) + "\n")
+
+    def save_checkpoint(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Replaces the checkpoint."""
+        with self._replacing(self._checkpoint) as partial:
+            # Without contiguous(), safetensors refuses views; metadata holds texts alone.
+            whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+            save_file(whole, partial, metadata={"facts": json.dumps(facts)})
+
+    def load_checkpoint(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+        """The last checkpoint; None if there is none yet.
+
+        Raises:
+            DataError: the file is damaged.
+        """
+        if not self._checkpoint.exists():
+            return None
+        try:
+            with safe_open(self._checkpoint, framework="pt") as file:
+                facts = json.loads((file.metadata() or {})["facts"])
+                return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+        except (SafetensorError, KeyError, OSError, ValueError) as error:
+            raise DataError(f"{self._checkpoint} is damaged ({error}): train again with another --output") from error
+
+    def save_adapter(self, model: Any) -> None:
+        """Writes the adapter of a PEFT model."""
+        with tempfile.TemporaryDirectory(dir=self.path, prefix=".adapter.") as folder:
+            model.save_pretrained(folder)
+            for name in ADAPTER:
+                (Path(folder) / name).replace(self.path / name)
+
+    def add_metrics(self, line: dict[str, Any]) -> None:
+        """Appends one line to the metrics."""
+        with self._metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self, until: int | None = None) -> list[dict[str, Any]]:
+        """Lines of the metrics; with `until`, those of later steps are dropped for good.
+
+        After a crash there are steps that no checkpoint has, and perhaps half a line.
+        """
+        lines: list[dict[str, Any]] = []
+        if self._metrics.exists():
+            for text in self._metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append(json.loads(text))
+                except ValueError:
+                    break
+        if until is not None:
+            lines = [line for line in lines if line["step"] <= until]
+            with self._replacing(self._metrics) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        return lines
+
+    def save_chart(self, draw: Callable[[Path], None]) -> None:
+        """Writes the loss curve; `draw` is given the file to write."""
+        with self._replacing(self.path / "loss.png") as partial:
+            draw(partial)
+
+    def _refuse_other(self, settings: dict[str, Any]) -> None:
+        if not self._settings.exists():
+            raise DataError(f"{self.path} holds no run to go on with: leave out --resume")
+        try:
+            saved = json.loads(self._settings.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self._settings} cannot be read ({error}): train again with another --output") from None
+        for name in [*saved, *settings]:
+            if saved.get(name) != settings.get(name):
+                raise DataError(
+                    f"the run in {self.path} has {name} {saved.get(name)!r}, not {settings.get(name)!r}: go on with "
+                    "the options that it began with, or give another --output"
+                )
+
+    @contextmanager
+    def _replacing(self, path: Path) -> Iterator[Path]:
+        """Gives a file to write, which takes the place of `path` once it is whole and on the disk."""
+        partial = path.with_name(f".{os.getpid()}.{path.name}")
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except OSError as error:
+            raise DataError(f"cannot write {path} ({error.strerror}): make room, then go on with --resume") from error
+        finally:
+            partial.unlink(missing_ok=True)

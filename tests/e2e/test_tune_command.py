@@ -1,0 +1,125 @@
+"""`splitnet tune` as a user runs it, on a small model."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from splitnet.tuning.data import read_examples
+from splitnet.tuning.encoding import Encoder
+from splitnet.tuning.evaluation import evaluate
+from tests.e2e.daemons import Daemon, Finished, background, daemons, run
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+SENTENCES = {"lights": ["it is dark", "I cannot see my book"], "music": ["play a song", "something by Bach, please"]}
+ADAPTER = "adapter_model.safetensors"
+STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def swarm(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
+    """Two daemons that serve the small model."""
+    with daemons(tmp_path_factory.mktemp("swarm"), small, [(0, 2), (2, 6)], "--kv-memory", "64MiB") as running:
+        yield running[0]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sentences with labels."""
+    file = tmp_path_factory.mktemp("data") / "data.jsonl"
+    lines = [{"text": text, "label": label} for label, texts in SENTENCES.items() for text in texts]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+Words = Callable[..., list[str]]
+
+
+@pytest.fixture
+def words(small: Path, swarm: Daemon, data: Path) -> Words:
+    """The arguments of a run, whose folder and options are given."""
+
+    def arguments(output: Path, *options: str) -> list[str]:
+        fixed = ["tune", str(small), "--join", swarm.address(), "--data", str(data), "--output", str(output)]
+        return [*fixed, "--codec", "none", "--batch-size", "3", *options]
+
+    return arguments
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def expect_trained(finished: Finished, folder: Path, steps: int) -> None:
+    assert finished.code == 0, finished.errors
+    assert f"step {steps} of {steps}: loss " in finished.errors
+    trained = [line["step"] for line in metrics(folder) if "loss" in line]
+    assert trained == list(range(1, steps + 1))
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_trained_is_the_same_in_plain_peft(
+    words: Words, small: Path, data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "adapter"
+    finished = run(tmp_path, *words(output, "--eval", str(data), "--steps", "12", "--eval-every", "6", "--lr", "0.01"))
+    expect_trained(finished, output, 12)
+    evaluations = [line for line in metrics(output) if "eval_loss" in line]
+    assert [line["step"] for line in evaluations] == [0, 6, 12]
+    assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 1
+    assert re.search(r"Before: held-out loss 1\d\.\d+, accuracy \d+.*After 12 steps: held-out loss ", finished.output)
+    assert f"--adapter {output} --raw" in finished.output
+
+    base = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
+    plain = PeftModel.from_pretrained(base, str(output))
+    examples = read_examples(data)
+    encoder = Encoder(tokenizer, 64, template="{text}\nLabel:", labels=examples.labels)
+    result = evaluate(plain, encoder.encode(examples), batch_size=3, pad=tokenizer.pad_token_id, words=encoder.words())
+    assert result.loss == pytest.approx(evaluations[-1]["eval_loss"], rel=1e-5)
+    assert result.accuracy == evaluations[-1]["eval_accuracy"]
+
+
+@pytest.mark.parametrize(("method", "ended_by"), [("prompt", signal.SIGINT), ("lora", signal.SIGKILL)])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(
+    method: str, ended_by: signal.Signals, words: Words, tmp_path: Path
+) -> None:
+    options = ["--method", method, "--steps", str(STEPS), "--save-every", "10"]
+    with background(tmp_path, *words(tmp_path / "stopped", *options)) as process:
+        process.wait_for(lambda: len(metrics(tmp_path / "stopped")) > 14)
+        stopped = process.stop(ended_by)
+    if ended_by == signal.SIGINT:
+        assert stopped.code == 128 + signal.SIGINT
+        done = re.search(r"Stopped after step (\d+); nothing is lost.*--resume goes on", stopped.errors)
+        assert done and int(done[1]) == len(metrics(tmp_path / "stopped")) < STEPS
+    resumed = run(tmp_path, *words(tmp_path / "stopped", *options, "--resume"))
+    assert "going on after step" in resumed.errors
+    expect_trained(resumed, tmp_path / "stopped", STEPS)
+
+    expect_trained(run(tmp_path, *words(tmp_path / "whole", *options)), tmp_path / "whole", STEPS)
+    assert (tmp_path / "stopped" / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
+
+
+def test_a_head_that_tells_labels(words: Words, small: Path, data: Path, tokenizer: Any, tmp_path: Path) -> None:
+    output = tmp_path / "adapter"
+    options = ("--head", "--eval", str(data), "--steps", "30", "--lr", "0.01")
+    expect_trained(run(tmp_path, *words(output, *options)), output, 30)
+    assert metrics(output)[-1]["eval_accuracy"] == 1
+
+    base = AutoModelForSequenceClassification.from_pretrained(small, num_labels=2, dtype=torch.float32)
+    base.config.pad_token_id = tokenizer.pad_token_id
+    plain = PeftModel.from_pretrained(base, str(output))
+    examples = read_examples(data)
+    rows = Encoder(tokenizer, 64, template="{text}\nLabel:", labels=examples.labels, head=True).encode(examples)
+    result = evaluate(plain, rows, batch_size=3, pad=tokenizer.pad_token_id, head=True)
+    assert result.loss == pytest.approx(metrics(output)[-1]["eval_loss"], rel=1e-4)

@@ -1,0 +1,190 @@
+"""Training runs: order of the data, gradients of parts, and going on as if nothing had happened."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from splitnet.errors import DataError, SplitnetError
+from splitnet.tuning.encoding import IGNORED, Encoded
+from splitnet.tuning.evaluation import evaluate
+from splitnet.tuning.folder import TuningFolder
+from splitnet.tuning.run import TuningRun
+from splitnet.tuning.settings import Schedule, Settings
+
+VOCABULARY = 11
+
+
+class Bigram(nn.Module):
+    """A language model that looks at one token, with a loss as transformers' models have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        self.table = nn.Parameter(torch.randn(VOCABULARY, VOCABULARY, generator=generator))
+        self.frozen = nn.Parameter(torch.ones(1), requires_grad=False)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> Any:
+        logits = self.table[input_ids]
+        loss = nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, VOCABULARY), labels[:, 1:].flatten(), ignore_index=IGNORED
+        )
+        return SimpleNamespace(loss=loss, logits=logits)
+
+
+def rows(*lengths: int) -> list[Encoded]:
+    ids = [[(start + 3 * place) % VOCABULARY for place in range(length)] for start, length in enumerate(lengths)]
+    return [Encoded(row, [IGNORED, *row[1:]]) for row in ids]
+
+
+def run(**changed: Any) -> TuningRun:
+    settings = Settings(**{"steps": 6, "learning_rate": 0.1, "batch_size": 3, **changed})
+    return TuningRun(Bigram(), rows(4, 7, 2, 5, 3), settings, pad=0)
+
+
+@given(count=st.integers(1, 20), size=st.integers(1, 30), seed=st.integers(0, 5))
+def test_every_example_comes_once_before_any_comes_again(count: int, size: int, seed: int) -> None:
+    lengths = range(2, 2 + count)
+    tuning = TuningRun(Bigram(), rows(*lengths), Settings(9, 0.1, batch_size=size, seed=seed), pad=0)
+    taken = [len(row.ids) for step in range(2 * count) for row in tuning._rows_of(step)]
+    for epoch in range(len(taken) // count):
+        assert sorted(taken[epoch * count : (epoch + 1) * count]) == list(lengths)
+
+
+def test_orders_differ_between_epochs_and_seeds() -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        return run(seed=seed)._order(epoch)
+
+    orders = {tuple(order(seed, epoch)) for seed in range(4) for epoch in range(4)}
+    assert len(orders) > 8
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts: int) -> None:
+    whole, cut = run(batch_size=5), run(batch_size=5, accumulate=parts)
+    first, second = whole.step(), cut.step()
+    assert second.loss == pytest.approx(first.loss, rel=1e-6)
+    assert second.gradient_norm == pytest.approx(first.gradient_norm, rel=1e-5)
+    torch.testing.assert_close(cut.model.table, whole.model.table)
+
+
+def test_gradients_are_clipped() -> None:
+    # AdamW forgets the scale of gradients in its first step, so look at what it was given.
+    tuning = run(clip=0.01)
+    norm = tuning.step().gradient_norm
+    assert norm is not None and norm > 0.05
+    assert tuning.model.table.grad.norm() == pytest.approx(0.01, rel=1e-3)
+
+
+def test_learning_rates() -> None:
+    settings = Settings(steps=10, learning_rate=1.0, warmup_steps=2)
+    assert [settings.learning_rate_at(step) for step in (0, 1, 2, 6)] == [0.5, 1.0, 1.0, 0.5]
+    cosine = Settings(steps=8, learning_rate=1.0, schedule=Schedule.COSINE)
+    assert cosine.learning_rate_at(4) == pytest.approx(0.5)
+    assert Settings(steps=8, learning_rate=2.0, schedule=Schedule.CONSTANT).learning_rate_at(7) == 2.0
+
+
+@pytest.mark.parametrize("method", [{}, {"zeroth_order": True, "directions": 2}], ids=["adamw", "zeroth order"])
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(method: dict[str, Any], tmp_path: Path) -> None:
+    whole, first = run(**method), run(**method)
+    losses = [whole.step().loss for _ in range(6)]
+    for _ in range(3):
+        first.step()
+    folder = TuningFolder(tmp_path)
+    folder.save_checkpoint(*first.state())
+    second = run(**method)
+    saved = folder.load_checkpoint()
+    assert saved is not None
+    second.restore(*saved)
+    assert [second.step().loss for _ in range(3)] == losses[3:]
+    assert torch.equal(second.model.table, whole.model.table)
+    assert torch.equal(second.model.frozen, torch.ones(1))
+
+
+def test_a_checkpoint_of_another_run_is_refused() -> None:
+    tensors, facts = run().state()
+    tensors["parameter.table"] = tensors["parameter.table"][:3]
+    other = run()
+    with pytest.raises(DataError, match="not of this run"):
+        other.restore(tensors, facts)
+    assert other.done == 0
+
+
+@pytest.mark.parametrize("zeroth_order", [False, True])
+def test_a_loss_that_is_no_number_changes_nothing(zeroth_order: bool) -> None:
+    tuning = run(zeroth_order=zeroth_order)
+    with torch.no_grad():
+        tuning.model.table[3, 3] = float("inf")
+    before = tuning.model.table.detach().clone()
+    with pytest.raises(SplitnetError, match=r"loss of step 1 is .*--lr"):
+        tuning.step()
+    assert torch.equal(tuning.model.table, before)
+    assert tuning.done == 0
+
+
+def test_accuracy_by_words() -> None:
+    model = Bigram()
+    told = [int(model.table[last, [4, 9]].argmax()) for last in range(VOCABULARY)]
+    examples = [Encoded([1, last, 4], [IGNORED, IGNORED, 4], choice=told[last]) for last in range(VOCABULARY)]
+    examples += [Encoded([last, 4], [IGNORED, 4], choice=1 - told[last]) for last in range(VOCABULARY)]
+    result = evaluate(model, examples, batch_size=4, pad=0, words=[4, 9])
+    assert result.accuracy == 0.5
+    alone = [evaluate(model, [row], batch_size=1, pad=0).loss for row in examples]
+    assert result.loss == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+
+
+class TestFolder:
+    def test_a_run_goes_on_with_its_own_options_only(self, tmp_path: Path) -> None:
+        folder = TuningFolder(tmp_path / "run")
+        folder.begin({"steps": 3, "method": "lora"}, resume=False)
+        with pytest.raises(DataError, match="--resume goes on"):
+            folder.begin({"steps": 3, "method": "lora"}, resume=False)
+        folder.begin({"steps": 3, "method": "lora"}, resume=True)
+        with pytest.raises(DataError, match="has steps 3, not 4"):
+            folder.begin({"steps": 4, "method": "lora"}, resume=True)
+
+    def test_folders_of_something_else_are_left_alone(self, tmp_path: Path) -> None:
+        (tmp_path / "thesis.tex").write_text("")
+        with pytest.raises(DataError, match="already holds files"):
+            TuningFolder(tmp_path).begin({}, resume=False)
+        with pytest.raises(DataError, match="no run to go on with"):
+            TuningFolder(tmp_path).begin({}, resume=True)
+
+    def test_metrics_after_the_checkpoint_are_dropped(self, tmp_path: Path) -> None:
+        folder = TuningFolder(tmp_path)
+        for step in range(5):
+            folder.add_metrics({"step": step})
+        with (tmp_path / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 5, "lo')
+        assert [line["step"] for line in folder.metrics(until=2)] == [0, 1, 2]
+        folder.add_metrics({"step": 3})
+        assert [line["step"] for line in folder.metrics()] == [0, 1, 2, 3]
+
+    def test_a_checkpoint_that_cannot_be_written_leaves_the_last_one(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = TuningFolder(tmp_path)
+        folder.save_checkpoint({"a": torch.ones(2)}, {"step": 1})
+
+        def full(*arguments: Any, **options: Any) -> None:
+            Path(arguments[1]).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("splitnet.tuning.folder.save_file", full)
+        with pytest.raises(DataError, match=r"No space left on device.*--resume"):
+            folder.save_checkpoint({"a": torch.zeros(2)}, {"step": 2})
+        saved = folder.load_checkpoint()
+        assert saved is not None and saved[1] == {"step": 1} and saved[0]["a"].tolist() == [1, 1]
+        assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+    def test_a_damaged_checkpoint_is_told(self, tmp_path: Path) -> None:
+        (tmp_path / "checkpoint.safetensors").write_bytes(b"x" * 40)
+        with pytest.raises(DataError, match="is damaged"):
+            TuningFolder(tmp_path).load_checkpoint()
