@@ -1,4 +1,4 @@
-"""Runs passes over whole sequences on the device, and takes adapters over."""
+"""Runs passes over whole sequences on the device, takes adapters over, and looks keys and values up."""
 
 from __future__ import annotations
 
@@ -11,11 +11,18 @@ from peers.failures import failure_of
 from peers.service import Service
 from peers.session import PassWork
 from splitnet.errors import AdapterError, CodecError, ProtocolError
-from splitnet.model.adapters import Adapter, read_tensors, split_tensors, write_tensors
+from splitnet.model.adapters import (
+    PREFIX_KEYS,
+    PREFIX_VALUES,
+    Adapter,
+    read_tensors,
+    split_tensors,
+    write_tensors,
+)
 from splitnet.model.passes import SpanPasses
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.messages import FailureCode, Forward, Gradient
+from splitnet.net.messages import FailureCode, Forward, Gradient, Recall
 
 
 class PassEngine:
@@ -43,6 +50,8 @@ class PassEngine:
                 self._forward(work, work.message, began)
             elif isinstance(work.message, Gradient):
                 self._backward(work, work.message)
+            elif isinstance(work.message, Recall):
+                self._recall(work, work.message)
             else:
                 self._adopt(work)
         except (AdapterError, CodecError) as error:
@@ -85,6 +94,17 @@ class PassEngine:
         self._span.fit(adapter)
         session.adapter, session.adapter_version = adapter, session.adapter_parts[0].version
         self._service.adopted(work)
+
+    def _recall(self, work: PassWork, message: Recall) -> None:
+        session = work.session
+        row = session.rows.get(message.row)
+        if row is None or not 0 < message.length <= row.length:
+            raise ProtocolError(f"there are no {message.length} positions of row {message.row}")
+        tensors: dict[str, torch.Tensor] = {}
+        for index, keys, values in row.held(message.length):
+            block = session.start + index
+            tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys[0].float(), values[0].float()
+        self._service.recalled(work, [write_tensors(group) for group in split_tensors(tensors)])
 
     def _adapter(self, work: PassWork, message: Forward) -> Adapter | None:
         session = work.session

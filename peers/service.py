@@ -16,7 +16,7 @@ from peers.outbox import Outbox, timing_of
 from peers.row_memory import SessionTooLong, prepare_rows
 from peers.served import Served, next_hop_of
 from peers.session import PassWork, Session, Work
-from peers.training import MissingPass, Training, TrainingMemory, number_of
+from peers.training import MissingPass, Request, Training, TrainingMemory, number_of
 from peers.work_queue import WorkQueue
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import codec_by_code
@@ -35,6 +35,7 @@ from splitnet.net.messages import (
     Payload,
     Ping,
     Pong,
+    Recall,
     Replay,
     Result,
     Step,
@@ -130,7 +131,7 @@ class Service:
                     self._outbox.send(source, Pong(message.nonce, self.busy_ms, self.sessions.free_positions))
                 case Step():
                     self._step(source, message, now)
-                case Forward() | Gradient() | Adapter():
+                case Forward() | Gradient() | Adapter() | Recall():
                     self._train(source, message, now)
                 case Open():
                     self._open(source, message, now)
@@ -167,6 +168,11 @@ class Service:
         """Tells the client that the blocks run with its adapter now."""
         with self._lock:
             self._training.adopted(work)
+
+    def recalled(self, work: PassWork, parts: list[bytes]) -> None:
+        """Sends the keys and values that a client has asked for."""
+        with self._lock:
+            self._training.recalled(work, parts)
 
     def pass_failed(self, work: PassWork, code: FailureCode, text: str) -> None:
         """Tells the client that the device could not do it."""
@@ -424,7 +430,7 @@ class Service:
             return
         self.queue.put(Work(session, message, total, now))
 
-    def _train(self, source: Connection, message: Forward | Gradient | Adapter, now: float) -> None:
+    def _train(self, source: Connection, message: Request, now: float) -> None:
         session = self.sessions.get(message.session)
         pushed = isinstance(message, Forward) and session is not None and source.curve == session.previous
         if session is None or not (source.curve == session.owner or pushed):
@@ -433,7 +439,7 @@ class Service:
         elif message.epoch == session.epoch:
             self._take_in(session, source, message, now)
 
-    def _take_in(self, session: Session, source: Connection, message: Forward | Gradient | Adapter, now: float) -> None:
+    def _take_in(self, session: Session, source: Connection, message: Request, now: float) -> None:
         session.used_at = now
         try:
             if isinstance(message, Forward) and source.curve != session.owner and message.boundary != session.start:

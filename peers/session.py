@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from splitnet.net.codecs import Codec
 from splitnet.net.endpoints import Connection, Endpoint
 from splitnet.net.messages import Adapter as AdapterMessage
-from splitnet.net.messages import Forward, Gradient, Part, Step
+from splitnet.net.messages import Forward, Gradient, Part, Recall, Step
 from splitnet.net.sent_log import SentLog
 
 if TYPE_CHECKING:
@@ -113,10 +113,10 @@ class Work:
 
 @dataclass(slots=True, eq=False)
 class PassWork:
-    """A pass on its way through the device, or an adapter that the device has to take over."""
+    """A pass on its way through the device, an adapter to take over, or keys and values to look up."""
 
     session: Session
-    message: Forward | Gradient | AdapterMessage
+    message: Forward | Gradient | AdapterMessage | Recall
     source: Connection
     """Where a gradient goes back to."""
     arrived_at: float

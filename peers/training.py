@@ -1,4 +1,4 @@
-"""What a peer keeps and does for passes over whole sequences: forward, backward, and the adapters that they run with.
+"""What a peer keeps and does for clients that train: passes over whole sequences, forward and backward, and adapters.
 
 A part of the service: it is called under the service's lock, and the engine brings what it has computed.
 """
@@ -24,8 +24,12 @@ from splitnet.net.messages import (
     Forward,
     Gradient,
     Payload,
+    Recall,
+    Recalled,
     Result,
 )
+
+Request = Forward | Gradient | Adapter | Recall
 
 MAX_PASS_POSITIONS = 4096
 """Of a pass, unless a single sequence is longer."""
@@ -73,7 +77,7 @@ class Training:
         self._outbox = outbox
         self._memory = memory
 
-    def receive(self, session: Session, source: Connection, message: Forward | Gradient | Adapter, now: float) -> None:
+    def receive(self, session: Session, source: Connection, message: Request, now: float) -> None:
         """Takes a message in that its sender may send.
 
         Raises:
@@ -96,6 +100,8 @@ class Training:
                 self._memory.give_back(session, len(work.message.payload))
                 raise
             self._queue.put_pass(PassWork(session, message, work.source, now, work.message))
+        elif isinstance(message, Recall):
+            self._queue.put_pass(PassWork(session, message, source, now))
         else:
             self._memory.take(session, len(message.payload))
             session.adapter_parts.append(message)
@@ -167,6 +173,14 @@ class Training:
         self._memory.give_back(session, former)
         self._outbox.send(session.reply_to, Adopted(session.id, session.epoch, message.version))
 
+    def recalled(self, work: PassWork, parts: list[bytes]) -> None:
+        """Sends the client the keys and values that it has asked for."""
+        session, message = work.session, work.message
+        assert isinstance(message, Recall)
+        for index, part in enumerate(parts if not session.closed else ()):
+            remaining = len(parts) - index - 1
+            self._outbox.send(session.reply_to, Recalled(session.id, message.epoch, message.number, remaining, part))
+
     def failed(self, work: PassWork, code: FailureCode, text: str) -> None:
         """Tells the client that the device could not do it."""
         session, message = work.session, work.message
@@ -204,7 +218,7 @@ class Training:
         session.adapter_parts.clear()
 
 
-def number_of(message: Forward | Gradient | Adapter) -> int:
+def number_of(message: Request) -> int:
     """What a failure of the message is about; 0: no pass."""
     return 0 if isinstance(message, Adapter) else message.number
 

@@ -48,13 +48,13 @@ class Coordinate:
         error = min(MAX_ERROR, abs(foretold - rtt_ms) / rtt_ms * share + self.error * (1 - share))
         away = tuple(here - there for here, there in zip(self.vector, other.vector, strict=True))
         apart = math.hypot(*away)
-        if apart < 1e-6:
-            length = math.hypot(*direction) or 1.0
-            away, apart_or_one = tuple(value / length for value in direction), 1.0
-        else:
-            apart_or_one = apart
         force = share * (rtt_ms - foretold)
-        vector = tuple(here + force * value / apart_or_one for here, value in zip(self.vector, away, strict=True))
+        if apart < 1e-6:
+            # Who stands at the same point can only be pushed away, in any direction.
+            away, apart, push = direction, math.hypot(*direction) or 1.0, max(0.0, force)
+        else:
+            push = force
+        vector = tuple(here + push * value / apart for here, value in zip(self.vector, away, strict=True))
         # Heights add where vectors subtract, so both heights push the same way (section 5.4 of the paper).
         height = self.height_ms + force * (self.height_ms + other.height_ms) / max(foretold, 1e-6)
         return Coordinate(vector, max(height, MIN_HEIGHT_MS), error)

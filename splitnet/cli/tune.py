@@ -92,7 +92,7 @@ def tune(
     ] = 16,
     init_text: Annotated[
         str | None,
-        typer.Option(help="What a prompt begins as; an instruction if not given.", rich_help_panel=_ADAPTER),
+        typer.Option(help="What prompt or prefix begins as; an instruction if not given.", rich_help_panel=_ADAPTER),
     ] = None,
     projection: Annotated[
         int | None,

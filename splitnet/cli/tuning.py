@@ -15,7 +15,7 @@ import torch
 import typer
 
 from splitnet.cli.tuning_progress import TuningProgress
-from splitnet.client.causal_lm import attach
+from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.remote_model import RemoteModel
 from splitnet.client.sequence_classification import attach_classifier
 from splitnet.client.swarm import ModelFacts, Swarm
@@ -28,7 +28,7 @@ from splitnet.tuning.encoding import Encoded, Encoder
 from splitnet.tuning.evaluation import Evaluation, evaluate
 from splitnet.tuning.folder import TuningFolder
 from splitnet.tuning.loss_curve import draw_loss_curve
-from splitnet.tuning.methods import AdapterOptions, Method, with_new_adapter
+from splitnet.tuning.methods import AdapterOptions, Method, begin_prefix, with_new_adapter
 from splitnet.tuning.run import TuningRun
 from splitnet.tuning.settings import Settings
 
@@ -88,8 +88,14 @@ class Tuning:
             torch.manual_seed(self.settings.seed)
             model = self._model(checkpoint, swarm, connection, pad)
             adapted = with_new_adapter(
-                model, self.method, self._options(), tokenizer_source=checkpoint.source, head=self.head
+                model,
+                self.method,
+                replace(self.options, init_text=self._init_text()),
+                tokenizer_source=checkpoint.source,
+                head=self.head,
             )
+            if self.method is Method.PREFIX and self.options.projection is None:
+                self._begin_prefix(adapted, model, checkpoint, swarm, connection, tokenizer)
             run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head)
             _Training(self, run, folder, held_out, words, pad).train()
         finally:
@@ -117,15 +123,28 @@ class Tuning:
         model.config.pad_token_id = pad  # by which it finds the last token of a row
         return model
 
-    def _options(self) -> AdapterOptions:
-        """With the text that a prompt begins as: words that say what the examples show."""
+    def _begin_prefix(
+        self,
+        adapted: Any,
+        model: RemoteModel,
+        checkpoint: Checkpoint,
+        swarm: Swarm,
+        connection: Connection,
+        tokenizer: Any,
+    ) -> None:
+        # A classifier keeps no keys and values, but they are those of the same blocks.
+        causal = attach(checkpoint, swarm, codec=connection.codec) if self.head else model
+        assert isinstance(causal, RemoteCausalLM)
+        ids = tokenizer(self._init_text(), return_tensors="pt").input_ids[:, : self.options.tokens]
+        begin_prefix(adapted, causal.keys_and_values(ids))
+
+    def _init_text(self) -> str:
+        """What prompts and prefixes begin as: words that say what the examples show."""
         if self.options.init_text is not None:
-            return self.options
+            return self.options.init_text
         if self.train.form == "classification":
-            text = f"Tell the label of the text. The labels are {', '.join(self.train.labels)}."
-        else:
-            text = "Write what follows in the way of the examples that you have seen."
-        return replace(self.options, init_text=text)
+            return f"Tell the label of the text. The labels are {', '.join(self.train.labels)}."
+        return "Write what follows in the way of the examples that you have seen."
 
     def _description(self, fingerprint: str) -> dict[str, Any]:
         """What makes two runs the same."""

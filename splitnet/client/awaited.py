@@ -7,7 +7,17 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from splitnet.net.endpoints import Endpoint
-from splitnet.net.messages import AdapterGradient, Forward, Gradient, Message, Payload, Result, Step
+from splitnet.net.messages import (
+    AdapterGradient,
+    Forward,
+    Gradient,
+    Message,
+    Payload,
+    Recall,
+    Recalled,
+    Result,
+    Step,
+)
 
 
 class Route(Protocol):
@@ -24,6 +34,10 @@ class Route(Protocol):
 
     def send(self, endpoint: Endpoint, message: Message) -> None:
         """Sends and counts the bytes."""
+        ...
+
+    def endpoints(self) -> list[Endpoint]:
+        """All hops in order."""
         ...
 
     def adapted_hops(self) -> set[Endpoint]:
@@ -165,3 +179,34 @@ class AwaitedPass(Awaited):
         forward, end = self.forward, self.result.end
         self._expected = route.adapted_hops() if forward.adapter else set()
         route.send(route.tail, Gradient(forward.session, forward.epoch, forward.number, end, *self.back))
+
+
+@dataclass(slots=True)
+class AwaitedRecall(Awaited):
+    """Keys and values of a row, from every hop."""
+
+    recall: Recall
+    parts: dict[Endpoint, list[Payload]] = field(default_factory=dict)
+    _whole: set[Endpoint] = field(default_factory=set)
+    _expected: set[Endpoint] = field(default_factory=set)
+
+    @property
+    def done(self) -> bool:
+        return bool(self._expected) and self._expected <= self._whole
+
+    def send(self, route: Route) -> None:
+        """Asks all hops, in the route's epoch."""
+        self.recall = replace(self.recall, epoch=route.epoch)
+        self.parts, self._whole, self._expected = {}, set(), set(route.endpoints())
+        for endpoint in route.endpoints():
+            route.send(endpoint, self.recall)
+
+    def take(self, source: Endpoint, message: Message, route: Route) -> None:
+        if isinstance(message, Recalled):
+            self.parts.setdefault(source, []).append(message.payload)
+            if not message.remaining:
+                self._whole.add(source)
+
+    def send_again(self, route: Route) -> None:
+        if not self.done:
+            self.send(route)

@@ -92,6 +92,16 @@ class RemoteLayer(CacheLayerMixin):
         """With the next step, asks the peers for memory up to a length that is known in advance."""
         self._reserved_columns = max(self._reserved_columns, columns)
 
+    def recall(self, index: int) -> dict[str, torch.Tensor]:
+        """Keys and values of a row of the batch, without its padding; see `Session.recall`.
+
+        Raises:
+            ValueError: the cache holds no such row.
+        """
+        if self.session is None or self._sources is not None or not 0 <= index < len(self._rows):
+            raise ValueError(f"the cache holds no row {index}: run the model with it first")
+        return self.session.recall(self._rows[index], self.columns - self._padding[index])
+
     def close(self) -> None:
         """Frees the peers' memory."""
         if self.session is not None:

@@ -17,7 +17,8 @@ from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
 from splitnet.client.session import Preference, Session
 from splitnet.client.swarm import Swarm
 from splitnet.client.trained_prompts import prompt_wrapper, with_trained_prompt
-from splitnet.errors import SplitnetError
+from splitnet.errors import SplitnetError, UnsupportedModel
+from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.shell import load_shell
 from splitnet.net.identity import Identity
@@ -166,6 +167,31 @@ class RemoteCausalLM(RemoteModel):
     def new_cache(self) -> RemoteCache:
         """An empty cache on the peers, for callers that pass `cache=` themselves."""
         return RemoteCache(self._open_session)
+
+    @torch.no_grad()
+    def keys_and_values(self, input_ids: torch.Tensor) -> Prefixes:
+        """Keys and values of a text in every block, as the peers compute them: what a trained prefix can begin as.
+
+        Args:
+            input_ids: `[1, positions]`.
+
+        Returns:
+            Per block a pair `[kv heads, positions, head size]`, float32.
+
+        Raises:
+            UnsupportedModel: some blocks have none of their own.
+        """
+        cache = self.new_cache()
+        try:
+            self(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), cache=cache, logits_to_keep=1)
+            tensors = cache.remote.recall(0)
+        finally:
+            cache.close()
+        blocks = range(self.swarm.facts.num_blocks)
+        try:
+            return [(tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"]) for block in blocks]
+        except KeyError as error:
+            raise UnsupportedModel(f"not all blocks of {self.name_or_path} have keys and values: {error}") from None
 
     def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
         wrapper = prompt_wrapper(self)

@@ -39,6 +39,7 @@ from splitnet.net.messages import (
     Message,
     Open,
     Opened,
+    Recalled,
     Replay,
     Result,
     Step,
@@ -98,10 +99,10 @@ class Chain:
     Args:
         swarm: the peers.
         session: id of the session.
-        codec: name of a codec for every link, or "auto" to choose by cost for each.
+        codecs: chooses the codec of each link.
     """
 
-    def __init__(self, swarm: Swarm, session: bytes, codec: str) -> None:
+    def __init__(self, swarm: Swarm, session: bytes, codecs: LinkCodecs) -> None:
         self.session = session
         self.hops: list[Hop] = []
         self.epoch = 0
@@ -115,7 +116,7 @@ class Chain:
         self.adapter: Adapter | None = None
         self.adapter_version = 0
         self._swarm = swarm
-        self._codecs = LinkCodecs(swarm, codec)
+        self._codecs = codecs
         self._opened: dict[Endpoint, tuple[int, int]] = {}
         self._adopted: dict[Endpoint, int] = {}
         self._inbox: queue.SimpleQueue[tuple[Endpoint, Message | SplitnetError]] = queue.SimpleQueue()
@@ -213,6 +214,10 @@ class Chain:
         self.adapter_version += 1
         return self._hand_out_adapter() if self._opened else {}
 
+    def endpoints(self) -> list[Endpoint]:
+        """All hops in order."""
+        return [hop.endpoint for hop in self.hops]
+
     def adapted_hops(self) -> set[Endpoint]:
         """Hops with a part of the adapter."""
         adapter = self.adapter
@@ -253,7 +258,7 @@ class Chain:
         if awaited is not None:
             if isinstance(item, Result) and isinstance(awaited, AwaitedStep) and not awaited.step.replay_until:
                 self.timings = item.timings
-            if isinstance(item, Result | Gradient | AdapterGradient):
+            if isinstance(item, Result | Gradient | AdapterGradient | Recalled):
                 self.traffic.bytes_received += len(item.payload)
             awaited.take(source, item, self)
         return None

@@ -10,6 +10,8 @@ from splitnet.client.planner import PlannedHop
 from splitnet.client.swarm import Swarm
 from splitnet.net.codecs import CODECS, DEFAULT_INT8, Codec, codec_by_name
 
+EMBEDDINGS = codec_by_name("fp16")
+
 
 class LinkCodecs:
     """Chooses codecs for the links of routes.
@@ -17,16 +19,19 @@ class LinkCodecs:
     Args:
         swarm: knows the bandwidth of links.
         name: of a codec for every link, or "auto" to choose by cost for each.
+        exact_embeddings: what goes to the first hop has at least the precision of `EMBEDDINGS`. Gradients need it: in
+            what blocks add to embeddings, errors of integers grow.
 
     Raises:
         CodecError: there is no such codec.
     """
 
-    def __init__(self, swarm: Swarm, name: str) -> None:
+    def __init__(self, swarm: Swarm, name: str, *, exact_embeddings: bool = False) -> None:
         if name != "auto":
             codec_by_name(name)
         self._swarm = swarm
         self._name = name
+        self._exact_embeddings = exact_embeddings
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
@@ -39,7 +44,10 @@ class LinkCodecs:
 
     def to(self, first: PlannedHop) -> Codec:
         """Of the link from the client to the first hop."""
-        return self._choose(self._swarm.link(None, first.record), first.record.codecs)
+        codec = self._choose(self._swarm.link(None, first.record), first.record.codecs)
+        hidden = self._swarm.facts.hidden_size
+        too_coarse = codec.bytes_per_position(hidden) < EMBEDDINGS.bytes_per_position(hidden)
+        return EMBEDDINGS if self._exact_embeddings and too_coarse else codec
 
     def after(self, route: Sequence[PlannedHop], index: int) -> Codec:
         """Of the link behind a hop: to the next one, or from the tail to the client."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from splitnet.client.awaited import AwaitedPass
+from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.recovery import silence_s
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S, RoutedSession
 from splitnet.client.swarm import Swarm
@@ -65,7 +66,7 @@ class PassSession(RoutedSession):
         super().__init__(
             swarm,
             budget=1,
-            codec=codec,
+            codecs=LinkCodecs(swarm, codec, exact_embeddings=True),
             in_flight=MICRO_BATCHES_PER_HOP * 4,
             step_timeout_s=PASS_TIMEOUT_S,
             recovery_timeout_s=recovery_timeout_s,

@@ -8,6 +8,7 @@ import secrets
 import time
 
 from splitnet.client.chain import Chain, Hop, Traffic
+from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.planner import Needs
 from splitnet.client.recovery import COVERAGE_POLL_S, Recovered, Recovery
 from splitnet.client.swarm import Swarm
@@ -29,7 +30,7 @@ class RoutedSession:
     Args:
         swarm: the peers.
         budget: positions of KV cache to reserve over all rows.
-        codec: name of a codec for every link, or "auto" to choose by cost for each link.
+        codecs: chooses the codec of each link.
         in_flight: how many steps are under way at the same time.
         step_timeout_s: how long an answer may take in all.
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
@@ -43,7 +44,7 @@ class RoutedSession:
         swarm: Swarm,
         *,
         budget: int,
-        codec: str,
+        codecs: LinkCodecs,
         in_flight: int,
         step_timeout_s: float,
         recovery_timeout_s: float,
@@ -51,7 +52,7 @@ class RoutedSession:
         self.recoveries: list[Recovered] = []
         self.id = secrets.token_bytes(SESSION_BYTES)
         self._swarm = swarm
-        self._chain = Chain(swarm, self.id, codec)
+        self._chain = Chain(swarm, self.id, codecs)
         self._budget = max(1, budget)
         self._in_flight = in_flight
         self._step_timeout_s = step_timeout_s

@@ -9,16 +9,17 @@ from typing import Literal
 
 import torch
 
-from splitnet.client.awaited import Awaited, AwaitedReplay, AwaitedStep
+from splitnet.client.awaited import Awaited, AwaitedRecall, AwaitedReplay, AwaitedStep
+from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.link_use import LinkUse, link_uses
 from splitnet.client.recovery import silence_s
 from splitnet.client.replanning import Replanner
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S, RoutedSession
 from splitnet.client.swarm import Swarm
 from splitnet.errors import PeerLost, SplitnetError
-from splitnet.model.adapters import Adapter
+from splitnet.model.adapters import Adapter, read_tensors
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Payload, Step
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Payload, Recall, Step
 from splitnet.net.sent_log import SentLog
 
 log = logging.getLogger(__name__)
@@ -68,7 +69,7 @@ class Session(RoutedSession):
         super().__init__(
             swarm,
             budget=budget,
-            codec=codec,
+            codecs=LinkCodecs(swarm, codec),
             in_flight=THROUGHPUT_STEPS if prefer == "throughput" else 1,
             step_timeout_s=step_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
@@ -161,6 +162,26 @@ class Session(RoutedSession):
         self._chain.ask_replay(index, number, self.hops[index + 1].planned.end if until is None else until)
         self._collect([number], silence_s(0.0))
 
+    def recall(self, row: int, length: int) -> dict[str, torch.Tensor]:
+        """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.
+
+        Returns:
+            Tensors of all blocks, named and shaped as the prefix of an adapter, see `splitnet.model.adapters`.
+
+        Raises:
+            PeerLost, PeerFailed: as in `step`.
+        """
+        number = self._next_number()
+        awaited = AwaitedRecall(Recall(self.id, self._chain.epoch, number, row, length))
+        self._chain.expect(number, awaited)
+        awaited.send(self._chain)
+        self._wait_for([number], silence_s(0.0))
+        tensors: dict[str, torch.Tensor] = {}
+        for endpoint in self._chain.endpoints():
+            for part in awaited.parts[endpoint]:
+                tensors.update(read_tensors(part))
+        return tensors
+
     def links(self) -> list[LinkUse]:
         """The links of the open route in order, with the bytes that one decode token takes on each."""
         return link_uses(self._chain, self._swarm.facts.hidden_size) if self._is_open else []
@@ -190,21 +211,24 @@ class Session(RoutedSession):
         return number
 
     def _collect(self, numbers: Sequence[int], patience_s: float) -> torch.Tensor:
-        """The results of steps in order; after so much silence it looks what is wrong."""
+        """The results of steps in order."""
+        outputs = [self._decode(awaited) for awaited in self._wait_for(numbers, patience_s)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _wait_for(self, numbers: Sequence[int], patience_s: float) -> list[Awaited]:
+        """What was awaited, once it is there; after so much silence it looks what is wrong."""
         recovery = self._recovery()
         deadline = time.monotonic() + self._step_timeout_s
-        outputs: list[torch.Tensor] = []
         try:
-            for number in numbers:
-                awaited = self._chain.awaited[number]
-                while not awaited.done:
+            awaited = [self._chain.awaited[number] for number in numbers]
+            for each in awaited:
+                while not each.done:
                     self._await(deadline, patience_s, recovery)
-                outputs.append(self._decode(awaited))
+            return awaited
         finally:
             self.recoveries += recovery.done
             for number in numbers:
                 self._chain.forget(number)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _decode(self, awaited: Awaited) -> torch.Tensor:
         assert isinstance(awaited, AwaitedStep | AwaitedReplay) and awaited.result is not None

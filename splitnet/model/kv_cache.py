@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,18 @@ class RowCache:
                 _grown(block.values, block.values.shape[2], held),
             )
         return copy
+
+    def held(self, length: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Keys and values of the first positions behind the prefix, `[1, kv heads, length, head size]`, block by block.
+
+        Raises:
+            ValueError: the row has fewer positions than that.
+        """
+        if not 0 < length <= self.length:
+            raise ValueError(f"the row has {self.length} positions, not {length}")
+        for index, block in sorted(self._blocks.items()):
+            before = self._before(index)
+            yield index, block.keys[:, :, before : before + length], block.values[:, :, before : before + length]
 
     def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores new positions after `length` and gives views of all keys and values up to and with them.

@@ -324,6 +324,31 @@ class AdapterGradient:
     payload: Payload = b""
 
 
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Asks a hop for the keys and values of the first positions of a row, which the client may use as a prefix."""
+
+    TAG: ClassVar[int] = 15
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = _wire(_NUMBER)
+    row: int = _wire(uint(_ROW_ID))
+    length: int = _wire(uint(MAX_POSITIONS))
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """Answers a `Recall` for the blocks of a hop, with tensors that are named as those of an adapter."""
+
+    TAG: ClassVar[int] = 16
+    session: bytes = _session()
+    epoch: int = _epoch()
+    number: int = _wire(_NUMBER)
+    remaining: int = _wire(_NUMBER)
+    """How many messages of it follow."""
+    payload: Payload = b""
+
+
 Message = (
     Ping
     | Pong
@@ -339,6 +364,8 @@ Message = (
     | Adapter
     | Adopted
     | AdapterGradient
+    | Recall
+    | Recalled
 )
 
 MESSAGES: tuple[type[Message], ...] = get_args(Message)

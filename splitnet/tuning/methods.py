@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from splitnet.errors import AdapterError
+
+if TYPE_CHECKING:
+    from splitnet.client.local_adapters import Prefixes
 
 
 class Method(StrEnum):
@@ -37,7 +40,7 @@ class AdapterOptions:
 
     Attributes:
         tokens: virtual tokens of prompt, prefix and p-tuning.
-        init_text: a prompt begins with the embeddings of this text, cut or repeated; None: of random tokens.
+        init_text: a prompt begins as the embeddings of this text, cut or repeated; None: as those of random tokens.
         projection: width of the network that makes a prefix while it is trained (None: there is none), or p-tuning's.
         network: of p-tuning.
         rank, alpha, targets: of LoRA; no targets: those that PEFT has for the family; ALL_LINEAR: all linear layers.
@@ -65,9 +68,6 @@ _LEARNING_RATES = {
     Method.LORA: (1e-3, 1e-4),
 }
 
-PREFIX_STD = 0.02
-"""Of the first keys and values of a prefix without projection; PEFT takes 1, which no model expects."""
-
 
 def with_new_adapter(
     model: Any, method: Method, options: AdapterOptions, *, tokenizer_source: str, head: bool = False
@@ -91,14 +91,36 @@ def with_new_adapter(
         if method is Method.LORA:
             raise AdapterError(f"LoRA does not fit this model ({error}): name its layers with --targets") from None
         raise AdapterError(f"{method} does not fit this model: {error}") from None
-    if method is Method.PREFIX and options.projection is None:
-        import torch
-
-        with torch.no_grad():
-            for name, parameter in wrapped.named_parameters():
-                if "prompt_encoder" in name:
-                    parameter.mul_(PREFIX_STD)
     return wrapped
+
+
+def begin_prefix(wrapped: Any, pairs: Prefixes) -> None:
+    """Has a prefix without projection begin as the keys and values of a text.
+
+    From random ones, which no model expects, training begins with a much higher loss, and with gradients that the least
+    error of an activation turns. Real words as a beginning: Li and Liang, arXiv:2101.00190, section 7.4.
+
+    Args:
+        wrapped: as PEFT returns it.
+        pairs: of each block `[kv heads, positions, head size]`; cut or repeated to the length of the prefix.
+
+    Raises:
+        AdapterError: keys and values have other sizes than PEFT's prefix for this model.
+    """
+    import torch
+
+    (encoder,) = wrapped.prompt_encoder.values()
+    weight = encoder.embedding.weight
+    columns = [tensor.transpose(0, 1).flatten(1) for pair in pairs for tensor in pair]
+    rows = torch.cat(columns, dim=1)
+    repeated = rows.repeat(-(-len(weight) // len(rows)), 1)[: len(weight)]
+    if repeated.shape != weight.shape:
+        raise AdapterError(
+            f"PEFT's prefix for this model has {weight.shape[1]} numbers per position, its keys and values "
+            f"{rows.shape[1]}: train a prefix with --projection, or another method"
+        )
+    with torch.no_grad():
+        weight.copy_(repeated)
 
 
 def _config(task: Any, method: Method, options: AdapterOptions, tokenizer_source: str) -> Any:

@@ -39,6 +39,8 @@ from splitnet.net.messages import (
     Part,
     Ping,
     Pong,
+    Recall,
+    Recalled,
     Replay,
     Result,
     Step,
@@ -62,6 +64,8 @@ logs of the same sessions, and what Python, torch and ZeroMQ do not give back at
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 # Few sessions, so that most messages are about one that is open.
+ANSWERS = Pong | Failure | Opened | Result | Gradient | Adopted | AdapterGradient | Recalled
+
 SESSIONS = [bytes([number]) * 16 for number in range(6)]
 HOSTILE_KEYS = [Identity.generate().public.raw for _ in range(4)]
 
@@ -104,7 +108,7 @@ class Attacker:
         while True:
             message = decode(self.socket.recv_multipart())
             self.answers[type(message)] = self.answers.get(type(message), 0) + 1
-            assert isinstance(message, Pong | Failure | Opened | Result | Gradient | Adopted | AdapterGradient)
+            assert isinstance(message, ANSWERS)
             if isinstance(message, Pong) and message.nonce == self.nonce:
                 return (time.perf_counter() - began) * 1000
 
@@ -239,7 +243,7 @@ def training(draw: st.DrawFn) -> Message:
     session, epoch, number = draw(session_ids), draw(epochs), draw(numbers)
     lengths = tuple(draw(st.lists(st.integers(1, 9) | counts, max_size=4)))
     codec = draw(codecs)
-    match draw(st.integers(0, 3)):
+    match draw(st.integers(0, 4)):
         case 0:
             boundary = draw(st.sampled_from([3, 3, 3, 0, 6]))
             return Gradient(session, epoch, number, boundary, codec, draw(payloads(codec, draw(st.integers(1, 9)))))
@@ -247,6 +251,8 @@ def training(draw: st.DrawFn) -> Message:
             names = draw(st.dictionaries(tensor_names, tensors, max_size=4))
             payload = write_tensors(names) if draw(st.integers(0, 4)) else draw(st.binary(max_size=99))
             return Adapter(session, epoch, draw(versions), draw(st.sampled_from([0, 0, 0, 1, 2**48 - 1])), payload)
+        case 2:
+            return Recall(session, epoch, number, draw(st.integers(0, 3) | counts), draw(st.integers(0, 9) | counts))
         case _:
             return Forward(
                 session,
@@ -336,6 +342,7 @@ def test_mutated_frames(attacker: Attacker) -> None:
         Forward(SESSIONS[0], 1, 1, 0, (2, 1), True, 0, 0, 0, payload),
         Gradient(SESSIONS[0], 1, 1, 3, 0, payload),
         Adapter(SESSIONS[0], 1, 1, 0, write_tensors({"0.prefix_keys": torch.ones(2, 3, 16)})),
+        Recall(SESSIONS[0], 1, 1, 1, 3),
         Replay(SESSIONS[0], 1, 1, 6),
         Close(SESSIONS[0]),
         Ping(1, b"padding"),

@@ -19,6 +19,8 @@ from peft import (
 )
 from transformers import AutoModelForCausalLM
 
+from splitnet.errors import AdapterError
+from splitnet.tuning.methods import begin_prefix
 from splitnet.tuning.zeroth_order import ZerothOrder
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.unit.random_models import random_checkpoint
@@ -96,6 +98,31 @@ def test_gradients_are_those_of_local_training(method: str, swarm: LocalSwarm) -
         loss, found = gradients(wrapped(visit.model(), config(swarm.folder.name)), batch())
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_over_compressed_links_point_the_same_way(method: str, swarm: LocalSwarm) -> None:
+    config = METHODS[method]
+    _, expected = gradients(wrapped(local_model(swarm.folder), config(swarm.folder.name)), batch())
+    with swarm.visit() as visit:
+        _, found = gradients(wrapped(visit.model(codec="int8"), config(swarm.folder.name)), batch())
+    assert float(torch.cosine_similarity(found, expected, dim=0)) > 0.999
+    assert not torch.equal(found, expected)
+
+
+def test_a_prefix_begins_as_a_text(swarm: LocalSwarm) -> None:
+    """With the keys and values of a text as its prefix, a model answers as if the text were there."""
+    text, rest = batch()["input_ids"][:1, :5], batch()["input_ids"][:1, 5:]
+    expected = local_model(swarm.folder)(torch.cat((text, rest), dim=1)).logits[:, 5:]
+    with swarm.visit() as visit, torch.no_grad():
+        model = visit.model()
+        remote = wrapped(model, PrefixTuningConfig(task_type=TASK, num_virtual_tokens=5))
+        begin_prefix(remote, model.keys_and_values(text))
+        mask = torch.ones_like(rest)
+        found = remote(input_ids=rest, attention_mask=mask).logits
+        assert torch.allclose(found, expected, atol=2e-4)
+        with pytest.raises(AdapterError, match="train a prefix with --projection"):
+            begin_prefix(remote, model.keys_and_values(text)[:-1])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -38,6 +38,8 @@ from splitnet.net.messages import (
     Part,
     Ping,
     Pong,
+    Recall,
+    Recalled,
     Replay,
     Result,
     Step,
@@ -97,6 +99,8 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Adapter, sessions, epochs, numbers, numbers, payloads),
     st.builds(Adopted, sessions, epochs, numbers),
     st.builds(AdapterGradient, sessions, epochs, numbers, numbers, payloads),
+    st.builds(Recall, sessions, epochs, numbers, st.integers(0, 9), st.integers(0, 9)),
+    st.builds(Recalled, sessions, epochs, numbers, numbers, payloads),
 )
 
 OPEN = Open(SESSION, 1, "model", 0, 2, 128, 0, b"", bytes(KEY_BYTES), "tcp://127.0.0.1:1")
@@ -119,6 +123,8 @@ EXAMPLES: list[Message] = [
     Adapter(SESSION, 1, 2, 0, b"tensors"),
     Adopted(SESSION, 1, 2),
     AdapterGradient(SESSION, 1, 7, 0, b"tensors"),
+    Recall(SESSION, 1, 7, 1, 16),
+    Recalled(SESSION, 1, 7, 0, b"tensors"),
 ]
 
 
@@ -262,6 +268,9 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (Adapter(SESSION, 1, 2, 0), "remaining", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (Adopted(SESSION, 1, 2), "version", 0, -1),
     (AdapterGradient(SESSION, 1, 7, 0), "remaining", 0, -1),
+    (Recall(SESSION, 1, 7, 1, 16), "row", (1 << 48) - 1, 1 << 48),
+    (Recalled(SESSION, 1, 7, 0), "remaining", 0, -1),
+    (Recall(SESSION, 1, 7, 1, 16), "length", 16, 1 << 40),
     (FAILURE, "session", b"", b"x"),
     (FAILURE, "text", "t" * MAX_TEXT, "t" * (MAX_TEXT + 1)),
     (FAILURE, "code", 255, 256),

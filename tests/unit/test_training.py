@@ -19,6 +19,8 @@ from splitnet.net.messages import (
     Gradient,
     Ping,
     Pong,
+    Recall,
+    Recalled,
     Result,
 )
 from tests.unit.test_service import (
@@ -84,6 +86,8 @@ def ends(peer: Peer, work: PassWork, *parts: bytes) -> list[tuple[Destination, A
         peer.service.pass_forwarded(work, b"output")
     elif isinstance(work.message, Gradient):
         peer.service.pass_went_back(work, b"gradient", list(parts))
+    elif isinstance(work.message, Recall):
+        peer.service.recalled(work, list(parts))
     else:
         peer.service.adopted(work)
     peer.queue.release_pass(work)
@@ -184,6 +188,17 @@ def test_what_the_client_does_not_need_is_dropped(opened: Peer) -> None:
     goes_forward(opened, forward(10, oldest=9))
     assert sorted(opened.session().kept) == [9, 10]
     assert kept_bytes(opened) == 2 * BYTES
+
+
+def test_keys_and_values_go_to_the_owner_in_parts(opened: Peer) -> None:
+    recall = Recall(SID, 1, 9, row=3, length=5)
+    assert code_of(opened.says(recall, PREVIOUS), PREVIOUS) == FailureCode.UNKNOWN_SESSION
+    assert opened.says(recall, CLIENT) == []
+    assert ends(opened, take(opened), b"one", b"two") == [
+        (CLIENT, Recalled(SID, 1, 9, 1, b"one")),
+        (CLIENT, Recalled(SID, 1, 9, 0, b"two")),
+    ]
+    assert kept_bytes(opened) == 0
 
 
 def test_a_newer_epoch_forgets_passes_and_keeps_the_adapter(opened: Peer) -> None:
