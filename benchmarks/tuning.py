@@ -11,6 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from splitnet.cli.local_swarm import LocalSwarm
 from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.tuning.methods import begin_prefix
 
 TEXT = Path(__file__).parent / "data" / "varied_text.txt"
 TASK = TaskType.CAUSAL_LM
@@ -31,11 +33,23 @@ COLUMNS = 64
 LEARNING_RATE = 1e-3
 PARTS = ["gradients", "curves", "speed"]
 
-METHODS: dict[str, Callable[[], Any]] = {
-    "prompt tuning": lambda: PromptTuningConfig(task_type=TASK, num_virtual_tokens=16),
-    "p-tuning": lambda: PromptEncoderConfig(task_type=TASK, num_virtual_tokens=16, encoder_hidden_size=128),
-    "prefix tuning": lambda: PrefixTuningConfig(task_type=TASK, num_virtual_tokens=16),
-    "LoRA": lambda: LoraConfig(task_type=TASK, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+BEGINNING = "Write what follows in the way of the examples that you have seen, one after the other."
+PREFIX = "prefix tuning"
+
+METHODS: dict[str, Callable[[str], Any]] = {
+    "prompt tuning": lambda folder: PromptTuningConfig(
+        task_type=TASK,
+        num_virtual_tokens=16,
+        prompt_tuning_init="TEXT",
+        prompt_tuning_init_text=BEGINNING,
+        tokenizer_name_or_path=folder,
+    ),
+    "p-tuning": lambda _: PromptEncoderConfig(task_type=TASK, num_virtual_tokens=16, encoder_hidden_size=128),
+    PREFIX: lambda _: PrefixTuningConfig(task_type=TASK, num_virtual_tokens=16),
+    "prefix tuning, projected": lambda _: PrefixTuningConfig(
+        task_type=TASK, num_virtual_tokens=16, prefix_projection=True, encoder_hidden_size=128
+    ),
+    "LoRA": lambda _: LoraConfig(task_type=TASK, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
 }
 
 
@@ -79,13 +93,24 @@ def batches_of(folder: str) -> list[dict[str, torch.Tensor]]:
 
 
 def adapted(model: Any, method: str) -> Any:
-    """The model with a new adapter, the same one every time."""
+    """The model with a new adapter, the same one every time, as `splitnet tune` begins it."""
     torch.manual_seed(0)
-    wrapped: Any = get_peft_model(model, METHODS[method]())
+    wrapped: Any = get_peft_model(model, METHODS[method](model.name_or_path))
+    if method == PREFIX:
+        begin_prefix(wrapped, text_as_prefix(model.name_or_path))
     for name, parameter in wrapped.named_parameters():
         if "lora_B" in name:  # begins with zeros, by which the gradient of A would be zero
             torch.nn.init.normal_(parameter, std=0.02)
     return wrapped
+
+
+@cache
+def text_as_prefix(folder: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of a text, block by block."""
+    ids = AutoTokenizer.from_pretrained(folder)(BEGINNING, return_tensors="pt").input_ids
+    with torch.no_grad():
+        kept = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(ids, use_cache=True).past_key_values
+    return [(layer.keys[0], layer.values[0]) for layer in kept.layers]
 
 
 def gradient_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

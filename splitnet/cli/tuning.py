@@ -7,17 +7,15 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
 
+from splitnet.cli.tuning_model import ModelToTune
 from splitnet.cli.tuning_progress import TuningProgress
-from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.remote_model import RemoteModel
-from splitnet.client.sequence_classification import attach_classifier
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
@@ -28,7 +26,7 @@ from splitnet.tuning.encoding import Encoded, Encoder
 from splitnet.tuning.evaluation import Evaluation, evaluate
 from splitnet.tuning.folder import TuningFolder
 from splitnet.tuning.loss_curve import draw_loss_curve
-from splitnet.tuning.methods import AdapterOptions, Method, begin_prefix, with_new_adapter
+from splitnet.tuning.methods import AdapterOptions, Method
 from splitnet.tuning.run import TuningRun
 from splitnet.tuning.settings import Settings
 
@@ -82,20 +80,15 @@ class Tuning:
         words = encoder.words() if classified and not self.head else None
         facts = ModelFacts.of(checkpoint)
         folder = TuningFolder(self.output)
-        folder.begin(self._description(facts.fingerprint), resume=self.resume)
+        description = self._description(facts.fingerprint)
+        folder.check(description, resume=self.resume)
         swarm = Swarm(facts, connection.join, identity=Identity.load_or_create(connection.key_file))
         try:
             torch.manual_seed(self.settings.seed)
-            model = self._model(checkpoint, swarm, connection, pad)
-            adapted = with_new_adapter(
-                model,
-                self.method,
-                replace(self.options, init_text=self._init_text()),
-                tokenizer_source=checkpoint.source,
-                head=self.head,
-            )
-            if self.method is Method.PREFIX and self.options.projection is None:
-                self._begin_prefix(adapted, model, checkpoint, swarm, connection, tokenizer)
+            labels = self.train.labels if self.head else None
+            maker = ModelToTune(checkpoint, swarm, connection.codec, connection.wait_s, tokenizer, pad, labels)
+            adapted = maker.with_adapter(self.method, self.options, self._beginning())
+            folder.begin(description)
             run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head)
             _Training(self, run, folder, held_out, words, pad).train()
         finally:
@@ -113,32 +106,7 @@ class Tuning:
             )
         return Encoder(tokenizer, wanted, template=self.template, labels=self.train.labels, head=self.head)
 
-    def _model(self, checkpoint: Checkpoint, swarm: Swarm, connection: Connection, pad: int) -> RemoteModel:
-        if not self.head:
-            return attach(checkpoint, swarm, codec=connection.codec, recovery_timeout_s=connection.wait_s)
-        names = dict(enumerate(self.train.labels))
-        model = attach_classifier(
-            checkpoint, swarm, id2label=names, codec=connection.codec, recovery_timeout_s=connection.wait_s
-        )
-        model.config.pad_token_id = pad  # by which it finds the last token of a row
-        return model
-
-    def _begin_prefix(
-        self,
-        adapted: Any,
-        model: RemoteModel,
-        checkpoint: Checkpoint,
-        swarm: Swarm,
-        connection: Connection,
-        tokenizer: Any,
-    ) -> None:
-        # A classifier keeps no keys and values, but they are those of the same blocks.
-        causal = attach(checkpoint, swarm, codec=connection.codec) if self.head else model
-        assert isinstance(causal, RemoteCausalLM)
-        ids = tokenizer(self._init_text(), return_tensors="pt").input_ids[:, : self.options.tokens]
-        begin_prefix(adapted, causal.keys_and_values(ids))
-
-    def _init_text(self) -> str:
+    def _beginning(self) -> str:
         """What prompts and prefixes begin as: words that say what the examples show."""
         if self.options.init_text is not None:
             return self.options.init_text

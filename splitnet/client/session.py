@@ -19,7 +19,7 @@ from splitnet.client.swarm import Swarm
 from splitnet.errors import PeerLost, SplitnetError
 from splitnet.model.adapters import Adapter, read_tensors
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Payload, Recall, Step
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Payload, Recall, Step, Timing
 from splitnet.net.sent_log import SentLog
 
 log = logging.getLogger(__name__)
@@ -77,9 +77,14 @@ class Session(RoutedSession):
         self._replanner = Replanner(swarm)
 
     @property
+    def timings(self) -> tuple[Timing, ...]:
+        """What the last step met at each hop."""
+        return self._chain.timings
+
+    @property
     def compute_ms(self) -> float:
         """Time that the devices of all hops spent on the last step."""
-        return sum(timing.compute_us for timing in self._chain.timings) / 1000
+        return sum(timing.compute_us for timing in self.timings) / 1000
 
     def reserve(self, positions: int) -> None:
         """Makes room for `positions` positions over all rows, on every hop.

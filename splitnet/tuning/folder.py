@@ -33,19 +33,24 @@ class TuningFolder:
         self._metrics = path / "metrics.jsonl"
         self._checkpoint = path / "checkpoint.safetensors"
 
-    def begin(self, settings: dict[str, Any], *, resume: bool) -> None:
-        """Claims the folder for a run with these settings.
+    def check(self, settings: dict[str, Any], *, resume: bool) -> None:
+        """Finds out whether a run with these settings may begin here, or go on.
 
         Raises:
-            DataError: it holds another run, or none that could go on.
+            DataError: the folder holds another run, or none that could go on.
         """
-        settings = json.loads(json.dumps(settings))
         if resume:
-            self._refuse_other(settings)
-            return
-        if self.path.is_dir() and any(self.path.iterdir()):
+            self._refuse_other(json.loads(json.dumps(settings)))
+        elif self.path.is_dir() and any(path not in (self._settings, self._metrics) for path in self.path.iterdir()):
             found = "a run: --resume goes on with it, or" if self._settings.exists() else "files:"
             raise DataError(f"{self.path} already holds {found} give another --output")
+
+    def begin(self, settings: dict[str, Any]) -> None:
+        """Claims the folder for a run.
+
+        Raises:
+            DataError: it cannot be written.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

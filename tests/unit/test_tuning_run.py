@@ -143,19 +143,23 @@ def test_accuracy_by_words() -> None:
 class TestFolder:
     def test_a_run_goes_on_with_its_own_options_only(self, tmp_path: Path) -> None:
         folder = TuningFolder(tmp_path / "run")
-        folder.begin({"steps": 3, "method": "lora"}, resume=False)
+        folder.check({"steps": 3, "method": "lora"}, resume=False)
+        folder.begin({"steps": 9, "method": "lora"})  # and ended before anything was trained
+        folder.check({"steps": 3, "method": "lora"}, resume=False)
+        folder.begin({"steps": 3, "method": "lora"})
+        folder.save_checkpoint({}, {})
         with pytest.raises(DataError, match="--resume goes on"):
-            folder.begin({"steps": 3, "method": "lora"}, resume=False)
-        folder.begin({"steps": 3, "method": "lora"}, resume=True)
+            folder.check({"steps": 3, "method": "lora"}, resume=False)
+        folder.check({"steps": 3, "method": "lora"}, resume=True)
         with pytest.raises(DataError, match="has steps 3, not 4"):
-            folder.begin({"steps": 4, "method": "lora"}, resume=True)
+            folder.check({"steps": 4, "method": "lora"}, resume=True)
 
     def test_folders_of_something_else_are_left_alone(self, tmp_path: Path) -> None:
         (tmp_path / "thesis.tex").write_text("")
         with pytest.raises(DataError, match="already holds files"):
-            TuningFolder(tmp_path).begin({}, resume=False)
+            TuningFolder(tmp_path).check({}, resume=False)
         with pytest.raises(DataError, match="no run to go on with"):
-            TuningFolder(tmp_path).begin({}, resume=True)
+            TuningFolder(tmp_path).check({}, resume=True)
 
     def test_metrics_after_the_checkpoint_are_dropped(self, tmp_path: Path) -> None:
         folder = TuningFolder(tmp_path)

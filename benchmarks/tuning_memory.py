@@ -1,0 +1,89 @@
+"""Memory that fine-tuning takes: of the client, of each peer, and of one process that trains the whole model with PEFT.
+
+Each is a process of its own that takes two steps; what counts is the most that it held, above what it held before.
+
+    python benchmarks/tuning_memory.py CHECKPOINT [--rows 8] [--columns 256]
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import tuning
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.client.causal_lm import attach
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.model.checkpoint import Checkpoint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="folder of a checkpoint")
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--columns", type=int, default=256)
+    parser.add_argument("--only", nargs=2, metavar=("METHOD", "ADDR"), help="train here alone; - is no swarm")
+    arguments = parser.parse_args()
+    torch.set_num_threads(tuning.PEERS)
+    if arguments.only:
+        train(arguments.checkpoint, *arguments.only, arguments.rows, arguments.columns)
+        return
+    print(f"{arguments.rows} rows of {arguments.columns} tokens.\n")
+    print(
+        "| method | whole model with PEFT: before, MiB | training adds | client: before | adds | peer: before | adds |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for method in tuning.METHODS:
+        with LocalSwarm(arguments.checkpoint, tuning.PEERS) as peers:
+            address = peers.wait()
+            before = [reset(process.pid) for process in peers.processes]
+            client = run(method, address, sys.argv[1:])
+            added = [peak(process.pid) - held for process, held in zip(peers.processes, before, strict=True)]
+        alone = run(method, "-", sys.argv[1:])
+        cells = [*alone, *client, max(before), max(added)]
+        print(f"| {method} | {' | '.join(f'{cell:.0f}' for cell in cells)} |", flush=True)
+
+
+def run(method: str, address: str, arguments: Sequence[str]) -> tuple[float, float]:
+    """MiB before training, and what it adds, in a new process."""
+    command = [sys.executable, __file__, *arguments, "--only", method, address]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    before, added = map(float, printed.split())
+    return before, added
+
+
+def train(folder: str, method: str, address: str, rows: int, columns: int) -> None:
+    """Two steps; prints MiB before them, and what they add."""
+    if address == "-":
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    else:
+        checkpoint = Checkpoint.open(folder)
+        model = attach(checkpoint, Swarm(ModelFacts.of(checkpoint), [address]), codec="int8")
+    adapted = tuning.adapted(model, method)
+    ids = AutoTokenizer.from_pretrained(folder)(tuning.TEXT.read_text(), return_tensors="pt")["input_ids"][0]
+    batch = torch.stack([ids[row * 7 : row * 7 + columns] for row in range(rows)])
+    before = reset()
+    tuning.curve(adapted, [{"input_ids": batch, "attention_mask": torch.ones_like(batch), "labels": batch}], 2)
+    print(before, peak() - before)
+
+
+def reset(pid: int | str = "self") -> float:
+    """MiB that a process holds now; its peak counts from here on (Linux)."""
+    Path(f"/proc/{pid}/clear_refs").write_text("5")
+    return peak(pid)
+
+
+def peak(pid: int | str = "self") -> float:
+    """The most MiB that a process has held."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+if __name__ == "__main__":
+    main()
