@@ -35,9 +35,7 @@ def main() -> None:
         train(arguments.checkpoint, *arguments.only, arguments.rows, arguments.columns)
         return
     print(f"{arguments.rows} rows of {arguments.columns} tokens.\n")
-    print(
-        "| method | whole model with PEFT: before, MiB | training adds | client: before | adds | peer: before | adds |"
-    )
+    print("| method | PEFT, whole model: before, MiB | training adds | client: before | adds | a peer: before | adds |")
     print("|---|---|---|---|---|---|---|")
     for method in tuning.METHODS:
         with LocalSwarm(arguments.checkpoint, tuning.PEERS) as peers:
