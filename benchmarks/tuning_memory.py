@@ -32,7 +32,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(tuning.PEERS)
     if arguments.only:
-        train(arguments.checkpoint, *arguments.only, arguments.rows, arguments.columns)
+        method, address = arguments.only
+        train(arguments.checkpoint, method, address, arguments.rows, arguments.columns)
         return
     print(f"{arguments.rows} rows of {arguments.columns} tokens.\n")
     print("| method | PEFT, whole model: before, MiB | training adds | client: before | adds | a peer: before | adds |")

@@ -9,7 +9,7 @@ import torch
 
 from peers.failures import failure_of
 from peers.service import Service
-from peers.session import PassWork
+from peers.session import GradientSum, PassWork, Session
 from splitnet.errors import AdapterError, CodecError, ProtocolError
 from splitnet.model.adapters import (
     PREFIX_KEYS,
@@ -80,8 +80,21 @@ class PassEngine:
             hidden, forward.lengths, gradient, adapter, session.start, session.end
         )
         payload = codec_by_code(forward.gradient_codec).encode(gradient)
+        by_adapter = self._added_up(session, message, by_adapter)
         parts = [write_tensors(group) for group in split_tensors(by_adapter)] if by_adapter else []
         self._service.pass_went_back(work, payload, parts)
+
+    @staticmethod
+    def _added_up(session: Session, message: Gradient, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The gradient by the adapter that goes to the client now: nothing, or the sum of its batch."""
+        before, session.gradient_sum = session.gradient_sum, None
+        # What an abandoned batch has left is of another epoch, or begins at another number.
+        if tensors and before is not None and (before.epoch, before.since) == (message.epoch, message.since):
+            tensors = {name: before.tensors[name] + tensor for name, tensor in tensors.items()}
+        if tensors and message.held:
+            session.gradient_sum = GradientSum(message.epoch, message.since, tensors)
+            return {}
+        return tensors
 
     def _adopt(self, work: PassWork) -> None:
         session = work.session

@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from splitnet.model.kv_cache import RowCache
 
 
+@dataclass(slots=True)
+class GradientSum:
+    """Gradients by an adapter, added up over some passes of an epoch."""
+
+    epoch: int
+    since: int
+    tensors: dict[str, torch.Tensor]
+
+
 @dataclass(slots=True, eq=False)
 class Session:
     """One client's rows along this hop.
@@ -55,6 +64,8 @@ class Session:
     """Forward passes whose input waits for a gradient, by number."""
     adapter: Adapter | None = None
     """What the client adds to the blocks. Changed by the engine's thread only."""
+    gradient_sum: GradientSum | None = None
+    """Touched by the engine's thread only, except when the session ends."""
     adapter_version: int = 0
     adapter_parts: list[AdapterMessage] = field(default_factory=list)
     """Of a version that is still coming in."""

@@ -5,6 +5,7 @@ A part of the service: it is called under the service's lock, and the engine bri
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from peers.outbox import Outbox, timing_of
@@ -33,6 +34,9 @@ Request = Forward | Gradient | Adapter | Recall
 
 MAX_PASS_POSITIONS = 4096
 """Of a pass, unless a single sequence is longer."""
+
+ADAPTER_COPIES = 2
+"""The adapter, and the sum of its gradients."""
 
 
 class TrainingMemory:
@@ -103,7 +107,7 @@ class Training:
         elif isinstance(message, Recall):
             self._queue.put_pass(PassWork(session, message, source, now))
         else:
-            self._memory.take(session, len(message.payload))
+            self._memory.take(session, ADAPTER_COPIES * len(message.payload))
             session.adapter_parts.append(message)
             if message.version != session.adapter_parts[0].version:
                 self._give_back_parts(session)
@@ -121,7 +125,7 @@ class Training:
     def end(self, session: Session) -> None:
         """Lets go of everything of a session."""
         self.forget(session)
-        session.adapter, session.adapter_version = None, 0
+        session.adapter, session.adapter_version, session.gradient_sum = None, 0, None
         session.adapter_parts.clear()
         self._memory.give_back(session, session.training_bytes)
 
@@ -158,15 +162,15 @@ class Training:
             self._outbox.send(
                 session.reply_to, AdapterGradient(session.id, message.epoch, message.number, remaining, part)
             )
-        gradient = Gradient(session.id, message.epoch, message.number, session.start, forward.gradient_codec, payload)
-        self._outbox.send(work.source, gradient)
+        codec = forward.gradient_codec
+        self._outbox.send(work.source, replace(message, boundary=session.start, codec=codec, payload=payload))
 
     def adopted(self, work: PassWork) -> None:
         """The engine has taken an adapter over."""
         session, message = work.session, work.message
         assert isinstance(message, Adapter)
         # Of the former version, whose memory is free now, only the new one's parts remain accounted for.
-        former, session.adapter_bytes = session.adapter_bytes, sum(len(part.payload) for part in session.adapter_parts)
+        former, session.adapter_bytes = session.adapter_bytes, _nbytes(session.adapter_parts)
         session.adapter_parts.clear()
         if session.closed:
             return
@@ -214,8 +218,12 @@ class Training:
             self._release(work)
 
     def _give_back_parts(self, session: Session) -> None:
-        self._memory.give_back(session, sum(len(part.payload) for part in session.adapter_parts))
+        self._memory.give_back(session, _nbytes(session.adapter_parts))
         session.adapter_parts.clear()
+
+
+def _nbytes(parts: Iterable[Adapter]) -> int:
+    return ADAPTER_COPIES * sum(len(part.payload) for part in parts)
 
 
 def number_of(message: Request) -> int:

@@ -10,6 +10,7 @@ import typer
 from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
 from splitnet.cli.generate import Wait
 from splitnet.errors import SplitnetError
+from splitnet.tuning.data import TEMPLATE
 from splitnet.tuning.methods import AdapterOptions, Method, PromptNetwork
 from splitnet.tuning.settings import Schedule, Settings
 
@@ -35,7 +36,7 @@ def tune(
     template: Annotated[
         str,
         typer.Option(help="What the model reads of a text with a label.", rich_help_panel=_DATA),
-    ] = "{text}\nLabel:",
+    ] = TEMPLATE,
     head: Annotated[
         bool,
         typer.Option(

@@ -136,7 +136,8 @@ class Tuning:
         elif self.train.form == "chat":
             typer.echo(f"Use it: splitnet chat {connection.model} {joins} --adapter {self.output}")
         else:
-            typer.echo(f'Use it: splitnet generate {connection.model} {joins} --adapter {self.output} --raw "..."')
+            prompt = self.template.replace("{text}", "...") if self.train.form == "classification" else "..."
+            typer.echo(f'Use it: splitnet generate {connection.model} {joins} --adapter {self.output} --raw "{prompt}"')
 
 
 class _Training:
@@ -209,8 +210,9 @@ class _Training:
     def _evaluate_if_due(self) -> None:
         done, every = self._run.done, self._tuning.eval_every
         due = done in (0, self._tuning.settings.steps) or (every and done % every == 0)
-        seen = any(line["step"] == done and "eval_loss" in line for line in self._folder.metrics())
-        if self._held_out and due and not seen:
+        if not self._held_out or not due:
+            return
+        if not any(line["step"] == done and "eval_loss" in line for line in self._folder.metrics()):
             self._evaluate()
 
     def _evaluate(self) -> None:

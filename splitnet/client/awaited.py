@@ -114,23 +114,16 @@ class AwaitedReplay(Awaited):
 
 @dataclass(slots=True)
 class AwaitedPass(Awaited):
-    """A pass over whole sequences: its output, and then the gradients, if `back` is set."""
+    """A pass over whole sequences: its output, and once it goes back the gradients of its batch."""
 
     forward: Forward
     result: Result | None = None
-    back: tuple[int, Payload] | None = None
-    """Codec and bytes of the gradient by the output, once the client has it."""
+    back: WayBack | None = None
     gradient: Gradient | None = None
-    by_adapter: dict[Endpoint, list[Payload]] = field(default_factory=dict)
-    _whole: set[Endpoint] = field(default_factory=set)
-    _expected: set[Endpoint] = field(default_factory=set)
-    """Hops whose gradients have come, and those that will send some."""
 
     @property
     def done(self) -> bool:
-        if self.back is None:
-            return self.result is not None
-        return self.gradient is not None and self._expected <= self._whole
+        return self.result is not None if self.back is None else self.back.batch.done
 
     @property
     def message(self) -> Forward:
@@ -139,34 +132,21 @@ class AwaitedPass(Awaited):
     def send(self, route: Route) -> None:
         """Sends it through the blocks, in the route's epoch."""
         self.result, self.gradient = None, None
-        self.by_adapter, self._whole = {}, set()
+        if self.back is not None:
+            self.back.batch.rewind()
         self.forward = replace(self.forward, epoch=route.epoch)
         route.send(route.first, self.forward)
-
-    def go_back(self, codec: int, payload: Payload, adapter: int, route: Route) -> None:
-        """Sends the gradient by the output up the route.
-
-        The pass itself is done again if the route is another by now, or the blocks ran with another adapter meanwhile.
-        """
-        self.back = codec, payload
-        if self.forward.epoch == route.epoch and self.forward.adapter == adapter:
-            self._send_gradient(route)
-        else:
-            self.forward = replace(self.forward, adapter=adapter)
-            self.send(route)
 
     def take(self, source: Endpoint, message: Message, route: Route) -> None:
         match message:
             case Result() if source == route.tail:
-                again, self.result = self.result is None, message
-                if again and self.back is not None:
-                    self._send_gradient(route)
+                self.result = message
+                if self.back is not None:
+                    self.back.batch.send_ready(route)
             case Gradient() if source == route.first:
                 self.gradient = message
-            case AdapterGradient():
-                self.by_adapter.setdefault(source, []).append(message.payload)
-                if not message.remaining:
-                    self._whole.add(source)
+            case AdapterGradient() if self.back is not None:
+                self.back.batch.take(source, message)
             case _:
                 pass
 
@@ -174,11 +154,76 @@ class AwaitedPass(Awaited):
         if not self.done:
             self.send(route)
 
-    def _send_gradient(self, route: Route) -> None:
-        assert self.back is not None and self.result is not None
-        forward, end = self.forward, self.result.end
-        self._expected = route.adapted_hops() if forward.adapter else set()
-        route.send(route.tail, Gradient(forward.session, forward.epoch, forward.number, end, *self.back))
+
+@dataclass(slots=True)
+class WayBack:
+    """What a pass goes back with."""
+
+    batch: AwaitedBatch
+    codec: int
+    payload: Payload
+    """The encoded gradient by the output."""
+
+
+@dataclass(slots=True)
+class AwaitedBatch:
+    """Passes that go back together.
+
+    Hops add up their gradients by the adapter in the order of the passes, so all are done, or repeated, as one.
+    """
+
+    passes: list[AwaitedPass]
+    by_adapter: dict[Endpoint, list[Payload]] = field(default_factory=dict)
+    _sent: int = 0
+    """How many passes have been sent back, the first ones."""
+    _whole: set[Endpoint] = field(default_factory=set)
+    _expected: set[Endpoint] = field(default_factory=set)
+    """Hops whose sums have come, and those that will send some."""
+
+    @property
+    def done(self) -> bool:
+        return all(each.gradient is not None for each in self.passes) and self._expected <= self._whole
+
+    def go_back(self, adapter: int, route: Route) -> None:
+        """Sends the gradients by the output up the route.
+
+        The passes themselves are done again if the route is another by now, or the blocks ran with another adapter
+        meanwhile.
+        """
+        if all(each.forward.epoch == route.epoch and each.forward.adapter == adapter for each in self.passes):
+            self.send_ready(route)
+            return
+        for each in self.passes:
+            each.forward = replace(each.forward, adapter=adapter)
+            each.send(route)
+
+    def rewind(self) -> None:
+        """The passes are done again."""
+        self._sent = 0
+
+    def send_ready(self, route: Route) -> None:
+        """Sends back what can go back, in order."""
+        while self._sent < len(self.passes) and self.passes[self._sent].result is not None:
+            if not self._sent:
+                adapted = self.passes[0].forward.adapter
+                self.by_adapter, self._whole = {}, set()
+                self._expected = route.adapted_hops() if adapted else set()
+            self._send(self.passes[self._sent], route)
+            self._sent += 1
+
+    def take(self, source: Endpoint, message: AdapterGradient) -> None:
+        self.by_adapter.setdefault(source, []).append(message.payload)
+        if not message.remaining:
+            self._whole.add(source)
+
+    def _send(self, which: AwaitedPass, route: Route) -> None:
+        forward, result, back = which.forward, which.result, which.back
+        assert result is not None and back is not None
+        since, held = self.passes[0].forward.number, which is not self.passes[-1]
+        route.send(
+            route.tail,
+            Gradient(forward.session, forward.epoch, forward.number, result.end, since, held, back.codec, back.payload),
+        )
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from splitnet.client.awaited import AwaitedPass
+from splitnet.client.awaited import AwaitedBatch, AwaitedPass, WayBack
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.recovery import silence_s
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S, RoutedSession
@@ -151,13 +151,15 @@ class PassSession(RoutedSession):
         self._repair()
         self._use(batch.adapter)
         codec = self._codec_of_gradients()
+        together = AwaitedBatch(batch.passes)
         offset = 0
         for awaited in batch.passes:
             positions = awaited.forward.positions
             payload = codec.encode(gradient[offset : offset + positions])
             offset += positions
+            awaited.back = WayBack(together, codec.code, payload)
             self._chain.expect(awaited.forward.number, awaited)
-            awaited.go_back(codec.code, payload, self._version(batch), self._chain)
+        together.go_back(self._version(batch), self._chain)
         self._await_all(batch)
         self.forget(batch)
         by_input: list[torch.Tensor] = []
@@ -165,10 +167,9 @@ class PassSession(RoutedSession):
         for awaited in batch.passes:
             assert awaited.gradient is not None
             by_input.append(self._decode(awaited.gradient.codec, awaited.gradient.payload, awaited))
-            for payloads in awaited.by_adapter.values():
-                for payload in payloads:
-                    for name, tensor in read_tensors(payload).items():
-                        by_adapter[name] = by_adapter[name] + tensor if name in by_adapter else tensor
+        for payloads in together.by_adapter.values():
+            for payload in payloads:
+                by_adapter.update(read_tensors(payload))
         wanted = batch.adapter.tensors if batch.adapter is not None else {}
         if {name: tensor.shape for name, tensor in by_adapter.items()} != {n: t.shape for n, t in wanted.items()}:
             raise PeerFailed("the peers sent gradients of other parameters than the adapter has")

@@ -279,6 +279,10 @@ class Gradient:
     number: int = _wire(_NUMBER)
     """Of the `Forward`."""
     boundary: int = _wire(uint(MAX_BLOCKS))
+    since: int = _wire(_NUMBER)
+    """Number of the first of the passes over which hops add up the gradients by the adapter."""
+    held: bool = _wire(flag)
+    """More of them follow; with the last one the sum goes to the client."""
     codec: int = _wire(uint(255))
     payload: Payload = b""
 
@@ -318,7 +322,7 @@ class AdapterGradient:
     session: bytes = _session()
     epoch: int = _epoch()
     number: int = _wire(_NUMBER)
-    """Of the `Forward`."""
+    """Of the last `Forward` that it is summed over."""
     remaining: int = _wire(_NUMBER)
     """How many messages of it follow."""
     payload: Payload = b""

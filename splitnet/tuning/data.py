@@ -23,6 +23,10 @@ FIELDS: dict[Form, tuple[str, ...]] = {
 ROLES = ("system", "user", "assistant", "tool")
 
 
+TEMPLATE = "{text} Label:"
+"""What a model reads of a text before its label comes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Example:
     """One example and the line it stands on, counted from 1."""

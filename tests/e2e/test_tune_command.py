@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from splitnet.tuning.data import read_examples
+from splitnet.tuning.data import TEMPLATE, read_examples
 from splitnet.tuning.encoding import Encoder
 from splitnet.tuning.evaluation import evaluate
 from tests.e2e.daemons import Daemon, Finished, background, daemons, run
@@ -84,7 +84,7 @@ def test_what_is_trained_is_the_same_in_plain_peft(
     base = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, str(output))
     examples = read_examples(data)
-    encoder = Encoder(tokenizer, 64, template="{text}\nLabel:", labels=examples.labels)
+    encoder = Encoder(tokenizer, 64, template=TEMPLATE, labels=examples.labels)
     result = evaluate(plain, encoder.encode(examples), batch_size=3, pad=tokenizer.pad_token_id, words=encoder.words())
     assert result.loss == pytest.approx(evaluations[-1]["eval_loss"], rel=1e-5)
     assert result.accuracy == evaluations[-1]["eval_accuracy"]
@@ -120,6 +120,6 @@ def test_a_head_that_tells_labels(words: Words, small: Path, data: Path, tokeniz
     base.config.pad_token_id = tokenizer.pad_token_id
     plain = PeftModel.from_pretrained(base, str(output))
     examples = read_examples(data)
-    rows = Encoder(tokenizer, 64, template="{text}\nLabel:", labels=examples.labels, head=True).encode(examples)
+    rows = Encoder(tokenizer, 64, template=TEMPLATE, labels=examples.labels, head=True).encode(examples)
     result = evaluate(plain, rows, batch_size=3, pad=tokenizer.pad_token_id, head=True)
     assert result.loss == pytest.approx(metrics(output)[-1]["eval_loss"], rel=1e-4)

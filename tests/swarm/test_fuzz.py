@@ -246,7 +246,16 @@ def training(draw: st.DrawFn) -> Message:
     match draw(st.integers(0, 4)):
         case 0:
             boundary = draw(st.sampled_from([3, 3, 3, 0, 6]))
-            return Gradient(session, epoch, number, boundary, codec, draw(payloads(codec, draw(st.integers(1, 9)))))
+            return Gradient(
+                session,
+                epoch,
+                number,
+                boundary,
+                draw(numbers),
+                draw(st.booleans()),
+                codec,
+                draw(payloads(codec, draw(st.integers(1, 9)))),
+            )
         case 1:
             names = draw(st.dictionaries(tensor_names, tensors, max_size=4))
             payload = write_tensors(names) if draw(st.integers(0, 4)) else draw(st.binary(max_size=99))
@@ -340,7 +349,7 @@ def test_mutated_frames(attacker: Attacker) -> None:
         Step(SESSIONS[0], 1, 1, (Part(1, 0, 3, 1),), None, 0, 0, payload),
         Step(SESSIONS[0], 1, 2, (Part(1, 0, 1, 1), Part(2, 0, 2, 1)), (Fork(2, 1),), 0, 0, payload),
         Forward(SESSIONS[0], 1, 1, 0, (2, 1), True, 0, 0, 0, payload),
-        Gradient(SESSIONS[0], 1, 1, 3, 0, payload),
+        Gradient(SESSIONS[0], 1, 1, 3, 1, False, 0, payload),
         Adapter(SESSIONS[0], 1, 1, 0, write_tensors({"0.prefix_keys": torch.ones(2, 3, 16)})),
         Recall(SESSIONS[0], 1, 1, 1, 3),
         Replay(SESSIONS[0], 1, 1, 6),

@@ -33,6 +33,12 @@ def twins(folder: Path) -> Iterator[LocalSwarm]:
         yield started
 
 
+@pytest.fixture(autouse=True)
+def several_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for batches as small as these."""
+    monkeypatch.setattr("splitnet.client.pass_session.MIN_POSITIONS", 8)
+
+
 def train(model: PeftModel, steps: int, between: Callable[[int], None] = lambda step: None) -> torch.Tensor:
     """Some steps of SGD; `between` runs after each forward pass. Gives the adapter."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -161,12 +167,14 @@ def test_clients_with_different_adapters_do_not_see_each_other(swarm: LocalSwarm
 def test_what_is_kept_for_a_client_is_dropped_when_it_goes_on_or_leaves(swarm: LocalSwarm) -> None:
     with swarm.visit() as visit:
         model = wrapped(visit.model(), lora("llama"))
+        kept: list[int] = []
         for seed in range(5):
             model(**batch(seed))  # nobody goes back
-        peer = used(swarm, model, 0)
-        session = peer.sessions.get(session_of(model).id)
-        assert session is not None
-        assert len(session.kept) == 1  # of the last one, as the next would have said
+            session = used(swarm, model, 0).sessions.get(session_of(model).id)
+            assert session is not None
+            kept.append(len(session.kept))
+        assert kept[0] > 1
+        assert len(set(kept)) == 1  # those of the last batch, as the next one says
     memories = [peer.service._training._memory for peer in swarm.peers]
     for peer in swarm.peers:
         peer.service.forget_all()

@@ -42,6 +42,9 @@ from tests.unit.test_service import (
 BYTES = 3 * 4 * HIDDEN
 """Of a pass of three positions."""
 
+ADAPTER_BYTES = 2 * len(b"tensors")
+"""Of an adapter and the sum of its gradients."""
+
 
 @pytest.fixture
 def peer() -> Peer:
@@ -62,7 +65,7 @@ def forward(number: int = 7, **changes: Any) -> Forward:
 
 
 def gradient(number: int = 7, **changes: Any) -> Gradient:
-    return replace(Gradient(SID, 1, number, 6, PLAIN.code, bytes(BYTES)), **changes)
+    return replace(Gradient(SID, 1, number, 6, number, False, PLAIN.code, bytes(BYTES)), **changes)
 
 
 def adapter(version: int = 1, remaining: int = 0) -> Adapter:
@@ -110,7 +113,7 @@ def test_a_pass_is_pushed_on_and_its_gradient_goes_back_the_same_way(opened: Pee
     assert sent == [
         (CLIENT, AdapterGradient(SID, 1, 7, 1, b"first")),
         (CLIENT, AdapterGradient(SID, 1, 7, 0, b"second")),
-        (PREVIOUS, Gradient(SID, 1, 7, 2, PLAIN.code, b"gradient")),
+        (PREVIOUS, Gradient(SID, 1, 7, 2, 7, False, PLAIN.code, b"gradient")),
     ]
     assert kept_bytes(opened) == 0
 
@@ -211,7 +214,7 @@ def test_a_newer_epoch_forgets_passes_and_keeps_the_adapter(opened: Peer) -> Non
     opened.says(opening(epoch=2))
     assert opened.queue.take_pass() is None
     assert ends(opened, running) == []
-    assert kept_bytes(opened) == len(b"tensors")
+    assert kept_bytes(opened) == ADAPTER_BYTES
 
 
 def test_a_session_that_ends_frees_everything(opened: Peer) -> None:
@@ -230,7 +233,7 @@ def test_a_session_that_ends_frees_everything(opened: Peer) -> None:
 
 def test_memory_is_bounded(opened: Peer) -> None:
     memory = opened.service._training._memory
-    memory.capacity = 2 * BYTES + 10
+    memory.capacity = 2 * BYTES + ADAPTER_BYTES
     goes_forward(opened, forward(7))
     goes_forward(opened, forward(8))
     assert code_of(opened.says(forward(9), PREVIOUS)) == FailureCode.BUSY
@@ -245,7 +248,7 @@ def test_a_newer_adapter_takes_the_place_of_the_older(opened: Peer) -> None:
         assert opened.queue.take_pass() is None
         opened.says(adapter(version))
         assert ends(opened, take(opened)) == [(CLIENT, Adopted(SID, 1, version))]
-        assert kept_bytes(opened) == 2 * len(b"tensors")
+        assert kept_bytes(opened) == 2 * ADAPTER_BYTES
 
 
 def test_parts_of_different_versions_are_refused(opened: Peer) -> None:
