@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     arguments = parser.parse_args()
     torch.set_num_threads(PEERS)
@@ -75,11 +77,11 @@ def main() -> None:
 
         models = {"none": remote("none"), "int8": remote("int8")}
         if "gradients" in arguments.parts:
-            compare_gradients(local, models, batches[0])
+            compare_gradients(local, models, batches[0], arguments.methods)
         if "curves" in arguments.parts:
-            compare_curves(local, models["none"], batches, arguments.steps)
+            compare_curves(local, models["none"], batches, arguments.steps, arguments.methods, arguments.learning_rate)
         if "speed" in arguments.parts:
-            compare_speed(local, models, batches, arguments.rounds)
+            compare_speed(local, models, batches, arguments.rounds, arguments.methods)
         for model in models.values():
             model.close()
 
@@ -118,10 +120,12 @@ def gradient_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad])
 
 
-def compare_gradients(local: Callable[[], Any], models: dict[str, Any], batch: dict[str, torch.Tensor]) -> None:
+def compare_gradients(
+    local: Callable[[], Any], models: dict[str, Any], batch: dict[str, torch.Tensor], methods: Sequence[str]
+) -> None:
     print("| method | trained | largest error, codec none | cosine, codec none | cosine, codec int8 |")
     print("|---|---|---|---|---|")
-    for method in METHODS:
+    for method in methods:
         expected = gradient_of(adapted(local(), method), batch)
         found: dict[str, torch.Tensor] = {}
         for codec, model in models.items():
@@ -129,13 +133,20 @@ def compare_gradients(local: Callable[[], Any], models: dict[str, Any], batch: d
             found[codec] = gradient_of(wrapped, batch)
             free(wrapped, method)
         error = float((found["none"] - expected).abs().max() / expected.abs().max())
-        cosines = [float(torch.cosine_similarity(found[codec], expected, dim=0)) for codec in ("none", "int8")]
+        cosines = [cosine(found[codec], expected) for codec in ("none", "int8")]
         print(f"| {method} | {len(expected):,} | {error:.1e} | {cosines[0]:.6f} | {cosines[1]:.6f} |", flush=True)
     print()
 
 
-def curve(model: Any, batches: list[dict[str, torch.Tensor]], steps: int) -> list[float]:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE)
+def cosine(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float(torch.cosine_similarity(one.double(), other.double(), dim=0))
+
+
+def curve(
+    model: Any, batches: list[dict[str, torch.Tensor]], steps: int, learning_rate: float = LEARNING_RATE
+) -> list[float]:
+    """The losses of some steps of AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
     losses: list[float] = []
     for step in range(steps):
         optimizer.zero_grad()
@@ -146,13 +157,20 @@ def curve(model: Any, batches: list[dict[str, torch.Tensor]], steps: int) -> lis
     return losses
 
 
-def compare_curves(local: Callable[[], Any], remote: Any, batches: list[dict[str, torch.Tensor]], steps: int) -> None:
+def compare_curves(
+    local: Callable[[], Any],
+    remote: Any,
+    batches: list[dict[str, torch.Tensor]],
+    steps: int,
+    methods: Sequence[str],
+    learning_rate: float,
+) -> None:
     print(f"| method | loss at first | after {steps} steps | largest difference to PEFT in one process |")
     print("|---|---|---|---|")
-    for method in METHODS:
-        expected = curve(adapted(local(), method), batches, steps)
+    for method in methods:
+        expected = curve(adapted(local(), method), batches, steps, learning_rate)
         wrapped = adapted(remote, method)
-        found = curve(wrapped, batches, steps)
+        found = curve(wrapped, batches, steps, learning_rate)
         free(wrapped, method)
         difference = max(abs(a - b) for a, b in zip(found, expected, strict=True))
         print(f"| {method} | {found[0]:.4f} | {found[-1]:.4f} | {difference:.1e} |", flush=True)
@@ -160,12 +178,16 @@ def compare_curves(local: Callable[[], Any], remote: Any, batches: list[dict[str
 
 
 def compare_speed(
-    local: Callable[[], Any], models: dict[str, Any], batches: list[dict[str, torch.Tensor]], rounds: int
+    local: Callable[[], Any],
+    models: dict[str, Any],
+    batches: list[dict[str, torch.Tensor]],
+    rounds: int,
+    methods: Sequence[str],
 ) -> None:
     print("| method | 1 process, tokens/s | 3 peers, codec none | ratio (range) | codec int8 | ratio (range) |")
     print("|---|---|---|---|---|---|")
     traffic: list[str] = []
-    for method in METHODS:
+    for method in methods:
         alone = adapted(local(), method)
         speeds: dict[str, list[float]] = {"alone": [], "none": [], "int8": []}
         for _ in range(rounds):

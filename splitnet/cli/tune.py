@@ -133,7 +133,7 @@ def tune(
     options = AdapterOptions(tokens, init_text, projection, network, rank, alpha, named)
     settings = Settings(
         steps=steps,
-        learning_rate=learning_rate or method.learning_rate(zeroth_order=zeroth_order),
+        learning_rate=learning_rate or method.learning_rate,
         batch_size=batch_size,
         accumulate=accumulate,
         warmup_steps=warmup,

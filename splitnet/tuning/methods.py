@@ -21,10 +21,10 @@ class Method(StrEnum):
     P_TUNING = "p-tuning"
     LORA = "lora"
 
-    def learning_rate(self, *, zeroth_order: bool) -> float:
-        """A step size to begin with, of AdamW or of `ZerothOrder`."""
-        first_order, without_gradients = _LEARNING_RATES[self]
-        return without_gradients if zeroth_order else first_order
+    @property
+    def learning_rate(self) -> float:
+        """A step size of AdamW to begin with."""
+        return _LEARNING_RATES[self]
 
 
 class PromptNetwork(StrEnum):
@@ -62,10 +62,10 @@ class AdapterOptions:
 ALL_LINEAR = "all-linear"
 
 _LEARNING_RATES = {
-    Method.PROMPT: (1e-2, 1e-2),
-    Method.PREFIX: (1e-2, 1e-3),
-    Method.P_TUNING: (1e-3, 1e-4),
-    Method.LORA: (1e-3, 1e-4),
+    Method.PROMPT: 1e-2,
+    Method.PREFIX: 1e-2,
+    Method.P_TUNING: 1e-3,
+    Method.LORA: 1e-3,
 }
 
 

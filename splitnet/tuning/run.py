@@ -13,7 +13,7 @@ import torch
 from splitnet.errors import DataError, SplitnetError
 from splitnet.tuning.encoding import Encoded, collate
 from splitnet.tuning.settings import Settings
-from splitnet.tuning.zeroth_order import ZerothOrder
+from splitnet.tuning.zeroth_order import estimate_gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +23,14 @@ class Step:
     Attributes:
         number: counted from 1.
         loss: mean over the learned tokens, or with a head over the rows, before the step.
-        gradient_norm: before clipping; None without gradients.
+        gradient_norm: before clipping.
         tokens: that went through the model, padding not counted; those of one pass.
     """
 
     number: int
     loss: float
     learning_rate: float
-    gradient_norm: float | None
+    gradient_norm: float
     tokens: int
 
 
@@ -53,18 +53,9 @@ class TuningRun:
         self._pad = pad
         self._head = head
         self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        if settings.zeroth_order:
-            self._optimizer: torch.optim.Optimizer = ZerothOrder(
-                self._trained.values(),
-                settings.learning_rate,
-                directions=settings.directions,
-                weight_decay=settings.weight_decay,
-                seed=settings.seed,
-            )
-        else:
-            self._optimizer = torch.optim.AdamW(
-                self._trained.values(), settings.learning_rate, weight_decay=settings.weight_decay
-            )
+        self._optimizer = torch.optim.AdamW(
+            self._trained.values(), settings.learning_rate, weight_decay=settings.weight_decay
+        )
 
     @property
     def trained_parameters(self) -> int:
@@ -82,15 +73,18 @@ class TuningRun:
         for group in self._optimizer.param_groups:
             group["lr"] = settings.learning_rate_at(number)
         self.model.train()
-        norm: float | None = None
+        self._optimizer.zero_grad()
         if settings.zeroth_order:
-            loss = float(self._optimizer.step(lambda: self._loss(rows, backward=False)))
+            loss = estimate_gradients(
+                self._trained.values(),
+                lambda: self._loss(rows, backward=False),
+                seed=settings.seed * 1_000_003 + number,
+                directions=settings.directions,
+            )
         else:
-            self._optimizer.zero_grad()
             loss = self._loss(rows, backward=True)
-            clip = settings.clip or math.inf
-            norm = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), clip))
-            self._optimizer.step()
+        norm = float(torch.nn.utils.clip_grad_norm_(self._trained.values(), settings.clip or math.inf))
+        self._optimizer.step()
         self.done += 1
         tokens = sum(len(row.ids) for row in rows)
         return Step(self.done, loss, settings.learning_rate_at(number), norm, tokens)

@@ -25,7 +25,7 @@ class Settings:
         warmup_steps: steps in which the learning rate rises from 0.
         schedule: how it goes on to the last step; linear and cosine go to 0.
         clip: largest norm of a gradient; 0: any.
-        zeroth_order: forward passes alone, see `ZerothOrder`; `directions` are for it.
+        zeroth_order: gradients from forward passes alone, see `estimate_gradients`; `directions` are for it.
         seed: of the order of the data, and of the directions.
     """
 

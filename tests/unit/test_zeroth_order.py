@@ -1,81 +1,87 @@
-"""Training by forward passes alone."""
+"""Gradients from forward passes alone."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from splitnet.tuning.zeroth_order import ZerothOrder
+from splitnet.tuning.zeroth_order import estimate_gradients
 
 
-def test_a_step_follows_the_slope_along_its_direction() -> None:
-    """On a linear loss the estimate is exact: the step is the direction times its product with the gradient."""
+def grad(weights: torch.nn.Parameter) -> torch.Tensor:
+    assert weights.grad is not None
+    return weights.grad
+
+
+def test_an_estimate_is_the_slope_along_its_direction() -> None:
+    """Exact on a linear loss: the direction times its product with the gradient."""
     gradient = torch.tensor([3.0, -1.0, 2.0], dtype=torch.float64)
     weights = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    optimizer = ZerothOrder([weights], lr=0.1, eps=0.01, seed=5)
-    loss = optimizer.step(lambda: (weights * gradient).sum())
-    assert loss == pytest.approx(0.0, abs=1e-12)
-    step = weights.detach() / -0.1
-    # step = (gradient . z) z, so that its product with the gradient is the square of (gradient . z)
-    assert float(step @ gradient) > 0
-    z = step / (step @ gradient).sqrt()
-    assert torch.allclose(step, (gradient @ z) * z)
+    loss = estimate_gradients([weights], lambda: (weights * gradient).sum() + 7, seed=5, eps=0.01)
+    assert loss == pytest.approx(7.0)
+    estimate = grad(weights)
+    # estimate = (gradient . z) z, so its product with the gradient is the square of (gradient . z)
+    z = estimate / (estimate @ gradient).sqrt()
+    assert torch.allclose(estimate, (gradient @ z) * z)
+    assert torch.equal(weights, torch.zeros(3, dtype=torch.float64))
 
 
 def test_many_directions_come_near_the_gradient() -> None:
     gradient = torch.randn(10, generator=torch.Generator().manual_seed(0))
     weights = torch.nn.Parameter(torch.ones(10))
-    ZerothOrder([weights], lr=1.0, directions=2000).step(lambda: (weights * gradient).sum())
-    assert float(torch.cosine_similarity(1 - weights.detach(), gradient, dim=0)) > 0.99
+    estimate_gradients([weights], lambda: (weights * gradient).sum(), seed=0, directions=2000)
+    assert float(torch.cosine_similarity(grad(weights), gradient, dim=0)) > 0.99
+    assert float(grad(weights).norm() / gradient.norm()) == pytest.approx(1, abs=0.1)
 
 
 def test_it_minimises() -> None:
     target = torch.randn(8, generator=torch.Generator().manual_seed(1))
     weights = torch.nn.Parameter(torch.zeros(8))
-    optimizer = ZerothOrder([weights], lr=0.02)
-    losses = [optimizer.step(lambda: ((weights - target) ** 2).sum()) for _ in range(300)]
+    optimizer = torch.optim.SGD([weights], lr=0.02)
+    losses: list[float] = []
+    for step in range(300):
+        losses.append(estimate_gradients([weights], lambda: ((weights - target) ** 2).sum(), seed=step))
+        optimizer.step()
     assert losses[-1] < 0.01 * losses[0]
 
 
-def test_the_same_seed_gives_the_same_steps_also_from_a_saved_state() -> None:
-    def train(steps: int, weights: torch.nn.Parameter, state: object = None) -> object:
-        optimizer = ZerothOrder([weights], lr=0.05, seed=3)
-        if state is not None:
-            optimizer.load_state_dict(state)  # type: ignore[arg-type]
-        for _ in range(steps):
-            optimizer.step(lambda: (weights**2).sum())
-        return optimizer.state_dict()
-
-    whole, parts = (torch.nn.Parameter(torch.ones(4)) for _ in range(2))
-    train(6, whole)
-    train(4, parts, train(2, parts))
-    assert torch.equal(whole, parts)
-    assert not torch.equal(whole, torch.ones(4))
+def test_the_seed_makes_the_directions() -> None:
+    estimates: list[torch.Tensor] = []
+    for seed in (3, 3, 4):
+        weights = torch.nn.Parameter(torch.ones(4))
+        estimate_gradients([weights], lambda weights=weights: (weights**2).sum(), seed=seed)
+        estimates.append(grad(weights))
+    assert torch.equal(estimates[0], estimates[1])
+    assert not torch.equal(estimates[0], estimates[2])
 
 
 def test_frozen_parameters_stay_and_errors_leave_everything_as_it_was() -> None:
     frozen = torch.nn.Parameter(torch.ones(2), requires_grad=False)
     weights = torch.nn.Parameter(torch.ones(2))
-    optimizer = ZerothOrder([frozen, weights])
+    calls: list[torch.Tensor] = []
 
     def fails() -> float:
-        raise RuntimeError("a peer was lost")
+        calls.append(weights.detach().clone())
+        if len(calls) == 2:
+            raise RuntimeError("a peer was lost")
+        return 1.0
 
     with pytest.raises(RuntimeError, match="lost"):
-        optimizer.step(fails)
-    assert torch.equal(weights, torch.ones(2)) and torch.equal(frozen, torch.ones(2))
-    optimizer.step(lambda: weights.sum())
-    assert torch.equal(frozen, torch.ones(2)) and not torch.equal(weights, torch.ones(2))
+        estimate_gradients([frozen, weights], fails, seed=0)
+    assert not torch.equal(calls[0], calls[1])
+    assert torch.equal(weights, torch.ones(2)) and weights.grad is None
+    estimate_gradients([frozen, weights], lambda: weights.sum(), seed=0)
+    assert torch.equal(frozen, torch.ones(2)) and frozen.grad is None and grad(weights).abs().sum() > 0
 
 
-def test_no_gradients_are_recorded_and_none_is_needed() -> None:
+def test_no_graph_is_recorded() -> None:
     weights = torch.nn.Parameter(torch.ones(2))
 
-    def closure() -> torch.Tensor:
-        loss = weights.sum()
-        assert not loss.requires_grad
-        return loss
+    def loss() -> torch.Tensor:
+        computed = weights.sum()
+        assert not computed.requires_grad
+        return computed
 
-    ZerothOrder([weights]).step(closure)
-    with pytest.raises(ValueError, match="closure"):
-        ZerothOrder([weights]).step()
+    estimate_gradients([weights], loss, seed=0)
+    with pytest.raises(ValueError, match="directions must be at least 1"):
+        estimate_gradients([weights], loss, seed=0, directions=0)
