@@ -21,10 +21,10 @@ def estimate_gradients(
 ) -> float:
     """Sets `grad` of what is trained to an estimate, for any torch optimizer.
 
-    Along each random direction the loss is computed a little ahead and a little behind; the slope times the direction is
-    the estimate of SPSA (Spall, 1992). With plain SGD this is MeZO (Malladi et al., "Fine-Tuning Language Models with
-    Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, algorithm 1), and with Adam its variant of appendix B. MeZO
-    stores no direction; here they are no larger than what a client trains of its own.
+    Along each random direction the loss is computed a little ahead and a little behind; the slope times the direction
+    is the estimate of SPSA (Spall, 1992). With plain SGD this is MeZO (Malladi et al., "Fine-Tuning Language Models
+    with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, algorithm 1), and with Adam its variant of appendix B.
+    MeZO stores no direction; here they are no larger than what a client trains of its own.
 
     Args:
         parameters: those that do not require gradients stay as they are.
