@@ -1,6 +1,7 @@
 """Not about English: which pieces of DNA are promoters, told by a language model whose blocks run on peers.
 
-LoRA and a head with two labels are trained; the tokenizer is one of single characters.
+The model learns, by LoRA, to write DNA after a sign for its kind; a piece is of the kind after which it is likelier.
+The tokenizer is one of single characters.
 
 splitnet peer MODEL                    # prints ADDR
 python examples/promoters.py MODEL ADDR [STEPS]
@@ -22,57 +23,69 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 import splitnet
 
 DATA = Path(__file__).parent / "data"
-LABELS = ["other", "promoter"]
+SIGNS = {"promoter": "+", "other": "-"}
+BASES = "acgt"
 BATCH = 16
+LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def character_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """Each base is a token: that of the model's vocabulary which is written like it, since its embeddings stay."""
+    """Each character is the token of the model's vocabulary that is written like it, since its embeddings stay."""
     whole = AutoTokenizer.from_pretrained(name)
-    vocabulary = {base: whole.convert_tokens_to_ids(base) for base in "acgt"}
-    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
-    characters.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=characters)
+    characters = [*BASES, *SIGNS.values()]
+    vocabulary = {character: whole.convert_tokens_to_ids(character) for character in characters}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def read(name: str, tokenizer: PreTrainedTokenizerFast) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids `[sequences, bases]` and labels `[sequences]`."""
+def read(name: str) -> list[tuple[str, str]]:
+    """Sequences of 57 bases, and what they are."""
     rows = [json.loads(line) for line in (DATA / name).read_text().splitlines()]
-    ids = tokenizer([row["text"] for row in rows], return_tensors="pt")["input_ids"]
-    return torch.as_tensor(ids), torch.tensor([LABELS.index(row["label"]) for row in rows])
+    return [(row["text"], row["label"]) for row in rows]
+
+
+def encoded(tokenizer: PreTrainedTokenizerFast, pieces: list[tuple[str, str]]) -> torch.Tensor:
+    """Token ids `[pieces, 1 + bases]`: the sign of each, and its bases."""
+    texts = [SIGNS[label] + text for text, label in pieces]
+    return torch.as_tensor(tokenizer(texts, return_tensors="pt")["input_ids"])
 
 
 @torch.no_grad()
-def accuracy(model: Any, ids: torch.Tensor, labels: torch.Tensor) -> float:
-    """Share of sequences whose label the model tells right."""
-    return float((model(input_ids=ids).logits.argmax(-1) == labels).float().mean())
+def accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, pieces: list[tuple[str, str]]) -> float:
+    """Share of pieces that are likelier after their own sign than after the other."""
+    bases = torch.as_tensor(tokenizer(BASES)["input_ids"])
+    likelihoods: dict[str, torch.Tensor] = {}
+    for label in SIGNS:
+        ids = encoded(tokenizer, [(text, label) for text, _ in pieces])
+        likely = model(input_ids=ids).logits[:, :-1, bases].log_softmax(-1)
+        likelihoods[label] = (likely * (ids[:, 1:, None] == bases)).sum((1, 2))
+    told = likelihoods["promoter"] > likelihoods["other"]
+    return float((told == torch.tensor([label == "promoter" for _, label in pieces])).float().mean())
 
 
 def main(name: str, address: str, steps: str = "60") -> None:
     torch.manual_seed(0)
     tokenizer = character_tokenizer(name)
-    ids, labels = read("promoters.train.jsonl", tokenizer)
-    held_out = read("promoters.test.jsonl", tokenizer)
-    base = splitnet.AutoModelForSequenceClassification.from_pretrained(
-        name, initial_peers=[address], num_labels=len(LABELS)
-    )
-    base.config.pad_token_id = -1  # all sequences have the same length
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])
+    pieces, held_out = read("promoters.train.jsonl"), read("promoters.test.jsonl")
+    base = splitnet.AutoModelForCausalLM.from_pretrained(name, initial_peers=[address])
+    config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules=LAYERS)
     model = get_peft_model(base, config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    print(f"before: {accuracy(model, *held_out):.0%} of the held-out sequences are told right")
-    order: list[int] = []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    print(f"before: {accuracy(model, tokenizer, held_out):.0%} of the held-out pieces are told right", flush=True)
+    order: list[tuple[str, str]] = []
     for step in range(int(steps)):
         if len(order) < BATCH:
-            order = random.Random(step).sample(range(len(ids)), len(ids))
-        chosen, order = order[:BATCH], order[BATCH:]
+            order = random.Random(step).sample(pieces, len(pieces))
+        batch, order = order[:BATCH], order[BATCH:]
+        ids = encoded(tokenizer, batch)
         optimizer.zero_grad()
-        loss = model(input_ids=ids[chosen], labels=labels[chosen]).loss
+        loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         if step % 10 == 9:
-            print(f"step {step + 1}: loss {loss.item():.3f}, {accuracy(model, *held_out):.0%}", flush=True)
-    print(f"after: {accuracy(model, *held_out):.0%}")
+            print(f"step {step + 1}: loss {loss.item():.3f}", flush=True)
+    print(f"after: {accuracy(model, tokenizer, held_out):.0%}")
     base.close()
 
 

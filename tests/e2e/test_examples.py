@@ -40,6 +40,7 @@ def printed(demo_checkpoint: Path, address: str, adapter: Path) -> dict[str, str
         "chat.py": (*swarm, "Name a colour.", "And another one."),
         "beam_search.py": swarm,
         "tune.py": (*swarm, str(adapter)),
+        "promoters.py": (*swarm, "1"),
     }
     with ThreadPoolExecutor(2) as pool:
         running = {name: pool.submit(example, name, *words) for name, words in arguments.items()}
@@ -69,6 +70,13 @@ def test_beam_search_on_a_padded_batch(printed: dict[str, str]) -> None:
     starts = ["- The sea is ", "- Two friends walk into a bakery, ", "- Water boils at "]
     assert all(
         line.startswith(start) and len(line) > len(start) + 20 for line, start in zip(lines, starts, strict=True)
+    )
+
+
+def test_dna_is_told_apart(printed: dict[str, str]) -> None:
+    """Too few steps to learn anything; it runs from the characters to both figures."""
+    assert re.fullmatch(
+        r"before: \d+% of the held-out pieces are told right\nafter: \d+%\n", printed["promoters.py"]
     )
 
 
