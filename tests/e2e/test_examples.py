@@ -75,9 +75,7 @@ def test_beam_search_on_a_padded_batch(printed: dict[str, str]) -> None:
 
 def test_dna_is_told_apart(printed: dict[str, str]) -> None:
     """Too few steps to learn anything; it runs from the characters to both figures."""
-    assert re.fullmatch(
-        r"before: \d+% of the held-out pieces are told right\nafter: \d+%\n", printed["promoters.py"]
-    )
+    assert re.fullmatch(r"before: \d+% of the held-out pieces are told right\nafter: \d+%\n", printed["promoters.py"])
 
 
 def test_tuning_teaches_a_fact_that_the_command_line_knows_too(
