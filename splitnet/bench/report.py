@@ -26,6 +26,10 @@ SWARM = "swarm"
 LOCAL = "local"
 """The two arms of the command."""
 
+_FIRST_TOKEN = "first\ntoken ms"
+_LOCAL_SPEED = f"{LOCAL}:\ntokens/s"
+_RATIO = f"{SWARM} /\n{LOCAL}"
+
 
 @dataclass(frozen=True)
 class Report:
@@ -72,23 +76,23 @@ class Report:
         table.add_column("test", no_wrap=True)
         columns = ["context"] * any(case.context for case in cases)
         columns += ["clients"] * any(case.clients > 1 for case in cases)
-        columns += ["tokens/s", "first token ms", "ms/token", "p95"]
-        columns += [f"{LOCAL}: tokens/s", f"{SWARM} / {LOCAL}"] * (len(self.arms) > 1)
+        columns += ["tokens/s", _FIRST_TOKEN, "ms/token", "p95"]
+        columns += [_LOCAL_SPEED, _RATIO] * (len(self.arms) > 1)
         for column in columns:
-            table.add_column(column, justify="right", no_wrap=True)
+            table.add_column(column, justify="right")
         for measured in self.measured:
             case, spreads = measured.case, measured.spreads(first)
             cells = {
                 "context": f"{case.context:,}" if case.decodes else "",
                 "clients": str(case.clients) if case.decodes else "",
                 "tokens/s": with_range(spreads[TOKENS_PER_S]),
-                "first token ms": number(spreads[FIRST_TOKEN_MS].median) if not case.decodes else "",
+                _FIRST_TOKEN: number(spreads[FIRST_TOKEN_MS].median) if not case.decodes else "",
                 "ms/token": number(spreads[TOKEN_MS_P50].median) if case.decodes else "",
                 "p95": number(spreads[TOKEN_MS_P95].median) if case.decodes else "",
             }
             if len(self.arms) > 1:
-                cells[f"{LOCAL}: tokens/s"] = with_range(measured.spreads(LOCAL)[TOKENS_PER_S])
-                cells[f"{SWARM} / {LOCAL}"] = f"{measured.ratio(SWARM, LOCAL).median:.2f}"
+                cells[_LOCAL_SPEED] = with_range(measured.spreads(LOCAL)[TOKENS_PER_S])
+                cells[_RATIO] = f"{measured.ratio(SWARM, LOCAL).median:.2f}"
             table.add_row(case.name, *(cells[column] for column in columns))
         return table
 
