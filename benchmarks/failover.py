@@ -27,9 +27,10 @@ from pathlib import Path
 
 import torch
 from netlab import Lab, LabError
-from netlab.generation import Clock, generate
+from netlab.generation import generate
 from netlab.peers import LabPeers
 
+from splitnet.bench.clock import Clock
 from splitnet.client.cache import RemoteCache
 from splitnet.client.causal_lm import attach
 from splitnet.client.recovery import Recovered

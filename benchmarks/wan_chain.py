@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 from netlab import Lab, LabError
-from netlab.generation import Clock, generate
+from netlab.generation import generate
 from netlab.peers import GuidedSwarm, LabPeers, StepTimes, measure_steps
 
+from splitnet.bench.clock import Clock
 from splitnet.client.causal_lm import attach
 from splitnet.client.planner import PlannedHop
 from splitnet.client.session import Session

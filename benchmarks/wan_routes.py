@@ -34,9 +34,10 @@ from pathlib import Path
 import torch
 from netlab import Lab, LabError
 from netlab.crowd import ANSWER_TOKENS, PROMPT_POSITIONS, Crowd
-from netlab.generation import Clock, generate
+from netlab.generation import generate
 from netlab.peers import GuidedSwarm, LabPeers, RouteChanged, measure_steps
 
+from splitnet.bench.clock import Clock
 from splitnet.client.causal_lm import attach
 from splitnet.client.planner import PlannedHop
 from splitnet.client.session import Session

@@ -48,6 +48,15 @@ JoinIfAny = Annotated[
         help="Address of a swarm to join; without it a new one starts.",
     ),
 ]
+JoinToMeasure = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--join",
+        metavar="ADDR",
+        callback=_checked_addresses,
+        help="Address of a swarm to measure; repeat for several of one swarm.",
+    ),
+]
 CodecName = Annotated[
     str, typer.Option("--codec", help="How activations travel: auto, or a name from docs/codecs.md such as int8.")
 ]

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import splitnet
+from splitnet.cli.bench import bench
 from splitnet.cli.chat import chat
 from splitnet.cli.demo import demo
 from splitnet.cli.generate import generate
@@ -28,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (peer, generate, chat, tune, status, plan, key, demo, simulate):
+for command in (peer, generate, chat, tune, status, bench, plan, key, demo, simulate):
     app.command()(command)
 
 

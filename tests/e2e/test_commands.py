@@ -26,7 +26,7 @@ from tests.e2e.small_model import small_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-COMMANDS = ["peer", "generate", "chat", "tune", "status", "key", "demo"]
+COMMANDS = ["peer", "generate", "chat", "tune", "status", "bench", "key", "demo"]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
 KV = ("--kv-memory", "64MiB")
 
@@ -144,6 +144,18 @@ FAILURES: dict[str, tuple[str, str]] = {
     "tune: only warm-up": (f"{TUNE} {{plain}} --warmup 100", "100 steps of warm-up leave none of 100: lower --warmup"),
     "tune: nothing learned": (f"{TUNE} {{plain}} --lr 0", "with --lr 0 nothing is learned: leave it out"),
     "tune: nothing to resume": (f"{TUNE} {{plain}} --resume", "holds no run to go on with: leave out --resume"),
+    "bench: no arm": ("bench {small}", "there is nothing to measure: give --join ADDR for a swarm, --local"),
+    "bench: no test": ("bench {small} --local --prefill 0 --decode 0", "leave nothing to measure: give tokens to one"),
+    "bench: a long prompt": (
+        "bench {small} --join {nobody} --prefill 8 --prefill 257",
+        "a prompt of 257 tokens is more than the model's context of 256: lower --prefill",
+    ),
+    "bench: a long answer": (
+        "bench {small} --local --prefill 0 --context 200 --decode 57",
+        "57 tokens after a context of 200 are 257 positions, more than the model's context of 256: lower --context",
+    ),
+    "bench: no such codec": ("bench {small} --join {holed} --codec zip", "there is no codec 'zip'; use one of"),
+    "bench: a hole": ("bench {small} --join {holed} --prefill 8", "blocks 4..5 of .* are served by nobody: start a"),
     "tune: no such layer": (f"{TUNE} {{plain}} --join {{private}} --targets wing", "LoRA does not fit .* --targets"),
 }
 

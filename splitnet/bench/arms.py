@@ -1,0 +1,156 @@
+"""The two ways to run a model that are compared: through a swarm, and in plain transformers. Both call `generate()`."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from splitnet.bench.cases import Case
+from splitnet.bench.clock import Clock
+from splitnet.bench.figures import Answer, Round, Route, RouteHop, Traffic
+from splitnet.bench.gate import Gate, run_together
+from splitnet.client.cache import RemoteCache
+from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.client.session import Session
+from splitnet.errors import UnsupportedModel
+from splitnet.model.checkpoint import Checkpoint
+
+
+class SwarmArm:
+    """Clients of a swarm, each with a session and a thread of its own; all use one model.
+
+    Args:
+        model: with remote blocks.
+        seed: of the tokens of prompts.
+    """
+
+    def __init__(self, model: RemoteCausalLM, seed: int) -> None:
+        self._model = model
+        self._seed = seed
+
+    def run(self, case: Case) -> Round:
+        """Runs a case once.
+
+        Raises:
+            SplitnetError: the swarm could not do it.
+        """
+        prompts = random_prompts(self._model.config.vocab_size, case, self._seed)
+        gate = Gate(case.clients)
+        clients = [_Client(self._model, prompt, case, gate) for prompt in prompts.split(1)]
+        return tuple(run_together([client.run for client in clients], gate))
+
+
+class LocalArm:
+    """Plain transformers in this process; several clients are the rows of one batch.
+
+    Args:
+        checkpoint: is loaded whole, in the type that it is stored in.
+        seed: of the tokens of prompts.
+
+    Raises:
+        UnsupportedModel: transformers cannot load it.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, seed: int) -> None:
+        self._seed = seed
+        try:
+            self._model = AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=checkpoint.dtype).eval()
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UnsupportedModel(
+                f"transformers cannot load {checkpoint.name} here ({reason}): leave out --local"
+            ) from error
+
+    def run(self, case: Case) -> Round:
+        """Runs a case once."""
+        prompts = random_prompts(self._model.config.get_text_config().vocab_size, case, self._seed)
+        clock = Clock()
+        began = time.perf_counter()
+        generate_exactly(self._model, prompts, case.new_tokens, clock)
+        gaps = tuple(late - early for early, late in itertools.pairwise(clock.times))
+        return (Answer(clock.times[0] - began, gaps),) * case.clients
+
+
+def random_prompts(vocabulary: int, case: Case, seed: int) -> torch.Tensor:
+    """Token ids `[clients, prompt]`, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(vocabulary, (case.clients, case.prompt), generator=generator)
+
+
+def generate_exactly(model: Any, prompts: torch.Tensor, new_tokens: int, clock: Clock, **options: Any) -> None:
+    """Greedy decoding of `new_tokens` tokens after prompts `[rows, seq]`, whatever the model would end with.
+
+    Args:
+        options: more for `generate()`.
+    """
+    model.generate(
+        input_ids=prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=new_tokens,
+        min_new_tokens=new_tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        use_cache=True,
+        streamer=clock,
+        **options,
+    )
+
+
+class _Client:
+    """One answer through the swarm."""
+
+    def __init__(self, model: RemoteCausalLM, prompt: torch.Tensor, case: Case, gate: Gate) -> None:
+        self._model = model
+        self._prompt = prompt
+        self._case = case
+        self._gate = gate
+        self._cache: RemoteCache = model.new_cache()
+        self._bytes_before = (0, 0)
+
+    def run(self) -> Answer:
+        self._cache.remote.reserve(self._case.positions)
+        clock = Clock(self._after_token)
+        began = time.perf_counter()
+        try:
+            generate_exactly(self._model, self._prompt, self._case.new_tokens, clock, cache=self._cache)
+            times = [self._gate.opened_at, *clock.times[1:]]
+            gaps = tuple(late - early for early, late in itertools.pairwise(times))
+            assert self._cache.session is not None
+            return Answer(clock.times[0] - began, gaps, self._traffic(self._cache.session))
+        finally:
+            self._cache.close()
+
+    def _after_token(self, count: int) -> None:
+        if count > 1:
+            self._gate.check()
+            return
+        assert self._cache.session is not None
+        if self._case.decodes:  # the prompt is not what is measured
+            traffic = self._cache.session.traffic
+            self._bytes_before = traffic.bytes_sent, traffic.bytes_received
+        self._gate.wait()
+
+    def _traffic(self, session: Session) -> Traffic:
+        sent, received = self._bytes_before
+        return Traffic(
+            sent_bytes=session.traffic.bytes_sent - sent,
+            received_bytes=session.traffic.bytes_received - received,
+            positions=session.traffic.positions,
+            repairs=len(session.recoveries),
+            route=route_of(session),
+        )
+
+
+def route_of(session: Session) -> Route:
+    """The open route of a session."""
+    records = [(hop.blocks, hop.planned.record) for hop in session.hops]
+    hops = (
+        RouteHop(start, end, record.key.text, record.address, record.device, record.dtype)
+        for (start, end), record in records
+    )
+    return Route(tuple(hops), tuple(session.links()))

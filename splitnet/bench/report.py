@@ -1,0 +1,185 @@
+"""What `splitnet bench` prints: a table with sentences for people, or a document for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from splitnet.bench.figures import (
+    FIRST_TOKEN_MS,
+    TOKEN_MS_P50,
+    TOKEN_MS_P95,
+    TOKENS_PER_S,
+    Answer,
+    Route,
+    Spread,
+    Traffic,
+)
+from splitnet.bench.measuring import Measured
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SWARM = "swarm"
+LOCAL = "local"
+"""The two arms of the command."""
+
+_FIRST_TOKEN = "first\ntoken ms"
+_LOCAL_SPEED = f"{LOCAL}:\ntokens/s"
+_RATIO = f"{SWARM} /\n{LOCAL}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that was measured.
+
+    Attributes:
+        model: its name.
+        settings: of the command, for the document.
+        environment: versions, platform and threads, for the document.
+        measured: all cases with the same arms, `SWARM`, `LOCAL` or both.
+    """
+
+    model: str
+    settings: Mapping[str, Any]
+    environment: Mapping[str, Any]
+    measured: Sequence[Measured]
+
+    @property
+    def arms(self) -> list[str]:
+        return list(self.measured[0].rounds)
+
+    def routes(self) -> Counter[Route]:
+        """Distinct routes, and how many answers went through each."""
+        return Counter(traffic.route for traffic in self._traffics())
+
+    def document(self) -> dict[str, Any]:
+        """For JSON: all rounds, medians and ranges; routes are named by their place in a list."""
+        routes = list(self.routes())
+        return {
+            "model": self.model,
+            "settings": dict(self.settings),
+            "environment": dict(self.environment),
+            "routes": [asdict(route) for route in routes],
+            "tests": [self._test(measured, routes) for measured in self.measured],
+        }
+
+    def table(self) -> Table:
+        """A row per case; where both arms were measured, the first columns are the swarm's."""
+        from rich.table import Table
+
+        first = self.arms[0]
+        cases = [measured.case for measured in self.measured]
+        table = Table(title=self._title(), title_justify="left", box=None, padding=(0, 2, 0, 0))
+        table.add_column("test", no_wrap=True)
+        columns = ["context"] * any(case.context for case in cases)
+        columns += ["clients"] * any(case.clients > 1 for case in cases)
+        columns += ["tokens/s", _FIRST_TOKEN, "ms/token", "p95"]
+        columns += [_LOCAL_SPEED, _RATIO] * (len(self.arms) > 1)
+        for column in columns:
+            table.add_column(column, justify="right")
+        for measured in self.measured:
+            case, spreads = measured.case, measured.spreads(first)
+            cells = {
+                "context": f"{case.context:,}" if case.decodes else "",
+                "clients": str(case.clients) if case.decodes else "",
+                "tokens/s": with_range(spreads[TOKENS_PER_S]),
+                _FIRST_TOKEN: number(spreads[FIRST_TOKEN_MS].median) if not case.decodes else "",
+                "ms/token": number(spreads[TOKEN_MS_P50].median) if case.decodes else "",
+                "p95": number(spreads[TOKEN_MS_P95].median) if case.decodes else "",
+            }
+            if len(self.arms) > 1:
+                cells[_LOCAL_SPEED] = with_range(measured.spreads(LOCAL)[TOKENS_PER_S])
+                cells[_RATIO] = f"{measured.ratio(SWARM, LOCAL).median:.2f}"
+            table.add_row(case.name, *(cells[column] for column in columns))
+        return table
+
+    def sentence(self) -> str:
+        """What it ran through."""
+        local = f"plain transformers in this process, with {counted(self.environment['threads'], 'thread')}"
+        routes = self.routes()
+        if not routes:
+            return f"By {local}."
+        route, answers = routes.most_common(1)[0]
+        others = ""
+        if len(routes) > 1:
+            others = f" ({answers} of {routes.total()} answers; {counted(len(routes) - 1, 'other route')})"
+        repairs = sum(traffic.repairs for traffic in self._traffics())
+        repaired = f" {counted(repairs, 'time')} a route was repaired or left for a better one." if repairs else ""
+        beside = f"; {LOCAL}: {local}" if LOCAL in self.arms else ""
+        peers = counted(len(route.hops), "peer")
+        return f"Through {peers}, with bytes per decoded token: {drawn(route)}{others}{beside}.{repaired}"
+
+    def _title(self) -> str:
+        rounds = len(self.measured[0].rounds[self.arms[0]])
+        over = f"{rounds} rounds: medians (lowest-highest)" if rounds > 1 else "one round"
+        return f"{self.model}, {over}"
+
+    def _traffics(self) -> list[Traffic]:
+        rounds = [seen for measured in self.measured for of_arm in measured.rounds.values() for seen in of_arm]
+        return [answer.traffic for seen in rounds for answer in seen if answer.traffic is not None]
+
+    def _test(self, measured: Measured, routes: Sequence[Route]) -> dict[str, Any]:
+        case = measured.case
+        test: dict[str, Any] = {
+            "test": "decode" if case.decodes else "prefill",
+            "tokens": case.tokens,
+            "context": case.context,
+            "prompt_tokens": case.prompt,
+            "clients": case.clients,
+        }
+        for arm, rounds in measured.rounds.items():
+            test[arm] = {name: asdict(spread) for name, spread in measured.spreads(arm).items()}
+            test[arm]["rounds"] = [
+                {**figures, "answers": [_answer(answer, routes) for answer in seen]}
+                for figures, seen in zip(measured.figures(arm), rounds, strict=True)
+            ]
+        if len(self.arms) > 1:
+            test["swarm_to_local"] = asdict(measured.ratio(SWARM, LOCAL))
+        return test
+
+
+def drawn(route: Route) -> str:
+    """A route as text: codec and bytes of a decoded token stand on each link."""
+    text = "client"
+    for link in route.links:
+        carried = ", via client" * link.sender.endswith(" via client")
+        text += f" -[{link.codec}, {link.bytes_per_token:,}{carried}]-> {link.receiver}"
+    return text
+
+
+def counted(count: int, thing: str) -> str:
+    """A number of things."""
+    return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
+def number(value: float) -> str:
+    """With as many digits as matter."""
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def with_range(spread: Spread) -> str:
+    """A median and its range, which is left out where there was one round."""
+    if spread.low == spread.high:
+        return number(spread.median)
+    return f"{number(spread.median)} ({number(spread.low)}-{number(spread.high)})"
+
+
+def _answer(answer: Answer, routes: Sequence[Route]) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "new_tokens": answer.new_tokens,
+        "first_token_ms": answer.first_token_s * 1000,
+        "token_ms": [round(seconds * 1000, 3) for seconds in answer.token_s],
+    }
+    traffic = answer.traffic
+    if traffic is not None:
+        values |= {
+            "positions": traffic.positions,
+            "sent_bytes": traffic.sent_bytes,
+            "received_bytes": traffic.received_bytes,
+            "repairs": traffic.repairs,
+            "route": routes.index(traffic.route),
+        }
+    return values

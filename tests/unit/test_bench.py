@@ -1,0 +1,282 @@
+"""What `splitnet bench` measures, what it makes of it, and what it prints; without a model."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from splitnet.bench.cases import Case, cases_of, check_room
+from splitnet.bench.figures import Answer, Round, Route, RouteHop, Spread, Traffic, figures_of, percentile
+from splitnet.bench.gate import Gate, run_together
+from splitnet.bench.measuring import Measured, measure, turns
+from splitnet.bench.report import LOCAL, SWARM, Report, drawn, number, with_range
+from splitnet.client.link_use import LinkUse
+from splitnet.errors import ContextTooLong, PeerLost, SplitnetError
+
+SECONDS = st.floats(1e-6, 1e3)
+PREFILL = Case(100)
+DECODE = Case(2, decodes=True, context=7, clients=2)
+ROUTE = Route(
+    (RouteHop(0, 2, "sn1a", "tcp://a:1", "cpu", "float32"), RouteHop(2, 6, "sn1b", "tcp://b:1", "cpu", "float32")),
+    (
+        LinkUse("client", "blocks 0..1", "none", 2402),
+        LinkUse("blocks 0..1 via client", "blocks 2..5", "int8", 700),
+        LinkUse("blocks 2..5", "client", "int8", 720),
+    ),
+)
+
+
+def traffic(case: Case, route: Route = ROUTE, repairs: int = 0) -> Traffic:
+    return Traffic(40 * case.tokens, 60 * case.tokens, case.positions, repairs, route)
+
+
+def test_prompts_come_first_and_zero_leaves_out() -> None:
+    assert cases_of([0, 8], 0, [0], [1]) == [Case(8)]
+    assert cases_of([0], 4, [0, 9], [1, 2]) == [Case(4, True, c, n) for c in (0, 9) for n in (1, 2)]
+    assert cases_of([8, 8], 4, [0], [1, 1]) == [Case(8), Case(4, True)]
+    assert cases_of([0], 0, [0], [1]) == []
+
+
+@given(tokens=st.integers(1, 50), context=st.integers(0, 50), decodes=st.booleans())
+def test_a_case_fits_exactly_as_many_positions_as_it_has(tokens: int, context: int, decodes: bool) -> None:
+    case = Case(tokens, decodes, context if decodes else 0)
+    # A prompt is fed whole, of an answer all but the last token.
+    assert case.positions == case.prompt + case.new_tokens - 1 >= tokens
+    check_room([case], case.positions)
+    check_room([case], None)
+    with pytest.raises(ContextTooLong, match=f"model's context of {case.positions - 1}: lower --"):
+        check_room([case], case.positions - 1)
+
+
+@given(
+    cases=st.lists(st.builds(Case, st.integers(1, 5)), min_size=1, max_size=4, unique=True),
+    arms=st.lists(st.text(max_size=2), min_size=1, max_size=3, unique=True),
+    rounds=st.integers(1, 5),
+    warm_up=st.integers(0, 2),
+)
+def test_arms_take_turns(cases: list[Case], arms: list[str], rounds: int, warm_up: int) -> None:
+    order = list(turns(cases, arms, rounds, warm_up))
+    assert [turn.round for turn in order] == sorted(turn.round for turn in order)
+    counted = Counter((turn.case, turn.arm) for turn in order if turn.round > 0)
+    assert counted == {(case, arm): rounds for case in cases for arm in arms}
+    assert len(order) == (rounds + warm_up) * len(cases) * len(arms)
+    # No other case comes between the arms of a case.
+    for begin in range(0, len(order), len(arms)):
+        of_one = order[begin : begin + len(arms)]
+        assert len({(turn.round, turn.case) for turn in of_one}) == 1
+        assert [turn.arm for turn in of_one] == (arms if of_one[0].round % 2 else arms[::-1])
+
+
+@given(values=st.lists(SECONDS, min_size=1), shares=st.tuples(st.floats(0, 1), st.floats(0, 1)))
+def test_percentiles_lie_among_the_values_and_rise(values: list[float], shares: tuple[float, float]) -> None:
+    low, high = (percentile(values, share) for share in sorted(shares))
+    assert min(values) <= low <= max(values)
+    assert low <= high or low == pytest.approx(high)
+    assert (percentile(values, 0), percentile(values, 1)) == (min(values), max(values))
+    assert percentile(values, 0.5) == pytest.approx(Spread.of(values).median)
+
+
+@given(gaps=st.lists(st.lists(SECONDS, min_size=3, max_size=3), min_size=1, max_size=4))
+def test_clients_together_are_as_fast_as_the_slowest_lets_them(gaps: list[list[float]]) -> None:
+    case = Case(3, True, clients=len(gaps))
+    figures = figures_of(case, tuple(Answer(1.0, tuple(of_one)) for of_one in gaps))
+    speeds = [3 / sum(of_one) for of_one in gaps]
+    assert len(gaps) * min(speeds) == pytest.approx(figures["tokens_per_s"])
+    assert figures["token_ms_p50"] <= figures["token_ms_p95"] or figures["token_ms_p95"] == pytest.approx(
+        figures["token_ms_p50"]
+    )
+    assert "sent_bytes_per_token" not in figures
+
+
+def test_figures_of_a_round() -> None:
+    assert figures_of(PREFILL, (Answer(0.5, (), traffic(PREFILL)),)) == {
+        "first_token_ms": 500,
+        "tokens_per_s": 200,
+        "sent_bytes_per_token": 40,
+        "received_bytes_per_token": 60,
+    }
+    seen = tuple(Answer(second, (0.1, 0.3), traffic(DECODE)) for second in (1.0, 2.0))
+    assert figures_of(DECODE, seen) == pytest.approx(
+        {
+            "first_token_ms": 1500,
+            "tokens_per_s": 10,
+            "token_ms_p50": 200,
+            "token_ms_p95": 300,
+            "sent_bytes_per_token": 40,
+            "received_bytes_per_token": 60,
+        }
+    )
+
+
+class Scripted:
+    """An arm whose answers take given times, one after the other."""
+
+    def __init__(self, *seconds: float, remote: bool = False, missing: int = 0) -> None:
+        self._seconds = iter(seconds)
+        self._remote = remote
+        self._missing = missing
+
+    def run(self, case: Case) -> Round:
+        took = next(self._seconds)
+        gaps = (took,) * (case.new_tokens - 1 - self._missing)
+        return (Answer(took, gaps, traffic(case) if self._remote else None),) * case.clients
+
+
+def measured(rounds: int = 3) -> list[Measured]:
+    """Warm-up, then rounds of a prefill and a decode; a swarm that is half as fast as the process itself."""
+    swarm = Scripted(*(99, 99), *(2, 0.2, 4, 0.4, 8, 0.8)[: 2 * rounds], remote=True)
+    local = Scripted(*(99, 99), *(1, 0.1, 2, 0.2, 4, 0.4)[: 2 * rounds])
+    stages: list[tuple[str, int, int]] = []
+    result = measure(
+        {SWARM: swarm, LOCAL: local},
+        [PREFILL, DECODE],
+        rounds=rounds,
+        warm_up=1,
+        progress=lambda *told: stages.append(told),
+    )
+    assert [stage for stage, done, _ in stages if not done] == [
+        "warm-up 1 of 1",
+        *(f"round {number} of {rounds}" for number in range(1, rounds + 1)),
+    ]
+    assert [done for _, done, _ in stages] == [0, 1, 2, 3] * (rounds + 1)
+    return result
+
+
+def test_the_warm_up_does_not_count_and_rounds_are_compared_with_each_other() -> None:
+    prefill, decode = measured()
+    assert prefill.spreads(SWARM)["first_token_ms"] == Spread(4000, 2000, 8000)
+    assert decode.spreads(LOCAL)["token_ms_p50"] == Spread(200, 100, 400)
+    for each in (prefill, decode):
+        assert each.ratio(SWARM, LOCAL) == Spread(0.5, 0.5, 0.5)
+
+
+def test_an_answer_that_ends_early_is_an_error() -> None:
+    with pytest.raises(SplitnetError, match="swarm: an answer of 3 tokens ended after 2: remove what ends"):
+        measure({SWARM: Scripted(1, missing=1)}, [DECODE], rounds=1, warm_up=0, progress=lambda *_: None)
+
+
+ENVIRONMENT = {"threads": 2}
+
+
+def printed(report: Report) -> list[list[str]]:
+    """Cells of the table that are not empty, line by line."""
+    console = Console(width=120)
+    with console.capture() as capture:
+        console.print(report.table())
+    return [[cell.strip() for cell in line.split("  ") if cell.strip()] for line in capture.get().splitlines()]
+
+
+def test_the_table_has_both_arms_and_the_ratio() -> None:
+    report = Report("small", {}, ENVIRONMENT, measured())
+    title, *head, first, second = printed(report)
+    assert title == ["small, 3 rounds: medians (lowest-highest)"]
+    assert head == [
+        ["first", "local:", "swarm /"],
+        ["test", "context", "clients", "tokens/s", "token ms", "ms/token", "p95", "tokens/s", "local"],
+    ]
+    assert [first, second] == [
+        ["prefill 100", "25.0 (12.5-50.0)", "4,000", "50.0 (25.0-100.0)", "0.50"],
+        ["decode 2", "7", "2", "5.00 (2.50-10.0)", "400.0", "400.0", "10.0 (5.00-20.0)", "0.50"],
+    ]
+
+
+def test_one_arm_has_fewer_columns() -> None:
+    seen = [(Answer(0.5, ()),)]
+    report = Report("small", {}, ENVIRONMENT, [Measured(PREFILL, {LOCAL: seen})])
+    assert printed(report) == [
+        ["small, one round"],
+        ["first"],
+        ["test", "tokens/s", "token ms", "ms/token", "p95"],
+        ["prefill 100", "200.0", "500.0"],
+    ]
+    assert report.sentence() == "By plain transformers in this process, with 2 threads."
+
+
+def test_the_sentence_draws_the_route_with_codecs_and_bytes() -> None:
+    route = "client -[none, 2,402]-> blocks 0..1 -[int8, 700, via client]-> blocks 2..5 -[int8, 720]-> client"
+    assert drawn(ROUTE) == route
+    report = Report("small", {}, ENVIRONMENT, measured())
+    assert report.sentence() == (
+        f"Through 2 peers, with bytes per decoded token: {route}; "
+        "local: plain transformers in this process, with 2 threads."
+    )
+
+
+def test_other_routes_and_repairs_are_told() -> None:
+    other = Route(ROUTE.hops[:1], ROUTE.links[:1])
+    answers = (Answer(1, (1.0, 1.0), traffic(DECODE, repairs=1)), Answer(1, (1.0, 1.0), traffic(DECODE, other)))
+    rounds = [answers, answers[:1] * 2]
+    sentence = Report("small", {}, ENVIRONMENT, [Measured(DECODE, {SWARM: rounds})]).sentence()
+    assert "-> client (3 of 4 answers; 1 other route)." in sentence
+    assert sentence.endswith(" 3 times a route was repaired or left for a better one.")
+
+
+def test_the_document_has_all_rounds() -> None:
+    report = Report("small", {"rounds": 3}, ENVIRONMENT, measured())
+    document = json.loads(json.dumps(report.document()))
+    assert (document["model"], document["settings"], document["environment"]) == ("small", {"rounds": 3}, ENVIRONMENT)
+    assert [hop["start"] for route in document["routes"] for hop in route["hops"]] == [0, 2]
+    prefill, decode = document["tests"]
+    assert (prefill["test"], prefill["tokens"], prefill["prompt_tokens"], prefill["clients"]) == (
+        "prefill",
+        100,
+        100,
+        1,
+    )
+    assert (decode["test"], decode["tokens"], decode["context"], decode["clients"]) == ("decode", 2, 7, 2)
+    for test in (prefill, decode):
+        assert test["swarm_to_local"] == {"median": 0.5, "low": 0.5, "high": 0.5}
+        for arm in (SWARM, LOCAL):
+            rounds = test[arm]["rounds"]
+            assert len(rounds) == 3
+            speeds = sorted(each["tokens_per_s"] for each in rounds)
+            assert test[arm]["tokens_per_s"] == dict(zip(("low", "median", "high"), speeds, strict=True))
+            assert all(len(each["answers"]) == test["clients"] for each in rounds)
+    answer = decode[SWARM]["rounds"][0]["answers"][0]
+    assert (answer["new_tokens"], answer["positions"], answer["route"]) == (3, 9, 0)
+    assert answer["token_ms"] == [200, 200]
+
+
+@given(value=st.floats(0.01, 1e7))
+def test_numbers_keep_three_digits(value: float) -> None:
+    shown = float(number(value).replace(",", ""))
+    assert shown == pytest.approx(value, rel=0.006, abs=0.0051)
+    assert with_range(Spread(value, value, value)) == number(value)
+
+
+def test_clients_begin_together() -> None:
+    gate = Gate(3)
+    arrived: list[int] = []
+
+    def client(number: int) -> float:
+        arrived.append(number)
+        gate.wait()
+        assert len(arrived) == 3
+        return gate.opened_at
+
+    opened = run_together([lambda number=number: client(number) for number in range(3)], gate)
+    assert opened == [gate.opened_at] * 3 and gate.opened_at > 0
+
+
+def test_the_failure_of_a_client_ends_the_others() -> None:
+    gate = Gate(3)
+    passed: list[int] = []
+
+    def fails() -> None:
+        raise PeerLost("the peer is gone")
+
+    def waits() -> None:
+        gate.wait()
+        passed.append(1)
+
+    with pytest.raises(PeerLost, match="the peer is gone"):
+        run_together([waits, fails, waits], gate)
+    assert not passed
+    with pytest.raises(threading.BrokenBarrierError):
+        gate.check()
