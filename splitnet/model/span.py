@@ -132,15 +132,15 @@ class Span:
             for block in backbone.get_submodule(container).children():
                 hold_weights(block, chosen)
 
-        sizes = _block_sizes(checkpoint, chosen)
-        if chosen.forms and not any(saved for _, saved in sizes[start:end]):
+        sizes = _block_sizes(checkpoint, chosen, range(start, end))
+        if chosen.forms and not any(saved for _, saved in sizes):
             if weights != AUTO:
                 raise WeightsError(
                     f"the blocks {start}..{end - 1} of {checkpoint.name} have no linear layers that can be held as "
                     f"{chosen.kind}: use --weights {name_of(wanted)}"
                 )
             chosen = chosen.plain()
-        largest = max(plain - saved for plain, saved in sizes[start:end])
+        largest = max(plain - saved for plain, saved in sizes)
         attention = PACKED if packs else None
         with guarded(checkpoint.name, start, end, largest, torch.device(device)):
             with checkpoint.load_tensors(names, wanted, progress) as tensors:
@@ -343,13 +343,15 @@ def block_bytes(
         WeightsError: weights cannot be held so.
     """
     chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
-    return max(plain - saved for plain, saved in _block_sizes(checkpoint, chosen))
+    sizes = _block_sizes(checkpoint, chosen, range(checkpoint.num_blocks))
+    return max(plain - saved for plain, saved in sizes)
 
 
-def _block_sizes(checkpoint: Checkpoint, weights: Weights) -> list[tuple[int, int]]:
+def _block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list[tuple[int, int]]:
     """Of each block: its bytes in the type that it computes in, and how many fewer it takes as its weights are held."""
     plain = [
-        checkpoint.bytes_of((tensor.name for tensor in tensors), weights.dtype) for tensors in checkpoint.block_tensors
+        checkpoint.bytes_of((tensor.name for tensor in checkpoint.block_tensors[index]), weights.dtype)
+        for index in blocks
     ]
     if not weights.forms:
         return [(size, 0) for size in plain]
@@ -358,5 +360,5 @@ def _block_sizes(checkpoint: Checkpoint, weights: Weights) -> list[tuple[int, in
     container = find_container(model_class, config)
     with torch.device("meta"):
         backbone = model_class(config)
-    blocks = backbone.get_submodule(container).children()
-    return list(zip(plain, [saved_bytes(block, weights) for block in blocks], strict=True))
+    modules = list(backbone.get_submodule(container).children())
+    return list(zip(plain, [saved_bytes(modules[index], weights) for index in blocks], strict=True))
