@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 
 import torch
 
-from splitnet.model.weight_form import WeightForm
+from splitnet.model.weight_form import WeightForm, multiply_many
 
 GROUP = 32
 """Inputs that share a scale and a zero. Larger groups take a little less memory and lose more."""
@@ -16,6 +16,9 @@ _LARGEST = 15
 _MIDDLE = 8
 _SCALE = torch.bfloat16
 _PROBED_INPUTS = 32
+
+_MANY_ROWS = 192
+"""From so many rows on it is faster to make the weight anew than to use the kernel, which is made for few."""
 
 
 class Groups(NamedTuple):
@@ -89,6 +92,8 @@ class KernelInt4(_Grouped):
         return super().fits(outputs, inputs) and order is not None and outputs % len(order) == 0
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) >= _MANY_ROWS:
+            return multiply_many(self, rows)
         given = rows.to(torch.bfloat16).contiguous()
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(given, self.packed, GROUP, self.scales_and_zeros)
         return product.to(rows.dtype)

@@ -6,12 +6,15 @@ from typing import Self
 
 import torch
 
-from splitnet.model.weight_form import WeightForm
+from splitnet.model.weight_form import WeightForm, multiply_many
 
 _LARGEST = 127
 _SCALE = torch.bfloat16
 _KERNEL_INPUTS, _KERNEL_OUTPUTS = 32, 16
 """The kernel reads in vectors and past the end of what is no multiple of them."""
+
+_MANY_ROWS = 48
+"""From so many rows on it is faster to make the weight anew than to use the kernel, which is made for few."""
 
 
 class DequantisedInt8(WeightForm):
@@ -53,5 +56,7 @@ class KernelInt8(DequantisedInt8):
         return inputs % _KERNEL_INPUTS == 0 and outputs % _KERNEL_OUTPUTS == 0
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) >= _MANY_ROWS:
+            return multiply_many(self, rows)
         given = rows.to(torch.bfloat16).contiguous()
         return torch.ops.aten._weight_int8pack_mm(given, self.codes, self.scales).to(rows.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Self
 
 import torch
@@ -45,3 +46,14 @@ class WeightForm(nn.Module):
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that it stands for, `[outputs, inputs]`: a new tensor, made at every call."""
         raise NotImplementedError
+
+
+def multiply_many(form: WeightForm, rows: torch.Tensor) -> torch.Tensor:
+    """What `form.multiply` does on a CPU, with a weight in floats: bfloat16 where the CPU has instructions for it."""
+    dtype = torch.bfloat16 if _computes_bfloat16() else torch.float32
+    return torch.nn.functional.linear(rows.to(dtype), form.dequantised(dtype)).to(rows.dtype)
+
+
+@cache
+def _computes_bfloat16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported()

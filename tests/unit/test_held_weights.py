@@ -118,7 +118,8 @@ def test_a_block_computes_almost_what_it_does_in_floats(
     moved = outputs(held, hidden) - hidden
     expected = outputs(Span.load(checkpoint, 1, 2), hidden) - hidden
     assert held_layers(held) and held.dtype == torch.float32 and held.weights.kind == kind
-    cosine = torch.nn.functional.cosine_similarity(moved.flatten(), expected.flatten(), dim=0)
+    # Of the median position: where experts are chosen, a position near the border may get others.
+    cosine = torch.nn.functional.cosine_similarity(moved, expected, dim=1).median()
     # Two vectors at a relative distance d have a cosine of 1 - d^2 / 2.
     assert cosine >= 1 - distance(kind) ** 2 / 2 - 1e-6
     # And it is the rounding of weights that moves it, nothing else.
