@@ -124,7 +124,8 @@ def test_a_block_computes_almost_what_it_does_in_floats(
     assert cosine >= 1 - distance(kind) ** 2 / 2 - 1e-6
     # And it is the rounding of weights that moves it, nothing else.
     exact = outputs(floats_of(checkpoint, held), hidden) - hidden
-    assert relative(moved, exact) < (KERNEL_DISTANCE if kernels and kind.startswith("int") else 1e-5)
+    away = ((moved - exact).norm(dim=1) / exact.norm(dim=1)).median()
+    assert away < (KERNEL_DISTANCE if kernels and kind.startswith("int") else 1e-5)
 
 
 @pytest.mark.parametrize("kind", HELD)
