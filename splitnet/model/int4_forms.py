@@ -7,7 +7,7 @@ from typing import NamedTuple, Self
 
 import torch
 
-from splitnet.model.weight_form import WeightForm, multiply_many
+from splitnet.model.weight_form import WeightForm, type_for_many
 
 GROUP = 32
 """Inputs that share a scale and a zero. Larger groups take a little less memory and lose more."""
@@ -17,7 +17,7 @@ _MIDDLE = 8
 _SCALE = torch.bfloat16
 _PROBED_INPUTS = 32
 
-_MANY_ROWS = 192
+_MANY_ROWS = 128
 """From so many rows on it is faster to make the weight anew than to use the kernel, which is made for few."""
 
 
@@ -55,17 +55,17 @@ class _Grouped(WeightForm):
         return None if groups is None else cls(cls._pack(groups.codes), groups.scales_and_zeros)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        codes = self._unpack()
-        outputs, inputs = codes.shape
+        steps = self._unpack(dtype)
+        outputs, inputs = steps.shape
         scales, zeros = self.scales_and_zeros.permute(2, 1, 0).to(dtype)[..., None]  # [outputs, groups, 1] each
-        values = codes.to(dtype).sub_(_MIDDLE).view(outputs, inputs // GROUP, GROUP)
-        return values.mul_(scales).add_(zeros).view(outputs, inputs)
+        return steps.view(outputs, inputs // GROUP, GROUP).mul_(scales).add_(zeros).view(outputs, inputs)
 
     @staticmethod
     def _pack(codes: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def _unpack(self) -> torch.Tensor:
+    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        """The codes less 8, `[outputs, inputs]`."""
         raise NotImplementedError
 
 
@@ -79,8 +79,9 @@ class DequantisedInt4(_Grouped):
     def _pack(codes: torch.Tensor) -> torch.Tensor:
         return codes[:, ::2] | codes[:, 1::2] << 4
 
-    def _unpack(self) -> torch.Tensor:
-        return torch.stack((self.packed & _LARGEST, self.packed >> 4), dim=-1).flatten(1)
+    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        lower, upper = _steps(self.packed)
+        return torch.stack((lower, upper), dim=-1).flatten(1).to(dtype)
 
 
 class KernelInt4(_Grouped):
@@ -93,7 +94,8 @@ class KernelInt4(_Grouped):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) >= _MANY_ROWS:
-            return multiply_many(self, rows)
+            dtype = type_for_many()
+            return torch.nn.functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
         given = rows.to(torch.bfloat16).contiguous()
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(given, self.packed, GROUP, self.scales_and_zeros)
         return product.to(rows.dtype)
@@ -102,14 +104,21 @@ class KernelInt4(_Grouped):
     def _pack(codes: torch.Tensor) -> torch.Tensor:
         return _pack_for_kernel(codes)
 
-    def _unpack(self) -> torch.Tensor:
+    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
         order = kernel_order()
         assert order is not None
         outputs, half = self.packed.shape
-        slots = _slots(self.packed, len(order), 2 * half)  # [tiles, inputs, slots]
-        codes = torch.empty_like(slots)
-        codes[:, :, order] = slots
-        return codes.transpose(1, 2).reshape(outputs, 2 * half)
+        height, inputs = len(order), 2 * half
+        # Bytes are turned, not the numbers that they become.
+        tiles = self.packed.view(-1, inputs, height // 2).transpose(1, 2).contiguous()
+        steps = torch.empty(len(tiles), height, inputs, dtype=dtype)
+        for part, slots in zip(_steps(tiles), order.split(height // 2), strict=True):
+            first, step = int(slots[0]), int(slots[1] - slots[0])
+            if torch.equal(slots, first + step * torch.arange(len(slots))):
+                steps[:, first : first + step * len(slots) : step] = part  # much faster than by a list
+            else:
+                steps[:, slots] = part.to(dtype)
+        return steps.view(outputs, inputs)
 
 
 @cache
@@ -134,6 +143,11 @@ def kernel_order() -> torch.Tensor | None:
         if torch.equal(tiles, expected) and torch.equal(torch.as_tensor(at), in_order):
             return order
     return None
+
+
+def _steps(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes in the lower and upper halves of bytes, less 8."""
+    return (packed & _LARGEST).view(torch.int8) - _MIDDLE, (packed >> 4).view(torch.int8) - _MIDDLE
 
 
 def _digits(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -217,6 +217,8 @@ def test_a_layer_in_every_form(form: type[WeightForm], shape: tuple[int, int]) -
     (wanted,) = torch.autograd.grad(expected, rows, gradient)
     assert relative(by_rows, wanted) < 1e-6
     assert torch.equal(layer(rows.detach()), product)
+    many = torch.randn(200, inputs)
+    assert relative(layer(many), torch.nn.functional.linear(many, stood_for, bias)) < KERNEL_ROUNDING
     assert layer(rows[:0]).shape == (0, 3, outputs)
 
 
