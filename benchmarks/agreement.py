@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import splitnet
-from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.cli.local_swarm import EXACT, LocalSwarm
 from splitnet.net.codecs import CODECS
 from splitnet.net.identity import Identity
 
@@ -89,7 +89,7 @@ def main() -> None:
     print()
     print(f"| codec | {' | '.join(references)} | all |")
     print(f"|---|{'---|' * (len(references) + 1)}")
-    with LocalSwarm(arguments.checkpoint, arguments.peers) as swarm:
+    with LocalSwarm(arguments.checkpoint, arguments.peers, EXACT) as swarm:
         address = swarm.wait()
         for codec in arguments.codec or CODECS:
             model: Any = splitnet.AutoModelForCausalLM.from_pretrained(

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import torch
 
-from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.cli.local_swarm import EXACT, LocalSwarm
 from splitnet.client.session import Session
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
@@ -38,7 +38,8 @@ def main() -> None:
     torch.set_num_threads(1)
     facts = ModelFacts.of(Checkpoint.open(arguments.checkpoint))
     hidden = torch.randn(1, facts.hidden_size)
-    with LocalSwarm(arguments.checkpoint, 1) as short, LocalSwarm(arguments.checkpoint, arguments.hops) as long:
+    checkpoint, hops = arguments.checkpoint, arguments.hops
+    with LocalSwarm(checkpoint, 1, EXACT) as short, LocalSwarm(checkpoint, hops, EXACT) as long:
         addresses = {1: short.wait(), arguments.hops: long.wait()}
         with Swarm(facts, [addresses[1]]) as one, Swarm(facts, [addresses[arguments.hops]]) as many:
             routes = {

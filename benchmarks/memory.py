@@ -1,6 +1,6 @@
 """Memory of daemons with spans of different length, and of a client, next to the whole model; prints Markdown.
 
-    python benchmarks/memory.py CHECKPOINT [--blocks 1 5 10 20 30] [--dtype bfloat16]
+    python benchmarks/memory.py CHECKPOINT [--blocks 1 5 10 20 30] [--dtype bfloat16] [--weights int8]
 
 One daemon runs at a time, as `splitnet peer` starts it; it is measured when it serves and has computed (it times its
 blocks first). The columns, in MiB: bytes of the weights; resident memory (RSS); how much that is above a process that
@@ -26,6 +26,8 @@ import psutil
 
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
+from splitnet.model.span import block_bytes
+from splitnet.model.weights import name_of
 
 MIB = 2**20
 LIBRARIES = """
@@ -105,13 +107,14 @@ class Watch:
 
 
 @contextmanager
-def daemon(checkpoint: str, blocks: int, dtype: str) -> Iterator[tuple[Watch, str]]:
+def daemon(checkpoint: str, blocks: int, dtype: str, weights: str) -> Iterator[tuple[Watch, str]]:
     """A serving daemon of the first blocks, and where to join it."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "address"
         command = [sys.executable, "-m", "splitnet", "peer", checkpoint, "--blocks", f"0:{blocks}", "--threads", "1"]
         command += ["--listen", "tcp://127.0.0.1:0", "--address-file", str(file)]
         command += ["--dtype", dtype] if dtype else []
+        command += ["--weights", weights]
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             watch = Watch(process.pid)
             try:
@@ -142,24 +145,26 @@ def main() -> None:
     parser.add_argument("checkpoint", help="folder or hub id of a checkpoint")
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 5, 10, 20, 30])
     parser.add_argument("--dtype", default="", help="type of the weights; default: the checkpoint's own")
+    parser.add_argument("--weights", help="what the daemons hold weights as; default: as they compute")
     arguments = parser.parse_args()
     checkpoint = Checkpoint.open(arguments.checkpoint)
     dtype = as_dtype(arguments.dtype or None) or checkpoint.dtype
+    weights = arguments.weights or name_of(dtype)
+    block = block_bytes(checkpoint, dtype, weights)
 
     base = memory_of(LIBRARIES)
-    print(f"{checkpoint.name}, {str(dtype).removeprefix('torch.')}, MiB:")
+    print(f"{checkpoint.name}, {name_of(dtype)}, weights of the daemons {weights}, MiB:")
     print()
     print(f"| daemon | {COLUMNS}\n|---|---|---|---|---|---|---|")
     print(base.row("libraries only", 0, base))
     for blocks in arguments.blocks:
-        names = [tensor.name for block in checkpoint.block_tensors[:blocks] for tensor in block]
-        with daemon(arguments.checkpoint, blocks, arguments.dtype) as (watch, _):
-            row = watch.memory().row(f"blocks 0:{blocks}", checkpoint.bytes_of(names, dtype), base)
+        with daemon(arguments.checkpoint, blocks, arguments.dtype, weights) as (watch, _):
+            row = watch.memory().row(f"blocks 0:{blocks}", blocks * block, base)
             print(row, flush=True)
 
     print()
     print(f"| client, after 16 tokens | {COLUMNS}\n|---|---|---|---|---|---|---|")
-    with daemon(arguments.checkpoint, checkpoint.num_blocks, arguments.dtype) as (watch, address):
+    with daemon(arguments.checkpoint, checkpoint.num_blocks, arguments.dtype, weights) as (watch, address):
         words = (arguments.checkpoint, address, arguments.dtype)
         client = memory_of(CLIENT + GENERATE, *words)
         watch.memory()

@@ -31,6 +31,7 @@ from netlab.peers import LabPeers
 from transformers import AutoModelForCausalLM
 
 from scheduler.swarm import missing_blocks
+from splitnet.cli.local_swarm import EXACT
 from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import SplitnetError
@@ -224,7 +225,7 @@ def main() -> int:
     questions = ask_locally(checkpoint, folder)
     hosts = [f"peer{number}" for number in range(PEERS)]
     memory = f"{BLOCKS_PER_PEER * block_bytes(checkpoint, None) // 2**20 + 1}MiB"
-    options = ("--threads", "1", "--memory", memory, "--kv-memory", "128MiB", "--drain", "10")
+    options = (*EXACT, "--memory", memory, "--kv-memory", "128MiB", "--drain", "10")
     failures: list[str] = []
     try:
         with Lab(["client", *hosts]) as lab, lab.inside("client"):

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 import torch
 import tuning
 
-from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.cli.local_swarm import EXACT, LocalSwarm
 from splitnet.client.causal_lm import attach
 from splitnet.client.session import Session
 from splitnet.client.swarm import ModelFacts, Swarm
@@ -56,7 +56,7 @@ def main() -> None:
         return
     facts = ModelFacts.of(Checkpoint.open(arguments.checkpoint))
     alone, beside = Seen(), Seen()
-    with LocalSwarm(arguments.checkpoint, tuning.PEERS) as peers:
+    with LocalSwarm(arguments.checkpoint, tuning.PEERS, EXACT) as peers:
         address = peers.wait()
         with Swarm(facts, [address]) as swarm:
             session = Session(swarm, budget=4096)

@@ -19,7 +19,7 @@ import torch
 from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, TaskType, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.cli.local_swarm import EXACT, LocalSwarm
 from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
@@ -69,7 +69,7 @@ def main() -> None:
     def local() -> Any:
         return AutoModelForCausalLM.from_pretrained(arguments.checkpoint, dtype=torch.float32)
 
-    with LocalSwarm(arguments.checkpoint, PEERS) as peers:
+    with LocalSwarm(arguments.checkpoint, PEERS, EXACT) as peers:
         address = peers.wait()
 
         def remote(codec: str) -> RemoteCausalLM:

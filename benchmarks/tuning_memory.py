@@ -17,7 +17,7 @@ import torch
 import tuning
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.cli.local_swarm import EXACT, LocalSwarm
 from splitnet.client.causal_lm import attach
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
@@ -39,7 +39,7 @@ def main() -> None:
     print("| method | PEFT, whole model: before, MiB | training adds | client: before | adds | a peer: before | adds |")
     print("|---|---|---|---|---|---|---|")
     for method in tuning.METHODS:
-        with LocalSwarm(arguments.checkpoint, tuning.PEERS) as peers:
+        with LocalSwarm(arguments.checkpoint, tuning.PEERS, EXACT) as peers:
             address = peers.wait()
             before = [reset(process.pid) for process in peers.processes]
             client = run(method, address, sys.argv[1:])

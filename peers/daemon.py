@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 import splitnet
 from peers.addresses import dht_address, public_address
 from peers.admission import SessionTable
@@ -25,6 +27,7 @@ from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.memory import give_back_memory
 from splitnet.model.span import Span
+from splitnet.model.weights import choose_weights
 from splitnet.net.codecs import CODECS
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
@@ -102,15 +105,18 @@ class Peer:
         report = progress or (lambda stage, done, total: None)
         report("open the checkpoint", 0, 0)
         checkpoint = Checkpoint.open(model)
-        # Keys lists are read before anything slow, so that a mistake in them is told at once.
+        # Mistakes that can be seen before anything slow are told at once.
         if options.authorized_keys is not None:
             AuthorizedKeys.from_file(options.authorized_keys)
+        choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
         identity = Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
         report("join the swarm" if options.initial_peers else "start a swarm", 0, 0)
         listen = options.dht_listen if options.dht_listen is not None else (dht_address(options.listen),)
         directory = Directory.start(initial_peers=options.initial_peers, listen=listen)
         try:
-            fitting = fitting_blocks(checkpoint, options.wish, device=options.device, dtype=options.dtype)
+            fitting = fitting_blocks(
+                checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
+            )
             start, end = choose_blocks(checkpoint, options.wish, fitting, directory.peers(checkpoint.fingerprint))
             span = Span.load(
                 checkpoint,
@@ -118,6 +124,7 @@ class Peer:
                 end,
                 device=options.device,
                 dtype=options.dtype,
+                weights=options.weights,
                 progress=lambda done, total: report(f"load blocks {start}..{end - 1}", done, total),
             )
             report("measure the device", 0, 0)
@@ -177,7 +184,7 @@ class Peer:
             protocol=PROTOCOL_VERSION,
             codecs=tuple(CODECS),
             device=str(serving.span.device),
-            dtype=str(serving.span.dtype).removeprefix("torch."),
+            dtype=serving.span.weights.kind,
             block_ms=serving.speed.block_ms,
             queue_ms=max(wait_ms, min(serving.service.queue_ms, serving.longest_pass_ms)),
             batch=batch,
@@ -317,7 +324,15 @@ class Peer:
                 raise _IsLeaving
 
         options = self._options
-        span = Span.load(self.checkpoint, start, end, device=options.device, dtype=options.dtype, progress=go_on)
+        span = Span.load(
+            self.checkpoint,
+            start,
+            end,
+            device=options.device,
+            dtype=options.dtype,
+            weights=options.weights,
+            progress=go_on,
+        )
         serving = self._serving_of(span)
         serving.start()
         self._serving, self._service = serving, serving.service

@@ -20,7 +20,9 @@ class PeerOptions:
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
         public_host: host name or address that others reach this machine by, with `:port` if they reach it by another
             port than it listens on; None: found out.
-        device, dtype: as torch and the checkpoint name them; None: chosen.
+        device: as torch names it.
+        dtype: what blocks compute in; None: what goes with `weights`, else as the checkpoint stores them.
+        weights: what those of linear layers are held as, see `splitnet.model.weights`; None: as `dtype`.
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         authorized_keys: file with the keys that may connect; None: anyone.
@@ -35,6 +37,7 @@ class PeerOptions:
     public_host: str | None = None
     device: str = "cpu"
     dtype: str | None = None
+    weights: str | None = None
     kv_memory: int | None = None
     training_memory: int | None = None
     authorized_keys: Path | None = None

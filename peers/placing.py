@@ -24,21 +24,27 @@ class SpanWish:
 ANY_SPAN = SpanWish()
 
 
-def fitting_blocks(checkpoint: Checkpoint, wish: SpanWish, *, device: str, dtype: str | None) -> int:
+def fitting_blocks(
+    checkpoint: Checkpoint, wish: SpanWish, *, device: str, dtype: str | None, weights: str | None = None
+) -> int:
     """How many blocks the peer has memory for; 0 if it was told which blocks to serve, and so must stay with them.
+
+    Args:
+        device, dtype, weights: as `Span.load` takes them.
 
     Raises:
         OutOfMemory: not even one block fits.
+        WeightsError: weights cannot be held so.
     """
     if wish.blocks is not None:
         return 0
-    size = block_bytes(checkpoint, dtype)
+    size = block_bytes(checkpoint, dtype, weights, device)
     memory = wish.memory if wish.memory is not None else int(free_memory(device) * BLOCKS_SHARE)
     fitting = min(checkpoint.num_blocks, memory // size)
     if fitting < 1:
         raise OutOfMemory(
             f"one block of {checkpoint.name} takes {size / 2**20:.0f} MiB, {memory / 2**20:.0f} MiB are given: "
-            "use --memory with more, or a smaller --dtype"
+            "use --memory with more, or smaller --weights"
         )
     return fitting
 

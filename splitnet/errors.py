@@ -24,6 +24,10 @@ class UnsupportedModel(SplitnetError):
     """The architecture of the model cannot be cut into spans."""
 
 
+class WeightsError(SplitnetError):
+    """Blocks cannot hold their weights in the form that was asked for."""
+
+
 class ProtocolError(SplitnetError):
     """A frame that breaks the wire protocol: the sender's fault."""
 

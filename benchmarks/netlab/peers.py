@@ -15,6 +15,7 @@ from typing import Any, Self
 
 import torch
 
+from splitnet.cli.local_swarm import EXACT
 from splitnet.client.planner import PlannedHop
 from splitnet.client.session import Session
 from splitnet.client.swarm import Swarm
@@ -49,7 +50,7 @@ class LabPeers:
         lab: Lab,
         checkpoint: str,
         spans: Mapping[str, tuple[int, int] | None],
-        options: Sequence[str] = ("--threads", "1"),
+        options: Sequence[str] = EXACT,
         join: str = "",
     ) -> None:
         self.addresses: dict[str, str] = {}

@@ -13,6 +13,9 @@ from types import TracebackType
 
 from splitnet.errors import SplitnetError
 
+EXACT = ("--threads", "1", "--weights", "float32")
+"""Options of daemons that compute what plain transformers does with float32."""
+
 START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 15.0
 

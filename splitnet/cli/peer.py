@@ -21,11 +21,22 @@ if TYPE_CHECKING:
 
 
 class Dtype(StrEnum):
-    """Types of weights that blocks compute in."""
+    """Types that blocks compute in."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+
+
+class WeightKind(StrEnum):
+    """What the weights of linear layers are held as."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    int8 = "int8"
+    int4 = "int4"
 
 
 def peer(
@@ -53,7 +64,13 @@ def peer(
         ),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = "cpu",
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; the checkpoint's own if not given.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="What blocks compute in; the checkpoint's own if not given.")
+    ] = None,
+    weights: Annotated[
+        WeightKind | None,
+        typer.Option(help="What weights are held as, as --dtype if not given; auto: nearly as good, and fast here."),
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
     authorized_keys: Annotated[
         Path | None, typer.Option(help="File with the keys (see `splitnet key`) that may connect; anyone if not given.")
@@ -97,6 +114,7 @@ def peer(
         public_host=public_host,
         device=device,
         dtype=dtype.value if dtype else None,
+        weights=weights.value if weights else None,
         kv_memory=wanted_kv_memory,
         training_memory=wanted_training_memory,
         authorized_keys=authorized_keys,
@@ -133,9 +151,11 @@ def peer(
 def _what_it_serves(peer: Peer) -> str:
     # In a function of its own: who keeps the span keeps its memory, also when the peer has moved to other blocks.
     span = peer.span
+    computes = str(span.dtype).removeprefix("torch.")
+    held = "" if span.weights.kind == computes else f" with weights as {span.weights.kind}"
     return (
         f"serving blocks {span.start}..{span.end - 1} of {peer.checkpoint.name} "
-        f"({str(span.dtype).removeprefix('torch.')} on {span.device}) at {peer.endpoint.address}"
+        f"({computes}{held} on {span.device}) at {peer.endpoint.address}"
     )
 
 

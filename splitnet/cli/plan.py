@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from splitnet.cli.arguments import Model, quiet_libraries, resolve_model
-from splitnet.cli.peer import Dtype
+from splitnet.cli.peer import Dtype, WeightKind
 from splitnet.errors import SplitnetError
 
 if TYPE_CHECKING:
@@ -65,7 +65,13 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[Dtype | None, typer.Option(help="Of the weights; the checkpoint's own if not given.")] = None,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="What blocks compute in; the checkpoint's own if not given.")
+    ] = None,
+    weights: Annotated[
+        WeightKind | None,
+        typer.Option(help="What weights are held as; as --dtype if not given."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show the best partition of MODEL over known devices, its speed, and the command for each device.
@@ -81,7 +87,7 @@ def plan(
     from splitnet.cli.planning import Demand, ModelTooBig, make_plan
     from splitnet.model.sizes import ModelSizes
 
-    sizes = ModelSizes.of(checkpoint, dtype.value if dtype else None)
+    sizes = ModelSizes.of(checkpoint, dtype.value if dtype else None, weights.value if weights else None)
     limit = sizes.max_positions
     if context is not None and limit is not None and context > limit:
         raise SplitnetError(f"{sizes.name} was made for {limit} positions: use --context {limit} or less")
@@ -99,14 +105,14 @@ def plan(
         missing = {"missing_blocks": error.missing_blocks, "missing_bytes": error.missing_bytes}
         typer.echo(json.dumps({"fits": False, "message": str(error), **missing}))
         raise typer.Exit(1) from None
-    commands = [_command(model, stage, dtype, joins=index > 0) for index, stage in enumerate(made.stages)]
+    commands = [_command(model, stage, dtype, weights, joins=index > 0) for index, stage in enumerate(made.stages)]
     if as_json:
         typer.echo(json.dumps(_as_json(made, commands)))
     else:
         _print(made, commands)
 
 
-def _command(model: str, stage: Stage, dtype: Dtype | None, *, joins: bool) -> str:
+def _command(model: str, stage: Stage, dtype: Dtype | None, weights: WeightKind | None, *, joins: bool) -> str:
     """What to run on the device of a stage."""
     needed = stage.memory_used - (stage.device.memory - stage.kv_memory)  # of all memory, what is not weights
     whole_mib = stage.kv_memory // 2**20
@@ -116,6 +122,8 @@ def _command(model: str, stage: Stage, dtype: Dtype | None, *, joins: bool) -> s
         words += ["--device", str(stage.device.torch_device)]
     if dtype is not None:
         words += ["--dtype", dtype.value]
+    if weights is not None:
+        words += ["--weights", weights.value]
     return shlex.join(words) + (" --join ADDR" if joins else "")
 
 
@@ -124,6 +132,7 @@ def _as_json(plan: Plan, commands: list[str]) -> dict[str, Any]:
         "fits": True,
         "model": plan.sizes.name,
         "dtype": plan.sizes.dtype,
+        "weights": plan.sizes.weights,
         "num_blocks": plan.sizes.num_blocks,
         "for": "throughput" if plan.demand.throughput else "latency",
         "context": plan.demand.context,

@@ -14,7 +14,7 @@ def title(plan: Plan) -> str:
     sizes, demand = plan.sizes, plan.demand
     sessions = f"{demand.sessions} sessions" if demand.sessions > 1 else "a session"
     caches = f"KV caches for {sessions} of {demand.context} tokens"
-    return f"{sizes.name}, {sizes.num_blocks} blocks in {sizes.dtype}, with {caches}"
+    return f"{sizes.name}, {sizes.num_blocks} blocks in {sizes.held_as}, with {caches}"
 
 
 def device_table(plan: Plan) -> Table:

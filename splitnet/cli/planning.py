@@ -283,9 +283,10 @@ class _Planning:
         room = sizes.num_blocks - missing
         caches = f"{demand.sessions} sessions" if demand.sessions > 1 else "a session"
         return ModelTooBig(
-            f"{sizes.name} in {sizes.dtype} does not fit: the devices have memory for {room} of its {sizes.num_blocks} "
-            f"blocks, {amount(missing * per_block)} are missing ({amount(per_block)} a block, with the KV cache of "
-            f"{caches} of {demand.context} tokens): add a device or memory, or use a smaller --dtype or --context",
+            f"{sizes.name} in {sizes.held_as} does not fit: the devices have memory for {room} of its "
+            f"{sizes.num_blocks} blocks, {amount(missing * per_block)} are missing ({amount(per_block)} a block, with "
+            f"the KV cache of {caches} of {demand.context} tokens): add a device or memory, or use smaller --weights "
+            "or --context",
             missing,
             missing * per_block,
         )

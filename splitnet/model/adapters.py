@@ -25,6 +25,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.errors import AdapterError
+from splitnet.model.held_linear import HeldLinear
 
 MAX_PREFIX = 4096
 MAX_RANK = 1024
@@ -223,6 +224,8 @@ def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
         elif isinstance(module, Conv1D):
             layer: Any = module
             sizes[path] = layer.nx, layer.nf
+        elif isinstance(module, HeldLinear):
+            sizes[path] = module.in_features, module.out_features
     return sizes
 
 

@@ -8,6 +8,7 @@ in the whole model.
 from __future__ import annotations
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -98,6 +99,7 @@ def load_cut(
     attention: str | None,
     *,
     new_head: bool = False,
+    one_by_one: bool = False,
 ) -> PreTrainedModel:
     """Builds a model on the meta device, cuts it, and loads what is left of it.
 
@@ -108,6 +110,8 @@ def load_cut(
         tensors: state dict whose values may be read lazily, with the names of the cut model in the checkpoint.
         attention: name of the attention function; None for the family's default.
         new_head: what the checkpoint lacks of the head, transformers initialises with torch's random numbers.
+        one_by_one: no tensor is read before the one before it is in its place, so that a model whose layers make
+            their weights smaller is never in memory as a whole.
 
     Raises:
         UnsupportedModel: the cut model cannot be built, or the checkpoint lacks tensors of it.
@@ -121,7 +125,7 @@ def load_cut(
     cut_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), names)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
-        with _one_at_a_time, _no_progress_bars():
+        with _one_at_a_time, _no_progress_bars(), _reading_ahead(not one_by_one):
             loaded: Any = cut_class.from_pretrained(
                 None,
                 config=config,
@@ -219,6 +223,24 @@ def _slice_config(config: PreTrainedConfig, start: int, end: int) -> None:
 
 _PER_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_layers")
 """Lists in configs with one entry per block. (Others of that length, such as `eos_token_id`, mean something else.)"""
+
+
+@contextmanager
+def _reading_ahead(allowed: bool) -> Iterator[None]:
+    """Whether transformers may read tensors in other threads before it needs them; it asks the environment."""
+    before = os.environ.get(_READ_AHEAD)
+    if not allowed:
+        os.environ[_READ_AHEAD] = "1"
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[_READ_AHEAD] = before
+        elif not allowed:
+            del os.environ[_READ_AHEAD]
+
+
+_READ_AHEAD = "HF_DEACTIVATE_ASYNC_LOAD"
 
 
 @contextmanager

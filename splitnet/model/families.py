@@ -40,6 +40,12 @@ in spans they give zero."""
 NEUTRAL_CONFIG: Mapping[str, Any] = {"embedding_multiplier": 1.0}
 """Config values with which a backbone hands its input to the first block unchanged."""
 
+PLAIN_LINEAR = frozenset({"FalconLinear"})
+"""Families' own classes of linear layers that compute what torch's does: their weights may be held in other forms."""
+
+ROUTERS = frozenset({"router", "gate"})
+"""Names of modules that choose experts. They are small, and another choice changes more than a rounded weight."""
+
 _OWN_ROPE_PER_SEQUENCE = {"dynamic", "longrope"}
 """Kinds of rotary embedding whose frequencies depend on the length of the sequence: not shared by a pack."""
 

@@ -73,7 +73,7 @@ def guarded(model: str, start: int, end: int, block_bytes: int, device: torch.de
     advice = f"at most {fitting} fit: use --blocks {start}:{start + fitting}" if fitting else "not even one fits"
     message = (
         f"blocks {start}:{end} of {model} take {(end - start) * block_bytes / 2**30:.2f} GiB, {device} has "
-        f"{free / 2**30:.2f} GiB free: {advice}, or a smaller --dtype"
+        f"{free / 2**30:.2f} GiB free: {advice}, or smaller --weights"
     )
     if fitting < end - start:
         raise OutOfMemory(message)

@@ -20,21 +20,25 @@ from splitnet.model.attention import PACKED
 from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, parent_of
 from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import check_can_be_cut, packs_sequences, sliding_windows
+from splitnet.model.held_linear import saved_bytes
 from splitnet.model.shards import Shards
 from splitnet.model.span import Span
+from splitnet.model.weights import Weights, choose_weights, name_of
 
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes in bytes, of weights in `dtype`.
+    """Sizes in bytes, of a model that computes in `dtype`.
 
     Attributes:
-        block_bytes: weights of the largest block; its `expert_bytes` are those of experts, of which a position uses the
-            part `expert_share`.
+        block_bytes: weights of the largest block, as they are held; its `expert_bytes` are those of experts, of which a
+            position uses the part `expert_share`.
         kv_bytes: keys and values of one position in one block.
         shell_bytes: weights that a client holds: embeddings, final norm and head.
         head_bytes: weights of the head, which a client reads for every token.
         max_positions: that the model was made for; None if its config does not say.
+        weights: what those of linear layers in blocks are held as; as `dtype` if not given.
+        saved_bytes: how many more the weights of a block would take in `dtype`.
     """
 
     name: str
@@ -48,24 +52,33 @@ class ModelSizes:
     shell_bytes: int
     head_bytes: int
     max_positions: int | None
+    weights: str = ""
+    saved_bytes: int = 0
+
+    @property
+    def held_as(self) -> str:
+        """What weights of blocks are held as, for people."""
+        return self.weights or self.dtype
 
     @property
     def flops_per_position(self) -> float:
         """Of one position in one block: a multiplication and an addition for every weight that it uses."""
-        used = self.block_bytes - (1 - self.expert_share) * self.expert_bytes
+        used = self.block_bytes + self.saved_bytes - (1 - self.expert_share) * self.expert_bytes
         itemsize = (as_dtype(self.dtype) or torch.float32).itemsize
         return 2 * used / itemsize
 
     @classmethod
-    def of(cls, model: str | Path, dtype: str | None = None) -> ModelSizes:
+    def of(cls, model: str | Path, dtype: str | None = None, weights: str | None = None) -> ModelSizes:
         """The sizes of a checkpoint folder (its config.json is enough) or of a hub id.
 
         Args:
-            dtype: that the weights are loaded in; None: the one that the config names, or float32.
+            dtype: that blocks compute in; None: what goes with `weights`, else what the config names, or float32.
+            weights: what those of linear layers are held as, see `splitnet.model.weights`; None: as `dtype`.
 
         Raises:
             ModelNotFound: neither exists.
             UnsupportedModel: the model cannot be cut into spans.
+            WeightsError: weights cannot be held so.
         """
         shards = Shards.open(model, None)
         try:
@@ -79,18 +92,23 @@ class ModelSizes:
         config = whole.get_text_config()
         check_can_be_cut(config)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        return cls.of_config(shards.name, config, as_dtype(dtype) or stored)
+        chosen = choose_weights(weights, dtype, stored, torch.device("cpu"))
+        return cls.of_config(shards.name, config, chosen)
 
     @classmethod
-    def of_config(cls, name: str, config: PreTrainedConfig, dtype: torch.dtype) -> ModelSizes:
+    def of_config(cls, name: str, config: PreTrainedConfig, weights: Weights) -> ModelSizes:
         """The sizes of the text model that a config describes."""
+        dtype = weights.dtype
         whole_class = causal_class(config)
         container = find_container(whole_class, config)
         with torch.device("meta"):
             whole: Any = nn.Module.to(whole_class(copy.deepcopy(config)), dtype)
         parent, list_name = parent_of(whole, container)
         blocks = list(getattr(parent, list_name))
-        largest = max(blocks, key=_bytes_of)
+        saved = [saved_bytes(block, weights) for block in blocks]
+        held = [_bytes_of(block) - less for block, less in zip(blocks, saved, strict=True)]
+        index = held.index(max(held))
+        largest = blocks[index]
         experts = sum(
             parameter.nbytes
             for parameter_name, parameter in largest.named_parameters()
@@ -99,16 +117,18 @@ class ModelSizes:
         head = whole.get_output_embeddings()
         return cls(
             name=name,
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=name_of(dtype),
             num_blocks=len(blocks),
             hidden_size=config.hidden_size,
-            block_bytes=_bytes_of(largest),
+            block_bytes=held[index],
             expert_bytes=experts,
             expert_share=_expert_share(config) if experts else 1.0,
             kv_bytes=_kv_values(config) * dtype.itemsize,
             shell_bytes=_bytes_of(whole) - sum(_bytes_of(block) for block in blocks),
             head_bytes=_bytes_of(head) if head is not None else 0,
             max_positions=getattr(config, "max_position_embeddings", None),
+            weights=weights.kind,
+            saved_bytes=saved[index],
         )
 
 
@@ -139,5 +159,5 @@ def _kv_values(config: PreTrainedConfig) -> int:
     nn.Module.to(backbone, dtype)
     cut_to_blocks(backbone, container, 0, 1)
     windows = sliding_windows(config)[:1]
-    span = Span(backbone, container, 0, 1, dtype=dtype, windows=windows, packs=packs)
+    span = Span(backbone, container, 0, 1, weights=Weights(name_of(dtype), dtype), windows=windows, packs=packs)
     return span.kv_bytes_per_position // dtype.itemsize

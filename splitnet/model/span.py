@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from splitnet.errors import AdapterError, UnsupportedModel
+from splitnet.errors import AdapterError, UnsupportedModel, WeightsError
 from splitnet.model.adapters import Adapter, AddsLowRank, Prefix, applying, linear_layers
 from splitnet.model.attention import PACKED, PackedPass, Part, running
 from splitnet.model.backbone import (
@@ -28,10 +28,12 @@ from splitnet.model.backbone import (
 )
 from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import NEUTRAL_CONFIG, packs_sequences, sliding_windows
+from splitnet.model.held_linear import hold_weights, saved_bytes
 from splitnet.model.kv_cache import OneRow, PassThrough, RowCache, TracedRow
 from splitnet.model.memory import free_memory, guarded
+from splitnet.model.weight_form import WeightForm
+from splitnet.model.weights import AUTO, Weights, choose_weights, name_of
 
 __all__ = ["Part", "Span", "block_bytes", "free_memory"]
 
@@ -43,7 +45,8 @@ class Span:
 
     Attributes:
         hidden_size: values per position of a boundary activation.
-        weight_bytes: bytes of the weights.
+        weights: how they are held.
+        weight_bytes: bytes that they take.
         kv_bytes_per_position: bytes of KV cache that one position of one row takes in all blocks of the span.
     """
 
@@ -54,7 +57,7 @@ class Span:
         start: int,
         end: int,
         *,
-        dtype: torch.dtype,
+        weights: Weights,
         windows: Sequence[int | None],
         packs: bool,
         whole: Span | None = None,
@@ -74,9 +77,12 @@ class Span:
             module for module in backbone.modules() if getattr(module, "rope_type", None) == "dynamic"
         ]
         self.device = next(backbone.parameters()).device
-        self.dtype = dtype  # not that of any parameter: some families keep their norms in float32
+        self.weights = weights
+        self.dtype = weights.dtype  # not that of any parameter: some families keep their norms in float32
         self.hidden_size: int = backbone.config.hidden_size
         self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
+        forms = [module for module in backbone.modules() if isinstance(module, WeightForm)]
+        self.weight_bytes += sum(form.untracked_bytes for form in forms)
         self.kv_bytes_per_position = self._probe()
 
     @classmethod
@@ -88,21 +94,25 @@ class Span:
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | str | None = None,
+        weights: str | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> Span:
         """Reads the weights of blocks `[start, end)`, and no others.
 
         Args:
-            dtype: of weights and activations, such as "bfloat16"; None: as the checkpoint stores them.
+            dtype: that they compute in, such as "bfloat16"; None: what goes with `weights`, else as they are stored.
+            weights: what those of linear layers are held as, see `splitnet.model.weights`; None: as `dtype`.
             progress: called with (bytes read, bytes to read).
 
         Raises:
             ValueError: the model has no such blocks.
             UnsupportedModel: its blocks cannot run on their own.
+            WeightsError: they cannot be held so.
             OutOfMemory: they do not fit; the message says how many would.
         """
         if not 0 <= start < end <= checkpoint.num_blocks:
             raise ValueError(f"blocks {start}:{end} are not within 0:{checkpoint.num_blocks}")
+        chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
         config = copy.deepcopy(checkpoint.config)
         for key, value in NEUTRAL_CONFIG.items():
             if hasattr(config, key):
@@ -110,7 +120,7 @@ class Span:
         model_class = backbone_class(config)
         container = find_container(model_class, config)
         packs = packs_sequences(config)
-        wanted = as_dtype(dtype) or checkpoint.dtype
+        wanted = chosen.dtype
         names = {
             f"{container}.{index - start}.{tensor.rest}": tensor.name
             for index in range(start, end)
@@ -119,15 +129,26 @@ class Span:
 
         def cut(backbone: PreTrainedModel) -> None:
             cut_to_blocks(backbone, container, start, end)
+            for block in backbone.get_submodule(container).children():
+                hold_weights(block, chosen)
 
-        largest = max(_bytes_of_block(checkpoint, index, wanted) for index in range(start, end))
+        sizes = _block_sizes(checkpoint, chosen, range(start, end))
+        if chosen.forms and not any(saved for _, saved in sizes):
+            if weights != AUTO:
+                raise WeightsError(
+                    f"the blocks {start}..{end - 1} of {checkpoint.name} have no linear layers that can be held as "
+                    f"{chosen.kind}: use --weights {name_of(wanted)}"
+                )
+            chosen = chosen.plain()
+        largest = max(plain - saved for plain, saved in sizes)
+        attention = PACKED if packs else None
         with guarded(checkpoint.name, start, end, largest, torch.device(device)):
             with checkpoint.load_tensors(names, wanted, progress) as tensors:
-                backbone = load_cut(model_class, config, cut, tensors, wanted, PACKED if packs else None)
+                backbone = load_cut(model_class, config, cut, tensors, wanted, attention, one_by_one=bool(chosen.forms))
             nn.Module.to(backbone, device).requires_grad_(False)
             check_neutral(backbone, container, wanted)
             windows = sliding_windows(checkpoint.config)[start:end]
-            return cls(backbone, container, start, end, dtype=wanted, windows=windows, packs=packs)
+            return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)
 
     def new_row(self, max_length: int | None = None, adapter: Adapter | None = None) -> RowCache:
         """An empty KV cache for one sequence.
@@ -209,7 +230,7 @@ class Span:
             self._container,
             start,
             end,
-            dtype=self.dtype,
+            weights=self.weights,
             windows=self._windows,
             packs=self._packs,
             whole=self._whole,
@@ -296,7 +317,8 @@ class Span:
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
-            raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own: {error}") from error
+            held = f" with weights held as {self.weights.kind}" if self.weights.forms else ""
+            raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own{held}: {error}") from error
         if output.shape != (1, self.hidden_size) or row.blocks != self.end - self.start:
             raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")
         self._kv_shapes = row.shapes()
@@ -309,11 +331,34 @@ def _positions(part: Part) -> range:
     return range(start, start + part.count)
 
 
-def block_bytes(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> int:
-    """Bytes of the weights of the largest block as `dtype` (None: as stored); reads only headers of shards."""
-    wanted = as_dtype(dtype)
-    return max(_bytes_of_block(checkpoint, index, wanted) for index in range(checkpoint.num_blocks))
+def block_bytes(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | str | None,
+    weights: str | None = None,
+    device: str | torch.device = "cpu",
+) -> int:
+    """Bytes of the largest block as `Span.load` with the same arguments holds it; reads only headers of shards.
+
+    Raises:
+        WeightsError: weights cannot be held so.
+    """
+    chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
+    sizes = _block_sizes(checkpoint, chosen, range(checkpoint.num_blocks))
+    return max(plain - saved for plain, saved in sizes)
 
 
-def _bytes_of_block(checkpoint: Checkpoint, index: int, dtype: torch.dtype | None) -> int:
-    return checkpoint.bytes_of((tensor.name for tensor in checkpoint.block_tensors[index]), dtype)
+def _block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list[tuple[int, int]]:
+    """Of each block: its bytes in the type that it computes in, and how many fewer it takes as its weights are held."""
+    plain = [
+        checkpoint.bytes_of((tensor.name for tensor in checkpoint.block_tensors[index]), weights.dtype)
+        for index in blocks
+    ]
+    if not weights.forms:
+        return [(size, 0) for size in plain]
+    config = copy.deepcopy(checkpoint.config)
+    model_class = backbone_class(config)
+    container = find_container(model_class, config)
+    with torch.device("meta"):
+        backbone = model_class(config)
+    modules = list(backbone.get_submodule(container).children())
+    return list(zip(plain, [saved_bytes(modules[index], weights) for index in blocks], strict=True))

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 SPLITNET = (sys.executable, "-m", "splitnet")
-LOOPBACK = ("--listen", "tcp://127.0.0.1:0", "--threads", "1")
+LOOPBACK = ("--listen", "tcp://127.0.0.1:0", "--threads", "1", "--weights", "float32")
 RUN_VARIABLE = "SPLITNET_TEST_RUN"
 """Marks a started process and, by inheritance, all that it starts."""
 START_TIMEOUT_S = 90.0

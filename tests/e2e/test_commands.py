@@ -117,6 +117,10 @@ FAILURES: dict[str, tuple[str, str]] = {
     "not this machine": ("peer {small} --listen tcp://203.0.113.5:0", "cannot listen on .*: give an address of this"),
     "no address to listen on": ("peer {small} --listen 31331", "'31331' is no address to listen on: write tcp://"),
     "no such device": ("peer {small} --device warp", "this machine has no device 'warp' .*: use --device cpu"),
+    "weights wider than what is computed": (
+        "peer {small} --weights float32 --dtype bfloat16",
+        "compute in bfloat16 cannot hold weights as float32: leave --dtype out, or use --weights bfloat16",
+    ),
     "no list of keys": ("peer {small} --authorized-keys /no/keys", "authorized keys in /no/keys cannot be read"),
     "no address to join": ("peer {small} --join 127.0.0.1:80", "'127.0.0.1:80' is no address to join with: copy"),
     "nobody to join": ("peer {small} --join {nobody}", "No peer answers at {nobody} .*; check that it runs"),
@@ -214,6 +218,7 @@ def test_failures_as_processes(words: dict[str, str], home: Path) -> None:
         "generate demo",
         "peer",
         "peer demo --dtype int3",
+        "peer demo --weights int3",
         "peer demo --blocks 0:1 --memory 1GiB",
         "generate demo hi --join {nobody} --temperature -1",
         "fly",
@@ -245,6 +250,16 @@ def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: Daemo
             assert daemon.log.splitlines()[-1].startswith("leaving the swarm")
     table = here("status", str(small), "--join", holed.address())
     assert "blocks 4..5 are served by nobody: start a peer with --blocks 4:6" in table.output
+
+
+def test_a_peer_that_holds_its_weights_as_float16(small: Path, here: Here, tmp_path: Path) -> None:
+    with starting(tmp_path, small, *KV, "--blocks", "0:6", "--weights", "float16") as daemon:
+        address = daemon.address()
+        assert "(float32 with weights as float16 on cpu)" in daemon.log
+        told = here("generate", str(small), "--join", address, "--max-new-tokens", "4", "Hello")
+        assert told.code == 0 and told.output.strip()
+        status = json.loads(here("status", str(small), "--json", "--join", address).output)
+        assert [peer["dtype"] for peer in status["peers"]] == ["float16"]
 
 
 def test_a_peer_that_is_stopped_while_it_starts(small: Path, tmp_path: Path) -> None:

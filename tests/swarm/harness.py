@@ -34,8 +34,9 @@ class LocalSwarm:
         return self.peers[0].addresses
 
     def add(self, start: int, end: int, **options: Any) -> Peer:
-        """Starts a peer for blocks `[start, end)`, or for what `wish` says instead."""
-        chosen = {"wish": SpanWish(blocks=(start, end)), "listen": LOOPBACK, "kv_memory": KV_MEMORY, **options}
+        """Starts a peer for blocks `[start, end)`, or for what `wish` says; it computes as transformers does."""
+        chosen = {"wish": SpanWish(blocks=(start, end)), "listen": LOOPBACK, "kv_memory": KV_MEMORY, "weights": None}
+        chosen |= options
         peer = Peer.start(
             options.pop("folder", self.folder),
             PeerOptions(

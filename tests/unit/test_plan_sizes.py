@@ -10,7 +10,10 @@ from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.sizes import ModelSizes
 from splitnet.model.span import Span, block_bytes
+from splitnet.model.weights import Weights
 from tests.unit.random_models import random_checkpoint, random_config
+
+BFLOAT16 = Weights("bfloat16", torch.bfloat16)
 
 
 def config_only(checkpoint: Path, folder: Path) -> Path:
@@ -51,11 +54,11 @@ def test_sizes_from_the_config_are_those_of_what_a_peer_loads(family: str, tmp_p
 
 
 def test_arithmetic_is_that_of_the_weights_that_a_position_uses() -> None:
-    dense = ModelSizes.of_config("dense", random_config("llama", blocks=1, hidden=64, vocab=300), torch.bfloat16)
+    dense = ModelSizes.of_config("dense", random_config("llama", blocks=1, hidden=64, vocab=300), BFLOAT16)
     assert dense.expert_bytes == 0
     assert dense.flops_per_position == dense.block_bytes  # 2 bytes and 2 operations a weight
     assert dense.head_bytes == 300 * 64 * 2
-    mixture = ModelSizes.of_config("moe", random_config("mixtral", blocks=1, hidden=64, vocab=300), torch.bfloat16)
+    mixture = ModelSizes.of_config("moe", random_config("mixtral", blocks=1, hidden=64, vocab=300), BFLOAT16)
     assert mixture.expert_share == 0.5
     assert mixture.expert_bytes == 4 * 3 * 64 * 128 * 2
     assert mixture.flops_per_position == mixture.block_bytes - mixture.expert_bytes / 2

@@ -1,0 +1,252 @@
+"""What each kind of weights costs in memory, time and quality, for a span of all blocks; prints Markdown.
+
+    python benchmarks/weights.py CHECKPOINT [--kinds float32 float16 int8] [--threads 1 2] [--rounds 5] [--steps 16]
+                                 [--tokens 1024]
+    python benchmarks/weights.py --random-1b
+
+All kinds are in memory together and are timed in turns, so that a disturbance of the machine meets all of them. The
+median and the fastest of all tokens are told. "Of bandwidth" is the time that the machine needs to read so many bytes
+(a sum over a long vector, the fastest of the same rounds) as a part of the fastest token: decoding can reach 100% at
+best, unless the weights stay in a cache. On a machine that others use, --cpu-time counts what one thread computed, not
+what it waited for a processor; caches and memory are still shared.
+
+Quality is that of the next-token distributions over a text, against those with float32 weights. A model with random
+weights (--random-1b: the shape of TinyLlama 1.1B) has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from codec_quality import VARIED_TEXT
+from safetensors.torch import save_file
+from torch import nn
+from transformers import LlamaConfig
+
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.shell import load_shell
+from splitnet.model.span import Part, Span
+from splitnet.model.weights import KINDS
+
+MIB = 2**20
+CONTEXT = 64
+"""Positions that a decode step attends to."""
+PREFILL = 512
+READ_BYTES = 2**29
+
+
+@dataclass
+class Times:
+    """Of one kind with one number of threads: of every token, and of every pass of `PREFILL` positions."""
+
+    decode_ms: list[float] = field(default_factory=list)
+    prefill_ms: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Against float32: mean divergence in nats, share of positions with the same most likely token; and perplexity."""
+
+    divergence: float
+    top1: float
+    perplexity: float
+
+
+class Blocks(nn.Module):
+    """A span in the place of a model's blocks."""
+
+    def __init__(self, span: Span) -> None:
+        super().__init__()
+        self.span = span
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = [self.span.forward(row, [Part(self.span.new_row(), 0, len(row))]) for row in hidden]
+        return torch.stack(rows).to(hidden.dtype)
+
+
+def load(checkpoint: Checkpoint, kind: str) -> Span:
+    """All blocks; they compute in float32, but for weights that are bfloat16."""
+    dtype = "bfloat16" if kind == "bfloat16" else "float32"
+    return Span.load(checkpoint, 0, checkpoint.num_blocks, dtype=dtype, weights=kind)
+
+
+Measured = dict[str, dict[int, Times]]
+"""By kind, and by number of threads."""
+
+
+class Stopwatch:
+    """Times spans.
+
+    Args:
+        clock: gives seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+
+    def measure(
+        self, spans: dict[str, Span], threads: Sequence[int], rounds: int, steps: int
+    ) -> tuple[Measured, dict[int, list[float]]]:
+        """Times of all kinds in turns, and the ms to read a MiB, by number of threads."""
+        times: Measured = {kind: {count: Times() for count in threads} for kind in spans}
+        reads: dict[int, list[float]] = {count: [] for count in threads}
+        hidden = torch.randn(PREFILL, next(iter(spans.values())).hidden_size)
+        vector = torch.ones(READ_BYTES // 4)
+        torch.set_num_threads(threads[0])
+        for span in spans.values():
+            self._time(span, hidden, 1, Times())
+        for _ in range(rounds):
+            for count in threads:
+                torch.set_num_threads(count)
+                reads[count].append(self._ms(vector.sum) / (READ_BYTES / MIB))
+                for kind, span in spans.items():
+                    self._time(span, hidden, steps, times[kind][count])
+        return times, reads
+
+    def _time(self, span: Span, hidden: torch.Tensor, steps: int, times: Times) -> None:
+        """Times `steps` tokens of one session after `CONTEXT` positions, and one pass of `PREFILL` positions."""
+        row = span.new_row(CONTEXT + steps)
+        span.forward(hidden[:CONTEXT], [Part(row, 0, CONTEXT)])
+        for index in range(steps):
+            parts = [Part(row, CONTEXT + index, 1)]
+            times.decode_ms.append(self._ms(lambda parts=parts: span.forward(hidden[:1], parts)))
+        parts = [Part(span.new_row(PREFILL), 0, PREFILL)]
+        times.prefill_ms.append(self._ms(lambda: span.forward(hidden[:PREFILL], parts)))
+
+    def _ms(self, call: Callable[[], object]) -> float:
+        began = self._clock()
+        call()
+        return (self._clock() - began) * 1000
+
+
+def log_probabilities(checkpoint: Checkpoint, span: Span, ids: torch.Tensor) -> torch.Tensor:
+    """`[positions, vocabulary]`, of the next tokens."""
+    shell: Any = load_shell(checkpoint, Blocks(span), dtype="float32")
+    with torch.inference_mode():
+        return shell(ids, use_cache=False).logits[0].float().log_softmax(-1)
+
+
+def quality_of(found: torch.Tensor, exact: torch.Tensor, ids: torch.Tensor) -> Quality:
+    pairs = list(zip(exact.split(128), found.split(128), strict=True))
+    divergences = torch.cat([(exact.exp() * (exact - other)).sum(-1) for exact, other in pairs])
+    agreements = torch.cat([exact.argmax(-1) == other.argmax(-1) for exact, other in pairs])
+    perplexity = (-found[:-1].gather(-1, ids[0, 1:, None]).mean()).exp()
+    return Quality(divergences.mean().item(), agreements.float().mean().item(), perplexity.item())
+
+
+def qualities(checkpoint: Checkpoint, kinds: Sequence[str], tokens: int) -> dict[str, Quality]:
+    """Of each kind, on the first tokens of the text."""
+    text = VARIED_TEXT.read_text(encoding="utf-8")
+    ids = checkpoint.tokenizer()(text, return_tensors="pt").input_ids[:, :tokens]
+    exact = log_probabilities(checkpoint, load(checkpoint, "float32"), ids)
+    return {kind: quality_of(log_probabilities(checkpoint, load(checkpoint, kind), ids), exact, ids) for kind in kinds}
+
+
+def print_tables(spans: dict[str, Span], times: Measured, reads: dict[int, list[float]]) -> None:
+    for threads, read in reads.items():
+        print(f"\n{threads} thread{'s' * (threads > 1)}; memory is read at {1000 / min(read) / 1024:.1f} GiB/s.\n")
+        print("| weights | MiB | decode ms/token, median | fastest | of bandwidth | prefill tokens/s | fastest |")
+        print("|---|---|---|---|---|---|---|")
+        for kind, span in spans.items():
+            mib, found = span.weight_bytes / MIB, times[kind][threads]
+            cells = [f"{statistics.median(found.decode_ms):.2f}", f"{min(found.decode_ms):.2f}"]
+            cells.append(f"{mib * min(read) / min(found.decode_ms):.0%}")
+            slow, fast = statistics.median(found.prefill_ms), min(found.prefill_ms)
+            cells += [f"{PREFILL * 1000 / slow:.0f}", f"{PREFILL * 1000 / fast:.0f}"]
+            print(f"| {kind} | {mib:.0f} | {' | '.join(cells)} |", flush=True)
+
+
+def print_quality(found: dict[str, Quality]) -> None:
+    print("\n| weights | KL to float32 (nats) | top-1 agreement | perplexity |")
+    print("|---|---|---|---|")
+    for kind, quality in found.items():
+        print(f"| {kind} | {quality.divergence:.1e} | {quality.top1:.4f} | {quality.perplexity:.4f} |")
+
+
+@contextmanager
+def random_1b() -> Iterator[Path]:
+    """A checkpoint in the shape of TinyLlama 1.1B, in bfloat16; all of its blocks have the same random weights."""
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        vocab_size=32000,
+        dtype=torch.bfloat16,
+    )
+    hidden, middle, kv = config.hidden_size, config.intermediate_size, 2048 // 32 * 4
+    shapes = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (middle, hidden),
+        "mlp.up_proj": (middle, hidden),
+        "mlp.down_proj": (hidden, middle),
+    }
+    block = {f"{path}.weight": (torch.randn(shape) * shape[1] ** -0.5).bfloat16() for path, shape in shapes.items()}
+    for norm in ("input_layernorm", "post_attention_layernorm"):
+        block[f"{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        weight_map: dict[str, str] = {}
+        for index in range(config.num_hidden_layers):
+            tensors = {f"model.layers.{index}.{rest}": tensor for rest, tensor in block.items()}
+            shard = f"block-{index}.safetensors"
+            save_file(tensors, folder / shard, metadata={"format": "pt"})
+            weight_map.update(dict.fromkeys(tensors, shard))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        config.save_pretrained(folder)
+        yield folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="folder or hub id of a checkpoint")
+    parser.add_argument("--random-1b", action="store_true", help="a random model with 1.1 billion weights instead")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--cpu-time", action="store_true", help="count CPU time; with --threads 1")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=16, help="decode steps per kind and round")
+    parser.add_argument("--tokens", type=int, default=1024, help="how many tokens of the text to judge by; 0: none")
+    arguments = parser.parse_args()
+    if (arguments.checkpoint is None) == (not arguments.random_1b):
+        parser.error("give a checkpoint or --random-1b")
+    if arguments.cpu_time and arguments.threads != [1]:
+        parser.error("--cpu-time is that of one thread: add --threads 1")
+    if arguments.random_1b:
+        with random_1b() as folder:
+            compare(folder, arguments, 0)
+    else:
+        compare(arguments.checkpoint, arguments, arguments.tokens)
+
+
+def compare(model: Path | str, arguments: argparse.Namespace, tokens: int) -> None:
+    checkpoint = Checkpoint.open(model)
+    spans = {kind: load(checkpoint, kind) for kind in arguments.kinds}
+    gc.collect()
+    clock = time.thread_time if arguments.cpu_time else time.perf_counter
+    which = "CPU time" if arguments.cpu_time else "wall time"
+    blocks, hidden = checkpoint.num_blocks, checkpoint.hidden_size
+    print(f"{blocks} blocks of hidden size {hidden}, {arguments.rounds} rounds, {which}.", flush=True)
+    print_tables(spans, *Stopwatch(clock).measure(spans, arguments.threads, arguments.rounds, arguments.steps))
+    spans.clear()
+    if tokens:
+        print_quality(qualities(checkpoint, arguments.kinds, tokens))
+
+
+if __name__ == "__main__":
+    main()

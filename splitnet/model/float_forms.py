@@ -1,0 +1,92 @@
+"""Weights held in a narrower float type than blocks compute in."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Self
+
+import torch
+
+from splitnet.model.weight_form import WeightForm
+
+_HALF_MAX = torch.finfo(torch.float16).max
+_PACKED_ROWS, _PACKED_COLUMNS = 512, 16
+"""fbgemm packs in tiles of so many inputs and outputs, and pads to whole tiles."""
+
+
+class ConvertedFloat(WeightForm):
+    """Stored in a float type and converted at every call: correct on every device, fast on none."""
+
+    stored: ClassVar[torch.dtype]
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        super().__init__()
+        self.weight: torch.Tensor
+        self.register_buffer("weight", weight)
+
+    @classmethod
+    def bytes_for(cls, outputs: int, inputs: int) -> int:
+        return outputs * inputs * cls.stored.itemsize
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Self | None:
+        if not bool(weight.abs().max() <= torch.finfo(cls.stored).max):  # nor if it is not a number
+            return None
+        return cls(weight.to(cls.stored, copy=True))
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(rows, self.dequantised(rows.dtype))
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.weight.to(dtype)
+
+
+class ConvertedFloat16(ConvertedFloat):
+    """float16, converted at every call."""
+
+    stored = torch.float16
+
+
+class ConvertedBfloat16(ConvertedFloat):
+    """bfloat16, converted at every call."""
+
+    stored = torch.bfloat16
+
+
+class ConvertedFloat32(ConvertedFloat):
+    """float32: for layers whose values are too large for the form that was wished."""
+
+    stored = torch.float32
+
+
+class PackedFloat16(WeightForm):
+    """float16 in fbgemm's tiles: read as float16 and multiplied in float32. For x86 CPUs with AVX2."""
+
+    def __init__(self, packed: Any, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self._packed = packed
+        self._bytes = self.bytes_for(outputs, inputs)
+
+    @classmethod
+    def fits(cls, outputs: int, inputs: int) -> bool:
+        return cls.bytes_for(outputs, inputs) < outputs * inputs * torch.float32.itemsize
+
+    @classmethod
+    def bytes_for(cls, outputs: int, inputs: int) -> int:
+        tiles = -(-inputs // _PACKED_ROWS) * -(-outputs // _PACKED_COLUMNS)
+        return tiles * _PACKED_ROWS * _PACKED_COLUMNS * torch.float16.itemsize
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Self | None:
+        if not bool(weight.abs().max() <= _HALF_MAX):  # fbgemm would cut larger ones off
+            return None
+        return cls(torch.ops.quantized.linear_prepack_fp16(weight.contiguous(), None), *weight.shape)
+
+    @property
+    def untracked_bytes(self) -> int:
+        return self._bytes
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.ops.quantized.linear_dynamic_fp16(rows.float(), self._packed).to(rows.dtype)
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.ops.quantized.linear_unpack_fp16(self._packed)[0].to(dtype)

@@ -1,0 +1,155 @@
+"""Linear layers whose weight is held in another form than the type that blocks compute in."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from splitnet.model.families import PLAIN_LINEAR, ROUTERS
+from splitnet.model.float_forms import ConvertedFloat32
+from splitnet.model.weight_form import WeightForm
+from splitnet.model.weights import Weights
+
+
+class HeldLinear(nn.Module):
+    """A frozen linear layer. Until its weight is set, it has none; then it brings it into its form and forgets it.
+
+    So a model of such layers is never held as a whole in floats while it is loaded. Gradients flow to what it is given,
+    none to its weight, of which a backward pass makes a copy in floats, layer by layer.
+
+    Args:
+        in_features, out_features: its numbers of inputs and outputs.
+        form: what holds its weight.
+        transposed: the weight is set as `[inputs, outputs]`.
+        bias: whether it has one.
+        dtype: of the bias.
+    """
+
+    held: WeightForm
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        form: type[WeightForm],
+        *,
+        transposed: bool,
+        bias: bool,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self._form = form
+        self._transposed = transposed
+        self._dtype = dtype
+        shape = (in_features, out_features) if transposed else (out_features, in_features)
+        # float32, whatever blocks compute in: the form is made of the values as they are stored.
+        self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
+        given = torch.empty(out_features, dtype=dtype, device="meta") if bias else None
+        self.bias = None if given is None else nn.Parameter(given, requires_grad=False)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, torch.Tensor) and not value.is_meta:
+            self._hold(value.detach())
+        else:
+            super().__setattr__(name, value)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """`[..., inputs]` -> `[..., outputs]`, in the type of `input`."""
+        rows = input.reshape(-1, self.in_features)
+        if not len(rows):
+            product = rows.new_zeros(0, self.out_features)
+        elif torch.is_grad_enabled() and rows.requires_grad:
+            product: Any = _Product.apply(rows, self.held)
+        else:
+            product = self.held.multiply(rows)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*input.shape[:-1], self.out_features)
+
+    def _hold(self, weight: torch.Tensor) -> None:
+        rows = (weight.T if self._transposed else weight).to(torch.float32).contiguous()
+        # Values that are out of the range of the form, or that are no numbers, stay as they are.
+        self.held = self._form.of(rows) or ConvertedFloat32(rows.clone())
+        del self.weight
+        # For those who only look: some families' code for new weights, which must take this one for filled.
+        absent: Any = torch.empty(weight.shape, dtype=self._dtype, device="meta")
+        absent._is_hf_initialized = True
+        self.__dict__["weight"] = absent
+        # And what says to those who ask a model for the device and the type of its parameters.
+        empty = torch.empty(0, dtype=self._dtype, device=weight.device)
+        self.parameter_like = nn.Parameter(empty, requires_grad=False)
+
+
+class _Product(torch.autograd.Function):
+    """Rows times a held weight. Nothing is kept for the way back but the weight in its form."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, held: WeightForm) -> torch.Tensor:
+        ctx.held = held
+        return held.multiply(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (gradient,) = gradients
+        return gradient @ ctx.held.dequantised(gradient.dtype), None
+
+
+class Holdable(NamedTuple):
+    """A linear layer that fits a form: where it is in its block, and its sizes."""
+
+    path: str
+    layer: nn.Module
+    outputs: int
+    inputs: int
+    form: type[WeightForm]
+
+
+def holdable_layers(block: nn.Module, weights: Weights) -> Iterator[Holdable]:
+    """The linear layers of a block that are held in another form; not those that share their weight with others."""
+    if not weights.forms:
+        return
+    shared = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
+    for path, layer in block.named_modules():
+        sizes = _sizes_of(layer)
+        if sizes is None or not ROUTERS.isdisjoint(path.split(".")) or shared[id(layer.weight)] > 1:
+            continue
+        form = weights.form_for(*sizes)
+        if form is not None:
+            yield Holdable(path, layer, *sizes, form)
+
+
+def hold_weights(block: nn.Module, weights: Weights) -> int:
+    """Puts layers that will hold their weights in the place of a block's own, which have none yet; tells how many."""
+    found = list(holdable_layers(block, weights))
+    for path, layer, outputs, inputs, form in found:
+        transposed, bias = isinstance(layer, Conv1D), layer.bias is not None
+        block.set_submodule(
+            path, HeldLinear(inputs, outputs, form, transposed=transposed, bias=bias, dtype=weights.dtype)
+        )
+    return len(found)
+
+
+def saved_bytes(block: nn.Module, weights: Weights) -> int:
+    """How many bytes fewer a block takes than with all of its weights in the type that it computes in."""
+    return sum(
+        outputs * inputs * weights.dtype.itemsize - form.bytes_for(outputs, inputs)
+        for _, _, outputs, inputs, form in holdable_layers(block, weights)
+    )
+
+
+def _sizes_of(layer: nn.Module) -> tuple[int, int] | None:
+    """Outputs and inputs, of a layer that does nothing but multiply and add."""
+    if type(layer) is nn.Linear or type(layer).__name__ in PLAIN_LINEAR:
+        linear: Any = layer
+        return linear.out_features, linear.in_features
+    if type(layer) is Conv1D:
+        conv: Any = layer
+        return conv.nf, conv.nx
+    return None

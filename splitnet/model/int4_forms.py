@@ -1,0 +1,179 @@
+"""Weights held in four bits, with a scale and a zero for every group of inputs of an output."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple, Self
+
+import torch
+
+from splitnet.model.weight_form import WeightForm, type_for_many
+
+GROUP = 32
+"""Inputs that share a scale and a zero. Larger groups take a little less memory and lose more."""
+
+_LARGEST = 15
+_MIDDLE = 8
+_SCALE = torch.bfloat16
+_PROBED_INPUTS = 32
+
+_MANY_ROWS = 128
+"""From so many rows on it is faster to make the weight anew than to use the kernel, which is made for few."""
+
+
+class Groups(NamedTuple):
+    """A weight in four bits: it stands for `(codes - 8) * scales + zeros`.
+
+    codes: `[outputs, inputs]`, uint8 of 0..15. scales_and_zeros: `[groups, outputs, 2]`, as torch's kernel takes them.
+    """
+
+    codes: torch.Tensor
+    scales_and_zeros: torch.Tensor
+
+
+class _Grouped(WeightForm):
+    """What both forms of four bits have in common."""
+
+    def __init__(self, packed: torch.Tensor, scales_and_zeros: torch.Tensor) -> None:
+        super().__init__()
+        self.packed: torch.Tensor
+        self.scales_and_zeros: torch.Tensor
+        self.register_buffer("packed", packed)  # two codes in a byte: [outputs, inputs / 2]
+        self.register_buffer("scales_and_zeros", scales_and_zeros)
+
+    @classmethod
+    def fits(cls, outputs: int, inputs: int) -> bool:
+        return inputs % GROUP == 0
+
+    @classmethod
+    def bytes_for(cls, outputs: int, inputs: int) -> int:
+        return outputs * inputs // 2 + outputs * (inputs // GROUP) * 2 * _SCALE.itemsize
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Self | None:
+        groups = _grouped(weight)
+        return None if groups is None else cls(cls._pack(groups.codes), groups.scales_and_zeros)
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        steps = self._unpack(dtype)
+        outputs, inputs = steps.shape
+        scales, zeros = self.scales_and_zeros.permute(2, 1, 0).to(dtype)[..., None]  # [outputs, groups, 1] each
+        return steps.view(outputs, inputs // GROUP, GROUP).mul_(scales).add_(zeros).view(outputs, inputs)
+
+    @staticmethod
+    def _pack(codes: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        """The codes less 8, `[outputs, inputs]`."""
+        raise NotImplementedError
+
+
+class DequantisedInt4(_Grouped):
+    """The weight is made anew at every call, in the type of what it is multiplied with."""
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(rows, self.dequantised(rows.dtype))
+
+    @staticmethod
+    def _pack(codes: torch.Tensor) -> torch.Tensor:
+        return codes[:, ::2] | codes[:, 1::2] << 4
+
+    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        lower, upper = _steps(self.packed)
+        return torch.stack((lower, upper), dim=-1).flatten(1).to(dtype)
+
+
+class KernelInt4(_Grouped):
+    """Multiplied by torch's kernel for CPUs, which takes bfloat16 on the other side and an order of its own."""
+
+    @classmethod
+    def fits(cls, outputs: int, inputs: int) -> bool:
+        order = kernel_order()
+        return super().fits(outputs, inputs) and order is not None and outputs % len(order) == 0
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) >= _MANY_ROWS:
+            dtype = type_for_many()
+            return torch.nn.functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
+        given = rows.to(torch.bfloat16).contiguous()
+        product = torch.ops.aten._weight_int4pack_mm_for_cpu(given, self.packed, GROUP, self.scales_and_zeros)
+        return product.to(rows.dtype)
+
+    @staticmethod
+    def _pack(codes: torch.Tensor) -> torch.Tensor:
+        return _pack_for_kernel(codes)
+
+    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
+        order = kernel_order()
+        assert order is not None
+        outputs, half = self.packed.shape
+        height, inputs = len(order), 2 * half
+        # Bytes are turned, not the numbers that they become.
+        tiles = self.packed.view(-1, inputs, height // 2).transpose(1, 2).contiguous()
+        steps = torch.empty(len(tiles), height, inputs, dtype=dtype)
+        for part, slots in zip(_steps(tiles), order.split(height // 2), strict=True):
+            first, step = int(slots[0]), int(slots[1] - slots[0])
+            if torch.equal(slots, first + step * torch.arange(len(slots))):
+                steps[:, first : first + step * len(slots) : step] = part  # much faster than by a list
+            else:
+                steps[:, slots] = part.to(dtype)
+        return steps.view(outputs, inputs)
+
+
+@cache
+def kernel_order() -> torch.Tensor | None:
+    """How torch's kernel orders weights on this CPU: which output of a tile each slot holds; None if it is not known.
+
+    A tile has all inputs of some outputs, and for each input a byte for every two outputs; a slot is half a byte, first
+    all lower ones. Which outputs share a byte, and how many make a tile, depends on the instructions that the CPU has,
+    so it is found by packing numbers.
+    """
+    for height in (64, 32, 16):
+        outputs = torch.arange(2 * height)[:, None].expand(-1, _PROBED_INPUTS)
+        inputs = torch.arange(_PROBED_INPUTS).expand(2 * height, -1)
+        found = [_slots(_pack_for_kernel(part.to(torch.uint8)), height, _PROBED_INPUTS) for part in _digits(outputs)]
+        tiles = sum(digit.long() << 4 * place for place, digit in enumerate(found))
+        assert isinstance(tiles, torch.Tensor)
+        order = tiles[0, 0]
+        expected = torch.stack((order, order + height))[:, None].expand(-1, _PROBED_INPUTS, -1)
+        found = [_slots(_pack_for_kernel(part.to(torch.uint8)), height, _PROBED_INPUTS) for part in _digits(inputs)]
+        at = sum(digit.long() << 4 * place for place, digit in enumerate(found))
+        in_order = torch.arange(_PROBED_INPUTS)[None, :, None].expand(2, -1, height)
+        if torch.equal(tiles, expected) and torch.equal(torch.as_tensor(at), in_order):
+            return order
+    return None
+
+
+def _steps(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The codes in the lower and upper halves of bytes, less 8."""
+    return (packed & _LARGEST).view(torch.int8) - _MIDDLE, (packed >> 4).view(torch.int8) - _MIDDLE
+
+
+def _digits(numbers: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return numbers & 15, numbers >> 4
+
+
+def _pack_for_kernel(codes: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
+
+
+def _slots(packed: torch.Tensor, height: int, inputs: int) -> torch.Tensor:
+    """`[tiles, inputs, height]`: the lower halves of the bytes of each input of a tile, then the upper ones."""
+    tiles = packed.view(-1, inputs, height // 2)
+    return torch.cat((tiles & _LARGEST, tiles >> 4), dim=-1)
+
+
+def _grouped(weight: torch.Tensor) -> Groups | None:
+    """Brings a weight into groups; None if not all of its values are finite."""
+    outputs, inputs = weight.shape
+    values = weight.view(outputs, inputs // GROUP, GROUP)
+    low, high = values.amin(-1), values.amax(-1)
+    if not bool(torch.isfinite(high - low).all()):
+        return None
+    # The codes are those for scale and zero as they are stored.
+    scales = ((high - low) / _LARGEST).clamp_(min=torch.finfo(_SCALE).tiny).to(_SCALE)
+    zeros = (low + _MIDDLE * scales.float()).to(_SCALE)
+    codes = (values - zeros.float()[..., None]).div_(scales.float()[..., None]).add_(_MIDDLE)
+    codes = codes.round_().clamp_(0, _LARGEST).to(torch.uint8).view(outputs, inputs)
+    return Groups(codes, torch.stack((scales, zeros), dim=-1).transpose(0, 1).contiguous())

@@ -1,0 +1,64 @@
+"""Weights held as int8 with one scale per output."""
+
+from __future__ import annotations
+
+from typing import Self
+
+import torch
+
+from splitnet.model.weight_form import WeightForm, type_for_many
+
+_LARGEST = 127
+_SCALE = torch.bfloat16
+_KERNEL_INPUTS, _KERNEL_OUTPUTS = 32, 16
+"""The kernel reads in vectors and past the end of what is no multiple of them."""
+
+_MANY_ROWS = 48
+"""From so many rows on it is faster to make the weight anew than to use the kernel, which is made for few."""
+
+
+class DequantisedInt8(WeightForm):
+    """Codes and scales; the weight is made anew at every call, in the type of what it is multiplied with."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.codes: torch.Tensor
+        self.scales: torch.Tensor
+        self.register_buffer("codes", codes)  # [outputs, inputs], int8
+        self.register_buffer("scales", scales)  # [outputs]
+
+    @classmethod
+    def bytes_for(cls, outputs: int, inputs: int) -> int:
+        return outputs * inputs + outputs * _SCALE.itemsize
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Self | None:
+        largest = weight.abs().amax(dim=1)
+        if not bool(torch.isfinite(largest).all()):
+            return None
+        # The codes are those for the scale as it is stored, or its rounding would stretch the whole row.
+        scales = (largest / _LARGEST).clamp_(min=torch.finfo(_SCALE).tiny).to(_SCALE)
+        codes = (weight / scales.float()[:, None]).round_().clamp_(-_LARGEST, _LARGEST)
+        return cls(codes.to(torch.int8), scales)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(rows, self.dequantised(rows.dtype))
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])
+
+
+class KernelInt8(DequantisedInt8):
+    """Multiplied by torch's kernel, which takes bfloat16 on the other side."""
+
+    @classmethod
+    def fits(cls, outputs: int, inputs: int) -> bool:
+        return inputs % _KERNEL_INPUTS == 0 and outputs % _KERNEL_OUTPUTS == 0
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) >= _MANY_ROWS:
+            dtype = type_for_many()
+            product = torch.nn.functional.linear(rows.to(dtype), self.codes.to(dtype))  # which are exact in both
+            return (product * self.scales).to(rows.dtype)
+        given = rows.to(torch.bfloat16).contiguous()
+        return torch.ops.aten._weight_int8pack_mm(given, self.codes, self.scales).to(rows.dtype)

@@ -1,0 +1,54 @@
+"""What every form is in which the weight of a linear layer may be held."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Self
+
+import torch
+from torch import nn
+
+
+class WeightForm(nn.Module):
+    """A frozen weight `[outputs, inputs]`. Its tensors are buffers, so that they follow the model to its device.
+
+    They are persistent ones: transformers fills others anew when it has loaded a model.
+    """
+
+    @classmethod
+    def fits(cls, outputs: int, inputs: int) -> bool:
+        """Whether a weight of this shape can be held so, and is the smaller for it than as float32."""
+        return True
+
+    @classmethod
+    def bytes_for(cls, outputs: int, inputs: int) -> int:
+        """Bytes that a weight of this shape takes."""
+        raise NotImplementedError
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Self | None:
+        """Brings a weight into this form, on its device; None if its values do not allow it.
+
+        Args:
+            weight: `[outputs, inputs]`, float32; it is left alone and not kept.
+        """
+        raise NotImplementedError
+
+    @property
+    def untracked_bytes(self) -> int:
+        """Bytes that it takes besides its tensors."""
+        return 0
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[rows, inputs]` -> `[rows, outputs]`, in the type of `rows`; records nothing for gradients."""
+        raise NotImplementedError
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that it stands for, `[outputs, inputs]`: a new tensor, made at every call."""
+        raise NotImplementedError
+
+
+@cache
+def type_for_many() -> torch.dtype:
+    """In which type this CPU multiplies many rows faster: bfloat16 if it has instructions for it, else float32."""
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

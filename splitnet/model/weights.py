@@ -1,0 +1,109 @@
+"""In which form a span holds the weights of its linear layers, and what it computes in: chosen by the device."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from splitnet.errors import WeightsError
+from splitnet.model.dtypes import as_dtype
+from splitnet.model.float_forms import ConvertedBfloat16, ConvertedFloat16, PackedFloat16
+from splitnet.model.int4_forms import DequantisedInt4, KernelInt4
+from splitnet.model.int8_forms import DequantisedInt8, KernelInt8
+from splitnet.model.weight_form import WeightForm
+
+AUTO = "auto"
+INTEGERS = ("int8", "int4")
+KINDS = ("float32", "bfloat16", "float16", *INTEGERS)
+"""What weights may be held as, by name."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the blocks of a span hold their weights.
+
+    Attributes:
+        kind: one of `KINDS`, of the linear layers that fit it.
+        dtype: what blocks compute in, which is the type of everything else: activations, KV caches, norms, experts.
+        forms: of a linear layer, the first that fits it; where none does, it stays in `dtype`.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    forms: tuple[type[WeightForm], ...] = ()
+
+    def form_for(self, outputs: int, inputs: int) -> type[WeightForm] | None:
+        """The form of a linear layer of these sizes; None: it stays as it is."""
+        return next((form for form in self.forms if form.fits(outputs, inputs)), None)
+
+    def plain(self) -> Weights:
+        """The same with all weights in the type that blocks compute in."""
+        return Weights(name_of(self.dtype), self.dtype)
+
+
+def choose_weights(
+    kind: str | None, dtype: torch.dtype | str | None, stored: torch.dtype, device: torch.device
+) -> Weights:
+    """What the weights of a checkpoint are held as.
+
+    Args:
+        kind: one of `KINDS`; "auto": what is fastest on the device and as good as `dtype`; None: as `dtype`.
+        dtype: what blocks shall compute in; None: what goes with `kind`, else as they are stored.
+        stored: the type in the checkpoint.
+
+    Raises:
+        WeightsError: there is no such kind, or it does not go with `dtype`.
+        ValueError: there is no such type.
+    """
+    wished = as_dtype(dtype)
+    if kind == AUTO:
+        kind = _fastest(wished or stored, device)
+    if kind is None:
+        return Weights(name_of(wished or stored), wished or stored)
+    if kind not in KINDS:
+        raise WeightsError(f"weights cannot be held as {kind!r}: use auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    if kind in INTEGERS:
+        return Weights(kind, wished or stored, _integer_forms(kind, device))
+    held = as_dtype(kind)
+    assert held is not None
+    if wished is None:
+        # Half precision is what CPUs hold but do not compute in.
+        wished = torch.float32 if held == torch.float16 and device.type == "cpu" else held
+    if held == wished:
+        return Weights(kind, held)
+    if wished != torch.float32:
+        raise WeightsError(
+            f"blocks that compute in {name_of(wished)} cannot hold weights as {kind}: leave --dtype out, or use "
+            f"--weights {name_of(wished)}"
+        )
+    if held == torch.bfloat16:
+        return Weights(kind, wished, (ConvertedBfloat16,))
+    return Weights(kind, wished, (PackedFloat16, ConvertedFloat16) if has_kernels(device) else (ConvertedFloat16,))
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """The name of a type as users write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether torch has kernels for packed weights on a device: for now on x86 CPUs. Others convert at every call."""
+    return (
+        device.type == "cpu"
+        and platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        and torch.backends.quantized.engine in ("x86", "fbgemm")
+    )
+
+
+def _fastest(dtype: torch.dtype, device: torch.device) -> str:
+    """Decoding reads all weights for every token, so half of the bytes are twice as fast, where a kernel reads them."""
+    return "float16" if dtype == torch.float32 and has_kernels(device) else name_of(dtype)
+
+
+def _integer_forms(kind: str, device: torch.device) -> tuple[type[WeightForm], ...]:
+    if kind == "int8":
+        return (KernelInt8, DequantisedInt8) if has_kernels(device) else (DequantisedInt8,)
+    return (KernelInt4, DequantisedInt4) if has_kernels(device) else (DequantisedInt4,)

@@ -1,0 +1,343 @@
+"""Weights of linear layers that are held in other forms than floats, with torch's kernels and without them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from transformers.pytorch_utils import Conv1D
+
+from peers.placing import SpanWish, fitting_blocks
+from splitnet.errors import OutOfMemory, WeightsError
+from splitnet.model import weights
+from splitnet.model.adapters import Adapter
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.float_forms import ConvertedFloat16, ConvertedFloat32, PackedFloat16
+from splitnet.model.held_linear import HeldLinear
+from splitnet.model.int4_forms import GROUP, DequantisedInt4, KernelInt4, kernel_order
+from splitnet.model.int8_forms import DequantisedInt8, KernelInt8
+from splitnet.model.lazy_tensors import LazyTensors
+from splitnet.model.passes import SpanPasses
+from splitnet.model.sizes import ModelSizes
+from splitnet.model.span import Part, Span, block_bytes
+from splitnet.model.weight_form import WeightForm
+from splitnet.model.weights import choose_weights, has_kernels
+from tests.unit.random_models import random_checkpoint
+
+CPU = torch.device("cpu")
+HIDDEN = 320
+"""Large enough that packed float16, which is padded to 512 inputs, is smaller than float32."""
+LENGTHS = (5, 9)
+FAMILIES = ("llama", "qwen3", "gpt2", "mixtral", "falcon", "olmo", "opt")
+HELD = ("float16", "bfloat16", "int8", "int4")
+needs_kernels = pytest.mark.skipif(not has_kernels(CPU), reason="torch has no kernels for packed weights here")
+
+# How far rounding moves a weight, relative to the size of the weights: the distance of two neighbours over sqrt(12).
+# That of floats is at most a unit in the last place, 2^-10 and 2^-7. The weights of the models here are normally
+# distributed; of some hundred the largest is about 3.3 deviations, and 32 span about 4.2.
+ROUNDING = {
+    "float16": 2**-10 / 12**0.5,
+    "bfloat16": 2**-7 / 12**0.5,
+    "int8": 3.3 / 127 / 12**0.5,
+    "int4": 4.2 / 15 / 12**0.5,
+}
+STAGES = 4
+"""Linear layers of a block that one after the other move its output."""
+KERNEL_ROUNDING = 3**0.5 * ROUNDING["bfloat16"]
+"""Kernels for integers round to bfloat16: what they are given, what they give, and one of them each weight."""
+
+
+def distance(kind: str) -> float:
+    """What a block's output may move, relative to its size: independent errors add up in squares.
+
+    Twice that is allowed for what lies between the layers.
+    """
+    return 2 * (STAGES * (ROUNDING[kind] ** 2 + KERNEL_ROUNDING**2 * kind.startswith("int"))) ** 0.5
+
+
+KERNEL_DISTANCE = 2 * STAGES**0.5 * KERNEL_ROUNDING
+
+
+@pytest.fixture(params=["kernels", "fallback"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    if request.param == "fallback":
+        monkeypatch.setattr(weights, "has_kernels", lambda device: False)
+    elif not has_kernels(CPU):
+        pytest.skip("torch has no kernels for packed weights here")
+    return request.param == "kernels"
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Checkpoint]:
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Checkpoint:
+        if family not in made:
+            made[family] = random_checkpoint(family, tmp_path_factory.mktemp(family), blocks=2, hidden=HIDDEN)
+        return Checkpoint.open(made[family])
+
+    return make
+
+
+def held_layers(span: Span) -> dict[str, HeldLinear]:
+    return {path: layer for path, layer in span._backbone.named_modules() if isinstance(layer, HeldLinear)}
+
+
+def floats_of(checkpoint: Checkpoint, held: Span) -> Span:
+    """The same blocks with plain layers, whose weights are those that the held ones stand for."""
+    span = Span.load(checkpoint, held.start, held.end)
+    for path, layer in held_layers(held).items():
+        plain: Any = span._backbone.get_submodule(path)
+        weight = layer.held.dequantised(torch.float32)
+        plain.weight = nn.Parameter(weight.T if isinstance(plain, Conv1D) else weight, requires_grad=False)
+    return span
+
+
+def outputs(span: Span, hidden: torch.Tensor) -> torch.Tensor:
+    return span.forward(hidden, [Part(span.new_row(), 0, len(hidden))])
+
+
+def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_computes_almost_what_it_does_in_floats(
+    family: str, kind: str, kernels: bool, checkpoint_of: Callable[[str], Checkpoint]
+) -> None:
+    checkpoint = checkpoint_of(family)
+    torch.manual_seed(1)
+    hidden = torch.randn(14, HIDDEN)
+    held = Span.load(checkpoint, 1, 2, weights=kind, dtype="float32")
+    moved = outputs(held, hidden) - hidden
+    expected = outputs(Span.load(checkpoint, 1, 2), hidden) - hidden
+    assert held_layers(held) and held.dtype == torch.float32 and held.weights.kind == kind
+    # Of the median position: where experts are chosen, a position near the border may get others.
+    cosine = torch.nn.functional.cosine_similarity(moved, expected, dim=1).median()
+    # Two vectors at a relative distance d have a cosine of 1 - d^2 / 2.
+    assert cosine >= 1 - distance(kind) ** 2 / 2 - 1e-6
+    # And it is the rounding of weights that moves it, nothing else.
+    exact = outputs(floats_of(checkpoint, held), hidden) - hidden
+    away = ((moved - exact).norm(dim=1) / exact.norm(dim=1)).median()
+    assert away < (KERNEL_DISTANCE if kernels and kind.startswith("int") else 1e-5)
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_a_block_takes_the_bytes_that_were_foretold(
+    family: str, kind: str, kernels: bool, checkpoint_of: Callable[[str], Checkpoint]
+) -> None:
+    checkpoint = checkpoint_of(family)
+    plain, foretold = block_bytes(checkpoint, None), block_bytes(checkpoint, "float32", kind)
+    span = Span.load(checkpoint, 0, 2, weights=kind, dtype="float32")
+    assert foretold < plain
+    assert abs(span.weight_bytes - 2 * foretold) < 1024  # and the frequencies of a rotary embedding
+    sizes = ModelSizes.of(checkpoint.source, "float32", kind)
+    assert (sizes.block_bytes, sizes.held_as) == (foretold, kind)
+    assert sizes.flops_per_position == ModelSizes.of(checkpoint.source).flops_per_position
+    memory = 2 * foretold + 1
+    assert memory < 2 * plain
+    wish = SpanWish(memory=memory)
+    assert fitting_blocks(checkpoint, wish, device="cpu", dtype="float32", weights=kind) == 2
+    with pytest.raises(OutOfMemory, match="smaller --weights"):
+        fitting_blocks(checkpoint, SpanWish(memory=foretold - 1), device="cpu", dtype="float32", weights=kind)
+
+
+@pytest.mark.parametrize("kind", HELD)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_gradients_and_low_rank_additions_are_those_of_the_weights_that_are_stood_for(
+    family: str, kind: str, kernels: bool, checkpoint_of: Callable[[str], Checkpoint]
+) -> None:
+    checkpoint = checkpoint_of(family)
+    held = Span.load(checkpoint, 0, 2, weights=kind, dtype="float32")
+    exact = floats_of(checkpoint, held)
+    torch.manual_seed(2)
+    path = "attn.c_attn" if family == "gpt2" else "self_attn.q_proj"
+    layer = held_layers(held)[f"{held._container}.1.{path}"]
+    adapter = Adapter(
+        {
+            f"1.{path}.lora_A": torch.randn(4, layer.in_features) / HIDDEN**0.5,
+            f"1.{path}.lora_B": torch.randn(layer.out_features, 4),
+        }
+    )
+    hidden, gradient = torch.randn(2, sum(LENGTHS), HIDDEN)
+    found: list[list[torch.Tensor]] = []
+    for span in (held, exact):
+        span.fit(adapter)
+        passes = SpanPasses(span)
+        output = passes.forward(hidden, LENGTHS, adapter, 0, 2)
+        by_input, by_adapter = passes.backward(hidden, LENGTHS, gradient, adapter, 0, 2)
+        found.append([output, by_input, *by_adapter.values()])
+        parts = [Part(span.new_row(), 0, length, adapter) for length in LENGTHS]
+        assert torch.equal(span.forward(hidden, parts), output)
+        assert relative(passes.forward(hidden, LENGTHS, None, 0, 2), output) > 0.01
+    tolerance = 2 * KERNEL_DISTANCE if kernels and kind.startswith("int") else 1e-4  # there and back, two blocks
+    for actual, expected in zip(*found, strict=True):
+        assert relative(actual, expected) < tolerance
+
+
+FORMS: list[tuple[type[WeightForm], tuple[int, int]]] = [
+    (PackedFloat16, (48, 320)),
+    (ConvertedFloat16, (5, 7)),
+    (KernelInt8, (48, 64)),
+    (DequantisedInt8, (5, 7)),
+    (KernelInt4, (128, 96)),
+    (DequantisedInt4, (5, 64)),
+]
+
+
+@pytest.mark.parametrize(("form", "shape"), FORMS, ids=lambda value: getattr(value, "__name__", ""))
+@needs_kernels
+def test_a_layer_in_every_form(form: type[WeightForm], shape: tuple[int, int]) -> None:
+    torch.manual_seed(3)
+    outputs, inputs = shape
+    assert form.fits(outputs, inputs)
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    layer = HeldLinear(inputs, outputs, form, transposed=False, bias=True, dtype=torch.float32)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    assert isinstance(layer.held, form)
+    assert form.bytes_for(outputs, inputs) == layer.held.untracked_bytes + sum(
+        buffer.nbytes for buffer in layer.held.buffers()
+    )
+    stood_for = layer.held.dequantised(torch.float32)
+    rows = torch.randn(2, 3, inputs, requires_grad=True)
+    product = layer(rows)
+    expected = torch.nn.functional.linear(rows, stood_for, bias)
+    assert product.shape == (2, 3, outputs)
+    assert relative(product.detach(), expected.detach()) < KERNEL_ROUNDING
+    gradient = torch.randn_like(product)
+    (by_rows,) = torch.autograd.grad(product, rows, gradient)
+    (wanted,) = torch.autograd.grad(expected, rows, gradient)
+    assert relative(by_rows, wanted) < 1e-6
+    assert torch.equal(layer(rows.detach()), product)
+    many = torch.randn(200, inputs)
+    assert relative(layer(many), torch.nn.functional.linear(many, stood_for, bias)) < KERNEL_ROUNDING
+    assert layer(rows[:0]).shape == (0, 3, outputs)
+
+
+def test_integers_are_the_nearest() -> None:
+    torch.manual_seed(4)
+    weight = torch.randn(6, 64) * torch.logspace(-6, 3, 6)[:, None]
+    weight[5] = 0
+    eight = DequantisedInt8.of(weight)
+    assert eight is not None
+    # Half a step; the scale, which bfloat16 rounds, may leave the largest weight a little outside.
+    steps = weight.abs().amax(1, keepdim=True) / 127
+    assert ((eight.dequantised(torch.float32) - weight).abs() <= steps * (0.5 + 127 * 2**-8)).all()
+    four = DequantisedInt4.of(weight)
+    assert four is not None
+    groups = weight.view(6, -1, GROUP)
+    spans = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
+    error = (four.dequantised(torch.float32).view_as(groups) - groups).abs()
+    assert (error <= spans * (0.5 / 15 + 2**-7)).all()
+
+
+@needs_kernels
+def test_four_bits_come_back_from_the_order_of_the_kernel() -> None:
+    order = kernel_order()
+    assert order is not None and sorted(order.tolist()) == list(range(len(order)))
+    weight = torch.randn(3 * len(order), 96)
+    plain, packed = DequantisedInt4.of(weight), KernelInt4.of(weight)
+    assert plain is not None and packed is not None
+    assert torch.equal(plain.dequantised(torch.float32), packed.dequantised(torch.float32))
+
+
+@pytest.mark.parametrize("value", [1e5, float("inf"), float("nan")])
+def test_weights_out_of_range_stay_as_they_are(value: float) -> None:
+    weight = torch.randn(48, 320)
+    weight[3, 4] = value
+    for form in (PackedFloat16, ConvertedFloat16):
+        layer = HeldLinear(320, 48, form, transposed=False, bias=False, dtype=torch.float32)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        assert isinstance(layer.held, ConvertedFloat32)
+        assert torch.equal(layer.held.dequantised(torch.float32).nan_to_num(), weight.nan_to_num())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", [None, "float16", "int8", "int4"])
+def test_floats_are_let_go_while_loading(
+    kind: str | None,
+    family: str,
+    kernels: bool,
+    checkpoint_of: Callable[[str], Checkpoint],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    alive: list[StorageWeakRef] = []
+    most = 0
+    take = LazyTensors.take
+
+    def watched(self: LazyTensors, tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal most
+        taken = take(self, tensor)
+        if taken.ndim == 2:
+            alive.append(StorageWeakRef(taken.untyped_storage()))
+        most = max(most, sum(not reference.expired() for reference in alive))
+        return taken
+
+    monkeypatch.setattr(LazyTensors, "take", watched)
+    Span.load(checkpoint_of(family), 0, 2, weights=kind)
+    if kind is None:
+        assert most == len(alive)
+    else:
+        assert most <= 2 < len(alive)  # the one that is being packed, and the next one that is being read
+
+
+def test_the_form_is_chosen_by_the_device(kernels: bool) -> None:
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
+    cuda = torch.device("cuda")
+    found = choose_weights("auto", None, float32, CPU)
+    assert (found.kind, found.dtype) == ("float16" if kernels else "float32", float32)
+    assert (PackedFloat16 in found.forms) == kernels
+    for device, dtype in ((CPU, bfloat16), (cuda, bfloat16), (cuda, float32)):
+        assert choose_weights("auto", None, dtype, device) == choose_weights(None, dtype, float32, device)
+        assert not choose_weights("auto", dtype, dtype, device).forms
+    assert choose_weights("float16", None, bfloat16, CPU).dtype == float32
+    assert choose_weights("float16", None, bfloat16, cuda) == weights.Weights("float16", float16)
+    assert choose_weights("bfloat16", None, float32, CPU) == weights.Weights("bfloat16", bfloat16)
+    assert choose_weights("int4", None, bfloat16, CPU).dtype == bfloat16
+    assert choose_weights("int8", "float32", bfloat16, cuda).forms == (DequantisedInt8,)
+    assert (KernelInt8 in choose_weights("int8", None, float32, CPU).forms) == kernels
+    assert (KernelInt4 in choose_weights("int4", None, float32, CPU).forms) == kernels
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "advice"),
+    [
+        ("float32", "bfloat16", "leave --dtype out, or use --weights bfloat16"),
+        ("bfloat16", "float16", "leave --dtype out, or use --weights float16"),
+        ("int3", None, "use auto, float32, bfloat16, float16, int8 or int4"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    kind: str, dtype: str | None, advice: str, checkpoint_of: Callable[[str], Checkpoint]
+) -> None:
+    with pytest.raises(WeightsError, match=advice):
+        Span.load(checkpoint_of("llama"), 0, 1, weights=kind, dtype=dtype)
+
+
+def test_blocks_without_a_layer_that_fits_are_refused_or_stay_floats(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Checkpoint.open(random_checkpoint("llama", tmp_path, blocks=1, hidden=40))  # not in groups of 32
+    with pytest.raises(WeightsError, match="held as int4: use --weights float32"):
+        Span.load(checkpoint, 0, 1, weights="int4")
+    monkeypatch.setattr(weights, "_fastest", lambda dtype, device: "int4")
+    span = Span.load(checkpoint, 0, 1, weights="auto")
+    assert (span.weights.kind, span.weight_bytes) == ("float32", Span.load(checkpoint, 0, 1).weight_bytes)
+
+
+def test_small_layers_and_routers_stay_floats(checkpoint_of: Callable[[str], Checkpoint], tmp_path: Path) -> None:
+    experts = Span.load(checkpoint_of("mixtral"), 0, 1, weights="int8")
+    assert {path.rsplit(".", 1)[-1] for path in held_layers(experts)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    family = {"shared_expert_intermediate_size": 64, "decoder_sparse_step": 1}
+    folder = random_checkpoint("qwen2_moe", tmp_path / "qwen2_moe", blocks=1, hidden=64, **family)
+    shared = Span.load(Checkpoint.open(folder), 0, 1, weights="int4")
+    paths = {path.split(".", 2)[-1] for path in held_layers(shared)}
+    assert "mlp.shared_expert.down_proj" in paths and "mlp.gate" not in paths
