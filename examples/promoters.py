@@ -64,7 +64,7 @@ def accuracy(model: Any, tokenizer: PreTrainedTokenizerFast, pieces: list[tuple[
     return float((told == torch.tensor([label == "promoter" for _, label in pieces])).float().mean())
 
 
-def main(name: str, address: str, steps: str = "60") -> None:
+def main(name: str, address: str, steps: str = "50") -> None:
     torch.manual_seed(0)
     tokenizer = character_tokenizer(name)
     pieces, held_out = read("promoters.train.jsonl"), read("promoters.test.jsonl")
