@@ -194,9 +194,9 @@ def compare_speed(
             speeds["alone"].append(tokens_per_s(alone, batches))
             for codec, model in models.items():
                 wrapped = adapted(model, method)
-                before = sent(model)
+                before = model.training_bytes
                 speeds[codec].append(tokens_per_s(wrapped, batches))
-                after = sent(model)
+                after = model.training_bytes
                 if len(speeds[codec]) == rounds:
                     per_token = [(b - a) / (2 * ROWS * COLUMNS) for a, b in zip(before, after, strict=True)]
                     traffic.append(f"| {method} | {codec} | {per_token[0]:.0f} | {per_token[1]:.0f} |")
@@ -217,11 +217,6 @@ def tokens_per_s(model: Any, batches: list[dict[str, torch.Tensor]]) -> float:
     began = time.perf_counter()
     curve(model, batches, 2)
     return 2 * ROWS * COLUMNS / (time.perf_counter() - began)
-
-
-def sent(model: Any) -> tuple[int, int]:
-    passes = model._blocks._passes
-    return (passes.traffic.bytes_sent, passes.traffic.bytes_received) if passes is not None else (0, 0)
 
 
 def free(wrapped: Any, method: str) -> None:

@@ -192,8 +192,10 @@ class _Training:
 
     def _step(self) -> None:
         began = time.perf_counter()
+        moved = self._run.model.training_bytes
         step = self._run.step()
         seconds = time.perf_counter() - began
+        sent, received = (after - before for before, after in zip(moved, self._run.model.training_bytes, strict=True))
         line = {
             "step": step.number,
             "loss": step.loss,
@@ -201,6 +203,8 @@ class _Training:
             "gradient_norm": step.gradient_norm,
             "tokens": step.tokens,
             "seconds": round(seconds, 4),
+            "sent_bytes": sent,
+            "received_bytes": received,
         }
         self._folder.add_metrics(line)
         self._progress.stepped(step, step.tokens / seconds)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from splitnet.client.cache import RemoteCache
+from splitnet.client.chain import Traffic
 from splitnet.client.local_adapters import LocalAdapters, Prefixes
 from splitnet.client.pass_session import Passed, PassSession
 from splitnet.client.session import Session
@@ -98,6 +99,12 @@ class RemoteBlocks(nn.Module):
             output = _NoBackward.apply(output, hidden, *parameters.values())
             assert isinstance(output, torch.Tensor)
         return output
+
+    @property
+    def passes_moved(self) -> tuple[int, int]:
+        """Bytes sent and received by passes without a cache, since the last `close()`."""
+        traffic = self._passes.traffic if self._passes is not None else Traffic()
+        return traffic.bytes_sent, traffic.bytes_received
 
     def close(self) -> None:
         """Frees what the peers keep for passes without a cache."""

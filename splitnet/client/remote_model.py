@@ -34,6 +34,11 @@ class RemoteModel(PreTrainedModel):
         self.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
         backbone_of(self).register_forward_pre_hook(self._before_backbone, with_kwargs=True)
 
+    @property
+    def training_bytes(self) -> tuple[int, int]:
+        """Bytes that training, and evaluation without a cache, have sent and received on the client's own links."""
+        return self._blocks.passes_moved
+
     def close(self) -> None:
         """Leaves the swarm."""
         self._blocks.close()
