@@ -16,8 +16,7 @@ from splitnet.model.adapters import (
     PREFIX_VALUES,
     Adapter,
     read_tensors,
-    split_tensors,
-    write_tensors,
+    write_groups,
 )
 from splitnet.model.passes import SpanPasses
 from splitnet.model.span import Span
@@ -81,7 +80,7 @@ class PassEngine:
         )
         payload = codec_by_code(forward.gradient_codec).encode(gradient)
         by_adapter = self._added_up(session, message, by_adapter)
-        parts = [write_tensors(group) for group in split_tensors(by_adapter)] if by_adapter else []
+        parts = write_groups(by_adapter) if by_adapter else []
         self._service.pass_went_back(work, payload, parts)
 
     @staticmethod
@@ -117,7 +116,7 @@ class PassEngine:
         for index, keys, values in row.held(message.length):
             block = session.start + index
             tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys[0].float(), values[0].float()
-        self._service.recalled(work, [write_tensors(group) for group in split_tensors(tensors)])
+        self._service.recalled(work, write_groups(tensors))
 
     def _adapter(self, work: PassWork, message: Forward) -> Adapter | None:
         session = work.session

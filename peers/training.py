@@ -14,6 +14,7 @@ from peers.served import Served
 from peers.session import PassWork, Session
 from peers.work_queue import WorkQueue
 from splitnet.errors import PeerBusy, ProtocolError
+from splitnet.model.adapters import counted_down
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Connection
 from splitnet.net.messages import (
@@ -157,8 +158,7 @@ class Training:
         self._release(work)
         if session.closed or message.epoch != session.epoch:
             return
-        for index, part in enumerate(parts):
-            remaining = len(parts) - index - 1
+        for remaining, part in counted_down(parts):
             self._outbox.send(
                 session.reply_to, AdapterGradient(session.id, message.epoch, message.number, remaining, part)
             )
@@ -181,8 +181,7 @@ class Training:
         """Sends the client the keys and values that it has asked for."""
         session, message = work.session, work.message
         assert isinstance(message, Recall)
-        for index, part in enumerate(parts if not session.closed else ()):
-            remaining = len(parts) - index - 1
+        for remaining, part in counted_down(parts if not session.closed else ()):
             self._outbox.send(session.reply_to, Recalled(session.id, message.epoch, message.number, remaining, part))
 
     def failed(self, work: PassWork, code: FailureCode, text: str) -> None:

@@ -113,6 +113,29 @@ class AwaitedReplay(Awaited):
 
 
 @dataclass(slots=True)
+class FromHops:
+    """What several hops send, each in one or several messages."""
+
+    parts: dict[Endpoint, list[Payload]] = field(default_factory=dict)
+    _whole: set[Endpoint] = field(default_factory=set)
+    _expected: set[Endpoint] = field(default_factory=set)
+
+    @property
+    def whole(self) -> bool:
+        """Whether all that is expected has come."""
+        return self._expected <= self._whole
+
+    def begin(self, expected: set[Endpoint]) -> None:
+        """Forgets what came before; these hops will send something."""
+        self.parts, self._whole, self._expected = {}, set(), expected
+
+    def take(self, source: Endpoint, message: AdapterGradient | Recalled) -> None:
+        self.parts.setdefault(source, []).append(message.payload)
+        if not message.remaining:
+            self._whole.add(source)
+
+
+@dataclass(slots=True)
 class AwaitedPass(Awaited):
     """A pass over whole sequences: its output, and once it goes back the gradients of its batch."""
 
@@ -146,7 +169,7 @@ class AwaitedPass(Awaited):
             case Gradient() if source == route.first:
                 self.gradient = message
             case AdapterGradient() if self.back is not None:
-                self.back.batch.take(source, message)
+                self.back.batch.sums.take(source, message)
             case _:
                 pass
 
@@ -173,16 +196,18 @@ class AwaitedBatch:
     """
 
     passes: list[AwaitedPass]
-    by_adapter: dict[Endpoint, list[Payload]] = field(default_factory=dict)
+    sums: FromHops = field(default_factory=FromHops)
+    """The gradients by the adapter."""
     _sent: int = 0
     """How many passes have been sent back, the first ones."""
-    _whole: set[Endpoint] = field(default_factory=set)
-    _expected: set[Endpoint] = field(default_factory=set)
-    """Hops whose sums have come, and those that will send some."""
 
     @property
     def done(self) -> bool:
-        return all(each.gradient is not None for each in self.passes) and self._expected <= self._whole
+        return all(each.gradient is not None for each in self.passes) and self.sums.whole
+
+    @property
+    def by_adapter(self) -> dict[Endpoint, list[Payload]]:
+        return self.sums.parts
 
     def go_back(self, adapter: int, route: Route) -> None:
         """Sends the gradients by the output up the route.
@@ -205,16 +230,9 @@ class AwaitedBatch:
         """Sends back what can go back, in order."""
         while self._sent < len(self.passes) and self.passes[self._sent].result is not None:
             if not self._sent:
-                adapted = self.passes[0].forward.adapter
-                self.by_adapter, self._whole = {}, set()
-                self._expected = route.adapted_hops() if adapted else set()
+                self.sums.begin(route.adapted_hops() if self.passes[0].forward.adapter else set())
             self._send(self.passes[self._sent], route)
             self._sent += 1
-
-    def take(self, source: Endpoint, message: AdapterGradient) -> None:
-        self.by_adapter.setdefault(source, []).append(message.payload)
-        if not message.remaining:
-            self._whole.add(source)
 
     def _send(self, which: AwaitedPass, route: Route) -> None:
         forward, result, back = which.forward, which.result, which.back
@@ -231,26 +249,22 @@ class AwaitedRecall(Awaited):
     """Keys and values of a row, from every hop."""
 
     recall: Recall
-    parts: dict[Endpoint, list[Payload]] = field(default_factory=dict)
-    _whole: set[Endpoint] = field(default_factory=set)
-    _expected: set[Endpoint] = field(default_factory=set)
+    found: FromHops = field(default_factory=FromHops)
 
     @property
     def done(self) -> bool:
-        return bool(self._expected) and self._expected <= self._whole
+        return self.found.whole
 
     def send(self, route: Route) -> None:
         """Asks all hops, in the route's epoch."""
         self.recall = replace(self.recall, epoch=route.epoch)
-        self.parts, self._whole, self._expected = {}, set(), set(route.endpoints())
+        self.found.begin(set(route.endpoints()))
         for endpoint in route.endpoints():
             route.send(endpoint, self.recall)
 
     def take(self, source: Endpoint, message: Message, route: Route) -> None:
         if isinstance(message, Recalled):
-            self.parts.setdefault(source, []).append(message.payload)
-            if not message.remaining:
-                self._whole.add(source)
+            self.found.take(source, message)
 
     def send_again(self, route: Route) -> None:
         if not self.done:

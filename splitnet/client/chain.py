@@ -25,7 +25,7 @@ from splitnet.errors import (
     SplitnetError,
     WrongSwarm,
 )
-from splitnet.model.adapters import Adapter, split_tensors, write_tensors
+from splitnet.model.adapters import Adapter, counted_down, write_groups
 from splitnet.net.codecs import Codec, codec_by_name
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.messages import Adapter as AdapterMessage
@@ -343,10 +343,7 @@ class Chain:
         for hop in self.hops if self.adapter is not None else ():
             tensors = self.adapter.within(*hop.blocks) if self.adapter is not None else {}
             if tensors and self._adopted.get(hop.endpoint) != self.adapter_version:
-                groups = split_tensors(tensors)
-                for index, group in enumerate(groups):
-                    remaining = len(groups) - index - 1
-                    payload = write_tensors(group)
+                for remaining, payload in counted_down(write_groups(tensors)):
                     self.send(
                         hop.endpoint, AdapterMessage(self.session, self.epoch, self.adapter_version, remaining, payload)
                     )

@@ -183,7 +183,7 @@ class Session(RoutedSession):
         self._wait_for([number], silence_s(0.0))
         tensors: dict[str, torch.Tensor] = {}
         for endpoint in self._chain.endpoints():
-            for part in awaited.parts[endpoint]:
+            for part in awaited.found.parts[endpoint]:
                 tensors.update(read_tensors(part))
         return tensors
 

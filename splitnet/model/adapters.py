@@ -147,6 +147,17 @@ def split_tensors(tensors: Mapping[str, torch.Tensor]) -> list[dict[str, torch.T
     return groups
 
 
+def write_groups(tensors: Mapping[str, torch.Tensor]) -> list[bytes]:
+    """Tensors as payloads of as many messages as they need."""
+    return [write_tensors(group) for group in split_tensors(tensors)]
+
+
+def counted_down(payloads: Sequence[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Payloads of one thing that travels in several messages, each with how many follow."""
+    for index, payload in enumerate(payloads):
+        yield len(payloads) - index - 1, payload
+
+
 class _Applied(threading.local):
     slices: Sequence[tuple[slice, Adapter]] = ()
     positions: int = 0
