@@ -38,6 +38,7 @@ from netlab.generation import generate
 from netlab.peers import GuidedSwarm, LabPeers, RouteChanged, measure_steps
 
 from splitnet.bench.clock import Clock
+from splitnet.client.cache import ModelSession
 from splitnet.client.causal_lm import attach
 from splitnet.client.planner import PlannedHop
 from splitnet.client.session import Session
@@ -243,7 +244,7 @@ class Bench:
     def _planned(self, route: Route) -> list[PlannedHop]:
         return [PlannedHop(self._records[host], start, end) for host, start, end in route]
 
-    def _route_of(self, session: Session) -> Route:
+    def _route_of(self, session: ModelSession) -> Route:
         return tuple((self._peers.host_of(hop.planned.record), *hop.blocks) for hop in session.hops)
 
     def _distance(self, route: Route) -> float:

@@ -114,7 +114,7 @@ class PassEngine:
             raise ProtocolError(f"there are no {message.length} positions of row {message.row}")
         tensors: dict[str, torch.Tensor] = {}
         for index, keys, values in row.held(message.length):
-            block = session.start + index
+            block = self._span.start + index  # rows count from there, also those of a session that enters later
             tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys[0].float(), values[0].float()
         self._service.recalled(work, write_groups(tensors))
 

@@ -13,9 +13,8 @@ from splitnet.bench.cases import Case
 from splitnet.bench.clock import Clock
 from splitnet.bench.figures import Answer, Round, Route, RouteHop, Traffic
 from splitnet.bench.gate import Gate, run_together
-from splitnet.client.cache import RemoteCache
+from splitnet.client.cache import ModelSession, RemoteCache
 from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.client.session import Session
 from splitnet.errors import UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
 
@@ -135,7 +134,7 @@ class _Client:
             self._bytes_before = traffic.bytes_sent, traffic.bytes_received
         self._gate.wait()
 
-    def _traffic(self, session: Session) -> Traffic:
+    def _traffic(self, session: ModelSession) -> Traffic:
         sent, received = self._bytes_before
         return Traffic(
             sent_bytes=session.traffic.bytes_sent - sent,
@@ -146,7 +145,7 @@ class _Client:
         )
 
 
-def route_of(session: Session) -> Route:
+def route_of(session: ModelSession) -> Route:
     """The open route of a session."""
     records = [(hop.blocks, hop.planned.record) for hop in session.hops]
     hops = (

@@ -15,8 +15,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TextStreamer
 
+from splitnet.client.cache import ModelSession
 from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.session import Session
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
@@ -190,7 +190,7 @@ class _TimedStreamer(TextStreamer):
             sys.stdout.flush()
 
 
-def print_summary(answer: Answer, session: Session) -> None:
+def print_summary(answer: Answer, session: ModelSession) -> None:
     """Route, speed and bytes of an answer, on stderr."""
     console = Console(stderr=True)
     table = Table(title="route", title_justify="left")

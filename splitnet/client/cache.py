@@ -13,8 +13,11 @@ from itertools import count
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from splitnet.client.mixed_session import MixedSession
 from splitnet.client.session import Session
 from splitnet.net.messages import Fork, Part
+
+ModelSession = Session | MixedSession
 
 RESERVE_STEP = 256
 """Positions per row by which a reservation grows."""
@@ -32,13 +35,13 @@ class RemoteLayer(CacheLayerMixin):
     is_croppable = True
     supports_early_init = False
 
-    def __init__(self, open_session: Callable[[int], Session]) -> None:
+    def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
         super().__init__()
         self.columns = 0
         """Length of the padded batch."""
         self.prefix_length = 0
         """Positions that stand before the first column of every row, from an adapter."""
-        self.session: Session | None = None
+        self.session: ModelSession | None = None
         self._open_session = open_session
         self._padding: list[int] = []
         self._rows: list[int] = []
@@ -51,7 +54,7 @@ class RemoteLayer(CacheLayerMixin):
         """Rows that the cache holds; 0 before the first step."""
         return len(self._current())
 
-    def begin_step(self, mask: torch.Tensor, keep: int) -> tuple[Session, list[Part], list[Fork] | None]:
+    def begin_step(self, mask: torch.Tensor, keep: int) -> tuple[ModelSession, list[Part], list[Fork] | None]:
         """Registers new columns and says what the peers have to do for them.
 
         Args:
@@ -183,12 +186,12 @@ class RemoteCache(Cache):
         open_session: makes a session for a budget of positions.
     """
 
-    def __init__(self, open_session: Callable[[int], Session]) -> None:
+    def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
         self.remote = RemoteLayer(open_session)
         super().__init__(layers=[self.remote])
 
     @property
-    def session(self) -> Session | None:
+    def session(self) -> ModelSession | None:
         return self.remote.session
 
     def close(self) -> None:

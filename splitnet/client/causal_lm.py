@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria
 
-from splitnet.client.cache import RemoteCache
+from splitnet.client.cache import ModelSession, RemoteCache
 from splitnet.client.local_adapters import Prefixes
+from splitnet.client.local_blocks import Blocks, LocalBlocks
+from splitnet.client.mixed_session import MixedSession
 from splitnet.client.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
 from splitnet.client.session import Preference, Session
@@ -44,6 +46,8 @@ class AutoModelForCausalLM:
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
         prefer: Preference = "latency",
         gradient_codec: str = "auto",
+        local_blocks: str | None = None,
+        local_weights: str | None = None,
     ) -> RemoteCausalLM:
         """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
 
@@ -59,6 +63,8 @@ class AutoModelForCausalLM:
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
             prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches.
             gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
+            local_blocks: blocks that this process runs itself, such as "0:10" or "0:2,28:30"; None: none.
+            local_weights: what the weights of those are held as, such as "float16"; None: as they are stored.
 
         Raises:
             ModelNotFound, UnsupportedModel: the model cannot be used.
@@ -74,6 +80,8 @@ class AutoModelForCausalLM:
                 recovery_timeout_s=recovery_timeout_s,
                 prefer=prefer,
                 gradient_codec=gradient_codec,
+                local_blocks=local_blocks,
+                local_weights=local_weights,
             )
 
 
@@ -87,14 +95,30 @@ def attach(
     recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
     prefer: Preference = "latency",
     gradient_codec: str = "auto",
+    local_blocks: str | None = None,
+    local_weights: str | None = None,
 ) -> RemoteCausalLM:
     """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
 
-    def open_session(budget: int) -> Session:
-        return Session(swarm, budget=budget, codec=codec, recovery_timeout_s=recovery_timeout_s, prefer=prefer)
+    local = LocalBlocks.load(checkpoint, local_blocks, device=device, weights=local_weights)
+
+    def open_part(budget: int, part: Blocks) -> Session:
+        return Session(
+            swarm,
+            budget=budget,
+            codec=codec,
+            blocks=part,
+            prefer=prefer,
+            recovery_timeout_s=recovery_timeout_s,
+        )
+
+    def open_session(budget: int) -> ModelSession:
+        if not local.ranges:
+            return open_part(budget, (0, checkpoint.num_blocks))
+        return MixedSession(local, open_part, budget)
 
     blocks = remote_blocks(
-        checkpoint, swarm, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s
+        checkpoint, swarm, local, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s
     )
     shell = load_shell(checkpoint, blocks, dtype=dtype, device=device)
     model = made_remote(shell, RemoteCausalLM, checkpoint.source)
@@ -106,7 +130,7 @@ def attach(
 class RemoteCausalLM(RemoteModel):
     """What a causal LM with remote blocks has beyond its transformers class: sessions, and a cache of its own."""
 
-    def open_sessions_with(self, open_session: Callable[[int], Session]) -> None:
+    def open_sessions_with(self, open_session: Callable[[int], ModelSession]) -> None:
         """Sets what makes the session of a cache, for a budget of positions."""
         self._open_session = open_session
         self._conversation: _Conversation | None = None

@@ -100,10 +100,12 @@ class Chain:
         swarm: the peers.
         session: id of the session.
         codecs: chooses the codec of each link.
+        blocks: what the hops run, `[start, end)`.
     """
 
-    def __init__(self, swarm: Swarm, session: bytes, codecs: LinkCodecs) -> None:
+    def __init__(self, swarm: Swarm, session: bytes, codecs: LinkCodecs, blocks: tuple[int, int]) -> None:
         self.session = session
+        self.blocks = blocks
         self.hops: list[Hop] = []
         self.epoch = 0
         self.first_codec = codec_by_name("none")
@@ -125,7 +127,7 @@ class Chain:
     def needs(self, budget: int, in_flight: int, prompt: int = 0) -> Needs:
         """What a session that reserves `budget` positions, and begins with `prompt` of them, wants of its route."""
         positions = USUAL_POSITIONS if in_flight > 1 else positions_with_prompt(prompt)
-        return Needs(budget, self._codecs.encodings, positions, in_flight)
+        return Needs(budget, self._codecs.encodings, self.blocks, positions, in_flight)
 
     def open(self, route: Sequence[PlannedHop], budget: int) -> dict[str, SplitnetError]:
         """Opens all hops of `route` in a new epoch; hops that are open already keep their caches.
@@ -180,7 +182,7 @@ class Chain:
 
     @property
     def tail(self) -> Endpoint:
-        """The hop that ends the model."""
+        """The hop that runs the last of the blocks."""
         return self.hops[-1].endpoint
 
     def send(self, endpoint: Endpoint, message: Message) -> None:
@@ -265,9 +267,9 @@ class Chain:
 
     def deliver(self, source: Endpoint, message: Message) -> None:
         """Takes a message from the transport's thread; what only has to be carried on is sent at once."""
-        if isinstance(message, Result) and message.end != self._swarm.facts.num_blocks and len(message.payload):
+        if isinstance(message, Result) and message.end != self.blocks[1] and len(message.payload):
             self._carry(source, message)
-        elif isinstance(message, Gradient) and message.boundary:
+        elif isinstance(message, Gradient) and message.boundary != self.blocks[0]:
             self._carry_back(source, message)
         else:
             self._inbox.put((source, message))

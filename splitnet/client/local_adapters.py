@@ -25,7 +25,7 @@ class LocalAdapters:
 
     def __init__(self) -> None:
         self.outline: nn.Module | None = None
-        self._latest: Adapter | None = None
+        self._latest: dict[tuple[str, ...], Adapter] = {}
 
     def parameters_for(self, prefix: Prefixes) -> dict[str, torch.Tensor]:
         """The tensors of the active adapter as `splitnet.model.adapters` names them, connected to what is trained.
@@ -47,14 +47,15 @@ class LocalAdapters:
         """What peers are given; the same object as long as the values stay the same."""
         if not parameters:
             return None
-        latest = self._latest
-        if latest is not None and latest.tensors.keys() == parameters.keys():
+        names = tuple(parameters)
+        latest = self._latest.get(names)
+        if latest is not None:
             now = parameters.values()
             if all(torch.equal(was, tensor.cpu()) for was, tensor in zip(latest.tensors.values(), now, strict=True)):
                 return latest
         copied = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in parameters.items()}
-        self._latest = Adapter(copied)
-        return self._latest
+        self._latest[names] = Adapter(copied)
+        return self._latest[names]
 
     def _low_rank_pairs(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         if self.outline is None or "peft" not in sys.modules:

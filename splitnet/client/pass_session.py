@@ -53,6 +53,7 @@ class PassSession(RoutedSession):
         codec: of the activations on every link, or "auto".
         gradient_codec: of the gradients on every link; "auto": exact where the activations are, else "bf16".
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
+        blocks: what the peers run of the model, `[start, end)`; None: all of it.
     """
 
     def __init__(
@@ -62,11 +63,13 @@ class PassSession(RoutedSession):
         codec: str = "auto",
         gradient_codec: str = "auto",
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
+        blocks: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(
             swarm,
             budget=1,
-            codecs=LinkCodecs(swarm, codec, exact_embeddings=True),
+            codecs=LinkCodecs(swarm, codec, exact_embeddings=blocks is None or not blocks[0]),
+            blocks=blocks,
             in_flight=MICRO_BATCHES_PER_HOP * 4,
             step_timeout_s=PASS_TIMEOUT_S,
             recovery_timeout_s=recovery_timeout_s,

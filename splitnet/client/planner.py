@@ -57,12 +57,13 @@ CLIENT_ENDS: Ends = (None, None)
 class Needs:
     """What a session wants of a route.
 
-    kv_positions: to be free on every hop. encodings: codecs that a link may use.
+    kv_positions: to be free on every hop. encodings: codecs that a link may use. blocks: what to cover, [start, end).
     positions: of a usual step. in_flight: steps under way at the same time; 1 asks for the least latency.
     """
 
     kv_positions: int
     encodings: tuple[Encoding, ...]
+    blocks: tuple[int, int]
     positions: int = 1
     in_flight: int = 1
 

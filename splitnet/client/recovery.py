@@ -194,9 +194,9 @@ class Recovery:
     def _fill_gaps(self, healthy: Sequence[PlannedHop], needs: Needs) -> list[PlannedHop]:
         used = {hop.name for hop in healthy}
         route: list[PlannedHop] = []
-        position = 0
+        position, end = self._chain.blocks
         for following in (*healthy, None):
-            until = following.start if following else self._swarm.facts.num_blocks
+            until = following.start if following else end
             if position < until:
                 ends = (route[-1].record if route else None, following.record if following else None)
                 fill = self._swarm.plan(needs, blocks=(position, until), ends=ends, exclude=used)

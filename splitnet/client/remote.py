@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from splitnet.client.cache import RemoteCache
-from splitnet.client.chain import Traffic
+from splitnet.client.cache import ModelSession, RemoteCache
 from splitnet.client.local_adapters import LocalAdapters, Prefixes
+from splitnet.client.local_blocks import Blocks, LocalSpan
 from splitnet.client.pass_session import Passed, PassSession
-from splitnet.client.session import Session
 from splitnet.errors import ContextTooLong, SplitnetError
+from splitnet.model.adapters import Adapter, block_of
 from splitnet.net.messages import Part
 
 
@@ -29,21 +30,52 @@ class Call:
     keep: int
     """How many last positions the head looks at; 0: all."""
     prefix: Prefixes = ()
+    only_sends: bool = False
+    """The call ends as soon as its positions are under way."""
+    awaited: Exchange | None = None
+    """The call takes the output of an earlier one, whose positions were sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """New positions that were sent through the blocks, and where their outputs belong."""
+
+    session: ModelSession
+    under_way: Any
+    """What the session awaits."""
+    parts: list[Part]
+    new_mask: torch.Tensor
+    """`[batch, seq]`; False is padding."""
+
+
+class _Sent(Exception):
+    """Ends a call that only sends."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        super().__init__()
+        self.exchange = exchange
 
 
 class RemoteBlocks(nn.Module):
-    """All blocks of a model, run by peers.
+    """All blocks of a model, run by peers, or partly here.
 
     Args:
-        passes: makes the session for passes without a cache.
+        stages: what runs the model, in order: spans that are here, and ranges `[start, end)` that peers run.
+        passes: makes the session for passes without a cache through such a range.
         max_positions: context length of the model, if it has one.
     """
 
-    def __init__(self, passes: Callable[[], PassSession], max_positions: int | None) -> None:
+    def __init__(
+        self,
+        stages: Sequence[LocalSpan | Blocks],
+        passes: Callable[[Blocks], PassSession],
+        max_positions: int | None,
+    ) -> None:
         super().__init__()
         self.adapters = LocalAdapters()
+        self._stages = stages
         self._make_passes = passes
-        self._passes: PassSession | None = None
+        self._passes: dict[Blocks, PassSession] = {}
         self._passing = threading.RLock()
         self._max_positions = max_positions
         self._local = threading.local()
@@ -67,6 +99,8 @@ class RemoteBlocks(nn.Module):
             PeerLost, PeerFailed, PeerBusy, CoverageError: see `Session.step`.
         """
         call = self.call
+        if call.awaited is not None:
+            return self._finish(call.awaited, hidden)
         batch, new, _ = hidden.shape
         past = call.cache.remote.columns if call.cache is not None else 0
         if self._max_positions is not None and past + new > self._max_positions:
@@ -91,7 +125,12 @@ class RemoteBlocks(nn.Module):
             if not past:
                 session.use_adapter(adapter)
             with torch.no_grad():
-                output = self._exchange(session, hidden, mask[:, past:], parts, forks)
+                exchange = self._begin(session, hidden, mask[:, past:], parts, forks)
+                if call.only_sends:
+                    raise _Sent(exchange)
+                output = self._finish(exchange, hidden)
+        except _Sent:
+            raise
         except BaseException:
             call.cache.remote.columns = past
             raise
@@ -100,61 +139,105 @@ class RemoteBlocks(nn.Module):
             assert isinstance(output, torch.Tensor)
         return output
 
+    @contextmanager
+    def sending(self) -> Iterator[list[Exchange]]:
+        """Calls of the model within send their new positions and end there, without an output.
+
+        Yields:
+            Takes in what was sent.
+        """
+        sent: list[Exchange] = []
+        self.call.only_sends = True
+        try:
+            yield sent
+        except _Sent as end:
+            sent.append(end.exchange)
+        finally:
+            self.call.only_sends = False
+
+    @contextmanager
+    def receiving(self, exchange: Exchange) -> Iterator[None]:
+        """A call of the model within, with the same positions as when they were sent, gives their output."""
+        self.call.awaited = exchange
+        try:
+            yield
+        finally:
+            self.call.awaited = None
+
     @property
     def passes_moved(self) -> tuple[int, int]:
         """Bytes sent and received by passes without a cache, since the last `close()`."""
-        traffic = self._passes.traffic if self._passes is not None else Traffic()
-        return traffic.bytes_sent, traffic.bytes_received
+        moved = [passes.traffic for passes in self._passes.values()]
+        return sum(traffic.bytes_sent for traffic in moved), sum(traffic.bytes_received for traffic in moved)
 
     def close(self) -> None:
         """Frees what the peers keep for passes without a cache."""
         with self._passing:
-            if self._passes is not None:
-                self._passes.close()
-                self._passes = None
+            for passes in self._passes.values():
+                passes.close()
+            self._passes = {}
 
     def _pass(self, hidden: torch.Tensor, mask: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
         """Whole sequences, of which nothing is cached: rows without padding, wherever it is."""
         lengths = [int(length) for length in mask.sum(dim=1).tolist() if length]
         where = mask.to(hidden.device)
         packed = hidden[where]
-        returned = _Pass.apply(self, lengths, tuple(parameters), packed, *parameters.values())
-        assert isinstance(returned, torch.Tensor)
+        for stage in self._stages:
+            if isinstance(stage, LocalSpan):
+                adapter = stage.fit(Adapter(parameters)) if parameters else None
+                packed = stage.sequences(packed, lengths, adapter)
+            else:
+                own = {name: tensor for name, tensor in parameters.items() if block_of(name) in range(*stage)}
+                packed = _Pass.apply(self, stage, lengths, tuple(own), packed, *own.values())
+                assert isinstance(packed, torch.Tensor)
         output = torch.zeros_like(hidden)
-        output[where] = returned.to(hidden.dtype)
+        output[where] = packed.to(hidden.dtype)
         return output
 
     def run_pass(
-        self, packed: torch.Tensor, lengths: list[int], parameters: dict[str, torch.Tensor], *, keep: bool
+        self,
+        blocks: Blocks,
+        packed: torch.Tensor,
+        lengths: list[int],
+        parameters: dict[str, torch.Tensor],
+        *,
+        keep: bool,
     ) -> tuple[torch.Tensor, Passed]:
         """See `PassSession.forward`."""
         with self._passing:
-            if self._passes is None:
-                self._passes = self._make_passes()
-            return self._passes.forward(packed, lengths, self.adapters.adapter_of(parameters), keep=keep)
+            if blocks not in self._passes:
+                self._passes[blocks] = self._make_passes(blocks)
+            return self._passes[blocks].forward(packed, lengths, self.adapters.adapter_of(parameters), keep=keep)
 
-    def run_back(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def run_back(
+        self, blocks: Blocks, batch: Passed, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """See `PassSession.backward`."""
         with self._passing:
-            if self._passes is None:
+            if blocks not in self._passes:
                 raise SplitnetError("the model was closed before backward(): run it again")
-            return self._passes.backward(batch, gradient)
+            return self._passes[blocks].backward(batch, gradient)
 
-    def run_forget(self, batch: Passed) -> None:
+    def run_forget(self, blocks: Blocks, batch: Passed) -> None:
         """See `PassSession.forget`."""
-        if self._passes is not None:
-            self._passes.forget(batch)
+        if blocks in self._passes:
+            self._passes[blocks].forget(batch)
 
     @staticmethod
-    def _exchange(
-        session: Session, hidden: torch.Tensor, new_mask: torch.Tensor, parts: list[Part], forks: Any
-    ) -> torch.Tensor:
+    def _begin(
+        session: ModelSession, hidden: torch.Tensor, new_mask: torch.Tensor, parts: list[Part], forks: Any
+    ) -> Exchange:
         if all(part.length == hidden.shape[1] for part in parts):
             packed = hidden.reshape(-1, hidden.shape[-1])
         else:
             packed = hidden[new_mask.to(hidden.device)]
             parts = [part for part in parts if part.length]
-        returned = session.step(packed, parts, forks).to(hidden.device, hidden.dtype)
+        return Exchange(session, session.begin(packed, parts, forks), parts, new_mask)
+
+    @staticmethod
+    def _finish(exchange: Exchange, hidden: torch.Tensor) -> torch.Tensor:
+        parts, new_mask = exchange.parts, exchange.new_mask
+        returned = exchange.session.finish(exchange.under_way).to(hidden.device, hidden.dtype)
         if len(returned) == hidden.shape[0] * hidden.shape[1]:
             return returned.view(hidden.shape)
         output = torch.zeros_like(hidden)
@@ -177,6 +260,7 @@ class _Pass(torch.autograd.Function):
     def forward(
         ctx: Any,
         blocks: RemoteBlocks,
+        stage: Blocks,
         lengths: list[int],
         names: tuple[str, ...],
         packed: torch.Tensor,
@@ -184,9 +268,9 @@ class _Pass(torch.autograd.Function):
     ) -> torch.Tensor:
         keep = any(ctx.needs_input_grad)
         by_name = dict(zip(names, parameters, strict=True))
-        output, batch = blocks.run_pass(packed.detach(), lengths, by_name, keep=keep)
-        ctx.blocks, ctx.names = blocks, names
-        ctx.batch = _Kept(blocks, batch) if keep else None
+        output, batch = blocks.run_pass(stage, packed.detach(), lengths, by_name, keep=keep)
+        ctx.blocks, ctx.stage, ctx.names = blocks, stage, names
+        ctx.batch = _Kept(blocks, stage, batch) if keep else None
         return output.to(packed.device, packed.dtype)
 
     @staticmethod
@@ -195,22 +279,23 @@ class _Pass(torch.autograd.Function):
             raise RuntimeError("gradients go back through the peers once: run the model again for another backward()")
         ctx.batch.used = True
         (gradient,) = grad_outputs
-        by_input, by_name = ctx.blocks.run_back(ctx.batch.passed, gradient)
+        by_input, by_name = ctx.blocks.run_back(ctx.stage, ctx.batch.passed, gradient)
         by_input = by_input.to(gradient.device, gradient.dtype)
-        return (None, None, None, by_input, *(by_name[name].to(gradient.device) for name in ctx.names))
+        return (None, None, None, None, by_input, *(by_name[name].to(gradient.device) for name in ctx.names))
 
 
 class _Kept:
     """What the peers keep for a way back; if that never comes, they are told."""
 
-    def __init__(self, blocks: RemoteBlocks, passed: Passed) -> None:
+    def __init__(self, blocks: RemoteBlocks, stage: Blocks, passed: Passed) -> None:
         self.passed = passed
         self.used = False
         self._blocks = blocks
+        self._stage = stage
 
     def __del__(self) -> None:
         if not self.used:
-            self._blocks.run_forget(self.passed)
+            self._blocks.run_forget(self._stage, self.passed)
 
 
 class _NoBackward(torch.autograd.Function):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from transformers import PreTrainedModel
 
 from splitnet.client.cache import RemoteCache
+from splitnet.client.local_blocks import Blocks, LocalBlocks
 from splitnet.client.pass_session import PassSession
 from splitnet.client.remote import RemoteBlocks
 from splitnet.client.swarm import ModelFacts, Swarm
@@ -101,14 +102,26 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
 
 
 def remote_blocks(
-    checkpoint: Checkpoint, swarm: Swarm, *, codec: str, gradient_codec: str, recovery_timeout_s: float
+    checkpoint: Checkpoint,
+    swarm: Swarm,
+    local: LocalBlocks,
+    *,
+    codec: str,
+    gradient_codec: str,
+    recovery_timeout_s: float,
 ) -> RemoteBlocks:
     """What stands in the place of the blocks of `checkpoint`; for the options see `AutoModelForCausalLM`."""
 
-    def open_passes() -> PassSession:
-        return PassSession(swarm, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s)
+    def open_passes(blocks: Blocks) -> PassSession:
+        return PassSession(
+            swarm,
+            codec=codec,
+            gradient_codec=gradient_codec,
+            recovery_timeout_s=recovery_timeout_s,
+            blocks=blocks,
+        )
 
-    return RemoteBlocks(open_passes, checkpoint.max_positions)
+    return RemoteBlocks(local.stages, open_passes, checkpoint.max_positions)
 
 
 @contextmanager

@@ -31,6 +31,7 @@ class RoutedSession:
         swarm: the peers.
         budget: positions of KV cache to reserve over all rows.
         codecs: chooses the codec of each link.
+        blocks: what the peers run of the model, `[start, end)`; None: all of it.
         in_flight: how many steps are under way at the same time.
         step_timeout_s: how long an answer may take in all.
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
@@ -45,6 +46,7 @@ class RoutedSession:
         *,
         budget: int,
         codecs: LinkCodecs,
+        blocks: tuple[int, int] | None,
         in_flight: int,
         step_timeout_s: float,
         recovery_timeout_s: float,
@@ -52,7 +54,7 @@ class RoutedSession:
         self.recoveries: list[Recovered] = []
         self.id = secrets.token_bytes(SESSION_BYTES)
         self._swarm = swarm
-        self._chain = Chain(swarm, self.id, codecs)
+        self._chain = Chain(swarm, self.id, codecs, blocks or (0, swarm.facts.num_blocks))
         self._budget = max(1, budget)
         self._in_flight = in_flight
         self._step_timeout_s = step_timeout_s

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from splitnet.client.local_blocks import LocalBlocks
 from splitnet.client.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
 from splitnet.client.swarm import Swarm
@@ -40,6 +41,8 @@ class AutoModelForSequenceClassification:
         device: str = "cpu",
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
         gradient_codec: str = "auto",
+        local_blocks: str | None = None,
+        local_weights: str | None = None,
     ) -> RemoteSequenceClassification:
         """The family's model for sequence classification, whose blocks run on the peers of a swarm.
 
@@ -48,8 +51,8 @@ class AutoModelForSequenceClassification:
         Args:
             model: hub id or checkpoint folder, of a causal LM or of a model for sequence classification.
             num_labels, id2label, label2id: the labels, as in transformers; None: those of the checkpoint's config.
-            initial_peers, codec, identity, revision, dtype, device, recovery_timeout_s, gradient_codec: see
-                `splitnet.AutoModelForCausalLM.from_pretrained`.
+            initial_peers, codec, identity, revision, dtype, device, recovery_timeout_s, gradient_codec, local_blocks,
+            local_weights: see `splitnet.AutoModelForCausalLM.from_pretrained`.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -69,6 +72,8 @@ class AutoModelForSequenceClassification:
                 device=device,
                 recovery_timeout_s=recovery_timeout_s,
                 gradient_codec=gradient_codec,
+                local_blocks=local_blocks,
+                local_weights=local_weights,
             )
 
 
@@ -84,12 +89,15 @@ def attach_classifier(
     device: str = "cpu",
     recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
     gradient_codec: str = "auto",
+    local_blocks: str | None = None,
+    local_weights: str | None = None,
 ) -> RemoteSequenceClassification:
     """The classifier on `checkpoint` with its blocks on `swarm`; see `AutoModelForSequenceClassification`."""
     config = copy.deepcopy(checkpoint.config)
     _set_labels(config, num_labels, id2label, label2id)
+    local = LocalBlocks.load(checkpoint, local_blocks, device=device, weights=local_weights)
     blocks = remote_blocks(
-        checkpoint, swarm, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s
+        checkpoint, swarm, local, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s
     )
     shell = load_classifier_shell(checkpoint, config, blocks, dtype=dtype, device=device)
     model = made_remote(shell, RemoteSequenceClassification, checkpoint.source)

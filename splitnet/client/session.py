@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -12,6 +13,7 @@ import torch
 from splitnet.client.awaited import Awaited, AwaitedRecall, AwaitedReplay, AwaitedStep
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.link_use import LinkUse, link_uses
+from splitnet.client.parts import cut_into_steps
 from splitnet.client.recovery import silence_s
 from splitnet.client.replanning import Replanner
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S, RoutedSession
@@ -37,6 +39,21 @@ STEP_POSITIONS = 512
 """A longer prefill is cut into steps that flow through the hops one after the other."""
 
 
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """New positions that were sent through the route."""
+
+    numbers: tuple[int, ...]
+    """Of the steps that carry them."""
+    positions: int
+    began: float
+    """Seconds, as `time.perf_counter` tells."""
+    repairs: int
+    """Of the route, before."""
+    alone: bool
+    """Nothing else was under way, so the time that it takes tells about the route."""
+
+
 class Session(RoutedSession):
     """KV caches of some rows along a route. One thread uses a session at a time.
 
@@ -46,6 +63,7 @@ class Session(RoutedSession):
         swarm: the peers.
         budget: positions to reserve over all rows; grows when needed.
         codec: name of a codec for every link, or "auto" to choose by cost for each link.
+        blocks: what the peers run of the model, `[start, end)`; None: all of it.
         prefer: "latency": the result of a step soonest; "throughput": most steps per second, for batches and training.
         step_timeout_s: how long a step may take in all.
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
@@ -60,6 +78,7 @@ class Session(RoutedSession):
         *,
         budget: int,
         codec: str = "auto",
+        blocks: tuple[int, int] | None = None,
         prefer: Preference = "latency",
         step_timeout_s: float = STEP_TIMEOUT_S,
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
@@ -70,11 +89,13 @@ class Session(RoutedSession):
             swarm,
             budget=budget,
             codecs=LinkCodecs(swarm, codec),
+            blocks=blocks,
             in_flight=THROUGHPUT_STEPS if prefer == "throughput" else 1,
             step_timeout_s=step_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
         )
         self._replanner = Replanner(swarm)
+        self._under_way: set[UnderWay] = set()
 
     @property
     def timings(self) -> tuple[Timing, ...]:
@@ -116,28 +137,56 @@ class Session(RoutedSession):
             PeerFailed: a hop answered with an error.
             ContextTooLong: the rows are longer than the model or the hops allow.
         """
+        return self.finish(self.begin(hidden, parts, forks))
+
+    def begin(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> UnderWay:
+        """Sends new positions on their way; the arguments, and what may go wrong, are those of `step`.
+
+        More may be sent before the first have come back. What the hops are to forget of them is said by where the
+        next ones start.
+
+        Returns:
+            What `finish` or `abandon` is to be called with.
+        """
         self.open(len(hidden))
-        self._repair_or_improve_route()
+        if not self._under_way:
+            self._repair_or_improve_route()
         began = time.perf_counter()
         codec = self._chain.first_codec
         if self._log is None:
             self._log = SentLog(codec.code, codec.bytes_per_position(self._swarm.facts.hidden_size))
         numbers: list[int] = []
         offset = 0
-        for chunk in self._chunks(parts):
+        limit = min(STEP_POSITIONS, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
+        for chunk in cut_into_steps(parts, limit):
             positions = sum(part.length for part in chunk)
             payload = codec.encode(hidden[offset : offset + positions])
             offset += positions
             numbers.append(self._send(tuple(chunk), tuple(forks) if forks is not None else None, payload))
             forks = None
         self.traffic.positions += offset
-        repairs = len(self.recoveries)
-        decodes = len(numbers) == 1 and offset <= DECODE_POSITIONS
-        output = self._collect(numbers, silence_s(self._replanner.usual_ms if decodes else 0.0))
-        if decodes and len(self.recoveries) == repairs:
-            self._replanner.step_took((time.perf_counter() - began) * 1000)
-            self._chain.tell_survey(offset)
+        sent = UnderWay(tuple(numbers), offset, began, len(self.recoveries), alone=not self._under_way)
+        self._under_way.add(sent)
+        return sent
+
+    def finish(self, sent: UnderWay) -> torch.Tensor:
+        """Waits for what was sent; returns and raises what `step` does. In the order of sending."""
+        decodes = len(sent.numbers) == 1 and sent.positions <= DECODE_POSITIONS
+        try:
+            output = self._collect(sent.numbers, silence_s(self._replanner.usual_ms if decodes else 0.0))
+        finally:
+            self._under_way.discard(sent)
+        if decodes and len(self.recoveries) == sent.repairs:
+            if sent.alone:
+                self._replanner.step_took((time.perf_counter() - sent.began) * 1000)
+            self._chain.tell_survey(sent.positions)
         return output
+
+    def abandon(self, sent: UnderWay) -> None:
+        """Awaits it no longer: what it has done at the hops, the next positions that are sent undo."""
+        self._under_way.discard(sent)
+        for number in sent.numbers:
+            self._chain.forget(number)
 
     def use_adapter(self, adapter: Adapter | None) -> None:
         """Has the blocks run with parameters of the client; before the first step.
@@ -239,22 +288,3 @@ class Session(RoutedSession):
         assert isinstance(awaited, AwaitedStep | AwaitedReplay) and awaited.result is not None
         kept = awaited.kept if isinstance(awaited, AwaitedStep) else 0
         return codec_by_code(awaited.result.codec).decode(awaited.result.payload, kept, self._swarm.facts.hidden_size)
-
-    def _chunks(self, parts: Sequence[Part]) -> list[list[Part]]:
-        """Parts in steps of a bounded number of positions."""
-        limit = min(STEP_POSITIONS, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
-        chunks: list[list[Part]] = [[]]
-        room = limit
-        for row, start, length, keep in parts:
-            begun = 0
-            while begun < length:
-                if not room:
-                    chunks.append([])
-                    room = limit
-                taken = min(room, length - begun)
-                # What is kept are the last `keep` positions of the whole part.
-                kept = max(0, min(taken, begun + taken - (length - keep)))
-                chunks[-1].append(Part(row, start + begun, taken, kept))
-                begun += taken
-                room -= taken
-        return chunks

@@ -173,7 +173,7 @@ class Swarm:
 
         Args:
             needs: of the session.
-            blocks: the part `[start, end)` of the model to plan; None: all of it.
+            blocks: the part `[start, end)` of the model to plan; None: all that the session needs.
             ends: the peers before and after that part; None: the client.
             exclude: keys (as text) of peers that must not be used.
             holders: keys of peers that hold the session already.
@@ -183,7 +183,7 @@ class Swarm:
             CoverageError: blocks are served by nobody that could be used; names them.
             PeerBusy: they are served, but no peer has memory for the session.
         """
-        part = blocks or (0, self.facts.num_blocks)
+        part = blocks or needs.blocks
         try:
             records, restricted = self._usable(exclude, fresh=fresh)
             route = self._planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)

@@ -14,6 +14,7 @@ import torch
 
 from splitnet.client import session
 from splitnet.client.recovery import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
+from splitnet.client.session import Session
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.swarm.proxy import Proxy, proxies
 from tests.swarm.test_failover import GREEDY, SPANS, After, prompt
@@ -96,7 +97,7 @@ def test_a_network_that_stops_is_found_out_in_time(network: Network, local: Any,
     model = network.swarm.model()
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=Then({12: hold, 13: goes_on}))
-        assert cache.session is not None
+        assert isinstance(cache.session, Session)
         usual_s = cache.session._replanner.usual_ms / 1000
     # A step of this model takes a few ms, so silence is noticed after the shortest time.
     assert 5 * usual_s < MIN_SILENCE_S < MAX_SILENCE_S

@@ -18,7 +18,7 @@ from splitnet.net.identity import Identity
 from splitnet.net.messages import PROTOCOL_VERSION
 from splitnet.net.records import PeerRecord
 
-NEEDS = Needs(kv_positions=10, encodings=(Encoding("int8", 66),))
+NEEDS = Needs(kv_positions=10, encodings=(Encoding("int8", 66),), blocks=(0, 6))
 FACTS = ModelFacts("ab" * 32, "a-model", num_blocks=6, hidden_size=64, max_positions=256)
 RECORD = PeerRecord(
     key=Identity.generate().public,

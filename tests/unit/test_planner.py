@@ -19,7 +19,7 @@ from splitnet.net.records import PeerRecord
 from tests.unit.test_client_swarm import RECORD
 
 SLOW = tuple(1000 * ms for ms in RECORD.block_ms)
-NEEDS = Needs(kv_positions=10, encodings=(Encoding("int8", 66),))
+NEEDS = Needs(kv_positions=10, encodings=(Encoding("int8", 66),), blocks=(0, 6))
 
 
 def record(start: int, end: int, **facts: Any) -> PeerRecord:

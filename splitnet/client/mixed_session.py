@@ -1,0 +1,169 @@
+"""A session whose blocks are partly here and partly on peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from splitnet.client.chain import Hop, Traffic
+from splitnet.client.link_use import LinkUse
+from splitnet.client.local_blocks import Blocks, LocalBlocks, LocalRows, LocalSpan
+from splitnet.client.parts import cut_into_steps, keeping_all, kept_positions
+from splitnet.client.recovery import Recovered
+from splitnet.client.session import STEP_POSITIONS, Session
+from splitnet.client.session import UnderWay as SentThrough
+from splitnet.errors import SplitnetError
+from splitnet.model.adapters import Adapter
+from splitnet.net.messages import Fork, Part, Timing
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Positions on their way through the stages."""
+
+    parts: list[Part]
+    forks: Sequence[Fork] | None
+    hidden: torch.Tensor
+    stage: int = 0
+    """Where they are: the first that they have not passed."""
+    sent: SentThrough | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UnderWay:
+    """New positions that were sent through the stages."""
+
+    pieces: list[_Piece]
+
+
+class MixedSession:
+    """Rows of positions whose KV caches are here for some blocks, and along routes of peers for the others.
+
+    What `Session` is for a chain this is for a whole model. One thread uses it at a time.
+
+    Args:
+        local: the blocks that are here.
+        open_session: makes the session for a range of blocks that peers run, with a budget of positions.
+        budget: positions to reserve on the peers.
+    """
+
+    def __init__(self, local: LocalBlocks, open_session: Callable[[int, Blocks], Session], budget: int) -> None:
+        self._stages: list[LocalRows | Session] = [
+            LocalRows(stage) if isinstance(stage, LocalSpan) else open_session(budget, stage) for stage in local.stages
+        ]
+        self._adapter: Adapter | None = None
+        self._positions = 0
+
+    @property
+    def sessions(self) -> list[Session]:
+        """Those on peers, in order."""
+        return [stage for stage in self._stages if isinstance(stage, Session)]
+
+    @property
+    def hops(self) -> list[Hop]:
+        return [hop for session in self.sessions for hop in session.hops]
+
+    @property
+    def recoveries(self) -> list[Recovered]:
+        return [recovered for session in self.sessions for recovered in session.recoveries]
+
+    @property
+    def timings(self) -> tuple[Timing, ...]:
+        return tuple(timing for session in self.sessions for timing in session.timings)
+
+    @property
+    def compute_ms(self) -> float:
+        return sum(session.compute_ms for session in self.sessions)
+
+    @property
+    def traffic(self) -> Traffic:
+        """Of all routes together."""
+        moved = [session.traffic for session in self.sessions]
+        return Traffic(
+            steps=sum(traffic.steps for traffic in moved),
+            positions=self._positions,
+            bytes_sent=sum(traffic.bytes_sent for traffic in moved),
+            bytes_received=sum(traffic.bytes_received for traffic in moved),
+        )
+
+    def links(self) -> list[LinkUse]:
+        return [link for session in self.sessions for link in session.links()]
+
+    def reserve(self, positions: int) -> None:
+        """As `Session.reserve`; what is here takes memory as positions come."""
+        for session in self.sessions:
+            session.reserve(positions)
+
+    def use_adapter(self, adapter: Adapter | None) -> None:
+        """As `Session.use_adapter`; raises AdapterError, too, if it does not fit the blocks that are here."""
+        if adapter is self._adapter:
+            return
+        if self._positions:
+            raise SplitnetError("the blocks hold keys and values of another adapter: begin with a new cache")
+        self._adapter = adapter
+        for stage in self._stages:
+            stage.use_adapter(adapter)
+
+    def step(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> torch.Tensor:
+        """As `Session.step`."""
+        return self.finish(self.begin(hidden, parts, forks))
+
+    def begin(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> UnderWay:
+        """As `Session.begin`; a long prefill goes in pieces, so that peers run one while the next is run here."""
+        pieces: list[_Piece] = []
+        offset = 0
+        for step in cut_into_steps(parts, STEP_POSITIONS):
+            positions = sum(part.length for part in step)
+            piece = _Piece(step, forks, hidden[offset : offset + positions])
+            offset += positions
+            forks = None
+            pieces.append(piece)
+            self._positions += positions
+            self._go_on(piece)
+        return UnderWay(pieces)
+
+    def finish(self, sent: UnderWay) -> torch.Tensor:
+        """As `Session.finish`."""
+        while any(piece.sent is not None for piece in sent.pieces):
+            for piece in sent.pieces:
+                if piece.sent is not None:
+                    session = self._stages[piece.stage]
+                    assert isinstance(session, Session)
+                    piece.hidden, piece.sent = session.finish(piece.sent), None
+                    piece.stage += 1
+                    self._go_on(piece)
+        outputs = [piece.hidden for piece in sent.pieces]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def abandon(self, sent: UnderWay) -> None:
+        """As `Session.abandon`."""
+        for piece in sent.pieces:
+            session = self._stages[piece.stage] if piece.sent is not None else None
+            if isinstance(session, Session) and piece.sent is not None:
+                session.abandon(piece.sent)
+
+    def recall(self, row: int, length: int) -> dict[str, torch.Tensor]:
+        """As `Session.recall`."""
+        tensors: dict[str, torch.Tensor] = {}
+        for stage in self._stages:
+            tensors.update(stage.recall(row, length))
+        return tensors
+
+    def close(self) -> None:
+        """Frees the memory here and on all hops."""
+        for stage in self._stages:
+            stage.close()
+
+    def _go_on(self, piece: _Piece) -> None:
+        """Runs the stages that are here, up to the next that is not."""
+        while piece.stage < len(self._stages):
+            stage, last = self._stages[piece.stage], piece.stage + 1 == len(self._stages)
+            if isinstance(stage, Session):
+                piece.sent = stage.begin(piece.hidden, piece.parts if last else keeping_all(piece.parts), piece.forks)
+                return
+            piece.hidden = stage.step(piece.hidden, piece.parts, piece.forks)
+            if last:
+                piece.hidden = kept_positions(piece.hidden, piece.parts)
+            piece.stage += 1

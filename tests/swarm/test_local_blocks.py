@@ -1,0 +1,140 @@
+"""A client that holds some of the blocks itself gets the same tokens and gradients, wherever in the model they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
+
+from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.client.mixed_session import MixedSession
+from splitnet.errors import SplitnetError
+from tests.swarm.harness import LocalSwarm, local_swarm
+
+pytestmark = pytest.mark.swarm
+
+PLACES = ("0:2", "4:6", "2:3", "0:1,5:6", "1:2,3:5", "0:6")
+
+
+@pytest.fixture(scope="module")
+def swarm(folder: Path) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, [(0, 1), (1, 4), (4, 6)]) as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def remote(swarm: LocalSwarm, request: pytest.FixtureRequest) -> Iterator[RemoteCausalLM]:
+    with swarm.visit() as visit:
+        yield visit.model(local_blocks=request.param)
+
+
+def tokens(length: int, batch: int = 1) -> torch.Tensor:
+    return torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(length))
+
+
+def options(**more: Any) -> dict[str, Any]:
+    return {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **more}
+
+
+def test_greedy(local: Any, remote: RemoteCausalLM) -> None:
+    assert torch.equal(remote.generate(tokens(7), **options()), local.generate(tokens(7), **options()))
+
+
+def test_beams_on_a_padded_batch(local: Any, remote: RemoteCausalLM) -> None:
+    ids = tokens(9, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    inputs = {"input_ids": ids * mask, "attention_mask": mask}
+    chosen = options(num_beams=3, num_return_sequences=2)
+    assert torch.equal(remote.generate(**inputs, **chosen), local.generate(**inputs, **chosen))
+
+
+def test_rejected_drafts_are_forgotten(local: Any, remote: RemoteCausalLM) -> None:
+    repeating = tokens(6).repeat(1, 3)
+    chosen = options(prompt_lookup_num_tokens=4)
+    assert torch.equal(remote.generate(repeating, **chosen), local.generate(repeating, **chosen))
+
+
+def test_all_logits_of_a_prompt_in_several_steps(local: Any, remote: RemoteCausalLM) -> None:
+    """With the logits of all positions, or of the last ones only, of a prompt that goes in pieces."""
+    ids = tokens(230)
+    with torch.no_grad():
+        expected = local(ids).logits
+        torch.testing.assert_close(remote(ids, use_cache=True).logits, expected, rtol=1e-4, atol=1e-4)
+        last = remote(ids, use_cache=True, logits_to_keep=3).logits
+    torch.testing.assert_close(last, expected[:, -3:], rtol=1e-4, atol=1e-4)
+
+
+def test_a_conversation_goes_on_from_where_it_was(local: Any, remote: RemoteCausalLM) -> None:
+    with remote.session() as cache:
+        first = remote.generate(tokens(7), **options())
+        moved = cache.session.traffic.positions if cache.session else 0
+        second = remote.generate(torch.cat((first, tokens(5)), dim=1), **options())
+        assert isinstance(cache.session, MixedSession)
+        assert cache.session.traffic.positions - moved == 1 + 5 + 11
+    assert torch.equal(second, local.generate(torch.cat((first, tokens(5)), dim=1), **options()))
+
+
+def test_keys_and_values_come_from_both_sides(swarm: LocalSwarm, remote: RemoteCausalLM) -> None:
+    with swarm.visit() as visit:
+        expected = visit.model().keys_and_values(tokens(5))
+    got = remote.keys_and_values(tokens(5))
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("method", ["lora", "prefix"])
+def test_gradients(folder: Path, swarm: LocalSwarm, method: str) -> None:
+    task = TaskType.CAUSAL_LM
+    config = (
+        LoraConfig(task_type=task, r=4, lora_alpha=12, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+        if method == "lora"
+        else PrefixTuningConfig(task_type=task, num_virtual_tokens=5)
+    )
+    ids = tokens(9, batch=2)
+    found: list[dict[str, torch.Tensor]] = []
+    with swarm.visit() as visit:
+        for model in (visit.model(), visit.model(local_blocks="0:1,3:4")):
+            torch.manual_seed(3)
+            tuned: Any = get_peft_model(model, config)
+            loss = tuned(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
+            loss.backward()
+            found.append({name: weight.grad for name, weight in tuned.named_parameters() if weight.grad is not None})
+            with torch.no_grad():
+                text = tuned.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options())
+            found[-1]["text"] = text
+    expected, got = found
+    assert expected.keys() == got.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_a_lost_hop_between_local_blocks_is_replaced(folder: Path, local: Any) -> None:
+    with local_swarm(folder, [(0, 6), (0, 6)]) as twins:
+        model = twins.model(local_blocks="0:1,5:6")
+        with model.session() as cache:
+            first = model.generate(tokens(7), **options())
+            assert isinstance(cache.session, MixedSession)
+            used = cache.session.hops[0].endpoint
+            next(peer for peer in twins.peers if peer.endpoint == used).close()
+            second = model.generate(torch.cat((first, tokens(5)), dim=1), **options())
+            assert len(cache.session.recoveries) == 1
+    assert torch.equal(second, local.generate(torch.cat((first, tokens(5)), dim=1), **options()))
+
+
+@pytest.mark.parametrize("blocks", ["", "3", "2:2", "4:7", "0:3,2:4", "0:2;4:6"])
+def test_what_is_no_range_of_blocks_is_refused(folder: Path, swarm: LocalSwarm, blocks: str) -> None:
+    with swarm.visit() as visit, pytest.raises(SplitnetError, match="local blocks"):
+        visit.model(local_blocks=blocks)
+
+
+def test_local_blocks_in_other_weights(tmp_path: Path, swarm: LocalSwarm, local: Any) -> None:
+    with swarm.visit() as visit:
+        model = visit.model(local_blocks="0:3", local_weights="float16")
+        with torch.no_grad():
+            logits = model(tokens(9)).logits
+            torch.testing.assert_close(logits, local(tokens(9)).logits, rtol=0.02, atol=0.02)
