@@ -14,9 +14,11 @@ from splitnet.client.cache import ModelSession, RemoteCache
 from splitnet.client.local_adapters import Prefixes
 from splitnet.client.local_blocks import Blocks, LocalBlocks
 from splitnet.client.mixed_session import MixedSession
+from splitnet.client.remote import Exchange
 from splitnet.client.remote_model import RemoteModel, joined, made_remote, remote_blocks
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
 from splitnet.client.session import Preference, Session
+from splitnet.client.speculation.speculator import Speculator
 from splitnet.client.swarm import Swarm
 from splitnet.client.trained_prompts import prompt_wrapper, with_trained_prompt
 from splitnet.errors import SplitnetError, UnsupportedModel
@@ -135,18 +137,24 @@ class RemoteCausalLM(RemoteModel):
         self._open_session = open_session
         self._conversation: _Conversation | None = None
         self._standing_prefix: Prefixes = ()
+        self._speculator = Speculator(self.config.get_text_config().vocab_size)
 
-    def generate(self, inputs: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def generate(self, inputs: torch.Tensor | None = None, *, speculate: Any = None, **kwargs: Any) -> Any:
         """transformers' `generate()`; without a `cache` of the caller, peers free their memory at the end.
 
         Within `session()`, positions that the peers hold from calls before are not computed again.
+
+        Args:
+            speculate: "prompt-lookup" drafts tokens from the text itself, a small causal LM of transformers with the
+                same tokenizer drafts them here; the peers verify several together, as many as pays, and the text stays
+                the same. For one sequence at a time.
 
         Raises:
             SplitnetError: without beams, its `generated` holds the tokens so far, to go on from.
         """
         prompt = inputs if inputs is not None else kwargs.get("input_ids")
         if kwargs.get("cache") is not None or kwargs.get("use_cache") is False:
-            return self._generate(inputs, kwargs)
+            return self._generate(inputs, kwargs, speculate)
         cache = self._conversation.cache if self._conversation else self.new_cache()
         kwargs["cache"] = cache
         new_tokens = kwargs.get("max_new_tokens")
@@ -157,7 +165,7 @@ class RemoteCausalLM(RemoteModel):
         try:
             if self._conversation and prompt is not None:
                 self._conversation.rewind_to(prompt)
-            output = self._generate(inputs, kwargs)
+            output = self._generate(inputs, kwargs, speculate)
             if self._conversation:
                 self._conversation.remember(output)
             return output
@@ -217,8 +225,35 @@ class RemoteCausalLM(RemoteModel):
         except KeyError as error:
             raise UnsupportedModel(f"not all blocks of {self.name_or_path} have keys and values: {error}") from None
 
-    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any]) -> Any:
+    def prefill(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
+        """The logits after `[1, seq]` new tokens, `[vocabulary]`."""
+        return self(input_ids=input_ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+    def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
+        """Sends `[batch, seq]` new tokens through the blocks; `receive` waits for them.
+
+        Raises:
+            SplitnetError: as a call of the model.
+        """
+        with self._blocks.sending() as sent:
+            self(input_ids=input_ids, cache=cache, use_cache=True)
+        return sent[0]
+
+    def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
+        """The logits of tokens that were sent, in the order of sending: `[seq, vocabulary]` of one row.
+
+        Raises:
+            SplitnetError: as a call of the model.
+        """
+        with self._blocks.receiving(exchange):
+            return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
+
+    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any], speculate: Any) -> Any:
         wrapper = prompt_wrapper(self)
+        if speculate is not None:
+            if wrapper is not None:
+                raise SplitnetError("speculation does not go together with a trained prompt: leave out `speculate`")
+            kwargs["custom_generate"] = self._speculator.loop(speculate, kwargs)
         if wrapper is None:
             return super().generate(inputs, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         if self._conversation:

@@ -11,6 +11,7 @@ from splitnet.client.chain import Hop, Traffic
 from splitnet.client.link_use import LinkUse
 from splitnet.client.local_blocks import Blocks, LocalBlocks, LocalRows, LocalSpan
 from splitnet.client.parts import cut_into_steps, keeping_all, kept_positions
+from splitnet.client.planner import Forecast
 from splitnet.client.recovery import Recovered
 from splitnet.client.session import STEP_POSITIONS, Session
 from splitnet.client.session import UnderWay as SentThrough
@@ -90,6 +91,14 @@ class MixedSession:
 
     def links(self) -> list[LinkUse]:
         return [link for session in self.sessions for link in session.links()]
+
+    def forecast(self, positions: int) -> Forecast:
+        """As `Session.forecast`, of what is not here."""
+        forecasts = [session.forecast(positions) for session in self.sessions]
+        return Forecast(
+            sum(forecast.latency_ms for forecast in forecasts),
+            max((forecast.stage_ms for forecast in forecasts), default=0.0),
+        )
 
     def reserve(self, positions: int) -> None:
         """As `Session.reserve`; what is here takes memory as positions come."""

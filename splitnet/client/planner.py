@@ -68,6 +68,17 @@ class Needs:
     in_flight: int = 1
 
 
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a step is expected to take, in ms.
+
+    latency_ms: from sending it until its outputs are there. stage_ms: for which it keeps the slowest hop or link busy.
+    """
+
+    latency_ms: float
+    stage_ms: float
+
+
 class Planner:
     """Plans routes over the blocks of one model.
 
@@ -141,6 +152,14 @@ class Planner:
             raise _no_route(error, self._model_name, restricted) from None
         by_name = {record.key.text: record for record in records}
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
+
+    def forecast(
+        self, records: Sequence[PeerRecord], needs: Needs, hops: Sequence[PlannedHop], positions: int
+    ) -> Forecast:
+        """What a step of `positions` positions through `hops` takes."""
+        alone = replace(needs, positions=positions, in_flight=1)
+        latency_ms = self.cost_ms(records, alone, hops)
+        return Forecast(latency_ms, self.cost_ms(records, replace(alone, in_flight=2), hops) - latency_ms)
 
     def cost_ms(
         self,

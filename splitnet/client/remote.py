@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,9 +37,11 @@ class Call:
     """The call takes the output of an earlier one, whose positions were sent."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Exchange:
     """New positions that were sent through the blocks, and where their outputs belong."""
+
+    cache: RemoteCache
 
     session: ModelSession
     under_way: Any
@@ -46,6 +49,14 @@ class Exchange:
     parts: list[Part]
     new_mask: torch.Tensor
     """`[batch, seq]`; False is padding."""
+    past: int
+    """Columns of the cache before."""
+    received_at: float = 0.0
+    """When the outputs were there, in seconds as `time.perf_counter` tells."""
+
+    def abandon(self) -> None:
+        """The outputs are awaited no longer."""
+        self.session.abandon(self.under_way)
 
 
 class _Sent(Exception):
@@ -125,7 +136,7 @@ class RemoteBlocks(nn.Module):
             if not past:
                 session.use_adapter(adapter)
             with torch.no_grad():
-                exchange = self._begin(session, hidden, mask[:, past:], parts, forks)
+                exchange = self._begin(call.cache, session, hidden, mask, parts, forks, past)
                 if call.only_sends:
                     raise _Sent(exchange)
                 output = self._finish(exchange, hidden)
@@ -158,11 +169,14 @@ class RemoteBlocks(nn.Module):
     @contextmanager
     def receiving(self, exchange: Exchange) -> Iterator[None]:
         """A call of the model within, with the same positions as when they were sent, gives their output."""
+        layer = exchange.cache.remote
+        columns, layer.columns = layer.columns, exchange.past  # transformers counts positions from there
         self.call.awaited = exchange
         try:
             yield
         finally:
             self.call.awaited = None
+            layer.columns = columns
 
     @property
     def passes_moved(self) -> tuple[int, int]:
@@ -225,19 +239,27 @@ class RemoteBlocks(nn.Module):
 
     @staticmethod
     def _begin(
-        session: ModelSession, hidden: torch.Tensor, new_mask: torch.Tensor, parts: list[Part], forks: Any
+        cache: RemoteCache,
+        session: ModelSession,
+        hidden: torch.Tensor,
+        mask: torch.Tensor,
+        parts: list[Part],
+        forks: Any,
+        past: int,
     ) -> Exchange:
+        new_mask = mask[:, past:]
         if all(part.length == hidden.shape[1] for part in parts):
             packed = hidden.reshape(-1, hidden.shape[-1])
         else:
             packed = hidden[new_mask.to(hidden.device)]
             parts = [part for part in parts if part.length]
-        return Exchange(session, session.begin(packed, parts, forks), parts, new_mask)
+        return Exchange(cache, session, session.begin(packed, parts, forks), parts, new_mask, past)
 
     @staticmethod
     def _finish(exchange: Exchange, hidden: torch.Tensor) -> torch.Tensor:
         parts, new_mask = exchange.parts, exchange.new_mask
         returned = exchange.session.finish(exchange.under_way).to(hidden.device, hidden.dtype)
+        exchange.received_at = time.perf_counter()
         if len(returned) == hidden.shape[0] * hidden.shape[1]:
             return returned.view(hidden.shape)
         output = torch.zeros_like(hidden)

@@ -14,6 +14,7 @@ from splitnet.client.awaited import Awaited, AwaitedRecall, AwaitedReplay, Await
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.link_use import LinkUse, link_uses
 from splitnet.client.parts import cut_into_steps
+from splitnet.client.planner import Forecast
 from splitnet.client.recovery import silence_s
 from splitnet.client.replanning import Replanner
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S, RoutedSession
@@ -235,6 +236,10 @@ class Session(RoutedSession):
             for part in awaited.found.parts[endpoint]:
                 tensors.update(read_tensors(part))
         return tensors
+
+    def forecast(self, positions: int) -> Forecast:
+        """What a step of `positions` positions is expected to take on the open route."""
+        return self._swarm.forecast(self.needs, [hop.planned for hop in self.hops], positions)
 
     def links(self) -> list[LinkUse]:
         """The links of the open route in order, with the bytes that one decode token takes on each."""

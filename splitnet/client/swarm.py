@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from scheduler.network import CLIENT, Link
 from splitnet.client.bans import Bans
-from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
+from splitnet.client.planner import CLIENT_ENDS, Ends, Forecast, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
 from splitnet.errors import (
     CoverageError,
@@ -210,6 +210,10 @@ class Swarm:
     ) -> float:
         """Ms of a step through `hops` by what is known now; `positions`: of an unusual step."""
         return self._planner.cost_ms(self.peers(), needs, hops, ends=ends, positions=positions)
+
+    def forecast(self, needs: Needs, hops: Sequence[PlannedHop], positions: int) -> Forecast:
+        """What a step of `positions` positions through `hops` takes, by what is known now."""
+        return self._planner.forecast(self.peers(), needs, hops, positions)
 
     def ban(self, key: str, seconds: float, *, leaves: bool = False) -> None:
         """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""

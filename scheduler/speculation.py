@@ -1,0 +1,78 @@
+"""How far to speculate: the length of a window of drafted tokens, and how many windows to have under way.
+
+Verification of drafts: Leviathan et al., "Fast Inference from Transformers via Speculative Decoding", arXiv:2211.17192,
+whose section 3 has the expected number of accepted tokens for one window. Several windows under way keep all hops of a
+chain busy: each is drafted as if the ones before it were accepted, and one that is not takes all behind it with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+LENGTHS: Final = (1, 2, 3, 4, 6, 8, 11, 15)
+"""Drafted tokens of a window. With the token before them that is at most 16 positions, which peers count as decode."""
+
+IN_FLIGHT: Final = (1, 2, 3, 4, 6, 8)
+
+MOST_ACCEPTED: Final = 0.98
+"""No text goes on as drafted for ever."""
+
+WORTHWHILE: Final = 1.05
+"""Speculation must promise to be so many times as fast: what it costs is certain."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """length: of drafted tokens, 0 for none. in_flight: windows under way at the same time."""
+
+    length: int
+    in_flight: int
+
+
+NO_DRAFTS: Final = Window(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What a step costs, by the number of its positions, in ms.
+
+    latency_ms: from sending it until its outputs are there. stage_ms: for which it keeps the slowest hop, link or end
+    busy, so that a step behind it comes so much later. draft_ms: to draft a token.
+    """
+
+    latency_ms: Callable[[int], float]
+    stage_ms: Callable[[int], float]
+    draft_ms: float = 0.0
+
+
+def best_window(acceptance: float, pace: Pace) -> Window:
+    """The window that promises most tokens per second.
+
+    Args:
+        acceptance: probability that a drafted token is what the model chooses, if those before it were, in [0, 1].
+    """
+    plain = 1 / pace.latency_ms(1)
+    best, most = NO_DRAFTS, plain * WORTHWHILE
+    for length in LENGTHS:
+        for in_flight in IN_FLIGHT:
+            speed = tokens_per_ms(Window(length, in_flight), acceptance, pace)
+            if speed > most:
+                best, most = Window(length, in_flight), speed
+    return best
+
+
+def tokens_per_ms(window: Window, acceptance: float, pace: Pace) -> float:
+    """Expected tokens per ms with these windows."""
+    length, accepted = window.length, min(acceptance, MOST_ACCEPTED)
+    first_ms = pace.latency_ms(length + 1) + length * pace.draft_ms
+    whole = accepted**length
+    """Probability that all drafts of a window are accepted."""
+    if window.in_flight == 1:
+        return (1 - whole * accepted) / (1 - accepted) / first_ms
+    # Drafts are accepted until one is not: that many tokens and the one that was chosen instead, in the time of the
+    # first window and of those behind it that were accepted. What was sent after the rejected one is in the way.
+    following_ms = max(pace.stage_ms(length), length * pace.draft_ms, pace.latency_ms(length) / window.in_flight)
+    in_the_way_ms = pace.stage_ms(length) / 2
+    return 1 / (1 - accepted) / (first_ms + following_ms * whole / (1 - whole) + in_the_way_ms)

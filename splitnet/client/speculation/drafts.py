@@ -1,0 +1,164 @@
+"""Where drafts of the next tokens come from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import DynamicCache
+
+from splitnet.errors import SplitnetError
+
+LONGEST_NGRAM = 3
+"""Tokens that are looked up."""
+
+LONGEST_MATCH = 16
+"""So many tokens before a place are compared at most, to tell how sure it is."""
+
+SHARE = 0.2
+"""Weight of the latest draft in the average of its time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens that may come next.
+
+    tokens: none if there is nothing to guess from. kind: drafts of one kind are accepted about equally often.
+    """
+
+    tokens: list[int]
+    kind: int = 0
+
+
+class Drafter(Protocol):
+    """Guesses how a text goes on; follows one text at a time."""
+
+    @property
+    def priors(self) -> Sequence[float]:
+        """By kind: how often a drafted token is accepted, as long as nothing is known of the text."""
+        ...
+
+    draft_ms: float
+    """Ms per token; 0 if that does not count, so that a draft may be made just to see whether it would be right."""
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        """A new text, which begins with these tokens."""
+        ...
+
+    def observe(self, token: int) -> None:
+        """The text goes on with `token`."""
+        ...
+
+    def draft(self, pending: Sequence[int], count: int) -> Draft:
+        """At most `count` tokens that may follow the text and `pending`, which was drafted before."""
+        ...
+
+
+class PromptLookup:
+    """What followed when the last tokens stood in the text before: no model, no time.
+
+    Saxena, "Prompt Lookup Decoding" (2023). The latest place where the last `LONGEST_NGRAM` tokens, or else fewer,
+    stood is taken; the more tokens before it are the same, too, the surer it is.
+    """
+
+    priors = (0.1, 0.2, 0.4, 0.6, 0.75, 0.85)
+    draft_ms = 0.0
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._places: dict[tuple[int, ...], int] = {}
+        """Where the text went on after an n-gram, the last time."""
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self._tokens, self._places = [], {}
+        for token in tokens:
+            self.observe(token)
+
+    def observe(self, token: int) -> None:
+        text = self._tokens
+        for size in range(1, min(LONGEST_NGRAM, len(text)) + 1):
+            self._places[tuple(text[-size:])] = len(text)
+        text.append(token)
+
+    def draft(self, pending: Sequence[int], count: int) -> Draft:
+        tail = [*self._tokens[-LONGEST_MATCH:], *pending][-LONGEST_MATCH:]
+        for size in range(min(LONGEST_NGRAM, len(tail)), 0, -1):
+            place = self._places.get(tuple(tail[-size:]))
+            if place is not None:
+                found = self._tokens[place : place + count]
+                if len(found) < count:
+                    found += pending[: count - len(found)]
+                while len(found) < count:  # a text that repeats itself goes on doing so
+                    found += found[: count - len(found)]
+                return Draft(found, self._kind(tail, place))
+        return Draft([])
+
+    def _kind(self, tail: Sequence[int], place: int) -> int:
+        """The larger, the more tokens before `place` are those at the end of the text."""
+        length = 0
+        while length < min(len(tail), place) and self._tokens[place - 1 - length] == tail[-1 - length]:
+            length += 1
+        return length.bit_length()
+
+
+class DraftModel:
+    """A small model with the same tokens, in this process, always takes what it finds likeliest.
+
+    Args:
+        model: a causal LM of transformers, whose cache can be cropped.
+        vocabulary: how many tokens the large model knows.
+
+    Raises:
+        SplitnetError: it knows other tokens.
+    """
+
+    priors = (0.6,)
+
+    def __init__(self, model: Any, vocabulary: int) -> None:
+        if model.config.get_text_config().vocab_size != vocabulary:
+            raise SplitnetError(
+                f"the draft model knows {model.config.get_text_config().vocab_size} tokens, the model {vocabulary}: "
+                "use a draft model with the same tokenizer"
+            )
+        self.draft_ms = 1.0
+        self._model = model
+        self._text: list[int] = []
+        self._cached: list[int] = []
+        self._cache = DynamicCache()  # of full layers, which can always be cropped
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self._text = list(tokens)
+
+    def observe(self, token: int) -> None:
+        self._text.append(token)
+
+    @torch.inference_mode()
+    def draft(self, pending: Sequence[int], count: int) -> Draft:
+        known = [*self._text, *pending]
+        self._keep_common(known)
+        drafted: list[int] = []
+        given = known[len(self._cached) :]
+        began = time.perf_counter()
+        while len(drafted) < count:
+            ids = torch.tensor([given], device=self._model.device)
+            logits = self._model(input_ids=ids, cache=self._cache, use_cache=True, logits_to_keep=1).logits
+            self._cached += given
+            given = [int(logits[0, -1].argmax())]
+            drafted += given
+            if len(drafted) == 1:
+                began = time.perf_counter()  # the first may come after a prefill
+        if count > 1:
+            per_token = (time.perf_counter() - began) * 1000 / (count - 1)
+            self.draft_ms += SHARE * (per_token - self.draft_ms)
+        return Draft(drafted)
+
+    def _keep_common(self, known: Sequence[int]) -> None:
+        """Crops the cache to what it shares with the text, less one token to go on from."""
+        most = min(len(self._cached), len(known) - 1)
+        same = next((index for index in range(most) if self._cached[index] != known[index]), most)
+        if same < len(self._cached):
+            self._cache.crop(same - len(self._cached))
+            del self._cached[same:]

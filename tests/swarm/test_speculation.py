@@ -1,0 +1,162 @@
+"""With drafts, whoever makes them, a text is the same as without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from transformers.generation.streamers import BaseStreamer
+
+from scheduler.speculation import Window
+from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.client.speculation.experience import Experience
+from splitnet.errors import SplitnetError
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+WINDOWS = (Window(3, 1), Window(2, 3), Window(15, 2))
+
+
+@pytest.fixture(scope="module")
+def swarm(folder: Path) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, [(0, 1), (1, 4), (4, 6)]) as started:
+        yield started
+
+
+@pytest.fixture(scope="module", params=[None, "0:2,5:6"], ids=["remote", "partly local"])
+def remote(swarm: LocalSwarm, request: pytest.FixtureRequest) -> Iterator[RemoteCausalLM]:
+    with swarm.visit() as visit:
+        yield visit.model(local_blocks=request.param)
+
+
+@pytest.fixture(params=WINDOWS, ids=str)
+def window(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Window:
+    """What is sent at once, whatever would pay."""
+    monkeypatch.setattr(Experience, "window", lambda *_: request.param)
+    return request.param
+
+
+def repeating(length: int = 6) -> torch.Tensor:
+    return torch.randint(3, 300, (1, length), generator=torch.Generator().manual_seed(1)).repeat(1, 3)
+
+
+def options(**more: Any) -> dict[str, Any]:
+    return {"max_new_tokens": 40, "do_sample": False, "pad_token_id": 0, "eos_token_id": None, **more}
+
+
+def drafter_of(kind: str, folder: Path, tmp_path: Path) -> Any:
+    """One that is always right, one that is mostly wrong, or none."""
+    if kind == "prompt-lookup":
+        return kind
+    if kind == "same model":
+        return AutoModelForCausalLM.from_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(random_checkpoint("llama", tmp_path, blocks=2, seed=9))
+
+
+@pytest.mark.parametrize("kind", ["prompt-lookup", "same model", "other model"])
+@pytest.mark.parametrize("sample", [False, True], ids=["greedy", "sampled"])
+def test_the_text_is_the_same(
+    local: Any, remote: RemoteCausalLM, window: Window, kind: str, sample: bool, folder: Path, tmp_path: Path
+) -> None:
+    chosen = options(do_sample=sample, temperature=0.7 if sample else None, repetition_penalty=1.1)
+    drafter = drafter_of(kind, folder, tmp_path)
+    torch.manual_seed(5)
+    expected = local.generate(repeating(), **chosen)
+    torch.manual_seed(5)
+    got = remote.generate(repeating(), speculate=drafter, **chosen)
+    assert torch.equal(got, expected)
+
+
+def test_right_drafts_save_round_trips(remote: RemoteCausalLM, folder: Path, window: Window) -> None:
+    with remote.session() as cache:
+        remote.generate(repeating(), speculate=AutoModelForCausalLM.from_pretrained(folder), **options())
+        assert cache.session is not None
+        sessions = getattr(cache.session, "sessions", [cache.session])
+        steps = sessions[0].traffic.steps
+    # The prompt, then 39 tokens: a window's drafts are all right, and the model adds one where none follows.
+    assert steps <= 2 + 39 / window.length
+
+
+def test_it_stops_where_it_should(local: Any, remote: RemoteCausalLM, folder: Path, window: Window) -> None:
+    """In the middle of a window: at a stop token, and at the length."""
+    plain = local.generate(repeating(), **options())
+    stop = int(plain[0, 18 + 10])
+    drafter = AutoModelForCausalLM.from_pretrained(folder)
+    for chosen in (options(eos_token_id=stop), options(max_new_tokens=7)):
+        expected = local.generate(repeating(), **chosen)
+        assert torch.equal(remote.generate(repeating(), speculate=drafter, **chosen), expected)
+
+
+def test_a_conversation_goes_on_after_it(local: Any, remote: RemoteCausalLM, folder: Path, window: Window) -> None:
+    drafter = AutoModelForCausalLM.from_pretrained(folder)
+    with remote.session():
+        first = remote.generate(repeating(), speculate=drafter, **options())
+        longer = torch.cat((first, repeating(4)), dim=1)
+        second = remote.generate(longer, speculate="prompt-lookup", **options())
+        third = remote.generate(longer, **options())
+    expected = local.generate(longer, **options())
+    assert torch.equal(second, expected)
+    assert torch.equal(third, expected)
+
+
+def test_tokens_are_streamed_one_by_one(remote: RemoteCausalLM, window: Window) -> None:
+    class Collector(BaseStreamer):
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def put(self, value: torch.Tensor) -> None:
+            self.tokens += value.flatten().tolist()
+
+        def end(self) -> None:
+            self.tokens.append(-1)
+
+    streamer = Collector()
+    got = remote.generate(repeating(), speculate="prompt-lookup", streamer=streamer, **options())
+    assert streamer.tokens == [*got[0].tolist(), -1]
+
+
+def test_a_hop_that_dies_with_windows_under_way(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Experience, "window", lambda *_: Window(2, 4))
+    with local_swarm(folder, [(0, 3), (3, 6), (3, 6)]) as twins:
+        model = twins.model()
+
+        class Kill(BaseStreamer):
+            count = 0
+
+            def put(self, value: torch.Tensor) -> None:
+                self.count += 1
+                if self.count == 12:
+                    assert cache.session is not None
+                    used = cache.session.hops[1].endpoint
+                    next(peer for peer in twins.peers if peer.endpoint == used).close()
+
+            def end(self) -> None:
+                pass
+
+        with model.session() as cache:
+            drafter = AutoModelForCausalLM.from_pretrained(folder)
+            got = model.generate(repeating(), speculate=drafter, streamer=Kill(), **options())
+            assert cache.session is not None
+            assert len(cache.session.recoveries) == 1
+    assert torch.equal(got, local.generate(repeating(), **options()))
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        ({"num_beams": 2}, "one sequence"),
+        ({"num_return_sequences": 2, "do_sample": True}, "one sequence"),
+        ({"use_cache": False}, "cache"),
+        ({"attention_mask": torch.tensor([[0] + [1] * 17])}, "padding"),
+        ({"speculate": "tea leaves"}, "tea leaves"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(remote: RemoteCausalLM, more: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(SplitnetError, match=complaint):
+        remote.generate(repeating(), **options(**{"speculate": "prompt-lookup", **more}))
