@@ -89,8 +89,7 @@ class PromptLookup:
             place = self._places.get(tuple(tail[-size:]))
             if place is not None:
                 found = self._tokens[place : place + count]
-                if len(found) < count:
-                    found += pending[: count - len(found)]
+                found += pending[: count - len(found)]
                 while len(found) < count:  # a text that repeats itself goes on doing so
                     found += found[: count - len(found)]
                 return Draft(found, self._kind(tail, place))
