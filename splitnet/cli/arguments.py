@@ -26,6 +26,15 @@ def _checked_addresses(addresses: list[str] | None) -> list[str] | None:
     return addresses
 
 
+def _checked_codec(name: str) -> str:
+    """Refuses what is no codec before anything slow begins."""
+    if name != "auto":
+        from splitnet.net.codecs import codec_by_name
+
+        codec_by_name(name)
+    return name
+
+
 Model = Annotated[
     str,
     typer.Argument(help="Hugging Face id or checkpoint folder; `demo` is SmolLM2-135M-Instruct.", show_default=False),
@@ -58,7 +67,24 @@ JoinToMeasure = Annotated[
     ),
 ]
 CodecName = Annotated[
-    str, typer.Option("--codec", help="How activations travel: auto, or a name from docs/codecs.md such as int8.")
+    str,
+    typer.Option(
+        "--codec",
+        callback=_checked_codec,
+        help="How activations travel: auto, or a name from docs/codecs.md such as int8.",
+    ),
+]
+LocalBlocks = Annotated[
+    str | None,
+    typer.Option(
+        "--local-blocks", metavar="START:END", help="Blocks to run here, without peers; several as 0:2,28:30."
+    ),
+]
+LocalWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--local-weights", metavar="KIND", help="Hold those blocks and the head as auto, float16, int8 or int4."
+    ),
 ]
 KeyFile = Annotated[Path | None, typer.Option("--key-file", help="File with the key of this machine.")]
 

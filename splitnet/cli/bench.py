@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from splitnet.bench.cases import cases_of
-from splitnet.cli.arguments import CodecName, JoinToMeasure, KeyFile, Model, resolve_model
+from splitnet.cli.arguments import CodecName, JoinToMeasure, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
 from splitnet.errors import SplitnetError
 
 _TESTS = "Tests"
@@ -54,6 +54,8 @@ def bench(
         int, typer.Option(min=0, help="Rounds before, which do not count.", rich_help_panel=_MANNER)
     ] = 1,
     codec: CodecName = "auto",
+    local_blocks: LocalBlocks = None,
+    local_weights: LocalWeights = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -82,9 +84,12 @@ def bench(
     checkpoint = resolve_model(model)
 
     from splitnet.cli.benchmark import Benchmark
+    from splitnet.cli.connection import Connection
 
-    benchmark = Benchmark(cases, rounds, warm_up, seed, threads, codec, local)
-    report = benchmark.run(checkpoint, join or (), key_file)
+    connection = Connection(
+        checkpoint, join or (), codec, key_file, local_blocks=local_blocks, local_weights=local_weights
+    )
+    report = Benchmark(cases, rounds, warm_up, seed, threads, local).run(connection)
     if as_json:
         typer.echo(json.dumps(report.document()))
         return

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
-from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Temperature, TopP, Wait
+from splitnet.cli.arguments import CodecName, Join, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP, Wait
 from splitnet.errors import SplitnetError
 
 
@@ -23,14 +23,19 @@ def chat(
     codec: CodecName = "auto",
     wait: Wait = 30.0,
     adapter: AdapterFolder = None,
+    speculate: Speculate = None,
+    local_blocks: LocalBlocks = None,
+    local_weights: LocalWeights = None,
     key_file: KeyFile = None,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
     checkpoint = resolve_model(model)
 
+    from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling
 
-    client = Client.connect(checkpoint, join, codec, key_file, wait, adapter)
+    connection = Connection(checkpoint, join, codec, key_file, wait, local_blocks, local_weights)
+    client = Client.connect(connection, adapter, speculate)
     try:
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)
         start = [{"role": "system", "content": system}] if system else []

@@ -29,12 +29,13 @@ def demo(
 
     with LocalSwarm(checkpoint, peers) as swarm:
         # The daemons load while this process does.
+        from splitnet.cli.connection import Connection
         from splitnet.cli.generation import Client, Sampling, print_summary
 
         for index, blocks in enumerate(swarm.spans):
             typer.secho(f"  daemon {index + 1}: blocks {blocks[0]}..{blocks[1] - 1}", err=True)
         address = swarm.wait()
-        client = Client.connect(checkpoint, [address], codec, None, wait_s=30.0)
+        client = Client.connect(Connection(checkpoint, [address], codec))
         try:
             typer.secho(f"\n> {prompt}\n", bold=True)
             ids = client.encode_prompt(prompt, chat=None)

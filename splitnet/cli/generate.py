@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
+from splitnet.cli.arguments import CodecName, Join, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
 from splitnet.errors import SplitnetError
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
@@ -23,6 +23,14 @@ AdapterFolder = Annotated[
     Path | None,
     typer.Option("--adapter", metavar="DIR", help="Folder of an adapter in PEFT's format, such as LoRA or a prompt."),
 ]
+Speculate = Annotated[
+    str | None,
+    typer.Option(
+        "--speculate",
+        metavar="HOW",
+        help="Draft tokens, which peers verify together: prompt-lookup, or a small model with the same tokenizer.",
+    ),
+]
 
 
 def generate(
@@ -36,6 +44,9 @@ def generate(
     codec: CodecName = "auto",
     wait: Wait = 30.0,
     adapter: AdapterFolder = None,
+    speculate: Speculate = None,
+    local_blocks: LocalBlocks = None,
+    local_weights: LocalWeights = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="With the model's chat template, or the bare text.")
     ] = None,
@@ -50,9 +61,11 @@ def generate(
         raise SplitnetError("the prompt is empty: give some text")
     checkpoint = resolve_model(model)
 
+    from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    client = Client.connect(checkpoint, join, codec, key_file, wait, adapter)
+    connection = Connection(checkpoint, join, codec, key_file, wait, local_blocks, local_weights)
+    client = Client.connect(connection, adapter, speculate)
     try:
         ids = client.encode_prompt(prompt, chat=chat, system=system)
         with client.model.session() as cache:

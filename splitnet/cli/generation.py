@@ -15,13 +15,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import TextStreamer
 
+from splitnet.cli.connection import Connection
 from splitnet.client.cache import ModelSession
 from splitnet.client.causal_lm import RemoteCausalLM, attach
-from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.client.speculation.speculator import PROMPT_LOOKUP
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.codecs import codec_by_name
-from splitnet.net.identity import Identity
 
 
 @dataclass(frozen=True)
@@ -55,32 +54,28 @@ class Client:
     generator: Any
     """The model itself, or what PEFT has made of it."""
 
+    speculate: Any
+    """Where drafts come from; None: there are none."""
+
     @classmethod
-    def connect(
-        cls,
-        model: str,
-        join: Sequence[str],
-        codec: str,
-        key_file: Path | None,
-        wait_s: float,
-        adapter: Path | None = None,
-    ) -> Client:
+    def connect(cls, connection: Connection, adapter: Path | None = None, speculate: str | None = None) -> Client:
         """Loads the local part of the model and joins the swarm.
 
         Args:
-            wait_s: how long a session waits for blocks that are suddenly served by nobody.
             adapter: folder of an adapter in PEFT's format.
+            speculate: "prompt-lookup", or hub id or folder of a draft model.
 
         Raises:
             AdapterError: there is no adapter for this model in the folder.
+            ModelNotFound: there is no such draft model.
         """
-        if codec != "auto":
-            codec_by_name(codec)
-        checkpoint = Checkpoint.open(model)
-        swarm = Swarm(ModelFacts.of(checkpoint), join, identity=Identity.load_or_create(key_file))
+        checkpoint = Checkpoint.open(connection.model)
+        drafts = draft_model(speculate) if speculate not in (None, PROMPT_LOOKUP) else speculate
+        swarm = connection.swarm(checkpoint)
         try:
-            remote = attach(checkpoint, swarm, codec=codec, recovery_timeout_s=wait_s)
-            return cls(remote, checkpoint.tokenizer(), with_adapter(remote, adapter) if adapter else remote)
+            remote = attach(checkpoint, swarm, **connection.options())
+            generator = with_adapter(remote, adapter) if adapter else remote
+            return cls(remote, checkpoint.tokenizer(), generator, drafts)
         except BaseException:
             swarm.close()
             raise
@@ -115,6 +110,7 @@ class Client:
                 attention_mask=torch.ones_like(ids),
                 streamer=streamer,
                 pad_token_id=self._pad(),
+                **({"speculate": self.speculate} if self.speculate is not None else {}),
                 **options,
             )
         except SplitnetError:
@@ -133,6 +129,18 @@ class Client:
     def _pad(self) -> int | None:
         pad = self.tokenizer.pad_token_id
         return pad if pad is not None else self.tokenizer.eos_token_id
+
+
+def draft_model(source: str) -> Any:
+    """A small causal LM that runs here.
+
+    Raises:
+        ModelNotFound: there is none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    Checkpoint.open(source)  # with our words for what may be wrong
+    return AutoModelForCausalLM.from_pretrained(source).eval()
 
 
 def with_adapter(model: RemoteCausalLM, folder: Path) -> Any:

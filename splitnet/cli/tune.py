@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
+from splitnet.cli.arguments import CodecName, Join, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
 from splitnet.cli.generate import Wait
 from splitnet.errors import SplitnetError
 from splitnet.tuning.data import TEMPLATE
@@ -104,6 +104,8 @@ def tune(
     network: Annotated[PromptNetwork, typer.Option(help="Of p-tuning.", rich_help_panel=_ADAPTER)] = PromptNetwork.MLP,
     codec: CodecName = "auto",
     wait: Wait = 30.0,
+    local_blocks: LocalBlocks = None,
+    local_weights: LocalWeights = None,
     key_file: KeyFile = None,
 ) -> None:
     """Fine-tune a model on your examples: the adapter stays here, the blocks and their work with the peers.
@@ -127,7 +129,8 @@ def tune(
         raise SplitnetError('--head tells labels, and the data has none: give {"text": "...", "label": "..."}')
     checkpoint = resolve_model(model)
 
-    from splitnet.cli.tuning import Connection, Tuning
+    from splitnet.cli.connection import Connection
+    from splitnet.cli.tuning import Tuning
 
     named = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
     options = AdapterOptions(tokens, init_text, projection, network, rank, alpha, named)
@@ -158,4 +161,4 @@ def tune(
         output=output,
         resume=resume,
     )
-    tuning.run(Connection(checkpoint, join, codec, key_file, wait))
+    tuning.run(Connection(checkpoint, join, codec, key_file, wait, local_blocks, local_weights))

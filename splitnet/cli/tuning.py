@@ -14,13 +14,12 @@ from typing import Any
 import torch
 import typer
 
+from splitnet.cli.connection import Connection
 from splitnet.cli.tuning_model import ModelToTune
 from splitnet.cli.tuning_progress import TuningProgress
-from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.client.swarm import ModelFacts
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.codecs import codec_by_name
-from splitnet.net.identity import Identity
 from splitnet.tuning.data import Examples
 from splitnet.tuning.encoding import Encoded, Encoder
 from splitnet.tuning.evaluation import Evaluation, evaluate
@@ -32,17 +31,6 @@ from splitnet.tuning.settings import Settings
 
 LONGEST_ROW = 1024
 """Tokens per row where the user sets none."""
-
-
-@dataclass(frozen=True)
-class Connection:
-    """How the model is reached."""
-
-    model: str
-    join: Sequence[str]
-    codec: str
-    key_file: Path | None
-    wait_s: float
 
 
 @dataclass(frozen=True)
@@ -68,8 +56,6 @@ class Tuning:
         Raises:
             SplitnetError: what went wrong; steps that were done are kept in the output folder.
         """
-        if connection.codec != "auto":
-            codec_by_name(connection.codec)
         checkpoint = Checkpoint.open(connection.model)
         tokenizer = checkpoint.tokenizer()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -82,11 +68,11 @@ class Tuning:
         folder = TuningFolder(self.output)
         description = self._description(facts.fingerprint)
         folder.check(description, resume=self.resume)
-        swarm = Swarm(facts, connection.join, identity=Identity.load_or_create(connection.key_file))
+        swarm = connection.swarm(checkpoint)
         try:
             torch.manual_seed(self.settings.seed)
             labels = self.train.labels if self.head else None
-            maker = ModelToTune(checkpoint, swarm, connection.codec, connection.wait_s, tokenizer, pad, labels)
+            maker = ModelToTune(checkpoint, swarm, connection, tokenizer, pad, labels)
             adapted = maker.with_adapter(self.method, self.options, self._beginning())
             folder.begin(description)
             run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from splitnet.cli.connection import Connection
 from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.sequence_classification import RemoteSequenceClassification, attach_classifier
 from splitnet.client.swarm import Swarm
@@ -18,15 +19,13 @@ class ModelToTune:
     """Where a model comes from.
 
     Attributes:
-        wait_s: how long to wait for blocks that are suddenly served by nobody.
         pad: token id of padding.
         labels: of a head to train; None: the model's words tell.
     """
 
     checkpoint: Checkpoint
     swarm: Swarm
-    codec: str
-    wait_s: float
+    connection: Connection
     tokenizer: Any
     pad: int
     labels: Sequence[str] | None
@@ -57,15 +56,14 @@ class ModelToTune:
         return adapted
 
     def _causal(self) -> RemoteCausalLM:
-        return attach(self.checkpoint, self.swarm, codec=self.codec, recovery_timeout_s=self.wait_s)
+        return attach(self.checkpoint, self.swarm, **self.connection.options())
 
     def _classifier(self) -> RemoteSequenceClassification:
         model = attach_classifier(
             self.checkpoint,
             self.swarm,
             id2label=dict(enumerate(self.labels or ())),
-            codec=self.codec,
-            recovery_timeout_s=self.wait_s,
+            **self.connection.options(),
         )
         model.config.pad_token_id = self.pad  # by which it finds the last token of a row
         return model

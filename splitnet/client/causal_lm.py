@@ -66,7 +66,7 @@ class AutoModelForCausalLM:
             prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches.
             gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
             local_blocks: blocks that this process runs itself, such as "0:10" or "0:2,28:30"; None: none.
-            local_weights: what the weights of those are held as, such as "float16"; None: as they are stored.
+            local_weights: what the weights of those and of the head are held as, such as "float16"; None: as stored.
 
         Raises:
             ModelNotFound, UnsupportedModel: the model cannot be used.
@@ -122,7 +122,7 @@ def attach(
     blocks = remote_blocks(
         checkpoint, swarm, local, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s
     )
-    shell = load_shell(checkpoint, blocks, dtype=dtype, device=device)
+    shell = load_shell(checkpoint, blocks, dtype=dtype, device=device, weights=local_weights)
     model = made_remote(shell, RemoteCausalLM, checkpoint.source)
     model.open_sessions_with(open_session)
     model.connect_blocks(blocks, swarm)

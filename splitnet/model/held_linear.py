@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.model.families import PLAIN_LINEAR, ROUTERS
@@ -134,6 +135,20 @@ def hold_weights(block: nn.Module, weights: Weights) -> int:
             path, HeldLinear(inputs, outputs, form, transposed=transposed, bias=bias, dtype=weights.dtype)
         )
     return len(found)
+
+
+def hold_head(model: PreTrainedModel, weights: Weights) -> None:
+    """Has the head of a causal model hold its weight; an embedding that shares it keeps its own."""
+    head: Any = model.get_output_embeddings()
+    sizes = _sizes_of(head)
+    form = weights.form_for(*sizes) if sizes is not None else None
+    if sizes is None or form is None:
+        return
+    outputs, inputs = sizes
+    held = HeldLinear(inputs, outputs, form, transposed=False, bias=head.bias is not None, dtype=head.weight.dtype)
+    held.bias = head.bias
+    held.weight = head.weight
+    model.set_output_embeddings(held)
 
 
 def saved_bytes(block: nn.Module, weights: Weights) -> int:

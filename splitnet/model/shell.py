@@ -15,7 +15,9 @@ from splitnet.model.block_stand_in import AllBlocks, blocks_return_tuple
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import packs_sequences
+from splitnet.model.held_linear import hold_head
 from splitnet.model.outline import BlockList, outline_of
+from splitnet.model.weights import choose_weights
 
 
 def load_shell(
@@ -24,6 +26,7 @@ def load_shell(
     *,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device = "cpu",
+    weights: str | None = None,
 ) -> PreTrainedModel:
     """The causal language model of a checkpoint with `blocks` in place of its own; only the rest is read.
 
@@ -33,11 +36,16 @@ def load_shell(
     Args:
         blocks: its `forward` takes and gives `[batch, sequence, hidden]`. It stays where it is.
         dtype: of the weights, such as "bfloat16"; None: as the checkpoint stores them.
+        weights: what the head holds its weight as, see `splitnet.model.weights`; None: as `dtype`.
 
     Raises:
         UnsupportedModel: the family cannot be cut, or the checkpoint does not fit it.
+        WeightsError: a weight cannot be held so.
     """
-    return _load(checkpoint, checkpoint.config, causal_class(checkpoint.config), blocks, dtype, device)
+    chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
+    model = _load(checkpoint, checkpoint.config, causal_class(checkpoint.config), blocks, dtype, device)
+    hold_head(model, chosen)
+    return model
 
 
 def load_classifier_shell(

@@ -1,0 +1,48 @@
+"""How a command reaches a model: the swarm, what of the model is here, and the key."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.identity import Identity
+
+
+@dataclass(frozen=True)
+class Connection:
+    """As the options of the commands say.
+
+    Attributes:
+        model: hub id or checkpoint folder.
+        wait_s: how long to wait for blocks that are suddenly served by nobody.
+        local_blocks, local_weights: what runs here, see `splitnet.AutoModelForCausalLM`.
+    """
+
+    model: str
+    join: Sequence[str]
+    codec: str = "auto"
+    key_file: Path | None = None
+    wait_s: float = 30.0
+    local_blocks: str | None = None
+    local_weights: str | None = None
+
+    def swarm(self, checkpoint: Checkpoint) -> Swarm:
+        """Joins.
+
+        Raises:
+            DirectoryError: no address of the swarm answers.
+        """
+        return Swarm(ModelFacts.of(checkpoint), self.join, identity=Identity.load_or_create(self.key_file))
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of what attaches a model to the swarm."""
+        return {
+            "codec": self.codec,
+            "recovery_timeout_s": self.wait_s,
+            "local_blocks": self.local_blocks,
+            "local_weights": self.local_weights,
+        }
