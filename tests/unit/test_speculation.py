@@ -170,14 +170,14 @@ class TestExperience:
         assert experience.window(0, 0.0, self.forecast).length > 0
         assert experience.window(1, 0.0, self.forecast) == NO_DRAFTS
 
-    def test_windows_that_take_longer_than_foretold_are_given_up(self) -> None:
+    def test_long_windows_that_take_longer_than_foretold_are_given_up(self) -> None:
         experience = Experience([0.7])
         experience.took(1, 100.0, 2.0, self.forecast)
         length = experience.window(0, 0.0, self.forecast).length
         for _ in range(50):
             for positions in range(2, 17):
                 experience.took(positions, 100.0 * positions, 2.0, self.forecast)
-        assert length > 0 and experience.window(0, 0.0, self.forecast) == NO_DRAFTS
+        assert length > 1 and experience.window(0, 0.0, self.forecast).length <= 1
 
     def test_a_client_that_is_slow_itself_sends_fewer_windows(self) -> None:
         quick, slow = Experience([0.95]), Experience([0.95])

@@ -69,7 +69,7 @@ class Experience:
             return max(self._foretold(positions, forecast).latency_ms + _nearest(self._beyond_ms, positions), 0.1)
 
         def stage_ms(positions: int) -> float:
-            # What more positions take beyond the forecast is computed somewhere: at the slowest hop, if it is the worst.
+            # What more positions take beyond the forecast is computed somewhere, at worst at the slowest hop.
             growth = max(0.0, _nearest(self._beyond_ms, positions) - self._beyond_ms[1])
             stage = self._foretold(positions, forecast).stage_ms + growth
             return max(stage, _nearest(self._client_ms, positions))
