@@ -35,8 +35,13 @@ class WorkQueue:
         return self._closed
 
     def put(self, work: Work) -> None:
+        """Adds a step. Windows of drafts that it begins before were rejected by the client, and need not run."""
         with self._changed:
             session = work.session
+            while len(session.waiting) > self._begun(session) and _supersedes(work, session.waiting[-1]):
+                self._drop_last(session)
+            if not session.waiting:
+                self._ready.pop(session, None)
             session.waiting.append(work)
             session.waiting_size += work.size
             self.queued_positions += work.total
@@ -123,11 +128,8 @@ class WorkQueue:
     def discard_waiting(self, session: Session) -> None:
         """Forgets the steps of a session that no pass has begun: they will be sent again."""
         with self._changed:
-            begun = len(session.waiting) and (session not in self._ready or session.waiting[0].done > 0)
-            while len(session.waiting) > begun:
-                work = session.waiting.pop()
-                session.waiting_size -= work.size
-                self.queued_positions -= work.total
+            while len(session.waiting) > self._begun(session):
+                self._drop_last(session)
             if not session.waiting:
                 self._ready.pop(session, None)
 
@@ -144,6 +146,24 @@ class WorkQueue:
             self._closed = True
             self._changed.notify_all()
 
+    def _begun(self, session: Session) -> int:
+        """How many of the waiting steps a pass has begun: the first, or none."""
+        return int(bool(session.waiting) and (session not in self._ready or session.waiting[0].done > 0))
+
+    def _drop_last(self, session: Session) -> None:
+        work = session.waiting.pop()
+        session.waiting_size -= work.size
+        self.queued_positions -= work.total
+
     @staticmethod
     def _same_blocks(first: Work, second: Work) -> bool:
         return (first.session.start, first.session.end) == (second.session.start, second.session.end)
+
+
+def _supersedes(later: Work, earlier: Work) -> bool:
+    """Whether a step takes back all that one before it would do: both are of one row, and it begins no later."""
+    for step in (later.step, earlier.step):
+        if len(step.parts) != 1 or step.forks is not None or step.replay_until:
+            return False
+    new, old = later.step.parts[0], earlier.step.parts[0]
+    return new.row == old.row and new.start <= old.start and later.step.number > earlier.step.number

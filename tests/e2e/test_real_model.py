@@ -25,6 +25,7 @@ PROMPTS = [
     "def fibonacci(n):\n    ",
     "Once upon a time, in a small village by the sea, there lived an old fisherman who",
 ]
+CITIES = [("Vienna", "Austria"), ("Hamburg", "Germany"), ("Warsaw", "Poland"), ("Prague", "Czechia")]
 
 
 def connect(checkpoint: Path, address: str, codec: str) -> Any:
@@ -76,6 +77,23 @@ def test_beam_search(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: 
 def test_sampling_with_a_seed(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any) -> None:
     inputs = tokenizer(PROMPTS[2], return_tensors="pt")
     same(local, remote, inputs, do_sample=True, temperature=0.9, top_p=0.95)
+
+
+def test_drafts_and_local_blocks(demo_checkpoint: Path, address: str, local: PreTrainedModel, tokenizer: Any) -> None:
+    rows = "\n".join(f"| {city} | {country} |" for city, country in CITIES)
+    inputs = tokenizer(f"{rows}\n\nThe same table once more:\n\n| Vienna |", return_tensors="pt")
+    model = splitnet.AutoModelForCausalLM.from_pretrained(
+        demo_checkpoint,
+        initial_peers=[address],
+        codec="none",
+        identity=Identity.generate(),
+        local_blocks="0:3,28:30",
+    )
+    try:
+        got = generate(model, inputs, speculate="prompt-lookup")
+    finally:
+        model.close()
+    assert torch.equal(got, generate(local, inputs))
 
 
 def test_a_chat_over_int8_makes_sense(demo_checkpoint: Path, address: str, tokenizer: Any) -> None:

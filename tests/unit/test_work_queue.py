@@ -40,9 +40,17 @@ def session(name: int, start: int = 0, end: int = 4) -> Session:
     )
 
 
-def work(owner: Session, *lengths: int, number: int = 0, forks: tuple[Fork, ...] | None = None) -> Work:
-    parts = tuple(Part(row, 10, length, 1) for row, length in enumerate(lengths, start=1))
-    return Work(owner, Step(owner.id, 1, number, parts, forks, 0, 0), sum(lengths), 0.0)
+def work(
+    owner: Session,
+    *lengths: int,
+    number: int = 0,
+    forks: tuple[Fork, ...] | None = None,
+    start: int | None = None,
+    replay_until: int = 0,
+) -> Work:
+    begins = 1000 * number if start is None else start
+    parts = tuple(Part(row, begins, length, 1) for row, length in enumerate(lengths, start=1))
+    return Work(owner, Step(owner.id, 1, number, parts, forks, replay_until, 0), sum(lengths), 0.0)
 
 
 def training(owner: Session, positions: int = 5) -> PassWork:
@@ -67,6 +75,38 @@ def test_decode_comes_before_prefill_and_prefill_fills_the_pass() -> None:
     queue.put(work(decode, 1))
     chosen = run_pass(queue)
     assert [(item.session, count) for item, count in chosen] == [(decode, 1), (prefill, PASS - 1)]
+
+
+def test_windows_that_a_later_step_takes_back_do_not_run() -> None:
+    queue = WorkQueue()
+    owner = session(1)
+    running = work(owner, 4, number=1, start=10)
+    queue.put(running)
+    assert queue.take(PASS) == [(running, 4)]
+    for number, start in ((2, 14), (3, 18), (4, 22)):
+        queue.put(work(owner, 4, number=number, start=start))
+    instead = work(owner, 4, number=5, start=12)
+    queue.put(instead)
+    assert list(owner.waiting) == [running, instead]
+    assert queue.queued_positions == owner.waiting_size == 8
+    running.done = 4
+    queue.release(running)
+    assert run_pass(queue) == [(instead, 4)]
+
+
+def test_what_a_later_step_does_not_take_back_runs() -> None:
+    """What begins before it, rows beside it, forks, replays, and what was sent after it."""
+    for earlier, number, start in (
+        (work(session(1), 4, number=2, start=10), 3, 14),
+        (work(session(1), 2, 2, number=2, start=10), 3, 10),
+        (work(session(1), 4, forks=(Fork(1, 1),), number=2, start=10), 3, 10),
+        (work(session(1), 4, replay_until=4, number=2, start=10), 3, 10),
+        (work(session(1), 4, number=2, start=10), 1, 10),
+    ):
+        queue = WorkQueue()
+        queue.put(earlier)
+        queue.put(work(earlier.session, 4, number=number, start=start))
+        assert len(earlier.session.waiting) == 2
 
 
 def test_a_speculated_window_is_decode_and_a_longer_step_is_not() -> None:
