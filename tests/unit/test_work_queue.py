@@ -135,7 +135,7 @@ def test_a_step_waits_until_the_one_before_is_through() -> None:
 
 
 def test_the_parts_of_a_pass_go_on_where_the_last_ended() -> None:
-    item = work(session(1), 5, 3, 4)
+    item = work(session(1), 5, 3, 4, start=10)
     seen: list[Part] = []
     while item.remaining:
         count = min(4, item.remaining)
