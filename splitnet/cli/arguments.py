@@ -77,7 +77,7 @@ CodecName = Annotated[
 LocalBlocks = Annotated[
     str | None,
     typer.Option(
-        "--local-blocks", metavar="START:END", help="Blocks to run here, without peers; several as 0:2,28:30."
+        "--local-blocks", metavar="START:END", help="Blocks to run here, without peers; several as 0:2,28:30, or auto."
     ),
 ]
 LocalWeights = Annotated[

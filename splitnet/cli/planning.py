@@ -19,10 +19,10 @@ from scheduler.partition import (
     tokens_per_s,
     widest_partition,
 )
+from scheduler.prefill import SIZES
 from scheduler.roofline import BlockWork, roofline
 from scheduler.swarm import Hop, Peer, Speed
 from splitnet.cli.devices_file import DevicesFile, KnownDevice
-from splitnet.client.session import STEP_POSITIONS
 from splitnet.errors import OutOfMemory
 from splitnet.model.sizes import ModelSizes
 from splitnet.net.codecs import CODECS
@@ -166,14 +166,17 @@ class _Planning:
             stages=tuple(self._stage(hop) for hop in hops),
             links=self._links(hops),
             tokens_per_s=self._tokens_per_s(hops, 1),
-            first_token_ms=first_token_ms(
-                hops,
-                self._peers,
-                self._file.network,
-                encodings=self._encodings,
-                prompt=demand.prompt,
-                step_positions=STEP_POSITIONS,
-                client_ms=self._client_ms or 0.0,
+            first_token_ms=min(
+                first_token_ms(
+                    hops,
+                    self._peers,
+                    self._file.network,
+                    encodings=self._encodings,
+                    prompt=demand.prompt,
+                    step_positions=size,
+                    client_ms=self._client_ms or 0.0,
+                )
+                for size in SIZES
             ),
             sessions=sessions,
             all_tokens_per_s=self._tokens_per_s(hops, sessions),

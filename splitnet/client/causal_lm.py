@@ -12,10 +12,10 @@ from transformers import StoppingCriteria
 
 from splitnet.client.cache import ModelSession, RemoteCache
 from splitnet.client.local_adapters import Prefixes
-from splitnet.client.local_blocks import Blocks, LocalBlocks
+from splitnet.client.local_blocks import Blocks
 from splitnet.client.mixed_session import MixedSession
 from splitnet.client.remote import Exchange
-from splitnet.client.remote_model import RemoteModel, joined, made_remote, remote_blocks
+from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
 from splitnet.client.session import Preference, Session
 from splitnet.client.speculation.speculator import Speculator
@@ -65,7 +65,8 @@ class AutoModelForCausalLM:
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
             prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches.
             gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
-            local_blocks: blocks that this process runs itself, such as "0:10" or "0:2,28:30"; None: none.
+            local_blocks: blocks that this process runs itself, such as "0:10" or "0:2,28:30"; "auto": as many of the
+                first as make tokens come soonest, in half of the free memory at most; None: none.
             local_weights: what the weights of those and of the head are held as, such as "float16"; None: as stored.
 
         Raises:
@@ -102,7 +103,7 @@ def attach(
 ) -> RemoteCausalLM:
     """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
 
-    local = LocalBlocks.load(checkpoint, local_blocks, device=device, weights=local_weights)
+    local = local_part(checkpoint, swarm, codec=codec, blocks=local_blocks, device=device, weights=local_weights)
 
     def open_part(budget: int, part: Blocks) -> Session:
         return Session(

@@ -13,7 +13,7 @@ from splitnet.client.local_blocks import Blocks, LocalBlocks, LocalRows, LocalSp
 from splitnet.client.parts import cut_into_steps, keeping_all, kept_positions
 from splitnet.client.planner import Forecast
 from splitnet.client.recovery import Recovered
-from splitnet.client.session import STEP_POSITIONS, Session
+from splitnet.client.session import Session
 from splitnet.client.session import UnderWay as SentThrough
 from splitnet.errors import SplitnetError
 from splitnet.model.adapters import Adapter
@@ -123,7 +123,8 @@ class MixedSession:
         """As `Session.begin`; a long prefill goes in pieces, so that peers run one while the next is run here."""
         pieces: list[_Piece] = []
         offset = 0
-        for step in cut_into_steps(parts, STEP_POSITIONS):
+        size = min((session.step_positions(len(hidden)) for session in self.sessions), default=len(hidden))
+        for step in cut_into_steps(parts, size):
             positions = sum(part.length for part in step)
             piece = _Piece(step, forks, hidden[offset : offset + positions])
             offset += positions

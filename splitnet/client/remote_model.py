@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.local_blocks import Blocks, LocalBlocks
+from splitnet.client.local_share import choose_local_blocks
 from splitnet.client.pass_session import PassSession
 from splitnet.client.remote import RemoteBlocks
 from splitnet.client.swarm import ModelFacts, Swarm
@@ -18,6 +20,10 @@ from splitnet.client.trained_prompts import take_prefix
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.shell import backbone_of, outline_in
 from splitnet.net.identity import Identity
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
 
 
 class RemoteModel(PreTrainedModel):
@@ -99,6 +105,16 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
     model.name_or_path = source
     model.eval()
     return model
+
+
+def local_part(
+    checkpoint: Checkpoint, swarm: Swarm, *, codec: str, blocks: str | None, device: str, weights: str | None
+) -> LocalBlocks:
+    """The blocks that run here; for the options see `AutoModelForCausalLM`."""
+    if blocks == AUTO:
+        blocks = choose_local_blocks(checkpoint, swarm, codec=codec, device=device, weights=weights)
+        log.info("local blocks: %s", blocks or "none")
+    return LocalBlocks.load(checkpoint, blocks, device=device, weights=weights)
 
 
 def remote_blocks(

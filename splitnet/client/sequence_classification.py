@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from splitnet.client.local_blocks import LocalBlocks
-from splitnet.client.remote_model import RemoteModel, joined, made_remote, remote_blocks
+from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
 from splitnet.client.swarm import Swarm
 from splitnet.model.checkpoint import Checkpoint
@@ -95,7 +94,7 @@ def attach_classifier(
     """The classifier on `checkpoint` with its blocks on `swarm`; see `AutoModelForSequenceClassification`."""
     config = copy.deepcopy(checkpoint.config)
     _set_labels(config, num_labels, id2label, label2id)
-    local = LocalBlocks.load(checkpoint, local_blocks, device=device, weights=local_weights)
+    local = local_part(checkpoint, swarm, codec=codec, blocks=local_blocks, device=device, weights=local_weights)
     blocks = remote_blocks(
         checkpoint, swarm, local, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s
     )

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 
+from scheduler.prefill import SIZES, best_step
 from splitnet.client.awaited import Awaited, AwaitedRecall, AwaitedReplay, AwaitedStep
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.link_use import LinkUse, link_uses
@@ -35,9 +36,6 @@ DECODE_POSITIONS = 16
 STEP_TIMEOUT_S = 120.0
 THROUGHPUT_STEPS = 8
 """How many steps a session that asks for throughput has under way."""
-
-STEP_POSITIONS = 512
-"""A longer prefill is cut into steps that flow through the hops one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +156,7 @@ class Session(RoutedSession):
             self._log = SentLog(codec.code, codec.bytes_per_position(self._swarm.facts.hidden_size))
         numbers: list[int] = []
         offset = 0
-        limit = min(STEP_POSITIONS, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
-        for chunk in cut_into_steps(parts, limit):
+        for chunk in cut_into_steps(parts, self.step_positions(len(hidden))):
             positions = sum(part.length for part in chunk)
             payload = codec.encode(hidden[offset : offset + positions])
             offset += positions
@@ -240,6 +237,15 @@ class Session(RoutedSession):
     def forecast(self, positions: int) -> Forecast:
         """What a step of `positions` positions is expected to take on the open route."""
         return self._swarm.forecast(self.needs, [hop.planned for hop in self.hops], positions)
+
+    def step_positions(self, positions: int) -> int:
+        """The size of the steps that so many positions are cut into, which flow through the hops in a row."""
+        if positions <= SIZES[0]:
+            return positions
+        self.open(positions)
+        forecasts = {size: self.forecast(size) for size in {min(size, positions) for size in SIZES}}
+        size = best_step(positions, lambda count: forecasts[count].latency_ms, lambda count: forecasts[count].stage_ms)
+        return min(size, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
 
     def links(self) -> list[LinkUse]:
         """The links of the open route in order, with the bytes that one decode token takes on each."""

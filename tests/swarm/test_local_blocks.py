@@ -10,9 +10,13 @@ import pytest
 import torch
 from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 
+from splitnet.client import local_share
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.mixed_session import MixedSession
+from splitnet.client.session import Session
 from splitnet.errors import SplitnetError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import block_bytes
 from tests.swarm.harness import LocalSwarm, local_swarm
 
 pytestmark = pytest.mark.swarm
@@ -130,6 +134,30 @@ def test_a_lost_hop_between_local_blocks_is_replaced(folder: Path, local: Any) -
 def test_what_is_no_range_of_blocks_is_refused(folder: Path, swarm: LocalSwarm, blocks: str) -> None:
     with swarm.visit() as visit, pytest.raises(SplitnetError, match="local blocks"):
         visit.model(local_blocks=blocks)
+
+
+def test_auto_takes_what_makes_tokens_come_soonest(
+    swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks where there is memory for them, as no link is faster than none; otherwise as many as fit."""
+    with swarm.visit() as visit:
+        whole = visit.model(local_blocks="auto")
+        assert torch.equal(whole.generate(tokens(7), **options()), local.generate(tokens(7), **options()))
+        with whole.session() as cache:
+            whole.generate(tokens(7), **options())
+            assert isinstance(cache.session, MixedSession) and not cache.session.hops
+        size = block_bytes(Checkpoint.open(swarm.folder), None)
+        monkeypatch.setattr(local_share, "free_memory", lambda _: int(2.5 * size / local_share.MEMORY_SHARE))
+        part = visit.model(local_blocks="auto")
+        with part.session() as cache:
+            part.generate(tokens(7), **options())
+            assert cache.session is not None
+            assert cache.session.hops[0].blocks[0] in (1, 2)
+        monkeypatch.setattr(local_share, "free_memory", lambda _: 0)
+        none = visit.model(local_blocks="auto")
+        with none.session() as cache:
+            none.generate(tokens(7), **options())
+            assert isinstance(cache.session, Session)
 
 
 def test_local_blocks_in_other_weights(tmp_path: Path, swarm: LocalSwarm, local: Any) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from splitnet.client import session
 from splitnet.client.recovery import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
 from splitnet.client.session import Session
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -119,7 +118,7 @@ def test_connections_that_are_cut(network: Network, local: Any, index: int) -> N
 def test_a_hop_that_is_lost_during_a_prefill(
     network: Network, local: Any, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(session, "STEP_POSITIONS", 32)  # so that several steps of the prefill are under way
+    monkeypatch.setattr(Session, "step_positions", lambda *_: 32)  # so that several steps are under way
     longer = torch.cat([prompt()["input_ids"], prompt(length=150)["input_ids"]], dim=1)
     options = {**GREEDY, "max_new_tokens": 4}
     model = network.swarm.model()
