@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -121,7 +122,7 @@ class MixedSession:
 
     def begin(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> UnderWay:
         """As `Session.begin`; a long prefill goes in pieces, so that peers run one while the next is run here."""
-        pieces: list[_Piece] = []
+        sent = UnderWay([])
         offset = 0
         size = min((session.step_positions(len(hidden)) for session in self.sessions), default=len(hidden))
         for step in cut_into_steps(parts, size):
@@ -129,21 +130,18 @@ class MixedSession:
             piece = _Piece(step, forks, hidden[offset : offset + positions])
             offset += positions
             forks = None
-            pieces.append(piece)
+            sent.pieces.append(piece)
             self._positions += positions
-            self._go_on(piece)
-        return UnderWay(pieces)
+            with self._abandoning(sent):
+                self._go_on(piece)
+        return sent
 
     def finish(self, sent: UnderWay) -> torch.Tensor:
         """As `Session.finish`."""
-        while any(piece.sent is not None for piece in sent.pieces):
-            for piece in sent.pieces:
-                if piece.sent is not None:
-                    session = self._stages[piece.stage]
-                    assert isinstance(session, Session)
-                    piece.hidden, piece.sent = session.finish(piece.sent), None
-                    piece.stage += 1
-                    self._go_on(piece)
+        with self._abandoning(sent):
+            while any(piece.sent is not None for piece in sent.pieces):
+                for piece in sent.pieces:
+                    self._finish_stage(piece)
         outputs = [piece.hidden for piece in sent.pieces]
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -153,6 +151,7 @@ class MixedSession:
             session = self._stages[piece.stage] if piece.sent is not None else None
             if isinstance(session, Session) and piece.sent is not None:
                 session.abandon(piece.sent)
+                piece.sent = None
 
     def recall(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """As `Session.recall`."""
@@ -165,6 +164,24 @@ class MixedSession:
         """Frees the memory here and on all hops."""
         for stage in self._stages:
             stage.close()
+
+    def _finish_stage(self, piece: _Piece) -> None:
+        """Takes what comes back from the stage where a piece is, and sends it on."""
+        session = self._stages[piece.stage] if piece.sent is not None else None
+        if isinstance(session, Session) and piece.sent is not None:
+            under_way, piece.sent = piece.sent, None
+            piece.hidden = session.finish(under_way)
+            piece.stage += 1
+            self._go_on(piece)
+
+    @contextmanager
+    def _abandoning(self, sent: UnderWay) -> Iterator[None]:
+        """After an error nothing is under way any more."""
+        try:
+            yield
+        except BaseException:
+            self.abandon(sent)
+            raise
 
     def _go_on(self, piece: _Piece) -> None:
         """Runs the stages that are here, up to the next that is not."""
