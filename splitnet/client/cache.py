@@ -92,6 +92,11 @@ class RemoteLayer(CacheLayerMixin):
         """With the next step, asks the peers for memory up to a length that is known in advance."""
         self._reserved_columns = max(self._reserved_columns, columns)
 
+    @property
+    def reserved(self) -> int:
+        """Positions that the peers keep free for each row."""
+        return self.prefix_length + self._reserved_columns
+
     def recall(self, index: int) -> dict[str, torch.Tensor]:
         """Keys and values of a row of the batch, without its padding; see `Session.recall`.
 

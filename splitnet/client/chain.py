@@ -169,9 +169,10 @@ class Chain:
         self._swarm.send(endpoint, Close(self.session))
 
     def close(self) -> None:
-        """Has all hops forget the session."""
+        """Has all hops forget the session, and wakes who waits for an event."""
         for endpoint in list(self._opened):
             self.drop(endpoint)
+            self._inbox.put((endpoint, SessionLost("the session was closed")))
 
     @property
     def first(self) -> Endpoint:

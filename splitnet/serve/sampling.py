@@ -1,0 +1,91 @@
+"""Which token comes next: a choice that depends on the request alone, so that its seed gives its answer again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+GREEDY_BELOW = 1e-3
+"""Temperatures below that always take the likeliest token."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; `seed`: 64 bits."""
+
+    temperature: float
+    top_p: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token with its log probability (None: nothing was before it), and the likeliest ones in its place."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+class TokenChooser(LogitsProcessor):
+    """Leaves one token for each row of a batch, with which `generate(do_sample=False)` goes on.
+
+    The noise of a choice is a function of the seed, the row and the position, not the state of a generator: neither
+    other requests nor how many positions are looked at in one step can change it.
+
+    Args:
+        sampling: how to choose.
+        top: how many of the likeliest tokens to score beside the chosen one; None: score nothing.
+
+    Attributes:
+        scored: by row and position.
+    """
+
+    def __init__(self, sampling: Sampling, top: int | None) -> None:
+        self.scored: dict[tuple[int, int], ScoredToken] = {}
+        self._greedy = sampling.temperature < GREEDY_BELOW
+        self._seed = sampling.seed
+        self._top = top
+        self._warpers: list[Any] = []
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        position = input_ids.shape[1]
+        chosen = self._choose(input_ids, scores, position)
+        if self._top is not None:
+            for row, scored in enumerate(score_tokens(scores, chosen, self._top)):
+                self.scored[row, position] = scored
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+    def _choose(self, input_ids: torch.Tensor, scores: torch.Tensor, position: int) -> torch.Tensor:
+        if self._greedy:
+            return scores.argmax(dim=-1)
+        for warper in self._warpers:
+            scores = warper(input_ids, scores)
+        probabilities = scores.softmax(dim=-1)
+        # The first of exponential clocks that run at these rates is a sample.
+        noise = np.stack([self._noise(row, position, scores.shape[1]) for row in range(len(scores))])
+        return (probabilities / torch.from_numpy(noise).to(scores.device)).argmax(dim=-1)
+
+    def _noise(self, row: int, position: int, vocabulary: int) -> np.ndarray:
+        key = np.array([self._seed, row], np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, position], np.uint64)))
+        return generator.standard_exponential(vocabulary, dtype=np.float32).clip(min=np.finfo(np.float32).tiny)
+
+
+def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[ScoredToken]:
+    """Scores one token `[rows]` for each row of logits `[rows, vocabulary]`."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    best, ids = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
+    return [
+        ScoredToken(token, logprob, tuple(zip(row_ids, row_best, strict=True)))
+        for token, logprob, row_ids, row_best in zip(tokens.tolist(), own, ids.tolist(), best.tolist(), strict=True)
+    ]
