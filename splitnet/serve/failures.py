@@ -107,6 +107,8 @@ def _refused(error: RequestValidationError) -> ApiError:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
+    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
+        return ApiError(400, "the body must be a JSON object: send it with the content type application/json")
     param = ".".join(str(part) for part in first["loc"][1:]) or None
     if first["type"] == "extra_forbidden":
         message = f"{param} is not supported: leave it out"

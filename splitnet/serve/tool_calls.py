@@ -27,7 +27,7 @@ class ToolCallParser:
     def __init__(self) -> None:
         self._held = ""
         self._inside = False
-        self._found = 0
+        self._found = False
 
     def push(self, piece: str) -> tuple[str, list[ToolCall]]:
         """Takes the next piece; gives the text that is certain, and the calls that are complete."""
@@ -49,8 +49,8 @@ class ToolCallParser:
                 text += OPENING + body + CLOSING
             else:
                 calls.append(call)
+                self._found = True
             self._held, self._inside = after, False
-        self._found += len(calls)
         # White space is held back, too: before and between calls it is no text of the answer.
         certain = len(self._held) - held_back(self._held, [OPENING])
         certain = len(self._held[:certain].rstrip())
