@@ -12,7 +12,7 @@ from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.planner import Needs
 from splitnet.client.recovery import COVERAGE_POLL_S, Recovered, Recovery
 from splitnet.client.swarm import Swarm
-from splitnet.errors import CoverageError, PeerBusy, PeerLost, SessionClosed, SplitnetError
+from splitnet.errors import CoverageError, PeerBusy, PeerLost, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import SESSION_BYTES, Message
 from splitnet.net.sent_log import SentLog
@@ -60,7 +60,6 @@ class RoutedSession:
         self._number = 0
         self._log: SentLog | None = None
         self._is_open = False
-        self._closed = False
         swarm.register(self)
 
     @property
@@ -85,12 +84,12 @@ class RoutedSession:
             PeerLost: peers do not answer, nor does anybody take their place in time.
             SessionClosed: another thread has closed the session.
         """
-        self._refuse_if_closed()
+        self._chain.refuse_if_closed()
         refused: dict[str, SplitnetError] = {}
         deadline = time.monotonic() + self._recovery_timeout_s
         was_covered = self._swarm.was_covered
         while not self._is_open:
-            self._refuse_if_closed()
+            self._chain.refuse_if_closed()
             try:
                 route = self._swarm.plan(self._needs(prompt), exclude=refused, fresh=bool(refused))
             except (CoverageError, PeerBusy):
@@ -121,10 +120,12 @@ class RoutedSession:
         return self._needs(0)
 
     def close(self) -> None:
-        """Frees the memory on all hops; another thread that waits for an answer gets `SessionClosed`."""
-        self._closed = True
+        """Frees the memory on all hops; from any thread.
+
+        A thread that uses the session gets `SessionClosed`, and closes it again: it may have been opening hops.
+        """
         self._swarm.unregister(self)
-        self._chain.close()  # again, if another thread has opened it meanwhile
+        self._chain.close()
 
     def deliver(self, source: Endpoint, message: Message) -> None:
         """Takes a message from the transport's thread."""
@@ -140,17 +141,12 @@ class RoutedSession:
     def _recovery(self) -> Recovery:
         return Recovery(self._swarm, self._chain, self._log, self._next_number, self._recovery_timeout_s)
 
-    def _refuse_if_closed(self) -> None:
-        if self._closed:
-            raise SessionClosed("the session was closed while it was used: begin with a new one")
-
     def _next_number(self) -> int:
         self._number += 1
         return self._number
 
     def _await(self, deadline: float, patience_s: float, recovery: Recovery) -> None:
         """Waits for one event; a hop that is lost is replaced."""
-        self._refuse_if_closed()
         if time.monotonic() >= deadline:
             route = " -> ".join(f"{start}:{end}" for start, end in (hop.blocks for hop in self.hops))
             raise PeerLost(f"no answer from the route {route} in {self._step_timeout_s:.0f} s: try again")

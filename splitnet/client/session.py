@@ -115,6 +115,7 @@ class Session(RoutedSession):
             CoverageError: blocks of a lost hop are served by nobody else.
             PeerFailed: a hop answered with an error.
             ContextTooLong: the rows are longer than the model or the hops allow.
+            SessionClosed: another thread has closed the session.
         """
         self.open(len(hidden))
         self._repair_or_improve_route()

@@ -42,6 +42,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, as a whole or as a stream.", "content": {"text/event-stream": {}}}
+}
+
+
 @dataclass(frozen=True)
 class Gateway:
     """What the paths use; `model`: the name that requests give."""
@@ -107,7 +112,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         gateway.check_model(name)
         return entry
 
-    @app.post("/v1/chat/completions", response_model=None)
+    @app.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a chat."""
         gateway.check_model(body.model)
@@ -132,7 +137,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         )
         return await _answered(gateway, body, request, [ask], answer)
 
-    @app.post("/v1/completions", response_model=None)
+    @app.post("/v1/completions", response_model=None, responses=STREAMED)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """How texts go on."""
         gateway.check_model(body.model)

@@ -104,16 +104,19 @@ def failure_of(error: BaseException) -> ApiError:
 
 
 def _refused(error: RequestValidationError) -> ApiError:
-    first = error.errors()[0]
+    # Where there are several ways to write something, the one that was followed furthest says most.
+    first = max(error.errors(), key=lambda each: len(each["loc"]))
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON")
     if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
         return ApiError(400, "the body must be a JSON object: send it with the content type application/json")
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    place = ".".join(str(part) for part in first["loc"][1:])
     if first["type"] == "extra_forbidden":
-        message = f"{param} is not supported: leave it out"
+        message = f"{place} is not supported: leave it out"
     elif first["type"] == "literal_error":
-        message = f"{param}: only {first['ctx']['expected']} is supported"
+        message = f"{place}: only {first['ctx']['expected']} is supported"
+    elif first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
     else:
-        message = f"{param or 'the body'}: {first['msg']}"
-    return ApiError(400, message, param=param, code="invalid_parameter")
+        message = f"{place}: {first['msg']}"
+    return ApiError(400, message, param=place.split(".")[0] or None, code="invalid_parameter")

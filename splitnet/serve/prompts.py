@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from splitnet.serve.failures import ApiError
-from splitnet.serve.requests import Message, Tool
+from splitnet.serve.requests import AssistantMessage, Message, Tool, ToolMessage
 
 
 class Prompts:
@@ -98,13 +98,12 @@ DEFAULT_MAX_TOKENS = 4096
 
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it: text in one piece, arguments of calls as objects."""
-    role = "system" if message.role == "developer" else message.role
-    said: dict[str, Any] = {"role": role, "content": message.text}
+    said: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": message.text}
     if message.name is not None:
         said["name"] = message.name
-    if message.tool_call_id is not None:
+    if isinstance(message, ToolMessage):
         said["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
+    if isinstance(message, AssistantMessage) and message.tool_calls:
         said["tool_calls"] = [
             {
                 "id": call.id,

@@ -89,25 +89,11 @@ class MadeCall(_Strict):
     function: CalledFunction
 
 
-class Message(_Strict):
-    """A message of a chat."""
+class _Said(_Strict):
+    """What all messages have."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | list[TextPart] | None
     name: str | None = None
-    tool_calls: list[MadeCall] | None = None
-    tool_call_id: str | None = None
-    # What clients send back with the answers that they got.
-    refusal: str | None = None
-    annotations: list[Any] | None = None
-    audio: None = None
-    function_call: None = None
-
-    @model_validator(mode="after")
-    def _says_something(self) -> Message:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            raise ValueError("a message without content must be an assistant's with tool_calls")
-        return self
 
     @property
     def text(self) -> str:
@@ -115,6 +101,37 @@ class Message(_Strict):
         if isinstance(self.content, list):
             return "".join(part.text for part in self.content)
         return self.content or ""
+
+
+class UserMessage(_Said):
+    """From who asks, or who says how to answer."""
+
+    role: Literal["system", "developer", "user"]
+    content: str | list[TextPart]
+
+
+class AssistantMessage(_Said):
+    """From the model."""
+
+    role: Literal["assistant"]
+    content: str | list[TextPart] | None = None
+    tool_calls: list[MadeCall] | None = None
+    # What clients send back with the answers that they got.
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+
+class ToolMessage(_Said):
+    """What a tool has answered."""
+
+    role: Literal["tool"]
+    content: str | list[TextPart]
+    tool_call_id: str
+
+
+Message = Annotated[UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class FunctionDefinition(_Strict):

@@ -25,7 +25,7 @@ from splitnet.serve.admission import Admission
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.prompts import Prompts
-from splitnet.serve.requests import ChatRequest, CompletionRequest, Message
+from splitnet.serve.requests import ChatRequest, CompletionRequest
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
@@ -62,7 +62,7 @@ def test_prompts(prompt: Any) -> None:
     [
         ({"foo": 1}, "foo", "foo is not supported: leave it out"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty: only 0 is supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format.type", "only 'text' is supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "only 'text' is supported"),
         ({"tool_choice": "required"}, "tool_choice", "only 'none' or 'auto' is supported"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": float("nan")}, "temperature", "finite number"),
@@ -70,7 +70,9 @@ def test_prompts(prompt: Any) -> None:
         ({"messages": []}, "messages", "at least 1 item"),
         ({"top_logprobs": 2}, None, "top_logprobs needs logprobs"),
         ({"stream_options": {"include_usage": True}}, None, "stream_options is only for streams"),
-        ({"messages": [{"role": "user"}]}, "messages.0", "a message without content must be"),
+        ({"messages": [{"role": "user"}]}, "messages", "Field required"),
+        ({"messages": [{"role": "pope"}]}, "messages", "'user'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "only 'text' is supported"),
     ],
 )
 def test_what_is_refused_says_why(more: dict[str, Any], param: str | None, message: str) -> None:
@@ -153,6 +155,10 @@ def test_requests_run_in_order_and_too_many_are_told_so() -> None:
     assert asyncio.run(come()) == ["first", "fourth"]
 
 
+def messages(said: list[dict[str, Any]]) -> Any:
+    return ChatRequest.model_validate({"model": "m", "messages": said}).messages
+
+
 class Tokenizer:
     """Tokens are code points; the template shows what it is given."""
 
@@ -185,7 +191,7 @@ def test_messages_as_templates_expect_them() -> None:
         {"role": "tool", "content": "2", "tool_call_id": "c"},
     ]
     prompts = Prompts(tokenizer, 300, 256)
-    assert prompts.of_chat([Message.model_validate(message) for message in said], []) == [1, 2, 3]
+    assert prompts.of_chat(messages(said), []) == [1, 2, 3]
     assert tokenizer.given == [
         {"role": "system", "content": "Be kind."},
         {
@@ -197,7 +203,7 @@ def test_messages_as_templates_expect_them() -> None:
     ]
     said[1]["tool_calls"][0]["function"]["arguments"] = "{"
     with pytest.raises(ApiError, match="not valid JSON"):
-        prompts.of_chat([Message.model_validate(message) for message in said], [])
+        prompts.of_chat(messages(said), [])
 
 
 def test_prompts_that_the_model_cannot_read() -> None:
