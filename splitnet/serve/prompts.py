@@ -52,9 +52,9 @@ class Prompts:
                 add_generation_prompt=True,
                 return_dict=True,
             )["input_ids"]
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError) as error:
             raise ApiError(
-                400, f"the model's chat template refuses these messages: {error.message}", param="messages"
+                400, f"the model's chat template refuses these messages ({error}): change them", param="messages"
             ) from None
 
     def of_text(self, prompt: str | list[int]) -> list[int]:

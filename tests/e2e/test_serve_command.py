@@ -17,9 +17,13 @@ import torch
 from openai import AsyncOpenAI, OpenAI
 
 from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.errors import DirectoryError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.endpoints import Endpoint
+from splitnet.serve.prefix_cache import KeepLimits
+from splitnet.serve.server import ServeOptions, serve
 from tests.e2e.daemons import Background, background
+from tests.e2e.test_commands import NOBODY
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -268,3 +272,25 @@ def test_running_requests_end_with_the_server(served: Path, address: str, tmp_pa
                 list(stream)
         assert server.process.wait(20) == 0
         assert server.process.stderr is not None and not server.process.stderr.read()
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_a_server_that_is_open_to_others_says_so(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, warned: bool
+) -> None:
+    monkeypatch.setenv("SPLITNET_KEY_FILE", str(tmp_path / "key"))
+    options = ServeOptions(
+        host=host,
+        port=0,
+        api_key_file=None,
+        max_requests=1,
+        max_waiting=1,
+        keep=KeepLimits(0, 0, 0.0),
+        drain_s=0.0,
+        codec="auto",
+        key_file=None,
+    )
+    warnings: list[str] = []
+    with pytest.raises(DirectoryError):
+        serve(str(served), [NOBODY], options, say=pytest.fail, warn=warnings.append)
+    assert [("--api-key-file" in warning) for warning in warnings] == [True] * warned

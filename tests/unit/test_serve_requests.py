@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fastapi.exceptions import RequestValidationError
+from jinja2 import TemplateError
 from pydantic import BaseModel, ValidationError
 
 from splitnet.errors import (
@@ -176,6 +177,8 @@ class Tokenizer:
 
     def apply_chat_template(self, messages: Any, **options: Any) -> Any:
         self.given = messages
+        if not messages:
+            raise TemplateError("nobody has said anything")
         return {"input_ids": [1, 2, 3]}
 
 
@@ -210,6 +213,8 @@ def test_prompts_that_the_model_cannot_read() -> None:
     prompts = Prompts(Tokenizer(None), 100, 8)
     with pytest.raises(ApiError, match="no chat template"):
         prompts.of_chat([], [])
+    with pytest.raises(ApiError, match="nobody has said anything"):
+        Prompts(Tokenizer("{{ messages }}"), 100, 8).of_chat([], [])
     with pytest.raises(ApiError, match="empty"):
         prompts.of_text("")
     with pytest.raises(ApiError, match="0 to 99"):
