@@ -20,7 +20,7 @@ class Piece:
     Attributes:
         choice: which answer of the request.
         text: may be empty while a character or a stop string is not complete.
-        scored: the new tokens, if they are scored.
+        scored: the new tokens, if they are scored; also one that ends the answer and is no text.
         finish: why the answer ends here; None: it goes on.
     """
 
@@ -66,7 +66,7 @@ class Choice:
         if token in self._end_tokens:
             text, stopped = self._stops.push(self._detokenizer.rest())
             text += "" if stopped else self._stops.rest()
-            return self._piece(text, None, "stop")
+            return self._piece(text, scored, "stop")
         text, stopped = self._stops.push(self._detokenizer.push(token))
         if stopped:
             return self._piece(text, scored, "stop")

@@ -79,11 +79,13 @@ def test_bytes_that_are_no_character_are_told_when_something_follows() -> None:
 
 
 def answer(text: str, *, max_tokens: int = 100, stops: tuple[str, ...] = ()) -> tuple[str, list[str | None], int]:
+    """What is said, how each piece ends, and how many tokens there were, all of which are scored."""
     choice = Choice(0, decode, max_tokens, {0}, stops)
     said, finishes = "", []
     for byte in text.encode():
         piece = choice.push(byte, ScoredToken(byte, -1.0, ()))
         said += piece.text
+        assert [scored.token for scored in piece.scored] == [byte]
         finishes.append(piece.finish)
         if choice.finished:
             break
