@@ -26,6 +26,7 @@ from splitnet.serve.events import EventStream, Numbered, events, unless_gone
 from splitnet.serve.failures import ApiError, ErrorReply, failure_of
 from splitnet.serve.gate import Gate
 from splitnet.serve.generation import Ask, Generations
+from splitnet.serve.grammars import Grammars
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.requests import ChatRequest, CompletionRequest, SamplingRequest
@@ -54,6 +55,7 @@ class Gateway:
     model: str
     generations: Generations
     prompts: Prompts
+    grammars: Grammars
     admission: Admission
 
     def check_model(self, name: str) -> None:
@@ -119,6 +121,8 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         tools = body.tools if body.tools and body.tool_choice != "none" else []
         prompts = gateway.prompts
         prompt = await run_in_threadpool(prompts.of_chat, body.messages, tools)
+        schema = body.schema_of_answer
+        grammar = await run_in_threadpool(gateway.grammars.of_schema, schema) if schema is not None else None
         ask = Ask(
             prompt=prompt,
             max_tokens=prompts.room_for(prompt, body.max_completion_tokens or body.max_tokens),
@@ -126,6 +130,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
             choices=body.n or 1,
             stop_strings=body.stop_strings,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=grammar,
         )
         answer = ChatAnswer(
             gateway.model,

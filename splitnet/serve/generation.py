@@ -15,6 +15,7 @@ from splitnet.client.cache import RemoteCache
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.errors import PeerBusy, SessionClosed
 from splitnet.serve.choice import Choice, Piece
+from splitnet.serve.grammars import AllowedTokens, Grammar
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
 from splitnet.serve.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
 
@@ -35,6 +36,7 @@ class Ask:
         choices: how many answers.
         top_logprobs: how many of the likeliest tokens to score beside each token; None: score nothing.
         score_prompt: also the tokens of the prompt.
+        grammar: what the answers must keep to.
     """
 
     prompt: list[int]
@@ -44,6 +46,7 @@ class Ask:
     stop_strings: Sequence[str] = ()
     top_logprobs: int | None = None
     score_prompt: bool = False
+    grammar: Grammar | None = None
 
     @property
     def can_use_kept(self) -> bool:
@@ -201,7 +204,8 @@ class Generation:
                     self._forward(prompt[:, cache.remote.columns : -1], cache, logits_to_keep=1)
             cache.remote.batch_repeat_interleave(ask.choices)
             prompt = prompt.expand(ask.choices, -1)
-        chooser = TokenChooser(ask.sampling, ask.top_logprobs)
+        allowed = [AllowedTokens(ask.grammar) for _ in range(ask.choices)] if ask.grammar is not None else []
+        chooser = TokenChooser(ask.sampling, ask.top_logprobs, prompt.shape[1], allowed)
         choices = [
             Choice(index, own.decode, ask.max_tokens, own.end_tokens, ask.stop_strings) for index in range(ask.choices)
         ]

@@ -27,10 +27,35 @@ class StreamOptions(_Strict):
     include_obfuscation: Literal[False] | None = None
 
 
-class ResponseFormat(_Strict):
-    """Text only: nothing here makes a model keep to a schema."""
+class TextFormat(_Strict):
+    """Any text."""
 
     type: Literal["text"]
+
+
+class JsonFormat(_Strict):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class NamedSchema(_Strict):
+    """A JSON schema; the answer keeps to it, strict or not."""
+
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class SchemaFormat(_Strict):
+    """JSON that fits a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonFormat | SchemaFormat, Field(discriminator="type")]
 
 
 class SamplingRequest(_Strict):
@@ -168,6 +193,19 @@ class ChatRequest(SamplingRequest):
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: set logprobs to true")
         return self
+
+    @model_validator(mode="after")
+    def _json_or_tools(self) -> ChatRequest:
+        if self.tools and self.schema_of_answer is not None:
+            raise ValueError("an answer cannot both be JSON and call tools: leave out tools or response_format")
+        return self
+
+    @property
+    def schema_of_answer(self) -> dict[str, Any] | None:
+        """The JSON schema that the answer keeps to; None: it is text."""
+        if isinstance(self.response_format, SchemaFormat):
+            return self.response_format.json_schema.schema_
+        return {"type": "object"} if isinstance(self.response_format, JsonFormat) else None
 
 
 class CompletionRequest(SamplingRequest):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+from splitnet.serve.grammars import AllowedTokens
 
 GREEDY_BELOW = 1e-3
 """Temperatures below that always take the likeliest token."""
@@ -40,12 +43,18 @@ class TokenChooser(LogitsProcessor):
     Args:
         sampling: how to choose.
         top: how many of the likeliest tokens to score beside the chosen one; None: score nothing.
+        begins: the position of the first token of the answers.
+        allowed: what each answer must keep to; empty: all tokens may come.
 
     Attributes:
         scored: by row and position.
     """
 
-    def __init__(self, sampling: Sampling, top: int | None) -> None:
+    def __init__(
+        self, sampling: Sampling, top: int | None, begins: int = 0, allowed: Sequence[AllowedTokens] = ()
+    ) -> None:
+        self._begins = begins
+        self._allowed = allowed
         self.scored: dict[tuple[int, int], ScoredToken] = {}
         self._greedy = sampling.temperature < GREEDY_BELOW
         self._seed = sampling.seed
@@ -58,11 +67,20 @@ class TokenChooser(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         position = input_ids.shape[1]
-        chosen = self._choose(input_ids, scores, position)
+        possible = self._possible(input_ids, scores)
+        chosen = self._choose(input_ids, possible, position)
         if self._top is not None:
             for row, scored in enumerate(score_tokens(scores, chosen, self._top)):
                 self.scored[row, position] = scored
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+    def _possible(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores of tokens that may come next; those of others are -inf."""
+        if self._allowed:
+            scores = scores.clone()
+        for row, allowed in enumerate(self._allowed):
+            allowed.forbid_others(input_ids[row, self._begins :].tolist(), scores[row])
+        return scores
 
     def _choose(self, input_ids: torch.Tensor, scores: torch.Tensor, position: int) -> torch.Tensor:
         if self._greedy:

@@ -24,6 +24,7 @@ from splitnet.net.identity import Identity
 from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
 from splitnet.serve.generation import Generations
+from splitnet.serve.grammars import Grammars
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
@@ -70,11 +71,16 @@ def serve(
         with Swarm(ModelFacts.of(checkpoint), join, identity=Identity.load_or_create(options.key_file)) as swarm:
             swarm.peers()  # tells a swarm of other weights
             remote = attach(checkpoint, swarm, codec=options.codec, recovery_timeout_s=options.wait_s)
-            prompts = Prompts(tokenizer, remote.config.get_text_config().vocab_size, checkpoint.max_positions)
+            vocabulary = remote.config.get_text_config().vocab_size
+            prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
             generations = Generations(remote, prompts.decode, options.max_requests, options.keep)
             try:
                 gateway = Gateway(
-                    checkpoint.name, generations, prompts, Admission(options.max_requests, options.max_waiting)
+                    checkpoint.name,
+                    generations,
+                    prompts,
+                    Grammars(tokenizer, vocabulary, generations.end_tokens),
+                    Admission(options.max_requests, options.max_waiting),
                 )
                 server = _Server(make_app(gateway, keys, int(time.time())), generations, options.drain_s)
                 # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.

@@ -20,6 +20,7 @@ from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
 from splitnet.serve.generation import Generations
+from splitnet.serve.grammars import Grammars
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
@@ -75,7 +76,8 @@ class Server:
     def __init__(self, model: RemoteCausalLM, tokenizer: Any, *, at_a_time: int = 4, waiting: int = 4, keep: int = 4):
         prompts = Prompts(tokenizer, 49152, 256)
         self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0))
-        gateway = Gateway(MODEL, self.generations, prompts, Admission(at_a_time, waiting))
+        grammars = Grammars(tokenizer, 49152, self.generations.end_tokens)
+        gateway = Gateway(MODEL, self.generations, prompts, grammars, Admission(at_a_time, waiting))
         self.app = make_app(gateway, ApiKeys([]), created=0)
 
     @asynccontextmanager
@@ -228,6 +230,30 @@ def test_a_stream_says_what_the_whole_answer_says(serve: Serve) -> None:
             tokens = [token for part in parts for token in part["logprobs"]["content"]]
             assert tokens == choice["logprobs"]["content"] and len(tokens) == 10
             assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
+
+    serve(does)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 99}, "colour": {"enum": ["red", "blue"]}},
+    "required": ["count", "colour"],
+    "additionalProperties": False,
+}
+
+
+def test_a_model_that_knows_nothing_keeps_to_a_schema(serve: Serve) -> None:
+    async def does(server: Server) -> None:
+        wanted = {"type": "json_schema", "json_schema": {"name": "counted", "schema": SCHEMA}}
+        reply = await server.chat("Hi", response_format=wanted, n=3, temperature=1, seed=1, max_tokens=100)
+        answers = [json.loads(choice["message"]["content"]) for choice in reply["choices"]]
+        assert all(set(answer) == {"count", "colour"} and 0 <= answer["count"] <= 99 for answer in answers)
+        assert {choice["finish_reason"] for choice in reply["choices"]} == {"stop"}
+        assert len({answer["count"] for answer in answers}) > 1
+        greedy = await server.chat("Hi", response_format=wanted, max_tokens=100)
+        assert json.loads(greedy["choices"][0]["message"]["content"])["colour"] in ("red", "blue")
+        anything = await server.chat("Hi", response_format={"type": "json_object"}, max_tokens=4)
+        assert anything["choices"][0]["message"]["content"].startswith("{")
 
     serve(does)
 
@@ -397,6 +423,15 @@ def test_blocks_that_nobody_serves(small: Path, serve: Serve) -> None:
         ("/v1/completions", b" " * (16 * 2**20 + 1), 413, "longer than"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * 300}]}, 400, "shorten the prompt"),
         ("/v1/completions", b'"prompt"', 400, "a JSON object"),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "rope"}}},
+            },
+            400,
+            "cannot be kept to: Invalid type: rope",
+        ),
         ("/v1/embeddings", {}, 404, "docs/serve.md"),
         ("/v1/models", {}, 405, "docs/serve.md"),
     ],

@@ -63,7 +63,15 @@ def test_prompts(prompt: Any) -> None:
     [
         ({"foo": 1}, "foo", "foo is not supported: leave it out"),
         ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty: only 0 is supported"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "only 'text' is supported"),
+        ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
+        (
+            {
+                "response_format": {"type": "json_object"},
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            },
+            None,
+            "cannot both be JSON and call tools",
+        ),
         ({"tool_choice": "required"}, "tool_choice", "only 'none' or 'auto' is supported"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": float("nan")}, "temperature", "finite number"),
