@@ -26,7 +26,7 @@ from splitnet.serve.events import EventStream, Numbered, events, unless_gone
 from splitnet.serve.failures import ApiError, ErrorReply, failure_of
 from splitnet.serve.gate import Gate
 from splitnet.serve.generation import Ask, Generations
-from splitnet.serve.grammars import Grammars
+from splitnet.serve.grammars import Grammar, Grammars
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.requests import ChatRequest, CompletionRequest, SamplingRequest
@@ -64,6 +64,12 @@ class Gateway:
             raise ApiError(
                 404, f"this server has no model {name!r}: use {self.model!r}", param="model", code="model_not_found"
             )
+
+    def grammar_of(self, body: ChatRequest) -> Grammar | None:
+        """What the answer to a chat must keep to, if to anything."""
+        if body.tools_to_call:
+            return self.grammars.of_call(body.tools_to_call)
+        return self.grammars.of_schema(body.schema_of_answer) if body.schema_of_answer is not None else None
 
     def run(self, asks: Sequence[Ask]) -> AsyncGenerator[Numbered]:
         """See `splitnet.serve.events.events`."""
@@ -121,8 +127,6 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         tools = body.tools if body.tools and body.tool_choice != "none" else []
         prompts = gateway.prompts
         prompt = await run_in_threadpool(prompts.of_chat, body.messages, tools)
-        schema = body.schema_of_answer
-        grammar = await run_in_threadpool(gateway.grammars.of_schema, schema) if schema is not None else None
         ask = Ask(
             prompt=prompt,
             max_tokens=prompts.room_for(prompt, body.max_completion_tokens or body.max_tokens),
@@ -130,7 +134,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
             choices=body.n or 1,
             stop_strings=body.stop_strings,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=grammar,
+            grammar=await run_in_threadpool(gateway.grammar_of, body),
         )
         answer = ChatAnswer(
             gateway.model,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from splitnet.serve.failures import ApiError
+from splitnet.serve.requests import Tool
+from splitnet.serve.tool_calls import CLOSING, OPENING
 
 ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """How JSON is written: where white space is free, small models write nothing else until their context is full."""
@@ -47,10 +49,35 @@ class Grammars:
             ApiError: it is no schema, or one that is not supported.
         """
         text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=ONE_LINE)
+        return self._checked(text, "response_format")
+
+    def of_call(self, tools: Sequence[Tool]) -> Grammar:
+        """The grammar of one call of one of some tools.
+
+        Raises:
+            ApiError: the parameters of a tool are no schema, or one that is not supported.
+        """
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool.function.name},
+                    "arguments": tool.function.parameters or {"type": "object"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for tool in tools
+        ]
+        schema = json.dumps({"anyOf": calls, "x-guidance": ONE_LINE})
+        rule = f'start: "{OPENING}\\n" %json {schema} "\\n{CLOSING}"'
+        return self._checked(llguidance.LLMatcher.grammar_from_lark(rule), "tools")
+
+    def _checked(self, text: str, param: str) -> Grammar:
         tokens = self._tokens
         wrong = llguidance.LLMatcher.validate_grammar(text, tokens)
         if wrong:
-            raise ApiError(400, f"the JSON schema cannot be kept to: {wrong}", param="response_format")
+            raise ApiError(400, f"the JSON schema cannot be kept to: {wrong}", param=param)
         return Grammar(text, tokens)
 
     @cached_property
@@ -58,9 +85,7 @@ class Grammars:
         try:
             return llguidance.hf.from_tokenizer(self._tokenizer, self._vocabulary, eos_token=sorted(self._end_tokens))
         except ValueError as error:
-            raise ApiError(
-                400, f"this model's answers cannot be bound to JSON ({error}): ask for text", param="response_format"
-            ) from None
+            raise ApiError(400, f"this model's answers cannot be bound to JSON ({error}): ask for text") from None
 
 
 class AllowedTokens:

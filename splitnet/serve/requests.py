@@ -175,6 +175,19 @@ class Tool(_Strict):
     function: FunctionDefinition
 
 
+class NamedFunction(_Strict):
+    """A function by its name."""
+
+    name: str
+
+
+class ChosenTool(_Strict):
+    """The tool that must be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
 class ChatRequest(SamplingRequest):
     """The body of `/v1/chat/completions`."""
 
@@ -184,7 +197,7 @@ class ChatRequest(SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: ResponseFormat | None = None
 
@@ -199,6 +212,21 @@ class ChatRequest(SamplingRequest):
         if self.tools and self.schema_of_answer is not None:
             raise ValueError("an answer cannot both be JSON and call tools: leave out tools or response_format")
         return self
+
+    @model_validator(mode="after")
+    def _chosen_tools_are_there(self) -> ChatRequest:
+        if self.tool_choice not in (None, "none", "auto") and not self.tools_to_call:
+            raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
+        return self
+
+    @property
+    def tools_to_call(self) -> list[Tool]:
+        """One of these must be called; empty: the model may do as it likes."""
+        if self.tool_choice == "required":
+            return self.tools or []
+        if isinstance(self.tool_choice, ChosenTool):
+            return [tool for tool in self.tools or [] if tool.function.name == self.tool_choice.function.name]
+        return []
 
     @property
     def schema_of_answer(self) -> dict[str, Any] | None:

@@ -258,6 +258,34 @@ def test_a_model_that_knows_nothing_keeps_to_a_schema(serve: Serve) -> None:
     serve(does)
 
 
+def test_a_model_that_knows_nothing_calls_the_tools_that_it_must(serve: Serve) -> None:
+    tools = [
+        {"type": "function", "function": {"name": "count", "parameters": SCHEMA}},
+        {"type": "function", "function": {"name": "stop", "parameters": {"enum": [{}]}}},
+    ]
+
+    async def call(server: Server, choice: Any, seed: int) -> tuple[str, Any]:
+        reply = await server.chat("Hi", tools=tools, tool_choice=choice, temperature=1, seed=seed, max_tokens=100)
+        (answer,) = reply["choices"]
+        assert answer["finish_reason"] == "tool_calls" and answer["message"]["content"] is None
+        (made,) = answer["message"]["tool_calls"]
+        return made["function"]["name"], json.loads(made["function"]["arguments"])
+
+    async def does(server: Server) -> None:
+        required = [await call(server, "required", seed) for seed in range(2)]
+        assert {name for name, _ in required} <= {"count", "stop"}
+        named = [await call(server, {"type": "function", "function": {"name": name}}, 1) for name in ("count", "stop")]
+        assert [(name, set(arguments)) for name, arguments in named] == [
+            ("count", {"count", "colour"}),
+            ("stop", set()),
+        ]
+        said = await server.chat("Hi", tools=tools, tool_choice="none", max_tokens=4)
+        plain = await server.chat("Hi", max_tokens=4)
+        assert said["choices"][0]["message"]["content"] == plain["choices"][0]["message"]["content"]
+
+    serve(does)
+
+
 def test_the_next_turn_computes_only_what_is_new(serve: Serve, swarm: LocalSwarm, whole: Any, tokenizer: Any) -> None:
     async def does(server: Server) -> None:
         first = await server.chat("Who are you?", max_tokens=8)

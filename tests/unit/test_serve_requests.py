@@ -72,7 +72,15 @@ def test_prompts(prompt: Any) -> None:
             None,
             "cannot both be JSON and call tools",
         ),
-        ({"tool_choice": "required"}, "tool_choice", "only 'none' or 'auto' is supported"),
+        ({"tool_choice": "required"}, None, "tool_choice asks for a tool that is not there"),
+        (
+            {
+                "tool_choice": {"type": "function", "function": {"name": "g"}},
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            },
+            None,
+            "tool_choice asks for a tool that is not there",
+        ),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"temperature": float("nan")}, "temperature", "finite number"),
         ({"n": 0}, "n", "greater than or equal to 1"),
