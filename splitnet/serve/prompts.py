@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from splitnet.serve.failures import ApiError
-from splitnet.serve.requests import AssistantMessage, Message, Tool, ToolMessage
+from splitnet.serve.requests import AssistantMessage, Content, Message, Tool, ToolMessage
 
 
 class Prompts:
@@ -98,7 +98,10 @@ DEFAULT_MAX_TOKENS = 4096
 
 def _for_template(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it: text in one piece, arguments of calls as objects."""
-    said: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+    said: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": _text(message.content),
+    }
     if message.name is not None:
         said["name"] = message.name
     if isinstance(message, ToolMessage):
@@ -113,6 +116,10 @@ def _for_template(message: Message) -> dict[str, Any]:
             for call in message.tool_calls
         ]
     return said
+
+
+def _text(content: Content | None) -> str:
+    return "".join(part.text for part in content) if isinstance(content, list) else content or ""
 
 
 def _arguments(text: str) -> Any:

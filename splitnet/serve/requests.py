@@ -114,32 +114,23 @@ class MadeCall(_Strict):
     function: CalledFunction
 
 
-class _Said(_Strict):
-    """What all messages have."""
-
-    content: str | list[TextPart] | None
-    name: str | None = None
-
-    @property
-    def text(self) -> str:
-        """The content in one piece."""
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+Content = str | list[TextPart]
 
 
-class UserMessage(_Said):
+class UserMessage(_Strict):
     """From who asks, or who says how to answer."""
 
     role: Literal["system", "developer", "user"]
-    content: str | list[TextPart]
+    content: Content
+    name: str | None = None
 
 
-class AssistantMessage(_Said):
+class AssistantMessage(_Strict):
     """From the model."""
 
     role: Literal["assistant"]
-    content: str | list[TextPart] | None = None
+    content: Content | None = None
+    name: str | None = None
     tool_calls: list[MadeCall] | None = None
     # What clients send back with the answers that they got.
     refusal: str | None = None
@@ -148,11 +139,12 @@ class AssistantMessage(_Said):
     function_call: None = None
 
 
-class ToolMessage(_Said):
+class ToolMessage(_Strict):
     """What a tool has answered."""
 
     role: Literal["tool"]
-    content: str | list[TextPart]
+    content: Content
+    name: str | None = None
     tool_call_id: str
 
 

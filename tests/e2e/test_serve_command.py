@@ -133,7 +133,7 @@ def test_a_chat_of_two_turns(client: OpenAI, local: Any, tokenizer: Any) -> None
     messages = user("What is the capital of France?")
     first = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=16)
     said = first.choices[0].message.content
-    assert said == expected(local, tokenizer, messages, 16) and "Paris" in said
+    assert said == expected(local, tokenizer, messages, 16) and said and "Paris" in said
     assert first.choices[0].finish_reason == "stop"
     messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "And of Italy?"}]
     second = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_completion_tokens=12)
@@ -230,7 +230,7 @@ def test_a_client_that_goes_frees_the_peers_at_once(
 
     async def go_in_the_middle() -> None:
         async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
-            asked = client.completions.create(
+            asked: Any = client.completions.create(
                 model=MODEL, prompt=[17] * prompt_tokens, max_tokens=2000, temperature=0, stream=prompt_tokens == 1
             )
             asking = asyncio.ensure_future(asked)
