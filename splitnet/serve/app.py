@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from scheduler.swarm import missing_blocks
 from splitnet.errors import CoverageError, SplitnetError
+from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.facts import facts_of
 from splitnet.serve.admission import Admission
 from splitnet.serve.answering import Answer
@@ -102,8 +103,13 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
     def health() -> dict[str, str]:
         """Whether every block of the model is served; needs no key."""
         swarm = gateway.generations.model.swarm
-        records = [facts_of(record) for record in swarm.peers() if record.serves]
-        holes = missing_blocks(records, swarm.facts.num_blocks)
+        # A record outlives a peer that was killed; whom nobody can connect to does not serve.
+        present = [
+            facts_of(record)
+            for record in swarm.peers()
+            if record.serves and swarm.link_state(Endpoint(record.address, record.key)) is not LinkState.DOWN
+        ]
+        holes = missing_blocks(present, swarm.facts.num_blocks)
         if holes:
             missing = ", ".join(f"{start}..{end - 1}" for start, end in holes)
             raise CoverageError(f"blocks {missing} are served by nobody: start peers for them")

@@ -21,6 +21,7 @@ from splitnet.errors import DirectoryError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.endpoints import Endpoint
 from splitnet.serve.prefix_cache import KeepLimits
+from splitnet.serve.sampling import Sampling, TokenChooser
 from splitnet.serve.server import ServeOptions, serve
 from tests.e2e.daemons import Background, background
 from tests.e2e.test_commands import NOBODY
@@ -199,25 +200,31 @@ def test_a_tool_is_called(client: OpenAI, stream: bool) -> None:
     assert json.loads(call.function.arguments) == {"city": "Paris"}
 
 
-def test_many_streams_at_once_are_what_each_is_alone(url: str) -> None:
+def test_many_streams_at_once_are_what_each_is_alone(url: str, local: Any, tokenizer: Any) -> None:
+    def options(number: int) -> tuple[str, float]:
+        return f"{number} is a number that", 0.9 if number % 2 else 0.0
+
     async def ask(client: AsyncOpenAI, number: int) -> str:
-        stream = await client.chat.completions.create(
-            model=MODEL,
-            messages=user(f"Write about the number {number}."),
-            max_tokens=4,
-            temperature=0.9 if number % 2 else 0,
-            seed=number,
-            stream=True,
+        prompt, temperature = options(number)
+        stream = await client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=6, temperature=temperature, seed=number, stream=True
         )
-        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+        return "".join([chunk.choices[0].text async for chunk in stream])
 
-    async def both() -> tuple[list[str], list[str]]:
+    async def ask_all() -> list[str]:
         async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
-            together = await asyncio.gather(*(ask(client, number) for number in range(16)))
-            return together, [await ask(client, number) for number in range(16)]
+            return await asyncio.gather(*(ask(client, number) for number in range(16)))
 
-    together, alone = asyncio.run(both())
-    assert together == alone
+    def alone(number: int) -> str:
+        """In plain transformers, where nobody else can disturb it."""
+        prompt, temperature = options(number)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        chooser = TokenChooser(Sampling(temperature, 1.0, number), None)
+        output = local.generate(**inputs, max_new_tokens=6, do_sample=False, logits_processor=[chooser])
+        return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    together = asyncio.run(ask_all())
+    assert together == [alone(number) for number in range(16)]
     assert len(set(together)) > 8
 
 
