@@ -45,6 +45,7 @@ class RemoteLayer(CacheLayerMixin):
         self._sources: list[int] | None = None
         self._ids = count(1)
         self._reserved_columns = 0
+        self._closed = False
 
     @property
     def batch(self) -> int:
@@ -108,7 +109,8 @@ class RemoteLayer(CacheLayerMixin):
         return self.session.recall(self._rows[index], self.columns - self._padding[index])
 
     def close(self) -> None:
-        """Frees the peers' memory."""
+        """Frees the peers' memory; from any thread."""
+        self._closed = True
         if self.session is not None:
             self.session.close()
 
@@ -177,6 +179,8 @@ class RemoteLayer(CacheLayerMixin):
         positions = (self.prefix_length + self._reserved_columns) * batch
         if self.session is None:
             self.session = self._open_session(positions)
+            if self._closed:  # by another thread, which could not see the session
+                self.session.close()
         else:
             self.session.reserve(positions)
 
@@ -197,7 +201,7 @@ class RemoteCache(Cache):
         return self.remote.session
 
     def close(self) -> None:
-        """Frees the peers' memory; the cache can't be used any more."""
+        """Frees the peers' memory; the cache can't be used any more. From any thread; see `RoutedSession.close`."""
         self.remote.close()
 
     def __del__(self) -> None:

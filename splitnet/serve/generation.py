@@ -144,12 +144,15 @@ class Generation:
 
     def run(self) -> None:
         """Runs it to its end; every event and every error goes to the listener."""
+        kept = self._own.kept
         try:
+            taken = kept.take(self._ask.prompt) if self._ask.can_use_kept else None
             try:
-                ended = self._run_in(self._own.kept.take(self._ask.prompt) if self._ask.can_use_kept else None)
+                ended = self._run_in(taken)
             except PeerBusy:
-                # What is kept for others, and what was kept for this one, takes the memory that is needed now.
-                if self._begun or not self._own.kept.clear():
+                # What is kept for others takes the memory that is needed now, or what was kept for this one is bound
+                # to a route that has none.
+                if self._begun or not (kept.clear() or taken):
                     raise
                 ended = self._run_in(None)
             self._listener(ended)
