@@ -42,8 +42,6 @@ EXPIRY_S = 5.0
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply} for status in (400, 401, 404, 413, 429, 500, 502, 503)
 }
-
-
 STREAMED: dict[int | str, dict[str, Any]] = {
     200: {"description": "The answer, as a whole or as a stream.", "content": {"text/event-stream": {}}}
 }
@@ -136,7 +134,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         ask = Ask(
             prompt=prompt,
             max_tokens=prompts.room_for(prompt, body.max_completion_tokens or body.max_tokens),
-            sampling=_sampling(body),
+            sampling=_sampling(prompts, body),
             choices=body.n or 1,
             stop_strings=body.stop_strings,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -160,7 +158,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         texts = _prompts_of(body)
         tokenized = await run_in_threadpool(lambda: [prompts.of_text(text) for text in texts])
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        sampling = _sampling(body)
+        sampling = _sampling(prompts, body)
         asks = [
             Ask(
                 prompt=prompt,
@@ -208,11 +206,16 @@ async def _first_of(running: AsyncGenerator[Numbered]) -> Numbered:
     return await anext(running)
 
 
-def _sampling(body: SamplingRequest) -> Sampling:
+def _sampling(prompts: Prompts, body: SamplingRequest) -> Sampling:
+    bias = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
+    prompts.check_known(bias, "logit_bias")
     return Sampling(
         temperature=1.0 if body.temperature is None else body.temperature,
         top_p=1.0 if body.top_p is None else body.top_p,
         seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        bias=tuple(bias.items()),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -68,9 +68,13 @@ class Prompts:
             tokens = [self._tokenizer.bos_token_id]
         if not tokens:
             raise ApiError(400, "the prompt is empty: give some text", param="prompt")
-        if max(tokens) >= self._vocabulary:
-            raise ApiError(400, f"the model knows the tokens 0 to {self._vocabulary - 1} only", param="prompt")
+        self.check_known(tokens, "prompt")
         return tokens
+
+    def check_known(self, tokens: Iterable[int], param: str) -> None:
+        """Refuses tokens that the model does not know."""
+        if any(token >= self._vocabulary for token in tokens):
+            raise ApiError(400, f"the model knows the tokens 0 to {self._vocabulary - 1} only", param=param)
 
     def room_for(self, prompt: list[int], max_tokens: int | None) -> int:
         """How many tokens an answer may have at most; None: as many as there is room for.

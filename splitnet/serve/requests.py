@@ -10,10 +10,13 @@ STOP_STRINGS = 16
 TOP_LOGPROBS = 20
 CHOICES = 16
 PROMPTS = 256
+BIASED_TOKENS = 1024
 MAX_TOKENS = 2**24
 
 Text = Annotated[str, Field(min_length=1)]
 TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Strict(BaseModel):
@@ -70,10 +73,9 @@ class SamplingRequest(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
-    # Values that change nothing, which some clients send always.
-    frequency_penalty: Literal[0] | None = None
-    presence_penalty: Literal[0] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=BIASED_TOKENS)] | None = None
 
     @property
     def stop_strings(self) -> list[str]:

@@ -18,11 +18,25 @@ GREEDY_BELOW = 1e-3
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; `seed`: 64 bits."""
+    """How tokens are chosen.
+
+    Attributes:
+        seed: 64 bits.
+        frequency_penalty, presence_penalty: taken off the logit of a token for every time that it is in the answer, or
+            once if it is.
+        bias: added to the logits of some tokens.
+    """
 
     temperature: float
     top_p: float
     seed: int
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def changes_logits(self) -> bool:
+        return bool(self.frequency_penalty or self.presence_penalty or self.bias)
 
 
 @dataclass(frozen=True)
@@ -56,8 +70,8 @@ class TokenChooser(LogitsProcessor):
         self._begins = begins
         self._allowed = allowed
         self.scored: dict[tuple[int, int], ScoredToken] = {}
+        self._sampling = sampling
         self._greedy = sampling.temperature < GREEDY_BELOW
-        self._seed = sampling.seed
         self._top = top
         self._warpers: list[Any] = []
         if not self._greedy:
@@ -75,11 +89,20 @@ class TokenChooser(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
 
     def _possible(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """The scores of tokens that may come next; those of others are -inf."""
-        if self._allowed:
-            scores = scores.clone()
+        """The scores to choose by: changed as the request wants it, -inf where a token cannot come next."""
+        if not self._allowed and not self._sampling.changes_logits:
+            return scores
+        scores = scores.clone()
+        answers = input_ids[:, self._begins :]
+        if self._sampling.changes_logits:
+            for row, answer in enumerate(answers):
+                counts = torch.bincount(answer, minlength=scores.shape[1])
+                scores[row] -= self._sampling.frequency_penalty * counts
+                scores[row] -= self._sampling.presence_penalty * (counts > 0)
+            for token, bias in self._sampling.bias:
+                scores[:, token] += bias
         for row, allowed in enumerate(self._allowed):
-            allowed.forbid_others(input_ids[row, self._begins :].tolist(), scores[row])
+            allowed.forbid_others(answers[row].tolist(), scores[row])
         return scores
 
     def _choose(self, input_ids: torch.Tensor, scores: torch.Tensor, position: int) -> torch.Tensor:
@@ -93,7 +116,7 @@ class TokenChooser(LogitsProcessor):
         return (probabilities / torch.from_numpy(noise).to(scores.device)).argmax(dim=-1)
 
     def _noise(self, row: int, position: int, vocabulary: int) -> np.ndarray:
-        key = np.array([self._seed, row], np.uint64)
+        key = np.array([self._sampling.seed, row], np.uint64)
         generator = np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, position], np.uint64)))
         return generator.standard_exponential(vocabulary, dtype=np.float32).clip(min=np.finfo(np.float32).tiny)
 

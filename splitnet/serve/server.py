@@ -84,14 +84,13 @@ def serve(
                 )
                 server = _Server(make_app(gateway, keys, int(time.time())), generations, options.drain_s)
                 # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
-                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, server.handle_exit)
                 shown = f"[{host}]" if ":" in host else host
                 say(f"serving {checkpoint.name} at http://{shown}:{port}/v1")
                 server.run(sockets=[listener])
             finally:
                 generations.close()
-                remote.close()
 
 
 class _Server(uvicorn.Server):

@@ -447,6 +447,7 @@ def test_blocks_that_nobody_serves(small: Path, serve: Serve) -> None:
         ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "has no model 'other': use 'small'"),
         ("/v1/completions", {"prompt": "a", "max_tokens": 300}, 400, "more than the model's context of 256"),
         ("/v1/completions", {"prompt": [49152]}, 400, "0 to 49151"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"49152": 1}}, 400, "0 to 49151"),
         ("/v1/completions", {"prompt": "a", "best_of": 2}, 400, "best_of: only 1"),
         ("/v1/completions", b"{", 400, "not valid JSON"),
         ("/v1/completions", b" " * (16 * 2**20 + 1), 413, "longer than"),

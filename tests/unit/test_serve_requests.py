@@ -42,7 +42,7 @@ def refusal(kind: type[BaseModel], document: dict[str, Any]) -> ApiError:
 @pytest.mark.parametrize(
     "more",
     [
-        {"frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "user": "me"},
+        {"frequency_penalty": 0.5, "presence_penalty": -2, "logit_bias": {"7": -100}, "user": "me"},
         {"temperature": 0, "top_p": 0.5, "seed": -1, "stop": ["a", "b"], "n": 2},
         {"stream": True, "stream_options": {"include_usage": True}},
         {"stop": None, "max_tokens": None, "stream": None},
@@ -62,7 +62,9 @@ def test_prompts(prompt: Any) -> None:
     ("more", "param", "message"),
     [
         ({"foo": 1}, "foo", "foo is not supported: leave it out"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "frequency_penalty: only 0 is supported"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "pattern"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls", "only True is supported"),
         ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
         (
             {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -63,3 +65,19 @@ def test_scores_are_the_models_own(temperature: float) -> None:
 def test_no_more_tokens_are_scored_than_there_are() -> None:
     (scored,) = score_tokens(LOGITS, torch.tensor([0]), 20)
     assert len(scored.top) == 5
+
+
+def test_penalties_and_bias() -> None:
+    """The answer so far is 2, 2, 1, after a prompt of other tokens."""
+    ids = torch.tensor([[4, 4, 4, 2, 2, 1]])
+
+    def chosen(**changes: Any) -> int:
+        chooser = TokenChooser(Sampling(0.0, 1.0, 7, **changes), None, begins=3)
+        return int(chooser(ids, LOGITS).argmax())
+
+    assert chosen() == 2
+    assert chosen(frequency_penalty=0.8) == 4  # 2 and 1 come to 0.4 and 0.2
+    assert chosen(presence_penalty=0.8) == 2  # to 1.2 and 0.2
+    assert chosen(presence_penalty=1.8) == 4
+    assert chosen(frequency_penalty=-2.0) == 2
+    assert chosen(bias=((3, 4.0), (2, -1.5))) == 3
