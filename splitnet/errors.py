@@ -80,6 +80,10 @@ class SessionLost(PeerLost):
     """A peer answers, but does not hold the session any more."""
 
 
+class SessionClosed(SplitnetError):
+    """The session was closed while it was used."""
+
+
 class PeerLeaving(PeerLost):
     """A peer is about to end; it serves the session until it is replaced."""
 

@@ -17,6 +17,7 @@ from splitnet.cli.generate import generate
 from splitnet.cli.key import key
 from splitnet.cli.peer import peer
 from splitnet.cli.plan import plan
+from splitnet.cli.serve import serve
 from splitnet.cli.simulate import simulate
 from splitnet.cli.status import status
 from splitnet.cli.tune import tune
@@ -29,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (peer, generate, chat, tune, status, bench, plan, key, demo, simulate):
+for command in (peer, generate, chat, serve, tune, status, bench, plan, key, demo, simulate):
     app.command()(command)
 
 

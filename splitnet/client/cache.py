@@ -48,6 +48,7 @@ class RemoteLayer(CacheLayerMixin):
         self._sources: list[int] | None = None
         self._ids = count(1)
         self._reserved_columns = 0
+        self._closed = False
 
     @property
     def batch(self) -> int:
@@ -95,6 +96,11 @@ class RemoteLayer(CacheLayerMixin):
         """With the next step, asks the peers for memory up to a length that is known in advance."""
         self._reserved_columns = max(self._reserved_columns, columns)
 
+    @property
+    def reserved(self) -> int:
+        """Positions that the peers keep free for each row."""
+        return self.prefix_length + self._reserved_columns
+
     def recall(self, index: int) -> dict[str, torch.Tensor]:
         """Keys and values of a row of the batch, without its padding; see `Session.recall`.
 
@@ -106,7 +112,8 @@ class RemoteLayer(CacheLayerMixin):
         return self.session.recall(self._rows[index], self.columns - self._padding[index])
 
     def close(self) -> None:
-        """Frees the peers' memory."""
+        """Frees the peers' memory; from any thread."""
+        self._closed = True
         if self.session is not None:
             self.session.close()
 
@@ -175,6 +182,8 @@ class RemoteLayer(CacheLayerMixin):
         positions = (self.prefix_length + self._reserved_columns) * batch
         if self.session is None:
             self.session = self._open_session(positions)
+            if self._closed:  # by another thread, which could not see the session
+                self.session.close()
         else:
             self.session.reserve(positions)
 
@@ -195,7 +204,7 @@ class RemoteCache(Cache):
         return self.remote.session
 
     def close(self) -> None:
-        """Frees the peers' memory; the cache can't be used any more."""
+        """Frees the peers' memory; the cache can't be used any more. From any thread; see `RoutedSession.close`."""
         self.remote.close()
 
     def __del__(self) -> None:

@@ -21,6 +21,7 @@ from splitnet.errors import (
     PeerLeaving,
     PeerLost,
     ProtocolError,
+    SessionClosed,
     SessionLost,
     SplitnetError,
     WrongSwarm,
@@ -120,8 +121,10 @@ class Chain:
         self._swarm = swarm
         self._codecs = codecs
         self._opened: dict[Endpoint, tuple[int, int]] = {}
+        self._asked: set[Endpoint] = set()  # to open, and not to close since
         self._adopted: dict[Endpoint, int] = {}
-        self._inbox: queue.SimpleQueue[tuple[Endpoint, Message | SplitnetError]] = queue.SimpleQueue()
+        self._closed = False
+        self._inbox: queue.SimpleQueue[tuple[Endpoint, Message | SplitnetError] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
 
     def needs(self, budget: int, in_flight: int, prompt: int = 0) -> Needs:
@@ -168,12 +171,20 @@ class Chain:
         """Has a hop forget the session."""
         self._opened.pop(endpoint, None)
         self._adopted.pop(endpoint, None)
+        self._asked.discard(endpoint)
         self._swarm.send(endpoint, Close(self.session))
 
     def close(self) -> None:
-        """Has all hops forget the session."""
-        for endpoint in list(self._opened):
+        """Has all hops forget the session; from any thread. One that waits for an event gets `SessionClosed`."""
+        self._closed = True
+        for endpoint in list(self._asked):
             self.drop(endpoint)
+        self._inbox.put(None)
+
+    def refuse_if_closed(self) -> None:
+        """Raises SessionClosed after `close`."""
+        if self._closed:
+            raise SessionClosed("the session was closed while it was used: begin with a new one")
 
     @property
     def first(self) -> Endpoint:
@@ -247,8 +258,9 @@ class Chain:
 
         Raises:
             queue.Empty: nothing came in `timeout_s` seconds.
+            SessionClosed: another thread has closed the session.
         """
-        source, item = self._inbox.get(timeout=max(0.0, timeout_s))
+        source, item = self._next_event(timeout_s)
         if isinstance(item, SplitnetError):
             return (source, item) if source in self._opened else None
         if getattr(item, "epoch", None) != self.epoch:
@@ -320,6 +332,7 @@ class Chain:
 
     def _open_hops(self, indexes: Sequence[int], budget: int) -> dict[str, SplitnetError]:
         """Sends `Open` to hops in parallel and waits for each answer; notes where the client has to carry."""
+        self.refuse_if_closed()
         asked: list[Hop] = []
         failed: dict[str, SplitnetError] = {}
         for index in indexes:
@@ -329,6 +342,7 @@ class Chain:
             else:
                 asked.append(hop)
                 self._swarm.send(hop.endpoint, self._open_message(index, budget))
+                self._asked.add(hop.endpoint)  # only now, or a thread that closes the session could miss it
 
         def opened(hop: Hop, item: Message) -> bool:
             if not isinstance(item, Opened):
@@ -367,7 +381,7 @@ class Chain:
         while waiting:
             late = min(waiting, key=lambda endpoint: deadlines[endpoint])
             try:
-                source, item = self._inbox.get(timeout=max(0.0, deadlines[late] - time.monotonic()))
+                source, item = self._next_event(deadlines[late] - time.monotonic())
             except queue.Empty:
                 failed[waiting.pop(late).name] = PeerLost(
                     f"the peer at {late.address} does not answer: check its network and firewall"
@@ -384,6 +398,13 @@ class Chain:
             elif take(waiting[source], item):
                 del waiting[source]
         return failed
+
+    def _next_event(self, timeout_s: float) -> tuple[Endpoint, Message | SplitnetError]:
+        self.refuse_if_closed()
+        event = self._inbox.get(timeout=max(0.0, timeout_s))
+        self.refuse_if_closed()
+        assert event is not None
+        return event
 
     def _patience_s(self, endpoint: Endpoint) -> float:
         return REOPEN_TIMEOUT_S if self._swarm.link_state(endpoint) is LinkState.DOWN else OPEN_TIMEOUT_S

@@ -62,7 +62,6 @@ class RoutedSession:
         self._number = 0
         self._log: SentLog | None = None
         self._is_open = False
-        self._closed = False
         swarm.register(self)
 
     @property
@@ -85,11 +84,14 @@ class RoutedSession:
             PeerBusy: no peer of some blocks has memory for the budget.
             NotAuthorized: the peers do not accept this client's key.
             PeerLost: peers do not answer, nor does anybody take their place in time.
+            SessionClosed: another thread has closed the session.
         """
+        self._chain.refuse_if_closed()
         refused: dict[str, SplitnetError] = {}
         deadline = time.monotonic() + self._recovery_timeout_s
         was_covered = self._swarm.was_covered
         while not self._is_open:
+            self._chain.refuse_if_closed()
             try:
                 route = self._swarm.plan(self._needs(prompt), exclude=refused, fresh=bool(refused))
             except (CoverageError, PeerBusy):
@@ -120,11 +122,12 @@ class RoutedSession:
         return self._needs(0)
 
     def close(self) -> None:
-        """Frees the memory on all hops."""
-        if not self._closed:
-            self._closed = True
-            self._swarm.unregister(self)
-            self._chain.close()
+        """Frees the memory on all hops; from any thread.
+
+        A thread that uses the session gets `SessionClosed`, and closes it again: it may have been opening hops.
+        """
+        self._swarm.unregister(self)
+        self._chain.close()
 
     def deliver(self, source: Endpoint, message: Message) -> None:
         """Takes a message from the transport's thread."""

@@ -135,6 +135,7 @@ class Session(RoutedSession):
             CoverageError: blocks of a lost hop are served by nobody else.
             PeerFailed: a hop answered with an error.
             ContextTooLong: the rows are longer than the model or the hops allow.
+            SessionClosed: another thread has closed the session.
         """
         return self.finish(self.begin(hidden, parts, forks))
 

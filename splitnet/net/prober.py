@@ -36,6 +36,8 @@ class Answer:
     rtt_ms: float
     queue_ms: float
     """How long a new step would wait for the peer's device; 0: it has nothing to do."""
+    kv_free_positions: int
+    """Positions that new sessions may take."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +89,7 @@ class Prober:
                 self._round_trips.setdefault(source, deque(maxlen=KEPT_ROUND_TRIPS)).append(rtt_ms)
                 while len(self._round_trips) > KEPT_ENDPOINTS:
                     del self._round_trips[next(iter(self._round_trips))]
-        sent.future.set_result(Answer(rtt_ms, message.queue_ms))
+        sent.future.set_result(Answer(rtt_ms, message.queue_ms, message.kv_free_positions))
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The round trip to a peer as measured lately; 0: not measured."""

@@ -26,7 +26,7 @@ from tests.e2e.small_model import small_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-COMMANDS = ["peer", "generate", "chat", "tune", "status", "bench", "key", "demo"]
+COMMANDS = ["peer", "generate", "chat", "serve", "tune", "status", "bench", "key", "demo"]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
 KV = ("--kv-memory", "64MiB")
 
@@ -135,6 +135,23 @@ FAILURES: dict[str, tuple[str, str]] = {
         "generate {small} {long} --join {private}",
         "more than the model's context of 256: shorten",
     ),
+    "serve: port taken": (
+        "serve {small} --join {nobody} --port {taken_port}",
+        "127.0.0.1:{taken_port} is taken: choose another --port, or 0 for any free one",
+    ),
+    "serve: not this machine": (
+        "serve {small} --join {nobody} --host 203.0.113.5",
+        "cannot listen on 203.0.113.5:8000 .*: give an address of this machine as --host",
+    ),
+    "serve: no keys": (
+        "serve {small} --join {nobody} --port 0 --api-key-file /no/keys",
+        "the API keys in /no/keys cannot be read .No such file or directory.: give a file with one key per line",
+    ),
+    "serve: nobody to join": ("serve {small} --join {nobody} --port 0", "No peer answers at {nobody} .*; check that"),
+    "serve: other weights": (
+        "serve {fine_tuned} --join {holed} --port 0",
+        "this swarm serves other weights than your",
+    ),
     "tune: no data": (f"{TUNE} {{home}}/none", "none cannot be read .No such file or directory.: give a file of JSON"),
     "tune: a bad line": (f"{TUNE} {{bad_line}}", "line 2: no JSON at character 13 .*; every line must be one whole"),
     "tune: too long": (f"{TUNE} {{good}} --max-length 3", "line 1: \\d tokens are more than 3: shorten it or raise"),
@@ -187,6 +204,7 @@ def words(
             "home": str(folder / "home"),
             **{name: str(folder / name) for name in ("good", "plain", "bad_line", "one_label")},
             "taken": f"tcp://127.0.0.1:{port}",
+            "taken_port": str(port),
             "taken_dht": f"/ip4/127.0.0.1/tcp/{port}",
             "long": "very_" * 300 + "long",
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from splitnet.client.session import Session
-from splitnet.errors import CoverageError, PeerBusy, PeerFailed, WrongSwarm
+from splitnet.errors import CoverageError, PeerBusy, PeerFailed, SessionClosed, WrongSwarm
 from splitnet.net.endpoints import Destination
 from splitnet.net.messages import Part, Result
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -195,3 +196,25 @@ def _record_result_ends(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(Session, "deliver", spy)
     return ends
+
+
+@pytest.mark.parametrize("columns", [0, 1, 20])
+def test_another_thread_can_close_a_session_that_is_used(shared: LocalSwarm, columns: int) -> None:
+    """While its route is opened, at its first token, or in the middle of an answer."""
+    model = shared.model()
+    cache = model.new_cache()
+    ids = prompt()
+    options: dict[str, Any] = {**GREEDY, "max_new_tokens": 240, "attention_mask": torch.ones_like(ids), "cache": cache}
+    with ThreadPoolExecutor(1) as pool:
+        using = pool.submit(model.generate, ids, **options)
+        while cache.session is None or cache.remote.columns < columns:
+            assert not using.done()
+        cache.close()
+        with pytest.raises(SessionClosed):
+            using.result(5)
+    cache.close()
+    with pytest.raises(SessionClosed):
+        model(input_ids=ids, cache=cache, use_cache=True)
+    deadline = time.monotonic() + 10
+    while any(len(peer.sessions) for peer in shared.peers):
+        assert time.monotonic() < deadline

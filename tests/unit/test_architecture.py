@@ -97,6 +97,26 @@ def test_one_file_of_splitnet_imports_the_peers() -> None:
     assert importers_of({"peers"}, within="splitnet") == {MAY_IMPORT_PEERS}
 
 
+def test_only_its_command_imports_the_server() -> None:
+    importers = {
+        module
+        for module in MODULES
+        if not module.startswith("splitnet.serve")
+        and any(name.startswith("splitnet.serve") for name in imports(module, when_used=True))
+    }
+    assert importers == {"splitnet.cli.serve"}
+
+
+def test_one_file_of_the_server_calls_the_model() -> None:
+    calls = {
+        file.name
+        for file in source_files("splitnet/serve")
+        for node in ast.walk(parse(file))
+        if isinstance(node, ast.Call) and re.search(r"(^|\.)(generate|model|new_cache)$", ast.unparse(node.func))
+    }
+    assert calls == {"generation.py"}
+
+
 def test_modules_do_not_import_each_other_in_circles() -> None:
     graph = {module: imports(module, when_used=False) & MODULES.keys() - {module} for module in MODULES}
     try:
@@ -170,7 +190,7 @@ def test_protocol_document_has_the_version_of_the_code() -> None:
 
 
 def test_help_does_not_wait_for_heavy_libraries() -> None:
-    heavy = {"torch", "transformers", "hivemind", "peers"}
+    heavy = {"torch", "transformers", "hivemind", "fastapi", "uvicorn", "peers"}
     program = f"import sys, splitnet.cli.main; print(sorted({heavy} & set(sys.modules)))"
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
     assert told.returncode == 0, told.stderr

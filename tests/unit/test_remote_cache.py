@@ -283,3 +283,10 @@ def test_parts_are_the_real_positions_of_the_mask(paddings: list[int], new: int,
     assert [part.length for part in parts] == given_mask.sum(dim=1).tolist()
     assert all(part.start == 0 and part.keep == (min(keep, part.length) if keep else part.length) for part in parts)
     assert len({part.row for part in parts}) == len(parts)
+
+
+def test_a_cache_that_was_closed_before_its_first_step_opens_no_session_that_stays() -> None:
+    layer, made = make_layer()
+    layer.close()
+    layer.begin_step(mask(0, columns=4), 0)
+    assert [session.closed for session in made] == [1]

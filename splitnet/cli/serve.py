@@ -1,0 +1,80 @@
+"""`splitnet serve`: the model behind OpenAI's HTTP interface."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
+from splitnet.cli.generate import Wait
+
+_LIMITS = "How much at a time"
+
+
+def serve(
+    model: Model,
+    join: Join,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8000,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(help="File with the API keys that clients may use, one per line; anyone if not given."),
+    ] = None,
+    max_requests: Annotated[
+        int, typer.Option(min=1, max=1024, help="Requests that run at a time.", rich_help_panel=_LIMITS)
+    ] = 16,
+    max_waiting: Annotated[
+        int, typer.Option(min=0, help="Requests that wait; more are told to come again.", rich_help_panel=_LIMITS)
+    ] = 64,
+    keep_sessions: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Chats whose KV caches stay on the peers between turns; 0: none.", rich_help_panel=_LIMITS
+        ),
+    ] = 16,
+    keep_positions: Annotated[
+        int, typer.Option(min=0, help="Positions of KV cache that they take at most.", rich_help_panel=_LIMITS)
+    ] = 16384,
+    keep_for: Annotated[
+        float,
+        typer.Option(min=0, metavar="SECONDS", help="How long they stay without use.", rich_help_panel=_LIMITS),
+    ] = 300.0,
+    drain_s: Annotated[
+        float,
+        typer.Option("--drain", min=0, metavar="SECONDS", help="Time for running requests to finish when told to end."),
+    ] = 10.0,
+    codec: CodecName = "auto",
+    wait: Wait = 30.0,
+    key_file: KeyFile = None,
+) -> None:
+    """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
+
+    Chats, completions, streaming and tools; docs/serve.md lists what is supported.
+    """
+    checkpoint = resolve_model(model)
+
+    from splitnet.serve.prefix_cache import KeepLimits
+    from splitnet.serve.server import ServeOptions
+    from splitnet.serve.server import serve as serve_until_told
+
+    options = ServeOptions(
+        host=host,
+        port=port,
+        api_key_file=api_key_file,
+        max_requests=max_requests,
+        max_waiting=max_waiting,
+        keep=KeepLimits(keep_sessions, keep_positions, keep_for),
+        drain_s=drain_s,
+        codec=codec,
+        key_file=key_file,
+        wait_s=wait,
+    )
+    serve_until_told(
+        checkpoint,
+        join,
+        options,
+        say=typer.echo,
+        warn=lambda text: typer.secho(f"warning: {text}", fg="yellow", err=True),
+    )

@@ -1,0 +1,240 @@
+"""The HTTP interface: which paths there are, and what each of them does."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from scheduler.swarm import missing_blocks
+from splitnet.errors import CoverageError, SplitnetError
+from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.facts import facts_of
+from splitnet.serve.admission import Admission
+from splitnet.serve.answering import Answer
+from splitnet.serve.chat import ChatAnswer
+from splitnet.serve.completions import CompletionAnswer
+from splitnet.serve.events import EventStream, Numbered, events, unless_gone
+from splitnet.serve.failures import ApiError, ErrorReply, failure_of
+from splitnet.serve.gate import Gate
+from splitnet.serve.generation import Ask, Generations
+from splitnet.serve.grammars import Grammar, Grammars
+from splitnet.serve.keys import ApiKeys
+from splitnet.serve.prompts import Prompts
+from splitnet.serve.requests import ChatRequest, CompletionRequest, SamplingRequest
+from splitnet.serve.sampling import Sampling
+
+COMPLETION_TOKENS = 16
+"""Of a completion that does not say how many it wants; OpenAI's default."""
+
+EXPIRY_S = 5.0
+"""How often it is looked whether kept sessions have expired."""
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorReply} for status in (400, 401, 404, 413, 429, 500, 502, 503)
+}
+STREAMED: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The answer, as a whole or as a stream.", "content": {"text/event-stream": {}}}
+}
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """What the paths use; `model`: the name that requests give."""
+
+    model: str
+    generations: Generations
+    prompts: Prompts
+    grammars: Grammars
+    admission: Admission
+
+    def check_model(self, name: str) -> None:
+        """Refuses other models."""
+        if name != self.model:
+            raise ApiError(
+                404, f"this server has no model {name!r}: use {self.model!r}", param="model", code="model_not_found"
+            )
+
+    def grammar_of(self, body: ChatRequest) -> Grammar | None:
+        """What the answer to a chat must keep to, if to anything."""
+        if body.tools_to_call:
+            return self.grammars.of_call(body.tools_to_call)
+        return self.grammars.of_schema(body.schema_of_answer) if body.schema_of_answer is not None else None
+
+    def run(self, asks: Sequence[Ask]) -> AsyncGenerator[Numbered]:
+        """See `splitnet.serve.events.events`."""
+        return events(self.generations, self.admission, asks)
+
+
+def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
+    """The app.
+
+    Args:
+        keys: that are accepted.
+        created: seconds since 1970 that are told of the model.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        expiring = asyncio.create_task(_expire_regularly(gateway))
+        yield
+        expiring.cancel()
+        with suppress(asyncio.CancelledError):
+            await expiring
+
+    app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
+    app.add_middleware(Gate, keys=keys)
+    for kind in (SplitnetError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _told)
+    entry = {"id": gateway.model, "object": "model", "created": created, "owned_by": "splitnet"}
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        """Whether every block of the model is served; needs no key."""
+        swarm = gateway.generations.model.swarm
+        # A record outlives a peer that was killed; whom nobody can connect to does not serve.
+        present = [
+            facts_of(record)
+            for record in swarm.peers()
+            if record.serves and swarm.link_state(Endpoint(record.address, record.key)) is not LinkState.DOWN
+        ]
+        holes = missing_blocks(present, swarm.facts.num_blocks)
+        if holes:
+            missing = ", ".join(f"{start}..{end - 1}" for start, end in holes)
+            raise CoverageError(f"blocks {missing} are served by nobody: start peers for them")
+        return {"status": "ok"}
+
+    @app.get("/v1/models")
+    def models() -> dict[str, Any]:
+        """The one model that is served."""
+        return {"object": "list", "data": [entry]}
+
+    @app.get("/v1/models/{name:path}")
+    def model(name: str) -> dict[str, Any]:
+        """The model, if it has this name."""
+        gateway.check_model(name)
+        return entry
+
+    @app.post("/v1/chat/completions", response_model=None, responses=STREAMED)
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """The next message of a chat."""
+        gateway.check_model(body.model)
+        tools = body.tools if body.tools and body.tool_choice != "none" else []
+        prompts = gateway.prompts
+        prompt = await run_in_threadpool(prompts.of_chat, body.messages, tools)
+        ask = Ask(
+            prompt=prompt,
+            max_tokens=prompts.room_for(prompt, body.max_completion_tokens or body.max_tokens),
+            sampling=_sampling(prompts, body),
+            choices=body.n or 1,
+            stop_strings=body.stop_strings,
+            top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            grammar=await run_in_threadpool(gateway.grammar_of, body),
+        )
+        answer = ChatAnswer(
+            gateway.model,
+            len(prompt),
+            choices=ask.choices,
+            with_tools=bool(tools),
+            with_logprobs=bool(body.logprobs),
+            decode=prompts.decode_all,
+        )
+        return await _answered(gateway, body, request, [ask], answer)
+
+    @app.post("/v1/completions", response_model=None, responses=STREAMED)
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """How texts go on."""
+        gateway.check_model(body.model)
+        prompts = gateway.prompts
+        texts = _prompts_of(body)
+        tokenized = await run_in_threadpool(lambda: [prompts.of_text(text) for text in texts])
+        max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+        sampling = _sampling(prompts, body)
+        asks = [
+            Ask(
+                prompt=prompt,
+                max_tokens=prompts.room_for(prompt, max_tokens),
+                sampling=sampling,
+                choices=body.n or 1,
+                stop_strings=body.stop_strings,
+                top_logprobs=body.logprobs,
+                score_prompt=bool(body.echo) and body.logprobs is not None,
+            )
+            for prompt in tokenized
+        ]
+        echoed = [text if isinstance(text, str) else prompts.decode_all(text) for text in texts]
+        answer = CompletionAnswer(
+            gateway.model,
+            sum(map(len, tokenized)),
+            prompts=echoed if body.echo else [""] * len(texts),
+            choices=body.n or 1,
+            with_logprobs=body.logprobs is not None,
+            decode=prompts.decode_all,
+        )
+        return await _answered(gateway, body, request, asks, answer)
+
+    return app
+
+
+async def _answered(
+    gateway: Gateway, body: SamplingRequest, request: Request, asks: Sequence[Ask], answer: Answer
+) -> Response:
+    """Runs a request; the session ends when the client goes."""
+    running = gateway.run(asks)
+    if not body.stream:
+        async with aclosing(running):
+            return JSONResponse(await unless_gone(request, answer.whole(running)))
+    # Until the first event an error still has a status of its own.
+    try:
+        first = await unless_gone(request, _first_of(running))
+    except BaseException:
+        await running.aclose()
+        raise
+    return EventStream(answer.chunks(first, running, with_usage=body.wants_usage), running)
+
+
+async def _first_of(running: AsyncGenerator[Numbered]) -> Numbered:
+    return await anext(running)
+
+
+def _sampling(prompts: Prompts, body: SamplingRequest) -> Sampling:
+    bias = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
+    prompts.check_known(bias, "logit_bias")
+    return Sampling(
+        temperature=1.0 if body.temperature is None else body.temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
+        frequency_penalty=body.frequency_penalty or 0.0,
+        presence_penalty=body.presence_penalty or 0.0,
+        bias=tuple(bias.items()),
+    )
+
+
+def _prompts_of(body: CompletionRequest) -> list[str] | list[list[int]]:
+    """All prompts of a request, which may be one that stands alone."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [prompt]  # pyright: ignore[reportReturnType]
+    return prompt  # pyright: ignore[reportReturnType]
+
+
+async def _told(request: Request, error: Exception) -> Response:
+    failure = failure_of(error)
+    return JSONResponse(failure.reply(), failure.status, failure.headers)
+
+
+async def _expire_regularly(gateway: Gateway) -> None:
+    while True:
+        await asyncio.sleep(EXPIRY_S)
+        gateway.generations.kept.expire()

@@ -1,0 +1,122 @@
+"""What a client is told when something goes wrong: OpenAI's error JSON, and the status that goes with it."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+
+from splitnet.errors import (
+    ContextTooLong,
+    CoverageError,
+    NotAuthorized,
+    PeerBusy,
+    PeerFailed,
+    PeerLost,
+    SessionClosed,
+    SplitnetError,
+)
+
+log = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 2
+
+
+class ErrorDetails(BaseModel):
+    """What OpenAI's clients read of an error."""
+
+    message: str
+    type: str
+    param: str | None = None
+    code: str | None = None
+
+
+class ErrorReply(BaseModel):
+    """The body of every error."""
+
+    error: ErrorDetails
+
+
+class ApiError(SplitnetError):
+    """An error with the status and the code that a client is told.
+
+    Args:
+        status: of HTTP.
+        message: one sentence that says what is wrong and how to fix it.
+        param: the parameter that is wrong.
+        code: by which a program can tell errors apart.
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+
+    @property
+    def headers(self) -> dict[str, str]:
+        if self.status == 401:
+            return {"WWW-Authenticate": "Bearer"}
+        return {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+
+    def reply(self) -> dict[str, Any]:
+        """The body."""
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        details = ErrorDetails(message=str(self), type=kind, param=self.param, code=self.code)
+        return ErrorReply(error=details).model_dump()
+
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+_STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
+    (ContextTooLong, 400, "context_length_exceeded"),
+    (PeerBusy, 429, "peers_busy"),
+    (CoverageError, 503, "blocks_not_served"),
+    (SessionClosed, 503, "server_ending"),
+    (PeerLost, 502, "peer_lost"),
+    (PeerFailed, 502, "peer_failed"),
+    (NotAuthorized, 502, "peers_refuse_this_server"),
+]
+
+
+def failure_of(error: BaseException) -> ApiError:
+    """What a client is told of any error; one that nobody expected is logged, without the words of a request."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, SessionClosed):
+        return ApiError(503, "the server is ending: send the request to another, or again later", code="server_ending")
+    for kind, status, code in _STATUS_OF:
+        if isinstance(error, kind):
+            return ApiError(status, str(error), code=code)
+    if isinstance(error, SplitnetError):
+        return ApiError(502, str(error))
+    if isinstance(error, RequestValidationError):
+        return _refused(error)
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, f"{error.detail}: docs/serve.md lists what is served")
+    # Only where, and not the message: it may hold a part of a prompt.
+    log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+    return ApiError(500, "the server met an error that it did not expect: its log tells where")
+
+
+def _refused(error: RequestValidationError) -> ApiError:
+    # Where there are several ways to write something, the one that was followed furthest says most.
+    first = max(error.errors(), key=lambda each: len(each["loc"]))
+    if first["type"] == "json_invalid":
+        return ApiError(400, "the body is not valid JSON")
+    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
+        return ApiError(400, "the body must be a JSON object: send it with the content type application/json")
+    place = ".".join(str(part) for part in first["loc"][1:])
+    if first["type"] == "extra_forbidden":
+        message = f"{place} is not supported: leave it out"
+    elif first["type"] == "literal_error":
+        message = f"{place}: only {first['ctx']['expected']} is supported"
+    elif first["type"] == "value_error":
+        message = str(first["ctx"]["error"])
+    else:
+        message = f"{place}: {first['msg']}"
+    return ApiError(400, message, param=place.split(".")[0] or None, code="invalid_parameter")

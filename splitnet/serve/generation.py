@@ -1,0 +1,277 @@
+"""Running requests on the model: the only file here that calls it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria
+
+from splitnet.client.cache import RemoteCache
+from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.errors import PeerBusy, SessionClosed
+from splitnet.serve.choice import Choice, Piece
+from splitnet.serve.grammars import AllowedTokens, Grammar
+from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
+from splitnet.serve.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
+
+RESERVED_ANSWER = 512
+"""Positions of an answer that peers keep free from its start; a longer one asks for more on its way."""
+
+SCORED_LOGITS = 2**24
+"""How many logits are looked at in one step when a prompt is scored."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted of the model.
+
+    Attributes:
+        prompt: token ids, at least one.
+        max_tokens: of each answer; 0: only the prompt is scored.
+        choices: how many answers.
+        top_logprobs: how many of the likeliest tokens to score beside each token; None: score nothing.
+        score_prompt: also the tokens of the prompt.
+        grammar: what the answers must keep to.
+    """
+
+    prompt: list[int]
+    max_tokens: int
+    sampling: Sampling
+    choices: int = 1
+    stop_strings: Sequence[str] = ()
+    top_logprobs: int | None = None
+    score_prompt: bool = False
+    grammar: Grammar | None = None
+
+    @property
+    def can_use_kept(self) -> bool:
+        """Whether keys and values of the prompt that the peers hold are of use."""
+        return self.max_tokens > 0 and not self.score_prompt
+
+
+@dataclass(frozen=True)
+class ScoredPrompt:
+    """The tokens of a prompt with their scores."""
+
+    scored: tuple[ScoredToken, ...]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The request is done.
+
+    Attributes:
+        cached_tokens: of the prompt, whose keys and values the peers held already.
+        answer_tokens: of all answers.
+    """
+
+    cached_tokens: int
+    answer_tokens: int
+
+
+Event = ScoredPrompt | Piece | Ended | BaseException
+Listener = Callable[[Event], object]
+
+
+class Generations:
+    """Runs requests on a model, some at a time.
+
+    Args:
+        model: the blocks are remote.
+        decode: the text of a list of tokens.
+        at_a_time: how many requests run.
+        limits: how many sessions are kept for the next turns of chats.
+    """
+
+    def __init__(
+        self, model: RemoteCausalLM, decode: Callable[[list[int]], str], at_a_time: int, limits: KeepLimits
+    ) -> None:
+        self.model = model
+        self.decode = decode
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+        self.kept: PrefixCache[RemoteCache] = PrefixCache(limits, RemoteCache.close)
+        ends = model.generation_config.eos_token_id
+        self.end_tokens: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="splitnet-serve")
+        self._running: set[Generation] = set()
+        self._ending = False
+
+    def start(self, ask: Ask, listener: Listener) -> Generation:
+        """Begins a request; `listener` is called from another thread, at last with `Ended` or an error."""
+        generation = Generation(self, ask, listener)
+        self._running.add(generation)
+        self._threads.submit(generation.run).add_done_callback(lambda _: self._running.discard(generation))
+        if self._ending:
+            generation.cancel()
+        return generation
+
+    def end(self) -> None:
+        """Ends all requests, those that come later too, with an error; returns at once."""
+        self._ending = True
+        for generation in list(self._running):
+            generation.cancel()
+
+    def close(self) -> None:
+        """Ends all requests and frees what is kept; returns when the threads have ended."""
+        self.end()
+        self._threads.shutdown()
+        self.kept.clear()
+
+
+class Generation:
+    """One request that runs."""
+
+    def __init__(self, generations: Generations, ask: Ask, listener: Listener) -> None:
+        self._own = generations
+        self._ask = ask
+        self._listener = listener
+        self._lock = threading.Lock()
+        self._cache: RemoteCache | None = None
+        self._cancelled = False
+        self._begun = False
+
+    def cancel(self) -> None:
+        """Ends it and frees its session on the peers, in the middle of a step if need be; from any thread."""
+        with self._lock:
+            self._cancelled = True
+            if self._cache is not None:
+                self._cache.close()
+
+    def run(self) -> None:
+        """Runs it to its end; every event and every error goes to the listener."""
+        kept = self._own.kept
+        try:
+            taken = kept.take(self._ask.prompt) if self._ask.can_use_kept else None
+            try:
+                ended = self._run_in(taken)
+            except PeerBusy:
+                # What is kept for others takes the memory that is needed now, or what was kept for this one is bound
+                # to a route that has none.
+                if self._begun or not (kept.clear() or taken):
+                    raise
+                ended = self._run_in(None)
+            self._listener(ended)
+        except BaseException as error:
+            self._listener(error)
+
+    def _run_in(self, taken: tuple[RemoteCache, int] | None) -> Ended:
+        """Runs in a session that was kept, with the tokens that it shares with the prompt, or in a new one."""
+        ask = self._ask
+        cache, shared = taken or (self._own.model.new_cache(), 0)
+        self._hold(cache)
+        held: list[int] | None = None
+        try:
+            prompt = torch.tensor([ask.prompt])
+            # The model must see one token at least, to tell what comes after it.
+            cached = min(shared, len(ask.prompt) - 1)
+            cache.remote.crop(cached - cache.remote.columns)
+            cache.remote.reserve(len(ask.prompt) + min(ask.max_tokens, RESERVED_ANSWER))
+            if ask.score_prompt:
+                self._score(prompt, cache)
+            answer_tokens = 0
+            if ask.max_tokens:
+                answer_tokens, tokens = self._answer(prompt, cache)
+                if ask.choices == 1:
+                    held = tokens[: cache.remote.columns]
+            else:
+                for choice in range(ask.choices):
+                    self.tell(Piece(choice, "", (), "length"))
+            return Ended(cached, answer_tokens)
+        finally:
+            self._let_go(cache, held)
+
+    @torch.no_grad()
+    def _score(self, prompt: torch.Tensor, cache: RemoteCache) -> None:
+        """Tells the scores of the prompt's tokens, of which the first has none."""
+        length, top = prompt.shape[1], self._ask.top_logprobs or 0
+        scored = [ScoredToken(self._ask.prompt[0], None, ())]
+        step = max(1, SCORED_LOGITS // self._own.vocabulary)
+        for start in range(0, length, step):
+            logits = self._forward(prompt[:, start : start + step], cache).logits[0]
+            following = prompt[0, start + 1 : start + 1 + len(logits)]
+            scored += score_tokens(logits[: len(following)], following, top)
+        cache.remote.crop(-1)  # for the answer, which begins with the logits of the last token
+        self._listener(ScoredPrompt(tuple(scored)))
+
+    def _answer(self, prompt: torch.Tensor, cache: RemoteCache) -> tuple[int, list[int]]:
+        """Generates; the number of new tokens, and all tokens of the first answer."""
+        ask, own = self._ask, self._own
+        if ask.choices > 1:
+            if prompt.shape[1] - 1 > cache.remote.columns:
+                with torch.no_grad():
+                    self._forward(prompt[:, cache.remote.columns : -1], cache, logits_to_keep=1)
+            cache.remote.batch_repeat_interleave(ask.choices)
+            prompt = prompt.expand(ask.choices, -1)
+        allowed = [AllowedTokens(ask.grammar) for _ in range(ask.choices)] if ask.grammar is not None else []
+        chooser = TokenChooser(ask.sampling, ask.top_logprobs, prompt.shape[1], allowed)
+        choices = [
+            Choice(index, own.decode, ask.max_tokens, own.end_tokens, ask.stop_strings) for index in range(ask.choices)
+        ]
+        output = own.model.generate(
+            input_ids=prompt,
+            attention_mask=torch.ones_like(prompt),
+            cache=cache,
+            max_new_tokens=ask.max_tokens,
+            do_sample=False,
+            logits_processor=[chooser],
+            stopping_criteria=[_Watch(self, choices, chooser, prompt.shape[1])],
+            # Which tokens end an answer is for `Choice` to know.
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        return sum(choice.tokens for choice in choices), output[0].tolist()
+
+    def _forward(self, ids: torch.Tensor, cache: RemoteCache, **options: Any) -> Any:
+        mask = torch.ones(1, cache.remote.columns + ids.shape[1], dtype=torch.long)
+        return self._own.model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **options)
+
+    def tell(self, piece: Piece) -> None:
+        """Hands on what is new of an answer."""
+        self._begun = True
+        self._listener(piece)
+
+    def check(self) -> None:
+        """Raises SessionClosed if nobody waits for the answer any more."""
+        if self._cancelled:
+            raise SessionClosed("the request was cancelled")
+
+    def _hold(self, cache: RemoteCache) -> None:
+        with self._lock:
+            self._cache = cache
+            if self._cancelled:
+                cache.close()
+
+    def _let_go(self, cache: RemoteCache, held: list[int] | None) -> None:
+        """Keeps a session for the next turn if it is known which tokens it holds, or closes it."""
+        with self._lock:
+            self._cache = None
+            keep = held and not self._cancelled
+        if keep and held:
+            self._own.kept.keep(held, cache.remote.reserved, cache)
+        else:
+            cache.close()
+
+
+class _Watch(StoppingCriteria):
+    """Sees the tokens of all answers as they are chosen, hands their text on, and says which have ended."""
+
+    def __init__(self, generation: Generation, choices: list[Choice], chooser: TokenChooser, seen: int) -> None:
+        self._generation = generation
+        self._choices = choices
+        self._chooser = chooser
+        self._seen = seen
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
+        self._generation.check()
+        for position in range(self._seen, input_ids.shape[1]):
+            for row, choice in enumerate(self._choices):
+                if not choice.finished:
+                    scored = self._chooser.scored.pop((row, position), None)
+                    self._generation.tell(choice.push(int(input_ids[row, position]), scored))
+        self._seen = input_ids.shape[1]
+        return torch.tensor([choice.finished for choice in self._choices], device=input_ids.device)

@@ -1,0 +1,109 @@
+"""Answers that keep to a JSON schema: which tokens may come next, as llguidance finds out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import llguidance.hf
+import numpy as np
+import torch
+
+from splitnet.serve.failures import ApiError
+from splitnet.serve.requests import Tool
+from splitnet.serve.tool_calls import CLOSING, OPENING
+
+ONE_LINE: Any = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""How JSON is written: where white space is free, small models write nothing else until their context is full."""
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must keep to; checked already."""
+
+    text: str
+    tokens: llguidance.LLTokenizer
+
+
+class Grammars:
+    """Makes grammars for a tokenizer.
+
+    Args:
+        tokenizer: of the model.
+        vocabulary: how many tokens the model knows.
+        end_tokens: with which answers end.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, end_tokens: Collection[int]) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._end_tokens = end_tokens
+
+    def of_schema(self, schema: dict[str, Any]) -> Grammar:
+        """The grammar of all JSON that fits a schema.
+
+        Raises:
+            ApiError: it is no schema, or one that is not supported.
+        """
+        text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=ONE_LINE)
+        return self._checked(text, "response_format")
+
+    def of_call(self, tools: Sequence[Tool]) -> Grammar:
+        """The grammar of one call of one of some tools.
+
+        Raises:
+            ApiError: the parameters of a tool are no schema, or one that is not supported.
+        """
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool.function.name},
+                    "arguments": tool.function.parameters or {"type": "object"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for tool in tools
+        ]
+        schema = json.dumps({"anyOf": calls, "x-guidance": ONE_LINE})
+        rule = f'start: "{OPENING}\\n" %json {schema} "\\n{CLOSING}"'
+        return self._checked(llguidance.LLMatcher.grammar_from_lark(rule), "tools")
+
+    def _checked(self, text: str, param: str) -> Grammar:
+        tokens = self._tokens
+        wrong = llguidance.LLMatcher.validate_grammar(text, tokens)
+        if wrong:
+            raise ApiError(400, f"the JSON schema cannot be kept to: {wrong}", param=param)
+        return Grammar(text, tokens)
+
+    @cached_property
+    def _tokens(self) -> llguidance.LLTokenizer:
+        try:
+            return llguidance.hf.from_tokenizer(self._tokenizer, self._vocabulary, eos_token=sorted(self._end_tokens))
+        except ValueError as error:
+            raise ApiError(400, f"this model's answers cannot be bound to JSON ({error}): ask for text") from None
+
+
+class AllowedTokens:
+    """What may come next in one answer."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self._matcher = llguidance.LLMatcher(grammar.tokens, grammar.text)
+        self._taken: list[int] = []
+
+    def forbid_others(self, answer: list[int], scores: torch.Tensor) -> None:
+        """Sets the scores `[vocabulary]` of all tokens that cannot follow to -inf; `answer`: the tokens so far."""
+        # Where several positions are looked at in one step, an answer may be shorter or another one than before.
+        same = 0
+        while same < min(len(answer), len(self._taken)) and answer[same] == self._taken[same]:
+            same += 1
+        self._matcher.rollback(len(self._taken) - same)
+        self._matcher.consume_tokens(answer[same:])
+        self._taken = list(answer)
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        possible = torch.from_numpy(np.unpackbits(mask, count=len(scores), bitorder="little"))
+        scores.masked_fill_(possible.to(scores.device) == 0, -torch.inf)

@@ -1,0 +1,110 @@
+"""Sessions that are kept after their request, so that the next turn of a chat computes only what is new."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+
+Handle = TypeVar("Handle")
+
+WORTH_TAKING = 0.5
+"""Part of its tokens that a session must share with a prompt to be used for it: the rest is lost with that."""
+
+
+@dataclass(frozen=True)
+class KeepLimits:
+    """How much is kept at most: sessions, positions that they reserve on the peers, and seconds without use."""
+
+    sessions: int
+    positions: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Kept(Generic[Handle]):
+    tokens: np.ndarray
+    positions: int
+    handle: Handle
+    since: float
+
+
+class PrefixCache(Generic[Handle]):
+    """Kept sessions, of which the least recently used go first. Thread-safe.
+
+    Who takes a session has it alone until it is kept again.
+
+    Args:
+        limits: how much is kept.
+        close: frees a session; called without the lock.
+        clock: seconds.
+    """
+
+    def __init__(
+        self, limits: KeepLimits, close: Callable[[Handle], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._limits = limits
+        self._close = close
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._kept: list[_Kept[Handle]] = []  # the least recently used first
+
+    def take(self, prompt: list[int]) -> tuple[Handle, int] | None:
+        """The session that shares most with the beginning of a prompt, and how many tokens that are."""
+        wanted = np.asarray(prompt)
+        with self._lock:
+            shared = [_shared(kept.tokens, wanted) for kept in self._kept]
+            worth = [
+                index
+                for index, kept in enumerate(self._kept)
+                if shared[index] and shared[index] >= WORTH_TAKING * len(kept.tokens)
+            ]
+            if not worth:
+                return None
+            best = max(worth, key=lambda index: shared[index])
+            return self._kept.pop(best).handle, shared[best]
+
+    def keep(self, tokens: list[int], positions: int, handle: Handle) -> None:
+        """Keeps a session if the limits allow it, in the place of others that were not used for longer.
+
+        Args:
+            tokens: of which the peers hold keys and values.
+            positions: that it reserves on the peers.
+        """
+        with self._lock:
+            self._kept.append(_Kept(np.asarray(tokens), positions, handle, self._clock()))
+        self.expire()
+
+    def expire(self) -> None:
+        """Closes what is over the limits."""
+        with self._lock:
+            oldest = self._clock() - self._limits.seconds
+            room, positions = self._limits.sessions, self._limits.positions
+            left: list[_Kept[Handle]] = []
+            closed: list[_Kept[Handle]] = []
+            for kept in reversed(self._kept):
+                fits = room > 0 and kept.positions <= positions and kept.since > oldest
+                if fits:
+                    room, positions = room - 1, positions - kept.positions
+                (left if fits else closed).append(kept)
+            self._kept = left[::-1]
+        for kept in closed:
+            self._close(kept.handle)
+
+    def clear(self) -> bool:
+        """Closes all; whether there were any."""
+        with self._lock:
+            closed, self._kept = self._kept, []
+        for kept in closed:
+            self._close(kept.handle)
+        return bool(closed)
+
+
+def _shared(held: np.ndarray, wanted: np.ndarray) -> int:
+    length = min(len(held), len(wanted))
+    differs = held[:length] != wanted[:length]
+    return int(differs.argmax()) if differs.any() else length

@@ -1,0 +1,133 @@
+"""From what a request says to the tokens that the model reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+
+from splitnet.serve.failures import ApiError
+from splitnet.serve.requests import AssistantMessage, Content, Message, Tool, ToolMessage
+
+
+class Prompts:
+    """Makes prompts with the model's tokenizer and chat template.
+
+    Args:
+        tokenizer: of the model.
+        vocabulary: how many tokens the model knows.
+        max_positions: context of the model; None: it has no bound.
+    """
+
+    def __init__(self, tokenizer: Any, vocabulary: int, max_positions: int | None) -> None:
+        self._tokenizer = tokenizer
+        self._vocabulary = vocabulary
+        self._max_positions = max_positions
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text of an answer."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def decode_all(self, tokens: list[int]) -> str:
+        """The text of tokens, special ones included."""
+        return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def of_chat(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
+        """The tokens of a conversation, ready for the next answer.
+
+        Raises:
+            ApiError: the model has no template for it, or the template refuses it.
+        """
+        if not self._tokenizer.chat_template:
+            raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
+        described = [tool.model_dump(exclude_none=True) for tool in tools] or None
+        if described and "tools" not in self._tokenizer.get_chat_template(tools=described):
+            raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
+        try:
+            return self._tokenizer.apply_chat_template(
+                [_for_template(message) for message in messages],
+                tools=described,
+                add_generation_prompt=True,
+                return_dict=True,
+            )["input_ids"]
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ApiError(
+                400, f"the model's chat template refuses these messages ({error}): change them", param="messages"
+            ) from None
+
+    def of_text(self, prompt: str | list[int]) -> list[int]:
+        """The tokens of a bare prompt.
+
+        Raises:
+            ApiError: there are none, or tokens that the model does not know.
+        """
+        tokens = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
+        if not tokens and self._tokenizer.bos_token_id is not None:
+            tokens = [self._tokenizer.bos_token_id]
+        if not tokens:
+            raise ApiError(400, "the prompt is empty: give some text", param="prompt")
+        self.check_known(tokens, "prompt")
+        return tokens
+
+    def check_known(self, tokens: Iterable[int], param: str) -> None:
+        """Refuses tokens that the model does not know."""
+        if any(token >= self._vocabulary for token in tokens):
+            raise ApiError(400, f"the model knows the tokens 0 to {self._vocabulary - 1} only", param=param)
+
+    def room_for(self, prompt: list[int], max_tokens: int | None) -> int:
+        """How many tokens an answer may have at most; None: as many as there is room for.
+
+        Raises:
+            ApiError: prompt and answer are longer than the context.
+        """
+        if self._max_positions is None:
+            return max_tokens if max_tokens is not None else DEFAULT_MAX_TOKENS
+        room = self._max_positions - len(prompt)
+        if room < (1 if max_tokens is None else max_tokens):
+            answer = f" and an answer of {max_tokens}" if max_tokens is not None else ""
+            raise ApiError(
+                400,
+                f"a prompt of {len(prompt)} tokens{answer} is more than the model's context of "
+                f"{self._max_positions}: shorten the prompt or lower max_tokens",
+                code="context_length_exceeded",
+            )
+        return room if max_tokens is None else max_tokens
+
+
+DEFAULT_MAX_TOKENS = 4096
+"""Of an answer, where neither the request nor the model has a bound."""
+
+
+def _for_template(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it: text in one piece, arguments of calls as objects."""
+    said: dict[str, Any] = {
+        "role": "system" if message.role == "developer" else message.role,
+        "content": _text(message.content),
+    }
+    if message.name is not None:
+        said["name"] = message.name
+    if isinstance(message, ToolMessage):
+        said["tool_call_id"] = message.tool_call_id
+    if isinstance(message, AssistantMessage) and message.tool_calls:
+        said["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    return said
+
+
+def _text(content: Content | None) -> str:
+    return "".join(part.text for part in content) if isinstance(content, list) else content or ""
+
+
+def _arguments(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ApiError(400, "the arguments of a tool call are not valid JSON", param="messages") from None

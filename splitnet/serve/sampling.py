@@ -1,0 +1,132 @@
+"""Which token comes next: a choice that depends on the request alone, so that its seed gives its answer again."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+
+from splitnet.serve.grammars import AllowedTokens
+
+GREEDY_BELOW = 1e-3
+"""Temperatures below that always take the likeliest token."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen.
+
+    Attributes:
+        seed: 64 bits.
+        frequency_penalty, presence_penalty: taken off the logit of a token for every time that it is in the answer, or
+            once if it is.
+        bias: added to the logits of some tokens.
+    """
+
+    temperature: float
+    top_p: float
+    seed: int
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def changes_logits(self) -> bool:
+        return bool(self.frequency_penalty or self.presence_penalty or self.bias)
+
+
+@dataclass(frozen=True)
+class ScoredToken:
+    """A token with its log probability (None: nothing was before it), and the likeliest ones in its place."""
+
+    token: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+class TokenChooser(LogitsProcessor):
+    """Leaves one token for each row of a batch, with which `generate(do_sample=False)` goes on.
+
+    The noise of a choice is a function of the seed, the row and the position, not the state of a generator: neither
+    other requests nor how many positions are looked at in one step can change it.
+
+    Args:
+        sampling: how to choose.
+        top: how many of the likeliest tokens to score beside the chosen one; None: score nothing.
+        begins: the position of the first token of the answers.
+        allowed: what each answer must keep to; empty: all tokens may come.
+
+    Attributes:
+        scored: by row and position.
+    """
+
+    def __init__(
+        self, sampling: Sampling, top: int | None, begins: int = 0, allowed: Sequence[AllowedTokens] = ()
+    ) -> None:
+        self._begins = begins
+        self._allowed = allowed
+        self.scored: dict[tuple[int, int], ScoredToken] = {}
+        self._sampling = sampling
+        self._greedy = sampling.temperature < GREEDY_BELOW
+        self._top = top
+        self._warpers: list[Any] = []
+        if not self._greedy:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_p < 1:
+                self._warpers.append(TopPLogitsWarper(sampling.top_p))
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        position = input_ids.shape[1]
+        possible = self._possible(input_ids, scores)
+        chosen = self._choose(input_ids, possible, position)
+        if self._top is not None:
+            for row, scored in enumerate(score_tokens(scores, chosen, self._top)):
+                self.scored[row, position] = scored
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+    def _possible(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """The scores to choose by: changed as the request wants it, -inf where a token cannot come next."""
+        if not self._allowed and not self._sampling.changes_logits:
+            return scores
+        scores = scores.clone()
+        answers = input_ids[:, self._begins :]
+        if self._sampling.changes_logits:
+            for row, answer in enumerate(answers):
+                counts = torch.bincount(answer, minlength=scores.shape[1])
+                scores[row] -= self._sampling.frequency_penalty * counts
+                scores[row] -= self._sampling.presence_penalty * (counts > 0)
+            for token, bias in self._sampling.bias:
+                scores[:, token] += bias
+        for row, allowed in enumerate(self._allowed):
+            allowed.forbid_others(answers[row].tolist(), scores[row])
+        return scores
+
+    def _choose(self, input_ids: torch.Tensor, scores: torch.Tensor, position: int) -> torch.Tensor:
+        if self._greedy:
+            return scores.argmax(dim=-1)
+        for warper in self._warpers:
+            scores = warper(input_ids, scores)
+        probabilities = scores.softmax(dim=-1)
+        # The first of exponential clocks that run at these rates is a sample.
+        noise = np.stack([self._noise(row, position, scores.shape[1]) for row in range(len(scores))])
+        return (probabilities / torch.from_numpy(noise).to(scores.device)).argmax(dim=-1)
+
+    def _noise(self, row: int, position: int, vocabulary: int) -> np.ndarray:
+        key = np.array([self._sampling.seed, row], np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, position], np.uint64)))
+        return generator.standard_exponential(vocabulary, dtype=np.float32).clip(min=np.finfo(np.float32).tiny)
+
+
+def score_tokens(logits: torch.Tensor, tokens: torch.Tensor, top: int) -> list[ScoredToken]:
+    """Scores one token `[rows]` for each row of logits `[rows, vocabulary]`."""
+    logprobs = logits.float().log_softmax(dim=-1)
+    own = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    best, ids = logprobs.topk(min(top, logprobs.shape[1]), dim=-1)
+    return [
+        ScoredToken(token, logprob, tuple(zip(row_ids, row_best, strict=True)))
+        for token, logprob, row_ids, row_best in zip(tokens.tolist(), own, ids.tolist(), best.tolist(), strict=True)
+    ]

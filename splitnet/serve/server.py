@@ -1,0 +1,127 @@
+"""The process of `splitnet serve`: the socket, the model, and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import ipaddress
+import signal
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from splitnet.client.causal_lm import attach
+from splitnet.client.session import RECOVERY_TIMEOUT_S
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.codecs import codec_by_name
+from splitnet.net.identity import Identity
+from splitnet.serve.admission import Admission
+from splitnet.serve.app import Gateway, make_app
+from splitnet.serve.generation import Generations
+from splitnet.serve.grammars import Grammars
+from splitnet.serve.keys import ApiKeys
+from splitnet.serve.prefix_cache import KeepLimits
+from splitnet.serve.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """See the options of the command."""
+
+    host: str
+    port: int
+    api_key_file: Path | None
+    max_requests: int
+    max_waiting: int
+    keep: KeepLimits
+    drain_s: float
+    codec: str
+    key_file: Path | None
+    wait_s: float = RECOVERY_TIMEOUT_S
+
+
+def serve(
+    model: str, join: Sequence[str], options: ServeOptions, say: Callable[[str], None], warn: Callable[[str], None]
+) -> None:
+    """Serves a model until SIGINT or SIGTERM.
+
+    Args:
+        say: told where, once requests are answered.
+        warn: told what is dangerous.
+
+    Raises:
+        AddressInUse: the port is taken.
+        SplitnetError: what else went wrong before requests were answered.
+    """
+    if options.codec != "auto":
+        codec_by_name(options.codec)
+    keys = ApiKeys.read(options.api_key_file)
+    with _listening(options.host, options.port) as listener:
+        host, port = listener.getsockname()[:2]
+        if not keys.required and not ipaddress.ip_address(host).is_loopback:
+            warn(f"anyone who reaches {host}:{port} can use this server: give --api-key-file, or --host 127.0.0.1")
+        checkpoint = Checkpoint.open(model)
+        tokenizer = checkpoint.tokenizer()
+        with Swarm(ModelFacts.of(checkpoint), join, identity=Identity.load_or_create(options.key_file)) as swarm:
+            swarm.peers()  # tells a swarm of other weights
+            remote = attach(checkpoint, swarm, codec=options.codec, recovery_timeout_s=options.wait_s)
+            vocabulary = remote.config.get_text_config().vocab_size
+            prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
+            generations = Generations(remote, prompts.decode, options.max_requests, options.keep)
+            try:
+                gateway = Gateway(
+                    checkpoint.name,
+                    generations,
+                    prompts,
+                    Grammars(tokenizer, vocabulary, generations.end_tokens),
+                    Admission(options.max_requests, options.max_waiting),
+                )
+                server = _Server(make_app(gateway, keys, int(time.time())), generations, options.drain_s)
+                # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    signal.signal(number, server.handle_exit)
+                shown = f"[{host}]" if ":" in host else host
+                say(f"serving {checkpoint.name} at http://{shown}:{port}/v1")
+                server.run(sockets=[listener])
+            finally:
+                generations.close()
+
+
+class _Server(uvicorn.Server):
+    """Lets running requests finish when it is told to end, for a while; then they get an error."""
+
+    def __init__(self, app: object, generations: Generations, drain_s: float) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,  # pyright: ignore[reportArgumentType]
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+            )
+        )
+        self._generations = generations
+        self._drain_s = drain_s
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        ending = asyncio.get_running_loop().call_later(self._drain_s, self._generations.end)
+        await super().shutdown(sockets)
+        ending.cancel()
+
+
+def _listening(host: str, port: int) -> socket.socket:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)  # pyright: ignore[reportArgumentType]
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{host}:{port} is taken: choose another --port, or 0 for any free one") from None
+        raise SplitnetError(
+            f"cannot listen on {host}:{port} ({error.strerror}): give an address of this machine as --host"
+        ) from None

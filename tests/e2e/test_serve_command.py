@@ -1,0 +1,303 @@
+"""`splitnet serve` as a user runs it: OpenAI's own client, the real model, daemons in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+import torch
+from openai import AsyncOpenAI, OpenAI
+
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.errors import DirectoryError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.endpoints import Endpoint
+from splitnet.serve.prefix_cache import KeepLimits
+from splitnet.serve.sampling import Sampling, TokenChooser
+from splitnet.serve.server import ServeOptions, serve
+from tests.e2e.daemons import Background, background
+from tests.e2e.test_commands import NOBODY
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+MODEL = "served"
+KEY = "sk-test"
+TOOLS: list[Any] = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "The weather in a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
+# The demo model was not trained to call tools, but it repeats what it has just seen.
+SHOWN = '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+TURN = "<|im_start|>{role}\n{content}<|im_end|>\n"
+EXAMPLE = TURN.format(role="user", content="What is the weather in Paris?") + TURN.format(
+    role="assistant", content=SHOWN
+)
+WITH_TOOLS = (
+    EXAMPLE * 3
+    + "{% for message in messages %}"
+    + TURN.format(role="{{ message.role }}", content="{{ message.content }}")
+    + "{% endfor %}<|im_start|>assistant\n"
+)
+
+
+@pytest.fixture(scope="module")
+def served(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model with a chat template that has tools; its weights are those that the daemons serve."""
+    folder = tmp_path_factory.mktemp("serve") / MODEL
+    folder.mkdir()
+    for file in demo_checkpoint.iterdir():
+        (folder / file.name).symlink_to(file)
+    template = folder / "chat_template.jinja"
+    without_tools = template.read_text()
+    template.unlink()
+    template.write_text(f"{{% if tools %}}{WITH_TOOLS}{{% else %}}{without_tools}{{% endif %}}")
+    return folder
+
+
+def ready(server: Background) -> str:
+    """The URL that a server prints once it serves."""
+    assert server.process.stdout is not None
+    line = server.process.stdout.readline().decode()
+    assert line.startswith(f"serving {MODEL} at http://127.0.0.1:"), line
+    return line.split()[-1]
+
+
+@pytest.fixture(scope="module")
+def url(served: Path, address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that runs until the tests of this file are done."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "keys").write_text(f"{KEY}\n")
+    options = ("--codec", "none", "--port", "0", "--api-key-file", str(home / "keys"))
+    with background(home, "serve", str(served), "--join", address, *options) as server:
+        yield ready(server)
+        finished = server.stop(signal.SIGTERM)
+    assert finished.code == 0 and not finished.errors, finished.errors
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[OpenAI]:
+    with OpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def free_positions(served: Path, address: str) -> Iterator[Callable[[], list[int]]]:
+    """Asks the daemons how much of their KV memory is free."""
+    with Swarm(ModelFacts.of(Checkpoint.open(served)), [address]) as swarm:
+        endpoints = [Endpoint(record.address, record.key) for record in swarm.peers()]
+
+        def ask() -> list[int]:
+            return [swarm.ping(endpoint).result(10).kv_free_positions for endpoint in endpoints]
+
+        yield ask
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Asks until it is true, for 20 s at most; every question waits for the daemons' answers."""
+    out_of_time = threading.Event()
+    timer = threading.Timer(20, out_of_time.set)
+    timer.start()
+    try:
+        while not condition():
+            assert not out_of_time.is_set()
+    finally:
+        timer.cancel()
+        timer.join()
+
+
+def user(text: str) -> list[Any]:
+    return [{"role": "user", "content": text}]
+
+
+def expected(local: Any, tokenizer: Any, messages: list[Any], tokens: int) -> str:
+    """What plain transformers says."""
+    inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    output = local.generate(**inputs, max_new_tokens=tokens, do_sample=False)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_a_chat_of_two_turns(client: OpenAI, local: Any, tokenizer: Any) -> None:
+    messages = user("What is the capital of France?")
+    first = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=16)
+    said = first.choices[0].message.content
+    assert said == expected(local, tokenizer, messages, 16) and said and "Paris" in said
+    assert first.choices[0].finish_reason == "stop"
+    messages += [{"role": "assistant", "content": said}, {"role": "user", "content": "And of Italy?"}]
+    second = client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_completion_tokens=12)
+    assert second.choices[0].message.content == expected(local, tokenizer, messages, 12)
+    assert first.usage and second.usage and second.usage.prompt_tokens_details
+    assert second.usage.prompt_tokens_details.cached_tokens >= first.usage.prompt_tokens  # pyright: ignore
+
+
+def test_a_stream(client: OpenAI, local: Any, tokenizer: Any) -> None:
+    messages = user("Name three colours.")
+    stream = client.chat.completions.create(
+        model=MODEL,
+        messages=messages,
+        temperature=0,
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+        logprobs=True,
+        top_logprobs=2,
+    )
+    chunks = list(stream)
+    assert chunks[-1].usage is not None and not chunks[-1].choices
+    told = [chunk.choices[0] for chunk in chunks[:-1]]
+    assert "".join(choice.delta.content or "" for choice in told) == expected(local, tokenizer, messages, 12)
+    tokens = [token for choice in told if choice.logprobs for token in choice.logprobs.content or ()]
+    assert chunks[-1].usage.completion_tokens == len(tokens) == 12
+    assert all(token.logprob == token.top_logprobs[0].logprob for token in tokens)
+
+
+def test_completions(client: OpenAI, local: Any, tokenizer: Any) -> None:
+    counted = client.completions.create(model=MODEL, prompt="1, 2, 3,", temperature=0, max_tokens=40, stop=[" 7"])
+    assert (counted.choices[0].text, counted.choices[0].finish_reason) == (" 4, 5, 6,", "stop")
+    # As lm-eval asks how likely a text is.
+    ids = tokenizer("The sun rises in the east").input_ids
+    scored = client.completions.create(model=MODEL, prompt=ids, temperature=0, max_tokens=1, echo=True, logprobs=1)
+    with torch.no_grad():
+        logprobs = local(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert scored.choices[0].logprobs and scored.choices[0].logprobs.token_logprobs
+    assert scored.choices[0].logprobs.token_logprobs[1:-1] == pytest.approx(
+        [float(logprobs[index, token]) for index, token in enumerate(ids[1:])], abs=1e-3
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_tool_is_called(client: OpenAI, stream: bool) -> None:
+    options: Any = {
+        "model": MODEL,
+        "messages": user("What is the weather in Paris?"),
+        "temperature": 0,
+        "max_tokens": 48,
+        "tools": TOOLS,
+    }
+    if stream:
+        with client.chat.completions.stream(**options) as events:
+            answer = events.get_final_completion()
+    else:
+        answer = client.chat.completions.create(**options)
+    (choice,) = answer.choices
+    assert choice.finish_reason == "tool_calls" and not choice.message.content
+    assert choice.message.tool_calls is not None
+    (call,) = choice.message.tool_calls
+    assert call.type == "function" and call.function.name == "weather"
+    assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+
+def test_many_streams_at_once_are_what_each_is_alone(url: str, local: Any, tokenizer: Any) -> None:
+    def options(number: int) -> tuple[str, float]:
+        return f"{number} is a number that", 0.9 if number % 2 else 0.0
+
+    async def ask(client: AsyncOpenAI, number: int) -> str:
+        prompt, temperature = options(number)
+        stream = await client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=6, temperature=temperature, seed=number, stream=True
+        )
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def ask_all() -> list[str]:
+        async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(16)))
+
+    def alone(number: int) -> str:
+        """In plain transformers, where nobody else can disturb it."""
+        prompt, temperature = options(number)
+        inputs = tokenizer(prompt, return_tensors="pt")
+        chooser = TokenChooser(Sampling(temperature, 1.0, number), None)
+        output = local.generate(**inputs, max_new_tokens=6, do_sample=False, logits_processor=[chooser])
+        return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+    together = asyncio.run(ask_all())
+    assert together == [alone(number) for number in range(16)]
+    assert len(set(together)) > 8
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 6000])
+def test_a_client_that_goes_frees_the_peers_at_once(
+    url: str, free_positions: Callable[[], list[int]], prompt_tokens: int
+) -> None:
+    """In the middle of its answer, or of a prompt that takes the daemons seconds."""
+    before = free_positions()
+
+    async def go_in_the_middle() -> None:
+        async with AsyncOpenAI(base_url=url, api_key=KEY, max_retries=0) as client:
+            asked: Any = client.completions.create(
+                model=MODEL, prompt=[17] * prompt_tokens, max_tokens=2000, temperature=0, stream=prompt_tokens == 1
+            )
+            asking = asyncio.ensure_future(asked)
+            await asyncio.to_thread(
+                until, lambda: all(now < then for now, then in zip(free_positions(), before, strict=True))
+            )
+            if prompt_tokens == 1:
+                await anext(aiter(await asking))
+            assert asking.done() == (prompt_tokens == 1)
+            asking.cancel()
+
+    asyncio.run(go_in_the_middle())
+    # A session of an answer that has come to its end would be kept.
+    until(lambda: free_positions() == before)
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "kind"),
+    [
+        ("wrong", {}, openai.AuthenticationError),
+        (KEY, {"model": "gpt"}, openai.NotFoundError),
+        (KEY, {"max_tokens": 9000}, openai.BadRequestError),
+        (KEY, {"extra_body": {"magic": 1}}, openai.BadRequestError),
+    ],
+)
+def test_errors_are_those_that_the_client_knows(url: str, key: str, options: Any, kind: type[Exception]) -> None:
+    with OpenAI(base_url=url, api_key=key, max_retries=0) as client, pytest.raises(kind):
+        client.chat.completions.create(**({"model": MODEL, "messages": user("hi")} | options))
+
+
+def test_running_requests_end_with_the_server(served: Path, address: str, tmp_path: Path) -> None:
+    options = ("--codec", "none", "--port", "0", "--drain", "0.2")
+    with background(tmp_path, "serve", str(served), "--join", address, *options) as server:
+        with OpenAI(base_url=ready(server), api_key="any", max_retries=0) as client:
+            stream = client.completions.create(model=MODEL, prompt="Once", max_tokens=4000, temperature=0, stream=True)
+            next(iter(stream))
+            os.kill(server.process.pid, signal.SIGINT)
+            with pytest.raises(openai.APIError, match="the server is ending"):
+                list(stream)
+        assert server.process.wait(20) == 0
+        assert server.process.stderr is not None and not server.process.stderr.read()
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_a_server_that_is_open_to_others_says_so(
+    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, warned: bool
+) -> None:
+    monkeypatch.setenv("SPLITNET_KEY_FILE", str(tmp_path / "key"))
+    options = ServeOptions(
+        host=host,
+        port=0,
+        api_key_file=None,
+        max_requests=1,
+        max_waiting=1,
+        keep=KeepLimits(0, 0, 0.0),
+        drain_s=0.0,
+        codec="auto",
+        key_file=None,
+    )
+    warnings: list[str] = []
+    with pytest.raises(DirectoryError):
+        serve(str(served), [NOBODY], options, say=pytest.fail, warn=warnings.append)
+    assert [("--api-key-file" in warning) for warning in warnings] == [True] * warned

@@ -1,0 +1,526 @@
+"""The server on a small swarm: sessions on the peers, errors, and every path with requests of all kinds."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+import torch
+from hypothesis import HealthCheck, given, settings
+from schemathesis.checks import CHECKS
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.serve.admission import Admission
+from splitnet.serve.app import Gateway, make_app
+from splitnet.serve.generation import Generations
+from splitnet.serve.grammars import Grammars
+from splitnet.serve.keys import ApiKeys
+from splitnet.serve.prefix_cache import KeepLimits
+from splitnet.serve.prompts import Prompts
+from tests.e2e.small_model import small_model
+from tests.swarm.harness import LocalSwarm, local_swarm
+
+pytestmark = pytest.mark.swarm
+
+MODEL = "small"
+GREEDY = {"model": MODEL, "temperature": 0}
+TEMPLATE = "{{ tools or '' }}{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="module")
+def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = small_model(tmp_path_factory.mktemp("serve") / MODEL, demo_checkpoint, seed=0)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def swarm(small: Path) -> Iterator[LocalSwarm]:
+    with local_swarm(small, [(0, 2), (2, 6)]) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def model(swarm: LocalSwarm) -> RemoteCausalLM:
+    return swarm.model()
+
+
+@pytest.fixture(scope="module")
+def whole(small: Path) -> Any:
+    """The model in one piece."""
+    return AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(small: Path) -> Any:
+    return AutoTokenizer.from_pretrained(small)
+
+
+class Server:
+    """The app on a model, with a client that speaks to it without a socket.
+
+    Attributes:
+        generations: what runs.
+        http: only within `running`.
+    """
+
+    http: httpx.AsyncClient
+
+    def __init__(self, model: RemoteCausalLM, tokenizer: Any, *, at_a_time: int = 4, waiting: int = 4, keep: int = 4):
+        prompts = Prompts(tokenizer, 49152, 256)
+        self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0))
+        grammars = Grammars(tokenizer, 49152, self.generations.end_tokens)
+        gateway = Gateway(MODEL, self.generations, prompts, grammars, Admission(at_a_time, waiting))
+        self.app = make_app(gateway, ApiKeys([]), created=0)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Server]:
+        transport = httpx.ASGITransport(self.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server") as self.http:
+            yield self
+
+    async def complete(self, **body: Any) -> Any:
+        """The reply to a completion that succeeds."""
+        reply = await self.http.post("/v1/completions", json=GREEDY | body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    async def chat(self, *said: str, **body: Any) -> Any:
+        """The reply to a chat of user and assistant in turns."""
+        messages = [{"role": ("user", "assistant")[turn % 2], "content": text} for turn, text in enumerate(said)]
+        reply = await self.http.post("/v1/chat/completions", json=GREEDY | {"messages": messages} | body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+
+Serve = Callable[..., Any]
+
+
+@pytest.fixture
+def serve(model: RemoteCausalLM, tokenizer: Any) -> Iterator[Serve]:
+    """Runs what a test does with a server of its own."""
+    made: list[Server] = []
+
+    def run(does: Callable[[Server], Awaitable[Any]], on: RemoteCausalLM = model, **options: Any) -> Any:
+        server = Server(on, tokenizer, **options)
+        made.append(server)
+
+        async def running() -> Any:
+            async with server.running():
+                return await does(server)
+
+        return asyncio.run(running())
+
+    yield run
+    for server in made:
+        server.generations.close()
+
+
+def sessions(swarm: LocalSwarm) -> list[int]:
+    return [len(peer.sessions) for peer in swarm.peers]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for something that other threads do."""
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.002)
+
+
+def greedy(whole: Any, ids: list[int], tokens: int) -> list[int]:
+    prompt = torch.tensor([ids])
+    output = whole.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, eos_token_id=None
+    )
+    return output[0, len(ids) :].tolist()
+
+
+def test_a_completion_is_that_of_the_model_in_one_piece(serve: Serve, whole: Any, tokenizer: Any) -> None:
+    ids = tokenizer("Bees fly").input_ids
+    expected = tokenizer.decode(greedy(whole, ids, 12))
+
+    async def does(server: Server) -> None:
+        for prompt in ("Bees fly", ids, ["Bees fly"], [ids]):
+            reply = await server.complete(prompt=prompt, max_tokens=12)
+            (choice,) = reply["choices"]
+            assert choice == {"index": 0, "text": expected, "logprobs": None, "finish_reason": "length"}
+            assert reply["usage"]["prompt_tokens"] == len(ids) and reply["usage"]["completion_tokens"] == 12
+
+    serve(does)
+
+
+def test_scores_of_a_prompt_are_those_of_the_model_in_one_piece(serve: Serve, whole: Any, tokenizer: Any) -> None:
+    ids = tokenizer("One two three four five six").input_ids
+    with torch.no_grad():
+        logprobs = whole(torch.tensor([ids])).logits[0].log_softmax(-1)
+    expected = [float(logprobs[index, token]) for index, token in enumerate(ids[1:])]
+
+    async def does(server: Server) -> None:
+        for tokens in (0, 1):
+            reply = await server.complete(prompt=ids, max_tokens=tokens, echo=True, logprobs=2)
+            (choice,) = reply["choices"]
+            scores = choice["logprobs"]
+            assert scores["token_logprobs"][0] is None and scores["top_logprobs"][0] is None
+            assert scores["token_logprobs"][1 : len(ids)] == pytest.approx(expected, abs=1e-4)
+            assert scores["tokens"][: len(ids)] == [tokenizer.decode([token]) for token in ids]
+            assert len(scores["tokens"]) == len(ids) + tokens == len(scores["text_offset"])
+            assert "".join(scores["tokens"]) == choice["text"]
+            assert [choice["text"][offset:][:1] for offset in scores["text_offset"]] == [
+                token[:1] for token in scores["tokens"]
+            ]
+            # What the likeliest token is, by which lm-eval tells whether a text is what the model would say.
+            best = [max(top.values()) for top in scores["top_logprobs"][1:]]
+            assert best[: len(ids) - 1] == pytest.approx(logprobs.max(-1).values[:-1].tolist(), abs=1e-4)
+        assert reply["choices"][0]["text"] == tokenizer.decode(ids + greedy(whole, ids, 1))
+
+    serve(does)
+
+
+def test_several_prompts_and_choices(serve: Serve, swarm: LocalSwarm) -> None:
+    async def does(server: Server) -> None:
+        prompts = ["Bees", "A longer prompt about bees"]
+        alone = [(await server.complete(prompt=prompt, max_tokens=6))["choices"][0]["text"] for prompt in prompts]
+        reply = await server.complete(prompt=prompts, max_tokens=6, n=2)
+        assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
+        assert [choice["text"] for choice in reply["choices"]] == [alone[0], alone[0], alone[1], alone[1]]
+        assert reply["usage"]["completion_tokens"] == 24
+        sampled = await server.complete(prompt="Bees", max_tokens=6, n=3, temperature=1, seed=1)
+        assert len({choice["text"] for choice in sampled["choices"]}) == 3
+        again = await server.complete(prompt="Bees", max_tokens=6, n=3, temperature=1, seed=1)
+        assert again["choices"] == sampled["choices"]
+        one = await server.complete(prompt="Bees", max_tokens=6, temperature=1, seed=1)
+        assert one["choices"][0] == sampled["choices"][0]
+
+        await until(lambda: sessions(swarm) == [0, 0])
+
+    serve(does, keep=0)
+
+
+def test_a_stream_says_what_the_whole_answer_says(serve: Serve) -> None:
+    async def does(server: Server) -> None:
+        body = {"max_tokens": 10, "logprobs": True, "top_logprobs": 1, "n": 2}
+        whole = await server.chat("Hello", **body)
+        streamed = await server.http.post(
+            "/v1/chat/completions",
+            json=GREEDY
+            | body
+            | {
+                "stream": True,
+                "stream_options": {"include_usage": True},
+                "messages": [{"role": "user", "content": "Hello"}],
+            },
+        )
+        assert streamed.headers["content-type"].startswith("text/event-stream")
+        *events, done, rest = streamed.text.split("\n\n")
+        assert (done, rest) == ("data: [DONE]", "")
+        *chunks, last = [json.loads(event.removeprefix("data: ")) for event in events]
+        assert last["choices"] == [] and last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"] == 20
+        assert all(chunk["usage"] is None and chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+        for choice in whole["choices"]:
+            parts = [part for chunk in chunks for part in chunk["choices"] if part["index"] == choice["index"]]
+            assert parts[0]["delta"]["role"] == "assistant"
+            assert "".join(part["delta"].get("content", "") for part in parts) == choice["message"]["content"]
+            tokens = [token for part in parts for token in part["logprobs"]["content"]]
+            assert tokens == choice["logprobs"]["content"] and len(tokens) == 10
+            assert [part["finish_reason"] for part in parts] == [None] * (len(parts) - 1) + ["length"]
+
+    serve(does)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 99}, "colour": {"enum": ["red", "blue"]}},
+    "required": ["count", "colour"],
+    "additionalProperties": False,
+}
+
+
+def test_a_model_that_knows_nothing_keeps_to_a_schema(serve: Serve) -> None:
+    async def does(server: Server) -> None:
+        wanted = {"type": "json_schema", "json_schema": {"name": "counted", "schema": SCHEMA}}
+        reply = await server.chat("Hi", response_format=wanted, n=3, temperature=1, seed=1, max_tokens=100)
+        answers = [json.loads(choice["message"]["content"]) for choice in reply["choices"]]
+        assert all(set(answer) == {"count", "colour"} and 0 <= answer["count"] <= 99 for answer in answers)
+        assert {choice["finish_reason"] for choice in reply["choices"]} == {"stop"}
+        assert len({answer["count"] for answer in answers}) > 1
+        greedy = await server.chat("Hi", response_format=wanted, max_tokens=100)
+        assert json.loads(greedy["choices"][0]["message"]["content"])["colour"] in ("red", "blue")
+        anything = await server.chat("Hi", response_format={"type": "json_object"}, max_tokens=4)
+        assert anything["choices"][0]["message"]["content"].startswith("{")
+
+    serve(does)
+
+
+def test_a_model_that_knows_nothing_calls_the_tools_that_it_must(serve: Serve) -> None:
+    tools = [
+        {"type": "function", "function": {"name": "count", "parameters": SCHEMA}},
+        {"type": "function", "function": {"name": "stop", "parameters": {"enum": [{}]}}},
+    ]
+
+    async def call(server: Server, choice: Any, seed: int) -> tuple[str, Any]:
+        reply = await server.chat("Hi", tools=tools, tool_choice=choice, temperature=1, seed=seed, max_tokens=100)
+        (answer,) = reply["choices"]
+        assert answer["finish_reason"] == "tool_calls" and answer["message"]["content"] is None
+        (made,) = answer["message"]["tool_calls"]
+        return made["function"]["name"], json.loads(made["function"]["arguments"])
+
+    async def does(server: Server) -> None:
+        required = [await call(server, "required", seed) for seed in range(2)]
+        assert {name for name, _ in required} <= {"count", "stop"}
+        named = [await call(server, {"type": "function", "function": {"name": name}}, 1) for name in ("count", "stop")]
+        assert [(name, set(arguments)) for name, arguments in named] == [
+            ("count", {"count", "colour"}),
+            ("stop", set()),
+        ]
+        said = await server.chat("Hi", tools=tools, tool_choice="none", max_tokens=4)
+        plain = await server.chat("Hi", max_tokens=4)
+        assert said["choices"][0]["message"]["content"] == plain["choices"][0]["message"]["content"]
+
+    serve(does)
+
+
+def test_the_next_turn_computes_only_what_is_new(serve: Serve, swarm: LocalSwarm, whole: Any, tokenizer: Any) -> None:
+    async def does(server: Server) -> None:
+        first = await server.chat("Who are you?", max_tokens=8)
+        assert first["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+        said = first["choices"][0]["message"]["content"]
+        second = await server.chat("Who are you?", said, "And I?", max_tokens=8)
+        cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert cached >= first["usage"]["prompt_tokens"]
+        assert sessions(swarm) == [1, 1]
+        # The same as without what was kept.
+        prompt = f"user: Who are you?\nassistant: {said}\nuser: And I?\nassistant:"
+        expected = tokenizer.decode(greedy(whole, tokenizer(prompt).input_ids, 8), skip_special_tokens=True)
+        assert second["choices"][0]["message"]["content"] == expected
+        # An answer that is asked for again needs one position of its prompt.
+        again = await server.chat("Who are you?", said, "And I?", max_tokens=8)
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == again["usage"]["prompt_tokens"] - 1
+        assert again["choices"] == second["choices"]
+
+    serve(does)
+
+
+def test_two_requests_never_share_a_kept_session(serve: Serve, swarm: LocalSwarm) -> None:
+    async def does(server: Server) -> None:
+        first = await server.chat("Who are you?", max_tokens=8)
+        twins = await asyncio.gather(*(server.chat("Who are you?", max_tokens=8) for _ in range(3)))
+        assert all(twin["choices"] == first["choices"] for twin in twins)
+        cached = sorted(twin["usage"]["prompt_tokens_details"]["cached_tokens"] for twin in twins)
+        assert cached[0] == 0 and cached[-1] > 0
+
+    serve(does)
+
+
+def test_a_kept_session_that_the_peers_have_lost_is_repaired(serve: Serve, swarm: LocalSwarm) -> None:
+    async def does(server: Server) -> None:
+        first = await server.chat("Who are you?", max_tokens=8)
+        for peer in swarm.peers:
+            service = peer.service
+            for session in list(service.sessions):
+                service.sessions.remove(session)
+        again = await server.chat("Who are you?", max_tokens=8)
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+        assert again["choices"] == first["choices"]
+
+    serve(does)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_the_peers(serve: Serve, swarm: LocalSwarm, stream: bool) -> None:
+    """Speaks ASGI itself: httpx has no way to go in the middle."""
+
+    async def does(server: Server) -> None:
+        body = json.dumps(GREEDY | {"prompt": "Bees", "max_tokens": 250, "stream": stream}).encode()
+        gone = asyncio.Event()
+        incoming = [{"type": "http.request", "body": body, "more_body": False}]
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            if incoming:
+                return incoming.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+        }
+        call = asyncio.create_task(server.app(scope, receive, send))
+        await until(lambda: sessions(swarm) == [1, 1] and (len(sent) > 3 or not stream))
+        gone.set()
+        async with asyncio.timeout(10):
+            await call
+        await until(lambda: sessions(swarm) == [0, 0])
+        assert not server.generations.kept.clear()
+        # Ended in the middle, not at its end.
+        assert b"[DONE]" not in b"".join(message.get("body", b"") for message in sent)
+
+    serve(does)
+
+
+def test_an_end_in_the_middle_is_told_in_the_stream(serve: Serve, swarm: LocalSwarm) -> None:
+    async def does(server: Server) -> None:
+        running = asyncio.create_task(
+            server.http.post("/v1/completions", json=GREEDY | {"prompt": "Bees", "max_tokens": 250, "stream": True})
+        )
+        await until(lambda: sessions(swarm) == [1, 1])
+        server.generations.end()
+        ended = await running
+        if ended.status_code == 200:  # the first token had come
+            assert '"code":"server_ending"' in ended.text and "[DONE]" not in ended.text
+        else:
+            assert ended.status_code == 503 and ended.json()["error"]["code"] == "server_ending"
+        later = await server.http.post("/v1/completions", json=GREEDY | {"prompt": "Bees"})
+        assert later.status_code == 503 and "Retry-After" in later.headers
+        await until(lambda: sessions(swarm) == [0, 0])
+
+    serve(does)
+
+
+def test_more_than_may_wait_are_told_to_come_again(serve: Serve) -> None:
+    async def does(server: Server) -> None:
+        body = GREEDY | {"prompt": "Bees", "max_tokens": 30}
+        replies = await asyncio.gather(*(server.http.post("/v1/completions", json=body) for _ in range(4)))
+        assert sorted(reply.status_code for reply in replies) == [200, 200, 429, 429]
+        for reply in replies:
+            if reply.status_code == 429:
+                assert int(reply.headers["Retry-After"]) >= 1
+                assert reply.json()["error"]["type"] == "rate_limit_error"
+
+    serve(does, at_a_time=1, waiting=1)
+
+
+def test_what_is_kept_makes_room_for_what_is_asked(small: Path, serve: Serve) -> None:
+    # Room for 300 positions in 6 blocks, of 256 bytes each.
+    with local_swarm(small, [(0, 6)], kv_memory=6 * 256 * 300) as swarm:
+        model = swarm.model()
+
+        async def does(server: Server) -> None:
+            await server.complete(prompt="Bees", max_tokens=160)
+            assert sessions(swarm) == [1]
+            await server.complete(prompt="Something else entirely", max_tokens=160)
+            assert sessions(swarm) == [1]
+            busy = await server.http.post(
+                "/v1/completions", json=GREEDY | {"prompt": "Bees", "max_tokens": 200, "n": 4, "temperature": 1}
+            )
+            assert busy.status_code == 429 and busy.json()["error"]["code"] == "peers_busy", busy.text
+
+        serve(does, on=model)
+        model.close()
+
+
+def test_blocks_that_nobody_serves(small: Path, serve: Serve) -> None:
+    with local_swarm(small, [(0, 4)]) as swarm:
+        model = swarm.model()
+
+        async def does(server: Server) -> None:
+            for reply in (
+                await server.http.post("/v1/completions", json=GREEDY | {"prompt": "Bees"}),
+                await server.http.post("/v1/completions", json=GREEDY | {"prompt": "Bees", "stream": True}),
+                await server.http.get("/health"),
+            ):
+                assert reply.status_code == 503
+                assert "blocks 4..5" in reply.json()["error"]["message"]
+
+        serve(does, on=model)
+        model.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "has no model 'other': use 'small'"),
+        ("/v1/completions", {"prompt": "a", "max_tokens": 300}, 400, "more than the model's context of 256"),
+        ("/v1/completions", {"prompt": [49152]}, 400, "0 to 49151"),
+        ("/v1/completions", {"prompt": "a", "logit_bias": {"49152": 1}}, 400, "0 to 49151"),
+        ("/v1/completions", {"prompt": "a", "best_of": 2}, 400, "best_of: only 1"),
+        ("/v1/completions", b"{", 400, "not valid JSON"),
+        ("/v1/completions", b" " * (16 * 2**20 + 1), 413, "longer than"),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a " * 300}]}, 400, "shorten the prompt"),
+        ("/v1/completions", b'"prompt"', 400, "a JSON object"),
+        (
+            "/v1/chat/completions",
+            {
+                "messages": [{"role": "user", "content": "a"}],
+                "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "rope"}}},
+            },
+            400,
+            "cannot be kept to: Invalid type: rope",
+        ),
+        ("/v1/embeddings", {}, 404, "docs/serve.md"),
+        ("/v1/models", {}, 405, "docs/serve.md"),
+    ],
+)
+def test_errors(serve: Serve, path: str, body: Any, status: int, message: str) -> None:
+    async def does(server: Server) -> None:
+        content = body if isinstance(body, bytes) else json.dumps(GREEDY | body)
+        reply = await server.http.post(path, content=content, headers={"content-type": "application/json"})
+        assert reply.status_code == status, reply.text
+        assert message in reply.json()["error"]["message"]
+
+    serve(does)
+
+
+def test_models_and_health(serve: Serve) -> None:
+    async def does(server: Server) -> None:
+        assert (await server.http.get("/health")).json() == {"status": "ok"}
+        (entry,) = (await server.http.get("/v1/models")).json()["data"]
+        assert entry["id"] == MODEL
+        assert (await server.http.get(f"/v1/models/{MODEL}")).json() == entry
+        assert (await server.http.get("/v1/models/other")).status_code == 404
+
+    serve(does)
+
+
+PATHS = ["GET /health", "GET /v1/models", "GET /v1/models/{name}", "POST /v1/chat/completions", "POST /v1/completions"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_whatever_comes_is_answered_as_the_schema_says(path: str, model: RemoteCausalLM, tokenizer: Any) -> None:
+    server = Server(model, tokenizer)
+    described = schemathesis.openapi.from_dict(server.app.openapi())
+    every: list[Any] = [result.ok() for result in described.get_all_operations()]  # pyright: ignore
+    operations = {operation.label: operation for operation in every}
+    assert sorted(operations) == PATHS
+    # What a schema cannot tell may still be refused: a context that is too short, options that need each other.
+    left_out = [CHECKS.get_one("positive_data_acceptance")]
+    statuses: list[int] = []
+
+    with asyncio.Runner() as runner:
+
+        @settings(max_examples=25, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+        @given(case=operations[path].as_strategy())
+        def answers(case: Any) -> None:
+            if isinstance(case.body, dict):
+                case.body = case.body | {"model": MODEL, "max_tokens": 2}
+            request = case.as_transport_kwargs(base_url="http://server")
+            chosen = {name: request[name] for name in ("method", "url", "headers", "params", "json") if name in request}
+
+            async def send() -> httpx.Response:
+                async with server.running():
+                    return await server.http.request(**chosen)
+
+            response = runner.run(send())
+            statuses.append(response.status_code)
+            case.validate_response(response, excluded_checks=left_out)
+
+        try:
+            answers()
+        finally:
+            server.generations.close()
+    assert path == "GET /v1/models/{name}" or 200 in statuses

@@ -1,0 +1,251 @@
+"""What is accepted of a request, who is let in, and what is said otherwise."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fastapi.exceptions import RequestValidationError
+from jinja2 import TemplateError
+from pydantic import BaseModel, ValidationError
+
+from splitnet.errors import (
+    ContextTooLong,
+    CoverageError,
+    KeyFileError,
+    PeerBusy,
+    PeerFailed,
+    PeerLost,
+    SessionClosed,
+    SessionLost,
+    SplitnetError,
+)
+from splitnet.serve.admission import Admission
+from splitnet.serve.failures import ApiError, failure_of
+from splitnet.serve.keys import ApiKeys
+from splitnet.serve.prompts import Prompts
+from splitnet.serve.requests import ChatRequest, CompletionRequest
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+TEXT = {"model": "m", "prompt": "hi"}
+
+
+def refusal(kind: type[BaseModel], document: dict[str, Any]) -> ApiError:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(document)
+    errors = [{**error, "loc": ("body", *error["loc"])} for error in refused.value.errors()]
+    return failure_of(RequestValidationError(errors))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"frequency_penalty": 0.5, "presence_penalty": -2, "logit_bias": {"7": -100}, "user": "me"},
+        {"temperature": 0, "top_p": 0.5, "seed": -1, "stop": ["a", "b"], "n": 2},
+        {"stream": True, "stream_options": {"include_usage": True}},
+        {"stop": None, "max_tokens": None, "stream": None},
+    ],
+)
+def test_what_is_supported(more: dict[str, Any]) -> None:
+    ChatRequest.model_validate(CHAT | more)
+    CompletionRequest.model_validate(TEXT | more)
+
+
+@pytest.mark.parametrize("prompt", ["", "a", ["a", "b"], [1, 2], [[1], [2, 3]]])
+def test_prompts(prompt: Any) -> None:
+    assert CompletionRequest.model_validate(TEXT | {"prompt": prompt}).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("more", "param", "message"),
+    [
+        ({"foo": 1}, "foo", "foo is not supported: leave it out"),
+        ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "pattern"),
+        ({"parallel_tool_calls": False}, "parallel_tool_calls", "only True is supported"),
+        ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
+        (
+            {
+                "response_format": {"type": "json_object"},
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            },
+            None,
+            "cannot both be JSON and call tools",
+        ),
+        ({"tool_choice": "required"}, None, "tool_choice asks for a tool that is not there"),
+        (
+            {
+                "tool_choice": {"type": "function", "function": {"name": "g"}},
+                "tools": [{"type": "function", "function": {"name": "f"}}],
+            },
+            None,
+            "tool_choice asks for a tool that is not there",
+        ),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"temperature": float("nan")}, "temperature", "finite number"),
+        ({"n": 0}, "n", "greater than or equal to 1"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"top_logprobs": 2}, None, "top_logprobs needs logprobs"),
+        ({"stream_options": {"include_usage": True}}, None, "stream_options is only for streams"),
+        ({"messages": [{"role": "user"}]}, "messages", "Field required"),
+        ({"messages": [{"role": "pope"}]}, "messages", "'user'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "only 'text' is supported"),
+    ],
+)
+def test_what_is_refused_says_why(more: dict[str, Any], param: str | None, message: str) -> None:
+    error = refusal(ChatRequest, CHAT | more)
+    assert (error.status, error.param) == (400, param)
+    assert message in str(error)
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [-1], 3, [True]])
+def test_prompts_that_are_none(prompt: Any) -> None:
+    assert refusal(CompletionRequest, TEXT | {"prompt": prompt}).status == 400
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ContextTooLong("long"), 400),
+        (PeerBusy("full"), 429),
+        (CoverageError("a hole"), 503),
+        (SessionClosed("closed"), 503),
+        (PeerLost("gone"), 502),
+        (SessionLost("gone"), 502),
+        (PeerFailed("failed"), 502),
+        (SplitnetError("something"), 502),
+        (ValueError("a part of the prompt"), 500),
+    ],
+)
+def test_errors_have_the_shape_that_clients_read(
+    error: Exception, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    failure = failure_of(error)
+    assert failure.status == status
+    assert ("Retry-After" in failure.headers) == (status in (429, 503))
+    (details,) = failure.reply().values()
+    assert set(details) == {"message", "type", "param", "code"} and details["message"]
+    assert "prompt" not in details["message"] and "prompt" not in caplog.text
+
+
+def test_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("# mine\n one \n\ntwo\n")
+    keys = ApiKeys.read(file)
+    assert keys.required and not ApiKeys.read(None).required
+    assert [keys.accept(key) for key in (b"one", b"two", b"# mine", b"", b"on")] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("content", [None, b"", b"# only a comment\n", b"\xff\xfe"])
+def test_files_of_keys_that_cannot_be_used(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "keys"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(KeyFileError, match=r"one (key )?per line"):
+        ApiKeys.read(file)
+
+
+def test_requests_run_in_order_and_too_many_are_told_so() -> None:
+    async def come() -> list[str]:
+        admission = Admission(at_a_time=1, waiting=1)
+        log: list[str] = []
+        leave = asyncio.Event()
+
+        async def request(name: str) -> None:
+            async with admission.place():
+                log.append(name)
+                await leave.wait()
+
+        first = asyncio.create_task(request("first"))
+        second = asyncio.create_task(request("second"))
+        third = asyncio.create_task(request("third"))
+        with pytest.raises(ApiError, match="try again") as refused:
+            await third
+        assert refused.value.status == 429
+        second.cancel()  # makes room to wait
+        await asyncio.wait([second])
+        fourth = asyncio.create_task(request("fourth"))
+        leave.set()
+        await asyncio.gather(first, fourth)
+        return log
+
+    assert asyncio.run(come()) == ["first", "fourth"]
+
+
+def messages(said: list[dict[str, Any]]) -> Any:
+    return ChatRequest.model_validate({"model": "m", "messages": said}).messages
+
+
+class Tokenizer:
+    """Tokens are code points; the template shows what it is given."""
+
+    bos_token_id = None
+
+    def __init__(self, template: str | None) -> None:
+        self.chat_template = template
+        self.given: Any = None
+
+    def __call__(self, text: str) -> Any:
+        return type("Encoded", (), {"input_ids": [ord(character) for character in text]})()
+
+    def get_chat_template(self, tools: Any) -> str:
+        return self.chat_template or ""
+
+    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
+        self.given = messages
+        if not messages:
+            raise TemplateError("nobody has said anything")
+        return {"input_ids": [1, 2, 3]}
+
+
+def test_messages_as_templates_expect_them() -> None:
+    tokenizer = Tokenizer("{{ tools }}")
+    said: list[dict[str, Any]] = [
+        {"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "kind."}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}],
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "c"},
+    ]
+    prompts = Prompts(tokenizer, 300, 256)
+    assert prompts.of_chat(messages(said), []) == [1, 2, 3]
+    assert tokenizer.given == [
+        {"role": "system", "content": "Be kind."},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"id": "c", "type": "function", "function": {"name": "f", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "content": "2", "tool_call_id": "c"},
+    ]
+    said[1]["tool_calls"][0]["function"]["arguments"] = "{"
+    with pytest.raises(ApiError, match="not valid JSON"):
+        prompts.of_chat(messages(said), [])
+
+
+def test_prompts_that_the_model_cannot_read() -> None:
+    prompts = Prompts(Tokenizer(None), 100, 8)
+    with pytest.raises(ApiError, match="no chat template"):
+        prompts.of_chat([], [])
+    with pytest.raises(ApiError, match="nobody has said anything"):
+        Prompts(Tokenizer("{{ messages }}"), 100, 8).of_chat([], [])
+    with pytest.raises(ApiError, match="empty"):
+        prompts.of_text("")
+    with pytest.raises(ApiError, match="0 to 99"):
+        prompts.of_text([100])
+    assert prompts.of_text("A") == [65]
+
+
+def test_room_for_an_answer() -> None:
+    prompts = Prompts(Tokenizer(None), 100, 8)
+    assert prompts.room_for([1] * 5, None) == 3
+    assert prompts.room_for([1] * 5, 2) == 2
+    assert prompts.room_for([1] * 8, 0) == 0
+    for length, max_tokens in ((8, None), (5, 4), (9, 0)):
+        with pytest.raises(ApiError, match="context of 8: shorten") as refused:
+            prompts.room_for([1] * length, max_tokens)
+        assert refused.value.code == "context_length_exceeded"

@@ -1,0 +1,144 @@
+"""What the server does with text: whole characters, stop strings, calls of tools; wherever it is cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitnet.serve.choice import Choice
+from splitnet.serve.detokenizing import Detokenizer
+from splitnet.serve.sampling import ScoredToken
+from splitnet.serve.sse import DONE, framed
+from splitnet.serve.stop_strings import StopStrings
+from splitnet.serve.tool_calls import ToolCallParser
+
+WEATHER = '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call>'
+CLOCK = '<tool_call>{"name": "clock"}</tool_call>'
+
+
+def cut(text: str, places: list[int]) -> list[str]:
+    bounds = [0, *sorted(place % (len(text) + 1) for place in places), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(bounds)]
+
+
+def decode(tokens: list[int]) -> str:
+    """A tokenizer whose tokens are bytes."""
+    return bytes(tokens).decode(errors="replace")
+
+
+def before_stop(pieces: list[str], strings: list[str]) -> tuple[str, bool]:
+    stops = StopStrings(strings)
+    text = ""
+    for piece in pieces:
+        certain, stopped = stops.push(piece)
+        text += certain
+        if stopped:
+            return text, True
+    return text + stops.rest(), False
+
+
+@given(
+    st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.lists(st.integers(0))
+)
+def test_stop_strings_do_not_depend_on_where_text_is_cut(text: str, strings: list[str], places: list[int]) -> None:
+    assert before_stop(cut(text, places), strings) == before_stop(list(text), strings)
+
+
+@given(st.text("ab", max_size=30), st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3))
+def test_what_is_certain_holds_no_stop_string(text: str, strings: list[str]) -> None:
+    certain, stopped = before_stop(list(text), strings)
+    assert text.startswith(certain)
+    assert not any(string in certain for string in strings)
+    assert stopped == any(string in text for string in strings)
+    assert stopped or certain == text
+
+
+def test_text_is_told_as_soon_as_it_is_certain() -> None:
+    stops = StopStrings(["END"])
+    assert [stops.push(piece)[0] for piece in ("one E", "N", "O ", "E", "ND two")] == ["one ", "", "ENO ", "", ""]
+
+
+@given(st.text(max_size=20))
+def test_tokens_give_the_text_in_whole_characters(text: str) -> None:
+    detokenizer = Detokenizer(decode)
+    pieces = [detokenizer.push(byte) for byte in text.encode()]
+    assert "".join(pieces) + detokenizer.rest() == text
+    assert all(len(piece) <= 1 for piece in pieces)
+
+
+def test_bytes_that_are_no_character_are_told_when_something_follows() -> None:
+    detokenizer = Detokenizer(decode)
+    assert [detokenizer.push(byte) for byte in (0xE2, 0x82, ord("a"))] == ["", "", "\ufffda"]
+    detokenizer.push(0xE2)
+    assert detokenizer.rest() == "\ufffd"
+
+
+def answer(text: str, *, max_tokens: int = 100, stops: tuple[str, ...] = ()) -> tuple[str, list[str | None], int]:
+    """What is said, how each piece ends, and how many tokens there were, all of which are scored."""
+    choice = Choice(0, decode, max_tokens, {0}, stops)
+    said, finishes = "", []
+    for byte in text.encode():
+        piece = choice.push(byte, ScoredToken(byte, -1.0, ()))
+        said += piece.text
+        assert [scored.token for scored in piece.scored] == [byte]
+        finishes.append(piece.finish)
+        if choice.finished:
+            break
+    return said, finishes, choice.tokens
+
+
+def test_an_answer_ends_at_its_end_token_with_what_was_held_back() -> None:
+    assert answer("un\0more", stops=("nine",)) == ("un", [None, None, "stop"], 3)
+
+
+def test_an_answer_ends_before_a_stop_string() -> None:
+    assert answer("one two", stops=("e t",)) == ("on", [None] * 4 + ["stop"], 5)
+
+
+def test_an_answer_ends_at_its_length_with_what_was_held_back() -> None:
+    assert answer("abcd", max_tokens=3, stops=("cd",)) == ("abc", [None, None, "length"], 3)
+    assert answer("aé", max_tokens=2) == ("a\ufffd", [None, "length"], 2)
+
+
+def calls_in(pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
+    parser = ToolCallParser()
+    told = [parser.push(piece) for piece in pieces] + [parser.rest()]
+    calls = [(call.name, json.loads(call.arguments)) for _, calls in told for call in calls]
+    return "".join(text for text, _ in told), calls
+
+
+@pytest.mark.parametrize(
+    ("text", "said", "calls"),
+    [
+        (WEATHER, "", [("weather", {"city": "Zürich"})]),
+        (f"Let me look.\n{WEATHER}\n{CLOCK}\n", "Let me look.", [("weather", {"city": "Zürich"}), ("clock", {})]),
+        (WEATHER.removesuffix("</tool_call>"), "", [("weather", {"city": "Zürich"})]),
+        ("1 < 2 <tool> \n", "1 < 2 <tool> \n", []),
+        ("<tool_call>nothing</tool_call> here", "<tool_call>nothing</tool_call> here", []),
+        ('<tool_call>{"name": 1}</tool_call>', '<tool_call>{"name": 1}</tool_call>', []),
+        ('<tool_call>{"name": "f", "arguments": 1}', '<tool_call>{"name": "f", "arguments": 1}', []),
+        ("<tool_call>[", "<tool_call>[", []),
+        ("<tool_", "<tool_", []),
+    ],
+)
+@given(places=st.lists(st.integers(0), max_size=8))
+def test_calls_of_tools(text: str, said: str, calls: list[Any], places: list[int]) -> None:
+    assert calls_in(cut(text, places)) == (said, calls)
+
+
+def test_calls_have_ids_of_their_own() -> None:
+    _, calls = ToolCallParser().push(CLOCK + CLOCK)
+    assert len({call.id for call in calls}) == 2
+
+
+@given(st.text())
+def test_an_event_is_one_line_with_the_document(text: str) -> None:
+    event = framed({"text": text})
+    assert event.startswith("data: ") and event.endswith("\n\n") and event.count("\n") == 2 and "\r" not in event
+    assert json.loads(event.removeprefix("data: ")) == {"text": text}
+    assert DONE == "data: [DONE]\n\n"
