@@ -70,7 +70,7 @@ class Client:
             ModelNotFound: there is no such draft model.
         """
         checkpoint = Checkpoint.open(connection.model)
-        drafts = draft_model(speculate) if speculate not in (None, PROMPT_LOOKUP) else speculate
+        drafts = drafts_of(speculate)
         swarm = connection.swarm(checkpoint)
         try:
             remote = attach(checkpoint, swarm, **connection.options())
@@ -131,16 +131,18 @@ class Client:
         return pad if pad is not None else self.tokenizer.eos_token_id
 
 
-def draft_model(source: str) -> Any:
-    """A small causal LM that runs here.
+def drafts_of(speculate: str | None) -> Any:
+    """What `RemoteCausalLM.generate` takes: a name stays, a hub id or folder becomes a model that runs here.
 
     Raises:
-        ModelNotFound: there is none.
+        ModelNotFound: there is no such model.
     """
+    if speculate is None or speculate == PROMPT_LOOKUP:
+        return speculate
     from transformers import AutoModelForCausalLM
 
-    Checkpoint.open(source)  # with our words for what may be wrong
-    return AutoModelForCausalLM.from_pretrained(source).eval()
+    Checkpoint.open(speculate)  # with our words for what may be wrong
+    return AutoModelForCausalLM.from_pretrained(speculate).eval()
 
 
 def with_adapter(model: RemoteCausalLM, folder: Path) -> Any:

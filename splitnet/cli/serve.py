@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, Model, resolve_model
-from splitnet.cli.generate import Wait
+from splitnet.cli.arguments import CodecName, Join, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.generate import Speculate, Wait
 
 _LIMITS = "How much at a time"
 
@@ -47,14 +47,20 @@ def serve(
     ] = 10.0,
     codec: CodecName = "auto",
     wait: Wait = 30.0,
+    speculate: Speculate = None,
+    local_blocks: LocalBlocks = None,
+    local_weights: LocalWeights = None,
     key_file: KeyFile = None,
 ) -> None:
     """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
 
     Chats, completions, streaming and tools; docs/serve.md lists what is supported.
     """
-    checkpoint = resolve_model(model)
+    source = resolve_model(model)
 
+    from splitnet.cli.connection import Connection
+    from splitnet.cli.generation import drafts_of
+    from splitnet.model.checkpoint import Checkpoint
     from splitnet.serve.prefix_cache import KeepLimits
     from splitnet.serve.server import ServeOptions
     from splitnet.serve.server import serve as serve_until_told
@@ -67,13 +73,14 @@ def serve(
         max_waiting=max_waiting,
         keep=KeepLimits(keep_sessions, keep_positions, keep_for),
         drain_s=drain_s,
-        codec=codec,
-        key_file=key_file,
-        wait_s=wait,
+        speculate=drafts_of(speculate),
     )
+    connection = Connection(source, join, codec, key_file, wait, local_blocks, local_weights)
+    checkpoint = Checkpoint.open(source)
     serve_until_told(
         checkpoint,
-        join,
+        lambda: connection.swarm(checkpoint),
+        connection.options(),
         options,
         say=typer.echo,
         warn=lambda text: typer.secho(f"warning: {text}", fg="yellow", err=True),

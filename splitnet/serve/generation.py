@@ -86,11 +86,18 @@ class Generations:
         decode: the text of a list of tokens.
         at_a_time: how many requests run.
         limits: how many sessions are kept for the next turns of chats.
+        speculate: where drafts come from, see `RemoteCausalLM.generate`; None: there are none.
     """
 
     def __init__(
-        self, model: RemoteCausalLM, decode: Callable[[list[int]], str], at_a_time: int, limits: KeepLimits
+        self,
+        model: RemoteCausalLM,
+        decode: Callable[[list[int]], str],
+        at_a_time: int,
+        limits: KeepLimits,
+        speculate: Any = None,
     ) -> None:
+        self.speculate = speculate
         self.model = model
         self.decode = decode
         self.vocabulary: int = model.config.get_text_config().vocab_size
@@ -216,6 +223,7 @@ class Generation:
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             cache=cache,
+            speculate=own.speculate if ask.choices == 1 else None,
             max_new_tokens=ask.max_tokens,
             do_sample=False,
             logits_processor=[chooser],

@@ -8,19 +8,17 @@ import ipaddress
 import signal
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 
 from splitnet.client.causal_lm import attach
-from splitnet.client.session import RECOVERY_TIMEOUT_S
-from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.client.swarm import Swarm
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.net.codecs import codec_by_name
-from splitnet.net.identity import Identity
 from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
 from splitnet.serve.generation import Generations
@@ -41,17 +39,22 @@ class ServeOptions:
     max_waiting: int
     keep: KeepLimits
     drain_s: float
-    codec: str
-    key_file: Path | None
-    wait_s: float = RECOVERY_TIMEOUT_S
+    speculate: Any = None
 
 
 def serve(
-    model: str, join: Sequence[str], options: ServeOptions, say: Callable[[str], None], warn: Callable[[str], None]
+    checkpoint: Checkpoint,
+    join: Callable[[], Swarm],
+    model: dict[str, Any],
+    options: ServeOptions,
+    say: Callable[[str], None],
+    warn: Callable[[str], None],
 ) -> None:
     """Serves a model until SIGINT or SIGTERM.
 
     Args:
+        join: joins its swarm.
+        model: options of `splitnet.client.causal_lm.attach`.
         say: told where, once requests are answered.
         warn: told what is dangerous.
 
@@ -59,21 +62,18 @@ def serve(
         AddressInUse: the port is taken.
         SplitnetError: what else went wrong before requests were answered.
     """
-    if options.codec != "auto":
-        codec_by_name(options.codec)
     keys = ApiKeys.read(options.api_key_file)
     with _listening(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         if not keys.required and not ipaddress.ip_address(host).is_loopback:
             warn(f"anyone who reaches {host}:{port} can use this server: give --api-key-file, or --host 127.0.0.1")
-        checkpoint = Checkpoint.open(model)
         tokenizer = checkpoint.tokenizer()
-        with Swarm(ModelFacts.of(checkpoint), join, identity=Identity.load_or_create(options.key_file)) as swarm:
+        with join() as swarm:
             swarm.peers()  # tells a swarm of other weights
-            remote = attach(checkpoint, swarm, codec=options.codec, recovery_timeout_s=options.wait_s)
+            remote = attach(checkpoint, swarm, **model)
             vocabulary = remote.config.get_text_config().vocab_size
             prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
-            generations = Generations(remote, prompts.decode, options.max_requests, options.keep)
+            generations = Generations(remote, prompts.decode, options.max_requests, options.keep, options.speculate)
             try:
                 gateway = Gateway(
                     checkpoint.name,

@@ -282,10 +282,7 @@ def test_running_requests_end_with_the_server(served: Path, address: str, tmp_pa
 
 
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
-def test_a_server_that_is_open_to_others_says_so(
-    served: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, host: str, warned: bool
-) -> None:
-    monkeypatch.setenv("SPLITNET_KEY_FILE", str(tmp_path / "key"))
+def test_a_server_that_is_open_to_others_says_so(served: Path, host: str, warned: bool) -> None:
     options = ServeOptions(
         host=host,
         port=0,
@@ -294,10 +291,16 @@ def test_a_server_that_is_open_to_others_says_so(
         max_waiting=1,
         keep=KeepLimits(0, 0, 0.0),
         drain_s=0.0,
-        codec="auto",
-        key_file=None,
     )
+    checkpoint = Checkpoint.open(served)
     warnings: list[str] = []
     with pytest.raises(DirectoryError):
-        serve(str(served), [NOBODY], options, say=pytest.fail, warn=warnings.append)
+        serve(
+            checkpoint,
+            lambda: Swarm(ModelFacts.of(checkpoint), [NOBODY]),
+            {},
+            options,
+            say=pytest.fail,
+            warn=warnings.append,
+        )
     assert [("--api-key-file" in warning) for warning in warnings] == [True] * warned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -22,7 +23,7 @@ FORECAST_S = 1.0
 
 
 class Experience:
-    """Of one client with one model and one kind of drafter. It outlives texts.
+    """Of one client with one model and one kind of drafter. It outlives texts, and several share it. Thread-safe.
 
     Args:
         priors: by kind of draft: how often its tokens are accepted at first.
@@ -37,6 +38,7 @@ class Experience:
         """By positions: what of a step kept this process busy."""
         self._forecasts: dict[int, Forecast] = {}
         self._forecast_at = 0.0
+        self._lock = threading.RLock()
 
     def acceptance(self, kind: int) -> float:
         """Probability that a drafted token is what the model chooses, if those before it were."""
@@ -44,8 +46,9 @@ class Experience:
 
     def compared(self, kind: int, right: bool) -> None:
         """A drafted token, of which those before it were right, was compared with what the model chose."""
-        self._accepted[kind] = MEMORY * self._accepted[kind] + right
-        self._tried[kind] = MEMORY * self._tried[kind] + 1
+        with self._lock:
+            self._accepted[kind] = MEMORY * self._accepted[kind] + right
+            self._tried[kind] = MEMORY * self._tried[kind] + 1
 
     def took(self, positions: int, elapsed_ms: float, client_ms: float, forecast: Callable[[int], Forecast]) -> None:
         """A step that was alone under way came back.
@@ -55,10 +58,11 @@ class Experience:
             elapsed_ms: from sending it until its tokens were chosen. client_ms: what of that kept this process busy.
             forecast: what a step through the blocks is expected to take, by its positions.
         """
-        beyond = elapsed_ms - self._foretold(positions, forecast).latency_ms
-        for averages, value in ((self._beyond_ms, beyond), (self._client_ms, client_ms)):
-            before = averages.get(positions, value)
-            averages[positions] = before + SHARE * (value - before)
+        with self._lock:
+            beyond = elapsed_ms - self._foretold(positions, forecast).latency_ms
+            for averages, value in ((self._beyond_ms, beyond), (self._client_ms, client_ms)):
+                before = averages.get(positions, value)
+                averages[positions] = before + SHARE * (value - before)
 
     def window(self, kind: int, draft_ms: float, forecast: Callable[[int], Forecast]) -> Window:
         """The window that promises most, for drafts of this kind; none as long as nothing was seen of plain steps."""
@@ -74,7 +78,8 @@ class Experience:
             stage = self._foretold(positions, forecast).stage_ms + growth
             return max(stage, _nearest(self._client_ms, positions))
 
-        return best_window(self.acceptance(kind), Pace(latency_ms, stage_ms, draft_ms))
+        with self._lock:
+            return best_window(self.acceptance(kind), Pace(latency_ms, stage_ms, draft_ms))
 
     def _foretold(self, positions: int, forecast: Callable[[int], Forecast]) -> Forecast:
         now = time.monotonic()
