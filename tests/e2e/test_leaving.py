@@ -13,7 +13,7 @@ from splitnet.client.causal_lm import AutoModelForCausalLM
 from splitnet.net.identity import Identity
 from tests.e2e.conftest import SPANS
 from tests.e2e.daemons import daemons
-from tests.swarm.test_failover import After
+from tests.swarm.generation import After
 
 pytestmark = pytest.mark.e2e
 

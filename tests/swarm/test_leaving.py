@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,10 @@ import pytest
 import torch
 
 from peers.daemon import Peer
-from tests.swarm.harness import LocalSwarm, local_swarm
-from tests.swarm.test_failover import GREEDY, SPANS, After, prompt
+from tests.swarm.generation import GREEDY, After, prompt
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 
 pytestmark = pytest.mark.swarm
-
-
-@pytest.fixture
-def twins(folder: Path) -> Iterator[LocalSwarm]:
-    """Two peers for every span."""
-    with local_swarm(folder, SPANS * 2) as swarm:
-        yield swarm
 
 
 def peer_at(swarm: LocalSwarm, cache: Any, index: int) -> Peer:
@@ -82,7 +74,7 @@ def test_idle_sessions_do_not_hold_a_leaving_peer_up(folder: Path) -> None:
             assert time.monotonic() - began < 30.0
 
 
-def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any) -> None:
+def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**GREEDY, "max_new_tokens": 60}
 
     def slow_down() -> None:
@@ -94,7 +86,7 @@ def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any) -> No
             time.sleep(0.15)
             prepare(work)
 
-        service.prepare = slowly  # type: ignore[method-assign]
+        monkeypatch.setattr(service, "prepare", slowly)
 
     slow: list[Peer] = []
     model = twins.model()
