@@ -49,6 +49,7 @@ def private(small: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -
     (folder / "keys").write_text(f"# friends\n{shown.output.strip()} a comment\n")
     allowed = ("--authorized-keys", str(folder / "keys"))
     with starting(folder, small, *KV, "--blocks", "0:6", *allowed) as daemon:
+        daemon.address()
         yield daemon
 
 
@@ -300,8 +301,11 @@ def test_generate_samples_by_seed_reads_stdin_and_takes_a_raw_prompt(
     assert texts["piped"] == texts["raw"] != texts["chat"]
 
 
-def test_a_stranger_is_told_so_at_once(private: Daemon, small: Path, tmp_path: Path) -> None:
-    finished = run(tmp_path, "generate", str(small), "hi", "--join", private.address())
+def test_a_stranger_is_told_so_at_once(
+    private: Daemon, small: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SPLITNET_KEY_FILE", str(tmp_path / "key"))
+    finished = here("generate", str(small), "hi", "--join", private.address())
     assert re.search("does not accept this client's key.*`splitnet key`.*--authorized-keys", finished.error)
     assert not finished.output
     assert finished.seconds < 20

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from peers import service
 from peers.daemon import Peer
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
@@ -64,7 +65,8 @@ def test_a_peer_that_leaves_is_not_in_the_directory_and_takes_no_sessions(twins:
     assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 
 
-def test_idle_sessions_do_not_hold_a_leaving_peer_up(folder: Path) -> None:
+def test_idle_sessions_do_not_hold_a_leaving_peer_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "IN_USE_S", 0.5)
     with local_swarm(folder, SPANS) as swarm:
         model = swarm.model()
         with model.session():
@@ -79,14 +81,13 @@ def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any, monke
 
     def slow_down() -> None:
         slow.append(peer_at(twins, cache, 1))
-        service = slow[0].service
-        prepare = service.prepare
+        prepare = slow[0].service.prepare
 
         def slowly(work: Any) -> None:
             time.sleep(0.15)
             prepare(work)
 
-        monkeypatch.setattr(service, "prepare", slowly)
+        monkeypatch.setattr(slow[0].service, "prepare", slowly)
 
     slow: list[Peer] = []
     model = twins.model()
