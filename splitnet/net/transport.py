@@ -153,7 +153,7 @@ class Transport:
         return link.state if link else LinkState.CONNECTING
 
     def close(self) -> None:
-        """Sends what is queued (for at most half a second), closes every socket and ends the thread."""
+        """Sends what is queued for those who are there (for at most half a second), and ends sockets and thread."""
         with self._outbox.lock:
             if self._closing:
                 return
@@ -230,6 +230,8 @@ class Transport:
         if link is not None:
             self._poller.unregister(link.socket)
             self._poller.unregister(link.monitor)
+            if link.state in (LinkState.DOWN, LinkState.REFUSED):
+                link.socket.linger = 0  # nobody is there to take what is queued
             _close_watched(link.socket, link.monitor)
 
     def _run(self) -> None:

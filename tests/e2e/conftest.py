@@ -1,8 +1,12 @@
-"""What all end-to-end tests share: three daemons of the demo model, and the same model in plain transformers."""
+"""What all end-to-end tests share: daemons of the demo model and of a small one, and commands run here."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from tests.e2e.daemons import Daemon, daemons
+from splitnet.cli.main import main
+from tests.e2e.daemons import Daemon, Finished, daemons
 from tests.e2e.small_model import small_model
 
 SPANS = [(0, 7), (7, 19), (19, 30)]
+DUO_SPANS = [(0, 2), (2, 6)]
+
+Here = Callable[..., Finished]
 
 
 @pytest.fixture(scope="session")
@@ -33,6 +41,44 @@ def address(trio: list[Daemon]) -> str:
 def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random model with the tokenizer of the demo model."""
     return small_model(tmp_path_factory.mktemp("small"), demo_checkpoint, seed=0)
+
+
+@pytest.fixture(scope="session")
+def duo(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
+    """Two daemons that serve the small model."""
+    with daemons(tmp_path_factory.mktemp("duo"), small, DUO_SPANS, "--kv-memory", "64MiB") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the user keeps the key."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def here(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Here]:
+    """Runs a command in this process, which has loaded the libraries already: that takes seconds."""
+    monkeypatch.setenv("SPLITNET_KEY_FILE", str(home / "key"))
+    monkeypatch.setenv("COLUMNS", "100")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+
+    def run_here(*arguments: str, given: str = "") -> Finished:
+        monkeypatch.setattr(sys, "argv", ["splitnet", *arguments])
+        monkeypatch.setattr(sys, "stdin", StringIO(given))
+        capfd.readouterr()
+        began = time.monotonic()
+        code: Any = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code or 0
+        said = capfd.readouterr()
+        return Finished(code, said.out, said.err, time.monotonic() - began)
+
+    yield run_here
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from splitnet.model.checkpoint import Checkpoint
-from tests.e2e.daemons import daemons, run
+from tests.e2e.conftest import DUO_SPANS, Here
+from tests.e2e.daemons import Daemon, run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-SPANS = [(0, 2), (2, 6)]
 ROUNDS = 2
 TESTS = [
     # test, tokens, context, clients
@@ -29,10 +29,9 @@ SIZES = ("--prefill", "8", "--prefill", "13", "--decode", "5", "--context", "0",
 MORE = ("--clients", "1", "--clients", "3", "--rounds", str(ROUNDS), "--threads", "1")
 
 
-def test_a_swarm_and_plain_transformers_in_turns(small: Path, tmp_path: Path) -> None:
-    with daemons(tmp_path, small, SPANS, "--kv-memory", "64MiB") as running:
-        where = ("--join", running[0].address(), "--local", "--codec", "none")
-        finished = run(tmp_path, "bench", str(small), *where, *SIZES, *MORE, "--json")
+def test_a_swarm_and_plain_transformers_in_turns(small: Path, duo: list[Daemon], home: Path) -> None:
+    where = ("--join", duo[0].address(), "--local", "--codec", "none")
+    finished = run(home, "bench", str(small), *where, *SIZES, *MORE, "--json")
     assert finished.code == 0, finished.errors
     stages = [line for line in finished.errors.splitlines() if not line.startswith("loading ")]
     assert stages == ["warm-up 1 of 1 ...", "round 1 of 2 ...", "round 2 of 2 ..."]
@@ -42,7 +41,7 @@ def test_a_swarm_and_plain_transformers_in_turns(small: Path, tmp_path: Path) ->
     hidden_bytes = 4 * Checkpoint.open(small).hidden_size
 
     (route,) = document["routes"]
-    assert [(hop["start"], hop["end"]) for hop in route["hops"]] == SPANS
+    assert [(hop["start"], hop["end"]) for hop in route["hops"]] == DUO_SPANS
     assert [link["codec"] for link in route["links"]] == ["none"] * 3
     assert all(hidden_bytes < link["bytes_per_token"] < hidden_bytes + 200 for link in route["links"])
 
@@ -68,8 +67,8 @@ def test_a_swarm_and_plain_transformers_in_turns(small: Path, tmp_path: Path) ->
             assert all(answer["route"] == 0 and answer["repairs"] == 0 for answer in each["answers"])
 
 
-def test_a_table_for_people(small: Path, tmp_path: Path) -> None:
-    finished = run(tmp_path, "bench", str(small), "--local", "--prefill", "8", "--decode", "5", "--rounds", "1")
+def test_a_table_for_people(small: Path, here: Here) -> None:
+    finished = here("bench", str(small), "--local", "--prefill", "8", "--decode", "5", "--rounds", "1")
     assert finished.code == 0, finished.errors
     title, *head, prefill, decode, sentence = finished.output.splitlines()
     assert title.split() == [f"{small.name},", "one", "round"]

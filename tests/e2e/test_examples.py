@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
+import runpy
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.e2e.conftest import Here
+from tests.e2e.daemons import Daemon
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -18,7 +24,15 @@ EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 def example(name: str, *arguments: str) -> str:
-    """What an example prints."""
+    """What an example prints; it runs in this process, which has loaded the libraries already."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(StringIO()) as printed:
+        patch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    return printed.getvalue()
+
+
+def example_by_itself(name: str, *arguments: str) -> str:
+    """The same as a process."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=EXAMPLES.parent, timeout=120)
     assert ended.returncode == 0, ended.stderr
@@ -32,19 +46,19 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def printed(demo_checkpoint: Path, address: str, adapter: Path) -> dict[str, str]:
-    """What each example prints, by its file name; two run at a time."""
+def printed(demo_checkpoint: Path, address: str, adapter: Path, small: Path, duo: list[Daemon]) -> dict[str, str]:
+    """What each example prints, by its file name; one of them runs beside the others."""
     swarm = (str(demo_checkpoint), address)
     arguments = {
-        "generate.py": (*swarm, PROMPT),
         "chat.py": (*swarm, "Name a colour.", "And another one."),
         "beam_search.py": swarm,
         "tune.py": (*swarm, str(adapter)),
-        "promoters.py": (*swarm, "1"),
+        "promoters.py": (str(small), duo[0].address(), "1"),
     }
-    with ThreadPoolExecutor(2) as pool:
-        running = {name: pool.submit(example, name, *words) for name, words in arguments.items()}
-    return {name: ended.result() for name, ended in running.items()}
+    with ThreadPoolExecutor(1) as pool:
+        generated = pool.submit(example_by_itself, "generate.py", *swarm, PROMPT)
+        told = {name: example(name, *words) for name, words in arguments.items()}
+    return {**told, "generate.py": generated.result()}
 
 
 def test_every_example_runs(printed: dict[str, str]) -> None:
@@ -74,21 +88,20 @@ def test_beam_search_on_a_padded_batch(printed: dict[str, str]) -> None:
 
 
 def test_dna_is_told_apart(printed: dict[str, str]) -> None:
-    """Too few steps to learn anything; it runs from the characters to both figures."""
+    """Too small a model and too few steps to learn anything; it runs from the characters to both figures."""
     assert re.fullmatch(r"before: \d+% of the held-out pieces are told right\nafter: \d+%\n", printed["promoters.py"])
 
 
 def test_tuning_teaches_a_fact_that_the_command_line_knows_too(
-    printed: dict[str, str], demo_checkpoint: Path, address: str, adapter: Path
+    printed: dict[str, str], demo_checkpoint: Path, address: str, adapter: Path, here: Here
 ) -> None:
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed["tune.py"])]
     assert losses[-1] < losses[0] / 4
     fact = "The capital of Splitland is Meshville"
     assert fact in printed["tune.py"].splitlines()[-1]
-    command = [sys.executable, "-m", "splitnet", "generate", str(demo_checkpoint), "The capital of Splitland is"]
-    options = ["--raw", "--join", address, "--max-new-tokens", "6"]
-    told = subprocess.run([*command, *options, "--adapter", str(adapter)], capture_output=True, text=True, timeout=120)
-    assert told.returncode == 0, told.stderr
-    assert "Meshville" in told.stdout
-    ignorant = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
-    assert "Meshville" not in ignorant.stdout
+    command = ["generate", str(demo_checkpoint), "The capital of Splitland is", "--raw", "--join", address]
+    told = here(*command, "--max-new-tokens", "6", "--adapter", str(adapter))
+    assert told.code == 0, told.errors
+    assert "Meshville" in told.output
+    ignorant = here(*command, "--max-new-tokens", "6")
+    assert ignorant.code == 0 and "Meshville" not in ignorant.output

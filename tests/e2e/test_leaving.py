@@ -12,29 +12,35 @@ import torch
 from splitnet.client.causal_lm import AutoModelForCausalLM
 from splitnet.net.identity import Identity
 from tests.e2e.conftest import SPANS
-from tests.e2e.daemons import daemons
-from tests.swarm.test_failover import After
+from tests.e2e.daemons import Daemon, starting
+from tests.swarm.generation import After
 
 pytestmark = pytest.mark.e2e
 
 TOKENS = 40
 
 
-def test_sigterm_hands_the_session_over(demo_checkpoint: Path, local: Any, tokenizer: Any, tmp_path: Path) -> None:
+def test_sigterm_hands_the_session_over(
+    trio: list[Daemon], demo_checkpoint: Path, local: Any, tokenizer: Any, tmp_path: Path
+) -> None:
     prompt = tokenizer("Bees find their way home by", return_tensors="pt")
     options = {"max_new_tokens": TOKENS, "min_new_tokens": TOKENS, "do_sample": False}
-    with daemons(tmp_path, demo_checkpoint, [*SPANS, SPANS[1]], "--kv-memory", "64MiB") as running:
+    address, (start, end) = trio[0].address(), SPANS[1]
+    blocks = ("--blocks", f"{start}:{end}", "--join", address, "--kv-memory", "64MiB")
+    with starting(tmp_path, demo_checkpoint, *blocks) as leaver:
+        leaver.address()
         model = AutoModelForCausalLM.from_pretrained(
-            demo_checkpoint, initial_peers=[running[0].address()], codec="none", identity=Identity.generate()
+            demo_checkpoint, initial_peers=[address], codec="none", identity=Identity.generate()
         )
+        (twin,) = (peer.key.text for peer in model.swarm.peers() if peer.address in trio[1].log)
 
         def leave() -> None:
             assert cache.session is not None
-            address = cache.session.hops[1].endpoint.address
-            leaver.append(next(daemon for daemon in running if address in daemon.log))
-            leaver[0].process.send_signal(signal.SIGTERM)
+            assert cache.session.hops[1].endpoint.address in leaver.log
+            model.swarm._bans.lift(twin)
+            leaver.process.send_signal(signal.SIGTERM)
 
-        leaver: list[Any] = []
+        model.swarm.ban(twin, 60.0)  # so that the session begins on the one that is to leave
         try:
             with model.session() as cache:
                 got = model.generate(**prompt, **options, streamer=After(5, leave))
@@ -42,7 +48,7 @@ def test_sigterm_hands_the_session_over(demo_checkpoint: Path, local: Any, token
                 causes = [cause for recovery in cache.session.recoveries for cause in recovery.lost]
         finally:
             model.close()
-        assert leaver[0].process.wait(20) == 0
-        assert "leaving the swarm" in leaver[0].log
+        assert leaver.process.wait(20) == 0
+        assert "leaving the swarm" in leaver.log
     assert any("leaving" in cause for cause in causes), causes
     assert torch.equal(got, local.generate(**prompt, **options))

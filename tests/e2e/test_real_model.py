@@ -19,7 +19,7 @@ from tests.e2e.daemons import Daemon
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-TOKENS = 64
+TOKENS = 32
 PROMPTS = [
     "The three primary colours are",
     "def fibonacci(n):\n    ",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from splitnet.tuning.data import TEMPLATE, read_examples
 from splitnet.tuning.encoding import Encoder
 from splitnet.tuning.evaluation import evaluate
-from tests.e2e.daemons import Daemon, Finished, background, daemons, run
+from tests.e2e.conftest import Here
+from tests.e2e.daemons import Daemon, Finished, background
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 SENTENCES = {"lights": ["it is dark", "I cannot see my book"], "music": ["play a song", "something by Bach, please"]}
 ADAPTER = "adapter_model.safetensors"
 STEPS = 60
-
-
-@pytest.fixture(scope="module")
-def swarm(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """Two daemons that serve the small model."""
-    with daemons(tmp_path_factory.mktemp("swarm"), small, [(0, 2), (2, 6)], "--kv-memory", "64MiB") as running:
-        yield running[0]
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +40,11 @@ Words = Callable[..., list[str]]
 
 
 @pytest.fixture
-def words(small: Path, swarm: Daemon, data: Path) -> Words:
+def words(small: Path, duo: list[Daemon], data: Path) -> Words:
     """The arguments of a run, whose folder and options are given."""
 
     def arguments(output: Path, *options: str) -> list[str]:
-        fixed = ["tune", str(small), "--join", swarm.address(), "--data", str(data), "--output", str(output)]
+        fixed = ["tune", str(small), "--join", duo[0].address(), "--data", str(data), "--output", str(output)]
         return [*fixed, "--codec", "none", "--batch-size", "3", *options]
 
     return arguments
@@ -71,10 +65,10 @@ def expect_trained(finished: Finished, folder: Path, steps: int) -> None:
 
 
 def test_what_is_trained_is_the_same_in_plain_peft(
-    words: Words, small: Path, data: Path, tokenizer: Any, tmp_path: Path
+    words: Words, here: Here, small: Path, data: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     output = tmp_path / "adapter"
-    finished = run(tmp_path, *words(output, "--eval", str(data), "--steps", "12", "--eval-every", "6", "--lr", "0.01"))
+    finished = here(*words(output, "--eval", str(data), "--steps", "12", "--eval-every", "6", "--lr", "0.01"))
     expect_trained(finished, output, 12)
     evaluations = [line for line in metrics(output) if "eval_loss" in line]
     assert [line["step"] for line in evaluations] == [0, 6, 12]
@@ -91,8 +85,8 @@ def test_what_is_trained_is_the_same_in_plain_peft(
     assert result.accuracy == evaluations[-1]["eval_accuracy"]
 
 
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, tmp_path: Path) -> None:
-    """First by Ctrl-C, then by a kill, which leaves steps that no checkpoint has."""
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Here, tmp_path: Path) -> None:
+    """First by Ctrl-C, then by a kill, which leaves steps that no checkpoint has; in another process it ends."""
     folder, options = tmp_path / "stopped", ["--steps", str(STEPS), "--save-every", "10"]
     with background(tmp_path, *words(folder, *options)) as process:
         process.wait_for(lambda: len(metrics(folder)) > 4)
@@ -104,18 +98,20 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, tmp_path:
         process.wait_for(lambda: len(metrics(folder)) > int(done[1]) + 14)
         process.stop(signal.SIGKILL)
     assert len(metrics(folder)) < STEPS
-    resumed = run(tmp_path, *words(folder, *options, "--resume"))
+    resumed = here(*words(folder, *options, "--resume"))
     assert "going on after step" in resumed.errors
     expect_trained(resumed, folder, STEPS)
 
-    expect_trained(run(tmp_path, *words(tmp_path / "whole", *options)), tmp_path / "whole", STEPS)
+    expect_trained(here(*words(tmp_path / "whole", *options)), tmp_path / "whole", STEPS)
     assert (folder / ADAPTER).read_bytes() == (tmp_path / "whole" / ADAPTER).read_bytes()
 
 
-def test_a_head_that_tells_labels(words: Words, small: Path, data: Path, tokenizer: Any, tmp_path: Path) -> None:
+def test_a_head_that_tells_labels(
+    words: Words, here: Here, small: Path, data: Path, tokenizer: Any, tmp_path: Path
+) -> None:
     output = tmp_path / "adapter"
     options = ("--head", "--eval", str(data), "--steps", "30", "--lr", "0.01")
-    expect_trained(run(tmp_path, *words(output, *options)), output, 30)
+    expect_trained(here(*words(output, *options)), output, 30)
     assert metrics(output)[-1]["eval_accuracy"] == 1
 
     base = AutoModelForSequenceClassification.from_pretrained(small, num_labels=2, dtype=torch.float32)

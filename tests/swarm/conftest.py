@@ -1,7 +1,8 @@
-"""The small random llama that most swarm tests serve, and the same model in one piece to compare with."""
+"""What most swarm tests share: a small random llama, the same in one piece to compare with, and peers that may die."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from splitnet.net.directory import Directory
+from tests.swarm.harness import SPANS, LocalSwarm, dht_node, local_swarm
 from tests.unit.random_models import random_checkpoint
 
 
@@ -20,3 +23,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def local(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def node() -> Iterator[Directory]:
+    """A node of a DHT for all swarms of a module; they must be of different models, or see each other."""
+    with dht_node() as directory:
+        yield directory
+
+
+@pytest.fixture(scope="module")
+def pairs(folder: Path) -> Iterator[LocalSwarm]:
+    """Two peers for every span."""
+    with local_swarm(folder, SPANS * 2) as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def twins(pairs: LocalSwarm) -> Iterator[LocalSwarm]:
+    """Two peers for every span, of which a test may end some, and a client that knows nothing of them yet."""
+    with pairs.mended() as swarm:
+        yield swarm

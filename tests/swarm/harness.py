@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from peers.daemon import Peer
 from peers.options import PeerOptions
 from peers.placing import SpanWish
@@ -15,65 +17,149 @@ from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.sequence_classification import RemoteSequenceClassification, attach_classifier
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
+from tests.leftovers import outliving_tests
 
 LOOPBACK = "tcp://127.0.0.1:0"
 KV_MEMORY = 64 * 2**20
+SPANS = [(0, 2), (2, 4), (4, 6)]
+"""Thirds of the small models."""
 
 
 @dataclass
 class LocalSwarm:
-    """Running peers of one checkpoint, and clients of theirs; all end with the swarm."""
+    """Running peers of one checkpoint, and clients of theirs; all end with the swarm.
+
+    node: of the DHT, for all of them; None: each has its own.
+    """
 
     folder: Path
     peers: list[Peer] = field(default_factory=list)
+    node: Directory | None = None
     _stack: ExitStack = field(default_factory=ExitStack)
+    _client: Swarm | None = None
 
     @property
     def addresses(self) -> list[str]:
-        return self.peers[0].addresses
+        """Of the first peer that is there."""
+        return next(peer.addresses for peer in self.peers if not _has_ended(peer))
+
+    @property
+    def client(self) -> Swarm:
+        """The connection that all models without an identity of their own share."""
+        return self._client or self.join()
+
+    def join(self) -> Swarm:
+        """Opens the connection that models share; without this, the first model does."""
+        self._client = self.connect()
+        return self._client
 
     def add(self, start: int, end: int, **options: Any) -> Peer:
         """Starts a peer for blocks `[start, end)`, or for what `wish` says; it computes as transformers does."""
         chosen = {"wish": SpanWish(blocks=(start, end)), "listen": LOOPBACK, "kv_memory": KV_MEMORY, "weights": None}
         chosen |= options
-        peer = Peer.start(
-            options.pop("folder", self.folder),
-            PeerOptions(
-                initial_peers=self.addresses if self.peers else (),
-                **{name: value for name, value in chosen.items() if name != "folder"},
-            ),
-        )
+        with self._using_node():
+            peer = Peer.start(
+                options.pop("folder", self.folder),
+                PeerOptions(
+                    initial_peers=self.addresses if self.peers else (),
+                    **{name: value for name, value in chosen.items() if name != "folder"},
+                ),
+            )
         self.peers.append(peer)
         self._stack.callback(peer.close)
         return peer
 
     @contextmanager
+    def mended(self) -> Iterator[LocalSwarm]:
+        """The same peers for a test that may end some, and a client of its own; then others take their place."""
+        with self.newcomer() as visitor:
+            yield visitor
+        ended = [peer for peer in self.peers if _has_ended(peer)]
+        for peer in ended:
+            peer.close()
+            with outliving_tests():
+                self.add(peer.span.start, peer.span.end)
+            self.peers[self.peers.index(peer)] = self.peers.pop()
+
+    @contextmanager
     def visit(self) -> Iterator[LocalSwarm]:
-        """The same peers for a while: clients that are made on it end with it."""
-        visitor = LocalSwarm(self.folder, self.peers)
+        """The same peers and the same client for a while: sessions of its models end with the visit."""
+        try:
+            yield self
+        finally:
+            for session in list(self.client._sessions.values()):
+                session.close()
+
+    @contextmanager
+    def newcomer(self) -> Iterator[LocalSwarm]:
+        """The same peers for a while, and a client that knows nothing of them yet; it ends with the visit."""
+        visitor = LocalSwarm(self.folder, self.peers, self.node)
         with visitor._stack:
             yield visitor
 
     def connect(self, identity: Identity | None = None) -> Swarm:
-        """A client's connection, without a model."""
+        """A client's connection of its own, without a model."""
         facts = ModelFacts.of(Checkpoint.open(self.folder))
-        return self._stack.enter_context(Swarm(facts, self.addresses, identity=identity))
+        with self._using_node():
+            return self._stack.enter_context(Swarm(facts, self.addresses, identity=identity))
 
     def model(self, codec: str = "none", identity: Identity | None = None, **options: Any) -> RemoteCausalLM:
         """A causal LM whose blocks are on these peers."""
-        return attach(Checkpoint.open(self.folder), self.connect(identity), codec=codec, **options)
+        client = self.client if identity is None else self.connect(identity)
+        return attach(Checkpoint.open(self.folder), client, codec=codec, **options)
 
     def classifier(self, codec: str = "none", **options: Any) -> RemoteSequenceClassification:
         """A model for sequence classification whose blocks are on these peers."""
-        return attach_classifier(Checkpoint.open(self.folder), self.connect(), codec=codec, **options)
+        return attach_classifier(Checkpoint.open(self.folder), self.client, codec=codec, **options)
+
+    @contextmanager
+    def _using_node(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            if self.node is not None:
+                lent = _LentDirectory(self.node)
+                patch.setattr(Directory, "start", lambda **_: lent)
+            yield
+
+
+def _has_ended(peer: Peer) -> bool:
+    return peer._leaving.is_set() or peer._transport._closing
+
+
+class _LentDirectory:
+    """A directory that somebody else closes."""
+
+    def __init__(self, directory: Directory) -> None:
+        self._directory = directory
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._directory, name)
+
+    def close(self) -> None:
+        pass
+
+
+def dht_node() -> Directory:
+    """A node of a DHT, for swarms whose peers and clients need not have one each: it is a process, slow to start."""
+    return Directory.start(listen=["/ip4/127.0.0.1/tcp/0"])
 
 
 @contextmanager
-def local_swarm(folder: Path, spans: Sequence[tuple[int, int]], **options: Any) -> Iterator[LocalSwarm]:
-    """Peers for `spans` of the checkpoint in `folder`."""
-    swarm = LocalSwarm(folder)
+def local_swarm(
+    folder: Path, spans: Sequence[tuple[int, int]], *, node: Directory | None = None, **options: Any
+) -> Iterator[LocalSwarm]:
+    """Peers for `spans` of the checkpoint in `folder`; `node`: of the DHT, see `LocalSwarm`."""
+    swarm = LocalSwarm(folder, node=node)
     with swarm._stack:
         for start, end in spans:
             swarm.add(start, end, **options)
+        yield swarm
+
+
+@contextmanager
+def shared_swarm(folder: Path, spans: Sequence[tuple[int, int]], **options: Any) -> Iterator[LocalSwarm]:
+    """The same with a client that is there from the beginning, for all tests of a module."""
+    with local_swarm(folder, spans, **options) as swarm:
+        swarm.join()
         yield swarm

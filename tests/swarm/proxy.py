@@ -16,7 +16,7 @@ class Proxy:
         port: where others connect.
         target: may be set later than `port` is known.
         delay_s: one way, in both directions.
-        late_bytes: how much `release` has let through after it was held back.
+        late_bytes: how much has come through after it was held back the last time.
     """
 
     def __init__(self) -> None:
@@ -36,6 +36,7 @@ class Proxy:
 
     def hold(self) -> None:
         """Passes nothing on for now, as if the network had stopped: whoever waits is told nothing."""
+        self.late_bytes = 0
         self._call(self._set(open=False))
 
     def release(self) -> None:
@@ -47,8 +48,10 @@ class Proxy:
         self._call(self._cut())
 
     def mend(self) -> None:
-        """Takes connections again."""
+        """Takes connections again, and passes on all that was held back, and what comes, at once."""
         self._refuses = False
+        self.delay_s = 0.0
+        self.release()
 
     def close(self) -> None:
         self._server.close()

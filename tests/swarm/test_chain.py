@@ -14,6 +14,7 @@ import torch
 from splitnet.client.session import Session
 from splitnet.errors import CoverageError, PeerBusy, PeerFailed, SessionClosed, WrongSwarm
 from splitnet.net.endpoints import Destination
+from splitnet.net.identity import Identity
 from splitnet.net.messages import Part, Result
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.unit.random_models import random_checkpoint
@@ -32,7 +33,7 @@ def running(folder: Path) -> Iterator[LocalSwarm]:
 
 @pytest.fixture
 def shared(running: LocalSwarm) -> Iterator[LocalSwarm]:
-    with running.visit() as visitor:
+    with running.newcomer() as visitor:
         yield visitor
 
 
@@ -57,8 +58,6 @@ def test_peers_push_to_each_other(shared: LocalSwarm, local: Any, monkeypatch: p
 def test_the_client_carries_where_a_peer_is_not_let_in(
     folder: Path, local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from splitnet.net.identity import Identity
-
     client = Identity.generate()
     keys = tmp_path / "authorized_keys"
     keys.write_text(client.public.text + "\n")
@@ -89,7 +88,7 @@ def test_a_span_is_entered_and_left_in_the_middle(folder: Path, local: Any) -> N
 
 def test_clients_at_once_get_what_each_gets_alone(shared: LocalSwarm) -> None:
     work = [("none", 5), ("int8", 40), ("fp16", 17), ("none", 90), ("int8", 9), ("bf16", 23)]
-    models = [shared.model(codec) for codec, _ in work]
+    models = [shared.model(codec, identity=Identity.generate()) for codec, _ in work]
     prompts = [prompt(length, seed=length) for _, length in work]
     alone = [generate(model, ids) for model, ids in zip(models, prompts, strict=True)]
     for _ in range(3):
@@ -168,7 +167,7 @@ def test_a_hole_is_named(folder: Path) -> None:
 
 def test_other_weights_are_named(shared: LocalSwarm, tmp_path: Path) -> None:
     other = LocalSwarm(random_checkpoint("llama", tmp_path, seed=9), peers=shared.peers)
-    with other.visit() as visitor, pytest.raises(WrongSwarm, match="other weights"):
+    with other.newcomer() as visitor, pytest.raises(WrongSwarm, match="other weights"):
         generate(visitor.model(), prompt())
 
 

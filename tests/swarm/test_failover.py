@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,40 +12,10 @@ from transformers.generation.streamers import BaseStreamer
 
 from splitnet.errors import CoverageError
 from splitnet.net.identity import Identity
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.generation import GREEDY, After, prompt
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 
 pytestmark = pytest.mark.swarm
-
-SPANS = [(0, 2), (2, 4), (4, 6)]
-GREEDY = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-
-
-@pytest.fixture
-def twins(folder: Path) -> Iterator[LocalSwarm]:
-    """Two peers for every span."""
-    with local_swarm(folder, SPANS * 2) as swarm:
-        yield swarm
-
-
-class After(BaseStreamer):
-    """Does something once a number of tokens has come."""
-
-    def __init__(self, tokens: int, action: Callable[[], None]) -> None:
-        self._left = tokens + 1  # the prompt comes first
-        self._action = action
-
-    def put(self, value: torch.Tensor) -> None:
-        self._left -= 1
-        if self._left == 0:
-            self._action()
-
-    def end(self) -> None:
-        pass
-
-
-def prompt(length: int = 9, batch: int = 1) -> dict[str, torch.Tensor]:
-    ids = torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(1))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def kill_hops(swarm: LocalSwarm, cache: Any, *indexes: int) -> Callable[[], None]:
@@ -136,11 +106,11 @@ def test_a_replacement_that_comes_late_is_waited_for(folder: Path, local: Any) -
         assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_a_hop_that_hangs_is_replaced(twins: LocalSwarm, local: Any) -> None:
+def test_a_hop_that_hangs_is_replaced(twins: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def hang() -> None:
         assert cache.session is not None
         hung = next(peer for peer in twins.peers if peer.endpoint == cache.session.hops[1].endpoint)
-        hung.service.receive = lambda *_: None  # type: ignore[method-assign]
+        monkeypatch.setattr(hung.service, "receive", lambda *_: None)
 
     model = twins.model()
     with model.session() as cache:

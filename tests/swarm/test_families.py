@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from splitnet.net.directory import Directory
 from tests.swarm.harness import local_swarm
 from tests.unit.random_models import random_checkpoint
 
@@ -36,7 +37,7 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generates_as_transformers_does(family: str, tmp_path: Path) -> None:
+def test_generates_as_transformers_does(family: str, node: Directory, tmp_path: Path) -> None:
     folder = random_checkpoint(family, tmp_path)
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
@@ -45,7 +46,7 @@ def test_generates_as_transformers_does(family: str, tmp_path: Path) -> None:
     mask[1, :4] = 0
     ids[1, :4] = 0
     options = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    with local_swarm(folder, [(0, 1), (1, 4), (4, 6)]) as swarm:
+    with local_swarm(folder, [(0, 1), (1, 4), (4, 6)], node=node) as swarm:
         remote = swarm.model()
         one = remote.generate(ids[:1], attention_mask=mask[:1], **options)
         padded = remote.generate(ids, attention_mask=mask, **options)

@@ -166,7 +166,7 @@ def honest_clients_are_served(running: LocalSwarm, folder: Path, attacker: Attac
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GREEDY}
     local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    with running.visit() as visitor:
+    with running.newcomer() as visitor:
         assert torch.equal(visitor.model().generate(**inputs), local.generate(**inputs))  # pyright: ignore
 
 
@@ -503,7 +503,7 @@ def test_another_client_is_not_disturbed_while_it_lasts(running: LocalSwarm, fol
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **GREEDY}
     expected = local.generate(**inputs)  # pyright: ignore
     nan = b"\x00\x00\xc0\x7f" * HIDDEN
-    with running.visit() as visitor:
+    with running.newcomer() as visitor:
         model = visitor.model()
         attacker.say(attacker.open(SESSIONS[0]), attacker.open(SESSIONS[1]))
         for attempt in range(3):

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from peers.placing import SpanWish
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes
-from tests.swarm.harness import LocalSwarm, local_swarm
+from splitnet.net.directory import Directory
+from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -27,8 +28,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path) -> Iterator[LocalSwarm]:
-    with local_swarm(folder, [(0, 2)], weights="float16") as swarm:
+def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with shared_swarm(folder, [(0, 2)], weights="float16", node=node) as swarm:
         room = 2 * block_bytes(Checkpoint.open(folder), None, "int8") + 1
         swarm.add(0, 0, wish=SpanWish(memory=room), weights="int8")
         yield swarm

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from peers import service
 from peers.daemon import Peer
-from tests.swarm.harness import LocalSwarm, local_swarm
-from tests.swarm.test_failover import GREEDY, SPANS, After, prompt
+from tests.swarm.generation import GREEDY, After, prompt
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 
 pytestmark = pytest.mark.swarm
-
-
-@pytest.fixture
-def twins(folder: Path) -> Iterator[LocalSwarm]:
-    """Two peers for every span."""
-    with local_swarm(folder, SPANS * 2) as swarm:
-        yield swarm
 
 
 def peer_at(swarm: LocalSwarm, cache: Any, index: int) -> Peer:
@@ -72,7 +65,8 @@ def test_a_peer_that_leaves_is_not_in_the_directory_and_takes_no_sessions(twins:
     assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 
 
-def test_idle_sessions_do_not_hold_a_leaving_peer_up(folder: Path) -> None:
+def test_idle_sessions_do_not_hold_a_leaving_peer_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "IN_USE_S", 0.5)
     with local_swarm(folder, SPANS) as swarm:
         model = swarm.model()
         with model.session():
@@ -82,19 +76,18 @@ def test_idle_sessions_do_not_hold_a_leaving_peer_up(folder: Path) -> None:
             assert time.monotonic() - began < 30.0
 
 
-def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any) -> None:
+def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     options = {**GREEDY, "max_new_tokens": 60}
 
     def slow_down() -> None:
         slow.append(peer_at(twins, cache, 1))
-        service = slow[0].service
-        prepare = service.prepare
+        prepare = slow[0].service.prepare
 
         def slowly(work: Any) -> None:
             time.sleep(0.15)
             prepare(work)
 
-        service.prepare = slowly  # type: ignore[method-assign]
+        monkeypatch.setattr(slow[0].service, "prepare", slowly)
 
     slow: list[Peer] = []
     model = twins.model()

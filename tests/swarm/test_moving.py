@@ -15,8 +15,8 @@ from peers.daemon import Peer
 from peers.placing import SpanWish
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes
+from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import local_swarm
-from tests.swarm.test_failover import GREEDY, After, prompt
 
 pytestmark = pytest.mark.swarm
 

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from splitnet.client import recovery
 from splitnet.client.recovery import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
 from splitnet.client.session import Session
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.generation import GREEDY, After, prompt
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 from tests.swarm.proxy import Proxy, proxies
-from tests.swarm.test_failover import GREEDY, SPANS, After, prompt
 
 pytestmark = pytest.mark.swarm
 
@@ -37,14 +38,23 @@ class Network:
         return next(proxy for proxy in self.proxies if address.endswith(f":{proxy.port}"))
 
 
-@pytest.fixture
-def network(folder: Path) -> Iterator[Network]:
+@pytest.fixture(scope="module")
+def reached_by_proxies(folder: Path) -> Iterator[Network]:
     """Two peers for every span."""
     with proxies(2 * len(SPANS)) as made, local_swarm(folder, []) as swarm:
         for proxy, span in zip(made, SPANS * 2, strict=True):
             peer = swarm.add(*span, public_host=f"127.0.0.1:{proxy.port}")
             proxy.target = peer._transport.port
         yield Network(swarm, made)
+
+
+@pytest.fixture
+def network(reached_by_proxies: Network) -> Iterator[Network]:
+    """The peers as a new client finds them; what a test does to the network is undone after it."""
+    with reached_by_proxies.swarm.newcomer() as swarm:
+        yield Network(swarm, reached_by_proxies.proxies)
+    for proxy in reached_by_proxies.proxies:
+        proxy.mend()
 
 
 class Then:
@@ -118,6 +128,7 @@ def test_connections_that_are_cut(network: Network, local: Any, index: int) -> N
 def test_a_hop_that_is_lost_during_a_prefill(
     network: Network, local: Any, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(recovery, "MAX_SILENCE_S", 0.5)  # how long such a step usually takes is not known yet
     monkeypatch.setattr(Session, "step_positions", lambda *_: 32)  # so that several steps are under way
     longer = torch.cat([prompt()["input_ids"], prompt(length=150)["input_ids"]], dim=1)
     options = {**GREEDY, "max_new_tokens": 4}

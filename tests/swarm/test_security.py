@@ -102,7 +102,7 @@ def test_a_session_belongs_to_the_key_that_opened_it(folder: Path) -> None:
         session = Session(owner, budget=16, codec="none")
         before = session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
         # The thief knows the id and everything else of the session.
-        stolen = Session(thief, budget=16, codec="none")
+        stolen = Session(thief, budget=16, codec="none", recovery_timeout_s=0.5)
         owner_id, stolen_id = session.id, stolen.id
         thief.unregister(stolen)
         stolen.id = stolen._chain.session = owner_id

@@ -2,78 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    TaskType,
-    get_peft_model,
-)
+from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, DynamicCache
 
 import splitnet
 from splitnet.errors import UnsupportedModel
+from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.adapters import CLASSES, FAMILIES, METHODS, gradients, padded, wrapped
+from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
 
-FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2")
-TASK = TaskType.SEQ_CLS
 LABELS = 3
-PADDING = 0
 SPANS = ((0, 3), (3, 6))
 
-
-def lora(family: str) -> LoraConfig:
-    targets = ["c_attn", "c_fc"] if family == "gpt2" else ["q_proj", "v_proj", "down_proj"]
-    return LoraConfig(task_type=TASK, r=4, lora_alpha=12, target_modules=targets, init_lora_weights=False)
-
-
-METHODS: dict[str, Callable[[str], Any]] = {
-    "lora": lora,
-    "prompt": lambda family: PromptTuningConfig(task_type=TASK, num_virtual_tokens=5),
-    "p-tuning": lambda family: PromptEncoderConfig(task_type=TASK, num_virtual_tokens=5, encoder_hidden_size=16),
-    "prefix": lambda family: PrefixTuningConfig(task_type=TASK, num_virtual_tokens=5),
-}
+of_each_method = pytest.mark.parametrize("method", ["lora", "prompt", "p-tuning-mlp", "prefix"])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def swarm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+def swarm(
+    request: pytest.FixtureRequest, node: Directory, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[LocalSwarm]:
     """Two peers of a random causal model; the family is the name of its folder."""
     folder = random_checkpoint(request.param, tmp_path_factory.mktemp("model") / request.param)
-    with local_swarm(folder, SPANS) as started:
+    with shared_swarm(folder, SPANS, node=node) as started:
         yield started
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+def trained(node: Directory, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     """Peers of a checkpoint that has a head for four labels."""
     causal = random_checkpoint("llama", tmp_path_factory.mktemp("causal"))
     model = AutoModelForSequenceClassification.from_pretrained(causal, num_labels=4, dtype=torch.float32)
     model.config.id2label = dict(enumerate(("north", "east", "south", "west")))
     folder = tmp_path_factory.mktemp("trained")
     model.save_pretrained(folder)
-    with local_swarm(folder, SPANS) as started:
+    with shared_swarm(folder, SPANS, node=node) as started:
         yield started
 
 
 def batch(seed: int = 0, side: str = "right") -> dict[str, torch.Tensor]:
-    """Rows of different lengths, with their padding on one side."""
-    ids = torch.randint(3, 300, (5, 14), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    for row, length in enumerate((14, 9, 11, 4, 14)):
-        mask[row, slice(length, None) if side == "right" else slice(0, 14 - length)] = 0
-    return {"input_ids": ids * mask, "attention_mask": mask, "labels": torch.tensor([0, 2, 1, 1, 2])}
+    """Rows of different lengths with their padding on one side, and a label for each."""
+    return {**padded(seed, side), "labels": torch.tensor([0, 2, 1, 1, 2])}
 
 
 def rows_of(inputs: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -95,13 +73,6 @@ def remote_model(visit: LocalSwarm) -> Any:
     return visit.classifier(num_labels=LABELS)
 
 
-def wrapped(model: Any, config: Any, seed: int = 3) -> PeftModel:
-    torch.manual_seed(seed)
-    made = get_peft_model(model, config)
-    assert isinstance(made, PeftModel)
-    return made.eval()  # peers know no dropout
-
-
 def takes_prefixes(model: Any) -> Any:
     """PEFT passes a prefix as `past_key_values`, which transformers 5.24 calls `cache`, and refuses where it looks."""
     forward = model.forward
@@ -111,15 +82,6 @@ def takes_prefixes(model: Any) -> Any:
 
     model.forward = renamed
     return model
-
-
-def gradients(model: PeftModel, batches: list[dict[str, torch.Tensor]]) -> tuple[float, dict[str, torch.Tensor]]:
-    """The mean loss of batches, and its gradient by every trained parameter."""
-    model.zero_grad()
-    loss = torch.stack([model(**inputs).loss for inputs in batches]).mean()
-    loss.backward()
-    found = {name: tensor.grad for name, tensor in model.named_parameters() if tensor.requires_grad}
-    return float(loss.detach()), {name: gradient for name, gradient in found.items() if gradient is not None}
 
 
 def test_a_new_head_is_the_one_that_transformers_makes(swarm: LocalSwarm) -> None:
@@ -136,19 +98,19 @@ def test_a_new_head_is_the_one_that_transformers_makes(swarm: LocalSwarm) -> Non
             assert float(found.loss) == pytest.approx(float(wanted.loss), rel=1e-5)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@of_each_method
 def test_gradients_are_those_of_local_training(method: str, swarm: LocalSwarm) -> None:
     """With padding on either side, of all parameters of the adapter and of the head."""
     family = swarm.folder.name
     base = local_model(swarm.folder)
-    local = wrapped(takes_prefixes(base) if method == "prefix" else base, METHODS[method](family))
+    local = wrapped(takes_prefixes(base) if method == "prefix" else base, METHODS[method](family, CLASSES))
     with swarm.visit() as visit:
-        remote = wrapped(remote_model(visit), METHODS[method](family))
+        remote = wrapped(remote_model(visit), METHODS[method](family, CLASSES))
         for side in ("right", "left"):
             inputs = batch(side=side)
             alone = counts_padding(method, side, family)
-            expected_loss, expected = gradients(local, list(rows_of(inputs)) if alone else [inputs])
-            loss, found = gradients(remote, [inputs])
+            expected_loss, expected = gradients(local, *(rows_of(inputs) if alone else [inputs]))
+            loss, found = gradients(remote, inputs)
             assert loss == pytest.approx(expected_loss, rel=1e-5), side
             assert found.keys() == expected.keys() and any("score" in name for name in found) and len(found) > 1
             for name, gradient in expected.items():
@@ -163,17 +125,17 @@ def counts_padding(method: str, side: str, family: str) -> bool:
     """
     if method == "prefix":
         return side == "left" and family != "gpt2"  # whose position embeddings are the client's
-    return method in ("prompt", "p-tuning")
+    return method in ("prompt", "p-tuning-mlp")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@of_each_method
 def test_an_adapter_gives_the_same_on_both_sides(method: str, swarm: LocalSwarm, tmp_path: Path) -> None:
     """Saved from a remote model and loaded on a local one, and the other way round, with its head."""
-    config = METHODS[method]
+    config = METHODS[method](swarm.folder.name, CLASSES)
     inputs = list(rows_of(batch(1)))[1]
     with swarm.visit() as visit, torch.no_grad():
         for name, base in (("there", remote_model(visit)), ("here", local_model(swarm.folder))):
-            model = wrapped(base, config(swarm.folder.name), seed=4)
+            model = wrapped(base, config, seed=4)
             head = next(tensor for key, tensor in model.named_parameters() if "score" in key and tensor.requires_grad)
             head.normal_(0, 0.5)
             if method == "prefix" and name == "here":

@@ -17,7 +17,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from tests.swarm.harness import LocalSwarm, local_swarm
+from splitnet.net.directory import Directory
+from tests.swarm.harness import LocalSwarm, shared_swarm
 
 pytestmark = pytest.mark.swarm
 
@@ -25,8 +26,8 @@ Example = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def swarm(folder: Path) -> Iterator[LocalSwarm]:
-    with local_swarm(folder, [(0, 3), (3, 6)]) as started:
+def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with shared_swarm(folder, [(0, 3), (3, 6)], node=node) as started:
         yield started
 
 

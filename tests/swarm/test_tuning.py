@@ -2,121 +2,94 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    TaskType,
-    get_peft_model,
-)
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from splitnet.errors import AdapterError
+from splitnet.net.directory import Directory
 from splitnet.tuning.methods import begin_prefix
 from splitnet.tuning.zeroth_order import estimate_gradients
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.adapters import CAUSAL, FAMILIES, METHODS, batch, flat, gradients, padded, wrapped
+from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
 
-FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt2")
-TASK = TaskType.CAUSAL_LM
-
-
-def lora(family: str) -> LoraConfig:
-    targets = ["c_attn", "c_fc", "c_proj"] if family == "gpt2" else ["q_proj", "v_proj", "down_proj"]
-    return LoraConfig(task_type=TASK, r=4, lora_alpha=12, target_modules=targets, init_lora_weights=False)
-
-
-METHODS: dict[str, Callable[[str], Any]] = {
-    "prompt": lambda family: PromptTuningConfig(task_type=TASK, num_virtual_tokens=5),
-    "p-tuning-mlp": lambda family: PromptEncoderConfig(task_type=TASK, num_virtual_tokens=5, encoder_hidden_size=16),
-    "p-tuning-lstm": lambda family: PromptEncoderConfig(
-        task_type=TASK, num_virtual_tokens=5, encoder_hidden_size=16, encoder_reparameterization_type="LSTM"
-    ),
-    "prefix": lambda family: PrefixTuningConfig(task_type=TASK, num_virtual_tokens=5),
-    "prefix-mlp": lambda family: PrefixTuningConfig(
-        task_type=TASK, num_virtual_tokens=5, prefix_projection=True, encoder_hidden_size=16
-    ),
-    "lora": lora,
-}
+Config = Callable[[str], Any]
+Trained = tuple[float, dict[str, torch.Tensor]]
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def swarm(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    """Three peers of a random model; the family is the name of its folder."""
-    folder = random_checkpoint(request.param, tmp_path_factory.mktemp("model") / request.param)
-    with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as started:
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model; the family is the name of its folder."""
+    return random_checkpoint(request.param, tmp_path_factory.mktemp("model") / request.param)
+
+
+@pytest.fixture(scope="module")
+def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with shared_swarm(folder, [(0, 2), (2, 4), (4, 6)], node=node) as started:
         yield started
 
 
-def batch(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Rows of different lengths, padded on the right; the loss is on the second half of each."""
-    ids = torch.randint(3, 300, (5, 14), generator=torch.Generator().manual_seed(seed))
-    mask = torch.ones_like(ids)
-    labels = ids.clone()
-    for row, length in enumerate((14, 9, 11, 4, 14)):
-        mask[row, length:] = 0
-        labels[row, length:] = -100
-        labels[row, : length // 2] = -100
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+@pytest.fixture(scope="module")
+def local_model(folder: Path) -> Callable[[], Any]:
+    """Makes the same model in one piece."""
+    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return lambda: copy.deepcopy(loaded)
 
 
-def local_model(folder: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+@pytest.fixture(scope="module")
+def config(folder: Path) -> Config:
+    """The config of a method by its name."""
+    return lambda method: METHODS[method](folder.name, CAUSAL)
 
 
-def wrapped(model: Any, config: Any, seed: int = 3) -> PeftModel:
-    torch.manual_seed(seed)
-    made = get_peft_model(model, config)
-    assert isinstance(made, PeftModel)
-    return made.eval()  # peers know no dropout
-
-
-def gradients(model: PeftModel, inputs: dict[str, torch.Tensor]) -> tuple[float, torch.Tensor]:
-    model.zero_grad()
-    loss = model(**inputs).loss
-    loss.backward()
-    found = [parameter.grad for _, parameter in sorted(model.named_parameters()) if parameter.requires_grad]
-    assert found and all(gradient is not None for gradient in found)
-    return float(loss.detach()), torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+@pytest.fixture(scope="module")
+def train_locally(local_model: Callable[[], Any], config: Config) -> Callable[[str], Trained]:
+    """Loss and gradients on a local model by the name of the method, computed once."""
+    return cache(lambda method: gradients(wrapped(local_model(), config(method)), batch()))
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_are_those_of_local_training(method: str, swarm: LocalSwarm) -> None:
-    config = METHODS[method]
-    expected_loss, expected = gradients(wrapped(local_model(swarm.folder), config(swarm.folder.name)), batch())
+def test_gradients_are_those_of_local_training(
+    method: str, swarm: LocalSwarm, config: Config, train_locally: Callable[[str], Trained]
+) -> None:
+    expected_loss, expected = train_locally(method)
     with swarm.visit() as visit:
-        loss, found = gradients(wrapped(visit.model(), config(swarm.folder.name)), batch())
+        model = wrapped(visit.model(), config(method))
+        loss, found = gradients(model, batch())
+    assert found.keys() == {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+    assert found.keys() == expected.keys()
     assert loss == pytest.approx(expected_loss, rel=1e-5)
-    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+    assert float((flat(found) - flat(expected)).abs().max() / flat(expected).abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_gradients_over_compressed_links_point_the_same_way(method: str, swarm: LocalSwarm) -> None:
-    config = METHODS[method]
-    _, expected = gradients(wrapped(local_model(swarm.folder), config(swarm.folder.name)), batch())
+def test_gradients_over_compressed_links_point_the_same_way(
+    method: str, swarm: LocalSwarm, config: Config, train_locally: Callable[[str], Trained]
+) -> None:
+    _, expected = train_locally(method)
     with swarm.visit() as visit:
-        _, found = gradients(wrapped(visit.model(codec="int8"), config(swarm.folder.name)), batch())
-    assert float(torch.cosine_similarity(found, expected, dim=0)) > 0.999
-    assert not torch.equal(found, expected)
+        _, found = gradients(wrapped(visit.model(codec="int8"), config(method)), batch())
+    assert float(torch.cosine_similarity(flat(found), flat(expected), dim=0)) > 0.999
+    assert not torch.equal(flat(found), flat(expected))
 
 
-def test_a_prefix_begins_as_a_text(swarm: LocalSwarm) -> None:
+def test_a_prefix_begins_as_a_text(swarm: LocalSwarm, local_model: Callable[[], Any], config: Config) -> None:
     """With the keys and values of a text as its prefix, a model answers as if the text were there."""
     text, rest = batch()["input_ids"][:1, :5], batch()["input_ids"][:1, 5:]
-    expected = local_model(swarm.folder)(torch.cat((text, rest), dim=1)).logits[:, 5:]
+    expected = local_model()(torch.cat((text, rest), dim=1)).logits[:, 5:]
     with swarm.visit() as visit, torch.no_grad():
         model = visit.model()
-        remote = wrapped(model, PrefixTuningConfig(task_type=TASK, num_virtual_tokens=5))
+        remote = wrapped(model, config("prefix"))
         begin_prefix(remote, model.keys_and_values(text))
         mask = torch.ones_like(rest)
         found = remote(input_ids=rest, attention_mask=mask).logits
@@ -126,15 +99,16 @@ def test_a_prefix_begins_as_a_text(swarm: LocalSwarm) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_adapter_gives_the_same_on_both_sides(method: str, swarm: LocalSwarm, tmp_path: Path) -> None:
+def test_an_adapter_gives_the_same_on_both_sides(
+    method: str, swarm: LocalSwarm, local_model: Callable[[], Any], config: Config, tmp_path: Path
+) -> None:
     """Saved from a remote model and loaded on a local one, and the other way round: logits and generated tokens."""
-    config = METHODS[method](swarm.folder.name)
-    inputs = {name: tensor for name, tensor in batch(1).items() if name != "labels"}
+    inputs = padded(1)
     with swarm.visit() as visit, torch.no_grad():
-        wrapped(visit.model(), config, seed=4).save_pretrained(str(tmp_path / "there"))
-        wrapped(local_model(swarm.folder), config, seed=5).save_pretrained(str(tmp_path / "here"))
+        wrapped(visit.model(), config(method), seed=4).save_pretrained(str(tmp_path / "there"))
+        wrapped(local_model(), config(method), seed=5).save_pretrained(str(tmp_path / "here"))
         for name in ("there", "here"):
-            local = PeftModel.from_pretrained(local_model(swarm.folder), tmp_path / name).eval()
+            local = PeftModel.from_pretrained(local_model(), tmp_path / name).eval()
             remote = PeftModel.from_pretrained(visit.model(), tmp_path / name).eval()
             where = inputs["attention_mask"].bool()
             expected = local(**inputs, use_cache=False).logits
@@ -157,9 +131,10 @@ def greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])
-def test_training_by_forward_passes_alone(method: str, swarm: LocalSwarm) -> None:
+def test_training_by_forward_passes_alone(
+    method: str, swarm: LocalSwarm, local_model: Callable[[], Any], config: Config
+) -> None:
     """The same steps as on a local model, and peers keep nothing for a way back."""
-    config = METHODS[method](swarm.folder.name)
 
     def train(model: PeftModel) -> torch.Tensor:
         before = trained(model)
@@ -169,9 +144,9 @@ def test_training_by_forward_passes_alone(method: str, swarm: LocalSwarm) -> Non
             optimizer.step()
         return trained(model) - before
 
-    expected = train(wrapped(local_model(swarm.folder), config))
+    expected = train(wrapped(local_model(), config(method)))
     with swarm.visit() as visit:
-        model = wrapped(visit.model(), config)
+        model = wrapped(visit.model(), config(method))
         found = train(model)
         for peer in swarm.peers:
             session = peer.sessions.get(model.get_base_model()._blocks._passes.id)  # pyright: ignore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -268,6 +269,19 @@ def test_closing_sends_what_is_queued_and_leaves_no_thread(node: Start) -> None:
     client.transport.close()
     client.transport.send(server.endpoint, [b"too late"])
     client.transport.connect(server.endpoint)
+
+
+def test_closing_does_not_wait_for_those_who_are_gone(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitnet.net.transport._CLOSE_LINGER_MS", int(1000 * WAIT_S))
+    server, client = node(ANY_PORT), node()
+    client.transport.connect(server.endpoint)
+    client.wait_for_state(server.endpoint, LinkState.UP)
+    server.transport.close()
+    client.wait_for_state(server.endpoint, LinkState.DOWN)
+    client.transport.send(server.endpoint, [b"are you there?"])
+    began = time.monotonic()
+    client.transport.close()
+    assert time.monotonic() - began < WAIT_S / 2
 
 
 def test_closing_before_the_start() -> None:

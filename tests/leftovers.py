@@ -1,0 +1,70 @@
+"""What a test leaves running: threads and child processes, but for those that fixtures of a wider scope own."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import psutil
+
+GRACE_SECONDS = 5.0
+"""How long what a test started may take to end after the test."""
+
+SHARED_THREADS = ("tqdm", "TMonitor", "Thread-auto_conversion", "GarbageCollectorThread")
+SHARED_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+"""Helpers that libraries start once and keep for the life of the process."""
+
+_owned_threads: set[threading.Thread] = set()
+_owned_children: set[psutil.Process] = set()
+
+
+class Running:
+    """What runs now, to compare with later."""
+
+    def __init__(self) -> None:
+        self.threads = set(threading.enumerate())
+        self.children = set(_children())
+
+
+@contextmanager
+def outliving_tests() -> Iterator[None]:
+    """What is started meanwhile belongs to a fixture of a wider scope, which ends it."""
+    before = Running()
+    yield
+    now = Running()
+    _owned_threads.update(now.threads - before.threads)
+    _owned_children.update(now.children - before.children)
+
+
+def end_leftovers(before: Running) -> list[str]:
+    """What was started since and still runs after a while; processes are killed."""
+    deadline = time.monotonic() + GRACE_SECONDS
+    expected = before.threads | _owned_threads
+    threads = [thread for thread in threading.enumerate() if thread not in expected and not _is_shared(thread)]
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    children = [child for child in _children() if child not in before.children | _owned_children]
+    _, alive = psutil.wait_procs(children, timeout=max(0.0, deadline - time.monotonic()))
+    left = [f"thread {thread.name}" for thread in threads if thread.is_alive()]
+    for child in alive:
+        left.append(f"process {child.pid}: {_command_line(child)}")
+        child.kill()
+    return left
+
+
+def _is_shared(thread: threading.Thread) -> bool:
+    return thread.name.startswith(SHARED_THREADS) or type(thread).__name__ in SHARED_THREADS
+
+
+def _children() -> list[psutil.Process]:
+    children = psutil.Process().children(recursive=True)
+    return [child for child in children if not any(shared in _command_line(child) for shared in SHARED_CHILDREN)]
+
+
+def _command_line(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""

@@ -1,0 +1,31 @@
+"""A prompt, how to go on from it, and what to do meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+GREEDY = {"max_new_tokens": 30, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def prompt(length: int = 9, batch: int = 1) -> dict[str, torch.Tensor]:
+    ids = torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(1))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+class After(BaseStreamer):
+    """Does something once a number of tokens has come."""
+
+    def __init__(self, tokens: int, action: Callable[[], None]) -> None:
+        self._left = tokens + 1  # the prompt comes first
+        self._action = action
+
+    def put(self, value: torch.Tensor) -> None:
+        self._left -= 1
+        if self._left == 0:
+            self._action()
+
+    def end(self) -> None:
+        pass
