@@ -1,0 +1,135 @@
+"""One new position per sequence through blocks of the usual structure, with as few operations as it takes.
+
+A decode step reads all weights and computes next to nothing, so what a family's own code does besides counts: its
+modules, copies, and the parts of norms and rotary embeddings one by one. Blocks that are built as Llama's are run from
+here instead, with the family's own layers; whether a block is one of these is found by its parts, and proved when a
+span loads by comparing what comes out. Everything else, and every step with more positions, runs as the family does it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from splitnet.model.attention import Part
+
+_PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_HEAD_NORMS = {"q_norm", "k_norm"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class LeanStep:
+    """Runs blocks that `LeanStep.of` knows.
+
+    Args:
+        blocks: the family's own, in order.
+        rope: gives the cosines and sines of positions.
+        windows: sliding windows in positions, by the index that blocks have in their caches.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], rope: nn.Module, windows: Sequence[int | None]) -> None:
+        self._blocks = [_Block(block, windows) for block in blocks]
+        self._rope = rope
+
+    @classmethod
+    def of(cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]) -> LeanStep | None:
+        """For these blocks; None if their parts are not the usual ones."""
+        if rope is None or not all(_is_usual(block) for block in blocks):
+            return None
+        return cls(blocks, rope, windows)
+
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        """`[positions, hidden]` -> `[positions, hidden]`; every part has one position and no adapter."""
+        positions = [[part.row.prefix_length + part.start for part in parts]]
+        cos, sin = self._rope(hidden[None], torch.tensor(positions, device=hidden.device))
+        half = cos.shape[-1] // 2
+        # Halves are swapped below; the sign of the first one moves into the sines.
+        turn = cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)[:, None]
+        for block in self._blocks:
+            hidden = block.forward(hidden, turn, parts)
+        return hidden
+
+
+class _Block:
+    def __init__(self, block: Any, windows: Sequence[int | None]) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self._index: int = attention.layer_idx
+        self._window = windows[self._index]
+        self._before, self._between = block.input_layernorm, block.post_attention_layernorm
+        self._query, self._key, self._value = attention.q_proj, attention.k_proj, attention.v_proj
+        self._query_norm = getattr(attention, "q_norm", None)
+        self._key_norm = getattr(attention, "k_norm", None)
+        self._out = attention.o_proj
+        self._size: int = attention.head_dim
+        self._scale: float = attention.scaling
+        self._gate, self._up, self._down, self._act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+
+    def forward(
+        self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], parts: Sequence[Part]
+    ) -> torch.Tensor:
+        count = len(hidden)
+        normed = _norm(self._before, hidden)
+        query = _product(self._query, normed).view(count, -1, self._size)
+        key = _product(self._key, normed).view(count, -1, self._size)
+        value = _product(self._value, normed).view(count, 1, -1, 1, self._size)
+        if self._query_norm is not None and self._key_norm is not None:
+            query, key = _norm(self._query_norm, query), _norm(self._key_norm, key)
+        heads = query.shape[1]
+        turned = _turned(torch.cat((query, key), dim=1), *turn)
+        query = turned[:, :heads].unsqueeze(2)
+        key = turned[:, heads:].unsqueeze(1).unsqueeze(3)
+        attended: list[torch.Tensor] = []
+        for index, part in enumerate(parts):
+            keys, values = part.row.append(self._index, key[index], value[index])
+            if self._window is not None:
+                keys, values = keys[:, :, -self._window :], values[:, :, -self._window :]
+            attended.append(
+                functional.scaled_dot_product_attention(
+                    query[index : index + 1], keys, values, scale=self._scale, enable_gqa=True
+                )
+            )
+        mixed = attended[0] if count == 1 else torch.cat(attended)
+        hidden = hidden + _product(self._out, mixed.reshape(count, -1))
+        normed = _norm(self._between, hidden)
+        gated = self._act(_product(self._gate, normed)).mul_(_product(self._up, normed))
+        return hidden + _product(self._down, gated)
+
+
+def _is_usual(block: nn.Module) -> bool:
+    children = dict(block.named_children())
+    if set(children) != _PARTS:
+        return False
+    attention: Any = children["self_attn"]
+    within = {name for name, _ in attention.named_children()}
+    return (
+        within in (_ATTENTION, _ATTENTION | _HEAD_NORMS)
+        and {name for name, _ in children["mlp"].named_children()} == _MLP
+        and all(hasattr(attention, name) for name in ("layer_idx", "head_dim", "scaling"))
+        and all(
+            hasattr(norm, "variance_epsilon") and hasattr(norm, "weight")
+            for name, norm in (*children.items(), *attention.named_children())
+            if name.endswith("norm")
+        )
+    )
+
+
+def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+    return functional.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864) of `[positions, heads, head size]`."""
+    half = heads.shape[-1] // 2
+    return torch.addcmul(heads * cos, heads.roll(half, -1), sin)
+
+
+def _product(layer: Any, rows: torch.Tensor) -> torch.Tensor:
+    plain = type(layer) is nn.Linear and layer.bias is None
+    if plain and len(rows) == 1 and rows.dtype == torch.float32 and rows.device.type == "cpu":
+        return torch.mv(layer.weight, rows[0])[None]  # which reads the weight faster than a product of matrices
+    return layer(rows)
