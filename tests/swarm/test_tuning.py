@@ -148,8 +148,10 @@ def test_training_by_forward_passes_alone(
     with swarm.visit() as visit:
         model = wrapped(visit.model(), config(method))
         found = train(model)
+        blocks: Any = model.get_base_model()._blocks
+        (passes,) = blocks._passes.values()
         for peer in swarm.peers:
-            session = peer.sessions.get(model.get_base_model()._blocks._passes.id)  # pyright: ignore
+            session = peer.sessions.get(passes.id)
             assert session is not None and not session.kept
     assert float(expected.norm()) > 0
     assert float((found - expected).norm() / expected.norm()) < 0.02

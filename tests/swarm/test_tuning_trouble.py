@@ -54,7 +54,8 @@ def train(model: PeftModel, steps: int, between: Callable[[int], None] = lambda 
 
 
 def session_of(model: Any) -> Any:
-    return model.get_base_model()._blocks._passes
+    (passes,) = model.get_base_model()._blocks._passes.values()
+    return passes
 
 
 def used(swarm: LocalSwarm, model: Any, index: int) -> Peer:

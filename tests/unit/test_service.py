@@ -114,7 +114,7 @@ class Peer:
     end: int = 6
     capacity: int = CAPACITY
     max_positions: int | None = 4096
-    now: float = field(default_factory=time.monotonic)
+    now: float = field(default_factory=lambda: float(int(time.monotonic())))  # whole seconds add up exactly
     outbox: FakeOutbox = field(default_factory=FakeOutbox)
     queue: WorkQueue = field(default_factory=WorkQueue)
 
