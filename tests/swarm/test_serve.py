@@ -17,7 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis.checks import CHECKS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from scheduler.speculation import Window
 from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.client.speculation.experience import Experience
 from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
 from splitnet.serve.generation import Generations
@@ -74,9 +76,18 @@ class Server:
 
     http: httpx.AsyncClient
 
-    def __init__(self, model: RemoteCausalLM, tokenizer: Any, *, at_a_time: int = 4, waiting: int = 4, keep: int = 4):
+    def __init__(
+        self,
+        model: RemoteCausalLM,
+        tokenizer: Any,
+        *,
+        at_a_time: int = 4,
+        waiting: int = 4,
+        keep: int = 4,
+        speculate: str | None = None,
+    ) -> None:
         prompts = Prompts(tokenizer, 49152, 256)
-        self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0))
+        self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0), speculate)
         grammars = Grammars(tokenizer, 49152, self.generations.end_tokens)
         gateway = Gateway(MODEL, self.generations, prompts, grammars, Admission(at_a_time, waiting))
         self.app = make_app(gateway, ApiKeys([]), created=0)
@@ -141,6 +152,22 @@ def greedy(whole: Any, ids: list[int], tokens: int) -> list[int]:
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False, eos_token_id=None
     )
     return output[0, len(ids) :].tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_drafts_change_neither_answers_nor_scores(
+    serve: Serve, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    monkeypatch.setattr(Experience, "window", lambda *_: Window(3, 2))
+    body = {"prompt": "one two three one two three one two", "max_tokens": 24, "logprobs": 2, "seed": 5}
+
+    async def does(server: Server) -> Any:
+        answers = [await server.complete(**body, temperature=temperature) for _ in range(2)]
+        return [(answer["choices"][0]["text"], answer["choices"][0]["logprobs"]["tokens"]) for answer in answers]
+
+    plain, again = serve(does)
+    assert plain == again
+    assert serve(does, speculate="prompt-lookup") == [plain, again]
 
 
 def test_a_completion_is_that_of_the_model_in_one_piece(serve: Serve, whole: Any, tokenizer: Any) -> None:
