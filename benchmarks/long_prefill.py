@@ -12,7 +12,6 @@ what the daemon measured in the same prefill.
 from __future__ import annotations
 
 import argparse
-import itertools
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from unittest import mock
 
 import torch
 from netlab import Lab, LabError
-from netlab.peers import LabPeers
+from netlab.peers import LabPeers, even_spans
 
 from splitnet.client.awaited import AwaitedStep
 from splitnet.client.session import Session
@@ -48,8 +47,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(arguments.checkpoint)
-    edges = [round(index * checkpoint.num_blocks / len(PEERS)) for index in range(len(PEERS) + 1)]
-    spans: dict[str, tuple[int, int] | None] = dict(zip(PEERS, itertools.pairwise(edges), strict=True))
+    spans = even_spans(checkpoint.num_blocks, PEERS)
     options = ("--threads", "1", "--weights", arguments.weights)
     try:
         with (

@@ -11,7 +11,6 @@ prompt is answered with and without drafts in turns, greedily. With weights in f
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import logging
 import statistics
@@ -21,7 +20,7 @@ from pathlib import Path
 
 import torch
 from netlab import Lab, LabError
-from netlab.peers import LabPeers
+from netlab.peers import LabPeers, even_spans
 
 from splitnet.bench.clock import Clock
 from splitnet.client.causal_lm import RemoteCausalLM, attach
@@ -56,8 +55,7 @@ def main() -> int:
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(arguments.checkpoint)
-    edges = [round(index * checkpoint.num_blocks / len(PEERS)) for index in range(len(PEERS) + 1)]
-    spans: dict[str, tuple[int, int] | None] = dict(zip(PEERS, itertools.pairwise(edges), strict=True))
+    spans = even_spans(checkpoint.num_blocks, PEERS)
     options = ("--threads", "1", "--weights", arguments.weights)
     try:
         with (

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from netlab import Lab, LabError
 from netlab.generation import generate
-from netlab.peers import GuidedSwarm, LabPeers, StepTimes, measure_steps
+from netlab.peers import GuidedSwarm, LabPeers, StepTimes, even_spans, measure_steps
 
 from splitnet.bench.clock import Clock
 from splitnet.client.causal_lm import attach
@@ -62,8 +62,7 @@ def main() -> int:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     checkpoint = Checkpoint.open(arguments.checkpoint)
-    edges = [round(index * checkpoint.num_blocks / len(PEERS)) for index in range(len(PEERS) + 1)]
-    spans: dict[str, tuple[int, int]] = dict(zip(PEERS, itertools.pairwise(edges), strict=True))
+    spans = even_spans(checkpoint.num_blocks, PEERS)
     try:
         with (
             Lab(["client", *PEERS], delay_ms=arguments.delay, rate_mbit=arguments.rate) as lab,

@@ -12,8 +12,6 @@ from peers.service import Service
 from peers.session import GradientSum, PassWork, Session
 from splitnet.errors import AdapterError, CodecError, ProtocolError
 from splitnet.model.adapters import (
-    PREFIX_KEYS,
-    PREFIX_VALUES,
     Adapter,
     read_tensors,
     write_groups,
@@ -112,11 +110,7 @@ class PassEngine:
         row = session.rows.get(message.row)
         if row is None or not 0 < message.length <= row.length:
             raise ProtocolError(f"there are no {message.length} positions of row {message.row}")
-        tensors: dict[str, torch.Tensor] = {}
-        for index, keys, values in row.held(message.length):
-            block = self._span.start + index  # rows count from there, also those of a session that enters later
-            tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys[0].float(), values[0].float()
-        self._service.recalled(work, write_groups(tensors))
+        self._service.recalled(work, write_groups(self._span.keys_and_values(row, message.length)))
 
     def _adapter(self, work: PassWork, message: Forward) -> Adapter | None:
         session = work.session

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import signal
 import statistics
 import subprocess
@@ -26,6 +27,12 @@ from .lab import Lab, LabError
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 15.0
+
+
+def even_spans(blocks: int, hosts: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """The blocks of a model, shared evenly by some hosts in order."""
+    edges = [round(index * blocks / len(hosts)) for index in range(len(hosts) + 1)]
+    return dict(zip(hosts, itertools.pairwise(edges), strict=True))
 
 
 class LabPeers:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from splitnet.errors import SplitnetError
-from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter
+from splitnet.model.adapters import Adapter
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.kv_cache import RowCache
 from splitnet.model.span import Part as SpanPart
@@ -106,6 +106,10 @@ class LocalSpan:
         with self._lock:
             return self._span.forward(hidden, parts).float()
 
+    def keys_and_values(self, row: RowCache, length: int) -> dict[str, torch.Tensor]:
+        """See `Span.keys_and_values`."""
+        return self._span.keys_and_values(row, length)
+
     def fit(self, adapter: Adapter) -> Adapter | None:
         """The part of an adapter that belongs to these blocks, on their device; None: it has none.
 
@@ -165,8 +169,4 @@ class LocalRows:
 
     def recall(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """Keys and values of the first positions of a row, named as in `Session.recall`."""
-        tensors: dict[str, torch.Tensor] = {}
-        for index, keys, values in self._rows[row].held(length):
-            block = self._span.start + index
-            tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys[0].float(), values[0].float()
-        return tensors
+        return self._span.keys_and_values(self._rows[row], length)

@@ -188,7 +188,8 @@ class MixedSession:
         while piece.stage < len(self._stages):
             stage, last = self._stages[piece.stage], piece.stage + 1 == len(self._stages)
             if isinstance(stage, Session):
-                piece.sent = stage.begin(piece.hidden, piece.parts if last else keeping_all(piece.parts), piece.forks)
+                parts = piece.parts if last else keeping_all(piece.parts)
+                piece.sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=len(piece.hidden))
                 return
             piece.hidden = stage.step(piece.hidden, piece.parts, piece.forks)
             if last:

@@ -139,11 +139,21 @@ class Session(RoutedSession):
         """
         return self.finish(self.begin(hidden, parts, forks))
 
-    def begin(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> UnderWay:
+    def begin(
+        self,
+        hidden: torch.Tensor,
+        parts: Sequence[Part],
+        forks: Sequence[Fork] | None = None,
+        *,
+        step_positions: int | None = None,
+    ) -> UnderWay:
         """Sends new positions on their way; the arguments, and what may go wrong, are those of `step`.
 
         More may be sent before the first have come back. What the hops are to forget of them is said by where the
         next ones start.
+
+        Args:
+            step_positions: of the steps that they are cut into; None: chosen.
 
         Returns:
             What `finish` or `abandon` is to be called with.
@@ -157,7 +167,7 @@ class Session(RoutedSession):
             self._log = SentLog(codec.code, codec.bytes_per_position(self._swarm.facts.hidden_size))
         numbers: list[int] = []
         offset = 0
-        for chunk in cut_into_steps(parts, self.step_positions(len(hidden))):
+        for chunk in cut_into_steps(parts, step_positions or self.step_positions(len(hidden))):
             positions = sum(part.length for part in chunk)
             payload = codec.encode(hidden[offset : offset + positions])
             offset += positions

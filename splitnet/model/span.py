@@ -16,7 +16,15 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from splitnet.errors import AdapterError, UnsupportedModel, WeightsError
-from splitnet.model.adapters import Adapter, AddsLowRank, Prefix, applying, linear_layers
+from splitnet.model.adapters import (
+    PREFIX_KEYS,
+    PREFIX_VALUES,
+    Adapter,
+    AddsLowRank,
+    Prefix,
+    applying,
+    linear_layers,
+)
 from splitnet.model.attention import PACKED, PackedPass, Part, running
 from splitnet.model.backbone import (
     backbone_class,
@@ -226,6 +234,18 @@ class Span:
             shapes = self._whole._kv_shapes[self._index(block)]
             if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
                 raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, the prefix has not")
+
+    def keys_and_values(self, row: RowCache, length: int) -> dict[str, torch.Tensor]:
+        """Those of the first `length` positions of a row behind its prefix, named as the prefix of an adapter, float32.
+
+        Raises:
+            ValueError: the row has fewer positions than that.
+        """
+        tensors: dict[str, torch.Tensor] = {}
+        for index, keys, values in row.held(length):
+            block = self._whole.start + index
+            tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"] = keys[0].float(), values[0].float()
+        return tensors
 
     def view(self, start: int, end: int) -> Span:
         """The blocks `[start, end)` of this span as a span of its own, with the same weights in memory.

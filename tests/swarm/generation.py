@@ -15,6 +15,19 @@ def prompt(length: int = 9, batch: int = 1) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+class Collector(BaseStreamer):
+    """Notes what is streamed, and -1 at the end."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.tokens += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.tokens.append(-1)
+
+
 class After(BaseStreamer):
     """Does something once a number of tokens has come."""
 

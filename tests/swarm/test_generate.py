@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
 
 from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.client.session import Session
 from splitnet.errors import ContextTooLong
+from tests.swarm.generation import Collector
 from tests.swarm.harness import local_swarm
 from tests.unit.random_models import random_checkpoint
 
@@ -90,22 +91,13 @@ def test_without_a_cache(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, prompt(), use_cache=False, max_new_tokens=6)
 
 
-def test_a_prompt_longer_than_a_step(local: Any, remote: RemoteCausalLM) -> None:
-    # Longer than one step may be, so it flows through the hops in several.
+def test_a_prompt_longer_than_a_step(local: Any, remote: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It flows through the hops in several steps."""
+    monkeypatch.setattr(Session, "step_positions", lambda *_: 64)
     same(local, remote, prompt(220), max_new_tokens=4)
 
 
 def test_streamer_stopping_criterion_and_logits_processor(local: Any, remote: RemoteCausalLM) -> None:
-    class Collector(BaseStreamer):
-        def __init__(self) -> None:
-            self.tokens: list[int] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.tokens += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.tokens.append(-1)
-
     class OnlyEven(LogitsProcessor):
         def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
             scores[:, 1::2] = -torch.inf

@@ -63,8 +63,11 @@ def test_rejected_drafts_are_forgotten(local: Any, remote: RemoteCausalLM) -> No
     assert torch.equal(remote.generate(repeating, **chosen), local.generate(repeating, **chosen))
 
 
-def test_all_logits_of_a_prompt_in_several_steps(local: Any, remote: RemoteCausalLM) -> None:
+def test_all_logits_of_a_prompt_in_several_steps(
+    local: Any, remote: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With the logits of all positions, or of the last ones only, of a prompt that goes in pieces."""
+    monkeypatch.setattr(Session, "step_positions", lambda *_: 64)
     ids = tokens(230)
     with torch.no_grad():
         expected = local(ids).logits

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 from scheduler.speculation import Window
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.speculation.experience import Experience
 from splitnet.errors import SplitnetError
+from tests.swarm.generation import After, Collector
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.unit.random_models import random_checkpoint
 
@@ -106,16 +106,6 @@ def test_a_conversation_goes_on_after_it(local: Any, remote: RemoteCausalLM, fol
 
 
 def test_tokens_are_streamed_one_by_one(remote: RemoteCausalLM, window: Window) -> None:
-    class Collector(BaseStreamer):
-        def __init__(self) -> None:
-            self.tokens: list[int] = []
-
-        def put(self, value: torch.Tensor) -> None:
-            self.tokens += value.flatten().tolist()
-
-        def end(self) -> None:
-            self.tokens.append(-1)
-
     streamer = Collector()
     got = remote.generate(repeating(), speculate="prompt-lookup", streamer=streamer, **options())
     assert streamer.tokens == [*got[0].tolist(), -1]
@@ -126,22 +116,14 @@ def test_a_hop_that_dies_with_windows_under_way(folder: Path, local: Any, monkey
     with local_swarm(folder, [(0, 3), (3, 6), (3, 6)]) as twins:
         model = twins.model()
 
-        class Kill(BaseStreamer):
-            count = 0
-
-            def put(self, value: torch.Tensor) -> None:
-                self.count += 1
-                if self.count == 12:
-                    assert cache.session is not None
-                    used = cache.session.hops[1].endpoint
-                    next(peer for peer in twins.peers if peer.endpoint == used).close()
-
-            def end(self) -> None:
-                pass
+        def kill() -> None:
+            assert cache.session is not None
+            used = cache.session.hops[1].endpoint
+            next(peer for peer in twins.peers if peer.endpoint == used).close()
 
         with model.session() as cache:
             drafter = AutoModelForCausalLM.from_pretrained(folder)
-            got = model.generate(repeating(), speculate=drafter, streamer=Kill(), **options())
+            got = model.generate(repeating(), speculate=drafter, streamer=After(11, kill), **options())
             assert cache.session is not None
             assert len(cache.session.recoveries) == 1
     assert torch.equal(got, local.generate(repeating(), **options()))
