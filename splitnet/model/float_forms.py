@@ -6,11 +6,17 @@ from typing import Any, ClassVar, Self
 
 import torch
 
+from splitnet.model.kernels import multiply_float16
 from splitnet.model.weight_form import WeightForm
 
 _HALF_MAX = torch.finfo(torch.float16).max
 _PACKED_ROWS, _PACKED_COLUMNS = 512, 16
 """fbgemm packs in tiles of so many inputs and outputs, and pads to whole tiles."""
+
+_MANY_ROWS = 56
+"""From so many rows on it is faster to convert the weight and multiply matrices."""
+
+_CONVERTED_AT_A_TIME = 2**19
 
 
 class ConvertedFloat(WeightForm):
@@ -44,6 +50,17 @@ class ConvertedFloat16(ConvertedFloat):
     """float16, converted at every call."""
 
     stored = torch.float16
+
+
+class CompiledFloat16(ConvertedFloat16):
+    """float16 for splitnet's kernel, which multiplies and sums in float32."""
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) < _MANY_ROWS:
+            return multiply_float16(rows, self.weight)
+        # A part at a time, which stays in the cache between its conversion and its use.
+        parts = self.weight.split(max(1, _CONVERTED_AT_A_TIME // self.weight.shape[1]))
+        return torch.cat([torch.nn.functional.linear(rows, part.to(rows.dtype)) for part in parts], dim=-1)
 
 
 class ConvertedBfloat16(ConvertedFloat):

@@ -1,4 +1,7 @@
-"""Weights held in four bits, with a scale and a zero for every group of inputs of an output."""
+"""Weights held in four bits, with a scale and a zero for every group of inputs of an output.
+
+Larger groups than the 32 inputs here would take a little less memory and lose more.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,8 @@ from typing import NamedTuple, Self
 
 import torch
 
+from splitnet.model.kernels import GROUP, TILE, TILE_BYTES, multiply_int4
 from splitnet.model.weight_form import WeightForm, type_for_many
-
-GROUP = 32
-"""Inputs that share a scale and a zero. Larger groups take a little less memory and lose more."""
 
 _LARGEST = 15
 _MIDDLE = 8
@@ -121,6 +122,44 @@ class KernelInt4(_Grouped):
         return steps.view(outputs, inputs)
 
 
+class CompiledInt4(WeightForm):
+    """Multiplied by splitnet's kernel, in its order: activations keep 16 bits, and all is summed in float32."""
+
+    def __init__(self, tiles: torch.Tensor) -> None:
+        super().__init__()
+        self.tiles: torch.Tensor
+        self.register_buffer("tiles", tiles)  # [outputs / TILE, groups, TILE_BYTES], uint8
+
+    @classmethod
+    def fits(cls, outputs: int, inputs: int) -> bool:
+        return inputs % GROUP == 0 and outputs % TILE == 0
+
+    @classmethod
+    def bytes_for(cls, outputs: int, inputs: int) -> int:
+        return outputs // TILE * (inputs // GROUP) * TILE_BYTES
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Self | None:
+        groups = _grouped(weight)
+        return None if groups is None else cls(_tiled(groups))
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) >= _MANY_ROWS:
+            dtype = type_for_many()
+            return torch.nn.functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
+        return multiply_int4(rows, self.tiles)
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        count, groups, _ = self.tiles.shape
+        half = TILE * GROUP // 2
+        # Runs of four bytes are turned, as numbers of 32 bits, before they become floats.
+        runs = self.tiles[..., :half].view(torch.int32).view(count, groups, 4, TILE).permute(0, 3, 1, 2).contiguous()
+        steps = torch.stack(_steps(runs.view(torch.uint8).view(count, TILE, groups, 4, 4)), dim=-2)
+        stored = self.tiles[..., half:].contiguous().view(torch.bfloat16).view(count, groups, 2, TILE)
+        scales, zeros = stored.permute(2, 0, 3, 1).to(dtype)[..., None]  # [tiles, TILE, groups, 1] each
+        return steps.view(count, TILE, groups, GROUP).to(dtype).mul_(scales).add_(zeros).view(count * TILE, -1)
+
+
 @cache
 def kernel_order() -> torch.Tensor | None:
     """How torch's kernel orders weights on this CPU: which output of a tile each slot holds; None if it is not known.
@@ -143,6 +182,17 @@ def kernel_order() -> torch.Tensor | None:
         if torch.equal(tiles, expected) and torch.equal(torch.as_tensor(at), in_order):
             return order
     return None
+
+
+def _tiled(groups: Groups) -> torch.Tensor:
+    """In the order of splitnet's kernel: of 16 outputs and 32 inputs, four vectors of 64 bytes. Each has, of every
+    output, four inputs in the lower halves of four bytes and the four next ones in the upper halves."""
+    outputs, inputs = groups.codes.shape
+    codes = groups.codes.view(outputs // TILE, TILE, inputs // GROUP, 4, 2, 4)
+    lower, upper = codes.permute(4, 0, 2, 3, 1, 5)  # [tiles, groups, 4, TILE, 4] each
+    packed = (lower | upper << 4).flatten(2)
+    stored = groups.scales_and_zeros.view(inputs // GROUP, outputs // TILE, TILE, 2).permute(1, 0, 3, 2)
+    return torch.cat((packed, stored.contiguous().view(torch.uint8).flatten(2)), dim=-1)
 
 
 def _steps(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ from typing import Self
 
 import torch
 
+from splitnet.model.kernels import multiply_int8
 from splitnet.model.weight_form import WeightForm, type_for_many
 
 _LARGEST = 127
@@ -14,7 +15,12 @@ _KERNEL_INPUTS, _KERNEL_OUTPUTS = 32, 16
 """The kernel reads in vectors and past the end of what is no multiple of them."""
 
 _MANY_ROWS = 48
-"""From so many rows on it is faster to make the weight anew than to use the kernel, which is made for few."""
+"""From so many rows on it is faster to make the weight anew than to use torch's kernel, which is made for few."""
+
+_MANY_ROWS_FOR_OURS = 24
+
+_MOST_INPUTS = 2**16
+"""So that sums of products of bytes stay within 32 bits."""
 
 
 class DequantisedInt8(WeightForm):
@@ -47,6 +53,24 @@ class DequantisedInt8(WeightForm):
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])
 
+    def _multiply_many(self, rows: torch.Tensor) -> torch.Tensor:
+        dtype = type_for_many()
+        product = torch.nn.functional.linear(rows.to(dtype), self.codes.to(dtype))  # which are exact in both
+        return (product * self.scales).to(rows.dtype)
+
+
+class CompiledInt8(DequantisedInt8):
+    """Multiplied by splitnet's kernel: activations keep 16 bits, and sums are exact until they become float32."""
+
+    @classmethod
+    def fits(cls, outputs: int, inputs: int) -> bool:
+        return inputs <= _MOST_INPUTS
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) >= _MANY_ROWS_FOR_OURS:
+            return self._multiply_many(rows)
+        return multiply_int8(rows, self.codes, self.scales)
+
 
 class KernelInt8(DequantisedInt8):
     """Multiplied by torch's kernel, which takes bfloat16 on the other side."""
@@ -57,8 +81,6 @@ class KernelInt8(DequantisedInt8):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) >= _MANY_ROWS:
-            dtype = type_for_many()
-            product = torch.nn.functional.linear(rows.to(dtype), self.codes.to(dtype))  # which are exact in both
-            return (product * self.scales).to(rows.dtype)
+            return self._multiply_many(rows)
         given = rows.to(torch.bfloat16).contiguous()
         return torch.ops.aten._weight_int8pack_mm(given, self.codes, self.scales).to(rows.dtype)

@@ -9,9 +9,10 @@ import torch
 
 from splitnet.errors import WeightsError
 from splitnet.model.dtypes import as_dtype
-from splitnet.model.float_forms import ConvertedBfloat16, ConvertedFloat16, PackedFloat16
-from splitnet.model.int4_forms import DequantisedInt4, KernelInt4
-from splitnet.model.int8_forms import DequantisedInt8, KernelInt8
+from splitnet.model.float_forms import CompiledFloat16, ConvertedBfloat16, ConvertedFloat16, PackedFloat16
+from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4, KernelInt4
+from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
+from splitnet.model.kernels import has_float16_kernel, has_integer_kernels
 from splitnet.model.weight_form import WeightForm
 
 AUTO = "auto"
@@ -80,7 +81,7 @@ def choose_weights(
         )
     if held == torch.bfloat16:
         return Weights(kind, wished, (ConvertedBfloat16,))
-    return Weights(kind, wished, (PackedFloat16, ConvertedFloat16) if has_kernels(device) else (ConvertedFloat16,))
+    return Weights(kind, wished, _float16_forms(device))
 
 
 def name_of(dtype: torch.dtype) -> str:
@@ -103,7 +104,17 @@ def _fastest(dtype: torch.dtype, device: torch.device) -> str:
     return "float16" if dtype == torch.float32 and has_kernels(device) else name_of(dtype)
 
 
+def _float16_forms(device: torch.device) -> tuple[type[WeightForm], ...]:
+    if device.type == "cpu" and has_float16_kernel():
+        return (CompiledFloat16,)
+    return (PackedFloat16, ConvertedFloat16) if has_kernels(device) else (ConvertedFloat16,)
+
+
 def _integer_forms(kind: str, device: torch.device) -> tuple[type[WeightForm], ...]:
-    if kind == "int8":
-        return (KernelInt8, DequantisedInt8) if has_kernels(device) else (DequantisedInt8,)
-    return (KernelInt4, DequantisedInt4) if has_kernels(device) else (DequantisedInt4,)
+    """Best first."""
+    forms: list[type[WeightForm]] = [DequantisedInt8 if kind == "int8" else DequantisedInt4]
+    if has_kernels(device):
+        forms.insert(0, KernelInt8 if kind == "int8" else KernelInt4)
+    if device.type == "cpu" and has_integer_kernels():
+        forms.insert(0, CompiledInt8 if kind == "int8" else CompiledInt4)
+    return tuple(forms)

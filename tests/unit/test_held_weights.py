@@ -17,10 +17,11 @@ from splitnet.errors import OutOfMemory, WeightsError
 from splitnet.model import weights
 from splitnet.model.adapters import Adapter
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.float_forms import ConvertedFloat16, ConvertedFloat32, PackedFloat16
+from splitnet.model.float_forms import CompiledFloat16, ConvertedFloat16, ConvertedFloat32, PackedFloat16
 from splitnet.model.held_linear import HeldLinear
-from splitnet.model.int4_forms import GROUP, DequantisedInt4, KernelInt4, kernel_order
-from splitnet.model.int8_forms import DequantisedInt8, KernelInt8
+from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4, KernelInt4, kernel_order
+from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
+from splitnet.model.kernels import GROUP, has_float16_kernel, has_integer_kernels
 from splitnet.model.lazy_tensors import LazyTensors
 from splitnet.model.passes import SpanPasses
 from splitnet.model.sizes import ModelSizes
@@ -63,13 +64,19 @@ def distance(kind: str) -> float:
 KERNEL_DISTANCE = 2 * STAGES**0.5 * KERNEL_ROUNDING
 
 
-@pytest.fixture(params=["kernels", "fallback"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+@pytest.fixture(params=["compiled", "torch", "fallback"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whose kernels are used: splitnet's compiled ones, torch's, or none."""
+    if request.param != "compiled":
+        monkeypatch.setattr(weights, "has_integer_kernels", lambda: False)
+        monkeypatch.setattr(weights, "has_float16_kernel", lambda: False)
+    elif not (has_integer_kernels() and has_float16_kernel()):
+        pytest.skip("splitnet's kernels were not compiled here, or not for this CPU")
     if request.param == "fallback":
         monkeypatch.setattr(weights, "has_kernels", lambda device: False)
-    elif not has_kernels(CPU):
+    elif request.param == "torch" and not has_kernels(CPU):
         pytest.skip("torch has no kernels for packed weights here")
-    return request.param == "kernels"
+    return request.param
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +116,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("kind", HELD)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_computes_almost_what_it_does_in_floats(
-    family: str, kind: str, kernels: bool, checkpoint_of: Callable[[str], Checkpoint]
+    family: str, kind: str, kernels: str, checkpoint_of: Callable[[str], Checkpoint]
 ) -> None:
     checkpoint = checkpoint_of(family)
     torch.manual_seed(1)
@@ -125,13 +132,13 @@ def test_a_block_computes_almost_what_it_does_in_floats(
     # And it is the rounding of weights that moves it, nothing else.
     exact = outputs(floats_of(checkpoint, held), hidden) - hidden
     away = ((moved - exact).norm(dim=1) / exact.norm(dim=1)).median()
-    assert away < (KERNEL_DISTANCE if kernels and kind.startswith("int") else 1e-5)
+    assert away < (KERNEL_DISTANCE if kernels != "fallback" and kind.startswith("int") else 1e-5)
 
 
 @pytest.mark.parametrize("kind", HELD)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_a_block_takes_the_bytes_that_were_foretold(
-    family: str, kind: str, kernels: bool, checkpoint_of: Callable[[str], Checkpoint]
+    family: str, kind: str, kernels: str, checkpoint_of: Callable[[str], Checkpoint]
 ) -> None:
     checkpoint = checkpoint_of(family)
     plain, foretold = block_bytes(checkpoint, None), block_bytes(checkpoint, "float32", kind)
@@ -152,7 +159,7 @@ def test_a_block_takes_the_bytes_that_were_foretold(
 @pytest.mark.parametrize("kind", HELD)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_gradients_and_low_rank_additions_are_those_of_the_weights_that_are_stood_for(
-    family: str, kind: str, kernels: bool, checkpoint_of: Callable[[str], Checkpoint]
+    family: str, kind: str, kernels: str, checkpoint_of: Callable[[str], Checkpoint]
 ) -> None:
     checkpoint = checkpoint_of(family)
     held = Span.load(checkpoint, 0, 2, weights=kind, dtype="float32")
@@ -177,7 +184,9 @@ def test_gradients_and_low_rank_additions_are_those_of_the_weights_that_are_stoo
         parts = [Part(span.new_row(), 0, length, adapter) for length in LENGTHS]
         assert torch.equal(span.forward(hidden, parts), output)
         assert relative(passes.forward(hidden, LENGTHS, None, 0, 2), output) > 0.01
-    tolerance = 2 * KERNEL_DISTANCE if kernels and kind.startswith("int") else 1e-4  # there and back, two blocks
+    tolerance = (
+        2 * KERNEL_DISTANCE if kernels != "fallback" and kind.startswith("int") else 1e-4
+    )  # there and back, two blocks
     for actual, expected in zip(*found, strict=True):
         assert relative(actual, expected) < tolerance
 
@@ -190,10 +199,24 @@ FORMS: list[tuple[type[WeightForm], tuple[int, int]]] = [
     (KernelInt4, (128, 96)),
     (DequantisedInt4, (5, 64)),
 ]
+COMPILED: list[tuple[type[WeightForm], tuple[int, int]]] = [
+    (CompiledFloat16, (49, 33)),
+    (CompiledInt8, (49, 70)),
+    (CompiledInt4, (48, 96)),
+]
+needs_compiled = pytest.mark.skipif(
+    not (has_integer_kernels() and has_float16_kernel()), reason="splitnet's kernels were not compiled here"
+)
 
 
-@pytest.mark.parametrize(("form", "shape"), FORMS, ids=lambda value: getattr(value, "__name__", ""))
-@needs_kernels
+@pytest.mark.parametrize(
+    ("form", "shape"),
+    [
+        *(pytest.param(*case, marks=needs_kernels) for case in FORMS),
+        *(pytest.param(*case, marks=needs_compiled) for case in COMPILED),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
 def test_a_layer_in_every_form(form: type[WeightForm], shape: tuple[int, int]) -> None:
     torch.manual_seed(3)
     outputs, inputs = shape
@@ -265,7 +288,7 @@ def test_weights_out_of_range_stay_as_they_are(value: float) -> None:
 def test_floats_are_let_go_while_loading(
     kind: str | None,
     family: str,
-    kernels: bool,
+    kernels: str,
     checkpoint_of: Callable[[str], Checkpoint],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -289,12 +312,13 @@ def test_floats_are_let_go_while_loading(
         assert most <= 2 < len(alive)  # the one that is being packed, and the next one that is being read
 
 
-def test_the_form_is_chosen_by_the_device(kernels: bool) -> None:
+def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
     float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     cuda = torch.device("cuda")
     found = choose_weights("auto", None, float32, CPU)
-    assert (found.kind, found.dtype) == ("float16" if kernels else "float32", float32)
-    assert (PackedFloat16 in found.forms) == kernels
+    assert (found.kind, found.dtype) == ("float32" if kernels == "fallback" else "float16", float32)
+    assert (PackedFloat16 in found.forms) == (kernels == "torch")
+    assert (CompiledFloat16 in found.forms) == (kernels == "compiled")
     for device, dtype in ((CPU, bfloat16), (cuda, bfloat16), (cuda, float32)):
         assert choose_weights("auto", None, dtype, device) == choose_weights(None, dtype, float32, device)
         assert not choose_weights("auto", dtype, dtype, device).forms
@@ -303,8 +327,9 @@ def test_the_form_is_chosen_by_the_device(kernels: bool) -> None:
     assert choose_weights("bfloat16", None, float32, CPU) == weights.Weights("bfloat16", bfloat16)
     assert choose_weights("int4", None, bfloat16, CPU).dtype == bfloat16
     assert choose_weights("int8", "float32", bfloat16, cuda).forms == (DequantisedInt8,)
-    assert (KernelInt8 in choose_weights("int8", None, float32, CPU).forms) == kernels
-    assert (KernelInt4 in choose_weights("int4", None, float32, CPU).forms) == kernels
+    for kind, compiled, of_torch in (("int8", CompiledInt8, KernelInt8), ("int4", CompiledInt4, KernelInt4)):
+        forms = choose_weights(kind, None, float32, CPU).forms
+        assert (compiled in forms, of_torch in forms) == (kernels == "compiled", kernels != "fallback")
 
 
 @pytest.mark.parametrize(

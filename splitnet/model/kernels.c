@@ -1,0 +1,476 @@
+/* Products of a few rows with held weights, for CPUs; see splitnet/model/kernels.py for what is called how.
+
+Decoding reads every weight once per step, so these kernels are made to read at the speed of the memory: weights stay
+as they are stored until they are in registers.
+
+Integer weights are multiplied with integers. Each row of activations becomes 16-bit numbers with one scale,
+q = 255 * high + low with high and low in -127..127, so that products of bytes (VNNI) do all the work, and what is lost
+of the activations is 2^-15 of the largest one of the row: outliers cost nothing, unlike with 8 bits. */
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#define HAVE_VNNI 1
+#define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
+#endif
+
+#define BASE 255
+#define LARGEST (BASE * 127 + 127)
+#define GROUP 32 /* inputs of int4 that share a scale and a zero */
+#define TILE 16  /* outputs of int4 that are stored together */
+#define TILE_BYTES (TILE * GROUP / 2 + 2 * 2 * TILE)
+#define INLINE static inline __attribute__((always_inline))
+
+typedef struct {
+    const void *weights;
+    const uint16_t *scales; /* bfloat16, by output; only int8 */
+    const float *rows;      /* [count, inputs] */
+    float *products;        /* [count, outputs] */
+    long count, inputs, outputs;
+    int threads;
+} Job;
+
+/* Rows as integers. Each row is padded with zeros to whole vectors. */
+typedef struct {
+    long stride;      /* bytes per row */
+    int8_t *high;     /* [count, stride] */
+    int8_t *low;      /* [count, stride] */
+    float *steps;     /* what 1 stands for, by row */
+    int32_t *groups;  /* sums of the numbers of each group, [count, stride / GROUP] */
+    int32_t *highs, *lows; /* sums of all, by row */
+} Quantised;
+
+INLINE float from_bfloat16(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+/* What the largest one of a row makes 1 stand for. What is no number or infinite must come out so: integers cannot say it. */
+INLINE float step_of(float largest) { return isfinite(largest) ? largest / LARGEST : NAN; }
+
+INLINE float factor_of(float step) { return step > 0 && isfinite(1 / step) ? 1 / step : 0; }
+
+INLINE void add_up(const Quantised *to, long row) {
+    const int8_t *high = to->high + row * to->stride, *low = to->low + row * to->stride;
+    int32_t highs = 0, lows = 0;
+    for (long group = 0; group < to->stride / GROUP; group++) {
+        int32_t upper = 0, lower = 0;
+        for (long i = group * GROUP; i < (group + 1) * GROUP; i++) {
+            upper += high[i];
+            lower += low[i];
+        }
+        to->groups[row * (to->stride / GROUP) + group] = BASE * upper + lower;
+        highs += upper;
+        lows += lower;
+    }
+    to->highs[row] = highs;
+    to->lows[row] = lows;
+}
+
+/* ---- any CPU: what the compiler makes of plain loops ---- */
+
+static void quantise_plainly(const Job *job, const Quantised *to) {
+    for (long index = 0; index < job->count; index++) {
+        const float *row = job->rows + index * job->inputs;
+        int8_t *high = to->high + index * to->stride, *low = to->low + index * to->stride;
+        float largest = 0;
+        for (long i = 0; i < job->inputs; i++)
+            if (!(fabsf(row[i]) <= largest)) largest = isnan(row[i]) ? INFINITY : fabsf(row[i]);
+        float step = to->steps[index] = step_of(largest), factor = factor_of(step);
+        for (long i = 0; i < job->inputs; i++) {
+            long number = isfinite(row[i]) ? lrintf(row[i] * factor) : 0;
+            number = number > LARGEST ? LARGEST : number < -LARGEST ? -LARGEST : number;
+            long upper = lrintf((float)number * (1.0f / BASE));
+            high[i] = (int8_t)upper;
+            low[i] = (int8_t)(number - BASE * upper);
+        }
+        memset(high + job->inputs, 0, to->stride - job->inputs);
+        memset(low + job->inputs, 0, to->stride - job->inputs);
+        add_up(to, index);
+    }
+}
+
+static void int8_plainly(const Job *job, const Quantised *rows, long start, long end) {
+    const int8_t *codes = job->weights;
+    for (long output = start; output < end; output++)
+        for (long row = 0; row < job->count; row++) {
+            const int8_t *code = codes + output * job->inputs;
+            const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
+            int32_t upper = 0, lower = 0;
+            for (long i = 0; i < job->inputs; i++) {
+                upper += (int32_t)code[i] * high[i];
+                lower += (int32_t)code[i] * low[i];
+            }
+            float sum = (float)((int64_t)BASE * upper + lower);
+            job->products[row * job->outputs + output] = sum * rows->steps[row] * from_bfloat16(job->scales[output]);
+        }
+}
+
+/* A tile and group: 4 vectors, each 16 outputs x 4 inputs in the lower halves of its bytes and the 4 next inputs in
+the upper ones; then 16 scales and 16 zeros, all bfloat16. It stands for (code - 8) * scale + zero. */
+static void int4_plainly(const Job *job, const Quantised *rows, long start, long end) {
+    long groups = job->inputs / GROUP;
+    for (long tile = start; tile < end; tile++)
+        for (long row = 0; row < job->count; row++) {
+            const uint8_t *packed = (const uint8_t *)job->weights + tile * groups * TILE_BYTES;
+            const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
+            float sums[TILE] = {0};
+            for (long group = 0; group < groups; group++, packed += TILE_BYTES) {
+                const uint16_t *scales = (const uint16_t *)(packed + TILE * GROUP / 2), *zeros = scales + TILE;
+                int32_t total = rows->groups[row * (rows->stride / GROUP) + group];
+                for (long lane = 0; lane < TILE; lane++) {
+                    int32_t dot = 0;
+                    for (long vector = 0; vector < 4; vector++)
+                        for (long i = 0; i < 4; i++) {
+                            uint8_t both = packed[vector * 64 + lane * 4 + i];
+                            long at = group * GROUP + vector * 8 + i;
+                            dot += (both & 15) * (BASE * high[at] + low[at]);
+                            dot += (both >> 4) * (BASE * high[at + 4] + low[at + 4]);
+                        }
+                    sums[lane] += from_bfloat16(scales[lane]) * (float)(dot - 8 * total);
+                    sums[lane] += from_bfloat16(zeros[lane]) * (float)total;
+                }
+            }
+            for (long lane = 0; lane < TILE; lane++)
+                job->products[row * job->outputs + tile * TILE + lane] = sums[lane] * rows->steps[row];
+        }
+}
+
+/* ---- x86 with AVX512 and VNNI ---- */
+
+#ifdef HAVE_VNNI
+
+#define BLOCK 4    /* outputs that are computed at a time, where each has a row of its own */
+#define AHEAD 2048 /* bytes, where weights stand in the order in which they are read */
+
+/* Asks for what is read next: the processor foresees it only within a page. Addresses past the end do no harm. */
+INLINE VNNI void fetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }
+
+/* Which of 16 numbers there are, where `left` are left of a row. */
+INLINE VNNI __mmask16 some_of(long left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
+
+VNNI static void quantise_vnni(const Job *job, const Quantised *to) {
+    for (long index = 0; index < job->count; index++) {
+        const float *row = job->rows + index * job->inputs;
+        int8_t *high = to->high + index * to->stride, *low = to->low + index * to->stride;
+        __m512 most = _mm512_setzero_ps();
+        __mmask16 strange = 0;
+        for (long i = 0; i < job->inputs; i += 16) {
+            __m512 values = _mm512_maskz_loadu_ps(some_of(job->inputs - i), row + i);
+            strange |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
+            most = _mm512_max_ps(most, _mm512_abs_ps(values));
+        }
+        float step = to->steps[index] = step_of(strange ? INFINITY : _mm512_reduce_max_ps(most));
+        __m512 factor = _mm512_set1_ps(factor_of(step));
+        __m512i limit = _mm512_set1_epi32(LARGEST), base = _mm512_set1_epi32(BASE);
+        for (long i = 0; i < to->stride; i += 16) {
+            __m512 values = _mm512_maskz_loadu_ps(some_of(job->inputs - i), row + i);
+            __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(values, factor));
+            number = _mm512_max_epi32(_mm512_min_epi32(number, limit), _mm512_sub_epi32(_mm512_setzero_si512(), limit));
+            __m512i upper = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_cvtepi32_ps(number), _mm512_set1_ps(1.0f / BASE)));
+            __m512i lower = _mm512_sub_epi32(number, _mm512_mullo_epi32(upper, base));
+            _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(upper));
+            _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(lower));
+        }
+        add_up(to, index);
+    }
+}
+
+INLINE VNNI void int8_block(const Job *job, const Quantised *rows, long output, long outputs, long row, long count) {
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    const int8_t *codes = (const int8_t *)job->weights + output * job->inputs;
+    const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
+    __m512i upper[BLOCK][4], lower[BLOCK][4];
+#pragma GCC unroll 4
+    for (long o = 0; o < outputs; o++)
+#pragma GCC unroll 4
+        for (long r = 0; r < count; r++) upper[o][r] = lower[o][r] = _mm512_setzero_si512();
+    for (long i = 0; i < job->inputs; i += 64) {
+        long left = job->inputs - i;
+        __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
+#pragma GCC unroll 4
+        for (long o = 0; o < outputs; o++) {
+            __m512i code = _mm512_maskz_loadu_epi8(mask, codes + o * job->inputs + i);
+            fetch(codes + (o + BLOCK) * job->inputs + i);
+            code = _mm512_xor_si512(code, sign); /* bytes without sign, 128 too large */
+#pragma GCC unroll 4
+            for (long r = 0; r < count; r++) {
+                __m512i h = _mm512_loadu_si512(high + r * rows->stride + i);
+                __m512i l = _mm512_loadu_si512(low + r * rows->stride + i);
+                upper[o][r] = _mm512_dpbusd_epi32(upper[o][r], code, h);
+                lower[o][r] = _mm512_dpbusd_epi32(lower[o][r], code, l);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (long o = 0; o < outputs; o++)
+#pragma GCC unroll 4
+        for (long r = 0; r < count; r++) {
+            int64_t h = _mm512_reduce_add_epi32(upper[o][r]) - 128 * (int64_t)rows->highs[row + r];
+            int64_t l = _mm512_reduce_add_epi32(lower[o][r]) - 128 * (int64_t)rows->lows[row + r];
+            job->products[(row + r) * job->outputs + output + o] =
+                (float)(BASE * h + l) * rows->steps[row + r] * from_bfloat16(job->scales[output + o]);
+        }
+}
+
+VNNI static void int8_vnni(const Job *job, const Quantised *rows, long start, long end) {
+    long output = start;
+    for (; output + BLOCK <= end; output += BLOCK) {
+        long row = 0;
+        for (; row + 2 <= job->count; row += 2) int8_block(job, rows, output, BLOCK, row, 2);
+        if (row < job->count) int8_block(job, rows, output, BLOCK, row, 1);
+    }
+    for (; output < end; output++)
+        for (long row = 0; row < job->count; row++) int8_block(job, rows, output, 1, row, 1);
+}
+
+INLINE VNNI __m512i four_bytes(const int8_t *from) {
+    int32_t bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+}
+
+INLINE VNNI void int4_block(const Job *job, const Quantised *rows, long tile, long row, long count) {
+    long groups = job->inputs / GROUP;
+    const uint8_t *packed = (const uint8_t *)job->weights + tile * groups * TILE_BYTES;
+    const __m512i half = _mm512_set1_epi8(15);
+    const __m512i base = _mm512_set1_epi32(BASE);
+    __m512 sums[4];
+#pragma GCC unroll 4
+    for (long r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
+    for (long group = 0; group < groups; group++, packed += TILE_BYTES) {
+        __m512i upper[4], lower[4];
+#pragma GCC unroll 4
+        for (long r = 0; r < count; r++) upper[r] = lower[r] = _mm512_setzero_si512();
+#pragma GCC unroll 4
+        for (long vector = 0; vector < 4; vector++) {
+            __m512i both = _mm512_loadu_si512(packed + vector * 64);
+            fetch(packed + vector * 64 + AHEAD);
+            __m512i first = _mm512_and_si512(both, half);
+            __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), half);
+#pragma GCC unroll 4
+            for (long r = 0; r < count; r++) {
+                long at = (row + r) * rows->stride + group * GROUP + vector * 8;
+                upper[r] = _mm512_dpbusd_epi32(upper[r], first, four_bytes(rows->high + at));
+                lower[r] = _mm512_dpbusd_epi32(lower[r], first, four_bytes(rows->low + at));
+                upper[r] = _mm512_dpbusd_epi32(upper[r], second, four_bytes(rows->high + at + 4));
+                lower[r] = _mm512_dpbusd_epi32(lower[r], second, four_bytes(rows->low + at + 4));
+            }
+        }
+        const __m256i *stored = (const __m256i *)(packed + TILE * GROUP / 2);
+        __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(stored)), 16));
+        __m512 zeros = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(stored + 1)), 16));
+#pragma GCC unroll 4
+        for (long r = 0; r < count; r++) {
+            int32_t total = rows->groups[(row + r) * (rows->stride / GROUP) + group];
+            __m512i dot = _mm512_add_epi32(_mm512_mullo_epi32(upper[r], base), lower[r]);
+            dot = _mm512_sub_epi32(dot, _mm512_set1_epi32(8 * total));
+            sums[r] = _mm512_fmadd_ps(zeros, _mm512_set1_ps((float)total), sums[r]);
+            sums[r] = _mm512_fmadd_ps(scales, _mm512_cvtepi32_ps(dot), sums[r]);
+        }
+    }
+#pragma GCC unroll 4
+    for (long r = 0; r < count; r++)
+        _mm512_storeu_ps(job->products + (row + r) * job->outputs + tile * TILE,
+                         _mm512_mul_ps(sums[r], _mm512_set1_ps(rows->steps[row + r])));
+}
+
+VNNI static void int4_vnni(const Job *job, const Quantised *rows, long start, long end) {
+    for (long tile = start; tile < end; tile++) {
+        long row = 0;
+        for (; row + 4 <= job->count; row += 4) int4_block(job, rows, tile, row, 4);
+        if (row + 2 <= job->count) int4_block(job, rows, tile, row, 2), row += 2;
+        if (row < job->count) int4_block(job, rows, tile, row, 1);
+    }
+}
+
+INLINE VNNI __m512 sixteen_halves(const uint16_t *from, __mmask16 mask) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
+}
+
+INLINE VNNI void half_block(const Job *job, long output, long outputs, long row, long count) {
+    const uint16_t *weights = (const uint16_t *)job->weights + output * job->inputs;
+    const float *rows = job->rows + row * job->inputs;
+    __m512 sums[BLOCK][4];
+#pragma GCC unroll 4
+    for (long o = 0; o < outputs; o++)
+#pragma GCC unroll 4
+        for (long r = 0; r < count; r++) sums[o][r] = _mm512_setzero_ps();
+    for (long i = 0; i < job->inputs; i += 16) {
+        __mmask16 mask = some_of(job->inputs - i);
+        __m512 given[4];
+#pragma GCC unroll 4
+        for (long r = 0; r < count; r++) given[r] = _mm512_maskz_loadu_ps(mask, rows + r * job->inputs + i);
+#pragma GCC unroll 4
+        for (long o = 0; o < outputs; o++) {
+            __m512 weight = sixteen_halves(weights + o * job->inputs + i, mask);
+            fetch(weights + (o + BLOCK) * job->inputs + i);
+#pragma GCC unroll 4
+            for (long r = 0; r < count; r++) sums[o][r] = _mm512_fmadd_ps(weight, given[r], sums[o][r]);
+        }
+    }
+#pragma GCC unroll 4
+    for (long o = 0; o < outputs; o++)
+#pragma GCC unroll 4
+        for (long r = 0; r < count; r++)
+            job->products[(row + r) * job->outputs + output + o] = _mm512_reduce_add_ps(sums[o][r]);
+}
+
+VNNI static void half_vnni(const Job *job, const Quantised *rows, long start, long end) {
+    long output = start;
+    for (; output + BLOCK <= end; output += BLOCK) {
+        long row = 0;
+        for (; row + 4 <= job->count; row += 4) half_block(job, output, BLOCK, row, 4);
+        for (; row < job->count; row++) half_block(job, output, BLOCK, row, 1);
+    }
+    for (; output < end; output++)
+        for (long row = 0; row < job->count; row++) half_block(job, output, 1, row, 1);
+}
+#endif
+
+/* ---- what Python calls ---- */
+
+typedef void (*Kernel)(const Job *, const Quantised *, long, long);
+
+static int has_vnni(void) {
+#ifdef HAVE_VNNI
+    return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#else
+    return 0;
+#endif
+}
+
+/* Whole vectors and groups. */
+static long padded(long inputs) { return (inputs + 63) / 64 * 64; }
+
+static int prepare(const Job *job, Quantised *to) {
+    long stride = padded(job->inputs), groups = stride / GROUP;
+    char *memory = malloc(job->count * (2 * stride + (groups + 3) * 4) + 64);
+    if (memory == NULL) return 0;
+    *to = (Quantised){.stride = stride, .high = (int8_t *)memory, .low = (int8_t *)memory + job->count * stride};
+    to->groups = (int32_t *)(memory + 2 * job->count * stride);
+    to->steps = (float *)(to->groups + job->count * groups);
+    to->highs = (int32_t *)(to->steps + job->count);
+    to->lows = to->highs + job->count;
+    return 1;
+}
+
+/* Cuts the outputs into equal parts, one per thread; `unit`: that a kernel computes at a time. */
+static void run(Kernel kernel, const Job *job, const Quantised *rows, long units, long unit) {
+    long threads = job->threads < 1 ? 1 : job->threads;
+    if (threads == 1) {
+        kernel(job, rows, 0, units);
+        return;
+    }
+    long share = ((units + threads - 1) / threads + unit - 1) / unit * unit;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long thread = 0; thread < threads; thread++) {
+        long start = thread * share, end = start + share < units ? start + share : units;
+        if (start < end) kernel(job, rows, start, end);
+    }
+}
+
+/* Takes (weights, scales, rows, products, count, inputs, outputs, threads), the first four as addresses. */
+static int read_job(PyObject *const *given, Py_ssize_t count, Job *job) {
+    long long numbers[8];
+    if (count != 8) {
+        PyErr_SetString(PyExc_TypeError, "a kernel takes 8 numbers");
+        return 0;
+    }
+    for (int i = 0; i < 8; i++) {
+        numbers[i] = PyLong_AsLongLong(given[i]);
+        if (numbers[i] == -1 && PyErr_Occurred()) return 0;
+    }
+    *job = (Job){
+        .weights = (const void *)(intptr_t)numbers[0],
+        .scales = (const uint16_t *)(intptr_t)numbers[1],
+        .rows = (const float *)(intptr_t)numbers[2],
+        .products = (float *)(intptr_t)numbers[3],
+        .count = (long)numbers[4],
+        .inputs = (long)numbers[5],
+        .outputs = (long)numbers[6],
+        .threads = (int)numbers[7],
+    };
+    return 1;
+}
+
+static PyObject *multiply_integers(PyObject *const *given, Py_ssize_t count, Kernel plain, Kernel vnni, long tile) {
+    Job job;
+    Quantised rows;
+    if (!read_job(given, count, &job)) return NULL;
+    if (!prepare(&job, &rows)) return PyErr_NoMemory();
+    int fast = vnni != NULL && has_vnni();
+    Py_BEGIN_ALLOW_THREADS
+#ifdef HAVE_VNNI
+    if (fast) quantise_vnni(&job, &rows);
+    else
+#endif
+        quantise_plainly(&job, &rows);
+    run(fast ? vnni : plain, &job, &rows, job.outputs / tile, tile == 1 ? 4 : 1);
+    Py_END_ALLOW_THREADS
+    free(rows.high);
+    Py_RETURN_NONE;
+}
+
+#ifndef HAVE_VNNI
+#define int8_vnni NULL
+#define int4_vnni NULL
+#endif
+
+static PyObject *int8(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    return multiply_integers(given, count, int8_plainly, int8_vnni, 1);
+}
+
+static PyObject *int4(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    return multiply_integers(given, count, int4_plainly, int4_vnni, TILE);
+}
+
+static PyObject *int8_of_any_cpu(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    return multiply_integers(given, count, int8_plainly, NULL, 1);
+}
+
+static PyObject *int4_of_any_cpu(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    return multiply_integers(given, count, int4_plainly, NULL, TILE);
+}
+
+static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    Job job;
+    if (!read_job(given, count, &job)) return NULL;
+#ifdef HAVE_VNNI
+    if (has_vnni()) {
+        Py_BEGIN_ALLOW_THREADS
+        run(half_vnni, &job, NULL, job.outputs, 4);
+        Py_END_ALLOW_THREADS
+        Py_RETURN_NONE;
+    }
+#endif
+    PyErr_SetString(PyExc_NotImplementedError, "there is no float16 kernel for this CPU");
+    return NULL;
+}
+
+static PyObject *is_fast(PyObject *self, PyObject *unused) { return PyBool_FromLong(has_vnni()); }
+
+static PyMethodDef methods[] = {
+    {"int8", (PyCFunction)(void (*)(void))int8, METH_FASTCALL, "Rows times int8 weights."},
+    {"int4", (PyCFunction)(void (*)(void))int4, METH_FASTCALL, "Rows times int4 weights."},
+    {"float16", (PyCFunction)(void (*)(void))float16, METH_FASTCALL, "Rows times float16 weights."},
+    {"int8_of_any_cpu", (PyCFunction)(void (*)(void))int8_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
+    {"int4_of_any_cpu", (PyCFunction)(void (*)(void))int4_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
+    {"is_fast", is_fast, METH_NOARGS, "Whether this CPU has the instructions that the kernels are written for."},
+    {NULL, NULL, 0, NULL},
+};
+
+static struct PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_kernels", "Products of a few rows with held weights.", -1, methods, NULL, NULL, NULL, NULL,
+};
+
+PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }

@@ -1,0 +1,77 @@
+"""Products of a few rows with held weights, by the kernels of `kernels.c`, where they were compiled.
+
+pip compiles them when it finds a C compiler and Python's headers. Without them torch's own kernels are used, which read
+integer weights at about half the speed.
+"""
+
+from __future__ import annotations
+
+import platform
+from importlib import import_module
+from typing import Any
+
+import torch
+
+GROUP = 32
+"""Inputs that share a scale and a zero in int4."""
+
+TILE = 16
+"""Outputs that are stored together in int4."""
+
+TILE_BYTES = TILE * GROUP // 2 + TILE * 2 * 2
+"""Of a group of inputs of a tile: the codes, then bfloat16 scales, then bfloat16 zeros."""
+
+try:
+    _kernels: Any = import_module("splitnet.model._kernels")
+except ImportError:
+    _kernels = None
+
+
+def has_integer_kernels() -> bool:
+    """Whether there are compiled kernels for integers, and nothing faster for this CPU.
+
+    On x86 they are written for AVX512 with VNNI, and without it torch's are faster; elsewhere torch has none.
+    """
+    return _kernels is not None and (_kernels.is_fast() or platform.machine() not in ("x86_64", "AMD64"))
+
+
+def has_float16_kernel() -> bool:
+    """Whether there is a compiled kernel for float16 that this CPU can run."""
+    return _kernels is not None and _kernels.is_fast()
+
+
+def multiply_int8(
+    rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *, plainly: bool = False
+) -> torch.Tensor:
+    """`[rows, inputs]` times int8 `[outputs, inputs]` with a bfloat16 scale per output, in float32.
+
+    The rows are rounded to 2^-15 of the largest value of each.
+
+    Args:
+        plainly: as CPUs do it for which no instructions are chosen.
+    """
+    kernel = _kernels.int8_of_any_cpu if plainly else _kernels.int8
+    return _multiply(kernel, rows, len(codes), codes, scales)
+
+
+def multiply_int4(rows: torch.Tensor, tiles: torch.Tensor, *, plainly: bool = False) -> torch.Tensor:
+    """`[rows, inputs]` times int4 `[outputs / TILE, groups, TILE_BYTES]`, in float32; see `multiply_int8`."""
+    kernel = _kernels.int4_of_any_cpu if plainly else _kernels.int4
+    return _multiply(kernel, rows, len(tiles) * TILE, tiles, None)
+
+
+def multiply_float16(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`[rows, inputs]` times float16 `[outputs, inputs]`, multiplied and summed in float32."""
+    return _multiply(_kernels.float16, rows, len(weight), weight, None)
+
+
+def _multiply(
+    kernel: Any, rows: torch.Tensor, outputs: int, weight: torch.Tensor, scales: torch.Tensor | None
+) -> torch.Tensor:
+    given = rows.float().contiguous()
+    count, inputs = given.shape
+    products = torch.empty(count, outputs)
+    scales_at = 0 if scales is None else scales.data_ptr()
+    threads = torch.get_num_threads()
+    kernel(weight.data_ptr(), scales_at, given.data_ptr(), products.data_ptr(), count, inputs, outputs, threads)
+    return products.to(rows.dtype)

@@ -1,0 +1,124 @@
+"""splitnet's compiled kernels: products of integers lose no more than the rounding of the rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitnet.model import kernels
+from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4
+from splitnet.model.int8_forms import CompiledInt8
+from splitnet.model.kernels import multiply_float16, multiply_int4, multiply_int8
+
+pytestmark = pytest.mark.skipif(not kernels.has_float16_kernel(), reason="the kernels were not compiled for this CPU")
+
+LARGEST = 255 * 127 + 127
+"""What the largest value of a row becomes."""
+
+outputs = st.integers(1, 9)
+inputs = st.integers(1, 200)
+counts = st.integers(1, 9)
+seeds = st.integers(0, 2**31)
+both = pytest.mark.parametrize("plainly", [False, True])
+
+
+def rows_of(count: int, length: int, seed: int) -> torch.Tensor:
+    """With an outlier and, among others, a row of zeros."""
+    rows = torch.randn(count, length, generator=torch.Generator().manual_seed(seed))
+    rows[0, seed % length] = 1e4
+    rows[-1] *= seed % 2
+    return rows
+
+
+def most(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """What products may be off: half a step per input, and what sums in float32 lose."""
+    steps = rows.double().abs().amax(1, keepdim=True) / LARGEST
+    sizes = weight.double().abs().sum(1)
+    return 0.51 * steps * sizes + 1e-5 * (rows.double().abs() @ weight.double().abs().T) + 1e-30
+
+
+@both
+@given(outputs, inputs, counts, seeds)
+def test_int8(plainly: bool, outputs: int, inputs: int, count: int, seed: int) -> None:
+    rows = rows_of(count, inputs, seed)
+    held = CompiledInt8.of(torch.randn(outputs, inputs))
+    assert held is not None
+    weight = held.dequantised(torch.float32)
+    product = multiply_int8(rows, held.codes, held.scales, plainly=plainly)
+    assert ((product - rows.double() @ weight.double().T).abs() <= most(rows, weight)).all()
+
+
+@both
+@given(st.integers(1, 3), st.integers(1, 5), counts, seeds)
+def test_int4(plainly: bool, tiles: int, groups: int, count: int, seed: int) -> None:
+    rows = rows_of(count, groups * kernels.GROUP, seed)
+    given_weight = torch.randn(tiles * kernels.TILE, groups * kernels.GROUP)
+    held, plain = CompiledInt4.of(given_weight), DequantisedInt4.of(given_weight)
+    assert held is not None and plain is not None
+    weight = held.dequantised(torch.float32)
+    assert torch.equal(weight, plain.dequantised(torch.float32))
+    product = multiply_int4(rows, held.tiles, plainly=plainly)
+    # Scales and zeros are multiplied separately.
+    slack = 1e-6 * rows.double().abs().sum(1, keepdim=True) * weight.double().abs().amax()
+    assert ((product - rows.double() @ weight.double().T).abs() <= most(rows, weight) + 20 * slack).all()
+
+
+@given(outputs, inputs, counts, seeds)
+def test_float16(outputs: int, inputs: int, count: int, seed: int) -> None:
+    rows = rows_of(count, inputs, seed)
+    weight = torch.randn(outputs, inputs).half()
+    product = multiply_float16(rows, weight)
+    size = rows.double().abs() @ weight.double().abs().T
+    assert ((product - rows.double() @ weight.double().T).abs() <= 1e-5 * size + 1e-30).all()
+
+
+@both
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_no_number_stays_none_in_its_row(value: float, plainly: bool) -> None:
+    rows = torch.randn(3, 64)
+    rows[1, 5] = value
+    eight, four = CompiledInt8.of(torch.randn(16, 64)), CompiledInt4.of(torch.randn(16, 64))
+    assert eight is not None and four is not None
+    for product in (
+        multiply_int8(rows, eight.codes, eight.scales, plainly=plainly),
+        multiply_int4(rows, four.tiles, plainly=plainly),
+    ):
+        assert not product[1].isfinite().any()
+        assert product[[0, 2]].isfinite().all()
+
+
+def test_largest_numbers_do_not_overflow() -> None:
+    rows = torch.ones(1, 2**15)
+    eight = CompiledInt8.of(torch.ones(1, 2**15))
+    four = CompiledInt4.of(torch.ones(16, 2**15))
+    assert eight is not None and four is not None
+    for plainly in (False, True):
+        assert multiply_int8(rows, eight.codes, eight.scales, plainly=plainly).item() == pytest.approx(2**15, rel=1e-2)
+        assert multiply_int4(rows, four.tiles, plainly=plainly)[0, 0].item() == pytest.approx(2**15, rel=1e-2)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_share_the_outputs(threads: int) -> None:
+    rows = torch.randn(2, 96)
+    eight, four = CompiledInt8.of(torch.randn(50, 96)), CompiledInt4.of(torch.randn(80, 96))
+    assert eight is not None and four is not None
+    half = torch.randn(50, 96).half()
+
+    def products() -> list[torch.Tensor]:
+        return [
+            multiply_int8(rows, eight.codes, eight.scales),
+            multiply_int4(rows, four.tiles),
+            multiply_float16(rows, half),
+        ]
+
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = products()
+        torch.set_num_threads(threads)
+        shared = products()
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
