@@ -35,12 +35,12 @@ format: .venv/dev.stamp
 	@echo "Creating .venv with $(PYTHON)"
 	@$(PYTHON) -m venv .venv
 
-.venv/demo.stamp: pyproject.toml splitnet/model/kernels.c | .venv/bin/python
+.venv/demo.stamp: pyproject.toml $(wildcard splitnet/model/native/*) | .venv/bin/python
 	@echo "Installing splitnet into .venv (some minutes the first time)"
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[demo]"
 	@touch $@
 
-.venv/dev.stamp: pyproject.toml splitnet/model/kernels.c | .venv/bin/python
+.venv/dev.stamp: pyproject.toml $(wildcard splitnet/model/native/*) | .venv/bin/python
 	@echo "Installing splitnet and its development tools into .venv (some minutes the first time)"
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	@touch .venv/demo.stamp $@

@@ -1,4 +1,4 @@
-"""Products of a few rows with held weights, by the kernels of `kernels.c`, where they were compiled.
+"""Products of a few rows with held weights, by the kernels of `native/`, where they were compiled.
 
 pip compiles them when it finds a C compiler and Python's headers. Without them torch's own kernels are used, which read
 integer weights at about half the speed.
@@ -63,6 +63,39 @@ def multiply_int4(rows: torch.Tensor, tiles: torch.Tensor, *, plainly: bool = Fa
 def multiply_float16(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`[rows, inputs]` times float16 `[outputs, inputs]`, multiplied and summed in float32."""
     return _multiply(_kernels.float16, rows, len(weight), weight, None)
+
+
+def has_steps() -> bool:
+    """Whether there are compiled steps through whole blocks that this CPU can run."""
+    return _kernels is not None and _kernels.is_fast()
+
+
+def step(
+    blocks: torch.Tensor,
+    count: int,
+    hidden: torch.Tensor,
+    stores: torch.Tensor,
+    indices: torch.Tensor,
+    cosines: torch.Tensor,
+    sines: torch.Tensor,
+    stored_bytes: int,
+) -> None:
+    """Runs positions through blocks: `hidden`, float32 `[positions, hidden]`, becomes what comes out.
+
+    Args:
+        blocks: `count` of them, as `Block` in `native/step.h`.
+        stores: int64 `[count, positions, 3]`: addresses of keys and of values, and their capacity.
+        indices: int64 `[positions]`, of each in its stores.
+        cosines: float32 `[positions, head size]`.
+        sines: likewise.
+        stored_bytes: of a number in the stores: 4, or 2 for bfloat16.
+    """
+    tensors = (hidden, stores, indices, cosines, sines)
+    at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
+    threads = torch.get_num_threads()
+    _kernels.step(
+        blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, stored_bytes, threads
+    )
 
 
 def _multiply(

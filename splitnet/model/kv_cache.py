@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +41,7 @@ class RowCache:
         self._max_length = max_length
         self._prefix = prefix or {}
         self._blocks: dict[int, _Block] = {}
+        self._places: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}  # while no block's memory moves
 
     @property
     def nbytes(self) -> int:
@@ -113,8 +114,45 @@ class RowCache:
             keys: `[1, kv heads, new positions, head size]`.
             values: likewise; the head size may differ from that of the keys.
         """
+        start = self._before(block_index) + self.length
+        end = start + keys.shape[2]
+        block = self._with_room(block_index, keys, values, end)
+        block.keys[:, :, start:end] = keys
+        block.values[:, :, start:end] = values
+        return block.keys[:, :, :end], block.values[:, :, :end]
+
+    def reserve(
+        self, indices: tuple[int, ...], count: int, shape: Sequence[int], dtype: torch.dtype
+    ) -> list[tuple[int, int, int]]:
+        """Makes room for `count` new positions in blocks, for who writes to their memory.
+
+        Args:
+            indices: which blocks of the span.
+            shape: of no positions: `[1, kv heads, 0, head size]`.
+            dtype: of keys and values.
+
+        Returns:
+            By block, the addresses of its keys and of its values, and its capacity; they hold until the next call.
+        """
+        places = self._places.get(indices)
+        end = self.prefix_length + self.length + count
+        if places is not None and all(capacity >= end for _, _, capacity in places):
+            return places
+        nothing = torch.empty(tuple(shape), dtype=dtype)
+        blocks = [
+            self._with_room(index, nothing, nothing, self._before(index) + self.length + count) for index in indices
+        ]
+        places = [(block.keys.data_ptr(), block.values.data_ptr(), block.keys.shape[2]) for block in blocks]
+        self._places[indices] = places
+        return places
+
+    def advance(self, count: int) -> None:
+        """Counts `count` positions that all blocks have stored."""
+        self.length += count
+
+    def _with_room(self, block_index: int, keys: torch.Tensor, values: torch.Tensor, end: int) -> _Block:
+        """A block with memory for `end` positions, made like `keys` and `values` if it has none."""
         before = self._before(block_index)
-        start, end = before + self.length, before + self.length + keys.shape[2]
         block = self._blocks.get(block_index)
         if block is None:
             capacity = self._capacity(end, 0)
@@ -124,15 +162,10 @@ class RowCache:
                 block.values[:, :, :before] = self._prefix[block_index].values
         elif end > block.keys.shape[2]:
             capacity = self._capacity(end, block.keys.shape[2])
-            block.keys = _grown(block.keys, capacity, start)
-            block.values = _grown(block.values, capacity, start)
-        block.keys[:, :, start:end] = keys
-        block.values[:, :, start:end] = values
-        return block.keys[:, :, :end], block.values[:, :, :end]
-
-    def advance(self, count: int) -> None:
-        """Counts `count` positions that all blocks have stored."""
-        self.length += count
+            block.keys = _grown(block.keys, capacity, before + self.length)
+            block.values = _grown(block.values, capacity, before + self.length)
+            self._places.clear()
+        return block
 
     def _before(self, block_index: int) -> int:
         return self.prefix_length if block_index in self._prefix else 0

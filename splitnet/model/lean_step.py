@@ -39,12 +39,16 @@ class LeanStep:
     @classmethod
     def of(cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]) -> LeanStep | None:
         """For these blocks; None if their parts are not the usual ones."""
-        if rope is None or not all(_is_usual(block) for block in blocks):
+        if rope is None or not all(is_usual(block) for block in blocks):
             return None
         return cls(blocks, rope, windows)
 
+    def takes(self, parts: Sequence[Part]) -> bool:
+        """Whether every part of a pass has one position and no adapter."""
+        return all(part.count == 1 and part.adapter is None for part in parts)
+
     def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
-        """`[positions, hidden]` -> `[positions, hidden]`; every part has one position and no adapter."""
+        """`[positions, hidden]` -> `[positions, hidden]`."""
         positions = [[part.row.prefix_length + part.start for part in parts]]
         cos, sin = self._rope(hidden[None], torch.tensor(positions, device=hidden.device))
         half = cos.shape[-1] // 2
@@ -100,7 +104,8 @@ class _Block:
         return hidden + _product(self._down, gated)
 
 
-def _is_usual(block: nn.Module) -> bool:
+def is_usual(block: nn.Module) -> bool:
+    """Whether the parts of a block have the names of Llama's; what they do is not known by that."""
     children = dict(block.named_children())
     if set(children) != _PARTS:
         return False

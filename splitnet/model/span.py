@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from splitnet.model.backbone import (
 )
 from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.compiled_step import CompiledStep
 from splitnet.model.families import NEUTRAL_CONFIG, packs_sequences, sliding_windows
 from splitnet.model.held_linear import hold_weights, saved_bytes
 from splitnet.model.kv_cache import OneRow, PassThrough, RowCache, TracedRow
@@ -66,7 +68,7 @@ class Span:
         kv_bytes_per_position: bytes of KV cache that one position of one row takes in all blocks of the span.
     """
 
-    _lean: LeanStep | None = None
+    _lean: LeanStep | CompiledStep | None = None
 
     def __init__(
         self,
@@ -303,7 +305,7 @@ class Span:
         return {block - first: prefix for block, prefix in adapter.prefixes() if self.start <= block < self.end}
 
     def _run(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
-        if self._lean is not None and all(part.count == 1 and part.adapter is None for part in parts):
+        if self._lean is not None and self._lean.takes(parts):
             return self._lean.forward(hidden, parts)
         return self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
 
@@ -341,23 +343,28 @@ class Span:
             rope.inv_freq = rope.original_inv_freq.to(self.device)
             rope.max_seq_len_cached = rope.original_max_seq_len
 
-    def _lean_step(self) -> LeanStep | None:
+    def _lean_step(self) -> LeanStep | CompiledStep | None:
         """A faster way for decode steps, if there is one for these blocks that gives the same."""
         if not self._packs or not self._sdpa:
             return None
         parent, name = parent_of(self._backbone, self._container)
+        blocks, rope = list(getattr(parent, name)), getattr(parent, "rotary_emb", None)
         everywhere = getattr(self._backbone.config, "sliding_window", None)
         windows = self._windows or [everywhere] * (self._whole.end - self._whole.start)
-        lean = LeanStep.of(list(getattr(parent, name)), getattr(parent, "rotary_emb", None), windows)
-        if lean is None or self._whole is not self:
-            return lean if self._whole._lean is not None else None
-        try:
-            return lean if self._gives_the_same(lean) else None
-        except RuntimeError:  # shapes do not fit: it is another structure with the same names
-            return None
+        if self._whole is not self:
+            if isinstance(self._whole._lean, CompiledStep):
+                return CompiledStep.of(blocks, rope, windows, self.dtype)
+            return LeanStep.of(blocks, rope, windows) if self._whole._lean is not None else None
+        compiled = CompiledStep.of(blocks, rope, windows, self.dtype) if self.device.type == "cpu" else None
+        for lean in (compiled, LeanStep.of(blocks, rope, windows)):
+            # Where shapes do not fit, it is another structure with the same names.
+            with suppress(RuntimeError):
+                if lean is not None and self._gives_the_same(lean):
+                    return lean
+        return None
 
     @torch.inference_mode()
-    def _gives_the_same(self, lean: LeanStep) -> bool:
+    def _gives_the_same(self, lean: LeanStep | CompiledStep) -> bool:
         """Whether some steps come out as the family's own code has them."""
         rows = self.new_row(), self.new_row()
         noise = torch.Generator().manual_seed(0)

@@ -98,6 +98,7 @@ def held_layers(span: Span) -> dict[str, HeldLinear]:
 def floats_of(checkpoint: Checkpoint, held: Span) -> Span:
     """The same blocks with plain layers, whose weights are those that the held ones stand for."""
     span = Span.load(checkpoint, held.start, held.end)
+    span._lean = None  # which knows the weights that it was loaded with
     for path, layer in held_layers(held).items():
         plain: Any = span._backbone.get_submodule(path)
         weight = layer.held.dequantised(torch.float32)

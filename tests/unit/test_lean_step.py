@@ -1,4 +1,4 @@
-"""Decode steps in few operations give what the family's own code gives, and are left to it where they would not."""
+"""Short steps, of torch or compiled, give what the family's own code gives, and are left to it where they would not."""
 
 from __future__ import annotations
 
@@ -8,12 +8,26 @@ import pytest
 import torch
 from torch import nn
 
+from splitnet.model import kernels
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.compiled_step import MOST_POSITIONS, CompiledStep
+from splitnet.model.lean_step import LeanStep
 from splitnet.model.span import Part, Span
 from tests.unit.random_models import random_checkpoint
 
 USUAL = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
 OTHERS = ("gpt2", "olmo2", "gemma2", "phi3", "qwen3_moe", "gpt_oss")
+
+
+@pytest.fixture(params=["compiled", "of torch"], autouse=True)
+def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
+    """What the steps are."""
+    if request.param == "of torch":
+        monkeypatch.setattr(kernels, "has_steps", lambda: False)
+        return LeanStep
+    if not kernels.has_steps():
+        pytest.skip("steps were not compiled here, or not for this CPU")
+    return CompiledStep
 
 
 def load(family: str, folder: Path, dtype: str | None = None, weights: str | None = None) -> Span:
@@ -35,18 +49,68 @@ def decoded(span: Span, lengths: tuple[int, ...], steps: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", USUAL)
 @pytest.mark.parametrize("lengths", [(5,), (5, 1, 9)], ids=["alone", "together"])
-def test_it_gives_the_same(family: str, tmp_path: Path, lengths: tuple[int, ...]) -> None:
+def test_it_gives_the_same(family: str, tmp_path: Path, lengths: tuple[int, ...], step: type) -> None:
     span = load(family, tmp_path)
-    assert span._lean is not None
+    assert type(span._lean) is step
     lean = decoded(span, lengths, 4)
     span._lean = None
     torch.testing.assert_close(lean, decoded(span, lengths, 4), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"weights": "int8"}, {"weights": "float16"}], ids=str)
-def test_it_gives_nearly_the_same_in_other_types(tmp_path: Path, options: dict[str, str]) -> None:
-    span = load("llama", tmp_path, **options)
+def windows_of_drafts(span: Span, counts: tuple[int, ...]) -> torch.Tensor:
+    """Outputs of passes with several positions of each sequence, some of which are taken back before the next pass."""
+    torch.manual_seed(8)
+    rows = [span.new_row() for _ in counts]
+    outputs: list[torch.Tensor] = []
+    for _ in range(5):
+        hidden = torch.randn(sum(counts), span.hidden_size)
+        outputs.append(span.forward(hidden, [Part(row, row.length, n) for row, n in zip(rows, counts, strict=True)]))
+        for row, count in zip(rows, counts, strict=True):
+            row.crop(row.length - count // 3)
+    return torch.stack(outputs).float()
+
+
+@pytest.mark.parametrize("family", USUAL)
+@pytest.mark.parametrize("counts", [(7,), (3, 1, 9)], ids=["alone", "together"])
+def test_several_positions_of_a_sequence(family: str, counts: tuple[int, ...], tmp_path: Path) -> None:
+    span = load(family, tmp_path)
+    lean = windows_of_drafts(span, counts)
+    span._lean = None
+    torch.testing.assert_close(lean, windows_of_drafts(span, counts), rtol=1e-4, atol=1e-5)
+
+
+def test_only_small_passes_are_compiled(tmp_path: Path, step: type) -> None:
+    span = load("llama", tmp_path)
+    lean, row = span._lean, span.new_row()
+    assert lean is not None
+    assert lean.takes([Part(row, 0, 1)] * MOST_POSITIONS)
+    assert not lean.takes([Part(row, 0, MOST_POSITIONS + 1)])
+
+
+def test_a_sliding_window_that_is_over(tmp_path: Path) -> None:
+    span = load("mistral", tmp_path)
     assert span._lean is not None
+    window = span._backbone.config.sliding_window
+    assert window
+    lean = decoded(span, (window + 3, 2), 4)
+    span._lean = None
+    torch.testing.assert_close(lean, decoded(span, (window + 3, 2), 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"dtype": "bfloat16"},
+        {"weights": "int8"},
+        {"weights": "float16"},
+        {"weights": "bfloat16", "dtype": "float32"},
+        {"weights": "int4", "dtype": "bfloat16"},
+    ],
+    ids=str,
+)
+def test_it_gives_nearly_the_same_in_other_types(tmp_path: Path, options: dict[str, str], step: type) -> None:
+    span = load("llama", tmp_path, **options)
+    assert type(span._lean) is step
     lean = decoded(span, (5, 2), 3)
     span._lean = None
     plain = decoded(span, (5, 2), 3)

@@ -7,8 +7,9 @@ Integer weights are multiplied with integers. Each row of activations becomes 16
 q = 255 * high + low with high and low in -127..127, so that products of bytes (VNNI) do all the work, and what is lost
 of the activations is 2^-15 of the largest one of the row: outliers cost nothing, unlike with 8 bits. */
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#ifndef SPLITNET_PRODUCTS_H
+#define SPLITNET_PRODUCTS_H
+
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -26,6 +27,8 @@ of the activations is 2^-15 of the largest one of the row: outliers cost nothing
 #define TILE 16  /* outputs of int4 that are stored together */
 #define TILE_BYTES (TILE * GROUP / 2 + 2 * 2 * TILE)
 #define INLINE static inline __attribute__((always_inline))
+
+enum kind { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
 
 typedef struct {
     const void *weights;
@@ -292,13 +295,18 @@ VNNI static void int4_vnni(const Job *job, const Quantised *rows, long start, lo
     }
 }
 
-INLINE VNNI __m512 sixteen_halves(const uint16_t *from, __mmask16 mask) {
-    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from));
+/* Sixteen weights of a float type. */
+INLINE VNNI __m512 sixteen(enum kind kind, const char *weights, long at, __mmask16 mask) {
+    if (kind == FLOAT32) return _mm512_maskz_loadu_ps(mask, (const float *)weights + at);
+    __m256i halves = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)weights + at);
+    if (kind == FLOAT16) return _mm512_cvtph_ps(halves);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-INLINE VNNI void half_block(const Job *job, long output, long outputs, long row, long count) {
-    const uint16_t *weights = (const uint16_t *)job->weights + output * job->inputs;
+INLINE VNNI void float_block(enum kind kind, const Job *job, long output, long outputs, long row, long count) {
+    const long width = kind == FLOAT32 ? 4 : 2;
     const float *rows = job->rows + row * job->inputs;
+    const char *weights = job->weights;
     __m512 sums[BLOCK][4];
 #pragma GCC unroll 4
     for (long o = 0; o < outputs; o++)
@@ -311,8 +319,9 @@ INLINE VNNI void half_block(const Job *job, long output, long outputs, long row,
         for (long r = 0; r < count; r++) given[r] = _mm512_maskz_loadu_ps(mask, rows + r * job->inputs + i);
 #pragma GCC unroll 4
         for (long o = 0; o < outputs; o++) {
-            __m512 weight = sixteen_halves(weights + o * job->inputs + i, mask);
-            fetch(weights + (o + BLOCK) * job->inputs + i);
+            long at = (output + o) * job->inputs + i;
+            __m512 weight = sixteen(kind, weights, at, mask);
+            fetch(weights + (at + BLOCK * job->inputs) * width);
 #pragma GCC unroll 4
             for (long r = 0; r < count; r++) sums[o][r] = _mm512_fmadd_ps(weight, given[r], sums[o][r]);
         }
@@ -324,19 +333,35 @@ INLINE VNNI void half_block(const Job *job, long output, long outputs, long row,
             job->products[(row + r) * job->outputs + output + o] = _mm512_reduce_add_ps(sums[o][r]);
 }
 
-VNNI static void half_vnni(const Job *job, const Quantised *rows, long start, long end) {
+INLINE VNNI void floats(enum kind kind, const Job *job, long start, long end) {
     long output = start;
     for (; output + BLOCK <= end; output += BLOCK) {
         long row = 0;
-        for (; row + 4 <= job->count; row += 4) half_block(job, output, BLOCK, row, 4);
-        for (; row < job->count; row++) half_block(job, output, BLOCK, row, 1);
+        for (; row + 4 <= job->count; row += 4) float_block(kind, job, output, BLOCK, row, 4);
+        for (; row < job->count; row++) float_block(kind, job, output, BLOCK, row, 1);
     }
     for (; output < end; output++)
-        for (long row = 0; row < job->count; row++) half_block(job, output, 1, row, 1);
+        for (long row = 0; row < job->count; row++) float_block(kind, job, output, 1, row, 1);
+}
+
+VNNI static void float32_vnni(const Job *job, const Quantised *rows, long start, long end) {
+    (void)rows;
+    floats(FLOAT32, job, start, end);
+}
+
+VNNI static void bfloat16_vnni(const Job *job, const Quantised *rows, long start, long end) {
+    (void)rows;
+    floats(BFLOAT16, job, start, end);
+}
+
+VNNI static void float16_vnni(const Job *job, const Quantised *rows, long start, long end) {
+    (void)rows;
+    floats(FLOAT16, job, start, end);
 }
 #endif
 
-/* ---- what Python calls ---- */
+
+/* ---- how they are run ---- */
 
 typedef void (*Kernel)(const Job *, const Quantised *, long, long);
 
@@ -379,98 +404,4 @@ static void run(Kernel kernel, const Job *job, const Quantised *rows, long units
     }
 }
 
-/* Takes (weights, scales, rows, products, count, inputs, outputs, threads), the first four as addresses. */
-static int read_job(PyObject *const *given, Py_ssize_t count, Job *job) {
-    long long numbers[8];
-    if (count != 8) {
-        PyErr_SetString(PyExc_TypeError, "a kernel takes 8 numbers");
-        return 0;
-    }
-    for (int i = 0; i < 8; i++) {
-        numbers[i] = PyLong_AsLongLong(given[i]);
-        if (numbers[i] == -1 && PyErr_Occurred()) return 0;
-    }
-    *job = (Job){
-        .weights = (const void *)(intptr_t)numbers[0],
-        .scales = (const uint16_t *)(intptr_t)numbers[1],
-        .rows = (const float *)(intptr_t)numbers[2],
-        .products = (float *)(intptr_t)numbers[3],
-        .count = (long)numbers[4],
-        .inputs = (long)numbers[5],
-        .outputs = (long)numbers[6],
-        .threads = (int)numbers[7],
-    };
-    return 1;
-}
-
-static PyObject *multiply_integers(PyObject *const *given, Py_ssize_t count, Kernel plain, Kernel vnni, long tile) {
-    Job job;
-    Quantised rows;
-    if (!read_job(given, count, &job)) return NULL;
-    if (!prepare(&job, &rows)) return PyErr_NoMemory();
-    int fast = vnni != NULL && has_vnni();
-    Py_BEGIN_ALLOW_THREADS
-#ifdef HAVE_VNNI
-    if (fast) quantise_vnni(&job, &rows);
-    else
 #endif
-        quantise_plainly(&job, &rows);
-    run(fast ? vnni : plain, &job, &rows, job.outputs / tile, tile == 1 ? 4 : 1);
-    Py_END_ALLOW_THREADS
-    free(rows.high);
-    Py_RETURN_NONE;
-}
-
-#ifndef HAVE_VNNI
-#define int8_vnni NULL
-#define int4_vnni NULL
-#endif
-
-static PyObject *int8(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_integers(given, count, int8_plainly, int8_vnni, 1);
-}
-
-static PyObject *int4(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_integers(given, count, int4_plainly, int4_vnni, TILE);
-}
-
-static PyObject *int8_of_any_cpu(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_integers(given, count, int8_plainly, NULL, 1);
-}
-
-static PyObject *int4_of_any_cpu(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_integers(given, count, int4_plainly, NULL, TILE);
-}
-
-static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    Job job;
-    if (!read_job(given, count, &job)) return NULL;
-#ifdef HAVE_VNNI
-    if (has_vnni()) {
-        Py_BEGIN_ALLOW_THREADS
-        run(half_vnni, &job, NULL, job.outputs, 4);
-        Py_END_ALLOW_THREADS
-        Py_RETURN_NONE;
-    }
-#endif
-    PyErr_SetString(PyExc_NotImplementedError, "there is no float16 kernel for this CPU");
-    return NULL;
-}
-
-static PyObject *is_fast(PyObject *self, PyObject *unused) { return PyBool_FromLong(has_vnni()); }
-
-static PyMethodDef methods[] = {
-    {"int8", (PyCFunction)(void (*)(void))int8, METH_FASTCALL, "Rows times int8 weights."},
-    {"int4", (PyCFunction)(void (*)(void))int4, METH_FASTCALL, "Rows times int4 weights."},
-    {"float16", (PyCFunction)(void (*)(void))float16, METH_FASTCALL, "Rows times float16 weights."},
-    {"int8_of_any_cpu", (PyCFunction)(void (*)(void))int8_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
-    {"int4_of_any_cpu", (PyCFunction)(void (*)(void))int4_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
-    {"is_fast", is_fast, METH_NOARGS, "Whether this CPU has the instructions that the kernels are written for."},
-    {NULL, NULL, 0, NULL},
-};
-
-static struct PyModuleDef module = {
-    PyModuleDef_HEAD_INIT, "_kernels", "Products of a few rows with held weights.", -1, methods, NULL, NULL, NULL, NULL,
-};
-
-PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }

@@ -1,0 +1,144 @@
+"""A few new positions through blocks of the usual structure, in one call of compiled code.
+
+What `splitnet.model.lean_step` leaves is more than half of the time of a decode step with weights of few bits: for each
+block some twenty calls of torch, on tensors of a few hundred numbers. `native/step.h` has the whole block instead, also
+for several positions of a sequence, as windows of drafts have them. As there, what comes out is compared with the
+family's own code when a span loads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from struct import pack
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitnet.model import kernels
+from splitnet.model.attention import Part
+from splitnet.model.float_forms import CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
+from splitnet.model.held_linear import HeldLinear
+from splitnet.model.int4_forms import CompiledInt4
+from splitnet.model.int8_forms import CompiledInt8
+from splitnet.model.lean_step import is_usual
+
+MOST_POSITIONS = 16
+"""In one step; with more, products of matrices are faster."""
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_INT8, _INT4 = 3, 4
+_VECTOR = 16
+
+
+class CompiledStep:
+    """Runs blocks that `CompiledStep.of` knows.
+
+    Args:
+        blocks: the family's own, in order.
+        rope: gives the cosines and sines of positions.
+        windows: sliding windows in positions, by the index that blocks have in their caches.
+        dtype: what the span computes in, and keeps in its caches.
+    """
+
+    def __init__(
+        self, blocks: Sequence[Any], rope: nn.Module, windows: Sequence[int | None], dtype: torch.dtype
+    ) -> None:
+        first: Any = blocks[0]
+        attention = first.self_attn
+        self._rope = rope
+        self._dtype = dtype
+        self._size: int = attention.head_dim
+        self._indices = tuple(block.self_attn.layer_idx for block in blocks)
+        self._heads = attention.k_proj.out_features // self._size
+        self._alive: list[torch.Tensor] = []
+        described = b"".join(self._describe(block, windows) for block in blocks)
+        self._blocks = torch.frombuffer(bytearray(described), dtype=torch.int64)
+
+    @classmethod
+    def of(
+        cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None], dtype: torch.dtype
+    ) -> CompiledStep | None:
+        """For these blocks; None if their parts are not the usual ones, or nothing is compiled for this CPU."""
+        if not kernels.has_steps() or dtype not in (torch.float32, torch.bfloat16) or rope is None:
+            return None
+        if not all(is_usual(block) and _is_known(block) for block in blocks):
+            return None
+        return cls(blocks, rope, windows, dtype)
+
+    def takes(self, parts: Sequence[Part]) -> bool:
+        """Whether a pass is small enough, and without adapters."""
+        return sum(part.count for part in parts) <= MOST_POSITIONS and all(part.adapter is None for part in parts)
+
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+        """`[positions, hidden]` -> `[positions, hidden]`, in the type of `hidden`."""
+        indices = [part.row.prefix_length + part.start + new for part in parts for new in range(part.count)]
+        positions = torch.tensor(indices)
+        cosines, sines = (turn[0].float().contiguous() for turn in self._rope(hidden[None], positions[None]))
+        if cosines.shape[-1] != self._size:
+            raise RuntimeError("rotary embeddings of a part of the head")
+        result = hidden.float() if hidden.dtype != torch.float32 else hidden.clone()
+        rows = [self._stores(part) for part in parts for _ in range(part.count)]
+        stores = torch.tensor(list(chain.from_iterable(zip(*rows, strict=True)))).flatten()
+        kernels.step(self._blocks, len(self._indices), result, stores, positions, cosines, sines, self._dtype.itemsize)
+        return result.to(hidden.dtype)
+
+    def _stores(self, part: Part) -> list[tuple[int, int, int]]:
+        shape = (1, self._heads, 0, self._size)
+        return part.row.reserve(self._indices, part.count, shape, self._dtype)
+
+    def _describe(self, block: Any, windows: Sequence[int | None]) -> bytes:
+        """As `Block` in `native/step.h`."""
+        attention, mlp = block.self_attn, block.mlp
+        norms = [block.input_layernorm, block.post_attention_layernorm]
+        norms += [getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
+        addresses = [0 if norm is None else self._float_address(norm.weight) for norm in norms]
+        numbers = [0.0 if norm is None else norm.variance_epsilon for norm in norms] + [attention.scaling]
+        heads = attention.q_proj.out_features // self._size
+        sizes = [heads, self._heads, self._size, windows[attention.layer_idx] or 0]
+        layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+        layers = (*layers, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        matrices = list(chain.from_iterable(self._matrix(layer) for layer in layers))
+        return pack("4q5d4q42q", *addresses, *numbers, *sizes, *matrices)
+
+    def _matrix(self, layer: Any) -> list[int]:
+        bias = 0 if layer.bias is None else self._float_address(layer.bias)
+        kind, weight, scales = _held(layer)
+        scales_at = 0 if scales is None else scales.data_ptr()
+        self._alive += [weight] if scales is None else [weight, scales]
+        return [kind, weight.data_ptr(), scales_at, bias, layer.in_features, layer.out_features]
+
+    def _float_address(self, values: torch.Tensor) -> int:
+        self._alive.append(values.detach().float().contiguous())
+        return self._alive[-1].data_ptr()
+
+
+def _is_known(block: Any) -> bool:
+    attention, mlp = block.self_attn, block.mlp
+    layers = [*attention.children(), *mlp.children()]
+    linear = [layer for layer in layers if isinstance(layer, (nn.Linear, HeldLinear))]
+    return (
+        len(linear) == 7
+        and all(_is_held(layer) for layer in linear)
+        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and attention.head_dim % _VECTOR == 0
+        and attention.q_proj.out_features % attention.k_proj.out_features == 0
+    )
+
+
+def _is_held(layer: nn.Linear | HeldLinear) -> bool:
+    if isinstance(layer, HeldLinear):
+        known = (CompiledInt8, CompiledInt4, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32)
+        return type(layer.held) in known
+    return type(layer) is nn.Linear and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
+
+
+def _held(layer: nn.Linear | HeldLinear) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+    """The number of its kind in `native/products.h`, and its tensors."""
+    held: Any = layer.held if isinstance(layer, HeldLinear) else layer
+    if isinstance(held, CompiledInt8):
+        return _INT8, held.codes, held.scales
+    if isinstance(held, CompiledInt4):
+        return _INT4, held.tiles, None
+    return _KINDS[held.weight.dtype], held.weight, None

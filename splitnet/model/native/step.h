@@ -1,0 +1,284 @@
+/* New positions through blocks that are built as Llama's; see splitnet/model/compiled_step.py.
+
+Numbers are float32 throughout; keys and values are stored as the span computes, in float32 or bfloat16. */
+
+#ifndef SPLITNET_STEP_H
+#define SPLITNET_STEP_H
+
+#include "products.h"
+
+#ifdef HAVE_VNNI
+
+/* All fields have 8 bytes: Python writes them as a list of numbers. */
+typedef struct {
+    int64_t kind;
+    const void *weights;
+    const uint16_t *scales;
+    const float *bias; /* or NULL */
+    int64_t inputs, outputs;
+} Matrix;
+
+typedef struct {
+    const float *norm_before, *norm_between, *query_norm, *key_norm; /* the last two or NULL */
+    double epsilon_before, epsilon_between, epsilon_query, epsilon_key, scale;
+    int64_t heads, stored_heads, size;
+    int64_t window; /* positions that one may see, or 0: all */
+    Matrix query, key, value, out, gate, up, down;
+} Block;
+
+/* Where a block keeps keys and values of the sequence of a position: [stored heads, capacity, size] each. */
+typedef struct {
+    void *keys, *values;
+    int64_t capacity;
+} Store;
+
+typedef struct {
+    float *hidden; /* [count, width], replaced by what comes out */
+    long count;
+    const int64_t *indices; /* of the positions in their stores */
+    const float *cosines, *sines; /* [count, size] */
+    int stores_floats; /* float32, else bfloat16 */
+    int threads;
+} Step;
+
+/* Cephes' exponential function: error of a unit in the last place. */
+INLINE VNNI __m512 exponential(__m512 x) {
+    const __m512 most = _mm512_set1_ps(88.0f), least = _mm512_set1_ps(-103.0f);
+    x = _mm512_max_ps(least, _mm512_min_ps(most, x)); /* in this order NaN stays */
+    __m512 twos = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
+    __m512 rest = _mm512_fnmadd_ps(twos, _mm512_set1_ps(0.693359375f), x);
+    rest = _mm512_fnmadd_ps(twos, _mm512_set1_ps(-2.12194440e-4f), rest);
+    __m512 sum = _mm512_set1_ps(1.9875691500e-4f);
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.3981999507e-3f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(8.3334519073e-3f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(4.1665795894e-2f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(1.6666665459e-1f));
+    sum = _mm512_fmadd_ps(sum, rest, _mm512_set1_ps(5.0000001201e-1f));
+    sum = _mm512_fmadd_ps(_mm512_mul_ps(rest, rest), sum, _mm512_add_ps(rest, _mm512_set1_ps(1)));
+    return _mm512_scalef_ps(sum, twos);
+}
+
+INLINE VNNI void normalise(const float *from, float *to, const float *weight, double epsilon, long width) {
+    __m512 squares = _mm512_setzero_ps();
+    for (long i = 0; i < width; i += 16) {
+        __m512 values = _mm512_maskz_loadu_ps(some_of(width - i), from + i);
+        squares = _mm512_fmadd_ps(values, values, squares);
+    }
+    __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)width + (float)epsilon));
+    for (long i = 0; i < width; i += 16) {
+        __mmask16 mask = some_of(width - i);
+        __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + i), factor);
+        _mm512_mask_storeu_ps(to + i, mask, _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, weight + i)));
+    }
+}
+
+/* Rotary embedding in halves (Su et al., "RoFormer", arXiv:2104.09864). */
+INLINE VNNI void turn(float *head, const float *cosines, const float *sines, long size) {
+    for (long i = 0; i < size / 2; i++) {
+        float first = head[i], second = head[i + size / 2];
+        head[i] = first * cosines[i] - second * sines[i];
+        head[i + size / 2] = second * cosines[i + size / 2] + first * sines[i + size / 2];
+    }
+}
+
+INLINE VNNI __m512 stored(const void *from, long at, int floats) {
+    if (floats) return _mm512_loadu_ps((const float *)from + at);
+    __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)from + at));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+
+INLINE VNNI void store(void *to, long at, const float *values, long size, int floats) {
+    if (floats) {
+        memcpy((float *)to + at, values, size * sizeof(float));
+        return;
+    }
+    for (long i = 0; i < size; i++) {
+        uint32_t bits;
+        memcpy(&bits, values + i, sizeof bits);
+        int special = (bits & 0x7f800000) == 0x7f800000; /* which rounding could make a number of */
+        ((uint16_t *)to)[at + i] = (bits + (special ? 0 : 0x7fff + (bits >> 16 & 1))) >> 16;
+    }
+}
+
+/* What one position sees with the query heads that share a stored head. `scores`: [heads, reach]. */
+INLINE VNNI void attend(const Block *block, const Store *where, const Step *step, long position, long head, const float *queries,
+                        float *mixed, float *scores, int floats) {
+    long size = block->size, group = block->heads / block->stored_heads, end = step->indices[position] + 1;
+    long begin = block->window && end > block->window ? end - block->window : 0, reach = end - begin;
+    long base = (head * where->capacity + begin) * size;
+    __m512 scale = _mm512_set1_ps((float)block->scale);
+    for (long index = 0; index < reach; index++)
+        for (long query = 0; query < group; query++) {
+            __m512 sum = _mm512_setzero_ps();
+            for (long i = 0; i < size; i += 16)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(queries + query * size + i),
+                                      stored(where->keys, base + index * size + i, floats), sum);
+            scores[query * reach + index] = _mm512_reduce_add_ps(sum);
+        }
+    for (long query = 0; query < group; query++) {
+        float *score = scores + query * reach;
+        __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+        for (long i = 0; i < reach; i += 16) {
+            __mmask16 mask = some_of(reach - i);
+            most = _mm512_mask_max_ps(most, mask, most, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, score + i), scale));
+        }
+        __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+        for (long i = 0; i < reach; i += 16) {
+            __mmask16 mask = some_of(reach - i);
+            __m512 weight = _mm512_maskz_loadu_ps(mask, score + i);
+            weight = _mm512_maskz_mov_ps(mask, exponential(_mm512_fmsub_ps(weight, scale, largest)));
+            total = _mm512_add_ps(total, weight);
+            _mm512_mask_storeu_ps(score + i, mask, weight);
+        }
+        __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
+        for (long i = 0; i < size; i += 64) {
+            __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+            long vectors = size - i >= 64 ? 4 : (size - i) / 16;
+            for (long index = 0; index < reach; index++) {
+                __m512 weight = _mm512_set1_ps(score[index]);
+                for (long vector = 0; vector < vectors; vector++) {
+                    __m512 values = stored(where->values, base + index * size + i + vector * 16, floats);
+                    sums[vector] = _mm512_fmadd_ps(weight, values, sums[vector]);
+                }
+            }
+            for (long vector = 0; vector < vectors; vector++)
+                _mm512_storeu_ps(mixed + query * size + i + vector * 16, _mm512_mul_ps(sums[vector], share));
+        }
+    }
+}
+
+/* Products of the same rows with some matrices; rows become integers at most once. */
+INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products, int many, const float *rows,
+                          const Quantised *room, const Step *step) {
+    static const Kernel kernels[] = {float32_vnni, bfloat16_vnni, float16_vnni, int8_vnni, int4_vnni};
+    int quantised = 0;
+    for (int index = 0; index < many; index++) {
+        const Matrix *matrix = matrices[index];
+        Job job = {
+            .weights = matrix->weights,
+            .scales = matrix->scales,
+            .rows = rows,
+            .products = products[index],
+            .count = step->count,
+            .inputs = matrix->inputs,
+            .outputs = matrix->outputs,
+            .threads = step->threads,
+        };
+        Quantised numbers = *room;
+        numbers.stride = padded(matrix->inputs);
+        numbers.low = numbers.high + step->count * numbers.stride;
+        if (matrix->kind >= INT8 && !quantised) {
+            quantise_vnni(&job, &numbers);
+            quantised = 1;
+        }
+        long unit = matrix->kind == INT4 ? TILE : 1;
+        run(kernels[matrix->kind], &job, &numbers, job.outputs / unit, unit == 1 ? BLOCK : 1);
+        if (matrix->bias != NULL)
+            for (long row = 0; row < job.count; row++)
+                for (long i = 0; i < job.outputs; i++) job.products[row * job.outputs + i] += matrix->bias[i];
+    }
+}
+
+INLINE VNNI void add(float *to, const float *from, long count) {
+    for (long i = 0; i < count; i += 16) {
+        __mmask16 mask = some_of(count - i);
+        __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + i), _mm512_maskz_loadu_ps(mask, from + i));
+        _mm512_mask_storeu_ps(to + i, mask, sum);
+    }
+}
+
+/* SiLU of the gate, times what it lets through. */
+INLINE VNNI void open_gate(float *gate, const float *up, long count) {
+    const __m512 one = _mm512_set1_ps(1);
+    for (long i = 0; i < count; i += 16) {
+        __mmask16 mask = some_of(count - i);
+        __m512 value = _mm512_maskz_loadu_ps(mask, gate + i);
+        __m512 opened = _mm512_div_ps(value, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), value))));
+        _mm512_mask_storeu_ps(gate + i, mask, _mm512_mul_ps(opened, _mm512_maskz_loadu_ps(mask, up + i)));
+    }
+}
+
+VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
+                            const float *values, float *mixed, float *scores, long most) {
+    long size = block->size, group = block->heads / block->stored_heads;
+    for (long position = 0; position < step->count; position++) {
+        const float *cosines = step->cosines + position * size, *sines = step->sines + position * size;
+        for (long head = 0; head < block->heads; head++) {
+            float *query = queries + (position * block->heads + head) * size;
+            if (block->query_norm) normalise(query, query, block->query_norm, block->epsilon_query, size);
+            turn(query, cosines, sines, size);
+        }
+        for (long head = 0; head < block->stored_heads; head++) {
+            float *key = keys + (position * block->stored_heads + head) * size;
+            if (block->key_norm) normalise(key, key, block->key_norm, block->epsilon_key, size);
+            turn(key, cosines, sines, size);
+            long at = (head * stores[position].capacity + step->indices[position]) * size;
+            store(stores[position].keys, at, key, size, step->stores_floats);
+            const float *value = values + (position * block->stored_heads + head) * size;
+            store(stores[position].values, at, value, size, step->stores_floats);
+        }
+    }
+    long units = step->count * block->stored_heads;
+    long threads = step->threads < 1 ? 1 : step->threads;
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long thread = 0; thread < threads; thread++)
+        for (long unit = thread; unit < units; unit += threads) {
+            long position = unit / block->stored_heads, head = unit % block->stored_heads;
+            long at = (position * block->heads + head * group) * size;
+            float *own = scores + thread * group * most;
+            if (step->stores_floats)
+                attend(block, stores + position, step, position, head, queries + at, mixed + at, own, 1);
+            else
+                attend(block, stores + position, step, position, head, queries + at, mixed + at, own, 0);
+        }
+}
+
+/* Runs the positions through the blocks. `stores`: [blocks, positions]. Gives 0 where there is no memory for it. */
+VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, const Step *step) {
+    long count = step->count, most = 1, widest = 0, attention = 0, between = 0, group = 1;
+    for (long i = 0; i < count; i++) most = step->indices[i] + 1 > most ? step->indices[i] + 1 : most;
+    for (long i = 0; i < many; i++) {
+        const Block *block = blocks + i;
+        long heads = block->heads * block->size;
+        attention = heads > attention ? heads : attention;
+        between = block->gate.outputs > between ? block->gate.outputs : between;
+        group = block->heads / block->stored_heads > group ? block->heads / block->stored_heads : group;
+        widest = block->query.inputs > widest ? block->query.inputs : widest;
+    }
+    Job largest = {.count = count, .inputs = widest > between ? widest : between};
+    largest.inputs = attention > largest.inputs ? attention : largest.inputs;
+    Quantised room;
+    if (!prepare(&largest, &room)) return 0;
+    long threads = step->threads < 1 ? 1 : step->threads;
+    float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between) + threads * group * most));
+    if (memory == NULL) {
+        free(room.high);
+        return 0;
+    }
+    float *normed = memory, *product = normed + count * widest, *queries = product + count * widest;
+    float *keys = queries + count * attention, *values = keys + count * attention, *mixed = values + count * attention;
+    float *gate = mixed + count * attention, *up = gate + count * between, *scores = up + count * between;
+    for (long index = 0; index < many; index++) {
+        const Block *block = blocks + index;
+        long width = block->query.inputs;
+        for (long row = 0; row < count; row++)
+            normalise(step->hidden + row * width, normed + row * width, block->norm_before, block->epsilon_before, width);
+        multiply((const Matrix *[]){&block->query, &block->key, &block->value}, (float *[]){queries, keys, values}, 3, normed,
+                 &room, step);
+        attend_all(block, stores + index * count, step, queries, keys, values, mixed, scores, most);
+        multiply((const Matrix *[]){&block->out}, (float *[]){product}, 1, mixed, &room, step);
+        add(step->hidden, product, count * width);
+        for (long row = 0; row < count; row++)
+            normalise(step->hidden + row * width, normed + row * width, block->norm_between, block->epsilon_between, width);
+        multiply((const Matrix *[]){&block->gate, &block->up}, (float *[]){gate, up}, 2, normed, &room, step);
+        open_gate(gate, up, count * block->gate.outputs);
+        multiply((const Matrix *[]){&block->down}, (float *[]){product}, 1, gate, &room, step);
+        add(step->hidden, product, count * width);
+    }
+    free(memory);
+    free(room.high);
+    return 1;
+}
+
+#endif
+#endif
