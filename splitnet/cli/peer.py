@@ -6,14 +6,23 @@ import gc
 import os
 import queue
 import signal
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import JoinIfAny, KeyFile, Model, parse_blocks, parse_bytes, refuse_taken, resolve_model
+from splitnet.cli.arguments import (
+    JoinIfAny,
+    KeyFile,
+    Model,
+    parse_blocks,
+    parse_bytes,
+    parse_host_port,
+    refuse_taken,
+    resolve_model,
+)
 from splitnet.errors import SplitnetError
 
 if TYPE_CHECKING:
@@ -76,6 +85,12 @@ def peer(
         Path | None, typer.Option(help="File with the keys (see `splitnet key`) that may connect; anyone if not given.")
     ] = None,
     key_file: KeyFile = None,
+    metrics_port: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:]PORT", help="Serve metrics for Prometheus there, at /metrics; 127.0.0.1 by default."
+        ),
+    ] = None,
     drain_s: Annotated[
         float,
         typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over when told to end."),
@@ -91,6 +106,7 @@ def peer(
     wanted_memory = parse_bytes(memory) if memory else None
     wanted_kv_memory = parse_bytes(kv_memory) if kv_memory else None
     wanted_training_memory = parse_bytes(training_memory) if training_memory else None
+    wanted_metrics = parse_host_port(metrics_port) if metrics_port else None
     refuse_taken(listen)
     if address_file is not None:
         _forget(address_file)
@@ -99,6 +115,8 @@ def peer(
     import torch
 
     from peers.daemon import Peer
+    from peers.metrics import registry_of
+    from peers.metrics_server import MetricsServer
     from peers.options import PeerOptions
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
@@ -120,17 +138,24 @@ def peer(
         authorized_keys=authorized_keys,
         key_file=key_file,
     )
-    with StageProgress() as progress:
-        serving = Peer.start(checkpoint, options, progress=progress.update)
-    # Until here a signal has been an exception; from here it ends the wait. The queue may be filled by a handler.
-    stop: queue.SimpleQueue[int] = queue.SimpleQueue()
-    try:
+    with ExitStack() as stack:
+        metrics = stack.enter_context(MetricsServer(*wanted_metrics)) if wanted_metrics else None
+        with StageProgress() as progress:
+            serving = Peer.start(checkpoint, options, progress=progress.update)
+        stack.callback(serving.close)
+        if address_file is not None:
+            stack.callback(_forget, address_file)
+        # Until here a signal has been an exception; from here it ends the wait. The queue may be filled by a handler.
+        stop: queue.SimpleQueue[int] = queue.SimpleQueue()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: stop.put(number))
         # What is loaded by now stays: the collector need not walk over it between two tokens.
         gc.collect()
         gc.freeze()
         typer.echo(_what_it_serves(serving))
+        if metrics is not None:
+            metrics.serve(registry_of(serving))
+            typer.echo(f"metrics at {metrics.url}")
         typer.echo("others join with")
         for address in serving.addresses:
             typer.echo(f"  --join {address}")
@@ -142,10 +167,6 @@ def peer(
             signal.signal(number, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             serving.drain(drain_s)
-    finally:
-        if address_file is not None:
-            _forget(address_file)
-        serving.close()
 
 
 def _what_it_serves(peer: Peer) -> str:

@@ -15,12 +15,21 @@ class Admission:
     Args:
         at_a_time: requests that run.
         waiting: requests that may wait; more are told to come again.
+
+    Attributes:
+        running: requests that have a place.
     """
 
     def __init__(self, at_a_time: int, waiting: int) -> None:
         self._places = asyncio.Semaphore(at_a_time)
-        self._free_to_wait = waiting
+        self._free_to_wait = self._most_waiting = waiting
+        self.running = 0
         self._at_a_time = at_a_time
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for a place."""
+        return self._most_waiting - self._free_to_wait
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
@@ -38,7 +47,9 @@ class Admission:
             await self._places.acquire()
         finally:
             self._free_to_wait += 1
+        self.running += 1
         try:
             yield
         finally:
+            self.running -= 1
             self._places.release()

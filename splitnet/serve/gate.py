@@ -11,10 +11,11 @@ from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.keys import ApiKeys
 
 MAX_BODY_BYTES = 16 * 2**20
+BEHIND_KEY = ("/v1", "/metrics")
 
 
 class Gate:
-    """ASGI middleware; all paths under `/v1` need a key, if there are keys."""
+    """ASGI middleware; what is under `BEHIND_KEY` needs a key, if there are keys."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
@@ -40,7 +41,7 @@ class Gate:
                 await JSONResponse(failure.reply(), failure.status, failure.headers)(scope, receive, send)
 
     def _check_key(self, scope: Scope) -> None:
-        if not self._keys.required or not scope["path"].startswith("/v1"):
+        if not self._keys.required or not scope["path"].startswith(BEHIND_KEY):
             return
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not self._keys.accept(given.strip().encode()):

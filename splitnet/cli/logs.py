@@ -1,0 +1,73 @@
+"""How the log is written to stderr: as text for people, or as one JSON object per line for programs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import UTC, datetime
+from enum import StrEnum
+
+import typer
+
+log = logging.getLogger(__name__)
+
+_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+
+
+class LogFormat(StrEnum):
+    """How a line of the log looks."""
+
+    text = "text"
+    json = "json"
+
+
+class JsonFormatter(logging.Formatter):
+    """One line per event: time (ISO 8601, UTC), level, logger, message, and what the code gives as `extra`.
+
+    An exception is in the field `exception`, with its traceback.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        given = {name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD}
+        time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
+        event = {
+            "time": time.replace("+00:00", "Z"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            event["exception"] = self.formatException(record.exc_info)
+        if record.stack_info:
+            event["stack"] = self.formatStack(record.stack_info)
+        return json.dumps({**event, **{name: value for name, value in given.items() if name not in event}}, default=str)
+
+
+def set_up(format: LogFormat, level: int) -> None:
+    """Has all that is logged at this level or above written to stderr, warnings of Python included in JSON."""
+    handler = logging.StreamHandler(sys.stderr)
+    if format is LogFormat.json:
+        handler.setFormatter(JsonFormatter())
+        logging.captureWarnings(True)
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+def for_programs() -> bool:
+    """Whether stderr holds JSON only."""
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in logging.getLogger().handlers)
+
+
+def tell(level: int, text: str) -> None:
+    """Tells the user of a command what went wrong, or what is dangerous; as an event where stderr is for programs.
+
+    Args:
+        level: `logging.ERROR` or `logging.WARNING`.
+    """
+    if for_programs():
+        log.log(level, "%s", text)
+    else:
+        word, colour = ("error", "red") if level >= logging.ERROR else ("warning", "yellow")
+        typer.secho(f"{word}: {text}", fg=colour, err=True)
