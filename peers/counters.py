@@ -79,6 +79,17 @@ class Histogram:
         self.total += value
 
 
+class WorkCounts:
+    """Of one kind of work: steps and passes, their positions, and seconds from their arrival until they began."""
+
+    __slots__ = ("positions", "steps", "waits")
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.positions = 0
+        self.waits = Histogram(SECONDS)
+
+
 class PassHistograms:
     """Of one kind of pass: how long each took, and what it carried."""
 
@@ -133,8 +144,7 @@ class Counters:
     """All that a peer counts from its start to its end, also when it moves to other blocks.
 
     Attributes:
-        steps, positions, waits: by kind of work; waits in seconds, from the arrival of a step or pass until it begins.
-        passes: by kind of pass.
+        work, passes: by kind.
         refused: requests that were answered with a failure, by its code.
         opened: sessions that were admitted.
         ended: sessions that are no more.
@@ -142,38 +152,43 @@ class Counters:
     """
 
     def __init__(self) -> None:
-        self.steps = dict.fromkeys(WorkKind, 0)
-        self.positions = dict.fromkeys(WorkKind, 0)
-        self.waits = {kind: Histogram(SECONDS) for kind in WorkKind}
+        self.work = {kind: WorkCounts() for kind in WorkKind}
         self.passes = {kind: PassHistograms() for kind in PassKind}
         self.refused = dict.fromkeys(FailureCode, 0)
         self.opened = 0
         self.ended = dict.fromkeys(SessionEnd, 0)
         self.moves = 0
         self.traffic = Traffic()
+        # To look an enum up takes longer than to count.
+        self._decode, self._prefill = self.work[WorkKind.DECODE], self.work[WorkKind.PREFILL]
+        self._replay = self.work[WorkKind.REPLAY]
+        self._step_passes = self.passes[PassKind.STEPS]
 
-    def began(self, work: Work) -> None:
+    def step_began(self, work: Work) -> None:
         """A step has waited for its first pass."""
-        self.waits[_kind_of(work)].observe(work.wait_ms / 1000)
+        self._of(work).waits.observe(work.wait_ms / 1000)
 
-    def computed(self, work: Work, count: int) -> None:
+    def step_computed(self, work: Work, count: int) -> None:
         """A pass has computed the next `count` positions of a step."""
-        kind = _kind_of(work)
-        self.positions[kind] += count
+        counts = self._of(work)
+        counts.positions += count
         if not work.remaining:
-            self.steps[kind] += 1
+            counts.steps += 1
 
-    def pass_computed(self, kind: PassKind, work: PassWork, lengths: Sequence[int], seconds: float) -> None:
+    def steps_passed(self, seconds: float, positions: int, rows: int) -> None:
+        """The device has run a packed pass of steps."""
+        self._step_passes.observe(seconds, positions, rows)
+
+    def sequences_passed(self, kind: PassKind, work: PassWork, lengths: Sequence[int], seconds: float) -> None:
         """The device has run a pass over whole sequences of these lengths."""
-        work_kind = WorkKind(kind.value)
+        counts = self.work[WorkKind(kind.value)]
         positions = sum(lengths)
-        self.steps[work_kind] += 1
-        self.positions[work_kind] += positions
-        self.waits[work_kind].observe(work.wait_ms / 1000)
+        counts.steps += 1
+        counts.positions += positions
+        counts.waits.observe(work.wait_ms / 1000)
         self.passes[kind].observe(seconds, positions, len(lengths))
 
-
-def _kind_of(work: Work) -> WorkKind:
-    if work.step.replay_until:
-        return WorkKind.REPLAY
-    return WorkKind.DECODE if work.total <= DECODE_POSITIONS else WorkKind.PREFILL
+    def _of(self, work: Work) -> WorkCounts:
+        if work.step.replay_until:
+            return self._replay
+        return self._decode if work.total <= DECODE_POSITIONS else self._prefill

@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from peers.counters import Counters, PassKind
+from peers.counters import Counters
 from peers.failures import failure_of
 from peers.load import Load
 from peers.pass_engine import PassEngine
@@ -148,14 +148,14 @@ class Engine:
         output = span.forward(hidden, parts)
         elapsed_ms = (time.perf_counter() - began) * 1000
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
-        self._counters.passes[PassKind.STEPS].observe(elapsed_ms / 1000, len(hidden), len(parts))
+        self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
         offset = 0
         for work, count in ready:
             work.outputs.append(output[offset : offset + count])
             work.compute_ms += elapsed_ms
             work.done += count
             offset += count
-            self._counters.computed(work, count)
+            self._counters.step_computed(work, count)
             if not work.remaining:
                 self._finish(work)
 
@@ -178,7 +178,7 @@ class Engine:
         fresh = [work for work, _ in ready if not work.done]
         for work in fresh:
             work.wait_ms = (now - work.arrived_at) * 1000
-            self._counters.began(work)
+            self._counters.step_began(work)
         positions = sum(count for _, count in ready)
         others = [positions - count for work, count in ready if work.total <= DECODE_POSITIONS]
         waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS]

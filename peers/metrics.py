@@ -97,6 +97,7 @@ class PeerMetrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         counters, now = self._counters, self._present()
+        work, passes = counters.work, counters.passes
         yield InfoMetricFamily("splitnet_peer", "What the peer serves.", now.info)
         yield _gauge("serving", "1: takes new sessions; 0: is leaving or moving to other blocks.", now.serves)
         yield _gauge("blocks", "Blocks that it serves.", now.blocks)
@@ -111,9 +112,17 @@ class PeerMetrics(Collector):
             | {"not_authorized": now.refused_connections},
         )
         yield _counter("moves", "Moves to other blocks.", counters.moves)
-        yield _counters("steps", "Steps and passes that were computed, by kind of work.", "kind", counters.steps)
         yield _counters(
-            "tokens", "Positions of tokens that were computed, by kind of work.", "kind", counters.positions
+            "steps",
+            "Steps and passes that were computed, by kind of work.",
+            "kind",
+            {kind: of.steps for kind, of in work.items()},
+        )
+        yield _counters(
+            "tokens",
+            "Positions of tokens that were computed, by kind of work.",
+            "kind",
+            {kind: of.positions for kind, of in work.items()},
         )
         yield _gauges(
             "queue_tokens",
@@ -122,9 +131,11 @@ class PeerMetrics(Collector):
             {"steps": now.queued_positions, "training": now.queued_pass_positions},
         )
         yield _histograms(
-            "queue_wait_seconds", "From the arrival of a step or pass until it began.", "kind", counters.waits
+            "queue_wait_seconds",
+            "From the arrival of a step or pass until it began.",
+            "kind",
+            {kind: of.waits for kind, of in work.items()},
         )
-        passes = counters.passes
         yield _histograms(
             "pass_seconds", "Time of a pass on the device.", "work", {kind: of.seconds for kind, of in passes.items()}
         )

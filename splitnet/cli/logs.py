@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 from datetime import UTC, datetime
 from enum import StrEnum
+from types import TracebackType
 
 import typer
 
 log = logging.getLogger(__name__)
 
-_OF_EVERY_RECORD = {*vars(logging.makeLogRecord({})), "message", "asctime"}
+_NO_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
+"""What records have without `extra`, and uvicorn's message for terminals."""
 
 
 class LogFormat(StrEnum):
@@ -29,7 +32,7 @@ class JsonFormatter(logging.Formatter):
     """
 
     def format(self, record: logging.LogRecord) -> str:
-        given = {name: value for name, value in vars(record).items() if name not in _OF_EVERY_RECORD}
+        given = {name: value for name, value in vars(record).items() if name not in _NO_FIELDS}
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         event = {
             "time": time.replace("+00:00", "Z"),
@@ -45,11 +48,18 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(format: LogFormat, level: int) -> None:
-    """Has all that is logged at this level or above written to stderr, warnings of Python included in JSON."""
+    """Has all that is logged at this level or above written to stderr.
+
+    In JSON also what would be text there otherwise: warnings of Python, and errors that end a thread or the process.
+    """
     handler = logging.StreamHandler(sys.stderr)
     if format is LogFormat.json:
         handler.setFormatter(JsonFormatter())
         logging.captureWarnings(True)
+        sys.excepthook = _log_uncaught
+        threading.excepthook = lambda uncaught: _log_uncaught(
+            uncaught.exc_type, uncaught.exc_value, uncaught.exc_traceback
+        )
     else:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
@@ -71,3 +81,8 @@ def tell(level: int, text: str) -> None:
     else:
         word, colour = ("error", "red") if level >= logging.ERROR else ("warning", "yellow")
         typer.secho(f"{word}: {text}", fg=colour, err=True)
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
+    if error is not None:
+        log.critical("an error that nobody expected", exc_info=(kind, error, traceback))

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from fastapi import APIRouter, FastAPI, Request
+from fastapi import FastAPI, Request
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -214,26 +214,32 @@ class _RequestWatch:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        status = GONE_STATUS
+        status = ""
+
+        async def noting_receive() -> Message:
+            nonlocal status
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                status = status or GONE_STATUS
+            return message
 
         async def noting_send(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = str(message["status"])
+                status = status or str(message["status"])
             await send(message)
 
-        path = self._path_of(scope)
         try:
-            await self._app(scope, receive, noting_send)
+            await self._app(scope, noting_receive, noting_send)
         finally:
-            self._metrics.answered(path, status, time.perf_counter() - began)
+            self._metrics.answered(self._path_of(scope), status or GONE_STATUS, time.perf_counter() - began)
 
     def _path_of(self, scope: Scope) -> str:
         """The path as it is declared: whatever clients ask for, there are few of them."""
-        for route in self._routes:
-            if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
-                return route.path
-        return OTHER_PATH
+        routed = scope.get("route")
+        if routed is None:  # it was refused before
+            routed = next((route for route in self._routes if route.matches(scope)[0] is not Match.NONE), None)
+        return routed.path if isinstance(routed, Route) else OTHER_PATH
 
 
 def instrument(
@@ -246,13 +252,11 @@ def instrument(
     """
     metrics.registry.register(_PresentMetrics(name, generations, admission))
     generations.observer = metrics
-    router = APIRouter()
 
-    @router.get("/metrics", include_in_schema=False)
+    @app.get("/metrics", include_in_schema=False)
     def tell(request: Request) -> Response:
         """The metrics, as Prometheus reads them."""
         encode, content_type = choose_encoder(request.headers.get("accept", ""))
         return Response(encode(metrics.registry), media_type=content_type)  # pyright: ignore[reportArgumentType]
 
-    app.include_router(router)
     app.add_middleware(_RequestWatch, metrics=metrics, routes=app.routes)
