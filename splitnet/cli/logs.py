@@ -14,6 +14,15 @@ import typer
 
 log = logging.getLogger(__name__)
 
+_LEVELS = {
+    logging.DEBUG: "debug",
+    logging.INFO: "info",
+    logging.WARNING: "warning",
+    logging.ERROR: "error",
+    logging.CRITICAL: "critical",
+}
+"""Libraries give other names to levels, for the whole process."""
+
 _NO_FIELDS = {*vars(logging.makeLogRecord({})), "message", "asctime", "color_message"}
 """What records have without `extra`, and uvicorn's message for terminals."""
 
@@ -36,7 +45,7 @@ class JsonFormatter(logging.Formatter):
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
         event = {
             "time": time.replace("+00:00", "Z"),
-            "level": record.levelname.lower(),
+            "level": _LEVELS.get(record.levelno, record.levelname.lower()),
             "logger": record.name,
             "message": record.getMessage(),
         }
@@ -84,5 +93,5 @@ def tell(level: int, text: str) -> None:
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:
-    if error is not None:
+    if not isinstance(error, SystemExit | None):  # which ends a thread without a word
         log.critical("an error that nobody expected", exc_info=(kind, error, traceback))

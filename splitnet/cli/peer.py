@@ -6,7 +6,7 @@ import gc
 import os
 import queue
 import signal
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -138,15 +138,12 @@ def peer(
         authorized_keys=authorized_keys,
         key_file=key_file,
     )
-    with ExitStack() as stack:
-        metrics = stack.enter_context(MetricsServer(*wanted_metrics)) if wanted_metrics else None
-        with StageProgress() as progress:
-            serving = Peer.start(checkpoint, options, progress=progress.update)
-        stack.callback(serving.close)
-        if address_file is not None:
-            stack.callback(_forget, address_file)
-        # Until here a signal has been an exception; from here it ends the wait. The queue may be filled by a handler.
-        stop: queue.SimpleQueue[int] = queue.SimpleQueue()
+    metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
+    with StageProgress() as progress:
+        serving = Peer.start(checkpoint, options, progress=progress.update)
+    # Until here a signal has been an exception; from here it ends the wait. The queue may be filled by a handler.
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()
+    try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _: stop.put(number))
         # What is loaded by now stays: the collector need not walk over it between two tokens.
@@ -167,6 +164,12 @@ def peer(
             signal.signal(number, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             serving.drain(drain_s)
+    finally:
+        if address_file is not None:
+            _forget(address_file)
+        serving.close()
+        if metrics is not None:
+            metrics.close()
 
 
 def _what_it_serves(peer: Peer) -> str:

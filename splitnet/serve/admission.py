@@ -17,19 +17,15 @@ class Admission:
         waiting: requests that may wait; more are told to come again.
 
     Attributes:
-        running: requests that have a place.
+        running, waiting: how many requests are running and waiting now.
     """
 
     def __init__(self, at_a_time: int, waiting: int) -> None:
         self._places = asyncio.Semaphore(at_a_time)
-        self._free_to_wait = self._most_waiting = waiting
-        self.running = 0
+        self._free_to_wait = waiting
         self._at_a_time = at_a_time
-
-    @property
-    def waiting(self) -> int:
-        """Requests that wait for a place."""
-        return self._most_waiting - self._free_to_wait
+        self.running = 0
+        self.waiting = 0
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
@@ -43,10 +39,12 @@ class Admission:
                 429, f"{self._at_a_time} requests are running and others wait: try again in a moment", code="overloaded"
             )
         self._free_to_wait -= 1
+        self.waiting += 1
         try:
             await self._places.acquire()
         finally:
             self._free_to_wait += 1
+            self.waiting -= 1
         self.running += 1
         try:
             yield

@@ -177,9 +177,9 @@ class Generation:
         ask = self._ask
         cache, shared = taken or (self._own.model.new_cache(), 0)
         self._hold(cache)
-        self._watch = SessionWatch(cache, self._own.observer) if self._own.observer is not None else None
         held: list[int] | None = None
         try:
+            self._watch = SessionWatch(cache, self._own.observer) if self._own.observer is not None else None
             prompt = torch.tensor([ask.prompt])
             # The model must see one token at least, to tell what comes after it.
             cached = min(shared, len(ask.prompt) - 1)

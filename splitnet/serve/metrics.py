@@ -118,7 +118,7 @@ class GatewayMetrics:
     def recovered(self, recovered: Recovered) -> None:
         self._failover.labels(recovered.cause.value).observe(recovered.total_ms / 1000)
 
-    def moved(self, sent: int, received: int) -> None:
+    def transferred(self, sent: int, received: int) -> None:
         self._sent.inc(sent)
         self._received.inc(received)
 

@@ -20,7 +20,7 @@ class Observer(Protocol):
         """A route was repaired."""
         ...
 
-    def moved(self, sent: int, received: int) -> None:
+    def transferred(self, sent: int, received: int) -> None:
         """So many bytes went to peers and came from them."""
         ...
 
@@ -49,11 +49,12 @@ class SessionWatch:
         if session is None:
             return
         timings, repairs, traffic = session.timings, session.recoveries, session.traffic
+        sent, received = traffic.bytes_sent, traffic.bytes_received
         if timings != self._timings:
             self._timings = timings
             self._observer.step_took(timings)
         for recovered in repairs[self._repairs :]:
             self._observer.recovered(recovered)
         self._repairs = len(repairs)
-        self._observer.moved(traffic.bytes_sent - self._sent, traffic.bytes_received - self._received)
-        self._sent, self._received = traffic.bytes_sent, traffic.bytes_received
+        self._observer.transferred(sent - self._sent, received - self._received)
+        self._sent, self._received = sent, received

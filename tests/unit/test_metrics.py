@@ -71,7 +71,7 @@ def gateway_metrics() -> GatewayMetrics:
     metrics.answered("/health", "200", 0.01)
     metrics.step_took((Timing(1000, 2000, 4000), Timing(0, 1000, 0)))
     metrics.recovered(Recovered(("gone",), 20.0, 150.0, Cause.LOST))
-    metrics.moved(100, 50)
+    metrics.transferred(100, 50)
     return metrics
 
 
