@@ -16,6 +16,7 @@ import splitnet
 from peers.addresses import dht_address, public_address
 from peers.admission import SessionTable
 from peers.announce import Announcer
+from peers.counters import Counters
 from peers.mover import Mover
 from peers.neighbours import Neighbours
 from peers.next_hops import NextHops
@@ -51,6 +52,9 @@ Progress = Callable[[str, int, int], None]
 class Peer:
     """A running peer of one model. Use `Peer.start`, then `close`.
 
+    Attributes:
+        counters: what it has done since its start.
+
     Raises:
         SplitnetError: any of its kinds, with the fix: the model, the swarm, the address, memory.
     """
@@ -66,6 +70,7 @@ class Peer:
     ) -> None:
         self.checkpoint = checkpoint
         self.identity = identity
+        self.counters = Counters()
         self._directory = directory
         self._options = options
         self._max_blocks = max_blocks
@@ -166,6 +171,11 @@ class Peer:
         """Who has reserved KV memory."""
         return self._service.sessions
 
+    @property
+    def refused_connections(self) -> int:
+        """How many were refused, as their keys are not listed."""
+        return self._transport.refused_connections
+
     def record(self) -> PeerRecord:
         """What the peer announces of itself, as of now."""
         if self._last_record is not None:
@@ -238,7 +248,9 @@ class Peer:
 
     def send(self, destination: Destination, message: Message) -> None:
         """Sends a message; the service speaks through this."""
-        self._transport.send(destination, encode(message))
+        frames = encode(message)
+        self.counters.traffic.count_sent(destination, message, frames)
+        self._transport.send(destination, frames)
 
     def connect(self, endpoint: Endpoint) -> None:
         """Opens the link to a next hop."""
@@ -275,6 +287,7 @@ class Peer:
             kv_memory=self._options.kv_memory,
             training_memory=self._options.training_memory,
             idle_s=self._options.idle_s,
+            counters=self.counters,
         )
 
     def _look_around(self) -> None:
@@ -298,7 +311,14 @@ class Peer:
         """Hands its sessions over, then serves other blocks under the same key and address."""
         serving = self.serving
         old = serving.span.start, serving.span.end
-        log.warning("moving from blocks %d..%d to %d..%d", old[0], old[1] - 1, span[0], span[1] - 1)
+        log.warning(
+            "moving from blocks %d..%d to %d..%d",
+            old[0],
+            old[1] - 1,
+            span[0],
+            span[1] - 1,
+            extra={"former_blocks": "{}:{}".format(*old), "blocks": "{}:{}".format(*span)},
+        )
         self._last_record = replace(self.record(), moving_to=span, serves=False)
         self._announcer.publish()
         serving.drain(MOVE_DRAIN_S)
@@ -313,10 +333,13 @@ class Peer:
         except Exception:
             log.exception("could not load blocks %d..%d, going back", span[0], span[1] - 1)
             self._load_and_serve(*old)
+        else:
+            self.counters.moves += 1
         self._last_record = None
         self._announcer.publish()
         give_back_memory()  # once more: another thread may have been measuring the old blocks
-        log.warning("serving blocks %d..%d", self.span.start, self.span.end - 1)
+        start, end = self.span.start, self.span.end
+        log.warning("serving blocks %d..%d", start, end - 1, extra={"blocks": f"{start}:{end}"})
 
     def _load_and_serve(self, start: int, end: int) -> None:
         def go_on(*_: int) -> None:
@@ -342,8 +365,10 @@ class Peer:
         try:
             message = decode(frames)
         except ProtocolError as error:
+            self.counters.traffic.count_received(source, None, frames)
             self.service.reject(source, error)
             return
+        self.counters.traffic.count_received(source, message, frames)
         if isinstance(message, Pong) and isinstance(source, Endpoint):
             self._prober.pong(source, message)
             self.service.answered(source)

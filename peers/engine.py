@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from peers.counters import Counters
 from peers.failures import failure_of
 from peers.load import Load
 from peers.pass_engine import PassEngine
@@ -31,17 +32,27 @@ class Engine:
         service: prepares each step and takes its output.
         queue: where steps come from.
         speed, load: updated with every pass.
+        counters: what the peer counts; None: nobody reads it.
     """
 
-    def __init__(self, span: Span, service: Service, queue: WorkQueue, speed: ObservedSpeed, load: Load) -> None:
+    def __init__(
+        self,
+        span: Span,
+        service: Service,
+        queue: WorkQueue,
+        speed: ObservedSpeed,
+        load: Load,
+        counters: Counters | None = None,
+    ) -> None:
         self._span = span
         self._service = service
         self._queue = queue
         self._speed = speed
         self._load = load
+        self._counters = counters or Counters()
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
         self._publish_speed()
-        self._pass_engine = PassEngine(span, service, self._run_ready_steps)
+        self._pass_engine = PassEngine(span, service, self._run_ready_steps, self._counters)
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
@@ -137,12 +148,14 @@ class Engine:
         output = span.forward(hidden, parts)
         elapsed_ms = (time.perf_counter() - began) * 1000
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
+        self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
         offset = 0
         for work, count in ready:
             work.outputs.append(output[offset : offset + count])
             work.compute_ms += elapsed_ms
             work.done += count
             offset += count
+            self._counters.step_computed(work, count)
             if not work.remaining:
                 self._finish(work)
 
@@ -165,6 +178,7 @@ class Engine:
         fresh = [work for work, _ in ready if not work.done]
         for work in fresh:
             work.wait_ms = (now - work.arrived_at) * 1000
+            self._counters.step_began(work)
         positions = sum(count for _, count in ready)
         others = [positions - count for work, count in ready if work.total <= DECODE_POSITIONS]
         waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from peers.counters import Counters, PassKind
 from peers.failures import failure_of
 from peers.service import Service
 from peers.session import GradientSum, PassWork, Session
@@ -29,11 +30,13 @@ class PassEngine:
         span: the blocks.
         service: takes what is computed.
         between: called between two blocks, for steps that are ready.
+        counters: what the peer counts.
     """
 
-    def __init__(self, span: Span, service: Service, between: Callable[[], None]) -> None:
+    def __init__(self, span: Span, service: Service, between: Callable[[], None], counters: Counters) -> None:
         self._span = span
         self._service = service
+        self._counters = counters
         self._passes = SpanPasses(span, between)
 
     def run(self, work: PassWork) -> None:
@@ -46,7 +49,7 @@ class PassEngine:
             if isinstance(work.message, Forward):
                 self._forward(work, work.message, began)
             elif isinstance(work.message, Gradient):
-                self._backward(work, work.message)
+                self._backward(work, work.message, began)
             elif isinstance(work.message, Recall):
                 self._recall(work, work.message)
             else:
@@ -65,9 +68,10 @@ class PassEngine:
         output = self._passes.forward(hidden, message.lengths, adapter, session.start, session.end)
         payload = session.codec.encode(output)
         work.compute_ms = (time.monotonic() - began) * 1000
+        self._counters.sequences_passed(PassKind.FORWARD, work, message.lengths, work.compute_ms / 1000)
         self._service.pass_forwarded(work, payload)
 
-    def _backward(self, work: PassWork, message: Gradient) -> None:
+    def _backward(self, work: PassWork, message: Gradient, began: float) -> None:
         session, forward = work.session, work.forward
         assert forward is not None
         adapter = self._adapter(work, forward)
@@ -79,6 +83,7 @@ class PassEngine:
         payload = codec_by_code(forward.gradient_codec).encode(gradient)
         by_adapter = self._added_up(session, message, by_adapter)
         parts = write_groups(by_adapter) if by_adapter else []
+        self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, time.monotonic() - began)
         self._service.pass_went_back(work, payload, parts)
 
     @staticmethod

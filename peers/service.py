@@ -11,6 +11,7 @@ import threading
 from dataclasses import dataclass
 
 from peers.admission import SessionTable
+from peers.counters import Counters, SessionEnd
 from peers.next_hops import NextHops
 from peers.outbox import Outbox, timing_of
 from peers.row_memory import SessionTooLong, prepare_rows
@@ -83,6 +84,7 @@ class Service:
         next_hops: the links to other peers.
         training_memory: bytes to keep for clients that train.
         reach_s: how long a next hop may take to accept the link before the client is told to carry.
+        counters: what the peer counts; None: nobody reads it.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Service:
         *,
         training_memory: int = 1 << 28,
         reach_s: float = 3.0,
+        counters: Counters | None = None,
     ) -> None:
         self.served = served
         self.sessions = sessions
@@ -102,10 +105,12 @@ class Service:
         self.ms_per_position = 0.0
         """Time that a position takes on the device, kept up to date by the engine."""
         self.leaving = False
+        self.training_memory = TrainingMemory(training_memory)
+        self._counters = counters or Counters()
         self._outbox = outbox
         self._reach_s = reach_s
         self._next_hops = next_hops
-        self._training = Training(served, queue, outbox, TrainingMemory(training_memory))
+        self._training = Training(served, queue, outbox, self.training_memory)
         self._pending: dict[Session, _PendingOpen] = {}
         self._probe_at = 0.0
         self._lock = threading.RLock()
@@ -147,7 +152,8 @@ class Service:
         with self._lock:
             told, self.leaving = self.leaving, True
             for session in () if told else self.sessions:
-                self._fail(session.reply_to, session.id, session.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
+                failure = Failure(session.id, session.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
+                self._outbox.send(session.reply_to, failure)
 
     def in_use(self, now: float) -> bool:
         """Whether a session has steps under way, or had some a moment ago."""
@@ -177,6 +183,7 @@ class Service:
     def pass_failed(self, work: PassWork, code: FailureCode, text: str) -> None:
         """Tells the client that the device could not do it."""
         with self._lock:
+            self._counters.refused[code] += 1
             self._training.failed(work, code, text)
 
     def forget_all(self) -> None:
@@ -185,13 +192,17 @@ class Service:
             for session in list(self.sessions):
                 self.sessions.remove(session)
                 self._forget(session)
+                self._counters.ended[SessionEnd.DROPPED] += 1
 
     def reject(self, source: Destination, error: ProtocolError) -> None:
         """Answers frames that are not a message."""
         log.debug("bad frames: %s", error)
-        # A sender of another version learns ours from the prefix of the answer, whatever else it can read.
-        if isinstance(source, Connection) and isinstance(error, ProtocolVersionError):
-            self._fail(source, b"", 0, 0, FailureCode.BAD_MESSAGE, str(error))
+        with self._lock:
+            # A sender of another version learns ours from the prefix of the answer, whatever else it can read.
+            if isinstance(source, Connection) and isinstance(error, ProtocolVersionError):
+                self._fail(source, b"", 0, 0, FailureCode.BAD_MESSAGE, str(error))
+            else:
+                self._counters.refused[FailureCode.BAD_MESSAGE] += 1
 
     def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
         """A link to a next hop came up, was refused or was lost."""
@@ -223,7 +234,8 @@ class Service:
                 self._answer_open(session, reachable=False)
             for session in self.sessions.expire(now):
                 self._forget(session)
-                log.info("session %s expired", session.id.hex())
+                self._counters.ended[SessionEnd.EXPIRED] += 1
+                log.info("session %s expired", session.id.hex(), extra={"session": session.id.hex()})
             self._next_hops.tick(now)
             if now >= self._probe_at:
                 self._probe_at = now + PROBE_S
@@ -329,6 +341,7 @@ class Service:
                     used_at=now,
                 )
                 self.sessions.add(session)
+                self._counters.opened += 1
             else:
                 self.sessions.resize(session, message.budget)
         except PeerBusy as error:
@@ -458,6 +471,7 @@ class Service:
         if session is not None and session.owner == source.curve:
             self.sessions.remove(session)
             self._forget(session)
+            self._counters.ended[SessionEnd.HANDED_OVER if self.leaving else SessionEnd.CLOSED] += 1
 
     def _replay(self, source: Connection, message: Replay, now: float) -> None:
         session = self.sessions.get(message.session)
@@ -485,4 +499,5 @@ class Service:
     def _fail(
         self, destination: Connection, session: bytes, epoch: int, number: int, code: FailureCode, text: str
     ) -> None:
+        self._counters.refused[code] += 1
         self._outbox.send(destination, Failure(session, epoch, number, code, text[:500]))

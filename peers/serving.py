@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from peers.admission import SessionTable
+from peers.counters import Counters
 from peers.engine import MAX_PASS_POSITIONS, Engine
 from peers.load import Load
 from peers.next_hops import NextHops
@@ -30,6 +31,7 @@ class Serving:
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         idle_s: seconds until an idle session is dropped.
+        counters: what the peer counts.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Serving:
         kv_memory: int | None,
         training_memory: int | None,
         idle_s: float,
+        counters: Counters,
     ) -> None:
         self.span = span
         self.speed = measure_speed(span)
@@ -58,8 +61,10 @@ class Serving:
         )
         if training_memory is None:
             training_memory = span.free_memory() // 8
-        self.service = Service(served, self.sessions, self.queue, outbox, next_hops, training_memory=training_memory)
-        self._engine = Engine(span, self.service, self.queue, self.speed, self.load)
+        self.service = Service(
+            served, self.sessions, self.queue, outbox, next_hops, training_memory=training_memory, counters=counters
+        )
+        self._engine = Engine(span, self.service, self.queue, self.speed, self.load, counters)
         self._measured_at = time.monotonic()
         self._measure_after_s = FIRST_REMEASURE_S
 

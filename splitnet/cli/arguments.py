@@ -128,6 +128,14 @@ def parse_blocks(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+def parse_host_port(text: str) -> tuple[str, int]:
+    """Host and port of a text such as `9100`, which is on this machine alone, `0.0.0.0:9100` or `[::]:9100`."""
+    match = re.fullmatch(r"(?:(\[[0-9a-fA-F:.]+\]|[^\s:\[\]]+):)?(\d{1,5})", text.strip())
+    if match is None or int(match[2]) > 65535:
+        raise SplitnetError(f"{text!r} is no place to listen: write PORT or HOST:PORT, with port 0 for any free one")
+    return (match[1] or "127.0.0.1").strip("[]"), int(match[2])
+
+
 def refuse_taken(listen: str) -> None:
     """Checks an address such as `tcp://0.0.0.0:31331`, so that one that cannot be used is told before blocks load.
 

@@ -15,6 +15,7 @@ from splitnet.cli.chat import chat
 from splitnet.cli.demo import demo
 from splitnet.cli.generate import generate
 from splitnet.cli.key import key
+from splitnet.cli.logs import LogFormat, set_up, tell
 from splitnet.cli.peer import peer
 from splitnet.cli.plan import plan
 from splitnet.cli.serve import serve
@@ -46,13 +47,12 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="Write the log as text, or as a JSON object per line, see docs/metrics.md.")
+    ] = LogFormat.text,
 ) -> None:
     """Options before the command."""
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        stream=sys.stderr,
-    )
+    set_up(log_format, logging.INFO if verbose else logging.WARNING)
 
 
 def main() -> None:
@@ -64,7 +64,7 @@ def main() -> None:
     try:
         app()
     except SplitnetError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        tell(logging.ERROR, str(error))
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

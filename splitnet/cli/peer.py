@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import JoinIfAny, KeyFile, Model, parse_blocks, parse_bytes, refuse_taken, resolve_model
+from splitnet.cli.arguments import (
+    JoinIfAny,
+    KeyFile,
+    Model,
+    parse_blocks,
+    parse_bytes,
+    parse_host_port,
+    refuse_taken,
+    resolve_model,
+)
 from splitnet.errors import SplitnetError
 
 if TYPE_CHECKING:
@@ -76,6 +85,12 @@ def peer(
         Path | None, typer.Option(help="File with the keys (see `splitnet key`) that may connect; anyone if not given.")
     ] = None,
     key_file: KeyFile = None,
+    metrics_port: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[HOST:]PORT", help="Serve metrics for Prometheus there, at /metrics; 127.0.0.1 by default."
+        ),
+    ] = None,
     drain_s: Annotated[
         float,
         typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over when told to end."),
@@ -91,6 +106,7 @@ def peer(
     wanted_memory = parse_bytes(memory) if memory else None
     wanted_kv_memory = parse_bytes(kv_memory) if kv_memory else None
     wanted_training_memory = parse_bytes(training_memory) if training_memory else None
+    wanted_metrics = parse_host_port(metrics_port) if metrics_port else None
     refuse_taken(listen)
     if address_file is not None:
         _forget(address_file)
@@ -99,6 +115,8 @@ def peer(
     import torch
 
     from peers.daemon import Peer
+    from peers.metrics import registry_of
+    from peers.metrics_server import MetricsServer
     from peers.options import PeerOptions
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
@@ -120,6 +138,7 @@ def peer(
         authorized_keys=authorized_keys,
         key_file=key_file,
     )
+    metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
     with StageProgress() as progress:
         serving = Peer.start(checkpoint, options, progress=progress.update)
     # Until here a signal has been an exception; from here it ends the wait. The queue may be filled by a handler.
@@ -131,6 +150,9 @@ def peer(
         gc.collect()
         gc.freeze()
         typer.echo(_what_it_serves(serving))
+        if metrics is not None:
+            metrics.serve(registry_of(serving))
+            typer.echo(f"metrics at {metrics.url}")
         typer.echo("others join with")
         for address in serving.addresses:
             typer.echo(f"  --join {address}")
@@ -146,6 +168,8 @@ def peer(
         if address_file is not None:
             _forget(address_file)
         serving.close()
+        if metrics is not None:
+            metrics.close()
 
 
 def _what_it_serves(peer: Peer) -> str:

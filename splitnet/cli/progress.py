@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
+from splitnet.cli.logs import for_programs
+
+log = logging.getLogger(__name__)
+
 
 class StageProgress:
-    """A bar per stage on a terminal; a line per stage where there is none. Use it as a context manager."""
+    """A bar per stage on a terminal; a line per stage where there is none, or an event where stderr is for programs.
+
+    Use it as a context manager.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True)
-        self._live = self._console.is_terminal
+        self._for_programs = for_programs()
+        self._live = self._console.is_terminal and not self._for_programs
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -41,7 +50,9 @@ class StageProgress:
         if stage not in self._tasks:
             self._finish_others(stage)
             self._tasks[stage] = self._bars.add_task(stage, total=total or None)
-            if not self._live:
+            if self._for_programs:
+                log.info("%s", stage)
+            elif not self._live:
                 print(f"{stage} ...", file=sys.stderr, flush=True)
         self._bars.update(self._tasks[stage], completed=done, total=total or None)
 

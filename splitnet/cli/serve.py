@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from splitnet.cli.arguments import CodecName, Join, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
 from splitnet.cli.generate import Speculate, Wait
+from splitnet.cli.logs import tell
 
 _LIMITS = "How much at a time"
 
@@ -83,5 +85,5 @@ def serve(
         connection.options(),
         options,
         say=typer.echo,
-        warn=lambda text: typer.secho(f"warning: {text}", fg="yellow", err=True),
+        warn=lambda text: tell(logging.WARNING, text),
     )

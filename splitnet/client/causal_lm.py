@@ -140,6 +140,11 @@ class RemoteCausalLM(RemoteModel):
         self._standing_prefix: Prefixes = ()
         self._speculator = Speculator(self.config.get_text_config().vocab_size)
 
+    @property
+    def drafts(self) -> tuple[int, int]:
+        """Tokens that were drafted so far, and how many of them were accepted; see `speculate` of `generate`."""
+        return self._speculator.drafts
+
     def generate(self, inputs: torch.Tensor | None = None, *, speculate: Any = None, **kwargs: Any) -> Any:
         """transformers' `generate()`; without a `cache` of the caller, peers free their memory at the end.
 

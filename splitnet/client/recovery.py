@@ -11,9 +11,10 @@ from __future__ import annotations
 import logging
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
+from enum import StrEnum
 
 from splitnet.client.chain import Chain, Hop
 from splitnet.client.planner import Needs, PlannedHop, with_kept_hops
@@ -44,6 +45,30 @@ REPLAY_TIMEOUT_S = 60.0
 COVERAGE_POLL_S = 0.5
 
 
+class Cause(StrEnum):
+    """Why a route was repaired."""
+
+    LOST = "lost"
+    """A hop died, hangs or is cut off."""
+    SESSION_LOST = "session_lost"
+    """A hop answers, but does not hold the session any more."""
+    LEAVING = "leaving"
+    """A hop has said that it is about to end or to move."""
+    BUSY = "busy"
+    """A hop ran out of memory."""
+    STALLED = "stalled"
+    """All hops live, but what was under way got lost between them."""
+    BETTER_ROUTE = "better_route"
+    """Nothing was lost."""
+
+
+_CAUSES: list[tuple[type[SplitnetError], Cause]] = [
+    (PeerLeaving, Cause.LEAVING),
+    (SessionLost, Cause.SESSION_LOST),
+    (PeerBusy, Cause.BUSY),
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Recovered:
     """One repair of a route."""
@@ -54,6 +79,8 @@ class Recovered:
     """Until other peers were planned and had opened the session."""
     total_ms: float
     """Until they had the cache, and what was under way was sent again."""
+    cause: Cause
+    """Of the first hop that was replaced."""
 
 
 def silence_s(usual_ms: float) -> float:
@@ -136,6 +163,7 @@ class Recovery:
     ) -> None:
         chain = self._chain
         began = time.monotonic()
+        cause = _cause_of(lost, better)
         healthy = [hop.planned for hop in chain.hops if hop.endpoint not in lost]
         causes: list[str] = []
         if better is not None:
@@ -147,7 +175,11 @@ class Recovery:
                     self._swarm.ban(endpoint.key.text, BAN_S, leaves=isinstance(error, PeerLeaving))
                 chain.drop(endpoint)
                 causes.append(str(error))
-                log.warning("%s: another peer takes its place", error)
+                log.warning(
+                    "%s: another peer takes its place",
+                    error,
+                    extra={"session": chain.session.hex(), "peer": endpoint.key.text, "address": endpoint.address},
+                )
             try:
                 route = better or self._plan(healthy, needs, began + self._timeout_s)
             except CoverageError:
@@ -170,7 +202,7 @@ class Recovery:
             if not lost:
                 chain.send_all_again()
                 total_s = time.monotonic() - began
-                self.done.append(Recovered(tuple(causes), opened_s * 1000, total_s * 1000))
+                self.done.append(Recovered(tuple(causes), opened_s * 1000, total_s * 1000, cause))
                 return
             healthy = [hop for hop in healthy if hop.endpoint not in lost]
         raise next(iter(lost.values()))
@@ -275,3 +307,11 @@ class Recovery:
         finally:
             for number in numbers:
                 chain.forget(number)
+
+
+def _cause_of(lost: Mapping[Endpoint, SplitnetError], better: Sequence[PlannedHop] | None) -> Cause:
+    if better is not None:
+        return Cause.BETTER_ROUTE
+    for error in lost.values():
+        return next((cause for kind, cause in _CAUSES if isinstance(error, kind)), Cause.LOST)
+    return Cause.STALLED

@@ -93,7 +93,12 @@ class Replanner:
         new_ms = self._swarm.cost_ms(needs, route) * self._swarm.survey.doubt
         if not move_pays(current_ms, new_ms, self._move_ms(needs, hops, route, cached), steps_left):
             return None
-        log.info("a better route: %.0f ms per step instead of %.0f ms", new_ms, current_ms)
+        log.info(
+            "a better route: %.0f ms per step instead of %.0f ms",
+            new_ms,
+            current_ms,
+            extra={"step_ms": round(new_ms, 1), "former_step_ms": round(current_ms, 1)},
+        )
         return route
 
     def _move_ms(self, needs: Needs, hops: Sequence[PlannedHop], route: Sequence[PlannedHop], cached: int) -> float:

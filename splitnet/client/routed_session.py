@@ -112,7 +112,7 @@ class RoutedSession:
                 raise
             failed = self._chain.open(route, self._budget)
             for name, error in failed.items():
-                log.info("peer %s is left out: %s", name, error)
+                log.info("peer %s is left out: %s", name, error, extra={"session": self.id.hex(), "peer": name})
             refused.update(failed)
             self._is_open = not failed
 

@@ -61,6 +61,8 @@ def import_hivemind() -> Hivemind:
         importlib.import_module(f"hivemind.{name}")
         for name in ("dht.node", "p2p", "dht.routing", "utils.timed_storage")
     )
+    # What it logs goes where the program's own log goes, and looks the same.
+    importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
     storage.TimedStorage.store = _refuse_older(storage.TimedStorage.store)
     logging.getLogger("asyncio").addFilter(_is_not_about_reaped_children)
     return Hivemind(p2p.P2P, p2p.PeerID, node.DHTNode, lambda key: routing.DHTID.generate(key).to_bytes())

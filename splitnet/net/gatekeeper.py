@@ -18,12 +18,16 @@ class Gatekeeper:
     Args:
         context: whose CURVE servers ask.
         authorized: whose keys are accepted; None accepts any.
+
+    Attributes:
+        refused: how many connections were refused.
     """
 
     DOMAIN: ClassVar[bytes] = b"splitnet"
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], authorized: AuthorizedKeys | None) -> None:
         self._authorized = authorized
+        self.refused = 0
         self.socket = context.socket(zmq.REP)
         self.socket.bind("inproc://zeromq.zap.01")
 
@@ -35,7 +39,9 @@ class Gatekeeper:
         if len(curve) == 32 and (self._authorized is None or self._authorized.allows(curve)):
             reply = [version, request_id, b"200", b"OK", curve.hex().encode(), b""]
         else:
-            log.info("connection refused: key %s is not authorised", curve.hex())
+            self.refused += 1
+            key = curve.hex()
+            log.info("connection refused: key %s is not authorised", key, extra={"curve_key": key})
             reply = [version, request_id, b"400", b"not authorised", b"", b""]
         self.socket.send_multipart(reply)
 

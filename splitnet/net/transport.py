@@ -152,6 +152,11 @@ class Transport:
         link = self._links.get(endpoint)
         return link.state if link else LinkState.CONNECTING
 
+    @property
+    def refused_connections(self) -> int:
+        """How many incoming connections were refused, as their keys are not authorised."""
+        return self._gate.refused if self._gate is not None else 0
+
     def close(self) -> None:
         """Sends what is queued for those who are there (for at most half a second), and ends sockets and thread."""
         with self._outbox.lock:
@@ -298,7 +303,7 @@ class Transport:
             tracker = handle.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
             self._backlog.add(destination, size, cast(zmq.MessageTracker, tracker))
         else:
-            log.warning("a message of %d bytes was dropped: its receiver is too slow", size)
+            log.warning("a message of %d bytes was dropped: its receiver is too slow", size, extra={"nbytes": size})
 
     def _receive(self, handle: zmq.Socket[bytes], endpoint: Endpoint | None) -> None:
         for _ in range(_RECEIVE_BURST):

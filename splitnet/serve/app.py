@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -29,6 +29,7 @@ from splitnet.serve.gate import Gate
 from splitnet.serve.generation import Ask, Generations
 from splitnet.serve.grammars import Grammar, Grammars
 from splitnet.serve.keys import ApiKeys
+from splitnet.serve.metrics import GatewayMetrics, instrument
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.requests import ChatRequest, CompletionRequest, SamplingRequest
 from splitnet.serve.sampling import Sampling
@@ -56,6 +57,7 @@ class Gateway:
     prompts: Prompts
     grammars: Grammars
     admission: Admission
+    metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
 
     def check_model(self, name: str) -> None:
         """Refuses other models."""
@@ -72,7 +74,7 @@ class Gateway:
 
     def run(self, asks: Sequence[Ask]) -> AsyncGenerator[Numbered]:
         """See `splitnet.serve.events.events`."""
-        return events(self.generations, self.admission, asks)
+        return self.metrics.watch(events(self.generations, self.admission, asks), asks)
 
 
 def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
@@ -93,6 +95,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
 
     app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(Gate, keys=keys)
+    instrument(app, gateway.metrics, gateway.model, gateway.generations, gateway.admission)
     for kind in (SplitnetError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
     entry = {"id": gateway.model, "object": "model", "created": created, "owned_by": "splitnet"}

@@ -18,6 +18,7 @@ from splitnet.serve.choice import Choice, Piece
 from splitnet.serve.grammars import AllowedTokens, Grammar
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
 from splitnet.serve.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
+from splitnet.serve.session_watch import Observer, SessionWatch
 
 RESERVED_ANSWER = 512
 """Positions of an answer that peers keep free from its start; a longer one asks for more on its way."""
@@ -87,6 +88,9 @@ class Generations:
         at_a_time: how many requests run.
         limits: how many sessions are kept for the next turns of chats.
         speculate: where drafts come from, see `RemoteCausalLM.generate`; None: there are none.
+
+    Attributes:
+        observer: is told what sessions meet on the peers, if there is one.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Generations:
         speculate: Any = None,
     ) -> None:
         self.speculate = speculate
+        self.observer: Observer | None = None
         self.model = model
         self.decode = decode
         self.vocabulary: int = model.config.get_text_config().vocab_size
@@ -139,6 +144,7 @@ class Generation:
         self._listener = listener
         self._lock = threading.Lock()
         self._cache: RemoteCache | None = None
+        self._watch: SessionWatch | None = None
         self._cancelled = False
         self._begun = False
 
@@ -173,6 +179,7 @@ class Generation:
         self._hold(cache)
         held: list[int] | None = None
         try:
+            self._watch = SessionWatch(cache, self._own.observer) if self._own.observer is not None else None
             prompt = torch.tensor([ask.prompt])
             # The model must see one token at least, to tell what comes after it.
             cached = min(shared, len(ask.prompt) - 1)
@@ -190,6 +197,7 @@ class Generation:
                     self.tell(Piece(choice, "", (), "length"))
             return Ended(cached, answer_tokens)
         finally:
+            self.look()
             self._let_go(cache, held)
 
     @torch.no_grad()
@@ -243,6 +251,11 @@ class Generation:
         self._begun = True
         self._listener(piece)
 
+    def look(self) -> None:
+        """Has the observer told what the session has met."""
+        if self._watch is not None:
+            self._watch.look()
+
     def check(self) -> None:
         """Raises SessionClosed if nobody waits for the answer any more."""
         if self._cancelled:
@@ -276,6 +289,7 @@ class _Watch(StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> Any:
         self._generation.check()
+        self._generation.look()
         for position in range(self._seen, input_ids.shape[1]):
             for row, choice in enumerate(self._choices):
                 if not choice.finished:

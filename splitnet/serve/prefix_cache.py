@@ -53,6 +53,15 @@ class PrefixCache(Generic[Handle]):
         self._lock = threading.Lock()
         self._kept: list[_Kept[Handle]] = []  # the least recently used first
 
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def tokens(self) -> int:
+        """Of all that is kept."""
+        with self._lock:
+            return sum(len(kept.tokens) for kept in self._kept)
+
     def take(self, prompt: list[int]) -> tuple[Handle, int] | None:
         """The session that shares most with the beginning of a prompt, and how many tokens that are."""
         wanted = np.asarray(prompt)

@@ -27,7 +27,8 @@ Here = Callable[..., Finished]
 @pytest.fixture(scope="session")
 def trio(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
     """Three daemons that serve the demo model, one span each."""
-    with daemons(tmp_path_factory.mktemp("trio"), demo_checkpoint, SPANS, "--kv-memory", "256MiB") as running:
+    options = ("--kv-memory", "256MiB", "--metrics-port", "0")
+    with daemons(tmp_path_factory.mktemp("trio"), demo_checkpoint, SPANS, *options) as running:
         yield running
 
 

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from peers import service
+from peers.counters import SessionEnd
 from peers.daemon import Peer
+from splitnet.client.recovery import Cause
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 
@@ -48,7 +50,9 @@ def test_a_peer_that_leaves_hands_its_session_over(twins: LocalSwarm, local: Any
         thread.join()
         assert cache.session is not None
         causes = [cause for recovery in cache.session.recoveries for cause in recovery.lost]
+        assert Cause.LEAVING in [recovery.cause for recovery in cache.session.recoveries]
     assert any("leaving" in cause for cause in causes), causes
+    assert leavers[0].counters.ended[SessionEnd.HANDED_OVER] == 1
     assert drained[0] < 10.0
     expected = local.generate(**prompt(), **{**GREEDY, "max_new_tokens": GREEDY["max_new_tokens"] + 1})
     assert torch.equal(more, expected)
@@ -96,4 +100,5 @@ def test_a_hop_that_has_become_slow_is_left(twins: LocalSwarm, local: Any, monke
         assert cache.session is not None
         assert slow[0].endpoint not in [hop.endpoint for hop in cache.session.hops]
         assert cache.session.recoveries[0].lost == ("there is a better route",)
+        assert cache.session.recoveries[0].cause is Cause.BETTER_ROUTE
     assert torch.equal(got, local.generate(**prompt(), **options))

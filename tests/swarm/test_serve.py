@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 import schemathesis
 import torch
 from hypothesis import HealthCheck, given, settings
+from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.checks import CHECKS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from scheduler.speculation import Window
+from splitnet.cli.logs import JsonFormatter
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.speculation.experience import Experience
 from splitnet.serve.admission import Admission
@@ -71,6 +74,7 @@ class Server:
 
     Attributes:
         generations: what runs.
+        admission: who runs and who waits.
         http: only within `running`.
     """
 
@@ -85,12 +89,14 @@ class Server:
         waiting: int = 4,
         keep: int = 4,
         speculate: str | None = None,
+        keys: Sequence[str] = (),
     ) -> None:
         prompts = Prompts(tokenizer, 49152, 256)
         self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0), speculate)
         grammars = Grammars(tokenizer, 49152, self.generations.end_tokens)
-        gateway = Gateway(MODEL, self.generations, prompts, grammars, Admission(at_a_time, waiting))
-        self.app = make_app(gateway, ApiKeys([]), created=0)
+        self.admission = Admission(at_a_time, waiting)
+        gateway = Gateway(MODEL, self.generations, prompts, grammars, self.admission)
+        self.app = make_app(gateway, ApiKeys(list(keys)), created=0)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Server]:
@@ -356,6 +362,7 @@ def test_a_kept_session_that_the_peers_have_lost_is_repaired(serve: Serve, swarm
         again = await server.chat("Who are you?", max_tokens=8)
         assert again["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
         assert again["choices"] == first["choices"]
+        assert (await Told.by(server))("failover_seconds_count", cause="session_lost") > 0
 
     serve(does)
 
@@ -396,6 +403,9 @@ def test_a_client_that_goes_frees_the_peers(serve: Serve, swarm: LocalSwarm, str
         assert not server.generations.kept.clear()
         # Ended in the middle, not at its end.
         assert b"[DONE]" not in b"".join(message.get("body", b"") for message in sent)
+        told = await Told.by(server)
+        assert told("requests_total", path="/v1/completions", status="200" if stream else "499") == 1
+        assert told("cancelled_total") == 1 and told("requests_running") == 0
 
     serve(does)
 
@@ -512,6 +522,120 @@ def test_models_and_health(serve: Serve) -> None:
         assert (await server.http.get("/v1/models/other")).status_code == 404
 
     serve(does)
+
+
+class Told:
+    """What the server tells Prometheus now."""
+
+    def __init__(self, text: str) -> None:
+        families = list(text_string_to_metric_families(text))
+        self._series = {
+            (sample.name, frozenset(sample.labels.items())): sample.value
+            for family in families
+            for sample in family.samples
+        }
+
+    @classmethod
+    async def by(cls, server: Server, **options: Any) -> Told:
+        reply = await server.http.get("/metrics", **options)
+        assert reply.status_code == 200, reply.text
+        return cls(reply.text)
+
+    def __call__(self, name: str, **labels: str) -> float:
+        return self._series[f"splitnet_gateway_{name}", frozenset(labels.items())]
+
+
+def test_metrics_are_those_of_what_was_asked(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def does(server: Server) -> None:
+        first = await server.chat("Who are you?", max_tokens=8)
+        said = first["choices"][0]["message"]["content"]
+        second = await server.chat("Who are you?", said, "And I?", max_tokens=8)
+        several = await server.complete(prompt=["Bees", "Ants"], max_tokens=4, n=2)
+        scored = await server.complete(prompt="Bees", max_tokens=0)
+        replies = (first, second, several, scored)
+        assert (await server.http.post("/v1/completions", json={"model": "other", "prompt": "a"})).status_code == 404
+        told = await Told.by(server)
+        for kind in ("prompt", "completion"):
+            assert told(f"{kind}_tokens_total") == sum(reply["usage"][f"{kind}_tokens"] for reply in replies)
+        cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
+        assert told("cached_tokens_total") == cached > 0
+        assert told("requests_total", path="/v1/chat/completions", status="200") == 2
+        assert told("requests_total", path="/v1/completions", status="404") == 1
+        assert told("request_seconds_count", path="/v1/completions") == 3
+        assert told("time_to_first_token_seconds_count") == 3  # the one that was only scored has none
+        assert told("time_per_output_token_seconds_count") == 4  # one for each prompt that was answered
+        assert told("hop_seconds_count", part="compute") % 2 == 0 < told("hop_seconds_sum", part="compute")
+        assert told("sent_bytes_total") > told("received_bytes_total") > 0
+        assert (told("kept_sessions"), told("requests_running"), told("cancelled_total")) == (1, 0, 0)
+        assert told("kept_tokens") >= cached
+        assert told("failover_seconds_count", cause="lost") == told("failures_total", cause="overloaded") == 0
+
+    serve(does)
+
+    monkeypatch.setattr(Experience, "window", lambda *_: Window(3, 2))
+
+    async def drafts(server: Server) -> None:
+        before = await Told.by(server)
+        reply = await server.complete(prompt="one two three one two three one two", max_tokens=24)
+        told = await Told.by(server)
+        drafted, accepted = (
+            told(f"{name}_tokens_total") - before(f"{name}_tokens_total") for name in ("drafted", "accepted")
+        )
+        assert drafted >= accepted >= 0 < drafted and accepted < reply["usage"]["completion_tokens"]
+
+    serve(drafts, speculate="prompt-lookup")
+
+
+def test_metrics_tell_who_waits_and_who_went(serve: Serve) -> None:
+    async def does(server: Server) -> None:
+        begun = asyncio.create_task(server.complete(prompt="Bees", max_tokens=200))
+        await until(lambda: server.admission.running == 1)
+        waits = asyncio.create_task(server.complete(prompt="Ants", max_tokens=200))
+        await until(lambda: server.admission.waiting == 1)
+        refused = await server.http.post("/v1/completions", json=GREEDY | {"prompt": "Flies"})
+        assert refused.status_code == 429
+        told = await Told.by(server)
+        assert (told("requests_running"), told("requests_waiting")) == (1, 1)
+        assert told("failures_total", cause="overloaded") == 1
+        for task in (waits, begun):
+            task.cancel()
+        await asyncio.gather(begun, waits, return_exceptions=True)
+        await until(lambda: server.admission.running == server.admission.waiting == 0)
+        assert (await Told.by(server))("cancelled_total") == 2
+
+    serve(does, at_a_time=1, waiting=1)
+
+
+def test_metrics_need_a_key_if_there_are_keys(serve: Serve) -> None:
+    async def does(server: Server) -> None:
+        assert (await server.http.get("/metrics")).status_code == 401
+        told = await Told.by(server, headers={"authorization": "Bearer sk-metrics"})
+        assert told("requests_total", path="/metrics", status="401") == 1
+
+    serve(does, keys=["sk-metrics"])
+
+
+def test_neither_prompts_nor_tokens_nor_keys_are_logged(
+    serve: Serve, tokenizer: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    secret, key = "Violet herons whisper seventeen riddles", "sk-unmistakable"
+    ids = tokenizer(secret).input_ids
+    assert len(ids) > 4
+
+    async def does(server: Server) -> None:
+        server.http.headers["authorization"] = f"Bearer {key}"
+        reply = await server.complete(prompt=secret, max_tokens=12)
+        await server.chat(secret, max_tokens=4)
+        await server.http.post("/v1/completions", json={"model": MODEL, "prompt": secret, "wrong": secret})
+        answers.append(reply["choices"][0]["text"])
+
+    answers: list[str] = []
+    serve(does, keys=[key])
+    assert caplog.records, "nothing is logged at all, so this shows nothing"
+    logged = "\n".join(JsonFormatter().format(record) for record in caplog.records) + caplog.text
+    for kept_back in (secret, "herons", str(ids)[1:-1], str(tuple(ids))[1:-1], key, answers[0]):
+        assert kept_back not in logged
 
 
 PATHS = ["GET /health", "GET /v1/models", "GET /v1/models/{name}", "POST /v1/chat/completions", "POST /v1/completions"]

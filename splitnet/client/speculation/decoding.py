@@ -218,6 +218,7 @@ class _Run:
         exchange = self._model.send(ids, self._cache)
         sending_ms = (time.perf_counter() - began) * 1000
         self._drafted.extend((token, draft.kind) for token in draft.tokens)
+        self._experience.sent(len(draft.tokens))
         self._under_way.append(_Sent(exchange, ids, began, sending_ms, alone))
 
     def _take(self, logits: torch.Tensor) -> int:
@@ -233,7 +234,7 @@ class _Run:
         if not self._drafted:
             return False
         drafted, kind = self._drafted.popleft()
-        self._experience.compared(kind, drafted == token)
+        self._experience.verified(kind, drafted == token)
         return drafted == token
 
     def _forget_drafts(self) -> None:

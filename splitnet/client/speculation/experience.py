@@ -27,9 +27,14 @@ class Experience:
 
     Args:
         priors: by kind of draft: how often its tokens are accepted at first.
+
+    Attributes:
+        drafted: tokens that were sent as drafts. accepted: those of them that belong to a text now.
     """
 
     def __init__(self, priors: Sequence[float]) -> None:
+        self.drafted = 0
+        self.accepted = 0
         self._accepted = [prior * PRIOR_TOKENS for prior in priors]
         self._tried = [PRIOR_TOKENS for _ in priors]
         self._beyond_ms: dict[int, float] = {}
@@ -49,6 +54,17 @@ class Experience:
         with self._lock:
             self._accepted[kind] = MEMORY * self._accepted[kind] + right
             self._tried[kind] = MEMORY * self._tried[kind] + 1
+
+    def sent(self, count: int) -> None:
+        """So many drafted tokens are under way."""
+        with self._lock:
+            self.drafted += count
+
+    def verified(self, kind: int, right: bool) -> None:
+        """As `compared`, of a token that was sent."""
+        with self._lock:
+            self.accepted += right
+            self.compared(kind, right)
 
     def took(self, positions: int, elapsed_ms: float, client_ms: float, forecast: Callable[[int], Forecast]) -> None:
         """A step that was alone under way came back.

@@ -27,6 +27,12 @@ class Speculator:
         self._vocabulary = vocabulary
         self._experiences: dict[Any, Experience] = {}
 
+    @property
+    def drafts(self) -> tuple[int, int]:
+        """Tokens that were drafted so far, and how many of them were accepted."""
+        experiences = list(self._experiences.values())
+        return sum(one.drafted for one in experiences), sum(one.accepted for one in experiences)
+
     def loop(self, speculate: Any, options: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
         """What generates one text in the place of transformers' own loop.
 

@@ -1,0 +1,194 @@
+"""What a peer counts of its work, as cheaply as a decode step allows; `peers/metrics.py` tells it to others.
+
+Every number has one writer at a time: the engine's thread, or whoever holds the lock of the service.
+"""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from enum import StrEnum
+
+from peers.session import PassWork, Work
+from peers.work_queue import DECODE_POSITIONS
+from splitnet.net.endpoints import Destination, Endpoint
+from splitnet.net.messages import FailureCode, Forward, Gradient, Message, Payload, Result, Step
+
+SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+POSITIONS = tuple(2.0**power for power in range(13))
+ROWS = tuple(2.0**power for power in range(9))
+
+OTHER_CODEC = -1
+"""Stands for the codec of messages that carry neither activations nor gradients."""
+
+_ENCODED = frozenset((Step, Result, Forward, Gradient))
+
+
+class WorkKind(StrEnum):
+    """What a client has a peer compute."""
+
+    DECODE = "decode"
+    """A step of at most `DECODE_POSITIONS` positions."""
+    PREFILL = "prefill"
+    REPLAY = "replay"
+    """Positions that were computed before, at another peer: a failover or a move to a better route."""
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+class PassKind(StrEnum):
+    """What the device runs in one go."""
+
+    STEPS = "steps"
+    FORWARD = "forward"
+    BACKWARD = "backward"
+
+
+class SessionEnd(StrEnum):
+    """How a session ended."""
+
+    CLOSED = "closed"
+    """By its client."""
+    EXPIRED = "expired"
+    HANDED_OVER = "handed_over"
+    """By its client, which had been told that the peer leaves and has replaced it."""
+    DROPPED = "dropped"
+    """By the peer, which ended or moved before the client had replaced it."""
+
+
+class Histogram:
+    """How many values fell into which bucket.
+
+    Args:
+        bounds: the largest value of each bucket, ascending; one more bucket takes what is larger.
+    """
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+        """Sum of all values."""
+
+    def observe(self, value: float) -> None:
+        """Takes a value in."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
+class WorkCounts:
+    """Of one kind of work: steps and passes, their positions, and seconds from their arrival until they began."""
+
+    __slots__ = ("positions", "steps", "waits")
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.positions = 0
+        self.waits = Histogram(SECONDS)
+
+
+class PassHistograms:
+    """Of one kind of pass: how long each took, and what it carried."""
+
+    def __init__(self) -> None:
+        self.seconds = Histogram(SECONDS)
+        self.positions = Histogram(POSITIONS)
+        self.rows = Histogram(ROWS)
+
+    def observe(self, seconds: float, positions: int, rows: int) -> None:
+        """Takes in a pass."""
+        self.seconds.observe(seconds)
+        self.positions.observe(positions)
+        self.rows.observe(rows)
+
+
+class Traffic:
+    """Bytes of messages, headers included, by whether this peer has opened the link, and by codec. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._sent: Counter[tuple[bool, int]] = Counter()
+        self._received: Counter[tuple[bool, int]] = Counter()
+        self._lock = threading.Lock()
+
+    def count_sent(self, destination: Destination, message: Message, frames: Sequence[Payload]) -> None:
+        """Takes in a message that goes out."""
+        self._count(self._sent, destination, message, frames)
+
+    def count_received(self, source: Destination, message: Message | None, frames: Sequence[Payload]) -> None:
+        """Takes in a message that came; None: the frames are none."""
+        self._count(self._received, source, message, frames)
+
+    def totals(self) -> tuple[Counter[tuple[bool, int]], Counter[tuple[bool, int]]]:
+        """Bytes sent and bytes received so far."""
+        with self._lock:
+            return self._sent.copy(), self._received.copy()
+
+    def _count(
+        self,
+        totals: Counter[tuple[bool, int]],
+        other_end: Destination,
+        message: Message | None,
+        frames: Sequence[Payload],
+    ) -> None:
+        codec: int = message.codec if type(message) in _ENCODED else OTHER_CODEC  # pyright: ignore
+        key = (isinstance(other_end, Endpoint), codec)
+        size = sum(map(len, frames))
+        with self._lock:
+            totals[key] += size
+
+
+class Counters:
+    """All that a peer counts from its start to its end, also when it moves to other blocks.
+
+    Attributes:
+        work, passes: by kind.
+        refused: requests that were answered with a failure, by its code.
+        opened: sessions that were admitted.
+        ended: sessions that are no more.
+        moves: to other blocks.
+    """
+
+    def __init__(self) -> None:
+        self.work = {kind: WorkCounts() for kind in WorkKind}
+        self.passes = {kind: PassHistograms() for kind in PassKind}
+        self.refused = dict.fromkeys(FailureCode, 0)
+        self.opened = 0
+        self.ended = dict.fromkeys(SessionEnd, 0)
+        self.moves = 0
+        self.traffic = Traffic()
+        # To look an enum up takes longer than to count.
+        self._decode, self._prefill = self.work[WorkKind.DECODE], self.work[WorkKind.PREFILL]
+        self._replay = self.work[WorkKind.REPLAY]
+        self._step_passes = self.passes[PassKind.STEPS]
+
+    def step_began(self, work: Work) -> None:
+        """A step has waited for its first pass."""
+        self._of(work).waits.observe(work.wait_ms / 1000)
+
+    def step_computed(self, work: Work, count: int) -> None:
+        """A pass has computed the next `count` positions of a step."""
+        counts = self._of(work)
+        counts.positions += count
+        if not work.remaining:
+            counts.steps += 1
+
+    def steps_passed(self, seconds: float, positions: int, rows: int) -> None:
+        """The device has run a packed pass of steps."""
+        self._step_passes.observe(seconds, positions, rows)
+
+    def sequences_passed(self, kind: PassKind, work: PassWork, lengths: Sequence[int], seconds: float) -> None:
+        """The device has run a pass over whole sequences of these lengths."""
+        counts = self.work[WorkKind(kind.value)]
+        positions = sum(lengths)
+        counts.steps += 1
+        counts.positions += positions
+        counts.waits.observe(work.wait_ms / 1000)
+        self.passes[kind].observe(seconds, positions, len(lengths))
+
+    def _of(self, work: Work) -> WorkCounts:
+        if work.step.replay_until:
+            return self._replay
+        return self._decode if work.total <= DECODE_POSITIONS else self._prefill

@@ -1,0 +1,237 @@
+"""What a peer tells Prometheus: its counters, and what is true at the moment of a scrape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TypeVar
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    InfoMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+import splitnet
+from peers.counters import OTHER_CODEC, Counters, Histogram
+from peers.daemon import Peer
+from peers.service import Service
+from peers.serving import Serving
+from splitnet.errors import SplitnetError
+from splitnet.net.codecs import CODECS
+
+Label = TypeVar("Label", bound=str)
+
+_CODEC_NAMES = {codec.code: name for name, codec in CODECS.items()} | {OTHER_CODEC: "other"}
+_LINKS = {False: "incoming", True: "outgoing"}
+
+
+@dataclass(frozen=True, slots=True)
+class Present:
+    """What is true of a peer now."""
+
+    info: dict[str, str]
+    serves: bool
+    """Takes new sessions."""
+    blocks: int
+    sessions: int
+    kv_reserved_bytes: int
+    kv_free_bytes: int
+    kv_cached_bytes: int
+    queued_positions: int
+    queued_pass_positions: int
+    training_used_bytes: int
+    training_free_bytes: int
+    refused_connections: int
+
+    @classmethod
+    def of(cls, peer: Peer) -> Present:
+        """Of a running peer; while it moves it has no blocks."""
+        try:
+            serving = peer.serving
+        except SplitnetError:
+            serving = None
+        service = peer.service
+        table, memory = service.sessions, service.training_memory
+        kv_bytes = serving.span.kv_bytes_per_position if serving is not None else 0
+        return cls(
+            info={
+                "peer": peer.identity.public.text,
+                "model": peer.checkpoint.name,
+                "blocks": f"{serving.span.start}:{serving.span.end}" if serving is not None else "",
+                "weights": serving.span.weights.kind if serving is not None else "",
+                "device": str(serving.span.device) if serving is not None else "",
+                "version": splitnet.__version__,
+            },
+            serves=serving is not None and not service.leaving,
+            blocks=serving.span.end - serving.span.start if serving is not None else 0,
+            sessions=len(table),
+            kv_reserved_bytes=(table.capacity - table.free_positions) * kv_bytes,
+            kv_free_bytes=table.free_positions * kv_bytes,
+            kv_cached_bytes=_cached_bytes(service, serving),
+            queued_positions=service.queue.queued_positions,
+            queued_pass_positions=service.queue.pass_positions,
+            training_used_bytes=memory.used,
+            training_free_bytes=memory.capacity - memory.used,
+            refused_connections=peer.refused_connections,
+        )
+
+
+class PeerMetrics(Collector):
+    """Makes metrics of what a peer counts, at each scrape.
+
+    Args:
+        counters: of the peer.
+        present: what is true now.
+    """
+
+    def __init__(self, counters: Counters, present: Callable[[], Present]) -> None:
+        self._counters = counters
+        self._present = present
+
+    def collect(self) -> Iterable[Metric]:
+        counters, now = self._counters, self._present()
+        work, passes = counters.work, counters.passes
+        yield InfoMetricFamily("splitnet_peer", "What the peer serves.", now.info)
+        yield _gauge("serving", "1: takes new sessions; 0: is leaving or moving to other blocks.", now.serves)
+        yield _gauge("blocks", "Blocks that it serves.", now.blocks)
+        yield _gauge("sessions", "Open sessions.", now.sessions)
+        yield _counter("sessions_opened", "Sessions that were admitted.", counters.opened)
+        yield _counters("sessions_ended", "Sessions that have ended, by how.", "cause", counters.ended)
+        yield _counters(
+            "refused",
+            "Requests that were answered with a failure, by its code; not_authorized: connections.",
+            "cause",
+            {code.name.lower(): count for code, count in counters.refused.items()}
+            | {"not_authorized": now.refused_connections},
+        )
+        yield _counter("moves", "Moves to other blocks.", counters.moves)
+        yield _counters(
+            "steps",
+            "Steps and passes that were computed, by kind of work.",
+            "kind",
+            {kind: of.steps for kind, of in work.items()},
+        )
+        yield _counters(
+            "tokens",
+            "Positions of tokens that were computed, by kind of work.",
+            "kind",
+            {kind: of.positions for kind, of in work.items()},
+        )
+        yield _gauges(
+            "queue_tokens",
+            "Positions that wait for the device or are on it: of steps, and of training passes.",
+            "work",
+            {"steps": now.queued_positions, "training": now.queued_pass_positions},
+        )
+        yield _histograms(
+            "queue_wait_seconds",
+            "From the arrival of a step or pass until it began.",
+            "kind",
+            {kind: of.waits for kind, of in work.items()},
+        )
+        yield _histograms(
+            "pass_seconds", "Time of a pass on the device.", "work", {kind: of.seconds for kind, of in passes.items()}
+        )
+        yield _histograms(
+            "pass_tokens",
+            "Positions that share a pass, over all sessions.",
+            "work",
+            {kind: of.positions for kind, of in passes.items()},
+        )
+        yield _histograms(
+            "pass_rows",
+            "Rows (sequences) that share a pass, over all sessions.",
+            "work",
+            {kind: of.rows for kind, of in passes.items()},
+        )
+        yield _gauges(
+            "kv_bytes",
+            "Memory for KV caches: reserved by sessions, and free for others.",
+            "state",
+            {"reserved": now.kv_reserved_bytes, "free": now.kv_free_bytes},
+        )
+        yield _gauge(
+            "kv_cached_bytes", "Keys and values that sessions hold of what they reserved.", now.kv_cached_bytes
+        )
+        yield _gauges(
+            "training_bytes",
+            "Memory for clients that train.",
+            "state",
+            {"used": now.training_used_bytes, "free": now.training_free_bytes},
+        )
+        sent, received = counters.traffic.totals()
+        yield _bytes("sent_bytes", "Bytes of messages that were sent, by link and codec.", sent)
+        yield _bytes("received_bytes", "Bytes of messages that came, by link and codec.", received)
+
+
+def registry_of(peer: Peer) -> CollectorRegistry:
+    """The metrics of a running peer."""
+    registry = CollectorRegistry()
+    registry.register(PeerMetrics(peer.counters, lambda: Present.of(peer)))
+    return registry
+
+
+def _cached_bytes(service: Service, serving: Serving | None) -> int:
+    """What rows hold; a session may have fewer blocks than the span."""
+    if serving is None:
+        return 0
+    span = serving.span
+    block_bytes = span.kv_bytes_per_position / (span.end - span.start)
+    # Lists at once, as other threads add sessions and rows meanwhile.
+    return round(
+        sum(
+            (session.end - session.start) * row.length * block_bytes
+            for session in list(service.sessions)
+            for row in list(session.rows.values())
+        )
+    )
+
+
+def _gauge(name: str, help: str, value: float) -> Metric:
+    return GaugeMetricFamily(f"splitnet_peer_{name}", help, value)
+
+
+def _gauges(name: str, help: str, label: str, values: Mapping[Label, float]) -> Metric:
+    family = GaugeMetricFamily(f"splitnet_peer_{name}", help, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _counter(name: str, help: str, value: int) -> Metric:
+    return CounterMetricFamily(f"splitnet_peer_{name}", help, value)
+
+
+def _counters(name: str, help: str, label: str, values: Mapping[Label, int]) -> Metric:
+    family = CounterMetricFamily(f"splitnet_peer_{name}", help, labels=[label])
+    for key, value in values.items():
+        family.add_metric([key], value)
+    return family
+
+
+def _bytes(name: str, help: str, totals: Counter[tuple[bool, int]]) -> Metric:
+    """All links and codecs, also those that were not used: a rate needs the zero before the first byte."""
+    known = Counter({(link, name): 0 for link in _LINKS.values() for name in _CODEC_NAMES.values()})
+    for (outgoing, code), size in totals.items():
+        # What a sender calls a codec may be none.
+        known[_LINKS[outgoing], _CODEC_NAMES.get(code, _CODEC_NAMES[OTHER_CODEC])] += size
+    family = CounterMetricFamily(f"splitnet_peer_{name}", help, labels=["link", "codec"])
+    for key, size in known.items():
+        family.add_metric(list(key), size)
+    return family
+
+
+def _histograms(name: str, help: str, label: str, histograms: Mapping[Label, Histogram]) -> Metric:
+    family = HistogramMetricFamily(f"splitnet_peer_{name}", help, labels=[label])
+    for key, histogram in histograms.items():
+        bounds = [*(str(bound) for bound in histogram.bounds), "+Inf"]
+        buckets = list(zip(bounds, accumulate(list(histogram.counts)), strict=True))
+        family.add_metric([key], buckets, histogram.total)
+    return family

@@ -1,0 +1,262 @@
+"""What the gateway tells Prometheus: requests, tokens and their times, and what sessions meet on the peers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from fastapi import FastAPI, Request
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Histogram,
+    disable_created_metrics,
+)
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+from starlette.responses import Response
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+import splitnet
+from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.client.recovery import Cause, Recovered
+from splitnet.errors import SplitnetError
+from splitnet.net.messages import Timing
+from splitnet.serve.admission import Admission
+from splitnet.serve.events import Numbered
+from splitnet.serve.failures import failure_of
+from splitnet.serve.generation import Ask, Ended, Generations, Piece, ScoredPrompt
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+HOP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
+
+OTHER_PATH = "other"
+GONE_STATUS = "499"
+"""Of a client that went before it was answered, as nginx has it."""
+
+
+class GatewayMetrics:
+    """Counts for one app, in a registry of its own. It is also the `splitnet.serve.session_watch.Observer`."""
+
+    def __init__(self) -> None:
+        # Of each series, when it began: Prometheus has no use for that in the text format.
+        disable_created_metrics()
+        self.registry = CollectorRegistry()
+        self._requests = self._counter("requests", "Requests that were answered.", "path", "status")
+        self._seconds = self._histogram(
+            "request_seconds", "From the arrival of a request to the end of its answer.", SECONDS, "path"
+        )
+        self._failures = self._counter(
+            "failures", "Requests that the model did not answer to the end, by the code of the error.", "cause"
+        )
+        for code in ("overloaded", "peers_busy"):
+            self._failures.labels(code)
+        self._cancelled = self._counter("cancelled", "Requests whose client went before the end of the answer.")
+        self._prompt = self._counter("prompt_tokens", "Tokens of prompts.")
+        self._cached = self._counter("cached_tokens", "Tokens of prompts that the peers held from an earlier turn.")
+        self._completion = self._counter("completion_tokens", "Tokens of answers.")
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds",
+            "From the arrival of a request to its first token, waiting included.",
+            SECONDS,
+        )
+        self._per_token = self._histogram(
+            "time_per_output_token_seconds", "Mean time between the tokens of an answer.", SECONDS
+        )
+        self._failover = self._histogram(
+            "failover_seconds",
+            "From noticing that a route needs repair until generation went on, by cause.",
+            SECONDS,
+            "cause",
+        )
+        for cause in Cause:
+            self._failover.labels(cause.value)
+        self._hop = self._histogram(
+            "hop_seconds",
+            "Of a step at a hop: waiting for the device, computing, and travelling to the next hop.",
+            HOP_SECONDS,
+            "part",
+        )
+        self._sent = self._counter("sent_bytes", "Bytes that sessions sent to peers.")
+        self._received = self._counter("received_bytes", "Bytes that sessions got from peers.")
+
+    async def watch(self, source: AsyncGenerator[Numbered], asks: Sequence[Ask]) -> AsyncGenerator[Numbered]:
+        """Hands the events of a request on, and counts them."""
+        began = time.perf_counter()
+        answers = [_AnswerWatch(self, ask) for ask in asks]
+        got_token = False
+        try:
+            async with aclosing(source):
+                async for number, event in source:
+                    if isinstance(event, Piece) and asks[number].max_tokens and not got_token:
+                        got_token = True
+                        self._first_token.observe(time.perf_counter() - began)
+                    answers[number].take(event)
+                    yield number, event
+        except (GeneratorExit, asyncio.CancelledError):
+            self._cancelled.inc()
+            raise
+        except SplitnetError as error:
+            self._failures.labels(failure_of(error).code or "other").inc()
+            raise
+        except Exception:
+            self._failures.labels("unexpected").inc()
+            raise
+
+    def step_took(self, timings: tuple[Timing, ...]) -> None:
+        for timing in timings:
+            self._hop.labels("wait").observe(timing.wait_us / 1e6)
+            self._hop.labels("compute").observe(timing.compute_us / 1e6)
+            if timing.next_rtt_us:
+                self._hop.labels("link").observe(timing.next_rtt_us / 2e6)
+
+    def recovered(self, recovered: Recovered) -> None:
+        self._failover.labels(recovered.cause.value).observe(recovered.total_ms / 1000)
+
+    def transferred(self, sent: int, received: int) -> None:
+        self._sent.inc(sent)
+        self._received.inc(received)
+
+    def answered(self, path: str, status: str, seconds: float) -> None:
+        """Takes in a request that has ended."""
+        self._requests.labels(path, status).inc()
+        self._seconds.labels(path).observe(seconds)
+
+    def prompt_read(self, tokens: int) -> None:
+        """The peers hold the keys and values of a prompt."""
+        self._prompt.inc(tokens)
+
+    def token_came(self) -> None:
+        """An answer has one more token."""
+        self._completion.inc()
+
+    def answer_ended(self, cached_tokens: int, seconds_per_token: float | None) -> None:
+        """An answer is complete; None: it has one token at most."""
+        self._cached.inc(cached_tokens)
+        if seconds_per_token is not None:
+            self._per_token.observe(seconds_per_token)
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(f"splitnet_gateway_{name}", help, labels, registry=self.registry)
+
+    def _histogram(self, name: str, help: str, buckets: Sequence[float], *labels: str) -> Histogram:
+        return Histogram(f"splitnet_gateway_{name}", help, labels, buckets=buckets, registry=self.registry)
+
+
+class _AnswerWatch:
+    """The answers to one prompt as they come."""
+
+    def __init__(self, metrics: GatewayMetrics, ask: Ask) -> None:
+        self._metrics = metrics
+        self._ask = ask
+        self._begun = False
+        self._tokens = [0] * ask.choices
+        self._first_at = self._last_at = 0.0
+
+    def take(self, event: ScoredPrompt | Piece | Ended) -> None:
+        if not self._begun:
+            self._begun = True
+            self._metrics.prompt_read(len(self._ask.prompt))
+        if isinstance(event, Piece) and self._ask.max_tokens:
+            self._last_at = time.perf_counter()
+            if not any(self._tokens):
+                self._first_at = self._last_at
+            self._tokens[event.choice] += 1
+            self._metrics.token_came()
+        elif isinstance(event, Ended):
+            gaps = max(self._tokens) - 1  # all answers to a prompt grow together
+            mean_s = (self._last_at - self._first_at) / gaps if gaps > 0 else None
+            self._metrics.answer_ended(event.cached_tokens, mean_s)
+
+
+class _PresentMetrics(Collector):
+    """What is true at the moment of a scrape, or counted elsewhere."""
+
+    def __init__(self, name: str, generations: Generations, admission: Admission) -> None:
+        self._name = name
+        self._generations = generations
+        self._admission = admission
+
+    def collect(self) -> Iterable[Metric]:
+        model: RemoteCausalLM = self._generations.model
+        drafted, accepted = model.drafts
+        kept = self._generations.kept
+        info = {"model": self._name, "version": splitnet.__version__}
+        yield InfoMetricFamily("splitnet_gateway", "What the gateway serves.", info)
+        for metric, help, value in (
+            ("requests_running", "Requests that the model is answering.", self._admission.running),
+            ("requests_waiting", "Requests that wait for their turn.", self._admission.waiting),
+            ("kept_sessions", "Sessions that are kept for the next turns of chats.", len(kept)),
+            ("kept_tokens", "Tokens whose keys and values the peers hold for them.", kept.tokens),
+        ):
+            yield GaugeMetricFamily(f"splitnet_gateway_{metric}", help, value)
+        yield CounterMetricFamily("splitnet_gateway_drafted_tokens", "Drafted tokens that were sent to peers.", drafted)
+        yield CounterMetricFamily(
+            "splitnet_gateway_accepted_tokens", "Drafted tokens that the model has chosen, too.", accepted
+        )
+
+
+class _RequestWatch:
+    """ASGI middleware that counts requests."""
+
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics, routes: Iterable[Any]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        status = ""
+
+        async def noting_receive() -> Message:
+            nonlocal status
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                status = status or GONE_STATUS
+            return message
+
+        async def noting_send(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = status or str(message["status"])
+            await send(message)
+
+        try:
+            await self._app(scope, noting_receive, noting_send)
+        finally:
+            self._metrics.answered(self._path_of(scope), status or GONE_STATUS, time.perf_counter() - began)
+
+    def _path_of(self, scope: Scope) -> str:
+        """The path as it is declared: whatever clients ask for, there are few of them."""
+        routed = scope.get("route")
+        if routed is None:  # it was refused before
+            routed = next((route for route in self._routes if route.matches(scope)[0] is not Match.NONE), None)
+        return routed.path if isinstance(routed, Route) else OTHER_PATH
+
+
+def instrument(
+    app: FastAPI, metrics: GatewayMetrics, name: str, generations: Generations, admission: Admission
+) -> None:
+    """Serves `/metrics`, and has an app and what it runs tell what they do.
+
+    Args:
+        name: of the model.
+    """
+    metrics.registry.register(_PresentMetrics(name, generations, admission))
+    generations.observer = metrics
+
+    @app.get("/metrics", include_in_schema=False)
+    def tell(request: Request) -> Response:
+        """The metrics, as Prometheus reads them."""
+        encode, content_type = choose_encoder(request.headers.get("accept", ""))
+        return Response(encode(metrics.registry), media_type=content_type)  # pyright: ignore[reportArgumentType]
+
+    app.add_middleware(_RequestWatch, metrics=metrics, routes=app.routes)
