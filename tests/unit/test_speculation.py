@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from scheduler.speculation import IN_FLIGHT, LENGTHS, NO_DRAFTS, WORTHWHILE, Pace, Window, best_window, tokens_per_ms
 from splitnet.client.planner import Forecast
-from splitnet.client.speculation.drafts import DraftModel, PromptLookup
+from splitnet.client.speculation.drafts import DraftModel
 from splitnet.client.speculation.experience import Experience
+from splitnet.client.speculation.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
 
 
@@ -85,6 +86,26 @@ class TestPromptLookup:
     def test_a_repeating_end_repeats(self) -> None:
         assert self.drafter([5, 6, 5, 6, 5]).draft([], 5).tokens == [6, 5, 6, 5, 6]
 
+    def test_a_name_that_has_changed_twice_is_drafted_with_its_new_name(self) -> None:
+        old, new = 50, 60
+        original = [1, 2, 3, old, 4, 5, 6, 7, old, 8, 9, 10, 11, old, 12, 13]
+        begun = [1, 2, 3, new, 4, 5, 6, 7, new, 8, 9, 10]
+        assert self.drafter([*original, 99, *begun]).draft([], 4).tokens == [11, new, 12, 13]
+
+    def test_a_place_is_followed_past_a_change(self) -> None:
+        original = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+        assert self.drafter([*original, 99, 1, 2, 3, 4, 77]).draft([], 3).tokens == [6, 7, 8]
+
+    def test_a_name_that_changes_back_is_let_go(self) -> None:
+        old, new = 50, 60
+        original = [1, 2, 3, old, 4, 5, 6, 7, old, 8, 9, 10, 11, old, 12, 13, 14, 15, old, 16]
+        begun = [1, 2, 3, new, 4, 5, 6, 7, new, 8, 9, 10, 11, old, 12, 13, 14]
+        assert self.drafter([*original, 99, *begun]).draft([], 2).tokens == [15, old]
+
+    def test_what_changed_once_keeps_its_name(self) -> None:
+        original = [1, 2, 3, 50, 4, 5, 6, 7, 50, 8]
+        assert self.drafter([*original, 99, 1, 2, 3, 60, 4, 5, 6]).draft([], 2).tokens == [7, 50]
+
     def test_nothing_to_go_by(self) -> None:
         assert self.drafter([1, 2, 3]).draft([], 4).tokens == []
         assert self.drafter([]).draft([], 4).tokens == []
@@ -96,7 +117,7 @@ class TestPromptLookup:
         assert long.kind > short.kind
         assert PromptLookup.priors[long.kind] > PromptLookup.priors[short.kind]
 
-    @given(st.lists(st.integers(0, 3), max_size=60), st.lists(st.integers(0, 3), max_size=20), st.integers(1, 20))
+    @given(st.lists(st.integers(0, 5), max_size=60), st.lists(st.integers(0, 5), max_size=20), st.integers(1, 20))
     def test_whatever_the_text_drafts_are_tokens_of_it(self, text: list[int], pending: list[int], count: int) -> None:
         draft = self.drafter(text).draft(pending, count)
         assert len(draft.tokens) in (0, count)

@@ -12,12 +12,6 @@ from transformers import DynamicCache
 
 from splitnet.errors import SplitnetError
 
-LONGEST_NGRAM = 3
-"""Tokens that are looked up."""
-
-LONGEST_MATCH = 16
-"""So many tokens before a place are compared at most, to tell how sure it is."""
-
 SHARE = 0.2
 """Weight of the latest draft in the average of its time."""
 
@@ -55,52 +49,6 @@ class Drafter(Protocol):
     def draft(self, pending: Sequence[int], count: int) -> Draft:
         """At most `count` tokens that may follow the text and `pending`, which was drafted before."""
         ...
-
-
-class PromptLookup:
-    """What followed when the last tokens stood in the text before: no model, no time.
-
-    Saxena, "Prompt Lookup Decoding" (2023). The latest place where the last `LONGEST_NGRAM` tokens, or else fewer,
-    stood is taken; the more tokens before it are the same, too, the surer it is.
-    """
-
-    priors = (0.1, 0.2, 0.4, 0.6, 0.75, 0.85)
-    draft_ms = 0.0
-
-    def __init__(self) -> None:
-        self._tokens: list[int] = []
-        self._places: dict[tuple[int, ...], int] = {}
-        """Where the text went on after an n-gram, the last time."""
-
-    def begin(self, tokens: Sequence[int]) -> None:
-        self._tokens, self._places = [], {}
-        for token in tokens:
-            self.observe(token)
-
-    def observe(self, token: int) -> None:
-        text = self._tokens
-        for size in range(1, min(LONGEST_NGRAM, len(text)) + 1):
-            self._places[tuple(text[-size:])] = len(text)
-        text.append(token)
-
-    def draft(self, pending: Sequence[int], count: int) -> Draft:
-        tail = [*self._tokens[-LONGEST_MATCH:], *pending][-LONGEST_MATCH:]
-        for size in range(min(LONGEST_NGRAM, len(tail)), 0, -1):
-            place = self._places.get(tuple(tail[-size:]))
-            if place is not None:
-                found = self._tokens[place : place + count]
-                found += pending[: count - len(found)]
-                while len(found) < count:  # a text that repeats itself goes on doing so
-                    found += found[: count - len(found)]
-                return Draft(found, self._kind(tail, place))
-        return Draft([])
-
-    def _kind(self, tail: Sequence[int], place: int) -> int:
-        """The larger, the more tokens before `place` are those at the end of the text."""
-        length = 0
-        while length < min(len(tail), place) and self._tokens[place - 1 - length] == tail[-1 - length]:
-            length += 1
-        return length.bit_length()
 
 
 class DraftModel:

@@ -9,8 +9,9 @@ import torch
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.speculation.decoding import SpeculativeDecoding
-from splitnet.client.speculation.drafts import Drafter, DraftModel, PromptLookup
+from splitnet.client.speculation.drafts import Drafter, DraftModel
 from splitnet.client.speculation.experience import Experience
+from splitnet.client.speculation.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
 
 PROMPT_LOOKUP = "prompt-lookup"

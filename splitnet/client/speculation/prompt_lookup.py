@@ -1,0 +1,149 @@
+"""Drafts copied from what stood in the text before, also where it comes back with names changed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from splitnet.client.speculation.drafts import Draft
+
+LONGEST_NGRAM = 3
+"""Tokens that are looked up."""
+
+LONGEST_MATCH = 16
+"""So many tokens before a place are compared at most, to tell how sure it is."""
+
+LEARNING_MATCH = 3
+"""So many tokens before a place must be the same for another token there to be taken for a new name."""
+
+TIMES_SEEN = 2
+"""So often a token must have become the same other one."""
+
+
+class PromptLookup:
+    """What followed when the last tokens stood in the text before: no model, no time.
+
+    Saxena, "Prompt Lookup Decoding" (2023). The latest place where the last `LONGEST_NGRAM` tokens, or else fewer,
+    stood is taken; the more tokens before it are the same, too, the surer it is.
+
+    A copy with changes, as edited code is one, is followed further: when the text goes on with another token than the
+    place that is copied from and then as that place does, the one has become the other. From then on both count as the
+    same token when places are compared, and the new one is drafted. The place is followed as long as the text goes on
+    as it does, rather than looked up anew, as the latest place would mostly be within the copy.
+    """
+
+    priors = (0.1, 0.2, 0.4, 0.6, 0.75, 0.85)
+    draft_ms = 0.0
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+        self._renamed: dict[int, int] = {}
+        """What tokens have become."""
+        self._former: dict[int, int] = {}
+        """The same the other way round."""
+        self._seen: Counter[tuple[int, int]] = Counter()
+        """How often a token has become another."""
+        self._places: dict[tuple[int, ...], int] = {}
+        """Where the text went on after an n-gram of former tokens, the last time."""
+        self._source: int | None = None
+        """The place that is copied from: where it goes on."""
+        self._suspect: tuple[int, int] | None = None
+        """A token of the source and the one that came in its place, until the next token tells."""
+
+    def begin(self, tokens: Sequence[int]) -> None:
+        self._tokens, self._places, self._source, self._suspect = [], {}, None, None
+        self._renamed, self._former, self._seen = {}, {}, Counter()
+        for token in tokens:
+            self.observe(token)
+
+    def observe(self, token: int) -> None:
+        self._follow(token)
+        self._tokens.append(token)
+        self._remember(len(self._tokens) - 1)
+        if self._source is None:
+            self._source = self._latest(self._tokens[-LONGEST_NGRAM:])
+
+    def draft(self, pending: Sequence[int], count: int) -> Draft:
+        tail = [*self._tokens[-LONGEST_MATCH:], *pending][-LONGEST_MATCH:]
+        place = self._place(tail, pending)
+        if place is None:
+            return Draft([])
+        found = [self._renamed.get(token, token) for token in self._tokens[place : place + count]]
+        found += pending[: count - len(found)]
+        while len(found) < count:  # a text that repeats itself goes on doing so
+            found += found[: count - len(found)]
+        same = self._same(tail, place)
+        sure = sum(same) if same and same[0] else 0
+        return Draft(found, sure.bit_length())
+
+    def _follow(self, token: int) -> None:
+        """What a new token says of the place that is copied from."""
+        source = self._source
+        expected = None if source is None else self._tokens[source]
+        if source is not None and expected is not None and self._was(expected) == self._was(token):
+            self._learn()
+            if self._renamed.get(expected, token) != token:
+                self._forget(expected)
+            self._source = source + 1
+            return
+        tail = self._tokens[-LONGEST_MATCH:]
+        same = [] if source is None else self._same(tail, source)[:LEARNING_MATCH]
+        if source is not None and expected is not None and self._suspect is None and sum(same) == LEARNING_MATCH:
+            self._suspect = expected, token
+            self._source = source + 1
+            return
+        self._suspect = self._source = None
+
+    def _learn(self) -> None:
+        """The text went on as its source after a token that was another: that may have a new name."""
+        if self._suspect is None:
+            return
+        former, new = self._suspect
+        self._seen[self._suspect] += 1
+        if self._seen[self._suspect] >= TIMES_SEEN and former not in self._former and new not in self._former:
+            self._forget(former)
+            self._renamed[former], self._former[new] = new, former
+            self._remember_all()
+        self._suspect = None
+
+    def _forget(self, former: int) -> None:
+        """It is not, or no longer, what it had become."""
+        new = self._renamed.pop(former, None)
+        if new is not None:
+            del self._former[new], self._seen[former, new]
+            self._remember_all()
+
+    def _remember_all(self) -> None:
+        for index in range(len(self._tokens)):
+            self._remember(index)
+
+    def _remember(self, index: int) -> None:
+        for size in range(1, min(LONGEST_NGRAM, index) + 1):
+            self._places[self._former_of(self._tokens[index - size : index])] = index
+
+    def _place(self, tail: Sequence[int], pending: Sequence[int]) -> int | None:
+        """Where to copy from, behind the text and what is drafted already."""
+        source = self._source
+        if source is not None and source + len(pending) <= len(self._tokens):
+            ahead = self._tokens[source : source + len(pending)]
+            if self._former_of(ahead) == self._former_of(pending) and source + len(pending) < len(self._tokens):
+                return source + len(pending)
+        return self._latest(tail)
+
+    def _latest(self, tail: Sequence[int]) -> int | None:
+        for size in range(min(LONGEST_NGRAM, len(tail)), 0, -1):
+            place = self._places.get(self._former_of(tail[-size:]))
+            if place is not None and place < len(self._tokens):
+                return place
+        return None
+
+    def _same(self, tail: Sequence[int], place: int) -> list[bool]:
+        """Which tokens before `place` are those at the end of the text, from the last one back."""
+        before = reversed(self._tokens[max(0, place - len(tail)) : place])
+        return [self._was(one) == self._was(other) for one, other in zip(before, reversed(tail), strict=False)]
+
+    def _was(self, token: int) -> int:
+        return self._former.get(token, token)
+
+    def _former_of(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        return tuple(self._former.get(token, token) for token in tokens)
