@@ -20,7 +20,7 @@ import typer
 from splitnet.errors import AddressInUse, DirectoryError, SplitnetError
 
 
-def _checked_addresses(addresses: list[str] | None) -> list[str] | None:
+def checked_addresses(addresses: list[str] | None) -> list[str] | None:
     """Refuses what is not even written as an address before anything slow begins."""
     for address in addresses or ():
         if not re.fullmatch(r"/.+/p2p/\w+", address):
@@ -49,7 +49,7 @@ Join = Annotated[
         "--join",
         metavar="ADDR",
         envvar="SPLITNET_JOIN",
-        callback=_checked_addresses,
+        callback=checked_addresses,
         help="Address that a peer of the swarm prints, repeat for several; found on this network if not given.",
     ),
 ]
@@ -59,7 +59,7 @@ JoinIfAny = Annotated[
         "--join",
         metavar="ADDR",
         envvar="SPLITNET_JOIN",
-        callback=_checked_addresses,
+        callback=checked_addresses,
         help="Address of a swarm to join; without it, one on this network is joined or a new one starts.",
     ),
 ]

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.address_file import forget_address, write_address
 from splitnet.cli.arguments import JoinIfAny, Model, parse_blocks, parse_bytes, refuse_taken, resolve_model
+from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.stopping import StopSignals
 from splitnet.errors import SplitnetError
 
@@ -139,9 +139,7 @@ def peer(
         gc.collect()
         gc.freeze()
         typer.echo(_what_it_serves(serving))
-        typer.echo("others join with")
-        for address in serving.addresses:
-            typer.echo(f"  --join {address}")
+        tell_addresses(serving.addresses)
         write_address(address_file, serving.addresses[0])
         stop.wait()
         typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")

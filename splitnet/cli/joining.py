@@ -1,11 +1,21 @@
-"""The file in which a daemon leaves the address to join with, while it serves."""
+"""How a daemon tells where others join: on stdout, and in a file that is there while it serves."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import typer
+
 from splitnet.errors import SplitnetError
+
+
+def tell_addresses(addresses: Sequence[str]) -> None:
+    """Prints them as options of the commands that join."""
+    typer.echo("others join with")
+    for address in addresses:
+        typer.echo(f"  --join {address}")
 
 
 def write_address(path: Path | None, address: str) -> None:
