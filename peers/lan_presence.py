@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from splitnet.errors import DirectoryError, LanError
 from splitnet.model.checkpoint import Checkpoint
@@ -39,20 +40,15 @@ class LanPresence:
             has_joined: the node is in a swarm already, so that nothing waits for others.
             report: told what was found, see `Peer.start`.
         """
-        try:
-            presence = cls(directory, checkpoint)
-        except LanError as error:
-            log.warning("this peer is not looked for on the local network: %s", error)
-            return None
-        try:
-            presence._announce_and_join(checkpoint.name, has_joined, report)
-        except LanError as error:
-            log.warning("this peer is not found on the local network: %s", error)
-            presence.close()
-            return None
-        except BaseException:
-            presence.close()
-            raise
+        with ExitStack() as on_failure:
+            try:
+                presence = cls(directory, checkpoint)
+                on_failure.callback(presence.close)
+                presence._announce_and_join(checkpoint.name, has_joined, report)
+            except LanError as error:
+                log.warning("others find this peer by --join only: %s", error)
+                return None
+            on_failure.pop_all()
         return presence
 
     def close(self) -> None:

@@ -26,6 +26,7 @@ from splitnet.errors import ConfigurationError, SplitnetError
 COMMON = "common"
 CONFIG_VARIABLE = "SPLITNET_CONFIG"
 _PREFIX = "SPLITNET"
+_GIVEN = "splitnet.given"
 _EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text in quotes"}
 
 
@@ -64,21 +65,22 @@ class Setting:
         """Whether the table `[common]` may hold it."""
         return bool(self.shared) or self.command == COMMON
 
-    def checked(self, value: Any, context: typer.Context) -> Any:
-        """The value that click is to take for one from the file. Raises ConfigurationError: it is of another type."""
-        if self.repeatable:
-            if not isinstance(value, list):
-                raise ConfigurationError("expected an array, as in [...]")
-            taken: Any = [self._of_kind(item) for item in value]
-        else:
-            taken = self._of_kind(value)
+    def taken(self, value: Any) -> Any:
+        """What click is to take for a value from the file. Raises ConfigurationError: it is of another type."""
+        if not self.repeatable:
+            return self._of_kind(value)
+        if not isinstance(value, list):
+            raise ConfigurationError("expected an array, as in [...]")
+        return [self._of_kind(item) for item in value]
+
+    def check(self, value: Any, context: typer.Context) -> None:
+        """Raises ConfigurationError if the option does not allow what was `taken`."""
         try:
-            self.parameter.process_value(context, taken)
+            self.parameter.process_value(context, value)
         except typer.BadParameter as error:
             raise ConfigurationError(error.message.removeprefix("Value error, ")) from None
         except SplitnetError as error:
             raise ConfigurationError(str(error)) from None
-        return taken
 
     def _of_kind(self, value: Any) -> Any:
         kind = self.kind if self.kind in _EXPECTED else str
@@ -87,6 +89,21 @@ class Setting:
         if type(value) is not kind:
             raise ConfigurationError(f"expected {_EXPECTED[kind]}")
         return str(Path(value).expanduser()) if issubclass(self.kind, Path) else value
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value from the file, and where it stands."""
+
+    setting: Setting
+    value: Any
+    place: str
+
+    def check(self, context: typer.Context) -> None:
+        try:
+            self.setting.check(self.value, context)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.place}: {error}") from None
 
 
 class ConfigurableGroup(TyperGroup):
@@ -98,6 +115,14 @@ class ConfigurableGroup(TyperGroup):
         for setting in self.settings:
             setting.parameter.envvar = setting.variables
             setting.parameter.show_envvar = False  # they follow from the flags; help would be twice as long
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click does; now that the command is known, what the file says of it is checked, which may load much."""
+        resolved = super().resolve_command(ctx, args)
+        for given in ctx.meta.get(_GIVEN, ()):
+            if given.setting.command in (resolved[0], COMMON):
+                given.check(ctx)
+        return resolved
 
 
 def read_configuration(context: typer.Context, path: Path | None) -> Path | None:
@@ -116,7 +141,14 @@ def read_configuration(context: typer.Context, path: Path | None) -> Path | None
     except ValueError as error:
         raise ConfigurationError(f"{file} is not TOML: {error}") from None
     group: Any = context.command
-    context.default_map = _defaults(file, content, group.settings, context)
+    given = list(_given(file, content, group.settings))
+    defaults: dict[str, Any] = {}
+    for one in given:
+        command = one.setting.command
+        place = defaults if command == COMMON else defaults.setdefault(command, {})
+        place[one.setting.parameter.name] = one.value
+    context.default_map = defaults
+    context.meta[_GIVEN] = given
     return path
 
 
@@ -153,8 +185,8 @@ def _kind(annotation: Any) -> tuple[type, bool]:
     return annotation, False
 
 
-def _defaults(file: Path, content: dict[str, Any], settings: list[Setting], context: typer.Context) -> dict[str, Any]:
-    """What click looks for defaults in: values by the names of parameters, those of a command under its name."""
+def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iterator[_Given]:
+    """What the file says of each setting, if it does."""
     tables = {setting.command for setting in settings}
     for name, table in content.items():
         if not isinstance(table, dict):
@@ -163,18 +195,16 @@ def _defaults(file: Path, content: dict[str, Any], settings: list[Setting], cont
             raise ConfigurationError(f"{file}: there is no command [{name}]; {_nearest(name, tables)}")
         for key in table:
             _refuse_unknown(file, name, key, settings)
-    defaults: dict[str, Any] = {}
     for setting in settings:
-        for name in (setting.command, *((COMMON,) if setting.is_common else ())):
-            if setting.key in content.get(name, {}):
-                try:
-                    value = setting.checked(content[name][setting.key], context)
-                except ConfigurationError as error:
-                    raise ConfigurationError(f"{file}: {setting.key} in [{name}]: {error}") from None
-                taken_by = defaults if setting.command == COMMON else defaults.setdefault(setting.command, {})
-                taken_by[setting.parameter.name] = value
-                break
-    return defaults
+        names = (setting.command, COMMON) if setting.is_common else (setting.command,)
+        table = next((name for name in names if setting.key in content.get(name, {})), None)
+        if table is None:
+            continue
+        place = f"{file}: {setting.key} in [{table}]"
+        try:
+            yield _Given(setting, setting.taken(content[table][setting.key]), place)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{place}: {error}") from None
 
 
 def _refuse_unknown(file: Path, table: str, key: str, settings: list[Setting]) -> None:

@@ -113,6 +113,11 @@ def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, sentence: str
         told("sail", file)
 
 
+def test_what_the_file_says_of_other_commands_is_not_checked_in_depth(tmp_path: Path) -> None:
+    file = written(tmp_path, "[sail]\ncrew-size = 10\n")
+    assert told("moor", file) == "None"
+
+
 def test_a_file_that_is_not_there() -> None:
     with pytest.raises(ConfigurationError, match=r"^/no/file cannot be read \(No such file or directory\): give"):
         told("--config /no/file sail")
@@ -132,7 +137,8 @@ def test_the_default_of_every_option_may_stand_in_the_file() -> None:
     plain = [(setting, default) for setting, default in defaults if type(default) in (bool, int, float, str)]
     assert len(plain) > 50
     for setting, default in plain:
-        assert setting.checked(default, context) == default
+        assert setting.taken(default) == default
+        setting.check(default, context)
 
 
 def test_daemons_of_a_demo_are_not_configured_from_outside() -> None:
