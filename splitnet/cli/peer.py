@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import queue
-import signal
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -15,7 +12,6 @@ import typer
 
 from splitnet.cli.arguments import (
     JoinIfAny,
-    KeyFile,
     Model,
     parse_blocks,
     parse_bytes,
@@ -23,6 +19,8 @@ from splitnet.cli.arguments import (
     refuse_taken,
     resolve_model,
 )
+from splitnet.cli.joining import forget_address, tell_addresses, write_address
+from splitnet.cli.stopping import StopSignals
 from splitnet.errors import SplitnetError
 
 if TYPE_CHECKING:
@@ -60,6 +58,15 @@ def peer(
         str | None, typer.Option(metavar="1GiB", help="Memory to keep for clients that train.")
     ] = None,
     join: JoinIfAny = None,
+    lan: Annotated[
+        bool | None,
+        typer.Option(
+            "--lan/--no-lan",
+            envvar="SPLITNET_LAN",
+            help="Find others on this network and be found; on without --join, unless --listen is on loopback.",
+            show_default=False,
+        ),
+    ] = None,
     listen: Annotated[
         str, typer.Option(metavar="tcp://HOST:PORT", help="Where to take activations; port 0 is any free one.")
     ] = "tcp://0.0.0.0:0",
@@ -84,7 +91,9 @@ def peer(
     authorized_keys: Annotated[
         Path | None, typer.Option(help="File with the keys (see `splitnet key`) that may connect; anyone if not given.")
     ] = None,
-    key_file: KeyFile = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="File with the key of this peer; a new key at each start if not given.")
+    ] = None,
     metrics_port: Annotated[
         str | None,
         typer.Option(
@@ -108,12 +117,12 @@ def peer(
     wanted_training_memory = parse_bytes(training_memory) if training_memory else None
     wanted_metrics = parse_host_port(metrics_port) if metrics_port else None
     refuse_taken(listen)
-    if address_file is not None:
-        _forget(address_file)
+    forget_address(address_file)
     checkpoint = resolve_model(model)
 
     import torch
 
+    from peers.addresses import is_reachable
     from peers.daemon import Peer
     from peers.metrics import registry_of
     from peers.metrics_server import MetricsServer
@@ -127,6 +136,7 @@ def peer(
     options = PeerOptions(
         wish=SpanWish(wanted_blocks, wanted_memory),
         initial_peers=join or (),
+        lan=is_reachable(listen) and (not join if lan is None else lan),
         listen=listen,
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,
@@ -141,11 +151,8 @@ def peer(
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
     with StageProgress() as progress:
         serving = Peer.start(checkpoint, options, progress=progress.update)
-    # Until here a signal has been an exception; from here it ends the wait. The queue may be filled by a handler.
-    stop: queue.SimpleQueue[int] = queue.SimpleQueue()
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: stop.put(number))
+        stop = StopSignals()
         # What is loaded by now stays: the collector need not walk over it between two tokens.
         gc.collect()
         gc.freeze()
@@ -153,20 +160,14 @@ def peer(
         if metrics is not None:
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")
-        typer.echo("others join with")
-        for address in serving.addresses:
-            typer.echo(f"  --join {address}")
-        if address_file is not None:
-            _write_atomically(address_file, serving.addresses[0] + "\n")
-        stop.get()
+        tell_addresses(serving.addresses)
+        write_address(address_file, serving.addresses[0])
+        stop.wait()
         typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             serving.drain(drain_s)
     finally:
-        if address_file is not None:
-            _forget(address_file)
+        forget_address(address_file)
         serving.close()
         if metrics is not None:
             metrics.close()
@@ -191,21 +192,3 @@ def _check_device(device: str) -> None:
     if kind not in counts or (index and not index.isdecimal()) or int(index or 0) >= counts[kind]:
         present = [f"{name}:{i}" if name == "cuda" else name for name, count in counts.items() for i in range(count)]
         raise SplitnetError(f"this machine has no device {device!r} for torch: use --device {' or '.join(present)}")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError as error:
-        raise SplitnetError(f"cannot write the address to {path} ({error.strerror}): give another file") from None
-
-
-def _forget(path: Path) -> None:
-    """Removes an address file, so that it is there only while its peer serves."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise SplitnetError(f"cannot replace {path} ({error.strerror}): give another --address-file") from None

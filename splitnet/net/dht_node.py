@@ -50,6 +50,7 @@ class Hivemind:
 
     P2P: Any
     PeerID: Any
+    Multiaddr: Any
     DHTNode: Any
     key_id: Callable[[str], bytes]  # hash of a DHT key, 20 bytes
 
@@ -57,15 +58,17 @@ class Hivemind:
 @cache
 def import_hivemind() -> Hivemind:
     """Imports hivemind, once, and mends it."""
-    node, p2p, routing, storage = (  # late: these imports take 1.8 s
+    node, p2p, routing, multiaddr, storage = (  # late: these imports take 1.8 s
         importlib.import_module(f"hivemind.{name}")
-        for name in ("dht.node", "p2p", "dht.routing", "utils.timed_storage")
+        for name in ("dht.node", "p2p", "dht.routing", "utils.multiaddr", "utils.timed_storage")
     )
     # What it logs goes where the program's own log goes, and looks the same.
     importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
     storage.TimedStorage.store = _refuse_older(storage.TimedStorage.store)
     logging.getLogger("asyncio").addFilter(_is_not_about_reaped_children)
-    return Hivemind(p2p.P2P, p2p.PeerID, node.DHTNode, lambda key: routing.DHTID.generate(key).to_bytes())
+    return Hivemind(
+        p2p.P2P, p2p.PeerID, multiaddr.Multiaddr, node.DHTNode, lambda key: routing.DHTID.generate(key).to_bytes()
+    )
 
 
 def _refuse_older(store: Callable[[Any, Any, Any, float], bool]) -> Callable[[Any, Any, Any, float], bool]:

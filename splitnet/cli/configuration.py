@@ -1,0 +1,223 @@
+"""Options from elsewhere than the command line: environment variables, then one TOML file.
+
+`splitnet peer --kv-memory` is `SPLITNET_PEER_KV_MEMORY`, and `kv-memory` in the table `[peer]` of the file. An option
+that means the same in several commands is declared with `envvar` (`splitnet/cli/arguments.py`): it can be set for all
+of them by that variable and in the table `[common]`, which also holds the options before the command.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from splitnet.errors import ConfigurationError, SplitnetError
+
+COMMON = "common"
+CONFIG_VARIABLE = "SPLITNET_CONFIG"
+_PREFIX = "SPLITNET"
+_GIVEN = "splitnet.given"
+_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text in quotes"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option under all of its names.
+
+    Attributes:
+        command: that has it; `common` for the options before the command.
+        parameter: click's.
+        kind: type of the value, or of each value of a repeatable option.
+        repeatable: it takes several values.
+        shared: name of the variable that sets it in several commands; "" if there is none.
+    """
+
+    command: str
+    parameter: Any
+    kind: type
+    repeatable: bool
+    shared: str
+
+    @property
+    def key(self) -> str:
+        """In the configuration file: the flag without its dashes."""
+        return next(flag for flag in self.parameter.opts if flag.startswith("--")).removeprefix("--")
+
+    @property
+    def variables(self) -> list[str]:
+        """Environment variables that set it; the first that is set counts."""
+        path = [_PREFIX, self.key] if self.command == COMMON else [_PREFIX, self.command, self.key]
+        own = "_".join(path).upper().replace("-", "_")
+        return [own, self.shared] if self.shared else [own]
+
+    @property
+    def is_common(self) -> bool:
+        """Whether the table `[common]` may hold it."""
+        return bool(self.shared) or self.command == COMMON
+
+    def taken(self, value: Any) -> Any:
+        """What click is to take for a value from the file. Raises ConfigurationError: it is of another type."""
+        if not self.repeatable:
+            return self._of_kind(value)
+        if not isinstance(value, list):
+            raise ConfigurationError("expected an array, as in [...]")
+        return [self._of_kind(item) for item in value]
+
+    def check(self, value: Any, context: typer.Context) -> None:
+        """Raises ConfigurationError if the option does not allow what was `taken`."""
+        try:
+            self.parameter.process_value(context, value)
+        except typer.BadParameter as error:
+            raise ConfigurationError(error.message.removeprefix("Value error, ")) from None
+        except SplitnetError as error:
+            raise ConfigurationError(str(error)) from None
+
+    def _of_kind(self, value: Any) -> Any:
+        kind = self.kind if self.kind in _EXPECTED else str
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ConfigurationError(f"expected {_EXPECTED[kind]}")
+        return str(Path(value).expanduser()) if issubclass(self.kind, Path) else value
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value from the file, and where it stands."""
+
+    setting: Setting
+    value: Any
+    place: str
+
+    def check(self, context: typer.Context) -> None:
+        try:
+            self.setting.check(self.value, context)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{self.place}: {error}") from None
+
+
+class ConfigurableGroup(TyperGroup):
+    """A group of commands whose options all have environment variables and keys in the configuration file."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.settings = list(_settings(self))
+        for setting in self.settings:
+            setting.parameter.envvar = setting.variables
+            setting.parameter.show_envvar = False  # they follow from the flags; help would be twice as long
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As click does; now that the command is known, what the file says of it is checked, which may load much."""
+        resolved = super().resolve_command(ctx, args)
+        for given in ctx.meta.get(_GIVEN, ()):
+            if given.setting.command in (resolved[0], COMMON):
+                given.check(ctx)
+        return resolved
+
+
+def read_configuration(context: typer.Context, path: Path | None) -> Path | None:
+    """Callback of --config: takes the file as defaults of all options; without a path, the user's if there is one.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or holds what no option takes.
+    """
+    file = path or default_file()
+    if context.resilient_parsing or (path is None and not file.is_file()):
+        return path
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read ({error.strerror}): give another --config") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{file} is not TOML: {error}") from None
+    group: Any = context.command
+    given = list(_given(file, content, group.settings))
+    defaults: dict[str, Any] = {}
+    for one in given:
+        command = one.setting.command
+        place = defaults if command == COMMON else defaults.setdefault(command, {})
+        place[one.setting.parameter.name] = one.value
+    context.default_map = defaults
+    context.meta[_GIVEN] = given
+    return path
+
+
+def default_file() -> Path:
+    """The configuration file of this user."""
+    import platformdirs
+
+    return platformdirs.user_config_path("splitnet") / "config.toml"
+
+
+def without_options(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a `splitnet peer` whose options are all on its command line."""
+    taken = (f"{_PREFIX}_JOIN", f"{_PREFIX}_LAN", f"{_PREFIX}_PEER_")
+    kept = {name: value for name, value in environment.items() if not name.startswith(taken)}
+    return {**kept, CONFIG_VARIABLE: os.devnull}
+
+
+def _settings(group: Any) -> Iterator[Setting]:
+    for name, command in ((COMMON, group), *group.commands.items()):
+        types_of = typing.get_type_hints(inspect.unwrap(command.callback)) if command.callback else {}
+        for parameter in command.params:
+            # Eager ones, such as --version, say what to do instead of how.
+            if parameter.param_type_name == "option" and not parameter.is_eager and parameter.name in types_of:
+                kind, repeatable = _kind(types_of[parameter.name])
+                yield Setting(name, parameter, kind, repeatable, parameter.envvar or "")
+
+
+def _kind(annotation: Any) -> tuple[type, bool]:
+    """The type behind an annotation such as `int | None`, and whether it is that of a list's items."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def _given(file: Path, content: dict[str, Any], settings: list[Setting]) -> Iterator[_Given]:
+    """What the file says of each setting, if it does."""
+    tables = {setting.command for setting in settings}
+    for name, table in content.items():
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"{file}: {name!r} stands in no table: write it under [{COMMON}] or a command's")
+        if name not in tables:
+            raise ConfigurationError(f"{file}: there is no command [{name}]; {_nearest(name, tables)}")
+        for key in table:
+            _refuse_unknown(file, name, key, settings)
+    for setting in settings:
+        names = (setting.command, COMMON) if setting.is_common else (setting.command,)
+        table = next((name for name in names if setting.key in content.get(name, {})), None)
+        if table is None:
+            continue
+        place = f"{file}: {setting.key} in [{table}]"
+        try:
+            yield _Given(setting, setting.taken(content[table][setting.key]), place)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{place}: {error}") from None
+
+
+def _refuse_unknown(file: Path, table: str, key: str, settings: list[Setting]) -> None:
+    known = {
+        setting.key for setting in settings if (setting.is_common if table == COMMON else setting.command == table)
+    }
+    if key in known:
+        return
+    elsewhere = sorted({setting.command for setting in settings if setting.key == key})
+    fix = f"it goes in [{'] or ['.join(elsewhere)}]" if elsewhere else _nearest(key, known)
+    raise ConfigurationError(f"{file}: [{table}] has no key {key!r}; {fix}")
+
+
+def _nearest(word: str, known: set[str]) -> str:
+    near = get_close_matches(word, sorted(known), n=1, cutoff=0.0)
+    return f"the nearest is {near[0]!r}" if near else "it takes no options"
