@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import socket
 import sys
 import warnings
 from pathlib import Path
@@ -13,14 +11,14 @@ from typing import Annotated
 
 import typer
 
-from splitnet.errors import AddressInUse, DirectoryError, SplitnetError
+from splitnet.errors import SplitnetError
 
 
 def _checked_addresses(addresses: list[str] | None) -> list[str] | None:
     """Refuses what is not even written as an address before anything slow begins."""
     for address in addresses or ():
         if not re.fullmatch(r"/.+/p2p/\w+", address):
-            raise DirectoryError(
+            raise SplitnetError(
                 f"{address!r} is no address to join with: copy a whole one that a peer prints, /ip4/..."
             )
     return addresses
@@ -64,6 +62,15 @@ JoinToMeasure = Annotated[
         metavar="ADDR",
         callback=_checked_addresses,
         help="Address of a swarm to measure; repeat for several of one swarm.",
+    ),
+]
+JoinToExamine = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--join",
+        metavar="ADDR",
+        callback=_checked_addresses,
+        help="Address of a swarm, to check the way to it; repeat for several of one swarm.",
     ),
 ]
 CodecName = Annotated[
@@ -126,29 +133,3 @@ def parse_blocks(text: str) -> tuple[int, int]:
     if match is None or int(match[1]) >= int(match[2]):
         raise SplitnetError(f"{text!r} is not a range of blocks: write START:END, as 0:10 for blocks 0 to 9")
     return int(match[1]), int(match[2])
-
-
-def refuse_taken(listen: str) -> None:
-    """Checks an address such as `tcp://0.0.0.0:31331`, so that one that cannot be used is told before blocks load.
-
-    Raises:
-        AddressInUse: something listens there.
-        SplitnetError: it is not an address of this machine.
-    """
-    match = re.fullmatch(r"tcp://(.+):(\d+)", listen)
-    if match is None or int(match[2]) > 65535:
-        raise SplitnetError(
-            f"{listen!r} is no address to listen on: write tcp://HOST:PORT, with port 0 for any free one"
-        )
-    host = "0.0.0.0" if match[1] == "*" else match[1].strip("[]")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, int(match[2]), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"{listen} is taken: choose another port with --listen, or 0 for any free one") from None
-        raise SplitnetError(
-            f"cannot listen on {listen} ({error.strerror}): give an address of this machine, or tcp://0.0.0.0:0"
-        ) from None

@@ -13,6 +13,7 @@ import splitnet
 from splitnet.cli.bench import bench
 from splitnet.cli.chat import chat
 from splitnet.cli.demo import demo
+from splitnet.cli.doctor import doctor
 from splitnet.cli.generate import generate
 from splitnet.cli.key import key
 from splitnet.cli.peer import peer
@@ -21,7 +22,7 @@ from splitnet.cli.serve import serve
 from splitnet.cli.simulate import simulate
 from splitnet.cli.status import status
 from splitnet.cli.tune import tune
-from splitnet.errors import SplitnetError
+from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
 
 app = typer.Typer(
     name="splitnet",
@@ -30,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (peer, generate, chat, serve, tune, status, bench, plan, key, demo, simulate):
+for command in (peer, generate, chat, serve, tune, status, doctor, bench, plan, key, demo, simulate):
     app.command()(command)
 
 
@@ -55,6 +56,10 @@ def common(
     )
 
 
+_DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)
+"""Errors that a check of `splitnet doctor` explains further."""
+
+
 def main() -> None:
     """Runs the command line; an error that the user can act on is one sentence and exit code 1."""
     # Or the process would end without what it does at its end: leave the swarm, and stop its children.
@@ -64,7 +69,8 @@ def main() -> None:
     try:
         app()
     except SplitnetError as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
+        advice = "; `splitnet doctor --join ADDR` looks for the cause" if isinstance(error, _DOCTOR_KNOWS) else ""
+        typer.secho(f"error: {error}{advice}", fg="red", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import JoinIfAny, KeyFile, Model, parse_blocks, parse_bytes, refuse_taken, resolve_model
+from splitnet.cli.arguments import JoinIfAny, KeyFile, Model, parse_blocks, parse_bytes, resolve_model
 from splitnet.errors import SplitnetError
+from splitnet.net.addresses import refuse_taken
 
 if TYPE_CHECKING:
     from peers.daemon import Peer

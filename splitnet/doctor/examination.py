@@ -1,0 +1,135 @@
+"""All checks of a machine and of its way to a swarm, in the order in which one explains the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitnet.doctor import machine, network
+from splitnet.doctor.finding import Finding, Status, failed, passed
+from splitnet.doctor.links import PeerLinks
+from splitnet.doctor.model import memory, open_model, room_on_disk
+from splitnet.doctor.peers import peer
+from splitnet.doctor.reach import Reach
+from splitnet.errors import SplitnetError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.memory import free_memory
+from splitnet.model.sizes import ModelSizes
+from splitnet.net.dht_answers import allowed_skew_s, ask_nodes
+from splitnet.net.directory import Directory
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.identity import Identity
+from splitnet.net.records import PeerRecord
+
+MAX_PEERS = 64
+ANY_PORT = "tcp://0.0.0.0:0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is to be checked, as the options of `splitnet peer` would say it.
+
+    Attributes:
+        model: hub id or checkpoint folder; None: no model.
+        join: multiaddrs of a swarm.
+        listen: where a peer would listen; None: nowhere in particular.
+    """
+
+    model: str | None = None
+    join: Sequence[str] = ()
+    listen: str | None = None
+    public_host: str | None = None
+    key_file: Path | None = None
+
+
+def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
+    """Makes all checks that the set-up allows; none of them ends the examination.
+
+    Args:
+        clock: Unix time in seconds, of this machine.
+    """
+    yield from machine.software()
+    yield machine.devices()
+    checkpoint = None
+    if setup.model is None:
+        yield passed("memory", f"{machine.gib(free_memory('cpu'))} are free")
+    else:
+        found, checkpoint = open_model(setup.model)
+        yield found
+        yield from _room(setup.model, checkpoint)
+    found, identity = machine.key_of(setup.key_file)
+    yield found
+    identity = identity or Identity.generate()
+    reach = Reach(
+        identity,
+        setup.listen or ANY_PORT,
+        setup.public_host,
+        needed=setup.listen is not None or setup.public_host is not None,
+    )
+    if setup.join:
+        yield from _way_to(setup.join, checkpoint, identity, reach, clock)
+    else:
+        yield reach.port()
+
+
+def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
+    sizes = None
+    if checkpoint is not None:
+        try:
+            sizes = ModelSizes.of(model)
+            yield memory(sizes, free_memory("cpu"))
+        except SplitnetError as error:
+            yield failed("memory", str(error))
+    yield room_on_disk(model, sizes)
+
+
+def _way_to(
+    join: Sequence[str], checkpoint: Checkpoint | None, identity: Identity, reach: Reach, clock: Callable[[], float]
+) -> Iterator[Finding]:
+    answers = ask_nodes(join, clock=clock)
+    yield from network.join_addresses(answers)
+    present = [answer for answer in answers if not answer.fault]
+    in_time = True
+    if present:
+        found = network.clock(present, allowed_skew_s())
+        in_time = found.status is not Status.failed
+        yield found
+    if not present or not in_time:
+        # Without records of peers, or with some that are void or of the future, nothing more can be said.
+        yield reach.port()
+        return
+    try:
+        directory = Directory.start(initial_peers=[answer.address for answer in present])
+    except SplitnetError as error:
+        yield failed("swarm", str(error))
+        yield reach.port()
+        return
+    with directory:
+        yield from _swarm(directory, checkpoint, identity, reach, clock)
+
+
+def _swarm(
+    directory: Directory, checkpoint: Checkpoint | None, identity: Identity, reach: Reach, clock: Callable[[], float]
+) -> Iterator[Finding]:
+    models = directory.models()
+    yield network.served_model(models, checkpoint)
+    wanted = list(models) if checkpoint is None else [checkpoint.fingerprint] * (checkpoint.fingerprint in models)
+    served = {model: directory.peers(model)[:MAX_PEERS] for model in wanted or models}
+    records = [record for of_model in served.values() for record in of_model]
+    with PeerLinks(identity) as links:
+        answers = links.try_out({Endpoint(record.address, record.key) for record in records})
+        answering: list[PeerRecord] = []
+        for record in records:
+            answer = answers[Endpoint(record.address, record.key)]
+            yield peer(record, answer, record.issued_at - clock(), allowed_skew_s())
+            answering += [record] if answer.rtt_ms is not None else []
+        for model in wanted:
+            if served[model]:
+                yield network.coverage([record for record in answering if record.model == model], served[model])
+        own = next((record for record in records if record.key == identity.public), None)
+        found = reach.port(own)
+        yield found
+        if found.status is Status.passed:
+            yield reach.from_outside(links, answering)
