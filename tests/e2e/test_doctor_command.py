@@ -29,7 +29,7 @@ def test_a_sound_swarm(duo: list[Daemon], small: Path, here: Here) -> None:
         )
 
 
-def test_a_broken_one_in_json(
+def test_a_swarm_of_other_weights_in_json(
     duo: list[Daemon], small: Path, demo_checkpoint: Path, here: Here, tmp_path: Path
 ) -> None:
     (tmp_path / small.name).mkdir()
