@@ -15,6 +15,7 @@ import torch
 import splitnet
 from peers.admission import SessionTable
 from peers.announce import Announcer
+from peers.lan_presence import LanPresence
 from peers.mover import Mover
 from peers.neighbours import Neighbours
 from peers.next_hops import NextHops
@@ -63,10 +64,12 @@ class Peer:
         options: PeerOptions,
         identity: Identity,
         max_blocks: int,
+        lan: LanPresence | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.identity = identity
         self._directory = directory
+        self._lan = lan
         self._options = options
         self._max_blocks = max_blocks
         self._placed_at = time.time()
@@ -110,10 +113,17 @@ class Peer:
             AuthorizedKeys.from_file(options.authorized_keys)
         choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
         identity = Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
-        report("join the swarm" if options.initial_peers else "start a swarm", 0, 0)
+        if options.initial_peers:
+            report("join the swarm", 0, 0)
+        else:
+            report("look for a swarm on this network" if options.lan else "start a swarm", 0, 0)
         listen = options.dht_listen if options.dht_listen is not None else (dht_address(options.listen),)
         directory = Directory.start(initial_peers=options.initial_peers, listen=listen)
+        lan: LanPresence | None = None
         try:
+            if options.lan:
+                has_joined = bool(options.initial_peers)
+                lan = LanPresence.start(directory, checkpoint, has_joined=has_joined, report=report)
             fitting = fitting_blocks(
                 checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
             )
@@ -128,8 +138,10 @@ class Peer:
                 progress=lambda done, total: report(f"load blocks {start}..{end - 1}", done, total),
             )
             report("measure the device", 0, 0)
-            peer = cls(checkpoint, directory, span, options, identity, fitting)
+            peer = cls(checkpoint, directory, span, options, identity, fitting, lan)
         except BaseException:
+            if lan is not None:
+                lan.close()
             directory.close()
             raise
         try:
@@ -221,6 +233,8 @@ class Peer:
         with self._placing:
             self.service.leave()  # before the directory, which may take a second
             self._announcer.close()
+            if self._lan is not None:
+                self._lan.close()
             if self._serving is not None:
                 self._serving.drain(timeout_s)
 
@@ -234,6 +248,8 @@ class Peer:
                 self._serving.close()
         if self._placer.ident is not None:
             self._placer.join()
+        if self._lan is not None:
+            self._lan.close()
         self._directory.close()
 
     def send(self, destination: Destination, message: Message) -> None:

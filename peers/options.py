@@ -15,7 +15,8 @@ class PeerOptions:
 
     Attributes:
         wish: which blocks, or how much memory for them.
-        initial_peers: multiaddrs of a swarm to join; empty starts a new one.
+        initial_peers: multiaddrs of a swarm to join; empty starts a new one, or joins one on the local network.
+        lan: be found on the local network, and join the swarm of the model there.
         listen: `tcp://host:port` for activations, port 0 for any.
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
         public_host: host name or address that others reach this machine by, with `:port` if they reach it by another
@@ -32,6 +33,7 @@ class PeerOptions:
 
     wish: SpanWish = ANY_SPAN
     initial_peers: Sequence[str] = ()
+    lan: bool = False
     listen: str = "tcp://0.0.0.0:0"
     dht_listen: Sequence[str] | None = None
     public_host: str | None = None

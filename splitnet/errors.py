@@ -60,6 +60,14 @@ class DirectoryError(SplitnetError):
     """The DHT cannot be joined or answered nothing."""
 
 
+class LanError(SplitnetError):
+    """This machine cannot look for others on its local network, or be found there."""
+
+
+class ConfigurationError(SplitnetError):
+    """The configuration file holds what no option takes."""
+
+
 class CoverageError(SplitnetError):
     """Some blocks of the model are served by nobody."""
 

@@ -133,7 +133,7 @@ class LabPeers:
         span = self._spans[host]
         command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint]
         command += ["--blocks", f"{span[0]}:{span[1]}"] if span else []
-        command += ["--listen", f"tcp://{self._lab.address(host)}:0"]
+        command += ["--listen", f"tcp://{self._lab.address(host)}:0", "--no-lan"]
         command += ["--address-file", str(self._file(host, "address"))]
         command += ["--join", self._join] if self._join else []
         with self._file(host, "log").open("ab") as log:  # a log of before a restart is kept

@@ -1,4 +1,8 @@
-"""Arguments that several commands share, and how their texts are read."""
+"""Arguments that several commands share, and how their texts are read.
+
+An option with `envvar` means the same in all of its commands, so that it can be set for all at once: by that variable,
+or under `[common]` in the configuration file, see `splitnet/cli/configuration.py`.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +18,7 @@ import typer
 from splitnet.errors import SplitnetError
 
 
-def _checked_addresses(addresses: list[str] | None) -> list[str] | None:
+def checked_addresses(addresses: list[str] | None) -> list[str] | None:
     """Refuses what is not even written as an address before anything slow begins."""
     for address in addresses or ():
         if not re.fullmatch(r"/.+/p2p/\w+", address):
@@ -38,12 +42,13 @@ Model = Annotated[
     typer.Argument(help="Hugging Face id or checkpoint folder; `demo` is SmolLM2-135M-Instruct.", show_default=False),
 ]
 Join = Annotated[
-    list[str],
+    list[str] | None,
     typer.Option(
         "--join",
         metavar="ADDR",
-        callback=_checked_addresses,
-        help="Address that a peer of the swarm prints; repeat for several.",
+        envvar="SPLITNET_JOIN",
+        callback=checked_addresses,
+        help="Address that a peer of the swarm prints, repeat for several; found on this network if not given.",
     ),
 ]
 JoinIfAny = Annotated[
@@ -51,25 +56,22 @@ JoinIfAny = Annotated[
     typer.Option(
         "--join",
         metavar="ADDR",
-        callback=_checked_addresses,
-        help="Address of a swarm to join; without it a new one starts.",
+        envvar="SPLITNET_JOIN",
+        callback=checked_addresses,
+        help="Address of a swarm to join; without it, one on this network is joined or a new one starts.",
     ),
 ]
-JoinToMeasure = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--join",
-        metavar="ADDR",
-        callback=_checked_addresses,
-        help="Address of a swarm to measure; repeat for several of one swarm.",
-    ),
+Lan = Annotated[
+    bool,
+    typer.Option("--lan/--no-lan", envvar="SPLITNET_LAN", help="Look for the swarm on this network without --join."),
 ]
 JoinToExamine = Annotated[
     list[str] | None,
     typer.Option(
         "--join",
         metavar="ADDR",
-        callback=_checked_addresses,
+        envvar="SPLITNET_JOIN",
+        callback=checked_addresses,
         help="Address of a swarm, to check the way to it; repeat for several of one swarm.",
     ),
 ]
@@ -77,6 +79,7 @@ CodecName = Annotated[
     str,
     typer.Option(
         "--codec",
+        envvar="SPLITNET_CODEC",
         callback=_checked_codec,
         help="How activations travel: auto, or a name from docs/codecs.md such as int8.",
     ),
@@ -84,16 +87,25 @@ CodecName = Annotated[
 LocalBlocks = Annotated[
     str | None,
     typer.Option(
-        "--local-blocks", metavar="START:END", help="Blocks to run here, without peers; several as 0:2,28:30, or auto."
+        "--local-blocks",
+        metavar="START:END",
+        envvar="SPLITNET_LOCAL_BLOCKS",
+        help="Blocks to run here, without peers; several as 0:2,28:30, or auto.",
     ),
 ]
 LocalWeights = Annotated[
     str | None,
     typer.Option(
-        "--local-weights", metavar="KIND", help="Hold those blocks and the head as auto, float16, int8 or int4."
+        "--local-weights",
+        metavar="KIND",
+        envvar="SPLITNET_LOCAL_WEIGHTS",
+        help="Hold those blocks and the head as auto, float16, int8 or int4.",
     ),
 ]
-KeyFile = Annotated[Path | None, typer.Option("--key-file", help="File with the key of this machine.")]
+KeyFile = Annotated[
+    Path | None,
+    typer.Option("--key-file", envvar="SPLITNET_KEY_FILE", help="File with the key of this machine."),
+]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 

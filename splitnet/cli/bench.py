@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from splitnet.bench.cases import cases_of
-from splitnet.cli.arguments import CodecName, JoinToMeasure, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
 from splitnet.errors import SplitnetError
 
 _TESTS = "Tests"
@@ -17,9 +17,10 @@ _MANNER = "How to measure"
 
 def bench(
     model: Model,
-    join: JoinToMeasure = None,
+    join: Join = None,
+    lan: Lan = True,
     local: Annotated[
-        bool, typer.Option("--local", help="Measure plain transformers in this process, too; with --join, in turns.")
+        bool, typer.Option("--local", help="Measure plain transformers in this process; with --join, both in turns.")
     ] = False,
     prefill: Annotated[
         list[int] | None,
@@ -74,7 +75,7 @@ def bench(
 
     Prompts are random tokens, answers have exactly as many tokens as asked for, whatever the model says.
     """
-    if not join and not local:
+    if not (join or lan or local):
         raise SplitnetError(
             "there is nothing to measure: give --join ADDR for a swarm, --local for plain transformers here, or both"
         )
@@ -87,7 +88,7 @@ def bench(
     from splitnet.cli.connection import Connection
 
     connection = Connection(
-        checkpoint, join or (), codec, key_file, local_blocks=local_blocks, local_weights=local_weights
+        checkpoint, join or (), codec, key_file, local_blocks=local_blocks, local_weights=local_weights, lan=lan
     )
     report = Benchmark(cases, rounds, warm_up, seed, threads, local).run(connection)
     if as_json:

@@ -35,7 +35,7 @@ class Benchmark:
     local: bool
 
     def run(self, connection: Connection) -> Report:
-        """Measures; without a swarm to join, only plain transformers.
+        """Measures; with `local` and no address of a swarm, only plain transformers.
 
         Raises:
             ContextTooLong: the model has no room for a case.
@@ -47,7 +47,7 @@ class Benchmark:
         check_room(self.cases, checkpoint.max_positions)
         arms: dict[str, Arm] = {}
         with ExitStack() as at_end, StageProgress() as progress:
-            if connection.join:
+            if self._measures_swarm(connection):
                 swarm = connection.swarm(checkpoint)
                 at_end.callback(swarm.close)
                 arms[SWARM] = SwarmArm(attach(checkpoint, swarm, **connection.options()), self.seed)
@@ -57,9 +57,12 @@ class Benchmark:
             measured = measure(arms, self.cases, rounds=self.rounds, warm_up=self.warm_up, progress=progress.update)
         return Report(checkpoint.name, self._settings(connection), environment(), measured)
 
+    def _measures_swarm(self, connection: Connection) -> bool:
+        return bool(connection.join) or not self.local
+
     def _settings(self, connection: Connection) -> dict[str, Any]:
         settings: dict[str, Any] = {"rounds": self.rounds, "warm_up": self.warm_up, "seed": self.seed}
-        if connection.join:
+        if self._measures_swarm(connection):
             settings |= {"codec": connection.codec, "join": list(connection.join)}
         if connection.local_blocks is not None or connection.local_weights is not None:
             settings |= {"local_blocks": connection.local_blocks, "local_weights": connection.local_weights}

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
 from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP, Wait
 from splitnet.errors import SplitnetError
 
 
 def chat(
     model: Model,
-    join: Join,
+    join: Join = None,
+    lan: Lan = True,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
@@ -34,7 +35,7 @@ def chat(
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling
 
-    connection = Connection(checkpoint, join, codec, key_file, wait, local_blocks, local_weights)
+    connection = Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan)
     client = Client.connect(connection, adapter, speculate)
     try:
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from splitnet.cli.local_network import find_swarm
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.identity import Identity
@@ -18,6 +19,7 @@ class Connection:
 
     Attributes:
         model: hub id or checkpoint folder.
+        join: addresses of the swarm; empty: it is looked for on the local network, if `lan`.
         wait_s: how long to wait for blocks that are suddenly served by nobody.
         local_blocks, local_weights: what runs here, see `splitnet.AutoModelForCausalLM`.
     """
@@ -29,14 +31,17 @@ class Connection:
     wait_s: float = 30.0
     local_blocks: str | None = None
     local_weights: str | None = None
+    lan: bool = True
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
         """Joins.
 
         Raises:
-            DirectoryError: no address of the swarm answers.
+            DirectoryError: no address of the swarm answers, or none is given or found.
         """
-        return Swarm(ModelFacts.of(checkpoint), self.join, identity=Identity.load_or_create(self.key_file))
+        facts = ModelFacts.of(checkpoint)
+        addresses = self.join or find_swarm(facts, lan=self.lan)
+        return Swarm(facts, addresses, identity=Identity.load_or_create(self.key_file))
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of what attaches a model to the swarm."""

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
 from splitnet.errors import SplitnetError
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
@@ -36,7 +36,8 @@ Speculate = Annotated[
 def generate(
     model: Model,
     prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
-    join: Join,
+    join: Join = None,
+    lan: Lan = True,
     max_new_tokens: MaxNewTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -64,7 +65,7 @@ def generate(
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    connection = Connection(checkpoint, join, codec, key_file, wait, local_blocks, local_weights)
+    connection = Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan)
     client = Client.connect(connection, adapter, speculate)
     try:
         ids = client.encode_prompt(prompt, chat=chat, system=system)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -11,6 +12,7 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+from splitnet.cli.configuration import without_options
 from splitnet.errors import SplitnetError
 
 EXACT = ("--threads", "1", "--weights", "float32")
@@ -83,7 +85,13 @@ class LocalSwarm:
         command += ["--listen", "tcp://127.0.0.1:0", "--address-file", str(self._address_file(index))]
         command += ["--join", self._join] if self._join else []
         with self._log_file(index).open("wb") as log:
-            return subprocess.Popen([*command, *self._options], stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+            return subprocess.Popen(
+                [*command, *self._options],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=without_options(os.environ),
+            )
 
     def _await_address(self, index: int) -> str:
         deadline = time.monotonic() + START_TIMEOUT_S

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +13,9 @@ import typer
 import splitnet
 from splitnet.cli.bench import bench
 from splitnet.cli.chat import chat
+from splitnet.cli.configuration import CONFIG_VARIABLE, ConfigurableGroup, read_configuration
 from splitnet.cli.demo import demo
+from splitnet.cli.dht import dht
 from splitnet.cli.doctor import doctor
 from splitnet.cli.generate import generate
 from splitnet.cli.key import key
@@ -26,12 +29,13 @@ from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetErr
 
 app = typer.Typer(
     name="splitnet",
+    cls=ConfigurableGroup,
     help="Run a model that is too big for any one device across many.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (peer, generate, chat, serve, tune, status, doctor, bench, plan, key, demo, simulate):
+for command in (peer, generate, chat, serve, tune, status, doctor, bench, plan, dht, key, demo, simulate):
     app.command()(command)
 
 
@@ -47,6 +51,16 @@ def common(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log what happens, to stderr.")] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            envvar=CONFIG_VARIABLE,
+            callback=read_configuration,
+            is_eager=True,
+            help="Take options from this TOML file, see docs/configuration.md.",
+        ),
+    ] = None,
 ) -> None:
     """Options before the command."""
     logging.basicConfig(

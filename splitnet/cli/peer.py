@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import queue
-import signal
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -13,9 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import JoinIfAny, KeyFile, Model, parse_blocks, parse_bytes, resolve_model
+from splitnet.cli.arguments import JoinIfAny, Model, parse_blocks, parse_bytes, resolve_model
+from splitnet.cli.joining import forget_address, tell_addresses, write_address
+from splitnet.cli.stopping import StopSignals
 from splitnet.errors import SplitnetError
-from splitnet.net.addresses import refuse_taken
+from splitnet.net.addresses import is_reachable, refuse_taken
 
 if TYPE_CHECKING:
     from peers.daemon import Peer
@@ -52,6 +51,15 @@ def peer(
         str | None, typer.Option(metavar="1GiB", help="Memory to keep for clients that train.")
     ] = None,
     join: JoinIfAny = None,
+    lan: Annotated[
+        bool | None,
+        typer.Option(
+            "--lan/--no-lan",
+            envvar="SPLITNET_LAN",
+            help="Find others on this network and be found; on without --join, unless --listen is on loopback.",
+            show_default=False,
+        ),
+    ] = None,
     listen: Annotated[
         str, typer.Option(metavar="tcp://HOST:PORT", help="Where to take activations; port 0 is any free one.")
     ] = "tcp://0.0.0.0:0",
@@ -76,7 +84,9 @@ def peer(
     authorized_keys: Annotated[
         Path | None, typer.Option(help="File with the keys (see `splitnet key`) that may connect; anyone if not given.")
     ] = None,
-    key_file: KeyFile = None,
+    key_file: Annotated[
+        Path | None, typer.Option(help="File with the key of this peer; a new key at each start if not given.")
+    ] = None,
     drain_s: Annotated[
         float,
         typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over when told to end."),
@@ -93,8 +103,7 @@ def peer(
     wanted_kv_memory = parse_bytes(kv_memory) if kv_memory else None
     wanted_training_memory = parse_bytes(training_memory) if training_memory else None
     refuse_taken(listen)
-    if address_file is not None:
-        _forget(address_file)
+    forget_address(address_file)
     checkpoint = resolve_model(model)
 
     import torch
@@ -110,6 +119,7 @@ def peer(
     options = PeerOptions(
         wish=SpanWish(wanted_blocks, wanted_memory),
         initial_peers=join or (),
+        lan=is_reachable(listen) and (not join if lan is None else lan),
         listen=listen,
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,
@@ -123,29 +133,20 @@ def peer(
     )
     with StageProgress() as progress:
         serving = Peer.start(checkpoint, options, progress=progress.update)
-    # Until here a signal has been an exception; from here it ends the wait. The queue may be filled by a handler.
-    stop: queue.SimpleQueue[int] = queue.SimpleQueue()
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: stop.put(number))
+        stop = StopSignals()
         # What is loaded by now stays: the collector need not walk over it between two tokens.
         gc.collect()
         gc.freeze()
         typer.echo(_what_it_serves(serving))
-        typer.echo("others join with")
-        for address in serving.addresses:
-            typer.echo(f"  --join {address}")
-        if address_file is not None:
-            _write_atomically(address_file, serving.addresses[0] + "\n")
-        stop.get()
+        tell_addresses(serving.addresses)
+        write_address(address_file, serving.addresses[0])
+        stop.wait()
         typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler)
         with suppress(KeyboardInterrupt):
             serving.drain(drain_s)
     finally:
-        if address_file is not None:
-            _forget(address_file)
+        forget_address(address_file)
         serving.close()
 
 
@@ -168,21 +169,3 @@ def _check_device(device: str) -> None:
     if kind not in counts or (index and not index.isdecimal()) or int(index or 0) >= counts[kind]:
         present = [f"{name}:{i}" if name == "cuda" else name for name, count in counts.items() for i in range(count)]
         raise SplitnetError(f"this machine has no device {device!r} for torch: use --device {' or '.join(present)}")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text)
-        partial.replace(path)
-    except OSError as error:
-        raise SplitnetError(f"cannot write the address to {path} ({error.strerror}): give another file") from None
-
-
-def _forget(path: Path) -> None:
-    """Removes an address file, so that it is there only while its peer serves."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise SplitnetError(f"cannot replace {path} ({error.strerror}): give another --address-file") from None

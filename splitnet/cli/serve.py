@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
 from splitnet.cli.generate import Speculate, Wait
 
 _LIMITS = "How much at a time"
@@ -15,7 +15,8 @@ _LIMITS = "How much at a time"
 
 def serve(
     model: Model,
-    join: Join,
+    join: Join = None,
+    lan: Lan = True,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8000,
     api_key_file: Annotated[
@@ -75,7 +76,7 @@ def serve(
         drain_s=drain_s,
         speculate=drafts_of(speculate),
     )
-    connection = Connection(source, join, codec, key_file, wait, local_blocks, local_weights)
+    connection = Connection(source, join or (), codec, key_file, wait, local_blocks, local_weights, lan)
     checkpoint = Checkpoint.open(source)
     serve_until_told(
         checkpoint,

@@ -8,24 +8,26 @@ from typing import Annotated, Any
 
 import typer
 
-from splitnet.cli.arguments import Join, Model, resolve_model
+from splitnet.cli.arguments import Join, Lan, Model, resolve_model
 
 
 def status(
     model: Model,
-    join: Join,
+    join: Join = None,
+    lan: Lan = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
     checkpoint = resolve_model(model)
 
     from scheduler.swarm import missing_blocks
+    from splitnet.cli.local_network import find_swarm
     from splitnet.client.swarm import ModelFacts, Swarm
     from splitnet.model.checkpoint import Checkpoint
     from splitnet.net.facts import facts_of
 
     facts = ModelFacts.of(Checkpoint.open(checkpoint))
-    with Swarm(facts, join) as swarm:
+    with Swarm(facts, join or find_swarm(facts, lan=lan)) as swarm:
         records = sorted(swarm.peers(fresh=True), key=lambda record: (record.start, record.end))
     holes = missing_blocks([facts_of(record) for record in records if record.serves], facts.num_blocks)
     if as_json:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
 from splitnet.cli.generate import Wait
 from splitnet.errors import SplitnetError
 from splitnet.tuning.data import TEMPLATE
@@ -21,12 +21,13 @@ _ADAPTER = "Adapter"
 
 def tune(
     model: Model,
-    join: Join,
     data: Annotated[
         Path,
         typer.Option(metavar="FILE.jsonl", help="Examples, one JSON object per line.", rich_help_panel=_DATA),
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapter and what belongs to it.")],
+    join: Join = None,
+    lan: Lan = True,
     evaluation: Annotated[
         Path | None,
         typer.Option("--eval", metavar="FILE.jsonl", help="Held-out examples.", rich_help_panel=_DATA),
@@ -161,4 +162,4 @@ def tune(
         output=output,
         resume=resume,
     )
-    tuning.run(Connection(checkpoint, join, codec, key_file, wait, local_blocks, local_weights))
+    tuning.run(Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan))

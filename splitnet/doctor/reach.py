@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Sequence
 
 from splitnet.doctor.finding import Finding, failed, passed, warned
 from splitnet.doctor.links import PeerLinks
 from splitnet.errors import AddressInUse, SplitnetError
-from splitnet.net.addresses import public_address, refuse_taken
+from splitnet.net.addresses import is_reachable, public_address, refuse_taken
 from splitnet.net.endpoints import Endpoint, is_address
 from splitnet.net.identity import Identity
 from splitnet.net.records import PeerRecord
@@ -81,7 +80,7 @@ class Reach:
         if not reached:
             return warned("reach", f"no peer had room to try whether it reaches {address}: try again later")
         if count == len(reached):
-            note = ", which is only for this machine" if _is_loopback(address) else ""
+            note = ", which is only for this machine" if not is_reachable(address) else ""
             return passed("reach", f"{count} of {count} peers reach this machine at {address}{note}")
         who = f"only {count} of {len(reached)} peers reach" if count else "no peer reaches"
         purpose = "" if self._needed else "a client needs no open port, but to serve here "
@@ -90,11 +89,3 @@ class Reach:
             f"{who} this machine at {address}: {purpose}open the port in firewalls, forward it in the router, and name "
             "with --public-host the HOST:PORT that others see",
         )
-
-
-def _is_loopback(address: str) -> bool:
-    host = address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

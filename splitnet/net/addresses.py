@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import ipaddress
 import re
 import socket
 
@@ -37,13 +38,22 @@ def reachable_host(listen: str) -> str:
 
 def dht_address(listen: str) -> str:
     """The multiaddr for the DHT on the host of `listen`, any port."""
+    return f"/ip4/{_ip_of(listen)}/tcp/0"
+
+
+def is_reachable(listen: str) -> bool:
+    """Whether other machines can reach what listens there: anywhere but on loopback."""
+    return not ipaddress.ip_address(_ip_of(listen)).is_loopback
+
+
+def _ip_of(listen: str) -> str:
     host = listen.removeprefix("tcp://").rpartition(":")[0]
     if host in ("*", ""):
         host = "0.0.0.0"
     try:
-        return f"/ip4/{socket.gethostbyname(host)}/tcp/0"
+        return socket.gethostbyname(host)
     except OSError:
-        return "/ip4/0.0.0.0/tcp/0"
+        return "0.0.0.0"
 
 
 def refuse_taken(listen: str) -> None:

@@ -33,6 +33,8 @@ START_TIMEOUT_S: Final = 10.0
 CALL_TIMEOUT_S: Final = 10.0
 RPC_TIMEOUT_S: Final = 3.0
 MAX_RECORDS: Final = 4096
+MAX_INITIAL_PEERS: Final = 16
+"""How many nodes are remembered by `meet`, to ask them when all others are gone."""
 
 _REAP_TIMEOUT_S = 2.0
 _EXAMPLE_ADDRESS = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
@@ -66,12 +68,14 @@ class Directory:
         *,
         initial_peers: Sequence[str] = (),
         listen: Sequence[str] | None = None,
+        public: Sequence[str] = (),
         identity_path: Path | None = None,
         verbose: bool = False,
     ) -> Directory:
         """Joins the DHT through any of `initial_peers` (multiaddrs), or begins a new one if there are none.
 
         listen: multiaddrs such as `/ip4/0.0.0.0/tcp/0`; None makes a client that stores nothing for others.
+        public: multiaddrs that others reach this node by, if not by those of this machine (NAT, containers).
         identity_path: libp2p key that keeps the address of this node the same over restarts; made if absent.
         verbose: let hivemind and libp2p log.
         Raises DirectoryError if none of `initial_peers` answers within 10 s, AddressInUse if `listen` is taken.
@@ -89,7 +93,7 @@ class Directory:
         with ExitStack() as on_failure:
             on_failure.callback(directory.close)
             try:
-                directory._call(directory._open(initial_peers, listen, identity_path), START_TIMEOUT_S)
+                directory._call(directory._open(initial_peers, listen, public, identity_path), START_TIMEOUT_S)
             except Exception as error:
                 raise _start_error(initial_peers, error) from error
             on_failure.pop_all()
@@ -132,6 +136,13 @@ class Directory:
     def models(self) -> dict[str, str]:
         """Name by fingerprint of the models in the swarm; a name is what some peer claims. Raises DirectoryError."""
         return {record.model: record.model_name for subkey, record in self._read(MODELS_KEY) if record.model == subkey}
+
+    def meet(self, addresses: Sequence[str]) -> int:
+        """Brings the DHTs together that this node and the nodes at `addresses` (multiaddrs) are in.
+
+        For nodes that have found each other after both began a DHT. Returns how many of them answer.
+        """
+        return self._request(lambda _: self._meet(addresses))
 
     def close(self) -> None:
         """Leaves the DHT and ends the thread and the child process. May be called more than once."""
@@ -192,17 +203,42 @@ class Directory:
                 raise DirectoryError("No node of the DHT answers any more; join through the address of another peer.")
         return answer
 
+    async def _meet(self, addresses: Sequence[str]) -> int:
+        hivemind = import_hivemind()
+        by_node: dict[str, list[str]] = {}
+        for address in addresses:
+            host, _, name = address.rpartition("/p2p/")
+            by_node.setdefault(name, []).append(host)
+
+        async def greet(name: str, known_at: list[str]) -> bool:
+            try:
+                node = hivemind.PeerID.from_base58(name)
+                connecting = self._p2p._client.connect(node, [hivemind.Multiaddr(address) for address in known_at])
+                await asyncio.wait_for(connecting, RPC_TIMEOUT_S)
+                answers = await self._node.protocol.call_ping(node) is not None
+            except Exception as error:
+                logger.info("no node of the DHT answers at %s: %s", known_at[0], error)
+                return False
+            if answers and len(self._initial_peer_ids) < MAX_INITIAL_PEERS:
+                self._initial_peer_ids.add(node)
+            return answers
+
+        return sum(await asyncio.gather(*(greet(*node) for node in by_node.items())))
+
     def _call(self, request: Coroutine[Any, Any, T], timeout_s: float) -> T:
         bounded = asyncio.wait_for(request, timeout_s)
         future: Future[T] = asyncio.run_coroutine_threadsafe(bounded, self._loop)
         return future.result(timeout_s + 1.0)
 
-    async def _open(self, initial_peers: Sequence[str], listen: Sequence[str] | None, identity: Path | None) -> None:
+    async def _open(
+        self, initial_peers: Sequence[str], listen: Sequence[str] | None, public: Sequence[str], identity: Path | None
+    ) -> None:
         hivemind = import_hivemind()
         self._stores_for_others = listen is not None
         self._p2p = await hivemind.P2P.create(
             initial_peers=list(initial_peers),
             host_maddrs=listen,
+            announce_maddrs=list(public),
             no_listen=listen is None,
             dht_mode="client" if listen is None else "server",
             identity_path=None if identity is None else str(identity),

@@ -33,6 +33,7 @@ KEY_PREFIX_BYTES: Final = 8
 
 MAX_CLOCK_SKEW_S: Final = 300.0
 MODELS_KEY: Final = "splitnet.models"
+FINGERPRINT: Final = re.compile(r"[0-9a-f]{8,128}")
 
 _SIGNED_PREFIX = b"splitnet peer record\0"
 _MAX_BLOCKS = 4096
@@ -41,7 +42,6 @@ _MAX_MS = 1e9
 _MAX_UNIX_S = 1e11
 _MAX_CODECS = 32
 
-_FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+/ -]{0,63}")
 
 
@@ -103,7 +103,7 @@ class PeerRecord:
     ttl_s: float = DEFAULT_TTL_S
 
     def __post_init__(self) -> None:
-        _require(_is_text(self.model) and _FINGERPRINT.fullmatch(self.model), "model")
+        _require(_is_text(self.model) and FINGERPRINT.fullmatch(self.model), "model")
         _require(_is_text(self.model_name) and 1 <= len(self.model_name) <= 200, "model_name")
         # Names are printed on terminals: a control character could rewrite what the user sees.
         _require(self.model_name.isprintable(), "model_name")

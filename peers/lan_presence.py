@@ -1,0 +1,80 @@
+"""A peer on the local network: it finds the nodes of its model's DHT there, and they find it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from splitnet.errors import DirectoryError, LanError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.directory import Directory
+from splitnet.net.lan import LanNode, LocalNetwork, what_was_found
+
+log = logging.getLogger(__name__)
+
+
+class LanPresence:
+    """Announces a node of the DHT, and brings its DHT together with those of others that are or come there.
+
+    Peers that start at the same time each begin a DHT, so they go on looking. Close it when done.
+
+    Args:
+        directory: the node.
+        checkpoint: the model.
+    """
+
+    def __init__(self, directory: Directory, checkpoint: Checkpoint) -> None:
+        self._directory = directory
+        self._network = LocalNetwork(checkpoint.fingerprint)
+
+    @classmethod
+    def start(
+        cls, directory: Directory, checkpoint: Checkpoint, *, has_joined: bool, report: Callable[[str, int, int], None]
+    ) -> LanPresence | None:
+        """Announces the node and joins what is there; None if this machine has no local network to do that on.
+
+        Args:
+            directory: the node.
+            checkpoint: the model.
+            has_joined: the node is in a swarm already, so that nothing waits for others.
+            report: told what was found, see `Peer.start`.
+        """
+        try:
+            presence = cls(directory, checkpoint)
+        except LanError as error:
+            log.warning("this peer is not looked for on the local network: %s", error)
+            return None
+        try:
+            presence._announce_and_join(checkpoint.name, has_joined, report)
+        except LanError as error:
+            log.warning("this peer is not found on the local network: %s", error)
+            presence.close()
+            return None
+        except BaseException:
+            presence.close()
+            raise
+        return presence
+
+    def close(self) -> None:
+        """Withdraws the announcement. May be called more than once."""
+        self._network.close()
+
+    def _announce_and_join(self, model: str, has_joined: bool, report: Callable[[str, int, int], None]) -> None:
+        # Before the search, so that of two that start together at least one finds the other.
+        self._network.announce(self._directory.addresses)
+        if not has_joined:
+            nodes = self._network.search()
+            if nodes:
+                report(f"{what_was_found(nodes)}: joining", 0, 0)
+                if not self._directory.meet([address for node in nodes for address in node.addresses]):
+                    log.warning("none of the peers that were found on this network answers: starting a swarm")
+            else:
+                report(f"no swarm for {model} on this network: starting one", 0, 0)
+        self._network.watch(self._meet)
+
+    def _meet(self, node: LanNode) -> None:
+        try:
+            if self._directory.meet(node.addresses):
+                log.info("met a peer on the local network: %s", node.addresses[0])
+        except DirectoryError as error:
+            log.info("could not meet a peer on the local network: %s", error)

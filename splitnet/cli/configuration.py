@@ -1,0 +1,193 @@
+"""Options from elsewhere than the command line: environment variables, then one TOML file.
+
+`splitnet peer --kv-memory` is `SPLITNET_PEER_KV_MEMORY`, and `kv-memory` in the table `[peer]` of the file. An option
+that means the same in several commands is declared with `envvar` (`splitnet/cli/arguments.py`): it can be set for all of
+them by that variable and in the table `[common]`, which also holds the options before the command.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from splitnet.errors import ConfigurationError, SplitnetError
+
+COMMON = "common"
+CONFIG_VARIABLE = "SPLITNET_CONFIG"
+_PREFIX = "SPLITNET"
+_EXPECTED = {bool: "true or false", int: "an integer", float: "a number", str: "a text in quotes"}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An option under all of its names.
+
+    Attributes:
+        command: that has it; `common` for the options before the command.
+        parameter: click's.
+        kind: type of the value, or of each value of a repeatable option.
+        repeatable: it takes several values.
+        shared: name of the variable that sets it in several commands; "" if there is none.
+    """
+
+    command: str
+    parameter: Any
+    kind: type
+    repeatable: bool
+    shared: str
+
+    @property
+    def key(self) -> str:
+        """In the configuration file: the flag without its dashes."""
+        return next(flag for flag in self.parameter.opts if flag.startswith("--")).removeprefix("--")
+
+    @property
+    def variables(self) -> list[str]:
+        """Environment variables that set it; the first that is set counts."""
+        path = [_PREFIX, self.key] if self.command == COMMON else [_PREFIX, self.command, self.key]
+        own = "_".join(path).upper().replace("-", "_")
+        return [own, self.shared] if self.shared else [own]
+
+    @property
+    def is_common(self) -> bool:
+        """Whether the table `[common]` may hold it."""
+        return bool(self.shared) or self.command == COMMON
+
+    def checked(self, value: Any, context: typer.Context) -> Any:
+        """The value that click is to take for one from the file. Raises ConfigurationError: it is of another type."""
+        if self.repeatable:
+            if not isinstance(value, list):
+                raise ConfigurationError("expected an array, as in [...]")
+            taken: Any = [self._of_kind(item) for item in value]
+        else:
+            taken = self._of_kind(value)
+        try:
+            self.parameter.process_value(context, taken)
+        except typer.BadParameter as error:
+            raise ConfigurationError(error.message.removeprefix("Value error, ")) from None
+        except SplitnetError as error:
+            raise ConfigurationError(str(error)) from None
+        return taken
+
+    def _of_kind(self, value: Any) -> Any:
+        kind = self.kind if self.kind in _EXPECTED else str
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise ConfigurationError(f"expected {_EXPECTED[kind]}")
+        return str(Path(value).expanduser()) if issubclass(self.kind, Path) else value
+
+
+class ConfigurableGroup(TyperGroup):
+    """A group of commands whose options all have environment variables and keys in the configuration file."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.settings = list(_settings(self))
+        for setting in self.settings:
+            setting.parameter.envvar = setting.variables
+            setting.parameter.show_envvar = False  # they follow from the flags; help would be twice as long
+
+
+def read_configuration(context: typer.Context, path: Path | None) -> Path | None:
+    """Callback of --config: takes the file as defaults of all options; without a path, the user's if there is one.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or holds what no option takes.
+    """
+    file = path or default_file()
+    if context.resilient_parsing or (path is None and not file.is_file()):
+        return path
+    try:
+        content = tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigurationError(f"{file} cannot be read ({error.strerror}): give another --config") from None
+    except ValueError as error:
+        raise ConfigurationError(f"{file} is not TOML: {error}") from None
+    group: Any = context.command
+    context.default_map = _defaults(file, content, group.settings, context)
+    return path
+
+
+def default_file() -> Path:
+    """The configuration file of this user."""
+    import platformdirs
+
+    return platformdirs.user_config_path("splitnet") / "config.toml"
+
+
+def without_options(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a `splitnet peer` whose options are all on its command line."""
+    taken = (f"{_PREFIX}_JOIN", f"{_PREFIX}_LAN", f"{_PREFIX}_PEER_")
+    kept = {name: value for name, value in environment.items() if not name.startswith(taken)}
+    return {**kept, CONFIG_VARIABLE: os.devnull}
+
+
+def _settings(group: Any) -> Iterator[Setting]:
+    for name, command in ((COMMON, group), *group.commands.items()):
+        types_of = typing.get_type_hints(inspect.unwrap(command.callback)) if command.callback else {}
+        for parameter in command.params:
+            # Eager ones, such as --version, say what to do instead of how.
+            if parameter.param_type_name == "option" and not parameter.is_eager and parameter.name in types_of:
+                kind, repeatable = _kind(types_of[parameter.name])
+                yield Setting(name, parameter, kind, repeatable, parameter.envvar or "")
+
+
+def _kind(annotation: Any) -> tuple[type, bool]:
+    """The type behind an annotation such as `int | None`, and whether it is that of a list's items."""
+    if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
+        annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
+    if typing.get_origin(annotation) is list:
+        return typing.get_args(annotation)[0], True
+    return annotation, False
+
+
+def _defaults(file: Path, content: dict[str, Any], settings: list[Setting], context: typer.Context) -> dict[str, Any]:
+    """What click looks for defaults in: values by the names of parameters, those of a command under its name."""
+    tables = {setting.command for setting in settings}
+    for name, table in content.items():
+        if not isinstance(table, dict):
+            raise ConfigurationError(f"{file}: {name!r} stands in no table: write it under [{COMMON}] or a command's")
+        if name not in tables:
+            raise ConfigurationError(f"{file}: there is no command [{name}]; {_nearest(name, tables)}")
+        for key in table:
+            _refuse_unknown(file, name, key, settings)
+    defaults: dict[str, Any] = {}
+    for setting in settings:
+        for name in (setting.command, *((COMMON,) if setting.is_common else ())):
+            if setting.key in content.get(name, {}):
+                try:
+                    value = setting.checked(content[name][setting.key], context)
+                except ConfigurationError as error:
+                    raise ConfigurationError(f"{file}: {setting.key} in [{name}]: {error}") from None
+                taken_by = defaults if setting.command == COMMON else defaults.setdefault(setting.command, {})
+                taken_by[setting.parameter.name] = value
+                break
+    return defaults
+
+
+def _refuse_unknown(file: Path, table: str, key: str, settings: list[Setting]) -> None:
+    known = {
+        setting.key for setting in settings if (setting.is_common if table == COMMON else setting.command == table)
+    }
+    if key in known:
+        return
+    elsewhere = sorted({setting.command for setting in settings if setting.key == key})
+    fix = f"it goes in [{'] or ['.join(elsewhere)}]" if elsewhere else _nearest(key, known)
+    raise ConfigurationError(f"{file}: [{table}] has no key {key!r}; {fix}")
+
+
+def _nearest(word: str, known: set[str]) -> str:
+    near = get_close_matches(word, sorted(known), n=1, cutoff=0.0)
+    return f"the nearest is {near[0]!r}" if near else "it takes no options"

@@ -1,0 +1,101 @@
+"""`splitnet dht`: a node of the DHT that serves no blocks, as the fixed address of a swarm."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from splitnet.cli.arguments import checked_addresses
+from splitnet.cli.joining import forget_address, tell_addresses, write_address
+from splitnet.cli.stopping import StopSignals
+from splitnet.errors import KeyFileError, SplitnetError
+
+_FIRST_BYTE = b"\x08"
+"""Of a private key as libp2p writes it: the number of the field that names its kind."""
+
+
+def dht(
+    listen: Annotated[
+        str, typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Where to listen; a fixed port keeps the address valid.")
+    ] = "/ip4/0.0.0.0/tcp/31330",
+    public_host: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST[:PORT]", help="How others reach this machine, if by another name or port (NAT, containers)."
+        ),
+    ] = None,
+    join: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ADDR", callback=checked_addresses, help="Address of another node; without it a new DHT starts."
+        ),
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Key that keeps the address the same, made if absent; dht-key in your folder for data if not given."
+        ),
+    ] = None,
+    address_file: Annotated[
+        Path | None, typer.Option(help="Write the address to join with here, once this node answers.")
+    ] = None,
+) -> None:
+    """Be a node that peers and clients of any model can join through, until interrupted (SIGINT or SIGTERM).
+
+    It loads no model and carries no activations: it stores the records by which others find each other.
+    """
+    public = [_multiaddr(public_host, listen)] if public_host else []
+    forget_address(address_file)
+
+    from splitnet.net.directory import Directory
+
+    with Directory.start(
+        initial_peers=join or (), listen=[listen], public=public, identity_path=_prepared(key_file)
+    ) as directory:
+        stop = StopSignals()
+        try:
+            typer.echo(f"a node of the DHT, listening at {listen}")
+            tell_addresses(directory.addresses)
+            write_address(address_file, directory.addresses[0])
+            stop.wait()
+        finally:
+            forget_address(address_file)
+
+
+def _multiaddr(public_host: str, listen: str) -> str:
+    """The multiaddr for a text such as `example.org:31330`; the port of `listen` if it names none."""
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9.-]+)(?::(\d{1,5}))?", public_host)
+    if match is None:
+        raise SplitnetError(f"{public_host!r} is no host: write HOST or HOST:PORT, as in example.org:31330")
+    host, port = match[1].strip("[]"), match[2] or listen.rpartition("/")[2]
+    if not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise SplitnetError(f"others cannot reach {public_host} at port {port}: write --public-host HOST:PORT")
+    try:
+        kind = f"ip{ipaddress.ip_address(host).version}"
+    except ValueError:
+        kind = "dns4"
+    return f"/{kind}/{host}/tcp/{port}"
+
+
+def _prepared(key_file: Path | None) -> Path:
+    """The file of libp2p's key, in a folder that exists."""
+    if key_file is None:
+        import platformdirs
+
+        key_file = platformdirs.user_data_path("splitnet") / "dht-key"
+    try:
+        key_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if key_file.exists():
+            with key_file.open("rb") as file:
+                is_key = file.read(1) == _FIRST_BYTE
+            if not is_key:
+                raise KeyFileError(f"{key_file} holds no key of a DHT node: move it away and a new one will be made")
+    except OSError as error:
+        raise KeyFileError(
+            f"the key in {key_file} cannot be used ({error.strerror}): give another --key-file"
+        ) from None
+    return key_file

@@ -1,0 +1,42 @@
+"""How a client without --join finds its swarm on the local network."""
+
+from __future__ import annotations
+
+import sys
+
+from splitnet.client.swarm import ModelFacts
+from splitnet.errors import DirectoryError, LanError
+from splitnet.net.lan import LocalNetwork, what_was_found
+from splitnet.net.messages import PROTOCOL_VERSION
+
+_FIX = "give --join with the address that a peer of the swarm prints"
+
+
+def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
+    """Addresses to join a model's swarm with, as its peers on this network announce them; says so on stderr.
+
+    Args:
+        facts: the model.
+        lan: whether the user lets us look.
+
+    Raises:
+        DirectoryError: there is none, or nobody may look.
+    """
+    if not lan:
+        raise DirectoryError(f"no swarm is given: {_FIX}, or look for one on this network with --lan")
+    try:
+        with LocalNetwork(facts.fingerprint) as network:
+            nodes = network.search()
+    except LanError as error:
+        raise DirectoryError(f"no swarm is given, and none can be looked for: {error}; {_FIX}") from error
+    if not nodes:
+        if network.foreign_protocols:
+            spoken = max(network.foreign_protocols)
+            older = "this client" if spoken > PROTOCOL_VERSION else "the peers"
+            raise DirectoryError(
+                f"the peers of {facts.name} on this network speak protocol {spoken}, this client speaks "
+                f"{PROTOCOL_VERSION}: upgrade {older}"
+            )
+        raise DirectoryError(f"no swarm for {facts.name} on this network: start a peer with `splitnet peer`, or {_FIX}")
+    print(f"{what_was_found(nodes)}: joining ...", file=sys.stderr, flush=True)
+    return [address for node in nodes for address in node.addresses]

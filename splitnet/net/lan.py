@@ -1,0 +1,261 @@
+"""Nodes of a model's swarm on the local network, found by multicast DNS (RFC 6762, RFC 6763) over IPv4.
+
+A node of the DHT is a service `<its id>._splitnet._tcp.local.`; its TXT record says which model's swarm it belongs to
+and where the DHT can be joined. Anybody on the network can send such records, so they are checked, bounded, and used
+for nothing but to connect to an address that the internet does not route; what is read there is signed (`records.py`).
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import queue
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import ifaddr
+from zeroconf import (
+    DNSQuestionType,
+    IPVersion,
+    ServiceBrowser,
+    ServiceInfo,
+    ServiceStateChange,
+    Zeroconf,
+)
+from zeroconf import Error as ZeroconfError
+
+from splitnet.errors import LanError, ProtocolError
+from splitnet.net.messages import PROTOCOL_VERSION
+from splitnet.net.records import FINGERPRINT
+
+log = logging.getLogger(__name__)
+
+SERVICE_TYPE: Final = "_splitnet._tcp.local."
+SEARCH_S: Final = 2.5
+"""How long to wait for a first answer: long enough for a second question, should the first be lost."""
+MORE_S: Final = 0.5
+"""How long to wait for further answers after one."""
+MAX_NODES: Final = 64
+MAX_ADDRESSES: Final = 8
+
+_END_S = 1.0
+_MULTIADDR = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]{2,45})/tcp/([0-9]{1,5})/p2p/([1-9A-HJ-NP-Za-km-z]{40,60})")
+
+
+@dataclass(frozen=True)
+class LanNode:
+    """What a node of the DHT says of itself on the local network. Raises ProtocolError when that is not valid.
+
+    model: fingerprint of the weights. protocol: version of the wire protocol.
+    addresses: multiaddrs `/ip4/HOST/tcp/PORT/p2p/ID` to join the DHT with, at most 8, all of one node.
+    """
+
+    model: str
+    protocol: int
+    addresses: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if not FINGERPRINT.fullmatch(self.model):
+            raise ProtocolError("expected the fingerprint of a model")
+        if not 0 <= self.protocol < 1 << 16:
+            raise ProtocolError("expected a version of the protocol")
+        if not 1 <= len(self.addresses) <= MAX_ADDRESSES or not all(map(is_lan_address, self.addresses)):
+            raise ProtocolError(f"expected 1 to {MAX_ADDRESSES} addresses on the local network")
+        if any(_node_id(address) != self.id for address in self.addresses):
+            raise ProtocolError("expected addresses of one node")
+
+    @property
+    def id(self) -> str:
+        """Of the node in the DHT."""
+        return _node_id(self.addresses[0])
+
+    def text(self) -> dict[str, str]:
+        """The entries of the TXT record."""
+        addresses = {f"dht{index}": address for index, address in enumerate(self.addresses)}
+        return {"model": self.model, "protocol": str(self.protocol), **addresses}
+
+    @classmethod
+    def of(cls, text: Mapping[bytes, bytes | None]) -> LanNode:
+        """Reads a TXT record from anybody. Raises ProtocolError."""
+        try:
+            model, protocol = ((text.get(key) or b"").decode("ascii") for key in (b"model", b"protocol"))
+            found = [text.get(f"dht{index}".encode()) for index in range(MAX_ADDRESSES)]
+            addresses = [address.decode("ascii") for address in found if address is not None]
+        except UnicodeDecodeError as error:
+            raise ProtocolError("expected ASCII text") from error
+        if not re.fullmatch(r"[0-9]{1,5}", protocol):
+            raise ProtocolError("expected a version of the protocol")
+        # One may also listen where nobody here can reach it; that does not spoil its other addresses.
+        return cls(model, int(protocol), tuple(filter(is_lan_address, addresses)))
+
+
+class LocalNetwork:
+    """The nodes of one model's swarm on the networks of this machine. Thread-safe; close it when done.
+
+    Args:
+        model: fingerprint of the weights.
+        interfaces: IPv4 addresses of the interfaces to use; None: all that have an address which the internet does
+            not route, without loopback.
+
+    Attributes:
+        foreign_protocols: versions of the protocol that other nodes of this model speak.
+
+    Raises:
+        LanError: multicast DNS cannot be used here.
+    """
+
+    def __init__(self, model: str, interfaces: Sequence[str] | None = None) -> None:
+        used = list(_own_addresses() if interfaces is None else interfaces)
+        if not used:
+            raise LanError("this machine has no address on a local network")
+        try:
+            self._mdns = Zeroconf(interfaces=used, ip_version=IPVersion.V4Only)
+        except (OSError, ZeroconfError) as error:
+            raise LanError(f"multicast DNS cannot be used here ({error})") from error
+        self.foreign_protocols: set[int] = set()
+        self._model = model
+        self._own_name = ""
+        self._seen: set[str] = set()
+        self._found: queue.SimpleQueue[LanNode | None] = queue.SimpleQueue()
+        self._browser: ServiceBrowser | None = None
+        self._watcher: threading.Thread | None = None
+        self._closing = threading.Lock()
+        self._closed = False
+
+    def announce(self, addresses: Iterable[str]) -> None:
+        """Lets others find the node at these multiaddrs, until `close`.
+
+        Raises:
+            LanError: no other machine could reach them, or they cannot be announced.
+        """
+        reachable = tuple(filter(is_lan_address, addresses))[:MAX_ADDRESSES]
+        if not reachable:
+            raise LanError("this node listens at no address on a local network")
+        node = LanNode(self._model, PROTOCOL_VERSION, reachable)
+        self._own_name = f"{node.id}.{SERVICE_TYPE}"
+        parts = [address.split("/") for address in reachable]
+        info = ServiceInfo(
+            SERVICE_TYPE,
+            self._own_name,
+            port=int(parts[0][4]),
+            addresses=[socket.inet_aton(part[2]) for part in parts if part[1] == "ip4"],
+            properties=node.text(),
+        )
+        try:
+            # The id of a node is its own, so nobody is asked whether the name is free.
+            self._mdns.register_service(info, cooperating_responders=True)
+        except (OSError, ZeroconfError) as error:
+            raise LanError(f"multicast DNS cannot be used here ({error})") from error
+
+    def search(self, seconds: float = SEARCH_S) -> list[LanNode]:
+        """Other nodes of this model that speak this protocol; it takes `seconds` if there are none, else less."""
+        self._browse()
+        nodes: list[LanNode] = []
+        deadline = time.monotonic() + seconds
+        while (remaining := deadline - time.monotonic()) > 0:
+            try:
+                node = self._found.get(timeout=remaining)
+            except queue.Empty:
+                break
+            if node is not None:
+                deadline = min(deadline, time.monotonic() + MORE_S) if not nodes else deadline
+                nodes.append(node)
+        return nodes
+
+    def watch(self, found: Callable[[LanNode], None]) -> None:
+        """From now on tells of each other node as it comes, in a thread of its own."""
+        self._browse()
+        self._watcher = threading.Thread(target=self._tell, args=(found,), name="splitnet-lan", daemon=True)
+        self._watcher.start()
+
+    def close(self) -> None:
+        """Withdraws the announcement and stops. May be called more than once."""
+        with self._closing:
+            if self._closed:
+                return
+            self._closed = True
+        if self._browser is not None:
+            self._browser.cancel()
+        self._mdns.close()
+        self._found.put(None)
+        if self._watcher is not None:
+            self._watcher.join(_END_S)
+
+    def __enter__(self) -> LocalNetwork:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _browse(self) -> None:
+        if self._browser is None:
+            self._browser = ServiceBrowser(
+                self._mdns,
+                SERVICE_TYPE,
+                handlers=[self._changed],
+                # Answers to one machine only may go to another process on it that uses multicast DNS.
+                question_type=DNSQuestionType.QM,
+            )
+
+    def _changed(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
+        if state_change is ServiceStateChange.Removed or name == self._own_name or name in self._seen:
+            return
+        if len(self._seen) >= MAX_NODES:
+            log.info("more than %d nodes on the local network: %s is left out", MAX_NODES, name)
+            return
+        try:
+            info = ServiceInfo(service_type, name)
+            info.load_from_cache(zeroconf)
+            node = LanNode.of(info.properties)
+        except Exception as error:  # anybody can have sent it
+            log.debug("left out what was found on the local network: %s", error)
+            return
+        if node.model != self._model:
+            return
+        self._seen.add(name)
+        if node.protocol != PROTOCOL_VERSION:
+            self.foreign_protocols.add(node.protocol)
+            return
+        self._found.put(node)
+
+    def _tell(self, found: Callable[[LanNode], None]) -> None:
+        while (node := self._found.get()) is not None:
+            found(node)
+
+
+def what_was_found(nodes: Sequence[LanNode]) -> str:
+    """For the user, of one node or more."""
+    return f"found {len(nodes)} peer{'s' if len(nodes) > 1 else ''} on this network"
+
+
+def is_lan_address(multiaddr: str) -> bool:
+    """Whether others on the local network, and only they, may reach a node at `/ip4/HOST/tcp/PORT/p2p/ID`."""
+    match = _MULTIADDR.fullmatch(multiaddr)
+    if match is None or not 1 <= int(match[3]) <= 65535:
+        return False
+    try:
+        host = ipaddress.IPv4Address(match[2]) if match[1] == "ip4" else ipaddress.IPv6Address(match[2])
+    except ValueError:
+        return False
+    return _is_local(host)
+
+
+def _is_local(host: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    if isinstance(host, ipaddress.IPv6Address) and (host.ipv4_mapped is not None or host.is_link_local):
+        return False
+    return not (host.is_global or host.is_loopback or host.is_multicast or host.is_reserved or host.is_unspecified)
+
+
+def _own_addresses() -> list[str]:
+    """IPv4 addresses of this machine on local networks."""
+    own = [str(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4]
+    return [address for address in own if _is_local(ipaddress.IPv4Address(address))]
+
+
+def _node_id(multiaddr: str) -> str:
+    return multiaddr.rpartition("/p2p/")[2]
