@@ -83,8 +83,10 @@ def main() -> None:
     try:
         app()
     except SplitnetError as error:
-        advice = "; `splitnet doctor --join ADDR` looks for the cause" if isinstance(error, _DOCTOR_KNOWS) else ""
-        typer.secho(f"error: {error}{advice}", fg="red", err=True)
+        text = str(error)
+        if isinstance(error, _DOCTOR_KNOWS):
+            text = f"{text.rstrip('.')}; `splitnet doctor --join ADDR` looks for the cause"
+        typer.secho(f"error: {text}", fg="red", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

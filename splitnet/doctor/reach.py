@@ -76,7 +76,7 @@ class Reach:
         reached |= links.ask_back(again, here) if again else {}
         count = sum(reached.values())
         if not others:
-            return warned("reach", "no peer answers that could try to reach this machine: see to the peers above")
+            return warned("reach", "there is no peer that answers and could try to reach this machine: see above")
         if not reached:
             return warned("reach", f"no peer had room to try whether it reaches {address}: try again later")
         if count == len(reached):

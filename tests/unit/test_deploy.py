@@ -95,6 +95,11 @@ def test_variables_set_options_to_values_that_they_take(name: str) -> None:
             assert parameter.process_value(context, [taken] if parameter.multiple else taken) is not None
 
 
+def test_the_document_names_variables_that_exist() -> None:
+    named = set(re.findall(r"SPLITNET_[A-Z_]+", (DEPLOY.parent / "docs" / "deploy.md").read_text()))
+    assert named and named <= variables_of_options().keys()
+
+
 def services(compose: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], list[str]]]:
     """Each service with its command, as Compose fills in variables."""
     for name, service in compose["services"].items():
