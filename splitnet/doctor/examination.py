@@ -116,18 +116,28 @@ def _swarm(
     models = directory.models()
     yield network.served_model(models, checkpoint)
     wanted = list(models) if checkpoint is None else [checkpoint.fingerprint] * (checkpoint.fingerprint in models)
-    served = {model: directory.peers(model)[:MAX_PEERS] for model in wanted or models}
-    records = [record for of_model in served.values() for record in of_model]
+    records = [record for model in wanted or models for record in directory.peers(model)]
+    tried = records[:MAX_PEERS]
     with PeerLinks(identity) as links:
-        answers = links.try_out({Endpoint(record.address, record.key) for record in records})
+        answers = links.try_out({Endpoint(record.address, record.key) for record in tried})
         answering: list[PeerRecord] = []
-        for record in records:
+        silent: list[PeerRecord] = []
+        for record in tried:
             answer = answers[Endpoint(record.address, record.key)]
             yield peer(record, answer, record.issued_at - clock(), allowed_skew_s())
-            answering += [record] if answer.rtt_ms is not None else []
+            (silent if answer.rtt_ms is None else answering).append(record)
+        if len(tried) < len(records):
+            yield passed("peer", f"the other {len(records) - len(tried)} peers are not tried, and taken to answer")
+        counted = [*answering, *records[MAX_PEERS:]]
         for model in wanted:
-            if served[model]:
-                yield network.coverage([record for record in answering if record.model == model], served[model])
+            told = max((record.num_blocks for record in records if record.model == model), default=0)
+            if count := checkpoint.num_blocks if checkpoint else told:
+                yield network.coverage(
+                    models[model],
+                    count,
+                    [record for record in silent if record.model == model],
+                    [record for record in counted if record.model == model],
+                )
         own = next((record for record in records if record.key == identity.public), None)
         found = reach.port(own)
         yield found

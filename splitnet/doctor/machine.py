@@ -91,14 +91,19 @@ def disk(folder: Path, needed: int) -> Finding:
 
 
 def key_of(path: Path | None) -> tuple[Finding, Identity | None]:
-    """Whether the key can be used; and the key, if there is one."""
+    """Whether the key of this machine can be used; and the key, if there is one.
+
+    Args:
+        path: of its file; None: the user's.
+    """
     path = path or default_key_file()
     try:
         if path.exists():
             return passed("key", f"{path} holds a key that only its owner can read"), Identity.load_or_create(path)
-    except (KeyFileError, OSError) as error:
-        text = str(error) if isinstance(error, KeyFileError) else f"{path} cannot be read ({error.strerror})"
-        return failed("key", text if isinstance(error, KeyFileError) else f"{text}: change its owner"), None
+    except KeyFileError as error:
+        return failed("key", str(error)), None
+    except OSError as error:
+        return failed("key", f"{path} cannot be looked for ({error.strerror}): change the owner of its folder"), None
     folder = nearest_folder(path.parent)
     if not os.access(folder, os.W_OK):
         return failed("key", f"{path} cannot be made: change the owner of {folder}, or give --key-file"), None

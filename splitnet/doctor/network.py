@@ -97,26 +97,21 @@ def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Fi
     )
 
 
-def coverage(answering: Sequence[PeerRecord], announced: Sequence[PeerRecord]) -> Finding:
+def coverage(name: str, count: int, silent: Sequence[PeerRecord], others: Sequence[PeerRecord]) -> Finding:
     """Whether every block of a model is served by a peer that answers.
 
     Args:
-        answering: records of such peers; announced: of all peers, at least one.
+        name: of the model, which has `count` blocks.
+        silent: records of peers that do not answer; others: of those that do, and may be counted on.
     """
-    count, name = announced[0].num_blocks, announced[0].model_name
-    holes = missing_blocks([facts_of(record) for record in answering if record.serves], count)
+    holes = missing_blocks([facts_of(record) for record in others if record.serves], count)
     if not holes:
         return passed("coverage", f"all {count} blocks of {name} are served by peers that answer")
-    silent = {hole: _serves_some(announced, hole) for hole in holes}
-    parts = [f"{start}..{end - 1}" for start, end in holes]
-    start, end = holes[0]
-    why = "only by peers that do not answer" if any(silent.values()) else "by nobody"
-    return failed(
-        "coverage",
-        f"blocks {', '.join(parts)} of {name} are served {why}: start a peer with --blocks {start}:{end}"
-        + (", or see to the peers above" if any(silent.values()) else ""),
-    )
-
-
-def _serves_some(records: Sequence[PeerRecord], hole: tuple[int, int]) -> bool:
-    return any(record.start < hole[1] and hole[0] < record.end for record in records)
+    blocks = ", ".join(f"{start}..{end - 1}" for start, end in holes)
+    fix = f"start a peer with --blocks {holes[0][0]}:{holes[0][1]}"
+    if any(record.start < end and start < record.end for record in silent for start, end in holes):
+        return failed(
+            "coverage",
+            f"blocks {blocks} of {name} are served only by peers that do not answer: {fix}, or see to the peers above",
+        )
+    return failed("coverage", f"blocks {blocks} of {name} are served by nobody: {fix}")
