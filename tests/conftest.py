@@ -22,6 +22,14 @@ hypothesis.settings.register_profile("splitnet", deadline=None)
 hypothesis.settings.load_profile("splitnet")
 
 
+def pytest_configure() -> None:
+    """How the user has set splitnet up, and who else runs it on this network, must not matter."""
+    for name in [name for name in os.environ if name.startswith("SPLITNET_") and name != "SPLITNET_CACHE"]:
+        del os.environ[name]
+    os.environ["SPLITNET_CONFIG"] = os.devnull
+    os.environ["SPLITNET_LAN"] = "false"
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Prepare the demo checkpoint before the first test: a slow download must not run into a test's timeout."""
     wanted = any("demo_checkpoint" in getattr(item, "fixturenames", ()) for item in session.items)

@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 SERVICE_TYPE: Final = "_splitnet._tcp.local."
 SEARCH_S: Final = 2.5
 """How long to wait for a first answer: long enough for a second question, should the first be lost."""
-MORE_S: Final = 0.5
+MORE_S: Final = 1.0
 """How long to wait for further answers after one."""
 MAX_NODES: Final = 64
 MAX_ADDRESSES: Final = 8

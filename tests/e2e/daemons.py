@@ -9,7 +9,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,7 @@ COMMAND_TIMEOUT_S = 90.0
 
 @dataclass
 class Daemon:
-    """A process of `splitnet peer` that has been started; it may not serve yet."""
+    """A process of `splitnet peer` or `dht` that has been started; it may not serve yet."""
 
     process: subprocess.Popen[bytes]
     run: str
@@ -72,27 +72,37 @@ class Daemon:
         return seconds
 
 
-@contextmanager
-def starting(folder: Path, model: str | Path, *arguments: str) -> Iterator[Daemon]:
+def starting(folder: Path, model: str | Path, *arguments: str) -> AbstractContextManager[Daemon]:
     """Starts `splitnet peer MODEL ...` on loopback, and stops it at the end.
 
     Args:
         folder: for its log and its address file; must exist.
         arguments: more than where to listen.
     """
+    return daemon(folder, "peer", str(model), *LOOPBACK, *arguments)
+
+
+@contextmanager
+def daemon(folder: Path, *arguments: str) -> Iterator[Daemon]:
+    """Starts `splitnet ...`, which serves until it is told to end, and stops it at the end.
+
+    Args:
+        folder: for its log and its address file; must exist.
+        arguments: all but --address-file.
+    """
     run = uuid.uuid4().hex
     address_file, log_file = folder / f"{run}.address", folder / f"{run}.log"
-    command = [*SPLITNET, "peer", str(model), *LOOPBACK, *arguments, "--address-file", str(address_file)]
+    command = [*SPLITNET, *arguments, "--address-file", str(address_file)]
     with log_file.open("wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=_environment(folder, run)
         )
-    daemon = Daemon(process, run, address_file, log_file)
+    started = Daemon(process, run, address_file, log_file)
     try:
-        yield daemon
+        yield started
     finally:
         if process.poll() is None:
-            daemon.stop()
+            started.stop()
 
 
 @contextmanager
@@ -106,8 +116,8 @@ def daemons(
             join = ("--join", running[0].address()) if running else ()
             blocks = ("--blocks", f"{start}:{end}")
             running.append(stack.enter_context(starting(folder, model, *blocks, *join, *arguments)))
-        for daemon in running:
-            daemon.address()
+        for started in running:
+            started.address()
         yield running
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import socket
@@ -17,12 +18,12 @@ import pytest
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
 from tests.e2e.conftest import SPANS, Here
-from tests.e2e.daemons import Daemon, run, starting
+from tests.e2e.daemons import Daemon, daemon, run, starting
 from tests.e2e.small_model import small_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-COMMANDS = ["peer", "generate", "chat", "serve", "tune", "status", "doctor", "bench", "key", "demo"]
+COMMANDS = ["peer", "generate", "chat", "serve", "tune", "status", "doctor", "bench", "dht", "key", "demo"]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
 KV = ("--kv-memory", "64MiB")
 
@@ -88,6 +89,23 @@ FAILURES: dict[str, tuple[str, str]] = {
     "no address to join": ("peer {small} --join 127.0.0.1:80", "'127.0.0.1:80' is no address to join with: copy"),
     "nobody to join": ("peer {small} --join {nobody}", "No peer answers at {nobody} .*; check that it runs"),
     "client: nobody to join": ("generate {small} hi --join {nobody}", "No peer answers at {nobody} .*; check that it"),
+    "client: no swarm": ("generate {small} hi", "no swarm is given: give --join with the address .* with --lan"),
+    "status: no swarm": ("status {small}", "no swarm is given: give --join with the address .* with --lan"),
+    "dht: nobody to join": (
+        "dht --listen /ip4/127.0.0.1/tcp/0 --key-file {home}/dht --join {nobody}",
+        "No peer answers at {nobody} .*; check that it",
+    ),
+    "dht: port taken": (
+        "dht --listen {taken_dht} --key-file {home}/dht",
+        "{taken_dht} is taken; choose another port",
+    ),
+    "dht: not a key": ("dht --key-file {good}", "good holds no key of a DHT node: move it away and a new one will be"),
+    "dht: no host": ("dht --public-host a/b", "'a/b' is no host: write HOST or HOST:PORT"),
+    "dht: no public port": (
+        "dht --listen /ip4/127.0.0.1/tcp/0 --public-host a",
+        "others cannot reach a at port 0: write --public-host HOST:PORT",
+    ),
+    "no configuration": ("--config /no/file key", "/no/file cannot be read .*: give another --config"),
     "client: no address to join": ("status {small} --join here", "'here' is no address to join with: copy"),
     "client: a hole": ("generate {small} hi --join {holed}", "blocks 4..5 of .* are served by nobody: start a peer"),
     "client: other weights": ("generate {fine_tuned} hi --join {holed}", "this swarm serves other weights than your"),
@@ -195,7 +213,6 @@ def test_failures_as_processes(words: dict[str, str], home: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        "generate demo hi",
         "generate demo",
         "peer",
         "peer demo --dtype int3",
@@ -251,6 +268,39 @@ def test_a_peer_that_is_stopped_while_it_starts(small: Path, tmp_path: Path) -> 
             assert daemon.stop(number) < 10
             assert daemon.process.returncode in (128 + number, 0 if "leaving the swarm" in daemon.log else None)
             assert not daemon.serves and "Traceback" not in daemon.log
+
+
+def test_options_from_a_configuration_file(
+    private: Daemon, small: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "config.toml"
+    file.write_text(f'[common]\njoin = ["{private.address()}"]\n[generate]\nmax-new-tokens = 4\nchatty = 0\n')
+    monkeypatch.setenv("SPLITNET_CONFIG", str(file))
+    wrong = here("generate", str(small), "bees")
+    assert wrong.error == f"{file}: [generate] has no key 'chatty'; the nearest is 'chat'"
+    file.write_text(file.read_text().replace("chatty = 0", "chat = false"))
+    asked = here("generate", str(small), "bees")
+    arguments = ("--join", private.address(), "--max-new-tokens", "4", "--raw")
+    assert asked.output == here("--config", os.devnull, "generate", str(small), "bees", *arguments).output != ""
+
+
+def test_a_node_of_the_dht_that_all_join_through(small: Path, here: Here, tmp_path: Path) -> None:
+    at = ("--listen", "/ip4/127.0.0.1/tcp/0", "--key-file", str(tmp_path / "node-key"))
+    with daemon(tmp_path, "dht", *at) as node:
+        joined = (*KV, "--join", node.address())
+        with (
+            starting(tmp_path, small, *joined, "--blocks", "0:2") as first,
+            starting(tmp_path, small, *joined, "--blocks", "2:6") as second,
+        ):
+            known = first.address(), second.address()
+            generate = ("generate", str(small), "bees", "--max-new-tokens", "4", "--codec", "none", "--join")
+            through_node = here(*generate, node.address())
+            assert through_node.code == 0 and through_node.output.strip()
+            node.process.kill()
+            node.process.wait()
+            for address in known:
+                assert here(*generate, address).output == through_node.output
+            assert "every block is served" in here("status", str(small), "--join", known[0]).output
 
 
 def test_status_in_json(address: str, demo_checkpoint: Path, home: Path) -> None:

@@ -100,6 +100,21 @@ def test_client_finds_what_peers_announce(bootstrap: Directory, member: Director
     assert client.addresses == []
 
 
+def test_directories_that_meet_become_one(bootstrap: Directory, client: Directory) -> None:
+    anna, bert = Identity.generate(), Identity.generate()
+    first = record_of(anna)
+    second = record_of(bert, model=first.model)
+    nobody = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
+    with Directory.start(listen=LOOPBACK) as stranger:
+        assert bootstrap.announce(first, anna) and stranger.announce(second, bert)
+        assert client.peers(first.model) == [first]
+        assert stranger.meet([nobody, "/ip4/127.0.0.1/tcp/9/p2p/2222"]) == 0
+        assert stranger.meet([nobody, *bootstrap.addresses]) == 1
+        assert stranger.announce(dataclasses.replace(second, issued_at=second.issued_at + 1), bert)
+        for directory in (bootstrap, client, stranger):
+            assert {record.key for record in directory.peers(first.model)} == {anna.public, bert.public}
+
+
 def test_newest_record_of_a_peer_wins(member: Directory, client: Directory) -> None:
     anna = Identity.generate()
     old = record_of(anna)

@@ -1,0 +1,51 @@
+"""Peers that find each other on a local network, and a client that finds them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from peers.daemon import Peer
+from peers.options import PeerOptions
+from peers.placing import SpanWish
+from splitnet.cli.local_network import find_swarm
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.errors import DirectoryError
+from splitnet.model.checkpoint import Checkpoint
+from tests.multicast import lan_host, use_network_of_its_own
+from tests.swarm.harness import KV_MEMORY
+
+pytestmark = pytest.mark.swarm
+
+
+def test_peers_and_clients_find_each_other(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    use_network_of_its_own(monkeypatch)
+    listen = f"tcp://{lan_host()}:0"
+    facts = ModelFacts.of(Checkpoint.open(folder))
+
+    def start(blocks: tuple[int, int]) -> tuple[Peer, list[str]]:
+        stages: list[str] = []
+        options = PeerOptions(wish=SpanWish(blocks), lan=True, listen=listen, kv_memory=KV_MEMORY)
+        return Peer.start(folder, options, progress=lambda stage, done, total: stages.append(stage)), stages
+
+    first, stages = start((0, 2))
+    try:
+        assert f"no swarm for {facts.name} on this network: starting one" in stages
+        second, stages = start((2, 6))
+        try:
+            assert "found 1 peer on this network: joining" in stages
+            addresses = find_swarm(facts, lan=True)
+            # One answer is enough, and the other may come later.
+            assert re.fullmatch(r"found (1 peer|2 peers) on this network: joining \.\.\.\n", capsys.readouterr().err)
+            with Swarm(facts, addresses) as swarm:
+                assert {(record.start, record.end) for record in swarm.peers(fresh=True)} == {(0, 2), (2, 6)}
+        finally:
+            second.close()
+    finally:
+        first.close()
+    with pytest.raises(DirectoryError, match="on this network: start a peer with `splitnet peer`, or give --join"):
+        find_swarm(facts, lan=True)

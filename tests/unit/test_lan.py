@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import ipaddress
+import queue
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from zeroconf import IPVersion, ServiceInfo, Zeroconf
+
+from splitnet.errors import LanError, ProtocolError
+from splitnet.net import lan
+from splitnet.net.lan import MAX_ADDRESSES, LanNode, LocalNetwork, is_lan_address
+from splitnet.net.messages import PROTOCOL_VERSION
+from tests.multicast import LOOPBACK, use_network_of_its_own
+
+MODEL = "ab" * 16
+FOUND_S = 10.0
+
+base58 = st.text("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz", min_size=46, max_size=52)
+home_ips = st.one_of(
+    st.ip_addresses(network="192.168.0.0/16"),
+    st.ip_addresses(network="10.0.0.0/8"),
+    st.ip_addresses(network="169.254.0.0/16"),
+    st.ip_addresses(network="fd00::/8"),
+)
+
+
+def multiaddr(host: ipaddress.IPv4Address | ipaddress.IPv6Address, port: int, node: str) -> str:
+    return f"/ip{host.version}/{host}/tcp/{port}/p2p/{node}"
+
+
+@st.composite
+def nodes(draw: st.DrawFn) -> LanNode:
+    node = draw(base58)
+    places = draw(st.lists(st.tuples(home_ips, st.integers(1, 65535)), min_size=1, max_size=MAX_ADDRESSES))
+    addresses = tuple(multiaddr(host, port, node) for host, port in places)
+    model = draw(st.text("0123456789abcdef", min_size=8, max_size=128))
+    return LanNode(model, draw(st.integers(0, 65535)), addresses)
+
+
+def node_at(number: int, model: str = MODEL) -> LanNode:
+    return LanNode(model, PROTOCOL_VERSION, (f"/ip4/192.168.7.{number}/tcp/31330/p2p/{str(number) * 46}",))
+
+
+@given(nodes())
+def test_what_a_node_says_is_read_as_it_was_meant(node: LanNode) -> None:
+    text: dict[bytes, bytes | None] = {key.encode(): value.encode() for key, value in node.text().items()}
+    assert LanNode.of(text) == node
+    assert all(len(key) + 1 + len(value or b"") <= 255 for key, value in text.items())
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([b"model", b"protocol", *(f"dht{index}".encode() for index in range(12))]),
+        st.none()
+        | st.binary(max_size=80)
+        | nodes().flatmap(lambda node: st.sampled_from([*node.text().values()])).map(str.encode),
+    )
+)
+def test_what_anybody_says_is_valid_or_refused(text: dict[bytes, bytes | None]) -> None:
+    try:
+        node = LanNode.of(text)
+    except ProtocolError:
+        return
+    assert 1 <= len(node.addresses) <= MAX_ADDRESSES
+    assert all(map(is_lan_address, node.addresses))
+    assert {address.rpartition("/")[2] for address in node.addresses} == {node.id}
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "/ip4/127.0.0.1/tcp/31330",
+        "/ip4/0.0.0.0/tcp/31330",
+        "/ip4/224.0.0.251/tcp/31330",
+        "/ip4/255.255.255.255/tcp/31330",
+        "/ip4/8.8.8.8/tcp/31330",
+        "/ip4/192.168.1.300/tcp/31330",
+        "/ip4/192.168.1.3/tcp/0",
+        "/ip4/192.168.1.3/tcp/65536",
+        "/ip4/192.168.1.3/udp/31330",
+        "/ip6/::1/tcp/31330",
+        "/ip6/::ffff:8.8.8.8/tcp/31330",
+        "/ip6/fe80::1/tcp/31330",
+        "/ip6/192.168.1.3/tcp/31330",
+        "/dns4/example.org/tcp/31330",
+    ],
+)
+def test_an_address_elsewhere_is_none_of_the_local_network(place: str) -> None:
+    node = "2" * 46
+    assert is_lan_address(f"/ip4/192.168.1.3/tcp/31330/p2p/{node}")
+    assert not is_lan_address(f"{place}/p2p/{node}")
+
+
+def test_only_what_others_can_reach_is_announced(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_network_of_its_own(monkeypatch)
+    with LocalNetwork(MODEL) as network, pytest.raises(LanError, match="no address on a local network"):
+        network.announce([f"/ip4/127.0.0.1/tcp/31330/p2p/{'2' * 46}", f"/ip4/8.8.8.8/tcp/31330/p2p/{'2' * 46}"])
+    monkeypatch.setattr(lan, "_own_addresses", list)
+    with pytest.raises(LanError, match="this machine has no address on a local network"):
+        LocalNetwork(MODEL)
+
+
+def test_nodes_of_a_model_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_network_of_its_own(monkeypatch)
+    seen: queue.SimpleQueue[LanNode] = queue.SimpleQueue()
+    with LocalNetwork(MODEL) as first, LocalNetwork(MODEL) as second, LocalNetwork("cd" * 16) as other:
+        first.watch(seen.put)
+        first.announce(node_at(1).addresses)
+        other.announce(node_at(2, "cd" * 16).addresses)
+        second.announce([f"/ip4/127.0.0.1/tcp/31330/p2p/{'3' * 46}", *node_at(3).addresses])
+        assert second.search(FOUND_S) == [node_at(1)]
+        assert seen.get(timeout=FOUND_S) == node_at(3)
+        assert seen.empty()
+
+
+def test_what_others_send_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_network_of_its_own(monkeypatch)
+    with LocalNetwork(MODEL) as network, LocalNetwork(MODEL) as old, LocalNetwork(MODEL) as honest:
+        with monkeypatch.context() as patch:
+            patch.setattr(lan, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
+            old.announce(node_at(4).addresses)
+        stranger = Zeroconf(interfaces=[LOOPBACK], ip_version=IPVersion.V4Only)
+        try:
+            good = node_at(5).text()
+            for number, text in enumerate(
+                ({}, {"model": b"\xff" * 200}, {**good, "dht0": "/ip4/8.8.8.8/tcp/1/p2p/x"}, {**good, "protocol": "-1"})
+            ):
+                name = f"s{number}.{lan.SERVICE_TYPE}"
+                info = ServiceInfo(lan.SERVICE_TYPE, name, port=9, parsed_addresses=[LOOPBACK], properties=text)
+                stranger.register_service(info, cooperating_responders=True)
+            honest.announce(node_at(6).addresses)
+            assert network.search(FOUND_S) == [node_at(6)]
+            assert network.foreign_protocols == {PROTOCOL_VERSION + 1}
+        finally:
+            stranger.close()
