@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import JoinToExamine, KeyFile, resolve_model
+from splitnet.cli.arguments import JoinToExamine, KeyFile, Lan, resolve_model
 
 if TYPE_CHECKING:
     from splitnet.doctor.finding import Finding
@@ -19,6 +19,7 @@ def doctor(
         typer.Argument(help="Hugging Face id or checkpoint folder, to check whether it can be used here."),
     ] = None,
     join: JoinToExamine = None,
+    lan: Lan = True,
     listen: Annotated[
         str | None,
         typer.Option(metavar="tcp://HOST:PORT", help="Where a peer here would listen; it must be reached then."),
@@ -38,7 +39,7 @@ def doctor(
     from splitnet.doctor import report
     from splitnet.doctor.examination import Setup, examine
 
-    setup = Setup(model=source, join=join or (), listen=listen, public_host=public_host, key_file=key_file)
+    setup = Setup(model=source, join=join or (), lan=lan, listen=listen, public_host=public_host, key_file=key_file)
     findings: list[Finding] = []
     for finding in examine(setup):
         findings.append(finding)

@@ -34,11 +34,13 @@ class Setup:
     Attributes:
         model: hub id or checkpoint folder; None: no model.
         join: multiaddrs of a swarm.
+        lan: without them, look for a swarm of the model on the local network.
         listen: where a peer would listen; None: nowhere in particular.
     """
 
     model: str | None = None
     join: Sequence[str] = ()
+    lan: bool = False
     listen: str | None = None
     public_host: str | None = None
     key_file: Path | None = None
@@ -68,8 +70,12 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         setup.public_host,
         needed=setup.listen is not None or setup.public_host is not None,
     )
-    if setup.join:
-        yield from _way_to(setup.join, checkpoint, identity, reach, clock)
+    join = setup.join
+    if not join and setup.lan and checkpoint is not None:
+        found, join = network.local_network(checkpoint)
+        yield found
+    if join:
+        yield from _way_to(join, checkpoint, identity, reach, clock)
     else:
         yield reach.port()
 
@@ -91,23 +97,20 @@ def _way_to(
     answers = ask_nodes(join, clock=clock)
     yield from network.join_addresses(answers)
     present = [answer for answer in answers if not answer.fault]
-    in_time = True
     if present:
         found = network.clock(present, allowed_skew_s())
-        in_time = found.status is not Status.failed
         yield found
-    if not present or not in_time:
-        # Without records of peers, or with some that are void or of the future, nothing more can be said.
+        # With a clock that is off, records of peers are void, or of the future.
+        in_time = [] if found.status is Status.failed else present
+        present = [answer for answer in in_time if abs(answer.ahead_s) <= allowed_skew_s()]
+    if not present:
         yield reach.port()
         return
     try:
-        directory = Directory.start(initial_peers=[answer.address for answer in present])
+        with Directory.start(initial_peers=[answer.address for answer in present]) as directory:
+            yield from _swarm(directory, checkpoint, identity, reach, clock)
     except SplitnetError as error:
         yield failed("swarm", str(error))
-        yield reach.port()
-        return
-    with directory:
-        yield from _swarm(directory, checkpoint, identity, reach, clock)
 
 
 def _swarm(

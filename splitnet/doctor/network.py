@@ -9,22 +9,43 @@ from typing import TYPE_CHECKING
 from scheduler.swarm import missing_blocks
 from splitnet.doctor.finding import Finding, failed, passed, warned
 from splitnet.doctor.model import SHOWN_DIGITS
+from splitnet.errors import LanError
 from splitnet.net.dht_answers import NodeAnswer
 from splitnet.net.facts import facts_of
+from splitnet.net.lan import LocalNetwork, what_was_found
 from splitnet.net.records import PeerRecord
 
 if TYPE_CHECKING:
     from splitnet.model.checkpoint import Checkpoint
 
+_SILENCE = (
+    "it does not answer: check that the machine is on, and that no firewall or router drops connections to this port"
+)
 _CAUSES = {
     "connection refused": "nothing listens there: check that the peer runs, and copy the address that it prints",
-    "no answer in time": "it does not answer: check that the machine is on, and that no firewall or router drops "
-    "connections to this port",
+    "no answer in time": _SILENCE,
+    "i/o timeout": _SILENCE,
     "no good addresses": "its host name has no address: check the name",
     "no route to host": "no route leads there: check the network of both machines",
     "network is unreachable": "no route leads there: check the network of this machine",
 }
 _OTHER_CAUSE = "copy the whole address that the peer prints, and check the network"
+
+
+def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
+    """Looks for a swarm of the model on the local network, and gives the addresses to join it with."""
+    try:
+        with LocalNetwork(checkpoint.fingerprint) as lan:
+            nodes = lan.search()
+    except LanError as error:
+        return warned("lan", f"no swarm can be looked for on this network ({error}): give --join"), []
+    if not nodes:
+        return warned(
+            "lan",
+            f"no swarm for {checkpoint.name} on this network, or multicast is filtered there: start a peer with "
+            "`splitnet peer`, or give --join",
+        ), []
+    return passed("lan", what_was_found(nodes)), [address for node in nodes for address in node.addresses]
 
 
 def join_addresses(answers: Sequence[NodeAnswer]) -> Iterator[Finding]:

@@ -61,10 +61,11 @@ async def _ask_all(addresses: Sequence[str], clock: Callable[[], float]) -> list
 
 
 async def _ask(hivemind: Hivemind, address: str, clock: Callable[[], float]) -> NodeAnswer:
-    # libp2p dials all addresses that it has ever heard of a node, so each address has a child process of its own.
-    p2p = await hivemind.P2P.create(no_listen=True, dht_mode="client", nat_port_map=False)
     where, _, name = address.rpartition("/p2p/")
+    p2p: Any = None
     try:
+        # libp2p dials all addresses that it has ever heard of a node, so each address has a child process of its own.
+        p2p = await hivemind.P2P.create(no_listen=True, dht_mode="client", nat_port_map=False)
         peer = hivemind.PeerID.from_base58(name)
         await asyncio.wait_for(p2p._client.connect(peer, [hivemind.Multiaddr(where)]), CONNECT_TIMEOUT_S)
         stub: Any = hivemind.stub(p2p, peer)
@@ -78,5 +79,6 @@ async def _ask(hivemind: Hivemind, address: str, clock: Callable[[], float]) -> 
         fault = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip(" *")
         return NodeAnswer(address, fault, fault.partition(_OTHER_KEY)[2].strip())
     finally:
-        await p2p.shutdown()
+        if p2p is not None:
+            await p2p.shutdown()
     return NodeAnswer(address, rtt_ms=rtt_s * 1000, ahead_s=answer.dht_time - asked_at - rtt_s / 2)

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 
 from splitnet.doctor.examination import Setup, examine
-from splitnet.doctor.finding import Finding, Status
+from splitnet.doctor.finding import Finding, Status, passed
+from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
+from splitnet.net.lan import LocalNetwork
 from splitnet.net.records import PeerRecord
+from tests.multicast import lan_host, use_network_of_its_own
 from tests.swarm.harness import LOOPBACK, LocalSwarm, dht_node, local_swarm
 from tests.unit.random_models import random_checkpoint
 
@@ -90,6 +93,19 @@ def test_a_client_without_an_open_port_is_only_warned(sound: Setup, monkeypatch:
     monkeypatch.setattr("splitnet.doctor.reach.public_address", lambda *_: "tcp://127.0.0.1:9")
     bad = wrong(examined(dataclasses.replace(sound, model=None, listen=None)))
     assert bad["reach"].status is Status.warned and "a client needs no open port" in bad["reach"].text
+
+
+def test_a_swarm_on_the_local_network_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_network_of_its_own(monkeypatch)
+    setup = Setup(model=str(folder), lan=True)
+    with Directory.start(listen=[f"/ip4/{lan_host()}/tcp/0"]) as directory:
+        with LocalNetwork(Checkpoint.open(folder).fingerprint) as presence:
+            presence.announce(directory.addresses)
+            found = examined(setup)
+        assert found["lan"] == [passed("lan", "found 1 peer on this network")]
+        assert [finding.status for finding in found["join"]] == [Status.passed]
+        bad = wrong(examined(setup))
+    assert list(bad) == ["lan"] and "no swarm for" in bad["lan"].text
 
 
 class TestPort:
