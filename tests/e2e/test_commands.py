@@ -10,14 +10,18 @@ import socket
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from peers.daemon import Peer
+from peers.options import PeerOptions
+from peers.placing import SpanWish
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
-from tests.e2e.conftest import SPANS, Here
+from tests.e2e.conftest import DUO_SPANS, SPANS, Here
 from tests.e2e.daemons import Daemon, daemon, run, starting
 from tests.e2e.small_model import small_model
 
@@ -286,21 +290,23 @@ def test_options_from_a_configuration_file(
 
 def test_a_node_of_the_dht_that_all_join_through(small: Path, here: Here, tmp_path: Path) -> None:
     at = ("--listen", "/ip4/127.0.0.1/tcp/0", "--key-file", str(tmp_path / "node-key"))
-    with daemon(tmp_path, "dht", *at) as node:
-        joined = (*KV, "--join", node.address())
-        with (
-            starting(tmp_path, small, *joined, "--blocks", "0:2") as first,
-            starting(tmp_path, small, *joined, "--blocks", "2:6") as second,
-        ):
-            known = first.address(), second.address()
-            generate = ("generate", str(small), "bees", "--max-new-tokens", "4", "--codec", "none", "--join")
-            through_node = here(*generate, node.address())
-            assert through_node.code == 0 and through_node.output.strip()
-            node.process.kill()
-            node.process.wait()
-            for address in known:
-                assert here(*generate, address).output == through_node.output
-            assert "every block is served" in here("status", str(small), "--join", known[0]).output
+    with ExitStack() as at_end:
+        node = at_end.enter_context(daemon(tmp_path, "dht", *at))
+        known: list[str] = []
+        for blocks in DUO_SPANS:
+            options = PeerOptions(
+                wish=SpanWish(blocks), initial_peers=[node.address()], listen="tcp://127.0.0.1:0", kv_memory=2**26
+            )
+            peer = Peer.start(small, options)
+            at_end.callback(peer.close)
+            known += peer.addresses
+        generate = ("generate", str(small), "bees", "--max-new-tokens", "4", "--codec", "none", "--join")
+        through_node = here(*generate, node.address())
+        assert through_node.code == 0 and through_node.output.strip()
+        node.process.kill()
+        node.process.wait()
+        for address in known:
+            assert here(*generate, address).output == through_node.output
 
 
 def test_status_in_json(address: str, demo_checkpoint: Path, home: Path) -> None:
