@@ -13,7 +13,6 @@ from pathlib import Path
 import torch
 
 import splitnet
-from peers.addresses import dht_address, public_address
 from peers.admission import SessionTable
 from peers.announce import Announcer
 from peers.counters import Counters
@@ -30,6 +29,7 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.memory import give_back_memory
 from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
+from splitnet.net.addresses import dht_address, public_address
 from splitnet.net.codecs import CODECS
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Destination, Endpoint, LinkState

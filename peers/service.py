@@ -378,7 +378,7 @@ class Service:
         patience_s = self._reach_s / 3 if state is LinkState.DOWN or wants_pong else self._reach_s
         deadline = now + patience_s if pending is None else min(pending.deadline, now + patience_s)
         self._pending[session] = _PendingOpen(deadline, new_link, wants_pong)
-        if state in (LinkState.UP, LinkState.REFUSED) and not wants_pong:
+        if (state is LinkState.UP or state.is_final) and not wants_pong:
             self._answer_open(session, reachable=state is LinkState.UP)
 
     def _set_next(self, session: Session, following: Endpoint | None) -> bool:

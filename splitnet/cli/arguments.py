@@ -6,10 +6,8 @@ or under `[common]` in the configuration file, see `splitnet/cli/configuration.p
 
 from __future__ import annotations
 
-import errno
 import os
 import re
-import socket
 import sys
 import warnings
 from pathlib import Path
@@ -17,14 +15,14 @@ from typing import Annotated
 
 import typer
 
-from splitnet.errors import AddressInUse, DirectoryError, SplitnetError
+from splitnet.errors import SplitnetError
 
 
 def checked_addresses(addresses: list[str] | None) -> list[str] | None:
     """Refuses what is not even written as an address before anything slow begins."""
     for address in addresses or ():
         if not re.fullmatch(r"/.+/p2p/\w+", address):
-            raise DirectoryError(
+            raise SplitnetError(
                 f"{address!r} is no address to join with: copy a whole one that a peer prints, /ip4/..."
             )
     return addresses
@@ -66,6 +64,16 @@ JoinIfAny = Annotated[
 Lan = Annotated[
     bool,
     typer.Option("--lan/--no-lan", envvar="SPLITNET_LAN", help="Look for the swarm on this network without --join."),
+]
+JoinToExamine = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--join",
+        metavar="ADDR",
+        envvar="SPLITNET_JOIN",
+        callback=checked_addresses,
+        help="Address of a swarm, to check the way to it; repeat for several of one swarm.",
+    ),
 ]
 CodecName = Annotated[
     str,
@@ -145,29 +153,3 @@ def parse_host_port(text: str) -> tuple[str, int]:
     if match is None or int(match[2]) > 65535:
         raise SplitnetError(f"{text!r} is no place to listen: write PORT or HOST:PORT, with port 0 for any free one")
     return (match[1] or "127.0.0.1").strip("[]"), int(match[2])
-
-
-def refuse_taken(listen: str) -> None:
-    """Checks an address such as `tcp://0.0.0.0:31331`, so that one that cannot be used is told before blocks load.
-
-    Raises:
-        AddressInUse: something listens there.
-        SplitnetError: it is not an address of this machine.
-    """
-    match = re.fullmatch(r"tcp://(.+):(\d+)", listen)
-    if match is None or int(match[2]) > 65535:
-        raise SplitnetError(
-            f"{listen!r} is no address to listen on: write tcp://HOST:PORT, with port 0 for any free one"
-        )
-    host = "0.0.0.0" if match[1] == "*" else match[1].strip("[]")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, int(match[2]), type=socket.SOCK_STREAM)[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"{listen} is taken: choose another port with --listen, or 0 for any free one") from None
-        raise SplitnetError(
-            f"cannot listen on {listen} ({error.strerror}): give an address of this machine, or tcp://0.0.0.0:0"
-        ) from None

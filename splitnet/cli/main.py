@@ -16,6 +16,7 @@ from splitnet.cli.chat import chat
 from splitnet.cli.configuration import CONFIG_VARIABLE, ConfigurableGroup, read_configuration
 from splitnet.cli.demo import demo
 from splitnet.cli.dht import dht
+from splitnet.cli.doctor import doctor
 from splitnet.cli.generate import generate
 from splitnet.cli.key import key
 from splitnet.cli.logs import LogFormat, set_up, tell
@@ -25,7 +26,7 @@ from splitnet.cli.serve import serve
 from splitnet.cli.simulate import simulate
 from splitnet.cli.status import status
 from splitnet.cli.tune import tune
-from splitnet.errors import SplitnetError
+from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
 
 app = typer.Typer(
     name="splitnet",
@@ -35,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (peer, generate, chat, serve, tune, status, bench, plan, dht, key, demo, simulate):
+for command in (peer, generate, chat, serve, tune, status, doctor, bench, plan, dht, key, demo, simulate):
     app.command()(command)
 
 
@@ -69,6 +70,10 @@ def common(
     set_up(log_format, logging.INFO if verbose else logging.WARNING)
 
 
+_DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)
+"""Errors that a check of `splitnet doctor` explains further."""
+
+
 def main() -> None:
     """Runs the command line; an error that the user can act on is one sentence and exit code 1."""
     # Or the process would end without what it does at its end: leave the swarm, and stop its children.
@@ -78,7 +83,10 @@ def main() -> None:
     try:
         app()
     except SplitnetError as error:
-        tell(logging.ERROR, str(error))
+        text = str(error)
+        if isinstance(error, _DOCTOR_KNOWS):
+            text = f"{text.rstrip('.')}; `splitnet doctor --join ADDR` looks for the cause"
+        tell(logging.ERROR, text)
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -16,12 +16,12 @@ from splitnet.cli.arguments import (
     parse_blocks,
     parse_bytes,
     parse_host_port,
-    refuse_taken,
     resolve_model,
 )
 from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.stopping import StopSignals
 from splitnet.errors import SplitnetError
+from splitnet.net.addresses import is_reachable, refuse_taken
 
 if TYPE_CHECKING:
     from peers.daemon import Peer
@@ -122,7 +122,6 @@ def peer(
 
     import torch
 
-    from peers.addresses import is_reachable
     from peers.daemon import Peer
     from peers.metrics import registry_of
     from peers.metrics_server import MetricsServer

@@ -13,7 +13,7 @@ from scheduler.cost import positions_with_prompt
 from splitnet.client.awaited import Awaited, AwaitedReplay, AwaitedStep
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.planner import Needs, PlannedHop
-from splitnet.client.swarm import Swarm, not_authorized
+from splitnet.client.swarm import Swarm, refusal
 from splitnet.errors import (
     ContextTooLong,
     PeerBusy,
@@ -337,8 +337,9 @@ class Chain:
         failed: dict[str, SplitnetError] = {}
         for index in indexes:
             hop = self.hops[index]
-            if self._swarm.link_state(hop.endpoint) is LinkState.REFUSED:
-                failed[hop.name] = not_authorized(hop.endpoint)
+            state = self._swarm.link_state(hop.endpoint)
+            if state.is_final:
+                failed[hop.name] = refusal(hop.endpoint, state)
             else:
                 asked.append(hop)
                 self._swarm.send(hop.endpoint, self._open_message(index, budget))

@@ -313,8 +313,8 @@ class Swarm:
                 session.deliver(source, message)
 
     def _link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
-        if state is LinkState.REFUSED:
-            error: SplitnetError = not_authorized(endpoint)
+        if state.is_final:
+            error: SplitnetError = refusal(endpoint, state)
         elif state is LinkState.DOWN:
             error = PeerLost(f"the peer at {endpoint.address} is gone")
         else:
@@ -323,9 +323,14 @@ class Swarm:
             session.link_failed(endpoint, error)
 
 
-def not_authorized(endpoint: Endpoint) -> NotAuthorized:
-    """A link was refused in its handshake."""
+def refusal(endpoint: Endpoint, state: LinkState) -> NotAuthorized:
+    """The error of a link whose keys do not fit."""
+    if state is LinkState.WRONG_KEY:
+        return NotAuthorized(
+            f"what answers at {endpoint.address} has another key than the record of the peer there: if the peer was "
+            "started anew, wait a minute until its old record has expired; otherwise do not trust that address"
+        )
     return NotAuthorized(
-        f"the peer at {endpoint.address} does not accept this client's key (or has another key than its record says): "
-        "ask its owner to add the output of `splitnet key` to the peer's --authorized-keys file"
+        f"the peer at {endpoint.address} does not accept this client's key: ask its owner to add the output of "
+        "`splitnet key` to the peer's --authorized-keys file"
     )

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 
 class NodeLoop(asyncio.SelectorEventLoop):
@@ -52,22 +52,35 @@ class Hivemind:
     PeerID: Any
     Multiaddr: Any
     DHTNode: Any
+    stub: Callable[[Any, Any], Any]  # of (P2P, PeerID): what a node can be asked without being a node oneself
+    messages: Any  # of the DHT's protocol
     key_id: Callable[[str], bytes]  # hash of a DHT key, 20 bytes
+    max_skew_s: float  # by which the clocks of two nodes may differ when one joins the other
 
 
 @cache
 def import_hivemind() -> Hivemind:
     """Imports hivemind, once, and mends it."""
-    node, p2p, routing, multiaddr, storage = (  # late: these imports take 1.8 s
+    node, protocol, p2p, messages, routing, storage, multiaddr = (  # late: these imports take 1.8 s
         importlib.import_module(f"hivemind.{name}")
-        for name in ("dht.node", "p2p", "dht.routing", "utils.multiaddr", "utils.timed_storage")
+        for name in (
+            *("dht.node", "dht.protocol", "p2p", "proto.dht_pb2", "dht.routing", "utils.timed_storage"),
+            "utils.multiaddr",
+        )
     )
     # What it logs goes where the program's own log goes, and looks the same.
     importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
     storage.TimedStorage.store = _refuse_older(storage.TimedStorage.store)
     logging.getLogger("asyncio").addFilter(_is_not_about_reaped_children)
     return Hivemind(
-        p2p.P2P, p2p.PeerID, multiaddr.Multiaddr, node.DHTNode, lambda key: routing.DHTID.generate(key).to_bytes()
+        P2P=p2p.P2P,
+        PeerID=p2p.PeerID,
+        Multiaddr=multiaddr.Multiaddr,
+        DHTNode=node.DHTNode,
+        stub=cast(Any, super(protocol.DHTProtocol, protocol.DHTProtocol)).get_stub,
+        messages=messages,
+        key_id=lambda key: routing.DHTID.generate(key).to_bytes(),
+        max_skew_s=storage.MAX_DHT_TIME_DISCREPANCY_SECONDS,
     )
 
 

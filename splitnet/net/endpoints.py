@@ -56,4 +56,11 @@ class LinkState(Enum):
     DOWN = "down"
     """It was up and is lost, or nobody listens there; ZeroMQ keeps trying."""
     REFUSED = "refused"
-    """The other side proved another key, or does not accept ours."""
+    """The other side does not accept our key."""
+    WRONG_KEY = "wrong key"
+    """What answers there has another key than the endpoint's, or is no peer."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the keys do not fit, so that trying again changes nothing."""
+        return self in (LinkState.REFUSED, LinkState.WRONG_KEY)

@@ -49,8 +49,8 @@ _STATE_OF_EVENT: dict[zmq.Event, LinkState] = {
     zmq.Event.CLOSED: LinkState.DOWN,
     zmq.Event.CONNECT_RETRIED: LinkState.DOWN,
     zmq.Event.HANDSHAKE_FAILED_AUTH: LinkState.REFUSED,
-    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: LinkState.REFUSED,
-    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: LinkState.REFUSED,
+    zmq.Event.HANDSHAKE_FAILED_PROTOCOL: LinkState.WRONG_KEY,
+    zmq.Event.HANDSHAKE_FAILED_NO_DETAIL: LinkState.WRONG_KEY,
 }
 
 
@@ -235,7 +235,7 @@ class Transport:
         if link is not None:
             self._poller.unregister(link.socket)
             self._poller.unregister(link.monitor)
-            if link.state in (LinkState.DOWN, LinkState.REFUSED):
+            if link.state is LinkState.DOWN or link.state.is_final:
                 link.socket.linger = 0  # nobody is there to take what is queued
             _close_watched(link.socket, link.monitor)
 
@@ -328,7 +328,7 @@ class Transport:
                 return
             state = _STATE_OF_EVENT.get(zmq.Event(event), link.state)
             # A refused handshake also ends in a disconnection: keep the cause until the link is up.
-            if state is LinkState.DOWN and link.state is LinkState.REFUSED:
+            if state is LinkState.DOWN and link.state.is_final:
                 continue
             if state is not link.state:
                 link.state = state

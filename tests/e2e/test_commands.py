@@ -27,7 +27,7 @@ from tests.e2e.small_model import small_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-COMMANDS = ["peer", "generate", "chat", "serve", "tune", "status", "bench", "dht", "key", "demo"]
+COMMANDS = ["peer", "generate", "chat", "serve", "tune", "status", "doctor", "bench", "dht", "key", "demo"]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
 KV = ("--kv-memory", "64MiB")
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from peers.addresses import dht_address, is_reachable
+from splitnet.net.addresses import dht_address, is_reachable
 
 
 @pytest.mark.parametrize(

@@ -244,7 +244,7 @@ class TestOpen:
         assert peer.passes(REACH_S) == []
         assert peer.session().next == AFTER
 
-    @pytest.mark.parametrize("state", [LinkState.REFUSED, LinkState.DOWN])
+    @pytest.mark.parametrize("state", [LinkState.REFUSED, LinkState.WRONG_KEY, LinkState.DOWN])
     def test_is_answered_when_the_link_is_refused_or_nobody_is_there(self, peer: Peer, state: LinkState) -> None:
         assert peer.says(opening()) == []
         assert is_opened(peer.link(AFTER, state), reachable=False)

@@ -185,7 +185,7 @@ def test_a_server_with_another_key_is_not_talked_to(node: Start) -> None:
     server, client = node(ANY_PORT), node()
     expected = Endpoint(server.endpoint.address, Identity.generate().public)
     client.transport.send(expected, [b"secret"])
-    client.wait_for_state(expected, LinkState.REFUSED)
+    client.wait_for_state(expected, LinkState.WRONG_KEY)
     assert (expected, LinkState.UP) not in client.states
     assert not server.received
 

@@ -1,9 +1,13 @@
-"""How others reach this machine, if the user does not say."""
+"""Where a peer listens, and how others reach this machine if the user does not say."""
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import re
 import socket
+
+from splitnet.errors import AddressInUse, SplitnetError
 
 
 def public_address(listen: str, port: int, public_host: str | None) -> str:
@@ -50,3 +54,29 @@ def _ip_of(listen: str) -> str:
         return socket.gethostbyname(host)
     except OSError:
         return "0.0.0.0"
+
+
+def refuse_taken(listen: str) -> None:
+    """Checks an address such as `tcp://0.0.0.0:31331`, so that one that cannot be used is told before blocks load.
+
+    Raises:
+        AddressInUse: something listens there.
+        SplitnetError: it is not an address of this machine.
+    """
+    match = re.fullmatch(r"tcp://(.+):(\d+)", listen)
+    if match is None or int(match[2]) > 65535:
+        raise SplitnetError(
+            f"{listen!r} is no address to listen on: write tcp://HOST:PORT, with port 0 for any free one"
+        )
+    host = "0.0.0.0" if match[1] == "*" else match[1].strip("[]")
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, int(match[2]), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{listen} is taken: choose another port with --listen, or 0 for any free one") from None
+        raise SplitnetError(
+            f"cannot listen on {listen} ({error.strerror}): give an address of this machine, or tcp://0.0.0.0:0"
+        ) from None

@@ -1,0 +1,148 @@
+"""All checks of a machine and of its way to a swarm, in the order in which one explains the next."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from splitnet.doctor import machine, network
+from splitnet.doctor.finding import Finding, Status, failed, passed
+from splitnet.doctor.links import PeerLinks
+from splitnet.doctor.model import memory, open_model, room_on_disk
+from splitnet.doctor.peers import peer
+from splitnet.doctor.reach import Reach
+from splitnet.errors import SplitnetError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.memory import free_memory
+from splitnet.model.sizes import ModelSizes
+from splitnet.net.dht_answers import allowed_skew_s, ask_nodes
+from splitnet.net.directory import Directory
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.identity import Identity
+from splitnet.net.records import PeerRecord
+
+MAX_PEERS = 64
+ANY_PORT = "tcp://0.0.0.0:0"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What is to be checked, as the options of `splitnet peer` would say it.
+
+    Attributes:
+        model: hub id or checkpoint folder; None: no model.
+        join: multiaddrs of a swarm.
+        lan: without them, look for a swarm of the model on the local network.
+        listen: where a peer would listen; None: nowhere in particular.
+    """
+
+    model: str | None = None
+    join: Sequence[str] = ()
+    lan: bool = False
+    listen: str | None = None
+    public_host: str | None = None
+    key_file: Path | None = None
+
+
+def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
+    """Makes all checks that the set-up allows; none of them ends the examination.
+
+    Args:
+        clock: Unix time in seconds, of this machine.
+    """
+    yield from machine.software()
+    yield machine.devices()
+    checkpoint = None
+    if setup.model is None:
+        yield passed("memory", f"{machine.gib(free_memory('cpu'))} are free")
+    else:
+        found, checkpoint = open_model(setup.model)
+        yield found
+        yield from _room(setup.model, checkpoint)
+    found, identity = machine.key_of(setup.key_file)
+    yield found
+    identity = identity or Identity.generate()
+    reach = Reach(
+        identity,
+        setup.listen or ANY_PORT,
+        setup.public_host,
+        needed=setup.listen is not None or setup.public_host is not None,
+    )
+    join = setup.join
+    if not join and setup.lan and checkpoint is not None:
+        found, join = network.local_network(checkpoint)
+        yield found
+    if join:
+        yield from _way_to(join, checkpoint, identity, reach, clock)
+    else:
+        yield reach.port()
+
+
+def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
+    sizes = None
+    if checkpoint is not None:
+        try:
+            sizes = ModelSizes.of(model)
+            yield memory(sizes, free_memory("cpu"))
+        except SplitnetError as error:
+            yield failed("memory", str(error))
+    yield room_on_disk(model, sizes)
+
+
+def _way_to(
+    join: Sequence[str], checkpoint: Checkpoint | None, identity: Identity, reach: Reach, clock: Callable[[], float]
+) -> Iterator[Finding]:
+    answers = ask_nodes(join, clock=clock)
+    yield from network.join_addresses(answers)
+    present = [answer for answer in answers if not answer.fault]
+    if present:
+        found = network.clock(present, allowed_skew_s())
+        yield found
+        # With a clock that is off, records of peers are void, or of the future.
+        in_time = [] if found.status is Status.failed else present
+        present = [answer for answer in in_time if abs(answer.ahead_s) <= allowed_skew_s()]
+    if not present:
+        yield reach.port()
+        return
+    try:
+        with Directory.start(initial_peers=[answer.address for answer in present]) as directory:
+            yield from _swarm(directory, checkpoint, identity, reach, clock)
+    except SplitnetError as error:
+        yield failed("swarm", str(error))
+
+
+def _swarm(
+    directory: Directory, checkpoint: Checkpoint | None, identity: Identity, reach: Reach, clock: Callable[[], float]
+) -> Iterator[Finding]:
+    models = directory.models()
+    yield network.served_model(models, checkpoint)
+    wanted = list(models) if checkpoint is None else [checkpoint.fingerprint] * (checkpoint.fingerprint in models)
+    records = [record for model in wanted or models for record in directory.peers(model)]
+    tried = records[:MAX_PEERS]
+    with PeerLinks(identity) as links:
+        answers = links.try_out({Endpoint(record.address, record.key) for record in tried})
+        answering: list[PeerRecord] = []
+        silent: list[PeerRecord] = []
+        for record in tried:
+            answer = answers[Endpoint(record.address, record.key)]
+            yield peer(record, answer, record.issued_at - clock(), allowed_skew_s())
+            (silent if answer.rtt_ms is None else answering).append(record)
+        if len(tried) < len(records):
+            yield passed("peer", f"the other {len(records) - len(tried)} peers are not tried, and taken to answer")
+        counted = [*answering, *records[MAX_PEERS:]]
+        for model in wanted:
+            told = max((record.num_blocks for record in records if record.model == model), default=0)
+            if count := checkpoint.num_blocks if checkpoint else told:
+                yield network.coverage(
+                    models[model],
+                    count,
+                    [record for record in silent if record.model == model],
+                    [record for record in counted if record.model == model],
+                )
+        own = next((record for record in records if record.key == identity.public), None)
+        found = reach.port(own)
+        yield found
+        if found.status is Status.passed:
+            yield reach.from_outside(links, answering)

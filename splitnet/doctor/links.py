@@ -1,0 +1,146 @@
+"""Links to peers, opened to see how each answers."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import wait
+from dataclasses import dataclass
+from typing import TypeVar
+
+from splitnet.errors import ProtocolError
+from splitnet.net.codecs import CODECS
+from splitnet.net.endpoints import Destination, Endpoint, LinkState
+from splitnet.net.identity import Identity
+from splitnet.net.messages import (
+    SESSION_BYTES,
+    Close,
+    Failure,
+    Message,
+    Open,
+    Opened,
+    Payload,
+    Pong,
+    decode,
+    encode,
+)
+from splitnet.net.prober import PING_TIMEOUT_S, Prober
+from splitnet.net.records import PeerRecord
+from splitnet.net.transport import Transport
+
+Thing = TypeVar("Thing")
+
+ANSWER_TIMEOUT_S = 5.0
+"""More than a handshake takes, and than a peer gives the one that it is to reach."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerAnswer:
+    """How a peer answers.
+
+    Attributes:
+        state: of the link to it.
+        rtt_ms: round trip; None: it does not answer.
+    """
+
+    state: LinkState
+    rtt_ms: float | None
+
+
+class PeerLinks:
+    """Links as a client has them. Close them when done.
+
+    Args:
+        identity: the key to show.
+    """
+
+    def __init__(self, identity: Identity) -> None:
+        self._changed = threading.Condition()
+        self._opened: dict[bytes, Opened | Failure] = {}
+        self._transport = Transport(identity, on_message=self._receive, on_link=lambda *_: self._notify())
+        self._prober = Prober(self._send)
+        self._transport.start()
+
+    def close(self) -> None:
+        self._transport.close()
+
+    def __enter__(self) -> PeerLinks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def try_out(self, endpoints: Collection[Endpoint]) -> dict[Endpoint, PeerAnswer]:
+        """Connects to peers and pings them, all at once; takes a few seconds if one is silent."""
+        first = {endpoint: self._prober.ping(endpoint) for endpoint in endpoints}
+
+        def is_settled(endpoint: Endpoint) -> bool:
+            state = self._transport.state(endpoint)
+            return first[endpoint].done() or state is LinkState.DOWN or state.is_final
+
+        self._wait_until_all(endpoints, is_settled)
+        answering = [endpoint for endpoint in endpoints if first[endpoint].done()]
+        # The first ping also paid for the handshake.
+        wait([self._prober.ping(endpoint) for endpoint in answering], timeout=PING_TIMEOUT_S)
+        return {
+            endpoint: PeerAnswer(
+                self._transport.state(endpoint), self._prober.rtt_ms(endpoint) if endpoint in answering else None
+            )
+            for endpoint in endpoints
+        }
+
+    def ask_back(self, records: Sequence[PeerRecord], address: Endpoint) -> Mapping[str, bool]:
+        """Asks peers to connect to an address, as they do to the next hop of a session.
+
+        Args:
+            records: of peers that answer.
+            address: where they shall connect to, and the key that they shall find there.
+
+        Returns:
+            By the text of their keys whether they could; those that had no room for a session are left out.
+        """
+        sessions = {record.key.text: secrets.token_bytes(SESSION_BYTES) for record in records}
+        for record in records:
+            self._send(
+                Endpoint(record.address, record.key),
+                Open(
+                    session=sessions[record.key.text],
+                    epoch=1,
+                    model=record.model,
+                    start=record.start,
+                    end=record.end,
+                    budget=1,
+                    codec=CODECS["none"].code,
+                    previous=b"",
+                    next_key=address.key.raw,
+                    next_address=address.address,
+                ),
+            )
+        self._wait_until_all(sessions.values(), lambda session: session in self._opened)
+        for record in records:
+            self._send(Endpoint(record.address, record.key), Close(sessions[record.key.text]))
+        answers = {key: self._opened.pop(session, None) for key, session in sessions.items()}
+        return {key: answer.next_reachable for key, answer in answers.items() if isinstance(answer, Opened)}
+
+    def _send(self, endpoint: Endpoint, message: Message) -> None:
+        self._transport.send(endpoint, encode(message))
+
+    def _wait_until_all(self, things: Collection[Thing], condition: Callable[[Thing], bool]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: all(map(condition, things)), ANSWER_TIMEOUT_S)
+
+    def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
+        try:
+            message = decode(frames)
+        except ProtocolError:
+            return
+        if isinstance(message, Pong) and isinstance(source, Endpoint):
+            self._prober.pong(source, message)
+        elif isinstance(message, Opened | Failure):
+            self._opened[message.session] = message
+        self._notify()
+
+    def _notify(self) -> None:
+        with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,128 @@
+"""What of the machine matters: Python, libraries, devices, disk, and the key."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+from splitnet.doctor.finding import Finding, failed, passed, warned
+from splitnet.errors import KeyFileError
+from splitnet.net.identity import Identity, default_key_file
+
+_NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
+
+
+def software() -> Iterator[Finding]:
+    """Python and the libraries, against what the package says that it needs."""
+    try:
+        package = metadata.distribution("splitnet")
+    except metadata.PackageNotFoundError:
+        yield warned("python", "splitnet is not installed, so what it needs is not known: run `pip install .` in it")
+        return
+    yield python_version(package.metadata["Requires-Python"], platform.python_version())
+    yield from libraries(package.requires or (), _installed_version)
+
+
+def python_version(required: str, version: str) -> Finding:
+    """Whether a version of Python is one of those `required`, such as `>=3.11`."""
+    if SpecifierSet(required).contains(version, prereleases=True):
+        return passed("python", version)
+    return failed("python", f"this is Python {version}, splitnet needs {required}: install that, and splitnet in it")
+
+
+def libraries(requirements: Sequence[str], installed: Callable[[str], str | None]) -> Iterator[Finding]:
+    """Whether the libraries that are always needed are there, in versions that fit.
+
+    Args:
+        requirements: as a package states them, those of its extras included.
+        installed: the version of a library by its name; None if it is absent.
+    """
+    needed = [Requirement(text) for text in requirements]
+    needed = [one for one in needed if one.marker is None or one.marker.evaluate({"extra": ""})]
+    wrong = False
+    for one in needed:
+        version = installed(one.name)
+        if version is not None and one.specifier.contains(version, prereleases=True):
+            continue
+        wrong = True
+        state = "is not installed" if version is None else f"is {version}, splitnet needs {one.specifier}"
+        yield failed("libraries", f"{one.name} {state}: run `pip install '{one.name}{one.specifier}'`")
+    if not wrong:
+        yield passed("libraries", f"{len(needed)} are there, in versions that fit")
+
+
+def devices() -> Finding:
+    """What torch can compute on."""
+    try:
+        import torch
+    except (ImportError, OSError) as error:
+        return failed("devices", f"torch cannot be loaded ({error}): install it again, see https://pytorch.org")
+    found = [f"cpu, {torch.get_num_threads()} threads on {os.cpu_count()} cores"]
+    found += [f"cuda:{index}, {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
+    found += ["mps"] if torch.backends.mps.is_available() else []
+    text = f"torch {torch.__version__}: {'; '.join(found)}"
+    if _NVIDIA_DRIVER.exists() and not torch.cuda.is_available():
+        return warned(
+            "devices", f"{text}; there is an NVIDIA driver, but not for this torch: install a build of it with CUDA"
+        )
+    return passed("devices", text)
+
+
+def disk(folder: Path, needed: int) -> Finding:
+    """Whether a cache folder can be written to and has room for `needed` more bytes."""
+    there = nearest_folder(folder)
+    if not os.access(there, os.W_OK):
+        return failed("disk", f"{there} cannot be written to: change its owner, or set HF_HOME to another folder")
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        return warned(
+            "disk",
+            f"{gib(free)} are free for {folder}, the whole model takes {gib(needed)}: that is enough for some of its "
+            "blocks only; make room, or set HF_HOME to a folder on another disk",
+        )
+    return passed("disk", f"{gib(free)} are free for {folder}")
+
+
+def key_of(path: Path | None) -> tuple[Finding, Identity | None]:
+    """Whether the key of this machine can be used; and the key, if there is one.
+
+    Args:
+        path: of its file; None: the user's.
+    """
+    path = path or default_key_file()
+    try:
+        if path.exists():
+            return passed("key", f"{path} holds a key that only its owner can read"), Identity.load_or_create(path)
+    except KeyFileError as error:
+        return failed("key", str(error)), None
+    except OSError as error:
+        return failed("key", f"{path} cannot be looked for ({error.strerror}): change the owner of its folder"), None
+    folder = nearest_folder(path.parent)
+    if not os.access(folder, os.W_OK):
+        return failed("key", f"{path} cannot be made: change the owner of {folder}, or give --key-file"), None
+    return passed("key", f"none yet; {path} is made when a command first needs it"), None
+
+
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    folder = folder.expanduser().absolute()
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+def gib(size: int) -> str:
+    """A number of bytes for people."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def _installed_version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

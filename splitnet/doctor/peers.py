@@ -1,0 +1,48 @@
+"""Each peer of a swarm: whether it is there, is who its record says, and speaks the same protocol."""
+
+from __future__ import annotations
+
+from splitnet.client.swarm import refusal
+from splitnet.doctor.finding import Finding, failed, passed, warned
+from splitnet.doctor.links import PeerAnswer
+from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.messages import PROTOCOL_VERSION
+from splitnet.net.records import PeerRecord
+
+_SHOWN_KEY = 9
+
+
+def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: float) -> Finding:
+    """What there is to say of one peer.
+
+    Args:
+        record: what it announces.
+        answer: how it answers.
+        ahead_s: how much later than now its record was signed, in seconds; negative for one of the past.
+        allowed_s: by how many seconds clocks may differ.
+    """
+    name = f"{record.key.text[:_SHOWN_KEY]} at {record.address}, blocks {record.start}..{record.end - 1}"
+    if record.protocol != PROTOCOL_VERSION:
+        older = "this machine" if record.protocol > PROTOCOL_VERSION else "it"
+        return failed("peer", f"{name}: speaks protocol {record.protocol}, this is {PROTOCOL_VERSION}: upgrade {older}")
+    if answer.state.is_final:
+        return failed("peer", f"{name}: {refusal(Endpoint(record.address, record.key), answer.state)}")
+    if answer.rtt_ms is None:
+        return warned("peer", f"{name}: {_silence(answer.state)}")
+    if ahead_s > allowed_s:
+        return warned("peer", f"{name}: its clock is {ahead_s:.0f} s ahead: have it set by NTP")
+    return passed("peer", f"{name}: answers in {answer.rtt_ms:.1f} ms, with its key")
+
+
+def _silence(state: LinkState) -> str:
+    if state is LinkState.DOWN:
+        return (
+            "nothing listens there: it has ended and its record expires within a minute, or it announces a wrong "
+            "address: start it with --public-host"
+        )
+    if state is LinkState.UP:
+        return "accepts the connection and does not answer: it hangs; start it again"
+    return (
+        "the connection gets no answer: have its port opened in firewalls and routers on the way, or start it with "
+        "the --public-host by which others reach it"
+    )

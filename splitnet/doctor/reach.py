@@ -1,0 +1,91 @@
+"""Whether this machine could serve: its port is free, and peers reach it at the address that it would announce."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from splitnet.doctor.finding import Finding, failed, passed, warned
+from splitnet.doctor.links import PeerLinks
+from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.net.addresses import is_reachable, public_address, refuse_taken
+from splitnet.net.endpoints import Endpoint, is_address
+from splitnet.net.identity import Identity
+from splitnet.net.records import PeerRecord
+from splitnet.net.transport import Transport
+
+ASKED_PEERS = 3
+
+
+class Reach:
+    """The checks of one address.
+
+    Args:
+        identity: the key of this machine.
+        listen: `tcp://host:port`, where a peer would listen.
+        public_host: `HOST` or `HOST:PORT` by which others reach it; None: found out.
+        needed: this machine is meant to serve, so that it is a fault if nobody reaches it.
+    """
+
+    def __init__(self, identity: Identity, listen: str, public_host: str | None, *, needed: bool) -> None:
+        self._identity = identity
+        self._listen = listen
+        self._public_host = public_host
+        self._needed = needed
+        self._serving: PeerRecord | None = None
+
+    def port(self, own: PeerRecord | None = None) -> Finding:
+        """Whether the port is free.
+
+        Args:
+            own: the record of a peer with the key of this machine, which may hold the port rightly.
+        """
+        try:
+            refuse_taken(self._listen)
+        except AddressInUse as error:
+            if own is not None:
+                self._serving = own
+                return passed("port", f"{self._listen} is taken by the peer that has the key of this machine")
+            return failed("port", str(error))
+        except SplitnetError as error:
+            return failed("port", str(error))
+        return passed("port", f"{self._listen} can be listened on")
+
+    def from_outside(self, links: PeerLinks, answering: Sequence[PeerRecord]) -> Finding:
+        """Whether some of the peers that answer reach this machine; to be called after `port`, if that passed."""
+        if self._serving is not None:
+            return self._ask(links, answering, self._serving.address)
+        try:
+            listener = Transport(self._identity, on_message=lambda *_: None, listen=self._listen)
+        except SplitnetError as error:
+            return failed("reach", str(error))
+        listener.start()
+        try:
+            return self._ask(links, answering, public_address(self._listen, listener.port, self._public_host))
+        finally:
+            listener.close()
+
+    def _ask(self, links: PeerLinks, answering: Sequence[PeerRecord], address: str) -> Finding:
+        wrong = failed if self._needed else warned
+        if not is_address(address):
+            return failed("reach", f"peers cannot connect to {address}: give --public-host as HOST or HOST:PORT")
+        others = [record for record in answering if record.key != self._identity.public][:ASKED_PEERS]
+        if not others:
+            return warned("reach", "there is no peer that answers and could try to reach this machine: see above")
+        here = Endpoint(address, self._identity.public)
+        reached = dict(links.ask_back(others, here))
+        # A peer that remembers this address from before waits a while until it tries again, but a new link at once.
+        again = [record for record in others if reached.get(record.key.text) is False]
+        reached |= links.ask_back(again, here) if again else {}
+        count = sum(reached.values())
+        if not reached:
+            return warned("reach", f"no peer had room to try whether it reaches {address}: try again later")
+        if count == len(reached):
+            note = ", which is only for this machine" if not is_reachable(address) else ""
+            return passed("reach", f"{count} of {count} peers reach this machine at {address}{note}")
+        who = f"only {count} of {len(reached)} peers reach" if count else "no peer reaches"
+        purpose = "" if self._needed else "a client needs no open port, but to serve here "
+        return wrong(
+            "reach",
+            f"{who} this machine at {address}: {purpose}open the port in firewalls, forward it in the router, and name "
+            "with --public-host the HOST:PORT that others see",
+        )

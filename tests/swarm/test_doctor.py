@@ -1,0 +1,240 @@
+"""`splitnet doctor` on set-ups that are broken in one way each: it names that way, and nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitnet.doctor.examination import Setup, examine
+from splitnet.doctor.finding import Finding, Status, passed
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
+from splitnet.net.lan import LocalNetwork
+from splitnet.net.records import PeerRecord
+from tests.multicast import lan_host, use_network_of_its_own
+from tests.swarm.harness import LOOPBACK, LocalSwarm, dht_node, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
+
+
+@pytest.fixture(scope="module")
+def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, [(0, 3), (3, 6)], node=node) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def key_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("keys") / "key"
+    Identity.load_or_create(path)
+    return path
+
+
+@pytest.fixture
+def sound(folder: Path, swarm: LocalSwarm, key_file: Path) -> Setup:
+    """A set-up in which nothing is wrong."""
+    return Setup(model=str(folder), join=swarm.addresses, listen=LOOPBACK, key_file=key_file)
+
+
+def examined(setup: Setup, **options: Any) -> dict[str, list[Finding]]:
+    """The findings of each check."""
+    found: dict[str, list[Finding]] = {}
+    for finding in examine(setup, **options):
+        found.setdefault(finding.check, []).append(finding)
+    return found
+
+
+def wrong(found: dict[str, list[Finding]]) -> dict[str, Finding]:
+    """By check what did not pass; each check has at most one such finding."""
+    bad = [finding for findings in found.values() for finding in findings if finding.status is not Status.passed]
+    assert len({finding.check for finding in bad}) == len(bad), bad
+    return {finding.check: finding for finding in bad}
+
+
+@contextmanager
+def announced(node: Directory, record: PeerRecord, identity: Identity) -> Iterator[None]:
+    """A record stands in the DHT for a while."""
+    assert node.announce(record, identity)
+    try:
+        yield
+    finally:
+        assert node.withdraw(record, identity)
+
+
+def test_a_sound_set_up_passes_every_check(sound: Setup, folder: Path) -> None:
+    found = examined(sound)
+    assert wrong(found) == {}
+    checks = ["python", "libraries", "devices", "model", "memory", "disk", "key", "join", "clock", "swarm", "peer"]
+    assert list(found) == [*checks, "coverage", "port", "reach"]
+    assert len(found["peer"]) == 2
+    assert "2 of 2 peers reach this machine at tcp://127.0.0.1:" in found["reach"][0].text
+    assert folder.name in found["swarm"][0].text
+
+
+def test_what_was_reached_once_is_reached_again_at_the_same_port(sound: Setup) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        listen = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    for _ in range(2):
+        assert wrong(examined(dataclasses.replace(sound, model=None, listen=listen))) == {}
+
+
+def test_a_client_without_an_open_port_is_only_warned(sound: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitnet.doctor.reach.public_address", lambda *_: "tcp://127.0.0.1:9")
+    bad = wrong(examined(dataclasses.replace(sound, model=None, listen=None)))
+    assert bad["reach"].status is Status.warned and "a client needs no open port" in bad["reach"].text
+
+
+def test_a_swarm_on_the_local_network_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_network_of_its_own(monkeypatch)
+    setup = Setup(model=str(folder), lan=True)
+    with Directory.start(listen=[f"/ip4/{lan_host()}/tcp/0"]) as directory:
+        with LocalNetwork(Checkpoint.open(folder).fingerprint) as presence:
+            presence.announce(directory.addresses)
+            found = examined(setup)
+        assert found["lan"] == [passed("lan", "found 1 peer on this network")]
+        assert [finding.status for finding in found["join"]] == [Status.passed]
+        bad = wrong(examined(setup))
+    assert list(bad) == ["lan"] and "no swarm for" in bad["lan"].text
+
+
+class TestPort:
+    def test_that_is_taken(self, sound: Setup) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            listen = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+            found = examined(dataclasses.replace(sound, join=(), listen=listen))
+        assert wrong(found)["port"] == Finding(
+            "port", Status.failed, f"{listen} is taken: choose another port with --listen, or 0 for any free one"
+        )
+
+    def test_that_is_taken_by_the_peer_with_our_key(self, sound: Setup, swarm: LocalSwarm, key_file: Path) -> None:
+        own = Identity.load_or_create(key_file)
+        peer = swarm.peers[0]
+        record = dataclasses.replace(peer.record(), key=own.public)
+        assert swarm.node is not None
+        with announced(swarm.node, record, own):
+            found = examined(dataclasses.replace(sound, listen=peer.endpoint.address))
+        assert "is taken by the peer that has the key of this machine" in found["port"][0].text
+
+    def test_that_is_blocked(self, sound: Setup) -> None:
+        bad = wrong(examined(dataclasses.replace(sound, public_host="127.0.0.1:9")))
+        assert list(bad) == ["reach"] and bad["reach"].status is Status.failed
+        assert "no peer reaches this machine at tcp://127.0.0.1:9: open the port in firewalls" in bad["reach"].text
+
+    def test_that_leads_to_somebody_else(self, sound: Setup, swarm: LocalSwarm) -> None:
+        elsewhere = swarm.peers[1].endpoint.address.removeprefix("tcp://")
+        bad = wrong(examined(dataclasses.replace(sound, public_host=elsewhere)))
+        assert list(bad) == ["reach"] and f"no peer reaches this machine at tcp://{elsewhere}" in bad["reach"].text
+
+
+class TestWrongKey:
+    def test_of_the_address_to_join_with(self, sound: Setup) -> None:
+        where, _, there = sound.join[0].rpartition("/p2p/")
+        address = f"{where}/p2p/{NOBODY.rpartition('/')[2]}"
+        bad = wrong(examined(dataclasses.replace(sound, join=[address])))
+        assert list(bad) == ["join"] and bad["join"].status is Status.failed
+        assert f"{address}: what answers there has another key, {there}:" in bad["join"].text
+
+    def test_of_a_peer(self, sound: Setup, swarm: LocalSwarm) -> None:
+        impostor = Identity.generate()
+        lie = dataclasses.replace(swarm.peers[0].record(), key=impostor.public)
+        assert swarm.node is not None
+        with announced(swarm.node, lie, impostor):
+            bad = wrong(examined(sound))
+        assert list(bad) == ["peer"] and bad["peer"].status is Status.failed
+        assert "has another key than the record of the peer there" in bad["peer"].text
+        assert impostor.public.text[:9] in bad["peer"].text
+
+    def test_of_this_machine(self, sound: Setup, tmp_path: Path) -> None:
+        guests = tmp_path / "authorized_keys"
+        guests.write_text(Identity.generate().public.text)
+        # Of another model, so that the other tests do not see it.
+        other = random_checkpoint("llama", tmp_path / "private", seed=3)
+        with dht_node() as node, local_swarm(other, [(0, 6)], node=node, authorized_keys=guests) as private:
+            bad = wrong(examined(dataclasses.replace(sound, model=str(other), join=private.addresses)))
+        assert list(bad) == ["peer", "coverage", "reach"]
+        assert "does not accept this client's key: ask its owner" in bad["peer"].text
+
+    @pytest.mark.parametrize("fault", ["readable", "damaged", "a folder"])
+    def test_file(self, fault: str, tmp_path: Path) -> None:
+        path = tmp_path / "key"
+        Identity.load_or_create(path)
+        if fault == "readable":
+            path.chmod(0o644)
+            expected = f"Others can read the secret key in {path}; run: chmod 600 {path}"
+        elif fault == "damaged":
+            path.write_text("no key")
+            expected = f"{path} holds no splitnet key; move it away and a new key will be made"
+        else:
+            path = tmp_path
+            expected = f"The key file {path} cannot be used (Is a directory); set SPLITNET_KEY_FILE"
+        bad = wrong(examined(Setup(key_file=path)))
+        assert list(bad) == ["key"] and bad["key"].status is Status.failed
+        assert bad["key"].text.startswith(expected)
+
+
+class TestNoRoute:
+    def test_to_the_address_to_join_with(self, sound: Setup) -> None:
+        bad = wrong(examined(dataclasses.replace(sound, join=[NOBODY])))
+        assert list(bad) == ["join"]
+        assert bad["join"].text.startswith(f"{NOBODY}: nothing listens there: check that the peer runs")
+
+    def test_to_one_of_two_such_addresses_is_only_a_warning(self, sound: Setup) -> None:
+        bad = wrong(examined(dataclasses.replace(sound, join=[NOBODY, *sound.join])))
+        assert list(bad) == ["join"] and bad["join"].status is Status.warned
+
+    def test_to_a_host_without_an_address(self, sound: Setup) -> None:
+        address = NOBODY.replace("/ip4/127.0.0.1/", "/dns4/no-such-host.invalid/")
+        bad = wrong(examined(dataclasses.replace(sound, join=[address])))
+        assert bad["join"].text == f"{address}: its host name has no address: check the name"
+
+    def test_to_a_peer_that_is_announced(self, sound: Setup, swarm: LocalSwarm) -> None:
+        gone = Identity.generate()
+        record = dataclasses.replace(swarm.peers[1].record(), key=gone.public, address="tcp://127.0.0.1:9")
+        assert swarm.node is not None
+        with announced(swarm.node, record, gone):
+            bad = wrong(examined(sound))
+        assert list(bad) == ["peer"], "another peer serves the same blocks"
+        assert bad["peer"].status is Status.warned and "nothing listens there" in bad["peer"].text
+
+    def test_to_the_only_peer_of_some_blocks(self, sound: Setup, tmp_path: Path) -> None:
+        model = random_checkpoint("llama", tmp_path / "holed", seed=4)
+        gone = Identity.generate()
+        with dht_node() as node, local_swarm(model, [(0, 4)], node=node) as holed:
+            record = holed.peers[0].record()
+            record = dataclasses.replace(record, key=gone.public, address="tcp://127.0.0.1:9", start=4, end=6)
+            with announced(node, record, gone):
+                bad = wrong(examined(dataclasses.replace(sound, model=str(model), join=holed.addresses)))
+        assert list(bad) == ["peer", "coverage"] and bad["coverage"].status is Status.failed
+        assert "blocks 4..5 of holed are served only by peers that do not answer" in bad["coverage"].text
+
+
+class TestModel:
+    def test_of_another_name(self, sound: Setup, folder: Path, tmp_path: Path) -> None:
+        mine = random_checkpoint("llama", tmp_path / "mine", blocks=2)
+        bad = wrong(examined(dataclasses.replace(sound, model=str(mine))))
+        assert list(bad) == ["swarm"] and bad["swarm"].status is Status.failed
+        assert bad["swarm"].text.startswith(f"serves {folder.name}, not your mine: use that model")
+
+    def test_in_another_revision(self, sound: Setup, folder: Path, tmp_path: Path) -> None:
+        revised = random_checkpoint("llama", tmp_path / folder.name, seed=5)
+        bad = wrong(examined(dataclasses.replace(sound, model=str(revised))))
+        assert list(bad) == ["swarm"] and bad["swarm"].status is Status.failed
+        assert bad["swarm"].text.startswith(f"serves another revision of {folder.name}: its fingerprint is")
+
+
+@pytest.mark.parametrize(("seconds", "direction"), [(600, "ahead of"), (-600, "behind")])
+def test_a_clock_that_is_off(sound: Setup, seconds: int, direction: str) -> None:
+    bad = wrong(examined(sound, clock=lambda: time.time() + seconds))
+    assert list(bad) == ["clock"] and bad["clock"].status is Status.failed
+    assert f"this machine is 600 s {direction} the swarm's, and 3 s are allowed: set it" in bad["clock"].text

@@ -1,0 +1,154 @@
+"""The checks of `splitnet doctor` that need no swarm."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitnet.doctor import machine, network
+from splitnet.doctor.finding import Status, failed, passed, warned
+from splitnet.doctor.model import memory, open_model
+from splitnet.doctor.report import document, has_failed, summary
+from splitnet.model.sizes import ModelSizes
+from splitnet.net.dht_answers import NodeAnswer
+from splitnet.net.identity import Identity
+from tests.unit.random_models import random_checkpoint
+
+ALLOWED_S = 3.0
+SIZES = ModelSizes(
+    name="small",
+    dtype="float32",
+    num_blocks=6,
+    hidden_size=64,
+    block_bytes=2**30,
+    expert_bytes=0,
+    expert_share=1.0,
+    kv_bytes=512,
+    shell_bytes=2**29,
+    head_bytes=0,
+    max_positions=None,
+)
+
+
+@pytest.mark.parametrize("version", ["3.11.0", "3.14.0rc1"])
+def test_python_that_is_new_enough(version: str) -> None:
+    assert machine.python_version(">=3.11", version) == passed("python", version)
+
+
+def test_python_that_is_too_old() -> None:
+    found = machine.python_version(">=3.11", "3.10.12")
+    assert found.status is Status.failed and "3.10.12, splitnet needs >=3.11: install that" in found.text
+
+
+def test_libraries_that_are_missing_or_do_not_fit_are_named_with_the_command() -> None:
+    requirements = ["alpha>=2,<3", "beta", "gamma>=1; extra == 'dev'", "delta; python_version < '3'"]
+    there = {"alpha": "3.1", "beta": "0.1"}
+    (found,) = machine.libraries(requirements, there.get)
+    assert found.status is Status.failed
+    assert found.text == "alpha is 3.1, splitnet needs <3,>=2: run `pip install 'alpha<3,>=2'`"
+    (found,) = machine.libraries(["beta", "epsilon>=1"], there.get)
+    assert found.text == "epsilon is not installed: run `pip install 'epsilon>=1'`"
+    (found,) = machine.libraries(requirements, {**there, "alpha": "2.0+cpu"}.get)
+    assert found == passed("libraries", "2 are there, in versions that fit")
+
+
+def test_disk(tmp_path: Path) -> None:
+    assert machine.disk(tmp_path / "absent" / "cache", 1).status is Status.passed
+    found = machine.disk(tmp_path, 1 << 60)
+    assert found.status is Status.warned and "the whole model takes" in found.text and "HF_HOME" in found.text
+
+
+def test_a_key_is_not_made(tmp_path: Path) -> None:
+    found, identity = machine.key_of(tmp_path / "folder" / "key")
+    assert found.status is Status.passed and identity is None and list(tmp_path.iterdir()) == []
+    mine = Identity.load_or_create(tmp_path / "key")
+    found, identity = machine.key_of(tmp_path / "key")
+    assert found.status is Status.passed and identity is not None and identity.public == mine.public
+
+
+@pytest.mark.parametrize(
+    ("free", "status", "text"),
+    [
+        (4 * 2**30, Status.passed, "room for 2 of 6 blocks"),
+        (100 * 2**30, Status.passed, "room for 6 of 6 blocks"),
+        (2**30, Status.warned, "enough for a client, but not for one block"),
+        (2**28, Status.failed, "a client of small takes 0.5 GiB: end other programs"),
+    ],
+)
+def test_memory(free: int, status: Status, text: str) -> None:
+    found = memory(SIZES, free)
+    assert found.status is status and text in found.text
+
+
+@pytest.mark.parametrize("fault", ["no folder", "no config", "a shard is missing", "the index is damaged", "a family"])
+def test_a_model_that_cannot_be_used(fault: str, tmp_path: Path) -> None:
+    folder = random_checkpoint("llama", tmp_path / "model", blocks=2)
+    assert open_model(str(folder))[0].status is Status.passed
+    index, config = folder / "model.safetensors.index.json", folder / "config.json"
+    if fault == "no folder":
+        folder = tmp_path / "other"
+        expected = f"there is no folder {folder}: give"
+    elif fault == "no config":
+        config.unlink()
+        expected = "has no config.json: give"
+    elif fault == "a shard is missing":
+        next(folder.glob("*.safetensors")).unlink()
+        expected = "download it again"
+    elif fault == "the index is damaged":
+        index.write_text("{")
+        expected = "are damaged"
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "mamba"}))
+        expected = "cannot be cut into spans"
+    found, checkpoint = open_model(str(folder))
+    assert found.status is Status.failed and expected in found.text and checkpoint is None
+
+
+answers = st.lists(st.builds(NodeAnswer, st.uuids().map(str), ahead_s=st.floats(-1e6, 1e6)), min_size=1, max_size=7)
+
+
+@given(answers)
+def test_the_clock_fails_only_if_most_others_disagree_with_it(nodes: list[NodeAnswer]) -> None:
+    found = network.clock(nodes, ALLOWED_S)
+    off = [node for node in nodes if abs(node.ahead_s) > ALLOWED_S]
+    if not off:
+        assert found.status is Status.passed
+    elif found.status is Status.warned:
+        assert any(node.address in found.text for node in off)
+    if found.status is Status.failed:
+        assert 2 * len(off) >= len(nodes)
+    if len(off) == len(nodes) and len({node.ahead_s > 0 for node in nodes}) == 1:
+        assert found.status is Status.failed
+
+
+@given(st.text(max_size=60))
+def test_every_fault_of_a_node_comes_with_something_to_do(fault: str) -> None:
+    (found,) = network.join_addresses([NodeAnswer("/ip4/192.0.2.1/tcp/1/p2p/x", fault=f"!{fault}")])
+    assert found.status is Status.failed and ("check" in found.text or "copy" in found.text)
+
+
+def test_a_swarm_without_peers() -> None:
+    found = network.served_model({}, None)
+    assert found.status is Status.failed and "splitnet peer MODEL" in found.text
+
+
+def test_report() -> None:
+    findings = [passed("python", "3.11"), warned("disk", "little"), failed("port", "taken")]
+    assert summary(findings).startswith("1 passed, 1 warned, 1 failed: docs/doctor.md")
+    assert summary(findings[:1]) == "1 passed, 0 warned, 0 failed"
+    assert has_failed(findings) and not has_failed(findings[:2])
+    told = json.loads(json.dumps(document(findings)))
+    assert told["failed"] is True
+    assert told["findings"][1] == {"check": "disk", "status": "warn", "text": "little"}
+
+
+def test_the_package_itself_is_sound() -> None:
+    assert {finding.check: finding.status for finding in machine.software()} == {
+        "python": Status.passed,
+        "libraries": Status.passed,
+    }
+    assert machine.devices().status is Status.passed
