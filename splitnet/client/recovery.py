@@ -16,9 +16,19 @@ from concurrent.futures import wait
 from dataclasses import dataclass
 
 from splitnet.client.chain import Chain, Hop
+from splitnet.client.overview import blocks_text, short_key
 from splitnet.client.planner import Needs, PlannedHop, with_kept_hops
 from splitnet.client.swarm import Swarm
-from splitnet.errors import CoverageError, PeerBusy, PeerFailed, PeerLeaving, PeerLost, SessionLost, SplitnetError
+from splitnet.errors import (
+    CoverageError,
+    PeerBusy,
+    PeerFailed,
+    PeerLeaving,
+    PeerLost,
+    SessionClosed,
+    SessionLost,
+    SplitnetError,
+)
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Step
 from splitnet.net.sent_log import SentLog
@@ -134,6 +144,24 @@ class Recovery:
     def _repair(
         self, lost: dict[Endpoint, SplitnetError], needs: Needs, better: Sequence[PlannedHop] | None = None
     ) -> None:
+        events = self._swarm.events
+        try:
+            repaired = self._make_whole(lost, needs, better)
+        except SplitnetError as error:
+            if not isinstance(error, SessionClosed):
+                events.note("failed", f"a route could not be repaired: {error}")
+            raise
+        self.done.append(repaired)
+        route = " -> ".join(f"{short_key(hop.name)} {blocks_text(*hop.blocks)}" for hop in self._chain.hops)
+        took = f"after {repaired.total_ms:.0f} ms: {route}"
+        if better is None:
+            events.note("repaired", f"a route is whole again {took}")
+        else:
+            events.note("rerouted", f"a session has moved to a better route {took}")
+
+    def _make_whole(
+        self, lost: dict[Endpoint, SplitnetError], needs: Needs, better: Sequence[PlannedHop] | None
+    ) -> Recovered:
         chain = self._chain
         began = time.monotonic()
         healthy = [hop.planned for hop in chain.hops if hop.endpoint not in lost]
@@ -148,6 +176,7 @@ class Recovery:
                 chain.drop(endpoint)
                 causes.append(str(error))
                 log.warning("%s: another peer takes its place", error)
+                self._swarm.events.note("lost", f"{error}: another peer takes its place")
             try:
                 route = better or self._plan(healthy, needs, began + self._timeout_s)
             except CoverageError:
@@ -170,8 +199,7 @@ class Recovery:
             if not lost:
                 chain.send_all_again()
                 total_s = time.monotonic() - began
-                self.done.append(Recovered(tuple(causes), opened_s * 1000, total_s * 1000))
-                return
+                return Recovered(tuple(causes), opened_s * 1000, total_s * 1000)
             healthy = [hop for hop in healthy if hop.endpoint not in lost]
         raise next(iter(lost.values()))
 

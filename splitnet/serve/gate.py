@@ -12,9 +12,12 @@ from splitnet.serve.keys import ApiKeys
 
 MAX_BODY_BYTES = 16 * 2**20
 
+PROTECTED = ("/v1", "/dashboard/")
+"""Paths that need a key begin with one of these."""
+
 
 class Gate:
-    """ASGI middleware; all paths under `/v1` need a key, if there are keys."""
+    """ASGI middleware; the paths that are `PROTECTED` need a key, if there are keys."""
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
@@ -40,7 +43,7 @@ class Gate:
                 await JSONResponse(failure.reply(), failure.status, failure.headers)(scope, receive, send)
 
     def _check_key(self, scope: Scope) -> None:
-        if not self._keys.required or not scope["path"].startswith("/v1"):
+        if not self._keys.required or not scope["path"].startswith(PROTECTED):
             return
         kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
         if kind.lower() != "bearer" or not self._keys.accept(given.strip().encode()):

@@ -110,6 +110,7 @@ class _Server(uvicorn.Server):
         self._drain_s = drain_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._generations.drain()
         ending = asyncio.get_running_loop().call_later(self._drain_s, self._generations.end)
         await super().shutdown(sockets)
         ending.cancel()
