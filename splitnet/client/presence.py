@@ -117,7 +117,7 @@ class Presence:
     def _note_changes(self, before: dict[str, Seen]) -> None:
         for key, seen in self._seen.items():
             was, record = before.get(key), seen.record
-            serving = f"{short_key(key)} at {record.address}"
+            serving = _name(record)
             blocks = f"blocks {blocks_text(record.start, record.end)}"
             if was is None:
                 self._note("joined", f"{serving} has joined and serves {blocks}")
@@ -130,7 +130,11 @@ class Presence:
                 self._note("back", f"{serving} answers again and serves {blocks}")
         for key, was in before.items():
             if key not in self._seen and was.state is not State.GONE:
-                self._note("left", f"{short_key(key)} at {was.record.address} has left")
+                self._note("left", f"{_name(was.record)} has left")
 
     def _note(self, kind: Kind, text: str) -> None:
         self._swarm.events.note(kind, text)
+
+
+def _name(record: PeerRecord) -> str:
+    return f"{short_key(record.key.text)} at {record.address.removeprefix('tcp://')}"

@@ -204,8 +204,13 @@ class Recovery:
         raise next(iter(lost.values()))
 
     def _plan(self, healthy: Sequence[PlannedHop], needs: Needs, deadline: float) -> list[PlannedHop]:
-        """A route that keeps the `healthy` hops if it can; waits until `deadline` for coverage."""
+        """A route that keeps the `healthy` hops if it can; waits until `deadline` for coverage.
+
+        Raises:
+            SessionClosed: another thread has closed the session meanwhile.
+        """
         while True:
+            self._chain.refuse_if_closed()
             try:
                 return self._fill_gaps(healthy, needs)
             except (CoverageError, PeerBusy) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -85,12 +85,13 @@ class Server:
         waiting: int = 4,
         keep: int = 4,
         speculate: str | None = None,
+        keys: Sequence[str] = (),
     ) -> None:
         prompts = Prompts(tokenizer, 49152, 256)
         self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0), speculate)
         grammars = Grammars(tokenizer, 49152, self.generations.end_tokens)
         gateway = Gateway(MODEL, self.generations, prompts, grammars, Admission(at_a_time, waiting))
-        self.app = make_app(gateway, ApiKeys([]), created=0)
+        self.app = make_app(gateway, ApiKeys(list(keys)), created=0)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Server]:

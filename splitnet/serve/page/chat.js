@@ -43,7 +43,8 @@ async function ask(text) {
   bubble.classList.add("growing");
   timing.textContent = "waiting for the first token";
   try {
-    const request = { model, messages: said, stream: true, stream_options: { include_usage: true } };
+    // Greedy, as `splitnet chat` is.
+    const request = { model, messages: said, temperature: 0, stream: true, stream_options: { include_usage: true } };
     const options = {
       method: "POST",
       headers: { "Content-Type": "application/json" },

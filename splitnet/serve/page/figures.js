@@ -4,13 +4,15 @@ import { byId, element, keyed, setText, svgElement } from "./dom.js";
 import { blocks, count, figure, plural } from "./format.js";
 import { isThere, replicas, runs } from "./coverage.js";
 
+const FEW_RANGES = 3;
+
 const area = svgElement("path", { class: "spark-area" });
 const line = svgElement("path", { class: "spark-line" });
 byId("sparkline").append(area, line);
 
 export function showFigures(snapshot) {
   setText(byId("model"), `${snapshot.model}, ${plural(snapshot.num_blocks, "block")}`);
-  document.title = `${snapshot.holes.length ? "⚠ " : ""}${snapshot.model} – splitnet`;
+  document.title = `${snapshot.model}: ${snapshot.holes.length ? "blocks are missing" : "every block is served"}`;
   const [verdict, detail] = verdictOf(snapshot);
   setText(byId("verdict"), verdict);
   byId("verdict").classList.toggle("bad", snapshot.holes.length > 0);
@@ -31,16 +33,21 @@ function verdictOf(snapshot) {
   }
   if (missing) {
     const verb = missing === 1 ? "is" : "are";
-    return [`${missing} of ${snapshot.num_blocks} blocks ${verb} served by nobody`, "Requests fail until they are."];
+    return [`${missing} of ${snapshot.num_blocks} blocks ${verb} served by nobody`, "Answers wait for them for a while, and then fail."];
   }
   const local = snapshot.local_spans.map(([start, end]) => blocks(start, end)).join(", ");
   const who = `${plural(there.length, "peer")} ${there.length === 1 ? "serves" : "serve"} the model`;
   const here = local ? `, and this server runs ${local} itself` : "";
-  const safe = runs(replicas(snapshot)).filter((run) => run.value > 1);
-  if (!safe.length) return ["Every block is served", `${who}${here}. No block has a second peer yet.`];
-  const all = safe.reduce((sum, run) => sum + run.end - run.start, 0) === snapshot.num_blocks;
-  const twice = all ? "every block" : `blocks ${safe.map((run) => blocks(run.start, run.end)).join(", ")}`;
-  return ["Every block is served", `${who}${here}; ${twice} by more than one.`];
+  return ["Every block is served", `${who}${here}. ${replicasText(replicas(snapshot))}`];
+}
+
+function replicasText(counts) {
+  const safe = runs(counts.map((value) => value > 1)).filter((run) => run.value);
+  const number = safe.reduce((sum, run) => sum + run.end - run.start, 0);
+  if (!number) return "No block has a second peer yet.";
+  if (number === counts.length) return "Every block has more than one.";
+  if (safe.length > FEW_RANGES) return `${number} of ${counts.length} blocks have more than one.`;
+  return `Blocks ${safe.map((run) => blocks(run.start, run.end)).join(", ")} have more than one.`;
 }
 
 function createHole(hole) {

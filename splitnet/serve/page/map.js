@@ -6,6 +6,7 @@ import { hueOf } from "./hues.js";
 import { isThere, replicas, runs } from "./coverage.js";
 
 const MAX_LANES = 16;
+const MAX_COLUMNS = 32;
 const LOCAL = "this server";
 
 export function showMap(snapshot) {
@@ -20,7 +21,8 @@ export function showMap(snapshot) {
   const depth = Math.min(MAX_LANES, Math.max(1, ...lanes.map((span) => span.lane + 1)));
   const map = byId("map");
   map.style.setProperty("--lanes", depth);
-  map.style.setProperty("--blocks", snapshot.num_blocks);
+  map.style.setProperty("--columns", snapshot.num_blocks / Math.ceil(snapshot.num_blocks / MAX_COLUMNS));
+  map.classList.toggle("holed", holes.length > 0);
   keyed(map, [...holes, ...shown], keyOf, createSpan, (node, span) => updateSpan(node, span, snapshot.num_blocks));
   keyed(byId("coverage"), runs(replicas(snapshot)), (run) => `${run.start}-${run.end}`, createRun, (node, run) => {
     place(node, run, snapshot.num_blocks);
@@ -79,7 +81,7 @@ function updateSpan(node, span, total) {
   const served = blocks(span.start, span.end);
   setText(node.querySelector(".span-name"), span.short);
   setText(node.querySelector(".span-blocks"), span.gone ? `${served} gone` : served);
-  setText(node.querySelector(".span-load"), span.answers ? plural(span.answers, "answer") : "");
+  setText(node.querySelector(".span-load"), span.answers && !span.gone ? plural(span.answers, "answer") : "");
   node.title = span.local ? `${LOCAL}: blocks ${served}` : `${span.short} at ${span.address}: blocks ${served}`;
 }
 

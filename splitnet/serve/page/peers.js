@@ -1,14 +1,13 @@
 // The table of peers.
 
 import { byId, element, keyed, setText } from "./dom.js";
-import { blocks, count, figure, ms, seconds } from "./format.js";
+import { blocks, count, figure, ms } from "./format.js";
 import { hueOf } from "./hues.js";
 import { isThere } from "./coverage.js";
 
 const COLUMNS = [
-  ["Blocks", (peer) => (peer.moving_to ? `${blocks(peer.start, peer.end)} → ${blocks(...peer.moving_to)}` : blocks(peer.start, peer.end))],
-  ["Device", (peer) => peer.device],
-  ["Weights", (peer) => peer.weights],
+  ["Blocks", blocksOf],
+  ["Device, weights", (peer) => `${peer.device}, ${peer.weights}`, "wraps"],
   ["ms/token", (peer) => figure(peer.token_ms), "number"],
   ["Queue", (peer) => ms(peer.queue_ms), "number"],
   ["Sessions", (peer) => count(peer.sessions), "number"],
@@ -49,11 +48,19 @@ function updateRow(row, peer) {
   row.classList.toggle("gone", !isThere(peer));
   setText(row.querySelector(".address"), peer.address);
   setText(row.querySelector(".state"), stateOf(peer));
-  COLUMNS.forEach(([, text], index) => setText(row.children[index + 1], text(peer)));
+  // What was measured of a peer says nothing any more once it is gone.
+  COLUMNS.forEach(([, text, kind], index) => {
+    setText(row.children[index + 1], kind === "number" && !isThere(peer) ? "–" : text(peer));
+  });
+}
+
+function blocksOf(peer) {
+  const served = blocks(peer.start, peer.end);
+  return peer.moving_to ? `${served} → ${blocks(...peer.moving_to)}` : served;
 }
 
 function stateOf(peer) {
-  if (peer.state === "gone") return `gone for ${seconds(peer.state_s)}`;
+  if (peer.state === "gone") return `gone for ${Math.round(peer.state_s)} s`;
   if (peer.state === "refuses") return "does not accept this server's key";
   return peer.serves ? "" : "takes no sessions now";
 }

@@ -2,6 +2,7 @@
 
 import { byId, element, keyed, setText } from "./dom.js";
 import { blocks, count, figure, ms, plural } from "./format.js";
+import { isThere } from "./coverage.js";
 import { hueOf } from "./hues.js";
 
 const HERE = "this server";
@@ -20,7 +21,8 @@ export function showRoutes(snapshot) {
     ? `${titleOf(live)} under way.`
     : `No answer is under way.${last ? " The last one went this way:" : ""}`;
   setText(byId("routes-note"), note);
-  const update = (node, [, answers]) => updateGroup(node, answers, groups.size > 1 ? titleOf(answers) : "");
+  const gone = new Set(snapshot.peers.filter((peer) => !isThere(peer)).map((peer) => peer.key));
+  const update = (node, [, answers]) => updateGroup(node, answers, groups.size > 1 ? titleOf(answers) : "", gone);
   keyed(byId("routes"), [...groups.entries()], ([key]) => key, createGroup, update);
 }
 
@@ -33,10 +35,12 @@ function titleOf(answers) {
   return `${plural(answers.length, "answer")}${rate ? ` with ${figure(rate)} tokens/s` : ""}`;
 }
 
-function updateGroup(node, answers, title) {
+function updateGroup(node, answers, title, gone) {
   setText(node.firstElementChild, title);
-  node.classList.toggle("past", answers.every((answer) => answer.ended));
-  keyed(node.lastElementChild, stopsOf(answers.at(-1).routes), (stop) => stop.key, createStop, updateStop);
+  keyed(node.lastElementChild, stopsOf(answers.at(-1).routes), (stop) => stop.key, createStop, (each, stop) => {
+    updateStop(each, stop);
+    each.classList.toggle("gone", Boolean(stop.hop) && gone.has(stop.hop.peer));
+  });
 }
 
 /** What stands in a row: ends, links and hops. */

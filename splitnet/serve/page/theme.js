@@ -9,7 +9,7 @@
     const button = document.getElementById("theme-button");
     if (button) {
       button.textContent = { system: "Auto", light: "Light", dark: "Dark" }[theme];
-      button.setAttribute("aria-label", `Theme: ${theme}. Change it`);
+      button.setAttribute("aria-label", `${button.textContent} theme`);
     }
   }
 
