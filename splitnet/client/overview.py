@@ -59,7 +59,7 @@ class Overview:
 
 def blocks_text(start: int, end: int) -> str:
     """The blocks `[start, end)`."""
-    return f"{start}..{end - 1}"
+    return f"{start}..{end - 1}" if end - start > 1 else f"{start}"
 
 
 def short_key(key: str) -> str:

@@ -88,6 +88,7 @@ def serve(
                     signal.signal(number, server.handle_exit)
                 shown = f"[{host}]" if ":" in host else host
                 say(f"serving {checkpoint.name} at http://{shown}:{port}/v1")
+                say(f"the swarm and a chat are shown at http://{shown}:{port}/")
                 server.run(sockets=[listener])
             finally:
                 generations.close()

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 
 from splitnet import __version__
 from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.serve.admission import Admission
+from splitnet.serve.dashboard import Dashboard
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.swarm.test_serve import GREEDY, MODEL, TEMPLATE, Server, until
@@ -107,6 +109,35 @@ def test_the_page_is_free_and_its_data_needs_a_key(server: Server) -> None:
             assert await shown(server)
 
     asyncio.run(does())
+
+
+def test_a_stream_that_is_open_ends_with_the_server(server: Server) -> None:
+    async def does() -> None:
+        stream = Dashboard(server.generations, Admission(1, 1)).stream()
+        assert json.loads((await anext(stream)).removeprefix("data: "))["type"] == "snapshot"
+        server.generations.drain()
+        async with asyncio.timeout(10):
+            assert [json.loads(event.removeprefix("data: "))["type"] async for event in stream] == ["events"]
+
+    asyncio.run(does())
+
+
+def test_blocks_of_the_server_itself_are_told_and_the_route_is_the_rest(swarm: LocalSwarm) -> None:
+    model = swarm.model(local_blocks="0:2")
+    server = Server(model, AutoTokenizer.from_pretrained(swarm.folder), keys=[KEY])
+
+    async def does() -> None:
+        async with server.running():
+            server.http.headers["Authorization"] = f"Bearer {KEY}"
+            await server.complete(prompt="Bees", max_tokens=3)
+            snapshot, _ = await shown(server)
+        assert snapshot["local_spans"] == [[0, 2]]
+        (answer,) = snapshot["answers"]
+        (route,) = answer["routes"]
+        assert [(hop["start"], hop["end"]) for hop in route["hops"]] == [(2, 6)] and len(route["links"]) == 2
+
+    asyncio.run(does())
+    server.generations.close()
 
 
 def test_a_hole_is_told_with_what_to_do(swarm: LocalSwarm) -> None:
