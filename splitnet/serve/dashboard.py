@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from splitnet.client.presence import Presence
+from splitnet.client.presence import PAUSE_S, Presence
 from splitnet.errors import SplitnetError
 from splitnet.net.records import PeerRecord
 from splitnet.serve.admission import Admission
@@ -83,13 +83,14 @@ class Dashboard:
             return self._shown
 
     async def _look_up(self) -> None:
-        """Keeps the records fresh; only the first look waits for them, as a directory that lost a node can be slow."""
-        clock = asyncio.get_running_loop().time
-        if (self._lookup is None or self._lookup.done()) and clock() - self._looked_up_at >= LOOKUP_S:
-            first, self._looked_up_at = self._lookup is None, clock()
+        """Keeps the records fresh; only who looks after a pause waits for them, as a directory can be slow."""
+        now = asyncio.get_running_loop().time()
+        age_s = now - self._looked_up_at
+        if (self._lookup is None or self._lookup.done()) and age_s >= LOOKUP_S:
+            self._looked_up_at = now
             self._lookup = asyncio.create_task(self._read_records())
-            if first:
-                await self._lookup
+            if age_s > PAUSE_S:
+                await asyncio.shield(self._lookup)  # others look, too, when this one goes
 
     async def _read_records(self) -> None:
         try:

@@ -24,6 +24,7 @@ async function follow() {
       if (error.status === 401) {
         setConnected(false, "a key is needed");
         await askForKey();
+        continue;
       }
     }
     if (looking.signal.aborted) return;

@@ -4,7 +4,7 @@ import { byId } from "./dom.js";
 
 const STORED = "api-key";
 const dialog = byId("key-dialog");
-let asking = null;
+let waiting = [];
 
 /** Headers of a request. */
 export function authorized() {
@@ -12,18 +12,17 @@ export function authorized() {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-/** Asks for a key; resolves when there is a new one, or the question was put aside. */
+/** After a request was refused: asks for a key; resolves when there is a new one. */
 export function askForKey() {
+  const refused = sessionStorage.getItem(STORED) !== null;
+  show(refused ? "The server does not accept this key. Enter another." : "This server answers only to its keys.");
+  return new Promise((resolve) => waiting.push(resolve));
+}
+
+function show(note) {
   byId("key-button").hidden = false;
-  const hadOne = sessionStorage.getItem(STORED) !== null;
-  byId("key-note").textContent = hadOne
-    ? "The server does not accept this key. Enter another."
-    : "This server answers only to those who have one of its keys.";
-  asking ??= new Promise((resolve) => {
-    dialog.addEventListener("close", () => ((asking = null), resolve()), { once: true });
-    dialog.showModal();
-  });
-  return asking;
+  byId("key-note").textContent = note;
+  if (!dialog.open) dialog.showModal();
 }
 
 byId("key-form").addEventListener("submit", (event) => {
@@ -33,6 +32,8 @@ byId("key-form").addEventListener("submit", (event) => {
   sessionStorage.setItem(STORED, key);
   byId("key").value = "";
   dialog.close();
+  for (const resolve of waiting) resolve();
+  waiting = [];
 });
 byId("key-cancel").addEventListener("click", () => dialog.close());
-byId("key-button").addEventListener("click", askForKey);
+byId("key-button").addEventListener("click", () => show("Enter another key."));
