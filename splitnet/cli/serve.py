@@ -57,7 +57,8 @@ def serve(
 ) -> None:
     """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
 
-    Chats, completions, streaming and tools; docs/serve.md lists what is supported.
+    Chats, completions, streaming and tools; docs/serve.md lists what is supported. A page at / shows the swarm, with a
+    chat.
     """
     source = resolve_model(model)
 

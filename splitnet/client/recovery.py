@@ -17,9 +17,19 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from splitnet.client.chain import Chain, Hop
+from splitnet.client.overview import blocks_text, short_key
 from splitnet.client.planner import Needs, PlannedHop, with_kept_hops
 from splitnet.client.swarm import Swarm
-from splitnet.errors import CoverageError, PeerBusy, PeerFailed, PeerLeaving, PeerLost, SessionLost, SplitnetError
+from splitnet.errors import (
+    CoverageError,
+    PeerBusy,
+    PeerFailed,
+    PeerLeaving,
+    PeerLost,
+    SessionClosed,
+    SessionLost,
+    SplitnetError,
+)
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Step
 from splitnet.net.sent_log import SentLog
@@ -161,6 +171,24 @@ class Recovery:
     def _repair(
         self, lost: dict[Endpoint, SplitnetError], needs: Needs, better: Sequence[PlannedHop] | None = None
     ) -> None:
+        events = self._swarm.events
+        try:
+            repaired = self._make_whole(lost, needs, better)
+        except SplitnetError as error:
+            if not isinstance(error, SessionClosed):
+                events.note("failed", f"a route could not be repaired: {error}")
+            raise
+        self.done.append(repaired)
+        route = " -> ".join(f"{short_key(hop.name)} {blocks_text(*hop.blocks)}" for hop in self._chain.hops)
+        took = f"after {repaired.total_ms:.0f} ms: {route}"
+        if better is None:
+            events.note("repaired", f"a route is whole again {took}")
+        else:
+            events.note("rerouted", f"a session has moved to a better route {took}")
+
+    def _make_whole(
+        self, lost: dict[Endpoint, SplitnetError], needs: Needs, better: Sequence[PlannedHop] | None
+    ) -> Recovered:
         chain = self._chain
         began = time.monotonic()
         cause = _cause_of(lost, better)
@@ -180,6 +208,7 @@ class Recovery:
                     error,
                     extra={"session": chain.session.hex(), "peer": endpoint.key.text, "address": endpoint.address},
                 )
+                self._swarm.events.note("lost", f"{error}: another peer takes its place")
             try:
                 route = better or self._plan(healthy, needs, began + self._timeout_s)
             except CoverageError:
@@ -202,14 +231,18 @@ class Recovery:
             if not lost:
                 chain.send_all_again()
                 total_s = time.monotonic() - began
-                self.done.append(Recovered(tuple(causes), opened_s * 1000, total_s * 1000, cause))
-                return
+                return Recovered(tuple(causes), opened_s * 1000, total_s * 1000, cause)
             healthy = [hop for hop in healthy if hop.endpoint not in lost]
         raise next(iter(lost.values()))
 
     def _plan(self, healthy: Sequence[PlannedHop], needs: Needs, deadline: float) -> list[PlannedHop]:
-        """A route that keeps the `healthy` hops if it can; waits until `deadline` for coverage."""
+        """A route that keeps the `healthy` hops if it can; waits until `deadline` for coverage.
+
+        Raises:
+            SessionClosed: another thread has closed the session meanwhile.
+        """
         while True:
+            self._chain.refuse_if_closed()
             try:
                 return self._fill_gaps(healthy, needs)
             except (CoverageError, PeerBusy) as error:

@@ -98,6 +98,11 @@ class RemoteBlocks(nn.Module):
             self._local.call = Call(mask=None, cache=None, keep=0)
         return self._local.call
 
+    @property
+    def local_spans(self) -> list[Blocks]:
+        """The blocks `[start, end)` that run here."""
+        return [(stage.start, stage.end) for stage in self._stages if isinstance(stage, LocalSpan)]
+
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Boundary activations in and out, `[batch, seq, hidden]`.
 

@@ -46,6 +46,11 @@ class RemoteModel(PreTrainedModel):
         """Bytes that training, and evaluation without a cache, have sent and received on the client's own links."""
         return self._blocks.passes_moved
 
+    @property
+    def local_spans(self) -> list[Blocks]:
+        """The blocks `[start, end)` that run here and not on peers."""
+        return self._blocks.local_spans
+
     def close(self) -> None:
         """Leaves the swarm."""
         self._blocks.close()

@@ -9,6 +9,7 @@ import time
 
 from splitnet.client.chain import Chain, Hop, Traffic
 from splitnet.client.link_codecs import LinkCodecs
+from splitnet.client.overview import short_key
 from splitnet.client.planner import Needs
 from splitnet.client.recovery import COVERAGE_POLL_S, Recovered, Recovery
 from splitnet.client.swarm import Swarm
@@ -113,6 +114,7 @@ class RoutedSession:
             failed = self._chain.open(route, self._budget)
             for name, error in failed.items():
                 log.info("peer %s is left out: %s", name, error, extra={"session": self.id.hex(), "peer": name})
+                self._swarm.events.note("refused", f"{short_key(name)} is left out of a new route: {error}")
             refused.update(failed)
             self._is_open = not failed
 

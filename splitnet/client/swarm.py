@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from scheduler.network import CLIENT, Link
 from splitnet.client.bans import Bans
+from splitnet.client.event_log import EventLog
 from splitnet.client.planner import CLIENT_ENDS, Ends, Forecast, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
 from splitnet.errors import (
@@ -89,6 +90,7 @@ class Swarm:
 
     Attributes:
         survey: what is known of peers and links.
+        events: what has happened to peers and routes lately.
         news: counts up when that was refreshed.
         was_covered: all blocks were served at some time.
 
@@ -100,6 +102,7 @@ class Swarm:
         self.facts = facts
         self.identity = identity or Identity.generate()
         self.survey = Survey()
+        self.events = EventLog()
         self.news = 0
         self.was_covered = False
         self._directory = Directory.start(initial_peers=initial_peers, listen=None)
@@ -252,6 +255,10 @@ class Swarm:
     def ping(self, endpoint: Endpoint) -> Future[Answer]:
         """Asks a peer for a sign of life; the future stays undone if none comes."""
         return self._prober.ping(endpoint)
+
+    def rtt_ms(self, endpoint: Endpoint) -> float:
+        """The round trip to a peer as its last pings tell; 0: not measured."""
+        return self._prober.rtt_ms(endpoint)
 
     def _usable(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], bool]:
         """Peers that a route may go through, and whether there are others."""

@@ -20,6 +20,9 @@ class Answer(ABC):
     Args:
         model: its name.
         prompt_tokens: of all prompts.
+
+    Attributes:
+        id: by which clients know the answer.
     """
 
     id_prefix: str
@@ -27,7 +30,7 @@ class Answer(ABC):
     chunk_object: str
 
     def __init__(self, model: str, prompt_tokens: int) -> None:
-        self._id = f"{self.id_prefix}-{secrets.token_hex(12)}"
+        self.id = f"{self.id_prefix}-{secrets.token_hex(12)}"
         self._created = int(time.time())
         self._model = model
         self._prompt_tokens = prompt_tokens
@@ -79,7 +82,7 @@ class Answer(ABC):
         return self.take(number, event)
 
     def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self._id, "object": kind, "created": self._created, "model": self._model}
+        return {"id": self.id, "object": kind, "created": self._created, "model": self._model}
 
     def _usage(self) -> dict[str, Any]:
         return {

@@ -23,6 +23,7 @@ from splitnet.serve.admission import Admission
 from splitnet.serve.answering import Answer
 from splitnet.serve.chat import ChatAnswer
 from splitnet.serve.completions import CompletionAnswer
+from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.events import EventStream, Numbered, events, unless_gone
 from splitnet.serve.failures import ApiError, ErrorReply, failure_of
 from splitnet.serve.gate import Gate
@@ -72,9 +73,9 @@ class Gateway:
             return self.grammars.of_call(body.tools_to_call)
         return self.grammars.of_schema(body.schema_of_answer) if body.schema_of_answer is not None else None
 
-    def run(self, asks: Sequence[Ask]) -> AsyncGenerator[Numbered]:
+    def run(self, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
         """See `splitnet.serve.events.events`."""
-        return self.metrics.watch(events(self.generations, self.admission, asks), asks)
+        return self.metrics.watch(events(self.generations, self.admission, asks, answer), asks)
 
 
 def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
@@ -96,6 +97,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
     app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.add_middleware(Gate, keys=keys)
     instrument(app, gateway.metrics, gateway.model, gateway.generations, gateway.admission)
+    app.include_router(dashboard_router(Dashboard(gateway.generations, gateway.admission)))
     for kind in (SplitnetError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
     entry = {"id": gateway.model, "object": "model", "created": created, "owned_by": "splitnet"}
@@ -192,7 +194,7 @@ async def _answered(
     gateway: Gateway, body: SamplingRequest, request: Request, asks: Sequence[Ask], answer: Answer
 ) -> Response:
     """Runs a request; the session ends when the client goes."""
-    running = gateway.run(asks)
+    running = gateway.run(asks, answer.id)
     if not body.stream:
         async with aclosing(running):
             return JSONResponse(await unless_gone(request, answer.whole(running)))

@@ -20,22 +20,24 @@ Numbered = tuple[int, ScoredPrompt | Piece | Ended]
 """An event, and the number of the prompt that it belongs to."""
 
 
-async def events(generations: Generations, admission: Admission, asks: Sequence[Ask]) -> AsyncGenerator[Numbered]:
-    """Runs some prompts of one request in one place, one after the other.
+async def events(
+    generations: Generations, admission: Admission, asks: Sequence[Ask], answer: str
+) -> AsyncGenerator[Numbered]:
+    """Runs some prompts of one request in one place, one after the other; `answer` is the id of what they answer.
 
     Whoever closes this, or is cancelled while waiting for it, ends the generation.
     """
     async with admission.place():
         for number, ask in enumerate(asks):
-            async with aclosing(_events_of(generations, ask)) as of_one:
+            async with aclosing(_events_of(generations, ask, answer)) as of_one:
                 async for event in of_one:
                     yield number, event
 
 
-async def _events_of(generations: Generations, ask: Ask) -> AsyncGenerator[ScoredPrompt | Piece | Ended]:
+async def _events_of(generations: Generations, ask: Ask, answer: str) -> AsyncGenerator[ScoredPrompt | Piece | Ended]:
     loop = asyncio.get_running_loop()
     inbox: asyncio.Queue[Event] = asyncio.Queue()
-    generation = generations.start(ask, lambda event: loop.call_soon_threadsafe(inbox.put_nowait, event))
+    generation = generations.start(ask, lambda event: loop.call_soon_threadsafe(inbox.put_nowait, event), answer)
     try:
         while True:
             event = await inbox.get()

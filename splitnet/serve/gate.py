@@ -12,7 +12,7 @@ from splitnet.serve.keys import ApiKeys
 
 MAX_BODY_BYTES = 16 * 2**20
 
-PROTECTED = ("/v1", "/metrics")
+PROTECTED = ("/v1", "/dashboard/", "/metrics")
 """Paths that need a key begin with one of these."""
 
 

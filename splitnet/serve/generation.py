@@ -13,10 +13,12 @@ from transformers import StoppingCriteria
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.client.route_view import routes_of
 from splitnet.errors import PeerBusy, SessionClosed
 from splitnet.serve.choice import Choice, Piece
 from splitnet.serve.grammars import AllowedTokens, Grammar
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
+from splitnet.serve.progress import Progress, ProgressLog
 from splitnet.serve.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
 from splitnet.serve.session_watch import Observer, SessionWatch
 
@@ -91,6 +93,8 @@ class Generations:
 
     Attributes:
         observer: is told what sessions meet on the peers, if there is one.
+        progress: of the answers that are being generated, and of the last ones.
+        draining: see `drain`.
     """
 
     def __init__(
@@ -106,21 +110,31 @@ class Generations:
         self.model = model
         self.decode = decode
         self.vocabulary: int = model.config.get_text_config().vocab_size
+        self.progress = ProgressLog()
         self.kept: PrefixCache[RemoteCache] = PrefixCache(limits, RemoteCache.close)
         ends = model.generation_config.eos_token_id
         self.end_tokens: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
         self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="splitnet-serve")
         self._running: set[Generation] = set()
         self._ending = False
+        self.draining = False
 
-    def start(self, ask: Ask, listener: Listener) -> Generation:
-        """Begins a request; `listener` is called from another thread, at last with `Ended` or an error."""
-        generation = Generation(self, ask, listener)
+    def start(self, ask: Ask, listener: Listener, answer: str = "") -> Generation:
+        """Begins a request; `listener` is called from another thread, at last with `Ended` or an error.
+
+        Args:
+            answer: id of the answer that it is a part of.
+        """
+        generation = Generation(self, ask, listener, self.progress.begin(answer))
         self._running.add(generation)
         self._threads.submit(generation.run).add_done_callback(lambda _: self._running.discard(generation))
         if self._ending:
             generation.cancel()
         return generation
+
+    def drain(self) -> None:
+        """Says that the server is to end once the requests have: what would go on for ever ends now."""
+        self.draining = True
 
     def end(self) -> None:
         """Ends all requests, those that come later too, with an error; returns at once."""
@@ -138,10 +152,11 @@ class Generations:
 class Generation:
     """One request that runs."""
 
-    def __init__(self, generations: Generations, ask: Ask, listener: Listener) -> None:
+    def __init__(self, generations: Generations, ask: Ask, listener: Listener, progress: Progress) -> None:
         self._own = generations
         self._ask = ask
         self._listener = listener
+        self._progress = progress
         self._lock = threading.Lock()
         self._cache: RemoteCache | None = None
         self._watch: SessionWatch | None = None
@@ -171,6 +186,8 @@ class Generation:
             self._listener(ended)
         except BaseException as error:
             self._listener(error)
+        finally:
+            self._own.progress.end(self._progress)
 
     def _run_in(self, taken: tuple[RemoteCache, int] | None) -> Ended:
         """Runs in a session that was kept, with the tokens that it shares with the prompt, or in a new one."""
@@ -251,6 +268,10 @@ class Generation:
         self._begun = True
         self._listener(piece)
 
+    def count_token(self) -> None:
+        """Takes in that the model has chosen a token."""
+        self._own.progress.token(self._progress)
+
     def look(self) -> None:
         """Has the observer told what the session has met."""
         if self._watch is not None:
@@ -262,6 +283,7 @@ class Generation:
             raise SessionClosed("the request was cancelled")
 
     def _hold(self, cache: RemoteCache) -> None:
+        self._progress.follow(lambda: routes_of(self._own.model.swarm, cache.session))
         with self._lock:
             self._cache = cache
             if self._cancelled:
@@ -269,6 +291,7 @@ class Generation:
 
     def _let_go(self, cache: RemoteCache, held: list[int] | None) -> None:
         """Keeps a session for the next turn if it is known which tokens it holds, or closes it."""
+        self._progress.unfollow()
         with self._lock:
             self._cache = None
             keep = held and not self._cancelled
@@ -293,6 +316,7 @@ class _Watch(StoppingCriteria):
         for position in range(self._seen, input_ids.shape[1]):
             for row, choice in enumerate(self._choices):
                 if not choice.finished:
+                    self._generation.count_token()
                     scored = self._chooser.scored.pop((row, position), None)
                     self._generation.tell(choice.push(int(input_ids[row, position]), scored))
         self._seen = input_ids.shape[1]

@@ -88,6 +88,7 @@ def serve(
                     signal.signal(number, server.handle_exit)
                 shown = f"[{host}]" if ":" in host else host
                 say(f"serving {checkpoint.name} at http://{shown}:{port}/v1")
+                say(f"the swarm and a chat are shown at http://{shown}:{port}/")
                 server.run(sockets=[listener])
             finally:
                 generations.close()
@@ -110,6 +111,7 @@ class _Server(uvicorn.Server):
         self._drain_s = drain_s
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._generations.drain()
         ending = asyncio.get_running_loop().call_later(self._drain_s, self._generations.end)
         await super().shutdown(sockets)
         ending.cancel()

@@ -251,7 +251,7 @@ def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: Daemo
             assert not daemon.serves and not list(tmp_path.glob("*.address*"))
             assert daemon.log.splitlines()[-1].startswith("leaving the swarm")
     table = here("status", str(small), "--join", holed.address())
-    assert "blocks 4..5 are served by nobody: start a peer with --blocks 4:6" in table.output
+    assert f"4..5 are served by nobody: start a peer with `splitnet peer {small.name} --blocks 4:6" in table.output
 
 
 def test_a_peer_that_holds_its_weights_as_float16(small: Path, here: Here, tmp_path: Path) -> None:

@@ -68,11 +68,11 @@ def served(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return folder
 
 
-def ready(server: Background) -> str:
+def ready(server: Background, model: str = MODEL) -> str:
     """The URL that a server prints once it serves."""
     assert server.process.stdout is not None
     line = server.process.stdout.readline().decode()
-    assert line.startswith(f"serving {MODEL} at http://127.0.0.1:"), line
+    assert line.startswith(f"serving {model} at http://127.0.0.1:"), line
     return line.split()[-1]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from splitnet.errors import CoverageError
+from splitnet.errors import CoverageError, SessionClosed
 from splitnet.net.identity import Identity
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
@@ -35,6 +37,8 @@ def test_hops_that_die_are_replaced(twins: LocalSwarm, local: Any, indexes: tupl
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(10, kill_hops(twins, cache, *indexes)))
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+    told = [event.kind for event in model.swarm.events.since(0)]
+    assert told.count("lost") >= len(indexes) and told[-1] == "repaired" and "failed" not in told
 
 
 def test_beams_survive(twins: LocalSwarm, local: Any) -> None:
@@ -142,6 +146,27 @@ def test_without_a_replacement_the_blocks_are_named(folder: Path) -> None:
         model = swarm.model(recovery_timeout_s=1.0)
         with model.session() as cache, pytest.raises(CoverageError, match=r"2\.\.3"):
             model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
+        assert [event.kind for event in model.swarm.events.since(0)] == ["lost", "failed"]
+
+
+def test_who_waits_for_blocks_that_nobody_serves_can_be_stopped(folder: Path) -> None:
+    with local_swarm(folder, SPANS) as swarm:
+        model = swarm.model(recovery_timeout_s=60.0)
+        events = model.swarm.events
+        with model.session() as cache:
+
+            def close_once_a_hop_is_lost() -> None:
+                while not events.since(0):
+                    time.sleep(0.005)
+                cache.close()
+
+            closing = threading.Thread(target=close_once_a_hop_is_lost)
+            closing.start()
+            with pytest.raises(SessionClosed):
+                model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
+            closing.join()
+        # It was the client's own wish, and no failure.
+        assert "failed" not in [event.kind for event in events.since(0)]
 
 
 def test_what_was_generated_before_an_error_is_kept_to_go_on_from(folder: Path, local: Any) -> None:

@@ -164,11 +164,14 @@ def test_requests_run_in_order_and_too_many_are_told_so() -> None:
         with pytest.raises(ApiError, match="try again") as refused:
             await third
         assert refused.value.status == 429
+        assert (admission.running, admission.waiting) == (1, 1)
         second.cancel()  # makes room to wait
         await asyncio.wait([second])
+        assert (admission.running, admission.waiting) == (1, 0)
         fourth = asyncio.create_task(request("fourth"))
         leave.set()
         await asyncio.gather(first, fourth)
+        assert (admission.running, admission.waiting) == (0, 0)
         return log
 
     assert asyncio.run(come()) == ["first", "fourth"]

@@ -1,0 +1,48 @@
+// Elements from data. Text only ever becomes text nodes: what peers say of themselves is never read as HTML.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+/** An element with a class and children; strings become text. */
+export function element(tag, className = "", ...children) {
+  const made = document.createElement(tag);
+  made.className = className;
+  made.append(...children);
+  return made;
+}
+
+/** An SVG element with attributes. */
+export function svgElement(tag, attributes) {
+  const made = document.createElementNS(SVG, tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  return made;
+}
+
+export const byId = (id) => document.getElementById(id);
+
+/** Sets a text, and leaves the node alone if it is the same, so that selections and screen readers are not disturbed. */
+export function setText(node, text) {
+  if (node.textContent !== String(text)) node.textContent = text;
+}
+
+/**
+ * Makes the children of `parent` those of `items`, in order; elements whose key is still there are kept.
+ * `create(item)` makes an element, `update(element, item)` brings it up to date.
+ */
+export function keyed(parent, items, keyOf, create, update) {
+  const known = new Map([...parent.children].map((child) => [child.dataset.key, child]));
+  let place = parent.firstElementChild;
+  for (const item of items) {
+    const key = keyOf(item);
+    let child = known.get(key);
+    if (child) {
+      known.delete(key);
+    } else {
+      child = create(item);
+      child.dataset.key = key;
+    }
+    update(child, item);
+    if (child === place) place = place.nextElementSibling;
+    else parent.insertBefore(child, place);
+  }
+  for (const child of known.values()) child.remove();
+}

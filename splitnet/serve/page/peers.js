@@ -1,0 +1,66 @@
+// The table of peers.
+
+import { byId, element, keyed, setText } from "./dom.js";
+import { blocks, count, figure, ms } from "./format.js";
+import { hueOf } from "./hues.js";
+import { isThere } from "./coverage.js";
+
+const COLUMNS = [
+  ["Blocks", blocksOf],
+  ["Device, weights", (peer) => `${peer.device}, ${peer.weights}`, "wraps"],
+  ["ms/token", (peer) => figure(peer.token_ms), "number"],
+  ["Queue", (peer) => ms(peer.queue_ms), "number"],
+  ["Sessions", (peer) => count(peer.sessions), "number"],
+  ["Free KV", (peer) => count(peer.kv_free), "number"],
+  ["Delay", (peer) => ms(peer.delay_ms), "number"],
+  ["Version", (peer) => peer.version],
+];
+
+export function showPeers(snapshot) {
+  keyed(byId("peers"), snapshot.peers, (peer) => peer.key, createRow, updateRow);
+}
+
+function createRow(peer) {
+  const name = element(
+    "th",
+    "",
+    element(
+      "div",
+      "peer-name",
+      element("span", `dot ${hueOf(peer.key)}`),
+      element("b", "", peer.short),
+      element("span", "address"),
+      element("span", "state"),
+    ),
+  );
+  name.scope = "row";
+  name.title = peer.key;
+  const row = element("tr", "", name);
+  for (const [label, , kind] of COLUMNS) {
+    const cell = element("td", kind ?? "");
+    cell.dataset.label = label;
+    row.append(cell);
+  }
+  return row;
+}
+
+function updateRow(row, peer) {
+  row.classList.toggle("gone", !isThere(peer));
+  setText(row.querySelector(".address"), peer.address);
+  setText(row.querySelector(".state"), stateOf(peer));
+  // What was measured of a peer says nothing any more once it is gone.
+  COLUMNS.forEach(([, text, kind], index) => {
+    setText(row.children[index + 1], kind === "number" && !isThere(peer) ? "–" : text(peer));
+  });
+}
+
+function blocksOf(peer) {
+  const served = blocks(peer.start, peer.end);
+  return peer.moving_to ? `${served} → ${blocks(...peer.moving_to)}` : served;
+}
+
+function stateOf(peer) {
+  if (peer.state === "gone") return `gone for ${Math.round(peer.state_s)} s`;
+  if (peer.state === "refuses") return "does not accept this server's key";
+  return peer.serves ? "" : "takes no sessions now";
+}

@@ -1,0 +1,86 @@
+// Routes as chains: from this server through the hops and back, with what each link takes.
+
+import { byId, element, keyed, setText } from "./dom.js";
+import { blocks, count, figure, ms, plural } from "./format.js";
+import { isThere } from "./coverage.js";
+import { hueOf } from "./hues.js";
+
+const HERE = "this server";
+const short = (key) => key.slice(0, 9);
+
+export function showRoutes(snapshot) {
+  const live = snapshot.answers.filter((answer) => !answer.ended && answer.routes.length);
+  const groups = new Map();
+  for (const answer of live) {
+    const route = JSON.stringify(answer.routes.map((each) => each.hops));
+    groups.set(route, [...(groups.get(route) ?? []), answer]);
+  }
+  const last = snapshot.answers.filter((answer) => answer.ended && answer.routes.length).at(-1);
+  if (!groups.size && last) groups.set("last", [last]);
+  const note = live.length
+    ? `${titleOf(live)} under way.`
+    : `No answer is under way.${last ? " The last one went this way:" : ""}`;
+  setText(byId("routes-note"), note);
+  const gone = new Set(snapshot.peers.filter((peer) => !isThere(peer)).map((peer) => peer.key));
+  const update = (node, [, answers]) => updateGroup(node, answers, groups.size > 1 ? titleOf(answers) : "", gone);
+  keyed(byId("routes"), [...groups.entries()], ([key]) => key, createGroup, update);
+}
+
+function createGroup() {
+  return element("div", "route-group", element("p", "route-title"), element("ol", "route"));
+}
+
+function titleOf(answers) {
+  const rate = answers.reduce((sum, answer) => sum + (answer.tokens_per_s ?? 0), 0);
+  return `${plural(answers.length, "answer")}${rate ? ` with ${figure(rate)} tokens/s` : ""}`;
+}
+
+function updateGroup(node, answers, title, gone) {
+  setText(node.firstElementChild, title);
+  keyed(node.lastElementChild, stopsOf(answers.at(-1).routes), (stop) => stop.key, createStop, (each, stop) => {
+    updateStop(each, stop);
+    each.classList.toggle("gone", Boolean(stop.hop) && gone.has(stop.hop.peer));
+  });
+}
+
+/** What stands in a row: ends, links and hops. */
+function stopsOf(routes) {
+  const stops = [{ key: "start", here: true }];
+  routes.forEach((route, number) => {
+    route.links.forEach((link, index) => {
+      stops.push({ key: `link ${number} ${index}`, link });
+      const hop = route.hops[index];
+      stops.push(hop ? { key: `${hop.peer} ${hop.start}-${hop.end}`, hop } : { key: `end ${number}`, here: true });
+    });
+  });
+  return stops;
+}
+
+function createStop(stop) {
+  if (stop.here) return element("li", "stop here", HERE);
+  if (stop.hop) return element("li", `stop hop ${hueOf(stop.hop.peer)}`, element("b"), element("span"));
+  return element("li", "link", element("b"), element("span"));
+}
+
+function updateStop(node, stop) {
+  if (stop.hop) {
+    setText(node.firstElementChild, short(stop.hop.peer));
+    setText(node.lastElementChild, blocks(stop.hop.start, stop.hop.end));
+  } else if (stop.link) {
+    const { delay_ms: delay, codec, bytes_per_token: bytes, via_client: carried } = stop.link;
+    setText(node.firstElementChild, ms(delay));
+    setText(node.lastElementChild, `codec ${codec}${carried ? ", through this server" : ""}`);
+    node.title = `${ms(delay)} one way, codec ${codec}, ${count(bytes)} bytes per token`;
+  }
+}
+
+/** One line that names the hops of an answer. */
+export function routeLine(routes) {
+  const line = element("span", "route-line");
+  for (const hop of routes.flatMap((route) => route.hops)) {
+    const name = element("b", "", short(hop.peer));
+    const chip = element("span", `chip ${hueOf(hop.peer)}`, name, ` ${blocks(hop.start, hop.end)}`);
+    line.append(element("span", "route-step", line.childElementCount ? "→ " : "", chip));
+  }
+  return line;
+}

@@ -1,0 +1,36 @@
+// Server-sent events by fetch, which unlike EventSource can send a key.
+
+import { authorized } from "./key.js";
+
+/** A request was answered with an error; `status` is HTTP's. */
+export class RequestError extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+/** The JSON documents of a stream, one by one, until it ends. */
+export async function* documents(url, options = {}) {
+  const reply = await fetch(url, { ...options, headers: { ...options.headers, ...authorized() } });
+  if (!reply.ok) {
+    const body = await reply.json().catch(() => null);
+    throw new RequestError(reply.status, body?.error?.message ?? `the server answers with status ${reply.status}`);
+  }
+  const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
+  let pending = "";
+  try {
+    while (true) {
+      const { value, done } = await reader.read();
+      if (done) return;
+      const events = (pending + value).split("\n\n");
+      pending = events.pop();
+      for (const event of events) {
+        const data = event.replace(/^data: /, "");
+        if (data !== "[DONE]") yield JSON.parse(data);
+      }
+    }
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}

@@ -1,0 +1,262 @@
+"""The dashboard in a browser: the real model, daemons in processes of their own, and what a person sees of them.
+
+Every test fails if the page logs an error or asks anybody but its server. Screenshots are kept in `test-output/`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from playwright.sync_api import Page, expect, sync_playwright
+
+from tests.e2e.daemons import Daemon, background, daemons
+from tests.e2e.test_serve_command import KEY, ready
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+OPTIONS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "test-output"
+SPANS = [(0, 15), (15, 30), (15, 30)]
+PATIENCE_MS = 20_000
+
+pytestmark = [
+    pytest.mark.e2e,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium here: apt-get install chromium"),
+]
+
+
+@pytest.fixture(scope="module")
+def peers(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
+    """Daemons that a test may kill: one for the first half of the model, two for the second."""
+    with daemons(tmp_path_factory.mktemp("peers"), demo_checkpoint, SPANS, "--kv-memory", "128MiB") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def server(peers: list[Daemon], demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server that wants a key; where its page is."""
+    home = tmp_path_factory.mktemp("home")
+    (home / "keys").write_text(f"{KEY}\n")
+    options = ("--codec", "none", "--port", "0", "--api-key-file", str(home / "keys"))
+    with background(home, "serve", str(demo_checkpoint), "--join", peers[0].address(), *options) as server:
+        yield ready(server, demo_checkpoint.name).removesuffix("v1")
+        finished = server.stop(signal.SIGTERM)
+    assert finished.code == 0
+
+
+@dataclass
+class Visitor:
+    """Somebody with a browser."""
+
+    page: Page
+    origin: str
+
+    def come(self, key: str | None = KEY) -> Page:
+        """Opens the page, and gives a key if there is one."""
+        self.page.goto(self.origin)
+        if key is not None:
+            self.give(key)
+            expect(self.page.locator("#connection")).to_have_text("live")
+        return self.page
+
+    def give(self, key: str) -> None:
+        expect(self.page.locator("#key-dialog")).to_be_visible()
+        self.page.fill("#key", key)
+        self.page.keyboard.press("Enter")
+
+    def ask(self, text: str) -> None:
+        self.page.fill("#question", text)
+        self.page.keyboard.press("Enter")
+
+    def photograph(self, name: str) -> None:
+        SCREENSHOTS.mkdir(exist_ok=True)
+        self.page.screenshot(path=SCREENSHOTS / f"dashboard-{name}.png", animations="disabled")
+
+
+Visit = Callable[..., Visitor]
+
+
+@pytest.fixture
+def visit(server: str) -> Iterator[Visit]:
+    """Makes visitors of the server's page, with a screen of some size and a preference."""
+    assert CHROMIUM is not None
+    wrong: list[str] = []
+    expect.set_options(timeout=PATIENCE_MS)
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=OPTIONS)
+
+        def come(width: int = 1440, height: int = 900, theme: Any = "light") -> Visitor:
+            context = browser.new_context(viewport={"width": width, "height": height}, color_scheme=theme)
+            context.set_default_timeout(PATIENCE_MS)
+            page = context.new_page()
+            page.on("pageerror", lambda error: wrong.append(f"error: {error}"))
+            page.on("console", lambda told: wrong.append(told.text) if told.type in ("error", "warning") else None)
+            page.on("request", lambda asked: None if asked.url.startswith(server) else wrong.append(asked.url))
+            return Visitor(page, server)
+
+        yield come
+        browser.close()
+    # A browser itself tells of replies like this one, which is how the page learns that it needs a key.
+    assert [text for text in wrong if "401 (Unauthorized)" not in text] == []
+
+
+def background_of(page: Page) -> str:
+    return page.evaluate("getComputedStyle(document.body).backgroundColor")
+
+
+def test_a_key_opens_the_page_and_stays_in_the_tab(visit: Visit) -> None:
+    visitor = visit()
+    page = visitor.come(key=None)
+    page.keyboard.press("Escape")
+    expect(page.locator("#connection")).to_have_text("a key is needed")
+    page.click("#key-button")
+    visitor.give("wrong")
+    expect(page.locator("#key-note")).to_contain_text("does not accept this key")
+    visitor.give(KEY)
+    expect(page.locator("#verdict")).to_have_text("Every block is served")
+    expect(page.locator("#verdict-detail")).to_contain_text("Blocks 15..29 have more than one")
+    expect(page.locator("#map .span")).to_have_count(3)
+    expect(page.locator("#peers tr")).to_have_count(3)
+    expect(page.locator("#peers")).to_contain_text("float32")
+    assert page.evaluate("[sessionStorage.getItem('api-key'), localStorage.getItem('api-key')]") == [KEY, None]
+    page.reload()
+    expect(page.locator("#map .span")).to_have_count(3)
+    expect(page.locator("#key-dialog")).to_be_hidden()
+
+
+def test_a_chat_shows_its_route_and_its_speed_and_can_be_stopped(visit: Visit) -> None:
+    visitor = visit(theme="dark")
+    page = visitor.come()
+    visitor.ask("What is the capital of France? Answer in one word.")
+    answer = page.locator(".answer")
+    expect(answer.locator(".text")).to_contain_text("Paris")
+    expect(answer.locator(".timing")).to_contain_text("tokens/s")
+    expect(answer.locator(".chip")).to_have_count(2)
+    expect(answer.locator(".route-of")).to_contain_text("0..14")
+    visitor.ask("Write a very long story about the sea.")
+    second = answer.nth(1)
+    expect(second.locator(".text")).not_to_be_empty()
+    expect(page.locator("#routes .hop")).to_have_count(2)
+    expect(page.locator("#running")).to_have_text("1")
+    expect(page.locator("#map .busy")).to_have_count(2)
+    visitor.photograph("chat-dark")
+    page.click("#stop")
+    expect(second).to_contain_text("stopped")
+    expect(page.locator("#running")).to_have_text("0")
+    expect(page.locator("#send")).to_be_visible()
+
+
+def test_a_phone_and_both_themes(visit: Visit) -> None:
+    visitor = visit(width=390, height=844, theme="dark")
+    page = visitor.come()
+    expect(page.locator("#map .span")).to_have_count(3)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    dark = background_of(page)
+    visitor.photograph("phone-dark")
+    page.click("#theme-button")
+    assert page.get_attribute("html", "data-theme") == "light"
+    light = background_of(page)
+    visitor.photograph("phone-light")
+    page.click("#theme-button")
+    page.reload()
+    assert page.get_attribute("html", "data-theme") == "dark"
+    assert background_of(page) == dark != light
+
+
+def test_what_peers_say_is_never_read_as_html(visit: Visit) -> None:
+    """More than a record allows: the page must not rely on what others have checked."""
+    evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
+    peer = {
+        "key": evil,
+        "short": evil,
+        "state": "here",
+        "state_s": 1.0,
+        "serves": True,
+        "address": evil,
+        "start": 0,
+        "end": 20,
+        "moving_to": None,
+        "device": evil,
+        "weights": evil,
+        "token_ms": 1.0,
+        "queue_ms": 0.0,
+        "sessions": 1,
+        "kv_free": 5,
+        "delay_ms": 0.5,
+        "version": evil,
+    }
+    hole = {"start": 20, "end": 30, "advice": f"blocks 20..29: `{evil}`"}
+    link = {"codec": evil, "bytes_per_token": 1, "delay_ms": None, "via_client": False}
+    route = {"hops": [{"peer": evil, "start": 0, "end": 20}], "links": [link, link]}
+    answer = {
+        "id": evil,
+        "ended": False,
+        "began_s": 1.0,
+        "first_token_s": 0.5,
+        "tokens": 2,
+        "tokens_per_s": 2.0,
+        "routes": [route],
+    }
+    snapshot = {
+        "type": "snapshot",
+        "at": 0.0,
+        "version": "0",
+        "model": evil,
+        "num_blocks": 30,
+        "problem": evil,
+        "holes": [hole],
+        "local_spans": [],
+        "peers": [peer],
+        "requests": {"running": 1, "waiting": 0},
+        "tokens_per_s": 2.0,
+        "history": [0.0, 2.0],
+        "answers": [answer],
+    }
+    happened = {"type": "events", "events": [{"number": 1, "at": 0.0, "kind": evil, "text": evil}]}
+    stream = "".join(f"data: {json.dumps(document)}\n\n" for document in (snapshot, happened))
+    visitor = visit()
+    told: dict[str, Any] = {"body": stream, "content_type": "text/event-stream"}
+    visitor.page.route("**/dashboard/events", lambda asked: asked.fulfill(**told))
+    page = visitor.come(key=None)
+    for place in ("#peers .address", "#events span", "#map .span-name", ".hole code", "#routes .hop b", "#model"):
+        expect(page.locator(place).first).to_contain_text("<img src=")
+    assert page.locator("main img, main script").count() == 0
+    assert page.title() == f"{evil}: blocks are missing"
+
+
+def test_killed_peers_are_seen_at_once_and_what_they_leave_is_told(visit: Visit, peers: list[Daemon]) -> None:
+    visitor = visit(height=1300)
+    page = visitor.come()
+    visitor.ask("Write a very long story about the sea.")
+    expect(page.locator(".answer .chip")).to_have_count(2)
+    # The one of the twins that runs the answer: the other takes its place.
+    used = page.locator("#routes .hop b").nth(1).inner_text()
+    port = page.locator("#peers tr", has_text=used).locator(".address").inner_text().rpartition(":")[2]
+    first, second = sorted(peers[1:], key=lambda daemon: f":{port} " not in f"{daemon.log} ".replace("\n", " "))
+    first.stop(signal.SIGKILL)
+    expect(page.locator("#peers tr.gone")).to_have_count(1, timeout=5000)
+    expect(page.locator("#events .good").first).to_contain_text("a route is whole again")
+    expect(page.locator("#verdict")).to_have_text("Every block is served")
+    expect(page.locator(".answer .route-of")).not_to_contain_text(used)
+    second.stop(signal.SIGKILL)
+    expect(page.locator("#verdict")).to_have_text("15 of 30 blocks are served by nobody", timeout=5000)
+    expect(page.locator(".hole")).to_contain_text("blocks 15..29 are served by nobody: start a peer with")
+    expect(page.locator(".hole code")).to_contain_text("--blocks 15:30 --join ADDR")
+    expect(page.locator("#map .hole-band")).to_have_count(1)
+    expect(page.locator("#peer-count")).to_have_text("1")
+    visitor.photograph("hole-light")

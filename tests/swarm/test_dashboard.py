@@ -1,0 +1,162 @@
+"""The data of the dashboard on a small swarm."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from splitnet import __version__
+from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.serve.admission import Admission
+from splitnet.serve.dashboard import Dashboard
+from tests.e2e.small_model import small_model
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.test_serve import GREEDY, MODEL, TEMPLATE, Server, until
+
+pytestmark = pytest.mark.swarm
+
+KEY = "sk-dashboard"
+
+
+@pytest.fixture(scope="module")
+def swarm(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+    folder = small_model(tmp_path_factory.mktemp("dashboard") / MODEL, demo_checkpoint, seed=0)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    with local_swarm(folder, [(0, 2), (2, 6)]) as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def model(swarm: LocalSwarm) -> RemoteCausalLM:
+    return swarm.model()
+
+
+@pytest.fixture
+def server(swarm: LocalSwarm, model: RemoteCausalLM) -> Iterator[Server]:
+    server = Server(model, AutoTokenizer.from_pretrained(swarm.folder), keys=[KEY])
+    yield server
+    server.generations.close()
+
+
+async def shown(server: Server, **headers: str) -> list[Any]:
+    """What somebody sees who looks at a server that is about to end, which therefore ends the stream."""
+    server.generations.drain()
+    reply = await server.http.get("/dashboard/events", headers={"Authorization": f"Bearer {KEY}"} | headers)
+    assert reply.status_code == 200 and reply.headers["content-type"].startswith("text/event-stream")
+    return [json.loads(event.removeprefix("data: ")) for event in reply.text.split("\n\n")[:-1]]
+
+
+def test_a_snapshot_tells_of_the_peers_and_of_answers_with_their_routes(server: Server, swarm: LocalSwarm) -> None:
+    async def does() -> None:
+        async with server.running():
+            server.http.headers["Authorization"] = f"Bearer {KEY}"
+            reply = await server.complete(prompt="Bees", max_tokens=6)
+            await until(lambda: server.generations.progress.answers()[0].ended is not None)
+            snapshot, events = await shown(server)
+        assert (snapshot["type"], events["type"]) == ("snapshot", "events")
+        assert (snapshot["model"], snapshot["num_blocks"], snapshot["holes"]) == (MODEL, 6, [])
+        assert snapshot["requests"] == {"running": 0, "waiting": 0}
+        peers = snapshot["peers"]
+        assert [(peer["start"], peer["end"]) for peer in peers] == [(0, 2), (2, 6)]
+        assert [peer["key"] for peer in peers] == [peer.identity.public.text for peer in swarm.peers]
+        assert all(peer["version"] == __version__ and peer["kv_free"] > 0 and peer["device"] for peer in peers)
+        (answer,) = snapshot["answers"]
+        assert (answer["id"], answer["ended"], answer["tokens"]) == (reply["id"], True, 6)
+        (route,) = answer["routes"]
+        assert [hop["peer"] for hop in route["hops"]] == [peer["key"] for peer in peers]
+        assert [link["codec"] for link in route["links"]] == ["none"] * 3
+        assert all(link["bytes_per_token"] > 0 and link["delay_ms"] is not None for link in route["links"])
+
+    asyncio.run(does())
+
+
+def test_requests_that_run_and_wait_are_counted(server: Server) -> None:
+    async def does() -> None:
+        async with server.running():
+            server.http.headers["Authorization"] = f"Bearer {KEY}"
+            body = GREEDY | {"prompt": "Bees", "max_tokens": 200}
+            asked = [asyncio.create_task(server.http.post("/v1/completions", json=body)) for _ in range(5)]
+            await until(lambda: sum(answer.tokens for answer in server.generations.progress.answers()) > 8)
+            snapshot, _ = await shown(server)
+            server.generations.end()
+            await asyncio.gather(*asked)
+            assert snapshot["requests"] == {"running": 4, "waiting": 1}
+            assert [answer["ended"] for answer in snapshot["answers"]] == [False] * 4
+            await until(lambda: all(each.ended is not None for each in server.generations.progress.answers()))
+
+    asyncio.run(does())
+
+
+def test_the_page_is_free_and_its_data_needs_a_key(server: Server) -> None:
+    async def does() -> None:
+        async with server.running():
+            page = await server.http.get("/")
+            assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+            assert "script-src 'self'" in page.headers["content-security-policy"]
+            script = await server.http.get("/page/dashboard.js")
+            assert script.status_code == 200 and script.headers["content-type"].startswith("text/javascript")
+            for path in ("/page/none.js", "/page/..%2fgate.py", "/page/%2e%2e/gate.py"):
+                assert (await server.http.get(path)).status_code == 404
+            for headers in ({}, {"Authorization": "Bearer wrong"}):
+                refused = await server.http.get("/dashboard/events", headers=headers)
+                assert refused.status_code == 401 and refused.json()["error"]["code"] == "wrong_key"
+            assert await shown(server)
+
+    asyncio.run(does())
+
+
+def test_a_stream_that_is_open_ends_with_the_server(server: Server) -> None:
+    async def does() -> None:
+        stream = Dashboard(server.generations, Admission(1, 1)).stream()
+        assert json.loads((await anext(stream)).removeprefix("data: "))["type"] == "snapshot"
+        server.generations.drain()
+        async with asyncio.timeout(10):
+            assert [json.loads(event.removeprefix("data: "))["type"] async for event in stream] == ["events"]
+
+    asyncio.run(does())
+
+
+def test_blocks_of_the_server_itself_are_told_and_the_route_is_the_rest(swarm: LocalSwarm) -> None:
+    model = swarm.model(local_blocks="0:2")
+    server = Server(model, AutoTokenizer.from_pretrained(swarm.folder), keys=[KEY])
+
+    async def does() -> None:
+        async with server.running():
+            server.http.headers["Authorization"] = f"Bearer {KEY}"
+            await server.complete(prompt="Bees", max_tokens=3)
+            snapshot, _ = await shown(server)
+        assert snapshot["local_spans"] == [[0, 2]]
+        (answer,) = snapshot["answers"]
+        (route,) = answer["routes"]
+        assert [(hop["start"], hop["end"]) for hop in route["hops"]] == [(2, 6)] and len(route["links"]) == 2
+
+    asyncio.run(does())
+    server.generations.close()
+
+
+def test_a_hole_is_told_with_what_to_do(swarm: LocalSwarm) -> None:
+    with local_swarm(swarm.folder, [(0, 4)]) as holed:
+        model = holed.model()
+        server = Server(model, AutoTokenizer.from_pretrained(swarm.folder), keys=[KEY])
+
+        async def does() -> None:
+            async with server.running():
+                snapshot, _ = await shown(server)
+            assert snapshot["holes"] == [
+                {
+                    "start": 4,
+                    "end": 6,
+                    "advice": "blocks 4..5 are served by nobody: start a peer with "
+                    f"`splitnet peer {MODEL} --blocks 4:6 --join ADDR`",
+                }
+            ]
+
+        asyncio.run(does())
+        server.generations.close()
+        model.close()

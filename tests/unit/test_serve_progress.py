@@ -1,0 +1,52 @@
+"""How answers come on: no token is lost or counted twice, and routes stay after the answer."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitnet.client.route_view import HopView, RouteView
+from splitnet.serve.progress import HISTORY_S, KEPT_ANSWERS, ProgressLog
+
+ROUTE = RouteView((HopView("a", 0, 6),), ())
+
+
+@given(st.lists(st.tuples(st.floats(0, HISTORY_S * 1.5), st.integers(0, 5)), max_size=20))
+def test_every_token_is_counted_in_its_second(steps: list[tuple[float, int]]) -> None:
+    now = 50.0
+    log = ProgressLog(clock=lambda: now)
+    answer = log.begin("answer")
+    seconds: list[int] = []
+    for pause, tokens in steps:
+        now += pause
+        seconds += [int(now)] * tokens
+        for _ in range(tokens):
+            log.token(answer)
+    counted = log.tokens_per_second()
+    assert counted == [seconds.count(int(now) - back) for back in range(HISTORY_S - 1, 0, -1)]
+    assert answer.tokens == len(seconds)
+
+
+def test_an_answer_keeps_the_route_that_it_had_at_last() -> None:
+    now = 1.0
+    log = ProgressLog(clock=lambda: now)
+    answer = log.begin("answer")
+    assert log.answers() == [answer] and answer.routes() == () and answer.first_token is None
+    routes = (ROUTE,)
+    answer.follow(lambda: routes)
+    now = 3.0
+    log.token(answer)
+    assert (answer.first_token, answer.routes()) == (3.0, (ROUTE,))
+    answer.unfollow()
+    routes = ()
+    log.end(answer)
+    assert answer.routes() == (ROUTE,) and answer.ended == 3.0 and log.answers() == [answer]
+
+
+def test_the_last_answers_are_kept() -> None:
+    log = ProgressLog()
+    running = log.begin("running")
+    for number in range(KEPT_ANSWERS + 5):
+        log.end(log.begin(str(number)))
+    told = log.answers()
+    assert len(told) == KEPT_ANSWERS + 1 and told[-1] is running and told[0].answer == "5"
