@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 LOADED = re.compile(r"<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)=[\"']?(?:https?:)?//")
 """A tag that has a browser fetch something from elsewhere; links that readers follow are `<a>`."""
+QUOTED = re.compile(r"`([^`]+)`")
 
 
 def build(folder: Path, target: Path) -> subprocess.CompletedProcess[str]:
@@ -27,6 +28,17 @@ def test_the_site_builds_strictly_and_loads_nothing_from_elsewhere(tmp_path: Pat
     pages = list(tmp_path.rglob("*.html"))
     assert {"index.html", "quickstart.html", "security.html", "architecture.html"} <= {page.name for page in pages}
     assert not [page.name for page in pages if LOADED.search(page.read_text(encoding="utf-8"))]
+
+
+def test_the_messages_that_troubleshooting_explains_are_those_of_the_code() -> None:
+    source = "\n".join(file.read_text() for folder in ("peers", "splitnet") for file in (ROOT / folder).rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # literals that go on in the next line
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = [quoted for row in re.findall(r"^\| ([^|]*) \|", page, re.MULTILINE) for quoted in QUOTED.findall(row)]
+    assert len(messages) > 30
+    # Dots and names of examples stand for what the code fills in.
+    parts = [part.strip() for message in messages for part in re.split(r"\.\.\.|\d+\.\.\d+|\S+:\d+|line N", message)]
+    assert not [part for part in parts if len(part) > 5 and part not in source]
 
 
 @pytest.mark.parametrize(
