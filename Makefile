@@ -1,4 +1,4 @@
-# Recipes that people and CI share. `make demo MODEL=... PROMPT="..."`, `make test`, `make lint`, `make format`.
+# Recipes that people and CI share. `make demo MODEL=... PROMPT="..."`, `make chat`, `make test`, `make lint`, `make docs`.
 
 # The first Python that is new enough and can make virtual environments (Debian splits ensurepip off into python3-venv).
 PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
@@ -7,11 +7,14 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 
 export MODEL PROMPT
 
-.PHONY: demo test lint format soak
+.PHONY: demo chat test lint docs format soak
 .DELETE_ON_ERROR:
 
 demo: .venv/demo.stamp
 	@.venv/bin/splitnet demo $${MODEL:+"$$MODEL"} $${PROMPT:+--prompt="$$PROMPT"}
+
+chat: .venv/demo.stamp
+	@.venv/bin/splitnet demo $${MODEL:+"$$MODEL"} --serve --port $(or $(PORT),8000)
 
 test: .venv/dev.stamp
 	@.venv/bin/python -m pytest -q
@@ -20,6 +23,9 @@ lint: .venv/dev.stamp
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
+
+docs: .venv/dev.stamp
+	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
 
 # Needs root on Linux, see docs/netlab.md.
 soak: .venv/dev.stamp

@@ -1,13 +1,17 @@
-"""`splitnet demo`: three peer daemons on this machine, and one answer through them."""
+"""`splitnet demo`: three peer daemons on this machine, and one answer through them, or an API in front of them."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from splitnet.cli.arguments import CodecName, resolve_model
+from splitnet.cli.serve import serve as run_server
 from splitnet.model.demo import DEMO_NAME
+
+if TYPE_CHECKING:
+    from splitnet.cli.local_swarm import LocalSwarm
 
 PROMPT = "Explain in three sentences how bees find their way home."
 
@@ -20,6 +24,10 @@ def demo(
     peers: Annotated[int, typer.Option(min=1, max=16, help="How many daemons to start.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     codec: CodecName = "int8",
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Do not ask: run `splitnet serve` in front of the peers until interrupted.")
+    ] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 is any free one.")] = 8000,
 ) -> None:
     """Start peers as separate processes, each with its own blocks only, and generate an answer through them."""
     checkpoint = resolve_model(model)
@@ -28,22 +36,30 @@ def demo(
     from splitnet.cli.local_swarm import LocalSwarm
 
     with LocalSwarm(checkpoint, peers) as swarm:
-        # The daemons load while this process does.
-        from splitnet.cli.connection import Connection
-        from splitnet.cli.generation import Client, Sampling, print_summary
-
         for index, blocks in enumerate(swarm.spans):
             typer.secho(f"  daemon {index + 1}: blocks {blocks[0]}..{blocks[1] - 1}", err=True)
-        address = swarm.wait()
-        client = Client.connect(Connection(checkpoint, [address], codec))
-        try:
-            typer.secho(f"\n> {prompt}\n", bold=True)
-            ids = client.encode_prompt(prompt, chat=None)
-            with client.model.session() as cache:
-                answer = client.answer(ids, Sampling(max_new_tokens, 0.0, 1.0, None))
-                typer.echo()
-                if cache.session is not None:
-                    print_summary(answer, cache.session)
-        finally:
-            client.model.close()
+        if serve:
+            address = swarm.wait()
+            typer.secho(f"others reach this swarm with --join {address}", err=True)
+            run_server(checkpoint, [address], port=port, codec=codec)
+        else:
+            _ask(checkpoint, swarm, prompt, max_new_tokens, codec)
     typer.secho("all daemons have left; nothing is running any more", err=True)
+
+
+def _ask(checkpoint: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int, codec: str) -> None:
+    # The daemons load while this process does.
+    from splitnet.cli.connection import Connection
+    from splitnet.cli.generation import Client, Sampling, print_summary
+
+    client = Client.connect(Connection(checkpoint, [swarm.wait()], codec))
+    try:
+        typer.secho(f"\n> {prompt}\n", bold=True)
+        ids = client.encode_prompt(prompt, chat=None)
+        with client.model.session() as cache:
+            answer = client.answer(ids, Sampling(max_new_tokens, 0.0, 1.0, None))
+            typer.echo()
+            if cache.session is not None:
+                print_summary(answer, cache.session)
+    finally:
+        client.model.close()

@@ -1,0 +1,230 @@
+"""What the documents tell users to run can be run: on a real swarm where it ends by itself, else as far as parsing."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import re
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import typer
+
+from splitnet.cli.main import app
+from tests.e2e.conftest import Here
+from tests.e2e.daemons import background
+from tests.e2e.docs_commands import ROOT, Command, commands_in, commands_of, documents, mentions_of, python_blocks
+from tests.e2e.test_commands import NOBODY
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+
+COMMANDS = list({command.words: command for document in documents() for command in commands_of(document)}.values())
+EXECUTED = {"chat", "generate", "key", "plan", "status"}
+"""Commands of splitnet that end by themselves within seconds."""
+NEEDS_MORE = {"--adapter", "simulate", "tune"}
+"""What needs files of an earlier command, or minutes."""
+PLACEHOLDERS = {
+    "ADDR": NOBODY,
+    "CHECKPOINT": "demo",
+    "DIR": "adapter",
+    "FILE": "examples/devices.yaml",
+    "KIND": "int8",
+    "MODEL": "demo",
+    "N": "4",
+    "SECONDS": "5",
+    "SMALL_MODEL": "demo",
+    "TOKENS": "64",
+    "TYPE": "bfloat16",
+    "devices.yaml": "examples/devices.yaml",
+}
+
+
+def of_program(*programs: str) -> Any:
+    """A parameter for each command of a program."""
+    chosen = [command for command in COMMANDS if command.program in programs]
+    assert chosen, f"no document shows a command of {programs}"
+    return pytest.mark.parametrize("command", chosen, ids=lambda command: command.place)
+
+
+def filled(words: tuple[str, ...], **others: str) -> list[str]:
+    """The words with something in place of their placeholders."""
+    return [{**PLACEHOLDERS, **others}.get(word, word) for word in words]
+
+
+def commands() -> Any:
+    """The group of all commands, none of which does anything."""
+    group: Any = typer.main.get_command(app)
+    for command in group.commands.values():
+        command.invoke = lambda context: None
+    return group
+
+
+def parse(words: list[str]) -> Any:
+    """Has splitnet's own parser read a command line, and gives the exit code."""
+    with pytest.raises(SystemExit) as end:
+        commands().main(words, prog_name="splitnet")
+    return end.value.code
+
+
+@of_program("splitnet")
+def test_splitnet_parses_it(command: Command) -> None:
+    assert parse(filled(command.words[1:])) == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        command
+        for command in COMMANDS
+        if command.program == "splitnet" and EXECUTED & {*command.words} and not NEEDS_MORE & {*command.words}
+    ],
+    ids=lambda command: command.place,
+)
+def test_splitnet_runs_it(
+    command: Command, address: str, demo_checkpoint: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    model = str(demo_checkpoint)
+    words = filled(command.words[1:], ADDR=address, MODEL=model, demo=model, SMALL_MODEL=model)
+    short = ["--max-new-tokens", "4"] if {"chat", "generate"} & {*words} else []
+    finished = here(*words, *short, given="Hello\n")
+    assert finished.code == 0, finished.errors
+    assert finished.output.strip()
+
+
+TEXT = """
+    splitnet plan MODEL [--for latency|throughput]
+                  [--json]
+
+```bash
+sudo A=1 .venv/bin/python x.py "a b" \\
+    --c   # why
+```
+
+<!-- not run: it installs -->
+
+```bash
+pip install .
+```
+
+    client --> peer
+"""
+
+
+def test_commands_are_found_as_a_shell_would_read_them() -> None:
+    assert [(command.place, *command.words) for command in commands_in(TEXT, "page")] == [
+        ("page:2", "splitnet", "plan", "MODEL", "--for", "latency", "--json"),
+        ("page:6", "python", "x.py", "a b", "--c"),
+    ]
+    with pytest.raises(ValueError, match="page:2: no test runs 'pip install"):
+        list(commands_in("```bash\n$ make demo && pip install .\n```", "page"))
+
+
+def test_what_does_not_exist_is_found() -> None:
+    assert parse(["generate", "demo", "hi", "--join", NOBODY, "--fast"]) == 2
+    assert parse(["fly"]) == 2
+    assert wrong_options(("splitnet", "serve", "--port", "1", "--fast")) == {"--fast"}
+
+
+def wrong_options(words: tuple[str, ...]) -> set[str]:
+    """Options in a text such as `splitnet serve --port` that the command has not."""
+    command = commands().commands[words[1]]
+    known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)} | {
+        "--help"
+    }
+    return {word for word in words if word.startswith("--")} - known
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda document: document.name)
+def test_options_that_the_text_mentions_exist(document: Path) -> None:
+    for words in mentions_of(document):
+        assert not wrong_options(words), words
+
+
+@of_program("make")
+def test_make_has_the_target(command: Command) -> None:
+    shown = subprocess.run(["make", "--dry-run", *filled(command.words[1:])], cwd=ROOT, capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+
+
+class _Parsed(Exception):
+    """Raised in place of what a script would do with its arguments."""
+
+
+@of_program("python")
+def test_the_script_takes_these_arguments(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_module = command.words[1] == "-m"
+    script, *arguments = filled(command.words[1 + is_module :])
+    path = ROOT / script
+    if path.parent.name == "examples":
+        _expect_arguments(path, arguments)
+        return
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse_and_stop(self: argparse.ArgumentParser, *given: Any) -> argparse.Namespace:
+        parse_args(self, *given)
+        raise _Parsed
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    monkeypatch.syspath_prepend(str(path.parent))
+    run: Any = runpy.run_module if is_module else runpy.run_path
+    with pytest.raises(_Parsed):
+        run(script if is_module else str(path), run_name="__main__")
+
+
+def _expect_arguments(example: Path, arguments: list[str]) -> None:
+    """Examples hand their arguments to a function `main`."""
+    for main in ast.parse(example.read_text()).body:
+        if isinstance(main, ast.FunctionDef) and main.name == "main":
+            least = len(main.args.args) - len(main.args.defaults)
+            most = len(arguments) if main.args.vararg else len(main.args.args)
+            assert least <= len(arguments) <= most
+            return
+    pytest.fail(f"{example.name} has no main")
+
+
+@pytest.mark.parametrize("document", documents(), ids=lambda document: document.name)
+def test_python_in_the_text_compiles_and_imports_what_exists(document: Path) -> None:
+    for place, code in python_blocks(document):
+        tree = ast.parse(code, place)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("splitnet", "benchmarks"):
+                exec(compile(ast.Module([node], []), place, "exec"), {})
+
+
+@pytest.fixture(scope="module")
+def chat_server(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The URL at which `splitnet demo --serve` answers, with a small model in place of the demo's."""
+    home = tmp_path_factory.mktemp("home")
+    with background(home, "demo", str(small), "--peers", "2", "--serve", "--port", "0") as server:
+        assert server.process.stdout is not None
+        line = server.process.stdout.readline().decode()
+        said = re.fullmatch(rf"serving {small.name} at (http://127\.0\.0\.1:\d+)/v1\n", line)
+        assert said, line
+        yield said[1]
+        finished = server.stop(signal.SIGINT)
+    assert finished.code == 0
+    assert "others reach this swarm with --join /ip4/127.0.0.1/tcp/" in finished.errors
+    assert finished.errors.endswith("nothing is running any more\n")
+
+
+@of_program("curl")
+def test_the_quick_start_answers(command: Command, chat_server: str, small: Path) -> None:
+    _, url, *options = command.words
+    given = dict(zip(options[::2], options[1::2], strict=True))
+    assert given.keys() == {"-H", "-d"}
+    body = {**json.loads(given["-d"]), "model": small.name, "max_tokens": 4}
+    name, value = given["-H"].split(": ")
+    path = url.removeprefix("http://127.0.0.1:8000")
+    reply = httpx.post(chat_server + path, content=json.dumps(body), headers={name: value}, timeout=60)
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["choices"][0]["message"]["role"] == "assistant"
