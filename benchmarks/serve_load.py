@@ -1,0 +1,226 @@
+"""A minute of concurrent streams through `splitnet serve`, one peer of which is killed in the middle; prints Markdown.
+
+    python benchmarks/serve_load.py CHECKPOINT [--streams 16] [--seconds 60] [--tokens 48] [--weights float32]
+
+Four daemons share the model, the middle blocks twice; each of `--streams` clients of OpenAI's own package asks for one
+greedy chat after the other, each with a prompt of its own. Half-way one of the two peers with the same blocks that has
+sessions gets SIGKILL. Every answer must be, token for token, what the same prompt gave when it was asked alone before;
+at the end no peer may hold a session. With other weights than float32 answers may differ after the kill, as passes are
+rounded in other ways then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from openai import AsyncOpenAI
+from transformers import AutoConfig
+
+TOPICS = (
+    "tides", "bread", "volcanoes", "chess", "bees", "rainbows", "bridges", "glaciers",
+    "violins", "maps", "coffee", "comets", "paper", "owls", "lighthouses", "clocks",
+)  # fmt: skip
+START_S = 120.0
+FREED_S = 30.0
+
+
+@dataclass
+class Stream:
+    """One answer: when it was asked for, when each token came (seconds), and its text."""
+
+    topic: str
+    asked_at: float
+    came_at: list[float] = field(default_factory=list)
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A daemon, and where it tells its metrics."""
+
+    process: subprocess.Popen[bytes]
+    address_file: Path
+    log: Path
+
+    def metric(self, name: str) -> float:
+        """A figure that it tells without labels."""
+        port = re.search(r"http://[^/]+/metrics", self.log.read_text())
+        assert port is not None, self.log.read_text()
+        with urllib.request.urlopen(port.group()) as reply:
+            found = re.search(rf"^{name} (\S+)$", reply.read().decode(), re.MULTILINE)
+        assert found is not None, f"no metric {name}"
+        return float(found.group(1))
+
+
+def main() -> int:
+    """Runs it; 1 if an answer was lost or wrong, or a session was left."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--tokens", type=int, default=48, help="of an answer, at most")
+    parser.add_argument("--weights", default="float32", help="of the peers, and of the head")
+    arguments = parser.parse_args()
+    blocks = AutoConfig.from_pretrained(arguments.checkpoint).num_hidden_layers
+    first, second = blocks // 3, 2 * blocks // 3
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as running:
+        peers: list[Peer] = []
+        for span in ((0, first), (first, second), (first, second), (second, blocks)):
+            peers.append(running.enter_context(peer(Path(folder), arguments, span, peers)))
+        url = running.enter_context(gateway(Path(folder), arguments, peers[0].address_file.read_text().strip()))
+        return asyncio.run(measure(url, peers, arguments))
+
+
+@contextmanager
+def peer(folder: Path, arguments: argparse.Namespace, span: tuple[int, int], before: Sequence[Peer]) -> Iterator[Peer]:
+    """A daemon, once it serves."""
+    number = len(before)
+    address_file, log = folder / f"address{number}", folder / f"log{number}"
+    command = [sys.executable, "-m", "splitnet", "peer", arguments.checkpoint, "--blocks", f"{span[0]}:{span[1]}"]
+    command += ["--weights", arguments.weights, "--threads", "1", "--listen", "tcp://127.0.0.1:0"]
+    command += ["--address-file", str(address_file), "--metrics-port", "0"]
+    for other in before[:1]:
+        command += ["--join", other.address_file.read_text().strip()]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+    try:
+        deadline = time.monotonic() + START_S
+        while not address_file.exists():
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"a peer did not start:\n{log.read_text()}")
+            time.sleep(0.1)
+        yield Peer(process, address_file, log)
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@contextmanager
+def gateway(folder: Path, arguments: argparse.Namespace, address: str) -> Iterator[str]:
+    """`splitnet serve`; gives its URL."""
+    command = [sys.executable, "-m", "splitnet", "serve", arguments.checkpoint, "--join", address, "--port", "0"]
+    command += ["--keep-sessions", "0", "--max-requests", str(arguments.streams), "--codec", "none"]
+    if arguments.weights != "float32":
+        command += ["--local-weights", arguments.weights]
+    with (folder / "gateway").open("wb") as errors:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline().decode()
+        found = re.search(r"http://\S+", line)
+        if found is None:
+            raise SystemExit(f"the server did not start: {line}{(folder / 'gateway').read_text()}")
+        yield found.group()
+    finally:
+        process.terminate()
+        process.wait()
+
+
+async def measure(url: str, peers: Sequence[Peer], arguments: argparse.Namespace) -> int:
+    """Asks alone, then together; prints what came of it."""
+    base = url if url.rstrip("/").endswith("/v1") else f"{url.rstrip('/')}/v1"
+    client = AsyncOpenAI(base_url=base, api_key="none", max_retries=0)
+    (model,) = [model.id async for model in client.models.list()]
+    topics = [TOPICS[index % len(TOPICS)] + "!" * (index // len(TOPICS)) for index in range(arguments.streams)]
+    alone = {topic: (await ask(client, model, topic, arguments.tokens)).text for topic in topics}
+    print(f"{arguments.streams} streams for {arguments.seconds:.0f} s, weights {arguments.weights} ...", flush=True)
+    done: list[Stream] = []
+    began = time.perf_counter()
+    end = began + arguments.seconds
+
+    async def keep_asking(topic: str) -> None:
+        while time.perf_counter() < end:
+            done.append(await ask(client, model, topic, arguments.tokens))
+
+    async def kill_one() -> float:
+        await asyncio.sleep(arguments.seconds / 2)
+        victim = max(peers[1:3], key=lambda one: one.metric("splitnet_peer_sessions"))
+        print(f"killing a peer with {victim.metric('splitnet_peer_sessions'):.0f} sessions ...", flush=True)
+        victim.process.send_signal(signal.SIGKILL)
+        return time.perf_counter()
+
+    killing = asyncio.create_task(kill_one())
+    await asyncio.gather(*(keep_asking(topic) for topic in topics))
+    killed_at = await killing
+    elapsed = time.perf_counter() - began
+    left = await sessions_left([one for one in peers if one.process.poll() is None])
+    wrong = [stream for stream in done if stream.text != alone[stream.topic]]
+    print_table(done, killed_at, elapsed)
+    print(
+        f"\n{len(done)} answers, {len(wrong)} of them not as when asked alone; {left:.0f} sessions left on the peers."
+    )
+    for stream in wrong[:3]:
+        print(f"\n{stream.topic}: {stream.text!r}\nalone: {alone[stream.topic]!r}")
+    return int(bool(wrong) or left > 0)
+
+
+async def ask(client: AsyncOpenAI, model: str, topic: str, tokens: int) -> Stream:
+    """One streamed chat; an error ends the benchmark."""
+    stream = Stream(topic, time.perf_counter())
+    question = f"Tell me about {topic}, please."
+    events = await client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": question}],
+        max_tokens=tokens,
+        temperature=0,
+        stream=True,
+    )
+    async for event in events:
+        content = event.choices[0].delta.content if event.choices else None
+        if content:
+            stream.came_at.append(time.perf_counter())
+            stream.text += content
+    return stream
+
+
+async def sessions_left(peers: Sequence[Peer]) -> float:
+    """Sessions on peers, once there are none or after a while."""
+    deadline = time.monotonic() + FREED_S
+    while True:
+        left = sum(one.metric("splitnet_peer_sessions") for one in peers)
+        if not left or time.monotonic() > deadline:
+            return left
+        await asyncio.sleep(0.2)
+
+
+def print_table(done: Sequence[Stream], killed_at: float, elapsed: float) -> None:
+    """Latencies of all answers, and of those that were under way when the peer was killed."""
+    hit = [stream for stream in done if stream.asked_at < killed_at < stream.came_at[-1]]
+    others = [stream for stream in done if stream not in hit]
+    events = sum(len(stream.came_at) for stream in done)
+    print(f"\n{events / elapsed:.1f} tokens/s (events that have text) in {elapsed:.1f} s\n")
+    print("| answers | number | first token ms, median | 95 % | ms per token, median | 95 % | longest gap ms |")
+    print("|---|---|---|---|---|---|---|")
+    for name, streams in (("undisturbed", others), ("under way when a peer was killed", hit)):
+        if not streams:
+            continue
+        first = [(stream.came_at[0] - stream.asked_at) * 1000 for stream in streams]
+        gaps = [
+            (late - early) * 1000
+            for stream in streams
+            for early, late in zip(stream.came_at, stream.came_at[1:], strict=False)
+        ]
+        figures = (statistics.median(first), at(95, first), statistics.median(gaps), at(95, gaps), max(gaps))
+        print(f"| {name} | {len(streams)} | " + " | ".join(f"{figure:.0f}" for figure in figures) + " |")
+
+
+def at(percent: int, values: Sequence[float]) -> float:
+    """A percentile, the nearest rank."""
+    return sorted(values)[min(len(values) - 1, len(values) * percent // 100)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
