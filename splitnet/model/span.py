@@ -217,7 +217,7 @@ class Span:
         prefix = self._prefix_of(adapter)
         parts = [Part(TracedRow(prefix=prefix), 0, length, adapter) for length in lengths]
         self._check(hidden, parts)
-        return self._run(hidden.to(device=self.device, dtype=self.dtype), parts)
+        return self._run_as_the_family(hidden.to(device=self.device, dtype=self.dtype), parts)
 
     def fit(self, adapter: Adapter) -> None:
         """Makes the blocks ready for an adapter.
@@ -307,6 +307,9 @@ class Span:
     def _run(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         if self._lean is not None and self._lean.takes(parts):
             return self._lean.forward(hidden, parts)
+        return self._run_as_the_family(hidden, parts)
+
+    def _run_as_the_family(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         return self._run_packed(hidden, parts) if self._packs else self._run_rows(hidden, parts)
 
     def _run_packed(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:

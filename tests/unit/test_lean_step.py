@@ -79,6 +79,20 @@ def test_several_positions_of_a_sequence(family: str, counts: tuple[int, ...], t
     torch.testing.assert_close(lean, windows_of_drafts(span, counts), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("lengths", [(1,), (3, 1)])
+def test_gradients_do_not_depend_on_it(lengths: tuple[int, ...], tmp_path: Path) -> None:
+    span = load("llama", tmp_path)
+    hidden = torch.randn(sum(lengths), span.hidden_size, requires_grad=True)
+    weights = torch.randn(sum(lengths), span.hidden_size)
+    found: list[torch.Tensor] = []
+    for lean in (span._lean, None):
+        span._lean = lean
+        (gradient,) = torch.autograd.grad((span.sequences(hidden, lengths) * weights).sum(), hidden)
+        found.append(gradient)
+    assert not torch.equal(found[0], weights)  # as where nothing but the sum with the input had a graph
+    torch.testing.assert_close(*found)
+
+
 def test_only_small_passes_are_compiled(tmp_path: Path, step: type) -> None:
     span = load("llama", tmp_path)
     lean, row = span._lean, span.new_row()
