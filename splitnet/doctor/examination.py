@@ -54,6 +54,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
     """
     yield from machine.software()
     yield machine.devices()
+    yield machine.kernels()
     checkpoint = None
     if setup.model is None:
         yield passed("memory", f"{machine.gib(free_memory('cpu'))} are free")

@@ -1,4 +1,4 @@
-"""What of the machine matters: Python, libraries, devices, disk, and the key."""
+"""What of the machine matters: Python, libraries, devices, kernels, disk, and the key."""
 
 from __future__ import annotations
 
@@ -73,6 +73,23 @@ def devices() -> Finding:
             "devices", f"{text}; there is an NVIDIA driver, but not for this torch: install a build of it with CUDA"
         )
     return passed("devices", text)
+
+
+def kernels() -> Finding:
+    """Whether splitnet's own kernels are there, and for this CPU."""
+    try:
+        from splitnet.model.kernels import Kernels, kernels_here
+    except (ImportError, OSError) as error:
+        return failed("kernels", f"torch cannot be loaded ({error}): install it again, see https://pytorch.org")
+    return {
+        Kernels.FAST: passed("kernels", "compiled, for a CPU such as this one"),
+        Kernels.PLAIN: passed("kernels", "compiled, but not for this CPU: torch's are used where it has some"),
+        Kernels.NONE: warned(
+            "kernels",
+            "not compiled, so CPUs decode more slowly: install a C compiler and Python's headers (Debian: apt install "
+            "gcc python3-dev), then splitnet anew with `pip install --force-reinstall --no-deps .`",
+        ),
+    }[kernels_here()]
 
 
 def disk(folder: Path, needed: int) -> Finding:

@@ -69,7 +69,8 @@ class CompiledStep:
 
     def takes(self, parts: Sequence[Part]) -> bool:
         """Whether a pass is small enough, and without adapters."""
-        return sum(part.count for part in parts) <= MOST_POSITIONS and all(part.adapter is None for part in parts)
+        plain = all(part.adapter is None and not part.row.prefix_length for part in parts)
+        return plain and sum(part.count for part in parts) <= MOST_POSITIONS
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`, in the type of `hidden`."""
@@ -78,7 +79,7 @@ class CompiledStep:
         cosines, sines = (turn[0].float().contiguous() for turn in self._rope(hidden[None], positions[None]))
         if cosines.shape[-1] != self._size:
             raise RuntimeError("rotary embeddings of a part of the head")
-        result = hidden.float() if hidden.dtype != torch.float32 else hidden.clone()
+        result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         rows = [self._stores(part) for part in parts for _ in range(part.count)]
         stores = torch.tensor(list(chain.from_iterable(zip(*rows, strict=True)))).flatten()
         kernels.step(self._blocks, len(self._indices), result, stores, positions, cosines, sines, self._dtype.itemsize)
@@ -122,8 +123,28 @@ def _is_known(block: Any) -> bool:
         len(linear) == 7
         and all(_is_held(layer) for layer in linear)
         and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
-        and attention.head_dim % _VECTOR == 0
-        and attention.q_proj.out_features % attention.k_proj.out_features == 0
+        and _fits_together(block)
+    )
+
+
+def _fits_together(block: Any) -> bool:
+    """Whether the sizes are those that the compiled code takes for granted."""
+    attention, mlp = block.self_attn, block.mlp
+    size, width = attention.head_dim, attention.q_proj.in_features
+    heads, stored = attention.q_proj.out_features, attention.k_proj.out_features
+    between = mlp.gate_proj.out_features
+    norms = {block.input_layernorm: width, block.post_attention_layernorm: width}
+    norms |= {norm: size for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None}
+    return (
+        size % _VECTOR == 0
+        and stored % size == 0
+        and heads % stored == 0
+        and attention.v_proj.out_features == stored
+        and {layer.in_features for layer in (attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)} == {width}
+        and (attention.o_proj.in_features, attention.o_proj.out_features) == (heads, width)
+        and (mlp.up_proj.out_features, mlp.down_proj.in_features, mlp.down_proj.out_features)
+        == (between, between, width)
+        and all(norm.weight.numel() == length for norm, length in norms.items())
     )
 
 

@@ -7,6 +7,7 @@ integer weights at about half the speed.
 from __future__ import annotations
 
 import platform
+from enum import Enum
 from importlib import import_module
 from typing import Any
 
@@ -27,17 +28,33 @@ except ImportError:
     _kernels = None
 
 
+class Kernels(Enum):
+    """What there is of them."""
+
+    FAST = "compiled for CPUs such as this one"
+    PLAIN = "compiled, but not for this CPU"
+    NONE = "not compiled"
+
+
+def kernels_here() -> Kernels:
+    """What there is of them on this machine."""
+    if _kernels is None:
+        return Kernels.NONE
+    return Kernels.FAST if _kernels.is_fast() else Kernels.PLAIN
+
+
 def has_integer_kernels() -> bool:
     """Whether there are compiled kernels for integers, and nothing faster for this CPU.
 
     On x86 they are written for AVX512 with VNNI, and without it torch's are faster; elsewhere torch has none.
     """
-    return _kernels is not None and (_kernels.is_fast() or platform.machine() not in ("x86_64", "AMD64"))
+    kernels = kernels_here()
+    return kernels is Kernels.FAST or (kernels is Kernels.PLAIN and platform.machine() not in ("x86_64", "AMD64"))
 
 
 def has_float16_kernel() -> bool:
     """Whether there is a compiled kernel for float16 that this CPU can run."""
-    return _kernels is not None and _kernels.is_fast()
+    return kernels_here() is Kernels.FAST
 
 
 def multiply_int8(
@@ -67,7 +84,7 @@ def multiply_float16(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 def has_steps() -> bool:
     """Whether there are compiled steps through whole blocks that this CPU can run."""
-    return _kernels is not None and _kernels.is_fast()
+    return kernels_here() is Kernels.FAST
 
 
 def step(

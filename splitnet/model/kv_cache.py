@@ -142,6 +142,10 @@ class RowCache:
         blocks = [
             self._with_room(index, nothing, nothing, self._before(index) + self.length + count) for index in indices
         ]
+        for block in blocks:
+            for tensor in (block.keys, block.values):
+                if tensor.dtype != dtype or (tensor.shape[1], tensor.shape[3]) != (shape[1], shape[3]):
+                    raise RuntimeError("keys and values of this row have another type or shape")
         places = [(block.keys.data_ptr(), block.values.data_ptr(), block.keys.shape[2]) for block in blocks]
         self._places[indices] = places
         return places

@@ -38,7 +38,7 @@ from splitnet.model.backbone import (
 from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.compiled_step import CompiledStep
-from splitnet.model.families import NEUTRAL_CONFIG, packs_sequences, sliding_windows
+from splitnet.model.families import LEAN, NEUTRAL_CONFIG, ONE_WINDOW, packs_sequences, sliding_windows
 from splitnet.model.held_linear import hold_weights, saved_bytes
 from splitnet.model.kv_cache import OneRow, PassThrough, RowCache, TracedRow
 from splitnet.model.lean_step import LeanStep
@@ -48,6 +48,7 @@ from splitnet.model.weights import AUTO, Weights, choose_weights, name_of
 
 __all__ = ["Part", "Span", "block_bytes", "free_memory"]
 
+LEAN_PROMPT = 5
 LEAN_TRIALS = 3
 LEAN_TOLERANCE = 0.02
 LEAN_TOLERANCE_HALF = 0.3
@@ -348,11 +349,12 @@ class Span:
 
     def _lean_step(self) -> LeanStep | CompiledStep | None:
         """A faster way for decode steps, if there is one for these blocks that gives the same."""
-        if not self._packs or not self._sdpa:
+        config = self._backbone.config
+        if not self._packs or not self._sdpa or config.model_type not in LEAN:
             return None
         parent, name = parent_of(self._backbone, self._container)
         blocks, rope = list(getattr(parent, name)), getattr(parent, "rotary_emb", None)
-        everywhere = getattr(self._backbone.config, "sliding_window", None)
+        everywhere = config.sliding_window if config.model_type in ONE_WINDOW else None
         windows = self._windows or [everywhere] * (self._whole.end - self._whole.start)
         if self._whole is not self:
             if isinstance(self._whole._lean, CompiledStep):
@@ -368,11 +370,13 @@ class Span:
 
     @torch.inference_mode()
     def _gives_the_same(self, lean: LeanStep | CompiledStep) -> bool:
-        """Whether some steps come out as the family's own code has them."""
+        """Whether some steps after a prompt come out as the family's own code has them."""
         rows = self.new_row(), self.new_row()
         noise = torch.Generator().manual_seed(0)
         tolerance = LEAN_TOLERANCE if self.dtype == torch.float32 else LEAN_TOLERANCE_HALF
-        for position in range(LEAN_TRIALS):
+        prompt = torch.randn(LEAN_PROMPT, self.hidden_size, generator=noise)
+        self.forward(torch.cat((prompt, prompt)), [Part(row, 0, LEAN_PROMPT) for row in rows])
+        for position in range(LEAN_PROMPT, LEAN_PROMPT + LEAN_TRIALS):
             given = torch.randn(1, self.hidden_size, generator=noise).to(device=self.device, dtype=self.dtype)
             expected = self.forward(given, [Part(rows[0], position, 1)])
             got = lean.forward(given, [Part(rows[1], position, 1)])

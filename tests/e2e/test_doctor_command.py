@@ -21,8 +21,10 @@ def test_a_sound_swarm(duo: list[Daemon], small: Path, here: Here) -> None:
     told = here("doctor", str(small), "--join", duo[0].address(), "--listen", "tcp://127.0.0.1:0")
     assert told.code == 0 and not told.errors
     *lines, summary = told.output.splitlines()
-    assert all(line.startswith("pass ") for line in lines)
-    assert summary == f"{len(lines)} passed, 0 warned, 0 failed"
+    # Whether there is a compiler here is no matter.
+    warned = [line for line in lines if line.startswith("warn kernels")]
+    assert all(line.startswith("pass ") for line in lines if line not in warned)
+    assert summary == f"{len(lines) - len(warned)} passed, {len(warned)} warned, 0 failed"
     for start, end in DUO_SPANS:
         assert re.search(
             rf"pass peer +sn1\w+ at tcp://127.0.0.1:\d+, blocks {start}..{end - 1}: answers in", told.output

@@ -13,6 +13,7 @@ from splitnet.doctor import machine, network
 from splitnet.doctor.finding import Status, failed, passed, warned
 from splitnet.doctor.model import memory, open_model
 from splitnet.doctor.report import document, has_failed, summary
+from splitnet.model.kernels import Kernels
 from splitnet.model.sizes import ModelSizes
 from splitnet.net.dht_answers import NodeAnswer
 from splitnet.net.identity import Identity
@@ -152,3 +153,12 @@ def test_the_package_itself_is_sound() -> None:
         "libraries": Status.passed,
     }
     assert machine.devices().status is Status.passed
+
+
+@pytest.mark.parametrize(
+    ("kernels", "status"),
+    [(Kernels.FAST, Status.passed), (Kernels.PLAIN, Status.passed), (Kernels.NONE, Status.warned)],
+)
+def test_kernels_that_are_missing_are_told(kernels: Kernels, status: Status, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitnet.model.kernels.kernels_here", lambda: kernels)
+    assert machine.kernels().status is status

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from splitnet.model.span import Part, Span
 from tests.unit.random_models import random_checkpoint
 
 USUAL = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
-OTHERS = ("gpt2", "olmo2", "gemma2", "phi3", "qwen3_moe", "gpt_oss")
+OTHERS = ("gpt2", "olmo2", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "smollm3", "ministral3")
 
 
 @pytest.fixture(params=["compiled", "of torch"], autouse=True)
@@ -90,6 +91,24 @@ def test_gradients_do_not_depend_on_it(lengths: tuple[int, ...], tmp_path: Path)
         (gradient,) = torch.autograd.grad((span.sequences(hidden, lengths) * weights).sum(), hidden)
         found.append(gradient)
     assert not torch.equal(found[0], weights)  # as where nothing but the sum with the input had a graph
+    torch.testing.assert_close(*found)
+
+
+def test_a_window_in_the_config_that_the_family_does_not_use(tmp_path: Path) -> None:
+    folder = random_checkpoint("llama", tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "sliding_window": 4}))
+    span = Span.load(Checkpoint.open(folder), 1, 5)
+    assert span._lean is not None
+    lean = decoded(span, (9,), 4)
+    span._lean = None
+    torch.testing.assert_close(lean, decoded(span, (9,), 4), rtol=1e-4, atol=1e-5)
+
+
+def test_how_the_input_lies_in_memory_does_not_matter(tmp_path: Path) -> None:
+    span = load("llama", tmp_path)
+    hidden = torch.randn(span.hidden_size, 4).t()
+    found = [span.forward(given, [Part(span.new_row(), 0, 4)]) for given in (hidden, hidden.contiguous())]
     torch.testing.assert_close(*found)
 
 

@@ -16,6 +16,12 @@ LONGEST_MATCH = 16
 LEARNING_MATCH = 3
 """So many tokens before a place must be the same for another token there to be taken for a new name."""
 
+RENAMED_WITHIN = 2048
+"""A new name is looked for in so many of the latest tokens: the copy, not what it is a copy of."""
+
+TIMES_FORGOTTEN = 3
+"""A token that has been let go so often gets no new name any more."""
+
 TIMES_SEEN = 2
 """So often a token must have become the same other one."""
 
@@ -43,6 +49,8 @@ class PromptLookup:
         """The same the other way round."""
         self._seen: Counter[tuple[int, int]] = Counter()
         """How often a token has become another."""
+        self._forgotten: Counter[int] = Counter()
+        """How often a token has lost its new name."""
         self._places: dict[tuple[int, ...], int] = {}
         """Where the text went on after an n-gram of former tokens, the last time."""
         self._source: int | None = None
@@ -52,7 +60,7 @@ class PromptLookup:
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._tokens, self._places, self._source, self._suspect = [], {}, None, None
-        self._renamed, self._former, self._seen = {}, {}, Counter()
+        self._renamed, self._former, self._seen, self._forgotten = {}, {}, Counter(), Counter()
         for token in tokens:
             self.observe(token)
 
@@ -100,10 +108,11 @@ class PromptLookup:
             return
         former, new = self._suspect
         self._seen[self._suspect] += 1
-        if self._seen[self._suspect] >= TIMES_SEEN and former not in self._former and new not in self._former:
+        is_one = former in self._former or new in self._former
+        if self._seen[self._suspect] >= TIMES_SEEN and not is_one and self._forgotten[former] < TIMES_FORGOTTEN:
             self._forget(former)
             self._renamed[former], self._former[new] = new, former
-            self._remember_all()
+            self._remember_latest()
         self._suspect = None
 
     def _forget(self, former: int) -> None:
@@ -111,10 +120,12 @@ class PromptLookup:
         new = self._renamed.pop(former, None)
         if new is not None:
             del self._former[new], self._seen[former, new]
-            self._remember_all()
+            self._forgotten[former] += 1
+            self._remember_latest()
 
-    def _remember_all(self) -> None:
-        for index in range(len(self._tokens)):
+    def _remember_latest(self) -> None:
+        """After names have changed: what a token was stays as it is, so only where the copy has new ones."""
+        for index in range(max(0, len(self._tokens) - RENAMED_WITHIN), len(self._tokens)):
             self._remember(index)
 
     def _remember(self, index: int) -> None:
