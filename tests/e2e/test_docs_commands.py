@@ -95,9 +95,9 @@ def test_splitnet_parses_it(command: Command) -> None:
     ids=lambda command: command.place,
 )
 def test_splitnet_runs_it(
-    command: Command, address: str, demo_checkpoint: Path, here: Here, monkeypatch: pytest.MonkeyPatch
+    command: Command, address: str, demo_checkpoint: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path if "key" in command.words else ROOT)
     model = str(demo_checkpoint)
     words = filled(command.words[1:], ADDR=address, MODEL=model, demo=model, SMALL_MODEL=model)
     short = ["--max-new-tokens", "4"] if {"chat", "generate"} & {*words} else []
