@@ -53,7 +53,7 @@ class Coordinate:
             # Who stands at the same point can only be pushed away, in any direction.
             away, apart, push = direction, math.hypot(*direction) or 1.0, max(0.0, force)
         else:
-            push = force
+            push = max(force, -apart)  # not past the other: beyond it, going on would lead away
         vector = tuple(here + push * value / apart for here, value in zip(self.vector, away, strict=True))
         # Heights add where vectors subtract, so both heights push the same way (section 5.4 of the paper).
         height = self.height_ms + force * (self.height_ms + other.height_ms) / max(foretold, 1e-6)

@@ -19,6 +19,7 @@ directions = st.tuples(*[numbers] * DIMENSIONS)
 
 @given(coordinates, coordinates, st.floats(0.0, 1e5), directions)
 @example(Coordinate(height_ms=0.125, error=0.0), Coordinate(height_ms=1.0, error=0.0), 0.0, (0.0, 0.0, 1.0))
+@example(Coordinate(height_ms=1.0), Coordinate((0.0, 0.0, 1.0), 11.0, error=0.0), 0.0, (0.0, 0.0, 0.0))
 def test_a_measurement_moves_the_foretold_round_trip_towards_it(
     here: Coordinate, there: Coordinate, rtt_ms: float, direction: tuple[float, ...]
 ) -> None:
