@@ -61,7 +61,7 @@ class CompiledStep:
         cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None], dtype: torch.dtype
     ) -> CompiledStep | None:
         """For these blocks; None if their parts are not the usual ones, or nothing is compiled for this CPU."""
-        if not kernels.has_steps() or dtype not in (torch.float32, torch.bfloat16) or rope is None:
+        if not kernels.has_fast_kernels() or dtype not in (torch.float32, torch.bfloat16) or rope is None:
             return None
         if not all(is_usual(block) and _is_known(block) for block in blocks):
             return None

@@ -95,8 +95,7 @@ class KernelInt4(_Grouped):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) >= _MANY_ROWS:
-            dtype = type_for_many()
-            return torch.nn.functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
+            return _multiply_many(rows, self)
         given = rows.to(torch.bfloat16).contiguous()
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(given, self.packed, GROUP, self.scales_and_zeros)
         return product.to(rows.dtype)
@@ -145,8 +144,7 @@ class CompiledInt4(WeightForm):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) >= _MANY_ROWS:
-            dtype = type_for_many()
-            return torch.nn.functional.linear(rows.to(dtype), self.dequantised(dtype)).to(rows.dtype)
+            return _multiply_many(rows, self)
         return multiply_int4(rows, self.tiles)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
@@ -182,6 +180,11 @@ def kernel_order() -> torch.Tensor | None:
         if torch.equal(tiles, expected) and torch.equal(torch.as_tensor(at), in_order):
             return order
     return None
+
+
+def _multiply_many(rows: torch.Tensor, held: WeightForm) -> torch.Tensor:
+    dtype = type_for_many()
+    return torch.nn.functional.linear(rows.to(dtype), held.dequantised(dtype)).to(rows.dtype)
 
 
 def _tiled(groups: Groups) -> torch.Tensor:

@@ -52,8 +52,8 @@ def has_integer_kernels() -> bool:
     return kernels is Kernels.FAST or (kernels is Kernels.PLAIN and platform.machine() not in ("x86_64", "AMD64"))
 
 
-def has_float16_kernel() -> bool:
-    """Whether there is a compiled kernel for float16 that this CPU can run."""
+def has_fast_kernels() -> bool:
+    """Whether this CPU can run what has no plain loops: the kernel for float16, and steps through whole blocks."""
     return kernels_here() is Kernels.FAST
 
 
@@ -80,11 +80,6 @@ def multiply_int4(rows: torch.Tensor, tiles: torch.Tensor, *, plainly: bool = Fa
 def multiply_float16(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`[rows, inputs]` times float16 `[outputs, inputs]`, multiplied and summed in float32."""
     return _multiply(_kernels.float16, rows, len(weight), weight, None)
-
-
-def has_steps() -> bool:
-    """Whether there are compiled steps through whole blocks that this CPU can run."""
-    return kernels_here() is Kernels.FAST
 
 
 def step(

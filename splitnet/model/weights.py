@@ -12,7 +12,7 @@ from splitnet.model.dtypes import as_dtype
 from splitnet.model.float_forms import CompiledFloat16, ConvertedBfloat16, ConvertedFloat16, PackedFloat16
 from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4, KernelInt4
 from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
-from splitnet.model.kernels import has_float16_kernel, has_integer_kernels
+from splitnet.model.kernels import has_fast_kernels, has_integer_kernels
 from splitnet.model.weight_form import WeightForm
 
 AUTO = "auto"
@@ -105,7 +105,7 @@ def _fastest(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _float16_forms(device: torch.device) -> tuple[type[WeightForm], ...]:
-    if device.type == "cpu" and has_float16_kernel():
+    if device.type == "cpu" and has_fast_kernels():
         return (CompiledFloat16,)
     return (PackedFloat16, ConvertedFloat16) if has_kernels(device) else (ConvertedFloat16,)
 

@@ -21,7 +21,7 @@ from splitnet.model.float_forms import CompiledFloat16, ConvertedFloat16, Conver
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4, KernelInt4, kernel_order
 from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
-from splitnet.model.kernels import GROUP, has_float16_kernel, has_integer_kernels
+from splitnet.model.kernels import GROUP, has_fast_kernels, has_integer_kernels
 from splitnet.model.lazy_tensors import LazyTensors
 from splitnet.model.passes import SpanPasses
 from splitnet.model.sizes import ModelSizes
@@ -69,8 +69,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Whose kernels are used: splitnet's compiled ones, torch's, or none."""
     if request.param != "compiled":
         monkeypatch.setattr(weights, "has_integer_kernels", lambda: False)
-        monkeypatch.setattr(weights, "has_float16_kernel", lambda: False)
-    elif not (has_integer_kernels() and has_float16_kernel()):
+        monkeypatch.setattr(weights, "has_fast_kernels", lambda: False)
+    elif not (has_integer_kernels() and has_fast_kernels()):
         pytest.skip("splitnet's kernels were not compiled here, or not for this CPU")
     if request.param == "fallback":
         monkeypatch.setattr(weights, "has_kernels", lambda device: False)
@@ -206,7 +206,7 @@ COMPILED: list[tuple[type[WeightForm], tuple[int, int]]] = [
     (CompiledInt4, (48, 96)),
 ]
 needs_compiled = pytest.mark.skipif(
-    not (has_integer_kernels() and has_float16_kernel()), reason="splitnet's kernels were not compiled here"
+    not (has_integer_kernels() and has_fast_kernels()), reason="splitnet's kernels were not compiled here"
 )
 
 

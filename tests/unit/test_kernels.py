@@ -12,7 +12,7 @@ from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4
 from splitnet.model.int8_forms import CompiledInt8
 from splitnet.model.kernels import multiply_float16, multiply_int4, multiply_int8
 
-pytestmark = pytest.mark.skipif(not kernels.has_float16_kernel(), reason="the kernels were not compiled for this CPU")
+pytestmark = pytest.mark.skipif(not kernels.has_fast_kernels(), reason="the kernels were not compiled for this CPU")
 
 LARGEST = 255 * 127 + 127
 """What the largest value of a row becomes."""

@@ -24,9 +24,9 @@ OTHERS = ("gpt2", "olmo2", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "smollm3", 
 def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> type:
     """What the steps are."""
     if request.param == "of torch":
-        monkeypatch.setattr(kernels, "has_steps", lambda: False)
+        monkeypatch.setattr(kernels, "has_fast_kernels", lambda: False)
         return LeanStep
-    if not kernels.has_steps():
+    if not kernels.has_fast_kernels():
         pytest.skip("steps were not compiled here, or not for this CPU")
     return CompiledStep
 
