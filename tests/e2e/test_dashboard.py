@@ -122,7 +122,9 @@ def background_of(page: Page) -> str:
 def test_a_key_opens_the_page_and_stays_in_the_tab(visit: Visit) -> None:
     visitor = visit()
     page = visitor.come(key=None)
+    expect(page.locator("#key-dialog")).to_be_visible()
     page.keyboard.press("Escape")
+    expect(page.locator("#key-dialog")).to_be_hidden()
     expect(page.locator("#connection")).to_have_text("a key is needed")
     page.click("#key-button")
     visitor.give("wrong")
