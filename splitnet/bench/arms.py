@@ -90,7 +90,9 @@ def generate_exactly(model: Any, prompts: torch.Tensor, new_tokens: int, clock: 
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
+        # `min_new_tokens` would keep these out at the price of a pass over the vocabulary for every token.
+        eos_token_id=None,
+        pad_token_id=0,
         do_sample=False,
         temperature=None,
         top_p=None,

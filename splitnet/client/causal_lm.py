@@ -14,18 +14,24 @@ from splitnet.client.cache import ModelSession, RemoteCache
 from splitnet.client.local_adapters import Prefixes
 from splitnet.client.local_blocks import Blocks
 from splitnet.client.mixed_session import MixedSession
+from splitnet.client.plain_decoding import generate_plainly
 from splitnet.client.remote import Exchange
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
 from splitnet.client.session import Preference, Session
 from splitnet.client.speculation.speculator import Speculator
 from splitnet.client.swarm import Swarm
+from splitnet.client.text import Text
 from splitnet.client.trained_prompts import prompt_wrapper, with_trained_prompt
 from splitnet.errors import SplitnetError, UnsupportedModel
 from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.ends import Ends, ends_of
 from splitnet.model.shell import load_shell
 from splitnet.net.identity import Identity
+
+_PLAIN = frozenset({"attention_mask", "cache", "use_cache", "position_ids", "logits_to_keep"})
+"""What `generate()` may hand to the model without its loop having to."""
 
 
 class AutoModelForCausalLM:
@@ -126,12 +132,16 @@ def attach(
     shell = load_shell(checkpoint, blocks, dtype=dtype, device=device, weights=local_weights)
     model = made_remote(shell, RemoteCausalLM, checkpoint.source)
     model.open_sessions_with(open_session)
+    model.ends = ends_of(model)
     model.connect_blocks(blocks, swarm)
     return model
 
 
 class RemoteCausalLM(RemoteModel):
     """What a causal LM with remote blocks has beyond its transformers class: sessions, and a cache of its own."""
+
+    ends: Ends | None = None
+    """What stands before and after the blocks, if that is all there is."""
 
     def open_sessions_with(self, open_session: Callable[[int], ModelSession]) -> None:
         """Sets what makes the session of a cache, for a budget of positions."""
@@ -235,6 +245,13 @@ class RemoteCausalLM(RemoteModel):
         """The logits after `[1, seq]` new tokens, `[vocabulary]`."""
         return self(input_ids=input_ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
+    def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
+        """The logits after one new token, `[1, 1]`: `[vocabulary]`."""
+        if self.ends is None or not self._is_as_made:
+            return self.prefill(input_ids, cache)
+        with self._blocks.generating(cache):
+            return self.ends.logits(self._blocks(self.ends.embed(input_ids)))[0, -1]
+
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
         """Sends `[batch, seq]` new tokens through the blocks; `receive` waits for them.
 
@@ -269,6 +286,43 @@ class RemoteCausalLM(RemoteModel):
             return super().generate(inputs, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
             self._standing_prefix = ()
+
+    def _sample(
+        self,
+        input_ids: torch.Tensor,
+        logits_processor: Any,
+        stopping_criteria: Any,
+        generation_config: Any,
+        synced_gpus: bool = False,
+        streamer: Any = None,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What transformers' `generate()` calls for one sequence or more without beams.
+
+        For a single one, of which only tokens are wanted, its own loop takes longer than all else that a client does
+        for a token.
+        """
+        cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
+        unpadded = len(input_ids) == 1 and (mask is None or bool(mask.all()))
+        is_plain = only_tokens and unpadded and model_kwargs.keys() <= _PLAIN and prompt_wrapper(self) is None
+        if is_plain and isinstance(cache, RemoteCache):
+            text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+            return generate_plainly(self, text, cache)
+        return super()._sample(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids,
+            logits_processor,
+            stopping_criteria,
+            generation_config,
+            synced_gpus=synced_gpus,
+            streamer=streamer,
+            **model_kwargs,
+        )
+
+    @property
+    def _is_as_made(self) -> bool:
+        """Whether nobody has hooked onto calls of the model."""
+        return len(self._forward_hooks) == len(self._forward_pre_hooks) == 1
 
     def _before_model(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         args, kwargs = super()._before_model(module, args, kwargs)

@@ -156,6 +156,15 @@ class RemoteBlocks(nn.Module):
         return output
 
     @contextmanager
+    def generating(self, cache: RemoteCache) -> Iterator[None]:
+        """Calls of the blocks within take new positions of a cache, none of which is padding."""
+        self.call.cache = cache
+        try:
+            yield
+        finally:
+            self.call.cache = None
+
+    @contextmanager
     def sending(self) -> Iterator[list[Exchange]]:
         """Calls of the model within send their new positions and end there, without an output.
 

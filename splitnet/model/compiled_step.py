@@ -18,7 +18,7 @@ from torch import nn
 
 from splitnet.model import kernels
 from splitnet.model.attention import Part
-from splitnet.model.float_forms import CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
+from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.int4_forms import CompiledInt4
 from splitnet.model.int8_forms import CompiledInt8
@@ -150,7 +150,7 @@ def _fits_together(block: Any) -> bool:
 
 def _is_held(layer: nn.Linear | HeldLinear) -> bool:
     if isinstance(layer, HeldLinear):
-        known = (CompiledInt8, CompiledInt4, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32)
+        known = (CompiledInt8, CompiledInt4, CompiledFloat16, CompiledBfloat16, ConvertedBfloat16, ConvertedFloat32)
         return type(layer.held) in known
     return type(layer) is nn.Linear and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from splitnet.model.kernels import multiply_float16
+from splitnet.model.kernels import multiply_floats
 from splitnet.model.weight_form import WeightForm
 
 _HALF_MAX = torch.finfo(torch.float16).max
@@ -52,21 +52,29 @@ class ConvertedFloat16(ConvertedFloat):
     stored = torch.float16
 
 
-class CompiledFloat16(ConvertedFloat16):
-    """float16 for splitnet's kernel, which multiplies and sums in float32."""
+class ConvertedBfloat16(ConvertedFloat):
+    """bfloat16, converted at every call."""
+
+    stored = torch.bfloat16
+
+
+class _Compiled(ConvertedFloat):
+    """For splitnet's kernel, which multiplies and sums in float32."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) < _MANY_ROWS:
-            return multiply_float16(rows, self.weight)
+            return multiply_floats(rows, self.weight)
         # A part at a time, which stays in the cache between its conversion and its use.
         parts = self.weight.split(max(1, _CONVERTED_AT_A_TIME // self.weight.shape[1]))
         return torch.cat([torch.nn.functional.linear(rows, part.to(rows.dtype)) for part in parts], dim=-1)
 
 
-class ConvertedBfloat16(ConvertedFloat):
-    """bfloat16, converted at every call."""
+class CompiledFloat16(_Compiled, ConvertedFloat16):
+    """float16 for splitnet's kernel."""
 
-    stored = torch.bfloat16
+
+class CompiledBfloat16(_Compiled, ConvertedBfloat16):
+    """bfloat16 for splitnet's kernel."""
 
 
 class ConvertedFloat32(ConvertedFloat):

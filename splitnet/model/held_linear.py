@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.model.families import PLAIN_LINEAR, ROUTERS
@@ -69,10 +68,14 @@ class HeldLinear(nn.Module):
         elif torch.is_grad_enabled() and rows.requires_grad:
             product: Any = _Product.apply(rows, self.held)
         else:
-            product = self.held.multiply(rows)
+            product = self.multiply(rows)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*input.shape[:-1], self.out_features)
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[rows, inputs]` times the weight, without gradients."""
+        return self.held.multiply(rows)
 
     def _hold(self, weight: torch.Tensor) -> None:
         rows = (weight.T if self._transposed else weight).to(torch.float32).contiguous()
@@ -118,7 +121,7 @@ def holdable_layers(block: nn.Module, weights: Weights) -> Iterator[Holdable]:
         return
     shared = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
     for path, layer in block.named_modules():
-        sizes = _sizes_of(layer)
+        sizes = sizes_of(layer)
         if sizes is None or not ROUTERS.isdisjoint(path.split(".")) or shared[id(layer.weight)] > 1:
             continue
         form = weights.form_for(*sizes)
@@ -137,20 +140,6 @@ def hold_weights(block: nn.Module, weights: Weights) -> int:
     return len(found)
 
 
-def hold_head(model: PreTrainedModel, weights: Weights) -> None:
-    """Has the head of a causal model hold its weight; an embedding that shares it keeps its own."""
-    head: Any = model.get_output_embeddings()
-    sizes = _sizes_of(head)
-    form = weights.form_for(*sizes) if sizes is not None else None
-    if sizes is None or form is None:
-        return
-    outputs, inputs = sizes
-    held = HeldLinear(inputs, outputs, form, transposed=False, bias=head.bias is not None, dtype=head.weight.dtype)
-    held.bias = head.bias
-    held.weight = head.weight
-    model.set_output_embeddings(held)
-
-
 def saved_bytes(block: nn.Module, weights: Weights) -> int:
     """How many bytes fewer a block takes than with all of its weights in the type that it computes in."""
     return sum(
@@ -159,7 +148,7 @@ def saved_bytes(block: nn.Module, weights: Weights) -> int:
     )
 
 
-def _sizes_of(layer: nn.Module) -> tuple[int, int] | None:
+def sizes_of(layer: nn.Module) -> tuple[int, int] | None:
     """Outputs and inputs, of a layer that does nothing but multiply and add."""
     if type(layer) is nn.Linear or type(layer).__name__ in PLAIN_LINEAR:
         linear: Any = layer

@@ -53,7 +53,7 @@ def has_integer_kernels() -> bool:
 
 
 def has_fast_kernels() -> bool:
-    """Whether this CPU can run what has no plain loops: the kernel for float16, and steps through whole blocks."""
+    """Whether this CPU can run what has no plain loops: kernels for floats, and steps through whole blocks."""
     return kernels_here() is Kernels.FAST
 
 
@@ -77,9 +77,13 @@ def multiply_int4(rows: torch.Tensor, tiles: torch.Tensor, *, plainly: bool = Fa
     return _multiply(kernel, rows, len(tiles) * TILE, tiles, None)
 
 
-def multiply_float16(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`[rows, inputs]` times float16 `[outputs, inputs]`, multiplied and summed in float32."""
-    return _multiply(_kernels.float16, rows, len(weight), weight, None)
+def multiply_floats(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`[rows, inputs]` times float32, bfloat16 or float16 `[outputs, inputs]`, multiplied and summed in float32.
+
+    A row gives the same whatever others are with it.
+    """
+    kernel = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[weight.dtype]
+    return _multiply(getattr(_kernels, kernel), rows, len(weight), weight, None)
 
 
 def step(

@@ -15,7 +15,7 @@ from splitnet.model.block_stand_in import AllBlocks, blocks_return_tuple
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import packs_sequences
-from splitnet.model.held_linear import hold_head
+from splitnet.model.head import hold_head
 from splitnet.model.outline import BlockList, outline_of
 from splitnet.model.weights import choose_weights
 
@@ -42,6 +42,9 @@ def load_shell(
         UnsupportedModel: the family cannot be cut, or the checkpoint does not fit it.
         WeightsError: a weight cannot be held so.
     """
+    computes = as_dtype(dtype) or checkpoint.dtype
+    if weights == "bfloat16" and computes == torch.float32:
+        dtype = computes  # or bfloat16 would be what all computes in
     chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
     model = _load(checkpoint, checkpoint.config, causal_class(checkpoint.config), blocks, dtype, device)
     hold_head(model, chosen)

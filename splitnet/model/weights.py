@@ -9,7 +9,13 @@ import torch
 
 from splitnet.errors import WeightsError
 from splitnet.model.dtypes import as_dtype
-from splitnet.model.float_forms import CompiledFloat16, ConvertedBfloat16, ConvertedFloat16, PackedFloat16
+from splitnet.model.float_forms import (
+    CompiledBfloat16,
+    CompiledFloat16,
+    ConvertedBfloat16,
+    ConvertedFloat16,
+    PackedFloat16,
+)
 from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4, KernelInt4
 from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
 from splitnet.model.kernels import has_fast_kernels, has_integer_kernels
@@ -80,7 +86,7 @@ def choose_weights(
             f"--weights {name_of(wished)}"
         )
     if held == torch.bfloat16:
-        return Weights(kind, wished, (ConvertedBfloat16,))
+        return Weights(kind, wished, (CompiledBfloat16 if _has_fast_kernels(device) else ConvertedBfloat16,))
     return Weights(kind, wished, _float16_forms(device))
 
 
@@ -105,9 +111,13 @@ def _fastest(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _float16_forms(device: torch.device) -> tuple[type[WeightForm], ...]:
-    if device.type == "cpu" and has_fast_kernels():
+    if _has_fast_kernels(device):
         return (CompiledFloat16,)
     return (PackedFloat16, ConvertedFloat16) if has_kernels(device) else (ConvertedFloat16,)
+
+
+def _has_fast_kernels(device: torch.device) -> bool:
+    return device.type == "cpu" and has_fast_kernels()
 
 
 def _integer_forms(kind: str, device: torch.device) -> tuple[type[WeightForm], ...]:

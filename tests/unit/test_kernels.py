@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from splitnet.model import kernels
 from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4
 from splitnet.model.int8_forms import CompiledInt8
-from splitnet.model.kernels import multiply_float16, multiply_int4, multiply_int8
+from splitnet.model.kernels import multiply_floats, multiply_int4, multiply_int8
 
 pytestmark = pytest.mark.skipif(not kernels.has_fast_kernels(), reason="the kernels were not compiled for this CPU")
 
@@ -65,11 +65,13 @@ def test_int4(plainly: bool, tiles: int, groups: int, count: int, seed: int) -> 
     assert ((product - rows.double() @ weight.double().T).abs() <= most(rows, weight) + 20 * slack).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(outputs, inputs, counts, seeds)
-def test_float16(outputs: int, inputs: int, count: int, seed: int) -> None:
+def test_floats(dtype: torch.dtype, outputs: int, inputs: int, count: int, seed: int) -> None:
     rows = rows_of(count, inputs, seed)
-    weight = torch.randn(outputs, inputs).half()
-    product = multiply_float16(rows, weight)
+    weight = torch.randn(outputs, inputs).to(dtype)
+    product = multiply_floats(rows, weight)
+    assert torch.equal(product, torch.cat([multiply_floats(row[None], weight) for row in rows]))
     size = rows.double().abs() @ weight.double().abs().T
     assert ((product - rows.double() @ weight.double().T).abs() <= 1e-5 * size + 1e-30).all()
 
@@ -110,7 +112,7 @@ def test_threads_share_the_outputs(threads: int) -> None:
         return [
             multiply_int8(rows, eight.codes, eight.scales),
             multiply_int4(rows, four.tiles),
-            multiply_float16(rows, half),
+            multiply_floats(rows, half),
         ]
 
     before = torch.get_num_threads()

@@ -22,6 +22,7 @@ from splitnet.client.planner import Forecast
 from splitnet.client.remote import Exchange
 from splitnet.client.speculation.drafts import Draft, Drafter
 from splitnet.client.speculation.experience import Experience
+from splitnet.client.text import Text
 from splitnet.errors import SplitnetError
 
 LOOK_EVERY = 32
@@ -88,59 +89,21 @@ class SpeculativeDecoding:
             raise SplitnetError(
                 "speculation is for one sequence at a time, of which only tokens are returned: leave out `speculate`"
             )
-        text = _Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
+        text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
         run = _Run(model, cache, text, self._drafter, self._experience)
         try:
             while not text.finished:
                 run.turn()
         finally:
             run.stop()
-        if streamer is not None:
-            streamer.end()
+        text.end()
         return text.ids()
-
-
-class _Text:
-    """The tokens so far, and how the next one is chosen."""
-
-    def __init__(self, prompt: torch.Tensor, processor: Any, criteria: Any, config: Any, streamer: Any) -> None:
-        self.tokens: list[int] = prompt[0].tolist()
-        self.finished = False
-        self.most: int | None = config.max_length
-        """Tokens that it may have."""
-        self._held = torch.empty(1, 2 * prompt.shape[1] + 256, dtype=prompt.dtype, device=prompt.device)
-        self._held[:, : prompt.shape[1]] = prompt
-        self._processor = processor
-        self._criteria = criteria
-        self._samples: bool = config.do_sample
-        self._streamer = streamer
-
-    def ids(self) -> torch.Tensor:
-        """`[1, seq]`."""
-        return self._held[:, : len(self.tokens)]
-
-    def choose(self, logits: torch.Tensor) -> int:
-        """Takes the next token by its logits `[vocabulary]`."""
-        scores = self._processor(self.ids(), logits[None].to(torch.float32, copy=True))
-        if self._samples:
-            chosen = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)[0]
-        else:
-            chosen = scores.argmax(dim=-1)
-        token = int(chosen)
-        if len(self.tokens) == self._held.shape[1]:
-            self._held = torch.cat((self._held, torch.empty_like(self._held)), dim=1)
-        self._held[0, len(self.tokens)] = token
-        self.tokens.append(token)
-        if self._streamer is not None:
-            self._streamer.put(chosen.cpu())
-        self.finished = bool(self._criteria(self.ids(), scores).all())
-        return token
 
 
 class _Run:
     """One text on its way."""
 
-    def __init__(self, model: Model, cache: RemoteCache, text: _Text, drafter: Drafter, experience: Experience) -> None:
+    def __init__(self, model: Model, cache: RemoteCache, text: Text, drafter: Drafter, experience: Experience) -> None:
         self._model = model
         self._cache = cache
         self._text = text
@@ -156,9 +119,9 @@ class _Run:
 
     def turn(self) -> None:
         """Sends what can be sent, and takes in what comes back first."""
-        unseen = self._text.tokens[self._cache.remote.columns :]
-        if len(unseen) > 1:
-            self._take(self._model.prefill(self._as_ids(unseen), self._cache))
+        unseen = self._text.ids(self._cache.remote.columns)
+        if unseen.shape[1] > 1:
+            self._take(self._model.prefill(unseen, self._cache))
             return
         self._send_windows()
         sent = self._under_way.popleft()

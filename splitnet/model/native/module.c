@@ -51,6 +51,9 @@ static PyObject *multiply_integers(PyObject *const *given, Py_ssize_t count, Ker
 #ifndef HAVE_VNNI
 #define int8_vnni NULL
 #define int4_vnni NULL
+#define float32_vnni NULL
+#define bfloat16_vnni NULL
+#define float16_vnni NULL
 #endif
 
 static PyObject *int8(PyObject *self, PyObject *const *given, Py_ssize_t count) {
@@ -69,19 +72,29 @@ static PyObject *int4_of_any_cpu(PyObject *self, PyObject *const *given, Py_ssiz
     return multiply_integers(given, count, int4_plainly, NULL, TILE);
 }
 
-static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+static PyObject *multiply_floats(PyObject *const *given, Py_ssize_t count, Kernel vnni) {
     Job job;
     if (!read_job(given, count, &job)) return NULL;
-#ifdef HAVE_VNNI
-    if (has_vnni()) {
-        Py_BEGIN_ALLOW_THREADS
-        run(float16_vnni, &job, NULL, job.outputs, 4);
-        Py_END_ALLOW_THREADS
-        Py_RETURN_NONE;
+    if (vnni == NULL || !has_vnni()) {
+        PyErr_SetString(PyExc_NotImplementedError, "there are no kernels for floats for this CPU");
+        return NULL;
     }
-#endif
-    PyErr_SetString(PyExc_NotImplementedError, "there is no float16 kernel for this CPU");
-    return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    run(vnni, &job, NULL, job.outputs, 4);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
+static PyObject *float32(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    return multiply_floats(given, count, float32_vnni);
+}
+
+static PyObject *bfloat16(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    return multiply_floats(given, count, bfloat16_vnni);
+}
+
+static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    return multiply_floats(given, count, float16_vnni);
 }
 
 /* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, bytes of a stored number, threads). */
@@ -123,6 +136,8 @@ static PyObject *is_fast(PyObject *self, PyObject *unused) { return PyBool_FromL
 static PyMethodDef methods[] = {
     {"int8", (PyCFunction)(void (*)(void))int8, METH_FASTCALL, "Rows times int8 weights."},
     {"int4", (PyCFunction)(void (*)(void))int4, METH_FASTCALL, "Rows times int4 weights."},
+    {"float32", (PyCFunction)(void (*)(void))float32, METH_FASTCALL, "Rows times float32 weights."},
+    {"bfloat16", (PyCFunction)(void (*)(void))bfloat16, METH_FASTCALL, "Rows times bfloat16 weights."},
     {"float16", (PyCFunction)(void (*)(void))float16, METH_FASTCALL, "Rows times float16 weights."},
     {"int8_of_any_cpu", (PyCFunction)(void (*)(void))int8_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
     {"int4_of_any_cpu", (PyCFunction)(void (*)(void))int4_of_any_cpu, METH_FASTCALL, "The same by plain loops."},

@@ -1,0 +1,142 @@
+"""The head of a causal model where it generates.
+
+Every token reads all of the head's weight, which for large vocabularies is more than many blocks have. Threads that
+generate at the same time read it together, as the peers read their blocks.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16
+from splitnet.model.held_linear import HeldLinear, sizes_of
+from splitnet.model.int4_forms import CompiledInt4
+from splitnet.model.int8_forms import CompiledInt8
+from splitnet.model.kernels import has_fast_kernels, multiply_floats
+from splitnet.model.weights import Weights
+
+MOST_ROWS = 16
+"""Of all threads together; with more, products of matrices are faster."""
+
+_ALONE_AS_TOGETHER = (CompiledBfloat16, CompiledFloat16, CompiledInt8, CompiledInt4)
+"""Forms with which a row gives the same whatever others are with it."""
+
+
+@dataclass(slots=True)
+class _Call:
+    rows: torch.Tensor
+    product: torch.Tensor | None = None
+    error: Exception | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.product is not None or self.error is not None
+
+
+class SharedProduct:
+    """Multiplies the rows of several threads with one weight: those that come while it works go together next.
+
+    Nobody waits for others to come. After "Flat combining and the synchronization-parallelism tradeoff" (Hendler et
+    al., SPAA 2010, section 2): one of those who wait does the work of all.
+
+    Args:
+        multiply: `[rows, inputs]` -> `[rows, outputs]`; gives each row the same whatever others are with it.
+    """
+
+    def __init__(self, multiply: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self._multiply = multiply
+        self._waiting: deque[_Call] = deque()
+        self._working = threading.Lock()
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[rows, inputs]` -> `[rows, outputs]`, without gradients.
+
+        Raises:
+            Whatever `multiply` raises.
+        """
+        call = _Call(rows)
+        self._waiting.append(call)
+        with self._working:
+            while not call.done:
+                self._work()
+        if call.error is not None:
+            raise call.error
+        assert call.product is not None
+        return call.product
+
+    def _work(self) -> None:
+        calls = [self._waiting.popleft()]
+        rows = len(calls[0].rows)
+        while self._waiting and rows + len(self._waiting[0].rows) <= MOST_ROWS:
+            calls.append(self._waiting.popleft())
+            rows += len(calls[-1].rows)
+        try:
+            # What a thread in inference mode makes, others could not change in place.
+            with torch.inference_mode(False), torch.no_grad():
+                given = calls[0].rows if len(calls) == 1 else torch.cat([call.rows for call in calls])
+                products = self._multiply(given).split([len(call.rows) for call in calls])
+            for call, product in zip(calls, products, strict=True):
+                call.product = product
+        except Exception as error:
+            for call in calls:
+                call.error = error
+
+
+class Head(nn.Linear):
+    """A head in the type that the model computes in; its weight may be the embedding's, too."""
+
+    def __init__(self, weight: Any, bias: Any) -> None:
+        outputs, inputs = weight.shape
+        super().__init__(inputs, outputs, bias=False, device="meta")
+        self.weight, self.bias = weight, bias
+        self._shared = SharedProduct(lambda rows: multiply_floats(rows, self.weight))
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.reshape(-1, self.in_features)
+        if len(rows) > MOST_ROWS or not len(rows) or input.device.type != "cpu" or torch.is_grad_enabled():
+            return super().forward(input)
+        product = self._shared(rows)
+        if self.bias is not None:
+            product = product + self.bias
+        return product.view(*input.shape[:-1], self.out_features)
+
+
+class HeldHead(HeldLinear):
+    """A head whose weight is held in another form."""
+
+    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        if len(rows) > MOST_ROWS or type(self.held) not in _ALONE_AS_TOGETHER:
+            return self.held.multiply(rows)
+        return self._shared(rows)
+
+    def _hold(self, weight: torch.Tensor) -> None:
+        super()._hold(weight)
+        self._shared = SharedProduct(self.held.multiply)
+
+
+def hold_head(model: PreTrainedModel, weights: Weights) -> None:
+    """Gives a causal model a head for threads that generate, which holds its weight as is wished.
+
+    An embedding that shares the weight keeps its own, if that is another form.
+    """
+    head: Any = model.get_output_embeddings()
+    sizes = sizes_of(head)
+    if sizes is None:
+        return
+    form = weights.form_for(*sizes)
+    if form is not None:
+        outputs, inputs = sizes
+        held = HeldHead(inputs, outputs, form, transposed=False, bias=head.bias is not None, dtype=head.weight.dtype)
+        held.bias = head.bias
+        held.weight = head.weight
+        model.set_output_embeddings(held)
+    elif type(head) is nn.Linear and head.weight.device.type == "cpu" and has_fast_kernels():
+        model.set_output_embeddings(Head(head.weight, head.bias))
