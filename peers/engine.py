@@ -16,6 +16,7 @@ from peers.session import Work
 from peers.speed import ObservedSpeed
 from peers.work_queue import DECODE_POSITIONS, WorkQueue
 from splitnet.errors import CodecError, ProtocolError
+from splitnet.gathering import Gathering
 from splitnet.model.span import Part as SpanPart
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
@@ -51,6 +52,7 @@ class Engine:
         self._load = load
         self._counters = counters or Counters()
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
+        self._gathering = Gathering()
         self._publish_speed()
         self._pass_engine = PassEngine(span, service, self._run_ready_steps, self._counters)
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
@@ -70,6 +72,7 @@ class Engine:
 
     def _turn(self) -> bool:
         """Waits for work and runs a pass of it; False when the queue is closed. Keeps no session alive after it."""
+        self._queue.gather(self._gathering)
         chosen = self._queue.take(MAX_PASS_POSITIONS)
         if chosen:
             self._run_steps(chosen)
@@ -129,7 +132,7 @@ class Engine:
                 self._compute([item])
 
     def _pass(self, ready: list[tuple[Work, int]]) -> None:
-        began = time.perf_counter()
+        began, computed = time.perf_counter(), time.thread_time()
         self._observe_load(ready)
         session = ready[0][0].session
         span = self._view(session.start, session.end)
@@ -148,6 +151,9 @@ class Engine:
         output = span.forward(hidden, parts)
         elapsed_ms = (time.perf_counter() - began) * 1000
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
+        if len(hidden) <= DECODE_POSITIONS * len(ready):
+            sources, computed_s = (work.session.id for work, _ in ready), time.thread_time() - computed
+            self._gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
         self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
         offset = 0
         for work, count in ready:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict, deque
 
 from peers.session import PassWork, Session, Work
+from splitnet.gathering import Gathering
 
 DECODE_POSITIONS = 16
 """A step with at most so many positions counts as decode (a token per row, or a speculated window)."""
@@ -74,6 +76,17 @@ class WorkQueue:
                 self._passes.remove(work)
                 self.pass_positions -= work.positions
             return discarded
+
+    def gather(self, gathering: Gathering) -> None:
+        """Waits for work, and then for what is about to come, as long as it keeps coming."""
+        with self._changed:
+            while not self._ready and not self._passes and not self._closed:
+                self._changed.wait()
+            ready = 0
+            while len(self._ready) > ready and (patience_s := gathering.patience_s(len(self._ready))):
+                ready, until = len(self._ready), time.monotonic() + patience_s
+                while len(self._ready) == ready and not self._closed and (left := until - time.monotonic()) > 0:
+                    self._changed.wait(left)
 
     def take(self, max_positions: int, *, wait: bool = True) -> list[tuple[Work, int]]:
         """Waits for work and returns what runs in the next pass: steps with how many positions of each.

@@ -7,6 +7,7 @@ generate at the same time read it together, as the peers read their blocks.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from splitnet.gathering import Gathering
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16
 from splitnet.model.held_linear import HeldLinear, sizes_of
 from splitnet.model.int4_forms import CompiledInt4
@@ -33,6 +35,7 @@ _ALONE_AS_TOGETHER = (CompiledBfloat16, CompiledFloat16, CompiledInt8, CompiledI
 @dataclass(slots=True)
 class _Call:
     rows: torch.Tensor
+    thread: int
     product: torch.Tensor | None = None
     error: Exception | None = None
 
@@ -42,9 +45,9 @@ class _Call:
 
 
 class SharedProduct:
-    """Multiplies the rows of several threads with one weight: those that come while it works go together next.
+    """Multiplies the rows of several threads with one weight: those that come together go together.
 
-    Nobody waits for others to come. After "Flat combining and the synchronization-parallelism tradeoff" (Hendler et
+    After "Flat combining and the synchronization-parallelism tradeoff" (Hendler et
     al., SPAA 2010, section 2): one of those who wait does the work of all.
 
     Args:
@@ -55,6 +58,7 @@ class SharedProduct:
         self._multiply = multiply
         self._waiting: deque[_Call] = deque()
         self._working = threading.Lock()
+        self._gathering = Gathering()
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
         """`[rows, inputs]` -> `[rows, outputs]`, without gradients.
@@ -62,7 +66,7 @@ class SharedProduct:
         Raises:
             Whatever `multiply` raises.
         """
-        call = _Call(rows)
+        call = _Call(rows, threading.get_ident())
         self._waiting.append(call)
         with self._working:
             while not call.done:
@@ -73,6 +77,11 @@ class SharedProduct:
         return call.product
 
     def _work(self) -> None:
+        waiting = 0
+        while len(self._waiting) > waiting and (patience_s := self._gathering.patience_s(len(self._waiting))):
+            waiting = len(self._waiting)
+            time.sleep(patience_s)
+        began, computed = time.monotonic(), time.thread_time()
         calls = [self._waiting.popleft()]
         rows = len(calls[0].rows)
         while self._waiting and rows + len(self._waiting[0].rows) <= MOST_ROWS:
@@ -88,6 +97,8 @@ class SharedProduct:
         except Exception as error:
             for call in calls:
                 call.error = error
+        now = time.monotonic()
+        self._gathering.ran((call.thread for call in calls), now - began, time.thread_time() - computed, now)
 
 
 class Head(nn.Linear):

@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -69,8 +69,7 @@ class PublicKey:
     @property
     def text(self) -> str:
         """The printable key: `sn1` and 56 base32 characters, with a checksum against typing errors."""
-        body = base64.b32encode(self.raw + _checksum(self.raw)).decode("ascii").lower()
-        return _PUBLIC_PREFIX + body
+        return _printable(self.raw)
 
     @classmethod
     def parse(cls, text: str) -> PublicKey:
@@ -201,6 +200,12 @@ def default_key_file() -> Path:
     """Where the key of this user lives unless a path is given."""
     override = os.environ.get(KEY_FILE_VARIABLE)
     return Path(override) if override else Path(platformdirs.user_data_dir("splitnet")) / "key"
+
+
+@lru_cache(4096)
+def _printable(key: bytes) -> str:
+    body = base64.b32encode(key + _checksum(key)).decode("ascii").lower()
+    return _PUBLIC_PREFIX + body
 
 
 def _checksum(raw: bytes) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,37 @@ def same(local: Any, remote: RemoteCausalLM, inputs: Any, **options: Any) -> tor
 
 def test_greedy(local: Any, remote: RemoteCausalLM) -> None:
     same(local, remote, prompt())
+
+
+def test_only_prompts_take_the_way_through_the_whole_model_unless_somebody_watches_it(
+    local: Any, remote: RemoteCausalLM
+) -> None:
+    calls: list[int] = []
+    hook = remote.get_decoder().register_forward_pre_hook(lambda module, args: calls.append(1))
+    try:
+        same(local, remote, prompt())
+        assert len(calls) == 1
+        watch = remote.register_forward_hook(lambda module, args, output: None)
+        try:
+            same(local, remote, prompt())
+        finally:
+            watch.remove()
+        assert len(calls) == 1 + 24
+    finally:
+        hook.remove()
+
+
+def test_threads_that_share_a_model_get_what_each_gets_alone(local: Any, remote: RemoteCausalLM) -> None:
+    prompts = [prompt(4 + seed, seed=seed) for seed in range(6)]
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+    def generate(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        got = list(threads.map(lambda ids: generate(remote, ids), prompts))
+    for ids, output in zip(prompts, got, strict=True):
+        assert torch.equal(output, generate(local, ids))
 
 
 def test_sampling_with_a_seed(local: Any, remote: RemoteCausalLM) -> None:

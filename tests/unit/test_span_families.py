@@ -29,6 +29,7 @@ from transformers import (
 from splitnet.errors import OutOfMemory, UnsupportedModel
 from splitnet.model import memory
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.ends import ends_of
 from splitnet.model.families import PACKS
 from splitnet.model.kv_cache import RowCache
 from splitnet.model.shell import backbone_of, load_shell
@@ -72,6 +73,9 @@ CASES = [
     Case("mpt"),
 ]
 """Blocks of all kinds: what the project names, and where families differ within themselves."""
+
+USUAL_ENDS = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
+"""Families that do nothing but embed, normalise and multiply around their blocks."""
 
 SIZES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
@@ -175,6 +179,24 @@ def whole_model(folder: Path) -> PreTrainedModel:
 def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
     assert expected.std() > 0.05, "the reference is degenerate"
     assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
+
+
+@pytest.mark.parametrize("case", [*CASES, *OTHER_CASES], ids=str)
+@torch.inference_mode()
+def test_the_ends_alone_do_what_the_model_does_around_its_blocks(case: Case, made: Callable[[Case], Path]) -> None:
+    tap = Tap()
+    shell = load_shell(Checkpoint.open(made(case)), tap)
+    ends = ends_of(shell)
+    assert tap.seen is None, "the blocks are left alone"
+    if ends is None:
+        assert case.family not in USUAL_ENDS
+        return
+    torch.manual_seed(2)
+    ids = torch.randint(3, 300, (1, 5))
+    tap.answer = torch.randn(1, 5, shell.config.get_text_config().hidden_size)
+    logits = shell(ids, use_cache=False).logits
+    assert tap.seen is not None and torch.equal(ends.embed(ids), tap.seen)
+    assert torch.equal(ends.logits(tap.answer), logits)
 
 
 @pytest.mark.parametrize("case", [*CASES, *OTHER_CASES], ids=str)

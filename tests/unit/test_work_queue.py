@@ -12,6 +12,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from peers.session import PassWork, Session, Work
 from peers.work_queue import DECODE_POSITIONS, PATIENCE, WorkQueue
+from splitnet.gathering import Gathering
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection
 from splitnet.net.messages import Fork, Forward, Part, Step
@@ -75,6 +76,31 @@ def test_decode_comes_before_prefill_and_prefill_fills_the_pass() -> None:
     queue.put(work(decode, 1))
     chosen = run_pass(queue)
     assert [(item.session, count) for item, count in chosen] == [(decode, 1), (prefill, PASS - 1)]
+
+
+def test_a_pass_waits_for_a_session_that_is_about_to_come() -> None:
+    queue, gathering = WorkQueue(), Gathering()
+    sessions = [session(1), session(2)]
+    gathering.ran(sessions, WAIT_S, 0.0, 0.0)
+    queue.put(work(sessions[0], 1))
+    with ThreadPoolExecutor(1) as threads:
+        gathered = threads.submit(queue.gather, gathering)
+        queue.put(work(sessions[1], 1))
+        gathered.result(WAIT_S / 2)
+    assert {item.session.id for item, _ in queue.take(PASS)} == {owner.id for owner in sessions}
+
+
+def test_a_pass_waits_for_nobody_when_nobody_is_expected_or_the_queue_is_closed() -> None:
+    queue, gathering = WorkQueue(), Gathering()
+    owner, other = session(1), session(2)
+    gathering.ran([owner], WAIT_S, 0.0, 0.0)
+    queue.put(work(owner, 1))
+    queue.gather(gathering)
+    gathering.ran([owner, other], WAIT_S, 0.0, 0.0)
+    with ThreadPoolExecutor(1) as threads:
+        gathered = threads.submit(queue.gather, gathering)
+        queue.close()
+        gathered.result(WAIT_S / 2)
 
 
 def test_windows_that_a_later_step_takes_back_do_not_run() -> None:

@@ -187,15 +187,48 @@ VNNI static void quantise_vnni(const Job *job, const Quantised *to) {
     }
 }
 
+/* Sums of vectors without a reduction of each: pairs are added while they are interleaved. Of four vectors, each quarter
+of the result has the sums of that quarter of theirs; `merge` then adds the quarters of two such results. */
+INLINE VNNI __m512i sums_of_quarters(__m512i a, __m512i b, __m512i c, __m512i d) {
+    __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
+}
+
+INLINE VNNI __m512i merge(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+}
+
+INLINE VNNI __m512 float_sums_of_quarters(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512d first = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
+    __m512d second = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
+    return _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(first, second)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(first, second)));
+}
+
+INLINE VNNI __m512 merge_floats(__m512 a, __m512 b) {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+}
+
+/* What four outputs are of a row, by the sums of its products with the codes, which are 128 too large. */
+INLINE VNNI void store_int8(const Job *job, const Quantised *rows, long output, long row, __m128i upper, __m128i lower) {
+    const __m128i scales = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(job->scales + output)));
+    __m256d high = _mm256_cvtepi32_pd(_mm_sub_epi32(upper, _mm_set1_epi32(128 * rows->highs[row])));
+    __m256d low = _mm256_cvtepi32_pd(_mm_sub_epi32(lower, _mm_set1_epi32(128 * rows->lows[row])));
+    __m128 sums = _mm256_cvtpd_ps(_mm256_fmadd_pd(high, _mm256_set1_pd(BASE), low)); /* exact until here */
+    sums = _mm_mul_ps(_mm_mul_ps(sums, _mm_set1_ps(rows->steps[row])), _mm_castsi128_ps(_mm_slli_epi32(scales, 16)));
+    _mm_storeu_ps(job->products + row * job->outputs + output, sums);
+}
+
 INLINE VNNI void int8_block(const Job *job, const Quantised *rows, long output, long outputs, long row, long count) {
     const __m512i sign = _mm512_set1_epi8((char)0x80);
     const int8_t *codes = (const int8_t *)job->weights + output * job->inputs;
     const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
-    __m512i upper[BLOCK][4], lower[BLOCK][4];
+    __m512i upper[2][BLOCK], lower[2][BLOCK];
 #pragma GCC unroll 4
-    for (long o = 0; o < outputs; o++)
+    for (long r = 0; r < count; r++)
 #pragma GCC unroll 4
-        for (long r = 0; r < count; r++) upper[o][r] = lower[o][r] = _mm512_setzero_si512();
+        for (long o = 0; o < outputs; o++) upper[r][o] = lower[r][o] = _mm512_setzero_si512();
     for (long i = 0; i < job->inputs; i += 64) {
         long left = job->inputs - i;
         __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
@@ -208,17 +241,25 @@ INLINE VNNI void int8_block(const Job *job, const Quantised *rows, long output, 
             for (long r = 0; r < count; r++) {
                 __m512i h = _mm512_loadu_si512(high + r * rows->stride + i);
                 __m512i l = _mm512_loadu_si512(low + r * rows->stride + i);
-                upper[o][r] = _mm512_dpbusd_epi32(upper[o][r], code, h);
-                lower[o][r] = _mm512_dpbusd_epi32(lower[o][r], code, l);
+                upper[r][o] = _mm512_dpbusd_epi32(upper[r][o], code, h);
+                lower[r][o] = _mm512_dpbusd_epi32(lower[r][o], code, l);
             }
         }
     }
-#pragma GCC unroll 4
-    for (long o = 0; o < outputs; o++)
+    if (outputs == BLOCK) {
 #pragma GCC unroll 4
         for (long r = 0; r < count; r++) {
-            int64_t h = _mm512_reduce_add_epi32(upper[o][r]) - 128 * (int64_t)rows->highs[row + r];
-            int64_t l = _mm512_reduce_add_epi32(lower[o][r]) - 128 * (int64_t)rows->lows[row + r];
+            __m512i halves = merge(sums_of_quarters(upper[r][0], upper[r][1], upper[r][2], upper[r][3]),
+                                   sums_of_quarters(lower[r][0], lower[r][1], lower[r][2], lower[r][3]));
+            __m256i sums = _mm512_castsi512_si256(merge(halves, halves));
+            store_int8(job, rows, output, row + r, _mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+        }
+        return;
+    }
+    for (long r = 0; r < count; r++)
+        for (long o = 0; o < outputs; o++) {
+            int64_t h = _mm512_reduce_add_epi32(upper[r][o]) - 128 * (int64_t)rows->highs[row + r];
+            int64_t l = _mm512_reduce_add_epi32(lower[r][o]) - 128 * (int64_t)rows->lows[row + r];
             job->products[(row + r) * job->outputs + output + o] =
                 (float)(BASE * h + l) * rows->steps[row + r] * from_bfloat16(job->scales[output + o]);
         }
@@ -326,9 +367,17 @@ INLINE VNNI void float_block(enum kind kind, const Job *job, long output, long o
             for (long r = 0; r < count; r++) sums[o][r] = _mm512_fmadd_ps(weight, given[r], sums[o][r]);
         }
     }
+    if (outputs == BLOCK) {
 #pragma GCC unroll 4
+        for (long r = 0; r < count; r++) {
+            __m512 quarters = float_sums_of_quarters(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
+            quarters = merge_floats(quarters, quarters);
+            quarters = merge_floats(quarters, quarters);
+            _mm_storeu_ps(job->products + (row + r) * job->outputs + output, _mm512_castps512_ps128(quarters));
+        }
+        return;
+    }
     for (long o = 0; o < outputs; o++)
-#pragma GCC unroll 4
         for (long r = 0; r < count; r++)
             job->products[(row + r) * job->outputs + output + o] = _mm512_reduce_add_ps(sums[o][r]);
 }
@@ -338,7 +387,8 @@ INLINE VNNI void floats(enum kind kind, const Job *job, long start, long end) {
     for (; output + BLOCK <= end; output += BLOCK) {
         long row = 0;
         for (; row + 4 <= job->count; row += 4) float_block(kind, job, output, BLOCK, row, 4);
-        for (; row < job->count; row++) float_block(kind, job, output, BLOCK, row, 1);
+        if (row + 2 <= job->count) float_block(kind, job, output, BLOCK, row, 2), row += 2;
+        if (row < job->count) float_block(kind, job, output, BLOCK, row, 1);
     }
     for (; output < end; output++)
         for (long row = 0; row < job->count; row++) float_block(kind, job, output, 1, row, 1);

@@ -1,0 +1,53 @@
+"""How long work waits for more of its kind, which is done together at about the price of one.
+
+A pass through blocks takes about as long for some sessions as for one, since it reads the same weights. Sessions that
+were in a pass together come back one shortly after the other: if it began with the first of them, the others would wait
+for all of it, which is longer than the first waits for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
+
+PATIENCE = 0.1
+"""How long the next one is waited for, as a part of the time that the work takes."""
+
+SHARED_PATIENCE = 3.0
+"""How much longer, as a part of the time for which it had no processor: others want it, and use it meanwhile."""
+
+LATELY_S = 1.0
+"""Who has brought work within so many seconds may bring more."""
+
+_LEARNING = 0.1
+
+
+class Gathering:
+    """Tells how long to wait, from what was seen before. One thread uses it at a time."""
+
+    def __init__(self) -> None:
+        self._took_s = 0.0
+        self._delayed_s = 0.0
+        self._seen: dict[Hashable, float] = {}
+
+    def ran(self, sources: Iterable[Hashable], took_s: float, computed_s: float, now: float) -> None:
+        """Takes in that work of these sources was done together.
+
+        Args:
+            took_s: seconds that it took.
+            computed_s: for how many of them its thread had a processor.
+            now: when it was done, in seconds.
+        """
+        weight = _LEARNING if self._took_s else 1.0
+        self._took_s += weight * (took_s - self._took_s)
+        self._delayed_s += weight * (max(0.0, took_s - computed_s) - self._delayed_s)
+        self._seen.update(dict.fromkeys(sources, now))
+        if any(now - at > LATELY_S for at in self._seen.values()):
+            self._seen = {source: at for source, at in self._seen.items() if now - at <= LATELY_S}
+
+    def patience_s(self, ready: int) -> float:
+        """Seconds to wait for the next one when the work of so many sources is ready; 0: no more are expected.
+
+        At most what the work itself takes.
+        """
+        patience_s = PATIENCE * self._took_s + SHARED_PATIENCE * self._delayed_s
+        return min(patience_s, self._took_s) if ready < len(self._seen) else 0.0

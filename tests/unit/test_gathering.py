@@ -1,0 +1,47 @@
+"""How long work waits for more: never for what is not expected, never longer than it takes itself."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitnet.gathering import LATELY_S, PATIENCE, Gathering
+
+seconds = st.floats(0, 1, allow_subnormal=False)
+
+
+def test_nothing_is_waited_for_that_was_not_seen() -> None:
+    gathering = Gathering()
+    assert gathering.patience_s(1) == 0
+    gathering.ran(["a"], 0.01, 0.01, 0.0)
+    assert gathering.patience_s(1) == 0
+
+
+def test_others_are_waited_for_until_they_are_there() -> None:
+    gathering = Gathering()
+    gathering.ran(["a", "b"], 0.01, 0.01, 0.0)
+    assert gathering.patience_s(1) == pytest.approx(0.01 * PATIENCE)
+    assert gathering.patience_s(2) == 0
+
+
+def test_who_stays_away_is_forgotten() -> None:
+    gathering = Gathering()
+    gathering.ran(["a", "b"], 0.01, 0.01, 0.0)
+    gathering.ran(["a"], 0.01, 0.01, LATELY_S + 0.1)
+    assert gathering.patience_s(1) == 0
+
+
+def test_a_busy_processor_makes_it_wait_longer() -> None:
+    alone, among_others = Gathering(), Gathering()
+    alone.ran(["a", "b"], 0.01, 0.01, 0.0)
+    among_others.ran(["a", "b"], 0.01, 0.008, 0.0)
+    assert among_others.patience_s(1) > alone.patience_s(1)
+
+
+@given(st.lists(st.tuples(st.sets(st.integers(0, 5), min_size=1), seconds, seconds), min_size=1), st.integers(1, 6))
+def test_never_longer_than_the_work(turns: list[tuple[set[int], float, float]], ready: int) -> None:
+    gathering = Gathering()
+    for number, (sources, took, computed) in enumerate(turns):
+        gathering.ran(sources, took, computed, number / 10)
+    assert 0 <= gathering.patience_s(ready) <= max(took for _, took, _ in turns) + 1e-9

@@ -1,0 +1,121 @@
+"""The client's head: threads share its products, and each gets what it would get alone."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from splitnet.model.head import MOST_ROWS, Head, HeldHead, SharedProduct, hold_head
+from splitnet.model.kernels import has_fast_kernels
+from splitnet.model.weights import choose_weights
+from tests.unit.random_models import random_config
+
+WAIT_S = 20.0
+compiled = pytest.mark.skipif(not has_fast_kernels(), reason="the kernels were not compiled for this CPU")
+CPU = torch.device("cpu")
+
+
+class Product:
+    """Doubles rows; the first call waits until it is let go."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(rows))
+        self.begun.set()
+        assert self.go.wait(WAIT_S)
+        if bool(rows.isnan().any()):
+            raise ValueError("no number")
+        return 2 * rows
+
+
+def run_together(product: Product, rows: list[torch.Tensor]) -> list[Any]:
+    """One call that works, and calls of others that come meanwhile."""
+    shared = SharedProduct(product)
+    with ThreadPoolExecutor(len(rows) + 1) as threads:
+        first = threads.submit(shared, torch.ones(1, 3))
+        assert product.begun.wait(WAIT_S)
+        futures = [threads.submit(shared, each) for each in rows]
+        while len(shared._waiting) < len(rows):  # each puts its rows there before it waits
+            time.sleep(0)
+        product.go.set()
+        assert torch.equal(first.result(WAIT_S), 2 * torch.ones(1, 3))
+        return [future.exception(WAIT_S) or future.result() for future in futures]
+
+
+def test_those_who_wait_are_served_together() -> None:
+    product = Product()
+    rows = [torch.full((count, 3), float(count)) for count in (1, 3, 2)]
+    for given, got in zip(rows, run_together(product, rows), strict=True):
+        assert torch.equal(got, 2 * given)
+    assert product.sizes == [1, 6]
+
+
+def test_no_product_is_larger_than_it_may_be() -> None:
+    product = Product()
+    rows = [torch.full((MOST_ROWS - 1, 3), float(number)) for number in range(3)]
+    for given, got in zip(rows, run_together(product, rows), strict=True):
+        assert torch.equal(got, 2 * given)
+    assert product.sizes == [1, MOST_ROWS - 1, MOST_ROWS - 1, MOST_ROWS - 1]
+
+
+def test_an_error_reaches_all_whom_it_meets_and_nobody_later() -> None:
+    product = Product()
+    shared = SharedProduct(product)
+    product.go.set()
+    with pytest.raises(ValueError, match="no number"):
+        shared(torch.full((1, 3), float("nan")))
+    assert torch.equal(shared(torch.ones(2, 3)), 2 * torch.ones(2, 3))
+
+
+def model_with(dtype: torch.dtype) -> Any:
+    config = random_config("llama", blocks=1, hidden=64, vocab=304)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_head_as_it_is_stored_gives_the_same(dtype: torch.dtype) -> None:
+    model = model_with(dtype)
+    plain = copy.deepcopy(model.lm_head)
+    hold_head(model, choose_weights(None, dtype, dtype, CPU))
+    assert isinstance(model.lm_head, Head)
+    for count in (1, MOST_ROWS, MOST_ROWS + 1):
+        hidden = torch.randn(1, count, 64).to(dtype)
+        assert torch.allclose(model.lm_head(hidden), plain(hidden), atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@compiled
+def test_gradients_flow_through_a_head() -> None:
+    model = model_with(torch.float32)
+    hold_head(model, choose_weights(None, None, torch.float32, CPU))
+    hidden = torch.randn(1, 2, 64, requires_grad=True)
+    model.lm_head(hidden).sum().backward()
+    assert hidden.grad is not None
+    assert torch.allclose(hidden.grad, model.lm_head.weight.sum(0).expand(1, 2, -1), atol=1e-5)
+
+
+@compiled
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "int8", "int4"])
+@torch.no_grad()
+def test_rows_of_a_held_head_are_the_same_alone_and_together(kind: str) -> None:
+    model = model_with(torch.float32)
+    exact: nn.Module = copy.deepcopy(model.lm_head)
+    dtype = torch.float32 if kind == "bfloat16" else None
+    hold_head(model, choose_weights(kind, dtype, torch.float32, CPU))
+    assert isinstance(model.lm_head, HeldHead)
+    hidden = torch.randn(4, 64)
+    together = model.lm_head(hidden)
+    assert torch.equal(together, torch.cat([model.lm_head(row[None]) for row in hidden]))
+    assert torch.nn.functional.cosine_similarity(together, exact(hidden)).min() > 0.98
