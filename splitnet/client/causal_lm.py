@@ -247,10 +247,7 @@ class RemoteCausalLM(RemoteModel):
 
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
         """The logits after one new token, `[1, 1]`: `[vocabulary]`."""
-        if self.ends is None or not self._is_as_made:
-            return self.prefill(input_ids, cache)
-        with self._blocks.generating(cache):
-            return self.ends.logits(self._blocks(self.ends.embed(input_ids)))[0, -1]
+        return self._run(input_ids, cache)[-1]
 
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
         """Sends `[batch, seq]` new tokens through the blocks; `receive` waits for them.
@@ -259,7 +256,7 @@ class RemoteCausalLM(RemoteModel):
             SplitnetError: as a call of the model.
         """
         with self._blocks.sending() as sent:
-            self(input_ids=input_ids, cache=cache, use_cache=True)
+            self._run(input_ids, cache)
         return sent[0]
 
     def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
@@ -269,7 +266,14 @@ class RemoteCausalLM(RemoteModel):
             SplitnetError: as a call of the model.
         """
         with self._blocks.receiving(exchange):
+            return self._run(input_ids, cache)
+
+    def _run(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
+        """The logits of `[1, seq]` new tokens: `[seq, vocabulary]`."""
+        if self.ends is None or not self._is_as_made:
             return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
+        with self._blocks.generating(cache):
+            return self.ends.logits(self._blocks(self.ends.embed(input_ids)))[0]
 
     def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any], speculate: Any) -> Any:
         wrapper = prompt_wrapper(self)
