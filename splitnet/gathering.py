@@ -13,7 +13,10 @@ PATIENCE = 0.1
 """How long the next one is waited for, as a part of the time that the work takes."""
 
 SHARED_PATIENCE = 3.0
-"""How much longer, as a part of the time for which it had no processor: others want it, and use it meanwhile."""
+"""How much longer, as a part of the time for which it had no processor: others want it, and use it meanwhile.
+
+Until half of those who are expected are there: of one group the processors of a machine would wait for each other.
+"""
 
 LATELY_S = 1.0
 """Who has brought work within so many seconds may bring more."""
@@ -49,5 +52,7 @@ class Gathering:
 
         At most what the work itself takes.
         """
-        patience_s = PATIENCE * self._took_s + SHARED_PATIENCE * self._delayed_s
-        return min(patience_s, self._took_s) if ready < len(self._seen) else 0.0
+        if ready >= len(self._seen):
+            return 0.0
+        shared = SHARED_PATIENCE * self._delayed_s if 2 * ready < len(self._seen) else 0.0
+        return min(PATIENCE * self._took_s + shared, self._took_s)

@@ -34,9 +34,10 @@ def test_who_stays_away_is_forgotten() -> None:
 
 def test_a_busy_processor_makes_it_wait_longer() -> None:
     alone, among_others = Gathering(), Gathering()
-    alone.ran(["a", "b"], 0.01, 0.01, 0.0)
-    among_others.ran(["a", "b"], 0.01, 0.008, 0.0)
+    alone.ran(["a", "b", "c"], 0.01, 0.01, 0.0)
+    among_others.ran(["a", "b", "c"], 0.01, 0.008, 0.0)
     assert among_others.patience_s(1) > alone.patience_s(1)
+    assert among_others.patience_s(2) == alone.patience_s(2) > 0
 
 
 @given(st.lists(st.tuples(st.sets(st.integers(0, 5), min_size=1), seconds, seconds), min_size=1), st.integers(1, 6))
