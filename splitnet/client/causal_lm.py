@@ -310,7 +310,7 @@ class RemoteCausalLM(RemoteModel):
         only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
         unpadded = len(input_ids) == 1 and (mask is None or bool(mask.all()))
         is_plain = only_tokens and unpadded and model_kwargs.keys() <= _PLAIN and prompt_wrapper(self) is None
-        if is_plain and isinstance(cache, RemoteCache):
+        if is_plain and isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]:
             text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             return generate_plainly(self, text, cache)
         return super()._sample(  # pyright: ignore[reportAttributeAccessIssue]

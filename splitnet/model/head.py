@@ -22,7 +22,7 @@ from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16
 from splitnet.model.held_linear import HeldLinear, sizes_of
 from splitnet.model.int4_forms import CompiledInt4
 from splitnet.model.int8_forms import CompiledInt8
-from splitnet.model.kernels import has_fast_kernels, multiply_floats
+from splitnet.model.kernels import has_kernel_for, multiply_floats
 from splitnet.model.weights import Weights
 
 MOST_ROWS = 16
@@ -101,36 +101,53 @@ class SharedProduct:
         self._gathering.ran((call.thread for call in calls), now - began, time.thread_time() - computed, now)
 
 
-class Head(nn.Linear):
+class _Sharing(nn.Module):
+    """A layer whose threads share its products of few rows. Copies share nothing with it."""
+
+    @property
+    def shared(self) -> SharedProduct:
+        """Multiplies with the weight."""
+        return self.__dict__.setdefault("_shared", SharedProduct(self._multiply))
+
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_shared"}
+
+
+class Head(_Sharing, nn.Linear):
     """A head in the type that the model computes in; its weight may be the embedding's, too."""
 
     def __init__(self, weight: Any, bias: Any) -> None:
         outputs, inputs = weight.shape
         super().__init__(inputs, outputs, bias=False, device="meta")
         self.weight, self.bias = weight, bias
-        self._shared = SharedProduct(lambda rows: multiply_floats(rows, self.weight))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1, self.in_features)
-        if len(rows) > MOST_ROWS or not len(rows) or input.device.type != "cpu" or torch.is_grad_enabled():
+        few = 0 < len(rows) <= MOST_ROWS
+        if not few or torch.is_grad_enabled() or not has_kernel_for(self.weight):
             return super().forward(input)
-        product = self._shared(rows)
+        product = self.shared(rows)
         if self.bias is not None:
             product = product + self.bias
         return product.view(*input.shape[:-1], self.out_features)
 
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        return multiply_floats(rows, self.weight)
 
-class HeldHead(HeldLinear):
+
+class HeldHead(_Sharing, HeldLinear):
     """A head whose weight is held in another form."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) > MOST_ROWS or type(self.held) not in _ALONE_AS_TOGETHER:
             return self.held.multiply(rows)
-        return self._shared(rows)
+        return self.shared(rows)
 
-    def _hold(self, weight: torch.Tensor) -> None:
-        super()._hold(weight)
-        self._shared = SharedProduct(self.held.multiply)
+    def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.held.multiply(rows)
 
 
 def hold_head(model: PreTrainedModel, weights: Weights) -> None:
@@ -149,5 +166,5 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
         held.bias = head.bias
         held.weight = head.weight
         model.set_output_embeddings(held)
-    elif type(head) is nn.Linear and head.weight.device.type == "cpu" and has_fast_kernels():
+    elif type(head) is nn.Linear and has_kernel_for(head.weight):
         model.set_output_embeddings(Head(head.weight, head.bias))

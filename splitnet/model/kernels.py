@@ -22,6 +22,9 @@ TILE = 16
 TILE_BYTES = TILE * GROUP // 2 + TILE * 2 * 2
 """Of a group of inputs of a tile: the codes, then bfloat16 scales, then bfloat16 zeros."""
 
+_FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""Names of the kernels."""
+
 try:
     _kernels: Any = import_module("splitnet.model._kernels")
 except ImportError:
@@ -77,13 +80,17 @@ def multiply_int4(rows: torch.Tensor, tiles: torch.Tensor, *, plainly: bool = Fa
     return _multiply(kernel, rows, len(tiles) * TILE, tiles, None)
 
 
+def has_kernel_for(weight: torch.Tensor) -> bool:
+    """Whether `multiply_floats` takes this weight."""
+    return has_fast_kernels() and weight.device.type == "cpu" and weight.dtype in _FLOATS and weight.is_contiguous()
+
+
 def multiply_floats(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """`[rows, inputs]` times float32, bfloat16 or float16 `[outputs, inputs]`, multiplied and summed in float32.
 
     A row gives the same whatever others are with it.
     """
-    kernel = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}[weight.dtype]
-    return _multiply(getattr(_kernels, kernel), rows, len(weight), weight, None)
+    return _multiply(getattr(_kernels, _FLOATS[weight.dtype]), rows, len(weight), weight, None)
 
 
 def step(

@@ -97,6 +97,19 @@ def test_a_head_as_it_is_stored_gives_the_same(dtype: torch.dtype) -> None:
 
 
 @compiled
+@torch.no_grad()
+def test_a_head_that_is_converted_later_still_works() -> None:
+    model = model_with(torch.float32)
+    hold_head(model, choose_weights(None, None, torch.float32, CPU))
+    hidden = torch.randn(2, 64)
+    expected = model.lm_head(hidden)
+    assert torch.allclose(model.double().lm_head(hidden.double()).float(), expected, atol=1e-5)
+    turned = model.float().lm_head
+    turned.weight = nn.Parameter(turned.weight.T.contiguous().T)
+    assert torch.allclose(turned(hidden), expected, atol=1e-5)
+
+
+@compiled
 def test_gradients_flow_through_a_head() -> None:
     model = model_with(torch.float32)
     hold_head(model, choose_weights(None, None, torch.float32, CPU))
@@ -119,3 +132,19 @@ def test_rows_of_a_held_head_are_the_same_alone_and_together(kind: str) -> None:
     together = model.lm_head(hidden)
     assert torch.equal(together, torch.cat([model.lm_head(row[None]) for row in hidden]))
     assert torch.nn.functional.cosine_similarity(together, exact(hidden)).min() > 0.98
+
+
+@compiled
+@pytest.mark.parametrize("kind", [None, "int8"])
+@torch.no_grad()
+def test_a_copy_of_a_head_is_a_head_of_its_own(kind: str | None) -> None:
+    model = model_with(torch.float32)
+    hold_head(model, choose_weights(kind, None, torch.float32, CPU))
+    hidden = torch.randn(2, 64)
+    before = model.lm_head(hidden)
+    head = copy.deepcopy(model.lm_head)
+    assert torch.equal(head(hidden), before)
+    for tensor in (*head.parameters(), *head.buffers()):
+        tensor.zero_()
+    assert not head(hidden).any()
+    assert torch.equal(model.lm_head(hidden), before)
