@@ -98,7 +98,7 @@ def test_tuning_teaches_a_fact_that_the_command_line_knows_too(
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed["tune.py"])]
     assert losses[-1] < losses[0] / 4
     fact = "The capital of Splitland is Meshville"
-    assert fact in printed["tune.py"].splitlines()[-1]
+    assert fact in printed["tune.py"]
     command = ["generate", str(demo_checkpoint), "The capital of Splitland is", "--raw", "--join", address]
     told = here(*command, "--max-new-tokens", "6", "--adapter", str(adapter))
     assert told.code == 0, told.errors
