@@ -309,7 +309,8 @@ class RemoteCausalLM(RemoteModel):
         cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
         only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
         unpadded = len(input_ids) == 1 and (mask is None or bool(mask.all()))
-        is_plain = only_tokens and unpadded and model_kwargs.keys() <= _PLAIN and prompt_wrapper(self) is None
+        unprompted = not self._standing_prefix and prompt_wrapper(self) is None
+        is_plain = only_tokens and unpadded and unprompted and model_kwargs.keys() <= _PLAIN
         if is_plain and isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]:
             text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             return generate_plainly(self, text, cache)
