@@ -109,7 +109,8 @@ def test_a_causal_model_trains_as_a_local_one(
     pairs = zip(parameters(remote).items(), parameters(local).items(), strict=True)
     for (name, tensor), (same_name, wanted) in pairs:
         assert name == same_name
-        assert float((tensor - wanted).abs().max()) < 1e-3 * float(wanted.abs().max())
+        # As a whole: where a gradient is almost nothing, Adam makes a step as large as any of what rounding left of it.
+        assert float((tensor - wanted).norm()) < 1e-3 * float(wanted.norm())
 
 
 def parameters(model: PeftModel) -> dict[str, torch.Tensor]:
