@@ -47,8 +47,8 @@ class _Call:
 class SharedProduct:
     """Multiplies the rows of several threads with one weight: those that come together go together.
 
-    After "Flat combining and the synchronization-parallelism tradeoff" (Hendler et
-    al., SPAA 2010, section 2): one of those who wait does the work of all.
+    After "Flat combining and the synchronization-parallelism tradeoff" (Hendler et al., SPAA 2010): one of those who
+    wait does the work of all.
 
     Args:
         multiply: `[rows, inputs]` -> `[rows, outputs]`; gives each row the same whatever others are with it.
