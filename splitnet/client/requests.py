@@ -1,4 +1,4 @@
-"""What a session waits for, and what has come of it."""
+"""What a session has under way: what was sent, what has come of it, and how it is sent again on another route."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from splitnet.errors import ProtocolError, SplitnetError
+from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import (
     AdapterGradient,
@@ -15,9 +17,13 @@ from splitnet.net.messages import (
     Payload,
     Recall,
     Recalled,
+    Replay,
     Result,
     Step,
 )
+
+DECODE_POSITIONS = 16
+"""A step with at most so many positions is decoding: its time tells how fast the hops decode."""
 
 
 class Route(Protocol):
@@ -27,14 +33,18 @@ class Route(Protocol):
     def epoch(self) -> int: ...
 
     @property
+    def hidden_size(self) -> int: ...
+
+    @property
+    def blocks(self) -> tuple[int, int]: ...
+
+    @property
     def first(self) -> Endpoint: ...
 
     @property
     def tail(self) -> Endpoint: ...
 
-    def send(self, endpoint: Endpoint, message: Message) -> None:
-        """Sends and counts the bytes."""
-        ...
+    def send(self, endpoint: Endpoint, message: Message) -> None: ...
 
     def endpoints(self) -> list[Endpoint]:
         """All hops in order."""
@@ -45,8 +55,15 @@ class Route(Protocol):
         ...
 
 
-class Awaited(ABC):
-    """Something that was asked for."""
+class Request(ABC):
+    """Something that was asked for. `error` says that nothing will come any more."""
+
+    error: SplitnetError | None = None
+
+    @property
+    @abstractmethod
+    def number(self) -> int:
+        """That its answers name."""
 
     @property
     @abstractmethod
@@ -57,23 +74,52 @@ class Awaited(ABC):
         """What travels along the route, if the client sent it."""
         return None
 
-    @abstractmethod
-    def take(self, source: Endpoint, message: Message, route: Route) -> None:
-        """Takes an answer in."""
+    @property
+    def decodes(self) -> bool:
+        """Whether it is so small that an answer is due soon."""
+        return False
+
+    @property
+    def predicted_ms(self) -> float:
+        """What it is predicted to take; 0: not known."""
+        return 0.0
 
     @abstractmethod
-    def send_again(self, route: Route) -> None:
-        """After the route was repaired; what answers came before count no more."""
+    def send(self, route: Route) -> None:
+        """Sends it in the route's epoch; what came before counts no more."""
+
+    @abstractmethod
+    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+        """Takes an answer in; tells whether it was one.
+
+        Raises:
+            ProtocolError: it is not what was asked for.
+        """
+
+    def undo(self) -> None:
+        """Forgets an answer that cannot be used."""
 
 
-@dataclass(slots=True)
-class AwaitedStep(Awaited):
-    """The result of a step that the client sent."""
+def check_size(route: Route, codec: int, payload: Payload, positions: int) -> None:
+    """Raises ProtocolError if a payload does not hold `positions` encoded positions."""
+    wanted = positions * codec_by_code(codec).bytes_per_position(route.hidden_size)
+    if len(payload) != wanted:
+        raise ProtocolError(f"{positions} positions take {wanted} bytes, not {len(payload)}")
+
+
+@dataclass(slots=True, eq=False)
+class StepRequest(Request):
+    """New positions: `kept` of them come back from the tail."""
 
     step: Step
     kept: int
-    """Positions that come back."""
+    predicted_ms: float = 0.0
     result: Result | None = None
+    error: SplitnetError | None = None
+
+    @property
+    def number(self) -> int:
+        return self.step.number
 
     @property
     def done(self) -> bool:
@@ -83,33 +129,57 @@ class AwaitedStep(Awaited):
     def message(self) -> Step:
         return self.step
 
-    def take(self, source: Endpoint, message: Message, route: Route) -> None:
-        # Only the tail has the output of a step; the end of a replay may come from any hop.
-        if isinstance(message, Result) and (self.step.replay_until or source == route.tail):
-            self.result = message
+    @property
+    def decodes(self) -> bool:
+        return self.step.positions <= DECODE_POSITIONS
 
-    def send_again(self, route: Route) -> None:
-        if not self.done:
-            self.step = replace(self.step, epoch=route.epoch)
-            route.send(route.first, self.step)
+    def send(self, route: Route) -> None:
+        self.step = replace(self.step, epoch=route.epoch)
+        route.send(route.first, self.step)
+
+    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+        if not isinstance(message, Result) or source != route.tail or message.end != route.blocks[1]:
+            return False
+        check_size(route, message.codec, message.payload, self.kept)
+        self.result = message
+        return True
+
+    def undo(self) -> None:
+        self.result = None
 
 
-@dataclass(slots=True)
-class AwaitedReplay(Awaited):
-    """The end of the replay of a hop's log."""
+@dataclass(slots=True, eq=False)
+class ReplayRequest(Request):
+    """A part of a log that is sent again: by the client, or by a hop that is asked to.
 
-    result: Result | None = None
+    Attributes:
+        sent: what goes to `to`.
+        last: the hop where the replay ends, which answers.
+    """
+
+    sent: Step | Replay
+    to: Endpoint
+    last: Endpoint
+    done: bool = False
+    error: SplitnetError | None = None
 
     @property
-    def done(self) -> bool:
-        return self.result is not None
+    def number(self) -> int:
+        return self.sent.number
 
-    def take(self, source: Endpoint, message: Message, route: Route) -> None:
-        if isinstance(message, Result):
-            self.result = message
+    @property
+    def message(self) -> Step | None:
+        return self.sent if isinstance(self.sent, Step) else None
 
-    def send_again(self, route: Route) -> None:
-        pass  # who asked for it does so again
+    def send(self, route: Route) -> None:
+        route.send(self.to, self.sent)
+
+    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+        if isinstance(message, Result) and source == self.last:
+            self.done = True
+        elif isinstance(message, Result) and source == self.to:
+            raise ProtocolError("it has nothing to replay")
+        return self.done
 
 
 @dataclass(slots=True)
@@ -129,20 +199,29 @@ class FromHops:
         """Forgets what came before; these hops will send something."""
         self.parts, self._whole, self._expected = {}, set(), expected
 
-    def take(self, source: Endpoint, message: AdapterGradient | Recalled) -> None:
+    def take(self, source: Endpoint, message: AdapterGradient | Recalled) -> bool:
+        """Takes a part in; False if nothing of this hop is missing."""
+        if source not in self._expected or source in self._whole:
+            return False
         self.parts.setdefault(source, []).append(message.payload)
         if not message.remaining:
             self._whole.add(source)
+        return True
 
 
-@dataclass(slots=True)
-class AwaitedPass(Awaited):
+@dataclass(slots=True, eq=False)
+class PassRequest(Request):
     """A pass over whole sequences: its output, and once it goes back the gradients of its batch."""
 
     forward: Forward
     result: Result | None = None
     back: WayBack | None = None
     gradient: Gradient | None = None
+    error: SplitnetError | None = None
+
+    @property
+    def number(self) -> int:
+        return self.forward.number
 
     @property
     def done(self) -> bool:
@@ -153,49 +232,50 @@ class AwaitedPass(Awaited):
         return self.forward
 
     def send(self, route: Route) -> None:
-        """Sends it through the blocks, in the route's epoch."""
         self.result, self.gradient = None, None
         if self.back is not None:
             self.back.batch.rewind()
         self.forward = replace(self.forward, epoch=route.epoch)
         route.send(route.first, self.forward)
 
-    def take(self, source: Endpoint, message: Message, route: Route) -> None:
+    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         match message:
-            case Result() if source == route.tail:
+            case Result() if source == route.tail and message.end == route.blocks[1]:
+                check_size(route, message.codec, message.payload, self.forward.positions)
                 self.result = message
                 if self.back is not None:
                     self.back.batch.send_ready(route)
-            case Gradient() if source == route.first:
+            case Gradient() if source == route.first and message.boundary == route.blocks[0]:
+                check_size(route, message.codec, message.payload, self.forward.positions)
                 self.gradient = message
             case AdapterGradient() if self.back is not None:
-                self.back.batch.sums.take(source, message)
+                return self.back.batch.sums.take(source, message)
             case _:
-                pass
+                return False
+        return True
 
-    def send_again(self, route: Route) -> None:
-        if not self.done:
-            self.send(route)
+    def undo(self) -> None:
+        self.result, self.gradient = None, None
 
 
 @dataclass(slots=True)
 class WayBack:
     """What a pass goes back with."""
 
-    batch: AwaitedBatch
+    batch: Batch
     codec: int
     payload: Payload
     """The encoded gradient by the output."""
 
 
 @dataclass(slots=True)
-class AwaitedBatch:
+class Batch:
     """Passes that go back together.
 
     Hops add up their gradients by the adapter in the order of the passes, so all are done, or repeated, as one.
     """
 
-    passes: list[AwaitedPass]
+    passes: list[PassRequest]
     sums: FromHops = field(default_factory=FromHops)
     """The gradients by the adapter."""
     _sent: int = 0
@@ -234,7 +314,7 @@ class AwaitedBatch:
             self._send(self.passes[self._sent], route)
             self._sent += 1
 
-    def _send(self, which: AwaitedPass, route: Route) -> None:
+    def _send(self, which: PassRequest, route: Route) -> None:
         forward, result, back = which.forward, which.result, which.back
         assert result is not None and back is not None
         since, held = self.passes[0].forward.number, which is not self.passes[-1]
@@ -244,28 +324,29 @@ class AwaitedBatch:
         )
 
 
-@dataclass(slots=True)
-class AwaitedRecall(Awaited):
+@dataclass(slots=True, eq=False)
+class FetchRequest(Request):
     """Keys and values of a row, from every hop."""
 
     recall: Recall
     found: FromHops = field(default_factory=FromHops)
+    sent: bool = False
+    error: SplitnetError | None = None
+
+    @property
+    def number(self) -> int:
+        return self.recall.number
 
     @property
     def done(self) -> bool:
-        return self.found.whole
+        return self.sent and self.found.whole
 
     def send(self, route: Route) -> None:
-        """Asks all hops, in the route's epoch."""
+        self.sent = True
         self.recall = replace(self.recall, epoch=route.epoch)
         self.found.begin(set(route.endpoints()))
         for endpoint in route.endpoints():
             route.send(endpoint, self.recall)
 
-    def take(self, source: Endpoint, message: Message, route: Route) -> None:
-        if isinstance(message, Recalled):
-            self.found.take(source, message)
-
-    def send_again(self, route: Route) -> None:
-        if not self.done:
-            self.send(route)
+    def take(self, source: Endpoint, message: Message, route: Route) -> bool:
+        return isinstance(message, Recalled) and self.found.take(source, message)

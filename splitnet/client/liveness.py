@@ -1,0 +1,151 @@
+"""Whether the hops of a route live and work, while something is awaited of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from splitnet.client.session_events import Alive
+from splitnet.net.endpoints import Endpoint
+
+MIN_SILENCE_S = 0.25
+MAX_SILENCE_S = 2.0
+SILENT_STEPS = 5.0
+"""Without any answer for so many times what a step usually takes, but within these bounds, the hops are asked whether
+they live. With `ANSWER_S` that bounds the time until a peer that hangs, or is cut off, is found out.
+"""
+
+PATIENCE = 2.0
+"""A long step is given so many times what it is predicted to take before anybody is asked."""
+
+ANSWER_S = 1.0
+"""A peer that does not answer a ping in this time counts as lost."""
+
+IDLE_CHECKS = 2
+"""So many times in a row no hop has anything of the session to do: what was under way was lost between two of them."""
+
+
+class Finding(Enum):
+    """What a round of pings says."""
+
+    SILENT = "silent"
+    """Hops do not answer."""
+    FORGOTTEN = "forgotten"
+    """Hops do not hold the session."""
+    IDLE = "idle"
+    """All hops live, and none has anything of the session to do."""
+    STUCK = "stuck"
+    """Hops have something to do, and it does not go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Attributes:
+    hops: whom it concerns, the likeliest first.
+    """
+
+    finding: Finding
+    hops: tuple[Endpoint, ...] = ()
+
+
+def silence_s(usual_ms: float, predicted_ms: float = 0.0) -> float:
+    """How long to wait for an answer before asking.
+
+    Args:
+        usual_ms: what such a step usually takes; 0: not known.
+        predicted_ms: what it is predicted to take; 0: not known.
+    """
+    usual_s = SILENT_STEPS * usual_ms / 1000
+    silent_s = min(max(usual_s, MIN_SILENCE_S), MAX_SILENCE_S) if usual_ms else MAX_SILENCE_S
+    return max(silent_s, PATIENCE * predicted_ms / 1000)
+
+
+class Liveness:
+    """Rounds of pings, and what follows from their answers. All times in seconds of the caller's clock."""
+
+    def __init__(self) -> None:
+        self._heard_at = 0.0
+        self._progress_at = 0.0
+        self._marks: dict[Endpoint, tuple[int, int]] = {}
+        self._answers: dict[Endpoint, Alive | None] = {}
+        self._until = math.inf
+        self._idle_checks = 0
+
+    @property
+    def asking(self) -> bool:
+        """A round is under way."""
+        return bool(self._answers)
+
+    def heard(self, now: float) -> None:
+        """Something has come of what is awaited."""
+        self._heard_at = self._progress_at = now
+        self._idle_checks = 0
+        self._marks = {}
+        self.stop()
+
+    def stop(self) -> None:
+        """A round that is under way counts no more."""
+        self._answers, self._until = {}, math.inf
+
+    def wake_at(self, silent_s: float) -> float:
+        """When there is something to do."""
+        return self._until if self._answers else self._heard_at + silent_s
+
+    def ask(self, hops: Sequence[Endpoint], now: float) -> None:
+        """A round begins: these hops are pinged now."""
+        self._answers = dict.fromkeys(hops)
+        self._until = now + ANSWER_S
+
+    def answered(self, answer: Alive) -> bool:
+        """Takes an answer in; tells whether the round is over."""
+        if answer.endpoint in self._answers:
+            self._answers[answer.endpoint] = answer
+            return None not in self._answers.values()
+        return False
+
+    def is_late(self, now: float) -> bool:
+        """Whether a round is over, as its time is up."""
+        return now >= self._until
+
+    def verdict(self, number: int, progress_s: float, now: float) -> Verdict | None:
+        """Ends a round; None: there is nothing to do but to wait.
+
+        Args:
+            number: the lowest that is awaited.
+            progress_s: how long hops may work on something without any progress.
+            now: the time.
+        """
+        answers = self._answers
+        self.stop()
+        self._heard_at = now
+        silent = tuple(endpoint for endpoint, answer in answers.items() if answer is None)
+        if silent:
+            return Verdict(Finding.SILENT, silent)
+        told = [answer for answer in answers.values() if answer is not None]
+        forgotten = tuple(answer.endpoint for answer in told if answer.holds is False)
+        if forgotten:
+            return Verdict(Finding.FORGOTTEN, forgotten)
+        marks = {answer.endpoint: (answer.done, answer.last) for answer in told}
+        moved = bool(self._marks) and marks != self._marks
+        self._marks = marks
+        if moved:
+            self._progress_at = now
+        # A peer of version 0.1.0 says only whether its device is busy, for whomever.
+        works = [answer.waiting > 0 if answer.holds is not None else answer.busy for answer in told]
+        self._idle_checks = 0 if any(works) else 1 if moved else self._idle_checks + 1
+        behind = [answer.endpoint for answer in told if answer.holds is not None and answer.last < number]
+        if self._idle_checks == IDLE_CHECKS:
+            self._idle_checks = 0
+            # Whom it did not come to, or who keeps it; then who should have sent it; then all others from the tail on.
+            order = [answer.endpoint for answer in reversed(told)]
+            if behind:
+                at = [answer.endpoint for answer in told].index(behind[0])
+                order = [behind[0], *[answer.endpoint for answer in reversed(told[:at])], *order]
+            return Verdict(Finding.IDLE, tuple(dict.fromkeys(order)))
+        if any(works) and now - self._progress_at >= progress_s:
+            self._progress_at = now
+            stuck = [answer.endpoint for answer, busy in zip(told, works, strict=True) if busy]
+            return Verdict(Finding.STUCK, tuple(dict.fromkeys([*(hop for hop in stuck if hop in behind), *stuck])))
+        return None

@@ -1,0 +1,231 @@
+"""What happens to a session, and what is to be done about it: the two sides of `SessionState.handle`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from splitnet.client.event_log import Kind
+from splitnet.client.planner import PlannedHop
+from splitnet.errors import SplitnetError
+from splitnet.net.codecs import Codec
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.messages import Message
+
+if TYPE_CHECKING:
+    from splitnet.client.requests import Batch, Request
+    from splitnet.model.adapters import Adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """The caller wants an open route. Does nothing if there is one, or one is being made."""
+
+
+@dataclass(frozen=True, slots=True)
+class Submit:
+    """The caller sends requests, in this order. A route must be open or being repaired."""
+
+    requests: tuple[Request, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GoBack:
+    """The caller sends the gradients of passes that went forward up the route."""
+
+    batch: Batch
+    adapter: int
+    """Version that the passes run with; 0: none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    """The caller awaits these requests no longer."""
+
+    numbers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """The caller wants KV memory for so many positions on every hop; never shrinks."""
+
+    budget: int
+
+
+@dataclass(frozen=True, slots=True)
+class UseAdapter:
+    """The caller wants the blocks to run with other parameters; None: with their own alone."""
+
+    adapter: Adapter | None
+
+
+@dataclass(frozen=True, slots=True)
+class Restart:
+    """The caller gives up all that the hops have cached: what comes next begins at position 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """The caller leaves a route that works for a better one; ignored while something is under way."""
+
+    route: tuple[PlannedHop, ...]
+    codecs: tuple[Codec, ...]
+    """See `Planned`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Distrust:
+    """An answer that was accepted turned out to be wrong when it was decoded: the request is done again elsewhere."""
+
+    request: Request
+    source: Endpoint
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """The caller ends the session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """A message came from a peer."""
+
+    source: Endpoint
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class LinkFailed:
+    """The client's own link to a peer is lost or refused."""
+
+    endpoint: Endpoint
+    error: SplitnetError
+
+
+@dataclass(frozen=True, slots=True)
+class Alive:
+    """A peer has answered an `AskAlive`.
+
+    Attributes:
+        busy: its device has something to do, for whomever.
+        holds: it knows the session; None: a peer of version 0.1.0, which does not say.
+        waiting: steps and passes of the session that wait or run there.
+        done: positions of the session computed there so far; only grows.
+        last: highest number of a step or pass of the session's epoch that was finished there.
+    """
+
+    endpoint: Endpoint
+    busy: bool
+    holds: bool | None = None
+    waiting: int = 0
+    done: int = 0
+    last: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A route, as `AskRoute` wanted it, with the codec of every link: `codecs` has one more than `route`."""
+
+    route: tuple[PlannedHop, ...]
+    codecs: tuple[Codec, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NoRoute:
+    """There is no route.
+
+    Attributes:
+        error: why.
+        present: names of all peers that the directory lists.
+        was_covered: all blocks were served at some time.
+    """
+
+    error: SplitnetError
+    present: frozenset[str]
+    was_covered: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """The time of `SessionState.wake_at` has come."""
+
+
+Event = (
+    Use
+    | Submit
+    | GoBack
+    | Abandon
+    | Resize
+    | UseAdapter
+    | Restart
+    | Move
+    | Distrust
+    | Close
+    | Received
+    | LinkFailed
+    | Alive
+    | Planned
+    | NoRoute
+    | Tick
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Send a message to a hop."""
+
+    endpoint: Endpoint
+    message: Message
+
+
+@dataclass(frozen=True, slots=True)
+class AskAlive:
+    """Ping a hop, naming the session; `Alive` follows if it answers."""
+
+    endpoint: Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class AskRoute:
+    """Plan a route; `Planned` or `NoRoute` must follow.
+
+    Attributes:
+        kept: hops that stay if they can, in order.
+        excluded: names of peers that must not be used.
+        fresh: look into the directory even if that was done a moment ago.
+        unban: lift the bans of peers that answer now.
+    """
+
+    kept: tuple[PlannedHop, ...]
+    excluded: frozenset[str]
+    fresh: bool
+    unban: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Ban:
+    """Plan without a peer for a while; `leaves`: it said that it goes away."""
+
+    name: str
+    leaves: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Unban:
+    """A ban was not deserved."""
+
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """Tell people what has happened."""
+
+    kind: Kind
+    text: str
+    peer: str = ""
+
+
+Effect = Send | AskAlive | AskRoute | Ban | Unban | Note
+

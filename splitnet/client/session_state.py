@@ -1,0 +1,974 @@
+"""The life of a session as a state machine: events in, effects out. No socket, thread, clock, queue or tensor.
+
+    NEW ──> PLANNING ──> OPENING ──> LOADING ──> REPLAYING ──> OPEN
+               ^            │           │            │          │
+               └────────────┴───────────┴────────────┴──────────┘  a hop is lost, or a better route is there
+    any ──> BROKEN  no route: the next use tries again, with the hops that are left
+    any ──> CLOSED
+
+A hop that dies is replaced: the peer before it has logged the encoded activations that it sent. Other peers are planned
+for just the lost blocks, the route is opened again in a new epoch (messages of the old one are dropped from then on),
+the log is sent to the replacement, and what is under way is sent again. The same bytes give the same KV cache. Where
+the neighbour died too, the log of the nearest living sender stands in; the last of them is the client's own.
+
+Whatever a hop does wrong is handled as its death: it is banned and replaced. A cache that may not be what the session
+wants is computed again, never used. Waiting is bounded by progress: by how long nothing came, not by totals.
+
+The model is the worker of Dask's distributed (`distributed/worker_state_machine.py`) and h11 (`h11/_state.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from splitnet.client.event_log import Kind
+from splitnet.client.failure_codes import error_of
+from splitnet.client.liveness import Finding, Liveness, Verdict, silence_s
+from splitnet.client.overview import blocks_text, short_key
+from splitnet.client.planner import PlannedHop
+from splitnet.client.refill import next_refill
+from splitnet.client.requests import ReplayRequest, Request, StepRequest, check_size
+from splitnet.client.route_hop import RouteHop
+from splitnet.client.session_events import (
+    Abandon,
+    Alive,
+    AskAlive,
+    AskRoute,
+    Ban,
+    Close,
+    Distrust,
+    Effect,
+    Event,
+    GoBack,
+    LinkFailed,
+    Move,
+    NoRoute,
+    Note,
+    Planned,
+    Received,
+    Resize,
+    Restart,
+    Send,
+    Submit,
+    Tick,
+    Unban,
+    Use,
+    UseAdapter,
+)
+from splitnet.errors import (
+    ContextTooLong,
+    CoverageError,
+    NotAuthorized,
+    PeerBusy,
+    PeerFailed,
+    PeerLeaving,
+    PeerLost,
+    ProtocolError,
+    SessionClosed,
+    SessionLost,
+    SplitnetError,
+)
+from splitnet.model.adapters import Adapter, counted_down, write_groups
+from splitnet.net.codecs import Codec, codec_by_name
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.messages import Adapter as AdapterMessage
+from splitnet.net.messages import (
+    Adopted,
+    Failure,
+    FailureCode,
+    Gradient,
+    Message,
+    Open,
+    Opened,
+    Result,
+    Step,
+    Timing,
+)
+from splitnet.net.messages import Close as CloseMessage
+from splitnet.net.sent_log import SentLog
+
+
+class Phase(StrEnum):
+    """Where a session stands."""
+
+    NEW = "new"
+    """No hop was asked yet."""
+    PLANNING = "planning"
+    """A route is being planned, or awaited where nobody serves some blocks."""
+    OPENING = "opening"
+    """Hops reserve memory and find out whether they reach each other."""
+    LOADING = "loading"
+    """Hops take over the session's adapter."""
+    REPLAYING = "replaying"
+    """Hops that lack the session's KV cache compute it from a log."""
+    OPEN = "open"
+    """Requests travel along the route."""
+    BROKEN = "broken"
+    """Hops are missing, and nothing is under way."""
+    CLOSED = "closed"
+
+
+TRANSITIONS: dict[Phase, frozenset[Phase]] = {
+    Phase.NEW: frozenset({Phase.PLANNING, Phase.CLOSED}),
+    Phase.PLANNING: frozenset({Phase.OPENING, Phase.BROKEN, Phase.CLOSED}),
+    Phase.OPENING: frozenset({Phase.LOADING, Phase.PLANNING, Phase.BROKEN, Phase.CLOSED}),
+    Phase.LOADING: frozenset({Phase.REPLAYING, Phase.OPEN, Phase.PLANNING, Phase.OPENING, Phase.BROKEN, Phase.CLOSED}),
+    Phase.REPLAYING: frozenset({Phase.OPEN, Phase.PLANNING, Phase.OPENING, Phase.BROKEN, Phase.CLOSED}),
+    Phase.OPEN: frozenset({Phase.PLANNING, Phase.OPENING, Phase.LOADING, Phase.BROKEN, Phase.CLOSED}),
+    Phase.BROKEN: frozenset({Phase.PLANNING, Phase.OPENING, Phase.CLOSED}),
+    Phase.CLOSED: frozenset(),
+}
+"""Every change that can happen; `tests/unit/test_session_machine.py` compares it with what does happen."""
+
+OPEN_TIMEOUT_S = 10.0
+"""In which a hop answers an `Open`; it may have to reach its next hop before."""
+
+DECODE_PROGRESS_S = 30.0
+"""A hop that works on a decode step for so long without any progress counts as lost."""
+
+POLL_S = 0.5
+"""Between two looks for a peer that serves what nobody serves."""
+
+MAX_ATTEMPTS = 8
+"""So many routes may fail before an answer comes on one."""
+
+_NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized)
+"""What a peer may say of one session without being at fault."""
+
+_FORGETFUL = (FailureCode.UNKNOWN_SESSION, FailureCode.OUT_OF_ORDER, FailureCode.STALE_EPOCH, FailureCode.TOO_LONG)
+"""A hop that says so once may be right: it restarted, or has work of an older epoch to do."""
+
+
+class Cause(StrEnum):
+    """Why a route was repaired."""
+
+    LOST = "lost"
+    """A hop died, hangs, is cut off or answered nonsense."""
+    SESSION_LOST = "session_lost"
+    """A hop answers, but does not hold the session any more."""
+    LEAVING = "leaving"
+    """A hop has said that it is about to end or to move."""
+    BUSY = "busy"
+    """A hop ran out of memory."""
+    STALLED = "stalled"
+    """All hops live, but what was under way got lost between them."""
+    BETTER_ROUTE = "better_route"
+    """Nothing was lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """One repair of a route."""
+
+    lost: tuple[str, ...]
+    """Why hops were replaced."""
+    opened_ms: float
+    """Until other peers were planned and had opened the session."""
+    total_ms: float
+    """Until they had the cache, and what was under way was sent again."""
+    cause: Cause
+    """Of the first hop that was replaced."""
+
+
+@dataclass(slots=True)
+class _Making:
+    """A route that is being made."""
+
+    began: float
+    repairs: bool
+    """There was a route before."""
+    cause: Cause = Cause.LOST
+    reasons: list[str] = field(default_factory=list)
+    refused: dict[str, SplitnetError] = field(default_factory=dict)
+    """Why peers do not take the session, by name."""
+    excluded: set[str] = field(default_factory=set)
+    """Of them, those that are not asked again."""
+    asks_route: bool = False
+    """A route is being planned."""
+    retry_at: float = math.inf
+    opened_at: float = 0.0
+
+
+class SessionState:
+    """A session's route, what is under way on it, and what to do about whatever happens.
+
+    Args:
+        session: id of the session.
+        model: fingerprint of the weights.
+        blocks: what the hops run, `[start, end)`.
+        hidden_size: values per position.
+        budget: positions of KV cache to reserve on every hop, over all rows.
+        max_positions: context length of the model, if it has one.
+        progress_timeout_s: how long hops may work on what is under way without any progress.
+        recovery_timeout_s: how long to wait for other peers when blocks are served by nobody any more.
+
+    Attributes:
+        phase, epoch, hops, adapter, adapter_version, budget: as they are now.
+        log: what the client itself has sent; None before the first step.
+        timings: what the last step met, hop by hop, as the tail says.
+        recoveries: repairs of the route so far.
+        error: why there is no route, until the next `Use`.
+        refusal: why the last `Resize` was refused.
+        usual_ms: what a decode step usually takes, told by the driver; 0: not known.
+    """
+
+    def __init__(
+        self,
+        session: bytes,
+        *,
+        model: str,
+        blocks: tuple[int, int],
+        hidden_size: int,
+        budget: int,
+        max_positions: int | None = None,
+        progress_timeout_s: float = 120.0,
+        recovery_timeout_s: float = 30.0,
+    ) -> None:
+        self.session = session
+        self.blocks = blocks
+        self.hidden_size = hidden_size
+        self.budget = max(1, budget)
+        self.phase = Phase.NEW
+        self.epoch = 0
+        self.hops: list[RouteHop] = []
+        self.first_codec = codec_by_name("none")
+        """Codec of the client's own link to the first hop."""
+        self.adapter: Adapter | None = None
+        self.adapter_version = 0
+        self.log: SentLog | None = None
+        self.timings: tuple[Timing, ...] = ()
+        self.recoveries: list[Recovered] = []
+        self.error: SplitnetError | None = None
+        self.refusal: SplitnetError | None = None
+        self.usual_ms = 0.0
+        self._model = model
+        self._max_positions = max_positions
+        self._progress_timeout_s = progress_timeout_s
+        self._recovery_timeout_s = recovery_timeout_s
+        self._numbers = itertools.count(1)
+        self._in_flight: dict[int, Request] = {}
+        self._replays: dict[int, ReplayRequest] = {}
+        self._filling: list[RouteHop] = []
+        """Hops that the replays fill."""
+        self._making: _Making | None = None
+        self._asked: dict[Endpoint, float] = {}
+        """Hops that are to answer an `Open` or an adapter, and until when."""
+        self._failed: dict[Endpoint, SplitnetError] = {}
+        """Hops that were asked and cannot."""
+        self._members: dict[Endpoint, tuple[int, int]] = {}
+        """Who was sent an `Open`, for which blocks, and no `Close` since."""
+        self._growing = 0
+        """The budget that an open route is being resized to; 0: none."""
+        self._liveness = Liveness()
+        self._stalls = 0
+        self._attempts = 0
+        self._strikes: dict[str, int] = {}
+        """How often peers had forgotten the session since an answer came, by name."""
+        self._complaints: dict[int, list[str]] = {}
+        """Who has answered with which failure since an answer came; 0: an answer that cannot be used."""
+        self._now = 0.0
+        self._effects: list[Effect] = []
+
+    # What drivers and requests ask.
+
+    @property
+    def is_open(self) -> bool:
+        return self.phase is Phase.OPEN
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing is being made, loaded or resized."""
+        return self.phase in (Phase.OPEN, Phase.BROKEN, Phase.CLOSED) and not self._growing
+
+    @property
+    def first(self) -> Endpoint:
+        """The hop that the client sends to."""
+        return self.hops[0].endpoint
+
+    @property
+    def tail(self) -> Endpoint:
+        """The hop that runs the last of the blocks."""
+        return self.hops[-1].endpoint
+
+    @property
+    def under_way(self) -> int:
+        """Requests that are not answered."""
+        return len(self._in_flight)
+
+    def next_number(self) -> int:
+        """A number for a request."""
+        return next(self._numbers)
+
+    def endpoints(self) -> list[Endpoint]:
+        """All hops in order."""
+        return [hop.endpoint for hop in self.hops]
+
+    def adapted_hops(self) -> set[Endpoint]:
+        """Hops with a part of the adapter."""
+        adapter = self.adapter
+        return {hop.endpoint for hop in self.hops if adapter is not None and adapter.within(*hop.blocks)}
+
+    def send(self, endpoint: Endpoint, message: Message) -> None:
+        """Has a message sent; for requests."""
+        self._effects.append(Send(endpoint, message))
+
+    @property
+    def wake_at(self) -> float:
+        """When a `Tick` is due, in seconds of the clock of `handle`."""
+        times = list(self._asked.values())
+        if self._making is not None:
+            times.append(self._making.retry_at)
+        if self._awaits_hops:
+            times.append(self._liveness.wake_at(self._silence_s))
+        return min(times, default=math.inf)
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Takes in what has happened, and says what is to be done, in order.
+
+        Args:
+            event: what has happened.
+            now: seconds of a clock that never goes back.
+        """
+        self._now, self._effects = now, []
+        if self.phase is not Phase.CLOSED:
+            self._handle(event)
+        return self._effects
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Received():
+                self._received(event.source, event.message)
+            case Submit():
+                self._submit(event.requests)
+            case GoBack():
+                self._go_back(event)
+            case Abandon():
+                for number in event.numbers:
+                    self._in_flight.pop(number, None)
+            case Use():
+                if self.phase in (Phase.NEW, Phase.BROKEN):
+                    self.error = None
+                    self._begin_making()
+                    self._go_on()
+            case Tick():
+                self._tick()
+            case Alive():
+                if self._liveness.answered(event):
+                    self._judge()
+            case LinkFailed():
+                self._link_failed(event.endpoint, event.error)
+            case Planned():
+                self._planned(event)
+            case NoRoute():
+                self._no_route(event)
+            case Resize():
+                self._resize(event.budget)
+            case UseAdapter():
+                self._use_adapter(event.adapter)
+            case Restart():
+                self._restart()
+            case Move():
+                self._move(event)
+            case Distrust():
+                self._distrust(event)
+            case Close():
+                self._close()
+
+    # What the caller wants.
+
+    def _submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            if isinstance(request, StepRequest):
+                try:
+                    self._record(request.step)
+                except SplitnetError as error:
+                    request.error = error
+                    continue
+            self._put_under_way(request)
+            if self.is_open:
+                request.send(self)
+
+    def _record(self, step: Step) -> None:
+        """Logs a step. What hops would rightly refuse is refused here, so that one that refuses what fits is wrong."""
+        if self.log is None:
+            self.log = SentLog(self.first_codec.code, self.first_codec.bytes_per_position(self.hidden_size))
+        longest = max((part.start + part.length for part in step.parts), default=0)
+        if self._max_positions is not None and longest > self._max_positions:
+            raise ContextTooLong(f"position {longest} is beyond the model's context of {self._max_positions}")
+        self.log.record(step.parts, step.forks, step.payload)
+
+    def _put_under_way(self, request: Request) -> None:
+        if not self._in_flight:
+            self._liveness.heard(self._now)
+        self._in_flight[request.number] = request
+
+    def _go_back(self, event: GoBack) -> None:
+        for request in event.batch.passes:
+            self._put_under_way(request)
+        if self.is_open:
+            event.batch.go_back(event.adapter, self)
+
+    def _resize(self, budget: int) -> None:
+        self.refusal = None
+        if budget <= self.budget:
+            return
+        if not self.is_open:
+            self.budget = budget  # with the next opening
+            return
+        self._growing = budget
+        for index in range(len(self.hops)):
+            self._open_hop(index, budget)
+
+    def _use_adapter(self, adapter: Adapter | None) -> None:
+        if adapter is not self.adapter:
+            self.adapter = adapter
+            self.adapter_version += 1
+            if self.is_open:
+                self._load_adapter()
+
+    def _restart(self) -> None:
+        """All that the hops hold is given up; they are opened anew with the next use."""
+        self.log = None
+        for hop in self.hops:
+            hop.forget()
+            self._leave(hop.endpoint)
+        if self.is_open:
+            self._enter(Phase.BROKEN)
+
+    def _move(self, event: Move) -> None:
+        if self.is_open and not self._in_flight and not self._growing:
+            making = self._begin_making()
+            making.cause = Cause.BETTER_ROUTE
+            making.reasons.append("there is a better route")
+            self._open_route(event.route, event.codecs)
+
+    def _distrust(self, event: Distrust) -> None:
+        """An answer that is no use: its sender is replaced, then all who had a part in it, then it is believed."""
+        request, where = event.request, event.source
+        request.undo()
+        self._put_under_way(request)
+        error = PeerFailed(f"the peer at {where.address} {event.why}")
+        makers = self._complaints.setdefault(0, [])
+        hop = self._hop_at(where)
+        if not makers:
+            makers += [each.name for each in self.hops]
+            lost = [hop] if hop is not None else []
+        else:
+            lost = [each for each in self.hops if each.name in makers]
+            if not lost:
+                self._believe(0, error)
+                return
+        self._reopen({each.endpoint: error for each in lost}, Cause.LOST)
+
+    def _close(self) -> None:
+        for endpoint in list(self._members):
+            self._leave(endpoint)
+        self._end_requests(SessionClosed("the session was closed while it was used: begin with a new one"))
+        self.log = None
+        self._enter(Phase.CLOSED)
+
+    # A route that is made, or made whole again.
+
+    def _begin_making(self) -> _Making:
+        if self._making is None:
+            self._making = _Making(self._now, repairs=bool(self.hops))
+        return self._making
+
+    def _reopen(self, lost: dict[Endpoint, SplitnetError], cause: Cause) -> None:
+        """Makes the route whole without the hops that are lost; if nothing waits for it, with the next use."""
+        idle = self.is_open and not self._in_flight and not self._growing
+        making = self._begin_making()
+        if not making.reasons:
+            making.cause = cause
+        for endpoint, error in lost.items():
+            self._give_up(endpoint, error)
+        if idle or self.phase is Phase.BROKEN:
+            self._stop_waiting()
+            self._enter(Phase.BROKEN)
+            return
+        self._attempts += 1
+        if self._attempts > MAX_ATTEMPTS:
+            self._fail(next(iter(lost.values()), PeerLost("the route fails again and again: try again later")))
+        elif self.phase is not Phase.PLANNING:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Opens the hops that are left, if they make a whole route; otherwise has one planned."""
+        making = self._begin_making()
+        self._stop_waiting()
+        if self.phase is Phase.BROKEN:
+            making.began = self._now
+        kept = tuple(hop.planned for hop in self.hops if not hop.lost)
+        position = self.blocks[0]
+        for hop in kept:
+            position = hop.end if hop.start == position else -1
+        if position == self.blocks[1]:
+            self._open_route(kept, ())
+        else:
+            self._ask_route(fresh=bool(making.refused), unban=False)
+
+    def _ask_route(self, *, fresh: bool, unban: bool) -> None:
+        making = self._making
+        assert making is not None
+        making.asks_route, making.retry_at = True, math.inf
+        kept = tuple(hop.planned for hop in self.hops if not hop.lost)
+        self._enter(Phase.PLANNING)
+        self._effects.append(AskRoute(kept, frozenset(making.excluded), fresh, unban))
+
+    def _planned(self, event: Planned) -> None:
+        making = self._making
+        if making is None or not making.asks_route or self.phase is not Phase.PLANNING:
+            return
+        making.asks_route = False
+        if any(hop.name in making.excluded for hop in event.route):  # it was lost meanwhile
+            self._ask_route(fresh=True, unban=False)
+        else:
+            self._open_route(event.route, event.codecs)
+
+    def _no_route(self, event: NoRoute) -> None:
+        making = self._making
+        if making is None or not making.asks_route or self.phase is not Phase.PLANNING:
+            return
+        making.asks_route = False
+        silent = {name for name, error in making.refused.items() if isinstance(error, PeerLost)}
+        # Peers have died, and others will take their blocks; or the network is back in a moment.
+        may_come = making.repairs or (silent == making.refused.keys() and bool(silent or event.was_covered))
+        in_time = self._now < making.began + self._recovery_timeout_s
+        if may_come and in_time and isinstance(event.error, CoverageError | PeerBusy):
+            making.excluded -= making.refused.keys() if making.repairs else silent
+            making.retry_at = self._now + POLL_S
+            return
+        # Why a peer that is there refused says more than that nobody else is.
+        refusals = [name for name in reversed(making.refused) if name in event.present]
+        if making.repairs:
+            refusals = [name for name in refusals if name not in silent]
+        self._fail(making.refused[refusals[0]] if refusals else event.error)
+
+    def _open_route(self, route: Sequence[PlannedHop], codecs: Sequence[Codec]) -> None:
+        """Opens all hops in a new epoch; those that run the same blocks as before keep their caches."""
+        before = {(hop.endpoint, hop.blocks): hop for hop in self.hops if not hop.lost}
+        hops: list[RouteHop] = []
+        for index, planned in enumerate(route):
+            hop = before.get((planned.endpoint, (planned.start, planned.end)))
+            hops.append(hop if hop is not None else RouteHop(planned, codecs[index + 1]))
+        if self.log is None and codecs:
+            self.first_codec = codecs[0]
+        self.hops = hops
+        self.epoch += 1
+        wanted = {hop.endpoint: hop.blocks for hop in hops}
+        for endpoint, blocks in list(self._members.items()):
+            if wanted.get(endpoint) != blocks:
+                self._leave(endpoint)
+        for hop in hops:
+            hop.relayed = False
+        self._enter(Phase.OPENING)
+        for index in range(len(hops)):
+            self._open_hop(index, self.budget)
+
+    def _open_hop(self, index: int, budget: int) -> None:
+        hop = self.hops[index]
+        previous = self.hops[index - 1] if index else None
+        following = self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
+        message = Open(
+            session=self.session,
+            epoch=self.epoch,
+            model=self._model,
+            start=hop.planned.start,
+            end=hop.planned.end,
+            budget=budget,
+            codec=hop.codec.code,
+            previous=previous.planned.record.key.raw if previous is not None and not previous.relayed else b"",
+            next_key=following.planned.record.key.raw if following is not None else b"",
+            next_address=following.planned.record.address if following is not None else "",
+        )
+        self._members[hop.endpoint] = hop.blocks
+        self._asked[hop.endpoint] = self._now + OPEN_TIMEOUT_S
+        self.send(hop.endpoint, message)
+
+    def _opened(self, hop: RouteHop, message: Opened) -> None:
+        if self._asked.pop(hop.endpoint, None) is not None and self.phase is Phase.OPENING:
+            hop.relayed |= not message.next_reachable
+            hop.cached_positions = message.cached_positions
+        self._if_all_answered()
+
+    def _if_all_answered(self) -> None:
+        """Goes on once no hop is to answer any more."""
+        if self._asked:
+            return
+        failed, self._failed = self._failed, {}
+        if self.phase is Phase.OPEN:
+            self._resized(failed)
+        elif failed:
+            self._reopen(failed, _cause_of(next(iter(failed.values()))))
+        elif self.phase is Phase.OPENING:
+            self._all_opened()
+        elif self.phase is Phase.LOADING:
+            self._all_loaded()
+
+    def _resized(self, failed: dict[Endpoint, SplitnetError]) -> None:
+        growing, self._growing = self._growing, 0
+        busy = next((error for error in failed.values() if isinstance(error, PeerBusy)), None)
+        if busy is not None:
+            self.refusal = busy
+        elif growing:
+            self.budget = growing
+        lost = {endpoint: error for endpoint, error in failed.items() if not isinstance(error, PeerBusy)}
+        if lost:
+            self._reopen(lost, _cause_of(next(iter(lost.values()))))
+
+    def _all_opened(self) -> None:
+        """All hops have opened the session. Those that reach their next hop only now are told what to do."""
+        making = self._begin_making()
+        relays = [index for index, hop in enumerate(self.hops) if hop.relayed and not making.opened_at]
+        making.opened_at = self._now
+        if relays:
+            for index in relays:
+                self._open_hop(index, self.budget)
+            return
+        for hop in self.hops:
+            hop.opened(wants_cache=self.log is not None and bool(self.log.nbytes))
+        self._load_adapter()
+
+    def _load_adapter(self) -> None:
+        """Sends the hops that lack it their parts of the adapter."""
+        self._enter(Phase.LOADING)
+        self._liveness.heard(self._now)
+        for hop in self.hops:
+            tensors = self.adapter.within(*hop.blocks) if self.adapter is not None else {}
+            if tensors and hop.adapter_version != self.adapter_version:
+                self._asked[hop.endpoint] = self._now + self._progress_timeout_s
+                for remaining, payload in counted_down(write_groups(tensors)):
+                    self.send(
+                        hop.endpoint, AdapterMessage(self.session, self.epoch, self.adapter_version, remaining, payload)
+                    )
+        self._if_all_answered()
+
+    def _adopted(self, hop: RouteHop, message: Adopted) -> None:
+        if message.version == self.adapter_version and self._asked.pop(hop.endpoint, None) is not None:
+            hop.adapter_version = message.version
+            self._if_all_answered()
+
+    def _all_loaded(self) -> None:
+        if self._making is None:
+            self._enter(Phase.OPEN)
+        else:
+            self._refill()
+
+    def _refill(self) -> None:
+        """Has the next hops filled; once all are, the route stands."""
+        filling: list[RouteHop] = []
+        replays: list[ReplayRequest] = []
+        if self.log is not None:
+            filling, replays = next_refill(self.hops, self.log, self.session, self.epoch, self.next_number)
+        if not filling:
+            self._stands()
+            return
+        self._enter(Phase.REPLAYING)
+        self._liveness.heard(self._now)
+        self._filling = filling
+        self._replays = {replay.number: replay for replay in replays}
+        for replay in replays:
+            replay.send(self)
+
+    def _replayed(self, replay: ReplayRequest) -> None:
+        del self._replays[replay.number]
+        if not self._replays:
+            for hop in self._filling:
+                hop.filled = True
+            self._filling = []
+            self._refill()
+
+    def _stands(self) -> None:
+        """The route is whole: what is under way is sent again."""
+        making, self._making = self._making, None
+        self._enter(Phase.OPEN)
+        self._liveness.heard(self._now)
+        for number in sorted(self._in_flight):
+            if not self._in_flight[number].done:
+                self._in_flight[number].send(self)
+        if making is not None and making.repairs:
+            opened_ms, total_ms = ((at - making.began) * 1000 for at in (making.opened_at, self._now))
+            self.recoveries.append(Recovered(tuple(making.reasons), opened_ms, total_ms, making.cause))
+            moved = making.cause is Cause.BETTER_ROUTE
+            what = "a session has moved to a better route" if moved else "a route is whole again"
+            self._note("rerouted" if moved else "repaired", f"{what} after {total_ms:.0f} ms: {self.route_text}")
+
+    @property
+    def route_text(self) -> str:
+        """The hops, for people."""
+        return " -> ".join(f"{short_key(hop.name)} {blocks_text(*hop.blocks)}" for hop in self.hops)
+
+    def _give_up(self, endpoint: Endpoint, error: SplitnetError) -> None:
+        """A hop is lost, or did not take the session."""
+        making = self._begin_making()
+        hop = self._hop_at(endpoint)
+        self._leave(endpoint)
+        if hop is None:
+            return
+        hop.lost = True
+        making.refused.pop(hop.name, None)
+        making.refused[hop.name] = error
+        making.excluded.add(hop.name)
+        if not isinstance(error, _NOT_BANNED):
+            self._effects.append(Ban(hop.name, isinstance(error, PeerLeaving)))
+        if making.repairs:
+            making.reasons.append(str(error))
+            self._note("lost", f"{error}: another peer takes its place", hop.name)
+        else:
+            self._note("refused", f"{short_key(hop.name)} is left out of a new route: {error}", hop.name)
+
+    def _leave(self, endpoint: Endpoint) -> None:
+        """Has a peer forget the session."""
+        if self._members.pop(endpoint, None) is not None:
+            self.send(endpoint, CloseMessage(self.session))
+
+    def _fail(self, error: SplitnetError) -> None:
+        """There is no route for now: what waits gets the error."""
+        if self._making is not None and self._making.repairs:
+            self._note("failed", f"a route could not be repaired: {error}")
+        self._end_requests(error)
+        self._enter(Phase.BROKEN)
+
+    def _end_requests(self, error: SplitnetError) -> None:
+        self.error = error
+        for request in self._in_flight.values():
+            request.error = error
+        self._in_flight, self._making, self._growing = {}, None, 0
+        self._attempts = self._stalls = 0
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        """What was asked of the route that is no more is not awaited."""
+        self._asked, self._failed, self._replays, self._filling = {}, {}, {}, []
+        self._liveness.stop()
+
+    # What comes from peers.
+
+    def _received(self, source: Endpoint, message: Message) -> None:
+        hop = self._hop_at(source)
+        if hop is None or getattr(message, "epoch", None) != self.epoch:
+            return  # of a hop that is no longer on the route, or of an epoch that is no more
+        match message:
+            case Failure():
+                self._failure(hop, message)
+            case Opened():
+                self._opened(hop, message)
+            case Adopted():
+                self._adopted(hop, message)
+            case Result() if message.end != self.blocks[1] and len(message.payload):
+                self._relay(hop, message)
+            case Gradient() if message.boundary != self.blocks[0]:
+                self._relay_back(hop, message)
+            case _:
+                self._answer(hop, message)
+
+    def _answer(self, hop: RouteHop, message: Message) -> None:
+        number: int = getattr(message, "number", 0)
+        request = self._replays.get(number) or self._in_flight.get(number)
+        if request is None:
+            return
+        try:
+            taken = request.take(hop.endpoint, message, self)
+        except ProtocolError as error:
+            self._blame(hop, 0, PeerFailed(f"the peer at {hop.endpoint.address} answered nonsense: {error}"))
+            return
+        if not taken:
+            return
+        self._liveness.heard(self._now)
+        if isinstance(request, StepRequest) and isinstance(message, Result):
+            self.timings = message.timings
+        if isinstance(request, ReplayRequest):
+            self._replayed(request)
+        elif request.done:
+            self._in_flight = {number: each for number, each in self._in_flight.items() if not each.done}
+            self._attempts = self._stalls = 0
+            self._strikes, self._complaints = {}, {}
+
+    def _failure(self, hop: RouteHop, failure: Failure) -> None:
+        error = error_of(failure, hop.endpoint)
+        if failure.code == FailureCode.LEAVING:
+            self._lose(hop, error)
+        elif not failure.number:
+            if self._asked.pop(hop.endpoint, None) is not None:
+                self._failed[hop.endpoint] = error
+                self._if_all_answered()
+        elif failure.number in self._in_flight or failure.number in self._replays:
+            self._request_failed(hop, failure.code, error)
+
+    def _request_failed(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
+        if code == FailureCode.BUSY:
+            self._lose(hop, error)
+        elif code in _FORGETFUL:
+            culprit = self._who_forgot(hop, code)
+            strikes = self._strikes[culprit.name] = self._strikes.get(culprit.name, 0) + 1
+            if strikes > 1:
+                self._blame(culprit, code, error)
+                return
+            if code != FailureCode.UNKNOWN_SESSION:
+                # Its cache is not what the session wants. Of whoever has none, opening it again will tell.
+                culprit.forget()
+                self._leave(culprit.endpoint)
+            self._begin_making().reasons.append(str(error))
+            self._reopen({}, Cause.SESSION_LOST)
+        else:
+            self._blame(hop, code, error)
+
+    def _who_forgot(self, hop: RouteHop, code: int) -> RouteHop:
+        """A hop passes on what its next hop says of a session that it does not know."""
+        index = self.hops.index(hop)
+        fed_by_client = not index or self.hops[index - 1].relayed
+        passes_on = code == FailureCode.UNKNOWN_SESSION and not fed_by_client and index + 1 < len(self.hops)
+        return self.hops[index + 1] if passes_on else hop
+
+    def _blame(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
+        """A hop has failed. If another says the same of the same, it is the request's own fault, and the caller's."""
+        if code:
+            complaints = self._complaints.setdefault(code, [])
+            complaints.append(hop.name)
+            if len(complaints) > 1:
+                self._believe(code, error)
+                return
+        self._lose(hop, error if isinstance(error, SplitnetError) else error)
+
+    def _believe(self, code: int, error: SplitnetError) -> None:
+        for name in self._complaints.pop(code, ()):
+            self._effects.append(Unban(name))
+        self._begin_making()
+        self._fail(error)
+
+    def _lose(self, hop: RouteHop, error: SplitnetError) -> None:
+        if self.phase is Phase.OPENING and self._asked.pop(hop.endpoint, None) is not None:
+            self._failed[hop.endpoint] = error
+            self._if_all_answered()
+        else:
+            self._reopen({hop.endpoint: error}, _cause_of(error))
+
+    def _link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None:
+        hop = self._hop_at(endpoint)
+        if hop is not None:
+            self._lose(hop, error)
+
+    def _relay(self, hop: RouteHop, result: Result) -> None:
+        """The client stands between two hops that do not reach each other."""
+        request = self._replays.get(result.number) or self._in_flight.get(result.number)
+        message = request.message if request is not None else None
+        if message is None or not hop.relayed or hop.planned.end != result.end:
+            return
+        try:
+            if result.codec != hop.codec.code:
+                raise ProtocolError(f"codec {result.codec} was not agreed upon")
+            check_size(self, result.codec, result.payload, message.positions)
+        except ProtocolError as error:
+            self._blame(hop, 0, PeerFailed(f"the peer at {hop.endpoint.address} answered nonsense: {error}"))
+            return
+        if isinstance(message, Step):
+            hop.log_relayed(message, result)
+        self._liveness.heard(self._now)
+        relayed = replace(
+            message,
+            epoch=self.epoch,
+            codec=result.codec,
+            payload=result.payload,
+            boundary=result.end,
+            timings=result.timings,
+        )
+        self.send(self.hops[self.hops.index(hop) + 1].endpoint, relayed)
+
+    def _relay_back(self, hop: RouteHop, gradient: Gradient) -> None:
+        index = self.hops.index(hop)
+        before = self.hops[index - 1] if index else None
+        if before is not None and before.relayed and before.planned.end == gradient.boundary:
+            self._liveness.heard(self._now)
+            self.send(before.endpoint, gradient)
+
+    def _hop_at(self, endpoint: Endpoint) -> RouteHop | None:
+        return next((hop for hop in self.hops if hop.endpoint == endpoint and not hop.lost), None)
+
+    # What does not come.
+
+    @property
+    def _awaits_hops(self) -> bool:
+        """Whether silence means something."""
+        under_way = self.phase is Phase.OPEN and bool(self._in_flight)
+        return under_way or self.phase in (Phase.LOADING, Phase.REPLAYING)
+
+    @property
+    def _silence_s(self) -> float:
+        if self.phase is not Phase.OPEN:
+            return silence_s(0.0)
+        decodes = all(request.decodes for request in self._in_flight.values())
+        predicted_ms = max((request.predicted_ms for request in self._in_flight.values()), default=0.0)
+        return silence_s(self.usual_ms if decodes else 0.0, predicted_ms)
+
+    def _tick(self) -> None:
+        making = self._making
+        if making is not None and self._now >= making.retry_at:
+            self._ask_route(fresh=True, unban=True)
+            return
+        late = [endpoint for endpoint, until in self._asked.items() if self._now >= until]
+        if late:
+            for endpoint in late:
+                del self._asked[endpoint]
+                self._failed[endpoint] = PeerLost(
+                    f"the peer at {endpoint.address} does not answer: check its network and firewall"
+                )
+            self._if_all_answered()
+        elif self._awaits_hops:
+            if self._liveness.is_late(self._now):
+                self._judge()
+            elif not self._liveness.asking and self._now >= self._liveness.wake_at(self._silence_s):
+                self._liveness.ask(self.endpoints(), self._now)
+                self._effects += [AskAlive(endpoint) for endpoint in self.endpoints()]
+
+    def _judge(self) -> None:
+        """A round of pings is over."""
+        if not self._awaits_hops:
+            self._liveness.stop()
+            return
+        decodes = self.phase is Phase.OPEN and all(request.decodes for request in self._in_flight.values())
+        progress_s = min(self._progress_timeout_s, DECODE_PROGRESS_S) if decodes else self._progress_timeout_s
+        number = min(self._replays or self._in_flight, default=0)
+        verdict = self._liveness.verdict(number, progress_s, self._now)
+        if verdict is not None and not (self.phase is Phase.LOADING and verdict.finding is Finding.IDLE):
+            self._act_on(verdict)
+
+    def _act_on(self, verdict: Verdict) -> None:
+        if verdict.finding is Finding.SILENT:
+            errors = {each: PeerLost(f"the peer at {each.address} does not answer") for each in verdict.hops}
+            self._reopen(dict(errors), Cause.LOST)
+        elif verdict.finding is Finding.FORGOTTEN:
+            hop = self._hop_at(verdict.hops[0])
+            if hop is not None:
+                error = SessionLost(f"the peer at {hop.endpoint.address} does not hold the session any more")
+                self._request_failed(hop, FailureCode.UNKNOWN_SESSION, error)
+        elif verdict.finding is Finding.STUCK:
+            where = verdict.hops[0]
+            error = PeerLost(f"the peer at {where.address} has worked for too long without any progress")
+            self._reopen({where: error}, Cause.LOST)
+        else:
+            self._stalls += 1
+            if self._stalls == 1:  # opened again, hops find out whether they reach each other
+                self._reopen({}, Cause.STALLED)
+                return
+            where = verdict.hops[min(self._stalls - 2, len(verdict.hops) - 1)]
+            self._reopen({where: PeerLost(f"the peer at {where.address} loses what is sent to it")}, Cause.LOST)
+
+    def _note(self, kind: Kind, text: str, peer: str = "") -> None:
+        self._effects.append(Note(kind, text, peer))
+
+    def _enter(self, phase: Phase) -> None:
+        if phase is not self.phase:
+            assert phase in TRANSITIONS[self.phase], f"{self.phase} -> {phase}"
+            self.phase = phase
+
+
+def _cause_of(error: SplitnetError) -> Cause:
+    if isinstance(error, PeerLeaving):
+        return Cause.LEAVING
+    if isinstance(error, SessionLost):
+        return Cause.SESSION_LOST
+    return Cause.BUSY if isinstance(error, PeerBusy) else Cause.LOST
