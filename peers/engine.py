@@ -160,6 +160,7 @@ class Engine:
             work.outputs.append(output[offset : offset + count])
             work.compute_ms += elapsed_ms
             work.done += count
+            work.session.done += count
             offset += count
             self._counters.step_computed(work, count)
             if not work.remaining:

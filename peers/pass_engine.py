@@ -68,6 +68,7 @@ class PassEngine:
         output = self._passes.forward(hidden, message.lengths, adapter, session.start, session.end)
         payload = session.codec.encode(output)
         work.compute_ms = (time.monotonic() - began) * 1000
+        session.done += message.positions
         self._counters.sequences_passed(PassKind.FORWARD, work, message.lengths, work.compute_ms / 1000)
         self._service.pass_forwarded(work, payload)
 
@@ -83,6 +84,7 @@ class PassEngine:
         payload = codec_by_code(forward.gradient_codec).encode(gradient)
         by_adapter = self._added_up(session, message, by_adapter)
         parts = write_groups(by_adapter) if by_adapter else []
+        session.done += forward.positions
         self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, time.monotonic() - began)
         self._service.pass_went_back(work, payload, parts)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from peers.admission import SessionTable
 from peers.counters import Counters, SessionEnd
@@ -133,7 +133,7 @@ class Service:
                 return
             match message:
                 case Ping():
-                    self._outbox.send(source, Pong(message.nonce, self.busy_ms, self.sessions.free_positions))
+                    self._pong(source, message)
                 case Step():
                     self._step(source, message, now)
                 case Forward() | Gradient() | Adapter() | Recall():
@@ -303,6 +303,15 @@ class Service:
         with self._lock:
             if not session.closed:
                 self._fail(session.reply_to, session.id, work.step.epoch, work.step.number, code, text)
+
+    def _pong(self, source: Connection, message: Ping) -> None:
+        pong = Pong(message.nonce, self.busy_ms, self.sessions.free_positions)
+        session = self.sessions.get(message.session)
+        # To anybody but its owner a session is unknown, so that nobody learns which ones exist.
+        if session is not None and session.owner == source.curve:
+            waiting = len(session.waiting) + session.waiting_passes
+            pong = replace(pong, waiting=waiting, done=session.done, holds=True)
+        self._outbox.send(source, pong)
 
     def _open(self, source: Connection, message: Open, now: float) -> None:
         refused = self.served.refusal(message)

@@ -57,6 +57,10 @@ class Session:
     """Steps in the order of arrival; the engine takes the first. Touched by the work queue only."""
     waiting_size: int = 0
     """What the waiting steps hold, see `Work.size`."""
+    waiting_passes: int = 0
+    """Passes over whole sequences that wait or run. Touched by the work queue only."""
+    done: int = 0
+    """Positions computed so far, of steps and passes. Touched by the engine's thread only."""
     passed_over: int = 0
     """Passes since its first step could have run."""
     closed: bool = False

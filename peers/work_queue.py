@@ -55,6 +55,7 @@ class WorkQueue:
         """Adds a pass over whole sequences, which runs when no step is ready."""
         with self._changed:
             self._passes.append(work)
+            work.session.waiting_passes += 1
             self.pass_positions += work.positions
             self._changed.notify()
 
@@ -66,7 +67,7 @@ class WorkQueue:
 
     def release_pass(self, work: PassWork) -> None:
         with self._changed:
-            self.pass_positions -= work.positions
+            self._count_out(work)
 
     def discard_passes(self, session: Session) -> list[PassWork]:
         """Forgets the passes of a session that wait, and returns them."""
@@ -74,7 +75,7 @@ class WorkQueue:
             discarded = [work for work in self._passes if work.session is session]
             for work in discarded:
                 self._passes.remove(work)
-                self.pass_positions -= work.positions
+                self._count_out(work)
             return discarded
 
     def gather(self, gathering: Gathering) -> None:
@@ -158,6 +159,10 @@ class WorkQueue:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def _count_out(self, work: PassWork) -> None:
+        work.session.waiting_passes -= 1
+        self.pass_positions -= work.positions
 
     def _begun(self, session: Session) -> int:
         """How many of the waiting steps a pass has begun: the first, or none."""

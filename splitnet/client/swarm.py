@@ -27,6 +27,7 @@ from splitnet.errors import (
 )
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
+from splitnet.net.fields import STRICT_VERSIONS
 from splitnet.net.identity import Identity
 from splitnet.net.messages import PROTOCOL_VERSION, Failure, Message, Payload, Pong, decode, encode
 from splitnet.net.prober import PING_TIMEOUT_S, Answer, Prober
@@ -252,9 +253,17 @@ class Swarm:
     def unregister(self, session: Subscriber) -> None:
         self._sessions.pop(session.id, None)
 
-    def ping(self, endpoint: Endpoint) -> Future[Answer]:
-        """Asks a peer for a sign of life; the future stays undone if none comes."""
-        return self._prober.ping(endpoint)
+    def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[Answer]:
+        """Asks a peer for a sign of life; the future stays undone if none comes.
+
+        Args:
+            endpoint: the peer.
+            session: id of a session to ask about. A peer without a record, or of a version that does not know this
+                question, is asked without: `Answer.holds` is None then.
+        """
+        record = next((record for record in self._records if record.key == endpoint.key), None)
+        asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
+        return self._prober.ping(endpoint, session=asked)
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The round trip to a peer as its last pings tell; 0: not measured."""

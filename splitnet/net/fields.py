@@ -1,14 +1,104 @@
-"""What the fields of messages may hold: a check returns the value to use, or raises `ProtocolError`."""
+"""What fields of messages and records may hold, and how they travel: as a msgpack array in the order of a dataclass.
+
+A check returns the value to use, or raises `ProtocolError`.
+
+Later versions append fields, each with a default. A reader ignores fields behind those that it knows, and takes the
+default of one that is missing. A writer leaves out appended fields at the end that hold their defaults, so that version
+0.1.0, which refuses messages with more fields than it knows, reads whatever makes no use of them.
+"""
 
 from __future__ import annotations
 
-import math
+import dataclasses
+import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
+
+import msgpack  # pyright: ignore[reportMissingTypeStubs]
 
 from splitnet.errors import ProtocolError
 
 Check = Callable[[Any], Any]
+
+STRICT_VERSIONS = frozenset({"0.1.0"})
+"""Versions of splitnet that refuse a message with more fields than they know."""
+
+# msgpack comes without types.
+packb = cast("Callable[[list[Any]], bytes]", msgpack.packb)  # pyright: ignore[reportUnknownMemberType]
+_unpackb = cast("Callable[..., Any]", msgpack.unpackb)  # pyright: ignore[reportUnknownMemberType]
+
+
+def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, most_bytes: int) -> list[Any]:
+    """A msgpack array from anybody; bounds hold for every array, text and byte string in it.
+
+    Raises:
+        ProtocolError: it is anything else, or breaks a bound; nothing beyond the bounds was allocated.
+    """
+    try:
+        values = _unpackb(
+            data,
+            max_array_len=most_items,
+            max_map_len=0,
+            max_ext_len=0,
+            max_str_len=most_text,
+            max_bin_len=most_bytes,
+        )
+    except Exception as error:  # msgpack documents no common base class for what bad input can raise
+        raise ProtocolError(f"not valid msgpack: {error}") from None
+    if type(values) is not list:
+        raise ProtocolError("not a msgpack array")
+    return cast("list[Any]", values)
+
+
+def wire(check: Check, **options: Any) -> Any:
+    """A field of a dataclass that travels; version 0.1.0 has it."""
+    return dataclasses.field(metadata={"check": check}, **options)
+
+
+def appended(check: Check, default: Any) -> Any:
+    """A field of a dataclass that travels, and that version 0.1.0 does not have: behind all that it has."""
+    return dataclasses.field(default=default, metadata={"check": check, "appended": True})
+
+
+class Layout:
+    """The fields of a dataclass that travel, in order.
+
+    Args:
+        kind: the dataclass, with fields made by `wire` and `appended`.
+    """
+
+    def __init__(self, kind: type[Any]) -> None:
+        fields = [field for field in dataclasses.fields(kind) if "check" in field.metadata]
+        self.names = [field.name for field in fields]
+        self._kind = kind.__name__
+        self._checks: list[tuple[str, Check]] = [(field.name, field.metadata["check"]) for field in fields]
+        self._required = sum(field.default is dataclasses.MISSING for field in fields)
+        self._defaults = [field.default for field in fields]
+        self._always_written = sum("appended" not in field.metadata for field in fields)
+
+    def write(self, message: Any) -> list[Any]:
+        """The values that travel."""
+        values = [getattr(message, name) for name in self.names]
+        while len(values) > self._always_written and values[-1] == self._defaults[len(values) - 1]:
+            values.pop()
+        return values
+
+    def read(self, values: Sequence[Any]) -> dict[str, Any]:
+        """The fields, by name, that have come; all others have defaults.
+
+        Raises:
+            ProtocolError: names the field that is missing or holds what it must not.
+        """
+        if len(values) < self._required:
+            raise ProtocolError(f"{self._kind} lacks the field {self.names[len(values)]}")
+        fields: dict[str, Any] = {}
+        for (name, check), value in zip(self._checks, values, strict=False):
+            try:
+                fields[name] = check(value)
+            except ProtocolError as error:
+                raise ProtocolError(f"{self._kind}.{name}: {error}") from None
+        return fields
 
 
 def uint(limit: int) -> Check:
@@ -20,6 +110,21 @@ def uint(limit: int) -> Check:
         return value
 
     return check
+
+
+def number(low: float, high: float) -> Check:
+    """A number in `low..high`, as a float."""
+
+    def check(value: Any) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+            raise ProtocolError(f"expected a number in {low:g}..{high:g}")
+        return float(value)
+
+    return check
+
+
+milliseconds = number(0, sys.float_info.max)
+"""A finite number that is not negative."""
 
 
 def blob(*lengths: int) -> Check:
@@ -44,18 +149,22 @@ def text(limit: int) -> Check:
     return check
 
 
+def matching(pattern: re.Pattern[str]) -> Check:
+    """Text that `pattern` matches as a whole."""
+
+    def check(value: Any) -> str:
+        if type(value) is not str or not pattern.fullmatch(value):
+            raise ProtocolError(f"expected text that matches {pattern.pattern}")
+        return value
+
+    return check
+
+
 def flag(value: Any) -> bool:
     """A boolean."""
     if type(value) is not bool:
         raise ProtocolError("expected a boolean")
     return value
-
-
-def milliseconds(value: Any) -> float:
-    """A finite number that is not negative."""
-    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-        raise ProtocolError("expected a non-negative number of milliseconds")
-    return float(value)
 
 
 def records(kind: Callable[..., Any], limits: Sequence[int], *, most: int) -> Check:
@@ -83,13 +192,23 @@ def optional(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
 
 
-def numbers(limit: int, *, most: int) -> Check:
-    """At most `most` integers in `0..limit`, as a tuple."""
-    check_one = uint(limit)
+def several(check_one: Check, *, least: int = 0, most: int) -> Check:
+    """`least` to `most` values that `check_one` accepts, as a tuple."""
 
-    def check(value: Any) -> tuple[int, ...]:
-        if type(value) is not list or len(cast("list[Any]", value)) > most:
-            raise ProtocolError(f"expected a list of at most {most} integers")
-        return tuple(check_one(number) for number in cast("list[Any]", value))
+    def check(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, list | tuple) or not least <= len(cast("Sequence[Any]", value)) <= most:
+            raise ProtocolError(f"expected a list of {least} to {most} values")
+        return tuple(check_one(item) for item in cast("Sequence[Any]", value))
+
+    return check
+
+
+def row(kind: Callable[..., Any], *checks: Check) -> Check:
+    """A list with one value for each of `checks`, as a `kind`."""
+
+    def check(value: Any) -> Any:
+        if not isinstance(value, list | tuple) or len(cast("Sequence[Any]", value)) != len(checks):
+            raise ProtocolError(f"expected a list of {len(checks)} values")
+        return kind(*(check_one(item) for check_one, item in zip(checks, cast("Sequence[Any]", value), strict=True)))
 
     return check

@@ -12,15 +12,27 @@ bounded here and checked before anything is allocated; whatever breaks a bound r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, NamedTuple, cast, get_args
 
-import msgpack  # pyright: ignore[reportMissingTypeStubs]
-
 from splitnet.errors import ProtocolError, ProtocolVersionError
-from splitnet.net.fields import Check, blob, flag, milliseconds, numbers, optional, records, text, uint
+from splitnet.net.fields import (
+    Layout,
+    appended,
+    blob,
+    flag,
+    milliseconds,
+    optional,
+    packb,
+    records,
+    several,
+    text,
+    uint,
+    unpack_array,
+    wire,
+)
 
 PROTOCOL_VERSION = 1
 MAGIC = b"SN"
@@ -31,10 +43,6 @@ MAX_ROWS = 1024
 MAX_POSITIONS = 1 << 24
 MAX_BLOCKS = 4096
 MAX_TEXT = 2048
-
-# msgpack comes without types.
-_packb = cast("Callable[[list[Any]], bytes]", msgpack.packb)  # pyright: ignore[reportUnknownMemberType]
-_unpackb = cast("Callable[..., Any]", msgpack.unpackb)  # pyright: ignore[reportUnknownMemberType]
 
 SESSION_BYTES = 16
 KEY_BYTES = 32
@@ -93,16 +101,12 @@ _MAX_US = (1 << 48) - 1
 _MAX_HOPS = 256
 
 
-def _wire(check: Check, **options: Any) -> Any:
-    return field(metadata={"check": check}, **options)
-
-
 def _session() -> Any:
-    return _wire(blob(SESSION_BYTES))
+    return wire(blob(SESSION_BYTES))
 
 
 def _epoch() -> Any:
-    return _wire(uint((1 << 31) - 1))
+    return wire(uint((1 << 31) - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +114,10 @@ class Ping:
     """Asks for a `Pong`; the payload is padding that makes bandwidth measurable."""
 
     TAG: ClassVar[int] = 1
-    nonce: int = _wire(_NUMBER)
+    nonce: int = wire(_NUMBER)
     payload: Payload = b""
+    session: bytes = appended(blob(0, SESSION_BYTES), b"")
+    """Asks also about this session of the sender; empty: about none. Version 0.1.0 refuses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +125,15 @@ class Pong:
     """Answers `Ping` at once, whatever the device is doing."""
 
     TAG: ClassVar[int] = 2
-    nonce: int = _wire(_NUMBER)
-    queue_ms: float = _wire(milliseconds)
-    kv_free_positions: int = _wire(_NUMBER)
+    nonce: int = wire(_NUMBER)
+    queue_ms: float = wire(milliseconds)
+    kv_free_positions: int = wire(_NUMBER)
+    waiting: int = appended(_NUMBER, 0)
+    """Steps and passes of the session asked about that wait here or are being computed."""
+    done: int = appended(_NUMBER, 0)
+    """Positions of the session that were computed here so far; it only grows."""
+    holds: bool = appended(flag, False)
+    """The peer holds the session, and whoever asks has opened it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,19 +143,19 @@ class Open:
     TAG: ClassVar[int] = 3
     session: bytes = _session()
     epoch: int = _epoch()
-    model: str = _wire(text(64))
+    model: str = wire(text(64))
     """Fingerprint of the weights."""
-    start: int = _wire(uint(MAX_BLOCKS))
-    end: int = _wire(uint(MAX_BLOCKS))
-    budget: int = _wire(uint(MAX_POSITIONS))
+    start: int = wire(uint(MAX_BLOCKS))
+    end: int = wire(uint(MAX_BLOCKS))
+    budget: int = wire(uint(MAX_POSITIONS))
     """Positions of KV cache to reserve, over all rows."""
-    codec: int = _wire(uint(255))
+    codec: int = wire(uint(255))
     """Codec of what this hop sends on."""
-    previous: bytes = _wire(blob(0, KEY_BYTES))
+    previous: bytes = wire(blob(0, KEY_BYTES))
     """Public key of the hop that may push steps of this session; empty: only the client does."""
-    next_key: bytes = _wire(blob(0, KEY_BYTES))
+    next_key: bytes = wire(blob(0, KEY_BYTES))
     """Public key of the next hop; empty: results go to the client."""
-    next_address: str = _wire(text(256))
+    next_address: str = wire(text(256))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +165,8 @@ class Opened:
     TAG: ClassVar[int] = 4
     session: bytes = _session()
     epoch: int = _epoch()
-    next_reachable: bool = _wire(flag)
-    cached_positions: int = _wire(_NUMBER)
+    next_reachable: bool = wire(flag)
+    cached_positions: int = wire(_NUMBER)
     """Over all rows; 0 tells the client that this hop begins with nothing."""
 
 
@@ -177,17 +189,17 @@ class Step:
     TAG: ClassVar[int] = 6
     session: bytes = _session()
     epoch: int = _epoch()
-    number: int = _wire(_NUMBER)
-    parts: tuple[Part, ...] = _wire(records(Part, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
-    forks: tuple[Fork, ...] | None = _wire(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
+    number: int = wire(_NUMBER)
+    parts: tuple[Part, ...] = wire(records(Part, (_ROW_ID, *(MAX_POSITIONS,) * 3), most=MAX_ROWS))
+    forks: tuple[Fork, ...] | None = wire(optional(records(Fork, (_ROW_ID, _ROW_ID), most=MAX_ROWS)))
     """Applied before the new positions; rows that are not named are dropped. None: the rows stay."""
-    replay_until: int = _wire(uint(MAX_BLOCKS))
+    replay_until: int = wire(uint(MAX_BLOCKS))
     """0 for new positions. In a replay: hops that end at this block or later log their output and send nothing on."""
-    codec: int = _wire(uint(255))
+    codec: int = wire(uint(255))
     payload: Payload = b""
-    boundary: int = _wire(uint(MAX_BLOCKS), default=0)
+    boundary: int = wire(uint(MAX_BLOCKS), default=0)
     """The block that the payload stands before, as a hop that pushes names it: so that no chain can be a circle."""
-    timings: tuple[Timing, ...] = _wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
+    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
     """Of the hops before, in order."""
 
     @property
@@ -202,11 +214,11 @@ class Result:
     TAG: ClassVar[int] = 7
     session: bytes = _session()
     epoch: int = _epoch()
-    number: int = _wire(_NUMBER)
-    end: int = _wire(uint(MAX_BLOCKS))
+    number: int = wire(_NUMBER)
+    end: int = wire(uint(MAX_BLOCKS))
     """The boundary that the payload stands at."""
-    codec: int = _wire(uint(255))
-    timings: tuple[Timing, ...] = _wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))
+    codec: int = wire(uint(255))
+    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS))
     """Of all hops so far, in order."""
     payload: Payload = b""
 
@@ -216,11 +228,11 @@ class Failure:
     """A request could not be served; `number` is 0 if it was not about a step."""
 
     TAG: ClassVar[int] = 8
-    session: bytes = _wire(blob(0, SESSION_BYTES))
+    session: bytes = wire(blob(0, SESSION_BYTES))
     epoch: int = _epoch()
-    number: int = _wire(_NUMBER)
-    code: int = _wire(uint(255))
-    text: str = _wire(text(MAX_TEXT))
+    number: int = wire(_NUMBER)
+    code: int = wire(uint(255))
+    text: str = wire(text(MAX_TEXT))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,9 +242,9 @@ class Replay:
     TAG: ClassVar[int] = 9
     session: bytes = _session()
     epoch: int = _epoch()
-    number: int = _wire(_NUMBER)
+    number: int = wire(_NUMBER)
     """Number of the last step of the replay; the hop that ends at `until` answers it with an empty `Result`."""
-    until: int = _wire(uint(MAX_BLOCKS))
+    until: int = wire(uint(MAX_BLOCKS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,22 +258,22 @@ class Forward:
     TAG: ClassVar[int] = 10
     session: bytes = _session()
     epoch: int = _epoch()
-    number: int = _wire(_NUMBER)
-    oldest: int = _wire(_NUMBER)
+    number: int = wire(_NUMBER)
+    oldest: int = wire(_NUMBER)
     """The client needs nothing any more of what has a lower number."""
-    lengths: tuple[int, ...] = _wire(numbers(MAX_POSITIONS, most=MAX_ROWS))
+    lengths: tuple[int, ...] = wire(several(uint(MAX_POSITIONS), most=MAX_ROWS))
     """Positions of each sequence."""
-    kept: bool = _wire(flag)
+    kept: bool = wire(flag)
     """Each hop keeps its input, so that a `Gradient` can follow."""
-    adapter: int = _wire(_NUMBER)
+    adapter: int = wire(_NUMBER)
     """Version of the adapter that the blocks run with; 0: none."""
-    gradient_codec: int = _wire(uint(255))
+    gradient_codec: int = wire(uint(255))
     """Codec of the gradients that come back this way."""
-    codec: int = _wire(uint(255))
+    codec: int = wire(uint(255))
     payload: Payload = b""
-    boundary: int = _wire(uint(MAX_BLOCKS), default=0)
+    boundary: int = wire(uint(MAX_BLOCKS), default=0)
     """As in `Step`."""
-    timings: tuple[Timing, ...] = _wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
+    timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
     """Of the hops before, in order."""
 
     @property
@@ -276,14 +288,14 @@ class Gradient:
     TAG: ClassVar[int] = 11
     session: bytes = _session()
     epoch: int = _epoch()
-    number: int = _wire(_NUMBER)
+    number: int = wire(_NUMBER)
     """Of the `Forward`."""
-    boundary: int = _wire(uint(MAX_BLOCKS))
-    since: int = _wire(_NUMBER)
+    boundary: int = wire(uint(MAX_BLOCKS))
+    since: int = wire(_NUMBER)
     """Number of the first of the passes over which hops add up the gradients by the adapter."""
-    held: bool = _wire(flag)
+    held: bool = wire(flag)
     """More of them follow; with the last one the sum goes to the client."""
-    codec: int = _wire(uint(255))
+    codec: int = wire(uint(255))
     payload: Payload = b""
 
 
@@ -298,8 +310,8 @@ class Adapter:
     TAG: ClassVar[int] = 12
     session: bytes = _session()
     epoch: int = _epoch()
-    version: int = _wire(_NUMBER)
-    remaining: int = _wire(_NUMBER)
+    version: int = wire(_NUMBER)
+    remaining: int = wire(_NUMBER)
     """How many messages of this version follow."""
     payload: Payload = b""
 
@@ -311,7 +323,7 @@ class Adopted:
     TAG: ClassVar[int] = 13
     session: bytes = _session()
     epoch: int = _epoch()
-    version: int = _wire(_NUMBER)
+    version: int = wire(_NUMBER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,9 +333,9 @@ class AdapterGradient:
     TAG: ClassVar[int] = 14
     session: bytes = _session()
     epoch: int = _epoch()
-    number: int = _wire(_NUMBER)
+    number: int = wire(_NUMBER)
     """Of the last `Forward` that it is summed over."""
-    remaining: int = _wire(_NUMBER)
+    remaining: int = wire(_NUMBER)
     """How many messages of it follow."""
     payload: Payload = b""
 
@@ -335,9 +347,9 @@ class Recall:
     TAG: ClassVar[int] = 15
     session: bytes = _session()
     epoch: int = _epoch()
-    number: int = _wire(_NUMBER)
-    row: int = _wire(uint(_ROW_ID))
-    length: int = _wire(uint(MAX_POSITIONS))
+    number: int = wire(_NUMBER)
+    row: int = wire(uint(_ROW_ID))
+    length: int = wire(uint(MAX_POSITIONS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,8 +359,8 @@ class Recalled:
     TAG: ClassVar[int] = 16
     session: bytes = _session()
     epoch: int = _epoch()
-    number: int = _wire(_NUMBER)
-    remaining: int = _wire(_NUMBER)
+    number: int = wire(_NUMBER)
+    remaining: int = wire(_NUMBER)
     """How many messages of it follow."""
     payload: Payload = b""
 
@@ -377,10 +389,7 @@ MESSAGES: tuple[type[Message], ...] = get_args(Message)
 _BY_TAG: dict[int, type[Message]] = {kind.TAG: kind for kind in MESSAGES}
 assert len(_BY_TAG) == len(MESSAGES), "two messages share a tag"
 
-_CHECKS: dict[type[Message], tuple[tuple[str, Check], ...]] = {
-    kind: tuple((item.name, item.metadata["check"]) for item in dataclasses.fields(kind) if "check" in item.metadata)
-    for kind in MESSAGES
-}
+_LAYOUTS = {kind: Layout(kind) for kind in MESSAGES}
 _HAS_PAYLOAD = frozenset(kind for kind in MESSAGES if any(item.name == "payload" for item in dataclasses.fields(kind)))
 _PREFIX = {kind: MAGIC + bytes((PROTOCOL_VERSION, kind.TAG)) for kind in MESSAGES}
 
@@ -388,8 +397,7 @@ _PREFIX = {kind: MAGIC + bytes((PROTOCOL_VERSION, kind.TAG)) for kind in MESSAGE
 def encode(message: Message) -> list[Payload]:
     """The frames of a message."""
     kind = type(message)
-    fields = [getattr(message, name) for name, _ in _CHECKS[kind]]
-    header = _PREFIX[kind] + _packb(fields)
+    header = _PREFIX[kind] + packb(_LAYOUTS[kind].write(message))
     if kind in _HAS_PAYLOAD:
         payload = cast("Step", message).payload
         if len(payload):
@@ -418,16 +426,8 @@ def decode(frames: Sequence[Payload]) -> Message:
     kind = _BY_TAG.get(header[3])
     if kind is None:
         raise ProtocolError(f"unknown message tag {header[3]}")
-    fields = _unpack(header[4:])
-    checks = _CHECKS[kind]
-    if len(fields) != len(checks):
-        raise ProtocolError(f"{kind.__name__} has {len(checks)} fields, got {len(fields)}")
-    values: dict[str, Any] = {}
-    for (name, check), value in zip(checks, fields, strict=True):
-        try:
-            values[name] = check(value)
-        except ProtocolError as error:
-            raise ProtocolError(f"{kind.__name__}.{name}: {error}") from None
+    body = unpack_array(header[4:], most_items=MAX_ROWS, most_text=MAX_TEXT * 4, most_bytes=256)
+    values = _LAYOUTS[kind].read(body)
     if kind in _HAS_PAYLOAD:
         values["payload"] = _payload(frames)
     elif len(frames) > 1:
@@ -441,20 +441,3 @@ def _payload(frames: Sequence[Payload]) -> Payload:
     if len(frames[1]) > MAX_PAYLOAD_BYTES:
         raise ProtocolError(f"a payload has at most {MAX_PAYLOAD_BYTES} bytes, got {len(frames[1])}")
     return frames[1]
-
-
-def _unpack(body: memoryview) -> list[Any]:
-    try:
-        fields = _unpackb(
-            body,
-            max_array_len=MAX_ROWS,
-            max_map_len=0,
-            max_ext_len=0,
-            max_str_len=MAX_TEXT * 4,
-            max_bin_len=256,
-        )
-    except Exception as error:  # msgpack documents no common base class for what bad input can raise
-        raise ProtocolError(f"the header is not valid msgpack: {error}") from None
-    if type(fields) is not list:
-        raise ProtocolError("the header is not an array")
-    return cast("list[Any]", fields)

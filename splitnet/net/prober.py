@@ -38,12 +38,19 @@ class Answer:
     """How long a new step would wait for the peer's device; 0: it has nothing to do."""
     kv_free_positions: int
     """Positions that new sessions may take."""
+    holds: bool | None = None
+    """Whether the peer holds the session asked about; None: not asked, or the peer is too old to say."""
+    waiting: int = 0
+    """Steps and passes of that session that wait at the peer or are being computed."""
+    done: int = 0
+    """Positions of that session that the peer has computed so far; it only grows."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
     at: float
     padding: int
+    session: bytes
     future: Future[Answer]
 
 
@@ -61,12 +68,13 @@ class Prober:
         self._round_trips: dict[Endpoint, deque[float]] = {}
         self._lock = threading.Lock()
 
-    def ping(self, endpoint: Endpoint, padding: int = 0) -> Future[Answer]:
+    def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"") -> Future[Answer]:
         """Asks a peer for a sign of life; the future stays undone if none comes.
 
         Args:
             endpoint: the peer.
             padding: bytes to send with it.
+            session: id of a session to ask about, 16 bytes; a peer of version 0.1.0 drops such a ping.
         """
         nonce = next(self._nonces)
         future: Future[Answer] = Future()
@@ -74,8 +82,8 @@ class Prober:
         with self._lock:
             while self._sent and now - next(iter(self._sent.values())).at > FORGET_S:
                 del self._sent[next(iter(self._sent))]
-            self._sent[nonce] = _Sent(now, padding, future)
-        self._send(endpoint, Ping(nonce, bytes(padding)))
+            self._sent[nonce] = _Sent(now, padding, session, future)
+        self._send(endpoint, Ping(nonce, bytes(padding), session))
         return future
 
     def pong(self, source: Endpoint, message: Pong) -> None:
@@ -89,7 +97,10 @@ class Prober:
                 self._round_trips.setdefault(source, deque(maxlen=KEPT_ROUND_TRIPS)).append(rtt_ms)
                 while len(self._round_trips) > KEPT_ENDPOINTS:
                     del self._round_trips[next(iter(self._round_trips))]
-        sent.future.set_result(Answer(rtt_ms, message.queue_ms, message.kv_free_positions))
+        holds = message.holds if sent.session else None
+        sent.future.set_result(
+            Answer(rtt_ms, message.queue_ms, message.kv_free_positions, holds, message.waiting, message.done)
+        )
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The round trip to a peer as measured lately; 0: not measured."""

@@ -1,13 +1,14 @@
 """What a peer announces about itself in the DHT: one small signed record, and where the DHT may hold it.
 
 On the wire a record is msgpack `[payload, signature]`. The payload is a msgpack array of the fields of `PeerRecord` in
-their order, behind the number of this layout; later versions may append fields, which older readers ignore. The
+their order, behind the number of this layout; later versions append fields as `splitnet.net.fields` says. The
 signature covers a prefix of its own, so that a signature made for another purpose is never taken for one of these.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import time
 from collections.abc import Callable
@@ -15,12 +16,24 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, NamedTuple, cast
 
-import msgpack  # pyright: ignore[reportMissingTypeStubs]
-
 from scheduler.coordinates import DIMENSIONS
 from scheduler.swarm import PASS_SIZES
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
 from splitnet.net.endpoints import is_address
+from splitnet.net.fields import (
+    Layout,
+    blob,
+    flag,
+    matching,
+    number,
+    optional,
+    packb,
+    row,
+    several,
+    uint,
+    unpack_array,
+    wire,
+)
 from splitnet.net.identity import Identity, PublicKey
 
 RECORD_LAYOUT: Final = 1
@@ -36,13 +49,13 @@ MODELS_KEY: Final = "splitnet.models"
 FINGERPRINT: Final = re.compile(r"[0-9a-f]{8,128}")
 
 _SIGNED_PREFIX = b"splitnet peer record\0"
-_MAX_BLOCKS = 4096
-_MAX_COUNT = 1 << 48
-_MAX_MS = 1e9
-_MAX_UNIX_S = 1e11
-_MAX_CODECS = 32
-
-_WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+/ -]{0,63}")
+_MOST = 1e9
+_LEAST = math.ulp(0.0)
+_BLOCK = uint(4096)
+_COUNT = uint(1 << 48)
+_MS = number(0, _MOST)
+_UNIX_S = number(0, 1e11)
+_WORD = matching(re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+/ -]{0,63}"))
 
 
 class SeenLink(NamedTuple):
@@ -52,6 +65,37 @@ class SeenLink(NamedTuple):
     """The first 8 bytes of the other's raw key."""
     rtt_ms: float
     bytes_per_ms: float
+
+
+def _key(value: Any) -> PublicKey:
+    if isinstance(value, PublicKey):
+        return value
+    if type(value) is not bytes:
+        raise ProtocolError("expected a key of 32 bytes")
+    try:
+        return PublicKey(value)
+    except KeyFileError as error:
+        raise ProtocolError(f"not a valid key: {error}") from None
+
+
+def _name(value: Any) -> str:
+    # Names are printed on terminals: a control character could rewrite what the user sees.
+    if type(value) is not str or not 1 <= len(value) <= 200 or not value.isprintable():
+        raise ProtocolError("expected 1 to 200 printable characters")
+    return value
+
+
+def _address(value: Any) -> str:
+    if type(value) is not str or not is_address(value):
+        raise ProtocolError("expected tcp://HOST:PORT")
+    return value
+
+
+def _floats(*values: float) -> tuple[float, ...]:
+    return values
+
+
+_seen_link = row(SeenLink, blob(KEY_PREFIX_BYTES), _MS, number(_LEAST, _MOST))
 
 
 @dataclass(frozen=True)
@@ -74,68 +118,41 @@ class PeerRecord:
     issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
     """
 
-    key: PublicKey
-    model: str
-    model_name: str
-    address: str
-    start: int
-    end: int
-    num_blocks: int
-    protocol: int
-    codecs: tuple[str, ...]
-    device: str
-    dtype: str
-    block_ms: tuple[float, ...]
-    queue_ms: float
-    batch: float
-    kv_free_positions: int
-    sessions: int
-    max_blocks: int
-    placed_at: float
-    moving_to: tuple[int, int] | None
-    serves: bool
-    coordinate: tuple[float, ...]
-    coordinate_error: float
-    bytes_per_ms: float
-    links: tuple[SeenLink, ...]
-    version: str
-    issued_at: float
-    ttl_s: float = DEFAULT_TTL_S
+    key: PublicKey = wire(_key)  # noqa: RUF009 (it makes a field)
+    model: str = wire(matching(FINGERPRINT))
+    model_name: str = wire(_name)
+    address: str = wire(_address)
+    start: int = wire(_BLOCK)
+    end: int = wire(_BLOCK)
+    num_blocks: int = wire(_BLOCK)
+    protocol: int = wire(uint(1 << 16))
+    codecs: tuple[str, ...] = wire(several(_WORD, most=32))
+    device: str = wire(_WORD)
+    dtype: str = wire(_WORD)
+    block_ms: tuple[float, ...] = wire(several(_MS, least=len(PASS_SIZES), most=len(PASS_SIZES)))
+    queue_ms: float = wire(_MS)
+    batch: float = wire(_MS)
+    kv_free_positions: int = wire(_COUNT)
+    sessions: int = wire(_COUNT)
+    max_blocks: int = wire(_COUNT)
+    placed_at: float = wire(_UNIX_S)
+    moving_to: tuple[int, int] | None = wire(optional(several(_BLOCK, least=2, most=2)))
+    serves: bool = wire(flag)
+    coordinate: tuple[float, ...] = wire(row(_floats, *(number(-_MOST, _MOST),) * DIMENSIONS, _MS))
+    coordinate_error: float = wire(_MS)
+    bytes_per_ms: float = wire(_MS)
+    links: tuple[SeenLink, ...] = wire(several(_seen_link, most=MAX_SEEN_LINKS))
+    version: str = wire(_WORD)
+    issued_at: float = wire(_UNIX_S)
+    ttl_s: float = wire(number(_LEAST, MAX_TTL_S), default=DEFAULT_TTL_S)
 
     def __post_init__(self) -> None:
-        _require(_is_text(self.model) and FINGERPRINT.fullmatch(self.model), "model")
-        _require(_is_text(self.model_name) and 1 <= len(self.model_name) <= 200, "model_name")
-        # Names are printed on terminals: a control character could rewrite what the user sees.
-        _require(self.model_name.isprintable(), "model_name")
-        _require(_is_text(self.address) and is_address(self.address), "address")
-        _require(_is_count(self.num_blocks, 1, _MAX_BLOCKS), "num_blocks")
-        _require(_is_count(self.end, 0, self.num_blocks), "end")
-        _require(_is_count(self.start, 0, self.end), "start")
-        _require(_is_count(self.protocol, 0, 1 << 16), "protocol")
-        _require(type(self.codecs) is tuple and len(self.codecs) <= _MAX_CODECS, "codecs")
-        for name in (*self.codecs, self.device, self.dtype, self.version):
-            _require(_is_text(name) and _WORD.fullmatch(name), "codecs, device, dtype or version")
-        for field in ("queue_ms", "batch", "coordinate_error", "bytes_per_ms"):
-            _require(_is_number(getattr(self, field), _MAX_MS), field)
-        _require(type(self.serves) is bool, "serves")
-        if self.moving_to is not None:
-            _require(type(self.moving_to) is tuple and len(self.moving_to) == 2, "moving_to")
-            _require(_is_count(self.moving_to[1], 1, self.num_blocks), "moving_to")
-            _require(_is_count(self.moving_to[0], 0, self.moving_to[1] - 1), "moving_to")
-        _require(type(self.block_ms) is tuple and len(self.block_ms) == len(PASS_SIZES), "block_ms")
-        _require(all(_is_number(value, _MAX_MS) for value in self.block_ms), "block_ms")
-        _require(type(self.coordinate) is tuple and len(self.coordinate) == DIMENSIONS + 1, "coordinate")
-        _require(all(_is_number(value, _MAX_MS, low=-_MAX_MS) for value in self.coordinate), "coordinate")
-        _require(self.coordinate[DIMENSIONS] >= 0, "coordinate")
-        _require(type(self.links) is tuple and len(self.links) <= MAX_SEEN_LINKS, "links")
-        for link in self.links:
-            _require(len(link) == 3 and type(link[0]) is bytes and len(link[0]) == KEY_PREFIX_BYTES, "links")
-            _require(_is_number(link[1], _MAX_MS) and _is_number(link[2], _MAX_MS) and link[2] > 0, "links")
-        for field in ("kv_free_positions", "sessions", "max_blocks"):
-            _require(_is_count(getattr(self, field), 0, _MAX_COUNT), field)
-        for field in ("placed_at", "issued_at"):
-            _require(_is_number(getattr(self, field), _MAX_UNIX_S), field)
-        _require(_is_number(self.ttl_s, MAX_TTL_S) and self.ttl_s > 0, "ttl_s")
+        for name, value in _LAYOUT.read([getattr(self, name) for name in _LAYOUT.names]).items():
+            object.__setattr__(self, name, value)
+        if not self.start <= self.end <= self.num_blocks or not self.num_blocks:
+            raise ProtocolError("PeerRecord.start, end, num_blocks: expected start <= end <= num_blocks, and a block")
+        if self.moving_to is not None and not self.moving_to[0] < self.moving_to[1] <= self.num_blocks:
+            raise ProtocolError("PeerRecord.moving_to: expected start < end <= num_blocks")
 
     @property
     def expires_at(self) -> float:
@@ -159,12 +176,8 @@ class PeerRecord:
         """The record signed by `identity`. Raises NotAuthorized for a key other than the record's."""
         if identity.public != self.key:
             raise NotAuthorized("A record is signed with the key that it names; use the identity of this peer.")
-        values: list[Any] = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        values[0] = self.key.raw
-        # A reader expects floats where the record has them, so a whole number is not written as an integer.
-        values = [float(value) if kind == "float" else value for value, kind in zip(values, _TYPES, strict=True)]
-        payload = _packb([RECORD_LAYOUT, *values])
-        data = _packb([payload, identity.sign(_SIGNED_PREFIX + payload)])
+        payload = packb([RECORD_LAYOUT, self.key.raw, *_LAYOUT.write(self)[1:]])
+        data = packb([payload, identity.sign(_SIGNED_PREFIX + payload)])
         if len(data) > MAX_RECORD_BYTES:
             raise ProtocolError(f"A peer record has at most {MAX_RECORD_BYTES} bytes, not {len(data)}; shorten names.")
         return data
@@ -175,7 +188,7 @@ class PeerRecord:
         if len(data) > MAX_RECORD_BYTES:
             raise ProtocolError(f"A peer record has at most {MAX_RECORD_BYTES} bytes, not {len(data)}.")
         envelope = _unpack_array(data)
-        if len(envelope) != 2 or not all(type(part) is bytes for part in envelope) or _packb(envelope) != data:
+        if len(envelope) != 2 or not all(type(part) is bytes for part in envelope) or packb(envelope) != data:
             raise ProtocolError("A peer record consists of a payload and its signature.")
         payload, signature = cast(list[bytes], envelope)
         values = _unpack_array(payload)
@@ -183,23 +196,13 @@ class PeerRecord:
             raise ProtocolError("A peer record begins with the number of its layout.")
         if values[0] != RECORD_LAYOUT:
             raise ProtocolVersionError(f"The peer record has layout {values[0]}, this version reads {RECORD_LAYOUT}.")
-        values = values[1 : len(_TYPES) + 1]
-        if len(values) < len(_TYPES) or type(values[0]) is not bytes:
-            raise ProtocolError("The peer record lacks fields.")
-        try:
-            key = PublicKey(values[0])
-        except KeyFileError as error:
-            raise ProtocolError(f"The key of the peer record is not valid: {error}") from error
-        if not key.verify(_SIGNED_PREFIX + payload, signature):
+        fields = _LAYOUT.read(values[1:])
+        if not fields["key"].verify(_SIGNED_PREFIX + payload, signature):
             raise NotAuthorized("The peer record is not signed by the key that it names.")
-        for value, expected in zip(values[1:], _TYPES[1:], strict=True):
-            if expected == "float" and type(value) is not float:
-                raise ProtocolError("The peer record holds a value of the wrong type.")
-        for index, expected in enumerate(_TYPES):
-            if expected.startswith("tuple") and not (values[index] is None and expected.endswith("None")):
-                values[index] = _tuple_of(values[index])
-        values[_LINKS] = tuple(SeenLink(*_tuple_of(link, 3)) for link in values[_LINKS])
-        return cls(key, *values[1:])
+        return cls(**fields)
+
+
+_LAYOUT = Layout(PeerRecord)
 
 
 class RecordValidator:
@@ -252,59 +255,10 @@ def verified_record(data: bytes) -> PeerRecord:
     return PeerRecord.unpack(data)
 
 
-_TYPES = [str(field.type) for field in dataclasses.fields(PeerRecord)]
-_LINKS = [field.name for field in dataclasses.fields(PeerRecord)].index("links")
-
-
-_unpackb = cast("Callable[..., Any]", msgpack.unpackb)  # pyright: ignore[reportUnknownMemberType]
-
-
-def _packb(value: list[Any]) -> bytes:
-    return cast(bytes, msgpack.packb(value, use_bin_type=True))  # pyright: ignore[reportUnknownMemberType]
-
-
 def _unpack_array(data: bytes) -> list[Any]:
-    try:
-        value: Any = _unpackb(
-            data,
-            raw=False,
-            use_list=True,
-            max_str_len=MAX_RECORD_BYTES,
-            max_bin_len=MAX_RECORD_BYTES,
-            max_array_len=64,
-            max_map_len=0,
-            max_ext_len=0,
-        )
-    except Exception as error:  # msgpack raises many unrelated classes on hostile input; all mean the same here
-        raise ProtocolError("The peer record is not valid msgpack.") from error
-    if type(value) is not list:
-        raise ProtocolError("The peer record is not a msgpack array.")
-    return cast(list[Any], value)
-
-
-def _tuple_of(value: Any, length: int | None = None) -> tuple[Any, ...]:
-    if type(value) is not list or length not in (None, len(cast(list[Any], value))):
-        raise ProtocolError("The peer record holds a list of the wrong length, or something else in its place.")
-    return tuple(cast(list[Any], value))
+    return unpack_array(data, most_items=64, most_text=MAX_RECORD_BYTES, most_bytes=MAX_RECORD_BYTES)
 
 
 def _unpack_scalar(data: bytes) -> object:
     items = _unpack_array(b"\x91" + data)  # as the only element of an array
     return items[0]
-
-
-def _require(condition: object, field: str) -> None:
-    if not condition:
-        raise ProtocolError(f"The peer record has a bad value in {field}.")
-
-
-def _is_text(value: object) -> bool:
-    return type(value) is str
-
-
-def _is_count(value: object, low: int, high: int) -> bool:
-    return type(value) is int and low <= value <= high
-
-
-def _is_number(value: object, high: float, *, low: float = 0.0) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high

@@ -15,7 +15,7 @@ from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import Identity
-from splitnet.net.messages import PROTOCOL_VERSION
+from splitnet.net.messages import PROTOCOL_VERSION, Message, Ping, Pong, decode, encode
 from splitnet.net.records import PeerRecord
 
 NEEDS = Needs(kv_positions=10, encodings=(Encoding("int8", 66),), blocks=(0, 6))
@@ -88,6 +88,24 @@ def swarm(directory: FakeDirectory) -> Iterator[Swarm]:
 
 def served(**changes: object) -> PeerRecord:
     return dataclasses.replace(RECORD, key=Identity.generate().public, **changes)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("version", "asked"), [("0.1.0", b""), ("0.2.0", bytes(range(16)))])
+def test_only_peers_that_know_the_question_are_asked_about_a_session(
+    swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch, version: str, asked: bytes
+) -> None:
+    directory.records = [served(version=version)]
+    peer, stranger = (Endpoint(record.address, record.key) for record in (directory.records[0], served()))
+    swarm.peers()
+    sent: list[Message] = []
+    monkeypatch.setattr(swarm._transport, "send", lambda _, frames: sent.append(decode(frames)))
+    answers = [swarm.ping(endpoint, bytes(range(16))) for endpoint in (peer, stranger)]
+    pings = [message for message in sent if isinstance(message, Ping)]
+    assert [ping.session for ping in pings] == [asked, b""]
+    for answer, endpoint, ping in zip(answers, (peer, stranger), pings, strict=True):
+        swarm._receive(endpoint, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
+        assert answer.result().holds is (True if ping.session else None)
+    assert (answers[0].result().waiting, answers[0].result().done) == (3, 4)
 
 
 def test_newer_peers_ask_for_a_newer_client(swarm: Swarm, directory: FakeDirectory) -> None:

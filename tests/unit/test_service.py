@@ -880,6 +880,26 @@ class TestEngine:
         assert torch.equal(PLAIN.decode(answers[1].payload, length, HIDDEN), PLAIN.decode(payload, length, HIDDEN) + 1)
         assert isinstance(answers[2], Result)
 
+    def test_a_ping_tells_the_progress_of_a_session(self, peer: Peer, engine: Engine) -> None:
+        def progress() -> tuple[int, int]:
+            peer.heard()
+            [(_, pong)] = peer.says(Ping(5, session=b"\1" * 16))
+            assert isinstance(pong, Pong) and pong.holds
+            return pong.waiting, pong.done
+
+        assert progress() == (0, 0)
+        self.send(peer, 1)
+        self.send(peer, 1, start=2)
+        assert progress() == (2, 0)
+        engine._turn()
+        assert progress() == (1, 2)
+        engine._turn()
+        assert progress() == (0, 4)
+        self.send(peer, 1, start=9)  # is refused: positions are missing before it
+        assert progress() == (1, 4)
+        engine._turn()
+        assert progress() == (0, 4)
+
     def test_keeps_no_session_alive(self, peer: Peer, engine: Engine) -> None:
         self.send(peer, 1)
         engine._turn()
@@ -898,6 +918,17 @@ class TestOthers:
         opened.service.ms_per_position = 2.5
         opened.service.queue.queued_positions = 5
         assert opened.says(Ping(5, b"padding"), STRANGER) == [(STRANGER, Pong(5, 12.5, CAPACITY - 1000))]
+
+    def test_only_the_owner_of_a_session_learns_of_it_by_a_ping(self, opened: Peer) -> None:
+        unknown = Pong(5, 0.0, CAPACITY - 1000)
+        held = replace(unknown, holds=True)
+        assert opened.says(Ping(5, session=SID)) == [(CLIENT, held)]
+        assert opened.says(Ping(5, session=SID), STRANGER) == [(STRANGER, unknown)]
+        assert opened.says(Ping(5, session=SID), PREVIOUS) == [(PREVIOUS, unknown)]
+        assert opened.says(Ping(5, session=bytes(16))) == [(CLIENT, unknown)]
+        assert opened.says(Ping(5)) == [(CLIENT, unknown)]
+        opened.says(Close(SID))
+        assert opened.says(Ping(5, session=SID)) == [(CLIENT, Pong(5, 0.0, CAPACITY))]
 
     @pytest.mark.parametrize(
         "message", [Pong(1, 0, 0), Opened(SID, 1, True, 0), Result(SID, 1, 1, 6, 0, ()), Failure(SID, 1, 1, 1, "x")]

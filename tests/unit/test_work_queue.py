@@ -461,6 +461,10 @@ def test_passes_of_a_session_that_ends_are_forgotten() -> None:
     gone, kept = training(ends), training(stays)
     queue.put_pass(gone)
     queue.put_pass(kept)
+    assert (ends.waiting_passes, stays.waiting_passes) == (1, 1)
     assert queue.discard_passes(ends) == [gone]
     assert queue.pass_positions == 5
     assert queue.take_pass() is kept
+    assert (ends.waiting_passes, stays.waiting_passes) == (0, 1), "one that runs still counts"
+    queue.release_pass(kept)
+    assert stays.waiting_passes == 0
