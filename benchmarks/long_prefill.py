@@ -24,7 +24,6 @@ import torch
 from netlab import Lab, LabError
 from netlab.peers import LabPeers, even_spans
 
-from splitnet.client.awaited import AwaitedStep
 from splitnet.client.session import Session
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
@@ -96,13 +95,11 @@ def prefill(
         with chosen:
             began = time.perf_counter()
             sent = session.begin(hidden, [Part(1, 0, len(hidden), 1)])
-            awaited = [session._chain.awaited[number] for number in sent.numbers]
             session.finish(sent)
             took = time.perf_counter() - began
-        steps = [step for step in awaited if isinstance(step, AwaitedStep)]
-        timings = [step.result.timings for step in steps if step.result is not None]
-        codecs = [session._chain.first_codec.name, *(hop.codec.name for hop in session.hops)]
-        sizes = [step.step.positions for step in steps]
+        timings = [request.result.timings for request in sent.requests if request.result is not None]
+        codecs = [session.state.first_codec.name, *(hop.codec.name for hop in session.hops)]
+        sizes = [request.step.positions for request in sent.requests]
         least = bound_s(sizes[0], timings, codecs[:-1], swarm.facts.hidden_size, arguments)
         return sizes[0], ", ".join(codecs), took, least
     finally:

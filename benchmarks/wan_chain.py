@@ -128,7 +128,7 @@ def await_shape(shape: str, swarm: GuidedSwarm) -> None:
 
 def is_shape(shape: str, session: Session) -> bool:
     """Whether the client carries between all hops, or between none."""
-    return [hop.carried for hop in session.hops] == [shape == "star"] * (len(PEERS) - 1) + [False]
+    return [hop.relayed for hop in session.hops] == [shape == "star"] * (len(PEERS) - 1) + [False]
 
 
 def print_header() -> None:

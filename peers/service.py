@@ -265,6 +265,7 @@ class Service:
                 return
             # Sent first, since the next hop waits for it. Logged also in an older epoch: the log follows the rows.
             if step.epoch == session.epoch:
+                session.last = max(session.last, step.number)
                 self._send_on(work, payload, result_payload)
             if session.end != self.served.num_blocks:
                 session.log.record(step.parts, step.forks, payload)
@@ -310,7 +311,7 @@ class Service:
         # To anybody but its owner a session is unknown, so that nobody learns which ones exist.
         if session is not None and session.owner == source.curve:
             waiting = len(session.waiting) + session.waiting_passes
-            pong = replace(pong, waiting=waiting, done=session.done, holds=True)
+            pong = replace(pong, waiting=waiting, done=session.done, holds=True, last=session.last)
         self._outbox.send(source, pong)
 
     def _open(self, source: Connection, message: Open, now: float) -> None:
@@ -361,6 +362,7 @@ class Service:
             self.queue.discard_waiting(session)
             self._training.forget(session)
         session.reply_to = source
+        session.last = 0 if again else session.last
         session.epoch = message.epoch
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now

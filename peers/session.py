@@ -61,6 +61,8 @@ class Session:
     """Passes over whole sequences that wait or run. Touched by the work queue only."""
     done: int = 0
     """Positions computed so far, of steps and passes. Touched by the engine's thread only."""
+    last: int = 0
+    """Highest number of a step or pass of the present epoch that is finished."""
     passed_over: int = 0
     """Passes since its first step could have run."""
     closed: bool = False

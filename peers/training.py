@@ -137,6 +137,7 @@ class Training:
         if session.closed or message.epoch != session.epoch:
             self._release(work)
             return
+        session.last = max(session.last, message.number)
         timings = (*message.timings, timing_of(work, self._outbox))
         codec = session.codec.code
         if session.next is not None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
+from collections.abc import Sequence
+from itertools import takewhile
+from statistics import median
+from typing import Final, TypeVar
 
 WORTHWHILE: Final = 0.8
 """A new route must cost at most this share of the present one, so that small changes of the facts move nobody."""
@@ -14,3 +17,70 @@ def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int)
     current_ms, new_ms: cost of a step on the two routes. move_ms: until the new hops hold the session's cache.
     """
     return new_ms <= WORTHWHILE * current_ms and (current_ms - new_ms) * steps_left > move_ms
+
+
+SURPRISE: Final = 2.0
+SURPRISE_MS: Final = 20.0
+"""A step that took so many times as long as usual, and so much longer, is a reason to look for another route."""
+
+SHARE: Final = 0.2
+"""Weight of the latest step in what is usual."""
+
+TRIAL_STEPS: Final = 8
+"""After so many steps on a route it is known whether it is as fast as predicted."""
+
+RELIEF: Final = 0.2
+"""Weight of a prediction that was better than the ones before in what is expected of the next."""
+
+MAX_ERROR: Final = 20.0
+
+
+def prediction_error(former: float, ratio: float) -> float:
+    """By what factor routes are slower than predicted, at least 1, after one that was `ratio` times as slow.
+
+    Where devices share something that no record tells of (a machine, a radio), every peer that is not in use looks
+    faster than it will be once it is; without this sessions would never come to rest.
+    """
+    return min(max(1.0, ratio, former + RELIEF * (ratio - former)), MAX_ERROR)
+
+
+class RouteWatch:
+    """What decode steps take on the present route, beside what was predicted. All times in ms.
+
+    Attributes:
+        usual_ms: of a step, over all routes; 0 before the first.
+        surprised: the last step took far longer.
+    """
+
+    def __init__(self) -> None:
+        self.usual_ms = 0.0
+        self.surprised = False
+        self._predicted_ms = 0.0
+        self._trial_ms: list[float] = []
+
+    def begin(self, predicted_ms: float) -> None:
+        """Steps go along another route from now on."""
+        self._predicted_ms, self._trial_ms = predicted_ms, []
+
+    def step_took(self, elapsed_ms: float) -> float | None:
+        """Takes in a step; once it is known, returns by what factor the route is slower than predicted."""
+        usual = self.usual_ms or elapsed_ms
+        self.surprised = elapsed_ms > SURPRISE * usual + SURPRISE_MS
+        self.usual_ms = usual + SHARE * (elapsed_ms - usual)
+        if len(self._trial_ms) < TRIAL_STEPS:
+            self._trial_ms.append(elapsed_ms)
+            if len(self._trial_ms) == TRIAL_STEPS and self._predicted_ms:
+                return median(self._trial_ms) / self._predicted_ms
+        return None
+
+
+H = TypeVar("H")
+
+
+def changed_hops(present: Sequence[H], route: Sequence[H]) -> tuple[H | None, list[H]]:
+    """The hop before the first that differs (None: the client), and the hops of `route` that must be filled."""
+    stay = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(present, route, strict=False))))
+    rest = route[stay:]
+    pairs = zip(reversed(present[stay:]), reversed(rest), strict=False)
+    behind = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return (route[stay - 1] if stay else None), list(rest[: len(rest) - behind])

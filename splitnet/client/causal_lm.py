@@ -17,8 +17,8 @@ from splitnet.client.mixed_session import MixedSession
 from splitnet.client.plain_decoding import generate_plainly
 from splitnet.client.remote import Exchange
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
-from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
 from splitnet.client.session import Preference, Session
+from splitnet.client.session_driver import RECOVERY_TIMEOUT_S
 from splitnet.client.speculation.speculator import Speculator
 from splitnet.client.swarm import Swarm
 from splitnet.client.text import Text

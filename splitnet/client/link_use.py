@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from splitnet.client.chain import Chain
+from splitnet.client.session_state import SessionState
 from splitnet.net.codecs import Codec
 from splitnet.net.messages import Part, Result, Step, Timing, encode
 
@@ -24,31 +24,31 @@ class LinkUse:
     """Of the message of one decode token, without the framing and encryption of ZeroMQ."""
 
 
-def link_uses(chain: Chain, hidden: int) -> list[LinkUse]:
-    """The links of a route from the client back to it, for a model of this hidden size."""
+def link_uses(state: SessionState) -> list[LinkUse]:
+    """The links of a session's route from the client back to it."""
     uses: list[LinkUse] = []
-    codec, sender = chain.first_codec, "client"
-    for index, hop in enumerate(chain.hops):
+    codec, sender = state.first_codec, "client"
+    hops = list(state.hops)
+    for index, hop in enumerate(hops):
         start, end = hop.blocks
         receiver = f"blocks {start}..{end - 1}"
-        uses.append(LinkUse(sender, receiver, codec.name, _step_bytes(chain, codec, hidden, index)))
-        sender = f"{receiver} via client" if hop.carried else receiver
+        uses.append(LinkUse(sender, receiver, codec.name, _step_bytes(state, codec, index)))
+        sender = f"{receiver} via client" if hop.relayed else receiver
         codec = hop.codec
-    if chain.hops:
-        uses.append(LinkUse(sender, "client", codec.name, _result_bytes(chain, codec, hidden)))
+    if hops:
+        uses.append(LinkUse(sender, "client", codec.name, _result_bytes(state, codec, len(hops))))
     return uses
 
 
-def _step_bytes(chain: Chain, codec: Codec, hidden: int, hops_before: int) -> int:
-    payload = bytes(codec.bytes_per_position(hidden))
+def _step_bytes(state: SessionState, codec: Codec, hops_before: int) -> int:
+    payload = bytes(codec.bytes_per_position(state.hidden_size))
     parts = (Part(1, _POSITION, 1, 1),)
     timings = (_TIMING,) * hops_before
-    step = Step(chain.session, chain.epoch, _POSITION, parts, None, 0, codec.code, payload, 0, timings)
+    step = Step(state.session, state.epoch, _POSITION, parts, None, 0, codec.code, payload, 0, timings)
     return sum(map(len, encode(step)))
 
 
-def _result_bytes(chain: Chain, codec: Codec, hidden: int) -> int:
-    payload = bytes(codec.bytes_per_position(hidden))
-    end = chain.hops[-1].planned.end
-    timings = (_TIMING,) * len(chain.hops)
-    return sum(map(len, encode(Result(chain.session, chain.epoch, _POSITION, end, codec.code, timings, payload))))
+def _result_bytes(state: SessionState, codec: Codec, hops: int) -> int:
+    payload = bytes(codec.bytes_per_position(state.hidden_size))
+    result = Result(state.session, state.epoch, _POSITION, state.blocks[1], codec.code, (_TIMING,) * hops, payload)
+    return sum(map(len, encode(result)))

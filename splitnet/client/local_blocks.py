@@ -139,7 +139,8 @@ class LocalRows:
         self._adapter: Adapter | None = None
 
     def use_adapter(self, adapter: Adapter | None) -> None:
-        """Before the first step. Raises AdapterError if it does not fit the blocks."""
+        """All rows are forgotten. Raises AdapterError if it does not fit the blocks."""
+        self._rows = {}
         self._adapter = self._span.fit(adapter) if adapter is not None else None
 
     def step(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None) -> torch.Tensor:

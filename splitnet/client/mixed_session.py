@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 import torch
 
-from splitnet.client.chain import Hop, Traffic
 from splitnet.client.link_use import LinkUse
 from splitnet.client.local_blocks import Blocks, LocalBlocks, LocalRows, LocalSpan
 from splitnet.client.parts import cut_into_steps, keeping_all, kept_positions
 from splitnet.client.planner import Forecast
-from splitnet.client.recovery import Recovered
+from splitnet.client.route_hop import RouteHop
 from splitnet.client.session import Session
 from splitnet.client.session import UnderWay as SentThrough
-from splitnet.errors import SplitnetError
+from splitnet.client.session_driver import Traffic
+from splitnet.client.session_state import Recovered
 from splitnet.model.adapters import Adapter
 from splitnet.net.messages import Fork, Part, Timing
 
@@ -64,7 +64,7 @@ class MixedSession:
         return [stage for stage in self._stages if isinstance(stage, Session)]
 
     @property
-    def hops(self) -> list[Hop]:
+    def hops(self) -> list[RouteHop]:
         return [hop for session in self.sessions for hop in session.hops]
 
     @property
@@ -110,8 +110,6 @@ class MixedSession:
         """As `Session.use_adapter`; raises AdapterError, too, if it does not fit the blocks that are here."""
         if adapter is self._adapter:
             return
-        if self._positions:
-            raise SplitnetError("the blocks hold keys and values of another adapter: begin with a new cache")
         self._adapter = adapter
         for stage in self._stages:
             stage.use_adapter(adapter)

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from splitnet.client.awaited import AwaitedBatch, AwaitedPass, WayBack
 from splitnet.client.link_codecs import LinkCodecs
-from splitnet.client.recovery import silence_s
-from splitnet.client.routed_session import RECOVERY_TIMEOUT_S, RoutedSession
+from splitnet.client.requests import Batch, PassRequest, WayBack
+from splitnet.client.session_driver import RECOVERY_TIMEOUT_S, SessionDriver
+from splitnet.client.session_events import GoBack, Submit, UseAdapter
 from splitnet.client.swarm import Swarm
 from splitnet.errors import PeerFailed, SplitnetError
 from splitnet.model.adapters import Adapter, read_tensors
 from splitnet.net.codecs import Codec, codec_by_code, codec_by_name
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Forward
 
-PASS_TIMEOUT_S = 600.0
+PASS_PROGRESS_S = 600.0
 MICRO_BATCHES_PER_HOP = 2
 """A batch is cut into so many micro-batches for each hop, so that all hops have something to do most of the time."""
 
@@ -34,15 +33,15 @@ LOSSY_GRADIENT_CODEC = "bf16"
 class Passed:
     """A batch that went through the blocks, with what the way back needs."""
 
-    passes: list[AwaitedPass]
+    passes: list[PassRequest]
     adapter: Adapter | None
 
     @property
     def numbers(self) -> list[int]:
-        return [awaited.forward.number for awaited in self.passes]
+        return [request.number for request in self.passes]
 
 
-class PassSession(RoutedSession):
+class PassSession(SessionDriver):
     """A route for whole sequences, of which no KV caches are kept. One thread uses it at a time.
 
     A batch is cut into micro-batches, which flow through the hops one after the other. When a hop dies, those that
@@ -71,7 +70,7 @@ class PassSession(RoutedSession):
             codecs=LinkCodecs(swarm, codec, exact_embeddings=blocks is None or not blocks[0]),
             blocks=blocks,
             in_flight=MICRO_BATCHES_PER_HOP * 4,
-            step_timeout_s=PASS_TIMEOUT_S,
+            progress_timeout_s=PASS_PROGRESS_S,
             recovery_timeout_s=recovery_timeout_s,
         )
         if gradient_codec != "auto":
@@ -98,44 +97,41 @@ class PassSession(RoutedSession):
             PeerLost, CoverageError, PeerFailed, PeerBusy, ContextTooLong: as in `Session.step`.
             AdapterError: the adapter does not fit the blocks.
         """
-        self.open()
-        self._repair()
         self._use(adapter)
         while self._forgotten:
             self._kept.difference_update(self._forgotten.popleft())
+        state = self.state
         batch = Passed([], adapter)
-        codec = self._chain.first_codec
+        codec = state.first_codec
         offset = 0
         for group in self._micro_batches(lengths):
             positions = sum(group)
-            number = self._next_number()
+            number = state.next_number()
             if keep:
                 self._kept.add(number)
             payload = codec.encode(hidden[offset : offset + positions])
             offset += positions
             forward = Forward(
                 self.id,
-                self._chain.epoch,
+                state.epoch,
                 number,
                 min(self._kept, default=number),
                 tuple(group),
                 keep,
-                self._chain.adapter_version if adapter is not None else 0,
+                self._version(adapter),
                 self._codec_of_gradients().code,
                 codec.code,
                 payload,
             )
-            batch.passes.append(AwaitedPass(forward))
+            batch.passes.append(PassRequest(forward))
         self.traffic.steps += len(batch.passes)
         self.traffic.positions += offset
-        for awaited in batch.passes:
-            self._chain.expect(awaited.forward.number, awaited)
-            awaited.send(self._chain)
-        self._await_all(batch)
+        self.feed(Submit(tuple(batch.passes)))
+        self._wait_for_batch(batch)
         outputs: list[torch.Tensor] = []
-        for awaited in batch.passes:
-            assert awaited.result is not None
-            outputs.append(self._decode(awaited.result.codec, awaited.result.payload, awaited))
+        for request in batch.passes:
+            assert request.result is not None
+            outputs.append(self._decode(request.result.codec, request.result.payload, request))
         return torch.cat(outputs), batch
 
     def backward(self, batch: Passed, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -151,25 +147,23 @@ class PassSession(RoutedSession):
         Raises:
             as `forward`.
         """
-        self._repair()
         self._use(batch.adapter)
         codec = self._codec_of_gradients()
-        together = AwaitedBatch(batch.passes)
+        together = Batch(batch.passes)
         offset = 0
-        for awaited in batch.passes:
-            positions = awaited.forward.positions
+        for request in batch.passes:
+            positions = request.forward.positions
             payload = codec.encode(gradient[offset : offset + positions])
             offset += positions
-            awaited.back = WayBack(together, codec.code, payload)
-            self._chain.expect(awaited.forward.number, awaited)
-        together.go_back(self._version(batch), self._chain)
-        self._await_all(batch)
+            request.back = WayBack(together, codec.code, payload)
+        self.feed(GoBack(together, self._version(batch.adapter)))
+        self._wait_for_batch(batch)
         self.forget(batch)
         by_input: list[torch.Tensor] = []
         by_adapter: dict[str, torch.Tensor] = {}
-        for awaited in batch.passes:
-            assert awaited.gradient is not None
-            by_input.append(self._decode(awaited.gradient.codec, awaited.gradient.payload, awaited))
+        for request in batch.passes:
+            assert request.gradient is not None
+            by_input.append(self._decode(request.gradient.codec, request.gradient.payload, request))
         for payloads in together.by_adapter.values():
             for payload in payloads:
                 by_adapter.update(read_tensors(payload))
@@ -182,53 +176,30 @@ class PassSession(RoutedSession):
         """The batch will not go back; the peers drop what they keep for it with the next pass. For any thread."""
         self._forgotten.append(batch.numbers)
 
-    def _version(self, batch: Passed) -> int:
-        return self._chain.adapter_version if batch.adapter is not None else 0
+    def _version(self, adapter: Adapter | None) -> int:
+        return self.state.adapter_version if adapter is not None else 0
 
     def _use(self, adapter: Adapter | None) -> None:
-        """Has the blocks run with an adapter; nothing is sent if they do already."""
-        if adapter is None or adapter is self._chain.adapter:
-            return
-        recovery = self._recovery()
-        try:
-            for name, error in self._chain.use_adapter(adapter).items():
-                for hop in self.hops:
-                    if hop.name == name:
-                        recovery.replace_hop(hop.endpoint, error, self.needs)
-        finally:
-            self.recoveries += recovery.done
+        """Has a route open whose blocks run with an adapter; nothing is sent if they do already."""
+        if adapter is not None and adapter is not self.state.adapter:
+            self.feed(UseAdapter(adapter))
+        self.open()
 
-    def _repair(self) -> None:
-        """Replaces what an earlier call could not."""
-        recovery = self._recovery()
+    def _wait_for_batch(self, batch: Passed) -> None:
         try:
-            recovery.replace_dropped_hops(self.needs)
-        finally:
-            self.recoveries += recovery.done
-
-    def _await_all(self, batch: Passed) -> None:
-        recovery = self._recovery()
-        deadline = time.monotonic() + self._step_timeout_s
-        try:
-            for awaited in batch.passes:
-                while not awaited.done:
-                    self._await(deadline, silence_s(0.0), recovery)
+            self._wait_for(batch.passes)
         except SplitnetError:
             self.forget(batch)
             raise
-        finally:
-            self.recoveries += recovery.done
-            for number in batch.numbers:
-                self._chain.forget(number)
 
     def _codec_of_gradients(self) -> Codec:
         if self._gradient_codec != "auto":
             return codec_by_name(self._gradient_codec)
-        exact = self._chain.first_codec.name == "none" and all(hop.codec.name == "none" for hop in self.hops)
+        exact = self.state.first_codec.name == "none" and all(hop.codec.name == "none" for hop in self.hops)
         return codec_by_name("none" if exact else LOSSY_GRADIENT_CODEC)
 
-    def _decode(self, codec: int, payload: bytes | memoryview, awaited: AwaitedPass) -> torch.Tensor:
-        return codec_by_code(codec).decode(payload, awaited.forward.positions, self._swarm.facts.hidden_size)
+    def _decode(self, codec: int, payload: bytes | memoryview, request: PassRequest) -> torch.Tensor:
+        return codec_by_code(codec).decode(payload, request.forward.positions, self._swarm.facts.hidden_size)
 
     def _micro_batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """The sequences in groups that fill the hops well; no sequence is cut."""

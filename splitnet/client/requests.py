@@ -56,9 +56,15 @@ class Route(Protocol):
 
 
 class Request(ABC):
-    """Something that was asked for. `error` says that nothing will come any more."""
+    """Something that was asked for.
 
-    error: SplitnetError | None = None
+    Attributes:
+        error: why nothing will come any more.
+        predicted_ms: what it is predicted to take; 0: not known.
+    """
+
+    error: SplitnetError | None
+    predicted_ms: float = 0.0
 
     @property
     @abstractmethod
@@ -79,11 +85,6 @@ class Request(ABC):
         """Whether it is so small that an answer is due soon."""
         return False
 
-    @property
-    def predicted_ms(self) -> float:
-        """What it is predicted to take; 0: not known."""
-        return 0.0
-
     @abstractmethod
     def send(self, route: Route) -> None:
         """Sends it in the route's epoch; what came before counts no more."""
@@ -96,8 +97,9 @@ class Request(ABC):
             ProtocolError: it is not what was asked for.
         """
 
+    @abstractmethod
     def undo(self) -> None:
-        """Forgets an answer that cannot be used."""
+        """Forgets what has come of it."""
 
 
 def check_size(route: Route, codec: int, payload: Payload, positions: int) -> None:
@@ -160,8 +162,12 @@ class ReplayRequest(Request):
     sent: Step | Replay
     to: Endpoint
     last: Endpoint
-    done: bool = False
+    ended: bool = False
     error: SplitnetError | None = None
+
+    @property
+    def done(self) -> bool:
+        return self.ended
 
     @property
     def number(self) -> int:
@@ -176,10 +182,13 @@ class ReplayRequest(Request):
 
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         if isinstance(message, Result) and source == self.last:
-            self.done = True
+            self.ended = True
         elif isinstance(message, Result) and source == self.to:
             raise ProtocolError("it has nothing to replay")
-        return self.done
+        return self.ended
+
+    def undo(self) -> None:
+        self.ended = False
 
 
 @dataclass(slots=True)
@@ -350,3 +359,6 @@ class FetchRequest(Request):
 
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         return isinstance(message, Recalled) and self.found.take(source, message)
+
+    def undo(self) -> None:
+        self.sent = False

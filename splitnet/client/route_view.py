@@ -7,9 +7,9 @@ from itertools import pairwise
 
 from scheduler.network import UNMEASURED
 from splitnet.client.cache import ModelSession
-from splitnet.client.chain import Hop
 from splitnet.client.link_use import LinkUse
 from splitnet.client.mixed_session import MixedSession
+from splitnet.client.route_hop import RouteHop
 from splitnet.client.swarm import Swarm
 
 
@@ -60,13 +60,13 @@ def routes_of(swarm: Swarm, session: ModelSession | None) -> tuple[RouteView, ..
     return tuple(routes)
 
 
-def _link(swarm: Swarm, use: LinkUse, sender: Hop | None, receiver: Hop | None) -> LinkView:
-    via_client = sender is not None and sender.carried
+def _link(swarm: Swarm, use: LinkUse, sender: RouteHop | None, receiver: RouteHop | None) -> LinkView:
+    via_client = sender is not None and sender.relayed
     return LinkView(use.codec, use.bytes_per_token, _delay_ms(swarm, sender, receiver), via_client)
 
 
-def _delay_ms(swarm: Swarm, sender: Hop | None, receiver: Hop | None) -> float | None:
+def _delay_ms(swarm: Swarm, sender: RouteHop | None, receiver: RouteHop | None) -> float | None:
     ends = [hop.planned.record if hop is not None else None for hop in (sender, receiver)]
-    via_client = sender is not None and sender.carried
+    via_client = sender is not None and sender.relayed
     links = [swarm.link(ends[0], None), swarm.link(None, ends[1])] if via_client else [swarm.link(*ends)]
     return None if UNMEASURED in links else sum(link.latency_ms for link in links)

@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
-from splitnet.client.routed_session import RECOVERY_TIMEOUT_S
+from splitnet.client.session_driver import RECOVERY_TIMEOUT_S
 from splitnet.client.swarm import Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.shell import load_classifier_shell

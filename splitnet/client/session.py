@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,29 +10,21 @@ from typing import Literal
 import torch
 
 from scheduler.prefill import SIZES, best_step
-from splitnet.client.awaited import Awaited, AwaitedRecall, AwaitedReplay, AwaitedStep
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.link_use import LinkUse, link_uses
 from splitnet.client.parts import cut_into_steps
 from splitnet.client.planner import Forecast
-from splitnet.client.recovery import silence_s
-from splitnet.client.replanning import Replanner
-from splitnet.client.routed_session import RECOVERY_TIMEOUT_S, RoutedSession
+from splitnet.client.requests import DECODE_POSITIONS, FetchRequest, StepRequest
+from splitnet.client.session_driver import PROGRESS_TIMEOUT_S, RECOVERY_TIMEOUT_S, SessionDriver
+from splitnet.client.session_events import Abandon, Distrust, Resize, Restart, Submit, UseAdapter
 from splitnet.client.swarm import Swarm
-from splitnet.errors import PeerLost, SplitnetError
+from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.adapters import Adapter, read_tensors
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Payload, Recall, Step, Timing
-from splitnet.net.sent_log import SentLog
-
-log = logging.getLogger(__name__)
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Recall, Step, Timing
 
 Preference = Literal["latency", "throughput"]
 
-DECODE_POSITIONS = 16
-"""A step with at most so many positions tells how fast the hops decode."""
-
-STEP_TIMEOUT_S = 120.0
 THROUGHPUT_STEPS = 8
 """How many steps a session that asks for throughput has under way."""
 
@@ -42,9 +33,7 @@ THROUGHPUT_STEPS = 8
 class UnderWay:
     """New positions that were sent through the route."""
 
-    numbers: tuple[int, ...]
-    """Of the steps that carry them."""
-    positions: int
+    requests: tuple[StepRequest, ...]
     began: float
     """Seconds, as `time.perf_counter` tells."""
     repairs: int
@@ -53,10 +42,10 @@ class UnderWay:
     """Nothing else was under way, so the time that it takes tells about the route."""
 
 
-class Session(RoutedSession):
+class Session(SessionDriver):
     """KV caches of some rows along a route. One thread uses a session at a time.
 
-    When a hop dies, the session replaces it and goes on with the same tokens; see `splitnet.client.recovery`.
+    When a hop dies, the session replaces it and goes on with the same tokens; see `splitnet.client.session_state`.
 
     Args:
         swarm: the peers.
@@ -64,11 +53,8 @@ class Session(RoutedSession):
         codec: name of a codec for every link, or "auto" to choose by cost for each link.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
         prefer: "latency": the result of a step soonest; "throughput": most steps per second, for batches and training.
-        step_timeout_s: how long a step may take in all.
+        progress_timeout_s: how long hops may work on a step without any progress.
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
-
-    Attributes:
-        recoveries: repairs of the route so far.
     """
 
     def __init__(
@@ -79,7 +65,7 @@ class Session(RoutedSession):
         codec: str = "auto",
         blocks: tuple[int, int] | None = None,
         prefer: Preference = "latency",
-        step_timeout_s: float = STEP_TIMEOUT_S,
+        progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
     ) -> None:
         if prefer not in ("latency", "throughput"):
@@ -90,16 +76,14 @@ class Session(RoutedSession):
             codecs=LinkCodecs(swarm, codec),
             blocks=blocks,
             in_flight=THROUGHPUT_STEPS if prefer == "throughput" else 1,
-            step_timeout_s=step_timeout_s,
+            progress_timeout_s=progress_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
         )
-        self._replanner = Replanner(swarm)
-        self._under_way: set[UnderWay] = set()
 
     @property
     def timings(self) -> tuple[Timing, ...]:
         """What the last step met at each hop."""
-        return self._chain.timings
+        return self.state.timings
 
     @property
     def compute_ms(self) -> float:
@@ -112,12 +96,12 @@ class Session(RoutedSession):
         Raises:
             PeerBusy: a hop has no memory for so many.
         """
-        if positions > self._budget:
-            self._budget = positions
-            if self._is_open:
-                for error in self._chain.resize(positions).values():
-                    if not isinstance(error, PeerLost):  # a lost hop is replaced by the next step
-                        raise error
+        if positions <= self.state.budget:
+            return
+        self.feed(Resize(positions))
+        self._wait(lambda: not self.state.is_growing)
+        if self.state.refusal is not None:
+            raise self.state.refusal
 
     def step(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> torch.Tensor:
         """Sends new positions through the route.
@@ -131,10 +115,10 @@ class Session(RoutedSession):
             `[kept, hidden]` float32: the outputs that the parts keep, in order.
 
         Raises:
-            PeerLost: a hop died or did not answer in time, and could not be replaced.
+            PeerLost: a hop died or did not go on, and could not be replaced.
             CoverageError: blocks of a lost hop are served by nobody else.
-            PeerFailed: a hop answered with an error.
-            ContextTooLong: the rows are longer than the model or the hops allow.
+            PeerFailed: two hops answered with the same error.
+            ContextTooLong: the rows are longer than the model allows.
             SessionClosed: another thread has closed the session.
         """
         return self.finish(self.begin(hidden, parts, forks))
@@ -158,72 +142,73 @@ class Session(RoutedSession):
         Returns:
             What `finish` or `abandon` is to be called with.
         """
+        state = self.state
         self.open(len(hidden))
-        if not self._under_way:
-            self._repair_or_improve_route()
-        began = time.perf_counter()
-        codec = self._chain.first_codec
-        if self._log is None:
-            self._log = SentLog(codec.code, codec.bytes_per_position(self._swarm.facts.hidden_size))
-        numbers: list[int] = []
+        if not state.under_way and state.log is not None:
+            self._improve_route()
+        began, alone, repairs = time.perf_counter(), not state.under_way, len(self.recoveries)
+        size = step_positions or self.step_positions(len(hidden))
+        predicted_ms = self.forecast(min(size, len(hidden))).latency_ms if len(hidden) > DECODE_POSITIONS else 0.0
+        codec = state.first_codec
+        requests: list[StepRequest] = []
         offset = 0
-        for chunk in cut_into_steps(parts, step_positions or self.step_positions(len(hidden))):
+        for chunk in cut_into_steps(parts, size):
             positions = sum(part.length for part in chunk)
             payload = codec.encode(hidden[offset : offset + positions])
             offset += positions
-            numbers.append(self._send(tuple(chunk), tuple(forks) if forks is not None else None, payload))
+            number = state.next_number()
+            step = Step(
+                self.id,
+                state.epoch,
+                number,
+                tuple(chunk),
+                tuple(forks) if forks is not None else None,
+                0,
+                codec.code,
+                payload,
+            )
             forks = None
+            requests.append(StepRequest(step, sum(part.keep for part in chunk), predicted_ms))
+            self.feed(Submit((requests[-1],)))
+        self.traffic.steps += len(requests)
         self.traffic.positions += offset
-        sent = UnderWay(tuple(numbers), offset, began, len(self.recoveries), alone=not self._under_way)
-        self._under_way.add(sent)
-        return sent
+        return UnderWay(tuple(requests), began, repairs, alone)
 
     def finish(self, sent: UnderWay) -> torch.Tensor:
         """Waits for what was sent; returns and raises what `step` does. In the order of sending."""
-        decodes = len(sent.numbers) == 1 and sent.positions <= DECODE_POSITIONS
-        try:
-            output = self._collect(sent.numbers, silence_s(self._replanner.usual_ms if decodes else 0.0))
-        finally:
-            self._under_way.discard(sent)
-        if decodes and len(self.recoveries) == sent.repairs:
+        outputs: list[torch.Tensor] = []
+        for request in sent.requests:
+            output = None
+            while output is None:
+                self._wait_for([request])
+                output = self._decoded(request)
+            outputs.append(output)
+        if len(sent.requests) == 1 and sent.requests[0].decodes and len(self.recoveries) == sent.repairs:
             if sent.alone:
-                self._replanner.step_took((time.perf_counter() - sent.began) * 1000)
-            self._chain.tell_survey(sent.positions)
-        return output
+                self._routes.step_took((time.perf_counter() - sent.began) * 1000)
+                self.state.usual_ms = self._routes.watch.usual_ms
+            self._tell_survey(sent.requests[0].step.positions)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def abandon(self, sent: UnderWay) -> None:
         """Awaits it no longer: what it has done at the hops, the next positions that are sent undo."""
-        self._under_way.discard(sent)
-        for number in sent.numbers:
-            self._chain.forget(number)
+        self.feed(Abandon(tuple(request.number for request in sent.requests)))
 
     def use_adapter(self, adapter: Adapter | None) -> None:
-        """Has the blocks run with parameters of the client; before the first step.
+        """Has the blocks run with parameters of the client. What was cached with others is given up.
+
+        The step after a change begins all rows at position 0.
 
         Raises:
             PeerFailed: they do not fit the blocks.
         """
-        if adapter is self._chain.adapter:
+        if adapter is self.state.adapter:
             return
-        if self._log is not None:
-            raise SplitnetError("the peers hold keys and values of another adapter: begin with a new cache")
-        for error in self._chain.use_adapter(adapter).values():
-            if not isinstance(error, PeerLost):  # a lost hop is replaced by the next step
-                raise error
-
-    def replay(self, index: int, until: int | None = None) -> None:
-        """Has the hop at `index` send its log to the next hop again, and waits until that is done.
-
-        Args:
-            index: of the hop that sends.
-            until: the boundary where the replay ends; None: the end of the next hop.
-
-        Raises:
-            PeerLost, PeerFailed: as in `step`.
-        """
-        number = self._next_number()
-        self._chain.ask_replay(index, number, self.hops[index + 1].planned.end if until is None else until)
-        self._collect([number], silence_s(0.0))
+        if self.state.log is not None:
+            self.feed(Restart())
+        self.feed(UseAdapter(adapter))
+        if self.state.hops:
+            self.open()
 
     def recall(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.
@@ -234,14 +219,13 @@ class Session(RoutedSession):
         Raises:
             PeerLost, PeerFailed: as in `step`.
         """
-        number = self._next_number()
-        awaited = AwaitedRecall(Recall(self.id, self._chain.epoch, number, row, length))
-        self._chain.expect(number, awaited)
-        awaited.send(self._chain)
-        self._wait_for([number], silence_s(0.0))
+        self.open()
+        request = FetchRequest(Recall(self.id, self.state.epoch, self.state.next_number(), row, length))
+        self.feed(Submit((request,)))
+        self._wait_for([request])
         tensors: dict[str, torch.Tensor] = {}
-        for endpoint in self._chain.endpoints():
-            for part in awaited.found.parts[endpoint]:
+        for endpoint in self.state.endpoints():
+            for part in request.found.parts[endpoint]:
                 tensors.update(read_tensors(part))
         return tensors
 
@@ -259,54 +243,38 @@ class Session(RoutedSession):
         return min(size, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
 
     def links(self) -> list[LinkUse]:
-        """The links of the open route in order, with the bytes that one decode token takes on each."""
-        return link_uses(self._chain, self._swarm.facts.hidden_size) if self._is_open else []
+        """The links of the route in order, with the bytes that one decode token takes on each."""
+        return link_uses(self.state)
 
-    def _repair_or_improve_route(self) -> None:
-        """Before a step: replaces what an earlier call could not, or moves to a better route if that pays."""
-        if self._log is None:
-            return
-        recovery = self._recovery()
+    def _improve_route(self) -> None:
+        """Before a step: moves to a better route if that pays."""
+        state = self.state
+        cached = state.log.positions if state.log is not None else 0
+        planned = [hop.planned for hop in self.hops]
+        move = self._routes.better(planned, self.needs, cached, max(0, state.budget - cached))
+        if move is not None:
+            self.feed(move)
+            self.open()
+
+    def _decoded(self, request: StepRequest) -> torch.Tensor | None:
+        """`[kept, hidden]`; None: the answer was no use, and the step is done again."""
+        result = request.result
+        assert result is not None
         try:
-            recovery.replace_dropped_hops(self.needs)
-            cached = self._log.positions
-            planned = [hop.planned for hop in self.hops]
-            route = self._replanner.better_route(planned, self.needs, cached, max(0, self._budget - cached))
-            if route is not None:
-                recovery.move(route, self.needs)
-        finally:
-            self.recoveries += recovery.done
+            output = codec_by_code(result.codec).decode(result.payload, request.kept, self._swarm.facts.hidden_size)
+            if bool(output.isfinite().all()):
+                return output
+            why = "answered with values that are not finite"
+        except ProtocolError as error:
+            why = f"answered nonsense: {error}"
+        self.feed(Distrust(request, self.state.tail, why))
+        return None
 
-    def _send(self, parts: tuple[Part, ...], forks: tuple[Fork, ...] | None, payload: Payload) -> int:
-        assert self._log is not None
-        chain = self._chain
-        number = self._next_number()
-        self._log.record(parts, forks, payload)
-        step = Step(self.id, chain.epoch, number, parts, forks, 0, chain.first_codec.code, payload)
-        chain.send_step(step, sum(part.keep for part in parts))
-        return number
-
-    def _collect(self, numbers: Sequence[int], patience_s: float) -> torch.Tensor:
-        """The results of steps in order."""
-        outputs = [self._decode(awaited) for awaited in self._wait_for(numbers, patience_s)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _wait_for(self, numbers: Sequence[int], patience_s: float) -> list[Awaited]:
-        """What was awaited, once it is there; after so much silence it looks what is wrong."""
-        recovery = self._recovery()
-        deadline = time.monotonic() + self._step_timeout_s
-        try:
-            awaited = [self._chain.awaited[number] for number in numbers]
-            for each in awaited:
-                while not each.done:
-                    self._await(deadline, patience_s, recovery)
-            return awaited
-        finally:
-            self.recoveries += recovery.done
-            for number in numbers:
-                self._chain.forget(number)
-
-    def _decode(self, awaited: Awaited) -> torch.Tensor:
-        assert isinstance(awaited, AwaitedStep | AwaitedReplay) and awaited.result is not None
-        kept = awaited.kept if isinstance(awaited, AwaitedStep) else 0
-        return codec_by_code(awaited.result.codec).decode(awaited.result.payload, kept, self._swarm.facts.hidden_size)
+    def _tell_survey(self, positions: int) -> None:
+        """Tells what the last step, of `positions` positions, met on its way."""
+        survey = self._swarm.survey
+        for index, (hop, timing) in enumerate(zip(self.hops, self.timings, strict=False)):
+            blocks = hop.planned.end - hop.planned.start
+            survey.hop_seen(hop.name, positions, timing.compute_us / 1000 / blocks, timing.wait_us / 1000)
+            if timing.next_rtt_us and index + 1 < len(self.hops):
+                survey.link_seen(hop.name, self.hops[index + 1].name, timing.next_rtt_us / 1000)

@@ -127,6 +127,7 @@ class Alive:
 class Planned:
     """A route, as `AskRoute` wanted it, with the codec of every link: `codecs` has one more than `route`."""
 
+    number: int
     route: tuple[PlannedHop, ...]
     codecs: tuple[Codec, ...]
 
@@ -136,11 +137,13 @@ class NoRoute:
     """There is no route.
 
     Attributes:
+        number: of the question.
         error: why.
         present: names of all peers that the directory lists.
         was_covered: all blocks were served at some time.
     """
 
+    number: int
     error: SplitnetError
     present: frozenset[str]
     was_covered: bool
@@ -188,15 +191,17 @@ class AskAlive:
 
 @dataclass(frozen=True, slots=True)
 class AskRoute:
-    """Plan a route; `Planned` or `NoRoute` must follow.
+    """Plan a route; `Planned` or `NoRoute` must follow, with the same number. One that is newer replaces it.
 
     Attributes:
+        number: of the question.
         kept: hops that stay if they can, in order.
         excluded: names of peers that must not be used.
         fresh: look into the directory even if that was done a moment ago.
         unban: lift the bans of peers that answer now.
     """
 
+    number: int
     kept: tuple[PlannedHop, ...]
     excluded: frozenset[str]
     fresh: bool
@@ -228,4 +233,3 @@ class Note:
 
 
 Effect = Send | AskAlive | AskRoute | Ban | Unban | Note
-

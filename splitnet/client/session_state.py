@@ -187,8 +187,8 @@ class _Making:
     """Why peers do not take the session, by name."""
     excluded: set[str] = field(default_factory=set)
     """Of them, those that are not asked again."""
-    asks_route: bool = False
-    """A route is being planned."""
+    question: int = 0
+    """Number of the route that is being planned; 0: none is."""
     retry_at: float = math.inf
     opened_at: float = 0.0
 
@@ -235,7 +235,7 @@ class SessionState:
         self.phase = Phase.NEW
         self.epoch = 0
         self.hops: list[RouteHop] = []
-        self.first_codec = codec_by_name("none")
+        self.first_codec: Codec = codec_by_name("none")
         """Codec of the client's own link to the first hop."""
         self.adapter: Adapter | None = None
         self.adapter_version = 0
@@ -261,6 +261,8 @@ class SessionState:
         """Hops that were asked and cannot."""
         self._members: dict[Endpoint, tuple[int, int]] = {}
         """Who was sent an `Open`, for which blocks, and no `Close` since."""
+        self._opened_budget = 0
+        """What the hops were asked to reserve when the route was opened."""
         self._growing = 0
         """The budget that an open route is being resized to; 0: none."""
         self._liveness = Liveness()
@@ -283,6 +285,11 @@ class SessionState:
     def is_settled(self) -> bool:
         """Whether nothing is being made, loaded or resized."""
         return self.phase in (Phase.OPEN, Phase.BROKEN, Phase.CLOSED) and not self._growing
+
+    @property
+    def is_growing(self) -> bool:
+        """Whether hops are asked for more memory."""
+        return self._growing > 0
 
     @property
     def first(self) -> Endpoint:
@@ -419,7 +426,10 @@ class SessionState:
         if not self.is_open:
             self.budget = budget  # with the next opening
             return
-        self._growing = budget
+        self._grow(budget)
+
+    def _grow(self, budget: int) -> None:
+        self._growing = self._opened_budget = budget
         for index in range(len(self.hops)):
             self._open_hop(index, budget)
 
@@ -478,12 +488,14 @@ class SessionState:
             self._making = _Making(self._now, repairs=bool(self.hops))
         return self._making
 
-    def _reopen(self, lost: dict[Endpoint, SplitnetError], cause: Cause) -> None:
+    def _reopen(self, lost: dict[Endpoint, SplitnetError], cause: Cause, reason: str = "") -> None:
         """Makes the route whole without the hops that are lost; if nothing waits for it, with the next use."""
         idle = self.is_open and not self._in_flight and not self._growing
         making = self._begin_making()
         if not making.reasons:
             making.cause = cause
+        if reason:
+            making.reasons.append(reason)
         for endpoint, error in lost.items():
             self._give_up(endpoint, error)
         if idle or self.phase is Phase.BROKEN:
@@ -514,16 +526,16 @@ class SessionState:
     def _ask_route(self, *, fresh: bool, unban: bool) -> None:
         making = self._making
         assert making is not None
-        making.asks_route, making.retry_at = True, math.inf
+        making.question, making.retry_at = self.next_number(), math.inf
         kept = tuple(hop.planned for hop in self.hops if not hop.lost)
         self._enter(Phase.PLANNING)
-        self._effects.append(AskRoute(kept, frozenset(making.excluded), fresh, unban))
+        self._effects.append(AskRoute(making.question, kept, frozenset(making.excluded), fresh, unban))
 
     def _planned(self, event: Planned) -> None:
         making = self._making
-        if making is None or not making.asks_route or self.phase is not Phase.PLANNING:
+        if making is None or making.question != event.number or self.phase is not Phase.PLANNING:
             return
-        making.asks_route = False
+        making.question = 0
         if any(hop.name in making.excluded for hop in event.route):  # it was lost meanwhile
             self._ask_route(fresh=True, unban=False)
         else:
@@ -531,9 +543,9 @@ class SessionState:
 
     def _no_route(self, event: NoRoute) -> None:
         making = self._making
-        if making is None or not making.asks_route or self.phase is not Phase.PLANNING:
+        if making is None or making.question != event.number or self.phase is not Phase.PLANNING:
             return
-        making.asks_route = False
+        making.question = 0
         silent = {name for name, error in making.refused.items() if isinstance(error, PeerLost)}
         # Peers have died, and others will take their blocks; or the network is back in a moment.
         may_come = making.repairs or (silent == making.refused.keys() and bool(silent or event.was_covered))
@@ -559,6 +571,7 @@ class SessionState:
             self.first_codec = codecs[0]
         self.hops = hops
         self.epoch += 1
+        self._opened_budget = self.budget
         wanted = {hop.endpoint: hop.blocks for hop in hops}
         for endpoint, blocks in list(self._members.items()):
             if wanted.get(endpoint) != blocks:
@@ -590,7 +603,9 @@ class SessionState:
         self.send(hop.endpoint, message)
 
     def _opened(self, hop: RouteHop, message: Opened) -> None:
-        if self._asked.pop(hop.endpoint, None) is not None and self.phase is Phase.OPENING:
+        if self.phase is Phase.LOADING or self._asked.pop(hop.endpoint, None) is None:
+            return
+        if self.phase is Phase.OPENING:
             hop.relayed |= not message.next_reachable
             hop.cached_positions = message.cached_positions
         self._if_all_answered()
@@ -690,12 +705,14 @@ class SessionState:
         for number in sorted(self._in_flight):
             if not self._in_flight[number].done:
                 self._in_flight[number].send(self)
-        if making is not None and making.repairs:
+        if making is not None and making.reasons:
             opened_ms, total_ms = ((at - making.began) * 1000 for at in (making.opened_at, self._now))
             self.recoveries.append(Recovered(tuple(making.reasons), opened_ms, total_ms, making.cause))
             moved = making.cause is Cause.BETTER_ROUTE
             what = "a session has moved to a better route" if moved else "a route is whole again"
             self._note("rerouted" if moved else "repaired", f"{what} after {total_ms:.0f} ms: {self.route_text}")
+        if self.budget > self._opened_budget:
+            self._grow(self.budget)
 
     @property
     def route_text(self) -> str:
@@ -728,8 +745,12 @@ class SessionState:
 
     def _fail(self, error: SplitnetError) -> None:
         """There is no route for now: what waits gets the error."""
-        if self._making is not None and self._making.repairs:
+        making = self._making
+        if making is not None and making.repairs:
             self._note("failed", f"a route could not be repaired: {error}")
+        for name, refused in making.refused.items() if making is not None else ():
+            if not isinstance(refused, PeerLost):  # it may have been right, as nothing else did better
+                self._effects.append(Unban(name))
         self._end_requests(error)
         self._enter(Phase.BROKEN)
 
@@ -793,9 +814,13 @@ class SessionState:
         if failure.code == FailureCode.LEAVING:
             self._lose(hop, error)
         elif not failure.number:
-            if self._asked.pop(hop.endpoint, None) is not None:
-                self._failed[hop.endpoint] = error
-                self._if_all_answered()
+            if self._asked.pop(hop.endpoint, None) is None:
+                return
+            if self.phase is Phase.LOADING and not isinstance(error, PeerBusy):
+                self._blame(hop, failure.code, error)
+                return
+            self._failed[hop.endpoint] = error
+            self._if_all_answered()
         elif failure.number in self._in_flight or failure.number in self._replays:
             self._request_failed(hop, failure.code, error)
 
@@ -812,8 +837,7 @@ class SessionState:
                 # Its cache is not what the session wants. Of whoever has none, opening it again will tell.
                 culprit.forget()
                 self._leave(culprit.endpoint)
-            self._begin_making().reasons.append(str(error))
-            self._reopen({}, Cause.SESSION_LOST)
+            self._reopen({}, Cause.SESSION_LOST, str(error))
         else:
             self._blame(hop, code, error)
 
@@ -832,11 +856,10 @@ class SessionState:
             if len(complaints) > 1:
                 self._believe(code, error)
                 return
-        self._lose(hop, error if isinstance(error, SplitnetError) else error)
+        self._lose(hop, error)
 
     def _believe(self, code: int, error: SplitnetError) -> None:
-        for name in self._complaints.pop(code, ()):
-            self._effects.append(Unban(name))
+        self._complaints.pop(code, None)
         self._begin_making()
         self._fail(error)
 
@@ -952,7 +975,7 @@ class SessionState:
         else:
             self._stalls += 1
             if self._stalls == 1:  # opened again, hops find out whether they reach each other
-                self._reopen({}, Cause.STALLED)
+                self._reopen({}, Cause.STALLED, "what was under way was lost between two hops that live")
                 return
             where = verdict.hops[min(self._stalls - 2, len(verdict.hops) - 1)]
             self._reopen({where: PeerLost(f"the peer at {where.address} loses what is sent to it")}, Cause.LOST)

@@ -224,6 +224,10 @@ class Swarm:
         record = next((record for record in self._records if record.key.text == key), None)
         self._bans.add(key, seconds, record if leaves else None)
 
+    def unban(self, key: str) -> None:
+        """Lifts a ban that was not deserved."""
+        self._bans.lift(key)
+
     def pardon_living(self) -> None:
         """Lifts the bans of peers that answer now: they were slow or cut off, or have moved and serve other blocks."""
         banned = {

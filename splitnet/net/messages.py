@@ -134,6 +134,8 @@ class Pong:
     """Positions of the session that were computed here so far; it only grows."""
     holds: bool = appended(flag, False)
     """The peer holds the session, and whoever asks has opened it."""
+    last: int = appended(_NUMBER, 0)
+    """Highest number of a step or pass of the session's epoch that was finished here."""
 
 
 @dataclass(frozen=True, slots=True)

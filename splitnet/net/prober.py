@@ -44,6 +44,8 @@ class Answer:
     """Steps and passes of that session that wait at the peer or are being computed."""
     done: int = 0
     """Positions of that session that the peer has computed so far; it only grows."""
+    last: int = 0
+    """Highest number of a step or pass of the session's epoch that the peer has finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +101,9 @@ class Prober:
                     del self._round_trips[next(iter(self._round_trips))]
         holds = message.holds if sent.session else None
         sent.future.set_result(
-            Answer(rtt_ms, message.queue_ms, message.kv_free_positions, holds, message.waiting, message.done)
+            Answer(
+                rtt_ms, message.queue_ms, message.kv_free_positions, holds, message.waiting, message.done, message.last
+            )
         )
 
     def rtt_ms(self, endpoint: Endpoint) -> float:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from splitnet.client.session import Session
+from splitnet.client.session_state import Cause
 from splitnet.errors import CoverageError, PeerBusy, PeerFailed, SessionClosed, WrongSwarm
 from splitnet.net.endpoints import Destination
 from splitnet.net.identity import Identity
@@ -51,7 +52,7 @@ def test_peers_push_to_each_other(shared: LocalSwarm, local: Any, monkeypatch: p
     with model.session() as cache:
         assert torch.equal(generate(model, prompt()), generate(local, prompt()))
         assert cache.session is not None
-        assert not any(hop.carried for hop in cache.session.hops)
+        assert not any(hop.relayed for hop in cache.session.hops)
     assert set(ends) == {6}, "only the tail answers the client"
 
 
@@ -70,7 +71,7 @@ def test_the_client_carries_where_a_peer_is_not_let_in(
         with model.session() as cache:
             assert torch.equal(generate(model, prompt()), generate(local, prompt()))
             assert cache.session is not None
-            assert [hop.carried for hop in cache.session.hops] == [True, False, False]
+            assert [hop.relayed for hop in cache.session.hops] == [True, False, False]
             assert [link.sender for link in cache.session.links()][1] == "blocks 0..1 via client"
     assert set(ends) == {2, 6}, "the first hop's output came to the client, the second pushed its own"
 
@@ -115,15 +116,17 @@ def test_a_hop_rebuilds_its_cache_from_the_log_of_the_one_before(shared: LocalSw
     for session in (with_replay, undisturbed):
         session.step(hidden[:12], [Part(1, 0, 12, 0)])
         session.step(hidden[12:15], [Part(1, 12, 3, 1)])
-    # The last hop forgets what it has; the hop before sends its log again.
+    # The last hop has lost the session; the hop before sends its log again.
     tail = next(peer for peer in shared.peers if peer.span.end == 6)
     held = tail.service.sessions.get(with_replay.id)
     assert held is not None
-    held.rows.clear()
-    with_replay.replay(1)
-    assert {row: cache.length for row, cache in held.rows.items()} == {1: 15}
+    tail.service.sessions.remove(held)
     after = [session.step(hidden[15:16], [Part(1, 15, 1, 1)]) for session in (with_replay, undisturbed)]
     assert torch.equal(*after)
+    assert [recovered.cause for recovered in with_replay.recoveries] == [Cause.SESSION_LOST]
+    held = tail.service.sessions.get(with_replay.id)
+    assert held is not None
+    assert {row: cache.length for row, cache in held.rows.items()} == {1: 16}
     for session in (with_replay, undisturbed):
         session.close()
 

@@ -199,5 +199,5 @@ def test_hops_that_the_client_carries_between_are_replaced_too(folder: Path, loc
         with model.session() as cache:
             got = model.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
             assert cache.session is not None
-            assert [hop.carried for hop in cache.session.hops] == [True, True, False]
+            assert [hop.relayed for hop in cache.session.hops] == [True, True, False]
         assert torch.equal(got, local.generate(**prompt(), **GREEDY))

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from splitnet.client import recovery
-from splitnet.client.recovery import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
+from splitnet.client import liveness
+from splitnet.client.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
 from splitnet.client.session import Session
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
@@ -107,7 +107,7 @@ def test_a_network_that_stops_is_found_out_in_time(network: Network, local: Any,
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=Then({12: hold, 13: goes_on}))
         assert isinstance(cache.session, Session)
-        usual_s = cache.session._replanner.usual_ms / 1000
+        usual_s = cache.session.state.usual_ms / 1000
     # A step of this model takes a few ms, so silence is noticed after the shortest time.
     assert 5 * usual_s < MIN_SILENCE_S < MAX_SILENCE_S
     assert stopped[1] - stopped[0] < MIN_SILENCE_S + ANSWER_S + SLACK_S
@@ -128,7 +128,7 @@ def test_connections_that_are_cut(network: Network, local: Any, index: int) -> N
 def test_a_hop_that_is_lost_during_a_prefill(
     network: Network, local: Any, index: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recovery, "MAX_SILENCE_S", 0.5)  # how long such a step usually takes is not known yet
+    monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.5)  # how long such a step usually takes is not known yet
     monkeypatch.setattr(Session, "step_positions", lambda *_: 32)  # so that several steps are under way
     longer = torch.cat([prompt()["input_ids"], prompt(length=150)["input_ids"]], dim=1)
     options = {**GREEDY, "max_new_tokens": 4}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from splitnet.client.awaited import AwaitedBatch, AwaitedPass, WayBack
+from splitnet.client.requests import Batch, PassRequest, WayBack
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
 from splitnet.net.messages import AdapterGradient, Forward, Gradient, Message, Result
 
 SID = b"s" * 16
+PAYLOAD = bytes(32)
+"""Two positions of four values, uncompressed."""
 HEAD, TAIL = (Endpoint(f"tcp://127.0.0.1:{port}", Identity.generate().public) for port in (1, 2))
 
 
@@ -18,6 +20,8 @@ class FakeRoute:
     """Two hops, both with a part of the adapter."""
 
     epoch: int = 1
+    hidden_size: int = 4
+    blocks: tuple[int, int] = (0, 6)
     first: Endpoint = HEAD
     tail: Endpoint = TAIL
     sent: list[tuple[Endpoint, Message]] = field(default_factory=list)
@@ -37,30 +41,30 @@ class FakeRoute:
         return messages
 
 
-def passes(route: FakeRoute, count: int = 3) -> list[AwaitedPass]:
-    made = [AwaitedPass(Forward(SID, 1, 10 + index, 0, (2,), True, 4, 0, 0)) for index in range(count)]
+def passes(route: FakeRoute, count: int = 3) -> list[PassRequest]:
+    made = [PassRequest(Forward(SID, 1, 10 + index, 0, (2,), True, 4, 0, 0)) for index in range(count)]
     for each in made:
         each.send(route)
     route.heard()
     return made
 
 
-def result(each: AwaitedPass, epoch: int = 1) -> Result:
-    return Result(SID, epoch, each.forward.number, 6, 0, ())
+def result(each: PassRequest, epoch: int = 1) -> Result:
+    return Result(SID, epoch, each.forward.number, 6, 0, (), PAYLOAD)
 
 
-def goes_back(made: list[AwaitedPass], route: FakeRoute) -> AwaitedBatch:
-    batch = AwaitedBatch(made)
+def goes_back(made: list[PassRequest], route: FakeRoute) -> Batch:
+    batch = Batch(made)
     for each in made:
         each.back = WayBack(batch, 0, b"gradient")
     batch.go_back(4, route)
     return batch
 
 
-def answer(made: list[AwaitedPass], route: FakeRoute) -> None:
+def answer(made: list[PassRequest], route: FakeRoute) -> None:
     """All that the peers send for the gradients."""
     for each in made:
-        each.take(HEAD, Gradient(SID, route.epoch, each.forward.number, 0, 10, each is not made[-1], 0), route)
+        each.take(HEAD, Gradient(SID, route.epoch, each.forward.number, 0, 10, each is not made[-1], 0, PAYLOAD), route)
     for hop in (HEAD, TAIL):
         made[-1].take(hop, AdapterGradient(SID, route.epoch, made[-1].forward.number, 0, hop.address.encode()), route)
 
@@ -115,7 +119,7 @@ def test_a_batch_is_repeated_as_one() -> None:
     route.heard()
     route.epoch = 2
     for each in made:
-        each.send_again(route)
+        each.send(route)
     assert len(route.heard()) == 3
     for each in made:
         each.take(TAIL, result(each, 2), route)

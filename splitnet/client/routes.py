@@ -1,0 +1,140 @@
+"""Plans what a session asks for: a whole route, or other hops between those that stay."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Collection, Sequence
+
+from scheduler.replan import RouteWatch, changed_hops, move_pays
+from splitnet.client.link_codecs import LinkCodecs
+from splitnet.client.planner import Needs, PlannedHop, with_kept_hops
+from splitnet.client.session_events import AskRoute, Move, NoRoute, Planned
+from splitnet.client.swarm import Swarm
+from splitnet.errors import CoverageError, PeerBusy, SplitnetError
+from splitnet.net.codecs import Codec
+
+log = logging.getLogger(__name__)
+
+PAUSE_S = 1.0
+"""Between two looks for a better route."""
+
+
+class Routes:
+    """Routes for one session. Blocks: it reads the directory and measures links.
+
+    Args:
+        swarm: the peers.
+        codecs: chooses the codec of each link.
+        blocks: what to cover, `[start, end)`.
+
+    Attributes:
+        watch: what steps take on the present route.
+    """
+
+    def __init__(self, swarm: Swarm, codecs: LinkCodecs, blocks: tuple[int, int]) -> None:
+        self.watch = RouteWatch()
+        self._swarm = swarm
+        self._codecs = codecs
+        self._blocks = blocks
+        self._news = swarm.news
+        self._looked_at = 0.0
+        self._route: list[PlannedHop] = []
+
+    def answer(self, asked: AskRoute, needs: Needs) -> Planned | NoRoute:
+        """The route that was asked for, or why there is none."""
+        swarm = self._swarm
+        try:
+            if asked.unban:
+                swarm.pardon_living()
+            try:
+                route = self._fill_gaps(asked.kept, needs, asked.excluded, fresh=asked.fresh)
+            except (CoverageError, PeerBusy):
+                if not asked.kept:
+                    raise
+                # Perhaps a hop that stays could run more blocks. It holds one cache per session, so it begins anew.
+                holders = {hop.name for hop in asked.kept}
+                whole = swarm.plan(needs, holders=holders, exclude=asked.excluded)
+                route = with_kept_hops(whole, asked.kept)
+        except SplitnetError as error:
+            return NoRoute(asked.number, error, self._present(), swarm.was_covered)
+        return Planned(asked.number, tuple(route), self._codecs_of(route))
+
+    def step_took(self, elapsed_ms: float) -> None:
+        """Takes in the time of a decode step that had the route for itself."""
+        ratio = self.watch.step_took(elapsed_ms)
+        if ratio is not None:
+            self._swarm.survey.forecast_came(ratio)
+
+    def better(self, hops: Sequence[PlannedHop], needs: Needs, cached: int, steps_left: int) -> Move | None:
+        """A route that pays for the move from `hops`, if there is a reason to look for one and it exists.
+
+        Args:
+            hops: the present route.
+            needs: of the session.
+            cached: positions that new hops would have to be given.
+            steps_left: decode steps that are expected at most.
+        """
+        swarm = self._swarm
+        if self._route != list(hops):
+            self._route = list(hops)
+            self.watch.begin(swarm.cost_ms(needs, hops))
+        now = time.monotonic()
+        surprised = self.watch.surprised
+        if not (self._news != swarm.news or surprised) or now - self._looked_at < PAUSE_S:
+            return None
+        if surprised:
+            # What a hop took is known from the step. If it was one of the client's own links, that must be measured.
+            swarm.look_again([hops[0].record, hops[-1].record])
+        self._looked_at, self._news, self.watch.surprised = now, swarm.news, False
+        try:
+            route = with_kept_hops(swarm.plan(needs, holders={hop.name for hop in hops}), hops)
+        except SplitnetError as error:
+            log.debug("no other route: %s", error)
+            return None
+        if route == list(hops):
+            return None
+        current_ms = swarm.cost_ms(needs, hops)
+        # What is known of the present route was seen; what is known of the other was told, and may be too good.
+        new_ms = swarm.cost_ms(needs, route) * swarm.survey.doubt
+        before, changed = changed_hops(hops, route)
+        ends = (before.record if before is not None else None, None)
+        move_ms = swarm.cost_ms(needs, changed, ends=ends, positions=max(cached, 1))
+        if not move_pays(current_ms, new_ms, move_ms, steps_left):
+            return None
+        log.info(
+            "a better route: %.0f ms per step instead of %.0f ms",
+            new_ms,
+            current_ms,
+            extra={"step_ms": round(new_ms, 1), "former_step_ms": round(current_ms, 1)},
+        )
+        return Move(tuple(route), self._codecs_of(route))
+
+    def _codecs_of(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
+        return (self._codecs.to(route[0]), *(self._codecs.after(route, index) for index in range(len(route))))
+
+    def _fill_gaps(
+        self, kept: Sequence[PlannedHop], needs: Needs, excluded: Collection[str], *, fresh: bool
+    ) -> list[PlannedHop]:
+        if not kept:
+            return self._swarm.plan(needs, exclude=excluded, fresh=fresh)
+        used = set(excluded) | {hop.name for hop in kept}
+        route: list[PlannedHop] = []
+        position, end = self._blocks
+        for following in (*kept, None):
+            until = following.start if following else end
+            if position < until:
+                ends = (route[-1].record if route else None, following.record if following else None)
+                fill = self._swarm.plan(needs, blocks=(position, until), ends=ends, exclude=used, fresh=fresh)
+                used |= {hop.name for hop in fill}
+                route += fill
+            if following:
+                route.append(following)
+                position = following.end
+        return route
+
+    def _present(self) -> frozenset[str]:
+        try:
+            return frozenset(record.key.text for record in self._swarm.peers())
+        except SplitnetError:
+            return frozenset()

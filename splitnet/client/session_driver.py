@@ -1,0 +1,251 @@
+"""Runs a session's state machine: its queue, its clock, its thread."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from scheduler.cost import positions_with_prompt
+from splitnet.client.link_codecs import LinkCodecs
+from splitnet.client.planner import Needs
+from splitnet.client.requests import Request
+from splitnet.client.route_hop import RouteHop
+from splitnet.client.routes import Routes
+from splitnet.client.session_events import (
+    Abandon,
+    Alive,
+    AskAlive,
+    AskRoute,
+    Ban,
+    Close,
+    Effect,
+    Event,
+    LinkFailed,
+    Note,
+    Received,
+    Send,
+    Tick,
+    Unban,
+    Use,
+)
+from splitnet.client.session_state import Phase, Recovered, SessionState
+from splitnet.client.swarm import Swarm, refusal
+from splitnet.errors import SessionClosed, SplitnetError
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.messages import SESSION_BYTES, Message, Open
+from splitnet.net.prober import Answer
+
+log = logging.getLogger(__name__)
+
+RECOVERY_TIMEOUT_S = 30.0
+PROGRESS_TIMEOUT_S = 120.0
+
+BAN_S = 30.0
+"""How long a peer that died is not planned with."""
+
+USUAL_POSITIONS = 64
+"""Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What a session has moved so far."""
+
+    steps: int = 0
+    positions: int = 0
+    bytes_sent: int = 0
+    """By the client, headers included."""
+    bytes_received: int = 0
+
+
+class SessionDriver:
+    """A session along a route of peers. One thread uses a session at a time.
+
+    Messages come in the transport's thread, which has them handled and sends what follows from them, so that the client
+    relays without waiting for the thread that uses the session. What blocks (planning) is done by that thread.
+
+    Args:
+        swarm: the peers.
+        budget: positions of KV cache to reserve over all rows.
+        codecs: chooses the codec of each link.
+        blocks: what the peers run of the model, `[start, end)`; None: all of it.
+        in_flight: how many steps are under way at the same time.
+        progress_timeout_s: how long hops may work on something without any progress.
+        recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
+    """
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        *,
+        budget: int,
+        codecs: LinkCodecs,
+        blocks: tuple[int, int] | None,
+        in_flight: int,
+        progress_timeout_s: float,
+        recovery_timeout_s: float,
+    ) -> None:
+        self.id = secrets.token_bytes(SESSION_BYTES)
+        self.traffic = Traffic()
+        self.state = SessionState(
+            self.id,
+            model=swarm.facts.fingerprint,
+            blocks=blocks or (0, swarm.facts.num_blocks),
+            hidden_size=swarm.facts.hidden_size,
+            max_positions=swarm.facts.max_positions,
+            budget=budget,
+            progress_timeout_s=progress_timeout_s,
+            recovery_timeout_s=recovery_timeout_s,
+        )
+        self._swarm = swarm
+        self._codecs = codecs
+        self._in_flight = in_flight
+        self._prompt = 0
+        self._routes = Routes(swarm, codecs, self.state.blocks)
+        self._events: deque[Event] = deque()
+        self._asked: AskRoute | None = None
+        self._handling = threading.RLock()
+        self._is_handling = False
+        self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
+        swarm.register(self)
+
+    @property
+    def hops(self) -> list[RouteHop]:
+        """The route; empty before the first step."""
+        return self.state.hops
+
+    @property
+    def recoveries(self) -> list[Recovered]:
+        """Repairs of the route so far."""
+        return self.state.recoveries
+
+    @property
+    def needs(self) -> Needs:
+        """What the session wants of its route once it decodes."""
+        return self._needs(0)
+
+    def open(self, prompt: int = 0) -> None:
+        """Plans a route and reserves memory on it; called by the first step at the latest.
+
+        Args:
+            prompt: positions of the first step; with them the route is chosen for the time to the first token, too.
+
+        Raises:
+            CoverageError: blocks are served by nobody; if they once were, nor after `recovery_timeout_s`.
+            PeerBusy: no peer of some blocks has memory for the budget.
+            NotAuthorized: the peers do not accept this client's key.
+            PeerLost: peers do not answer, nor does anybody take their place in time.
+            SessionClosed: another thread has closed the session.
+        """
+        if self.state.is_open and self.state.is_settled:
+            return
+        self._prompt = 0 if self.state.hops else prompt
+        self.feed(Use())
+        self._wait(lambda: self.state.is_settled)
+        self._raise_if_broken()
+
+    def close(self) -> None:
+        """Frees the memory on all hops; from any thread. A thread that uses the session gets `SessionClosed`."""
+        self._swarm.unregister(self)
+        self.feed(Close())
+
+    def deliver(self, source: Endpoint, message: Message) -> None:
+        """Takes a message from the transport's thread."""
+        self.traffic.bytes_received += len(getattr(message, "payload", b""))
+        self.feed(Received(source, message))
+
+    def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None:
+        """Takes from the transport's thread that a link of the client is lost or refused."""
+        self.feed(LinkFailed(endpoint, error))
+
+    def feed(self, event: Event) -> None:
+        """Has the machine handle an event, and does what follows from it; from any thread."""
+        self._events.append(event)
+        with self._handling:
+            if self._is_handling:
+                return  # what is done about an event has caused another: it comes next
+            self._is_handling = True
+            try:
+                while self._events:
+                    for effect in self.state.handle(self._events.popleft(), time.monotonic()):
+                        self._perform(effect)
+            finally:
+                self._is_handling = False
+        self._changed.put(None)
+
+    def _perform(self, effect: Effect) -> None:
+        swarm = self._swarm
+        match effect:
+            case Send(endpoint, message):
+                if isinstance(message, Open) and (state := swarm.link_state(endpoint)).is_final:
+                    self._events.append(LinkFailed(endpoint, refusal(endpoint, state)))
+                else:
+                    self.traffic.bytes_sent += swarm.send(endpoint, message)
+            case AskAlive(endpoint):
+                swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
+            case AskRoute():
+                self._asked = effect
+            case Ban(name, leaves):
+                swarm.ban(name, BAN_S, leaves=leaves)
+            case Unban(name):
+                swarm.unban(name)
+            case Note(kind, text, peer):
+                log.log(
+                    logging.WARNING if kind in ("lost", "failed") else logging.INFO,
+                    "%s",
+                    text,
+                    extra={"session": self.id.hex()} | ({"peer": peer} if peer else {}),
+                )
+                swarm.events.note(kind, text)
+
+    def _alive(self, endpoint: Endpoint, pong: Future[Answer]) -> None:
+        answer = pong.result()
+        self.feed(Alive(endpoint, answer.queue_ms > 0, answer.holds, answer.waiting, answer.done, answer.last))
+
+    def _wait(self, until: Callable[[], bool]) -> None:
+        """Waits for something, and does meanwhile what takes time.
+
+        Raises:
+            SessionClosed: another thread has closed the session.
+        """
+        while not until():
+            self._refuse_if_closed()
+            asked, self._asked = self._asked, None
+            if asked is not None:
+                self.feed(self._routes.answer(asked, self._needs(self._prompt)))
+                continue
+            try:
+                self._changed.get(timeout=max(0.0, min(self.state.wake_at - time.monotonic(), threading.TIMEOUT_MAX)))
+            except queue.Empty:
+                self.feed(Tick())
+        self._refuse_if_closed()
+
+    def _wait_for(self, requests: Sequence[Request]) -> None:
+        """Waits until all have what they asked for; raises the error of the first that has not."""
+        try:
+            for request in requests:
+                self._wait(lambda request=request: request.done or request.error is not None)
+                if request.error is not None:
+                    raise request.error
+        except BaseException:
+            self.feed(Abandon(tuple(request.number for request in requests)))
+            raise
+
+    def _refuse_if_closed(self) -> None:
+        if self.state.phase is Phase.CLOSED:
+            raise SessionClosed("the session was closed while it was used: begin with a new one")
+
+    def _raise_if_broken(self) -> None:
+        if not self.state.is_open and self.state.error is not None:
+            raise self.state.error
+
+    def _needs(self, prompt: int) -> Needs:
+        positions = USUAL_POSITIONS if self._in_flight > 1 else positions_with_prompt(prompt)
+        return Needs(self.state.budget, self._codecs.encodings, self.state.blocks, positions, self._in_flight)
