@@ -265,7 +265,7 @@ class Service:
                 return
             # Sent first, since the next hop waits for it. Logged also in an older epoch: the log follows the rows.
             if step.epoch == session.epoch:
-                session.last = max(session.last, step.number)
+                session.last = max(session.last, 0 if step.replay_until else step.number)
                 self._send_on(work, payload, result_payload)
             if session.end != self.served.num_blocks:
                 session.log.record(step.parts, step.forks, payload)

@@ -113,7 +113,7 @@ class Liveness:
         """Ends a round; None: there is nothing to do but to wait.
 
         Args:
-            number: the lowest that is awaited.
+            number: the lowest that is awaited; 0: not of a step or pass.
             progress_s: how long hops may work on something without any progress.
             now: the time.
         """

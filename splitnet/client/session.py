@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,12 @@ from splitnet.client.parts import cut_into_steps
 from splitnet.client.planner import Forecast
 from splitnet.client.requests import DECODE_POSITIONS, FetchRequest, StepRequest
 from splitnet.client.session_driver import PROGRESS_TIMEOUT_S, RECOVERY_TIMEOUT_S, SessionDriver
-from splitnet.client.session_events import Abandon, Distrust, Resize, Restart, Submit, UseAdapter
+from splitnet.client.session_events import Abandon, Distrust, Resize, Submit, UseAdapter
 from splitnet.client.swarm import Swarm
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.adapters import Adapter, read_tensors
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Recall, Step, Timing
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, SESSION_BYTES, Fork, Part, Recall, Step, Timing
 
 Preference = Literal["latency", "throughput"]
 
@@ -204,9 +205,11 @@ class Session(SessionDriver):
         """
         if adapter is self.state.adapter:
             return
-        if self.state.log is not None:
-            self.feed(Restart())
-        self.feed(UseAdapter(adapter))
+        self.feed(UseAdapter(adapter, secrets.token_bytes(SESSION_BYTES)))
+        if self.state.session != self.id:
+            self._swarm.unregister(self)
+            self.id = self.state.session
+            self._swarm.register(self)
         if self.state.hops:
             self.open()
 

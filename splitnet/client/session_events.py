@@ -54,14 +54,14 @@ class Resize:
 
 @dataclass(frozen=True, slots=True)
 class UseAdapter:
-    """The caller wants the blocks to run with other parameters; None: with their own alone."""
+    """The caller wants the blocks to run with other parameters; None: with their own alone.
+
+    Nothing may be under way. If something was cached with the former ones, the session begins anew under another id:
+    the next step begins at position 0.
+    """
 
     adapter: Adapter | None
-
-
-@dataclass(frozen=True, slots=True)
-class Restart:
-    """The caller gives up all that the hops have cached: what comes next begins at position 0."""
+    next_id: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,6 @@ Event = (
     | Abandon
     | Resize
     | UseAdapter
-    | Restart
     | Move
     | Distrust
     | Close

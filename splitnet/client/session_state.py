@@ -51,7 +51,6 @@ from splitnet.client.session_events import (
     Planned,
     Received,
     Resize,
-    Restart,
     Send,
     Submit,
     Tick,
@@ -75,8 +74,8 @@ from splitnet.errors import (
 from splitnet.model.adapters import Adapter, counted_down, write_groups
 from splitnet.net.codecs import Codec, codec_by_name
 from splitnet.net.endpoints import Endpoint
-from splitnet.net.messages import Adapter as AdapterMessage
 from splitnet.net.messages import (
+    MAX_POSITIONS,
     Adopted,
     Failure,
     FailureCode,
@@ -88,6 +87,7 @@ from splitnet.net.messages import (
     Step,
     Timing,
 )
+from splitnet.net.messages import Adapter as AdapterMessage
 from splitnet.net.messages import Close as CloseMessage
 from splitnet.net.sent_log import SentLog
 
@@ -190,14 +190,14 @@ class _Making:
     question: int = 0
     """Number of the route that is being planned; 0: none is."""
     retry_at: float = math.inf
-    opened_at: float = 0.0
+    opened_at: float | None = None
 
 
 class SessionState:
     """A session's route, what is under way on it, and what to do about whatever happens.
 
     Args:
-        session: id of the session.
+        session: id of the session; another adapter may change it.
         model: fingerprint of the weights.
         blocks: what the hops run, `[start, end)`.
         hidden_size: values per position.
@@ -261,12 +261,15 @@ class SessionState:
         """Hops that were asked and cannot."""
         self._members: dict[Endpoint, tuple[int, int]] = {}
         """Who was sent an `Open`, for which blocks, and no `Close` since."""
+        self._opened_epoch = 0
+        """In which all hops have answered at least once."""
         self._opened_budget = 0
         """What the hops were asked to reserve when the route was opened."""
         self._growing = 0
         """The budget that an open route is being resized to; 0: none."""
         self._liveness = Liveness()
-        self._stalls = 0
+        self._suspects: list[Endpoint] = []
+        """Of those who lose what is under way; empty as long as an answer has come since."""
         self._attempts = 0
         self._strikes: dict[str, int] = {}
         """How often peers had forgotten the session since an answer came, by name."""
@@ -284,7 +287,7 @@ class SessionState:
     @property
     def is_settled(self) -> bool:
         """Whether nothing is being made, loaded or resized."""
-        return self.phase in (Phase.OPEN, Phase.BROKEN, Phase.CLOSED) and not self._growing
+        return self.phase in (Phase.NEW, Phase.OPEN, Phase.BROKEN, Phase.CLOSED) and not self._growing
 
     @property
     def is_growing(self) -> bool:
@@ -375,9 +378,7 @@ class SessionState:
             case Resize():
                 self._resize(event.budget)
             case UseAdapter():
-                self._use_adapter(event.adapter)
-            case Restart():
-                self._restart()
+                self._use_adapter(event)
             case Move():
                 self._move(event)
             case Distrust():
@@ -406,7 +407,22 @@ class SessionState:
         longest = max((part.start + part.length for part in step.parts), default=0)
         if self._max_positions is not None and longest > self._max_positions:
             raise ContextTooLong(f"position {longest} is beyond the model's context of {self._max_positions}")
+        if step.forks and self._in_flight:
+            # A hop that has forked rows does not fork them again, so it could not be told of what was lost before.
+            raise SplitnetError("rows were to be forked while steps are under way: wait for them before")
         self.log.record(step.parts, step.forks, step.payload)
+        self._end_what_is_undone(step)
+
+    def _end_what_is_undone(self, step: Step) -> None:
+        """A step that begins before the end of one under way undoes it; sent again, that would build on this one."""
+        starts = {part.row: part.start for part in step.parts}
+        rows = {fork.row for fork in step.forks} if step.forks is not None else None
+        for number, request in list(self._in_flight.items()):
+            for part in request.step.parts if isinstance(request, StepRequest) else ():
+                is_dropped = rows is not None and part.row not in rows
+                if is_dropped or starts.get(part.row, MAX_POSITIONS) < part.start + part.length:
+                    request.error = SplitnetError("a later step of the session began before the end of this one")
+                    self._in_flight.pop(number, None)
 
     def _put_under_way(self, request: Request) -> None:
         if not self._in_flight:
@@ -433,21 +449,21 @@ class SessionState:
         for index in range(len(self.hops)):
             self._open_hop(index, budget)
 
-    def _use_adapter(self, adapter: Adapter | None) -> None:
-        if adapter is not self.adapter:
-            self.adapter = adapter
-            self.adapter_version += 1
+    def _use_adapter(self, event: UseAdapter) -> None:
+        if event.adapter is self.adapter:
+            return
+        self.adapter = event.adapter
+        self.adapter_version += 1
+        if self.log is not None or (self.adapter is None and any(hop.adapter_version for hop in self.hops)):
+            # A peer that this does not reach holds on to the former adapter: so it must not know the session.
+            for hop in self.hops:
+                hop.forget()
+                self._leave(hop.endpoint)
+            self.session, self.log = event.next_id, None
             if self.is_open:
-                self._load_adapter()
-
-    def _restart(self) -> None:
-        """All that the hops hold is given up; they are opened anew with the next use."""
-        self.log = None
-        for hop in self.hops:
-            hop.forget()
-            self._leave(hop.endpoint)
-        if self.is_open:
-            self._enter(Phase.BROKEN)
+                self._enter(Phase.BROKEN)
+        elif self.is_open:
+            self._load_adapter()
 
     def _move(self, event: Move) -> None:
         if self.is_open and not self._in_flight and not self._growing:
@@ -512,6 +528,7 @@ class SessionState:
         """Opens the hops that are left, if they make a whole route; otherwise has one planned."""
         making = self._begin_making()
         self._stop_waiting()
+        self.budget, self._growing = max(self.budget, self._growing), 0
         if self.phase is Phase.BROKEN:
             making.began = self._now
         kept = tuple(hop.planned for hop in self.hops if not hop.lost)
@@ -607,7 +624,7 @@ class SessionState:
             return
         if self.phase is Phase.OPENING:
             hop.relayed |= not message.next_reachable
-            hop.cached_positions = message.cached_positions
+        hop.cached_positions = message.cached_positions
         self._if_all_answered()
 
     def _if_all_answered(self) -> None:
@@ -634,19 +651,27 @@ class SessionState:
         lost = {endpoint: error for endpoint, error in failed.items() if not isinstance(error, PeerBusy)}
         if lost:
             self._reopen(lost, _cause_of(next(iter(lost.values()))))
+        elif any(hop.has_forgotten(wants_cache=self._wants_cache) for hop in self.hops):
+            self._reopen({}, Cause.SESSION_LOST, "a peer did not hold the session any more")
 
     def _all_opened(self) -> None:
         """All hops have opened the session. Those that reach their next hop only now are told what to do."""
         making = self._begin_making()
-        relays = [index for index, hop in enumerate(self.hops) if hop.relayed and not making.opened_at]
-        making.opened_at = self._now
-        if relays:
+        first_round = self._opened_epoch != self.epoch
+        making.opened_at, self._opened_epoch = self._now, self.epoch
+        relays = [index for index, hop in enumerate(self.hops) if hop.relayed]
+        if relays and first_round:
             for index in relays:
                 self._open_hop(index, self.budget)
             return
         for hop in self.hops:
-            hop.opened(wants_cache=self.log is not None and bool(self.log.nbytes))
+            hop.opened(wants_cache=self._wants_cache)
         self._load_adapter()
+
+    @property
+    def _wants_cache(self) -> bool:
+        """Whether positions were sent that hops should hold."""
+        return self.log is not None and bool(self.log.nbytes)
 
     def _load_adapter(self) -> None:
         """Sends the hops that lack it their parts of the adapter."""
@@ -706,7 +731,7 @@ class SessionState:
             if not self._in_flight[number].done:
                 self._in_flight[number].send(self)
         if making is not None and making.reasons:
-            opened_ms, total_ms = ((at - making.began) * 1000 for at in (making.opened_at, self._now))
+            opened_ms, total_ms = ((at - making.began) * 1000 for at in (making.opened_at or self._now, self._now))
             self.recoveries.append(Recovered(tuple(making.reasons), opened_ms, total_ms, making.cause))
             moved = making.cause is Cause.BETTER_ROUTE
             what = "a session has moved to a better route" if moved else "a route is whole again"
@@ -759,8 +784,13 @@ class SessionState:
         for request in self._in_flight.values():
             request.error = error
         self._in_flight, self._making, self._growing = {}, None, 0
-        self._attempts = self._stalls = 0
+        self._forgive()
         self._stop_waiting()
+
+    def _forgive(self) -> None:
+        """An answer has come: what went wrong before counts no more."""
+        self._attempts = 0
+        self._strikes, self._complaints, self._suspects = {}, {}, []
 
     def _stop_waiting(self) -> None:
         """What was asked of the route that is no more is not awaited."""
@@ -792,6 +822,13 @@ class SessionState:
         request = self._replays.get(number) or self._in_flight.get(number)
         if request is None:
             return
+        if isinstance(request, StepRequest) and self._came_too_soon(request):
+            # Hops compute in order, so an earlier step was lost, and they may have gone on from what it was to replace.
+            for each in self.hops:
+                each.forget()
+                self._leave(each.endpoint)
+            self._reopen({}, Cause.STALLED, "a step was lost on its way")
+            return
         try:
             taken = request.take(hop.endpoint, message, self)
         except ProtocolError as error:
@@ -806,8 +843,11 @@ class SessionState:
             self._replayed(request)
         elif request.done:
             self._in_flight = {number: each for number, each in self._in_flight.items() if not each.done}
-            self._attempts = self._stalls = 0
-            self._strikes, self._complaints = {}, {}
+            self._forgive()
+
+    def _came_too_soon(self, request: StepRequest) -> bool:
+        earlier = (each for number, each in self._in_flight.items() if number < request.number)
+        return any(isinstance(each, StepRequest) for each in earlier)
 
     def _failure(self, hop: RouteHop, failure: Failure) -> None:
         error = error_of(failure, hop.endpoint)
@@ -828,25 +868,27 @@ class SessionState:
         if code == FailureCode.BUSY:
             self._lose(hop, error)
         elif code in _FORGETFUL:
-            culprit = self._who_forgot(hop, code)
-            strikes = self._strikes[culprit.name] = self._strikes.get(culprit.name, 0) + 1
-            if strikes > 1:
-                self._blame(culprit, code, error)
-                return
-            if code != FailureCode.UNKNOWN_SESSION:
-                # Its cache is not what the session wants. Of whoever has none, opening it again will tell.
-                culprit.forget()
-                self._leave(culprit.endpoint)
-            self._reopen({}, Cause.SESSION_LOST, str(error))
+            self._forgot(hop, code, error)
         else:
             self._blame(hop, code, error)
 
-    def _who_forgot(self, hop: RouteHop, code: int) -> RouteHop:
-        """A hop passes on what its next hop says of a session that it does not know."""
+    def _forgot(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
+        """A hop says that it lacks what a request needs; or its next hop does, which it passes on.
+
+        The first time all are opened again, and those that hold nothing are filled. If that is no help, one of the two
+        is wrong.
+        """
+        strikes = self._strikes[hop.name] = self._strikes.get(hop.name, 0) + 1
+        if strikes == 1:
+            if code != FailureCode.UNKNOWN_SESSION:  # it holds something else than it should
+                hop.forget()
+                self._leave(hop.endpoint)
+            self._reopen({}, Cause.SESSION_LOST, str(error))
+            return
         index = self.hops.index(hop)
         fed_by_client = not index or self.hops[index - 1].relayed
-        passes_on = code == FailureCode.UNKNOWN_SESSION and not fed_by_client and index + 1 < len(self.hops)
-        return self.hops[index + 1] if passes_on else hop
+        may_be_next = code == FailureCode.UNKNOWN_SESSION and not fed_by_client and index + 1 < len(self.hops)
+        self._lose(self.hops[index + 1] if may_be_next and strikes == 2 else hop, PeerFailed(str(error)))
 
     def _blame(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
         """A hop has failed. If another says the same of the same, it is the request's own fault, and the caller's."""
@@ -954,7 +996,7 @@ class SessionState:
             return
         decodes = self.phase is Phase.OPEN and all(request.decodes for request in self._in_flight.values())
         progress_s = min(self._progress_timeout_s, DECODE_PROGRESS_S) if decodes else self._progress_timeout_s
-        number = min(self._replays or self._in_flight, default=0)
+        number = 0 if self._replays else min(self._in_flight, default=0)
         verdict = self._liveness.verdict(number, progress_s, self._now)
         if verdict is not None and not (self.phase is Phase.LOADING and verdict.finding is Finding.IDLE):
             self._act_on(verdict)
@@ -973,12 +1015,19 @@ class SessionState:
             error = PeerLost(f"the peer at {where.address} has worked for too long without any progress")
             self._reopen({where: error}, Cause.LOST)
         else:
-            self._stalls += 1
-            if self._stalls == 1:  # opened again, hops find out whether they reach each other
-                self._reopen({}, Cause.STALLED, "what was under way was lost between two hops that live")
-                return
-            where = verdict.hops[min(self._stalls - 2, len(verdict.hops) - 1)]
-            self._reopen({where: PeerLost(f"the peer at {where.address} loses what is sent to it")}, Cause.LOST)
+            self._stalled(verdict.hops)
+
+    def _stalled(self, hops: Sequence[Endpoint]) -> None:
+        """All hops live, and what was under way is at none of them. `hops`: the likeliest culprit first."""
+        if not self._suspects:  # opened again, hops find out whether they reach each other
+            self._suspects = self.endpoints()
+            self._reopen({}, Cause.STALLED, "what was under way was lost between two hops that live")
+            return
+        # One of those that were there at the first time loses messages, or keeps them.
+        likeliest = [*(hop.endpoint for hop in self._filling), *hops]
+        where = next((each for each in likeliest if each in self._suspects), likeliest[0])
+        self._suspects = [each for each in self._suspects if each != where] or [where]
+        self._reopen({where: PeerLost(f"the peer at {where.address} loses what is sent to it")}, Cause.LOST)
 
     def _note(self, kind: Kind, text: str, peer: str = "") -> None:
         self._effects.append(Note(kind, text, peer))

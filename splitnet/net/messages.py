@@ -135,7 +135,7 @@ class Pong:
     holds: bool = appended(flag, False)
     """The peer holds the session, and whoever asks has opened it."""
     last: int = appended(_NUMBER, 0)
-    """Highest number of a step or pass of the session's epoch that was finished here."""
+    """Highest number of a step or pass of the session's epoch that was finished here; replays do not count."""
 
 
 @dataclass(frozen=True, slots=True)

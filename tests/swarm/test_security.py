@@ -105,7 +105,7 @@ def test_a_session_belongs_to_the_key_that_opened_it(folder: Path) -> None:
         stolen = Session(thief, budget=16, codec="none", recovery_timeout_s=0.5)
         owner_id, stolen_id = session.id, stolen.id
         thief.unregister(stolen)
-        stolen.id = stolen._chain.session = owner_id
+        stolen.id = stolen.state.session = owner_id
         thief.register(stolen)
         with pytest.raises(Exception, match="not your session"):
             stolen.open()

@@ -1,0 +1,726 @@
+"""A world around a session's state machine: models of peers, links that lose and repeat, a planner, a clock.
+
+A block is a hash of all that came before, so a cache that is not what it should be gives another value from then on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from splitnet.client.planner import PlannedHop
+from splitnet.client.requests import Batch, PassRequest, StepRequest, WayBack
+from splitnet.client.session_events import (
+    Abandon,
+    Alive,
+    AskAlive,
+    AskRoute,
+    Ban,
+    Close,
+    Effect,
+    Event,
+    GoBack,
+    LinkFailed,
+    NoRoute,
+    Planned,
+    Received,
+    Send,
+    Submit,
+    Tick,
+    Unban,
+    Use,
+    UseAdapter,
+)
+from splitnet.client.session_state import Phase, SessionState
+from splitnet.errors import CoverageError, PeerLost, ProtocolError
+from splitnet.model.adapters import Adapter, read_tensors
+from splitnet.net.codecs import codec_by_name
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.identity import Identity
+from splitnet.net.messages import Adapter as AdapterMessage
+from splitnet.net.messages import (
+    AdapterGradient,
+    Adopted,
+    Failure,
+    FailureCode,
+    Fork,
+    Forward,
+    Gradient,
+    Message,
+    Open,
+    Opened,
+    Part,
+    Replay,
+    Result,
+    Step,
+)
+from splitnet.net.messages import Close as CloseMessage
+from splitnet.net.rows import fork_rows
+from splitnet.net.sent_log import SentLog
+
+SID = b"s" * 16
+BLOCKS = 4
+SPANS = [(0, 2), (0, 2), (2, 4), (2, 4), (0, 4), (1, 3), (3, 4)]
+PLAIN = codec_by_name("none")
+SIZE = PLAIN.bytes_per_position(1)
+BAN_S = 30.0
+CLIENT = "client"
+
+_KEYS = [Identity.generate().public for _ in SPANS]
+
+Values = tuple[bytes, ...]
+Tags = tuple[int, ...]
+"""Which adapter each block of the model runs with; 0: none."""
+
+
+@lru_cache(1 << 16)
+def run_block(block: int, tag: int, values: Values) -> bytes:
+    """What a block makes of the last of the values at its input."""
+    return hashlib.blake2b(b"".join((bytes((block, tag)), *values)), digest_size=SIZE).digest()
+
+
+def run_blocks(start: int, end: int, tags: Tags, values: Values) -> Values:
+    """All positions of a row through the blocks `[start, end)`."""
+    for block in range(start, end):
+        values = tuple(run_block(block, tags[block], values[: index + 1]) for index in range(len(values)))
+    return values
+
+
+def cut(payload: Any) -> list[bytes]:
+    return [bytes(payload[at : at + SIZE]) for at in range(0, len(payload), SIZE)]
+
+
+def sequences_of(message: Forward) -> list[Values]:
+    """The sequences of a pass."""
+    values = cut(message.payload)
+    sequences: list[Values] = []
+    for length in message.lengths:
+        sequences.append(tuple(values[:length]))
+        values = values[length:]
+    return sequences
+
+
+def go_back(
+    start: int, end: int, tags: Tags, sequences: Sequence[Values], gradient: bytes, sums: dict[int, bytes]
+) -> bytes:
+    """The gradient by the input, which depends on all of the way; `sums` takes in what blocks with an adapter add."""
+    for block in reversed(range(start, end)):
+        at_input = b"".join(b"".join(run_blocks(start, block, tags, values)) for values in sequences)
+        if tags[block]:
+            sums[block] = _digest(sums.get(block, b""), at_input, gradient)
+        gradient = b"".join(_digest(bytes((block, tags[block])), at_input, piece) for piece in cut(gradient))
+    return gradient
+
+
+def _digest(*parts: bytes) -> bytes:
+    return hashlib.blake2b(b"".join(parts), digest_size=SIZE).digest()
+
+
+def adapter(tag: int) -> Adapter:
+    """Parameters in blocks 1 and 2 whose effect is their tag."""
+    tensors = {}
+    for block in (1, 2):
+        for side in "AB":
+            tensors[f"{block}.q.lora_{side}"] = torch.full((1, 1), float(tag))
+    return Adapter(tensors)
+
+
+def tags_of(which: Adapter | None) -> Tags:
+    if which is None:
+        return (0,) * BLOCKS
+    tag = int(next(iter(which.tensors.values())))
+    return tuple(tag if which.within(block, block + 1) else 0 for block in range(BLOCKS))
+
+
+@dataclass
+class Held:
+    """A session at a peer."""
+
+    epoch: int
+    start: int
+    end: int
+    budget: int
+    codec: int
+    previous: bytes
+    next: Endpoint | None
+    log: SentLog
+    rows: dict[int, Values] = field(default_factory=dict)
+    tags: Tags = (0,) * BLOCKS
+    done: int = 0
+    last: int = 0
+    kept: dict[int, tuple[Forward, str]] = field(default_factory=dict)
+    """Passes that may go back, with who sent their input."""
+    sums: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    """By the number of the first pass and by block: what stands for the sum of gradients."""
+
+
+class Faulty:
+    """What a peer can do wrong with a step."""
+
+    KINDS = ("internal", "busy", "too long", "no session", "out of order", "short", "codec", "swallow", "other end")
+
+
+@dataclass(frozen=True)
+class _Ping:
+    """Asks a peer about a session."""
+
+    session: bytes
+
+
+class PeerModel:
+    """A peer, as docs/protocol.md has it; `fault`: what it does with every step instead."""
+
+    def __init__(self, world: World, index: int) -> None:
+        self.world = world
+        self.span = SPANS[index]
+        self.record: Any = SimpleNamespace(address=f"tcp://127.0.0.1:{index + 1}", key=_KEYS[index])
+        self.endpoint = Endpoint(self.record.address, self.record.key)
+        self.name = self.record.key.text
+        self.sessions: dict[bytes, Held] = {}
+        self.id = SID
+        """Of the session that the message at hand is about."""
+        self.alive = True
+        self.leaves = False
+        self.full = False
+        self.fault: str | None = None
+
+    @property
+    def held(self) -> Held | None:
+        return self.sessions.get(self.id)
+
+    @held.setter
+    def held(self, held: Held | None) -> None:
+        self.sessions.pop(self.id, None)
+        if held is not None:
+            self.sessions[self.id] = held
+
+    def forget(self) -> None:
+        self.sessions.clear()
+
+    def to_client(self, message: Message | Alive) -> None:
+        self.world.post(self.name, CLIENT, message)
+
+    def leave(self) -> None:
+        """Takes no new sessions, and says so to the owner of the one that it holds."""
+        for session, held in self.sessions.items() if not self.leaves else ():
+            self.to_client(Failure(session, held.epoch, 0, FailureCode.LEAVING, "leaving"))
+        self.leaves = True
+
+    def fail(self, epoch: int, number: int, code: FailureCode) -> None:
+        self.to_client(Failure(self.id, epoch, number, code, code.name))
+
+    def receive(self, source: str, message: Message | _Ping) -> None:
+        self.id = getattr(message, "session", SID)
+        held = self.held
+        match message:
+            case _Ping():
+                holds = held is not None
+                self.to_client(
+                    Alive(self.endpoint, False, holds, 0, held.done if held else 0, held.last if held else 0)
+                )
+            case Open():
+                self._open(message)
+            case CloseMessage():
+                self.held = None
+            case Step():
+                self._step(source, message)
+            case Forward():
+                self._forward(source, message)
+            case Gradient() if held is not None and message.epoch == held.epoch:
+                self._back(held, message)
+            case AdapterMessage() if held is not None and message.epoch == held.epoch:
+                tags = list(held.tags)
+                for name, tensor in read_tensors(message.payload).items():
+                    tags[int(name.split(".")[0])] = int(tensor)
+                held.tags = tuple(tags)
+                self.to_client(Adopted(self.id, held.epoch, message.version))
+            case Replay() if held is not None and message.epoch == held.epoch:
+                self._replay(held, message)
+            case Failure():  # of the next hop, which does not know whom else to tell
+                self.to_client(message)
+            case _:
+                pass
+
+    def _open(self, message: Open) -> None:
+        held = self.held
+        if held is not None and message.epoch < held.epoch:
+            self.fail(message.epoch, 0, FailureCode.STALE_EPOCH)
+        elif held is not None and (held.start, held.end, held.codec) != (message.start, message.end, message.codec):
+            self.fail(message.epoch, 0, FailureCode.WRONG_BLOCKS)
+        elif held is None and (self.leaves or self.full):
+            self.fail(message.epoch, 0, FailureCode.LEAVING if self.leaves else FailureCode.BUSY)
+        elif held is not None and message.budget > held.budget and self.full:
+            self.fail(message.epoch, 0, FailureCode.BUSY)
+        else:
+            if held is None:
+                log = SentLog(message.codec, SIZE)
+                self.held = held = Held(
+                    message.epoch, message.start, message.end, message.budget, message.codec, b"", None, log
+                )
+            if message.epoch > held.epoch:
+                held.last = 0
+                held.kept.clear()
+                held.sums.clear()
+            held.epoch, held.budget = message.epoch, max(held.budget, message.budget)
+            following = self.world.at_key(message.next_key) if message.next_key else None
+            reachable = following is None or (self.name, following.name) not in self.world.apart
+            held.next = following.endpoint if following is not None and reachable else None
+            held.previous = message.previous
+            cached = sum(map(len, held.rows.values()))
+            self.to_client(Opened(self.id, held.epoch, reachable, cached))
+
+    def _step(self, source: str, step: Step) -> None:
+        held = self.held
+        if held is None:
+            failure = Failure(self.id, step.epoch, step.number, FailureCode.UNKNOWN_SESSION, "no session")
+            self.world.post(self.name, source, failure)
+            return
+        if step.epoch != held.epoch:
+            return
+        if self.fault is not None and not step.replay_until and self._misbehave(held, step):
+            return
+        try:
+            rows = dict(held.rows) if step.forks is None else fork_rows(held.rows, step.forks, lambda row: row)
+        except ProtocolError:
+            self.fail(step.epoch, step.number, FailureCode.OUT_OF_ORDER)
+            return
+        values = cut(step.payload)
+        outputs: list[bytes] = []
+        kept: list[bytes] = []
+        for part in step.parts:
+            before = rows.get(part.row, ())
+            if part.start > len(before):
+                self.fail(step.epoch, step.number, FailureCode.OUT_OF_ORDER)
+                return
+            rows[part.row] = before[: part.start] + tuple(values[: part.length])
+            values = values[part.length :]
+            made = run_blocks(held.start, held.end, held.tags, rows[part.row])[part.start :]
+            outputs += made
+            kept += made[len(made) - part.keep :]
+        if sum(map(len, rows.values())) > held.budget:
+            self.fail(step.epoch, step.number, FailureCode.TOO_LONG)
+            return
+        held.rows = rows
+        held.done += step.positions
+        held.last = max(held.last, 0 if step.replay_until else step.number)
+        if held.end != BLOCKS:
+            held.log.record(step.parts, step.forks, b"".join(outputs))
+        self._send_on(held, step, outputs, kept)
+
+    def _send_on(self, held: Held, step: Step, outputs: Sequence[bytes], kept: Sequence[bytes]) -> None:
+        replayed = step.replay_until != 0 and held.end >= step.replay_until
+        if held.next is not None and not replayed:
+            onward = replace(step, codec=held.codec, payload=b"".join(outputs), boundary=held.end)
+            self.world.post(self.name, self.world.at(held.next).name, onward)
+        elif not replayed or step.number:
+            body = b"" if replayed else b"".join(kept if held.end == BLOCKS else outputs)
+            self.to_client(Result(self.id, step.epoch, step.number, held.end, held.codec, (), body))
+
+    def _misbehave(self, held: Held, step: Step | Forward) -> bool:
+        def result(**changes: Any) -> None:
+            whole = Result(self.id, step.epoch, step.number, BLOCKS, held.codec, (), bytes(SIZE * step.positions))
+            self.to_client(replace(whole, **changes))
+
+        codes = {
+            "internal": FailureCode.INTERNAL,
+            "busy": FailureCode.BUSY,
+            "too long": FailureCode.TOO_LONG,
+            "no session": FailureCode.UNKNOWN_SESSION,
+            "out of order": FailureCode.OUT_OF_ORDER,
+        }
+        if self.fault in codes:
+            self.fail(step.epoch, step.number, codes[self.fault])
+        elif self.fault == "short":
+            result(payload=b"x", end=held.end)
+        elif self.fault == "codec":
+            result(codec=99, end=held.end)
+        elif self.fault == "other end":
+            result(end=max(1, held.end - 1))
+        return True
+
+    def _forward(self, source: str, message: Forward) -> None:
+        held = self.held
+        if held is None:
+            failure = Failure(self.id, message.epoch, message.number, FailureCode.UNKNOWN_SESSION, "no session")
+            self.world.post(self.name, source, failure)
+            return
+        if message.epoch != held.epoch or (self.fault is not None and self._misbehave(held, message)):
+            return
+        tags = held.tags if message.adapter else (0,) * BLOCKS
+        outputs = b"".join(b"".join(run_blocks(held.start, held.end, tags, values)) for values in sequences_of(message))
+        held.kept = {number: kept for number, kept in held.kept.items() if number >= message.oldest}
+        if message.kept:
+            held.kept[message.number] = message, source
+        held.done += message.positions
+        held.last = max(held.last, message.number)
+        if held.next is not None:
+            onward = replace(message, codec=held.codec, payload=outputs, boundary=held.end)
+            self.world.post(self.name, self.world.at(held.next).name, onward)
+        else:
+            self.to_client(Result(self.id, message.epoch, message.number, held.end, held.codec, (), outputs))
+
+    def _back(self, held: Held, message: Gradient) -> None:
+        forward, source = held.kept.pop(message.number, (None, ""))
+        if forward is None:
+            self.fail(message.epoch, message.number, FailureCode.OUT_OF_ORDER)
+            return
+        tags = held.tags if forward.adapter else (0,) * BLOCKS
+        sums = held.sums.setdefault(message.since, {})
+        gradient = go_back(held.start, held.end, tags, sequences_of(forward), bytes(message.payload), sums)
+        if not message.held and forward.adapter and any(held.tags[held.start : held.end]):
+            payload = b"".join(bytes((block,)) + value for block, value in sorted(sums.items()))
+            self.to_client(AdapterGradient(self.id, message.epoch, message.number, 0, payload))
+        onward = replace(message, boundary=held.start, payload=gradient)
+        self.world.post(self.name, source, onward)
+
+    def _replay(self, held: Held, message: Replay) -> None:
+        steps = list(held.log.replay(2))
+        if held.next is None:
+            self.fail(message.epoch, message.number, FailureCode.STALE_EPOCH)
+            return
+        if not steps:
+            self.to_client(Result(self.id, held.epoch, message.number, message.until, held.codec, ()))
+        for index, (parts, payload) in enumerate(steps):
+            number = message.number if index == len(steps) - 1 else 0
+            step = Step(self.id, held.epoch, number, parts, None, message.until, held.log.codec, payload, held.end)
+            self.world.post(self.name, self.world.at(held.next).name, step)
+
+
+@dataclass
+class Asked:
+    """A step of the caller, and what must come of it."""
+
+    request: StepRequest
+    wanted: bytes
+
+
+@dataclass
+class AskedBatch:
+    """A batch of the caller, and what must come of it."""
+
+    batch: Batch
+    adapter: Adapter | None
+    outputs: list[bytes]
+    gradients: list[bytes] = field(default_factory=list)
+    sums: dict[int, bytes] = field(default_factory=dict)
+    goes_back: bool = False
+
+    @property
+    def answered(self) -> bool:
+        return all(each.done or each.error is not None for each in self.batch.passes)
+
+    @property
+    def is_forward(self) -> bool:
+        """It may go back."""
+        return not self.goes_back and all(each.done and each.error is None for each in self.batch.passes)
+
+    @property
+    def failed(self) -> bool:
+        return any(each.error is not None for each in self.batch.passes)
+
+
+class _Watched(SessionState):
+    """Remembers every change of phase."""
+
+    seen: set[tuple[Phase, Phase]]
+
+    def _enter(self, phase: Phase) -> None:
+        if phase is not self.phase:
+            self.seen.add((self.phase, phase))
+        super()._enter(phase)
+
+
+class World:
+    """A session, its peers, and what is under way between them."""
+
+    def __init__(self, *, budget: int = 64, seed: int = 0) -> None:
+        self.now = 0.0
+        self.peers = [PeerModel(self, index) for index in range(len(SPANS))]
+        self.links: dict[tuple[str, str], deque[Any]] = {}
+        self.apart: set[tuple[str, str]] = set()
+        """Pairs that cannot reach each other."""
+        self.banned: dict[str, float] = {}
+        self.questions: deque[AskRoute] = deque()
+        self.asked: list[Asked] = []
+        self.batches: list[AskedBatch] = []
+        self.rows: dict[int, Values] = {}
+        self.tags: Tags = (0,) * BLOCKS
+        self.restarts = True
+        self.untold: set[str] = set()
+        """Peers to which the end of the session got lost: they drop it when it was idle for long."""
+        self.seen: set[tuple[Phase, Phase]] = set()
+        self._row_ids = iter(range(1, 1 << 30))
+        self._token = 0
+        self._ids = 0
+        self._choose = random.Random(seed)
+        self._events: deque[Event] = deque()
+        self.state = _Watched(SID, model="m", blocks=(0, BLOCKS), hidden_size=1, budget=budget)
+        self.state.seen = self.seen
+
+    # The outside of the machine.
+
+    def feed(self, event: Event) -> None:
+        self._events.append(event)
+        while self._events:
+            for effect in self.state.handle(self._events.popleft(), self.now):
+                self._perform(effect)
+        self.check()
+
+    def _perform(self, effect: Effect) -> None:
+        match effect:
+            case Send(endpoint, message):
+                self.post(CLIENT, self.at(endpoint).name, message)
+            case AskAlive(endpoint):
+                self.post(CLIENT, self.at(endpoint).name, _Ping(self.state.session))
+            case AskRoute():
+                self.questions.append(effect)
+            case Ban(name, _):
+                self.banned[name] = self.now + BAN_S
+            case Unban(name):
+                self.banned.pop(name, None)
+            case _:
+                pass
+
+    def post(self, source: str, target: str, message: Any) -> None:
+        self.links.setdefault((source, target), deque()).append(message)
+
+    def at(self, endpoint: Endpoint) -> PeerModel:
+        return next(peer for peer in self.peers if peer.endpoint == endpoint)
+
+    def at_key(self, key: bytes) -> PeerModel:
+        return next(peer for peer in self.peers if peer.record.key.raw == key)
+
+    def busy_links(self) -> list[tuple[str, str]]:
+        return [link for link, messages in self.links.items() if messages]
+
+    def deliver(self, link: tuple[str, str], *, keep: bool = False) -> None:
+        """Takes the first message from a link to its other end; `keep`: it will come once more."""
+        messages = self.links[link]
+        message = messages[0] if keep else messages.popleft()
+        source, target = link
+        if target == CLIENT:
+            sender = next(peer for peer in self.peers if peer.name == source)
+            if getattr(message, "session", self.state.session) != self.state.session:
+                return  # nobody is registered for it
+            if isinstance(message, Alive):
+                self.feed(message)
+            else:
+                self.feed(Received(sender.endpoint, message))
+        else:
+            peer = next(peer for peer in self.peers if peer.name == target)
+            if peer.alive:
+                peer.receive(source, message)
+
+    def lose(self, link: tuple[str, str]) -> None:
+        """Takes the first message from a link; it never arrives."""
+        if isinstance(self.links[link].popleft(), CloseMessage):
+            self.untold.add(link[1])
+
+    def answer(self) -> None:
+        """The planner answers the oldest question."""
+        asked = self.questions.popleft()
+        if asked.unban:
+            self.banned = {name: until for name, until in self.banned.items() if not self._peer(name).alive}
+        usable = [
+            peer
+            for peer in self.peers
+            if peer.alive
+            and not peer.leaves
+            and peer.name not in asked.excluded
+            and self.banned.get(peer.name, 0.0) <= self.now
+        ]
+        route = self._route(list(asked.kept), usable)
+        if route is None and asked.kept:
+            kept = [self.at(hop.endpoint) for hop in asked.kept]
+            route = self._route([], [*usable, *[peer for peer in kept if peer not in usable]])
+            route = [next((hop for hop in asked.kept if hop == new), new) for new in route] if route else None
+        if route is None:
+            self.feed(NoRoute(asked.number, CoverageError("nobody"), frozenset(peer.name for peer in self.peers), True))
+        else:
+            self.feed(Planned(asked.number, tuple(route), (PLAIN,) * (len(route) + 1)))
+
+    def _peer(self, name: str) -> PeerModel:
+        return next(peer for peer in self.peers if peer.name == name)
+
+    def _route(self, kept: list[PlannedHop], usable: list[PeerModel]) -> list[PlannedHop] | None:
+        names = {hop.name for hop in kept}
+        route: list[PlannedHop] = []
+        position = 0
+        while position < BLOCKS:
+            stays = next((hop for hop in kept if hop.start == position), None)
+            if stays is not None:
+                route.append(stays)
+                position = stays.end
+                continue
+            until = min((hop.start for hop in kept if hop.start > position), default=BLOCKS)
+            able = [peer for peer in usable if peer.span[0] <= position < peer.span[1] and peer.name not in names]
+            if not able:
+                return None
+            chosen = self._choose.choice(able)
+            names.add(chosen.name)
+            end = min(chosen.span[1], until)
+            route.append(PlannedHop(chosen.record, position, end))
+            position = end
+        return route
+
+    # What the caller does.
+
+    @property
+    def ready(self) -> bool:
+        return self.state.is_open and self.state.is_settled
+
+    def submit(self, new: Sequence[tuple[int | None, int, int, int]], forks: tuple[Fork, ...] | None = None) -> None:
+        """Sends new positions: (row or None for a new one, start, length, keep) of each."""
+        parts: list[Part] = []
+        payload: list[bytes] = []
+        wanted: list[bytes] = []
+        if forks is not None:
+            self.rows = fork_rows(self.rows, forks, lambda row: row)
+        if self.restarts:
+            forks, self.rows, self.restarts = (), {}, False
+        for row, start, length, keep in new:
+            row_id = row if row is not None else next(self._row_ids)
+            tokens = tuple(self._new_token() for _ in range(length))
+            self.rows[row_id] = self.rows.get(row_id, ())[:start] + tokens
+            parts.append(Part(row_id, start, length, keep))
+            payload += tokens
+            made = run_blocks(0, BLOCKS, self.tags, self.rows[row_id])
+            wanted += made[len(made) - keep :]
+        number = self.state.next_number()
+        step = Step(self.state.session, self.state.epoch, number, tuple(parts), forks, 0, PLAIN.code, b"".join(payload))
+        request = StepRequest(step, sum(part.keep for part in parts))
+        self.asked.append(Asked(request, b"".join(wanted)))
+        self.feed(Submit((request,)))
+
+    def _new_token(self) -> bytes:
+        self._token += 1
+        return self._token.to_bytes(SIZE, "big")
+
+    def submit_batch(self, batch: Sequence[Sequence[int]], which: Adapter | None) -> None:
+        """Sends a batch forward: the lengths of the sequences of each of its passes."""
+        version = self.state.adapter_version if which is not None else 0
+        passes: list[PassRequest] = []
+        outputs: list[bytes] = []
+        for lengths in batch:
+            values = [tuple(self._new_token() for _ in range(length)) for length in lengths]
+            payload = b"".join(b"".join(sequence) for sequence in values)
+            forward = Forward(
+                self.state.session,
+                self.state.epoch,
+                self.state.next_number(),
+                0,
+                tuple(lengths),
+                True,
+                version,
+                0,
+                PLAIN.code,
+                payload,
+            )
+            passes.append(PassRequest(forward))
+            outputs.append(b"".join(b"".join(run_blocks(0, BLOCKS, tags_of(which), each)) for each in values))
+        self.batches.append(AskedBatch(Batch(passes), which, outputs))
+        self.feed(Submit(tuple(passes)))
+
+    def send_back(self, asked: AskedBatch) -> None:
+        """Sends the gradients of a batch that has come forward."""
+        asked.goes_back = True
+        for each in asked.batch.passes:
+            gradient = b"".join(self._new_token() for _ in range(each.forward.positions))
+            each.back = WayBack(asked.batch, PLAIN.code, gradient)
+            tags = tags_of(asked.adapter)
+            asked.gradients.append(go_back(0, BLOCKS, tags, sequences_of(each.forward), gradient, asked.sums))
+        version = self.state.adapter_version if asked.adapter is not None else 0
+        self.feed(GoBack(asked.batch, version))
+
+    def new_row_id(self) -> int:
+        return next(self._row_ids)
+
+    def restart(self, which: Adapter | None) -> None:
+        """Another adapter; rows begin anew."""
+        if which is self.state.adapter:
+            return
+        for each in self.asked:
+            if not each.request.done:
+                self.feed(Abandon((each.request.number,)))
+        self.asked = [each for each in self.asked if each.request.done]
+        self._ids += 1
+        self.feed(UseAdapter(which, self._ids.to_bytes(16, "big")))
+        self.tags, self.restarts, self.rows = tags_of(which), True, {}
+        self.feed(Use())
+
+    def abandon_from(self, index: int) -> None:
+        """Awaits the steps from the one at `index` on no longer; what they sent is undone by the next."""
+        dropped, self.asked = self.asked[index:], self.asked[:index]
+        self.feed(Abandon(tuple(each.request.number for each in dropped)))
+
+    def kill(self, peer: PeerModel) -> None:
+        peer.alive = False
+        peer.forget()
+        self.feed(LinkFailed(peer.endpoint, PeerLost("gone")))
+
+    def tick(self) -> bool:
+        """Lets time pass until the machine wants to be woken; False: it does not."""
+        at = self.state.wake_at
+        if at == float("inf"):
+            return False
+        self.now = max(self.now, at)
+        self.feed(Tick())
+        return True
+
+    # What must hold.
+
+    def check(self) -> None:
+        for each in self.asked:
+            result = each.request.result
+            if result is not None:
+                assert bytes(result.payload) == each.wanted, "a wrong value was delivered"
+        for asked in self.batches:
+            self._check_batch(asked)
+        if self.state.phase is Phase.CLOSED:
+            assert not self.state.under_way and self.state.log is None
+
+    def _check_batch(self, asked: AskedBatch) -> None:
+        for each, output in zip(asked.batch.passes, asked.outputs, strict=True):
+            assert each.result is None or bytes(each.result.payload) == output, "a wrong output was delivered"
+        if asked.goes_back and not asked.failed and asked.batch.done:
+            for each, gradient in zip(asked.batch.passes, asked.gradients, strict=True):
+                assert each.gradient is not None
+                assert bytes(each.gradient.payload) == gradient, "a wrong gradient was delivered"
+            told: dict[int, bytes] = {}
+            for payloads in asked.batch.by_adapter.values():
+                for payload in payloads:
+                    for at in range(0, len(payload), SIZE + 1):
+                        told[payload[at]] = bytes(payload[at + 1 : at + 1 + SIZE])
+            assert told == asked.sums, "a wrong sum of gradients was delivered"
+
+    def settle(self, most: int = 4000) -> None:
+        """Runs until the machine waits for nobody and nothing is under way."""
+        for _ in range(most):
+            links = self.busy_links()
+            if links:
+                self.deliver(self._choose.choice(links))
+            elif self.questions:
+                self.answer()
+            elif self.state.is_settled and not self.state.under_way:
+                return
+            elif not self.tick():
+                raise AssertionError(f"the machine waits for nothing in {self.state.phase}")
+        raise AssertionError(f"the machine does not come to rest in {self.state.phase}")
+
+    def close(self) -> None:
+        """Closes, and checks that no peer that lives holds the session."""
+        self.feed(Close())
+        while links := self.busy_links():
+            self.deliver(links[0])
+        holds = {peer.name for peer in self.peers if peer.alive and peer.sessions}
+        assert holds <= self.untold, "a peer was not told that the session has ended"
+        assert all(each.request.done or each.request.error is not None for each in self.asked)
+        assert all(each.answered for each in self.batches)

@@ -1,0 +1,278 @@
+"""Whatever happens to a session, its values are right, or there is one clear error, and nothing is held at the end."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from splitnet.client.session_events import Resize, Use, UseAdapter
+from splitnet.client.session_state import TRANSITIONS, Phase
+from splitnet.net.messages import Fork
+from tests.unit.session_world import SPANS, Faulty, PeerModel, World, adapter
+
+index = st.integers(0, 1 << 16)
+peer = st.integers(0, len(SPANS) - 1)
+ADAPTERS = [None, adapter(1), adapter(2)]
+
+MANY = settings(deadline=None, suppress_health_check=[*HealthCheck])
+
+
+class Trouble(RuleBasedStateMachine):
+    """What networks, peers and callers may do at any time."""
+
+    seen: ClassVar[set[tuple[Phase, Phase]]] = set()
+    """Changes of phase in all runs."""
+    world: World
+
+    @initialize(seed=st.integers(0, 1 << 16), opens=st.booleans())
+    def begin(self, seed: int, opens: bool) -> None:
+        self.world = World(budget=64, seed=seed)
+        if opens:
+            self.world.feed(Use())
+            self.world.settle()
+            self.check_that_it_works()
+
+    def _link(self, at: int) -> tuple[str, str]:
+        links = self.world.busy_links()
+        return links[at % len(links)]
+
+    @precondition(lambda self: not self.world.state.is_open)
+    @rule()
+    def use(self) -> None:
+        self.world.feed(Use())
+
+    @rule()
+    def settle(self) -> None:
+        self.world.settle()
+
+    @precondition(lambda self: self.world.busy_links())
+    @rule(at=index)
+    def deliver(self, at: int) -> None:
+        self.world.deliver(self._link(at))
+
+    @precondition(lambda self: self.world.busy_links())
+    @rule(count=st.integers(2, 12), at=index)
+    def deliver_some(self, count: int, at: int) -> None:
+        for step in range(count):
+            if self.world.busy_links():
+                self.world.deliver(self._link(at + step))
+
+    @precondition(lambda self: self.world.busy_links())
+    @rule(at=index)
+    def repeat(self, at: int) -> None:
+        self.world.deliver(self._link(at), keep=True)
+
+    @precondition(lambda self: self.world.busy_links())
+    @rule(at=index)
+    def lose(self, at: int) -> None:
+        self.world.lose(self._link(at))
+
+    @rule(a=peer, b=peer)
+    def part(self, a: int, b: int) -> None:
+        self.world.apart ^= {(self.world.peers[a].name, self.world.peers[b].name)}
+
+    @precondition(lambda self: self.world.questions)
+    @rule()
+    def answer(self) -> None:
+        self.world.answer()
+
+    @rule()
+    def tick(self) -> None:
+        self.world.tick()
+
+    def _peer(self, at: int) -> PeerModel:
+        """Mostly one that is on the route."""
+        hops = [self.world.at(hop.endpoint) for hop in self.world.state.hops]
+        return hops[at % len(hops)] if hops and at % 4 else self.world.peers[at % len(SPANS)]
+
+    @rule(at=index)
+    def kill(self, at: int) -> None:
+        self.world.kill(self._peer(at))
+
+    @rule(at=index)
+    def leave(self, at: int) -> None:
+        self._peer(at).leave()
+
+    @rule(at=peer)
+    def start(self, at: int) -> None:
+        self.world.peers[at].alive, self.world.peers[at].leaves = True, False
+
+    @rule(at=index)
+    def forget(self, at: int) -> None:
+        self._peer(at).forget()
+
+    @rule(at=index)
+    def fill_up(self, at: int) -> None:
+        self._peer(at).full ^= True
+
+    @rule(at=index, fault=st.sampled_from([None, *Faulty.KINDS]))
+    def misbehave(self, at: int, fault: str | None) -> None:
+        self._peer(at).fault = fault
+
+    @invariant()
+    def values_are_right(self) -> None:
+        if hasattr(self, "world"):
+            self.world.check()
+
+    def teardown(self) -> None:
+        if not hasattr(self, "world"):
+            return
+        world = self.world
+        for each in world.peers:
+            each.alive, each.leaves, each.full, each.fault = True, False, False, None
+        world.settle()
+        assert all(each.request.done or each.request.error is not None for each in world.asked)
+        assert all(each.answered for each in world.batches)
+        # All live again: the session can be used.
+        world.feed(Use())
+        world.settle()
+        assert world.state.is_open, world.state.error
+        self.check_that_it_works()
+        world.close()
+        self.seen.update(world.seen)
+
+    def check_that_it_works(self) -> None:
+        raise NotImplementedError
+
+
+class Steps(Trouble):
+    """A session with caches: prompts, tokens, windows, rewinds, forks, adapters."""
+
+    @precondition(lambda self: self.world.ready and len(self.world.asked) < 12)
+    @rule(length=st.integers(1, 3), keep=st.integers(0, 3))
+    def prompt(self, length: int, keep: int) -> None:
+        log = self.world.state.log
+        if (log.positions if log is not None else 0) + length <= self.world.state.budget:
+            self.world.submit([(None, 0, length, min(keep, length))])
+
+    @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
+    @rule(at=index, length=st.integers(1, 2))
+    def go_on(self, at: int, length: int) -> None:
+        rows = list(self.world.rows)
+        row = rows[at % len(rows)]
+        log = self.world.state.log
+        if (log.positions if log is not None else 0) + length <= self.world.state.budget:
+            self.world.submit([(row, len(self.world.rows[row]), length, 1)])
+
+    @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
+    @rule(at=index, back=st.integers(1, 3))
+    def rewind(self, at: int, back: int) -> None:
+        rows = list(self.world.rows)
+        row = rows[at % len(rows)]
+        self.world.submit([(row, max(0, len(self.world.rows[row]) - back), 1, 1)])
+
+    @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
+    @precondition(lambda self: not self.world.state.under_way)
+    @rule(at=index)
+    def fork(self, at: int) -> None:
+        rows = list(self.world.rows)
+        source = rows[at % len(rows)]
+        length = len(self.world.rows[source])
+        if 2 * length + 2 <= self.world.state.budget:
+            new = self.world.new_row_id()
+            forks = (Fork(source, source), Fork(new, source))
+            self.world.submit([(source, length, 1, 1), (new, length, 1, 1)], forks)
+
+    @precondition(lambda self: self.world.ready)
+    @rule(more=st.integers(1, 40))
+    def resize(self, more: int) -> None:
+        self.world.feed(Resize(self.world.state.budget + more))
+
+    @precondition(lambda self: self.world.ready)
+    @rule(which=st.sampled_from(ADAPTERS))
+    def use_adapter(self, which: Any) -> None:
+        self.world.restart(which)
+
+    @precondition(lambda self: any(not each.request.done for each in self.world.asked))
+    @rule()
+    def abandon(self) -> None:
+        """As drafts that were wrong: what they sent stands behind the text, and the next positions begin before it."""
+        first = next(at for at, each in enumerate(self.world.asked) if not each.request.done)
+        for each in self.world.asked[first:]:
+            for part in each.request.step.parts:
+                if part.row in self.world.rows:
+                    self.world.rows[part.row] = self.world.rows[part.row][: part.start]
+        self.world.rows = {row: values for row, values in self.world.rows.items() if values}
+        self.world.abandon_from(first)
+
+    def check_that_it_works(self) -> None:
+        self.world.restarts = True
+        self.world.submit([(None, 0, 2, 1)])
+        self.world.settle()
+        assert self.world.asked[-1].request.done, self.world.asked[-1].request.error
+
+
+class Passes(Trouble):
+    """A session that trains: batches forward and back, with adapters that change."""
+
+    adapter: Any = None
+
+    @precondition(lambda self: self.world.ready and len(self.world.batches) < 6)
+    @rule(batch=st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=2), min_size=1, max_size=3))
+    def forward(self, batch: list[list[int]]) -> None:
+        self.world.submit_batch(batch, self.adapter)
+
+    @precondition(lambda self: self.world.ready and any(each.is_forward for each in self.world.batches))
+    @rule()
+    def back(self) -> None:
+        asked = next(each for each in self.world.batches if each.is_forward)
+        if asked.adapter is None or asked.adapter is self.world.state.adapter:
+            self.world.send_back(asked)
+
+    @precondition(lambda self: self.world.ready and not self.world.state.under_way)
+    @rule(which=st.sampled_from(ADAPTERS[1:]))
+    def use_adapter(self, which: Any) -> None:
+        self.adapter = which
+        self.world.feed(UseAdapter(which, b"n" * 16))
+
+    def check_that_it_works(self) -> None:
+        self.world.submit_batch([[1, 2], [1]], self.adapter)
+        self.world.settle()
+        self.world.send_back(self.world.batches[-1])
+        self.world.settle()
+        last = self.world.batches[-1]
+        assert last.batch.done, [each.error for each in last.batch.passes]
+
+
+TestSteps = Steps.TestCase
+TestSteps.settings = settings(MANY, max_examples=400, stateful_step_count=40)
+TestPasses = Passes.TestCase
+TestPasses.settings = settings(MANY, max_examples=200, stateful_step_count=40)
+
+
+@pytest.mark.parametrize("fault", Faulty.KINDS)
+@settings(MANY, max_examples=25)
+@given(at=peer, seed=st.integers(0, 1 << 16), losses=st.lists(st.integers(0, 40), max_size=2))
+def test_beside_honest_peers_one_that_lies_costs_no_request(fault: str, at: int, seed: int, losses: list[int]) -> None:
+    """Nor do two messages that get lost meanwhile."""
+    world = World(seed=seed)
+    world.peers[at].fault = fault
+    # For each of its blocks there is another.
+    world.feed(Use())
+    world.settle()
+    row = world.new_row_id()
+    world.submit([(row, 0, 3, 1)])
+    for turn in range(6):
+        if turn in losses and world.busy_links():
+            world.lose(world.busy_links()[0])
+        world.settle()
+        assert all(each.request.done for each in world.asked), [each.request.error for each in world.asked]
+        world.submit([(row, 3 + turn, 1, 1)])
+    world.settle()
+    assert all(each.request.done for each in world.asked)
+    assert world.now < 60.0
+    world.close()
+
+
+def test_the_table_of_transitions_is_what_happens() -> None:
+    """Every change of phase that the table has happens in one of these runs; one that it lacks is an AssertionError."""
+    Trouble.seen.clear()
+    for case in (Steps, Passes):
+        case.TestCase.settings = settings(MANY, max_examples=150, stateful_step_count=40, derandomize=True)
+        case.TestCase("runTest").runTest()
+    table = {(before, after) for before, afters in TRANSITIONS.items() for after in afters}
+    assert table == Trouble.seen | {(before, Phase.CLOSED) for before in TRANSITIONS if before is not Phase.CLOSED}
