@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from scheduler.encoding import Encoding
+from splitnet.client import fresh_facts
 from splitnet.client import swarm as swarm_module
 from splitnet.client.planner import Needs
 from splitnet.client.swarm import ModelFacts, Swarm
@@ -75,7 +76,7 @@ class FakeDirectory:
 def directory(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
     fake = FakeDirectory()
     monkeypatch.setattr(swarm_module.Directory, "start", lambda **_: fake)
-    monkeypatch.setattr(swarm_module, "PING_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(fresh_facts, "PING_TIMEOUT_S", 0.0)
     monkeypatch.setattr(Swarm, "link_state", lambda self, endpoint: fake.states.get(endpoint, LinkState.CONNECTING))
     return fake
 
@@ -98,12 +99,12 @@ def test_only_peers_that_know_the_question_are_asked_about_a_session(
     peer, stranger = (Endpoint(record.address, record.key) for record in (directory.records[0], served()))
     swarm.peers()
     sent: list[Message] = []
-    monkeypatch.setattr(swarm._transport, "send", lambda _, frames: sent.append(decode(frames)))
+    monkeypatch.setattr(swarm._links._transport, "send", lambda _, frames: sent.append(decode(frames)))
     answers = [swarm.ping(endpoint, bytes(range(16))) for endpoint in (peer, stranger)]
     pings = [message for message in sent if isinstance(message, Ping)]
     assert [ping.session for ping in pings] == [asked, b""]
     for answer, endpoint, ping in zip(answers, (peer, stranger), pings, strict=True):
-        swarm._receive(endpoint, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
+        swarm._links._receive(endpoint, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
         assert answer.result().holds is (True if ping.session else None)
     assert (answers[0].result().waiting, answers[0].result().done) == (3, 4)
 
