@@ -42,10 +42,14 @@ class FreshFacts:
         self._watcher = threading.Thread(target=self._watch, name="splitnet-watch", daemon=True)
         self._watcher.start()
 
-    def close(self) -> None:
-        """Ends the thread, as soon as what it waits for has come."""
+    def stop(self) -> None:
+        """Begins nothing in the background any more."""
         self._closing.set()
         self._look.set()
+
+    def close(self) -> None:
+        """Ends the thread, as soon as what it waits for has come."""
+        self.stop()
         self._watcher.join(PING_TIMEOUT_S)
 
     def look_again(self, suspects: Sequence[PeerRecord]) -> None:

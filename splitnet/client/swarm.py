@@ -89,6 +89,7 @@ class Swarm:
 
     def close(self) -> None:
         """Closes all sessions and leaves."""
+        self._fresh_facts.stop()
         self._links.close()
         self._directory.close()
         self._fresh_facts.close()

@@ -80,6 +80,33 @@ def test_a_hop_is_replaced_while_the_directory_is_silent(
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
+def test_peers_tell_how_far_a_session_has_come(swarm: LocalSwarm) -> None:
+    model = swarm.model()
+    stranger = swarm.connect(Identity.generate())
+    stranger.peers()
+    with model.session() as cache:
+        model.generate(**prompt(), **GREEDY)
+        assert cache.session is not None
+        for hop in cache.session.hops:
+            asked = (model.swarm.ping(hop.endpoint, cache.session.id).result(20.0) for _ in range(100))
+            answer = next(answer for answer in asked if not answer.waiting)  # a step ends after its result was sent
+            assert (answer.holds, answer.done) == (True, cache.get_seq_length())
+            answer = stranger.ping(hop.endpoint, cache.session.id).result(20.0)
+            assert (answer.holds, answer.waiting, answer.done) == (False, 0, 0)
+            assert model.swarm.ping(hop.endpoint).result(20.0).holds is None
+
+
+def test_peers_tell_how_far_training_has_come(swarm: LocalSwarm) -> None:
+    model = swarm.model()
+    ids = prompt()["input_ids"]
+    model(
+        inputs_embeds=model.get_input_embeddings()(ids).detach().requires_grad_(), use_cache=False
+    ).logits.sum().backward()
+    [session] = model.swarm._links._sessions
+    done = {model.swarm.ping(peer.endpoint, session).result(20.0).done for peer in swarm.peers}
+    assert done == {0, 2 * ids.numel()}, "there and back, on a peer of each span"
+
+
 def test_a_thousand_peers_that_come_and_go_leave_room_for_the_others(swarm: LocalSwarm, local: Any) -> None:
     model = swarm.model()
     expected = local.generate(**prompt(), **GREEDY)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
 from scheduler.encoding import Encoding
+from scheduler.network import Link
 from splitnet.client import fresh_facts
 from splitnet.client import swarm as swarm_module
 from splitnet.client.planner import Needs
@@ -152,6 +153,25 @@ def test_peers_without_memory_are_busy(swarm: Swarm, directory: FakeDirectory) -
     directory.records = [served(kv_free_positions=5)]
     with pytest.raises(PeerBusy, match=r"blocks 0\.\.5"):
         swarm.plan(NEEDS)
+
+
+def test_banned_peers_and_those_that_were_lost_are_tried_again(
+    swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    banned, silent, lost, _ = directory.records = [served() for _ in range(4)]
+    directory.states[lost.endpoint] = LinkState.DOWN
+    for record in (banned, silent):
+        swarm.ban(record.key.text, seconds=60)
+    tried: list[Endpoint] = []
+
+    def measure(endpoints: Iterable[Endpoint], timeout_s: float) -> dict[Endpoint, Link]:
+        tried.extend(endpoints)
+        return {endpoint: Link(1.0, 1.0) for endpoint in tried if endpoint != silent.endpoint}
+
+    monkeypatch.setattr(swarm._links.prober, "measure", measure)
+    swarm.pardon_living()
+    assert sorted(tried, key=str) == sorted((record.endpoint for record in (banned, silent, lost)), key=str)
+    assert swarm._bans.keys() == {silent.key.text}
 
 
 def test_a_part_of_the_model_is_planned_between_peers(swarm: Swarm, directory: FakeDirectory) -> None:
