@@ -13,6 +13,7 @@ import torch
 
 from splitnet.client import known_peers
 from splitnet.client.links import MAX_LINKS
+from splitnet.client.session import Session
 from splitnet.errors import DirectoryError
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
@@ -86,7 +87,7 @@ def test_peers_tell_how_far_a_session_has_come(swarm: LocalSwarm) -> None:
     stranger.peers()
     with model.session() as cache:
         model.generate(**prompt(), **GREEDY)
-        assert cache.session is not None
+        assert isinstance(cache.session, Session)
         for hop in cache.session.hops:
             asked = (model.swarm.ping(hop.endpoint, cache.session.id).result(20.0) for _ in range(100))
             answer = next(answer for answer in asked if not answer.waiting)  # a step ends after its result was sent
