@@ -19,8 +19,8 @@ from splitnet.net.transport import Transport
 
 log = logging.getLogger(__name__)
 
-MAX_LINKS = 256
-"""At the same time; each takes three file descriptors, and processes often may have 1,024."""
+MAX_LINKS = 160
+"""At the same time; each takes four file descriptors, and processes often may have 1,024."""
 
 KEEP_UNREACHED_S = 15.0
 """A link that is lost, or never came up, is tried so long after its last use: a peer that restarts comes back."""

@@ -1,7 +1,7 @@
 """Which links to peers stay open: those in use, and others for a while.
 
 Whom a process connects to others decide: clients name next hops, and records of the directory may come from anybody.
-Every link takes three file descriptors, so their number is bounded, and those that nobody needs are closed.
+Every link takes four file descriptors, so their number is bounded, and those that nobody needs are closed.
 """
 
 from __future__ import annotations
