@@ -90,6 +90,7 @@ class Peer:
             on_message=self._receive,
             on_link=lambda endpoint, state: self.service.link_changed(endpoint, state),
             on_lost=lambda connection: self.service.connection_lost(connection, time.monotonic()),
+            on_dropped=lambda _, frames, reason: self.service.dropped(decode(frames), reason),
             on_tick=lambda: self.service.tick(time.monotonic()),
             authorized=AuthorizedKeys.from_file(options.authorized_keys) if options.authorized_keys else None,
             listen=options.listen,

@@ -25,6 +25,7 @@ from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.identity import PublicKey
 from splitnet.net.messages import (
     Adapter,
+    AdapterGradient,
     Close,
     Failure,
     FailureCode,
@@ -37,6 +38,7 @@ from splitnet.net.messages import (
     Ping,
     Pong,
     Recall,
+    Recalled,
     Replay,
     Result,
     Step,
@@ -219,6 +221,22 @@ class Service:
             for session in waiting:
                 if session.next == endpoint:
                     self._answer_open(session, reachable=True)
+
+    def dropped(self, message: Message, reason: str) -> None:
+        """A message of a session could not be sent: its client learns of it, and need not wait for what will not come.
+
+        Args:
+            message: what was dropped.
+            reason: why, as a clause.
+        """
+        # Of a failure that is dropped nobody is told: that would be dropped as well, and so on.
+        if not isinstance(message, Step | Result | Forward | Gradient | AdapterGradient | Recalled):
+            return
+        with self._lock:
+            session = self.sessions.get(message.session)
+            if session is not None and session.epoch == message.epoch:
+                text = f"what this peer sends on was dropped: {reason}"
+                self._fail(session.reply_to, session.id, message.epoch, message.number, FailureCode.BUSY, text)
 
     def connection_lost(self, connection: Connection, now: float) -> None:
         """A client is not connected any more: unless it comes back, its sessions end soon."""

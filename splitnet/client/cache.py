@@ -117,6 +117,12 @@ class RemoteLayer(CacheLayerMixin):
         if self.session is not None:
             self.session.close()
 
+    def close_later(self) -> None:
+        """Has another thread free the peers' memory, within a second. Waits for no lock, so finalizers may call it."""
+        self._closed = True
+        if self.session is not None:
+            self.session.close_later()
+
     def get_seq_length(self) -> int:
         return self.columns
 
@@ -208,4 +214,5 @@ class RemoteCache(Cache):
         self.remote.close()
 
     def __del__(self) -> None:
-        self.close()
+        # The collector may run this where its own thread holds a lock that closing takes.
+        self.remote.close_later()

@@ -31,7 +31,7 @@ class PlannedHop:
 
     @property
     def endpoint(self) -> Endpoint:
-        return Endpoint(self.record.address, self.record.key)
+        return self.record.endpoint
 
     @property
     def name(self) -> str:

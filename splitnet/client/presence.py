@@ -80,7 +80,7 @@ class Presence:
         self._looked_at = now
         # Keys are random: so who is asked does not depend on blocks, and is the same the next time.
         asked = sorted(records, key=lambda record: record.key.text)[:ASKED_PEERS]
-        endpoints = {record.key.text: Endpoint(record.address, record.key) for record in asked}
+        endpoints = {record.key.text: record.endpoint for record in asked}
         self._asked = {endpoint: self._asked.get(endpoint) or _Asked() for endpoint in endpoints.values()}
         before, self._seen = self._seen, {}
         for record in records:
@@ -102,13 +102,17 @@ class Presence:
         link = self._swarm.link_state(endpoint)
         if link is LinkState.REFUSED:
             return State.REFUSES, asked.answer
-        if link is LinkState.DOWN:  # ZeroMQ keeps trying to connect, so nothing needs to be sent
+        is_due = now - asked.asked_at >= SILENT_S
+        if link is LinkState.DOWN:
+            if is_due:  # a link that nobody asks over is closed, and then finds out nothing more
+                self._swarm.ping(endpoint)
+                asked.asked_at = now
             asked.future = None
             return State.GONE, asked.answer
         if asked.future is None:
             asked.first_unanswered_at = now
         silent = now - asked.first_unanswered_at >= SILENT_S
-        if asked.future is None or now - asked.asked_at >= SILENT_S:
+        if asked.future is None or is_due:
             asked.future, asked.asked_at = self._swarm.ping(endpoint), now
         if silent:
             return State.GONE, asked.answer

@@ -22,6 +22,9 @@ SHARE = 0.5
 
 REMEASURE_S = 30.0
 
+KEPT_TRIED = 4096
+"""Of so many peers it is known when their links were measured; records of ever new peers cost nothing."""
+
 RELIEF = 0.2
 """Weight of a forecast that was better than the ones before in what is expected of the next."""
 MAX_DOUBT = 20.0
@@ -125,7 +128,11 @@ class Survey:
         """Takes in which links the client tried to measure, and what came of it."""
         now = self._clock()
         with self._lock:
-            self._tried.update({record.key.text: now for record in tried.values()})
+            for record in tried.values():
+                self._tried.pop(record.key.text, None)
+                self._tried[record.key.text] = now
+            while len(self._tried) > KEPT_TRIED:
+                del self._tried[next(iter(self._tried))]
         for endpoint, link in links.items():
             self.whereabouts.measured(tried[endpoint], link)
 

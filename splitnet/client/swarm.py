@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-import time
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from scheduler.network import CLIENT, Link
 from splitnet.client.bans import Bans
 from splitnet.client.event_log import EventLog
+from splitnet.client.fresh_facts import FreshFacts
+from splitnet.client.known_peers import KnownPeers
+from splitnet.client.links import Links, Subscriber, refusal
 from splitnet.client.planner import CLIENT_ENDS, Ends, Forecast, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
-from splitnet.errors import (
-    CoverageError,
-    NotAuthorized,
-    PeerBusy,
-    PeerLost,
-    ProtocolError,
-    ProtocolVersionError,
-    SplitnetError,
-    WrongSwarm,
-)
+from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Destination, Endpoint, LinkState
+from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import STRICT_VERSIONS
-from splitnet.net.identity import Identity
-from splitnet.net.messages import PROTOCOL_VERSION, Failure, Message, Payload, Pong, decode, encode
-from splitnet.net.prober import PING_TIMEOUT_S, Answer, Prober
+from splitnet.net.identity import Identity, PublicKey
+from splitnet.net.messages import Message
+from splitnet.net.prober import Answer
 from splitnet.net.records import PeerRecord
-from splitnet.net.transport import Transport
 
 if TYPE_CHECKING:
     from splitnet.model.checkpoint import Checkpoint
 
-log = logging.getLogger(__name__)
+__all__ = ["ModelFacts", "Subscriber", "Swarm", "refusal"]
 
-RECORDS_MAX_AGE_S = 10.0
-MEASURED_AT_ONCE = 32
 PARDON_S = 0.5
 """In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
 MAX_PROBED_ROUTES = 4
@@ -69,18 +57,6 @@ class ModelFacts:
         )
 
 
-class Subscriber(Protocol):
-    """Who gets what arrives for a session, from the transport's thread."""
-
-    id: bytes
-
-    def deliver(self, source: Endpoint, message: Message) -> None: ...
-
-    def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class Swarm:
     """All peers of one model, seen from a client. Thread-safe; close it when done.
 
@@ -92,7 +68,6 @@ class Swarm:
     Attributes:
         survey: what is known of peers and links.
         events: what has happened to peers and routes lately.
-        news: counts up when that was refreshed.
         was_covered: all blocks were served at some time.
 
     Raises:
@@ -104,32 +79,24 @@ class Swarm:
         self.identity = identity or Identity.generate()
         self.survey = Survey()
         self.events = EventLog()
-        self.news = 0
         self.was_covered = False
-        self._directory = Directory.start(initial_peers=initial_peers, listen=None)
-        self._records: list[PeerRecord] = []
-        self._records_at = 0.0
-        self._sessions: dict[bytes, Subscriber] = {}
         self._bans = Bans()
-        self._closing = threading.Event()
-        self._look = threading.Event()
-        self._suspects: Sequence[PeerRecord] = ()
         self._planner = Planner(self.survey, facts.name)
-        self._prober = Prober(self.send)
-        self._transport = Transport(self.identity, on_message=self._receive, on_link=self._link_changed)
-        self._transport.start()
-        self._watcher = threading.Thread(target=self._watch, name="splitnet-watch", daemon=True)
-        self._watcher.start()
+        self._directory = Directory.start(initial_peers=initial_peers, listen=None)
+        self._links = Links(self.identity)
+        self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.link_state)
+        self._fresh_facts = FreshFacts(self._known, self.survey, self._links.prober, lambda: self._links.has_sessions)
 
     def close(self) -> None:
         """Closes all sessions and leaves."""
-        for session in list(self._sessions.values()):
-            session.close()
-        self._closing.set()
-        self._look.set()
-        self._transport.close()
+        self._fresh_facts.stop()
+        self._links.close()
         self._directory.close()
-        self._watcher.join(PING_TIMEOUT_S)
+        self._fresh_facts.close()
+
+    def close_sessions(self) -> None:
+        """Closes all sessions; others may be opened after it."""
+        self._links.close_sessions()
 
     def __enter__(self) -> Swarm:
         return self
@@ -137,31 +104,20 @@ class Swarm:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    @property
+    def news(self) -> int:
+        """Counts up when `survey` was refreshed."""
+        return self._fresh_facts.news
+
     def peers(self, *, fresh: bool = False) -> list[PeerRecord]:
-        """Peers that serve this model and speak this protocol; read again after 10 s, or at once if `fresh`.
+        """Peers that serve this model and speak this protocol, see `KnownPeers.look`.
 
         Raises:
+            DirectoryError: the directory does not answer, and no peer is known.
             WrongSwarm: the swarm serves other weights only.
             ProtocolVersionError: all peers speak another protocol.
         """
-        if fresh or not self._records or time.monotonic() - self._records_at > RECORDS_MAX_AGE_S:
-            self._records = self._directory.peers(self.facts.fingerprint)
-            self._records_at = time.monotonic()
-        speaking = [record for record in self._records if record.protocol == PROTOCOL_VERSION]
-        if not self._records:
-            others = sorted({name for key, name in self._directory.models().items() if key != self.facts.fingerprint})
-            if others:
-                raise WrongSwarm(
-                    f"this swarm serves other weights than your {self.facts.name}: it has {', '.join(others)}. "
-                    "Use that model, or the address of a swarm of yours"
-                )
-        elif not speaking:
-            spoken = max(record.protocol for record in self._records)
-            older = "this client" if spoken > PROTOCOL_VERSION else "the peers"
-            raise ProtocolVersionError(
-                f"the peers speak protocol {spoken}, this client speaks {PROTOCOL_VERSION}: upgrade {older}"
-            )
-        return speaking
+        return self._known.look(fresh=fresh)
 
     def plan(
         self,
@@ -194,7 +150,7 @@ class Swarm:
             for _ in range(MAX_PROBED_ROUTES):
                 # Of many peers only some links are measured. Those that the client would use are, before it does.
                 own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
-                if not self._measure(self.survey.unknown(own)):
+                if not self._fresh_facts.measure(self.survey.unknown(own)):
                     break
                 route = self._planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
             self.was_covered |= blocks is None
@@ -206,8 +162,7 @@ class Swarm:
 
     def look_again(self, suspects: Sequence[PeerRecord]) -> None:
         """Refreshes the facts soon, in the background; the links to `suspects` are measured in any case."""
-        self._suspects = suspects
-        self._look.set()
+        self._fresh_facts.look_again(suspects)
 
     def cost_ms(
         self, needs: Needs, hops: Sequence[PlannedHop], *, ends: Ends = CLIENT_ENDS, positions: int | None = None
@@ -221,7 +176,7 @@ class Swarm:
 
     def ban(self, key: str, seconds: float, *, leaves: bool = False) -> None:
         """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""
-        record = next((record for record in self._records if record.key.text == key), None)
+        record = self._known.find(PublicKey.parse(key))
         self._bans.add(key, seconds, record if leaves else None)
 
     def unban(self, key: str) -> None:
@@ -229,11 +184,14 @@ class Swarm:
         self._bans.lift(key)
 
     def pardon_living(self) -> None:
-        """Lifts the bans of peers that answer now: they were slow or cut off, or have moved and serve other blocks."""
-        banned = {
-            Endpoint(record.address, record.key): record for record in self._bans.pardonable(self.peers(fresh=True))
-        }
-        for endpoint in self._prober.measure(banned, PARDON_S):
+        """Lifts the bans of peers that answer now: they were slow or cut off, or have moved and serve other blocks.
+
+        Peers that could not be connected to are tried again as well.
+        """
+        records = self.peers(fresh=True)
+        tried = {record.endpoint for record in self._bans.pardonable(records)}
+        lost = {record.endpoint for record in records if self.link_state(record.endpoint) is LinkState.DOWN}
+        for endpoint in tried & self._links.prober.measure(tried | lost, PARDON_S).keys():
             self._bans.lift(endpoint.key.text)
 
     def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
@@ -243,19 +201,24 @@ class Swarm:
         return self.survey.network(records).link(*names)
 
     def link_state(self, endpoint: Endpoint) -> LinkState:
-        return self._transport.state(endpoint)
+        """State of the link to a peer; of one that was closed, for a minute, how it had failed."""
+        return self._links.state(endpoint)
 
     def send(self, endpoint: Endpoint, message: Message) -> int:
-        """Sends a message and returns its size in bytes."""
-        frames = encode(message)
-        self._transport.send(endpoint, frames)
-        return sum(map(len, frames))
+        """Sends a message and returns its size in bytes; see `Links.send`."""
+        return self._links.send(endpoint, message)
 
     def register(self, session: Subscriber) -> None:
-        self._sessions[session.id] = session
+        """Hands over to a session what comes for it."""
+        self._links.register(session)
 
     def unregister(self, session: Subscriber) -> None:
-        self._sessions.pop(session.id, None)
+        """Undoes `register`."""
+        self._links.unregister(session)
+
+    def close_later(self, session: Subscriber) -> None:
+        """Has another thread close a session within a second. Finalizers may call it: it waits for no lock."""
+        self._links.close_later(session)
 
     def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[Answer]:
         """Asks a peer for a sign of life; the future stays undone if none comes.
@@ -265,92 +228,22 @@ class Swarm:
             session: id of a session to ask about. A peer without a record, or of a version that does not know this
                 question, is asked without: `Answer.holds` is None then.
         """
-        record = next((record for record in self._records if record.key == endpoint.key), None)
+        record = self._known.find(endpoint.key)
         asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
-        return self._prober.ping(endpoint, session=asked)
+        return self._links.prober.ping(endpoint, session=asked)
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The round trip to a peer as its last pings tell; 0: not measured."""
-        return self._prober.rtt_ms(endpoint)
+        return self._links.prober.rtt_ms(endpoint)
 
     def _usable(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], bool]:
         """Peers that a route may go through, and whether there are others."""
         excluded = set(exclude) | self._bans.keys()
         present = self.peers(fresh=fresh)
         records = [record for record in present if record.key.text not in excluded]
-        if len(self.survey.whereabouts.links) < MEASURED_AT_ONCE:
-            self._measure(self.survey.unknown(records))
+        self._fresh_facts.measure_first(records)
         # A record outlives a peer that was killed; whom the client cannot connect to cannot serve it.
         usable = [
-            record
-            for record in records
-            if record.serves and self.link_state(Endpoint(record.address, record.key)) is not LinkState.DOWN
+            record for record in records if record.serves and self.link_state(record.endpoint) is not LinkState.DOWN
         ]
         return usable, len(usable) < len(present)
-
-    def _measure(self, records: Sequence[PeerRecord]) -> bool:
-        """Measures the links to the first of these peers; False if there are none."""
-        chosen = {Endpoint(record.address, record.key): record for record in records[:MEASURED_AT_ONCE]}
-        if chosen:
-            self.survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S))
-        return bool(chosen)
-
-    def _watch(self) -> None:
-        """While sessions are open: keeps records and links fresh, so that they can tell when a better route exists."""
-        while True:
-            self._look.wait(RECORDS_MAX_AGE_S)
-            if self._closing.is_set():
-                return
-            self._look.clear()
-            if not self._sessions:
-                continue
-            suspects, self._suspects = self._suspects, ()
-            try:
-                stale = self.survey.stale(self.peers(fresh=True))
-                self._measure([*suspects, *(record for record in stale if record not in suspects)])
-                self.news += 1
-            except SplitnetError as error:
-                log.info("the facts about peers could not be refreshed: %s", error)
-
-    def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
-        if not isinstance(source, Endpoint):
-            return
-        try:
-            message = decode(frames)
-        except ProtocolError as error:
-            log.warning("%s sent what is not a message: %s", source.address, error)
-            if isinstance(error, ProtocolVersionError):
-                for session in list(self._sessions.values()):
-                    session.link_failed(source, error)
-            return
-        if isinstance(message, Pong):
-            self._prober.pong(source, message)
-        elif isinstance(message, Failure) and not message.session:
-            log.warning("%s answered: %s", source.address, message.text)
-        else:
-            session = self._sessions.get(getattr(message, "session", b""))
-            if session is not None:
-                session.deliver(source, message)
-
-    def _link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
-        if state.is_final:
-            error: SplitnetError = refusal(endpoint, state)
-        elif state is LinkState.DOWN:
-            error = PeerLost(f"the peer at {endpoint.address} is gone")
-        else:
-            return
-        for session in list(self._sessions.values()):
-            session.link_failed(endpoint, error)
-
-
-def refusal(endpoint: Endpoint, state: LinkState) -> NotAuthorized:
-    """The error of a link whose keys do not fit."""
-    if state is LinkState.WRONG_KEY:
-        return NotAuthorized(
-            f"what answers at {endpoint.address} has another key than the record of the peer there: if the peer was "
-            "started anew, wait a minute until its old record has expired; otherwise do not trust that address"
-        )
-    return NotAuthorized(
-        f"the peer at {endpoint.address} does not accept this client's key: ask its owner to add the output of "
-        "`splitnet key` to the peer's --authorized-keys file"
-    )

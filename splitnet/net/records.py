@@ -19,7 +19,7 @@ from typing import Any, Final, NamedTuple, cast
 from scheduler.coordinates import DIMENSIONS
 from scheduler.swarm import PASS_SIZES
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
-from splitnet.net.endpoints import is_address
+from splitnet.net.endpoints import Endpoint, is_address
 from splitnet.net.fields import (
     Layout,
     blob,
@@ -153,6 +153,11 @@ class PeerRecord:
             raise ProtocolError("PeerRecord.start, end, num_blocks: expected start <= end <= num_blocks, and a block")
         if self.moving_to is not None and not self.moving_to[0] < self.moving_to[1] <= self.num_blocks:
             raise ProtocolError("PeerRecord.moving_to: expected start < end <= num_blocks")
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where the peer is connected to, and the key that it must prove to have."""
+        return Endpoint(self.address, self.key)
 
     @property
     def expires_at(self) -> float:

@@ -8,6 +8,7 @@ handed over as raw frames; what they mean is decided elsewhere.
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 import time
 from collections import deque
@@ -19,7 +20,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from splitnet.errors import AddressInUse, SplitnetError
-from splitnet.net.backlog import TRACKED_BYTES, Backlog
+from splitnet.net.backlog import MAX_BACKLOG_BYTES, TRACKED_BYTES, Backlog
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.gatekeeper import Gatekeeper, proven_key
 from splitnet.net.identity import AuthorizedKeys, Identity
@@ -36,12 +37,14 @@ _HEARTBEAT_MS = 5_000
 _HANDSHAKE_MS = 10_000
 _CURVE_BYTES = 64
 """More than encryption adds to a frame (RFC 26: 33 bytes)."""
+_TOO_SLOW = "its receiver is too slow"
 _SERVE_THREAD, _CONNECT_THREAD = 1, 2
 """ZeroMQ's threads: whoever connects resolves host names in it and may wait for that; who listens must not."""
 
 MessageHandler = Callable[[Destination, Sequence[Payload]], None]
 LinkHandler = Callable[[Endpoint, LinkState], None]
 LostHandler = Callable[[Connection], None]
+DropHandler = Callable[[Destination, Sequence[Payload], str], None]
 
 _STATE_OF_EVENT: dict[zmq.Event, LinkState] = {
     zmq.Event.HANDSHAKE_SUCCEEDED: LinkState.UP,
@@ -77,14 +80,18 @@ class Transport:
     """Sends and receives frames on CurveZMQ links.
 
     Handlers run in the transport's own thread and must return quickly. `send`, `connect`, `disconnect` and `close`
-    may be called from any thread.
+    may be called from any thread, `tick_soon` by finalizers too.
 
     Args:
         identity: the key pair of this process.
         on_message: called with the source and the frames of every message.
         on_link: called when the state of an outgoing link changes.
         on_lost: called when a message could not be sent because its incoming connection has ended.
+        on_dropped: called with the destination and the frames of a message that was dropped for any other reason, and
+            that reason: its receiver is too slow, or no link to it can be opened.
         on_tick: called about five times per second.
+        max_backlog: bytes of large messages that may wait to be sent, over all receivers; None: any number, also of
+            small ones, for a process that sends only what it holds itself.
         authorized: whose connections are accepted; None accepts any key.
         listen: `tcp://host:port` to bind (port 0: any free one); None for a process that only connects.
 
@@ -100,7 +107,9 @@ class Transport:
         on_message: MessageHandler,
         on_link: LinkHandler | None = None,
         on_lost: LostHandler | None = None,
+        on_dropped: DropHandler | None = None,
         on_tick: Callable[[], None] | None = None,
+        max_backlog: int | None = MAX_BACKLOG_BYTES,
         authorized: AuthorizedKeys | None = None,
         listen: str | None = None,
     ) -> None:
@@ -108,13 +117,16 @@ class Transport:
         self._on_message = on_message
         self._on_link = on_link
         self._on_lost = on_lost
+        self._on_dropped = on_dropped
         self._on_tick = on_tick
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
-        self._backlog = Backlog()
+        self._bounded = max_backlog is not None
+        self._backlog = Backlog(max_backlog if max_backlog is not None else sys.maxsize)
         self._links: dict[Endpoint, _Link] = {}
         self._outbox = _Outbox()
         self._wake = Wake()
         self._closing = False
+        self._tick_now = False
         self._poller = zmq.Poller()
         self._poller.register(self._wake.fileno(), zmq.POLLIN)
         self._gate = Gatekeeper(self._context, authorized) if listen is not None else None
@@ -133,9 +145,10 @@ class Transport:
         self._thread.start()
 
     def send(self, destination: Destination, frames: Sequence[Payload]) -> None:
-        """Queues frames; delivery is not guaranteed. An endpoint that is not connected yet is connected.
+        """Queues frames. An endpoint that is not connected yet is connected.
 
-        Frames must not be changed afterwards.
+        Frames must not be changed afterwards. `on_dropped` is told of a message that is dropped here, and of none that
+        gets lost with its link.
         """
         self._post(destination, frames)
 
@@ -144,8 +157,18 @@ class Transport:
         self._post(endpoint, ())
 
     def disconnect(self, endpoint: Endpoint) -> None:
-        """Closes a link and forgets it."""
+        """Closes a link and forgets it; what waits to be sent over one that is not up is dropped."""
         self._post(endpoint, None)
+
+    def tick_soon(self) -> None:
+        """Has `on_tick` called without delay, if that can be arranged without waiting for a lock."""
+        self._tick_now = True
+        if self._outbox.lock.acquire(blocking=False):
+            try:
+                if not self._closing and self._thread.ident is not None:
+                    self._wake.set()
+            finally:
+                self._outbox.lock.release()
 
     def state(self, endpoint: Endpoint) -> LinkState:
         """State of the link to `endpoint`; `CONNECTING` for one that was never opened."""
@@ -204,7 +227,8 @@ class Transport:
         handle.curve_secretkey = self._identity.curve_secret
         handle.linger = _CLOSE_LINGER_MS
         handle.maxmsgsize = MAX_PAYLOAD_BYTES + _CURVE_BYTES
-        handle.sndhwm = handle.rcvhwm = _QUEUED_MESSAGES
+        handle.rcvhwm = _QUEUED_MESSAGES
+        handle.sndhwm = _QUEUED_MESSAGES if self._bounded else 0
         handle.heartbeat_ivl = _HEARTBEAT_MS
         handle.heartbeat_timeout = 2 * _HEARTBEAT_MS
         handle.handshake_ivl = _HANDSHAKE_MS
@@ -230,13 +254,13 @@ class Transport:
             self._poller.register(monitor, zmq.POLLIN)
         return link
 
-    def _unlink(self, endpoint: Endpoint) -> None:
+    def _unlink(self, endpoint: Endpoint, *, at_end: bool = False) -> None:
         link = self._links.pop(endpoint, None)
         if link is not None:
             self._poller.unregister(link.socket)
             self._poller.unregister(link.monitor)
-            if link.state is LinkState.DOWN or link.state.is_final:
-                link.socket.linger = 0  # nobody is there to take what is queued
+            if link.state is not LinkState.UP and not (at_end and link.state is LinkState.CONNECTING):
+                link.socket.linger = 0  # a socket that waits for somebody to take what is queued keeps its descriptors
             _close_watched(link.socket, link.monitor)
 
     def _run(self) -> None:
@@ -257,7 +281,8 @@ class Transport:
                         self._receive(link.socket, link.endpoint)
                     if link.monitor in ready:
                         self._follow(link)
-                if self._on_tick is not None and time.monotonic() >= next_tick:
+                if self._on_tick is not None and (self._tick_now or time.monotonic() >= next_tick):
+                    self._tick_now = False
                     next_tick = time.monotonic() + _TICK_MS / 1000
                     self._guard(self._on_tick)
                 # Handlers do not wake this thread, so nothing of theirs may be left when it goes to sleep.
@@ -290,10 +315,12 @@ class Transport:
             elif self._router is not None and frames:
                 self._transmit(self._router, destination, [destination.routing_id, *frames])
         except zmq.ZMQError as error:
-            # The other side is gone or too slow to drain its queue; sessions find out by their deadlines.
-            log.debug("message dropped: %s", error)
-            if error.errno == zmq.EHOSTUNREACH and isinstance(destination, Connection) and self._on_lost is not None:
-                self._guard(self._on_lost, destination)
+            if error.errno == zmq.EHOSTUNREACH and isinstance(destination, Connection):
+                log.debug("message dropped: its connection has ended")
+                if self._on_lost is not None:
+                    self._guard(self._on_lost, destination)
+            else:
+                self._drop(destination, frames or (), _TOO_SLOW if error.errno == zmq.EAGAIN else str(error))
 
     def _transmit(self, handle: zmq.Socket[bytes], destination: Destination, frames: Sequence[Payload]) -> None:
         size = len(frames[-1])
@@ -303,7 +330,16 @@ class Transport:
             tracker = handle.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
             self._backlog.add(destination, size, cast(zmq.MessageTracker, tracker))
         else:
-            log.warning("a message of %d bytes was dropped: its receiver is too slow", size, extra={"nbytes": size})
+            raise zmq.Again
+
+    def _drop(self, destination: Destination, frames: Sequence[Payload], reason: str) -> None:
+        if not frames:
+            log.warning("no link could be opened: %s", reason)
+            return
+        size = sum(map(len, frames))
+        log.warning("a message of %d bytes was dropped: %s", size, reason, extra={"nbytes": size})
+        if self._on_dropped is not None:
+            self._guard(self._on_dropped, destination, frames, reason)
 
     def _receive(self, handle: zmq.Socket[bytes], endpoint: Endpoint | None) -> None:
         for _ in range(_RECEIVE_BURST):
@@ -346,7 +382,7 @@ class Transport:
         with self._outbox.lock:
             self._closing = True
         for endpoint in list(self._links):
-            self._unlink(endpoint)
+            self._unlink(endpoint, at_end=True)
         if self._gate is not None:
             self._gate.socket.close()
         if self._router is not None:

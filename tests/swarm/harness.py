@@ -89,8 +89,7 @@ class LocalSwarm:
         try:
             yield self
         finally:
-            for session in list(self.client._sessions.values()):
-                session.close()
+            self.client.close_sessions()
 
     @contextmanager
     def newcomer(self) -> Iterator[LocalSwarm]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import pytest
 
 from scheduler.encoding import Encoding
+from scheduler.network import Link
+from splitnet.client import fresh_facts
 from splitnet.client import swarm as swarm_module
 from splitnet.client.planner import Needs
 from splitnet.client.swarm import ModelFacts, Swarm
@@ -75,7 +77,7 @@ class FakeDirectory:
 def directory(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
     fake = FakeDirectory()
     monkeypatch.setattr(swarm_module.Directory, "start", lambda **_: fake)
-    monkeypatch.setattr(swarm_module, "PING_TIMEOUT_S", 0.0)
+    monkeypatch.setattr(fresh_facts, "PING_TIMEOUT_S", 0.0)
     monkeypatch.setattr(Swarm, "link_state", lambda self, endpoint: fake.states.get(endpoint, LinkState.CONNECTING))
     return fake
 
@@ -98,12 +100,12 @@ def test_only_peers_that_know_the_question_are_asked_about_a_session(
     peer, stranger = (Endpoint(record.address, record.key) for record in (directory.records[0], served()))
     swarm.peers()
     sent: list[Message] = []
-    monkeypatch.setattr(swarm._transport, "send", lambda _, frames: sent.append(decode(frames)))
+    monkeypatch.setattr(swarm._links._transport, "send", lambda _, frames: sent.append(decode(frames)))
     answers = [swarm.ping(endpoint, bytes(range(16))) for endpoint in (peer, stranger)]
     pings = [message for message in sent if isinstance(message, Ping)]
     assert [ping.session for ping in pings] == [asked, b""]
     for answer, endpoint, ping in zip(answers, (peer, stranger), pings, strict=True):
-        swarm._receive(endpoint, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
+        swarm._links._receive(endpoint, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
         assert answer.result().holds is (True if ping.session else None)
     assert (answers[0].result().waiting, answers[0].result().done) == (3, 4)
 
@@ -151,6 +153,25 @@ def test_peers_without_memory_are_busy(swarm: Swarm, directory: FakeDirectory) -
     directory.records = [served(kv_free_positions=5)]
     with pytest.raises(PeerBusy, match=r"blocks 0\.\.5"):
         swarm.plan(NEEDS)
+
+
+def test_banned_peers_and_those_that_were_lost_are_tried_again(
+    swarm: Swarm, directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    banned, silent, lost, _ = directory.records = [served() for _ in range(4)]
+    directory.states[lost.endpoint] = LinkState.DOWN
+    for record in (banned, silent):
+        swarm.ban(record.key.text, seconds=60)
+    tried: list[Endpoint] = []
+
+    def measure(endpoints: Iterable[Endpoint], timeout_s: float) -> dict[Endpoint, Link]:
+        tried.extend(endpoints)
+        return {endpoint: Link(1.0, 1.0) for endpoint in tried if endpoint != silent.endpoint}
+
+    monkeypatch.setattr(swarm._links.prober, "measure", measure)
+    swarm.pardon_living()
+    assert sorted(tried, key=str) == sorted((record.endpoint for record in (banned, silent, lost)), key=str)
+    assert swarm._bans.keys() == {silent.key.text}
 
 
 def test_a_part_of_the_model_is_planned_between_peers(swarm: Swarm, directory: FakeDirectory) -> None:

@@ -88,6 +88,7 @@ def test_a_link_that_is_down_needs_no_patience(swarm: FakeSwarm) -> None:
     swarm.states[endpoint_of(RECORD)] = LinkState.DOWN
     asked = len(swarm.pinged)
     assert swarm.look(RECORD, after=0.1) == [State.GONE] and len(swarm.pinged) == asked
+    assert swarm.look(RECORD, after=SILENT_S) == [State.GONE] and len(swarm.pinged) == asked + 1, "it may be back"
     swarm.states[endpoint_of(RECORD)] = LinkState.REFUSED
     assert swarm.look(RECORD, after=0.1) == [State.REFUSES]
 

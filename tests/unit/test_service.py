@@ -957,6 +957,16 @@ class TestOthers:
         assert opened.says(message, AFTER) == []
         assert opened.session() is not None
 
+    def test_what_could_not_be_sent_on_is_told_to_the_client(self, opened: Peer) -> None:
+        for lost in (step(), Result(SID, 1, 7, 6, 0, ()), replace(step(), number=0)):
+            opened.service.dropped(lost, "its receiver is too slow")
+            [(destination, failure)] = opened.heard()
+            assert destination == CLIENT and isinstance(failure, Failure)
+            assert (failure.code, failure.number) == (FailureCode.BUSY, lost.number)
+        for untold in (replace(step(), epoch=2), replace(step(), session=bytes(16)), failure, Pong(1, 0, 0)):
+            opened.service.dropped(untold, "its receiver is too slow")
+        assert opened.heard() == []
+
     def test_a_failed_step_is_told_to_the_client(self, opened: Peer) -> None:
         opened.says(step(), PREVIOUS)
         work = opened.begin()

@@ -14,6 +14,7 @@ from peers.speed import ObservedSpeed
 from scheduler.network import CLIENT, UNMEASURED, Link
 from scheduler.replan import WORTHWHILE, move_pays
 from scheduler.swarm import PASS_SIZES
+from splitnet.client import survey as survey_module
 from splitnet.client.survey import REMEASURE_S, TRUST_S, Survey
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import place_of
@@ -106,6 +107,13 @@ class TestSurvey:
         clock.now += REMEASURE_S + 1
         assert survey.unknown([peer]) == []
         assert survey.stale([peer]) == [peer]
+
+    def test_records_of_ever_new_peers_take_no_memory(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(survey_module, "KEPT_TRIED", 2)
+        survey, peers = Survey(Clock()), [record() for _ in range(3)]
+        for peer in (*peers[:2], peers[0], peers[2]):
+            survey.links_measured({peer.endpoint: peer}, {})
+        assert survey.unknown(peers) == [peers[1]], "the one that was tried longest ago"
 
 
 class TestWhereabouts:

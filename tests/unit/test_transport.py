@@ -30,11 +30,14 @@ WAIT_S = 20.0
 class Node:
     """A transport that records what happens to it, and lets a test wait for that."""
 
-    def __init__(self, listen: str | None = None, authorized: AuthorizedKeys | None = None) -> None:
+    def __init__(
+        self, listen: str | None = None, authorized: AuthorizedKeys | None = None, max_backlog: int | None = 1 << 30
+    ) -> None:
         self.identity = Identity.generate()
         self.received: list[tuple[Destination, list[bytes]]] = []
         self.states: list[tuple[Endpoint, LinkState]] = []
         self.lost: list[Connection] = []
+        self.dropped: list[tuple[Destination, list[Payload], str]] = []
         self.ticks = 0
         self.answer: Callable[[Destination, list[bytes]], Sequence[Payload] | None] = lambda source, frames: None
         self.on_tick: Callable[[], None] = lambda: None
@@ -44,7 +47,9 @@ class Node:
             on_message=self._message,
             on_link=self._link,
             on_lost=self._lost,
+            on_dropped=self._dropped,
             on_tick=self._tick,
+            max_backlog=max_backlog,
             authorized=authorized,
             listen=listen,
         )
@@ -80,6 +85,11 @@ class Node:
     def _lost(self, connection: Connection) -> None:
         with self._changed:
             self.lost.append(connection)
+            self._changed.notify_all()
+
+    def _dropped(self, destination: Destination, frames: Sequence[Payload], reason: str) -> None:
+        with self._changed:
+            self.dropped.append((destination, list(frames), reason))
             self._changed.notify_all()
 
     def _tick(self) -> None:
@@ -389,12 +399,9 @@ def test_a_backlog_counts_what_is_not_sent(messages: list[tuple[int, int, bool]]
     assert backlog.nbytes == 0
 
 
-def test_a_receiver_that_does_not_read_takes_bounded_memory(
-    node: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_receiver_that_does_not_read_takes_bounded_memory(node: Start, caplog: pytest.LogCaptureFixture) -> None:
     limit = 64 * TRACKED_BYTES
-    server = node(ANY_PORT)
-    monkeypatch.setattr(server.transport, "_backlog", Backlog(limit))
+    server = node(ANY_PORT, max_backlog=limit)
     reader, sleeper = node(), node()
     asleep = threading.Event()
 
@@ -416,8 +423,41 @@ def test_a_receiver_that_does_not_read_takes_bounded_memory(
         reader.wait(lambda: len(reader.received) == 1)
         assert server.transport._backlog.nbytes <= limit
         assert "its receiver is too slow" in caplog.text
+        dropped = list(server.dropped)
+        assert all(item == (to_sleeper, [b"header", large], "its receiver is too slow") for item in dropped)
     finally:
         asleep.set()
+    sleeper.wait(lambda: len(sleeper.received) == 400 - len(dropped))
+
+
+def test_nothing_of_what_a_client_sends_to_a_slow_receiver_is_lost(node: Start) -> None:
+    server, client = node(ANY_PORT), node(max_backlog=None)
+    asleep = threading.Event()
+
+    def sleep(source: Destination, frames: list[bytes]) -> None:
+        asleep.wait(WAIT_S)
+
+    server.answer = sleep
+    numbers = [number.to_bytes(4, "big") for number in range(12_000)]
+    try:
+        for number in numbers:  # far more than ZeroMQ's queues and the kernel's buffers take
+            client.transport.send(server.endpoint, [number, bytes(1024)])
+        client.transport.send(server.endpoint, [b"last", bytes(4 * TRACKED_BYTES)])
+        server.wait(lambda: bool(server.received))
+    finally:
+        asleep.set()
+    server.wait(lambda: len(server.received) == len(numbers) + 1)
+    assert [frames[0] for frames in server.frames()] == [*numbers, b"last"]
+    assert not client.dropped
+
+
+def test_a_message_to_an_address_that_cannot_be_connected_to_is_told(node: Start) -> None:
+    client = node()
+    nowhere = Endpoint("tcp://nowhere", Identity.generate().public)
+    client.transport.send(nowhere, [b"header", b"payload"])
+    client.wait(lambda: bool(client.dropped))
+    [(destination, frames, reason)] = client.dropped
+    assert (destination, frames) == (nowhere, [b"header", b"payload"]) and reason
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,111 @@
+"""Which peers serve the client's model, as the directory said last; also while it says nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from splitnet.errors import DirectoryError, ProtocolVersionError, WrongSwarm
+from splitnet.net.directory import Directory
+from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.identity import PublicKey
+from splitnet.net.messages import PROTOCOL_VERSION
+from splitnet.net.records import PeerRecord
+
+log = logging.getLogger(__name__)
+
+RECORDS_MAX_AGE_S = 10.0
+
+
+class KnownPeers:
+    """Thread-safe.
+
+    Args:
+        directory: where records come from.
+        fingerprint: of the model.
+        model_name: for errors.
+        link_state: of the client's link to a peer.
+    """
+
+    def __init__(
+        self, directory: Directory, fingerprint: str, model_name: str, link_state: Callable[[Endpoint], LinkState]
+    ) -> None:
+        self._directory = directory
+        self._fingerprint = fingerprint
+        self._model_name = model_name
+        self._link_state = link_state
+        self._records: list[PeerRecord] = []
+        self._asked_at = float("-inf")
+        self._silent = False
+        """The directory did not answer when it was asked last, though there are peers to go on with."""
+        self._asking = threading.Lock()
+
+    def look(self, *, fresh: bool = False) -> list[PeerRecord]:
+        """Peers that serve this model and speak this protocol; read again after 10 s, or at once if `fresh`.
+
+        While the directory does not answer, it is asked every 10 s. Meanwhile the last records count, until they
+        expire; those of peers to which a link is up count longer.
+
+        Raises:
+            DirectoryError: the directory does not answer, and no peer is known.
+            WrongSwarm: the swarm serves other weights only.
+            ProtocolVersionError: all peers speak another protocol.
+        """
+        if self._is_due(fresh):
+            asked_at = self._asked_at
+            # An answer that does not come takes seconds: of all threads only one waits for it.
+            if self._asking.acquire(blocking=not self._silent):
+                try:
+                    if self._asked_at == asked_at:  # and no other thread has just asked
+                        self._ask()
+                finally:
+                    self._asking.release()
+        speaking = [record for record in self._records if record.protocol == PROTOCOL_VERSION]
+        if not self._records:
+            self._explain_none()
+        elif not speaking:
+            spoken = max(record.protocol for record in self._records)
+            older = "this client" if spoken > PROTOCOL_VERSION else "the peers"
+            raise ProtocolVersionError(
+                f"the peers speak protocol {spoken}, this client speaks {PROTOCOL_VERSION}: upgrade {older}"
+            )
+        return speaking
+
+    def find(self, key: PublicKey) -> PeerRecord | None:
+        """The record of a peer, as it was read last."""
+        return next((record for record in self._records if record.key == key), None)
+
+    def _is_due(self, fresh: bool) -> bool:
+        if not self._records or time.monotonic() - self._asked_at > RECORDS_MAX_AGE_S:
+            return True
+        return fresh and not self._silent
+
+    def _ask(self) -> None:
+        try:
+            self._records = self._directory.peers(self._fingerprint)
+            self._silent = False
+        except DirectoryError as error:
+            self._records = [record for record in self._records if self._still_counts(record)]
+            if not self._records:
+                self._silent = False
+                raise
+            if not self._silent:
+                log.warning("%s Until it does, the %d peers known so far are used.", error, len(self._records))
+            self._silent = True
+        finally:
+            self._asked_at = time.monotonic()
+
+    def _still_counts(self, record: PeerRecord) -> bool:
+        if record.expires_at > time.time():
+            return True
+        return self._link_state(record.endpoint) is LinkState.UP
+
+    def _explain_none(self) -> None:
+        others = sorted({name for key, name in self._directory.models().items() if key != self._fingerprint})
+        if others:
+            raise WrongSwarm(
+                f"this swarm serves other weights than your {self._model_name}: it has {', '.join(others)}. "
+                "Use that model, or the address of a swarm of yours"
+            )

@@ -1,0 +1,173 @@
+"""A client's links: open while a session uses them, bounded whatever peers come and go, closed from any thread."""
+
+from __future__ import annotations
+
+import os
+import queue
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from splitnet.client import links as links_module
+from splitnet.client.links import Links
+from splitnet.errors import PeerLost, SplitnetError
+from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.identity import Identity
+from splitnet.net.messages import Close, Message, Open, Ping
+
+MOST = 8
+WAIT_S = 20.0
+
+
+class FakeSession:
+    """A session that notes what it is told."""
+
+    def __init__(self, links: Links, number: int = 1) -> None:
+        self.id = bytes([number]) * 16
+        self.failures: queue.Queue[tuple[Endpoint, SplitnetError]] = queue.Queue()
+        self.closed = threading.Event()
+        self._links = links
+        links.register(self)
+
+    def open(self, endpoint: Endpoint) -> int:
+        return self._links.send(endpoint, Open(self.id, 1, "model", 0, 2, 8, 0, b"", b"", ""))
+
+    def deliver(self, source: Endpoint, message: Message) -> None: ...
+
+    def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None:
+        self.failures.put((endpoint, error))
+
+    def close(self) -> None:
+        self._links.unregister(self)
+        self.closed.set()
+
+
+@pytest.fixture
+def links() -> Iterator[Links]:
+    links = Links(Identity.generate(), most=MOST)
+    try:
+        yield links
+    finally:
+        links.close()
+
+
+KEY = Identity.generate().public
+
+
+def peer(number: int = 0) -> Endpoint:
+    """One that nobody listens at."""
+    return Endpoint(f"tcp://127.0.0.1:{1 + number}", KEY)
+
+
+def open_links(links: Links) -> set[Endpoint]:
+    """After all that was sent before has reached the transport's thread."""
+    done = threading.Event()
+    on_tick = links._transport._on_tick
+
+    def tick() -> None:
+        assert on_tick is not None
+        on_tick()
+        done.set()
+
+    links._transport._on_tick = tick
+    assert done.wait(WAIT_S)
+    links._transport._on_tick = on_tick
+    return set(links._transport._links)
+
+
+def test_what_a_session_opened_is_in_use_until_it_closes_it(links: Links) -> None:
+    first, second = FakeSession(links), FakeSession(links, 2)
+    for session in (first, second):
+        session.open(peer())
+        session.open(peer())
+    assert links._pool.in_use == [peer()]
+    links.send(peer(), Close(first.id))
+    links.send(peer(), Close(first.id))
+    assert links._pool.in_use == [peer()]
+    second.close()
+    assert links._pool.in_use == []
+    assert open_links(links) == {peer()}, "the next session finds it open"
+
+
+def test_a_session_that_is_over_uses_no_link(links: Links) -> None:
+    session = FakeSession(links)
+    session.close()
+    session.open(peer())
+    links.send(peer(), Close(session.id))
+    assert links._pool.in_use == []
+
+
+def test_links_that_no_session_uses_make_room(links: Links) -> None:
+    session = FakeSession(links)
+    session.open(peer())
+    for number in range(1, 4 * MOST):
+        links.send(peer(number), Ping(number))
+    remaining = open_links(links)
+    assert len(remaining) == MOST and {peer(), peer(4 * MOST - 1)} <= remaining
+
+
+def test_a_session_learns_that_there_are_too_many_links(links: Links) -> None:
+    session = FakeSession(links)
+    assert all(session.open(peer(number)) for number in range(MOST))
+    assert session.open(peer(MOST)) == 0
+    failed: list[SplitnetError] = []
+    while not failed:
+        endpoint, error = session.failures.get(timeout=WAIT_S)
+        failed += [error] if endpoint == peer(MOST) else []  # the others are lost, as nobody listens there
+    assert isinstance(failed[0], PeerLost) and f"{MOST} links in use" in str(failed[0])
+    assert links.send(peer(MOST), Ping(1)) == 0
+    assert peer(MOST) not in open_links(links)
+    links.send(peer(), Close(session.id))
+    assert session.open(peer(MOST)) > 0
+
+
+def test_a_session_learns_that_its_message_cannot_be_sent(links: Links) -> None:
+    session = FakeSession(links)
+    nowhere = Endpoint("tcp://nowhere", KEY)
+    session.open(nowhere)
+    endpoint, error = session.failures.get(timeout=WAIT_S)
+    assert endpoint == nowhere and isinstance(error, PeerLost)
+
+
+def test_a_link_that_was_lost_is_closed_and_remembered(links: Links, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = FakeSession(links)
+    session.open(peer())
+    assert isinstance(session.failures.get(timeout=WAIT_S)[1], PeerLost)
+    session.close()
+    links._pool._keep_unreached_s = 0.1
+    assert any(not open_links(links) for _ in range(50))
+    assert links.state(peer()) is LinkState.DOWN
+
+
+def test_a_thousand_peers_that_come_and_go_take_few_descriptors() -> None:
+    links = Links(Identity.generate())
+    try:
+        before = len(os.listdir("/proc/self/fd"))
+        for number in range(1000):
+            links.send(peer(number), Ping(number))
+            if number % 50 == 0:
+                open_links(links)
+        assert len(open_links(links)) == len(links) == links_module.MAX_LINKS
+        assert len(os.listdir("/proc/self/fd")) - before <= 4 * links_module.MAX_LINKS
+    finally:
+        links.close()
+
+
+def test_a_session_is_closed_later_while_its_thread_holds_a_lock_of_the_transport(links: Links) -> None:
+    session = FakeSession(links)
+    with links._transport._outbox.lock, links._lock, links._pool._lock:  # as where the collector of garbage comes in
+        links.close_later(session)
+    assert session.closed.wait(WAIT_S)
+
+
+def test_a_session_that_cannot_be_closed_does_not_keep_others_open(links: Links) -> None:
+    class Broken(FakeSession):
+        def close(self) -> None:
+            raise RuntimeError("cannot be closed")
+
+    broken, session = Broken(links), FakeSession(links, 2)
+    links.close_later(broken)
+    links.close_later(session)
+    assert session.closed.wait(WAIT_S)
+    links.unregister(broken)
