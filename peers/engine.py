@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
@@ -13,14 +14,17 @@ from peers.load import Load
 from peers.pass_engine import PassEngine
 from peers.service import Service, SessionTooLong
 from peers.session import Work
-from peers.speed import ObservedSpeed
+from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import DECODE_POSITIONS, WorkQueue
 from splitnet.errors import CodecError, ProtocolError
 from splitnet.gathering import Gathering
+from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.span import Part as SpanPart
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.messages import FailureCode
+
+log = logging.getLogger(__name__)
 
 MAX_PASS_POSITIONS = 512
 
@@ -60,6 +64,10 @@ class Engine:
     def start(self) -> None:
         self._thread.start()
 
+    def measure_when_idle(self) -> None:
+        """Times the device again, here between passes, as nothing else may use it meanwhile; gives way to work."""
+        self._queue.put_idle_job(self._measure)
+
     def close(self) -> None:
         """Ends the loop after the pass that is running."""
         self._queue.close()
@@ -79,7 +87,19 @@ class Engine:
         elif (work := self._queue.take_pass()) is not None:
             self._pass_engine.run(work)
             self._queue.release_pass(work)
+        elif (job := self._queue.take_idle_job()) is not None:
+            job()
         return not self._queue.closed
+
+    def _measure(self) -> None:
+        try:
+            measured = measure_speed(self._span, lambda: self._queue.has_work or self._queue.closed)
+        except Exception:
+            log.exception("could not measure the device again")
+            return
+        if measured is not None:
+            self._speed.replace(measured)
+            self._publish_speed()
 
     def _run_ready_steps(self) -> None:
         """Between two blocks of a pass over whole sequences: no step waits for the others."""
@@ -149,7 +169,7 @@ class Engine:
                 parts.append(SpanPart(row, part.start, part.length, work.session.adapter))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         output = span.forward(hidden, parts)
-        elapsed_ms = (time.perf_counter() - began) * 1000
+        elapsed_ms = (seconds_after_work(self._span.device) - began) * 1000
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
         if len(hidden) <= DECODE_POSITIONS * len(ready):
             sources, computed_s = (work.session.id for work, _ in ready), time.thread_time() - computed

@@ -17,6 +17,7 @@ from splitnet.model.adapters import (
     read_tensors,
     write_groups,
 )
+from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.passes import SpanPasses
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
@@ -43,8 +44,8 @@ class PassEngine:
         """Does what `work` asks for; whatever goes wrong is told its client."""
         if work.session.closed:
             return
-        began = time.monotonic()
-        work.wait_ms = (began - work.arrived_at) * 1000
+        work.wait_ms = (time.monotonic() - work.arrived_at) * 1000
+        began = time.perf_counter()
         try:
             if isinstance(work.message, Forward):
                 self._forward(work, work.message, began)
@@ -67,7 +68,7 @@ class PassEngine:
         hidden = self._decode(message.codec, message.payload, message.positions)
         output = self._passes.forward(hidden, message.lengths, adapter, session.start, session.end)
         payload = session.codec.encode(output)
-        work.compute_ms = (time.monotonic() - began) * 1000
+        work.compute_ms = self._ms_since(began)
         self._counters.sequences_passed(PassKind.FORWARD, work, message.lengths, work.compute_ms / 1000)
         self._service.pass_forwarded(work, payload)
 
@@ -83,7 +84,7 @@ class PassEngine:
         payload = codec_by_code(forward.gradient_codec).encode(gradient)
         by_adapter = self._added_up(session, message, by_adapter)
         parts = write_groups(by_adapter) if by_adapter else []
-        self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, time.monotonic() - began)
+        self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, self._ms_since(began) / 1000)
         self._service.pass_went_back(work, payload, parts)
 
     @staticmethod
@@ -122,6 +123,9 @@ class PassEngine:
         if message.adapter and message.adapter != session.adapter_version:
             raise ProtocolError(f"version {message.adapter} of the adapter is not here")
         return session.adapter if message.adapter else None
+
+    def _ms_since(self, began: float) -> float:
+        return (seconds_after_work(self._span.device) - began) * 1000
 
     def _decode(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
         return codec_by_code(codec).decode(payload, positions, self._span.hidden_size).to(self._span.device)

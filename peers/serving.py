@@ -47,7 +47,9 @@ class Serving:
         counters: Counters,
     ) -> None:
         self.span = span
-        self.speed = measure_speed(span)
+        speed = measure_speed(span)
+        assert speed is not None
+        self.speed = speed
         self.load = Load()
         self.sessions = SessionTable(_kv_capacity(span, kv_memory), idle_s=idle_s)
         self.queue = WorkQueue()
@@ -84,9 +86,9 @@ class Serving:
         """
         now = time.monotonic()
         last = max(self._measured_at, self.load.last_at)
-        if now - last > self._measure_after_s and not self.queue.queued_positions:
-            self.speed.replace(measure_speed(self.span))
-            self._measured_at = time.monotonic()
+        if now - last > self._measure_after_s and not self.queue.has_work:
+            self._engine.measure_when_idle()
+            self._measured_at = now
             self._measure_after_s *= 2
 
     def drain(self, timeout_s: float) -> None:

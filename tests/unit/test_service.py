@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,8 +21,9 @@ from peers.row_memory import SessionTooLong
 from peers.served import Served
 from peers.service import LOST_GRACE_S, PROBE_S, Service
 from peers.session import Session, Work
-from peers.speed import ObservedSpeed
+from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
+from scheduler.swarm import PASS_SIZES
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
@@ -722,8 +724,11 @@ class FakeSpan:
     """Blocks that add one, and fail if they are given `POISON`."""
 
     start, end, hidden_size = 2, 6, HIDDEN
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
+        self.meanwhile: Callable[[], None] | None = None
+        """Called once, in a pass."""
         self.passes: list[int] = []
         self.error: Exception = ValueError("a bug in a block")
 
@@ -735,6 +740,9 @@ class FakeSpan:
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Any]) -> torch.Tensor:
         self.passes.append(len(hidden))
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
         if (hidden == POISON).any():
             raise self.error
         for part in parts:
@@ -775,6 +783,39 @@ class TestEngine:
         for name, result in self.answers(peer).items():
             assert isinstance(result, Result)
             assert torch.equal(PLAIN.decode(result.payload, 2, HIDDEN), torch.full((2, HIDDEN), name + 1.0))
+
+    def test_the_device_is_measured_between_passes(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
+        engine.measure_when_idle()
+        self.send(peer, 1)
+        assert engine._turn()
+        assert span.passes == [2], "steps come first"
+        assert engine._turn()
+        assert [size for size, _ in itertools.groupby(span.passes[1:])] == list(PASS_SIZES)
+        assert engine._speed.block_ms != (1.0,) * 5
+
+    def test_measuring_gives_way_to_a_step(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
+        span.meanwhile = lambda: self.send(peer, 1)
+        engine.measure_when_idle()
+        engine._turn()
+        assert span.passes == [1]
+        engine._turn()
+        assert span.passes == [1, 2]
+        assert isinstance(self.answers(peer)[1], Result)
+
+    def test_the_clock_is_read_after_the_device_has_finished(
+        self, peer: Peer, engine: Engine, span: FakeSpan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[object] = []
+        forward, counter = span.forward, time.perf_counter
+        monkeypatch.setattr(span, "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: calls.append(device.type))
+        monkeypatch.setattr(span, "forward", lambda *given: (calls.append("pass"), forward(*given))[1])
+        monkeypatch.setattr(time, "perf_counter", lambda: (calls.append("clock"), counter())[1])
+        self.send(peer, 1)
+        engine._turn()
+        assert calls[-4:] == ["clock", "pass", "cuda", "clock"]
+        measure_speed(span)  # type: ignore[arg-type]
+        assert calls[-5:] == ["cuda", "clock", "pass", "cuda", "clock"]
 
     def test_a_step_that_breaks_a_pass_fails_alone(self, peer: Peer, engine: Engine) -> None:
         for name in (1, 2, 3):
