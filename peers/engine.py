@@ -164,7 +164,7 @@ class Engine:
             for part in work.parts(count):
                 row = work.session.rows.get(part.row)
                 if row is None:
-                    room = work.session.room[part.row]
+                    room = work.session.new_room[part.row]
                     row = work.session.rows[part.row] = span.new_row(room, work.session.adapter)
                 parts.append(SpanPart(row, part.start, part.length, work.session.adapter))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)

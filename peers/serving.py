@@ -10,6 +10,7 @@ from peers.engine import MAX_PASS_POSITIONS, Engine
 from peers.load import Load
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
+from peers.row_memory import AHEAD
 from peers.served import Served
 from peers.service import Service
 from peers.speed import measure_speed
@@ -109,7 +110,7 @@ class Serving:
 
 
 def _kv_capacity(span: Span, kv_memory: int | None) -> int:
-    """Positions of KV cache that fit in the memory set aside for them."""
+    """Positions of KV cache that fit in the memory set aside for them, with what rows are allocated ahead."""
     if kv_memory is None:
         kv_memory = span.free_memory() // 4
-    return max(1, kv_memory // span.kv_bytes_per_position)
+    return max(1, int(kv_memory / (1 + AHEAD)) // span.kv_bytes_per_position)

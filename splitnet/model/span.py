@@ -170,14 +170,14 @@ class Span:
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)
 
-    def new_row(self, max_length: int | None = None, adapter: Adapter | None = None) -> RowCache:
+    def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> RowCache:
         """An empty KV cache for one sequence.
 
         Args:
-            max_length: positions that it will never exceed, if known: saves memory.
+            room: positions that its memory is allocated for; None: it grows by doubling.
             adapter: whose prefix it begins with.
         """
-        return RowCache(max_length, self._prefix_of(adapter))
+        return RowCache(room, self._prefix_of(adapter))
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
