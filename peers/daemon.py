@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,12 +15,14 @@ import splitnet
 from peers.admission import SessionTable
 from peers.announce import Announcer
 from peers.counters import Counters
+from peers.holder_watch import HolderWatch
 from peers.lan_presence import LanPresence
 from peers.mover import Mover
 from peers.neighbours import Neighbours
 from peers.next_hops import NextHops
 from peers.options import PeerOptions
 from peers.placing import choose_blocks, fitting_blocks
+from peers.relocation import Relocation
 from peers.service import Service
 from peers.serving import Serving
 from splitnet.errors import ProtocolError, SplitnetError
@@ -40,9 +41,6 @@ from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
 
 log = logging.getLogger(__name__)
-
-PLACING_S = 15.0
-"""How often a peer looks whether other blocks need it more."""
 
 MOVE_DRAIN_S = 15.0
 """How long a peer that moves waits for its sessions to be taken over."""
@@ -80,9 +78,9 @@ class Peer:
         self._placed_at = time.time()
         self._mover = Mover(checkpoint.num_blocks)
         self._last_record: PeerRecord | None = None
-        self._placing = threading.Lock()
         self._leaving = threading.Event()
         self._next_hops = NextHops(self)
+        self._watch = HolderWatch(self._next_hops, self.state)
         self._serving: Serving | None = self._serving_of(span)
         self._service = self._serving.service
         self._transport = Transport(
@@ -99,7 +97,15 @@ class Peer:
         self._prober = Prober(self.send)
         self._neighbours = Neighbours(self._others, self._next_hops, self._prober)
         self._announcer = Announcer(directory, identity, self.record, self._look_around)
-        self._placer = threading.Thread(target=self._reconsider_often, name="splitnet-place", daemon=True)
+        self._relocation = Relocation(
+            self._mover,
+            self._watch,
+            self._leaving,
+            own=self.record,
+            others=self._others,
+            publish=self._announcer.publish,
+            move=self._move,
+        )
 
     @classmethod
     def start(cls, model: str | Path, options: PeerOptions, *, progress: Progress | None = None) -> Peer:
@@ -226,21 +232,12 @@ class Peer:
 
     def reconsider(self) -> bool:
         """Moves to other blocks if the swarm needs this peer there more; tells whether it has moved."""
-        with self._placing:
-            span = None
-            if not self._leaving.is_set():
-                before = self._mover.intended
-                span = self._mover.decide(self.record(), self._others(), time.time())
-                if span is None and self._mover.intended != before:
-                    self._announcer.publish()
-            if span is not None:
-                self._move(span)
-            return span is not None
+        return self._relocation.reconsider()
 
     def drain(self, timeout_s: float) -> None:
         """Leaves the DHT and hands running sessions over, see `Serving.drain`; `timeout_s`: seconds."""
         self._leaving.set()
-        with self._placing:
+        with self._relocation.held():
             self.service.leave()  # before the directory, which may take a second
             self._announcer.close()
             if self._lan is not None:
@@ -251,13 +248,12 @@ class Peer:
     def close(self) -> None:
         """Leaves the DHT, stops serving and frees everything."""
         self._leaving.set()
-        with self._placing:
+        with self._relocation.held():
             self._announcer.close()
             self._transport.close()
             if self._serving is not None:
                 self._serving.close()
-        if self._placer.ident is not None:
-            self._placer.join()
+        self._relocation.join()
         if self._lan is not None:
             self._lan.close()
         self._directory.close()
@@ -292,7 +288,7 @@ class Peer:
         self.serving.start()
         self._transport.start()
         self._announcer.start()
-        self._placer.start()
+        self._relocation.start()
 
     def _serving_of(self, span: Span) -> Serving:
         return Serving(
@@ -314,14 +310,6 @@ class Peer:
     def _others(self) -> list[PeerRecord]:
         present = self._directory.peers(self.checkpoint.fingerprint)
         return [record for record in present if record.key != self.identity.public]
-
-    def _reconsider_often(self) -> None:
-        # Not at the same moment as everybody else: who looks later sees what the others have announced.
-        while not self._leaving.wait(PLACING_S * random.uniform(0.5, 1.5)):
-            try:
-                self.reconsider()
-            except SplitnetError as error:
-                log.warning("could not look for better blocks to serve: %s", error)
 
     def _move(self, span: tuple[int, int]) -> None:
         """Hands its sessions over, then serves other blocks under the same key and address."""
@@ -387,6 +375,7 @@ class Peer:
         self.counters.traffic.count_received(source, message, frames)
         if isinstance(message, Pong) and isinstance(source, Endpoint):
             self._prober.pong(source, message)
+            self._watch.heard(source, time.monotonic())
             self.service.answered(source)
         else:
             self.service.receive(source, message, time.monotonic())
