@@ -23,8 +23,8 @@ from peers.next_hops import NextHops
 from peers.options import PeerOptions
 from peers.placing import choose_blocks, fitting_blocks
 from peers.relocation import Relocation
-from peers.service import Service
-from peers.serving import Serving
+from peers.session_service import SessionService
+from peers.span_server import SpanServer
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.memory import give_back_memory
@@ -81,8 +81,8 @@ class Peer:
         self._leaving = threading.Event()
         self._next_hops = NextHops(self)
         self._watch = HolderWatch(self._next_hops, self.state)
-        self._serving: Serving | None = self._serving_of(span)
-        self._service = self._serving.service
+        self._server: SpanServer | None = self._server_of(span)
+        self._service = self._server.service
         self._transport = Transport(
             identity,
             on_message=self._receive,
@@ -168,19 +168,19 @@ class Peer:
         return self._directory.addresses
 
     @property
-    def serving(self) -> Serving:
+    def server(self) -> SpanServer:
         """The span and its sessions. Raises SplitnetError while the peer moves to other blocks."""
-        if self._serving is None:
+        if self._server is None:
             raise SplitnetError("this peer is moving to other blocks: try again when it serves them")
-        return self._serving
+        return self._server
 
     @property
     def span(self) -> Span:
         """The blocks that it serves."""
-        return self.serving.span
+        return self.server.span
 
     @property
-    def service(self) -> Service:
+    def service(self) -> SessionService:
         """What answers messages."""
         return self._service
 
@@ -198,30 +198,30 @@ class Peer:
         """What the peer announces of itself, as of now."""
         if self._last_record is not None:
             return replace(self._last_record, issued_at=time.time())
-        serving = self.serving
-        wait_ms, batch = serving.load.at(time.monotonic())
+        server = self.server
+        wait_ms, batch = server.load.at(time.monotonic())
         coordinate, coordinate_error = self._neighbours.coordinate
         return PeerRecord(
             key=self.identity.public,
             model=self.checkpoint.fingerprint,
             model_name=self.checkpoint.name,
             address=self.endpoint.address,
-            start=serving.span.start,
-            end=serving.span.end,
+            start=server.span.start,
+            end=server.span.end,
             num_blocks=self.checkpoint.num_blocks,
             protocol=PROTOCOL_VERSION,
             codecs=tuple(CODECS),
-            device=str(serving.span.device),
-            dtype=serving.span.weights.kind,
-            block_ms=serving.speed.block_ms,
-            queue_ms=max(wait_ms, min(serving.service.queue_ms, serving.longest_pass_ms)),
+            device=str(server.span.device),
+            dtype=server.span.weights.kind,
+            block_ms=server.speed.block_ms,
+            queue_ms=max(wait_ms, min(server.service.queue_ms, server.longest_pass_ms)),
             batch=batch,
-            kv_free_positions=serving.sessions.free_positions,
-            sessions=len(serving.sessions),
+            kv_free_positions=server.sessions.free_positions,
+            sessions=len(server.sessions),
             max_blocks=self._max_blocks,
             placed_at=self._placed_at,
             moving_to=self._mover.intended,
-            serves=not serving.service.leaving,
+            serves=not server.service.leaving,
             coordinate=coordinate,
             coordinate_error=coordinate_error,
             bytes_per_ms=self._neighbours.whereabouts.place.bytes_per_ms,
@@ -235,15 +235,15 @@ class Peer:
         return self._relocation.reconsider()
 
     def drain(self, timeout_s: float) -> None:
-        """Leaves the DHT and hands running sessions over, see `Serving.drain`; `timeout_s`: seconds."""
+        """Leaves the DHT and hands running sessions over, see `SpanServer.drain`; `timeout_s`: seconds."""
         self._leaving.set()
         with self._relocation.held():
             self.service.leave()  # before the directory, which may take a second
             self._announcer.close()
             if self._lan is not None:
                 self._lan.close()
-            if self._serving is not None:
-                self._serving.drain(timeout_s)
+            if self._server is not None:
+                self._server.drain(timeout_s)
 
     def close(self) -> None:
         """Leaves the DHT, stops serving and frees everything."""
@@ -251,8 +251,8 @@ class Peer:
         with self._relocation.held():
             self._announcer.close()
             self._transport.close()
-            if self._serving is not None:
-                self._serving.close()
+            if self._server is not None:
+                self._server.close()
         self._relocation.join()
         if self._lan is not None:
             self._lan.close()
@@ -285,13 +285,13 @@ class Peer:
         return self._prober.rtt_ms(endpoint)
 
     def _serve(self) -> None:
-        self.serving.start()
+        self.server.start()
         self._transport.start()
         self._announcer.start()
         self._relocation.start()
 
-    def _serving_of(self, span: Span) -> Serving:
-        return Serving(
+    def _server_of(self, span: Span) -> SpanServer:
+        return SpanServer(
             self.checkpoint,
             span,
             self,
@@ -303,8 +303,8 @@ class Peer:
         )
 
     def _look_around(self) -> None:
-        if self._serving is not None:
-            self._serving.remeasure_if_idle()
+        if self._server is not None:
+            self._server.remeasure_if_idle()
         self._neighbours.look_around()
 
     def _others(self) -> list[PeerRecord]:
@@ -313,8 +313,8 @@ class Peer:
 
     def _move(self, span: tuple[int, int]) -> None:
         """Hands its sessions over, then serves other blocks under the same key and address."""
-        serving = self.serving
-        old = serving.span.start, serving.span.end
+        server = self.server
+        old = server.span.start, server.span.end
         log.warning(
             "moving from blocks %d..%d to %d..%d",
             old[0],
@@ -325,10 +325,10 @@ class Peer:
         )
         self._last_record = replace(self.record(), moving_to=span, serves=False)
         self._announcer.publish()
-        serving.drain(MOVE_DRAIN_S)
-        serving.close()
+        server.drain(MOVE_DRAIN_S)
+        server.close()
         # The memory of the old blocks is needed for the new ones. Until those serve, the old service says so.
-        self._serving = serving = None
+        self._server = server = None
         give_back_memory()
         try:
             self._load_and_serve(*span)
@@ -360,9 +360,9 @@ class Peer:
             weights=options.weights,
             progress=go_on,
         )
-        serving = self._serving_of(span)
-        serving.start()
-        self._serving, self._service = serving, serving.service
+        server = self._server_of(span)
+        server.start()
+        self._server, self._service = server, server.service
         self._placed_at = time.time()
 
     def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:

@@ -12,8 +12,8 @@ from peers.counters import Counters
 from peers.failures import failure_of
 from peers.load import Load
 from peers.pass_engine import PassEngine
-from peers.service import Service, SessionTooLong
 from peers.session import Work
+from peers.session_service import SessionService, SessionTooLong
 from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import DECODE_POSITIONS, WorkQueue
 from splitnet.errors import CodecError, ProtocolError
@@ -43,7 +43,7 @@ class Engine:
     def __init__(
         self,
         span: Span,
-        service: Service,
+        service: SessionService,
         queue: WorkQueue,
         speed: ObservedSpeed,
         load: Load,

@@ -9,8 +9,8 @@ import torch
 
 from peers.counters import Counters, PassKind
 from peers.failures import failure_of
-from peers.service import Service
 from peers.session import GradientSum, PassWork, Session
+from peers.session_service import SessionService
 from splitnet.errors import AdapterError, CodecError, ProtocolError
 from splitnet.model.adapters import (
     Adapter,
@@ -34,7 +34,7 @@ class PassEngine:
         counters: what the peer counts.
     """
 
-    def __init__(self, span: Span, service: Service, between: Callable[[], None], counters: Counters) -> None:
+    def __init__(self, span: Span, service: SessionService, between: Callable[[], None], counters: Counters) -> None:
         self._span = span
         self._service = service
         self._counters = counters

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from peers.outbox import Outbox, timing_of
 from peers.row_memory import SessionTooLong
-from peers.served import Served
+from peers.served_blocks import ServedBlocks
 from peers.session import PassWork, Session
 from peers.work_queue import WorkQueue
 from splitnet.errors import PeerBusy, ProtocolError
@@ -76,7 +76,7 @@ class Training:
         memory: what may be kept.
     """
 
-    def __init__(self, served: Served, queue: WorkQueue, outbox: Outbox, memory: TrainingMemory) -> None:
+    def __init__(self, served: ServedBlocks, queue: WorkQueue, outbox: Outbox, memory: TrainingMemory) -> None:
         self._served = served
         self._queue = queue
         self._outbox = outbox

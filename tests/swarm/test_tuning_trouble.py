@@ -91,7 +91,7 @@ def test_a_peer_that_dies_while_it_computes_changes_nothing(way: str, victim: in
     def arm(step: int) -> None:
         if step == 0:
             peer = used(twins, model, victim)
-            passes: Any = peer.serving._engine._pass_engine._passes
+            passes: Any = peer.server._engine._pass_engine._passes
             original = getattr(passes, way)
 
             def dies(*args: Any) -> Any:

@@ -9,10 +9,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from peers import serving
+from peers import span_server
 from peers.counters import Counters
 from peers.next_hops import NextHops
-from peers.serving import Serving
+from peers.span_server import SpanServer
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Part, Span
 from tests.unit.random_models import random_checkpoint
@@ -31,9 +31,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
 def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serving, "FIRST_REMEASURE_S", -1.0)
+    monkeypatch.setattr(span_server, "FIRST_REMEASURE_S", -1.0)
     span, outbox = Span.load(checkpoint, 0, 1), Mock()
-    peer = Serving(
+    peer = SpanServer(
         checkpoint,
         span,
         outbox,

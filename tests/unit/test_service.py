@@ -18,9 +18,9 @@ from peers.engine import Engine
 from peers.load import Load
 from peers.next_hops import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.row_memory import SessionTooLong, room_for
-from peers.served import Served
-from peers.service import LOST_GRACE_S, PROBE_S, Service
+from peers.served_blocks import ServedBlocks
 from peers.session import Session, Work
+from peers.session_service import LOST_GRACE_S, PROBE_S, SessionService
 from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
 from scheduler.swarm import PASS_SIZES
@@ -124,9 +124,11 @@ class Peer:
     queue: WorkQueue = field(default_factory=WorkQueue)
 
     def __post_init__(self) -> None:
-        served = Served(MODEL, 2, self.end, 8, HIDDEN, self.max_positions)
+        served = ServedBlocks(MODEL, 2, self.end, 8, HIDDEN, self.max_positions)
         self.table = SessionTable(self.capacity, idle_s=IDLE_S)
-        self.service = Service(served, self.table, self.queue, self.outbox, NextHops(self.outbox), reach_s=REACH_S)
+        self.service = SessionService(
+            served, self.table, self.queue, self.outbox, NextHops(self.outbox), reach_s=REACH_S
+        )
 
     def says(self, message: Message, source: Destination = CLIENT) -> list[tuple[Destination, Message]]:
         """What is sent because of `message`."""

@@ -15,7 +15,7 @@ from peers.counters import Counters, SessionEnd
 from peers.next_hops import NextHops
 from peers.outbox import Outbox, timing_of
 from peers.row_memory import SessionTooLong, prepare_rows
-from peers.served import Served, next_hop_of
+from peers.served_blocks import ServedBlocks, next_hop_of
 from peers.session import PassWork, Session, Work
 from peers.training import MissingPass, Request, Training, TrainingMemory, number_of
 from peers.work_queue import WorkQueue
@@ -73,7 +73,7 @@ class _PendingOpen:
     """Messages over this link may have got lost, so that it is up counts for nothing: the next hop has to answer."""
 
 
-class Service:
+class SessionService:
     """Sessions, admission and the way of every step through this hop.
 
     Args:
@@ -89,7 +89,7 @@ class Service:
 
     def __init__(
         self,
-        served: Served,
+        served: ServedBlocks,
         sessions: SessionTable,
         queue: WorkQueue,
         outbox: Outbox,

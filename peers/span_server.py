@@ -11,8 +11,8 @@ from peers.load import Load
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
 from peers.row_memory import AHEAD
-from peers.served import Served
-from peers.service import Service
+from peers.served_blocks import ServedBlocks
+from peers.session_service import SessionService
 from peers.speed import measure_speed
 from peers.work_queue import WorkQueue
 from splitnet.model.checkpoint import Checkpoint
@@ -21,7 +21,7 @@ from splitnet.model.span import Span
 FIRST_REMEASURE_S = 20.0
 
 
-class Serving:
+class SpanServer:
     """Sessions, queue and engine of one span.
 
     Args:
@@ -54,7 +54,7 @@ class Serving:
         self.load = Load()
         self.sessions = SessionTable(_kv_capacity(span, kv_memory), idle_s=idle_s)
         self.queue = WorkQueue()
-        served = Served(
+        served = ServedBlocks(
             model=checkpoint.fingerprint,
             start=span.start,
             end=span.end,
@@ -64,7 +64,7 @@ class Serving:
         )
         if training_memory is None:
             training_memory = span.free_memory() // 8
-        self.service = Service(
+        self.service = SessionService(
             served, self.sessions, self.queue, outbox, next_hops, training_memory=training_memory, counters=counters
         )
         self._engine = Engine(span, self.service, self.queue, self.speed, self.load, counters)
