@@ -58,7 +58,7 @@ class Engine:
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
         self._gathering = Gathering()
         self._publish_speed()
-        self._pass_engine = PassEngine(span, service, self._run_ready_steps, self._counters)
+        self._pass_engine = PassEngine(span, service.training, self._run_ready_steps, self._counters)
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
