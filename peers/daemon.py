@@ -15,6 +15,7 @@ import splitnet
 from peers.admission import SessionTable
 from peers.announce import Announcer
 from peers.counters import Counters
+from peers.current_span import CurrentSpan
 from peers.holder_watch import HolderWatch
 from peers.lan_presence import LanPresence
 from peers.mover import Mover
@@ -25,9 +26,8 @@ from peers.placing import choose_blocks, fitting_blocks
 from peers.relocation import Relocation
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
-from splitnet.errors import ProtocolError, SplitnetError
+from splitnet.errors import ProtocolError
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.memory import give_back_memory
 from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
 from splitnet.net.addresses import dht_address, public_address
@@ -41,9 +41,6 @@ from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
 
 log = logging.getLogger(__name__)
-
-MOVE_DRAIN_S = 15.0
-"""How long a peer that moves waits for its sessions to be taken over."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,16 +70,13 @@ class Peer:
         self.counters = Counters()
         self._directory = directory
         self._lan = lan
-        self._options = options
         self._max_blocks = max_blocks
-        self._placed_at = time.time()
         self._mover = Mover(checkpoint.num_blocks)
         self._last_record: PeerRecord | None = None
         self._leaving = threading.Event()
         self._next_hops = NextHops(self)
         self._watch = HolderWatch(self._next_hops, self.state)
-        self._server: SpanServer | None = self._server_of(span)
-        self._service = self._server.service
+        self._current = CurrentSpan(checkpoint, span, options, self, self._next_hops, self.counters, self._leaving)
         self._transport = Transport(
             identity,
             on_message=self._receive,
@@ -170,9 +164,7 @@ class Peer:
     @property
     def server(self) -> SpanServer:
         """The span and its sessions. Raises SplitnetError while the peer moves to other blocks."""
-        if self._server is None:
-            raise SplitnetError("this peer is moving to other blocks: try again when it serves them")
-        return self._server
+        return self._current.server
 
     @property
     def span(self) -> Span:
@@ -182,12 +174,12 @@ class Peer:
     @property
     def service(self) -> SessionService:
         """What answers messages."""
-        return self._service
+        return self._current.service
 
     @property
     def sessions(self) -> SessionTable:
         """Who has reserved KV memory."""
-        return self._service.sessions
+        return self.service.sessions
 
     @property
     def refused_connections(self) -> int:
@@ -219,7 +211,7 @@ class Peer:
             kv_free_positions=server.sessions.free_positions,
             sessions=len(server.sessions),
             max_blocks=self._max_blocks,
-            placed_at=self._placed_at,
+            placed_at=self._current.placed_at,
             moving_to=self._mover.intended,
             serves=not server.service.leaving,
             coordinate=coordinate,
@@ -242,8 +234,7 @@ class Peer:
             self._announcer.close()
             if self._lan is not None:
                 self._lan.close()
-            if self._server is not None:
-                self._server.drain(timeout_s)
+            self._current.drain(timeout_s)
 
     def close(self) -> None:
         """Leaves the DHT, stops serving and frees everything."""
@@ -251,8 +242,7 @@ class Peer:
         with self._relocation.held():
             self._announcer.close()
             self._transport.close()
-            if self._server is not None:
-                self._server.close()
+            self._current.close()
         self._relocation.join()
         if self._lan is not None:
             self._lan.close()
@@ -285,26 +275,13 @@ class Peer:
         return self._prober.rtt_ms(endpoint)
 
     def _serve(self) -> None:
-        self.server.start()
+        self._current.start()
         self._transport.start()
         self._announcer.start()
         self._relocation.start()
 
-    def _server_of(self, span: Span) -> SpanServer:
-        return SpanServer(
-            self.checkpoint,
-            span,
-            self,
-            self._next_hops,
-            kv_memory=self._options.kv_memory,
-            training_memory=self._options.training_memory,
-            idle_s=self._options.idle_s,
-            counters=self.counters,
-        )
-
     def _look_around(self) -> None:
-        if self._server is not None:
-            self._server.remeasure_if_idle()
+        self._current.remeasure_if_idle()
         self._neighbours.look_around()
 
     def _others(self) -> list[PeerRecord]:
@@ -313,57 +290,13 @@ class Peer:
 
     def _move(self, span: tuple[int, int]) -> None:
         """Hands its sessions over, then serves other blocks under the same key and address."""
-        server = self.server
-        old = server.span.start, server.span.end
-        log.warning(
-            "moving from blocks %d..%d to %d..%d",
-            old[0],
-            old[1] - 1,
-            span[0],
-            span[1] - 1,
-            extra={"former_blocks": "{}:{}".format(*old), "blocks": "{}:{}".format(*span)},
-        )
         self._last_record = replace(self.record(), moving_to=span, serves=False)
         self._announcer.publish()
-        server.drain(MOVE_DRAIN_S)
-        server.close()
-        # The memory of the old blocks is needed for the new ones. Until those serve, the old service says so.
-        self._server = server = None
-        give_back_memory()
-        try:
-            self._load_and_serve(*span)
-        except _IsLeaving:
-            return
-        except Exception:
-            log.exception("could not load blocks %d..%d, going back", span[0], span[1] - 1)
-            self._load_and_serve(*old)
-        else:
-            self.counters.moves += 1
-        self._last_record = None
-        self._announcer.publish()
-        give_back_memory()  # once more: another thread may have been measuring the old blocks
-        start, end = self.span.start, self.span.end
-        log.warning("serving blocks %d..%d", start, end - 1, extra={"blocks": f"{start}:{end}"})
-
-    def _load_and_serve(self, start: int, end: int) -> None:
-        def go_on(*_: int) -> None:
-            if self._leaving.is_set():
-                raise _IsLeaving
-
-        options = self._options
-        span = Span.load(
-            self.checkpoint,
-            start,
-            end,
-            device=options.device,
-            dtype=options.dtype,
-            weights=options.weights,
-            progress=go_on,
-        )
-        server = self._server_of(span)
-        server.start()
-        self._server, self._service = server, server.service
-        self._placed_at = time.time()
+        if self._current.change_to(*span):
+            self._last_record = None
+            self._announcer.publish()
+            start, end = self.span.start, self.span.end
+            log.warning("serving blocks %d..%d", start, end - 1, extra={"blocks": f"{start}:{end}"})
 
     def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
         try:
@@ -379,7 +312,3 @@ class Peer:
             self.service.answered(source)
         else:
             self.service.receive(source, message, time.monotonic())
-
-
-class _IsLeaving(Exception):
-    """The peer was told to end while it was loading blocks."""
