@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,17 +15,19 @@ import splitnet
 from peers.admission import SessionTable
 from peers.announce import Announcer
 from peers.counters import Counters
+from peers.current_span import CurrentSpan
+from peers.holder_watch import HolderWatch
 from peers.lan_presence import LanPresence
 from peers.mover import Mover
 from peers.neighbours import Neighbours
 from peers.next_hops import NextHops
 from peers.options import PeerOptions
 from peers.placing import choose_blocks, fitting_blocks
-from peers.service import Service
-from peers.serving import Serving
-from splitnet.errors import ProtocolError, SplitnetError
+from peers.relocation import Relocation
+from peers.session_service import SessionService
+from peers.span_server import SpanServer
+from splitnet.errors import ProtocolError
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.memory import give_back_memory
 from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
 from splitnet.net.addresses import dht_address, public_address
@@ -40,12 +41,6 @@ from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
 
 log = logging.getLogger(__name__)
-
-PLACING_S = 15.0
-"""How often a peer looks whether other blocks need it more."""
-
-MOVE_DRAIN_S = 15.0
-"""How long a peer that moves waits for its sessions to be taken over."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -75,16 +70,13 @@ class Peer:
         self.counters = Counters()
         self._directory = directory
         self._lan = lan
-        self._options = options
         self._max_blocks = max_blocks
-        self._placed_at = time.time()
         self._mover = Mover(checkpoint.num_blocks)
         self._last_record: PeerRecord | None = None
-        self._placing = threading.Lock()
         self._leaving = threading.Event()
         self._next_hops = NextHops(self)
-        self._serving: Serving | None = self._serving_of(span)
-        self._service = self._serving.service
+        self._watch = HolderWatch(self._next_hops, self.state)
+        self._current = CurrentSpan(checkpoint, span, options, self, self._next_hops, self.counters, self._leaving)
         self._transport = Transport(
             identity,
             on_message=self._receive,
@@ -100,7 +92,15 @@ class Peer:
         self._prober = Prober(self.send)
         self._neighbours = Neighbours(self._others, self._next_hops, self._prober)
         self._announcer = Announcer(directory, identity, self.record, self._look_around)
-        self._placer = threading.Thread(target=self._reconsider_often, name="splitnet-place", daemon=True)
+        self._relocation = Relocation(
+            self._mover,
+            self._watch,
+            self._leaving,
+            own=self.record,
+            others=self._others,
+            publish=self._announcer.publish,
+            move=self._move,
+        )
 
     @classmethod
     def start(cls, model: str | Path, options: PeerOptions, *, progress: Progress | None = None) -> Peer:
@@ -163,26 +163,24 @@ class Peer:
         return self._directory.addresses
 
     @property
-    def serving(self) -> Serving:
+    def server(self) -> SpanServer:
         """The span and its sessions. Raises SplitnetError while the peer moves to other blocks."""
-        if self._serving is None:
-            raise SplitnetError("this peer is moving to other blocks: try again when it serves them")
-        return self._serving
+        return self._current.server
 
     @property
     def span(self) -> Span:
         """The blocks that it serves."""
-        return self.serving.span
+        return self.server.span
 
     @property
-    def service(self) -> Service:
+    def service(self) -> SessionService:
         """What answers messages."""
-        return self._service
+        return self._current.service
 
     @property
     def sessions(self) -> SessionTable:
         """Who has reserved KV memory."""
-        return self._service.sessions
+        return self.service.sessions
 
     @property
     def refused_connections(self) -> int:
@@ -193,30 +191,30 @@ class Peer:
         """What the peer announces of itself, as of now."""
         if self._last_record is not None:
             return replace(self._last_record, issued_at=time.time())
-        serving = self.serving
-        wait_ms, batch = serving.load.at(time.monotonic())
+        server = self.server
+        wait_ms, batch = server.load.at(time.monotonic())
         coordinate, coordinate_error = self._neighbours.coordinate
         return PeerRecord(
             key=self.identity.public,
             model=self.checkpoint.fingerprint,
             model_name=self.checkpoint.name,
             address=self.endpoint.address,
-            start=serving.span.start,
-            end=serving.span.end,
+            start=server.span.start,
+            end=server.span.end,
             num_blocks=self.checkpoint.num_blocks,
             protocol=PROTOCOL_VERSION,
             codecs=tuple(CODECS),
-            device=str(serving.span.device),
-            dtype=serving.span.weights.kind,
-            block_ms=serving.speed.block_ms,
-            queue_ms=max(wait_ms, min(serving.service.queue_ms, serving.longest_pass_ms)),
+            device=str(server.span.device),
+            dtype=server.span.weights.kind,
+            block_ms=server.speed.block_ms,
+            queue_ms=max(wait_ms, min(server.service.queue_ms, server.longest_pass_ms)),
             batch=batch,
-            kv_free_positions=serving.sessions.free_positions,
-            sessions=len(serving.sessions),
+            kv_free_positions=server.sessions.free_positions,
+            sessions=len(server.sessions),
             max_blocks=self._max_blocks,
-            placed_at=self._placed_at,
+            placed_at=self._current.placed_at,
             moving_to=self._mover.intended,
-            serves=not serving.service.leaving,
+            serves=not server.service.leaving,
             coordinate=coordinate,
             coordinate_error=coordinate_error,
             bytes_per_ms=self._neighbours.whereabouts.place.bytes_per_ms,
@@ -227,38 +225,26 @@ class Peer:
 
     def reconsider(self) -> bool:
         """Moves to other blocks if the swarm needs this peer there more; tells whether it has moved."""
-        with self._placing:
-            span = None
-            if not self._leaving.is_set():
-                before = self._mover.intended
-                span = self._mover.decide(self.record(), self._others(), time.time())
-                if span is None and self._mover.intended != before:
-                    self._announcer.publish()
-            if span is not None:
-                self._move(span)
-            return span is not None
+        return self._relocation.reconsider()
 
     def drain(self, timeout_s: float) -> None:
-        """Leaves the DHT and hands running sessions over, see `Serving.drain`; `timeout_s`: seconds."""
+        """Leaves the DHT and hands running sessions over, see `SpanServer.drain`; `timeout_s`: seconds."""
         self._leaving.set()
-        with self._placing:
+        with self._relocation.held():
             self.service.leave()  # before the directory, which may take a second
             self._announcer.close()
             if self._lan is not None:
                 self._lan.close()
-            if self._serving is not None:
-                self._serving.drain(timeout_s)
+            self._current.drain(timeout_s)
 
     def close(self) -> None:
         """Leaves the DHT, stops serving and frees everything."""
         self._leaving.set()
-        with self._placing:
+        with self._relocation.held():
             self._announcer.close()
             self._transport.close()
-            if self._serving is not None:
-                self._serving.close()
-        if self._placer.ident is not None:
-            self._placer.join()
+            self._current.close()
+        self._relocation.join()
         if self._lan is not None:
             self._lan.close()
         self._directory.close()
@@ -290,93 +276,28 @@ class Peer:
         return self._prober.rtt_ms(endpoint)
 
     def _serve(self) -> None:
-        self.serving.start()
+        self._current.start()
         self._transport.start()
         self._announcer.start()
-        self._placer.start()
-
-    def _serving_of(self, span: Span) -> Serving:
-        return Serving(
-            self.checkpoint,
-            span,
-            self,
-            self._next_hops,
-            kv_memory=self._options.kv_memory,
-            training_memory=self._options.training_memory,
-            idle_s=self._options.idle_s,
-            counters=self.counters,
-        )
+        self._relocation.start()
 
     def _look_around(self) -> None:
-        if self._serving is not None:
-            self._serving.remeasure_if_idle()
+        self._current.remeasure_if_idle()
         self._neighbours.look_around()
 
     def _others(self) -> list[PeerRecord]:
         present = self._directory.peers(self.checkpoint.fingerprint)
         return [record for record in present if record.key != self.identity.public]
 
-    def _reconsider_often(self) -> None:
-        # Not at the same moment as everybody else: who looks later sees what the others have announced.
-        while not self._leaving.wait(PLACING_S * random.uniform(0.5, 1.5)):
-            try:
-                self.reconsider()
-            except SplitnetError as error:
-                log.warning("could not look for better blocks to serve: %s", error)
-
     def _move(self, span: tuple[int, int]) -> None:
         """Hands its sessions over, then serves other blocks under the same key and address."""
-        serving = self.serving
-        old = serving.span.start, serving.span.end
-        log.warning(
-            "moving from blocks %d..%d to %d..%d",
-            old[0],
-            old[1] - 1,
-            span[0],
-            span[1] - 1,
-            extra={"former_blocks": "{}:{}".format(*old), "blocks": "{}:{}".format(*span)},
-        )
         self._last_record = replace(self.record(), moving_to=span, serves=False)
         self._announcer.publish()
-        serving.drain(MOVE_DRAIN_S)
-        serving.close()
-        # The memory of the old blocks is needed for the new ones. Until those serve, the old service says so.
-        self._serving = serving = None
-        give_back_memory()
-        try:
-            self._load_and_serve(*span)
-        except _IsLeaving:
-            return
-        except Exception:
-            log.exception("could not load blocks %d..%d, going back", span[0], span[1] - 1)
-            self._load_and_serve(*old)
-        else:
-            self.counters.moves += 1
-        self._last_record = None
-        self._announcer.publish()
-        give_back_memory()  # once more: another thread may have been measuring the old blocks
-        start, end = self.span.start, self.span.end
-        log.warning("serving blocks %d..%d", start, end - 1, extra={"blocks": f"{start}:{end}"})
-
-    def _load_and_serve(self, start: int, end: int) -> None:
-        def go_on(*_: int) -> None:
-            if self._leaving.is_set():
-                raise _IsLeaving
-
-        options = self._options
-        span = Span.load(
-            self.checkpoint,
-            start,
-            end,
-            device=options.device,
-            dtype=options.dtype,
-            weights=options.weights,
-            progress=go_on,
-        )
-        serving = self._serving_of(span)
-        serving.start()
-        self._serving, self._service = serving, serving.service
-        self._placed_at = time.time()
+        if self._current.change_to(*span):
+            self._last_record = None
+            self._announcer.publish()
+            start, end = self.span.start, self.span.end
+            log.warning("serving blocks %d..%d", start, end - 1, extra={"blocks": f"{start}:{end}"})
 
     def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
         try:
@@ -388,10 +309,7 @@ class Peer:
         self.counters.traffic.count_received(source, message, frames)
         if isinstance(message, Pong) and isinstance(source, Endpoint):
             self._prober.pong(source, message)
+            self._watch.heard(source, time.monotonic())
             self.service.answered(source)
         else:
             self.service.receive(source, message, time.monotonic())
-
-
-class _IsLeaving(Exception):
-    """The peer was told to end while it was loading blocks."""

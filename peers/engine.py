@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 
@@ -11,16 +12,19 @@ from peers.counters import Counters
 from peers.failures import failure_of
 from peers.load import Load
 from peers.pass_engine import PassEngine
-from peers.service import Service, SessionTooLong
 from peers.session import Work
-from peers.speed import ObservedSpeed
+from peers.session_service import SessionService, SessionTooLong
+from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import DECODE_POSITIONS, WorkQueue
 from splitnet.errors import CodecError, ProtocolError
 from splitnet.gathering import Gathering
+from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.span import Part as SpanPart
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.messages import FailureCode
+
+log = logging.getLogger(__name__)
 
 MAX_PASS_POSITIONS = 512
 
@@ -39,7 +43,7 @@ class Engine:
     def __init__(
         self,
         span: Span,
-        service: Service,
+        service: SessionService,
         queue: WorkQueue,
         speed: ObservedSpeed,
         load: Load,
@@ -54,11 +58,15 @@ class Engine:
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
         self._gathering = Gathering()
         self._publish_speed()
-        self._pass_engine = PassEngine(span, service, self._run_ready_steps, self._counters)
+        self._pass_engine = PassEngine(span, service.training, self._run_ready_steps, self._counters)
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
+
+    def measure_when_idle(self) -> None:
+        """Times the device again, here between passes, as nothing else may use it meanwhile; gives way to work."""
+        self._queue.put_idle_job(self._measure)
 
     def close(self) -> None:
         """Ends the loop after the pass that is running."""
@@ -79,7 +87,19 @@ class Engine:
         elif (work := self._queue.take_pass()) is not None:
             self._pass_engine.run(work)
             self._queue.release_pass(work)
+        elif (job := self._queue.take_idle_job()) is not None:
+            job()
         return not self._queue.closed
+
+    def _measure(self) -> None:
+        try:
+            measured = measure_speed(self._span, lambda: self._queue.has_work or self._queue.closed)
+        except Exception:
+            log.exception("could not measure the device again")
+            return
+        if measured is not None:
+            self._speed.replace(measured)
+            self._publish_speed()
 
     def _run_ready_steps(self) -> None:
         """Between two blocks of a pass over whole sequences: no step waits for the others."""
@@ -144,12 +164,12 @@ class Engine:
             for part in work.parts(count):
                 row = work.session.rows.get(part.row)
                 if row is None:
-                    room = work.session.room[part.row]
+                    room = work.session.new_room[part.row]
                     row = work.session.rows[part.row] = span.new_row(room, work.session.adapter)
                 parts.append(SpanPart(row, part.start, part.length, work.session.adapter))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         output = span.forward(hidden, parts)
-        elapsed_ms = (time.perf_counter() - began) * 1000
+        elapsed_ms = (seconds_after_work(self._span.device) - began) * 1000
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
         if len(hidden) <= DECODE_POSITIONS * len(ready):
             sources, computed_s = (work.session.id for work, _ in ready), time.thread_time() - computed

@@ -21,8 +21,9 @@ from prometheus_client.registry import Collector
 import splitnet
 from peers.counters import OTHER_CODEC, Counters, Histogram
 from peers.daemon import Peer
-from peers.service import Service
-from peers.serving import Serving
+from peers.row_memory import AHEAD
+from peers.session_service import SessionService
+from peers.span_server import SpanServer
 from splitnet.errors import SplitnetError
 from splitnet.net.codecs import CODECS
 
@@ -54,27 +55,27 @@ class Present:
     def of(cls, peer: Peer) -> Present:
         """Of a running peer; while it moves it has no blocks."""
         try:
-            serving = peer.serving
+            server = peer.server
         except SplitnetError:
-            serving = None
+            server = None
         service = peer.service
         table, memory = service.sessions, service.training_memory
-        kv_bytes = serving.span.kv_bytes_per_position if serving is not None else 0
+        kv_bytes = server.span.kv_bytes_per_position * (1 + AHEAD) if server is not None else 0.0
         return cls(
             info={
                 "peer": peer.identity.public.text,
                 "model": peer.checkpoint.name,
-                "blocks": f"{serving.span.start}:{serving.span.end}" if serving is not None else "",
-                "weights": serving.span.weights.kind if serving is not None else "",
-                "device": str(serving.span.device) if serving is not None else "",
+                "blocks": f"{server.span.start}:{server.span.end}" if server is not None else "",
+                "weights": server.span.weights.kind if server is not None else "",
+                "device": str(server.span.device) if server is not None else "",
                 "version": splitnet.__version__,
             },
-            serves=serving is not None and not service.leaving,
-            blocks=serving.span.end - serving.span.start if serving is not None else 0,
+            serves=server is not None and not service.leaving,
+            blocks=server.span.end - server.span.start if server is not None else 0,
             sessions=len(table),
-            kv_reserved_bytes=(table.capacity - table.free_positions) * kv_bytes,
-            kv_free_bytes=table.free_positions * kv_bytes,
-            kv_cached_bytes=_cached_bytes(service, serving),
+            kv_reserved_bytes=round((table.capacity - table.free_positions) * kv_bytes),
+            kv_free_bytes=round(table.free_positions * kv_bytes),
+            kv_cached_bytes=_cached_bytes(service, server),
             queued_positions=service.queue.queued_positions,
             queued_pass_positions=service.queue.pass_positions,
             training_used_bytes=memory.used,
@@ -178,11 +179,11 @@ def registry_of(peer: Peer) -> CollectorRegistry:
     return registry
 
 
-def _cached_bytes(service: Service, serving: Serving | None) -> int:
+def _cached_bytes(service: SessionService, server: SpanServer | None) -> int:
     """What rows hold; a session may have fewer blocks than the span."""
-    if serving is None:
+    if server is None:
         return 0
-    span = serving.span
+    span = server.span
     block_bytes = span.kv_bytes_per_position / (span.end - span.start)
     # Lists at once, as other threads add sessions and rows meanwhile.
     return round(

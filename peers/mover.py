@@ -8,9 +8,13 @@ from dataclasses import dataclass
 
 from scheduler.moves import Move, Willingness, best_move
 from splitnet.net.facts import facts_of
+from splitnet.net.identity import PublicKey
 from splitnet.net.records import PeerRecord
 
 log = logging.getLogger(__name__)
+
+FEW = 3
+"""Servers of a block that may all be lost at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,31 @@ class Mover:
             return None
         self._announced = None
         return move.start, move.end
+
+    def guarded(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> list[PeerRecord]:
+        """The peers whose loss this one would have to make up for: few serve some block, and this is the one to move.
+
+        Args:
+            own, others, now: as for `decide`.
+        """
+        guarded: dict[PublicKey, PeerRecord] = {}
+        if own.max_blocks:
+            for holders in self._few_holders(own, others):
+                lost = {record.key for record in holders}
+                if self._named(own, [record for record in others if record.key not in lost], now) is not None:
+                    guarded |= {record.key: record for record in holders}
+        return list(guarded.values())
+
+    def _few_holders(self, own: PeerRecord, others: Sequence[PeerRecord]) -> list[list[PeerRecord]]:
+        """Who serves a block, for the blocks that only one to `FEW` others serve; each group once."""
+        groups: dict[frozenset[PublicKey], list[PeerRecord]] = {}
+        serving = [record for record in others if record.serves]
+        edges = sorted({edge for record in serving for edge in (record.start, record.end)} | {own.start, own.end})
+        for block in edges:  # between these all blocks have the same
+            holders = [record for record in serving if record.start <= block < record.end]
+            if 0 < len(holders) <= FEW and not own.start <= block < own.end:
+                groups[frozenset(record.key for record in holders)] = holders
+        return list(groups.values())
 
     def _named(self, own: PeerRecord, others: Sequence[PeerRecord], now: float) -> Move | None:
         """The best move, if it is this peer's."""

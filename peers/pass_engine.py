@@ -9,14 +9,15 @@ import torch
 
 from peers.counters import Counters, PassKind
 from peers.failures import failure_of
-from peers.service import Service
 from peers.session import GradientSum, PassWork, Session
+from peers.training import Training
 from splitnet.errors import AdapterError, CodecError, ProtocolError
 from splitnet.model.adapters import (
     Adapter,
     read_tensors,
     write_groups,
 )
+from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.passes import SpanPasses
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
@@ -28,14 +29,14 @@ class PassEngine:
 
     Args:
         span: the blocks.
-        service: takes what is computed.
+        training: takes what is computed.
         between: called between two blocks, for steps that are ready.
         counters: what the peer counts.
     """
 
-    def __init__(self, span: Span, service: Service, between: Callable[[], None], counters: Counters) -> None:
+    def __init__(self, span: Span, training: Training, between: Callable[[], None], counters: Counters) -> None:
         self._span = span
-        self._service = service
+        self._training = training
         self._counters = counters
         self._passes = SpanPasses(span, between)
 
@@ -43,8 +44,8 @@ class PassEngine:
         """Does what `work` asks for; whatever goes wrong is told its client."""
         if work.session.closed:
             return
-        began = time.monotonic()
-        work.wait_ms = (began - work.arrived_at) * 1000
+        work.wait_ms = (time.monotonic() - work.arrived_at) * 1000
+        began = time.perf_counter()
         try:
             if isinstance(work.message, Forward):
                 self._forward(work, work.message, began)
@@ -55,11 +56,11 @@ class PassEngine:
             else:
                 self._adopt(work)
         except (AdapterError, CodecError) as error:
-            self._service.pass_failed(work, FailureCode.BAD_MESSAGE, str(error))
+            self._training.failed(work, FailureCode.BAD_MESSAGE, str(error))
         except ProtocolError as error:
-            self._service.pass_failed(work, FailureCode.OUT_OF_ORDER, str(error))
+            self._training.failed(work, FailureCode.OUT_OF_ORDER, str(error))
         except Exception as error:
-            self._service.pass_failed(work, *failure_of(error, "pass"))
+            self._training.failed(work, *failure_of(error, "pass"))
 
     def _forward(self, work: PassWork, message: Forward, began: float) -> None:
         session = work.session
@@ -67,10 +68,10 @@ class PassEngine:
         hidden = self._decode(message.codec, message.payload, message.positions)
         output = self._passes.forward(hidden, message.lengths, adapter, session.start, session.end)
         payload = session.codec.encode(output)
-        work.compute_ms = (time.monotonic() - began) * 1000
+        work.compute_ms = self._ms_since(began)
         session.done += message.positions
         self._counters.sequences_passed(PassKind.FORWARD, work, message.lengths, work.compute_ms / 1000)
-        self._service.pass_forwarded(work, payload)
+        self._training.forwarded(work, payload)
 
     def _backward(self, work: PassWork, message: Gradient, began: float) -> None:
         session, forward = work.session, work.forward
@@ -85,8 +86,8 @@ class PassEngine:
         by_adapter = self._added_up(session, message, by_adapter)
         parts = write_groups(by_adapter) if by_adapter else []
         session.done += forward.positions
-        self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, time.monotonic() - began)
-        self._service.pass_went_back(work, payload, parts)
+        self._counters.sequences_passed(PassKind.BACKWARD, work, forward.lengths, self._ms_since(began) / 1000)
+        self._training.went_back(work, payload, parts)
 
     @staticmethod
     def _added_up(session: Session, message: Gradient, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -110,20 +111,23 @@ class PassEngine:
             raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
         self._span.fit(adapter)
         session.adapter, session.adapter_version = adapter, session.adapter_parts[0].version
-        self._service.adopted(work)
+        self._training.adopted(work)
 
     def _recall(self, work: PassWork, message: Recall) -> None:
         session = work.session
         row = session.rows.get(message.row)
         if row is None or not 0 < message.length <= row.length:
             raise ProtocolError(f"there are no {message.length} positions of row {message.row}")
-        self._service.recalled(work, write_groups(self._span.keys_and_values(row, message.length)))
+        self._training.recalled(work, write_groups(self._span.keys_and_values(row, message.length)))
 
     def _adapter(self, work: PassWork, message: Forward) -> Adapter | None:
         session = work.session
         if message.adapter and message.adapter != session.adapter_version:
             raise ProtocolError(f"version {message.adapter} of the adapter is not here")
         return session.adapter if message.adapter else None
+
+    def _ms_since(self, began: float) -> float:
+        return (seconds_after_work(self._span.device) - began) * 1000
 
     def _decode(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
         return codec_by_code(codec).decode(payload, positions, self._span.hidden_size).to(self._span.device)

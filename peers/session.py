@@ -51,8 +51,8 @@ class Session:
     """Seconds of the peer's clock."""
     rows: dict[int, RowCache] = field(default_factory=dict)
     """Touched by the engine's thread only, so that no pass loses its rows half-way."""
-    room: dict[int, int] = field(default_factory=dict)
-    """Positions that the memory of each row has room for at most, see `peers/row_memory.py`."""
+    new_room: dict[int, int] = field(default_factory=dict)
+    """Positions that the rows which begin with the next step are allocated for, see `peers/row_memory.py`."""
     waiting: deque[Work] = field(default_factory=deque)
     """Steps in the order of arrival; the engine takes the first. Touched by the work queue only."""
     waiting_size: int = 0

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_left
+from collections.abc import Callable
 
 import torch
 
 from scheduler import swarm
 from scheduler.swarm import PASS_SIZES
+from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.span import Part, Span
 
 SHARE = 0.1
@@ -44,18 +45,27 @@ class ObservedSpeed:
         )
 
 
-def measure_speed(span: Span) -> ObservedSpeed:
-    """Times passes of all sizes through the span; the first is a warm-up."""
+def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -> ObservedSpeed | None:
+    """Times passes of all sizes through the span; the first is a warm-up. None: it was interrupted between two.
+
+    Call it from the thread that uses the span.
+    """
     hidden = torch.randn(PASS_SIZES[-1], span.hidden_size)
     blocks = span.end - span.start
 
     def elapsed_ms(positions: int) -> float:
-        began = time.perf_counter()
+        began = seconds_after_work(span.device)
         span.forward(hidden[:positions], [Part(span.new_row(), 0, positions)])
-        return (time.perf_counter() - began) * 1000
+        return (seconds_after_work(span.device) - began) * 1000
 
     elapsed_ms(PASS_SIZES[0])
-    # A short pass is easily disturbed, a long one takes its time.
-    return ObservedSpeed(
-        tuple(min(elapsed_ms(size) for _ in range(3 if size <= 16 else 1)) / blocks for size in PASS_SIZES)
-    )
+    block_ms: list[float] = []
+    for size in PASS_SIZES:
+        times: list[float] = []
+        # A short pass is easily disturbed, a long one takes its time.
+        for _ in range(3 if size <= 16 else 1):
+            if interrupted():
+                return None
+            times.append(elapsed_ms(size))
+        block_ms.append(min(times) / blocks)
+    return ObservedSpeed(tuple(block_ms))

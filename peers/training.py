@@ -1,16 +1,18 @@
 """What a peer keeps and does for clients that train: passes over whole sequences, forward and backward, and adapters.
 
-A part of the service: it is called under the service's lock, and the engine brings what it has computed.
+A part of the service: messages come under the service's lock. What the engine has computed it brings itself.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import replace
 
+from peers.counters import Counters
 from peers.outbox import Outbox, timing_of
 from peers.row_memory import SessionTooLong
-from peers.served import Served
+from peers.served_blocks import ServedBlocks
 from peers.session import PassWork, Session
 from peers.work_queue import WorkQueue
 from splitnet.errors import PeerBusy, ProtocolError
@@ -74,13 +76,25 @@ class Training:
         queue: where passes wait for the device.
         outbox: where messages go.
         memory: what may be kept.
+        lock: of the service.
+        counters: what the peer counts.
     """
 
-    def __init__(self, served: Served, queue: WorkQueue, outbox: Outbox, memory: TrainingMemory) -> None:
+    def __init__(
+        self,
+        served: ServedBlocks,
+        queue: WorkQueue,
+        outbox: Outbox,
+        memory: TrainingMemory,
+        lock: threading.RLock,
+        counters: Counters,
+    ) -> None:
         self._served = served
         self._queue = queue
         self._outbox = outbox
         self._memory = memory
+        self._lock = lock
+        self._counters = counters
 
     def receive(self, session: Session, source: Connection, message: Request, now: float) -> None:
         """Takes a message in that its sender may send.
@@ -132,69 +146,77 @@ class Training:
 
     def forwarded(self, work: PassWork, payload: Payload) -> None:
         """Sends on the output of a forward pass, and keeps its input if a gradient may follow."""
-        session, message = work.session, work.message
-        assert isinstance(message, Forward)
-        if session.closed or message.epoch != session.epoch:
-            self._release(work)
-            return
-        session.last = max(session.last, message.number)
-        timings = (*message.timings, timing_of(work, self._outbox))
-        codec = session.codec.code
-        if session.next is not None:
-            onward = replace(message, codec=codec, payload=payload, boundary=session.end, timings=timings)
-            self._outbox.send(session.next, onward)
-        else:
-            result = Result(session.id, message.epoch, message.number, session.end, codec, timings, payload)
-            self._outbox.send(session.reply_to, result)
-        if message.kept:
-            self._drop(session, message.number)
-            session.kept[message.number] = work
-        else:
-            self._release(work)
+        with self._lock:
+            session, message = work.session, work.message
+            assert isinstance(message, Forward)
+            if session.closed or message.epoch != session.epoch:
+                self._release(work)
+                return
+            session.last = max(session.last, message.number)
+            timings = (*message.timings, timing_of(work, self._outbox))
+            codec = session.codec.code
+            if session.next is not None:
+                onward = replace(message, codec=codec, payload=payload, boundary=session.end, timings=timings)
+                self._outbox.send(session.next, onward)
+            else:
+                result = Result(session.id, message.epoch, message.number, session.end, codec, timings, payload)
+                self._outbox.send(session.reply_to, result)
+            if message.kept:
+                self._drop(session, message.number)
+                session.kept[message.number] = work
+            else:
+                self._release(work)
 
     def went_back(self, work: PassWork, payload: Payload, parts: list[bytes]) -> None:
         """Sends the gradient by the input up the route, and that by the adapter to the client."""
-        session, message, forward = work.session, work.message, work.forward
-        assert isinstance(message, Gradient) and forward is not None
-        self._release(work)
-        if session.closed or message.epoch != session.epoch:
-            return
-        for remaining, part in counted_down(parts):
-            self._outbox.send(
-                session.reply_to, AdapterGradient(session.id, message.epoch, message.number, remaining, part)
-            )
-        codec = forward.gradient_codec
-        self._outbox.send(work.source, replace(message, boundary=session.start, codec=codec, payload=payload))
+        with self._lock:
+            session, message, forward = work.session, work.message, work.forward
+            assert isinstance(message, Gradient) and forward is not None
+            self._release(work)
+            if session.closed or message.epoch != session.epoch:
+                return
+            for remaining, part in counted_down(parts):
+                self._outbox.send(
+                    session.reply_to, AdapterGradient(session.id, message.epoch, message.number, remaining, part)
+                )
+            codec = forward.gradient_codec
+            self._outbox.send(work.source, replace(message, boundary=session.start, codec=codec, payload=payload))
 
     def adopted(self, work: PassWork) -> None:
         """The engine has taken an adapter over."""
-        session, message = work.session, work.message
-        assert isinstance(message, Adapter)
-        # Of the former version, whose memory is free now, only the new one's parts remain accounted for.
-        former, session.adapter_bytes = session.adapter_bytes, _nbytes(session.adapter_parts)
-        session.adapter_parts.clear()
-        if session.closed:
-            return
-        self._memory.give_back(session, former)
-        self._outbox.send(session.reply_to, Adopted(session.id, session.epoch, message.version))
+        with self._lock:
+            session, message = work.session, work.message
+            assert isinstance(message, Adapter)
+            # Of the former version, whose memory is free now, only the new one's parts remain accounted for.
+            former, session.adapter_bytes = session.adapter_bytes, _nbytes(session.adapter_parts)
+            session.adapter_parts.clear()
+            if session.closed:
+                return
+            self._memory.give_back(session, former)
+            self._outbox.send(session.reply_to, Adopted(session.id, session.epoch, message.version))
 
     def recalled(self, work: PassWork, parts: list[bytes]) -> None:
         """Sends the client the keys and values that it has asked for."""
-        session, message = work.session, work.message
-        assert isinstance(message, Recall)
-        for remaining, part in counted_down(parts if not session.closed else ()):
-            self._outbox.send(session.reply_to, Recalled(session.id, message.epoch, message.number, remaining, part))
+        with self._lock:
+            session, message = work.session, work.message
+            assert isinstance(message, Recall)
+            for remaining, part in counted_down(parts if not session.closed else ()):
+                self._outbox.send(
+                    session.reply_to, Recalled(session.id, message.epoch, message.number, remaining, part)
+                )
 
     def failed(self, work: PassWork, code: FailureCode, text: str) -> None:
         """Tells the client that the device could not do it."""
-        session, message = work.session, work.message
-        if not isinstance(message, Adapter):
-            self._release(work)
-        elif not session.closed:
-            self._give_back_parts(session)
-        if not session.closed:
-            failure = Failure(session.id, message.epoch, number_of(message), code, text[:500])
-            self._outbox.send(session.reply_to, failure)
+        with self._lock:
+            self._counters.refused[code] += 1
+            session, message = work.session, work.message
+            if not isinstance(message, Adapter):
+                self._release(work)
+            elif not session.closed:
+                self._give_back_parts(session)
+            if not session.closed:
+                failure = Failure(session.id, message.epoch, number_of(message), code, text[:500])
+                self._outbox.send(session.reply_to, failure)
 
     def _check(self, message: Forward) -> None:
         if not message.lengths or not all(message.lengths):

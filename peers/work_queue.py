@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 
 from peers.session import PassWork, Session, Work
 from splitnet.gathering import Gathering
@@ -27,6 +28,7 @@ class WorkQueue:
         self._changed = threading.Condition()
         self._closed = False
         self._passes: deque[PassWork] = deque()
+        self._idle_job: Callable[[], None] | None = None
         self._turns_without_pass = 0
         self.queued_positions = 0
         self.pass_positions = 0
@@ -35,6 +37,11 @@ class WorkQueue:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step or a pass waits for the device."""
+        return bool(self._ready or self._passes)
 
     def put(self, work: Work) -> None:
         """Adds a step. Windows of drafts that it begins before were rejected by the client, and need not run."""
@@ -78,11 +85,24 @@ class WorkQueue:
                 self._count_out(work)
             return discarded
 
+    def put_idle_job(self, job: Callable[[], None]) -> None:
+        """Leaves something to do on the engine's thread when nothing else waits; replaces what was left before."""
+        with self._changed:
+            self._idle_job = job
+            self._changed.notify()
+
+    def take_idle_job(self) -> Callable[[], None] | None:
+        """What was left for when nothing else waits, if nothing does."""
+        with self._changed:
+            if self.has_work or self._closed:
+                return None
+            job, self._idle_job = self._idle_job, None
+            return job
+
     def gather(self, gathering: Gathering) -> None:
         """Waits for work, and then for what is about to come, as long as it keeps coming."""
         with self._changed:
-            while not self._ready and not self._passes and not self._closed:
-                self._changed.wait()
+            self._wait_for_work()
             ready = 0
             while len(self._ready) > ready and (patience_s := gathering.patience_s(len(self._ready))):
                 ready, until = len(self._ready), time.monotonic() + patience_s
@@ -95,11 +115,12 @@ class WorkQueue:
         Decode comes first, so that a token never waits for more than one pass of somebody's prefill; then prefill
         fills the pass up. All of a pass goes through the same blocks. A session that `PATIENCE` passes left out leads
         the next one, and half of it is kept for it. Empty when the queue is closed, or it is the turn of `take_pass`,
-        which comes when no step is ready, or after `PATIENCE` turns. With `wait` false, empty if nothing is ready.
+        which comes when no step is ready, or after `PATIENCE` turns, or of `take_idle_job`. With `wait` false, empty if
+        nothing is ready.
         """
         with self._changed:
-            while wait and not self._ready and not self._passes and not self._closed:
-                self._changed.wait()
+            if wait:
+                self._wait_for_work()
             pass_is_due = wait and self._passes and self._turns_without_pass >= PATIENCE
             if self._closed or not self._ready or pass_is_due:
                 return []
@@ -163,6 +184,10 @@ class WorkQueue:
     def _count_out(self, work: PassWork) -> None:
         work.session.waiting_passes -= 1
         self.pass_positions -= work.positions
+
+    def _wait_for_work(self) -> None:
+        while not self.has_work and self._idle_job is None and not self._closed:
+            self._changed.wait()
 
     def _begun(self, session: Session) -> int:
         """How many of the waiting steps a pass has begun: the first, or none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 
 import torch
 
@@ -13,6 +12,7 @@ from splitnet.client.planner import Needs
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.memory import free_memory
 from splitnet.model.span import Part, Span, block_bytes
 
@@ -67,7 +67,7 @@ def _block_ms(checkpoint: Checkpoint, device: str, weights: str | None) -> float
     hidden = torch.randn(1, span.hidden_size)
     times: list[float] = []
     for position in range(1 + TIMED_STEPS):
-        began = time.perf_counter()
+        began = seconds_after_work(span.device)
         span.forward(hidden, [Part(row, position, 1)])
-        times.append((time.perf_counter() - began) * 1000)
+        times.append((seconds_after_work(span.device) - began) * 1000)
     return statistics.median(times[1:])

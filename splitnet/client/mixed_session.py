@@ -164,7 +164,7 @@ class MixedSession:
             stage.close()
 
     def close_later(self) -> None:
-        """Frees the memory here, and on all hops within a second; see `RoutedSession.close_later`."""
+        """Frees the memory here, and on all hops within a second; see `SessionDriver.close_later`."""
         for stage in self._stages:
             if isinstance(stage, Session):
                 stage.close_later()

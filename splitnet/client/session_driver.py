@@ -156,6 +156,10 @@ class SessionDriver:
         self._swarm.unregister(self)
         self.feed(Close())
 
+    def close_later(self) -> None:
+        """Has another thread do so within a second; the only way for finalizers, see `Swarm.close_later`."""
+        self._swarm.close_later(self)
+
     def deliver(self, source: Endpoint, message: Message) -> None:
         """Takes a message from the transport's thread."""
         self.traffic.bytes_received += len(getattr(message, "payload", b""))

@@ -27,8 +27,8 @@ _ESSENTIALS = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_parameters", "num_experts_per_tok"),
     *("tie_word_embeddings",),
 )
-_SAMPLED_TENSORS = 16
 _SAMPLE_BYTES = 256
+"""Of the beginning and of the end of each tensor that the fingerprint covers."""
 
 
 @dataclass(frozen=True)
@@ -181,25 +181,23 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Hex of a SHA-256 that is equal for equal weights: swarms are told apart by it.
 
-        It covers what defines the computation in the config, the names, shapes and types of all tensors, and 256
-        bytes from the middle of 16 tensors spread over the sorted names. It does not depend on how the tensors are
-        sharded nor on which shards are here: from the hub, headers and samples are read by range. It is a check
-        against mistakes (another size, fine-tune or precision), not proof: two checkpoints that differ only in
-        places that are not sampled have the same fingerprint, and a peer could lie about it.
+        It covers what defines the computation in the config, the name, type and shape of every tensor, and the first
+        and last 256 bytes of every tensor. It does not depend on how the tensors are sharded nor on which shards are
+        here: from the hub, headers and samples are read by range. The end of a tensor and the beginning of the next
+        stand side by side in a shard, so that is about one request for each large tensor. It is a check against
+        mistakes (another size, fine-tune or precision), not proof: two checkpoints that differ only in places that
+        are not sampled have the same fingerprint, and a peer could lie about it.
+
+        Raises:
+            ModelNotFound: a shard is missing or not complete.
         """
         digest = hashlib.sha256()
         essentials = {key: getattr(self.config, key, None) for key in _ESSENTIALS}
         digest.update(json.dumps(essentials, sort_keys=True, default=str).encode())
         infos = self._infos()
-        names = sorted(infos)
-        for name in names:
-            info = infos[name]
-            digest.update(f"\n{name} {info.stored} {info.shape}".encode())
-        chosen = sorted({i * (len(names) - 1) // (_SAMPLED_TENSORS - 1) for i in range(_SAMPLED_TENSORS)})
-        for info in (infos[names[i]] for i in chosen):
-            with self._shards.open_range(info.shard) as file:
-                file.seek(info.offset + max(0, (info.nbytes - _SAMPLE_BYTES) // 2))
-                digest.update(file.read(min(_SAMPLE_BYTES, info.nbytes)))
+        samples = self._samples(infos)
+        for name, info in sorted(infos.items()):
+            digest.update(f"\n{name} {info.stored} {info.shape} ".encode() + samples[name])
         return digest.hexdigest()
 
     def tokenizer(self) -> Any:
@@ -231,6 +229,21 @@ class Checkpoint:
                     self._headers[shard] = read_tensor_infos(file, shard)
             infos.update(self._headers[shard])
         return infos
+
+    def _samples(self, infos: Mapping[str, TensorInfo]) -> dict[str, bytes]:
+        """The first and the last bytes of each tensor."""
+        by_shard: dict[str, list[tuple[str, int, int]]] = {}
+        for name, info in infos.items():
+            start, end = info.offset, info.offset + info.nbytes
+            pieces = by_shard.setdefault(info.shard, [])
+            pieces.append((name, start, min(end, start + _SAMPLE_BYTES)))
+            pieces.append((name, max(start, end - _SAMPLE_BYTES), end))
+        samples = dict.fromkeys(infos, b"")
+        for shard, pieces in by_shard.items():
+            found = self._shards.read_ranges(shard, [(start, end) for _, start, end in pieces])
+            for (name, *_), data in zip(pieces, found, strict=True):
+                samples[name] += data
+        return samples
 
     @cached_property
     def _headers(self) -> dict[str, dict[str, TensorInfo]]:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from splitnet.gathering import Gathering
+from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16
 from splitnet.model.held_linear import HeldLinear, sizes_of
 from splitnet.model.int4_forms import CompiledInt4
@@ -81,7 +82,7 @@ class SharedProduct:
         while len(self._waiting) > waiting and (patience_s := self._gathering.patience_s(len(self._waiting))):
             waiting = len(self._waiting)
             time.sleep(patience_s)
-        began, computed = time.monotonic(), time.thread_time()
+        began, computed = time.perf_counter(), time.thread_time()
         calls = [self._waiting.popleft()]
         rows = len(calls[0].rows)
         while self._waiting and rows + len(self._waiting[0].rows) <= MOST_ROWS:
@@ -97,7 +98,7 @@ class SharedProduct:
         except Exception as error:
             for call in calls:
                 call.error = error
-        now = time.monotonic()
+        now = seconds_after_work(calls[0].rows.device)
         self._gathering.ran((call.thread for call in calls), now - began, time.thread_time() - computed, now)
 
 

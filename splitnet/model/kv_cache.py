@@ -11,7 +11,7 @@ from transformers import Cache
 from splitnet.model.adapters import Prefix
 
 FIRST_CAPACITY = 256
-"""Positions that the first allocation of a row holds; each next one doubles."""
+"""Positions that the first allocation of a row holds if nothing says how many; each next one doubles."""
 
 
 @dataclass
@@ -23,11 +23,12 @@ class _Block:
 class RowCache:
     """Keys and values of one sequence (row), one pair of tensors `[1, kv heads, capacity, head size]` per block.
 
-    Memory is allocated as positions arrive, in capacities that double, so that appending a token copies only the
-    token. All positions are kept, also for blocks with a sliding window: a rewind is then exact.
+    Memory is allocated as positions arrive, for as many as `room` says, else in capacities that double, so that
+    appending a token copies only the token. All positions are kept, also for blocks with a sliding window: a rewind is
+    then exact.
 
     Args:
-        max_length: positions that the row will never exceed; keeps the last doubling from overshooting.
+        room: positions behind the prefix that memory is allocated for; None, or more than that arrive: as it doubles.
         prefix: of an adapter, by block of the span: keys and values that stand before the first position.
 
     Attributes:
@@ -35,13 +36,33 @@ class RowCache:
         prefix_length: positions of the prefix.
     """
 
-    def __init__(self, max_length: int | None = None, prefix: Mapping[int, Prefix] | None = None) -> None:
+    def __init__(self, room: int | None = None, prefix: Mapping[int, Prefix] | None = None) -> None:
         self.length = 0
         self.prefix_length = next(iter(prefix.values())).keys.shape[2] if prefix else 0
-        self._max_length = max_length
+        self._room = room
         self._prefix = prefix or {}
         self._blocks: dict[int, _Block] = {}
         self._places: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}  # while no block's memory moves
+
+    @property
+    def room(self) -> int:
+        """Positions behind the prefix that memory is allocated for. Less gives memory back at once.
+
+        Setting it raises ValueError if the row holds more.
+        """
+        if self._room is not None:
+            return self._room
+        return max((block.keys.shape[2] - self._before(i) for i, block in self._blocks.items()), default=0)
+
+    @room.setter
+    def room(self, room: int) -> None:
+        if room < self.length:
+            raise ValueError(f"a row of {self.length} positions cannot have room for {room}")
+        self._room = room
+        for index, block in self._blocks.items():
+            capacity = self._before(index) + room
+            if block.keys.shape[2] > capacity:
+                self._move(block, capacity, self._before(index) + self.length)
 
     @property
     def nbytes(self) -> int:
@@ -77,16 +98,19 @@ class RowCache:
             raise ValueError(f"cannot crop a row of {self.length} positions to {length}")
         self.length = length
 
-    def fork(self) -> RowCache:
-        """An independent copy."""
-        copy = RowCache(self._max_length, self._prefix)
-        copy.length = self.length
+    def fork(self, length: int | None = None, room: int | None = None) -> RowCache:
+        """An independent copy of the first `length` positions, or of all.
+
+        Args:
+            room: see `RowCache`; None: as much as this row has.
+        """
+        copy = RowCache(self._room if room is None else room, self._prefix)
+        copy.length = self.length if length is None else length
         for index, block in self._blocks.items():
-            held = self._before(index) + self.length
-            copy._blocks[index] = _Block(
-                _grown(block.keys, block.keys.shape[2], held),
-                _grown(block.values, block.values.shape[2], held),
-            )
+            before = self._before(index)
+            capacity = block.keys.shape[2] if room is None else before + room
+            held = before + copy.length
+            copy._blocks[index] = _Block(_grown(block.keys, capacity, held), _grown(block.values, capacity, held))
         return copy
 
     def held(self, length: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
@@ -159,27 +183,29 @@ class RowCache:
         before = self._before(block_index)
         block = self._blocks.get(block_index)
         if block is None:
-            capacity = self._capacity(end, 0)
+            capacity = self._capacity(block_index, end, 0)
             block = self._blocks[block_index] = _Block(_grown(keys, capacity, 0), _grown(values, capacity, 0))
             if before:
                 block.keys[:, :, :before] = self._prefix[block_index].keys
                 block.values[:, :, :before] = self._prefix[block_index].values
         elif end > block.keys.shape[2]:
-            capacity = self._capacity(end, block.keys.shape[2])
-            block.keys = _grown(block.keys, capacity, before + self.length)
-            block.values = _grown(block.values, capacity, before + self.length)
-            self._places.clear()
+            self._move(block, self._capacity(block_index, end, block.keys.shape[2]), before + self.length)
         return block
+
+    def _move(self, block: _Block, capacity: int, held: int) -> None:
+        block.keys = _grown(block.keys, capacity, held)
+        block.values = _grown(block.values, capacity, held)
+        self._places.clear()
 
     def _before(self, block_index: int) -> int:
         return self.prefix_length if block_index in self._prefix else 0
 
-    def _capacity(self, needed: int, current: int) -> int:
+    def _capacity(self, block_index: int, needed: int, current: int) -> int:
+        if self._room is not None and needed <= self._before(block_index) + self._room:
+            return self._before(block_index) + self._room
         capacity = max(FIRST_CAPACITY, current)
         while capacity < needed:
             capacity *= 2
-        if self._max_length is not None and needed <= self._max_length + self.prefix_length:
-            capacity = min(capacity, self._max_length + self.prefix_length)
         return capacity
 
 

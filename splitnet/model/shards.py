@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +29,9 @@ from splitnet.errors import ModelNotFound, UnsupportedModel
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
+MERGED_BYTES = 2**16
+"""Ranges of a shard that are no farther apart than this are read in one request."""
+REQUESTS_AT_ONCE = 16
 _MAX_HEADER_BYTES = 100_000_000
 _DTYPES = {
     "F64": torch.float64,
@@ -173,22 +177,75 @@ class Shards:
             raise ModelNotFound(f"{self.name} lacks {shard}, which holds tensors that are needed: download it again")
         return path
 
-    def open_range(self, shard: str) -> BinaryIO:
+    def open_range(self, shard: str, block_size: int = 2**16) -> BinaryIO:
         """Opens a shard for reading parts of it, without downloading the whole.
+
+        Args:
+            block_size: bytes that are fetched from the hub beyond those that are read.
 
         Raises:
             ModelNotFound: there is no such shard, or the hub does not answer.
         """
         try:
-            if self._folder is not None:
-                return (self._folder / shard).open("rb")
-            cached = try_to_load_from_cache(self.name, shard, revision=self.revision)
-            if isinstance(cached, str):
-                return Path(cached).open("rb")
-            remote = HfFileSystem().open(f"{self.name}/{shard}", "rb", revision=self.revision, block_size=2**16)
+            path = self._local(shard)
+            if path is not None:
+                return path.open("rb")
+            remote = self._hub.open(f"{self.name}/{shard}", "rb", revision=self.revision, block_size=block_size)
             return cast(BinaryIO, remote)
         except OSError as error:
             raise ModelNotFound(f"{self.name} lacks {shard}: download it again, or check the network") from error
+
+    def read_ranges(self, shard: str, ranges: Sequence[tuple[int, int]]) -> list[bytes]:
+        """Reads many small ranges `[start, end)` of a shard; those that a shard on the hub lacks here, in few requests.
+
+        Ranges at most `MERGED_BYTES` apart are one request, and `REQUESTS_AT_ONCE` requests are under way at a time.
+
+        Raises:
+            ModelNotFound: there is no such shard, it ends before a range does, or the hub does not answer.
+        """
+        groups: list[list[tuple[int, int]]] = []
+        for start, end in sorted(set(ranges)):
+            if groups and start - groups[-1][-1][1] <= MERGED_BYTES:
+                groups[-1].append((start, end))
+            else:
+                groups.append([(start, end)])
+
+        def read(file: BinaryIO, group: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+            first = group[0][0]
+            file.seek(first)
+            data = file.read(max(end for _, end in group) - first)
+            return {(start, end): data[start - first : end - first] for start, end in group}
+
+        def request(group: list[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+            with self.open_range(shard, block_size=1) as file:
+                return read(file, group)
+
+        found: dict[tuple[int, int], bytes] = {}
+        try:
+            if self._local(shard) is not None:
+                with self.open_range(shard) as file:
+                    for group in groups:
+                        found.update(read(file, group))
+            else:
+                with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+                    for some in pool.map(request, groups):
+                        found.update(some)
+        except OSError as error:
+            raise ModelNotFound(f"{shard} of {self.name} cannot be read: check the network") from error
+        if any(len(found[start, end]) != end - start for start, end in ranges):
+            raise ModelNotFound(f"{shard} of {self.name} is not complete: download it again")
+        return [found[given] for given in ranges]
+
+    def _local(self, shard: str) -> Path | None:
+        """Where a shard is on this machine; None: on the hub only."""
+        if self._folder is not None:
+            return self._folder / shard
+        cached = try_to_load_from_cache(self.name, shard, revision=self.revision)
+        return Path(cached) if isinstance(cached, str) else None
+
+    @cached_property
+    def _hub(self) -> HfFileSystem:
+        return HfFileSystem()
 
     def _find(self, file: str) -> Path | None:
         if self._folder is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
 
 import torch
 from torch import nn
@@ -43,6 +42,7 @@ from splitnet.model.held_linear import hold_weights, saved_bytes
 from splitnet.model.kv_cache import OneRow, PassThrough, RowCache, TracedRow
 from splitnet.model.lean_step import LeanStep
 from splitnet.model.memory import free_memory, guarded
+from splitnet.model.rotary import LengthDependentRopes
 from splitnet.model.weight_form import WeightForm
 from splitnet.model.weights import AUTO, Weights, choose_weights, name_of
 
@@ -94,9 +94,7 @@ class Span:
         self._packs = packs
         self._sdpa = bool(getattr(backbone, "_supports_sdpa", False))
         self._nothing_cached = PassThrough()
-        self._dynamic_ropes: list[Any] = [
-            module for module in backbone.modules() if getattr(module, "rope_type", None) == "dynamic"
-        ]
+        self._ropes: LengthDependentRopes = whole._ropes if whole else LengthDependentRopes(backbone)
         self.device = next(backbone.parameters()).device
         self.weights = weights
         self.dtype = weights.dtype  # not that of any parameter: some families keep their norms in float32
@@ -172,14 +170,14 @@ class Span:
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)
 
-    def new_row(self, max_length: int | None = None, adapter: Adapter | None = None) -> RowCache:
+    def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> RowCache:
         """An empty KV cache for one sequence.
 
         Args:
-            max_length: positions that it will never exceed, if known: saves memory.
+            room: positions that its memory is allocated for; None: it grows by doubling.
             adapter: whose prefix it begins with.
         """
-        return RowCache(max_length, self._prefix_of(adapter))
+        return RowCache(room, self._prefix_of(adapter))
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
@@ -329,8 +327,7 @@ class Span:
         outputs: list[torch.Tensor] = []
         begin = 0
         for part in parts:
-            self._forget_rope()
-            with applying([part.adapter], [part.count]):
+            with self._ropes.one_sequence(), applying([part.adapter], [part.count]):
                 output = self._backbone(
                     inputs_embeds=hidden[None, begin : begin + part.count],
                     position_ids=torch.tensor([list(_positions(part))], device=self.device),
@@ -340,12 +337,6 @@ class Span:
             outputs.append(output[0][0])
             begin += part.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-
-    def _forget_rope(self) -> None:
-        """Dynamic rotary embeddings remember the longest sequence so far, which was another one."""
-        for rope in self._dynamic_ropes:
-            rope.inv_freq = rope.original_inv_freq.to(self.device)
-            rope.max_seq_len_cached = rope.original_max_seq_len
 
     def _lean_step(self) -> LeanStep | CompiledStep | None:
         """A faster way for decode steps, if there is one for these blocks that gives the same."""

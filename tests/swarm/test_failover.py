@@ -59,6 +59,20 @@ def test_beams_survive(twins: LocalSwarm, local: Any) -> None:
     assert torch.equal(got, local.generate(**prompt(), **options))
 
 
+def test_a_batch_of_many_short_rows_survives(twins: LocalSwarm, local: Any) -> None:
+    model, inputs = twins.model(), prompt(batch=8)
+    with model.session() as cache:
+        kill = kill_hops(twins, cache, 1)
+
+        def kill_once(ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+            if ids.shape[1] == inputs["input_ids"].shape[1] + 5:
+                kill()
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        got = model.generate(**inputs, **GREEDY, stopping_criteria=[kill_once])
+    assert torch.equal(got, local.generate(**inputs, **GREEDY))
+
+
 def test_one_after_the_other(twins: LocalSwarm, local: Any) -> None:
     model = twins.model()
     with model.session() as cache:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from peers.admission import MAX_SESSIONS
 from peers.next_hops import MAX_NEXT_HOPS
+from peers.row_memory import room_for
 from splitnet.model.adapters import write_tensors
 from splitnet.net.codecs import CODECS
 from splitnet.net.identity import Identity
@@ -469,7 +470,7 @@ def test_rows_that_were_cropped_are_not_collected(running: LocalSwarm, attacker:
     session = held.get(SESSIONS[0])
     assert session is not None
     per_position = running.peers[0].span.kv_bytes_per_position
-    assert sum(row.nbytes for row in session.rows.values()) <= 4 * session.budget * per_position
+    assert sum(row.nbytes for row in session.rows.values()) <= room_for(session.budget) * per_position
 
 
 def test_a_fork_bomb_copies_nothing(running: LocalSwarm, attacker: Attacker) -> None:

@@ -11,14 +11,26 @@ from typing import Any
 import pytest
 import torch
 
+from peers import relocation
 from peers.daemon import Peer
+from peers.holder_watch import HolderWatch
 from peers.placing import SpanWish
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes
+from splitnet.net.endpoints import Endpoint
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import local_swarm
 
 pytestmark = pytest.mark.swarm
+
+COVERED_S = 10.0
+"""Within so long after their last server has died blocks are served again."""
+
+
+@pytest.fixture
+def moves_when_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers do not look by themselves whether they should move."""
+    monkeypatch.setattr(relocation, "QUICK_LOOK_S", 1e6)
 
 
 def memory_for(folder: Path, blocks: int) -> SpanWish:
@@ -35,6 +47,7 @@ def has_moved(spare: Peer, others: list[Peer]) -> bool:
     return False
 
 
+@pytest.mark.usefixtures("moves_when_told")
 def test_a_hole_is_filled_by_a_peer_that_can_be_spared(folder: Path, local: Any) -> None:
     with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(folder, 2))
@@ -50,6 +63,47 @@ def test_a_hole_is_filled_by_a_peer_that_can_be_spared(folder: Path, local: Any)
         assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 
 
+def die(peer: Peer) -> None:
+    """Ends a peer as if its machine had failed: its record stays in the DHT."""
+    peer._leaving.set()
+    peer._announcer._withdrawn = True
+    peer._announcer._leaving.set()
+    peer._transport.close()
+
+
+@pytest.mark.parametrize("fixed", [[(0, 2), (2, 4), (4, 6)], [(0, 2), (2, 4), (4, 6), (4, 6)]], ids=len)
+def test_blocks_whose_servers_die_without_a_word_are_soon_served_again(
+    folder: Path, local: Any, fixed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watched, moved = threading.Event(), threading.Event()
+    with local_swarm(folder, fixed) as swarm:
+        doomed = {peer.endpoint.key for peer in swarm.peers if peer.span.start == 4}
+        heard, move = HolderWatch.heard, Peer._move
+
+        def hear(watch: HolderWatch, endpoint: Endpoint, now: float) -> None:
+            heard(watch, endpoint, now)
+            if {found.key for found, at in watch._heard_at.items() if at is not None} >= doomed:
+                watched.set()
+
+        def go(peer: Peer, span: tuple[int, int]) -> None:
+            move(peer, span)
+            moved.set()
+
+        monkeypatch.setattr(HolderWatch, "heard", hear)
+        monkeypatch.setattr(Peer, "_move", go)
+        spare = swarm.add(0, 2, wish=memory_for(folder, 2))
+        assert spare.span.start == 0
+        assert watched.wait(60.0)
+        for peer in swarm.peers:
+            if peer.endpoint.key in doomed:
+                die(peer)
+        assert moved.wait(COVERED_S)
+        assert (spare.span.start, spare.span.end) == (4, 6)
+        model = swarm.model()
+        assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+
+
+@pytest.mark.usefixtures("moves_when_told")
 def test_what_a_peer_has_moved_from_takes_no_memory(folder: Path) -> None:
     with local_swarm(folder, [(0, 6), (0, 2)]) as swarm:
         mover = swarm.peers[1]
@@ -64,6 +118,7 @@ def test_what_a_peer_has_moved_from_takes_no_memory(folder: Path) -> None:
         assert left() is None
 
 
+@pytest.mark.usefixtures("moves_when_told")
 def test_a_session_waits_for_the_blocks_that_are_moved_to(folder: Path, local: Any) -> None:
     with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:
         spare = swarm.add(0, 2, wish=memory_for(folder, 2))
@@ -82,6 +137,7 @@ def test_a_session_waits_for_the_blocks_that_are_moved_to(folder: Path, local: A
         assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
+@pytest.mark.usefixtures("moves_when_told")
 def test_a_peer_that_moves_hands_its_session_over(folder: Path, local: Any) -> None:
     with local_swarm(folder, [(0, 2), (2, 4), (4, 6), (2, 4)]) as swarm:
         movers = [peer for peer in swarm.peers if peer.span.start == 2]
@@ -104,6 +160,7 @@ def test_a_peer_that_moves_hands_its_session_over(folder: Path, local: Any) -> N
         }  # fmt: skip
 
 
+@pytest.mark.usefixtures("moves_when_told")
 def test_a_peer_ends_while_it_moves(folder: Path) -> None:
     with local_swarm(folder, [(0, 6), (0, 6)]) as swarm:
         peer = swarm.peers[1]

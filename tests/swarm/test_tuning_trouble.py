@@ -91,7 +91,7 @@ def test_a_peer_that_dies_while_it_computes_changes_nothing(way: str, victim: in
     def arm(step: int) -> None:
         if step == 0:
             peer = used(twins, model, victim)
-            passes: Any = peer.serving._engine._pass_engine._passes
+            passes: Any = peer.server._engine._pass_engine._passes
             original = getattr(passes, way)
 
             def dies(*args: Any) -> Any:
@@ -117,7 +117,7 @@ def test_a_way_back_that_the_peers_have_forgotten_is_walked_again(swarm: LocalSw
                 session = service.sessions.get(session_of(model).id)
                 assert session is not None and session.kept
                 with service._lock:
-                    service._training.forget(session)
+                    service.training.forget(session)
 
         assert torch.equal(train(model, 2, forget), undisturbed)
 
@@ -180,7 +180,7 @@ def test_what_is_kept_for_a_client_is_dropped_when_it_goes_on_or_leaves(swarm: L
             kept.append(len(session.kept))
         assert kept[0] > 1
         assert len(set(kept)) == 1  # those of the last batch, as the next one says
-    memories = [peer.service._training._memory for peer in swarm.peers]
+    memories = [peer.service.training._memory for peer in swarm.peers]
     for peer in swarm.peers:
         peer.service.forget_all()
     assert all(memory.used == 0 for memory in memories)

@@ -82,6 +82,8 @@ def test_only_needed_shards_are_downloaded_from_the_hub(folder: Path, hub: FakeH
     assert not [file for file in hub.downloaded if file.endswith(".safetensors")]
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     assert set(hub.opened) == set(weight_map.values())
+    # The header and the samples of these small shards, whose samples stand close together.
+    assert len(hub.opened) <= 3 * len(set(weight_map.values()))
 
     span = Span.load(checkpoint, 4, 5)
     needed = {weight_map[tensor.name] for tensor in local.block_tensors[4]}
@@ -93,6 +95,12 @@ def test_only_needed_shards_are_downloaded_from_the_hub(folder: Path, hub: FakeH
     )
 
 
+LINEAR = (
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+)
+
+
 def _resharded(folder: Path, target: Path) -> Path:
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(target)  # one shard
     return target
@@ -100,6 +108,17 @@ def _resharded(folder: Path, target: Path) -> Path:
 
 def _other_weights(folder: Path, target: Path) -> Path:
     return random_checkpoint("llama", target, seed=1)
+
+
+def _one_other_tensor(name: str) -> Callable[[Path, Path], Path]:
+    def change(folder: Path, target: Path) -> Path:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            model.get_parameter(name).mul_(1.01)
+        model.save_pretrained(target, max_shard_size="200KB")
+        return target
+
+    return change
 
 
 def _other_precision(folder: Path, target: Path) -> Path:
@@ -129,6 +148,8 @@ def _other_notes(folder: Path, target: Path) -> Path:
         (_resharded, True),
         (_other_notes, True),
         (_other_weights, False),
+        *((_one_other_tensor(f"model.layers.{i}.{rest}.weight"), False) for i, rest in enumerate(LINEAR)),
+        (_one_other_tensor("model.norm.weight"), False),
         (_other_precision, False),
         (_other_rope, False),
     ],
@@ -137,6 +158,22 @@ def test_fingerprint(change: Callable[[Path, Path], Path], equal: bool, folder: 
     changed = Checkpoint.open(change(folder, tmp_path / "changed")).fingerprint
     assert (changed == Checkpoint.open(folder).fingerprint) is equal
     assert len(bytes.fromhex(changed)) == 32
+
+
+def test_samples_far_apart_are_read_by_range(folder: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "MERGED_BYTES", 0)
+    checkpoint = Checkpoint.open("someone/tiny", revision="v1")
+    assert checkpoint.fingerprint == Checkpoint.open(folder).fingerprint
+    # The end of a tensor and the beginning of the next are one request.
+    assert len(hub.opened) <= len(checkpoint.names) + 3 * len(set(hub.opened))
+
+
+def test_a_shard_that_ends_too_early_has_no_fingerprint(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "copy")
+    shard = max((tmp_path / "copy").glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ModelNotFound, match="not complete"):
+        _ = Checkpoint.open(tmp_path / "copy").fingerprint
 
 
 def test_what_is_not_there_is_said_with_the_fix(folder: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ actions = st.one_of(
     st.tuples(st.just("append"), st.integers(1, 300)),
     st.tuples(st.just("crop"), st.floats(0, 1)),
     st.tuples(st.just("fork"), st.just(0)),
+    st.tuples(st.just("room"), st.integers(0, 400)),
 )
 
 
@@ -27,9 +28,9 @@ def _new(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @settings(max_examples=60)
-@given(st.lists(actions, max_size=12), st.sampled_from([None, 700, 10_000]))
-def test_equals_concatenation(steps: list[tuple[str, float]], max_length: int | None) -> None:
-    row = RowCache(max_length)
+@given(st.lists(actions, max_size=12), st.sampled_from([None, 0, 700]))
+def test_equals_concatenation(steps: list[tuple[str, float]], room: int | None) -> None:
+    row = RowCache(room)
     expected = [(torch.empty(1, HEADS, 0, KEY_SIZE), torch.empty(1, HEADS, 0, VALUE_SIZE)) for _ in range(BLOCKS)]
     abandoned: list[tuple[RowCache, int]] = []
     for number, (action, amount) in enumerate(steps):
@@ -46,6 +47,8 @@ def test_equals_concatenation(steps: list[tuple[str, float]], max_length: int | 
             length = int(row.length * amount)
             row.crop(length)
             expected = [(keys[:, :, :length], values[:, :, :length]) for keys, values in expected]
+        elif action == "room":
+            row.room = row.length + int(amount)
         else:
             abandoned.append((row, row.length))
             row = row.fork()
@@ -86,15 +89,28 @@ def test_appending_a_token_does_not_move_the_others() -> None:
     assert len(places) <= 3  # 256, 512 and 1024 positions
 
 
-def test_memory_follows_the_positions_and_stops_at_the_longest() -> None:
-    row = RowCache(max_length=600)
+def test_memory_follows_the_positions_or_the_room() -> None:
+    row = RowCache()
     assert row.nbytes == 0
     per_position = HEADS * (KEY_SIZE + VALUE_SIZE) * 4
-    for count, capacity in ((1, FIRST_CAPACITY), (FIRST_CAPACITY, 2 * FIRST_CAPACITY), (300, 600)):
+
+    def append(count: int) -> int:
         row.append(0, *_new(count, seed=count))
         row.advance(count)
-        assert row.nbytes == capacity * per_position
+        return row.nbytes // per_position
+
+    assert append(1) == FIRST_CAPACITY
+    assert append(FIRST_CAPACITY) == 2 * FIRST_CAPACITY
+    row.room = 600
+    assert append(300) == 600
+    row.room = 570
+    assert row.nbytes == 570 * per_position
+    assert append(1) == 570
+    copy = row.fork(10, 20)
+    assert (copy.length, copy.nbytes) == (10, 20 * per_position)
     assert row.bytes_per_position == per_position
+    with pytest.raises(ValueError, match="cannot have room"):
+        row.room = 100
 
 
 @pytest.mark.parametrize("length", [-1, 6])

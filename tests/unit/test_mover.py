@@ -53,6 +53,21 @@ def test_a_peer_that_has_just_come_stays_unless_blocks_are_missing() -> None:
     assert Mover(NUM_BLOCKS).decide(own, others, NOW) == (3, 6)
 
 
+def test_who_would_have_to_make_up_for_others_watches_them() -> None:
+    others = [record(0, 0, 2), record(1, 2, 4), record(3, 4, 6, max_blocks=0)]
+    spare = record(2, 2, 4)
+    watched = Mover(NUM_BLOCKS).guarded(spare, others, NOW)
+    assert {peer.key for peer in watched} == {others[0].key, others[2].key}, "it is at the blocks of the other itself"
+    assert Mover(NUM_BLOCKS).guarded(replace(spare, max_blocks=0), others, NOW) == []
+    assert Mover(NUM_BLOCKS).guarded(others[1], [others[0], spare, others[2]], NOW) == [], "the spare one is to go"
+
+
+def test_several_servers_of_a_block_are_watched_as_they_may_die_at_once() -> None:
+    others = [record(0, 0, 4), record(1, 4, 6, max_blocks=0), record(3, 4, 6, max_blocks=0)]
+    watched = Mover(NUM_BLOCKS).guarded(record(2, 0, 4), others, NOW)
+    assert {peer.key for peer in watched} == {others[1].key, others[2].key}
+
+
 def test_what_must_be_confirmed_waits_until_all_others_have_spoken_again() -> None:
     # Blocks 4..5 are served by nobody, and the only peer that may move is the lowest at its blocks.
     own, others = record(0, 0, 4, max_blocks=6), [record(1, 0, 4, max_blocks=0)]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +17,13 @@ from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
 from peers.engine import Engine
 from peers.load import Load
 from peers.next_hops import KEEP_S, MAX_NEXT_HOPS, NextHops
-from peers.row_memory import SessionTooLong
-from peers.served import Served
-from peers.service import LOST_GRACE_S, PROBE_S, Service
+from peers.row_memory import SessionTooLong, room_for
+from peers.served_blocks import ServedBlocks
 from peers.session import Session, Work
-from peers.speed import ObservedSpeed
+from peers.session_service import LOST_GRACE_S, PROBE_S, SessionService
+from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
+from scheduler.swarm import PASS_SIZES
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
@@ -96,15 +98,18 @@ class FakeOutbox:
 class FakeRow:
     """A row without keys and values."""
 
-    def __init__(self, length: int = 0) -> None:
+    prefix_length = 0
+
+    def __init__(self, length: int = 0, room: int = 0) -> None:
         self.length = length
+        self.room = room
 
     def crop(self, length: int) -> None:
         assert 0 <= length <= self.length
         self.length = length
 
-    def fork(self) -> FakeRow:
-        return FakeRow(self.length)
+    def fork(self, length: int | None, room: int) -> FakeRow:
+        return FakeRow(self.length if length is None else length, room)
 
 
 @dataclass
@@ -119,9 +124,11 @@ class Peer:
     queue: WorkQueue = field(default_factory=WorkQueue)
 
     def __post_init__(self) -> None:
-        served = Served(MODEL, 2, self.end, 8, HIDDEN, self.max_positions)
+        served = ServedBlocks(MODEL, 2, self.end, 8, HIDDEN, self.max_positions)
         self.table = SessionTable(self.capacity, idle_s=IDLE_S)
-        self.service = Service(served, self.table, self.queue, self.outbox, NextHops(self.outbox), reach_s=REACH_S)
+        self.service = SessionService(
+            served, self.table, self.queue, self.outbox, NextHops(self.outbox), reach_s=REACH_S
+        )
 
     def says(self, message: Message, source: Destination = CLIENT) -> list[tuple[Destination, Message]]:
         """What is sent because of `message`."""
@@ -157,7 +164,8 @@ class Peer:
     def end_pass(self, work: Work, output: bytes | None = None, kept: bytes = b"kept") -> list[tuple[Destination, Any]]:
         """The engine has computed a step."""
         for part in work.parts(work.remaining):
-            row: Any = work.session.rows.setdefault(part.row, FakeRow())  # type: ignore[arg-type]
+            new: Any = FakeRow(room=work.session.new_room.get(part.row, 0))
+            row: Any = work.session.rows.setdefault(part.row, new)
             row.length += part.length
         work.done = work.total
         at_tail = work.session.end == 8
@@ -543,18 +551,11 @@ class TestRows:
         assert session.rows == {1: row}
         assert row.length == 10
 
-    def test_that_were_long_once_still_take_memory(self, opened: Peer) -> None:
-        """Cropped rows keep their tensors: a session must not collect them."""
+    def test_that_were_long_once_give_their_memory_to_others(self, opened: Peer) -> None:
         opened.compute(step(Part(1, 0, 990, 0)))
         for row in range(2, 10):
-            opened.says(step(Part(row - 1, 0, 1, 0), Part(row, 0, 900, 0)))
-            [(work, _)] = opened.queue.take(10_000)
-            try:
-                opened.service.prepare(work)
-            except SessionTooLong:
-                return
-            opened.end_pass(work)
-        pytest.fail("rows of 900 positions were collected in a session of 1000")
+            opened.compute(step(Part(row - 1, 0, 1, 0), Part(row, 0, 900, 0)))
+            assert sum(held.room for held in opened.session().rows.values()) <= room_for(1000)
 
     def test_of_a_batch_fit_in_what_a_client_reserves_for_them(self, opened: Peer) -> None:
         """Up to the last position, with forks to and fro, and in a second batch of another size."""
@@ -722,12 +723,15 @@ class FakeSpan:
     """Blocks that add one, and fail if they are given `POISON`."""
 
     start, end, hidden_size = 2, 6, HIDDEN
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
+        self.meanwhile: Callable[[], None] | None = None
+        """Called once, in a pass."""
         self.passes: list[int] = []
         self.error: Exception = ValueError("a bug in a block")
 
-    def new_row(self, max_length: int | None = None, adapter: Any = None) -> FakeRow:
+    def new_row(self, room: int | None = None, adapter: Any = None) -> FakeRow:
         return FakeRow()
 
     def view(self, start: int, end: int) -> FakeSpan:
@@ -735,6 +739,9 @@ class FakeSpan:
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Any]) -> torch.Tensor:
         self.passes.append(len(hidden))
+        meanwhile, self.meanwhile = self.meanwhile, None
+        if meanwhile is not None:
+            meanwhile()
         if (hidden == POISON).any():
             raise self.error
         for part in parts:
@@ -775,6 +782,39 @@ class TestEngine:
         for name, result in self.answers(peer).items():
             assert isinstance(result, Result)
             assert torch.equal(PLAIN.decode(result.payload, 2, HIDDEN), torch.full((2, HIDDEN), name + 1.0))
+
+    def test_the_device_is_measured_between_passes(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
+        engine.measure_when_idle()
+        self.send(peer, 1)
+        assert engine._turn()
+        assert span.passes == [2], "steps come first"
+        assert engine._turn()
+        assert [size for size, _ in itertools.groupby(span.passes[1:])] == list(PASS_SIZES)
+        assert engine._speed.block_ms != (1.0,) * 5
+
+    def test_measuring_gives_way_to_a_step(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
+        span.meanwhile = lambda: self.send(peer, 1)
+        engine.measure_when_idle()
+        engine._turn()
+        assert span.passes == [1]
+        engine._turn()
+        assert span.passes == [1, 2]
+        assert isinstance(self.answers(peer)[1], Result)
+
+    def test_the_clock_is_read_after_the_device_has_finished(
+        self, peer: Peer, engine: Engine, span: FakeSpan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        calls: list[object] = []
+        forward, counter = span.forward, time.perf_counter
+        monkeypatch.setattr(span, "device", torch.device("cuda"))
+        monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: calls.append(device.type))
+        monkeypatch.setattr(span, "forward", lambda *given: (calls.append("pass"), forward(*given))[1])
+        monkeypatch.setattr(time, "perf_counter", lambda: (calls.append("clock"), counter())[1])
+        self.send(peer, 1)
+        engine._turn()
+        assert calls[-4:] == ["clock", "pass", "cuda", "clock"]
+        measure_speed(span)  # type: ignore[arg-type]
+        assert calls[-5:] == ["cuda", "clock", "pass", "cuda", "clock"]
 
     def test_a_step_that_breaks_a_pass_fails_alone(self, peer: Peer, engine: Engine) -> None:
         for name in (1, 2, 3):

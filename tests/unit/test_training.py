@@ -73,7 +73,7 @@ def adapter(version: int = 1, remaining: int = 0) -> Adapter:
 
 
 def kept_bytes(peer: Peer) -> int:
-    return peer.service._training._memory.used
+    return peer.service.training._memory.used
 
 
 def take(peer: Peer) -> PassWork:
@@ -86,13 +86,13 @@ def take(peer: Peer) -> PassWork:
 def ends(peer: Peer, work: PassWork, *parts: bytes) -> list[tuple[Destination, Any]]:
     """The engine has computed it."""
     if isinstance(work.message, Forward):
-        peer.service.pass_forwarded(work, b"output")
+        peer.service.training.forwarded(work, b"output")
     elif isinstance(work.message, Gradient):
-        peer.service.pass_went_back(work, b"gradient", list(parts))
+        peer.service.training.went_back(work, b"gradient", list(parts))
     elif isinstance(work.message, Recall):
-        peer.service.recalled(work, list(parts))
+        peer.service.training.recalled(work, list(parts))
     else:
-        peer.service.adopted(work)
+        peer.service.training.adopted(work)
     peer.queue.release_pass(work)
     return peer.heard()
 
@@ -232,7 +232,7 @@ def test_a_session_that_ends_frees_everything(opened: Peer) -> None:
 
 
 def test_memory_is_bounded(opened: Peer) -> None:
-    memory = opened.service._training._memory
+    memory = opened.service.training._memory
     memory.capacity = 2 * BYTES + ADAPTER_BYTES
     goes_forward(opened, forward(7))
     goes_forward(opened, forward(8))
@@ -259,7 +259,7 @@ def test_parts_of_different_versions_are_refused(opened: Peer) -> None:
 
 def test_a_device_that_fails_is_told_and_nothing_is_kept(opened: Peer) -> None:
     opened.says(forward(), PREVIOUS)
-    opened.service.pass_failed(take(opened), FailureCode.INTERNAL, "a bug")
+    opened.service.training.failed(take(opened), FailureCode.INTERNAL, "a bug")
     assert code_of(opened.heard()) == FailureCode.INTERNAL
     assert kept_bytes(opened) == 0
 

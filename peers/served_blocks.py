@@ -14,7 +14,7 @@ from splitnet.net.messages import FailureCode, Open, Payload, Step
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedBlocks:
     """The part of a model that this peer serves."""
 
     model: str

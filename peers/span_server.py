@@ -10,8 +10,9 @@ from peers.engine import MAX_PASS_POSITIONS, Engine
 from peers.load import Load
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
-from peers.served import Served
-from peers.service import Service
+from peers.row_memory import AHEAD
+from peers.served_blocks import ServedBlocks
+from peers.session_service import SessionService
 from peers.speed import measure_speed
 from peers.work_queue import WorkQueue
 from splitnet.model.checkpoint import Checkpoint
@@ -20,7 +21,7 @@ from splitnet.model.span import Span
 FIRST_REMEASURE_S = 20.0
 
 
-class Serving:
+class SpanServer:
     """Sessions, queue and engine of one span.
 
     Args:
@@ -47,11 +48,13 @@ class Serving:
         counters: Counters,
     ) -> None:
         self.span = span
-        self.speed = measure_speed(span)
+        speed = measure_speed(span)
+        assert speed is not None
+        self.speed = speed
         self.load = Load()
         self.sessions = SessionTable(_kv_capacity(span, kv_memory), idle_s=idle_s)
         self.queue = WorkQueue()
-        served = Served(
+        served = ServedBlocks(
             model=checkpoint.fingerprint,
             start=span.start,
             end=span.end,
@@ -61,7 +64,7 @@ class Serving:
         )
         if training_memory is None:
             training_memory = span.free_memory() // 8
-        self.service = Service(
+        self.service = SessionService(
             served, self.sessions, self.queue, outbox, next_hops, training_memory=training_memory, counters=counters
         )
         self._engine = Engine(span, self.service, self.queue, self.speed, self.load, counters)
@@ -84,9 +87,9 @@ class Serving:
         """
         now = time.monotonic()
         last = max(self._measured_at, self.load.last_at)
-        if now - last > self._measure_after_s and not self.queue.queued_positions:
-            self.speed.replace(measure_speed(self.span))
-            self._measured_at = time.monotonic()
+        if now - last > self._measure_after_s and not self.queue.has_work:
+            self._engine.measure_when_idle()
+            self._measured_at = now
             self._measure_after_s *= 2
 
     def drain(self, timeout_s: float) -> None:
@@ -107,7 +110,7 @@ class Serving:
 
 
 def _kv_capacity(span: Span, kv_memory: int | None) -> int:
-    """Positions of KV cache that fit in the memory set aside for them."""
+    """Positions of KV cache that fit in the memory set aside for them, with what rows are allocated ahead."""
     if kv_memory is None:
         kv_memory = span.free_memory() // 4
-    return max(1, kv_memory // span.kv_bytes_per_position)
+    return max(1, int(kv_memory / (1 + AHEAD)) // span.kv_bytes_per_position)

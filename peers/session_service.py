@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from peers.admission import SessionTable
 from peers.counters import Counters, SessionEnd
 from peers.next_hops import NextHops
-from peers.outbox import Outbox, timing_of
+from peers.opening import NextHopOpening
+from peers.outbox import Outbox
 from peers.row_memory import SessionTooLong, prepare_rows
-from peers.served import Served, next_hop_of
-from peers.session import PassWork, Session, Work
+from peers.served_blocks import ServedBlocks, next_hop_of
+from peers.session import Session, Work
+from peers.step_output import StepOutput
 from peers.training import MissingPass, Request, Training, TrainingMemory, number_of
 from peers.work_queue import WorkQueue
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
@@ -33,7 +35,6 @@ from splitnet.net.messages import (
     Gradient,
     Message,
     Open,
-    Opened,
     Payload,
     Ping,
     Pong,
@@ -64,18 +65,7 @@ _CODE_OF_ERROR = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class _PendingOpen:
-    """An `Open` that waits until its next hop answers or the time is up."""
-
-    deadline: float
-    new_link: bool
-    """The session has never pushed over this link."""
-    wants_pong: bool
-    """Messages over this link may have got lost, so that it is up counts for nothing: the next hop has to answer."""
-
-
-class Service:
+class SessionService:
     """Sessions, admission and the way of every step through this hop.
 
     Args:
@@ -91,7 +81,7 @@ class Service:
 
     def __init__(
         self,
-        served: Served,
+        served: ServedBlocks,
         sessions: SessionTable,
         queue: WorkQueue,
         outbox: Outbox,
@@ -110,12 +100,11 @@ class Service:
         self.training_memory = TrainingMemory(training_memory)
         self._counters = counters or Counters()
         self._outbox = outbox
-        self._reach_s = reach_s
-        self._next_hops = next_hops
-        self._training = Training(served, queue, outbox, self.training_memory)
-        self._pending: dict[Session, _PendingOpen] = {}
-        self._probe_at = 0.0
         self._lock = threading.RLock()
+        self._opening = NextHopOpening(outbox, next_hops, reach_s)
+        self._output = StepOutput(outbox, served.num_blocks)
+        self.training = Training(served, queue, outbox, self.training_memory, self._lock, self._counters)
+        self._probe_at = 0.0
 
     @property
     def queue_ms(self) -> float:
@@ -162,32 +151,6 @@ class Service:
         with self._lock:
             return any(session.waiting or now - session.used_at < IN_USE_S for session in self.sessions)
 
-    def pass_forwarded(self, work: PassWork, payload: Payload) -> None:
-        """Sends on the output of a forward pass over whole sequences, encoded."""
-        with self._lock:
-            self._training.forwarded(work, payload)
-
-    def pass_went_back(self, work: PassWork, payload: Payload, by_adapter: list[bytes]) -> None:
-        """Sends the gradients of a pass on their ways: that by the input, encoded, and those by the adapter."""
-        with self._lock:
-            self._training.went_back(work, payload, by_adapter)
-
-    def adopted(self, work: PassWork) -> None:
-        """Tells the client that the blocks run with its adapter now."""
-        with self._lock:
-            self._training.adopted(work)
-
-    def recalled(self, work: PassWork, parts: list[bytes]) -> None:
-        """Sends the keys and values that a client has asked for."""
-        with self._lock:
-            self._training.recalled(work, parts)
-
-    def pass_failed(self, work: PassWork, code: FailureCode, text: str) -> None:
-        """Tells the client that the device could not do it."""
-        with self._lock:
-            self._counters.refused[code] += 1
-            self._training.failed(work, code, text)
-
     def forget_all(self) -> None:
         """Ends all sessions; their clients find out when they go on."""
         with self._lock:
@@ -209,18 +172,12 @@ class Service:
     def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
         """A link to a next hop came up, was refused or was lost."""
         with self._lock:
-            if state is not LinkState.CONNECTING:
-                waiting = [session for session in self._pending if session.next == endpoint]
-                for session in waiting:
-                    self._answer_open(session, reachable=state is LinkState.UP)
+            self._opening.link_changed(endpoint, state)
 
     def answered(self, endpoint: Endpoint) -> None:
         """Another peer has answered a ping, so it is reached."""
         with self._lock:
-            waiting = [session for session, pending in self._pending.items() if pending.wants_pong]
-            for session in waiting:
-                if session.next == endpoint:
-                    self._answer_open(session, reachable=True)
+            self._opening.answered(endpoint)
 
     def dropped(self, message: Message, reason: str) -> None:
         """A message of a session could not be sent: its client learns of it, and need not wait for what will not come.
@@ -248,13 +205,11 @@ class Service:
     def tick(self, now: float) -> None:
         """Gives up on links, drops idle sessions, and finds out which clients have gone."""
         with self._lock:
-            for session in [session for session, pending in self._pending.items() if now >= pending.deadline]:
-                self._answer_open(session, reachable=False)
+            self._opening.tick(now)
             for session in self.sessions.expire(now):
                 self._forget(session)
                 self._counters.ended[SessionEnd.EXPIRED] += 1
                 log.info("session %s expired", session.id.hex(), extra={"session": session.id.hex()})
-            self._next_hops.tick(now)
             if now >= self._probe_at:
                 self._probe_at = now + PROBE_S
                 for connection in {session.reply_to for session in self.sessions if now - session.used_at > PROBE_S}:
@@ -270,51 +225,9 @@ class Service:
         prepare_rows(work.session, work.step)
 
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
-        """Sends on what the engine has computed.
-
-        Args:
-            work: the finished step.
-            payload: the output of all positions, encoded with the session's codec; empty at the tail.
-            result_payload: what the client asked to have back, encoded.
-        """
-        session, step = work.session, work.step
+        """Sends on what the engine has computed, see `StepOutput.send`."""
         with self._lock:
-            if session.closed:
-                return
-            # Sent first, since the next hop waits for it. Logged also in an older epoch: the log follows the rows.
-            if step.epoch == session.epoch:
-                session.last = max(session.last, 0 if step.replay_until else step.number)
-                self._send_on(work, payload, result_payload)
-            if session.end != self.served.num_blocks:
-                session.log.record(step.parts, step.forks, payload)
-
-    def _send_on(self, work: Work, payload: Payload, result_payload: Payload) -> None:
-        session, step = work.session, work.step
-        timings = (*step.timings, timing_of(work, self._outbox))
-        replayed = step.replay_until != 0 and session.end >= step.replay_until
-        if session.next is not None and not replayed:
-            self._outbox.send(
-                session.next,
-                Step(
-                    session.id,
-                    step.epoch,
-                    step.number,
-                    step.parts,
-                    step.forks,
-                    step.replay_until,
-                    session.codec.code,
-                    payload,
-                    session.end,
-                    timings,
-                ),
-            )
-        elif not replayed or step.number:  # of a replay only the last step is answered
-            at_tail = session.end == self.served.num_blocks
-            body = b"" if replayed else (result_payload if at_tail else payload)
-            self._outbox.send(
-                session.reply_to,
-                Result(session.id, step.epoch, step.number, session.end, session.codec.code, timings, body),
-            )
+            self._output.send(work, payload, result_payload)
 
     def failed(self, work: Work, code: FailureCode, text: str) -> None:
         """Tells the client that the device could not run its step."""
@@ -378,66 +291,19 @@ class Service:
         again = message.epoch > session.epoch
         if again:
             self.queue.discard_waiting(session)
-            self._training.forget(session)
+            self.training.forget(session)
         session.reply_to = source
         session.last = 0 if again else session.last
         session.epoch = message.epoch
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now
-        self._reach(session, next_hop_of(message), now, again=again)
-
-    def _reach(self, session: Session, following: Endpoint | None, now: float, *, again: bool) -> None:
-        """Connects a session to its next hop; the answer to its `Open` goes out when it is known whether that works.
-
-        again: a newer epoch of a session that was open.
-        """
-        pending = self._pending.pop(session, None)
-        if following != session.next:
-            pending = None
-        new_link = following != session.next or (pending is not None and pending.new_link)
-        if not self._set_next(session, following):
-            self._say_opened(session, next_reachable=False)
-            return
-        state = LinkState.UP if following is None else self._outbox.state(following)
-        # A route is opened again after trouble, and TCP finds out late that a link is cut.
-        wants_pong = again and not new_link and following is not None and state is LinkState.UP
-        if wants_pong and following is not None:
-            self._outbox.probe(following)
-        # A link that was lost may come back, if the next hop only restarted; a new one gets the full time.
-        patience_s = self._reach_s / 3 if state is LinkState.DOWN or wants_pong else self._reach_s
-        deadline = now + patience_s if pending is None else min(pending.deadline, now + patience_s)
-        self._pending[session] = _PendingOpen(deadline, new_link, wants_pong)
-        if (state is LinkState.UP or state.is_final) and not wants_pong:
-            self._answer_open(session, reachable=state is LinkState.UP)
-
-    def _set_next(self, session: Session, following: Endpoint | None) -> bool:
-        """Makes a session push to another hop, or to none; False if this peer has too many links already."""
-        if following == session.next:
-            return True
-        before, session.next = session.next, None
-        if following is not None and self._next_hops.acquire(following):
-            session.next = following
-        if before is not None:
-            self._next_hops.release(before)
-        return session.next == following
-
-    def _answer_open(self, session: Session, *, reachable: bool) -> None:
-        pending = self._pending.pop(session)
-        if not reachable and pending.new_link:
-            # The client will carry. Nothing goes on trying to connect to an address that never answered.
-            self._set_next(session, None)
-        self._say_opened(session, next_reachable=reachable)
-
-    def _say_opened(self, session: Session, *, next_reachable: bool) -> None:
-        cached = sum(row.length for row in list(session.rows.values()))
-        self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached))
+        self._opening.reach(session, next_hop_of(message), now, again=again)
 
     def _forget(self, session: Session) -> None:
         """Lets go of what a session that has ended occupied."""
         self.queue.discard(session)
-        self._training.end(session)
-        self._pending.pop(session, None)
-        self._set_next(session, None)
+        self.training.end(session)
+        self._opening.end(session)
 
     def _pass_on(self, source: Endpoint, message: Message, now: float) -> None:
         """What a next hop says: a failure, which the client waits for, or a gradient, which goes up from here."""
@@ -490,7 +356,7 @@ class Service:
                 raise ProtocolError(
                     f"the gradient stands at block {message.boundary}, the session ends at {session.end}"
                 )
-            self._training.receive(session, source, message, now)
+            self.training.receive(session, source, message, now)
         except (ProtocolError, PeerBusy) as error:
             code = _CODE_OF_ERROR.get(type(error), FailureCode.BAD_MESSAGE)
             self._fail(session.reply_to, session.id, message.epoch, number_of(message), code, str(error))
@@ -513,17 +379,7 @@ class Service:
             self._fail(source, session.id, message.epoch, message.number, FailureCode.STALE_EPOCH, "no such next hop")
             return
         session.used_at = now
-        steps = list(session.log.replay())
-        if not steps:
-            code = session.codec.code
-            self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, ()))
-        codec, end = session.log.codec, session.end
-        for index, (parts, payload) in enumerate(steps):
-            number = message.number if index == len(steps) - 1 else 0
-            self._outbox.send(
-                session.next,
-                Step(session.id, session.epoch, number, parts, None, message.until, codec, payload, end),
-            )
+        self._output.replay(session, source, message)
 
     def _fail(
         self, destination: Connection, session: bytes, epoch: int, number: int, code: FailureCode, text: str

@@ -1,0 +1,74 @@
+"""The device is measured while a peer is idle, beside nothing else that uses its blocks."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from peers import span_server
+from peers.counters import Counters
+from peers.next_hops import NextHops
+from peers.span_server import SpanServer
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import Part, Span
+from tests.unit.random_models import random_checkpoint
+
+WAIT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """Its rotary embedding keeps frequencies that change with the length of what passes."""
+    rope = {"rope_theta": 1e4, "rope_type": "dynamic", "factor": 2.0}
+    folder = tmp_path_factory.mktemp("models") / "dynamic"
+    return Checkpoint.open(random_checkpoint("llama", folder, rope_parameters=rope, max_position_embeddings=16))
+
+
+def test_an_idle_span_is_measured_by_the_thread_that_uses_it(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(span_server, "FIRST_REMEASURE_S", -1.0)
+    span, outbox = Span.load(checkpoint, 0, 1), Mock()
+    peer = SpanServer(
+        checkpoint,
+        span,
+        outbox,
+        NextHops(outbox),
+        kv_memory=1 << 20,
+        training_memory=0,
+        idle_s=600.0,
+        counters=Counters(),
+    )
+    forward, threads, measured = span.forward, set[str](), threading.Event()
+
+    def seen(hidden: torch.Tensor, parts: Any) -> torch.Tensor:
+        threads.add(threading.current_thread().name)
+        if len(hidden) == 256:
+            measured.set()
+        return forward(hidden, parts)
+
+    monkeypatch.setattr(span, "forward", seen)
+    peer.start()
+    try:
+        peer.remeasure_if_idle()
+        assert measured.wait(WAIT_S)
+    finally:
+        peer.close()
+    assert threads == {"splitnet-engine"}
+
+
+def test_one_sequence_at_a_time_passes_where_frequencies_depend_on_it(checkpoint: Checkpoint) -> None:
+    span = Span.load(checkpoint, 0, 2)
+    [rope] = [module for module in span._backbone.modules() if hasattr(module, "rope_type")]
+    alone: list[bool] = []
+    rope.register_forward_pre_hook(lambda *_: alone.append(span._ropes._lock.locked()))
+    for some in (span, span.view(0, 1)):
+        some.forward(torch.randn(8, span.hidden_size), [Part(some.new_row(), 0, 8)])
+        assert some._ropes is span._ropes
+    assert alone
+    assert all(alone)
+    assert not span._ropes._lock.locked()
