@@ -151,7 +151,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
             choices=ask.choices,
             with_tools=bool(tools),
             with_logprobs=bool(body.logprobs),
-            decode=prompts.decode_all,
+            text_of=prompts.text_of,
         )
         return await _answered(gateway, body, request, [ask], answer)
 
@@ -173,6 +173,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
                 stop_strings=body.stop_strings,
                 top_logprobs=body.logprobs,
                 score_prompt=bool(body.echo) and body.logprobs is not None,
+                goes_on=True,
             )
             for prompt in tokenized
         ]
@@ -183,7 +184,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
             prompts=echoed if body.echo else [""] * len(texts),
             choices=body.n or 1,
             with_logprobs=body.logprobs is not None,
-            decode=prompts.decode_all,
+            text_of=prompts.text_of,
         )
         return await _answered(gateway, body, request, asks, answer)
 

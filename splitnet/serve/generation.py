@@ -40,6 +40,7 @@ class Ask:
         top_logprobs: how many of the likeliest tokens to score beside each token; None: score nothing.
         score_prompt: also the tokens of the prompt.
         grammar: what the answers must keep to.
+        goes_on: the answers go on from the text of the prompt, as completions do; a message of a chat stands alone.
     """
 
     prompt: list[int]
@@ -50,6 +51,7 @@ class Ask:
     top_logprobs: int | None = None
     score_prompt: bool = False
     grammar: Grammar | None = None
+    goes_on: bool = False
 
     @property
     def can_use_kept(self) -> bool:
@@ -241,8 +243,10 @@ class Generation:
             prompt = prompt.expand(ask.choices, -1)
         allowed = [AllowedTokens(ask.grammar) for _ in range(ask.choices)] if ask.grammar is not None else []
         chooser = TokenChooser(ask.sampling, ask.top_logprobs, prompt.shape[1], allowed)
+        before = ask.prompt if ask.goes_on else ()
         choices = [
-            Choice(index, own.decode, ask.max_tokens, own.end_tokens, ask.stop_strings) for index in range(ask.choices)
+            Choice(index, own.decode, ask.max_tokens, own.end_tokens, ask.stop_strings, before)
+            for index in range(ask.choices)
         ]
         output = own.model.generate(
             input_ids=prompt,

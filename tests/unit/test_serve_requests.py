@@ -190,7 +190,7 @@ class Tokenizer:
         self.chat_template = template
         self.given: Any = None
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str, **options: Any) -> Any:
         return type("Encoded", (), {"input_ids": [ord(character) for character in text]})()
 
     def get_chat_template(self, tools: Any) -> str:
