@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.causal_lm import RemoteCausalLM
@@ -87,7 +87,7 @@ class Generations:
     """Runs requests on a model, some at a time.
 
     Args:
-        model: the blocks are remote.
+        model: the blocks are remote. Of its generation config only the tokens that end an answer are left.
         decode: the text of a list of tokens.
         at_a_time: how many requests run.
         limits: how many sessions are kept for the next turns of chats.
@@ -116,6 +116,8 @@ class Generations:
         self.kept: PrefixCache[RemoteCache] = PrefixCache(limits, RemoteCache.close)
         ends = model.generation_config.eos_token_id
         self.end_tokens: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        # A request says how tokens are chosen; transformers would add what the checkpoint says, in silence.
+        model.generation_config = GenerationConfig(eos_token_id=ends)
         self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="splitnet-serve")
         self._running: set[Generation] = set()
         self._ending = False
