@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from huggingface_hub import HfFileSystem, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfFileSystem, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -113,6 +113,7 @@ class Shards:
         self.name = name
         self.revision = revision
         self._folder = folder
+        self._hub_answers = False
         self.source = name if folder is None else str(folder)
 
     @property
@@ -195,16 +196,15 @@ class Shards:
             path = self._folder / file
             return path if path.is_file() else None
         try:
+            if not isinstance(try_to_load_from_cache(self.name, file, revision=self.revision), str):
+                self._check_that_hub_answers(file)
             return Path(hf_hub_download(self.name, file, revision=self.revision))
         except GatedRepoError as error:
             raise ModelNotFound(
                 f"{self.name} needs its licence accepted: do so on its page, then log in with 'hf auth login'"
             ) from error
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            raise ModelNotFound(
-                f"{self.name} is neither a folder here nor in the cache, and the hub cannot be reached: check the "
-                "name and the network"
-            ) from error
+            raise self._unreachable() from error
         except EntryNotFoundError:
             return None
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -214,3 +214,25 @@ class Shards:
             ) from error
         except HfHubHTTPError as error:
             raise ModelNotFound(f"the hub does not give {self.name}: {error}") from error
+
+    def _check_that_hub_answers(self, file: str) -> None:
+        """Asks once, where a download would try to connect for half a minute; what the hub answers is for the download.
+
+        Raises:
+            ModelNotFound: it cannot be reached.
+        """
+        if self._hub_answers:
+            return
+        try:
+            get_hf_file_metadata(hf_hub_url(self.name, file, revision=self.revision))
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+            pass
+        except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
+            raise self._unreachable() from error
+        self._hub_answers = True
+
+    def _unreachable(self) -> ModelNotFound:
+        return ModelNotFound(
+            f"{self.name} is neither a folder here nor in the cache, and the hub cannot be reached: check the name and "
+            "the network"
+        )
