@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.extras import require
 from splitnet.cli.generate import Speculate, Wait
 from splitnet.cli.logs import tell
 
@@ -72,6 +73,7 @@ def serve(
     Chats, completions, streaming and tools; docs/serve.md lists what is supported. A page at / shows the swarm, with a
     chat.
     """
+    require("serve", "splitnet serve")
     source = resolve_model(model)
 
     from splitnet.cli.connection import Connection
