@@ -195,8 +195,10 @@ class Shards:
         if self._folder is not None:
             path = self._folder / file
             return path if path.is_file() else None
+        cached: Any = None
         try:
-            if not isinstance(try_to_load_from_cache(self.name, file, revision=self.revision), str):
+            cached = try_to_load_from_cache(self.name, file, revision=self.revision)
+            if not isinstance(cached, str):
                 self._check_that_hub_answers(file)
             return Path(hf_hub_download(self.name, file, revision=self.revision))
         except GatedRepoError as error:
@@ -204,7 +206,12 @@ class Shards:
                 f"{self.name} needs its licence accepted: do so on its page, then log in with 'hf auth login'"
             ) from error
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            raise self._unreachable() from error
+            if cached is not None:  # the cache knows that the hub has no such file
+                return None
+            raise ModelNotFound(
+                f"{self.name} is neither a folder here nor in the cache, and the hub cannot be reached: check the "
+                "name and the network"
+            ) from error
         except EntryNotFoundError:
             return None
         except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
@@ -219,7 +226,7 @@ class Shards:
         """Asks once, where a download would try to connect for half a minute; what the hub answers is for the download.
 
         Raises:
-            ModelNotFound: it cannot be reached.
+            LocalEntryNotFoundError: it cannot be reached.
         """
         if self._hub_answers:
             return
@@ -228,11 +235,5 @@ class Shards:
         except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
             pass
         except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
-            raise self._unreachable() from error
+            raise LocalEntryNotFoundError(f"the hub cannot be reached ({error})") from error
         self._hub_answers = True
-
-    def _unreachable(self) -> ModelNotFound:
-        return ModelNotFound(
-            f"{self.name} is neither a folder here nor in the cache, and the hub cannot be reached: check the name and "
-            "the network"
-        )

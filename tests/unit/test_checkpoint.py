@@ -179,19 +179,42 @@ def empty_hub() -> Iterator[ThreadingHTTPServer]:
         server.shutdown()
 
 
+@pytest.fixture
+def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], None]:
+    """Has the hub client ask a port of this machine, with an empty cache in `tmp_path`."""
+
+    def use(port: int) -> None:
+        endpoint = f"http://127.0.0.1:{port}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    return use
+
+
 @pytest.mark.parametrize(("listens", "said"), [(True, "check the name, or log in"), (False, "cannot be reached")])
 def test_an_id_that_the_hub_does_not_give_is_an_error_at_once(
-    listens: bool, said: str, empty_hub: ThreadingHTTPServer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    listens: bool, said: str, empty_hub: ThreadingHTTPServer, use_hub: Callable[[int], None]
 ) -> None:
-    endpoint = f"http://127.0.0.1:{empty_hub.server_port if listens else 1}"
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    use_hub(empty_hub.server_port if listens else 1)
     began = time.monotonic()
     with pytest.raises(ModelNotFound, match=said):
         Checkpoint.open("no/such-model")
     assert time.monotonic() - began < 10  # the hub client would try for 23 s
+
+
+def test_a_model_in_the_cache_needs_no_network(folder: Path, use_hub: Callable[[int], None], tmp_path: Path) -> None:
+    use_hub(1)
+    cache = tmp_path / "models--someone--tiny"
+    _resharded(folder, cache / "snapshots" / "abc")  # without an index, which the cache knows
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    (cache / ".no_exist" / "abc").mkdir(parents=True)
+    (cache / ".no_exist" / "abc" / shards.INDEX_FILE).touch()
+    began = time.monotonic()
+    assert Checkpoint.open("someone/tiny").fingerprint == Checkpoint.open(folder).fingerprint
+    assert time.monotonic() - began < 10
 
 
 def test_a_shard_that_is_missing_or_damaged(folder: Path, tmp_path: Path) -> None:
