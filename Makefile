@@ -10,10 +10,10 @@ export MODEL PROMPT
 .PHONY: demo chat test lint docs format soak
 .DELETE_ON_ERROR:
 
-demo: .venv/demo.stamp
+demo: .venv/all.stamp
 	@.venv/bin/splitnet demo $${MODEL:+"$$MODEL"} $${PROMPT:+--prompt="$$PROMPT"}
 
-chat: .venv/demo.stamp
+chat: .venv/all.stamp
 	@.venv/bin/splitnet demo $${MODEL:+"$$MODEL"} --serve --port $(or $(PORT),8000)
 
 test: .venv/dev.stamp
@@ -41,12 +41,12 @@ format: .venv/dev.stamp
 	@echo "Creating .venv with $(PYTHON)"
 	@$(PYTHON) -m venv .venv
 
-.venv/demo.stamp: pyproject.toml $(wildcard splitnet/model/native/*) | .venv/bin/python
+.venv/all.stamp: pyproject.toml $(wildcard splitnet/model/native/*) | .venv/bin/python
 	@echo "Installing splitnet into .venv (some minutes the first time)"
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[demo]"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[all]"
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml $(wildcard splitnet/model/native/*) | .venv/bin/python
 	@echo "Installing splitnet and its development tools into .venv (some minutes the first time)"
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
-	@touch .venv/demo.stamp $@
+	@touch .venv/all.stamp $@

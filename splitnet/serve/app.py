@@ -34,6 +34,7 @@ from splitnet.serve.metrics import GatewayMetrics, instrument
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.requests import ChatRequest, CompletionRequest, SamplingRequest
 from splitnet.serve.sampling import Sampling
+from splitnet.serve.sampling_defaults import SamplingDefaults
 
 COMPLETION_TOKENS = 16
 """Of a completion that does not say how many it wants; OpenAI's default."""
@@ -51,13 +52,14 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Gateway:
-    """What the paths use; `model`: the name that requests give."""
+    """What the paths use; `model`: the name that requests give; `defaults`: of what they leave out."""
 
     model: str
     generations: Generations
     prompts: Prompts
     grammars: Grammars
     admission: Admission
+    defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
 
     def check_model(self, name: str) -> None:
@@ -139,7 +141,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         ask = Ask(
             prompt=prompt,
             max_tokens=prompts.room_for(prompt, body.max_completion_tokens or body.max_tokens),
-            sampling=_sampling(prompts, body),
+            sampling=_sampling(gateway, body),
             choices=body.n or 1,
             stop_strings=body.stop_strings,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
@@ -151,7 +153,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
             choices=ask.choices,
             with_tools=bool(tools),
             with_logprobs=bool(body.logprobs),
-            decode=prompts.decode_all,
+            text_of=prompts.text_of,
         )
         return await _answered(gateway, body, request, [ask], answer)
 
@@ -163,7 +165,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         texts = _prompts_of(body)
         tokenized = await run_in_threadpool(lambda: [prompts.of_text(text) for text in texts])
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
-        sampling = _sampling(prompts, body)
+        sampling = _sampling(gateway, body)
         asks = [
             Ask(
                 prompt=prompt,
@@ -173,6 +175,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
                 stop_strings=body.stop_strings,
                 top_logprobs=body.logprobs,
                 score_prompt=bool(body.echo) and body.logprobs is not None,
+                goes_on=True,
             )
             for prompt in tokenized
         ]
@@ -183,7 +186,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
             prompts=echoed if body.echo else [""] * len(texts),
             choices=body.n or 1,
             with_logprobs=body.logprobs is not None,
-            decode=prompts.decode_all,
+            text_of=prompts.text_of,
         )
         return await _answered(gateway, body, request, asks, answer)
 
@@ -211,16 +214,20 @@ async def _first_of(running: AsyncGenerator[Numbered]) -> Numbered:
     return await anext(running)
 
 
-def _sampling(prompts: Prompts, body: SamplingRequest) -> Sampling:
+def _sampling(gateway: Gateway, body: SamplingRequest) -> Sampling:
     bias = {int(token): bias for token, bias in (body.logit_bias or {}).items()}
-    prompts.check_known(bias, "logit_bias")
+    gateway.prompts.check_known(bias, "logit_bias")
+    defaults = gateway.defaults
     return Sampling(
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
+        temperature=defaults.temperature if body.temperature is None else body.temperature,
+        top_p=defaults.top_p if body.top_p is None else body.top_p,
         seed=secrets.randbits(64) if body.seed is None else body.seed % 2**64,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         bias=tuple(bias.items()),
+        top_k=defaults.top_k,
+        min_p=defaults.min_p,
+        repetition_penalty=defaults.repetition_penalty,
     )
 
 

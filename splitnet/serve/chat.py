@@ -10,7 +10,7 @@ from splitnet.serve.generation import Piece, ScoredPrompt
 from splitnet.serve.sampling import ScoredToken
 from splitnet.serve.tool_calls import ToolCall, ToolCallParser
 
-Decode = Callable[[list[int]], str]
+TextOf = Callable[[int], str]
 
 
 class ChatAnswer(Answer):
@@ -20,16 +20,16 @@ class ChatAnswer(Answer):
         choices: how many.
         with_tools: whether calls of tools are looked for.
         with_logprobs: whether tokens are scored.
-        decode: the text of a list of tokens, special ones included.
+        text_of: the text of a token, also of a special one.
     """
 
     id_prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self, model: str, prompt_tokens: int, *, choices: int, with_tools: bool, with_logprobs: bool, decode: Decode
+        self, model: str, prompt_tokens: int, *, choices: int, with_tools: bool, with_logprobs: bool, text_of: TextOf
     ) -> None:
         super().__init__(model, prompt_tokens)
-        self._choices = [_ChatChoice(index, with_tools, with_logprobs, decode) for index in range(choices)]
+        self._choices = [_ChatChoice(index, with_tools, with_logprobs, text_of) for index in range(choices)]
 
     def take(self, number: int, event: ScoredPrompt | Piece) -> dict[str, Any] | None:
         assert isinstance(event, Piece)
@@ -42,11 +42,11 @@ class ChatAnswer(Answer):
 class _ChatChoice:
     """One message as it grows."""
 
-    def __init__(self, index: int, with_tools: bool, with_logprobs: bool, decode: Decode) -> None:
+    def __init__(self, index: int, with_tools: bool, with_logprobs: bool, text_of: TextOf) -> None:
         self._index = index
         self._parser = ToolCallParser() if with_tools else None
         self._with_logprobs = with_logprobs
-        self._decode = decode
+        self._text_of = text_of
         self._begun = False
         self._text = ""
         self._calls: list[ToolCall] = []
@@ -110,7 +110,7 @@ class _ChatChoice:
         return {"content": content, "refusal": None}
 
     def _scored_token(self, token: int, logprob: float | None) -> dict[str, Any]:
-        text = self._decode([token])
+        text = self._text_of(token)
         # The replacement character stands for a part of a character, whose bytes are not known here.
         return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 

@@ -39,6 +39,7 @@ class Choice:
         max_tokens: after which it ends.
         end_tokens: with which it ends; they are not text.
         stop_strings: before which it ends.
+        prompt: the tokens whose text it goes on from; empty: it stands alone.
 
     Attributes:
         tokens: how many there were so far.
@@ -51,13 +52,14 @@ class Choice:
         max_tokens: int,
         end_tokens: Collection[int],
         stop_strings: Sequence[str],
+        prompt: Sequence[int] = (),
     ) -> None:
         self.index = index
         self.tokens = 0
         self.finished = False
         self._max_tokens = max_tokens
         self._end_tokens = end_tokens
-        self._detokenizer = Detokenizer(decode)
+        self._detokenizer = Detokenizer(decode, prompt)
         self._stops = StopStrings(stop_strings)
 
     def push(self, token: int, scored: ScoredToken | None) -> Piece:

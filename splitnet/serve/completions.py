@@ -17,7 +17,7 @@ class CompletionAnswer(Answer):
         prompts: the text of each prompt, which is told first; empty if it is not wanted.
         choices: how many answers to each prompt.
         with_logprobs: whether tokens are scored.
-        decode: the text of a list of tokens, special ones included.
+        text_of: the text of a token, also of a special one.
     """
 
     id_prefix, whole_object, chunk_object = "cmpl", "text_completion", "text_completion"
@@ -30,12 +30,12 @@ class CompletionAnswer(Answer):
         prompts: Sequence[str],
         choices: int,
         with_logprobs: bool,
-        decode: Callable[[list[int]], str],
+        text_of: Callable[[int], str],
     ) -> None:
         super().__init__(model, prompt_tokens)
         self._per_prompt = choices
         self._choices = [
-            _CompletionChoice(index, prompts[index // choices], with_logprobs, decode)
+            _CompletionChoice(index, prompts[index // choices], with_logprobs, text_of)
             for index in range(len(prompts) * choices)
         ]
 
@@ -54,12 +54,12 @@ class CompletionAnswer(Answer):
 class _CompletionChoice:
     """One text as it grows."""
 
-    def __init__(self, index: int, prompt: str, with_logprobs: bool, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, index: int, prompt: str, with_logprobs: bool, text_of: Callable[[int], str]) -> None:
         self.scored_prompt: tuple[ScoredToken, ...] = ()
         self._index = index
         self._prompt = prompt
         self._with_logprobs = with_logprobs
-        self._decode = decode
+        self._text_of = text_of
         self._begun = False
         self._text = ""
         self._scored: list[ScoredToken] = []
@@ -92,7 +92,7 @@ class _CompletionChoice:
     def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
         if not self._with_logprobs:
             return None
-        texts = [self._decode([each.token]) for each in scored]
+        texts = [self._text_of(each.token) for each in scored]
         offsets: list[int] = []
         for text in texts:
             offsets.append(self._offset)
@@ -110,5 +110,5 @@ class _CompletionChoice:
         top: dict[str, float] = {}
         # Of tokens that look the same, the likeliest counts; the chosen one is always there.
         for token, logprob in (*scored.top, (scored.token, scored.logprob)):
-            top.setdefault(self._decode([token]), logprob)
+            top.setdefault(self._text_of(token), logprob)
         return top

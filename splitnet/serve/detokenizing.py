@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 INCOMPLETE = "\ufffd"
 """What tokenizers write for the bytes of a character of which some are missing."""
+
+_MOST_CONTEXT = 32
+"""Tokens of a prompt that are looked at for the place where its last text begins."""
 
 
 class Detokenizer:
@@ -13,13 +17,15 @@ class Detokenizer:
 
     Args:
         decode: the text of a list of tokens.
+        prompt: the tokens that the text goes on from; empty: the text stands alone. Some tokenizers, such as Llama 2's,
+            drop the space that a text begins with.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str]) -> None:
+    def __init__(self, decode: Callable[[list[int]], str], prompt: Sequence[int] = ()) -> None:
         self._decode = decode
         # The tokens since the last but one piece: what a token looks like may depend on the one before it.
-        self._tokens: list[int] = []
-        self._told = 0
+        self._tokens = _last_text(decode, prompt)
+        self._told = len(self._tokens)
 
     def push(self, token: int) -> str:
         """Takes a token; the text that it completes."""
@@ -37,4 +43,17 @@ class Detokenizer:
         return text
 
     def _new_text(self) -> str:
-        return self._decode(self._tokens)[len(self._decode(self._tokens[: self._told])) :]
+        told, text = self._decode(self._tokens[: self._told]), self._decode(self._tokens)
+        # A token may complete a character that the prompt left incomplete.
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(told, text, strict=False)))
+        return text[shared:]
+
+
+def _last_text(decode: Callable[[list[int]], str], prompt: Sequence[int]) -> list[int]:
+    """The fewest last tokens of a prompt that are text and begin with a whole character, if there are such."""
+    for count in range(1, min(len(prompt), _MOST_CONTEXT) + 1):
+        tokens = list(prompt[-count:])
+        text = decode(tokens)
+        if text and not text.startswith(INCOMPLETE):
+            return tokens
+    return list(prompt[-_MOST_CONTEXT:])

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from splitnet.errors import (
     ContextTooLong,
     CoverageError,
+    DirectoryError,
     NotAuthorized,
     PeerBusy,
     PeerFailed,
@@ -76,6 +77,7 @@ _STATUS_OF: list[tuple[type[SplitnetError], int, str]] = [
     (ContextTooLong, 400, "context_length_exceeded"),
     (PeerBusy, 429, "peers_busy"),
     (CoverageError, 503, "blocks_not_served"),
+    (DirectoryError, 503, "swarm_unreachable"),
     (SessionClosed, 503, "server_ending"),
     (PeerLost, 502, "peer_lost"),
     (PeerFailed, 502, "peer_failed"),

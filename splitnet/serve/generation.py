@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.causal_lm import RemoteCausalLM
@@ -40,6 +40,7 @@ class Ask:
         top_logprobs: how many of the likeliest tokens to score beside each token; None: score nothing.
         score_prompt: also the tokens of the prompt.
         grammar: what the answers must keep to.
+        goes_on: the answers go on from the text of the prompt, as completions do; a message of a chat stands alone.
     """
 
     prompt: list[int]
@@ -50,6 +51,7 @@ class Ask:
     top_logprobs: int | None = None
     score_prompt: bool = False
     grammar: Grammar | None = None
+    goes_on: bool = False
 
     @property
     def can_use_kept(self) -> bool:
@@ -85,7 +87,7 @@ class Generations:
     """Runs requests on a model, some at a time.
 
     Args:
-        model: the blocks are remote.
+        model: the blocks are remote. Of its generation config only the tokens that end an answer are left.
         decode: the text of a list of tokens.
         at_a_time: how many requests run.
         limits: how many sessions are kept for the next turns of chats.
@@ -114,6 +116,8 @@ class Generations:
         self.kept: PrefixCache[RemoteCache] = PrefixCache(limits, RemoteCache.close)
         ends = model.generation_config.eos_token_id
         self.end_tokens: set[int] = set(ends if isinstance(ends, list) else [] if ends is None else [ends])
+        # A request says how tokens are chosen; transformers would add what the checkpoint says, in silence.
+        model.generation_config = GenerationConfig(eos_token_id=ends)
         self._threads = ThreadPoolExecutor(at_a_time, thread_name_prefix="splitnet-serve")
         self._running: set[Generation] = set()
         self._ending = False
@@ -241,8 +245,10 @@ class Generation:
             prompt = prompt.expand(ask.choices, -1)
         allowed = [AllowedTokens(ask.grammar) for _ in range(ask.choices)] if ask.grammar is not None else []
         chooser = TokenChooser(ask.sampling, ask.top_logprobs, prompt.shape[1], allowed)
+        before = ask.prompt if ask.goes_on else ()
         choices = [
-            Choice(index, own.decode, ask.max_tokens, own.end_tokens, ask.stop_strings) for index in range(ask.choices)
+            Choice(index, own.decode, ask.max_tokens, own.end_tokens, ask.stop_strings, before)
+            for index in range(ask.choices)
         ]
         output = own.model.generate(
             input_ids=prompt,

@@ -25,6 +25,7 @@ class Prompts:
         self._tokenizer = tokenizer
         self._vocabulary = vocabulary
         self._max_positions = max_positions
+        self._some_text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer."""
@@ -33,6 +34,10 @@ class Prompts:
     def decode_all(self, tokens: list[int]) -> str:
         """The text of tokens, special ones included."""
         return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def text_of(self, token: int) -> str:
+        """The text of one token within a text; at the start of one, some tokenizers drop its space."""
+        return self.decode_all([*self._some_text, token])[len(self.decode_all(self._some_text)) :]
 
     def of_chat(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """The tokens of a conversation, ready for the next answer.

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import LogitsProcessor, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from splitnet.serve.grammars import AllowedTokens
 
@@ -25,6 +32,7 @@ class Sampling:
         frequency_penalty, presence_penalty: taken off the logit of a token for every time that it is in the answer, or
             once if it is.
         bias: added to the logits of some tokens.
+        top_k, min_p, repetition_penalty: see `splitnet.serve.sampling_defaults.SamplingDefaults`.
     """
 
     temperature: float
@@ -33,10 +41,14 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     bias: tuple[tuple[int, float], ...] = ()
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
 
     @property
     def changes_logits(self) -> bool:
-        return bool(self.frequency_penalty or self.presence_penalty or self.bias)
+        penalties = self.frequency_penalty or self.presence_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.bias)
 
 
 @dataclass(frozen=True)
@@ -76,8 +88,12 @@ class TokenChooser(LogitsProcessor):
         self._warpers: list[Any] = []
         if not self._greedy:
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                self._warpers.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
+            if sampling.min_p:
+                self._warpers.append(MinPLogitsWarper(sampling.min_p))
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         position = input_ids.shape[1]
@@ -95,6 +111,8 @@ class TokenChooser(LogitsProcessor):
         scores = scores.clone()
         answers = input_ids[:, self._begins :]
         if self._sampling.changes_logits:
+            if self._sampling.repetition_penalty != 1:
+                scores = RepetitionPenaltyLogitsProcessor(self._sampling.repetition_penalty)(input_ids, scores)  # pyright: ignore[reportArgumentType]
             for row, answer in enumerate(answers):
                 counts = torch.bincount(answer, minlength=scores.shape[1])
                 scores[row] -= self._sampling.frequency_penalty * counts

@@ -26,6 +26,7 @@ from splitnet.serve.grammars import Grammars
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
+from splitnet.serve.sampling_defaults import choose_defaults
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ServeOptions:
     keep: KeepLimits
     drain_s: float
     speculate: Any = None
+    checkpoint_sampling: bool = False
 
 
 def serve(
@@ -55,7 +57,7 @@ def serve(
     Args:
         join: joins its swarm.
         model: options of `splitnet.client.causal_lm.attach`.
-        say: told where, once requests are answered.
+        say: told where, and what is taken from the checkpoint, once requests are answered.
         warn: told what is dangerous.
 
     Raises:
@@ -71,6 +73,7 @@ def serve(
         with join() as swarm:
             swarm.peers()  # tells a swarm of other weights
             remote = attach(checkpoint, swarm, **model)
+            defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
             vocabulary = remote.config.get_text_config().vocab_size
             prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
             generations = Generations(remote, prompts.decode, options.max_requests, options.keep, options.speculate)
@@ -81,6 +84,7 @@ def serve(
                     prompts,
                     Grammars(tokenizer, vocabulary, generations.end_tokens),
                     Admission(options.max_requests, options.max_waiting),
+                    defaults,
                 )
                 server = _Server(make_app(gateway, keys, int(time.time())), generations, options.drain_s)
                 # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
@@ -89,6 +93,8 @@ def serve(
                 shown = f"[{host}]" if ":" in host else host
                 say(f"serving {checkpoint.name} at http://{shown}:{port}/v1")
                 say(f"the swarm and a chat are shown at http://{shown}:{port}/")
+                for sentence in said:
+                    say(sentence)
                 server.run(sockets=[listener])
             finally:
                 generations.close()

@@ -167,7 +167,7 @@ class Encoder:
 def _row(pieces: list[tuple[list[int], bool]]) -> Encoded:
     ids = [token for piece, _ in pieces for token in piece]
     targets = [token if learn else IGNORED for piece, learn in pieces for token in piece]
-    # Nothing foretells the first token. A soft prompt would, and then rows would count otherwise for some methods.
+    # Nothing predicts the first token. A soft prompt would, and then its loss would count with some methods only.
     return Encoded(ids, [IGNORED, *targets[1:]])
 
 

@@ -17,7 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from prometheus_client.parser import text_string_to_metric_families
 from schemathesis.checks import CHECKS
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from scheduler.speculation import Window
 from splitnet.cli.logs import JsonFormatter
@@ -30,6 +30,7 @@ from splitnet.serve.grammars import Grammars
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
+from splitnet.serve.sampling_defaults import SamplingDefaults
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
 
@@ -90,12 +91,13 @@ class Server:
         keep: int = 4,
         speculate: str | None = None,
         keys: Sequence[str] = (),
+        defaults: SamplingDefaults | None = None,
     ) -> None:
         prompts = Prompts(tokenizer, 49152, 256)
         self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0), speculate)
         grammars = Grammars(tokenizer, 49152, self.generations.end_tokens)
         self.admission = Admission(at_a_time, waiting)
-        gateway = Gateway(MODEL, self.generations, prompts, grammars, self.admission)
+        gateway = Gateway(MODEL, self.generations, prompts, grammars, self.admission, defaults or SamplingDefaults())
         self.app = make_app(gateway, ApiKeys(list(keys)), created=0)
 
     @asynccontextmanager
@@ -188,6 +190,25 @@ def test_a_completion_is_that_of_the_model_in_one_piece(serve: Serve, whole: Any
             assert reply["usage"]["prompt_tokens"] == len(ids) and reply["usage"]["completion_tokens"] == 12
 
     serve(does)
+
+
+def test_what_a_checkpoint_recommends_is_used_only_if_it_is_taken(
+    serve: Serve, swarm: LocalSwarm, whole: Any, tokenizer: Any
+) -> None:
+    ids = tokenizer("Bees fly").input_ids
+    penalty = 0.1  # below 1 it prefers what was said: this model repeats nothing on its own
+    penalised = whole.generate(
+        torch.tensor([ids]), max_new_tokens=12, do_sample=False, repetition_penalty=penalty, eos_token_id=None
+    )
+    recommending = swarm.model()
+    recommending.generation_config = GenerationConfig(repetition_penalty=penalty, eos_token_id=2)
+
+    async def does(server: Server) -> str:
+        return (await server.complete(prompt=ids, max_tokens=12))["choices"][0]["text"]
+
+    assert serve(does, on=recommending) == tokenizer.decode(greedy(whole, ids, 12))
+    taken = serve(does, on=recommending, defaults=SamplingDefaults(repetition_penalty=penalty))
+    assert taken == tokenizer.decode(penalised[0, len(ids) :]) != tokenizer.decode(greedy(whole, ids, 12))
 
 
 def test_scores_of_a_prompt_are_those_of_the_model_in_one_piece(serve: Serve, whole: Any, tokenizer: Any) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from huggingface_hub.errors import EntryNotFoundError
 from transformers import AutoModelForCausalLM
 
@@ -40,6 +44,9 @@ class FakeHub:
         self.downloaded.append(file)
         return str(self.folder / file)
 
+    def get_hf_file_metadata(self, url: str) -> None:
+        assert url.endswith("/someone/tiny/resolve/v1/config.json")
+
     def try_to_load_from_cache(self, repo: str, file: str, revision: str | None = None) -> str | None:
         return str(self.folder / file) if file in self.downloaded else None
 
@@ -53,6 +60,7 @@ class FakeHub:
 def hub(folder: Path, monkeypatch: pytest.MonkeyPatch) -> FakeHub:
     hub = FakeHub(folder)
     monkeypatch.setattr(shards, "hf_hub_download", hub.hf_hub_download)
+    monkeypatch.setattr(shards, "get_hf_file_metadata", hub.get_hf_file_metadata)
     monkeypatch.setattr(shards, "try_to_load_from_cache", hub.try_to_load_from_cache)
     monkeypatch.setattr(shards, "HfFileSystem", lambda: hub)
     return hub
@@ -186,6 +194,64 @@ def test_what_is_not_there_is_said_with_the_fix(folder: Path, tmp_path: Path) ->
         Checkpoint.open(tmp_path)
     with pytest.raises(ModelNotFound, match="tokenizer"):
         Checkpoint.open(folder).tokenizer()
+
+
+class EmptyHub(BaseHTTPRequestHandler):
+    """A hub over HTTP that has no repository."""
+
+    def do_HEAD(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def empty_hub() -> Iterator[ThreadingHTTPServer]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub) as server:
+        threading.Thread(target=server.serve_forever).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def use_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], None]:
+    """Has the hub client ask a port of this machine, with an empty cache in `tmp_path`."""
+
+    def use(port: int) -> None:
+        endpoint = f"http://127.0.0.1:{port}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    return use
+
+
+@pytest.mark.parametrize(("listens", "said"), [(True, "check the name, or log in"), (False, "cannot be reached")])
+def test_an_id_that_the_hub_does_not_give_is_an_error_at_once(
+    listens: bool, said: str, empty_hub: ThreadingHTTPServer, use_hub: Callable[[int], None]
+) -> None:
+    use_hub(empty_hub.server_port if listens else 1)
+    began = time.monotonic()
+    with pytest.raises(ModelNotFound, match=said):
+        Checkpoint.open("no/such-model")
+    assert time.monotonic() - began < 10  # the hub client would try for 23 s
+
+
+def test_a_model_in_the_cache_needs_no_network(folder: Path, use_hub: Callable[[int], None], tmp_path: Path) -> None:
+    use_hub(1)
+    cache = tmp_path / "models--someone--tiny"
+    _resharded(folder, cache / "snapshots" / "abc")  # without an index, which the cache knows
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("abc")
+    (cache / ".no_exist" / "abc").mkdir(parents=True)
+    (cache / ".no_exist" / "abc" / shards.INDEX_FILE).touch()
+    began = time.monotonic()
+    assert Checkpoint.open("someone/tiny").fingerprint == Checkpoint.open(folder).fingerprint
+    assert time.monotonic() - began < 10
 
 
 def test_a_shard_that_is_missing_or_damaged(folder: Path, tmp_path: Path) -> None:

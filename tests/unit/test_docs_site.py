@@ -45,7 +45,7 @@ def test_the_messages_that_troubleshooting_explains_are_those_of_the_code() -> N
     "text", ["[gone](gone.md)", "[gone](../gone.py)", "[no such part](../ARCHITECTURE.md#nowhere)"]
 )
 def test_a_link_to_nowhere_ends_the_build(tmp_path: Path, text: str) -> None:
-    for name in ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md"):
+    for name in ("ARCHITECTURE.md", "CHANGELOG.md", "CONTRIBUTING.md", "README.md"):
         (tmp_path / name).write_text("# Here\n")
     docs = tmp_path / "docs"
     (docs / ".site").mkdir(parents=True)
@@ -53,7 +53,7 @@ def test_a_link_to_nowhere_ends_the_build(tmp_path: Path, text: str) -> None:
     (tmp_path / hook).write_text((ROOT / hook).read_text())
     checks = "validation: {links: {not_found: warn, anchors: warn}}\n"
     (tmp_path / "mkdocs.yml").write_text(f"site_name: test\nplugins: []\nhooks: [{hook}]\n{checks}")
-    (docs / "index.md").write_text("# Home\n\n[fine](../ARCHITECTURE.md#here)\n")
+    (docs / "page.md").write_text("# Page\n\n[fine](../ARCHITECTURE.md#here)\n")
     assert build(tmp_path, tmp_path / "site").returncode == 0
-    (docs / "index.md").write_text(f"# Home\n\n{text}\n")
+    (docs / "page.md").write_text(f"# Page\n\n{text}\n")
     assert build(tmp_path, tmp_path / "site").returncode != 0

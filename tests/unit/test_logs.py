@@ -98,3 +98,13 @@ def test_an_error_that_ends_a_command_is_an_event() -> None:
     assert ended.returncode == 1
     told = json.loads(ended.stderr)
     assert told["level"] == "error" and "write START:END" in told["message"]
+
+
+def test_what_the_hub_client_logs_is_written_once() -> None:
+    program = (
+        "import logging; from splitnet.cli.logs import *; from splitnet.cli.arguments import quiet_libraries\n"
+        "set_up(LogFormat.text, logging.WARNING); quiet_libraries(); import huggingface_hub.file_download\n"
+        "logging.getLogger('huggingface_hub.utils._http').warning('Retrying')"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stderr.count("Retrying") == 1

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from splitnet.errors import (
     ContextTooLong,
     CoverageError,
+    DirectoryError,
     KeyFileError,
     PeerBusy,
     PeerFailed,
@@ -111,6 +112,7 @@ def test_prompts_that_are_none(prompt: Any) -> None:
         (ContextTooLong("long"), 400),
         (PeerBusy("full"), 429),
         (CoverageError("a hole"), 503),
+        (DirectoryError("the DHT did not answer"), 503),
         (SessionClosed("closed"), 503),
         (PeerLost("gone"), 502),
         (SessionLost("gone"), 502),
@@ -190,7 +192,7 @@ class Tokenizer:
         self.chat_template = template
         self.given: Any = None
 
-    def __call__(self, text: str) -> Any:
+    def __call__(self, text: str, **options: Any) -> Any:
         return type("Encoded", (), {"input_ids": [ord(character) for character in text]})()
 
     def get_chat_template(self, tools: Any) -> str:

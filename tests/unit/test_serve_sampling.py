@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from splitnet.serve.sampling import Sampling, TokenChooser, score_tokens
+from splitnet.serve.sampling_defaults import SamplingDefaults, choose_defaults
 
 LOGITS = torch.tensor([[0.0, 1.0, 2.0, -1.0, 0.5]])
 
@@ -81,3 +83,54 @@ def test_penalties_and_bias() -> None:
     assert chosen(presence_penalty=1.8) == 4
     assert chosen(frequency_penalty=-2.0) == 2
     assert chosen(bias=((3, 4.0), (2, -1.5))) == 3
+
+
+def test_what_a_checkpoint_recommends_can_be_taken() -> None:
+    """The prompt is 4, 2, the answer so far 2; logits become 0, 1, 1, -1, 0.25."""
+    ids = torch.tensor([[4, 2, 2]])
+
+    def chosen(**changes: Any) -> set[int]:
+        choosers = [
+            TokenChooser(Sampling(1.0, 1.0, seed, repetition_penalty=2.0, **changes), None) for seed in range(99)
+        ]
+        return {int(chooser(ids, LOGITS).argmax()) for chooser in choosers}
+
+    assert chosen() == {0, 1, 2, 3, 4}
+    assert chosen(top_k=2) == {1, 2}
+    assert chosen(min_p=0.4) == {1, 2, 4}  # 0.47 times as likely as the likeliest; 0 is 0.37 times
+
+
+RECOMMENDED = {"temperature": 0.7, "top_k": 20, "repetition_penalty": 1.05}
+
+
+@pytest.mark.parametrize(
+    ("fields", "of_checkpoint", "defaults", "said"),
+    [
+        ({}, False, {}, []),
+        ({}, True, {}, ["requests that do not say otherwise get the checkpoint's own defaults: none"]),
+        (
+            RECOMMENDED,
+            False,
+            {},
+            [
+                "the checkpoint's temperature=0.7, top_k=20, repetition_penalty=1.05 is not used: "
+                "--sampling-defaults checkpoint uses it"
+            ],
+        ),
+        (
+            RECOMMENDED | {"no_repeat_ngram_size": 3},
+            True,
+            RECOMMENDED,
+            [
+                "requests that do not say otherwise get the checkpoint's temperature=0.7, top_k=20, "
+                "repetition_penalty=1.05",
+                "the checkpoint's no_repeat_ngram_size=3 is not used",
+            ],
+        ),
+    ],
+)
+def test_nothing_of_a_checkpoint_is_taken_or_left_in_silence(
+    fields: Any, of_checkpoint: bool, defaults: Any, said: list[str]
+) -> None:
+    config = GenerationConfig(do_sample=True, eos_token_id=[1, 2], use_cache=True, **fields)
+    assert choose_defaults(config, of_checkpoint=of_checkpoint) == (SamplingDefaults(**defaults), said)

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from splitnet.serve.choice import Choice
 from splitnet.serve.detokenizing import Detokenizer
+from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling import ScoredToken
 from splitnet.serve.sse import DONE, framed
 from splitnet.serve.stop_strings import StopStrings
@@ -76,6 +79,43 @@ def test_bytes_that_are_no_character_are_told_when_something_follows() -> None:
     assert [detokenizer.push(byte) for byte in (0xE2, 0x82, ord("a"))] == ["", "", "\ufffda"]
     detokenizer.push(0xE2)
     assert detokenizer.rest() == "\ufffd"
+
+
+LLAMA = ["<unk>", "<s>", "</s>", "▁The", "▁capital", "▁is", "▁Paris", "ing", "<0xE6>", "<0x97>", "<0xA5>", "a"]
+
+
+@pytest.fixture(scope="module")
+def llama() -> Prompts:
+    """The decoder of Llama 2, Mistral and Phi-3, which drops the space that a text begins with."""
+    vocabulary = {token: number for number, token in enumerate(LLAMA)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(  # pyright: ignore[reportAttributeAccessIssue]
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return Prompts(wrapped, len(LLAMA), None)
+
+
+@given(prompt=st.lists(st.integers(3, 11), max_size=6), tokens=st.lists(st.integers(3, 11), max_size=6))
+def test_a_completion_keeps_the_space_that_it_begins_with(llama: Prompts, prompt: list[int], tokens: list[int]) -> None:
+    prompt = [1, *prompt, 5]
+    choice = Choice(0, llama.decode, len(tokens), {2}, (), prompt)
+    said = "".join(choice.push(token, None).text for token in tokens)
+    assert llama.decode(prompt) + said == llama.decode(prompt + tokens)
+
+
+def test_a_completion_may_end_a_character_that_the_prompt_begins(llama: Prompts) -> None:
+    choice = Choice(0, llama.decode, 3, {2}, (), [1, 5, 8, 9])
+    assert [choice.push(token, None).text for token in (10, 6, 7)] == ["日", " Paris", "ing"]
+
+
+def test_a_message_begins_without_a_space(llama: Prompts) -> None:
+    choice = Choice(0, llama.decode, 3, {2}, ())
+    assert [choice.push(token, None).text for token in (6, 5, 6)] == ["Paris", " is", " Paris"]
+
+
+def test_the_text_of_a_token_is_that_within_a_text(llama: Prompts) -> None:
+    assert [llama.text_of(token) for token in (1, 6, 7, 8)] == ["<s>", " Paris", "ing", "\ufffd"]
 
 
 def answer(text: str, *, max_tokens: int = 100, stops: tuple[str, ...] = ()) -> tuple[str, list[str | None], int]:
