@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import queue
 import threading
 import time
 from collections.abc import Collection, Sequence
@@ -68,7 +69,11 @@ class ModelFacts:
         )
 
 
-class Subscriber(Protocol):
+class Closable(Protocol):
+    def close(self) -> None: ...
+
+
+class Subscriber(Closable, Protocol):
     """Who gets what arrives for a session, from the transport's thread."""
 
     id: bytes
@@ -76,8 +81,6 @@ class Subscriber(Protocol):
     def deliver(self, source: Endpoint, message: Message) -> None: ...
 
     def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Swarm:
@@ -110,6 +113,7 @@ class Swarm:
         self._records_at = 0.0
         self._sessions: dict[bytes, Subscriber] = {}
         self._bans = Bans()
+        self._abandoned: queue.SimpleQueue[Closable] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._look = threading.Event()
         self._suspects: Sequence[PeerRecord] = ()
@@ -247,7 +251,20 @@ class Swarm:
         return sum(map(len, frames))
 
     def register(self, session: Subscriber) -> None:
+        self._close_abandoned()
         self._sessions[session.id] = session
+
+    def close_later(self, session: Closable) -> None:
+        """Has a session closed soon, by another thread; takes no lock, so that the garbage collector may call it."""
+        self._abandoned.put(session)
+
+    def _close_abandoned(self) -> None:
+        while True:
+            try:
+                session = self._abandoned.get_nowait()
+            except queue.Empty:
+                return
+            session.close()
 
     def unregister(self, session: Subscriber) -> None:
         self._sessions.pop(session.id, None)
@@ -289,6 +306,7 @@ class Swarm:
             if self._closing.is_set():
                 return
             self._look.clear()
+            self._close_abandoned()
             if not self._sessions:
                 continue
             suspects, self._suspects = self._suspects, ()
