@@ -14,7 +14,10 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from splitnet.client.mixed_session import MixedSession
+from splitnet.client.parameters import refuse
 from splitnet.client.session import Session
+from splitnet.errors import AdapterError
+from splitnet.model.adapters import Adapter
 from splitnet.net.messages import Fork, Part
 
 ModelSession = Session | MixedSession
@@ -39,8 +42,10 @@ class RemoteLayer(CacheLayerMixin):
         super().__init__()
         self.columns = 0
         """Length of the padded batch."""
-        self.prefix_length = 0
-        """Positions that stand before the first column of every row, from an adapter."""
+        self.adapter: Adapter | None = None
+        """What the blocks ran with for the positions that are held."""
+        self.waited_ms = 0.0
+        """How long the client has waited for peers, in all steps together."""
         self.session: ModelSession | None = None
         self._open_session = open_session
         self._padding: list[int] = []
@@ -48,49 +53,62 @@ class RemoteLayer(CacheLayerMixin):
         self._sources: list[int] | None = None
         self._ids = count(1)
         self._reserved_columns = 0
-        self._closed = False
+        self._restart = True
+        self.closed = False
 
     @property
     def batch(self) -> int:
         """Rows that the cache holds; 0 before the first step."""
         return len(self._current())
 
-    def begin_step(self, mask: torch.Tensor, keep: int) -> tuple[ModelSession, list[Part], list[Fork] | None]:
+    def begin_step(
+        self, mask: torch.Tensor, keep: int, adapter: Adapter | None = None
+    ) -> tuple[ModelSession, list[Part], list[Fork] | None]:
         """Registers new columns and says what the peers have to do for them.
 
         Args:
             mask: `[batch, columns]` bool for past and new columns; False is padding.
             keep: how many of the last new columns are wanted back; 0 means all.
+            adapter: what the blocks are to run with.
 
         Returns:
-            The session, the parts of the step, and forks of rows to make before.
+            The session, the parts of the step, and forks of rows to make before; nothing is to be sent if no part has
+            a position.
 
         Raises:
-            ValueError: padding that is not on the left.
+            UnsupportedParameter: padding that is not on the left, or not where it was.
+            AdapterError: the cache holds keys and values of another adapter.
+            PeerFailed: the adapter does not fit the blocks.
         """
         batch, columns = mask.shape
-        restarted = not self._rows
-        if not restarted and self.batch != batch:
-            raise ValueError(f"the cache holds {self.batch} rows, the batch has {batch}")
+        if not self.columns:
+            self.reset()
+            self._use_adapter(adapter)
+        elif self.batch != batch:
+            raise refuse("cache", f"holds {self.batch} rows and the batch has {batch}: give a new cache")
+        elif adapter is not self.adapter:
+            raise AdapterError("the cache holds keys and values of another adapter: begin with a new cache")
+        if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+            raise refuse("attention_mask", "has padding that is not on the left: set tokenizer.padding_side = 'left'")
         padding = (columns - mask.sum(dim=1)).tolist()
-        if not bool(mask[:, -1].all()) or not bool((mask[:, 1:] >= mask[:, :-1]).all()):
-            raise ValueError("padding must be on the left to generate: set tokenizer.padding_side = 'left'")
-        if self.columns and padding != self._padding:
-            raise ValueError("the attention mask of positions that are cached already has changed")
-        if restarted:
+        for before, now in zip(self._padding, padding, strict=False):
+            if before != now and before < self.columns:
+                raise refuse("attention_mask", "of positions that are cached has changed: begin with a new cache")
+        if not self._rows:
             self._rows = [next(self._ids) for _ in range(batch)]
         self._padding = padding
-        self._reserve(columns, batch)
-        # No forks at all drop the rows of before a reset.
-        forks = [] if restarted else self._take_forks()
+        session = self._reserve(columns, batch)
+        forks: list[Fork] | None = None
+        if any(pad < columns for pad in padding):
+            # No forks at all drop the rows of before a reset.
+            forks, self._restart = [] if self._restart else self._take_forks(), False
         parts: list[Part] = []
         for row, pad in zip(self._rows, padding, strict=True):
             start = max(0, self.columns - pad)
             length = columns - pad - start
             parts.append(Part(row, start, length, min(length, keep) if keep else length))
         self.columns = columns
-        assert self.session is not None
-        return self.session, parts, forks
+        return session, parts, forks
 
     def reserve(self, columns: int) -> None:
         """With the next step, asks the peers for memory up to a length that is known in advance."""
@@ -99,7 +117,7 @@ class RemoteLayer(CacheLayerMixin):
     @property
     def reserved(self) -> int:
         """Positions that the peers keep free for each row."""
-        return self.prefix_length + self._reserved_columns
+        return self._prefix_length + self._reserved_columns
 
     def recall(self, index: int) -> dict[str, torch.Tensor]:
         """Keys and values of a row of the batch, without its padding; see `Session.recall`.
@@ -113,15 +131,26 @@ class RemoteLayer(CacheLayerMixin):
 
     def close(self) -> None:
         """Frees the peers' memory; from any thread."""
-        self._closed = True
+        self.closed = True
         if self.session is not None:
             self.session.close()
 
     def close_later(self) -> None:
         """Has another thread free the peers' memory, within a second. Waits for no lock, so finalizers may call it."""
-        self._closed = True
+        self.closed = True
         if self.session is not None:
             self.session.close_later()
+
+    def rewind(self, columns: int, padding: Sequence[int]) -> None:
+        """Keeps what the first columns hold of each row, whose padding is such a one now; the rest is forgotten.
+
+        The caller knows that row by row the same positions come after the padding.
+        """
+        if columns <= 0:
+            self.reset()
+            return
+        self.columns = columns
+        self._padding = list(padding)
 
     def get_seq_length(self) -> int:
         return self.columns
@@ -153,7 +182,7 @@ class RemoteLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forgets all rows; the session and its reservation stay."""
         self.columns = 0
-        self._rows, self._sources, self._padding = [], None, []
+        self._rows, self._sources, self._padding, self._restart = [], None, [], True
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         raise NotImplementedError("keys and values live on the peers")
@@ -182,16 +211,31 @@ class RemoteLayer(CacheLayerMixin):
         self._sources = None
         return forks
 
-    def _reserve(self, columns: int, batch: int) -> None:
+    @property
+    def _prefix_length(self) -> int:
+        """Positions that stand before the first column of every row, from an adapter."""
+        return self.adapter.prefix_length if self.adapter is not None else 0
+
+    def _use_adapter(self, adapter: Adapter | None) -> None:
+        """Before the first columns. A session runs with one adapter, so another one takes another session."""
+        if adapter is not self.adapter and self.session is not None:
+            self.session.close()
+            self.session = None
+        self.adapter = adapter
+
+    def _reserve(self, columns: int, batch: int) -> ModelSession:
         if columns > self._reserved_columns:
             self._reserved_columns = -(-columns // RESERVE_STEP) * RESERVE_STEP
-        positions = (self.prefix_length + self._reserved_columns) * batch
+        positions = self.reserved * batch
         if self.session is None:
             self.session = self._open_session(positions)
-            if self._closed:  # by another thread, which could not see the session
+            if self.adapter is not None:
+                self.session.use_adapter(self.adapter)
+            if self.closed:  # by another thread, which could not see the session
                 self.session.close()
         else:
             self.session.reserve(positions)
+        return self.session
 
 
 class RemoteCache(Cache):
@@ -210,7 +254,7 @@ class RemoteCache(Cache):
         return self.remote.session
 
     def close(self) -> None:
-        """Frees the peers' memory; the cache can't be used any more. From any thread; see `RoutedSession.close`."""
+        """Frees the peers' memory; the cache can't be used any more. From any thread; see `SessionDriver.close`."""
         self.remote.close()
 
     def __del__(self) -> None:

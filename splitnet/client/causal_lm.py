@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import inspect
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria
+from transformers import GenerationMixin, StoppingCriteria
 
 from splitnet.client.cache import ModelSession, RemoteCache
+from splitnet.client.cached_blocks import Exchange
+from splitnet.client.conversation import Conversation, tokens_of
 from splitnet.client.local_adapters import Prefixes
 from splitnet.client.local_blocks import Blocks
 from splitnet.client.mixed_session import MixedSession
-from splitnet.client.plain_decoding import generate_plainly
-from splitnet.client.remote import Exchange
+from splitnet.client.options import CONNECTION, ClientOptions, takes_client_options
+from splitnet.client.parameters import check_generation, refuse
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
-from splitnet.client.session import Preference, Session
-from splitnet.client.session_driver import RECOVERY_TIMEOUT_S
+from splitnet.client.session import Session
+from splitnet.client.speculation.decoding import Decoding, Drafts
 from splitnet.client.speculation.speculator import Speculator
 from splitnet.client.swarm import Swarm
 from splitnet.client.text import Text
@@ -27,11 +31,19 @@ from splitnet.errors import SplitnetError, UnsupportedModel
 from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.ends import Ends, ends_of
-from splitnet.model.shell import load_shell
+from splitnet.model.shell import backbone_of, load_shell
 from splitnet.net.identity import Identity
 
-_PLAIN = frozenset({"attention_mask", "cache", "use_cache", "position_ids", "logits_to_keep"})
+_PLAIN = frozenset({"attention_mask", "cache", "use_cache", "position_ids", "logits_to_keep", "inputs_embeds"})
 """What `generate()` may hand to the model without its loop having to."""
+
+_TRANSFORMERS: Any = GenerationMixin
+_POSITIONAL = [
+    name
+    for name, parameter in inspect.signature(_TRANSFORMERS.generate).parameters.items()
+    if name != "self" and parameter.kind is parameter.POSITIONAL_OR_KEYWORD
+]
+"""The parameters of transformers' `generate()` itself, in order; others are of its config or of `forward`."""
 
 
 class AutoModelForCausalLM:
@@ -41,21 +53,15 @@ class AutoModelForCausalLM:
         raise OSError("use splitnet.AutoModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDR])")
 
     @classmethod
+    @takes_client_options
     def from_pretrained(
         cls,
         model: str | Path,
         *,
         initial_peers: Sequence[str],
-        codec: str = "auto",
         identity: Identity | None = None,
         revision: str | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: str = "cpu",
-        recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
-        prefer: Preference = "latency",
-        gradient_codec: str = "auto",
-        local_blocks: str | None = None,
-        local_weights: str | None = None,
+        **options: Any,
     ) -> RemoteCausalLM:
         """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
 
@@ -64,9 +70,9 @@ class AutoModelForCausalLM:
         Args:
             model: hub id or checkpoint folder; only the tensors outside the blocks are read.
             initial_peers: multiaddrs of the swarm.
-            codec: how activations travel: "auto", or a name from `splitnet.net.codecs.CODECS`.
             identity: the key that private swarms must know; None: the user's own (see `splitnet key`).
             revision: of the model on the hub.
+            codec: how activations travel: "auto", or a name from `splitnet.net.codecs.CODECS`.
             dtype, device: of the local part.
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
             prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches.
@@ -78,47 +84,29 @@ class AutoModelForCausalLM:
         Raises:
             ModelNotFound, UnsupportedModel: the model cannot be used.
             DirectoryError: no initial peer answers.
+            TypeError: there is no such option.
         """
+        chosen = ClientOptions.of(options, *CONNECTION)
         with joined(model, initial_peers=initial_peers, identity=identity, revision=revision) as (checkpoint, swarm):
-            return attach(
-                checkpoint,
-                swarm,
-                codec=codec,
-                dtype=dtype,
-                device=device,
-                recovery_timeout_s=recovery_timeout_s,
-                prefer=prefer,
-                gradient_codec=gradient_codec,
-                local_blocks=local_blocks,
-                local_weights=local_weights,
-            )
+            return _attached(checkpoint, swarm, chosen)
 
 
-def attach(
-    checkpoint: Checkpoint,
-    swarm: Swarm,
-    *,
-    codec: str = "auto",
-    dtype: torch.dtype | str | None = None,
-    device: str = "cpu",
-    recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
-    prefer: Preference = "latency",
-    gradient_codec: str = "auto",
-    local_blocks: str | None = None,
-    local_weights: str | None = None,
-) -> RemoteCausalLM:
+def attach(checkpoint: Checkpoint, swarm: Swarm, **options: Any) -> RemoteCausalLM:
     """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
+    return _attached(checkpoint, swarm, ClientOptions.of(options))
 
-    local = local_part(checkpoint, swarm, codec=codec, blocks=local_blocks, device=device, weights=local_weights)
+
+def _attached(checkpoint: Checkpoint, swarm: Swarm, options: ClientOptions) -> RemoteCausalLM:
+    local = local_part(checkpoint, swarm, options)
 
     def open_part(budget: int, part: Blocks) -> Session:
         return Session(
             swarm,
             budget=budget,
-            codec=codec,
+            codec=options.codec,
             blocks=part,
-            prefer=prefer,
-            recovery_timeout_s=recovery_timeout_s,
+            prefer=options.prefer,
+            recovery_timeout_s=options.recovery_timeout_s,
         )
 
     def open_session(budget: int) -> ModelSession:
@@ -126,10 +114,8 @@ def attach(
             return open_part(budget, (0, checkpoint.num_blocks))
         return MixedSession(local, open_part, budget)
 
-    blocks = remote_blocks(
-        checkpoint, swarm, local, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s
-    )
-    shell = load_shell(checkpoint, blocks, dtype=dtype, device=device, weights=local_weights)
+    blocks = remote_blocks(checkpoint, swarm, local, options)
+    shell = load_shell(checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.local_weights)
     model = made_remote(shell, RemoteCausalLM, checkpoint.source)
     model.open_sessions_with(open_session)
     model.ends = ends_of(model)
@@ -146,19 +132,19 @@ class RemoteCausalLM(RemoteModel):
     def open_sessions_with(self, open_session: Callable[[int], ModelSession]) -> None:
         """Sets what makes the session of a cache, for a budget of positions."""
         self._open_session = open_session
-        self._conversation: _Conversation | None = None
-        self._standing_prefix: Prefixes = ()
+        self._local = _OfThread()
         self._speculator = Speculator(self.config.get_text_config().vocab_size)
 
     @property
     def drafts(self) -> tuple[int, int]:
         """Tokens that were drafted so far, and how many of them were accepted; see `speculate` of `generate`."""
-        return self._speculator.drafts
+        return self._speculator.counts
 
-    def generate(self, inputs: torch.Tensor | None = None, *, speculate: Any = None, **kwargs: Any) -> Any:
-        """transformers' `generate()`; without a `cache` of the caller, peers free their memory at the end.
+    def generate(self, *args: Any, speculate: Any = None, **kwargs: Any) -> Any:
+        """transformers' `generate()`, with its arguments; without a `cache` of the caller, peers free their memory.
 
-        Within `session()`, positions that the peers hold from calls before are not computed again.
+        Within `session()`, positions that the peers hold from calls before are not computed again. What is given is
+        honoured or refused by name, see docs/parameters.md.
 
         Args:
             speculate: "prompt-lookup" drafts tokens from the text itself, a small causal LM of transformers with the
@@ -166,38 +152,58 @@ class RemoteCausalLM(RemoteModel):
                 the same. For one sequence at a time.
 
         Raises:
+            UnsupportedParameter: something is asked for that cannot be had with remote blocks.
             SplitnetError: without beams, its `generated` holds the tokens so far, to go on from.
         """
-        prompt = inputs if inputs is not None else kwargs.get("input_ids")
-        if kwargs.get("cache") is not None or kwargs.get("use_cache") is False:
-            return self._generate(inputs, kwargs, speculate)
-        cache = self._conversation.cache if self._conversation else self.new_cache()
-        kwargs["cache"] = cache
-        new_tokens = kwargs.get("max_new_tokens")
+        given = {**dict(zip(_POSITIONAL, args, strict=False)), **kwargs}
+        if len(given) < len(args) + len(kwargs):
+            raise TypeError("generate() got an argument twice, by its place and by its name")
+        for former in ("past_key_values", "cache_params"):
+            if (cache := given.pop(former, None)) is not None:
+                given.setdefault("cache", cache)
+        others = {name: value for name, value in given.items() if name not in _POSITIONAL}
+        config, _ = self._prepare_generation_config(  # pyright: ignore[reportCallIssue]
+            given.get("generation_config"), **others
+        )
+        check_generation(config)
+        caches = config.use_cache is not False or given.get("inputs_embeds") is not None
+        if speculate is not None:
+            self._speculate(speculate, given, config, caches)
+        if given.get("cache") is not None or not caches:
+            if not caches and given.get("cache") is not None:
+                raise refuse("use_cache", "=False and a cache exclude each other: leave out one of them")
+            return self._generate(given)
+        return self._generate_with_own_cache(given)
+
+    def _generate_with_own_cache(self, given: dict[str, Any]) -> Any:
+        """`generate()` in the cache of the session, or in one that lives as long as this call."""
+        conversation = self._local.conversation
+        cache = conversation.cache if conversation else self.new_cache()
+        given["cache"] = cache
+        prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
+        new_tokens = given.get("max_new_tokens")
         if prompt is not None and isinstance(new_tokens, int):
             cache.remote.reserve(prompt.shape[1] + new_tokens)
         progress = _Progress()
-        kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), progress]
+        given["stopping_criteria"] = [*(given.get("stopping_criteria") or ()), progress]
+        tokens: torch.Tensor | None = None
         try:
-            if self._conversation and prompt is not None:
-                self._conversation.rewind_to(prompt)
-            output = self._generate(inputs, kwargs, speculate)
-            if self._conversation:
-                self._conversation.remember(output)
+            output = self._generate(given)
+            tokens = tokens_of(output)
             return output
-        except BaseException as error:
-            if isinstance(error, SplitnetError) and prompt is not None and progress.extends(prompt):
-                error.generated = progress.tokens
-            if self._conversation:
-                self._conversation.remember_or_forget(getattr(error, "generated", None))
+        except SplitnetError as error:
+            if prompt is not None and progress.extends(prompt):
+                error.generated = tokens = progress.tokens
             raise
         finally:
-            if not self._conversation:
+            if conversation:
+                conversation.remember(tokens)
+            else:
                 cache.close()
 
     @contextmanager
     def session(self, max_length: int | None = None) -> Iterator[RemoteCache]:
-        """Keeps the KV caches on the peers between calls of `generate()`.
+        """Keeps the KV caches on the peers between calls of `generate()` by this thread.
 
         Args:
             max_length: positions per row to reserve from the start, so that a later call cannot be refused.
@@ -205,11 +211,11 @@ class RemoteCausalLM(RemoteModel):
         cache = self.new_cache()
         if max_length is not None:
             cache.remote.reserve(max_length)
-        outer, self._conversation = self._conversation, _Conversation(cache)
+        outer, self._local.conversation = self._local.conversation, Conversation(cache, self._blocks.adapters)
         try:
             yield cache
         finally:
-            self._conversation = outer
+            self._local.conversation = outer
             cache.close()
 
     def new_cache(self) -> RemoteCache:
@@ -241,55 +247,93 @@ class RemoteCausalLM(RemoteModel):
         except KeyError as error:
             raise UnsupportedModel(f"not all blocks of {self.name_or_path} have keys and values: {error}") from None
 
-    def prefill(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
-        """The logits after `[1, seq]` new tokens, `[vocabulary]`."""
-        return self(input_ids=input_ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-
     def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
-        """The logits after one new token, `[1, 1]`: `[vocabulary]`."""
-        return self._run(input_ids, cache)[-1]
+        """The logits of `[1, seq]` new tokens: `[seq, vocabulary]`."""
+        if self._only_ends is not None:
+            return self.receive(self.send(input_ids, cache), input_ids, cache)
+        return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
 
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
-        """Sends `[batch, seq]` new tokens through the blocks; `receive` waits for them.
+        """Sends `[1, seq]` new tokens through the blocks; `receive` waits for them.
 
         Raises:
             SplitnetError: as a call of the model.
         """
-        with self._blocks.sending() as sent:
-            self._run(input_ids, cache)
+        if self._only_ends is not None:
+            return self._blocks.cached.begin(cache, self._only_ends.embed(input_ids))
+        sent: list[Exchange] = []
+
+        def begin(hidden: torch.Tensor) -> torch.Tensor:
+            sent.append(self._blocks.cached.begin(cache, hidden))
+            return hidden
+
+        # What comes behind the blocks is computed for nothing here; the head does not belong to the backbone.
+        with self._blocks.calling(run=begin):
+            backbone_of(self)(input_ids=input_ids, cache=cache, use_cache=True)
         return sent[0]
 
     def receive(self, exchange: Exchange, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
-        """The logits of tokens that were sent, in the order of sending: `[seq, vocabulary]` of one row.
+        """The logits of tokens that were sent, in the order of sending: `[seq, vocabulary]`.
 
         Raises:
             SplitnetError: as a call of the model.
         """
-        with self._blocks.receiving(exchange):
-            return self._run(input_ids, cache)
-
-    def _run(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
-        """The logits of `[1, seq]` new tokens: `[seq, vocabulary]`."""
-        if self.ends is None or not self._is_as_made:
+        if self._only_ends is not None:
+            return self._only_ends.logits(exchange.finish())[0]
+        with self._blocks.calling(run=lambda hidden: exchange.finish()), exchange.rewound():
             return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
-        with self._blocks.generating(cache):
-            return self.ends.logits(self._blocks(self.ends.embed(input_ids)))[0]
 
-    def _generate(self, inputs: torch.Tensor | None, kwargs: dict[str, Any], speculate: Any) -> Any:
+    @property
+    def _only_ends(self) -> Ends | None:
+        """The ends, if nobody watches calls of the model."""
+        return None if self._forward_hooks or self._forward_pre_hooks else self.ends
+
+    def _generate(self, given: dict[str, Any]) -> Any:
         wrapper = prompt_wrapper(self)
-        if speculate is not None:
-            if wrapper is not None:
-                raise SplitnetError("speculation does not go together with a trained prompt: leave out `speculate`")
-            kwargs["custom_generate"] = self._speculator.loop(speculate, kwargs)
         if wrapper is None:
-            return super().generate(inputs, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        if self._conversation:
-            self._conversation.forget()  # its tokens do not tell of a prompt that was trained
-        inputs, kwargs, self._standing_prefix = with_trained_prompt(wrapper, inputs, kwargs)
+            return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
+        given, self._local.prefix = with_trained_prompt(wrapper, given)
         try:
-            return super().generate(inputs, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+            return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
         finally:
-            self._standing_prefix = ()
+            self._local.prefix = ()
+
+    def _speculate(self, speculate: Any, given: dict[str, Any], config: Any, caches: bool) -> None:
+        """Has `generate()` decode with drafts.
+
+        Raises:
+            SplitnetError: speculation does not go together with something else; names it.
+        """
+        others = ("custom_generate", "assistant_model", "synced_gpus")
+        excluded = [name for name in others if given.get(name)]
+        excluded += [name for name in ("return_dict_in_generate", "prompt_lookup_num_tokens") if getattr(config, name)]
+        excluded += [name for name in ("num_beams", "num_return_sequences") if getattr(config, name) > 1]
+        excluded += [] if caches else ["use_cache"]
+        if prompt_wrapper(self) is not None:
+            raise SplitnetError("speculation does not go together with a trained prompt: leave out `speculate`")
+        if excluded:
+            raise refuse(
+                excluded[0],
+                "does not go together with speculate, which is for one sequence with a cache, of which only tokens are "
+                "returned: leave out one of them",
+            )
+        drafts, streamer = self._speculator.drafts_by(speculate), given.get("streamer")
+
+        def decode(model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
+            processor, criteria = prepared.pop("logits_processor"), prepared.pop("stopping_criteria")
+            config = prepared.pop("generation_config")
+            if not _is_one_text(input_ids, prepared):
+                others = sorted(prepared.keys() - _PLAIN) or ["attention_mask"]
+                raise refuse(
+                    others[0],
+                    "does not go together with speculate, which is for one sequence without padding: leave out "
+                    "one of them",
+                )
+            self._resume(input_ids, prepared)
+            text = Text(input_ids, processor, criteria, config, streamer)
+            return self._decode(text, config, prepared, drafts)
+
+        given["custom_generate"] = decode
 
     def _sample(
         self,
@@ -306,14 +350,14 @@ class RemoteCausalLM(RemoteModel):
         For a single one, of which only tokens are wanted, its own loop takes longer than all else that a client does
         for a token.
         """
-        cache, mask = model_kwargs.get("cache"), model_kwargs.get("attention_mask")
+        self._resume(input_ids, model_kwargs)
         only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
-        unpadded = len(input_ids) == 1 and (mask is None or bool(mask.all()))
-        unprompted = not self._standing_prefix and prompt_wrapper(self) is None
-        is_plain = only_tokens and unpadded and unprompted and model_kwargs.keys() <= _PLAIN
-        if is_plain and isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]:
+        unprompted = not self._local.prefix and prompt_wrapper(self) is None
+        cache = model_kwargs.get("cache")
+        fits = isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]
+        if only_tokens and unprompted and fits and _is_one_text(input_ids, model_kwargs):
             text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-            return generate_plainly(self, text, cache)
+            return self._decode(text, generation_config, model_kwargs)
         return super()._sample(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             logits_processor,
@@ -324,21 +368,41 @@ class RemoteCausalLM(RemoteModel):
             **model_kwargs,
         )
 
-    @property
-    def _is_as_made(self) -> bool:
-        """Whether nobody has hooked onto calls of the model."""
-        return len(self._forward_hooks) == len(self._forward_pre_hooks) == 1
+    def _beam_search(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        self._resume(input_ids, given, follows=False)  # a row of the cache is one of the beams
+        return super()._beam_search(input_ids, **given)  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _before_model(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        args, kwargs = super()._before_model(module, args, kwargs)
-        keep = kwargs.get("logits_to_keep", 0)
-        call = self._blocks.call
-        call.keep = keep if isinstance(keep, int) and kwargs.get("labels") is None else 0
-        if self._standing_prefix:
-            call.prefix = self._standing_prefix
-            if kwargs.get("position_ids") is not None:  # the prefix comes before the first
-                kwargs["position_ids"] = kwargs["position_ids"] + self._standing_prefix[0][0].shape[1]
-        return args, kwargs
+    def _assisted_decoding(self, input_ids: torch.Tensor, **given: Any) -> Any:
+        self._resume(input_ids, given)
+        return super()._assisted_decoding(input_ids, **given)  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _resume(self, input_ids: torch.Tensor, prepared: dict[str, Any], *, follows: bool = True) -> None:
+        """Within a session: keeps of its cache what fits the prompt, now that this is all prepared."""
+        conversation = self._local.conversation
+        if conversation is not None and prepared.get("cache") is conversation.cache:
+            plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} and not self._local.prefix
+            conversation.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
+
+    def _decode(self, text: Text, config: Any, prepared: dict[str, Any], drafts: Drafts | None = None) -> torch.Tensor:
+        """Generates one text in the loop of `splitnet.client.speculation`; its prompt goes the way of transformers."""
+        prefilled = self._prefill(  # pyright: ignore[reportCallIssue]
+            text.ids(), config, prepared, is_first_iteration=not config.is_assistant
+        )
+        decoding = Decoding(self, prepared["cache"], text, drafts, self._blocks.cached.max_positions)
+        return decoding.run(prefilled.logits[0, -1])
+
+    def _kept_positions(self, given: Mapping[str, Any]) -> int:
+        keep = given.get("logits_to_keep", 0)
+        return keep if isinstance(keep, int) and given.get("labels") is None else 0
+
+    def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        prefix = self._local.prefix
+        if not prefix:
+            return super()._call_model(forward, given)
+        if given.get("position_ids") is not None:  # the prefix comes before the first
+            given["position_ids"] = given["position_ids"] + prefix[0][0].shape[1]
+        with self._blocks.calling(prefix=prefix, keep=self._kept_positions(given)):
+            return forward(**given)
 
     def _cache_for(self, given: Any, wanted: bool) -> RemoteCache | None:
         if given is None:
@@ -349,6 +413,15 @@ class RemoteCausalLM(RemoteModel):
                 "leave out `cache`, or use model.new_cache()"
             )
         return given
+
+
+class _OfThread(threading.local):
+    """What is so for the calls of one thread."""
+
+    def __init__(self) -> None:
+        self.conversation: Conversation | None = None
+        self.prefix: Prefixes = ()
+        """Keys and values that a trained prompt puts before the text that is being generated."""
 
 
 class _Progress(StoppingCriteria):
@@ -366,34 +439,7 @@ class _Progress(StoppingCriteria):
         return self.tokens is not None and self.tokens.shape[0] == prompt.shape[0]
 
 
-class _Conversation:
-    """A cache that outlives a call of `generate()`, and the tokens whose keys and values it holds."""
-
-    def __init__(self, cache: RemoteCache) -> None:
-        self.cache = cache
-        self._tokens: torch.Tensor | None = None
-
-    def rewind_to(self, prompt: torch.Tensor) -> None:
-        """Crops the cache to what it shares with the next prompt, `[batch, seq]`, less one token to go on from."""
-        held, layer = self._tokens, self.cache.remote
-        if held is None or held.shape[0] != prompt.shape[0] or layer.batch != prompt.shape[0]:
-            self.forget()
-            return
-        length = min(held.shape[1], prompt.shape[1] - 1, layer.columns)
-        same = (held[:, :length] == prompt[:, :length]).all(dim=0)
-        shared = length if bool(same.all()) else int(same.int().argmin())
-        layer.crop(min(0, shared - layer.columns))
-
-    def remember(self, output: Any) -> None:
-        self._tokens = output if isinstance(output, torch.Tensor) else output.sequences
-
-    def remember_or_forget(self, tokens: torch.Tensor | None) -> None:
-        """After an error: what was generated before it, if that can be gone on from."""
-        if tokens is None:
-            self.forget()
-        else:
-            self._tokens = tokens
-
-    def forget(self) -> None:
-        self._tokens = None
-        self.cache.reset()
+def _is_one_text(input_ids: torch.Tensor, prepared: Mapping[str, Any]) -> bool:
+    """Whether a text without padding is to be generated, from tokens or embeddings and nothing else."""
+    mask = prepared.get("attention_mask")
+    return len(input_ids) == 1 and (mask is None or bool(mask.all())) and prepared.keys() <= _PLAIN

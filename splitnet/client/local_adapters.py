@@ -26,6 +26,8 @@ class LocalAdapters:
     def __init__(self) -> None:
         self.outline: nn.Module | None = None
         self._latest: dict[tuple[str, ...], Adapter] = {}
+        self._seen: tuple[list[Any], list[torch.Tensor], Adapter | None] = ([], [], None)
+        """What `recent` has returned last, and by what to tell that it still holds."""
 
     def parameters_for(self, prefix: Prefixes) -> dict[str, torch.Tensor]:
         """The tensors of the active adapter as `splitnet.model.adapters` names them, connected to what is trained.
@@ -57,16 +59,37 @@ class LocalAdapters:
         self._latest[names] = Adapter(copied)
         return self._latest[names]
 
-    def _low_rank_pairs(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    def current(self, held: Adapter | None, prefix: Prefixes = ()) -> Adapter | None:
+        """The adapter that is active now: `held` itself if that has the same values."""
+        adapter = self.adapter_of(self.parameters_for(prefix))
+        if adapter is None or held is None or adapter.tensors.keys() != held.tensors.keys():
+            return adapter
+        same = all(torch.equal(tensor, held.tensors[name]) for name, tensor in adapter.tensors.items())
+        return held if same else adapter
+
+    def recent(self, held: Adapter | None, prefix: Prefixes) -> Adapter | None:
+        """As `current`, quickly, for every token: what torch does not count, by way of `.data`, is not seen."""
+        layers = [(layer, name) for _, layer, names in self._active() for name in names]
+        tensors = [tensor for pair in prefix for tensor in pair]
+        tensors += [module[name].weight for layer, name in layers for module in (layer.lora_A, layer.lora_B)]
+        marks = [*(layer.scaling[name] for layer, name in layers), *((id(one), one._version) for one in tensors)]
+        if marks != self._seen[0] or held is not self._seen[2]:
+            self._seen = marks, tensors, self.current(held, prefix)
+        return self._seen[2]
+
+    def _active(self) -> Iterator[tuple[str, Any, list[str]]]:
+        """The layers that have LoRA which is switched on, and the names of it."""
         if self.outline is None or "peft" not in sys.modules:
             return
         from peft.tuners.lora import LoraLayer
 
         for path, layer in self.outline.named_modules():
-            if not isinstance(layer, LoraLayer) or layer.disable_adapters:
-                continue
-            active = [name for name in layer.active_adapters if name in layer.lora_A]
-            pairs = [self._pair(path, layer, name) for name in active]
+            if isinstance(layer, LoraLayer) and not layer.disable_adapters:
+                yield path, layer, [name for name in layer.active_adapters if name in layer.lora_A]
+
+    def _low_rank_pairs(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+        for path, layer, names in self._active():
+            pairs = [self._pair(path, layer, name) for name in names]
             if pairs:
                 # Several adapters add up: so does one with all their ranks.
                 yield path, torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)

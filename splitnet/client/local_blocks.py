@@ -138,10 +138,9 @@ class LocalRows:
         self._rows: dict[int, RowCache] = {}
         self._adapter: Adapter | None = None
 
-    def use_adapter(self, adapter: Adapter | None) -> None:
-        """All rows are forgotten. Raises AdapterError if it does not fit the blocks."""
-        self._rows = {}
-        self._adapter = self._span.fit(adapter) if adapter is not None else None
+    def use_adapter(self, adapter: Adapter) -> None:
+        """Before the first step. Raises AdapterError if it does not fit the blocks."""
+        self._adapter = self._span.fit(adapter)
 
     def step(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None) -> torch.Tensor:
         """Runs new positions; what the rows hold from a part's start on is forgotten before.

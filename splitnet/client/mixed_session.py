@@ -55,7 +55,6 @@ class MixedSession:
         self._stages: list[LocalRows | Session] = [
             LocalRows(stage) if isinstance(stage, LocalSpan) else open_session(budget, stage) for stage in local.stages
         ]
-        self._adapter: Adapter | None = None
         self._positions = 0
 
     @property
@@ -106,11 +105,8 @@ class MixedSession:
         for session in self.sessions:
             session.reserve(positions)
 
-    def use_adapter(self, adapter: Adapter | None) -> None:
+    def use_adapter(self, adapter: Adapter) -> None:
         """As `Session.use_adapter`; raises AdapterError, too, if it does not fit the blocks that are here."""
-        if adapter is self._adapter:
-            return
-        self._adapter = adapter
         for stage in self._stages:
             stage.use_adapter(adapter)
 

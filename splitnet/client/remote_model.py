@@ -1,18 +1,23 @@
-"""What all transformers models with remote blocks have: the swarm, and hooks that tell the blocks of every call."""
+"""What all transformers models with remote blocks have: the swarm, and calls that tell the blocks what they are for."""
 
 from __future__ import annotations
 
+import functools
+import inspect
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.local_blocks import Blocks, LocalBlocks
 from splitnet.client.local_share import choose_local_blocks
+from splitnet.client.options import ClientOptions
+from splitnet.client.parameters import check_forward
 from splitnet.client.pass_session import PassSession
 from splitnet.client.remote import RemoteBlocks
 from splitnet.client.swarm import ModelFacts, Swarm
@@ -33,18 +38,18 @@ class RemoteModel(PreTrainedModel):
     transformers_class: type[PreTrainedModel]
 
     def connect_blocks(self, blocks: RemoteBlocks, swarm: Swarm) -> None:
-        """Lets `blocks` see the mask, the cache and the prefix of every forward pass."""
+        """Lets `blocks` know of the mask, the cache and the prefix of every call."""
         self.swarm = swarm
         self._blocks = blocks
         blocks.adapters.outline = outline_in(self)
-        self.register_forward_pre_hook(self._before_model, with_kwargs=True)
-        self.register_forward_hook(self._after_model, with_kwargs=True, always_call=True)
-        backbone_of(self).register_forward_pre_hook(self._before_backbone, with_kwargs=True)
+        self._backbone_parameters = frozenset(inspect.signature(backbone_of(self).forward).parameters)
+        _stand_around(backbone_of(self), self._call_backbone)
+        _stand_around(self, self._call_model)
 
     @property
     def training_bytes(self) -> tuple[int, int]:
         """Bytes that training, and evaluation without a cache, have sent and received on the client's own links."""
-        return self._blocks.passes_moved
+        return self._blocks.passes.moved
 
     @property
     def local_spans(self) -> list[Blocks]:
@@ -53,31 +58,42 @@ class RemoteModel(PreTrainedModel):
 
     def close(self) -> None:
         """Leaves the swarm."""
-        self._blocks.close()
+        self._blocks.passes.close()
         self.swarm.close()
 
     def _get_name(self) -> str:
         # transformers' Trainer looks it up among those it knows, to tell how labels belong to positions.
         return self.transformers_class.__name__
 
-    def _before_model(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        self._blocks.call.prefix = take_prefix(kwargs, args[0] if args else None)
-        return args, kwargs
+    def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        prefix = take_prefix(given, self)
+        with self._blocks.calling(prefix=prefix, keep=self._kept_positions(given)):
+            return forward(**given)
 
-    def _after_model(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        call = self._blocks.call
-        call.mask, call.cache, call.keep, call.prefix = None, None, 0, ()
-
-    def _before_backbone(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        cache = self._cache_for(kwargs.get("cache"), bool(kwargs.get("use_cache")))
+    def _call_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        if "past_key_values" in given:  # its former name
+            given.setdefault("cache", given.pop("past_key_values"))
+        check_forward(given, self.config, self._backbone_parameters)
+        cache = self._cache_for(given.get("cache"), bool(given.get("use_cache")))
         if cache is not None:
-            kwargs["cache"] = cache
+            given["cache"] = cache
         else:
             # Otherwise transformers would make a local cache for blocks that aren't local.
-            kwargs["use_cache"] = False
-        self._blocks.call.cache = cache
-        self._blocks.call.mask = kwargs.get("attention_mask")
-        return args, kwargs
+            given["use_cache"] = False
+        call = self._blocks.call
+        mask, positions = given.get("attention_mask"), given.get("position_ids")
+
+        def run(hidden: Any) -> Any:
+            if cache is None:
+                return self._blocks.passes.run(hidden, mask, positions, call.prefix)
+            return self._blocks.cached.run(cache, hidden, mask, positions, call.keep, call.prefix)
+
+        with self._blocks.calling(run=call.run or run):
+            return forward(**given)
+
+    def _kept_positions(self, given: Mapping[str, Any]) -> int:
+        """How many last positions the head looks at in such a call; 0: all."""
+        return 0
 
     def _cache_for(self, given: Any, wanted: bool) -> RemoteCache | None:
         """The cache that a call uses; None: it is a pass over whole sequences.
@@ -92,6 +108,21 @@ class RemoteModel(PreTrainedModel):
         if given is not None:
             raise TypeError("this model runs whole sequences, without a cache: leave out `cache`")
         return None
+
+
+def _stand_around(module: nn.Module, call: Callable[[Callable[..., Any], dict[str, Any]], Any]) -> None:
+    """Has calls of a module go through `call`, with its own `forward` and with what it is given, by name."""
+    inner = module.forward
+    signature = inspect.signature(inner)
+    rest = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), "")
+
+    @functools.wraps(inner)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        others = given.pop(rest, {})
+        return call(inner, {**given, **others})
+
+    module.forward = forward
 
 
 Model = TypeVar("Model", bound=RemoteModel)
@@ -112,33 +143,24 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
     return model
 
 
-def local_part(
-    checkpoint: Checkpoint, swarm: Swarm, *, codec: str, blocks: str | None, device: str, weights: str | None
-) -> LocalBlocks:
-    """The blocks that run here; for the options see `AutoModelForCausalLM`."""
+def local_part(checkpoint: Checkpoint, swarm: Swarm, options: ClientOptions) -> LocalBlocks:
+    """The blocks that run here."""
+    blocks, device, weights = options.local_blocks, options.device, options.local_weights
     if blocks == AUTO:
-        blocks = choose_local_blocks(checkpoint, swarm, codec=codec, device=device, weights=weights)
+        blocks = choose_local_blocks(checkpoint, swarm, codec=options.codec, device=device, weights=weights)
         log.info("local blocks: %s", blocks or "none")
     return LocalBlocks.load(checkpoint, blocks, device=device, weights=weights)
 
 
-def remote_blocks(
-    checkpoint: Checkpoint,
-    swarm: Swarm,
-    local: LocalBlocks,
-    *,
-    codec: str,
-    gradient_codec: str,
-    recovery_timeout_s: float,
-) -> RemoteBlocks:
-    """What stands in the place of the blocks of `checkpoint`; for the options see `AutoModelForCausalLM`."""
+def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, local: LocalBlocks, options: ClientOptions) -> RemoteBlocks:
+    """What stands in the place of the blocks of `checkpoint`."""
 
     def open_passes(blocks: Blocks) -> PassSession:
         return PassSession(
             swarm,
-            codec=codec,
-            gradient_codec=gradient_codec,
-            recovery_timeout_s=recovery_timeout_s,
+            codec=options.codec,
+            gradient_codec=options.gradient_codec,
+            recovery_timeout_s=options.recovery_timeout_s,
             blocks=blocks,
         )
 

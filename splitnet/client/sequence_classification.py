@@ -10,12 +10,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
+from splitnet.client.options import CONNECTION, ClientOptions, takes_client_options
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
-from splitnet.client.session_driver import RECOVERY_TIMEOUT_S
 from splitnet.client.swarm import Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.shell import load_classifier_shell
 from splitnet.net.identity import Identity
+
+_Labels = tuple[int | None, Mapping[int, str] | None, Mapping[str, int] | None]
+_LABELS = ("num_labels", "id2label", "label2id")
 
 
 class AutoModelForSequenceClassification:
@@ -25,6 +28,7 @@ class AutoModelForSequenceClassification:
         raise OSError("use splitnet.AutoModelForSequenceClassification.from_pretrained(MODEL, initial_peers=[ADDR])")
 
     @classmethod
+    @takes_client_options
     def from_pretrained(
         cls,
         model: str | Path,
@@ -33,15 +37,9 @@ class AutoModelForSequenceClassification:
         num_labels: int | None = None,
         id2label: Mapping[int, str] | None = None,
         label2id: Mapping[str, int] | None = None,
-        codec: str = "auto",
         identity: Identity | None = None,
         revision: str | None = None,
-        dtype: torch.dtype | str | None = None,
-        device: str = "cpu",
-        recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
-        gradient_codec: str = "auto",
-        local_blocks: str | None = None,
-        local_weights: str | None = None,
+        **options: Any,
     ) -> RemoteSequenceClassification:
         """The family's model for sequence classification, whose blocks run on the peers of a swarm.
 
@@ -50,30 +48,18 @@ class AutoModelForSequenceClassification:
         Args:
             model: hub id or checkpoint folder, of a causal LM or of a model for sequence classification.
             num_labels, id2label, label2id: the labels, as in transformers; None: those of the checkpoint's config.
-            initial_peers, codec, identity, revision, dtype, device, recovery_timeout_s, gradient_codec, local_blocks,
-            local_weights: see `splitnet.AutoModelForCausalLM.from_pretrained`.
+            initial_peers, identity, revision, options: see `splitnet.AutoModelForCausalLM.from_pretrained`.
 
         Raises:
             ModelNotFound: there is no such model.
             UnsupportedModel: transformers cannot classify with this family, or the checkpoint does not fit it.
             DirectoryError: no initial peer answers.
             ValueError: the labels contradict each other.
+            TypeError: there is no such option.
         """
+        chosen = ClientOptions.of(options, *_LABELS, *CONNECTION)
         with joined(model, initial_peers=initial_peers, identity=identity, revision=revision) as (checkpoint, swarm):
-            return attach_classifier(
-                checkpoint,
-                swarm,
-                num_labels=num_labels,
-                id2label=id2label,
-                label2id=label2id,
-                codec=codec,
-                dtype=dtype,
-                device=device,
-                recovery_timeout_s=recovery_timeout_s,
-                gradient_codec=gradient_codec,
-                local_blocks=local_blocks,
-                local_weights=local_weights,
-            )
+            return _attached(checkpoint, swarm, (num_labels, id2label, label2id), chosen)
 
 
 def attach_classifier(
@@ -83,22 +69,19 @@ def attach_classifier(
     num_labels: int | None = None,
     id2label: Mapping[int, str] | None = None,
     label2id: Mapping[str, int] | None = None,
-    codec: str = "auto",
-    dtype: torch.dtype | str | None = None,
-    device: str = "cpu",
-    recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
-    gradient_codec: str = "auto",
-    local_blocks: str | None = None,
-    local_weights: str | None = None,
+    **options: Any,
 ) -> RemoteSequenceClassification:
     """The classifier on `checkpoint` with its blocks on `swarm`; see `AutoModelForSequenceClassification`."""
+    return _attached(checkpoint, swarm, (num_labels, id2label, label2id), ClientOptions.of(options, *_LABELS))
+
+
+def _attached(
+    checkpoint: Checkpoint, swarm: Swarm, labels: _Labels, options: ClientOptions
+) -> RemoteSequenceClassification:
     config = copy.deepcopy(checkpoint.config)
-    _set_labels(config, num_labels, id2label, label2id)
-    local = local_part(checkpoint, swarm, codec=codec, blocks=local_blocks, device=device, weights=local_weights)
-    blocks = remote_blocks(
-        checkpoint, swarm, local, codec=codec, gradient_codec=gradient_codec, recovery_timeout_s=recovery_timeout_s
-    )
-    shell = load_classifier_shell(checkpoint, config, blocks, dtype=dtype, device=device)
+    _set_labels(config, *labels)
+    blocks = remote_blocks(checkpoint, swarm, local_part(checkpoint, swarm, options), options)
+    shell = load_classifier_shell(checkpoint, config, blocks, dtype=options.dtype, device=options.device)
     model = made_remote(shell, RemoteSequenceClassification, checkpoint.source)
     model.connect_blocks(blocks, swarm)
     return model

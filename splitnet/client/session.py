@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from splitnet.client.swarm import Swarm
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.adapters import Adapter, read_tensors
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.messages import MAX_PAYLOAD_BYTES, SESSION_BYTES, Fork, Part, Recall, Step, Timing
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Recall, Step, Timing
 
 Preference = Literal["latency", "throughput"]
 
@@ -195,22 +194,19 @@ class Session(SessionDriver):
         """Awaits it no longer: what it has done at the hops, the next positions that are sent undo."""
         self.feed(Abandon(tuple(request.number for request in sent.requests)))
 
-    def use_adapter(self, adapter: Adapter | None) -> None:
-        """Has the blocks run with parameters of the client. What was cached with others is given up.
-
-        The step after a change begins all rows at position 0.
+    def use_adapter(self, adapter: Adapter) -> None:
+        """Has the blocks run with parameters of the client; once, before the first step.
 
         Raises:
             PeerFailed: they do not fit the blocks.
         """
-        if adapter is self.state.adapter:
+        state = self.state
+        if adapter is state.adapter:
             return
-        self.feed(UseAdapter(adapter, secrets.token_bytes(SESSION_BYTES)))
-        if self.state.session != self.id:
-            self._swarm.unregister(self)
-            self.id = self.state.session
-            self._swarm.register(self)
-        if self.state.hops:
+        if state.log is not None or state.adapter is not None:
+            raise SplitnetError("the peers hold keys and values of another adapter: begin with a new cache")
+        self.feed(UseAdapter(adapter))
+        if state.hops:
             self.open()
 
     def recall(self, row: int, length: int) -> dict[str, torch.Tensor]:

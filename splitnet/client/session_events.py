@@ -54,14 +54,9 @@ class Resize:
 
 @dataclass(frozen=True, slots=True)
 class UseAdapter:
-    """The caller wants the blocks to run with other parameters; None: with their own alone.
+    """The caller wants the blocks to run with other parameters. Nothing may be cached or under way."""
 
-    Nothing may be under way. If something was cached with the former ones, the session begins anew under another id:
-    the next step begins at position 0.
-    """
-
-    adapter: Adapter | None
-    next_id: bytes
+    adapter: Adapter
 
 
 @dataclass(frozen=True, slots=True)

@@ -197,7 +197,7 @@ class SessionState:
     """A session's route, what is under way on it, and what to do about whatever happens.
 
     Args:
-        session: id of the session; another adapter may change it.
+        session: id of the session.
         model: fingerprint of the weights.
         blocks: what the hops run, `[start, end)`.
         hidden_size: values per position.
@@ -378,7 +378,7 @@ class SessionState:
             case Resize():
                 self._resize(event.budget)
             case UseAdapter():
-                self._use_adapter(event)
+                self._use_adapter(event.adapter)
             case Move():
                 self._move(event)
             case Distrust():
@@ -449,21 +449,12 @@ class SessionState:
         for index in range(len(self.hops)):
             self._open_hop(index, budget)
 
-    def _use_adapter(self, event: UseAdapter) -> None:
-        if event.adapter is self.adapter:
-            return
-        self.adapter = event.adapter
-        self.adapter_version += 1
-        if self.log is not None or (self.adapter is None and any(hop.adapter_version for hop in self.hops)):
-            # A peer that this does not reach holds on to the former adapter: so it must not know the session.
-            for hop in self.hops:
-                hop.forget()
-                self._leave(hop.endpoint)
-            self.session, self.log = event.next_id, None
+    def _use_adapter(self, adapter: Adapter) -> None:
+        if adapter is not self.adapter:
+            self.adapter = adapter
+            self.adapter_version += 1
             if self.is_open:
-                self._enter(Phase.BROKEN)
-        elif self.is_open:
-            self._load_adapter()
+                self._load_adapter()
 
     def _move(self, event: Move) -> None:
         if self.is_open and not self._in_flight and not self._growing:

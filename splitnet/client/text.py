@@ -1,4 +1,4 @@
-"""A text that is being generated."""
+"""The text of `splitnet.client.speculation.decoding`: its tokens, and how the next one is chosen."""
 
 from __future__ import annotations
 

@@ -36,8 +36,6 @@ from splitnet.client.session_events import (
     Submit,
     Tick,
     Unban,
-    Use,
-    UseAdapter,
 )
 from splitnet.client.session_state import Phase, SessionState
 from splitnet.errors import CoverageError, PeerLost, ProtocolError
@@ -181,8 +179,8 @@ class PeerModel:
     def __init__(self, world: World, index: int) -> None:
         self.world = world
         self.span = SPANS[index]
-        self.record: Any = SimpleNamespace(address=f"tcp://127.0.0.1:{index + 1}", key=_KEYS[index])
-        self.endpoint = Endpoint(self.record.address, self.record.key)
+        self.endpoint = Endpoint(f"tcp://127.0.0.1:{index + 1}", _KEYS[index])
+        self.record: Any = SimpleNamespace(address=self.endpoint.address, key=_KEYS[index], endpoint=self.endpoint)
         self.name = self.record.key.text
         self.sessions: dict[bytes, Held] = {}
         self.id = SID
@@ -459,7 +457,6 @@ class World:
         self.seen: set[tuple[Phase, Phase]] = set()
         self._row_ids = iter(range(1, 1 << 30))
         self._token = 0
-        self._ids = 0
         self._choose = random.Random(seed)
         self._events: deque[Event] = deque()
         self.state = _Watched(SID, model="m", blocks=(0, BLOCKS), hidden_size=1, budget=budget)
@@ -643,19 +640,6 @@ class World:
     def new_row_id(self) -> int:
         return next(self._row_ids)
 
-    def restart(self, which: Adapter | None) -> None:
-        """Another adapter; rows begin anew."""
-        if which is self.state.adapter:
-            return
-        for each in self.asked:
-            if not each.request.done:
-                self.feed(Abandon((each.request.number,)))
-        self.asked = [each for each in self.asked if each.request.done]
-        self._ids += 1
-        self.feed(UseAdapter(which, self._ids.to_bytes(16, "big")))
-        self.tags, self.restarts, self.rows = tags_of(which), True, {}
-        self.feed(Use())
-
     def abandon_from(self, index: int) -> None:
         """Awaits the steps from the one at `index` on no longer; what they sent is undone by the next."""
         dropped, self.asked = self.asked[index:], self.asked[:index]
@@ -700,6 +684,12 @@ class World:
                     for at in range(0, len(payload), SIZE + 1):
                         told[payload[at]] = bytes(payload[at + 1 : at + 1 + SIZE])
             assert told == asked.sums, "a wrong sum of gradients was delivered"
+
+    @property
+    def is_at_rest(self) -> bool:
+        """Nothing is on its way, and nothing is awaited."""
+        waits = self.state.under_way or not self.state.is_settled
+        return not waits and not self.busy_links() and not self.questions
 
     def settle(self, most: int = 4000) -> None:
         """Runs until the machine waits for nobody and nothing is under way."""

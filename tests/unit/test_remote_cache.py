@@ -12,6 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from splitnet.client.cache import RESERVE_STEP, RemoteCache, RemoteLayer
 from splitnet.client.session import Session
+from splitnet.errors import AdapterError
+from splitnet.model.adapters import Adapter
 from splitnet.net.messages import Fork, Part
 from splitnet.net.rows import fork_rows
 
@@ -25,10 +27,14 @@ class FakeSession:
         self.seen: set[int] = set()
         self.closed = 0
         self.closed_later = 0
+        self.adapter: Adapter | None = None
         self.copies = 0
 
     def reserve(self, positions: int) -> None:
         self.budget = max(self.budget, positions)
+
+    def use_adapter(self, adapter: Adapter) -> None:
+        self.adapter = adapter
 
     def close(self) -> None:
         self.closed += 1
@@ -219,7 +225,6 @@ def test_a_length_that_is_known_is_reserved_at_once_and_exactly() -> None:
     [
         torch.tensor([[True, True, False]]),
         torch.tensor([[True, False, True]]),
-        torch.tensor([[False, False, False]]),
     ],
 )
 def test_padding_that_is_not_on_the_left_is_refused(wrong: torch.Tensor) -> None:
@@ -239,7 +244,7 @@ def test_a_mask_that_changes_the_past_is_refused() -> None:
 def test_another_number_of_rows_is_refused() -> None:
     layer, _ = make_layer()
     layer.begin_step(mask(0, 0, columns=3), 1)
-    with pytest.raises(ValueError, match="holds 2 rows, the batch has 3"):
+    with pytest.raises(ValueError, match="cache holds 2 rows and the batch has 3"):
         layer.begin_step(mask(0, 0, 0, columns=4), 1)
 
 
@@ -261,7 +266,8 @@ def test_keys_and_values_are_not_here() -> None:
         layer.lazy_initialization(nothing, nothing)
 
 
-def test_a_cache_closes_its_session_when_it_is_gone() -> None:
+def test_a_cache_that_is_gone_has_its_session_closed_by_others() -> None:
+    """The collector may run in a thread that holds the locks which closing takes."""
     made: list[FakeSession] = []
 
     def open_session(budget: int) -> Any:
@@ -276,6 +282,51 @@ def test_a_cache_closes_its_session_when_it_is_gone() -> None:
     assert cache.get_seq_length() == 2
     del cache
     assert made[0].closed_later and not made[0].closed, "a finalizer must wait for no lock"
+    closed = RemoteCache(open_session)
+    closed.remote.begin_step(mask(0, columns=2), 1)
+    closed.close()
+    del closed
+    assert made[1].closed == 1
+    assert not made[1].closed_later
+
+
+def test_columns_of_padding_alone_send_nothing_and_begin_nothing() -> None:
+    """As with a prefill in chunks: rows begin with the chunk that has their first token."""
+    layer, _ = make_layer()
+    _, parts, forks = layer.begin_step(mask(4, 3, columns=2), 1)
+    assert [part.length for part in parts] == [0, 0]
+    assert forks is None
+    session, parts, forks = layer.begin_step(mask(4, 3, columns=5), 1)
+    assert [(part.start, part.length) for part in parts] == [(0, 1), (0, 2)]
+    assert forks == []
+    cast(FakeSession, session).step(parts, forks, [[1], [2, 3]])
+    with pytest.raises(ValueError, match="attention_mask of positions"):
+        layer.begin_step(mask(5, 3, columns=6), 1)
+
+
+def test_rows_that_are_padded_anew_keep_what_they_share() -> None:
+    layer, _ = make_layer()
+    session, parts, forks = layer.begin_step(mask(2, 0, columns=6), 1)
+    cast(FakeSession, session).step(parts, forks, [[1, 2, 3, 4], [5, 6, 7, 8, 9, 10]])
+    layer.rewind(4, [0, 1])
+    _, parts, forks = layer.begin_step(mask(0, 1, columns=5), 1)
+    assert forks is None
+    assert [(part.start, part.length) for part in parts] == [(4, 1), (3, 1)]
+
+
+def test_another_adapter_takes_another_session_and_only_where_a_sequence_begins() -> None:
+    layer, made = make_layer()
+    layer.begin_step(mask(0, columns=2), 1)
+    adapter = Adapter({})
+    with pytest.raises(AdapterError, match="new cache"):
+        layer.begin_step(mask(0, columns=3), 1, adapter)
+    layer.rewind(0, [0])
+    layer.begin_step(mask(0, columns=2), 1, adapter)
+    assert [session.closed for session in made] == [1, 0]
+    assert made[1].adapter is adapter
+    layer.reset()
+    layer.begin_step(mask(0, columns=2), 1)
+    assert [session.closed for session in made] == [1, 1, 0]
 
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=4), st.integers(1, 6), st.integers(0, 6))

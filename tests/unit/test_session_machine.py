@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from splitnet.client.session_events import Resize, Use, UseAdapter
 from splitnet.client.session_state import TRANSITIONS, Phase
 from splitnet.net.messages import Fork
-from tests.unit.session_world import SPANS, Faulty, PeerModel, World, adapter
+from tests.unit.session_world import SPANS, Faulty, PeerModel, World, adapter, tags_of
 
 index = st.integers(0, 1 << 16)
 peer = st.integers(0, len(SPANS) - 1)
@@ -29,9 +29,12 @@ class Trouble(RuleBasedStateMachine):
     """Changes of phase in all runs."""
     world: World
 
-    @initialize(seed=st.integers(0, 1 << 16), opens=st.booleans())
-    def begin(self, seed: int, opens: bool) -> None:
+    @initialize(seed=st.integers(0, 1 << 16), opens=st.booleans(), which=st.sampled_from(ADAPTERS))
+    def begin(self, seed: int, opens: bool, which: Any) -> None:
         self.world = World(budget=64, seed=seed)
+        if which is not None:
+            self.world.feed(UseAdapter(which))
+            self.world.tags = tags_of(which)
         if opens:
             self.world.feed(Use())
             self.world.settle()
@@ -46,6 +49,7 @@ class Trouble(RuleBasedStateMachine):
     def use(self) -> None:
         self.world.feed(Use())
 
+    @precondition(lambda self: not self.world.is_at_rest)
     @rule()
     def settle(self) -> None:
         self.world.settle()
@@ -141,7 +145,7 @@ class Trouble(RuleBasedStateMachine):
 
 
 class Steps(Trouble):
-    """A session with caches: prompts, tokens, windows, rewinds, forks, adapters."""
+    """A session with caches: prompts, tokens, windows, rewinds, forks."""
 
     @precondition(lambda self: self.world.ready and len(self.world.asked) < 12)
     @rule(length=st.integers(1, 3), keep=st.integers(0, 3))
@@ -183,11 +187,6 @@ class Steps(Trouble):
     def resize(self, more: int) -> None:
         self.world.feed(Resize(self.world.state.budget + more))
 
-    @precondition(lambda self: self.world.ready)
-    @rule(which=st.sampled_from(ADAPTERS))
-    def use_adapter(self, which: Any) -> None:
-        self.world.restart(which)
-
     @precondition(lambda self: any(not each.request.done for each in self.world.asked))
     @rule()
     def abandon(self) -> None:
@@ -210,7 +209,9 @@ class Steps(Trouble):
 class Passes(Trouble):
     """A session that trains: batches forward and back, with adapters that change."""
 
-    adapter: Any = None
+    @property
+    def adapter(self) -> Any:
+        return self.world.state.adapter
 
     @precondition(lambda self: self.world.ready and len(self.world.batches) < 6)
     @rule(batch=st.lists(st.lists(st.integers(1, 2), min_size=1, max_size=2), min_size=1, max_size=3))
@@ -227,8 +228,7 @@ class Passes(Trouble):
     @precondition(lambda self: self.world.ready and not self.world.state.under_way)
     @rule(which=st.sampled_from(ADAPTERS[1:]))
     def use_adapter(self, which: Any) -> None:
-        self.adapter = which
-        self.world.feed(UseAdapter(which, b"n" * 16))
+        self.world.feed(UseAdapter(which))
 
     def check_that_it_works(self) -> None:
         self.world.submit_batch([[1, 2], [1]], self.adapter)

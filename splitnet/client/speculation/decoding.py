@@ -1,4 +1,4 @@
-"""The loop that generates with drafts, in the place of transformers' own.
+"""The loop that generates one text, with drafts or without, in the place of transformers' own.
 
 A drafted token is right if it is what the model chooses, greedily or by sampling, at that place. So every token is
 chosen as without drafts, from the same scores and with the same random numbers, and a seed gives the same text. For a
@@ -10,30 +10,30 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from scheduler.speculation import NO_DRAFTS, Window
 from splitnet.client.cache import RemoteCache
+from splitnet.client.cached_blocks import Exchange
 from splitnet.client.planner import Forecast
-from splitnet.client.remote import Exchange
 from splitnet.client.speculation.drafts import Draft, Drafter
 from splitnet.client.speculation.experience import Experience
 from splitnet.client.text import Text
-from splitnet.errors import SplitnetError
 
 LOOK_EVERY = 32
 """Where drafts cost time and promise nothing, one is made after so many tokens, to see whether that is still so."""
+
+NOTHING = Draft([])
 
 
 class Model(Protocol):
     """A causal LM whose calls can be cut in two: what is sent, and what comes back."""
 
-    def prefill(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
-        """The logits after `[1, seq]` new tokens, `[vocabulary]`."""
+    def step(self, input_ids: torch.Tensor, cache: RemoteCache) -> torch.Tensor:
+        """The logits of `[1, seq]` new tokens, `[seq, vocabulary]`."""
         ...
 
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
@@ -46,10 +46,19 @@ class Model(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Drafts:
+    """Where drafts come from, and what decides how many of them are sent."""
+
+    drafter: Drafter
+    experience: Experience
+
+
+@dataclass(frozen=True, slots=True)
 class _Sent:
     """Tokens under way."""
 
-    exchange: Exchange
+    exchange: Exchange | None
+    """None: they go through the model in one piece, once it is their turn."""
     ids: torch.Tensor
     """`[1, seq]`: drafts, behind the last token of the text if nothing else was under way."""
     began: float
@@ -58,92 +67,87 @@ class _Sent:
     """Nothing else was under way."""
 
 
-class SpeculativeDecoding:
-    """Generates one text after the other, one row each.
+class Decoding:
+    """One text on its way.
 
     Args:
-        drafter: guesses tokens.
-        experience: decides how many of them are sent.
+        model: runs the tokens.
+        cache: holds all of the text, or what stands in its place, but the tokens that are yet to come.
+        text: ends with the prompt.
+        drafts: None: one token after the other.
+        max_positions: context length of the model, if it has one.
     """
 
-    def __init__(self, drafter: Drafter, experience: Experience) -> None:
-        self._drafter = drafter
-        self._experience = experience
-
-    def generate(
+    def __init__(
         self,
-        model: Any,
-        input_ids: torch.Tensor,
-        logits_processor: Any,
-        stopping_criteria: Any,
-        generation_config: Any,
+        model: Model,
         cache: RemoteCache,
-        streamer: Any = None,
-    ) -> torch.Tensor:
-        """Called by transformers' `generate()`; returns `[1, seq]`, the prompt and what comes after.
-
-        Raises:
-            SplitnetError: more than one row is asked for, or more than tokens are to be returned.
-        """
-        if len(input_ids) != 1 or generation_config.num_beams > 1 or generation_config.return_dict_in_generate:
-            raise SplitnetError(
-                "speculation is for one sequence at a time, of which only tokens are returned: leave out `speculate`"
-            )
-        text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
-        run = _Run(model, cache, text, self._drafter, self._experience)
-        try:
-            while not text.finished:
-                run.turn()
-        finally:
-            run.stop()
-        text.end()
-        return text.ids()
-
-
-class _Run:
-    """One text on its way."""
-
-    def __init__(self, model: Model, cache: RemoteCache, text: Text, drafter: Drafter, experience: Experience) -> None:
+        text: Text,
+        drafts: Drafts | None = None,
+        max_positions: int | None = None,
+    ) -> None:
         self._model = model
+        self._layer = cache.remote
         self._cache = cache
         self._text = text
-        self._drafter = drafter
-        self._experience = experience
+        self._drafts = drafts
+        self._offset = cache.remote.columns - len(text.tokens)
+        """Columns of the cache before the first token: embeddings that the prompt began with."""
+        limits = (text.most, None if max_positions is None else max_positions - self._offset + 1)
+        self._most = min((limit for limit in limits if limit is not None), default=None)
         self._under_way: deque[_Sent] = deque()
         self._drafted: deque[tuple[int, int]] = deque()
         """Tokens behind the text that were sent, each with the kind of its draft."""
-        self._imagined: Draft = Draft([])
+        self._imagined = NOTHING
         """What was not sent, only to see whether it is right."""
         self._unseen_drafts = 0
-        drafter.begin(text.tokens)
+        if drafts is not None:
+            drafts.drafter.begin(text.tokens)
 
-    def turn(self) -> None:
+    def run(self, logits: torch.Tensor) -> torch.Tensor:
+        """Goes on until the text is finished.
+
+        Args:
+            logits: after the prompt, `[vocabulary]`.
+
+        Returns:
+            `[1, seq]`, the prompt and what comes after.
+
+        Raises:
+            SplitnetError: as a call of the model.
+        """
+        self._take(logits)
+        try:
+            while not self._text.finished:
+                self._turn()
+        finally:
+            self._forget_drafts()
+        self._text.end()
+        return self._text.ids()
+
+    def _turn(self) -> None:
         """Sends what can be sent, and takes in what comes back first."""
-        unseen = self._text.ids(self._cache.remote.columns)
-        if unseen.shape[1] > 1:
-            self._take(self._model.prefill(unseen, self._cache))
-            return
         self._send_windows()
         sent = self._under_way.popleft()
-        logits = self._model.receive(sent.exchange, sent.ids, self._cache)
+        began, waited_ms = time.perf_counter(), self._layer.waited_ms
+        if sent.exchange is None:
+            logits = self._model.step(sent.ids, self._cache)
+        else:
+            logits = self._model.receive(sent.exchange, sent.ids, self._cache)
         for index in range(len(logits)):
             token = self._take(logits[index])
             if self._text.finished or not self._goes_on_with(token):
                 self._forget_drafts()
                 break
-        if sent.alone:
+        if sent.alone and self._drafts is not None:
             now = time.perf_counter()
-            client_ms = sent.sending_ms + (now - sent.exchange.received_at) * 1000
-            self._experience.took(sent.ids.shape[1], (now - sent.began) * 1000, client_ms, self._forecast)
-
-    def stop(self) -> None:
-        """Awaits nothing any more; the cache holds what it shares with the text."""
-        self._forget_drafts()
+            client_ms = sent.sending_ms + (now - began) * 1000 - (self._layer.waited_ms - waited_ms)
+            self._drafts.experience.took(sent.ids.shape[1], (now - sent.began) * 1000, client_ms, self._forecast)
 
     def _send_windows(self) -> None:
         window = self._window()
         if not self._under_way:
-            self._send(self._draft(window.length))
+            self._send(self._draft(window.length), whole=window.in_flight == 1)
         while len(self._under_way) < window.in_flight:
             draft = self._draft(window.length)
             if not draft.tokens:
@@ -152,67 +156,68 @@ class _Run:
 
     def _window(self) -> Window:
         """What is best now; where it is to draft nothing, a look at whether a draft would be right."""
-        self._imagined = Draft([])
-        costly = self._drafter.draft_ms > 0
-        guess = Draft([]) if costly else self._draft(1)
-        if not costly and not guess.tokens:
+        if self._drafts is None:
             return NO_DRAFTS
-        window = self._experience.window(guess.kind, self._drafter.draft_ms, self._forecast)
+        self._imagined = NOTHING
+        draft_ms = self._drafts.drafter.draft_ms
+        guess = NOTHING if draft_ms > 0 else self._draft(1)
+        if not draft_ms and not guess.tokens:
+            return NO_DRAFTS
+        window = self._drafts.experience.window(guess.kind, draft_ms, self._forecast)
         if not window.length and not self._under_way:
             self._unseen_drafts += 1
-            if costly and self._unseen_drafts % LOOK_EVERY == 0:
+            if draft_ms > 0 and self._unseen_drafts % LOOK_EVERY == 0:
                 guess = self._draft(1)
             self._imagined = guess
         return window
 
     def _draft(self, count: int) -> Draft:
         """Of `count` further tokens those that are of use: the model itself adds one at least."""
-        most = self._text.most
+        most = self._most
         room = count if most is None else min(count, most - len(self._text.tokens) - 1 - len(self._drafted))
-        if room < 1:
-            return Draft([])
-        return self._drafter.draft([token for token, _ in self._drafted], room)
+        if room < 1 or self._drafts is None:
+            return NOTHING
+        return self._drafts.drafter.draft([token for token, _ in self._drafted], room)
 
-    def _send(self, draft: Draft) -> None:
+    def _send(self, draft: Draft, *, whole: bool = False) -> None:
         """Sends drafts behind what is under way, or else behind the last token of the text."""
         alone = not self._under_way
-        ids = self._as_ids([*self._text.tokens[-1:], *draft.tokens] if alone else draft.tokens)
+        ids = self._text.ids(len(self._text.tokens) - alone)
+        if draft.tokens:
+            ids = torch.cat((ids, ids.new_tensor([draft.tokens])), dim=1)
+            self._drafted.extend((token, draft.kind) for token in draft.tokens)
         began = time.perf_counter()
-        exchange = self._model.send(ids, self._cache)
+        exchange = None if whole else self._model.send(ids, self._cache)
         sending_ms = (time.perf_counter() - began) * 1000
-        self._drafted.extend((token, draft.kind) for token in draft.tokens)
-        self._experience.sent(len(draft.tokens))
+        if draft.tokens and self._drafts is not None:
+            self._drafts.experience.sent(len(draft.tokens))
         self._under_way.append(_Sent(exchange, ids, began, sending_ms, alone))
 
     def _take(self, logits: torch.Tensor) -> int:
         token = self._text.choose(logits)
-        self._drafter.observe(token)
-        if self._imagined.tokens:
-            self._experience.compared(self._imagined.kind, self._imagined.tokens[0] == token)
-            self._imagined = Draft([])
+        if self._drafts is not None:
+            self._drafts.drafter.observe(token)
+            if self._imagined.tokens:
+                self._drafts.experience.compared(self._imagined.kind, self._imagined.tokens[0] == token)
+                self._imagined = NOTHING
         return token
 
     def _goes_on_with(self, token: int) -> bool:
         """Whether what was sent behind the text begins with this token, which belongs to the text now."""
-        if not self._drafted:
+        if not self._drafted or self._drafts is None:
             return False
         drafted, kind = self._drafted.popleft()
-        self._experience.verified(kind, drafted == token)
+        self._drafts.experience.verified(kind, drafted == token)
         return drafted == token
 
     def _forget_drafts(self) -> None:
-        """What was sent behind the text counts no more."""
+        """What was sent behind the text counts no more; the cache holds what it shares with the text."""
         for sent in self._under_way:
-            sent.exchange.abandon()
+            if sent.exchange is not None:
+                sent.exchange.abandon()
         self._under_way.clear()
         self._drafted.clear()
-        layer = self._cache.remote
-        layer.crop(min(0, len(self._text.tokens) - 1 - layer.columns))
-
-    def _as_ids(self, tokens: Sequence[int]) -> torch.Tensor:
-        """`[1, seq]`."""
-        held = self._text.ids()
-        return torch.tensor([tokens], dtype=held.dtype, device=held.device)
+        self._layer.crop(min(0, self._offset + len(self._text.tokens) - 1 - self._layer.columns))
 
     def _forecast(self, positions: int) -> Forecast:
         session = self._cache.session

@@ -1,0 +1,60 @@
+"""How a client runs a model: the keywords of `from_pretrained` and of `attach`, once for all kinds of models."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
+
+import torch
+
+from splitnet.client.session import Preference
+from splitnet.client.session_driver import RECOVERY_TIMEOUT_S
+
+CONNECTION = ("initial_peers", "identity", "revision")
+"""What `from_pretrained` takes besides: which swarm, who asks, and which model."""
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientOptions:
+    """See `splitnet.AutoModelForCausalLM.from_pretrained`."""
+
+    codec: str = "auto"
+    dtype: torch.dtype | str | None = None
+    device: str = "cpu"
+    recovery_timeout_s: float = RECOVERY_TIMEOUT_S
+    prefer: Preference = "latency"
+    gradient_codec: str = "auto"
+    local_blocks: str | None = None
+    local_weights: str | None = None
+
+    @classmethod
+    def of(cls, keywords: dict[str, Any], *others: str) -> ClientOptions:
+        """The options that these keywords give.
+
+        Args:
+            others: keywords that the caller takes besides.
+
+        Raises:
+            TypeError: there is no such option; names the one that is probably meant.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in keywords:
+            if name not in known:
+                near = difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.4)
+                meant = f"did you mean {near[0]}?" if near else f"there are {', '.join([*known, *others])}"
+                raise TypeError(f"there is no option {name}: {meant}")
+        return cls(**keywords)
+
+
+def takes_client_options(function: Function) -> Function:
+    """Shows the options in the signature of a function in the place of its `**options`."""
+    signature = inspect.signature(function)
+    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+    taken = inspect.signature(ClientOptions).parameters.values()
+    function.__signature__ = signature.replace(parameters=[*own, *taken])  # pyright: ignore[reportFunctionMemberAccess]
+    return function
