@@ -163,7 +163,19 @@ class Held:
 class Faulty:
     """What a peer can do wrong with a step."""
 
-    KINDS = ("internal", "busy", "too long", "no session", "out of order", "short", "codec", "swallow", "other end")
+    KINDS = (
+        "internal",
+        "busy",
+        "too long",
+        "no session",
+        "out of order",
+        "short",
+        "codec",
+        "swallow",
+        "other end",
+        "for the tail",
+    )
+    OTHERS = ("refuses adapters", "fails replays", "forgets in replays")
 
 
 @dataclass(frozen=True)
@@ -234,6 +246,8 @@ class PeerModel:
                 self._forward(source, message)
             case Gradient() if held is not None and message.epoch == held.epoch:
                 self._back(held, message)
+            case AdapterMessage() if self.fault == "refuses adapters":
+                self.fail(message.epoch, 0, FailureCode.BAD_MESSAGE)
             case AdapterMessage() if held is not None and message.epoch == held.epoch:
                 tags = list(held.tags)
                 for name, tensor in read_tensors(message.payload).items():
@@ -283,8 +297,16 @@ class PeerModel:
             return
         if step.epoch != held.epoch:
             return
-        if self.fault is not None and not step.replay_until and self._misbehave(held, step):
+        if self.fault in Faulty.KINDS and not step.replay_until and self._misbehave(held, step):
             return
+        if self.fault in Faulty.OTHERS and step.replay_until:
+            if self.fault == "fails replays":
+                self.fail(step.epoch, step.number or self.world.last_replay(), FailureCode.INTERNAL)
+                return
+            if self.fault == "forgets in replays":
+                self.fail(step.epoch, step.number or self.world.last_replay(), FailureCode.UNKNOWN_SESSION)
+                self.held = None
+                return
         try:
             rows = dict(held.rows) if step.forks is None else fork_rows(held.rows, step.forks, lambda row: row)
         except ProtocolError:
@@ -334,6 +356,8 @@ class PeerModel:
             "no session": FailureCode.UNKNOWN_SESSION,
             "out of order": FailureCode.OUT_OF_ORDER,
         }
+        if self.fault == "for the tail" and held.end == BLOCKS:
+            return False  # values that the last hop makes up cannot be told from others
         if self.fault in codes:
             self.fail(step.epoch, step.number, codes[self.fault])
         elif self.fault == "short":
@@ -342,6 +366,9 @@ class PeerModel:
             result(codec=99, end=held.end)
         elif self.fault == "other end":
             result(end=max(1, held.end - 1))
+        elif self.fault == "for the tail":
+            kept = step.positions if isinstance(step, Forward) else sum(part.keep for part in step.parts)
+            result(payload=bytes(SIZE * kept))
         return True
 
     def _forward(self, source: str, message: Forward) -> None:
@@ -350,7 +377,7 @@ class PeerModel:
             failure = Failure(self.id, message.epoch, message.number, FailureCode.UNKNOWN_SESSION, "no session")
             self.world.post(self.name, source, failure)
             return
-        if message.epoch != held.epoch or (self.fault is not None and self._misbehave(held, message)):
+        if message.epoch != held.epoch or (self.fault in Faulty.KINDS and self._misbehave(held, message)):
             return
         tags = held.tags if message.adapter else (0,) * BLOCKS
         outputs = b"".join(b"".join(run_blocks(held.start, held.end, tags, values)) for values in sequences_of(message))
@@ -636,6 +663,10 @@ class World:
             asked.gradients.append(go_back(0, BLOCKS, tags, sequences_of(each.forward), gradient, asked.sums))
         version = self.state.adapter_version if asked.adapter is not None else 0
         self.feed(GoBack(asked.batch, version))
+
+    def last_replay(self) -> int:
+        """The number that a replay at hand ends with."""
+        return max(self.state._replays, default=0)
 
     def new_row_id(self) -> int:
         return next(self._row_ids)
