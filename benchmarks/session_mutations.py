@@ -12,7 +12,6 @@ import importlib.util
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from typing import NamedTuple
 
 MODULE = "splitnet.client."
@@ -145,15 +144,14 @@ def run_tests(examples: int) -> None:
         database=None,
         derandomize=True,
     )
-    machines: list[Callable[[], object]] = [tests.Passes, tests.Steps]
-    for fault in Faulty.KINDS:
+        for fault in Faulty.KINDS:
         tests.test_beside_honest_peers_one_that_lies_costs_no_request(fault)
-    for machine in machines:
+    for machine in (tests.Passes, tests.Steps):
         run_state_machine_as_test(machine, settings=options)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="Plants faults in the state machine of sessions.")
     parser.add_argument("--examples", type=int, default=400, help="runs of each machine")
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

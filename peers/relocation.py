@@ -24,6 +24,9 @@ QUICK_LOOK_S = 2.0
 LOOK_PER_PEER_S = 0.3
 """In small swarms it looks more often: a hole is filled the sooner, and a lookup there costs little."""
 
+STAYING_LOOK_S = 3.0
+"""The least for peers that never move: they only see whether another has announced a move."""
+
 CHECK_S = 1.0
 """How often it checks whether the peers that it watches are there."""
 
@@ -66,7 +69,7 @@ class Relocation:
         """Of the records of those that are gone: when they had been, as of the loss."""
         self._heard_of: set[tuple[PublicKey, Blocks]] = set()
         """Moves of others that were announced."""
-        self._num_others = 0
+        self._pause_s = QUICK_LOOK_S
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._look_often, name="splitnet-place", daemon=True)
 
@@ -102,7 +105,9 @@ class Relocation:
             # Who announces a move waits until it has heard of all others.
             if self._mover.intended != before or announced - self._heard_of:
                 self._publish()
-            self._heard_of, self._num_others = announced, len(others)
+            least_s = QUICK_LOOK_S if own.max_blocks else STAYING_LOOK_S
+            self._pause_s = min(LOOK_S, max(least_s, LOOK_PER_PEER_S * len(others)))
+            self._heard_of = announced
             return False
 
     def _present(self, others: Sequence[PeerRecord]) -> list[PeerRecord]:
@@ -123,5 +128,4 @@ class Relocation:
             except SplitnetError as error:
                 log.warning("could not look for better blocks to serve: %s", error)
             # Not at the same moment as everybody else: who looks later sees what the others have announced.
-            pause_s = min(LOOK_S, max(QUICK_LOOK_S, LOOK_PER_PEER_S * self._num_others))
-            look_at = time.monotonic() + pause_s * random.uniform(0.5, 1.5)
+            look_at = time.monotonic() + self._pause_s * random.uniform(0.5, 1.5)

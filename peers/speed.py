@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from scheduler import swarm
+from scheduler.average import MovingAverage
 from scheduler.swarm import PASS_SIZES
 from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.span import Part, Span
@@ -37,7 +38,7 @@ class ObservedSpeed:
     def observe(self, positions: int, blocks: int, elapsed_ms: float) -> None:
         """Takes in one pass of `positions` positions through `blocks` blocks: moves the sizes on both sides of it."""
         factor = elapsed_ms / blocks / max(self._speed.at(positions), 1e-6)
-        correction = 1 + SHARE * (factor - 1)
+        correction = MovingAverage(SHARE, 1.0).add(factor)
         above = min(bisect_left(PASS_SIZES, positions), len(PASS_SIZES) - 1)
         touched = {above} if positions >= PASS_SIZES[above] else {above - 1, above}
         self._speed = swarm.Speed(

@@ -9,21 +9,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from splitnet.errors import AdapterError, UnsupportedModel, WeightsError
+from splitnet.errors import UnsupportedModel, WeightsError
 from splitnet.model.adapters import (
     PREFIX_KEYS,
     PREFIX_VALUES,
     Adapter,
-    AddsLowRank,
-    Prefix,
     applying,
-    linear_layers,
 )
 from splitnet.model.attention import PACKED, PackedPass, Part, running
 from splitnet.model.backbone import (
@@ -34,27 +30,20 @@ from splitnet.model.backbone import (
     parent_of,
     share_blocks,
 )
+from splitnet.model.block_sizes import block_bytes, block_sizes
 from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.compiled_step import CompiledStep
 from splitnet.model.families import LEAN, NEUTRAL_CONFIG, ONE_WINDOW, packs_sequences, sliding_windows
-from splitnet.model.held_linear import hold_weights, saved_bytes
+from splitnet.model.fast_step import FastStep, find_fast_step, same_kind
+from splitnet.model.held_linear import hold_weights
 from splitnet.model.kv_cache import OneRow, PassThrough, RowCache, TracedRow
-from splitnet.model.lean_step import LeanStep
 from splitnet.model.memory import free_memory, guarded
 from splitnet.model.rotary import LengthDependentRopes
+from splitnet.model.span_adapters import SpanAdapters
 from splitnet.model.weight_form import WeightForm
 from splitnet.model.weights import AUTO, Weights, choose_weights, name_of
 
 __all__ = ["Part", "Span", "block_bytes", "free_memory"]
-
-LEAN_PROMPT = 5
-LEAN_TRIALS = 3
-LEAN_TOLERANCE = 0.02
-LEAN_TOLERANCE_HALF = 0.3
-"""Of what blocks add to their input; the second where they compute in half precision, whose rounding grows on noise
-through many blocks. Another structure differs by as much as there is.
-"""
 
 
 class Span:
@@ -69,7 +58,7 @@ class Span:
         kv_bytes_per_position: bytes of KV cache that one position of one row takes in all blocks of the span.
     """
 
-    _lean: LeanStep | CompiledStep | None = None
+    _lean: FastStep | None = None
 
     def __init__(
         self,
@@ -86,8 +75,6 @@ class Span:
         self.start = start
         self.end = end
         self._whole = whole or self  # of a view: where its blocks are numbered from
-        self._adapted: set[tuple[int, str]] = set()
-        self._kv_shapes: list[list[tuple[int, int]]] = []
         self._backbone = backbone
         self._container = container
         self._windows = windows
@@ -95,6 +82,9 @@ class Span:
         self._sdpa = bool(getattr(backbone, "_supports_sdpa", False))
         self._nothing_cached = PassThrough()
         self._ropes: LengthDependentRopes = whole._ropes if whole else LengthDependentRopes(backbone)
+        parent, name = parent_of(backbone, container)
+        blocks: nn.ModuleList = getattr(parent, name)
+        self._adapters: SpanAdapters = whole._adapters if whole else SpanAdapters(blocks, start)
         self.device = next(backbone.parameters()).device
         self.weights = weights
         self.dtype = weights.dtype  # not that of any parameter: some families keep their norms in float32
@@ -103,7 +93,7 @@ class Span:
         forms = [module for module in backbone.modules() if isinstance(module, WeightForm)]
         self.weight_bytes += sum(form.untracked_bytes for form in forms)
         self.kv_bytes_per_position = self._probe()
-        self._lean = self._lean_step()
+        self._lean = self._fast_step(list(blocks), getattr(parent, "rotary_emb", None))
 
     @classmethod
     def load(
@@ -152,7 +142,7 @@ class Span:
             for block in backbone.get_submodule(container).children():
                 hold_weights(block, chosen)
 
-        sizes = _block_sizes(checkpoint, chosen, range(start, end))
+        sizes = block_sizes(checkpoint, chosen, range(start, end))
         if chosen.forms and not any(saved for _, saved in sizes):
             if weights != AUTO:
                 raise WeightsError(
@@ -177,7 +167,7 @@ class Span:
             room: positions that its memory is allocated for; None: it grows by doubling.
             adapter: whose prefix it begins with.
         """
-        return RowCache(room, self._prefix_of(adapter))
+        return RowCache(room, self._adapters.prefix_of(adapter, self.start, self.end))
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
@@ -213,7 +203,7 @@ class Span:
         Raises:
             ValueError: the lengths do not fit `hidden`.
         """
-        prefix = self._prefix_of(adapter)
+        prefix = self._adapters.prefix_of(adapter, self.start, self.end)
         parts = [Part(TracedRow(prefix=prefix), 0, length, adapter) for length in lengths]
         self._check(hidden, parts)
         return self._run_as_the_family(hidden.to(device=self.device, dtype=self.dtype), parts)
@@ -224,17 +214,7 @@ class Span:
         Raises:
             AdapterError: it names blocks or layers that are not here, or its shapes are not theirs.
         """
-        for block, path, low_rank in adapter.low_ranks():
-            layer, sizes = self._linear_layer(block, path)
-            if (low_rank.a.shape[1], low_rank.b.shape[0]) != sizes:
-                raise AdapterError(f"{path} of block {block} maps {sizes[0]} values to {sizes[1]}, the adapter not")
-            if (block, path) not in self._whole._adapted:
-                self._whole._adapted.add((block, path))
-                layer.register_forward_hook(AddsLowRank(block, path))
-        for block, prefix in adapter.prefixes():
-            shapes = self._whole._kv_shapes[self._index(block)]
-            if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
-                raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, the prefix has not")
+        self._adapters.fit(adapter, self.start, self.end)
 
     def keys_and_values(self, row: RowCache, length: int) -> dict[str, torch.Tensor]:
         """Those of the first `length` positions of a row behind its prefix, named as the prefix of an adapter, float32.
@@ -282,27 +262,6 @@ class Span:
         if len({id(part.row) for part in parts}) != len(parts):
             raise ValueError("two parts of one pass have the same row")
 
-    def _index(self, block: int) -> int:
-        """Which of its blocks the backbone of the whole span calls it."""
-        if not self.start <= block < self.end:
-            raise AdapterError(f"block {block} is not among the blocks {self.start}..{self.end - 1}")
-        return block - self._whole.start
-
-    def _linear_layer(self, block: int, path: str) -> tuple[nn.Module, tuple[int, int]]:
-        """A layer that LoRA can be added to, with its numbers of inputs and outputs."""
-        parent, name = parent_of(self._whole._backbone, self._container)
-        module: nn.Module = getattr(parent, name)[self._index(block)]
-        sizes = linear_layers(module).get(path)
-        if sizes is None:
-            raise AdapterError(f"block {block} has no linear layer {path!r}")
-        return module.get_submodule(path), sizes
-
-    def _prefix_of(self, adapter: Adapter | None) -> dict[int, Prefix]:
-        if adapter is None or not adapter.prefix_length:
-            return {}
-        first = self._whole.start
-        return {block - first: prefix for block, prefix in adapter.prefixes() if self.start <= block < self.end}
-
     def _run(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         if self._lean is not None and self._lean.takes(parts):
             return self._lean.forward(hidden, parts)
@@ -338,43 +297,17 @@ class Span:
             begin += part.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
-    def _lean_step(self) -> LeanStep | CompiledStep | None:
+    def _fast_step(self, blocks: Sequence[nn.Module], rope: nn.Module | None) -> FastStep | None:
         """A faster way for decode steps, if there is one for these blocks that gives the same."""
         config = self._backbone.config
         if not self._packs or not self._sdpa or config.model_type not in LEAN:
             return None
-        parent, name = parent_of(self._backbone, self._container)
-        blocks, rope = list(getattr(parent, name)), getattr(parent, "rotary_emb", None)
         everywhere = config.sliding_window if config.model_type in ONE_WINDOW else None
         windows = self._windows or [everywhere] * (self._whole.end - self._whole.start)
         if self._whole is not self:
-            if isinstance(self._whole._lean, CompiledStep):
-                return CompiledStep.of(blocks, rope, windows, self.dtype)
-            return LeanStep.of(blocks, rope, windows) if self._whole._lean is not None else None
-        compiled = CompiledStep.of(blocks, rope, windows, self.dtype) if self.device.type == "cpu" else None
-        for lean in (compiled, LeanStep.of(blocks, rope, windows)):
-            # Where shapes do not fit, it is another structure with the same names.
-            with suppress(RuntimeError):
-                if lean is not None and self._gives_the_same(lean):
-                    return lean
-        return None
-
-    @torch.inference_mode()
-    def _gives_the_same(self, lean: LeanStep | CompiledStep) -> bool:
-        """Whether some steps after a prompt come out as the family's own code has them."""
-        rows = self.new_row(), self.new_row()
-        noise = torch.Generator().manual_seed(0)
-        tolerance = LEAN_TOLERANCE if self.dtype == torch.float32 else LEAN_TOLERANCE_HALF
-        prompt = torch.randn(LEAN_PROMPT, self.hidden_size, generator=noise)
-        self.forward(torch.cat((prompt, prompt)), [Part(row, 0, LEAN_PROMPT) for row in rows])
-        for position in range(LEAN_PROMPT, LEAN_PROMPT + LEAN_TRIALS):
-            given = torch.randn(1, self.hidden_size, generator=noise).to(device=self.device, dtype=self.dtype)
-            expected = self.forward(given, [Part(rows[0], position, 1)])
-            got = lean.forward(given, [Part(rows[1], position, 1)])
-            rows[1].advance(1)
-            if not (got - expected).float().norm() <= tolerance * (expected - given).float().norm():
-                return False
-        return True
+            former = self._whole._lean
+            return same_kind(former, blocks, rope, windows, self.dtype) if former is not None else None
+        return find_fast_step(self, blocks, rope, windows)
 
     def _probe(self) -> int:
         """Runs one position: proves that the blocks run on their own, and measures what it leaves in the cache."""
@@ -389,7 +322,8 @@ class Span:
             raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own{held}: {error}") from error
         if output.shape != (1, self.hidden_size) or row.blocks != self.end - self.start:
             raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")
-        self._kv_shapes = row.shapes()
+        if self._whole is self:
+            self._adapters.kv_shapes = row.shapes()
         return row.bytes_per_position
 
 
@@ -397,36 +331,3 @@ def _positions(part: Part) -> range:
     """As the blocks count them: the prefix comes first."""
     start = part.row.prefix_length + part.start
     return range(start, start + part.count)
-
-
-def block_bytes(
-    checkpoint: Checkpoint,
-    dtype: torch.dtype | str | None,
-    weights: str | None = None,
-    device: str | torch.device = "cpu",
-) -> int:
-    """Bytes of the largest block as `Span.load` with the same arguments holds it; reads only headers of shards.
-
-    Raises:
-        WeightsError: weights cannot be held so.
-    """
-    chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
-    sizes = _block_sizes(checkpoint, chosen, range(checkpoint.num_blocks))
-    return max(plain - saved for plain, saved in sizes)
-
-
-def _block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list[tuple[int, int]]:
-    """Of each block: its bytes in the type that it computes in, and how many fewer it takes as its weights are held."""
-    plain = [
-        checkpoint.bytes_of((tensor.name for tensor in checkpoint.block_tensors[index]), weights.dtype)
-        for index in blocks
-    ]
-    if not weights.forms:
-        return [(size, 0) for size in plain]
-    config = copy.deepcopy(checkpoint.config)
-    model_class = backbone_class(config)
-    container = find_container(model_class, config)
-    with torch.device("meta"):
-        backbone = model_class(config)
-    modules = list(backbone.get_submodule(container).children())
-    return list(zip(plain, [saved_bytes(modules[index], weights) for index in blocks], strict=True))

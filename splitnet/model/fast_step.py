@@ -1,0 +1,81 @@
+"""Faster ways for decode steps, taken only if they give what the family's own code gives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from splitnet.model.attention import Part
+from splitnet.model.compiled_step import CompiledStep
+from splitnet.model.kv_cache import RowCache
+from splitnet.model.lean_step import LeanStep
+
+FastStep = LeanStep | CompiledStep
+
+LEAN_PROMPT = 5
+LEAN_TRIALS = 3
+LEAN_TOLERANCE = 0.02
+LEAN_TOLERANCE_HALF = 0.3
+"""Of what blocks add to their input; the second where they compute in half precision, whose rounding grows on noise
+through many blocks. Another structure differs by as much as there is.
+"""
+
+
+class Runs(Protocol):
+    """A span, as far as it is needed to compare with."""
+
+    hidden_size: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def new_row(self) -> RowCache: ...
+
+    def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor: ...
+
+
+def find_fast_step(
+    span: Runs, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]
+) -> FastStep | None:
+    """The fastest way through `blocks` that gives the same as `span`, which has these; None: there is none."""
+    compiled = CompiledStep.of(blocks, rope, windows, span.dtype) if span.device.type == "cpu" else None
+    for step in (compiled, LeanStep.of(blocks, rope, windows)):
+        # Where shapes do not fit, it is another structure with the same names.
+        with suppress(RuntimeError):
+            if step is not None and _gives_the_same(span, step):
+                return step
+    return None
+
+
+def same_kind(
+    former: FastStep,
+    blocks: Sequence[nn.Module],
+    rope: nn.Module | None,
+    windows: Sequence[int | None],
+    dtype: torch.dtype,
+) -> FastStep | None:
+    """For some of the blocks that `former` was found for: the same way through these."""
+    if isinstance(former, CompiledStep):
+        return CompiledStep.of(blocks, rope, windows, dtype)
+    return LeanStep.of(blocks, rope, windows)
+
+
+@torch.inference_mode()
+def _gives_the_same(span: Runs, step: FastStep) -> bool:
+    """Whether some steps after a prompt come out as the family's own code has them."""
+    rows = span.new_row(), span.new_row()
+    noise = torch.Generator().manual_seed(0)
+    tolerance = LEAN_TOLERANCE if span.dtype == torch.float32 else LEAN_TOLERANCE_HALF
+    prompt = torch.randn(LEAN_PROMPT, span.hidden_size, generator=noise)
+    span.forward(torch.cat((prompt, prompt)), [Part(row, 0, LEAN_PROMPT) for row in rows])
+    for position in range(LEAN_PROMPT, LEAN_PROMPT + LEAN_TRIALS):
+        given = torch.randn(1, span.hidden_size, generator=noise).to(device=span.device, dtype=span.dtype)
+        expected = span.forward(given, [Part(rows[0], position, 1)])
+        got = step.forward(given, [Part(rows[1], position, 1)])
+        rows[1].advance(1)
+        if not (got - expected).float().norm() <= tolerance * (expected - given).float().norm():
+            return False
+    return True
