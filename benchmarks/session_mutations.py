@@ -144,7 +144,7 @@ def run_tests(examples: int) -> None:
         database=None,
         derandomize=True,
     )
-        for fault in Faulty.KINDS:
+    for fault in Faulty.KINDS:
         tests.test_beside_honest_peers_one_that_lies_costs_no_request(fault)
     for machine in (tests.Passes, tests.Steps):
         run_state_machine_as_test(machine, settings=options)
@@ -166,8 +166,8 @@ def main() -> int:
         began = time.monotonic()
         command = [sys.executable, __file__, "--one", str(index), "--examples", str(arguments.examples)]
         ran = subprocess.run(command, capture_output=True, text=True)
-        found = ran.returncode != 0
-        if "mend the list" in ran.stderr:
+        found = "Failing test case" in ran.stderr
+        if ran.returncode and not found:
             print(ran.stderr, file=sys.stderr)
             return 1
         missed += found if index < 0 else not found
