@@ -20,10 +20,10 @@ HONOURED = "as in transformers"
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """why: it is refused, and what to do. unless: values that ask for nothing, besides None and False."""
+    """why: it is refused, and what to do. unless: values that ask for nothing, besides None."""
 
     why: str
-    unless: tuple[str, ...] = ()
+    unless: tuple[str | bool, ...] = (False,)
 
 
 _CACHE = Refused("keys and values are on the peers, which choose how to hold them: leave it out")
@@ -70,13 +70,16 @@ FORWARD: Mapping[str, str | Refused] = {
     "cache": "that of `new_cache()`, or of an earlier call; others are refused",
     **_all("output_attentions output_hidden_states output_router_logits", _INSIDE),
     **_all("cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx", _PACKED),
-    "is_causal": Refused("changes the attention inside the blocks: leave it out"),
+    "is_causal": Refused("changes the attention inside the blocks: leave it out", unless=(True,)),
     **_all("encoder_hidden_states encoder_attention_mask", Refused("is attended to inside the blocks: leave it out")),
 }
 """Of the `forward` of causal models."""
 
 _KNOWN_TO_TRANSFORMERS = frozenset(vars(GenerationConfig())) - {"_from_model_config"}
 _DEFAULTS = GenerationConfig._get_default_generation_params()
+_LEFT_BY_GENERATE = frozenset({"tokenizer", "assistant_tokenizer"})
+"""What transformers' `generate()` has made use of, and hands on all the same."""
+
 _EMBEDDED = frozenset({"token_type_ids"})
 """Honoured by backbones that have it in their signature: they embed it before the blocks."""
 
@@ -94,6 +97,7 @@ def check_forward(given: Mapping[str, Any], config: Any, explicit: Iterable[str]
         config: of the model, which has the defaults of some.
         explicit: names in the signature of the backbone.
     """
+    given = {name: value for name, value in given.items() if name not in _LEFT_BY_GENERATE}
     defaults = ((name, getattr(config, name, None)) for name in ("output_attentions", "output_hidden_states"))
     for name in _EMBEDDED & given.keys() - set(explicit):
         _check({}, [(name, given[name])])
@@ -161,7 +165,7 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
 def _check(table: Mapping[str, str | Refused], given: Iterable[tuple[str, Any]]) -> None:
     for name, value in given:
         rule = table.get(name, _UNKNOWN)
-        if value is None or value is False or not isinstance(rule, Refused):
+        if value is None or not isinstance(rule, Refused):
             continue
-        if not (isinstance(value, str) and value in rule.unless):
+        if not (isinstance(value, str | bool) and value in rule.unless):
             raise refuse(name, rule.why)
