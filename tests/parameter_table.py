@@ -31,8 +31,8 @@ def table(parameters: Mapping[str, str | Refused]) -> str:
 def _verdict(rule: str | Refused) -> str:
     if isinstance(rule, str):
         return rule
-    unless = "".join(f", unless it is `{value}`" for value in rule.unless if value is not False)
-    return f"refused{unless}: {rule.why}"
+    unless = " or ".join(f"`{value}`" for value in rule.unless if value is not False)
+    return f"refused{unless and f', unless it is {unless}'}: {rule.why}"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from splitnet.client.local_adapters import Prefixes
 from splitnet.client.local_blocks import Blocks
 from splitnet.client.mixed_session import MixedSession
 from splitnet.client.options import CONNECTION, ClientOptions, takes_client_options
-from splitnet.client.parameters import check_generation, refuse
+from splitnet.client.parameters import Request, refuse
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.client.session import Session
 from splitnet.client.speculation.decoding import Decoding, Drafts
@@ -161,16 +161,13 @@ class RemoteCausalLM(RemoteModel):
         for former in ("past_key_values", "cache_params"):
             if (cache := given.pop(former, None)) is not None:
                 given.setdefault("cache", cache)
-        others = {name: value for name, value in given.items() if name not in _POSITIONAL}
-        config, _ = self._prepare_generation_config(  # pyright: ignore[reportCallIssue]
-            given.get("generation_config"), **others
-        )
-        check_generation(config)
-        caches = config.use_cache is not False or given.get("inputs_embeds") is not None
+        request = Request(given, self.generation_config)
+        request.check()
+        caches = request.value("use_cache") is not False or given.get("inputs_embeds") is not None
         if not caches and given.get("cache") is not None:
             raise refuse("use_cache", "=False and a cache exclude each other: leave out one of them")
         if speculate is not None:
-            self._check_speculation(given, config, caches)
+            self._check_speculation(given, request, caches)
         outer, self._local.drafts = self._local.drafts, self._speculator.drafts_by(speculate)
         try:
             own_cache = caches and given.get("cache") is None
@@ -301,11 +298,11 @@ class RemoteCausalLM(RemoteModel):
         finally:
             self._local.prefix = ()
 
-    def _check_speculation(self, given: Mapping[str, Any], config: Any, caches: bool) -> None:
+    def _check_speculation(self, given: Mapping[str, Any], request: Request, caches: bool) -> None:
         """Raises UnsupportedParameter if something does not go together with drafts."""
         excluded = [name for name in ("custom_generate", "assistant_model", "synced_gpus") if given.get(name)]
-        excluded += [name for name in ("return_dict_in_generate", "prompt_lookup_num_tokens") if getattr(config, name)]
-        excluded += [name for name in ("num_beams", "num_return_sequences") if getattr(config, name) > 1]
+        excluded += [name for name in ("return_dict_in_generate", "prompt_lookup_num_tokens") if request.value(name)]
+        excluded += [name for name in ("num_beams", "num_return_sequences") if (request.value(name) or 1) > 1]
         excluded += [] if caches else ["use_cache"]
         excluded += ["a trained prompt"] if prompt_wrapper(self) is not None else []
         for name in excluded:
