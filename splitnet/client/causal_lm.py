@@ -180,6 +180,8 @@ class RemoteCausalLM(RemoteModel):
         conversation = self._local.conversation
         cache = conversation.cache if conversation else self.new_cache()
         given["cache"] = cache
+        if conversation and given.get("custom_generate") is not None:
+            conversation.forget()  # a loop of the caller's does not ask what is held
         prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         new_tokens = given.get("max_new_tokens")
         if prompt is not None and isinstance(new_tokens, int):

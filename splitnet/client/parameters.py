@@ -191,7 +191,7 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
     if bool((begins.sum(dim=1) + mask[:, 0] > 1).any()):
         raise refuse(
             "attention_mask",
-            "has padding between tokens, where peers know no gap: put it on one side, or give position_ids that do not "
+            "has padding between tokens, where peers know no gap: pad on the right, or give position_ids that do not "
             "count it",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 import splitnet
 from scheduler.speculation import Window
 from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.client.session import Session
 from splitnet.client.speculation.experience import Experience
-from splitnet.errors import AdapterError, SplitnetError, UnsupportedParameter
+from splitnet.errors import AdapterError, SessionClosed, SplitnetError, UnsupportedParameter
 from tests.swarm.adapters import lora, wrapped
 from tests.swarm.harness import LocalSwarm, shared_swarm
 
@@ -99,6 +101,17 @@ def test_a_cache_by_its_former_name(local: Any, remote: RemoteCausalLM) -> None:
     cache.close()
 
 
+def test_a_cache_that_is_gone_is_closed_before_the_next_session_opens(remote: RemoteCausalLM) -> None:
+    with torch.no_grad():
+        session = remote(prompt(), use_cache=True).cache.session
+    gc.collect()
+    sessions = [session] if isinstance(session, Session) else session.sessions
+    generate(remote, prompt())
+    for closed in sessions:
+        with pytest.raises(SessionClosed):
+            closed.open()
+
+
 class TestSessions:
     def test_an_adapter_that_is_switched_on(self, folder: Path, local: Any, remote: RemoteCausalLM) -> None:
         tuned = wrapped(AutoModelForCausalLM.from_pretrained(folder), lora())
@@ -177,6 +190,18 @@ class TestSessions:
         with remote.session(max_length=200):
             generate(remote, prompt())
             assert torch.equal(generate(remote), generate(local))
+
+    def test_a_loop_of_the_caller_begins_anew(self, local: Any, remote: RemoteCausalLM) -> None:
+        def one_more(model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
+            logits = model(input_ids, cache=prepared["cache"], use_cache=True).logits
+            return torch.cat([input_ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+
+        with remote.session(max_length=200), torch.no_grad():
+            for length in (7, 9):
+                for options in ({}, {"custom_generate": one_more, "max_new_tokens": 1}):
+                    assert torch.equal(
+                        generate(remote, prompt(length), **options), generate(local, prompt(length), **options)
+                    )
 
     def test_no_cache_leaves_alone_what_is_held(self, local: Any, remote: RemoteCausalLM) -> None:
         with remote.session(max_length=200) as cache:
