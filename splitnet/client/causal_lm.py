@@ -18,7 +18,7 @@ from splitnet.client.conversation import Conversation, tokens_of
 from splitnet.client.local_adapters import Prefixes
 from splitnet.client.local_blocks import Blocks
 from splitnet.client.mixed_session import MixedSession
-from splitnet.client.options import CONNECTION, ClientOptions, takes_client_options
+from splitnet.client.options import CONNECTION, CausalOptions, takes
 from splitnet.client.parameters import Request, refuse
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.client.session import Session
@@ -53,7 +53,7 @@ class AutoModelForCausalLM:
         raise OSError("use splitnet.AutoModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDR])")
 
     @classmethod
-    @takes_client_options
+    @takes(CausalOptions)
     def from_pretrained(
         cls,
         model: str | Path,
@@ -86,17 +86,17 @@ class AutoModelForCausalLM:
             DirectoryError: no initial peer answers.
             TypeError: there is no such option.
         """
-        chosen = ClientOptions.of(options, *CONNECTION)
+        chosen = CausalOptions.of(options, *CONNECTION)
         with joined(model, initial_peers=initial_peers, identity=identity, revision=revision) as (checkpoint, swarm):
             return _attached(checkpoint, swarm, chosen)
 
 
 def attach(checkpoint: Checkpoint, swarm: Swarm, **options: Any) -> RemoteCausalLM:
     """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
-    return _attached(checkpoint, swarm, ClientOptions.of(options))
+    return _attached(checkpoint, swarm, CausalOptions.of(options))
 
 
-def _attached(checkpoint: Checkpoint, swarm: Swarm, options: ClientOptions) -> RemoteCausalLM:
+def _attached(checkpoint: Checkpoint, swarm: Swarm, options: CausalOptions) -> RemoteCausalLM:
     local = local_part(checkpoint, swarm, options)
 
     def open_part(budget: int, part: Blocks) -> Session:

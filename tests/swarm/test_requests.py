@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -308,6 +309,9 @@ def test_an_option_that_does_not_exist_is_refused_with_the_nearest() -> None:
     for loader in (splitnet.AutoModelForCausalLM, splitnet.AutoModelForSequenceClassification):
         with pytest.raises(TypeError, match="local_block: did you mean local_blocks"):
             loader.from_pretrained("no-model", initial_peers=[], local_block="0:1")
+        assert {"initial_peers", "codec", "local_blocks"} <= inspect.signature(loader.from_pretrained).parameters.keys()
+    with pytest.raises(TypeError, match="there is no option prefer"):
+        splitnet.AutoModelForSequenceClassification.from_pretrained("no-model", initial_peers=[], prefer="latency")
 
 
 def test_a_long_prompt_in_chunks_with_padding(local: Any, remote: RemoteCausalLM) -> None:
