@@ -54,7 +54,7 @@ class RemoteLayer(CacheLayerMixin):
         self._ids = count(1)
         self._reserved_columns = 0
         self._restart = True
-        self.closed = False
+        self._closed = False
 
     @property
     def batch(self) -> int:
@@ -131,9 +131,15 @@ class RemoteLayer(CacheLayerMixin):
 
     def close(self) -> None:
         """Frees the peers' memory; from any thread."""
-        self.closed = True
+        self._closed = True
         if self.session is not None:
             self.session.close()
+
+    def close_later(self) -> None:
+        """Has another thread free the peers' memory, within a second. Waits for no lock, so finalizers may call it."""
+        self._closed = True
+        if self.session is not None:
+            self.session.close_later()
 
     def rewind(self, columns: int, padding: Sequence[int]) -> None:
         """Keeps what the first columns hold of each row, whose padding is such a one now; the rest is forgotten.
@@ -225,7 +231,7 @@ class RemoteLayer(CacheLayerMixin):
             self.session = self._open_session(positions)
             if self.adapter is not None:
                 self.session.use_adapter(self.adapter)
-            if self.closed:  # by another thread, which could not see the session
+            if self._closed:  # by another thread, which could not see the session
                 self.session.close()
         else:
             self.session.reserve(positions)
@@ -237,14 +243,10 @@ class RemoteCache(Cache):
 
     Args:
         open_session: makes a session for a budget of positions.
-        close_later: closes the session of a cache that the garbage collector found; takes no lock.
     """
 
-    def __init__(
-        self, open_session: Callable[[int], ModelSession], close_later: Callable[[ModelSession], object]
-    ) -> None:
+    def __init__(self, open_session: Callable[[int], ModelSession]) -> None:
         self.remote = RemoteLayer(open_session)
-        self._close_later = close_later
         super().__init__(layers=[self.remote])
 
     @property
@@ -256,6 +258,5 @@ class RemoteCache(Cache):
         self.remote.close()
 
     def __del__(self) -> None:
-        # The collector may run while this very thread holds the locks that closing a session takes.
-        if not self.remote.closed and self.remote.session is not None:
-            self._close_later(self.remote.session)
+        # The collector may run this where its own thread holds a lock that closing takes.
+        self.remote.close_later()

@@ -222,7 +222,7 @@ class RemoteCausalLM(RemoteModel):
 
     def new_cache(self) -> RemoteCache:
         """An empty cache on the peers, for callers that pass `cache=` themselves."""
-        return RemoteCache(self._open_session, self.swarm.close_later)
+        return RemoteCache(self._open_session)
 
     @torch.no_grad()
     def keys_and_values(self, input_ids: torch.Tensor) -> Prefixes:

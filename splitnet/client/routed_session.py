@@ -131,6 +131,10 @@ class RoutedSession:
         self._swarm.unregister(self)
         self._chain.close()
 
+    def close_later(self) -> None:
+        """Has another thread do so within a second; the only way for finalizers, see `Swarm.close_later`."""
+        self._swarm.close_later(self)
+
     def deliver(self, source: Endpoint, message: Message) -> None:
         """Takes a message from the transport's thread."""
         self._chain.deliver(source, message)

@@ -69,11 +69,7 @@ class ModelFacts:
         )
 
 
-class Closable(Protocol):
-    def close(self) -> None: ...
-
-
-class Subscriber(Closable, Protocol):
+class Subscriber(Protocol):
     """Who gets what arrives for a session, from the transport's thread."""
 
     id: bytes
@@ -81,6 +77,8 @@ class Subscriber(Closable, Protocol):
     def deliver(self, source: Endpoint, message: Message) -> None: ...
 
     def link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Swarm:
@@ -113,7 +111,7 @@ class Swarm:
         self._records_at = 0.0
         self._sessions: dict[bytes, Subscriber] = {}
         self._bans = Bans()
-        self._abandoned: queue.SimpleQueue[Closable] = queue.SimpleQueue()
+        self._abandoned: queue.SimpleQueue[Subscriber] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._look = threading.Event()
         self._suspects: Sequence[PeerRecord] = ()
@@ -254,7 +252,7 @@ class Swarm:
         self._close_abandoned()
         self._sessions[session.id] = session
 
-    def close_later(self, session: Closable) -> None:
+    def close_later(self, session: Subscriber) -> None:
         """Has a session closed soon, by another thread; takes no lock, so that the garbage collector may call it."""
         self._abandoned.put(session)
 
