@@ -54,7 +54,7 @@ class RemoteLayer(CacheLayerMixin):
         self._ids = count(1)
         self._reserved_columns = 0
         self._restart = True
-        self._closed = False
+        self.closed = False
 
     @property
     def batch(self) -> int:
@@ -131,13 +131,13 @@ class RemoteLayer(CacheLayerMixin):
 
     def close(self) -> None:
         """Frees the peers' memory; from any thread."""
-        self._closed = True
+        self.closed = True
         if self.session is not None:
             self.session.close()
 
     def close_later(self) -> None:
         """Has another thread free the peers' memory, within a second. Waits for no lock, so finalizers may call it."""
-        self._closed = True
+        self.closed = True
         if self.session is not None:
             self.session.close_later()
 
@@ -231,7 +231,7 @@ class RemoteLayer(CacheLayerMixin):
             self.session = self._open_session(positions)
             if self.adapter is not None:
                 self.session.use_adapter(self.adapter)
-            if self._closed:  # by another thread, which could not see the session
+            if self.closed:  # by another thread, which could not see the session
                 self.session.close()
         else:
             self.session.reserve(positions)
@@ -254,9 +254,10 @@ class RemoteCache(Cache):
         return self.remote.session
 
     def close(self) -> None:
-        """Frees the peers' memory; the cache can't be used any more. From any thread; see `RoutedSession.close`."""
+        """Frees the peers' memory; the cache can't be used any more. From any thread; see `SessionDriver.close`."""
         self.remote.close()
 
     def __del__(self) -> None:
         # The collector may run this where its own thread holds a lock that closing takes.
-        self.remote.close_later()
+        if not self.remote.closed:
+            self.remote.close_later()
