@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from scheduler.averages import MovingAverage
+
 HALF_LIFE_S = 10.0
 SHARE = 0.2
 """Weight of the latest pass in the average."""
@@ -13,8 +15,8 @@ class Load:
     """Averages over recent passes; they fade while nothing happens."""
 
     def __init__(self) -> None:
-        self._wait_ms = 0.0
-        self._batch = 0.0
+        self._wait_ms = MovingAverage(SHARE, 0.0)
+        self._batch = MovingAverage(SHARE, 0.0)
         self._at = 0.0
 
     @property
@@ -30,14 +32,14 @@ class Load:
             waits_ms: of the decode steps that began in it; prefill waits for those, so its own waits tell nothing.
             others: for each decode step in it, the positions that belong to other sessions.
         """
-        self._wait_ms, self._batch = self.at(now)
+        self._wait_ms.value, self._batch.value = self.at(now)
         self._at = now
         for wait_ms in waits_ms:
-            self._wait_ms += SHARE * (wait_ms - self._wait_ms)
+            self._wait_ms.add(wait_ms)
         for batch in others:
-            self._batch += SHARE * (batch - self._batch)
+            self._batch.add(batch)
 
     def at(self, now: float) -> tuple[float, float]:
         """Ms that a decode step waits for its pass, and positions of others that share the pass of a decode step."""
         fade = 0.5 ** (max(0.0, now - self._at) / HALF_LIFE_S)
-        return self._wait_ms * fade, self._batch * fade
+        return self._wait_ms.value * fade, self._batch.value * fade

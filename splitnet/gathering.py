@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 
+from scheduler.averages import MovingAverage
+
 PATIENCE = 0.1
 """How long the next one is waited for, as a part of the time that the work takes."""
 
@@ -28,8 +30,8 @@ class Gathering:
     """Tells how long to wait, from what was seen before. One thread uses it at a time."""
 
     def __init__(self) -> None:
-        self._took_s = 0.0
-        self._delayed_s = 0.0
+        self._took_s = MovingAverage(_LEARNING)
+        self._delayed_s = MovingAverage(_LEARNING)
         self._seen: dict[Hashable, float] = {}
 
     def ran(self, sources: Iterable[Hashable], took_s: float, computed_s: float, now: float) -> None:
@@ -40,9 +42,8 @@ class Gathering:
             computed_s: for how many of them its thread had a processor.
             now: when it was done, in seconds.
         """
-        weight = _LEARNING if self._took_s else 1.0
-        self._took_s += weight * (took_s - self._took_s)
-        self._delayed_s += weight * (max(0.0, took_s - computed_s) - self._delayed_s)
+        self._took_s.add(took_s)
+        self._delayed_s.add(max(0.0, took_s - computed_s))
         self._seen.update(dict.fromkeys(sources, now))
         if any(now - at > LATELY_S for at in self._seen.values()):
             self._seen = {source: at for source, at in self._seen.items() if now - at <= LATELY_S}
@@ -54,5 +55,6 @@ class Gathering:
         """
         if ready >= len(self._seen):
             return 0.0
-        shared = SHARED_PATIENCE * self._delayed_s if 2 * ready < len(self._seen) else 0.0
-        return min(PATIENCE * self._took_s + shared, self._took_s)
+        took_s = self._took_s.value
+        shared = SHARED_PATIENCE * self._delayed_s.value if 2 * ready < len(self._seen) else 0.0
+        return min(PATIENCE * took_s + shared, took_s)

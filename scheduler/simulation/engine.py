@@ -138,7 +138,7 @@ class Simulation:
         self._traffic.connect(session)
         session.trouble_since_ms = -1.0
         session.refusals = 0
-        session.trial_ms = []
+        session.watch.begin(session.foretold_ms)
         # Connecting takes a round trip, and so does opening.
         ready = self.events.now + session.asked_ms + 2 * rtt_ms
         if session.tokens == 0:
@@ -194,10 +194,11 @@ class Simulation:
         for node, _, _ in old:
             node.release(session, positions)
         session.asked_ms = change.planned.asked_ms
+        foretold_ms, session.foretold_ms = session.foretold_ms, change.planned.token_ms
         if self._open(session, [(change.first, change.end, change.hops)]) is None:
             session.moves += 1
-            session.foretold_ms = change.planned.token_ms
             return True
+        session.foretold_ms = foretold_ms
         # A peer refused, as its facts were old. What was released a moment ago is still free.
         for node, _, _ in old:
             node.reserve(session, positions)

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from scheduler.coordinates import Coordinate
 from scheduler.network import Link, Place
+from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS, next_pass
 from scheduler.simulation.directory import Record
 from scheduler.simulation.world import Device, device_id
 from scheduler.swarm import Peer, Speed
 
 if TYPE_CHECKING:
     from scheduler.simulation.session import Session
-
-DECODE_POSITIONS: Final = 16
-PASS_POSITIONS: Final = 512
-PATIENCE: Final = 4
-"""As in the work queue of real peers."""
 
 
 @dataclass(slots=True, eq=False)
@@ -38,6 +34,12 @@ class Step:
     remaining: int = 0
     passed_over: int = 0
     arrived_ms: float = 0.0
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """That it goes through where it is."""
+        _, start, end = self.session.hops[self.hop]
+        return start, end
 
 
 class Node:
@@ -117,21 +119,18 @@ class Node:
             self.kv_used -= positions
 
     def next_pass(self, now_ms: float) -> tuple[list[tuple[Step, int]], float]:
-        """What runs now, steps with how many positions of each, and for how many ms.
-
-        Decode first, then prefill fills the pass; all of it goes through the same blocks. A step that some passes left
-        out leads the next one, and half of that is kept for it.
-        """
+        """What runs now, steps with how many positions of each, and for how many ms."""
         ready = self.ready
         if len(ready) == 1:
             step = ready.pop()
             taken = [(step, min(step.remaining, PASS_POSITIONS))]
         else:
-            taken = self._pack(ready)
-            for step, _ in taken:
-                ready.remove(step)
-        first = taken[0][0]
-        start, end = first.session.hops[first.hop][1:]
+            counts = next_pass(ready, ready[0].passed_over)
+            for step in ready:
+                step.passed_over = 0 if step in counts else step.passed_over + 1
+            self.ready = [step for step in ready if step not in counts]
+            taken = list(counts.items())
+        start, end = taken[0][0].blocks
         positions = 0
         for _, count in taken:
             positions += count
@@ -148,27 +147,6 @@ class Node:
         self._squares += took_ms * took_ms
         self._positions += positions
         return taken, took_ms
-
-    def _pack(self, ready: list[Step]) -> list[tuple[Step, int]]:
-        decode = [step for step in ready if step.remaining <= DECODE_POSITIONS]
-        prefill = [step for step in ready if step.remaining > DECODE_POSITIONS]
-        leader = (decode or prefill)[0]
-        kept = 0
-        if ready[0].passed_over >= PATIENCE:
-            leader = ready[0]
-            kept = min(leader.remaining, PASS_POSITIONS // 2)
-        left = PASS_POSITIONS - kept
-        counts = {leader: kept} if kept else {}
-        blocks = leader.session.hops[leader.hop][1:]
-        for step in decode + prefill:
-            if step.session.hops[step.hop][1:] == blocks:
-                count = min(step.remaining - counts.get(step, 0), left)
-                if count:
-                    counts[step] = counts.get(step, 0) + count
-                    left -= count
-        for step in ready:
-            step.passed_over = 0 if step in counts else step.passed_over + 1
-        return list(counts.items())
 
     def record(self, now_ms: float) -> Record:
         """What it publishes: its load is that of the time since the last record.

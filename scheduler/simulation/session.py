@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import median
 from typing import Final
 
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, Link
+from scheduler.replan import RouteWatch, prediction_error
 from scheduler.simulation.clients import Client
 from scheduler.simulation.geography import Geography
 from scheduler.simulation.node import Node
@@ -18,11 +18,6 @@ from scheduler.simulation.world import Request
 RUNNING: Final = "running"
 FINISHED: Final = "finished"
 FAILED: Final = "failed"
-
-TRIAL_STEPS: Final = 8
-RELIEF: Final = 0.2
-MAX_DOUBT: Final = 20.0
-"""As in real clients."""
 
 Hops = list[tuple[Node, int, int]]
 """Who runs which blocks [start, end)."""
@@ -58,7 +53,7 @@ class Session:
     refused; -1: it has a route. first_ms, last_ms: when the client had its first and its latest token. foretold_ms: of
     a token, by the plan. asked_ms: what planning took. seen, latencies: what it met at its hops, and between them.
     looked_ms: when it last looked for a better route; moves: how often it took one. sent_ms: when the latest step went.
-    trial_ms: what the first tokens on this route took; doubt: by what factor routes were slower than foretold.
+    watch: what tokens took on this route; doubt: by what factor routes were slower than foretold.
     """
 
     request: Request
@@ -80,12 +75,12 @@ class Session:
     uplink_free_ms: float = 0.0
     banned: set[str] = field(default_factory=set[str])
     foretold_ms: float = 0.0
+    watch: RouteWatch = field(default_factory=RouteWatch)
     asked_ms: float = 0.0
     seen: dict[Node, SeenHop] = field(default_factory=dict["Node", SeenHop])
     latencies: dict[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
     looked_ms: float = 0.0
     sent_ms: float = 0.0
-    trial_ms: list[float] = field(default_factory=list[float])
     doubt: float = 1.0
     moves: int = 0
 
@@ -99,26 +94,19 @@ class Session:
         if self.tokens == 0:
             self.first_ms = now_ms
         else:
-            self._step_took(now_ms - self.sent_ms)
+            ratio = self.watch.step_took(now_ms - self.sent_ms)
+            if ratio is not None:
+                self.doubt = prediction_error(self.doubt, ratio)
         self.tokens += 1
         self.last_ms = now_ms
 
-    def _step_took(self, ms: float) -> None:
-        """Doubts forecasts by what came of them, as real clients do."""
-        if self.foretold_ms and len(self.trial_ms) < TRIAL_STEPS:
-            self.trial_ms.append(ms)
-            if len(self.trial_ms) == TRIAL_STEPS:
-                ratio = median(self.trial_ms) / self.foretold_ms
-                relieved = self.doubt + RELIEF * (ratio - self.doubt)
-                self.doubt = min(max(1.0, ratio, relieved), MAX_DOUBT)
-
     def met(self, node: Node, block_ms: float, wait_ms: float) -> None:
         """Takes in what a token met at a hop."""
-        before = self.seen.get(node)
-        if before is not None:
-            block_ms = (before.block_ms + block_ms) / 2
-            wait_ms = (before.wait_ms + wait_ms) / 2
-        self.seen[node] = SeenHop(block_ms, wait_ms)
+        seen = self.seen.get(node)
+        if seen is None:
+            seen = self.seen[node] = SeenHop()
+        seen.block_ms.add(block_ms)
+        seen.wait_ms.add(wait_ms)
 
     def lost_hops(self) -> list[int]:
         """Hops whose node no longer holds the session."""

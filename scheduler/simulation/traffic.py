@@ -5,8 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
 from scheduler.simulation.events import Events
-from scheduler.simulation.node import DECODE_POSITIONS, PASS_POSITIONS, Node, Step
+from scheduler.simulation.node import Node, Step
 from scheduler.simulation.session import RUNNING, Session
 from scheduler.simulation.world import World
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from scheduler.candidates import candidates
-from scheduler.cost import route_ms
+from scheduler.cost import move_ms, route_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT
 from scheduler.route import NoRoute, best_route
@@ -166,23 +166,35 @@ class Planner:
         records: Sequence[PeerRecord],
         needs: Needs,
         hops: Sequence[PlannedHop],
-        *,
-        ends: Ends = CLIENT_ENDS,
-        positions: int | None = None,
     ) -> float:
-        """Ms of a step of `positions` positions (the usual number if None) through `hops`."""
-        source, target = _names(ends)
-        known = {record.key.text: record for record in _with_ends(records, ends)}
-        known |= {hop.name: hop.record for hop in hops if hop.name not in known}
+        """Ms of a usual step through `hops`."""
+        known = _with_hops(records, hops)
         return route_ms(
             [Hop(hop.name, hop.start, hop.end) for hop in hops],
-            {peer.id: peer for peer in self._survey.peers(list(known.values()))},
-            self._survey.network(list(known.values())),
-            positions=positions or needs.positions,
+            {peer.id: peer for peer in self._survey.peers(known)},
+            self._survey.network(known),
+            positions=needs.positions,
             encodings=needs.encodings,
-            in_flight=needs.in_flight if positions is None else 1,
-            source=source,
-            target=target,
+            in_flight=needs.in_flight,
+        )
+
+    def move_ms(
+        self,
+        records: Sequence[PeerRecord],
+        needs: Needs,
+        before: PlannedHop | None,
+        hops: Sequence[PlannedHop],
+        cached: int,
+    ) -> float:
+        """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
+        known = _with_hops(records, [*([before] if before else []), *hops])
+        return move_ms(
+            [Hop(hop.name, hop.start, hop.end) for hop in hops],
+            {peer.id: peer for peer in self._survey.peers(known)},
+            self._survey.network(known),
+            cached=cached,
+            encodings=needs.encodings,
+            source=before.name if before else CLIENT,
         )
 
 
@@ -194,6 +206,11 @@ def _names(ends: Ends) -> tuple[str, str]:
 def _with_ends(records: Sequence[PeerRecord], ends: Ends) -> list[PeerRecord]:
     names = {record.key.text for record in records}
     return [*records, *(end for end in ends if end is not None and end.key.text not in names)]
+
+
+def _with_hops(records: Sequence[PeerRecord], hops: Sequence[PlannedHop]) -> list[PeerRecord]:
+    names = {record.key.text for record in records}
+    return [*records, *(hop.record for hop in hops if hop.name not in names)]
 
 
 def _no_route(error: NoRoute, model_name: str, restricted: bool) -> SplitnetError:

@@ -98,8 +98,7 @@ class Routes:
         # What is known of the present route was seen; what is known of the other was told, and may be too good.
         new_ms = swarm.cost_ms(needs, route) * swarm.survey.doubt
         before, changed = changed_hops(hops, route)
-        ends = (before.record if before is not None else None, None)
-        move_ms = swarm.cost_ms(needs, changed, ends=ends, positions=max(cached, 1))
+        move_ms = swarm.move_ms(needs, before, changed, max(cached, 1))
         if not move_pays(current_ms, new_ms, move_ms, steps_left):
             return None
         log.info(

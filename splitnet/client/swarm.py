@@ -209,11 +209,13 @@ class Swarm:
         self._suspects = suspects
         self._look.set()
 
-    def cost_ms(
-        self, needs: Needs, hops: Sequence[PlannedHop], *, ends: Ends = CLIENT_ENDS, positions: int | None = None
-    ) -> float:
-        """Ms of a step through `hops` by what is known now; `positions`: of an unusual step."""
-        return self._planner.cost_ms(self.peers(), needs, hops, ends=ends, positions=positions)
+    def cost_ms(self, needs: Needs, hops: Sequence[PlannedHop]) -> float:
+        """Ms of a usual step through `hops` by what is known now."""
+        return self._planner.cost_ms(self.peers(), needs, hops)
+
+    def move_ms(self, needs: Needs, before: PlannedHop | None, hops: Sequence[PlannedHop], cached: int) -> float:
+        """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
+        return self._planner.move_ms(self.peers(), needs, before, hops, cached)
 
     def forecast(self, needs: Needs, hops: Sequence[PlannedHop], positions: int) -> Forecast:
         """What a step of `positions` positions through `hops` takes, by what is known now."""
