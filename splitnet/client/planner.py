@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from scheduler.candidates import candidates
@@ -13,7 +13,7 @@ from scheduler.network import CLIENT
 from scheduler.route import NoRoute, best_route
 from scheduler.swarm import Hop
 from splitnet.client.survey import Survey
-from splitnet.errors import CoverageError, PeerBusy, SplitnetError
+from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.records import PeerRecord
 
@@ -51,6 +51,40 @@ Ends = tuple[PeerRecord | None, PeerRecord | None]
 """The peers before and after a part of a route; None: the client."""
 
 CLIENT_ENDS: Ends = (None, None)
+
+
+PlanPart = Callable[[tuple[int, int], Ends, Collection[str], Collection[str]], list[PlannedHop]]
+"""Plans the blocks `[start, end)` between two ends without some peers; others hold the session already. By names."""
+
+
+def repaired_route(
+    kept: Sequence[PlannedHop], excluded: Collection[str], blocks: tuple[int, int], plan: PlanPart
+) -> list[PlannedHop]:
+    """A route with the hops that are left of a former one: others are planned for just the blocks between them.
+
+    Raises:
+        CoverageError, PeerBusy: as `plan` does, even for a route without them.
+    """
+    try:
+        used = set(excluded) | {hop.name for hop in kept}
+        route: list[PlannedHop] = []
+        position, end = blocks
+        for following in (*kept, None):
+            until = following.start if following else end
+            if position < until:
+                ends = (route[-1].record if route else None, following.record if following else None)
+                fill = plan((position, until), ends, used, ())
+                used |= {hop.name for hop in fill}
+                route += fill
+            if following:
+                route.append(following)
+                position = following.end
+        return route
+    except (CoverageError, PeerBusy):
+        if not kept:
+            raise
+        # Perhaps a hop that stays could run more blocks. It holds one cache per session, so it begins anew.
+        return with_kept_hops(plan(blocks, CLIENT_ENDS, excluded, {hop.name for hop in kept}), kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +183,7 @@ class Planner:
                 rng=self._random,
             )
         except NoRoute as error:
-            raise _no_route(error, self._model_name, restricted) from None
+            raise no_route_error(error, self._model_name, restricted=restricted) from None
         by_name = {record.key.text: record for record in records}
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
@@ -213,7 +247,8 @@ def _with_hops(records: Sequence[PeerRecord], hops: Sequence[PlannedHop]) -> lis
     return [*records, *(hop.record for hop in hops if hop.name not in names)]
 
 
-def _no_route(error: NoRoute, model_name: str, restricted: bool) -> SplitnetError:
+def no_route_error(error: NoRoute, model_name: str, *, restricted: bool = False) -> CoverageError | PeerBusy:
+    """What it means for a session; restricted: there are more peers, which may not be used."""
     if not error.missing:
         return PeerBusy(
             f"the peers of blocks {_ranges(error.full)} of {model_name} have no free KV memory for this session: "

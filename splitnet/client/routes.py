@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from scheduler.replan import RouteWatch, changed_hops, move_pays
 from splitnet.client.link_codecs import LinkCodecs
-from splitnet.client.planner import Needs, PlannedHop, with_kept_hops
+from splitnet.client.planner import Needs, PlannedHop, repaired_route, with_kept_hops
 from splitnet.client.session_events import AskRoute, Move, NoRoute, Planned
 from splitnet.client.swarm import Swarm
-from splitnet.errors import CoverageError, PeerBusy, SplitnetError
+from splitnet.errors import SplitnetError
 from splitnet.net.codecs import Codec
 
 log = logging.getLogger(__name__)
@@ -47,15 +47,14 @@ class Routes:
         try:
             if asked.unban:
                 swarm.pardon_living()
-            try:
-                route = self._fill_gaps(asked.kept, needs, asked.excluded, fresh=asked.fresh)
-            except (CoverageError, PeerBusy):
-                if not asked.kept:
-                    raise
-                # Perhaps a hop that stays could run more blocks. It holds one cache per session, so it begins anew.
-                holders = {hop.name for hop in asked.kept}
-                whole = swarm.plan(needs, holders=holders, exclude=asked.excluded)
-                route = with_kept_hops(whole, asked.kept)
+            route = repaired_route(
+                asked.kept,
+                asked.excluded,
+                self._blocks,
+                lambda blocks, ends, exclude, holders: swarm.plan(
+                    needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=asked.fresh
+                ),
+            )
         except SplitnetError as error:
             return NoRoute(asked.number, error, self._present(), swarm.was_covered)
         return Planned(asked.number, tuple(route), self._codecs_of(route))
@@ -111,26 +110,6 @@ class Routes:
 
     def _codecs_of(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
         return (self._codecs.to(route[0]), *(self._codecs.after(route, index) for index in range(len(route))))
-
-    def _fill_gaps(
-        self, kept: Sequence[PlannedHop], needs: Needs, excluded: Collection[str], *, fresh: bool
-    ) -> list[PlannedHop]:
-        if not kept:
-            return self._swarm.plan(needs, exclude=excluded, fresh=fresh)
-        used = set(excluded) | {hop.name for hop in kept}
-        route: list[PlannedHop] = []
-        position, end = self._blocks
-        for following in (*kept, None):
-            until = following.start if following else end
-            if position < until:
-                ends = (route[-1].record if route else None, following.record if following else None)
-                fill = self._swarm.plan(needs, blocks=(position, until), ends=ends, exclude=used, fresh=fresh)
-                used |= {hop.name for hop in fill}
-                route += fill
-            if following:
-                route.append(following)
-                position = following.end
-        return route
 
     def _present(self) -> frozenset[str]:
         try:

@@ -17,11 +17,11 @@ from scheduler.cost import move_ms, positions_with_prompt, route_ms
 from scheduler.network import CLIENT, Link, Network, Place
 from scheduler.replan import changed_hops
 from scheduler.route import NoRoute, best_route
-from scheduler.simulation.clients import Client
-from scheduler.simulation.directory import View
-from scheduler.simulation.geography import TrueNetwork
-from scheduler.simulation.world import Request, World
 from scheduler.swarm import Hop, Peer, Route, Speed
+from splitnet.simulation.clients import Client
+from splitnet.simulation.directory import View
+from splitnet.simulation.geography import TrueNetwork
+from splitnet.simulation.world import Request, World
 
 SHARE: Final = 0.5
 """Weight of the latest token in the averages of what a session met."""
