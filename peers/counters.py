@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 
 from peers.session import PassWork, Work
-from peers.work_queue import DECODE_POSITIONS
+from scheduler.packing import DECODE_POSITIONS
 from splitnet.net.endpoints import Destination, Endpoint
 from splitnet.net.messages import FailureCode, Forward, Gradient, Message, Payload, Result, Step
 

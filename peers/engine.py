@@ -15,7 +15,8 @@ from peers.pass_engine import PassEngine
 from peers.session import Work
 from peers.session_service import SessionService, SessionTooLong
 from peers.speed import ObservedSpeed, measure_speed
-from peers.work_queue import DECODE_POSITIONS, WorkQueue
+from peers.work_queue import WorkQueue
+from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
 from splitnet.errors import CodecError, ProtocolError
 from splitnet.gathering import Gathering
 from splitnet.model.device_clock import seconds_after_work
@@ -25,8 +26,6 @@ from splitnet.net.codecs import codec_by_code
 from splitnet.net.messages import FailureCode
 
 log = logging.getLogger(__name__)
-
-MAX_PASS_POSITIONS = 512
 
 
 class Engine:
@@ -81,7 +80,7 @@ class Engine:
     def _turn(self) -> bool:
         """Waits for work and runs a pass of it; False when the queue is closed. Keeps no session alive after it."""
         self._queue.gather(self._gathering)
-        chosen = self._queue.take(MAX_PASS_POSITIONS)
+        chosen = self._queue.take(PASS_POSITIONS)
         if chosen:
             self._run_steps(chosen)
         elif (work := self._queue.take_pass()) is not None:
@@ -103,7 +102,7 @@ class Engine:
 
     def _run_ready_steps(self) -> None:
         """Between two blocks of a pass over whole sequences: no step waits for the others."""
-        chosen = self._queue.take(MAX_PASS_POSITIONS, wait=False)
+        chosen = self._queue.take(PASS_POSITIONS, wait=False)
         if chosen:
             self._run_steps(chosen)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scheduler.average import MovingAverage
+from scheduler.averages import MovingAverage
 
 HALF_LIFE_S = 10.0
 SHARE = 0.2
@@ -42,4 +42,4 @@ class Load:
     def at(self, now: float) -> tuple[float, float]:
         """Ms that a decode step waits for its pass, and positions of others that share the pass of a decode step."""
         fade = 0.5 ** (max(0.0, now - self._at) / HALF_LIFE_S)
-        return (self._wait_ms.value or 0.0) * fade, (self._batch.value or 0.0) * fade
+        return self._wait_ms.value * fade, self._batch.value * fade

@@ -107,6 +107,10 @@ class Work:
         return self.total - self.done
 
     @property
+    def blocks(self) -> tuple[int, int]:
+        return self.session.start, self.session.end
+
+    @property
     def size(self) -> int:
         """What the step occupies while it waits, in positions; a fork counts as one."""
         return self.total + len(self.step.forks or ())

@@ -6,7 +6,7 @@ import time
 
 from peers.admission import SessionTable
 from peers.counters import Counters
-from peers.engine import MAX_PASS_POSITIONS, Engine
+from peers.engine import Engine
 from peers.load import Load
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
@@ -15,6 +15,7 @@ from peers.served_blocks import ServedBlocks
 from peers.session_service import SessionService
 from peers.speed import measure_speed
 from peers.work_queue import WorkQueue
+from scheduler.packing import PASS_POSITIONS
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
 
@@ -74,7 +75,7 @@ class SpanServer:
     @property
     def longest_pass_ms(self) -> float:
         """What a decode step waits at most, however much prefill is queued."""
-        return MAX_PASS_POSITIONS * self.service.ms_per_position
+        return PASS_POSITIONS * self.service.ms_per_position
 
     def start(self) -> None:
         """Begins to compute."""

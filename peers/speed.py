@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from scheduler import swarm
-from scheduler.average import MovingAverage
+from scheduler.averages import MovingAverage
 from scheduler.swarm import PASS_SIZES
 from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.span import Part, Span

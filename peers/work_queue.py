@@ -8,13 +8,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 
 from peers.session import PassWork, Session, Work
+from scheduler.packing import PATIENCE, next_pass
 from splitnet.gathering import Gathering
-
-DECODE_POSITIONS = 16
-"""A step with at most so many positions counts as decode (a token per row, or a speculated window)."""
-
-PATIENCE = 4
-"""Passes that may leave out a session that is ready; then one is made for it."""
 
 
 class WorkQueue:
@@ -112,11 +107,9 @@ class WorkQueue:
     def take(self, max_positions: int, *, wait: bool = True) -> list[tuple[Work, int]]:
         """Waits for work and returns what runs in the next pass: steps with how many positions of each.
 
-        Decode comes first, so that a token never waits for more than one pass of somebody's prefill; then prefill
-        fills the pass up. All of a pass goes through the same blocks. A session that `PATIENCE` passes left out leads
-        the next one, and half of it is kept for it. Empty when the queue is closed, or it is the turn of `take_pass`,
-        which comes when no step is ready, or after `PATIENCE` turns, or of `take_idle_job`. With `wait` false, empty if
-        nothing is ready.
+        Which they are, `scheduler/packing.py:next_pass` says. Empty when the queue is closed, or it is the turn of
+        `take_pass`, which comes when no step is ready, or after `PATIENCE` turns, or of `take_idle_job`. With `wait`
+        false, empty if nothing is ready.
         """
         with self._changed:
             if wait:
@@ -127,21 +120,7 @@ class WorkQueue:
             self._turns_without_pass += 1
             # Who ran last stands at the end, so the first has waited longest.
             heads = [session.waiting[0] for session in self._ready]
-            decode = [work for work in heads if work.remaining <= DECODE_POSITIONS]
-            prefill = [work for work in heads if work.remaining > DECODE_POSITIONS]
-            leader = (decode or prefill)[0]
-            kept = 0
-            if heads[0].session.passed_over >= PATIENCE:
-                leader = heads[0]
-                kept = min(leader.remaining, -(-max_positions // 2))
-            left = max_positions - kept
-            counts: dict[Work, int] = {leader: kept} if kept else {}
-            for work in decode + prefill:
-                if self._same_blocks(leader, work):
-                    count = min(work.remaining - counts.get(work, 0), left)
-                    if count:
-                        counts[work] = counts.get(work, 0) + count
-                        left -= count
+            counts = next_pass(heads, heads[0].session.passed_over, max_positions)
             for work in heads:
                 work.session.passed_over = 0 if work in counts else work.session.passed_over + 1
             for work in counts:
@@ -197,10 +176,6 @@ class WorkQueue:
         work = session.waiting.pop()
         session.waiting_size -= work.size
         self.queued_positions -= work.total
-
-    @staticmethod
-    def _same_blocks(first: Work, second: Work) -> bool:
-        return (first.session.start, first.session.end) == (second.session.start, second.session.end)
 
 
 def _supersedes(later: Work, earlier: Work) -> bool:

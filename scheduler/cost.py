@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import ceil
 from typing import Final
 
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, Link, Network
+from scheduler.packing import PASS_POSITIONS
 from scheduler.swarm import Hop, Peer
 
 USUAL_ANSWER: Final = 100
@@ -66,3 +68,28 @@ def route_ms(
     total = sum(transfer_ms(link, positions, encodings) for link in links) + sum(passes)
     slowest = max(*passes, *(occupied_ms(link, positions, encodings) for link in links))
     return total + (in_flight - 1) * slowest
+
+
+def move_ms(
+    hops: Sequence[Hop],
+    peers: Mapping[str, Peer],
+    network: Network,
+    *,
+    cached: int,
+    encodings: Sequence[Encoding],
+    source: str = CLIENT,
+) -> float:
+    """Ms until new hops in a row hold the KV cache of `cached` positions, and the client knows.
+
+    It is replayed in chunks that fill a pass, so the hops work on it at the same time: one pass of all positions would
+    count the arithmetic of every hop in full, one after the other.
+
+    source: the hop before them, which replays what it has sent.
+    """
+    chunks = max(1, ceil(cached / PASS_POSITIONS))
+    positions = ceil(cached / chunks)
+    names = [source, *(hop.peer for hop in hops)]
+    stages = [hop_ms(peers[hop.peer], hop.end - hop.start, positions) for hop in hops]
+    stages += [occupied_ms(network.link(*pair), positions, encodings) for pair in pairwise(names)]
+    latency_ms = sum(network.link(*pair).latency_ms for pair in pairwise([*names, CLIENT]))
+    return latency_ms + sum(stages) + (chunks - 1) * max(stages)

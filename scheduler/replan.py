@@ -7,6 +7,8 @@ from itertools import takewhile
 from statistics import median
 from typing import Final, TypeVar
 
+from scheduler.averages import MovingAverage
+
 WORTHWHILE: Final = 0.8
 """A new route must cost at most this share of the present one, so that small changes of the facts move nobody."""
 
@@ -48,15 +50,19 @@ class RouteWatch:
     """What decode steps take on the present route, beside what was predicted. All times in ms.
 
     Attributes:
-        usual_ms: of a step, over all routes; 0 before the first.
-        surprised: the last step took far longer.
+        surprised: the last step took far longer than usual.
     """
 
     def __init__(self) -> None:
-        self.usual_ms = 0.0
         self.surprised = False
+        self._usual = MovingAverage(SHARE)
         self._predicted_ms = 0.0
         self._trial_ms: list[float] = []
+
+    @property
+    def usual_ms(self) -> float:
+        """Of a step, over all routes; 0 before the first."""
+        return self._usual.value
 
     def begin(self, predicted_ms: float) -> None:
         """Steps go along another route from now on."""
@@ -64,9 +70,8 @@ class RouteWatch:
 
     def step_took(self, elapsed_ms: float) -> float | None:
         """Takes in a step; once it is known, returns by what factor the route is slower than predicted."""
-        usual = self.usual_ms or elapsed_ms
-        self.surprised = elapsed_ms > SURPRISE * usual + SURPRISE_MS
-        self.usual_ms = usual + SHARE * (elapsed_ms - usual)
+        self.surprised = elapsed_ms > SURPRISE * (self.usual_ms or elapsed_ms) + SURPRISE_MS
+        self._usual.add(elapsed_ms)
         if len(self._trial_ms) < TRIAL_STEPS:
             self._trial_ms.append(elapsed_ms)
             if len(self._trial_ms) == TRIAL_STEPS and self._predicted_ms:

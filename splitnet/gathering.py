@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable
 
-from scheduler.average import MovingAverage
+from scheduler.averages import MovingAverage
 
 PATIENCE = 0.1
 """How long the next one is waited for, as a part of the time that the work takes."""
@@ -55,6 +55,6 @@ class Gathering:
         """
         if ready >= len(self._seen):
             return 0.0
-        took_s, delayed_s = self._took_s.value or 0.0, self._delayed_s.value or 0.0
-        shared = SHARED_PATIENCE * delayed_s if 2 * ready < len(self._seen) else 0.0
+        took_s = self._took_s.value
+        shared = SHARED_PATIENCE * self._delayed_s.value if 2 * ready < len(self._seen) else 0.0
         return min(PATIENCE * took_s + shared, took_s)

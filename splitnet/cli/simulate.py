@@ -12,7 +12,7 @@ import typer
 from splitnet.errors import SplitnetError
 
 if TYPE_CHECKING:
-    from scheduler.simulate import Outcome, Settings, World
+    from splitnet.simulation.simulate import Outcome, Settings, World
 
 
 PLANNED_CLIENTS = 50
@@ -39,7 +39,7 @@ def simulate(
     plot: Annotated[Path | None, typer.Option(help="A file for a chart (SVG).")] = None,
 ) -> None:
     """Simulate a swarm of thousands of peers and compare ways to route and to place blocks."""
-    from scheduler.simulate import Settings, World
+    from splitnet.simulation.simulate import Settings, World
 
     names = _policies(policy or ["baselines"])
     settings = Settings(
@@ -63,13 +63,13 @@ def simulate(
         text = json.dumps(results, indent=1)
         (output / "results.json").write_text(text + "\n")
     if plot:
-        from scheduler.simulation.chart import chart
+        from splitnet.simulation.chart import chart
 
         plot.write_text(chart(figures, f"{peers:,} peers, {worlds * clients:,} sessions"))
 
 
 def _policies(wanted: list[str]) -> list[str]:
-    from scheduler.simulate import ABLATIONS, BASELINES, POLICIES
+    from splitnet.simulation.simulate import ABLATIONS, BASELINES, POLICIES
 
     groups = {"baselines": BASELINES, "ablations": ABLATIONS}
     names = [name for word in wanted for name in groups.get(word, (word,))]
@@ -81,9 +81,9 @@ def _policies(wanted: list[str]) -> list[str]:
 
 def _run(all_settings: list[Settings], names: list[str]) -> dict[str, Outcome]:
     """One world after the other, so that only one is in memory."""
-    from scheduler.simulate import POLICIES, World, pooled
-    from scheduler.simulate import simulate as simulate_policy
     from splitnet.cli.progress import StageProgress
+    from splitnet.simulation.simulate import POLICIES, World, pooled
+    from splitnet.simulation.simulate import simulate as simulate_policy
 
     parts: dict[str, list[Outcome]] = {name: [] for name in names}
     with StageProgress() as progress:
@@ -103,7 +103,7 @@ def _print_table(figures: dict[str, dict[str, float]], settings: Settings, world
     from rich.console import Console
     from rich.table import Table
 
-    from scheduler.simulate import POLICIES
+    from splitnet.simulation.simulate import POLICIES
 
     table = Table(
         title=f"{settings.peers:,} peers, {worlds} x {settings.clients:,} sessions, "
@@ -140,9 +140,9 @@ def _print_coordinates(world: World) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from scheduler.simulation.outcome import percentile
-    from scheduler.simulation.route_quality import coordinate_error, plan_qualities
     from splitnet.cli.progress import StageProgress
+    from splitnet.simulation.outcome import percentile
+    from splitnet.simulation.route_quality import coordinate_error, plan_qualities
 
     console = Console()
     error = coordinate_error(world)

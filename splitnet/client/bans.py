@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from splitnet.net.records import PeerRecord
 
+BAN_S = 30.0
+"""How long a peer that died is not planned with."""
+
 
 @dataclass(frozen=True, slots=True)
 class _Ban:

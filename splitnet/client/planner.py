@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from scheduler.candidates import candidates
-from scheduler.cost import route_ms
+from scheduler.cost import move_ms, route_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT
 from scheduler.route import NoRoute, best_route
 from scheduler.swarm import Hop
 from splitnet.client.survey import Survey
-from splitnet.errors import CoverageError, PeerBusy, SplitnetError
+from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.records import PeerRecord
 
@@ -51,6 +51,40 @@ Ends = tuple[PeerRecord | None, PeerRecord | None]
 """The peers before and after a part of a route; None: the client."""
 
 CLIENT_ENDS: Ends = (None, None)
+
+
+PlanPart = Callable[[tuple[int, int], Ends, Collection[str], Collection[str]], list[PlannedHop]]
+"""Plans the blocks `[start, end)` between two ends without some peers; others hold the session already. By names."""
+
+
+def repaired_route(
+    kept: Sequence[PlannedHop], excluded: Collection[str], blocks: tuple[int, int], plan: PlanPart
+) -> list[PlannedHop]:
+    """A route with the hops that are left of a former one: others are planned for just the blocks between them.
+
+    Raises:
+        CoverageError, PeerBusy: as `plan` does, even for a route without them.
+    """
+    try:
+        used = set(excluded) | {hop.name for hop in kept}
+        route: list[PlannedHop] = []
+        position, end = blocks
+        for following in (*kept, None):
+            until = following.start if following else end
+            if position < until:
+                ends = (route[-1].record if route else None, following.record if following else None)
+                fill = plan((position, until), ends, used, ())
+                used |= {hop.name for hop in fill}
+                route += fill
+            if following:
+                route.append(following)
+                position = following.end
+        return route
+    except (CoverageError, PeerBusy):
+        if not kept:
+            raise
+        # Perhaps a hop that stays could run more blocks. It holds one cache per session, so it begins anew.
+        return with_kept_hops(plan(blocks, CLIENT_ENDS, excluded, {hop.name for hop in kept}), kept)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +183,7 @@ class Planner:
                 rng=self._random,
             )
         except NoRoute as error:
-            raise _no_route(error, self._model_name, restricted) from None
+            raise no_route_error(error, self._model_name, restricted=restricted) from None
         by_name = {record.key.text: record for record in records}
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
@@ -166,23 +200,35 @@ class Planner:
         records: Sequence[PeerRecord],
         needs: Needs,
         hops: Sequence[PlannedHop],
-        *,
-        ends: Ends = CLIENT_ENDS,
-        positions: int | None = None,
     ) -> float:
-        """Ms of a step of `positions` positions (the usual number if None) through `hops`."""
-        source, target = _names(ends)
-        known = {record.key.text: record for record in _with_ends(records, ends)}
-        known |= {hop.name: hop.record for hop in hops if hop.name not in known}
+        """Ms of a usual step through `hops`."""
+        known = _with_hops(records, hops)
         return route_ms(
             [Hop(hop.name, hop.start, hop.end) for hop in hops],
-            {peer.id: peer for peer in self._survey.peers(list(known.values()))},
-            self._survey.network(list(known.values())),
-            positions=positions or needs.positions,
+            {peer.id: peer for peer in self._survey.peers(known)},
+            self._survey.network(known),
+            positions=needs.positions,
             encodings=needs.encodings,
-            in_flight=needs.in_flight if positions is None else 1,
-            source=source,
-            target=target,
+            in_flight=needs.in_flight,
+        )
+
+    def move_ms(
+        self,
+        records: Sequence[PeerRecord],
+        needs: Needs,
+        before: PlannedHop | None,
+        hops: Sequence[PlannedHop],
+        cached: int,
+    ) -> float:
+        """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
+        known = _with_hops(records, [*([before] if before else []), *hops])
+        return move_ms(
+            [Hop(hop.name, hop.start, hop.end) for hop in hops],
+            {peer.id: peer for peer in self._survey.peers(known)},
+            self._survey.network(known),
+            cached=cached,
+            encodings=needs.encodings,
+            source=before.name if before else CLIENT,
         )
 
 
@@ -196,7 +242,13 @@ def _with_ends(records: Sequence[PeerRecord], ends: Ends) -> list[PeerRecord]:
     return [*records, *(end for end in ends if end is not None and end.key.text not in names)]
 
 
-def _no_route(error: NoRoute, model_name: str, restricted: bool) -> SplitnetError:
+def _with_hops(records: Sequence[PeerRecord], hops: Sequence[PlannedHop]) -> list[PeerRecord]:
+    names = {record.key.text for record in records}
+    return [*records, *(hop.record for hop in hops if hop.name not in names)]
+
+
+def no_route_error(error: NoRoute, model_name: str, *, restricted: bool = False) -> CoverageError | PeerBusy:
+    """What it means for a session; restricted: there are more peers, which may not be used."""
     if not error.missing:
         return PeerBusy(
             f"the peers of blocks {_ranges(error.full)} of {model_name} have no free KV memory for this session: "

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+from scheduler.packing import DECODE_POSITIONS
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Endpoint
@@ -21,9 +22,6 @@ from splitnet.net.messages import (
     Result,
     Step,
 )
-
-DECODE_POSITIONS = 16
-"""A step with at most so many positions is decoding: its time tells how fast the hops decode."""
 
 
 class Route(Protocol):

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 from scheduler.replan import RouteWatch, changed_hops, move_pays
 from splitnet.client.link_codecs import LinkCodecs
-from splitnet.client.planner import Needs, PlannedHop, with_kept_hops
+from splitnet.client.planner import Needs, PlannedHop, repaired_route, with_kept_hops
 from splitnet.client.session_events import AskRoute, Move, NoRoute, Planned
 from splitnet.client.swarm import Swarm
-from splitnet.errors import CoverageError, PeerBusy, SplitnetError
+from splitnet.errors import SplitnetError
 from splitnet.net.codecs import Codec
+from splitnet.net.sent_log import REPLAY_POSITIONS
 
 log = logging.getLogger(__name__)
 
@@ -47,18 +48,17 @@ class Routes:
         try:
             if asked.unban:
                 swarm.pardon_living()
-            try:
-                route = self._fill_gaps(asked.kept, needs, asked.excluded, fresh=asked.fresh)
-            except (CoverageError, PeerBusy):
-                if not asked.kept:
-                    raise
-                # Perhaps a hop that stays could run more blocks. It holds one cache per session, so it begins anew.
-                holders = {hop.name for hop in asked.kept}
-                whole = swarm.plan(needs, holders=holders, exclude=asked.excluded)
-                route = with_kept_hops(whole, asked.kept)
+            route = repaired_route(
+                asked.kept,
+                asked.excluded,
+                self._blocks,
+                lambda blocks, ends, exclude, holders: swarm.plan(
+                    needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=asked.fresh
+                ),
+            )
         except SplitnetError as error:
             return NoRoute(asked.number, error, self._present(), swarm.was_covered)
-        return Planned(asked.number, tuple(route), self._codecs_of(route))
+        return Planned(asked.number, tuple(route), self._codecs_of(route), self._chunk_ms(route, needs))
 
     def step_took(self, elapsed_ms: float) -> None:
         """Takes in the time of a decode step that had the route for itself."""
@@ -98,8 +98,7 @@ class Routes:
         # What is known of the present route was seen; what is known of the other was told, and may be too good.
         new_ms = swarm.cost_ms(needs, route) * swarm.survey.doubt
         before, changed = changed_hops(hops, route)
-        ends = (before.record if before is not None else None, None)
-        move_ms = swarm.cost_ms(needs, changed, ends=ends, positions=max(cached, 1))
+        move_ms = swarm.move_ms(needs, before, changed, max(cached, 1))
         if not move_pays(current_ms, new_ms, move_ms, steps_left):
             return None
         log.info(
@@ -108,30 +107,13 @@ class Routes:
             current_ms,
             extra={"step_ms": round(new_ms, 1), "former_step_ms": round(current_ms, 1)},
         )
-        return Move(tuple(route), self._codecs_of(route))
+        return Move(tuple(route), self._codecs_of(route), self._chunk_ms(route, needs))
+
+    def _chunk_ms(self, route: Sequence[PlannedHop], needs: Needs) -> float:
+        return self._swarm.forecast(needs, route, REPLAY_POSITIONS).latency_ms
 
     def _codecs_of(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
         return (self._codecs.to(route[0]), *(self._codecs.after(route, index) for index in range(len(route))))
-
-    def _fill_gaps(
-        self, kept: Sequence[PlannedHop], needs: Needs, excluded: Collection[str], *, fresh: bool
-    ) -> list[PlannedHop]:
-        if not kept:
-            return self._swarm.plan(needs, exclude=excluded, fresh=fresh)
-        used = set(excluded) | {hop.name for hop in kept}
-        route: list[PlannedHop] = []
-        position, end = self._blocks
-        for following in (*kept, None):
-            until = following.start if following else end
-            if position < until:
-                ends = (route[-1].record if route else None, following.record if following else None)
-                fill = self._swarm.plan(needs, blocks=(position, until), ends=ends, exclude=used, fresh=fresh)
-                used |= {hop.name for hop in fill}
-                route += fill
-            if following:
-                route.append(following)
-                position = following.end
-        return route
 
     def _present(self) -> frozenset[str]:
         try:

@@ -9,12 +9,13 @@ from typing import Literal
 
 import torch
 
+from scheduler.packing import DECODE_POSITIONS
 from scheduler.prefill import SIZES, best_step
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.link_use import LinkUse, link_uses
 from splitnet.client.parts import cut_into_steps
 from splitnet.client.planner import Forecast
-from splitnet.client.requests import DECODE_POSITIONS, FetchRequest, StepRequest
+from splitnet.client.requests import FetchRequest, StepRequest
 from splitnet.client.session_driver import PROGRESS_TIMEOUT_S, RECOVERY_TIMEOUT_S, SessionDriver
 from splitnet.client.session_events import Abandon, Distrust, Resize, Submit, UseAdapter
 from splitnet.client.swarm import Swarm

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from scheduler.cost import positions_with_prompt
+from splitnet.client.bans import BAN_S
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.planner import Needs
 from splitnet.client.requests import Request
@@ -46,9 +47,6 @@ log = logging.getLogger(__name__)
 
 RECOVERY_TIMEOUT_S = 30.0
 PROGRESS_TIMEOUT_S = 120.0
-
-BAN_S = 30.0
-"""How long a peer that died is not planned with."""
 
 USUAL_POSITIONS = 64
 """Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""

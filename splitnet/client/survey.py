@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from scheduler.averages import MovingAverage
 from scheduler.network import CLIENT, Link, Network
+from scheduler.replan import prediction_error
 from scheduler.swarm import Peer, Speed
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import facts_of, network_of
@@ -25,20 +27,16 @@ REMEASURE_S = 30.0
 KEPT_TRIED = 4096
 """Of so many peers it is known when their links were measured; records of ever new peers cost nothing."""
 
-RELIEF = 0.2
-"""Weight of a forecast that was better than the ones before in what is expected of the next."""
-MAX_DOUBT = 20.0
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Seen:
     """Averages over the decode steps that a hop has run for this client."""
 
     at: float
-    positions: int
+    positions: int = 1
     """Of the last one; most have the same number."""
-    block_ms: float
-    wait_ms: float
+    block_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
+    wait_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
 
 
 class Survey:
@@ -61,11 +59,12 @@ class Survey:
         """Takes in what a decode step of `positions` met at a hop: ms per block, and ms until its pass began."""
         now = self._clock()
         with self._lock:
-            before = self._hops.get(key)
-            if before is not None and now - before.at < TRUST_S:
-                block_ms = before.block_ms + SHARE * (block_ms - before.block_ms)
-                wait_ms = before.wait_ms + SHARE * (wait_ms - before.wait_ms)
-            self._hops[key] = _Seen(now, positions, block_ms, wait_ms)
+            seen = self._hops.get(key)
+            if seen is None or now - seen.at >= TRUST_S:
+                seen = self._hops[key] = _Seen(now)
+            seen.at, seen.positions = now, positions
+            seen.block_ms.add(block_ms)
+            seen.wait_ms.add(wait_ms)
 
     def link_seen(self, sender: str, receiver: str, rtt_ms: float) -> None:
         """Takes in the round trip between two hops."""
@@ -75,16 +74,11 @@ class Survey:
     def forecast_came(self, ratio: float) -> None:
         """Takes in by what factor a route was slower than foretold."""
         with self._lock:
-            relieved = self._doubt + RELIEF * (ratio - self._doubt)
-            self._doubt = min(max(1.0, ratio, relieved), MAX_DOUBT)
+            self._doubt = prediction_error(self._doubt, ratio)
 
     @property
     def doubt(self) -> float:
-        """By what factor routes have been slower than foretold lately, at least 1.
-
-        Where devices share something that no record tells of (a machine, a radio), every peer that is not in use looks
-        faster than it will be once it is; without doubt sessions would never come to rest.
-        """
+        """By what factor routes have been slower than foretold lately, at least 1."""
         with self._lock:
             return self._doubt
 
@@ -140,5 +134,5 @@ class Survey:
 def _corrected(peer: Peer, seen: _Seen | None) -> Peer:
     if seen is None:
         return peer
-    factor = seen.block_ms / max(peer.speed.at(seen.positions + peer.batch), 1e-6)
-    return replace(peer, speed=Speed(tuple(ms * factor for ms in peer.speed.block_ms)), queue_ms=seen.wait_ms)
+    factor = seen.block_ms.value / max(peer.speed.at(seen.positions + peer.batch), 1e-6)
+    return replace(peer, speed=Speed(tuple(ms * factor for ms in peer.speed.block_ms)), queue_ms=seen.wait_ms.value)

@@ -153,7 +153,7 @@ class Swarm:
                 if not self._fresh_facts.measure(self.survey.unknown(own)):
                     break
                 route = self._planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
-            self.was_covered |= blocks is None
+            self.was_covered |= part == needs.blocks
             return route
         except (CoverageError, PeerBusy):
             if fresh:
@@ -164,11 +164,13 @@ class Swarm:
         """Refreshes the facts soon, in the background; the links to `suspects` are measured in any case."""
         self._fresh_facts.look_again(suspects)
 
-    def cost_ms(
-        self, needs: Needs, hops: Sequence[PlannedHop], *, ends: Ends = CLIENT_ENDS, positions: int | None = None
-    ) -> float:
-        """Ms of a step through `hops` by what is known now; `positions`: of an unusual step."""
-        return self._planner.cost_ms(self.peers(), needs, hops, ends=ends, positions=positions)
+    def cost_ms(self, needs: Needs, hops: Sequence[PlannedHop]) -> float:
+        """Ms of a usual step through `hops` by what is known now."""
+        return self._planner.cost_ms(self.peers(), needs, hops)
+
+    def move_ms(self, needs: Needs, before: PlannedHop | None, hops: Sequence[PlannedHop], cached: int) -> float:
+        """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
+        return self._planner.move_ms(self.peers(), needs, before, hops, cached)
 
     def forecast(self, needs: Needs, hops: Sequence[PlannedHop], positions: int) -> Forecast:
         """What a step of `positions` positions through `hops` takes, by what is known now."""

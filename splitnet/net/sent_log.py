@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from scheduler.packing import PASS_POSITIONS
 from splitnet.errors import ProtocolError
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Payload
 from splitnet.net.rows import fork_rows
 
-REPLAY_POSITIONS = 512
+REPLAY_POSITIONS = PASS_POSITIONS
 """Positions per step of a replay, whoever sends it."""
 
 

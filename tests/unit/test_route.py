@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from scheduler import chain_search
 from scheduler.coordinates import Coordinate
-from scheduler.cost import block_ms, occupied_ms, route_ms, transfer_ms
+from scheduler.cost import block_ms, move_ms, occupied_ms, route_ms, transfer_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, UNMEASURED, Link, Network, Place
+from scheduler.packing import PASS_POSITIONS
 from scheduler.route import NEAR_EQUAL, NoRoute, best_route
 from scheduler.swarm import Hop, Peer, Route, Speed, coverage, missing_blocks
 
@@ -231,6 +232,21 @@ def test_a_part_of_a_route_begins_and_ends_at_the_peers_beside_it() -> None:
     with pytest.raises(NoRoute) as caught:
         best_route(peers, (1, 7), network, encodings=PLAIN, kv_needed=1)
     assert caught.value.missing == [(1, 2), (6, 7)]
+
+
+def test_to_move_takes_a_replay_whose_chunks_follow_each_other_through_the_new_hops() -> None:
+    peers = {name: peer(name, 0, 8) for name in ("left", "right")}
+    hops = [Hop("left", 2, 4), Hop("right", 4, 8)]
+    network = Network({("before", "left"): Link(1.0, 1e6), ("left", "right"): Link(2.0, 1e6)}, Link(4.0, 1e6))
+
+    def ms(cached: int) -> float:
+        return move_ms(hops, peers, network, cached=cached, encodings=PLAIN, source="before")
+
+    chunk_ms = (2 + 4) * PASS_POSITIONS / 10
+    assert ms(PASS_POSITIONS) == pytest.approx(1 + 2 + 4 + chunk_ms, rel=1e-3)
+    # Each further chunk keeps the slower of the two hops busy, not both one after the other.
+    assert ms(3 * PASS_POSITIONS) == pytest.approx(1 + 2 + 4 + chunk_ms + 2 * 4 * PASS_POSITIONS / 10, rel=1e-3)
+    assert ms(1) == pytest.approx(1 + 2 + 4 + 6, rel=1e-3)
 
 
 def test_a_slow_link_is_worth_encoding_for() -> None:

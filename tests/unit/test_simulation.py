@@ -14,19 +14,21 @@ from scheduler.candidates import candidates
 from scheduler.coordinates import Coordinate
 from scheduler.cost import route_ms
 from scheduler.network import CLIENT
-from scheduler.route import best_route
-from scheduler.simulate import ABLATIONS, BASELINES, POLICIES, Settings, World, simulate
-from scheduler.simulation.chart import chart
-from scheduler.simulation.engine import Simulation
-from scheduler.simulation.events import Events
-from scheduler.simulation.geography import Access, Geography, TrueNetwork
-from scheduler.simulation.outcome import Outcome, outcome_of, pooled
-from scheduler.simulation.placing import Placing
-from scheduler.simulation.policies import Plan, Planned
-from scheduler.simulation.route_quality import coordinate_error, plan_qualities
-from scheduler.simulation.session import FAILED, FINISHED, RUNNING
-from scheduler.simulation.world import KINDS, Device, Request, measured_to
+from scheduler.packing import PASS_POSITIONS
+from scheduler.route import NoRoute, best_route
 from scheduler.swarm import Hop, Speed
+from splitnet.client.session_state import Cause, Phase
+from splitnet.simulation.chart import chart
+from splitnet.simulation.engine import Simulation
+from splitnet.simulation.events import Events
+from splitnet.simulation.geography import Access, Geography, TrueNetwork
+from splitnet.simulation.outcome import Outcome, outcome_of, pooled
+from splitnet.simulation.placing import Placing
+from splitnet.simulation.policies import Plan, Planned
+from splitnet.simulation.route_quality import coordinate_error, plan_qualities
+from splitnet.simulation.session import FAILED, FINISHED, RUNNING
+from splitnet.simulation.simulate import ABLATIONS, BASELINES, POLICIES, Settings, World, simulate
+from splitnet.simulation.world import KINDS, Device, Request, device_id, measured_to
 
 SMALL = Settings(peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1)
 """A world in which peers come and go all the time."""
@@ -122,6 +124,8 @@ class Fixed:
         return None
 
     def route(self, plan: Plan, view: object, rng: random.Random) -> Planned:
+        if any(hop.peer in plan.exclude for hop in self._hops):
+            raise NoRoute([plan.blocks], [])
         return Planned(self._hops, self._foretold_ms)
 
 
@@ -188,8 +192,52 @@ def test_a_lost_message_costs_time_and_no_token() -> None:
     assert with_loss.token_ms[0] > without.token_ms[0]
 
 
+def test_a_prompt_is_done_when_all_of_its_steps_are() -> None:
+    # The few positions of its last step overtake the long step before it.
+    _, whole = outcome_in(tiny_world((0.0, PASS_POSITIONS, 2)), SPANS, THREE_HOPS)
+    _, longer = outcome_in(tiny_world((0.0, PASS_POSITIONS + 4, 2)), SPANS, THREE_HOPS)
+    assert longer.ttft_ms[0] > 0.99 * whole.ttft_ms[0]
+
+
+class InOrder(Fixed):
+    """The first peer that serves the next block and is not excluded."""
+
+    def route(self, plan: Plan, view: object, rng: random.Random) -> Planned:
+        block, end = plan.blocks
+        hops: list[Hop] = []
+        while block < end:
+            serving = [number for number, (start, _) in enumerate(self._spans) if start == block]
+            names = [name for name in map(device_id, serving) if name not in plan.exclude]
+            if not names:
+                raise NoRoute([(block, end)], [])
+            hops.append(Hop(names[0], block, self._spans[serving[0]][1]))
+            block = hops[-1].end
+        return Planned(hops)
+
+
+@pytest.mark.parametrize("crashes", [True, False])
+@pytest.mark.parametrize(("lost", "instead"), [(0, 1), (3, 4)])
+def test_a_lost_hop_is_replaced_and_given_the_cache(lost: int, instead: int, crashes: bool) -> None:
+    world = tiny_world((0.0, 600, 40))
+    world.devices[lost] = replace(world.devices[lost], leaves_s=5.0, crashes=crashes)
+    routing = InOrder(SPANS, ())
+    simulation = Simulation(world, routing, routing)
+    for _ in simulation.run():
+        pass
+    (session,) = simulation.sessions
+    assert (session.state, session.tokens) == (FINISHED, 40)
+    (recovered,) = session.machine.recoveries
+    assert recovered.cause is (Cause.LOST if crashes else Cause.LEAVING)
+    names = [node.id for node, _, _ in session.hops]
+    assert device_id(instead) in names
+    assert device_id(lost) not in names
+    assert simulation.nodes[device_id(instead)].busy_ms > 600 * 0.01 * 2  # it computed the whole context
+    assert session.machine.phase is Phase.CLOSED
+    assert not session.machine.under_way
+
+
 def test_sessions_that_find_no_memory_fail() -> None:
-    simulation, outcome = outcome_in(tiny_world((0.0, 900, 99), (0.0, 900, 99)), SPANS, THREE_HOPS)
+    simulation, outcome = outcome_in(tiny_world((0.0, 700, 300), (0.0, 700, 300)), SPANS, THREE_HOPS)
     assert outcome.failed == 1
     assert [session.state for session in simulation.sessions] == [FINISHED, FAILED]
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from peers.session import PassWork, Session, Work
-from peers.work_queue import DECODE_POSITIONS, PATIENCE, WorkQueue
+from peers.work_queue import WorkQueue
+from scheduler.packing import DECODE_POSITIONS, PATIENCE
 from splitnet.gathering import Gathering
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection

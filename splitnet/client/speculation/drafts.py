@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache
 
+from scheduler.averages import MovingAverage
 from splitnet.errors import SplitnetError
 
 SHARE = 0.2
@@ -35,8 +36,10 @@ class Drafter(Protocol):
         """By kind: how often a drafted token is accepted, as long as nothing is known of the text."""
         ...
 
-    draft_ms: float
-    """Ms per token; 0 if that does not count, so that a draft may be made just to see whether it would be right."""
+    @property
+    def draft_ms(self) -> float:
+        """Ms per token; 0 if that does not count, so that a draft may be made just to see whether it would be right."""
+        ...
 
     def begin(self, tokens: Sequence[int]) -> None:
         """A new text, which begins with these tokens."""
@@ -70,11 +73,15 @@ class DraftModel:
                 f"the draft model knows {model.config.get_text_config().vocab_size} tokens, the model {vocabulary}: "
                 "use a draft model with the same tokenizer"
             )
-        self.draft_ms = 1.0
+        self._draft_ms = MovingAverage(SHARE, 1.0)
         self._model = model
         self._text: list[int] = []
         self._cached: list[int] = []
         self._cache = DynamicCache()  # of full layers, which can always be cropped
+
+    @property
+    def draft_ms(self) -> float:
+        return self._draft_ms.value
 
     def begin(self, tokens: Sequence[int]) -> None:
         self._text = list(tokens)
@@ -98,8 +105,7 @@ class DraftModel:
             if len(drafted) == 1:
                 began = time.perf_counter()  # the first may come after a prefill
         if count > 1:
-            per_token = (time.perf_counter() - began) * 1000 / (count - 1)
-            self.draft_ms += SHARE * (per_token - self.draft_ms)
+            self._draft_ms.add((time.perf_counter() - began) * 1000 / (count - 1))
         return Draft(drafted)
 
     def _keep_common(self, known: Sequence[int]) -> None:

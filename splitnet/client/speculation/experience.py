@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from scheduler.averages import MovingAverage
 from scheduler.speculation import NO_DRAFTS, Pace, Window, best_window
 from splitnet.client.planner import Forecast
 
@@ -37,9 +38,9 @@ class Experience:
         self.accepted = 0
         self._accepted = [prior * PRIOR_TOKENS for prior in priors]
         self._tried = [PRIOR_TOKENS for _ in priors]
-        self._beyond_ms: dict[int, float] = {}
+        self._beyond_ms: dict[int, MovingAverage] = {}
         """By positions: what a step took beyond its forecast."""
-        self._client_ms: dict[int, float] = {}
+        self._client_ms: dict[int, MovingAverage] = {}
         """By positions: what of a step kept this process busy."""
         self._forecasts: dict[int, Forecast] = {}
         self._forecast_at = 0.0
@@ -77,8 +78,7 @@ class Experience:
         with self._lock:
             beyond = elapsed_ms - self._foretold(positions, forecast).latency_ms
             for averages, value in ((self._beyond_ms, beyond), (self._client_ms, client_ms)):
-                before = averages.get(positions, value)
-                averages[positions] = before + SHARE * (value - before)
+                averages.setdefault(positions, MovingAverage(SHARE)).add(value)
 
     def window(self, kind: int, draft_ms: float, forecast: Callable[[int], Forecast]) -> Window:
         """The window that promises most, for drafts of this kind; none as long as nothing was seen of plain steps."""
@@ -90,7 +90,7 @@ class Experience:
 
         def stage_ms(positions: int) -> float:
             # What more positions take beyond the forecast is computed somewhere, at worst at the slowest hop.
-            growth = max(0.0, _nearest(self._beyond_ms, positions) - self._beyond_ms[1])
+            growth = max(0.0, _nearest(self._beyond_ms, positions) - self._beyond_ms[1].value)
             stage = self._foretold(positions, forecast).stage_ms + growth
             return max(stage, _nearest(self._client_ms, positions))
 
@@ -106,5 +106,5 @@ class Experience:
         return self._forecasts[positions]
 
 
-def _nearest(values: dict[int, float], positions: int) -> float:
-    return values[min(values, key=lambda known: abs(known - positions))]
+def _nearest(averages: dict[int, MovingAverage], positions: int) -> float:
+    return averages[min(averages, key=lambda known: abs(known - positions))].value

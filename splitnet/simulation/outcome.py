@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scheduler.simulation.engine import Simulation
-from scheduler.simulation.session import FINISHED
+from splitnet.simulation.engine import Simulation
+from splitnet.simulation.session import FINISHED
 
 SETTLED_MS = 60_000.0
 """Peers that served for less time say nothing about the balance of load."""

@@ -15,14 +15,14 @@ import numpy as np
 
 from scheduler.cost import route_ms
 from scheduler.network import CLIENT
-from scheduler.simulation.clients import Client, new_client
-from scheduler.simulation.engine import Simulation
-from scheduler.simulation.geography import TrueNetwork
-from scheduler.simulation.placing import OwnPlacing
-from scheduler.simulation.policies import Best, BestOptions, Plan, RandomRoute, Routing
-from scheduler.simulation.variants import EVERYBODY, MANY_ENDS
-from scheduler.simulation.world import Request, World
 from scheduler.swarm import Hop
+from splitnet.simulation.clients import Client, new_client
+from splitnet.simulation.engine import Simulation
+from splitnet.simulation.geography import TrueNetwork
+from splitnet.simulation.placing import OwnPlacing
+from splitnet.simulation.policies import Best, BestOptions, Plan, RandomRoute, Routing
+from splitnet.simulation.variants import EVERYBODY, MANY_ENDS
+from splitnet.simulation.world import Request, World
 
 PAIRS: Final = 20_000
 

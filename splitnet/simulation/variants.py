@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Final
 
-from scheduler.simulation.petals import PetalsPlacing, PetalsRouting
-from scheduler.simulation.placing import OwnPlacing, Placing
-from scheduler.simulation.policies import Best, BestOptions, FewestHops, Nearest, RandomRoute, Routing
-from scheduler.simulation.world import World
+from splitnet.simulation.petals import PetalsPlacing, PetalsRouting
+from splitnet.simulation.placing import OwnPlacing, Placing
+from splitnet.simulation.policies import Best, BestOptions, FewestHops, Nearest, RandomRoute, Routing
+from splitnet.simulation.world import World
 
 EVERYBODY: Final = 1_000_000
 """As a limit of candidates: no limit."""

@@ -13,8 +13,8 @@ import numpy as np
 from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.encoding import Encoding, encodings_of
 from scheduler.network import CLIENT
-from scheduler.simulation.geography import Access, Geography
 from scheduler.swarm import Speed
+from splitnet.simulation.geography import Access, Geography
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +26,8 @@ class Settings:
     after the last time. view_s: how often clients read all facts. load_s: to load one block. uptime: factor to the time
     that devices stay; infinite for no churn. own_use: whether
     their owners work with them. moves: whether peers may change their blocks. jitter: mean share by which
-    a message's latency exceeds the link's. loss: share of messages that are sent twice. silence_s: until a hop that
-    crashed counts as lost. patience_s: how long a session waits for peers to serve its blocks.
+    a message's latency exceeds the link's. loss: share of messages that are sent twice. patience_s: how long
+    a client waits for a route, or for the next token when there is none.
     replan_s: how often a session looks for a better route; doubts: whether it doubts forecasts.
     near_probes: links that a client measures to peers near by; probe_ends: only to those of the first or last block.
     """
@@ -47,7 +47,6 @@ class Settings:
     moves: bool = True
     jitter: float = 0.05
     loss: float = 0.005
-    silence_s: float = 3.0
     patience_s: float = 30.0
     replan_s: float = 10.0
     doubts: bool = True
@@ -75,7 +74,6 @@ RULES: Final = frozenset(
         "doubts",
         "near_probes",
         "probe_ends",
-        "silence_s",
         "patience_s",
     }
 )

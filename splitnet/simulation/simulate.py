@@ -1,13 +1,13 @@
-"""Simulates a swarm: the way in to `scheduler/simulation/`."""
+"""Simulates a swarm: the way in to `splitnet/simulation/`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from scheduler.simulation.engine import Simulation
-from scheduler.simulation.outcome import Outcome, outcome_of, pooled
-from scheduler.simulation.variants import ABLATIONS, BASELINES, POLICIES
-from scheduler.simulation.world import Settings, World
+from splitnet.simulation.engine import Simulation
+from splitnet.simulation.outcome import Outcome, outcome_of, pooled
+from splitnet.simulation.variants import ABLATIONS, BASELINES, POLICIES
+from splitnet.simulation.world import Settings, World
 
 __all__ = ["ABLATIONS", "BASELINES", "POLICIES", "Outcome", "Settings", "World", "pooled", "simulate"]
 

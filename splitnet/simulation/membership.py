@@ -8,13 +8,12 @@ from typing import Final
 import numpy as np
 
 from scheduler.coordinates import Coordinate
-from scheduler.simulation.directory import Directory, View
-from scheduler.simulation.events import Events
-from scheduler.simulation.node import Node
-from scheduler.simulation.placing import Placing
-from scheduler.simulation.session import Session
-from scheduler.simulation.world import USED_SLOWER, Device, World, measured_to
 from scheduler.swarm import Peer
+from splitnet.simulation.directory import Directory, View
+from splitnet.simulation.events import Events
+from splitnet.simulation.node import Held, Node
+from splitnet.simulation.placing import Placing
+from splitnet.simulation.world import USED_SLOWER, Device, World, measured_to
 
 MEASURED_LINKS: Final = 16
 """Links that a record holds at most."""
@@ -25,14 +24,11 @@ PROBES: Final = 4
 JOIN_PROBES: Final = 32
 """Round trips that a device measures before it joins."""
 
-GOODBYE_MS: Final = 100.0
-"""Until clients know that a peer has left them which told them so."""
-
 
 class Membership:
     """All peers, and the directory of their facts. Times in ms.
 
-    lost: called some time after a peer has left a session, when its client knows.
+    leaving: called when a peer stops serving sessions, unless it crashed.
 
     Attributes:
         nodes: of all devices that have joined so far, by id.
@@ -41,7 +37,9 @@ class Membership:
         record_bytes: size of the largest record.
     """
 
-    def __init__(self, world: World, placing: Placing, events: Events, lost: Callable[[Session], None]) -> None:
+    def __init__(
+        self, world: World, placing: Placing, events: Events, leaving: Callable[[Node, list[Held]], None]
+    ) -> None:
         self.nodes: dict[str, Node] = {}
         self.moves = 0
         self.record_bytes = 0
@@ -49,7 +47,7 @@ class Membership:
         self._settings = world.settings
         self._placing = placing
         self._events = events
-        self._lost = lost
+        self._leaving = leaving
         self._num_blocks = world.settings.num_blocks
         self._directory = Directory(world.settings.record_ttl_s, world.settings.num_blocks)
         # Streams of their own, so that the choices of one part do not change what happens in the others.
@@ -170,8 +168,7 @@ class Membership:
         if span is None or span == (node.start, node.end):
             return
         self.moves += 1
-        for session in node.stop(self._events.now):
-            self._events.at(self._events.now + GOODBYE_MS, self._lost, session)
+        self._leaving(node, node.stop(self._events.now))
         node.start, node.end = span
         node.measured.clear()
         ready_ms = self._events.now + self._load_ms(node)
@@ -180,8 +177,8 @@ class Membership:
 
     def _leave(self, node: Node) -> None:
         node.gone = True
-        silence_ms = self._settings.silence_s * 1000 if node.device.crashes else GOODBYE_MS
         if not node.device.crashes or not node.serves:
             self._directory.withdraw(node.id)
-        for session in node.stop(self._events.now):
-            self._events.at(self._events.now + silence_ms, self._lost, session)
+        lost = node.stop(self._events.now)
+        if not node.device.crashes:
+            self._leaving(node, lost)

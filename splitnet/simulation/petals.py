@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from scheduler.network import Link
 from scheduler.route import NoRoute
-from scheduler.simulation.directory import View
-from scheduler.simulation.node import Node
-from scheduler.simulation.policies import Plan, Planned
-from scheduler.simulation.world import Device, World
 from scheduler.swarm import Hop
+from splitnet.simulation.directory import View
+from splitnet.simulation.node import Node
+from splitnet.simulation.policies import Plan, Planned
+from splitnet.simulation.world import Device, World
 
 OVERHEAD_MS: Final = 18.0
 UNKNOWN_MS: Final = 150.0

@@ -8,8 +8,8 @@ import numpy as np
 
 from scheduler.coordinates import Coordinate
 from scheduler.network import CLIENT, Link, Place
-from scheduler.simulation.directory import View
-from scheduler.simulation.world import World, measured_to
+from splitnet.simulation.directory import View
+from splitnet.simulation.world import World, measured_to
 
 RANDOM_PROBES = 16
 

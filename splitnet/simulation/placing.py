@@ -9,9 +9,9 @@ import numpy as np
 
 from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import Spans, best_span
-from scheduler.simulation.directory import View
-from scheduler.simulation.node import Node
-from scheduler.simulation.world import Device, World
+from splitnet.simulation.directory import View
+from splitnet.simulation.node import Node
+from splitnet.simulation.world import Device, World
 
 
 class Placing(Protocol):

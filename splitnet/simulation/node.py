@@ -3,41 +3,66 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from scheduler.coordinates import Coordinate
 from scheduler.network import Link, Place
-from scheduler.simulation.directory import Record
-from scheduler.simulation.world import Device, device_id
+from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS, next_pass
 from scheduler.swarm import Peer, Speed
+from splitnet.net.messages import FailureCode
+from splitnet.simulation.directory import Record
+from splitnet.simulation.world import Device, device_id
 
 if TYPE_CHECKING:
-    from scheduler.simulation.session import Session
-
-DECODE_POSITIONS: Final = 16
-PASS_POSITIONS: Final = 512
-PATIENCE: Final = 4
-"""As in the work queue of real peers."""
+    from splitnet.simulation.route import Route
+    from splitnet.simulation.session import Session
 
 
 @dataclass(slots=True, eq=False)
-class Step:
+class Parcel:
     """New positions of a session on their way through the hops.
 
-    epoch: of the session; a step of an older one is dropped. hop: at which it is, or to which it goes. last_hop: at
-    which it ends. remaining: positions that this hop has still to run. final: no further step belongs to it.
+    number: of the request. hop: at which they are, or to which they go. last_hop: at which they end. start: position of
+    the first. keep: how many come back. final: the client is told when they are done. remaining: positions that this
+    hop has still to run.
     """
 
-    session: Session
-    epoch: int
+    route: Route
+    number: int
     hop: int
     last_hop: int
+    start: int
     positions: int
+    keep: int = 0
     final: bool = True
     replay: bool = False
     remaining: int = 0
     passed_over: int = 0
     arrived_ms: float = 0.0
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """That they go through where they are."""
+        _, start, end = self.route.hops[self.hop]
+        return start, end
+
+
+@dataclass(slots=True, eq=False)
+class Held:
+    """A session at a peer.
+
+    budget: positions that are reserved. cached: that are there. waiting: parcels that wait or run. done: positions
+    computed so far. last: highest number of a request of the epoch that is finished.
+    """
+
+    session: Session
+    epoch: int
+    blocks: tuple[int, int]
+    budget: int
+    cached: int = 0
+    waiting: int = 0
+    done: int = 0
+    last: int = 0
 
 
 class Node:
@@ -62,8 +87,8 @@ class Node:
         self.measured: dict[int, Link] = {}
         self.slower = 1.0
         self.kv_used = 0
-        self.sessions: dict[Session, None] = {}
-        self.ready: list[Step] = []
+        self.sessions: dict[Session, Held] = {}
+        self.ready: list[Parcel] = []
         self.running = False
         self.uplink_free_ms = 0.0
         self.busy_ms = 0.0
@@ -84,9 +109,9 @@ class Node:
         self.served_since_ms = now_ms
         self._begin_interval(now_ms)
 
-    def stop(self, now_ms: float) -> list[Session]:
-        """Serves no more, and forgets everything; returns whose sessions that were."""
-        lost = list(self.sessions)
+    def stop(self, now_ms: float) -> list[Held]:
+        """Serves no more, and forgets everything; returns what it held."""
+        lost = list(self.sessions.values())
         self.sessions.clear()
         if self.serves:
             self.account(now_ms)
@@ -102,73 +127,58 @@ class Node:
         self.served_ms += now_ms - self.served_since_ms
         self.served_since_ms = now_ms
 
-    def reserve(self, session: Session, positions: int) -> bool:
-        """Takes KV memory for a session; False: there is not enough."""
-        if self.kv_used + positions > self.device.kv_positions:
-            return False
-        self.kv_used += positions
-        self.sessions[session] = None
-        return True
+    def open(self, session: Session, epoch: int, blocks: tuple[int, int], budget: int) -> FailureCode | None:
+        """Takes a session in, or opens it in a newer epoch; or says why not."""
+        if not self.serves or not self.start <= blocks[0] < blocks[1] <= self.end:
+            return FailureCode.WRONG_BLOCKS
+        held = self.sessions.get(session)
+        if held is None:
+            if self.kv_used + budget > self.device.kv_positions:
+                return FailureCode.BUSY
+            self.kv_used += budget
+            self.sessions[session] = Held(session, epoch, blocks, budget)
+            return None
+        if held.blocks != blocks:
+            return FailureCode.WRONG_BLOCKS
+        if epoch > held.epoch:
+            held.epoch, held.waiting, held.last = epoch, 0, 0
+        return None
 
-    def release(self, session: Session, positions: int) -> None:
+    def release(self, session: Session) -> None:
         """Gives the memory of a session back, if it is still there."""
-        if session in self.sessions:
-            del self.sessions[session]
-            self.kv_used -= positions
+        held = self.sessions.pop(session, None)
+        if held is not None:
+            self.kv_used -= held.budget
 
-    def next_pass(self, now_ms: float) -> tuple[list[tuple[Step, int]], float]:
-        """What runs now, steps with how many positions of each, and for how many ms.
-
-        Decode first, then prefill fills the pass; all of it goes through the same blocks. A step that some passes left
-        out leads the next one, and half of that is kept for it.
-        """
+    def next_pass(self, now_ms: float) -> tuple[list[tuple[Parcel, int]], float]:
+        """What runs now, parcels with how many positions of each, and for how many ms."""
         ready = self.ready
         if len(ready) == 1:
-            step = ready.pop()
-            taken = [(step, min(step.remaining, PASS_POSITIONS))]
+            parcel = ready.pop()
+            taken = [(parcel, min(parcel.remaining, PASS_POSITIONS))]
         else:
-            taken = self._pack(ready)
-            for step, _ in taken:
-                ready.remove(step)
-        first = taken[0][0]
-        start, end = first.session.hops[first.hop][1:]
+            counts = next_pass(ready, ready[0].passed_over)
+            for parcel in ready:
+                parcel.passed_over = 0 if parcel in counts else parcel.passed_over + 1
+            self.ready = [parcel for parcel in ready if parcel not in counts]
+            taken = list(counts.items())
+        start, end = taken[0][0].blocks
         positions = 0
         for _, count in taken:
             positions += count
         block_ms = self.device.speed.at(positions) * self.slower
         took_ms = block_ms * (end - start)
-        for step, _ in taken:
-            if step.positions <= DECODE_POSITIONS:
-                waited_ms = now_ms - step.arrived_ms
+        for parcel, _ in taken:
+            if parcel.positions <= DECODE_POSITIONS:
+                waited_ms = now_ms - parcel.arrived_ms
                 self._waited_ms += waited_ms
                 self._steps += 1
-                step.session.met(self, block_ms, waited_ms)
+                parcel.route.session.met(self, block_ms, waited_ms)
         self.running = True
         self.busy_ms += took_ms
         self._squares += took_ms * took_ms
         self._positions += positions
         return taken, took_ms
-
-    def _pack(self, ready: list[Step]) -> list[tuple[Step, int]]:
-        decode = [step for step in ready if step.remaining <= DECODE_POSITIONS]
-        prefill = [step for step in ready if step.remaining > DECODE_POSITIONS]
-        leader = (decode or prefill)[0]
-        kept = 0
-        if ready[0].passed_over >= PATIENCE:
-            leader = ready[0]
-            kept = min(leader.remaining, PASS_POSITIONS // 2)
-        left = PASS_POSITIONS - kept
-        counts = {leader: kept} if kept else {}
-        blocks = leader.session.hops[leader.hop][1:]
-        for step in decode + prefill:
-            if step.session.hops[step.hop][1:] == blocks:
-                count = min(step.remaining - counts.get(step, 0), left)
-                if count:
-                    counts[step] = counts.get(step, 0) + count
-                    left -= count
-        for step in ready:
-            step.passed_over = 0 if step in counts else step.passed_over + 1
-        return list(counts.items())
 
     def record(self, now_ms: float) -> Record:
         """What it publishes: its load is that of the time since the last record.

@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Protocol
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from scheduler.averages import MovingAverage
 from scheduler.candidates import LIMIT, Crowd
-from scheduler.cost import positions_with_prompt, route_ms
+from scheduler.cost import move_ms, positions_with_prompt, route_ms
 from scheduler.network import CLIENT, Link, Network, Place
+from scheduler.replan import changed_hops
 from scheduler.route import NoRoute, best_route
-from scheduler.simulation.clients import Client
-from scheduler.simulation.directory import View
-from scheduler.simulation.geography import TrueNetwork
-from scheduler.simulation.world import Request, World
 from scheduler.swarm import Hop, Peer, Route, Speed
+from splitnet.simulation.clients import Client
+from splitnet.simulation.directory import View
+from splitnet.simulation.geography import TrueNetwork
+from splitnet.simulation.world import Request, World
+
+SHARE: Final = 0.5
+"""Weight of the latest token in the averages of what a session met."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SeenHop:
     """What a session met at a hop, averaged over its last tokens: ms per block of a pass, and ms until it began."""
 
-    block_ms: float
-    wait_ms: float
+    block_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
+    wait_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +41,8 @@ class Plan:
 
     exclude: peers that must not be used. kv_needed: positions that each hop must have room for.
     prompt: positions that come before the first token.
-    present: the route that the session has, if it asks for a better one. seen: what the session met at its hops;
-    latencies: and between them.
+    present: the route that the session has, if it asks for a better one. cached: positions that new hops would have to
+    be given. seen: what the session met at its hops; latencies: and between them.
     """
 
     client: Client
@@ -49,6 +54,7 @@ class Plan:
     kv_needed: int
     prompt: int = 0
     present: Sequence[Hop] = ()
+    cached: int = 0
     seen: Mapping[str, SeenHop] = field(default_factory=dict[str, SeenHop])
     latencies: Mapping[tuple[str, str], float] = field(default_factory=dict[tuple[str, str], float])
 
@@ -57,13 +63,15 @@ class Plan:
 class Planned:
     """A route. token_ms: what a token is expected to take; 0: not known. asked_ms: time that the plan itself took.
 
-    present_ms: what a token is expected to take on the present route.
+    present_ms: what a token is expected to take on the present route; 0: not known. move_ms: what it takes to leave
+    that for this one.
     """
 
     hops: list[Hop]
     token_ms: float = 0.0
     asked_ms: float = 0.0
     present_ms: float = 0.0
+    move_ms: float = 0.0
 
 
 class Routing(Protocol):
@@ -171,8 +179,16 @@ class Best:
             network = network.with_links(links)
             route = best()
             found.append(route.hops)
-        hops = min(found, key=cost)
-        return Planned(list(hops), cost(hops, 1), asked_ms, self._present_ms(plan, by_id, cost))
+        hops = list(min(found, key=cost))
+        planned = Planned(hops, cost(hops, 1), asked_ms)
+        if not plan.present or any(hop.peer not in by_id for hop in plan.present):
+            return planned
+        before, changed = changed_hops(plan.present, hops)
+        source = before.peer if before else CLIENT
+        to_move_ms = (
+            move_ms(changed, by_id, network, cached=plan.cached, encodings=encodings, source=source) if changed else 0.0
+        )
+        return replace(planned, present_ms=cost(plan.present), move_ms=to_move_ms)
 
     def _crowd(self, view: View, positions: int) -> Crowd:
         """Of all peers in view, kept until there is another view."""
@@ -184,10 +200,6 @@ class Best:
             network = view.places if self._options.coordinates else Network()
             crowds[positions] = Crowd(peers, network, encodings=self._world.settings.encodings, positions=positions)
         return crowds[positions]
-
-    def _present_ms(self, plan: Plan, by_id: Mapping[str, Peer], cost: Callable[[Sequence[Hop]], float]) -> float:
-        known = plan.present and all(hop.peer in by_id for hop in plan.present)
-        return cost(plan.present) if known else 0.0
 
     def _latency(self, plan: Plan, sender: str, receiver: str) -> float:
         numbers, client = self._world.number_of, plan.client.number
@@ -206,9 +218,9 @@ class Best:
                 continue
             peer = replace(peers[index], kv_free=max(peers[index].kv_free, plan.kv_needed))
             if load and (seen := plan.seen.get(hop.peer)):
-                factor = seen.block_ms / max(peer.speed.at(1 + peer.batch), 1e-6)
+                factor = seen.block_ms.value / max(peer.speed.at(1 + peer.batch), 1e-6)
                 speed = Speed(tuple(ms * factor for ms in peer.speed.block_ms))
-                peer = replace(peer, speed=speed, queue_ms=seen.wait_ms)
+                peer = replace(peer, speed=speed, queue_ms=seen.wait_ms.value)
             peers[index] = peer
         return peers
 

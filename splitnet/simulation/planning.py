@@ -1,0 +1,157 @@
+"""What the machine of a session has planned: by the policy, with what the client knows."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+
+from scheduler import route as routes
+from scheduler.cost import route_ms
+from scheduler.network import CLIENT, Network
+from scheduler.replan import move_pays
+from scheduler.swarm import Hop
+from splitnet.client.planner import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
+from splitnet.client.session_events import AskRoute, Move, NoRoute
+from splitnet.client.session_events import Planned as RoutePlanned
+from splitnet.errors import CoverageError, PeerBusy
+from splitnet.net.codecs import Codec, codec_by_name
+from splitnet.net.sent_log import REPLAY_POSITIONS
+from splitnet.simulation.directory import View
+from splitnet.simulation.identities import Identities, device_at
+from splitnet.simulation.node import Node
+from splitnet.simulation.policies import Plan, Planned, Routing
+from splitnet.simulation.session import Session
+from splitnet.simulation.world import Settings
+
+PLAIN = codec_by_name("none")
+
+
+class Planning:
+    """Plans for all sessions.
+
+    Args:
+        routing: the policy.
+        view: what clients know now.
+        nodes: all peers by id, to see whether one that is banned answers.
+        choices: makes the random ones.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        routing: Routing,
+        identities: Identities,
+        view: Callable[[], View],
+        nodes: Mapping[str, Node],
+        choices: random.Random,
+    ) -> None:
+        self._settings = settings
+        self._blocks = (0, settings.num_blocks)
+        self._routing = routing
+        self._identities = identities
+        self._view = view
+        self._nodes = nodes
+        self._choices = choices
+
+    @property
+    def replans(self) -> bool:
+        """Whether sessions look for better routes while they run."""
+        return self._routing.replans
+
+    def answer(self, session: Session, asked: AskRoute) -> tuple[RoutePlanned | NoRoute, Planned]:
+        """The answer to a machine's question, and what the policy says of the last part that it planned."""
+        if asked.unban:
+            for name in session.bans.keys():  # noqa: SIM118 (not a mapping)
+                if self._nodes[self._identities.device(name)].serves:
+                    session.bans.lift(name)
+        banned = session.bans.keys()
+        planned = Planned([])
+
+        def part(
+            blocks: tuple[int, int], ends: Ends, exclude: Collection[str], holders: Collection[str]
+        ) -> list[PlannedHop]:
+            nonlocal planned
+            source, target = (self._identities.device(end.key.text) if end is not None else CLIENT for end in ends)
+            plan = replace(
+                self._plan(session, {*exclude, *banned}),
+                blocks=blocks,
+                source=source,
+                target=target,
+                prompt=0 if session.tokens else session.request.prompt,
+                present=[_named(hop) for hop in asked.kept if hop.name in holders],
+            )
+            planned = self._route(plan)
+            return self._hops(planned.hops)
+
+        try:
+            route = repaired_route(asked.kept, asked.excluded, self._blocks, part)
+        except (CoverageError, PeerBusy) as error:
+            known = self._view().records
+            refused = {name for name in asked.excluded if self._identities.device(name) in known}
+            return NoRoute(asked.number, error, frozenset(refused), was_covered=True), planned
+        chunk_ms = self._route_ms(session, route, REPLAY_POSITIONS)
+        return RoutePlanned(asked.number, tuple(route), _codecs(route), chunk_ms), planned
+
+    def better(self, session: Session) -> tuple[Move, Planned] | None:
+        """A change of route that pays for the tokens that are left, or None."""
+        present = [hop.planned for hop in session.machine.hops]
+        plan = replace(
+            self._plan(session, session.bans.keys()),
+            present=[_named(hop) for hop in present],
+            cached=session.context,
+            seen={node.id: seen for node, seen in session.seen.items()},
+            latencies=session.latencies,
+        )
+        try:
+            planned = self._route(plan)
+        except (CoverageError, PeerBusy):
+            return None
+        if not planned.present_ms or planned.hops == plan.present:
+            return None
+        # What is known of the present route was seen; what is known of the other was told, and is doubted.
+        new_ms = planned.token_ms * (session.doubt if self._settings.doubts else 1.0)
+        if not move_pays(planned.present_ms, new_ms, planned.move_ms, session.request.output - session.tokens):
+            return None
+        route = with_kept_hops(self._hops(planned.hops), present)
+        return Move(tuple(route), _codecs(route), self._route_ms(session, route, REPLAY_POSITIONS)), planned
+
+    def step_ms(self, session: Session, positions: int) -> float:
+        """What a step of so many positions is predicted to take on the present route; 0: not known."""
+        return self._route_ms(session, [hop.planned for hop in session.machine.hops], positions)
+
+    def _route_ms(self, session: Session, route: Sequence[PlannedHop], positions: int) -> float:
+        hops = [_named(hop) for hop in route]
+        view = self._view()
+        if any(hop.peer not in view.records for hop in hops):
+            return 0.0
+        places = {CLIENT: session.client.place, **{hop.peer: view.records[hop.peer].place for hop in hops}}
+        return route_ms(
+            hops,
+            {hop.peer: view.records[hop.peer].peer for hop in hops},
+            Network(session.client.links, places=places),
+            positions=positions,
+            encodings=self._settings.encodings,
+        )
+
+    def _plan(self, session: Session, exclude: Collection[str]) -> Plan:
+        request, ids = session.request, {self._identities.device(name) for name in exclude}
+        return Plan(session.client, request, self._blocks, CLIENT, CLIENT, ids, request.positions)
+
+    def _route(self, plan: Plan) -> Planned:
+        try:
+            return self._routing.route(plan, self._view(), self._choices)
+        except routes.NoRoute as error:
+            raise no_route_error(error, "simulated") from None
+
+    def _hops(self, hops: Sequence[Hop]) -> list[PlannedHop]:
+        records = self._view().records
+        return [self._identities.hop(hop, records[hop.peer]) for hop in hops]
+
+
+def _named(hop: PlannedHop) -> Hop:
+    return Hop(device_at(hop.endpoint), hop.start, hop.end)
+
+
+def _codecs(route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
+    return (PLAIN,) * (len(route) + 1)

@@ -1,0 +1,71 @@
+"""A session's hops in one epoch, and the wires between them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from scheduler.encoding import Encoding
+from scheduler.network import Link
+from splitnet.simulation.geography import Geography
+from splitnet.simulation.node import Node
+
+if TYPE_CHECKING:
+    from splitnet.simulation.session import Session
+
+Hops = list[tuple[Node, int, int]]
+"""Who runs which blocks [start, end)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """What it costs to get a step from one device to the next, directly or by way of the client.
+
+    token_ms: of one position, without the latency. sender: whose way up a long step occupies; None: the client's.
+    """
+
+    latency_ms: float
+    token_ms: float
+    links: tuple[Link, ...]
+    sender: Node | None
+
+    def ms(self, positions: int, encodings: Sequence[Encoding]) -> float:
+        """Of a step, without the latency."""
+        return sum(min(encoding.ms(positions, link.bytes_per_ms) for encoding in encodings) for link in self.links)
+
+    def uplink_ms(self, positions: int, encodings: Sequence[Encoding], up_bytes_per_ms: float) -> float:
+        """For how long the sender's way up is occupied."""
+        return positions * min(encoding.bytes_per_position for encoding in encodings) / up_bytes_per_ms
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Route:
+    """wires: before each hop, and after the last."""
+
+    session: Session
+    epoch: int
+    hops: Hops
+    wires: list[Wire]
+
+
+def wires_of(
+    hops: Hops, client: int, geography: Geography, encodings: Sequence[Encoding], *, through_client: bool
+) -> list[Wire]:
+    """The wires along some hops.
+
+    through_client: whether the client carries everything between two hops.
+    """
+    wires: list[Wire] = []
+    stations: list[Node | None] = [None, *(node for node, _, _ in hops), None]
+    for sender, receiver in pairwise(stations):
+        here = sender.number if sender else client
+        there = receiver.number if receiver else client
+        if through_client and sender and receiver:
+            links = (geography.link(here, client), geography.link(client, there))
+        else:
+            links = (geography.link(here, there),)
+        token_ms = sum(min(encoding.ms(1, link.bytes_per_ms) for encoding in encodings) for link in links)
+        wires.append(Wire(sum(link.latency_ms for link in links), token_ms, links, sender))
+    return wires
