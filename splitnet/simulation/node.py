@@ -150,6 +150,13 @@ class Node:
         if held is not None:
             self.kv_used -= held.budget
 
+    def _heads(self) -> list[Parcel]:
+        """The first of every session: its others wait for that."""
+        heads: dict[Session, Parcel] = {}
+        for parcel in sorted(self.ready, key=lambda parcel: (parcel.arrived_ms, parcel.number)):
+            heads.setdefault(parcel.route.session, parcel)
+        return [parcel for parcel in self.ready if heads[parcel.route.session] is parcel]
+
     def next_pass(self, now_ms: float) -> tuple[list[tuple[Parcel, int]], float]:
         """What runs now, parcels with how many positions of each, and for how many ms."""
         ready = self.ready
@@ -157,8 +164,9 @@ class Node:
             parcel = ready.pop()
             taken = [(parcel, min(parcel.remaining, PASS_POSITIONS))]
         else:
-            counts = next_pass(ready, ready[0].passed_over)
-            for parcel in ready:
+            heads = self._heads()
+            counts = next_pass(heads, heads[0].passed_over)
+            for parcel in heads:
                 parcel.passed_over = 0 if parcel in counts else parcel.passed_over + 1
             self.ready = [parcel for parcel in ready if parcel not in counts]
             taken = list(counts.items())

@@ -19,17 +19,24 @@ Hops = list[tuple[Node, int, int]]
 """Who runs which blocks [start, end)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Wire:
     """What it costs to get a step from one device to the next, directly or by way of the client.
 
     token_ms: of one position, without the latency. sender: whose way up a long step occupies; None: the client's.
+    last_ms: when the last thing that was sent arrives.
     """
 
     latency_ms: float
     token_ms: float
     links: tuple[Link, ...]
     sender: Node | None
+    last_ms: float = 0.0
+
+    def in_order(self, arrival_ms: float) -> float:
+        """When something arrives: nothing overtakes what was sent before it."""
+        self.last_ms = max(self.last_ms, arrival_ms)
+        return self.last_ms
 
     def ms(self, positions: int, encodings: Sequence[Encoding]) -> float:
         """Of a step, without the latency."""

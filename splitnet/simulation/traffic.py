@@ -53,7 +53,7 @@ class Traffic:
         else:
             arrival = self._sent(parcel, wire.ms(parcel.positions, self._encodings))
         parcel.remaining = parcel.positions
-        self._events.at(arrival + self._latency(wire.latency_ms), self._receive, parcel)
+        self._events.at(wire.in_order(arrival + self._latency(wire.latency_ms)), self._receive, parcel)
 
     def _sent(self, parcel: Parcel, took_ms: float) -> float:
         """When a long step has been sent: those of one sender go one after the other; tokens slip in between."""
@@ -144,4 +144,4 @@ class Traffic:
                 number = route.hops[parcel.last_hop][0].number
                 latency_ms = self._geography.one_way_ms(number, route.session.client.number)
             arrival = self._events.now + payload_ms + self._latency(latency_ms)
-            self._events.at(arrival, route.session.answered, parcel)
+            self._events.at(wire.in_order(arrival), route.session.answered, parcel)

@@ -193,7 +193,7 @@ def test_a_lost_message_costs_time_and_no_token() -> None:
 
 
 def test_a_prompt_is_done_when_all_of_its_steps_are() -> None:
-    # The few positions of its last step overtake the long step before it.
+    # Decode comes first at a hop, but a session's steps stay in order: the last few positions overtake nothing.
     _, whole = outcome_in(tiny_world((0.0, PASS_POSITIONS, 2)), SPANS, THREE_HOPS)
     _, longer = outcome_in(tiny_world((0.0, PASS_POSITIONS + 4, 2)), SPANS, THREE_HOPS)
     assert longer.ttft_ms[0] > 0.99 * whole.ttft_ms[0]
