@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from splitnet.net.codecs import Codec
 from splitnet.net.endpoints import Connection, Endpoint
 from splitnet.net.messages import Adapter as AdapterMessage
-from splitnet.net.messages import Forward, Gradient, Part, Recall, Step
+from splitnet.net.messages import Forward, Gradient, Part, Recall, Step, Timing
 from splitnet.net.sent_log import SentLog
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class Session:
     """Positions computed so far, of steps and passes. Touched by the engine's thread only."""
     last: int = 0
     """Highest number of a step or pass of the present epoch that is finished."""
+    timing: Timing | None = None
+    """What the last decode step met here."""
     passed_over: int = 0
     """Passes since its first step could have run."""
     closed: bool = False

@@ -242,7 +242,8 @@ class SessionService:
         # To anybody but its owner a session is unknown, so that nobody learns which ones exist.
         if session is not None and session.owner == source.curve:
             waiting = len(session.waiting) + session.waiting_passes
-            pong = replace(pong, waiting=waiting, done=session.done, holds=True, last=session.last)
+            timing = (session.timing,) if session.timing is not None else ()
+            pong = replace(pong, waiting=waiting, done=session.done, holds=True, last=session.last, timing=timing)
         self._outbox.send(source, pong)
 
     def _open(self, source: Connection, message: Open, now: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from peers.outbox import Outbox, timing_of
 from peers.session import Session, Work
+from peers.work_queue import DECODE_POSITIONS
 from splitnet.net.endpoints import Connection
 from splitnet.net.messages import Payload, Replay, Result, Step
 
@@ -55,7 +56,10 @@ class StepOutput:
 
     def _send(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         session, step = work.session, work.step
-        timings = (*step.timings, timing_of(work, self._outbox))
+        timing = timing_of(work, self._outbox)
+        timings = (*step.timings, timing)
+        if work.total <= DECODE_POSITIONS and not step.replay_until:
+            session.timing = timing
         replayed = step.replay_until != 0 and session.end >= step.replay_until
         if session.next is not None and not replayed:
             self._outbox.send(

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from splitnet.client.mixed_session import MixedSession
 from splitnet.client.parameters import refuse
 from splitnet.client.session import Session
-from splitnet.errors import AdapterError
+from splitnet.errors import AdapterError, PeerBusy
 from splitnet.model.adapters import Adapter
 from splitnet.net.messages import Fork, Part
 
@@ -234,7 +234,11 @@ class RemoteLayer(CacheLayerMixin):
             if self.closed:  # by another thread, which could not see the session
                 self.session.close()
         else:
-            self.session.reserve(positions)
+            try:
+                self.session.reserve(positions)
+            except PeerBusy:
+                self._reserved_columns = 0  # a later call may need less
+                raise
         return self.session
 
 

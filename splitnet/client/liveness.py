@@ -75,6 +75,7 @@ class Liveness:
         self._answers: dict[Endpoint, Alive | None] = {}
         self._until = math.inf
         self._idle_checks = 0
+        self._moves = 0
 
     @property
     def asking(self) -> bool:
@@ -84,7 +85,7 @@ class Liveness:
     def heard(self, now: float) -> None:
         """Something has come of what is awaited."""
         self._heard_at = self._progress_at = now
-        self._idle_checks = 0
+        self._idle_checks = self._moves = 0
         self._marks = {}
         self.stop()
 
@@ -112,11 +113,12 @@ class Liveness:
         """Whether a round is over, as its time is up."""
         return now >= self._until
 
-    def verdict(self, number: int, progress_s: float, now: float) -> Verdict | None:
+    def verdict(self, number: int, parts: int, progress_s: float, now: float) -> Verdict | None:
         """Ends a round; None: there is nothing to do but to wait.
 
         Args:
             number: the lowest that is awaited; 0: not of a step or pass.
+            parts: in how many each hop may compute what is awaited; progress beyond that is made up.
             progress_s: how long hops may work on something without any progress.
             now: the time.
         """
@@ -133,7 +135,8 @@ class Liveness:
         marks = {answer.endpoint: (answer.done, answer.last) for answer in told}
         moved = bool(self._marks) and marks != self._marks
         self._marks = marks
-        if moved:
+        self._moves += moved
+        if moved and self._moves <= len(told) * (parts + 1):
             self._progress_at = now
         # A peer of version 0.1.0 says only whether its device is busy, for whomever.
         works = [answer.waiting > 0 if answer.holds is not None else answer.queue_ms > 0 for answer in told]

@@ -109,13 +109,18 @@ def check_size(route: Route, codec: int, payload: Payload, positions: int) -> No
 
 @dataclass(slots=True, eq=False)
 class StepRequest(Request):
-    """New positions: `kept` of them come back from the tail."""
+    """New positions: `kept` of them come back from the tail.
+
+    Attributes:
+        makers: names of the hops that an answer which was no use came from; empty: none was.
+    """
 
     step: Step
     kept: int
     predicted_ms: float = 0.0
     result: Result | None = None
     error: SplitnetError | None = None
+    makers: list[str] = field(default_factory=list)
 
     @property
     def number(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from splitnet.client.link_use import LinkUse, link_uses
 from splitnet.client.parts import cut_into_steps
 from splitnet.client.planner import Forecast
 from splitnet.client.requests import FetchRequest, StepRequest
+from splitnet.client.route_hop import RouteHop
 from splitnet.client.session_driver import PROGRESS_TIMEOUT_S, RECOVERY_TIMEOUT_S, SessionDriver
 from splitnet.client.session_events import Abandon, Distrust, Resize, Submit, UseAdapter
 from splitnet.client.swarm import Swarm
@@ -25,6 +27,10 @@ from splitnet.net.codecs import codec_by_code
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Recall, Step, Timing
 
 Preference = Literal["latency", "throughput"]
+
+ASK_STEPS = 8
+ASK_S = 2.0
+"""After so many decode steps, or so many seconds, hops are asked what the steps met there."""
 
 THROUGHPUT_STEPS = 8
 """How many steps a session that asks for throughput has under way."""
@@ -80,10 +86,12 @@ class Session(SessionDriver):
             progress_timeout_s=progress_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
         )
+        self._steps_since_asked = 0
+        self._asked_at = 0.0
 
     @property
     def timings(self) -> tuple[Timing, ...]:
-        """What the last step met at each hop."""
+        """What the last step met at each hop, as the last of them tells."""
         return self.state.timings
 
     @property
@@ -95,13 +103,18 @@ class Session(SessionDriver):
         """Makes room for `positions` positions over all rows, on every hop.
 
         Raises:
-            PeerBusy: a hop has no memory for so many.
+            PeerBusy: a hop has no memory for so many; the session goes on with what it has.
+            PeerLost, CoverageError: a hop was lost and could not be replaced.
         """
         if positions <= self.state.budget:
             return
+        if self.hops:
+            self.open()  # only an open route keeps what it has when it cannot have more
         self.feed(Resize(positions))
         self._wait(lambda: self.state.is_settled)
         self._raise_if_broken()
+        if self.state.refusal is not None:
+            raise self.state.refusal
 
     def step(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> torch.Tensor:
         """Sends new positions through the route.
@@ -187,7 +200,7 @@ class Session(SessionDriver):
             if sent.alone:
                 self._routes.step_took((time.perf_counter() - sent.began) * 1000)
                 self.state.usual_ms = self._routes.watch.usual_ms
-            self._tell_survey(sent.requests[0].step.positions)
+            self._learn_timings(sent.requests[0].step.positions)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def abandon(self, sent: UnderWay) -> None:
@@ -269,11 +282,31 @@ class Session(SessionDriver):
         self.feed(Distrust(request, self.state.tail, why))
         return None
 
-    def _tell_survey(self, positions: int) -> None:
-        """Tells what the last step, of `positions` positions, met on its way."""
+    def _learn_timings(self, positions: int) -> None:
+        """After a decode step: tells the survey what it met. Each hop is believed of itself alone.
+
+        Results carry the timings of all hops, but any of them may have rewritten those before it. So only the tail's
+        own is taken from a result; the other hops are asked now and then, and nothing waits for their answers.
+        """
+        if self.timings:
+            self._tell_survey(self.hops[-1], None, positions, self.timings[-1])
+        self._steps_since_asked += 1
+        now = time.monotonic()
+        if self._steps_since_asked < ASK_STEPS and now < self._asked_at + ASK_S:
+            return
+        self._steps_since_asked, self._asked_at = 0, now
+        for hop, following in pairwise(self.hops):
+            self._swarm.ping(hop.endpoint, self.id).add_done_callback(
+                lambda pong, hop=hop, following=following: self._tell_survey(
+                    hop, following, positions, pong.result().timing
+                )
+            )
+
+    def _tell_survey(self, hop: RouteHop, following: RouteHop | None, positions: int, timing: Timing | None) -> None:
+        if timing is None:
+            return
         survey = self._swarm.survey
-        for index, (hop, timing) in enumerate(zip(self.hops, self.timings, strict=False)):
-            blocks = hop.planned.end - hop.planned.start
-            survey.hop_seen(hop.name, positions, timing.compute_us / 1000 / blocks, timing.wait_us / 1000)
-            if timing.next_rtt_us and index + 1 < len(self.hops):
-                survey.link_seen(hop.name, self.hops[index + 1].name, timing.next_rtt_us / 1000)
+        blocks = hop.planned.end - hop.planned.start
+        survey.hop_seen(hop.name, positions, timing.compute_us / 1000 / blocks, timing.wait_us / 1000)
+        if timing.next_rtt_us and following is not None:
+            survey.link_seen(hop.name, following.name, timing.next_rtt_us / 1000)

@@ -13,7 +13,7 @@ from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Message
 
 if TYPE_CHECKING:
-    from splitnet.client.requests import Batch, Request
+    from splitnet.client.requests import Batch, Request, StepRequest
     from splitnet.model.adapters import Adapter
 
 
@@ -73,7 +73,7 @@ class Move:
 class Distrust:
     """An answer that was accepted turned out to be wrong when it was decoded: the request is done again elsewhere."""
 
-    request: Request
+    request: StepRequest
     source: Endpoint
     why: str
 

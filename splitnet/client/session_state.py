@@ -142,6 +142,9 @@ _NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized)
 _FORGETFUL = (FailureCode.UNKNOWN_SESSION, FailureCode.OUT_OF_ORDER, FailureCode.STALE_EPOCH, FailureCode.TOO_LONG)
 """A hop that says so once may be right: it restarted, or has work of an older epoch to do."""
 
+_OF_WHAT_CAME = (FailureCode.BAD_MESSAGE, FailureCode.OUT_OF_ORDER, FailureCode.TOO_LONG)
+"""What a hop says rightly if the hop before it sends on something else than it should."""
+
 
 class Cause(StrEnum):
     """Why a route was repaired."""
@@ -212,6 +215,7 @@ class SessionState:
         timings: what the last step met, hop by hop, as the tail says.
         recoveries: repairs of the route so far.
         error: why there is no route, until the next `Use`.
+        refusal: why the last `Resize` was refused, if nothing else changed.
         usual_ms: what a decode step usually takes, told by the driver; 0: not known.
     """
 
@@ -242,6 +246,7 @@ class SessionState:
         self.timings: tuple[Timing, ...] = ()
         self.recoveries: list[Recovered] = []
         self.error: SplitnetError | None = None
+        self.refusal: SplitnetError | None = None
         self.usual_ms = 0.0
         self._model = model
         self._max_positions = max_positions
@@ -277,6 +282,8 @@ class SessionState:
         """How often peers had forgotten the session since an answer came, by name."""
         self._complaints: dict[int, list[str]] = {}
         """Who has answered with which failure since an answer came; 0: an answer that cannot be used."""
+        self._refusing: dict[str, set[str]] = {}
+        """By the name of a hop that pushes: who has refused what it sent on, since an answer came."""
         self._now = 0.0
         self._effects: list[Effect] = []
 
@@ -443,6 +450,7 @@ class SessionState:
 
     def _resize(self, budget: int) -> None:
         """The route is opened anew: a hop that has lost the session meanwhile is found out before it computes."""
+        self.refusal = None
         if budget > self.budget:
             self._former_budget = self._former_budget or self.budget
             self.budget = budget
@@ -470,16 +478,19 @@ class SessionState:
         request.undo()
         self._put_under_way(request)
         error = PeerFailed(f"the peer at {where.address} {event.why}")
-        makers = self._complaints.setdefault(0, [])
         hop = self._hop_at(where)
-        if not makers:
-            makers += [each.name for each in self.hops]
+        if not request.makers:
+            request.makers = [each.name for each in self.hops]
             lost = [hop] if hop is not None else []
         else:
-            lost = [each for each in self.hops if each.name in makers]
+            lost = [each for each in self.hops if each.name in request.makers]
             if not lost:
                 self._believe(0, error)
                 return
+            for each in self.hops:  # what those that stay have computed was made of what these sent on
+                if each not in lost:
+                    each.forget()
+                    self._leave(each.endpoint)
         self._reopen({each.endpoint: error for each in lost}, Cause.LOST)
 
     def _close(self) -> None:
@@ -628,6 +639,12 @@ class SessionState:
         if self._asked:
             return
         failed, self._failed = self._failed, {}
+        busy = [error for error in failed.values() if isinstance(error, PeerBusy)]
+        if self._former_budget and self._has_stood and busy and len(busy) == len(failed):
+            # Nobody lost anything: the route stands with what it had.
+            self.budget, self._former_budget, self.refusal = self._former_budget, 0, busy[0]
+            self._go_on()
+            return
         if failed:
             self._reopen(failed, _cause_of(next(iter(failed.values()))))
         elif self.phase is Phase.OPENING:
@@ -776,7 +793,7 @@ class SessionState:
     def _forgive(self) -> None:
         """An answer has come: what went wrong before counts no more."""
         self._attempts = 0
-        self._strikes, self._complaints, self._suspects = {}, {}, []
+        self._strikes, self._complaints, self._refusing, self._suspects = {}, {}, {}, []
 
     def _stop_waiting(self) -> None:
         """What was asked of the route that is no more is not awaited."""
@@ -851,6 +868,14 @@ class SessionState:
             self._request_failed(hop, failure.code, error)
 
     def _request_failed(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
+        feeder = self._feeder(hop)
+        if feeder is not None and code in _OF_WHAT_CAME:
+            refusing = self._refusing.setdefault(feeder.name, set())
+            refusing.add(hop.name)
+            if len(refusing) > 1:
+                text = f"what the peer at {feeder.endpoint.address} sends on is refused by two others: {error}"
+                self._lose(feeder, PeerFailed(text))
+                return
         if code == FailureCode.BUSY:
             self._lose(hop, error)
         elif code in _FORGETFUL:
@@ -872,9 +897,16 @@ class SessionState:
             self._reopen({}, Cause.SESSION_LOST, str(error))
             return
         index = self.hops.index(hop)
-        fed_by_client = not index or self.hops[index - 1].relayed
-        may_be_next = code == FailureCode.UNKNOWN_SESSION and not fed_by_client and index + 1 < len(self.hops)
+        may_be_next = (
+            code == FailureCode.UNKNOWN_SESSION and self._feeder(hop) is not None and index + 1 < len(self.hops)
+        )
         self._lose(self.hops[index + 1] if may_be_next and strikes == 2 else hop, PeerFailed(str(error)))
+
+    def _feeder(self, hop: RouteHop) -> RouteHop | None:
+        """Who pushes steps to a hop; None: the client sends them."""
+        index = self.hops.index(hop)
+        before = self.hops[index - 1] if index else None
+        return before if before is not None and not before.relayed else None
 
     def _blame(self, hop: RouteHop, code: int, error: SplitnetError) -> None:
         """A hop has failed. If another says the same of the same, it is the request's own fault, and the caller's."""
@@ -955,6 +987,16 @@ class SessionState:
         predicted_ms = max((request.predicted_ms for request in self._in_flight.values()), default=0.0)
         return silence_s(self.usual_ms if decodes else 0.0, predicted_ms)
 
+    @property
+    def _awaited_parts(self) -> int:
+        """In how many parts a hop may compute what is awaited: a decode step in one, others position by position."""
+        if self.phase is not Phase.OPEN:
+            return self.log.positions if self.log is not None else 0
+        return sum(
+            1 if request.decodes or request.message is None else request.message.positions
+            for request in self._in_flight.values()
+        )
+
     def _tick(self) -> None:
         making = self._making
         if making is not None and self._now >= making.retry_at:
@@ -983,7 +1025,7 @@ class SessionState:
         decodes = self.phase is Phase.OPEN and all(request.decodes for request in self._in_flight.values())
         progress_s = min(self._progress_timeout_s, DECODE_PROGRESS_S) if decodes else self._progress_timeout_s
         number = 0 if self._replays else min(self._in_flight, default=0)
-        verdict = self._liveness.verdict(number, progress_s, self._now)
+        verdict = self._liveness.verdict(number, self._awaited_parts, progress_s, self._now)
         if verdict is not None and not (self.phase is Phase.LOADING and verdict.finding is Finding.IDLE):
             self._act_on(verdict)
 

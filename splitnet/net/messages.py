@@ -136,6 +136,8 @@ class Pong:
     """The peer holds the session, and whoever asks has opened it."""
     last: int = appended(_NUMBER, 0)
     """Highest number of a step or pass of the session's epoch that was finished here; replays do not count."""
+    timing: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=1), ())
+    """Of the last decode step of the session here; empty: there was none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from itertools import count
 
 from scheduler.network import Link
 from splitnet.net.endpoints import Endpoint
-from splitnet.net.messages import Ping, Pong
+from splitnet.net.messages import Ping, Pong, Timing
 
 PING_TIMEOUT_S = 1.0
 PROBE_BYTES = 64 * 1024
@@ -46,10 +46,13 @@ class Answer:
     """Positions of that session that the peer has computed so far; it only grows."""
     last: int = 0
     """Highest number of a step or pass of the session's epoch that the peer has finished."""
+    timing: Timing | None = None
+    """What the last decode step of that session met at the peer; None: there was none, or the peer does not say."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
+    endpoint: Endpoint
     at: float
     padding: int
     session: bytes
@@ -84,16 +87,17 @@ class Prober:
         with self._lock:
             while self._sent and now - next(iter(self._sent.values())).at > FORGET_S:
                 del self._sent[next(iter(self._sent))]
-            self._sent[nonce] = _Sent(now, padding, session, future)
+            self._sent[nonce] = _Sent(endpoint, now, padding, session, future)
         self._send(endpoint, Ping(nonce, bytes(padding), session))
         return future
 
     def pong(self, source: Endpoint, message: Pong) -> None:
-        """Takes in an answer."""
+        """Takes in an answer; nobody answers for another."""
         with self._lock:
-            sent = self._sent.pop(message.nonce, None)
-            if sent is None:
+            sent = self._sent.get(message.nonce)
+            if sent is None or sent.endpoint != source:
                 return
+            del self._sent[message.nonce]
             rtt_ms = (time.perf_counter() - sent.at) * 1000
             if not sent.padding:
                 self._round_trips.setdefault(source, deque(maxlen=KEPT_ROUND_TRIPS)).append(rtt_ms)
@@ -102,7 +106,14 @@ class Prober:
         holds = message.holds if sent.session else None
         sent.future.set_result(
             Answer(
-                rtt_ms, message.queue_ms, message.kv_free_positions, holds, message.waiting, message.done, message.last
+                rtt_ms,
+                message.queue_ms,
+                message.kv_free_positions,
+                holds,
+                message.waiting,
+                message.done,
+                message.last,
+                message.timing[0] if message.timing else None,
             )
         )
 

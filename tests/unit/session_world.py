@@ -25,6 +25,7 @@ from splitnet.client.session_events import (
     AskRoute,
     Ban,
     Close,
+    Distrust,
     Effect,
     Event,
     GoBack,
@@ -69,6 +70,8 @@ BLOCKS = 4
 SPANS = [(0, 2), (0, 2), (2, 4), (2, 4), (0, 4), (1, 3), (3, 4)]
 PLAIN = codec_by_name("none")
 SIZE = PLAIN.bytes_per_position(1)
+NOT_FINITE = b"\xff" * SIZE
+"""A value that any client can tell from a right one."""
 BAN_S = 30.0
 CLIENT = "client"
 
@@ -82,6 +85,8 @@ Tags = tuple[int, ...]
 @lru_cache(1 << 16)
 def run_block(block: int, tag: int, values: Values) -> bytes:
     """What a block makes of the last of the values at its input."""
+    if NOT_FINITE in values:
+        return NOT_FINITE
     return hashlib.blake2b(b"".join((bytes((block, tag)), *values)), digest_size=SIZE).digest()
 
 
@@ -175,6 +180,7 @@ class Faulty:
         "other end",
         "for the tail",
     )
+    WITH_STEPS = ("not finite", "pushes short", "pushes gaps")
     OTHERS = ("refuses adapters", "fails replays", "forgets in replays")
 
 
@@ -299,6 +305,9 @@ class PeerModel:
             return
         if self.fault in Faulty.KINDS and not step.replay_until and self._misbehave(held, step):
             return
+        if len(step.payload) != SIZE * step.positions:
+            self.fail(step.epoch, step.number, FailureCode.BAD_MESSAGE)
+            return
         if self.fault in Faulty.OTHERS and step.replay_until:
             if self.fault == "fails replays":
                 self.fail(step.epoch, step.number or self.world.last_replay(), FailureCode.INTERNAL)
@@ -328,6 +337,8 @@ class PeerModel:
         if sum(map(len, rows.values())) > held.budget:
             self.fail(step.epoch, step.number, FailureCode.TOO_LONG)
             return
+        if self.fault == "not finite":
+            outputs, kept = [NOT_FINITE] * len(outputs), [NOT_FINITE] * len(kept)
         held.rows = rows
         held.done += step.positions
         held.last = max(held.last, 0 if step.replay_until else step.number)
@@ -339,6 +350,10 @@ class PeerModel:
         replayed = step.replay_until != 0 and held.end >= step.replay_until
         if held.next is not None and not replayed:
             onward = replace(step, codec=held.codec, payload=b"".join(outputs), boundary=held.end)
+            if self.fault == "pushes short":
+                onward = replace(onward, payload=b"x")
+            elif self.fault == "pushes gaps":
+                onward = replace(onward, parts=tuple(part._replace(start=part.start + 7) for part in step.parts))
             self.world.post(self.name, self.world.at(held.next).name, onward)
         elif not replayed or step.number:
             body = b"" if replayed else b"".join(kept if held.end == BLOCKS else outputs)
@@ -496,7 +511,17 @@ class World:
         while self._events:
             for effect in self.state.handle(self._events.popleft(), self.now):
                 self._perform(effect)
+            if not self._events:
+                self._events.extend(self._distrusts())
         self.check()
+
+    def _distrusts(self) -> list[Event]:
+        """The caller decodes what has come."""
+        return [
+            Distrust(each.request, self.state.tail, "answered with values that are not finite")
+            for each in self.asked
+            if each.request.result is not None and NOT_FINITE in cut(each.request.result.payload)
+        ]
 
     def _perform(self, effect: Effect) -> None:
         match effect:

@@ -72,7 +72,17 @@ timings = st.lists(st.builds(Timing, numbers, numbers, numbers), max_size=4).map
 forks = st.none() | st.lists(st.builds(Fork, numbers, numbers), max_size=5).map(tuple)
 messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Ping, numbers, payloads, st.just(b"") | sessions),
-    st.builds(Pong, numbers, milliseconds, numbers, numbers, numbers, st.booleans()),
+    st.builds(
+        Pong,
+        numbers,
+        milliseconds,
+        numbers,
+        numbers,
+        numbers,
+        st.booleans(),
+        numbers,
+        timings.map(lambda several: several[:1]),
+    ),
     st.builds(Open, sessions, epochs, texts(64), blocks, blocks, positions, codes, keys, keys, texts(256)),
     st.builds(Opened, sessions, epochs, st.booleans(), numbers),
     st.builds(Close, sessions),
@@ -225,6 +235,8 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (Pong(1, 0, 0), "last", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (Pong(1, 0, 0), "done", LARGEST_NUMBER, -1),
     (Pong(1, 0, 0), "holds", True, 1),
+    (Pong(1, 0, 0), "last", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (Pong(1, 0, 0), "timing", [[1, 2, 3]], [[1, 2, 3], [1, 2, 3]]),
     (OPEN, "session", SESSION, SESSION + b"x"),
     (OPEN, "session", SESSION, b""),
     (OPEN, "session", SESSION, "0123456789abcdef"),

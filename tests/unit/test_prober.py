@@ -59,3 +59,13 @@ def test_what_disturbs_the_first_probes_of_a_quick_link_does_not_count(monkeypat
 def test_a_probe_that_takes_no_time_at_all_is_no_infinite_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     _, bytes_per_ms, _ = measured(monkeypatch, lambda *_: 1.0)
     assert bytes_per_ms < PROBE_BYTES * 1000
+
+
+def test_nobody_answers_for_another() -> None:
+    pings: list[Ping] = []
+    prober = Prober(lambda _, ping: pings.append(ping))
+    answer = prober.ping(PEER)
+    prober.pong(Endpoint("tcp://127.0.0.1:2", Identity.generate().public), Pong(pings[0].nonce, 0.0, 0))
+    assert not answer.done() and not prober.rtt_ms(PEER)
+    prober.pong(PEER, Pong(pings[0].nonce, 0.0, 0))
+    assert answer.done()

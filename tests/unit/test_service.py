@@ -967,6 +967,11 @@ class TestOthers:
         assert opened.says(Ping(5, session=SID), PREVIOUS) == [(PREVIOUS, unknown)]
         assert opened.says(Ping(5, session=bytes(16))) == [(CLIENT, unknown)]
         assert opened.says(Ping(5)) == [(CLIENT, unknown)]
+        session = opened.table.get(SID)
+        assert session is not None
+        session.timing = Timing(1, 2, 3)
+        assert opened.says(Ping(5, session=SID)) == [(CLIENT, replace(held, timing=(Timing(1, 2, 3),)))]
+        assert opened.says(Ping(5, session=SID), STRANGER) == [(STRANGER, unknown)]
         opened.says(Close(SID))
         assert opened.says(Ping(5, session=SID)) == [(CLIENT, Pong(5, 0.0, CAPACITY))]
 

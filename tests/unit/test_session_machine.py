@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from splitnet.client.session_events import Resize, Use, UseAdapter
 from splitnet.client.session_state import TRANSITIONS, Phase
-from splitnet.errors import PeerFailed
+from splitnet.errors import PeerBusy, PeerFailed
 from splitnet.net.messages import Fork
 from tests.unit.session_world import SPANS, Faulty, PeerModel, World, adapter, tags_of
 
@@ -116,7 +116,7 @@ class Trouble(RuleBasedStateMachine):
                 for each in self.world.peers:
                     each.alive, each.leaves, each.full = True, False, False
 
-    @rule(at=index, fault=st.sampled_from([None, *Faulty.KINDS, *Faulty.OTHERS]))
+    @rule(at=index, fault=st.sampled_from([None, *Faulty.KINDS, *Faulty.WITH_STEPS, *Faulty.OTHERS]))
     def misbehave(self, at: int, fault: str | None) -> None:
         for each in self.world.peers:
             each.fault = None
@@ -249,7 +249,7 @@ TestPasses = Passes.TestCase
 TestPasses.settings = settings(MANY, max_examples=200, stateful_step_count=40)
 
 
-@pytest.mark.parametrize("fault", Faulty.KINDS)
+@pytest.mark.parametrize("fault", [*Faulty.KINDS, *Faulty.WITH_STEPS])
 @settings(MANY, max_examples=25)
 @given(at=peer, seed=st.integers(0, 1 << 16), losses=st.lists(st.integers(0, 40), max_size=2))
 def test_beside_honest_peers_one_that_lies_costs_no_request(fault: str, at: int, seed: int, losses: list[int]) -> None:
@@ -273,6 +273,27 @@ def test_beside_honest_peers_one_that_lies_costs_no_request(fault: str, at: int,
     world.close()
 
 
+def test_memory_that_is_refused_leaves_the_session_as_it_was() -> None:
+    world = World(budget=8)
+    world.feed(Use())
+    world.settle()
+    row = world.new_row_id()
+    world.submit([(row, 0, 3, 1)])
+    world.settle()
+    route = world.state.endpoints()
+    for each in world.peers:
+        each.full = True
+    for _ in range(2):
+        world.feed(Resize(20))
+        world.settle()
+        assert isinstance(world.state.refusal, PeerBusy)
+        assert world.state.is_open and world.state.budget == 8
+    world.submit([(row, 3, 1, 1)])
+    world.settle()
+    assert world.asked[-1].request.done and world.state.endpoints() == route
+    world.close()
+
+
 def test_the_table_of_transitions_is_what_happens() -> None:
     """Every change of phase that the table has happens in one of these runs; one that it lacks is an AssertionError."""
     Trouble.seen.clear()
@@ -290,6 +311,24 @@ def test_the_table_of_transitions_is_what_happens() -> None:
     world.feed(Use())
     world.settle()
     assert isinstance(world.state.error, PeerFailed)
+    refusing = World()
+    for each in refusing.peers:
+        each.fault = "refuses adapters"
+    refusing.feed(UseAdapter(adapter(1)))
+    refusing.feed(Use())
+    refusing.settle()
+    assert isinstance(refusing.state.error, PeerFailed)
+    full = World()
+    full.feed(Use())
+    full.settle()
+    full.submit([(None, 0, 2, 1)])
+    full.settle()
+    full.kill(full.at(full.state.tail))
+    for each in full.peers:
+        each.full = True
+    full.feed(Use())
+    full.settle()
+    assert isinstance(full.state.error, PeerBusy)
     table = {(before, after) for before, afters in TRANSITIONS.items() for after in afters}
     closed = {(before, Phase.CLOSED) for before in TRANSITIONS if before is not Phase.CLOSED}
-    assert table == Trouble.seen | world.seen | closed
+    assert table == Trouble.seen | world.seen | refusing.seen | full.seen | closed

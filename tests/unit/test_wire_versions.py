@@ -19,7 +19,7 @@ from nacl.signing import SigningKey
 from splitnet.errors import ProtocolError
 from splitnet.net.fields import Layout, appended, flag, uint, wire
 from splitnet.net.identity import Identity
-from splitnet.net.messages import MAGIC, MESSAGES, PROTOCOL_VERSION, Close, Ping, Pong, Step, decode, encode
+from splitnet.net.messages import MAGIC, MESSAGES, PROTOCOL_VERSION, Close, Ping, Pong, Step, Timing, decode, encode
 from splitnet.net.records import RECORD_LAYOUT, PeerRecord
 
 OLD = json.loads((Path(__file__).parent / "data" / "wire_0_1_0.json").read_text())
@@ -113,7 +113,7 @@ def test_a_message_without_a_required_field_names_it(old: dict[str, Any]) -> Non
 
 
 def test_the_session_of_a_ping_and_its_answer_travel() -> None:
-    ping, pong = Ping(1, b"padding", bytes(range(16))), Pong(1, 2.5, 100, 3, 4, True)
+    ping, pong = Ping(1, b"padding", bytes(range(16))), Pong(1, 2.5, 100, 3, 4, True, 5, (Timing(6, 7, 8),))
     assert (decode(encode(ping)), decode(encode(pong))) == (ping, pong)
 
 

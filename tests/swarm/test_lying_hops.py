@@ -1,0 +1,256 @@
+"""One peer claims to be the fastest and lies: every text beside honest peers is right, and the liar is left alone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peers.daemon import Peer
+from peers.session import Session as Held
+from splitnet.client import liveness, session_state
+from splitnet.client.session import Session
+from splitnet.net.directory import Directory
+from splitnet.net.messages import Failure, FailureCode, Ping, Pong, Result, Step, Timing
+from tests.swarm.generation import GREEDY, prompt
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
+
+pytestmark = pytest.mark.swarm
+
+HIDDEN = 64
+MODEST_MS = 50.0
+"""That a block is said to take at honest peers."""
+
+OPTIONS: dict[str, Any] = GREEDY | {"max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def company(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    """Two honest peers for every span, and a third that may lie; it looks best even if it does not."""
+    with local_swarm(folder, SPANS * 3, node=node) as swarm:
+        for peer in swarm.peers[:6]:
+            claim(peer, MODEST_MS)
+        yield swarm
+
+
+def claim(peer: Peer, block_ms: float) -> None:
+    """Has a peer announce that a block takes it so long, and that it has nothing else to do."""
+    announcer: Any = peer._announcer
+
+    def describe() -> Any:
+        record = peer.record()
+        speed = tuple(block_ms for _ in record.block_ms)
+        return replace(record, block_ms=speed, queue_ms=0.0, batch=0.0, kv_free_positions=1 << 20, sessions=0)
+
+    announcer._describe = describe
+    announcer.publish()
+
+
+Answer = Callable[[Peer, Held, Step], None]
+
+
+@contextmanager
+def lying(peer: Peer, answer: Answer, pong: Callable[[Ping], Pong] | None = None) -> Iterator[list[int]]:
+    """A peer that claims to take no time and does something else with every step.
+
+    Args:
+        answer: what it does.
+        pong: what it answers to pings; None: what is true.
+
+    Yields:
+        The numbers of the steps that it was sent.
+    """
+    service: Any = peer.service
+    step, tell = service._step, service._pong
+    met: list[int] = []
+
+    def lie(source: Any, message: Step, now: float) -> None:
+        session = service.sessions.get(message.session)
+        if session is None or message.epoch != session.epoch:
+            step(source, message, now)
+            return
+        met.append(message.number)
+        answer(peer, session, message)
+
+    service._step = lie
+    if pong is not None:
+        service._pong = lambda source, ping: service._outbox.send(source, pong(ping))
+    claim(peer, 0.0)
+    try:
+        yield met
+    finally:
+        service._step, service._pong = step, tell
+        claim(peer, MODEST_MS)
+
+
+def send(peer: Peer, to: Any, message: Any) -> None:
+    service: Any = peer.service
+    service._outbox.send(to, message)
+
+
+def fails(code: FailureCode) -> Answer:
+    def answer(peer: Peer, session: Held, step: Step) -> None:
+        send(peer, session.reply_to, Failure(session.id, step.epoch, step.number, code, "\x1b[31mno"))
+
+    return answer
+
+
+def answers(unit: bytes, count: int | None = None, codec: int | None = None) -> Answer:
+    """Values that are all `unit`, as many as is right or `count`."""
+
+    def answer(peer: Peer, session: Held, step: Step) -> None:
+        named = session.codec.code if codec is None else codec
+        if step.replay_until and session.end >= step.replay_until:
+            send(peer, session.reply_to, Result(session.id, step.epoch, step.number, session.end, named, ()))
+        elif session.next is not None:
+            body = unit * (step.positions * HIDDEN if count is None else count)
+            onward = replace(step, codec=named, payload=body, boundary=session.end)
+            send(peer, session.next, onward)
+        else:
+            kept = sum(part.keep for part in step.parts)
+            body = unit * (kept * HIDDEN if count is None else count)
+            send(peer, session.reply_to, Result(session.id, step.epoch, step.number, session.end, named, (), body))
+
+    return answer
+
+
+def swallows(*_: Any) -> None:
+    pass
+
+
+LIES: dict[str, Answer] = {
+    "internal": fails(FailureCode.INTERNAL),
+    "too long": fails(FailureCode.TOO_LONG),
+    "wrong model": fails(FailureCode.WRONG_MODEL),
+    "bad message": fails(FailureCode.BAD_MESSAGE),
+    "no session": fails(FailureCode.UNKNOWN_SESSION),
+    "short": answers(b"x", count=10),
+    "codec": answers(bytes(4), codec=99),
+    "nan": answers(b"\x00\x00\xc0\x7f"),
+    "inf": answers(b"\x00\x00\x80\x7f"),
+    "swallows": swallows,
+}
+
+
+@pytest.mark.parametrize("index", range(3), ids=["head", "middle", "tail"])
+@pytest.mark.parametrize("lie", LIES)
+def test_a_liar_beside_honest_peers(
+    company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch, index: int, lie: str
+) -> None:
+    monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.5)
+    liar = company.peers[6 + index]
+    expected = local.generate(**prompt(), **OPTIONS)
+    with company.newcomer() as visitor, lying(liar, LIES[lie]) as met:
+        model = visitor.model()
+        began = time.monotonic()
+        assert torch.equal(model.generate(**prompt(), **OPTIONS), expected)
+        assert time.monotonic() - began < 30.0
+        assert met
+        assert model.swarm._bans.keys() >= {liar.identity.public.text}
+        met.clear()
+        assert torch.equal(model.generate(**prompt(), **OPTIONS), expected)
+        assert not met
+
+
+def test_a_liar_that_pretends_to_work(company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.5)
+    monkeypatch.setattr(session_state, "DECODE_PROGRESS_S", 1.5)
+    done = iter(range(1, 1 << 20))
+
+    def pong(ping: Ping) -> Pong:
+        return Pong(
+            ping.nonce, 0.0, 1 << 40, waiting=1 if ping.session else 0, done=next(done), holds=bool(ping.session)
+        )
+
+    expected = local.generate(**prompt(), **OPTIONS)
+    with company.newcomer() as visitor, lying(company.peers[7], swallows, pong) as met:
+        model = visitor.model()
+        began = time.monotonic()
+        assert torch.equal(model.generate(**prompt(), **OPTIONS), expected)
+        assert time.monotonic() - began < 30.0
+        assert met
+        assert model.swarm._bans.keys() >= {company.peers[7].identity.public.text}
+
+
+@pytest.mark.parametrize("index", range(3), ids=["head", "middle", "tail"])
+def test_what_a_hop_says_after_it_was_replaced_changes_nothing(company: LocalSwarm, local: Any, index: int) -> None:
+    liar = company.peers[6 + index]
+    clients: dict[bytes, Any] = {}
+    stop = threading.Event()
+
+    def snipe() -> None:
+        for turn in range(1 << 20):
+            if stop.wait(0.003):
+                return
+            for session, client in list(clients.items()):
+                epoch, number = 2 + turn % 4, turn // 4 % 50
+                for code in (FailureCode.INTERNAL, FailureCode.LEAVING):
+                    send(liar, client, Failure(session, epoch, 0, code, "killed by a hop that was replaced"))
+                send(liar, client, Failure(session, epoch, number, FailureCode.INTERNAL, "no"))
+                send(liar, client, Result(session, epoch, number, 6, 0, (), bytes(4 * HIDDEN)))
+
+    def answer(peer: Peer, session: Held, step: Step) -> None:
+        clients[session.id] = session.reply_to
+        send(peer, session.reply_to, Failure(session.id, step.epoch, step.number, FailureCode.INTERNAL, "no"))
+
+    sniper = threading.Thread(target=snipe)
+    with company.newcomer() as visitor, lying(liar, answer) as met:
+        model = visitor.model()
+        sniper.start()
+        try:
+            with model.session() as cache:
+                got = model.generate(**prompt(), **GREEDY)
+                assert cache.session is not None
+                causes = [repair.cause for repair in cache.session.recoveries]
+                assert [cause for cause in causes if cause != "better_route"] == ["lost"]
+        finally:
+            stop.set()
+            sniper.join()
+    assert met and clients
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+class Rewriting:
+    """An outbox that lies about the hops before."""
+
+    def __init__(self, outbox: Any) -> None:
+        self._outbox = outbox
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._outbox, name)
+
+    def send(self, destination: Any, message: Any) -> None:
+        if isinstance(message, Result):
+            hour = Timing(3600 * 10**6, 3600 * 10**6, 3600 * 10**6)
+            message = replace(message, timings=(*(hour for _ in message.timings[:-1]), message.timings[-1]))
+        self._outbox.send(destination, message)
+
+
+def test_a_tail_tells_nothing_of_other_hops(company: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    liar: Any = company.peers[8]
+    monkeypatch.setattr(liar.service._output, "_outbox", Rewriting(liar.service._outbox))
+    with company.newcomer() as visitor, lying(liar, swallows):
+        liar.service._step = type(liar.service)._step.__get__(liar.service)
+        model = visitor.model()
+        survey = model.swarm.survey
+        with model.session() as cache:
+            assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+            assert isinstance(cache.session, Session)
+            names = [hop.name for hop in cache.session.hops]
+            assert names[2] == liar.identity.public.text
+            assert max(timing.wait_us for timing in cache.session.timings) >= 3600 * 10**6
+        until = time.monotonic() + 10.0
+        while not set(names) <= survey._hops.keys() and time.monotonic() < until:
+            time.sleep(0.01)
+        # All are known by what they say of themselves.
+        assert set(names) <= survey._hops.keys()
+        for seen in survey._hops.values():
+            assert seen.wait_ms < 10_000 and seen.block_ms < 10_000
+        assert all(rtt_ms < 10_000 for _, rtt_ms in survey._links.values())

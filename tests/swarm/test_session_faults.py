@@ -1,0 +1,277 @@
+"""What goes wrong along the route of a session, with peers that mean well: nothing of the text is lost."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from peers import engine
+from peers.daemon import Peer
+from peers.engine import Engine
+from scheduler.speculation import Window
+from splitnet.client import liveness
+from splitnet.client.session import Session
+from splitnet.client.speculation.experience import Experience
+from splitnet.errors import PeerBusy
+from splitnet.net.directory import Directory
+from splitnet.net.endpoints import LinkState
+from splitnet.net.messages import Step, decode
+from tests.swarm.adapters import lora, wrapped
+from tests.swarm.generation import GREEDY, prompt
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+
+@pytest.fixture(scope="module")
+def thirds(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    """A peer for every span."""
+    with local_swarm(folder, SPANS, node=node) as swarm:
+        yield swarm
+
+
+@pytest.fixture
+def swarm(thirds: LocalSwarm) -> Iterator[LocalSwarm]:
+    """The same, as a new client finds them."""
+    with thirds.newcomer() as swarm:
+        yield swarm
+
+
+@pytest.fixture(scope="module")
+def long_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two blocks with a context of 1,024 positions."""
+    return random_checkpoint("llama", tmp_path_factory.mktemp("long"), blocks=2, max_position_embeddings=1024, seed=5)
+
+
+@pytest.fixture(scope="module")
+def long_local(long_folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(long_folder, dtype=torch.float32).eval()
+
+
+def forget(peers: Sequence[Peer]) -> None:
+    """They drop all sessions, as they do after ten idle minutes."""
+    for peer in peers:
+        for session in list(peer.service.sessions):
+            peer.service.sessions.remove(session)
+
+
+def generated(model: Any, ids: torch.Tensor, **more: Any) -> torch.Tensor:
+    options: dict[str, Any] = GREEDY | more
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+
+
+def feed(model: Any, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """The logits behind the last of these tokens."""
+    with torch.no_grad():
+        return model(input_ids=ids, cache=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+
+
+def follows(local: Any, ids: torch.Tensor, logits: torch.Tensor) -> bool:
+    """Whether these are the logits behind a text."""
+    with torch.no_grad():
+        return torch.allclose(logits, local(ids).logits[0, -1], atol=1e-4)
+
+
+@pytest.mark.parametrize("lost", [(0,), (1,), (2,), (1, 2), (0, 1, 2)], ids=str)
+def test_a_lora_stays_when_hops_lose_the_session(swarm: LocalSwarm, folder: Path, lost: tuple[int, ...]) -> None:
+    ids = prompt(7)["input_ids"]
+    tuned: Any = wrapped(AutoModelForCausalLM.from_pretrained(folder), lora())
+    model = swarm.model()
+    remote: Any = wrapped(model, lora())
+    with model.session(max_length=120) as cache:
+        first = generated(remote, ids)
+        assert torch.equal(first, generated(tuned, ids))
+        assert cache.session is not None
+        route = [hop.name for hop in cache.session.hops]
+        forget([swarm.peers[index] for index in lost])
+        longer = torch.cat((first, prompt(3)["input_ids"]), dim=1)
+        assert torch.equal(generated(remote, longer), generated(tuned, longer))
+        # All of them have done what they should, so none is replaced.
+        assert [hop.name for hop in cache.session.hops] == route
+        assert [repair.cause for repair in cache.session.recoveries] == ["session_lost"]
+    assert not model.swarm._bans.keys()
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_lost_message_is_repaired_while_the_peers_are_busy_with_others(
+    swarm: LocalSwarm, local: Any, index: int
+) -> None:
+    model = swarm.model()
+    sender: Any = swarm.peers[index]._transport
+    send, lost = sender.send, threading.Event()
+
+    def lossy(to: Any, frames: Any) -> Any:
+        message = decode(frames)
+        assert isinstance(cache.session, Session)
+        if isinstance(message, Step) and message.session == cache.session.id and not lost.is_set():
+            lost.set()
+            return None
+        return send(to, frames)
+
+    stop = threading.Event()
+
+    def others() -> None:
+        other, inputs = swarm.model(), prompt(60, batch=8)
+        with torch.no_grad():
+            while not stop.is_set():
+                other(**inputs)
+
+    ids = prompt()["input_ids"]
+    with model.session() as cache:
+        feed(model, ids[:, :-1], cache)
+        busy = threading.Thread(target=others)
+        busy.start()
+        try:
+            sender.send = lossy
+            began = time.monotonic()
+            logits = feed(model, ids[:, -1:], cache)
+            took_s = time.monotonic() - began
+        finally:
+            sender.send = send
+            stop.set()
+            busy.join()
+        assert cache.session is not None and lost.is_set()
+        assert [repair.cause for repair in cache.session.recoveries] == ["stalled"]
+    assert follows(local, ids, logits)
+    assert took_s < 20.0  # instead of two minutes
+    assert not model.swarm._bans.keys()
+
+
+PAUSE_S = 0.3
+"""That each pass of a slow peer takes longer."""
+
+PROGRESS_S = 1.2
+"""Instead of two minutes."""
+
+
+def slow_passes(monkeypatch: pytest.MonkeyPatch, least: int) -> list[int]:
+    """Has passes of at least so many positions take long; notes them."""
+    run, ran = Engine._pass, []
+
+    def slow(self: Engine, ready: Any) -> None:
+        positions = sum(count for _, count in ready)
+        if positions >= least:
+            ran.append(positions)
+            time.sleep(PAUSE_S)
+        run(self, ready)
+
+    monkeypatch.setattr(Engine, "_pass", slow)
+    return ran
+
+
+def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert Session.__init__.__kwdefaults__ is not None
+    monkeypatch.setitem(Session.__init__.__kwdefaults__, "progress_timeout_s", PROGRESS_S)
+    monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.3)
+
+
+def test_a_prefill_may_take_as_long_as_it_goes_on(
+    swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    be_impatient(monkeypatch)
+    monkeypatch.setattr(Session, "step_positions", lambda *_: 16)
+    ran = slow_passes(monkeypatch, 2)
+    ids = prompt(160)["input_ids"]
+    got = generated(swarm.model(), ids, max_new_tokens=2)
+    assert len(ran) * PAUSE_S > 2 * PROGRESS_S
+    assert torch.equal(got, generated(local, ids, max_new_tokens=2))
+
+
+def test_a_long_step_may_take_as_long_as_it_goes_on(
+    long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A prompt in one step, then the same as a replay: nothing comes back until all of it is computed."""
+    be_impatient(monkeypatch)
+    monkeypatch.setattr(Session, "step_positions", lambda _, positions: positions)
+    monkeypatch.setattr(engine, "MAX_PASS_POSITIONS", 64)
+    ids = prompt(600)["input_ids"]
+    with local_swarm(long_folder, [(0, 1), (1, 2), (1, 2)], node=node) as swarm:
+        model = swarm.model()
+        with model.session(max_length=800) as cache:
+            ran = slow_passes(monkeypatch, 20)
+            feed(model, ids[:, :-1], cache)
+            assert len(ran) * PAUSE_S > 2 * PROGRESS_S
+            assert cache.session is not None and not cache.session.recoveries
+            ran.clear()
+            used = cache.session.hops[1].endpoint
+            next(peer for peer in swarm.peers if peer.endpoint == used).close()
+            logits = feed(model, ids[:, -1:], cache)
+            assert len(ran) * PAUSE_S > 2 * PROGRESS_S
+            assert len(cache.session.recoveries) == 1
+            assert cache.session.hops[1].endpoint != used
+    assert follows(long_local, ids, logits)
+
+
+@pytest.mark.parametrize("limit", [{"max_new_tokens": 60}, {"max_new_tokens": None, "max_length": 260}], ids=str)
+def test_memory_is_extended_while_drafts_are_under_way(
+    long_folder: Path, long_local: Any, node: Directory, monkeypatch: pytest.MonkeyPatch, limit: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(Experience, "window", lambda *_: Window(3, 4))
+    ids = prompt(200)["input_ids"]
+    with local_swarm(long_folder, [(0, 1), (1, 2)], node=node) as swarm:
+        model = swarm.model()
+        with model.session() as cache:
+            generated(model, ids[:, :100], max_new_tokens=2)
+            assert isinstance(cache.session, Session)
+            budget = cache.session.state.budget
+            got = generated(model, ids, speculate=long_local, **limit)
+            assert cache.session.state.budget > budget
+            assert not cache.session.recoveries
+    assert torch.equal(got, generated(long_local, ids, **limit))
+
+
+@pytest.mark.parametrize("rewinds", [True, False])
+def test_what_the_client_relayed_before_is_not_replayed_in_the_place_of_what_the_hops_pushed(
+    folder: Path, local: Any, node: Directory, rewinds: bool
+) -> None:
+    """The first hop does not reach its next, then does, then does not; each time the next one is lost."""
+    with local_swarm(folder, [(0, 3), (3, 6), (3, 6)], node=node) as swarm:
+        model = swarm.model()
+        links: Any = swarm.peers[0].service._opening._links
+        acquire, apart = links.acquire, [True]
+        links.acquire = lambda endpoint: not apart[0] and acquire(endpoint)
+
+        def lose_the_tail() -> None:
+            assert cache.session is not None
+            model.swarm._bans._bans.clear()
+            model.swarm._links._link_changed(cache.session.hops[1].endpoint, LinkState.DOWN)
+
+        one, two, three = prompt(20)["input_ids"], prompt(28)["input_ids"][:, 20:], prompt(32)["input_ids"][:, 28:]
+        with model.session(max_length=100) as cache:
+            feed(model, one, cache)
+            assert cache.session is not None and cache.session.hops[0].relayed
+            apart[0] = False
+            lose_the_tail()
+            if rewinds:
+                cache.crop(-8)
+            text = torch.cat((one[:, :12] if rewinds else one, two), dim=1)
+            assert follows(local, text, feed(model, two, cache))
+            assert not cache.session.hops[0].relayed
+            apart[0] = True
+            lose_the_tail()
+            text = torch.cat((text, three), dim=1)
+            assert follows(local, text, feed(model, three, cache))
+            assert cache.session.hops[0].relayed
+
+
+def test_a_text_that_finds_no_memory_says_so_each_time(long_folder: Path, long_local: Any, node: Directory) -> None:
+    with local_swarm(long_folder, [(0, 2)], node=node, kv_memory=2 * 256 * 300) as swarm:  # for 300 positions
+        model = swarm.model()
+        ids = prompt(100)["input_ids"]
+        with model.session():
+            first = generated(model, ids, max_new_tokens=20)
+            longer = torch.cat((first, prompt(150)["input_ids"]), dim=1)
+            for _ in range(3):
+                with pytest.raises(PeerBusy):
+                    generated(model, longer, max_new_tokens=100)
+            # What fits goes on from what is held.
+            shorter = longer[:, :200]
+            assert torch.equal(generated(model, shorter), generated(long_local, shorter))
