@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from peers.outbox import Outbox, timing_of
 from peers.session import Session, Work
-from peers.work_queue import DECODE_POSITIONS
+from scheduler.packing import DECODE_POSITIONS
 from splitnet.net.endpoints import Connection
 from splitnet.net.messages import Payload, Replay, Result, Step
 

@@ -268,8 +268,8 @@ class SessionState:
         """Hops that were asked and cannot."""
         self._members: dict[Endpoint, tuple[int, int]] = {}
         """Who was sent an `Open`, for which blocks, and no `Close` since."""
-        self._opened_epoch = 0
-        """In which all hops have answered at least once."""
+        self._relays: set[Endpoint] = set()
+        """Hops that were opened without a next hop, as they do not reach it."""
         self._opened_budget = 0
         """What the hops were asked to reserve when the route was opened."""
         self._former_budget = 0
@@ -596,8 +596,6 @@ class SessionState:
         if self.log is None and codecs:
             self.first_codec = codecs[0]
         self.hops = hops
-        self.epoch += 1
-        self._opened_budget = self.budget
         wanted = {hop.endpoint: hop.blocks for hop in hops}
         for endpoint, blocks in list(self._members.items()):
             if wanted.get(endpoint) != blocks:
@@ -605,10 +603,17 @@ class SessionState:
         for hop in hops:
             hop.relayed = False
         self._enter(Phase.OPENING)
-        for index in range(len(hops)):
-            self._open_hop(index, self.budget)
+        self._open_hops()
 
-    def _open_hop(self, index: int, budget: int) -> None:
+    def _open_hops(self) -> None:
+        """Asks all hops, in an epoch of its own: so no answer is taken for that to another question."""
+        self.epoch += 1
+        self._opened_budget = self.budget
+        self._relays = {hop.endpoint for hop in self.hops if hop.relayed}
+        for index in range(len(self.hops)):
+            self._open_hop(index)
+
+    def _open_hop(self, index: int) -> None:
         hop = self.hops[index]
         previous = self.hops[index - 1] if index else None
         following = self.hops[index + 1] if index + 1 < len(self.hops) and not hop.relayed else None
@@ -618,7 +623,7 @@ class SessionState:
             model=self._model,
             start=hop.planned.start,
             end=hop.planned.end,
-            budget=budget,
+            budget=self.budget,
             codec=hop.codec.code,
             previous=previous.planned.record.key.raw if previous is not None and not previous.relayed else b"",
             next_key=following.planned.record.key.raw if following is not None else b"",
@@ -653,15 +658,11 @@ class SessionState:
             self._all_loaded()
 
     def _all_opened(self) -> None:
-        """All hops have opened the session. Those that reach their next hop only now are told what to do."""
-        making = self._begin_making()
-        first_round = self._opened_epoch != self.epoch
-        making.opened_at, self._opened_epoch = self._now, self.epoch
-        relays = [index for index, hop in enumerate(self.hops) if hop.relayed]
-        if relays and first_round:
-            for index in relays:
-                self._open_hop(index, self.budget)
+        """All hops have opened the session. If some do not reach their next hop, all are told who is relayed."""
+        if self._relays != {hop.endpoint for hop in self.hops if hop.relayed}:
+            self._open_hops()
             return
+        self._begin_making().opened_at = self._now
         for hop in self.hops:
             hop.opened(wants_cache=self._wants_cache)
         self._load_adapter()
