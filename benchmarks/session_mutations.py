@@ -112,6 +112,8 @@ MUTATIONS = [
         "return next((hop for hop in self.hops if hop.endpoint == endpoint), self.hops[0] if self.hops else None)",
     ),
     Mutation("one complaint is believed", "session_state", "if len(complaints) > 1:", "if complaints:"),
+    Mutation("what a hop pushes is never doubted", "session_state", "if len(refusing) > 1:", "if False:"),
+    Mutation("only the tail is doubted", "session_state", "if not request.makers:", "if True:"),
 ]
 
 
