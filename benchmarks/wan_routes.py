@@ -87,7 +87,7 @@ class Figures:
     measured: Mapping[Route, list[float]]
     """Decode ms per token of each route in each round: means, since under load only some steps wait."""
     delays_ms: Mapping[Route, float]
-    foretold: Mapping[Route, float]
+    predicted: Mapping[Route, float]
     chosen: Counter[Route]
 
     @property
@@ -153,7 +153,7 @@ class Bench:
 
     def measure(self, name: str) -> Figures:
         """What new clients choose now, and how long all routes take, in turns."""
-        chosen, foretold = self._choices()
+        chosen, predicted = self._choices()
         orders = {order_of(route) for route in chosen}
         evenly = [route for route in all_routes(self._checkpoint.num_blocks) if order_of(route) not in orders]
         routes = [*chosen, *evenly]
@@ -171,7 +171,7 @@ class Bench:
                     session.close()
         if not all(measured.values()):
             raise LabError("some routes could not be measured in any round: is the machine busy?")
-        return Figures(name, measured, {route: self._distance(route) for route in routes}, foretold, chosen)
+        return Figures(name, measured, {route: self._distance(route) for route in routes}, predicted, chosen)
 
     def expect(self) -> None:
         """Generates undisturbed what the running sessions will be compared with."""
@@ -364,7 +364,7 @@ def report_routes(figures: Figures) -> None:
         seen = figures.measured[route]
         chosen = f"by {figures.chosen[route]} of {clients}" if figures.chosen[route] else ""
         print(
-            f"| {rank} | {show(route)} | {figures.delays_ms[route]:g} | {figures.foretold[route]:.0f} "
+            f"| {rank} | {show(route)} | {figures.delays_ms[route]:g} | {figures.predicted[route]:.0f} "
             f"| {figures.ms(route):.1f} ({min(seen):.1f}-{max(seen):.1f}) | {chosen} |"
         )
     sys.stdout.flush()

@@ -217,7 +217,7 @@ class Peer:
             serves=not server.service.leaving,
             coordinate=coordinate,
             coordinate_error=coordinate_error,
-            bytes_per_ms=self._neighbours.whereabouts.place.bytes_per_ms,
+            bytes_per_ms=self._neighbours.network_coordinates.place.bytes_per_ms,
             links=self._neighbours.seen_links,
             version=splitnet.__version__,
             issued_at=time.time(),

@@ -11,9 +11,9 @@ from scheduler.coordinates import MIN_HEIGHT_MS
 from splitnet.errors import SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import PublicKey
+from splitnet.net.network_coordinates import NetworkCoordinates
 from splitnet.net.prober import Prober
 from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
-from splitnet.net.whereabouts import Whereabouts
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Neighbours:
     """
 
     def __init__(self, others: Callable[[], Sequence[PeerRecord]], links: NextHops, prober: Prober) -> None:
-        self.whereabouts = Whereabouts()
+        self.network_coordinates = NetworkCoordinates()
         self._others = others
         self._links = links
         self._prober = prober
@@ -44,12 +44,12 @@ class Neighbours:
             log.warning("could not look for other peers: %s", error)
             return
         self._random.shuffle(others)
-        others.sort(key=lambda record: -self.whereabouts.age_s(record.key.text))
+        others.sort(key=lambda record: -self.network_coordinates.age_s(record.key.text))
         chosen = {Endpoint(record.address, record.key): record for record in others[:MEASURED_AT_ONCE]}
         borrowed = [endpoint for endpoint in chosen if self._links.acquire(endpoint)]
         try:
             for endpoint, link in self._prober.measure(borrowed).items():
-                self.whereabouts.measured(chosen[endpoint], link)
+                self.network_coordinates.measured(chosen[endpoint], link)
         finally:
             for endpoint in borrowed:
                 self._links.release(endpoint)
@@ -57,7 +57,7 @@ class Neighbours:
     @property
     def seen_links(self) -> tuple[SeenLink, ...]:
         """The latest measurements, as they are published."""
-        latest = list(self.whereabouts.links.items())[-MAX_SEEN_LINKS:]
+        latest = list(self.network_coordinates.links.items())[-MAX_SEEN_LINKS:]
         return tuple(
             SeenLink(PublicKey.parse(key).raw[:KEY_PREFIX_BYTES], 2 * link.latency_ms, link.bytes_per_ms)
             for key, link in latest
@@ -66,5 +66,5 @@ class Neighbours:
     @property
     def coordinate(self) -> tuple[tuple[float, ...], float]:
         """Vector with the height behind it, and the relative error, as they are published."""
-        coordinate = self.whereabouts.place.coordinate
+        coordinate = self.network_coordinates.place.coordinate
         return (*coordinate.vector, max(coordinate.height_ms, MIN_HEIGHT_MS)), coordinate.error

@@ -21,7 +21,7 @@ from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.passes import SpanPasses
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.messages import FailureCode, Forward, Gradient, Recall
+from splitnet.net.messages import FailureCode, FetchKV, Forward, Gradient
 
 
 class PassEngine:
@@ -51,8 +51,8 @@ class PassEngine:
                 self._forward(work, work.message, began)
             elif isinstance(work.message, Gradient):
                 self._backward(work, work.message, began)
-            elif isinstance(work.message, Recall):
-                self._recall(work, work.message)
+            elif isinstance(work.message, FetchKV):
+                self._fetch_kv(work, work.message)
             else:
                 self._adopt(work)
         except (AdapterError, CodecError) as error:
@@ -111,14 +111,14 @@ class PassEngine:
             raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
         self._span.fit(adapter)
         session.adapter, session.adapter_version = adapter, session.adapter_parts[0].version
-        self._training.adopted(work)
+        self._training.adapter_loaded(work)
 
-    def _recall(self, work: PassWork, message: Recall) -> None:
+    def _fetch_kv(self, work: PassWork, message: FetchKV) -> None:
         session = work.session
         row = session.rows.get(message.row)
         if row is None or not 0 < message.length <= row.length:
             raise ProtocolError(f"there are no {message.length} positions of row {message.row}")
-        self._training.recalled(work, write_groups(self._span.keys_and_values(row, message.length)))
+        self._training.fetched_kv(work, write_groups(self._span.keys_and_values(row, message.length)))
 
     def _adapter(self, work: PassWork, message: Forward) -> Adapter | None:
         session = work.session

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from splitnet.net.codecs import Codec
 from splitnet.net.endpoints import Connection, Endpoint
 from splitnet.net.messages import Adapter as AdapterMessage
-from splitnet.net.messages import Forward, Gradient, Part, Recall, Step, Timing
+from splitnet.net.messages import FetchKV, Forward, Gradient, Part, Step, Timing
 from splitnet.net.sent_log import SentLog
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ class PassWork:
     """A pass on its way through the device, an adapter to take over, or keys and values to look up."""
 
     session: Session
-    message: Forward | Gradient | AdapterMessage | Recall
+    message: Forward | Gradient | AdapterMessage | FetchKV
     source: Connection
     """Where a gradient goes back to."""
     arrived_at: float

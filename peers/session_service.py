@@ -31,6 +31,8 @@ from splitnet.net.messages import (
     Close,
     Failure,
     FailureCode,
+    FetchedKV,
+    FetchKV,
     Forward,
     Gradient,
     Message,
@@ -38,8 +40,6 @@ from splitnet.net.messages import (
     Payload,
     Ping,
     Pong,
-    Recall,
-    Recalled,
     Replay,
     Result,
     Step,
@@ -127,7 +127,7 @@ class SessionService:
                     self._pong(source, message)
                 case Step():
                     self._step(source, message, now)
-                case Forward() | Gradient() | Adapter() | Recall():
+                case Forward() | Gradient() | Adapter() | FetchKV():
                     self._train(source, message, now)
                 case Open():
                     self._open(source, message, now)
@@ -187,7 +187,7 @@ class SessionService:
             reason: why, as a clause.
         """
         # Of a failure that is dropped nobody is told: that would be dropped as well, and so on.
-        if not isinstance(message, Step | Result | Forward | Gradient | AdapterGradient | Recalled):
+        if not isinstance(message, Step | Result | Forward | Gradient | AdapterGradient | FetchedKV):
             return
         with self._lock:
             session = self.sessions.get(message.session)

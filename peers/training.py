@@ -22,18 +22,18 @@ from splitnet.net.endpoints import Connection
 from splitnet.net.messages import (
     Adapter,
     AdapterGradient,
-    Adopted,
+    AdapterLoaded,
     Failure,
     FailureCode,
+    FetchedKV,
+    FetchKV,
     Forward,
     Gradient,
     Payload,
-    Recall,
-    Recalled,
     Result,
 )
 
-Request = Forward | Gradient | Adapter | Recall
+Request = Forward | Gradient | Adapter | FetchKV
 
 MAX_PASS_POSITIONS = 4096
 """Of a pass, unless a single sequence is longer."""
@@ -119,7 +119,7 @@ class Training:
                 self._memory.give_back(session, len(work.message.payload))
                 raise
             self._queue.put_pass(PassWork(session, message, work.source, now, work.message))
-        elif isinstance(message, Recall):
+        elif isinstance(message, FetchKV):
             self._queue.put_pass(PassWork(session, message, source, now))
         else:
             self._memory.take(session, ADAPTER_COPIES * len(message.payload))
@@ -182,7 +182,7 @@ class Training:
             codec = forward.gradient_codec
             self._outbox.send(work.source, replace(message, boundary=session.start, codec=codec, payload=payload))
 
-    def adopted(self, work: PassWork) -> None:
+    def adapter_loaded(self, work: PassWork) -> None:
         """The engine has taken an adapter over."""
         with self._lock:
             session, message = work.session, work.message
@@ -193,16 +193,16 @@ class Training:
             if session.closed:
                 return
             self._memory.give_back(session, former)
-            self._outbox.send(session.reply_to, Adopted(session.id, session.epoch, message.version))
+            self._outbox.send(session.reply_to, AdapterLoaded(session.id, session.epoch, message.version))
 
-    def recalled(self, work: PassWork, parts: list[bytes]) -> None:
+    def fetched_kv(self, work: PassWork, parts: list[bytes]) -> None:
         """Sends the client the keys and values that it has asked for."""
         with self._lock:
             session, message = work.session, work.message
-            assert isinstance(message, Recall)
+            assert isinstance(message, FetchKV)
             for remaining, part in counted_down(parts if not session.closed else ()):
                 self._outbox.send(
-                    session.reply_to, Recalled(session.id, message.epoch, message.number, remaining, part)
+                    session.reply_to, FetchedKV(session.id, message.epoch, message.number, remaining, part)
                 )
 
     def failed(self, work: PassWork, code: FailureCode, text: str) -> None:

@@ -93,7 +93,7 @@ class Crowd:
         those, so that `best_route` says the same about what is missing; `limit` is raised to one peer per block for
         that. Peers in `exclude` are left out.
 
-        A peer is judged by the cheapest chain through it, foretold roughly and in time linear in the number of peers:
+        A peer is judged by the cheapest chain through it, predicted roughly and in time linear in the number of peers:
         the chain runs around one of a few anchors (where it begins and ends, and places far from each other), and a hop
         pays its own queue and passes and the way from the anchor to itself and back.
 

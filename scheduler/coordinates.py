@@ -1,4 +1,4 @@
-"""Network coordinates: where a device stands, so that the delay between two that never met can be foretold.
+"""Network coordinates: where a device stands, so that the delay between two that never met can be predicted.
 
 Vivaldi with height vectors (Dabek, Cox, Kaashoek and Morris: "Vivaldi: A Decentralized Network Coordinate System",
 SIGCOMM 2004, sections 3 and 5.4). A device moves a little with each round trip that it measures. What it must publish
@@ -24,7 +24,7 @@ class Coordinate:
     """A place in a space of round-trip times.
 
     vector: `DIMENSIONS` numbers in ms. height_ms: of the access link, which every way to the device passes.
-    error: expected relative error of round trips foretold from here; 1 and more: nothing is known yet.
+    error: expected relative error of round trips predicted from here; 1 and more: nothing is known yet.
     """
 
     vector: tuple[float, ...] = (0.0,) * DIMENSIONS
@@ -32,7 +32,7 @@ class Coordinate:
     error: float = 1.0
 
     def rtt_ms(self, other: Coordinate) -> float:
-        """The round trip foretold between two places."""
+        """The round trip predicted between two places."""
         return math.dist(self.vector, other.vector) + self.height_ms + other.height_ms
 
     def moved(self, other: Coordinate, rtt_ms: float, direction: tuple[float, ...]) -> Coordinate:
@@ -41,14 +41,14 @@ class Coordinate:
         direction: where to go if both stand at the same point; any vector of `DIMENSIONS` numbers, best a random one.
         """
         rtt_ms = max(rtt_ms, 2 * MIN_HEIGHT_MS)
-        foretold = self.rtt_ms(other)
+        predicted = self.rtt_ms(other)
         own, theirs = max(self.error, 1e-3), max(other.error, 1e-3)
         weight = own / (own + theirs)
         share = TUNING * weight
-        error = min(MAX_ERROR, abs(foretold - rtt_ms) / rtt_ms * share + self.error * (1 - share))
+        error = min(MAX_ERROR, abs(predicted - rtt_ms) / rtt_ms * share + self.error * (1 - share))
         away = tuple(here - there for here, there in zip(self.vector, other.vector, strict=True))
         apart = math.hypot(*away)
-        force = share * (rtt_ms - foretold)
+        force = share * (rtt_ms - predicted)
         if apart < 1e-6:
             # Who stands at the same point can only be pushed away, in any direction.
             away, apart, push = direction, math.hypot(*direction) or 1.0, max(0.0, force)
@@ -56,5 +56,5 @@ class Coordinate:
             push = max(force, -apart)  # not past the other: beyond it, going on would lead away
         vector = tuple(here + push * value / apart for here, value in zip(self.vector, away, strict=True))
         # Heights add where vectors subtract, so both heights push the same way (section 5.4 of the paper).
-        height = self.height_ms + force * (self.height_ms + other.height_ms) / max(foretold, 1e-6)
+        height = self.height_ms + force * (self.height_ms + other.height_ms) / max(predicted, 1e-6)
         return Coordinate(vector, max(height, MIN_HEIGHT_MS), error)

@@ -1,4 +1,4 @@
-"""The links of a swarm: those that were measured, and what is foretold or assumed of the others."""
+"""The links of a swarm: those that were measured, and what is predicted or assumed of the others."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Place:
 class Network:
     """Links by (sender, receiver). Immutable.
 
-    A link that was measured is taken as it is. Between two devices whose places are known the latency is foretold from
+    A link that was measured is taken as it is. Between two devices whose places are known the latency is predicted from
     their coordinates and raised by their errors, and the bandwidth is the smaller of the two. Any other link counts as
     `unmeasured`.
     """

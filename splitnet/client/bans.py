@@ -44,7 +44,7 @@ class Bans:
         self._bans = {key: ban for key, ban in self._bans.items() if ban.until > now}
         return set(self._bans)
 
-    def pardonable(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
+    def may_be_unbanned(self, records: Iterable[PeerRecord]) -> list[PeerRecord]:
         """Banned peers that may serve again, if they answer: those that did not go away, or have come back since."""
         banned = self.keys()
         return [

@@ -119,15 +119,15 @@ class RemoteLayer(CacheLayerMixin):
         """Positions that the peers keep free for each row."""
         return self._prefix_length + self._reserved_columns
 
-    def recall(self, index: int) -> dict[str, torch.Tensor]:
-        """Keys and values of a row of the batch, without its padding; see `Session.recall`.
+    def fetch_kv(self, index: int) -> dict[str, torch.Tensor]:
+        """Keys and values of a row of the batch, without its padding; see `Session.fetch_kv`.
 
         Raises:
             ValueError: the cache holds no such row.
         """
         if self.session is None or self._sources is not None or not 0 <= index < len(self._rows):
             raise ValueError(f"the cache holds no row {index}: run the model with it first")
-        return self.session.recall(self._rows[index], self.columns - self._padding[index])
+        return self.session.fetch_kv(self._rows[index], self.columns - self._padding[index])
 
     def close(self) -> None:
         """Frees the peers' memory; from any thread."""

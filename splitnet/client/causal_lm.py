@@ -240,7 +240,7 @@ class RemoteCausalLM(RemoteModel):
         cache = self.new_cache()
         try:
             self(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), cache=cache, logits_to_keep=1)
-            tensors = cache.remote.recall(0)
+            tensors = cache.remote.fetch_kv(0)
         finally:
             cache.close()
         blocks = range(self.swarm.facts.num_blocks)

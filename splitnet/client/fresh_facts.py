@@ -59,7 +59,7 @@ class FreshFacts:
 
     def measure_first(self, records: Sequence[PeerRecord]) -> None:
         """Measures links to peers that were never tried, if few links are known at all."""
-        if len(self._survey.whereabouts.links) < MEASURED_AT_ONCE:
+        if len(self._survey.network_coordinates.links) < MEASURED_AT_ONCE:
             self.measure(self._survey.unknown(records))
 
     def measure(self, records: Sequence[PeerRecord]) -> bool:

@@ -167,6 +167,6 @@ class LocalRows:
         """Forgets all rows."""
         self._rows = {}
 
-    def recall(self, row: int, length: int) -> dict[str, torch.Tensor]:
-        """Keys and values of the first positions of a row, named as in `Session.recall`."""
+    def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
+        """Keys and values of the first positions of a row, named as in `Session.fetch_kv`."""
         return self._span.keys_and_values(self._rows[row], length)

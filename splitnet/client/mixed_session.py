@@ -147,11 +147,11 @@ class MixedSession:
                 session.abandon(piece.sent)
                 piece.sent = None
 
-    def recall(self, row: int, length: int) -> dict[str, torch.Tensor]:
-        """As `Session.recall`."""
+    def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
+        """As `Session.fetch_kv`."""
         tensors: dict[str, torch.Tensor] = {}
         for stage in self._stages:
-            tensors.update(stage.recall(row, length))
+            tensors.update(stage.fetch_kv(row, length))
         return tensors
 
     def close(self) -> None:

@@ -12,12 +12,12 @@ from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import (
     AdapterGradient,
+    FetchedKV,
+    FetchKV,
     Forward,
     Gradient,
     Message,
     Payload,
-    Recall,
-    Recalled,
     Replay,
     Result,
     Step,
@@ -211,7 +211,7 @@ class FromHops:
         """Forgets what came before; these hops will send something."""
         self.parts, self._whole, self._expected = {}, set(), expected
 
-    def take(self, source: Endpoint, message: AdapterGradient | Recalled) -> bool:
+    def take(self, source: Endpoint, message: AdapterGradient | FetchedKV) -> bool:
         """Takes a part in; False if nothing of this hop is missing."""
         if source not in self._expected or source in self._whole:
             return False
@@ -340,14 +340,14 @@ class Batch:
 class FetchRequest(Request):
     """Keys and values of a row, from every hop."""
 
-    recall: Recall
+    asked: FetchKV
     found: FromHops = field(default_factory=FromHops)
     sent: bool = False
     error: SplitnetError | None = None
 
     @property
     def number(self) -> int:
-        return self.recall.number
+        return self.asked.number
 
     @property
     def done(self) -> bool:
@@ -355,13 +355,13 @@ class FetchRequest(Request):
 
     def send(self, route: Route) -> None:
         self.sent = True
-        self.recall = replace(self.recall, epoch=route.epoch)
+        self.asked = replace(self.asked, epoch=route.epoch)
         self.found.begin(set(route.endpoints()))
         for endpoint in route.endpoints():
-            route.send(endpoint, self.recall)
+            route.send(endpoint, self.asked)
 
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
-        return isinstance(message, Recalled) and self.found.take(source, message)
+        return isinstance(message, FetchedKV) and self.found.take(source, message)
 
     def undo(self) -> None:
         self.sent = False

@@ -30,7 +30,7 @@ class LinkView:
     bytes_per_token: int
     """See `splitnet.client.link_use.LinkUse`."""
     delay_ms: float | None
-    """One way, as measured, or foretold from where the two ends stand; None: nothing is known of it."""
+    """One way, as measured, or predicted from where the two ends stand; None: nothing is known of it."""
     via_client: bool
     """Its ends cannot reach each other, so the client is between them."""
 

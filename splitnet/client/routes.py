@@ -47,7 +47,7 @@ class Routes:
         swarm = self._swarm
         try:
             if asked.unban:
-                swarm.pardon_living()
+                swarm.unban_living()
             route = repaired_route(
                 asked.kept,
                 asked.excluded,
@@ -96,7 +96,7 @@ class Routes:
             return None
         current_ms = swarm.cost_ms(needs, hops)
         # What is known of the present route was seen; what is known of the other was told, and may be too good.
-        new_ms = swarm.cost_ms(needs, route) * swarm.survey.doubt
+        new_ms = swarm.cost_ms(needs, route) * swarm.survey.prediction_error
         before, changed = changed_hops(hops, route)
         move_ms = swarm.move_ms(needs, before, changed, max(cached, 1))
         if not move_pays(current_ms, new_ms, move_ms, steps_left):

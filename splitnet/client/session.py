@@ -24,7 +24,7 @@ from splitnet.client.swarm import Swarm
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.adapters import Adapter, read_tensors
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part, Recall, Step, Timing
+from splitnet.net.messages import MAX_PAYLOAD_BYTES, FetchKV, Fork, Part, Step, Timing
 
 Preference = Literal["latency", "throughput"]
 
@@ -222,7 +222,7 @@ class Session(SessionDriver):
         if state.hops:
             self.open()
 
-    def recall(self, row: int, length: int) -> dict[str, torch.Tensor]:
+    def fetch_kv(self, row: int, length: int) -> dict[str, torch.Tensor]:
         """The keys and values that the peers hold of the first `length` positions of a row, without its prefix.
 
         Returns:
@@ -232,7 +232,7 @@ class Session(SessionDriver):
             PeerLost, PeerFailed: as in `step`.
         """
         self.open()
-        request = FetchRequest(Recall(self.id, self.state.epoch, self.state.next_number(), row, length))
+        request = FetchRequest(FetchKV(self.id, self.state.epoch, self.state.next_number(), row, length))
         self.feed(Submit((request,)))
         self._wait_for([request])
         tensors: dict[str, torch.Tensor] = {}

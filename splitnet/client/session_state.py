@@ -76,7 +76,7 @@ from splitnet.net.codecs import Codec, codec_by_name
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import (
     MAX_POSITIONS,
-    Adopted,
+    AdapterLoaded,
     Failure,
     FailureCode,
     Gradient,
@@ -115,7 +115,7 @@ class Phase(StrEnum):
 TRANSITIONS: dict[Phase, frozenset[Phase]] = {
     Phase.NEW: frozenset({Phase.PLANNING, Phase.CLOSED}),
     Phase.PLANNING: frozenset({Phase.OPENING, Phase.BROKEN, Phase.CLOSED}),
-    Phase.OPENING: frozenset({Phase.LOADING, Phase.PLANNING, Phase.BROKEN, Phase.CLOSED}),
+    Phase.OPENING: frozenset({Phase.LOADING, Phase.PLANNING, Phase.CLOSED}),
     Phase.LOADING: frozenset({Phase.REPLAYING, Phase.OPEN, Phase.PLANNING, Phase.OPENING, Phase.BROKEN, Phase.CLOSED}),
     Phase.REPLAYING: frozenset({Phase.OPEN, Phase.PLANNING, Phase.OPENING, Phase.BROKEN, Phase.CLOSED}),
     Phase.OPEN: frozenset({Phase.PLANNING, Phase.OPENING, Phase.LOADING, Phase.BROKEN, Phase.CLOSED}),
@@ -686,7 +686,7 @@ class SessionState:
                     )
         self._if_all_answered()
 
-    def _adopted(self, hop: RouteHop, message: Adopted) -> None:
+    def _adapter_loaded(self, hop: RouteHop, message: AdapterLoaded) -> None:
         if message.version == self.adapter_version and self._asked.pop(hop.endpoint, None) is not None:
             hop.adapter_version = message.version
             self._if_all_answered()
@@ -812,8 +812,8 @@ class SessionState:
                 self._failure(hop, message)
             case Opened():
                 self._opened(hop, message)
-            case Adopted():
-                self._adopted(hop, message)
+            case AdapterLoaded():
+                self._adapter_loaded(hop, message)
             case Result() if message.end != self.blocks[1] and len(message.payload):
                 self._relay(hop, message)
             case Gradient() if message.boundary != self.blocks[0]:

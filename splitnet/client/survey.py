@@ -13,8 +13,8 @@ from scheduler.replan import prediction_error
 from scheduler.swarm import Peer, Speed
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import facts_of, network_of
+from splitnet.net.network_coordinates import NetworkCoordinates
 from splitnet.net.records import PeerRecord
-from splitnet.net.whereabouts import Whereabouts
 
 TRUST_S = 60.0
 """How long what was seen of a hop counts more than what it says."""
@@ -47,12 +47,12 @@ class Survey:
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.whereabouts = Whereabouts(clock)
+        self.network_coordinates = NetworkCoordinates(clock)
         self._clock = clock
         self._hops: dict[str, _Seen] = {}
         self._links: dict[tuple[str, str], tuple[float, float]] = {}
         self._tried: dict[str, float] = {}
-        self._doubt = 1.0
+        self._prediction_error = 1.0
         self._lock = threading.Lock()
 
     def hop_seen(self, key: str, positions: int, block_ms: float, wait_ms: float) -> None:
@@ -72,15 +72,15 @@ class Survey:
             self._links[sender, receiver] = (self._clock(), rtt_ms)
 
     def forecast_came(self, ratio: float) -> None:
-        """Takes in by what factor a route was slower than foretold."""
+        """Takes in by what factor a route was slower than predicted."""
         with self._lock:
-            self._doubt = prediction_error(self._doubt, ratio)
+            self._prediction_error = prediction_error(self._prediction_error, ratio)
 
     @property
-    def doubt(self) -> float:
-        """By what factor routes have been slower than foretold lately, at least 1."""
+    def prediction_error(self) -> float:
+        """By what factor routes have been slower than predicted lately, at least 1."""
         with self._lock:
-            return self._doubt
+            return self._prediction_error
 
     def peers(self, records: Sequence[PeerRecord]) -> list[Peer]:
         """The peers of these records."""
@@ -91,9 +91,9 @@ class Survey:
 
     def network(self, records: Sequence[PeerRecord]) -> Network:
         """All links, the client's own among them."""
-        own = self.whereabouts.links
+        own = self.network_coordinates.links
         links = {(CLIENT, key): link for key, link in own.items()} | {(key, CLIENT): link for key, link in own.items()}
-        place = self.whereabouts.place
+        place = self.network_coordinates.place
         places = {CLIENT: place} if place.coordinate.error < 1.0 else {}
         network = network_of(records, links, places)
         oldest = self._clock() - TRUST_S
@@ -128,7 +128,7 @@ class Survey:
             while len(self._tried) > KEPT_TRIED:
                 del self._tried[next(iter(self._tried))]
         for endpoint, link in links.items():
-            self.whereabouts.measured(tried[endpoint], link)
+            self.network_coordinates.measured(tried[endpoint], link)
 
 
 def _corrected(peer: Peer, seen: _Seen | None) -> Peer:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["ModelFacts", "Subscriber", "Swarm", "refusal"]
 
-PARDON_S = 0.5
+UNBAN_S = 0.5
 """In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
 MAX_PROBED_ROUTES = 4
 """How often a route is planned again because the links to its ends were not measured yet."""
@@ -185,19 +185,19 @@ class Swarm:
         """Lifts a ban that was not deserved."""
         self._bans.lift(key)
 
-    def pardon_living(self) -> None:
+    def unban_living(self) -> None:
         """Lifts the bans of peers that answer now: they were slow or cut off, or have moved and serve other blocks.
 
         Peers that could not be connected to are tried again as well.
         """
         records = self.peers(fresh=True)
-        tried = {record.endpoint for record in self._bans.pardonable(records)}
+        tried = {record.endpoint for record in self._bans.may_be_unbanned(records)}
         lost = {record.endpoint for record in records if self.link_state(record.endpoint) is LinkState.DOWN}
-        for endpoint in tried & self._links.prober.measure(tried | lost, PARDON_S).keys():
+        for endpoint in tried & self._links.prober.measure(tried | lost, UNBAN_S).keys():
             self._bans.lift(endpoint.key.text)
 
     def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
-        """The link between two peers, or the client (None) and a peer: as measured, foretold, or assumed."""
+        """The link between two peers, or the client (None) and a peer: as measured, predicted, or assumed."""
         records = [record for record in (sender, receiver) if record is not None]
         names = [record.key.text if record is not None else CLIENT for record in (sender, receiver)]
         return self.survey.network(records).link(*names)

@@ -321,7 +321,7 @@ class Adapter:
 
 
 @dataclass(frozen=True, slots=True)
-class Adopted:
+class AdapterLoaded:
     """Answers the last `Adapter` of a version."""
 
     TAG: ClassVar[int] = 13
@@ -345,7 +345,7 @@ class AdapterGradient:
 
 
 @dataclass(frozen=True, slots=True)
-class Recall:
+class FetchKV:
     """Asks a hop for the keys and values of the first positions of a row, which the client may use as a prefix."""
 
     TAG: ClassVar[int] = 15
@@ -357,8 +357,8 @@ class Recall:
 
 
 @dataclass(frozen=True, slots=True)
-class Recalled:
-    """Answers a `Recall` for the blocks of a hop, with tensors that are named as those of an adapter."""
+class FetchedKV:
+    """Answers a `FetchKV` for the blocks of a hop, with tensors that are named as those of an adapter."""
 
     TAG: ClassVar[int] = 16
     session: bytes = _session()
@@ -382,10 +382,10 @@ Message = (
     | Forward
     | Gradient
     | Adapter
-    | Adopted
+    | AdapterLoaded
     | AdapterGradient
-    | Recall
-    | Recalled
+    | FetchKV
+    | FetchedKV
 )
 
 MESSAGES: tuple[type[Message], ...] = get_args(Message)

@@ -40,9 +40,9 @@ def new_client(world: World, number: int, view: View, rng: np.random.Generator) 
         record = view.records[view.peers[index].id]
         coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)
     vectors, heights = view.coordinates
-    foretold = np.sqrt(((vectors - np.array(coordinate.vector)) ** 2).sum(axis=1)) + heights
+    predicted = np.sqrt(((vectors - np.array(coordinate.vector)) ** 2).sum(axis=1)) + heights
     useful = np.union1d(view.serving[0], view.serving[-1]) if world.settings.probe_ends else np.arange(count)
-    near: list[int] = useful[foretold[useful].argsort(kind="stable")[: world.settings.near_probes]].tolist()
+    near: list[int] = useful[predicted[useful].argsort(kind="stable")[: world.settings.near_probes]].tolist()
     for index in near:
         record = view.records[view.peers[index].id]
         coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)

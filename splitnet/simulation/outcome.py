@@ -21,7 +21,7 @@ class Outcome:
     ttft_ms: from the client's wish for a route to the first token, of sessions that got one. token_ms: mean time
     between tokens, of each session with two or more. hops: of each session that has finished. utilisation: of each
     peer, the share of the time in which it served that it was busy. tokens: in time_s, which is how long clients came.
-    foretold: what the plan said of the time per token, as a share of what it was; of sessions that kept their route.
+    predicted: what the plan said of the time per token, as a share of what it was; of sessions that kept their route.
     """
 
     sessions: int
@@ -30,7 +30,7 @@ class Outcome:
     token_ms: Sequence[float]
     hops: Sequence[int]
     utilisation: Sequence[float]
-    foretold: Sequence[float]
+    predicted: Sequence[float]
     tokens: int
     time_s: float
     peer_moves: int
@@ -66,7 +66,7 @@ class Outcome:
             "utilisation_max": max(self.utilisation, default=0.0),
             "utilisation_mean": sum(self.utilisation) / max(1, len(self.utilisation)),
             "utilisation_gini": self.gini,
-            "foretold_p50": percentile(self.foretold, 50),
+            "foretold_p50": percentile(self.predicted, 50),
             "peer_moves": self.peer_moves,
             "session_moves": self.session_moves,
             "repairs": self.repairs,
@@ -94,10 +94,10 @@ def outcome_of(simulation: Simulation) -> Outcome:
         utilisation=[
             node.busy_ms / node.served_ms for node in simulation.nodes.values() if node.served_ms >= SETTLED_MS
         ],
-        foretold=[
-            session.foretold_ms / took
+        predicted=[
+            session.predicted_ms / took
             for session, took in took_ms.items()
-            if session.foretold_ms and not session.repairs and not session.moves
+            if session.predicted_ms and not session.repairs and not session.moves
         ],
         tokens=simulation.tokens_in_time,
         time_s=simulation.world.settings.duration_s,
@@ -117,7 +117,7 @@ def pooled(outcomes: Sequence[Outcome]) -> Outcome:
         token_ms=[value for outcome in outcomes for value in outcome.token_ms],
         hops=[value for outcome in outcomes for value in outcome.hops],
         utilisation=[value for outcome in outcomes for value in outcome.utilisation],
-        foretold=[value for outcome in outcomes for value in outcome.foretold],
+        predicted=[value for outcome in outcomes for value in outcome.predicted],
         tokens=sum(outcome.tokens for outcome in outcomes),
         time_s=sum(outcome.time_s for outcome in outcomes),
         peer_moves=sum(outcome.peer_moves for outcome in outcomes),

@@ -110,7 +110,7 @@ class Planning:
         if not planned.present_ms or planned.hops == plan.present:
             return None
         # What is known of the present route was seen; what is known of the other was told, and is doubted.
-        new_ms = planned.token_ms * (session.doubt if self._settings.doubts else 1.0)
+        new_ms = planned.token_ms * (session.prediction_error if self._settings.doubts else 1.0)
         if not move_pays(planned.present_ms, new_ms, planned.move_ms, session.request.output - session.tokens):
             return None
         route = with_kept_hops(self._hops(planned.hops), present)

@@ -93,7 +93,7 @@ class Routing(Protocol):
 class BestOptions:
     """How `Best` plans.
 
-    limit: to how many candidates. coordinates: whether links that were not measured are foretold from coordinates, or
+    limit: to how many candidates. coordinates: whether links that were not measured are predicted from coordinates, or
     count as bad. true_links: whether instead all links are known as they are. replans: whether sessions look for better
     routes while they run. prompt: whether the length of the prompt counts, too, spread over the tokens of an answer.
     checks: how often the peers of a new route are asked for the latencies between them, and the route is planned again.

@@ -1,4 +1,4 @@
-"""What it costs a client's route that links are foretold, and that not all peers are planned with.
+"""What it costs a client's route that links are predicted, and that not all peers are planned with.
 
 All routes are planned with the facts with which a world begins, in which no peer is busy, and judged by the links as
 they are. So what is told here is the planning alone; what becomes of the sessions, `Simulation` tells.
@@ -45,7 +45,7 @@ PLANS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class CoordinateError:
-    """Relative errors of round trips foretold between peers. fell_short: share of pairs foretold too near."""
+    """Relative errors of round trips predicted between peers. fell_short: share of pairs predicted too near."""
 
     median: float
     p90: float
@@ -71,11 +71,11 @@ def coordinate_error(world: World) -> CoordinateError:
     here, there = here[here != there], there[here != there]
     vectors = np.array([coordinate.vector for coordinate in world.coordinates])
     heights = np.array([coordinate.height_ms for coordinate in world.coordinates])
-    foretold = np.sqrt(((vectors[here] - vectors[there]) ** 2).sum(axis=1)) + heights[here] + heights[there]
+    predicted = np.sqrt(((vectors[here] - vectors[there]) ** 2).sum(axis=1)) + heights[here] + heights[there]
     pairs: list[tuple[int, int]] = np.stack([here, there], axis=1).tolist()
     true = np.array([2 * world.geography.one_way_ms(one, other) for one, other in pairs])
-    errors = np.abs(foretold - true) / true
-    return CoordinateError(float(np.median(errors)), float(np.percentile(errors, 90)), float((foretold < true).mean()))
+    errors = np.abs(predicted - true) / true
+    return CoordinateError(float(np.median(errors)), float(np.percentile(errors, 90)), float((predicted < true).mean()))
 
 
 def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> Iterator[PlanQuality]:

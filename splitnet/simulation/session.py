@@ -79,9 +79,9 @@ class Session:
         machine: its life.
         route: the hops of the present epoch; None: there are none. hops: the same; after the end the last ones.
         first_ms, last_ms: when the client had its first and its latest token.
-        foretold_ms: of a token, by the plan of the whole route; 0: hops were replaced since.
+        predicted_ms: of a token, by the plan of the whole route; 0: hops were replaced since.
         seen, latencies: what it met at its hops, and between them.
-        doubt: by what factor routes were slower than foretold.
+        doubt: by what factor routes were slower than predicted.
         contacts: peers that the client has connected to.
     """
 
@@ -95,8 +95,8 @@ class Session:
         self.first_ms = 0.0
         self.last_ms = 0.0
         self.ended_ms = 0.0
-        self.foretold_ms = 0.0
-        self.doubt = 1.0
+        self.predicted_ms = 0.0
+        self.prediction_error = 1.0
         self.hops: Hops = []
         self.route: Route | None = None
         self.seen: dict[Node, SeenHop] = {}
@@ -231,7 +231,7 @@ class Session:
             case AskRoute():
                 answer, planned = around.planning.answer(self, effect)
                 if isinstance(answer, Planned):
-                    self.foretold_ms = 0.0 if effect.kept else planned.token_ms
+                    self.predicted_ms = 0.0 if effect.kept else planned.token_ms
                 self._later(planned.asked_ms, answer)
             case Ban(name):
                 self.bans.add(name, BAN_S)
@@ -258,7 +258,7 @@ class Session:
         stations = [own, *((node.id, node.number) for node, _, _ in self.hops), own]
         for (sender, here), (receiver, there) in pairwise(stations):
             self.latencies[sender, receiver] = around.world.geography.one_way_ms(here, there)
-        self._watch.begin(self.foretold_ms)
+        self._watch.begin(self.predicted_ms)
 
     def _send(self, step: Step) -> None:
         route, (part,) = self.route, step.parts
@@ -314,7 +314,7 @@ class Session:
             ratio = self._watch.step_took(now - self._sent_ms)
             self.machine.usual_ms = self._watch.usual_ms
             if ratio is not None:
-                self.doubt = prediction_error(self.doubt, ratio)
+                self.prediction_error = prediction_error(self.prediction_error, ratio)
         self.tokens += 1
         self._around.tokens_in_time += now <= self._around.world.settings.duration_s * 1000
         self.last_ms = now
@@ -334,7 +334,7 @@ class Session:
         if found is None:
             return False
         move, planned = found
-        self.foretold_ms = planned.token_ms
+        self.predicted_ms = planned.token_ms
         self._later(planned.asked_ms, move)
         return True
 

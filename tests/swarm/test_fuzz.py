@@ -28,9 +28,11 @@ from splitnet.net.identity import Identity
 from splitnet.net.messages import (
     Adapter,
     AdapterGradient,
-    Adopted,
+    AdapterLoaded,
     Close,
     Failure,
+    FetchedKV,
+    FetchKV,
     Fork,
     Forward,
     Gradient,
@@ -40,8 +42,6 @@ from splitnet.net.messages import (
     Part,
     Ping,
     Pong,
-    Recall,
-    Recalled,
     Replay,
     Result,
     Step,
@@ -65,7 +65,7 @@ logs of the same sessions, and what Python, torch and ZeroMQ do not give back at
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 # Few sessions, so that most messages are about one that is open.
-ANSWERS = Pong | Failure | Opened | Result | Gradient | Adopted | AdapterGradient | Recalled
+ANSWERS = Pong | Failure | Opened | Result | Gradient | AdapterLoaded | AdapterGradient | FetchedKV
 
 SESSIONS = [bytes([number]) * 16 for number in range(6)]
 HOSTILE_KEYS = [Identity.generate().public.raw for _ in range(4)]
@@ -262,7 +262,7 @@ def training(draw: st.DrawFn) -> Message:
             payload = write_tensors(names) if draw(st.integers(0, 4)) else draw(st.binary(max_size=99))
             return Adapter(session, epoch, draw(versions), draw(st.sampled_from([0, 0, 0, 1, 2**48 - 1])), payload)
         case 2:
-            return Recall(session, epoch, number, draw(st.integers(0, 3) | counts), draw(st.integers(0, 9) | counts))
+            return FetchKV(session, epoch, number, draw(st.integers(0, 3) | counts), draw(st.integers(0, 9) | counts))
         case _:
             return Forward(
                 session,
@@ -352,7 +352,7 @@ def test_mutated_frames(attacker: Attacker) -> None:
         Forward(SESSIONS[0], 1, 1, 0, (2, 1), True, 0, 0, 0, payload),
         Gradient(SESSIONS[0], 1, 1, 3, 1, False, 0, payload),
         Adapter(SESSIONS[0], 1, 1, 0, write_tensors({"0.prefix_keys": torch.ones(2, 3, 16)})),
-        Recall(SESSIONS[0], 1, 1, 1, 3),
+        FetchKV(SESSIONS[0], 1, 1, 1, 3),
         Replay(SESSIONS[0], 1, 1, 6),
         Close(SESSIONS[0]),
         Ping(1, b"padding"),

@@ -47,7 +47,7 @@ from splitnet.net.identity import Identity
 from splitnet.net.messages import Adapter as AdapterMessage
 from splitnet.net.messages import (
     AdapterGradient,
-    Adopted,
+    AdapterLoaded,
     Failure,
     FailureCode,
     Fork,
@@ -259,7 +259,7 @@ class PeerModel:
                 for name, tensor in read_tensors(message.payload).items():
                     tags[int(name.split(".")[0])] = int(tensor)
                 held.tags = tuple(tags)
-                self.to_client(Adopted(self.id, held.epoch, message.version))
+                self.to_client(AdapterLoaded(self.id, held.epoch, message.version))
             case Replay() if held is not None and message.epoch == held.epoch:
                 self._replay(held, message)
             case Failure():  # of the next hop, which does not know whom else to tell

@@ -21,7 +21,7 @@ def test_a_ban_ends() -> None:
 def test_who_died_may_be_pardoned() -> None:
     bans, peer = Bans(Clock()), record()
     bans.add(peer.key.text, 30.0)
-    assert bans.pardonable([peer, record()]) == [peer]
+    assert bans.may_be_unbanned([peer, record()]) == [peer]
     bans.lift(peer.key.text)
     assert bans.keys() == set()
 
@@ -29,6 +29,6 @@ def test_who_died_may_be_pardoned() -> None:
 def test_who_left_may_be_pardoned_only_when_it_serves_other_blocks() -> None:
     bans, peer = Bans(Clock()), replace(RECORD, placed_at=1.0)
     bans.add(peer.key.text, 30.0, peer)
-    assert bans.pardonable([peer]) == []
-    assert bans.pardonable([replace(peer, placed_at=2.0, serves=False)]) == []
-    assert bans.pardonable([moved := replace(peer, placed_at=2.0)]) == [moved]
+    assert bans.may_be_unbanned([peer]) == []
+    assert bans.may_be_unbanned([replace(peer, placed_at=2.0, serves=False)]) == []
+    assert bans.may_be_unbanned([moved := replace(peer, placed_at=2.0)]) == [moved]

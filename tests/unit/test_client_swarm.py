@@ -169,7 +169,7 @@ def test_banned_peers_and_those_that_were_lost_are_tried_again(
         return {endpoint: Link(1.0, 1.0) for endpoint in tried if endpoint != silent.endpoint}
 
     monkeypatch.setattr(swarm._links.prober, "measure", measure)
-    swarm.pardon_living()
+    swarm.unban_living()
     assert sorted(tried, key=str) == sorted((record.endpoint for record in (banned, silent, lost)), key=str)
     assert swarm._bans.keys() == {silent.key.text}
 

@@ -1,4 +1,4 @@
-"""Places found from round trips foretell those that were never measured."""
+"""Places found from round trips predict those that were never measured."""
 
 from __future__ import annotations
 

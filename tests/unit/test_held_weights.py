@@ -142,19 +142,19 @@ def test_a_block_takes_the_bytes_that_were_foretold(
     family: str, kind: str, kernels: str, checkpoint_of: Callable[[str], Checkpoint]
 ) -> None:
     checkpoint = checkpoint_of(family)
-    plain, foretold = block_bytes(checkpoint, None), block_bytes(checkpoint, "float32", kind)
+    plain, predicted = block_bytes(checkpoint, None), block_bytes(checkpoint, "float32", kind)
     span = Span.load(checkpoint, 0, 2, weights=kind, dtype="float32")
-    assert foretold < plain
-    assert abs(span.weight_bytes - 2 * foretold) < 1024  # and the frequencies of a rotary embedding
+    assert predicted < plain
+    assert abs(span.weight_bytes - 2 * predicted) < 1024  # and the frequencies of a rotary embedding
     sizes = ModelSizes.of(checkpoint.source, "float32", kind)
-    assert (sizes.block_bytes, sizes.held_as) == (foretold, kind)
+    assert (sizes.block_bytes, sizes.held_as) == (predicted, kind)
     assert sizes.flops_per_position == ModelSizes.of(checkpoint.source).flops_per_position
-    memory = 2 * foretold + 1
+    memory = 2 * predicted + 1
     assert memory < 2 * plain
     wish = SpanWish(memory=memory)
     assert fitting_blocks(checkpoint, wish, device="cpu", dtype="float32", weights=kind) == 2
     with pytest.raises(OutOfMemory, match="smaller --weights"):
-        fitting_blocks(checkpoint, SpanWish(memory=foretold - 1), device="cpu", dtype="float32", weights=kind)
+        fitting_blocks(checkpoint, SpanWish(memory=predicted - 1), device="cpu", dtype="float32", weights=kind)
 
 
 @pytest.mark.parametrize("kind", HELD)

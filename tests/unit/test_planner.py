@@ -38,7 +38,7 @@ def test_a_long_prompt_takes_the_route_that_is_good_at_prompts() -> None:
     prefills = record(0, 6, block_ms=(12.0, 12.0, 12.5, 16.0, 64.0))
     survey = Survey()
     for peer in (decodes, prefills):
-        survey.whereabouts.measured(peer, Link(1.0, 10_000.0))
+        survey.network_coordinates.measured(peer, Link(1.0, 10_000.0))
     assert plan([decodes, prefills], survey=survey) == [decodes]
     long = replace(NEEDS, positions=positions_with_prompt(20 * USUAL_ANSWER))
     assert plan([decodes, prefills], long, survey) == [prefills]

@@ -109,8 +109,8 @@ class Fixed:
     check_s = 1e9
     announces_joining = False
 
-    def __init__(self, spans: Sequence[tuple[int, int]], hops: Sequence[Hop], foretold_ms: float = 0.0) -> None:
-        self._foretold_ms = foretold_ms
+    def __init__(self, spans: Sequence[tuple[int, int]], hops: Sequence[Hop], predicted_ms: float = 0.0) -> None:
+        self._predicted_ms = predicted_ms
         self._spans = list(spans)
         self._hops = list(hops)
 
@@ -126,7 +126,7 @@ class Fixed:
     def route(self, plan: Plan, view: object, rng: random.Random) -> Planned:
         if any(hop.peer in plan.exclude for hop in self._hops):
             raise NoRoute([plan.blocks], [])
-        return Planned(self._hops, self._foretold_ms)
+        return Planned(self._hops, self._predicted_ms)
 
 
 def tiny_world(*requests: tuple[float, int, int], loss: float = 0.0) -> World:
@@ -255,13 +255,13 @@ def test_a_session_that_never_ends_has_failed() -> None:
 def test_a_session_doubts_forecasts_that_did_not_come_true() -> None:
     world = tiny_world((0.0, 16, 30))
     simulation, outcome = outcome_in(world, SPANS, THREE_HOPS)
-    assert simulation.sessions[0].doubt == 1.0  # nothing was foretold
-    fixed = Fixed(SPANS, THREE_HOPS, foretold_ms=outcome.token_ms[0] / 3)
+    assert simulation.sessions[0].prediction_error == 1.0  # nothing was predicted
+    fixed = Fixed(SPANS, THREE_HOPS, predicted_ms=outcome.token_ms[0] / 3)
     doubting = Simulation(world, fixed, fixed)
     for _ in doubting.run():
         pass
-    assert doubting.sessions[0].doubt == pytest.approx(3.0)
-    assert outcome_of(doubting).foretold == [pytest.approx(1 / 3)]
+    assert doubting.sessions[0].prediction_error == pytest.approx(3.0)
+    assert outcome_of(doubting).predicted == [pytest.approx(1 / 3)]
 
 
 def test_one_by_one_events_come_in_the_order_of_time_and_then_of_planning() -> None:

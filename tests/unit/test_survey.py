@@ -20,9 +20,9 @@ from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import place_of
 from splitnet.net.identity import Identity
 from splitnet.net.messages import Ping, Pong
+from splitnet.net.network_coordinates import MAX_AGE_S, NetworkCoordinates
 from splitnet.net.prober import FASTEST_PROBE_MS, PROBE_BYTES, Prober
 from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
-from splitnet.net.whereabouts import MAX_AGE_S, Whereabouts
 from tests.unit.test_client_swarm import RECORD
 
 
@@ -89,14 +89,14 @@ class TestSurvey:
 
     def test_forecasts_that_were_too_good_are_doubted_until_others_are_not(self) -> None:
         survey = Survey(Clock())
-        assert survey.doubt == 1.0
+        assert survey.prediction_error == 1.0
         survey.forecast_came(3.0)
-        assert survey.doubt == 3.0
+        assert survey.prediction_error == 3.0
         survey.forecast_came(1.0)
-        assert 1.0 < survey.doubt < 3.0
+        assert 1.0 < survey.prediction_error < 3.0
         for _ in range(50):
             survey.forecast_came(0.5)
-        assert survey.doubt == 1.0
+        assert survey.prediction_error == 1.0
 
     def test_own_links_are_measured_again_after_a_while(self) -> None:
         clock, peer = Clock(), record()
@@ -119,28 +119,28 @@ class TestSurvey:
 class TestWhereabouts:
     def test_links_are_forgotten(self) -> None:
         clock, peer = Clock(), record()
-        whereabouts = Whereabouts(clock)
-        whereabouts.measured(peer, Link(3.0, 100.0))
-        assert whereabouts.links == {peer.key.text: Link(3.0, 100.0)}
-        assert whereabouts.age_s(peer.key.text) == 0.0
+        network_coordinates = NetworkCoordinates(clock)
+        network_coordinates.measured(peer, Link(3.0, 100.0))
+        assert network_coordinates.links == {peer.key.text: Link(3.0, 100.0)}
+        assert network_coordinates.age_s(peer.key.text) == 0.0
         clock.now += MAX_AGE_S + 1
-        assert whereabouts.links == {}
-        assert whereabouts.age_s("nobody") == float("inf")
+        assert network_coordinates.links == {}
+        assert network_coordinates.age_s("nobody") == float("inf")
 
     def test_the_latest_link_stands_last_and_the_best_bandwidth_counts(self) -> None:
         first, second = record(), record()
-        whereabouts = Whereabouts(Clock())
+        network_coordinates = NetworkCoordinates(Clock())
         for peer, bandwidth in ((first, 900.0), (second, 50.0), (first, 100.0)):
-            whereabouts.measured(peer, Link(3.0, bandwidth))
-        assert list(whereabouts.links) == [second.key.text, first.key.text]
-        assert whereabouts.place.bytes_per_ms == 900.0
+            network_coordinates.measured(peer, Link(3.0, bandwidth))
+        assert list(network_coordinates.links) == [second.key.text, first.key.text]
+        assert network_coordinates.place.bytes_per_ms == 900.0
 
     def test_the_coordinate_becomes_one_that_foretells(self) -> None:
         anchor = record(coordinate=(0.0, 0.0, 0.0, 1.0), coordinate_error=0.1)
-        whereabouts = Whereabouts(Clock())
+        network_coordinates = NetworkCoordinates(Clock())
         for _ in range(60):
-            whereabouts.measured(anchor, Link(10.0, 100.0))
-        place = whereabouts.place
+            network_coordinates.measured(anchor, Link(10.0, 100.0))
+        place = network_coordinates.place
         assert place.coordinate.error < 0.5
         assert place.coordinate.rtt_ms(place_of(anchor).coordinate) == pytest.approx(20.0, rel=0.2)
 
@@ -210,9 +210,9 @@ class TestNeighbours:
         links: Any = Links()
         neighbours = Neighbours(lambda: others, links, Echo().prober)
         neighbours.look_around()
-        assert len(neighbours.whereabouts.links) == MEASURED_AT_ONCE
+        assert len(neighbours.network_coordinates.links) == MEASURED_AT_ONCE
         neighbours.look_around()
-        assert set(neighbours.whereabouts.links) == {other.key.text for other in others}
+        assert set(neighbours.network_coordinates.links) == {other.key.text for other in others}
         assert links.open == 0
         assert len(neighbours.seen_links) == min(MAX_SEEN_LINKS, len(others))
         prefixes = {other.key.raw[:KEY_PREFIX_BYTES] for other in others}
@@ -223,7 +223,7 @@ class TestNeighbours:
         links: Any = Links([Endpoint(there.address, there.key)])
         neighbours = Neighbours(lambda: [here, there], links, Echo().prober)
         neighbours.look_around()
-        assert list(neighbours.whereabouts.links) == [here.key.text]
+        assert list(neighbours.network_coordinates.links) == [here.key.text]
         assert links.open == 0
 
 

@@ -12,15 +12,15 @@ from splitnet.net.endpoints import Connection, Destination, LinkState
 from splitnet.net.messages import (
     Adapter,
     AdapterGradient,
-    Adopted,
+    AdapterLoaded,
     Close,
     FailureCode,
+    FetchedKV,
+    FetchKV,
     Forward,
     Gradient,
     Ping,
     Pong,
-    Recall,
-    Recalled,
     Result,
 )
 from tests.unit.test_service import (
@@ -89,10 +89,10 @@ def ends(peer: Peer, work: PassWork, *parts: bytes) -> list[tuple[Destination, A
         peer.service.training.forwarded(work, b"output")
     elif isinstance(work.message, Gradient):
         peer.service.training.went_back(work, b"gradient", list(parts))
-    elif isinstance(work.message, Recall):
-        peer.service.training.recalled(work, list(parts))
+    elif isinstance(work.message, FetchKV):
+        peer.service.training.fetched_kv(work, list(parts))
     else:
-        peer.service.training.adopted(work)
+        peer.service.training.adapter_loaded(work)
     peer.queue.release_pass(work)
     return peer.heard()
 
@@ -194,19 +194,19 @@ def test_what_the_client_does_not_need_is_dropped(opened: Peer) -> None:
 
 
 def test_keys_and_values_go_to_the_owner_in_parts(opened: Peer) -> None:
-    recall = Recall(SID, 1, 9, row=3, length=5)
+    recall = FetchKV(SID, 1, 9, row=3, length=5)
     assert code_of(opened.says(recall, PREVIOUS), PREVIOUS) == FailureCode.UNKNOWN_SESSION
     assert opened.says(recall, CLIENT) == []
     assert ends(opened, take(opened), b"one", b"two") == [
-        (CLIENT, Recalled(SID, 1, 9, 1, b"one")),
-        (CLIENT, Recalled(SID, 1, 9, 0, b"two")),
+        (CLIENT, FetchedKV(SID, 1, 9, 1, b"one")),
+        (CLIENT, FetchedKV(SID, 1, 9, 0, b"two")),
     ]
     assert kept_bytes(opened) == 0
 
 
 def test_a_newer_epoch_forgets_passes_and_keeps_the_adapter(opened: Peer) -> None:
     opened.says(adapter())
-    assert ends(opened, take(opened)) == [(CLIENT, Adopted(SID, 1, 1))]
+    assert ends(opened, take(opened)) == [(CLIENT, AdapterLoaded(SID, 1, 1))]
     goes_forward(opened, forward())
     assert opened.says(forward(8), PREVIOUS) == []
     running = take(opened)
@@ -247,7 +247,7 @@ def test_a_newer_adapter_takes_the_place_of_the_older(opened: Peer) -> None:
         opened.says(adapter(version, remaining=1))
         assert opened.queue.take_pass() is None
         opened.says(adapter(version))
-        assert ends(opened, take(opened)) == [(CLIENT, Adopted(SID, 1, version))]
+        assert ends(opened, take(opened)) == [(CLIENT, AdapterLoaded(SID, 1, version))]
         assert kept_bytes(opened) == 2 * ADAPTER_BYTES
 
 

@@ -18,7 +18,7 @@ MAX_AGE_S = 90.0
 KEPT_LINKS = 256
 
 
-class Whereabouts:
+class NetworkCoordinates:
     """Measured links to peers by key text, and the coordinate that they make. Thread-safe.
 
     Args:
