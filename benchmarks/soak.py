@@ -3,8 +3,9 @@
 Eight daemons with memory for twelve blocks each and four clients are hosts of an emulated network (see docs/netlab.md;
 for root on Linux). Every few seconds something happens to a daemon: kill -9 and a new start, SIGTERM and a new start,
 SIGSTOP for a while, or its host is cut off for a while. Once, all daemons that serve some block are killed and stay
-away, so that others must move. The clients compare each answer with that of plain transformers. Of prompts, those
-are chosen whose likeliest tokens stand out, so that rounding in batches of different sizes cannot change a token.
+away, so that others must move. The clients compare each answer with that of plain transformers; drafts help with every
+second one. One more client trains: it compares the gradients of a LoRA with PEFT's on plain transformers. Prompts are
+those whose likeliest tokens stand out, so that rounding in batches of different sizes cannot change a token.
 
     sudo make soak [MINUTES=10] [MODEL=...]
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import random
 import statistics
 import sys
@@ -28,6 +30,7 @@ import psutil
 import torch
 from netlab import Lab, LabError
 from netlab.peers import LabPeers
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from scheduler.swarm import missing_blocks
@@ -59,6 +62,12 @@ AWAY_S = 150.0
 WAIT_S = 240.0
 """How long clients wait for coverage."""
 MAX_GROWTH_MIB = 64
+MAX_GRADIENT_ERROR = 1e-3
+"""Of the largest value of a tensor: codec none, sums in another order."""
+
+LOOK_S = 0.25
+GAP_S = 1.0
+"""Without a token for so long is worth a line."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class Question:
 
     prompt: torch.Tensor
     answer: torch.Tensor
+    gradients: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Of the loss of the answer by a LoRA, by name."""
 
 
 @dataclass
@@ -79,7 +90,60 @@ class Tally:
     errors: list[str] = field(default_factory=list)
     repairs_ms: list[float] = field(default_factory=list)
     causes: Counter[str] = field(default_factory=Counter)
-    longest_gap_s: float = 0.0
+    gradients: int = 0
+    """Passes forward and back whose gradients were right."""
+
+
+@dataclass
+class Gap:
+    """A time in which nobody got a token."""
+
+    began_s: float
+    """Since the soak began."""
+    length_s: float = 0.0
+    doing: Counter[str] = field(default_factory=Counter)
+    """What sessions did meanwhile, by the quarter of a second."""
+
+
+class TokenClock:
+    """When anybody got a token last, and what sessions did while nobody did."""
+
+    def __init__(self) -> None:
+        self.gaps: list[Gap] = []
+        self.sessions: dict[int, Any] = {}
+        """By client, the one that is used."""
+        self._began = self._last = time.monotonic()
+        self._stop = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+
+    def put(self, value: Any) -> None:
+        """As a streamer of `generate()`."""
+        self._last = time.monotonic()
+
+    def end(self) -> None:
+        pass
+
+    def start(self) -> None:
+        self._began = self._last = time.monotonic()
+        self._watcher.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        last = 0.0
+        while not self._stop.wait(LOOK_S):
+            silent_s = time.monotonic() - self._last
+            if silent_s < GAP_S:
+                continue
+            if self._last != last:
+                last = self._last
+                self.gaps.append(Gap(last - self._began))
+            self.gaps[-1].length_s = silent_s
+            for cache in list(self.sessions.values()):
+                session = cache.session
+                self.gaps[-1].doing[str(session.state) if session is not None else "no session yet"] += 1
 
 
 class Clients:
@@ -87,6 +151,7 @@ class Clients:
 
     def __init__(self, checkpoint: Checkpoint, addresses: Sequence[str], questions: Sequence[Question]) -> None:
         self.tally = Tally()
+        self.clock = TokenClock()
         self._questions = questions
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -95,8 +160,13 @@ class Clients:
             swarm = Swarm(ModelFacts.of(checkpoint), addresses)
             self._models.append(attach(checkpoint, swarm, codec="none", recovery_timeout_s=WAIT_S))
         self._threads = [threading.Thread(target=self._ask, args=(model,)) for model in self._models]
+        swarm = Swarm(ModelFacts.of(checkpoint), addresses)
+        self._trainer = attach(checkpoint, swarm, codec="none", recovery_timeout_s=WAIT_S)
+        self._tuned: Any = with_lora(self._trainer)
+        self._threads.append(threading.Thread(target=self._train))
 
     def start(self) -> None:
+        self.clock.start()
         for thread in self._threads:
             thread.start()
 
@@ -105,22 +175,44 @@ class Clients:
         self._stop.set()
         for thread in self._threads:
             thread.join()
-        for model in self._models:
+        self.clock.stop()
+        for model in (*self._models, self._trainer):
             model.close()
+
+    def _train(self) -> None:
+        choices = random.Random(0)
+        while not self._stop.is_set():
+            question = choices.choice(self._questions)
+            self._tuned.zero_grad()
+            try:
+                self._tuned(input_ids=question.answer, labels=question.answer, use_cache=False).loss.backward()
+            except SplitnetError as error:
+                with self._lock:
+                    self.tally.errors.append(f"training: {error}")
+                continue
+            error = worst_error(self._tuned, question.gradients)
+            with self._lock:
+                self.tally.gradients += 1
+                if error > MAX_GRADIENT_ERROR:
+                    self.tally.wrong.append(f"a gradient differed by {error:.1e} of the largest")
 
     def _ask(self, model: RemoteCausalLM) -> None:
         choices = random.Random(id(model))
-        while not self._stop.is_set():
+        for turn in itertools.count():
+            if self._stop.is_set():
+                return
             question = choices.choice(self._questions)
-            began = time.monotonic()
             try:
                 with model.session() as cache:
+                    self.clock.sessions[id(model)] = cache
                     got = model.generate(
                         question.prompt,
                         attention_mask=torch.ones_like(question.prompt),
                         max_new_tokens=NEW_TOKENS,
                         min_new_tokens=NEW_TOKENS,
                         do_sample=False,
+                        streamer=self.clock,
+                        **({"speculate": "prompt-lookup"} if turn % 2 else {}),
                     )
                     repairs = cache.session.recoveries if cache.session is not None else []
             except SplitnetError as error:
@@ -130,7 +222,6 @@ class Clients:
             with self._lock:
                 self.tally.answers += 1
                 self.tally.tokens += NEW_TOKENS
-                self.tally.longest_gap_s = max(self.tally.longest_gap_s, time.monotonic() - began)
                 self.tally.repairs_ms += [repair.total_ms for repair in repairs]
                 self.tally.causes.update(kind_of(cause) for repair in repairs for cause in repair.lost)
                 if not torch.equal(got, question.answer):
@@ -291,6 +382,12 @@ def soak(
             f"a repair took {statistics.median(tally.repairs_ms):.0f} ms (median), {max(tally.repairs_ms):.0f} (most)"
         )
     print(f"blocks that nobody served any more were served again after {restored_s:.0f} s")
+    print(f"gradients of a LoRA that were compared: {tally.gradients}")
+    print("| nobody got a token from, s | for, s | what sessions did (of all looks) |\n|---|---|---|")
+    for gap in sorted(clients.clock.gaps, key=lambda gap: -gap.length_s)[:5]:
+        looks = max(1, gap.doing.total())
+        doing = ", ".join(f"{what} {100 * count // looks} %" for what, count in gap.doing.most_common(3))
+        print(f"| {gap.began_s:.0f} | {gap.length_s:.1f} | {doing} |")
     print(f"wrong answers: {len(tally.wrong)}; answers lost by an error: {len(tally.errors)}")
     print(f"sessions left on daemons after the clients had gone: {kv_left}")
     print("| process | MiB before | after | threads before | after | descriptors before | after |")
@@ -385,7 +482,31 @@ def ask_locally(checkpoint: Checkpoint, folder: str) -> list[Question]:
         best = torch.stack(output.logits).topk(2).values
         if float((best[..., 0] - best[..., 1]).min()) > MIN_MARGIN:
             questions.append(Question(prompt, output.sequences))
+    tuned: Any = with_lora(model)
+    for question in questions:
+        tuned.zero_grad()
+        tuned(input_ids=question.answer, labels=question.answer, use_cache=False).loss.backward()
+        question.gradients.update(gradients_of(tuned))
     return questions
+
+
+def with_lora(model: Any) -> Any:
+    """A model with the same LoRA every time."""
+    torch.manual_seed(7)
+    options = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    return get_peft_model(model, options)
+
+
+def gradients_of(tuned: Any) -> dict[str, torch.Tensor]:
+    return {name: value.grad.clone() for name, value in tuned.named_parameters() if value.grad is not None}
+
+
+def worst_error(tuned: Any, wanted: dict[str, torch.Tensor]) -> float:
+    """The largest difference from wanted gradients, as a share of the largest value of the tensor."""
+    got = gradients_of(tuned)
+    if got.keys() != wanted.keys():
+        return float("inf")
+    return max(float((got[name] - value).abs().max() / value.abs().max()) for name, value in wanted.items())
 
 
 def kind_of(cause: str) -> str:

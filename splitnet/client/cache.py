@@ -259,4 +259,5 @@ class RemoteCache(Cache):
 
     def __del__(self) -> None:
         # The collector may run this where its own thread holds a lock that closing takes.
-        self.remote.close_later()
+        if not self.remote.closed:
+            self.remote.close_later()

@@ -18,8 +18,8 @@ from splitnet.client.conversation import Conversation, tokens_of
 from splitnet.client.local_adapters import Prefixes
 from splitnet.client.local_blocks import Blocks
 from splitnet.client.mixed_session import MixedSession
-from splitnet.client.options import CONNECTION, ClientOptions, takes_client_options
-from splitnet.client.parameters import check_generation, refuse
+from splitnet.client.options import CONNECTION, CausalOptions, takes
+from splitnet.client.parameters import Request, refuse
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.client.session import Session
 from splitnet.client.speculation.decoding import Decoding, Drafts
@@ -53,7 +53,7 @@ class AutoModelForCausalLM:
         raise OSError("use splitnet.AutoModelForCausalLM.from_pretrained(MODEL, initial_peers=[ADDR])")
 
     @classmethod
-    @takes_client_options
+    @takes(CausalOptions)
     def from_pretrained(
         cls,
         model: str | Path,
@@ -86,17 +86,17 @@ class AutoModelForCausalLM:
             DirectoryError: no initial peer answers.
             TypeError: there is no such option.
         """
-        chosen = ClientOptions.of(options, *CONNECTION)
+        chosen = CausalOptions.of(options, *CONNECTION)
         with joined(model, initial_peers=initial_peers, identity=identity, revision=revision) as (checkpoint, swarm):
             return _attached(checkpoint, swarm, chosen)
 
 
 def attach(checkpoint: Checkpoint, swarm: Swarm, **options: Any) -> RemoteCausalLM:
     """The causal LM of `checkpoint` with its blocks on `swarm`; see `AutoModelForCausalLM.from_pretrained`."""
-    return _attached(checkpoint, swarm, ClientOptions.of(options))
+    return _attached(checkpoint, swarm, CausalOptions.of(options))
 
 
-def _attached(checkpoint: Checkpoint, swarm: Swarm, options: ClientOptions) -> RemoteCausalLM:
+def _attached(checkpoint: Checkpoint, swarm: Swarm, options: CausalOptions) -> RemoteCausalLM:
     local = local_part(checkpoint, swarm, options)
 
     def open_part(budget: int, part: Blocks) -> Session:
@@ -161,25 +161,27 @@ class RemoteCausalLM(RemoteModel):
         for former in ("past_key_values", "cache_params"):
             if (cache := given.pop(former, None)) is not None:
                 given.setdefault("cache", cache)
-        others = {name: value for name, value in given.items() if name not in _POSITIONAL}
-        config, _ = self._prepare_generation_config(  # pyright: ignore[reportCallIssue]
-            given.get("generation_config"), **others
-        )
-        check_generation(config)
-        caches = config.use_cache is not False or given.get("inputs_embeds") is not None
+        request = Request(given, self.generation_config)
+        request.check()
+        caches = request.value("use_cache") is not False or given.get("inputs_embeds") is not None
+        if not caches and given.get("cache") is not None:
+            raise refuse("use_cache", "=False and a cache exclude each other: leave out one of them")
         if speculate is not None:
-            self._speculate(speculate, given, config, caches)
-        if given.get("cache") is not None or not caches:
-            if not caches and given.get("cache") is not None:
-                raise refuse("use_cache", "=False and a cache exclude each other: leave out one of them")
-            return self._generate(given)
-        return self._generate_with_own_cache(given)
+            self._check_speculation(given, request, caches)
+        outer, self._local.drafts = self._local.drafts, self._speculator.drafts_by(speculate)
+        try:
+            own_cache = caches and given.get("cache") is None
+            return self._generate_with_own_cache(given) if own_cache else self._generate(given)
+        finally:
+            self._local.drafts = outer
 
     def _generate_with_own_cache(self, given: dict[str, Any]) -> Any:
         """`generate()` in the cache of the session, or in one that lives as long as this call."""
         conversation = self._local.conversation
         cache = conversation.cache if conversation else self.new_cache()
         given["cache"] = cache
+        if conversation and given.get("custom_generate") is not None:
+            conversation.forget()  # a loop of the caller's does not ask what is held
         prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         new_tokens = given.get("max_new_tokens")
         if prompt is not None and isinstance(new_tokens, int):
@@ -298,42 +300,19 @@ class RemoteCausalLM(RemoteModel):
         finally:
             self._local.prefix = ()
 
-    def _speculate(self, speculate: Any, given: dict[str, Any], config: Any, caches: bool) -> None:
-        """Has `generate()` decode with drafts.
-
-        Raises:
-            SplitnetError: speculation does not go together with something else; names it.
-        """
-        others = ("custom_generate", "assistant_model", "synced_gpus")
-        excluded = [name for name in others if given.get(name)]
-        excluded += [name for name in ("return_dict_in_generate", "prompt_lookup_num_tokens") if getattr(config, name)]
-        excluded += [name for name in ("num_beams", "num_return_sequences") if getattr(config, name) > 1]
+    def _check_speculation(self, given: Mapping[str, Any], request: Request, caches: bool) -> None:
+        """Raises UnsupportedParameter if something does not go together with drafts."""
+        excluded = [name for name in ("custom_generate", "assistant_model", "synced_gpus") if given.get(name)]
+        excluded += [name for name in ("return_dict_in_generate", "prompt_lookup_num_tokens") if request.value(name)]
+        excluded += [name for name in ("num_beams", "num_return_sequences") if (request.value(name) or 1) > 1]
         excluded += [] if caches else ["use_cache"]
-        if prompt_wrapper(self) is not None:
-            raise SplitnetError("speculation does not go together with a trained prompt: leave out `speculate`")
-        if excluded:
+        excluded += ["a trained prompt"] if prompt_wrapper(self) is not None else []
+        for name in excluded:
             raise refuse(
-                excluded[0],
+                name,
                 "does not go together with speculate, which is for one sequence with a cache, of which only tokens are "
                 "returned: leave out one of them",
             )
-        drafts, streamer = self._speculator.drafts_by(speculate), given.get("streamer")
-
-        def decode(model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
-            processor, criteria = prepared.pop("logits_processor"), prepared.pop("stopping_criteria")
-            config = prepared.pop("generation_config")
-            if not _is_one_text(input_ids, prepared):
-                others = sorted(prepared.keys() - _PLAIN) or ["attention_mask"]
-                raise refuse(
-                    others[0],
-                    "does not go together with speculate, which is for one sequence without padding: leave out "
-                    "one of them",
-                )
-            self._resume(input_ids, prepared)
-            text = Text(input_ids, processor, criteria, config, streamer)
-            return self._decode(text, config, prepared, drafts)
-
-        given["custom_generate"] = decode
 
     def _sample(
         self,
@@ -351,13 +330,18 @@ class RemoteCausalLM(RemoteModel):
         for a token.
         """
         self._resume(input_ids, model_kwargs)
+        cache, mask, drafts = model_kwargs.get("cache"), model_kwargs.get("attention_mask"), self._local.drafts
+        others = sorted(model_kwargs.keys() - _PLAIN - {"tokenizer"})
+        others += [] if len(input_ids) == 1 else ["a batch"]
+        others += [] if mask is None or bool(mask.all()) else ["attention_mask with padding"]
         only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
         unprompted = not self._local.prefix and prompt_wrapper(self) is None
-        cache = model_kwargs.get("cache")
         fits = isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]
-        if only_tokens and unprompted and fits and _is_one_text(input_ids, model_kwargs):
+        if only_tokens and unprompted and not others and (fits or drafts is not None):
             text = Text(input_ids, logits_processor, stopping_criteria, generation_config, streamer)
             return self._decode(text, generation_config, model_kwargs)
+        if drafts is not None:
+            raise refuse([*others, "synced_gpus"][0], "does not go together with speculate: leave out one of them")
         return super()._sample(  # pyright: ignore[reportAttributeAccessIssue]
             input_ids,
             logits_processor,
@@ -380,16 +364,16 @@ class RemoteCausalLM(RemoteModel):
         """Within a session: keeps of its cache what fits the prompt, now that this is all prepared."""
         conversation = self._local.conversation
         if conversation is not None and prepared.get("cache") is conversation.cache:
-            plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} and not self._local.prefix
+            plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._local.prefix
             conversation.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
 
-    def _decode(self, text: Text, config: Any, prepared: dict[str, Any], drafts: Drafts | None = None) -> torch.Tensor:
+    def _decode(self, text: Text, config: Any, prepared: dict[str, Any]) -> torch.Tensor:
         """Generates one text in the loop of `splitnet.client.speculation`; its prompt goes the way of transformers."""
         prefilled = self._prefill(  # pyright: ignore[reportCallIssue]
             text.ids(), config, prepared, is_first_iteration=not config.is_assistant
         )
-        decoding = Decoding(self, prepared["cache"], text, drafts, self._blocks.cached.max_positions)
-        return decoding.run(prefilled.logits[0, -1])
+        most = self._blocks.cached.max_positions
+        return Decoding(self, prepared["cache"], text, self._local.drafts, most).run(prefilled.logits[0, -1])
 
     def _kept_positions(self, given: Mapping[str, Any]) -> int:
         keep = given.get("logits_to_keep", 0)
@@ -422,6 +406,8 @@ class _OfThread(threading.local):
         self.conversation: Conversation | None = None
         self.prefix: Prefixes = ()
         """Keys and values that a trained prompt puts before the text that is being generated."""
+        self.drafts: Drafts | None = None
+        """Where its drafts come from."""
 
 
 class _Progress(StoppingCriteria):
@@ -437,9 +423,3 @@ class _Progress(StoppingCriteria):
     def extends(self, prompt: torch.Tensor) -> bool:
         """Whether they begin with the prompt, row by row; beams do not."""
         return self.tokens is not None and self.tokens.shape[0] == prompt.shape[0]
-
-
-def _is_one_text(input_ids: torch.Tensor, prepared: Mapping[str, Any]) -> bool:
-    """Whether a text without padding is to be generated, from tokens or embeddings and nothing else."""
-    mask = prepared.get("attention_mask")
-    return len(input_ids) == 1 and (mask is None or bool(mask.all())) and prepared.keys() <= _PLAIN

@@ -48,8 +48,9 @@ class Conversation:
         layer.rewind(columns, padding)
 
     def remember(self, tokens: torch.Tensor | None) -> None:
-        """Takes in what was generated, `[rows, seq]`; None: it is not known."""
-        if tokens is None or not self._follows:
+        """Takes in what was generated since `resume`, `[rows, seq]`; None: it is not known."""
+        follows, self._follows = self._follows, False
+        if tokens is None or not follows:
             self.forget()
         else:
             self._tokens = tokens

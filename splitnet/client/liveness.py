@@ -23,6 +23,9 @@ PATIENCE = 2.0
 ANSWER_S = 1.0
 """A peer that does not answer a ping in this time counts as lost."""
 
+MAX_QUEUE_S = 120.0
+"""How long a peer that says that its queue is long is waited for."""
+
 IDLE_CHECKS = 2
 """So many times in a row no hop has anything of the session to do: what was under way was lost between two of them."""
 
@@ -133,7 +136,7 @@ class Liveness:
         if moved:
             self._progress_at = now
         # A peer of version 0.1.0 says only whether its device is busy, for whomever.
-        works = [answer.waiting > 0 if answer.holds is not None else answer.busy for answer in told]
+        works = [answer.waiting > 0 if answer.holds is not None else answer.queue_ms > 0 for answer in told]
         self._idle_checks = 0 if any(works) else 1 if moved else self._idle_checks + 1
         behind = [answer.endpoint for answer in told if answer.holds is not None and answer.last < number]
         if self._idle_checks == IDLE_CHECKS:
@@ -144,7 +147,10 @@ class Liveness:
                 at = [answer.endpoint for answer in told].index(behind[0])
                 order = [behind[0], *[answer.endpoint for answer in reversed(told[:at])], *order]
             return Verdict(Finding.IDLE, tuple(dict.fromkeys(order)))
-        if any(works) and now - self._progress_at >= progress_s:
+        # An overloaded peer says so, and is given the time; one that only says so, not for ever.
+        queued_s = max((answer.queue_ms for answer in told), default=0.0) / 1000
+        patience_s = min(max(progress_s, PATIENCE * queued_s), max(progress_s, MAX_QUEUE_S))
+        if any(works) and now - self._progress_at >= patience_s:
             self._progress_at = now
             stuck = [answer.endpoint for answer, busy in zip(told, works, strict=True) if busy]
             return Verdict(Finding.STUCK, tuple(dict.fromkeys([*(hop for hop in stuck if hop in behind), *stuck])))

@@ -26,8 +26,8 @@ class LocalAdapters:
     def __init__(self) -> None:
         self.outline: nn.Module | None = None
         self._latest: dict[tuple[str, ...], Adapter] = {}
-        self._seen: tuple[list[Any], list[torch.Tensor], Adapter | None] = ([], [], None)
-        """What `recent` has returned last, and by what to tell that it still holds."""
+        self._seen: tuple[list[Any], list[torch.Tensor], Adapter | None, Adapter | None] = ([], [], None, None)
+        """What `recent` has returned last, for what, and by what to tell that it still holds."""
 
     def parameters_for(self, prefix: Prefixes) -> dict[str, torch.Tensor]:
         """The tensors of the active adapter as `splitnet.model.adapters` names them, connected to what is trained.
@@ -73,9 +73,11 @@ class LocalAdapters:
         tensors = [tensor for pair in prefix for tensor in pair]
         tensors += [module[name].weight for layer, name in layers for module in (layer.lora_A, layer.lora_B)]
         marks = [*(layer.scaling[name] for layer, name in layers), *((id(one), one._version) for one in tensors)]
-        if marks != self._seen[0] or held is not self._seen[2]:
-            self._seen = marks, tensors, self.current(held, prefix)
-        return self._seen[2]
+        seen, _, before, adapter = self._seen
+        if marks != seen or held is not before:
+            adapter = self.current(held, prefix)
+            self._seen = marks, tensors, held, adapter
+        return adapter
 
     def _active(self) -> Iterator[tuple[str, Any, list[str]]]:
         """The layers that have LoRA which is switched on, and the names of it."""

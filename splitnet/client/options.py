@@ -6,7 +6,7 @@ import difflib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 
@@ -21,19 +21,18 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClientOptions:
-    """See `splitnet.AutoModelForCausalLM.from_pretrained`."""
+    """Of every model; see `splitnet.AutoModelForCausalLM.from_pretrained`."""
 
     codec: str = "auto"
     dtype: torch.dtype | str | None = None
     device: str = "cpu"
     recovery_timeout_s: float = RECOVERY_TIMEOUT_S
-    prefer: Preference = "latency"
     gradient_codec: str = "auto"
     local_blocks: str | None = None
     local_weights: str | None = None
 
     @classmethod
-    def of(cls, keywords: dict[str, Any], *others: str) -> ClientOptions:
+    def of(cls, keywords: dict[str, Any], *others: str) -> Self:
         """The options that these keywords give.
 
         Args:
@@ -51,10 +50,21 @@ class ClientOptions:
         return cls(**keywords)
 
 
-def takes_client_options(function: Function) -> Function:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CausalOptions(ClientOptions):
+    """Of a causal LM."""
+
+    prefer: Preference = "latency"
+
+
+def takes(options: type[ClientOptions]) -> Callable[[Function], Function]:
     """Shows the options in the signature of a function in the place of its `**options`."""
-    signature = inspect.signature(function)
-    own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
-    taken = inspect.signature(ClientOptions).parameters.values()
-    function.__signature__ = signature.replace(parameters=[*own, *taken])  # pyright: ignore[reportFunctionMemberAccess]
-    return function
+
+    def shown(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [parameter for parameter in signature.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        taken = inspect.signature(options).parameters.values()
+        function.__signature__ = signature.replace(parameters=[*own, *taken])  # pyright: ignore[reportFunctionMemberAccess]
+        return function
+
+    return shown

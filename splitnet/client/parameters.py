@@ -20,10 +20,10 @@ HONOURED = "as in transformers"
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """why: it is refused, and what to do. unless: values that ask for nothing, besides None and False."""
+    """why: it is refused, and what to do. unless: values that ask for nothing, besides None."""
 
     why: str
-    unless: tuple[str, ...] = ()
+    unless: tuple[str | bool, ...] = (False,)
 
 
 _CACHE = Refused("keys and values are on the peers, which choose how to hold them: leave it out")
@@ -52,7 +52,7 @@ GENERATION: Mapping[str, str | Refused] = {
         prefill_chunk_size transformers_version""",
         HONOURED,
     ),
-    "cache_implementation": Refused(_CACHE.why, unless=("dynamic",)),
+    "cache_implementation": Refused(_CACHE.why, unless=("dynamic", "hybrid")),
     **_all("cache_config max_cache_len continuous_batching_config", _CACHE),
     **_all("output_attentions output_hidden_states", _INSIDE),
     **_all("use_mtp speculation_type assistant_early_exit", _LAYERS),
@@ -70,21 +70,48 @@ FORWARD: Mapping[str, str | Refused] = {
     "cache": "that of `new_cache()`, or of an earlier call; others are refused",
     **_all("output_attentions output_hidden_states output_router_logits", _INSIDE),
     **_all("cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k seq_idx", _PACKED),
-    "is_causal": Refused("changes the attention inside the blocks: leave it out"),
+    "is_causal": Refused("changes the attention inside the blocks: leave it out", unless=(True,)),
     **_all("encoder_hidden_states encoder_attention_mask", Refused("is attended to inside the blocks: leave it out")),
 }
 """Of the `forward` of causal models."""
 
-_KNOWN_TO_TRANSFORMERS = frozenset(vars(GenerationConfig())) - {"_from_model_config"}
 _DEFAULTS = GenerationConfig._get_default_generation_params()
+_REFUSED = {
+    name: rule
+    for name in vars(GenerationConfig()).keys() - {"_from_model_config"}
+    if isinstance(rule := GENERATION.get(name, _UNKNOWN), Refused)
+}
+_LEFT_BY_GENERATE = frozenset({"tokenizer", "assistant_tokenizer"})
+"""What transformers' `generate()` has made use of, and hands on all the same."""
+
 _EMBEDDED = frozenset({"token_type_ids"})
 """Honoured by backbones that have it in their signature: they embed it before the blocks."""
 
 
-def check_generation(config: GenerationConfig) -> None:
-    """Raises UnsupportedParameter if a config of `generate()` asks for what cannot be had with remote blocks."""
-    given = ((name, getattr(config, name, None)) for name in _KNOWN_TO_TRANSFORMERS)
-    _check(GENERATION, ((name, value) for name, value in given if value != _DEFAULTS.get(name)))
+class Request:
+    """What a call of `generate()` asks for.
+
+    Args:
+        given: its arguments by name.
+        config: of the model: what holds where neither they nor a config among them say anything.
+    """
+
+    def __init__(self, given: Mapping[str, Any], config: GenerationConfig) -> None:
+        self._given = given
+        self._configs = [each for each in (given.get("generation_config"), config) if each is not None]
+
+    def value(self, name: str) -> Any:
+        """Of a parameter of `GenerationConfig`."""
+        if name in self._given:
+            return self._given[name]
+        return next((value for one in self._configs if (value := getattr(one, name, None)) is not None), None)
+
+    def check(self) -> None:
+        """Raises UnsupportedParameter if it cannot be had with remote blocks."""
+        for name, rule in _REFUSED.items():
+            value = self.value(name)
+            if value != _DEFAULTS.get(name):
+                _check(name, rule, value)
 
 
 def check_forward(given: Mapping[str, Any], config: Any, explicit: Iterable[str]) -> None:
@@ -94,10 +121,15 @@ def check_forward(given: Mapping[str, Any], config: Any, explicit: Iterable[str]
         config: of the model, which has the defaults of some.
         explicit: names in the signature of the backbone.
     """
-    defaults = ((name, getattr(config, name, None)) for name in ("output_attentions", "output_hidden_states"))
-    for name in _EMBEDDED & given.keys() - set(explicit):
-        _check({}, [(name, given[name])])
-    _check(FORWARD, [*given.items(), *((name, value) for name, value in defaults if name not in given)])
+    for name, value in given.items():
+        if value is None or name in _LEFT_BY_GENERATE:
+            continue
+        rule = _UNKNOWN if name in _EMBEDDED and name not in explicit else FORWARD.get(name, _UNKNOWN)
+        if isinstance(rule, Refused):
+            _check(name, rule, value)
+    for name in ("output_attentions", "output_hidden_states"):
+        if name not in given:
+            _check(name, _INSIDE, getattr(config, name, None))
 
 
 def refuse(name: str, why: str) -> UnsupportedParameter:
@@ -139,29 +171,31 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
     Raises:
         UnsupportedParameter: other positions, or a hole in the mask that they do not pass over.
     """
-    new = mask[:, past:]
     if positions is not None:
-        given = positions.to("cpu") - prefix
-        if given.shape[-1] != new.shape[1]:
-            raise refuse("position_ids", f"must be [batch, {new.shape[1]}], not {list(given.shape)}")
-        counted = (mask.long().cumsum(dim=1) - 1)[:, past:]
-        if bool(((given == counted) | ~new).all()):
+        if positions.shape[-1] != mask.shape[1] - past:
+            raise refuse("position_ids", f"must be [batch, {mask.shape[1] - past}], not {list(positions.shape)}")
+        given, counted = positions.to("cpu"), mask.sum(dim=1, keepdim=True) - 1 + prefix
+        if mask.shape[1] - past > 1:
+            counted = (mask.long().cumsum(dim=1) - 1 + prefix)[:, past:]
+        if bool((given == counted).all()):  # padding included, as most often
             return
-        if not bool(((given == torch.arange(past, mask.shape[1])) | ~new).all()):
+        padding = ~mask[:, past:]
+        if bool(((given == counted) | padding).all()):
+            return
+        columns = torch.arange(past, mask.shape[1]) + prefix
+        if not bool(((given == columns) | padding).all()):
             raise refuse("position_ids", "are counted by the peers, from the attention mask: leave them out")
+    if past:  # of what is cached, padding was on the left
+        return
     begins = mask[:, 1:] & ~mask[:, :-1]
     if bool((begins.sum(dim=1) + mask[:, 0] > 1).any()):
         raise refuse(
             "attention_mask",
-            "has padding between tokens, where peers know no gap: put it on one side, or give position_ids that do not "
+            "has padding between tokens, where peers know no gap: pad on the right, or give position_ids that do not "
             "count it",
         )
 
 
-def _check(table: Mapping[str, str | Refused], given: Iterable[tuple[str, Any]]) -> None:
-    for name, value in given:
-        rule = table.get(name, _UNKNOWN)
-        if value is None or value is False or not isinstance(rule, Refused):
-            continue
-        if not (isinstance(value, str) and value in rule.unless):
-            raise refuse(name, rule.why)
+def _check(name: str, rule: Refused, value: Any) -> None:
+    if value is not None and not (isinstance(value, str | bool) and value in rule.unless):
+        raise refuse(name, rule.why)

@@ -118,6 +118,8 @@ def _stand_around(module: nn.Module, call: Callable[[Callable[..., Any], dict[st
 
     @functools.wraps(inner)
     def forward(*args: Any, **kwargs: Any) -> Any:
+        if not args:
+            return call(inner, kwargs)
         given = signature.bind(*args, **kwargs).arguments
         others = given.pop(rest, {})
         return call(inner, {**given, **others})

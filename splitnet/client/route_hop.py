@@ -48,10 +48,6 @@ class RouteHop:
         """What it holds of the session counts no more."""
         self.filled, self.adapter_version, self.relay_log = False, 0, None
 
-    def has_forgotten(self, *, wants_cache: bool) -> bool:
-        """Whether it held something when it was opened before, and may have lost it since."""
-        return not self.cached_positions and (wants_cache or self.adapter_version > 0)
-
     def opened(self, *, wants_cache: bool) -> None:
         """The route is open. The hop may have lost the session since it was opened before.
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig
 
-from splitnet.client.options import CONNECTION, ClientOptions, takes_client_options
+from splitnet.client.options import CONNECTION, ClientOptions, takes
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.client.swarm import Swarm
 from splitnet.model.checkpoint import Checkpoint
@@ -28,7 +28,7 @@ class AutoModelForSequenceClassification:
         raise OSError("use splitnet.AutoModelForSequenceClassification.from_pretrained(MODEL, initial_peers=[ADDR])")
 
     @classmethod
-    @takes_client_options
+    @takes(ClientOptions)
     def from_pretrained(
         cls,
         model: str | Path,

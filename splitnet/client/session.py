@@ -99,9 +99,8 @@ class Session(SessionDriver):
         if positions <= self.state.budget:
             return
         self.feed(Resize(positions))
-        self._wait(lambda: not self.state.is_growing)
-        if self.state.refusal is not None:
-            raise self.state.refusal
+        self._wait(lambda: self.state.is_settled)
+        self._raise_if_broken()
 
     def step(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> torch.Tensor:
         """Sends new positions through the route.

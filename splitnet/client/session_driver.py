@@ -211,7 +211,7 @@ class SessionDriver:
 
     def _alive(self, endpoint: Endpoint, pong: Future[Answer]) -> None:
         answer = pong.result()
-        self.feed(Alive(endpoint, answer.queue_ms > 0, answer.holds, answer.waiting, answer.done, answer.last))
+        self.feed(Alive(endpoint, answer.queue_ms, answer.holds, answer.waiting, answer.done, answer.last))
 
     def _wait(self, until: Callable[[], bool]) -> None:
         """Waits for something, and does meanwhile what takes time.

@@ -65,6 +65,7 @@ class Move:
 
     route: tuple[PlannedHop, ...]
     codecs: tuple[Codec, ...]
+    chunk_ms: float = 0.0
     """See `Planned`."""
 
 
@@ -103,7 +104,7 @@ class Alive:
     """A peer has answered an `AskAlive`.
 
     Attributes:
-        busy: its device has something to do, for whomever.
+        queue_ms: how long its device has something to do, for whomever.
         holds: it knows the session; None: a peer of version 0.1.0, which does not say.
         waiting: steps and passes of the session that wait or run there.
         done: positions of the session computed there so far; only grows.
@@ -111,7 +112,7 @@ class Alive:
     """
 
     endpoint: Endpoint
-    busy: bool
+    queue_ms: float
     holds: bool | None = None
     waiting: int = 0
     done: int = 0
@@ -120,11 +121,18 @@ class Alive:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A route, as `AskRoute` wanted it, with the codec of every link: `codecs` has one more than `route`."""
+    """A route, as `AskRoute` wanted it.
+
+    Attributes:
+        number: of the question.
+        codecs: of every link, one more than hops.
+        chunk_ms: what a step of `REPLAY_POSITIONS` positions is predicted to take; 0: not known.
+    """
 
     number: int
     route: tuple[PlannedHop, ...]
     codecs: tuple[Codec, ...]
+    chunk_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -212,7 +212,6 @@ class SessionState:
         timings: what the last step met, hop by hop, as the tail says.
         recoveries: repairs of the route so far.
         error: why there is no route, until the next `Use`.
-        refusal: why the last `Resize` was refused.
         usual_ms: what a decode step usually takes, told by the driver; 0: not known.
     """
 
@@ -243,7 +242,6 @@ class SessionState:
         self.timings: tuple[Timing, ...] = ()
         self.recoveries: list[Recovered] = []
         self.error: SplitnetError | None = None
-        self.refusal: SplitnetError | None = None
         self.usual_ms = 0.0
         self._model = model
         self._max_positions = max_positions
@@ -255,6 +253,10 @@ class SessionState:
         self._filling: list[RouteHop] = []
         """Hops that the replays fill."""
         self._making: _Making | None = None
+        self._has_stood = False
+        """There was a route before."""
+        self._chunk_ms = 0.0
+        """What a chunk of a replay is predicted to take on the route."""
         self._asked: dict[Endpoint, float] = {}
         """Hops that are to answer an `Open` or an adapter, and until when."""
         self._failed: dict[Endpoint, SplitnetError] = {}
@@ -265,8 +267,8 @@ class SessionState:
         """In which all hops have answered at least once."""
         self._opened_budget = 0
         """What the hops were asked to reserve when the route was opened."""
-        self._growing = 0
-        """The budget that an open route is being resized to; 0: none."""
+        self._former_budget = 0
+        """Before a resize that no route stands with yet; 0: there is none."""
         self._liveness = Liveness()
         self._suspects: list[Endpoint] = []
         """Of those who lose what is under way; empty as long as an answer has come since."""
@@ -278,6 +280,15 @@ class SessionState:
         self._now = 0.0
         self._effects: list[Effect] = []
 
+    def __str__(self) -> str:
+        """What it does now, for people."""
+        making = self._making
+        if making is None:
+            return str(self.phase)
+        waits = ["waits"] if making.retry_at < math.inf else []
+        refused = sorted({type(error).__name__ for error in making.refused.values()})
+        return f"{self.phase} ({', '.join([making.cause, *waits, *refused])})"
+
     # What drivers and requests ask.
 
     @property
@@ -286,13 +297,8 @@ class SessionState:
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing is being made, loaded or resized."""
-        return self.phase in (Phase.NEW, Phase.OPEN, Phase.BROKEN, Phase.CLOSED) and not self._growing
-
-    @property
-    def is_growing(self) -> bool:
-        """Whether hops are asked for more memory."""
-        return self._growing > 0
+        """Whether nothing is being made or loaded."""
+        return self.phase in (Phase.NEW, Phase.OPEN, Phase.BROKEN, Phase.CLOSED)
 
     @property
     def first(self) -> Endpoint:
@@ -436,18 +442,12 @@ class SessionState:
             event.batch.go_back(event.adapter, self)
 
     def _resize(self, budget: int) -> None:
-        self.refusal = None
-        if budget <= self.budget:
-            return
-        if not self.is_open:
-            self.budget = budget  # with the next opening
-            return
-        self._grow(budget)
-
-    def _grow(self, budget: int) -> None:
-        self._growing = self._opened_budget = budget
-        for index in range(len(self.hops)):
-            self._open_hop(index, budget)
+        """The route is opened anew: a hop that has lost the session meanwhile is found out before it computes."""
+        if budget > self.budget:
+            self._former_budget = self._former_budget or self.budget
+            self.budget = budget
+            if self.is_open:
+                self._go_on()
 
     def _use_adapter(self, adapter: Adapter) -> None:
         if adapter is not self.adapter:
@@ -457,10 +457,11 @@ class SessionState:
                 self._load_adapter()
 
     def _move(self, event: Move) -> None:
-        if self.is_open and not self._in_flight and not self._growing:
+        if self.is_open and not self._in_flight:
             making = self._begin_making()
             making.cause = Cause.BETTER_ROUTE
             making.reasons.append("there is a better route")
+            self._chunk_ms = event.chunk_ms
             self._open_route(event.route, event.codecs)
 
     def _distrust(self, event: Distrust) -> None:
@@ -492,12 +493,12 @@ class SessionState:
 
     def _begin_making(self) -> _Making:
         if self._making is None:
-            self._making = _Making(self._now, repairs=bool(self.hops))
+            self._making = _Making(self._now, repairs=self._has_stood)
         return self._making
 
     def _reopen(self, lost: dict[Endpoint, SplitnetError], cause: Cause, reason: str = "") -> None:
         """Makes the route whole without the hops that are lost; if nothing waits for it, with the next use."""
-        idle = self.is_open and not self._in_flight and not self._growing
+        idle = self.is_open and not self._in_flight
         making = self._begin_making()
         if not making.reasons:
             making.cause = cause
@@ -509,7 +510,7 @@ class SessionState:
             self._stop_waiting()
             self._enter(Phase.BROKEN)
             return
-        self._attempts += 1
+        self._attempts += self.phase is not Phase.OPENING  # whoever refuses there is left out, and waited for in time
         if self._attempts > MAX_ATTEMPTS:
             self._fail(next(iter(lost.values()), PeerLost("the route fails again and again: try again later")))
         elif self.phase is not Phase.PLANNING:
@@ -519,7 +520,6 @@ class SessionState:
         """Opens the hops that are left, if they make a whole route; otherwise has one planned."""
         making = self._begin_making()
         self._stop_waiting()
-        self.budget, self._growing = max(self.budget, self._growing), 0
         if self.phase is Phase.BROKEN:
             making.began = self._now
         kept = tuple(hop.planned for hop in self.hops if not hop.lost)
@@ -544,10 +544,15 @@ class SessionState:
         if making is None or making.question != event.number or self.phase is not Phase.PLANNING:
             return
         making.question = 0
-        if any(hop.name in making.excluded for hop in event.route):  # it was lost meanwhile
-            self._ask_route(fresh=True, unban=False)
-        else:
+        self._chunk_ms = event.chunk_ms
+        if not any(hop.name in making.excluded for hop in event.route):
             self._open_route(event.route, event.codecs)
+            return
+        self._attempts += 1  # it was lost meanwhile
+        if self._attempts > MAX_ATTEMPTS:
+            self._fail(PeerLost("peers are lost faster than routes are planned: try again later"))
+        else:
+            self._ask_route(fresh=True, unban=False)
 
     def _no_route(self, event: NoRoute) -> None:
         making = self._making
@@ -556,7 +561,9 @@ class SessionState:
         making.question = 0
         silent = {name for name, error in making.refused.items() if isinstance(error, PeerLost)}
         # Peers have died, and others will take their blocks; or the network is back in a moment.
-        may_come = making.repairs or (silent == making.refused.keys() and bool(silent or event.was_covered))
+        grows = self._former_budget and isinstance(event.error, PeerBusy)
+        all_silent = silent == making.refused.keys() and bool(silent or event.was_covered)
+        may_come = all_silent or (making.repairs and not grows)
         in_time = self._now < making.began + self._recovery_timeout_s
         if may_come and in_time and isinstance(event.error, CoverageError | PeerBusy):
             making.excluded -= making.refused.keys() if making.repairs else silent
@@ -611,39 +618,22 @@ class SessionState:
         self.send(hop.endpoint, message)
 
     def _opened(self, hop: RouteHop, message: Opened) -> None:
-        if self.phase is Phase.LOADING or self._asked.pop(hop.endpoint, None) is None:
-            return
-        if self.phase is Phase.OPENING:
+        if self.phase is Phase.OPENING and self._asked.pop(hop.endpoint, None) is not None:
             hop.relayed |= not message.next_reachable
-        hop.cached_positions = message.cached_positions
-        self._if_all_answered()
+            hop.cached_positions = message.cached_positions
+            self._if_all_answered()
 
     def _if_all_answered(self) -> None:
         """Goes on once no hop is to answer any more."""
         if self._asked:
             return
         failed, self._failed = self._failed, {}
-        if self.phase is Phase.OPEN:
-            self._resized(failed)
-        elif failed:
+        if failed:
             self._reopen(failed, _cause_of(next(iter(failed.values()))))
         elif self.phase is Phase.OPENING:
             self._all_opened()
         elif self.phase is Phase.LOADING:
             self._all_loaded()
-
-    def _resized(self, failed: dict[Endpoint, SplitnetError]) -> None:
-        growing, self._growing = self._growing, 0
-        busy = next((error for error in failed.values() if isinstance(error, PeerBusy)), None)
-        if busy is not None:
-            self.refusal = busy
-        elif growing:
-            self.budget = growing
-        lost = {endpoint: error for endpoint, error in failed.items() if not isinstance(error, PeerBusy)}
-        if lost:
-            self._reopen(lost, _cause_of(next(iter(lost.values()))))
-        elif any(hop.has_forgotten(wants_cache=self._wants_cache) for hop in self.hops):
-            self._reopen({}, Cause.SESSION_LOST, "a peer did not hold the session any more")
 
     def _all_opened(self) -> None:
         """All hops have opened the session. Those that reach their next hop only now are told what to do."""
@@ -716,7 +706,10 @@ class SessionState:
     def _stands(self) -> None:
         """The route is whole: what is under way is sent again."""
         making, self._making = self._making, None
+        self._has_stood = True
         self._enter(Phase.OPEN)
+        if self.budget == self._opened_budget:
+            self._former_budget = 0
         self._liveness.heard(self._now)
         for number in sorted(self._in_flight):
             if not self._in_flight[number].done:
@@ -728,7 +721,7 @@ class SessionState:
             what = "a session has moved to a better route" if moved else "a route is whole again"
             self._note("rerouted" if moved else "repaired", f"{what} after {total_ms:.0f} ms: {self.route_text}")
         if self.budget > self._opened_budget:
-            self._grow(self.budget)
+            self._go_on()
 
     @property
     def route_text(self) -> str:
@@ -774,7 +767,9 @@ class SessionState:
         self.error = error
         for request in self._in_flight.values():
             request.error = error
-        self._in_flight, self._making, self._growing = {}, None, 0
+        self._in_flight, self._making = {}, None
+        if self._former_budget:
+            self.budget, self._former_budget = self._former_budget, 0
         self._forgive()
         self._stop_waiting()
 
@@ -955,7 +950,7 @@ class SessionState:
     @property
     def _silence_s(self) -> float:
         if self.phase is not Phase.OPEN:
-            return silence_s(0.0)
+            return silence_s(0.0, self._chunk_ms)
         decodes = all(request.decodes for request in self._in_flight.values())
         predicted_ms = max((request.predicted_ms for request in self._in_flight.values()), default=0.0)
         return silence_s(self.usual_ms if decodes else 0.0, predicted_ms)

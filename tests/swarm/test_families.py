@@ -9,6 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from scheduler.speculation import Window
+from splitnet.client.speculation.experience import Experience
 from splitnet.net.directory import Directory
 from tests.swarm.harness import local_swarm
 from tests.unit.random_models import random_checkpoint
@@ -37,7 +39,10 @@ FAMILIES = (
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_generates_as_transformers_does(family: str, node: Directory, tmp_path: Path) -> None:
+def test_generates_as_transformers_does(
+    family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Experience, "window", lambda *_: Window(2, 3))
     folder = random_checkpoint(family, tmp_path)
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
@@ -50,10 +55,12 @@ def test_generates_as_transformers_does(family: str, node: Directory, tmp_path: 
         remote = swarm.model()
         one = remote.generate(ids[:1], attention_mask=mask[:1], **options)
         padded = remote.generate(ids, attention_mask=mask, **options)
+        drafted = remote.generate(ids[:1], attention_mask=mask[:1], speculate="prompt-lookup", **options)
         beams = remote.generate(ids[:1], attention_mask=mask[:1], num_beams=3, **options)
         with torch.no_grad():
             logits = remote(ids[:1]).logits
     assert torch.equal(one, local.generate(ids[:1], attention_mask=mask[:1], **options))
+    assert torch.equal(drafted, one)
     assert torch.equal(padded, local.generate(ids, attention_mask=mask, **options))
     assert torch.equal(beams, local.generate(ids[:1], attention_mask=mask[:1], num_beams=3, **options))
     with torch.no_grad():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import inspect
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,8 +18,10 @@ from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 import splitnet
 from scheduler.speculation import Window
 from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.client.session import Session
+from splitnet.client.session_state import Phase
 from splitnet.client.speculation.experience import Experience
-from splitnet.errors import AdapterError, SplitnetError, UnsupportedParameter
+from splitnet.errors import AdapterError, SessionClosed, SplitnetError, UnsupportedParameter
 from tests.swarm.adapters import lora, wrapped
 from tests.swarm.harness import LocalSwarm, shared_swarm
 
@@ -99,6 +105,20 @@ def test_a_cache_by_its_former_name(local: Any, remote: RemoteCausalLM) -> None:
     cache.close()
 
 
+def test_a_cache_that_is_gone_has_its_session_closed(remote: RemoteCausalLM) -> None:
+    with torch.no_grad():
+        session = remote(prompt(), use_cache=True).cache.session
+    gc.collect()
+    generate(remote, prompt())
+    parts = [session] if isinstance(session, Session) else session.sessions
+    deadline = time.monotonic() + 10
+    while any(part.state.phase is not Phase.CLOSED for part in parts) and time.monotonic() < deadline:
+        threading.Event().wait(0.02)
+    for part in parts:
+        with pytest.raises(SessionClosed):
+            part.open()
+
+
 class TestSessions:
     def test_an_adapter_that_is_switched_on(self, folder: Path, local: Any, remote: RemoteCausalLM) -> None:
         tuned = wrapped(AutoModelForCausalLM.from_pretrained(folder), lora())
@@ -177,6 +197,18 @@ class TestSessions:
         with remote.session(max_length=200):
             generate(remote, prompt())
             assert torch.equal(generate(remote), generate(local))
+
+    def test_a_loop_of_the_caller_begins_anew(self, local: Any, remote: RemoteCausalLM) -> None:
+        def one_more(model: Any, input_ids: torch.Tensor, **prepared: Any) -> torch.Tensor:
+            logits = model(input_ids, cache=prepared["cache"], use_cache=True).logits
+            return torch.cat([input_ids, logits[:, -1:].argmax(dim=-1)], dim=1)
+
+        with remote.session(max_length=200), torch.no_grad():
+            for length in (7, 9):
+                for options in ({}, {"custom_generate": one_more, "max_new_tokens": 1}):
+                    assert torch.equal(
+                        generate(remote, prompt(length), **options), generate(local, prompt(length), **options)
+                    )
 
     def test_no_cache_leaves_alone_what_is_held(self, local: Any, remote: RemoteCausalLM) -> None:
         with remote.session(max_length=200) as cache:
@@ -283,6 +315,9 @@ def test_an_option_that_does_not_exist_is_refused_with_the_nearest() -> None:
     for loader in (splitnet.AutoModelForCausalLM, splitnet.AutoModelForSequenceClassification):
         with pytest.raises(TypeError, match="local_block: did you mean local_blocks"):
             loader.from_pretrained("no-model", initial_peers=[], local_block="0:1")
+        assert {"initial_peers", "codec", "local_blocks"} <= inspect.signature(loader.from_pretrained).parameters.keys()
+    with pytest.raises(TypeError, match="there is no option prefer"):
+        splitnet.AutoModelForSequenceClassification.from_pretrained("no-model", initial_peers=[], prefer="latency")
 
 
 def test_a_long_prompt_in_chunks_with_padding(local: Any, remote: RemoteCausalLM) -> None:

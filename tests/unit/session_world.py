@@ -543,9 +543,10 @@ class World:
             if peer.alive:
                 peer.receive(source, message)
 
-    def lose(self, link: tuple[str, str]) -> None:
-        """Takes the first message from a link; it never arrives."""
-        if isinstance(self.links[link].popleft(), CloseMessage):
+    def lose(self, link: tuple[str, str], *, newest: bool = False) -> None:
+        """Takes the first or the last message from a link; it never arrives."""
+        messages = self.links[link]
+        if isinstance(messages.pop() if newest else messages.popleft(), CloseMessage):
             self.untold.add(link[1])
 
     def answer(self) -> None:

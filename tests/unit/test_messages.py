@@ -222,6 +222,7 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (Ping(1), "session", SESSION, SESSION + b"x"),
     (Ping(1), "session", b"", SESSION[1:]),
     (Pong(1, 0, 0), "waiting", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (Pong(1, 0, 0), "last", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (Pong(1, 0, 0), "done", LARGEST_NUMBER, -1),
     (Pong(1, 0, 0), "holds", True, 1),
     (OPEN, "session", SESSION, SESSION + b"x"),

@@ -63,12 +63,12 @@ class Trouble(RuleBasedStateMachine):
                 self.world.deliver(self._link(at + step))
 
     @precondition(lambda self: self.world.busy_links())
-    @rule(at=index, lost=st.booleans())
-    def lose_or_repeat(self, at: int, lost: bool) -> None:
-        if lost:
-            self.world.lose(self._link(at))
-        else:
+    @rule(at=index, what=st.sampled_from(["oldest", "newest", "repeat"]))
+    def lose_or_repeat(self, at: int, what: str) -> None:
+        if what == "repeat":
             self.world.deliver(self._link(at), keep=True)
+        else:
+            self.world.lose(self._link(at), newest=what == "newest")
 
     @precondition(lambda self: self.world.questions or self.world.state.wake_at < math.inf)
     @rule()
@@ -90,6 +90,14 @@ class Trouble(RuleBasedStateMachine):
         if len(hops) > 1:
             first = at % (len(hops) - 1)
             self.world.apart ^= {(hops[first].name, hops[first + 1].name)}
+
+    @rule(at=index)
+    def part_or_join_and_reopen(self, at: int) -> None:
+        """The hop behind them has restarted, so the session finds out."""
+        hops = self.world.state.hops
+        self.part_or_join(at)
+        if len(hops) > 1:
+            self.world.at(hops[at % (len(hops) - 1) + 1].endpoint).forget()
 
     @rule(at=index, what=st.sampled_from(["kill", "forget", "leave", "fill up", "start"]))
     def trouble(self, at: int, what: str) -> None:
