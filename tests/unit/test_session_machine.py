@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from splitnet.client.session_events import LinkFailed, Resize, Use, UseAdapter
+from splitnet.client.session_events import Received, Resize, Use, UseAdapter
 from splitnet.client.session_state import TRANSITIONS, Phase
-from splitnet.errors import PeerLost
-from splitnet.net.messages import Fork
+from splitnet.errors import PeerFailed
+from splitnet.net.messages import Failure, FailureCode, Fork
 from tests.unit.session_world import SPANS, Faulty, PeerModel, World, adapter, tags_of
 
 index = st.integers(0, 1 << 16)
@@ -331,13 +331,18 @@ def test_the_table_of_transitions_is_what_happens() -> None:
         for trouble, phase, which, repairs, seed in cases
         for change in changes_after(trouble, phase, which, repairs=repairs, seed=seed)
     }
-    # Hops that are lost whenever they are asked to open.
-    world = World()
+    # Two hops say of a step that it fails, before they are sent it.
+    world = World(seed=1)
     world.feed(Use())
-    while world.reaches(Phase.OPENING):
-        world.feed(LinkFailed(world.state.tail, PeerLost("gone")))
-        world.banned.clear()
-    assert isinstance(world.state.error, PeerLost)
+    world.settle()
+    world.submit([(None, 0, 2, 1)])
+    world.kill(world.at(world.state.tail))
+    assert world.reaches(Phase.OPENING)
+    number, liars = world.asked[0].request.number, [hop.endpoint for hop in world.state.hops[:2]]
+    for liar in liars:
+        failure = Failure(world.state.session, world.state.epoch, number, FailureCode.BAD_MESSAGE, "")
+        world.feed(Received(liar, failure))
+    assert len(liars) == 2 and isinstance(world.asked[0].request.error, PeerFailed)
     # An adapter for a route that stands.
     world.feed(Use())
     world.settle()
