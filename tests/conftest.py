@@ -17,7 +17,7 @@ import pytest
 from splitnet.errors import SplitnetError
 from splitnet.model import demo
 from tests.leftovers import Running, end_leftovers
-from tests.sharing import FilesTogether, from_long_to_short
+from tests.sharing import FilesTogether, longest_first
 
 # A busy machine must not fail a property by its clock.
 hypothesis.settings.register_profile("splitnet", deadline=None)
@@ -42,7 +42,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogethe
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=from_long_to_short)
+    items.sort(key=longest_first)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -1,36 +1,47 @@
-"""How two workers share the tests: a file, or files that share daemons, goes to one; the longest go first."""
+"""How workers share the tests: each takes a file, or files that share daemons, and the longest come first."""
 
 from __future__ import annotations
 
 import pytest
 from xdist.scheduler import LoadScopeScheduling
 
-DAEMONS = "files that share the daemons of the demo model"
-LONGEST: dict[str, str] = {
-    # file: what goes to one worker
-    "tests/e2e/test_commands.py": DAEMONS,
-    "tests/e2e/test_serve_command.py": DAEMONS,
-    "tests/e2e/test_examples.py": DAEMONS,
-    "tests/e2e/test_docs_commands.py": DAEMONS,
-    "tests/e2e/test_real_model.py": DAEMONS,
-    "tests/e2e/test_leaving.py": DAEMONS,
-    "tests/e2e/test_metrics.py": DAEMONS,
-}
-"""From long to short; then come the others, so that the two workers end together."""
+WITH_DAEMONS = (
+    "tests/e2e/test_commands.py",
+    "tests/e2e/test_docs_commands.py",
+    "tests/e2e/test_examples.py",
+    "tests/e2e/test_leaving.py",
+    "tests/e2e/test_metrics.py",
+    "tests/e2e/test_real_model.py",
+    "tests/e2e/test_serve_command.py",
+)
+"""They share the three daemons of the demo model, which take long to start."""
+LONG = (
+    "tests/e2e/test_dashboard.py",
+    "tests/swarm/test_moving.py",
+    "tests/e2e/test_tune_command.py",
+    "tests/e2e/test_codec_quality.py",
+    "tests/swarm/test_speculation.py",
+    "tests/swarm/test_failover.py",
+    "tests/swarm/test_tuning_trouble.py",
+    "tests/unit/test_span_families.py",
+    "tests/unit/test_held_weights.py",
+    "tests/swarm/test_network_trouble.py",
+)
+"""Others that take about 20 s and more. If one of them came last, a worker would wait for the other."""
 
-_PLACE = {file: place for place, file in enumerate(LONGEST)}
+_PLACE = {file: place for place, file in enumerate((*WITH_DAEMONS, *LONG))}
 
 
 class FilesTogether(LoadScopeScheduling):
-    """Gives each worker the next file, or all of the next files that share something, once it has nothing to do."""
+    """Gives a worker that has nothing more to do the next file, or all that share the daemons."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = _file(nodeid)
-        return LONGEST.get(file, file)
+        return WITH_DAEMONS[0] if file in WITH_DAEMONS else file
 
 
-def from_long_to_short(item: pytest.Item) -> int:
-    """A key to sort by, which keeps the order within a file."""
+def longest_first(item: pytest.Item) -> int:
+    """A key to sort by; the order within a file stays."""
     return _PLACE.get(_file(item.nodeid), len(_PLACE))
 
 
