@@ -17,7 +17,6 @@ WITH_DAEMONS = (
 """They share the three daemons of the demo model, which take long to start."""
 LONG = (
     "tests/e2e/test_dashboard.py",
-    "tests/swarm/test_moving.py",
     "tests/e2e/test_tune_command.py",
     "tests/e2e/test_codec_quality.py",
     "tests/swarm/test_speculation.py",
@@ -25,9 +24,11 @@ LONG = (
     "tests/swarm/test_tuning_trouble.py",
     "tests/unit/test_span_families.py",
     "tests/unit/test_held_weights.py",
-    "tests/swarm/test_network_trouble.py",
 )
-"""Others that take about 20 s and more. If one of them came last, a worker would wait for the other."""
+"""Others that take about 20 s of CPU time and more. If one of them came last, a worker would wait for the other.
+
+Not those that bound seconds, as tests/swarm/test_moving.py does: they come when the daemons are done.
+"""
 
 _PLACE = {file: place for place, file in enumerate((*WITH_DAEMONS, *LONG))}
 
