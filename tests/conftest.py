@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Before torch is imported; peer daemons inherit it. Tests share few cores, and one thread keeps sums reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +17,7 @@ import pytest
 from splitnet.errors import SplitnetError
 from splitnet.model import demo
 from tests.leftovers import Running, end_leftovers
+from tests.sharing import FilesTogether, longest_first
 
 # A busy machine must not fail a property by its clock.
 hypothesis.settings.register_profile("splitnet", deadline=None)
@@ -28,6 +30,19 @@ def pytest_configure() -> None:
         del os.environ[name]
     os.environ["SPLITNET_CONFIG"] = os.devnull
     os.environ["SPLITNET_LAN"] = "false"
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Two for all tests. None for a part: a worker takes seconds to start."""
+    return 2 if config.args == config.getini("testpaths") and not config.option.keyword else 0
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogether | None:
+    return FilesTogether(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=longest_first)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -865,6 +865,8 @@ class SessionState:
                 return
             self._failed[hop.endpoint] = error
             self._if_all_answered()
+        elif self.phase in (Phase.OPENING, Phase.LOADING):
+            pass  # nothing was sent yet in this epoch that it could be about
         elif failure.number in self._in_flight or failure.number in self._replays:
             self._request_failed(hop, failure.code, error)
 

@@ -1,4 +1,4 @@
-"""What all end-to-end tests share: daemons of the demo model and of a small one, and commands run here."""
+"""What all end-to-end tests share: daemons of the demo model, peers of a small one, and commands run here."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from splitnet.cli.main import main
 from tests.e2e.daemons import Daemon, Finished, daemons
 from tests.e2e.small_model import small_model
+from tests.swarm.harness import local_swarm
 
 SPANS = [(0, 7), (7, 19), (19, 30)]
 DUO_SPANS = [(0, 2), (2, 6)]
@@ -45,10 +46,10 @@ def small(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 @pytest.fixture(scope="session")
-def duo(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Daemon]]:
-    """Two daemons that serve the small model."""
-    with daemons(tmp_path_factory.mktemp("duo"), small, DUO_SPANS, "--kv-memory", "64MiB") as running:
-        yield running
+def duo(small: Path) -> Iterator[str]:
+    """Where to join two peers that serve the small model; they run in this process, which has loaded the libraries."""
+    with local_swarm(small, DUO_SPANS) as swarm:
+        yield swarm.addresses[0]
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 
 from splitnet.model.checkpoint import Checkpoint
 from tests.e2e.conftest import DUO_SPANS, Here
-from tests.e2e.daemons import Daemon, run
+from tests.e2e.daemons import run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -29,8 +29,8 @@ SIZES = ("--prefill", "8", "--prefill", "13", "--decode", "5", "--context", "0",
 MORE = ("--clients", "1", "--clients", "3", "--rounds", str(ROUNDS), "--threads", "1")
 
 
-def test_a_swarm_and_plain_transformers_in_turns(small: Path, duo: list[Daemon], home: Path) -> None:
-    where = ("--join", duo[0].address(), "--local", "--codec", "none")
+def test_a_swarm_and_plain_transformers_in_turns(small: Path, duo: str, home: Path) -> None:
+    where = ("--join", duo, "--local", "--codec", "none")
     finished = run(home, "bench", str(small), *where, *SIZES, *MORE, "--json")
     assert finished.code == 0, finished.errors
     stages = [line for line in finished.errors.splitlines() if not line.startswith("loading ")]

@@ -16,14 +16,16 @@ from typing import Any
 
 import pytest
 
+import splitnet
 from peers.daemon import Peer
 from peers.options import PeerOptions
 from peers.placing import SpanWish
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
 from tests.e2e.conftest import DUO_SPANS, SPANS, Here
-from tests.e2e.daemons import Daemon, daemon, run, starting
+from tests.e2e.daemons import daemon, run, starting
 from tests.e2e.small_model import small_model
+from tests.swarm.harness import local_swarm
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -39,23 +41,21 @@ def fine_tuned(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def holed(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A swarm that lacks blocks 4 and 5."""
-    with starting(tmp_path_factory.mktemp("holed"), small, *KV, "--blocks", "0:4") as daemon:
-        yield daemon
+def holed(small: Path) -> Iterator[str]:
+    """Where to join a swarm that lacks blocks 4 and 5."""
+    with local_swarm(small, [(0, 4)]) as swarm:
+        yield swarm.addresses[0]
 
 
 @pytest.fixture(scope="module")
-def private(small: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
-    """A swarm of one peer that accepts only the user's key, as `splitnet key` prints it."""
-    folder = tmp_path_factory.mktemp("private")
+def private(small: Path, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where to join a swarm of one peer that accepts only the user's key, as `splitnet key` prints it."""
+    keys = tmp_path_factory.mktemp("private") / "keys"
     shown = run(home, "key")
     assert shown.code == 0
-    (folder / "keys").write_text(f"# friends\n{shown.output.strip()} a comment\n")
-    allowed = ("--authorized-keys", str(folder / "keys"))
-    with starting(folder, small, *KV, "--blocks", "0:6", *allowed) as daemon:
-        daemon.address()
-        yield daemon
+    keys.write_text(f"# friends\n{shown.output.strip()} a comment\n")
+    with local_swarm(small, [(0, 6)], authorized_keys=keys) as swarm:
+        yield swarm.addresses[0]
 
 
 def test_help_is_fast(home: Path) -> None:
@@ -63,13 +63,13 @@ def test_help_is_fast(home: Path) -> None:
     for arguments in [(), *((command,) for command in COMMANDS)]:
         shown = run(home, *arguments, "--help")
         assert shown.code == 0 and "--help" in shown.output and not shown.errors
-        seconds.append(shown.seconds)
+        seconds.append(shown.cpu_seconds)
         assert all(command in shown.output for command in (COMMANDS if not arguments else ()))
     assert statistics.median(seconds) < 0.5
 
 
 def test_version(home: Path) -> None:
-    assert re.fullmatch(r"splitnet \d+\.\d+\.\d+\n", run(home, "--version").output)
+    assert run(home, "--version").output == f"splitnet {splitnet.__version__}\n"
 
 
 TUNE = "tune {small} --join {nobody} --output {home}/adapter --data"
@@ -168,7 +168,7 @@ FAILURES: dict[str, tuple[str, str]] = {
 
 @pytest.fixture(scope="module")
 def words(
-    small: Path, fine_tuned: Path, holed: Daemon, private: Daemon, tmp_path_factory: pytest.TempPathFactory
+    small: Path, fine_tuned: Path, holed: str, private: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, str]]:
     """What the words in braces stand for."""
     folder = tmp_path_factory.mktemp("data")
@@ -183,8 +183,8 @@ def words(
         yield {
             "small": str(small),
             "fine_tuned": str(fine_tuned),
-            "holed": holed.address(),
-            "private": private.address(),
+            "holed": holed,
+            "private": private,
             "nobody": NOBODY,
             "home": str(folder / "home"),
             **{name: str(folder / name) for name in ("good", "plain", "bad_line", "one_label")},
@@ -233,14 +233,14 @@ def test_wrong_use_is_exit_code_2(home: Path, arguments: str) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: Daemon, here: Here, tmp_path: Path) -> None:
+def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: str, here: Here, tmp_path: Path) -> None:
     fingerprint = Checkpoint.open(small).fingerprint
-    with Directory.start(initial_peers=[holed.address()]) as directory:
+    with Directory.start(initial_peers=[holed]) as directory:
 
         def served() -> list[tuple[int, int]]:
             return sorted((record.start, record.end) for record in directory.peers(fingerprint))
 
-        with starting(tmp_path, small, *KV, "--blocks", "4:6", "--join", holed.address()) as daemon:
+        with starting(tmp_path, small, *KV, "--blocks", "4:6", "--join", holed) as daemon:
             assert not daemon.serves
             daemon.address()
             # Who sees the file finds the peer.
@@ -250,7 +250,7 @@ def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: Daemo
             assert served() == [(0, 4)]
             assert not daemon.serves and not list(tmp_path.glob("*.address*"))
             assert daemon.log.splitlines()[-1].startswith("leaving the swarm")
-    table = here("status", str(small), "--join", holed.address())
+    table = here("status", str(small), "--join", holed)
     assert f"4..5 are served by nobody: start a peer with `splitnet peer {small.name} --blocks 4:6" in table.output
 
 
@@ -275,16 +275,16 @@ def test_a_peer_that_is_stopped_while_it_starts(small: Path, tmp_path: Path) -> 
 
 
 def test_options_from_a_configuration_file(
-    private: Daemon, small: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    private: str, small: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "config.toml"
-    file.write_text(f'[common]\njoin = ["{private.address()}"]\n[generate]\nmax-new-tokens = 4\nchatty = 0\n')
+    file.write_text(f'[common]\njoin = ["{private}"]\n[generate]\nmax-new-tokens = 4\nchatty = 0\n')
     monkeypatch.setenv("SPLITNET_CONFIG", str(file))
     wrong = here("generate", str(small), "bees")
     assert wrong.error == f"{file}: [generate] has no key 'chatty'; the nearest is 'chat'"
     file.write_text(file.read_text().replace("chatty = 0", "chat = false"))
     asked = here("generate", str(small), "bees")
-    arguments = ("--join", private.address(), "--max-new-tokens", "4", "--raw")
+    arguments = ("--join", private, "--max-new-tokens", "4", "--raw")
     assert asked.output == here("--config", os.devnull, "generate", str(small), "bees", *arguments).output != ""
 
 
@@ -309,8 +309,8 @@ def test_a_node_of_the_dht_that_all_join_through(small: Path, here: Here, tmp_pa
             assert here(*generate, address).output == through_node.output
 
 
-def test_status_in_json(address: str, demo_checkpoint: Path, home: Path) -> None:
-    shown = run(home, "status", str(demo_checkpoint), "--json", "--join", address)
+def test_status_in_json(address: str, demo_checkpoint: Path, here: Here) -> None:
+    shown = here("status", str(demo_checkpoint), "--json", "--join", address)
     assert shown.code == 0 and not shown.errors
     status: dict[str, Any] = json.loads(shown.output)
     checkpoint = Checkpoint.open(demo_checkpoint)
@@ -324,10 +324,10 @@ def test_status_in_json(address: str, demo_checkpoint: Path, home: Path) -> None
         assert (peer["device"], peer["dtype"]) == ("cpu", "float32")
 
 
-def test_chat_of_two_turns(address: str, demo_checkpoint: Path, local: Any, tokenizer: Any, home: Path) -> None:
+def test_chat_of_two_turns(address: str, demo_checkpoint: Path, local: Any, tokenizer: Any, here: Here) -> None:
     turns = ["My name is Ada. Who are you?", "What is my name?"]
     arguments = ("chat", str(demo_checkpoint), "--join", address, "--codec", "none", "--max-new-tokens", "20")
-    chat = run(home, *arguments, given="".join(turn + "\n" for turn in turns))
+    chat = here(*arguments, given="".join(turn + "\n" for turn in turns))
     assert chat.code == 0 and not chat.errors
     messages: list[dict[str, str]] = []
     expected = ""
@@ -354,9 +354,9 @@ def test_generate_with_statistics(address: str, demo_checkpoint: Path, here: Her
 
 
 def test_generate_samples_by_seed_reads_stdin_and_takes_a_raw_prompt(
-    private: Daemon, small: Path, home: Path, here: Here
+    private: str, small: Path, home: Path, here: Here
 ) -> None:
-    start = ("generate", str(small), "--join", private.address(), "--max-new-tokens", "12")
+    start = ("generate", str(small), "--join", private, "--max-new-tokens", "12")
     sampled = (*start, "--raw", "--temperature", "1", "bees")
     with ThreadPoolExecutor(2) as pool:
         sampled_once = pool.submit(run, home, *sampled, "--seed", "3")
@@ -376,10 +376,10 @@ def test_generate_samples_by_seed_reads_stdin_and_takes_a_raw_prompt(
 
 
 def test_a_stranger_is_told_so_at_once(
-    private: Daemon, small: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    private: str, small: Path, here: Here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SPLITNET_KEY_FILE", str(tmp_path / "key"))
-    finished = here("generate", str(small), "hi", "--join", private.address())
+    finished = here("generate", str(small), "hi", "--join", private)
     assert re.search("does not accept this client's key.*`splitnet key`.*--authorized-keys", finished.error)
     assert not finished.output
     assert finished.seconds < 20

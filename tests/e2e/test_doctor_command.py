@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import DUO_SPANS, Here
-from tests.e2e.daemons import Daemon
 from tests.e2e.small_model import small_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
@@ -17,8 +16,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
 
 
-def test_a_sound_swarm(duo: list[Daemon], small: Path, here: Here) -> None:
-    told = here("doctor", str(small), "--join", duo[0].address(), "--listen", "tcp://127.0.0.1:0")
+def test_a_sound_swarm(duo: str, small: Path, here: Here) -> None:
+    told = here("doctor", str(small), "--join", duo, "--listen", "tcp://127.0.0.1:0")
     assert told.code == 0 and not told.errors
     *lines, summary = told.output.splitlines()
     # Whether there is a compiler here is no matter.
@@ -32,11 +31,11 @@ def test_a_sound_swarm(duo: list[Daemon], small: Path, here: Here) -> None:
 
 
 def test_a_swarm_of_other_weights_in_json(
-    duo: list[Daemon], small: Path, demo_checkpoint: Path, here: Here, tmp_path: Path
+    duo: str, small: Path, demo_checkpoint: Path, here: Here, tmp_path: Path
 ) -> None:
     (tmp_path / small.name).mkdir()
     revised = small_model(tmp_path / small.name, demo_checkpoint, seed=1)
-    told = here("doctor", str(revised), "--json", "--join", duo[0].address(), "--join", NOBODY)
+    told = here("doctor", str(revised), "--json", "--join", duo, "--join", NOBODY)
     assert told.code == 1 and not told.errors
     report = json.loads(told.output)
     failed = {finding["check"]: finding["text"] for finding in report["findings"] if finding["status"] == "fail"}

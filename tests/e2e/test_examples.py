@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 from tests.e2e.conftest import Here
-from tests.e2e.daemons import Daemon
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -46,14 +45,14 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def printed(demo_checkpoint: Path, address: str, adapter: Path, small: Path, duo: list[Daemon]) -> dict[str, str]:
+def printed(demo_checkpoint: Path, address: str, adapter: Path, small: Path, duo: str) -> dict[str, str]:
     """What each example prints, by its file name; one of them runs beside the others."""
     swarm = (str(demo_checkpoint), address)
     arguments = {
         "chat.py": (*swarm, "Name a colour.", "And another one."),
         "beam_search.py": swarm,
         "tune.py": (*swarm, str(adapter)),
-        "promoters.py": (str(small), duo[0].address(), "1"),
+        "promoters.py": (str(small), duo, "1"),
     }
     with ThreadPoolExecutor(1) as pool:
         generated = pool.submit(example_by_itself, "generate.py", *swarm, PROMPT)

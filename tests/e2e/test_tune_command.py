@@ -18,7 +18,7 @@ from splitnet.tuning.data import TEMPLATE, read_examples
 from splitnet.tuning.encoding import Encoder
 from splitnet.tuning.evaluation import evaluate
 from tests.e2e.conftest import Here
-from tests.e2e.daemons import Daemon, Finished, background
+from tests.e2e.daemons import Finished, background
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -40,11 +40,11 @@ Words = Callable[..., list[str]]
 
 
 @pytest.fixture
-def words(small: Path, duo: list[Daemon], data: Path) -> Words:
+def words(small: Path, duo: str, data: Path) -> Words:
     """The arguments of a run, whose folder and options are given."""
 
     def arguments(output: Path, *options: str) -> list[str]:
-        fixed = ["tune", str(small), "--join", duo[0].address(), "--data", str(data), "--output", str(output)]
+        fixed = ["tune", str(small), "--join", duo, "--data", str(data), "--output", str(output)]
         return [*fixed, "--codec", "none", "--batch-size", "3", *options]
 
     return arguments

@@ -33,9 +33,9 @@ def node() -> Iterator[Directory]:
 
 
 @pytest.fixture(scope="module")
-def pairs(folder: Path) -> Iterator[LocalSwarm]:
+def pairs(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
     """Two peers for every span."""
-    with local_swarm(folder, SPANS * 2) as swarm:
+    with local_swarm(folder, SPANS * 2, node=node) as swarm:
         yield swarm
 
 

@@ -15,6 +15,7 @@ import torch
 from splitnet.client import liveness
 from splitnet.client.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
 from splitnet.client.session import Session
+from splitnet.net.directory import Directory
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 from tests.swarm.proxy import Proxy, proxies
@@ -39,9 +40,9 @@ class Network:
 
 
 @pytest.fixture(scope="module")
-def reached_by_proxies(folder: Path) -> Iterator[Network]:
+def reached_by_proxies(folder: Path, node: Directory) -> Iterator[Network]:
     """Two peers for every span."""
-    with proxies(2 * len(SPANS)) as made, local_swarm(folder, []) as swarm:
+    with proxies(2 * len(SPANS)) as made, local_swarm(folder, [], node=node) as swarm:
         for proxy, span in zip(made, SPANS * 2, strict=True):
             peer = swarm.add(*span, public_host=f"127.0.0.1:{proxy.port}")
             proxy.target = peer._transport.port

@@ -762,6 +762,17 @@ class World:
                 raise AssertionError(f"the machine waits for nothing in {self.state.phase}")
         raise AssertionError(f"the machine does not come to rest in {self.state.phase}")
 
+    def reaches(self, phase: Phase) -> bool:
+        """Runs in order until the machine is in that phase; False: it comes to rest before."""
+        while self.state.phase is not phase:
+            if links := self.busy_links():
+                self.deliver(links[0])
+            elif self.questions:
+                self.answer()
+            elif (self.state.is_settled and not self.state.under_way) or not self.tick():
+                return False
+        return True
+
     def close(self) -> None:
         """Closes, and checks that no peer that lives holds the session."""
         self.feed(Close())

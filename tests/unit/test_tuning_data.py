@@ -114,6 +114,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner),
+    max_leaves=8,
 )
 objects = st.dictionaries(st.sampled_from(["text", "label", "prompt", "completion", "messages"]), json_values)
 
