@@ -64,7 +64,7 @@ def _block_ms(checkpoint: Checkpoint, device: str, weights: str | None) -> float
     """Of a decode step through the first block, here."""
     span = Span.load(checkpoint, 0, 1, device=device, weights=weights)
     row = span.new_row()
-    hidden = torch.randn(1, span.hidden_size)
+    hidden = torch.randn(1, span.hidden_size, generator=torch.Generator().manual_seed(0))
     times: list[float] = []
     for position in range(1 + TIMED_STEPS):
         began = seconds_after_work(span.device)

@@ -108,7 +108,8 @@ class SessionDriver:
         self._prompt = 0
         self._routes = Routes(swarm, codecs, self.state.blocks)
         self._events: deque[Event] = deque()
-        self._asked: AskRoute | None = None
+        self._asked: deque[AskRoute] = deque(maxlen=1)
+        """The route to be planned, if there is one: filled by any thread, emptied by the one that waits."""
         self._handling = threading.RLock()
         self._is_handling = False
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -193,7 +194,7 @@ class SessionDriver:
             case AskAlive(endpoint):
                 swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
             case AskRoute():
-                self._asked = effect
+                self._asked.append(effect)
             case Ban(name, leaves):
                 swarm.ban(name, BAN_S, leaves=leaves)
             case Unban(name):
@@ -219,9 +220,8 @@ class SessionDriver:
         """
         while not until():
             self._refuse_if_closed()
-            asked, self._asked = self._asked, None
-            if asked is not None:
-                self.feed(self._routes.answer(asked, self._needs(self._prompt)))
+            if self._asked:
+                self.feed(self._routes.answer(self._asked.popleft(), self._needs(self._prompt)))
                 continue
             try:
                 self._changed.get(timeout=max(0.0, min(self.state.wake_at - time.monotonic(), threading.TIMEOUT_MAX)))

@@ -82,9 +82,8 @@ class Swarm:
     def __init__(self, watch: HolderWatch) -> None:
         self.watch = watch
         self.others: Sequence[PeerRecord] = [record(0, 2), record(2, 4), record(4, 6)]
-        first = min(self.others[0].key.text, self.others[1].key.text)
         self.own = record(0, 2, max_blocks=2)
-        while self.own.key.text < first:  # where it is the lowest, it may not leave at once
+        while self.own.key.text < max(other.key.text for other in self.others):  # the lowest may not leave at once
             self.own = record(0, 2, max_blocks=2)
         self.published, self.moves = 0, list[tuple[int, int]]()
         self.relocation = Relocation(
