@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -97,7 +98,9 @@ def llama() -> Prompts:
 
 
 # Words, and a character of three bytes: bytes that are none make all bytes beside them unreadable, also earlier ones.
-PIECES = st.lists(st.sampled_from([[3], [4], [5], [6], [7], [8, 9, 10]]), max_size=6).map(lambda each: sum(each, []))
+PIECES = st.lists(st.sampled_from([[3], [4], [5], [6], [7], [8, 9, 10]]), max_size=6).map(
+    lambda each: [*chain.from_iterable(each)]
+)
 
 
 @given(prompt=PIECES, tokens=PIECES)
