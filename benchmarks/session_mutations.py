@@ -69,12 +69,6 @@ MUTATIONS = [
         "pass",
     ),
     Mutation(
-        "a resize that is cut short is forgotten",
-        "session_state",
-        "self.budget, self._growing = max(self.budget, self._growing), 0",
-        "pass",
-    ),
-    Mutation(
         "silence is not noticed",
         "session_state",
         "times.append(self._liveness.wake_at(self._silence_s))",

@@ -423,6 +423,12 @@ class SessionState:
         if step.forks and self._in_flight:
             # A hop that has forked rows does not fork them again, so it could not be told of what was lost before.
             raise SplitnetError("rows were to be forked while steps are under way: wait for them before")
+        starts = {part.row: part.start for part in step.parts}
+        for request in self._in_flight.values():
+            for part in request.step.parts if isinstance(request, StepRequest) else ():
+                if part.start < starts.get(part.row, 0) < part.start + part.length:
+                    # Were it lost, nobody would send its first positions again, which this one builds on.
+                    raise SplitnetError("a step was to begin inside of one under way: wait for that, or begin with it")
         self.log.record(step.parts, step.forks, step.payload)
         self._end_what_is_undone(step)
 

@@ -23,8 +23,10 @@ from tests.swarm.harness import local_swarm
 
 pytestmark = pytest.mark.swarm
 
-COVERED_S = 10.0
-"""Within so long after their last server has died blocks are served again."""
+COVERED_S = 30.0
+"""Long before the records of dead peers expire (60 s) their blocks are served again: in some 6 s on an idle machine,
+but another worker of the tests may have the processor.
+"""
 
 
 @pytest.fixture

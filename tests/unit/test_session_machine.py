@@ -15,7 +15,7 @@ from splitnet.client.session_events import Received, Resize, Use, UseAdapter
 from splitnet.client.session_state import TRANSITIONS, Phase
 from splitnet.errors import PeerBusy
 from splitnet.net.messages import Failure, FailureCode, Fork
-from tests.unit.session_world import SPANS, Faulty, PeerModel, World, adapter, tags_of
+from tests.unit.session_world import CLIENT, SPANS, Faulty, PeerModel, World, adapter, tags_of
 
 index = st.integers(0, 1 << 16)
 peer = st.integers(0, len(SPANS) - 1)
@@ -170,7 +170,20 @@ class Steps(Trouble):
     def rewind(self, at: int, back: int) -> None:
         rows = list(self.world.rows)
         row = rows[at % len(rows)]
-        self.world.submit([(row, max(0, len(self.world.rows[row]) - back), 1, 1)])
+        start = max(0, len(self.world.rows[row]) - back)
+        for each in self.world.asked:
+            for part in each.request.step.parts if not each.request.done and each.request.error is None else ():
+                if part.row == row and part.start < start < part.start + part.length:
+                    start = part.start  # not inside of a step under way
+        self.world.submit([(row, start, 1, 1)])
+
+    @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
+    @rule(at=index, back=st.integers(1, 3))
+    def rewind_and_lose(self, at: int, back: int) -> None:
+        self.rewind(at, back)
+        first = self.world.at(self.world.state.first).name
+        if self.world.links.get((CLIENT, first)):
+            self.world.lose((CLIENT, first), newest=True)
 
     @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
     @precondition(lambda self: not self.world.state.under_way)
