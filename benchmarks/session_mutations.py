@@ -96,8 +96,8 @@ MUTATIONS = [
     Mutation(
         "requests are kept after the end",
         "session_state",
-        "self._in_flight, self._making, self._growing = {}, None, 0",
-        "self._making, self._growing = None, 0",
+        "self._in_flight, self._making = {}, None",
+        "self._making = None",
     ),
     Mutation(
         "a hop that was replaced is still listened to",
