@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from peers.row_memory import SessionTooLong
 from peers.session import Session
-from splitnet.errors import CodecError, ProtocolError
-from splitnet.net.codecs import codec_by_code
+from splitnet.errors import ProtocolError
+from splitnet.net.codecs import check_size, codec_by_code
 from splitnet.net.endpoints import Endpoint, is_address
 from splitnet.net.identity import PublicKey
 from splitnet.net.messages import FailureCode, Open, Payload, Step
@@ -62,9 +62,7 @@ class ServedBlocks:
 
     def check_payload(self, codec: int, payload: Payload, positions: int) -> None:
         """Raises CodecError if there is no such codec, or the payload has not the size of so many positions."""
-        expected = positions * codec_by_code(codec).bytes_per_position(self.hidden_size)
-        if len(payload) != expected:
-            raise CodecError(f"{positions} positions take {expected} bytes, got {len(payload)}")
+        check_size(codec, payload, positions, self.hidden_size)
 
 
 def next_hop_of(message: Open) -> Endpoint | None:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from scheduler.packing import DECODE_POSITIONS
 from splitnet.errors import ProtocolError, SplitnetError
-from splitnet.net.codecs import codec_by_code
+from splitnet.net.codecs import check_size
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import (
     AdapterGradient,
@@ -100,13 +100,6 @@ class Request(ABC):
         """Forgets what has come of it."""
 
 
-def check_size(route: Route, codec: int, payload: Payload, positions: int) -> None:
-    """Raises ProtocolError if a payload does not hold `positions` encoded positions."""
-    wanted = positions * codec_by_code(codec).bytes_per_position(route.hidden_size)
-    if len(payload) != wanted:
-        raise ProtocolError(f"{positions} positions take {wanted} bytes, not {len(payload)}")
-
-
 @dataclass(slots=True, eq=False)
 class StepRequest(Request):
     """New positions: `kept` of them come back from the tail.
@@ -145,7 +138,7 @@ class StepRequest(Request):
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         if not isinstance(message, Result) or source != route.tail or message.end != route.blocks[1]:
             return False
-        check_size(route, message.codec, message.payload, self.kept)
+        check_size(message.codec, message.payload, self.kept, route.hidden_size)
         self.result = message
         return True
 
@@ -253,12 +246,12 @@ class PassRequest(Request):
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         match message:
             case Result() if source == route.tail and message.end == route.blocks[1]:
-                check_size(route, message.codec, message.payload, self.forward.positions)
+                check_size(message.codec, message.payload, self.forward.positions, route.hidden_size)
                 self.result = message
                 if self.back is not None:
                     self.back.batch.send_ready(route)
             case Gradient() if source == route.first and message.boundary == route.blocks[0]:
-                check_size(route, message.codec, message.payload, self.forward.positions)
+                check_size(message.codec, message.payload, self.forward.positions, route.hidden_size)
                 self.gradient = message
             case AdapterGradient() if self.back is not None:
                 return self.back.batch.sums.take(source, message)

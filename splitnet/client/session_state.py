@@ -31,7 +31,7 @@ from splitnet.client.liveness import Finding, Liveness, Verdict, silence_s
 from splitnet.client.overview import blocks_text, short_key
 from splitnet.client.planner import PlannedHop
 from splitnet.client.refill import next_refill
-from splitnet.client.requests import ReplayRequest, Request, StepRequest, check_size
+from splitnet.client.requests import ReplayRequest, Request, StepRequest
 from splitnet.client.route_hop import RouteHop
 from splitnet.client.session_events import (
     Abandon,
@@ -72,7 +72,7 @@ from splitnet.errors import (
     SplitnetError,
 )
 from splitnet.model.adapters import Adapter, counted_down, write_groups
-from splitnet.net.codecs import Codec, codec_by_name
+from splitnet.net.codecs import Codec, check_size, codec_by_name
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import (
     MAX_POSITIONS,
@@ -953,7 +953,7 @@ class SessionState:
         try:
             if result.codec != hop.codec.code:
                 raise ProtocolError(f"codec {result.codec} was not agreed upon")
-            check_size(self, result.codec, result.payload, message.positions)
+            check_size(result.codec, result.payload, message.positions, self.hidden_size)
         except ProtocolError as error:
             self._blame(hop, 0, PeerFailed(f"the peer at {hop.endpoint.address} answered nonsense: {error}"))
             return

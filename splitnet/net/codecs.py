@@ -299,3 +299,10 @@ def codec_by_code(code: int) -> Codec:
         return _CODECS_BY_CODE[code]
     except KeyError:
         raise CodecError(f"codec number {code} is unknown here; upgrade splitnet or use another codec.") from None
+
+
+def check_size(code: int, payload: bytes | memoryview, positions: int, hidden_size: int) -> None:
+    """Raises CodecError if there is no such codec, or the payload has not the size of so many positions."""
+    expected = positions * codec_by_code(code).bytes_per_position(hidden_size)
+    if len(payload) != expected:
+        raise CodecError(f"{positions} positions take {expected} bytes, got {len(payload)}")
