@@ -1,0 +1,358 @@
+"""Weights as a checkpoint stores them in few bits: codes, and what a code stands for.
+
+`StoredTensor` is a tensor to who loads a model: it has a shape and a type, and what transformers does to tensors while
+it loads (rename, stack experts, join gates with up projections, transpose) keeps the codes. Anything else makes floats
+of it, which is right but larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+
+STEPS_GROUP = 256
+"""Inputs that share the float16 number by which the steps of `Kind.STEPS` are multiplied."""
+
+
+class Kind(Enum):
+    """How the scales (or zeros) of groups are stored."""
+
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+    E8M0 = "e8m0"
+    """uint8: 2^(byte - 127), of the OCP Microscaling Formats specification 1.0, section 5.4.1."""
+    STEPS = "steps"
+    """An integer of 8 bits, times a float16 number for every `STEPS_GROUP` inputs, as in the k-quants of GGML."""
+    CODES = "codes"
+    """Only of zeros: the code, uint8, that stands for zero, as in GPTQ and AWQ."""
+    NONE = "none"
+    """Only of zeros."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the codes of a weight `[outputs, inputs]` stand for: `value(code) * scale(group) + zero(group)`.
+
+    Attributes:
+        bits: of a code: 2, 3, 4, 5, 6 or 8.
+        group: inputs that share a scale and a zero: 16, 32, 64 and so on; 0: all inputs of an output.
+        scale: kind of the scales.
+        zero: kind of the zeros; with `Kind.CODES` it is `(value(code) - value(zero)) * scale`.
+        table: name in `TABLES` of what codes stand for; "": for `code - offset`.
+        offset: the code that stands for 0 where there is no table.
+    """
+
+    bits: int
+    group: int
+    scale: Kind
+    zero: Kind = Kind.NONE
+    table: str = ""
+    offset: int = 0
+
+    def nbytes(self, outputs: int, inputs: int) -> int:
+        """Bytes that a weight takes in this layout when nothing is padded."""
+        groups = -(-inputs // self.group) if self.group else 1
+        sizes = {Kind.FLOAT16: 2, Kind.BFLOAT16: 2, Kind.FLOAT32: 4, Kind.E8M0: 1, Kind.STEPS: 1, Kind.CODES: 1}
+        each = sum(groups * sizes.get(kind, 0) for kind in (self.scale, self.zero))
+        each += sum(2 * -(-inputs // STEPS_GROUP) for kind in (self.scale, self.zero) if kind is Kind.STEPS)
+        return outputs * each + -(-outputs * inputs * self.bits // 8)
+
+
+def _floats_of_bytes(dtype: torch.dtype) -> torch.Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(dtype).float()
+
+
+TABLES: dict[str, torch.Tensor] = {
+    # E2M1 of the OCP Microscaling Formats specification 1.0, section 5.3.3.
+    "e2m1": torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]),
+    "e4m3": _floats_of_bytes(torch.float8_e4m3fn),
+    "e5m2": _floats_of_bytes(torch.float8_e5m2),
+    # `kvalues_iq4nl` of GGML.
+    "iq4_nl": torch.tensor(
+        [-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
+    ),
+    # Dettmers et al., "QLoRA", arXiv:2305.14314, appendix E.
+    "nf4": torch.tensor(
+        [
+            *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
+            *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),
+            *(0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941),
+            *(0.7229568362236023, 1.0),
+        ]
+    ),
+}
+"""What a code stands for, by name."""
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight read: all tensors have the outputs as their first dimension.
+
+    Attributes:
+        codes: `[outputs, inputs]`, uint8.
+        scales: `[outputs, groups]`, in the type of the layout's kind; of steps int8 or uint8.
+        zeros: likewise; None if the layout has none. Of steps it is what is added: `steps * zero_units`.
+        scale_units, zero_units: `[outputs, inputs / STEPS_GROUP]`, float16, where scales or zeros are steps.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None = None
+    scale_units: torch.Tensor | None = None
+    zero_units: torch.Tensor | None = None
+
+    def of_outputs(self, outputs: torch.Tensor | slice) -> Codes:
+        """Those of some outputs, in the order given."""
+
+        def some(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[outputs]
+
+        codes, scales = self.codes[outputs], self.scales[outputs]
+        return Codes(codes, scales, some(self.zeros), some(self.scale_units), some(self.zero_units))
+
+    def floats(self, layout: Layout) -> torch.Tensor:
+        """`[outputs, inputs]`, float32: what they stand for."""
+        inputs = self.codes.shape[1]
+        if layout.table:
+            values = TABLES[layout.table].to(self.codes.device)[self.codes.long()]
+        else:
+            values = self.codes.float() - layout.offset
+        group = layout.group or inputs
+        scales = _spread(number_of(layout.scale, self.scales, self.scale_units, group), group, inputs)
+        if self.zeros is None:
+            return values.mul_(scales)
+        if layout.zero is Kind.CODES:
+            return values.sub_(_spread(self.zeros.float() - layout.offset, group, inputs)).mul_(scales)
+        zeros = number_of(layout.zero, self.zeros, self.zero_units, group)
+        return values.mul_(scales).add_(_spread(zeros, group, inputs))
+
+
+def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, group: int) -> torch.Tensor:
+    """Scales or zeros as float32, `[outputs, groups]`.
+
+    Args:
+        stored, units: as in `Codes`.
+        group: inputs that share one.
+    """
+    if kind is Kind.E8M0:
+        return torch.ldexp(torch.ones((), device=stored.device), stored.int() - 127)
+    if kind is Kind.STEPS:
+        assert units is not None
+        spread = units.float().repeat_interleave(STEPS_GROUP // group, dim=1)[:, : stored.shape[1]]
+        return stored.float() * spread
+    return stored.float()
+
+
+def _spread(per_group: torch.Tensor, group: int, inputs: int) -> torch.Tensor:
+    return per_group.repeat_interleave(group, dim=1)[:, :inputs]
+
+
+class StoredMatrix:
+    """One weight `[outputs, inputs]` of a checkpoint, or some of its outputs; it is read when `read` is called.
+
+    Args:
+        layout: of its codes.
+        shape: outputs and inputs.
+        read: reads it. It is called once for each use, and what it gives is not kept.
+    """
+
+    def __init__(self, layout: Layout, shape: tuple[int, int], read: Callable[[], Codes]) -> None:
+        self.layout = layout
+        self.shape = shape
+        self.read = read
+
+    def of_outputs(self, outputs: torch.Tensor | slice) -> StoredMatrix:
+        """Some of its outputs, in the order given."""
+        index = torch.arange(self.shape[0])[outputs]
+        return StoredMatrix(self.layout, (len(index), self.shape[1]), lambda: self.read().of_outputs(index))
+
+    def floats(self) -> torch.Tensor:
+        """`[outputs, inputs]`, float32."""
+        return self.read().floats(self.layout)
+
+
+class StoredTensor(torch.Tensor):
+    """A weight in few bits, as a tensor of floats to others: `[outputs, inputs]`, or one for each expert.
+
+    Attributes:
+        experts: for each expert (one, where there are none) the matrices that, one below the other, are its weight.
+        stacked: whether the tensor has a dimension of experts in front.
+        transposed: whether it is `[..., inputs, outputs]`.
+    """
+
+    experts: tuple[tuple[StoredMatrix, ...], ...]
+    stacked: bool
+    transposed: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        experts: Sequence[Sequence[StoredMatrix]],
+        *,
+        stacked: bool = False,
+        transposed: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> StoredTensor:
+        inputs = experts[0][0].shape[1]
+        outputs = sum(matrix.shape[0] for matrix in experts[0])
+        matrix_shape = (inputs, outputs) if transposed else (outputs, inputs)
+        shape = (len(experts), *matrix_shape) if stacked else matrix_shape
+        made: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
+        made.experts = tuple(tuple(matrices) for matrices in experts)
+        made.stacked, made.transposed = stacked, transposed
+        return made
+
+    @classmethod
+    def of(cls, matrix: StoredMatrix, dtype: torch.dtype = torch.float32) -> StoredTensor:
+        """One matrix as a tensor that says that it is of type `dtype`."""
+        return cls.__new__(cls, [[matrix]], dtype=dtype)
+
+    def floats(self) -> torch.Tensor:
+        """What it stands for, as an ordinary tensor of its type."""
+        whole = [torch.cat([matrix.floats() for matrix in matrices]).to(self.dtype) for matrices in self.experts]
+        tensor = torch.stack(whole) if self.stacked else whole[0]
+        return tensor.transpose(-1, -2).contiguous() if self.transposed else tensor
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"StoredTensor({list(self.shape)}, {self.dtype}, {self.experts[0][0].layout})"
+
+    def _like(self, experts: Sequence[Sequence[StoredMatrix]], **changes: Any) -> StoredTensor:
+        known = {"stacked": self.stacked, "transposed": self.transposed, "dtype": self.dtype}
+        return StoredTensor.__new__(StoredTensor, experts, **(known | changes))
+
+    def _outputs_dim(self) -> int:
+        return self.ndim - (1 if self.transposed else 2)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        kept = _KEEP.get(func.overloadpacket)
+        result = kept(*args, **kwargs) if kept is not None else None
+        if result is not None:
+            return result
+
+        def floats(value: Any) -> Any:
+            if isinstance(value, StoredTensor):
+                return value.floats()
+            if isinstance(value, (list, tuple)):
+                return type(value)(floats(one) for one in value)
+            return value
+
+        return func(*floats(tuple(args)), **{name: floats(value) for name, value in kwargs.items()})
+
+
+def _same(tensor: StoredTensor, **options: Any) -> StoredTensor | None:
+    return tensor._like(tensor.experts)
+
+
+def _converted(tensor: StoredTensor, *, dtype: torch.dtype | None = None, **options: Any) -> StoredTensor | None:
+    device = options.get("device")
+    if device is not None and torch.device(device).type != "cpu":
+        return None
+    if dtype is not None and not dtype.is_floating_point:
+        return None
+    return tensor._like(tensor.experts, dtype=dtype or tensor.dtype)
+
+
+def _transposed(tensor: StoredTensor, first: int = 0, second: int = 1) -> StoredTensor | None:
+    if {first % tensor.ndim, second % tensor.ndim} != {tensor.ndim - 2, tensor.ndim - 1}:
+        return None
+    return tensor._like(tensor.experts, transposed=not tensor.transposed)
+
+
+def _stacked(tensors: Sequence[Any], dim: int = 0) -> StoredTensor | None:
+    stored = _alike(tensors)
+    if stored is None or dim != 0 or stored[0].stacked:
+        return None
+    return stored[0]._like([one.experts[0] for one in stored], stacked=True)
+
+
+def _joined(tensors: Sequence[Any], dim: int = 0) -> StoredTensor | None:
+    stored = _alike(tensors)
+    if stored is None:
+        return None
+    first = stored[0]
+    dim %= first.ndim
+    if dim == first._outputs_dim() and len({len(one.experts) for one in stored}) == 1:
+        return first._like([sum(parts, ()) for parts in zip(*(one.experts for one in stored), strict=True)])
+    if first.stacked and dim == 0:
+        return first._like(sum((one.experts for one in stored), ()))
+    return None
+
+
+def _alike(tensors: Sequence[Any]) -> list[StoredTensor] | None:
+    """All of them, if all are stored and lie in the same way."""
+    stored = [tensor for tensor in tensors if isinstance(tensor, StoredTensor)]
+    ways = {(one.stacked, one.transposed, one.experts[0][0].shape[1]) for one in stored}
+    return stored if len(stored) == len(tensors) and len(ways) == 1 else None
+
+
+def _sliced(
+    tensor: StoredTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> StoredTensor | None:
+    dim %= tensor.ndim
+    if tensor.stacked and dim == 0:
+        return tensor._like(tensor.experts[slice(start, end, step)])
+    if dim != tensor._outputs_dim():
+        return None
+    wanted = range(tensor.shape[dim])[slice(start, end, step)]
+    if not wanted:
+        return None
+    return tensor._like([_outputs_of(matrices, wanted) for matrices in tensor.experts])
+
+
+def _outputs_of(matrices: Sequence[StoredMatrix], wanted: range) -> list[StoredMatrix]:
+    """The matrices of some of the outputs of matrices that stand one below the other."""
+    found: list[StoredMatrix] = []
+    begin = 0
+    for matrix in matrices:
+        here = [index - begin for index in wanted if begin <= index < begin + matrix.shape[0]]
+        if len(here) == matrix.shape[0] and here == list(range(matrix.shape[0])):
+            found.append(matrix)
+        elif here:
+            found.append(matrix.of_outputs(torch.tensor(here)))
+        begin += matrix.shape[0]
+    return found
+
+
+def _selected(tensor: StoredTensor, dim: int, index: int) -> StoredTensor | None:
+    if not tensor.stacked or dim % tensor.ndim != 0:
+        return None
+    return tensor._like([tensor.experts[index]], stacked=False)
+
+
+def _split(tensor: StoredTensor, size: int | Sequence[int], dim: int = 0) -> list[StoredTensor] | None:
+    whole = tensor.shape[dim]
+    sizes = [min(size, whole - at) for at in range(0, whole, size)] if isinstance(size, int) else list(size)
+    parts: list[StoredTensor] = []
+    begin = 0
+    for count in sizes:
+        part = _sliced(tensor, dim, begin, begin + count)
+        if part is None:
+            return None
+        parts.append(part)
+        begin += count
+    return parts
+
+
+_aten: Any = torch.ops.aten
+_KEEP: dict[Any, Callable[..., Any]] = {
+    _aten.detach: _same,
+    _aten.alias: _same,
+    _aten.clone: _same,
+    _aten._to_copy: _converted,
+    _aten.t: _transposed,
+    _aten.transpose: _transposed,
+    _aten.stack: _stacked,
+    _aten.cat: _joined,
+    _aten.slice: _sliced,
+    _aten.select: _selected,
+    _aten.split: _split,
+    _aten.split_with_sizes: _split,
+}
+"""What keeps the codes; a function that gives None leaves it to the floats."""

@@ -1,0 +1,71 @@
+"""Weights in few bits keep their codes through what transformers does to tensors while it loads."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
+
+FOUR_BITS = Layout(4, 32, Kind.FLOAT16, offset=8)
+
+
+def matrix(outputs: int, inputs: int) -> StoredMatrix:
+    codes = Codes(torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8), torch.rand(outputs, inputs // 32).half())
+    return StoredMatrix(FOUR_BITS, (outputs, inputs), lambda: codes)
+
+
+def stored(outputs: int = 8, inputs: int = 64) -> torch.Tensor:
+    return StoredTensor.of(matrix(outputs, inputs))
+
+
+def floats(tensor: torch.Tensor) -> torch.Tensor:
+    assert isinstance(tensor, StoredTensor)
+    return tensor.floats()
+
+
+def same(tensor: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether it has kept its codes and stands for what is expected."""
+    return isinstance(tensor, StoredTensor) and torch.equal(tensor.floats(), expected)
+
+
+def test_experts_are_stacked_and_joined() -> None:
+    gates, ups = [stored() for _ in range(3)], [stored(16) for _ in range(3)]
+    together = torch.cat([torch.stack(gates), torch.stack(ups)], dim=1)
+    expected = torch.cat([torch.stack([floats(one) for one in half]) for half in (gates, ups)], dim=1)
+    assert same(together, expected)
+    assert same(together.transpose(1, 2), expected.transpose(1, 2))
+    assert same(together[1], expected[1])
+    assert same(together[1:], expected[1:])
+    assert same(together[:, 4:12], expected[:, 4:12])
+    assert all(same(*pair) for pair in zip(together.chunk(2, dim=1), expected.chunk(2, dim=1), strict=True))
+
+
+def test_a_parameter_keeps_its_codes_in_the_type_that_is_wished() -> None:
+    given = stored()
+    parameter = nn.Parameter(given.to(torch.bfloat16), requires_grad=False)
+    assert same(parameter, floats(given).bfloat16())
+    assert parameter.dtype == torch.bfloat16
+
+
+def test_all_else_is_done_with_floats() -> None:
+    given = stored()
+    assert torch.equal(given + 1, floats(given) + 1)
+    assert torch.equal(given.view(4, 128), floats(given).view(4, 128))
+    joined = torch.cat([given, torch.ones(8, 64)])
+    assert type(joined) is torch.Tensor and torch.equal(joined[:8], floats(given))
+
+
+def test_what_codes_stand_for() -> None:
+    codes = torch.tensor([[0, 15, 8, 9]], dtype=torch.uint8)
+    scales, zeros = torch.tensor([[2.0, 4.0]]), torch.tensor([[1, 9]], dtype=torch.uint8)
+    made = Codes(codes, scales, zeros).floats(Layout(4, 2, Kind.FLOAT32, Kind.CODES))
+    assert made.tolist() == [[-2.0, 28.0, -4.0, 0.0]]
+    made = Codes(codes, scales, -scales).floats(Layout(4, 2, Kind.FLOAT32, Kind.FLOAT32, offset=8))
+    assert made.tolist() == [[-18.0, 12.0, -4.0, 0.0]]
+    made = Codes(codes, torch.tensor([[128]], dtype=torch.uint8)).floats(Layout(4, 0, Kind.E8M0, table="e2m1"))
+    assert made.tolist() == [[0.0, -12.0, -0.0, -1.0]]
+    units = torch.tensor([[0.5]], dtype=torch.float16)
+    steps = torch.tensor([[3, -1]], dtype=torch.int8)
+    made = Codes(codes, steps, scale_units=units).floats(Layout(4, 2, Kind.STEPS, offset=8))
+    assert made.tolist() == [[-12.0, 10.5, 0.0, -0.5]]
