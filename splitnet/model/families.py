@@ -27,12 +27,12 @@ PACKS = frozenset(
 )
 """Families whose attention can be replaced by a packed one, so that sequences share a pass: each is in the tests."""
 
-LEAN = frozenset({"llama", "mistral", "qwen2", "qwen3", "seed_oss"})
+LEAN = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"})
 """Families whose short steps need not run their own code, as their blocks do what Llama's do at every position: each is
 in the tests. That parts have the same names is not enough: others leave the rotary embedding out in some blocks
 (SmolLM3), or scale queries far from the beginning (Ministral 3), which no short trial shows."""
 
-ONE_WINDOW = frozenset({"mistral"})
+ONE_WINDOW = frozenset({"mistral", "mixtral", "qwen3_moe"})
 """Those of them in which a sliding window of the config is that of all blocks; others must say which blocks have it."""
 
 REFUSED: Mapping[str, str] = {

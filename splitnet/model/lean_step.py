@@ -39,7 +39,7 @@ class LeanStep:
     @classmethod
     def of(cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]) -> LeanStep | None:
         """For these blocks; None if their parts are not the usual ones."""
-        if rope is None or not all(is_usual(block) for block in blocks):
+        if rope is None or not all(is_usual(block, experts=True) for block in blocks):
             return None
         return cls(blocks, rope, windows)
 
@@ -71,7 +71,10 @@ class _Block:
         self._out = attention.o_proj
         self._size: int = attention.head_dim
         self._scale: float = attention.scaling
-        self._gate, self._up, self._down, self._act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+        self._mlp = mlp
+        if is_usual(block):
+            self._mlp = None
+            self._gate, self._up, self._down, self._act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
 
     def forward(
         self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], parts: Sequence[Part]
@@ -100,12 +103,19 @@ class _Block:
         mixed = attended[0] if count == 1 else torch.cat(attended)
         hidden = hidden + _product(self._out, mixed.reshape(count, -1))
         normed = _norm(self._between, hidden)
+        if self._mlp is not None:
+            added = self._mlp(normed[None])
+            return hidden + (added[0] if isinstance(added, tuple) else added)[0]
         gated = self._act(_product(self._gate, normed)).mul_(_product(self._up, normed))
         return hidden + _product(self._down, gated)
 
 
-def is_usual(block: nn.Module) -> bool:
-    """Whether the parts of a block have the names of Llama's; what they do is not known by that."""
+def is_usual(block: nn.Module, *, experts: bool = False) -> bool:
+    """Whether the parts of a block have the names of Llama's; what they do is not known by that.
+
+    Args:
+        experts: what stands in the place of its MLP may be anything that takes and gives hidden states.
+    """
     children = dict(block.named_children())
     if set(children) != _PARTS:
         return False
@@ -113,7 +123,7 @@ def is_usual(block: nn.Module) -> bool:
     within = {name for name, _ in attention.named_children()}
     return (
         within in (_ATTENTION, _ATTENTION | _HEAD_NORMS)
-        and {name for name, _ in children["mlp"].named_children()} == _MLP
+        and (experts or {name for name, _ in children["mlp"].named_children()} == _MLP)
         and all(hasattr(attention, name) for name in ("layer_idx", "head_dim", "scaling"))
         and all(
             hasattr(norm, "variance_epsilon") and hasattr(norm, "weight")

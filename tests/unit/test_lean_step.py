@@ -17,7 +17,8 @@ from splitnet.model.span import Part, Span
 from tests.unit.random_models import random_checkpoint
 
 USUAL = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
-OTHERS = ("gpt2", "olmo2", "gemma2", "phi3", "qwen3_moe", "gpt_oss", "smollm3", "ministral3")
+EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+OTHERS = ("gpt2", "olmo2", "gemma2", "phi3", "gpt_oss", "smollm3", "ministral3")
 
 
 @pytest.fixture(params=["compiled", "of torch"], autouse=True)
@@ -56,6 +57,15 @@ def test_it_gives_the_same(family: str, tmp_path: Path, lengths: tuple[int, ...]
     lean = decoded(span, lengths, 4)
     span._lean = None
     torch.testing.assert_close(lean, decoded(span, lengths, 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_run_as_their_family_runs_them(family: str, tmp_path: Path) -> None:
+    span = load(family, tmp_path)
+    assert type(span._lean) is LeanStep
+    lean = decoded(span, (5, 1, 9), 4)
+    span._lean = None
+    torch.testing.assert_close(lean, decoded(span, (5, 1, 9), 4), rtol=1e-4, atol=1e-5)
 
 
 def windows_of_drafts(span: Span, counts: tuple[int, ...]) -> torch.Tensor:
