@@ -1,0 +1,163 @@
+"""Experts whose weights are held in codes, for every family whose experts transformers runs through one interface.
+
+Such a class (`transformers.integrations.moe.use_experts_implementation`) says how its tensors lie and how it gates, so
+one way to run experts is enough. A decode step reads the experts that were chosen and no others; the positions of a
+prefill are sorted by expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from splitnet.model.grouped_forms import ExpertForm, hold_experts
+from splitnet.model.stored import StoredTensor
+
+MANY_ROWS = 32
+"""Of one expert; from so many on it is faster to make floats of its weight."""
+
+_WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+_INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
+
+
+class _HeldExperts(nn.Module):
+    """Stands before a family's own class of experts. A weight that is set as a `StoredTensor` is held in its codes."""
+
+    held: nn.ModuleDict
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _WEIGHTS and isinstance(value, StoredTensor):
+            self._hold(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _hold(self, name: str, stored: StoredTensor) -> None:
+        others: Any = self
+        lies = stored.transpose(1, 2) if others.is_transposed else stored
+        assert isinstance(lies, StoredTensor)
+        if "held" not in self._modules:
+            self.held = nn.ModuleDict()
+        self.held[name] = hold_experts(lies, torch.device(others._codes_on))
+        delattr(self, name)
+        # For those who only look: the family's code for new weights, which must take this one for filled.
+        absent: Any = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
+        absent._is_hf_initialized = True
+        self.__dict__[name] = absent
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Runs each position through the experts that were chosen for it.
+
+        Args:
+            hidden_states: `[positions, hidden]`.
+            top_k_index: `[positions, chosen]`, int64.
+            top_k_weights: `[positions, chosen]`.
+
+        Returns:
+            `[positions, hidden]`, in the type of `hidden_states`.
+        """
+        if "held" not in self._modules:
+            return super().forward(hidden_states, top_k_index, top_k_weights)
+        own: Any = self
+        positions, chosen = top_k_index.shape
+        experts, order = top_k_index.flatten().sort(stable=True)
+        rows = hidden_states[order // chosen]
+        first = "gate_up_proj" if own.has_gate else "up_proj"
+        inner = self._product(first, rows, experts)
+        inner = own._apply_gate(inner) if own.has_gate else own.act_fn(inner)
+        outer = self._product("down_proj", inner, experts)
+        if getattr(own, "has_post_expert_norm", False):
+            outer = own.post_expert_norm(outer)
+        weighted = outer * top_k_weights.flatten()[order, None]
+        unsorted = torch.empty_like(weighted).index_copy(0, order, weighted)
+        return unsorted.view(positions, chosen, -1).sum(dim=1).to(hidden_states.dtype)
+
+    def _product(self, name: str, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+        own: Any = self
+        if name in self.held:
+            form: Any = self.held[name]
+            product: Any = multiply_by_expert(form, rows, experts)
+        else:  # the one of two that came in floats
+            weight = getattr(self, name)
+            lies = weight.transpose(1, 2) if own.is_transposed else weight
+            product = torch.cat([rows[of] @ lies[expert].T for expert, of in _runs(experts)])
+        return product + getattr(self, f"{name}_bias")[experts] if own.has_bias else product
+
+
+def hold_experts_of(block: nn.Module, device: torch.device) -> int:
+    """Lets all experts of a block that are run through transformers' interface hold codes; tells how many there are."""
+    found = [module for module in block.modules() if has_interface(module)]
+    for module in found:
+        module.__dict__["_codes_on"] = device
+        module.__class__ = _held_class(type(module))
+    return len(found)
+
+
+def has_interface(module: nn.Module) -> bool:
+    """Whether a module holds experts in the way that transformers' interface for them has."""
+    return not isinstance(module, _HeldExperts) and all(hasattr(module, name) for name in _INTERFACE)
+
+
+@cache
+def _held_class(family: type[nn.Module]) -> type[nn.Module]:
+    return type(family.__name__, (_HeldExperts, family), {"__module__": family.__module__})
+
+
+def multiply_by_expert(form: ExpertForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    """Each row times the weight of its expert; gradients flow to the rows.
+
+    Args:
+        rows: `[n, inputs]`.
+        experts: `[n]`, int64, ascending.
+
+    Returns:
+        `[n, outputs]`, in the type of `rows`.
+    """
+    if torch.is_grad_enabled() and rows.requires_grad:
+        return _Product.apply(rows, experts, form)  # pyright: ignore[reportReturnType]
+    return _multiplied(form, rows, experts)
+
+
+def _multiplied(form: ExpertForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
+    if len(rows) < MANY_ROWS:
+        return form.multiply(rows, experts)
+    product = rows.new_empty(len(rows), form.outputs)
+    few = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
+    for expert, of in _runs(experts):
+        if of.stop - of.start >= MANY_ROWS:
+            product[of] = nn.functional.linear(rows[of], form.dequantised(expert, rows.dtype))
+            few[of] = False
+    if few.any():
+        product[few] = form.multiply(rows[few], experts[few])
+    return product
+
+
+def _runs(experts: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Each expert with the rows that are its own."""
+    names, counts = experts.unique_consecutive(return_counts=True)
+    begin = 0
+    for expert, count in zip(names.tolist(), counts.tolist(), strict=True):
+        yield expert, slice(begin, begin + count)
+        begin += count
+
+
+class _Product(torch.autograd.Function):
+    """Nothing is kept for the way back but the weights in their form."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, experts: torch.Tensor, form: ExpertForm) -> torch.Tensor:
+        ctx.experts, ctx.form = experts, form
+        return _multiplied(form, rows, experts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (gradient,) = gradients
+        given = gradient.new_empty(len(gradient), ctx.form.inputs)
+        for expert, of in _runs(ctx.experts):
+            given[of] = gradient[of] @ ctx.form.dequantised(expert, gradient.dtype)
+        return given, None, None
