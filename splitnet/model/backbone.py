@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 from splitnet.errors import UnsupportedModel
 from splitnet.model.families import ADDED_POSITIONS
+from splitnet.model.stored import StoredTensor
 
 
 class Zero(nn.Module):
@@ -155,7 +156,16 @@ def load_cut(
             "shape; take a checkpoint in transformers' format"
         )
     model.__class__ = model_class
+    _make_numbers(model)
     return model
+
+
+def _make_numbers(model: nn.Module) -> None:
+    """Leaves no parameter in the codes of a checkpoint, of which layers know nothing."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if isinstance(parameter, StoredTensor):
+                module.register_parameter(name, nn.Parameter(parameter.floats(), requires_grad=False))
 
 
 _one_at_a_time = threading.Lock()

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig
 from splitnet.model.attention import PACKED
 from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, parent_of
 from splitnet.model.checkpoint import open_store, read_config
-from splitnet.model.dtypes import as_dtype
+from splitnet.model.dtypes import as_dtype, is_number_type
 from splitnet.model.families import packs_sequences, sliding_windows
 from splitnet.model.held_linear import saved_bytes
 from splitnet.model.span import Span
@@ -81,7 +81,7 @@ class ModelSizes:
         """
         store = open_store(model)
         _, config = read_config(store)
-        stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        stored = config.dtype if is_number_type(config.dtype) else torch.float32
         chosen = choose_weights(weights, dtype, stored, torch.device("cpu"))
         return cls.of_config(store.name, config, chosen)
 

@@ -140,7 +140,7 @@ def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, grou
         group: inputs that share one.
     """
     if kind is Kind.E8M0:
-        return torch.ldexp(torch.ones((), device=stored.device), stored.int() - 127)
+        return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 127)
     if kind is Kind.STEPS:
         assert units is not None
         spread = units.float().repeat_interleave(STEPS_GROUP // group, dim=1)[:, : stored.shape[1]]
