@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from splitnet.model.grouped_forms import ExpertForm, hold_experts
-from splitnet.model.stored import StoredTensor
 
 MANY_ROWS = 32
 """Of one expert; from so many on it is faster to make floats of its weight."""
@@ -24,29 +23,10 @@ _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
 
 
-class _HeldExperts(nn.Module):
-    """Stands before a family's own class of experts. A weight that is set as a `StoredTensor` is held in its codes."""
+class HeldExperts(nn.Module):
+    """Stands before a family's own class of experts, for those of its weights that are held in codes."""
 
     held: nn.ModuleDict
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name in _WEIGHTS and isinstance(value, StoredTensor):
-            self._hold(name, value)
-        else:
-            super().__setattr__(name, value)
-
-    def _hold(self, name: str, stored: StoredTensor) -> None:
-        others: Any = self
-        lies = stored.transpose(1, 2) if others.is_transposed else stored
-        assert isinstance(lies, StoredTensor)
-        if "held" not in self._modules:
-            self.held = nn.ModuleDict()
-        self.held[name] = hold_experts(lies, torch.device(others._codes_on))
-        delattr(self, name)
-        # For those who only look: the family's code for new weights, which must take this one for filled.
-        absent: Any = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-        absent._is_hf_initialized = True
-        self.__dict__[name] = absent
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -61,8 +41,6 @@ class _HeldExperts(nn.Module):
         Returns:
             `[positions, hidden]`, in the type of `hidden_states`.
         """
-        if "held" not in self._modules:
-            return super().forward(hidden_states, top_k_index, top_k_weights)
         own: Any = self
         positions, chosen = top_k_index.shape
         experts, order = top_k_index.flatten().sort(stable=True)
@@ -89,23 +67,26 @@ class _HeldExperts(nn.Module):
         return product + getattr(self, f"{name}_bias")[experts] if own.has_bias else product
 
 
-def hold_experts_of(block: nn.Module, device: torch.device) -> int:
-    """Lets all experts of a block that are run through transformers' interface hold codes; tells how many there are."""
-    found = [module for module in block.modules() if has_interface(module)]
-    for module in found:
-        module.__dict__["_codes_on"] = device
-        module.__class__ = _held_class(type(module))
-    return len(found)
+def hold_weight_of_experts(experts: nn.Module, name: str, device: torch.device) -> None:
+    """Holds one weight of experts that `can_hold_experts` in the codes that it came in, a `StoredTensor`."""
+    own: Any = experts
+    stored: Any = own.get_parameter(name).detach()
+    if not isinstance(experts, HeldExperts):
+        experts.__class__ = _held_class(type(experts))
+        own.held = nn.ModuleDict()
+    own.held[name] = hold_experts(stored.transpose(1, 2) if own.is_transposed else stored, device)
+    delattr(experts, name)
+    experts.__dict__[name] = stored  # for those who look at it: it is read from the files when it is used
 
 
-def has_interface(module: nn.Module) -> bool:
-    """Whether a module holds experts in the way that transformers' interface for them has."""
-    return not isinstance(module, _HeldExperts) and all(hasattr(module, name) for name in _INTERFACE)
+def can_hold_experts(layer: nn.Module, name: str) -> bool:
+    """Whether it is a weight of experts that are run as transformers' interface for them has it."""
+    return name in _WEIGHTS and all(hasattr(layer, attribute) for attribute in _INTERFACE)
 
 
 @cache
 def _held_class(family: type[nn.Module]) -> type[nn.Module]:
-    return type(family.__name__, (_HeldExperts, family), {"__module__": family.__module__})
+    return type(family.__name__, (HeldExperts, family), {"__module__": family.__module__})
 
 
 def multiply_by_expert(form: ExpertForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.model.grouped_forms import GroupedForm, JoinedForm, hold_stored
+from splitnet.model.held_experts import can_hold_experts, hold_weight_of_experts
 from splitnet.model.held_linear import HeldLinear, is_router, matrices_of, sizes_of
 from splitnet.model.stored import StoredMatrix, StoredTensor
 
@@ -48,6 +49,9 @@ def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
     for path, layer, name, parameter in found:
         stored: Any = parameter
         matrices: Sequence[StoredMatrix] | None = None
+        if codes_on is not None and can_hold_experts(layer, name):
+            hold_weight_of_experts(layer, name, codes_on)
+            continue
         if codes_on is not None and name == "weight" and can_hold_codes(path, layer):
             matrices = matrices_of(stored, transposed=isinstance(layer, Conv1D))
         if codes_on is None or matrices is None:

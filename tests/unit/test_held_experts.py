@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from splitnet.model.held_experts import MANY_ROWS, hold_experts_of
+from splitnet.model.held_experts import MANY_ROWS
 from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
+from splitnet.model.stored_layers import hold_codes
 from tests.unit.random_models import random_config
 
 HIDDEN = 64
@@ -104,10 +105,10 @@ def test_gives_what_the_family_gives(family: str) -> None:
     ids = torch.randint(1, VOCAB, (1, 4 * MANY_ROWS), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = [model(some).logits for some in (ids, ids[:, :2])]
-    assert hold_experts_of(model, torch.device("cpu")) == len(experts)
     for module, name, codes in stored:
         setattr(module, name, nn.Parameter(codes, requires_grad=False))
-        assert name not in dict(module.named_parameters())
+    hold_codes(model, torch.device("cpu"))
+    assert all(name not in dict(module.named_parameters()) for module, name, _ in stored)
     with torch.no_grad():
         found = [model(some).logits for some in (ids, ids[:, :2])]
     for one, other in zip(found, expected, strict=True):
@@ -125,9 +126,9 @@ def test_gradients_flow_to_what_experts_are_given() -> None:
     gradients: list[torch.Tensor] = []
     for held in (False, True):
         if held:
-            hold_experts_of(experts, torch.device("cpu"))
             for name, one in zip(names, codes, strict=True):
                 setattr(experts, name, nn.Parameter(one, requires_grad=False))
+            hold_codes(experts, torch.device("cpu"))
         given = torch.ones(3, HIDDEN, requires_grad=True)
         experts(given, index, weights).pow(2).sum().backward()
         assert given.grad is not None
