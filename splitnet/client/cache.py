@@ -110,6 +110,11 @@ class RemoteLayer(CacheLayerMixin):
         self.columns = columns
         return session, parts, forks
 
+    def mask(self, new: int) -> torch.Tensor:
+        """`[batch, columns]` bool for the columns that are held and new ones without padding."""
+        columns = torch.arange(self.columns + new)
+        return columns[None] >= torch.tensor(self._padding)[:, None]
+
     def reserve(self, columns: int) -> None:
         """With the next step, asks the peers for memory up to a length that is known in advance."""
         self._reserved_columns = max(self._reserved_columns, columns)

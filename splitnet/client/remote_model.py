@@ -82,11 +82,15 @@ class RemoteModel(PreTrainedModel):
             given["use_cache"] = False
         call = self._blocks.call
         mask, positions = given.get("attention_mask"), given.get("position_ids")
+        # Where no block attends, the families' own generation leaves the mask out behind the prompt.
+        no_masks_later = not hasattr(self.config, "num_attention_heads")
 
         def run(hidden: Any) -> Any:
             if cache is None:
                 return self._blocks.passes.run(hidden, mask, positions, call.prefix)
-            return self._blocks.cached.run(cache, hidden, mask, positions, call.keep, call.prefix)
+            layer = cache.remote
+            seen = layer.mask(hidden.shape[1]) if mask is None and layer.columns and no_masks_later else mask
+            return self._blocks.cached.run(cache, hidden, seen, positions, call.keep, call.prefix)
 
         with self._blocks.calling(run=call.run or run):
             return forward(**given)

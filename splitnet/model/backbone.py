@@ -194,7 +194,7 @@ def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: in
             elif child is not parent and (next(child.parameters(), None) is not None or _is_norm(child)):
                 setattr(owner, name, nn.Identity())
     setattr(parent, list_name, kept)
-    _slice_config(backbone.config, start, end)
+    slice_config(backbone.config, start, end)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -205,7 +205,7 @@ def share_blocks(backbone: PreTrainedModel, container: str, start: int, end: int
     """A backbone with blocks `[start, end)` of another, which has `config.num_hidden_layers` of them."""
     shared = _shallow(backbone)
     shared.config = copy.deepcopy(backbone.config)
-    _slice_config(shared.config, start, end)
+    slice_config(shared.config, start, end)
     owner: nn.Module = shared
     *path, list_name = container.split(".")
     for name in path:
@@ -230,16 +230,22 @@ def _shallow(module: Any) -> Any:
     return shallow
 
 
-def _slice_config(config: PreTrainedConfig, start: int, end: int) -> None:
+def slice_config(config: PreTrainedConfig, start: int, end: int) -> None:
     """Leaves the entries of the blocks `[start, end)` in all lists of the config that have one per block."""
     count = config.num_hidden_layers
     for key, value in list(vars(config).items()):
         if isinstance(value, list) and len(value) == count and key in _PER_BLOCK:
             setattr(config, key, value[start:end])
+    if getattr(config, "attn_layer_indices", None):
+        config.attn_layer_indices = [index - start for index in config.attn_layer_indices if start <= index < end]
+    if hasattr(config, "attn_layer_offset") and hasattr(config, "attn_layer_period"):
+        config.attn_layer_offset = (config.attn_layer_offset - start) % config.attn_layer_period
     config.num_hidden_layers = end - start
 
 
-_PER_BLOCK = ("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_layers")
+_PER_BLOCK = (
+    *("layer_types", "no_rope_layers", "mlp_layer_types", "layers_block_type", "attention_layers", "indexer_types"),
+)
 """Lists in configs with one entry per block. (Others of that length, such as `eos_token_id`, mean something else.)"""
 
 

@@ -23,6 +23,7 @@ class AllBlocks(nn.Module):
 
     attention_type = "full_attention"  # some backbones choose a mask by it
     layer_type = "full_attention"
+    block_type = "full_attention"
 
     def __init__(self, blocks: nn.Module, returns_tuple: bool) -> None:
         super().__init__()
@@ -31,10 +32,10 @@ class AllBlocks(nn.Module):
 
     def forward(
         self, hidden_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> torch.Tensor | tuple[torch.Tensor]:
+    ) -> torch.Tensor | tuple[torch.Tensor, None]:
         """`[batch, sequence, hidden]` -> `[batch, sequence, hidden]`."""
         output = self.blocks(hidden_states)
-        return (output,) if self._returns_tuple else output
+        return (output, None) if self._returns_tuple else output  # some unpack two
 
 
 def blocks_return_tuple(model: PreTrainedModel, container: str) -> bool:

@@ -27,6 +27,29 @@ PACKS = frozenset(
 )
 """Families whose attention can be replaced by a packed one, so that sequences share a pass: each is in the tests."""
 
+STATES = frozenset(
+    {
+        *(
+            "bamba",
+            "falcon_h1",
+            "falcon_mamba",
+            "granitemoehybrid",
+            "jamba",
+            "kimi_linear",
+            "lfm2",
+            "lfm2_moe",
+            "mamba",
+        ),
+        *("mamba2", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next"),
+    }
+)
+"""Families with blocks that keep states besides keys and values, or nothing at all: each is in the tests. Their code
+goes on from a state with many positions as with one by one, but for those of `ONE_BY_ONE`."""
+
+ONE_BY_ONE = frozenset({"falcon_mamba", "jamba", "mamba"})
+"""Those of them that forget the state before a step of several positions: these run one by one, behind the first
+step."""
+
 LEAN = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"})
 """Families whose short steps need not run their own code, as their blocks do what Llama's do at every position: each is
 in the tests. That parts have the same names is not enough: others leave the rotary embedding out in some blocks
@@ -59,6 +82,13 @@ _OWN_ROPE_PER_SEQUENCE = {"dynamic", "longrope"}
 
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
+_OTHER_ATTENTION: Mapping[str, set[str]] = {
+    "deepseek_v32": {"indexed_attention"},
+    "glm_moe_dsa": {"indexed_attention"},
+    "llama4_text": {"chunked_attention"},
+}
+"""Kinds of blocks of families that attend in a way of their own, to positions that are all kept."""
+
 
 def check_can_be_cut(config: PreTrainedConfig) -> None:
     """Refuses a text model that cannot be cut into spans.
@@ -79,6 +109,16 @@ def packs_sequences(config: PreTrainedConfig) -> bool:
     return config.model_type in PACKS and not _rope_types(config) & _OWN_ROPE_PER_SEQUENCE
 
 
+def keeps_states(config: PreTrainedConfig) -> bool:
+    """Whether some blocks of the family keep more than keys and values, or nothing."""
+    return config.model_type in STATES
+
+
+def states_per_block(config: PreTrainedConfig) -> int:
+    """Convolutions of a block that keeps states, each with a state of its own."""
+    return getattr(config, "number_of_conv_states", 1)
+
+
 def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     """Per block its sliding window in positions, or None; empty if the config does not tell blocks apart."""
     window = getattr(config, "sliding_window", None)
@@ -93,13 +133,18 @@ def _reason_against(config: PreTrainedConfig) -> str:
         return "it is a bidirectional encoder"
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         return "its config does not say how many blocks it has"
+    if keeps_states(config):
+        return ""
     if not hasattr(config, "num_attention_heads"):
         return "its blocks keep a recurrent state instead of a KV cache"
     if getattr(config, "num_kv_shared_layers", 0):
         return "its blocks share KV caches with each other"
-    others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_TYPES)
+    if "shared" in (getattr(config, "indexer_types", None) or ()):
+        return "some of its blocks attend to the positions that the block before has chosen"
+    known = _ATTENTION_TYPES | _OTHER_ATTENTION.get(config.model_type, set())
+    others = sorted(set(getattr(config, "layer_types", None) or ()) - known)
     if others:
-        return f"it has blocks of the kind {others[0]!r}, whose state cannot be rewound"
+        return f"it has blocks of the kind {others[0]!r}, whose states are not known here"
     return ""
 
 

@@ -1,14 +1,16 @@
-"""The KV cache of one sequence for the blocks of a span, and the caches that transformers' backbones see."""
+"""What one sequence leaves in the blocks of a span, and the caches that transformers' backbones see."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import Cache
 
 from splitnet.model.adapters import Prefix
+from splitnet.model.row_states import RowStates, StateLayer
 
 FIRST_CAPACITY = 256
 """Positions that the first allocation of a row holds if nothing says how many; each next one doubles."""
@@ -27,21 +29,34 @@ class RowCache:
     appending a token copies only the token. All positions are kept, also for blocks with a sliding window: a rewind is
     then exact.
 
+    Where blocks keep states, the row keeps what came into the span as well. After a rewind to where no copy of the
+    states was made, some positions are to run once more before the next ones: those from `computed` to `length`.
+
     Args:
         room: positions behind the prefix that memory is allocated for; None, or more than that arrive: as it doubles.
         prefix: of an adapter, by block of the span: keys and values that stand before the first position.
+        states: where blocks keep them: none yet.
 
     Attributes:
         length: positions that are stored, without the prefix.
+        computed: positions that keys, values and states stand for.
         prefix_length: positions of the prefix.
     """
 
-    def __init__(self, room: int | None = None, prefix: Mapping[int, Prefix] | None = None) -> None:
+    def __init__(
+        self,
+        room: int | None = None,
+        prefix: Mapping[int, Prefix] | None = None,
+        states: RowStates | None = None,
+    ) -> None:
         self.length = 0
+        self.computed = 0
+        self._states = states
         self.prefix_length = next(iter(prefix.values())).keys.shape[2] if prefix else 0
         self._room = room
         self._prefix = prefix or {}
-        self._blocks: dict[int, _Block] = {}
+        self._blocks: dict[int | str, _Block] = {}
+        """By block; besides, by name, what else the row has of every position."""
         self._places: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}  # while no block's memory moves
 
     @property
@@ -66,13 +81,23 @@ class RowCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the row's tensors occupy."""
-        return sum(block.keys.nbytes + block.values.nbytes for block in self._blocks.values())
+        """Bytes that the row's tensors occupy, without copies of states."""
+        stored = sum(block.keys.nbytes + block.values.nbytes for block in self._blocks.values())
+        return stored + self.state_bytes
 
     @property
-    def blocks(self) -> int:
-        """How many blocks have stored something."""
-        return len(self._blocks)
+    def state_bytes(self) -> int:
+        """Bytes of the present states, however long the row is."""
+        return self._states.nbytes if self._states is not None else 0
+
+    @property
+    def has_states(self) -> bool:
+        return self._states is not None
+
+    @property
+    def blocks(self) -> frozenset[int]:
+        """The blocks that have stored something."""
+        return frozenset(self.shapes()) | (self._states.blocks if self._states is not None else frozenset())
 
     @property
     def bytes_per_position(self) -> int:
@@ -81,12 +106,13 @@ class RowCache:
             tensor.nbytes // tensor.shape[2] for block in self._blocks.values() for tensor in (block.keys, block.values)
         )
 
-    def shapes(self) -> list[list[tuple[int, int]]]:
-        """Heads and head size of the keys and of the values, block by block."""
-        return [
-            [(tensor.shape[1], tensor.shape[3]) for tensor in (block.keys, block.values)]
-            for _, block in sorted(self._blocks.items())
-        ]
+    def shapes(self) -> dict[int, list[tuple[int, int]]]:
+        """Heads and head size of the keys and of the values, by block that keeps them."""
+        return {
+            index: [(tensor.shape[1], tensor.shape[3]) for tensor in (block.keys, block.values)]
+            for index, block in self._blocks.items()
+            if isinstance(index, int)
+        }
 
     def crop(self, length: int) -> None:
         """Forgets all positions from `length` on; their memory is kept for the next ones.
@@ -97,6 +123,8 @@ class RowCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot crop a row of {self.length} positions to {length}")
         self.length = length
+        if length < self.computed:
+            self.computed = self._states.rewind(length) if self._states is not None else length
 
     def fork(self, length: int | None = None, room: int | None = None) -> RowCache:
         """An independent copy of the first `length` positions, or of all.
@@ -104,8 +132,10 @@ class RowCache:
         Args:
             room: see `RowCache`; None: as much as this row has.
         """
-        copy = RowCache(self._room if room is None else room, self._prefix)
-        copy.length = self.length if length is None else length
+        states = self._states.fork() if self._states is not None else None
+        copy = RowCache(self._room if room is None else room, self._prefix, states)
+        copy.length, copy.computed = self.length, self.computed
+        copy.crop(self.length if length is None else length)
         for index, block in self._blocks.items():
             before = self._before(index)
             capacity = block.keys.shape[2] if room is None else before + room
@@ -121,16 +151,16 @@ class RowCache:
         """
         if not 0 < length <= self.length:
             raise ValueError(f"the row has {self.length} positions, not {length}")
-        for index, block in sorted(self._blocks.items()):
-            before = self._before(index)
+        for index in sorted(self.shapes()):
+            block, before = self._blocks[index], self._before(index)
             yield index, block.keys[:, :, before : before + length], block.values[:, :, before : before + length]
 
     def append(self, block_index: int, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores new positions after `length` and gives views of all keys and values up to and with them.
+        """Stores new positions after `computed` and gives views of all keys and values up to and with them.
 
         The prefix comes first.
 
-        `length` itself moves only with `advance`, when all blocks have stored theirs: a pass that fails half-way
+        `computed` itself moves only with `advance`, when all blocks have stored theirs: a pass that fails half-way
         leaves the row as it was.
 
         Args:
@@ -138,9 +168,47 @@ class RowCache:
             keys: `[1, kv heads, new positions, head size]`.
             values: likewise; the head size may differ from that of the keys.
         """
-        start = self._before(block_index) + self.length
+        return self._store(block_index, self.computed, keys, values)
+
+    def append_indexer_keys(self, block_index: int, keys: torch.Tensor) -> torch.Tensor:
+        """As `append`, of the keys by which a block with sparse attention chooses positions: `[1, positions, size]`."""
+        stored, _ = self._store(f"indexer {block_index}", self.computed, keys[:, None], keys[:, None, :, :0])
+        return stored[:, 0]
+
+    def begin_pass(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What is to run for new positions, `[positions, hidden]`: before them, those that are to run once more.
+
+        What the blocks leave then counts only with `advance`.
+        """
+        if self._states is None:
+            return hidden
+        if self.computed > self.length:  # a pass has failed
+            self.computed = self._states.rewind(self.length)
+        inputs, _ = self._store("inputs", self.length, hidden[None, None], hidden[None, None, :, :0])
+        given = inputs[0, 0, self.computed :]
+        self._states.begin(self.computed, len(given))
+        return given
+
+    def begin_again(self, most: int) -> torch.Tensor | None:
+        """The first positions to run once more, `[positions, hidden]`, `most` at most; None: there are none."""
+        if self._states is None or self.computed >= self.length:
+            return None
+        given = self._blocks["inputs"].keys[0, 0, self.computed : min(self.length, self.computed + most)]
+        self._states.begin(self.computed, len(given))
+        return given
+
+    def state_layer(self, block_index: int) -> StateLayer:
+        """The states of a block, for the pass that is running. Raises LookupError if rows of the span have none."""
+        if self._states is None:
+            raise LookupError("some blocks keep a state other than a KV cache")
+        return self._states.layer(block_index)
+
+    def _store(
+        self, key: int | str, position: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        start = self._before(key) + position
         end = start + keys.shape[2]
-        block = self._with_room(block_index, keys, values, end)
+        block = self._with_room(key, keys, values, end)
         block.keys[:, :, start:end] = keys
         block.values[:, :, start:end] = values
         return block.keys[:, :, :end], block.values[:, :, :end]
@@ -175,17 +243,24 @@ class RowCache:
         return places
 
     def advance(self, count: int) -> None:
-        """Counts `count` positions that all blocks have stored."""
+        """Counts `count` positions that all blocks have stored, and those that ran once more before them."""
         self.length += count
+        self.caught_up(self.length)
 
-    def _with_room(self, block_index: int, keys: torch.Tensor, values: torch.Tensor, end: int) -> _Block:
+    def caught_up(self, length: int) -> None:
+        """Keys, values and states stand for the first `length` positions now."""
+        if self._states is not None:
+            self._states.commit()
+        self.computed = length
+
+    def _with_room(self, block_index: int | str, keys: torch.Tensor, values: torch.Tensor, end: int) -> _Block:
         """A block with memory for `end` positions, made like `keys` and `values` if it has none."""
         before = self._before(block_index)
         block = self._blocks.get(block_index)
         if block is None:
             capacity = self._capacity(block_index, end, 0)
             block = self._blocks[block_index] = _Block(_grown(keys, capacity, 0), _grown(values, capacity, 0))
-            if before:
+            if isinstance(block_index, int) and before:
                 block.keys[:, :, :before] = self._prefix[block_index].keys
                 block.values[:, :, :before] = self._prefix[block_index].values
         elif end > block.keys.shape[2]:
@@ -197,10 +272,10 @@ class RowCache:
         block.values = _grown(block.values, capacity, held)
         self._places.clear()
 
-    def _before(self, block_index: int) -> int:
+    def _before(self, block_index: int | str) -> int:
         return self.prefix_length if block_index in self._prefix else 0
 
-    def _capacity(self, block_index: int, needed: int, current: int) -> int:
+    def _capacity(self, block_index: int | str, needed: int, current: int) -> int:
         if self._room is not None and needed <= self._before(block_index) + self._room:
             return self._before(block_index) + self._room
         capacity = max(FIRST_CAPACITY, current)
@@ -264,14 +339,39 @@ class OneRow(Cache):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._row.append(layer_idx, key_states, value_states)
 
+    def update_indexer(self, indexer_key_states: torch.Tensor, layer_idx: int) -> torch.Tensor:
+        return self._row.append_indexer_keys(layer_idx, indexer_key_states)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._row.state_layer(layer_idx).conv_state(state_idx)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        return self._row.state_layer(layer_idx).recurrent_state(state_idx)
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        return self._row.state_layer(layer_idx).update_conv_state(conv_states, state_idx, **kwargs)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
+    ) -> torch.Tensor:
+        return self._row.state_layer(layer_idx).update_recurrent_state(recurrent_states, state_idx, **kwargs)
+
+    def has_previous_state(self, layer_idx: int | None = None, state_idx: int | None = None) -> bool:
+        return self._row.computed > 0
+
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._row.prefix_length + self._row.length
+        return self._row.prefix_length + self._row.computed
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self._row.prefix_length + self._row.length
+        return self._row.prefix_length + self._row.computed
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return self._row.prefix_length + self._row.length + query_length, 0
+        return self._row.prefix_length + self._row.computed + query_length, 0
 
     @property
     def is_sliding(self) -> list[bool]:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitnet.model.attention import PACKED
-from splitnet.model.backbone import causal_class, classifier_class, find_container, load_cut, parent_of
+from splitnet.model.backbone import causal_class, classifier_class, find_container, load_cut, parent_of, slice_config
 from splitnet.model.block_stand_in import AllBlocks, blocks_return_tuple
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
@@ -92,11 +92,11 @@ def _load(
         outlines[:] = [outline_of(block, wanted) for block in getattr(parent, name)]
         setattr(parent, name, nn.ModuleList())
         owners: list[Any] = [model, parent]  # some classes give their backbone a config of its own
-        for owner in owners:
-            owner.config.num_hidden_layers = 1
-            if types := getattr(owner.config, "layer_types", None):
-                # The rotary embedding of some backbones knows only the kinds that there were.
-                owner.config.layer_types = ["full_attention" if "full_attention" in types else types[0]]
+        for own in {id(owner.config): owner.config for owner in owners}.values():
+            # The rotary embedding of some backbones knows only the kinds that there were.
+            types = getattr(own, "layer_types", None) or ()
+            index = types.index("full_attention") if "full_attention" in types else 0
+            slice_config(own, index, index + 1)
 
     # Nothing attends here: the packed attention's name only tells transformers to make no masks, where it can.
     attention = PACKED if packs_sequences(config) else None

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from splitnet.errors import UnsupportedModel, WeightsError
+from splitnet.errors import AdapterError, UnsupportedModel, WeightsError
 from splitnet.model.adapters import (
     PREFIX_KEYS,
     PREFIX_VALUES,
@@ -34,17 +34,34 @@ from splitnet.model.backbone import (
 from splitnet.model.block_sizes import block_bytes, block_sizes
 from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.families import LEAN, NEUTRAL_CONFIG, ONE_WINDOW, packs_sequences, sliding_windows
+from splitnet.model.families import (
+    LEAN,
+    NEUTRAL_CONFIG,
+    ONE_BY_ONE,
+    ONE_WINDOW,
+    keeps_states,
+    packs_sequences,
+    sliding_windows,
+    states_per_block,
+)
 from splitnet.model.fast_step import FastStep, find_fast_step, same_kind
 from splitnet.model.held_linear import hold_weights
 from splitnet.model.kv_cache import OneRow, PassThrough, RowCache, TracedRow
 from splitnet.model.memory import free_memory, guarded
 from splitnet.model.rotary import LengthDependentRopes
+from splitnet.model.row_states import HELD_AT_ONCE, RowStates
 from splitnet.model.span_adapters import SpanAdapters
 from splitnet.model.weight_form import WeightForm
 from splitnet.model.weights import AUTO, STORED, Weights, choose_weights, name_of
 
 __all__ = ["Part", "Span", "block_bytes", "free_memory"]
+
+MERGED_POSITIONS = 8
+"""So many positions that are to run once more run in the pass of the new ones; more get a pass of their own, so that
+the states behind them are kept."""
+
+PASS = 512
+"""Positions that run once more in a pass."""
 
 
 class Span:
@@ -56,7 +73,8 @@ class Span:
         hidden_size: values per position of a boundary activation.
         weights: how they are held.
         weight_bytes: bytes that they take.
-        kv_bytes_per_position: bytes of KV cache that one position of one row takes in all blocks of the span.
+        kv_bytes_per_position: bytes that one position of one row takes in all blocks of the span.
+        state_bytes: bytes that one row takes besides, however long it is, for states and copies of them.
     """
 
     _lean: FastStep | None = None
@@ -81,6 +99,8 @@ class Span:
         self._windows = windows
         self._packs = packs
         self._sdpa = bool(getattr(backbone, "_supports_sdpa", False))
+        self._keeps_states = keeps_states(backbone.config)
+        self._one_by_one = backbone.config.model_type in ONE_BY_ONE
         self._nothing_cached = PassThrough()
         self._ropes: LengthDependentRopes = whole._ropes if whole else LengthDependentRopes(backbone)
         parent, name = parent_of(backbone, container)
@@ -93,7 +113,7 @@ class Span:
         self.weight_bytes = sum(tensor.nbytes for tensor in (*backbone.parameters(), *backbone.buffers()))
         forms = [module for module in backbone.modules() if isinstance(module, WeightForm)]
         self.weight_bytes += sum(form.untracked_bytes for form in forms)
-        self.kv_bytes_per_position = self._probe()
+        self.kv_bytes_per_position, self.state_bytes = self._probe()
         self._lean = self._fast_step(list(blocks), getattr(parent, "rotary_emb", None))
 
     @classmethod
@@ -174,13 +194,14 @@ class Span:
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)
 
     def new_row(self, room: int | None = None, adapter: Adapter | None = None) -> RowCache:
-        """An empty KV cache for one sequence.
+        """What one sequence leaves in the blocks: nothing yet.
 
         Args:
             room: positions that its memory is allocated for; None: it grows by doubling.
             adapter: whose prefix it begins with.
         """
-        return RowCache(room, self._adapters.prefix_of(adapter, self.start, self.end))
+        states = RowStates(states_per_block(self._backbone.config)) if self._keeps_states else None
+        return RowCache(room, self._adapters.prefix_of(adapter, self.start, self.end), states)
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         """Runs new positions of one or more sequences through the blocks and appends them to their rows.
@@ -196,11 +217,35 @@ class Span:
             ValueError: the parts do not fit `hidden` or their rows. Nothing is changed then.
         """
         self._check(hidden, parts)
+        for part in parts:
+            if part.row.length - part.row.computed > MERGED_POSITIONS:
+                self.catch_up(part.row, part.adapter)
         with torch.inference_mode():
             output = self._run(hidden.to(device=self.device, dtype=self.dtype), parts)
         for part in parts:
             part.row.advance(part.count)
         return output
+
+    def catch_up(self, row: RowCache, adapter: Adapter | None, most: int | None = None) -> int:
+        """Runs positions of a row once more that are to run before new ones; `forward` does it otherwise.
+
+        Args:
+            adapter: what they ran with before.
+            most: so many at most; None: all.
+
+        Returns:
+            How many.
+        """
+        done = 0
+        while (most is None or done < most) and (
+            hidden := row.begin_again(PASS if most is None else min(PASS, most - done))
+        ) is not None:
+            part = Part(row, row.computed, len(hidden), adapter)
+            with torch.inference_mode():
+                self._run_one(hidden, part)
+            row.caught_up(part.start + part.count)
+            done += part.count
+        return done
 
     def sequences(self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None) -> torch.Tensor:
         """Runs whole sequences of which nothing is kept; with a graph for gradients if torch records one.
@@ -227,6 +272,11 @@ class Span:
         Raises:
             AdapterError: it names blocks or layers that are not here, or its shapes are not theirs.
         """
+        if self._keeps_states and adapter.prefix_length:
+            raise AdapterError(
+                f"blocks of the family {self._backbone.config.model_type!r} keep states, before which no prefix can "
+                "stand: train an adapter of another kind, such as LoRA"
+            )
         self._adapters.fit(adapter, self.start, self.end)
 
     def keys_and_values(self, row: RowCache, length: int) -> dict[str, torch.Tensor]:
@@ -299,16 +349,32 @@ class Span:
         outputs: list[torch.Tensor] = []
         begin = 0
         for part in parts:
-            with self._ropes.one_sequence(), applying([part.adapter], [part.count]):
-                output = self._backbone(
-                    inputs_embeds=hidden[None, begin : begin + part.count],
-                    position_ids=torch.tensor([list(_positions(part))], device=self.device),
-                    cache=OneRow(part.row),
-                    use_cache=True,
-                )
-            outputs.append(output[0][0])
+            given = part.row.begin_pass(hidden[begin : begin + part.count])
+            output = self._run_one(given, replace(part, start=part.row.computed, count=len(given)))
+            outputs.append(output[-part.count :])
             begin += part.count
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _run_one(self, hidden: torch.Tensor, part: Part) -> torch.Tensor:
+        """Positions of one sequence, `[positions, hidden]`, from `part.start`."""
+        if self._one_by_one and part.start and part.count > 1:
+            outputs: list[torch.Tensor] = []
+            for index in range(part.count):
+                outputs.append(
+                    self._run_one(hidden[index : index + 1], replace(part, start=part.start + index, count=1))
+                )
+                part.row.caught_up(part.start + index + 1)
+            return torch.cat(outputs)
+        row = part.row
+        cache = None if isinstance(row, TracedRow) and not row.prefix_length else OneRow(row)
+        with self._ropes.one_sequence(), applying([part.adapter], [part.count]):
+            output = self._backbone(
+                inputs_embeds=hidden[None],
+                position_ids=torch.tensor([list(_positions(part))], device=self.device),
+                cache=cache,
+                use_cache=cache is not None,
+            )
+        return output[0][0]
 
     def _fast_step(self, blocks: Sequence[nn.Module], rope: nn.Module | None) -> FastStep | None:
         """A faster way for decode steps, if there is one for these blocks that gives the same."""
@@ -322,8 +388,12 @@ class Span:
             return same_kind(former, blocks, rope, windows, self.dtype) if former is not None else None
         return find_fast_step(self, blocks, rope, windows)
 
-    def _probe(self) -> int:
-        """Runs one position: proves that the blocks run on their own, and measures what it leaves in the cache."""
+    def _probe(self) -> tuple[int, int]:
+        """Runs one position: proves that the blocks run on their own, and measures what it leaves.
+
+        Returns:
+            Bytes of each position, and bytes that a row takes besides.
+        """
         row = self.new_row()
         family = self._backbone.config.model_type
         try:
@@ -333,11 +403,12 @@ class Span:
         except Exception as error:
             held = f" with weights held as {self.weights.kind}" if self.weights.kind != name_of(self.dtype) else ""
             raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own{held}: {error}") from error
-        if output.shape != (1, self.hidden_size) or row.blocks != self.end - self.start:
+        all_keep = len(row.blocks) == self.end - self.start or self._keeps_states  # of those, some have experts alone
+        if output.shape != (1, self.hidden_size) or not all_keep:
             raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")
         if self._whole is self:
             self._adapters.kv_shapes = row.shapes()
-        return row.bytes_per_position
+        return row.bytes_per_position, row.state_bytes * HELD_AT_ONCE
 
 
 def _positions(part: Part) -> range:

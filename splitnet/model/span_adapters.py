@@ -16,14 +16,14 @@ class SpanAdapters:
         first: the number of the first one.
 
     Attributes:
-        kv_shapes: by block, heads and head size of the keys and of the values.
+        kv_shapes: by block that keeps them, heads and head size of the keys and of the values.
     """
 
     def __init__(self, blocks: nn.ModuleList, first: int) -> None:
         self._blocks = blocks
         self._first = first
         self._adapted: set[tuple[int, str]] = set()
-        self.kv_shapes: list[list[tuple[int, int]]] = []
+        self.kv_shapes: dict[int, list[tuple[int, int]]] = {}
 
     def fit(self, adapter: Adapter, start: int, end: int) -> None:
         """Makes the blocks `[start, end)` ready for an adapter.
@@ -39,7 +39,7 @@ class SpanAdapters:
                 self._adapted.add((block, path))
                 layer.register_forward_hook(AddsLowRank(block, path))
         for block, prefix in adapter.prefixes():
-            shapes = self.kv_shapes[self._index(block, start, end)]
+            shapes = self.kv_shapes.get(self._index(block, start, end))
             if [(tensor.shape[1], tensor.shape[3]) for tensor in prefix] != shapes:
                 raise AdapterError(f"keys and values of block {block} have (heads, size) {shapes}, the prefix has not")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from transformers import AutoModelForCausalLM
 
 from scheduler.speculation import Window
 from splitnet.client.speculation.experience import Experience
+from splitnet.model.families import STATES
 from splitnet.net.directory import Directory
-from tests.swarm.harness import local_swarm
-from tests.unit.random_models import random_checkpoint
+from tests.swarm.generation import After
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint
 
 pytestmark = pytest.mark.swarm
 
@@ -35,6 +38,7 @@ FAMILIES = (
     "gpt_neox",
     "bloom",
     "falcon",
+    *(HYBRIDS | SPARSE),
 )
 
 
@@ -43,7 +47,7 @@ def test_generates_as_transformers_does(
     family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Experience, "window", lambda *_: Window(2, 3))
-    folder = random_checkpoint(family, tmp_path)
+    folder = random_checkpoint(family, tmp_path, **(HYBRIDS | SPARSE).get(family, {}))
     local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 300, (2, 11), generator=generator)
@@ -59,6 +63,20 @@ def test_generates_as_transformers_does(
         beams = remote.generate(ids[:1], attention_mask=mask[:1], num_beams=3, **options)
         with torch.no_grad():
             logits = remote(ids[:1]).logits
+        gradient = embedding_gradient(remote, ids[:1])
+        if family in STATES:
+            local_part = swarm.model(local_blocks="1:3")
+            mixed = local_part.generate(ids[:1], attention_mask=mask[:1], speculate="prompt-lookup", **options)
+            assert torch.equal(mixed, one)
+        if family in HYBRIDS | SPARSE:
+            swarm.add(1, 4)
+            with remote.session() as cache:
+                repaired = remote.generate(
+                    ids[:1], attention_mask=mask[:1], streamer=After(6, kill_hop(swarm, cache)), **options
+                )
+                assert cache.session is not None and len(cache.session.recoveries) == 1
+            assert torch.equal(repaired, one)
+    torch.testing.assert_close(gradient, embedding_gradient(local, ids[:1]), atol=1e-4, rtol=1e-3)
     assert torch.equal(one, local.generate(ids[:1], attention_mask=mask[:1], **options))
     assert torch.equal(drafted, one)
     assert torch.equal(padded, local.generate(ids, attention_mask=mask, **options))
@@ -66,3 +84,21 @@ def test_generates_as_transformers_does(
     with torch.no_grad():
         expected = local(ids[:1]).logits
     torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-3)
+
+
+def kill_hop(swarm: LocalSwarm, cache: Any) -> Callable[[], None]:
+    """Ends the second hop of the session of a cache."""
+
+    def kill() -> None:
+        doomed = cache.session.hops[1].endpoint
+        next(peer for peer in swarm.peers if peer.endpoint == doomed).close()
+
+    return kill
+
+
+def embedding_gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """That of a loss by the embeddings of its input."""
+    embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
+    model(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
+    assert embedded.grad is not None
+    return embedded.grad

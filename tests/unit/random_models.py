@@ -35,6 +35,91 @@ def random_checkpoint(
     return folder
 
 
+_LINEAR_ATTENTION = {"num_value_heads": 4, "num_key_heads": 2, "key_head_dim": 16, "value_head_dim": 16}
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_d_ssm": 128,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 16,
+    "mamba_dt_rank": 4,
+    "ssm_state_size": 16,
+    "state_size": 16,
+    "n_groups": 1,
+    "chunk_size": 16,
+    "expand": 2,
+    "time_step_rank": 4,
+    "n_routed_experts": 4,
+    "moe_shared_expert_intermediate_size": 48,
+    "shared_expert_intermediate_size": 48,
+}
+
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [2, 4]},
+    "falcon_h1": {},
+    "falcon_mamba": {"num_heads": 8, "head_dim": 16, "intermediate_size": 128},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention"] * 2, "embedding_multiplier": 2.0},
+    "jamba": {"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2,
+        "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+        "num_key_value_heads": 4,
+        "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 24,
+        "kv_lora_rank": 16,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    },
+    "lfm2": {
+        "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention", "conv"],
+        "block_auto_adjust_ff_dim": False,
+        "full_attn_idxs": None,
+    },
+    "lfm2_moe": {
+        "layer_types": ["conv", "conv", "full_attention", "conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+    },
+    "mamba": {"intermediate_size": 128},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    # In the family's code, steps of one position do not know the least time step that longer ones keep.
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "mamba", "mlp", "attention"],
+        "time_step_min": 1e-12,
+    },
+    "olmo_hybrid": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
+    "qwen3_5_moe_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
+    "qwen3_5_text": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
+    "qwen3_next": {"layer_types": ["linear_attention", "linear_attention", "full_attention"] * 2},
+}
+"""Families whose blocks keep states, with what a small config of each says besides: for six blocks."""
+
+
+_LATENT_ATTENTION = {
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+}
+_INDEXER = {"index_topk": 6, "index_head_dim": 32, "index_n_heads": 32}  # with few heads, scores are often equal
+
+SPARSE: dict[str, dict[str, Any]] = {
+    "deepseek_v32": {**_LATENT_ATTENTION, "first_k_dense_replace": 2, **_INDEXER},
+    "llama4_text": {"attention_chunk_size": 6, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96},
+    "glm_moe_dsa": {**_LATENT_ATTENTION, **_INDEXER},
+}
+"""Families whose blocks attend to some positions only, in a way of their own."""
+
+
 def random_config(family: str, *, blocks: int, hidden: int, vocab: int, **overrides: Any) -> Any:
     """A config of the family with small sizes; names that the family does not have are left out."""
     config_class = CONFIG_MAPPING[family]
@@ -61,6 +146,9 @@ def random_config(family: str, *, blocks: int, hidden: int, vocab: int, **overri
         "num_experts": 4,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": hidden,
+        # states beside or instead of attention
+        **{f"linear_{name}": size for name, size in _LINEAR_ATTENTION.items()},
+        **_MAMBA,
     }
     known = {name: value for name, value in sizes.items() if hasattr(default, name)}
     if isinstance(getattr(type(default), "head_dim", None), property):

@@ -19,9 +19,9 @@ from transformers import (
     DynamicCache,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    MambaConfig,
-    MambaForCausalLM,
     PreTrainedModel,
+    RwkvConfig,
+    RwkvForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -30,11 +30,11 @@ from splitnet.errors import OutOfMemory, UnsupportedModel
 from splitnet.model import memory
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.ends import ends_of
-from splitnet.model.families import PACKS
+from splitnet.model.families import PACKS, STATES
 from splitnet.model.kv_cache import RowCache
 from splitnet.model.shell import backbone_of, load_shell
 from splitnet.model.span import Part, Span, block_bytes
-from tests.unit.random_models import random_checkpoint
+from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint
 
 CUTS = ((0, 1), (1, 4), (4, 6))
 LENGTHS = (17, 25, 9)
@@ -71,6 +71,7 @@ CASES = [
     Case("gpt2", {"scale_attn_by_inverse_layer_idx": True}),
     Case("gpt_neo", {"attention_types": [[["global", "local"], 3]], "window_size": 8}),
     Case("mpt"),
+    *(Case(family, overrides) for family, overrides in (HYBRIDS | SPARSE).items()),
 ]
 """Blocks of all kinds: what the project names, and where families differ within themselves."""
 
@@ -176,9 +177,9 @@ def whole_model(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def assert_close(actual: torch.Tensor, expected: torch.Tensor) -> None:
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float = TOLERANCE) -> None:
     assert expected.std() > 0.05, "the reference is degenerate"
-    assert (actual - expected).abs().max() <= TOLERANCE * expected.abs().max()
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 @pytest.mark.parametrize("case", [*CASES, *OTHER_CASES], ids=str)
@@ -241,7 +242,9 @@ def test_packed_spans_equal_the_whole_model(case: Case, made: Callable[[Case], P
 
     for ids, output in zip(tokens, outputs, strict=True):
         tap.answer = output[None]
-        assert_close(shell(ids).logits, whole(ids).logits)
+        # Recurrences sum in another order where a step has another length.
+        tolerance = 3e-5 if case.family in STATES else TOLERANCE
+        assert_close(shell(ids).logits, whole(ids).logits, tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -252,12 +255,13 @@ def test_shell_over_local_spans_equals_the_whole_model(case: Case, made: Callabl
     whole = whole_model(folder)
     shell = load_shell(checkpoint, LocalChain(load_spans(checkpoint)))
     ids = torch.randint(3, 300, (2, 13))
-    assert_close(shell(ids).logits, whole(ids).logits)
+    assert_close(shell(ids).logits, whole(ids).logits, 3e-5 if case.family in STATES else TOLERANCE)
     assert type(shell) is type(whole)
     assert shell.config.num_hidden_layers == checkpoint.num_blocks
     assert "cache" in inspect.signature(type(backbone_of(shell)).forward).parameters
     blocks = sum(checkpoint.bytes_of((tensor.name for tensor in block), None) for block in checkpoint.block_tensors)
-    whole_bytes = sum(parameter.nbytes for parameter in whole.parameters())
+    stored = whole.state_dict(keep_vars=True).values()  # some have more in it than parameters
+    whole_bytes = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in stored}.values())
     assert sum(parameter.nbytes for parameter in shell.parameters()) == whole_bytes - blocks
 
 
@@ -429,17 +433,17 @@ def test_too_little_memory_says_how_many_blocks_fit(llama: Checkpoint, monkeypat
 
 
 def test_families_that_cannot_be_cut_are_refused_by_name(tmp_path: Path) -> None:
-    mamba = MambaForCausalLM(MambaConfig(num_hidden_layers=2, hidden_size=16, vocab_size=30, state_size=4))
-    mamba.save_pretrained(tmp_path / "mamba")
-    with pytest.raises(UnsupportedModel, match=r"'mamba'.*recurrent"):
-        Checkpoint.open(tmp_path / "mamba")
+    rwkv = RwkvForCausalLM(RwkvConfig(num_hidden_layers=2, hidden_size=16, vocab_size=30))
+    rwkv.save_pretrained(tmp_path / "rwkv")
+    with pytest.raises(UnsupportedModel, match=r"'rwkv'.*recurrent"):
+        Checkpoint.open(tmp_path / "rwkv")
     t5 = T5ForConditionalGeneration(T5Config(num_layers=1, d_model=16, d_kv=8, d_ff=16, num_heads=2, vocab_size=30))
     t5.save_pretrained(tmp_path / "t5")
     with pytest.raises(UnsupportedModel, match=r"'t5'.*encoder-decoder"):
         Checkpoint.open(tmp_path / "t5")
-    random_checkpoint("lfm2", tmp_path / "lfm2", layer_types=["conv", "full_attention"] * 3)
-    with pytest.raises(UnsupportedModel, match=r"'lfm2'.*'conv'"):
-        Checkpoint.open(tmp_path / "lfm2")
+    random_checkpoint("minimax", tmp_path / "minimax", layer_types=["linear_attention", "full_attention"] * 3)
+    with pytest.raises(UnsupportedModel, match=r"'minimax'.*'linear_attention'"):
+        Checkpoint.open(tmp_path / "minimax")
 
 
 def test_a_family_that_does_more_than_its_blocks_is_refused(tmp_path: Path) -> None:

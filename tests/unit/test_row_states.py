@@ -1,0 +1,110 @@
+"""The states of one row, with rewinds and forks, against sums that are computed anew each time."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitnet.model.kv_cache import OneRow, RowCache
+from splitnet.model.row_states import COPIES, REACH, RowStates
+
+SIZE = 3
+
+actions = st.one_of(
+    st.tuples(st.just("step"), st.integers(1, 90)),
+    st.tuples(st.just("decode"), st.integers(1, 40)),
+    st.tuples(st.just("crop"), st.floats(0, 1)),
+    st.tuples(st.just("draft"), st.integers(1, 6)),
+    st.tuples(st.just("fork"), st.floats(0, 1)),
+    st.tuples(st.just("fail"), st.integers(1, 3)),
+)
+
+
+class Accumulator:
+    """Stands for a span of two blocks with states: each sums up all inputs; one writes to its state in place."""
+
+    def __init__(self) -> None:
+        self.ran = 0
+
+    def run(self, row: RowCache, hidden: torch.Tensor, *, fails: bool = False) -> torch.Tensor:
+        """`[positions, SIZE]` -> `[positions, SIZE]`: the sums up to each position."""
+        given = row.begin_pass(hidden)
+        cache, self.ran = OneRow(row), self.ran + len(given)
+        sums: list[torch.Tensor] = []
+        for block in (0, 2):
+            before = cache.get_recurrent_state(block)
+            cache.update_conv_state(given.T[None], block, conv_kernel_size=2)
+            sums.append(given.cumsum(0) + (before[0] if before is not None else 0))
+            if before is not None and block:
+                before.copy_(sums[-1][None, -1])
+            elif not (fails and block):
+                cache.update_recurrent_state(sums[-1][None, -1], block)
+        if fails:
+            return given
+        row.advance(len(hidden))
+        assert torch.equal(*sums)
+        return sums[0][-len(hidden) :]
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(actions, max_size=14), st.sampled_from([None, 16]))
+def test_a_row_goes_on_from_wherever_it_was_cut(steps: list[tuple[str, float]], room: int | None) -> None:
+    span, generator = Accumulator(), torch.Generator().manual_seed(0)
+    row = RowCache(room, states=RowStates(1))
+    held = torch.empty(0, SIZE, dtype=torch.float64)
+    others: list[tuple[RowCache, torch.Tensor]] = []
+
+    def grow(row: RowCache, held: torch.Tensor, count: int) -> torch.Tensor:
+        new = torch.randint(-9, 9, (count, SIZE), generator=generator).double()
+        together = torch.cat((held, new))
+        assert torch.equal(span.run(row, new), together.cumsum(0)[len(held) :])
+        return together
+
+    for action, amount in steps:
+        if action == "step":
+            held = grow(row, held, int(amount))
+        elif action == "decode":
+            for _ in range(int(amount)):
+                held = grow(row, held, 1)
+        elif action == "crop":
+            held = held[: int(len(held) * amount)]
+            row.crop(len(held))
+        elif action == "draft":  # of a window, all but the first are rejected
+            start, owed = len(held), row.length - row.computed
+            held = grow(row, held, int(amount))[: start + 1]
+            row.crop(start + 1)
+            assert row.length - row.computed <= owed + 1, "what was right runs once more, and nothing else"
+        elif action == "fork":
+            others.append((row, held))
+            held = held[: int(len(held) * amount)]
+            row = row.fork(len(held))
+        else:
+            span.run(row, torch.ones(int(amount), SIZE, dtype=torch.float64), fails=True)
+        assert row.length == len(held)
+        assert row._states is not None and len(row._states.lengths) <= COPIES
+    for other, kept in others:  # what a fork did has not touched it
+        grow(other, kept, 3)
+    grow(row, held, 2)
+
+
+def test_rewinds_within_reach_run_little_again() -> None:
+    span, row = Accumulator(), RowCache(states=RowStates(1))
+    span.run(row, torch.ones(200, SIZE))
+    for _ in range(100):
+        span.run(row, torch.ones(5, SIZE))
+        for back in (5, 10):
+            if row.length > 210:
+                fork = row.fork(row.length - back)
+                assert fork.computed == fork.length, "a copy was made before each window"
+    fork = row.fork(row.length - REACH)
+    assert fork.length - 2 * REACH < fork.computed <= fork.length
+
+
+def test_what_a_row_takes_is_known() -> None:
+    span, row = Accumulator(), RowCache(4, states=RowStates(1))
+    span.run(row, torch.ones(3, SIZE))
+    assert row.state_bytes == 2 * (SIZE * 4 + SIZE * 2 * 4)  # blocks, sums, and two inputs of a convolution
+    assert row.nbytes == row.state_bytes + 4 * SIZE * 4
+    assert row.bytes_per_position == SIZE * 4
+    assert row.blocks == {0, 2}
