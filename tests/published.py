@@ -87,6 +87,7 @@ class Published:
         store: what becomes of the tensors.
         quantization: the config's `quantization_config`.
         stored_as: the `model_type` that the file has, where transformers has another name for it.
+        text_only: the text model is published by itself, though transformers has it only inside of another.
         rename: pattern -> replacement, for names that transformers does not write as they are published.
     """
 
@@ -96,6 +97,7 @@ class Published:
     store: Callable[[Tensors], tuple[Tensors, Tensors]] | None = None
     quantization: Mapping[str, Any] | None = None
     stored_as: str | None = None
+    text_only: bool = False
     rename: Mapping[str, str] = field(default_factory=dict)
 
     def write(self, published: Path, plain: Path, *, seed: int = 0) -> PreTrainedModel:
@@ -106,8 +108,12 @@ class Published:
         stored, numbers = (tensors, tensors) if self.store is None else self.store(tensors)
         save_file(numbers, plain / "model.safetensors", {"format": "pt"})
         published.mkdir()
+        if self.text_only:
+            stored = {name: tensor for name, tensor in stored.items() if "vi" not in name.split(".")[0]}
         save_file(stored, published / "model.safetensors", {"format": "pt"})
         config = json.loads((plain / "config.json").read_text())
+        if self.text_only:
+            config = config["text_config"] | {"model_type": self.stored_as}
         if self.quantization is not None:
             config["quantization_config"] = self.quantization
         if self.stored_as is not None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.dtypes import is_number_type
+from splitnet.model.families import SAME_AS
 from splitnet.model.lazy_tensors import LazyTensors
 from splitnet.model.quantization import quantization_settings, quantized_format
 from splitnet.model.quantized_format import Part, Weights
@@ -51,7 +52,11 @@ class SafetensorsStore:
     @cached_property
     def _config(self) -> PreTrainedConfig:
         try:
-            config = AutoConfig.from_pretrained(self._config_file)
+            values, _ = PreTrainedConfig.get_config_dict(self._config_file)
+            if known := SAME_AS.get(values.get("model_type", "")):
+                config = AutoConfig.for_model(**(values | {"model_type": known}))
+            else:
+                config = AutoConfig.from_pretrained(self._config_file)
         except OSError as error:
             raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
         except (ValueError, KeyError, AttributeError) as error:

@@ -177,6 +177,25 @@ CATALOGUE: dict[str, tuple[tuple[str, ...], Published]] = {
             bfloat16,
         ),
     ),
+    "step3p5-bfloat16": (
+        ("Step-3.5-Flash",),
+        Published(
+            "step3p7",
+            {
+                **MOE,
+                "n_routed_experts": 4,
+                "num_local_experts": 4,
+                "share_expert_dim": 64,
+                "sliding_window": 8,
+                "layer_types": ["full_attention", "sliding_attention", "sliding_attention"] * 2,
+                "mlp_layer_types": ["dense"] + ["sparse"] * 5,
+            },
+            {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2},
+            bfloat16,
+            stored_as="step3p5",
+            text_only=True,
+        ),
+    ),
     "qwen3_vl-bfloat16": (("Qwen3-VL-4B-Instruct",), Published("qwen3_vl", {}, QWEN_VISION, bfloat16)),
 }
 """Family and format -> the models that are published so, and a small one."""
