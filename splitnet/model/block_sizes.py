@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from splitnet.model.backbone import backbone_class, find_container, loaded_as
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.grouped_forms import held_bytes
+from splitnet.model.held_experts import weights_of_experts
 from splitnet.model.held_linear import holdable_layers
 from splitnet.model.tensor_store import TensorFacts
 from splitnet.model.weights import Weights, choose_weights
@@ -107,6 +108,13 @@ def size_of_block(
         else:
             continue
         held -= outputs * inputs * weights.dtype.itemsize - taken
+    if weights.keeps_codes and codes:
+        for path, parameter, transposed in weights_of_experts(block):
+            stored = codes.get(prefix + path, ())
+            if sum(math.prod(one.shape) for one in stored) == parameter.numel():
+                held -= parameter.numel() * weights.dtype.itemsize
+                held += sum(codes_bytes(one, transposed=transposed) for one in stored)
+                coded = True
     return BlockSize(plain, held, coded, converted)
 
 
@@ -126,5 +134,7 @@ def codes_within(model: PreTrainedModel, tensors: Mapping[str, TensorFacts]) -> 
 def codes_bytes(facts: TensorFacts, *, transposed: bool = False) -> int:
     """Bytes that a weight takes that is held in the codes of the checkpoint."""
     assert facts.layout is not None
-    outputs, inputs = reversed(facts.shape) if transposed else facts.shape
-    return held_bytes(facts.layout, outputs, inputs)
+    *experts, outputs, inputs = facts.shape
+    if transposed:
+        outputs, inputs = inputs, outputs
+    return math.prod(experts) * held_bytes(facts.layout, outputs, inputs)

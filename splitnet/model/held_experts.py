@@ -84,6 +84,15 @@ def can_hold_experts(layer: nn.Module, name: str) -> bool:
     return name in _WEIGHTS and all(hasattr(layer, attribute) for attribute in _INTERFACE)
 
 
+def weights_of_experts(block: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
+    """The weights in a block that `can_hold_experts`: path, weight, and whether it is `[experts, inputs, outputs]`."""
+    for path, layer in block.named_modules():
+        for name, parameter in layer.named_parameters(recurse=False):
+            if can_hold_experts(layer, name):
+                own: Any = layer
+                yield f"{path}.{name}", parameter, own.is_transposed
+
+
 @cache
 def _held_class(family: type[nn.Module]) -> type[nn.Module]:
     return type(family.__name__, (HeldExperts, family), {"__module__": family.__module__})

@@ -42,7 +42,7 @@ class ModelSizes:
         head_bytes: weights of the head, which a client reads for every token.
         max_positions: that the model was made for; None if its config does not say.
         weights: what those of linear layers in blocks are held as; as `dtype` if not given.
-        saved_bytes: how many more the weights of a block would take in `dtype`.
+        saved_bytes, saved_expert_bytes: how many more the weights of a block, and of its experts, would take in `dtype`.
         file_bytes: of the checkpoint; 0 if only its config was read.
     """
 
@@ -59,6 +59,7 @@ class ModelSizes:
     max_positions: int | None
     weights: str = ""
     saved_bytes: int = 0
+    saved_expert_bytes: int = 0
     file_bytes: int = 0
 
     @property
@@ -72,7 +73,8 @@ class ModelSizes:
     @property
     def flops_per_position(self) -> float:
         """Of one position in one block: a multiplication and an addition for every weight that it uses."""
-        used = self.block_bytes + self.saved_bytes - (1 - self.expert_share) * self.expert_bytes
+        experts = self.expert_bytes + self.saved_expert_bytes
+        used = self.block_bytes + self.saved_bytes - (1 - self.expert_share) * experts
         return 2 * used / self._itemsize
 
     @property
@@ -135,7 +137,13 @@ class ModelSizes:
     def in_codes_of(self, checkpoint: Checkpoint, weights: Weights) -> ModelSizes:
         """The same where a checkpoint has weights in codes, of blocks and of the client's part."""
         blocks = block_sizes(checkpoint, weights, range(checkpoint.num_blocks))
-        _, size = _largest(blocks)
+        index, size = _largest(blocks)
+        names = (one.name for one in checkpoint.block_tensors[index] if ".experts." in one.name)
+        experts = checkpoint.facts(names).values()
+        held = sum(
+            one.nbytes if one.layout is not None and weights.keeps_codes else one.bytes_as(weights.dtype)
+            for one in experts
+        )
         whole, container = _on_meta(checkpoint.config, weights.dtype)
         parent, list_name = parent_of(whole, container)
         setattr(parent, list_name, nn.ModuleList())
@@ -154,6 +162,8 @@ class ModelSizes:
             shell_bytes=self.shell_bytes - sum(saved.values()),
             head_bytes=self.head_bytes - (saved.get(id(head.weight), 0) if head is not None else 0),
             weights=STORED if weights.as_stored and any(one.coded for one in blocks) else weights.kind,
+            expert_bytes=held,
+            saved_expert_bytes=sum(one.bytes_as(weights.dtype) for one in experts) - held,
             file_bytes=sum(one.nbytes for one in facts.values()),
         )
 
