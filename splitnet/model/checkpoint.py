@@ -6,18 +6,19 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
-from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.errors import UnsupportedModel
 from splitnet.model.families import check_can_be_cut
-from splitnet.model.lazy_tensors import LazyTensors, Progress
-from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
+from splitnet.model.safetensors_store import SafetensorsStore
+from splitnet.model.tensor_store import Progress, TensorFacts, TensorStore
 
 _BLOCK_NAME = re.compile(r"^(?P<container>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)$")
 _OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech")
@@ -27,8 +28,6 @@ _ESSENTIALS = (
     *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_parameters", "num_experts_per_tok"),
     *("tie_word_embeddings",),
 )
-_SAMPLE_BYTES = 256
-"""Of the beginning and of the end of each tensor that the fingerprint covers."""
 
 
 @dataclass(frozen=True)
@@ -55,41 +54,32 @@ class Checkpoint:
         multimodal: the checkpoint holds more than the text model; the rest is left alone.
     """
 
-    def __init__(self, name: str, shards: Shards, config: PreTrainedConfig, multimodal: bool = False) -> None:
-        self.name = name
+    def __init__(self, store: TensorStore, config: PreTrainedConfig, multimodal: bool = False) -> None:
+        self.name = store.name
         self.config = config
         self.multimodal = multimodal
-        self._shards = shards
+        self._store = store
 
     @property
     def source(self) -> str:
-        """Hub id or folder, as transformers takes it."""
-        return str(self._shards.source)
+        """Hub id or path."""
+        return self._store.source
 
     @classmethod
     def open(cls, model: str | Path, *, revision: str | None = None) -> Checkpoint:
-        """Opens a local folder or, if there is none of that name, a hub id.
+        """Opens a GGUF file, a local folder or, if there is none of that name, a hub id.
 
         Nothing but the config and the index of the shards is read (from the hub: downloaded).
 
         Raises:
-            ModelNotFound: neither exists, or it holds no safetensors.
-            UnsupportedModel: the family of the model is not known or cannot be cut into spans.
+            ModelNotFound: there is none of them, or it holds no safetensors.
+            UnsupportedModel: the family of the model is not known or cannot be cut into spans, or its weights are
+                stored in a way that is not known.
         """
-        shards = Shards.open(model, revision)
-        path = shards.config()
-        try:
-            config = AutoConfig.from_pretrained(path)
-        except OSError as error:
-            raise ModelNotFound(f"the config of {model} cannot be read: download it again") from error
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UnsupportedModel(
-                f"transformers does not know the architecture of {model}: update transformers ({_first_line(error)})"
-            ) from error
-        text_config = config.get_text_config()
-        check_can_be_cut(text_config)
-        checkpoint = cls(shards.name, shards, text_config, multimodal=text_config is not config)
-        assert checkpoint.names  # raises if there are no safetensors
+        store = open_store(model, revision)
+        whole, config = read_config(store)
+        checkpoint = cls(store, config, multimodal=config is not whole)
+        assert checkpoint.names  # raises if there are no tensors
         return checkpoint
 
     @property
@@ -113,17 +103,16 @@ class Checkpoint:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The type that the weights are stored in."""
+        """The type that the weights are stored in; of quantized ones, the type that the config says they stand for."""
         if isinstance(self.config.dtype, torch.dtype):
             return self.config.dtype
-        first = next(iter(self._shards.weight_map.values()))
-        types = (info.dtype for info in self._infos([first]).values())
-        return next((dtype for dtype in types if dtype.is_floating_point), torch.float32)
+        types = (self._store.facts([name])[name].dtype for name in self.names)
+        return next((dtype for dtype in types if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
 
-    @cached_property
+    @property
     def names(self) -> tuple[str, ...]:
-        """The names of all tensors."""
-        return tuple(self._shards.weight_map)
+        """The names of all tensors. A weight in few bits has one name, whatever it is made of in the files."""
+        return self._store.names
 
     @cached_property
     def block_tensors(self) -> tuple[tuple[BlockTensor, ...], ...]:
@@ -160,33 +149,33 @@ class Checkpoint:
         assert self.block_tensors
         return self._container
 
+    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
+        """What is known of tensors without reading them. Reads only headers of files."""
+        return self._store.facts(names)
+
     def bytes_of(self, names: Iterable[str], dtype: torch.dtype | None) -> int:
-        """Bytes of these tensors once they are loaded as `dtype` (None: as stored). Reads only headers of shards."""
-        names = list(names)
-        infos = self._infos(self._shards.weight_map[name] for name in names)
-        return sum(infos[name].bytes_as(dtype) for name in names)
+        """Bytes of these tensors once they are loaded as numbers of type `dtype` (None: as stored)."""
+        return sum(facts.bytes_as(dtype) for facts in self.facts(names).values())
 
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None = None
-    ) -> LazyTensors:
+    ) -> AbstractContextManager[dict[str, Any]]:
         """Opens tensors for reading; from the hub, downloads the shards that hold them.
 
         Args:
             names: name to give a tensor -> its name in the checkpoint.
             dtype: the type that they will be converted to by the reader.
         """
-        return LazyTensors(self._shards, names, dtype, progress)
+        return self._store.load_tensors(names, dtype, progress)
 
     @cached_property
     def fingerprint(self) -> str:
         """Hex of a SHA-256 that is equal for equal weights: swarms are told apart by it.
 
-        It covers what defines the computation in the config, the name, type and shape of every tensor, and the first
-        and last 256 bytes of every tensor. It does not depend on how the tensors are sharded nor on which shards are
-        here: from the hub, headers and samples are read by range. The end of a tensor and the beginning of the next
-        stand side by side in a shard, so that is about one request for each large tensor. It is a check against
-        mistakes (another size, fine-tune or precision), not proof: two checkpoints that differ only in places that
-        are not sampled have the same fingerprint, and a peer could lie about it.
+        It covers what defines the computation in the config, and the name, type, shape and first and last bytes of
+        every tensor in the files. It is a check against mistakes (another size, fine-tune or precision), not proof:
+        two checkpoints that differ only in places that are not sampled have the same fingerprint, and a peer could
+        lie about it.
 
         Raises:
             ModelNotFound: a shard is missing or not complete.
@@ -194,10 +183,8 @@ class Checkpoint:
         digest = hashlib.sha256()
         essentials = {key: getattr(self.config, key, None) for key in _ESSENTIALS}
         digest.update(json.dumps(essentials, sort_keys=True, default=str).encode())
-        infos = self._infos()
-        samples = self._samples(infos)
-        for name, info in sorted(infos.items()):
-            digest.update(f"\n{name} {info.stored} {info.shape} ".encode() + samples[name])
+        for name, sample in sorted(self._store.samples().items()):
+            digest.update(f"\n{name} ".encode() + sample)
         return digest.hexdigest()
 
     def tokenizer(self) -> Any:
@@ -206,49 +193,34 @@ class Checkpoint:
         Raises:
             ModelNotFound: the checkpoint has none.
         """
-        try:
-            return AutoTokenizer.from_pretrained(self._shards.source, **self._shards.options)
-        except (OSError, ValueError) as error:
-            raise ModelNotFound(
-                f"{self.name} has no usable tokenizer: add its tokenizer files ({_first_line(error)})"
-            ) from error
+        return self._store.tokenizer()
 
     def generation_config(self) -> GenerationConfig:
         """The model's defaults for generation; those of its config if it has none of its own."""
-        try:
-            return GenerationConfig.from_pretrained(self._shards.source, **self._shards.options)
-        except OSError:
-            return GenerationConfig.from_model_config(self.config)
-
-    def _infos(self, shards: Iterable[str] | None = None) -> dict[str, TensorInfo]:
-        wanted = sorted(set(self._shards.weight_map.values() if shards is None else shards))
-        infos: dict[str, TensorInfo] = {}
-        for shard in wanted:
-            if shard not in self._headers:
-                with self._shards.open_range(shard) as file:
-                    self._headers[shard] = read_tensor_infos(file, shard)
-            infos.update(self._headers[shard])
-        return infos
-
-    def _samples(self, infos: Mapping[str, TensorInfo]) -> dict[str, bytes]:
-        """The first and the last bytes of each tensor."""
-        by_shard: dict[str, list[tuple[str, int, int]]] = {}
-        for name, info in infos.items():
-            start, end = info.offset, info.offset + info.nbytes
-            pieces = by_shard.setdefault(info.shard, [])
-            pieces.append((name, start, min(end, start + _SAMPLE_BYTES)))
-            pieces.append((name, max(start, end - _SAMPLE_BYTES), end))
-        samples = dict.fromkeys(infos, b"")
-        for shard, pieces in by_shard.items():
-            found = self._shards.read_ranges(shard, [(start, end) for _, start, end in pieces])
-            for (name, *_), data in zip(pieces, found, strict=True):
-                samples[name] += data
-        return samples
-
-    @cached_property
-    def _headers(self) -> dict[str, dict[str, TensorInfo]]:
-        return {}
+        return self._store.generation_config() or GenerationConfig.from_model_config(self.config)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
+    """The files of a checkpoint: a GGUF file, a local folder or, if there is none of that name, a hub id.
+
+    Raises:
+        ModelNotFound: there is no such file or folder.
+    """
+    if str(model).endswith(".gguf"):
+        from splitnet.model.gguf_store import GgufStore  # pyright: ignore[reportMissingImports]
+
+        return GgufStore.open(model)
+    return SafetensorsStore.open(model, revision)
+
+
+def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]:
+    """The config of a whole checkpoint and that of the text model in it, which is the same if that is all.
+
+    Raises:
+        ModelNotFound: it cannot be read.
+        UnsupportedModel: transformers does not know the architecture, or it cannot be cut into spans.
+    """
+    whole = store.config()
+    config = whole.get_text_config()
+    check_can_be_cut(config)
+    return whole, config

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,9 +10,7 @@ import torch
 from safetensors import safe_open
 
 from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes done, bytes in all); from several threads, one at a time."""
+from splitnet.model.tensor_store import Progress, ReadBytes
 
 
 class LazyTensors:
@@ -23,11 +20,8 @@ class LazyTensors:
         self._shards = shards
         self._names = names
         self._dtype = dtype
-        self._progress = progress
         self._files = ExitStack()
-        self._lock = threading.Lock()
-        self._done = 0
-        self.nbytes = 0
+        self._read = ReadBytes(progress)
 
     def __enter__(self) -> dict[str, Any]:
         by_shard: dict[str, list[tuple[str, str]]] = {}
@@ -41,7 +35,7 @@ class LazyTensors:
             file = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
             for given, name in names:
                 tensors[given] = _LazyTensor(self, file.get_slice(name), infos[name])
-                self.nbytes += infos[name].nbytes
+                self._read.total += infos[name].nbytes
         return tensors
 
     def __exit__(self, *error: object) -> None:
@@ -51,10 +45,7 @@ class LazyTensors:
         """Counts a tensor as read; one that keeps its type is copied, or it would stay on the mapped file."""
         if tensor.dtype == self._dtype:
             tensor = tensor.clone()
-        with self._lock:
-            self._done += tensor.nbytes
-            if self._progress is not None:
-                self._progress(self._done, self.nbytes)
+        self._read.add(tensor.nbytes)
         return tensor
 
 

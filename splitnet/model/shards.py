@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -68,12 +67,6 @@ class TensorInfo:
     @property
     def dtype(self) -> torch.dtype:
         return _DTYPES.get(self.stored, torch.uint8)
-
-    def bytes_as(self, dtype: torch.dtype | None) -> int:
-        """Bytes that it takes once loaded as `dtype` (None: as stored)."""
-        if dtype is None or not self.dtype.is_floating_point:
-            return self.nbytes
-        return math.prod(self.shape) * dtype.itemsize
 
 
 def read_tensor_infos(file: BinaryIO, shard: str) -> dict[str, TensorInfo]:

@@ -13,15 +13,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.attention import PACKED
 from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, parent_of
+from splitnet.model.checkpoint import open_store, read_config
 from splitnet.model.dtypes import as_dtype
-from splitnet.model.families import check_can_be_cut, packs_sequences, sliding_windows
+from splitnet.model.families import packs_sequences, sliding_windows
 from splitnet.model.held_linear import saved_bytes
-from splitnet.model.shards import Shards
 from splitnet.model.span import Span
 from splitnet.model.weights import Weights, choose_weights, name_of
 
@@ -80,20 +79,11 @@ class ModelSizes:
             UnsupportedModel: the model cannot be cut into spans.
             WeightsError: weights cannot be held so.
         """
-        shards = Shards.open(model, None)
-        try:
-            whole = AutoConfig.from_pretrained(shards.config())
-        except OSError as error:
-            raise ModelNotFound(f"the config of {model} cannot be read: download it again") from error
-        except (ValueError, KeyError, AttributeError) as error:
-            raise UnsupportedModel(
-                f"transformers does not know the architecture of {model}: update transformers"
-            ) from error
-        config = whole.get_text_config()
-        check_can_be_cut(config)
+        store = open_store(model)
+        _, config = read_config(store)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         chosen = choose_weights(weights, dtype, stored, torch.device("cpu"))
-        return cls.of_config(shards.name, config, chosen)
+        return cls.of_config(store.name, config, chosen)
 
     @classmethod
     def of_config(cls, name: str, config: PreTrainedConfig, weights: Weights) -> ModelSizes:

@@ -1,0 +1,124 @@
+"""A checkpoint in safetensors files, in a folder or on the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
+
+from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model.lazy_tensors import LazyTensors
+from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
+from splitnet.model.tensor_store import Progress, TensorFacts
+
+SAMPLE_BYTES = 256
+"""Of the beginning and of the end of each tensor that the fingerprint covers."""
+
+
+class SafetensorsStore:
+    """A `TensorStore` whose tensors are read one by one, only from the shards that hold what is asked for.
+
+    Open one with `SafetensorsStore.open`.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        self.name = shards.name
+        self.source = str(shards.source)
+        self._shards = shards
+
+    @classmethod
+    def open(cls, model: str | Path, revision: str | None) -> SafetensorsStore:
+        """Opens a local folder or, if there is none of that name, a hub id. Nothing is read yet.
+
+        Raises:
+            ModelNotFound: there is no such folder.
+        """
+        return cls(Shards.open(model, revision))
+
+    def config(self) -> PreTrainedConfig:
+        """See `TensorStore.config`."""
+        path = self._shards.config()
+        try:
+            return AutoConfig.from_pretrained(path)
+        except OSError as error:
+            raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
+        except (ValueError, KeyError, AttributeError) as error:
+            raise UnsupportedModel(
+                f"transformers does not know the architecture of {self.source}: update transformers "
+                f"({_first_line(error)})"
+            ) from error
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `TensorStore.names`."""
+        return tuple(self._shards.weight_map)
+
+    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
+        """See `TensorStore.facts`; only of the shards that hold these tensors."""
+        names = list(names)
+        infos = self._infos(self._shards.weight_map[name] for name in names)
+        return {name: TensorFacts(infos[name].shape, infos[name].dtype, None, infos[name].nbytes) for name in names}
+
+    def load_tensors(self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None) -> LazyTensors:
+        """See `TensorStore.load_tensors`; only the shards that hold these tensors are downloaded."""
+        return LazyTensors(self._shards, names, dtype, progress)
+
+    def samples(self) -> Mapping[str, bytes]:
+        """See `TensorStore.samples`. It does not depend on how the tensors are sharded nor on which shards are here.
+
+        From the hub, headers and samples are read by range. The end of a tensor and the beginning of the next stand
+        side by side in a shard, so that is about one request for each large tensor.
+
+        Raises:
+            ModelNotFound: a shard is missing or not complete.
+        """
+        infos = self._infos(self._shards.weight_map.values())
+        by_shard: dict[str, list[tuple[str, int, int]]] = {}
+        for name, info in infos.items():
+            start, end = info.offset, info.offset + info.nbytes
+            pieces = by_shard.setdefault(info.shard, [])
+            pieces.append((name, start, min(end, start + SAMPLE_BYTES)))
+            pieces.append((name, max(start, end - SAMPLE_BYTES), end))
+        samples = {name: f"{info.stored} {info.shape} ".encode() for name, info in infos.items()}
+        for shard, pieces in by_shard.items():
+            found = self._shards.read_ranges(shard, [(start, end) for _, start, end in pieces])
+            for (name, *_), data in zip(pieces, found, strict=True):
+                samples[name] += data
+        return samples
+
+    def tokenizer(self) -> Any:
+        """See `TensorStore.tokenizer`."""
+        try:
+            return AutoTokenizer.from_pretrained(self._shards.source, **self._shards.options)
+        except (OSError, ValueError) as error:
+            raise ModelNotFound(
+                f"{self.name} has no usable tokenizer: add its tokenizer files ({_first_line(error)})"
+            ) from error
+
+    def generation_config(self) -> GenerationConfig | None:
+        """See `TensorStore.generation_config`."""
+        try:
+            return GenerationConfig.from_pretrained(self._shards.source, **self._shards.options)
+        except OSError:
+            return None
+
+    def _infos(self, shards: Iterable[str]) -> dict[str, TensorInfo]:
+        infos: dict[str, TensorInfo] = {}
+        for shard in sorted(set(shards)):
+            if shard not in self._headers:
+                with self._shards.open_range(shard) as file:
+                    self._headers[shard] = read_tensor_infos(file, shard)
+            infos.update(self._headers[shard])
+        return infos
+
+    @cached_property
+    def _headers(self) -> dict[str, dict[str, TensorInfo]]:
+        return {}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,130 @@
+"""What a checkpoint is read from: safetensors or GGUF files, behind one interface."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig, PreTrainedConfig
+
+from splitnet.model.stored import Layout
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all); from several threads, one at a time."""
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """One tensor of a checkpoint, known without reading it.
+
+    Attributes:
+        dtype: that it is stored in; of codes, the type of the tensor that reading gives.
+        layout: of codes; None for plain numbers.
+        nbytes: in the files, with its scales and zeros.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    layout: Layout | None
+    nbytes: int
+
+    def bytes_as(self, dtype: torch.dtype | None) -> int:
+        """Bytes that it takes once loaded as numbers of type `dtype` (None: as stored)."""
+        if dtype is None or not self.dtype.is_floating_point:
+            return self.nbytes
+        return math.prod(self.shape) * dtype.itemsize
+
+
+class TensorStore(Protocol):
+    """The files of one checkpoint.
+
+    Names are logical: those that a checkpoint of the family with plain weights has. A quantized weight, which may be
+    several tensors in the files, is one tensor with one name.
+
+    Attributes:
+        name: hub id, or name of the folder or file.
+        source: hub id or path.
+    """
+
+    name: str
+    source: str
+
+    def config(self) -> PreTrainedConfig:
+        """That of the whole checkpoint, without a description of how the weights are quantized.
+
+        Raises:
+            ModelNotFound: it cannot be read.
+            UnsupportedModel: transformers does not know the architecture.
+        """
+        ...
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors.
+
+        Raises:
+            ModelNotFound: there are none.
+            UnsupportedModel: they are quantized in a way that is not known.
+        """
+        ...
+
+    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
+        """Reads headers only."""
+        ...
+
+    def load_tensors(
+        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
+    ) -> AbstractContextManager[dict[str, Any]]:
+        """Opens tensors for reading; from the hub, downloads the files that hold them.
+
+        Args:
+            names: name to give a tensor -> its name in the checkpoint.
+            dtype: the type that they will be converted to by the reader.
+
+        Returns:
+            A context: given name -> what reads the tensor when it is indexed with `[...]`, and gives a tensor that
+            needs the files no more, or a `StoredTensor` whose matrices keep them mapped.
+        """
+        ...
+
+    def samples(self) -> Mapping[str, bytes]:
+        """For a fingerprint: name of each tensor in the files -> its type, its shape and some of its bytes."""
+        ...
+
+    def tokenizer(self) -> Any:
+        """The tokenizer that comes with the checkpoint.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        ...
+
+    def generation_config(self) -> GenerationConfig | None:
+        """The defaults for generation that come with the checkpoint."""
+        ...
+
+
+class ReadBytes:
+    """Counts what is read of tensors, from several threads, and reports it.
+
+    Attributes:
+        total: bytes to read.
+    """
+
+    def __init__(self, progress: Progress | None) -> None:
+        self.total = 0
+        self._progress = progress
+        self._lock = threading.Lock()
+        self._done = 0
+
+    def add(self, nbytes: int) -> None:
+        """Counts bytes as read."""
+        with self._lock:
+            self._done += nbytes
+            if self._progress is not None:
+                self._progress(self._done, self.total)
