@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,10 +23,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from splitnet.errors import UnsupportedModel
 from splitnet.model.families import ADDED_POSITIONS
+from splitnet.model.stored_layers import hold_codes
 
 
 class Zero(nn.Module):
@@ -100,6 +103,7 @@ def load_cut(
     *,
     new_head: bool = False,
     one_by_one: bool = False,
+    codes_on: torch.device | None = None,
 ) -> PreTrainedModel:
     """Builds a model on the meta device, cuts it, and loads what is left of it.
 
@@ -112,6 +116,8 @@ def load_cut(
         new_head: what the checkpoint lacks of the head, transformers initialises with torch's random numbers.
         one_by_one: no tensor is read before the one before it is in its place, so that a model whose layers make
             their weights smaller is never in memory as a whole.
+        codes_on: the device for which layers hold weights that `tensors` gives in codes as they are; None: such
+            weights become numbers of type `dtype`.
 
     Raises:
         UnsupportedModel: the cut model cannot be built, or the checkpoint lacks tensors of it.
@@ -155,11 +161,23 @@ def load_cut(
             "shape; take a checkpoint in transformers' format"
         )
     model.__class__ = model_class
+    hold_codes(model, codes_on)
     return model
 
 
 _one_at_a_time = threading.Lock()
 """While it builds a model, transformers changes settings of the whole process, such as torch's default dtype."""
+
+
+def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint -> name of the parameter of a model that transformers loads it into, or into a part of."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    parameters = model.state_dict()
+    return {
+        name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)[0] for name in names
+    }
 
 
 def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> None:

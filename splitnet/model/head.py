@@ -157,6 +157,12 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
     An embedding that shares the weight keeps its own, if that is another form.
     """
     head: Any = model.get_output_embeddings()
+    if isinstance(head, HeldLinear):
+        if weights.as_stored or (weights.forms and weights.form_for(head.out_features, head.in_features) is None):
+            model.set_output_embeddings(HeldHead.holding(head, head.held, weights.device))
+            return
+        head = _of_floats(head)
+        model.set_output_embeddings(head)
     sizes = sizes_of(head)
     if sizes is None:
         return
@@ -169,3 +175,10 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
         model.set_output_embeddings(held)
     elif type(head) is nn.Linear and has_kernel_for(head.weight):
         model.set_output_embeddings(Head(head.weight, head.bias))
+
+
+def _of_floats(head: HeldLinear) -> nn.Linear:
+    plain: Any = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(head.held.dequantised(head.weight.dtype))
+    plain.bias = head.bias
+    return plain

@@ -36,7 +36,8 @@ def load_shell(
     Args:
         blocks: its `forward` takes and gives `[batch, sequence, hidden]`. It stays where it is.
         dtype: of the weights, such as "bfloat16"; None: as the checkpoint stores them.
-        weights: what the head holds its weight as, see `splitnet.model.weights`; None: as `dtype`.
+        weights: what the head holds its weight as, see `splitnet.model.weights`; None: as `dtype`, or in the codes of
+            the checkpoint. Embeddings keep their codes in any case.
 
     Raises:
         UnsupportedModel: the family cannot be cut, or the checkpoint does not fit it.
@@ -99,8 +100,17 @@ def _load(
 
     # Nothing attends here: the packed attention's name only tells transformers to make no masks, where it can.
     attention = PACKED if packs_sequences(config) else None
-    with checkpoint.load_tensors(_names(checkpoint, container), wanted) as tensors:
-        model = load_cut(model_class, config, cut, tensors, wanted, attention, new_head=new_head)
+    with checkpoint.load_tensors(names_of_shell(checkpoint, container), wanted) as tensors:
+        model = load_cut(
+            model_class,
+            config,
+            cut,
+            tensors,
+            wanted,
+            attention,
+            new_head=new_head,
+            codes_on=torch.device(device),
+        )
     nn.Module.to(model, device)
     parent, name = parent_of(model, container)
     setattr(parent, name, BlockList(AllBlocks(blocks, blocks_return_tuple(model, container)), outlines))
@@ -123,7 +133,7 @@ def outline_in(model: nn.Module) -> BlockList:
     return next(child for child in backbone_of(model).children() if isinstance(child, BlockList))
 
 
-def _names(checkpoint: Checkpoint, container: str) -> dict[str, str]:
+def names_of_shell(checkpoint: Checkpoint, container: str) -> dict[str, str]:
     """Name in the model -> name in the checkpoint, of what is outside the blocks.
 
     They differ where the checkpoint is of a multimodal model, whose text model has a prefix of its own.

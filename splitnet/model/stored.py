@@ -156,7 +156,7 @@ def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, grou
         group: inputs that share one.
     """
     if kind is Kind.E8M0:
-        return torch.ldexp(torch.ones((), device=stored.device), stored.int() - 127)
+        return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 127)
     if kind is Kind.STEPS:
         assert units is not None
         spread = units.float().repeat_interleave(STEPS_GROUP // group, dim=1)[:, : stored.shape[1]]
@@ -274,9 +274,13 @@ class StoredTensor(torch.Tensor):
 
     def floats(self) -> torch.Tensor:
         """What it stands for, as an ordinary tensor of its type."""
-        whole = [torch.cat([matrix.floats() for matrix in matrices]).to(self.dtype) for matrices in self.experts]
-        tensor = torch.stack(whole) if self.stacked else whole[0]
-        return tensor.transpose(-1, -2).contiguous() if self.transposed else tensor
+        made = torch.empty(self.shape, dtype=self.dtype)
+        rows = made.transpose(-1, -2) if self.transposed else made
+        # One matrix at a time, so that there are never many in float32.
+        for expert, matrices in zip(rows if self.stacked else [rows], self.experts, strict=True):
+            for part, matrix in zip(expert.split([matrix.shape[0] for matrix in matrices]), matrices, strict=True):
+                part.copy_(matrix.floats())
+        return made
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"StoredTensor({list(self.shape)}, {self.dtype}, {self.experts[0][0].layout})"
@@ -323,6 +327,12 @@ def _transposed(tensor: StoredTensor, first: int = 0, second: int = 1) -> Stored
     if {first % tensor.ndim, second % tensor.ndim} != {tensor.ndim - 2, tensor.ndim - 1}:
         return None
     return tensor._like(tensor.experts, transposed=not tensor.transposed)
+
+
+def _permuted(tensor: StoredTensor, order: Sequence[int]) -> StoredTensor | None:
+    last = tensor.ndim - 1
+    swapped = [*range(last - 1), last, last - 1]
+    return _transposed(tensor, last, last - 1) if [dim % tensor.ndim for dim in order] == swapped else None
 
 
 def _stacked(tensors: Sequence[Any], dim: int = 0) -> StoredTensor | None:
@@ -438,6 +448,7 @@ _KEEP: dict[Any, Callable[..., Any]] = {
     _aten._to_copy: _converted,
     _aten.t: _transposed,
     _aten.transpose: _transposed,
+    _aten.permute: _permuted,
     _aten.stack: _stacked,
     _aten.cat: _joined,
     _aten.slice: _sliced,
