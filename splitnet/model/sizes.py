@@ -22,7 +22,7 @@ from splitnet.model.attention import PACKED
 from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, parent_of
 from splitnet.model.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block
 from splitnet.model.checkpoint import Checkpoint, open_store, read_config
-from splitnet.model.dtypes import as_dtype
+from splitnet.model.dtypes import as_dtype, is_number_type
 from splitnet.model.families import packs_sequences, sliding_windows
 from splitnet.model.shell import names_of_shell
 from splitnet.model.span import Span
@@ -97,7 +97,7 @@ class ModelSizes:
         whole, config = read_config(store)
         checkpoint = Checkpoint(store, config, multimodal=config is not whole)
         coded = _has_codes(checkpoint)
-        named = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+        named = config.dtype if is_number_type(config.dtype) else torch.float32
         chosen = choose_weights(weights, dtype, checkpoint.dtype if coded else named, torch.device("cpu"))
         sizes = cls.of_config(store.name, config, chosen)
         return sizes.in_codes_of(checkpoint, chosen) if coded else sizes
