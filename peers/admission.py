@@ -19,11 +19,13 @@ class SessionTable:
     Args:
         capacity: positions of KV cache that this peer can hold.
         idle_s: a session that nothing was heard of for so long is dropped.
+        row_positions: what a row takes besides its positions, in positions: for states.
     """
 
-    def __init__(self, capacity: int, *, idle_s: float = 600.0) -> None:
+    def __init__(self, capacity: int, *, idle_s: float = 600.0, row_positions: int = 0) -> None:
         self.capacity = capacity
         self.idle_s = idle_s
+        self.row_positions = row_positions
         self._sessions: dict[bytes, Session] = {}
         self._reserved = 0
         self._ended = threading.Condition()
@@ -36,7 +38,8 @@ class SessionTable:
 
     @property
     def free_positions(self) -> int:
-        return self.capacity - self._reserved
+        """What a new session may reserve."""
+        return max(0, self.capacity - self._reserved - self.row_positions)
 
     def get(self, session_id: bytes) -> Session | None:
         return self._sessions.get(session_id)
@@ -49,9 +52,21 @@ class SessionTable:
         """
         if len(self._sessions) >= MAX_SESSIONS:
             raise PeerBusy(f"this peer holds {MAX_SESSIONS} sessions already")
-        session.budget = max(session.budget, min(MIN_BUDGET, self.capacity))
-        self._reserve(session.budget)
+        session.budget = max(session.budget, min(MIN_BUDGET, max(1, self.capacity - self.row_positions)))
+        self._reserve(session.budget + self.row_positions)
+        session.reserved_rows = 1
         self._sessions[session.id] = session
+
+    def hold_rows(self, session: Session, rows: int) -> None:
+        """Reserves what so many rows take besides their positions, or gives back what fewer do not.
+
+        Raises:
+            PeerBusy: it does not fit. Nothing is changed then.
+        """
+        rows = max(1, rows)
+        if self.row_positions and rows != session.reserved_rows and not session.closed:
+            self._reserve((rows - session.reserved_rows) * self.row_positions)
+            session.reserved_rows = rows
 
     def resize(self, session: Session, budget: int) -> None:
         """Changes what a session has reserved; it never shrinks.
@@ -65,7 +80,7 @@ class SessionTable:
 
     def remove(self, session: Session) -> None:
         if self._sessions.pop(session.id, None) is not None:
-            self._reserved -= session.budget
+            self._reserved -= session.budget + session.reserved_rows * self.row_positions
             session.closed = True
             with self._ended:
                 self._ended.notify_all()
@@ -83,6 +98,7 @@ class SessionTable:
         return idle
 
     def _reserve(self, positions: int) -> None:
-        if positions > self.free_positions:
-            raise PeerBusy(f"no KV memory for {positions} positions: {self.free_positions} of {self.capacity} are free")
+        free = self.capacity - self._reserved
+        if positions > free:
+            raise PeerBusy(f"no KV memory for {positions} positions: {free} of {self.capacity} are free")
         self._reserved += positions

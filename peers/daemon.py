@@ -221,6 +221,7 @@ class Peer:
             links=self._neighbours.seen_links,
             version=splitnet.__version__,
             issued_at=time.time(),
+            state_bytes=server.span.state_bytes,
         )
 
     def reconsider(self) -> bool:

@@ -17,7 +17,7 @@ from peers.session_service import SessionService, SessionTooLong
 from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
-from splitnet.errors import CodecError, ProtocolError
+from splitnet.errors import CodecError, PeerBusy, ProtocolError
 from splitnet.gathering import Gathering
 from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.span import Part as SpanPart
@@ -125,16 +125,28 @@ class Engine:
             self._service.prepare(work)
             codec = codec_by_code(work.step.codec)
             work.hidden = codec.decode(work.step.payload, work.total, self._span.hidden_size)
+            self._catch_up(work)
             return True
         except SessionTooLong as error:
             self._give_up(work, FailureCode.TOO_LONG, str(error))
         except CodecError as error:
             self._give_up(work, FailureCode.BAD_MESSAGE, str(error))
+        except PeerBusy as error:
+            self._give_up(work, FailureCode.BUSY, str(error))
         except ProtocolError as error:
             self._give_up(work, FailureCode.OUT_OF_ORDER, str(error))
         except Exception as error:
             self._give_up(work, *failure_of(error, "step"))
         return False
+
+    def _catch_up(self, work: Work) -> None:
+        """After a rewind far back, runs what is to run once more in several passes, so that clients see progress."""
+        session = work.session
+        for part in work.step.parts:
+            row = session.rows.get(part.row)
+            while row is not None and row.length - row.computed > PASS_POSITIONS:
+                span = self._view(session.start, session.end)
+                session.done += span.catch_up(row, session.adapter, PASS_POSITIONS)
 
     def _compute(self, ready: list[tuple[Work, int]]) -> None:
         """Runs a pass; if that fails, each of its steps alone, so that none fails for another's sake."""

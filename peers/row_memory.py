@@ -44,6 +44,12 @@ def room_for(budget: int) -> int:
     return budget + int(budget * AHEAD)
 
 
+def rows_after(session: Session, step: Step) -> set[int]:
+    """The rows of `session` once it has run `step`."""
+    kept = session.rows if step.forks is None else (fork.row for fork in step.forks)
+    return {*kept, *(part.row for part in step.parts)}
+
+
 def prepare_rows(session: Session, step: Step) -> None:
     """Forks and crops the rows of `session` for `step`, and gives them room; a step that is refused changes nothing.
 

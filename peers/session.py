@@ -49,6 +49,8 @@ class Session:
     log: SentLog
     used_at: float
     """Seconds of the peer's clock."""
+    reserved_rows: int = 0
+    """Rows whose states have a place. Touched by the table of sessions only."""
     rows: dict[int, RowCache] = field(default_factory=dict)
     """Touched by the engine's thread only, so that no pass loses its rows half-way."""
     new_room: dict[int, int] = field(default_factory=dict)

@@ -15,7 +15,7 @@ from peers.counters import Counters, SessionEnd
 from peers.next_hops import NextHops
 from peers.opening import NextHopOpening
 from peers.outbox import Outbox
-from peers.row_memory import SessionTooLong, prepare_rows
+from peers.row_memory import SessionTooLong, prepare_rows, rows_after
 from peers.served_blocks import ServedBlocks, next_hop_of
 from peers.session import Session, Work
 from peers.step_output import StepOutput
@@ -220,8 +220,11 @@ class SessionService:
 
         Raises:
             SessionTooLong: the rows would take more memory than the session has reserved.
+            PeerBusy: there is no memory for the states of so many rows.
             ProtocolError: a fork of a row that does not exist, or a gap before the first position.
         """
+        with self._lock:
+            self.sessions.hold_rows(work.session, len(rows_after(work.session, work.step)))
         prepare_rows(work.session, work.step)
 
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:

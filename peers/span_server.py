@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from peers.admission import SessionTable
@@ -53,7 +54,11 @@ class SpanServer:
         assert speed is not None
         self.speed = speed
         self.load = Load()
-        self.sessions = SessionTable(_kv_capacity(span, kv_memory), idle_s=idle_s)
+        self.sessions = SessionTable(
+            _kv_capacity(span, kv_memory),
+            idle_s=idle_s,
+            row_positions=math.ceil(span.state_bytes / _position_bytes(span)),
+        )
         self.queue = WorkQueue()
         served = ServedBlocks(
             model=checkpoint.fingerprint,
@@ -114,4 +119,8 @@ def _kv_capacity(span: Span, kv_memory: int | None) -> int:
     """Positions of KV cache that fit in the memory set aside for them, with what rows are allocated ahead."""
     if kv_memory is None:
         kv_memory = span.free_memory() // 4
-    return max(1, int(kv_memory / (1 + AHEAD)) // span.kv_bytes_per_position)
+    return max(1, int(kv_memory / _position_bytes(span)))
+
+
+def _position_bytes(span: Span) -> float:
+    return span.kv_bytes_per_position * (1 + AHEAD)

@@ -132,7 +132,7 @@ class _Planning:
         self._file = file
         self._demand = demand
         self._known = {device.name: device for device in file.devices}
-        self._kv_bytes = sizes.kv_bytes * demand.context  # of a session and block
+        self._kv_bytes = sizes.kv_bytes * demand.context + sizes.state_bytes  # of a session and block
         self._encodings: Sequence[Encoding] = encodings_of(
             {name: codec.bytes_per_position(sizes.hidden_size) for name, codec in CODECS.items()}
         )

@@ -8,6 +8,7 @@ many bytes they take.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks,
 from splitnet.model.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block
 from splitnet.model.checkpoint import Checkpoint, open_store, read_config
 from splitnet.model.dtypes import as_dtype, is_number_type
-from splitnet.model.families import packs_sequences, sliding_windows
+from splitnet.model.families import keeps_states, packs_sequences, sliding_windows
 from splitnet.model.shell import names_of_shell
 from splitnet.model.span import Span
 from splitnet.model.stored_layers import can_hold_codes
@@ -36,7 +37,8 @@ class ModelSizes:
     Attributes:
         block_bytes: weights of the largest block, as they are held; its `expert_bytes` are those of experts, of which a
             position uses the part `expert_share`.
-        kv_bytes: keys and values of one position in one block.
+        kv_bytes: what one position leaves in one block: keys and values. Where blocks differ, on average.
+        state_bytes: what a sequence takes in one block besides, however long it is; on average.
         shell_bytes: weights that a client holds: embeddings, final norm and head.
         head_bytes: weights of the head, which a client reads for every token.
         max_positions: that the model was made for; None if its config does not say.
@@ -60,6 +62,7 @@ class ModelSizes:
     saved_bytes: int = 0
     saved_expert_bytes: int = 0
     file_bytes: int = 0
+    state_bytes: int = 0
 
     @property
     def held_as(self) -> str:
@@ -117,6 +120,7 @@ class ModelSizes:
             if "experts" in parameter_name.split(".")
         )
         head = whole.get_output_embeddings()
+        kv_bytes, state_bytes = _row_bytes(config, dtype)
         return cls(
             name=name,
             dtype=name_of(dtype),
@@ -125,7 +129,8 @@ class ModelSizes:
             block_bytes=size.held,
             expert_bytes=experts,
             expert_share=_expert_share(config) if experts else 1.0,
-            kv_bytes=_kv_values(config) * dtype.itemsize,
+            kv_bytes=kv_bytes,
+            state_bytes=state_bytes,
             shell_bytes=_bytes_of(whole) - sum(_bytes_of(block) for block in blocks),
             head_bytes=_bytes_of(head) if head is not None else 0,
             max_positions=getattr(config, "max_position_embeddings", None),
@@ -192,19 +197,22 @@ def _expert_share(config: PreTrainedConfig) -> float:
     return min(1.0, used / of) if used and of else 1.0
 
 
-def _kv_values(config: PreTrainedConfig) -> int:
-    """How many values a position leaves in the cache of the first block: a span of it probes that, as a peer's does."""
+def _row_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[int, int]:
+    """What a sequence takes in a block, for each position and besides: a span probes that, as a peer's does."""
     config = copy.deepcopy(config)
     packs = packs_sequences(config)
     if packs:
         config._attn_implementation = PACKED
+    blocks = config.num_hidden_layers if keeps_states(config) else 1
     model_class = backbone_class(config)
     container = find_container(model_class, config)
     with torch.device("meta"):
         backbone = model_class(config)
-    dtype = torch.bfloat16  # some kernels for experts take no other where no device is there to choose by
-    nn.Module.to(backbone, dtype)
-    cut_to_blocks(backbone, container, 0, 1)
-    windows = sliding_windows(config)[:1]
-    span = Span(backbone, container, 0, 1, weights=Weights(name_of(dtype), dtype), windows=windows, packs=packs)
-    return span.kv_bytes_per_position // dtype.itemsize
+    probed = torch.bfloat16  # some kernels for experts take no other where no device is there to choose by
+    nn.Module.to(backbone, probed)
+    cut_to_blocks(backbone, container, 0, blocks)
+    windows = sliding_windows(config)[:blocks]
+    span = Span(backbone, container, 0, blocks, weights=Weights(name_of(probed), probed), windows=windows, packs=packs)
+    found = span.kv_bytes_per_position, span.state_bytes
+    position, state = (math.ceil(size * dtype.itemsize / (blocks * probed.itemsize)) for size in found)
+    return position, state

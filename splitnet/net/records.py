@@ -22,6 +22,7 @@ from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, Protocol
 from splitnet.net.endpoints import Endpoint, is_address
 from splitnet.net.fields import (
     Layout,
+    appended,
     blob,
     flag,
     matching,
@@ -116,6 +117,7 @@ class PeerRecord:
     coordinate: in ms, and behind it the height; coordinate_error: relative, see `scheduler.coordinates`.
     bytes_per_ms: the best bandwidth it has seen on any link, 0: none yet. links: to other peers, at most 16.
     issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
+    state_bytes: what a sequence takes in all blocks besides its positions, however long it is.
     """
 
     key: PublicKey = wire(_key)  # noqa: RUF009 (it makes a field)
@@ -145,6 +147,7 @@ class PeerRecord:
     version: str = wire(_WORD)
     issued_at: float = wire(_UNIX_S)
     ttl_s: float = wire(number(_LEAST, MAX_TTL_S), default=DEFAULT_TTL_S)
+    state_bytes: int = appended(_COUNT, 0)
 
     def __post_init__(self) -> None:
         for name, value in _LAYOUT.read([getattr(self, name) for name in _LAYOUT.names]).items():

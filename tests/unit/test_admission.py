@@ -73,6 +73,26 @@ def test_a_session_grows_where_there_is_room_and_never_shrinks() -> None:
     assert (one.budget, table.free_positions) == (800, 200)
 
 
+def test_rows_with_states_take_their_place_before_any_position() -> None:
+    table = SessionTable(1000, row_positions=100)
+    one = session(1, 300)
+    assert table.free_positions == 900, "a session has a row at least"
+    table.add(one)
+    assert table.free_positions == 500
+    table.hold_rows(one, 4)
+    assert table.free_positions == 200
+    with pytest.raises(PeerBusy, match="400 positions: 300 of 1000 are free"):
+        table.hold_rows(one, 8)
+    with pytest.raises(PeerBusy):
+        table.add(session(2, 201))
+    table.hold_rows(one, 0)
+    assert table.free_positions == 500
+    table.hold_rows(one, 3)
+    table.remove(one)
+    table.hold_rows(one, 3)  # its last step may still run
+    assert table.free_positions == 900
+
+
 def test_the_smallest_session_takes_something_even_where_there_is_little() -> None:
     table = SessionTable(MIN_BUDGET + 1)
     table.add(session(1, 0))

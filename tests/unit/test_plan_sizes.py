@@ -11,7 +11,7 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.sizes import ModelSizes
 from splitnet.model.span import Span, block_bytes
 from splitnet.model.weights import Weights
-from tests.unit.random_models import random_checkpoint, random_config
+from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config
 
 BFLOAT16 = Weights("bfloat16", torch.bfloat16)
 
@@ -51,6 +51,16 @@ def test_sizes_from_the_config_are_those_of_what_a_peer_loads(family: str, tmp_p
     assert sizes.kv_bytes == span.kv_bytes_per_position
     assert sizes.shell_bytes == checkpoint.bytes_of(checkpoint.shell_names, None)
     assert ModelSizes.of(folder, "bfloat16").block_bytes == block_bytes(checkpoint, "bfloat16")
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "nemotron_h", "lfm2", "jamba", "deepseek_v32"])
+def test_states_are_counted_from_the_config_too(family: str, tmp_path: Path) -> None:
+    folder = random_checkpoint(family, tmp_path / "whole", **(HYBRIDS | SPARSE)[family])
+    sizes = ModelSizes.of(config_only(folder, tmp_path / "config"), "bfloat16")
+    span = Span.load(Checkpoint.open(folder), 0, 6, dtype="bfloat16")
+    assert 0 <= 6 * sizes.kv_bytes - span.kv_bytes_per_position < 6
+    assert 0 <= 6 * sizes.state_bytes - span.state_bytes < 6
+    assert bool(sizes.state_bytes) == (family != "deepseek_v32")
 
 
 def test_arithmetic_is_that_of_the_weights_that_a_position_uses() -> None:

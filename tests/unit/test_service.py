@@ -104,6 +104,10 @@ class FakeRow:
         self.length = length
         self.room = room
 
+    @property
+    def computed(self) -> int:
+        return self.length
+
     def crop(self, length: int) -> None:
         assert 0 <= length <= self.length
         self.length = length
