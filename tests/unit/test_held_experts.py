@@ -133,4 +133,4 @@ def test_gradients_flow_to_what_experts_are_given() -> None:
         experts(given, index, weights).pow(2).sum().backward()
         assert given.grad is not None
         gradients.append(given.grad)
-    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(*gradients, atol=1e-3 * float(gradients[0].abs().max()), rtol=1e-3)
