@@ -26,7 +26,7 @@ from peers.placing import choose_blocks, fitting_blocks
 from peers.relocation import Relocation
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
-from splitnet.errors import ProtocolError
+from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
@@ -296,7 +296,10 @@ class Peer:
         urgent: some blocks are served by nobody, so that sessions cannot go on anyway, and are not waited for.
         """
         self._last_record = replace(self.record(), moving_to=span, serves=False)
-        self._announcer.publish()
+        try:
+            self._announcer.publish()
+        except SplitnetError as error:  # as when the nodes of the DHT were lost together with the blocks
+            log.warning("the swarm is not told of the move: %s", error)
         if self._current.change_to(*span, drain_s=0.0 if urgent else MOVE_DRAIN_S):
             self._last_record = None
             self._announcer.publish()

@@ -15,6 +15,7 @@ from peers import relocation
 from peers.daemon import Peer
 from peers.holder_watch import HolderWatch
 from peers.placing import SpanWish
+from splitnet.errors import DirectoryError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes
 from splitnet.net.endpoints import Endpoint
@@ -119,6 +120,22 @@ def test_what_a_peer_has_moved_from_takes_no_memory(folder: Path) -> None:
             gc.unfreeze()
         assert mover.span.start == 2 and mover.counters.moves == 1
         assert left() is None
+
+
+@pytest.mark.usefixtures("moves_when_told")
+def test_a_peer_moves_though_the_directory_is_silent(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with local_swarm(folder, [(0, 6), (0, 2)]) as swarm:
+        mover = swarm.peers[1]
+        publish = mover._announcer.publish
+
+        def fail_once() -> None:
+            monkeypatch.setattr(mover._announcer, "publish", publish)
+            raise DirectoryError("The DHT did not answer.")
+
+        monkeypatch.setattr(mover._announcer, "publish", fail_once)
+        mover._move((2, 4))
+        assert mover.span.start == 2
+        assert mover.record().serves
 
 
 @pytest.mark.usefixtures("moves_when_told")
