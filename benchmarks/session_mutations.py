@@ -145,7 +145,7 @@ def run_tests(examples: int) -> None:
         database=None,
         derandomize=True,
     )
-    for fault in Faulty.KINDS:
+    for fault in (*Faulty.KINDS, *Faulty.WITH_STEPS):
         tests.test_beside_honest_peers_one_that_lies_costs_no_request(fault)
     for machine in (tests.Passes, tests.Steps):
         run_state_machine_as_test(machine, settings=options)

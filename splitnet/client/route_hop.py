@@ -62,8 +62,9 @@ class RouteHop:
             self.relay_log = None  # what the hop pushes itself would be missing in it
 
     def log_relayed(self, step: Step, result: Result) -> None:
-        """Takes in what the client relays; a log that does not begin at the beginning is no use."""
-        if self.relay_log is None and not any(part.start for part in step.parts):
+        """Takes in what the client relays; a log is of use only from where the session holds nothing else."""
+        begins = step.forks == () or step.replay_until  # all rows are dropped, or sent again
+        if self.relay_log is None and begins and not any(part.start for part in step.parts):
             self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
         if self.relay_log is not None:
             try:

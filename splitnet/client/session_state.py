@@ -322,6 +322,11 @@ class SessionState:
         """Requests that are not answered."""
         return len(self._in_flight)
 
+    @property
+    def last_replay(self) -> int:
+        """Number of the last replay that is under way; 0: none is."""
+        return max(self._replays, default=0)
+
     def next_number(self) -> int:
         """A number for a request."""
         return next(self._numbers)
@@ -429,6 +434,12 @@ class SessionState:
                 if part.start < starts.get(part.row, 0) < part.start + part.length:
                     # Were it lost, nobody would send its first positions again, which this one builds on.
                     raise SplitnetError("a step was to begin inside of one under way: wait for that, or begin with it")
+            parts = request.step.parts if isinstance(request, StepRequest) else ()
+            if len({starts.get(part.row, MAX_POSITIONS) < part.start + part.length for part in parts}) > 1:
+                # It would end, and with it what the steps of its other rows build on.
+                raise SplitnetError(
+                    "a step was to undo some rows of one under way: wait for that, or undo all its rows"
+                )
         self.log.record(step.parts, step.forks, step.payload)
         self._end_what_is_undone(step)
 
@@ -735,6 +746,8 @@ class SessionState:
         if self.budget == self._opened_budget:
             self._former_budget = 0
         self._liveness.heard(self._now)
+        if not self._in_flight:
+            self._forgive()
         for number in sorted(self._in_flight):
             if not self._in_flight[number].done:
                 self._in_flight[number].send(self)
@@ -798,12 +811,15 @@ class SessionState:
         self._stop_waiting()
 
     def _forgive(self) -> None:
-        """An answer has come: what went wrong before counts no more."""
+        """An answer has come, or none is awaited: what went wrong before counts no more."""
         self._attempts = 0
         self._strikes, self._complaints, self._refusing, self._suspects = {}, {}, {}, []
 
     def _stop_waiting(self) -> None:
         """What was asked of the route that is no more is not awaited."""
+        if self._replays:
+            for hop in self.hops:
+                hop.relay_log = None  # it may be a part of what was to be replayed
         self._asked, self._failed, self._replays, self._filling = {}, {}, {}, []
         self._liveness.stop()
 
@@ -871,8 +887,8 @@ class SessionState:
                 return
             self._failed[hop.endpoint] = error
             self._if_all_answered()
-        elif self.phase in (Phase.OPENING, Phase.LOADING):
-            pass  # nothing was sent yet in this epoch that it could be about
+        elif self.phase not in (Phase.OPEN, Phase.REPLAYING):
+            pass  # nothing was sent yet in this epoch that it could be about, or the route that it is about is no more
         elif failure.number in self._in_flight or failure.number in self._replays:
             self._request_failed(hop, failure.code, error)
 
