@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from scheduler.candidates import candidates
 from scheduler.cost import move_ms, route_ms
@@ -187,29 +188,32 @@ class Planner:
         by_name = {record.key.text: record for record in records}
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
-    def forecast(
-        self, records: Sequence[PeerRecord], needs: Needs, hops: Sequence[PlannedHop], positions: int
-    ) -> Forecast:
-        """What a step of `positions` positions through `hops` takes."""
-        alone = replace(needs, positions=positions, in_flight=1)
-        latency_ms = self.cost_ms(records, alone, hops)
-        return Forecast(latency_ms, self.cost_ms(records, replace(alone, in_flight=2), hops) - latency_ms)
+    def forecasts(
+        self, records: Sequence[PeerRecord], needs: Needs, hops: Sequence[PlannedHop]
+    ) -> Callable[[int], Forecast]:
+        """What steps through `hops` take, by their positions."""
+        cost_ms = self._costs(records, needs, hops)
 
-    def cost_ms(
-        self,
-        records: Sequence[PeerRecord],
-        needs: Needs,
-        hops: Sequence[PlannedHop],
-    ) -> float:
+        @cache
+        def forecast(positions: int) -> Forecast:
+            latency_ms = cost_ms(positions, 1)
+            return Forecast(latency_ms, cost_ms(positions, 2) - latency_ms)
+
+        return forecast
+
+    def cost_ms(self, records: Sequence[PeerRecord], needs: Needs, hops: Sequence[PlannedHop]) -> float:
         """Ms of a usual step through `hops`."""
-        known = _with_hops(records, hops)
-        return route_ms(
-            [Hop(hop.name, hop.start, hop.end) for hop in hops],
-            {peer.id: peer for peer in self._survey.peers(known)},
-            self._survey.network(known),
-            positions=needs.positions,
-            encodings=needs.encodings,
-            in_flight=needs.in_flight,
+        return self._costs(records, needs, hops)(needs.positions, needs.in_flight)
+
+    def _costs(
+        self, records: Sequence[PeerRecord], needs: Needs, hops: Sequence[PlannedHop]
+    ) -> Callable[[int, int], float]:
+        """Ms of steps through `hops`, by their positions and by how many are under way."""
+        known = _records_of(hops, records)
+        peers, network = {peer.id: peer for peer in self._survey.peers(known)}, self._survey.network(known)
+        named = [Hop(hop.name, hop.start, hop.end) for hop in hops]
+        return lambda positions, in_flight: route_ms(
+            named, peers, network, positions=positions, encodings=needs.encodings, in_flight=in_flight
         )
 
     def move_ms(
@@ -221,7 +225,7 @@ class Planner:
         cached: int,
     ) -> float:
         """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
-        known = _with_hops(records, [*([before] if before else []), *hops])
+        known = _records_of([*([before] if before else []), *hops], records)
         return move_ms(
             [Hop(hop.name, hop.start, hop.end) for hop in hops],
             {peer.id: peer for peer in self._survey.peers(known)},
@@ -242,9 +246,10 @@ def _with_ends(records: Sequence[PeerRecord], ends: Ends) -> list[PeerRecord]:
     return [*records, *(end for end in ends if end is not None and end.key.text not in names)]
 
 
-def _with_hops(records: Sequence[PeerRecord], hops: Sequence[PlannedHop]) -> list[PeerRecord]:
-    names = {record.key.text for record in records}
-    return [*records, *(hop.record for hop in hops if hop.name not in names)]
+def _records_of(hops: Sequence[PlannedHop], records: Sequence[PeerRecord]) -> list[PeerRecord]:
+    """What hops say of themselves now; of those that say nothing any more, what they said when they were planned."""
+    planned = {hop.name: hop.record for hop in hops}
+    return list((planned | {record.key.text: record for record in records if record.key.text in planned}).values())
 
 
 def no_route_error(error: NoRoute, model_name: str, *, restricted: bool = False) -> CoverageError | PeerBusy:

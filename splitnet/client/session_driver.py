@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from scheduler.cost import positions_with_prompt
 from splitnet.client.bans import BAN_S
 from splitnet.client.link_codecs import LinkCodecs
-from splitnet.client.planner import Needs
+from splitnet.client.planner import Forecast, Needs
 from splitnet.client.requests import Request
 from splitnet.client.route_hop import RouteHop
 from splitnet.client.routes import Routes
@@ -42,6 +42,7 @@ from splitnet.errors import SessionClosed, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import SESSION_BYTES, Message, Open
 from splitnet.net.prober import Answer
+from splitnet.net.sent_log import REPLAY_POSITIONS
 
 log = logging.getLogger(__name__)
 
@@ -129,6 +130,10 @@ class SessionDriver:
     def needs(self) -> Needs:
         """What the session wants of its route once it decodes."""
         return self._needs(0)
+
+    def forecasts(self) -> Callable[[int], Forecast]:
+        """What steps are expected to take on the route, by their positions."""
+        return self._swarm.forecasts(self.needs, [hop.planned for hop in self.hops])
 
     def open(self, prompt: int = 0) -> None:
         """Plans a route and reserves memory on it; called by the first step at the latest.
@@ -223,6 +228,8 @@ class SessionDriver:
             if self._asked:
                 self.feed(self._routes.answer(self._asked.popleft(), self._needs(self._prompt)))
                 continue
+            if self.state.phase is Phase.REPLAYING and not self.state.chunk_ms:
+                self.state.chunk_ms = self.forecasts()(REPLAY_POSITIONS).latency_ms
             try:
                 self._changed.get(timeout=max(0.0, min(self.state.wake_at - time.monotonic(), threading.TIMEOUT_MAX)))
             except queue.Empty:

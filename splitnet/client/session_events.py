@@ -65,8 +65,6 @@ class Move:
 
     route: tuple[PlannedHop, ...]
     codecs: tuple[Codec, ...]
-    chunk_ms: float = 0.0
-    """See `Planned`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +124,11 @@ class Planned:
     Attributes:
         number: of the question.
         codecs: of every link, one more than hops.
-        chunk_ms: what a step of `REPLAY_POSITIONS` positions is predicted to take; 0: not known.
     """
 
     number: int
     route: tuple[PlannedHop, ...]
     codecs: tuple[Codec, ...]
-    chunk_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

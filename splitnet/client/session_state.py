@@ -217,6 +217,7 @@ class SessionState:
         error: why there is no route, until the next `Use`.
         refusal: why the last `Resize` was refused, if nothing else changed.
         usual_ms: what a decode step usually takes, told by the driver; 0: not known.
+        chunk_ms: what a chunk of a replay is predicted to take, told by the driver during one; 0: not known.
     """
 
     def __init__(
@@ -248,6 +249,7 @@ class SessionState:
         self.error: SplitnetError | None = None
         self.refusal: SplitnetError | None = None
         self.usual_ms = 0.0
+        self.chunk_ms = 0.0
         self._model = model
         self._max_positions = max_positions
         self._progress_timeout_s = progress_timeout_s
@@ -260,8 +262,6 @@ class SessionState:
         self._making: _Making | None = None
         self._has_stood = False
         """There was a route before."""
-        self._chunk_ms = 0.0
-        """What a chunk of a replay is predicted to take on the route."""
         self._asked: dict[Endpoint, float] = {}
         """Hops that are to answer an `Open` or an adapter, and until when."""
         self._failed: dict[Endpoint, SplitnetError] = {}
@@ -475,7 +475,6 @@ class SessionState:
             making = self._begin_making()
             making.cause = Cause.BETTER_ROUTE
             making.reasons.append("there is a better route")
-            self._chunk_ms = event.chunk_ms
             self._open_route(event.route, event.codecs)
 
     def _distrust(self, event: Distrust) -> None:
@@ -561,7 +560,6 @@ class SessionState:
         if making is None or making.question != event.number or self.phase is not Phase.PLANNING:
             return
         making.question = 0
-        self._chunk_ms = event.chunk_ms
         if not any(hop.name in making.excluded for hop in event.route):
             self._open_route(event.route, event.codecs)
             return
@@ -601,7 +599,7 @@ class SessionState:
             hops.append(hop if hop is not None else RouteHop(planned, codecs[index + 1]))
         if self.log is None and codecs:
             self.first_codec = codecs[0]
-        self.hops = hops
+        self.hops, self.chunk_ms = hops, 0.0
         wanted = {hop.endpoint: hop.blocks for hop in hops}
         for endpoint, blocks in list(self._members.items()):
             if wanted.get(endpoint) != blocks:
@@ -991,7 +989,7 @@ class SessionState:
     @property
     def _silence_s(self) -> float:
         if self.phase is not Phase.OPEN:
-            return silence_s(0.0, self._chunk_ms)
+            return silence_s(0.0, self.chunk_ms)
         decodes = all(request.decodes for request in self._in_flight.values())
         predicted_ms = max((request.predicted_ms for request in self._in_flight.values()), default=0.0)
         return silence_s(self.usual_ms if decodes else 0.0, predicted_ms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from splitnet.client.known_peers import KnownPeers
 from splitnet.client.links import Links, Subscriber, refusal
 from splitnet.client.planner import CLIENT_ENDS, Ends, Forecast, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
-from splitnet.errors import CoverageError, PeerBusy
+from splitnet.errors import CoverageError, PeerBusy, SplitnetError
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import STRICT_VERSIONS
@@ -172,9 +172,13 @@ class Swarm:
         """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
         return self._planner.move_ms(self.peers(), needs, before, hops, cached)
 
-    def forecast(self, needs: Needs, hops: Sequence[PlannedHop], positions: int) -> Forecast:
-        """What a step of `positions` positions through `hops` takes, by what is known now."""
-        return self._planner.forecast(self.peers(), needs, hops, positions)
+    def forecasts(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int], Forecast]:
+        """What steps through `hops` take, by their positions and by what is known now."""
+        try:
+            records = self.peers()
+        except SplitnetError:  # the hops may live all the same
+            records = []
+        return self._planner.forecasts(records, needs, hops)
 
     def ban(self, key: str, seconds: float, *, leaves: bool = False) -> None:
         """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""

@@ -190,7 +190,7 @@ def test_a_long_step_may_take_as_long_as_it_goes_on(
 ) -> None:
     """A prompt in one step, then the same as a replay: nothing comes back until all of it is computed."""
     be_impatient(monkeypatch)
-    monkeypatch.setattr(Session, "step_positions", lambda _, positions: positions)
+    monkeypatch.setattr(Session, "step_positions", lambda _, positions, *__: positions)
     monkeypatch.setattr(engine, "PASS_POSITIONS", 64)
     ids = prompt(600)["input_ids"]
     with local_swarm(long_folder, [(0, 1), (1, 2), (1, 2)], node=node) as swarm:
