@@ -37,7 +37,7 @@ class Routes:
         self._swarm = swarm
         self._codecs = codecs
         self._blocks = blocks
-        self._news = swarm.news
+        self._news = swarm.fresh_facts.news
         self._looked_at = 0.0
         self._route: list[PlannedHop] = []
 
@@ -82,12 +82,12 @@ class Routes:
             self.watch.begin(swarm.cost_ms(needs_now(), hops))
         now = time.monotonic()
         surprised = self.watch.surprised
-        if not (self._news != swarm.news or surprised) or now - self._looked_at < PAUSE_S:
+        if not (self._news != swarm.fresh_facts.news or surprised) or now - self._looked_at < PAUSE_S:
             return None
         if surprised:
             # What a hop took is known from the step. If it was one of the client's own links, that must be measured.
-            swarm.look_again([hops[0].record, hops[-1].record])
-        self._looked_at, self._news, self.watch.surprised = now, swarm.news, False
+            swarm.fresh_facts.look_again([hops[0].record, hops[-1].record])
+        self._looked_at, self._news, self.watch.surprised = now, swarm.fresh_facts.news, False
         needs = needs_now()
         try:
             route = with_kept_hops(swarm.plan(needs, holders={hop.name for hop in hops}), hops)

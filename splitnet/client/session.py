@@ -14,7 +14,6 @@ from scheduler.packing import DECODE_POSITIONS
 from scheduler.prefill import SIZES, best_step
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.link_use import LinkUse, link_uses
-from splitnet.client.parts import cut_into_steps
 from splitnet.client.planner import Forecast
 from splitnet.client.requests import FetchRequest, StepRequest
 from splitnet.client.route_hop import RouteHop
@@ -312,3 +311,21 @@ class Session(SessionDriver):
         survey.hop_seen(hop.name, positions, timing.compute_us / 1000 / blocks, timing.wait_us / 1000)
         if timing.next_rtt_us and following is not None:
             survey.link_seen(hop.name, following.name, timing.next_rtt_us / 1000)
+
+
+def cut_into_steps(parts: Sequence[Part], limit: int) -> list[list[Part]]:
+    """Parts in steps of at most `limit` positions. What comes back are still the last `keep` of each whole part."""
+    steps: list[list[Part]] = [[]]
+    room = limit
+    for row, start, length, keep in parts:
+        begun = 0
+        while begun < length:
+            if not room:
+                steps.append([])
+                room = limit
+            taken = min(room, length - begun)
+            kept = max(0, min(taken, begun + taken - (length - keep)))
+            steps[-1].append(Part(row, start + begun, taken, kept))
+            begun += taken
+            room -= taken
+    return steps

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from scheduler.cost import positions_with_prompt
 from splitnet.client.bans import BAN_S
 from splitnet.client.link_codecs import LinkCodecs
+from splitnet.client.links import refusal
 from splitnet.client.planner import Forecast, Needs
 from splitnet.client.requests import Request
 from splitnet.client.route_hop import RouteHop
@@ -37,7 +38,7 @@ from splitnet.client.session_events import (
     Use,
 )
 from splitnet.client.session_state import Phase, Recovered, SessionState
-from splitnet.client.swarm import Swarm, refusal
+from splitnet.client.swarm import Swarm
 from splitnet.errors import SessionClosed, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import SESSION_BYTES, Message, Open
@@ -114,7 +115,7 @@ class SessionDriver:
         self._handling = threading.RLock()
         self._is_handling = False
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
-        swarm.register(self)
+        swarm.links.register(self)
 
     @property
     def hops(self) -> list[RouteHop]:
@@ -157,12 +158,12 @@ class SessionDriver:
 
     def close(self) -> None:
         """Frees the memory on all hops; from any thread. A thread that uses the session gets `SessionClosed`."""
-        self._swarm.unregister(self)
+        self._swarm.links.unregister(self)
         self.feed(Close())
 
     def close_later(self) -> None:
-        """Has another thread do so within a second; the only way for finalizers, see `Swarm.close_later`."""
-        self._swarm.close_later(self)
+        """Has another thread do so within a second; the only way for finalizers, see `Links.close_later`."""
+        self._swarm.links.close_later(self)
 
     def deliver(self, source: Endpoint, message: Message) -> None:
         """Takes a message from the transport's thread."""
@@ -192,10 +193,10 @@ class SessionDriver:
         swarm = self._swarm
         match effect:
             case Send(endpoint, message):
-                if isinstance(message, Open) and (state := swarm.link_state(endpoint)).is_final:
+                if isinstance(message, Open) and (state := swarm.links.state(endpoint)).is_final:
                     self._events.append(LinkFailed(endpoint, refusal(endpoint, state)))
                 else:
-                    self.traffic.bytes_sent += swarm.send(endpoint, message)
+                    self.traffic.bytes_sent += swarm.links.send(endpoint, message)
             case AskAlive(endpoint):
                 swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
             case AskRoute():

@@ -78,7 +78,7 @@ def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
         "queue_ms": record.queue_ms if answer is None else answer.queue_ms,
         "sessions": record.sessions,
         "kv_free": record.kv_free_positions if answer is None else answer.kv_free_positions,
-        "delay_ms": swarm.rtt_ms(Endpoint(record.address, record.key)) / 2 or None,
+        "delay_ms": swarm.links.prober.rtt_ms(Endpoint(record.address, record.key)) / 2 or None,
         "version": record.version,
     }
 

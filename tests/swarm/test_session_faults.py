@@ -242,7 +242,7 @@ def test_what_the_client_relayed_before_is_not_replayed_in_the_place_of_what_the
         def lose_the_tail() -> None:
             assert cache.session is not None
             model.swarm._bans._bans.clear()
-            model.swarm._links._link_changed(cache.session.hops[1].endpoint, LinkState.DOWN)
+            model.swarm.links._link_changed(cache.session.hops[1].endpoint, LinkState.DOWN)
 
         one, two, three = prompt(20)["input_ids"], prompt(28)["input_ids"][:, 20:], prompt(32)["input_ids"][:, 28:]
         with model.session(max_length=100) as cache:

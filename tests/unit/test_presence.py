@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -31,10 +32,8 @@ class FakeSwarm:
         self.silent: set[Endpoint] = set()
         self.states: dict[Endpoint, LinkState] = {}
         self.pinged: list[Endpoint] = []
+        self.links = SimpleNamespace(state=lambda endpoint: self.states.get(endpoint, LinkState.UP))
         self.presence = Presence(cast(Swarm, self), clock=lambda: self.now)
-
-    def link_state(self, endpoint: Endpoint) -> LinkState:
-        return self.states.get(endpoint, LinkState.UP)
 
     def ping(self, endpoint: Endpoint) -> Future[Answer]:
         self.pinged.append(endpoint)
