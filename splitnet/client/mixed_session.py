@@ -15,7 +15,7 @@ from splitnet.client.route_hop import RouteHop
 from splitnet.client.session import Session, cut_into_steps
 from splitnet.client.session import UnderWay as SentThrough
 from splitnet.client.session_driver import Traffic
-from splitnet.client.session_state import Recovered
+from splitnet.client.session_events import Recovered
 from splitnet.model.adapters import Adapter
 from splitnet.net.messages import Fork, Part, Timing
 

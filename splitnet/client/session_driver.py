@@ -32,12 +32,14 @@ from splitnet.client.session_events import (
     LinkFailed,
     Note,
     Received,
+    Recovered,
     Send,
     Tick,
     Unban,
     Use,
 )
-from splitnet.client.session_state import Phase, Recovered, SessionState
+from splitnet.client.session_route import Phase
+from splitnet.client.session_state import SessionState
 from splitnet.client.swarm import Swarm
 from splitnet.errors import SessionClosed, SplitnetError
 from splitnet.net.endpoints import Endpoint

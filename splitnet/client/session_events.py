@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from splitnet.client.event_log import Kind
@@ -231,3 +232,34 @@ class Note:
 
 
 Effect = Send | AskAlive | AskRoute | Ban | Unban | Note
+
+
+class Cause(StrEnum):
+    """Why a route was repaired."""
+
+    LOST = "lost"
+    """A hop died, hangs, is cut off or answered nonsense."""
+    SESSION_LOST = "session_lost"
+    """A hop answers, but does not hold the session any more."""
+    LEAVING = "leaving"
+    """A hop has said that it is about to end or to move."""
+    BUSY = "busy"
+    """A hop ran out of memory."""
+    STALLED = "stalled"
+    """All hops live, but what was under way got lost between them."""
+    BETTER_ROUTE = "better_route"
+    """Nothing was lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """One repair of a route."""
+
+    lost: tuple[str, ...]
+    """Why hops were replaced."""
+    opened_ms: float
+    """Until other peers were planned and had opened the session."""
+    total_ms: float
+    """Until they had the cache, and what was under way was sent again."""
+    cause: Cause
+    """Of the first hop that was replaced."""

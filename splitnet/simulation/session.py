@@ -17,6 +17,7 @@ from splitnet.client.session_events import (
     AskAlive,
     AskRoute,
     Ban,
+    Cause,
     Close,
     Effect,
     Event,
@@ -29,7 +30,8 @@ from splitnet.client.session_events import (
     Unban,
     Use,
 )
-from splitnet.client.session_state import Cause, Phase, SessionState
+from splitnet.client.session_route import Phase
+from splitnet.client.session_state import SessionState
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Close as CloseMessage
 from splitnet.net.messages import Failure, FailureCode, Open, Part, Replay, Result, Step
