@@ -97,7 +97,7 @@ MUTATIONS = [
         "for each in self.passes) and self.sums.whole",
         "for each in self.passes)",
     ),
-    Mutation("a replay goes on past a relay", "refill", "group = group[: direct + 1]", "pass"),
+    Mutation("a replay goes on past a relay", "requests", "group = group[: direct + 1]", "pass"),
     Mutation(
         "requests are kept after the end",
         "session_state",

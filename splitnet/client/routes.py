@@ -79,7 +79,7 @@ class Routes:
         swarm = self._swarm
         if self._route != list(hops):
             self._route = list(hops)
-            self.watch.begin(swarm.cost_ms(needs_now(), hops))
+            self.watch.begin(swarm.planner.cost_ms(needs_now(), hops))
         now = time.monotonic()
         surprised = self.watch.surprised
         if not (self._news != swarm.fresh_facts.news or surprised) or now - self._looked_at < PAUSE_S:
@@ -96,11 +96,11 @@ class Routes:
             return None
         if route == list(hops):
             return None
-        current_ms = swarm.cost_ms(needs, hops)
+        current_ms = swarm.planner.cost_ms(needs, hops)
         # What is known of the present route was seen; what is known of the other was told, and may be too good.
-        new_ms = swarm.cost_ms(needs, route) * swarm.survey.prediction_error
+        new_ms = swarm.planner.cost_ms(needs, route) * swarm.survey.prediction_error
         before, changed = changed_hops(hops, route)
-        move_ms = swarm.move_ms(needs, before, changed, max(cached, 1))
+        move_ms = swarm.planner.move_ms(needs, before, changed, max(cached, 1))
         if not move_pays(current_ms, new_ms, move_ms, steps_left):
             return None
         log.info(

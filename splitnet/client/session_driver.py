@@ -136,7 +136,7 @@ class SessionDriver:
 
     def forecasts(self) -> Callable[[int], Forecast]:
         """What steps are expected to take on the route, by their positions."""
-        return self._swarm.forecasts(self.needs, [hop.planned for hop in self.hops])
+        return self._swarm.planner.forecasts(self.needs, [hop.planned for hop in self.hops])
 
     def open(self, prompt: int = 0) -> None:
         """Plans a route and reserves memory on it; called by the first step at the latest.

@@ -25,8 +25,7 @@ from splitnet.client.event_log import Kind
 from splitnet.client.liveness import Liveness
 from splitnet.client.overview import blocks_text, short_key
 from splitnet.client.planner import PlannedHop
-from splitnet.client.refill import next_refill
-from splitnet.client.requests import ReplayRequest
+from splitnet.client.requests import ReplayRequest, next_refill
 from splitnet.client.route_hop import RouteHop
 from splitnet.client.session_events import (
     AskRoute,

@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from splitnet.client.failure_codes import error_of
 from splitnet.client.liveness import Finding, Verdict, silence_s
 from splitnet.client.requests import ReplayRequest, Request, StepRequest
 from splitnet.client.route_hop import RouteHop
@@ -45,11 +44,13 @@ from splitnet.errors import (
     ContextTooLong,
     PeerBusy,
     PeerFailed,
+    PeerLeaving,
     PeerLost,
     ProtocolError,
     SessionClosed,
     SessionLost,
     SplitnetError,
+    WrongSwarm,
 )
 from splitnet.net.codecs import check_size
 from splitnet.net.endpoints import Endpoint
@@ -75,6 +76,17 @@ _FORGETFUL = (FailureCode.UNKNOWN_SESSION, FailureCode.OUT_OF_ORDER, FailureCode
 
 _OF_WHAT_CAME = (FailureCode.BAD_MESSAGE, FailureCode.OUT_OF_ORDER, FailureCode.TOO_LONG)
 """What a hop says rightly if the hop before it sends on something else than it should."""
+
+
+_ERROR_OF_CODE: dict[int, type[SplitnetError]] = {
+    FailureCode.BUSY: PeerBusy,
+    FailureCode.WRONG_MODEL: WrongSwarm,
+    FailureCode.TOO_LONG: ContextTooLong,
+    FailureCode.UNKNOWN_SESSION: SessionLost,
+    FailureCode.OUT_OF_ORDER: SessionLost,
+    FailureCode.STALE_EPOCH: SessionLost,
+    FailureCode.LEAVING: PeerLeaving,
+}
 
 
 class SessionState(SessionRoute):
@@ -561,3 +573,9 @@ class SessionState(SessionRoute):
         where = next((each for each in likeliest if each in self._suspects), likeliest[0])
         self._suspects = [each for each in self._suspects if each != where] or [where]
         self._reopen({where: PeerLost(f"the peer at {where.address} loses what is sent to it")}, Cause.LOST)
+
+
+def error_of(failure: Failure, source: Endpoint) -> SplitnetError:
+    """The exception that a peer's answer means; any code that has none of its own is `PeerFailed`."""
+    kind = _ERROR_OF_CODE.get(failure.code, PeerFailed)
+    return kind(f"the peer at {source.address} answered: {failure.text}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -13,9 +13,9 @@ from splitnet.client.event_log import EventLog
 from splitnet.client.fresh_facts import FreshFacts
 from splitnet.client.known_peers import KnownPeers
 from splitnet.client.links import Links
-from splitnet.client.planner import CLIENT_ENDS, Ends, Forecast, Needs, PlannedHop, Planner
+from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
-from splitnet.errors import CoverageError, PeerBusy, SplitnetError
+from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import STRICT_VERSIONS
@@ -66,6 +66,7 @@ class Swarm:
         survey: what is known of peers and links.
         links: the client's own.
         fresh_facts: keeps `survey` fresh.
+        planner: predicts what routes take.
         events: what has happened to peers and routes lately.
         was_covered: all blocks were served at some time.
 
@@ -80,7 +81,7 @@ class Swarm:
         self.events = EventLog()
         self.was_covered = False
         self._bans = Bans()
-        self._planner = Planner(self.survey, facts.name)
+        self.planner = Planner(self.survey, facts.name, self.peers)
         self._directory = Directory.start(initial_peers=initial_peers, listen=None)
         self.links = Links(self.identity)
         self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.links.state)
@@ -136,35 +137,19 @@ class Swarm:
         part = blocks or needs.blocks
         try:
             records, restricted = self._usable(exclude, fresh=fresh)
-            route = self._planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+            route = self.planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
             for _ in range(MAX_PROBED_ROUTES):
                 # Of many peers only some links are measured. Those that the client would use are, before it does.
                 own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
                 if not self.fresh_facts.measure(self.survey.unknown(own)):
                     break
-                route = self._planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+                route = self.planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
             self.was_covered |= part == needs.blocks
             return route
         except (CoverageError, PeerBusy):
             if fresh:
                 raise
             return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=True)
-
-    def cost_ms(self, needs: Needs, hops: Sequence[PlannedHop]) -> float:
-        """Ms of a usual step through `hops` by what is known now."""
-        return self._planner.cost_ms(self.peers(), needs, hops)
-
-    def move_ms(self, needs: Needs, before: PlannedHop | None, hops: Sequence[PlannedHop], cached: int) -> float:
-        """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
-        return self._planner.move_ms(self.peers(), needs, before, hops, cached)
-
-    def forecasts(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int], Forecast]:
-        """What steps through `hops` take, by their positions and by what is known now."""
-        try:
-            records = self.peers()
-        except SplitnetError:  # the hops may live all the same
-            records = []
-        return self._planner.forecasts(records, needs, hops)
 
     def ban(self, key: str, seconds: float, *, leaves: bool = False) -> None:
         """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""

@@ -9,11 +9,11 @@ from typing import Any
 
 import splitnet
 from splitnet.client.overview import Overview, short_key, token_ms
-from splitnet.client.presence import Seen, State
 from splitnet.client.swarm import Swarm
 from splitnet.net.endpoints import Endpoint
 from splitnet.serve.admission import Admission
 from splitnet.serve.generation import Generations
+from splitnet.serve.presence import Seen, State
 from splitnet.serve.progress import Progress
 
 RATE_S = 5

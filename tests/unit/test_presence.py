@@ -12,12 +12,12 @@ import pytest
 
 from splitnet.client.event_log import EventLog
 from splitnet.client.overview import Overview
-from splitnet.client.presence import ASKED_PEERS, PAUSE_S, SILENT_S, Presence, State
 from splitnet.client.swarm import Swarm
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.prober import Answer
 from splitnet.net.records import PeerRecord
+from splitnet.serve.presence import ASKED_PEERS, PAUSE_S, SILENT_S, Presence, State
 from tests.unit.test_client_swarm import FACTS, RECORD
 
 OTHER = dataclasses.replace(RECORD, key=Identity.generate().public, address="tcp://127.0.0.1:10", start=2, end=4)
