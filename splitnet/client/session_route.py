@@ -40,25 +40,12 @@ from splitnet.client.session_events import (
     Send,
     Unban,
 )
-from splitnet.errors import (
-    CoverageError,
-    NotAuthorized,
-    PeerBusy,
-    PeerLeaving,
-    PeerLost,
-    SessionLost,
-    SplitnetError,
-)
+from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, PeerLeaving, PeerLost, SessionLost, SplitnetError
 from splitnet.model.adapters import Adapter, counted_down, write_groups
 from splitnet.net.codecs import Codec, codec_by_name
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Adapter as AdapterMessage
-from splitnet.net.messages import (
-    AdapterLoaded,
-    Message,
-    Open,
-    Opened,
-)
+from splitnet.net.messages import AdapterLoaded, Message, Open, Opened
 from splitnet.net.messages import Close as CloseMessage
 from splitnet.net.sent_log import SentLog
 
