@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from splitnet.client.planner import PlannedHop
 from splitnet.errors import ProtocolError
@@ -31,10 +31,10 @@ class RouteHop:
     """Of the adapter that it has taken over; 0: none."""
     lost: bool = False
     """It was given up, and is not replaced yet."""
+    endpoint: Endpoint = field(init=False)
 
-    @property
-    def endpoint(self) -> Endpoint:
-        return self.planned.endpoint
+    def __post_init__(self) -> None:
+        self.endpoint = self.planned.endpoint
 
     @property
     def name(self) -> str:

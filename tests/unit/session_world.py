@@ -40,7 +40,8 @@ from splitnet.client.session_events import (
     Tick,
     Unban,
 )
-from splitnet.client.session_state import Phase, SessionState
+from splitnet.client.session_route import Phase
+from splitnet.client.session_state import SessionState
 from splitnet.errors import CoverageError, PeerLost, ProtocolError, SplitnetError
 from splitnet.model.adapters import Adapter, read_tensors
 from splitnet.net.codecs import codec_by_name

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from splitnet.client.session_events import Received, Resize, Use, UseAdapter
-from splitnet.client.session_state import TRANSITIONS, Phase
+from splitnet.client.session_route import TRANSITIONS, Phase
 from splitnet.errors import PeerBusy
 from splitnet.net.messages import Failure, FailureCode, Fork
 from tests.unit.session_world import CLIENT, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
