@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.model.families import check_can_be_cut
+from splitnet.model.families import check_can_be_cut, text_config_of
 from splitnet.model.lazy_tensors import LazyTensors, Progress
 from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
 
@@ -86,7 +86,7 @@ class Checkpoint:
             raise UnsupportedModel(
                 f"transformers does not know the architecture of {model}: update transformers ({_first_line(error)})"
             ) from error
-        text_config = config.get_text_config()
+        text_config = text_config_of(config)
         check_can_be_cut(text_config)
         checkpoint = cls(shards.name, shards, text_config, multimodal=text_config is not config)
         assert checkpoint.names  # raises if there are no safetensors
@@ -192,7 +192,7 @@ class Checkpoint:
             ModelNotFound: a shard is missing or not complete.
         """
         digest = hashlib.sha256()
-        essentials = {key: getattr(self.config, key, None) for key in _ESSENTIALS}
+        essentials = {key: _of_all_blocks(self.config, key) for key in _ESSENTIALS}
         digest.update(json.dumps(essentials, sort_keys=True, default=str).encode())
         infos = self._infos()
         samples = self._samples(infos)
@@ -252,3 +252,11 @@ class Checkpoint:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _of_all_blocks(config: PreTrainedConfig, key: str) -> Any:
+    """A value of a config; where blocks differ in it, of each."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers' word for that
+        return [getattr(own, key, None) for own in config.per_layer_config]

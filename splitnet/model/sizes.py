@@ -20,7 +20,7 @@ from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.attention import PACKED
 from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, parent_of
 from splitnet.model.dtypes import as_dtype
-from splitnet.model.families import check_can_be_cut, keeps_states, packs_sequences, sliding_windows
+from splitnet.model.families import check_can_be_cut, keeps_states, packs_sequences, sliding_windows, text_config_of
 from splitnet.model.held_linear import saved_bytes
 from splitnet.model.shards import Shards
 from splitnet.model.span import Span
@@ -92,7 +92,7 @@ class ModelSizes:
             raise UnsupportedModel(
                 f"transformers does not know the architecture of {model}: update transformers"
             ) from error
-        config = whole.get_text_config()
+        config = text_config_of(whole)
         check_can_be_cut(config)
         stored = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
         chosen = choose_weights(weights, dtype, stored, torch.device("cpu"))
