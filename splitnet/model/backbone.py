@@ -186,7 +186,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def keep_configs(parent: nn.Module) -> None:
-    """Before the config is sliced: what stands beside the blocks, such as rotary embeddings, keeps that of the whole."""
+    """Before the config is sliced: what stands beside the blocks, as rotary embeddings do, keeps that of the whole."""
     for child in parent.children():
         config = getattr(child, "config", None)
         if isinstance(config, PreTrainedConfig) and not isinstance(child, PreTrainedModel):

@@ -71,6 +71,9 @@ ONE_WINDOW = frozenset({"mistral"})
 """Those of them in which a sliding window of the config is that of all blocks; others must say which blocks have it."""
 
 REFUSED: Mapping[str, str] = {
+    "deepseek_v4": "between its blocks there are several hidden states, and some blocks choose experts by the token",
+    "zamba2": "some of its blocks have the same weights",
+    "zamba": "some of its blocks have the same weights",
     "gemma3n_text": "its blocks share states with each other besides the hidden state",
 }
 """Families that cannot be cut, and why, where the config does not tell."""

@@ -26,8 +26,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from splitnet.errors import OutOfMemory, UnsupportedModel
+from splitnet.errors import AdapterError, OutOfMemory, UnsupportedModel
 from splitnet.model import memory
+from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.ends import ends_of
 from splitnet.model.families import PACKS, STATES
@@ -316,8 +317,12 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
         TEXT | {"sliding_window": 8},
         {
-            **{"num_hidden_layers": 6, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
-            **{"image_size": 32, "patch_size": 8},
+            "num_hidden_layers": 6,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
         },
         {"mm_tokens_per_image": 4, "image_token_index": 290, "boi_token_index": 291, "eoi_token_index": 292},
     ),
@@ -336,7 +341,8 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 @torch.inference_mode()
 def test_text_model_of_a_multimodal_checkpoint(family: str, tmp_path: Path) -> None:
     text, vision, rest = MULTIMODAL[family]
-    config = CONFIG_MAPPING[family](text_config=text, vision_config=vision, **rest)
+    config_class: Any = CONFIG_MAPPING[family]
+    config = config_class(text_config=text, vision_config=vision, **rest)
     torch.manual_seed(0)
     whole: Any = AutoModelForImageTextToText.from_config(config).eval()
     for parameter in whole.parameters():
@@ -348,6 +354,37 @@ def test_text_model_of_a_multimodal_checkpoint(family: str, tmp_path: Path) -> N
     ids = torch.randint(3, 280, (1, 20))
     assert_close(shell(ids).logits, whole(ids).logits, 3e-5)
     assert ModelSizes.of(tmp_path).block_bytes == block_bytes(checkpoint, None)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba", "nemotron_h"])
+@torch.inference_mode()
+def test_a_rewind_far_back_runs_once_more_what_came_before(family: str, made: Callable[[Case], Path]) -> None:
+    span = Span.load(Checkpoint.open(made(Case(family, HYBRIDS[family]))), 0, 6)
+    torch.manual_seed(0)
+    hidden = torch.randn(130, 64)
+    expected = span.forward(hidden, [Part(span.new_row(), 0, 130)])
+    row = span.new_row()
+    span.forward(hidden[:30], [Part(row, 0, 30)])
+    span.forward(hidden[30:130] + 1, [Part(row, 30, 100)])
+    fork = row.fork(25)
+    row.crop(30)
+    assert row.computed == 30, "a copy was made before the second step"
+    row.crop(25)
+    assert (row.computed, fork.computed) == (0, 0)
+    assert span.catch_up(row, None, 11) == 11
+    assert row.computed == 11
+    for other in (row, fork):
+        again = span.forward(hidden[25:120], [Part(other, 25, 95)])
+        assert_close(again, expected[25:120], 1e-4)
+        assert (other.length, other.computed) == (120, 120)
+    assert span.catch_up(row, None) == 0
+
+
+def test_prefixes_before_states_are_refused(made: Callable[[Case], Path]) -> None:
+    span = Span.load(Checkpoint.open(made(Case("qwen3_next", HYBRIDS["qwen3_next"]))), 0, 6)
+    prefix = {f"2.{kind}": torch.zeros(2, 3, 16) for kind in (PREFIX_KEYS, PREFIX_VALUES)}
+    with pytest.raises(AdapterError, match=r"'qwen3_next' keep states.*LoRA"):
+        span.fit(Adapter(prefix))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mixtral"])
