@@ -27,6 +27,7 @@ from splitnet.client.pass_blocks import PassBlocks
 from splitnet.client.pass_session import PassSession
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.families import has_attention
 from splitnet.model.shell import backbone_of, outline_in
 from splitnet.net.identity import Identity
 
@@ -147,7 +148,7 @@ class RemoteModel(PreTrainedModel):
         call = self._blocks.call
         mask, positions = given.get("attention_mask"), given.get("position_ids")
         # Where no block attends, the families' own generation leaves the mask out behind the prompt.
-        no_masks_later = not hasattr(self.config, "num_attention_heads")
+        no_masks_later = not has_attention(self.config)
 
         def run(hidden: Any) -> Any:
             if cache is None:

@@ -8,6 +8,7 @@ in the whole model.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -199,11 +200,20 @@ def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: in
             elif child is not parent and (next(child.parameters(), None) is not None or _is_norm(child)):
                 setattr(owner, name, nn.Identity())
     setattr(parent, list_name, kept)
+    keep_configs(parent)
     slice_config(backbone.config, start, end)
 
 
 def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()  # some have no parameters
+
+
+def keep_configs(parent: nn.Module) -> None:
+    """Before the config is sliced: what stands beside the blocks, as rotary embeddings do, keeps that of the whole."""
+    for child in parent.children():
+        config = getattr(child, "config", None)
+        if isinstance(config, PreTrainedConfig) and not isinstance(child, PreTrainedModel):
+            child.config = copy.deepcopy(config)
 
 
 def share_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> PreTrainedModel:
@@ -246,6 +256,10 @@ def slice_config(config: PreTrainedConfig, start: int, end: int) -> None:
     if hasattr(config, "attn_layer_offset") and hasattr(config, "attn_layer_period"):
         config.attn_layer_offset = (config.attn_layer_offset - start) % config.attn_layer_period
     config.num_hidden_layers = end - start
+    spec = getattr(config, "_heterogeneity_spec", None)
+    if spec is not None:
+        overrides = {index - start: own for index, own in spec.per_layer_overrides.items() if start <= index < end}
+        config._heterogeneity_spec = dataclasses.replace(spec, per_layer_overrides=overrides)
 
 
 _PER_BLOCK = (

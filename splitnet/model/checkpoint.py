@@ -17,7 +17,7 @@ from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import UnsupportedModel
 from splitnet.model.dtypes import is_number_type
-from splitnet.model.families import check_can_be_cut
+from splitnet.model.families import check_can_be_cut, text_config_of
 from splitnet.model.safetensors_store import SafetensorsStore
 from splitnet.model.tensor_store import Progress, TensorFacts, TensorStore
 
@@ -182,7 +182,7 @@ class Checkpoint:
             ModelNotFound: a shard is missing or not complete.
         """
         digest = hashlib.sha256()
-        essentials = {key: getattr(self.config, key, None) for key in _ESSENTIALS}
+        essentials = {key: _of_all_blocks(self.config, key) for key in _ESSENTIALS}
         digest.update(json.dumps(essentials, sort_keys=True, default=str).encode())
         for name, sample in sorted(self._store.samples().items()):
             digest.update(f"\n{name} ".encode() + sample)
@@ -222,6 +222,14 @@ def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]
         UnsupportedModel: transformers does not know the architecture, or it cannot be cut into spans.
     """
     whole = store.config()
-    config = whole.get_text_config()
+    config = text_config_of(whole)
     check_can_be_cut(config)
     return whole, config
+
+
+def _of_all_blocks(config: PreTrainedConfig, key: str) -> Any:
+    """A value of a config; where blocks differ in it, of each."""
+    try:
+        return getattr(config, key, None)
+    except RuntimeError:  # transformers' word for that
+        return [getattr(own, key, None) for own in config.per_layer_config]

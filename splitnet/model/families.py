@@ -11,14 +11,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, Qwen3Config
 
 from splitnet.errors import UnsupportedModel
 
 PACKS = frozenset(
     {
         *("apertus", "arcee", "codegen", "cohere", "cohere2", "cwm", "deepseek_v3", "ernie4_5", "ernie4_5_moe"),
-        *("exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox"),
+        *(
+            "exaone4",
+            "gemma",
+            "gemma2",
+            "gemma3_text",
+            "gemma4_text",
+            "glm",
+            "glm4",
+            "glm4_moe",
+            "gpt2",
+            "gpt_bigcode",
+            "gpt_neox",
+        ),
         *("gpt_oss", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "internlm3", "llama", "minimax_m2"),
         *("ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt"),
         *("persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
@@ -59,8 +71,6 @@ ONE_WINDOW = frozenset({"mistral", "mixtral", "qwen3_moe"})
 """Those of them in which a sliding window of the config is that of all blocks; others must say which blocks have it."""
 
 TEXT_MODELS: Mapping[str, str] = {
-    "qwen3_vl_moe_text": "Qwen3VLMoeTextModel",
-    "qwen3_vl_text": "Qwen3VLTextModel",
     "step3p5": "Step3p7TextModel",
 }
 """Text models that transformers has only inside of larger ones, and their classes."""
@@ -69,8 +79,10 @@ SAME_AS: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 """Names of families in published configs that transformers has under another name."""
 
 REFUSED: Mapping[str, str] = {
+    "deepseek_v4": "between its blocks there are several hidden states, and some blocks choose experts by the token",
+    "zamba2": "some of its blocks have the same weights",
+    "zamba": "some of its blocks have the same weights",
     "gemma3n_text": "its blocks share states with each other besides the hidden state",
-    "gemma4_text": "its blocks share states with each other besides the hidden state",
 }
 """Families that cannot be cut, and why, where the config does not tell."""
 
@@ -100,6 +112,21 @@ _OTHER_ATTENTION: Mapping[str, set[str]] = {
 """Kinds of blocks of families that attend in a way of their own, to positions that are all kept."""
 
 
+def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the text model within that of a checkpoint.
+
+    Where transformers has no causal language model of the text model alone, that of a family whose blocks do the same.
+    """
+    text = config.get_text_config()
+    if text.model_type != "qwen3_vl_text":
+        return text
+    # Without images, the three positions of every token are equal, and so is the rotary embedding to that of Qwen3.
+    values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
+    rope = {key: value for key, value in (text.rope_parameters or {}).items() if not key.startswith("mrope")}
+    tied = config.tie_word_embeddings
+    return Qwen3Config(**(values | {"rope_parameters": rope or None, "tie_word_embeddings": tied}))
+
+
 def check_can_be_cut(config: PreTrainedConfig) -> None:
     """Refuses a text model that cannot be cut into spans.
 
@@ -124,6 +151,14 @@ def keeps_states(config: PreTrainedConfig) -> bool:
     return config.model_type in STATES
 
 
+def has_attention(config: PreTrainedConfig) -> bool:
+    """Whether any block of the family attends to other positions."""
+    try:
+        return hasattr(config, "num_attention_heads")
+    except RuntimeError:  # transformers' word for what differs from block to block
+        return True
+
+
 def states_per_block(config: PreTrainedConfig) -> int:
     """Convolutions of a block that keeps states, each with a state of its own."""
     return getattr(config, "number_of_conv_states", 1)
@@ -145,8 +180,10 @@ def _reason_against(config: PreTrainedConfig) -> str:
         return "its config does not say how many blocks it has"
     if keeps_states(config):
         return ""
-    if not hasattr(config, "num_attention_heads"):
+    if not has_attention(config):
         return "its blocks keep a recurrent state instead of a KV cache"
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return "its blocks take an input of their own for every token besides the hidden state"
     if getattr(config, "num_kv_shared_layers", 0):
         return "its blocks share KV caches with each other"
     if "shared" in (getattr(config, "indexer_types", None) or ()):

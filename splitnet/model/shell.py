@@ -10,7 +10,15 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitnet.model.attention import PACKED
-from splitnet.model.backbone import causal_class, classifier_class, find_container, load_cut, parent_of, slice_config
+from splitnet.model.backbone import (
+    causal_class,
+    classifier_class,
+    find_container,
+    keep_configs,
+    load_cut,
+    parent_of,
+    slice_config,
+)
 from splitnet.model.block_stand_in import AllBlocks, BlockList, blocks_return_tuple
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.dtypes import as_dtype
@@ -91,6 +99,7 @@ def _load(
         parent, name = parent_of(model, container)
         outlines[:] = [outline_of(block, wanted) for block in getattr(parent, name)]
         setattr(parent, name, nn.ModuleList())
+        keep_configs(parent)
         owners: list[Any] = [model, parent]  # some classes give their backbone a config of its own
         for own in {id(owner.config): owner.config for owner in owners}.values():
             # The rotary embedding of some backbones knows only the kinds that there were.

@@ -114,6 +114,16 @@ _INDEXER = {"index_topk": 6, "index_head_dim": 32, "index_n_heads": 32}  # with 
 
 SPARSE: dict[str, dict[str, Any]] = {
     "deepseek_v32": {**_LATENT_ATTENTION, "first_k_dense_replace": 2, **_INDEXER},
+    "gemma4_text": {
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "global_head_dim": 32,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "enable_moe_block": True,
+        "top_k_experts": 2,
+        "attention_k_eq_v": True,
+        "num_global_key_value_heads": 1,
+    },
     "llama4_text": {"attention_chunk_size": 6, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96},
     "glm_moe_dsa": {**_LATENT_ATTENTION, **_INDEXER},
 }
@@ -150,6 +160,7 @@ def random_config(family: str, *, blocks: int, hidden: int, vocab: int, **overri
         **{f"linear_{name}": size for name, size in _LINEAR_ATTENTION.items()},
         **_MAMBA,
     }
+    default.allow_global_per_layer_attribute_access = True
     known = {name: value for name, value in sizes.items() if hasattr(default, name)}
     if isinstance(getattr(type(default), "head_dim", None), property):
         known.pop("head_dim", None)

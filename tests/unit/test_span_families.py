@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DynamicCache,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     PreTrainedModel,
     RwkvConfig,
     RwkvForCausalLM,
@@ -26,13 +26,15 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from splitnet.errors import OutOfMemory, UnsupportedModel
+from splitnet.errors import AdapterError, OutOfMemory, UnsupportedModel
 from splitnet.model import memory
+from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.ends import ends_of
 from splitnet.model.families import PACKS, STATES
 from splitnet.model.kv_cache import RowCache
 from splitnet.model.shell import backbone_of, load_shell
+from splitnet.model.sizes import ModelSizes
 from splitnet.model.span import Part, Span, block_bytes
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint
 
@@ -95,7 +97,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gptj": {"rotary_dim": 8},
 }
 OTHER_CASES = [
-    *(Case(family, SIZES.get(family, {})) for family in sorted(PACKS.difference(NAMED))),
+    *(Case(family, SIZES.get(family, {})) for family in sorted(PACKS.difference(NAMED, SPARSE))),
     *map(Case, ("biogpt", "nanochat", "diffllama", "xglm")),
 ]
 """The other families that share passes, and some that need no word in families.py."""
@@ -305,21 +307,44 @@ def test_rope_that_depends_on_the_length_is_that_of_each_sequence(case: Case, ma
             done += len(output)
 
 
+TEXT = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+TEXT |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300}
+LINEAR = HYBRIDS["qwen3_5_text"] | {f"linear_num_{which}_heads": 2 for which in ("key", "value")}
+LINEAR |= {f"linear_{which}_head_dim": 16 for which in ("key", "value")}
+ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "gemma3": (
+        TEXT | {"sliding_window": 8},
+        {
+            "num_hidden_layers": 6,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_attention_heads": 2,
+            "image_size": 32,
+            "patch_size": 8,
+        },
+        {"mm_tokens_per_image": 4, "image_token_index": 290, "boi_token_index": 291, "eoi_token_index": 292},
+    ),
+    "qwen3_vl": (TEXT | {"rope_parameters": ROPE}, QWEN_VISION | {"deepstack_visual_indexes": [0]}, {}),
+    "qwen3_5": (TEXT | LINEAR, QWEN_VISION, {}),
+    "gemma4": (
+        TEXT | SPARSE["gemma4_text"] | {"num_experts": 4, "moe_intermediate_size": 32, "sliding_window": 8},
+        {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 16},
+        {},
+    ),
+}
+"""Text, vision, and what belongs to neither, by `model_type` of the whole."""
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
 @torch.inference_mode()
-def test_text_model_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
-    text = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
-    text |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300, "sliding_window": 8}
-    vision = {"num_hidden_layers": 6, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}
-    vision |= {"image_size": 32, "patch_size": 8}
-    config = Gemma3Config(
-        text_config=text,  # type: ignore[arg-type]
-        vision_config=vision,  # type: ignore[arg-type]
-        mm_tokens_per_image=4,
-        image_token_index=290,
-        boi_token_index=291,
-        eoi_token_index=292,
-    )
-    whole = Gemma3ForConditionalGeneration(config).eval()
+def test_text_model_of_a_multimodal_checkpoint(family: str, tmp_path: Path) -> None:
+    text, vision, rest = MULTIMODAL[family]
+    config_class: Any = CONFIG_MAPPING[family]
+    config = config_class(text_config=text, vision_config=vision, **rest)
+    torch.manual_seed(0)
+    whole: Any = AutoModelForImageTextToText.from_config(config).eval()
     for parameter in whole.parameters():
         if parameter.ndim >= 2:
             parameter.normal_(0, parameter.shape[-1] ** -0.5)
@@ -327,7 +352,39 @@ def test_text_model_of_a_multimodal_checkpoint(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     shell = load_shell(checkpoint, LocalChain(load_spans(checkpoint)))
     ids = torch.randint(3, 280, (1, 20))
-    assert_close(shell(ids).logits, whole(ids).logits)
+    assert_close(shell(ids).logits, whole(ids).logits, 3e-5)
+    assert ModelSizes.of(tmp_path).block_bytes == block_bytes(checkpoint, None)
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba", "nemotron_h"])
+@torch.inference_mode()
+def test_a_rewind_far_back_runs_once_more_what_came_before(family: str, made: Callable[[Case], Path]) -> None:
+    span = Span.load(Checkpoint.open(made(Case(family, HYBRIDS[family]))), 0, 6)
+    torch.manual_seed(0)
+    hidden = torch.randn(130, 64)
+    expected = span.forward(hidden, [Part(span.new_row(), 0, 130)])
+    row = span.new_row()
+    span.forward(hidden[:30], [Part(row, 0, 30)])
+    span.forward(hidden[30:130] + 1, [Part(row, 30, 100)])
+    fork = row.fork(25)
+    row.crop(30)
+    assert row.computed == 30, "a copy was made before the second step"
+    row.crop(25)
+    assert (row.computed, fork.computed) == (0, 0)
+    assert span.catch_up(row, None, 11) == 11
+    assert row.computed == 11
+    for other in (row, fork):
+        again = span.forward(hidden[25:120], [Part(other, 25, 95)])
+        assert_close(again, expected[25:120], 1e-4)
+        assert (other.length, other.computed) == (120, 120)
+    assert span.catch_up(row, None) == 0
+
+
+def test_prefixes_before_states_are_refused(made: Callable[[Case], Path]) -> None:
+    span = Span.load(Checkpoint.open(made(Case("qwen3_next", HYBRIDS["qwen3_next"]))), 0, 6)
+    prefix = {f"2.{kind}": torch.zeros(2, 3, 16) for kind in (PREFIX_KEYS, PREFIX_VALUES)}
+    with pytest.raises(AdapterError, match=r"'qwen3_next' keep states.*LoRA"):
+        span.fit(Adapter(prefix))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mixtral"])
