@@ -154,7 +154,9 @@ class Span:
         attention = PACKED if packs else None
         with guarded(checkpoint.name, start, end, largest, torch.device(device)):
             with checkpoint.load_tensors(names, wanted, progress) as tensors:
-                backbone = load_cut(model_class, config, cut, tensors, wanted, attention, one_by_one=bool(chosen.forms))
+                backbone = load_cut(
+                    model_class, config, cut, tensors, wanted, attention, names=names, one_by_one=bool(chosen.forms)
+                )
             nn.Module.to(backbone, device).requires_grad_(False)
             check_neutral(backbone, container, wanted)
             windows = sliding_windows(checkpoint.config)[start:end]
