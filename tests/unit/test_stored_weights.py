@@ -300,6 +300,8 @@ def test_embeddings_and_head_stay_in_their_codes(family: str, checkpoints: Any) 
     assert torch.equal(embedding.weight + 0, exact.get_input_embeddings().weight)
     hidden = torch.randn(1, 3, HIDDEN)
     assert close(head(hidden), exact.get_output_embeddings()(hidden))
+    if head.held.has_fast_kernel:
+        assert torch.equal(head(hidden), torch.cat([head(row[None]) for row in hidden[0]])[None])
     assert (shell.device, shell.dtype) == (CPU, torch.float32)
     taken = sum({id(tensor): tensor.nbytes for tensor in (*shell.parameters(), *shell.buffers())}.values())
     sizes = sizes_of(checkpoint)
