@@ -76,8 +76,8 @@ def plan(
 ) -> None:
     """Show the best partition of MODEL over known devices, its speed, and the command for each device.
 
-    Of the model its config is read and headers of its files, no weights. What FILE may say and how the figures come
-    about: docs/placement.md.
+    Only the model's config is read, and headers of its files if it is quantized. What FILE may say and how the figures
+    come about: docs/placement.md.
     """
     from splitnet.cli.devices_file import read_devices
 

@@ -16,6 +16,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import UnsupportedModel
+from splitnet.model.dtypes import is_number_type
 from splitnet.model.families import check_can_be_cut
 from splitnet.model.safetensors_store import SafetensorsStore
 from splitnet.model.tensor_store import Progress, TensorFacts, TensorStore
@@ -111,10 +112,10 @@ class Checkpoint:
     @cached_property
     def dtype(self) -> torch.dtype:
         """The type that the weights are stored in; of quantized ones, the type that the config says they stand for."""
-        if isinstance(self.config.dtype, torch.dtype):
+        if is_number_type(self.config.dtype):
             return self.config.dtype
         types = (self._store.facts([name])[name].dtype for name in self.names)
-        return next((dtype for dtype in types if dtype.is_floating_point and dtype.itemsize > 1), torch.float32)
+        return next((dtype for dtype in types if is_number_type(dtype)), torch.float32)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -100,8 +100,6 @@ def _reason_against(config: PreTrainedConfig) -> str:
     others = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_TYPES)
     if others:
         return f"it has blocks of the kind {others[0]!r}, whose state cannot be rewound"
-    if getattr(config, "quantization_config", None) is not None:
-        return "its weights are stored quantized; take a checkpoint with plain weights"
     return ""
 
 

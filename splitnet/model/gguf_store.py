@@ -63,6 +63,11 @@ class GgufStore:
         return make_config(self._family.model_type, config_values(self._family, self._file), self._file)
 
     @property
+    def quantized(self) -> bool:
+        """See `TensorStore.quantized`."""
+        return any(tensor.layout is not None for tensor in self._file.tensors.values())
+
+    @property
     def names(self) -> tuple[str, ...]:
         """See `TensorStore.names`; raises `UnsupportedModel` if the file has a tensor that is not known."""
         return tuple(self._recipes)

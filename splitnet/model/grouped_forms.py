@@ -8,17 +8,21 @@ output; where they have fewer than eight bits, some vectors share one in planes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from math import lcm
+from struct import pack
+from typing import Self
 
 import torch
 from torch import nn
+from torch.nn.functional import linear
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix, StoredTensor
+from splitnet.model.kernels import Kernels, dequantise_grouped, kernels_here, multiply_grouped
+from splitnet.model.stored import STEPS_GROUP, TABLES, Codes, Kind, Layout, StoredMatrix, StoredTensor
 from splitnet.model.weight_form import WeightForm
 
 TILE = 16
@@ -46,17 +50,31 @@ _TYPES = {
     Kind.CODES: torch.uint8,
 }
 _FLOAT8 = ("e4m3", "e5m2")
+_NUMBERS = {Kind.FLOAT16: 0, Kind.BFLOAT16: 1, Kind.FLOAT32: 2, Kind.E8M0: 3, Kind.CODES: 8, Kind.NONE: 9}
+_STEPS, _UNSIGNED_STEPS, _LOWER_STEPS, _UPPER_STEPS = 4, 5, 6, 7
+"""`enum number` in `native/grouped.h`."""
+
+_OUTPUTS = 5
+"""Where they are in a description."""
+
+_PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)
+"""`enum code`."""
+
+_MANY_ROWS = 128
+"""From so many rows on it is faster to make floats of the weight than to use the kernels, which are made for few."""
+
 _PIECE = 2**20
 """Weights that are made floats at a time, so that they stay in a cache."""
 
 
 @dataclass(frozen=True)
-class _Order:
+class Order:
     """How the tiles of a weight lie.
 
     Attributes:
         scale_type, zero_type: of what is stored for each group.
         nibbles: the steps of scales and zeros share a byte, the scale's in its lower half.
+        finite: whether all codes stand for numbers, without which e4m3 is multiplied by plain loops.
     """
 
     layout: Layout
@@ -64,9 +82,10 @@ class _Order:
     scale_type: torch.dtype
     zero_type: torch.dtype | None
     nibbles: bool
+    finite: bool = True
 
     @classmethod
-    def of(cls, layout: Layout, inputs: int, codes: Codes | None = None) -> _Order:
+    def of(cls, layout: Layout, inputs: int, codes: Codes | None = None) -> Order:
         """
         Args:
             codes: of which steps are signed; None: where that does not matter.
@@ -75,11 +94,16 @@ class _Order:
             UnsupportedModel: there is no order for such a layout.
         """
         group = layout.group
-        if layout.bits not in _PLANES or (group and group % 8):
-            raise UnsupportedModel(
-                f"weights of {layout.bits} bits in groups of {group} inputs cannot be held: use a checkpoint of 2, 3, "
-                "4, 5, 6 or 8 bits in groups of 16, 32 or a multiple"
-            )
+        steps = Kind.STEPS in (layout.scale, layout.zero)
+        if (
+            layout.bits not in _PLANES
+            or (group not in (0, 8, 16) and group % CHUNK)
+            or (steps and (not group or STEPS_GROUP % group))
+            or layout.scale in (Kind.CODES, Kind.NONE)
+            or layout.zero is Kind.E8M0
+            or (layout.table and len(TABLES[layout.table]) != 1 << layout.bits)
+        ):
+            raise UnsupportedModel(f"weights cannot be held as {layout}: use a checkpoint in another format")
         types = [
             (torch.int8 if stored is None else stored.dtype) if kind is Kind.STEPS else _TYPES.get(kind)
             for kind, stored in (
@@ -106,6 +130,27 @@ class _Order:
         zeros = 0 if self.zero_type is None or self.nibbles else self.zero_type.itemsize
         sizes = [TILE * size for size in (groups * self.scale_type.itemsize, groups * zeros, *units)]
         return [*sizes, -sum(sizes) % _LINE, -(-inputs // CHUNK) * _LINE * self.layout.bits]
+
+    @cached_property
+    def description(self) -> torch.Tensor:
+        """As `Grouped` in `native/grouped.h`; of all that is there but the outputs, which are set to 0."""
+        layout = self.layout
+        zero = _NUMBERS.get(layout.zero, _UNSIGNED_STEPS if self.zero_type is torch.uint8 else _STEPS)
+        scale = _NUMBERS.get(layout.scale, _UNSIGNED_STEPS if self.scale_type is torch.uint8 else _STEPS)
+        if self.nibbles:
+            scale, zero = _LOWER_STEPS, _UPPER_STEPS
+        code, factor, offset = _PLAIN, 1.0, layout.offset
+        values = _values(layout)
+        at = 0
+        if layout.table:
+            code, factor, at = _table_code(layout.table)
+        if (code > _TABLE and layout.zero is not Kind.NONE) or layout.group == 8 or not self.finite:
+            code = _ANY
+        sizes = [0 if each is None else TILE * each.itemsize for each in (self.scale_type, self.zero_type)]
+        numbers = [code, layout.bits, layout.group, self.panel, self.inputs, 0, offset, scale, zero]
+        numbers += [sizes[0], 0 if self.nibbles else sizes[1], self.tile_bytes, layout.table in _FLOAT8]
+        packed = pack("13qd2q", *numbers, factor, at, values.data_ptr())
+        return torch.frombuffer(bytearray(packed), dtype=torch.int64)
 
     @cached_property
     def tile_bytes(self) -> int:
@@ -211,6 +256,31 @@ class _Order:
         return [codes, numbers(scales, self.scale_type), numbers(zeros, self.zero_type), *of_units]
 
 
+@cache
+def _values(layout: Layout) -> torch.Tensor:
+    """What each code stands for."""
+    return TABLES[layout.table] if layout.table else torch.arange(1 << layout.bits).float() - layout.offset
+
+
+@cache
+def _bytes(table: str) -> tuple[torch.Tensor, float] | None:
+    """Bytes that, less 128 and times a factor, are what the codes of a table stand for; None: there are none."""
+    values = TABLES[table]
+    for factor in (1.0, 0.5):
+        whole = values / factor + 128
+        if len(values) == 16 and torch.equal(whole, whole.round()) and whole.min() >= 0 and whole.max() <= 255:
+            return whole.to(torch.uint8), factor
+    return None
+
+
+def _table_code(table: str) -> tuple[int, float, int]:
+    """The `enum code` of a table, the factor that goes with it and the address of its bytes."""
+    if table in _FLOAT8:
+        return (_E4M3, 256.0, 0) if table == "e4m3" else (_E5M2, 1.0, 0)
+    found = _bytes(table)
+    return (_FLOAT_TABLE, 1.0, 0) if found is None else (_TABLE, found[1], found[0].data_ptr())
+
+
 def _padded(tensor: torch.Tensor, outputs: int, width: int) -> torch.Tensor:
     if tensor.shape == (outputs, width):
         return tensor
@@ -228,45 +298,107 @@ class GroupedForm(WeightForm):
         tiles: `[tiles, order.tile_bytes]`, uint8.
     """
 
-    def __init__(self, order: _Order, outputs: int, tiles: torch.Tensor) -> None:
+    def __init__(self, order: Order, outputs: int, tiles: torch.Tensor) -> None:
         super().__init__()
-        self._order = order
+        self.order = order
         self.outputs = outputs
+        self._description = order.description.clone()
+        self._description[_OUTPUTS] = outputs
         self.tiles: torch.Tensor
         self.register_buffer("tiles", tiles)
+
+    @classmethod
+    def hold(cls, layout: Layout, codes: Sequence[Codes], device: torch.device) -> Self:
+        """Holds codes that stand one below the other.
+
+        Raises:
+            UnsupportedModel: such a layout cannot be held.
+        """
+        outputs = sum(len(some.codes) for some in codes)
+        order, tiles = _tiles_of(layout, codes)
+        return cls(order, outputs, tiles.to(device))
 
     @property
     def layout(self) -> Layout:
         """Of its codes."""
-        return self._order.layout
+        return self.order.layout
 
     @property
     def inputs(self) -> int:
         """How many there are."""
-        return self._order.inputs
+        return self.order.inputs
+
+    @property
+    def description(self) -> torch.Tensor:
+        """For the kernels."""
+        return self._description
+
+    @property
+    def has_fast_kernel(self) -> bool:
+        """Whether the products of some rows, in whole chunks of inputs, have a kernel that is made for this CPU."""
+        return kernels_here() is Kernels.FAST and self._has_kernel and int(self._description[0]) != _ANY
+
+    @property
+    def _has_kernel(self) -> bool:
+        return kernels_here() is not Kernels.NONE and self.tiles.device.type == "cpu"
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        pieces = [torch.nn.functional.linear(rows, piece) for piece in self._pieces(rows.dtype)]
-        return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+        products = rows.new_empty(len(rows), self.outputs)
+        self.multiply_into(products, rows)
+        return products
+
+    def multiply_into(
+        self, products: torch.Tensor, rows: torch.Tensor, experts: torch.Tensor | None = None, held: int = 0
+    ) -> None:
+        """Sets `products`, `[rows, outputs]`, which may be columns of a wider tensor, in the type of the rows.
+
+        Args:
+            experts: of each row, int64, where the tiles are those of `held` experts.
+        """
+        if self._has_kernel and len(rows) < _MANY_ROWS:
+            given = rows.float()
+            if self.inputs % CHUNK:
+                given = torch.nn.functional.pad(given, (0, -self.inputs % CHUNK))
+            exact = products.dtype == torch.float32
+            into = products if exact else torch.empty(products.shape)
+            multiply_grouped(given, self._description, self.tiles, into, experts, held)
+            if not exact:
+                products.copy_(into)
+            return
+        for index in [0] if experts is None else experts.unique().tolist():
+            chosen = slice(None) if experts is None else experts == index
+            some = rows[chosen]
+            products[chosen] = torch.cat([linear(some, piece) for piece in self.pieces(rows.dtype, index)], dim=-1)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat(self._pieces(dtype))
+        return torch.cat(list(self.pieces(dtype)))
 
     def rows(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights of some outputs, `[len(indices), inputs]`: what an embedding looks up."""
-        found = indices.new_empty(len(indices), self.inputs, dtype=dtype)
+        found = torch.empty(len(indices), self.inputs, dtype=torch.float32, device=self.tiles.device)
+        if self._has_kernel:
+            dequantise_grouped(self._description, self.tiles, found, indices)
+            return found.to(dtype)
         most = max(1, _PIECE // (TILE * self.inputs))
         for to, some in zip(found.split(most), indices.split(most), strict=True) if len(indices) else ():
-            codes = self._order.unpacked(self.tiles[some // TILE])
+            codes = self.order.unpacked(self.tiles[some // TILE])
             lanes = torch.arange(len(some), device=some.device) * TILE + some % TILE
             to.copy_(codes.of_outputs(lanes).floats(self.layout))
-        return found
+        return found.to(dtype)
 
-    def _pieces(self, dtype: torch.dtype) -> list[torch.Tensor]:
-        tiles = self.tiles.split(max(1, _PIECE // (TILE * self.inputs)))
-        pieces = [self._order.unpacked(some).floats(self.layout).to(dtype) for some in tiles]
-        pieces[-1] = pieces[-1][: self.outputs - sum(len(some) for some in tiles[:-1]) * TILE]
-        return pieces
+    def pieces(self, dtype: torch.dtype, expert: int = 0) -> Iterator[torch.Tensor]:
+        """The weight in floats, some outputs at a time."""
+        tiles = -(-self.outputs // TILE)
+        begin = 0
+        for some in self.tiles[expert * tiles : (expert + 1) * tiles].split(max(1, _PIECE // (TILE * self.inputs))):
+            count = min(TILE * len(some), self.outputs - begin)
+            begin += count
+            if self._has_kernel:
+                piece = torch.empty(count, self.inputs)
+                dequantise_grouped(self._description, some, piece)
+            else:
+                piece = self.order.unpacked(some).floats(self.layout)[:count]
+            yield piece.to(dtype)
 
 
 class JoinedForm(WeightForm):
@@ -330,23 +462,19 @@ class ExpertForm(nn.Module):
         Returns:
             `[n, outputs]`, in the type of `rows`.
         """
-        product = rows.new_empty(len(rows), self.outputs)
-        for expert in experts.unique().tolist():
-            chosen = experts == expert
-            forms = [self._one(part, expert) for part in self._each()]
-            product[chosen] = torch.cat([form.multiply(rows[chosen]) for form in forms], dim=-1)
-        return product
+        products = rows.new_empty(len(rows), self.outputs)
+        begin = 0
+        for part in self._each():
+            part.multiply_into(products[:, begin : begin + part.outputs], rows, experts, self.experts)
+            begin += part.outputs
+        return products
 
     def dequantised(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight of one, `[outputs, inputs]`: a new tensor."""
-        return torch.cat([self._one(part, expert).dequantised(dtype) for part in self._each()])
+        return torch.cat([piece for part in self._each() for piece in part.pieces(dtype, expert)])
 
     def _each(self) -> list[GroupedForm]:
         return [part for part in self.parts if isinstance(part, GroupedForm)]
-
-    def _one(self, part: GroupedForm, expert: int) -> GroupedForm:
-        tiles = len(part.tiles) // self.experts
-        return GroupedForm(part._order, part.outputs, part.tiles[expert * tiles : (expert + 1) * tiles])
 
 
 def held_bytes(layout: Layout, outputs: int, inputs: int) -> int:
@@ -355,7 +483,7 @@ def held_bytes(layout: Layout, outputs: int, inputs: int) -> int:
     Raises:
         UnsupportedModel: such a layout cannot be held.
     """
-    return -(-outputs // TILE) * _Order.of(layout, inputs).tile_bytes
+    return -(-outputs // TILE) * Order.of(layout, inputs).tile_bytes
 
 
 def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> GroupedForm | JoinedForm:
@@ -367,8 +495,7 @@ def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> Group
     forms: list[GroupedForm] = []
     for _, alike in groupby(matrices, lambda matrix: matrix.layout):
         some = list(alike)
-        order, tiles = _tiles_of(some)
-        forms.append(GroupedForm(order, sum(matrix.shape[0] for matrix in some), tiles.to(device)))
+        forms.append(GroupedForm.hold(some[0].layout, [matrix.read() for matrix in some], device))
     return forms[0] if len(forms) == 1 else JoinedForm(forms)
 
 
@@ -386,12 +513,12 @@ def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
         raise UnsupportedModel("experts that are stored in different ways cannot be held together")
     parts: list[GroupedForm] = []
     begin = 0
-    for _, alike in groupby(kinds[0], lambda kind: kind[0]):
+    for layout, alike in groupby(kinds[0], lambda kind: kind[0]):
         shapes = [shape for _, shape in alike]
         end = begin + len(shapes)
-        found: tuple[_Order, torch.Tensor] | None = None
+        found: tuple[Order, torch.Tensor] | None = None
         for index, matrices in enumerate(stored.experts):
-            order, tiles = _tiles_of(matrices[begin:end])
+            order, tiles = _tiles_of(layout, [matrix.read() for matrix in matrices[begin:end]])
             if found is None:
                 found = order, torch.empty(len(stored.experts) * len(tiles), order.tile_bytes, dtype=torch.uint8)
             elif order != found[0]:
@@ -403,13 +530,15 @@ def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
     return ExpertForm(parts, len(stored.experts))
 
 
-def _tiles_of(matrices: Sequence[StoredMatrix]) -> tuple[_Order, torch.Tensor]:
-    """The tiles of matrices of one layout that stand one below the other."""
-    layout, inputs = matrices[0].layout, matrices[0].shape[1]
-    codes = _below(*[matrix.read() for matrix in matrices])
-    order = _Order.of(layout, inputs, codes)
+def _tiles_of(layout: Layout, below: Sequence[Codes]) -> tuple[Order, torch.Tensor]:
+    """The tiles of codes that stand one below the other."""
+    codes = _below(below)
+    inputs = codes.codes.shape[1]
+    order = Order.of(layout, inputs, codes)
     if order.nibbles and any(int(steps.max()) > 15 for steps in (codes.scales, codes.zeros) if steps is not None):
         order = replace(order, nibbles=False)
+    if layout.table == "e4m3" and bool((codes.codes & 127 == 127).any()):
+        order = replace(order, finite=False)
     tiles = torch.empty(-(-len(codes.codes) // TILE), order.tile_bytes, dtype=torch.uint8)
     most = max(1, _PIECE // (TILE * inputs))
     for begin in range(0, len(tiles), most):
@@ -418,7 +547,7 @@ def _tiles_of(matrices: Sequence[StoredMatrix]) -> tuple[_Order, torch.Tensor]:
     return order, tiles
 
 
-def _below(*codes: Codes) -> Codes:
+def _below(codes: Sequence[Codes]) -> Codes:
     if len(codes) == 1:
         return codes[0]
 

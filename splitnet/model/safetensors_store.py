@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -11,8 +12,12 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model.dtypes import is_number_type
 from splitnet.model.lazy_tensors import LazyTensors
+from splitnet.model.quantization import quantization_settings, quantized_format
+from splitnet.model.quantized_format import Part, Weights
 from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
+from splitnet.model.stored import StoredTensor
 from splitnet.model.tensor_store import Progress, TensorFacts
 
 SAMPLE_BYTES = 256
@@ -41,9 +46,12 @@ class SafetensorsStore:
 
     def config(self) -> PreTrainedConfig:
         """See `TensorStore.config`."""
-        path = self._shards.config()
+        return self._config
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
         try:
-            return AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(self._config_file)
         except OSError as error:
             raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
         except (ValueError, KeyError, AttributeError) as error:
@@ -51,24 +59,70 @@ class SafetensorsStore:
                 f"transformers does not know the architecture of {self.source}: update transformers "
                 f"({_first_line(error)})"
             ) from error
+        # What is read here are weights of plain numbers to transformers, whatever they are made of.
+        for part in (config, *vars(config).values()):
+            if isinstance(part, PreTrainedConfig):
+                vars(part).pop("quantization_config", None)
+        return config
+
+    @cached_property
+    def _config_file(self) -> Path:
+        return self._shards.config()
+
+    @cached_property
+    def _quantization(self) -> Mapping[str, Any] | None:
+        return quantization_settings(json.loads(self._config_file.read_text()))
+
+    @cached_property
+    def _weights(self) -> Weights:
+        settings = self._quantization
+        format = None if settings is None else quantized_format(settings)
+        told = self._config.get_text_config().dtype or self._config.dtype
+        dtype = told if is_number_type(told) else torch.bfloat16
+        return Weights(tuple(self._shards.weight_map), format, dtype)
+
+    @property
+    def quantized(self) -> bool:
+        """See `TensorStore.quantized`."""
+        return self._quantization is not None
 
     @property
     def names(self) -> tuple[str, ...]:
         """See `TensorStore.names`."""
-        return tuple(self._shards.weight_map)
+        return tuple(self._weights.groups)
 
     def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
-        """See `TensorStore.facts`; only of the shards that hold these tensors."""
+        """See `TensorStore.facts`; only of the shards that hold these tensors.
+
+        Of NF4 the description of each weight is read too, and of GPTQ that permutes inputs, the permutation.
+        """
         names = list(names)
-        infos = self._infos(self._shards.weight_map[name] for name in names)
-        return {name: TensorFacts(infos[name].shape, infos[name].dtype, None, infos[name].nbytes) for name in names}
+        groups = self._weights.groups
+        infos = self._infos(self._shards.weight_map[part] for name in names for part in groups[name].values())
+
+        def part(name: str) -> Part:
+            info = infos[name]
+            return Part(name, info.shape, info.dtype, lambda index: self._read(info)[index])
+
+        facts: dict[str, TensorFacts] = {}
+        for name in names:
+            nbytes = sum(infos[part].nbytes for part in groups[name].values())
+            tensor = self._weights.tensor(name, part)
+            if tensor is None:
+                facts[name] = TensorFacts(infos[name].shape, infos[name].dtype, None, nbytes)
+            else:
+                layout = tensor.experts[0][0].layout if isinstance(tensor, StoredTensor) else None
+                facts[name] = TensorFacts(tuple(tensor.shape), tensor.dtype, layout, nbytes)
+        return facts
 
     def load_tensors(self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None) -> LazyTensors:
         """See `TensorStore.load_tensors`; only the shards that hold these tensors are downloaded."""
-        return LazyTensors(self._shards, names, dtype, progress)
+        return LazyTensors(self._shards, self._weights, names, dtype, progress)
 
     def samples(self) -> Mapping[str, bytes]:
-        """See `TensorStore.samples`. It does not depend on how the tensors are sharded nor on which shards are here.
+        """See `TensorStore.samples`; with how weights are quantized, if they are.
+
+        It does not depend on how the tensors are sharded nor on which shards are here.
 
         From the hub, headers and samples are read by range. The end of a tensor and the beginning of the next stand
         side by side in a shard, so that is about one request for each large tensor.
@@ -88,6 +142,8 @@ class SafetensorsStore:
             found = self._shards.read_ranges(shard, [(start, end) for _, start, end in pieces])
             for (name, *_), data in zip(pieces, found, strict=True):
                 samples[name] += data
+        if self._quantization is not None:
+            samples["quantization_config"] = json.dumps(self._quantization, sort_keys=True).encode()
         return samples
 
     def tokenizer(self) -> Any:
@@ -105,6 +161,11 @@ class SafetensorsStore:
             return GenerationConfig.from_pretrained(self._shards.source, **self._shards.options)
         except OSError:
             return None
+
+    def _read(self, info: TensorInfo) -> torch.Tensor:
+        """A small tensor."""
+        (data,) = self._shards.read_ranges(info.shard, [(info.offset, info.offset + info.nbytes)])
+        return torch.frombuffer(bytearray(data), dtype=info.dtype).view(info.shape)
 
     def _infos(self, shards: Iterable[str]) -> dict[str, TensorInfo]:
         infos: dict[str, TensorInfo] = {}

@@ -17,12 +17,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from splitnet.errors import ModelNotFound
 from splitnet.model.attention import PACKED
 from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, parent_of
 from splitnet.model.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block
 from splitnet.model.checkpoint import Checkpoint, open_store, read_config
-from splitnet.model.dtypes import as_dtype
+from splitnet.model.dtypes import as_dtype, is_number_type
 from splitnet.model.families import packs_sequences, sliding_windows
 from splitnet.model.shell import names_of_shell
 from splitnet.model.span import Span
@@ -89,18 +88,18 @@ class ModelSizes:
                 codes of the checkpoint.
 
         Raises:
-            ModelNotFound: neither exists.
+            ModelNotFound: none of them exists, or there is but the config of a model whose weights are quantized.
             UnsupportedModel: the model cannot be cut into spans.
             WeightsError: weights cannot be held so.
         """
         store = open_store(model)
         whole, config = read_config(store)
+        if not store.quantized:
+            stored = config.dtype if is_number_type(config.dtype) else torch.float32
+            return cls.of_config(store.name, config, choose_weights(weights, dtype, stored, torch.device("cpu")))
         checkpoint = Checkpoint(store, config, multimodal=config is not whole)
-        coded = _has_codes(checkpoint)
-        named = config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-        chosen = choose_weights(weights, dtype, checkpoint.dtype if coded else named, torch.device("cpu"))
-        sizes = cls.of_config(store.name, config, chosen)
-        return sizes.in_codes_of(checkpoint, chosen) if coded else sizes
+        chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device("cpu"))
+        return cls.of_config(store.name, config, chosen).in_codes_of(checkpoint, chosen)
 
     @classmethod
     def of_config(cls, name: str, config: PreTrainedConfig, weights: Weights) -> ModelSizes:
@@ -156,15 +155,6 @@ class ModelSizes:
             weights=STORED if weights.as_stored and any(one.coded for one in blocks) else weights.kind,
             file_bytes=sum(one.nbytes for one in facts.values()),
         )
-
-
-def _has_codes(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint has weights in codes: told by its last block and what is outside, to read few headers."""
-    try:
-        names = [tensor.name for tensor in checkpoint.block_tensors[-1]]
-    except ModelNotFound:
-        return False  # there is a config and nothing else
-    return any(one.layout is not None for one in checkpoint.facts([*names, *checkpoint.shell_names]).values())
 
 
 def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, str]:

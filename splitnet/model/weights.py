@@ -16,7 +16,7 @@ from splitnet.model.float_forms import (
     ConvertedFloat16,
     PackedFloat16,
 )
-from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4, KernelInt4
+from splitnet.model.int4_forms import Int4, KernelInt4
 from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
 from splitnet.model.kernels import has_fast_kernels, has_integer_kernels
 from splitnet.model.weight_form import WeightForm
@@ -140,9 +140,12 @@ def _has_fast_kernels(device: torch.device) -> bool:
 
 def _integer_forms(kind: str, device: torch.device) -> tuple[type[WeightForm], ...]:
     """Best first."""
-    forms: list[type[WeightForm]] = [DequantisedInt8 if kind == "int8" else DequantisedInt4]
+    compiled = device.type == "cpu" and has_integer_kernels()
+    if kind == "int4":
+        return (KernelInt4, Int4) if has_kernels(device) and not compiled else (Int4,)
+    forms: list[type[WeightForm]] = [DequantisedInt8]
     if has_kernels(device):
-        forms.insert(0, KernelInt8 if kind == "int8" else KernelInt4)
-    if device.type == "cpu" and has_integer_kernels():
-        forms.insert(0, CompiledInt8 if kind == "int8" else CompiledInt4)
+        forms.insert(0, KernelInt8)
+    if compiled:
+        forms.insert(0, CompiledInt8)
     return tuple(forms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from splitnet.errors import ModelNotFound
 from splitnet.model.adapters import Adapter
 from splitnet.model.block_sizes import block_bytes, block_sizes
 from splitnet.model.checkpoint import Checkpoint
@@ -28,6 +31,8 @@ from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTenso
 from splitnet.model.stored_layers import HeldEmbedding
 from splitnet.model.tensor_store import Progress, TensorFacts
 from splitnet.model.weights import choose_weights
+from tests.unit.gguf_writing import write_gguf
+from tests.unit.quantized_checkpoints import quantized_pair
 from tests.unit.random_models import random_checkpoint
 
 CPU = torch.device("cpu")
@@ -52,6 +57,10 @@ class CodedStore:
 
     def config(self) -> PreTrainedConfig:
         return self._plain.config
+
+    @property
+    def quantized(self) -> bool:
+        return True
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -291,6 +300,8 @@ def test_embeddings_and_head_stay_in_their_codes(family: str, checkpoints: Any) 
     assert torch.equal(embedding.weight + 0, exact.get_input_embeddings().weight)
     hidden = torch.randn(1, 3, HIDDEN)
     assert close(head(hidden), exact.get_output_embeddings()(hidden))
+    if head.held.has_fast_kernel:
+        assert torch.equal(head(hidden), torch.cat([head(row[None]) for row in hidden[0]])[None])
     assert (shell.device, shell.dtype) == (CPU, torch.float32)
     taken = sum({id(tensor): tensor.nbytes for tensor in (*shell.parameters(), *shell.buffers())}.values())
     sizes = sizes_of(checkpoint)
@@ -324,6 +335,45 @@ def test_a_head_that_is_wished_otherwise_is_converted_and_embeddings_are_not(che
         assert isinstance(shell.get_input_embeddings(), HeldEmbedding)
         assert not isinstance(shell.lm_head, HeldHead) or kind == "int8"
         assert float((shell.lm_head(hidden) - expected).norm() / expected.norm()) < loss
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "awq", "gptq", "int4-group", "nf4"])
+def test_sizes_of_quantized_files_are_those_of_what_a_peer_loads(scheme: str, tmp_path: Path) -> None:
+    source = random_checkpoint("llama", tmp_path / "source", blocks=2, hidden=128)
+    folder, _ = quantized_pair(source, tmp_path, scheme)
+    checkpoint = Checkpoint.open(folder)
+    span = Span.load(checkpoint, 0, 2)
+    assert span.weights.kind == "stored"
+    sizes = ModelSizes.of(folder)
+    assert abs(span.weight_bytes - 2 * sizes.block_bytes) < 1024
+    assert sizes.block_bytes == block_bytes(checkpoint, None)
+    assert sizes.shell_bytes == checkpoint.bytes_of(checkpoint.shell_names, None)
+    alone = tmp_path / "config"
+    alone.mkdir()
+    shutil.copy(folder / "config.json", alone)
+    with pytest.raises(ModelNotFound):  # what its weights take is in the headers of its files
+        ModelSizes.of(alone)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "qwen3_moe", "gemma3_text"])
+@torch.no_grad()
+def test_a_gguf_file_is_held_in_the_bytes_that_it_has(family: str, tmp_path: Path) -> None:
+    source = random_checkpoint(family, tmp_path / "source", blocks=2, hidden=64, vocab=VOCAB)
+    path = write_gguf(source, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0)
+    checkpoint = Checkpoint.open(path)
+    span, exact = Span.load(checkpoint, 0, 2), Span.load(checkpoint, 0, 2, weights="float32")
+    hidden = torch.randn(5, 64)
+    assert close(run(span, hidden), run(exact, hidden))
+    facts = checkpoint.facts(checkpoint.names)
+    in_file = sum(facts[tensor.name].nbytes for block in checkpoint.block_tensors for tensor in block)
+    if family != "qwen3_moe":
+        assert span.weight_bytes < 1.1 * in_file + 1024
+    sizes = ModelSizes.of(path)
+    assert abs(span.weight_bytes - 2 * sizes.block_bytes) < 1024
+    shell: Any = load_shell(checkpoint, nn.Identity())
+    assert isinstance(shell.get_input_embeddings(), HeldEmbedding) and isinstance(shell.lm_head, HeldHead)
+    taken = sum({id(tensor): tensor.nbytes for tensor in (*shell.parameters(), *shell.buffers())}.values())
+    assert abs(taken - sizes.shell_bytes) < 1024
 
 
 def test_a_plain_checkpoint_is_held_as_before(tmp_path: Path) -> None:

@@ -1,0 +1,257 @@
+"""Checkpoints with quantized weights are read as what they stand for, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from splitnet.errors import UnsupportedModel
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import Part, Span
+from splitnet.model.stored import StoredTensor
+from tests.unit.quantized_checkpoints import SCHEMES, quantized_pair, tensors_of, write_checkpoint
+from tests.unit.random_models import random_checkpoint
+
+BITS = {
+    **dict.fromkeys(("fp8", "fp8-bfloat16", "fp8-tensor", "fp8-weight_scale", "mxfp8", "fbgemm_fp8"), 8),
+    **dict.fromkeys(("int-quantized", "int-quantized-zeros", "int8-channel-bfloat16", "naive-quantized"), 8),
+    **dict.fromkeys(("float-quantized", "float-quantized-tensor", "float-quantized-block", "mxfp8-compressed"), 8),
+    **dict.fromkeys(("gptq-8-bits", "int8-bitsandbytes"), 8),
+    **dict.fromkeys(("int3-group", "gptq-3-bits"), 3),
+}
+"""Of the layout, where it is not 4."""
+ROUNDED = ("int8-channel-bfloat16", "nvfp4")
+"""What these stand for is rounded to bfloat16 by the library that defines them, and here it is not."""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return {
+        "llama": random_checkpoint("llama", folder / "llama", blocks=3, hidden=128),
+        "gpt_oss": random_checkpoint("gpt_oss", folder / "gpt_oss", blocks=2, hidden=64),
+    }
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_weights_stand_for_what_the_format_says(
+    name: str, sources: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = sources["gpt_oss" if name == "mxfp4" else "llama"]
+    folder, plain_folder = quantized_pair(source, tmp_path, name)
+    checkpoint, plain = Checkpoint.open(folder), Checkpoint.open(plain_folder)
+    expected = tensors_of(plain_folder)
+    assert set(checkpoint.names) == set(expected)
+    assert checkpoint.dtype == torch.float32
+    facts = checkpoint.facts(checkpoint.names)
+    sizes = {part.name: part.stat().st_size for part in folder.glob("*.safetensors")}
+    assert 0.8 * sum(sizes.values()) < sum(fact.nbytes for fact in facts.values()) < sum(sizes.values())
+    with caplog.at_level(logging.WARNING):
+        loading = checkpoint.load_tensors({key: key for key in checkpoint.names}, torch.float32)
+        with loading as lazy:
+            read = {key: lazy[key][...] for key in checkpoint.names}
+    coded = {key for key, tensor in read.items() if isinstance(tensor, StoredTensor)}
+    assert bool(coded) is (name != "gptq-desc_act")
+    assert ("as numbers they take" in caplog.text) is (name == "gptq-desc_act")
+    for key, tensor in read.items():  # after the files were closed
+        fact = facts[key]
+        assert (fact.shape, fact.dtype) == (tuple(tensor.shape), torch.float32)
+        if isinstance(tensor, StoredTensor):
+            assert fact.layout is not None and fact.layout == tensor.experts[0][0].layout
+            assert fact.layout.bits == BITS.get(name, 4)
+            matrices = [matrix for matrices in tensor.experts for matrix in matrices]
+            in_layout = sum(fact.layout.nbytes(*matrix.shape) for matrix in matrices)
+            assert in_layout >= 0.7 * fact.nbytes - 2000
+            tensor = tensor.floats()
+        torch.testing.assert_close(tensor, expected[key], rtol=8e-3 if name in ROUNDED else 1e-6, atol=1e-7)
+    assert checkpoint.fingerprint != plain.fingerprint
+
+    if name in ROUNDED:
+        return
+    span, whole = (Span.load(each, 0, each.num_blocks, dtype="float32") for each in (checkpoint, plain))
+    hidden = torch.randn(5, checkpoint.hidden_size)
+    outputs = [each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, whole)]
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
+def _with_config(folder: Path, **changes: Any) -> Path:
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("scheme", "changes", "said"),
+    [
+        ("fp8", {"quant_method": "higgs"}, "'higgs'"),
+        ("fp8", {"quant_method": None}, "does not name"),
+        ("int4-group", {"format": "marlin-24"}, "'marlin-24'"),
+        ("int4-group", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "'sparse-24-bitmask'"),
+        ("int4-group", {"transform_config": {"config_groups": {"u": {}}}}, "transform_config"),
+        ("int4-group", {"config_groups": {}}, "does not say clearly"),
+        ("gptq", {"checkpoint_format": "marlin"}, "'marlin'"),
+        ("awq", {"version": "gemv"}, "'gemv'"),
+        ("awq", {"bits": 8}, "'bits'"),
+        ("modelopt-nvfp4", {"quant_algo": "W4A8_AWQ"}, "'W4A8_AWQ'"),
+        ("nf4", {"load_in_4bit": False}, "absmax|without its scales"),
+        ("int4-channel", {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 5}}}}, "does not fit"),
+    ],
+)
+def test_what_is_not_known_is_refused_by_name(
+    scheme: str, changes: dict[str, Any], said: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = _with_config(quantized_pair(sources["llama"], tmp_path, scheme)[0], **changes)
+    with pytest.raises(UnsupportedModel, match=said):
+        Span.load(Checkpoint.open(folder), 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "lost"),
+    [("fp8", "_scale_inv"), ("fp8", ""), ("int4-group", "_scale"), ("int4-group", "_packed"), ("nf4", ".absmax")],
+)
+def test_a_weight_that_lacks_a_part_is_refused_by_name(
+    scheme: str, lost: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, _ = quantized_pair(sources["llama"], tmp_path, scheme)
+    tensors = tensors_of(folder)
+    del tensors["model.layers.1.mlp.up_proj.weight" + lost]
+    config = json.loads((folder / "config.json").read_text())
+    broken = write_checkpoint(tmp_path / "broken", folder, tensors, config)
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.up_proj"):
+        Span.load(Checkpoint.open(broken), 1, 2)
+
+
+def test_zeros_that_the_config_denies_are_an_error(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = _with_config(quantized_pair(sources["llama"], tmp_path, "gptq")[0], sym=True)
+    with pytest.raises(UnsupportedModel, match=r"qzeros.*symmetric"):
+        Span.load(Checkpoint.open(folder), 0, 1)
+
+
+def test_a_permutation_that_the_config_denies_is_an_error(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder = _with_config(quantized_pair(sources["llama"], tmp_path, "gptq-desc_act")[0], desc_act=False)
+    with pytest.raises(UnsupportedModel, match=r"g_idx.*permutes"):
+        Span.load(Checkpoint.open(folder), 0, 1)
+
+
+def test_layers_may_be_quantized_in_different_ways(sources: dict[str, Path], tmp_path: Path) -> None:
+    int4, float8 = SCHEMES["int4-group"], SCHEMES["float-quantized"]
+    stored: dict[str, torch.Tensor] = {}
+    expected: dict[str, torch.Tensor] = {}
+    for name, weight in tensors_of(sources["llama"]).items():
+        if ".layers." not in name or weight.ndim < 2:
+            stored[name] = expected[name] = weight
+            continue
+        parts, expected[name] = (int4 if "mlp" in name else float8).write(name, weight)
+        stored |= parts
+    groups = {
+        "group_0": {"format": "pack-quantized", "targets": [r"re:.*mlp\.\w+_proj$"]},
+        "group_1": {"format": "float-quantized", "targets": ["Linear"]},
+    }
+    for group, scheme in zip(groups.values(), (int4, float8), strict=True):
+        group["weights"] = scheme.settings["config_groups"]["group_0"]["weights"]
+    config = json.loads((sources["llama"] / "config.json").read_text())
+    config["quantization_config"] = {**int4.settings} | {"format": "mixed-precision", "config_groups": groups}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "mixed", sources["llama"], stored, config))
+    with checkpoint.load_tensors({name: name for name in checkpoint.names}, torch.float32) as lazy:
+        for name, tensor in expected.items():
+            read = lazy[name][...]
+            torch.testing.assert_close(read.floats() if isinstance(read, StoredTensor) else read, tensor)
+
+
+def test_fp8_experts_and_blocks_that_do_not_come_out_even(tmp_path: Path) -> None:
+    """DeepSeek-V3: 128 x 128 blocks, a projection of 576 outputs, and an expert at a time in the file."""
+    source = random_checkpoint(
+        "deepseek_v3",
+        tmp_path / "source",
+        blocks=2,
+        hidden=128,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        q_lora_rank=32,
+        kv_lora_rank=32,
+        qk_rope_head_dim=16,
+        qk_nope_head_dim=16,
+        head_dim=16,
+        v_head_dim=16,
+        num_key_value_heads=4,
+    )
+    stored: dict[str, torch.Tensor] = {}
+    plain: dict[str, torch.Tensor] = {}
+    for name, weight in tensors_of(source).items():
+        stored[name] = plain[name] = weight
+        if not name.endswith("_proj.weight"):
+            continue
+        outputs, inputs = weight.shape
+        scales = torch.rand(-(-outputs // 48), -(-inputs // 64)) / 100
+        codes = torch.randn(outputs, inputs).to(torch.float8_e4m3fn)
+        stored |= {name: codes, name + "_scale_inv": scales}
+        plain[name] = codes.float() * scales.repeat_interleave(48, 0)[:outputs].repeat_interleave(64, 1)[:, :inputs]
+    config = json.loads((source / "config.json").read_text())
+    described = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [48, 64]}}
+    folders = [
+        write_checkpoint(tmp_path / "quantized", source, stored, config | described),
+        write_checkpoint(tmp_path / "plain", source, plain, config),
+    ]
+    spans = [Span.load(Checkpoint.open(folder), 0, 2) for folder in folders]
+    hidden = torch.randn(5, 128)
+    outputs = [span.forward(hidden, [Part(span.new_row(), 0, 5)]) for span in spans]
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
+def test_stacked_experts_have_stacked_scales(tmp_path: Path, sources: dict[str, Path]) -> None:
+    config = json.loads((sources["llama"] / "config.json").read_text())
+    stored = tensors_of(sources["llama"])
+    codes = torch.randn(4, 64, 128).to(torch.float8_e4m3fn)
+    wide, one = torch.rand(4, 2, 2), torch.rand(4)
+    stored |= {"a.experts.up": codes, "a.experts.up_scale_inv": wide, "b.experts.up": codes.clone()}
+    stored |= {"b.experts.up_scale_inv": one}
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [32, 64]}
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "stacked", sources["llama"], stored, config))
+    with checkpoint.load_tensors({"a": "a.experts.up", "b": "b.experts.up"}, torch.float32) as lazy:
+        a, b = lazy["a"][...], lazy["b"][...]
+    assert isinstance(a, StoredTensor) and isinstance(b, StoredTensor) and a.stacked and len(a.experts) == 4
+    torch.testing.assert_close(a.floats(), codes.float() * wide.repeat_interleave(32, 1).repeat_interleave(64, 2))
+    torch.testing.assert_close(b.floats(), codes.float() * one[:, None, None])
+
+
+def test_fp8_in_a_multimodal_wrapper(tmp_path: Path, sources: dict[str, Path]) -> None:
+    """Its config says at the root, and not of the text model, that weights are quantized."""
+    folder, plain_folder = quantized_pair(sources["llama"], tmp_path, "fp8-tensor")
+    text = json.loads((folder / "config.json").read_text())
+    quantization = text.pop("quantization_config")
+    wrapped: dict[str, Path] = {}
+    for name, given in (("quantized", folder), ("plain", plain_folder)):
+        tensors = {f"language_model.{key}": tensor for key, tensor in tensors_of(given).items()}
+        tensors["vision_tower.patch_conv.weight"] = torch.randn(8, 3, 4, 4)
+        tensors["multi_modal_projector.linear_1.weight"] = torch.randn(8, 8)
+        config = {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"]}
+        config |= {"text_config": text, "vision_config": {"model_type": "pixtral"}}
+        config |= {"quantization_config": quantization} if name == "quantized" else {}
+        wrapped[name] = write_checkpoint(tmp_path / "wrapped" / name, given, tensors, config)
+    checkpoints = {name: Checkpoint.open(path) for name, path in wrapped.items()}
+    assert checkpoints["quantized"].multimodal and checkpoints["quantized"].dtype == torch.float32
+    spans = [Span.load(checkpoint, 0, 3) for checkpoint in checkpoints.values()]
+    hidden = torch.randn(5, 128)
+    outputs = [span.forward(hidden, [Part(span.new_row(), 0, 5)]) for span in spans]
+    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
+def test_the_type_that_a_config_gives_of_codes_is_not_what_blocks_compute_in(
+    tmp_path: Path, sources: dict[str, Path]
+) -> None:
+    folder, _ = quantized_pair(sources["llama"], tmp_path, "fp8")
+    config = json.loads((folder / "config.json").read_text())
+    for dtype in ("float8_e4m3fn", None):
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": dtype}))
+        checkpoint = Checkpoint.open(folder)
+        assert checkpoint.dtype in (torch.float32, torch.bfloat16)
+        assert checkpoint.facts(["model.layers.0.mlp.up_proj.weight"]).popitem()[1].dtype == torch.bfloat16
