@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.whole_model import load_whole
 from splitnet.net.codecs import CODECS, Codec
 
 VARIED_TEXT = Path(__file__).parent / "data" / "varied_text.txt"
@@ -39,8 +40,9 @@ class Comparison:
     """A model on one text, and its exact answer."""
 
     def __init__(self, checkpoint: Path | str, text: str, tokens: int) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-        ids = AutoTokenizer.from_pretrained(checkpoint)(text, return_tensors="pt").input_ids
+        opened = Checkpoint.open(checkpoint)
+        self.model = load_whole(opened, torch.float32)
+        ids = opened.tokenizer()(text, return_tensors="pt").input_ids
         if ids.shape[1] < 2:
             raise ValueError("the text must have at least two tokens")
         self.ids = ids[:, :tokens]

@@ -50,9 +50,11 @@ def _rounded(numbers: Floats, units: Floats, most: int) -> Floats:
     return np.clip(steps, -most - 1 if numbers.min() < 0 else 0, most).astype(np.float32)
 
 
-def _packed(codes: Bytes, run: int, width: int, per_byte: int) -> Bytes:
+def _packed(codes: npt.NDArray[Any], run: int, width: int, per_byte: int) -> Bytes:
     """Codes of which `run` lie in the lowest bits of `run` bytes, the next in the next bits, and so on."""
-    fields = codes.reshape(len(codes), -1, per_byte, run) << np.arange(0, per_byte * width, width, np.uint8)[:, None]
+    fields = (
+        codes.reshape(len(codes), -1, per_byte, run) << np.arange(0, per_byte * width, width).astype(np.uint8)[:, None]
+    )
     return np.bitwise_or.reduce(fields, axis=2).reshape(len(codes), -1)
 
 
@@ -66,7 +68,7 @@ def _q6_k(blocks: Floats) -> Bytes:
     return np.concatenate([low, high, steps.astype(np.int8).view(np.uint8), _float16(unit)], axis=1)
 
 
-def _with_zeros(blocks: Floats, bits: int) -> tuple[Bytes, Bytes]:
+def _with_zeros(blocks: Floats, bits: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     """The heads of blocks (units and steps) and their codes, of Q4_K and Q5_K."""
     groups = blocks.reshape(len(blocks), 8, 32)
     lowest = np.minimum(groups.min(axis=2), 0)

@@ -31,7 +31,6 @@ import torch
 from netlab import Lab, LabError
 from netlab.peers import LabPeers
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from scheduler.swarm import missing_blocks
 from splitnet.cli.local_swarm import EXACT
@@ -41,6 +40,7 @@ from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.demo import demo_checkpoint
 from splitnet.model.span import block_bytes
+from splitnet.model.whole_model import load_whole
 from splitnet.net.directory import Directory
 from splitnet.net.facts import facts_of
 from splitnet.net.records import DEFAULT_TTL_S
@@ -305,7 +305,7 @@ class Sample:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", help="hub id or folder of a checkpoint; the demo's if not given")
+    parser.add_argument("checkpoint", nargs="?", help="GGUF file, folder or hub id; the demo's if not given")
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
@@ -313,7 +313,7 @@ def main() -> int:
     folder = arguments.checkpoint or str(demo_checkpoint())
     checkpoint = Checkpoint.open(folder)
     say(f"the answers of plain transformers to {PROMPTS} prompts")
-    questions = ask_locally(checkpoint, folder)
+    questions = ask_locally(checkpoint)
     hosts = [f"peer{number}" for number in range(PEERS)]
     memory = f"{BLOCKS_PER_PEER * block_bytes(checkpoint, None) // 2**20 + 1}MiB"
     options = (*EXACT, "--memory", memory, "--kv-memory", "128MiB", "--drain", "10")
@@ -460,9 +460,9 @@ def samples(peers: LabPeers, hosts: Sequence[str]) -> dict[str, Sample]:
     return {"client": Sample.of(), **{host: Sample.of(peers.pid(host)) for host in hosts}}
 
 
-def ask_locally(checkpoint: Checkpoint, folder: str) -> list[Question]:
+def ask_locally(checkpoint: Checkpoint) -> list[Question]:
     """Prompts with answers whose every token is the likeliest by a margin."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = load_whole(checkpoint, torch.float32)
     ids = checkpoint.tokenizer()(TEXT.read_text(), return_tensors="pt").input_ids
     choices = random.Random(1)
     questions: list[Question] = []

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import sys
 
-from transformers import AutoTokenizer
-
 import splitnet
 
 PROMPTS = ["The sea is", "Two friends walk into a bakery, and the baker says:", "Water boils at"]
 
 
 def main(name: str, address: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left")
+    tokenizer = splitnet.AutoTokenizer.from_pretrained(name, padding_side="left")
     model = splitnet.AutoModelForCausalLM.from_pretrained(name, initial_peers=[address])
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     output = model.generate(**inputs, max_new_tokens=24, num_beams=3, do_sample=False)

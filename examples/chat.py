@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import sys
 
-from transformers import AutoTokenizer
-
 import splitnet
 
 
 def main(name: str, address: str, *turns: str) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = splitnet.AutoTokenizer.from_pretrained(name)
     model = splitnet.AutoModelForCausalLM.from_pretrained(name, initial_peers=[address])
     messages: list[dict[str, str]] = []
     with model.session(max_length=1024) as cache:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import sys
 
-from transformers import AutoTokenizer, TextStreamer
+from transformers import TextStreamer
 
 import splitnet
 
 
 def main(name: str, address: str, prompt: str = "The three primary colours are") -> None:
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = splitnet.AutoTokenizer.from_pretrained(name)
     model = splitnet.AutoModelForCausalLM.from_pretrained(name, initial_peers=[address])
     inputs = tokenizer(prompt, return_tensors="pt")
     model.generate(**inputs, max_new_tokens=32, do_sample=False, streamer=TextStreamer(tokenizer))

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 import splitnet
 
@@ -31,7 +31,7 @@ LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 def character_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """Each character is the token of the model's vocabulary that is written like it, since its embeddings stay."""
-    whole = AutoTokenizer.from_pretrained(name)
+    whole = splitnet.AutoTokenizer.from_pretrained(name)
     characters = [*BASES, *SIGNS.values()]
     vocabulary = {character: whole.convert_tokens_to_ids(character) for character in characters}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="a"))

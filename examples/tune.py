@@ -11,7 +11,6 @@ import sys
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from transformers import AutoTokenizer
 
 import splitnet
 
@@ -26,7 +25,7 @@ STEPS = 15
 
 def main(name: str, address: str, folder: str) -> None:
     torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = splitnet.AutoTokenizer.from_pretrained(name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     base = splitnet.AutoModelForCausalLM.from_pretrained(name, initial_peers=[address])
     config = LoraConfig(task_type=TaskType.CAUSAL_LM, r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"])

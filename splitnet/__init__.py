@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0.dev0"
-__all__ = ["AutoModelForCausalLM", "AutoModelForSequenceClassification", "__version__"]
+__all__ = ["AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer", "__version__"]
 
 if TYPE_CHECKING:
     from splitnet.client.causal_lm import AutoModelForCausalLM
     from splitnet.client.sequence_classification import AutoModelForSequenceClassification
+    from splitnet.client.tokenizers import AutoTokenizer
 
 
 def __getattr__(name: str) -> Any:
@@ -22,4 +23,8 @@ def __getattr__(name: str) -> Any:
         from splitnet.client.sequence_classification import AutoModelForSequenceClassification
 
         return AutoModelForSequenceClassification
+    if name == "AutoTokenizer":
+        from splitnet.client.tokenizers import AutoTokenizer
+
+        return AutoTokenizer
     raise AttributeError(f"module 'splitnet' has no attribute {name!r}")

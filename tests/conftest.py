@@ -58,7 +58,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Path:
-    """The folder of SmolLM2-135M-Instruct as sharded float32 safetensors."""
+    """SmolLM2-135M-Instruct as a GGUF file."""
     return demo.demo_checkpoint()
 
 

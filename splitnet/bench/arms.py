@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from splitnet.bench.cases import Case
 from splitnet.bench.clock import Clock
@@ -17,6 +16,7 @@ from splitnet.client.cache import ModelSession, RemoteCache
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.errors import UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.whole_model import load_whole
 
 
 class SwarmArm:
@@ -57,7 +57,7 @@ class LocalArm:
     def __init__(self, checkpoint: Checkpoint, seed: int) -> None:
         self._seed = seed
         try:
-            self._model = AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=checkpoint.dtype).eval()
+            self._model = load_whole(checkpoint, checkpoint.dtype)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UnsupportedModel(

@@ -41,7 +41,9 @@ def _checked_codec(name: str) -> str:
 
 Model = Annotated[
     str,
-    typer.Argument(help="Hugging Face id or checkpoint folder; `demo` is SmolLM2-135M-Instruct.", show_default=False),
+    typer.Argument(
+        help="Hugging Face id, checkpoint folder or GGUF file; `demo` is SmolLM2-135M-Instruct.", show_default=False
+    ),
 ]
 Join = Annotated[
     list[str] | None,
@@ -102,6 +104,15 @@ LocalWeights = Annotated[
         metavar="KIND",
         envvar="SPLITNET_LOCAL_WEIGHTS",
         help="Hold those blocks and the head as auto, float16, int8 or int4.",
+    ),
+]
+Tokenizer = Annotated[
+    str | None,
+    typer.Option(
+        "--tokenizer",
+        metavar="MODEL",
+        envvar="SPLITNET_TOKENIZER",
+        help="Hugging Face id or folder with the tokenizer, if the model comes without a usable one.",
     ),
 ]
 KeyFile = Annotated[

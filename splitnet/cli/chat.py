@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.arguments import (
+    CodecName,
+    Join,
+    KeyFile,
+    Lan,
+    LocalBlocks,
+    LocalWeights,
+    Model,
+    Tokenizer,
+    resolve_model,
+)
 from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP, Wait
 from splitnet.errors import SplitnetError
 
@@ -27,6 +37,7 @@ def chat(
     speculate: Speculate = None,
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
+    tokenizer: Tokenizer = None,
     key_file: KeyFile = None,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
@@ -35,7 +46,7 @@ def chat(
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling
 
-    connection = Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan)
+    connection = Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer)
     client = Client.connect(connection, adapter, speculate)
     try:
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)

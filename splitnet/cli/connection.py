@@ -18,10 +18,11 @@ class Connection:
     """As the options of the commands say.
 
     Attributes:
-        model: hub id or checkpoint folder.
+        model: hub id, checkpoint folder or GGUF file.
         join: addresses of the swarm; empty: it is looked for on the local network, if `lan`.
         wait_s: how long to wait for blocks that are suddenly served by nobody.
         local_blocks, local_weights: what runs here, see `splitnet.AutoModelForCausalLM`.
+        tokenizer: hub id or folder, in place of the checkpoint's own.
     """
 
     model: str
@@ -32,6 +33,11 @@ class Connection:
     local_blocks: str | None = None
     local_weights: str | None = None
     lan: bool = True
+    tokenizer: str | None = None
+
+    def checkpoint(self) -> Checkpoint:
+        """The model's; errors as `Checkpoint.open`."""
+        return Checkpoint.open(self.model, tokenizer=self.tokenizer)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
         """Joins.

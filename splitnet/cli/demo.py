@@ -19,7 +19,7 @@ PROMPT = "Explain in three sentences how bees find their way home."
 
 def demo(
     model: Annotated[
-        str, typer.Argument(help="Hugging Face id or checkpoint folder instead of SmolLM2-135M-Instruct.")
+        str, typer.Argument(help="Hugging Face id, checkpoint folder or GGUF file instead of SmolLM2-135M-Instruct.")
     ] = DEMO_NAME,
     prompt: Annotated[str, typer.Option(help="What to ask.")] = PROMPT,
     peers: Annotated[int, typer.Option(min=1, max=16, help="How many daemons to start.")] = 3,

@@ -7,7 +7,6 @@ from importlib.util import find_spec
 from splitnet.errors import SplitnetError
 
 MODULES = {
-    "demo": ("gguf",),
     "plot": ("matplotlib",),
     "serve": ("fastapi", "llguidance", "uvicorn"),
     "tune": ("peft",),

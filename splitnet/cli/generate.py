@@ -8,7 +8,17 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.arguments import (
+    CodecName,
+    Join,
+    KeyFile,
+    Lan,
+    LocalBlocks,
+    LocalWeights,
+    Model,
+    Tokenizer,
+    resolve_model,
+)
 from splitnet.errors import SplitnetError
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
@@ -48,6 +58,7 @@ def generate(
     speculate: Speculate = None,
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
+    tokenizer: Tokenizer = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="With the model's chat template, or the bare text.")
     ] = None,
@@ -65,7 +76,7 @@ def generate(
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    connection = Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan)
+    connection = Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer)
     client = Client.connect(connection, adapter, speculate)
     try:
         ids = client.encode_prompt(prompt, chat=chat, system=system)

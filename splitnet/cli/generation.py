@@ -72,7 +72,7 @@ class Client:
         """
         if adapter:
             require("tune", "--adapter")
-        checkpoint = Checkpoint.open(connection.model)
+        checkpoint = connection.checkpoint()
         drafts = drafts_of(speculate)
         swarm = connection.swarm(checkpoint)
         try:
@@ -142,10 +142,9 @@ def drafts_of(speculate: str | None) -> Any:
     """
     if speculate is None or speculate == PROMPT_LOOKUP:
         return speculate
-    from transformers import AutoModelForCausalLM
+    from splitnet.model.whole_model import load_whole
 
-    Checkpoint.open(speculate)  # with our words for what may be wrong
-    return AutoModelForCausalLM.from_pretrained(speculate).eval()
+    return load_whole(Checkpoint.open(speculate), "auto")
 
 
 def with_adapter(model: RemoteCausalLM, folder: Path) -> Any:

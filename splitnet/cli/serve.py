@@ -9,7 +9,17 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.arguments import (
+    CodecName,
+    Join,
+    KeyFile,
+    Lan,
+    LocalBlocks,
+    LocalWeights,
+    Model,
+    Tokenizer,
+    resolve_model,
+)
 from splitnet.cli.extras import require
 from splitnet.cli.generate import Speculate, Wait
 from splitnet.cli.logs import tell
@@ -66,6 +76,7 @@ def serve(
     speculate: Speculate = None,
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
+    tokenizer: Tokenizer = None,
     key_file: KeyFile = None,
 ) -> None:
     """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
@@ -78,7 +89,6 @@ def serve(
 
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import drafts_of
-    from splitnet.model.checkpoint import Checkpoint
     from splitnet.serve.prefix_cache import KeepLimits
     from splitnet.serve.server import ServeOptions
     from splitnet.serve.server import serve as serve_until_told
@@ -94,8 +104,8 @@ def serve(
         speculate=drafts_of(speculate),
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
     )
-    connection = Connection(source, join or (), codec, key_file, wait, local_blocks, local_weights, lan)
-    checkpoint = Checkpoint.open(source)
+    connection = Connection(source, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer)
+    checkpoint = connection.checkpoint()
     serve_until_told(
         checkpoint,
         lambda: connection.swarm(checkpoint),

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.arguments import (
+    CodecName,
+    Join,
+    KeyFile,
+    Lan,
+    LocalBlocks,
+    LocalWeights,
+    Model,
+    Tokenizer,
+    resolve_model,
+)
 from splitnet.cli.extras import require
 from splitnet.cli.generate import Wait
 from splitnet.errors import SplitnetError
@@ -108,6 +118,7 @@ def tune(
     wait: Wait = 30.0,
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
+    tokenizer: Tokenizer = None,
     key_file: KeyFile = None,
 ) -> None:
     """Fine-tune a model on your examples: the adapter stays here, the blocks and their work with the peers.
@@ -164,4 +175,4 @@ def tune(
         output=output,
         resume=resume,
     )
-    tuning.run(Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan))
+    tuning.run(Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer))

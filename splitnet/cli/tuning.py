@@ -57,7 +57,7 @@ class Tuning:
         Raises:
             SplitnetError: what went wrong; steps that were done are kept in the output folder.
         """
-        checkpoint = Checkpoint.open(connection.model)
+        checkpoint = connection.checkpoint()
         tokenizer = checkpoint.tokenizer()
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         encoder = self._encoder(checkpoint, tokenizer)

@@ -45,7 +45,7 @@ class ModelToTune:
             model,
             method,
             replace(options, init_text=beginning),
-            tokenizer_source=self.checkpoint.source,
+            tokenizer_source=self.checkpoint.tokenizer_source,
             head=head,
         )
         if method is Method.PREFIX and options.projection is None:

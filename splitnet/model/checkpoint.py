@@ -59,10 +59,14 @@ class Checkpoint:
         name: hub id, or the name of the folder.
         config: of the text model.
         multimodal: the checkpoint holds more than the text model; the rest is left alone.
+        tokenizer_source: where the tokenizer comes from.
     """
 
-    def __init__(self, store: TensorStore, config: PreTrainedConfig, multimodal: bool = False) -> None:
+    def __init__(
+        self, store: TensorStore, config: PreTrainedConfig, multimodal: bool = False, tokenizer: str | None = None
+    ) -> None:
         self.name = store.name
+        self.tokenizer_source = tokenizer or store.source
         self.config = config
         self.multimodal = multimodal
         self._store = store
@@ -73,10 +77,13 @@ class Checkpoint:
         return self._store.source
 
     @classmethod
-    def open(cls, model: str | Path, *, revision: str | None = None) -> Checkpoint:
+    def open(cls, model: str | Path, *, revision: str | None = None, tokenizer: str | None = None) -> Checkpoint:
         """Opens a GGUF file, a local folder or, if there is none of that name, a hub id.
 
         Nothing but the config and the index of the shards is read (from the hub: downloaded).
+
+        Args:
+            tokenizer: hub id or folder with another tokenizer than the model's own.
 
         Raises:
             ModelNotFound: there is none of them, or it holds no safetensors.
@@ -85,7 +92,7 @@ class Checkpoint:
         """
         store = open_store(model, revision)
         whole, config = read_config(store)
-        checkpoint = cls(store, config, multimodal=config is not whole)
+        checkpoint = cls(store, config, multimodal=config is not whole, tokenizer=tokenizer)
         assert checkpoint.names  # raises if there are no tensors
         return checkpoint
 
@@ -206,9 +213,11 @@ class Checkpoint:
         """The tokenizer that comes with the model.
 
         Raises:
-            ModelNotFound: the checkpoint has none.
+            ModelNotFound: the checkpoint has none, or there is none where it was said to be.
         """
-        return self._store.tokenizer()
+        if self.tokenizer_source == self._store.source:
+            return self._store.tokenizer()
+        return open_store(self.tokenizer_source).tokenizer()
 
     def generation_config(self) -> GenerationConfig:
         """The model's defaults for generation; those of its config if it has none of its own."""
@@ -222,7 +231,7 @@ def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
         ModelNotFound: there is no such file or folder.
     """
     if str(model).endswith(".gguf"):
-        from splitnet.model.gguf_store import GgufStore  # pyright: ignore[reportMissingImports]
+        from splitnet.model.gguf_store import GgufStore
 
         return GgufStore.open(model)
     return SafetensorsStore.open(model, revision)

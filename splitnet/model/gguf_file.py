@@ -117,14 +117,15 @@ class GgufFile:
     """A model in one GGUF file, or in several whose names end with -00001-of-00003.gguf and so on.
 
     Attributes:
-        name: of the file, or of the first.
+        name: of the file, without what all such names end with.
         path: to it.
         metadata: key -> value; lists of strings and long lists are left out.
         tensors: name -> tensor, in the order of the files.
     """
 
     def __init__(self, path: Path) -> None:
-        self.name = path.name
+        match = _SPLIT.match(path.name)
+        self.name = match["stem"] if match else path.stem
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import splitnet
 from splitnet.cli.main import main
 from tests.e2e.daemons import Daemon, Finished, daemons
 from tests.e2e.small_model import small_model
@@ -86,10 +87,11 @@ def here(home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixtu
 @pytest.fixture(scope="session")
 def tokenizer(demo_checkpoint: Path) -> Any:
     """Its tokenizer."""
-    return AutoTokenizer.from_pretrained(demo_checkpoint, padding_side="left")
+    return splitnet.AutoTokenizer.from_pretrained(demo_checkpoint, padding_side="left")
 
 
 @pytest.fixture(scope="session")
 def local(demo_checkpoint: Path) -> PreTrainedModel:
-    """The demo model in plain transformers."""
-    return AutoModelForCausalLM.from_pretrained(demo_checkpoint, dtype=torch.float32).eval()
+    """The demo model in plain transformers, which makes numbers of what the file has in codes."""
+    folder, file = demo_checkpoint.parent, demo_checkpoint.name
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32).eval()

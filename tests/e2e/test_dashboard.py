@@ -54,7 +54,7 @@ def server(peers: list[Daemon], demo_checkpoint: Path, tmp_path_factory: pytest.
     (home / "keys").write_text(f"{KEY}\n")
     options = ("--codec", "none", "--port", "0", "--api-key-file", str(home / "keys"))
     with background(home, "serve", str(demo_checkpoint), "--join", peers[0].address(), *options) as server:
-        yield ready(server, demo_checkpoint.name).removesuffix("v1")
+        yield ready(server, demo_checkpoint.stem).removesuffix("v1")
         finished = server.stop(signal.SIGTERM)
     assert finished.code == 0
 

@@ -56,16 +56,13 @@ WITH_TOOLS = (
 
 @pytest.fixture(scope="module")
 def served(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model with a chat template that has tools; its weights are those that the daemons serve."""
-    folder = tmp_path_factory.mktemp("serve") / MODEL
-    folder.mkdir()
-    for file in demo_checkpoint.iterdir():
-        (folder / file.name).symlink_to(file)
-    template = folder / "chat_template.jinja"
-    without_tools = template.read_text()
-    template.unlink()
-    template.write_text(f"{{% if tools %}}{WITH_TOOLS}{{% else %}}{without_tools}{{% endif %}}")
-    return folder
+    """The demo model; in the same folder is its tokenizer with a chat template that has tools."""
+    folder = tmp_path_factory.mktemp("serve")
+    tokenizer = Checkpoint.open(demo_checkpoint).tokenizer()
+    tokenizer.chat_template = f"{{% if tools %}}{WITH_TOOLS}{{% else %}}{tokenizer.chat_template}{{% endif %}}"
+    tokenizer.save_pretrained(folder)
+    (folder / f"{MODEL}.gguf").symlink_to(demo_checkpoint)
+    return folder / f"{MODEL}.gguf"
 
 
 def ready(server: Background, model: str = MODEL) -> str:
@@ -82,7 +79,9 @@ def url(served: Path, address: str, tmp_path_factory: pytest.TempPathFactory) ->
     home = tmp_path_factory.mktemp("home")
     (home / "keys").write_text(f"{KEY}\n")
     options = ("--codec", "none", "--port", "0", "--api-key-file", str(home / "keys"))
-    with background(home, "serve", str(served), "--join", address, *options) as server:
+    with background(
+        home, "serve", str(served), "--tokenizer", str(served.parent), "--join", address, *options
+    ) as server:
         yield ready(server)
         finished = server.stop(signal.SIGTERM)
     assert finished.code == 0 and not finished.errors, finished.errors
@@ -270,7 +269,9 @@ def test_errors_are_those_that_the_client_knows(url: str, key: str, options: Any
 
 def test_running_requests_end_with_the_server(served: Path, address: str, tmp_path: Path) -> None:
     options = ("--codec", "none", "--port", "0", "--drain", "0.2")
-    with background(tmp_path, "serve", str(served), "--join", address, *options) as server:
+    with background(
+        tmp_path, "serve", str(served), "--tokenizer", str(served.parent), "--join", address, *options
+    ) as server:
         with OpenAI(base_url=ready(server), api_key="any", max_retries=0) as client:
             stream = client.completions.create(model=MODEL, prompt="Once", max_tokens=4000, temperature=0, stream=True)
             next(iter(stream))
@@ -292,7 +293,7 @@ def test_a_server_that_is_open_to_others_says_so(served: Path, host: str, warned
         keep=KeepLimits(0, 0, 0.0),
         drain_s=0.0,
     )
-    checkpoint = Checkpoint.open(served)
+    checkpoint = Checkpoint.open(served, tokenizer=str(served.parent))
     warnings: list[str] = []
     with pytest.raises(DirectoryError):
         serve(

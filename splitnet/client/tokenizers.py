@@ -1,0 +1,28 @@
+"""Tokenizers for who uses splitnet from Python."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+
+class AutoTokenizer:
+    """transformers' `AutoTokenizer`, which takes the path of a GGUF file as well."""
+
+    @staticmethod
+    def from_pretrained(model: str | Path, **options: Any) -> Any:
+        """Loads a tokenizer.
+
+        Args:
+            model: GGUF file, folder or Hugging Face id.
+            options: of transformers.
+
+        Raises:
+            OSError, ValueError: there is none.
+        """
+        if str(model).endswith(".gguf"):
+            path = Path(model).expanduser()
+            return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **options)
+        return transformers.AutoTokenizer.from_pretrained(model, **options)

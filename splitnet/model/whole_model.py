@@ -1,0 +1,32 @@
+"""A whole model in this process, in plain transformers."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from splitnet.model.backbone import causal_class, load_cut
+from splitnet.model.checkpoint import Checkpoint
+
+
+def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
+    """Loads all of a checkpoint; what a GGUF file has in codes becomes numbers.
+
+    Args:
+        dtype: of the weights; "auto": as they are stored.
+
+    Raises:
+        OSError, ValueError: transformers cannot load it.
+        UnsupportedModel: likewise, of a GGUF file.
+    """
+    if not checkpoint.source.endswith(".gguf"):
+        return AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype).eval()
+    wanted = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
+    config = copy.deepcopy(checkpoint.config)
+    with checkpoint.load_tensors({name: name for name in checkpoint.names}, wanted) as tensors:
+        model = load_cut(causal_class(config), config, lambda model: None, tensors, wanted, None)
+    model.generation_config = checkpoint.generation_config()
+    return model.eval()
