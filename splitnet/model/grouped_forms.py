@@ -54,17 +54,17 @@ _NUMBERS = {Kind.FLOAT16: 0, Kind.BFLOAT16: 1, Kind.FLOAT32: 2, Kind.E8M0: 3, Ki
 _STEPS, _UNSIGNED_STEPS, _LOWER_STEPS, _UPPER_STEPS = 4, 5, 6, 7
 """`enum number` in `native/grouped.h`."""
 
-_OUTPUTS = 5
+_CODE, _OUTPUTS = 0, 5
 """Where they are in a description."""
 
 _PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)
 """`enum code`."""
 
-_MANY_ROWS = 128
-"""From so many rows on it is faster to make floats of the weight than to use the kernels, which are made for few."""
+_MANY_ROWS = 16
+"""From so many rows on it is faster to make floats of the weight than to use plain loops."""
 
-_PIECE = 2**20
-"""Weights that are made floats at a time, so that they stay in a cache."""
+_PIECE, _LARGE_PIECE = 2**20, 2**24
+"""Weights that are made floats at a time: so that they stay in a CPU's cache, and on other devices."""
 
 
 @dataclass(frozen=True)
@@ -304,6 +304,7 @@ class GroupedForm(WeightForm):
         self.outputs = outputs
         self._description = order.description.clone()
         self._description[_OUTPUTS] = outputs
+        self._made_for_this_cpu = int(self._description[_CODE]) != _ANY
         self.tiles: torch.Tensor
         self.register_buffer("tiles", tiles)
 
@@ -335,8 +336,8 @@ class GroupedForm(WeightForm):
 
     @property
     def has_fast_kernel(self) -> bool:
-        """Whether the products of some rows, in whole chunks of inputs, have a kernel that is made for this CPU."""
-        return kernels_here() is Kernels.FAST and self._has_kernel and int(self._description[0]) != _ANY
+        """Whether there is a kernel for its products that is made for this CPU; so far then for any number of rows."""
+        return self._made_for_this_cpu and self.tiles.device.type == "cpu" and kernels_here() is Kernels.FAST
 
     @property
     def _has_kernel(self) -> bool:
@@ -355,7 +356,7 @@ class GroupedForm(WeightForm):
         Args:
             experts: of each row, int64, where the tiles are those of `held` experts.
         """
-        if self._has_kernel and len(rows) < _MANY_ROWS:
+        if self.has_fast_kernel or (self._has_kernel and len(rows) < _MANY_ROWS):
             given = rows.float()
             if self.inputs % CHUNK:
                 given = torch.nn.functional.pad(given, (0, -self.inputs % CHUNK))
@@ -371,7 +372,14 @@ class GroupedForm(WeightForm):
             products[chosen] = torch.cat([linear(some, piece) for piece in self.pieces(rows.dtype, index)], dim=-1)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return torch.cat(list(self.pieces(dtype)))
+        return self.of_expert(0, dtype)
+
+    def of_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight of one, `[outputs, inputs]`, where the tiles are those of several experts."""
+        found = torch.empty(self.outputs, self.inputs, dtype=dtype, device=self.tiles.device)
+        for piece, place in zip(self.pieces(dtype, expert), found.split(self._piece_tiles() * TILE), strict=True):
+            place.copy_(piece)
+        return found
 
     def rows(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The weights of some outputs, `[len(indices), inputs]`: what an embedding looks up."""
@@ -379,18 +387,22 @@ class GroupedForm(WeightForm):
         if self._has_kernel:
             dequantise_grouped(self._description, self.tiles, found, indices)
             return found.to(dtype)
-        most = max(1, _PIECE // (TILE * self.inputs))
+        most = self._piece_tiles()
         for to, some in zip(found.split(most), indices.split(most), strict=True) if len(indices) else ():
             codes = self.order.unpacked(self.tiles[some // TILE])
             lanes = torch.arange(len(some), device=some.device) * TILE + some % TILE
             to.copy_(codes.of_outputs(lanes).floats(self.layout))
         return found.to(dtype)
 
+    def _piece_tiles(self) -> int:
+        """How many tiles are made floats at a time."""
+        return max(1, (_PIECE if self.tiles.device.type == "cpu" else _LARGE_PIECE) // (TILE * self.inputs))
+
     def pieces(self, dtype: torch.dtype, expert: int = 0) -> Iterator[torch.Tensor]:
         """The weight in floats, some outputs at a time."""
         tiles = -(-self.outputs // TILE)
         begin = 0
-        for some in self.tiles[expert * tiles : (expert + 1) * tiles].split(max(1, _PIECE // (TILE * self.inputs))):
+        for some in self.tiles[expert * tiles : (expert + 1) * tiles].split(self._piece_tiles()):
             count = min(TILE * len(some), self.outputs - begin)
             begin += count
             if self._has_kernel:
@@ -471,7 +483,7 @@ class ExpertForm(nn.Module):
 
     def dequantised(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight of one, `[outputs, inputs]`: a new tensor."""
-        return torch.cat([piece for part in self._each() for piece in part.pieces(dtype, expert)])
+        return torch.cat([part.of_expert(expert, dtype) for part in self._each()])
 
     def _each(self) -> list[GroupedForm]:
         return [part for part in self.parts if isinstance(part, GroupedForm)]

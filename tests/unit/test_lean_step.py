@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch import nn
 from splitnet.model import kernels
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.compiled_step import MOST_POSITIONS, CompiledStep
+from splitnet.model.grouped_forms import hold_stored
+from splitnet.model.held_linear import HeldLinear
 from splitnet.model.lean_step import LeanStep
 from splitnet.model.span import Part, Span
+from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.random_models import random_checkpoint
 
 USUAL = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
@@ -88,6 +92,22 @@ def test_several_positions_of_a_sequence(family: str, counts: tuple[int, ...], t
     lean = windows_of_drafts(span, counts)
     span._lean = None
     torch.testing.assert_close(lean, windows_of_drafts(span, counts), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_weights_in_the_codes_of_a_checkpoint(name: str, tmp_path: Path, step: type) -> None:
+    folder = random_checkpoint("qwen3", tmp_path, blocks=2, hidden=256)
+    span = Span.load(Checkpoint.open(folder), 0, 2, dtype="float32", weights="int8")
+    for module in span._backbone.modules():
+        if isinstance(module, HeldLinear):
+            matrix = matrix_of(LAYOUTS[name], module.out_features, module.in_features, module.out_features)
+            module.held = hold_stored([matrix], torch.device("cpu"))
+    backbone: Any = span._backbone
+    span._lean = None
+    expected = decoded(span, (5, 1, 9), 4)
+    span._lean = span._fast_step(list(backbone.layers), backbone.rotary_emb)
+    assert type(span._lean) is step
+    assert (decoded(span, (5, 1, 9), 4) - expected).norm() < 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("lengths", [(1,), (3, 1)])

@@ -13,6 +13,7 @@ the sum of the row. Codes that stand for integers are multiplied as bytes withou
 #define VECTOR 64    /* bytes */
 #define UNITS 256    /* inputs that share a unit of steps */
 #define MOST_GROUPS 64 /* of a panel */
+#define MOST_ROWS 64 /* that a tile is multiplied with before the next one, so that they stay in a cache */
 
 enum number { AS_FLOAT16, AS_BFLOAT16, AS_FLOAT32, E8M0, STEPS, UNSIGNED_STEPS, LOWER_STEPS, UPPER_STEPS, CODES, NONE };
 enum code { PLAIN, TABLE, FLOAT_TABLE, E4M3, E5M2, ANY };
@@ -188,7 +189,7 @@ static void grouped_plainly(const GroupedJob *job, const Quantised *unused, cons
 }
 
 /* Makes floats of some lanes of a tile, `[lanes, inputs]`, rounded as `Codes.floats` rounds them. */
-static void dequantise(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+static void dequantise_plainly(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
     uint8_t codes[CHUNK * TILE];
     float scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
     for (long first = 0; first < weight->inputs; first += weight->panel) {
@@ -321,24 +322,39 @@ INLINE VNNI void all_numbers(const Grouped *weight, const Panel *panel, float *s
     _mm512_storeu_ps(zeros + panel->groups * TILE, _mm512_setzero_ps());
 }
 
-/* Bits of bytes, moved by `by` to the left, or to the right where it is negative. */
-INLINE VNNI __m512i moved(__m512i bytes, int by, int mask) {
+/* `rest`, and bits of bytes, moved by `by` to the left, or to the right where it is negative. */
+INLINE VNNI __m512i with_bits(__m512i rest, __m512i bytes, int by, int mask) {
     __m512i there = by > 0 ? _mm512_slli_epi16(bytes, by) : by < 0 ? _mm512_srli_epi16(bytes, -by) : bytes;
-    return _mm512_and_si512(there, _mm512_set1_epi8((char)mask));
+    return _mm512_ternarylogic_epi32(there, _mm512_set1_epi8((char)mask), rest, 0xea); /* there & mask | rest */
+}
+
+INLINE VNNI __m512i low_bits(__m512i bytes, int by, int mask) {
+    return _mm512_and_si512(by ? _mm512_srli_epi16(bytes, by) : bytes, _mm512_set1_epi8((char)mask));
 }
 
 /* One of the eight vectors of codes of a chunk; `planes`: all that it has. */
 INLINE VNNI __m512i codes_of(int bits, const __m512i *planes, int vector) {
     switch (bits) {
-    case 2: return moved(planes[vector / 4], -2 * (vector % 4), 3);
-    case 3: return _mm512_or_si512(moved(planes[vector / 4], -2 * (vector % 4), 3), moved(planes[2], 2 - vector, 4));
-    case 4: return moved(planes[vector / 2], -4 * (vector % 2), 15);
-    case 5: return _mm512_or_si512(moved(planes[vector / 2], -4 * (vector % 2), 15), moved(planes[4], 4 - vector, 16));
+    case 2: return low_bits(planes[vector / 4], 2 * (vector % 4), 3);
+    case 3: return with_bits(low_bits(planes[vector / 4], 2 * (vector % 4), 3), planes[2], 2 - vector, 4);
+    case 4: return low_bits(planes[vector / 2], 4 * (vector % 2), 15);
+    case 5: return with_bits(low_bits(planes[vector / 2], 4 * (vector % 2), 15), planes[4], 4 - vector, 16);
     case 6:
-        return _mm512_or_si512(moved(planes[vector / 2], -4 * (vector % 2), 15),
-                               moved(planes[4 + vector / 4], 4 - 2 * (vector % 4), 48));
+        return with_bits(low_bits(planes[vector / 2], 4 * (vector % 2), 15), planes[4 + vector / 4], 4 - 2 * (vector % 4), 48);
     default: return planes[vector];
     }
+}
+
+VNNI static void chunk_codes(int bits, const uint8_t *at, uint32_t runs[8][TILE]) {
+    __m512i planes[8];
+    for (int i = 0; i < bits; i++) planes[i] = _mm512_loadu_si512(at + i * VECTOR);
+#define STORE(bits)                                                                                     \
+    case bits:                                                                                          \
+        for (int vector = 0; vector < 8; vector++)                                                      \
+            _mm512_storeu_si512(runs[vector], codes_of(bits, planes, vector));                          \
+        break;
+    switch (bits) { STORE(2) STORE(3) STORE(4) STORE(5) STORE(6) STORE(8) }
+#undef STORE
 }
 
 INLINE VNNI void store_lanes(const GroupedJob *job, long tile, long row, __m512 sums) {
@@ -361,8 +377,8 @@ INLINE VNNI __m512 with_group(__m512 sums, __m512i upper, __m512i lower, __m512 
 /* Rows of numbers from which a block takes the same place. */
 typedef struct {
     const int8_t *high, *low;
-    const float *sums;
-    long stride; /* of the first two, SUMMED times that of the sums */
+    const float *sums, *pairs;
+    long stride; /* of the first two, SUMMED times that of the sums, twice that of the pairs */
 } Numbered;
 
 /* Adds to `upper` and `lower` the products with a chunk of codes; `sets`: of sums, which vectors take in turns, or, with
@@ -399,7 +415,7 @@ INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob 
     __m512i values = _mm512_setzero_si512();
     if (table) values = _mm512_broadcast_i32x4(sixteen_bytes(weight->bytes));
     Numbered from = {rows->high + row * rows->stride, rows->low + row * rows->stride,
-                     rows->sums + row * (rows->stride / SUMMED), rows->stride};
+                     rows->sums + row * (rows->stride / SUMMED), rows->pairs + row * (rows->stride / CHUNK), rows->stride};
     __m512 sums[4];
 #pragma GCC unroll 4
     for (int r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
@@ -420,14 +436,11 @@ INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob 
             if (!group && stop > at) stop = at;
             do {
                 integer_chunk(bits, table, small, sets, codes, values, from, count, upper, lower);
-                if (!small) {
+                if (!group) {
 #pragma GCC unroll 4
-                    for (int r = 0; r < count; r++) {
-                        const float *total = from.sums + r * (from.stride / SUMMED);
-                        totals[r] += total[0] + total[1];
-                    }
+                    for (int r = 0; r < count; r++) totals[r] += from.pairs[r * (from.stride / CHUNK)];
                 }
-                from.high += CHUNK, from.low += CHUNK, from.sums += CHUNK / SUMMED, codes += bits * VECTOR;
+                from.high += CHUNK, from.low += CHUNK, from.sums += CHUNK / SUMMED, from.pairs++, codes += bits * VECTOR;
             } while (!group && codes < stop);
             const __m512 own = _mm512_loadu_ps(scale), shift = _mm512_loadu_ps(zero);
             if (small) {
@@ -446,7 +459,8 @@ INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob 
                         upper[r][0] = _mm512_add_epi32(upper[r][0], upper[r][1]);
                         lower[r][0] = _mm512_add_epi32(lower[r][0], lower[r][1]);
                     }
-                    sums[r] = with_group(sums[r], upper[r][0], lower[r][0], own, shift, totals[r]);
+                    float total = group ? from.pairs[r * (from.stride / CHUNK) - 1] : totals[r];
+                    sums[r] = with_group(sums[r], upper[r][0], lower[r][0], own, shift, total);
                 }
             }
             scale += TILE, zero += TILE;
@@ -575,7 +589,57 @@ FLOAT_KERNEL(e4m3, E4M3)
 FLOAT_KERNEL(e5m2, E5M2)
 #endif
 
+#ifdef HAVE_VNNI
+/* As `dequantise_plainly`, of groups of 16 inputs or more. */
+VNNI static void dequantise_vnni(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+    uint32_t runs[8][TILE], codes[TILE][8]; /* of four inputs */
+    float scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
+    const __m512 offset = _mm512_set1_ps((float)weight->offset);
+    const int plain = weight->code == PLAIN, subtracted = weight->zero == CODES, added = !subtracted && weight->zero != NONE;
+    for (long first = 0; first < weight->inputs; first += weight->panel) {
+        Panel panel = panel_at(weight, at, first);
+        numbers_plainly(weight, &panel, scales, zeros);
+        for (long begin = 0; begin < panel.inputs; begin += CHUNK) {
+            chunk_codes(weight->bits, panel.codes + begin / CHUNK * VECTOR * weight->bits, runs);
+            if (weight->pairs) {
+                for (long index = lane; index < lane + lanes; index++)
+                    for (int half = 0; half < 16; half++)
+                        ((uint16_t *)codes[index])[half] = ((const uint16_t *)runs[half / 2])[half % 2 * TILE + index];
+            } else {
+                for (long index = lane; index < lane + lanes; index++)
+                    for (int run = 0; run < 8; run++) codes[index][run] = runs[run][index];
+            }
+            for (long some = begin; some < begin + CHUNK && some < panel.inputs; some += 16) {
+                const float *scale = scales, *zero = zeros;
+                if (weight->group) scale += some / weight->group * TILE, zero += some / weight->group * TILE;
+                for (long index = lane; index < lane + lanes; index++) {
+                    __m512i code = _mm512_cvtepu8_epi32(sixteen_bytes((const uint8_t *)codes[index] + (some - begin)));
+                    __m512 value = plain ? _mm512_sub_ps(_mm512_cvtepi32_ps(code), offset)
+                                         : _mm512_i32gather_ps(code, weight->values, 4);
+                    if (subtracted) value = _mm512_sub_ps(value, _mm512_set1_ps(zero[index]));
+                    value = _mm512_mul_ps(value, _mm512_set1_ps(scale[index]));
+                    if (added) value = _mm512_add_ps(value, _mm512_set1_ps(zero[index]));
+                    float *row = to + (index - lane) * weight->inputs + first + some;
+                    _mm512_mask_storeu_ps(row, some_of(panel.inputs - some), value);
+                }
+            }
+        }
+        at = end_of(weight, &panel);
+    }
+}
+#endif
+
 /* ---- how they are run ---- */
+
+static void dequantise(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+#ifdef HAVE_VNNI
+    if (has_vnni() && weight->group != 8) {
+        dequantise_vnni(weight, at, lane, lanes, to);
+        return;
+    }
+#endif
+    dequantise_plainly(weight, at, lane, lanes, to);
+}
 
 typedef void (*GroupedKernel)(const GroupedJob *, const Quantised *, const Run *, long, long);
 
@@ -598,14 +662,15 @@ static GroupedKernel grouped_kernel(const Grouped *weight, int plainly) {
 static void run_grouped(const GroupedJob *job, const Quantised *rows, const Run *runs, long many, int plainly) {
     GroupedKernel kernel = grouped_kernel(job->weight, plainly);
     long tiles = parts_of(job->weight->outputs, TILE), threads = job->threads < 1 ? 1 : job->threads;
-    if (threads == 1) {
-        for (long i = 0; i < many; i++) kernel(job, rows, runs + i, 0, tiles);
-        return;
-    }
-#pragma omp parallel for num_threads(threads) schedule(static)
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long thread = 0; thread < threads; thread++)
-        for (long i = 0; i < many; i++)
-            kernel(job, rows, runs + i, tiles * thread / threads, tiles * (thread + 1) / threads);
+        for (long i = 0; i < many; i++) {
+            Run some = runs[i];
+            for (long end = some.row + some.count; some.row < end; some.row += MOST_ROWS) {
+                some.count = end - some.row < MOST_ROWS ? end - some.row : MOST_ROWS;
+                kernel(job, rows, &some, tiles * thread / threads, tiles * (thread + 1) / threads);
+            }
+        }
 }
 
 #endif

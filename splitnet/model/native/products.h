@@ -44,6 +44,7 @@ typedef struct {
     int8_t *low;      /* [count, stride] */
     float *steps;     /* what 1 stands for, by row */
     float *sums;      /* of every 16 numbers, [count, stride / SUMMED] */
+    float *pairs;     /* of two of these, [count, stride / SUMMED / 2] */
     int32_t *highs, *lows; /* sums of all, by row */
 } Quantised;
 
@@ -68,7 +69,9 @@ INLINE void add_up(const Quantised *to, long row) {
             upper += high[i];
             lower += low[i];
         }
-        to->sums[row * (to->stride / SUMMED) + some] = (float)(BASE * upper + lower);
+        long at = row * (to->stride / SUMMED) + some;
+        to->sums[at] = (float)(BASE * upper + lower);
+        if (some % 2) to->pairs[at / 2] = to->sums[at - 1] + to->sums[at];
         highs += upper;
         lows += lower;
     }
@@ -120,7 +123,7 @@ static void int8_plainly(const Job *job, const Quantised *rows, long start, long
 #ifdef HAVE_VNNI
 
 #define BLOCK 4    /* outputs that are computed at a time, where each has a row of its own */
-#define AHEAD 2048 /* bytes, where weights stand in the order in which they are read */
+#define AHEAD 8192 /* bytes, where weights stand in the order in which they are read */
 
 /* Asks for what is read next: the processor foresees it only within a page. Addresses past the end do no harm. */
 INLINE VNNI void fetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }
@@ -337,11 +340,12 @@ static long padded(long inputs) { return (inputs + 63) / 64 * 64; }
 
 static int prepare(const Job *job, Quantised *to) {
     long stride = padded(job->inputs), sums = stride / SUMMED;
-    char *memory = malloc(job->count * (2 * stride + (sums + 3) * 4) + 64);
+    char *memory = malloc(job->count * (2 * stride + (sums + sums / 2 + 3) * 4) + 64);
     if (memory == NULL) return 0;
     *to = (Quantised){.stride = stride, .high = (int8_t *)memory, .low = (int8_t *)memory + job->count * stride};
     to->sums = (float *)(memory + 2 * job->count * stride);
-    to->steps = to->sums + job->count * sums;
+    to->pairs = to->sums + job->count * sums;
+    to->steps = to->pairs + job->count * sums / 2;
     to->highs = (int32_t *)(to->steps + job->count);
     to->lows = to->highs + job->count;
     return 1;
