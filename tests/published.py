@@ -1,6 +1,6 @@
 """Small random checkpoints with the family, the names and the layout of tensors that models are published with.
 
-Each is written twice: as its makers would store it, and with the numbers that this stands for, which transformers loads.
+Each is written twice: as its makers would store it, and with the numbers that this stands for.
 """
 
 from __future__ import annotations
@@ -135,7 +135,8 @@ class Published:
             config, kind = AutoConfig.for_model(self.family, **text), AutoModelForCausalLM
         else:
             parts = {"text_config": text} | ({"vision_config": dict(self.vision)} if self.vision else {})
-            config = CONFIG_MAPPING[self.family](**parts, tie_word_embeddings=bool(text.get("tie_word_embeddings")))
+            family: Any = CONFIG_MAPPING[self.family]
+            config = family(**parts, tie_word_embeddings=bool(text.get("tie_word_embeddings")))
             kind = AutoModelForImageTextToText
         torch.manual_seed(seed)
         model: Any = kind.from_config(config, dtype=torch.float32).eval()

@@ -224,7 +224,8 @@ def _is_norm(module: nn.Module) -> bool:
 
 def keep_configs(parent: nn.Module) -> None:
     """Before the config is sliced: what stands beside the blocks, as rotary embeddings do, keeps that of the whole."""
-    for child in parent.children():
+    children: list[Any] = list(parent.children())
+    for child in children:
         config = getattr(child, "config", None)
         if isinstance(config, PreTrainedConfig) and not isinstance(child, PreTrainedModel):
             child.config = copy.deepcopy(config)

@@ -58,7 +58,7 @@ class _WithHead(PreTrainedModel, GenerationMixin):
         outputs: Any = self.model(input_ids=input_ids, **options)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits: Any = self.lm_head(outputs.last_hidden_state[:, kept])
-        return CausalLMOutputWithPast(logits=logits, past_key_values=outputs.past_key_values)
+        return CausalLMOutputWithPast(logits=logits, cache=outputs.cache)
 
 
 @cache

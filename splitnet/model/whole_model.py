@@ -26,7 +26,8 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
         return AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype).eval()
     wanted = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
     config = copy.deepcopy(checkpoint.config)
-    with checkpoint.load_tensors({name: name for name in checkpoint.names}, wanted) as tensors:
-        model = load_cut(causal_class(config), config, lambda model: None, tensors, wanted, None)
+    names = {name: name for name in checkpoint.names}
+    with checkpoint.load_tensors(names, wanted) as tensors:
+        model = load_cut(causal_class(config), config, lambda model: None, tensors, wanted, None, names=names)
     model.generation_config = checkpoint.generation_config()
     return model.eval()
