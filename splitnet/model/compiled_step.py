@@ -20,6 +20,7 @@ from splitnet.model import kernels
 from splitnet.model.attention import Part
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
 from splitnet.model.grouped_forms import CHUNK, GroupedForm
+from splitnet.model.held_experts import HeldExperts
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.int8_forms import CompiledInt8
 from splitnet.model.lean_step import is_usual
@@ -63,7 +64,7 @@ class CompiledStep:
         """For these blocks; None if their parts are not the usual ones, or nothing is compiled for this CPU."""
         if not kernels.has_fast_kernels() or dtype not in (torch.float32, torch.bfloat16) or rope is None:
             return None
-        if not all(is_usual(block) and _is_known(block) for block in blocks):
+        if not all(is_usual(block, experts=True) and _is_known(block) for block in blocks):
             return None
         return cls(blocks, rope, windows, dtype)
 
@@ -99,9 +100,26 @@ class CompiledStep:
         heads = attention.q_proj.out_features // self._size
         sizes = [heads, self._heads, self._size, windows[attention.layer_idx] or 0]
         layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        layers = (*layers, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         matrices = list(chain.from_iterable(self._matrix(layer) for layer in layers))
-        return pack("4q5d4q42q", *addresses, *numbers, *sizes, *matrices)
+        if has_experts(block):
+            matrices += [0] * 18
+            experts = self._experts(mlp)
+        else:
+            dense = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+            matrices += list(chain.from_iterable(self._matrix(layer) for layer in dense))
+            experts = [0] * 21
+        return pack("4q5d4q63q", *addresses, *numbers, *sizes, *matrices, *experts)
+
+    def _experts(self, mlp: Any) -> list[int]:
+        router, experts = mlp.gate, mlp.experts
+        outputs, inputs = router.weight.shape
+        described = [outputs, router.top_k, int(getattr(router, "norm_topk_prob", True))]
+        described += [_KINDS[torch.float32], self._float_address(router.weight), 0, 0, inputs, outputs]
+        for name in ("gate_up_proj", "down_proj"):
+            form = experts.held[name].parts[0]
+            self._alive += [form.tiles, form.description]
+            described += [_GROUPED, form.tiles.data_ptr(), form.description.data_ptr(), 0, form.inputs, form.outputs]
+        return described
 
     def _matrix(self, layer: Any) -> list[int]:
         bias = 0 if layer.bias is None else self._float_address(layer.bias)
@@ -115,15 +133,44 @@ class CompiledStep:
         return self._alive[-1].data_ptr()
 
 
+def has_experts(block: Any) -> bool:
+    """Whether experts stand in the place of a block's MLP, and in codes, and nothing else does."""
+    mlp = block.mlp
+    return {name for name, _ in mlp.named_children()} == {"gate", "experts"} and isinstance(mlp.experts, HeldExperts)
+
+
 def _is_known(block: Any) -> bool:
     attention, mlp = block.self_attn, block.mlp
-    layers = [*attention.children(), *mlp.children()]
+    layers = list(attention.children())
+    if has_experts(block):
+        if not _are_known(mlp.gate, mlp.experts):
+            return False
+    elif is_usual(block):
+        layers += list(mlp.children())
+    else:
+        return False
     linear = [layer for layer in layers if isinstance(layer, (nn.Linear, HeldLinear))]
     return (
-        len(linear) == 7
+        len(linear) == (4 if has_experts(block) else 7)
         and all(_is_held(layer) for layer in linear)
-        and type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation")
+        and type((mlp.experts if has_experts(block) else mlp).act_fn).__name__ in ("SiLU", "SiLUActivation")
         and _fits_together(block)
+    )
+
+
+def _are_known(router: Any, experts: Any) -> bool:
+    """Whether experts are chosen by softmax and have one layout each; the rest is shown by trying."""
+    forms = [experts.held[name] for name in ("gate_up_proj", "down_proj") if name in experts.held]
+    return (
+        len(forms) == 2
+        and not experts.has_bias
+        and type(experts)._apply_gate.__name__ == "_default_apply_gate"
+        and all(len(form.parts) == 1 and form.parts[0].has_fast_kernel for form in forms)
+        and all(form.inputs % CHUNK == 0 for form in forms)
+        and isinstance(getattr(router, "top_k", None), int)
+        and isinstance(getattr(router, "weight", None), torch.Tensor)
+        and router.weight.shape[0] == forms[0].experts
+        and forms[0].outputs == 2 * forms[1].inputs
     )
 
 
@@ -132,7 +179,6 @@ def _fits_together(block: Any) -> bool:
     attention, mlp = block.self_attn, block.mlp
     size, width = attention.head_dim, attention.q_proj.in_features
     heads, stored = attention.q_proj.out_features, attention.k_proj.out_features
-    between = mlp.gate_proj.out_features
     norms = {block.input_layernorm: width, block.post_attention_layernorm: width}
     norms |= {norm: size for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None}
     return (
@@ -140,12 +186,22 @@ def _fits_together(block: Any) -> bool:
         and stored % size == 0
         and heads % stored == 0
         and attention.v_proj.out_features == stored
-        and {layer.in_features for layer in (attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)} == {width}
+        and {layer.in_features for layer in (attention.k_proj, attention.v_proj)} == {width}
         and (attention.o_proj.in_features, attention.o_proj.out_features) == (heads, width)
-        and (mlp.up_proj.out_features, mlp.down_proj.in_features, mlp.down_proj.out_features)
-        == (between, between, width)
+        and (_experts_fit(mlp, width) if has_experts(block) else _layers_fit(mlp, width))
         and all(norm.weight.numel() == length for norm, length in norms.items())
     )
+
+
+def _layers_fit(mlp: Any, width: int) -> bool:
+    between = mlp.gate_proj.out_features
+    sizes = (mlp.gate_proj.in_features, mlp.up_proj.in_features, mlp.up_proj.out_features, mlp.down_proj.in_features)
+    return sizes == (width, width, between, between) and mlp.down_proj.out_features == width
+
+
+def _experts_fit(mlp: Any, width: int) -> bool:
+    inner, outer = mlp.experts.held["gate_up_proj"], mlp.experts.held["down_proj"]
+    return mlp.gate.weight.shape[1] == inner.inputs == outer.outputs == width
 
 
 def _is_held(layer: nn.Linear | HeldLinear) -> bool:

@@ -18,6 +18,7 @@ from splitnet.model.held_linear import HeldLinear
 from splitnet.model.lean_step import LeanStep
 from splitnet.model.span import Part, Span
 from tests.unit.random_codes import LAYOUTS, matrix_of
+from tests.published import FP8_CONFIG, INT4_CONFIG, MOE, Published, fp8_blocks, int4_groups
 from tests.unit.random_models import random_checkpoint
 
 USUAL = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
@@ -70,6 +71,23 @@ def test_experts_run_as_their_family_runs_them(family: str, tmp_path: Path) -> N
     lean = decoded(span, (5, 1, 9), 4)
     span._lean = None
     torch.testing.assert_close(lean, decoded(span, (5, 1, 9), 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("form", ["int4", "float8"])
+def test_experts_in_codes_run_as_their_family_runs_them(family: str, form: str, tmp_path: Path, step: type) -> None:
+    sizes = {**MOE, "num_experts": 8, "num_local_experts": 8, "intermediate_size": 96}
+    store, settings = (int4_groups, INT4_CONFIG) if form == "int4" else (fp8_blocks, FP8_CONFIG)
+    published = Published(family, sizes, store=store, quantization=settings)
+    published.write(tmp_path / "published", tmp_path / "plain")
+    span = Span.load(Checkpoint.open(tmp_path / "published"), 1, 5, dtype="float32")
+    assert type(span._lean) is step
+    lean = decoded(span, (5, 1, 9), 4)
+    windows = windows_of_drafts(span, (3, 1, 9)) if step is CompiledStep else None
+    span._lean = None
+    torch.testing.assert_close(lean, decoded(span, (5, 1, 9), 4), rtol=2e-3, atol=2e-3)
+    if windows is not None:
+        torch.testing.assert_close(windows, windows_of_drafts(span, (3, 1, 9)), rtol=2e-3, atol=2e-3)
 
 
 def windows_of_drafts(span: Span, counts: tuple[int, ...]) -> torch.Tensor:

@@ -24,6 +24,9 @@ typedef struct {
     int64_t heads, stored_heads, size;
     int64_t window; /* positions that one may see, or 0: all */
     Matrix query, key, value, out, gate, up, down;
+    int64_t experts, chosen; /* 0: there are none, else gate, up and down are not used */
+    int64_t normalised;      /* the shares of the chosen experts are made to add up to one */
+    Matrix router, inner, outer; /* inner: of each expert its gate above its up */
 } Block;
 
 /* Where a block keeps keys and values of the sequence of a position: [stored heads, capacity, size] each. */
@@ -213,6 +216,101 @@ INLINE VNNI void open_gate(float *gate, const float *up, long count) {
     }
 }
 
+/* A position that an expert computes. */
+typedef struct {
+    int64_t expert;
+    long position;
+    float share;
+} Chosen;
+
+/* The most likely experts of a position, of softmax over all; replaces the logits by their shares. */
+VNNI static void choose_experts(const Block *block, float *logits, long position, Chosen *chosen) {
+    float most = -INFINITY, total = 0, kept = 0;
+    for (long i = 0; i < block->experts; i++) most = logits[i] > most ? logits[i] : most;
+    for (long i = 0; i < block->experts; i += 16) {
+        __mmask16 mask = some_of(block->experts - i);
+        __m512 values = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, logits + i), _mm512_set1_ps(most));
+        values = _mm512_maskz_mov_ps(mask, exponential(values));
+        total += _mm512_reduce_add_ps(values);
+        _mm512_mask_storeu_ps(logits + i, mask, values);
+    }
+    for (long index = 0; index < block->chosen; index++) {
+        long best = 0;
+        for (long i = 1; i < block->experts; i++) best = logits[i] > logits[best] ? i : best;
+        chosen[index] = (Chosen){.expert = best, .position = position, .share = logits[best]};
+        kept += logits[best];
+        logits[best] = -1;
+    }
+    for (long index = 0; index < block->chosen; index++) chosen[index].share /= block->normalised ? kept : total;
+}
+
+/* Products of rows with the weights of their experts, which are sorted. */
+VNNI static void multiply_by_expert(const Matrix *matrix, const Chosen *chosen, long pairs, const float *rows, float *products,
+                                    const Quantised *room, Run *runs, int threads) {
+    const Grouped *weight = matrix->scales;
+    int64_t expert_bytes = parts_of(weight->outputs, TILE) * weight->tile_bytes;
+    long many = 0;
+    for (long pair = 0; pair < pairs; pair++) {
+        if (pair && chosen[pair].expert == chosen[pair - 1].expert)
+            runs[many - 1].count++;
+        else
+            runs[many++] = (Run){(const uint8_t *)matrix->weights + chosen[pair].expert * expert_bytes, pair, 1};
+    }
+    Quantised numbers = *room;
+    if (weight->code <= TABLE) {
+        Job job = {.rows = rows, .count = pairs, .inputs = matrix->inputs};
+        numbers.stride = padded(matrix->inputs);
+        numbers.low = numbers.high + pairs * numbers.stride;
+        quantise_vnni(&job, &numbers);
+    }
+    GroupedJob job = {.weight = weight,
+                      .rows = rows,
+                      .products = products,
+                      .count = pairs,
+                      .stride = matrix->inputs,
+                      .pitch = matrix->outputs,
+                      .threads = threads};
+    run_grouped(&job, &numbers, runs, many, 0);
+}
+
+/* Adds to the hidden states what the experts of each position make of it. `memory`: see `memory_of_experts`. */
+VNNI static void run_experts(const Block *block, const Step *step, const float *normed, const Quantised *room, char *memory) {
+    long pairs = step->count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
+    Chosen *chosen = (Chosen *)memory;
+    Run *runs = (Run *)(chosen + pairs);
+    float *logits = (float *)(runs + pairs), *rows = logits + step->count * block->experts;
+    float *inner = rows + pairs * width, *gated = inner + pairs * 2 * between, *outer = gated + pairs * between;
+    multiply((const Matrix *[]){&block->router}, (float *[]){logits}, 1, normed, room, step);
+    for (long position = 0; position < step->count; position++)
+        choose_experts(block, logits + position * block->experts, position, chosen + position * block->chosen);
+    for (long pair = 1; pair < pairs; pair++) { /* few: sorted where they are */
+        Chosen one = chosen[pair];
+        long at = pair;
+        for (; at > 0 && chosen[at - 1].expert > one.expert; at--) chosen[at] = chosen[at - 1];
+        chosen[at] = one;
+    }
+    for (long pair = 0; pair < pairs; pair++)
+        memcpy(rows + pair * width, normed + chosen[pair].position * width, width * sizeof(float));
+    multiply_by_expert(&block->inner, chosen, pairs, rows, inner, room, runs, step->threads);
+    for (long pair = 0; pair < pairs; pair++) {
+        float *gate = inner + pair * 2 * between;
+        open_gate(gate, gate + between, between);
+        memcpy(gated + pair * between, gate, between * sizeof(float));
+    }
+    multiply_by_expert(&block->outer, chosen, pairs, gated, outer, room, runs, step->threads);
+    for (long pair = 0; pair < pairs; pair++) {
+        float *to = step->hidden + chosen[pair].position * width;
+        const float *from = outer + pair * width;
+        for (long i = 0; i < width; i++) to[i] += chosen[pair].share * from[i];
+    }
+}
+
+static size_t memory_of_experts(const Block *block, long count) {
+    size_t pairs = count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
+    size_t floats = count * block->experts + pairs * (2 * width + 3 * between);
+    return pairs * (sizeof(Chosen) + sizeof(Run)) + floats * sizeof(float);
+}
+
 VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
                             const float *values, float *mixed, float *scores, long most) {
     long size = block->size, group = block->heads / block->stored_heads;
@@ -250,7 +348,8 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
 
 /* Runs the positions through the blocks. `stores`: [blocks, positions]. Gives 0 where there is no memory for it. */
 VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, const Step *step) {
-    long count = step->count, most = 1, widest = 0, attention = 0, between = 0, group = 1;
+    long count = step->count, most = 1, widest = 0, attention = 0, between = 0, group = 1, rows = count, inner = 0;
+    size_t of_experts = 0;
     for (long i = 0; i < count; i++) most = step->indices[i] + 1 > most ? step->indices[i] + 1 : most;
     for (long i = 0; i < many; i++) {
         const Block *block = blocks + i;
@@ -259,14 +358,23 @@ VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, 
         between = block->gate.outputs > between ? block->gate.outputs : between;
         group = block->heads / block->stored_heads > group ? block->heads / block->stored_heads : group;
         widest = block->query.inputs > widest ? block->query.inputs : widest;
+        if (!block->experts) continue;
+        size_t needed = memory_of_experts(block, count);
+        of_experts = needed > of_experts ? needed : of_experts;
+        rows = count * block->chosen > rows ? count * block->chosen : rows;
+        inner = block->outer.inputs > inner ? block->outer.inputs : inner;
     }
-    Job largest = {.count = count, .inputs = widest > between ? widest : between};
+    Job largest = {.count = rows, .inputs = widest > between ? widest : between};
+    largest.inputs = inner > largest.inputs ? inner : largest.inputs;
     largest.inputs = attention > largest.inputs ? attention : largest.inputs;
     Quantised room;
     if (!prepare(&largest, &room)) return 0;
     long threads = step->threads < 1 ? 1 : step->threads;
     float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between) + threads * group * most));
-    if (memory == NULL) {
+    char *more = malloc(of_experts + 1);
+    if (memory == NULL || more == NULL) {
+        free(memory);
+        free(more);
         free(room.high);
         return 0;
     }
@@ -285,12 +393,17 @@ VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, 
         add(step->hidden, product, count * width);
         for (long row = 0; row < count; row++)
             normalise(step->hidden + row * width, normed + row * width, block->norm_between, block->epsilon_between, width);
+        if (block->experts) {
+            run_experts(block, step, normed, &room, more);
+            continue;
+        }
         multiply((const Matrix *[]){&block->gate, &block->up}, (float *[]){gate, up}, 2, normed, &room, step);
         open_gate(gate, up, count * block->gate.outputs);
         multiply((const Matrix *[]){&block->down}, (float *[]){product}, 1, gate, &room, step);
         add(step->hidden, product, count * width);
     }
     free(memory);
+    free(more);
     free(room.high);
     return 1;
 }
