@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from splitnet.model.backbone import backbone_class, find_container, loaded_as
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.coded_experts import layout_of_experts
 from splitnet.model.grouped_forms import held_bytes
 from splitnet.model.held_experts import weights_of_experts
 from splitnet.model.held_linear import holdable_layers
@@ -27,12 +28,15 @@ class BlockSize(NamedTuple):
     Attributes:
         plain: bytes of all weights as numbers of the type that it computes in.
         held: bytes that it takes as its weights are held.
+        plain_experts, experts: what of these is the weights of experts.
         coded: whether some stay in the codes of the checkpoint.
         converted: whether some are brought into another form.
     """
 
     plain: int
     held: int
+    plain_experts: int = 0
+    experts: int = 0
     coded: bool = False
     converted: bool = False
 
@@ -95,6 +99,10 @@ def size_of_block(
         prefix: of the paths in `codes`.
     """
     held, coded, converted = plain, False, False
+    itemsize = weights.dtype.itemsize
+    plain_experts = experts = itemsize * sum(
+        parameter.numel() for name, parameter in block.named_parameters() if "experts" in name.split(".")
+    )
     for path, layer, outputs, inputs, form in holdable_layers(block, weights):
         stored = (codes or {}).get(prefix + path, ())
         if sum(math.prod(one.shape) for one in stored) != outputs * inputs:
@@ -107,15 +115,24 @@ def size_of_block(
             converted = True
         else:
             continue
-        held -= outputs * inputs * weights.dtype.itemsize - taken
-    if weights.keeps_codes and codes:
-        for path, parameter, transposed in weights_of_experts(block):
-            stored = codes.get(prefix + path, ())
-            if sum(math.prod(one.shape) for one in stored) == parameter.numel():
-                held -= parameter.numel() * weights.dtype.itemsize
-                held += sum(codes_bytes(one, transposed=transposed) for one in stored)
-                coded = True
-    return BlockSize(plain, held, coded, converted)
+        held -= outputs * inputs * itemsize - taken
+    for path, parameter, transposed in weights_of_experts(block):
+        stored = (codes or {}).get(prefix + path, ())
+        count, outputs, inputs = parameter.shape
+        if transposed:
+            outputs, inputs = inputs, outputs
+        layout = layout_of_experts(weights.kind, inputs)
+        if layout is not None and not weights.as_stored:
+            taken = count * held_bytes(layout, outputs, inputs)
+            converted = True
+        elif weights.keeps_codes and sum(math.prod(one.shape) for one in stored) == parameter.numel():
+            taken = sum(codes_bytes(one, transposed=transposed) for one in stored)
+            coded = True
+        else:
+            continue
+        held -= parameter.numel() * itemsize - taken
+        experts -= parameter.numel() * itemsize - taken
+    return BlockSize(plain, held, plain_experts, experts, coded, converted)
 
 
 def codes_within(model: PreTrainedModel, tensors: Mapping[str, TensorFacts]) -> dict[str, list[TensorFacts]]:

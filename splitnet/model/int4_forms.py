@@ -20,7 +20,7 @@ GROUP = 32
 _LARGEST = 15
 _MIDDLE = 8
 _SCALE = torch.bfloat16
-_LAYOUT = Layout(4, GROUP, Kind.BFLOAT16, Kind.BFLOAT16, offset=_MIDDLE)
+INT4 = Layout(4, GROUP, Kind.BFLOAT16, Kind.BFLOAT16, offset=_MIDDLE)
 _PROBED_INPUTS = 32
 
 _MANY_ROWS = 128
@@ -46,15 +46,12 @@ class Int4(GroupedForm):
 
     @classmethod
     def bytes_for(cls, outputs: int, inputs: int) -> int:
-        return held_bytes(_LAYOUT, outputs, inputs)
+        return held_bytes(INT4, outputs, inputs)
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Self | None:
-        groups = _grouped(weight)
-        if groups is None:
-            return None
-        scales, zeros = groups.scales_and_zeros.permute(2, 1, 0).contiguous().cpu()
-        return cls.hold(_LAYOUT, [Codes(groups.codes.cpu(), scales, zeros)], weight.device)
+        codes = int4_codes(weight)
+        return None if codes is None else cls.hold(INT4, [codes], weight.device)
 
 
 class KernelInt4(WeightForm):
@@ -157,6 +154,15 @@ def _slots(packed: torch.Tensor, height: int, inputs: int) -> torch.Tensor:
     """`[tiles, inputs, height]`: the lower halves of the bytes of each input of a tile, then the upper ones."""
     tiles = packed.view(-1, inputs, height // 2)
     return torch.cat((tiles & _LARGEST, tiles >> 4), dim=-1)
+
+
+def int4_codes(weight: torch.Tensor) -> Codes | None:
+    """The codes of a weight `[outputs, inputs]`, float32, as `INT4` has them; None if not all values are finite."""
+    groups = _grouped(weight)
+    if groups is None:
+        return None
+    scales, zeros = groups.scales_and_zeros.permute(2, 1, 0).contiguous().cpu()
+    return Codes(groups.codes.cpu(), scales, zeros)
 
 
 def _grouped(weight: torch.Tensor) -> Groups | None:

@@ -7,10 +7,12 @@ from typing import Self
 import torch
 
 from splitnet.model.kernels import multiply_int8
+from splitnet.model.stored import Codes, Kind, Layout
 from splitnet.model.weight_form import WeightForm, type_for_many
 
 _LARGEST = 127
 _SCALE = torch.bfloat16
+INT8 = Layout(8, 0, Kind.BFLOAT16, offset=128)
 _KERNEL_INPUTS, _KERNEL_OUTPUTS = 32, 16
 """The kernel reads in vectors and past the end of what is no multiple of them."""
 
@@ -57,6 +59,14 @@ class DequantisedInt8(WeightForm):
         dtype = type_for_many()
         product = torch.nn.functional.linear(rows.to(dtype), self.codes.to(dtype))  # which are exact in both
         return (product * self.scales).to(rows.dtype)
+
+
+def int8_codes(weight: torch.Tensor) -> Codes | None:
+    """The codes of a weight `[outputs, inputs]`, float32, as `INT8` has them; None if not all values are finite."""
+    held = DequantisedInt8.of(weight)
+    if held is None:
+        return None
+    return Codes((held.codes.short() + INT8.offset).to(torch.uint8).cpu(), held.scales[:, None].cpu())
 
 
 class CompiledInt8(DequantisedInt8):

@@ -113,12 +113,7 @@ class ModelSizes:
         whole, container = _on_meta(config, dtype)
         parent, list_name = parent_of(whole, container)
         blocks = list(getattr(parent, list_name))
-        index, size = _largest([size_of_block(block, weights, _bytes_of(block)) for block in blocks])
-        experts = sum(
-            parameter.nbytes
-            for parameter_name, parameter in blocks[index].named_parameters()
-            if "experts" in parameter_name.split(".")
-        )
+        size = _largest([size_of_block(block, weights, _bytes_of(block)) for block in blocks])
         head = whole.get_output_embeddings()
         kv_bytes, state_bytes = _row_bytes(config, dtype)
         return cls(
@@ -127,8 +122,9 @@ class ModelSizes:
             num_blocks=len(blocks),
             hidden_size=config.hidden_size,
             block_bytes=size.held,
-            expert_bytes=experts,
-            expert_share=_expert_share(config) if experts else 1.0,
+            expert_bytes=size.experts,
+            saved_expert_bytes=size.plain_experts - size.experts,
+            expert_share=_expert_share(config) if size.experts else 1.0,
             kv_bytes=kv_bytes,
             state_bytes=state_bytes,
             shell_bytes=_bytes_of(whole) - sum(_bytes_of(block) for block in blocks),
@@ -141,13 +137,7 @@ class ModelSizes:
     def in_codes_of(self, checkpoint: Checkpoint, weights: Weights) -> ModelSizes:
         """The same where a checkpoint has weights in codes, of blocks and of the client's part."""
         blocks = block_sizes(checkpoint, weights, range(checkpoint.num_blocks))
-        index, size = _largest(blocks)
-        names = (one.name for one in checkpoint.block_tensors[index] if ".experts." in one.name)
-        experts = checkpoint.facts(names).values()
-        held = sum(
-            one.nbytes if one.layout is not None and weights.keeps_codes else one.bytes_as(weights.dtype)
-            for one in experts
-        )
+        size = _largest(blocks)
         whole, container = _on_meta(checkpoint.config, weights.dtype)
         parent, list_name = parent_of(whole, container)
         setattr(parent, list_name, nn.ModuleList())
@@ -166,8 +156,8 @@ class ModelSizes:
             shell_bytes=self.shell_bytes - sum(saved.values()),
             head_bytes=self.head_bytes - (saved.get(id(head.weight), 0) if head is not None else 0),
             weights=STORED if weights.as_stored and any(one.coded for one in blocks) else weights.kind,
-            expert_bytes=held,
-            saved_expert_bytes=sum(one.bytes_as(weights.dtype) for one in experts) - held,
+            expert_bytes=size.experts or self.expert_bytes,
+            saved_expert_bytes=size.plain_experts - size.experts,
             file_bytes=sum(one.nbytes for one in facts.values()),
         )
 
@@ -179,9 +169,9 @@ def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, str]:
         return nn.Module.to(whole_class(copy.deepcopy(config)), dtype), find_container(whole_class, config)
 
 
-def _largest(sizes: Sequence[BlockSize]) -> tuple[int, BlockSize]:
-    """The block that takes most, with its index."""
-    return max(enumerate(sizes), key=lambda one: one[1].held)
+def _largest(sizes: Sequence[BlockSize]) -> BlockSize:
+    """The block that takes most."""
+    return max(sizes, key=lambda size: size.held)
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -34,6 +34,7 @@ from splitnet.model.backbone import (
 from splitnet.model.block_sizes import block_bytes, block_sizes
 from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.coded_experts import with_coded_experts
 from splitnet.model.families import (
     LEAN,
     NEUTRAL_CONFIG,
@@ -178,6 +179,9 @@ class Span:
         attention = PACKED if packs else None
         with guarded(checkpoint.name, start, end, largest, torch.device(device)):
             with checkpoint.load_tensors(names, wanted, progress) as tensors:
+                tensors = with_coded_experts(
+                    tensors, checkpoint, model_class, container, range(start, end), chosen.kind
+                )
                 backbone = load_cut(
                     model_class,
                     config,

@@ -18,6 +18,8 @@ from splitnet.model import grouped_forms, weights
 from splitnet.model.adapters import Adapter
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.float_forms import CompiledFloat16, ConvertedFloat16, ConvertedFloat32, PackedFloat16
+from splitnet.model.grouped_forms import ExpertForm
+from splitnet.model.held_experts import HeldExperts
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.int4_forms import GROUP, Int4, KernelInt4, kernel_order
 from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
@@ -104,6 +106,11 @@ def floats_of(checkpoint: Checkpoint, held: Span) -> Span:
         plain: Any = span._backbone.get_submodule(path)
         weight = layer.held.dequantised(torch.float32)
         plain.weight = nn.Parameter(weight.T if isinstance(plain, Conv1D) else weight, requires_grad=False)
+    for path, experts in held._backbone.named_modules():
+        for name, form in experts.held.items() if isinstance(experts, HeldExperts) else ():
+            assert isinstance(form, ExpertForm)
+            weight = torch.stack([form.dequantised(expert, torch.float32) for expert in range(form.experts)])
+            setattr(span._backbone.get_submodule(path), name, nn.Parameter(weight, requires_grad=False))
     return span
 
 

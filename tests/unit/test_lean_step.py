@@ -17,8 +17,8 @@ from splitnet.model.grouped_forms import hold_stored
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.lean_step import LeanStep
 from splitnet.model.span import Part, Span
-from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.published import FP8_CONFIG, INT4_CONFIG, MOE, Published, fp8_blocks, int4_groups
+from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.random_models import random_checkpoint
 
 USUAL = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
