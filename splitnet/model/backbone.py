@@ -31,7 +31,6 @@ from transformers.utils import logging as transformers_logging
 from splitnet.errors import UnsupportedModel
 from splitnet.model.families import ADDED_POSITIONS
 from splitnet.model.stored_layers import hold_codes
-from splitnet.model.text_models import text_model_class, with_head
 from splitnet.model.unexpected import check_none, ignored
 
 
@@ -53,8 +52,6 @@ def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         UnsupportedModel: transformers has no causal language model of this family.
     """
-    if (text_model := text_model_class(config)) is not None:
-        return text_model
     if type(config) not in AutoModelForCausalLM._model_mapping or type(config) not in AutoModel._model_mapping:
         raise UnsupportedModel(f"models of the family {config.model_type!r} are not causal language models")
     return cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])
@@ -62,9 +59,7 @@ def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class of the model with its head; errors as `backbone_class`."""
-    backbone = backbone_class(config)
-    if text_model_class(config) is not None:
-        return with_head(backbone)
+    backbone_class(config)
     return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[type(config)])
 
 

@@ -70,11 +70,6 @@ in the tests. That parts have the same names is not enough: others leave the rot
 ONE_WINDOW = frozenset({"mistral", "mixtral", "qwen3_moe"})
 """Those of them in which a sliding window of the config is that of all blocks; others must say which blocks have it."""
 
-TEXT_MODELS: Mapping[str, str] = {
-    "step3p5": "Step3p7TextModel",
-}
-"""Text models that transformers has only inside of larger ones, and their classes."""
-
 SAME_AS: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 """Names of families in published configs that transformers has under another name."""
 
