@@ -113,6 +113,7 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
     Where transformers has no causal language model of the text model alone, that of a family whose blocks do the same.
     """
     text = config.get_text_config()
+    make_known(text)
     if text.model_type != "qwen3_vl_text":
         return text
     # Without images, the three positions of every token are equal, and so is the rotary embedding to that of Qwen3.
@@ -120,6 +121,14 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
     rope = {key: value for key, value in (text.rope_parameters or {}).items() if not key.startswith("mrope")}
     tied = config.tie_word_embeddings
     return Qwen3Config(**(values | {"rope_parameters": rope or None, "tie_word_embeddings": tied}))
+
+
+def make_known(config: PreTrainedConfig) -> None:
+    """Before transformers' auto classes are asked: some text models are hidden in multimodal ones."""
+    if config.model_type == "step3p5":
+        from splitnet.model import text_models  # slow to import, and rarely wanted
+
+        text_models.make_known()
 
 
 def check_can_be_cut(config: PreTrainedConfig) -> None:

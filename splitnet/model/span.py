@@ -277,19 +277,18 @@ class Span:
         Raises:
             AdapterError: it names blocks or layers that are not here, or its shapes are not theirs.
         """
-        if self._keeps_states and adapter.prefix_length:
-            raise AdapterError(
-                f"blocks of the family {self._backbone.config.model_type!r} keep states, before which no prefix can "
-                "stand: train an adapter of another kind, such as LoRA"
-            )
+        if adapter.prefix_length:
+            self._refuse_prefixes()
         self._adapters.fit(adapter, self.start, self.end)
 
     def keys_and_values(self, row: RowCache, length: int) -> dict[str, torch.Tensor]:
         """Those of the first `length` positions of a row behind its prefix, named as the prefix of an adapter, float32.
 
         Raises:
+            AdapterError: the blocks keep states, before which no prefix can stand.
             ValueError: the row has fewer positions than that.
         """
+        self._refuse_prefixes()
         tensors: dict[str, torch.Tensor] = {}
         for index, keys, values in row.held(length):
             block = self._whole.start + index
@@ -319,6 +318,13 @@ class Span:
     def free_memory(self) -> int:
         """Bytes that are free on the span's device."""
         return free_memory(self.device)
+
+    def _refuse_prefixes(self) -> None:
+        if self._keeps_states:
+            raise AdapterError(
+                f"blocks of the family {self._backbone.config.model_type!r} keep states, before which no prefix can "
+                "stand: train an adapter of another kind, such as LoRA"
+            )
 
     def _check(self, hidden: torch.Tensor, parts: Sequence[Part]) -> None:
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
+from splitnet.model.families import make_known
+
 MAX_SHARD_SIZE = "200KB"
 """Small, so that the blocks of even these models lie in several shards."""
 
@@ -124,6 +126,13 @@ SPARSE: dict[str, dict[str, Any]] = {
         "attention_k_eq_v": True,
         "num_global_key_value_heads": 1,
     },
+    "step3p5": {
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"] * 2,
+        "mlp_layer_types": ["dense", *["sparse"] * 5],
+        "num_sliding_attention_heads": 6,
+        "share_expert_dim": 48,
+        "swiglu_limits": [0, 0, 0, 0, 0, 0.5],
+    },
     "llama4_text": {"attention_chunk_size": 6, "interleave_moe_layer_step": 2, "intermediate_size_mlp": 96},
     "glm_moe_dsa": {**_LATENT_ATTENTION, **_INDEXER},
 }
@@ -133,6 +142,7 @@ SPARSE: dict[str, dict[str, Any]] = {
 def random_config(family: str, *, blocks: int, hidden: int, vocab: int, **overrides: Any) -> Any:
     """A config of the family with small sizes; names that the family does not have are left out."""
     config_class = CONFIG_MAPPING[family]
+    make_known(config_class())
     default = config_class()
     heads = 4
     sizes: dict[str, Any] = {

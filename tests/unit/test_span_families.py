@@ -327,6 +327,13 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"mm_tokens_per_image": 4, "image_token_index": 290, "boi_token_index": 291, "eoi_token_index": 292},
     ),
     "qwen3_vl": (TEXT | {"rope_parameters": ROPE}, QWEN_VISION | {"deepstack_visual_indexes": [0]}, {}),
+    "step3p7": (
+        TEXT
+        | SPARSE["step3p5"]
+        | {"sliding_window": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+        {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
+        {},
+    ),
     "qwen3_5": (TEXT | LINEAR, QWEN_VISION, {}),
     "gemma4": (
         TEXT | SPARSE["gemma4_text"] | {"num_experts": 4, "moe_intermediate_size": 32, "sliding_window": 8},
@@ -385,6 +392,10 @@ def test_prefixes_before_states_are_refused(made: Callable[[Case], Path]) -> Non
     prefix = {f"2.{kind}": torch.zeros(2, 3, 16) for kind in (PREFIX_KEYS, PREFIX_VALUES)}
     with pytest.raises(AdapterError, match=r"'qwen3_next' keep states.*LoRA"):
         span.fit(Adapter(prefix))
+    row = span.new_row()
+    span.forward(torch.randn(3, 64), [Part(row, 0, 3)])
+    with pytest.raises(AdapterError, match="LoRA"):
+        span.keys_and_values(row, 3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mixtral"])
