@@ -32,6 +32,7 @@ from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.ends import ends_of
 from splitnet.model.families import PACKS, STATES
+from splitnet.model.held_linear import HeldLinear
 from splitnet.model.kv_cache import RowCache
 from splitnet.model.shell import backbone_of, load_shell
 from splitnet.model.sizes import ModelSizes
@@ -159,9 +160,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
     folders: dict[str, Path] = {}
 
     def make(case: Case) -> Path:
-        if str(case) not in folders:
-            folders[str(case)] = random_checkpoint(case.family, tmp_path_factory.mktemp(str(case)), **case.overrides)
-        return folders[str(case)]
+        if repr(case) not in folders:
+            folders[repr(case)] = random_checkpoint(case.family, tmp_path_factory.mktemp(str(case)), **case.overrides)
+        return folders[repr(case)]
 
     return make
 
@@ -385,6 +386,22 @@ def test_a_rewind_far_back_runs_once_more_what_came_before(family: str, made: Ca
         assert_close(again, expected[25:120], 1e-4)
         assert (other.length, other.computed) == (120, 120)
     assert span.catch_up(row, None) == 0
+
+
+@pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_time_steps_keep_their_weights(family: str, weights: str, made: Callable[[Case], Path]) -> None:
+    wide = HYBRIDS[family] | {"mamba_dt_rank" if family == "jamba" else "time_step_rank": 64}
+    checkpoint = Checkpoint.open(made(Case(family, wide)))
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 64)
+    exact, held = (Span.load(checkpoint, 0, 1, weights=kind) for kind in (None, weights))
+    layers = {
+        path.rpartition(".")[2] for path, module in held._backbone.named_modules() if isinstance(module, HeldLinear)
+    }
+    assert "in_proj" in layers and "dt_proj" not in layers
+    outputs = [span.forward(hidden, [Part(span.new_row(), 0, 9)]).float() for span in (exact, held)]
+    assert (outputs[1] - outputs[0]).norm() < 0.4 * outputs[0].norm()
 
 
 def test_prefixes_before_states_are_refused(made: Callable[[Case], Path]) -> None:
