@@ -92,8 +92,8 @@ PLAIN_LINEAR = frozenset({"FalconLinear"})
 """Families' own classes of linear layers that compute what torch's does: their weights may be held in other forms."""
 
 ROUTERS = frozenset({"router", "gate", "dt_proj"})
-"""Names of modules that keep their weights. Routers choose experts: they are small, and another choice changes more than
-a rounded weight. The time steps of Mamba are not multiplied by the layer but by its weight, which must be there."""
+"""Names of modules that keep their weights. Routers choose experts: they are small, and another choice changes more
+than a rounded weight. Of the time steps of Mamba, the family's code takes the weight and multiplies by itself."""
 
 _OWN_ROPE_PER_SEQUENCE = {"dynamic", "longrope"}
 """Kinds of rotary embedding whose frequencies depend on the length of the sequence: not shared by a pack."""
