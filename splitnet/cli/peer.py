@@ -85,7 +85,7 @@ def peer(
     ] = None,
     weights: Annotated[
         WeightKind | None,
-        typer.Option(help="What weights are held as, as --dtype if not given; auto: nearly as good, and fast here."),
+        typer.Option(help="What weights are held as; as stored if not given; auto: nearly as good, and fast here."),
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
     authorized_keys: Annotated[

@@ -70,13 +70,14 @@ def plan(
     ] = None,
     weights: Annotated[
         WeightKind | None,
-        typer.Option(help="What weights are held as; as --dtype if not given."),
+        typer.Option(help="What weights are held as; as stored if not given."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show the best partition of MODEL over known devices, its speed, and the command for each device.
 
-    Only the model's config is read, no weights. What FILE may say and how the figures come about: docs/placement.md.
+    Only the model's config is read, and headers of its files if it is quantized. What FILE may say and how the figures
+    come about: docs/placement.md.
     """
     from splitnet.cli.devices_file import read_devices
 

@@ -65,5 +65,8 @@ def room_on_disk(model: str, sizes: ModelSizes | None) -> Finding:
 
     if Path(model).expanduser().is_dir():
         return passed("disk", "the model is read from its folder, nothing is downloaded")
-    whole = sizes.num_blocks * (sizes.block_bytes + sizes.saved_bytes) + sizes.shell_bytes if sizes else 0
+    whole = 0
+    if sizes:
+        plain = sizes.num_blocks * (sizes.block_bytes + sizes.saved_bytes) + sizes.shell_bytes
+        whole = sizes.file_bytes or plain
     return disk(Path(HF_HUB_CACHE), whole)

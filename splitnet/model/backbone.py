@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -23,11 +23,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
 
 from splitnet.errors import UnsupportedModel
 from splitnet.model.families import ADDED_POSITIONS
-from splitnet.model.stored import StoredTensor
+from splitnet.model.stored_layers import hold_codes
 from splitnet.model.unexpected import check_none, ignored
 
 
@@ -103,6 +105,7 @@ def load_cut(
     names: Mapping[str, str],
     new_head: bool = False,
     one_by_one: bool = False,
+    codes_on: torch.device | None = None,
 ) -> PreTrainedModel:
     """Builds a model on the meta device, cuts it, and loads what is left of it.
 
@@ -116,6 +119,8 @@ def load_cut(
         new_head: what the checkpoint lacks of the head, transformers initialises with torch's random numbers.
         one_by_one: no tensor is read before the one before it is in its place, so that a model whose layers make
             their weights smaller is never in memory as a whole.
+        codes_on: the device for which layers hold weights that `tensors` gives in codes as they are; None: such
+            weights become numbers of type `dtype`.
 
     Raises:
         UnsupportedModel: the cut model cannot be built, the checkpoint lacks tensors of it, or it does not take all.
@@ -165,7 +170,7 @@ def load_cut(
     unexpected -= {name for name in unexpected if name.endswith(".bias") and _is_zero(tensors.get(name))}
     check_none((names.get(name, name) for name in unexpected), config.model_type)
     model.__class__ = model_class
-    _make_numbers(model)
+    hold_codes(model, codes_on)
     return model
 
 
@@ -174,16 +179,19 @@ def _is_zero(tensor: Any) -> bool:
     return tensor is not None and not bool(tensor[...].any())
 
 
-def _make_numbers(model: nn.Module) -> None:
-    """Leaves no parameter in the codes of a checkpoint, of which layers know nothing."""
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            if isinstance(parameter, StoredTensor):
-                module.register_parameter(name, nn.Parameter(parameter.floats(), requires_grad=False))
-
-
 _one_at_a_time = threading.Lock()
 """While it builds a model, transformers changes settings of the whole process, such as torch's default dtype."""
+
+
+def loaded_as(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """Name in a checkpoint -> name of the parameter of a model that transformers loads it into, or into a part of."""
+    conversions = get_model_conversion_mapping(model)
+    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    converters = [one for one in conversions if isinstance(one, WeightConverter)]
+    parameters = model.state_dict()
+    return {
+        name: rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)[0] for name in names
+    }
 
 
 def cut_to_blocks(backbone: PreTrainedModel, container: str, start: int, end: int) -> None:

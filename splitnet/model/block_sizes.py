@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-from splitnet.model.backbone import backbone_class, find_container
+from splitnet.model.backbone import backbone_class, find_container, loaded_as
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.held_linear import saved_bytes
+from splitnet.model.grouped_forms import held_bytes
+from splitnet.model.held_linear import holdable_layers
+from splitnet.model.tensor_store import TensorFacts
 from splitnet.model.weights import Weights, choose_weights
+
+
+class BlockSize(NamedTuple):
+    """Of one block.
+
+    Attributes:
+        plain: bytes of all weights as numbers of the type that it computes in.
+        held: bytes that it takes as its weights are held.
+        coded: whether some stay in the codes of the checkpoint.
+        converted: whether some are brought into another form.
+    """
+
+    plain: int
+    held: int
+    coded: bool = False
+    converted: bool = False
 
 
 def block_bytes(
@@ -18,28 +42,89 @@ def block_bytes(
     weights: str | None = None,
     device: str | torch.device = "cpu",
 ) -> int:
-    """Bytes of the largest block as `Span.load` with the same arguments holds it; reads only headers of shards.
+    """Bytes of the largest block as `Span.load` with the same arguments holds it; reads only headers of files.
 
     Raises:
         WeightsError: weights cannot be held so.
     """
     chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
-    sizes = block_sizes(checkpoint, chosen, range(checkpoint.num_blocks))
-    return max(plain - saved for plain, saved in sizes)
+    return max(size.held for size in block_sizes(checkpoint, chosen, range(checkpoint.num_blocks)))
 
 
-def block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list[tuple[int, int]]:
-    """Of each block: its bytes in the type that it computes in, and how many fewer it takes as its weights are held."""
+def block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list[BlockSize]:
+    """The sizes of each block."""
+    facts = checkpoint.facts(tensor.name for index in blocks for tensor in checkpoint.block_tensors[index])
     plain = [
-        checkpoint.bytes_of((tensor.name for tensor in checkpoint.block_tensors[index]), weights.dtype)
+        sum(facts[tensor.name].bytes_as(weights.dtype) for tensor in checkpoint.block_tensors[index])
         for index in blocks
     ]
-    if not weights.forms:
-        return [(size, 0) for size in plain]
+    in_codes = any(one.layout is not None for one in facts.values())
+    if not weights.forms and not (weights.keeps_codes and in_codes):
+        return [BlockSize(size, size) for size in plain]
     config = copy.deepcopy(checkpoint.config)
     model_class = backbone_class(config)
     container = find_container(model_class, config)
     with torch.device("meta"):
         backbone = model_class(config)
     modules = list(backbone.get_submodule(container).children())
-    return list(zip(plain, [saved_bytes(modules[index], weights) for index in blocks], strict=True))
+    stored = {
+        f"{container}.{index}.{tensor.rest}": facts[tensor.name]
+        for index in blocks
+        for tensor in checkpoint.block_tensors[index]
+    }
+    codes = codes_within(backbone, stored)
+    return [
+        size_of_block(modules[index], weights, size, codes, f"{container}.{index}.")
+        for index, size in zip(blocks, plain, strict=True)
+    ]
+
+
+def size_of_block(
+    block: nn.Module,
+    weights: Weights,
+    plain: int,
+    codes: Mapping[str, Sequence[TensorFacts]] | None = None,
+    prefix: str = "",
+) -> BlockSize:
+    """The sizes of a block.
+
+    Args:
+        plain: bytes of all of its weights as numbers.
+        codes: path of a layer -> what its weight consists of, if the checkpoint has that in codes.
+        prefix: of the paths in `codes`.
+    """
+    held, coded, converted = plain, False, False
+    for path, layer, outputs, inputs, form in holdable_layers(block, weights):
+        stored = (codes or {}).get(prefix + path, ())
+        if sum(math.prod(one.shape) for one in stored) != outputs * inputs:
+            stored = ()  # where some of it are plain numbers, all of it becomes such
+        if stored and (weights.as_stored or (weights.keeps_codes and form is None)):
+            taken = sum(codes_bytes(one, transposed=isinstance(layer, Conv1D)) for one in stored)
+            coded = True
+        elif form is not None:
+            taken = form.bytes_for(outputs, inputs)
+            converted = True
+        else:
+            continue
+        held -= outputs * inputs * weights.dtype.itemsize - taken
+    return BlockSize(plain, held, coded, converted)
+
+
+def codes_within(model: PreTrainedModel, tensors: Mapping[str, TensorFacts]) -> dict[str, list[TensorFacts]]:
+    """Path of a layer of a model -> what its weight consists of, where that is in codes.
+
+    Args:
+        tensors: by their names in a checkpoint of the model.
+    """
+    coded = {name: one for name, one in tensors.items() if one.layout is not None}
+    codes: dict[str, list[TensorFacts]] = {}
+    for name, parameter in loaded_as(model, coded).items():
+        codes.setdefault(parameter.removesuffix(".weight"), []).append(coded[name])
+    return codes
+
+
+def codes_bytes(facts: TensorFacts, *, transposed: bool = False) -> int:
+    """Bytes that a weight takes that is held in the codes of the checkpoint."""
+    assert facts.layout is not None
+    outputs, inputs = reversed(facts.shape) if transposed else facts.shape
+    return held_bytes(facts.layout, outputs, inputs)

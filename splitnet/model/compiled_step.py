@@ -19,8 +19,8 @@ from torch import nn
 from splitnet.model import kernels
 from splitnet.model.attention import Part
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
+from splitnet.model.grouped_forms import CHUNK, GroupedForm
 from splitnet.model.held_linear import HeldLinear
-from splitnet.model.int4_forms import CompiledInt4
 from splitnet.model.int8_forms import CompiledInt8
 from splitnet.model.lean_step import is_usual
 
@@ -28,7 +28,7 @@ MOST_POSITIONS = 16
 """In one step; with more, products of matrices are faster."""
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INT8, _INT4 = 3, 4
+_INT8, _GROUPED = 3, 4
 _VECTOR = 16
 
 
@@ -150,16 +150,18 @@ def _fits_together(block: Any) -> bool:
 
 def _is_held(layer: nn.Linear | HeldLinear) -> bool:
     if isinstance(layer, HeldLinear):
-        known = (CompiledInt8, CompiledInt4, CompiledFloat16, CompiledBfloat16, ConvertedBfloat16, ConvertedFloat32)
+        if isinstance(layer.held, GroupedForm):
+            return layer.held.has_fast_kernel and layer.in_features % CHUNK == 0
+        known = (CompiledInt8, CompiledFloat16, CompiledBfloat16, ConvertedBfloat16, ConvertedFloat32)
         return type(layer.held) in known
     return type(layer) is nn.Linear and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 
 def _held(layer: nn.Linear | HeldLinear) -> tuple[int, torch.Tensor, torch.Tensor | None]:
-    """The number of its kind in `native/products.h`, and its tensors."""
+    """The number of its kind in `native/products.h`, its tensor, and its scales or its description."""
     held: Any = layer.held if isinstance(layer, HeldLinear) else layer
     if isinstance(held, CompiledInt8):
         return _INT8, held.codes, held.scales
-    if isinstance(held, CompiledInt4):
-        return _INT4, held.tiles, None
+    if isinstance(held, GroupedForm):
+        return _GROUPED, held.tiles, held.description
     return _KINDS[held.weight.dtype], held.weight, None

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from splitnet.gathering import Gathering
 from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16
+from splitnet.model.grouped_forms import GroupedForm
 from splitnet.model.held_linear import HeldLinear, sizes_of
-from splitnet.model.int4_forms import CompiledInt4
 from splitnet.model.int8_forms import CompiledInt8
 from splitnet.model.kernels import has_kernel_for, multiply_floats
 from splitnet.model.weights import Weights
@@ -29,8 +29,8 @@ from splitnet.model.weights import Weights
 MOST_ROWS = 16
 """Of all threads together; with more, products of matrices are faster."""
 
-_ALONE_AS_TOGETHER = (CompiledBfloat16, CompiledFloat16, CompiledInt8, CompiledInt4)
-"""Forms with which a row gives the same whatever others are with it."""
+_ALONE_AS_TOGETHER = (CompiledBfloat16, CompiledFloat16, CompiledInt8)
+"""Forms with which a row gives the same whatever others are with it; where they have kernels, those in groups too."""
 
 
 @dataclass(slots=True)
@@ -143,9 +143,9 @@ class HeldHead(_Sharing, HeldLinear):
     """A head whose weight is held in another form."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) > MOST_ROWS or type(self.held) not in _ALONE_AS_TOGETHER:
-            return self.held.multiply(rows)
-        return self.shared(rows)
+        held = self.held
+        alone_as_together = held.has_fast_kernel if isinstance(held, GroupedForm) else type(held) in _ALONE_AS_TOGETHER
+        return self.shared(rows) if alone_as_together and len(rows) <= MOST_ROWS else held.multiply(rows)
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
         return self.held.multiply(rows)
@@ -157,6 +157,12 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
     An embedding that shares the weight keeps its own, if that is another form.
     """
     head: Any = model.get_output_embeddings()
+    if isinstance(head, HeldLinear):
+        if weights.as_stored or (weights.forms and weights.form_for(head.out_features, head.in_features) is None):
+            model.set_output_embeddings(HeldHead.holding(head, head.held, weights.device))
+            return
+        head = _of_floats(head)
+        model.set_output_embeddings(head)
     sizes = sizes_of(head)
     if sizes is None:
         return
@@ -169,3 +175,10 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
         model.set_output_embeddings(held)
     elif type(head) is nn.Linear and has_kernel_for(head.weight):
         model.set_output_embeddings(Head(head.weight, head.bias))
+
+
+def _of_floats(head: HeldLinear) -> nn.Linear:
+    plain: Any = nn.Linear(head.in_features, head.out_features, bias=False, device="meta")
+    plain.weight = nn.Parameter(head.held.dequantised(head.weight.dtype))
+    plain.bias = head.bias
+    return plain

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import nn
@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 
 from splitnet.model.families import PLAIN_LINEAR, ROUTERS
 from splitnet.model.float_forms import ConvertedFloat32
+from splitnet.model.grouped_forms import hold_stored
+from splitnet.model.stored import StoredMatrix, StoredTensor
 from splitnet.model.weight_form import WeightForm
 from splitnet.model.weights import Weights
 
@@ -28,6 +30,7 @@ class HeldLinear(nn.Module):
         transposed: the weight is set as `[inputs, outputs]`.
         bias: whether it has one.
         dtype: of the bias.
+        codes_on: the device for which a weight that comes in codes is held as it is; None: it is converted, too.
     """
 
     held: WeightForm
@@ -41,6 +44,7 @@ class HeldLinear(nn.Module):
         transposed: bool,
         bias: bool,
         dtype: torch.dtype,
+        codes_on: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.in_features = in_features
@@ -48,11 +52,23 @@ class HeldLinear(nn.Module):
         self._form = form
         self._transposed = transposed
         self._dtype = dtype
+        self._codes_on = codes_on
         shape = (in_features, out_features) if transposed else (out_features, in_features)
         # float32, whatever blocks compute in: the form is made of the values as they are stored.
         self.weight = nn.Parameter(torch.empty(shape, dtype=torch.float32, device="meta"), requires_grad=False)
         given = torch.empty(out_features, dtype=dtype, device="meta") if bias else None
         self.bias = None if given is None else nn.Parameter(given, requires_grad=False)
+
+    @classmethod
+    def holding(cls, layer: Any, held: WeightForm, codes_on: torch.device | None) -> Self:
+        """In the place of a linear layer (or of one of this class) whose weight is `held`."""
+        outputs, inputs = sizes_of(layer) or (layer.out_features, layer.in_features)
+        transposed, dtype = isinstance(layer, Conv1D), layer.weight.dtype
+        bias = layer.bias is not None
+        made = cls(inputs, outputs, type(held), transposed=transposed, bias=bias, dtype=dtype, codes_on=codes_on)
+        made.bias = layer.bias
+        made._keep(held, layer.weight.device)
+        return made
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, torch.Tensor) and not value.is_meta:
@@ -78,17 +94,26 @@ class HeldLinear(nn.Module):
         return self.held.multiply(rows)
 
     def _hold(self, weight: torch.Tensor) -> None:
+        matrices = matrices_of(weight, transposed=self._transposed)
+        if matrices is not None and self._codes_on is not None:
+            self._keep(hold_stored(matrices, self._codes_on), weight.device)
+            return
+        if isinstance(weight, StoredTensor):
+            weight = weight.floats()
         rows = (weight.T if self._transposed else weight).to(torch.float32).contiguous()
         # Values that are out of the range of the form, or that are no numbers, stay as they are.
-        self.held = self._form.of(rows) or ConvertedFloat32(rows.clone())
+        self._keep(self._form.of(rows) or ConvertedFloat32(rows.clone()), weight.device)
+
+    def _keep(self, held: WeightForm, device: torch.device) -> None:
+        self.held = held
+        shape = self.weight.shape
         del self.weight
         # For those who only look: some families' code for new weights, which must take this one for filled.
-        absent: Any = torch.empty(weight.shape, dtype=self._dtype, device="meta")
+        absent: Any = torch.empty(shape, dtype=self._dtype, device="meta")
         absent._is_hf_initialized = True
         self.__dict__["weight"] = absent
         # And what says to those who ask a model for the device and the type of its parameters.
-        empty = torch.empty(0, dtype=self._dtype, device=weight.device)
-        self.parameter_like = nn.Parameter(empty, requires_grad=False)
+        self.parameter_like = nn.Parameter(torch.empty(0, dtype=self._dtype, device=device), requires_grad=False)
 
 
 class _Product(torch.autograd.Function):
@@ -106,46 +131,47 @@ class _Product(torch.autograd.Function):
 
 
 class Holdable(NamedTuple):
-    """A linear layer that fits a form: where it is in its block, and its sizes."""
+    """A linear layer that may hold its weight in another form: where it is in its block, its sizes and that form."""
 
     path: str
     layer: nn.Module
     outputs: int
     inputs: int
-    form: type[WeightForm]
+    form: type[WeightForm] | None
 
 
 def holdable_layers(block: nn.Module, weights: Weights) -> Iterator[Holdable]:
-    """The linear layers of a block that are held in another form; not those that share their weight with others."""
-    if not weights.forms:
-        return
+    """The linear layers of a block, but routers and those that share their weight with others."""
     shared = Counter(id(parameter) for _, parameter in block.named_parameters(remove_duplicate=False))
     for path, layer in block.named_modules():
         sizes = sizes_of(layer)
-        if sizes is None or not ROUTERS.isdisjoint(path.split(".")) or shared[id(layer.weight)] > 1:
+        if sizes is not None and not is_router(path) and shared[id(layer.weight)] == 1:
+            yield Holdable(path, layer, *sizes, weights.form_for(*sizes))
+
+
+def hold_weights(block: nn.Module, weights: Weights) -> None:
+    """Puts layers that will hold their weights in the place of a block's own, which have none yet."""
+    for path, layer, outputs, inputs, form in list(holdable_layers(block, weights)):
+        if form is None:
             continue
-        form = weights.form_for(*sizes)
-        if form is not None:
-            yield Holdable(path, layer, *sizes, form)
-
-
-def hold_weights(block: nn.Module, weights: Weights) -> int:
-    """Puts layers that will hold their weights in the place of a block's own, which have none yet; tells how many."""
-    found = list(holdable_layers(block, weights))
-    for path, layer, outputs, inputs, form in found:
         transposed, bias = isinstance(layer, Conv1D), layer.bias is not None
-        block.set_submodule(
-            path, HeldLinear(inputs, outputs, form, transposed=transposed, bias=bias, dtype=weights.dtype)
+        codes_on = weights.device if weights.as_stored else None
+        held = HeldLinear(
+            inputs, outputs, form, transposed=transposed, bias=bias, dtype=weights.dtype, codes_on=codes_on
         )
-    return len(found)
+        block.set_submodule(path, held)
 
 
-def saved_bytes(block: nn.Module, weights: Weights) -> int:
-    """How many bytes fewer a block takes than with all of its weights in the type that it computes in."""
-    return sum(
-        outputs * inputs * weights.dtype.itemsize - form.bytes_for(outputs, inputs)
-        for _, _, outputs, inputs, form in holdable_layers(block, weights)
-    )
+def is_router(path: str) -> bool:
+    """Whether the module at this path chooses experts."""
+    return not ROUTERS.isdisjoint(path.split("."))
+
+
+def matrices_of(weight: torch.Tensor, *, transposed: bool) -> Sequence[StoredMatrix] | None:
+    """What a weight in codes consists of; None if it has none, or if they do not lie along its inputs."""
+    if not isinstance(weight, StoredTensor) or weight.stacked or weight.transposed != transposed:
+        return None
+    return weight.experts[0]
 
 
 def sizes_of(layer: nn.Module) -> tuple[int, int] | None:

@@ -10,12 +10,17 @@ from typing import NamedTuple, Self
 
 import torch
 
-from splitnet.model.kernels import GROUP, TILE, TILE_BYTES, multiply_int4
+from splitnet.model.grouped_forms import GroupedForm, held_bytes
+from splitnet.model.stored import Codes, Kind, Layout
 from splitnet.model.weight_form import WeightForm, type_for_many
+
+GROUP = 32
+"""Inputs that share a scale and a zero."""
 
 _LARGEST = 15
 _MIDDLE = 8
 _SCALE = torch.bfloat16
+_LAYOUT = Layout(4, GROUP, Kind.BFLOAT16, Kind.BFLOAT16, offset=_MIDDLE)
 _PROBED_INPUTS = 32
 
 _MANY_ROWS = 128
@@ -32,8 +37,28 @@ class Groups(NamedTuple):
     scales_and_zeros: torch.Tensor
 
 
-class _Grouped(WeightForm):
-    """What both forms of four bits have in common."""
+class Int4(GroupedForm):
+    """Multiplied by splitnet's kernels where they were compiled, else made floats at every call."""
+
+    @classmethod
+    def fits(cls, outputs: int, inputs: int) -> bool:
+        return inputs % GROUP == 0
+
+    @classmethod
+    def bytes_for(cls, outputs: int, inputs: int) -> int:
+        return held_bytes(_LAYOUT, outputs, inputs)
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Self | None:
+        groups = _grouped(weight)
+        if groups is None:
+            return None
+        scales, zeros = groups.scales_and_zeros.permute(2, 1, 0).contiguous().cpu()
+        return cls.hold(_LAYOUT, [Codes(groups.codes.cpu(), scales, zeros)], weight.device)
+
+
+class KernelInt4(WeightForm):
+    """Multiplied by torch's kernel for CPUs, which takes bfloat16 on the other side and an order of its own."""
 
     def __init__(self, packed: torch.Tensor, scales_and_zeros: torch.Tensor) -> None:
         super().__init__()
@@ -44,7 +69,8 @@ class _Grouped(WeightForm):
 
     @classmethod
     def fits(cls, outputs: int, inputs: int) -> bool:
-        return inputs % GROUP == 0
+        order = kernel_order()
+        return inputs % GROUP == 0 and order is not None and outputs % len(order) == 0
 
     @classmethod
     def bytes_for(cls, outputs: int, inputs: int) -> int:
@@ -53,45 +79,7 @@ class _Grouped(WeightForm):
     @classmethod
     def of(cls, weight: torch.Tensor) -> Self | None:
         groups = _grouped(weight)
-        return None if groups is None else cls(cls._pack(groups.codes), groups.scales_and_zeros)
-
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        steps = self._unpack(dtype)
-        outputs, inputs = steps.shape
-        scales, zeros = self.scales_and_zeros.permute(2, 1, 0).to(dtype)[..., None]  # [outputs, groups, 1] each
-        return steps.view(outputs, inputs // GROUP, GROUP).mul_(scales).add_(zeros).view(outputs, inputs)
-
-    @staticmethod
-    def _pack(codes: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        """The codes less 8, `[outputs, inputs]`."""
-        raise NotImplementedError
-
-
-class DequantisedInt4(_Grouped):
-    """The weight is made anew at every call, in the type of what it is multiplied with."""
-
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        return torch.nn.functional.linear(rows, self.dequantised(rows.dtype))
-
-    @staticmethod
-    def _pack(codes: torch.Tensor) -> torch.Tensor:
-        return codes[:, ::2] | codes[:, 1::2] << 4
-
-    def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
-        lower, upper = _steps(self.packed)
-        return torch.stack((lower, upper), dim=-1).flatten(1).to(dtype)
-
-
-class KernelInt4(_Grouped):
-    """Multiplied by torch's kernel for CPUs, which takes bfloat16 on the other side and an order of its own."""
-
-    @classmethod
-    def fits(cls, outputs: int, inputs: int) -> bool:
-        order = kernel_order()
-        return super().fits(outputs, inputs) and order is not None and outputs % len(order) == 0
+        return None if groups is None else cls(_pack_for_kernel(groups.codes), groups.scales_and_zeros)
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) >= _MANY_ROWS:
@@ -100,9 +88,11 @@ class KernelInt4(_Grouped):
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(given, self.packed, GROUP, self.scales_and_zeros)
         return product.to(rows.dtype)
 
-    @staticmethod
-    def _pack(codes: torch.Tensor) -> torch.Tensor:
-        return _pack_for_kernel(codes)
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        steps = self._unpack(dtype)
+        outputs, inputs = steps.shape
+        scales, zeros = self.scales_and_zeros.permute(2, 1, 0).to(dtype)[..., None]  # [outputs, groups, 1] each
+        return steps.view(outputs, inputs // GROUP, GROUP).mul_(scales).add_(zeros).view(outputs, inputs)
 
     def _unpack(self, dtype: torch.dtype) -> torch.Tensor:
         order = kernel_order()
@@ -119,43 +109,6 @@ class KernelInt4(_Grouped):
             else:
                 steps[:, slots] = part.to(dtype)
         return steps.view(outputs, inputs)
-
-
-class CompiledInt4(WeightForm):
-    """Multiplied by splitnet's kernel, in its order: activations keep 16 bits, and all is summed in float32."""
-
-    def __init__(self, tiles: torch.Tensor) -> None:
-        super().__init__()
-        self.tiles: torch.Tensor
-        self.register_buffer("tiles", tiles)  # [outputs / TILE, groups, TILE_BYTES], uint8
-
-    @classmethod
-    def fits(cls, outputs: int, inputs: int) -> bool:
-        return inputs % GROUP == 0 and outputs % TILE == 0
-
-    @classmethod
-    def bytes_for(cls, outputs: int, inputs: int) -> int:
-        return outputs // TILE * (inputs // GROUP) * TILE_BYTES
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> Self | None:
-        groups = _grouped(weight)
-        return None if groups is None else cls(_tiled(groups))
-
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) >= _MANY_ROWS:
-            return _multiply_many(rows, self)
-        return multiply_int4(rows, self.tiles)
-
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        count, groups, _ = self.tiles.shape
-        half = TILE * GROUP // 2
-        # Runs of four bytes are turned, as numbers of 32 bits, before they become floats.
-        runs = self.tiles[..., :half].view(torch.int32).view(count, groups, 4, TILE).permute(0, 3, 1, 2).contiguous()
-        steps = torch.stack(_steps(runs.view(torch.uint8).view(count, TILE, groups, 4, 4)), dim=-2)
-        stored = self.tiles[..., half:].contiguous().view(torch.bfloat16).view(count, groups, 2, TILE)
-        scales, zeros = stored.permute(2, 0, 3, 1).to(dtype)[..., None]  # [tiles, TILE, groups, 1] each
-        return steps.view(count, TILE, groups, GROUP).to(dtype).mul_(scales).add_(zeros).view(count * TILE, -1)
 
 
 @cache
@@ -185,17 +138,6 @@ def kernel_order() -> torch.Tensor | None:
 def _multiply_many(rows: torch.Tensor, held: WeightForm) -> torch.Tensor:
     dtype = type_for_many()
     return torch.nn.functional.linear(rows.to(dtype), held.dequantised(dtype)).to(rows.dtype)
-
-
-def _tiled(groups: Groups) -> torch.Tensor:
-    """In the order of splitnet's kernel: of 16 outputs and 32 inputs, four vectors of 64 bytes. Each has, of every
-    output, four inputs in the lower halves of four bytes and the four next ones in the upper halves."""
-    outputs, inputs = groups.codes.shape
-    codes = groups.codes.view(outputs // TILE, TILE, inputs // GROUP, 4, 2, 4)
-    lower, upper = codes.permute(4, 0, 2, 3, 1, 5)  # [tiles, groups, 4, TILE, 4] each
-    packed = (lower | upper << 4).flatten(2)
-    stored = groups.scales_and_zeros.view(inputs // GROUP, outputs // TILE, TILE, 2).permute(1, 0, 3, 2)
-    return torch.cat((packed, stored.contiguous().view(torch.uint8).flatten(2)), dim=-1)
 
 
 def _steps(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

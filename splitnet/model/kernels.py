@@ -13,15 +13,6 @@ from typing import Any
 
 import torch
 
-GROUP = 32
-"""Inputs that share a scale and a zero in int4."""
-
-TILE = 16
-"""Outputs that are stored together in int4."""
-
-TILE_BYTES = TILE * GROUP // 2 + TILE * 2 * 2
-"""Of a group of inputs of a tile: the codes, then bfloat16 scales, then bfloat16 zeros."""
-
 _FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Names of the kernels."""
 
@@ -74,10 +65,64 @@ def multiply_int8(
     return _multiply(kernel, rows, len(codes), codes, scales)
 
 
-def multiply_int4(rows: torch.Tensor, tiles: torch.Tensor, *, plainly: bool = False) -> torch.Tensor:
-    """`[rows, inputs]` times int4 `[outputs / TILE, groups, TILE_BYTES]`, in float32; see `multiply_int8`."""
-    kernel = _kernels.int4_of_any_cpu if plainly else _kernels.int4
-    return _multiply(kernel, rows, len(tiles) * TILE, tiles, None)
+def multiply_grouped(
+    rows: torch.Tensor,
+    description: torch.Tensor,
+    tiles: torch.Tensor,
+    products: torch.Tensor,
+    experts: torch.Tensor | None = None,
+    held: int = 0,
+    *,
+    plainly: bool = False,
+) -> None:
+    """`[rows, inputs]` times weights in tiles, `[outputs, inputs]`; see `splitnet.model.grouped_forms`.
+
+    The rows are rounded as for `multiply_int8` where codes stand for integers.
+
+    Args:
+        rows: float32; where codes stand for floats, with inputs in whole chunks.
+        description: of the weights, int64, as `Grouped` in `native/grouped.h`.
+        products: float32 `[rows, outputs]`, which may be columns of a wider one; they are set.
+        experts: int64 `[rows]`: with whose weight each is multiplied. They follow each other in `tiles`.
+        held: how many experts there are.
+        plainly: as CPUs do it for which no instructions are chosen.
+
+    Raises:
+        IndexError: there is no such expert.
+    """
+    given = rows.contiguous()
+    chosen = None if experts is None else experts.contiguous()
+    _kernels.grouped(
+        description.data_ptr(),
+        tiles.data_ptr(),
+        given.data_ptr(),
+        products.data_ptr(),
+        len(given),
+        given.shape[1],
+        products.stride(0),
+        0 if chosen is None else chosen.data_ptr(),
+        held,
+        torch.get_num_threads(),
+        plainly,
+    )
+
+
+def dequantise_grouped(
+    description: torch.Tensor, tiles: torch.Tensor, floats: torch.Tensor, indices: torch.Tensor | None = None
+) -> None:
+    """Sets `floats`, float32 `[outputs, inputs]`, to what weights in tiles stand for.
+
+    Args:
+        description: as `multiply_grouped` takes it.
+        indices: int64: those of the outputs that are wished; None: the first `len(floats)` of the tiles.
+
+    Raises:
+        IndexError: there is no such output.
+    """
+    chosen = None if indices is None else indices.contiguous()
+    at = 0 if chosen is None else chosen.data_ptr()
+    threads = torch.get_num_threads()
+    _kernels.dequantised(description.data_ptr(), tiles.data_ptr(), at, len(floats), floats.data_ptr(), threads)
 
 
 def has_kernel_for(weight: torch.Tensor) -> bool:

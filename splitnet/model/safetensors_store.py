@@ -82,6 +82,11 @@ class SafetensorsStore:
         return Weights(tuple(self._shards.weight_map), format, dtype)
 
     @property
+    def quantized(self) -> bool:
+        """See `TensorStore.quantized`."""
+        return self._quantization is not None
+
+    @property
     def names(self) -> tuple[str, ...]:
         """See `TensorStore.names`."""
         return tuple(self._weights.groups)

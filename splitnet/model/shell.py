@@ -10,14 +10,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitnet.model.attention import PACKED
-from splitnet.model.backbone import causal_class, classifier_class, find_container, load_cut, parent_of
+from splitnet.model.backbone import causal_class, classifier_class, find_container, load_cut, loaded_as, parent_of
 from splitnet.model.block_stand_in import AllBlocks, blocks_return_tuple
 from splitnet.model.checkpoint import OTHER_TOWERS, Checkpoint
 from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import packs_sequences
 from splitnet.model.head import hold_head
 from splitnet.model.outline import BlockList, outline_of
-from splitnet.model.unexpected import check_none, ignored, not_taken
+from splitnet.model.unexpected import check_none, ignored
 from splitnet.model.weights import choose_weights
 
 
@@ -37,7 +37,8 @@ def load_shell(
     Args:
         blocks: its `forward` takes and gives `[batch, sequence, hidden]`. It stays where it is.
         dtype: of the weights, such as "bfloat16"; None: as the checkpoint stores them.
-        weights: what the head holds its weight as, see `splitnet.model.weights`; None: as `dtype`.
+        weights: what the head holds its weight as, see `splitnet.model.weights`; None: as `dtype`, or in the codes of
+            the checkpoint. Embeddings keep their codes in any case.
 
     Raises:
         UnsupportedModel: the family cannot be cut, or the checkpoint does not fit it.
@@ -102,7 +103,17 @@ def _load(
     attention = PACKED if packs_sequences(config) else None
     names = names_of_shell(checkpoint, model_class, container)
     with checkpoint.load_tensors(names, wanted) as tensors:
-        model = load_cut(model_class, config, cut, tensors, wanted, attention, names=names, new_head=new_head)
+        model = load_cut(
+            model_class,
+            config,
+            cut,
+            tensors,
+            wanted,
+            attention,
+            names=names,
+            new_head=new_head,
+            codes_on=torch.device(device),
+        )
     nn.Module.to(model, device)
     parent, name = parent_of(model, container)
     setattr(parent, name, BlockList(AllBlocks(blocks, blocks_return_tuple(model, container)), outlines))
@@ -126,7 +137,10 @@ def check_all_is_taken(checkpoint: Checkpoint) -> None:
     facts = checkpoint.facts(names.values())
     with torch.device("meta"):
         model = model_class(copy.deepcopy(checkpoint.config))
-    left = not_taken(model, names)
+    parameters = model.state_dict()
+    loaded = loaded_as(model, names)
+    unknown = {name for name, parameter in loaded.items() if not {name, parameter} & parameters.keys()}
+    left = {names[name] for name in unknown - ignored(unknown, model)}
     # Biases of layers in codes may be zero, for which what loads them looks.
     weights = {name: facts.get(name.removesuffix("bias") + "weight") for name in left if name.endswith(".bias")}
     left -= {name for name, weight in weights.items() if weight is not None and weight.layout is not None}

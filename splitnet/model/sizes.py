@@ -1,13 +1,15 @@
-"""What a model takes, from its config alone: bytes of a block, of a cached position, of the client's part; arithmetic.
+"""What a model takes, before it is loaded: bytes of a block, of a cached position, of the client's part; arithmetic.
 
 The model is built on the meta device, where tensors have shapes but no memory, so this is what transformers would
-load, for every family, and no weight is read or downloaded.
+load, for every family, and no weight is read or downloaded. Only of weights in codes the headers of files must tell how
+many bytes they take.
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,14 @@ from transformers import PreTrainedConfig
 
 from splitnet.model.attention import PACKED
 from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, parent_of
-from splitnet.model.checkpoint import open_store, read_config
+from splitnet.model.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block
+from splitnet.model.checkpoint import Checkpoint, open_store, read_config
 from splitnet.model.dtypes import as_dtype, is_number_type
 from splitnet.model.families import packs_sequences, sliding_windows
-from splitnet.model.held_linear import saved_bytes
+from splitnet.model.shell import names_of_shell
 from splitnet.model.span import Span
-from splitnet.model.weights import Weights, choose_weights, name_of
+from splitnet.model.stored_layers import can_hold_codes
+from splitnet.model.weights import STORED, Weights, choose_weights, name_of
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class ModelSizes:
         max_positions: that the model was made for; None if its config does not say.
         weights: what those of linear layers in blocks are held as; as `dtype` if not given.
         saved_bytes: how many more the weights of a block would take in `dtype`.
+        file_bytes: of the checkpoint; 0 if only its config was read.
     """
 
     name: str
@@ -53,55 +58,60 @@ class ModelSizes:
     max_positions: int | None
     weights: str = ""
     saved_bytes: int = 0
+    file_bytes: int = 0
 
     @property
     def held_as(self) -> str:
         """What weights of blocks are held as, for people."""
+        if self.weights == STORED:
+            bits = 8 * self._itemsize * self.block_bytes / (self.block_bytes + self.saved_bytes)
+            return f"{STORED} ({bits:.1f} bits a weight)"
         return self.weights or self.dtype
 
     @property
     def flops_per_position(self) -> float:
         """Of one position in one block: a multiplication and an addition for every weight that it uses."""
         used = self.block_bytes + self.saved_bytes - (1 - self.expert_share) * self.expert_bytes
-        itemsize = (as_dtype(self.dtype) or torch.float32).itemsize
-        return 2 * used / itemsize
+        return 2 * used / self._itemsize
+
+    @property
+    def _itemsize(self) -> int:
+        return (as_dtype(self.dtype) or torch.float32).itemsize
 
     @classmethod
     def of(cls, model: str | Path, dtype: str | None = None, weights: str | None = None) -> ModelSizes:
-        """The sizes of a checkpoint folder (its config.json is enough) or of a hub id.
+        """The sizes of a checkpoint folder (its config.json is enough if weights are plain), a file or a hub id.
 
         Args:
             dtype: that blocks compute in; None: what goes with `weights`, else what the config names, or float32.
-            weights: what those of linear layers are held as, see `splitnet.model.weights`; None: as `dtype`.
+            weights: what those of linear layers are held as, see `splitnet.model.weights`; None: as `dtype`, or in the
+                codes of the checkpoint.
 
         Raises:
-            ModelNotFound: neither exists.
+            ModelNotFound: none of them exists, or there is but the config of a model whose weights are quantized.
             UnsupportedModel: the model cannot be cut into spans.
             WeightsError: weights cannot be held so.
         """
         store = open_store(model)
-        _, config = read_config(store)
-        stored = config.dtype if is_number_type(config.dtype) else torch.float32
-        chosen = choose_weights(weights, dtype, stored, torch.device("cpu"))
-        return cls.of_config(store.name, config, chosen)
+        whole, config = read_config(store)
+        if not store.quantized:
+            stored = config.dtype if is_number_type(config.dtype) else torch.float32
+            return cls.of_config(store.name, config, choose_weights(weights, dtype, stored, torch.device("cpu")))
+        checkpoint = Checkpoint(store, config, multimodal=config is not whole)
+        chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device("cpu"))
+        return cls.of_config(store.name, config, chosen).in_codes_of(checkpoint, chosen)
 
     @classmethod
     def of_config(cls, name: str, config: PreTrainedConfig, weights: Weights) -> ModelSizes:
-        """The sizes of the text model that a config describes."""
+        """The sizes of the text model that a config describes, with plain weights."""
         dtype = weights.dtype
-        whole_class = causal_class(config)
-        container = find_container(whole_class, config)
-        with torch.device("meta"):
-            whole: Any = nn.Module.to(whole_class(copy.deepcopy(config)), dtype)
+        whole, container = _on_meta(config, dtype)
         parent, list_name = parent_of(whole, container)
         blocks = list(getattr(parent, list_name))
-        saved = [saved_bytes(block, weights) for block in blocks]
-        held = [_bytes_of(block) - less for block, less in zip(blocks, saved, strict=True)]
-        index = held.index(max(held))
-        largest = blocks[index]
+        index, size = _largest([size_of_block(block, weights, _bytes_of(block)) for block in blocks])
         experts = sum(
             parameter.nbytes
-            for parameter_name, parameter in largest.named_parameters()
+            for parameter_name, parameter in blocks[index].named_parameters()
             if "experts" in parameter_name.split(".")
         )
         head = whole.get_output_embeddings()
@@ -110,7 +120,7 @@ class ModelSizes:
             dtype=name_of(dtype),
             num_blocks=len(blocks),
             hidden_size=config.hidden_size,
-            block_bytes=held[index],
+            block_bytes=size.held,
             expert_bytes=experts,
             expert_share=_expert_share(config) if experts else 1.0,
             kv_bytes=_kv_values(config) * dtype.itemsize,
@@ -118,8 +128,45 @@ class ModelSizes:
             head_bytes=_bytes_of(head) if head is not None else 0,
             max_positions=getattr(config, "max_position_embeddings", None),
             weights=weights.kind,
-            saved_bytes=saved[index],
+            saved_bytes=size.plain - size.held,
         )
+
+    def in_codes_of(self, checkpoint: Checkpoint, weights: Weights) -> ModelSizes:
+        """The same where a checkpoint has weights in codes, of blocks and of the client's part."""
+        blocks = block_sizes(checkpoint, weights, range(checkpoint.num_blocks))
+        _, size = _largest(blocks)
+        whole, container = _on_meta(checkpoint.config, weights.dtype)
+        parent, list_name = parent_of(whole, container)
+        setattr(parent, list_name, nn.ModuleList())
+        facts = checkpoint.facts(checkpoint.names)
+        ends = {name: facts[stored] for name, stored in names_of_shell(checkpoint, type(whole), container).items()}
+        saved: dict[int, int] = {}  # by parameter, as some share one
+        for path, (one, *_) in codes_within(whole, ends).items():
+            layer: Any = whole.get_submodule(path)
+            if can_hold_codes(path, layer):
+                saved[id(layer.weight)] = layer.weight.nbytes - codes_bytes(one)
+        head: Any = whole.get_output_embeddings()
+        return replace(
+            self,
+            block_bytes=size.held,
+            saved_bytes=size.plain - size.held,
+            shell_bytes=self.shell_bytes - sum(saved.values()),
+            head_bytes=self.head_bytes - (saved.get(id(head.weight), 0) if head is not None else 0),
+            weights=STORED if weights.as_stored and any(one.coded for one in blocks) else weights.kind,
+            file_bytes=sum(one.nbytes for one in facts.values()),
+        )
+
+
+def _on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, str]:
+    """A whole causal model without memory, and the name of its list of blocks."""
+    whole_class = causal_class(config)
+    with torch.device("meta"):
+        return nn.Module.to(whole_class(copy.deepcopy(config)), dtype), find_container(whole_class, config)
+
+
+def _largest(sizes: Sequence[BlockSize]) -> tuple[int, BlockSize]:
+    """The block that takes most, with its index."""
+    return max(enumerate(sizes), key=lambda one: one[1].held)
 
 
 def _bytes_of(module: nn.Module) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -41,7 +42,7 @@ from splitnet.model.memory import free_memory, guarded
 from splitnet.model.rotary import LengthDependentRopes
 from splitnet.model.span_adapters import SpanAdapters
 from splitnet.model.weight_form import WeightForm
-from splitnet.model.weights import AUTO, Weights, choose_weights, name_of
+from splitnet.model.weights import AUTO, STORED, Weights, choose_weights, name_of
 
 __all__ = ["Part", "Span", "block_bytes", "free_memory"]
 
@@ -111,7 +112,8 @@ class Span:
 
         Args:
             dtype: that they compute in, such as "bfloat16"; None: what goes with `weights`, else as they are stored.
-            weights: what those of linear layers are held as, see `splitnet.model.weights`; None: as `dtype`.
+            weights: what those of linear layers are held as, see `splitnet.model.weights`; None: as `dtype`, or in the
+                codes of the checkpoint.
             progress: called with (bytes read, bytes to read).
 
         Raises:
@@ -143,19 +145,29 @@ class Span:
                 hold_weights(block, chosen)
 
         sizes = block_sizes(checkpoint, chosen, range(start, end))
-        if chosen.forms and not any(saved for _, saved in sizes):
+        if chosen.forms and not any(size.converted for size in sizes):
             if weights != AUTO:
                 raise WeightsError(
                     f"the blocks {start}..{end - 1} of {checkpoint.name} have no linear layers that can be held as "
                     f"{chosen.kind}: use --weights {name_of(wanted)}"
                 )
             chosen = chosen.plain()
-        largest = max(plain - saved for plain, saved in sizes)
+        if chosen.as_stored and any(size.coded for size in sizes):
+            chosen = replace(chosen, kind=STORED)
+        largest = max(size.held for size in sizes)
         attention = PACKED if packs else None
         with guarded(checkpoint.name, start, end, largest, torch.device(device)):
             with checkpoint.load_tensors(names, wanted, progress) as tensors:
                 backbone = load_cut(
-                    model_class, config, cut, tensors, wanted, attention, names=names, one_by_one=bool(chosen.forms)
+                    model_class,
+                    config,
+                    cut,
+                    tensors,
+                    wanted,
+                    attention,
+                    names=names,
+                    one_by_one=bool(chosen.forms),
+                    codes_on=chosen.device if chosen.keeps_codes else None,
                 )
             nn.Module.to(backbone, device).requires_grad_(False)
             check_neutral(backbone, container, wanted)
@@ -320,7 +332,7 @@ class Span:
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
-            held = f" with weights held as {self.weights.kind}" if self.weights.forms else ""
+            held = f" with weights held as {self.weights.kind}" if self.weights.kind != name_of(self.dtype) else ""
             raise UnsupportedModel(f"blocks of the family {family!r} do not run on their own{held}: {error}") from error
         if output.shape != (1, self.hidden_size) or row.blocks != self.end - self.start:
             raise UnsupportedModel(f"some blocks of the family {family!r} keep a state other than a KV cache")

@@ -8,7 +8,7 @@ of it, which is right but larger.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
 
@@ -115,6 +115,22 @@ class Codes:
         codes, scales = self.codes[outputs], self.scales[outputs]
         return Codes(codes, scales, some(self.zeros), some(self.scale_units), some(self.zero_units))
 
+    @staticmethod
+    def joined(parts: Sequence[Codes]) -> Codes:
+        """Those of weights of the same layout, one below the other."""
+
+        def together(tensors: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+            given = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(given) if given else None
+
+        return Codes(
+            torch.cat([part.codes for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            together([part.zeros for part in parts]),
+            together([part.scale_units for part in parts]),
+            together([part.zero_units for part in parts]),
+        )
+
     def floats(self, layout: Layout) -> torch.Tensor:
         """`[outputs, inputs]`, float32: what they stand for."""
         inputs = self.codes.shape[1]
@@ -148,6 +164,16 @@ def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, grou
     return stored.float()
 
 
+def _order_of_runs(index: torch.Tensor, length: int) -> torch.Tensor | None:
+    """The order of runs of `length` that an order of single numbers keeps together; None if it parts some."""
+    if len(index) % length:
+        return None
+    runs = index.view(-1, length)
+    first = runs[:, :1]
+    whole = (first % length == 0).all() and torch.equal(runs, first + torch.arange(length))
+    return first.flatten() // length if whole else None
+
+
 def _spread(per_group: torch.Tensor, group: int, inputs: int) -> torch.Tensor:
     return per_group.repeat_interleave(group, dim=1)[:, :inputs]
 
@@ -170,6 +196,40 @@ class StoredMatrix:
         """Some of its outputs, in the order given."""
         index = torch.arange(self.shape[0])[outputs]
         return StoredMatrix(self.layout, (len(index), self.shape[1]), lambda: self.read().of_outputs(index))
+
+    def of_inputs(self, inputs: torch.Tensor) -> StoredMatrix | None:
+        """Its inputs in another order; None if that would part inputs that share a scale.
+
+        Steps whose `STEPS_GROUP` inputs are parted become float32 numbers, which stand for the same.
+        """
+        group = self.layout.group or self.shape[1]
+        order = _order_of_runs(inputs, group)
+        if order is None:
+            return None
+        layout, units = self.layout, None
+        if Kind.STEPS in (layout.scale, layout.zero):
+            units = _order_of_runs(inputs, STEPS_GROUP)
+            if units is None:
+                zero = Kind.FLOAT32 if layout.zero is Kind.STEPS else layout.zero
+                layout = replace(layout, scale=Kind.FLOAT32, zero=zero)
+
+        def read() -> Codes:
+            found = self.read()
+            scales, zeros = found.scales, found.zeros
+            scale_units, zero_units = found.scale_units, found.zero_units
+            if layout != self.layout:
+                scales = number_of(self.layout.scale, scales, scale_units, group)
+                zeros = None if zeros is None else number_of(self.layout.zero, zeros, zero_units, group)
+                scale_units = zero_units = None
+            return Codes(
+                found.codes[:, inputs],
+                scales[:, order],
+                None if zeros is None else zeros[:, order],
+                None if scale_units is None else scale_units[:, units],
+                None if zero_units is None else zero_units[:, units],
+            )
+
+        return StoredMatrix(layout, (self.shape[0], len(inputs)), read)
 
     def floats(self) -> torch.Tensor:
         """`[outputs, inputs]`, float32."""
@@ -214,9 +274,13 @@ class StoredTensor(torch.Tensor):
 
     def floats(self) -> torch.Tensor:
         """What it stands for, as an ordinary tensor of its type."""
-        whole = [torch.cat([matrix.floats() for matrix in matrices]).to(self.dtype) for matrices in self.experts]
-        tensor = torch.stack(whole) if self.stacked else whole[0]
-        return tensor.transpose(-1, -2).contiguous() if self.transposed else tensor
+        made = torch.empty(self.shape, dtype=self.dtype)
+        rows = made.transpose(-1, -2) if self.transposed else made
+        # One matrix at a time, so that there are never many in float32.
+        for expert, matrices in zip(rows if self.stacked else [rows], self.experts, strict=True):
+            for part, matrix in zip(expert.split([matrix.shape[0] for matrix in matrices]), matrices, strict=True):
+                part.copy_(matrix.floats())
+        return made
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"StoredTensor({list(self.shape)}, {self.dtype}, {self.experts[0][0].layout})"
@@ -263,6 +327,12 @@ def _transposed(tensor: StoredTensor, first: int = 0, second: int = 1) -> Stored
     if {first % tensor.ndim, second % tensor.ndim} != {tensor.ndim - 2, tensor.ndim - 1}:
         return None
     return tensor._like(tensor.experts, transposed=not tensor.transposed)
+
+
+def _permuted(tensor: StoredTensor, order: Sequence[int]) -> StoredTensor | None:
+    last = tensor.ndim - 1
+    swapped = [*range(last - 1), last, last - 1]
+    return _transposed(tensor, last, last - 1) if [dim % tensor.ndim for dim in order] == swapped else None
 
 
 def _stacked(tensors: Sequence[Any], dim: int = 0) -> StoredTensor | None:
@@ -320,6 +390,36 @@ def _outputs_of(matrices: Sequence[StoredMatrix], wanted: range) -> list[StoredM
     return found
 
 
+def _chosen(tensor: StoredTensor, dim: int, index: torch.Tensor) -> StoredTensor | None:
+    dim %= tensor.ndim
+    if dim == tensor._outputs_dim():
+        return tensor._like([_chosen_outputs(matrices, index) for matrices in tensor.experts])
+    if tensor.stacked and dim == 0:
+        return tensor._like([tensor.experts[expert] for expert in index.tolist()])
+    others = [[matrix.of_inputs(index) for matrix in matrices] for matrices in tensor.experts]
+    kept = [[matrix for matrix in matrices if matrix is not None] for matrices in others]
+    return tensor._like(kept) if kept == others else None
+
+
+def _chosen_outputs(matrices: Sequence[StoredMatrix], index: torch.Tensor) -> list[StoredMatrix]:
+    """Some outputs of matrices that stand one below the other, in the order given; few matrices, where it can be."""
+    if len(matrices) == 1:
+        return [matrices[0].of_outputs(index)]
+    layouts = {matrix.layout for matrix in matrices}
+    if len(layouts) == 1:
+        parts = tuple(matrices)
+        shape = (sum(part.shape[0] for part in parts), parts[0].shape[1])
+        whole = StoredMatrix(parts[0].layout, shape, lambda: Codes.joined([part.read() for part in parts]))
+        return [whole.of_outputs(index)]
+    ends = torch.tensor([matrix.shape[0] for matrix in matrices]).cumsum(0)
+    owners = torch.bucketize(index, ends, right=True)
+    found: list[StoredMatrix] = []
+    for run in torch.tensor_split(torch.arange(len(index)), (owners.diff().nonzero().flatten() + 1).tolist()):
+        matrix = matrices[int(owners[run[0]])]
+        found.append(matrix.of_outputs(index[run] - (ends[owners[run[0]]] - matrix.shape[0])))
+    return found
+
+
 def _selected(tensor: StoredTensor, dim: int, index: int) -> StoredTensor | None:
     if not tensor.stacked or dim % tensor.ndim != 0:
         return None
@@ -348,10 +448,12 @@ _KEEP: dict[Any, Callable[..., Any]] = {
     _aten._to_copy: _converted,
     _aten.t: _transposed,
     _aten.transpose: _transposed,
+    _aten.permute: _permuted,
     _aten.stack: _stacked,
     _aten.cat: _joined,
     _aten.slice: _sliced,
     _aten.select: _selected,
+    _aten.index_select: _chosen,
     _aten.split: _split,
     _aten.split_with_sizes: _split,
 }

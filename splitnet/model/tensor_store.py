@@ -64,6 +64,11 @@ class TensorStore(Protocol):
         ...
 
     @property
+    def quantized(self) -> bool:
+        """Whether weights may be in few bits: then only headers tell how many bytes they take, else config and type."""
+        ...
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Of all tensors.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -16,7 +16,7 @@ from splitnet.model.float_forms import (
     ConvertedFloat16,
     PackedFloat16,
 )
-from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4, KernelInt4
+from splitnet.model.int4_forms import Int4, KernelInt4
 from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
 from splitnet.model.kernels import has_fast_kernels, has_integer_kernels
 from splitnet.model.weight_form import WeightForm
@@ -26,28 +26,40 @@ INTEGERS = ("int8", "int4")
 KINDS = ("float32", "bfloat16", "float16", *INTEGERS)
 """What weights may be held as, by name."""
 
+STORED = "stored"
+"""Held in the codes of the checkpoint."""
+
 
 @dataclass(frozen=True)
 class Weights:
     """How the blocks of a span hold their weights.
 
     Attributes:
-        kind: one of `KINDS`, of the linear layers that fit it.
+        kind: one of `KINDS`, of the linear layers that fit it; or `STORED`.
         dtype: what blocks compute in, which is the type of everything else: activations, KV caches, norms, experts.
-        forms: of a linear layer, the first that fits it; where none does, it stays in `dtype`.
+        forms: of a linear layer, the first that fits it; where none does, it stays in `dtype`, or in its codes.
+        as_stored: where the checkpoint has codes, these are kept, whatever `forms` would fit.
+        device: that holds them.
     """
 
     kind: str
     dtype: torch.dtype
     forms: tuple[type[WeightForm], ...] = ()
+    as_stored: bool = False
+    device: torch.device = field(default=torch.device("cpu"), compare=False)
+
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether layers that the checkpoint has in codes, and that none of `forms` takes, keep them."""
+        return self.as_stored or bool(self.forms)
 
     def form_for(self, outputs: int, inputs: int) -> type[WeightForm] | None:
         """The form of a linear layer of these sizes; None: it stays as it is."""
         return next((form for form in self.forms if form.fits(outputs, inputs)), None)
 
     def plain(self) -> Weights:
-        """The same with all weights in the type that blocks compute in."""
-        return Weights(name_of(self.dtype), self.dtype)
+        """The same with all weights that are not in codes in the type that blocks compute in."""
+        return replace(self, kind=name_of(self.dtype), forms=())
 
 
 def choose_weights(
@@ -56,19 +68,25 @@ def choose_weights(
     """What the weights of a checkpoint are held as.
 
     Args:
-        kind: one of `KINDS`; "auto": what is fastest on the device and as good as `dtype`; None: as `dtype`.
+        kind: one of `KINDS`: all that fits it; "auto": what is fastest on the device and as good as `dtype`; None: as
+            `dtype`. With both of these, weights that the checkpoint has in codes keep them.
         dtype: what blocks shall compute in; None: what goes with `kind`, else as they are stored.
-        stored: the type in the checkpoint.
+        stored: the type in the checkpoint; of codes, that of the numbers that they stand for.
 
     Raises:
         WeightsError: there is no such kind, or it does not go with `dtype`.
         ValueError: there is no such type.
     """
     wished = as_dtype(dtype)
-    if kind == AUTO:
-        kind = _fastest(wished or stored, device)
     if kind is None:
-        return Weights(name_of(wished or stored), wished or stored)
+        return Weights(name_of(wished or stored), wished or stored, as_stored=True, device=device)
+    if kind == AUTO:
+        fastest = _of_kind(_fastest(wished or stored, device), wished, stored, device)
+        return replace(fastest, as_stored=True, device=device)
+    return replace(_of_kind(kind, wished, stored, device), device=device)
+
+
+def _of_kind(kind: str, wished: torch.dtype | None, stored: torch.dtype, device: torch.device) -> Weights:
     if kind not in KINDS:
         raise WeightsError(f"weights cannot be held as {kind!r}: use auto, {', '.join(KINDS[:-1])} or {KINDS[-1]}")
     if kind in INTEGERS:
@@ -122,9 +140,12 @@ def _has_fast_kernels(device: torch.device) -> bool:
 
 def _integer_forms(kind: str, device: torch.device) -> tuple[type[WeightForm], ...]:
     """Best first."""
-    forms: list[type[WeightForm]] = [DequantisedInt8 if kind == "int8" else DequantisedInt4]
+    compiled = device.type == "cpu" and has_integer_kernels()
+    if kind == "int4":
+        return (KernelInt4, Int4) if has_kernels(device) and not compiled else (Int4,)
+    forms: list[type[WeightForm]] = [DequantisedInt8]
     if has_kernels(device):
-        forms.insert(0, KernelInt8 if kind == "int8" else KernelInt4)
-    if device.type == "cpu" and has_integer_kernels():
-        forms.insert(0, CompiledInt8 if kind == "int8" else CompiledInt4)
+        forms.insert(0, KernelInt8)
+    if compiled:
+        forms.insert(0, CompiledInt8)
     return tuple(forms)

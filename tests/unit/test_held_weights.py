@@ -14,14 +14,14 @@ from transformers.pytorch_utils import Conv1D
 
 from peers.placing import SpanWish, fitting_blocks
 from splitnet.errors import OutOfMemory, WeightsError
-from splitnet.model import weights
+from splitnet.model import grouped_forms, weights
 from splitnet.model.adapters import Adapter
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.float_forms import CompiledFloat16, ConvertedFloat16, ConvertedFloat32, PackedFloat16
 from splitnet.model.held_linear import HeldLinear
-from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4, KernelInt4, kernel_order
+from splitnet.model.int4_forms import GROUP, Int4, KernelInt4, kernel_order
 from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
-from splitnet.model.kernels import GROUP, has_fast_kernels, has_integer_kernels
+from splitnet.model.kernels import Kernels, has_fast_kernels, has_integer_kernels
 from splitnet.model.lazy_tensors import LazyTensors
 from splitnet.model.passes import SpanPasses
 from splitnet.model.sizes import ModelSizes
@@ -70,6 +70,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param != "compiled":
         monkeypatch.setattr(weights, "has_integer_kernels", lambda: False)
         monkeypatch.setattr(weights, "has_fast_kernels", lambda: False)
+        monkeypatch.setattr(grouped_forms, "kernels_here", lambda: Kernels.NONE)
     elif not (has_integer_kernels() and has_fast_kernels()):
         pytest.skip("splitnet's kernels were not compiled here, or not for this CPU")
     if request.param == "fallback":
@@ -198,12 +199,12 @@ FORMS: list[tuple[type[WeightForm], tuple[int, int]]] = [
     (KernelInt8, (48, 64)),
     (DequantisedInt8, (5, 7)),
     (KernelInt4, (128, 96)),
-    (DequantisedInt4, (5, 64)),
+    (Int4, (5, 64)),
+    (Int4, (48, 96)),
 ]
 COMPILED: list[tuple[type[WeightForm], tuple[int, int]]] = [
     (CompiledFloat16, (49, 33)),
     (CompiledInt8, (49, 70)),
-    (CompiledInt4, (48, 96)),
 ]
 needs_compiled = pytest.mark.skipif(
     not (has_integer_kernels() and has_fast_kernels()), reason="splitnet's kernels were not compiled here"
@@ -255,7 +256,7 @@ def test_integers_are_the_nearest() -> None:
     # Half a step; the scale, which bfloat16 rounds, may leave the largest weight a little outside.
     steps = weight.abs().amax(1, keepdim=True) / 127
     assert ((eight.dequantised(torch.float32) - weight).abs() <= steps * (0.5 + 127 * 2**-8)).all()
-    four = DequantisedInt4.of(weight)
+    four = Int4.of(weight)
     assert four is not None
     groups = weight.view(6, -1, GROUP)
     spans = groups.amax(-1, keepdim=True) - groups.amin(-1, keepdim=True)
@@ -268,7 +269,7 @@ def test_four_bits_come_back_from_the_order_of_the_kernel() -> None:
     order = kernel_order()
     assert order is not None and sorted(order.tolist()) == list(range(len(order)))
     weight = torch.randn(3 * len(order), 96)
-    plain, packed = DequantisedInt4.of(weight), KernelInt4.of(weight)
+    plain, packed = Int4.of(weight), KernelInt4.of(weight)
     assert plain is not None and packed is not None
     assert torch.equal(plain.dequantised(torch.float32), packed.dequantised(torch.float32))
 
@@ -328,9 +329,9 @@ def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
     assert choose_weights("bfloat16", None, float32, CPU) == weights.Weights("bfloat16", bfloat16)
     assert choose_weights("int4", None, bfloat16, CPU).dtype == bfloat16
     assert choose_weights("int8", "float32", bfloat16, cuda).forms == (DequantisedInt8,)
-    for kind, compiled, of_torch in (("int8", CompiledInt8, KernelInt8), ("int4", CompiledInt4, KernelInt4)):
-        forms = choose_weights(kind, None, float32, CPU).forms
-        assert (compiled in forms, of_torch in forms) == (kernels == "compiled", kernels != "fallback")
+    forms = choose_weights("int8", None, float32, CPU).forms
+    assert (CompiledInt8 in forms, KernelInt8 in forms) == (kernels == "compiled", kernels != "fallback")
+    assert choose_weights("int4", None, float32, CPU).forms == ((KernelInt4, Int4) if kernels == "torch" else (Int4,))
 
 
 @pytest.mark.parametrize(

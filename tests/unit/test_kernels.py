@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.model import kernels
-from splitnet.model.int4_forms import CompiledInt4, DequantisedInt4
 from splitnet.model.int8_forms import CompiledInt8
-from splitnet.model.kernels import multiply_floats, multiply_int4, multiply_int8
+from splitnet.model.kernels import multiply_floats, multiply_int8
 
 pytestmark = pytest.mark.skipif(not kernels.has_fast_kernels(), reason="the kernels were not compiled for this CPU")
 
@@ -50,21 +49,6 @@ def test_int8(plainly: bool, outputs: int, inputs: int, count: int, seed: int) -
     assert ((product - rows.double() @ weight.double().T).abs() <= most(rows, weight)).all()
 
 
-@both
-@given(st.integers(1, 3), st.integers(1, 5), counts, seeds)
-def test_int4(plainly: bool, tiles: int, groups: int, count: int, seed: int) -> None:
-    rows = rows_of(count, groups * kernels.GROUP, seed)
-    given_weight = torch.randn(tiles * kernels.TILE, groups * kernels.GROUP)
-    held, plain = CompiledInt4.of(given_weight), DequantisedInt4.of(given_weight)
-    assert held is not None and plain is not None
-    weight = held.dequantised(torch.float32)
-    assert torch.equal(weight, plain.dequantised(torch.float32))
-    product = multiply_int4(rows, held.tiles, plainly=plainly)
-    # Scales and zeros are multiplied separately.
-    slack = 1e-6 * rows.double().abs().sum(1, keepdim=True) * weight.double().abs().amax()
-    assert ((product - rows.double() @ weight.double().T).abs() <= most(rows, weight) + 20 * slack).all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @given(outputs, inputs, counts, seeds)
 def test_floats(dtype: torch.dtype, outputs: int, inputs: int, count: int, seed: int) -> None:
@@ -81,39 +65,30 @@ def test_floats(dtype: torch.dtype, outputs: int, inputs: int, count: int, seed:
 def test_what_is_no_number_stays_none_in_its_row(value: float, plainly: bool) -> None:
     rows = torch.randn(3, 64)
     rows[1, 5] = value
-    eight, four = CompiledInt8.of(torch.randn(16, 64)), CompiledInt4.of(torch.randn(16, 64))
-    assert eight is not None and four is not None
-    for product in (
-        multiply_int8(rows, eight.codes, eight.scales, plainly=plainly),
-        multiply_int4(rows, four.tiles, plainly=plainly),
-    ):
-        assert not product[1].isfinite().any()
-        assert product[[0, 2]].isfinite().all()
+    held = CompiledInt8.of(torch.randn(16, 64))
+    assert held is not None
+    product = multiply_int8(rows, held.codes, held.scales, plainly=plainly)
+    assert not product[1].isfinite().any()
+    assert product[[0, 2]].isfinite().all()
 
 
 def test_largest_numbers_do_not_overflow() -> None:
     rows = torch.ones(1, 2**15)
-    eight = CompiledInt8.of(torch.ones(1, 2**15))
-    four = CompiledInt4.of(torch.ones(16, 2**15))
-    assert eight is not None and four is not None
+    held = CompiledInt8.of(torch.ones(1, 2**15))
+    assert held is not None
     for plainly in (False, True):
-        assert multiply_int8(rows, eight.codes, eight.scales, plainly=plainly).item() == pytest.approx(2**15, rel=1e-2)
-        assert multiply_int4(rows, four.tiles, plainly=plainly)[0, 0].item() == pytest.approx(2**15, rel=1e-2)
+        assert multiply_int8(rows, held.codes, held.scales, plainly=plainly).item() == pytest.approx(2**15, rel=1e-2)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_share_the_outputs(threads: int) -> None:
     rows = torch.randn(2, 96)
-    eight, four = CompiledInt8.of(torch.randn(50, 96)), CompiledInt4.of(torch.randn(80, 96))
-    assert eight is not None and four is not None
+    held = CompiledInt8.of(torch.randn(50, 96))
+    assert held is not None
     half = torch.randn(50, 96).half()
 
     def products() -> list[torch.Tensor]:
-        return [
-            multiply_int8(rows, eight.codes, eight.scales),
-            multiply_int4(rows, four.tiles),
-            multiply_floats(rows, half),
-        ]
+        return [multiply_int8(rows, held.codes, held.scales), multiply_floats(rows, half)]
 
     before = torch.get_num_threads()
     try:

@@ -73,7 +73,7 @@ def test_weights_stand_for_what_the_format_says(
 
     if name in ROUNDED:
         return
-    span, whole = (Span.load(each, 0, each.num_blocks, dtype="float32") for each in (checkpoint, plain))
+    span, whole = (Span.load(each, 0, each.num_blocks, weights="float32") for each in (checkpoint, plain))
     hidden = torch.randn(5, checkpoint.hidden_size)
     outputs = [each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, whole)]
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)

@@ -35,6 +35,7 @@ def test_experts_are_stacked_and_joined() -> None:
     expected = torch.cat([torch.stack([floats(one) for one in half]) for half in (gates, ups)], dim=1)
     assert same(together, expected)
     assert same(together.transpose(1, 2), expected.transpose(1, 2))
+    assert same(gates[0].T, floats(gates[0]).T)
     assert same(together[1], expected[1])
     assert same(together[1:], expected[1:])
     assert same(together[:, 4:12], expected[:, 4:12])

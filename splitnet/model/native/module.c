@@ -3,20 +3,26 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "grouped.h"
 #include "products.h"
 #include "step.h"
+
+static int read_numbers(PyObject *const *given, Py_ssize_t count, long long *numbers, int wanted) {
+    if (count != wanted) {
+        PyErr_Format(PyExc_TypeError, "%d numbers are wanted, %zd are given", wanted, count);
+        return 0;
+    }
+    for (int i = 0; i < wanted; i++) {
+        numbers[i] = PyLong_AsLongLong(given[i]);
+        if (numbers[i] == -1 && PyErr_Occurred()) return 0;
+    }
+    return 1;
+}
 
 /* Takes (weights, scales, rows, products, count, inputs, outputs, threads), the first four as addresses. */
 static int read_job(PyObject *const *given, Py_ssize_t count, Job *job) {
     long long numbers[8];
-    if (count != 8) {
-        PyErr_SetString(PyExc_TypeError, "a kernel takes 8 numbers");
-        return 0;
-    }
-    for (int i = 0; i < 8; i++) {
-        numbers[i] = PyLong_AsLongLong(given[i]);
-        if (numbers[i] == -1 && PyErr_Occurred()) return 0;
-    }
+    if (!read_numbers(given, count, numbers, 8)) return 0;
     *job = (Job){
         .weights = (const void *)(intptr_t)numbers[0],
         .scales = (const uint16_t *)(intptr_t)numbers[1],
@@ -30,46 +36,132 @@ static int read_job(PyObject *const *given, Py_ssize_t count, Job *job) {
     return 1;
 }
 
-static PyObject *multiply_integers(PyObject *const *given, Py_ssize_t count, Kernel plain, Kernel vnni, long tile) {
+static void quantise(const Job *job, const Quantised *rows, int fast) {
+#ifdef HAVE_VNNI
+    if (fast) {
+        quantise_vnni(job, rows);
+        return;
+    }
+#endif
+    (void)fast;
+    quantise_plainly(job, rows);
+}
+
+static PyObject *multiply_int8(PyObject *const *given, Py_ssize_t count, Kernel vnni) {
     Job job;
     Quantised rows;
     if (!read_job(given, count, &job)) return NULL;
     if (!prepare(&job, &rows)) return PyErr_NoMemory();
     int fast = vnni != NULL && has_vnni();
     Py_BEGIN_ALLOW_THREADS
-#ifdef HAVE_VNNI
-    if (fast) quantise_vnni(&job, &rows);
-    else
-#endif
-        quantise_plainly(&job, &rows);
-    run(fast ? vnni : plain, &job, &rows, job.outputs / tile, tile == 1 ? 4 : 1);
+    quantise(&job, &rows, fast);
+    run(fast ? vnni : int8_plainly, &job, &rows, job.outputs, 4);
     Py_END_ALLOW_THREADS
     free(rows.high);
     Py_RETURN_NONE;
 }
-
 #ifndef HAVE_VNNI
 #define int8_vnni NULL
-#define int4_vnni NULL
 #define float32_vnni NULL
 #define bfloat16_vnni NULL
 #define float16_vnni NULL
 #endif
 
 static PyObject *int8(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_integers(given, count, int8_plainly, int8_vnni, 1);
-}
-
-static PyObject *int4(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_integers(given, count, int4_plainly, int4_vnni, TILE);
+    return multiply_int8(given, count, int8_vnni);
 }
 
 static PyObject *int8_of_any_cpu(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_integers(given, count, int8_plainly, NULL, 1);
+    return multiply_int8(given, count, NULL);
 }
 
-static PyObject *int4_of_any_cpu(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_integers(given, count, int4_plainly, NULL, TILE);
+/* Neighbours with the same expert make a run. Gives 0 where there is no such expert. */
+static int find_runs(const uint8_t *tiles, int64_t expert_bytes, const int64_t *experts, long held, long count, Run *runs) {
+    int many = 0;
+    for (long row = 0; row < count; row++) {
+        if (experts[row] < 0 || experts[row] >= held) return 0;
+        if (many && experts[row] == experts[row - 1])
+            runs[many - 1].count++;
+        else
+            runs[many++] = (Run){.tiles = tiles + experts[row] * expert_bytes, .row = row, .count = 1};
+    }
+    return many;
+}
+
+/* Takes (description, tiles, rows, products, count, numbers from row to row, from product to product, experts or 0, how
+many experts there are, threads, whether by plain loops). */
+static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    long long numbers[11];
+    if (!read_numbers(given, count, numbers, 11)) return NULL;
+    const Grouped *weight = (const Grouped *)(intptr_t)numbers[0];
+    const uint8_t *tiles = (const uint8_t *)(intptr_t)numbers[1];
+    GroupedJob job = {
+        .weight = weight,
+        .rows = (const float *)(intptr_t)numbers[2],
+        .products = (float *)(intptr_t)numbers[3],
+        .count = (long)numbers[4],
+        .stride = (long)numbers[5],
+        .pitch = (long)numbers[6],
+        .threads = (int)numbers[9],
+    };
+    const int64_t *experts = (const int64_t *)(intptr_t)numbers[7];
+    int plainly = (int)numbers[10] || !has_vnni() || weight->code == ANY, many = 1;
+    Run one = {.tiles = tiles, .row = 0, .count = job.count}, *runs = &one;
+    Quantised rows = {.high = NULL};
+    if (experts != NULL) {
+        runs = malloc((job.count + 1) * sizeof(Run));
+        if (runs == NULL) return PyErr_NoMemory();
+        int64_t expert_bytes = parts_of(weight->outputs, TILE) * weight->tile_bytes;
+        many = find_runs(tiles, expert_bytes, experts, (long)numbers[8], job.count, runs);
+        if (!many && job.count) {
+            free(runs);
+            PyErr_Format(PyExc_IndexError, "there are %lld experts, and a row is for another", numbers[8]);
+            return NULL;
+        }
+    }
+    if (!plainly && weight->code <= TABLE) {
+        Job quantised = {.rows = job.rows, .count = job.count, .inputs = job.stride};
+        if (!prepare(&quantised, &rows)) {
+            if (runs != &one) free(runs);
+            return PyErr_NoMemory();
+        }
+        Py_BEGIN_ALLOW_THREADS
+        quantise(&quantised, &rows, 1);
+        Py_END_ALLOW_THREADS
+    }
+    Py_BEGIN_ALLOW_THREADS
+    run_grouped(&job, &rows, runs, many, plainly);
+    Py_END_ALLOW_THREADS
+    free(rows.high);
+    if (runs != &one) free(runs);
+    Py_RETURN_NONE;
+}
+
+/* Takes (description, tiles, indices of outputs or 0: all, how many, floats, threads). */
+static PyObject *dequantised(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    long long numbers[6];
+    if (!read_numbers(given, count, numbers, 6)) return NULL;
+    const Grouped *weight = (const Grouped *)(intptr_t)numbers[0];
+    const uint8_t *tiles = (const uint8_t *)(intptr_t)numbers[1];
+    const int64_t *indices = (const int64_t *)(intptr_t)numbers[2];
+    long many = (long)numbers[3], step = indices == NULL ? TILE : 1;
+    float *floats = (float *)(intptr_t)numbers[4];
+    int threads = numbers[5] < 1 ? 1 : (int)numbers[5];
+    for (long i = 0; indices != NULL && i < many; i++)
+        if (indices[i] < 0 || indices[i] >= weight->outputs) {
+            PyErr_Format(PyExc_IndexError, "there are %lld outputs, and %lld is asked for", (long long)weight->outputs,
+                         (long long)indices[i]);
+            return NULL;
+        }
+    Py_BEGIN_ALLOW_THREADS
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (long i = 0; i < many; i += step) {
+        long output = indices == NULL ? i : indices[i], left = many - i;
+        const uint8_t *tile = tiles + output / TILE * weight->tile_bytes;
+        dequantise(weight, tile, output % TILE, left < step ? left : step, floats + i * weight->inputs);
+    }
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
 }
 
 static PyObject *multiply_floats(PyObject *const *given, Py_ssize_t count, Kernel vnni) {
@@ -100,14 +192,7 @@ static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t coun
 /* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, bytes of a stored number, threads). */
 static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     long long numbers[10];
-    if (count != 10) {
-        PyErr_SetString(PyExc_TypeError, "a step takes 10 numbers");
-        return NULL;
-    }
-    for (int i = 0; i < 10; i++) {
-        numbers[i] = PyLong_AsLongLong(given[i]);
-        if (numbers[i] == -1 && PyErr_Occurred()) return NULL;
-    }
+    if (!read_numbers(given, count, numbers, 10)) return NULL;
 #ifdef HAVE_VNNI
     if (has_vnni()) {
         Step step = {
@@ -135,12 +220,12 @@ static PyObject *is_fast(PyObject *self, PyObject *unused) { return PyBool_FromL
 
 static PyMethodDef methods[] = {
     {"int8", (PyCFunction)(void (*)(void))int8, METH_FASTCALL, "Rows times int8 weights."},
-    {"int4", (PyCFunction)(void (*)(void))int4, METH_FASTCALL, "Rows times int4 weights."},
+    {"grouped", (PyCFunction)(void (*)(void))grouped, METH_FASTCALL, "Rows times weights in the codes of a checkpoint."},
+    {"dequantised", (PyCFunction)(void (*)(void))dequantised, METH_FASTCALL, "Such weights as floats."},
     {"float32", (PyCFunction)(void (*)(void))float32, METH_FASTCALL, "Rows times float32 weights."},
     {"bfloat16", (PyCFunction)(void (*)(void))bfloat16, METH_FASTCALL, "Rows times bfloat16 weights."},
     {"float16", (PyCFunction)(void (*)(void))float16, METH_FASTCALL, "Rows times float16 weights."},
     {"int8_of_any_cpu", (PyCFunction)(void (*)(void))int8_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
-    {"int4_of_any_cpu", (PyCFunction)(void (*)(void))int4_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
     {"step", (PyCFunction)(void (*)(void))step, METH_FASTCALL, "New positions through blocks."},
     {"is_fast", is_fast, METH_NOARGS, "Whether this CPU has the instructions that the kernels are written for."},
     {NULL, NULL, 0, NULL},

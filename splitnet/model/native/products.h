@@ -23,12 +23,10 @@ of the activations is 2^-15 of the largest one of the row: outliers cost nothing
 
 #define BASE 255
 #define LARGEST (BASE * 127 + 127)
-#define GROUP 32 /* inputs of int4 that share a scale and a zero */
-#define TILE 16  /* outputs of int4 that are stored together */
-#define TILE_BYTES (TILE * GROUP / 2 + 2 * 2 * TILE)
+#define SUMMED 16 /* numbers of a row whose sum is kept */
 #define INLINE static inline __attribute__((always_inline))
 
-enum kind { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };
+enum kind { FLOAT32, BFLOAT16, FLOAT16, INT8, GROUPED };
 
 typedef struct {
     const void *weights;
@@ -45,7 +43,7 @@ typedef struct {
     int8_t *high;     /* [count, stride] */
     int8_t *low;      /* [count, stride] */
     float *steps;     /* what 1 stands for, by row */
-    int32_t *groups;  /* sums of the numbers of each group, [count, stride / GROUP] */
+    float *sums;      /* of every 16 numbers, [count, stride / SUMMED] */
     int32_t *highs, *lows; /* sums of all, by row */
 } Quantised;
 
@@ -64,13 +62,13 @@ INLINE float factor_of(float step) { return step > 0 && isfinite(1 / step) ? 1 /
 INLINE void add_up(const Quantised *to, long row) {
     const int8_t *high = to->high + row * to->stride, *low = to->low + row * to->stride;
     int32_t highs = 0, lows = 0;
-    for (long group = 0; group < to->stride / GROUP; group++) {
+    for (long some = 0; some < to->stride / SUMMED; some++) {
         int32_t upper = 0, lower = 0;
-        for (long i = group * GROUP; i < (group + 1) * GROUP; i++) {
+        for (long i = some * SUMMED; i < (some + 1) * SUMMED; i++) {
             upper += high[i];
             lower += low[i];
         }
-        to->groups[row * (to->stride / GROUP) + group] = BASE * upper + lower;
+        to->sums[row * (to->stride / SUMMED) + some] = (float)(BASE * upper + lower);
         highs += upper;
         lows += lower;
     }
@@ -114,36 +112,6 @@ static void int8_plainly(const Job *job, const Quantised *rows, long start, long
             }
             float sum = (float)((int64_t)BASE * upper + lower);
             job->products[row * job->outputs + output] = sum * rows->steps[row] * from_bfloat16(job->scales[output]);
-        }
-}
-
-/* A tile and group: 4 vectors, each 16 outputs x 4 inputs in the lower halves of its bytes and the 4 next inputs in
-the upper ones; then 16 scales and 16 zeros, all bfloat16. It stands for (code - 8) * scale + zero. */
-static void int4_plainly(const Job *job, const Quantised *rows, long start, long end) {
-    long groups = job->inputs / GROUP;
-    for (long tile = start; tile < end; tile++)
-        for (long row = 0; row < job->count; row++) {
-            const uint8_t *packed = (const uint8_t *)job->weights + tile * groups * TILE_BYTES;
-            const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
-            float sums[TILE] = {0};
-            for (long group = 0; group < groups; group++, packed += TILE_BYTES) {
-                const uint16_t *scales = (const uint16_t *)(packed + TILE * GROUP / 2), *zeros = scales + TILE;
-                int32_t total = rows->groups[row * (rows->stride / GROUP) + group];
-                for (long lane = 0; lane < TILE; lane++) {
-                    int32_t dot = 0;
-                    for (long vector = 0; vector < 4; vector++)
-                        for (long i = 0; i < 4; i++) {
-                            uint8_t both = packed[vector * 64 + lane * 4 + i];
-                            long at = group * GROUP + vector * 8 + i;
-                            dot += (both & 15) * (BASE * high[at] + low[at]);
-                            dot += (both >> 4) * (BASE * high[at + 4] + low[at + 4]);
-                        }
-                    sums[lane] += from_bfloat16(scales[lane]) * (float)(dot - 8 * total);
-                    sums[lane] += from_bfloat16(zeros[lane]) * (float)total;
-                }
-            }
-            for (long lane = 0; lane < TILE; lane++)
-                job->products[row * job->outputs + tile * TILE + lane] = sums[lane] * rows->steps[row];
         }
 }
 
@@ -276,66 +244,6 @@ VNNI static void int8_vnni(const Job *job, const Quantised *rows, long start, lo
         for (long row = 0; row < job->count; row++) int8_block(job, rows, output, 1, row, 1);
 }
 
-INLINE VNNI __m512i four_bytes(const int8_t *from) {
-    int32_t bytes;
-    memcpy(&bytes, from, sizeof bytes);
-    return _mm512_set1_epi32(bytes);
-}
-
-INLINE VNNI void int4_block(const Job *job, const Quantised *rows, long tile, long row, long count) {
-    long groups = job->inputs / GROUP;
-    const uint8_t *packed = (const uint8_t *)job->weights + tile * groups * TILE_BYTES;
-    const __m512i half = _mm512_set1_epi8(15);
-    const __m512i base = _mm512_set1_epi32(BASE);
-    __m512 sums[4];
-#pragma GCC unroll 4
-    for (long r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
-    for (long group = 0; group < groups; group++, packed += TILE_BYTES) {
-        __m512i upper[4], lower[4];
-#pragma GCC unroll 4
-        for (long r = 0; r < count; r++) upper[r] = lower[r] = _mm512_setzero_si512();
-#pragma GCC unroll 4
-        for (long vector = 0; vector < 4; vector++) {
-            __m512i both = _mm512_loadu_si512(packed + vector * 64);
-            fetch(packed + vector * 64 + AHEAD);
-            __m512i first = _mm512_and_si512(both, half);
-            __m512i second = _mm512_and_si512(_mm512_srli_epi16(both, 4), half);
-#pragma GCC unroll 4
-            for (long r = 0; r < count; r++) {
-                long at = (row + r) * rows->stride + group * GROUP + vector * 8;
-                upper[r] = _mm512_dpbusd_epi32(upper[r], first, four_bytes(rows->high + at));
-                lower[r] = _mm512_dpbusd_epi32(lower[r], first, four_bytes(rows->low + at));
-                upper[r] = _mm512_dpbusd_epi32(upper[r], second, four_bytes(rows->high + at + 4));
-                lower[r] = _mm512_dpbusd_epi32(lower[r], second, four_bytes(rows->low + at + 4));
-            }
-        }
-        const __m256i *stored = (const __m256i *)(packed + TILE * GROUP / 2);
-        __m512 scales = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(stored)), 16));
-        __m512 zeros = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(stored + 1)), 16));
-#pragma GCC unroll 4
-        for (long r = 0; r < count; r++) {
-            int32_t total = rows->groups[(row + r) * (rows->stride / GROUP) + group];
-            __m512i dot = _mm512_add_epi32(_mm512_mullo_epi32(upper[r], base), lower[r]);
-            dot = _mm512_sub_epi32(dot, _mm512_set1_epi32(8 * total));
-            sums[r] = _mm512_fmadd_ps(zeros, _mm512_set1_ps((float)total), sums[r]);
-            sums[r] = _mm512_fmadd_ps(scales, _mm512_cvtepi32_ps(dot), sums[r]);
-        }
-    }
-#pragma GCC unroll 4
-    for (long r = 0; r < count; r++)
-        _mm512_storeu_ps(job->products + (row + r) * job->outputs + tile * TILE,
-                         _mm512_mul_ps(sums[r], _mm512_set1_ps(rows->steps[row + r])));
-}
-
-VNNI static void int4_vnni(const Job *job, const Quantised *rows, long start, long end) {
-    for (long tile = start; tile < end; tile++) {
-        long row = 0;
-        for (; row + 4 <= job->count; row += 4) int4_block(job, rows, tile, row, 4);
-        if (row + 2 <= job->count) int4_block(job, rows, tile, row, 2), row += 2;
-        if (row < job->count) int4_block(job, rows, tile, row, 1);
-    }
-}
-
 /* Sixteen weights of a float type. */
 INLINE VNNI __m512 sixteen(enum kind kind, const char *weights, long at, __mmask16 mask) {
     if (kind == FLOAT32) return _mm512_maskz_loadu_ps(mask, (const float *)weights + at);
@@ -428,12 +336,12 @@ static int has_vnni(void) {
 static long padded(long inputs) { return (inputs + 63) / 64 * 64; }
 
 static int prepare(const Job *job, Quantised *to) {
-    long stride = padded(job->inputs), groups = stride / GROUP;
-    char *memory = malloc(job->count * (2 * stride + (groups + 3) * 4) + 64);
+    long stride = padded(job->inputs), sums = stride / SUMMED;
+    char *memory = malloc(job->count * (2 * stride + (sums + 3) * 4) + 64);
     if (memory == NULL) return 0;
     *to = (Quantised){.stride = stride, .high = (int8_t *)memory, .low = (int8_t *)memory + job->count * stride};
-    to->groups = (int32_t *)(memory + 2 * job->count * stride);
-    to->steps = (float *)(to->groups + job->count * groups);
+    to->sums = (float *)(memory + 2 * job->count * stride);
+    to->steps = to->sums + job->count * sums;
     to->highs = (int32_t *)(to->steps + job->count);
     to->lows = to->highs + job->count;
     return 1;

@@ -5,7 +5,7 @@ Numbers are float32 throughout; keys and values are stored as the span computes,
 #ifndef SPLITNET_STEP_H
 #define SPLITNET_STEP_H
 
-#include "products.h"
+#include "grouped.h"
 
 #ifdef HAVE_VNNI
 
@@ -13,8 +13,8 @@ Numbers are float32 throughout; keys and values are stored as the span computes,
 typedef struct {
     int64_t kind;
     const void *weights;
-    const uint16_t *scales;
-    const float *bias; /* or NULL */
+    const void *scales; /* of INT8; of GROUPED its description */
+    const float *bias;  /* or NULL */
     int64_t inputs, outputs;
 } Matrix;
 
@@ -150,7 +150,7 @@ INLINE VNNI void attend(const Block *block, const Store *where, const Step *step
 /* Products of the same rows with some matrices; rows become integers at most once. */
 INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products, int many, const float *rows,
                           const Quantised *room, const Step *step) {
-    static const Kernel kernels[] = {float32_vnni, bfloat16_vnni, float16_vnni, int8_vnni, int4_vnni};
+    static const Kernel kernels[] = {float32_vnni, bfloat16_vnni, float16_vnni, int8_vnni};
     int quantised = 0;
     for (int index = 0; index < many; index++) {
         const Matrix *matrix = matrices[index];
@@ -167,12 +167,27 @@ INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products,
         Quantised numbers = *room;
         numbers.stride = padded(matrix->inputs);
         numbers.low = numbers.high + step->count * numbers.stride;
-        if (matrix->kind >= INT8 && !quantised) {
+        const Grouped *weight = matrix->kind == GROUPED ? matrix->scales : NULL;
+        int of_integers = weight == NULL ? matrix->kind == INT8 : weight->code <= TABLE;
+        if (of_integers && !quantised) {
             quantise_vnni(&job, &numbers);
             quantised = 1;
         }
-        long unit = matrix->kind == INT4 ? TILE : 1;
-        run(kernels[matrix->kind], &job, &numbers, job.outputs / unit, unit == 1 ? BLOCK : 1);
+        if (weight != NULL) {
+            GroupedJob grouped = {
+                .weight = weight,
+                .rows = rows,
+                .products = job.products,
+                .count = job.count,
+                .stride = job.inputs,
+                .pitch = job.outputs,
+                .threads = job.threads,
+            };
+            Run all = {.tiles = matrix->weights, .row = 0, .count = job.count};
+            run_grouped(&grouped, &numbers, &all, 1, 0);
+        } else {
+            run(kernels[matrix->kind], &job, &numbers, job.outputs, BLOCK);
+        }
         if (matrix->bias != NULL)
             for (long row = 0; row < job.count; row++)
                 for (long i = 0; i < job.outputs; i++) job.products[row * job.outputs + i] += matrix->bias[i];

@@ -1,0 +1,187 @@
+"""GGUF files: metadata and tensors, of a model in one file or split over several; tensors stay in the mapped files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField
+
+from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model.gguf_layouts import Bytes, layout_of, plain_dtype, read_codes
+from splitnet.model.stored import Codes, Layout, StoredMatrix, StoredTensor
+
+_LONG = 1024
+"""Numbers; a list with one for each block is shorter."""
+_SKIPPED: list[GGUFValueType] = []
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
+
+
+class _Reader(GGUFReader):
+    """Skips strings in lists and long lists: of a vocabulary, the `gguf` package keeps some arrays for each token."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+        if raw_type != GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        kind = GGUFValueType(int(self._get(orig_offs, np.uint32)[0]))
+        count = int(self._get(orig_offs + 4, np.uint64)[0])
+        at = orig_offs + 12
+        if kind == GGUFValueType.STRING:
+            for _ in range(count):
+                at += 8 + int.from_bytes(self.data[at : at + 8].tobytes(), "little")
+        elif kind in self.gguf_scalar_to_np and count > _LONG:
+            at += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
+        else:
+            return super()._get_field_parts(orig_offs, raw_type)
+        return at - orig_offs, [], [], _SKIPPED
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """One tensor of a file.
+
+    Attributes:
+        shape: as torch has it, the inputs last.
+        stored: the type of its numbers or codes.
+        data: in the mapped file; of codes bytes, `[..., bytes of a row]`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    stored: GGMLQuantizationType
+    data: npt.NDArray[Any]
+
+    @property
+    def layout(self) -> Layout | None:
+        """Of codes; None: of numbers.
+
+        Raises:
+            UnsupportedModel: the type is not known.
+        """
+        return None if plain_dtype(self.stored) is not None else layout_of(self.stored, self.name)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its numbers; codes are read as float32, for what they stand for is exact in no smaller type."""
+        return plain_dtype(self.stored) or torch.float32
+
+    @property
+    def nbytes(self) -> int:
+        return self.data.nbytes
+
+    def tensor(self) -> torch.Tensor:
+        """Reads numbers; of codes a `StoredTensor`, which reads them when they are asked for."""
+        dtype = plain_dtype(self.stored)
+        if dtype is not None:
+            return torch.from_numpy(np.array(self.data)).view(dtype).reshape(self.shape)
+        rows = self.data.reshape(-1, self.data.shape[-1])
+        whole = _FileMatrix(self.name, self.stored, rows, self.shape[-1])
+        if len(self.shape) == 1:
+            return whole.floats()[0]
+        if len(self.shape) == 2:
+            return StoredTensor.of(whole)
+        outputs = self.shape[-2]
+        experts = [[whole.of_outputs(slice(at, at + outputs))] for at in range(0, len(rows), outputs)]
+        return StoredTensor.__new__(StoredTensor, experts, stacked=True)
+
+
+class _FileMatrix(StoredMatrix):
+    """Rows of a tensor in a file. Of some of them no others are read."""
+
+    def __init__(self, name: str, stored: GGMLQuantizationType, rows: Bytes, inputs: int) -> None:
+        super().__init__(layout_of(stored, name), (len(rows), inputs), self._read)
+        self._name = name
+        self._stored = stored
+        self._rows = rows
+
+    def of_outputs(self, outputs: torch.Tensor | slice) -> StoredMatrix:
+        if isinstance(outputs, slice):
+            return _FileMatrix(self._name, self._stored, self._rows[outputs], self.shape[1])
+        chosen = outputs.numpy()
+        return StoredMatrix(
+            self.layout, (len(chosen), self.shape[1]), lambda: read_codes(self._stored, self._rows[chosen])
+        )
+
+    def _read(self) -> Codes:
+        return read_codes(self._stored, self._rows)
+
+
+class GgufFile:
+    """A model in one GGUF file, or in several whose names end with -00001-of-00003.gguf and so on.
+
+    Attributes:
+        name: of the file, or of the first.
+        path: to it.
+        metadata: key -> value; lists of strings and long lists are left out.
+        tensors: name -> tensor, in the order of the files.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = path.name
+        self.path = path
+        self.metadata: dict[str, Any] = {}
+        self.tensors: dict[str, GgufTensor] = {}
+        for part in _parts(path):
+            reader = _open(part)
+            for key, field in reader.fields.items():
+                if field.types != _SKIPPED:
+                    self.metadata.setdefault(key, _value(field))
+            for tensor in reader.tensors:
+                shape = tuple(int(size) for size in reversed(tensor.shape))
+                self.tensors[tensor.name] = GgufTensor(tensor.name, shape, tensor.tensor_type, tensor.data)
+        if "general.architecture" not in self.metadata or not self.tensors:
+            raise UnsupportedModel(f"{path} holds no model: give the GGUF file that holds the weights")
+
+    @property
+    def architecture(self) -> str:
+        """As llama.cpp names it."""
+        return self.metadata["general.architecture"]
+
+    @cached_property
+    def of_architecture(self) -> Mapping[str, Any]:
+        """The metadata of the architecture, without its name in front."""
+        prefix = self.architecture + "."
+        return {key.removeprefix(prefix): value for key, value in self.metadata.items() if key.startswith(prefix)}
+
+
+def _value(field: ReaderField) -> Any:
+    """The value of a field; a float32 as the shortest decimal that it is nearest to, as a config file has it."""
+    value = field.contents()
+    if field.types[-1] == GGUFValueType.FLOAT32:
+        return [_shortest(one) for one in value] if isinstance(value, list) else _shortest(value)
+    return value
+
+
+def _shortest(value: float) -> float:
+    return float(str(np.float32(value)))
+
+
+def _parts(path: Path) -> Iterator[Path]:
+    match = _SPLIT.match(path.name)
+    if match is None:
+        yield path
+        return
+    for number in range(1, int(match["count"]) + 1):
+        part = path.with_name(f"{match['stem']}-{number:05}-of-{match['count']}.gguf")
+        if not part.is_file():
+            raise ModelNotFound(f"{part} is missing: put all {int(match['count'])} parts of the model in one folder")
+        yield part
+
+
+def _open(path: Path) -> _Reader:
+    try:
+        return _Reader(path)
+    except OSError as error:
+        raise ModelNotFound(f"there is no file {path}: give the path of a GGUF file") from error
+    except (ValueError, IndexError, KeyError) as error:
+        raise UnsupportedModel(
+            f"{path} is not a complete GGUF file that this version of the gguf package reads: download it again, or "
+            f"update gguf ({error})"
+        ) from error

@@ -1,0 +1,202 @@
+"""A checkpoint in a GGUF file, single or split."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+
+from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model.gguf_config import ROPE_TENSORS, make_config
+from splitnet.model.gguf_families import OUTSIDE, Family, config_values, family_of
+from splitnet.model.gguf_file import GgufFile, GgufTensor
+from splitnet.model.tensor_store import Progress, ReadBytes, TensorFacts
+
+_BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
+_SAMPLE_BYTES = 256
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How a tensor of transformers is made of tensors of the file."""
+
+    parts: tuple[GgufTensor, ...]
+    make: Callable[..., torch.Tensor]
+    keeps_codes: bool
+
+
+class GgufStore:
+    """A `TensorStore` that maps the file and reads of it only what is asked for.
+
+    Open one with `GgufStore.open`.
+    """
+
+    def __init__(self, file: GgufFile) -> None:
+        self.name = file.name
+        self.source = str(file.path)
+        self._file = file
+        self._family = family_of(file)
+
+    @classmethod
+    def open(cls, path: str | Path) -> GgufStore:
+        """Opens a GGUF file; of a split one, any part, while all parts are in one folder.
+
+        Raises:
+            ModelNotFound: there is no such file, or a part is missing.
+            UnsupportedModel: it is not a GGUF file, or the architecture of the model is not known.
+        """
+        return cls(GgufFile(Path(path).expanduser()))
+
+    def config(self) -> PreTrainedConfig:
+        """See `TensorStore.config`."""
+        return self._config
+
+    @cached_property
+    def _config(self) -> PreTrainedConfig:
+        return make_config(self._family.model_type, config_values(self._family, self._file), self._file)
+
+    @property
+    def quantized(self) -> bool:
+        """See `TensorStore.quantized`."""
+        return any(tensor.layout is not None for tensor in self._file.tensors.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """See `TensorStore.names`; raises `UnsupportedModel` if the file has a tensor that is not known."""
+        return tuple(self._recipes)
+
+    def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
+        """See `TensorStore.facts`."""
+        return {name: self._facts(self._recipes[name]) for name in names}
+
+    @contextmanager
+    def load_tensors(
+        self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
+    ) -> Iterator[dict[str, Any]]:
+        """See `TensorStore.load_tensors`."""
+        read = ReadBytes(progress)
+        recipes = {given: self._recipes[name] for given, name in names.items()}
+        read.total = sum(part.nbytes for recipe in recipes.values() for part in recipe.parts)
+        yield {given: _LazyTensor(self, recipe, read) for given, recipe in recipes.items()}
+
+    def read(self, recipe: _Recipe) -> torch.Tensor:
+        """Makes a tensor."""
+        return recipe.make(self._config, *(part.tensor() for part in recipe.parts))
+
+    def samples(self) -> Mapping[str, bytes]:
+        """See `TensorStore.samples`."""
+        samples: dict[str, bytes] = {}
+        for tensor in self._file.tensors.values():
+            data = tensor.data.reshape(-1)
+            count = _SAMPLE_BYTES // data.itemsize
+            ends = data[:count].tobytes() + data[-count:].tobytes()
+            samples[tensor.name] = f"{tensor.stored.name} {tensor.shape} ".encode() + ends
+        return samples
+
+    def tokenizer(self) -> Any:
+        """See `TensorStore.tokenizer`."""
+        path = self._file.path
+        try:
+            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelNotFound(
+                f"transformers cannot make a tokenizer of what {self.name} says of it: give --tokenizer with the "
+                f"folder or the Hugging Face id of the original model ({error})"
+            ) from error
+
+    def generation_config(self) -> GenerationConfig | None:
+        """See `TensorStore.generation_config`; a file has none but the tokens at which generation ends."""
+        return None
+
+    def _facts(self, recipe: _Recipe) -> TensorFacts:
+        meta = [torch.empty(part.shape, device="meta") for part in recipe.parts]
+        layouts = [part.layout for part in recipe.parts if part.layout is not None]
+        widest = max(layouts, key=lambda layout: layout.bits, default=None)
+        return TensorFacts(
+            tuple(recipe.make(self._config, *meta).shape),
+            recipe.parts[0].dtype if widest is None else torch.float32,
+            widest if recipe.keeps_codes and len(recipe.parts[0].shape) > 1 else None,
+            sum(part.nbytes for part in recipe.parts),
+        )
+
+    @cached_property
+    def _recipes(self) -> dict[str, _Recipe]:
+        """By the names that transformers' checkpoints have."""
+        return _recipes(self._file, self._family, self._config.num_hidden_layers)
+
+
+class _LazyTensor:
+    """One tensor in the file, as transformers' loading expects it: `tensor[...]` reads it."""
+
+    def __init__(self, store: GgufStore, recipe: _Recipe, read: ReadBytes) -> None:
+        self._store = store
+        self._recipe = recipe
+        self._read = read
+        self._known = store._facts(recipe)
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(self._known.shape)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._known.dtype
+
+    def get_shape(self) -> list[int]:
+        return list(self._known.shape)
+
+    def get_dtype(self) -> str:
+        return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[self.dtype]
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        tensor = self._store.read(self._recipe)
+        self._read.add(self._known.nbytes)
+        return tensor if index is Ellipsis or index == slice(None) else tensor[index]
+
+
+def _recipes(file: GgufFile, family: Family, blocks: int) -> dict[str, _Recipe]:
+    inside: dict[int, dict[str, GgufTensor]] = {}
+    recipes: dict[str, _Recipe] = {}
+    for name, tensor in file.tensors.items():
+        if match := _BLOCK.match(name):
+            inside.setdefault(int(match[1]), {})[match[2]] = tensor
+        elif name not in ROPE_TENSORS:
+            recipes[_renamed(file, name, name, family.outside or OUTSIDE)] = _copied(family, name, tensor)
+    for block in range(blocks):  # what follows are blocks that predict further tokens, which transformers leaves out
+        left = dict(inside.get(block, {}))
+        path = f"{family.container}.{block}"
+        for change in family.changes:
+            if all(part in left for part in change.parts):
+                parts = tuple(left.pop(part) for part in change.parts)
+                recipes[f"{path}.{change.name}"] = _Recipe(parts, change.make, change.keeps_codes)
+        for name, tensor in left.items():
+            if name not in ROPE_TENSORS:
+                within = _renamed(file, tensor.name, name, family.tensors)
+                recipes[f"{path}.{within}"] = _copied(family, name, tensor)
+    for recipe in recipes.values():
+        for part in recipe.parts:
+            assert part.layout is None or part.layout  # raises if the type is not known
+    return recipes
+
+
+def _renamed(file: GgufFile, full: str, name: str, modules: Mapping[str, str]) -> str:
+    module, _, kind = name.rpartition(".")
+    if module not in modules or kind not in ("weight", "bias"):
+        raise UnsupportedModel(
+            f"{file.name} has the tensor {full}, which splitnet does not know in the architecture "
+            f"{file.architecture!r}: take another file of this model, or its safetensors"
+        )
+    return f"{modules[module]}.{kind}"
+
+
+def _copied(family: Family, name: str, tensor: GgufTensor) -> _Recipe:
+    if family.raised_norms and name.endswith("norm.weight") and name != "ssm_norm.weight":
+        return _Recipe((tensor,), lambda config, weight: weight - 1, False)
+    return _Recipe((tensor,), lambda config, same: same, True)

@@ -1,0 +1,611 @@
+/* Products with weights in the codes of a checkpoint; see splitnet/model/grouped_forms.py for how they lie.
+
+`value(code) * scale + zero` of a group of inputs is taken apart: scale times the product of the codes, plus zero times
+the sum of the row. Codes that stand for integers are multiplied as bytes without sign, others as floats. */
+
+#ifndef SPLITNET_GROUPED_H
+#define SPLITNET_GROUPED_H
+
+#include "products.h"
+
+#define TILE 16      /* outputs that are stored together */
+#define CHUNK 32     /* inputs whose codes are stored together */
+#define VECTOR 64    /* bytes */
+#define UNITS 256    /* inputs that share a unit of steps */
+#define MOST_GROUPS 64 /* of a panel */
+
+enum number { AS_FLOAT16, AS_BFLOAT16, AS_FLOAT32, E8M0, STEPS, UNSIGNED_STEPS, LOWER_STEPS, UPPER_STEPS, CODES, NONE };
+enum code { PLAIN, TABLE, FLOAT_TABLE, E4M3, E5M2, ANY };
+
+/* All fields have 8 bytes: Python writes them as a list of numbers. */
+typedef struct {
+    int64_t code; /* ANY: only by plain loops */
+    int64_t bits, group, panel, inputs, outputs;
+    int64_t offset;       /* the code of zero, where there is no table */
+    int64_t scale, zero;  /* how they are stored: an `enum number` */
+    int64_t scales_at, zeros_at; /* bytes of each for a group of a tile */
+    int64_t tile_bytes;
+    int64_t pairs;        /* of the four inputs of an output, two lie 32 bytes after the others */
+    double factor;        /* a byte of TABLE less 128 stands for so much, a float of others for so much */
+    const uint8_t *bytes; /* 16, of TABLE */
+    const float *values;  /* what each code stands for */
+} Grouped;
+
+/* Rows that are multiplied with the same weight. */
+typedef struct {
+    const uint8_t *tiles;
+    long row, count;
+} Run;
+
+typedef struct {
+    const Grouped *weight;
+    const float *rows; /* [count, stride] */
+    float *products;   /* [count, pitch] */
+    long count, stride, pitch;
+    int threads;
+} GroupedJob;
+
+/* Where the parts of a panel are. */
+typedef struct {
+    long inputs, groups;
+    const uint8_t *scales, *zeros, *scale_units, *zero_units, *codes;
+} Panel;
+
+INLINE long parts_of(long whole, long part) { return (whole + part - 1) / part; }
+
+INLINE Panel panel_at(const Grouped *weight, const uint8_t *at, long start) {
+    long left = weight->inputs - start, inputs = left < weight->panel ? left : weight->panel;
+    long groups = weight->group ? parts_of(inputs, weight->group) : 1;
+    long units = 2 * TILE * parts_of(inputs, UNITS);
+    Panel panel = {.inputs = inputs, .groups = groups, .scales = at};
+    panel.zeros = weight->zero == UPPER_STEPS ? at : at + groups * weight->scales_at;
+    panel.scale_units = at + groups * (weight->scales_at + weight->zeros_at);
+    int scale_steps = weight->scale >= STEPS && weight->scale <= UPPER_STEPS;
+    int zero_steps = weight->zero >= STEPS && weight->zero <= UPPER_STEPS;
+    panel.zero_units = panel.scale_units + (scale_steps ? units : 0);
+    long size = panel.zero_units + (zero_steps ? units : 0) - at;
+    panel.codes = at + parts_of(size, VECTOR) * VECTOR;
+    return panel;
+}
+
+INLINE const uint8_t *end_of(const Grouped *weight, const Panel *panel) {
+    return panel->codes + parts_of(panel->inputs, CHUNK) * VECTOR * weight->bits;
+}
+
+/* ---- any CPU ---- */
+
+INLINE float from_float16(uint16_t bits) {
+    uint32_t wide = (uint32_t)(bits & 0x7fff) << 13, sign = (uint32_t)(bits & 0x8000) << 16;
+    float value;
+    int special = (bits & 0x7c00) == 0x7c00;
+    if (special) wide |= 0x7f800000;
+    memcpy(&value, &wide, sizeof value);
+    if (!special) value *= 0x1p112f;
+    memcpy(&wide, &value, sizeof wide);
+    wide |= sign;
+    memcpy(&value, &wide, sizeof value);
+    return value;
+}
+
+INLINE float from_e8m0(uint8_t exponent) {
+    uint32_t bits = exponent ? (uint32_t)exponent << 23 : 0x400000;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+INLINE float number_at(enum number kind, const uint8_t *at, const uint8_t *units, long group, long index, long lane) {
+    long place = index * TILE + lane;
+    uint16_t half;
+    float value, unit = 1;
+    if (kind >= STEPS && kind <= UPPER_STEPS) {
+        memcpy(&half, units + 2 * (index * group / UNITS * TILE + lane), sizeof half);
+        unit = from_float16(half);
+    }
+    switch (kind) {
+    case AS_FLOAT16: memcpy(&half, at + 2 * place, sizeof half); return from_float16(half);
+    case AS_BFLOAT16: memcpy(&half, at + 2 * place, sizeof half); return from_bfloat16(half);
+    case AS_FLOAT32: memcpy(&value, at + 4 * place, sizeof value); return value;
+    case E8M0: return from_e8m0(at[place]);
+    case STEPS: return (float)(int8_t)at[place] * unit;
+    case UNSIGNED_STEPS: return (float)at[place] * unit;
+    case LOWER_STEPS: return (float)(at[place] & 15) * unit;
+    case UPPER_STEPS: return (float)(at[place] >> 4) * unit;
+    case CODES: return (float)at[place];
+    default: return 0;
+    }
+}
+
+/* Scales and zeros of a panel as they are stored: [groups, TILE] each. */
+INLINE void numbers_plainly(const Grouped *weight, const Panel *panel, float *scales, float *zeros) {
+    for (long group = 0; group < panel->groups; group++)
+        for (long lane = 0; lane < TILE; lane++) {
+            long to = group * TILE + lane;
+            scales[to] = number_at(weight->scale, panel->scales, panel->scale_units, weight->group, group, lane);
+            zeros[to] = number_at(weight->zero, panel->zeros, panel->zero_units, weight->group, group, lane);
+            if (weight->zero == CODES) zeros[to] -= (float)weight->offset;
+        }
+}
+
+/* The codes of a chunk, [input, lane]. */
+INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t *codes) {
+    static const int planes[9][2] = {[2] = {2}, [3] = {2, 1}, [4] = {4}, [5] = {4, 1}, [6] = {4, 2}, [8] = {8}};
+    memset(codes, 0, CHUNK * TILE);
+    int shift = 0;
+    for (int plane = 0; plane < 2 && planes[weight->bits][plane]; plane++) {
+        int bits = planes[weight->bits][plane], mask = (1 << bits) - 1;
+        for (int vector = 0; vector < 8; vector++) {
+            const uint8_t *from = at + vector / (8 / bits) * VECTOR;
+            int down = vector % (8 / bits) * bits;
+            for (int lane = 0; lane < TILE; lane++)
+                for (int i = 0; i < 4; i++) {
+                    int byte = weight->pairs ? i / 2 * 32 + lane * 2 + i % 2 : lane * 4 + i;
+                    codes[(vector * 4 + i) * TILE + lane] |= (uint8_t)((from[byte] >> down & mask) << shift);
+                }
+        }
+        at += bits * VECTOR;
+        shift += bits;
+    }
+}
+
+static void grouped_plainly(const GroupedJob *job, const Quantised *unused, const Run *run, long start, long end) {
+    const Grouped *weight = job->weight;
+    (void)unused;
+    uint8_t codes[CHUNK * TILE];
+    float values[CHUNK * TILE], scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
+    for (long tile = start; tile < end; tile++) {
+        long lanes = weight->outputs - tile * TILE < TILE ? weight->outputs - tile * TILE : TILE;
+        for (long row = run->row; row < run->row + run->count; row++)
+            memset(job->products + row * job->pitch + tile * TILE, 0, lanes * sizeof(float));
+        const uint8_t *at = run->tiles + tile * weight->tile_bytes;
+        for (long first = 0; first < weight->inputs; first += weight->panel) {
+            Panel panel = panel_at(weight, at, first);
+            numbers_plainly(weight, &panel, scales, zeros);
+            for (long begin = 0; begin < panel.inputs; begin += CHUNK) {
+                long inputs = panel.inputs - begin < CHUNK ? panel.inputs - begin : CHUNK;
+                codes_plainly(weight, panel.codes + begin / CHUNK * VECTOR * weight->bits, codes);
+                for (long i = 0; i < inputs; i++) {
+                    const float *scale = scales, *zero = zeros;
+                    if (weight->group) scale += (begin + i) / weight->group * TILE, zero += (begin + i) / weight->group * TILE;
+                    for (long lane = 0; lane < TILE; lane++) {
+                        float value = weight->values[codes[i * TILE + lane]];
+                        value = weight->zero == CODES ? (value - zero[lane]) * scale[lane] : value * scale[lane] + zero[lane];
+                        values[i * TILE + lane] = value;
+                    }
+                }
+                for (long row = run->row; row < run->row + run->count; row++) {
+                    const float *given = job->rows + row * job->stride + first + begin;
+                    float *to = job->products + row * job->pitch + tile * TILE;
+                    float sums[TILE] = {0};
+                    for (long i = 0; i < inputs; i++)
+                        for (long lane = 0; lane < TILE; lane++) sums[lane] += values[i * TILE + lane] * given[i];
+                    for (long lane = 0; lane < lanes; lane++) to[lane] += sums[lane];
+                }
+            }
+            at = end_of(weight, &panel);
+        }
+    }
+}
+
+/* Makes floats of some lanes of a tile, `[lanes, inputs]`, rounded as `Codes.floats` rounds them. */
+static void dequantise(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+    uint8_t codes[CHUNK * TILE];
+    float scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
+    for (long first = 0; first < weight->inputs; first += weight->panel) {
+        Panel panel = panel_at(weight, at, first);
+        numbers_plainly(weight, &panel, scales, zeros);
+        for (long begin = 0; begin < panel.inputs; begin += CHUNK) {
+            long inputs = panel.inputs - begin < CHUNK ? panel.inputs - begin : CHUNK;
+            codes_plainly(weight, panel.codes + begin / CHUNK * VECTOR * weight->bits, codes);
+            long group = weight->group && weight->group < inputs ? weight->group : inputs;
+            for (long some = 0; some < inputs; some += group) {
+                long number = weight->group ? (begin + some) / weight->group * TILE : 0;
+                long stop = some + group < inputs ? some + group : inputs;
+                for (long index = 0; index < lanes; index++) {
+                    float scale = scales[number + lane + index], zero = zeros[number + lane + index];
+                    float *row = to + index * weight->inputs + first + begin;
+                    const uint8_t *code = codes + lane + index;
+                    if (weight->zero == CODES)
+                        for (long i = some; i < stop; i++) row[i] = (weight->values[code[i * TILE]] - zero) * scale;
+                    else if (weight->zero == NONE)
+                        for (long i = some; i < stop; i++) row[i] = weight->values[code[i * TILE]] * scale;
+                    else
+                        for (long i = some; i < stop; i++) row[i] = weight->values[code[i * TILE]] * scale + zero;
+                }
+            }
+        }
+        at = end_of(weight, &panel);
+    }
+}
+
+/* ---- x86 with AVX512 and VNNI ---- */
+
+#ifdef HAVE_VNNI
+
+INLINE VNNI __m128i sixteen_bytes(const uint8_t *at) { return _mm_loadu_si128((const __m128i *)at); }
+
+INLINE VNNI __m512 sixteen_numbers(enum number kind, const uint8_t *at) {
+    const __m128i half = _mm_set1_epi8(15);
+    switch (kind) {
+    case AS_FLOAT16: return sixteen(FLOAT16, (const char *)at, 0, 0xffff);
+    case AS_BFLOAT16: return sixteen(BFLOAT16, (const char *)at, 0, 0xffff);
+    case AS_FLOAT32: return _mm512_loadu_ps((const float *)at);
+    case E8M0: {
+        __m512i exponent = _mm512_cvtepu8_epi32(sixteen_bytes(at));
+        __mmask16 least = _mm512_testn_epi32_mask(exponent, exponent);
+        exponent = _mm512_mask_mov_epi32(_mm512_slli_epi32(exponent, 23), least, _mm512_set1_epi32(0x400000));
+        return _mm512_castsi512_ps(exponent);
+    }
+    case STEPS: return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen_bytes(at)));
+    case LOWER_STEPS: return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(sixteen_bytes(at), half)));
+    case UPPER_STEPS:
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(sixteen_bytes(at), 4), half)));
+    case UNSIGNED_STEPS:
+    case CODES: return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen_bytes(at)));
+    default: return _mm512_setzero_ps();
+    }
+}
+
+/* Scales or zeros of a panel. */
+typedef struct {
+    const uint8_t *at, *units;
+    long each, count; /* groups that share a unit, and all */
+    float *to;
+} Numbers;
+
+/* Scales times `factor`, or where `scales` are given zeros less `base` times them. */
+INLINE VNNI void convert(enum number kind, const Numbers *these, float factor, const float *scales, float base, float offset) {
+    const long size = kind == AS_FLOAT32 ? 64 : kind <= AS_BFLOAT16 ? 32 : 16;
+    const int steps = kind >= STEPS && kind <= UPPER_STEPS;
+    const long each = steps ? these->each : these->count;
+    const uint8_t *at = these->at, *units = these->units;
+    const __m512 factors = _mm512_set1_ps(factor), bases = _mm512_set1_ps(base), offsets = _mm512_set1_ps(offset);
+    for (long begin = 0; begin < these->count; begin += each) {
+        long end = begin + each < these->count ? begin + each : these->count;
+        __m512 unit = _mm512_setzero_ps();
+        if (steps) unit = sixteen(FLOAT16, (const char *)units, 0, 0xffff);
+        units += 2 * TILE;
+        for (long i = begin; i < end; i++, at += size) {
+            __m512 value = sixteen_numbers(kind, at);
+            if (steps) value = _mm512_mul_ps(value, unit);
+            if (scales == NULL) {
+                value = _mm512_mul_ps(value, factors);
+            } else {
+                __m512 scale = _mm512_loadu_ps(scales + i * TILE);
+                if (kind == CODES) value = _mm512_mul_ps(_mm512_sub_ps(offsets, value), _mm512_mul_ps(scale, factors));
+                value = _mm512_fnmadd_ps(bases, scale, value);
+            }
+            _mm512_storeu_ps(these->to + i * TILE, value);
+        }
+    }
+}
+
+VNNI static void convert_scales(enum number kind, const Numbers *these, float factor) {
+    switch (kind) {
+    case AS_FLOAT16: convert(AS_FLOAT16, these, factor, NULL, 0, 0); break;
+    case AS_BFLOAT16: convert(AS_BFLOAT16, these, factor, NULL, 0, 0); break;
+    case AS_FLOAT32: convert(AS_FLOAT32, these, factor, NULL, 0, 0); break;
+    case E8M0: convert(E8M0, these, factor, NULL, 0, 0); break;
+    case STEPS: convert(STEPS, these, factor, NULL, 0, 0); break;
+    case UNSIGNED_STEPS: convert(UNSIGNED_STEPS, these, factor, NULL, 0, 0); break;
+    default: convert(LOWER_STEPS, these, factor, NULL, 0, 0);
+    }
+}
+
+/* `factor`: what scales that were converted are to be multiplied by to be as they are stored. */
+VNNI static void convert_zeros(enum number kind, const Numbers *these, float factor, const float *scales, float base,
+                               float offset) {
+    switch (kind) {
+    case AS_FLOAT16: convert(AS_FLOAT16, these, factor, scales, base, offset); break;
+    case AS_BFLOAT16: convert(AS_BFLOAT16, these, factor, scales, base, offset); break;
+    case AS_FLOAT32: convert(AS_FLOAT32, these, factor, scales, base, offset); break;
+    case STEPS: convert(STEPS, these, factor, scales, base, offset); break;
+    case UNSIGNED_STEPS: convert(UNSIGNED_STEPS, these, factor, scales, base, offset); break;
+    case UPPER_STEPS: convert(UPPER_STEPS, these, factor, scales, base, offset); break;
+    case CODES: convert(CODES, these, factor, scales, base, offset); break;
+    default: convert(NONE, these, factor, scales, base, offset);
+    }
+}
+
+/* Scales and zeros of a panel so that they go with bytes without sign, and one more, that is 0, of each. */
+INLINE VNNI void all_numbers(const Grouped *weight, const Panel *panel, float *scales, float *zeros) {
+    const float base = weight->code == PLAIN ? (float)weight->offset : weight->code == TABLE ? 128 : 0;
+    const float factor = (float)weight->factor;
+    Numbers these = {panel->scales, panel->scale_units, weight->group ? UNITS / weight->group : 1, panel->groups, scales};
+    for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) fetch(line + AHEAD);
+    convert_scales(weight->scale, &these, factor);
+    _mm512_storeu_ps(scales + panel->groups * TILE, _mm512_setzero_ps());
+    if (zeros == NULL) return;
+    these.at = panel->zeros, these.units = panel->zero_units, these.to = zeros;
+    convert_zeros(weight->zero, &these, 1 / factor, scales, base, (float)weight->offset);
+    _mm512_storeu_ps(zeros + panel->groups * TILE, _mm512_setzero_ps());
+}
+
+/* Bits of bytes, moved by `by` to the left, or to the right where it is negative. */
+INLINE VNNI __m512i moved(__m512i bytes, int by, int mask) {
+    __m512i there = by > 0 ? _mm512_slli_epi16(bytes, by) : by < 0 ? _mm512_srli_epi16(bytes, -by) : bytes;
+    return _mm512_and_si512(there, _mm512_set1_epi8((char)mask));
+}
+
+/* One of the eight vectors of codes of a chunk; `planes`: all that it has. */
+INLINE VNNI __m512i codes_of(int bits, const __m512i *planes, int vector) {
+    switch (bits) {
+    case 2: return moved(planes[vector / 4], -2 * (vector % 4), 3);
+    case 3: return _mm512_or_si512(moved(planes[vector / 4], -2 * (vector % 4), 3), moved(planes[2], 2 - vector, 4));
+    case 4: return moved(planes[vector / 2], -4 * (vector % 2), 15);
+    case 5: return _mm512_or_si512(moved(planes[vector / 2], -4 * (vector % 2), 15), moved(planes[4], 4 - vector, 16));
+    case 6:
+        return _mm512_or_si512(moved(planes[vector / 2], -4 * (vector % 2), 15),
+                               moved(planes[4 + vector / 4], 4 - 2 * (vector % 4), 48));
+    default: return planes[vector];
+    }
+}
+
+INLINE VNNI void store_lanes(const GroupedJob *job, long tile, long row, __m512 sums) {
+    __mmask16 mask = some_of(job->weight->outputs - tile * TILE);
+    _mm512_mask_storeu_ps(job->products + row * job->pitch + tile * TILE, mask, sums);
+}
+
+INLINE VNNI __m512i four_bytes(const int8_t *from) {
+    int32_t bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return _mm512_set1_epi32(bytes);
+}
+
+/* What a group adds to the sums of a row: `total` is that of the row's numbers. */
+INLINE VNNI __m512 with_group(__m512 sums, __m512i upper, __m512i lower, __m512 scale, __m512 zero, float total) {
+    __m512 dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), _mm512_set1_ps(BASE), _mm512_cvtepi32_ps(lower));
+    return _mm512_fmadd_ps(scale, dot, _mm512_fmadd_ps(zero, _mm512_set1_ps(total), sums));
+}
+
+/* Rows of numbers from which a block takes the same place. */
+typedef struct {
+    const int8_t *high, *low;
+    const float *sums;
+    long stride; /* of the first two, SUMMED times that of the sums */
+} Numbered;
+
+/* Adds to `upper` and `lower` the products with a chunk of codes; `sets`: of sums, which vectors take in turns, or, with
+groups of 16 inputs, one after the other. */
+INLINE VNNI void integer_chunk(int bits, int table, int small, int sets, const uint8_t *codes, __m512i values,
+                               Numbered from, int count, __m512i upper[4][2], __m512i lower[4][2]) {
+    __m512i planes[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < bits; i++) {
+        planes[i] = _mm512_loadu_si512(codes + i * VECTOR);
+        fetch(codes + i * VECTOR + AHEAD);
+    }
+#pragma GCC unroll 8
+    for (int vector = 0; vector < 8; vector++) {
+        __m512i code = codes_of(bits, planes, vector);
+        if (table) code = _mm512_shuffle_epi8(values, code);
+        const int set = sets == 1 ? 0 : small ? vector / 4 : vector % 2;
+#pragma GCC unroll 4
+        for (int r = 0; r < count; r++) {
+            upper[r][set] = _mm512_dpbusd_epi32(upper[r][set], code, four_bytes(from.high + r * from.stride + vector * 4));
+            lower[r][set] = _mm512_dpbusd_epi32(lower[r][set], code, four_bytes(from.low + r * from.stride + vector * 4));
+        }
+    }
+}
+
+/* `group`: 16, 32, or 0: more. */
+INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob *job, const Quantised *rows, const Run *run,
+                               long tile, long row, int count) {
+    const Grouped *weight = job->weight;
+    const uint8_t *at = run->tiles + tile * weight->tile_bytes;
+    const int small = group == 16, sets = small || (count == 1 && !group) ? 2 : 1; /* two are added in half of the time */
+    const long chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
+    float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
+    __m512i values = _mm512_setzero_si512();
+    if (table) values = _mm512_broadcast_i32x4(sixteen_bytes(weight->bytes));
+    Numbered from = {rows->high + row * rows->stride, rows->low + row * rows->stride,
+                     rows->sums + row * (rows->stride / SUMMED), rows->stride};
+    __m512 sums[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
+    for (long first = 0; first < weight->inputs; first += weight->panel) {
+        Panel panel = panel_at(weight, at, first);
+        all_numbers(weight, &panel, scales, zeros);
+        const float *scale = scales, *zero = zeros;
+        const uint8_t *codes = panel.codes;
+        at = end_of(weight, &panel);
+        while (codes < at) {
+            __m512i upper[4][2], lower[4][2];
+            float totals[4] = {0};
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++)
+#pragma GCC unroll 2
+                for (int set = 0; set < sets; set++) upper[r][set] = lower[r][set] = _mm512_setzero_si512();
+            const uint8_t *stop = codes + (group ? 1 : chunks) * bits * VECTOR;
+            if (!group && stop > at) stop = at;
+            do {
+                integer_chunk(bits, table, small, sets, codes, values, from, count, upper, lower);
+                if (!small) {
+#pragma GCC unroll 4
+                    for (int r = 0; r < count; r++) {
+                        const float *total = from.sums + r * (from.stride / SUMMED);
+                        totals[r] += total[0] + total[1];
+                    }
+                }
+                from.high += CHUNK, from.low += CHUNK, from.sums += CHUNK / SUMMED, codes += bits * VECTOR;
+            } while (!group && codes < stop);
+            const __m512 own = _mm512_loadu_ps(scale), shift = _mm512_loadu_ps(zero);
+            if (small) {
+                const __m512 second = _mm512_loadu_ps(scale + TILE), second_shift = _mm512_loadu_ps(zero + TILE);
+#pragma GCC unroll 4
+                for (int r = 0; r < count; r++) {
+                    const float *total = from.sums + r * (from.stride / SUMMED) - CHUNK / SUMMED;
+                    sums[r] = with_group(sums[r], upper[r][0], lower[r][0], own, shift, total[0]);
+                    sums[r] = with_group(sums[r], upper[r][1], lower[r][1], second, second_shift, total[1]);
+                }
+                scale += TILE, zero += TILE;
+            } else {
+#pragma GCC unroll 4
+                for (int r = 0; r < count; r++) {
+                    if (sets == 2) {
+                        upper[r][0] = _mm512_add_epi32(upper[r][0], upper[r][1]);
+                        lower[r][0] = _mm512_add_epi32(lower[r][0], lower[r][1]);
+                    }
+                    sums[r] = with_group(sums[r], upper[r][0], lower[r][0], own, shift, totals[r]);
+                }
+            }
+            scale += TILE, zero += TILE;
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++)
+        store_lanes(job, tile, row + r, _mm512_mul_ps(sums[r], _mm512_set1_ps(rows->steps[row + r])));
+}
+
+/* Four vectors of 16 weights, of one of the eight vectors of a chunk: its first input, second and so on. */
+INLINE VNNI void floats_of(enum code kind, const uint8_t *codes, int vector, __m512 table, __m512 *to) {
+    if (kind == FLOAT_TABLE) {
+        __m512i both = _mm512_loadu_si512(codes + vector / 2 * VECTOR);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            to[i] = _mm512_permutexvar_ps(_mm512_srli_epi32(both, 8 * i + vector % 2 * 4), table);
+        return;
+    }
+    __m512i pairs = _mm512_loadu_si512(codes + vector * VECTOR);
+    __m512i first = _mm512_slli_epi16(pairs, 8), second = pairs;
+    if (kind == E4M3) {
+        const __m512i kept = _mm512_set1_epi16((short)0xbf80);
+        first = _mm512_and_si512(_mm512_srai_epi16(first, 1), kept);
+        second = _mm512_and_si512(_mm512_srai_epi16(second, 1), kept);
+    } else {
+        second = _mm512_and_si512(second, _mm512_set1_epi16((short)0xff00));
+    }
+    to[0] = _mm512_cvtph_ps(_mm512_castsi512_si256(first));
+    to[1] = _mm512_cvtph_ps(_mm512_castsi512_si256(second));
+    to[2] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(first, 1));
+    to[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(second, 1));
+}
+
+INLINE VNNI void code_float_block(enum code kind, const GroupedJob *job, const Run *run, long tile, long row, int count) {
+    const Grouped *weight = job->weight;
+    const uint8_t *at = run->tiles + tile * weight->tile_bytes;
+    const int bytes = kind == FLOAT_TABLE ? 4 * VECTOR : 8 * VECTOR;
+    const long half = weight->group == CHUNK / 2;
+    float scales[(MOST_GROUPS + 1) * TILE];
+    __m512 table = _mm512_setzero_ps();
+    if (kind == FLOAT_TABLE) table = _mm512_loadu_ps(weight->values);
+    __m512 sums[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
+    for (long first = 0; first < weight->inputs; first += weight->panel) {
+        Panel panel = panel_at(weight, at, first);
+        all_numbers(weight, &panel, scales, NULL);
+        const float *scale = scales;
+        long vectors = parts_of(panel.inputs, CHUNK) * 8; /* of four inputs */
+        long each = half ? 4 : weight->group ? weight->group / 4 : vectors;
+        for (long begin = 0; begin < vectors; begin += each, scale += TILE) {
+            long end = begin + each < vectors ? begin + each : vectors;
+            __m512 group[4][4];
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) group[r][i] = _mm512_setzero_ps();
+            for (long some = begin; some < end; some += 4) {
+                const uint8_t *codes = panel.codes + some / 8 * bytes;
+                const int later = some % 8 != 0;
+                const float *given = job->rows + row * job->stride + first + some * 4;
+#pragma GCC unroll 4
+                for (int i = 0; i < bytes / 2 / VECTOR; i++) fetch(codes + (later * bytes / 2) + i * VECTOR + AHEAD);
+                codes += later * (bytes / 2);
+#pragma GCC unroll 4
+                for (int vector = 0; vector < 4; vector++) {
+                    __m512 values[4];
+                    floats_of(kind, codes, vector, table, values);
+#pragma GCC unroll 4
+                    for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+                        for (int r = 0; r < count; r++)
+                            group[r][i] = _mm512_fmadd_ps(
+                                values[i], _mm512_set1_ps(given[r * job->stride + vector * 4 + i]), group[r][i]);
+                }
+            }
+            __m512 own = _mm512_loadu_ps(scale);
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++) {
+                __m512 all = _mm512_add_ps(_mm512_add_ps(group[r][0], group[r][1]), _mm512_add_ps(group[r][2], group[r][3]));
+                sums[r] = _mm512_fmadd_ps(own, all, sums[r]);
+            }
+        }
+        at = end_of(weight, &panel);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) store_lanes(job, tile, row + r, sums[r]);
+}
+
+/* `block` with four, two and one of the rows at a time. */
+#define FOR_ROWS(block, ...)                                              \
+    for (long tile = start; tile < end; tile++) {                         \
+        long row = run->row, last = run->row + run->count;                \
+        for (; row + 4 <= last; row += 4) block(__VA_ARGS__, tile, row, 4); \
+        if (row + 2 <= last) block(__VA_ARGS__, tile, row, 2), row += 2;  \
+        if (row < last) block(__VA_ARGS__, tile, row, 1);                 \
+    }
+
+#define INTEGER_KERNEL(name, bits, table)                                                                                  \
+    VNNI static void name(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {            \
+        if (job->weight->group == 16) {                                                                                    \
+            FOR_ROWS(integer_block, bits, table, 16, job, rows, run)                                                       \
+        } else if (job->weight->group == CHUNK) {                                                                          \
+            FOR_ROWS(integer_block, bits, table, CHUNK, job, rows, run)                                                    \
+        } else {                                                                                                           \
+            FOR_ROWS(integer_block, bits, table, 0, job, rows, run)                                                        \
+        }                                                                                                                  \
+    }
+
+#define FLOAT_KERNEL(name, kind)                                                                                           \
+    VNNI static void name(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {            \
+        (void)rows;                                                                                                        \
+        FOR_ROWS(code_float_block, kind, job, run)                                                                         \
+    }
+
+INTEGER_KERNEL(two_bits, 2, 0)
+INTEGER_KERNEL(three_bits, 3, 0)
+INTEGER_KERNEL(four_bits, 4, 0)
+INTEGER_KERNEL(five_bits, 5, 0)
+INTEGER_KERNEL(six_bits, 6, 0)
+INTEGER_KERNEL(eight_bits, 8, 0)
+INTEGER_KERNEL(table_bits, 4, 1)
+FLOAT_KERNEL(float_table, FLOAT_TABLE)
+FLOAT_KERNEL(e4m3, E4M3)
+FLOAT_KERNEL(e5m2, E5M2)
+#endif
+
+/* ---- how they are run ---- */
+
+typedef void (*GroupedKernel)(const GroupedJob *, const Quantised *, const Run *, long, long);
+
+static GroupedKernel grouped_kernel(const Grouped *weight, int plainly) {
+#ifdef HAVE_VNNI
+    static const GroupedKernel plain[] = {NULL,      NULL,     two_bits, three_bits, four_bits,
+                                          five_bits, six_bits, NULL,     eight_bits};
+    if (!plainly && has_vnni()) switch (weight->code) {
+        case PLAIN: return plain[weight->bits];
+        case TABLE: return table_bits;
+        case FLOAT_TABLE: return float_table;
+        case E4M3: return e4m3;
+        case E5M2: return e5m2;
+        }
+#endif
+    return grouped_plainly;
+}
+
+/* Every thread computes some of the tiles, of all runs. */
+static void run_grouped(const GroupedJob *job, const Quantised *rows, const Run *runs, long many, int plainly) {
+    GroupedKernel kernel = grouped_kernel(job->weight, plainly);
+    long tiles = parts_of(job->weight->outputs, TILE), threads = job->threads < 1 ? 1 : job->threads;
+    if (threads == 1) {
+        for (long i = 0; i < many; i++) kernel(job, rows, runs + i, 0, tiles);
+        return;
+    }
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long thread = 0; thread < threads; thread++)
+        for (long i = 0; i < many; i++)
+            kernel(job, rows, runs + i, tiles * thread / threads, tiles * (thread + 1) / threads);
+}
+
+#endif

@@ -1,0 +1,233 @@
+"""Models in GGUF files, of every family, against plain transformers on the same weights."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.gguf_store import GgufStore
+from splitnet.model.stored import StoredTensor
+from tests.unit.gguf_writing import write_gguf
+from tests.unit.random_models import random_checkpoint
+
+LATENT = {
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 32,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "first_k_dense_replace": 2,
+    "n_routed_experts": 8,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_key_value_heads": 4,
+}
+DELTA = {
+    "blocks": 4,
+    "layer_types": ["linear_attention", "linear_attention", "linear_attention", "full_attention"],
+    "linear_num_value_heads": 4,
+    "linear_num_key_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "shared_expert_intermediate_size": 96,
+    "head_dim": 32,
+}
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+    "rope_theta": 500_000.0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10_000.0}
+GPT_OSS_YARN = YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
+CONV = ["conv", "conv", "full_attention", "conv", "full_attention", "conv"]
+MAMBA_BLOCKS = ["linear_attention", "moe", "full_attention", "linear_attention", "mlp", "linear_attention"]
+MAMBA = {
+    "layers_block_type": MAMBA_BLOCKS,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "n_routed_experts": 4,
+    "moe_shared_expert_intermediate_size": 96,
+}
+HYBRID = {
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"] * 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "shared_intermediate_size": 96,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 2.0,
+    "position_embedding_type": "nope",
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-bias": ("llama", {"attention_bias": True}),
+    "llama-3.1": ("llama", {"rope_parameters": LLAMA_3, "max_position_embeddings": 131_072}),
+    "llama-yarn": ("llama", {"rope_parameters": YARN}),
+    "mixtral": ("mixtral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {"head_dim": 32}),
+    "qwen3_moe": ("qwen3_moe", {"norm_topk_prob": True}),
+    "qwen3_next": ("qwen3_next", DELTA),
+    "qwen3_5_moe": ("qwen3_5_moe_text", DELTA),
+    "gpt_oss": ("gpt_oss", {"rope_parameters": GPT_OSS_YARN}),
+    "gemma3": ("gemma3_text", {"query_pre_attn_scalar": 16}),
+    "phi3": ("phi3", {"original_max_position_embeddings": 256}),
+    "lfm2": ("lfm2", {"layer_types": CONV, "block_auto_adjust_ff_dim": False}),
+    "deepseek_v3": ("deepseek_v3", LATENT),
+    "glm4_moe": ("glm4_moe", {"first_k_dense_replace": 1, "n_routed_experts": 4, "use_qk_norm": True}),
+    "nemotron_h": ("nemotron_h", MAMBA),
+    "granitemoehybrid": ("granitemoehybrid", HYBRID),
+    "llama4": ("llama4_text", {"intermediate_size_mlp": 96}),
+    "minimax_m2": ("minimax_m2", {"rotary_dim": 8}),
+}
+IDS = torch.randint(3, 300, (2, 24), generator=torch.Generator().manual_seed(0))
+KEPT_AS_FLOATS = re.compile("norm|conv1?d?\\.|kv_b_proj|gate\\.weight|router|shared_expert_gate|bias|A_log|\\.D$|sinks")
+
+
+def load(store: GgufStore) -> PreTrainedModel:
+    """The whole model, by transformers' own loading."""
+    config = store.config()
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    with store.load_tensors({name: name for name in store.names}, torch.float32, None) as tensors:
+        loaded, report = model_class.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+        )
+    assert not any(report.values()), report
+    return loaded.eval()
+
+
+def dequantised(path: Path) -> Path:
+    """A copy of a file with all tensors as float32 numbers."""
+    reader = gguf.GGUFReader(path)
+    copy = path.with_name(f"{path.stem}-F32.gguf")
+    writer = gguf.GGUFWriter(copy, str(reader.fields["general.architecture"].contents()))
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            element = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=element)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, gguf.dequantize(tensor.data, tensor.tensor_type))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return copy
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    return model(IDS).logits
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_gives_what_the_checkpoint_gives_of_which_it_was_made(case: str, tmp_path: Path) -> None:
+    family, overrides = CASES[case]
+    folder = random_checkpoint(family, tmp_path / "checkpoint", **overrides)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
+    store = GgufStore.open(write_gguf(folder, tmp_path / "model.gguf"))
+    assert store.config().model_type == family
+    torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_codes_are_kept_and_stand_for_what_gguf_dequantises(case: str, tmp_path: Path) -> None:
+    family, overrides = CASES[case]
+    folder = random_checkpoint(family, tmp_path / "checkpoint", **overrides)
+    stored = Type.MXFP4 if family == "gpt_oss" else Type.Q4_1
+    path = write_gguf(folder, tmp_path / "model.gguf", stored)
+    store = GgufStore.open(path)
+    names = [name for name in store.names if not KEPT_AS_FLOATS.search(name)]
+    with store.load_tensors({name: name for name in names}, torch.float32, None) as tensors:
+        for name, facts in store.facts(names).items():
+            tensor = tensors[name][...]
+            assert isinstance(tensor, StoredTensor) and facts.layout is not None, name
+            assert tuple(tensor.shape) == facts.shape, name
+    expected = logits(load(GgufStore.open(dequantised(path))))
+    torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("stored", [Type.Q4_K, Type.Q6_K])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen3_next"])
+def test_k_quants(family: str, stored: Type, tmp_path: Path) -> None:
+    sizes = DELTA | {"linear_value_head_dim": 64} if family == "qwen3_next" else {}
+    folder = random_checkpoint(family, tmp_path / "checkpoint", hidden=256, **({"blocks": 2} | sizes))
+    path = write_gguf(folder, tmp_path / "model.gguf", stored)
+    store = GgufStore.open(path)
+    bits = {facts.layout.bits for facts in store.facts(store.names).values() if facts.layout is not None}
+    assert (4 if stored is Type.Q4_K else 6) in bits
+    expected = logits(load(GgufStore.open(dequantised(path))))
+    torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_a_split_file_is_one_checkpoint(tmp_path: Path) -> None:
+    folder = random_checkpoint("qwen2", tmp_path / "checkpoint")
+    whole = Checkpoint.open(write_gguf(folder, tmp_path / "model.gguf", Type.Q8_0))
+    first = write_gguf(folder, tmp_path / "split.gguf", Type.Q8_0, split=20)
+    assert first.name == "split-00001-of-00004.gguf"
+    parts = Checkpoint.open(first)
+    assert parts.fingerprint == whole.fingerprint and set(parts.names) == set(whole.names)
+    (tmp_path / "split-00003-of-00004.gguf").unlink()
+    with pytest.raises(ModelNotFound, match=r"split-00003-of-00004\.gguf is missing"):
+        Checkpoint.open(first)
+
+
+def test_another_type_of_weights_is_another_checkpoint(tmp_path: Path) -> None:
+    folder = random_checkpoint("qwen2", tmp_path / "checkpoint")
+    paths = [write_gguf(folder, tmp_path / f"{stored.name}.gguf", stored) for stored in (Type.Q8_0, Type.Q4_0)]
+    eight, four = (Checkpoint.open(path) for path in paths)
+    assert eight.fingerprint != four.fingerprint
+    assert four.bytes_of(four.names, None) < eight.bytes_of(eight.names, None)
+
+
+def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+    folder = random_checkpoint("llama", tmp_path / "checkpoint")
+    path = write_gguf(folder, tmp_path / "key.gguf", attention__clamp_kqv=2.0)
+    with pytest.raises(UnsupportedModel, match=r"llama\.attention\.clamp_kqv"):
+        Checkpoint.open(path)
+
+    def written(name: str, architecture: str, tensor: str) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / name, architecture)
+        writer.add_block_count(1)
+        writer.add_embedding_length(64)
+        writer.add_head_count(4)
+        for each in ("token_embd.weight", tensor):
+            writer.add_tensor(each, torch.ones(4, 64).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / name
+
+    with pytest.raises(UnsupportedModel, match=r"blk\.0\.attn_mystery\.weight"):
+        Checkpoint.open(written("tensor.gguf", "llama", "blk.0.attn_mystery.weight"))
+    with pytest.raises(UnsupportedModel, match=r"architecture 'rwkv7'"):
+        Checkpoint.open(written("architecture.gguf", "rwkv7", "blk.0.attn_norm.weight"))
+
+
+def test_files_that_are_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFound, match=r"there is no file .*absent\.gguf"):
+        Checkpoint.open(tmp_path / "absent.gguf")
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + bytes(20))
+    with pytest.raises(UnsupportedModel, match=r"broken\.gguf is not a complete GGUF file"):
+        Checkpoint.open(broken)
+    whole = write_gguf(random_checkpoint("qwen2", tmp_path / "checkpoint"), tmp_path / "model.gguf")
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(whole.read_bytes()[:-4096])
+    with pytest.raises(UnsupportedModel, match=r"cut\.gguf is not a complete GGUF file"):
+        Checkpoint.open(cut)

@@ -1,0 +1,284 @@
+"""Weights held in the codes of a checkpoint: nothing is lost but the rounding of the rows to 16 bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from splitnet.errors import UnsupportedModel
+from splitnet.model import grouped_forms
+from splitnet.model.grouped_forms import ExpertForm, GroupedForm, JoinedForm, held_bytes, hold_experts, hold_stored
+from splitnet.model.kernels import Kernels, kernels_here, multiply_grouped
+from splitnet.model.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix, StoredTensor, number_of
+
+CPU = torch.device("cpu")
+LAYOUTS = {
+    "Q4_0": Layout(4, 32, Kind.FLOAT16, offset=8),
+    "Q4_1": Layout(4, 32, Kind.FLOAT16, Kind.FLOAT16),
+    "Q5_0": Layout(5, 32, Kind.FLOAT16, offset=16),
+    "Q5_1": Layout(5, 32, Kind.FLOAT16, Kind.FLOAT16),
+    "Q8_0": Layout(8, 32, Kind.FLOAT16, offset=128),
+    "Q2_K": Layout(2, 16, Kind.STEPS, Kind.STEPS),
+    "Q3_K": Layout(3, 16, Kind.STEPS, offset=4),
+    "Q4_K": Layout(4, 32, Kind.STEPS, Kind.STEPS),
+    "Q5_K": Layout(5, 32, Kind.STEPS, Kind.STEPS),
+    "Q6_K": Layout(6, 16, Kind.STEPS, offset=32),
+    "IQ4_NL": Layout(4, 32, Kind.FLOAT16, table="iq4_nl"),
+    "IQ4_XS": Layout(4, 32, Kind.STEPS, table="iq4_nl"),
+    "MXFP4": Layout(4, 32, Kind.E8M0, table="e2m1"),
+    "NVFP4": Layout(4, 16, Kind.FLOAT32, table="e2m1"),
+    "NF4": Layout(4, 64, Kind.FLOAT32, table="nf4"),
+    "FP8 in blocks": Layout(8, 128, Kind.FLOAT32, table="e4m3"),
+    "FP8 by output": Layout(8, 0, Kind.BFLOAT16, table="e4m3"),
+    "FP8 e5m2": Layout(8, 32, Kind.E8M0, table="e5m2"),
+    "GPTQ": Layout(4, 128, Kind.FLOAT16, Kind.CODES),
+    "GPTQ in 8 bits": Layout(8, 128, Kind.FLOAT16, Kind.CODES),
+    "int8 by output": Layout(8, 0, Kind.BFLOAT16, offset=128),
+    "int4 by output": Layout(4, 0, Kind.FLOAT32, Kind.CODES, offset=8),
+    "int4": Layout(4, 32, Kind.BFLOAT16, Kind.BFLOAT16, offset=8),
+    "int2": Layout(2, 64, Kind.FLOAT32, Kind.FLOAT16, offset=2),
+    "int6": Layout(6, 64, Kind.BFLOAT16, Kind.CODES),
+}
+"""Of the formats of these names, and others."""
+
+layouts = st.sampled_from(sorted(LAYOUTS)).map(LAYOUTS.__getitem__)
+seeds = st.integers(0, 2**31)
+needs_compiled = pytest.mark.skipif(kernels_here() is Kernels.NONE, reason="the kernels were not compiled")
+of_both = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+"""A test that is run in each way; what the fixture sets stays the same for all examples."""
+sizes = st.integers(1, 70), st.integers(1, 40).map(lambda count: 32 * count) | st.integers(1, 1300)
+
+
+def codes_of(layout: Layout, outputs: int, inputs: int, seed: int) -> Codes:
+    """Random ones."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=generator).to(dtype)
+
+    def floats(count: int, dtype: torch.dtype) -> torch.Tensor:
+        return (torch.randn(outputs, count, generator=generator) * 0.1).to(dtype)
+
+    groups = -(-inputs // layout.group) if layout.group else 1
+    units = -(-inputs // STEPS_GROUP)
+    signed = layout.zero is not Kind.STEPS
+    largest = 15 if layout.bits == 2 else 63
+
+    def numbers(kind: Kind) -> torch.Tensor | None:
+        if kind is Kind.NONE:
+            return None
+        if kind is Kind.STEPS:
+            if signed:
+                return integers(-128, 128, outputs, groups, dtype=torch.int8)
+            return integers(0, largest + 1, outputs, groups)
+        if kind is Kind.E8M0:
+            return integers(110, 130, outputs, groups)
+        if kind is Kind.CODES:
+            return integers(0, 1 << layout.bits, outputs, groups)
+        return floats(groups, {"float16": torch.float16, "bfloat16": torch.bfloat16}.get(kind.value, torch.float32))
+
+    codes = integers(0, 1 << layout.bits, outputs, inputs)
+    if layout.table == "e4m3":
+        codes[codes & 127 == 127] = 3  # which are no numbers
+    if layout.table == "e5m2":
+        codes[codes & 124 == 124] = 3
+    scales = numbers(layout.scale)
+    assert scales is not None
+    steps = [floats(units, torch.float16) * 0.1 if kind is Kind.STEPS else None for kind in (layout.scale, layout.zero)]
+    return Codes(codes, scales, numbers(layout.zero), *steps)
+
+
+def matrix_of(layout: Layout, outputs: int, inputs: int, seed: int) -> StoredMatrix:
+    codes = codes_of(layout, outputs, inputs, seed)
+    return StoredMatrix(layout, (outputs, inputs), lambda: codes)
+
+
+@pytest.fixture(params=["compiled", "torch"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With splitnet's kernels, or without."""
+    if request.param == "torch":
+        monkeypatch.setattr(grouped_forms, "kernels_here", lambda: Kernels.NONE)
+    elif kernels_here() is Kernels.NONE:
+        pytest.skip("the kernels were not compiled")
+    return request.param
+
+
+def rows_of(count: int, length: int, seed: int) -> torch.Tensor:
+    """With an outlier and, among others, a row of zeros."""
+    rows = torch.randn(count, length, generator=torch.Generator().manual_seed(seed))
+    rows[0, seed % length] = 1e3
+    rows[-1] *= seed % 2
+    return rows
+
+
+@of_both
+@given(layouts, *sizes, seeds)
+def test_the_weight_comes_back(way: str, layout: Layout, outputs: int, inputs: int, seed: int) -> None:
+    matrix = matrix_of(layout, outputs, inputs, seed)
+    held = hold_stored([matrix], CPU)
+    assert isinstance(held, GroupedForm)
+    assert torch.equal(held.dequantised(torch.float32), matrix.floats())
+    indices = torch.randint(0, outputs, (7,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(held.rows(indices), matrix.floats()[indices])
+    assert held.tiles.nbytes == held_bytes(layout, outputs, inputs)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("outputs", "inputs"), [(4096, 4096), (2048, 5632), (5632, 2048), (1024, 768)])
+def test_bytes(name: str, outputs: int, inputs: int) -> None:
+    layout = LAYOUTS[name]
+    assert held_bytes(layout, outputs, inputs) <= 1.1 * layout.nbytes(outputs, inputs)
+
+
+def test_two_bits_take_what_their_file_does() -> None:
+    assert held_bytes(LAYOUTS["Q2_K"], 4096, 4096) <= 1.02 * 84 / 256 * 4096 * 4096
+
+
+def test_steps_too_large_for_half_a_byte_are_kept() -> None:
+    codes = codes_of(LAYOUTS["Q2_K"], 5, 256, 1)
+    codes.scales[2, 3] = 200
+    held = hold_stored([StoredMatrix(LAYOUTS["Q2_K"], (5, 256), lambda: codes)], CPU)
+    assert torch.equal(held.dequantised(torch.float32), codes.floats(LAYOUTS["Q2_K"]))
+
+
+def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix) -> bool:
+    """Whether products are further away than the rounding of the rows, and of sums in float32, allows."""
+    weight, codes = matrix.floats().double(), matrix.read()
+    layout = matrix.layout
+    given = rows.double()
+    exact = layout.table in ("e4m3", "e5m2", "nf4")
+    largest = given.abs().amax(1, keepdim=True)
+    allowed = (2**-22 if exact else 2**-14) * largest * weight.norm(dim=1)
+    # What the codes, as bytes without sign, are multiplied by may be much larger than the weight.
+    scales = number_of(layout.scale, codes.scales, codes.scale_units, layout.group or rows.shape[1]).double()
+    zeros = codes.zeros if layout.zero is Kind.STEPS else None
+    parts = (256 if layout.table in ("", "iq4_nl", "e4m3") else 2**16) * scales.abs().amax(1)
+    if zeros is not None:
+        parts += number_of(layout.zero, zeros, codes.zero_units, layout.group).double().abs().amax(1)
+    allowed = allowed + 2**-22 * given.abs().sum(1, keepdim=True) * (weight.abs().amax(1) + parts)
+    return bool(((products.double() - given @ weight.T).abs() > allowed + 1e-30).any())
+
+
+@of_both
+@given(layouts, *sizes, st.integers(1, 9), seeds)
+def test_products(way: str, layout: Layout, outputs: int, inputs: int, count: int, seed: int) -> None:
+    matrix = matrix_of(layout, outputs, inputs, seed)
+    held = hold_stored([matrix], CPU)
+    rows = rows_of(count, inputs, seed)
+    products = held.multiply(rows)
+    assert products.shape == (count, outputs) and not far(products, rows, matrix)
+    assert not far(held.multiply(rows.repeat(30, 1))[:count], rows, matrix)
+    half = held.multiply(rows.bfloat16())
+    assert half.dtype == torch.bfloat16
+
+
+@needs_compiled
+@given(layouts, *sizes, st.integers(1, 9), seeds)
+def test_plain_loops(layout: Layout, outputs: int, inputs: int, count: int, seed: int) -> None:
+    matrix = matrix_of(layout, outputs, inputs, seed)
+    held = hold_stored([matrix], CPU)
+    assert isinstance(held, GroupedForm)
+    rows = rows_of(count, inputs, seed)
+    products = torch.empty(count, outputs)
+    multiply_grouped(rows, held.description, held.tiles, products, plainly=True)
+    assert not far(products, rows, matrix)
+
+
+@given(st.lists(layouts, min_size=2, max_size=4), seeds)
+def test_matrices_of_several_layouts_stand_below_each_other(several: list[Layout], seed: int) -> None:
+    matrices = [matrix_of(layout, 5 + index, 64, seed) for index, layout in enumerate(several)]
+    held = hold_stored(matrices, CPU)
+    assert isinstance(held, JoinedForm) == (len(set(several)) > 1) or len(set(several)) < len(several)
+    expected = torch.cat([matrix.floats() for matrix in matrices])
+    assert torch.equal(held.dequantised(torch.float32), expected)
+    indices = torch.randint(0, len(expected), (9,), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(held.rows(indices), expected[indices])
+
+
+@of_both
+@given(layouts, layouts, st.integers(1, 20), seeds)
+def test_experts(way: str, first: Layout, second: Layout, outputs: int, seed: int) -> None:
+    experts = [
+        [matrix_of(first, outputs, 64, seed + 2 * index), matrix_of(second, 3, 64, seed + 2 * index + 1)]
+        for index in range(3)
+    ]
+    stored = StoredTensor.__new__(StoredTensor, experts, stacked=True)
+    held = hold_experts(stored, CPU)
+    assert isinstance(held, ExpertForm)
+    assert (held.experts, held.outputs, held.inputs) == (3, outputs + 3, 64)
+    for index in range(3):
+        assert torch.equal(held.dequantised(index, torch.float32), stored.floats()[index])
+    rows = rows_of(8, 64, seed)
+    chosen = torch.tensor([2, 0, 0, 0, 0, 0, 1, 0])
+    products = held.multiply(rows, chosen)
+    alone = [hold_stored(experts[index], CPU).multiply(row[None]) for index, row in zip(chosen, rows, strict=True)]
+    assert torch.equal(products, torch.cat(alone)) or way == "torch"
+    assert torch.allclose(products, torch.cat(alone), rtol=1e-4, atol=1e-3)
+
+
+def test_an_expert_that_does_not_exist_is_refused() -> None:
+    matrices = [[matrix_of(LAYOUTS["Q4_0"], 16, 64, seed)] for seed in range(3)]
+    held = hold_experts(StoredTensor.__new__(StoredTensor, matrices, stacked=True), CPU)
+    for index in (3, -1):
+        with pytest.raises(IndexError):
+            held.multiply(torch.randn(2, 64), torch.tensor([0, index]))
+
+
+def test_experts_that_differ_are_refused() -> None:
+    matrices = [[matrix_of(LAYOUTS[name], 16, 64, 1)] for name in ("Q4_0", "Q8_0")]
+    with pytest.raises(UnsupportedModel, match="different ways"):
+        hold_experts(StoredTensor.__new__(StoredTensor, matrices, stacked=True), CPU)
+
+
+@pytest.mark.parametrize("layout", [Layout(7, 32, Kind.FLOAT16), Layout(4, 24, Kind.FLOAT16), Layout(4, 0, Kind.STEPS)])
+def test_other_layouts_are_refused_by_name(layout: Layout) -> None:
+    with pytest.raises(UnsupportedModel, match=f"bits={layout.bits}"):
+        held_bytes(layout, 16, 64)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("name", ["Q4_K", "Q6_K", "FP8 in blocks", "NF4"])
+def test_what_is_no_number_stays_none_in_its_row(name: str, value: float, way: str) -> None:
+    rows = torch.randn(3, 256)
+    rows[1, 5] = value
+    product = hold_stored([matrix_of(LAYOUTS[name], 16, 256, 1)], CPU).multiply(rows)
+    assert not product[1].isfinite().any() or name in ("FP8 in blocks", "NF4")
+    assert not product[1].isfinite().all()
+    assert product[[0, 2]].isfinite().all()
+
+
+def test_a_weight_that_is_no_number_stays_none(way: str) -> None:
+    codes = codes_of(LAYOUTS["FP8 in blocks"], 16, 256, 1)
+    codes.codes[3, 4] = 127
+    held = hold_stored([StoredMatrix(LAYOUTS["FP8 in blocks"], (16, 256), lambda: codes)], CPU)
+    product = held.multiply(torch.randn(2, 256))
+    assert product[:, 3].isnan().all() and product[:, [2, 4]].isfinite().all()
+
+
+@needs_compiled
+@pytest.mark.parametrize("name", ["Q4_0", "GPTQ in 8 bits", "int8 by output"])
+def test_largest_numbers_do_not_overflow(name: str) -> None:
+    layout = LAYOUTS[name]
+    codes = codes_of(layout, 16, 2**15, 1)
+    codes.codes.fill_((1 << layout.bits) - 1)
+    matrix = StoredMatrix(layout, (16, 2**15), lambda: codes)
+    rows = torch.ones(1, 2**15)
+    assert not far(hold_stored([matrix], CPU).multiply(rows), rows, matrix)
+
+
+@needs_compiled
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_share_the_tiles(threads: int) -> None:
+    rows = torch.randn(2, 512)
+    forms = [hold_stored([matrix_of(layout, 50, 512, 1)], CPU) for layout in LAYOUTS.values()]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = [form.multiply(rows) for form in forms]
+        torch.set_num_threads(threads)
+        shared = [form.multiply(rows) for form in forms]
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
