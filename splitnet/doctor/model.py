@@ -9,6 +9,7 @@ from splitnet.doctor.finding import Finding, failed, passed, warned
 from splitnet.doctor.machine import disk, gib
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.shell import check_all_is_taken
 from splitnet.model.sizes import ModelSizes
 
 SHOWN_DIGITS = 12
@@ -24,6 +25,7 @@ def open_model(model: str) -> tuple[Finding, Checkpoint | None]:
     try:
         checkpoint = Checkpoint.open(model)
         blocks = len(checkpoint.block_tensors)
+        check_all_is_taken(checkpoint)
         mark = checkpoint.fingerprint[:SHOWN_DIGITS]
     except SplitnetError as error:
         return failed("model", str(error)), None

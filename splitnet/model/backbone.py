@@ -30,6 +30,7 @@ from transformers.utils import logging as transformers_logging
 from splitnet.errors import UnsupportedModel
 from splitnet.model.families import ADDED_POSITIONS
 from splitnet.model.stored_layers import hold_codes
+from splitnet.model.unexpected import check_none, ignored
 
 
 class Zero(nn.Module):
@@ -101,6 +102,7 @@ def load_cut(
     dtype: torch.dtype,
     attention: str | None,
     *,
+    names: Mapping[str, str],
     new_head: bool = False,
     one_by_one: bool = False,
     codes_on: torch.device | None = None,
@@ -113,6 +115,7 @@ def load_cut(
         cut: removes parts of the model in place.
         tensors: state dict whose values may be read lazily, with the names of the cut model in the checkpoint.
         attention: name of the attention function; None for the family's default.
+        names: those of `tensors` -> those in the checkpoint, for errors.
         new_head: what the checkpoint lacks of the head, transformers initialises with torch's random numbers.
         one_by_one: no tensor is read before the one before it is in its place, so that a model whose layers make
             their weights smaller is never in memory as a whole.
@@ -120,15 +123,15 @@ def load_cut(
             weights become numbers of type `dtype`.
 
     Raises:
-        UnsupportedModel: the cut model cannot be built, or the checkpoint lacks tensors of it.
+        UnsupportedModel: the cut model cannot be built, the checkpoint lacks tensors of it, or it does not take all.
     """
 
     def build(model: PreTrainedModel, config: PreTrainedConfig) -> None:
         model_class.__init__(model, config)
         cut(model)
 
-    names = {"__init__": build, "__module__": model_class.__module__}
-    cut_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), names)
+    members = {"__init__": build, "__module__": model_class.__module__}
+    cut_class: type[PreTrainedModel] = type(model_class.__name__, (model_class,), members)
     options: dict[str, Any] = {} if attention is None else {"attn_implementation": attention}
     try:
         with _one_at_a_time, _no_progress_bars(), _reading_ahead(not one_by_one):
@@ -160,9 +163,20 @@ def load_cut(
             f"the checkpoint does not fit the family {config.model_type!r}: {min(missing)} is missing or has another "
             "shape; take a checkpoint in transformers' format"
         )
+    unexpected = set(report["unexpected_keys"])
+    if new_head:  # the head that the checkpoint has may be for another task
+        unexpected = {name for name in unexpected if name.startswith(f"{model.base_model_prefix}.")}
+    unexpected -= ignored(unexpected, model)
+    unexpected -= {name for name in unexpected if name.endswith(".bias") and _is_zero(tensors.get(name))}
+    check_none((names.get(name, name) for name in unexpected), config.model_type)
     model.__class__ = model_class
     hold_codes(model, codes_on)
     return model
+
+
+def _is_zero(tensor: Any) -> bool:
+    """Whether it is a bias of nothing, as AutoGPTQ stores with every layer."""
+    return tensor is not None and not bool(tensor[...].any())
 
 
 _one_at_a_time = threading.Lock()

@@ -16,13 +16,19 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import UnsupportedModel
+from splitnet.model.backbone import causal_class
 from splitnet.model.dtypes import is_number_type
 from splitnet.model.families import check_can_be_cut
 from splitnet.model.safetensors_store import SafetensorsStore
 from splitnet.model.tensor_store import Progress, TensorFacts, TensorStore
+from splitnet.model.unexpected import check_none, ignored
 
 _BLOCK_NAME = re.compile(r"^(?P<container>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)$")
-_OTHER_TOWERS = re.compile(r"vision|visual|image|audio|speech")
+OTHER_TOWERS = re.compile(
+    r"vision|visual|image|audio|speech|video|multi_?modal|(^|\.)mm_|projector|connector|merger|resampler|perceiver|talker|"
+    r"code2wav|token2wav|(^|\.)mtp\."
+)
+"""What names of tensors have in them that are not of the text model."""
 _ESSENTIALS = (
     *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "layer_types", "sliding_window"),
@@ -120,7 +126,8 @@ class Checkpoint:
         """The tensors of each block.
 
         Raises:
-            UnsupportedModel: the names do not number `num_blocks` blocks.
+            UnsupportedModel: the names do not number `num_blocks` blocks, or there are more, which do not predict
+                further tokens.
         """
         containers: dict[str, dict[int, list[BlockTensor]]] = {}
         for name in self.names:
@@ -128,13 +135,20 @@ class Checkpoint:
                 blocks = containers.setdefault(match["container"], {})
                 blocks.setdefault(int(match["index"]), []).append(BlockTensor(name, match["rest"]))
         complete = [name for name, blocks in containers.items() if all(i in blocks for i in range(self.num_blocks))]
-        container = min(complete, key=lambda name: (bool(_OTHER_TOWERS.search(name)), name), default=None)
+        container = min(complete, key=lambda name: (bool(OTHER_TOWERS.search(name)), name), default=None)
         if container is None:
             raise UnsupportedModel(
                 f"the tensors of {self.name} are not named as {self.num_blocks} numbered blocks, so it cannot be cut "
                 "into spans: take a checkpoint in transformers' format"
             )
         self._container = container
+        beyond = {
+            tensor.name
+            for index, tensors in containers[container].items()
+            for tensor in tensors
+            if index >= self.num_blocks + (getattr(self.config, "num_nextn_predict_layers", None) or 0)
+        }
+        check_none(beyond - ignored(beyond, causal_class(self.config)), self.model_type)
         return tuple(tuple(containers[container][i]) for i in range(self.num_blocks))
 
     @cached_property

@@ -104,9 +104,7 @@ class CompressedTensors(QuantizedFormat):
 
     def _settings_of(self, module: str) -> Mapping[str, Any]:
         """What the config says of the weights of a layer."""
-        found = [group for group in self._groups if any(_names(target, module) for target in group["targets"])]
-        if not found:  # the rest are classes of layers, such as "Linear", which names do not tell
-            found = [group for group in self._groups if any(_is_class(target) for target in group["targets"])]
+        found = self._groups if len(self._groups) == 1 else self._groups_about(module)
         weights = [group.get("weights") or {} for group in found]
         if not weights or not weights[0] or any(other != weights[0] for other in weights):
             raise UnsupportedModel(
@@ -114,6 +112,12 @@ class CompressedTensors(QuantizedFormat):
                 "another checkpoint of this model"
             )
         return weights[0]
+
+    def _groups_about(self, module: str) -> list[Mapping[str, Any]]:
+        found = [group for group in self._groups if any(_names(target, module) for target in group["targets"])]
+        if not found:  # the rest are classes of layers, such as "Linear", which names do not tell
+            found = [group for group in self._groups if any(_is_class(target) for target in group["targets"])]
+        return found
 
 
 def _names(target: str, module: str) -> bool:

@@ -12,7 +12,7 @@ from splitnet.model.fp8_formats import FbgemmFP8, FineGrainedFP8
 from splitnet.model.gptq_formats import Awq, Gptq
 from splitnet.model.mxfp4_format import Mxfp4
 from splitnet.model.nvfp4_formats import ModelOpt
-from splitnet.model.quantized_format import QuantizedFormat
+from splitnet.model.quantized_format import MALFORMED, QuantizedFormat
 
 _KEYS = ("quantization_config", "compression_config")
 _FORMATS: Mapping[str, Callable[[Mapping[str, Any]], QuantizedFormat]] = {
@@ -52,7 +52,12 @@ def quantized_format(settings: Mapping[str, Any]) -> QuantizedFormat:
     if method == "bitsandbytes" or (not method and settings.get("load_in_4bit")):
         return Nf4() if settings.get("load_in_4bit") else Int8()
     if method in _FORMATS:
-        return _FORMATS[method](settings)
+        try:
+            return _FORMATS[method](settings)
+        except MALFORMED as error:
+            raise UnsupportedModel(
+                f"the config does not say clearly how weights are quantized ({error!r}): download it again"
+            ) from error
     by = repr(method) if method else "a method that the config does not name"
     raise UnsupportedModel(
         f"weights quantized by {by} are not known: take a checkpoint with plain weights, in GGUF, or quantized by one "

@@ -64,6 +64,8 @@ class Suffix:
     sure: bool = True
 
 
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError)
+"""What comes of a description that is not what it should be."""
 WEIGHT = "weight"
 """The role of the tensor whose name is that of the weight itself."""
 
@@ -157,7 +159,12 @@ class Weights:
             return None
         parts = {role: part(stored) for role, stored in self.groups[name].items()}
         if not self.is_plain(name):
-            return self._format.tensor(name, parts, self.dtype)
+            try:
+                return self._format.tensor(name, parts, self.dtype)
+            except MALFORMED as error:
+                raise UnsupportedModel(
+                    f"{name} is not what the config says of quantized weights ({error!r}): download it again"
+                ) from error
         plain = parts[WEIGHT]
         if plain.dtype.itemsize == 1 and plain.dtype != torch.bool:
             raise misfit(plain, "is in the checkpoint without its scales")

@@ -12,11 +12,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from splitnet.model.attention import PACKED
 from splitnet.model.backbone import causal_class, classifier_class, find_container, load_cut, parent_of
 from splitnet.model.block_stand_in import AllBlocks, blocks_return_tuple
-from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.checkpoint import OTHER_TOWERS, Checkpoint
 from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import packs_sequences
 from splitnet.model.head import hold_head
 from splitnet.model.outline import BlockList, outline_of
+from splitnet.model.unexpected import check_none, ignored, not_taken
 from splitnet.model.weights import choose_weights
 
 
@@ -100,7 +101,8 @@ def _load(
 
     # Nothing attends here: the packed attention's name only tells transformers to make no masks, where it can.
     attention = PACKED if packs_sequences(config) else None
-    with checkpoint.load_tensors(names_of_shell(checkpoint, container), wanted) as tensors:
+    names = names_of_shell(checkpoint, model_class, container)
+    with checkpoint.load_tensors(names, wanted) as tensors:
         model = load_cut(
             model_class,
             config,
@@ -108,6 +110,7 @@ def _load(
             tensors,
             wanted,
             attention,
+            names=names,
             new_head=new_head,
             codes_on=torch.device(device),
         )
@@ -118,6 +121,27 @@ def _load(
     if model.can_generate():
         model.generation_config = checkpoint.generation_config()
     return model
+
+
+def check_all_is_taken(checkpoint: Checkpoint) -> None:
+    """Reads the headers of a whole checkpoint, and no weights.
+
+    Raises:
+        UnsupportedModel: it holds tensors that no part of the model takes, or that are not what their format says.
+    """
+    model_class = causal_class(checkpoint.config)
+    container = find_container(model_class, checkpoint.config)
+    names = names_of_shell(checkpoint, model_class, container)
+    for index, block in enumerate(checkpoint.block_tensors):
+        names |= {f"{container}.{index}.{tensor.rest}": tensor.name for tensor in block}
+    facts = checkpoint.facts(names.values())
+    with torch.device("meta"):
+        model = model_class(copy.deepcopy(checkpoint.config))
+    left = not_taken(model, names)
+    # Biases of layers in codes may be zero, for which what loads them looks.
+    weights = {name: facts.get(name.removesuffix("bias") + "weight") for name in left if name.endswith(".bias")}
+    left -= {name for name, weight in weights.items() if weight is not None and weight.layout is not None}
+    check_none(left, checkpoint.model_type)
 
 
 def backbone_of(model: nn.Module) -> nn.Module:
@@ -133,21 +157,33 @@ def outline_in(model: nn.Module) -> BlockList:
     return next(child for child in backbone_of(model).children() if isinstance(child, BlockList))
 
 
-def names_of_shell(checkpoint: Checkpoint, container: str) -> dict[str, str]:
-    """Name in the model -> name in the checkpoint, of what is outside the blocks.
+def names_of_shell(checkpoint: Checkpoint, model_class: type[PreTrainedModel], container: str) -> dict[str, str]:
+    """Name in the model -> name in the checkpoint, of what is outside the blocks and meant for the model.
 
-    They differ where the checkpoint is of a multimodal model, whose text model has a prefix of its own.
+    They differ where the checkpoint is of a multimodal model, whose text model has a prefix of its own. What belongs to
+    other parts of that is left, and so is what models of the family leave out on purpose.
+
+    Raises:
+        UnsupportedModel: a multimodal checkpoint has tensors that belong to none of its parts.
     """
     if not checkpoint.multimodal:
-        return {name: name for name in checkpoint.shell_names}
+        left_out = ignored(checkpoint.shell_names, model_class)
+        return {name: name for name in checkpoint.shell_names if name not in left_out}
     own, stored = container.rpartition(".")[0], checkpoint.container.rpartition(".")[0]
     names: dict[str, str] = {}
+    others: list[str] = []
     for name in checkpoint.shell_names:
         if name.startswith(stored + "."):
             names[own + name.removeprefix(stored)] = name
+        elif OTHER_TOWERS.search(name):
+            continue
+        elif head := next((head for head in _HEADS if name.endswith(head)), None):
+            names[head] = name
         else:
-            names.update({head: name for head in _HEADS if name.endswith(head)})
-    return names
+            others.append(name)
+    check_none(set(others) - ignored(others, model_class), checkpoint.model_type)
+    left_out = ignored(names, model_class)
+    return {name: stored for name, stored in names.items() if name not in left_out}
 
 
 _HEADS = ("lm_head.weight", "score.weight")

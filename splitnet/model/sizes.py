@@ -139,7 +139,7 @@ class ModelSizes:
         parent, list_name = parent_of(whole, container)
         setattr(parent, list_name, nn.ModuleList())
         facts = checkpoint.facts(checkpoint.names)
-        ends = {name: facts[stored] for name, stored in names_of_shell(checkpoint, container).items()}
+        ends = {name: facts[stored] for name, stored in names_of_shell(checkpoint, type(whole), container).items()}
         saved: dict[int, int] = {}  # by parameter, as some share one
         for path, (one, *_) in codes_within(whole, ends).items():
             layer: Any = whole.get_submodule(path)

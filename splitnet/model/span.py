@@ -165,6 +165,7 @@ class Span:
                     tensors,
                     wanted,
                     attention,
+                    names=names,
                     one_by_one=bool(chosen.forms),
                     codes_on=chosen.device if chosen.keeps_codes else None,
                 )

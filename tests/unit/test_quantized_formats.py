@@ -101,6 +101,9 @@ def _with_config(folder: Path, **changes: Any) -> Path:
         ("awq", {"bits": 8}, "'bits'"),
         ("modelopt-nvfp4", {"quant_algo": "W4A8_AWQ"}, "'W4A8_AWQ'"),
         ("nf4", {"load_in_4bit": False}, "absmax|without its scales"),
+        ("int4-group", {"config_groups": ["Linear"]}, "does not say clearly"),
+        ("int4-group", {"config_groups": {"g": {"targets": ["Linear"], "weights": {"bits": 4}}}}, "num_bits"),
+        ("fp8", {"weight_block_size": "128"}, "up_proj|down_proj|gate_proj|_proj"),
         ("int4-channel", {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 5}}}}, "does not fit"),
     ],
 )
@@ -124,6 +127,16 @@ def test_a_weight_that_lacks_a_part_is_refused_by_name(
     del tensors["model.layers.1.mlp.up_proj.weight" + lost]
     config = json.loads((folder / "config.json").read_text())
     broken = write_checkpoint(tmp_path / "broken", folder, tensors, config)
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.up_proj"):
+        Span.load(Checkpoint.open(broken), 1, 2)
+
+
+def test_a_damaged_description_is_refused_by_name(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder, _ = quantized_pair(sources["llama"], tmp_path, "nf4")
+    tensors = tensors_of(folder)
+    name = "model.layers.1.mlp.up_proj.weight.quant_state.bitsandbytes__nf4"
+    tensors[name] = tensors[name][:-1]
+    broken = write_checkpoint(tmp_path / "broken", folder, tensors, json.loads((folder / "config.json").read_text()))
     with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.up_proj"):
         Span.load(Checkpoint.open(broken), 1, 2)
 
