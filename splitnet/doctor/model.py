@@ -17,7 +17,7 @@ SHOWN_DIGITS = 12
 
 
 def open_model(model: str) -> tuple[Finding, Checkpoint | None]:
-    """Opens a folder or a hub id, and reads a little of every shard.
+    """Opens a folder, a file or a hub id, and reads a little of every shard.
 
     Returns:
         What was found, and the checkpoint if it can be used.
@@ -63,8 +63,8 @@ def room_on_disk(model: str, sizes: ModelSizes | None) -> Finding:
     """Whether what comes from the hub has room in its cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    if Path(model).expanduser().is_dir():
-        return passed("disk", "the model is read from its folder, nothing is downloaded")
+    if Path(model).expanduser().exists():
+        return passed("disk", "the model is read from where it lies, nothing is downloaded")
     whole = 0
     if sizes:
         plain = sizes.num_blocks * (sizes.block_bytes + sizes.saved_bytes) + sizes.shell_bytes

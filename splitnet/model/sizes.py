@@ -65,7 +65,7 @@ class ModelSizes:
         """What weights of blocks are held as, for people."""
         if self.weights == STORED:
             bits = 8 * self._itemsize * self.block_bytes / (self.block_bytes + self.saved_bytes)
-            return f"{STORED} ({bits:.1f} bits a weight)"
+            return f"codes of {bits:.1f} bits"
         return self.weights or self.dtype
 
     @property

@@ -75,8 +75,8 @@ def test_weights_stand_for_what_the_format_says(
         return
     span, whole = (Span.load(each, 0, each.num_blocks, weights="float32") for each in (checkpoint, plain))
     hidden = torch.randn(5, checkpoint.hidden_size)
-    outputs = [each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, whole)]
-    torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+    found, wanted = (each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, whole))
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-3  # kernels round activations to 16 bits
 
 
 def _with_config(folder: Path, **changes: Any) -> Path:

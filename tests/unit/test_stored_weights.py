@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+from splitnet.doctor.model import room_on_disk
 from splitnet.errors import ModelNotFound
 from splitnet.model.adapters import Adapter
 from splitnet.model.block_sizes import block_bytes, block_sizes
@@ -214,7 +215,7 @@ def test_a_span_takes_the_bytes_that_were_foretold(family: str, checkpoints: Any
     sizes = sizes_of(checkpoint)
     assert sizes.block_bytes == foretold[0].held
     if family == "llama":
-        assert sizes.held_as == "stored (5.0 bits a weight)"
+        assert sizes.held_as == "codes of 5.0 bits"
     assert sizes.saved_bytes == foretold[0].plain - foretold[0].held
     assert sizes.file_bytes == sum(one.nbytes for one in checkpoint.facts(checkpoint.names).values())
 
@@ -370,6 +371,7 @@ def test_a_gguf_file_is_held_in_the_bytes_that_it_has(family: str, tmp_path: Pat
         assert span.weight_bytes < 1.1 * in_file + 1024
     sizes = ModelSizes.of(path)
     assert abs(span.weight_bytes - 2 * sizes.block_bytes) < 1024
+    assert "nothing is downloaded" in room_on_disk(str(path), sizes).text
     shell: Any = load_shell(checkpoint, nn.Identity())
     assert isinstance(shell.get_input_embeddings(), HeldEmbedding) and isinstance(shell.lm_head, HeldHead)
     taken = sum({id(tensor): tensor.nbytes for tensor in (*shell.parameters(), *shell.buffers())}.values())
