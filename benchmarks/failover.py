@@ -33,7 +33,7 @@ from netlab.peers import LabPeers
 from splitnet.bench.clock import Clock
 from splitnet.client.cache import RemoteCache
 from splitnet.client.causal_lm import attach
-from splitnet.client.session_state import Recovered
+from splitnet.client.session_events import Recovered
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory

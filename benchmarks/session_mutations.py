@@ -35,7 +35,7 @@ MUTATIONS = [
     ),
     Mutation(
         "an adapter is not loaded again",
-        "session_state",
+        "session_route",
         "if tensors and hop.adapter_version != self.adapter_version:",
         "if tensors and not hop.adapter_version and self.epoch == 1:",
     ),
@@ -69,7 +69,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a hop is not told that the session has ended",
-        "session_state",
+        "session_route",
         "self._members[hop.endpoint] = hop.blocks",
         "pass",
     ),
@@ -81,7 +81,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a peer that failed is asked again",
-        "session_state",
+        "session_route",
         "making.excluded.add(hop.name)",
         "return",
     ),
@@ -97,7 +97,7 @@ MUTATIONS = [
         "for each in self.passes) and self.sums.whole",
         "for each in self.passes)",
     ),
-    Mutation("a replay goes on past a relay", "refill", "group = group[: direct + 1]", "pass"),
+    Mutation("a replay goes on past a relay", "requests", "group = group[: direct + 1]", "pass"),
     Mutation(
         "requests are kept after the end",
         "session_state",
@@ -106,7 +106,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a hop that was replaced is still listened to",
-        "session_state",
+        "session_route",
         "return next((hop for hop in self.hops if hop.endpoint == endpoint and not hop.lost), None)",
         "return next((hop for hop in self.hops if hop.endpoint == endpoint), self.hops[0] if self.hops else None)",
     ),
@@ -145,7 +145,7 @@ def run_tests(examples: int) -> None:
         database=None,
         derandomize=True,
     )
-    for fault in Faulty.KINDS:
+    for fault in (*Faulty.KINDS, *Faulty.WITH_STEPS):
         tests.test_beside_honest_peers_one_that_lies_costs_no_request(fault)
     for machine in (tests.Passes, tests.Steps):
         run_state_machine_as_test(machine, settings=options)

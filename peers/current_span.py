@@ -12,6 +12,7 @@ from peers.options import PeerOptions
 from peers.outbox import Outbox
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
+from peers.speed import ObservedSpeed
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.memory import give_back_memory
@@ -86,8 +87,12 @@ class CurrentSpan:
         if self._server is not None:
             self._server.close()
 
-    def change_to(self, start: int, end: int) -> bool:
+    def change_to(self, start: int, end: int, drain_s: float = MOVE_DRAIN_S) -> bool:
         """Hands the sessions over, then serves blocks `[start, end)`, or the old ones if these cannot be loaded.
+
+        Args:
+            start, end: the new blocks.
+            drain_s: how long to wait for the sessions to be taken over, in seconds.
 
         Returns:
             False if the peer ends before it serves.
@@ -96,23 +101,24 @@ class CurrentSpan:
         old = server.span.start, server.span.end
         blocks = {"former_blocks": "{}:{}".format(*old), "blocks": f"{start}:{end}"}
         log.warning("moving from blocks %d..%d to %d..%d", old[0], old[1] - 1, start, end - 1, extra=blocks)
-        server.drain(MOVE_DRAIN_S)
+        server.drain(drain_s)
+        speed = server.speed
         server.close()
         # The memory of the old blocks is needed for the new ones. Until those serve, the old service says so.
         self._server = server = None
         give_back_memory()
         try:
-            self._load_and_serve(start, end)
+            self._load_and_serve(start, end, speed)
         except _IsLeaving:
             return False
         except Exception:
             log.exception("could not load blocks %d..%d, going back", start, end - 1)
-            self._load_and_serve(*old)
+            self._load_and_serve(*old, speed)
         else:
             self._counters.moves += 1
         return True
 
-    def _load_and_serve(self, start: int, end: int) -> None:
+    def _load_and_serve(self, start: int, end: int, speed: ObservedSpeed) -> None:
         def go_on(*_: int) -> None:
             if self._leaving.is_set():
                 raise _IsLeaving
@@ -127,12 +133,13 @@ class CurrentSpan:
             weights=options.weights,
             progress=go_on,
         )
-        server = self._server_of(span)
+        # All blocks of a model are about as fast. To time these takes seconds, so that waits until nobody needs them.
+        server = self._server_of(span, speed)
         server.start()
         self._server, self.service = server, server.service
         self.placed_at = time.time()
 
-    def _server_of(self, span: Span) -> SpanServer:
+    def _server_of(self, span: Span, speed: ObservedSpeed | None = None) -> SpanServer:
         options = self._options
         return SpanServer(
             self._checkpoint,
@@ -143,6 +150,7 @@ class CurrentSpan:
             training_memory=options.training_memory,
             idle_s=options.idle_s,
             counters=self._counters,
+            speed=speed,
         )
 
 

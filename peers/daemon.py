@@ -15,7 +15,7 @@ import splitnet
 from peers.admission import SessionTable
 from peers.announce import Announcer
 from peers.counters import Counters
-from peers.current_span import CurrentSpan
+from peers.current_span import MOVE_DRAIN_S, CurrentSpan
 from peers.holder_watch import HolderWatch
 from peers.lan_presence import LanPresence
 from peers.mover import Mover
@@ -26,7 +26,7 @@ from peers.placing import choose_blocks, fitting_blocks
 from peers.relocation import Relocation
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
-from splitnet.errors import ProtocolError
+from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
@@ -279,7 +279,8 @@ class Peer:
         self._current.start()
         self._transport.start()
         self._announcer.start()
-        self._relocation.start()
+        if self._max_blocks:
+            self._relocation.start()
 
     def _look_around(self) -> None:
         self._current.remeasure_if_idle()
@@ -289,11 +290,17 @@ class Peer:
         present = self._directory.peers(self.checkpoint.fingerprint)
         return [record for record in present if record.key != self.identity.public]
 
-    def _move(self, span: tuple[int, int]) -> None:
-        """Hands its sessions over, then serves other blocks under the same key and address."""
+    def _move(self, span: tuple[int, int], urgent: bool = False) -> None:
+        """Hands its sessions over, then serves other blocks under the same key and address.
+
+        urgent: some blocks are served by nobody, so that sessions cannot go on anyway, and are not waited for.
+        """
         self._last_record = replace(self.record(), moving_to=span, serves=False)
-        self._announcer.publish()
-        if self._current.change_to(*span):
+        try:
+            self._announcer.publish()
+        except SplitnetError as error:  # as when the nodes of the DHT were lost together with the blocks
+            log.warning("the swarm is not told of the move: %s", error)
+        if self._current.change_to(*span, drain_s=0.0 if urgent else MOVE_DRAIN_S):
             self._last_record = None
             self._announcer.publish()
             start, end = self.span.start, self.span.end

@@ -15,7 +15,7 @@ from splitnet.net.identity import PublicKey
 from splitnet.net.records import PeerRecord
 
 MAX_WATCHED = 16
-LOST_S = 3.0
+LOST_S = 2.5
 """A peer that has not answered for so long, and whose link is lost, is gone."""
 
 SILENT_S = 6.0
@@ -39,7 +39,7 @@ class HolderWatch:
 
     def watch(self, records: Iterable[PeerRecord]) -> None:
         """Watches these peers from now on, the first `MAX_WATCHED`, and no others."""
-        wanted = [Endpoint(record.address, record.key) for record in records][:MAX_WATCHED]
+        wanted = list(dict.fromkeys(Endpoint(record.address, record.key) for record in records))[:MAX_WATCHED]
         with self._lock:
             for endpoint in [endpoint for endpoint in self._heard_at if endpoint not in wanted]:
                 del self._heard_at[endpoint]

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scheduler.moves import Move, Willingness, best_move
-from splitnet.net.facts import facts_of
+from scheduler.swarm import missing_blocks
+from splitnet.net.facts import expected_facts_of, facts_of
 from splitnet.net.identity import PublicKey
 from splitnet.net.records import PeerRecord
 
@@ -19,7 +20,10 @@ FEW = 3
 
 @dataclass(frozen=True, slots=True)
 class _Announced:
-    """A move that waits until every other peer has spoken since; issued: when their records were, by key."""
+    """A move that waits until all that may leave the same blocks have spoken since.
+
+    issued: when the records of all others were, by key.
+    """
 
     move: Move
     issued: dict[str, float]
@@ -30,9 +34,13 @@ class Mover:
 
     Args:
         num_blocks: of the model.
+
+    Attributes:
+        lacking: blocks were served by nobody when it decided last, and nobody was on the way to them.
     """
 
     def __init__(self, num_blocks: int) -> None:
+        self.lacking = False
         self._num_blocks = num_blocks
         self._announced: _Announced | None = None
 
@@ -49,19 +57,20 @@ class Mover:
             others: all other records.
             now: Unix time in seconds.
         """
+        expected = [expected_facts_of(record) for record in others if record.serves or record.moving_to]
+        self.lacking = bool(missing_blocks([facts_of(own), *expected], self._num_blocks))
         move = self._named(own, others, now)
         if move is None:
             self._announced = None
             return None
-        if not move.confirm:
-            self._announced = None
-            return move.start, move.end
-        if self._announced is None or self._announced.move != move:
-            self._announced = _Announced(move, {record.key.text: record.issued_at for record in others})
-            return None
-        before = self._announced.issued
-        if any(record.issued_at <= before.get(record.key.text, 0.0) for record in others):
-            return None
+        if move.confirm:
+            if self._announced is None or self._announced.move != move:
+                self._announced = _Announced(move, {record.key.text: record.issued_at for record in others})
+            before = self._announced.issued
+            if any(
+                record.issued_at <= before.get(record.key.text, 0.0) for record in others if _may_leave(record, own)
+            ):
+                return None
         self._announced = None
         return move.start, move.end
 
@@ -106,3 +115,8 @@ class Mover:
             moving={record.key.text: record.moving_to for record in others if record.moving_to},
         )
         return move if move is not None and move.peer == own.key.text else None
+
+
+def _may_leave(record: PeerRecord, own: PeerRecord) -> bool:
+    """Whether this peer could leave a block that the own one serves."""
+    return record.serves and record.max_blocks > 0 and record.start < own.end and own.start < record.end

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from peers.holder_watch import HolderWatch
+from peers.holder_watch import MAX_WATCHED, HolderWatch
 from peers.mover import Mover
 from splitnet.errors import SplitnetError
 from splitnet.net.identity import PublicKey
@@ -24,10 +24,11 @@ QUICK_LOOK_S = 2.0
 LOOK_PER_PEER_S = 0.3
 """In small swarms it looks more often: a hole is filled the sooner, and a lookup there costs little."""
 
-STAYING_LOOK_S = 3.0
-"""The least for peers that never move: they only see whether another has announced a move."""
+URGENT_LOOK_S = 1.0
+URGENT_LOOK_PER_PEER_S = 0.05
+"""While blocks are served by nobody: whoever is to move then waits for the records of others."""
 
-CHECK_S = 1.0
+CHECK_S = 0.5
 """How often it checks whether the peers that it watches are there."""
 
 Blocks = tuple[int, int]
@@ -36,6 +37,8 @@ Blocks = tuple[int, int]
 class Relocation:
     """Looks at the swarm from time to time, and moves the peer where it is needed more. Thread-safe.
 
+    For peers that may move; others need not look.
+
     Args:
         mover: decides.
         watch: tells which peers are gone although their records are still there.
@@ -43,7 +46,7 @@ class Relocation:
         own: the record of this peer as of now.
         others: looks all other records up.
         publish: announces this peer's record beside the regular refreshes.
-        move: makes the peer serve other blocks.
+        move: makes the peer serve other blocks; in haste if it is told so, as some are served by nobody.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class Relocation:
         own: Callable[[], PeerRecord],
         others: Callable[[], Sequence[PeerRecord]],
         publish: Callable[[], None],
-        move: Callable[[Blocks], None],
+        move: Callable[[Blocks, bool], None],
     ) -> None:
         self._mover = mover
         self._watch = watch
@@ -97,18 +100,24 @@ class Relocation:
             present = self._present(others)
             span = self._mover.decide(own, present, now)
             if span is not None:
-                self._move(span)
+                self._move(span, self._mover.lacking)
                 return True
             lost = [record for record in others if record.key in self._gone]
-            self._watch.watch([*lost, *self._mover.guarded(own, present, now)])
+            # Where they are few everybody watches everybody: who is to move may be lost with those it was to replace.
+            rest = others if len(others) <= MAX_WATCHED else ()
+            self._watch.watch([*lost, *self._mover.guarded(own, present, now), *rest])
             announced = {(record.key, record.moving_to) for record in others if record.moving_to and record.serves}
-            # Who announces a move waits until it has heard of all others.
+            # Who announces a move waits until it has heard of others.
             if self._mover.intended != before or announced - self._heard_of:
                 self._publish()
-            least_s = QUICK_LOOK_S if own.max_blocks else STAYING_LOOK_S
-            self._pause_s = min(LOOK_S, max(least_s, LOOK_PER_PEER_S * len(others)))
+            self._pause_s = self._pause(len(others))
             self._heard_of = announced
             return False
+
+    def _pause(self, others: int) -> float:
+        if self._mover.lacking:
+            return min(LOOK_S, max(URGENT_LOOK_S, URGENT_LOOK_PER_PEER_S * others))
+        return min(LOOK_S, max(QUICK_LOOK_S, LOOK_PER_PEER_S * others))
 
     def _present(self, others: Sequence[PeerRecord]) -> list[PeerRecord]:
         """Those that are there, as far as is known here; a record that is renewed shows that its peer is."""

@@ -13,7 +13,7 @@ from peers.outbox import Outbox
 from peers.row_memory import AHEAD
 from peers.served_blocks import ServedBlocks
 from peers.session_service import SessionService
-from peers.speed import measure_speed
+from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
 from scheduler.packing import PASS_POSITIONS
 from splitnet.model.checkpoint import Checkpoint
@@ -27,13 +27,14 @@ class SpanServer:
 
     Args:
         checkpoint: the model.
-        span: its blocks; its speed is measured now.
+        span: its blocks.
         outbox: where messages go.
         next_hops: the links to other peers.
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         idle_s: seconds until an idle session is dropped.
         counters: what the peer counts.
+        speed: of the device, as far as it is known; None: it is measured now.
     """
 
     def __init__(
@@ -47,9 +48,10 @@ class SpanServer:
         training_memory: int | None,
         idle_s: float,
         counters: Counters,
+        speed: ObservedSpeed | None = None,
     ) -> None:
         self.span = span
-        speed = measure_speed(span)
+        speed = speed or measure_speed(span)
         assert speed is not None
         self.speed = speed
         self.load = Load()

@@ -7,8 +7,12 @@ without a lock. Their views of each other may be stale, though. What keeps two o
   views, peers that move at once leave every block its lowest. (A peer leaves only blocks at which it has seen a lower
   id. The lowest id that ever served a block never saw one.) This does not help against peers that die.
 - Where a model lacks blocks and no such peer can help, the lowest may move too: a move with `confirm`. It must be
-  announced first (`moving`), held until all records that the peer has seen are younger than the announcement, and
-  done only if it is still named then. Of peers that leave a block, the last one to announce sees all the others.
+  announced first (`moving`), held until the records of all that could leave one of the same blocks are younger than the
+  announcement, and done only if it is still named then. Of peers that leave a block, the last one to announce sees all
+  the others.
+
+Who fills a hole depends only on who serves which blocks, not on speeds: these change with every record, so that each
+peer could name another one, or that nobody watched those whose blocks it is to take over.
 
 Moves end: each leaves fewer blocks without a peer, or brings spare replicas nearer to them, or lifts some of the
 weakest blocks above all that it weakens.
@@ -110,7 +114,7 @@ class _View:
     """The facts as arrays: of the peers that serve, in the order of their ids, and of each block.
 
     length: blocks that a peer would serve elsewhere, 0 if it cannot move. lowest: has the lowest id at some block.
-    planned: tokens per 1000 s of each block once all moves under way are done.
+    planned: tokens per 1000 s of each block once all moves under way are done. replicas: peers of each block then.
     """
 
     def __init__(self, serving: Spans, arriving: Spans, max_blocks: Mapping[str, int], num_blocks: int) -> None:
@@ -126,6 +130,7 @@ class _View:
         self.length = self.length.clip(0, num_blocks)
         self.rate = serving.rate
         self.planned = sum_per_block(self.all.start, self.all.end, self.all.rate, num_blocks)
+        self.replicas = sum_per_block(self.all.start, self.all.end, np.ones(len(self.all.ids)), num_blocks)
         self.lowest = np.zeros(len(serving.ids), dtype=bool)
         first = np.full((num_blocks + 1, num_blocks + 1), len(serving.ids))
         np.minimum.at(first, (serving.start, serving.end), np.arange(len(serving.ids)))
@@ -146,14 +151,13 @@ class _View:
 
 
 def _fill(view: _View) -> Move | None:
-    """Sends a peer that is nowhere the lowest to where it fills most; of several the one that is missed least."""
+    """Sends a peer that is nowhere the lowest to where it fills most; of several the one with the most replicas."""
     free = np.flatnonzero(~view.lowest & (view.length > 0))
     if not len(free):
         return None
     holes = np.concatenate([[0], np.cumsum(view.planned == 0)])
     most = np.array([0, *((holes[size:] - holes[:-size]).max() for size in range(1, view.num_blocks + 1))])
-    least = _range_minima(view.planned)
-    spare = least[view.serving.start, view.serving.end][free] - view.rate[free]
+    spare = _range_minima(view.replicas)[view.serving.start, view.serving.end][free]
     peer = int(free[np.lexsort((free, -spare, -most[view.length[free]]))[0]])
     span = best_span(view.without(peer), view.num_blocks, int(view.length[peer]))
     return Move(view.serving.ids[peer], *span)
@@ -166,7 +170,7 @@ def _shift(view: _View) -> Move | None:
     a hole, one that brings spare replicas nearer to a hole: a row of such moves shifts spare memory to where it lacks.
     """
     served = sum_per_block(view.serving.start, view.serving.end, np.ones(len(view.rate)), view.num_blocks)
-    planned = sum_per_block(view.all.start, view.all.end, np.ones(len(view.all.ids)), view.num_blocks)
+    planned = view.replicas
     blocks = np.arange(view.num_blocks)
     nothing = view.num_blocks + 1
     best = int((planned == 0).sum()), int(_distance_to_holes(planned[None, :])[0]), False

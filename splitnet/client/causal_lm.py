@@ -12,21 +12,18 @@ from typing import Any
 import torch
 from transformers import GenerationMixin, StoppingCriteria
 
-from splitnet.client.cache import ModelSession, RemoteCache
+from splitnet.client.cache import Conversation, ModelSession, RemoteCache
 from splitnet.client.cached_blocks import Exchange
-from splitnet.client.conversation import Conversation, tokens_of
-from splitnet.client.local_adapters import Prefixes
+from splitnet.client.local_adapters import Prefixes, prompt_wrapper, with_trained_prompt
 from splitnet.client.local_blocks import Blocks
 from splitnet.client.mixed_session import MixedSession
 from splitnet.client.options import CONNECTION, CausalOptions, takes
 from splitnet.client.parameters import Request, refuse
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.client.session import Session
-from splitnet.client.speculation.decoding import Decoding, Drafts
+from splitnet.client.speculation.decoding import Decoding, Drafts, Text
 from splitnet.client.speculation.speculator import Speculator
 from splitnet.client.swarm import Swarm
-from splitnet.client.text import Text
-from splitnet.client.trained_prompts import prompt_wrapper, with_trained_prompt
 from splitnet.errors import SplitnetError, UnsupportedModel
 from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.model.checkpoint import Checkpoint
@@ -168,7 +165,8 @@ class RemoteCausalLM(RemoteModel):
             raise refuse("use_cache", "=False and a cache exclude each other: leave out one of them")
         if speculate is not None:
             self._check_speculation(given, request, caches)
-        outer, self._local.drafts = self._local.drafts, self._speculator.drafts_by(speculate)
+        drafts = self._speculator.drafts_by(speculate) if speculate is not None else None
+        outer, self._local.drafts = self._local.drafts, drafts
         try:
             own_cache = caches and given.get("cache") is None
             return self._generate_with_own_cache(given) if own_cache else self._generate(given)
@@ -191,7 +189,7 @@ class RemoteCausalLM(RemoteModel):
         tokens: torch.Tensor | None = None
         try:
             output = self._generate(given)
-            tokens = tokens_of(output)
+            tokens = output if isinstance(output, torch.Tensor) else output.sequences
             return output
         except SplitnetError as error:
             if prompt is not None and progress.extends(prompt):

@@ -128,9 +128,9 @@ class Links:
 
     def _keep_open(self, endpoint: Endpoint, message: Message) -> bool:
         """Keeps the link for a message open; False if there are too many others."""
+        used = self._used.get(getattr(message, "session", b""), set())
         if isinstance(message, Open | Close):
             with self._lock:
-                used = self._used.get(message.session, set())
                 if isinstance(message, Close) and endpoint in used:
                     used.remove(endpoint)
                     self._pool.release(endpoint)
@@ -138,7 +138,7 @@ class Links:
                     if not self._pool.acquire(endpoint):
                         return False
                     used.add(endpoint)
-        return self._pool.touch(endpoint)
+        return endpoint in used or self._pool.touch(endpoint)
 
     def _tick(self) -> None:
         while True:

@@ -45,7 +45,7 @@ def choose_local_blocks(
             return 0.0
         needs = Needs(1, encodings, (first, blocks))
         try:
-            return swarm.cost_ms(needs, swarm.plan(needs))
+            return swarm.planner.cost_ms(needs, swarm.plan(needs))
         except (CoverageError, PeerBusy) as error:
             problem = error
             return None

@@ -10,13 +10,12 @@ import torch
 
 from splitnet.client.link_use import LinkUse
 from splitnet.client.local_blocks import Blocks, LocalBlocks, LocalRows, LocalSpan
-from splitnet.client.parts import cut_into_steps, keeping_all, kept_positions
 from splitnet.client.planner import Forecast
 from splitnet.client.route_hop import RouteHop
-from splitnet.client.session import Session
+from splitnet.client.session import Session, cut_into_steps
 from splitnet.client.session import UnderWay as SentThrough
 from splitnet.client.session_driver import Traffic
-from splitnet.client.session_state import Recovered
+from splitnet.client.session_events import Recovered
 from splitnet.model.adapters import Adapter
 from splitnet.net.messages import Fork, Part, Timing
 
@@ -190,10 +189,21 @@ class MixedSession:
         while piece.stage < len(self._stages):
             stage, last = self._stages[piece.stage], piece.stage + 1 == len(self._stages)
             if isinstance(stage, Session):
-                parts = piece.parts if last else keeping_all(piece.parts)
+                parts = piece.parts if last else _keeping_all(piece.parts)
                 piece.sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=len(piece.hidden))
                 return
             piece.hidden = stage.step(piece.hidden, piece.parts, piece.forks)
             if last:
-                piece.hidden = kept_positions(piece.hidden, piece.parts)
+                piece.hidden = _kept_positions(piece.hidden, piece.parts)
             piece.stage += 1
+
+
+def _keeping_all(parts: Sequence[Part]) -> list[Part]:
+    """The same positions, of which all come back: other blocks need them."""
+    return [part._replace(keep=part.length) for part in parts]
+
+
+def _kept_positions(output: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
+    """What comes back of the output of all positions, `[positions, hidden]`."""
+    pieces = output.split([part.length for part in parts])
+    return torch.cat([piece[part.length - part.keep :] for piece, part in zip(pieces, parts, strict=True)])

@@ -5,15 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 from scheduler.candidates import candidates
 from scheduler.cost import move_ms, route_ms
 from scheduler.encoding import Encoding
-from scheduler.network import CLIENT
+from scheduler.network import CLIENT, Network
 from scheduler.route import NoRoute, best_route
-from scheduler.swarm import Hop
+from scheduler.swarm import Hop, Peer
 from splitnet.client.survey import Survey
-from splitnet.errors import CoverageError, PeerBusy
+from splitnet.errors import CoverageError, PeerBusy, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.records import PeerRecord
 
@@ -119,9 +120,13 @@ class Planner:
     Args:
         survey: what is known.
         model_name: for errors.
+        look: the records of all peers as they are now.
     """
 
-    def __init__(self, survey: Survey, model_name: str) -> None:
+    def __init__(
+        self, survey: Survey, model_name: str, look: Callable[[], Sequence[PeerRecord]] = tuple[PeerRecord, ...]
+    ) -> None:
+        self._look = look
         self._survey = survey
         self._model_name = model_name
         self._random = random.Random()
@@ -187,49 +192,50 @@ class Planner:
         by_name = {record.key.text: record for record in records}
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
-    def forecast(
-        self, records: Sequence[PeerRecord], needs: Needs, hops: Sequence[PlannedHop], positions: int
-    ) -> Forecast:
-        """What a step of `positions` positions through `hops` takes."""
-        alone = replace(needs, positions=positions, in_flight=1)
-        latency_ms = self.cost_ms(records, alone, hops)
-        return Forecast(latency_ms, self.cost_ms(records, replace(alone, in_flight=2), hops) - latency_ms)
+    def forecasts(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int], Forecast]:
+        """What steps through `hops` take, by their positions and by what is known now."""
+        cost_ms = self._costs(needs, hops)
 
-    def cost_ms(
-        self,
-        records: Sequence[PeerRecord],
-        needs: Needs,
-        hops: Sequence[PlannedHop],
-    ) -> float:
-        """Ms of a usual step through `hops`."""
-        known = _with_hops(records, hops)
-        return route_ms(
-            [Hop(hop.name, hop.start, hop.end) for hop in hops],
-            {peer.id: peer for peer in self._survey.peers(known)},
-            self._survey.network(known),
-            positions=needs.positions,
-            encodings=needs.encodings,
-            in_flight=needs.in_flight,
+        @cache
+        def forecast(positions: int) -> Forecast:
+            latency_ms = cost_ms(positions, 1)
+            return Forecast(latency_ms, cost_ms(positions, 2) - latency_ms)
+
+        return forecast
+
+    def cost_ms(self, needs: Needs, hops: Sequence[PlannedHop]) -> float:
+        """Ms of a usual step through `hops` by what is known now."""
+        return self._costs(needs, hops)(needs.positions, needs.in_flight)
+
+    def _costs(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int, int], float]:
+        """Ms of steps through `hops`, by their positions and by how many are under way."""
+        named, peers, network = self._facts(hops)
+        return lambda positions, in_flight: route_ms(
+            named, peers, network, positions=positions, encodings=needs.encodings, in_flight=in_flight
         )
 
-    def move_ms(
-        self,
-        records: Sequence[PeerRecord],
-        needs: Needs,
-        before: PlannedHop | None,
-        hops: Sequence[PlannedHop],
-        cached: int,
-    ) -> float:
+    def move_ms(self, needs: Needs, before: PlannedHop | None, hops: Sequence[PlannedHop], cached: int) -> float:
         """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
-        known = _with_hops(records, [*([before] if before else []), *hops])
+        named, peers, network = self._facts([before, *hops] if before else hops)
         return move_ms(
-            [Hop(hop.name, hop.start, hop.end) for hop in hops],
-            {peer.id: peer for peer in self._survey.peers(known)},
-            self._survey.network(known),
+            named[1:] if before else named,
+            peers,
+            network,
             cached=cached,
             encodings=needs.encodings,
             source=before.name if before else CLIENT,
         )
+
+    def _facts(self, hops: Sequence[PlannedHop]) -> tuple[list[Hop], dict[str, Peer], Network]:
+        """Hops, with what they say of themselves now; of those that say nothing any more, what they said before."""
+        try:
+            now = self._look()
+        except SplitnetError:  # they may live all the same
+            now = []
+        planned = {hop.name: hop.record for hop in hops}
+        known = list((planned | {record.key.text: record for record in now if record.key.text in planned}).values())
+        named = [Hop(hop.name, hop.start, hop.end) for hop in hops]
+        return named, {peer.id: peer for peer in self._survey.peers(known)}, self._survey.network(known)
 
 
 def _names(ends: Ends) -> tuple[str, str]:
@@ -240,11 +246,6 @@ def _names(ends: Ends) -> tuple[str, str]:
 def _with_ends(records: Sequence[PeerRecord], ends: Ends) -> list[PeerRecord]:
     names = {record.key.text for record in records}
     return [*records, *(end for end in ends if end is not None and end.key.text not in names)]
-
-
-def _with_hops(records: Sequence[PeerRecord], hops: Sequence[PlannedHop]) -> list[PeerRecord]:
-    names = {record.key.text for record in records}
-    return [*records, *(hop.record for hop in hops if hop.name not in names)]
 
 
 def no_route_error(error: NoRoute, model_name: str, *, restricted: bool = False) -> CoverageError | PeerBusy:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from splitnet.client.planner import PlannedHop
 from splitnet.errors import ProtocolError
@@ -31,10 +31,10 @@ class RouteHop:
     """Of the adapter that it has taken over; 0: none."""
     lost: bool = False
     """It was given up, and is not replaced yet."""
+    endpoint: Endpoint = field(init=False)
 
-    @property
-    def endpoint(self) -> Endpoint:
-        return self.planned.endpoint
+    def __post_init__(self) -> None:
+        self.endpoint = self.planned.endpoint
 
     @property
     def name(self) -> str:
@@ -62,8 +62,9 @@ class RouteHop:
             self.relay_log = None  # what the hop pushes itself would be missing in it
 
     def log_relayed(self, step: Step, result: Result) -> None:
-        """Takes in what the client relays; a log that does not begin at the beginning is no use."""
-        if self.relay_log is None and not any(part.start for part in step.parts):
+        """Takes in what the client relays; a log is of use only from where the session holds nothing else."""
+        begins = step.forks == () or step.replay_until  # all rows are dropped, or sent again
+        if self.relay_log is None and begins and not any(part.start for part in step.parts):
             self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
         if self.relay_log is not None:
             try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from scheduler.replan import RouteWatch, changed_hops, move_pays
 from splitnet.client.link_codecs import LinkCodecs
@@ -13,7 +13,6 @@ from splitnet.client.session_events import AskRoute, Move, NoRoute, Planned
 from splitnet.client.swarm import Swarm
 from splitnet.errors import SplitnetError
 from splitnet.net.codecs import Codec
-from splitnet.net.sent_log import REPLAY_POSITIONS
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ class Routes:
         self._swarm = swarm
         self._codecs = codecs
         self._blocks = blocks
-        self._news = swarm.news
+        self._news = swarm.fresh_facts.news
         self._looked_at = 0.0
         self._route: list[PlannedHop] = []
 
@@ -58,7 +57,7 @@ class Routes:
             )
         except SplitnetError as error:
             return NoRoute(asked.number, error, self._present(), swarm.was_covered)
-        return Planned(asked.number, tuple(route), self._codecs_of(route), self._chunk_ms(route, needs))
+        return Planned(asked.number, tuple(route), self._codecs_of(route))
 
     def step_took(self, elapsed_ms: float) -> None:
         """Takes in the time of a decode step that had the route for itself."""
@@ -66,27 +65,30 @@ class Routes:
         if ratio is not None:
             self._swarm.survey.forecast_came(ratio)
 
-    def better(self, hops: Sequence[PlannedHop], needs: Needs, cached: int, steps_left: int) -> Move | None:
+    def better(
+        self, hops: Sequence[PlannedHop], needs_now: Callable[[], Needs], cached: int, steps_left: int
+    ) -> Move | None:
         """A route that pays for the move from `hops`, if there is a reason to look for one and it exists.
 
         Args:
             hops: the present route.
-            needs: of the session.
+            needs_now: of the session.
             cached: positions that new hops would have to be given.
             steps_left: decode steps that are expected at most.
         """
         swarm = self._swarm
         if self._route != list(hops):
             self._route = list(hops)
-            self.watch.begin(swarm.cost_ms(needs, hops))
+            self.watch.begin(swarm.planner.cost_ms(needs_now(), hops))
         now = time.monotonic()
         surprised = self.watch.surprised
-        if not (self._news != swarm.news or surprised) or now - self._looked_at < PAUSE_S:
+        if not (self._news != swarm.fresh_facts.news or surprised) or now - self._looked_at < PAUSE_S:
             return None
         if surprised:
             # What a hop took is known from the step. If it was one of the client's own links, that must be measured.
-            swarm.look_again([hops[0].record, hops[-1].record])
-        self._looked_at, self._news, self.watch.surprised = now, swarm.news, False
+            swarm.fresh_facts.look_again([hops[0].record, hops[-1].record])
+        self._looked_at, self._news, self.watch.surprised = now, swarm.fresh_facts.news, False
+        needs = needs_now()
         try:
             route = with_kept_hops(swarm.plan(needs, holders={hop.name for hop in hops}), hops)
         except SplitnetError as error:
@@ -94,11 +96,11 @@ class Routes:
             return None
         if route == list(hops):
             return None
-        current_ms = swarm.cost_ms(needs, hops)
+        current_ms = swarm.planner.cost_ms(needs, hops)
         # What is known of the present route was seen; what is known of the other was told, and may be too good.
-        new_ms = swarm.cost_ms(needs, route) * swarm.survey.prediction_error
+        new_ms = swarm.planner.cost_ms(needs, route) * swarm.survey.prediction_error
         before, changed = changed_hops(hops, route)
-        move_ms = swarm.move_ms(needs, before, changed, max(cached, 1))
+        move_ms = swarm.planner.move_ms(needs, before, changed, max(cached, 1))
         if not move_pays(current_ms, new_ms, move_ms, steps_left):
             return None
         log.info(
@@ -107,10 +109,7 @@ class Routes:
             current_ms,
             extra={"step_ms": round(new_ms, 1), "former_step_ms": round(current_ms, 1)},
         )
-        return Move(tuple(route), self._codecs_of(route), self._chunk_ms(route, needs))
-
-    def _chunk_ms(self, route: Sequence[PlannedHop], needs: Needs) -> float:
-        return self._swarm.forecast(needs, route, REPLAY_POSITIONS).latency_ms
+        return Move(tuple(route), self._codecs_of(route))
 
     def _codecs_of(self, route: Sequence[PlannedHop]) -> tuple[Codec, ...]:
         return (self._codecs.to(route[0]), *(self._codecs.after(route, index) for index in range(len(route))))

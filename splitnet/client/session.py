@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -14,7 +14,6 @@ from scheduler.packing import DECODE_POSITIONS
 from scheduler.prefill import SIZES, best_step
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.link_use import LinkUse, link_uses
-from splitnet.client.parts import cut_into_steps
 from splitnet.client.planner import Forecast
 from splitnet.client.requests import FetchRequest, StepRequest
 from splitnet.client.route_hop import RouteHop
@@ -160,8 +159,9 @@ class Session(SessionDriver):
         if not state.under_way and state.log is not None:
             self._improve_route()
         began, alone, repairs = time.perf_counter(), not state.under_way, len(self.recoveries)
-        size = step_positions or self.step_positions(len(hidden))
-        predicted_ms = self.forecast(min(size, len(hidden))).latency_ms if len(hidden) > DECODE_POSITIONS else 0.0
+        forecast = self.forecasts() if len(hidden) > DECODE_POSITIONS else None
+        size = step_positions or self.step_positions(len(hidden), forecast)
+        predicted_ms = forecast(min(size, len(hidden))).latency_ms if forecast is not None else 0.0
         codec = state.first_codec
         requests: list[StepRequest] = []
         offset = 0
@@ -243,15 +243,16 @@ class Session(SessionDriver):
 
     def forecast(self, positions: int) -> Forecast:
         """What a step of `positions` positions is expected to take on the open route."""
-        return self._swarm.forecast(self.needs, [hop.planned for hop in self.hops], positions)
+        return self.forecasts()(positions)
 
-    def step_positions(self, positions: int) -> int:
+    def step_positions(self, positions: int, forecast: Callable[[int], Forecast] | None = None) -> int:
         """The size of the steps that so many positions are cut into, which flow through the hops in a row."""
         if positions <= SIZES[0]:
             return positions
-        self.open(positions)
-        forecasts = {size: self.forecast(size) for size in {min(size, positions) for size in SIZES}}
-        size = best_step(positions, lambda count: forecasts[count].latency_ms, lambda count: forecasts[count].stage_ms)
+        if forecast is None:
+            self.open(positions)
+            forecast = self.forecasts()
+        size = best_step(positions, lambda n: forecast(n).latency_ms, lambda n: forecast(n).stage_ms)
         return min(size, MAX_PAYLOAD_BYTES // (4 * self._swarm.facts.hidden_size))
 
     def links(self) -> list[LinkUse]:
@@ -263,7 +264,7 @@ class Session(SessionDriver):
         state = self.state
         cached = state.log.positions if state.log is not None else 0
         planned = [hop.planned for hop in self.hops]
-        move = self._routes.better(planned, self.needs, cached, max(0, state.budget - cached))
+        move = self._routes.better(planned, lambda: self.needs, cached, max(0, state.budget - cached))
         if move is not None:
             self.feed(move)
             self.open()
@@ -310,3 +311,21 @@ class Session(SessionDriver):
         survey.hop_seen(hop.name, positions, timing.compute_us / 1000 / blocks, timing.wait_us / 1000)
         if timing.next_rtt_us and following is not None:
             survey.link_seen(hop.name, following.name, timing.next_rtt_us / 1000)
+
+
+def cut_into_steps(parts: Sequence[Part], limit: int) -> list[list[Part]]:
+    """Parts in steps of at most `limit` positions. What comes back are still the last `keep` of each whole part."""
+    steps: list[list[Part]] = [[]]
+    room = limit
+    for row, start, length, keep in parts:
+        begun = 0
+        while begun < length:
+            if not room:
+                steps.append([])
+                room = limit
+            taken = min(room, length - begun)
+            kept = max(0, min(taken, begun + taken - (length - keep)))
+            steps[-1].append(Part(row, start + begun, taken, kept))
+            begun += taken
+            room -= taken
+    return steps

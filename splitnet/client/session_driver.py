@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from scheduler.cost import positions_with_prompt
 from splitnet.client.bans import BAN_S
 from splitnet.client.link_codecs import LinkCodecs
-from splitnet.client.planner import Needs
+from splitnet.client.links import refusal
+from splitnet.client.planner import Forecast, Needs
 from splitnet.client.requests import Request
 from splitnet.client.route_hop import RouteHop
 from splitnet.client.routes import Routes
@@ -31,17 +32,20 @@ from splitnet.client.session_events import (
     LinkFailed,
     Note,
     Received,
+    Recovered,
     Send,
     Tick,
     Unban,
     Use,
 )
-from splitnet.client.session_state import Phase, Recovered, SessionState
-from splitnet.client.swarm import Swarm, refusal
+from splitnet.client.session_route import Phase
+from splitnet.client.session_state import SessionState
+from splitnet.client.swarm import Swarm
 from splitnet.errors import SessionClosed, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import SESSION_BYTES, Message, Open
 from splitnet.net.prober import Answer
+from splitnet.net.sent_log import REPLAY_POSITIONS
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +117,7 @@ class SessionDriver:
         self._handling = threading.RLock()
         self._is_handling = False
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
-        swarm.register(self)
+        swarm.links.register(self)
 
     @property
     def hops(self) -> list[RouteHop]:
@@ -129,6 +133,10 @@ class SessionDriver:
     def needs(self) -> Needs:
         """What the session wants of its route once it decodes."""
         return self._needs(0)
+
+    def forecasts(self) -> Callable[[int], Forecast]:
+        """What steps are expected to take on the route, by their positions."""
+        return self._swarm.planner.forecasts(self.needs, [hop.planned for hop in self.hops])
 
     def open(self, prompt: int = 0) -> None:
         """Plans a route and reserves memory on it; called by the first step at the latest.
@@ -152,12 +160,12 @@ class SessionDriver:
 
     def close(self) -> None:
         """Frees the memory on all hops; from any thread. A thread that uses the session gets `SessionClosed`."""
-        self._swarm.unregister(self)
+        self._swarm.links.unregister(self)
         self.feed(Close())
 
     def close_later(self) -> None:
-        """Has another thread do so within a second; the only way for finalizers, see `Swarm.close_later`."""
-        self._swarm.close_later(self)
+        """Has another thread do so within a second; the only way for finalizers, see `Links.close_later`."""
+        self._swarm.links.close_later(self)
 
     def deliver(self, source: Endpoint, message: Message) -> None:
         """Takes a message from the transport's thread."""
@@ -187,10 +195,10 @@ class SessionDriver:
         swarm = self._swarm
         match effect:
             case Send(endpoint, message):
-                if isinstance(message, Open) and (state := swarm.link_state(endpoint)).is_final:
+                if isinstance(message, Open) and (state := swarm.links.state(endpoint)).is_final:
                     self._events.append(LinkFailed(endpoint, refusal(endpoint, state)))
                 else:
-                    self.traffic.bytes_sent += swarm.send(endpoint, message)
+                    self.traffic.bytes_sent += swarm.links.send(endpoint, message)
             case AskAlive(endpoint):
                 swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
             case AskRoute():
@@ -223,6 +231,8 @@ class SessionDriver:
             if self._asked:
                 self.feed(self._routes.answer(self._asked.popleft(), self._needs(self._prompt)))
                 continue
+            if self.state.phase is Phase.REPLAYING and not self.state.chunk_ms:
+                self.state.chunk_ms = self.forecasts()(REPLAY_POSITIONS).latency_ms
             try:
                 self._changed.get(timeout=max(0.0, min(self.state.wake_at - time.monotonic(), threading.TIMEOUT_MAX)))
             except queue.Empty:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from splitnet.client.event_log import Kind
@@ -65,8 +66,6 @@ class Move:
 
     route: tuple[PlannedHop, ...]
     codecs: tuple[Codec, ...]
-    chunk_ms: float = 0.0
-    """See `Planned`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,13 +125,11 @@ class Planned:
     Attributes:
         number: of the question.
         codecs: of every link, one more than hops.
-        chunk_ms: what a step of `REPLAY_POSITIONS` positions is predicted to take; 0: not known.
     """
 
     number: int
     route: tuple[PlannedHop, ...]
     codecs: tuple[Codec, ...]
-    chunk_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,3 +232,34 @@ class Note:
 
 
 Effect = Send | AskAlive | AskRoute | Ban | Unban | Note
+
+
+class Cause(StrEnum):
+    """Why a route was repaired."""
+
+    LOST = "lost"
+    """A hop died, hangs, is cut off or answered nonsense."""
+    SESSION_LOST = "session_lost"
+    """A hop answers, but does not hold the session any more."""
+    LEAVING = "leaving"
+    """A hop has said that it is about to end or to move."""
+    BUSY = "busy"
+    """A hop ran out of memory."""
+    STALLED = "stalled"
+    """All hops live, but what was under way got lost between them."""
+    BETTER_ROUTE = "better_route"
+    """Nothing was lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recovered:
+    """One repair of a route."""
+
+    lost: tuple[str, ...]
+    """Why hops were replaced."""
+    opened_ms: float
+    """Until other peers were planned and had opened the session."""
+    total_ms: float
+    """Until they had the cache, and what was under way was sent again."""
+    cause: Cause
+    """Of the first hop that was replaced."""

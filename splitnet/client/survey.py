@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import median_low
 
-from scheduler.averages import MovingAverage
 from scheduler.network import CLIENT, Link, Network
 from scheduler.replan import prediction_error
 from scheduler.swarm import Peer, Speed
@@ -19,8 +20,8 @@ from splitnet.net.records import PeerRecord
 TRUST_S = 60.0
 """How long what was seen of a hop counts more than what it says."""
 
-SHARE = 0.5
-"""Weight of the latest step in the average."""
+STEPS = 3
+"""Of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop."""
 
 REMEASURE_S = 30.0
 
@@ -30,13 +31,13 @@ KEPT_TRIED = 4096
 
 @dataclass(slots=True)
 class _Seen:
-    """Averages over the decode steps that a hop has run for this client."""
+    """The latest decode steps that a hop has run for this client."""
 
     at: float
     positions: int = 1
     """Of the last one; most have the same number."""
-    block_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
-    wait_ms: MovingAverage = field(default_factory=lambda: MovingAverage(SHARE))
+    block_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
+    wait_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
 
 
 class Survey:
@@ -63,8 +64,8 @@ class Survey:
             if seen is None or now - seen.at >= TRUST_S:
                 seen = self._hops[key] = _Seen(now)
             seen.at, seen.positions = now, positions
-            seen.block_ms.add(block_ms)
-            seen.wait_ms.add(wait_ms)
+            seen.block_ms.append(block_ms)
+            seen.wait_ms.append(wait_ms)
 
     def link_seen(self, sender: str, receiver: str, rtt_ms: float) -> None:
         """Takes in the round trip between two hops."""
@@ -134,5 +135,12 @@ class Survey:
 def _corrected(peer: Peer, seen: _Seen | None) -> Peer:
     if seen is None:
         return peer
-    factor = seen.block_ms.value / max(peer.speed.at(seen.positions + peer.batch), 1e-6)
-    return replace(peer, speed=Speed(tuple(ms * factor for ms in peer.speed.block_ms)), queue_ms=seen.wait_ms.value)
+    told_ms = max(peer.speed.at(seen.positions + peer.batch), 1e-6)
+    factor = _usual(seen.block_ms, told_ms) / told_ms
+    queue_ms = _usual(seen.wait_ms, peer.queue_ms)
+    return replace(peer, speed=Speed(tuple(ms * factor for ms in peer.speed.block_ms)), queue_ms=queue_ms)
+
+
+def _usual(seen: Sequence[float], told: float) -> float:
+    """The median; before there are `STEPS` values, what the hop says is one of them."""
+    return median_low(seen if len(seen) == STEPS else [told, *seen])

@@ -12,22 +12,19 @@ from splitnet.client.bans import Bans
 from splitnet.client.event_log import EventLog
 from splitnet.client.fresh_facts import FreshFacts
 from splitnet.client.known_peers import KnownPeers
-from splitnet.client.links import Links, Subscriber, refusal
-from splitnet.client.planner import CLIENT_ENDS, Ends, Forecast, Needs, PlannedHop, Planner
+from splitnet.client.links import Links
+from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import STRICT_VERSIONS
 from splitnet.net.identity import Identity, PublicKey
-from splitnet.net.messages import Message
 from splitnet.net.prober import Answer
 from splitnet.net.records import PeerRecord
 
 if TYPE_CHECKING:
     from splitnet.model.checkpoint import Checkpoint
-
-__all__ = ["ModelFacts", "Subscriber", "Swarm", "refusal"]
 
 UNBAN_S = 0.5
 """In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
@@ -67,6 +64,9 @@ class Swarm:
 
     Attributes:
         survey: what is known of peers and links.
+        links: the client's own.
+        fresh_facts: keeps `survey` fresh.
+        planner: predicts what routes take.
         events: what has happened to peers and routes lately.
         was_covered: all blocks were served at some time.
 
@@ -81,33 +81,24 @@ class Swarm:
         self.events = EventLog()
         self.was_covered = False
         self._bans = Bans()
-        self._planner = Planner(self.survey, facts.name)
+        self.planner = Planner(self.survey, facts.name, self.peers)
         self._directory = Directory.start(initial_peers=initial_peers, listen=None)
-        self._links = Links(self.identity)
-        self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.link_state)
-        self._fresh_facts = FreshFacts(self._known, self.survey, self._links.prober, lambda: self._links.has_sessions)
+        self.links = Links(self.identity)
+        self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.links.state)
+        self.fresh_facts = FreshFacts(self._known, self.survey, self.links.prober, lambda: self.links.has_sessions)
 
     def close(self) -> None:
         """Closes all sessions and leaves."""
-        self._fresh_facts.stop()
-        self._links.close()
+        self.fresh_facts.stop()
+        self.links.close()
         self._directory.close()
-        self._fresh_facts.close()
-
-    def close_sessions(self) -> None:
-        """Closes all sessions; others may be opened after it."""
-        self._links.close_sessions()
+        self.fresh_facts.close()
 
     def __enter__(self) -> Swarm:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def news(self) -> int:
-        """Counts up when `survey` was refreshed."""
-        return self._fresh_facts.news
 
     def peers(self, *, fresh: bool = False) -> list[PeerRecord]:
         """Peers that serve this model and speak this protocol, see `KnownPeers.look`.
@@ -146,35 +137,19 @@ class Swarm:
         part = blocks or needs.blocks
         try:
             records, restricted = self._usable(exclude, fresh=fresh)
-            route = self._planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+            route = self.planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
             for _ in range(MAX_PROBED_ROUTES):
                 # Of many peers only some links are measured. Those that the client would use are, before it does.
                 own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
-                if not self._fresh_facts.measure(self.survey.unknown(own)):
+                if not self.fresh_facts.measure(self.survey.unknown(own)):
                     break
-                route = self._planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+                route = self.planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
             self.was_covered |= part == needs.blocks
             return route
         except (CoverageError, PeerBusy):
             if fresh:
                 raise
             return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=True)
-
-    def look_again(self, suspects: Sequence[PeerRecord]) -> None:
-        """Refreshes the facts soon, in the background; the links to `suspects` are measured in any case."""
-        self._fresh_facts.look_again(suspects)
-
-    def cost_ms(self, needs: Needs, hops: Sequence[PlannedHop]) -> float:
-        """Ms of a usual step through `hops` by what is known now."""
-        return self._planner.cost_ms(self.peers(), needs, hops)
-
-    def move_ms(self, needs: Needs, before: PlannedHop | None, hops: Sequence[PlannedHop], cached: int) -> float:
-        """Ms until `hops`, which follow `before` (None: the client), hold the KV cache of `cached` positions."""
-        return self._planner.move_ms(self.peers(), needs, before, hops, cached)
-
-    def forecast(self, needs: Needs, hops: Sequence[PlannedHop], positions: int) -> Forecast:
-        """What a step of `positions` positions through `hops` takes, by what is known now."""
-        return self._planner.forecast(self.peers(), needs, hops, positions)
 
     def ban(self, key: str, seconds: float, *, leaves: bool = False) -> None:
         """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""
@@ -192,8 +167,8 @@ class Swarm:
         """
         records = self.peers(fresh=True)
         tried = {record.endpoint for record in self._bans.may_be_unbanned(records)}
-        lost = {record.endpoint for record in records if self.link_state(record.endpoint) is LinkState.DOWN}
-        for endpoint in tried & self._links.prober.measure(tried | lost, UNBAN_S).keys():
+        lost = {record.endpoint for record in records if self.links.state(record.endpoint) is LinkState.DOWN}
+        for endpoint in tried & self.links.prober.measure(tried | lost, UNBAN_S).keys():
             self._bans.lift(endpoint.key.text)
 
     def link(self, sender: PeerRecord | None, receiver: PeerRecord | None) -> Link:
@@ -201,26 +176,6 @@ class Swarm:
         records = [record for record in (sender, receiver) if record is not None]
         names = [record.key.text if record is not None else CLIENT for record in (sender, receiver)]
         return self.survey.network(records).link(*names)
-
-    def link_state(self, endpoint: Endpoint) -> LinkState:
-        """State of the link to a peer; of one that was closed, for a minute, how it had failed."""
-        return self._links.state(endpoint)
-
-    def send(self, endpoint: Endpoint, message: Message) -> int:
-        """Sends a message and returns its size in bytes; see `Links.send`."""
-        return self._links.send(endpoint, message)
-
-    def register(self, session: Subscriber) -> None:
-        """Hands over to a session what comes for it."""
-        self._links.register(session)
-
-    def unregister(self, session: Subscriber) -> None:
-        """Undoes `register`."""
-        self._links.unregister(session)
-
-    def close_later(self, session: Subscriber) -> None:
-        """Has another thread close a session within a second. Finalizers may call it: it waits for no lock."""
-        self._links.close_later(session)
 
     def ping(self, endpoint: Endpoint, session: bytes = b"") -> Future[Answer]:
         """Asks a peer for a sign of life; the future stays undone if none comes.
@@ -232,20 +187,16 @@ class Swarm:
         """
         record = self._known.find(endpoint.key)
         asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
-        return self._links.prober.ping(endpoint, session=asked)
-
-    def rtt_ms(self, endpoint: Endpoint) -> float:
-        """The round trip to a peer as its last pings tell; 0: not measured."""
-        return self._links.prober.rtt_ms(endpoint)
+        return self.links.prober.ping(endpoint, session=asked)
 
     def _usable(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], bool]:
         """Peers that a route may go through, and whether there are others."""
         excluded = set(exclude) | self._bans.keys()
         present = self.peers(fresh=fresh)
         records = [record for record in present if record.key.text not in excluded]
-        self._fresh_facts.measure_first(records)
+        self.fresh_facts.measure_first(records)
         # A record outlives a peer that was killed; whom the client cannot connect to cannot serve it.
         usable = [
-            record for record in records if record.serves and self.link_state(record.endpoint) is not LinkState.DOWN
+            record for record in records if record.serves and self.links.state(record.endpoint) is not LinkState.DOWN
         ]
         return usable, len(usable) < len(present)

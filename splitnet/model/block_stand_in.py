@@ -1,8 +1,8 @@
-"""A module that stands for all blocks of a model, and what can be found out about a model with it."""
+"""What stands in a model for all of its blocks, and what can be found out about a model with it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,6 +35,30 @@ class AllBlocks(nn.Module):
         """`[batch, sequence, hidden]` -> `[batch, sequence, hidden]`."""
         output = self.blocks(hidden_states)
         return (output,) if self._returns_tuple else output
+
+
+class BlockList(nn.ModuleList):
+    """In the place of the list of blocks: to the model's own code one module, to whoever looks for layers the outline.
+
+    Args:
+        all_blocks: called in the place of every block.
+        outlines: of each block.
+    """
+
+    def __init__(self, all_blocks: nn.Module, outlines: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.__dict__["_called"] = [all_blocks]
+        for index, outline in enumerate(outlines):
+            self.add_module(str(index), outline)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        return iter(self.__dict__["_called"])
+
+    def __len__(self) -> int:
+        return len(self.__dict__["_called"])
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.__dict__["_called"][index]
 
 
 def blocks_return_tuple(model: PreTrainedModel, container: str) -> bool:

@@ -1,12 +1,11 @@
-"""Where the blocks of a model were: one module that runs them all, and an outline of their linear layers.
+"""An outline of the linear layers of blocks that are elsewhere.
 
-The outline has the names and sizes of the layers and no weights. It is what libraries look through that put adapters on
+It has the names and sizes of the layers and no weights. It is what libraries look through that put adapters on
 layers by name, such as PEFT; what they put there, the client hands to the peers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,30 +40,6 @@ class RemoteConv1D(Conv1D):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Raises RuntimeError."""
         raise RuntimeError("the weights of this layer are on the peers")
-
-
-class BlockList(nn.ModuleList):
-    """In the place of the list of blocks: to the model's own code one module, to whoever looks for layers the outline.
-
-    Args:
-        all_blocks: called in the place of every block.
-        outlines: of each block.
-    """
-
-    def __init__(self, all_blocks: nn.Module, outlines: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.__dict__["_called"] = [all_blocks]
-        for index, outline in enumerate(outlines):
-            self.add_module(str(index), outline)
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        return iter(self.__dict__["_called"])
-
-    def __len__(self) -> int:
-        return len(self.__dict__["_called"])
-
-    def __getitem__(self, index: Any) -> Any:
-        return self.__dict__["_called"][index]
 
 
 def outline_of(block: nn.Module, dtype: torch.dtype) -> nn.Module:

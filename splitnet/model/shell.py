@@ -11,12 +11,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitnet.model.attention import PACKED
 from splitnet.model.backbone import causal_class, classifier_class, find_container, load_cut, loaded_as, parent_of
-from splitnet.model.block_stand_in import AllBlocks, blocks_return_tuple
+from splitnet.model.block_stand_in import AllBlocks, BlockList, blocks_return_tuple
 from splitnet.model.checkpoint import OTHER_TOWERS, Checkpoint
 from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import packs_sequences
 from splitnet.model.head import hold_head
-from splitnet.model.outline import BlockList, outline_of
+from splitnet.model.outline import outline_of
 from splitnet.model.unexpected import check_none, ignored
 from splitnet.model.weights import choose_weights
 

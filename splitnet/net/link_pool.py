@@ -62,11 +62,12 @@ class LinkPool:
     def acquire(self, endpoint: Endpoint) -> bool:
         """Opens the link for one more user; False if too many others are in use."""
         with self._lock:
-            if endpoint not in self._users and not self._make_room(endpoint):
-                return False
+            if endpoint not in self._users:
+                if not self._make_room(endpoint):
+                    return False
+                if self._unused.pop(endpoint, None) is None:
+                    self._linking.connect(endpoint)
             self._users[endpoint] += 1
-            self._unused.pop(endpoint, None)
-            self._linking.connect(endpoint)
             return True
 
     def release(self, endpoint: Endpoint) -> None:

@@ -112,7 +112,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         present = [
             facts_of(record)
             for record in swarm.peers()
-            if record.serves and swarm.link_state(Endpoint(record.address, record.key)) is not LinkState.DOWN
+            if record.serves and swarm.links.state(Endpoint(record.address, record.key)) is not LinkState.DOWN
         ]
         holes = missing_blocks(present, swarm.facts.num_blocks)
         if holes:

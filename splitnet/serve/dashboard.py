@@ -14,12 +14,12 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from splitnet.client.presence import PAUSE_S, Presence
 from splitnet.errors import SplitnetError
 from splitnet.net.records import PeerRecord
 from splitnet.serve.admission import Admission
 from splitnet.serve.events import EventStream
 from splitnet.serve.generation import Generations
+from splitnet.serve.presence import PAUSE_S, Presence
 from splitnet.serve.snapshot import snapshot
 from splitnet.serve.sse import framed
 

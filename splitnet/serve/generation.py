@@ -13,12 +13,12 @@ from transformers import GenerationConfig, StoppingCriteria
 
 from splitnet.client.cache import RemoteCache
 from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.client.route_view import routes_of
 from splitnet.errors import PeerBusy, SessionClosed
 from splitnet.serve.choice import Choice, Piece
 from splitnet.serve.grammars import AllowedTokens, Grammar
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
 from splitnet.serve.progress import Progress, ProgressLog
+from splitnet.serve.route_view import routes_of
 from splitnet.serve.sampling import Sampling, ScoredToken, TokenChooser, score_tokens
 from splitnet.serve.session_watch import Observer, SessionWatch
 

@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import splitnet
 from splitnet.client.causal_lm import RemoteCausalLM
-from splitnet.client.session_state import Cause, Recovered
+from splitnet.client.session_events import Cause, Recovered
 from splitnet.errors import SplitnetError
 from splitnet.net.messages import Timing
 from splitnet.serve.admission import Admission

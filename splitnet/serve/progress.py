@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from splitnet.client.route_view import RouteView
+from splitnet.serve.route_view import RouteView
 
 KEPT_ANSWERS = 64
 HISTORY_S = 300

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from splitnet.client.cache import RemoteCache
-from splitnet.client.session_state import Recovered
+from splitnet.client.session_events import Recovered
 from splitnet.net.messages import Timing
 
 

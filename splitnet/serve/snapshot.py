@@ -9,11 +9,11 @@ from typing import Any
 
 import splitnet
 from splitnet.client.overview import Overview, short_key, token_ms
-from splitnet.client.presence import Seen, State
 from splitnet.client.swarm import Swarm
 from splitnet.net.endpoints import Endpoint
 from splitnet.serve.admission import Admission
 from splitnet.serve.generation import Generations
+from splitnet.serve.presence import Seen, State
 from splitnet.serve.progress import Progress
 
 RATE_S = 5
@@ -78,7 +78,7 @@ def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
         "queue_ms": record.queue_ms if answer is None else answer.queue_ms,
         "sessions": record.sessions,
         "kv_free": record.kv_free_positions if answer is None else answer.kv_free_positions,
-        "delay_ms": swarm.rtt_ms(Endpoint(record.address, record.key)) / 2 or None,
+        "delay_ms": swarm.links.prober.rtt_ms(Endpoint(record.address, record.key)) / 2 or None,
         "version": record.version,
     }
 

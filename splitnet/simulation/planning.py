@@ -16,7 +16,6 @@ from splitnet.client.session_events import AskRoute, Move, NoRoute
 from splitnet.client.session_events import Planned as RoutePlanned
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.codecs import Codec, codec_by_name
-from splitnet.net.sent_log import REPLAY_POSITIONS
 from splitnet.simulation.directory import View
 from splitnet.simulation.identities import Identities, device_at
 from splitnet.simulation.node import Node
@@ -90,8 +89,7 @@ class Planning:
             known = self._view().records
             refused = {name for name in asked.excluded if self._identities.device(name) in known}
             return NoRoute(asked.number, error, frozenset(refused), was_covered=True), planned
-        chunk_ms = self._route_ms(session, route, REPLAY_POSITIONS)
-        return RoutePlanned(asked.number, tuple(route), _codecs(route), chunk_ms), planned
+        return RoutePlanned(asked.number, tuple(route), _codecs(route)), planned
 
     def better(self, session: Session) -> tuple[Move, Planned] | None:
         """A change of route that pays for the tokens that are left, or None."""
@@ -114,14 +112,11 @@ class Planning:
         if not move_pays(planned.present_ms, new_ms, planned.move_ms, session.request.output - session.tokens):
             return None
         route = with_kept_hops(self._hops(planned.hops), present)
-        return Move(tuple(route), _codecs(route), self._route_ms(session, route, REPLAY_POSITIONS)), planned
+        return Move(tuple(route), _codecs(route)), planned
 
     def step_ms(self, session: Session, positions: int) -> float:
         """What a step of so many positions is predicted to take on the present route; 0: not known."""
-        return self._route_ms(session, [hop.planned for hop in session.machine.hops], positions)
-
-    def _route_ms(self, session: Session, route: Sequence[PlannedHop], positions: int) -> float:
-        hops = [_named(hop) for hop in route]
+        hops = [_named(hop.planned) for hop in session.machine.hops]
         view = self._view()
         if any(hop.peer not in view.records for hop in hops):
             return 0.0

@@ -17,6 +17,7 @@ from splitnet.client.session_events import (
     AskAlive,
     AskRoute,
     Ban,
+    Cause,
     Close,
     Effect,
     Event,
@@ -29,10 +30,12 @@ from splitnet.client.session_events import (
     Unban,
     Use,
 )
-from splitnet.client.session_state import Cause, Phase, SessionState
+from splitnet.client.session_route import Phase
+from splitnet.client.session_state import SessionState
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Close as CloseMessage
 from splitnet.net.messages import Failure, FailureCode, Open, Part, Replay, Result, Step
+from splitnet.net.sent_log import REPLAY_POSITIONS
 from splitnet.simulation.clients import Client
 from splitnet.simulation.events import Events
 from splitnet.simulation.identities import MODEL, Identities, device_at
@@ -178,6 +181,8 @@ class Session:
                 self._perform(effect)
             if not self._pending and self.state == RUNNING:
                 self._go_on()
+        if self.machine.phase is Phase.REPLAYING and not self.machine.chunk_ms:
+            self.machine.chunk_ms = self._around.planning.step_ms(self, REPLAY_POSITIONS)
         self._handling = False
         self._arm()
 

@@ -89,7 +89,7 @@ class LocalSwarm:
         try:
             yield self
         finally:
-            self.client.close_sessions()
+            self.client.links.close_sessions()
 
     @contextmanager
     def newcomer(self) -> Iterator[LocalSwarm]:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from splitnet.client.session import Session
-from splitnet.client.session_state import Cause
+from splitnet.client.session_events import Cause
 from splitnet.errors import CoverageError, PeerBusy, PeerFailed, SessionClosed, WrongSwarm
 from splitnet.net.endpoints import Destination
 from splitnet.net.identity import Identity

@@ -73,7 +73,7 @@ def test_a_hop_is_replaced_while_the_directory_is_silent(
         directory.peers = directory.models = silent
         monkeypatch.setattr(known_peers, "RECORDS_MAX_AGE_S", 0.0)
         assert cache.session is not None
-        model.swarm._links._link_changed(cache.session.hops[1].endpoint, known_peers.LinkState.DOWN)
+        model.swarm.links._link_changed(cache.session.hops[1].endpoint, known_peers.LinkState.DOWN)
 
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(5, lose_a_hop))
@@ -103,7 +103,7 @@ def test_peers_tell_how_far_training_has_come(swarm: LocalSwarm) -> None:
     model(
         inputs_embeds=model.get_input_embeddings()(ids).detach().requires_grad_(), use_cache=False
     ).logits.sum().backward()
-    [session] = model.swarm._links._sessions
+    [session] = model.swarm.links._sessions
     done = [model.swarm.ping(peer.endpoint, session).result(20.0).done for peer in swarm.peers]
     # There and back through all spans; more if a busy machine made a hop so slow that it was replaced.
     assert sum(done) >= 2 * ids.numel() * len(SPANS), done
@@ -130,7 +130,7 @@ def test_a_cache_that_the_collector_frees_gives_back_the_memory_of_peers(swarm: 
     box.append(box)
     del output, box
     assert all(len(table) == 1 for table in held)
-    with model.swarm._links._transport._outbox.lock:  # as where an allocation in `Transport.send` wakes the collector
+    with model.swarm.links._transport._outbox.lock:  # as where an allocation in `Transport.send` wakes the collector
         gc.collect()
     for table in held:
         assert any(not len(table) or (table.wait_for_end(0.1) and not len(table)) for _ in range(100))

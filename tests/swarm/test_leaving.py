@@ -13,7 +13,7 @@ import torch
 from peers import session_service
 from peers.counters import SessionEnd
 from peers.daemon import Peer
-from splitnet.client.session_state import Cause
+from splitnet.client.session_events import Cause
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 

@@ -252,5 +252,5 @@ def test_a_tail_tells_nothing_of_other_hops(company: LocalSwarm, local: Any, mon
         # All are known by what they say of themselves.
         assert set(names) <= survey._hops.keys()
         for seen in survey._hops.values():
-            assert seen.wait_ms.value < 10_000 and seen.block_ms.value < 10_000
+            assert max(seen.wait_ms) < 10_000 and max(seen.block_ms) < 10_000
         assert all(rtt_ms < 10_000 for _, rtt_ms in survey._links.values())

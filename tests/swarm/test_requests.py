@@ -19,7 +19,7 @@ import splitnet
 from scheduler.speculation import Window
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.session import Session
-from splitnet.client.session_state import Phase
+from splitnet.client.session_route import Phase
 from splitnet.client.speculation.experience import Experience
 from splitnet.errors import AdapterError, SessionClosed, SplitnetError, UnsupportedParameter
 from tests.swarm.adapters import lora, wrapped

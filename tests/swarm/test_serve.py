@@ -258,6 +258,22 @@ def test_several_prompts_and_choices(serve: Serve, swarm: LocalSwarm) -> None:
     serve(does, keep=0)
 
 
+@pytest.mark.parametrize("choices", [5, 8, 16])
+def test_many_answers_to_a_short_prompt_fit(serve: Serve, choices: int) -> None:
+    async def does(server: Server) -> None:
+        short = {"prompt": "Bees fly", "max_tokens": 5}
+        alone = (await server.complete(**short))["choices"][0]["text"]
+        reply = await server.complete(**short, n=choices)
+        assert [choice["text"] for choice in reply["choices"]] == [alone] * choices
+        sampled = (await server.complete(**short, n=choices, temperature=1, seed=1))["choices"]
+        assert [choice["index"] for choice in sampled] == list(range(choices))
+        assert len({choice["text"] for choice in sampled}) > choices // 2
+        one = await server.complete(**short, temperature=1, seed=1)
+        assert one["choices"][0] == sampled[0]
+
+    serve(does, keep=0)
+
+
 def test_a_stream_says_what_the_whole_answer_says(serve: Serve) -> None:
     async def does(server: Server) -> None:
         body = {"max_tokens": 10, "logprobs": True, "top_logprobs": 1, "n": 2}

@@ -190,7 +190,7 @@ def test_a_long_step_may_take_as_long_as_it_goes_on(
 ) -> None:
     """A prompt in one step, then the same as a replay: nothing comes back until all of it is computed."""
     be_impatient(monkeypatch)
-    monkeypatch.setattr(Session, "step_positions", lambda _, positions: positions)
+    monkeypatch.setattr(Session, "step_positions", lambda _, positions, *__: positions)
     monkeypatch.setattr(engine, "PASS_POSITIONS", 64)
     ids = prompt(600)["input_ids"]
     with local_swarm(long_folder, [(0, 1), (1, 2), (1, 2)], node=node) as swarm:
@@ -242,7 +242,7 @@ def test_what_the_client_relayed_before_is_not_replayed_in_the_place_of_what_the
         def lose_the_tail() -> None:
             assert cache.session is not None
             model.swarm._bans._bans.clear()
-            model.swarm._links._link_changed(cache.session.hops[1].endpoint, LinkState.DOWN)
+            model.swarm.links._link_changed(cache.session.hops[1].endpoint, LinkState.DOWN)
 
         one, two, three = prompt(20)["input_ids"], prompt(28)["input_ids"][:, 20:], prompt(32)["input_ids"][:, 28:]
         with model.session(max_length=100) as cache:

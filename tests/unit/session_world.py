@@ -1,6 +1,7 @@
 """A world around a session's state machine: models of peers, links that lose and repeat, a planner, a clock.
 
 A block is a hash of all that came before, so a cache that is not what it should be gives another value from then on.
+In a `Kind.ROUGH` world anything may happen, so a request may fail. In the others it may not.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import random
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from functools import lru_cache
 from types import SimpleNamespace
 from typing import Any
@@ -38,8 +40,9 @@ from splitnet.client.session_events import (
     Tick,
     Unban,
 )
-from splitnet.client.session_state import Phase, SessionState
-from splitnet.errors import CoverageError, PeerLost, ProtocolError
+from splitnet.client.session_route import Phase
+from splitnet.client.session_state import SessionState
+from splitnet.errors import CoverageError, PeerLost, ProtocolError, SplitnetError
 from splitnet.model.adapters import Adapter, read_tensors
 from splitnet.net.codecs import codec_by_name
 from splitnet.net.endpoints import Endpoint
@@ -67,7 +70,7 @@ from splitnet.net.sent_log import SentLog
 
 SID = b"s" * 16
 BLOCKS = 4
-SPANS = [(0, 2), (0, 2), (2, 4), (2, 4), (0, 4), (1, 3), (3, 4)]
+SPANS = [(0, 2), (0, 2), (2, 4), (2, 4), (0, 4), (1, 3), (3, 4), (0, 1), (1, 2)]
 PLAIN = codec_by_name("none")
 SIZE = PLAIN.bytes_per_position(1)
 NOT_FINITE = b"\xff" * SIZE
@@ -141,6 +144,17 @@ def tags_of(which: Adapter | None) -> Tags:
         return (0,) * BLOCKS
     tag = int(next(iter(which.tensors.values())))
     return tuple(tag if which.within(block, block + 1) else 0 for block in range(BLOCKS))
+
+
+class Kind(Enum):
+    """What can happen in a world."""
+
+    ROUGH = "rough"
+    """Anything, at any time."""
+    CALM = "calm"
+    """Peers come and go and reach each other or not, and restart between requests. Nobody lies, nothing gets lost."""
+    LIAR = "liar"
+    """As calm, but all peers stay, and one of them begins to lie."""
 
 
 @dataclass
@@ -226,6 +240,7 @@ class PeerModel:
 
     def leave(self) -> None:
         """Takes no new sessions, and says so to the owner of the one that it holds."""
+        self.world.gone.add(self.name)
         for session, held in self.sessions.items() if not self.leaves else ():
             self.to_client(Failure(session, held.epoch, 0, FailureCode.LEAVING, "leaving"))
         self.leaves = True
@@ -310,10 +325,10 @@ class PeerModel:
             return
         if self.fault in Faulty.OTHERS and step.replay_until:
             if self.fault == "fails replays":
-                self.fail(step.epoch, step.number or self.world.last_replay(), FailureCode.INTERNAL)
+                self.fail(step.epoch, step.number or self.world.state.last_replay, FailureCode.INTERNAL)
                 return
             if self.fault == "forgets in replays":
-                self.fail(step.epoch, step.number or self.world.last_replay(), FailureCode.UNKNOWN_SESSION)
+                self.fail(step.epoch, step.number or self.world.state.last_replay, FailureCode.UNKNOWN_SESSION)
                 self.held = None
                 return
         try:
@@ -440,6 +455,8 @@ class Asked:
 
     request: StepRequest
     wanted: bytes
+    useless: int = 0
+    """Answers that the caller could not use."""
 
 
 @dataclass
@@ -481,12 +498,15 @@ class _Watched(SessionState):
 class World:
     """A session, its peers, and what is under way between them."""
 
-    def __init__(self, *, budget: int = 64, seed: int = 0) -> None:
+    def __init__(self, *, budget: int = 64, seed: int = 0, kind: Kind = Kind.ROUGH) -> None:
+        self.kind = kind
         self.now = 0.0
         self.peers = [PeerModel(self, index) for index in range(len(SPANS))]
         self.links: dict[tuple[str, str], deque[Any]] = {}
         self.apart: set[tuple[str, str]] = set()
         """Pairs that cannot reach each other."""
+        self.gone: set[str] = set()
+        """Names of peers that have died or left at some time."""
         self.banned: dict[str, float] = {}
         self.questions: deque[AskRoute] = deque()
         self.asked: list[Asked] = []
@@ -517,11 +537,15 @@ class World:
 
     def _distrusts(self) -> list[Event]:
         """The caller decodes what has come."""
-        return [
-            Distrust(each.request, self.state.tail, "answered with values that are not finite")
+        useless = [
+            each
             for each in self.asked
             if each.request.result is not None and NOT_FINITE in cut(each.request.result.payload)
         ]
+        for each in useless:
+            each.useless += 1
+        why = "answered with values that are not finite"
+        return [Distrust(each.request, self.state.tail, why) for each in useless]
 
     def _perform(self, effect: Effect) -> None:
         match effect:
@@ -533,6 +557,7 @@ class World:
                 self.questions.append(effect)
             case Ban(name, _):
                 self.banned[name] = self.now + BAN_S
+                assert self.kind is not Kind.CALM or name in self.gone, "a peer without fault was banned"
             case Unban(name):
                 self.banned.pop(name, None)
             case _:
@@ -690,10 +715,6 @@ class World:
         version = self.state.adapter_version if asked.adapter is not None else 0
         self.feed(GoBack(asked.batch, version))
 
-    def last_replay(self) -> int:
-        """The number that a replay at hand ends with."""
-        return max(self.state._replays, default=0)
-
     def new_row_id(self) -> int:
         return next(self._row_ids)
 
@@ -702,7 +723,13 @@ class World:
         dropped, self.asked = self.asked[index:], self.asked[:index]
         self.feed(Abandon(tuple(each.request.number for each in dropped)))
 
+    def can_spare(self, peer: PeerModel) -> bool:
+        """Whether the peers that never went away serve all blocks without it, and without each one more."""
+        stay = [each for each in self.peers if each.name not in self.gone and each is not peer]
+        return all(sum(each.span[0] <= block < each.span[1] for each in stay) > 1 for block in range(BLOCKS))
+
     def kill(self, peer: PeerModel) -> None:
+        self.gone.add(peer.name)
         peer.alive = False
         peer.forget()
         self.feed(LinkFailed(peer.endpoint, PeerLost("gone")))
@@ -723,10 +750,19 @@ class World:
             result = each.request.result
             if result is not None:
                 assert bytes(result.payload) == each.wanted, "a wrong value was delivered"
+            assert each.useless <= 2 or self.kind is not Kind.LIAR, "what is no use came once more"
         for asked in self.batches:
             self._check_batch(asked)
+        if self.kind is not Kind.ROUGH:
+            self._check_that_none_failed()
         if self.state.phase is Phase.CLOSED:
             assert not self.state.under_way and self.state.log is None
+
+    def _check_that_none_failed(self) -> None:
+        passes = (each for asked in self.batches for each in asked.batch.passes)
+        for request in (*(each.request for each in self.asked), *passes):
+            error = request.error  # of the base class: the caller's own doing
+            assert error is None or type(error) is SplitnetError, f"a request failed: {error!r}"
 
     def _check_batch(self, asked: AskedBatch) -> None:
         for each, output in zip(asked.batch.passes, asked.outputs, strict=True):

@@ -12,6 +12,7 @@ from scheduler.encoding import Encoding
 from scheduler.network import Link
 from splitnet.client import fresh_facts
 from splitnet.client import swarm as swarm_module
+from splitnet.client.links import Links
 from splitnet.client.planner import Needs
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
@@ -78,7 +79,7 @@ def directory(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
     fake = FakeDirectory()
     monkeypatch.setattr(swarm_module.Directory, "start", lambda **_: fake)
     monkeypatch.setattr(fresh_facts, "PING_TIMEOUT_S", 0.0)
-    monkeypatch.setattr(Swarm, "link_state", lambda self, endpoint: fake.states.get(endpoint, LinkState.CONNECTING))
+    monkeypatch.setattr(Links, "state", lambda self, endpoint: fake.states.get(endpoint, LinkState.CONNECTING))
     return fake
 
 
@@ -100,12 +101,12 @@ def test_only_peers_that_know_the_question_are_asked_about_a_session(
     peer, stranger = (Endpoint(record.address, record.key) for record in (directory.records[0], served()))
     swarm.peers()
     sent: list[Message] = []
-    monkeypatch.setattr(swarm._links._transport, "send", lambda _, frames: sent.append(decode(frames)))
+    monkeypatch.setattr(swarm.links._transport, "send", lambda _, frames: sent.append(decode(frames)))
     answers = [swarm.ping(endpoint, bytes(range(16))) for endpoint in (peer, stranger)]
     pings = [message for message in sent if isinstance(message, Ping)]
     assert [ping.session for ping in pings] == [asked, b""]
     for answer, endpoint, ping in zip(answers, (peer, stranger), pings, strict=True):
-        swarm._links._receive(endpoint, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
+        swarm.links._receive(endpoint, encode(Pong(ping.nonce, 1.0, 2, 3, 4, True)))
         assert answer.result().holds is (True if ping.session else None)
     assert (answers[0].result().waiting, answers[0].result().done) == (3, 4)
 
@@ -168,7 +169,7 @@ def test_banned_peers_and_those_that_were_lost_are_tried_again(
         tried.extend(endpoints)
         return {endpoint: Link(1.0, 1.0) for endpoint in tried if endpoint != silent.endpoint}
 
-    monkeypatch.setattr(swarm._links.prober, "measure", measure)
+    monkeypatch.setattr(swarm.links.prober, "measure", measure)
     swarm.unban_living()
     assert sorted(tried, key=str) == sorted((record.endpoint for record in (banned, silent, lost)), key=str)
     assert swarm._bans.keys() == {silent.key.text}

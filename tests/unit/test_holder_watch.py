@@ -85,7 +85,7 @@ class Swarm:
         self.own = record(0, 2, max_blocks=2)
         while self.own.key.text < max(other.key.text for other in self.others):  # the lowest may not leave at once
             self.own = record(0, 2, max_blocks=2)
-        self.published, self.moves = 0, list[tuple[int, int]]()
+        self.published, self.moves = 0, list[tuple[tuple[int, int], bool]]()
         self.relocation = Relocation(
             Mover(NUM_BLOCKS),
             watch,
@@ -93,11 +93,14 @@ class Swarm:
             own=lambda: self.own,
             others=lambda: self.others,
             publish=self.publish,
-            move=self.moves.append,
+            move=self.move,
         )
 
     def publish(self) -> None:
         self.published += 1
+
+    def move(self, span: tuple[int, int], urgent: bool) -> None:
+        self.moves.append((span, urgent))
 
 
 @pytest.fixture
@@ -115,7 +118,15 @@ def test_blocks_of_who_is_gone_are_taken_over(swarm: Swarm, links: Links, monkey
     swarm.watch.heard(endpoint_of(last), 0.0)
     clock.return_value = SILENT_S + 1
     assert swarm.relocation.reconsider()
-    assert swarm.moves == [(4, 6)]
+    assert swarm.moves == [((4, 6), True)]
+
+
+def test_where_peers_are_few_all_are_watched(swarm: Swarm, links: Links) -> None:
+    swarm.relocation.reconsider()
+    assert set(links.open) == {endpoint_of(peer) for peer in swarm.others}
+    swarm.others = [record(0, 6) for _ in range(MAX_WATCHED + 1)]
+    swarm.relocation.reconsider()
+    assert not links.open
 
 
 def test_who_renews_its_record_is_there_though_it_does_not_answer(

@@ -25,7 +25,7 @@ from peers.counters import Counters, Histogram
 from peers.metrics import PeerMetrics, Present
 from peers.metrics_server import MetricsServer
 from splitnet.cli.arguments import parse_host_port
-from splitnet.client.session_state import Cause, Recovered
+from splitnet.client.session_events import Cause, Recovered
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.net.endpoints import Connection, Endpoint
 from splitnet.net.identity import Identity

@@ -68,14 +68,44 @@ def test_several_servers_of_a_block_are_watched_as_they_may_die_at_once() -> Non
     assert {peer.key for peer in watched} == {others[1].key, others[2].key}
 
 
-def test_what_must_be_confirmed_waits_until_all_others_have_spoken_again() -> None:
-    # Blocks 4..5 are served by nobody, and the only peer that may move is the lowest at its blocks.
-    own, others = record(0, 0, 4, max_blocks=6), [record(1, 0, 4, max_blocks=0)]
+def test_who_watches_does_not_depend_on_speeds() -> None:
+    replicas = [record(number, 0, 3) for number in (0, 1, 2)]
+    last = record(3, 3, 6)
+    for fast in range(3):
+        speeds = [replace(peer, block_ms=RECORD.block_ms) for peer in replicas]
+        speeds[fast] = replace(replicas[fast], block_ms=tuple(ms / 10 for ms in RECORD.block_ms))
+        watching = [
+            own for own in speeds if Mover(NUM_BLOCKS).guarded(own, [*(p for p in speeds if p != own), last], NOW)
+        ]
+        assert [peer.key for peer in watching] == [IDENTITIES[1].public]
+
+
+def shifted() -> tuple[PeerRecord, PeerRecord, PeerRecord]:
+    """Blocks 5.. are served by nobody, and every peer is the lowest at a block of its own: the second is to go."""
+    return record(0, 0, 2), record(1, 1, 3), record(2, 3, 5)
+
+
+def test_what_must_be_confirmed_waits_until_all_have_spoken_that_could_leave_the_same_blocks() -> None:
+    beside, own, elsewhere = shifted()
     mover = Mover(NUM_BLOCKS)
-    assert mover.decide(own, others, NOW) is None
-    assert mover.intended is not None
-    assert mover.decide(own, others, NOW + 10) is None
-    later = [replace(peer, issued_at=NOW + 15) for peer in others]
+    assert mover.decide(own, [beside, elsewhere], NOW) is None
+    assert mover.lacking
     intended = mover.intended
-    assert mover.decide(own, later, NOW + 16) == intended
+    assert intended == (2, 4)
+    assert mover.decide(own, [beside, replace(elsewhere, issued_at=NOW + 5)], NOW + 10) is None
+    assert mover.decide(own, [replace(beside, issued_at=NOW + 5), elsewhere], NOW + 11) == intended
     assert mover.intended is None
+
+
+def test_nobody_is_waited_for_who_could_not_leave_the_same_blocks() -> None:
+    beside, own, elsewhere = shifted()
+    assert Mover(NUM_BLOCKS).decide(own, [replace(beside, max_blocks=0), elsewhere], NOW) == (2, 4)
+
+
+def test_blocks_to_which_somebody_is_on_the_way_are_not_lacking() -> None:
+    mover = Mover(NUM_BLOCKS)
+    own, there = record(2, 2, 4), record(0, 0, 2)
+    mover.decide(own, [there, record(3, 0, 2, moving_to=(4, 6), serves=False)], NOW)
+    assert not mover.lacking
+    mover.decide(own, [there], NOW)
+    assert mover.lacking

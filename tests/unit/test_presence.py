@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
 from splitnet.client.event_log import EventLog
 from splitnet.client.overview import Overview
-from splitnet.client.presence import ASKED_PEERS, PAUSE_S, SILENT_S, Presence, State
 from splitnet.client.swarm import Swarm
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.prober import Answer
 from splitnet.net.records import PeerRecord
+from splitnet.serve.presence import ASKED_PEERS, PAUSE_S, SILENT_S, Presence, State
 from tests.unit.test_client_swarm import FACTS, RECORD
 
 OTHER = dataclasses.replace(RECORD, key=Identity.generate().public, address="tcp://127.0.0.1:10", start=2, end=4)
@@ -31,10 +32,8 @@ class FakeSwarm:
         self.silent: set[Endpoint] = set()
         self.states: dict[Endpoint, LinkState] = {}
         self.pinged: list[Endpoint] = []
+        self.links = SimpleNamespace(state=lambda endpoint: self.states.get(endpoint, LinkState.UP))
         self.presence = Presence(cast(Swarm, self), clock=lambda: self.now)
-
-    def link_state(self, endpoint: Endpoint) -> LinkState:
-        return self.states.get(endpoint, LinkState.UP)
 
     def ping(self, endpoint: Endpoint) -> Future[Answer]:
         self.pinged.append(endpoint)

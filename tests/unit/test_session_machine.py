@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -12,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from splitnet.client.session_events import Received, Resize, Use, UseAdapter
-from splitnet.client.session_state import TRANSITIONS, Phase
+from splitnet.client.session_route import TRANSITIONS, Phase
 from splitnet.errors import PeerBusy
 from splitnet.net.messages import Failure, FailureCode, Fork
-from tests.unit.session_world import CLIENT, SPANS, Faulty, PeerModel, World, adapter, tags_of
+from tests.unit.session_world import CLIENT, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
 
 index = st.integers(0, 1 << 16)
 peer = st.integers(0, len(SPANS) - 1)
@@ -30,9 +31,14 @@ class Trouble(RuleBasedStateMachine):
 
     world: World
 
-    @initialize(seed=st.integers(0, 1 << 16), opens=st.booleans(), which=st.sampled_from(ADAPTERS))
-    def begin(self, seed: int, opens: bool, which: Any) -> None:
-        self.world = World(budget=64, seed=seed)
+    LIES: Sequence[str]
+    """What one peer may do wrong without that a request fails."""
+
+    @initialize(
+        kind=st.sampled_from(Kind), seed=st.integers(0, 1 << 16), opens=st.booleans(), which=st.sampled_from(ADAPTERS)
+    )
+    def begin(self, kind: Kind, seed: int, opens: bool, which: Any) -> None:
+        self.world = World(budget=64, seed=seed, kind=kind)
         if which is not None:
             self.world.feed(UseAdapter(which))
             self.world.tags = tags_of(which)
@@ -40,6 +46,10 @@ class Trouble(RuleBasedStateMachine):
             self.world.feed(Use())
             self.world.settle()
             self.check_that_it_works()
+
+    @property
+    def is_rough(self) -> bool:
+        return self.world.kind is Kind.ROUGH
 
     def _link(self, at: int) -> tuple[str, str]:
         links = self.world.busy_links()
@@ -62,7 +72,7 @@ class Trouble(RuleBasedStateMachine):
             if self.world.busy_links():
                 self.world.deliver(self._link(at + step))
 
-    @precondition(lambda self: self.world.busy_links())
+    @precondition(lambda self: self.is_rough and self.world.busy_links())
     @rule(at=index, what=st.sampled_from(["oldest", "newest", "repeat"]))
     def lose_or_repeat(self, at: int, what: str) -> None:
         if what == "repeat":
@@ -70,6 +80,7 @@ class Trouble(RuleBasedStateMachine):
         else:
             self.world.lose(self._link(at), newest=what == "newest")
 
+    @precondition(lambda self: self.is_rough or not self.world.busy_links())  # elsewhere no link is slow
     @precondition(lambda self: self.world.questions or self.world.state.wake_at < math.inf)
     @rule()
     def answer_or_wait(self) -> None:
@@ -91,14 +102,29 @@ class Trouble(RuleBasedStateMachine):
             first = at % (len(hops) - 1)
             self.world.apart ^= {(hops[first].name, hops[first + 1].name)}
 
-    @rule(at=index)
-    def part_or_join_and_reopen(self, at: int) -> None:
-        """The hop behind them has restarted, so the session finds out."""
+    @precondition(lambda self: self.is_rough or self.world.is_at_rest)
+    @rule(at=index, behind=st.booleans(), restarts=st.integers(1, 3))
+    def part_or_join_and_reopen(self, at: int, behind: bool, restarts: int) -> None:
+        """Hops from the first or the second of them on have restarted, so the session finds out."""
         hops = self.world.state.hops
         self.part_or_join(at)
         if len(hops) > 1:
-            self.world.at(hops[at % (len(hops) - 1) + 1].endpoint).forget()
+            first = at % (len(hops) - 1) + behind
+            for hop in hops[first : first + restarts]:
+                self.world.at(hop.endpoint).forget()
 
+    @precondition(lambda self: self.world.kind is Kind.CALM)
+    @rule(at=index, what=st.sampled_from(["kill", "leave"]))
+    def go_away(self, at: int, what: str) -> None:
+        """While others are left for all blocks."""
+        peer = self._peer(at)
+        if self.world.can_spare(peer):
+            if what == "kill":
+                self.world.kill(peer)
+            else:
+                peer.leave()
+
+    @precondition(lambda self: self.is_rough)
     @rule(at=index, what=st.sampled_from(["kill", "forget", "leave", "fill up", "start"]))
     def trouble(self, at: int, what: str) -> None:
         peer = self._peer(at)
@@ -115,6 +141,12 @@ class Trouble(RuleBasedStateMachine):
                 for each in self.world.peers:
                     each.alive, each.leaves, each.full = True, False, False
 
+    @precondition(lambda self: self.world.kind is Kind.LIAR and all(each.fault is None for each in self.world.peers))
+    @rule(at=index, lie=index)
+    def begin_to_lie(self, at: int, lie: int) -> None:
+        self._peer(at).fault = self.LIES[lie % len(self.LIES)]
+
+    @precondition(lambda self: self.is_rough)
     @rule(at=index, fault=st.sampled_from([None, *Faulty.KINDS, *Faulty.WITH_STEPS, *Faulty.OTHERS]))
     def misbehave(self, at: int, fault: str | None) -> None:
         for each in self.world.peers:
@@ -149,6 +181,8 @@ class Trouble(RuleBasedStateMachine):
 class Steps(Trouble):
     """A session with caches: prompts, tokens, windows, rewinds, forks."""
 
+    LIES = (*Faulty.KINDS, *Faulty.WITH_STEPS)
+
     @precondition(lambda self: self.world.ready and len(self.world.asked) < 12)
     @rule(length=st.integers(1, 3), keep=st.integers(0, 3))
     def prompt(self, length: int, keep: int) -> None:
@@ -166,6 +200,12 @@ class Steps(Trouble):
             self.world.submit([(row, len(self.world.rows[row]), length, 1)])
 
     @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
+    @rule(at=index, steps=st.integers(2, 12))
+    def window(self, at: int, steps: int) -> None:
+        for _ in range(steps):
+            self.go_on(at, 1)
+
+    @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
     @rule(at=index, back=st.integers(1, 3))
     def rewind(self, at: int, back: int) -> None:
         rows = list(self.world.rows)
@@ -175,9 +215,22 @@ class Steps(Trouble):
             for part in each.request.step.parts if not each.request.done and each.request.error is None else ():
                 if part.row == row and part.start < start < part.start + part.length:
                     start = part.start  # not inside of a step under way
+                if part.row == row and start < part.start + part.length and len(each.request.step.parts) > 1:
+                    return  # its other rows would end too
         self.world.submit([(row, start, 1, 1)])
 
+    @precondition(lambda self: self.world.is_at_rest and self.world.ready and self.world.rows)
+    @rule(at=index, turns=st.lists(st.integers(0, 1), min_size=2, max_size=4))
+    def part_and_join_by_turns(self, at: int, turns: list[int]) -> None:
+        """With a step after each, which goes on or takes the place of the last position."""
+        for back in turns:
+            self.part_or_join_and_reopen(at, behind=True, restarts=1)
+            if self.world.ready and self.world.rows and not self.world.restarts:
+                self.rewind(at, 1) if back else self.go_on(at, 1)
+            self.world.settle()
+
     @precondition(lambda self: self.world.ready and self.world.rows and not self.world.restarts)
+    @precondition(lambda self: self.is_rough)
     @rule(at=index, back=st.integers(1, 3))
     def rewind_and_lose(self, at: int, back: int) -> None:
         self.rewind(at, back)
@@ -223,6 +276,8 @@ class Steps(Trouble):
 
 class Passes(Trouble):
     """A session that trains: batches forward and back, with adapters that change."""
+
+    LIES = Faulty.KINDS
 
     @property
     def adapter(self) -> Any:
@@ -297,6 +352,108 @@ def test_what_hops_say_of_a_step_that_they_were_not_sent_is_nothing() -> None:
         world.feed(Received(liar, failure))
     world.settle()
     assert len(liars) == 2 and world.asked[0].request.done
+
+
+def test_what_hops_say_of_a_route_that_is_given_up_is_nothing() -> None:
+    """One that was let go does not know the session, which the hop before it passes on."""
+    world = World(seed=1, kind=Kind.CALM)
+    world.feed(Use())
+    world.settle()
+    world.submit([(None, 0, 2, 1)])
+    first, second = world.state.hops[:2]
+    world.submit([(world.asked[-1].request.step.parts[0].row, 2, 1, 1)])
+    world.at(second.endpoint).leave()
+    while world.state.phase is not Phase.PLANNING:
+        world.deliver((second.name, CLIENT))
+    for each in world.asked:
+        number = each.request.number
+        failure = Failure(world.state.session, world.state.epoch, number, FailureCode.UNKNOWN_SESSION, "")
+        world.feed(Received(first.endpoint, failure))
+    world.settle()
+    assert world.state.first == first.endpoint
+    assert all(each.request.done for each in world.asked)
+
+
+def test_hops_that_restart_between_adapters_stay() -> None:
+    world = World(seed=1, kind=Kind.CALM)
+    world.feed(Use())
+    world.settle()
+    route = world.state.endpoints()
+    for tag in range(1, 5):
+        for each in world.peers:
+            each.forget()
+        world.feed(UseAdapter(adapter(tag)))
+        world.settle()
+    assert world.state.endpoints() == route
+
+
+def test_what_is_relayed_of_a_new_row_alone_does_not_fill_the_next_hop() -> None:
+    world = World(seed=1, kind=Kind.CALM)
+    world.feed(Use())
+    world.settle()
+    row = world.new_row_id()
+    world.submit([(row, 0, 2, 1)])
+    world.settle()
+    first, second = world.state.hops[:2]
+    world.apart = {(first.name, second.name)}
+    world.feed(Resize(100))
+    world.settle()
+    assert world.state.hops[0].relayed
+    world.submit([(None, 0, 2, 1)])
+    world.settle()
+    world.at(second.endpoint).forget()
+    world.feed(Resize(120))
+    world.settle()
+    world.submit([(row, 2, 1, 1)])
+    world.settle()
+    assert world.asked[-1].request.done and not world.state.recoveries
+
+
+def test_what_is_relayed_of_a_replay_that_did_not_end_fills_no_hop() -> None:
+    world = World(seed=1, kind=Kind.CALM)
+    world.feed(Use())
+    world.settle()
+    rows = [world.new_row_id(), world.new_row_id()]
+    for row in rows:
+        world.submit([(row, 0, 2, 1)])
+    world.settle()
+    first, second = world.state.hops[:2]
+    world.apart = {(first.name, peer.name) for peer in world.peers}
+    world.at(second.endpoint).forget()
+    world.feed(Resize(100))
+    assert world.reaches(Phase.REPLAYING)
+    world.deliver((CLIENT, first.name))
+    world.deliver((first.name, CLIENT))
+    world.at(second.endpoint).leave()
+    world.settle()
+    assert world.state.endpoints() != [first.endpoint, second.endpoint]
+    world.submit([(rows[1], 2, 1, 1)])
+    world.settle()
+    assert world.asked[-1].request.done and len(world.state.recoveries) <= 1
+
+
+def test_a_step_does_not_undo_some_rows_of_one_under_way() -> None:
+    """Were that one lost, other rows would go on from what it was to replace."""
+    world = World(seed=1)
+    world.feed(Use())
+    world.settle()
+    row, new = world.new_row_id(), world.new_row_id()
+    world.submit([(row, 0, 3, 1)])
+    world.settle()
+    world.submit([(row, 3, 1, 1), (new, 3, 1, 1)], (Fork(row, row), Fork(new, row)))
+    world.settle()
+    world.submit([(row, 4, 2, 1)])
+    world.settle()
+    world.rows[row] = world.rows[row][:4]
+    world.submit([(row, 4, 1, 1), (new, 4, 1, 1)])
+    first = world.at(world.state.first).name
+    world.lose((CLIENT, first))
+    world.submit([(new, 1, 1, 1)])
+    refused = world.asked.pop()
+    assert refused.request.error is not None and "some rows" in str(refused.request.error)
+    world.submit([(row, 5, 1, 1)])
+    world.settle()
+    assert all(each.request.done for each in world.asked)
 
 
 def test_memory_that_is_refused_leaves_the_session_as_it_was() -> None:

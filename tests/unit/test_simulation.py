@@ -17,7 +17,8 @@ from scheduler.network import CLIENT
 from scheduler.packing import PASS_POSITIONS
 from scheduler.route import NoRoute, best_route
 from scheduler.swarm import Hop, Speed
-from splitnet.client.session_state import Cause, Phase
+from splitnet.client.session_events import Cause
+from splitnet.client.session_route import Phase
 from splitnet.simulation.chart import chart
 from splitnet.simulation.engine import Simulation
 from splitnet.simulation.events import Events

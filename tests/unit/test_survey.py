@@ -42,7 +42,8 @@ class TestSurvey:
     def test_what_was_seen_of_a_hop_counts_more_than_what_it_says(self) -> None:
         clock, peer = Clock(), record(queue_ms=1.0)
         survey = Survey(clock)
-        survey.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
+        for _ in range(2):
+            survey.hop_seen(peer.key.text, positions=1, block_ms=5.0, wait_ms=40.0)
         (seen,) = survey.peers([peer])
         assert seen.speed.at(1) == pytest.approx(5.0)
         # Slower by the same factor at all sizes.
@@ -57,12 +58,20 @@ class TestSurvey:
         (told,) = survey.peers([peer])
         assert (told.speed.at(1), told.queue_ms) == (peer.block_ms[0], 1.0)
 
-    def test_one_slow_step_is_not_all(self) -> None:
-        survey, peer = Survey(Clock()), record()
-        for block_ms in (1.0, 1.0, 1.0, 9.0):
-            survey.hop_seen(peer.key.text, positions=1, block_ms=block_ms, wait_ms=0.0)
-        (seen,) = survey.peers([peer])
-        assert 1.0 < seen.speed.at(1) < 9.0
+    @pytest.mark.parametrize("before", [0, 1, 2, 3])
+    def test_one_slow_step_says_nothing_of_a_hop_and_two_do(self, before: int) -> None:
+        survey, peer = Survey(Clock()), record(queue_ms=0.0)
+        told_ms = peer.block_ms[0]
+
+        def see(block_ms: float, wait_ms: float) -> tuple[float, float]:
+            survey.hop_seen(peer.key.text, positions=1, block_ms=block_ms, wait_ms=wait_ms)
+            (seen,) = survey.peers([peer])
+            return seen.speed.at(1), seen.queue_ms
+
+        for _ in range(before):
+            see(told_ms, 0.0)
+        assert see(100 * told_ms, 50.0) == pytest.approx((told_ms, 0.0))
+        assert see(100 * told_ms, 50.0) == pytest.approx((100 * told_ms, 50.0))
 
     def test_a_link_that_a_step_has_passed_replaces_what_is_told(self) -> None:
         clock, there = Clock(), record()

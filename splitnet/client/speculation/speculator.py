@@ -30,8 +30,8 @@ class Speculator:
         experiences = list(self._experiences.values())
         return sum(one.drafted for one in experiences), sum(one.accepted for one in experiences)
 
-    def drafts_by(self, speculate: Any) -> Drafts | None:
-        """Drafts for one text; None for None.
+    def drafts_by(self, speculate: Any) -> Drafts:
+        """Drafts for one text.
 
         Args:
             speculate: "prompt-lookup", or a causal LM of transformers with the same tokens.
@@ -39,8 +39,6 @@ class Speculator:
         Raises:
             SplitnetError: there are none by that.
         """
-        if speculate is None:
-            return None
         if isinstance(speculate, str) and speculate != PROMPT_LOOKUP:
             raise SplitnetError(f"cannot speculate by {speculate!r}: give {PROMPT_LOOKUP!r}, or a draft model")
         drafter: Drafter = PromptLookup() if speculate == PROMPT_LOOKUP else DraftModel(speculate, self._vocabulary)

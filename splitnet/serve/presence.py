@@ -99,7 +99,7 @@ class Presence:
         asked = self._asked[endpoint]
         if asked.future is not None and asked.future.done():
             asked.answer, asked.future = asked.future.result(), None
-        link = self._swarm.link_state(endpoint)
+        link = self._swarm.links.state(endpoint)
         if link is LinkState.REFUSED:
             return State.REFUSES, asked.answer
         is_due = now - asked.asked_at >= SILENT_S
