@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from splitnet.client.swarm import refusal
+from splitnet.client.links import refusal
 from splitnet.doctor.finding import Finding, failed, passed, warned
 from splitnet.doctor.links import PeerAnswer
 from splitnet.net.endpoints import Endpoint, LinkState

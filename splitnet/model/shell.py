@@ -16,6 +16,7 @@ from splitnet.model.backbone import (
     find_container,
     keep_configs,
     load_cut,
+    loaded_as,
     parent_of,
     slice_config,
 )
@@ -25,7 +26,7 @@ from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import packs_sequences
 from splitnet.model.head import hold_head
 from splitnet.model.outline import outline_of
-from splitnet.model.unexpected import check_none, ignored, not_taken
+from splitnet.model.unexpected import check_none, ignored
 from splitnet.model.weights import choose_weights
 
 
@@ -146,7 +147,10 @@ def check_all_is_taken(checkpoint: Checkpoint) -> None:
     facts = checkpoint.facts(names.values())
     with torch.device("meta"):
         model = model_class(copy.deepcopy(checkpoint.config))
-    left = not_taken(model, names)
+    parameters = model.state_dict()
+    loaded = loaded_as(model, names)
+    unknown = {name for name, parameter in loaded.items() if not {name, parameter} & parameters.keys()}
+    left = {names[name] for name in unknown - ignored(unknown, model)}
     # Biases of layers in codes may be zero, for which what loads them looks.
     weights = {name: facts.get(name.removesuffix("bias") + "weight") for name in left if name.endswith(".bias")}
     left -= {name for name, weight in weights.items() if weight is not None and weight.layout is not None}

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
-
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from splitnet.errors import UnsupportedModel
 
@@ -44,23 +41,3 @@ def check_none(names: Iterable[str], model_type: str) -> None:
             f"({', '.join(left[:SHOWN])}{more}): without them the model would be another one; take a checkpoint in "
             "transformers' format, or remove them if they are not meant to be used"
         )
-
-
-def not_taken(model: Any, names: Mapping[str, str]) -> set[str]:
-    """Names in the checkpoint of tensors that transformers would not load into a model.
-
-    Args:
-        model: the whole model; it may be on the meta device.
-        names: name to the model -> name in the checkpoint.
-    """
-    conversions = get_model_conversion_mapping(model)
-    renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
-    converters = [one for one in conversions if isinstance(one, WeightConverter)]
-    parameters = model.state_dict()
-    left = {
-        name
-        for name in sorted(names)
-        if name not in parameters
-        and rename_source_key(name, renamings, converters, model.base_model_prefix, parameters)[0] not in parameters
-    }
-    return {names[name] for name in left - ignored(left, model)}

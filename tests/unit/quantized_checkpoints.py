@@ -158,7 +158,7 @@ def _compressed(format: str, scales: torch.dtype = torch.float32, **options: Any
     return Scheme(settings | {"ignore": ["lm_head"], "quantization_status": "compressed"}, write)
 
 
-def _pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def pack_words(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """`[rows, columns]` -> `[rows, words]`: the codes of a row as one long number, lowest first, in words of int32."""
     rows: list[list[int]] = []
     for row in codes.tolist():
@@ -182,8 +182,8 @@ def _gptq(bits: int, *, symmetric: bool = False, permuted: bool = False, less: i
             index = index[torch.randperm(inputs)]
         stem = name.removesuffix("weight")
         stored = {
-            stem + "qweight": _pack(codes.T, bits).T,
-            stem + "qzeros": _pack((zeros - less) % 2**bits, bits),
+            stem + "qweight": pack_words(codes.T, bits).T,
+            stem + "qzeros": pack_words((zeros - less) % 2**bits, bits),
             stem + "scales": scales,
             stem + "g_idx": index.int(),
         }
@@ -199,7 +199,7 @@ def _awq(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torc
     scales = torch.rand(inputs // 32, outputs).half() / 16
 
     def pack(values: torch.Tensor) -> torch.Tensor:
-        return _pack(values.view(len(values), -1, 8)[:, :, list(AWQ_ORDER)].flatten(1), 4)
+        return pack_words(values.view(len(values), -1, 8)[:, :, list(AWQ_ORDER)].flatten(1), 4)
 
     stem = name.removesuffix("weight")
     stored = {stem + "qweight": pack(codes), stem + "qzeros": pack(zeros), stem + "scales": scales}

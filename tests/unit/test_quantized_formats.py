@@ -9,12 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized import unpack_from_int32
+from hypothesis import given
+from hypothesis import strategies as st
 
 from splitnet.errors import UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.packed_codes import unpack_words
 from splitnet.model.span import Part, Span
 from splitnet.model.stored import StoredTensor
-from tests.unit.quantized_checkpoints import SCHEMES, quantized_pair, tensors_of, write_checkpoint
+from tests.unit.quantized_checkpoints import SCHEMES, pack_words, quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 
 BITS = {
@@ -73,7 +77,7 @@ def test_weights_stand_for_what_the_format_says(
 
     if name in ROUNDED:
         return
-    span, whole = (Span.load(each, 0, each.num_blocks, dtype="float32") for each in (checkpoint, plain))
+    span, whole = (Span.load(each, 0, each.num_blocks, weights="float32") for each in (checkpoint, plain))
     hidden = torch.randn(5, checkpoint.hidden_size)
     found, wanted = (each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, whole))
     assert float((found - wanted).norm() / wanted.norm()) < 2e-3  # kernels round activations to 16 bits
@@ -178,6 +182,34 @@ def test_layers_may_be_quantized_in_different_ways(sources: dict[str, Path], tmp
             torch.testing.assert_close(read.floats() if isinstance(read, StoredTensor) else read, tensor)
 
 
+@given(bits=st.integers(1, 8), rows=st.integers(1, 3), columns=st.integers(1, 70), seed=st.integers(0, 2**16))
+def test_words_are_unpacked(bits: int, rows: int, columns: int, seed: int) -> None:
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(unpack_words(pack_words(codes, bits), bits, columns).long(), codes)
+
+
+def test_groups_of_permuted_inputs(sources: dict[str, Path], tmp_path: Path) -> None:
+    """As compressed-tensors stored them until 2026 ("actorder": "group")."""
+    folder, _ = quantized_pair(sources["llama"], tmp_path, "int4-zeros")
+    tensors, config = tensors_of(folder), json.loads((folder / "config.json").read_text())
+    name = "model.layers.0.mlp.up_proj.weight"
+    arguments = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    packed, zeros = tensors[name + "_packed"], tensors[name + "_zero_point"]
+    codes = unpack_from_int32(packed, 4, torch.Size((256, 128))).float()
+    shift = unpack_from_int32(zeros, 4, torch.Size((256, 4)), packed_dim=0).float()
+    order = torch.arange(128) // arguments["group_size"]
+    for index, coded in ((order, True), (torch.full((128,), -1), True), (order[torch.randperm(128)], False)):
+        stored = tensors | {name + "_g_idx": index.int()}
+        checkpoint = Checkpoint.open(write_checkpoint(tmp_path / str(index.tolist()[:9]), folder, stored, config))
+        assert (checkpoint.facts([name])[name].layout is not None) is coded
+        with checkpoint.load_tensors({name: name}, torch.float32) as lazy:
+            read = lazy[name][...]
+        assert isinstance(read, StoredTensor) is coded
+        of = order if coded else index
+        expected = (codes - shift[:, of]) * tensors[name + "_scale"][:, of]
+        torch.testing.assert_close(read.floats() if isinstance(read, StoredTensor) else read, expected)
+
+
 def test_fp8_experts_and_blocks_that_do_not_come_out_even(tmp_path: Path) -> None:
     """DeepSeek-V3: 128 x 128 blocks, a projection of 576 outputs, and an expert at a time in the file."""
     source = random_checkpoint(
@@ -242,14 +274,14 @@ def test_fp8_in_a_multimodal_wrapper(tmp_path: Path, sources: dict[str, Path]) -
     text = json.loads((folder / "config.json").read_text())
     quantization = text.pop("quantization_config")
     wrapped: dict[str, Path] = {}
-    for name, given in (("quantized", folder), ("plain", plain_folder)):
-        tensors = {f"language_model.{key}": tensor for key, tensor in tensors_of(given).items()}
+    for name, source in (("quantized", folder), ("plain", plain_folder)):
+        tensors = {f"language_model.{key}": tensor for key, tensor in tensors_of(source).items()}
         tensors["vision_tower.patch_conv.weight"] = torch.randn(8, 3, 4, 4)
         tensors["multi_modal_projector.linear_1.weight"] = torch.randn(8, 8)
         config = {"model_type": "mistral3", "architectures": ["Mistral3ForConditionalGeneration"]}
         config |= {"text_config": text, "vision_config": {"model_type": "pixtral"}}
         config |= {"quantization_config": quantization} if name == "quantized" else {}
-        wrapped[name] = write_checkpoint(tmp_path / "wrapped" / name, given, tensors, config)
+        wrapped[name] = write_checkpoint(tmp_path / "wrapped" / name, source, tensors, config)
     checkpoints = {name: Checkpoint.open(path) for name, path in wrapped.items()}
     assert checkpoints["quantized"].multimodal and checkpoints["quantized"].dtype == torch.float32
     spans = [Span.load(checkpoint, 0, 3) for checkpoint in checkpoints.values()]
