@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.gguf_config import ROPE_TENSORS, make_config
 from splitnet.model.gguf_families import OUTSIDE, Family, config_values, family_of
 from splitnet.model.gguf_file import GgufFile, GgufTensor
+from splitnet.model.gguf_tokenizer import read_tokenizer
 from splitnet.model.tensor_store import Progress, ReadBytes, TensorFacts
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
@@ -100,15 +101,15 @@ class GgufStore:
             samples[tensor.name] = f"{tensor.stored.name} {tensor.shape} ".encode() + ends
         return samples
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, **options: Any) -> Any:
         """See `TensorStore.tokenizer`."""
-        path = self._file.path
+        says = self._file.metadata.get
         try:
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            return read_tokenizer(self._file.path, says("tokenizer.ggml.model"), says("tokenizer.ggml.pre"), **options)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelNotFound(
-                f"transformers cannot make a tokenizer of what {self.name} says of it: give --tokenizer with the "
-                f"folder or the Hugging Face id of the original model ({error})"
+                f"no tokenizer can be made of what {self.name} says of it: give --tokenizer with the folder or the "
+                f"Hugging Face id of the original model ({error})"
             ) from error
 
     def generation_config(self) -> GenerationConfig | None:
