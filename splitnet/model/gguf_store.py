@@ -18,6 +18,7 @@ from splitnet.model.gguf_config import ROPE_TENSORS, make_config
 from splitnet.model.gguf_families import OUTSIDE, Family, config_values, family_of
 from splitnet.model.gguf_file import GgufFile, GgufTensor
 from splitnet.model.gguf_tokenizer import read_tokenizer
+from splitnet.model.stored import StoredTensor
 from splitnet.model.tensor_store import Progress, ReadBytes, TensorFacts
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
@@ -117,15 +118,17 @@ class GgufStore:
         return None
 
     def _facts(self, recipe: _Recipe) -> TensorFacts:
+        nbytes = sum(part.nbytes for part in recipe.parts)
+        layouts = [part.layout for part in recipe.parts]
+        if recipe.keeps_codes and None not in layouts:
+            tensor = self.read(recipe)  # of codes nothing is read before they are asked for
+            if isinstance(tensor, StoredTensor):
+                held = {matrix.layout for matrix in tensor.experts[0]}
+                widest = max(held, key=lambda layout: layout.nbytes(*tensor.experts[0][0].shape))
+                return TensorFacts(tuple(tensor.shape), tensor.dtype, widest, nbytes)
         meta = [torch.empty(part.shape, device="meta") for part in recipe.parts]
-        layouts = [part.layout for part in recipe.parts if part.layout is not None]
-        widest = max(layouts, key=lambda layout: layout.bits, default=None)
-        return TensorFacts(
-            tuple(recipe.make(self._config, *meta).shape),
-            recipe.parts[0].dtype if widest is None else torch.float32,
-            widest if recipe.keeps_codes and len(recipe.parts[0].shape) > 1 else None,
-            sum(part.nbytes for part in recipe.parts),
-        )
+        dtype = recipe.parts[0].dtype if layouts.count(None) == len(layouts) else torch.float32
+        return TensorFacts(tuple(recipe.make(self._config, *meta).shape), dtype, None, nbytes)
 
     @cached_property
     def _recipes(self) -> dict[str, _Recipe]:
