@@ -7,6 +7,8 @@ from typing import Any
 
 import transformers
 
+from splitnet.model.gguf_store import GgufStore
+
 
 class AutoTokenizer:
     """transformers' `AutoTokenizer`, which takes the path of a GGUF file as well."""
@@ -21,8 +23,8 @@ class AutoTokenizer:
 
         Raises:
             OSError, ValueError: there is none.
+            ModelNotFound: likewise, of a GGUF file.
         """
         if str(model).endswith(".gguf"):
-            path = Path(model).expanduser()
-            return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **options)
+            return GgufStore.open(model).tokenizer(**options)
         return transformers.AutoTokenizer.from_pretrained(model, **options)

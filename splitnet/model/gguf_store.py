@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.gguf_config import ROPE_TENSORS, make_config
 from splitnet.model.gguf_families import OUTSIDE, Family, config_values, family_of
 from splitnet.model.gguf_file import GgufFile, GgufTensor
+from splitnet.model.gguf_tokenizer import read_tokenizer
+from splitnet.model.stored import StoredTensor
 from splitnet.model.tensor_store import Progress, ReadBytes, TensorFacts
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
@@ -100,15 +102,15 @@ class GgufStore:
             samples[tensor.name] = f"{tensor.stored.name} {tensor.shape} ".encode() + ends
         return samples
 
-    def tokenizer(self) -> Any:
+    def tokenizer(self, **options: Any) -> Any:
         """See `TensorStore.tokenizer`."""
-        path = self._file.path
+        says = self._file.metadata.get
         try:
-            return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+            return read_tokenizer(self._file.path, says("tokenizer.ggml.model"), says("tokenizer.ggml.pre"), **options)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelNotFound(
-                f"transformers cannot make a tokenizer of what {self.name} says of it: give --tokenizer with the "
-                f"folder or the Hugging Face id of the original model ({error})"
+                f"no tokenizer can be made of what {self.name} says of it: give --tokenizer with the folder or the "
+                f"Hugging Face id of the original model ({error})"
             ) from error
 
     def generation_config(self) -> GenerationConfig | None:
@@ -116,15 +118,17 @@ class GgufStore:
         return None
 
     def _facts(self, recipe: _Recipe) -> TensorFacts:
+        nbytes = sum(part.nbytes for part in recipe.parts)
+        layouts = [part.layout for part in recipe.parts]
+        if recipe.keeps_codes and None not in layouts:
+            tensor = self.read(recipe)  # of codes nothing is read before they are asked for
+            if isinstance(tensor, StoredTensor):
+                held = {matrix.layout for matrix in tensor.experts[0]}
+                widest = max(held, key=lambda layout: layout.nbytes(*tensor.experts[0][0].shape))
+                return TensorFacts(tuple(tensor.shape), tensor.dtype, widest, nbytes)
         meta = [torch.empty(part.shape, device="meta") for part in recipe.parts]
-        layouts = [part.layout for part in recipe.parts if part.layout is not None]
-        widest = max(layouts, key=lambda layout: layout.bits, default=None)
-        return TensorFacts(
-            tuple(recipe.make(self._config, *meta).shape),
-            recipe.parts[0].dtype if widest is None else torch.float32,
-            widest if recipe.keeps_codes and len(recipe.parts[0].shape) > 1 else None,
-            sum(part.nbytes for part in recipe.parts),
-        )
+        dtype = recipe.parts[0].dtype if layouts.count(None) == len(layouts) else torch.float32
+        return TensorFacts(tuple(recipe.make(self._config, *meta).shape), dtype, None, nbytes)
 
     @cached_property
     def _recipes(self) -> dict[str, _Recipe]:

@@ -12,6 +12,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import splitnet
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.gguf_store import GgufStore
@@ -231,3 +232,36 @@ def test_files_that_are_no_model(tmp_path: Path) -> None:
     cut.write_bytes(whole.read_bytes()[:-4096])
     with pytest.raises(UnsupportedModel, match=r"cut\.gguf is not a complete GGUF file"):
         Checkpoint.open(cut)
+
+
+def test_the_tokenizer_of_a_file_and_another(tmp_path: Path) -> None:
+    def written(split: str) -> Path:
+        writer = gguf.GGUFWriter(tmp_path / f"{split}.gguf", "qwen2")
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(split)
+        writer.add_token_list(["<end>", "a", "b", "1", "2", "Ġ", "ab", "12"])
+        writer.add_token_types([3, 1, 1, 1, 1, 1, 1, 1])
+        writer.add_token_merges(["a b", "1 2"])
+        writer.add_eos_token_id(0)
+        writer.add_chat_template("{{ messages[0]['content'] }}<end>")
+        writer.add_tensor("token_embd.weight", torch.ones(8, 64).numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return tmp_path / f"{split}.gguf"
+
+    whole, digits = (splitnet.AutoTokenizer.from_pretrained(written(split)) for split in ("gpt-2", "smollm"))
+    assert whole("ab 12<end>").input_ids == [6, 5, 7, 0]
+    assert digits("ab 12<end>").input_ids == [6, 5, 3, 4, 0]
+    assert whole.eos_token == "<end>"
+    assert whole.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab<end>"
+    with pytest.raises(ModelNotFound, match=r"'mystery', which is not known"):
+        GgufStore.open(written("mystery")).tokenizer()
+
+    path = write_gguf(random_checkpoint("qwen2", tmp_path / "checkpoint"), tmp_path / "model.gguf")
+    with pytest.raises(ModelNotFound, match="give --tokenizer"):
+        Checkpoint.open(path).tokenizer()
+    whole.save_pretrained(tmp_path / "other")
+    other = Checkpoint.open(path, tokenizer=str(tmp_path / "other")).tokenizer()
+    assert other("ab 12<end>").input_ids == whole("ab 12<end>").input_ids

@@ -49,6 +49,47 @@ def test_a_parameter_keeps_its_codes_in_the_type_that_is_wished() -> None:
     assert parameter.dtype == torch.bfloat16
 
 
+def test_outputs_are_chosen_in_any_order() -> None:
+    first, second = stored(), stored(16)
+    order = torch.randperm(24)
+    joined = torch.cat([first, second])
+    assert same(joined.index_select(0, order), torch.cat([floats(first), floats(second)])[order])
+    experts = torch.stack([stored(), stored()])
+    assert same(experts.index_select(1, torch.tensor([7, 0])), floats(experts)[:, [7, 0]])
+    assert same(experts.index_select(0, torch.tensor([1, 0])), floats(experts)[[1, 0]])
+
+    codes = Codes(torch.randint(0, 256, (4, 64), dtype=torch.uint8), torch.rand(4, 2).half())
+    other = StoredTensor.of(StoredMatrix(Layout(8, 32, Kind.FLOAT16), (4, 64), lambda: codes))
+    mixed = torch.cat([stored(), other])
+    order = torch.tensor([11, 3, 4, 8, 9, 0])
+    chosen = mixed.index_select(0, order)
+    assert same(chosen, floats(mixed)[order])
+    assert isinstance(chosen, StoredTensor) and len(chosen.experts[0]) == 4  # runs of rows of the same layout
+
+
+def test_inputs_that_share_a_scale_stay_together() -> None:
+    given = stored(8, 128)
+    groups = torch.tensor([2, 0, 3, 1])
+    order = (groups[:, None] * 32 + torch.arange(32)).flatten()
+    assert same(given.index_select(1, order), floats(given)[:, order])
+    parted = given.index_select(1, order.flip(0))
+    assert type(parted) is torch.Tensor and torch.equal(parted, floats(given)[:, order.flip(0)])
+
+
+def test_steps_whose_unit_is_parted_become_numbers() -> None:
+    layout = Layout(4, 32, Kind.STEPS, Kind.STEPS)
+    codes = torch.randint(0, 16, (4, 512), dtype=torch.uint8)
+    steps = torch.randint(0, 64, (2, 4, 16), dtype=torch.uint8)
+    units = torch.rand(2, 4, 2).half()
+    whole = Codes(codes, steps[0], steps[1], units[0], -units[1])
+    given = StoredTensor.of(StoredMatrix(layout, (4, 512), lambda: whole))
+    for run, kind in ((256, Kind.STEPS), (128, Kind.FLOAT32)):
+        order = (torch.arange(512 // run).flip(0)[:, None] * run + torch.arange(run)).flatten()
+        chosen = given.index_select(1, order)
+        assert same(chosen, floats(given)[:, order])
+        assert isinstance(chosen, StoredTensor) and chosen.experts[0][0].layout.scale is kind
+
+
 def test_all_else_is_done_with_floats() -> None:
     given = stored()
     assert torch.equal(given + 1, floats(given) + 1)
