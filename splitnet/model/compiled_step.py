@@ -19,11 +19,12 @@ from torch import nn
 from splitnet.model import kernels
 from splitnet.model.attention import Part
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
-from splitnet.model.grouped_forms import CHUNK, GroupedForm
+from splitnet.model.grouped_forms import GroupedForm
 from splitnet.model.held_experts import HeldExperts
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.int8_forms import CompiledInt8
 from splitnet.model.lean_step import is_usual
+from splitnet.model.tiles import CHUNK
 
 MOST_POSITIONS = 16
 """In one step; with more, products of matrices are faster."""

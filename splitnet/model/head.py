@@ -20,17 +20,18 @@ from transformers import PreTrainedModel
 from splitnet.gathering import Gathering
 from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16
-from splitnet.model.grouped_forms import GroupedForm
+from splitnet.model.grouped_forms import GroupedForm, JoinedForm
 from splitnet.model.held_linear import HeldLinear, sizes_of
 from splitnet.model.int8_forms import CompiledInt8
 from splitnet.model.kernels import has_kernel_for, multiply_floats
+from splitnet.model.weight_form import WeightForm
 from splitnet.model.weights import Weights
 
 MOST_ROWS = 16
 """Of all threads together; with more, products of matrices are faster."""
 
 _ALONE_AS_TOGETHER = (CompiledBfloat16, CompiledFloat16, CompiledInt8)
-"""Forms with which a row gives the same whatever others are with it; where they have kernels, those in groups too."""
+"""Forms with which a row gives the same whatever others are with it."""
 
 
 @dataclass(slots=True)
@@ -143,12 +144,18 @@ class HeldHead(_Sharing, HeldLinear):
     """A head whose weight is held in another form."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        held = self.held
-        alone_as_together = held.has_fast_kernel if isinstance(held, GroupedForm) else type(held) in _ALONE_AS_TOGETHER
-        return self.shared(rows) if alone_as_together and len(rows) <= MOST_ROWS else held.multiply(rows)
+        if len(rows) > MOST_ROWS or not _alone_as_together(self.held):
+            return self.held.multiply(rows)
+        return self.shared(rows)
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
         return self.held.multiply(rows)
+
+
+def _alone_as_together(held: WeightForm) -> bool:
+    if isinstance(held, (GroupedForm, JoinedForm)):
+        return held.alone_as_together
+    return type(held) in _ALONE_AS_TOGETHER
 
 
 def hold_head(model: PreTrainedModel, weights: Weights) -> None:

@@ -75,7 +75,7 @@ def multiply_grouped(
     *,
     plainly: bool = False,
 ) -> None:
-    """`[rows, inputs]` times weights in tiles, `[outputs, inputs]`; see `splitnet.model.grouped_forms`.
+    """`[rows, inputs]` times weights in tiles, `[outputs, inputs]`; see `splitnet.model.tiles`.
 
     The rows are rounded as for `multiply_int8` where codes stand for integers.
 

@@ -11,7 +11,7 @@ from splitnet.errors import UnsupportedModel
 from splitnet.model import grouped_forms
 from splitnet.model.grouped_forms import ExpertForm, GroupedForm, JoinedForm, held_bytes, hold_experts, hold_stored
 from splitnet.model.kernels import Kernels, kernels_here, multiply_grouped
-from splitnet.model.stored import Kind, Layout, StoredMatrix, StoredTensor, number_of
+from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor, number_of
 from tests.unit.random_codes import LAYOUTS, codes_of, matrix_of
 
 CPU = torch.device("cpu")
@@ -146,12 +146,14 @@ def test_experts(way: str, first: Layout, second: Layout, outputs: int, seed: in
     assert torch.allclose(products, torch.cat(alone), rtol=1e-4, atol=1e-3)
 
 
-def test_an_expert_that_does_not_exist_is_refused() -> None:
+def test_an_expert_that_does_not_exist_is_refused(way: str) -> None:
     matrices = [[matrix_of(LAYOUTS["Q4_0"], 16, 64, seed)] for seed in range(3)]
     held = hold_experts(StoredTensor.__new__(StoredTensor, matrices, stacked=True), CPU)
     for index in (3, -1):
         with pytest.raises(IndexError):
             held.multiply(torch.randn(2, 64), torch.tensor([0, index]))
+        with pytest.raises(IndexError):
+            held.dequantised(index, torch.float32)
 
 
 def test_experts_that_differ_are_refused() -> None:
@@ -164,6 +166,13 @@ def test_experts_that_differ_are_refused() -> None:
 def test_other_layouts_are_refused_by_name(layout: Layout) -> None:
     with pytest.raises(UnsupportedModel, match=f"bits={layout.bits}"):
         held_bytes(layout, 16, 64)
+
+
+def test_scales_of_another_type_than_the_layout_says_are_refused() -> None:
+    codes = codes_of(LAYOUTS["Q4_0"], 16, 64, 1)
+    wrong = Codes(codes.codes, codes.scales.bfloat16())
+    with pytest.raises(ValueError, match="float16"):
+        hold_stored([StoredMatrix(LAYOUTS["Q4_0"], (16, 64), lambda: wrong)], CPU)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])

@@ -1,4 +1,4 @@
-/* Products with weights in the codes of a checkpoint; see splitnet/model/grouped_forms.py for how they lie.
+/* Products with weights in the codes of a checkpoint; see splitnet/model/tiles.py for how they lie.
 
 `value(code) * scale + zero` of a group of inputs is taken apart: scale times the product of the codes, plus zero times
 the sum of the row. Codes that stand for integers are multiplied as bytes without sign, others as floats. */
