@@ -104,9 +104,9 @@ def test_a_session_belongs_to_the_key_that_opened_it(folder: Path) -> None:
         # The thief knows the id and everything else of the session.
         stolen = Session(thief, budget=16, codec="none", recovery_timeout_s=0.5)
         owner_id, stolen_id = session.id, stolen.id
-        thief.unregister(stolen)
+        thief.links.unregister(stolen)
         stolen.id = stolen.state.session = owner_id
-        thief.register(stolen)
+        thief.links.register(stolen)
         with pytest.raises(Exception, match="not your session"):
             stolen.open()
         held = swarm.peers[0].service.sessions.get(owner_id)
