@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from peers import engine
 from scheduler.speculation import Window
 from splitnet.client.speculation.experience import Experience
 from splitnet.model.families import STATES
@@ -102,3 +103,25 @@ def embedding_gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
     model(inputs_embeds=embedded, labels=ids, use_cache=False).loss.backward()
     assert embedded.grad is not None
     return embedded.grad
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
+def test_a_conversation_goes_back_far(
+    family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PASS_POSITIONS", 5)  # what is to run once more takes several passes
+    folder = random_checkpoint(family, tmp_path, **HYBRIDS[family])
+    local: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = torch.randint(3, 300, (1, 30), generator=torch.Generator().manual_seed(1))
+    other = torch.cat((ids[:, :23], ids[:, :4]), 1)
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with local_swarm(folder, [(0, 2), (2, 6)], node=node) as swarm:
+        remote = swarm.model()
+        with remote.session() as cache:
+            first = remote.generate(ids, **options)
+            again = remote.generate(other, **options)
+            assert cache.session is not None
+            assert not cache.session.recoveries
+            assert cache.session.traffic.positions < 30 + 9 + 27 + 9, "the common beginning was kept"
+    assert torch.equal(first, local.generate(ids, **options))
+    assert torch.equal(again, local.generate(other, **options))
