@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CONFIG_MAPPING
 
+from splitnet.errors import UnsupportedModel
+from splitnet.model.families import check_can_be_cut
 from splitnet.net.directory import Directory
 from tests.published import (
     DELTA,
@@ -200,6 +203,20 @@ CATALOGUE: dict[str, tuple[tuple[str, ...], Published]] = {
 }
 """Family and format -> the models that are published so, and a small one."""
 
+NOT_CUT = (
+    (
+        ("gemma-4-E2B", "gemma-4-E4B"),
+        "gemma4",
+        "its blocks take an input of their own for every token besides the hidden state",
+    ),
+    (
+        ("DeepSeek-V4-Flash", "DeepSeek-V4-Pro"),
+        "deepseek_v4",
+        "between its blocks there are several hidden states, and some blocks choose experts by the token",
+    ),
+)
+"""Models, family, and why they are refused."""
+
 
 @pytest.mark.parametrize("entry", CATALOGUE)
 def test_published_models_give_what_transformers_gives(entry: str, node: Directory, tmp_path: Path) -> None:
@@ -214,3 +231,14 @@ def test_published_models_give_what_transformers_gives(entry: str, node: Directo
         tokens = remote.generate(ids, attention_mask=torch.ones_like(ids), **options)
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
     assert torch.equal(tokens, local.generate(ids, attention_mask=torch.ones_like(ids), **options))
+
+
+@pytest.mark.parametrize(("family", "why"), [(family, why) for _, family, why in NOT_CUT])
+def test_models_that_cannot_be_cut_are_refused_with_the_reason(family: str, why: str) -> None:
+    with pytest.raises(UnsupportedModel, match=why):
+        check_can_be_cut(CONFIG_MAPPING[family]().get_text_config())
+
+
+def test_all_forty_nine_are_there() -> None:
+    assert sum(len(models) for models, _ in CATALOGUE.values()) == 45
+    assert sum(len(models) for models, *_ in NOT_CUT) == 4

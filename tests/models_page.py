@@ -1,0 +1,114 @@
+"""The tables of docs/models.md, made of what the tests run: `python -m tests.models_page docs/models.md`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from textwrap import fill
+
+from gguf import GGML_QUANT_SIZES
+
+from splitnet.model.families import LEAN, PACKS, REFUSED, STATES
+from splitnet.model.gguf_layouts import BLOCK_TYPES
+from splitnet.model.grouped_forms import held_bytes
+from splitnet.model.stored import Kind, Layout
+from tests.swarm.test_catalogue import CATALOGUE, NOT_CUT
+from tests.swarm.test_families import FAMILIES
+
+BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
+SIDE = 4096
+"""Outputs and inputs of the weight for which bits are told."""
+
+IN_SAFETENSORS = {
+    "FP8, 128 x 128 weights to a scale (DeepSeek, Qwen, MiniMax)": Layout(8, 128, Kind.FLOAT32, table="e4m3"),
+    "FP8, an output or a tensor to a scale (compressed-tensors, fbgemm, ModelOpt)": Layout(
+        8, 0, Kind.FLOAT32, table="e4m3"
+    ),
+    "MXFP4 (gpt-oss)": Layout(4, 32, Kind.E8M0, table="e2m1"),
+    "AWQ, GPTQ: 4 bits, groups of 128": Layout(4, 128, Kind.FLOAT16, Kind.CODES),
+    "compressed-tensors: 4 bits, groups of 32 (Kimi K2 Thinking)": Layout(4, 32, Kind.BFLOAT16, offset=8),
+    "compressed-tensors: 8 bits, an output to a scale": Layout(8, 0, Kind.BFLOAT16, offset=128),
+    "bitsandbytes NF4, groups of 64": Layout(4, 64, Kind.FLOAT32, table="nf4"),
+}
+"""How weights are published in safetensors, by the layout that most have."""
+
+
+def with_tables(text: str) -> str:
+    """A document with the present tables between its two marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    parts = [part if part.startswith(("|", "#")) else fill(part, 125) for part in sections()]
+    return f"{before}{BEGIN}\n\n" + "\n\n".join(parts) + f"\n\n{END}{after}"
+
+
+def sections() -> Iterator[str]:
+    """All tables, with their headings."""
+    yield "## Models that people split over devices"
+    yield (
+        "The models of exo's cards (commit b5375f8) and what comes of a small random checkpoint with the same family, "
+        "names and layout of tensors, over three unequal spans, in `tests/swarm/test_catalogue.py`. Equal: the tokens "
+        "of plain transformers with the numbers that the codes stand for."
+    )
+    yield table(("models", "family", "published as", "result", "test"), _catalogue())
+    yield "## Families"
+    yield (
+        "Each of these generates alone, in a padded batch, with beams and with drafts as plain transformers does "
+        "(`tests/swarm/test_families.py`). *Together*: sequences share a pass. *States*: blocks keep more than keys and values "
+        "([how](decisions/0018-states.md)). *Short steps*: a decode step is one call of compiled code, or a few of torch. Other "
+        "decoder-only families are tried, and refused if their blocks do not run on their own."
+    )
+    yield table(("family", "together", "states", "short steps"), _families())
+    yield "Refused, as their blocks cannot be cut apart:"
+    yield table(("family", "why"), [(f"`{name}`", why) for name, why in sorted(REFUSED.items())])
+    yield "## Formats"
+    yield f"Bits per weight in the files and as held, of a weight of {SIDE} x {SIDE}."
+    yield table(("in safetensors", "in the file", "held"), _layouts())
+    yield table(("in GGUF", "in the file", "held"), _gguf_types())
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
+
+
+def _catalogue() -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for entry, (models, published) in CATALOGUE.items():
+        store = published.store.__name__.replace("_", " ") if published.store else "bfloat16"
+        family = published.stored_as or published.family
+        rows.append((", ".join(models), f"`{family}`", store, "equal", f"`{entry}`"))
+    rows += [(", ".join(models), f"`{family}`", "", f"refused: {why}", "") for models, family, why in NOT_CUT]
+    return rows
+
+
+def _families() -> list[tuple[str, ...]]:
+    def mark(known: bool) -> str:
+        return "yes" if known else ""
+
+    return [(f"`{name}`", mark(name in PACKS), mark(name in STATES), mark(name in LEAN)) for name in sorted(FAMILIES)]
+
+
+def _layouts() -> list[tuple[str, ...]]:
+    return [(name, _bits(layout.nbytes(SIDE, SIDE)), _held(layout)) for name, layout in IN_SAFETENSORS.items()]
+
+
+def _gguf_types() -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for kind, block in BLOCK_TYPES.items():
+        weights, size = GGML_QUANT_SIZES[kind]
+        rows.append((kind.name, f"{8 * size / weights:.4g}", _held(block.layout)))
+    return rows
+
+
+def _held(layout: Layout) -> str:
+    return _bits(held_bytes(layout, SIDE, SIDE))
+
+
+def _bits(nbytes: int) -> str:
+    return f"{8 * nbytes / SIDE**2:.4g}"
+
+
+if __name__ == "__main__":
+    document = Path(sys.argv[1])
+    document.write_text(with_tables(document.read_text(encoding="utf-8")), encoding="utf-8")
