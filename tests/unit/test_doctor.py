@@ -103,7 +103,7 @@ def test_a_model_that_cannot_be_used(fault: str, tmp_path: Path) -> None:
         index.write_text("{")
         expected = "are damaged"
     else:
-        config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "rwkv"}))
+        config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "t5"}))
         expected = "cannot be cut into spans"
     found, checkpoint = open_model(str(folder))
     assert found.status is Status.failed and expected in found.text and checkpoint is None

@@ -31,13 +31,13 @@ from splitnet.model import memory
 from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES, Adapter
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.ends import ends_of
-from splitnet.model.families import PACKS, STATES
+from splitnet.model.families import PACKS, STATES, check_can_be_cut
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.kv_cache import RowCache
 from splitnet.model.shell import backbone_of, load_shell
 from splitnet.model.sizes import ModelSizes
 from splitnet.model.span import Part, Span, block_bytes
-from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint
+from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_config
 
 CUTS = ((0, 1), (1, 4), (4, 6))
 LENGTHS = (17, 25, 9)
@@ -529,6 +529,25 @@ def test_families_that_cannot_be_cut_are_refused_by_name(tmp_path: Path) -> None
     random_checkpoint("minimax", tmp_path / "minimax", layer_types=["linear_attention", "full_attention"] * 3)
     with pytest.raises(UnsupportedModel, match=r"'minimax'.*'linear_attention'"):
         Checkpoint.open(tmp_path / "minimax")
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (Case("zamba2", {"layers_block_type": ["linear_attention", "hybrid"] * 3}), "the same weights"),
+        (Case("gemma4_text"), "an input of their own for every token"),
+        (Case("deepseek_v4"), "several hidden states"),
+        (
+            Case("glm_moe_dsa", SPARSE["glm_moe_dsa"] | {"indexer_types": ["full", "full", "shared"] * 2}),
+            "that the block before has chosen",
+        ),
+    ],
+    ids=lambda value: value.family if isinstance(value, Case) else "",
+)
+def test_blocks_that_share_more_than_a_hidden_state_are_refused(case: Case, reason: str) -> None:
+    config = random_config(case.family, blocks=6, hidden=64, vocab=300, **case.overrides)
+    with pytest.raises(UnsupportedModel, match=f"{case.family!r}.*{reason}"):
+        check_can_be_cut(config)
 
 
 def test_a_family_that_does_more_than_its_blocks_is_refused(tmp_path: Path) -> None:
