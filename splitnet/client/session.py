@@ -200,7 +200,7 @@ class Session(SessionDriver):
             if sent.alone:
                 self._routes.step_took((time.perf_counter() - sent.began) * 1000)
                 self.state.usual_ms = self._routes.watch.usual_ms
-            self._learn_timings(sent.requests[0].step.positions)
+            self._learn_timings(sent.requests[0].step.positions, at_once=sent.alone and self._routes.watch.surprised)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def abandon(self, sent: UnderWay) -> None:
@@ -283,17 +283,20 @@ class Session(SessionDriver):
         self.feed(Distrust(request, self.state.tail, why))
         return None
 
-    def _learn_timings(self, positions: int) -> None:
+    def _learn_timings(self, positions: int, *, at_once: bool) -> None:
         """After a decode step: tells the survey what it met. Each hop is believed of itself alone.
 
         Results carry the timings of all hops, but any of them may have rewritten those before it. So only the tail's
         own is taken from a result; the other hops are asked now and then, and nothing waits for their answers.
+
+        Args:
+            at_once: the step took far longer than usual, so all are asked what it met.
         """
         if self.timings:
             self._tell_survey(self.hops[-1], None, positions, self.timings[-1])
         self._steps_since_asked += 1
         now = time.monotonic()
-        if self._steps_since_asked < ASK_STEPS and now < self._asked_at + ASK_S:
+        if not at_once and self._steps_since_asked < ASK_STEPS and now < self._asked_at + ASK_S:
             return
         self._steps_since_asked, self._asked_at = 0, now
         for hop, following in pairwise(self.hops):

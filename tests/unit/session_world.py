@@ -395,7 +395,7 @@ class PeerModel:
         elif self.fault == "codec":
             result(codec=99, end=held.end)
         elif self.fault == "other end":
-            result(end=max(1, held.end - 1))
+            result(end=held.end - 1 if held.end > 1 else held.end + 1)  # with its own, values would only be wrong
         elif self.fault == "for the tail":
             kept = step.positions if isinstance(step, Forward) else sum(part.keep for part in step.parts)
             result(payload=bytes(SIZE * kept))
