@@ -1,4 +1,4 @@
-"""Every stored format, with random weights: three spans of unequal size give what transformers gives with its numbers."""
+"""Every stored format, with random weights: three spans of unequal size give what its numbers give in transformers."""
 
 from __future__ import annotations
 
