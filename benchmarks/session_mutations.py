@@ -1,6 +1,6 @@
 """Plants faults in the state machine of sessions, one at a time, and looks whether its stateful tests find each.
 
-    .venv/bin/python benchmarks/session_mutations.py [--examples 400]
+    .venv/bin/python -m benchmarks.session_mutations [--examples 400]
 
 Prints a table: the fault, whether it was found, after how many seconds. Ends with 1 if one was not.
 """
@@ -165,7 +165,8 @@ def main() -> int:
     missed = 0
     for index in range(-1, len(MUTATIONS)):
         began = time.monotonic()
-        command = [sys.executable, __file__, "--one", str(index), "--examples", str(arguments.examples)]
+        command = [sys.executable, "-m", "benchmarks.session_mutations", "--one", str(index)]
+        command += ["--examples", str(arguments.examples)]
         ran = subprocess.run(command, capture_output=True, text=True)
         found = "Failing test case" in ran.stderr
         if ran.returncode and not found:

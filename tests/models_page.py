@@ -54,9 +54,9 @@ def sections() -> Iterator[str]:
     yield "## Families"
     yield (
         "Each of these generates alone, in a padded batch, with beams and with drafts as plain transformers does "
-        "(`tests/swarm/test_families.py`). *Together*: sequences share a pass. *States*: blocks keep more than keys and "
-        "values ([how](decisions/0018-states.md)). *Short steps*: a decode step is one call of compiled code, or a few "
-        "of torch. Other decoder-only families are tried, and refused if their blocks do not run on their own."
+        "(`tests/swarm/test_families.py`). *Together*: sequences share a pass. *States*: blocks keep more than keys "
+        "and values ([how](decisions/0018-states.md)). *Short steps*: a decode step is one call of compiled code, or a "
+        "few of torch. Other decoder-only families are tried, and refused if their blocks do not run on their own."
     )
     yield table(("family", "together", "states", "short steps"), _families())
     yield "Refused, as their blocks cannot be cut apart:"
