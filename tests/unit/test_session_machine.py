@@ -409,6 +409,27 @@ def test_what_is_relayed_of_a_new_row_alone_does_not_fill_the_next_hop() -> None
     assert world.asked[-1].request.done and not world.state.recoveries
 
 
+def test_a_replay_of_a_hop_ends_where_the_client_relays() -> None:
+    """The client does not know the parts of what a hop replays, so it could not relay them."""
+    for seed in range(64):
+        world = World(seed=seed, kind=Kind.CALM)
+        world.feed(Use())
+        world.settle()
+        if len(world.state.hops) > 2:
+            break
+    first, second, third = world.state.hops[:3]
+    row = world.new_row_id()
+    world.submit([(row, 0, 2, 1)])
+    world.settle()
+    world.apart = {(second.name, third.name)}
+    world.at(second.endpoint).forget()
+    world.at(third.endpoint).forget()
+    world.submit([(row, 2, 1, 1)])
+    world.settle()
+    assert world.state.endpoints()[:3] == [first.endpoint, second.endpoint, third.endpoint]
+    assert world.asked[-1].request.done and world.state.recoveries
+
+
 def test_what_is_relayed_of_a_replay_that_did_not_end_fills_no_hop() -> None:
     world = World(seed=1, kind=Kind.CALM)
     world.feed(Use())
