@@ -264,7 +264,8 @@ class RowCache:
                 block.keys[:, :, :before] = self._prefix[block_index].keys
                 block.values[:, :, :before] = self._prefix[block_index].values
         elif end > block.keys.shape[2]:
-            self._move(block, self._capacity(block_index, end, block.keys.shape[2]), before + self.length)
+            held = max(self.length, self.computed)  # the second while a pass runs position by position
+            self._move(block, self._capacity(block_index, end, block.keys.shape[2]), before + held)
         return block
 
     def _move(self, block: _Block, capacity: int, held: int) -> None:

@@ -388,6 +388,18 @@ def test_a_rewind_far_back_runs_once_more_what_came_before(family: str, made: Ca
     assert span.catch_up(row, None) == 0
 
 
+@torch.inference_mode()
+def test_a_row_moves_to_more_memory_in_the_middle_of_a_step(made: Callable[[Case], Path]) -> None:
+    span = Span.load(Checkpoint.open(made(Case("jamba", HYBRIDS["jamba"]))), 0, 6)
+    torch.manual_seed(0)
+    hidden = torch.randn(40, 64)
+    expected = span.forward(hidden, [Part(span.new_row(), 0, 40)])
+    row = span.new_row(16)
+    span.forward(hidden[:10], [Part(row, 0, 10)])
+    row.room = 40
+    assert_close(span.forward(hidden[10:], [Part(row, 10, 30)]), expected[10:], 3e-5)
+
+
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_time_steps_keep_their_weights(family: str, weights: str, made: Callable[[Case], Path]) -> None:
