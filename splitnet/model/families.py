@@ -93,7 +93,11 @@ PLAIN_LINEAR = frozenset({"FalconLinear"})
 
 ROUTERS = frozenset({"router", "gate", "dt_proj"})
 """Names of modules that keep their weights. Routers choose experts: they are small, and another choice changes more
-than a rounded weight. Of the time steps of Mamba, the family's code takes the weight and multiplies by itself."""
+than a rounded weight. Of the time steps of Mamba, see `TAKEN_WEIGHTS`."""
+
+TAKEN_WEIGHTS = frozenset({"dt_proj"})
+"""Linear layers that are never called, as the family's code multiplies by their weight itself: adapters that add to
+their output would do nothing."""
 
 _OWN_ROPE_PER_SEQUENCE = {"dynamic", "longrope"}
 """Kinds of rotary embedding whose frequencies depend on the length of the sequence: not shared by a pack."""

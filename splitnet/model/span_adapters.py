@@ -6,6 +6,7 @@ from torch import nn
 
 from splitnet.errors import AdapterError
 from splitnet.model.adapters import Adapter, AddsLowRank, Prefix, linear_layers
+from splitnet.model.families import TAKEN_WEIGHTS
 
 
 class SpanAdapters:
@@ -61,4 +62,9 @@ class SpanAdapters:
         sizes = linear_layers(module).get(path)
         if sizes is None:
             raise AdapterError(f"block {block} has no linear layer {path!r}")
+        if path.rpartition(".")[2] in TAKEN_WEIGHTS:
+            raise AdapterError(
+                f"nothing can be added to {path} of block {block}, as the family's code takes its weight alone: leave "
+                "it out of target_modules"
+            )
         return module.get_submodule(path), sizes

@@ -400,6 +400,23 @@ def test_a_row_moves_to_more_memory_in_the_middle_of_a_step(made: Callable[[Case
     assert_close(span.forward(hidden[10:], [Part(row, 10, 30)]), expected[10:], 3e-5)
 
 
+@pytest.mark.parametrize("path", ["mamba.dt_proj", "mamba.out_proj"])
+def test_adapters_are_added_to_a_layer_or_refused(path: str, made: Callable[[Case], Path]) -> None:
+    span = Span.load(Checkpoint.open(made(Case("jamba", HYBRIDS["jamba"]))), 0, 1)
+    torch.manual_seed(0)
+    layer: Any = span._backbone.get_submodule(f"layers.0.{path}")
+    outputs, inputs = layer.weight.shape
+    adapter = Adapter({f"0.{path}.lora_A": torch.randn(2, inputs), f"0.{path}.lora_B": torch.randn(outputs, 2)})
+    if path == "mamba.dt_proj":
+        with pytest.raises(AdapterError, match=r"dt_proj.*leave it out"):
+            span.fit(adapter)
+        return
+    span.fit(adapter)
+    hidden = torch.randn(5, 64)
+    plain, adapted = (span.forward(hidden, [Part(span.new_row(), 0, 5, which)]) for which in (None, adapter))
+    assert not torch.allclose(plain, adapted)
+
+
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_time_steps_keep_their_weights(family: str, weights: str, made: Callable[[Case], Path]) -> None:
