@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from scheduler.speculation import IN_FLIGHT, LENGTHS, NO_DRAFTS, WORTHWHILE, Pace, Window, best_window, tokens_per_ms
 from splitnet.client.planner import Forecast
@@ -15,6 +17,7 @@ from splitnet.client.speculation.drafts import DraftModel
 from splitnet.client.speculation.experience import Experience
 from splitnet.client.speculation.prompt_lookup import PromptLookup
 from splitnet.errors import SplitnetError
+from tests.unit.random_models import HYBRIDS, random_config
 
 
 def pace(link_ms: float = 80.0, pass_ms: float = 20.0, position_ms: float = 1.0, draft_ms: float = 0.0) -> Pace:
@@ -130,6 +133,7 @@ class _Counting(torch.nn.Module):
 
     class config:
         vocab_size = 50
+        model_type = "counting"
 
         @staticmethod
         def get_text_config() -> type[_Counting.config]:
@@ -168,6 +172,29 @@ class TestDraftModel:
     def test_other_tokens_are_refused(self) -> None:
         with pytest.raises(SplitnetError, match="50 tokens, the model 60"):
             DraftModel(_Counting(), 60)
+
+    @pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
+    def test_states_are_rewound(self, family: str) -> None:
+        config = random_config(family, blocks=6, hidden=64, vocab=300, **HYBRIDS[family])
+        torch.manual_seed(0)
+        model: Any = AutoModelForCausalLM.from_config(config).eval()
+        text = torch.randint(3, 300, (20,)).tolist()
+        drafter = DraftModel(model, 300)
+        drafter.begin(text)
+        for token in (None, 7, 8, 9):
+            if token is not None:
+                text.append(token)
+                drafter.observe(token)
+            expected = model.generate(
+                torch.tensor([text]), max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            assert drafter.draft([], 5).tokens == expected[0, len(text) :].tolist()
+
+    def test_states_that_cannot_be_rewound_are_refused(self) -> None:
+        model: Any = _Counting()
+        model._is_stateful = True
+        with pytest.raises(SplitnetError, match="'counting' keep states"):
+            DraftModel(model, 50)
 
 
 class TestExperience:

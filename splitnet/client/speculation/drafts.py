@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from scheduler.averages import MovingAverage
 from splitnet.errors import SplitnetError
+from splitnet.model.families import ONE_BY_ONE, keeps_states, states_per_block
+from splitnet.model.kv_cache import OneRow, RowCache
+from splitnet.model.row_states import RowStates
 
 SHARE = 0.2
 """Weight of the latest draft in the average of its time."""
@@ -58,11 +61,11 @@ class DraftModel:
     """A small model with the same tokens, in this process, always takes what it finds likeliest.
 
     Args:
-        model: a causal LM of transformers, whose cache can be cropped.
+        model: a causal LM of transformers, whose cache can be cropped, or whose states are rewound here.
         vocabulary: how many tokens the large model knows.
 
     Raises:
-        SplitnetError: it knows other tokens.
+        SplitnetError: it knows other tokens, or keeps states that nobody can rewind.
     """
 
     priors = (0.6,)
@@ -73,11 +76,21 @@ class DraftModel:
                 f"the draft model knows {model.config.get_text_config().vocab_size} tokens, the model {vocabulary}: "
                 "use a draft model with the same tokenizer"
             )
+        config = model.config.get_text_config()
+        has_states = keeps_states(config)
+        if not has_states and getattr(model, "_is_stateful", False):
+            raise SplitnetError(
+                f"draft models of the family {config.model_type!r} keep states that cannot be rewound: use one of "
+                "another family, or prompt-lookup"
+            )
         self._draft_ms = MovingAverage(SHARE, 1.0)
         self._model = model
         self._text: list[int] = []
         self._cached: list[int] = []
         self._cache = DynamicCache()  # of full layers, which can always be cropped
+        self._row = RowCache(states=RowStates(states_per_block(config))) if has_states else None
+        """In its place where blocks keep states; it has the tokens as what came in."""
+        self._one_by_one = has_states and config.model_type in ONE_BY_ONE
 
     @property
     def draft_ms(self) -> float:
@@ -97,8 +110,7 @@ class DraftModel:
         given = known[len(self._cached) :]
         began = time.perf_counter()
         while len(drafted) < count:
-            ids = torch.tensor([given], device=self._model.device)
-            logits = self._model(input_ids=ids, cache=self._cache, use_cache=True, logits_to_keep=1).logits
+            logits = self._logits(torch.tensor(given, device=self._model.device))
             self._cached += given
             given = [int(logits[0, -1].argmax())]
             drafted += given
@@ -108,10 +120,29 @@ class DraftModel:
             self._draft_ms.add((time.perf_counter() - began) * 1000 / (count - 1))
         return Draft(drafted)
 
+    def _logits(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[1, 1, vocabulary]`, after new tokens `[count]`."""
+        if self._row is None:
+            return self._run(ids, self._cache)
+        to_run = self._row.begin_pass(ids[:, None])[:, 0]
+        pieces = to_run.split(1) if self._one_by_one and self._row.computed else [to_run]
+        logits = torch.empty(0)
+        for piece in pieces:
+            logits = self._run(piece, OneRow(self._row))
+            self._row.caught_up(self._row.computed + len(piece))
+        self._row.advance(len(ids))
+        return logits
+
+    def _run(self, ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return self._model(input_ids=ids[None], cache=cache, use_cache=True, logits_to_keep=1).logits
+
     def _keep_common(self, known: Sequence[int]) -> None:
         """Crops the cache to what it shares with the text, less one token to go on from."""
         most = min(len(self._cached), len(known) - 1)
         same = next((index for index in range(most) if self._cached[index] != known[index]), most)
         if same < len(self._cached):
-            self._cache.crop(same - len(self._cached))
+            if self._row is None:
+                self._cache.crop(same - len(self._cached))
+            else:
+                self._row.crop(same)
             del self._cached[same:]
