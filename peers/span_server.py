@@ -17,6 +17,7 @@ from peers.session_service import SessionService
 from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
 from scheduler.packing import PASS_POSITIONS
+from splitnet.errors import OutOfMemory
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
 
@@ -36,6 +37,9 @@ class SpanServer:
         idle_s: seconds until an idle session is dropped.
         counters: what the peer counts.
         speed: of the device, as far as it is known; None: it is measured now.
+
+    Raises:
+        OutOfMemory: `kv_memory` is less than the states of one sequence take.
     """
 
     def __init__(
@@ -51,6 +55,11 @@ class SpanServer:
         counters: Counters,
         speed: ObservedSpeed | None = None,
     ) -> None:
+        if kv_memory is not None and kv_memory <= span.state_bytes != 0:
+            raise OutOfMemory(
+                f"the states of a sequence in blocks {span.start}:{span.end} take {span.state_bytes / 2**20:.1f} MiB, "
+                f"{kv_memory / 2**20:.1f} MiB are given for KV caches: use --kv-memory with more, or fewer blocks"
+            )
         self.span = span
         speed = speed or measure_speed(span)
         assert speed is not None

@@ -1,0 +1,39 @@
+"""What serves a span is given memory for one sequence at least."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+
+from peers.counters import Counters
+from peers.next_hops import NextHops
+from peers.span_server import SpanServer
+from peers.speed import ObservedSpeed
+from splitnet.errors import OutOfMemory
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import Span
+from tests.unit.random_models import HYBRIDS, random_checkpoint
+
+
+def test_memory_for_less_than_the_states_of_one_sequence_is_refused(tmp_path: Path) -> None:
+    checkpoint, outbox = Checkpoint.open(random_checkpoint("lfm2", tmp_path, **HYBRIDS["lfm2"])), Mock()
+    span = Span.load(checkpoint, 0, 3)
+
+    def serve(kv_memory: int) -> SpanServer:
+        return SpanServer(
+            checkpoint,
+            span,
+            outbox,
+            NextHops(outbox),
+            kv_memory=kv_memory,
+            training_memory=0,
+            idle_s=600.0,
+            counters=Counters(),
+            speed=ObservedSpeed((1.0,) * 5),
+        )
+
+    with pytest.raises(OutOfMemory, match=r"blocks 0:3 .*--kv-memory"):
+        serve(span.state_bytes)
+    assert serve(span.state_bytes + 2 * span.kv_bytes_per_position).sessions.free_positions == 1
