@@ -160,6 +160,15 @@ def keeps_states(config: PreTrainedConfig) -> bool:
     return config.model_type in STATES
 
 
+def why_no_prefix(config: PreTrainedConfig) -> str:
+    """Why no keys and values of an adapter can stand before the first position, as a clause; empty: they can."""
+    if keeps_states(config):
+        return "keep states, before which no prefix can stand"
+    if "indexed_attention" in (getattr(config, "layer_types", None) or ()):
+        return "choose positions by keys of another kind, which a prefix lacks"
+    return ""
+
+
 def has_attention(config: PreTrainedConfig) -> bool:
     """Whether any block of the family attends to other positions."""
     try:

@@ -44,6 +44,7 @@ from splitnet.model.families import (
     packs_sequences,
     sliding_windows,
     states_per_block,
+    why_no_prefix,
 )
 from splitnet.model.fast_step import FastStep, find_fast_step, same_kind
 from splitnet.model.held_linear import hold_weights
@@ -285,7 +286,7 @@ class Span:
         """Those of the first `length` positions of a row behind its prefix, named as the prefix of an adapter, float32.
 
         Raises:
-            AdapterError: the blocks keep states, before which no prefix can stand.
+            AdapterError: no prefix can stand before the blocks' positions.
             ValueError: the row has fewer positions than that.
         """
         self._refuse_prefixes()
@@ -320,10 +321,11 @@ class Span:
         return free_memory(self.device)
 
     def _refuse_prefixes(self) -> None:
-        if self._keeps_states:
+        reason = why_no_prefix(self._backbone.config)
+        if reason:
+            family = self._backbone.config.model_type
             raise AdapterError(
-                f"blocks of the family {self._backbone.config.model_type!r} keep states, before which no prefix can "
-                "stand: train an adapter of another kind, such as LoRA"
+                f"blocks of the family {family!r} {reason}: train an adapter of another kind, such as LoRA"
             )
 
     def _check(self, hidden: torch.Tensor, parts: Sequence[Part]) -> None:

@@ -433,10 +433,11 @@ def test_time_steps_keep_their_weights(family: str, weights: str, made: Callable
     assert (outputs[1] - outputs[0]).norm() < 0.4 * outputs[0].norm()
 
 
-def test_prefixes_before_states_are_refused(made: Callable[[Case], Path]) -> None:
-    span = Span.load(Checkpoint.open(made(Case("qwen3_next", HYBRIDS["qwen3_next"]))), 0, 6)
+@pytest.mark.parametrize(("family", "reason"), [("qwen3_next", "keep states"), ("deepseek_v32", "choose positions")])
+def test_prefixes_that_cannot_stand_are_refused(family: str, reason: str, made: Callable[[Case], Path]) -> None:
+    span = Span.load(Checkpoint.open(made(Case(family, (HYBRIDS | SPARSE)[family]))), 0, 6)
     prefix = {f"2.{kind}": torch.zeros(2, 3, 16) for kind in (PREFIX_KEYS, PREFIX_VALUES)}
-    with pytest.raises(AdapterError, match=r"'qwen3_next' keep states.*LoRA"):
+    with pytest.raises(AdapterError, match=rf"'{family}' {reason}.*LoRA"):
         span.fit(Adapter(prefix))
     row = span.new_row()
     span.forward(torch.randn(3, 64), [Part(row, 0, 3)])
