@@ -55,7 +55,7 @@ class PassEngine:
                 self._fetch_kv(work, work.message)
             else:
                 self._adopt(work)
-        except (AdapterError, CodecError) as error:
+        except CodecError as error:
             self._training.failed(work, FailureCode.BAD_MESSAGE, str(error))
         except ProtocolError as error:
             self._training.failed(work, FailureCode.OUT_OF_ORDER, str(error))

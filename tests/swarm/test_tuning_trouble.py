@@ -17,6 +17,7 @@ from splitnet.errors import SplitnetError
 from splitnet.net.directory import Directory
 from tests.swarm.adapters import CAUSAL, METHODS, batch, flat, gradients, lora, wrapped
 from tests.swarm.harness import SPANS, LocalSwarm, dht_node, local_swarm, shared_swarm
+from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
 
@@ -208,6 +209,16 @@ def test_an_adapter_that_peers_do_not_know_is_refused_here(swarm: LocalSwarm) ->
         model = get_peft_model(visit.model(), config).train()
         with pytest.raises(SplitnetError, match=r"lora_dropout=0\.0"):
             model(**batch())
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_a_layer_that_does_not_see_every_position_is_named(use_cache: bool, node: Directory, tmp_path: Path) -> None:
+    folder = random_checkpoint("qwen2_moe", tmp_path, blocks=1)
+    with local_swarm(folder, [(0, 1)], node=node) as swarm:
+        config = LoraConfig(task_type=CAUSAL, target_modules=["shared_expert.up_proj"])
+        model: Any = get_peft_model(swarm.model(), config)
+        with pytest.raises(SplitnetError, match=r"shared_expert\.up_proj does not see every position"):
+            model(torch.tensor([[5, 6, 7]]), use_cache=use_cache)
 
 
 def test_a_peer_without_memory_for_training_says_so(folder: Path) -> None:
