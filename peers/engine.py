@@ -115,7 +115,10 @@ class Engine:
         self._publish_speed()
 
     def _begin(self, work: Work) -> bool:
-        """Before the first pass of a step: decodes its payload and prepares the session's rows."""
+        """Before the first pass of a step: decodes its payload and prepares the session's rows.
+
+        False if it does not run in this pass.
+        """
         if work.session.closed:
             work.done = work.total
             return False
@@ -125,8 +128,7 @@ class Engine:
             self._service.prepare(work)
             codec = codec_by_code(work.step.codec)
             work.hidden = codec.decode(work.step.payload, work.total, self._span.hidden_size)
-            self._catch_up(work)
-            return True
+            return not self._catches_up(work)
         except SessionTooLong as error:
             self._give_up(work, FailureCode.TOO_LONG, str(error))
         except CodecError as error:
@@ -139,14 +141,19 @@ class Engine:
             self._give_up(work, *failure_of(error, "step"))
         return False
 
-    def _catch_up(self, work: Work) -> None:
-        """After a rewind far back, runs what is to run once more in several passes, so that clients see progress."""
+    def _catches_up(self, work: Work) -> bool:
+        """After a rewind far back, runs some of what is to run once more; False: little is left, so the step can run.
+
+        One pass at a time: so steps of others run meanwhile, and the client sees progress.
+        """
         session = work.session
         for part in work.step.parts:
             row = session.rows.get(part.row)
-            while row is not None and row.length - row.computed > PASS_POSITIONS:
+            if row is not None and row.length - row.computed > PASS_POSITIONS:
                 span = self._view(session.start, session.end)
                 session.done += span.catch_up(row, session.adapter, PASS_POSITIONS)
+                return True
+        return False
 
     def _compute(self, ready: list[tuple[Work, int]]) -> None:
         """Runs a pass; if that fails, each of its steps alone, so that none fails for another's sake."""

@@ -23,6 +23,7 @@ from peers.session import Session, Work
 from peers.session_service import LOST_GRACE_S, PROBE_S, SessionService
 from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
+from scheduler.packing import PASS_POSITIONS
 from scheduler.swarm import PASS_SIZES
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import CODECS
@@ -833,6 +834,32 @@ class TestEngine:
         self.send(peer, 2)
         engine._turn()
         assert isinstance(self.answers(peer)[2], Result)
+
+    def test_others_run_while_a_row_catches_up(
+        self, peer: Peer, engine: Engine, span: FakeSpan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def catch_up(row: FakeRow, adapter: object, most: int) -> int:
+            owed[row] = max(0, owed[row] - most)
+            return most
+
+        owed: dict[FakeRow, int] = {}
+        monkeypatch.setattr(FakeRow, "computed", property(lambda row: row.length - owed.get(row, 0)))
+        monkeypatch.setattr(span, "catch_up", catch_up, raising=False)
+        self.send(peer, 1)
+        engine._turn()
+        self.answers(peer)
+        session = peer.table.get(b"\1" * 16)
+        assert session is not None
+        owed[session.rows[1]] = 3 * PASS_POSITIONS  # type: ignore[index]
+        done = session.done
+        self.send(peer, 1, start=2)
+        for _ in range(2):
+            self.send(peer, 2)
+            engine._turn()
+            assert set(self.answers(peer)) == {2}
+        assert session.done == done + 2 * PASS_POSITIONS
+        engine._turn()
+        assert set(self.answers(peer)) == {1}
 
     def test_memory_that_is_used_up_is_told_as_such(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
         span.error = torch.OutOfMemoryError()
