@@ -41,16 +41,24 @@ class Nf4(QuantizedFormat):
         if 2 * weight.nbytes != count or maxima.shape != (-(-count // block),):
             raise misfit(weight, f"does not hold {outputs} x {inputs} codes of 4 bits in blocks of {block}")
 
+        nested = {"nested maxima", "nested table"} & parts.keys()
+        if nested or maxima.dtype == torch.uint8:
+            many = -(-maxima.shape[0] // state["nested_blocksize"])
+            shapes = [parts[role].shape for role in ("nested maxima", "nested table")]
+            if maxima.dtype != torch.uint8 or shapes != [(many,), (256,)]:
+                raise misfit(maxima, "does not fit what its own scales are made of ('nested')")
+
         def scales() -> torch.Tensor:
             stored = maxima.read(...)
-            if "nested maxima" not in parts:
+            if not nested:
                 return stored.float()
-            nested = parts["nested table"].read(...)[stored.long()]
+            values = parts["nested table"].read(...)[stored.long()]
             of_block = parts["nested maxima"].read(...).repeat_interleave(state["nested_blocksize"])[: len(stored)]
-            return nested * of_block + state["nested_offset"]
+            return values * of_block + state["nested_offset"]
 
         def codes() -> torch.Tensor:
-            if not torch.allclose(parts["table"].read(...), TABLES["nf4"], atol=1e-6):
+            table = parts["table"].read(...).float()
+            if table.shape != (16,) or not torch.allclose(table, TABLES["nf4"], atol=1e-6):
                 raise misfit(parts["table"], "is not the table of NF4")
             return unpack_nibbles(weight.read(...).flatten().view(torch.uint8), high_first=True)
 

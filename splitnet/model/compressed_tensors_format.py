@@ -10,7 +10,7 @@ import torch
 
 from splitnet.errors import UnsupportedModel
 from splitnet.model.nvfp4_formats import nvfp4_weight
-from splitnet.model.packed_codes import layout_bits, signed_codes, unpack_words
+from splitnet.model.packed_codes import in_order, layout_bits, signed_codes, unpack_words
 from splitnet.model.quantized_format import (
     WEIGHT,
     Numbers,
@@ -100,7 +100,15 @@ class CompressedTensors(QuantizedFormat):
             raise misfit(weight, "has scales, and is stored neither in FP8 nor in int8")
         if settings.get("symmetric", True) or weight.dtype in FP8_TABLES:
             zero = None
-        return scaled_weight(weight, parts["scale"], dtype, block=settings.get("block_structure"), zero=zero)
+        elif zero is None:
+            raise misfit(weight, "is not symmetric, and has no zero points")
+        order = parts.get("groups")
+        if order is not None and not _in_order(order.read(...), weight.shape[-1], settings.get("group_size")):
+            raise misfit(order, "permutes inputs ('actorder'), which is known of packed weights only")
+        block = settings.get("block_structure")
+        if settings.get("strategy") in ("group", "channel"):
+            block = (1, settings["group_size"] if settings["strategy"] == "group" else weight.shape[-1])
+        return scaled_weight(weight, parts["scale"], dtype, block=block, zero=zero)
 
     def _settings_of(self, module: str) -> Mapping[str, Any]:
         """What the config says of the weights of a layer."""
@@ -148,9 +156,14 @@ def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: tor
     if -(-inputs * bits // 32) != words or not (one_scale or scale.shape == (*experts, outputs, groups)):
         raise misfit(scale, f"does not fit {packed.name} ({list(packed.shape)}, {bits} bits)")
     symmetric = settings.get("symmetric", True)
-    if not symmetric and zero is None:
-        raise misfit(packed, "is not symmetric, and has no zero points")
     offset = 1 << (bits - 1)
+    if not symmetric:
+        if zero is None:
+            raise misfit(packed, "is not symmetric, and has no zero points")
+        along = {torch.int32: -(-outputs * bits // 32), torch.int8: outputs}.get(zero.dtype)  # int32: packed
+        one_zero = one_scale and (zero.dtype, zero.shape) == (torch.int8, scale.shape)
+        if zero.shape != (*experts, along, groups) and not one_zero:
+            raise misfit(zero, f"does not fit {packed.name} ({list(packed.shape)}, {bits} bits)")
 
     def read(index: Any) -> Codes:
         if "shape" in parts and parts["shape"].read(...).tolist() != [*experts, outputs, inputs]:
@@ -161,7 +174,7 @@ def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: tor
 
     def zeros(index: Any) -> torch.Tensor:
         assert zero is not None
-        stored = zero.read(index)
+        stored = zero.read(... if zero.shape == scale.shape and one_scale else index)
         if stored.dtype == torch.int32:  # packed along outputs
             return unpack_words(stored.T, bits, outputs).T.contiguous()
         return signed_codes(stored.reshape(-1, groups).expand(outputs, groups), bits)
@@ -175,7 +188,7 @@ def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: tor
     )
     shape = (*experts, outputs, inputs)
     order = parts.get("groups")
-    if order is not None and groups > 1 and not _in_order(order.read(...), wide):
+    if order is not None and groups > 1 and not _in_order(order.read(...), inputs, wide):
 
         def numbers() -> torch.Tensor:
             made = read(...)
@@ -191,6 +204,6 @@ def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: tor
     return whole
 
 
-def _in_order(index: torch.Tensor, group: int) -> bool:
+def _in_order(index: torch.Tensor, inputs: int, group: int | None) -> bool:
     """Whether each input is of the group that it stands in; negative numbers say so too."""
-    return bool((index < 0).any()) or torch.equal(index.long(), torch.arange(len(index)) // group)
+    return bool((index < 0).any()) or in_order(index, inputs, group or inputs)

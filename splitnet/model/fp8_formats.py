@@ -45,7 +45,8 @@ class FineGrainedFP8(QuantizedFormat):
         packed = self._fp4 and weight.dtype in (torch.int8, torch.uint8)
         if not packed and weight.dtype not in FP8_TABLES:
             raise misfit(weight, "has scales, and is not stored in FP8")
-        return scaled_weight(weight, parts["scale"], dtype, block=self._block, packed_fp4=packed)
+        block = None if packed else self._block  # of FP4 each output has groups of its own
+        return scaled_weight(weight, parts["scale"], dtype, block=block, packed_fp4=packed)
 
 
 class FbgemmFP8(QuantizedFormat):

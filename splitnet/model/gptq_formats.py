@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model.packed_codes import layout_bits, unpack_words
+from splitnet.model.packed_codes import in_order, layout_bits, unpack_words
 from splitnet.model.quantized_format import Numbers, Part, QuantizedFormat, Suffix, misfit
 from splitnet.model.scaled_floats import SCALE_KINDS
 from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
@@ -76,17 +76,22 @@ class Gptq(QuantizedFormat):
             return read_with_zeros()
 
         def check_order() -> None:
-            if index is not None and not _in_order(index.read(...), group):
+            if index is not None and not in_order(index.read(...), inputs, group):
                 raise misfit(index, "permutes inputs, and the config says that they are in order ('desc_act')")
 
         kind = SCALE_KINDS[scales.dtype]
         held = layout_bits(bits)
-        if self._permuted and groups > 1 and index is not None and not _in_order(index.read(...), group):
+        permuted = self._permuted and groups > 1
+        if permuted and (index is None or index.shape != (inputs,)):
+            raise misfit(index or words, f"does not say of which group each of {inputs} inputs is ('g_idx')")
+        if permuted and index is not None and not in_order(index.read(...), inputs, group):
 
             def numbers() -> torch.Tensor:
                 made = read_with_zeros()
                 assert made.zeros is not None
                 of = index.read(...).long()
+                if bool((of < 0).any() | (of >= groups).any()):
+                    raise misfit(index, f"is of other groups than {groups}")
                 values = made.codes.float() - made.zeros.float()[:, of]
                 return (values * made.scales.float()[:, of]).to(dtype)
 
@@ -147,8 +152,3 @@ class Awq(QuantizedFormat):
             why = f"{wide} inputs share a scale"
             return Numbers((outputs, inputs), dtype, lambda: matrix.floats().to(dtype), why)
         return StoredTensor.of(matrix, dtype)
-
-
-def _in_order(index: torch.Tensor, group: int) -> bool:
-    """Whether each input is of the group that it stands in."""
-    return torch.equal(index.long(), torch.arange(len(index)) // group)

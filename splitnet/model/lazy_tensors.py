@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
+from splitnet.errors import ModelNotFound
 from splitnet.model.quantized_format import Numbers, Part, Weights
 from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
 from splitnet.model.stored import StoredTensor
@@ -91,8 +92,14 @@ class LazyTensors:
             path = self._shards.download(shard)
             with path.open("rb") as raw:
                 infos.update(read_tensor_infos(raw, shard))
-            file = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
-            slices.update({name: file.get_slice(name) for name in held})
+            self._shards.check_hold(held, infos)
+            try:
+                file = self._files.enter_context(safe_open(path, framework="pt", device="cpu"))
+                slices.update({name: file.get_slice(name) for name in held})
+            except SafetensorError as error:
+                raise ModelNotFound(
+                    f"{shard} of {self._shards.name} is not complete, or is damaged ({error}): download it again"
+                ) from error
         return infos, slices
 
 

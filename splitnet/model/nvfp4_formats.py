@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,10 +56,12 @@ def nvfp4_weight(packed: Part, scale: Part, whole: Part, dtype: torch.dtype, *, 
     fits = scale.dtype == torch.float8_e4m3fn and scale.shape == (*experts, outputs, inputs // 16) and inputs % 16 == 0
     if not fits or packed.dtype != torch.uint8:
         raise misfit(packed, f"and {scale.name} ({list(scale.shape)}, {scale.dtype}) are not NVFP4")
+    if math.prod(whole.shape) not in (1, *experts):
+        raise misfit(whole, f"is not one scale for all of {packed.name} ({list(packed.shape)})")
 
     def read(index: Any) -> Codes:
         of_all = whole.read(...).float().flatten()
-        one = of_all[0] if len(of_all) == 1 or index is ... else of_all[index]
+        one = of_all[0] if len(of_all) == 1 else of_all[index]
         scales = scale.read(index).float()
         return Codes(unpack_nibbles(packed.read(index)), scales / one if divide else scales * one)
 

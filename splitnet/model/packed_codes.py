@@ -43,6 +43,11 @@ def signed_codes(values: torch.Tensor, bits: int) -> torch.Tensor:
     return (values.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
 
 
+def in_order(index: torch.Tensor, inputs: int, group: int) -> bool:
+    """Whether an index of groups says of each input that it is of the group that it stands in."""
+    return index.shape == (inputs,) and torch.equal(index.long(), torch.arange(inputs) // group)
+
+
 def layout_bits(bits: int) -> int:
     """Bits of the `Layout` that holds codes of so many bits."""
     return next(held for held in (2, 3, 4, 5, 6, 8) if held >= bits)

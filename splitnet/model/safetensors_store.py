@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
@@ -59,6 +60,11 @@ class SafetensorsStore:
                 config = AutoConfig.from_pretrained(self._config_file)
         except OSError as error:
             raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
+        except StrictDataclassError as error:
+            raise UnsupportedModel(
+                f"the config of {self.source} has values that its family cannot have: download it again, or mend it "
+                f"({' '.join(str(error).split())})"
+            ) from error
         except (ValueError, KeyError, AttributeError) as error:
             raise UnsupportedModel(
                 f"transformers does not know the architecture of {self.source}: update transformers "
@@ -103,7 +109,9 @@ class SafetensorsStore:
         """
         names = list(names)
         groups = self._weights.groups
-        infos = self._infos(self._shards.weight_map[part] for name in names for part in groups[name].values())
+        stored = [part for name in names for part in groups[name].values()]
+        infos = self._infos(self._shards.weight_map[part] for part in stored)
+        self._shards.check_hold(stored, infos)
 
         def part(name: str) -> Part:
             info = infos[name]

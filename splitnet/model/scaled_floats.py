@@ -35,8 +35,8 @@ def scaled_weight(
     Args:
         weight: `[outputs, inputs]` or `[experts, outputs, inputs]`.
         scale: one number, or one for each output (and expert), or one for each block.
-        block: outputs and inputs of a block; None, or where the scales do not fit it: as many as there are scales for.
-        zero: of int8: the value that stands for zero, in the shape of the scales.
+        block: outputs and inputs of a block; None: as many as there are scales for.
+        zero: of int8: the value that stands for zero, int8 in the shape of the scales.
         packed_fp4: bytes hold two numbers each, the first in the lower bits.
 
     Raises:
@@ -61,6 +61,8 @@ def scaled_weight(
         offset=128 if integers else 0,
     )
     groups = -(-inputs // wide)
+    if zero is not None and (zero.dtype, zero.shape) != (torch.int8, scale.shape):
+        raise misfit(zero, f"does not fit {scale.name} ({list(scale.shape)})")
 
     def spread(part: Part, index: Any) -> torch.Tensor:
         """`[outputs, groups]`."""
@@ -98,11 +100,12 @@ def _block(weight: Part, scale: Part, shape: Sequence[int], block: Sequence[int]
         return outputs, inputs
     if grid in ([outputs], [outputs, 1]):
         return 1, inputs
-    if len(grid) == 2:
-        if block is not None and [-(-outputs // block[0]), -(-inputs // block[1])] == grid:
+    if block is not None:
+        if [-(-outputs // block[0]), -(-inputs // block[1])] == grid:
             return block[0], block[1]
-        if outputs % grid[0] == 0 and inputs % grid[1] == 0:
-            return outputs // grid[0], inputs // grid[1]
+        raise misfit(scale, f"does not fit {weight.name} ({list(weight.shape)}) in blocks of {block[0]} x {block[1]}")
+    if len(grid) == 2 and all(grid) and outputs % grid[0] == 0 and inputs % grid[1] == 0:
+        return outputs // grid[0], inputs // grid[1]
     raise misfit(scale, f"does not fit {weight.name} ({list(weight.shape)})")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,7 +93,7 @@ def read_tensor_infos(file: BinaryIO, shard: str) -> dict[str, TensorInfo]:
             for name, entry in header.items()
             if name != "__metadata__"
         }
-    except (struct.error, ValueError, KeyError, TypeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UnsupportedModel(f"{shard} is not a safetensors file: download or convert it again") from error
 
 
@@ -139,8 +139,15 @@ class Shards:
         """Name of each tensor -> file name of the shard that holds it."""
         index = self._find(INDEX_FILE)
         if index is not None:
-            weight_map: Any = json.loads(index.read_text())["weight_map"]
-            return weight_map
+            try:
+                weight_map: Any = json.loads(index.read_text())["weight_map"]
+                if all(isinstance(shard, str) for shard in weight_map.values()):
+                    return weight_map
+            except (ValueError, KeyError, TypeError, AttributeError):
+                pass
+            raise ModelNotFound(
+                f"{INDEX_FILE} of {self.name} does not say which file holds which tensor: download it again"
+            )
         try:
             with self.open_range(SINGLE_FILE) as file:
                 return dict.fromkeys(read_tensor_infos(file, SINGLE_FILE), SINGLE_FILE)
@@ -148,6 +155,23 @@ class Shards:
             raise ModelNotFound(
                 f"{self.name} holds no safetensors: convert it with transformers' save_pretrained"
             ) from error
+
+    def check_hold(self, names: Iterable[str], infos: Mapping[str, TensorInfo]) -> None:
+        """Refuses an index that is not about these shards.
+
+        Args:
+            names: of tensors that are needed.
+            infos: all tensors of the shards that hold these.
+
+        Raises:
+            ModelNotFound: a shard lacks one.
+        """
+        for name in names:
+            shard = self.weight_map[name]
+            if name not in infos or infos[name].shard != shard:
+                raise ModelNotFound(
+                    f"{shard} of {self.name} lacks {name}, which {INDEX_FILE} says it holds: download both again"
+                )
 
     def config(self) -> Path:
         """The local path of the config.

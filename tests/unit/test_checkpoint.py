@@ -268,6 +268,49 @@ def test_a_shard_that_is_missing_or_damaged(folder: Path, tmp_path: Path) -> Non
         Span.load(Checkpoint.open(copy), 5, 6)
 
 
+def test_a_shard_that_ends_early(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    for shard in copy.glob("*.safetensors"):
+        shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ModelNotFound, match=r"safetensors of copy is not complete.*download it again"):
+        Span.load(Checkpoint.open(copy), 5, 6)
+
+
+@pytest.mark.parametrize(
+    "index", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"model.layers.0.mlp.up_proj.weight": 1}}']
+)
+def test_an_index_that_is_none(index: str, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    (copy / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ModelNotFound, match=r"index\.json of copy does not say .*download it again"):
+        Checkpoint.open(copy)
+
+
+def test_an_index_of_other_shards(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    index = copy / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    name = Checkpoint.open(folder).block_tensors[5][0].name
+    other = next(shard for shard in weight_map.values() if shard != weight_map[name])
+    index.write_text(json.dumps({"weight_map": weight_map | {name: other}}))
+    checkpoint = Checkpoint.open(copy)
+    for read in (lambda: checkpoint.facts([name]), lambda: Span.load(checkpoint, 5, 6)):
+        with pytest.raises(ModelNotFound, match=f"{other} of copy lacks {name}"):
+            read()
+
+
+def test_a_config_that_its_family_cannot_have(folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_attention_heads": 7}))
+    with pytest.raises(UnsupportedModel, match="values that its family cannot have"):
+        Checkpoint.open(copy)
+
+
 def test_a_checkpoint_that_does_not_fit_its_config(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(folder, copy)

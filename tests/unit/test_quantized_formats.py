@@ -145,6 +145,45 @@ def test_a_damaged_description_is_refused_by_name(sources: dict[str, Path], tmp_
         Span.load(Checkpoint.open(broken), 1, 2)
 
 
+MISFITS = [
+    ("fp8", "weight_scale_inv", lambda scale: scale.repeat(2, 1)),
+    ("fp8", "weight_scale_inv", lambda scale: scale[:, :-1]),
+    ("float-quantized-block", "weight_scale", lambda scale: scale[:1]),
+    ("int-quantized", "weight_scale", lambda scale: scale[:8]),
+    ("int-quantized-zeros", "weight_zero_point", lambda zero: None),
+    ("int-quantized-zeros", "weight_zero_point", lambda zero: zero[:8]),
+    ("int-quantized", "weight_g_idx", lambda none: torch.arange(128, dtype=torch.int32).flip(0) // 64),
+    ("int4-zeros", "weight_zero_point", lambda zero: zero[:-1]),
+    ("int4-zeros", "weight_zero_point", lambda zero: zero.repeat(1, 2)),
+    ("nvfp4", "weight_global_scale", lambda scale: torch.cat((scale, scale + 1))),
+    ("modelopt-nvfp4", "weight_scale_2", lambda scale: torch.stack((scale, scale + 1))),
+    ("gptq", "g_idx", lambda index: index[:64]),
+    ("gptq-desc_act", "g_idx", lambda index: None),
+    ("gptq-desc_act", "g_idx", lambda index: index[:1]),
+    ("gptq-desc_act", "g_idx", lambda index: index + 9),
+    ("nf4-nested", "weight.nested_absmax", lambda maxima: None),
+    ("nf4-nested", "weight.nested_quant_map", lambda table: table[:128]),
+    ("nf4-nested", "weight.absmax", lambda maxima: maxima.float()),
+    ("nf4", "weight.quant_map", lambda table: table[:1]),
+]
+
+
+@pytest.mark.parametrize(("scheme", "part", "change"), MISFITS)
+def test_parts_that_do_not_belong_together_are_refused_by_name(
+    scheme: str, part: str, change: Any, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """What a wrong part would stand for looks like a weight all the same."""
+    folder, _ = quantized_pair(sources["llama"], tmp_path, scheme)
+    tensors = tensors_of(folder)
+    name = f"model.layers.1.mlp.down_proj.{part}"
+    changed = change(tensors.pop(name, None))
+    config = json.loads((folder / "config.json").read_text())
+    tensors |= {} if changed is None else {name: changed}
+    broken = write_checkpoint(tmp_path / "broken", folder, tensors, config)
+    with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.down_proj"):
+        Span.load(Checkpoint.open(broken), 1, 2)
+
+
 def test_zeros_that_the_config_denies_are_an_error(sources: dict[str, Path], tmp_path: Path) -> None:
     folder = _with_config(quantized_pair(sources["llama"], tmp_path, "gptq")[0], sym=True)
     with pytest.raises(UnsupportedModel, match=r"qzeros.*symmetric"):
