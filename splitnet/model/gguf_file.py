@@ -21,6 +21,7 @@ from splitnet.model.stored import Codes, Layout, StoredMatrix, StoredTensor
 _LONG = 1024
 """Numbers; a list with one for each block is shorter."""
 _SKIPPED: list[GGUFValueType] = []
+_AGAIN = "put the parts of one model, and no others, in a folder, or download them again"
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
@@ -129,16 +130,21 @@ class GgufFile:
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
-        for part in _parts(path):
+        parts = list(_parts(path))
+        for number, part in enumerate(parts):
             reader = _open(part)
-            for key, field in reader.fields.items():
-                if field.types != _SKIPPED:
-                    self.metadata.setdefault(key, _value(field))
+            own = {key: _value(field) for key, field in reader.fields.items() if field.types != _SKIPPED}
+            _check_part(part, own, number, len(parts))
+            self.metadata = own | self.metadata
             for tensor in reader.tensors:
+                if tensor.name in self.tensors:
+                    raise UnsupportedModel(f"{part} has {tensor.name}, which a part before it has too: {_AGAIN}")
                 shape = tuple(int(size) for size in reversed(tensor.shape))
                 self.tensors[tensor.name] = GgufTensor(tensor.name, shape, tensor.tensor_type, tensor.data)
         if "general.architecture" not in self.metadata or not self.tensors:
             raise UnsupportedModel(f"{path} holds no model: give the GGUF file that holds the weights")
+        if self.metadata.get("split.tensors.count", len(self.tensors)) != len(self.tensors):
+            raise UnsupportedModel(f"the parts of {path} do not hold all tensors that they should: {_AGAIN}")
 
     @property
     def architecture(self) -> str:
@@ -174,6 +180,16 @@ def _parts(path: Path) -> Iterator[Path]:
         if not part.is_file():
             raise ModelNotFound(f"{part} is missing: put all {int(match['count'])} parts of the model in one folder")
         yield part
+
+
+def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int) -> None:
+    """Whether a file is the part that its name says."""
+    says = metadata.get("split.no", number), metadata.get("split.count", count) or 1
+    if says != (number, count):
+        raise UnsupportedModel(
+            f"{path} is part {says[0] + 1} of {says[1]} by what is in it, and {number + 1} of {count} by its name: "
+            "give all parts of a model the names that they were published with, or download them again"
+        )
 
 
 def _open(path: Path) -> _Reader:

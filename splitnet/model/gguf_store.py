@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
@@ -18,6 +19,7 @@ from splitnet.model.gguf_config import ROPE_TENSORS, make_config
 from splitnet.model.gguf_families import OUTSIDE, Family, config_values, family_of
 from splitnet.model.gguf_file import GgufFile, GgufTensor
 from splitnet.model.gguf_tokenizer import read_tokenizer
+from splitnet.model.quantized_format import MALFORMED
 from splitnet.model.stored import StoredTensor
 from splitnet.model.tensor_store import Progress, ReadBytes, TensorFacts
 
@@ -62,7 +64,13 @@ class GgufStore:
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
-        return make_config(self._family.model_type, config_values(self._family, self._file), self._file)
+        try:
+            return make_config(self._family.model_type, config_values(self._family, self._file), self._file)
+        except (StrictDataclassError, *MALFORMED) as error:
+            raise UnsupportedModel(
+                f"the metadata of {self.source} describe no model of the family {self._family.model_type!r}: download "
+                f"it again, or take another file of this model ({' '.join(str(error).split())})"
+            ) from error
 
     @property
     def quantized(self) -> bool:
@@ -90,7 +98,14 @@ class GgufStore:
 
     def read(self, recipe: _Recipe) -> torch.Tensor:
         """Makes a tensor."""
-        return recipe.make(self._config, *(part.tensor() for part in recipe.parts))
+        try:
+            return recipe.make(self._config, *(part.tensor() for part in recipe.parts))
+        except RuntimeError as error:
+            first = recipe.parts[0]
+            raise UnsupportedModel(
+                f"{first.name} of {self.source} ({list(first.shape)}) is not what its metadata say ({error}): download "
+                "it again, or take another file of this model"
+            ) from error
 
     def samples(self) -> Mapping[str, bytes]:
         """See `TensorStore.samples`."""
@@ -171,6 +186,11 @@ def _recipes(file: GgufFile, family: Family, blocks: int) -> dict[str, _Recipe]:
     for name, tensor in file.tensors.items():
         if match := _BLOCK.match(name):
             inside.setdefault(int(match[1]), {})[match[2]] = tensor
+            if int(match[1]) >= file.of_architecture["block_count"]:
+                raise UnsupportedModel(
+                    f"{file.name} has the tensor {name}, and says that it has {file.of_architecture['block_count']} "
+                    "blocks: download it again, or take another file of this model"
+                )
         elif name not in ROPE_TENSORS:
             recipes[_renamed(file, name, name, family.outside or OUTSIDE)] = _copied(family, name, tensor)
     for block in range(blocks):  # what follows are blocks that predict further tokens, which transformers leaves out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import splitnet
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.gguf_store import GgufStore
+from splitnet.model.span import Span
 from splitnet.model.stored import StoredTensor
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
@@ -182,9 +184,37 @@ def test_a_split_file_is_one_checkpoint(tmp_path: Path) -> None:
     assert first.name == "split-00001-of-00004.gguf"
     parts = Checkpoint.open(first)
     assert parts.fingerprint == whole.fingerprint and set(parts.names) == set(whole.names)
-    (tmp_path / "split-00003-of-00004.gguf").unlink()
+    third = tmp_path / "split-00003-of-00004.gguf"
+    shutil.copy(third, tmp_path / "alone.gguf")
+    with pytest.raises(UnsupportedModel, match=r"alone\.gguf is part 3 of 4 by what is in it"):
+        Checkpoint.open(tmp_path / "alone.gguf")
+    third.unlink()
     with pytest.raises(ModelNotFound, match=r"split-00003-of-00004\.gguf is missing"):
         Checkpoint.open(first)
+    shutil.copy(first, third)
+    with pytest.raises(UnsupportedModel, match=r"split-00003-of-00004\.gguf is part 1 of 4 by what is in it"):
+        Checkpoint.open(first)
+    for name in ("twice-00001-of-00002.gguf", "twice-00002-of-00002.gguf"):
+        shutil.copy(tmp_path / "model.gguf", tmp_path / name)
+    with pytest.raises(UnsupportedModel, match=r"twice-00002-of-00002\.gguf has .* before it has too"):
+        Checkpoint.open(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("block_count", 1, r"blk\.1\..* has 1 blocks"),
+        ("attention__head_count", 0, "describe no model"),
+        ("attention__head_count", 7, "describe no model"),
+        ("attention__layer_norm_rms_epsilon", "small", "describe no model"),
+        ("attention__head_count_kv", 3, r"blk\.0\.attn_k\.weight .* is not what its metadata say"),
+    ],
+)
+def test_metadata_that_do_not_fit_the_tensors(key: str, value: Any, said: str, tmp_path: Path) -> None:
+    folder = random_checkpoint("llama", tmp_path / "checkpoint", blocks=2, hidden=128)
+    path = write_gguf(folder, tmp_path / "model.gguf", Type.Q8_0, **{key: value})
+    with pytest.raises(UnsupportedModel, match=said):
+        Span.load(Checkpoint.open(path), 0, 1)
 
 
 def test_another_type_of_weights_is_another_checkpoint(tmp_path: Path) -> None:
