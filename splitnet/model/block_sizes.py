@@ -105,10 +105,10 @@ def size_of_block(
     )
     for path, layer, outputs, inputs, form in holdable_layers(block, weights):
         stored = (codes or {}).get(prefix + path, ())
-        if sum(math.prod(one.shape) for one in stored) != outputs * inputs:
-            stored = ()  # where some of it are plain numbers, all of it becomes such
+        if not _are_all(stored, outputs * inputs, transposed=isinstance(layer, Conv1D)):
+            stored = ()  # all of it becomes plain numbers
         if stored and (weights.as_stored or (weights.keeps_codes and form is None)):
-            taken = sum(codes_bytes(one, transposed=isinstance(layer, Conv1D)) for one in stored)
+            taken = sum(codes_bytes(one) for one in stored)
             coded = True
         elif form is not None:
             taken = form.bytes_for(outputs, inputs)
@@ -125,14 +125,20 @@ def size_of_block(
         if layout is not None and not weights.as_stored:
             taken = count * held_bytes(layout, outputs, inputs)
             converted = True
-        elif weights.keeps_codes and sum(math.prod(one.shape) for one in stored) == parameter.numel():
-            taken = sum(codes_bytes(one, transposed=transposed) for one in stored)
+        elif weights.keeps_codes and _are_all(stored, parameter.numel(), transposed=transposed):
+            taken = sum(codes_bytes(one) for one in stored)
             coded = True
         else:
             continue
         held -= parameter.numel() * itemsize - taken
         experts -= parameter.numel() * itemsize - taken
     return BlockSize(plain, held, plain_experts, experts, coded, converted)
+
+
+def _are_all(stored: Sequence[TensorFacts], numbers: int, *, transposed: bool) -> bool:
+    """Whether a weight of so many numbers is all in codes, which lie along its inputs."""
+    along = all(one.transposed == transposed for one in stored)
+    return along and sum(math.prod(one.shape) for one in stored) == numbers
 
 
 def codes_within(model: PreTrainedModel, tensors: Mapping[str, TensorFacts]) -> dict[str, list[TensorFacts]]:
@@ -148,10 +154,10 @@ def codes_within(model: PreTrainedModel, tensors: Mapping[str, TensorFacts]) -> 
     return codes
 
 
-def codes_bytes(facts: TensorFacts, *, transposed: bool = False) -> int:
+def codes_bytes(facts: TensorFacts) -> int:
     """Bytes that a weight takes that is held in the codes of the checkpoint."""
     assert facts.layout is not None
     *experts, outputs, inputs = facts.shape
-    if transposed:
+    if facts.transposed:
         outputs, inputs = inputs, outputs
     return math.prod(experts) * held_bytes(facts.layout, outputs, inputs)

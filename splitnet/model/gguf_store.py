@@ -140,7 +140,7 @@ class GgufStore:
             if isinstance(tensor, StoredTensor):
                 held = {matrix.layout for matrix in tensor.experts[0]}
                 widest = max(held, key=lambda layout: layout.nbytes(*tensor.experts[0][0].shape))
-                return TensorFacts(tuple(tensor.shape), tensor.dtype, widest, nbytes)
+                return TensorFacts(tuple(tensor.shape), tensor.dtype, widest, nbytes, tensor.transposed)
         meta = [torch.empty(part.shape, device="meta") for part in recipe.parts]
         dtype = recipe.parts[0].dtype if layouts.count(None) == len(layouts) else torch.float32
         return TensorFacts(tuple(recipe.make(self._config, *meta).shape), dtype, None, nbytes)

@@ -269,7 +269,7 @@ def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
     """Holds the weights of experts; they are read one at a time.
 
     Args:
-        stored: with a dimension of experts, whichever way its matrices lie.
+        stored: with a dimension of experts. Whether it is transposed does not matter: its matrices count.
 
     Raises:
         UnsupportedModel: a layout cannot be held, or experts differ in theirs.

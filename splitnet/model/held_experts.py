@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from splitnet.model.grouped_forms import ExpertForm, hold_experts
+from splitnet.model.stored import StoredTensor
 
 MANY_ROWS = 32
 """Of one expert; from so many on it is faster to make floats of its weight."""
@@ -79,16 +80,22 @@ def hold_weight_of_experts(experts: nn.Module, name: str, device: torch.device) 
     experts.__dict__[name] = stored  # for those who look at it: it is read from the files when it is used
 
 
-def can_hold_experts(layer: nn.Module, name: str) -> bool:
+def is_weight_of_experts(layer: nn.Module, name: str) -> bool:
     """Whether it is a weight of experts that are run as transformers' interface for them has it."""
     return name in _WEIGHTS and all(hasattr(layer, attribute) for attribute in _INTERFACE)
 
 
+def can_hold_experts(layer: nn.Module, name: str, stored: StoredTensor) -> bool:
+    """Whether it is such a weight, and its codes lie along its inputs."""
+    own: Any = layer
+    return is_weight_of_experts(layer, name) and stored.stacked and stored.transposed == own.is_transposed
+
+
 def weights_of_experts(block: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """The weights in a block that `can_hold_experts`: path, weight, and whether it is `[experts, inputs, outputs]`."""
+    """The weights of experts in a block: path, weight, and whether it is `[experts, inputs, outputs]`."""
     for path, layer in block.named_modules():
         for name, parameter in layer.named_parameters(recurse=False):
-            if can_hold_experts(layer, name):
+            if is_weight_of_experts(layer, name):
                 own: Any = layer
                 yield f"{path}.{name}", parameter, own.is_transposed
 

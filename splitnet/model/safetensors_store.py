@@ -124,8 +124,10 @@ class SafetensorsStore:
             if tensor is None:
                 facts[name] = TensorFacts(infos[name].shape, infos[name].dtype, None, nbytes)
             else:
-                layout = tensor.experts[0][0].layout if isinstance(tensor, StoredTensor) else None
-                facts[name] = TensorFacts(tuple(tensor.shape), tensor.dtype, layout, nbytes)
+                coded = tensor if isinstance(tensor, StoredTensor) else None
+                layout = coded.experts[0][0].layout if coded is not None else None
+                across = coded is not None and coded.transposed
+                facts[name] = TensorFacts(tuple(tensor.shape), tensor.dtype, layout, nbytes, across)
         return facts
 
     def load_tensors(self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None) -> LazyTensors:

@@ -49,7 +49,7 @@ def hold_codes(model: nn.Module, codes_on: torch.device | None) -> None:
     for path, layer, name, parameter in found:
         stored: Any = parameter
         matrices: Sequence[StoredMatrix] | None = None
-        if codes_on is not None and can_hold_experts(layer, name):
+        if codes_on is not None and can_hold_experts(layer, name, stored):
             hold_weight_of_experts(layer, name, codes_on)
             continue
         if codes_on is not None and name == "weight" and can_hold_codes(path, layer):

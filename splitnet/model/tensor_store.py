@@ -26,12 +26,14 @@ class TensorFacts:
         dtype: that it is stored in; of codes, the type of the tensor that reading gives.
         layout: of codes; None for plain numbers.
         nbytes: in the files, with its scales and zeros.
+        transposed: codes lie along the last dimension but one.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     layout: Layout | None
     nbytes: int
+    transposed: bool = False
 
     def bytes_as(self, dtype: torch.dtype | None) -> int:
         """Bytes that it takes once loaded as numbers of type `dtype` (None: as stored)."""

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from splitnet.errors import UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.packed_codes import unpack_words
-from splitnet.model.span import Part, Span
+from splitnet.model.span import Part, Span, block_bytes
 from splitnet.model.stored import StoredTensor
-from tests.unit.quantized_checkpoints import SCHEMES, pack_words, quantized_pair, tensors_of, write_checkpoint
+from tests.unit.quantized_checkpoints import SCHEMES, Scheme, pack_words, quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 
 BITS = {
@@ -289,6 +289,22 @@ def test_fp8_experts_and_blocks_that_do_not_come_out_even(tmp_path: Path) -> Non
     hidden = torch.randn(5, 128)
     outputs = [span.forward(hidden, [Part(span.new_row(), 0, 5)]) for span in spans]
     torch.testing.assert_close(*outputs, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_codes_that_lie_across_what_experts_multiply_become_numbers(
+    weights: str | None, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """gpt-oss has its experts as `[experts, inputs, outputs]`, and FP8 is stored as the tensor lies."""
+    fp8 = SCHEMES["fp8"]
+    monkeypatch.setitem(SCHEMES, "across", Scheme(fp8.settings, fp8.write, only="experts."))
+    folders = quantized_pair(sources["gpt_oss"], tmp_path, "across")
+    spans = [Span.load(Checkpoint.open(folder), 0, 2, weights=weights) for folder in folders]
+    hidden = torch.randn(5, 64)
+    outputs = [span.forward(hidden, [Part(span.new_row(), 0, 5)]) for span in spans]
+    torch.testing.assert_close(*outputs)
+    foretold = block_bytes(Checkpoint.open(folders[0]), None, weights)
+    assert abs(spans[0].weight_bytes - 2 * foretold) < 1024
 
 
 def test_stacked_experts_have_stacked_scales(tmp_path: Path, sources: dict[str, Path]) -> None:

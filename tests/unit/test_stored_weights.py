@@ -111,7 +111,8 @@ def _facts(tensor: torch.Tensor) -> TensorFacts:
     if not isinstance(tensor, StoredTensor):
         return TensorFacts(tuple(tensor.shape), tensor.dtype, None, tensor.nbytes)
     ((matrix,),) = tensor.experts
-    return TensorFacts(tuple(tensor.shape), tensor.dtype, matrix.layout, matrix.layout.nbytes(*matrix.shape))
+    nbytes = matrix.layout.nbytes(*matrix.shape)
+    return TensorFacts(tuple(tensor.shape), tensor.dtype, matrix.layout, nbytes, tensor.transposed)
 
 
 def coded(weight: torch.Tensor, layout: Layout, *, transposed: bool = False) -> torch.Tensor:
