@@ -97,6 +97,11 @@ class Checkpoint:
         return checkpoint
 
     @property
+    def quantized(self) -> bool:
+        """Whether weights are stored in fewer bits than numbers of a usual type have."""
+        return self._store.quantized
+
+    @property
     def num_blocks(self) -> int:
         return self.config.num_hidden_layers
 

@@ -8,22 +8,26 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from splitnet.errors import UnsupportedModel
 from splitnet.model.backbone import causal_class, load_cut
 from splitnet.model.checkpoint import Checkpoint
 
 
 def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
-    """Loads all of a checkpoint; what a GGUF file has in codes becomes numbers.
+    """Loads all of a checkpoint; what it has in codes becomes numbers, without the packages that transformers wants then.
 
     Args:
         dtype: of the weights; "auto": as they are stored.
 
     Raises:
         OSError, ValueError: transformers cannot load it.
-        UnsupportedModel: likewise, of a GGUF file.
+        UnsupportedModel: likewise, of a GGUF file or of quantized weights.
     """
-    if not checkpoint.source.endswith(".gguf"):
-        return AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype).eval()
+    if not checkpoint.source.endswith(".gguf") and (checkpoint.multimodal or not checkpoint.quantized):
+        try:
+            return AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype).eval()
+        except ImportError as error:
+            raise UnsupportedModel(f"{checkpoint.name} cannot be loaded by transformers alone: {error}") from error
     wanted = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype
     config = copy.deepcopy(checkpoint.config)
     names = {name: name for name in checkpoint.names}

@@ -12,12 +12,14 @@ import torch
 from compressed_tensors.compressors.pack_quantized import unpack_from_int32
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from splitnet.errors import UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.packed_codes import unpack_words
 from splitnet.model.span import Part, Span, block_bytes
 from splitnet.model.stored import StoredTensor
+from splitnet.model.whole_model import load_whole
 from tests.unit.quantized_checkpoints import SCHEMES, Scheme, pack_words, quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 
@@ -182,6 +184,19 @@ def test_parts_that_do_not_belong_together_are_refused_by_name(
     broken = write_checkpoint(tmp_path / "broken", folder, tensors, config)
     with pytest.raises(UnsupportedModel, match=r"layers\.1\.mlp\.down_proj"):
         Span.load(Checkpoint.open(broken), 1, 2)
+
+
+@pytest.mark.parametrize("scheme", ["gptq", "awq", "nf4", "modelopt-nvfp4", "fp8"])
+def test_a_whole_model_needs_none_of_the_packages_that_wrote_it(
+    scheme: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """As a model that drafts, beside a swarm."""
+    folder, plain = quantized_pair(sources["llama"], tmp_path, scheme)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        found = load_whole(Checkpoint.open(folder), "auto")(ids).logits
+        expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(found, expected)
 
 
 def test_zeros_that_the_config_denies_are_an_error(sources: dict[str, Path], tmp_path: Path) -> None:
