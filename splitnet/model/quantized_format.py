@@ -153,9 +153,13 @@ class Weights:
             part: called with names in the files.
 
         Raises:
-            UnsupportedModel: as `QuantizedFormat.tensor`, or it is codes without scales.
+            UnsupportedModel: as `QuantizedFormat.tensor`, or it is codes without scales, or integers of no format.
         """
         if self._format is None:
+            plain = part(name)
+            # Of four dimensions are masks of attention, which old checkpoints have.
+            if plain.dtype in (torch.int8, torch.uint8) and len(plain.shape) in (2, 3):
+                raise misfit(plain, "is stored in small integers, and the config does not say what they stand for")
             return None
         parts = {role: part(stored) for role, stored in self.groups[name].items()}
         if not self.is_plain(name):

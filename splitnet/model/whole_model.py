@@ -14,7 +14,7 @@ from splitnet.model.checkpoint import Checkpoint
 
 
 def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
-    """Loads all of a checkpoint; what it has in codes becomes numbers, without the packages that transformers wants then.
+    """Loads all of a checkpoint; what is in codes becomes numbers, without packages that transformers wants for it.
 
     Args:
         dtype: of the weights; "auto": as they are stored.

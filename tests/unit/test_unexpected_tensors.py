@@ -129,6 +129,15 @@ def test_scales_that_no_config_tells_of(llama: Path, tmp_path: Path) -> None:
         Span.load(Checkpoint.open(folder), 0, 1)
 
 
+def test_integers_that_no_config_tells_of(llama: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors = tensors_of(llama)
+    tensors |= {name: (tensors[name] * 100).to(torch.int8), "model.layers.1.attn.bias": torch.ones(1, 1, 4, 4).byte()}
+    folder = write_checkpoint(tmp_path / "integers", llama, tensors, json.loads((llama / "config.json").read_text()))
+    with pytest.raises(UnsupportedModel, match=f"{name}.* small integers"):
+        _load_block(Checkpoint.open(folder))
+
+
 def test_biases_of_nothing(llama: Path, tmp_path: Path) -> None:
     """AutoGPTQ stores one with every layer, also where the model has none."""
     folder, _ = quantized_pair(llama, tmp_path, "gptq")
