@@ -113,6 +113,8 @@ def rope_parameters(metadata: Metadata, *, head_dim: int, partial: bool = False)
         raise _odd(metadata, f"scales its rotary embedding in a way that is not known ({kind})")
     metadata.skip("rope.scaling.factor", "rope.scaling.original_context_length")
     tensors = metadata.file.tensors
+    if kind in ("linear", "yarn") and ROPE_TENSORS & tensors.keys():
+        raise _odd(metadata, f"scales its rotary embedding twice ({kind}, and by {min(ROPE_TENSORS & tensors.keys())})")
     if "rope_freqs.weight" in tensors:
         parameters |= _scaled_frequencies(tensors["rope_freqs.weight"].tensor(), parameters["rope_theta"], turned)
     if "rope_factors_long.weight" in tensors:

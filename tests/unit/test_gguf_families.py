@@ -200,6 +200,14 @@ def test_a_split_file_is_one_checkpoint(tmp_path: Path) -> None:
         Checkpoint.open(tmp_path / name)
 
 
+def test_a_rotary_embedding_that_is_scaled_twice_is_refused(tmp_path: Path) -> None:
+    folder = random_checkpoint("llama", tmp_path / "checkpoint", blocks=1, rope_parameters=LLAMA_3)
+    twice = {"rope__scaling__type": "linear", "rope__scaling__factor": 2.0}
+    path = write_gguf(folder, tmp_path / "model.gguf", **twice)
+    with pytest.raises(UnsupportedModel, match=r"scales its rotary embedding twice \(linear, and by rope_freqs"):
+        Checkpoint.open(path)
+
+
 @pytest.mark.parametrize(
     ("key", "value", "said"),
     [
