@@ -29,7 +29,7 @@ def open_model(model: str) -> tuple[Finding, Checkpoint | None]:
         mark = checkpoint.fingerprint[:SHOWN_DIGITS]
     except SplitnetError as error:
         return failed("model", str(error)), None
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a damaged index can be anything
+    except (OSError, ValueError, KeyError, TypeError) as error:  # damaged files can be anything
         return failed("model", f"the files of {model} are damaged ({error!r}): download it again"), None
     return passed(
         "model", f"{checkpoint.name}, {checkpoint.model_type}, {blocks} blocks, fingerprint {mark}"
