@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -265,6 +266,14 @@ def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> Group
     return forms[0] if len(forms) == 1 else JoinedForm(forms)
 
 
+def _room(tiles: int, tile_bytes: int) -> torch.Tensor:
+    """Memory for tiles, in large pages where the system has them: of many experts few are read at a time, all over."""
+    memory = mmap.mmap(-1, max(1, tiles * tile_bytes))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[: tiles * tile_bytes].view(tiles, tile_bytes)
+
+
 def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
     """Holds the weights of experts; they are read one at a time.
 
@@ -286,7 +295,7 @@ def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
         for index, matrices in enumerate(stored.experts):
             order, tiles = _tiles_of(layout, [matrix.read() for matrix in matrices[begin:end]])
             if found is None:
-                found = order, torch.empty(len(stored.experts) * len(tiles), order.tile_bytes, dtype=torch.uint8)
+                found = order, _room(len(stored.experts) * len(tiles), order.tile_bytes)
             elif order != found[0]:
                 raise UnsupportedModel("experts whose scales are of different types cannot be held together")
             found[1][index * len(tiles) : (index + 1) * len(tiles)] = tiles

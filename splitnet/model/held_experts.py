@@ -77,7 +77,8 @@ def hold_weight_of_experts(experts: nn.Module, name: str, device: torch.device) 
         own.held = nn.ModuleDict()
     own.held[name] = hold_experts(stored.transpose(1, 2) if own.is_transposed else stored, device)
     delattr(experts, name)
-    experts.__dict__[name] = stored  # for those who look at it: it is read from the files when it is used
+    # For those who only look at it. The stored one would keep the files mapped.
+    experts.__dict__[name] = torch.empty(stored.shape, dtype=stored.dtype, device="meta")
 
 
 def is_weight_of_experts(layer: nn.Module, name: str) -> bool:
