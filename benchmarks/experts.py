@@ -6,14 +6,16 @@
 The checkpoint has the sizes of the model that its name says, but fewer blocks and a small vocabulary, and is written
 anew (`--keep FOLDER` keeps it). Tells the bytes of the blocks in the files, and what the daemons hold above libraries;
 then, for every case, tokens per second and ms per token. "Of bandwidth" is the time that the machine needs to read the
-bytes that a token really reads (attention, router, chosen experts, head), with as many threads as a daemon has, as a
-part of the ms per token.
+bytes that a token really reads (attention, router, chosen experts, head), with as many threads as a daemon has, before
+or after the rounds, whichever was faster, as a part of the ms per token. `--in-process` also runs all blocks as one
+span in this process, without hops.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,13 +35,14 @@ from transformers import AutoConfig
 from splitnet.bench.arms import SwarmArm
 from splitnet.bench.cases import Case
 from splitnet.bench.figures import FIRST_TOKEN_MS, TOKEN_MS_P50, TOKENS_PER_S
-from splitnet.bench.measuring import measure
+from splitnet.bench.measuring import Measured, measure
 from splitnet.bench.report import with_range
 from splitnet.cli.local_swarm import LocalSwarm
 from splitnet.cli.progress import StageProgress
 from splitnet.client.causal_lm import attach
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import Part, Span
 
 MIB = 2**20
 VOCABULARY = 4096
@@ -289,6 +292,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prefill", type=int, nargs="*", default=[512])
     parser.add_argument("--keep", type=Path, help="folder to write the checkpoint to, or where it is")
+    parser.add_argument("--in-process", action="store_true", help="time a span of all blocks, too")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
     with ExitStack() as stack:
@@ -312,13 +316,38 @@ def run(shape: Shape, folder: Path, arguments: argparse.Namespace, stack: ExitSt
     print(
         f"{arguments.shape}, {checkpoint.num_blocks} blocks, {arguments.peers} daemons of {arguments.threads} threads."
     )
-    print(f"Memory is read at {speed / 2**30:.1f} GiB/s. Ready after {ready:.0f} s.")
+    print(f"Ready after {ready:.0f} s.")
     print(f"Blocks: {in_files / MIB:.0f} MiB in files; daemons above libraries: {held / MIB:.0f} MiB", end="")
     print(f" ({held / in_files:.2f} x). A token reads {read / MIB:.0f} MiB.")
     swarm = stack.enter_context(Swarm(ModelFacts.of(checkpoint), [address]))
     torch.set_num_threads(arguments.threads)
     arm = SwarmArm(attach(checkpoint, swarm, codec="none"), seed=0)
-    report(cases_of(arguments), arm, arguments.rounds, read / speed * 1000)
+    with StageProgress() as progress:
+        found = measure(
+            {"swarm": arm}, cases_of(arguments), rounds=arguments.rounds, progress=progress.update, warm_up=1
+        )
+    speed = max(speed, bandwidth(arguments.threads))  # the machine is not always as fast
+    print(f"Memory is read at {speed / 2**30:.1f} GiB/s with {arguments.threads} threads.")
+    report(found, read / speed * 1000)
+    if arguments.in_process:
+        daemons.__exit__(None, None, None)  # there may not be memory for both
+        blocks_ms = decode_ms(checkpoint, arguments.tokens)
+        of_blocks = read - checkpoint.facts(["lm_head.weight"])["lm_head.weight"].nbytes
+        print(f"\nAll blocks in one process: {blocks_ms:.2f} ms per token, {of_blocks / speed * 1000 / blocks_ms:.0%}.")
+
+
+def decode_ms(checkpoint: Checkpoint, tokens: int) -> float:
+    """The median of a decode step through a span of all blocks, after 100 positions."""
+    span = Span.load(checkpoint, 0, checkpoint.num_blocks)
+    hidden = torch.randn(100, span.hidden_size)
+    row = span.new_row(100 + tokens)
+    span.forward(hidden, [Part(row, 0, 100)])
+    times: list[float] = []
+    for _ in range(tokens):
+        began = time.perf_counter()
+        span.forward(hidden[:1], [Part(row, row.length, 1)])
+        times.append(time.perf_counter() - began)
+    return statistics.median(times) * 1000
 
 
 def cases_of(arguments: argparse.Namespace) -> list[Case]:
@@ -328,9 +357,7 @@ def cases_of(arguments: argparse.Namespace) -> list[Case]:
     return cases
 
 
-def report(cases: Sequence[Case], arm: SwarmArm, rounds: int, read_ms: float) -> None:
-    with StageProgress() as progress:
-        found = measure({"swarm": arm}, cases, rounds=rounds, warm_up=1, progress=progress.update)
+def report(found: Sequence[Measured], read_ms: float) -> None:
     print("\n| case | context | clients | tokens/s | ms per token | of bandwidth | ms to the first token |")
     print("|---|---|---|---|---|---|---|")
     for measured in found:

@@ -315,7 +315,8 @@ def main() -> int:
     say(f"the answers of plain transformers to {PROMPTS} prompts")
     questions = ask_locally(checkpoint)
     hosts = [f"peer{number}" for number in range(PEERS)]
-    memory = f"{BLOCKS_PER_PEER * block_bytes(checkpoint, None) // 2**20 + 1}MiB"
+    block = block_bytes(checkpoint, None, "float32")
+    memory = f"{BLOCKS_PER_PEER * block // 2**20 + 1}MiB"
     options = (*EXACT, "--memory", memory, "--kv-memory", "128MiB", "--drain", "10")
     failures: list[str] = []
     try:
