@@ -158,10 +158,12 @@ class Clients:
         self._models: list[RemoteCausalLM] = []
         for _ in range(CLIENTS):
             swarm = Swarm(ModelFacts.of(checkpoint), addresses)
-            self._models.append(attach(checkpoint, swarm, codec="none", recovery_timeout_s=WAIT_S))
+            self._models.append(
+                attach(checkpoint, swarm, codec="none", local_weights="float32", recovery_timeout_s=WAIT_S)
+            )
         self._threads = [threading.Thread(target=self._ask, args=(model,)) for model in self._models]
         swarm = Swarm(ModelFacts.of(checkpoint), addresses)
-        self._trainer = attach(checkpoint, swarm, codec="none", recovery_timeout_s=WAIT_S)
+        self._trainer = attach(checkpoint, swarm, codec="none", local_weights="float32", recovery_timeout_s=WAIT_S)
         self._tuned: Any = with_lora(self._trainer)
         self._threads.append(threading.Thread(target=self._train))
 

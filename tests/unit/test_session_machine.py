@@ -411,12 +411,14 @@ def test_what_is_relayed_of_a_new_row_alone_does_not_fill_the_next_hop() -> None
 
 def test_a_replay_of_a_hop_ends_where_the_client_relays() -> None:
     """The client does not know the parts of what a hop replays, so it could not relay them."""
-    for seed in range(64):
+
+    def opened(seed: int) -> World:
         world = World(seed=seed, kind=Kind.CALM)
         world.feed(Use())
         world.settle()
-        if len(world.state.hops) > 2:
-            break
+        return world
+
+    world = next(world for world in map(opened, range(64)) if len(world.state.hops) > 2)
     first, second, third = world.state.hops[:3]
     row = world.new_row_id()
     world.submit([(row, 0, 2, 1)])
