@@ -49,7 +49,7 @@ MUTATIONS = [
     Mutation(
         "a step that overtakes a lost one is believed",
         "session_state",
-        "if isinstance(request, StepRequest) and self._came_too_soon(request):",
+        "if isinstance(request, StepRequest) and hop.endpoint == self.tail and self._came_too_soon(request):",
         "if False:",
     ),
     Mutation(

@@ -356,7 +356,7 @@ class SessionState(SessionRoute):
         request = self._replays.get(number) or self._in_flight.get(number)
         if request is None:
             return
-        if isinstance(request, StepRequest) and self._came_too_soon(request):
+        if isinstance(request, StepRequest) and hop.endpoint == self.tail and self._came_too_soon(request):
             # Hops compute in order, so an earlier step was lost, and they may have gone on from what it was to replace.
             for each in self.hops:
                 each.forget()

@@ -432,6 +432,19 @@ def test_a_replay_of_a_hop_ends_where_the_client_relays() -> None:
     assert world.asked[-1].request.done and world.state.recoveries
 
 
+def test_who_answers_for_the_tail_does_not_tell_of_a_lost_step() -> None:
+    """Of two steps, a hop before the tail answers the second, too: what it says is not that the first was lost."""
+    run = Steps()
+    run.begin(kind=Kind.LIAR, seed=0, opens=True, which=None)
+    run.resize(more=1)
+    run.settle()
+    run.fork(at=0)
+    run.begin_to_lie(at=1, lie=Steps.LIES.index("for the tail"))
+    run.prompt(keep=0, length=1)
+    run.settle()
+    run.teardown()
+
+
 def test_what_is_relayed_of_a_replay_that_did_not_end_fills_no_hop() -> None:
     world = World(seed=1, kind=Kind.CALM)
     world.feed(Use())
