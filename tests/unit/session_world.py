@@ -368,7 +368,7 @@ class PeerModel:
             if self.fault == "pushes short":
                 onward = replace(onward, payload=b"x")
             elif self.fault == "pushes gaps":
-                onward = replace(onward, parts=tuple(part._replace(start=part.start + 7) for part in step.parts))
+                onward = replace(onward, parts=tuple(part._replace(start=part.start + 1000) for part in step.parts))
             self.world.post(self.name, self.world.at(held.next).name, onward)
         elif not replayed or step.number:
             body = b"" if replayed else b"".join(kept if held.end == BLOCKS else outputs)
