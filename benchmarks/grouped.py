@@ -13,22 +13,15 @@ import time
 from collections.abc import Callable
 
 import torch
+from gguf import GGMLQuantizationType
 
+from splitnet.model.gguf_layouts import BLOCK_TYPES
 from splitnet.model.grouped_forms import GroupedForm, held_bytes, hold_stored
 from splitnet.model.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
 
+IN_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4")
 LAYOUTS = {
-    "Q4_0": Layout(4, 32, Kind.FLOAT16, offset=8),
-    "Q4_1": Layout(4, 32, Kind.FLOAT16, Kind.FLOAT16),
-    "Q5_0": Layout(5, 32, Kind.FLOAT16, offset=16),
-    "Q8_0": Layout(8, 32, Kind.FLOAT16, offset=128),
-    "Q2_K": Layout(2, 16, Kind.STEPS, Kind.STEPS),
-    "Q3_K": Layout(3, 16, Kind.STEPS, offset=4),
-    "Q4_K": Layout(4, 32, Kind.STEPS, Kind.STEPS),
-    "Q5_K": Layout(5, 32, Kind.STEPS, Kind.STEPS),
-    "Q6_K": Layout(6, 16, Kind.STEPS, offset=32),
-    "IQ4_NL": Layout(4, 32, Kind.FLOAT16, table="iq4_nl"),
-    "MXFP4": Layout(4, 32, Kind.E8M0, table="e2m1"),
+    **{name: BLOCK_TYPES[GGMLQuantizationType[name]].layout for name in IN_GGUF},
     "NF4": Layout(4, 64, Kind.FLOAT32, table="nf4"),
     "FP8 128 x 128": Layout(8, 128, Kind.FLOAT32, table="e4m3"),
     "int4 by 128, zeros": Layout(4, 128, Kind.FLOAT16, Kind.CODES),

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 import torch
 
+from splitnet.model.gguf_layouts import BLOCK_TYPES
 from splitnet.model.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
 
 LAYOUTS = {
-    "Q4_0": Layout(4, 32, Kind.FLOAT16, offset=8),
-    "Q4_1": Layout(4, 32, Kind.FLOAT16, Kind.FLOAT16),
-    "Q5_0": Layout(5, 32, Kind.FLOAT16, offset=16),
-    "Q5_1": Layout(5, 32, Kind.FLOAT16, Kind.FLOAT16),
-    "Q8_0": Layout(8, 32, Kind.FLOAT16, offset=128),
-    "Q2_K": Layout(2, 16, Kind.STEPS, Kind.STEPS),
-    "Q3_K": Layout(3, 16, Kind.STEPS, offset=4),
-    "Q4_K": Layout(4, 32, Kind.STEPS, Kind.STEPS),
-    "Q5_K": Layout(5, 32, Kind.STEPS, Kind.STEPS),
-    "Q6_K": Layout(6, 16, Kind.STEPS, offset=32),
-    "IQ4_NL": Layout(4, 32, Kind.FLOAT16, table="iq4_nl"),
-    "IQ4_XS": Layout(4, 32, Kind.STEPS, table="iq4_nl"),
-    "MXFP4": Layout(4, 32, Kind.E8M0, table="e2m1"),
+    **{kind.name: block.layout for kind, block in BLOCK_TYPES.items()},
     "NVFP4": Layout(4, 16, Kind.FLOAT32, table="e2m1"),
     "NF4": Layout(4, 64, Kind.FLOAT32, table="nf4"),
     "FP8 in blocks": Layout(8, 128, Kind.FLOAT32, table="e4m3"),
