@@ -658,6 +658,19 @@ static GroupedKernel grouped_kernel(const Grouped *weight, int plainly) {
     return grouped_plainly;
 }
 
+/* Neighbours with the same expert make a run. Gives 0 where there is no such expert. */
+static int find_runs(const uint8_t *tiles, int64_t expert_bytes, const int64_t *experts, long held, long count, Run *runs) {
+    int many = 0;
+    for (long row = 0; row < count; row++) {
+        if (experts[row] < 0 || experts[row] >= held) return 0;
+        if (many && experts[row] == experts[row - 1])
+            runs[many - 1].count++;
+        else
+            runs[many++] = (Run){.tiles = tiles + experts[row] * expert_bytes, .row = row, .count = 1};
+    }
+    return many;
+}
+
 /* Every thread computes some of the tiles, of all runs. */
 static void run_grouped(const GroupedJob *job, const Quantised *rows, const Run *runs, long many, int plainly) {
     GroupedKernel kernel = grouped_kernel(job->weight, plainly);

@@ -75,19 +75,6 @@ static PyObject *int8_of_any_cpu(PyObject *self, PyObject *const *given, Py_ssiz
     return multiply_int8(given, count, NULL);
 }
 
-/* Neighbours with the same expert make a run. Gives 0 where there is no such expert. */
-static int find_runs(const uint8_t *tiles, int64_t expert_bytes, const int64_t *experts, long held, long count, Run *runs) {
-    int many = 0;
-    for (long row = 0; row < count; row++) {
-        if (experts[row] < 0 || experts[row] >= held) return 0;
-        if (many && experts[row] == experts[row - 1])
-            runs[many - 1].count++;
-        else
-            runs[many++] = (Run){.tiles = tiles + experts[row] * expert_bytes, .row = row, .count = 1};
-    }
-    return many;
-}
-
 /* Takes (description, tiles, rows, products, count, numbers from row to row, from product to product, experts or 0, how
 many experts there are, threads, whether by plain loops). */
 static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t count) {

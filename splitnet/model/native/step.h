@@ -216,15 +216,14 @@ INLINE VNNI void open_gate(float *gate, const float *up, long count) {
     }
 }
 
-/* A position that an expert computes. */
+/* What an expert computes: a position, of which its product counts by so much. */
 typedef struct {
-    int64_t expert;
     long position;
     float share;
 } Chosen;
 
 /* The most likely experts of a position, of softmax over all; replaces the logits by their shares. */
-VNNI static void choose_experts(const Block *block, float *logits, long position, Chosen *chosen) {
+VNNI static void choose_experts(const Block *block, float *logits, long position, Chosen *chosen, int64_t *experts) {
     float most = -INFINITY, total = 0, kept = 0;
     for (long i = 0; i < block->experts; i++) most = logits[i] > most ? logits[i] : most;
     for (long i = 0; i < block->experts; i += 16) {
@@ -237,7 +236,8 @@ VNNI static void choose_experts(const Block *block, float *logits, long position
     for (long index = 0; index < block->chosen; index++) {
         long best = 0;
         for (long i = 1; i < block->experts; i++) best = logits[i] > logits[best] ? i : best;
-        chosen[index] = (Chosen){.expert = best, .position = position, .share = logits[best]};
+        chosen[index] = (Chosen){.position = position, .share = logits[best]};
+        experts[index] = best;
         kept += logits[best];
         logits[best] = -1;
     }
@@ -245,17 +245,11 @@ VNNI static void choose_experts(const Block *block, float *logits, long position
 }
 
 /* Products of rows with the weights of their experts, which are sorted. */
-VNNI static void multiply_by_expert(const Matrix *matrix, const Chosen *chosen, long pairs, const float *rows, float *products,
-                                    const Quantised *room, Run *runs, int threads) {
+VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts, long held, long pairs, const float *rows,
+                                    float *products, const Quantised *room, Run *runs, int threads) {
     const Grouped *weight = matrix->scales;
     int64_t expert_bytes = parts_of(weight->outputs, TILE) * weight->tile_bytes;
-    long many = 0;
-    for (long pair = 0; pair < pairs; pair++) {
-        if (pair && chosen[pair].expert == chosen[pair - 1].expert)
-            runs[many - 1].count++;
-        else
-            runs[many++] = (Run){(const uint8_t *)matrix->weights + chosen[pair].expert * expert_bytes, pair, 1};
-    }
+    long many = find_runs(matrix->weights, expert_bytes, experts, held, pairs, runs);
     Quantised numbers = *room;
     if (weight->code <= TABLE) {
         Job job = {.rows = rows, .count = pairs, .inputs = matrix->inputs};
@@ -278,26 +272,33 @@ VNNI static void run_experts(const Block *block, const Step *step, const float *
     long pairs = step->count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
     Chosen *chosen = (Chosen *)memory;
     Run *runs = (Run *)(chosen + pairs);
-    float *logits = (float *)(runs + pairs), *rows = logits + step->count * block->experts;
+    int64_t *experts = (int64_t *)(runs + pairs);
+    float *logits = (float *)(experts + pairs), *rows = logits + step->count * block->experts;
     float *inner = rows + pairs * width, *gated = inner + pairs * 2 * between, *outer = gated + pairs * between;
     multiply((const Matrix *[]){&block->router}, (float *[]){logits}, 1, normed, room, step);
     for (long position = 0; position < step->count; position++)
-        choose_experts(block, logits + position * block->experts, position, chosen + position * block->chosen);
+        choose_experts(block, logits + position * block->experts, position, chosen + position * block->chosen,
+                       experts + position * block->chosen);
     for (long pair = 1; pair < pairs; pair++) { /* few: sorted where they are */
         Chosen one = chosen[pair];
+        int64_t expert = experts[pair];
         long at = pair;
-        for (; at > 0 && chosen[at - 1].expert > one.expert; at--) chosen[at] = chosen[at - 1];
+        for (; at > 0 && experts[at - 1] > expert; at--) {
+            chosen[at] = chosen[at - 1];
+            experts[at] = experts[at - 1];
+        }
         chosen[at] = one;
+        experts[at] = expert;
     }
     for (long pair = 0; pair < pairs; pair++)
         memcpy(rows + pair * width, normed + chosen[pair].position * width, width * sizeof(float));
-    multiply_by_expert(&block->inner, chosen, pairs, rows, inner, room, runs, step->threads);
+    multiply_by_expert(&block->inner, experts, block->experts, pairs, rows, inner, room, runs, step->threads);
     for (long pair = 0; pair < pairs; pair++) {
         float *gate = inner + pair * 2 * between;
         open_gate(gate, gate + between, between);
         memcpy(gated + pair * between, gate, between * sizeof(float));
     }
-    multiply_by_expert(&block->outer, chosen, pairs, gated, outer, room, runs, step->threads);
+    multiply_by_expert(&block->outer, experts, block->experts, pairs, gated, outer, room, runs, step->threads);
     for (long pair = 0; pair < pairs; pair++) {
         float *to = step->hidden + chosen[pair].position * width;
         const float *from = outer + pair * width;
@@ -308,7 +309,7 @@ VNNI static void run_experts(const Block *block, const Step *step, const float *
 static size_t memory_of_experts(const Block *block, long count) {
     size_t pairs = count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
     size_t floats = count * block->experts + pairs * (2 * width + 3 * between);
-    return pairs * (sizeof(Chosen) + sizeof(Run)) + floats * sizeof(float);
+    return pairs * (sizeof(Chosen) + sizeof(Run) + sizeof(int64_t)) + floats * sizeof(float);
 }
 
 VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
