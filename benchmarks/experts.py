@@ -8,7 +8,8 @@ anew (`--keep FOLDER` keeps it). Tells the bytes of the blocks in the files, and
 then, for every case, tokens per second and ms per token. "Of bandwidth" is the time that the machine needs to read the
 bytes that a token really reads (attention, router, chosen experts, head), with as many threads as a daemon has, before
 or after the rounds, whichever was faster, as a part of the ms per token. `--in-process` also runs all blocks as one
-span in this process, without hops.
+span in this process, without hops; `--sequences N` tells what N more sequences of each context take in the daemons,
+and `--drafts` compares answers with and without drafts.
 """
 
 from __future__ import annotations
@@ -34,14 +35,16 @@ from transformers import AutoConfig
 
 from splitnet.bench.arms import SwarmArm
 from splitnet.bench.cases import Case
+from splitnet.bench.clock import Clock
 from splitnet.bench.figures import FIRST_TOKEN_MS, TOKEN_MS_P50, TOKENS_PER_S
 from splitnet.bench.measuring import Measured, measure
 from splitnet.bench.report import with_range
 from splitnet.cli.local_swarm import LocalSwarm
 from splitnet.cli.progress import StageProgress
-from splitnet.client.causal_lm import attach
+from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.sizes import ModelSizes
 from splitnet.model.span import Part, Span
 
 MIB = 2**20
@@ -292,6 +295,8 @@ def main() -> None:
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--prefill", type=int, nargs="*", default=[512])
     parser.add_argument("--keep", type=Path, help="folder to write the checkpoint to, or where it is")
+    parser.add_argument("--sequences", type=int, default=0, help="whose memory is measured")
+    parser.add_argument("--drafts", action="store_true", help="answer a prompt that repeats itself with drafts, too")
     parser.add_argument("--in-process", action="store_true", help="time a span of all blocks, too")
     arguments = parser.parse_args()
     shape = SHAPES[arguments.shape]
@@ -321,7 +326,8 @@ def run(shape: Shape, folder: Path, arguments: argparse.Namespace, stack: ExitSt
     print(f" ({held / in_files:.2f} x). A token reads {read / MIB:.0f} MiB.")
     swarm = stack.enter_context(Swarm(ModelFacts.of(checkpoint), [address]))
     torch.set_num_threads(arguments.threads)
-    arm = SwarmArm(attach(checkpoint, swarm, codec="none"), seed=0)
+    model = attach(checkpoint, swarm, codec="none")
+    arm = SwarmArm(model, seed=0)
     with StageProgress() as progress:
         found = measure(
             {"swarm": arm}, cases_of(arguments), rounds=arguments.rounds, progress=progress.update, warm_up=1
@@ -329,11 +335,54 @@ def run(shape: Shape, folder: Path, arguments: argparse.Namespace, stack: ExitSt
     speed = max(speed, bandwidth(arguments.threads))  # the machine is not always as fast
     print(f"Memory is read at {speed / 2**30:.1f} GiB/s with {arguments.threads} threads.")
     report(found, read / speed * 1000)
+    for context in arguments.context if arguments.sequences else []:
+        report_memory(model, daemons, ModelSizes.of(str(folder)), context, arguments.sequences)
+    if arguments.drafts:
+        report_drafts(model, arguments.tokens, arguments.rounds)
     if arguments.in_process:
         daemons.__exit__(None, None, None)  # there may not be memory for both
         blocks_ms = decode_ms(checkpoint, arguments.tokens)
         of_blocks = read - checkpoint.facts(["lm_head.weight"])["lm_head.weight"].nbytes
         print(f"\nAll blocks in one process: {blocks_ms:.2f} ms per token, {of_blocks / speed * 1000 / blocks_ms:.0%}.")
+
+
+def report_memory(model: RemoteCausalLM, daemons: LocalSwarm, sizes: ModelSizes, context: int, many: int) -> None:
+    """Tells by how much the daemons grow with sequences that are all open at once, and what records say of it."""
+    prompt = torch.randint(VOCABULARY, (1, context))
+    with ExitStack() as open_sessions:
+        used: list[int] = []
+        for index in range(many + 1):
+            open_sessions.enter_context(model.session())
+            model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=2, do_sample=False)
+            if index in (0, many):  # the first also takes what passes need, which stays
+                used.append(sum(psutil.Process(process.pid).memory_full_info().uss for process in daemons.processes))
+    states = sizes.num_blocks * sizes.state_bytes / MIB
+    told = sizes.num_blocks * sizes.kv_bytes * (context + 2) / MIB + states
+    grown = (used[1] - used[0]) / many / MIB
+    print(f"A sequence of {context} takes {grown:.1f} MiB; told: {told:.1f} MiB, of which {states:.1f} are states.")
+
+
+def report_drafts(model: RemoteCausalLM, tokens: int, rounds: int) -> None:
+    prompt = torch.randint(VOCABULARY, (1, 32)).repeat(1, 3)
+    texts: set[tuple[int, ...]] = set()
+    speeds: dict[str | None, list[float]] = {None: [], "prompt-lookup": []}
+    for index in range(rounds + 1):
+        for speculate, found in speeds.items():
+            clock = Clock()
+            text = model.generate(
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                max_new_tokens=tokens,
+                do_sample=False,
+                streamer=clock,
+                speculate=speculate,
+            )
+            texts.add(tuple(text[0].tolist()))
+            if index:  # the first warms up
+                found.append(1000 * (clock.times[-1] - clock.times[0]) / (tokens - 1))
+    off, drafts = (statistics.median(found) for found in speeds.values())
+    same = "the same text" if len(texts) == 1 else "ANOTHER TEXT"
+    print(f"A token takes {off:.1f} ms without drafts and {drafts:.1f} with them; {same}.", flush=True)
 
 
 def decode_ms(checkpoint: Checkpoint, tokens: int) -> float:

@@ -73,11 +73,15 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--codec", default="auto")
     parser.add_argument("--delay", type=float, default=0.0, help="ms one way between any two hosts")
+    parser.add_argument("--random", action="store_true", help="random prompts, for models without a tokenizer")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     codec = arguments.codec
     checkpoint = Checkpoint.open(arguments.checkpoint)
-    ids = checkpoint.tokenizer()(TEXT.read_text(), return_tensors="pt").input_ids
+    if arguments.random:
+        ids = torch.randint(checkpoint.config.vocab_size, (1, max(arguments.context)))
+    else:
+        ids = checkpoint.tokenizer()(TEXT.read_text(), return_tensors="pt").input_ids
     edges = [round(index * checkpoint.num_blocks / len(HOPS)) for index in range(len(HOPS) + 1)]
     spans = {f"{name}{twin}": (edges[index], edges[index + 1]) for twin in "ab" for index, name in enumerate(HOPS)}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import secrets
 import threading
@@ -117,6 +118,9 @@ class SessionDriver:
         self._handling = threading.RLock()
         self._is_handling = False
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._until: Callable[[], bool] | None = None
+        """What the thread in `_wait` waits for: it is woken for that alone, not for every event."""
+        self._wakes_at = math.inf
         swarm.links.register(self)
 
     @property
@@ -189,7 +193,21 @@ class SessionDriver:
                         self._perform(effect)
             finally:
                 self._is_handling = False
-        self._changed.put(None)
+        if self._has_work():
+            self._changed.put(None)
+
+    def _has_work(self) -> bool:
+        state, until = self.state, self._until
+        return until is not None and bool(
+            self._asked
+            or state.phase is Phase.CLOSED
+            or state.wake_at < self._wakes_at
+            or self._wants_forecast()
+            or until()
+        )
+
+    def _wants_forecast(self) -> bool:
+        return self.state.phase is Phase.REPLAYING and not self.state.chunk_ms
 
     def _perform(self, effect: Effect) -> None:
         swarm = self._swarm
@@ -226,18 +244,30 @@ class SessionDriver:
         Raises:
             SessionClosed: another thread has closed the session.
         """
-        while not until():
+        # set before the first look: what happens after a look wakes this thread
+        self._until = until
+        try:
+            self._wait_awake(until)
+        finally:
+            self._until = None
+        self._refuse_if_closed()
+
+    def _wait_awake(self, until: Callable[[], bool]) -> None:
+        while True:
+            self._wakes_at = math.inf
+            if until():
+                return
             self._refuse_if_closed()
             if self._asked:
                 self.feed(self._routes.answer(self._asked.popleft(), self._needs(self._prompt)))
                 continue
-            if self.state.phase is Phase.REPLAYING and not self.state.chunk_ms:
+            if self._wants_forecast():
                 self.state.chunk_ms = self.forecasts()(REPLAY_POSITIONS).latency_ms
+            self._wakes_at = self.state.wake_at
             try:
-                self._changed.get(timeout=max(0.0, min(self.state.wake_at - time.monotonic(), threading.TIMEOUT_MAX)))
+                self._changed.get(timeout=max(0.0, min(self._wakes_at - time.monotonic(), threading.TIMEOUT_MAX)))
             except queue.Empty:
                 self.feed(Tick())
-        self._refuse_if_closed()
 
     def _wait_for(self, requests: Sequence[Request]) -> None:
         """Waits until all have what they asked for; raises the error of the first that has not."""
