@@ -107,7 +107,7 @@ def _packed_attention(
     block: int = module.layer_idx  # type: ignore[assignment]
     window = packed.windows[block] if packed.windows else kwargs.get("sliding_window")
     eager = not packed.sdpa or kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None
-    attend = _own_attention(module) if eager else sdpa_attention_forward
+    attend = _own_attention(module) if eager else _sdpa_attention
     additive = query.dtype if eager else None
     parts = packed.parts
     outputs: list[torch.Tensor] = []
@@ -132,6 +132,45 @@ def _needs_mask(count: int, reach: int, window: int | None, eager: bool) -> bool
     if count == 1:
         return False
     return eager or reach > count or (window is not None and reach > window)
+
+
+def _sdpa_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """As transformers' own, which copies keys and values that heads share for each of them; not so here on CPUs."""
+    is_causal = query.shape[2] > 1 and attention_mask is None
+    if query.device.type != "cpu" or is_causal or kwargs.get("position_bias") is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    return attend_by_group(query, key, value, attention_mask, scaling).transpose(1, 2), None
+
+
+def attend_by_group(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float | None
+) -> torch.Tensor:
+    """Attention in which the heads that share keys are positions of one head.
+
+    Args:
+        query: `[1, heads, positions, head size]`.
+        keys, values: `[1, shared heads, reach, head size]`.
+        mask: `[1, 1, positions, reach]`, or None: all is seen.
+
+    Returns:
+        `[1, heads, positions, head size]`.
+    """
+    _, heads, count, size = query.shape
+    shared = keys.shape[1]
+    rows = query.reshape(1, shared, heads // shared * count, size)
+    if mask is not None:
+        mask = mask.repeat(1, 1, heads // shared, 1)
+    mixed = nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+    return mixed.reshape(1, heads, count, -1)
 
 
 def _own_attention(module: nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from splitnet.model.attention import Part
+from splitnet.model.attention import Part, attend_by_group
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -95,11 +95,7 @@ class _Block:
             keys, values = part.row.append(self._index, key[index], value[index])
             if self._window is not None:
                 keys, values = keys[:, :, -self._window :], values[:, :, -self._window :]
-            attended.append(
-                functional.scaled_dot_product_attention(
-                    query[index : index + 1], keys, values, scale=self._scale, enable_gqa=True
-                )
-            )
+            attended.append(attend_by_group(query[index : index + 1], keys, values, None, self._scale))
         mixed = attended[0] if count == 1 else torch.cat(attended)
         hidden = hidden + _product(self._out, mixed.reshape(count, -1))
         normed = _norm(self._between, hidden)
