@@ -176,10 +176,11 @@ static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t coun
     return multiply_floats(given, count, float16_vnni);
 }
 
-/* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, bytes of a stored number, threads). */
+/* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, numbers of a head that they turn, bytes of
+a stored number, threads). */
 static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    long long numbers[10];
-    if (!read_numbers(given, count, numbers, 10)) return NULL;
+    long long numbers[11];
+    if (!read_numbers(given, count, numbers, 11)) return NULL;
 #ifdef HAVE_VNNI
     if (has_vnni()) {
         Step step = {
@@ -188,8 +189,9 @@ static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) 
             .indices = (const int64_t *)(intptr_t)numbers[5],
             .cosines = (const float *)(intptr_t)numbers[6],
             .sines = (const float *)(intptr_t)numbers[7],
-            .stores_floats = numbers[8] == 4,
-            .threads = (int)numbers[9],
+            .turned = (long)numbers[8],
+            .stores_floats = numbers[9] == 4,
+            .threads = (int)numbers[10],
         };
         int enough;
         Py_BEGIN_ALLOW_THREADS
