@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from enum import Enum
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -49,6 +50,12 @@ def has_integer_kernels() -> bool:
 def has_fast_kernels() -> bool:
     """Whether this CPU can run what has no plain loops: kernels for floats, and steps through whole blocks."""
     return kernels_here() is Kernels.FAST
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in pairs, for which codes of E4M3 lie in another order."""
+    return _kernels is not None and _kernels.has_bfloat16()
 
 
 def multiply_int8(

@@ -106,16 +106,18 @@ static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t coun
             return NULL;
         }
     }
-    if (!plainly && weight->code <= TABLE) {
-        Job quantised = {.rows = job.rows, .count = job.count, .inputs = job.stride};
-        if (!prepare(&quantised, &rows)) {
+#ifdef HAVE_VNNI
+    if (!plainly && taken_by(weight) != AS_FLOATS) {
+        Job room = {.count = job.count, .inputs = 2 * job.stride};
+        if (!prepare(&room, &rows)) {
             if (runs != &one) free(runs);
             return PyErr_NoMemory();
         }
         Py_BEGIN_ALLOW_THREADS
-        quantise(&quantised, &rows, 1);
+        take_rows(taken_by(weight), job.rows, job.count, job.stride, &rows);
         Py_END_ALLOW_THREADS
     }
+#endif
     Py_BEGIN_ALLOW_THREADS
     run_grouped(&job, &rows, runs, many, plainly);
     Py_END_ALLOW_THREADS
@@ -207,6 +209,8 @@ static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) 
 
 static PyObject *is_fast(PyObject *self, PyObject *unused) { return PyBool_FromLong(has_vnni()); }
 
+static PyObject *has_bfloat16(PyObject *self, PyObject *unused) { return PyBool_FromLong(has_bfloats()); }
+
 static PyMethodDef methods[] = {
     {"int8", (PyCFunction)(void (*)(void))int8, METH_FASTCALL, "Rows times int8 weights."},
     {"grouped", (PyCFunction)(void (*)(void))grouped, METH_FASTCALL, "Rows times weights in the codes of a checkpoint."},
@@ -217,6 +221,7 @@ static PyMethodDef methods[] = {
     {"int8_of_any_cpu", (PyCFunction)(void (*)(void))int8_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
     {"step", (PyCFunction)(void (*)(void))step, METH_FASTCALL, "New positions through blocks."},
     {"is_fast", is_fast, METH_NOARGS, "Whether this CPU has the instructions that the kernels are written for."},
+    {"has_bfloat16", has_bfloat16, METH_NOARGS, "Whether it multiplies bfloat16, for which E4M3 lies in another order."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -224,4 +229,7 @@ static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_kernels", "Products of a few rows with held weights.", -1, methods, NULL, NULL, NULL, NULL,
 };
 
-PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__kernels(void) {
+    make_tables();
+    return PyModule_Create(&module);
+}

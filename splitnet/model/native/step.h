@@ -166,11 +166,12 @@ INLINE VNNI void attend(const Block *block, const Store *where, const Step *step
     }
 }
 
-/* Products of the same rows with some matrices; rows become integers at most once. */
+/* Products of the same rows with some matrices; what these take is made of rows once. */
 INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products, int many, const float *rows,
                           const Quantised *room, const Step *step) {
     static const Kernel kernels[] = {float32_vnni, bfloat16_vnni, float16_vnni, int8_vnni};
-    int quantised = 0;
+    enum taken taken = AS_FLOATS;
+    Quantised numbers = *room;
     for (int index = 0; index < many; index++) {
         const Matrix *matrix = matrices[index];
         Job job = {
@@ -183,15 +184,9 @@ INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products,
             .outputs = matrix->outputs,
             .threads = step->threads,
         };
-        Quantised numbers = *room;
-        numbers.stride = padded(matrix->inputs);
-        numbers.low = numbers.high + step->count * numbers.stride;
         const Grouped *weight = matrix->kind == GROUPED ? matrix->scales : NULL;
-        int of_integers = weight == NULL ? matrix->kind == INT8 : weight->code <= TABLE;
-        if (of_integers && !quantised) {
-            quantise_vnni(&job, &numbers);
-            quantised = 1;
-        }
+        enum taken wanted = weight != NULL ? taken_by(weight) : matrix->kind == INT8 ? AS_INTEGERS : AS_FLOATS;
+        if (wanted != AS_FLOATS && wanted != taken) take_rows(taken = wanted, rows, job.count, job.inputs, &numbers);
         if (weight != NULL) {
             GroupedJob grouped = {
                 .weight = weight,
@@ -323,12 +318,7 @@ VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts
     int64_t expert_bytes = parts_of(weight->outputs, TILE) * weight->tile_bytes;
     long many = find_runs(matrix->weights, expert_bytes, experts, held, pairs, runs);
     Quantised numbers = *room;
-    if (weight->code <= TABLE) {
-        Job job = {.rows = rows, .count = pairs, .inputs = matrix->inputs};
-        numbers.stride = padded(matrix->inputs);
-        numbers.low = numbers.high + pairs * numbers.stride;
-        quantise_vnni(&job, &numbers);
-    }
+    take_rows(taken_by(weight), rows, pairs, matrix->inputs, &numbers);
     GroupedJob job = {.weight = weight,
                       .rows = rows,
                       .products = products,
@@ -446,6 +436,7 @@ VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, 
     Job largest = {.count = rows, .inputs = widest > between ? widest : between};
     largest.inputs = inner > largest.inputs ? inner : largest.inputs;
     largest.inputs = attention > largest.inputs ? attention : largest.inputs;
+    largest.inputs *= 2; /* where rows become bfloat16 */
     Quantised room;
     if (!prepare(&largest, &room)) return 0;
     long threads = step->threads < 1 ? 1 : step->threads;
