@@ -24,6 +24,7 @@ from splitnet.model.held_linear import HeldLinear
 from splitnet.model.int8_forms import CompiledInt8
 from splitnet.model.known_experts import KnownExperts
 from splitnet.model.lean_step import is_usual
+from splitnet.model.rotary import Turning
 from splitnet.model.tiles import CHUNK
 
 MOST_POSITIONS = 16
@@ -44,6 +45,7 @@ class CompiledStep:
         blocks: the family's own, in order.
         experts: of each block, or None where it has an MLP alone.
         rope: gives the cosines and sines of positions.
+        turning: what is done with them.
         windows: sliding windows in positions, by the index that blocks have in their caches.
         dtype: what the span computes in, and keeps in its caches.
     """
@@ -53,6 +55,7 @@ class CompiledStep:
         blocks: Sequence[Any],
         experts: Sequence[KnownExperts | None],
         rope: nn.Module,
+        turning: Turning,
         windows: Sequence[int | None],
         dtype: torch.dtype,
     ) -> None:
@@ -64,10 +67,7 @@ class CompiledStep:
         self._indices = tuple(block.self_attn.layer_idx for block in blocks)
         self._heads = attention.k_proj.out_features // self._size
         self._alive: list[torch.Tensor] = []
-        cosines = rope(torch.zeros(1, 1, attention.q_proj.in_features, dtype=dtype), torch.tensor([[1]]))[0][0, 0]
-        self._halves = 1 if torch.equal(*cosines.chunk(2)) else 2
-        """How often cosines stand for a head's numbers; some families give those of one half alone."""
-
+        self._turning = turning
         described = b"".join(self._describe(*each, windows) for each in zip(blocks, experts, strict=True))
         self._blocks = torch.frombuffer(bytearray(described), dtype=torch.int64)
 
@@ -83,7 +83,8 @@ class CompiledStep:
         experts = [None if is_usual(block) else KnownExperts.of(block.mlp) for block in blocks]
         if not all(_is_known(block, some) for block, some in zip(blocks, experts, strict=True)):
             return None
-        return cls(blocks, experts, rope, windows, dtype)
+        turning = Turning.of(blocks[0].self_attn, rope)
+        return None if turning is None else cls(blocks, experts, rope, turning, windows, dtype)
 
     def takes(self, parts: Sequence[Part]) -> bool:
         """Whether a pass is small enough, and without adapters."""
@@ -94,13 +95,14 @@ class CompiledStep:
         """`[positions, hidden]` -> `[positions, hidden]`, in the type of `hidden`."""
         indices = [part.row.prefix_length + part.start + new for part in parts for new in range(part.count)]
         positions = torch.tensor(indices)
-        cosines, sines = (turn[0].float().repeat(1, self._halves) for turn in self._rope(hidden[None], positions[None]))
-        if cosines.shape[-1] > self._size:
-            raise RuntimeError("rotary embeddings of more than a head")
+        cosines, sines = (
+            turn[0].float().repeat(1, self._turning.repeats) for turn in self._rope(hidden[None], positions[None])
+        )
         result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         rows = [self._stores(part) for part in parts for _ in range(part.count)]
         stores = torch.tensor(list(chain.from_iterable(zip(*rows, strict=True)))).flatten()
-        kernels.step(self._blocks, len(self._indices), result, stores, positions, cosines, sines, self._dtype.itemsize)
+        turns = (cosines, sines, self._turning.adjacent)
+        kernels.step(self._blocks, len(self._indices), result, stores, positions, *turns, self._dtype.itemsize)
         return result.to(hidden.dtype)
 
     def _stores(self, part: Part) -> list[tuple[int, int, int]]:

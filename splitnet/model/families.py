@@ -65,7 +65,7 @@ step."""
 LEAN = frozenset(
     {
         *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
-        *("glm4_moe", "gpt_oss", "minimax_m2", "olmoe", "solar_open"),
+        *("ernie4_5_moe", "glm4_moe", "gpt_oss", "minimax_m2", "olmoe", "solar_open"),
     }
 )
 """Families whose short steps need not run their own code, as their blocks do what Llama's do at every position: each is

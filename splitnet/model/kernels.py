@@ -153,6 +153,7 @@ def step(
     indices: torch.Tensor,
     cosines: torch.Tensor,
     sines: torch.Tensor,
+    adjacent: bool,
     stored_bytes: int,
 ) -> None:
     """Runs positions through blocks: `hidden`, float32 `[positions, hidden]`, becomes what comes out.
@@ -163,13 +164,13 @@ def step(
         indices: int64 `[positions]`, of each in its stores.
         cosines: float32 `[positions, numbers of a head that are turned]`, the first ones.
         sines: likewise.
+        adjacent: numbers that are turned together stand side by side, else half of them lie between.
         stored_bytes: of a number in the stores: 4, or 2 for bfloat16.
     """
     tensors = (hidden, stores, indices, cosines, sines)
     at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
     threads = torch.get_num_threads()
-    turned = cosines.shape[1]
-    sizes = (turned, stored_bytes, threads)
+    sizes = (cosines.shape[1], adjacent, stored_bytes, threads)
     _kernels.step(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
 
 

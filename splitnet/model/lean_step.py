@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from splitnet.model.attention import Part
+from splitnet.model.rotary import Turning
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -40,6 +41,8 @@ class LeanStep:
     def of(cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]) -> LeanStep | None:
         """For these blocks; None if their parts are not the usual ones."""
         if rope is None or not all(is_usual(block, experts=True) and not has_sinks(block) for block in blocks):
+            return None
+        if Turning.of(blocks[0].self_attn, rope) != Turning():
             return None
         return cls(blocks, rope, windows)
 

@@ -47,6 +47,10 @@ EXPERTS_IN_CODES: dict[str, tuple[str, dict[str, Any]]] = {
     "norms of all heads": ("minimax_m2", {"num_local_experts": 8}),
     "a gated shared expert": ("qwen2_moe", {"num_experts": 8, "shared_expert_intermediate_size": 96}),
     "shares as softmax has them": ("olmoe", {"num_experts": 8, "norm_topk_prob": False}),
+    "softmax with a correction, neighbours that turn": (
+        "ernie4_5_moe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_layer_start_index": 2},
+    ),
     "one group and a shared expert": ("solar_open", {"num_local_experts": 8}),
 }
 OTHERS = ("gpt2", "olmo2", "gemma2", "phi3", "gpt_oss", "smollm3", "ministral3")

@@ -178,11 +178,11 @@ static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t coun
     return multiply_floats(given, count, float16_vnni);
 }
 
-/* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, numbers of a head that they turn, bytes of
-a stored number, threads). */
+/* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, numbers of a head that they turn, whether
+those stand side by side that are turned together, bytes of a stored number, threads). */
 static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    long long numbers[11];
-    if (!read_numbers(given, count, numbers, 11)) return NULL;
+    long long numbers[12];
+    if (!read_numbers(given, count, numbers, 12)) return NULL;
 #ifdef HAVE_VNNI
     if (has_vnni()) {
         Step step = {
@@ -192,8 +192,9 @@ static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) 
             .cosines = (const float *)(intptr_t)numbers[6],
             .sines = (const float *)(intptr_t)numbers[7],
             .turned = (long)numbers[8],
-            .stores_floats = numbers[9] == 4,
-            .threads = (int)numbers[10],
+            .adjacent = (int)numbers[9],
+            .stores_floats = numbers[10] == 4,
+            .threads = (int)numbers[11],
         };
         int enough;
         Py_BEGIN_ALLOW_THREADS

@@ -50,7 +50,8 @@ typedef struct {
     long count;
     const int64_t *indices; /* of the positions in their stores */
     const float *cosines, *sines; /* [count, turned] */
-    long turned; /* numbers of a head that rotary embeddings turn, the first ones */
+    long turned;  /* numbers of a head that rotary embeddings turn, the first ones */
+    int adjacent; /* those that are turned together stand side by side, else half of them lie between */
     int stores_floats; /* float32, else bfloat16 */
     int threads;
 } Step;
@@ -86,12 +87,14 @@ INLINE VNNI void normalise(const float *from, float *to, const float *weight, do
     }
 }
 
-/* Rotary embedding in halves (Su et al., "RoFormer", arXiv:2104.09864). */
-INLINE VNNI void turn(float *head, const float *cosines, const float *sines, long size) {
-    for (long i = 0; i < size / 2; i++) {
-        float first = head[i], second = head[i + size / 2];
-        head[i] = first * cosines[i] - second * sines[i];
-        head[i + size / 2] = second * cosines[i + size / 2] + first * sines[i + size / 2];
+/* Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864). */
+INLINE VNNI void turn(float *head, const float *cosines, const float *sines, const Step *step) {
+    long half = step->turned / 2;
+    for (long i = 0; i < half; i++) {
+        float *one = head + (step->adjacent ? 2 * i : i), *other = step->adjacent ? one + 1 : one + half;
+        float first = *one, second = *other;
+        *one = first * cosines[i] - second * sines[i];
+        *other = second * cosines[i + half] + first * sines[i + half];
     }
 }
 
@@ -388,12 +391,12 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
         for (long head = 0; head < block->heads; head++) {
             float *query = queries + (position * block->heads + head) * size;
             if (query_norm) normalise(query, query, query_norm, block->epsilon_query, size);
-            turn(query, cosines, sines, step->turned);
+            turn(query, cosines, sines, step);
         }
         for (long head = 0; head < block->stored_heads; head++) {
             float *key = keys + (position * block->stored_heads + head) * size;
             if (key_norm) normalise(key, key, key_norm, block->epsilon_key, size);
-            turn(key, cosines, sines, step->turned);
+            turn(key, cosines, sines, step);
             long at = (head * stores[position].capacity + step->indices[position]) * size;
             store(stores[position].keys, at, key, size, step->stores_floats);
             const float *value = values + (position * block->stored_heads + head) * size;
