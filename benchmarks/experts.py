@@ -94,6 +94,13 @@ def int4(outputs: int, inputs: int) -> Tensors:
     }
 
 
+def mxfp4_packed(outputs: int, inputs: int) -> Tensors:
+    return {
+        "weight_packed": torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8),
+        "weight_scale": torch.full((outputs, inputs // 32), 127 - 7, dtype=torch.uint8),
+    }
+
+
 def mxfp4(experts: int, outputs: int, inputs: int) -> Tensors:
     return {
         "_blocks": torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8),
@@ -103,25 +110,21 @@ def mxfp4(experts: int, outputs: int, inputs: int) -> Tensors:
 
 
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-INT4 = {
-    "quant_method": "compressed-tensors",
-    "format": "pack-quantized",
-    "quantization_status": "compressed",
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {
-                "num_bits": 4,
-                "type": "int",
-                "symmetric": True,
-                "strategy": "group",
-                "group_size": 32,
-                "dynamic": False,
-            },
-        }
-    },
-    "ignore": ["lm_head", "re:.*mlp.gate$"],
-}
+FOUR_BITS = {"num_bits": 4, "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
+
+
+def compressed(format: str, kind: str) -> dict[str, Any]:
+    """The config of weights of four bits, as compressed-tensors has it."""
+    return {
+        "quant_method": "compressed-tensors",
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": FOUR_BITS | {"type": kind}}},
+        "ignore": ["lm_head", "re:.*mlp.gate$"],
+    }
+
+
+INT4, MXFP4 = compressed("pack-quantized", "int"), compressed("mxfp4-pack-quantized", "float")
 QWEN3: Mapping[str, Any] = {
     "hidden_size": 2048,
     "num_attention_heads": 32,
@@ -160,6 +163,7 @@ OSS: Mapping[str, Any] = {
 SHAPES = {
     "qwen3-30b-int4": Shape("qwen3_moe", QWEN3, int4, INT4, 8, 128),
     "qwen3-30b-fp8": Shape("qwen3_moe", QWEN3, fp8, FP8, 8, 128),
+    "qwen3-30b-mxfp4": Shape("qwen3_moe", QWEN3, mxfp4_packed, MXFP4, 8, 128),
     "gpt-oss-20b-mxfp4": Shape("gpt_oss", OSS, bfloat16, {"quant_method": "mxfp4"}, 4, 32, mxfp4),
     "qwen3-next-int4": Shape("qwen3_next", NEXT, int4, INT4, 10, 512),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from struct import pack
+from struct import Struct, pack
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from splitnet.model import kernels
 from splitnet.model.attention import Part
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
 from splitnet.model.grouped_forms import GroupedForm
-from splitnet.model.held_experts import HeldExperts
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.int8_forms import CompiledInt8
+from splitnet.model.known_experts import KnownExperts
 from splitnet.model.lean_step import is_usual
+from splitnet.model.rotary import Turning
 from splitnet.model.tiles import CHUNK
 
 MOST_POSITIONS = 16
@@ -32,6 +33,9 @@ MOST_POSITIONS = 16
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INT8, _GROUPED = 3, 4
 _VECTOR = 16
+_NO_MATRIX = [0] * 6
+_EXPERTS = Struct("8q4d18q")
+"""From `experts` on in `Block`."""
 
 
 class CompiledStep:
@@ -39,13 +43,21 @@ class CompiledStep:
 
     Args:
         blocks: the family's own, in order.
+        experts: of each block, or None where it has an MLP alone.
         rope: gives the cosines and sines of positions.
+        turning: what is done with them.
         windows: sliding windows in positions, by the index that blocks have in their caches.
         dtype: what the span computes in, and keeps in its caches.
     """
 
     def __init__(
-        self, blocks: Sequence[Any], rope: nn.Module, windows: Sequence[int | None], dtype: torch.dtype
+        self,
+        blocks: Sequence[Any],
+        experts: Sequence[KnownExperts | None],
+        rope: nn.Module,
+        turning: Turning,
+        windows: Sequence[int | None],
+        dtype: torch.dtype,
     ) -> None:
         first: Any = blocks[0]
         attention = first.self_attn
@@ -55,7 +67,8 @@ class CompiledStep:
         self._indices = tuple(block.self_attn.layer_idx for block in blocks)
         self._heads = attention.k_proj.out_features // self._size
         self._alive: list[torch.Tensor] = []
-        described = b"".join(self._describe(block, windows) for block in blocks)
+        self._turning = turning
+        described = b"".join(self._describe(*each, windows) for each in zip(blocks, experts, strict=True))
         self._blocks = torch.frombuffer(bytearray(described), dtype=torch.int64)
 
     @classmethod
@@ -65,9 +78,13 @@ class CompiledStep:
         """For these blocks; None if their parts are not the usual ones, or nothing is compiled for this CPU."""
         if not kernels.has_fast_kernels() or dtype not in (torch.float32, torch.bfloat16) or rope is None:
             return None
-        if not all(is_usual(block, experts=True) and _is_known(block) for block in blocks):
+        if not all(is_usual(block, experts=True) for block in blocks):
             return None
-        return cls(blocks, rope, windows, dtype)
+        experts = [None if is_usual(block) else KnownExperts.of(block.mlp) for block in blocks]
+        if not all(_is_known(block, some) for block, some in zip(blocks, experts, strict=True)):
+            return None
+        turning = Turning.of(blocks[0].self_attn, rope)
+        return None if turning is None else cls(blocks, experts, rope, turning, windows, dtype)
 
     def takes(self, parts: Sequence[Part]) -> bool:
         """Whether a pass is small enough, and without adapters."""
@@ -78,110 +95,106 @@ class CompiledStep:
         """`[positions, hidden]` -> `[positions, hidden]`, in the type of `hidden`."""
         indices = [part.row.prefix_length + part.start + new for part in parts for new in range(part.count)]
         positions = torch.tensor(indices)
-        cosines, sines = (turn[0].float().contiguous() for turn in self._rope(hidden[None], positions[None]))
-        if cosines.shape[-1] != self._size:
-            raise RuntimeError("rotary embeddings of a part of the head")
+        cosines, sines = (
+            turn[0].float().repeat(1, self._turning.repeats) for turn in self._rope(hidden[None], positions[None])
+        )
         result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         rows = [self._stores(part) for part in parts for _ in range(part.count)]
         stores = torch.tensor(list(chain.from_iterable(zip(*rows, strict=True)))).flatten()
-        kernels.step(self._blocks, len(self._indices), result, stores, positions, cosines, sines, self._dtype.itemsize)
+        turns = (cosines, sines, self._turning.adjacent)
+        kernels.step(self._blocks, len(self._indices), result, stores, positions, *turns, self._dtype.itemsize)
         return result.to(hidden.dtype)
 
     def _stores(self, part: Part) -> list[tuple[int, int, int]]:
         shape = (1, self._heads, 0, self._size)
         return part.row.reserve(self._indices, part.count, shape, self._dtype)
 
-    def _describe(self, block: Any, windows: Sequence[int | None]) -> bytes:
+    def _describe(self, block: Any, experts: KnownExperts | None, windows: Sequence[int | None]) -> bytes:
         """As `Block` in `native/step.h`."""
-        attention, mlp = block.self_attn, block.mlp
+        attention = block.self_attn
         norms = [block.input_layernorm, block.post_attention_layernorm]
         norms += [getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
-        addresses = [0 if norm is None else self._float_address(norm.weight) for norm in norms]
+        addresses = [self._optional(None if norm is None else norm.weight) for norm in norms]
+        addresses += [self._optional(getattr(attention, "sinks", None))]
         numbers = [0.0 if norm is None else norm.variance_epsilon for norm in norms] + [attention.scaling]
         heads = attention.q_proj.out_features // self._size
-        sizes = [heads, self._heads, self._size, windows[attention.layer_idx] or 0]
-        layers = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
-        matrices = list(chain.from_iterable(self._matrix(layer) for layer in layers))
-        if has_experts(block):
-            matrices += [0] * 18
-            experts = self._experts(mlp)
-        else:
-            dense = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-            matrices += list(chain.from_iterable(self._matrix(layer) for layer in dense))
-            experts = [0] * 21
-        return pack("4q5d4q63q", *addresses, *numbers, *sizes, *matrices, *experts)
+        sizes = [heads, self._heads, self._size, windows[attention.layer_idx] or 0, _has_joined_norms(block)]
+        layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
+        layers += _mlp_layers(block, experts)
+        matrices = [self._matrix(layer) for layer in layers]
+        matrices += [_NO_MATRIX] * (7 - len(matrices))
+        matrices += [_NO_MATRIX if experts is None or experts.opener is None else self._matrix(experts.opener)]
+        of_experts = bytes(_EXPERTS.size) if experts is None else self._described_experts(experts)
+        return pack("5q5d5q48q", *addresses, *numbers, *sizes, *chain.from_iterable(matrices)) + of_experts
 
-    def _experts(self, mlp: Any) -> list[int]:
-        router, experts = mlp.gate, mlp.experts
-        outputs, inputs = router.weight.shape
-        described = [outputs, router.top_k, int(getattr(router, "norm_topk_prob", True))]
-        described += [_KINDS[torch.float32], self._float_address(router.weight), 0, 0, inputs, outputs]
+    def _described_experts(self, experts: KnownExperts) -> bytes:
+        choice, gating = experts.choice, experts.gating
+        weight, short = choice.weight, choice.weight.bfloat16()
+        if torch.equal(short.float(), weight.float()):
+            weight = short  # as it came
+        self._alive.append(weight.contiguous())
+        outputs, inputs = weight.shape
+        matrices = [_KINDS[weight.dtype], self._alive[-1].data_ptr(), 0, self._optional(choice.bias), inputs, outputs]
         for name in ("gate_up_proj", "down_proj"):
-            form = experts.held[name].parts[0]
+            form = experts.held.held[name].parts[0]
             self._alive += [form.tiles, form.description]
-            described += [_GROUPED, form.tiles.data_ptr(), form.description.data_ptr(), 0, form.inputs, form.outputs]
-        return described
+            bias = self._optional(getattr(experts.held, f"{name}_bias") if experts.held.has_bias else None)
+            matrices += [_GROUPED, form.tiles.data_ptr(), form.description.data_ptr(), bias, form.inputs, form.outputs]
+        numbers = [outputs, choice.chosen, choice.sigmoid, choice.normalised, choice.groups, choice.kept]
+        numbers += [gating.interleaved, self._optional(choice.correction)]
+        return _EXPERTS.pack(*numbers, choice.factor, gating.alpha, gating.limit, gating.shift, *matrices)
 
     def _matrix(self, layer: Any) -> list[int]:
-        bias = 0 if layer.bias is None else self._float_address(layer.bias)
+        bias = self._optional(layer.bias)
         kind, weight, scales = _held(layer)
         scales_at = 0 if scales is None else scales.data_ptr()
         self._alive += [weight] if scales is None else [weight, scales]
         return [kind, weight.data_ptr(), scales_at, bias, layer.in_features, layer.out_features]
+
+    def _optional(self, values: torch.Tensor | None) -> int:
+        return 0 if values is None else self._float_address(values)
 
     def _float_address(self, values: torch.Tensor) -> int:
         self._alive.append(values.detach().float().contiguous())
         return self._alive[-1].data_ptr()
 
 
-def has_experts(block: Any) -> bool:
-    """Whether experts stand in the place of a block's MLP, and in codes, and nothing else does."""
-    mlp = block.mlp
-    return {name for name, _ in mlp.named_children()} == {"gate", "experts"} and isinstance(mlp.experts, HeldExperts)
+def _mlp_layers(block: Any, experts: KnownExperts | None) -> list[Any]:
+    """Of what all positions run through: its gate, up and down."""
+    mlp: Any = block.mlp if experts is None else experts.shared
+    return [] if mlp is None else [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
 
 
-def _is_known(block: Any) -> bool:
-    attention, mlp = block.self_attn, block.mlp
-    layers = list(attention.children())
-    if has_experts(block):
-        if not _are_known(mlp.gate, mlp.experts):
-            return False
-    elif is_usual(block):
-        layers += list(mlp.children())
-    else:
+def _is_known(block: Any, experts: KnownExperts | None) -> bool:
+    attention, mlp = block.self_attn, block.mlp if experts is None else experts.shared
+    if experts is None and not is_usual(block):
         return False
-    linear = [layer for layer in layers if isinstance(layer, (nn.Linear, HeldLinear))]
+    layers = [layer for layer in attention.children() if isinstance(layer, (nn.Linear, HeldLinear))]
+    layers += _mlp_layers(block, experts)
+    layers += [] if experts is None or experts.opener is None else [experts.opener]
     return (
-        len(linear) == (4 if has_experts(block) else 7)
-        and all(_is_held(layer) for layer in linear)
-        and type((mlp.experts if has_experts(block) else mlp).act_fn).__name__ in ("SiLU", "SiLUActivation")
-        and _fits_together(block)
+        all(isinstance(layer, (nn.Linear, HeldLinear)) and _is_held(layer) for layer in layers)
+        and len([layer for layer in attention.children() if layer in layers]) == 4
+        and (mlp is None or type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"))
+        and _fits_together(block, experts)
     )
 
 
-def _are_known(router: Any, experts: Any) -> bool:
-    """Whether experts are chosen by softmax and have one layout each; the rest is shown by trying."""
-    forms = [experts.held[name] for name in ("gate_up_proj", "down_proj") if name in experts.held]
-    return (
-        len(forms) == 2
-        and not experts.has_bias
-        and type(experts)._apply_gate.__name__ == "_default_apply_gate"
-        and all(len(form.parts) == 1 and form.parts[0].has_fast_kernel for form in forms)
-        and all(form.inputs % CHUNK == 0 for form in forms)
-        and isinstance(getattr(router, "top_k", None), int)
-        and isinstance(getattr(router, "weight", None), torch.Tensor)
-        and router.weight.shape[0] == forms[0].experts
-        and forms[0].outputs == 2 * forms[1].inputs
-    )
+def _has_joined_norms(block: Any) -> bool:
+    """Whether queries are normalised over all heads together, and keys."""
+    attention = block.self_attn
+    return hasattr(attention, "q_norm") and attention.q_norm.weight.numel() > attention.head_dim
 
 
-def _fits_together(block: Any) -> bool:
+def _fits_together(block: Any, experts: KnownExperts | None) -> bool:
     """Whether the sizes are those that the compiled code takes for granted."""
-    attention, mlp = block.self_attn, block.mlp
+    attention = block.self_attn
     size, width = attention.head_dim, attention.q_proj.in_features
     heads, stored = attention.q_proj.out_features, attention.k_proj.out_features
     norms = {block.input_layernorm: width, block.post_attention_layernorm: width}
-    norms |= {norm: size for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None}
+    if hasattr(attention, "q_norm"):
+        joined = _has_joined_norms(block)
+        norms |= {attention.q_norm: heads if joined else size, attention.k_norm: stored if joined else size}
     return (
         size % _VECTOR == 0
         and stored % size == 0
@@ -189,20 +202,32 @@ def _fits_together(block: Any) -> bool:
         and attention.v_proj.out_features == stored
         and {layer.in_features for layer in (attention.k_proj, attention.v_proj)} == {width}
         and (attention.o_proj.in_features, attention.o_proj.out_features) == (heads, width)
-        and (_experts_fit(mlp, width) if has_experts(block) else _layers_fit(mlp, width))
+        and _layers_fit(_mlp_layers(block, experts), width)
+        and (experts is None or _experts_fit(experts, width))
         and all(norm.weight.numel() == length for norm, length in norms.items())
+        and getattr(attention, "sinks", torch.empty(heads // size)).numel() == heads // size
     )
 
 
-def _layers_fit(mlp: Any, width: int) -> bool:
-    between = mlp.gate_proj.out_features
-    sizes = (mlp.gate_proj.in_features, mlp.up_proj.in_features, mlp.up_proj.out_features, mlp.down_proj.in_features)
-    return sizes == (width, width, between, between) and mlp.down_proj.out_features == width
+def _layers_fit(layers: Sequence[Any], width: int) -> bool:
+    if not layers:
+        return True
+    gate, up, down = layers
+    between = gate.out_features
+    sizes = (gate.in_features, up.in_features, up.out_features, down.in_features, down.out_features)
+    return sizes == (width, width, between, between, width)
 
 
-def _experts_fit(mlp: Any, width: int) -> bool:
-    inner, outer = mlp.experts.held["gate_up_proj"], mlp.experts.held["down_proj"]
-    return mlp.gate.weight.shape[1] == inner.inputs == outer.outputs == width
+def _experts_fit(experts: KnownExperts, width: int) -> bool:
+    inner, outer = experts.held.held["gate_up_proj"], experts.held.held["down_proj"]
+    return (
+        all(len(form.parts) == 1 and form.parts[0].has_fast_kernel for form in (inner, outer))
+        and all(form.inputs % CHUNK == 0 for form in (inner, outer))
+        and inner.outputs == 2 * outer.inputs
+        and experts.choice.weight.shape[1] == inner.inputs == outer.outputs == width
+        and experts.choice.chosen <= outer.experts
+        and (experts.opener is None or (experts.opener.in_features, experts.opener.out_features) == (width, 1))
+    )
 
 
 def _is_held(layer: nn.Linear | HeldLinear) -> bool:

@@ -34,7 +34,7 @@ PACKS = frozenset(
         *("gpt_oss", "gptj", "granite", "granitemoe", "helium", "hunyuan_v1_dense", "internlm3", "llama", "minimax_m2"),
         *("ministral", "ministral3", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt"),
         *("persimmon", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "stablelm"),
-        "starcoder2",
+        *("solar_open", "starcoder2"),
     }
 )
 """Families whose attention can be replaced by a packed one, so that sequences share a pass: each is in the tests."""
@@ -62,12 +62,17 @@ ONE_BY_ONE = frozenset({"falcon_mamba", "jamba", "mamba"})
 """Those of them that forget the state before a step of several positions: these run one by one, behind the first
 step."""
 
-LEAN = frozenset({"llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"})
+LEAN = frozenset(
+    {
+        *("llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss"),
+        *("ernie4_5_moe", "glm4_moe", "gpt_oss", "minimax_m2", "olmoe", "solar_open"),
+    }
+)
 """Families whose short steps need not run their own code, as their blocks do what Llama's do at every position: each is
 in the tests. That parts have the same names is not enough: others leave the rotary embedding out in some blocks
 (SmolLM3), or scale queries far from the beginning (Ministral 3), which no short trial shows."""
 
-ONE_WINDOW = frozenset({"mistral", "mixtral", "qwen3_moe"})
+ONE_WINDOW = frozenset({"mistral", "mixtral", "olmoe", "qwen3_moe"})
 """Those of them in which a sliding window of the config is that of all blocks; others must say which blocks have it."""
 
 SAME_AS: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from enum import Enum
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -49,6 +50,12 @@ def has_integer_kernels() -> bool:
 def has_fast_kernels() -> bool:
     """Whether this CPU can run what has no plain loops: kernels for floats, and steps through whole blocks."""
     return kernels_here() is Kernels.FAST
+
+
+@cache
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 in pairs, for which codes of E4M3 lie in another order."""
+    return _kernels is not None and _kernels.has_bfloat16()
 
 
 def multiply_int8(
@@ -146,6 +153,7 @@ def step(
     indices: torch.Tensor,
     cosines: torch.Tensor,
     sines: torch.Tensor,
+    adjacent: bool,
     stored_bytes: int,
 ) -> None:
     """Runs positions through blocks: `hidden`, float32 `[positions, hidden]`, becomes what comes out.
@@ -154,16 +162,16 @@ def step(
         blocks: `count` of them, as `Block` in `native/step.h`.
         stores: int64 `[count, positions, 3]`: addresses of keys and of values, and their capacity.
         indices: int64 `[positions]`, of each in its stores.
-        cosines: float32 `[positions, head size]`.
+        cosines: float32 `[positions, numbers of a head that are turned]`, the first ones.
         sines: likewise.
+        adjacent: numbers that are turned together stand side by side, else half of them lie between.
         stored_bytes: of a number in the stores: 4, or 2 for bfloat16.
     """
     tensors = (hidden, stores, indices, cosines, sines)
     at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
     threads = torch.get_num_threads()
-    _kernels.step(
-        blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, stored_bytes, threads
-    )
+    sizes = (cosines.shape[1], adjacent, stored_bytes, threads)
+    _kernels.step(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
 
 
 def _multiply(

@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional
 
 from splitnet.model.attention import Part, attend_by_group
+from splitnet.model.rotary import Turning
 
 _PARTS = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
 _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
@@ -39,7 +40,9 @@ class LeanStep:
     @classmethod
     def of(cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]) -> LeanStep | None:
         """For these blocks; None if their parts are not the usual ones."""
-        if rope is None or not all(is_usual(block, experts=True) for block in blocks):
+        if rope is None or not all(is_usual(block, experts=True) and not has_sinks(block) for block in blocks):
+            return None
+        if Turning.of(blocks[0].self_attn, rope) != Turning():
             return None
         return cls(blocks, rope, windows)
 
@@ -119,7 +122,9 @@ def is_usual(block: nn.Module, *, experts: bool = False) -> bool:
     within = {name for name, _ in attention.named_children()}
     return (
         within in (_ATTENTION, _ATTENTION | _HEAD_NORMS)
-        and (experts or {name for name, _ in children["mlp"].named_children()} == _MLP)
+        and {name for name, _ in attention.named_parameters(recurse=False)} <= {"sinks"}
+        and getattr(getattr(attention, "config", None), "clip_qkv", None) is None
+        and (experts or is_mlp(children["mlp"]))
         and all(hasattr(attention, name) for name in ("layer_idx", "head_dim", "scaling"))
         and all(
             hasattr(norm, "variance_epsilon") and hasattr(norm, "weight")
@@ -127,6 +132,16 @@ def is_usual(block: nn.Module, *, experts: bool = False) -> bool:
             if name.endswith("norm")
         )
     )
+
+
+def is_mlp(module: nn.Module) -> bool:
+    """Whether its parts have the names of those of Llama's MLP."""
+    return {name for name, _ in module.named_children()} == _MLP
+
+
+def has_sinks(block: Any) -> bool:
+    """Whether a logit that belongs to no position takes part in the softmax of its attention."""
+    return hasattr(block.self_attn, "sinks")
 
 
 def _norm(norm: Any, hidden: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,55 @@
-"""Rotary embeddings whose frequencies depend on the length of the sequence that passes through them."""
+"""Rotary embeddings: how they turn, and those whose frequencies depend on the length of a sequence."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Self
 
+import torch
 from torch import nn
+
+
+@dataclass(frozen=True)
+class Turning:
+    """How a family turns the first numbers of heads by cosines and sines.
+
+    Attributes:
+        repeats: how often these stand beside each other; some families give those of one half alone.
+        adjacent: numbers that are turned together stand side by side, else half of those that are turned lie between.
+    """
+
+    repeats: int = 1
+    adjacent: bool = False
+
+    @classmethod
+    def of(cls, attention: Any, rope: nn.Module) -> Self | None:
+        """By trying the function of the family's module that does it; None: it does something else."""
+        own: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        if own is None:
+            return None
+        cosines, sines = rope(torch.zeros(1, 3, attention.q_proj.in_features), torch.tensor([[1, 2, 30]]))
+        heads = torch.randn(1, 2, 3, attention.head_dim, generator=torch.Generator().manual_seed(0))
+        found = own(heads, heads, cosines, sines)[0]
+        for likely in (cls(*each) for each in product((1, 2), (False, True))):
+            if cosines.shape[-1] * likely.repeats <= attention.head_dim:
+                turns = (cosines.repeat(1, 1, likely.repeats), sines.repeat(1, 1, likely.repeats))
+                if torch.allclose(likely._turned(heads, *turns), found, atol=1e-4):
+                    return likely
+        return None
+
+    def _turned(self, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+        turned, rest = heads.split([cosines.shape[-1], heads.shape[-1] - cosines.shape[-1]], dim=-1)
+        cosines, sines = cosines.chunk(2, dim=-1)[0], sines.chunk(2, dim=-1)[0]
+        pairs = turned.unflatten(-1, (-1, 2) if self.adjacent else (2, -1))
+        axis = -1 if self.adjacent else -2
+        first, second = pairs.unbind(axis)
+        pairs = torch.stack((first * cosines - second * sines, second * cosines + first * sines), dim=axis)
+        return torch.cat((pairs.flatten(-2), rest), dim=-1)
 
 
 class LengthDependentRopes:

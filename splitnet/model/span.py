@@ -392,9 +392,9 @@ class Span:
     def _fast_step(self, blocks: Sequence[nn.Module], rope: nn.Module | None) -> FastStep | None:
         """A faster way for decode steps, if there is one for these blocks that gives the same."""
         config = self._backbone.config
-        if not self._packs or not self._sdpa or config.model_type not in LEAN:
+        if not self._packs or config.model_type not in LEAN:
             return None
-        everywhere = config.sliding_window if config.model_type in ONE_WINDOW else None
+        everywhere = getattr(config, "sliding_window", None) if config.model_type in ONE_WINDOW else None
         windows = self._windows or [everywhere] * (self._whole.end - self._whole.start)
         if self._whole is not self:
             former = self._whole._lean

@@ -16,6 +16,7 @@ from struct import pack
 import torch
 
 from splitnet.errors import UnsupportedModel
+from splitnet.model.kernels import multiplies_bfloat16
 from splitnet.model.stored import STEPS_GROUP, TABLES, Codes, Kind, Layout
 
 TILE = 16
@@ -122,6 +123,11 @@ class Order:
         sizes = [TILE * size for size in (groups * self.scale_type.itemsize, groups * zeros, *units)]
         return [*sizes, -sum(sizes) % _LINE, -(-inputs // CHUNK) * _LINE * self.layout.bits]
 
+    @cached_property
+    def pairs(self) -> bool:
+        """Whether of the four inputs of an output two lie behind the others of all outputs of a vector."""
+        return self.layout.table == "e5m2" or (self.layout.table == "e4m3" and not multiplies_bfloat16())
+
     @property
     def has_fast_kernel(self) -> bool:
         """Whether there are kernels for it that are made for some CPUs, besides plain loops."""
@@ -145,7 +151,7 @@ class Order:
         _, factor, at = _table_code(layout.table) if layout.table else (_PLAIN, 1.0, 0)
         sizes = [0 if each is None else TILE * each.itemsize for each in (self.scale_type, self.zero_type)]
         numbers = [self._code, layout.bits, layout.group, self.panel, self.inputs, outputs, layout.offset, scale, zero]
-        numbers += [sizes[0], 0 if self.nibbles else sizes[1], self.tile_bytes, layout.table in _FLOAT8]
+        numbers += [sizes[0], 0 if self.nibbles else sizes[1], self.tile_bytes, self.pairs]
         packed = pack("13qd2q", *numbers, factor, at, _values(layout).data_ptr())
         return torch.frombuffer(bytearray(packed), dtype=torch.int64)
 
@@ -189,7 +195,7 @@ class Order:
         # Runs of inputs are turned, as numbers of 32 bits.
         runs = some.contiguous().view(torch.int32).view(tiles, TILE, count, chunks, _VECTORS)
         vectors = runs.permute(0, 2, 3, 4, 1).contiguous().view(torch.uint8)
-        if self.layout.table in _FLOAT8:
+        if self.pairs:
             vectors = vectors.view(tiles, count, chunks, _VECTORS, TILE, 2, 2).transpose(4, 5).contiguous()
         vectors = vectors.view(tiles, count, chunks, _VECTORS, TILE * _RUN)
         planes: list[torch.Tensor] = []
@@ -244,7 +250,7 @@ class Order:
             vectors = found if vectors is None else vectors | found << shift
             shift += bits
         assert vectors is not None
-        if self.layout.table in _FLOAT8:
+        if self.pairs:
             vectors = vectors.view(tiles, count, chunks, _VECTORS, 2, TILE, 2).transpose(4, 5)
         runs = vectors.reshape(tiles, count, -1).view(torch.int32).view(tiles, count, chunks, _VECTORS, TILE)
         runs = runs.permute(0, 4, 1, 2, 3).contiguous().view(tiles * TILE, count * chunks * _VECTORS)

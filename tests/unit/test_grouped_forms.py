@@ -8,10 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model import grouped_forms
+from splitnet.model import grouped_forms, tiles
 from splitnet.model.grouped_forms import ExpertForm, GroupedForm, JoinedForm, held_bytes, hold_experts, hold_stored
 from splitnet.model.kernels import Kernels, kernels_here, multiply_grouped
 from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor, number_of
+from splitnet.model.tiles import Order
 from tests.unit.random_codes import LAYOUTS, codes_of, matrix_of
 
 CPU = torch.device("cpu")
@@ -76,7 +77,7 @@ def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix) -> boo
     weight, codes = matrix.floats().double(), matrix.read()
     layout = matrix.layout
     given = rows.double()
-    exact = layout.table in ("e4m3", "e5m2", "nf4")
+    exact = layout.table in ("e5m2", "nf4")
     largest = given.abs().amax(1, keepdim=True)
     allowed = (2**-22 if exact else 2**-14) * largest * weight.norm(dim=1)
     # What the codes, as bytes without sign, are multiplied by may be much larger than the weight.
@@ -203,6 +204,26 @@ def test_largest_numbers_do_not_overflow(name: str) -> None:
     matrix = StoredMatrix(layout, (16, 2**15), lambda: codes)
     rows = torch.ones(1, 2**15)
     assert not far(hold_stored([matrix], CPU).multiply(rows), rows, matrix)
+
+
+@needs_compiled
+@pytest.mark.parametrize("name", ["FP8 in blocks", "FP8 by output"])
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_both_orders_of_e4m3(name: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CPUs without products of bfloat16 have another order and another kernel."""
+    codes = codes_of(LAYOUTS[name], 19, 416, 1)
+    codes.codes[:2, :256] = torch.arange(256, dtype=torch.uint8)
+    codes.codes[codes.codes & 127 == 127] = 0
+    matrix = StoredMatrix(LAYOUTS[name], (19, 416), lambda: codes)
+    rows = rows_of(count, 416, 1)
+    for pairs in {not tiles.multiplies_bfloat16(), True}:
+        monkeypatch.setattr(tiles, "multiplies_bfloat16", lambda pairs=pairs: not pairs)
+        held = hold_stored([matrix], CPU)
+        assert isinstance(held, GroupedForm) and held.order.pairs == pairs
+        assert torch.equal(held.dequantised(torch.float32), matrix.floats())
+        assert not far(held.multiply(rows), rows, matrix)
+        again = Order.of(held.layout, 416).unpacked(held.tiles)
+        assert torch.equal(again.codes[:19], codes.codes)
 
 
 @needs_compiled

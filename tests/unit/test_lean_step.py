@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from splitnet.model import kernels
@@ -17,12 +18,41 @@ from splitnet.model.grouped_forms import hold_stored
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.lean_step import LeanStep
 from splitnet.model.span import Part, Span
-from tests.published import FP8_CONFIG, INT4_CONFIG, MOE, Published, fp8_blocks, int4_groups
+from tests.published import (
+    FP8_CONFIG,
+    INT4_CONFIG,
+    MOE,
+    MXFP4_CONFIG,
+    Published,
+    fp8_blocks,
+    int4_groups,
+    mxfp4_experts,
+)
 from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.random_models import random_checkpoint
 
 USUAL = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
+EIGHT_OF_TWO_GROUPS = {"num_local_experts": 8, "num_experts_per_tok": 3, "n_group": 2, "topk_group": 1}
+GLM = {
+    **EIGHT_OF_TWO_GROUPS,
+    "first_k_dense_replace": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "routed_scaling_factor": 2.5,
+}
+EXPERTS_IN_CODES: dict[str, tuple[str, dict[str, Any]]] = {
+    "sinks, biases and clamped gates": ("gpt_oss", {"swiglu_limit": 0.7, "num_local_experts": 8}),
+    "groups of experts and halves of heads": ("glm4_moe", GLM),
+    "norms of heads and shares as they are": ("glm4_moe", {**GLM, "use_qk_norm": True, "norm_topk_prob": False}),
+    "norms of all heads": ("minimax_m2", {"num_local_experts": 8}),
+    "a gated shared expert": ("qwen2_moe", {"num_experts": 8, "shared_expert_intermediate_size": 96}),
+    "shares as softmax has them": ("olmoe", {"num_experts": 8, "norm_topk_prob": False}),
+    "softmax with a correction, neighbours that turn": (
+        "ernie4_5_moe",
+        {"num_experts": 8, "num_experts_per_tok": 3, "moe_layer_start_index": 2},
+    ),
+    "one group and a shared expert": ("solar_open", {"num_local_experts": 8}),
+}
 OTHERS = ("gpt2", "olmo2", "gemma2", "phi3", "gpt_oss", "smollm3", "ministral3")
 
 
@@ -88,6 +118,56 @@ def test_experts_in_codes_run_as_their_family_runs_them(family: str, form: str, 
     torch.testing.assert_close(lean, decoded(span, (5, 1, 9), 4), rtol=2e-3, atol=2e-3)
     if windows is not None:
         torch.testing.assert_close(windows, windows_of_drafts(span, (3, 1, 9)), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("case", EXPERTS_IN_CODES)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("step", ["compiled"], indirect=True)
+def test_routers_and_what_stands_beside_experts(case: str, weights: str, tmp_path: Path) -> None:
+    family, sizes = EXPERTS_IN_CODES[case]
+    folder = random_checkpoint(family, tmp_path / "model", **sizes)
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name in tensors:
+            if name.endswith("e_score_correction_bias"):
+                tensors[name] = torch.rand_like(tensors[name])
+        save_file(tensors, shard, {"format": "pt"})
+    span = Span.load(Checkpoint.open(folder), 1, 6, dtype="float32", weights=weights)
+    assert type(span._lean) is CompiledStep
+    compiled, windows = decoded(span, (12, 1, 9), 4), windows_of_drafts(span, (3, 1, 9))
+    span._lean = None
+    torch.testing.assert_close(compiled, decoded(span, (12, 1, 9), 4), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(windows, windows_of_drafts(span, (3, 1, 9)), rtol=2e-3, atol=2e-3)
+
+
+def test_mxfp4_as_gpt_oss_publishes_it(tmp_path: Path, step: type) -> None:
+    published = Published("gpt_oss", {"num_local_experts": 4}, store=mxfp4_experts, quantization=MXFP4_CONFIG)
+    published.write(tmp_path / "published", tmp_path / "plain")
+    for dtype, tolerance in (("float32", 1e-3), ("bfloat16", 3e-2)):
+        span = Span.load(Checkpoint.open(tmp_path / "published"), 0, 6, dtype=dtype)
+        assert type(span._lean) is (CompiledStep if step is CompiledStep else type(None))
+        found = decoded(span, (12, 1, 9), 4)
+        span._lean = None
+        expected = decoded(span, (12, 1, 9), 4)
+        assert (found - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("change", ["another activation", "another choice", "a clip"])
+def test_experts_of_another_kind_run_as_their_family_does_it(
+    change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.olmoe import modeling_olmoe
+
+    sizes: dict[str, Any] = {"num_experts": 8}
+    if change == "another activation":
+        sizes["hidden_act"] = "gelu"
+    elif change == "a clip":
+        sizes["clip_qkv"] = 100.0
+    else:
+        own: Any = modeling_olmoe.OlmoeTopKRouter.forward
+        monkeypatch.setattr(modeling_olmoe.OlmoeTopKRouter, "forward", lambda self, hidden: own(self, -hidden))
+    span = Span.load(Checkpoint.open(random_checkpoint("olmoe", tmp_path, **sizes)), 1, 5, weights="int8")
+    assert not isinstance(span._lean, CompiledStep)
 
 
 def windows_of_drafts(span: Span, counts: tuple[int, ...]) -> torch.Tensor:

@@ -219,6 +219,18 @@ static void dequantise_plainly(const Grouped *weight, const uint8_t *at, long la
     }
 }
 
+/* The bytes of E4M3's codes without sign as bfloat16 (the lower ones, then the upper ones), 256 times too small. */
+static uint8_t e4m3_bytes[2][128];
+
+static void make_tables(void) {
+    for (int code = 0; code < 128; code++) {
+        float value = (float)(code < 8 ? code : (8 + code % 8) << (code / 8 - 1)) * 0x1p-17f;
+        uint32_t bits;
+        memcpy(&bits, &value, sizeof bits);
+        e4m3_bytes[0][code] = (uint8_t)(bits >> 16), e4m3_bytes[1][code] = (uint8_t)(bits >> 24);
+    }
+}
+
 /* ---- x86 with AVX512 and VNNI ---- */
 
 #ifdef HAVE_VNNI
@@ -303,14 +315,18 @@ VNNI static void convert_zeros(enum number kind, const Numbers *these, float fac
     case STEPS: convert(STEPS, these, factor, scales, base, offset); break;
     case UNSIGNED_STEPS: convert(UNSIGNED_STEPS, these, factor, scales, base, offset); break;
     case UPPER_STEPS: convert(UPPER_STEPS, these, factor, scales, base, offset); break;
-    case CODES: convert(CODES, these, factor, scales, base, offset); break;
-    default: convert(NONE, these, factor, scales, base, offset);
+    default: convert(CODES, these, factor, scales, base, offset);
     }
+}
+
+/* What bytes without sign are too large by. */
+INLINE float base_of(const Grouped *weight) {
+    return weight->code == PLAIN ? (float)weight->offset : weight->code == TABLE ? 128 : 0;
 }
 
 /* Scales and zeros of a panel so that they go with bytes without sign, and one more, that is 0, of each. */
 INLINE VNNI void all_numbers(const Grouped *weight, const Panel *panel, float *scales, float *zeros) {
-    const float base = weight->code == PLAIN ? (float)weight->offset : weight->code == TABLE ? 128 : 0;
+    const float base = base_of(weight);
     const float factor = (float)weight->factor;
     Numbers these = {panel->scales, panel->scale_units, weight->group ? UNITS / weight->group : 1, panel->groups, scales};
     for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) fetch(line + AHEAD);
@@ -368,10 +384,13 @@ INLINE VNNI __m512i four_bytes(const int8_t *from) {
     return _mm512_set1_epi32(bytes);
 }
 
-/* What a group adds to the sums of a row: `total` is that of the row's numbers. */
-INLINE VNNI __m512 with_group(__m512 sums, __m512i upper, __m512i lower, __m512 scale, __m512 zero, float total) {
+/* What a group adds to the sums of a row: `total` is that of the row's numbers; `zero`: NULL where all are -base * scale. */
+INLINE VNNI __m512 with_group(__m512 sums, __m512i upper, __m512i lower, const float *scale, const float *zero, float base,
+                              float total) {
     __m512 dot = _mm512_fmadd_ps(_mm512_cvtepi32_ps(upper), _mm512_set1_ps(BASE), _mm512_cvtepi32_ps(lower));
-    return _mm512_fmadd_ps(scale, dot, _mm512_fmadd_ps(zero, _mm512_set1_ps(total), sums));
+    if (zero == NULL) return _mm512_fmadd_ps(_mm512_loadu_ps(scale), _mm512_sub_ps(dot, _mm512_set1_ps(base * total)), sums);
+    sums = _mm512_fmadd_ps(_mm512_loadu_ps(zero), _mm512_set1_ps(total), sums);
+    return _mm512_fmadd_ps(_mm512_loadu_ps(scale), dot, sums);
 }
 
 /* Rows of numbers from which a block takes the same place. */
@@ -412,6 +431,7 @@ INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob 
     const int small = group == 16, sets = small || (count == 1 && !group) ? 2 : 1; /* two are added in half of the time */
     const long chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
     float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
+    const float base = base_of(weight);
     __m512i values = _mm512_setzero_si512();
     if (table) values = _mm512_broadcast_i32x4(sixteen_bytes(weight->bytes));
     Numbered from = {rows->high + row * rows->stride, rows->low + row * rows->stride,
@@ -421,8 +441,8 @@ INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob 
     for (int r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
     for (long first = 0; first < weight->inputs; first += weight->panel) {
         Panel panel = panel_at(weight, at, first);
-        all_numbers(weight, &panel, scales, zeros);
-        const float *scale = scales, *zero = zeros;
+        const float *scale = scales, *zero = weight->zero == NONE ? NULL : zeros;
+        all_numbers(weight, &panel, scales, weight->zero == NONE ? NULL : zeros);
         const uint8_t *codes = panel.codes;
         at = end_of(weight, &panel);
         while (codes < at) {
@@ -442,28 +462,24 @@ INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob 
                 }
                 from.high += CHUNK, from.low += CHUNK, from.sums += CHUNK / SUMMED, from.pairs++, codes += bits * VECTOR;
             } while (!group && codes < stop);
-            const __m512 own = _mm512_loadu_ps(scale), shift = _mm512_loadu_ps(zero);
-            if (small) {
-                const __m512 second = _mm512_loadu_ps(scale + TILE), second_shift = _mm512_loadu_ps(zero + TILE);
+            const float *second = scale + TILE, *second_zero = zero ? zero + TILE : NULL;
 #pragma GCC unroll 4
-                for (int r = 0; r < count; r++) {
+            for (int r = 0; r < count; r++) {
+                if (small) {
                     const float *total = from.sums + r * (from.stride / SUMMED) - CHUNK / SUMMED;
-                    sums[r] = with_group(sums[r], upper[r][0], lower[r][0], own, shift, total[0]);
-                    sums[r] = with_group(sums[r], upper[r][1], lower[r][1], second, second_shift, total[1]);
+                    sums[r] = with_group(sums[r], upper[r][0], lower[r][0], scale, zero, base, total[0]);
+                    sums[r] = with_group(sums[r], upper[r][1], lower[r][1], second, second_zero, base, total[1]);
+                    continue;
                 }
-                scale += TILE, zero += TILE;
-            } else {
-#pragma GCC unroll 4
-                for (int r = 0; r < count; r++) {
-                    if (sets == 2) {
-                        upper[r][0] = _mm512_add_epi32(upper[r][0], upper[r][1]);
-                        lower[r][0] = _mm512_add_epi32(lower[r][0], lower[r][1]);
-                    }
-                    float total = group ? from.pairs[r * (from.stride / CHUNK) - 1] : totals[r];
-                    sums[r] = with_group(sums[r], upper[r][0], lower[r][0], own, shift, total);
+                if (sets == 2) {
+                    upper[r][0] = _mm512_add_epi32(upper[r][0], upper[r][1]);
+                    lower[r][0] = _mm512_add_epi32(lower[r][0], lower[r][1]);
                 }
+                float total = group ? from.pairs[r * (from.stride / CHUNK) - 1] : totals[r];
+                sums[r] = with_group(sums[r], upper[r][0], lower[r][0], scale, zero, base, total);
             }
-            scale += TILE, zero += TILE;
+            scale += small ? 2 * TILE : TILE;
+            if (zero) zero += small ? 2 * TILE : TILE;
         }
     }
 #pragma GCC unroll 4
@@ -551,6 +567,85 @@ INLINE VNNI void code_float_block(enum code kind, const GroupedJob *job, const R
     for (int r = 0; r < count; r++) store_lanes(job, tile, row + r, sums[r]);
 }
 
+/* Rows as sums of two bfloat16, of the stride's bytes. */
+VNNI static void split_rows(const Job *job, const Quantised *to) {
+    for (long row = 0; row < job->count; row++)
+        for (long i = 0; i < to->stride / 2; i += 16) {
+            __m512i value = _mm512_castps_si512(_mm512_maskz_loadu_ps(some_of(job->inputs - i), job->rows + row * job->inputs + i));
+            __m512i upper = _mm512_and_si512(value, _mm512_set1_epi32((int)0xffff0000));
+            __m512i rest = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(value), _mm512_castsi512_ps(upper)));
+            __m256i high = _mm512_cvtepi32_epi16(_mm512_srli_epi32(value, 16));
+            __m256i low = _mm512_cvtepi32_epi16(_mm512_srli_epi32(rest, 16));
+            _mm256_storeu_si256((__m256i *)(to->high + row * to->stride + 2 * i), high);
+            _mm256_storeu_si256((__m256i *)(to->low + row * to->stride + 2 * i), low);
+        }
+}
+
+#ifdef HAVE_BFLOATS
+INLINE VNNI __m512i eight_bytes(const int8_t *from) {
+    int64_t bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return _mm512_set1_epi64(bytes);
+}
+
+/* E4M3 where four inputs of an output are together: as bfloat16, which the CPU multiplies in pairs. */
+INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, const Run *run, long tile, long row, int count) {
+    const Grouped *weight = job->weight;
+    const uint8_t *at = run->tiles + tile * weight->tile_bytes;
+    const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
+    const __m512i sign = _mm512_set1_epi8((char)0x80);
+    __m512i table[2][2];
+    for (int byte = 0; byte < 2; byte++)
+        for (int half = 0; half < 2; half++) table[byte][half] = _mm512_loadu_si512(e4m3_bytes[byte] + half * VECTOR);
+    float scales[(MOST_GROUPS + 1) * TILE];
+    __m512 sums[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
+    for (long first = 0; first < weight->inputs; first += weight->panel) {
+        Panel panel = panel_at(weight, at, first);
+        all_numbers(weight, &panel, scales, NULL);
+        at = end_of(weight, &panel);
+        const float *scale = scales;
+        const long each = weight->group ? weight->group / 4 * VECTOR : at - panel.codes;
+        for (const uint8_t *codes = panel.codes; codes < at; scale += TILE) {
+            const uint8_t *stop = codes + each < at ? codes + each : at;
+            __m512 pairs[4][2][2];
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++)
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) pairs[r][half][0] = pairs[r][half][1] = _mm512_setzero_ps();
+            for (; codes < stop; codes += VECTOR, high += 8, low += 8) {
+                __m512i code = _mm512_loadu_si512(codes);
+                fetch(codes + AHEAD);
+                __m512i lower = _mm512_permutex2var_epi8(table[0][0], code, table[0][1]);
+                __m512i upper = _mm512_permutex2var_epi8(table[1][0], code, table[1][1]);
+                upper = _mm512_ternarylogic_epi32(code, sign, upper, 0xea); /* code & sign | upper */
+                const __m512bh values[2] = {(__m512bh)_mm512_unpacklo_epi8(lower, upper),
+                                            (__m512bh)_mm512_unpackhi_epi8(lower, upper)};
+#pragma GCC unroll 4
+                for (int r = 0; r < count; r++)
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; half++) {
+                        __m512 *sum = pairs[r][half];
+                        sum[0] = _mm512_dpbf16_ps(sum[0], values[half], (__m512bh)eight_bytes(high + r * rows->stride));
+                        sum[1] = _mm512_dpbf16_ps(sum[1], values[half], (__m512bh)eight_bytes(low + r * rows->stride));
+                    }
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++) {
+                __m512 first = _mm512_add_ps(pairs[r][0][0], pairs[r][0][1]);
+                __m512 second = _mm512_add_ps(pairs[r][1][0], pairs[r][1][1]);
+                __m512 all = _mm512_add_ps(_mm512_shuffle_ps(first, second, 0x88), _mm512_shuffle_ps(first, second, 0xdd));
+                sums[r] = _mm512_fmadd_ps(_mm512_loadu_ps(scale), all, sums[r]);
+            }
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) store_lanes(job, tile, row + r, sums[r]);
+}
+
+#endif
+
 /* `block` with four, two and one of the rows at a time. */
 #define FOR_ROWS(block, ...)                                              \
     for (long tile = start; tile < end; tile++) {                         \
@@ -587,6 +682,30 @@ INTEGER_KERNEL(table_bits, 4, 1)
 FLOAT_KERNEL(float_table, FLOAT_TABLE)
 FLOAT_KERNEL(e4m3, E4M3)
 FLOAT_KERNEL(e5m2, E5M2)
+
+#ifdef HAVE_BFLOATS
+BFLOATS static void e4m3_bfloat(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+    FOR_ROWS(bfloat_block, job, rows, run)
+}
+#else
+#define e4m3_bfloat e4m3
+#endif
+
+/* What kernels take rows as. */
+enum taken { AS_FLOATS, AS_INTEGERS, AS_BFLOATS };
+
+INLINE enum taken taken_by(const Grouped *weight) {
+    return weight->code <= TABLE ? AS_INTEGERS : weight->code == E4M3 && !weight->pairs ? AS_BFLOATS : AS_FLOATS;
+}
+
+/* Makes `numbers` of rows; there is room for them, see `prepare`. */
+VNNI static void take_rows(enum taken taken, const float *rows, long count, long inputs, Quantised *numbers) {
+    Job job = {.rows = rows, .count = count, .inputs = inputs};
+    numbers->stride = padded(taken == AS_BFLOATS ? 2 * inputs : inputs);
+    numbers->low = numbers->high + count * numbers->stride;
+    if (taken == AS_INTEGERS) quantise_vnni(&job, numbers);
+    if (taken == AS_BFLOATS) split_rows(&job, numbers);
+}
 #endif
 
 #ifdef HAVE_VNNI
@@ -651,7 +770,7 @@ static GroupedKernel grouped_kernel(const Grouped *weight, int plainly) {
         case PLAIN: return plain[weight->bits];
         case TABLE: return table_bits;
         case FLOAT_TABLE: return float_table;
-        case E4M3: return e4m3;
+        case E4M3: return weight->pairs ? e4m3 : e4m3_bfloat;
         case E5M2: return e5m2;
         }
 #endif

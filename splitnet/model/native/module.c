@@ -106,16 +106,18 @@ static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t coun
             return NULL;
         }
     }
-    if (!plainly && weight->code <= TABLE) {
-        Job quantised = {.rows = job.rows, .count = job.count, .inputs = job.stride};
-        if (!prepare(&quantised, &rows)) {
+#ifdef HAVE_VNNI
+    if (!plainly && taken_by(weight) != AS_FLOATS) {
+        Job room = {.count = job.count, .inputs = 2 * job.stride};
+        if (!prepare(&room, &rows)) {
             if (runs != &one) free(runs);
             return PyErr_NoMemory();
         }
         Py_BEGIN_ALLOW_THREADS
-        quantise(&quantised, &rows, 1);
+        take_rows(taken_by(weight), job.rows, job.count, job.stride, &rows);
         Py_END_ALLOW_THREADS
     }
+#endif
     Py_BEGIN_ALLOW_THREADS
     run_grouped(&job, &rows, runs, many, plainly);
     Py_END_ALLOW_THREADS
@@ -176,10 +178,11 @@ static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t coun
     return multiply_floats(given, count, float16_vnni);
 }
 
-/* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, bytes of a stored number, threads). */
+/* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, numbers of a head that they turn, whether
+those stand side by side that are turned together, bytes of a stored number, threads). */
 static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    long long numbers[10];
-    if (!read_numbers(given, count, numbers, 10)) return NULL;
+    long long numbers[12];
+    if (!read_numbers(given, count, numbers, 12)) return NULL;
 #ifdef HAVE_VNNI
     if (has_vnni()) {
         Step step = {
@@ -188,8 +191,10 @@ static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) 
             .indices = (const int64_t *)(intptr_t)numbers[5],
             .cosines = (const float *)(intptr_t)numbers[6],
             .sines = (const float *)(intptr_t)numbers[7],
-            .stores_floats = numbers[8] == 4,
-            .threads = (int)numbers[9],
+            .turned = (long)numbers[8],
+            .adjacent = (int)numbers[9],
+            .stores_floats = numbers[10] == 4,
+            .threads = (int)numbers[11],
         };
         int enough;
         Py_BEGIN_ALLOW_THREADS
@@ -205,6 +210,8 @@ static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) 
 
 static PyObject *is_fast(PyObject *self, PyObject *unused) { return PyBool_FromLong(has_vnni()); }
 
+static PyObject *has_bfloat16(PyObject *self, PyObject *unused) { return PyBool_FromLong(has_bfloats()); }
+
 static PyMethodDef methods[] = {
     {"int8", (PyCFunction)(void (*)(void))int8, METH_FASTCALL, "Rows times int8 weights."},
     {"grouped", (PyCFunction)(void (*)(void))grouped, METH_FASTCALL, "Rows times weights in the codes of a checkpoint."},
@@ -215,6 +222,7 @@ static PyMethodDef methods[] = {
     {"int8_of_any_cpu", (PyCFunction)(void (*)(void))int8_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
     {"step", (PyCFunction)(void (*)(void))step, METH_FASTCALL, "New positions through blocks."},
     {"is_fast", is_fast, METH_NOARGS, "Whether this CPU has the instructions that the kernels are written for."},
+    {"has_bfloat16", has_bfloat16, METH_NOARGS, "Whether it multiplies bfloat16, for which E4M3 lies in another order."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -222,4 +230,7 @@ static struct PyModuleDef module = {
     PyModuleDef_HEAD_INIT, "_kernels", "Products of a few rows with held weights.", -1, methods, NULL, NULL, NULL, NULL,
 };
 
-PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit__kernels(void) {
+    make_tables();
+    return PyModule_Create(&module);
+}

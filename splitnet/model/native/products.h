@@ -19,6 +19,10 @@ of the activations is 2^-15 of the largest one of the row: outliers cost nothing
 #include <immintrin.h>
 #define HAVE_VNNI 1
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
+#if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11 /* compilers that know these instructions */
+#define HAVE_BFLOATS 1
+#define BFLOATS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c,avx512bf16,avx512vbmi")))
+#endif
 #endif
 
 #define BASE 255
@@ -127,6 +131,9 @@ static void int8_plainly(const Job *job, const Quantised *rows, long start, long
 
 /* Asks for what is read next: the processor foresees it only within a page. Addresses past the end do no harm. */
 INLINE VNNI void fetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }
+
+/* The same of what is read so much later that the nearest cache would have lost it. */
+INLINE VNNI void fetch_later(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }
 
 /* Which of 16 numbers there are, where `left` are left of a row. */
 INLINE VNNI __mmask16 some_of(long left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
@@ -273,7 +280,7 @@ INLINE VNNI void float_block(enum kind kind, const Job *job, long output, long o
         for (long o = 0; o < outputs; o++) {
             long at = (output + o) * job->inputs + i;
             __m512 weight = sixteen(kind, weights, at, mask);
-            fetch(weights + (at + BLOCK * job->inputs) * width);
+            if (width == 4 || i % 32 == 0) fetch_later(weights + (at + BLOCK * job->inputs) * width);
 #pragma GCC unroll 4
             for (long r = 0; r < count; r++) sums[o][r] = _mm512_fmadd_ps(weight, given[r], sums[o][r]);
         }
@@ -330,6 +337,15 @@ static int has_vnni(void) {
 #ifdef HAVE_VNNI
     return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vnni"); /* such CPUs have fma and f16c */
+#else
+    return 0;
+#endif
+}
+
+/* Whether it multiplies bfloat16, too, and looks bytes up in tables. */
+static int has_bfloats(void) {
+#ifdef HAVE_BFLOATS
+    return has_vnni() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi");
 #else
     return 0;
 #endif

@@ -20,13 +20,23 @@ typedef struct {
 
 typedef struct {
     const float *norm_before, *norm_between, *query_norm, *key_norm; /* the last two or NULL */
+    const float *sinks; /* a logit of each head that takes part in its softmax and sees nothing, or NULL */
     double epsilon_before, epsilon_between, epsilon_query, epsilon_key, scale;
     int64_t heads, stored_heads, size;
     int64_t window; /* positions that one may see, or 0: all */
-    Matrix query, key, value, out, gate, up, down;
-    int64_t experts, chosen; /* 0: there are none, else gate, up and down are not used */
+    int64_t joined; /* query_norm and key_norm are of all heads together */
+    Matrix query, key, value, out;
+    Matrix gate, up, down; /* of all positions; without weights where there are experts alone */
+    Matrix opener; /* one number, of whose sigmoid the output of these is multiplied, or without weights */
+    int64_t experts, chosen; /* 0: there are none */
+    int64_t sigmoid;         /* what makes scores of logits, else softmax */
     int64_t normalised;      /* the shares of the chosen experts are made to add up to one */
-    Matrix router, inner, outer; /* inner: of each expert its gate above its up */
+    int64_t groups, kept;    /* experts are chosen in `kept` of the groups with the best two */
+    int64_t interleaved;     /* gate and up of an expert take turns, else its gate is above its up */
+    const float *correction; /* added to scores to choose, or NULL */
+    double factor;           /* of shares */
+    double alpha, limit, shift; /* (up + shift) * gate * sigmoid(alpha * gate), of gate and up within the limit */
+    Matrix router, inner, outer; /* biases of the last two: [experts, outputs] */
 } Block;
 
 /* Where a block keeps keys and values of the sequence of a position: [stored heads, capacity, size] each. */
@@ -39,7 +49,9 @@ typedef struct {
     float *hidden; /* [count, width], replaced by what comes out */
     long count;
     const int64_t *indices; /* of the positions in their stores */
-    const float *cosines, *sines; /* [count, size] */
+    const float *cosines, *sines; /* [count, turned] */
+    long turned;  /* numbers of a head that rotary embeddings turn, the first ones */
+    int adjacent; /* those that are turned together stand side by side, else half of them lie between */
     int stores_floats; /* float32, else bfloat16 */
     int threads;
 } Step;
@@ -75,12 +87,14 @@ INLINE VNNI void normalise(const float *from, float *to, const float *weight, do
     }
 }
 
-/* Rotary embedding in halves (Su et al., "RoFormer", arXiv:2104.09864). */
-INLINE VNNI void turn(float *head, const float *cosines, const float *sines, long size) {
-    for (long i = 0; i < size / 2; i++) {
-        float first = head[i], second = head[i + size / 2];
-        head[i] = first * cosines[i] - second * sines[i];
-        head[i + size / 2] = second * cosines[i + size / 2] + first * sines[i + size / 2];
+/* Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864). */
+INLINE VNNI void turn(float *head, const float *cosines, const float *sines, const Step *step) {
+    long half = step->turned / 2;
+    for (long i = 0; i < half; i++) {
+        float *one = head + (step->adjacent ? 2 * i : i), *other = step->adjacent ? one + 1 : one + half;
+        float first = *one, second = *other;
+        *one = first * cosines[i] - second * sines[i];
+        *other = second * cosines[i + half] + first * sines[i + half];
     }
 }
 
@@ -125,13 +139,18 @@ INLINE VNNI void attend(const Block *block, const Store *where, const Step *step
             __mmask16 mask = some_of(reach - i);
             most = _mm512_mask_max_ps(most, mask, most, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, score + i), scale));
         }
-        __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+        float sink = block->sinks ? block->sinks[head * group + query] : -INFINITY;
+        __m512 largest = _mm512_max_ps(_mm512_set1_ps(sink), _mm512_set1_ps(_mm512_reduce_max_ps(most)));
         for (long i = 0; i < reach; i += 16) {
             __mmask16 mask = some_of(reach - i);
             __m512 weight = _mm512_maskz_loadu_ps(mask, score + i);
             weight = _mm512_maskz_mov_ps(mask, exponential(_mm512_fmsub_ps(weight, scale, largest)));
             total = _mm512_add_ps(total, weight);
             _mm512_mask_storeu_ps(score + i, mask, weight);
+        }
+        if (block->sinks) {
+            __m512 weight = exponential(_mm512_sub_ps(_mm512_set1_ps(sink), largest));
+            total = _mm512_add_ps(total, _mm512_maskz_mov_ps(1, weight));
         }
         __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
         for (long i = 0; i < size; i += 64) {
@@ -150,11 +169,12 @@ INLINE VNNI void attend(const Block *block, const Store *where, const Step *step
     }
 }
 
-/* Products of the same rows with some matrices; rows become integers at most once. */
+/* Products of the same rows with some matrices; what these take is made of rows once. */
 INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products, int many, const float *rows,
                           const Quantised *room, const Step *step) {
     static const Kernel kernels[] = {float32_vnni, bfloat16_vnni, float16_vnni, int8_vnni};
-    int quantised = 0;
+    enum taken taken = AS_FLOATS;
+    Quantised numbers = *room;
     for (int index = 0; index < many; index++) {
         const Matrix *matrix = matrices[index];
         Job job = {
@@ -167,15 +187,9 @@ INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products,
             .outputs = matrix->outputs,
             .threads = step->threads,
         };
-        Quantised numbers = *room;
-        numbers.stride = padded(matrix->inputs);
-        numbers.low = numbers.high + step->count * numbers.stride;
         const Grouped *weight = matrix->kind == GROUPED ? matrix->scales : NULL;
-        int of_integers = weight == NULL ? matrix->kind == INT8 : weight->code <= TABLE;
-        if (of_integers && !quantised) {
-            quantise_vnni(&job, &numbers);
-            quantised = 1;
-        }
+        enum taken wanted = weight != NULL ? taken_by(weight) : matrix->kind == INT8 ? AS_INTEGERS : AS_FLOATS;
+        if (wanted != AS_FLOATS && wanted != taken) take_rows(taken = wanted, rows, job.count, job.inputs, &numbers);
         if (weight != NULL) {
             GroupedJob grouped = {
                 .weight = weight,
@@ -205,14 +219,40 @@ INLINE VNNI void add(float *to, const float *from, long count) {
     }
 }
 
+INLINE VNNI __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
 /* SiLU of the gate, times what it lets through. */
 INLINE VNNI void open_gate(float *gate, const float *up, long count) {
-    const __m512 one = _mm512_set1_ps(1);
     for (long i = 0; i < count; i += 16) {
         __mmask16 mask = some_of(count - i);
         __m512 value = _mm512_maskz_loadu_ps(mask, gate + i);
-        __m512 opened = _mm512_div_ps(value, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), value))));
-        _mm512_mask_storeu_ps(gate + i, mask, _mm512_mul_ps(opened, _mm512_maskz_loadu_ps(mask, up + i)));
+        value = _mm512_mul_ps(_mm512_mul_ps(value, sigmoid(value)), _mm512_maskz_loadu_ps(mask, up + i));
+        _mm512_mask_storeu_ps(gate + i, mask, value);
+    }
+}
+
+/* The same of an expert, as its family has it. `inner`: its gate and its up. */
+VNNI static void open_expert(const Block *block, const float *inner, float *gated, long count) {
+    const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512 limit = _mm512_set1_ps((float)block->limit), least = _mm512_set1_ps(-(float)block->limit);
+    for (long i = 0; i < count; i += 16) {
+        __mmask16 mask = some_of(count - i);
+        __m512 gate, up;
+        if (block->interleaved) {
+            __m512 first = _mm512_maskz_loadu_ps(some_of(2 * (count - i)), inner + 2 * i);
+            __m512 second = _mm512_maskz_loadu_ps(some_of(2 * (count - i) - 16), inner + 2 * i + 16);
+            gate = _mm512_permutex2var_ps(first, evens, second);
+            up = _mm512_permutex2var_ps(first, _mm512_add_epi32(evens, _mm512_set1_epi32(1)), second);
+        } else {
+            gate = _mm512_maskz_loadu_ps(mask, inner + i), up = _mm512_maskz_loadu_ps(mask, inner + count + i);
+        }
+        gate = _mm512_min_ps(limit, gate), up = _mm512_max_ps(least, _mm512_min_ps(limit, up)); /* so that NaN stays */
+        gate = _mm512_mul_ps(gate, sigmoid(_mm512_mul_ps(gate, _mm512_set1_ps((float)block->alpha))));
+        gate = _mm512_mul_ps(gate, _mm512_add_ps(up, _mm512_set1_ps((float)block->shift)));
+        _mm512_mask_storeu_ps(gated + i, mask, gate);
     }
 }
 
@@ -222,26 +262,56 @@ typedef struct {
     float share;
 } Chosen;
 
-/* The most likely experts of a position, of softmax over all; replaces the logits by their shares. */
-VNNI static void choose_experts(const Block *block, float *logits, long position, Chosen *chosen, int64_t *experts) {
+INLINE VNNI long best_of(const float *values, long count) {
+    long best = 0;
+    for (long i = 1; i < count; i++) best = values[i] > values[best] ? i : best;
+    return best;
+}
+
+/* Leaves the groups of experts whose two best make the most. */
+static void keep_groups(const Block *block, float *scores) {
+    long size = block->experts / block->groups;
+    for (long out = block->groups - block->kept; out > 0; out--) {
+        float least = INFINITY;
+        long worst = 0;
+        for (long group = 0; group < block->groups; group++) {
+            float first = -INFINITY, second = -INFINITY;
+            for (const float *score = scores + group * size; score < scores + (group + 1) * size; score++) {
+                if (*score > first) second = first, first = *score;
+                else if (*score > second) second = *score;
+            }
+            if (first > -INFINITY && first + second < least) least = first + second, worst = group;
+        }
+        for (long i = worst * size; i < (worst + 1) * size; i++) scores[i] = -INFINITY;
+    }
+}
+
+/* The best experts of a position; replaces the logits by their scores. `ranks`: room for as many. */
+VNNI static void choose_experts(const Block *block, float *logits, float *ranks, long position, Chosen *chosen,
+                                int64_t *experts) {
     float most = -INFINITY, total = 0, kept = 0;
     for (long i = 0; i < block->experts; i++) most = logits[i] > most ? logits[i] : most;
     for (long i = 0; i < block->experts; i += 16) {
         __mmask16 mask = some_of(block->experts - i);
-        __m512 values = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, logits + i), _mm512_set1_ps(most));
-        values = _mm512_maskz_mov_ps(mask, exponential(values));
-        total += _mm512_reduce_add_ps(values);
+        __m512 values = _mm512_maskz_loadu_ps(mask, logits + i);
+        values = block->sigmoid ? sigmoid(values) : exponential(_mm512_sub_ps(values, _mm512_set1_ps(most)));
+        total += _mm512_reduce_add_ps(_mm512_maskz_mov_ps(mask, values));
         _mm512_mask_storeu_ps(logits + i, mask, values);
     }
+    for (long i = 0; i < block->experts; i++) {
+        if (!block->sigmoid) logits[i] /= total;
+        ranks[i] = block->correction ? logits[i] + block->correction[i] : logits[i];
+    }
+    if (block->kept < block->groups) keep_groups(block, ranks);
     for (long index = 0; index < block->chosen; index++) {
-        long best = 0;
-        for (long i = 1; i < block->experts; i++) best = logits[i] > logits[best] ? i : best;
+        long best = best_of(ranks, block->experts);
         chosen[index] = (Chosen){.position = position, .share = logits[best]};
         experts[index] = best;
         kept += logits[best];
-        logits[best] = -1;
+        ranks[best] = -INFINITY;
     }
-    for (long index = 0; index < block->chosen; index++) chosen[index].share /= block->normalised ? kept : total;
+    for (long index = 0; index < block->chosen; index++)
+        chosen[index].share *= (float)block->factor / (block->normalised ? kept : 1);
 }
 
 /* Products of rows with the weights of their experts, which are sorted. */
@@ -251,12 +321,7 @@ VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts
     int64_t expert_bytes = parts_of(weight->outputs, TILE) * weight->tile_bytes;
     long many = find_runs(matrix->weights, expert_bytes, experts, held, pairs, runs);
     Quantised numbers = *room;
-    if (weight->code <= TABLE) {
-        Job job = {.rows = rows, .count = pairs, .inputs = matrix->inputs};
-        numbers.stride = padded(matrix->inputs);
-        numbers.low = numbers.high + pairs * numbers.stride;
-        quantise_vnni(&job, &numbers);
-    }
+    take_rows(taken_by(weight), rows, pairs, matrix->inputs, &numbers);
     GroupedJob job = {.weight = weight,
                       .rows = rows,
                       .products = products,
@@ -265,6 +330,8 @@ VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts
                       .pitch = matrix->outputs,
                       .threads = threads};
     run_grouped(&job, &numbers, runs, many, 0);
+    for (long pair = 0; matrix->bias != NULL && pair < pairs; pair++)
+        add(products + pair * matrix->outputs, matrix->bias + experts[pair] * matrix->outputs, matrix->outputs);
 }
 
 /* Adds to the hidden states what the experts of each position make of it. `memory`: see `memory_of_experts`. */
@@ -275,9 +342,10 @@ VNNI static void run_experts(const Block *block, const Step *step, const float *
     int64_t *experts = (int64_t *)(runs + pairs);
     float *logits = (float *)(experts + pairs), *rows = logits + step->count * block->experts;
     float *inner = rows + pairs * width, *gated = inner + pairs * 2 * between, *outer = gated + pairs * between;
+    float *ranks = outer + pairs * width;
     multiply((const Matrix *[]){&block->router}, (float *[]){logits}, 1, normed, room, step);
     for (long position = 0; position < step->count; position++)
-        choose_experts(block, logits + position * block->experts, position, chosen + position * block->chosen,
+        choose_experts(block, logits + position * block->experts, ranks, position, chosen + position * block->chosen,
                        experts + position * block->chosen);
     for (long pair = 1; pair < pairs; pair++) { /* few: sorted where they are */
         Chosen one = chosen[pair];
@@ -293,11 +361,8 @@ VNNI static void run_experts(const Block *block, const Step *step, const float *
     for (long pair = 0; pair < pairs; pair++)
         memcpy(rows + pair * width, normed + chosen[pair].position * width, width * sizeof(float));
     multiply_by_expert(&block->inner, experts, block->experts, pairs, rows, inner, room, runs, step->threads);
-    for (long pair = 0; pair < pairs; pair++) {
-        float *gate = inner + pair * 2 * between;
-        open_gate(gate, gate + between, between);
-        memcpy(gated + pair * between, gate, between * sizeof(float));
-    }
+    for (long pair = 0; pair < pairs; pair++)
+        open_expert(block, inner + pair * 2 * between, gated + pair * between, between);
     multiply_by_expert(&block->outer, experts, block->experts, pairs, gated, outer, room, runs, step->threads);
     for (long pair = 0; pair < pairs; pair++) {
         float *to = step->hidden + chosen[pair].position * width;
@@ -308,7 +373,7 @@ VNNI static void run_experts(const Block *block, const Step *step, const float *
 
 static size_t memory_of_experts(const Block *block, long count) {
     size_t pairs = count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
-    size_t floats = count * block->experts + pairs * (2 * width + 3 * between);
+    size_t floats = (count + 1) * block->experts + pairs * (2 * width + 3 * between);
     return pairs * (sizeof(Chosen) + sizeof(Run) + sizeof(int64_t)) + floats * sizeof(float);
 }
 
@@ -316,16 +381,22 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
                             const float *values, float *mixed, float *scores, long most) {
     long size = block->size, group = block->heads / block->stored_heads;
     for (long position = 0; position < step->count; position++) {
-        const float *cosines = step->cosines + position * size, *sines = step->sines + position * size;
+        const float *cosines = step->cosines + position * step->turned, *sines = step->sines + position * step->turned;
+        if (block->joined) {
+            float *query = queries + position * block->heads * size, *key = keys + position * block->stored_heads * size;
+            normalise(query, query, block->query_norm, block->epsilon_query, block->heads * size);
+            normalise(key, key, block->key_norm, block->epsilon_key, block->stored_heads * size);
+        }
+        const float *query_norm = block->joined ? NULL : block->query_norm, *key_norm = block->joined ? NULL : block->key_norm;
         for (long head = 0; head < block->heads; head++) {
             float *query = queries + (position * block->heads + head) * size;
-            if (block->query_norm) normalise(query, query, block->query_norm, block->epsilon_query, size);
-            turn(query, cosines, sines, size);
+            if (query_norm) normalise(query, query, query_norm, block->epsilon_query, size);
+            turn(query, cosines, sines, step);
         }
         for (long head = 0; head < block->stored_heads; head++) {
             float *key = keys + (position * block->stored_heads + head) * size;
-            if (block->key_norm) normalise(key, key, block->key_norm, block->epsilon_key, size);
-            turn(key, cosines, sines, size);
+            if (key_norm) normalise(key, key, key_norm, block->epsilon_key, size);
+            turn(key, cosines, sines, step);
             long at = (head * stores[position].capacity + step->indices[position]) * size;
             store(stores[position].keys, at, key, size, step->stores_floats);
             const float *value = values + (position * block->stored_heads + head) * size;
@@ -368,10 +439,11 @@ VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, 
     Job largest = {.count = rows, .inputs = widest > between ? widest : between};
     largest.inputs = inner > largest.inputs ? inner : largest.inputs;
     largest.inputs = attention > largest.inputs ? attention : largest.inputs;
+    largest.inputs *= 2; /* where rows become bfloat16 */
     Quantised room;
     if (!prepare(&largest, &room)) return 0;
     long threads = step->threads < 1 ? 1 : step->threads;
-    float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between) + threads * group * most));
+    float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between) + threads * group * most + count));
     char *more = malloc(of_experts + 1);
     if (memory == NULL || more == NULL) {
         free(memory);
@@ -394,13 +466,16 @@ VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, 
         add(step->hidden, product, count * width);
         for (long row = 0; row < count; row++)
             normalise(step->hidden + row * width, normed + row * width, block->norm_between, block->epsilon_between, width);
-        if (block->experts) {
-            run_experts(block, step, normed, &room, more);
-            continue;
-        }
+        if (block->experts) run_experts(block, step, normed, &room, more);
+        if (block->gate.weights == NULL) continue;
         multiply((const Matrix *[]){&block->gate, &block->up}, (float *[]){gate, up}, 2, normed, &room, step);
         open_gate(gate, up, count * block->gate.outputs);
         multiply((const Matrix *[]){&block->down}, (float *[]){product}, 1, gate, &room, step);
+        if (block->opener.weights != NULL) {
+            multiply((const Matrix *[]){&block->opener}, (float *[]){scores}, 1, normed, &room, step);
+            for (long row = 0; row < count; row++)
+                for (long i = 0; i < width; i++) product[row * width + i] /= 1 + expf(-scores[row]);
+        }
         add(step->hidden, product, count * width);
     }
     free(memory);
