@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from peers.placing import choose_blocks, fitting_blocks
 from peers.relocation import Relocation
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
+from splitnet.doctor.links import PeerLinks
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
@@ -37,10 +39,13 @@ from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import PROTOCOL_VERSION, Message, Payload, Pong, decode, encode
 from splitnet.net.prober import Prober
+from splitnet.net.proof_of_work import kept_proof
 from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
 
 log = logging.getLogger(__name__)
+
+TRIED_BEFORE_JOINING = 64
 
 Progress = Callable[[str, int, int], None]
 
@@ -73,6 +78,8 @@ class Peer:
         self._max_blocks = max_blocks
         self._mover = Mover(checkpoint.num_blocks)
         self._last_record: PeerRecord | None = None
+        self._key_file = options.key_file
+        self._proof = 0
         self._leaving = threading.Event()
         self._next_hops = NextHops(self)
         self._watch = HolderWatch(self._next_hops, self.state)
@@ -97,7 +104,7 @@ class Peer:
             self._watch,
             self._leaving,
             own=self.record,
-            others=self._others,
+            others=lambda: self._neighbours.answering(self._others()),
             publish=self._announcer.publish,
             move=self._move,
         )
@@ -133,7 +140,9 @@ class Peer:
             fitting = fitting_blocks(
                 checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
             )
-            start, end = choose_blocks(checkpoint, options.wish, fitting, directory.peers(checkpoint.fingerprint))
+            present = directory.peers(checkpoint.fingerprint)
+            present = _answering(present, identity) if fitting else ()
+            start, end = choose_blocks(checkpoint, options.wish, fitting, present)
             span = Span.load(
                 checkpoint,
                 start,
@@ -222,6 +231,7 @@ class Peer:
             version=splitnet.__version__,
             issued_at=time.time(),
             state_bytes=server.span.state_bytes,
+            proof=self._proof,
         )
 
     def reconsider(self) -> bool:
@@ -286,6 +296,17 @@ class Peer:
     def _look_around(self) -> None:
         self._current.remeasure_if_idle()
         self._neighbours.look_around()
+        self._prove_work()
+
+    def _prove_work(self) -> None:
+        """For a key that is kept; it takes seconds, once."""
+        if self._key_file is None or self._proof:
+            return
+        file = self._key_file.with_name(f"{self._key_file.name}.proof")
+        try:
+            self._proof = kept_proof(self.identity.public, file, self._leaving)
+        except OSError as error:
+            log.warning("the proof of work of this key cannot be kept in %s: %s", file, error.strerror)
 
     def _others(self) -> list[PeerRecord]:
         present = self._directory.peers(self.checkpoint.fingerprint)
@@ -317,7 +338,18 @@ class Peer:
         self.counters.traffic.count_received(source, message, frames)
         if isinstance(message, Pong) and isinstance(source, Endpoint):
             self._prober.pong(source, message)
+            self._neighbours.heard(source)
             self._watch.heard(source, time.monotonic())
             self.service.answered(source)
         else:
             self.service.receive(source, message, time.monotonic())
+
+
+def _answering(present: Sequence[PeerRecord], identity: Identity) -> Sequence[PeerRecord]:
+    """Those that answer, of many a sample: anybody can announce peers that do not exist."""
+    tried = sorted(random.sample(present, len(present)), key=lambda record: not record.is_proven)[:TRIED_BEFORE_JOINING]
+    if not tried:
+        return ()
+    with PeerLinks(identity) as links:
+        answers = links.try_out({record.endpoint for record in tried})
+    return [record for record in tried if answers[record.endpoint].rtt_ms is not None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 
 from splitnet.errors import DirectoryError, LanError
@@ -68,9 +68,9 @@ class LanPresence:
                 report(f"no swarm for {model} on this network: starting one", 0, 0)
         self._network.watch(self._meet)
 
-    def _meet(self, node: LanNode) -> None:
+    def _meet(self, nodes: Sequence[LanNode]) -> None:
         try:
-            if self._directory.meet(node.addresses):
-                log.info("met a peer on the local network: %s", node.addresses[0])
+            if met := self._directory.meet([address for node in nodes for address in node.addresses]):
+                log.info("met %d of %d peers on the local network", met, len(nodes))
         except DirectoryError as error:
             log.info("could not meet a peer on the local network: %s", error)

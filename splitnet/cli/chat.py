@@ -20,6 +20,7 @@ from splitnet.cli.arguments import (
 )
 from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP, Wait
 from splitnet.errors import SplitnetError
+from splitnet.printable import printable
 
 
 def chat(
@@ -69,7 +70,7 @@ def chat(
                 except SplitnetError as error:
                     if not sys.stdin.isatty():
                         raise
-                    typer.secho(f"\nerror: {error}", err=True, fg="red")
+                    typer.secho(f"\nerror: {printable(str(error))}", err=True, fg="red")
                     typer.secho("the conversation is kept: say it again when that is done", err=True, dim=True)
                     messages.pop()
                     continue

@@ -22,6 +22,7 @@ from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.speculation.speculator import PROMPT_LOOKUP
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.printable import printable
 
 
 @dataclass(frozen=True)
@@ -159,8 +160,8 @@ def with_adapter(model: RemoteCausalLM, folder: Path) -> Any:
         raise AdapterError(f"there is no adapter in {folder}: give the folder that holds adapter_config.json")
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()
-    except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[-1]
+    except Exception as error:  # PEFT and safetensors raise what they stumble over
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         raise AdapterError(f"the adapter in {folder} does not fit this model ({reason})") from error
 
 
@@ -198,6 +199,8 @@ class _TimedStreamer(TextStreamer):
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         if not self._silent:
+            # Peers can steer what the model says. Files and pipes get it as it is.
+            text = printable(text) if sys.stdout.isatty() else text
             sys.stdout.write(text + ("\n" if stream_end else ""))
             sys.stdout.flush()
 

@@ -12,6 +12,8 @@ from types import TracebackType
 
 import typer
 
+from splitnet.printable import printable
+
 log = logging.getLogger(__name__)
 
 _LEVELS = {
@@ -56,6 +58,13 @@ class JsonFormatter(logging.Formatter):
         return json.dumps({**event, **{name: value for name, value in given.items() if name not in event}}, default=str)
 
 
+class TextFormatter(logging.Formatter):
+    """What others have written cannot steer the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
 def set_up(format: LogFormat, level: int) -> None:
     """Has all that is logged at this level or above written to stderr.
 
@@ -70,7 +79,7 @@ def set_up(format: LogFormat, level: int) -> None:
             uncaught.exc_type, uncaught.exc_value, uncaught.exc_traceback
         )
     else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        handler.setFormatter(TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level, handlers=[handler])
 
 
@@ -89,7 +98,7 @@ def tell(level: int, text: str) -> None:
         log.log(level, "%s", text)
     else:
         word, colour = ("error", "red") if level >= logging.ERROR else ("warning", "yellow")
-        typer.secho(f"{word}: {text}", fg=colour, err=True)
+        typer.secho(f"{word}: {printable(text)}", fg=colour, err=True)
 
 
 def _log_uncaught(kind: type[BaseException], error: BaseException | None, traceback: TracebackType | None) -> None:

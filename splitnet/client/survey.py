@@ -11,7 +11,7 @@ from statistics import median_low
 
 from scheduler.network import CLIENT, Link, Network
 from scheduler.replan import prediction_error
-from scheduler.swarm import Peer, Speed
+from scheduler.swarm import PASS_SIZES, Peer, Speed
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import facts_of, network_of
 from splitnet.net.network_coordinates import NetworkCoordinates
@@ -136,9 +136,15 @@ def _corrected(peer: Peer, seen: _Seen | None) -> Peer:
     if seen is None:
         return peer
     told_ms = max(peer.speed.at(seen.positions + peer.batch), 1e-6)
-    factor = _usual(seen.block_ms, told_ms) / told_ms
+    usual_ms = _usual(seen.block_ms, told_ms)
+    factor = usual_ms / told_ms
+    # More positions take no less than was seen, even of a peer that says that they take no time.
+    block_ms = tuple(
+        max(ms * factor, usual_ms if size >= seen.positions + peer.batch else 0.0)
+        for size, ms in zip(PASS_SIZES, peer.speed.block_ms, strict=True)
+    )
     queue_ms = _usual(seen.wait_ms, peer.queue_ms)
-    return replace(peer, speed=Speed(tuple(ms * factor for ms in peer.speed.block_ms)), queue_ms=queue_ms)
+    return replace(peer, speed=Speed(block_ms), queue_ms=queue_ms)
 
 
 def _usual(seen: Sequence[float], told: float) -> float:

@@ -27,4 +27,5 @@ class AutoTokenizer:
         """
         if str(model).endswith(".gguf"):
             return GgufStore.open(model).tokenizer(**options)
-        return transformers.AutoTokenizer.from_pretrained(model, **options)
+        # Left to itself, transformers asks the user whether code of the checkpoint may run.
+        return transformers.AutoTokenizer.from_pretrained(model, **{"trust_remote_code": False} | options)

@@ -78,14 +78,30 @@ def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     return cast(type[PreTrainedModel], AutoModelForSequenceClassification._model_mapping[type(config)])
 
 
+def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without weights.
+
+    Raises:
+        UnsupportedModel: transformers cannot build it of this config.
+    """
+    try:
+        with torch.device("meta"):
+            return model_class(copy.deepcopy(config))
+    except Exception as error:  # whatever it stumbles over
+        where = config.name_or_path or f"a model of the family {config.model_type!r}"
+        raise UnsupportedModel(
+            f"transformers cannot build a model of the config of {where}: download it again, or mend it "
+            f"({type(error).__name__}: {error})"
+        ) from error
+
+
 def find_container(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> str:
     """The name of the list of blocks within a model, such as `layers` or `model.decoder.layers`.
 
     Raises:
-        UnsupportedModel: it has no such list.
+        UnsupportedModel: it has no such list, or cannot be built.
     """
-    with torch.device("meta"):
-        model = model_class(copy.deepcopy(config))
+    model = on_meta(model_class, config)
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == config.num_hidden_layers:
             return name
@@ -142,6 +158,7 @@ def load_cut(
                 state_dict=tensors,
                 dtype=dtype,
                 output_loading_info=True,
+                trust_remote_code=False,
                 ignore_mismatched_sizes=True,  # reported below, in our words
                 **options,
             )

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from splitnet.model.backbone import backbone_class, find_container, loaded_as
+from splitnet.model.backbone import backbone_class, find_container, loaded_as, on_meta
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.coded_experts import layout_of_experts
 from splitnet.model.grouped_forms import held_bytes
@@ -69,8 +69,7 @@ def block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list
     config = copy.deepcopy(checkpoint.config)
     model_class = backbone_class(config)
     container = find_container(model_class, config)
-    with torch.device("meta"):
-        backbone = model_class(config)
+    backbone = on_meta(model_class, config)
     modules = list(backbone.get_submodule(container).children())
     stored = {
         f"{container}.{index}.{tensor.rest}": facts[tensor.name]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from transformers import PreTrainedModel
 
 from splitnet.errors import WeightsError
-from splitnet.model.backbone import loaded_as
+from splitnet.model.backbone import loaded_as, on_meta
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.held_experts import weights_of_experts
 from splitnet.model.int4_forms import INT4, int4_codes
@@ -45,8 +44,7 @@ def with_coded_experts(
     """
     if kind not in _KINDS:
         return dict(tensors)
-    with torch.device("meta"):
-        whole = model_class(copy.deepcopy(checkpoint.config))
+    whole = on_meta(model_class, checkpoint.config)
     experts = {path: transposed for path, _, transposed in weights_of_experts(whole)}
     given = {
         f"{container}.{index}.{tensor.rest}": f"{container}.{index - blocks.start}.{tensor.rest}"

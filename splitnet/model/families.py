@@ -15,6 +15,9 @@ from transformers import PreTrainedConfig, Qwen3Config
 
 from splitnet.errors import UnsupportedModel
 
+MAX_LAYERS = 4096
+"""As many as messages and records can number."""
+
 PACKS = frozenset(
     {
         *("apertus", "arcee", "codegen", "cohere", "cohere2", "cwm", "deepseek_v3", "ernie4_5", "ernie4_5_moe"),
@@ -192,6 +195,26 @@ def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ()
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def check_values(values: Mapping[str, Any], file: object) -> None:
+    """Refuses what no config of a model says, before transformers does what it says.
+
+    That is lists as long as there are layers, and attention or experts that run code of a hub repository.
+
+    Raises:
+        UnsupportedModel: names the value.
+    """
+    for part in (values, *values.values()):
+        for key, value in part.items() if isinstance(part, Mapping) else ():
+            many = "layer" in str(key) and isinstance(value, int) and value > MAX_LAYERS
+            foreign = str(key).endswith("_implementation") and "/" in str(value)
+            if many or foreign:
+                raise UnsupportedModel(
+                    f"{file} says {key}: {value}, and "
+                    + (f"at most {MAX_LAYERS} are taken" if many else "no code of others is run")
+                    + ": mend it, or download it again"
+                )
 
 
 def _reason_against(config: PreTrainedConfig) -> str:

@@ -37,6 +37,8 @@ class _Reader(GGUFReader):
         if kind == GGUFValueType.STRING:
             for _ in range(count):
                 at += 8 + int.from_bytes(self.data[at : at + 8].tobytes(), "little")
+                if at > len(self.data):
+                    raise ValueError("it ends within its vocabulary")
         elif kind in self.gguf_scalar_to_np and count > _LONG:
             at += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
         else:
@@ -197,7 +199,7 @@ def _open(path: Path) -> _Reader:
         return _Reader(path)
     except OSError as error:
         raise ModelNotFound(f"there is no file {path}: give the path of a GGUF file") from error
-    except (ValueError, IndexError, KeyError) as error:
+    except Exception as error:  # the package raises what it stumbles over
         raise UnsupportedModel(
             f"{path} is not a complete GGUF file that this version of the gguf package reads: download it again, or "
             f"update gguf ({error})"

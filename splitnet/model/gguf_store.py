@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.model.families import check_values
 from splitnet.model.gguf_config import ROPE_TENSORS, make_config
 from splitnet.model.gguf_families import OUTSIDE, Family, config_values, family_of
 from splitnet.model.gguf_file import GgufFile, GgufTensor
@@ -64,6 +65,7 @@ class GgufStore:
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
+        check_values({"layers": self._file.of_architecture.get("block_count")}, self.source)
         try:
             return make_config(self._family.model_type, config_values(self._family, self._file), self._file)
         except (StrictDataclassError, *MALFORMED) as error:

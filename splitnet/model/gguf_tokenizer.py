@@ -39,6 +39,7 @@ def read_tokenizer(path: Path, model: str | None, split: str | None, **options: 
     """
     if model == "gpt2" and split not in SPLITS and split not in GGUF_PRE_TOKENIZER_SPLITS:
         raise ValueError(f"it splits text as {split!r}, which is not known")
+    options = {"trust_remote_code": False} | options
     made: Any = PreTrainedTokenizerFast.from_pretrained(path.parent, gguf_file=path.name, **options)
     if model == "gpt2" and split in SPLITS:
         steps = [pre_tokenizers.Split(Regex(one), behavior="isolated") for one in SPLITS[split]]

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.dtypes import is_number_type
-from splitnet.model.families import SAME_AS
+from splitnet.model.families import SAME_AS, check_values
 from splitnet.model.lazy_tensors import LazyTensors
 from splitnet.model.quantization import quantization_settings, quantized_format
 from splitnet.model.quantized_format import Part, Weights
@@ -54,10 +54,11 @@ class SafetensorsStore:
     def _config(self) -> PreTrainedConfig:
         try:
             values, _ = PreTrainedConfig.get_config_dict(self._config_file)
+            check_values(values, self._config_file)
             if known := SAME_AS.get(values.get("model_type", "")):
                 config = AutoConfig.for_model(**(values | {"model_type": known}))
             else:
-                config = AutoConfig.from_pretrained(self._config_file)
+                config = AutoConfig.from_pretrained(self._config_file, trust_remote_code=False)
         except OSError as error:
             raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
         except StrictDataclassError as error:
@@ -65,10 +66,12 @@ class SafetensorsStore:
                 f"the config of {self.source} has values that its family cannot have: download it again, or mend it "
                 f"({' '.join(str(error).split())})"
             ) from error
-        except (ValueError, KeyError, AttributeError) as error:
+        except UnsupportedModel:
+            raise
+        except Exception as error:  # transformers raises what it stumbles over
             raise UnsupportedModel(
-                f"transformers does not know the architecture of {self.source}: update transformers "
-                f"({_first_line(error)})"
+                f"transformers cannot make a model of {self._config_file}: update transformers if it does not know the "
+                f"architecture, or download the file again if it is damaged ({_first_line(error)})"
             ) from error
         # What is read here are weights of plain numbers to transformers, whatever they are made of.
         for part in (config, *vars(config).values()):
@@ -164,7 +167,7 @@ class SafetensorsStore:
     def tokenizer(self) -> Any:
         """See `TensorStore.tokenizer`."""
         try:
-            return AutoTokenizer.from_pretrained(self._shards.source, **self._shards.options)
+            return AutoTokenizer.from_pretrained(self._shards.source, trust_remote_code=False, **self._shards.options)
         except (OSError, ValueError) as error:
             raise ModelNotFound(
                 f"{self.name} has no usable tokenizer: add its tokenizer files ({_first_line(error)})"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +34,8 @@ MERGED_BYTES = 2**16
 """Ranges of a shard that are no farther apart than this are read in one request."""
 REQUESTS_AT_ONCE = 16
 _MAX_HEADER_BYTES = 100_000_000
+_FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
+"""An index names files beside it, and nothing elsewhere on the machine."""
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -83,18 +87,20 @@ def read_tensor_infos(file: BinaryIO, shard: str) -> dict[str, TensorInfo]:
             raise ValueError("header too long")
         header = json.loads(file.read(size))
         return {
-            name: TensorInfo(
-                shard,
-                entry["dtype"],
-                tuple(entry["shape"]),
-                8 + size + entry["data_offsets"][0],
-                entry["data_offsets"][1] - entry["data_offsets"][0],
-            )
-            for name, entry in header.items()
-            if name != "__metadata__"
+            name: _tensor_info(shard, 8 + size, **entry) for name, entry in header.items() if name != "__metadata__"
         }
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UnsupportedModel(f"{shard} is not a safetensors file: download or convert it again") from error
+
+
+def _tensor_info(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorInfo:
+    """Raises ValueError for what no tensor can be; `begin`: of the data in the file."""
+    start, end = data_offsets
+    if any(type(number) is not int or number < 0 for number in (*shape, start, end - start)) or type(dtype) is not str:
+        raise ValueError("numbers that are none")
+    if dtype in _DTYPES and end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
+        raise ValueError("a tensor of another size")
+    return TensorInfo(shard, dtype, tuple(shape), begin + start, end - start)
 
 
 class Shards:
@@ -141,12 +147,12 @@ class Shards:
         if index is not None:
             try:
                 weight_map: Any = json.loads(index.read_text())["weight_map"]
-                if all(isinstance(shard, str) for shard in weight_map.values()):
+                if all(isinstance(shard, str) and _FILE_NAME.fullmatch(shard) for shard in weight_map.values()):
                     return weight_map
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 pass
             raise ModelNotFound(
-                f"{INDEX_FILE} of {self.name} does not say which file holds which tensor: download it again"
+                f"{INDEX_FILE} of {self.name} does not say which file beside it holds which tensor: download it again"
             )
         try:
             with self.open_range(SINGLE_FILE) as file:

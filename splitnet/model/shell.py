@@ -17,6 +17,7 @@ from splitnet.model.backbone import (
     keep_configs,
     load_cut,
     loaded_as,
+    on_meta,
     parent_of,
     slice_config,
 )
@@ -145,8 +146,7 @@ def check_all_is_taken(checkpoint: Checkpoint) -> None:
     for index, block in enumerate(checkpoint.block_tensors):
         names |= {f"{container}.{index}.{tensor.rest}": tensor.name for tensor in block}
     facts = checkpoint.facts(names.values())
-    with torch.device("meta"):
-        model = model_class(copy.deepcopy(checkpoint.config))
+    model = on_meta(model_class, checkpoint.config)
     parameters = model.state_dict()
     loaded = loaded_as(model, names)
     unknown = {name for name, parameter in loaded.items() if not {name, parameter} & parameters.keys()}

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from splitnet.model.attention import PACKED
-from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, parent_of
+from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, on_meta, parent_of
 from splitnet.model.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block
 from splitnet.model.checkpoint import Checkpoint, open_store, read_config
 from splitnet.model.dtypes import as_dtype, is_number_type
@@ -196,8 +196,7 @@ def _row_bytes(config: PreTrainedConfig, dtype: torch.dtype) -> tuple[int, int]:
     blocks = config.num_hidden_layers if keeps_states(config) else 1
     model_class = backbone_class(config)
     container = find_container(model_class, config)
-    with torch.device("meta"):
-        backbone = model_class(config)
+    backbone = on_meta(model_class, config)
     probed = torch.bfloat16  # some kernels for experts take no other where no device is there to choose by
     nn.Module.to(backbone, probed)
     cut_to_blocks(backbone, container, 0, blocks)

@@ -25,7 +25,7 @@ def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
     """
     if not checkpoint.source.endswith(".gguf") and (checkpoint.multimodal or not checkpoint.quantized):
         try:
-            return AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype).eval()
+            return AutoModelForCausalLM.from_pretrained(checkpoint.source, dtype=dtype, trust_remote_code=False).eval()
         except ImportError as error:
             raise UnsupportedModel(f"{checkpoint.name} cannot be loaded by transformers alone: {error}") from error
     wanted = dtype if isinstance(dtype, torch.dtype) else checkpoint.dtype

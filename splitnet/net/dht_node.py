@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import heapq
 import importlib
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from typing import Any, cast
+from functools import cache, wraps
+from typing import Any, Final, cast
+
+from splitnet.errors import NotAuthorized, ProtocolError
+from splitnet.net.dht_places import Places
+from splitnet.net.records import stored_record
+
+_OUTDATED = 64
+"""Entries of a heap that are kept beside those that count."""
+
+
+KEYS_PER_FIND: Final = 16
+"""As many as nodes of any version ask for at once."""
 
 
 class NodeLoop(asyncio.SelectorEventLoop):
@@ -52,9 +65,11 @@ class Hivemind:
     PeerID: Any
     Multiaddr: Any
     DHTNode: Any
+    DHTLocalStorage: Any  # as hivemind has it, without bounds
     stub: Callable[[Any, Any], Any]  # of (P2P, PeerID): what a node can be asked without being a node oneself
     messages: Any  # of the DHT's protocol
-    key_id: Callable[[str], bytes]  # hash of a DHT key, 20 bytes
+    dht_id: Callable[[str], Any]  # of a key
+    key_id: Callable[[str], bytes]  # the same in 20 bytes
     max_skew_s: float  # by which the clocks of two nodes may differ when one joins the other
 
 
@@ -71,14 +86,19 @@ def import_hivemind() -> Hivemind:
     # What it logs goes where the program's own log goes, and looks the same.
     importlib.import_module("hivemind.utils.logging").use_hivemind_log_handler("nowhere")
     storage.TimedStorage.store = _refuse_older(storage.TimedStorage.store)
+    mended: Any = protocol
+    unbounded, mended.DHTLocalStorage = mended.DHTLocalStorage, _bounded(mended.DHTLocalStorage)
+    mended.DHTProtocol.rpc_find = _few_keys(mended.DHTProtocol.rpc_find)
     logging.getLogger("asyncio").addFilter(_is_not_about_reaped_children)
     return Hivemind(
         P2P=p2p.P2P,
         PeerID=p2p.PeerID,
         Multiaddr=multiaddr.Multiaddr,
         DHTNode=node.DHTNode,
+        DHTLocalStorage=unbounded,
         stub=cast(Any, super(protocol.DHTProtocol, protocol.DHTProtocol)).get_stub,
         messages=messages,
+        dht_id=routing.DHTID.generate,
         key_id=lambda key: routing.DHTID.generate(key).to_bytes(),
         max_skew_s=storage.MAX_DHT_TIME_DISCREPANCY_SECONDS,
     )
@@ -94,9 +114,50 @@ def _refuse_older(store: Callable[[Any, Any, Any, float], bool]) -> Callable[[An
         held = self.data.get(key)
         if held is not None and held.expiration_time >= expiration_time:
             return False
-        return store(self, key, value, expiration_time)
+        stored = store(self, key, value, expiration_time)
+        if len(self.expiration_heap) > 2 * len(self.key_to_heap) + _OUTDATED:  # values that were renewed often
+            self.expiration_heap = list(self.key_to_heap.values())
+            heapq.heapify(self.expiration_heap)
+        return stored
 
     return store_newer
+
+
+def _few_keys(find: Callable[[Any, Any, Any], Coroutine[Any, Any, Any]]) -> Any:
+    """hivemind answers for as many keys as a question has, also if one is repeated; that could take all memory."""
+
+    @wraps(find)
+    async def find_few(self: Any, request: Any, context: Any) -> Any:
+        if len(request.keys) > KEYS_PER_FIND:
+            raise ValueError(f"at most {KEYS_PER_FIND} keys are looked up at once")
+        return await find(self, request, context)
+
+    return find_few
+
+
+def _bounded(storage: Any) -> Any:
+    """hivemind's storage of a node, holding no more than there are places for."""
+
+    class BoundedStorage(storage):
+        def __init__(self, maxsize: int | None = None) -> None:
+            storage.__init__(self, maxsize)
+            self._places = Places()
+
+        def store_subkey(self, key: Any, subkey: Any, value: bytes, expiration_time: float) -> bool:
+            try:
+                gone = self._places.take((key.to_bytes(), subkey), stored_record(value), time.time())
+            except (ProtocolError, NotAuthorized):
+                return False
+            for full, name in gone or ():
+                if (held := self.data.get(key.from_bytes(full))) is not None:
+                    del held.value[name]
+            return gone is not None and storage.store_subkey(self, key, subkey, value, expiration_time)
+
+        def items(self) -> Any:
+            # hivemind sends all of these to each new node that says it is near. Peers refresh their records anyway.
+            return iter(())
+
+    return BoundedStorage
 
 
 def _is_not_about_reaped_children(record: logging.LogRecord) -> bool:

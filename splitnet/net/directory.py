@@ -1,8 +1,10 @@
 """The directory of peers: signed records in a Kademlia DHT (hivemind's `DHTNode` over libp2p).
 
 The node runs in an event loop on a thread of its own, beside the one child process (`p2pd`) that speaks libp2p.
-DHT keys: `splitnet.peers.<fingerprint>` holds one record per peer, under the text of its key; `splitnet.models` holds
-one record per model, under its fingerprint. Every node of the DHT checks the signatures of what it stores and reads.
+DHT keys: `splitnet.peers.<fingerprint>.<shard>` holds one record per peer, under the text of its key, and
+`splitnet.peers.<fingerprint>` does so for earlier versions; `splitnet.models` holds one record per model, under its
+fingerprint. Every node of the DHT checks the signatures of what it stores and reads, and holds a bounded number
+(`splitnet.net.dht_places`).
 """
 
 from __future__ import annotations
@@ -14,27 +16,30 @@ import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, suppress
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
-from splitnet.errors import AddressInUse, DirectoryError, NotAuthorized, ProtocolError
+from splitnet.errors import AddressInUse, DirectoryError
 from splitnet.net.dht_node import NodeLoop, import_hivemind
-from splitnet.net.identity import Identity
-from splitnet.net.records import MODELS_KEY, PeerRecord, RecordValidator, peers_key, verified_record
+from splitnet.net.dht_reading import Reading, overhear, read
+from splitnet.net.identity import Identity, PublicKey
+from splitnet.net.records import MODELS_KEY, PeerRecord, RecordValidator, peers_key, shard_key, shard_keys
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S: Final = 10.0
 CALL_TIMEOUT_S: Final = 10.0
 RPC_TIMEOUT_S: Final = 3.0
-MAX_RECORDS: Final = 4096
+READS: Final = 2
+"""What looks empty while no node answers that was joined through is read so often before it is an error."""
 MAX_INITIAL_PEERS: Final = 16
-"""How many nodes are remembered by `meet`, to ask them when all others are gone."""
+"""How many nodes are remembered by `meet`, to ask them whatever others say."""
+SEARCHES_AT_ONCE: Final = 16
+"""Nodes that a search asks at the same time, so that silent ones hold it up little."""
 
 _REAP_TIMEOUT_S = 2.0
 _EXAMPLE_ADDRESS = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
@@ -105,37 +110,39 @@ class Directory:
         False if the DHT refused it: it holds a later record of this key, or the clock of this machine is wrong.
         Raises DirectoryError if the DHT does not answer.
         """
-        packed = record.pack(identity)
-        keys, subkeys = [peers_key(record.model)], [record.key.text]
+        keys, subkeys = [peers_key(record.model), shard_key(record.model, record.key)], [record.key.text] * 2
         if not record.has_left:
             keys.append(MODELS_KEY)
             subkeys.append(record.model)
-        stored = self._request(
-            lambda node: node.store_many(
-                keys,
-                [packed] * len(keys),
-                [record.expires_at] * len(keys),
-                subkeys=subkeys,
-                exclude_self=not self._stores_for_others,
-            )
-        )
-        return bool(stored[keys[0], subkeys[0]])
+        return self._request(lambda node: self._store(node, keys, subkeys, record.pack(identity), record.expires_at))
 
     def withdraw(self, record: PeerRecord, identity: Identity) -> bool:
         """Replaces the announced `record` by one that says that the peer has left, so that lookups miss it at once."""
         return self.announce(record.farewell(), identity)
 
     def peers(self, model: str) -> list[PeerRecord]:
-        """Verified records of the peers that serve the model with this fingerprint. Raises DirectoryError."""
-        return [
-            record
-            for subkey, record in self._read(peers_key(model))
-            if record.model == model and record.key.text == subkey and not record.has_left
-        ]
+        """Verified records of the peers that serve the model with this fingerprint, one of each.
+
+        Raises:
+            DirectoryError: the DHT does not answer, or no node that was joined through answers and nobody is found.
+        """
+        now = time.time()
+        latest: dict[PublicKey, PeerRecord] = {}
+        for records in self._read([*shard_keys(model), peers_key(model)]).records.values():
+            for subkey, record in records:
+                counts = record.model == model and record.key.text == subkey and record.expires_at > now
+                if counts and (record.key not in latest or record.issued_at > latest[record.key].issued_at):
+                    latest[record.key] = record
+        return [record for record in latest.values() if not record.has_left]
 
     def models(self) -> dict[str, str]:
         """Name by fingerprint of the models in the swarm; a name is what some peer claims. Raises DirectoryError."""
-        return {record.model: record.model_name for subkey, record in self._read(MODELS_KEY) if record.model == subkey}
+        now = time.time()
+        return {
+            record.model: record.model_name
+            for subkey, record in self._read([MODELS_KEY]).records[MODELS_KEY]
+            if record.model == subkey and record.expires_at > now
+        }
 
     def meet(self, addresses: Sequence[str]) -> int:
         """Brings the DHTs together that this node and the nodes at `addresses` (multiaddrs) are in.
@@ -163,21 +170,46 @@ class Directory:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _read(self, key: str) -> Iterator[tuple[object, PeerRecord]]:
-        found = self._request(lambda node: node.get(key, latest=True))
-        entries = None if found is None else found.value
-        if not isinstance(entries, dict):
-            return
-        now = time.time()
-        # Entries keep the order in which they first came, so a late flood does not push out long-standing peers.
-        for subkey, entry in islice(cast("dict[object, Any]", entries).items(), MAX_RECORDS):
-            try:
-                record = verified_record(entry.value)
-            except (ProtocolError, NotAuthorized, TypeError) as error:
-                logger.debug("dropped a record under %s: %s", key, error)
-                continue
-            if record.expires_at > now:
-                yield subkey, record
+    def _read(self, keys: Sequence[str]) -> Reading:
+        for _ in range(READS):
+            reading = self._request(lambda node: read(node, keys, self._initial_peer_ids))
+            if reading.vouched or not reading.is_empty:
+                return reading
+        raise DirectoryError(
+            "The nodes of the DHT that were joined through did not answer, and others know of nobody; try again, or "
+            "join through another peer."
+        )
+
+    async def _store(
+        self, node: Any, keys: Sequence[str], subkeys: Sequence[str], packed: bytes, expires_at: float
+    ) -> bool:
+        """Whether some node holds the record under the keys of peers."""
+        stored = await node.store_many(
+            list(keys),
+            [packed] * len(keys),
+            [expires_at] * len(keys),
+            subkeys=list(subkeys),
+            exclude_self=not self._stores_for_others,
+        )
+        # The nodes that are nearest to a key choose their own ids, so others are told as well: those that readers asked
+        # to join, as they are asked whatever the nearest say.
+        hivemind = import_hivemind()
+        ids = [hivemind.dht_id(key) for key in keys]
+        value = node.protocol.serializer.dumps(packed)
+        told = [
+            node.protocol.call_store(peer, ids, [value] * len(ids), expires_at, subkeys=list(subkeys))
+            for peer in self._initial_peer_ids
+            if peer not in node.blacklist
+        ]
+        answers = [answer for answer in await asyncio.gather(*told) if answer]
+        if self._stores_for_others:
+            answers.append(
+                [
+                    node.protocol.storage.store_subkey(key_id, subkey, value, expires_at)
+                    for key_id, subkey in zip(ids, subkeys, strict=True)
+                ]
+            )
+        return any(stored[keys[at], subkeys[at]] or any(answer[at] for answer in answers) for at in (0, 1))
 
     def _request(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         if self._closed:
@@ -254,8 +286,13 @@ class Directory:
             cache_locally=False,
             cache_nearest=0,
             cache_on_store=False,
+            cache_refresh_before_expiry=0,
+            num_workers=SEARCHES_AT_ONCE,
             record_validator=RecordValidator(hivemind.key_id),
         )
+        # Anybody may store in the cache of a node, and what lies there with a later expiration hides all that it holds.
+        self._node.protocol.cache = self._node.protocol.storage
+        overhear(self._node.protocol)
         self._initial_peer_ids = {hivemind.PeerID.from_base58(peer.rpartition("/p2p/")[2]) for peer in initial_peers}
         if listen is not None:
             self.addresses = [str(address) for address in await self._p2p.get_visible_maddrs()]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.network import Link, Network, Place
+from scheduler.network import CLIENT, Link, Network, Place
 from scheduler.swarm import Peer, Speed
 from splitnet.net.records import KEY_PREFIX_BYTES, PeerRecord
 
@@ -49,6 +49,7 @@ def network_of(
         places: of others than the peers, such as the client.
     """
     records = list(records)
+    to = {receiver: link.latency_ms for (sender, receiver), link in links.items() if sender == CLIENT}
     names = {record.key.raw[:KEY_PREFIX_BYTES]: record.key.text for record in records}
     there: dict[tuple[str, str], Link] = {}
     back: dict[tuple[str, str], Link] = {}
@@ -56,7 +57,10 @@ def network_of(
         for seen in record.links:
             other = names.get(seen.peer)
             if other is not None and other != record.key.text:
-                link = Link(seen.rtt_ms / 2, seen.bytes_per_ms)
+                # The way from here to the one and on to the other is no shorter than the way from here to the other.
+                ends = (to.get(record.key.text), to.get(other))
+                least_ms = abs(ends[0] - ends[1]) if ends[0] is not None and ends[1] is not None else 0.0
+                link = Link(max(seen.rtt_ms / 2, least_ms), seen.bytes_per_ms)
                 there[record.key.text, other] = back[other, record.key.text] = link
     known = {record.key.text: place_of(record) for record in records if record.coordinate_error < 1.0}
     return Network({**back, **there, **links}, places={**known, **places})

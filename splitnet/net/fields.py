@@ -18,6 +18,7 @@ from typing import Any, cast
 import msgpack  # pyright: ignore[reportMissingTypeStubs]
 
 from splitnet.errors import ProtocolError
+from splitnet.printable import printable
 
 Check = Callable[[Any], Any]
 
@@ -139,12 +140,12 @@ def blob(*lengths: int) -> Check:
 
 
 def text(limit: int) -> Check:
-    """Text of at most `limit` characters."""
+    """Text of at most `limit` characters, as `printable` gives it: it ends in logs and on terminals."""
 
     def check(value: Any) -> str:
         if type(value) is not str or len(value) > limit:
             raise ProtocolError(f"expected text of at most {limit} characters")
-        return value
+        return printable(value)
 
     return check
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 import logging
-import queue
+import random
 import re
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -41,6 +40,9 @@ SEARCH_S: Final = 2.5
 MORE_S: Final = 1.0
 """How long to wait for further answers after one."""
 MAX_NODES: Final = 64
+"""That are told of at once."""
+MAX_WAITING: Final = 1024
+"""Nodes that were not told of yet. Of more, any gives way: who floods the network crowds out mostly itself."""
 MAX_ADDRESSES: Final = 8
 
 _END_S = 1.0
@@ -120,8 +122,8 @@ class LocalNetwork:
         self.foreign_protocols: set[int] = set()
         self._model = model
         self._own_name = ""
-        self._seen: set[str] = set()
-        self._found: queue.SimpleQueue[LanNode | None] = queue.SimpleQueue()
+        self._waiting: dict[LanNode, None] = {}
+        self._changing = threading.Condition()
         self._browser: ServiceBrowser | None = None
         self._watcher: threading.Thread | None = None
         self._closing = threading.Lock()
@@ -155,20 +157,13 @@ class LocalNetwork:
     def search(self, seconds: float = SEARCH_S) -> list[LanNode]:
         """Other nodes of this model that speak this protocol; it takes `seconds` if there are none, else less."""
         self._browse()
-        nodes: list[LanNode] = []
-        deadline = time.monotonic() + seconds
-        while (remaining := deadline - time.monotonic()) > 0:
-            try:
-                node = self._found.get(timeout=remaining)
-            except queue.Empty:
-                break
-            if node is not None:
-                deadline = min(deadline, time.monotonic() + MORE_S) if not nodes else deadline
-                nodes.append(node)
-        return nodes
+        with self._changing:
+            if self._changing.wait_for(lambda: self._waiting or self._closed, seconds):
+                self._changing.wait_for(lambda: self._closed, min(MORE_S, seconds))
+        return self._take()
 
-    def watch(self, found: Callable[[LanNode], None]) -> None:
-        """From now on tells of each other node as it comes, in a thread of its own."""
+    def watch(self, found: Callable[[Sequence[LanNode]], None]) -> None:
+        """From now on tells of other nodes as they come, in a thread of its own; of one again if it has come again."""
         self._browse()
         self._watcher = threading.Thread(target=self._tell, args=(found,), name="splitnet-lan", daemon=True)
         self._watcher.start()
@@ -182,7 +177,8 @@ class LocalNetwork:
         if self._browser is not None:
             self._browser.cancel()
         self._mdns.close()
-        self._found.put(None)
+        with self._changing:
+            self._changing.notify_all()
         if self._watcher is not None:
             self._watcher.join(_END_S)
 
@@ -203,10 +199,7 @@ class LocalNetwork:
             )
 
     def _changed(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-        if state_change is ServiceStateChange.Removed or name == self._own_name or name in self._seen:
-            return
-        if len(self._seen) >= MAX_NODES:
-            log.info("more than %d nodes on the local network: %s is left out", MAX_NODES, name)
+        if state_change is ServiceStateChange.Removed or name == self._own_name:
             return
         try:
             info = ServiceInfo(service_type, name)
@@ -217,15 +210,30 @@ class LocalNetwork:
             return
         if node.model != self._model:
             return
-        self._seen.add(name)
         if node.protocol != PROTOCOL_VERSION:
             self.foreign_protocols.add(node.protocol)
             return
-        self._found.put(node)
+        with self._changing:
+            if len(self._waiting) >= MAX_WAITING and node not in self._waiting:
+                del self._waiting[random.choice(list(self._waiting))]
+            self._waiting[node] = None
+            self._changing.notify_all()
 
-    def _tell(self, found: Callable[[LanNode], None]) -> None:
-        while (node := self._found.get()) is not None:
-            found(node)
+    def _take(self) -> list[LanNode]:
+        """Nodes that were not told of yet, of many some."""
+        with self._changing:
+            chosen = random.sample(list(self._waiting), min(len(self._waiting), MAX_NODES))
+            for node in chosen:
+                del self._waiting[node]
+            return chosen
+
+    def _tell(self, found: Callable[[Sequence[LanNode]], None]) -> None:
+        while True:
+            with self._changing:
+                self._changing.wait_for(lambda: self._waiting or self._closed)
+                if self._closed:
+                    return
+            found(self._take())
 
 
 def what_was_found(nodes: Sequence[LanNode]) -> str:

@@ -36,17 +36,21 @@ from splitnet.net.fields import (
     wire,
 )
 from splitnet.net.identity import Identity, PublicKey
+from splitnet.net.proof_of_work import MAX_PROOF, has_worked
 
 RECORD_LAYOUT: Final = 1
 MAX_RECORD_BYTES: Final = 3072
 DEFAULT_TTL_S: Final = 60.0
-MAX_TTL_S: Final = 3600.0
+MAX_TTL_S: Final = 300.0
 
 MAX_SEEN_LINKS: Final = 16
 KEY_PREFIX_BYTES: Final = 8
 
 MAX_CLOCK_SKEW_S: Final = 300.0
 MODELS_KEY: Final = "splitnet.models"
+SHARDS: Final = 8
+"""Keys of the DHT that the records of one model are spread over."""
+
 FINGERPRINT: Final = re.compile(r"[0-9a-f]{8,128}")
 
 _SIGNED_PREFIX = b"splitnet peer record\0"
@@ -118,6 +122,7 @@ class PeerRecord:
     bytes_per_ms: the best bandwidth it has seen on any link, 0: none yet. links: to other peers, at most 16.
     issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
     state_bytes: what a sequence takes in all blocks besides its positions, however long it is.
+    proof: of the work that the key has cost, see `splitnet.net.proof_of_work`; 0: none.
     """
 
     key: PublicKey = wire(_key)  # noqa: RUF009 (it makes a field)
@@ -148,6 +153,7 @@ class PeerRecord:
     issued_at: float = wire(_UNIX_S)
     ttl_s: float = wire(number(_LEAST, MAX_TTL_S), default=DEFAULT_TTL_S)
     state_bytes: int = appended(_COUNT, 0)
+    proof: int = appended(uint(MAX_PROOF), 0)
 
     def __post_init__(self) -> None:
         for name, value in _LAYOUT.read([getattr(self, name) for name in _LAYOUT.names]).items():
@@ -171,6 +177,11 @@ class PeerRecord:
     def has_left(self) -> bool:
         """Whether this record only says that the peer serves no longer."""
         return self.start == self.end
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether its key has cost work."""
+        return has_worked(self.key, self.proof)
 
     def farewell(self, now: float | None = None) -> PeerRecord:
         """A record for the same peer that says it has left; it outlives this record by a moment."""
@@ -231,15 +242,13 @@ class RecordValidator:
     def validate(self, record: Any) -> bool:
         """Whether the hivemind `DHTRecord` (key hash, msgpack subkey, msgpack value, expiration time) may be held."""
         try:
-            subkey, value = _unpack_scalar(record.subkey), _unpack_scalar(record.value)
-            if type(subkey) is not str or type(value) is not bytes:
-                return False
-            peer = verified_record(value)
+            subkey, peer = _unpack_scalar(record.subkey), stored_record(record.value)
             if peer.expires_at != record.expiration_time or peer.issued_at > self._clock() + MAX_CLOCK_SKEW_S:
                 return False
             if record.key == self._models_id:
                 return subkey == peer.model and not peer.has_left
-            return subkey == peer.key.text and record.key == self._key_id(peers_key(peer.model))
+            places = (peers_key(peer.model), shard_key(peer.model, peer.key))
+            return subkey == peer.key.text and record.key in map(self._key_id, places)
         except (ProtocolError, NotAuthorized):
             return False
 
@@ -253,14 +262,36 @@ class RecordValidator:
 
 
 def peers_key(model: str) -> str:
-    """The DHT key of the records of all peers that serve the model with this fingerprint."""
+    """The DHT key of the records of all peers that serve a model (its fingerprint); earlier versions know no other."""
     return f"splitnet.peers.{model}"
+
+
+def shard_key(model: str, key: PublicKey) -> str:
+    """The DHT key of a peer's record."""
+    return shard_keys(model)[key.raw[0] % SHARDS]
+
+
+def shard_keys(model: str) -> list[str]:
+    """The DHT keys that the records of the peers of a model are spread over."""
+    return [f"{peers_key(model)}.{shard}" for shard in range(SHARDS)]
 
 
 @lru_cache(maxsize=4096)
 def verified_record(data: bytes) -> PeerRecord:
     """`PeerRecord.unpack` that remembers: a lookup meets each record once per replica, a signature costs 0.1 ms."""
     return PeerRecord.unpack(data)
+
+
+def stored_record(value: bytes) -> PeerRecord:
+    """The record in a value as nodes of the DHT hold it: msgpack of the record's bytes.
+
+    Raises:
+        ProtocolError, NotAuthorized: it is none.
+    """
+    data = _unpack_scalar(value)
+    if type(data) is not bytes:
+        raise ProtocolError("expected the bytes of a record")
+    return verified_record(data)
 
 
 def _unpack_array(data: bytes) -> list[Any]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,11 +16,22 @@ import psutil
 import pytest
 
 from splitnet.errors import AddressInUse, DirectoryError
+from splitnet.net import dht_reading
 from splitnet.net import directory as directory_module
-from splitnet.net.dht_node import import_hivemind
+from splitnet.net.dht_node import KEYS_PER_FIND, import_hivemind
 from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
-from splitnet.net.records import MAX_CLOCK_SKEW_S, MODELS_KEY, PeerRecord, RecordValidator, peers_key
+from splitnet.net.records import (
+    MAX_CLOCK_SKEW_S,
+    MAX_TTL_S,
+    MODELS_KEY,
+    PeerRecord,
+    RecordValidator,
+    peers_key,
+    shard_key,
+    shard_keys,
+)
+from tests.attacks.directory import withholding_node
 
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
 CHILD_EXIT_TIMEOUT_S = 20
@@ -81,6 +93,7 @@ def attacker(bootstrap: Directory) -> Iterator[Directory]:
     """A full node that checks nothing of what it stores and returns."""
     with Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as directory:
         directory._node.protocol.record_validator = None
+        directory._node.protocol.storage = import_hivemind().DHTLocalStorage()
         yield directory
 
 
@@ -194,8 +207,73 @@ def test_a_lookup_reads_a_bounded_number_of_records(attacker: Directory, monkeyp
     model = os.urandom(16).hex()
     for identity in identities:
         assert attacker.announce(record_of(identity, model=model), identity)
-    monkeypatch.setattr(directory_module, "MAX_RECORDS", 3)
-    assert {record.key for record in attacker.peers(model)} == {identity.public for identity in identities[:3]}
+    monkeypatch.setattr(dht_reading, "MOST_PER_KEY", 0)
+    assert attacker.peers(model) == []
+
+
+def test_a_record_in_the_cache_of_a_node_hides_nothing(
+    bootstrap: Directory, member: Directory, client: Directory
+) -> None:
+    anna, mallory = Identity.generate(), Identity.generate()
+    record = record_of(anna)
+    assert member.announce(record, anna)
+    late = record_of(mallory, model=record.model, ttl_s=MAX_TTL_S)
+    for node in (bootstrap, member):
+        client._request(
+            lambda own, node=node: own.protocol.call_store(
+                node._p2p.peer_id,
+                [import_hivemind().dht_id(peers_key(record.model))],
+                [own.protocol.serializer.dumps(late.pack(mallory))],
+                late.expires_at,
+                subkeys=[late.key.text],
+                in_cache=True,
+            )
+        )
+    assert record in client.peers(record.model)
+
+
+def test_a_record_that_is_valid_by_some_clocks_only_hides_no_other(
+    member: Directory, client: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anna, mallory = Identity.generate(), Identity.generate()
+    record = record_of(anna)
+    assert member.announce(record, anna)
+    early = record_of(mallory, model=record.model, issued_at=time.time() + MAX_CLOCK_SKEW_S - 5)
+    assert client.announce(early, mallory)
+    monkeypatch.setattr(client._node.protocol.record_validator, "_clock", lambda: time.time() - 20)
+    assert client.peers(record.model) == [record]
+
+
+def test_a_node_is_asked_for_few_keys_at_once(bootstrap: Directory, client: Directory) -> None:
+    key = import_hivemind().dht_id(MODELS_KEY)
+    for count in (KEYS_PER_FIND, KEYS_PER_FIND + 1):
+        found = client._request(lambda own, count=count: own.protocol.call_find(bootstrap._node.peer_id, [key] * count))
+        assert (found is not None) is (count == KEYS_PER_FIND)
+
+
+def test_nodes_that_keep_nothing_cannot_hide_a_peer(bootstrap: Directory) -> None:
+    anna = Identity.generate()
+    record = record_of(anna)
+    with ExitStack() as stack:
+        for key in (peers_key(record.model), shard_key(record.model, record.key)):
+            for _ in range(5):  # as many as a record is given to
+                stack.enter_context(withholding_node(bootstrap.addresses, key))
+        with (
+            Directory.start(initial_peers=bootstrap.addresses, listen=LOOPBACK) as publisher,
+            Directory.start(initial_peers=bootstrap.addresses) as reader,
+        ):
+            assert publisher.announce(record, anna)
+            assert reader.peers(record.model) == [record]
+
+
+def test_an_answer_that_does_not_come_is_no_empty_directory(
+    bootstrap: Directory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Directory.start(initial_peers=bootstrap.addresses) as reader:
+        monkeypatch.setattr(bootstrap._node.protocol.storage, "get", None)
+        assert reader._node.protocol.routing_table.uid_to_peer_id
+        with pytest.raises(DirectoryError, match=r"did not answer|No node"):
+            reader.peers("00" * 16)
 
 
 def _dht_record(record: PeerRecord, identity: Identity, **changes: Any) -> Any:
@@ -214,7 +292,10 @@ def test_validator_ties_a_record_to_its_place_and_expiration() -> None:
     record = record_of(anna)
     validator = RecordValidator(str.encode, clock=lambda: record.issued_at)
     assert validator.validate(_dht_record(record, anna))
+    assert validator.validate(_dht_record(record, anna, key=shard_key(record.model, record.key).encode()))
+    elsewhere = next(key for key in shard_keys(record.model) if key != shard_key(record.model, record.key))
     for changes in (
+        {"key": elsewhere.encode()},
         {"key": peers_key("00" * 16).encode()},
         {"key": MODELS_KEY.encode()},
         {"subkey": b""},

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ipaddress
 import queue
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -12,6 +13,7 @@ from splitnet.errors import LanError, ProtocolError
 from splitnet.net import lan
 from splitnet.net.lan import MAX_ADDRESSES, LanNode, LocalNetwork, is_lan_address
 from splitnet.net.messages import PROTOCOL_VERSION
+from tests.attacks.directory import flooded_lan
 from tests.multicast import LOOPBACK, use_network_of_its_own
 
 MODEL = "ab" * 16
@@ -104,14 +106,14 @@ def test_only_what_others_can_reach_is_announced(monkeypatch: pytest.MonkeyPatch
 
 def test_nodes_of_a_model_find_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     use_network_of_its_own(monkeypatch)
-    seen: queue.SimpleQueue[LanNode] = queue.SimpleQueue()
+    seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
     with LocalNetwork(MODEL) as first, LocalNetwork(MODEL) as second, LocalNetwork("cd" * 16) as other:
         first.watch(seen.put)
         first.announce(node_at(1).addresses)
         other.announce(node_at(2, "cd" * 16).addresses)
         second.announce([f"/ip4/127.0.0.1/tcp/31330/p2p/{'3' * 46}", *node_at(3).addresses])
         assert second.search(FOUND_S) == [node_at(1)]
-        assert seen.get(timeout=FOUND_S) == node_at(3)
+        assert seen.get(timeout=FOUND_S) == [node_at(3)]
         assert seen.empty()
 
 
@@ -135,3 +137,17 @@ def test_what_others_send_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None:
             assert network.foreign_protocols == {PROTOCOL_VERSION + 1}
         finally:
             stranger.close()
+
+
+def test_fakes_on_the_network_block_nobody_who_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_network_of_its_own(monkeypatch)
+    monkeypatch.setattr(lan, "MAX_NODES", 3)
+    monkeypatch.setattr(lan, "MAX_WAITING", 5)
+    seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
+    with LocalNetwork(MODEL) as victim, LocalNetwork(MODEL) as honest, flooded_lan(MODEL, count=9):
+        assert len(victim.search(FOUND_S)) == 3
+        assert len(victim._waiting) <= 5
+        victim.watch(seen.put)
+        honest.announce(node_at(7).addresses)
+        while node_at(7) not in seen.get(timeout=FOUND_S):
+            pass

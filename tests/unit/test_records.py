@@ -231,7 +231,7 @@ def test_a_key_that_is_no_point_is_a_protocol_error() -> None:
 
 
 def test_fields_of_later_versions_are_ignored_and_other_layouts_refused() -> None:
-    assert PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, "later", 7])) == RECORD
+    assert PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof, "later", 7])) == RECORD
     with pytest.raises(ProtocolVersionError):
         PeerRecord.unpack(sign([RECORD_LAYOUT + 1, *PAYLOAD[1:]]))
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from peers.load import HALF_LIFE_S, Load
-from peers.neighbours import MEASURED_AT_ONCE, Neighbours
+from peers.neighbours import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
 from peers.speed import ObservedSpeed
 from scheduler.network import CLIENT, UNMEASURED, Link
 from scheduler.replan import WORTHWHILE, move_pays
 from scheduler.swarm import PASS_SIZES
 from splitnet.client import survey as survey_module
-from splitnet.client.survey import REMEASURE_S, TRUST_S, Survey
+from splitnet.client.survey import REMEASURE_S, STEPS, TRUST_S, Survey
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import place_of
 from splitnet.net.identity import Identity
@@ -83,6 +83,25 @@ class TestSurvey:
         assert survey.network([here, there]).link(*between) == Link(40.0, 500.0)
         clock.now += TRUST_S + 1
         assert survey.network([here, there]).link(*between) == Link(5.0, 500.0)
+
+    def test_who_says_that_it_takes_no_time_takes_what_was_seen(self) -> None:
+        liar = record(block_ms=(0.0,) * len(PASS_SIZES), queue_ms=0.0)
+        survey = Survey(Clock())
+        for _ in range(STEPS):
+            survey.hop_seen(liar.key.text, positions=1, block_ms=5.0, wait_ms=7.0)
+        (seen,) = survey.peers([liar])
+        assert [seen.speed.at(size) for size in PASS_SIZES] == [5.0] * len(PASS_SIZES)
+        assert seen.queue_ms == 7.0
+
+    def test_no_link_is_shorter_than_the_way_of_its_ends_allows(self) -> None:
+        near = record()
+        far = record(links=(SeenLink(near.key.raw[:KEY_PREFIX_BYTES], 0.0, 1e9),))
+        survey = Survey(Clock())
+        endpoints = {near.endpoint: near, far.endpoint: far}
+        survey.links_measured(endpoints, {near.endpoint: Link(1.0, 100.0), far.endpoint: Link(80.0, 100.0)})
+        network = survey.network([near, far])
+        for ends in ((near, far), (far, near)):
+            assert network.link(ends[0].key.text, ends[1].key.text).latency_ms == 79.0
 
     def test_what_a_peer_measured_counts_for_the_way_back(self) -> None:
         there = record()
@@ -226,6 +245,37 @@ class TestNeighbours:
         assert len(neighbours.seen_links) == min(MAX_SEEN_LINKS, len(others))
         prefixes = {other.key.raw[:KEY_PREFIX_BYTES] for other in others}
         assert all(link.peer in prefixes and link.rtt_ms > 0 for link in neighbours.seen_links)
+
+    def test_peers_count_when_they_have_answered_and_few_are_asked_at_once(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("peers.neighbours.PING_TIMEOUT_S", 0.0)
+        here, echo = record(address="tcp://192.0.2.1:1"), Echo()
+        fakes = [record(address=f"tcp://192.0.2.9:{port}") for port in range(1, 2 * ASKED_AT_ONCE + 1)]
+        echo.silent |= {fake.endpoint for fake in fakes}
+        send = echo.send
+
+        def answer(endpoint: Endpoint, ping: Ping) -> None:
+            send(endpoint, ping)
+            if endpoint not in echo.silent:
+                neighbours.heard(endpoint)
+
+        links: Any = Links()
+        neighbours = Neighbours(list, links, Prober(answer))
+        for _ in range(2):
+            neighbours.answering([*fakes, here])
+            assert len(echo.sizes) <= ASKED_AT_ONCE
+            echo.sizes.clear()
+        assert neighbours.answering([*fakes, here]) == [here] and links.open == 0
+        monkeypatch.setattr("peers.neighbours.HEARD_S", 0.0)
+        refused = Neighbours(list, Links([here.endpoint]), Prober(answer))  # pyright: ignore[reportArgumentType]
+        refused.heard(here.endpoint)
+        assert refused.answering([here]) == [here], "as it cannot be asked"
+        echo.silent.add(here.endpoint)
+        assert neighbours.answering([here]) == [], "it does not answer any more"
+        moved = replace(here, address="tcp://192.0.2.9:1")
+        echo.silent.add(moved.endpoint)
+        assert neighbours.answering([moved]) == [], "another address has not answered"
 
     def test_a_link_that_cannot_be_opened_is_not_measured(self) -> None:
         here, there = record(address="tcp://192.0.2.1:1"), record(address="tcp://192.0.2.1:2")

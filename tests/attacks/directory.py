@@ -1,0 +1,231 @@
+"""Attacks on the directory of a live swarm: how strangers fill it, empty it, or make peers move.
+
+Each takes addresses to join the DHT with and the fingerprint of a model, attacks for some seconds, and returns how
+often it has done what it does. They end by themselves and leave nothing behind but what they have stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from zeroconf import IPVersion, ServiceInfo, Zeroconf
+
+from splitnet.net import lan
+from splitnet.net.dht_node import import_hivemind
+from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
+from splitnet.net.lan import LanNode
+from splitnet.net.messages import PROTOCOL_VERSION
+from splitnet.net.records import MAX_TTL_S, MODELS_KEY, PeerRecord, SeenLink, peers_key, shard_key
+
+NODE = ["/ip4/127.0.0.1/tcp/0"]
+_BATCH = 50
+_BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
+
+
+def fake_record(identity: Identity, model: str, **claims: Any) -> PeerRecord:
+    """The best peer that there ever was, at an address where nobody listens."""
+    facts: dict[str, Any] = {
+        "key": identity.public,
+        "model": model,
+        "model_name": "a model",
+        "address": "tcp://127.0.0.1:9",
+        "start": 0,
+        "end": 6,
+        "num_blocks": 6,
+        "protocol": 1,
+        "codecs": ("none", "int8"),
+        "device": "cpu",
+        "dtype": "float32",
+        "block_ms": (0.0,) * 5,
+        "queue_ms": 0.0,
+        "batch": 0.0,
+        "kv_free_positions": 1 << 40,
+        "sessions": 0,
+        "max_blocks": 0,
+        "placed_at": time.time() - 3600,
+        "moving_to": None,
+        "serves": True,
+        "coordinate": (0.0,) * 4,
+        "coordinate_error": 0.5,
+        "bytes_per_ms": 1.0,
+        "links": (),
+        "version": "1",
+        "issued_at": time.time(),
+        "ttl_s": MAX_TTL_S,
+    }
+    return PeerRecord(**{**facts, **claims})
+
+
+def long_record(identity: Identity, model: str, **claims: Any) -> PeerRecord:
+    """The same with 2.6 kB."""
+    codecs = tuple(f"c{index:02d}{'x' * 58}" for index in range(28))
+    links = tuple(SeenLink(os.urandom(8), 1.0, 1.0) for _ in range(16))
+    return fake_record(identity, model, codecs=codecs, links=links, **claims)
+
+
+def flood_records(
+    addresses: Sequence[str],
+    model: str,
+    *,
+    seconds: float = 600.0,
+    count: int = 1 << 30,
+    pause_s: float = 0.0,
+    **claims: Any,
+) -> int:
+    """Announces long records of ever new keys, everywhere where readers look. Returns how many nodes have taken in."""
+    taken = 0
+    with Directory.start(initial_peers=addresses) as node:
+        ends = time.monotonic() + seconds
+        while count > 0 and time.monotonic() < ends:
+            fakes = [Identity.generate() for _ in range(min(_BATCH, count))]
+            records = [(long_record(fake, model, **claims), fake) for fake in fakes]
+            count -= len(records)
+            for key_of in (lambda record: peers_key(model), lambda record: shard_key(model, record.key)):
+                taken += _store(node, [(key_of(record), record.key.text, record, fake) for record, fake in records])
+            time.sleep(pause_s)
+    return taken
+
+
+def list_models(addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 1 << 30) -> int:
+    """Announces ever new models with one key. Returns how many nodes have taken in."""
+    taken, mallory = 0, Identity.generate()
+    with Directory.start(initial_peers=addresses) as node:
+        ends = time.monotonic() + seconds
+        while count > 0 and time.monotonic() < ends:
+            records = [fake_record(mallory, os.urandom(16).hex()) for _ in range(min(_BATCH, count))]
+            count -= len(records)
+            taken += _store(node, [(MODELS_KEY, record.model, record, mallory) for record in records])
+    return taken
+
+
+def hide_in_caches(addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 1 << 30) -> int:
+    """Has each node keep a fake record with a late expiration as cached, where it would hide all that it holds."""
+    done, mallory = 0, Identity.generate()
+    with Directory.start(initial_peers=addresses) as node:
+        ends = time.monotonic() + seconds
+        while done < count and time.monotonic() < ends:
+            record = fake_record(mallory, model)
+            for key in (peers_key(model), shard_key(model, record.key)):
+                node._request(lambda own, record=record, key=key: _store_cached(own, key, record, mallory))
+            done += 1
+    return done
+
+
+def repeat_keys(addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 1 << 30) -> int:
+    """Asks nodes for all records of the model a thousand times in one message. Returns how often."""
+    done = 0
+    with Directory.start(initial_peers=addresses) as node:
+        ends = time.monotonic() + seconds
+        keys = [import_hivemind().dht_id(peers_key(model))] * 1000
+        while done < count and time.monotonic() < ends:
+            for peer in list(node._initial_peer_ids):
+                node._request(lambda own, peer=peer: own.protocol.call_find(peer, keys))
+            done += 1
+    return done
+
+
+def withhold(addresses: Sequence[str], model: str, *, seconds: float = 600.0) -> int:
+    """Nodes with ids next to the keys of the model, which say that they store all, and know of nobody."""
+    with ExitStack() as stack:
+        fakes = [stack.enter_context(withholding_node(addresses, peers_key(model))) for _ in range(5)]
+        time.sleep(seconds)
+        return len(fakes)
+
+
+@contextmanager
+def withholding_node(addresses: Sequence[str], key: str) -> Iterator[Directory]:
+    """A node of the DHT that calls itself nearest to a key, and keeps what it is given from everybody."""
+    hivemind = import_hivemind()
+    nearest = hivemind.dht_id(key)
+    node_id = type(nearest)(int(nearest) ^ int.from_bytes(os.urandom(4), "big"))
+    create = hivemind.DHTNode.create
+
+    async def create_near(**options: Any) -> Any:
+        return await create(node_id=node_id, **options)
+
+    hivemind.DHTNode.create = create_near
+    try:
+        node = Directory.start(initial_peers=addresses, listen=NODE)
+    finally:
+        hivemind.DHTNode.create = create
+    with node:
+        storage = node._node.protocol.storage
+        storage.store_subkey = lambda *_: True
+        storage.get = lambda _: None
+        yield node
+
+
+def announce_fakes(
+    addresses: Sequence[str], model: str, *, seconds: float = 600.0, count: int = 2, **claims: Any
+) -> int:
+    """Keeps records of peers in the directory that do not exist; `claims`: fields of these. Returns how often."""
+    done, fakes = 0, [Identity.generate() for _ in range(count)]
+    with Directory.start(initial_peers=addresses) as node:
+        ends = time.monotonic() + seconds
+        while True:
+            for fake in fakes:
+                done += node.announce(fake_record(fake, model, **claims), fake)
+            if time.monotonic() >= ends:
+                return done
+            time.sleep(min(1.0, max(ends - time.monotonic(), 0.01)))
+
+
+@contextmanager
+def flooded_lan(model: str, *, count: int = 70) -> Iterator[None]:
+    """Nodes on the local network (loopback) that do not exist."""
+    mdns = Zeroconf(interfaces=["127.0.0.1"], ip_version=IPVersion.V4Only)
+    try:
+        for number in range(count):
+            name = "12D3KooW" + "".join(random.choice(_BASE58) for _ in range(44))
+            host = f"192.168.77.{number % 250 + 1}"
+            addresses = tuple(f"/ip4/{host}/tcp/{4000 + port}/p2p/{name}" for port in range(8))
+            fake = LanNode(model, PROTOCOL_VERSION, addresses)
+            info = ServiceInfo(
+                lan.SERVICE_TYPE,
+                f"{name}.{lan.SERVICE_TYPE}",
+                port=4000,
+                addresses=[socket.inet_aton(host)],
+                properties=fake.text(),
+            )
+            mdns.register_service(info, cooperating_responders=True)
+        yield
+    finally:
+        mdns.close()
+
+
+def _store(node: Directory, entries: Sequence[tuple[str, str, PeerRecord, Identity]]) -> int:
+    stored = node._request(
+        lambda own: own.store_many(
+            [key for key, *_ in entries],
+            [record.pack(identity) for _, _, record, identity in entries],
+            [record.expires_at for _, _, record, _ in entries],
+            subkeys=[subkey for _, subkey, _, _ in entries],
+            exclude_self=True,
+        )
+    )
+    return sum(map(bool, stored.values()))
+
+
+async def _store_cached(own: Any, key: str, record: PeerRecord, identity: Identity) -> None:
+    late = dataclasses.replace(record, issued_at=time.time())
+    for peer in own.protocol.routing_table.uid_to_peer_id.values():
+        await own.protocol.call_store(
+            peer,
+            [import_hivemind().dht_id(key)],
+            [own.protocol.serializer.dumps(late.pack(identity))],
+            late.expires_at,
+            subkeys=[late.key.text],
+            in_cache=True,
+        )
+
+
+ATTACKS = (flood_records, list_models, hide_in_caches, repeat_keys, withhold, announce_fakes)
+"""Each takes addresses, the fingerprint of a model, and `seconds`."""

@@ -1,0 +1,125 @@
+"""Strangers that fill the directory, empty it, or put peers into it that do not exist, beside an honest swarm."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peers import relocation
+from peers.placing import SpanWish
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import block_bytes
+from splitnet.net.dht_node import import_hivemind
+from splitnet.net.dht_places import RECORDS_PER_IDENTITY, RECORDS_PER_KEY
+from splitnet.net.directory import Directory
+from splitnet.net.records import SHARDS, shard_key
+from tests.attacks.directory import announce_fakes, flood_records, hide_in_caches, list_models, withhold
+from tests.swarm.generation import GREEDY, prompt
+from tests.swarm.harness import LocalSwarm, local_swarm
+
+pytestmark = pytest.mark.swarm
+
+READ_S = 2.0
+
+
+@pytest.fixture
+def swarm(folder: Path) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, [(0, 3), (3, 6)]) as swarm:
+        yield swarm
+
+
+def memory_for(folder: Path, blocks: int) -> SpanWish:
+    return SpanWish(memory=blocks * block_bytes(Checkpoint.open(folder), None))
+
+
+def test_many_records_do_not_hide_the_peers(swarm: LocalSwarm, local: Any) -> None:
+    model = swarm.peers[0].checkpoint.fingerprint
+    flood_records(swarm.addresses, model, count=1700)
+    for peer in swarm.peers:
+        peer._announcer.publish()
+    with Directory.start(initial_peers=swarm.addresses) as reader:
+        begin = time.monotonic()
+        found = reader.peers(model)
+        assert time.monotonic() - begin < READ_S
+        assert {peer.identity.public for peer in swarm.peers} <= {record.key for record in found}
+        assert len(found) <= (SHARDS + 1) * RECORDS_PER_KEY
+    got = swarm.model().generate(**prompt(), **GREEDY)
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+def test_a_peer_that_has_worked_comes_into_a_full_directory(
+    swarm: LocalSwarm, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitnet.net.proof_of_work.WORK_BITS", 5)
+    monkeypatch.setattr("splitnet.net.dht_places.RECORDS_PER_KEY", 16)
+    model = swarm.peers[0].checkpoint.fingerprint
+    flood_records(swarm.addresses, model, count=SHARDS * 16 * 2)
+    with_nothing = swarm.add(0, 6)
+    late = swarm.add(0, 6, key_file=tmp_path / "key")
+    late._look_around()
+    late._announcer.publish()
+    # Each is found at its own node in any case, if readers hear of that.
+    node = swarm.peers[0]._directory._node.protocol
+    for peer, has_place in ((late, True), (with_nothing, False)):
+        shard = node.storage.get(import_hivemind().dht_id(shard_key(model, peer.identity.public))).value
+        assert (peer.identity.public.text in shard.data) is has_place and len(shard) == 16
+
+
+def test_one_key_lists_few_models(swarm: LocalSwarm) -> None:
+    model = swarm.peers[0].checkpoint.fingerprint
+    list_models(swarm.addresses, model, count=500)
+    with Directory.start(initial_peers=swarm.addresses) as reader:
+        models = reader.models()
+    assert model in models
+    assert len(models) <= 1 + RECORDS_PER_IDENTITY
+
+
+def test_readers_find_the_peers_while_strangers_hide_them(swarm: LocalSwarm) -> None:
+    """Under records that nodes are told to cache, and with nodes around the keys that keep nothing."""
+    model = swarm.peers[0].checkpoint.fingerprint
+    everybody = {peer.identity.public for peer in swarm.peers}
+    with ThreadPoolExecutor() as pool, Directory.start(initial_peers=swarm.addresses) as reader:
+        attacks = [pool.submit(attack, swarm.addresses, model, seconds=4.0) for attack in (withhold, hide_in_caches)]
+        while not all(attack.done() for attack in attacks):
+            for peer in swarm.peers:
+                peer._announcer.publish()
+            assert everybody <= {record.key for record in reader.peers(model)}
+        assert all(attack.result() for attack in attacks)
+
+
+def test_blocks_that_only_fakes_serve_are_chosen_by_a_peer_that_joins(folder: Path) -> None:
+    with local_swarm(folder, [(0, 2), (2, 4)]) as swarm:
+        announce_fakes(swarm.addresses, swarm.peers[0].checkpoint.fingerprint, seconds=0.0, count=2, start=4, end=6)
+        newcomer = swarm.add(0, 0, wish=memory_for(folder, 2))
+        assert (newcomer.span.start, newcomer.span.end) == (4, 6)
+
+
+def test_fakes_make_no_peer_move_and_keep_none_from_moving(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relocation, "QUICK_LOOK_S", 1e6)  # peers look when they are told
+    with local_swarm(folder, [(0, 2), (2, 4), (4, 6)]) as swarm:
+        spare = swarm.add(0, 2, wish=memory_for(folder, 2))
+        model, before = swarm.peers[0].checkpoint.fingerprint, spare.span.start
+        stop = threading.Thread(
+            target=announce_fakes, args=(swarm.addresses, model), kwargs={"seconds": 3.0, "start": 2, "end": 6}
+        )
+        stop.start()
+        for _ in range(3):
+            assert not spare.reconsider()
+        hole = next(peer for peer in swarm.peers[1:3] if peer.span.start != before)
+        blocks = hole.span.start, hole.span.end
+        hole.close()
+        stop.join()
+        others = [peer for peer in swarm.peers[:3] if peer is not hole]
+        for _ in range(3):
+            if spare.reconsider():
+                break
+            for other in others:
+                other._announcer.publish()
+        assert (spare.span.start, spare.span.end) == blocks

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from splitnet.net import dht_places, proof_of_work
+from splitnet.net.dht_places import Places
+from splitnet.net.identity import Identity, PublicKey
+from splitnet.net.records import PeerRecord
+from tests.attacks.directory import fake_record
+
+NOW = 1000.0
+MODEL = "ab" * 16
+SOMEBODY = Identity.generate()
+KEYS = [Identity.generate().public for _ in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dht_places, "RECORDS_PER_KEY", 8)
+    monkeypatch.setattr(dht_places, "RECORDS_PER_IDENTITY", 3)
+    monkeypatch.setattr(dht_places, "MAX_RECORDS", 20)
+    monkeypatch.setattr(PeerRecord, "is_proven", property(lambda record: record.proof == 1))
+
+
+def record(key: PublicKey, *, proven: bool = False, issued_at: float = NOW, ttl_s: float = 60.0) -> PeerRecord:
+    return fake_record(SOMEBODY, MODEL, key=key, issued_at=issued_at, ttl_s=ttl_s, proof=int(proven))
+
+
+def test_a_flood_fills_no_more_than_its_places_and_drives_out_nobody_who_came_before() -> None:
+    places = Places()
+    assert places.take((b"k", "honest"), record(KEYS[0]), NOW) == []
+    taken = [places.take((b"k", str(n)), record(key), NOW) for n, key in enumerate(KEYS[1:])]
+    assert taken.count([]) == 7 and len(places) == 8
+    renewed = record(KEYS[0], issued_at=NOW + 15)
+    assert places.take((b"k", "honest"), renewed, NOW + 15) == []
+
+
+def test_who_has_worked_takes_the_place_of_one_who_has_not() -> None:
+    places = Places()
+    for n, key in enumerate(KEYS[:8]):
+        places.take((b"k", str(n)), record(key, proven=n > 0), NOW)
+    assert places.take((b"k", "late"), record(KEYS[8], proven=True), NOW) == [(b"k", "0")]
+    assert places.take((b"k", "later"), record(KEYS[9], proven=True), NOW) is None
+    assert len(places) == 8
+
+
+def test_one_identity_has_few_places() -> None:
+    places = Places()
+    taken = [places.take((b"models", str(n)), record(KEYS[0]), NOW) for n in range(8)]
+    assert taken == [[]] * 3 + [None] * 5
+    assert places.take((b"models", "other"), record(KEYS[1]), NOW) == []
+
+
+def test_an_unproven_key_does_not_replace_what_a_proven_one_says_of_a_model() -> None:
+    places = Places()
+    assert places.take((b"models", "m"), record(KEYS[0], proven=True), NOW) == []
+    assert places.take((b"models", "m"), record(KEYS[1], ttl_s=300), NOW) is None
+    assert places.take((b"models", "m"), record(KEYS[2], proven=True, ttl_s=61), NOW) == []
+
+
+def test_places_are_free_again_when_records_expire() -> None:
+    places = Places()
+    for n, key in enumerate(KEYS[:8]):
+        places.take((b"k", str(n)), record(key), NOW)
+    assert places.take((b"k", "late"), record(KEYS[9], issued_at=NOW + 59), NOW + 59) is None
+    assert places.take((b"k", "late"), record(KEYS[9], issued_at=NOW + 61), NOW + 61) == []
+    assert len(places) == 1
+
+
+@settings(deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([b"a", b"b", b"c", b"d"]),
+            st.integers(0, 20),
+            st.integers(0, len(KEYS) - 1),
+            st.booleans(),
+            st.floats(0, 10),
+            st.floats(1, 300),
+        ),
+        max_size=120,
+    )
+)
+def test_bounds_hold_whatever_comes(steps: list[tuple[bytes, int, int, bool, float, float]]) -> None:
+    places, held, now = Places(), {}, NOW
+    for key, subkey, who, proven, later, ttl_s in steps:
+        now += later
+        place = (key, str(subkey))
+        one = record(KEYS[who], proven=proven, issued_at=now, ttl_s=ttl_s)
+        gone = places.take(place, one, now)
+        held = {other: kept for other, kept in held.items() if kept.expires_at >= now}
+        if gone is not None:
+            for other in gone:
+                assert proven and not held.pop(other).is_proven
+            held[place] = one
+        assert len(places) == len(held) <= 20
+        for bounded in (b"a", b"b", b"c", b"d"):
+            assert sum(other[0] == bounded for other in held) <= 8
+        for owner in KEYS:
+            assert sum(kept.key == owner for kept in held.values()) <= 3
+        assert len(places._expiring) <= 2 * 20 + 8 + 1
+        assert set(places._unproven) == {other for other, kept in held.items() if not kept.is_proven}
+
+
+def test_a_proof_is_of_one_key_and_is_kept_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(proof_of_work, "WORK_BITS", 6)
+    proof_of_work.has_worked.cache_clear()
+    file, go_on, stop = tmp_path / "key.proof", threading.Event(), threading.Event()
+    stop.set()
+    key = KEYS[0]
+    assert proof_of_work.kept_proof(key, file, stop) == 0 and not file.exists()
+    proof = proof_of_work.kept_proof(key, file, go_on)
+    assert proof and proof_of_work.has_worked(key, proof)
+    assert proof_of_work.kept_proof(key, file, stop) == proof, "it is not made again"
+    assert not all(proof_of_work.has_worked(other, proof) for other in KEYS[1:])
+    assert not proof_of_work.has_worked(key, 0)
+    for garbage in (b"", b"x", b"9" * 50, b"\xff" * 20, b"0"):
+        file.write_bytes(garbage)
+        assert proof_of_work.kept_proof(key, file, go_on) == proof
+    proof_of_work.has_worked.cache_clear()
