@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from jinja2 import TemplateError
 
 from splitnet.serve.failures import ApiError
 from splitnet.serve.requests import AssistantMessage, Content, Message, Tool, ToolMessage
+
+PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
+"""Characters without a meaning, of which one that no message has marks places in it."""
 
 
 class Prompts:
@@ -26,6 +30,9 @@ class Prompts:
         self._vocabulary = vocabulary
         self._max_positions = max_positions
         self._some_text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+        self._longest_token = max(map(len, tokenizer.get_vocab()))
+        special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(sorted(special, key=len, reverse=True)) or r"(?!)")
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer."""
@@ -42,32 +49,55 @@ class Prompts:
     def of_chat(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """The tokens of a conversation, ready for the next answer.
 
+        Special tokens come from the template alone: where messages or tools name one, that is text. So nobody who
+        writes a part of a message can end it and begin one of another role.
+
         Raises:
-            ApiError: the model has no template for it, or the template refuses it.
+            ApiError: the model has no template for it, the template refuses it, or it is longer than the context.
         """
         if not self._tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
         described = [tool.model_dump(exclude_none=True) for tool in tools] or None
         if described and "tools" not in self._tokenizer.get_chat_template(tools=described):
             raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
+        said = [_for_template(message) for message in messages]
+        text = json.dumps([said, described], ensure_ascii=False)
+        self._check_length(sum(len(message["content"]) for message in said))
+        if self._special.search(text) is None:
+            return self._templated(said, described, tokenize=True)["input_ids"]
+        mark = next(mark for mark in PRIVATE_USE if mark not in text)
+        said, described = self._as_text(said, mark), self._as_text(described, mark)
+        pieces = self._templated(said, described, tokenize=False).split(mark)
+        return [id for piece in pieces for id in self._tokenizer(piece, add_special_tokens=False).input_ids]
+
+    def _templated(self, said: Any, tools: Any, *, tokenize: bool) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
-                [_for_template(message) for message in messages],
-                tools=described,
-                add_generation_prompt=True,
-                return_dict=True,
-            )["input_ids"]
+                said, tools=tools, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise ApiError(
                 400, f"the model's chat template refuses these messages ({error}): change them", param="messages"
             ) from None
 
+    def _as_text(self, said: Any, mark: str) -> Any:
+        """The same with a mark in all special tokens, where the tokenizer must not read on."""
+        if isinstance(said, str):
+            return self._special.sub(lambda match: mark.join(match[0]), said)
+        if isinstance(said, list):
+            return [self._as_text(each, mark) for each in said]
+        if isinstance(said, dict):
+            return {self._as_text(name, mark): self._as_text(value, mark) for name, value in said.items()}
+        return said
+
     def of_text(self, prompt: str | list[int]) -> list[int]:
         """The tokens of a bare prompt.
 
         Raises:
-            ApiError: there are none, or tokens that the model does not know.
+            ApiError: there are none, or tokens that the model does not know, or it is longer than the context.
         """
+        if isinstance(prompt, str):
+            self._check_length(len(prompt))
         tokens = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
         if not tokens and self._tokenizer.bos_token_id is not None:
             tokens = [self._tokenizer.bos_token_id]
@@ -75,6 +105,16 @@ class Prompts:
             raise ApiError(400, "the prompt is empty: give some text", param="prompt")
         self.check_known(tokens, "prompt")
         return tokens
+
+    def _check_length(self, characters: int) -> None:
+        """Refuses what is too long whatever its tokens are: making them takes time."""
+        if self._max_positions is not None and characters > self._max_positions * self._longest_token:
+            raise ApiError(
+                400,
+                f"{characters} characters are more than the model's context of {self._max_positions} tokens: "
+                "shorten the prompt",
+                code="context_length_exceeded",
+            )
 
     def check_known(self, tokens: Iterable[int], param: str) -> None:
         """Refuses tokens that the model does not know."""
