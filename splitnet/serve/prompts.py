@@ -12,8 +12,11 @@ from jinja2 import TemplateError
 from splitnet.serve.failures import ApiError
 from splitnet.serve.requests import AssistantMessage, Content, Message, Tool, ToolMessage
 
-PRIVATE_USE = [chr(code) for code in range(0xE000, 0xF900)]
-"""Characters without a meaning, of which one that no message has marks places in it."""
+SLICE = 2**16
+"""Characters of which tokens are made at a time to see whether a text is too long: that takes time and memory."""
+
+CUT_TOKENS = 128
+"""A text that is cut may have so many tokens more."""
 
 
 class Prompts:
@@ -30,7 +33,6 @@ class Prompts:
         self._vocabulary = vocabulary
         self._max_positions = max_positions
         self._some_text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
-        self._longest_token = max(map(len, tokenizer.get_vocab()))
         special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(sorted(special, key=len, reverse=True)) or r"(?!)")
 
@@ -61,11 +63,12 @@ class Prompts:
         if described and "tools" not in self._tokenizer.get_chat_template(tools=described):
             raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
         said = [_for_template(message) for message in messages]
+        self._check_length([message["content"] for message in said])
         text = json.dumps([said, described], ensure_ascii=False)
-        self._check_length(sum(len(message["content"]) for message in said))
+        self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
         if self._special.search(text) is None:
             return self._templated(said, described, tokenize=True)["input_ids"]
-        mark = next(mark for mark in PRIVATE_USE if mark not in text)
+        mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
         said, described = self._as_text(said, mark), self._as_text(described, mark)
         pieces = self._templated(said, described, tokenize=False).split(mark)
         return [id for piece in pieces for id in self._tokenizer(piece, add_special_tokens=False).input_ids]
@@ -97,7 +100,7 @@ class Prompts:
             ApiError: there are none, or tokens that the model does not know, or it is longer than the context.
         """
         if isinstance(prompt, str):
-            self._check_length(len(prompt))
+            self._check_length([prompt])
         tokens = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
         if not tokens and self._tokenizer.bos_token_id is not None:
             tokens = [self._tokenizer.bos_token_id]
@@ -106,15 +109,21 @@ class Prompts:
         self.check_known(tokens, "prompt")
         return tokens
 
-    def _check_length(self, characters: int) -> None:
-        """Refuses what is too long whatever its tokens are: making them takes time."""
-        if self._max_positions is not None and characters > self._max_positions * self._longest_token:
-            raise ApiError(
-                400,
-                f"{characters} characters are more than the model's context of {self._max_positions} tokens: "
-                "shorten the prompt",
-                code="context_length_exceeded",
-            )
+    def _check_length(self, texts: Sequence[str], times: int = 1) -> None:
+        """Refuses texts that are longer than the context, or so many times that, as soon as it is certain."""
+        if self._max_positions is None or sum(map(len, texts)) <= SLICE:
+            return
+        tokens = 0
+        for text in texts:
+            for start in range(0, len(text), SLICE):
+                tokens += len(self._tokenizer(text[start : start + SLICE], add_special_tokens=False).input_ids)
+                if tokens > times * self._max_positions + CUT_TOKENS * (start // SLICE):
+                    raise ApiError(
+                        400,
+                        "the prompt has more tokens than the model's context of "
+                        f"{self._max_positions}: shorten the prompt",
+                        code="context_length_exceeded",
+                    )
 
     def check_known(self, tokens: Iterable[int], param: str) -> None:
         """Refuses tokens that the model does not know."""

@@ -93,7 +93,8 @@ def serve(
                     Admission(options.max_requests, options.max_waiting, spare=spare),
                     defaults,
                 )
-                server = _Server(make_app(gateway, keys, int(time.time()), options.hosts), generations, options.drain_s)
+                app = make_app(gateway, keys, int(time.time()), (options.host, *options.hosts))
+                server = _Server(app, generations, options.drain_s)
                 # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, server.handle_exit)

@@ -218,13 +218,13 @@ def _held(url: str, sent: bytes, count: int, seconds: float, *, receive_buffer: 
 
 def _state_of(connection: socket.socket) -> str:
     """The status of what was answered to the end, `open` if the server still waits or has more to say."""
-    connection.settimeout(0.01)
+    connection.settimeout(0.001)
     received = b""
     try:
         while (new := connection.recv(2**16)) and len(received) < 2**22:
             received += new
     except TimeoutError:
-        if not received or received.split(b" ", 2)[1] == b"200":
+        if not received or (received.split(b" ", 2)[1] == b"200" and not received.endswith(b"0\r\n\r\n")):
             return "open"
     except OSError:
         return "cut off"

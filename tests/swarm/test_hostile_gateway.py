@@ -144,7 +144,7 @@ def test_bodies_that_never_end(public: Gateway) -> None:
 
 def test_requests_that_never_end(public: Gateway) -> None:
     descriptors = public.process.num_fds()
-    with public.under(lambda: attacks.half_requests(public.url, seconds=2)) as beside:
+    with public.under(lambda: attacks.half_requests(public.url, seconds=1, count=400)) as beside:
         assert beside.outcomes["open"] <= 256, beside.outcomes
         assert max(beside.seconds) < 2
     with public.under(lambda: attacks.trickled_bodies(public.url, seconds=1)) as beside:

@@ -340,14 +340,13 @@ class Tokenizer:
     bos_token_id = None
     added_tokens_decoder: Mapping[int, Any] = {}
 
-    def get_vocab(self) -> dict[str, int]:
-        return {"ab": 1, "c": 2}
-
     def __init__(self, template: str | None) -> None:
         self.chat_template = template
         self.given: Any = None
+        self.made = 0
 
     def __call__(self, text: str, **options: Any) -> Any:
+        self.made += len(text)
         return type("Encoded", (), {"input_ids": [ord(character) for character in text]})()
 
     def get_chat_template(self, tools: Any) -> str:
@@ -398,8 +397,18 @@ def test_prompts_that_the_model_cannot_read() -> None:
     with pytest.raises(ApiError, match="0 to 99"):
         prompts.of_text([100])
     assert prompts.of_text("A") == [65]
-    with pytest.raises(ApiError, match="17 characters are more than the model's context of 8 tokens"):
-        prompts.of_text("A" * 17)
+
+
+def test_tokens_are_not_made_of_all_of_a_text_that_is_too_long() -> None:
+    tokenizer = Tokenizer("{{ messages }}")
+    prompts = Prompts(tokenizer, 100, 100_000)
+    assert len(prompts.of_text("A" * 90_000)) == 90_000
+    tokenizer.made = 0
+    with pytest.raises(ApiError, match="more tokens than the model's context of 100000: shorten"):
+        prompts.of_text("A" * 10_000_000)
+    with pytest.raises(ApiError, match="shorten the prompt"):
+        prompts.of_chat(messages([{"role": "user", "content": "A" * 60_000}] * 100), [])
+    assert tokenizer.made < 400_000
 
 
 def test_room_for_an_answer() -> None:
