@@ -42,6 +42,7 @@ from splitnet.net.prober import Prober
 from splitnet.net.proof_of_work import kept_proof
 from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
+from splitnet.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +82,7 @@ class Peer:
         self._key_file = options.key_file
         self._proof = 0
         self._leaving = threading.Event()
+        self._watchdog = Watchdog()
         self._next_hops = NextHops(self)
         self._watch = HolderWatch(self._next_hops, self.state)
         self._current = CurrentSpan(checkpoint, span, options, self, self._next_hops, self.counters, self._leaving)
@@ -90,7 +92,7 @@ class Peer:
             on_link=lambda endpoint, state: self.service.link_changed(endpoint, state),
             on_lost=lambda connection: self.service.connection_lost(connection, time.monotonic()),
             on_dropped=lambda _, frames, reason: self.service.dropped(decode(frames), reason),
-            on_tick=lambda: self.service.tick(time.monotonic()),
+            on_tick=self._tick,
             authorized=AuthorizedKeys.from_file(options.authorized_keys) if options.authorized_keys else None,
             listen=options.listen,
         )
@@ -292,6 +294,10 @@ class Peer:
         self._announcer.start()
         if self._max_blocks:
             self._relocation.start()
+
+    def _tick(self) -> None:
+        self.service.tick(time.monotonic())
+        self._watchdog.alive()  # this thread runs, and nobody keeps the locks that it needs
 
     def _look_around(self) -> None:
         self._current.remeasure_if_idle()

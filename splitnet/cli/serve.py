@@ -42,7 +42,18 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8000,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(help="File with the API keys that clients may use, one per line; anyone if not given."),
+        typer.Option(
+            help="File with the API keys that clients may use, one per line, before or after it options as in "
+            "`weight=4,tokens-per-minute=6000`; anyone if not given."
+        ),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Host name by which the server may be asked where there are no API keys, besides localhost and IP "
+            "addresses. Can be given several times.",
+        ),
     ] = None,
     max_requests: Annotated[
         int, typer.Option(min=1, max=1024, help="Requests that run at a time.", rich_help_panel=_LIMITS)
@@ -102,6 +113,7 @@ def serve(
         keep=KeepLimits(keep_sessions, keep_positions, keep_for),
         drain_s=drain_s,
         speculate=drafts_of(speculate),
+        hosts=allow_host or (),
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
     )
     connection = Connection(source, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer)

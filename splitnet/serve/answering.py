@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from splitnet.serve.events import Numbered
@@ -53,7 +53,7 @@ class Answer(ABC):
 
     async def chunks(
         self, first: Numbered, events: AsyncGenerator[Numbered], *, with_usage: bool
-    ) -> AsyncIterator[str]:
+    ) -> AsyncGenerator[str]:
         """The events of a stream; an error is the last of them.
 
         Args:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -26,18 +25,23 @@ from splitnet.serve.completions import CompletionAnswer
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.events import EventStream, Numbered, events, unless_gone
 from splitnet.serve.failures import ApiError, ErrorReply, failure_of
-from splitnet.serve.gate import Gate
+from splitnet.serve.gate import Gate, client_of
 from splitnet.serve.generation import Ask, Generations
 from splitnet.serve.grammars import Grammar, Grammars
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.metrics import GatewayMetrics, instrument
+from splitnet.serve.parsing import ParsingRoute, Preparing
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.requests import ChatRequest, CompletionRequest, SamplingRequest
 from splitnet.serve.sampling import Sampling
 from splitnet.serve.sampling_defaults import SamplingDefaults
+from splitnet.serve.shares import Client, Shares
 
 COMPLETION_TOKENS = 16
 """Of a completion that does not say how many it wants; OpenAI's default."""
+
+UNREAD_BYTES = 64 * 2**20
+"""Of streams, whose clients read more slowly than the model answers."""
 
 EXPIRY_S = 5.0
 """How often it is looked whether kept sessions have expired."""
@@ -61,6 +65,8 @@ class Gateway:
     admission: Admission
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
+    preparing: Preparing = field(default_factory=Preparing)
+    unread: Shares = field(default_factory=lambda: Shares(UNREAD_BYTES))
 
     def check_model(self, name: str) -> None:
         """Refuses other models."""
@@ -75,17 +81,18 @@ class Gateway:
             return self.grammars.of_call(body.tools_to_call)
         return self.grammars.of_schema(body.schema_of_answer) if body.schema_of_answer is not None else None
 
-    def run(self, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
+    def run(self, client: Client, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
         """See `splitnet.serve.events.events`."""
-        return self.metrics.watch(events(self.generations, self.admission, asks, answer), asks)
+        return self.metrics.watch(events(self.generations, self.admission, client, asks, answer), asks)
 
 
-def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
+def make_app(gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[str] = ()) -> FastAPI:
     """The app.
 
     Args:
         keys: that are accepted.
         created: seconds since 1970 that are told of the model.
+        hosts: names by which it may be asked where there are no keys; see `splitnet.serve.gate.Gate`.
     """
 
     @asynccontextmanager
@@ -97,7 +104,9 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
             await expiring
 
     app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
-    app.add_middleware(Gate, keys=keys)
+    app.router.route_class = ParsingRoute
+    app.state.preparing = gateway.preparing
+    app.add_middleware(Gate, keys=keys, hosts=hosts)
     instrument(app, gateway.metrics, gateway.model, gateway.generations, gateway.admission)
     app.include_router(dashboard_router(Dashboard(gateway.generations, gateway.admission)))
     for kind in (SplitnetError, RequestValidationError, HTTPException):
@@ -137,7 +146,8 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         gateway.check_model(body.model)
         tools = body.tools if body.tools and body.tool_choice != "none" else []
         prompts = gateway.prompts
-        prompt = await run_in_threadpool(prompts.of_chat, body.messages, tools)
+        client, size = client_of(request), len(await request.body())
+        prompt = await gateway.preparing.run(size, prompts.of_chat, body.messages, tools)
         ask = Ask(
             prompt=prompt,
             max_tokens=prompts.room_for(prompt, body.max_completion_tokens or body.max_tokens),
@@ -145,7 +155,8 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
             choices=body.n or 1,
             stop_strings=body.stop_strings,
             top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
-            grammar=await run_in_threadpool(gateway.grammar_of, body),
+            grammar=await gateway.preparing.run(size, gateway.grammar_of, body),
+            owner=client.name,
         )
         answer = ChatAnswer(
             gateway.model,
@@ -162,8 +173,9 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
         """How texts go on."""
         gateway.check_model(body.model)
         prompts = gateway.prompts
+        client, size = client_of(request), len(await request.body())
         texts = _prompts_of(body)
-        tokenized = await run_in_threadpool(lambda: [prompts.of_text(text) for text in texts])
+        tokenized = await gateway.preparing.run(size, lambda: [prompts.of_text(text) for text in texts])
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         sampling = _sampling(gateway, body)
         asks = [
@@ -176,6 +188,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int) -> FastAPI:
                 top_logprobs=body.logprobs,
                 score_prompt=bool(body.echo) and body.logprobs is not None,
                 goes_on=True,
+                owner=client.name,
             )
             for prompt in tokenized
         ]
@@ -197,7 +210,8 @@ async def _answered(
     gateway: Gateway, body: SamplingRequest, request: Request, asks: Sequence[Ask], answer: Answer
 ) -> Response:
     """Runs a request; the session ends when the client goes."""
-    running = gateway.run(asks, answer.id)
+    client = client_of(request)
+    running = gateway.run(client, asks, answer.id)
     if not body.stream:
         async with aclosing(running):
             return JSONResponse(await unless_gone(request, answer.whole(running)))
@@ -207,7 +221,8 @@ async def _answered(
     except BaseException:
         await running.aclose()
         raise
-    return EventStream(answer.chunks(first, running, with_usage=body.wants_usage), running)
+    chunks = answer.chunks(first, running, with_usage=body.wants_usage)
+    return EventStream(chunks, running, gateway.unread, client)
 
 
 async def _first_of(running: AsyncGenerator[Numbered]) -> Numbered:

@@ -12,20 +12,26 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 
 from splitnet.errors import SplitnetError
 from splitnet.net.records import PeerRecord
 from splitnet.serve.admission import Admission
 from splitnet.serve.events import EventStream
+from splitnet.serve.gate import client_of
 from splitnet.serve.generation import Generations
 from splitnet.serve.presence import PAUSE_S, Presence
+from splitnet.serve.shares import Client, Shares
 from splitnet.serve.snapshot import snapshot
 from splitnet.serve.sse import framed
 
 SNAPSHOT_S = 1.0
 LOOKUP_S = 3.0
 """Between two looks into the directory, while somebody looks at the page."""
+
+MAX_STREAMS = 32
+"""Of the page, for all who look."""
 
 TICK_S = 0.25
 """How soon events are told, and how soon a stream ends with the server."""
@@ -56,9 +62,23 @@ class Dashboard:
         self._shown: Any = None
         self._shown_at = float("-inf")
         self._showing = asyncio.Lock()
+        self._streams = Shares(MAX_STREAMS)
 
-    async def stream(self) -> AsyncGenerator[str]:
-        """Server-sent events: snapshots, and what has happened; at first all that is known to have happened lately."""
+    async def stream(self, client: Client) -> AsyncGenerator[str]:
+        """Server-sent events: snapshots, and what has happened; at first all that is known to have happened lately.
+
+        The oldest stream of who has most of them ends where there are more than `MAX_STREAMS`.
+        """
+        over = asyncio.Event()
+        looks = self._streams.hold(client, over.set)
+        looks.grow(1)
+        try:
+            async for text in self._told(over):
+                yield text
+        finally:
+            looks.release()
+
+    async def _told(self, over: asyncio.Event) -> AsyncGenerator[str]:
         clock = asyncio.get_running_loop().time
         number, shown_at = -1, float("-inf")
         while True:
@@ -69,7 +89,7 @@ class Dashboard:
             if events or number < 0:
                 yield framed({"type": "events", "events": [asdict(event) for event in events]})
                 number = events[-1].number if events else 0
-            if self._generations.draining:
+            if self._generations.draining or over.is_set():
                 return
             await asyncio.sleep(TICK_S)
 
@@ -126,9 +146,9 @@ def dashboard_router(dashboard: Dashboard) -> APIRouter:
         return page_file(name)
 
     @router.get("/dashboard/events")
-    async def stream() -> Response:
+    async def stream(request: Request) -> Response:
         """What it shows."""
-        events = dashboard.stream()
+        events = dashboard.stream(client_of(request))
         return EventStream(events, events)
 
     return router

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -14,6 +15,8 @@ from starlette.types import Receive, Scope, Send
 from splitnet.serve.admission import Admission
 from splitnet.serve.failures import ApiError
 from splitnet.serve.generation import Ask, Ended, Event, Generations, Piece, ScoredPrompt
+from splitnet.serve.shares import ANYONE, Client, Shares
+from splitnet.serve.sse import framed
 
 Result = TypeVar("Result")
 Numbered = tuple[int, ScoredPrompt | Piece | Ended]
@@ -21,16 +24,20 @@ Numbered = tuple[int, ScoredPrompt | Piece | Ended]
 
 
 async def events(
-    generations: Generations, admission: Admission, asks: Sequence[Ask], answer: str
+    generations: Generations, admission: Admission, client: Client, asks: Sequence[Ask], answer: str
 ) -> AsyncGenerator[Numbered]:
     """Runs some prompts of one request in one place, one after the other; `answer` is the id of what they answer.
 
     Whoever closes this, or is cancelled while waiting for it, ends the generation.
     """
-    async with admission.place():
+    spend = client.quota.spend if client.quota is not None else lambda _: None
+    async with admission.place(client):
         for number, ask in enumerate(asks):
+            spend(len(ask.prompt))
             async with aclosing(_events_of(generations, ask, answer)) as of_one:
                 async for event in of_one:
+                    if isinstance(event, Piece) and ask.max_tokens:
+                        spend(1)
                     yield number, event
 
 
@@ -70,14 +77,66 @@ async def unless_gone(request: Request, work: Awaitable[Result]) -> Result:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; however it ends, also before it began, its source is closed."""
+    """Server-sent events; however it ends, also before it began, its source is closed.
 
-    def __init__(self, body: AsyncIterator[str], source: AsyncGenerator[object]) -> None:
-        super().__init__(body, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._source = source
+    Args:
+        body: the events.
+        source: what they come from.
+        unread: the events are taken as they come, so that their source ends when it has given the last one, and what
+            the client has not read counts here. The stream that must let go of it ends with an error. None: the
+            events are taken as they are read.
+    """
+
+    def __init__(
+        self,
+        body: AsyncGenerator[str],
+        source: AsyncGenerator[object],
+        unread: Shares | None = None,
+        client: Client = ANYONE,
+    ) -> None:
+        self._closing = [body, source]
+        if unread is not None:
+            ahead = _read_ahead(body, unread, client)
+            self._closing.insert(0, ahead)
+        super().__init__(self._closing[0], media_type="text/event-stream", headers={"Cache-Control": "no-cache"})  # pyright: ignore[reportArgumentType]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self._source.aclose()
+            for each in self._closing:
+                await each.aclose()
+
+
+async def _read_ahead(source: AsyncGenerator[str], unread: Shares, client: Client) -> AsyncGenerator[bytes]:
+    kept: deque[bytes] = deque()
+    more = asyncio.Event()
+
+    async def read() -> None:
+        async for text in source:
+            kept.append(text.encode())
+            more.set()
+            holding.grow(len(kept[-1]))
+
+    def let_go() -> None:
+        reading.cancel()
+        kept.clear()
+        kept.append(framed(ApiError(429, "too much of this answer was not read: read faster").reply()).encode())
+
+    holding = unread.hold(client, let_go)
+    reading = asyncio.create_task(read())
+    reading.add_done_callback(lambda _: more.set())
+    try:
+        while True:
+            while kept:
+                text = kept.popleft()
+                holding.shrink(len(text))
+                yield text
+            if reading.done():
+                return
+            more.clear()
+            await more.wait()
+    finally:
+        holding.release()
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)

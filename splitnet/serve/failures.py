@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -50,19 +51,29 @@ class ApiError(SplitnetError):
         message: one sentence that says what is wrong and how to fix it.
         param: the parameter that is wrong.
         code: by which a program can tell errors apart.
+        retry_after_s: when to come again, of a 429 or 503.
     """
 
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int = RETRY_AFTER_S,
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.retry_after_s = retry_after_s
 
     @property
     def headers(self) -> dict[str, str]:
         if self.status == 401:
             return {"WWW-Authenticate": "Bearer"}
-        return {"Retry-After": str(RETRY_AFTER_S)} if self.status in (429, 503) else {}
+        return {"Retry-After": str(self.retry_after_s)} if self.status in (429, 503) else {}
 
     def reply(self) -> dict[str, Any]:
         """The body."""
@@ -97,20 +108,21 @@ def failure_of(error: BaseException) -> ApiError:
     if isinstance(error, SplitnetError):
         return ApiError(502, str(error))
     if isinstance(error, RequestValidationError):
-        return _refused(error)
+        return refused(error.errors())
     if isinstance(error, HTTPException):
+        if isinstance(error.__cause__, ApiError):  # FastAPI hides what the reading of a body has raised
+            return error.__cause__
         return ApiError(error.status_code, f"{error.detail}: docs/serve.md lists what is served")
     # Only where, and not the message: it may hold a part of a prompt.
     log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
     return ApiError(500, "the server met an error that it did not expect: its log tells where")
 
 
-def _refused(error: RequestValidationError) -> ApiError:
+def refused(errors: Sequence[Any]) -> ApiError:
+    """What is told of a body that pydantic does not accept; `errors`: as pydantic has them, from `body` on."""
     # Where there are several ways to write something, the one that was followed furthest says most.
-    first = max(error.errors(), key=lambda each: len(each["loc"]))
-    if first["type"] == "json_invalid":
-        return ApiError(400, "the body is not valid JSON")
-    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type"):
+    first = max(errors, key=lambda each: len(each["loc"]))
+    if first["loc"] == ("body",) and first["type"] in ("missing", "model_attributes_type", "model_type"):
         return ApiError(400, "the body must be a JSON object: send it with the content type application/json")
     place = ".".join(str(part) for part in first["loc"][1:])
     if first["type"] == "extra_forbidden":

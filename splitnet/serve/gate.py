@@ -1,27 +1,36 @@
-"""The way in and out of every request: the key, the size of the body, and errors that nobody expected."""
+"""The way in and out of every request: the host that it names, its key, its body, and errors that nobody expected."""
 
 from __future__ import annotations
 
+import ipaddress
+from collections.abc import Collection
+
 from starlette.datastructures import Headers
-from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from splitnet.serve.bodies import Bodies
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.keys import ApiKeys
-
-MAX_BODY_BYTES = 16 * 2**20
+from splitnet.serve.shares import Client, client_at
 
 PROTECTED = ("/v1", "/dashboard/", "/metrics")
 """Paths that need a key begin with one of these."""
 
 
 class Gate:
-    """ASGI middleware; the paths that are `PROTECTED` need a key, if there are keys."""
+    """ASGI middleware; the paths that are `PROTECTED` need a key, if there are keys.
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
+    Without keys, a page of another site must not reach the server by giving its own name the address of this machine:
+    requests name an IP address, localhost, or one of `hosts`. What is let in has a `Client` in its state.
+    """
+
+    def __init__(self, app: ASGIApp, keys: ApiKeys, hosts: Collection[str] = ()) -> None:
         self._app = app
         self._keys = keys
+        self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._bodies = Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -35,33 +44,48 @@ class Gate:
             await send(message)
 
         try:
-            self._check_key(scope)
-            await self._app(scope, _bounded(receive), noting_send)
+            headers = Headers(scope=scope)
+            self._check_host(headers)
+            client = self._client_of(scope, headers)
+            scope.setdefault("state", {})["client"] = client
+            async with self._bodies.read(receive, client) as received:
+                await self._app(scope, received, noting_send)
         except Exception as error:
             failure = failure_of(error)
             if not begun:
                 await JSONResponse(failure.reply(), failure.status, failure.headers)(scope, receive, send)
 
-    def _check_key(self, scope: Scope) -> None:
-        if not self._keys.required or not scope["path"].startswith(PROTECTED):
+    def _check_host(self, headers: Headers) -> None:
+        given = headers.get("host")
+        if self._keys.required or given is None:  # browsers always tell it
             return
-        kind, _, given = Headers(scope=scope).get("authorization", "").partition(" ")
-        if kind.lower() != "bearer" or not self._keys.accept(given.strip().encode()):
+        host = given.lower()
+        host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+        if host.removesuffix(".") not in self._hosts and not _is_address(host):
+            raise ApiError(
+                403, "the server does not know this host name: start it with --allow-host NAME", code="unknown_host"
+            )
+
+    def _client_of(self, scope: Scope, headers: Headers) -> Client:
+        if not self._keys.required or not scope["path"].startswith(PROTECTED):
+            return client_at(scope["client"][0] if scope.get("client") else "")
+        kind, _, given = headers.get("authorization", "").partition(" ")
+        client = self._keys.client_of(given.strip().encode()) if kind.lower() == "bearer" else None
+        if client is None:
             raise ApiError(
                 401, "wrong API key: send one of the server's as `Authorization: Bearer KEY`", code="wrong_key"
             )
+        return client
 
 
-def _bounded(receive: Receive) -> Receive:
-    """Refuses to read a body that is too long."""
-    length = 0
+def client_of(request: Request) -> Client:
+    """Who has sent a request that the gate has let in."""
+    return request.state.client
 
-    async def bounded() -> Message:
-        nonlocal length
-        message = await receive()
-        length += len(message.get("body", b""))
-        if length > MAX_BODY_BYTES:
-            raise HTTPException(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
-        return message
 
-    return bounded
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

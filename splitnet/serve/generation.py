@@ -41,6 +41,7 @@ class Ask:
         score_prompt: also the tokens of the prompt.
         grammar: what the answers must keep to.
         goes_on: the answers go on from the text of the prompt, as completions do; a message of a chat stands alone.
+        owner: whose kept sessions may be used.
     """
 
     prompt: list[int]
@@ -52,6 +53,7 @@ class Ask:
     score_prompt: bool = False
     grammar: Grammar | None = None
     goes_on: bool = False
+    owner: str = ""
 
     @property
     def can_use_kept(self) -> bool:
@@ -178,7 +180,7 @@ class Generation:
         """Runs it to its end; every event and every error goes to the listener."""
         kept = self._own.kept
         try:
-            taken = kept.take(self._ask.prompt) if self._ask.can_use_kept else None
+            taken = kept.take(self._ask.owner, self._ask.prompt) if self._ask.can_use_kept else None
             try:
                 ended = self._run_in(taken)
             except PeerBusy:
@@ -302,7 +304,7 @@ class Generation:
             self._cache = None
             keep = held and not self._cancelled
         if keep and held:
-            self._own.kept.keep(held, cache.remote.reserved, cache)
+            self._own.kept.keep(self._ask.owner, held, cache.remote.reserved, cache)
         else:
             cache.close()
 

@@ -48,7 +48,10 @@ class Grammars:
         Raises:
             ApiError: it is no schema, or one that is not supported.
         """
-        text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=ONE_LINE)
+        try:
+            text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=ONE_LINE)
+        except ValueError as error:  # it is nested too deep
+            raise _not_kept_to(error, "response_format") from None
         return self._checked(text, "response_format")
 
     def of_call(self, tools: Sequence[Tool]) -> Grammar:
@@ -77,7 +80,7 @@ class Grammars:
         tokens = self._tokens
         wrong = llguidance.LLMatcher.validate_grammar(text, tokens)
         if wrong:
-            raise ApiError(400, f"the JSON schema cannot be kept to: {wrong}", param=param)
+            raise _not_kept_to(wrong, param)
         return Grammar(text, tokens)
 
     @cached_property
@@ -86,6 +89,10 @@ class Grammars:
             return llguidance.hf.from_tokenizer(self._tokenizer, self._vocabulary, eos_token=sorted(self._end_tokens))
         except ValueError as error:
             raise ApiError(400, f"this model's answers cannot be bound to JSON ({error}): ask for text") from None
+
+
+def _not_kept_to(why: object, param: str) -> ApiError:
+    return ApiError(400, f"the JSON schema cannot be kept to: {why}: use a simpler one", param=param)
 
 
 class AllowedTokens:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -25,8 +26,9 @@ class KeepLimits:
     seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Kept(Generic[Handle]):
+    owner: str
     tokens: np.ndarray
     positions: int
     handle: Handle
@@ -34,9 +36,10 @@ class _Kept(Generic[Handle]):
 
 
 class PrefixCache(Generic[Handle]):
-    """Kept sessions, of which the least recently used go first. Thread-safe.
+    """Kept sessions, of which the least recently used of the owner with most of them go first. Thread-safe.
 
-    Who takes a session has it alone until it is kept again.
+    Who takes a session has it alone until it is kept again. Owners never get sessions of each other, as what is found
+    tells what others have asked.
 
     Args:
         limits: how much is kept.
@@ -62,11 +65,11 @@ class PrefixCache(Generic[Handle]):
         with self._lock:
             return sum(len(kept.tokens) for kept in self._kept)
 
-    def take(self, prompt: list[int]) -> tuple[Handle, int] | None:
-        """The session that shares most with the beginning of a prompt, and how many tokens that are."""
+    def take(self, owner: str, prompt: list[int]) -> tuple[Handle, int] | None:
+        """The session of an owner that shares most with the beginning of a prompt, and how many tokens that are."""
         wanted = np.asarray(prompt)
         with self._lock:
-            shared = [_shared(kept.tokens, wanted) for kept in self._kept]
+            shared = [_shared(kept.tokens, wanted) if kept.owner == owner else 0 for kept in self._kept]
             worth = [
                 index
                 for index, kept in enumerate(self._kept)
@@ -77,7 +80,7 @@ class PrefixCache(Generic[Handle]):
             best = max(worth, key=lambda index: shared[index])
             return self._kept.pop(best).handle, shared[best]
 
-    def keep(self, tokens: list[int], positions: int, handle: Handle) -> None:
+    def keep(self, owner: str, tokens: list[int], positions: int, handle: Handle) -> None:
         """Keeps a session if the limits allow it, in the place of others that were not used for longer.
 
         Args:
@@ -85,22 +88,22 @@ class PrefixCache(Generic[Handle]):
             positions: that it reserves on the peers.
         """
         with self._lock:
-            self._kept.append(_Kept(np.asarray(tokens), positions, handle, self._clock()))
+            self._kept.append(_Kept(owner, np.asarray(tokens), positions, handle, self._clock()))
         self.expire()
 
     def expire(self) -> None:
         """Closes what is over the limits."""
         with self._lock:
             oldest = self._clock() - self._limits.seconds
-            room, positions = self._limits.sessions, self._limits.positions
-            left: list[_Kept[Handle]] = []
-            closed: list[_Kept[Handle]] = []
-            for kept in reversed(self._kept):
-                fits = room > 0 and kept.positions <= positions and kept.since > oldest
-                if fits:
-                    room, positions = room - 1, positions - kept.positions
-                (left if fits else closed).append(kept)
-            self._kept = left[::-1]
+            limits = self._limits
+            closed = [kept for kept in self._kept if kept.since <= oldest or kept.positions > limits.positions]
+            left = [kept for kept in self._kept if kept not in closed]
+            while len(left) > limits.sessions or sum(kept.positions for kept in left) > limits.positions:
+                counts = Counter(kept.owner for kept in left)
+                victim = next(kept for kept in left if counts[kept.owner] == max(counts.values()))
+                left.remove(victim)
+                closed.append(victim)
+            self._kept = left
         for kept in closed:
             self._close(kept.handle)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,12 @@ from jinja2 import TemplateError
 
 from splitnet.serve.failures import ApiError
 from splitnet.serve.requests import AssistantMessage, Content, Message, Tool, ToolMessage
+
+SLICE = 2**16
+"""Characters of which tokens are made at a time to see whether a text is too long: that takes time and memory."""
+
+CUT_TOKENS = 128
+"""A text that is cut may have so many tokens more."""
 
 
 class Prompts:
@@ -26,6 +33,8 @@ class Prompts:
         self._vocabulary = vocabulary
         self._max_positions = max_positions
         self._some_text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+        special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = re.compile("|".join(sorted(special, key=len, reverse=True)) or r"(?!)")
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer."""
@@ -42,32 +51,56 @@ class Prompts:
     def of_chat(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
         """The tokens of a conversation, ready for the next answer.
 
+        Special tokens come from the template alone: where messages or tools name one, that is text. So nobody who
+        writes a part of a message can end it and begin one of another role.
+
         Raises:
-            ApiError: the model has no template for it, or the template refuses it.
+            ApiError: the model has no template for it, the template refuses it, or it is longer than the context.
         """
         if not self._tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
         described = [tool.model_dump(exclude_none=True) for tool in tools] or None
         if described and "tools" not in self._tokenizer.get_chat_template(tools=described):
             raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
+        said = [_for_template(message) for message in messages]
+        self._check_length([message["content"] for message in said])
+        text = json.dumps([said, described], ensure_ascii=False)
+        self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
+        if self._special.search(text) is None:
+            return self._templated(said, described, tokenize=True)["input_ids"]
+        mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
+        said, described = self._as_text(said, mark), self._as_text(described, mark)
+        pieces = self._templated(said, described, tokenize=False).split(mark)
+        return [id for piece in pieces for id in self._tokenizer(piece, add_special_tokens=False).input_ids]
+
+    def _templated(self, said: Any, tools: Any, *, tokenize: bool) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
-                [_for_template(message) for message in messages],
-                tools=described,
-                add_generation_prompt=True,
-                return_dict=True,
-            )["input_ids"]
+                said, tools=tools, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize
+            )
         except (TemplateError, TypeError, ValueError) as error:
             raise ApiError(
                 400, f"the model's chat template refuses these messages ({error}): change them", param="messages"
             ) from None
 
+    def _as_text(self, said: Any, mark: str) -> Any:
+        """The same with a mark in all special tokens, where the tokenizer must not read on."""
+        if isinstance(said, str):
+            return self._special.sub(lambda match: mark.join(match[0]), said)
+        if isinstance(said, list):
+            return [self._as_text(each, mark) for each in said]
+        if isinstance(said, dict):
+            return {self._as_text(name, mark): self._as_text(value, mark) for name, value in said.items()}
+        return said
+
     def of_text(self, prompt: str | list[int]) -> list[int]:
         """The tokens of a bare prompt.
 
         Raises:
-            ApiError: there are none, or tokens that the model does not know.
+            ApiError: there are none, or tokens that the model does not know, or it is longer than the context.
         """
+        if isinstance(prompt, str):
+            self._check_length([prompt])
         tokens = self._tokenizer(prompt).input_ids if isinstance(prompt, str) else prompt
         if not tokens and self._tokenizer.bos_token_id is not None:
             tokens = [self._tokenizer.bos_token_id]
@@ -75,6 +108,22 @@ class Prompts:
             raise ApiError(400, "the prompt is empty: give some text", param="prompt")
         self.check_known(tokens, "prompt")
         return tokens
+
+    def _check_length(self, texts: Sequence[str], times: int = 1) -> None:
+        """Refuses texts that are longer than the context, or so many times that, as soon as it is certain."""
+        if self._max_positions is None or sum(map(len, texts)) <= SLICE:
+            return
+        tokens = 0
+        for text in texts:
+            for start in range(0, len(text), SLICE):
+                tokens += len(self._tokenizer(text[start : start + SLICE], add_special_tokens=False).input_ids)
+                if tokens > times * self._max_positions + CUT_TOKENS * (start // SLICE):
+                    raise ApiError(
+                        400,
+                        "the prompt has more tokens than the model's context of "
+                        f"{self._max_positions}: shorten the prompt",
+                        code="context_length_exceeded",
+                    )
 
     def check_known(self, tokens: Iterable[int], param: str) -> None:
         """Refuses tokens that the model does not know."""

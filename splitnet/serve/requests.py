@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StrictInt, model_validator
 
 STOP_STRINGS = 16
 TOP_LOGPROBS = 20
@@ -12,15 +12,26 @@ CHOICES = 16
 PROMPTS = 256
 BIASED_TOKENS = 1024
 MAX_TOKENS = 2**24
+MESSAGES = 2**14
+
+
+def _few(given: Any) -> Any:
+    """Of an object pydantic collects an error for every name, so one with very many is refused before it looks."""
+    if isinstance(given, dict) and len(given) > BIASED_TOKENS:
+        raise ValueError(f"an object has {len(given)} names: give {BIASED_TOKENS} at most")
+    return given
+
 
 Text = Annotated[str, Field(min_length=1)]
-TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[StrictInt, Field(ge=0)]], Field(fail_fast=True, min_length=1)]
 TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    _few_names = model_validator(mode="before")(_few)
 
 
 class StreamOptions(_Strict):
@@ -69,13 +80,13 @@ class SamplingRequest(_Strict):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Text | Annotated[list[Text], Field(max_length=STOP_STRINGS)] | None = None
+    stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=STOP_STRINGS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=BIASED_TOKENS)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], BeforeValidator(_few)] | None = None
 
     @property
     def stop_strings(self) -> list[str]:
@@ -116,7 +127,7 @@ class MadeCall(_Strict):
     function: CalledFunction
 
 
-Content = str | list[TextPart]
+Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class UserMessage(_Strict):
@@ -133,7 +144,7 @@ class AssistantMessage(_Strict):
     role: Literal["assistant"]
     content: Content | None = None
     name: str | None = None
-    tool_calls: list[MadeCall] | None = None
+    tool_calls: Annotated[list[MadeCall], Field(fail_fast=True)] | None = None
     # What clients send back with the answers that they got.
     refusal: str | None = None
     annotations: list[Any] | None = None
@@ -185,12 +196,12 @@ class ChosenTool(_Strict):
 class ChatRequest(SamplingRequest):
     """The body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=MESSAGES)]
     max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
-    tools: list[Tool] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: Literal[True] | None = None
     response_format: ResponseFormat | None = None
@@ -230,10 +241,14 @@ class ChatRequest(SamplingRequest):
         return {"type": "object"} if isinstance(self.response_format, JsonFormat) else None
 
 
+Each = TypeVar("Each")
+Batch = Annotated[list[Each], Field(fail_fast=True, min_length=1, max_length=PROMPTS)]
+
+
 class CompletionRequest(SamplingRequest):
     """The body of `/v1/completions`."""
 
-    prompt: str | TokenIds | Annotated[list[str] | list[TokenIds], Field(min_length=1, max_length=PROMPTS)]
+    prompt: str | TokenIds | Batch[str] | Batch[TokenIds]
     max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     echo: bool | None = None

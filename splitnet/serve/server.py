@@ -8,8 +8,9 @@ import ipaddress
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
+from splitnet.serve.connections import IDLE_CONNECTIONS, Connection
 from splitnet.serve.generation import Generations
 from splitnet.serve.grammars import Grammars
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.prefix_cache import KeepLimits
 from splitnet.serve.prompts import Prompts
 from splitnet.serve.sampling_defaults import choose_defaults
+from splitnet.serve.shares import Shares
+from splitnet.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,7 @@ class ServeOptions:
     drain_s: float
     speculate: Any = None
     checkpoint_sampling: bool = False
+    hosts: Sequence[str] = ()
 
 
 def serve(
@@ -76,6 +81,8 @@ def serve(
             defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
             vocabulary = remote.config.get_text_config().vocab_size
             prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
+            # Whoever has one of several keys finds a place soon, whatever the others do.
+            spare = options.max_requests // 4 if len(keys) > 1 else 0
             generations = Generations(remote, prompts.decode, options.max_requests, options.keep, options.speculate)
             try:
                 gateway = Gateway(
@@ -83,10 +90,11 @@ def serve(
                     generations,
                     prompts,
                     Grammars(tokenizer, vocabulary, generations.end_tokens),
-                    Admission(options.max_requests, options.max_waiting),
+                    Admission(options.max_requests, options.max_waiting, spare=spare),
                     defaults,
                 )
-                server = _Server(make_app(gateway, keys, int(time.time())), generations, options.drain_s)
+                app = make_app(gateway, keys, int(time.time()), (options.host, *options.hosts))
+                server = _Server(app, generations, options.drain_s)
                 # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, server.handle_exit)
@@ -110,7 +118,10 @@ class _Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
+                http=partial(Connection, Shares(IDLE_CONNECTIONS)),  # pyright: ignore[reportArgumentType]
                 ws="none",
+                callback_notify=_tell_alive(),
+                timeout_notify=1,
             )
         )
         self._generations = generations
@@ -121,6 +132,15 @@ class _Server(uvicorn.Server):
         ending = asyncio.get_running_loop().call_later(self._drain_s, self._generations.end)
         await super().shutdown(sockets)
         ending.cancel()
+
+
+def _tell_alive() -> Callable[[], Awaitable[None]]:
+    watchdog = Watchdog()
+
+    async def tell() -> None:
+        watchdog.alive()
+
+    return tell
 
 
 def _listening(host: str, port: int) -> socket.socket:

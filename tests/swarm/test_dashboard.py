@@ -15,6 +15,7 @@ from splitnet import __version__
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.serve.admission import Admission
 from splitnet.serve.dashboard import Dashboard
+from splitnet.serve.shares import ANYONE
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.swarm.test_serve import GREEDY, MODEL, TEMPLATE, Server, until
@@ -113,7 +114,7 @@ def test_the_page_is_free_and_its_data_needs_a_key(server: Server) -> None:
 
 def test_a_stream_that_is_open_ends_with_the_server(server: Server) -> None:
     async def does() -> None:
-        stream = Dashboard(server.generations, Admission(1, 1)).stream()
+        stream = Dashboard(server.generations, Admission(1, 1)).stream(ANYONE)
         assert json.loads((await anext(stream)).removeprefix("data: "))["type"] == "snapshot"
         server.generations.drain()
         async with asyncio.timeout(10):

@@ -79,6 +79,17 @@ def test_a_unit_starts_a_command_that_exists(name: str) -> None:
     assert (DEPLOY / file).is_file()
 
 
+@pytest.mark.parametrize("name", UNITS)
+def test_a_unit_bounds_memory_and_descriptors_and_restarts_what_hangs(name: str) -> None:
+    text = (DEPLOY / name).read_text()
+    assert re.search(r"^MemoryMax=(\d+%|\dG)$", text, re.MULTILINE)
+    assert re.search(r"^LimitNOFILE=\d{5}$", text, re.MULTILINE)
+    watched = name != "splitnet-dht.service"
+    for line in ("Type=notify", "NotifyAccess=main", "WatchdogSec=60", "TimeoutStartSec=infinity"):
+        assert (f"\n{line}\n" in text) == watched
+    assert "\nRestart=on-failure\n" in text
+
+
 @pytest.mark.parametrize("name", [*UNITS, "dht.env", "peer.env", "serve.env", "Dockerfile"])
 def test_variables_set_options_to_values_that_they_take(name: str) -> None:
     text = (DEPLOY / name).read_text()

@@ -65,7 +65,7 @@ def gateway_metrics() -> GatewayMetrics:
     """With a sample of everything."""
     metrics = GatewayMetrics()
     kept: PrefixCache[None] = PrefixCache(KeepLimits(1, 100, 60.0), lambda _: None)
-    kept.keep([1, 2, 3], 8, None)
+    kept.keep("me", [1, 2, 3], 8, None)
     generations: Any = SimpleNamespace(model=SimpleNamespace(drafts=(9, 6)), kept=kept, observer=None)
     instrument(FastAPI(), metrics, "model", generations, Admission(1, 1))
     metrics.answered("/health", "200", 0.01)

@@ -26,50 +26,60 @@ class Kept:
 
 def test_the_next_turn_gets_the_session_of_the_one_before() -> None:
     kept = Kept()
-    kept.cache.keep([1, 2, 3], 10, "three")
-    kept.cache.keep([1, 2, 3, 4, 5], 10, "five")
-    kept.cache.keep([9, 9], 10, "other")
-    assert kept.cache.take([1, 2, 3, 4, 5, 6]) == ("five", 5)
-    assert kept.cache.take([1, 2, 3, 4, 5, 6]) == ("three", 3)
-    assert kept.cache.take([1, 2, 3, 4, 5, 6]) is None
+    kept.cache.keep("me", [1, 2, 3], 10, "three")
+    kept.cache.keep("me", [1, 2, 3, 4, 5], 10, "five")
+    kept.cache.keep("me", [9, 9], 10, "other")
+    assert kept.cache.take("me", [1, 2, 3, 4, 5, 6]) == ("five", 5)
+    assert kept.cache.take("me", [1, 2, 3, 4, 5, 6]) == ("three", 3)
+    assert kept.cache.take("me", [1, 2, 3, 4, 5, 6]) is None
     assert not kept.closed
 
 
 def test_a_session_is_not_taken_for_a_prompt_that_shares_little() -> None:
     kept = Kept()
-    kept.cache.keep([1, 2, 3, 4, 5], 10, "five")
-    assert kept.cache.take([1, 2, 9, 9, 9]) is None
-    assert kept.cache.take([]) is None
-    assert kept.cache.take([1, 2, 3, 9]) == ("five", 3)
+    kept.cache.keep("me", [1, 2, 3, 4, 5], 10, "five")
+    assert kept.cache.take("me", [1, 2, 9, 9, 9]) is None
+    assert kept.cache.take("me", []) is None
+    assert kept.cache.take("me", [1, 2, 3, 9]) == ("five", 3)
 
 
 def test_who_was_not_used_for_longest_goes_first() -> None:
     kept = Kept(sessions=2)
-    kept.cache.keep([1], 10, "a")
-    kept.cache.keep([2], 10, "b")
-    taken = kept.cache.take([1, 5])
+    kept.cache.keep("me", [1], 10, "a")
+    kept.cache.keep("me", [2], 10, "b")
+    taken = kept.cache.take("me", [1, 5])
     assert taken is not None
-    kept.cache.keep([1, 5], 10, "a")
-    kept.cache.keep([3], 10, "c")
+    kept.cache.keep("me", [1, 5], 10, "a")
+    kept.cache.keep("me", [3], 10, "c")
     assert kept.closed == ["b"]
+
+
+def test_nobody_is_given_what_was_kept_for_others() -> None:
+    kept = Kept(sessions=3)
+    kept.cache.keep("ann", [1, 2, 3], 10, "ann's")
+    assert kept.cache.take("bob", [1, 2, 3, 4]) is None
+    for name in ("first", "second", "third", "fourth"):
+        kept.cache.keep("bob", [7], 10, name)
+    assert kept.closed == ["first", "second"], "who keeps most loses first"
+    assert kept.cache.take("ann", [1, 2, 3, 4]) == ("ann's", 3)
 
 
 def test_positions_are_bounded() -> None:
     kept = Kept(positions=100)
-    kept.cache.keep([1], 60, "a")
-    kept.cache.keep([2], 40, "b")
+    kept.cache.keep("me", [1], 60, "a")
+    kept.cache.keep("me", [2], 40, "b")
     assert not kept.closed
-    kept.cache.keep([3], 101, "too much alone")
+    kept.cache.keep("me", [3], 101, "too much alone")
     assert kept.closed == ["too much alone"]
-    kept.cache.keep([4], 10, "d")
+    kept.cache.keep("me", [4], 10, "d")
     assert kept.closed == ["too much alone", "a"]
 
 
 def test_sessions_expire() -> None:
     kept = Kept()
-    kept.cache.keep([1], 10, "a")
+    kept.cache.keep("me", [1], 10, "a")
     kept.now = 30.0
-    kept.cache.keep([2], 10, "b")
+    kept.cache.keep("me", [2], 10, "b")
     kept.now = 61.0
     kept.cache.expire()
     assert kept.closed == ["a"]
@@ -79,7 +89,7 @@ def test_sessions_expire() -> None:
 
 def test_nothing_is_kept_if_nothing_may_be() -> None:
     kept = Kept(sessions=0)
-    kept.cache.keep([1], 10, "a")
+    kept.cache.keep("me", [1], 10, "a")
     assert kept.closed == ["a"]
 
 
@@ -93,8 +103,8 @@ def test_nobody_shares_a_session_and_none_is_lost(does: list[tuple[str, list[int
     for number, (what, tokens) in enumerate(does):
         if what == "keep":
             inside[str(number)] = tokens
-            kept.cache.keep(tokens, len(tokens), str(number))
-        elif (taken := kept.cache.take(tokens)) is not None:
+            kept.cache.keep("me", tokens, len(tokens), str(number))
+        elif (taken := kept.cache.take("me", tokens)) is not None:
             name, shared = taken
             assert inside.pop(name)[:shared] == tokens[:shared] and shared >= 1
         for name in kept.closed:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.exceptions import RequestValidationError
+from hypothesis import given
+from hypothesis import strategies as st
 from jinja2 import TemplateError
 from pydantic import BaseModel, ValidationError
 
@@ -27,7 +30,9 @@ from splitnet.serve.admission import Admission
 from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.prompts import Prompts
+from splitnet.serve.quota import TokenQuota
 from splitnet.serve.requests import ChatRequest, CompletionRequest
+from splitnet.serve.shares import Client, Holding, Shares
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 TEXT = {"model": "m", "prompt": "hi"}
@@ -137,7 +142,55 @@ def test_keys(tmp_path: Path) -> None:
     file.write_text("# mine\n one \n\ntwo\n")
     keys = ApiKeys.read(file)
     assert keys.required and not ApiKeys.read(None).required
-    assert [keys.accept(key) for key in (b"one", b"two", b"# mine", b"", b"on")] == [True, True, False, False, False]
+    owners = [keys.client_of(key) for key in (b"one", b"two", b"# mine", b"", b"on")]
+    assert None not in owners[:2] and owners[0] != owners[1] and owners[2:] == [None] * 3
+
+
+def test_options_of_keys(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    file.write_text("weight=4,tokens-per-minute=60 one # Ann\ntwo weight=0.5\nthree\n")
+    one, two, three = (ApiKeys.read(file).client_of(key) for key in (b"one", b"two", b"three"))
+    assert one and two and three
+    assert (one.weight, two.weight, three.weight) == (4, 0.5, 1)
+    assert one.quota is not None and two.quota is None
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("one weight=0", "write weight=4"),
+        ("one weight=4,weight=4", "weight is given twice"),
+        ("one weight=4,nice=1", "'nice' is no option"),
+        ("one tokens-per-minute=many", "write tokens-per-minute=6000"),
+        ("one kv=8GiB", "leave them out"),
+        ("one train=no", "leave them out"),
+        ("one two", "write one key"),
+        ("weight=4", "write one key"),
+        ("first", "there already"),
+    ],
+)
+def test_a_line_that_is_wrong_is_named(tmp_path: Path, line: str, message: str) -> None:
+    file = tmp_path / "keys"
+    file.write_text(f"first\n{line}\n")
+    with pytest.raises(KeyFileError, match="line 2: ") as refused:
+        ApiKeys.read(file)
+    assert message in str(refused.value)
+
+
+def test_a_quota_fills_evenly_and_what_was_taken_beyond_it_is_owed() -> None:
+    now = 0.0
+    quota = TokenQuota(60, lambda: now)
+    quota.check()
+    quota.spend(90)
+    with pytest.raises(ApiError, match="60 tokens per minute") as refused:
+        quota.check()
+    assert refused.value.headers == {"Retry-After": "31"}
+    now = 31.0
+    quota.check()
+    now = 1000.0
+    quota.spend(60)
+    with pytest.raises(ApiError):
+        quota.check()
 
 
 @pytest.mark.parametrize("content", [None, b"", b"# only a comment\n", b"\xff\xfe"])
@@ -179,6 +232,104 @@ def test_requests_run_in_order_and_too_many_are_told_so() -> None:
     assert asyncio.run(come()) == ["first", "fourth"]
 
 
+def order_of(admission: Admission, asked: Sequence[Client]) -> list[str]:
+    """Who is let in after whom, where one request runs at a time and all of these wait."""
+
+    async def come() -> list[str]:
+        order: list[str] = []
+
+        async def request(client: Client) -> None:
+            async with admission.place(client):
+                order.append(client.name)
+                await asyncio.sleep(0)
+
+        async with admission.place(asked[0]):
+            tasks = [asyncio.create_task(request(client)) for client in asked]
+            await asyncio.sleep(0)
+        await asyncio.gather(*tasks)
+        return order
+
+    return asyncio.run(come())
+
+
+def test_clients_take_turns_however_many_wait() -> None:
+    greedy, modest = Client("greedy"), Client("modest")
+    order = order_of(Admission(1, 64), [greedy] * 10 + [modest] * 2)
+    assert order[:4] == ["modest", "greedy", "modest", "greedy"]
+
+
+def test_turns_are_by_weight() -> None:
+    heavy, light = Client("heavy", 3), Client("light")
+    order = order_of(Admission(1, 64), [light] * 20 + [heavy] * 20)
+    assert 13 <= order[:20].count("heavy") <= 16
+
+
+def test_a_full_waiting_room_refuses_who_fills_it() -> None:
+    async def come() -> None:
+        admission = Admission(1, 4)
+        greedy, modest = Client("greedy"), Client("modest")
+
+        async def request(client: Client) -> str:
+            async with admission.place(client):
+                return client.name
+
+        async with admission.place(greedy):
+            tasks = [asyncio.create_task(request(client)) for client in [greedy] * 4 + [modest]]
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+            refused = [task for task in tasks if task.done()]
+            assert refused == tasks[3:4], "the last of those who have most"
+        assert isinstance(refused[0].exception(), ApiError)
+        assert await tasks[4] == "modest"
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (admission.running, admission.waiting) == (0, 0)
+
+    asyncio.run(come())
+
+
+def test_a_client_leaves_the_spare_places_to_others() -> None:
+    async def come() -> None:
+        admission = Admission(4, 64, spare=1)
+        leave = asyncio.Event()
+
+        async def request(client: Client) -> None:
+            async with admission.place(client):
+                await leave.wait()
+
+        tasks = [asyncio.create_task(request(Client("greedy"))) for _ in range(5)]
+        await asyncio.sleep(0)
+        assert (admission.running, admission.waiting) == (3, 2)
+        async with admission.place(Client("modest")):
+            assert (admission.running, admission.waiting) == (4, 2)
+        leave.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(come())
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 60), st.booleans()), max_size=40))
+def test_shares_keep_their_bounds_as_far_as_holdings_may_go(grown: list[tuple[int, int, bool]]) -> None:
+    shares = Shares(100, 60)
+    held: dict[int, Holding] = {}
+    for number, (client, amount, settles) in enumerate(grown):
+        held[number] = shares.hold(Client(str(client)), lambda number=number: held.pop(number))
+        held[number].grow(amount)
+        if number in held:
+            held[number].settled = settles
+        totals = [sum(each.amount for each in held.values() if each.client == Client(str(name))) for name in range(3)]
+        assert max(totals) <= 60
+        assert sum(totals) <= 100 or all(each.settled for each in held.values())
+        assert sorted(each.number for each in shares.holdings) == sorted(each.number for each in held.values())
+
+
+def test_who_holds_most_lets_go() -> None:
+    shares = Shares(10)
+    gone: list[str] = []
+    for client, name, amount in (("a", "a1", 2), ("a", "a2", 5), ("b", "b1", 3)):
+        shares.hold(Client(client), lambda name=name: gone.append(name)).grow(amount)
+    shares.hold(Client("c"), lambda: gone.append("c1")).grow(2)
+    assert gone == ["a2"]
+
+
 def messages(said: list[dict[str, Any]]) -> Any:
     return ChatRequest.model_validate({"model": "m", "messages": said}).messages
 
@@ -187,12 +338,15 @@ class Tokenizer:
     """Tokens are code points; the template shows what it is given."""
 
     bos_token_id = None
+    added_tokens_decoder: Mapping[int, Any] = {}
 
     def __init__(self, template: str | None) -> None:
         self.chat_template = template
         self.given: Any = None
+        self.made = 0
 
     def __call__(self, text: str, **options: Any) -> Any:
+        self.made += len(text)
         return type("Encoded", (), {"input_ids": [ord(character) for character in text]})()
 
     def get_chat_template(self, tools: Any) -> str:
@@ -243,6 +397,18 @@ def test_prompts_that_the_model_cannot_read() -> None:
     with pytest.raises(ApiError, match="0 to 99"):
         prompts.of_text([100])
     assert prompts.of_text("A") == [65]
+
+
+def test_tokens_are_not_made_of_all_of_a_text_that_is_too_long() -> None:
+    tokenizer = Tokenizer("{{ messages }}")
+    prompts = Prompts(tokenizer, 100, 100_000)
+    assert len(prompts.of_text("A" * 90_000)) == 90_000
+    tokenizer.made = 0
+    with pytest.raises(ApiError, match="more tokens than the model's context of 100000: shorten"):
+        prompts.of_text("A" * 10_000_000)
+    with pytest.raises(ApiError, match="shorten the prompt"):
+        prompts.of_chat(messages([{"role": "user", "content": "A" * 60_000}] * 100), [])
+    assert tokenizer.made < 400_000
 
 
 def test_room_for_an_answer() -> None:

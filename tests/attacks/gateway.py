@@ -1,0 +1,231 @@
+"""What strangers do to `splitnet serve`.
+
+Each attack takes the URL of a server that belongs to the tests, attacks it for some seconds, and gives how often it was
+answered in which way: a status, or what became of a connection.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection, HTTPException
+from typing import Any
+from urllib.parse import urlsplit
+
+Outcomes = Counter[str]
+
+CHAT = "/v1/chat/completions"
+COMPLETION = "/v1/completions"
+REPLY_S = 120.0
+
+
+def wrong_values(url: str, *, seconds: float, key: str | None = None, count: int = 600_000) -> Outcomes:
+    """Sends bodies of megabytes in which every value is wrong: to tell of each of them takes long."""
+    return _repeated(url, _wrong_bodies(url, key, count), seconds, key)
+
+
+def long_texts(url: str, *, seconds: float, key: str | None = None, length: int = 8_000_000) -> Outcomes:
+    """Sends texts that are longer than every context: to make tokens of them takes long."""
+    model = model_of(url, key)
+    texts = ["a " * (length // 2), "1" * length, "\n" * length]
+    bodies = [(COMPLETION, json.dumps({"model": model, "prompt": text, "max_tokens": 1})) for text in texts]
+    return _repeated(url, bodies, seconds, key)
+
+
+def deep_schemas(url: str, *, seconds: float, key: str | None = None) -> Outcomes:
+    """Asks for answers that keep to schemas which are nested deeper than parsers go."""
+    model = model_of(url, key)
+    bodies: list[tuple[str, str]] = []
+    for depth in (60, 64, 130, 400, 50_000):
+        schema = '{"type":"object","properties":{"a":' * depth + '{"type":"string"}' + "}}" * depth
+        body = json.dumps({"model": model, "max_tokens": 2, "messages": [{"role": "user", "content": "a"}]})[:-1]
+        wanted = f'{{"type":"json_schema","json_schema":{{"name":"a","schema":{schema}}}}}'
+        bodies.append((CHAT, f'{body},"response_format":{wanted}}}'))
+    return _repeated(url, bodies, seconds, key)
+
+
+def unfinished_bodies(
+    url: str, *, seconds: float, key: str | None = None, count: int = 40, sent: int = 15 * 2**20
+) -> Outcomes:
+    """Sends the most of many large bodies, and never the rest."""
+    head = _head("POST", CHAT, url, key, f"Content-Type: application/json\r\nContent-Length: {sent + 2**20}\r\n")
+    return _held(url, head + b'{"model":"' + b"x" * sent, count, seconds)
+
+
+def trickled_bodies(url: str, *, seconds: float, key: str | None = None, count: int = 300) -> Outcomes:
+    """Sends the beginning of a small body on many connections, and never the rest."""
+    head = _head("POST", CHAT, url, key, "Content-Type: application/json\r\nContent-Length: 1000\r\n")
+    return _held(url, head + b"{", count, seconds)
+
+
+def half_requests(url: str, *, seconds: float, key: str | None = None, count: int = 1500) -> Outcomes:
+    """Opens many connections and sends half a line on each."""
+    return _held(url, b"GET /health HT", count, seconds)
+
+
+def stalled_readers(
+    url: str, *, seconds: float, key: str | None = None, count: int = 16, max_tokens: int | None = None
+) -> Outcomes:
+    """Asks for streams with all that can be told of each token, as long as the context has room, and reads nothing."""
+    body: dict[str, Any] = {"model": model_of(url, key), "messages": [{"role": "user", "content": "a"}]}
+    body |= {"max_tokens": max_tokens, "n": 16, "stream": True, "logprobs": True, "top_logprobs": 20}
+    text = json.dumps(body).encode()
+    head = _head("POST", CHAT, url, key, f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n")
+    return _held(url, head + text, count, seconds, receive_buffer=2048)
+
+
+def many_dashboards(url: str, *, seconds: float, key: str | None = None, count: int = 200) -> Outcomes:
+    """Opens the stream of the dashboard many times, and reads nothing."""
+    return _held(url, _head("GET", "/dashboard/events", url, key), count, seconds)
+
+
+def crowd(url: str, *, seconds: float, key: str | None = None, count: int = 64, max_tokens: int = 100) -> Outcomes:
+    """Asks for more at a time than the server answers, again and again."""
+    body = {"model": model_of(url, key), "prompt": "a", "max_tokens": max_tokens, "temperature": 0}
+    bodies = [(COMPLETION, json.dumps(body))]
+    outcomes: Outcomes = Counter()
+    with ThreadPoolExecutor(count) as threads:
+        for each in threads.map(lambda _: _repeated(url, bodies, seconds, key, pause_s=0.05), range(count)):
+            outcomes += each
+    return outcomes
+
+
+def rebound_names(url: str, *, seconds: float, key: str | None = None) -> Outcomes:
+    """Asks as a page does whose host has been given the address of the server."""
+    until, outcomes = time.monotonic() + seconds, Outcomes()
+    paths = ["/", "/v1/models", "/dashboard/events", "/metrics", "/health"]
+    for host in _until(until, ["attacker.example:8000", "127.0.0.1.attacker.example", "localhost.attacker.example"]):
+        for path in paths:
+            outcomes[_ask(url, path, None, key, {"Host": host})[0]] += 1
+    return outcomes
+
+
+def guessed_prompts(url: str, guesses: Sequence[Sequence[Any]], *, key: str | None = None) -> list[int]:
+    """Of how many tokens of each guess (messages of a chat) the server says that it had computed them before."""
+    cached: list[int] = []
+    for messages in guesses:
+        body = {"model": model_of(url, key), "messages": messages, "max_tokens": 1, "temperature": 0}
+        status, reply = _ask(url, CHAT, json.dumps(body), key)
+        assert status == "200", reply
+        cached.append(json.loads(reply)["usage"]["prompt_tokens_details"]["cached_tokens"])
+    return cached
+
+
+def model_of(url: str, key: str | None = None) -> str:
+    """The name of the model that a server has."""
+    status, reply = _ask(url, "/v1/models", None, key)
+    assert status == "200", reply
+    return json.loads(reply)["data"][0]["id"]
+
+
+def _wrong_bodies(url: str, key: str | None, count: int) -> list[tuple[str, str]]:
+    model = json.dumps(model_of(url, key))
+    user = '"messages":[{"role":"user","content":"a"}]'
+
+    def several(value: str) -> str:
+        return ",".join([value] * count)
+
+    names = ",".join(f'"a{number}":1' for number in range(count))
+    completions = [f'"prompt":[{several(value)}]' for value in ("-1", "1.5", "[]", "[-1]", '""', "null")]
+    chats = [
+        f'"messages":[{several("{}")}]',
+        f'"messages":[{{"role":"user","content":[{several("1")}]}}]',
+        f"{user},{names}",
+        f'{user},"logit_bias":{{{names}}}',
+        f'{user},"stop":[{several("1")}]',
+        f'{user},"tools":[{several("1")}]',
+    ]
+    bodies = [(COMPLETION, f'{{"model":{model},"max_tokens":1,{rest}}}') for rest in completions]
+    return bodies + [(CHAT, f'{{"model":{model},{rest}}}') for rest in chats]
+
+
+def _repeated(
+    url: str, bodies: Sequence[tuple[str, str]], seconds: float, key: str | None, pause_s: float = 0.0
+) -> Outcomes:
+    until, outcomes = time.monotonic() + seconds, Outcomes()
+    for path, body in _until(until, bodies):
+        outcomes[_ask(url, path, body, key)[0]] += 1
+        time.sleep(pause_s)
+    return outcomes
+
+
+def _until(end: float, things: Sequence[Any]) -> Iterator[Any]:
+    """All of them at least once, then again until a time."""
+    yield from things
+    while time.monotonic() < end:
+        yield from things
+
+
+def _ask(
+    url: str, path: str, body: str | None, key: str | None, headers: dict[str, str] | None = None
+) -> tuple[str, str]:
+    """The status and the body of a reply, or what became of the connection."""
+    server = urlsplit(url)
+    given = {"Content-Type": "application/json", **(headers or {})}
+    if key is not None:
+        given["Authorization"] = f"Bearer {key}"
+    connection = HTTPConnection(server.hostname or "", server.port, timeout=REPLY_S)
+    try:
+        connection.request("GET" if body is None else "POST", path, body, given)
+        reply = connection.getresponse()
+        if path == "/dashboard/events" and reply.status == 200:
+            return "200", ""  # it has no end
+        return str(reply.status), reply.read().decode(errors="replace")
+    except TimeoutError:
+        return "silent", ""
+    except (OSError, HTTPException):
+        return "cut off", ""
+    finally:
+        connection.close()
+
+
+def _head(method: str, path: str, url: str, key: str | None, more: str = "") -> bytes:
+    authorization = f"Authorization: Bearer {key}\r\n" if key is not None else ""
+    return f"{method} {path} HTTP/1.1\r\nHost: {urlsplit(url).netloc}\r\n{authorization}{more}\r\n".encode()
+
+
+def _held(url: str, sent: bytes, count: int, seconds: float, *, receive_buffer: int | None = None) -> Outcomes:
+    """Opens connections, sends the same on each, and reads nothing before the time is over."""
+    server, until = urlsplit(url), time.monotonic() + seconds
+    outcomes: Outcomes = Counter()
+    connections: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            connection = socket.socket()
+            if receive_buffer is not None:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+            connection.settimeout(10)
+            try:
+                connection.connect((server.hostname or "", server.port or 80))
+                connection.sendall(sent)
+            except OSError:
+                outcomes["cut off"] += 1
+                connection.close()
+                continue
+            connections.append(connection)
+        time.sleep(max(0.0, until - time.monotonic()))
+        for connection in connections:
+            outcomes[_state_of(connection)] += 1
+    finally:
+        for connection in connections:
+            connection.close()
+    return outcomes
+
+
+def _state_of(connection: socket.socket) -> str:
+    """The status of what was answered to the end, `open` if the server still waits or has more to say."""
+    connection.settimeout(0.001)
+    received = b""
+    try:
+        while (new := connection.recv(2**16)) and len(received) < 2**22:
+            received += new
+    except TimeoutError:
+        if not received or (received.split(b" ", 2)[1] == b"200" and not received.endswith(b"0\r\n\r\n")):
+            return "open"
+    except OSError:
+        return "cut off"
+    return received.split(b" ", 2)[1].decode() if received else "cut off"

@@ -1,0 +1,197 @@
+"""Attacks on a gateway in a process of its own, with an honest client beside: what they cost it, and memory."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.attacks import gateway as attacks
+from tests.e2e.daemons import background
+from tests.e2e.small_model import small_model
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.test_serve import TEMPLATE
+
+pytestmark = pytest.mark.swarm
+
+MIB = 2**20
+ANN, BOB = "sk-ann", "sk-bob"
+KEYS = f"{ANN} weight=1\ntokens-per-minute=100000000,weight=2 {BOB}\nsk-poor tokens-per-minute=20\n"
+
+
+@pytest.fixture(scope="module")
+def swarm(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
+    folder = small_model(tmp_path_factory.mktemp("hostile") / "small", demo_checkpoint, seed=0)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    with local_swarm(folder, [(0, 6)]) as swarm:
+        yield swarm
+
+
+@dataclass
+class Gateway:
+    """A running server; `key`: of the honest client."""
+
+    url: str
+    process: psutil.Process
+    key: str | None = None
+
+    def ask(self, path: str = "/v1/completions", *, key: str | None = None, **body: Any) -> httpx.Response:
+        """What an honest client is told."""
+        given = key or self.key
+        headers = {"Authorization": f"Bearer {given}"} if given else {}
+        prompt = {} if "messages" in body else {"prompt": "Bees fly"}
+        asked = {"model": "small", "max_tokens": 4, "temperature": 0} | prompt | body
+        return httpx.post(self.url + path, json=asked, headers=headers, timeout=60)
+
+    @contextmanager
+    def under(self, attack: Callable[[], attacks.Outcomes]) -> Iterator[Beside]:
+        """Attacks it and asks beside that, until the attack is over; what the `with` then gets is complete."""
+        beside = Beside(self._rss())
+        expected = self.ask().json()["choices"]
+        running = threading.Thread(target=lambda: beside.outcomes.update(attack()))
+        running.start()
+        while running.is_alive():
+            began = time.monotonic()
+            reply = self.ask()
+            beside.seconds.append(time.monotonic() - began)
+            assert reply.status_code == 200, reply.text
+            assert reply.json()["choices"] == expected
+            beside.rss = max(beside.rss, self._rss())
+            running.join(0.02)
+        yield beside
+
+    def _rss(self) -> int:
+        return self.process.memory_info().rss
+
+
+@dataclass
+class Beside:
+    """What was seen during an attack."""
+
+    rss_before: int
+
+    def __post_init__(self) -> None:
+        self.outcomes = attacks.Outcomes()
+        self.seconds: list[float] = []
+        self.rss = self.rss_before
+
+    @property
+    def grown_mib(self) -> float:
+        return (self.rss - self.rss_before) / MIB
+
+
+@contextmanager
+def gateway(swarm: LocalSwarm, home: Path, *options: str, key: str | None = None) -> Iterator[Gateway]:
+    arguments = ("--join", swarm.addresses[0], "--codec", "none", "--no-lan", "--port", "0", *options)
+    with background(home, "serve", str(swarm.folder), *arguments) as server:
+        assert server.process.stdout is not None
+        line = server.process.stdout.readline().decode()
+        assert line.startswith("serving small at http://"), line
+        yield Gateway(line.split()[-1].removesuffix("/v1"), psutil.Process(server.process.pid), key)
+        finished = server.stop(signal.SIGTERM)
+    assert finished.code == 0 and "Traceback" not in finished.errors, finished.errors
+
+
+@pytest.fixture(scope="module")
+def public(swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A server without keys."""
+    with gateway(swarm, tmp_path_factory.mktemp("public"), "--max-requests", "4") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def keyed(swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """A server with keys; Ann is honest."""
+    home = tmp_path_factory.mktemp("keyed")
+    (home / "keys").write_text(KEYS)
+    options = ("--max-requests", "4", "--max-waiting", "8", "--api-key-file", str(home / "keys"))
+    with gateway(swarm, home, *options, key=ANN) as running:
+        yield running
+
+
+def test_bodies_full_of_errors(public: Gateway) -> None:
+    with public.under(lambda: attacks.wrong_values(public.url, seconds=3)) as beside:
+        assert set(beside.outcomes) <= {"400", "413"} and beside.outcomes["400"] >= 10, beside.outcomes
+        assert max(beside.seconds) < 2 and beside.grown_mib < 300, (max(beside.seconds), beside.grown_mib)
+
+
+def test_texts_longer_than_the_context(public: Gateway) -> None:
+    with public.under(lambda: attacks.long_texts(public.url, seconds=1)) as beside:
+        assert set(beside.outcomes) == {"400"}, beside.outcomes
+        assert max(beside.seconds) < 2 and beside.grown_mib < 200, (max(beside.seconds), beside.grown_mib)
+
+
+def test_schemas_nested_too_deep(public: Gateway) -> None:
+    outcomes = attacks.deep_schemas(public.url, seconds=0)
+    assert outcomes == {"200": 1, "400": 4}, outcomes
+
+
+def test_bodies_that_never_end(public: Gateway) -> None:
+    with public.under(lambda: attacks.unfinished_bodies(public.url, seconds=4)) as beside:
+        assert beside.outcomes["open"] <= 4, beside.outcomes
+        assert max(beside.seconds) < 3 and beside.grown_mib < 200, (max(beside.seconds), beside.grown_mib)
+
+
+def test_requests_that_never_end(public: Gateway) -> None:
+    descriptors = public.process.num_fds()
+    with public.under(lambda: attacks.half_requests(public.url, seconds=1, count=400)) as beside:
+        assert beside.outcomes["open"] <= 256, beside.outcomes
+        assert max(beside.seconds) < 2
+    with public.under(lambda: attacks.trickled_bodies(public.url, seconds=1)) as beside:
+        assert beside.outcomes["open"] <= 256, beside.outcomes
+    attacked = attacks.half_requests(public.url, seconds=10.5, count=10)
+    assert attacked["open"] == 0, attacked
+    assert public.process.num_fds() < descriptors + 20
+
+
+def test_readers_that_stall_hold_no_places(public: Gateway) -> None:
+    attack = lambda: attacks.stalled_readers(public.url, seconds=8, count=8, max_tokens=60)  # noqa: E731
+    with public.under(attack) as beside:
+        assert beside.grown_mib < 200, beside.grown_mib
+        assert len(beside.seconds) >= 2, "others were answered while nobody read"
+
+
+def test_dashboards_without_end(public: Gateway) -> None:
+    with public.under(lambda: attacks.many_dashboards(public.url, seconds=3)) as beside:
+        assert beside.outcomes["open"] <= 32, beside.outcomes
+        assert beside.grown_mib < 50 and max(beside.seconds) < 3
+
+
+def test_names_that_were_bound_to_this_machine(public: Gateway) -> None:
+    outcomes = attacks.rebound_names(public.url, seconds=0)
+    assert set(outcomes) == {"403"}, outcomes
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1", "[::1]:8000", "192.0.2.7:80"):
+        assert httpx.get(public.url + "/v1/models", headers={"Host": host}).status_code == 200
+
+
+def test_a_key_that_asks_without_end(keyed: Gateway) -> None:
+    with keyed.under(lambda: attacks.crowd(keyed.url, seconds=4, key=BOB, count=32, max_tokens=60)) as beside:
+        assert set(beside.outcomes) <= {"200", "429"} and beside.outcomes["429"], beside.outcomes
+        assert len(beside.seconds) >= 5 and max(beside.seconds) < 3, beside.seconds
+
+
+def test_guessing_what_others_have_asked(keyed: Gateway) -> None:
+    system = {"role": "system", "content": "You are the helpdesk of a hospital. " * 2}
+    secret = [system, {"role": "user", "content": "I am Ann and I have a cold."}]
+    assert keyed.ask("/v1/chat/completions", messages=secret).status_code == 200
+    guess = [system, {"role": "user", "content": "I am Ann and I have a cold."}]
+    assert attacks.guessed_prompts(keyed.url, [guess], key=BOB) == [0]
+    assert attacks.guessed_prompts(keyed.url, [guess], key=ANN)[0] > 10, "the owner's is kept"
+
+
+def test_a_key_that_has_used_its_tokens(keyed: Gateway) -> None:
+    assert keyed.ask(key="sk-poor", max_tokens=40).status_code == 200
+    refused = keyed.ask(key="sk-poor")
+    assert refused.status_code == 429 and 30 < int(refused.headers["Retry-After"]) < 120
+    assert "20 tokens per minute" in json.loads(refused.text)["error"]["message"]
+    assert keyed.ask().status_code == 200

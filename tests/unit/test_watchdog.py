@@ -1,0 +1,34 @@
+"""What systemd is told of a daemon that serves."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from splitnet.watchdog import EVERY_S, Watchdog
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_systemd_is_told_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, abstract: bool) -> None:
+    name = str(tmp_path / "notify")
+    monkeypatch.setenv("NOTIFY_SOCKET", f"@{name}" if abstract else name)
+    now = [0.0]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as systemd:
+        systemd.bind(f"\0{name}" if abstract else name)
+        systemd.setblocking(False)
+        watchdog = Watchdog(lambda: now[0])
+        for now[0] in (0.0, EVERY_S / 2, EVERY_S):
+            watchdog.alive()
+        assert [systemd.recv(100) for _ in range(2)] == [b"READY=1\nWATCHDOG=1"] * 2
+        with pytest.raises(BlockingIOError):
+            systemd.recv(100)
+    now[0] = 3 * EVERY_S
+    watchdog.alive()  # nobody listens any more
+
+
+def test_nobody_is_told_without_systemd(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
+    monkeypatch.setattr(socket, "socket", None)
+    Watchdog().alive()
