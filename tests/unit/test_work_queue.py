@@ -438,8 +438,8 @@ def test_passes_of_training_run_when_no_step_is_ready() -> None:
     assert queue.pass_positions == 5
     # Between two blocks of a pass:
     queue.put(work(decodes, 1, number=1))
-    assert [item.session for item, _ in queue.take(PASS, wait=False)] == [decodes]
-    assert queue.take(PASS, wait=False) == []
+    assert [item.session for item, _ in queue.take_between(first, PASS, first=True)] == [decodes]
+    assert queue.take_between(first, PASS, first=False) == []
 
 
 def test_training_has_its_turn_among_steps_that_never_end() -> None:
