@@ -206,17 +206,15 @@ class WorkQueue:
     def ran(self, chosen: Sequence[tuple[Work, int]], seconds: float) -> None:
         """Charges a pass to the keys whose positions it had."""
         with self._changed:
-            if self._shares.contended(time.monotonic()):
-                positions = sum(count for _, count in chosen)
-                for work, count in chosen:
-                    bulk = work.total > DECODE_POSITIONS
-                    self._shares.charge(work.session.owner, seconds * count / positions, bulk=bulk)
+            now, positions = time.monotonic(), sum(count for _, count in chosen)
+            for work, count in chosen:
+                bulk = work.total > DECODE_POSITIONS
+                self._shares.charge(work.session.owner, seconds * count / positions, now, bulk=bulk)
 
     def charge(self, session: Session, seconds: float) -> None:
         """Charges the key of a session for prefill or training."""
         with self._changed:
-            if self._shares.contended(time.monotonic()):
-                self._shares.charge(session.owner, seconds, bulk=True)
+            self._shares.charge(session.owner, seconds, time.monotonic(), bulk=True)
 
     def chunk_s(self) -> float | None:
         """How long a piece of a pass may take that others cannot interrupt, in seconds; None: nobody else is active."""
@@ -270,7 +268,7 @@ class WorkQueue:
         if waits is not None:
             key, left_s = waits
             self._changed.wait(left_s)
-            self._shares.charge(key, time.monotonic() - now)
+            self._shares.charge(key, time.monotonic() - now, now)
             return None
         self._shares.begin_rounds(first)
         if is_pass:
@@ -322,8 +320,8 @@ class WorkQueue:
         return max(CHUNK_S, 2 * self._pass_s(1), self._shares.quiet_s(time.monotonic()))
 
     def positions_within(self, seconds: float) -> int:
-        """The most positions of which a pass takes so long; at least one more than a decode step."""
-        low, high = DECODE_POSITIONS + 1, 1 << 16
+        """The most positions of which a pass takes so long, at least one."""
+        low, high = 1, 1 << 16
         while low < high:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._pass_s(middle) <= seconds else (low, middle - 1)

@@ -41,8 +41,8 @@ _ROUND_S: Final = 0.001
 _LEARNING: Final = 0.2
 _EARLY: Final = 0.8
 """A key may come back after such a part of its usual time."""
-_LATE: Final = 1.5
-"""A key that needs more than so many times its usual time is not waited for."""
+_LATE: Final = 0.3
+"""A key that is late by more than such a part of its usual time, or of the work that waits for it, is given up."""
 _WORTH: Final = 0.8
 """Part of the time that a piece of work takes, for which it waits for another key at most."""
 
@@ -112,12 +112,19 @@ class FairShares(Generic[K]):
         """Whether several keys are active."""
         return len(self._present) + len(list(islice(self._absent(now), 2))) > 1
 
-    def charge(self, key: K, seconds: float, *, bulk: bool = False) -> None:
-        """Takes off what work of `key` took of the device's time; `bulk`: prefill or training."""
+    def charge(self, key: K, seconds: float, now: float, *, bulk: bool = False) -> None:
+        """Takes off what work of `key` took of the device's time; `bulk`: prefill or training.
+
+        Nothing while no other key is active, but it has no credit beside one that comes then.
+        """
         account = self._accounts.get(key)
         if account is not None:
-            cost = seconds * (BULK_COST if bulk else 1.0) / self._weight(key)
-            account.balance = self._balance(account) - cost - self._rounds_s
+            balance = self._balance(account)
+            if self.contended(now):
+                balance -= seconds * (BULK_COST if bulk else 1.0) / self._weight(key)
+            else:
+                balance = min(0.0, balance)
+            account.balance = balance - self._rounds_s
 
     def ranked(self, keys: Collection[K]) -> list[K]:
         """Keys that have work, in the order of their balances, largest first."""
@@ -145,7 +152,7 @@ class FairShares(Generic[K]):
         for key, account in self._absent(now):
             usual_s = account.away.value
             gone_s = now - account.left_at
-            left_s = min(_LATE * usual_s - gone_s, takes_s)
+            left_s = min(usual_s + max(_LATE * usual_s, _LATE * takes_s) - gone_s, takes_s)
             if self._balance(account) - own > takes_s and usual_s - gone_s <= _WORTH * takes_s and left_s > 0:
                 return key, left_s
         return None
