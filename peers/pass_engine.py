@@ -67,6 +67,8 @@ class PassEngine:
                 self._fetch_kv(work, work.message)
             else:
                 self._adopt(work)
+        except _Abandoned:
+            pass
         except CodecError as error:
             self._training.failed(work, FailureCode.BAD_MESSAGE, str(error))
         except ProtocolError as error:
@@ -74,13 +76,17 @@ class PassEngine:
         except Exception as error:
             self._training.failed(work, *failure_of(error, "pass"))
         finally:
-            self._end_piece()
-            self._running = None
+            self._let_others_in(work)
 
     def _end_piece(self) -> None:
-        if self._running is not None:
-            self._between(self._running, seconds_after_work(self._span.device) - self._piece_began)
-            self._piece_began = time.perf_counter()
+        assert self._running is not None
+        self._let_others_in(self._running)
+        if self._running.session.closed:
+            raise _Abandoned
+
+    def _let_others_in(self, running: PassWork) -> None:
+        self._between(running, seconds_after_work(self._span.device) - self._piece_began)
+        self._piece_began = time.perf_counter()
 
     def _forward(self, work: PassWork, message: Forward, began: float) -> None:
         session = work.session
@@ -151,3 +157,7 @@ class PassEngine:
 
     def _decode(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
         return codec_by_code(codec).decode(payload, positions, self._span.hidden_size).to(self._span.device)
+
+
+class _Abandoned(Exception):
+    """The session has ended: nobody waits for its pass."""

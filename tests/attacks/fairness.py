@@ -57,11 +57,12 @@ class Client:
         identity: Identity | None = None,
     ) -> None:
         self.facts = facts
-        self._endpoint = endpoint
-        self._start, self._end = blocks or (0, facts.num_blocks)
+        self.endpoint = endpoint
+        self.start, self.end = blocks or (0, facts.num_blocks)
         self._heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.positions: dict[bytes, int] = {}
+        """How many each session has sent."""
         self._nonces = itertools.count(1)
-        self._positions: dict[bytes, int] = {}
         self._transport = Transport(identity or Identity.generate(), on_message=self._hear, max_backlog=None)
         self._transport.start()
 
@@ -70,13 +71,13 @@ class Client:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(TimeoutError):
-            self.say(*(Close(session) for session in self._positions))
+            self.say(*(Close(session) for session in self.positions))
             self.ping_ms()
         self._transport.close()
 
     def say(self, *messages: Message) -> None:
         for message in messages:
-            self._transport.send(self._endpoint, encode(message))
+            self._transport.send(self.endpoint, encode(message))
 
     def hear(self, timeout_s: float = ANSWER_S) -> Message | None:
         """The next message of the peer, or None if there is none for so long."""
@@ -88,9 +89,13 @@ class Client:
     def open(self, budget: int, session: bytes | None = None, *, epoch: int = 1) -> tuple[bytes, Message | None]:
         """Opens a session; returns its id and the answer."""
         session = session or os.urandom(16)
-        self._positions[session] = 0
-        self.say(Open(session, epoch, self.facts.fingerprint, self._start, self._end, budget, PLAIN, b"", b"", ""))
+        self.say(self.opening(session, budget, epoch=epoch))
         return session, self.hear()
+
+    def opening(self, session: bytes, budget: int, *, epoch: int = 1) -> Open:
+        """What opens a session."""
+        self.positions[session] = 0
+        return Open(session, epoch, self.facts.fingerprint, self.start, self.end, budget, PLAIN, b"", b"", "")
 
     def ping_ms(self) -> float:
         """How long the peer takes to answer a ping; what else it has said is forgotten."""
@@ -103,19 +108,19 @@ class Client:
 
     def step(self, session: bytes, positions: int = 1) -> None:
         """Sends the next positions of a session, of which the last comes back."""
-        start = self._positions[session]
-        self._positions[session] = start + positions
+        start = self.positions[session]
+        self.positions[session] = start + positions
         part = Part(1, start, positions, 1)
         self.say(Step(session, 1, start + positions, (part,), None, 0, PLAIN, self.hidden(positions)))
 
     def forward(self, session: bytes, number: int, lengths: Sequence[int], *, kept: bool = False) -> None:
         """Sends whole sequences."""
         payload = self.hidden(sum(lengths))
-        self.say(Forward(session, 1, number, 0, tuple(lengths), kept, 0, PLAIN, PLAIN, payload, self._start))
+        self.say(Forward(session, 1, number, 0, tuple(lengths), kept, 0, PLAIN, PLAIN, payload, self.start))
 
     def gradient(self, session: bytes, number: int, positions: int) -> None:
         """Sends the gradient by what a pass has answered."""
-        self.say(Gradient(session, 1, number, self._end, number, False, PLAIN, self.hidden(positions)))
+        self.say(Gradient(session, 1, number, self.end, number, False, PLAIN, self.hidden(positions)))
 
     def decode(self, session: bytes, *, seconds: float = float("inf"), steps: int = 1 << 30) -> list[float]:
         """Decodes with one session, one step after the other; returns the ms that each took."""
@@ -165,7 +170,7 @@ def decodes(
             answer = client.hear(left)
             if isinstance(answer, Result):
                 tokens += 1
-                if client._positions[answer.session] < budget:
+                if client.positions[answer.session] < budget:
                     client.step(answer.session)
         return tokens
 
@@ -185,10 +190,10 @@ def prefills(
     with Client(endpoint, facts, blocks) as client:
 
         def begin() -> None:
-            session, answer = client.open(length)
-            if not isinstance(answer, Failure):
-                for _ in range(length // piece):
-                    client.step(session, piece)
+            session = os.urandom(16)
+            client.say(client.opening(session, length))
+            for _ in range(length // piece):
+                client.step(session, piece)
 
         for _ in range(sessions):
             begin()
@@ -200,12 +205,7 @@ def prefills(
                 computed += piece
                 if answer.number >= length // piece * piece:
                     client.say(Close(answer.session))
-                    session = os.urandom(16)
-                    client._positions[session] = 0
-                    start, end = blocks or (0, facts.num_blocks)
-                    client.say(Open(session, 1, facts.fingerprint, start, end, length, PLAIN, b"", b"", ""))
-                    for _ in range(length // piece):
-                        client.step(session, piece)
+                    begin()
         return computed
 
 
@@ -249,28 +249,26 @@ def recalls(
 ) -> float:
     """Queues look-ups of keys and values behind a pass, in two sessions in turns, then ends all with a newer epoch.
 
-    Returns the longest time that a ping of the same peer took meanwhile, in ms.
+    Returns the longest time that somebody else's ping took meanwhile, in ms.
     """
     worst = 0.0
-    with Client(endpoint, facts, blocks) as client:
-        until = time.monotonic() + seconds
-        epoch = 0
+    until, epoch = time.monotonic() + seconds, 0
+    with Client(endpoint, facts, blocks) as client, Client(endpoint, facts, blocks) as victim:
         sessions = os.urandom(16), os.urandom(16)
+        payload = client.hidden(512)
         while time.monotonic() < until:
             epoch += 1
             for session in sessions:
                 client.open(64, session, epoch=epoch)
-            payload = client.hidden(512)
-            client.say(Forward(sessions[0], epoch, 1, 0, (512,), False, 0, PLAIN, PLAIN, payload, 0))
+            client.say(Forward(sessions[0], epoch, 1, 0, (128,) * 4, False, 0, PLAIN, PLAIN, payload, client.start))
             for session in sessions:
                 client.say(*(FetchKV(session, epoch, 10**6, 1, 1) for _ in range(count // 2)))
-            worst = max(worst, client.ping_ms())
-            for session in sessions:
-                client.say(
-                    Open(session, epoch + 1, facts.fingerprint, client._start, client._end, 64, PLAIN, b"", b"", "")
-                )
-            worst = max(worst, client.ping_ms())
+            worst = max(worst, victim.ping_ms())
+            client.ping_ms()  # all of it has arrived
             epoch += 1
+            client.say(*(client.opening(session, 64, epoch=epoch) for session in sessions))
+            worst = max(worst, victim.ping_ms())
+            client.ping_ms()
     return worst
 
 
