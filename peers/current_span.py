@@ -7,6 +7,7 @@ import threading
 import time
 
 from peers.counters import Counters
+from peers.key_policy import KeyPolicy
 from peers.next_hops import NextHops
 from peers.options import PeerOptions
 from peers.outbox import Outbox
@@ -35,6 +36,7 @@ class CurrentSpan:
         next_hops: the links to other peers.
         counters: what the peer counts.
         leaving: set when the peer ends.
+        policy: what keys are granted; None: all, alike.
 
     Attributes:
         service: what answers messages; while the peer moves that of the blocks that it has left.
@@ -50,6 +52,7 @@ class CurrentSpan:
         next_hops: NextHops,
         counters: Counters,
         leaving: threading.Event,
+        policy: KeyPolicy | None = None,
     ) -> None:
         self._checkpoint = checkpoint
         self._options = options
@@ -57,6 +60,7 @@ class CurrentSpan:
         self._next_hops = next_hops
         self._counters = counters
         self._leaving = leaving
+        self._policy = policy
         self._server: SpanServer | None = self._server_of(span)
         self.service: SessionService = self._server.service
         self.placed_at = time.time()
@@ -150,6 +154,7 @@ class CurrentSpan:
             training_memory=options.training_memory,
             idle_s=options.idle_s,
             counters=self._counters,
+            policy=self._policy,
             speed=speed,
         )
 

@@ -18,6 +18,7 @@ from peers.announce import Announcer
 from peers.counters import Counters
 from peers.current_span import MOVE_DRAIN_S, CurrentSpan
 from peers.holder_watch import HolderWatch
+from peers.key_policy import KeyPolicy
 from peers.lan_presence import LanPresence
 from peers.mover import Mover
 from peers.neighbours import Neighbours
@@ -85,7 +86,11 @@ class Peer:
         self._watchdog = Watchdog()
         self._next_hops = NextHops(self)
         self._watch = HolderWatch(self._next_hops, self.state)
-        self._current = CurrentSpan(checkpoint, span, options, self, self._next_hops, self.counters, self._leaving)
+        authorized = AuthorizedKeys.from_file(options.authorized_keys) if options.authorized_keys else None
+        policy = KeyPolicy(authorized)
+        self._current = CurrentSpan(
+            checkpoint, span, options, self, self._next_hops, self.counters, self._leaving, policy
+        )
         self._transport = Transport(
             identity,
             on_message=self._receive,
@@ -93,7 +98,7 @@ class Peer:
             on_lost=lambda connection: self.service.connection_lost(connection, time.monotonic()),
             on_dropped=lambda _, frames, reason: self.service.dropped(decode(frames), reason),
             on_tick=self._tick,
-            authorized=AuthorizedKeys.from_file(options.authorized_keys) if options.authorized_keys else None,
+            authorized=authorized,
             listen=options.listen,
         )
         address = public_address(options.listen, self._transport.port, options.public_host)

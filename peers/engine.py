@@ -12,7 +12,7 @@ from peers.counters import Counters
 from peers.failures import failure_of
 from peers.load import Load
 from peers.pass_engine import PassEngine
-from peers.session import Work
+from peers.session import PassWork, Work
 from peers.session_service import SessionService, SessionTooLong
 from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
@@ -57,7 +57,9 @@ class Engine:
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
         self._gathering = Gathering()
         self._publish_speed()
-        self._pass_engine = PassEngine(span, service.training, self._run_ready_steps, self._counters)
+        self._pass_engine = PassEngine(
+            span, service.training, self._let_others_in, self._most_positions, self._counters
+        )
         self._thread = threading.Thread(target=self._run, name="splitnet-engine", daemon=True)
 
     def start(self) -> None:
@@ -100,11 +102,18 @@ class Engine:
             self._speed.replace(measured)
             self._publish_speed()
 
-    def _run_ready_steps(self) -> None:
-        """Between two blocks of a pass over whole sequences: no step waits for the others."""
-        chosen = self._queue.take(PASS_POSITIONS, wait=False)
-        if chosen:
+    def _let_others_in(self, running: PassWork, seconds: float) -> None:
+        """Between two pieces of a pass over whole sequences, the last of which took so long: no step waits for all."""
+        self._queue.charge(running.session, seconds)
+        first = True
+        while chosen := self._queue.take_between(running, PASS_POSITIONS, first=first):
             self._run_steps(chosen)
+            first = False
+
+    def _most_positions(self) -> int | None:
+        """Of a piece of a pass over whole sequences, which goes through one block; None: any."""
+        chunk_s = self._queue.chunk_s()
+        return None if chunk_s is None else self._queue.positions_within(chunk_s * (self._span.end - self._span.start))
 
     def _run_steps(self, chosen: list[tuple[Work, int]]) -> None:
         ready = [(work, count) for work, count in chosen if self._begin(work)]
@@ -150,19 +159,23 @@ class Engine:
         for part in work.step.parts:
             row = session.rows.get(part.row)
             if row is not None and row.length - row.computed > PASS_POSITIONS:
-                span = self._view(session.start, session.end)
+                span, began = self._view(session.start, session.end), time.perf_counter()
                 session.done += span.catch_up(row, session.adapter, PASS_POSITIONS)
+                self._queue.charge(session, seconds_after_work(self._span.device) - began)
                 return True
         return False
 
     def _compute(self, ready: list[tuple[Work, int]]) -> None:
         """Runs a pass; if that fails, each of its steps alone, so that none fails for another's sake."""
+        began = time.monotonic()
         try:
             self._pass(ready)
             return
         except Exception as error:
             # A pass that fails leaves all rows as they were.
             failure = failure_of(error, "step")
+        finally:
+            self._queue.ran(ready, time.monotonic() - began)
         if len(ready) == 1:
             self._give_up(ready[0][0], *failure)
         else:

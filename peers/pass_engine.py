@@ -30,22 +30,34 @@ class PassEngine:
     Args:
         span: the blocks.
         training: takes what is computed.
-        between: called between two blocks, for steps that are ready.
+        between: called between two pieces of a pass, for others, with the seconds that the last one took.
+        most_positions: of a piece, if a pass has more sequences; None: any.
         counters: what the peer counts.
     """
 
-    def __init__(self, span: Span, training: Training, between: Callable[[], None], counters: Counters) -> None:
+    def __init__(
+        self,
+        span: Span,
+        training: Training,
+        between: Callable[[PassWork, float], None],
+        most_positions: Callable[[], int | None],
+        counters: Counters,
+    ) -> None:
         self._span = span
         self._training = training
+        self._between = between
         self._counters = counters
-        self._passes = SpanPasses(span, between)
+        self._running: PassWork | None = None
+        self._piece_began = 0.0
+        self._passes = SpanPasses(span, self._end_piece, most_positions)
 
     def run(self, work: PassWork) -> None:
         """Does what `work` asks for; whatever goes wrong is told its client."""
         if work.session.closed:
             return
         work.wait_ms = (time.monotonic() - work.arrived_at) * 1000
-        began = time.perf_counter()
+        began = self._piece_began = time.perf_counter()
+        self._running = work
         try:
             if isinstance(work.message, Forward):
                 self._forward(work, work.message, began)
@@ -55,12 +67,26 @@ class PassEngine:
                 self._fetch_kv(work, work.message)
             else:
                 self._adopt(work)
+        except _Abandoned:
+            pass
         except CodecError as error:
             self._training.failed(work, FailureCode.BAD_MESSAGE, str(error))
         except ProtocolError as error:
             self._training.failed(work, FailureCode.OUT_OF_ORDER, str(error))
         except Exception as error:
             self._training.failed(work, *failure_of(error, "pass"))
+        finally:
+            self._let_others_in(work)
+
+    def _end_piece(self) -> None:
+        assert self._running is not None
+        self._let_others_in(self._running)
+        if self._running.session.closed:
+            raise _Abandoned
+
+    def _let_others_in(self, running: PassWork) -> None:
+        self._between(running, seconds_after_work(self._span.device) - self._piece_began)
+        self._piece_began = time.perf_counter()
 
     def _forward(self, work: PassWork, message: Forward, began: float) -> None:
         session = work.session
@@ -131,3 +157,7 @@ class PassEngine:
 
     def _decode(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
         return codec_by_code(codec).decode(payload, positions, self._span.hidden_size).to(self._span.device)
+
+
+class _Abandoned(Exception):
+    """The session has ended: nobody waits for its pass."""

@@ -49,6 +49,9 @@ class Session:
     log: SentLog
     used_at: float
     """Seconds of the peer's clock."""
+    opened_at: float = 0.0
+    stepped_at: float = 0.0
+    """When it was opened, and when its last step or pass came. Of the peer's clock."""
     reserved_rows: int = 0
     """Rows whose states have a place. Touched by the table of sessions only."""
     rows: dict[int, RowCache] = field(default_factory=dict)
@@ -59,6 +62,8 @@ class Session:
     """Steps in the order of arrival; the engine takes the first. Touched by the work queue only."""
     waiting_size: int = 0
     """What the waiting steps hold, see `Work.size`."""
+    passes: dict[PassWork, None] = field(default_factory=dict)
+    """Over whole sequences, that wait. Touched by the work queue only."""
     waiting_passes: int = 0
     """Passes over whole sequences that wait or run. Touched by the work queue only."""
     done: int = 0

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from peers.admission import SessionTable
 from peers.counters import Counters, SessionEnd
+from peers.key_policy import KeyPolicy
 from peers.next_hops import NextHops
 from peers.opening import NextHopOpening
 from peers.outbox import Outbox
@@ -77,6 +78,7 @@ class SessionService:
         training_memory: bytes to keep for clients that train.
         reach_s: how long a next hop may take to accept the link before the client is told to carry.
         counters: what the peer counts; None: nobody reads it.
+        policy: what keys are granted; None: all, alike.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class SessionService:
         training_memory: int = 1 << 28,
         reach_s: float = 3.0,
         counters: Counters | None = None,
+        policy: KeyPolicy | None = None,
     ) -> None:
         self.served = served
         self.sessions = sessions
@@ -99,6 +102,7 @@ class SessionService:
         self.leaving = False
         self.training_memory = TrainingMemory(training_memory)
         self._counters = counters or Counters()
+        self._policy = policy or KeyPolicy()
         self._outbox = outbox
         self._lock = threading.RLock()
         self._opening = NextHopOpening(outbox, next_hops, reach_s)
@@ -270,6 +274,8 @@ class SessionService:
             self._fail(source, message.session, message.epoch, 0, FailureCode.LEAVING, "this peer is leaving")
             return
         try:
+            self._policy.spend(source.curve, 0, now)
+            self._make_room(source.curve, message.budget, now, session)
             if session is None:
                 session = Session(
                     id=message.session,
@@ -302,6 +308,18 @@ class SessionService:
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now
         self._opening.reach(session, next_hop_of(message), now, again=again)
+
+    def _make_room(self, key: bytes, budget: int, now: float, session: Session | None) -> None:
+        """Ends sessions of keys that have more than their share of the KV memory, if another key needs it."""
+        for ended in self.sessions.make_room(key, budget, now, session):
+            work = next(iter((*ended.waiting, *ended.passes)), None)
+            if work is not None:
+                number = work.step.number if isinstance(work, Work) else number_of(work.message)
+                text = "your key had more than its share of this peer's KV memory, and others waited for it"
+                self._fail(ended.reply_to, ended.id, ended.epoch, number, FailureCode.BUSY, text)
+            self._forget(ended)
+            self._counters.ended[SessionEnd.EXPIRED] += 1
+            log.info("session %s made room", ended.id.hex(), extra={"session": ended.id.hex()})
 
     def _forget(self, session: Session) -> None:
         """Lets go of what a session that has ended occupied."""
@@ -336,10 +354,12 @@ class SessionService:
             if source.curve != session.owner and message.boundary != session.start:
                 raise ProtocolError(f"the step stands before block {message.boundary}, the session at {session.start}")
             total = self.served.check(session, message)
-        except ProtocolError as error:
-            code = FailureCode.TOO_LONG if isinstance(error, SessionTooLong) else FailureCode.BAD_MESSAGE
+            self._policy.spend(session.owner, total, now)
+        except (ProtocolError, PeerBusy) as error:
+            code = _CODE_OF_ERROR.get(type(error), FailureCode.BAD_MESSAGE)
             self._fail(session.reply_to, session.id, message.epoch, message.number, code, str(error))
             return
+        session.stepped_at = now
         self.queue.put(Work(session, message, total, now))
 
     def _train(self, source: Connection, message: Request, now: float) -> None:
@@ -360,7 +380,12 @@ class SessionService:
                 raise ProtocolError(
                     f"the gradient stands at block {message.boundary}, the session ends at {session.end}"
                 )
+            if isinstance(message, Gradient) or (isinstance(message, Forward) and message.kept):
+                self._policy.check_training(session.owner)
+            if isinstance(message, Forward):
+                self._policy.spend(session.owner, message.positions, now)
             self.training.receive(session, source, message, now)
+            session.stepped_at = now
         except (ProtocolError, PeerBusy) as error:
             code = _CODE_OF_ERROR.get(type(error), FailureCode.BAD_MESSAGE)
             self._fail(session.reply_to, session.id, message.epoch, number_of(message), code, str(error))

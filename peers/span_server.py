@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 from peers.admission import SessionTable
 from peers.counters import Counters
 from peers.engine import Engine
+from peers.key_policy import KeyPolicy
 from peers.load import Load
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
@@ -36,6 +38,7 @@ class SpanServer:
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         idle_s: seconds until an idle session is dropped.
         counters: what the peer counts.
+        policy: what keys are granted; None: all, alike.
         speed: of the device, as far as it is known; None: it is measured now.
 
     Raises:
@@ -53,6 +56,7 @@ class SpanServer:
         training_memory: int | None,
         idle_s: float,
         counters: Counters,
+        policy: KeyPolicy | None = None,
         speed: ObservedSpeed | None = None,
     ) -> None:
         if kv_memory is not None and kv_memory <= span.state_bytes != 0:
@@ -65,12 +69,20 @@ class SpanServer:
         assert speed is not None
         self.speed = speed
         self.load = Load()
+        policy = policy or KeyPolicy()
+
+        def most_positions(key: bytes) -> int | None:
+            kv = policy.options_of(key).kv
+            return None if kv is None else int(kv / _position_bytes(span))
+
         self.sessions = SessionTable(
             _kv_capacity(span, kv_memory),
             idle_s=idle_s,
             row_positions=math.ceil(span.state_bytes / _position_bytes(span)),
+            weight=policy.weight,
+            most=most_positions,
         )
-        self.queue = WorkQueue()
+        self.queue = WorkQueue(partial(self.speed.pass_s, blocks=span.end - span.start), policy.weight)
         served = ServedBlocks(
             model=checkpoint.fingerprint,
             start=span.start,
@@ -82,7 +94,14 @@ class SpanServer:
         if training_memory is None:
             training_memory = span.free_memory() // 8
         self.service = SessionService(
-            served, self.sessions, self.queue, outbox, next_hops, training_memory=training_memory, counters=counters
+            served,
+            self.sessions,
+            self.queue,
+            outbox,
+            next_hops,
+            training_memory=training_memory,
+            counters=counters,
+            policy=policy,
         )
         self._engine = Engine(span, self.service, self.queue, self.speed, self.load, counters)
         self._measured_at = time.monotonic()

@@ -31,6 +31,10 @@ class ObservedSpeed:
     def prefill_ms_per_block_position(self) -> float:
         return self._speed.block_ms[-1] / PASS_SIZES[-1]
 
+    def pass_s(self, positions: int, blocks: int) -> float:
+        """Seconds that a pass of so many positions takes."""
+        return blocks * self._speed.at(positions) / 1000
+
     def replace(self, measured: ObservedSpeed) -> None:
         """Takes over what was measured anew."""
         self._speed = measured._speed

@@ -107,7 +107,11 @@ class Training:
             for number in [number for number in session.kept if number < message.oldest]:
                 self._drop(session, number)
             self._memory.take(session, len(message.payload))
-            self._queue.put_pass(PassWork(session, message, source, now))
+            try:
+                self._queue.put_pass(PassWork(session, message, source, now))
+            except PeerBusy:
+                self._memory.give_back(session, len(message.payload))
+                raise
         elif isinstance(message, Gradient):
             work = session.kept.pop(message.number, None)
             if work is None:
@@ -115,10 +119,10 @@ class Training:
             assert isinstance(work.message, Forward)
             try:
                 self._served.check_payload(message.codec, message.payload, work.message.positions)
-            except ProtocolError:
+                self._queue.put_pass(PassWork(session, message, work.source, now, work.message))
+            except (ProtocolError, PeerBusy):
                 self._memory.give_back(session, len(work.message.payload))
                 raise
-            self._queue.put_pass(PassWork(session, message, work.source, now, work.message))
         elif isinstance(message, FetchKV):
             self._queue.put_pass(PassWork(session, message, source, now))
         else:
@@ -128,7 +132,11 @@ class Training:
                 self._give_back_parts(session)
                 raise ProtocolError("an adapter came in parts of different versions")
             if not message.remaining:
-                self._queue.put_pass(PassWork(session, message, source, now))
+                try:
+                    self._queue.put_pass(PassWork(session, message, source, now))
+                except PeerBusy:
+                    self._give_back_parts(session)
+                    raise
 
     def forget(self, session: Session) -> None:
         """Lets go of all that is kept for the passes of a session; its adapter stays."""

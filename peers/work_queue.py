@@ -1,28 +1,50 @@
-"""Steps that wait for the device, and which of them run together next."""
+"""Work that waits for the device, and which of it runs next.
+
+As long as one client's key alone is active, decode comes first, then prefill, then passes over whole sequences
+(`scheduler/packing.py:next_pass`). When several are, keys share the device's time (`scheduler/fair_shares.py`).
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 
 from peers.session import PassWork, Session, Work
-from scheduler.packing import PATIENCE, next_pass
+from scheduler.fair_shares import CHUNK_S, SLACK, FairShares
+from scheduler.packing import DECODE_POSITIONS, PATIENCE, next_pass
+from splitnet.errors import PeerBusy
 from splitnet.gathering import Gathering
+
+MAX_SESSION_PASSES = 64
+MAX_KEY_PASSES = 256
+"""Passes over whole sequences, adapters and look-ups that may wait, of one session and of one key."""
 
 
 class WorkQueue:
-    """First steps of all sessions that have work, in turns.
+    """First steps of all sessions that have work, and passes over whole sequences.
 
     A session is busy while its step is in a pass, so steps of one session never overtake each other.
+
+    Args:
+        pass_s: seconds that a pass of so many positions takes.
+        weight: of a client's key, in proportion to which keys share the device.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self,
+        pass_s: Callable[[int], float] = lambda positions: 0.0,
+        weight: Callable[[bytes], float] = lambda key: 1.0,
+    ) -> None:
+        self._pass_s = pass_s
+        self._shares = FairShares[bytes](weight)
         self._ready: OrderedDict[Session, None] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
-        self._passes: deque[PassWork] = deque()
+        self._passes: OrderedDict[bytes, dict[PassWork, None]] = OrderedDict()
+        """By key."""
+        self._next_pass_of: bytes | None = None
         self._idle_job: Callable[[], None] | None = None
         self._turns_without_pass = 0
         self.queued_positions = 0
@@ -42,6 +64,7 @@ class WorkQueue:
         """Adds a step. Windows of drafts that it begins before were rejected by the client, and need not run."""
         with self._changed:
             session = work.session
+            self._shares.came(session.owner, time.monotonic())
             while len(session.waiting) > self._begun(session) and _supersedes(work, session.waiting[-1]):
                 self._drop_last(session)
             if not session.waiting:
@@ -54,18 +77,46 @@ class WorkQueue:
                 self._changed.notify()
 
     def put_pass(self, work: PassWork) -> None:
-        """Adds a pass over whole sequences, which runs when no step is ready."""
+        """Adds a pass over whole sequences, which runs when no step of its key is ready.
+
+        Raises:
+            PeerBusy: too many of its session or its key wait. Nothing is changed then.
+        """
         with self._changed:
-            self._passes.append(work)
-            work.session.waiting_passes += 1
+            session = work.session
+            of_key = self._passes.get(session.owner, {})
+            for what, waiting, most in (
+                ("session", len(session.passes), MAX_SESSION_PASSES),
+                ("key", len(of_key), MAX_KEY_PASSES),
+            ):
+                if waiting >= most:
+                    wait_s = self._pass_s(self.pass_positions)
+                    raise PeerBusy(
+                        f"{waiting} passes of this {what} wait already, the most that may: send more when those are "
+                        f"answered, the last in about {wait_s:.0f} s"
+                    )
+            of_key[work] = None
+            self._passes[session.owner] = of_key
+            session.passes[work] = None
+            session.waiting_passes += 1
             self.pass_positions += work.positions
+            self._shares.came(session.owner, time.monotonic())
             self._changed.notify()
 
     def take_pass(self) -> PassWork | None:
-        """The pass that has waited longest, if any; `release_pass` ends it."""
+        """The pass whose turn it is, if any; `release_pass` ends it."""
         with self._changed:
             self._turns_without_pass = 0
-            return self._passes.popleft() if self._passes and not self._closed else None
+            if not self._passes or self._closed:
+                return None
+            owner, self._next_pass_of = self._next_pass_of, None
+            if owner not in self._passes:
+                owner = next(iter(self._passes))
+            work = next(iter(self._passes[owner]))
+            self._take_out(work)
+            if owner in self._passes:
+                self._passes.move_to_end(owner)
+            return work
 
     def release_pass(self, work: PassWork) -> None:
         with self._changed:
@@ -74,9 +125,9 @@ class WorkQueue:
     def discard_passes(self, session: Session) -> list[PassWork]:
         """Forgets the passes of a session that wait, and returns them."""
         with self._changed:
-            discarded = [work for work in self._passes if work.session is session]
+            discarded = list(session.passes)
             for work in discarded:
-                self._passes.remove(work)
+                self._take_out(work)
                 self._count_out(work)
             return discarded
 
@@ -104,28 +155,42 @@ class WorkQueue:
                 while len(self._ready) == ready and not self._closed and (left := until - time.monotonic()) > 0:
                     self._changed.wait(left)
 
-    def take(self, max_positions: int, *, wait: bool = True) -> list[tuple[Work, int]]:
+    def take(self, max_positions: int) -> list[tuple[Work, int]]:
         """Waits for work and returns what runs in the next pass: steps with how many positions of each.
 
-        Which they are, `scheduler/packing.py:next_pass` says. Empty when the queue is closed, or it is the turn of
-        `take_pass`, which comes when no step is ready, or after `PATIENCE` turns, or of `take_idle_job`. With `wait`
-        false, empty if nothing is ready.
+        Empty when the queue is closed, or it is the turn of `take_pass`, or of `take_idle_job`. Of one key alone,
+        passes over whole sequences come when no step is ready, or after `PATIENCE` turns.
         """
         with self._changed:
-            if wait:
-                self._wait_for_work()
-            pass_is_due = wait and self._passes and self._turns_without_pass >= PATIENCE
-            if self._closed or not self._ready or pass_is_due:
-                return []
-            self._turns_without_pass += 1
-            # Who ran last stands at the end, so the first has waited longest.
-            heads = [session.waiting[0] for session in self._ready]
-            counts = next_pass(heads, heads[0].session.passed_over, max_positions)
-            for work in heads:
-                work.session.passed_over = 0 if work in counts else work.session.passed_over + 1
-            for work in counts:
-                del self._ready[work.session]
-            return list(counts.items())
+            self._wait_for_work()
+            while self.has_work and not self._closed:
+                if not self._shares.contended(time.monotonic()):
+                    if not self._ready or (self._passes and self._turns_without_pass >= PATIENCE):
+                        return []
+                    self._turns_without_pass += 1
+                    return self._take_unshared(max_positions)
+                chosen = self._take_shared(max_positions, [session.owner for session in self._ready] + [*self._passes])
+                if chosen is not None:
+                    return chosen
+            return []
+
+    def take_between(self, running: PassWork, max_positions: int, *, first: bool) -> list[tuple[Work, int]]:
+        """Steps that run between two pieces of a pass over whole sequences; empty: the pass goes on.
+
+        Args:
+            first: since the last piece.
+        """
+        owner = running.session.owner
+        with self._changed:
+            while not self._closed:
+                if not self._shares.contended(time.monotonic()):
+                    return self._take_unshared(max_positions) if first and self._ready else []
+                # Of its own key one pass of steps comes between two pieces.
+                keys = [session.owner for session in self._ready if first or session.owner != owner]
+                chosen = self._take_shared(max_positions, [*keys, owner], goes_on=owner, own_steps=first)
+                if chosen is not None:
+                    return chosen
+            return []
 
     def release(self, work: Work) -> None:
         """Ends a pass of `work`: it goes on in a later pass, or makes room for the session's next step."""
@@ -133,11 +198,28 @@ class WorkQueue:
             session = work.session
             if not work.remaining and session.waiting and session.waiting[0] is work:
                 session.waiting.popleft()
-                session.waiting_size -= work.size
-                self.queued_positions -= work.total
+                self._drop(work)
             if session.waiting:
                 self._ready[session] = None
                 self._changed.notify()
+
+    def ran(self, chosen: Sequence[tuple[Work, int]], seconds: float) -> None:
+        """Charges a pass to the keys whose positions it had."""
+        with self._changed:
+            now, positions = time.monotonic(), sum(count for _, count in chosen)
+            for work, count in chosen:
+                bulk = work.total > DECODE_POSITIONS
+                self._shares.charge(work.session.owner, seconds * count / positions, now, bulk=bulk)
+
+    def charge(self, session: Session, seconds: float) -> None:
+        """Charges the key of a session for prefill or training."""
+        with self._changed:
+            self._shares.charge(session.owner, seconds, time.monotonic(), bulk=True)
+
+    def chunk_s(self) -> float | None:
+        """How long a piece of a pass may take that others cannot interrupt, in seconds; None: nobody else is active."""
+        with self._changed:
+            return self._chunk_s() if self._shares.contended(time.monotonic()) else None
 
     def discard_waiting(self, session: Session) -> None:
         """Forgets the steps of a session that no pass has begun: they will be sent again."""
@@ -150,9 +232,8 @@ class WorkQueue:
     def discard(self, session: Session) -> None:
         """Forgets the steps of a session that has ended."""
         with self._changed:
-            self.queued_positions -= sum(work.total for work in session.waiting)
-            session.waiting.clear()
-            session.waiting_size = 0
+            while session.waiting:
+                self._drop(session.waiting.pop())
             self._ready.pop(session, None)
 
     def close(self) -> None:
@@ -160,9 +241,105 @@ class WorkQueue:
             self._closed = True
             self._changed.notify_all()
 
+    def _take_unshared(self, max_positions: int) -> list[tuple[Work, int]]:
+        return self._begin(self._next_pass(self._ready, max_positions))
+
+    def _take_shared(
+        self, max_positions: int, keys: Iterable[bytes], *, goes_on: bytes | None = None, own_steps: bool = True
+    ) -> list[tuple[Work, int]] | None:
+        """The next pass when several keys are active; empty: a pass over whole sequences begins, or goes on.
+
+        None: it was waited for a key that has had less; look again.
+
+        Args:
+            keys: that have work.
+            goes_on: whose pass over whole sequences runs.
+            own_steps: whether steps of that key may come before it.
+        """
+        now = time.monotonic()
+        ranked = self._shares.ranked(dict.fromkeys(keys))
+        first = ranked[0]
+        own = [session for session in self._ready if session.owner == first]
+        is_pass = not own or (first == goes_on and not own_steps)
+        if first in self._passes and goes_on is None and self._turns_without_pass >= PATIENCE:
+            is_pass = True
+        takes_s = CHUNK_S if is_pass else self._pass_s(own[0].waiting[0].remaining)
+        waits = self._shares.awaited(first, min(takes_s, self._chunk_s()), now)
+        if waits is not None:
+            key, left_s = waits
+            self._changed.wait(left_s)
+            self._shares.charge(key, time.monotonic() - now, now)
+            return None
+        self._shares.begin_rounds(first)
+        if is_pass:
+            self._next_pass_of = first
+            return []
+        self._turns_without_pass += 1
+        if any(session.waiting[0].remaining > DECODE_POSITIONS for session in own):
+            return self._begin(self._next_pass(own, min(max_positions, self.positions_within(self._chunk_s()))))
+        return self._begin(self._decode_pass(ranked, max_positions))
+
+    def _next_pass(self, ready: Iterable[Session], max_positions: int) -> dict[Work, int]:
+        # Who ran last stands at the end, so the first has waited longest.
+        heads = [session.waiting[0] for session in ready]
+        counts = next_pass(heads, heads[0].session.passed_over, max_positions)
+        for work in heads:
+            work.session.passed_over = 0 if work in counts else work.session.passed_over + 1
+        return counts
+
+    def _decode_pass(self, ranked: Sequence[bytes], max_positions: int) -> dict[Work, int]:
+        """One decode step of each key that may begin, and more of all in turns as long as they cost little."""
+        steps: dict[bytes, list[Work]] = {key: [] for key in ranked}
+        for session in self._ready:
+            if session.waiting[0].remaining <= DECODE_POSITIONS:
+                steps[session.owner].append(session.waiting[0])
+        blocks = steps[ranked[0]][0].blocks
+        lanes = [
+            (self._shares.may_begin(key), [work for work in steps[key] if work.blocks == blocks]) for key in ranked
+        ]
+        due = sum(works[0].remaining for may_begin, works in lanes if may_begin and works)
+        limit_s = max(SLACK * self._pass_s(due), self._shares.quiet_s(time.monotonic()))
+        counts: dict[Work, int] = {}
+        positions = 0
+        for turn in range(max(len(works) for _, works in lanes)):
+            for may_begin, works in lanes:
+                if turn < len(works):
+                    total = positions + works[turn].remaining
+                    is_due = may_begin and not turn
+                    if total <= max_positions and (is_due or self._pass_s(total) <= limit_s):
+                        counts[works[turn]] = works[turn].remaining
+                        positions = total
+        return counts
+
+    def _begin(self, counts: dict[Work, int]) -> list[tuple[Work, int]]:
+        for work in counts:
+            del self._ready[work.session]
+        return list(counts.items())
+
+    def _chunk_s(self) -> float:
+        return max(CHUNK_S, 2 * self._pass_s(1), self._shares.quiet_s(time.monotonic()))
+
+    def positions_within(self, seconds: float) -> int:
+        """The most positions of which a pass takes so long, at least one."""
+        low, high = 1, 1 << 16
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._pass_s(middle) <= seconds else (low, middle - 1)
+        return low
+
+    def _take_out(self, work: PassWork) -> None:
+        """Of those that wait."""
+        session = work.session
+        del session.passes[work]
+        of_key = self._passes[session.owner]
+        del of_key[work]
+        if not of_key:
+            del self._passes[session.owner]
+
     def _count_out(self, work: PassWork) -> None:
         work.session.waiting_passes -= 1
         self.pass_positions -= work.positions
+        self._shares.left(work.session.owner, time.monotonic())
 
     def _wait_for_work(self) -> None:
         while not self.has_work and self._idle_job is None and not self._closed:
@@ -173,9 +350,12 @@ class WorkQueue:
         return int(bool(session.waiting) and (session not in self._ready or session.waiting[0].done > 0))
 
     def _drop_last(self, session: Session) -> None:
-        work = session.waiting.pop()
-        session.waiting_size -= work.size
+        self._drop(session.waiting.pop())
+
+    def _drop(self, work: Work) -> None:
+        work.session.waiting_size -= work.size
         self.queued_positions -= work.total
+        self._shares.left(work.session.owner, time.monotonic())
 
 
 def _supersedes(later: Work, earlier: Work) -> bool:

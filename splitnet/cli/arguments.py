@@ -120,8 +120,6 @@ KeyFile = Annotated[
     typer.Option("--key-file", envvar="SPLITNET_KEY_FILE", help="File with the key of this machine."),
 ]
 
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-
 
 def quiet_libraries() -> None:
     """Keeps progress bars and advice of transformers and the hub client out of what the commands print, and has the
@@ -145,14 +143,6 @@ def resolve_model(model: str) -> str:
 
     with StageProgress() as progress:
         return str(demo_checkpoint(progress=progress.update))
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes in a text such as `4GiB` or `500M`."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", text.strip().lower())
-    if match is None or match[2] not in _UNITS:
-        raise SplitnetError(f"{text!r} is not an amount of memory: write it as 4GiB or 500MB")
-    return int(float(match[1]) * _UNITS[match[2]])
 
 
 def parse_blocks(text: str) -> tuple[int, int]:

@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import (
-    JoinIfAny,
-    Model,
-    parse_blocks,
-    parse_bytes,
-    parse_host_port,
-    resolve_model,
-)
+from splitnet.amounts import parse_bytes
+from splitnet.cli.arguments import JoinIfAny, Model, parse_blocks, parse_host_port, resolve_model
 from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.stopping import StopSignals
 from splitnet.errors import SplitnetError
@@ -89,7 +83,10 @@ def peer(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
     authorized_keys: Annotated[
-        Path | None, typer.Option(help="File with the keys (see `splitnet key`) that may connect; anyone if not given.")
+        Path | None,
+        typer.Option(
+            help="File with the keys (see `splitnet key`) that may connect, and what each gets; anyone if not given."
+        ),
     ] = None,
     key_file: Annotated[
         Path | None, typer.Option(help="File with the key of this peer; a new key at each start if not given.")

@@ -7,7 +7,7 @@ of all. The weights of the blocks stay as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -20,12 +20,19 @@ class SpanPasses:
 
     Args:
         span: the blocks.
-        between: called between two blocks, so that more urgent work need not wait for the end of a pass.
+        between: called between two pieces, so that more urgent work need not wait for the end of a pass.
+        most_positions: of a piece: what of the sequences goes through a block at once, one at least; None: all.
     """
 
-    def __init__(self, span: Span, between: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        span: Span,
+        between: Callable[[], None] = lambda: None,
+        most_positions: Callable[[], int | None] = lambda: None,
+    ) -> None:
         self._span = span
         self._between = between
+        self._most_positions = most_positions
         self._views: dict[int, Span] = {}
 
     def forward(
@@ -42,9 +49,12 @@ class SpanPasses:
             `[positions, hidden]`.
         """
         for block in range(start, end):
-            with torch.no_grad():
-                hidden = self._view(block).sequences(hidden, lengths, adapter)
-            self._between()
+            outputs: list[torch.Tensor] = []
+            for given, group in self._pieces(hidden, lengths):
+                with torch.no_grad():
+                    outputs.append(self._view(block).sequences(given, group, adapter))
+                self._between()
+            hidden = _joined(outputs)
         return hidden
 
     def backward(
@@ -71,26 +81,52 @@ class SpanPasses:
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
         traced = Adapter(adapter.within(start, end)).traced() if adapter is not None else None
-        ways: list[tuple[torch.Tensor, torch.Tensor]] = []
+        ways: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
         for block in range(start, end):
-            with torch.enable_grad():
-                given = hidden.detach().requires_grad_()
-                hidden = self._view(block).sequences(given, lengths, traced)
-            ways.append((given, hidden))
-            self._between()
+            pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+            for part, group in self._pieces(hidden, lengths):
+                with torch.enable_grad():
+                    given = part.detach().requires_grad_()
+                    pieces.append((given, self._view(block).sequences(given, group, traced)))
+                self._between()
+            ways.append(pieces)
+            hidden = _joined([output.detach() for _, output in pieces])
         found: dict[str, torch.Tensor] = {}
         gradient = gradient.to(hidden)
         for block in reversed(range(start, end)):
-            given, output = ways.pop()
             names = [name for name in (traced.tensors if traced else ()) if block_of(name) == block]
             leaves = [traced.tensors[name] for name in names] if traced else []
-            gradient, *by_adapter = torch.autograd.grad(output, [given, *leaves], gradient)
-            found.update(zip(names, by_adapter, strict=True))
-            self._between()
+            gradients: list[torch.Tensor] = []
+            pieces = ways.pop()
+            for part in gradient.split([len(given) for given, _ in pieces]):
+                given, output = pieces.pop(0)
+                by_input, *by_adapter = torch.autograd.grad(output, [given, *leaves], part)
+                gradients.append(by_input)
+                for name, tensor in zip(names, by_adapter, strict=True):
+                    found[name] = found[name] + tensor if name in found else tensor
+                self._between()
+            gradient = _joined(gradients)
         return gradient, found
+
+    def _pieces(self, hidden: torch.Tensor, lengths: Sequence[int]) -> Iterator[tuple[torch.Tensor, Sequence[int]]]:
+        """What goes through a block at once: positions of whole sequences, and their lengths."""
+        group: list[int] = []
+        begin = 0
+        for length in lengths:
+            most = self._most_positions() if group else None
+            if most is not None and sum(group) + length > most:
+                yield hidden[begin : begin + sum(group)], group
+                begin += sum(group)
+                group = []
+            group.append(length)
+        yield hidden[begin:], group
 
     def _view(self, block: int) -> Span:
         view = self._views.get(block)
         if view is None:
             view = self._views[block] = self._span.view(block, block + 1)
         return view
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))

@@ -26,12 +26,15 @@ from nacl.signing import SigningKey, VerifyKey
 from zmq.utils import z85
 
 from splitnet.errors import KeyFileError
+from splitnet.net.key_options import STRANGER_WEIGHT, KeyOptions, parse_options
 
 logger = logging.getLogger(__name__)
 
 KEY_FILE_VARIABLE: Final = "SPLITNET_KEY_FILE"
 MAX_KEY_FILE_BYTES: Final = 1 << 20
 RELOAD_INTERVAL_S: Final = 1.0
+ANYONE: Final[bytes | None] = None
+"""In the place of a key: those that are not listed."""
 
 _PUBLIC_PREFIX = "sn1"
 _CHECKSUM_BYTES = 3  # 32 + 3 bytes are exactly 56 base32 characters: no padding, one text per key
@@ -154,6 +157,9 @@ class Identity:
 class AuthorizedKeys:
     """Which keys may use this peer, as `authorized_keys` of ssh: one key per line, `#` comments, text after the key.
 
+    Options stand before the key or right after it, see `splitnet/net/key_options.py`. A line with `anyone` in the place
+    of a key lets strangers in, who come last.
+
     The file is read again when it changes (looked at once a second at most). If the new text has an error, the old
     list stays in force and a warning is logged, so that an edit cannot open or close the swarm by accident.
     """
@@ -163,7 +169,9 @@ class AuthorizedKeys:
         self._clock = clock
         self._next_check = clock() + RELOAD_INTERVAL_S
         self._stamp = None if path is None else _file_stamp(path)
-        self._allowed = frozenset[bytes]() if path is None else _read_authorized_keys(path)
+        self._listed: dict[bytes | None, KeyOptions] = (
+            {ANYONE: KeyOptions()} if path is None else _read_authorized_keys(path)
+        )
 
     @classmethod
     def from_file(cls, path: Path, *, clock: Callable[[], float] = time.monotonic) -> AuthorizedKeys:
@@ -177,13 +185,18 @@ class AuthorizedKeys:
 
     def allows(self, curve_raw: bytes) -> bool:
         """Whether the client whose CURVE public key is `curve_raw` (32 bytes, from the handshake) may connect."""
-        if self._path is None:
-            return True
-        now = self._clock()
-        if now >= self._next_check:
+        return self._options(curve_raw) is not None
+
+    def options_of(self, curve_raw: bytes) -> KeyOptions:
+        """What this client gets; one that may not connect any more gets what strangers do."""
+        return self._options(curve_raw) or KeyOptions(weight=STRANGER_WEIGHT)
+
+    def _options(self, curve_raw: bytes) -> KeyOptions | None:
+        if self._path is not None and (now := self._clock()) >= self._next_check:
             self._next_check = now + RELOAD_INTERVAL_S
             self._reload_if_changed(self._path)
-        return curve_raw in self._allowed
+        listed = self._listed
+        return listed.get(curve_raw) or listed.get(ANYONE)
 
     def _reload_if_changed(self, path: Path) -> None:
         stamp = _file_stamp(path)
@@ -191,7 +204,7 @@ class AuthorizedKeys:
             return
         self._stamp = stamp
         try:
-            self._allowed = _read_authorized_keys(path)
+            self._listed = _read_authorized_keys(path)
         except KeyFileError as error:
             logger.warning("The old list of authorized keys stays in force: %s", error)
 
@@ -244,7 +257,7 @@ def _read_key_file(path: Path) -> SigningKey:
         raise KeyFileError(f"{path} holds no splitnet key; move it away and a new key will be made.") from None
 
 
-def _read_authorized_keys(path: Path) -> frozenset[bytes]:
+def _read_authorized_keys(path: Path) -> dict[bytes | None, KeyOptions]:
     try:
         with path.open("rb") as file:
             content = file.read(MAX_KEY_FILE_BYTES + 1)
@@ -252,16 +265,33 @@ def _read_authorized_keys(path: Path) -> frozenset[bytes]:
         raise KeyFileError(f"The authorized keys in {path} cannot be read ({error.strerror or error}).") from error
     if len(content) > MAX_KEY_FILE_BYTES:
         raise KeyFileError(f"{path} is longer than {MAX_KEY_FILE_BYTES} bytes; is it a list of keys?")
-    allowed: set[bytes] = set()
+    listed: dict[bytes | None, KeyOptions] = {}
     for number, line in enumerate(content.decode("utf-8", errors="replace").splitlines(), start=1):
         words = line.partition("#")[0].split()
         if not words:
             continue
         try:
-            allowed.add(PublicKey.parse(words[0]).curve_raw)
+            key, options = _listed_key(words)
         except KeyFileError as error:
             raise KeyFileError(f"{path}, line {number}: {error}") from error
-    return frozenset(allowed)
+        if listed.setdefault(key, options) != options:
+            raise KeyFileError(f"{path}, line {number}: this key is listed before with other options; keep one line.")
+    return listed
+
+
+def _listed_key(words: list[str]) -> tuple[bytes | None, KeyOptions]:
+    """The CURVE key of a line, or `ANYONE`, and its options."""
+    texts: list[str] = []
+    if "=" in words[0]:
+        texts.append(words.pop(0))
+    if not words:
+        raise KeyFileError("there are options, and no key.")
+    if words[1:] and "=" in words[1]:
+        texts.append(words[1])
+    strangers = words[0] == "anyone"
+    key = ANYONE if strangers else PublicKey.parse(words[0]).curve_raw
+    defaults = KeyOptions(weight=STRANGER_WEIGHT) if strangers else KeyOptions()
+    return key, parse_options(",".join(texts), defaults) if texts else defaults
 
 
 def _file_stamp(path: Path) -> tuple[int, int, int] | None:

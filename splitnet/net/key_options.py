@@ -1,83 +1,91 @@
-"""Options beside a key in a file of keys: `weight=4,kv=8GiB,train=no,tokens-per-minute=6000`, as ssh has them."""
+"""What the owner of a peer grants a key: the options of a line of `authorized_keys`."""
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
-from splitnet.errors import KeyFileError
-
-_UNITS = {"": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_SIZE = re.compile(r"(\d{1,15})(|[KMGT]iB)")
-_NUMBER = re.compile(r"\d{1,9}(\.\d{1,9})?")
+from splitnet.amounts import parse_bytes
+from splitnet.errors import KeyFileError, SplitnetError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class KeyOptions:
-    """What the holder of a key may use.
+    """What a key gets.
 
     Attributes:
-        weight: of its share where several want the same; above 0.
-        kv_bytes: of KV memory at most; None: no bound of its own.
-        train: whether it may train.
-        tokens_per_minute: at most; None: no bound.
+        weight: in proportion to it keys share the device and the KV memory when several want them.
+        kv: bytes of KV memory that its sessions may reserve; None: any.
+        train: whether it may train: gradients, and passes kept for them.
+        tokens_per_minute: positions that the peer computes for it in a minute; None: any.
     """
 
     weight: float = 1.0
-    kv_bytes: int | None = None
+    kv: int | None = None
     train: bool = True
     tokens_per_minute: int | None = None
 
 
+STRANGER_WEIGHT: Final = 0.01
+"""Of a key that is not listed where others are, unless its line says another."""
+
+
+def _weight(text: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0.001 <= weight <= 1000:
+        raise KeyFileError(f"weight={text}: a weight is a number from 0.001 to 1000")
+    return weight
+
+
+def _train(text: str) -> bool:
+    if text not in ("yes", "no"):
+        raise KeyFileError(f"train={text}: write train=yes or train=no")
+    return text == "yes"
+
+
+def _tokens(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 1 << 40:
+        raise KeyFileError(f"tokens-per-minute={text}: write a whole number, 1 or more")
+    return int(text)
+
+
+def _kv(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except SplitnetError as error:
+        raise KeyFileError(f"kv={text}: {error}") from error
+
+
+_PARSERS: dict[str, Callable[[str], Any]] = {
+    "weight": _weight,
+    "kv": _kv,
+    "train": _train,
+    "tokens-per-minute": _tokens,
+}
+
+
 def is_options(word: str) -> bool:
     """Whether a word beside a key is meant as options."""
-    return word.partition("=")[0] in _OPTIONS
+    return word.partition("=")[0] in _PARSERS
 
 
-def parse_options(text: str) -> KeyOptions:
-    """Reads options that are separated by commas.
+def parse_options(text: str, defaults: KeyOptions | None = None) -> KeyOptions:
+    """The options in a text such as `weight=4,kv=8GiB,train=no`.
 
     Raises:
-        KeyFileError: one is unknown, given twice, or has a value that it cannot have.
+        KeyFileError: there is no such option, it is given twice, or its value is none.
     """
     given: dict[str, Any] = {}
     for option in text.split(","):
         name, _, value = option.partition("=")
-        if name not in _OPTIONS:
-            raise KeyFileError(f"{name!r} is no option of a key: use {', '.join(_OPTIONS)}")
-        field, read, expected = _OPTIONS[name]
+        if name not in _PARSERS:
+            raise KeyFileError(f"{name!r} is no option of a key: there are {', '.join(_PARSERS)}")
+        field = name.replace("-", "_")
         if field in given:
-            raise KeyFileError(f"{name} is given twice: leave one out")
-        try:
-            given[field] = read(value)
-        except (ValueError, KeyError):
-            raise KeyFileError(f"{option!r} is no option of a key: write {name}={expected}") from None
-    return KeyOptions(**given)
-
-
-def _weight(value: str) -> float:
-    if not _NUMBER.fullmatch(value) or not float(value):
-        raise ValueError
-    return float(value)
-
-
-def _size(value: str) -> int:
-    match = _SIZE.fullmatch(value)
-    if match is None:
-        raise ValueError
-    return int(match[1]) * _UNITS[match[2]]
-
-
-def _count(value: str) -> int:
-    if not re.fullmatch(r"[1-9]\d{0,11}", value):
-        raise ValueError
-    return int(value)
-
-
-_OPTIONS = {
-    "weight": ("weight", _weight, "4 or another number above 0"),
-    "kv": ("kv_bytes", _size, "8GiB, 512MiB or a number of bytes"),
-    "train": ("train", {"yes": True, "no": False}.__getitem__, "yes or no"),
-    "tokens-per-minute": ("tokens_per_minute", _count, "6000 or another number above 0"),
-}
+            raise KeyFileError(f"{name} is given twice")
+        given[field] = _PARSERS[name](value)
+    return replace(defaults or KeyOptions(), **given)

@@ -72,7 +72,7 @@ def _key_of(line: str) -> tuple[str, KeyOptions]:
     if len(keys) != 1 or len(options) > 1:
         raise KeyFileError("write one key, its options before or after it without spaces, and a comment after #")
     read = parse_options(options[0]) if options else KeyOptions()
-    if read.kv_bytes is not None or not read.train:
+    if read.kv is not None or not read.train:
         raise KeyFileError("kv and train are for authorized_keys of peers: leave them out of a file of API keys")
     return keys[0], read
 

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
+from peers.admission import (
+    LEASE_S,
+    LONGEST_LEASE_S,
+    MAX_SESSIONS,
+    MIN_BUDGET,
+    WANTED_S,
+    SessionTable,
+)
 from peers.session import Session
 from splitnet.errors import PeerBusy
 from splitnet.net.codecs import CODECS
@@ -14,10 +21,10 @@ from splitnet.net.endpoints import Connection
 from splitnet.net.sent_log import SentLog
 
 
-def session(name: int, budget: int, used_at: float = 0.0) -> Session:
+def session(name: int, budget: int, used_at: float = 0.0, owner: bytes = b"owner") -> Session:
     return Session(
         id=name.to_bytes(16, "big"),
-        owner=b"owner",
+        owner=owner,
         reply_to=Connection(b"client", b"owner"),
         epoch=1,
         start=0,
@@ -153,3 +160,108 @@ def test_what_is_reserved_is_what_the_sessions_hold(steps: list[tuple[str, int, 
         assert table.free_positions == 2000 - sum(held.budget for held in made.values()) >= 0
         assert set(table) == set(made.values())
         assert not any(held.closed for held in made.values())
+
+
+def opens(table: SessionTable, name: int, budget: int, now: float, owner: bytes) -> Session:
+    """What the service does with an `Open`."""
+    table.make_room(owner, budget, now)
+    opened = session(name, budget, now, owner)
+    table.add(opened)
+    return opened
+
+
+def test_one_key_has_everything_until_another_comes_and_what_makes_no_steps_makes_room() -> None:
+    table = SessionTable(1000)
+    first = opens(table, 1, 1000, 0.0, b"greedy")
+    with pytest.raises(PeerBusy, match="no KV memory for 400 positions: 0 of 1000 are free; come back in 10 s"):
+        opens(table, 2, 400, 1.0, b"other")
+    first.used_at = 9.0  # opened again and again, which is no step
+    second = opens(table, 2, 400, 11.0, b"other")
+    assert first.closed and list(table) == [second]
+    # While others are within their share, who goes on is not ended.
+    third = opens(table, 3, 500, 12.0, b"greedy")
+    third.stepped_at = 30.0
+    with pytest.raises(PeerBusy, match="close sessions"):
+        opens(table, 4, 200, 31.0, b"other")
+    assert not third.closed and not second.closed
+
+
+def test_a_key_beyond_its_share_ends_after_its_longest_lease_though_it_makes_steps() -> None:
+    table = SessionTable(1000)
+    held = [opens(table, name, 250, 0.0, b"greedy") for name in range(4)]
+    for one in held:
+        one.stepped_at = LONGEST_LEASE_S
+    with pytest.raises(PeerBusy):
+        opens(table, 8, 300, LONGEST_LEASE_S - 1, b"other")
+    opens(table, 8, 300, LONGEST_LEASE_S, b"other")
+    assert [one.closed for one in held] == [True, True, False, False], "as many as it takes"
+
+
+def test_who_has_its_share_gets_no_more_while_others_want_some() -> None:
+    table = SessionTable(1000)
+    opens(table, 1, 800, 0.0, b"greedy")
+    with pytest.raises(PeerBusy):
+        opens(table, 2, 400, 1.0, b"other")
+    with pytest.raises(PeerBusy, match=r"others wait for KV memory of this peer, .* or come back in 14 s"):
+        opens(table, 3, 100, 2.0, b"greedy")
+    opens(table, 3, 100, 1.0 + WANTED_S + 1, b"greedy")
+
+
+def test_shares_go_by_weight_and_a_key_has_its_own_bound() -> None:
+    table = SessionTable(1000, weight=lambda key: 3.0 if key == b"friend" else 1.0, most={b"guest": 300}.get)
+    opens(table, 1, 1000, 0.0, b"greedy")
+    with pytest.raises(PeerBusy, match=r"your key may reserve 300 positions .* larger kv="):
+        opens(table, 2, 301, 1.0, b"guest")
+    assert not opens(table, 3, 700, 20.0, b"friend").closed
+    with pytest.raises(PeerBusy):
+        opens(table, 4, 301, 40.0, b"stranger")  # a quarter is 250
+    opens(table, 5, 200, 50.0, b"guest")
+
+
+def test_many_tiny_sessions_of_a_key_make_room_for_another() -> None:
+    table = SessionTable(10 * MIN_BUDGET * MAX_SESSIONS)
+    for name in range(MAX_SESSIONS):
+        opens(table, name, 1, 0.0, b"greedy")
+    with pytest.raises(PeerBusy, match=str(MAX_SESSIONS)):
+        opens(table, MAX_SESSIONS, 1, 1.0, b"other")
+    opens(table, MAX_SESSIONS, 1, 1 + LEASE_S, b"other")
+    assert len(table) == MAX_SESSIONS
+
+
+def test_asking_without_pause_does_not_keep_a_key_from_its_share() -> None:
+    table = SessionTable(1000)
+    opens(table, 1, 1000, 0.0, b"greedy")
+    for tenth in range(10, 100):
+        with pytest.raises(PeerBusy):
+            opens(table, 2, 400, tenth / 10, b"other")
+    assert any(not _refused(table, now / 10) for now in range(100, 106))
+
+
+def _refused(table: SessionTable, now: float) -> bool:
+    try:
+        opens(table, 2, 400, now, b"other")
+    except PeerBusy:
+        return True
+    return False
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9), st.integers(1, 900), st.integers(0, 40)), max_size=60))
+def test_a_key_within_its_share_is_never_ended_for_another(steps: list[tuple[int, int, int, int]]) -> None:
+    table = SessionTable(1000)
+    now = 0.0
+    for key, name, budget, after_s in steps:
+        now += after_s
+        owner = bytes([key])
+        if table.get((100 * key + name).to_bytes(16, "big")) is not None:
+            continue
+        held = {other: sum(it.budget for it in table if it.owner == other) for other in {it.owner for it in table}}
+        ended = table.make_room(owner, budget, now)
+        keys = {owner, *held, *table._wanted}
+        for one in ended:
+            assert held[one.owner] > 1000 / len(keys)
+            held[one.owner] -= one.budget
+        try:
+            table.add(session(100 * key + name, budget, now, owner))
+        except PeerBusy:
+            assert not ended
+        assert table._reserved == sum(it.budget for it in table) == sum(table._held.values()) <= 1000

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import re
 import stat
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from splitnet.errors import KeyFileError
 from splitnet.net.identity import KEY_FILE_VARIABLE, AuthorizedKeys, Identity, PublicKey
+from splitnet.net.key_options import STRANGER_WEIGHT, KeyOptions
 
 HANDSHAKE_TIMEOUT_MS = 5000
 
@@ -174,6 +176,62 @@ def test_authorized_keys_with_comments(tmp_path: Path) -> None:
     assert keys.allows(first.curve_raw) and keys.allows(second.curve_raw)
     assert not keys.allows(stranger.curve_raw)
     assert not keys.allows(b"")
+
+
+def test_options_stand_before_the_key_or_after_it(tmp_path: Path) -> None:
+    first, second, third, stranger = (Identity.generate().public for _ in range(4))
+    path = tmp_path / "authorized_keys"
+    path.write_text(
+        f"weight=4,kv=8GiB {first.text} anna\n"
+        f"{second.text} train=no,tokens-per-minute=6000 # a guest\n"
+        f"weight=0.5 {third.text} kv=1GiB\n"
+        "anyone kv=64MiB\n"
+    )
+    keys = AuthorizedKeys.from_file(path)
+    assert keys.options_of(first.curve_raw) == KeyOptions(weight=4, kv=8 * 2**30)
+    assert keys.options_of(second.curve_raw) == KeyOptions(train=False, tokens_per_minute=6000)
+    assert keys.options_of(third.curve_raw) == KeyOptions(weight=0.5, kv=2**30)
+    assert keys.allows(stranger.curve_raw)
+    assert keys.options_of(stranger.curve_raw) == KeyOptions(weight=STRANGER_WEIGHT, kv=64 * 2**20), "last of all"
+    assert AuthorizedKeys.anyone().options_of(stranger.curve_raw) == KeyOptions(), (
+        "where nobody is listed all are equal"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ("wait=4", "'wait' is no option of a key: there are weight, kv, train, tokens-per-minute"),
+        ("weight=4,weight=5", "weight is given twice"),
+        ("weight=-1", "weight=-1: a weight is a number from 0.001 to 1000"),
+        ("weight=nan", "weight=nan: a weight"),
+        ("kv=much", "kv=much: 'much' is not an amount of memory"),
+        ("train=maybe", "train=maybe: write train=yes or train=no"),
+        ("tokens-per-minute=0", "tokens-per-minute=0: write a whole number"),
+        ("weight=4,", "'' is no option of a key"),
+    ],
+)
+@pytest.mark.parametrize("before", [True, False])
+def test_an_option_that_is_none_is_refused_by_name_and_line(
+    tmp_path: Path, options: str, reason: str, before: bool
+) -> None:
+    key = Identity.generate().public.text
+    path = tmp_path / "authorized_keys"
+    path.write_text(f"# friends\n{options} {key}\n" if before else f"# friends\n{key} {options} bob\n")
+    with pytest.raises(KeyFileError, match=f"line 2: {re.escape(reason)}"):
+        AuthorizedKeys.from_file(path)
+
+
+def test_a_line_without_a_key_and_a_key_that_is_listed_twice_are_refused(tmp_path: Path) -> None:
+    key = Identity.generate().public.text
+    path = tmp_path / "authorized_keys"
+    for text, reason in (
+        ("weight=4\n", "line 1: there are options, and no key"),
+        (f"{key}\n{key} weight=2\n", "line 2"),
+    ):
+        path.write_text(text)
+        with pytest.raises(KeyFileError, match=reason):
+            AuthorizedKeys.from_file(path)
 
 
 def test_anyone_is_allowed_in_a_public_swarm() -> None:

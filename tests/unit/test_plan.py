@@ -13,7 +13,8 @@ from scheduler.network import CLIENT, Link, Network
 from scheduler.partition import HOP_MS
 from scheduler.roofline import BlockWork, roofline
 from scheduler.swarm import Speed
-from splitnet.cli.arguments import parse_blocks, parse_bytes
+from splitnet.amounts import parse_bytes
+from splitnet.cli.arguments import parse_blocks
 from splitnet.cli.devices_file import SAME_MACHINE, DevicesFile, KnownDevice, MachineSpeed
 from splitnet.cli.main import app
 from splitnet.cli.plan_text import summary

@@ -8,6 +8,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 
 from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
 from peers.engine import Engine
+from peers.key_policy import KeyPolicy
 from peers.load import Load
 from peers.next_hops import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.row_memory import SessionTooLong, room_for
@@ -28,12 +30,13 @@ from scheduler.swarm import PASS_SIZES
 from splitnet.errors import ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
-from splitnet.net.identity import Identity
+from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import (
     Close,
     Failure,
     FailureCode,
     Fork,
+    Forward,
     Message,
     Open,
     Opened,
@@ -127,12 +130,13 @@ class Peer:
     now: float = field(default_factory=lambda: float(int(time.monotonic())))  # whole seconds add up exactly
     outbox: FakeOutbox = field(default_factory=FakeOutbox)
     queue: WorkQueue = field(default_factory=WorkQueue)
+    policy: KeyPolicy | None = None
 
     def __post_init__(self) -> None:
         served = ServedBlocks(MODEL, 2, self.end, 8, HIDDEN, self.max_positions)
         self.table = SessionTable(self.capacity, idle_s=IDLE_S)
         self.service = SessionService(
-            served, self.table, self.queue, self.outbox, NextHops(self.outbox), reach_s=REACH_S
+            served, self.table, self.queue, self.outbox, NextHops(self.outbox), reach_s=REACH_S, policy=self.policy
         )
 
     def says(self, message: Message, source: Destination = CLIENT) -> list[tuple[Destination, Message]]:
@@ -236,6 +240,41 @@ def opened(peer: Peer) -> Peer:
     peer.outbox.states[AFTER] = LinkState.UP
     assert is_opened(peer.says(opening()), reachable=True)
     return peer
+
+
+class TestPolicy:
+    """What the owner of the peer grants the key of the client."""
+
+    @pytest.fixture
+    def granted(self, tmp_path: Path) -> Callable[[str], Peer]:
+        def make(options: str) -> Peer:
+            path = tmp_path / "authorized_keys"
+            path.write_text(f"{OWNER.text} {options}\n{BEFORE.text}\n")
+            return Peer(policy=KeyPolicy(AuthorizedKeys.from_file(path)))
+
+        return make
+
+    def test_a_key_that_may_not_train_computes_passes_without_gradients(self, granted: Callable[[str], Peer]) -> None:
+        peer = granted("train=no")
+        peer.says(to_client())
+        passes = Forward(SID, 1, 7, 0, (3,), True, 0, PLAIN.code, PLAIN.code, bytes(3 * 4 * HIDDEN), 2)
+        [(_, refused)] = peer.says(passes)
+        assert (refused.code, refused.number) == (FailureCode.BUSY, 7)
+        assert "train=no" in refused.text
+        assert peer.queue.pass_positions == 0
+        assert peer.says(replace(passes, kept=False)) == []
+        assert peer.queue.pass_positions == 3
+
+    def test_a_key_that_has_used_its_tokens_is_told_when_to_come_back(self, granted: Callable[[str], Peer]) -> None:
+        peer = granted("tokens-per-minute=60")
+        peer.says(to_client())
+        assert peer.says(step(Part(1, 0, 90, 1), number=1)) == [], "what begins within them may go beyond"
+        for message in (step(Part(1, 90, 1, 1), number=2), to_client(session=bytes(16))):
+            [(_, refused)] = peer.says(message)
+            assert refused.code == FailureCode.BUSY
+            assert "come back in 31 s" in refused.text
+        peer.now += 31
+        assert peer.says(step(Part(1, 90, 1, 1), number=2)) == []
 
 
 class TestOpen:

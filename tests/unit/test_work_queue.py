@@ -6,13 +6,15 @@ import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from peers.session import PassWork, Session, Work
-from peers.work_queue import WorkQueue
+from peers.work_queue import MAX_SESSION_PASSES, WorkQueue
 from scheduler.packing import DECODE_POSITIONS, PATIENCE
+from splitnet.errors import PeerBusy
 from splitnet.gathering import Gathering
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection
@@ -25,10 +27,10 @@ PASS = 64
 WAIT_S = 20.0
 
 
-def session(name: int, start: int = 0, end: int = 4) -> Session:
+def session(name: int, start: int = 0, end: int = 4, owner: bytes = b"owner") -> Session:
     return Session(
         id=name.to_bytes(16, "big"),
-        owner=b"owner",
+        owner=owner,
         reply_to=Connection(b"client", b"owner"),
         epoch=1,
         start=start,
@@ -438,8 +440,8 @@ def test_passes_of_training_run_when_no_step_is_ready() -> None:
     assert queue.pass_positions == 5
     # Between two blocks of a pass:
     queue.put(work(decodes, 1, number=1))
-    assert [item.session for item, _ in queue.take(PASS, wait=False)] == [decodes]
-    assert queue.take(PASS, wait=False) == []
+    assert [item.session for item, _ in queue.take_between(first, PASS, first=True)] == [decodes]
+    assert queue.take_between(first, PASS, first=False) == []
 
 
 def test_training_has_its_turn_among_steps_that_never_end() -> None:
@@ -469,3 +471,142 @@ def test_passes_of_a_session_that_ends_are_forgotten() -> None:
     assert (ends.waiting_passes, stays.waiting_passes) == (0, 1), "one that runs still counts"
     queue.release_pass(kept)
     assert stays.waiting_passes == 0
+
+
+class TestSeveralKeys:
+    """A device on which a pass takes 10 ms, and 1 ms for each position beyond the fourth."""
+
+    def queue(self) -> WorkQueue:
+        return WorkQueue(lambda positions: (10 + max(0, positions - 4)) / 1000)
+
+    def run(self, queue: WorkQueue) -> list[tuple[Work, int]]:
+        chosen = run_pass(queue, 512)
+        queue.ran(chosen, queue._pass_s(sum(count for _, count in chosen)))
+        return chosen
+
+    def test_a_pass_has_a_step_of_each_and_more_where_they_cost_little(self) -> None:
+        queue = self.queue()
+        many = [session(name, owner=b"many") for name in range(64)]
+        for owner in many:
+            queue.put(work(owner, 1))
+        one = session(99, owner=b"one")
+        queue.put(work(one, 1))
+        chosen = [item.session for item, _ in self.run(queue)]
+        assert one in chosen
+        assert 4 <= len(chosen) <= 6, "not 65, which take seven times as long"
+
+    def test_one_session_has_a_step_in_every_pass_beside_64_of_another_key(self) -> None:
+        queue = self.queue()
+        for name in range(64):
+            for number in range(10):
+                queue.put(work(session(name, owner=b"many"), 1, number=number))
+        one = session(99, owner=b"one")
+        for number in range(20):
+            queue.put(work(one, 1, number=number))
+            assert one in [item.session for item, _ in self.run(queue)]
+
+    def test_decode_steps_of_many_keys_still_share_a_pass(self) -> None:
+        queue = self.queue()
+        owners = [session(name, owner=name.to_bytes(2, "big")) for name in range(40)]
+        for owner in owners:
+            queue.put(work(owner, 1))
+        assert {item.session for item, _ in self.run(queue)} == set(owners)
+
+    def test_a_prefill_is_cut_while_another_key_is_active(self) -> None:
+        queue = self.queue()
+        long, one = session(1, owner=b"long"), session(2, owner=b"one")
+        queue.put(work(long, 4000))
+        assert self.run(queue)[0][1] == 512, "nobody else is here"
+        queue.put(work(one, 1))
+        assert [item.session for item, _ in self.run(queue)] == [one]
+        assert max(count for _ in range(12) for _, count in self.run(queue)) <= 44, "50 ms"
+
+    def test_decoding_waits_for_a_chunk_and_has_most_of_the_time(self) -> None:
+        queue = self.queue()
+        long, one = session(1, owner=b"long"), session(2, owner=b"one")
+        for number in range(20):
+            queue.put(work(long, 4000, number=number))
+        times = {long: 0.0, one: 0.0}
+        waited, longest = 0.0, 0.0
+        for number in range(200):
+            queue.put(work(one, 1, number=number))
+            while one.waiting:
+                chosen = self.run(queue)
+                took = queue._pass_s(sum(count for _, count in chosen))
+                times[chosen[0][0].session] += took
+                waited = 0.0 if chosen[0][0].session is one else waited + took
+                longest = max(longest, waited)
+        assert longest <= 0.05
+        assert times[long] > 0.1 * times[one], "it goes on, too"
+        assert times[one] >= 0.75 * sum(times.values())
+
+    def test_training_goes_on_when_those_who_decode_have_had_their_share(self) -> None:
+        queue = self.queue()
+        trains, one = session(1, owner=b"trains"), session(2, owner=b"one")
+        queue.put_pass(training(trains))
+        running = queue.take_pass()
+        assert running is not None
+        between: list[int] = []
+        for piece in range(10):
+            queue.charge(trains, 0.05)
+            steps = 0
+            while True:
+                queue.put(work(one, 1, number=100 * piece + steps))
+                chosen = queue.take_between(running, PASS, first=not steps)
+                if not chosen:
+                    break
+                for item, count in chosen:
+                    item.done += count
+                for item, _ in chosen:
+                    queue.release(item)
+                queue.ran(chosen, 0.01)
+                steps += 1
+                queue.discard(one)
+            between.append(steps)
+        assert sum(between[2:]) / len(between[2:]) == pytest.approx(20, abs=3), "four fifths of the time"
+
+    def test_passes_of_keys_take_turns(self) -> None:
+        queue = self.queue()
+        first, second = session(1, owner=b"first"), session(2, owner=b"second")
+        for _ in range(5):
+            queue.put_pass(training(first))
+        queue.put_pass(training(second))
+        order: list[Session] = []
+        for _ in range(3):
+            assert queue.take(PASS) == []
+            running = queue.take_pass()
+            assert running is not None
+            order.append(running.session)
+            queue.charge(running.session, 1.0)
+            queue.release_pass(running)
+        assert second in order[:2]
+
+    def test_a_key_that_is_about_to_come_is_waited_for(self) -> None:
+        queue = WorkQueue(lambda positions: WAIT_S)
+        greedy, one = session(1, owner=b"greedy"), session(2, owner=b"one")
+        queue.put(work(one, 1))
+        queue.put(work(greedy, 1))
+        assert len(run_pass(queue)) == 2
+        queue.charge(greedy, 10 * WAIT_S)
+        queue._shares._accounts[b"one"].away.add(WAIT_S / 2)
+        queue.put(work(greedy, 1, number=1))
+        with ThreadPoolExecutor(1) as threads:
+            taken = threads.submit(queue.take, PASS)
+            queue.put(work(one, 1, number=1))
+            assert {item.session for item, _ in taken.result(WAIT_S / 4)} == {one, greedy}
+
+
+def test_queues_of_passes_are_bounded_and_emptied_in_their_order() -> None:
+    queue = WorkQueue()
+    owners = [session(name, owner=b"greedy") for name in range(8)]
+    waiting = [training(owner, 1) for owner in owners[:4] for _ in range(MAX_SESSION_PASSES)]
+    for number in range(MAX_SESSION_PASSES):
+        for owner in range(4):
+            queue.put_pass(waiting[owner * MAX_SESSION_PASSES + number])
+    for owner, what in ((owners[0], "session"), (owners[5], "key")):
+        with pytest.raises(PeerBusy, match=f"of this {what} wait already, .* when those are answered"):
+            queue.put_pass(training(owner))
+    queue.put_pass(training(session(9, owner=b"other")))
+    assert queue.discard_passes(owners[1]) == waiting[MAX_SESSION_PASSES : 2 * MAX_SESSION_PASSES]
+    assert queue.pass_positions == 3 * MAX_SESSION_PASSES + 5
+    queue.put_pass(training(owners[5]))

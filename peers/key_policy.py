@@ -1,0 +1,56 @@
+"""What the owner of a peer grants each client's key, and what it has used of that."""
+
+from __future__ import annotations
+
+from splitnet.errors import PeerBusy
+from splitnet.net.identity import AuthorizedKeys
+from splitnet.net.key_options import KeyOptions
+
+MINUTE_S = 60.0
+
+
+class KeyPolicy:
+    """Keys are CURVE keys.
+
+    Args:
+        authorized: whose keys are accepted, with their options; None: any, all alike.
+    """
+
+    def __init__(self, authorized: AuthorizedKeys | None = None) -> None:
+        self._authorized = authorized or AuthorizedKeys.anyone()
+        self._spent: dict[bytes, tuple[float, float]] = {}
+        """By key: tokens of its minute that are used up, and when that was so, in seconds."""
+
+    def options_of(self, key: bytes) -> KeyOptions:
+        return self._authorized.options_of(key)
+
+    def weight(self, key: bytes) -> float:
+        """In proportion to it keys share what several want."""
+        return self._authorized.options_of(key).weight
+
+    def check_training(self, key: bytes) -> None:
+        """Raises PeerBusy if the owner of this peer does not let the key train."""
+        if not self._authorized.options_of(key).train:
+            raise PeerBusy("the owner of this peer does not let your key train (train=no): train through other peers")
+
+    def spend(self, key: bytes, positions: int, now: float) -> None:
+        """Takes off positions that are to be computed; what is left comes back evenly over a minute.
+
+        Raises:
+            PeerBusy: those of the last minute are used up.
+        """
+        per_minute = self._authorized.options_of(key).tokens_per_minute
+        if per_minute is None:
+            return
+        spent, at = self._spent.get(key, (0.0, now))
+        spent = max(0.0, spent - (now - at) * per_minute / MINUTE_S)
+        if spent >= per_minute:
+            wait_s = (spent - per_minute) * MINUTE_S / per_minute + 1
+            raise PeerBusy(
+                f"your key has used the {per_minute} tokens per minute that the owner of this peer grants it: "
+                f"come back in {wait_s:.0f} s"
+            )
+        if positions:
+            self._spent[key] = spent + positions, now
+        if len(self._spent) > 1024:
+            self._spent = {other: (used, then) for other, (used, then) in self._spent.items() if now - then < MINUTE_S}

@@ -1,0 +1,180 @@
+"""Which client's work a device does next when several want it: deficit round robin over device time.
+
+M. Shreedhar and G. Varghese, "Efficient Fair Queuing using Deficit Round Robin", SIGCOMM 1995. What work costs is known
+when it is done: so a key may begin while its balance is positive, and what its work took is taken off afterwards, also
+below zero. A round adds the same to the balances of all, per weight; it comes when no key that has work may begin.
+
+A device can do nothing else while a piece of work runs, and a key with one session has no work between two of its
+tokens. So the pieces of a key that has had more than another are short while that one is active, and do not begin just
+before it is expected back.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Hashable, Iterator
+from itertools import islice
+from typing import Final, Generic, TypeVar
+
+from scheduler.averages import MovingAverage
+
+CREDIT_S: Final = 0.05
+"""Seconds of device time, per weight, that a key may have left from former rounds."""
+
+BULK_COST: Final = 4.0
+"""What a second of prefill or training costs a key when others are active: decode steps of several keys share a pass at
+about the price of one, so work that does not share leaves them four fifths of the time."""
+
+CHUNK_S: Final = 0.05
+"""A pass of prefill and a piece of training take about so long when another key is active."""
+
+SLACK: Final = 1.2
+"""How much longer than with one step of each key a decode pass may take for more of them."""
+
+LATELY_S: Final = (1.0, 5.0)
+"""A key without work is active for twice the time that it usually needs to come back, within these bounds."""
+
+FORGET_S: Final = 60.0
+"""A key without work for so long begins anew."""
+
+_ROUND_S: Final = 0.001
+_LEARNING: Final = 0.2
+_EARLY: Final = 0.8
+"""A key may come back after such a part of its usual time."""
+_LATE: Final = 0.3
+"""A key that is late by more than such a part of its usual time, or of the work that waits for it, is given up."""
+_WORTH: Final = 0.8
+"""Part of the time that a piece of work takes, for which it waits for another key at most."""
+
+K = TypeVar("K", bound=Hashable)
+
+
+class _Account:
+    """Of one key.
+
+    balance: seconds of device time, per weight, not counting the rounds since. present: pieces of work that wait or
+    run. away: seconds from the end of its last work to its next.
+    """
+
+    __slots__ = ("away", "balance", "left_at", "present", "seen_at")
+
+    def __init__(self, balance: float, now: float) -> None:
+        self.balance = balance
+        self.present = 0
+        self.seen_at = now
+        self.left_at = 0.0
+        self.away = MovingAverage(_LEARNING)
+
+    def is_active(self, now: float) -> bool:
+        least, most = LATELY_S
+        return self.present > 0 or now - self.seen_at <= min(most, max(least, 2 * self.away.value))
+
+
+class FairShares(Generic[K]):
+    """The balances of keys. No clock: `now` is in seconds. All it does takes time in proportion to active keys.
+
+    Args:
+        weight: of a key: in which proportion keys share the device.
+    """
+
+    def __init__(self, weight: Callable[[K], float] = lambda key: 1.0) -> None:
+        self._weight = weight
+        self._accounts: OrderedDict[K, _Account] = OrderedDict()
+        """Who was seen last stands at the end."""
+        self._present: set[K] = set()
+        self._rounds_s = 0.0
+        """What all rounds have added."""
+
+    def __len__(self) -> int:
+        return len(self._accounts)
+
+    def came(self, key: K, now: float) -> None:
+        """A piece of work of `key` waits from now on."""
+        account = self._accounts.get(key)
+        if account is None:
+            account = self._accounts[key] = _Account(CREDIT_S - self._rounds_s, now)
+        elif not account.present and now - account.left_at <= LATELY_S[1]:
+            account.away.add(now - account.left_at)
+        account.present += 1
+        self._present.add(key)
+        self._seen(key, account, now)
+
+    def left(self, key: K, now: float) -> None:
+        """A piece of its work is done, or was given up."""
+        account = self._accounts[key]
+        account.present -= 1
+        if not account.present:
+            self._present.discard(key)
+            account.left_at = now
+        self._seen(key, account, now)
+
+    def contended(self, now: float) -> bool:
+        """Whether several keys are active."""
+        return len(self._present) + len(list(islice(self._absent(now), 2))) > 1
+
+    def charge(self, key: K, seconds: float, now: float, *, bulk: bool = False) -> None:
+        """Takes off what work of `key` took of the device's time; `bulk`: prefill or training.
+
+        Nothing while no other key is active, but it has no credit beside one that comes then.
+        """
+        account = self._accounts.get(key)
+        if account is not None:
+            balance = self._balance(account)
+            if self.contended(now):
+                balance -= seconds * (BULK_COST if bulk else 1.0) / self._weight(key)
+            else:
+                balance = min(0.0, balance)
+            account.balance = balance - self._rounds_s
+
+    def ranked(self, keys: Collection[K]) -> list[K]:
+        """Keys that have work, in the order of their balances, largest first."""
+        return sorted(keys, key=lambda key: -self._balance(self._accounts[key]))
+
+    def may_begin(self, key: K) -> bool:
+        return self._balance(self._accounts[key]) > 0
+
+    def begin_rounds(self, first: K) -> None:
+        """As many as it takes until the first of those that have work may begin."""
+        short_s = -self._balance(self._accounts[first])
+        if short_s >= 0:
+            self._rounds_s += short_s + _ROUND_S
+
+    def awaited(self, first: K, takes_s: float, now: float) -> tuple[K, float] | None:
+        """Whether `first`, which of all that have work has had least, waits for a key that has had less and comes soon.
+
+        Args:
+            takes_s: seconds that its work would take.
+
+        Returns:
+            Whom it waits for, and how many seconds at most; None: it begins now.
+        """
+        own = self._balance(self._accounts[first])
+        for key, account in self._absent(now):
+            usual_s = account.away.value
+            gone_s = now - account.left_at
+            left_s = min(usual_s + max(_LATE * usual_s, _LATE * takes_s) - gone_s, takes_s)
+            if self._balance(account) - own > takes_s and usual_s - gone_s <= _WORTH * takes_s and left_s > 0:
+                return key, left_s
+        return None
+
+    def quiet_s(self, now: float) -> float:
+        """Seconds for which no active key that has no work now is expected; 0: one may come at any time."""
+        return min((max(0.0, _EARLY * it.away.value - (now - it.left_at)) for _, it in self._absent(now)), default=0.0)
+
+    def _balance(self, account: _Account) -> float:
+        return min(CREDIT_S, account.balance + self._rounds_s)
+
+    def _absent(self, now: float) -> Iterator[tuple[K, _Account]]:
+        """Active keys that have no work now."""
+        for key, account in reversed(self._accounts.items()):
+            if now - account.seen_at > LATELY_S[1]:
+                return
+            if not account.present and account.is_active(now):
+                yield key, account
+
+    def _seen(self, key: K, account: _Account, now: float) -> None:
+        account.seen_at = now
+        self._accounts.move_to_end(key)
+        oldest, former = next(iter(self._accounts.items()))
+        if not former.present and now - former.seen_at > FORGET_S:
+            del self._accounts[oldest]

@@ -1,0 +1,315 @@
+"""What one client's key can do to take a peer from all others: each function attacks a live peer for a while.
+
+All of it is allowed by the protocol; a peer must give the others their share meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import queue
+import time
+from collections.abc import Callable, Sequence
+
+from splitnet.client.swarm import ModelFacts
+from splitnet.net.codecs import CODECS
+from splitnet.net.endpoints import Destination, Endpoint
+from splitnet.net.identity import Identity
+from splitnet.net.messages import (
+    Close,
+    Failure,
+    FetchKV,
+    Forward,
+    Gradient,
+    Message,
+    Open,
+    Part,
+    Payload,
+    Ping,
+    Pong,
+    Result,
+    Step,
+    decode,
+    encode,
+)
+from splitnet.net.transport import Transport
+
+PLAIN = CODECS["none"].code
+ANSWER_S = 60.0
+
+
+class Client:
+    """A client of one peer that speaks the protocol itself, with many sessions under one key. A context manager.
+
+    Args:
+        endpoint: the peer.
+        facts: its model.
+        blocks: what its sessions go through; None: all of the model.
+        identity: its key; None: a new one.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        facts: ModelFacts,
+        blocks: tuple[int, int] | None = None,
+        identity: Identity | None = None,
+    ) -> None:
+        self.facts = facts
+        self.endpoint = endpoint
+        self.start, self.end = blocks or (0, facts.num_blocks)
+        self._heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.positions: dict[bytes, int] = {}
+        """How many each session has sent."""
+        self._nonces = itertools.count(1)
+        self._transport = Transport(identity or Identity.generate(), on_message=self._hear, max_backlog=None)
+        self._transport.start()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(TimeoutError):
+            self.say(*(Close(session) for session in self.positions))
+            self.ping_ms()
+        self._transport.close()
+
+    def say(self, *messages: Message) -> None:
+        for message in messages:
+            self._transport.send(self.endpoint, encode(message))
+
+    def hear(self, timeout_s: float = ANSWER_S) -> Message | None:
+        """The next message of the peer, or None if there is none for so long."""
+        try:
+            return self._heard.get(timeout=max(0.0, timeout_s))
+        except queue.Empty:
+            return None
+
+    def open(self, budget: int, session: bytes | None = None, *, epoch: int = 1) -> tuple[bytes, Message | None]:
+        """Opens a session; returns its id and the answer."""
+        session = session or os.urandom(16)
+        self.say(self.opening(session, budget, epoch=epoch))
+        return session, self.hear()
+
+    def opening(self, session: bytes, budget: int, *, epoch: int = 1) -> Open:
+        """What opens a session."""
+        self.positions[session] = 0
+        return Open(session, epoch, self.facts.fingerprint, self.start, self.end, budget, PLAIN, b"", b"", "")
+
+    def ping_ms(self) -> float:
+        """How long the peer takes to answer a ping; what else it has said is forgotten."""
+        nonce, began = next(self._nonces), time.perf_counter()
+        self.say(Ping(nonce))
+        while (answer := self.hear()) is not None:
+            if isinstance(answer, Pong) and answer.nonce == nonce:
+                return (time.perf_counter() - began) * 1000
+        raise TimeoutError(f"no answer to a ping in {ANSWER_S:.0f} s")
+
+    def step(self, session: bytes, positions: int = 1) -> None:
+        """Sends the next positions of a session, of which the last comes back."""
+        start = self.positions[session]
+        self.positions[session] = start + positions
+        part = Part(1, start, positions, 1)
+        self.say(Step(session, 1, start + positions, (part,), None, 0, PLAIN, self.hidden(positions)))
+
+    def forward(self, session: bytes, number: int, lengths: Sequence[int], *, kept: bool = False) -> None:
+        """Sends whole sequences."""
+        payload = self.hidden(sum(lengths))
+        self.say(Forward(session, 1, number, 0, tuple(lengths), kept, 0, PLAIN, PLAIN, payload, self.start))
+
+    def gradient(self, session: bytes, number: int, positions: int) -> None:
+        """Sends the gradient by what a pass has answered."""
+        self.say(Gradient(session, 1, number, self.end, number, False, PLAIN, self.hidden(positions)))
+
+    def decode(self, session: bytes, *, seconds: float = float("inf"), steps: int = 1 << 30) -> list[float]:
+        """Decodes with one session, one step after the other; returns the ms that each took."""
+        took: list[float] = []
+        until = time.monotonic() + seconds
+        while len(took) < steps and time.monotonic() < until:
+            began = time.perf_counter()
+            self.step(session)
+            answer = self.hear()
+            if not isinstance(answer, Result):
+                raise AssertionError(f"a decode step was answered with {answer}")
+            took.append((time.perf_counter() - began) * 1000)
+        return took
+
+    def hidden(self, positions: int) -> bytes:
+        return b"\x00\x00\x80\x3f" * (positions * self.facts.hidden_size)
+
+    def _hear(self, source: Destination, frames: Sequence[Payload]) -> None:
+        self._heard.put(decode(frames))
+
+
+def decodes(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    sessions: int = 64,
+    budget: int = 512,
+    blocks: tuple[int, int] | None = None,
+    began: Callable[[], None] = lambda: None,
+) -> int:
+    """Many sessions of one key decode, each as fast as it is answered.
+
+    Args:
+        began: called when all sessions are open.
+
+    Returns:
+        How many tokens it got.
+    """
+    with Client(endpoint, facts, blocks) as client:
+        ids = [client.open(budget)[0] for _ in range(sessions)]
+        for session in ids:
+            client.step(session)
+        began()
+        tokens, until = 0, time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            answer = client.hear(left)
+            if isinstance(answer, Result):
+                tokens += 1
+                if client.positions[answer.session] < budget:
+                    client.step(answer.session)
+        return tokens
+
+
+def prefills(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    sessions: int = 8,
+    length: int = 1024,
+    blocks: tuple[int, int] | None = None,
+    began: Callable[[], None] = lambda: None,
+) -> int:
+    """Sessions of one key send long prompts, and the next as soon as one is answered. Returns positions computed."""
+    piece = min(512, length)
+    with Client(endpoint, facts, blocks) as client:
+
+        def begin() -> None:
+            session = os.urandom(16)
+            client.say(client.opening(session, length))
+            for _ in range(length // piece):
+                client.step(session, piece)
+
+        for _ in range(sessions):
+            begin()
+        began()
+        computed, until = 0, time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            answer = client.hear(left)
+            if isinstance(answer, Result):
+                computed += piece
+                if answer.number >= length // piece * piece:
+                    client.say(Close(answer.session))
+                    begin()
+        return computed
+
+
+def trains(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    lengths: Sequence[int] = (512,) * 8,
+    waiting: int = 6,
+    backward: bool = True,
+    blocks: tuple[int, int] | None = None,
+    began: Callable[[], None] = lambda: None,
+) -> int:
+    """One session sends passes over whole sequences, and gradients for them. Returns how many were answered."""
+    with Client(endpoint, facts, blocks) as client:
+        session, _ = client.open(64)
+        numbers = itertools.count(1)
+        for _ in range(waiting):
+            client.forward(session, next(numbers), lengths, kept=backward)
+        began()
+        answered, until = 0, time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0:
+            answer = client.hear(left)
+            if isinstance(answer, Result) and backward:
+                client.gradient(session, answer.number, sum(lengths))
+            if isinstance(answer, (Result, Gradient, Failure)):
+                answered += not isinstance(answer, Failure)
+                if not backward or not isinstance(answer, Result):
+                    client.forward(session, next(numbers), lengths, kept=backward)
+        return answered
+
+
+def recalls(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    count: int = 60_000,
+    blocks: tuple[int, int] | None = None,
+) -> float:
+    """Queues look-ups of keys and values behind a pass, in two sessions in turns, then ends all with a newer epoch.
+
+    Returns the longest time that somebody else's ping took meanwhile, in ms.
+    """
+    worst = 0.0
+    until, epoch = time.monotonic() + seconds, 0
+    with Client(endpoint, facts, blocks) as client, Client(endpoint, facts, blocks) as victim:
+        sessions = os.urandom(16), os.urandom(16)
+        payload = client.hidden(512)
+        while time.monotonic() < until:
+            epoch += 1
+            for session in sessions:
+                client.open(64, session, epoch=epoch)
+            client.say(Forward(sessions[0], epoch, 1, 0, (128,) * 4, False, 0, PLAIN, PLAIN, payload, client.start))
+            for session in sessions:
+                client.say(*(FetchKV(session, epoch, 10**6, 1, 1) for _ in range(count // 2)))
+            worst = max(worst, victim.ping_ms())
+            client.ping_ms()  # all of it has arrived
+            epoch += 1
+            client.say(*(client.opening(session, 64, epoch=epoch) for session in sessions))
+            worst = max(worst, victim.ping_ms())
+            client.ping_ms()
+    return worst
+
+
+def squats(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    budget: int,
+    blocks: tuple[int, int] | None = None,
+    began: Callable[[], None] = lambda: None,
+) -> int:
+    """Reserves `budget` positions of KV memory in one session, and opens it again and again. Returns how often."""
+    opened = 0
+    with Client(endpoint, facts, blocks) as client:
+        session, until, epoch = os.urandom(16), time.monotonic() + seconds, 0
+        while time.monotonic() < until:
+            epoch += 1
+            _, answer = client.open(budget, session, epoch=epoch)
+            opened += not isinstance(answer, Failure)
+            if epoch == 1:
+                began()
+            time.sleep(0.05)
+    return opened
+
+
+def crowds(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    sessions: int = 1024,
+    blocks: tuple[int, int] | None = None,
+    began: Callable[[], None] = lambda: None,
+) -> int:
+    """Opens as many of the smallest sessions as a peer takes, and holds them. Returns how many it was given."""
+    opened = 0
+    with Client(endpoint, facts, blocks) as client:
+        until = time.monotonic() + seconds
+        for _ in range(sessions):
+            opened += not isinstance(client.open(0)[1], Failure)
+        began()
+        time.sleep(max(0.0, until - time.monotonic()))
+    return opened
