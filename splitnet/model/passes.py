@@ -14,6 +14,24 @@ import torch
 from splitnet.model.adapters import Adapter, block_of
 from splitnet.model.span import Span
 
+GRAPH_BYTES = 512 * 2**20
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what torch saves for the way back meanwhile, besides the weights."""
+
+    def __init__(self, weights: frozenset[int]) -> None:
+        self.nbytes = 0
+        self._seen = set(weights)
+        super().__init__(self._count, lambda tensor: tensor)
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in self._seen:
+            self._seen.add(place)
+            self.nbytes += tensor.untyped_storage().nbytes()
+        return tensor
+
 
 class SpanPasses:
     """Passes through a span. Use it from the thread that uses the span.
@@ -21,11 +39,16 @@ class SpanPasses:
     Args:
         span: the blocks.
         between: called between two blocks, so that more urgent work need not wait for the end of a pass.
+        graph_bytes: what torch may keep of a pass to go back through it; where that of all blocks is more, each block
+            is computed once more when its turn comes.
     """
 
-    def __init__(self, span: Span, between: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, span: Span, between: Callable[[], None] = lambda: None, *, graph_bytes: int = GRAPH_BYTES
+    ) -> None:
         self._span = span
         self._between = between
+        self._graph_bytes = graph_bytes
         self._views: dict[int, Span] = {}
 
     def forward(
@@ -71,17 +94,26 @@ class SpanPasses:
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
         traced = Adapter(adapter.within(start, end)).traced() if adapter is not None else None
-        ways: list[tuple[torch.Tensor, torch.Tensor]] = []
+        ways: list[tuple[torch.Tensor, torch.Tensor | None]] = []
+        weights = self._span.storages()
+        kept = 0
         for block in range(start, end):
-            with torch.enable_grad():
-                given = hidden.detach().requires_grad_()
+            given = hidden.detach().requires_grad_()
+            saved = _Saved(weights)
+            with saved, torch.set_grad_enabled(kept <= self._graph_bytes):
                 hidden = self._view(block).sequences(given, lengths, traced)
-            ways.append((given, hidden))
+            kept += saved.nbytes
+            if kept > self._graph_bytes:
+                hidden = hidden.detach()
+            ways.append((given, hidden if hidden.requires_grad else None))
             self._between()
         found: dict[str, torch.Tensor] = {}
         gradient = gradient.to(hidden)
         for block in reversed(range(start, end)):
             given, output = ways.pop()
+            if output is None:
+                with torch.enable_grad():
+                    output = self._view(block).sequences(given, lengths, traced)
             names = [name for name in (traced.tensors if traced else ()) if block_of(name) == block]
             leaves = [traced.tensors[name] for name in names] if traced else []
             gradient, *by_adapter = torch.autograd.grad(output, [given, *leaves], gradient)
