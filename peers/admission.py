@@ -1,10 +1,12 @@
-"""Which sessions a peer admits: by the KV memory that they reserve."""
+"""Which sessions a peer admits: by the KV memory that they reserve, in bytes."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 
+from peers.memory_account import MemoryAccount, Purpose
 from peers.session import Session
 from splitnet.errors import PeerBusy
 
@@ -14,20 +16,37 @@ MIN_BUDGET = 64
 
 
 class SessionTable:
-    """Admission by KV memory: what is reserved never exceeds `capacity` positions.
+    """Admission by KV memory: what is reserved never exceeds `capacity`.
 
     Args:
-        capacity: positions of KV cache that this peer can hold.
+        capacity: bytes for keys and values, states, and logs of what was sent on.
         idle_s: a session that nothing was heard of for so long is dropped.
-        row_positions: what a row takes besides its positions, in positions: for states.
+        position_bytes: of keys and values.
+        row_bytes: what a row takes besides its positions.
+        usual_log_bytes: what the log of a position takes with the codec that most sessions have.
+        ahead: share of its budget that a session's rows and logs may take beyond it, as they are allocated ahead.
+        num_blocks: of the model; sessions that end there keep no log.
     """
 
-    def __init__(self, capacity: int, *, idle_s: float = 600.0, row_positions: int = 0) -> None:
-        self.capacity = capacity
+    def __init__(
+        self,
+        capacity: int,
+        *,
+        idle_s: float = 600.0,
+        position_bytes: float = 1.0,
+        row_bytes: int = 0,
+        usual_log_bytes: int = 0,
+        ahead: float = 0.0,
+        num_blocks: int = 0,
+    ) -> None:
+        self.memory = MemoryAccount(capacity, "no KV memory for", "try again later, or with fewer positions")
         self.idle_s = idle_s
-        self.row_positions = row_positions
+        self._position_bytes = position_bytes * (1 + ahead)
+        self._row_bytes = row_bytes
+        self._usual_bytes = (position_bytes + usual_log_bytes) * (1 + ahead)
+        self._ahead = ahead
+        self._num_blocks = num_blocks
         self._sessions: dict[bytes, Session] = {}
-        self._reserved = 0
         self._ended = threading.Condition()
 
     def __len__(self) -> int:
@@ -37,9 +56,14 @@ class SessionTable:
         return iter(self._sessions.values())
 
     @property
+    def capacity(self) -> int:
+        """What one session of one row could reserve if there were no others, with the usual codec."""
+        return max(0, int((self.memory.capacity - self._row_bytes) / self._usual_bytes))
+
+    @property
     def free_positions(self) -> int:
-        """What a new session may reserve."""
-        return max(0, self.capacity - self._reserved - self.row_positions)
+        """What a new session may reserve, with the usual codec."""
+        return max(0, int((self.memory.free - self._row_bytes) / self._usual_bytes))
 
     def get(self, session_id: bytes) -> Session | None:
         return self._sessions.get(session_id)
@@ -52,8 +76,14 @@ class SessionTable:
         """
         if len(self._sessions) >= MAX_SESSIONS:
             raise PeerBusy(f"this peer holds {MAX_SESSIONS} sessions already")
-        session.budget = max(session.budget, min(MIN_BUDGET, max(1, self.capacity - self.row_positions)))
-        self._reserve(session.budget + self.row_positions)
+        least = int((self.memory.capacity - self._row_bytes) / self._cost_of(session))
+        session.budget = max(session.budget, min(MIN_BUDGET, max(1, least)))
+        try:
+            self._reserve(session, session.budget)
+            self.memory.take(session, Purpose.ROWS, self._row_bytes)
+        except PeerBusy:
+            self.memory.end(session)
+            raise
         session.reserved_rows = 1
         self._sessions[session.id] = session
 
@@ -63,10 +93,14 @@ class SessionTable:
         Raises:
             PeerBusy: it does not fit. Nothing is changed then.
         """
-        rows = max(1, rows)
-        if self.row_positions and rows != session.reserved_rows and not session.closed:
-            self._reserve((rows - session.reserved_rows) * self.row_positions)
-            session.reserved_rows = rows
+        more = max(1, rows) - session.reserved_rows
+        if not more or session.closed:
+            return
+        if more > 0:
+            self.memory.take(session, Purpose.ROWS, more * self._row_bytes)
+        else:
+            self.memory.give_back(session, Purpose.ROWS, -more * self._row_bytes)
+        session.reserved_rows += more
 
     def resize(self, session: Session, budget: int) -> None:
         """Changes what a session has reserved; it never shrinks.
@@ -75,12 +109,12 @@ class SessionTable:
             PeerBusy: the larger budget does not fit.
         """
         if budget > session.budget:
-            self._reserve(budget - session.budget)
+            self._reserve(session, budget - session.budget)
             session.budget = budget
 
     def remove(self, session: Session) -> None:
         if self._sessions.pop(session.id, None) is not None:
-            self._reserved -= session.budget + session.reserved_rows * self.row_positions
+            self.memory.end(session)
             session.closed = True
             with self._ended:
                 self._ended.notify_all()
@@ -97,8 +131,10 @@ class SessionTable:
             self.remove(session)
         return idle
 
-    def _reserve(self, positions: int) -> None:
-        free = self.capacity - self._reserved
-        if positions > free:
-            raise PeerBusy(f"no KV memory for {positions} positions: {free} of {self.capacity} are free")
-        self._reserved += positions
+    def _reserve(self, session: Session, positions: int) -> None:
+        self.memory.take(session, Purpose.POSITIONS, math.ceil(positions * self._cost_of(session)))
+
+    def _cost_of(self, session: Session) -> float:
+        """Bytes of a position of its budget."""
+        log = session.log.bytes_per_position if session.end < self._num_blocks else 0
+        return self._position_bytes + log * (1 + self._ahead)

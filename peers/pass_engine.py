@@ -18,7 +18,7 @@ from splitnet.model.adapters import (
     write_groups,
 )
 from splitnet.model.device_clock import seconds_after_work
-from splitnet.model.passes import SpanPasses
+from splitnet.model.passes import GRAPH_BYTES, SpanPasses
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.messages import FailureCode, FetchKV, Forward, Gradient
@@ -38,7 +38,7 @@ class PassEngine:
         self._span = span
         self._training = training
         self._counters = counters
-        self._passes = SpanPasses(span, between)
+        self._passes = SpanPasses(span, between, graph_bytes=max(GRAPH_BYTES, training.memory.capacity // 4))
 
     def run(self, work: PassWork) -> None:
         """Does what `work` asks for; whatever goes wrong is told its client."""
@@ -74,8 +74,9 @@ class PassEngine:
         self._training.forwarded(work, payload)
 
     def _backward(self, work: PassWork, message: Gradient, began: float) -> None:
-        session, forward = work.session, work.forward
-        assert forward is not None
+        session = work.session
+        assert work.forward is not None and isinstance(work.forward.message, Forward)
+        forward = work.forward.message
         adapter = self._adapter(work, forward)
         hidden = self._decode(forward.codec, forward.payload, forward.positions)
         gradient = self._decode(message.codec, message.payload, forward.positions)
@@ -104,13 +105,13 @@ class PassEngine:
     def _adopt(self, work: PassWork) -> None:
         session = work.session
         tensors: dict[str, torch.Tensor] = {}
-        for part in session.adapter_parts:
+        for part in work.parts:
             tensors.update(read_tensors(part.payload))
         adapter = Adapter({name: tensor.to(self._span.device) for name, tensor in tensors.items()})
         if adapter.outside(session.start, session.end):
             raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
         self._span.fit(adapter)
-        session.adapter, session.adapter_version = adapter, session.adapter_parts[0].version
+        session.adapter, session.adapter_version = adapter, work.parts[0].version
         self._training.adapter_loaded(work)
 
     def _fetch_kv(self, work: PassWork, message: FetchKV) -> None:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from peers.admission import SessionTable
 from peers.counters import Counters, SessionEnd
+from peers.memory_account import MemoryAccount
 from peers.next_hops import NextHops
 from peers.opening import NextHopOpening
 from peers.outbox import Outbox
@@ -19,7 +20,7 @@ from peers.row_memory import SessionTooLong, prepare_rows, rows_after
 from peers.served_blocks import ServedBlocks, next_hop_of
 from peers.session import Session, Work
 from peers.step_output import StepOutput
-from peers.training import MissingPass, Request, Training, TrainingMemory, number_of
+from peers.training import MissingPass, Request, Training, number_of
 from peers.work_queue import WorkQueue
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import codec_by_code
@@ -97,7 +98,9 @@ class SessionService:
         self.ms_per_position = 0.0
         """Time that a position takes on the device, kept up to date by the engine."""
         self.leaving = False
-        self.training_memory = TrainingMemory(training_memory)
+        self.training_memory = MemoryAccount(
+            training_memory, "no training memory for", "train with fewer positions at a time"
+        )
         self._counters = counters or Counters()
         self._outbox = outbox
         self._lock = threading.RLock()
@@ -226,6 +229,9 @@ class SessionService:
         with self._lock:
             self.sessions.hold_rows(work.session, len(rows_after(work.session, work.step)))
         prepare_rows(work.session, work.step)
+        if work.session.end != self.served.num_blocks:
+            with self._lock:
+                work.session.log.prepare(work.step.parts, work.step.forks)
 
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         """Sends on what the engine has computed, see `StepOutput.send`."""
@@ -340,7 +346,10 @@ class SessionService:
             code = FailureCode.TOO_LONG if isinstance(error, SessionTooLong) else FailureCode.BAD_MESSAGE
             self._fail(session.reply_to, session.id, message.epoch, message.number, code, str(error))
             return
-        self.queue.put(Work(session, message, total, now))
+        try:
+            self.queue.put(Work(session, message, total, now))
+        except PeerBusy as error:
+            self._fail(session.reply_to, session.id, message.epoch, message.number, FailureCode.BUSY, str(error))
 
     def _train(self, source: Connection, message: Request, now: float) -> None:
         session = self.sessions.get(message.session)
@@ -383,6 +392,11 @@ class SessionService:
             self._fail(source, session.id, message.epoch, message.number, FailureCode.STALE_EPOCH, "no such next hop")
             return
         session.used_at = now
+        try:
+            session.count_resent(now, "the log of the session was sent")
+        except PeerBusy as error:
+            self._fail(source, session.id, message.epoch, message.number, FailureCode.BUSY, str(error))
+            return
         self._output.replay(session, source, message)
 
     def _fail(

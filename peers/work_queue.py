@@ -7,6 +7,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 
+from peers.memory_account import MemoryAccount, Purpose
 from peers.session import PassWork, Session, Work
 from scheduler.packing import PATIENCE, next_pass
 from splitnet.gathering import Gathering
@@ -16,9 +17,13 @@ class WorkQueue:
     """First steps of all sessions that have work, in turns.
 
     A session is busy while its step is in a pass, so steps of one session never overtake each other.
+
+    Args:
+        memory: for the steps that wait; None: 256 MiB.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, memory: MemoryAccount | None = None) -> None:
+        self.memory = memory or MemoryAccount(1 << 28, "no memory for waiting steps of", "send fewer at a time")
         self._ready: OrderedDict[Session, None] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
@@ -39,13 +44,18 @@ class WorkQueue:
         return bool(self._ready or self._passes)
 
     def put(self, work: Work) -> None:
-        """Adds a step. Windows of drafts that it begins before were rejected by the client, and need not run."""
+        """Adds a step. Windows of drafts that it begins before were rejected by the client, and need not run.
+
+        Raises:
+            PeerBusy: there is no memory for it.
+        """
         with self._changed:
             session = work.session
             while len(session.waiting) > self._begun(session) and _supersedes(work, session.waiting[-1]):
                 self._drop_last(session)
             if not session.waiting:
                 self._ready.pop(session, None)
+            self.memory.take(session, Purpose.STEPS, work.nbytes)
             session.waiting.append(work)
             session.waiting_size += work.size
             self.queued_positions += work.total
@@ -133,8 +143,7 @@ class WorkQueue:
             session = work.session
             if not work.remaining and session.waiting and session.waiting[0] is work:
                 session.waiting.popleft()
-                session.waiting_size -= work.size
-                self.queued_positions -= work.total
+                self._count_out_step(work)
             if session.waiting:
                 self._ready[session] = None
                 self._changed.notify()
@@ -154,6 +163,7 @@ class WorkQueue:
             session.waiting.clear()
             session.waiting_size = 0
             self._ready.pop(session, None)
+            self.memory.end(session)
 
     def close(self) -> None:
         with self._changed:
@@ -173,9 +183,12 @@ class WorkQueue:
         return int(bool(session.waiting) and (session not in self._ready or session.waiting[0].done > 0))
 
     def _drop_last(self, session: Session) -> None:
-        work = session.waiting.pop()
-        session.waiting_size -= work.size
+        self._count_out_step(session.waiting.pop())
+
+    def _count_out_step(self, work: Work) -> None:
+        work.session.waiting_size -= work.size
         self.queued_positions -= work.total
+        self.memory.give_back(work.session, Purpose.STEPS, work.nbytes)
 
 
 def _supersedes(later: Work, earlier: Work) -> bool:

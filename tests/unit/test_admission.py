@@ -55,7 +55,7 @@ def test_removing_twice_frees_once() -> None:
 def test_what_does_not_fit_is_refused_with_what_is_free() -> None:
     table = SessionTable(1000)
     table.add(session(1, 900))
-    with pytest.raises(PeerBusy, match="101 positions: 100 of 1000 are free"):
+    with pytest.raises(PeerBusy, match="101 bytes: 100 of 1000 are free"):
         table.add(session(2, 101))
     table.add(session(3, 100))
     assert table.free_positions == 0
@@ -74,14 +74,14 @@ def test_a_session_grows_where_there_is_room_and_never_shrinks() -> None:
 
 
 def test_rows_with_states_take_their_place_before_any_position() -> None:
-    table = SessionTable(1000, row_positions=100)
+    table = SessionTable(1000, row_bytes=100)
     one = session(1, 300)
     assert table.free_positions == 900, "a session has a row at least"
     table.add(one)
     assert table.free_positions == 500
     table.hold_rows(one, 4)
     assert table.free_positions == 200
-    with pytest.raises(PeerBusy, match="400 positions: 300 of 1000 are free"):
+    with pytest.raises(PeerBusy, match="400 bytes: 300 of 1000 are free"):
         table.hold_rows(one, 8)
     with pytest.raises(PeerBusy):
         table.add(session(2, 201))
