@@ -1,10 +1,12 @@
-"""Which sessions a peer admits: by the KV memory that they reserve, shared among keys when it is full."""
+"""Which sessions a peer admits: by the KV memory that they reserve, in bytes, shared among keys when it is full."""
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 
+from peers.memory_account import MemoryAccount, Purpose
 from peers.session import Session
 from splitnet.errors import PeerBusy
 
@@ -27,17 +29,21 @@ LOOK_AGAIN_S = 0.25
 
 
 class SessionTable:
-    """Admission by KV memory: what is reserved never exceeds `capacity` positions.
+    """Admission by KV memory: what is reserved never exceeds `capacity`.
 
     One key may have all of it until another wants some. Each has a share then, by its weight. A key within its share
     gets room: sessions of keys beyond theirs end when they have made no step for `LEASE_S`, or after `LONGEST_LEASE_S`.
 
     Args:
-        capacity: positions of KV cache that this peer can hold.
+        capacity: bytes for keys and values, states, and logs of what was sent on.
         idle_s: a session that nothing was heard of for so long is dropped.
-        row_positions: what a row takes besides its positions, in positions: for states.
+        position_bytes: of keys and values.
+        row_bytes: what a row takes besides its positions.
+        usual_log_bytes: what the log of a position takes with the codec that most sessions have.
+        ahead: share of its budget that a session's rows and logs may take beyond it, as they are allocated ahead.
+        num_blocks: of the model; sessions that end there keep no log.
         weight: of a key.
-        most: positions that the sessions of a key may reserve; None: any.
+        most: bytes that the sessions of a key may reserve; None: any.
     """
 
     def __init__(
@@ -45,19 +51,26 @@ class SessionTable:
         capacity: int,
         *,
         idle_s: float = 600.0,
-        row_positions: int = 0,
+        position_bytes: float = 1.0,
+        row_bytes: int = 0,
+        usual_log_bytes: int = 0,
+        ahead: float = 0.0,
+        num_blocks: int = 0,
         weight: Callable[[bytes], float] = lambda key: 1.0,
         most: Callable[[bytes], int | None] = lambda key: None,
     ) -> None:
-        self.capacity = capacity
+        self.memory = MemoryAccount(capacity, "no KV memory for", "try with fewer positions")
         self.idle_s = idle_s
-        self.row_positions = row_positions
+        self._position_bytes = position_bytes * (1 + ahead)
+        self._row_bytes = row_bytes
+        self._usual_bytes = (position_bytes + usual_log_bytes) * (1 + ahead)
+        self._ahead = ahead
+        self._num_blocks = num_blocks
         self._weight = weight
         self._most = most
         self._sessions: dict[bytes, Session] = {}
-        self._reserved = 0
         self._held: dict[bytes, int] = {}
-        """Positions by key."""
+        """Bytes by key."""
         self._count: dict[bytes, int] = {}
         """Sessions by key."""
         self._wanted: dict[bytes, float] = {}
@@ -71,26 +84,32 @@ class SessionTable:
         return iter(self._sessions.values())
 
     @property
+    def capacity(self) -> int:
+        """What one session of one row could reserve if there were no others, in positions with the usual codec."""
+        return max(0, int((self.memory.capacity - self._row_bytes) / self._usual_bytes))
+
+    @property
     def free_positions(self) -> int:
-        """What a new session may reserve."""
-        return max(0, self.capacity - self._reserved - self.row_positions)
+        """What a new session may reserve, with the usual codec."""
+        return max(0, int((self.memory.free - self._row_bytes) / self._usual_bytes))
 
     def get(self, session_id: bytes) -> Session | None:
         return self._sessions.get(session_id)
 
-    def make_room(self, key: bytes, budget: int, now: float, session: Session | None = None) -> list[Session]:
-        """Ends sessions of keys that have more than their share, if that lets `key` reserve what it wants.
+    def make_room(self, session: Session, budget: int, now: float) -> list[Session]:
+        """Ends sessions of keys that have more than their share, if that lets a key reserve what it wants.
 
         Args:
-            budget: that it wants for a session.
-            session: that has a smaller one already; None: a new one.
+            session: of that key; one that is not admitted yet, or has a smaller budget.
+            budget: positions that it wants.
 
         Returns:
             Those that were ended; none if there is room already, or there would not be.
         """
-        wanted = self._budget(budget) + self.row_positions if session is None else budget - session.budget
-        short = wanted - (self.capacity - self._reserved)
-        crowded = session is None and len(self._sessions) >= MAX_SESSIONS
+        key, is_new = session.owner, session.id not in self._sessions
+        wanted = self._new_bytes(session) if is_new else self._bytes_of(session, budget - session.budget)
+        short = wanted - self.memory.free
+        crowded = is_new and len(self._sessions) >= MAX_SESSIONS
         if (short <= 0 and not crowded) or now - self._wanted.get(key, -LOOK_AGAIN_S) < LOOK_AGAIN_S:
             return []
         share, places = self._share(key, now)
@@ -104,8 +123,8 @@ class SessionTable:
             if other.owner != key and self._lease_left_s(other, now) <= 0:
                 share, places = self._share(other.owner, now, key)
                 if left[other.owner] > share or (crowded and self._count[other.owner] > places):
-                    left[other.owner] -= self._size(other)
-                    short -= self._size(other)
+                    left[other.owner] -= self.memory.held(other)
+                    short -= self.memory.held(other)
                     ending.append(other)
         if short > 0 or (crowded and not ending):
             return []
@@ -120,10 +139,16 @@ class SessionTable:
             PeerBusy: its budget does not fit, or is more than its key may have now.
         """
         if len(self._sessions) >= MAX_SESSIONS:
-            raise self._refused(session.owner, 0, session.used_at, f"this peer holds {MAX_SESSIONS} sessions already")
-        session.budget = self._budget(session.budget)
-        self._check_share(session.owner, session.budget + self.row_positions, session.used_at)
-        self._reserve(session.owner, session.budget + self.row_positions, session.used_at)
+            text = f"this peer holds {MAX_SESSIONS} sessions already"
+            raise PeerBusy(f"{text}; {self._note_refused(session.owner, 0, session.used_at)}")
+        session.budget = self._budget(session)
+        self._check_share(session.owner, self._new_bytes(session), session.used_at)
+        try:
+            self._take(session, Purpose.POSITIONS, self._bytes_of(session, session.budget))
+            self._take(session, Purpose.ROWS, self._row_bytes)
+        except PeerBusy:
+            self._give_all_back(session)
+            raise
         session.reserved_rows = 1
         session.opened_at = session.stepped_at = session.used_at
         self._sessions[session.id] = session
@@ -136,10 +161,15 @@ class SessionTable:
         Raises:
             PeerBusy: it does not fit. Nothing is changed then.
         """
-        rows = max(1, rows)
-        if self.row_positions and rows != session.reserved_rows and not session.closed:
-            self._reserve(session.owner, (rows - session.reserved_rows) * self.row_positions, session.used_at)
-            session.reserved_rows = rows
+        more = max(1, rows) - session.reserved_rows
+        if not more or session.closed:
+            return
+        if more > 0:
+            self._take(session, Purpose.ROWS, more * self._row_bytes)
+        else:
+            self.memory.give_back(session, Purpose.ROWS, -more * self._row_bytes)
+            self._held[session.owner] += more * self._row_bytes
+        session.reserved_rows += more
 
     def resize(self, session: Session, budget: int) -> None:
         """Changes what a session has reserved; it never shrinks.
@@ -148,17 +178,17 @@ class SessionTable:
             PeerBusy: the larger budget does not fit, or is more than its key may have now.
         """
         if budget > session.budget:
-            self._check_share(session.owner, budget - session.budget, session.used_at)
-            self._reserve(session.owner, budget - session.budget, session.used_at)
+            more = self._bytes_of(session, budget - session.budget)
+            self._check_share(session.owner, more, session.used_at)
+            self._take(session, Purpose.POSITIONS, more)
             session.budget = budget
 
     def remove(self, session: Session) -> None:
         if self._sessions.pop(session.id, None) is not None:
-            self._reserved -= self._size(session)
-            self._held[session.owner] -= self._size(session)
             self._count[session.owner] -= 1
             if not self._count[session.owner]:
-                del self._held[session.owner], self._count[session.owner]
+                del self._count[session.owner]
+            self._give_all_back(session)
             session.closed = True
             with self._ended:
                 self._ended.notify_all()
@@ -176,48 +206,64 @@ class SessionTable:
         self._wanted = {key: at for key, at in self._wanted.items() if now - at <= WANTED_S}
         return idle
 
-    def _budget(self, wanted: int) -> int:
-        return max(wanted, min(MIN_BUDGET, max(1, self.capacity - self.row_positions)))
+    def _budget(self, session: Session) -> int:
+        least = int((self.memory.capacity - self._row_bytes) / self._cost_of(session))
+        return max(session.budget, min(MIN_BUDGET, max(1, least)))
 
-    def _size(self, session: Session) -> int:
-        return session.budget + session.reserved_rows * self.row_positions
+    def _new_bytes(self, session: Session) -> int:
+        """What a session takes when it is admitted."""
+        return self._bytes_of(session, self._budget(session)) + self._row_bytes
+
+    def _bytes_of(self, session: Session, positions: int) -> int:
+        return math.ceil(positions * self._cost_of(session))
+
+    def _cost_of(self, session: Session) -> float:
+        """Bytes of a position of its budget."""
+        log = session.log.bytes_per_position if session.end < self._num_blocks else 0
+        return self._position_bytes + log * (1 + self._ahead)
+
+    def _take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+        try:
+            self.memory.take(session, purpose, nbytes)
+        except PeerBusy as error:
+            raise PeerBusy(f"{error}; {self._note_refused(session.owner, nbytes, session.used_at)}") from None
+        self._held[session.owner] = self._held.get(session.owner, 0) + nbytes
+
+    def _give_all_back(self, session: Session) -> None:
+        self._held[session.owner] = self._held.get(session.owner, 0) - self.memory.held(session)
+        if session.owner not in self._count:
+            del self._held[session.owner]
+        self.memory.end(session)
 
     def _share(self, key: bytes, now: float, *others: bytes) -> tuple[float, float]:
-        """Positions and sessions that a key may have beside those that have some, or want some."""
+        """Bytes and sessions that a key may have beside those that have some, or want some."""
         keys = {key, *others, *self._held, *(other for other, at in self._wanted.items() if now - at <= WANTED_S)}
         part = self._weight(key) / sum(map(self._weight, keys))
-        return part * self.capacity, max(1.0, part * MAX_SESSIONS)
+        return part * self.memory.capacity, max(1.0, part * MAX_SESSIONS)
 
     def _lease_left_s(self, session: Session, now: float) -> float:
         return min(session.stepped_at + LEASE_S, session.opened_at + LONGEST_LEASE_S) - now
 
-    def _check_share(self, key: bytes, positions: int, now: float) -> None:
+    def _check_share(self, key: bytes, nbytes: int, now: float) -> None:
         held = self._held.get(key, 0)
         most = self._most(key)
-        if most is not None and held + positions > most:
+        if most is not None and held + nbytes > most:
             raise PeerBusy(
-                f"your key may reserve {most} positions of KV memory at this peer, and has {held}: close sessions, or "
-                "ask the owner for a larger kv="
+                f"your key may reserve {most} bytes of KV memory at this peer, and has {held}: close sessions, or ask "
+                "the owner for a larger kv="
             )
         others = [at + WANTED_S - now for other, at in self._wanted.items() if other != key and now - at <= WANTED_S]
-        if others and held + positions > self._share(key, now)[0]:
+        if others and held + nbytes > self._share(key, now)[0]:
             raise PeerBusy(
-                f"others wait for KV memory of this peer, and your key has {held} positions already: close sessions, "
-                f"or come back in {max(others):.0f} s"
+                f"others wait for KV memory of this peer, and your key has {held} bytes already: close sessions, or "
+                f"come back in {max(others):.0f} s"
             )
 
-    def _reserve(self, key: bytes, positions: int, now: float) -> None:
-        free = self.capacity - self._reserved
-        if positions > free:
-            text = f"no KV memory for {positions} positions: {free} of {self.capacity} are free"
-            raise self._refused(key, positions, now, text)
-        self._reserved += positions
-        self._held[key] = self._held.get(key, 0) + positions
-
-    def _refused(self, key: bytes, positions: int, now: float, text: str) -> PeerBusy:
+    def _note_refused(self, key: bytes, nbytes: int, now: float) -> str:
+        """Remembers that a key wants memory; what it can do."""
         share, places = self._share(key, now)
-        within = self._held.get(key, 0) + positions <= share and self._count.get(key, 0) < places
+        within = self._held.get(key, 0) + nbytes <= share and self._count.get(key, 0) < places
         if within and now - self._wanted.get(key, -LOOK_AGAIN_S) >= LOOK_AGAIN_S and len(self._wanted) < MAX_SESSIONS:
             self._wanted[key] = now
         when = f"come back in {LEASE_S:.0f} s, when sessions without steps make room" if within else "close sessions"
-        return PeerBusy(f"{text}; {when}, or use other peers")
+        return f"{when}, or use other peers"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -23,7 +24,7 @@ from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.span import Part as SpanPart
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
-from splitnet.net.messages import FailureCode
+from splitnet.net.messages import FailureCode, Part
 
 log = logging.getLogger(__name__)
 
@@ -116,28 +117,30 @@ class Engine:
         return None if chunk_s is None else self._queue.positions_within(chunk_s * (self._span.end - self._span.start))
 
     def _run_steps(self, chosen: list[tuple[Work, int]]) -> None:
-        ready = [(work, count) for work, count in chosen if self._begin(work)]
+        ready = [(work, count) for work, count in chosen if self._begin(work, count)]
         if ready:
             self._compute(ready)
         for work, _ in chosen:
             self._queue.release(work)
         self._publish_speed()
 
-    def _begin(self, work: Work) -> bool:
-        """Before the first pass of a step: decodes its payload and prepares the session's rows.
+    def _begin(self, work: Work, count: int) -> bool:
+        """Before a pass of a step: decodes `count` positions, and before the first one prepares the session's rows.
 
         False if it does not run in this pass.
         """
         if work.session.closed:
             work.done = work.total
             return False
-        if work.done:
-            return True
         try:
-            self._service.prepare(work)
+            if not work.done:
+                work.adapter = work.session.adapter
+                self._service.prepare(work)
             codec = codec_by_code(work.step.codec)
-            work.hidden = codec.decode(work.step.payload, work.total, self._span.hidden_size)
-            return not self._catches_up(work)
+            size = codec.bytes_per_position(self._span.hidden_size)
+            payload = memoryview(work.step.payload)[work.done * size : (work.done + count) * size]
+            work.hidden = codec.decode(payload, count, self._span.hidden_size)
+            return bool(work.done) or not self._catches_up(work)
         except SessionTooLong as error:
             self._give_up(work, FailureCode.TOO_LONG, str(error))
         except CodecError as error:
@@ -160,7 +163,7 @@ class Engine:
             row = session.rows.get(part.row)
             if row is not None and row.length - row.computed > PASS_POSITIONS:
                 span, began = self._view(session.start, session.end), time.perf_counter()
-                session.done += span.catch_up(row, session.adapter, PASS_POSITIONS)
+                session.done += span.catch_up(row, work.adapter, PASS_POSITIONS)
                 self._queue.charge(session, seconds_after_work(self._span.device) - began)
                 return True
         return False
@@ -191,13 +194,13 @@ class Engine:
         inputs: list[torch.Tensor] = []
         for work, count in ready:
             assert work.hidden is not None
-            inputs.append(work.hidden[work.done : work.done + count])
+            inputs.append(work.hidden)
             for part in work.parts(count):
                 row = work.session.rows.get(part.row)
                 if row is None:
                     room = work.session.new_room[part.row]
-                    row = work.session.rows[part.row] = span.new_row(room, work.session.adapter)
-                parts.append(SpanPart(row, part.start, part.length, work.session.adapter))
+                    row = work.session.rows[part.row] = span.new_row(room, work.adapter)
+                parts.append(SpanPart(row, part.start, part.length, work.adapter))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         output = span.forward(hidden, parts)
         elapsed_ms = (seconds_after_work(self._span.device) - began) * 1000
@@ -208,28 +211,42 @@ class Engine:
         self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
         offset = 0
         for work, count in ready:
-            work.outputs.append(output[offset : offset + count])
+            work.hidden = None
+            computed = self._keep(work, count, output[offset : offset + count])
             work.compute_ms += elapsed_ms
             work.done += count
             work.session.done += count
             offset += count
             self._counters.step_computed(work, count)
-            if not work.remaining:
+            if not computed:
+                work.done = work.total
+            elif not work.remaining:
                 self._finish(work)
 
-    def _finish(self, work: Work) -> None:
-        session = work.session
+    def _keep(self, work: Work, count: int, output: torch.Tensor) -> bool:
+        """Encodes what is needed of the output of a pass; False if the step has failed."""
         try:
-            output = work.outputs[0] if len(work.outputs) == 1 else torch.cat(work.outputs)
-            if session.end < self._service.served.num_blocks:
-                self._service.finished(work, session.codec.encode(output), b"")
-            else:
-                kept = _kept_rows(work, output)
-                self._service.finished(work, b"", session.codec.encode(kept) if len(kept) else b"")
+            if self._at_tail(work):
+                output = _kept_rows(work.parts(count), output)
+            if len(output):
+                work.outputs.append(work.session.codec.encode(output))
+            return True
         except CodecError as error:
             self._service.failed(work, FailureCode.INTERNAL, str(error))
         except Exception as error:
             self._service.failed(work, *failure_of(error, "step"))
+        return False
+
+    def _finish(self, work: Work) -> None:
+        output = work.outputs[0] if len(work.outputs) == 1 else b"".join(work.outputs)
+        work.outputs = []
+        try:
+            self._service.finished(work, *((b"", output) if self._at_tail(work) else (output, b"")))
+        except Exception as error:
+            self._service.failed(work, *failure_of(error, "step"))
+
+    def _at_tail(self, work: Work) -> bool:
+        return work.session.end == self._service.served.num_blocks
 
     def _observe_load(self, ready: list[tuple[Work, int]]) -> None:
         now = time.monotonic()
@@ -257,9 +274,8 @@ class Engine:
         self._service.ms_per_position = blocks * self._speed.prefill_ms_per_block_position
 
 
-def _kept_rows(work: Work, output: torch.Tensor) -> torch.Tensor:
+def _kept_rows(parts: Sequence[Part], output: torch.Tensor) -> torch.Tensor:
     """The positions of `output` that the client asked to have back."""
-    parts = work.step.parts
     if all(part.keep == part.length for part in parts):
         return output
     pieces: list[torch.Tensor] = []

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 import splitnet
 from peers.counters import OTHER_CODEC, Counters, Histogram
 from peers.daemon import Peer
-from peers.row_memory import AHEAD
+from peers.memory_account import Purpose
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
 from splitnet.errors import SplitnetError
@@ -44,6 +44,7 @@ class Present:
     sessions: int
     kv_reserved_bytes: int
     kv_free_bytes: int
+    session_bytes: dict[Purpose, int]
     kv_cached_bytes: int
     queued_positions: int
     queued_pass_positions: int
@@ -60,7 +61,6 @@ class Present:
             server = None
         service = peer.service
         table, memory = service.sessions, service.training_memory
-        kv_bytes = server.span.kv_bytes_per_position * (1 + AHEAD) if server is not None else 0.0
         return cls(
             info={
                 "peer": peer.identity.public.text,
@@ -73,13 +73,17 @@ class Present:
             serves=server is not None and not service.leaving,
             blocks=server.span.end - server.span.start if server is not None else 0,
             sessions=len(table),
-            kv_reserved_bytes=round((table.capacity - table.free_positions) * kv_bytes),
-            kv_free_bytes=round(table.free_positions * kv_bytes),
+            kv_reserved_bytes=table.memory.used,
+            kv_free_bytes=table.memory.free,
+            session_bytes={
+                purpose: sum(account.used_for(purpose) for account in (table.memory, service.queue.memory, memory))
+                for purpose in Purpose
+            },
             kv_cached_bytes=_cached_bytes(service, server),
             queued_positions=service.queue.queued_positions,
             queued_pass_positions=service.queue.pass_positions,
             training_used_bytes=memory.used,
-            training_free_bytes=memory.capacity - memory.used,
+            training_free_bytes=memory.free,
             refused_connections=peer.refused_connections,
         )
 
@@ -166,6 +170,12 @@ class PeerMetrics(Collector):
             "Memory for clients that train.",
             "state",
             {"used": now.training_used_bytes, "free": now.training_free_bytes},
+        )
+        yield _gauges(
+            "session_bytes",
+            "Memory that sessions occupy, by what for.",
+            "purpose",
+            {purpose.value: size for purpose, size in now.session_bytes.items()},
         )
         sent, received = counters.traffic.totals()
         yield _bytes("sent_bytes", "Bytes of messages that were sent, by link and codec.", sent)

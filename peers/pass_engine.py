@@ -18,7 +18,7 @@ from splitnet.model.adapters import (
     write_groups,
 )
 from splitnet.model.device_clock import seconds_after_work
-from splitnet.model.passes import SpanPasses
+from splitnet.model.passes import GRAPH_BYTES, SpanPasses
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.messages import FailureCode, FetchKV, Forward, Gradient
@@ -49,7 +49,8 @@ class PassEngine:
         self._counters = counters
         self._running: PassWork | None = None
         self._piece_began = 0.0
-        self._passes = SpanPasses(span, self._end_piece, most_positions)
+        graph_bytes = max(GRAPH_BYTES, training.memory.capacity // 4)
+        self._passes = SpanPasses(span, self._end_piece, most_positions, graph_bytes=graph_bytes)
 
     def run(self, work: PassWork) -> None:
         """Does what `work` asks for; whatever goes wrong is told its client."""
@@ -100,8 +101,9 @@ class PassEngine:
         self._training.forwarded(work, payload)
 
     def _backward(self, work: PassWork, message: Gradient, began: float) -> None:
-        session, forward = work.session, work.forward
-        assert forward is not None
+        session = work.session
+        assert work.forward is not None and isinstance(work.forward.message, Forward)
+        forward = work.forward.message
         adapter = self._adapter(work, forward)
         hidden = self._decode(forward.codec, forward.payload, forward.positions)
         gradient = self._decode(message.codec, message.payload, forward.positions)
@@ -130,13 +132,13 @@ class PassEngine:
     def _adopt(self, work: PassWork) -> None:
         session = work.session
         tensors: dict[str, torch.Tensor] = {}
-        for part in session.adapter_parts:
+        for part in work.parts:
             tensors.update(read_tensors(part.payload))
         adapter = Adapter({name: tensor.to(self._span.device) for name, tensor in tensors.items()})
         if adapter.outside(session.start, session.end):
             raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
         self._span.fit(adapter)
-        session.adapter, session.adapter_version = adapter, session.adapter_parts[0].version
+        session.adapter, session.adapter_version = adapter, work.parts[0].version
         self._training.adapter_loaded(work)
 
     def _fetch_kv(self, work: PassWork, message: FetchKV) -> None:

@@ -6,6 +6,8 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from peers.memory_account import FORK_BYTES, MESSAGE_BYTES
+from splitnet.errors import PeerBusy
 from splitnet.net.codecs import Codec
 from splitnet.net.endpoints import Connection, Endpoint
 from splitnet.net.messages import Adapter as AdapterMessage
@@ -17,6 +19,16 @@ if TYPE_CHECKING:
 
     from splitnet.model.adapters import Adapter
     from splitnet.model.kv_cache import RowCache
+
+
+MOST_RESENT = 10
+"""So often may a session have its log, or keys and values, sent at once: more than the routes that a client tries."""
+
+RESEND_S = 10.0
+"""And once more after so long."""
+
+ADAPTER_COPIES = 2
+"""The adapter, and the sum of its gradients."""
 
 
 @dataclass(slots=True)
@@ -85,8 +97,25 @@ class Session:
     adapter_parts: list[AdapterMessage] = field(default_factory=list)
     """Of a version that is still coming in."""
     adapter_bytes: int = 0
-    training_bytes: int = 0
-    """What the session takes of the peer's memory for training."""
+    """Accounted for the adapter that the blocks run with."""
+    resent: float = 0.0
+    """How often its log, or keys and values, were sent once more, less one for every `RESEND_S`."""
+    resent_at: float = 0.0
+
+    def count_resent(self, now: float, what: str) -> None:
+        """Before much is sent because of a small message.
+
+        Args:
+            now: seconds.
+            what: was sent, with its verb, as the beginning of a sentence.
+
+        Raises:
+            PeerBusy: it was done too often lately.
+        """
+        resent = max(0.0, self.resent - (now - self.resent_at) / RESEND_S)
+        if resent + 1 > MOST_RESENT:
+            raise PeerBusy(f"{what} {MOST_RESENT} times at once: ask again in {RESEND_S:.0f} s")
+        self.resent, self.resent_at = resent + 1, now
 
     @property
     def prefix_length(self) -> int:
@@ -107,9 +136,12 @@ class Work:
     wait_ms: float = 0.0
     """From its arrival until its first pass."""
     compute_ms: float = 0.0
+    adapter: Adapter | None = None
+    """What it runs with, from its first pass on: its rows were given room for that one's prefix."""
     hidden: torch.Tensor | None = None
-    """Decoded input, `[positions, hidden]`."""
-    outputs: list[torch.Tensor] = field(default_factory=list)
+    """Decoded input of the present pass, `[positions, hidden]`."""
+    outputs: list[bytes] = field(default_factory=list)
+    """What goes to the next hop, or from the tail to the client: encoded, pass by pass."""
 
     @property
     def remaining(self) -> int:
@@ -124,8 +156,14 @@ class Work:
         """What the step occupies while it waits, in positions; a fork counts as one."""
         return self.total + len(self.step.forks or ())
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the step takes while it waits."""
+        references = len(self.step.parts) + len(self.step.forks or ())
+        return len(self.step.payload) + MESSAGE_BYTES + FORK_BYTES * references
+
     def parts(self, count: int) -> list[Part]:
-        """The next `count` positions as parts of rows."""
+        """The next `count` positions as parts of rows, each with how many of its last ones the client wants."""
         chosen: list[Part] = []
         skip, left = self.done, count
         for part in self.step.parts:
@@ -133,7 +171,8 @@ class Work:
                 skip -= part.length
                 continue
             taken = min(part.length - skip, left)
-            chosen.append(Part(part.row, part.start + skip, taken, 0))
+            keep = max(0, skip + taken - max(skip, part.length - part.keep))
+            chosen.append(Part(part.row, part.start + skip, taken, keep))
             skip = 0
             left -= taken
             if not left:
@@ -150,12 +189,23 @@ class PassWork:
     source: Connection
     """Where a gradient goes back to."""
     arrived_at: float
-    forward: Forward | None = None
+    forward: PassWork | None = None
     """Of a backward pass: what it is the way back of."""
+    parts: list[AdapterMessage] = field(default_factory=list)
+    """Of an adapter."""
     wait_ms: float = 0.0
     compute_ms: float = 0.0
 
     @property
     def positions(self) -> int:
-        forward = self.message if isinstance(self.message, Forward) else self.forward
-        return forward.positions if forward is not None else 1
+        if self.forward is not None:
+            return self.forward.positions
+        return self.message.positions if isinstance(self.message, Forward) else 1
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes while it waits, or is kept."""
+        if self.parts:
+            return sum(ADAPTER_COPIES * len(part.payload) + MESSAGE_BYTES for part in self.parts)
+        payload = getattr(self.message, "payload", b"")
+        return len(payload) + MESSAGE_BYTES + (self.forward.nbytes if self.forward is not None else 0)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from peers.admission import SessionTable
 from peers.counters import Counters, SessionEnd
 from peers.key_policy import KeyPolicy
+from peers.memory_account import MemoryAccount
 from peers.next_hops import NextHops
 from peers.opening import NextHopOpening
 from peers.outbox import Outbox
@@ -20,7 +21,7 @@ from peers.row_memory import SessionTooLong, prepare_rows, rows_after
 from peers.served_blocks import ServedBlocks, next_hop_of
 from peers.session import Session, Work
 from peers.step_output import StepOutput
-from peers.training import MissingPass, Request, Training, TrainingMemory, number_of
+from peers.training import MissingPass, Request, Training, number_of
 from peers.work_queue import WorkQueue
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import codec_by_code
@@ -100,7 +101,9 @@ class SessionService:
         self.ms_per_position = 0.0
         """Time that a position takes on the device, kept up to date by the engine."""
         self.leaving = False
-        self.training_memory = TrainingMemory(training_memory)
+        self.training_memory = MemoryAccount(
+            training_memory, "no training memory for", "train with fewer positions at a time"
+        )
         self._counters = counters or Counters()
         self._policy = policy or KeyPolicy()
         self._outbox = outbox
@@ -230,6 +233,9 @@ class SessionService:
         with self._lock:
             self.sessions.hold_rows(work.session, len(rows_after(work.session, work.step)))
         prepare_rows(work.session, work.step)
+        if work.session.end != self.served.num_blocks:
+            with self._lock:
+                work.session.log.prepare(work.step.parts, work.step.forks)
 
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         """Sends on what the engine has computed, see `StepOutput.send`."""
@@ -275,7 +281,7 @@ class SessionService:
             return
         try:
             self._policy.spend(source.curve, 0, now)
-            self._make_room(source.curve, message.budget, now, session)
+            known = session is not None
             if session is None:
                 session = Session(
                     id=message.session,
@@ -291,6 +297,8 @@ class SessionService:
                     log=SentLog(message.codec, codec.bytes_per_position(self.served.hidden_size)),
                     used_at=now,
                 )
+            self._make_room(session, message.budget, now)
+            if not known:
                 self.sessions.add(session)
                 self._counters.opened += 1
             else:
@@ -309,9 +317,9 @@ class SessionService:
         session.used_at = now
         self._opening.reach(session, next_hop_of(message), now, again=again)
 
-    def _make_room(self, key: bytes, budget: int, now: float, session: Session | None) -> None:
+    def _make_room(self, session: Session, budget: int, now: float) -> None:
         """Ends sessions of keys that have more than their share of the KV memory, if another key needs it."""
-        for ended in self.sessions.make_room(key, budget, now, session):
+        for ended in self.sessions.make_room(session, budget, now):
             work = next(iter((*ended.waiting, *ended.passes)), None)
             if work is not None:
                 number = work.step.number if isinstance(work, Work) else number_of(work.message)
@@ -359,8 +367,12 @@ class SessionService:
             code = _CODE_OF_ERROR.get(type(error), FailureCode.BAD_MESSAGE)
             self._fail(session.reply_to, session.id, message.epoch, message.number, code, str(error))
             return
+        try:
+            self.queue.put(Work(session, message, total, now))
+        except PeerBusy as error:
+            self._fail(session.reply_to, session.id, message.epoch, message.number, FailureCode.BUSY, str(error))
+            return
         session.stepped_at = now
-        self.queue.put(Work(session, message, total, now))
 
     def _train(self, source: Connection, message: Request, now: float) -> None:
         session = self.sessions.get(message.session)
@@ -408,6 +420,11 @@ class SessionService:
             self._fail(source, session.id, message.epoch, message.number, FailureCode.STALE_EPOCH, "no such next hop")
             return
         session.used_at = now
+        try:
+            session.count_resent(now, "the log of the session was sent")
+        except PeerBusy as error:
+            self._fail(source, session.id, message.epoch, message.number, FailureCode.BUSY, str(error))
+            return
         self._output.replay(session, source, message)
 
     def _fail(

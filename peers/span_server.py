@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from functools import partial
 
@@ -11,6 +10,7 @@ from peers.counters import Counters
 from peers.engine import Engine
 from peers.key_policy import KeyPolicy
 from peers.load import Load
+from peers.memory_account import TENSOR_BYTES, MemoryAccount
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
 from peers.row_memory import AHEAD
@@ -22,8 +22,12 @@ from scheduler.packing import PASS_POSITIONS
 from splitnet.errors import OutOfMemory
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
+from splitnet.net.codecs import DEFAULT_INT8, codec_by_name
 
 FIRST_REMEASURE_S = 20.0
+
+LEAST_STEP_MEMORY = 64 * 2**20
+"""Bytes for steps that wait for the device; a quarter of the KV memory if that is more."""
 
 
 class SpanServer:
@@ -70,19 +74,28 @@ class SpanServer:
         self.speed = speed
         self.load = Load()
         policy = policy or KeyPolicy()
-
-        def most_positions(key: bytes) -> int | None:
-            kv = policy.options_of(key).kv
-            return None if kv is None else int(kv / _position_bytes(span))
-
+        if kv_memory is None:
+            kv_memory = span.free_memory() // 4
+        keeps_logs = span.end < checkpoint.num_blocks
+        usual = codec_by_name(DEFAULT_INT8).bytes_per_position(checkpoint.hidden_size)
         self.sessions = SessionTable(
-            _kv_capacity(span, kv_memory),
+            kv_memory,
             idle_s=idle_s,
-            row_positions=math.ceil(span.state_bytes / _position_bytes(span)),
+            position_bytes=span.kv_bytes_per_position,
+            row_bytes=span.state_bytes + 2 * TENSOR_BYTES * (span.end - span.start),
+            usual_log_bytes=usual if keeps_logs else 0,
+            ahead=AHEAD,
+            num_blocks=checkpoint.num_blocks,
             weight=policy.weight,
-            most=most_positions,
+            most=lambda key: policy.options_of(key).kv,
         )
-        self.queue = WorkQueue(partial(self.speed.pass_s, blocks=span.end - span.start), policy.weight)
+        self.queue = WorkQueue(
+            partial(self.speed.pass_s, blocks=span.end - span.start),
+            policy.weight,
+            MemoryAccount(
+                max(LEAST_STEP_MEMORY, kv_memory // 4), "no memory for waiting steps of", "send fewer at a time"
+            ),
+        )
         served = ServedBlocks(
             model=checkpoint.fingerprint,
             start=span.start,
@@ -143,14 +156,3 @@ class SpanServer:
         """Stops computing, after the pass that is running, and ends all sessions."""
         self._engine.close()
         self.service.forget_all()
-
-
-def _kv_capacity(span: Span, kv_memory: int | None) -> int:
-    """Positions of KV cache that fit in the memory set aside for them, with what rows are allocated ahead."""
-    if kv_memory is None:
-        kv_memory = span.free_memory() // 4
-    return max(1, int(kv_memory / _position_bytes(span)))
-
-
-def _position_bytes(span: Span) -> float:
-    return span.kv_bytes_per_position * (1 + AHEAD)

@@ -6,10 +6,10 @@ A part of the service: messages come under the service's lock. What the engine h
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
 from dataclasses import replace
 
 from peers.counters import Counters
+from peers.memory_account import MemoryAccount, Purpose
 from peers.outbox import Outbox, timing_of
 from peers.row_memory import SessionTooLong
 from peers.served_blocks import ServedBlocks
@@ -38,35 +38,6 @@ Request = Forward | Gradient | Adapter | FetchKV
 MAX_PASS_POSITIONS = 4096
 """Of a pass, unless a single sequence is longer."""
 
-ADAPTER_COPIES = 2
-"""The adapter, and the sum of its gradients."""
-
-
-class TrainingMemory:
-    """Bytes of what is kept for clients that train: inputs of passes, and adapters.
-
-    Args:
-        capacity: bytes.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        self.capacity = capacity
-        self.used = 0
-
-    def take(self, session: Session, nbytes: int) -> None:
-        """Raises PeerBusy if there is no room."""
-        if self.used + nbytes > self.capacity:
-            raise PeerBusy(
-                f"no memory to keep {nbytes} bytes for training: {self.capacity - self.used} of {self.capacity} are "
-                "free; train with fewer positions at a time"
-            )
-        self.used += nbytes
-        session.training_bytes += nbytes
-
-    def give_back(self, session: Session, nbytes: int) -> None:
-        self.used -= nbytes
-        session.training_bytes -= nbytes
-
 
 class Training:
     """Passes and adapters of all sessions.
@@ -85,14 +56,14 @@ class Training:
         served: ServedBlocks,
         queue: WorkQueue,
         outbox: Outbox,
-        memory: TrainingMemory,
+        memory: MemoryAccount,
         lock: threading.RLock,
         counters: Counters,
     ) -> None:
         self._served = served
         self._queue = queue
         self._outbox = outbox
-        self._memory = memory
+        self.memory = memory
         self._lock = lock
         self._counters = counters
 
@@ -106,37 +77,23 @@ class Training:
             self._check(message)
             for number in [number for number in session.kept if number < message.oldest]:
                 self._drop(session, number)
-            self._memory.take(session, len(message.payload))
-            try:
-                self._queue.put_pass(PassWork(session, message, source, now))
-            except PeerBusy:
-                self._memory.give_back(session, len(message.payload))
-                raise
+            self._put(PassWork(session, message, source, now))
         elif isinstance(message, Gradient):
-            work = session.kept.pop(message.number, None)
-            if work is None:
+            forward = session.kept.get(message.number)
+            if forward is None:
                 raise MissingPass(f"there is no pass {message.number} to go back from")
-            assert isinstance(work.message, Forward)
-            try:
-                self._served.check_payload(message.codec, message.payload, work.message.positions)
-                self._queue.put_pass(PassWork(session, message, work.source, now, work.message))
-            except (ProtocolError, PeerBusy):
-                self._memory.give_back(session, len(work.message.payload))
-                raise
+            self._served.check_payload(message.codec, message.payload, forward.positions)
+            work = PassWork(session, message, forward.source, now, forward)
+            self.memory.take(session, Purpose.PASSES, work.nbytes - forward.nbytes)
+            del session.kept[message.number]
+            self._queued(work)
         elif isinstance(message, FetchKV):
-            self._queue.put_pass(PassWork(session, message, source, now))
+            row = session.rows.get(message.row)
+            if row is not None:
+                session.count_resent(now, "its keys and values were sent")
+            self._put(PassWork(session, message, source, now))
         else:
-            self._memory.take(session, ADAPTER_COPIES * len(message.payload))
-            session.adapter_parts.append(message)
-            if message.version != session.adapter_parts[0].version:
-                self._give_back_parts(session)
-                raise ProtocolError("an adapter came in parts of different versions")
-            if not message.remaining:
-                try:
-                    self._queue.put_pass(PassWork(session, message, source, now))
-                except PeerBusy:
-                    self._give_back_parts(session)
-                    raise
+            self._take_part(session, message, source, now)
 
     def forget(self, session: Session) -> None:
         """Lets go of all that is kept for the passes of a session; its adapter stays."""
@@ -149,8 +106,8 @@ class Training:
         """Lets go of everything of a session."""
         self.forget(session)
         session.adapter, session.adapter_version, session.gradient_sum = None, 0, None
-        session.adapter_parts.clear()
-        self._memory.give_back(session, session.training_bytes)
+        session.adapter_parts = []
+        self.memory.end(session)
 
     def forwarded(self, work: PassWork, payload: Payload) -> None:
         """Sends on the output of a forward pass, and keeps its input if a gradient may follow."""
@@ -179,7 +136,7 @@ class Training:
         """Sends the gradient by the input up the route, and that by the adapter to the client."""
         with self._lock:
             session, message, forward = work.session, work.message, work.forward
-            assert isinstance(message, Gradient) and forward is not None
+            assert isinstance(message, Gradient) and forward is not None and isinstance(forward.message, Forward)
             self._release(work)
             if session.closed or message.epoch != session.epoch:
                 return
@@ -187,7 +144,7 @@ class Training:
                 self._outbox.send(
                     session.reply_to, AdapterGradient(session.id, message.epoch, message.number, remaining, part)
                 )
-            codec = forward.gradient_codec
+            codec = forward.message.gradient_codec
             self._outbox.send(work.source, replace(message, boundary=session.start, codec=codec, payload=payload))
 
     def adapter_loaded(self, work: PassWork) -> None:
@@ -196,18 +153,17 @@ class Training:
             session, message = work.session, work.message
             assert isinstance(message, Adapter)
             # Of the former version, whose memory is free now, only the new one's parts remain accounted for.
-            former, session.adapter_bytes = session.adapter_bytes, _nbytes(session.adapter_parts)
-            session.adapter_parts.clear()
-            if session.closed:
-                return
-            self._memory.give_back(session, former)
-            self._outbox.send(session.reply_to, AdapterLoaded(session.id, session.epoch, message.version))
+            former, session.adapter_bytes = session.adapter_bytes, work.nbytes
+            self.memory.give_back(session, Purpose.ADAPTERS, former)
+            if not session.closed:
+                self._outbox.send(session.reply_to, AdapterLoaded(session.id, session.epoch, message.version))
 
     def fetched_kv(self, work: PassWork, parts: list[bytes]) -> None:
         """Sends the client the keys and values that it has asked for."""
         with self._lock:
             session, message = work.session, work.message
             assert isinstance(message, FetchKV)
+            self._release(work)
             for remaining, part in counted_down(parts if not session.closed else ()):
                 self._outbox.send(
                     session.reply_to, FetchedKV(session.id, message.epoch, message.number, remaining, part)
@@ -218,10 +174,7 @@ class Training:
         with self._lock:
             self._counters.refused[code] += 1
             session, message = work.session, work.message
-            if not isinstance(message, Adapter):
-                self._release(work)
-            elif not session.closed:
-                self._give_back_parts(session)
+            self._release(work)
             if not session.closed:
                 failure = Failure(session.id, message.epoch, number_of(message), code, text[:500])
                 self._outbox.send(session.reply_to, failure)
@@ -237,23 +190,41 @@ class Training:
         codec_by_code(message.gradient_codec)
         self._served.check_payload(message.codec, message.payload, message.positions)
 
+    def _put(self, work: PassWork) -> None:
+        self.memory.take(work.session, Purpose.PASSES, work.nbytes)
+        self._queued(work)
+
+    def _queued(self, work: PassWork) -> None:
+        """Puts a pass into the queue; what was taken for one that is refused is given back."""
+        try:
+            self._queue.put_pass(work)
+        except PeerBusy:
+            self._release(work)
+            raise
+
+    def _take_part(self, session: Session, message: Adapter, source: Connection, now: float) -> None:
+        """One of an adapter: what does not go on from the part before it begins anew."""
+        if not message.payload:
+            raise ProtocolError("a part of an adapter is empty")
+        last = session.adapter_parts[-1] if session.adapter_parts else None
+        if last is not None and (last.version, last.remaining) != (message.version, message.remaining + 1):
+            self._release(PassWork(session, last, source, now, parts=session.adapter_parts))
+            session.adapter_parts = []
+        self.memory.take(session, Purpose.ADAPTERS, PassWork(session, message, source, now, parts=[message]).nbytes)
+        session.adapter_parts.append(message)
+        if not message.remaining:
+            work = PassWork(session, message, source, now, parts=session.adapter_parts)
+            session.adapter_parts = []
+            self._queued(work)
+
     def _release(self, work: PassWork) -> None:
-        forward = work.message if isinstance(work.message, Forward) else work.forward
-        if forward is not None and not work.session.closed:
-            self._memory.give_back(work.session, len(forward.payload))
+        purpose = Purpose.ADAPTERS if isinstance(work.message, Adapter) else Purpose.PASSES
+        self.memory.give_back(work.session, purpose, work.nbytes)
 
     def _drop(self, session: Session, number: int) -> None:
         work = session.kept.pop(number, None)
         if work is not None:
             self._release(work)
-
-    def _give_back_parts(self, session: Session) -> None:
-        self._memory.give_back(session, _nbytes(session.adapter_parts))
-        session.adapter_parts.clear()
-
-
-def _nbytes(parts: Iterable[Adapter]) -> int:
-    return ADAPTER_COPIES * sum(len(part.payload) for part in parts)
 
 
 def number_of(message: Request) -> int:

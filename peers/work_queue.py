@@ -11,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 
+from peers.memory_account import MemoryAccount, Purpose
 from peers.session import PassWork, Session, Work
 from scheduler.fair_shares import CHUNK_S, SLACK, FairShares
 from scheduler.packing import DECODE_POSITIONS, PATIENCE, next_pass
@@ -30,15 +31,18 @@ class WorkQueue:
     Args:
         pass_s: seconds that a pass of so many positions takes.
         weight: of a client's key, in proportion to which keys share the device.
+        memory: for the steps that wait; None: 256 MiB.
     """
 
     def __init__(
         self,
         pass_s: Callable[[int], float] = lambda positions: 0.0,
         weight: Callable[[bytes], float] = lambda key: 1.0,
+        memory: MemoryAccount | None = None,
     ) -> None:
         self._pass_s = pass_s
         self._shares = FairShares[bytes](weight)
+        self.memory = memory or MemoryAccount(1 << 28, "no memory for waiting steps of", "send fewer at a time")
         self._ready: OrderedDict[Session, None] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False
@@ -61,14 +65,19 @@ class WorkQueue:
         return bool(self._ready or self._passes)
 
     def put(self, work: Work) -> None:
-        """Adds a step. Windows of drafts that it begins before were rejected by the client, and need not run."""
+        """Adds a step. Windows of drafts that it begins before were rejected by the client, and need not run.
+
+        Raises:
+            PeerBusy: there is no memory for it.
+        """
         with self._changed:
             session = work.session
-            self._shares.came(session.owner, time.monotonic())
             while len(session.waiting) > self._begun(session) and _supersedes(work, session.waiting[-1]):
                 self._drop_last(session)
             if not session.waiting:
                 self._ready.pop(session, None)
+            self.memory.take(session, Purpose.STEPS, work.nbytes)
+            self._shares.came(session.owner, time.monotonic())
             session.waiting.append(work)
             session.waiting_size += work.size
             self.queued_positions += work.total
@@ -235,6 +244,7 @@ class WorkQueue:
             while session.waiting:
                 self._drop(session.waiting.pop())
             self._ready.pop(session, None)
+            self.memory.end(session)
 
     def close(self) -> None:
         with self._changed:
@@ -355,6 +365,7 @@ class WorkQueue:
     def _drop(self, work: Work) -> None:
         work.session.waiting_size -= work.size
         self.queued_positions -= work.total
+        self.memory.give_back(work.session, Purpose.STEPS, work.nbytes)
         self._shares.left(work.session.owner, time.monotonic())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Protocol
@@ -52,8 +52,8 @@ class Route(Protocol):
         """All hops in order."""
         ...
 
-    def adapted_hops(self) -> set[Endpoint]:
-        """Hops with a part of the session's adapter."""
+    def adapted_hops(self) -> dict[Endpoint, int]:
+        """Hops with a part of the session's adapter, and what that takes in messages, in bytes at most."""
         ...
 
 
@@ -235,30 +235,53 @@ def _replay(
     ]
 
 
+KV_WIDTH = 8
+"""So many times the hidden size the keys of a position have at most, and so the values."""
+
+PART_BYTES = 1024
+"""What a part is counted as, besides its payload; and what a tensor takes in it, besides its numbers, at most."""
+
+
+def most_bytes(sizes: Iterable[int]) -> int:
+    """What tensors of these sizes, in bytes, take in messages at most."""
+    return sum(size + 2 * PART_BYTES for size in sizes)
+
+
 @dataclass(slots=True)
 class FromHops:
     """What several hops send, each in one or several messages."""
 
     parts: dict[Endpoint, list[Payload]] = field(default_factory=dict)
-    _whole: set[Endpoint] = field(default_factory=set)
-    _expected: set[Endpoint] = field(default_factory=set)
+    _left: dict[Endpoint, int] = field(default_factory=dict)
+    """Bytes that may come of those of which something is missing."""
+    _remaining: dict[Endpoint, int] = field(default_factory=dict)
 
     @property
     def whole(self) -> bool:
         """Whether all that is expected has come."""
-        return self._expected <= self._whole
+        return not self._left
 
-    def begin(self, expected: set[Endpoint]) -> None:
-        """Forgets what came before; these hops will send something."""
-        self.parts, self._whole, self._expected = {}, set(), expected
+    def begin(self, expected: Mapping[Endpoint, int]) -> None:
+        """Forgets what came before; these hops will send something, each so many bytes at most."""
+        self.parts, self._left, self._remaining = {}, dict(expected), {}
 
     def take(self, source: Endpoint, message: AdapterGradient | FetchedKV) -> bool:
-        """Takes a part in; False if nothing of this hop is missing."""
-        if source not in self._expected or source in self._whole:
+        """Takes a part in; False if nothing of this hop is missing.
+
+        Raises:
+            ProtocolError: it does not follow the one before, or there is more than was expected.
+        """
+        if source not in self._left:
             return False
+        if message.remaining != self._remaining.get(source, message.remaining + 1) - 1:
+            raise ProtocolError("its parts are not in order")
+        self._left[source] -= len(message.payload) + PART_BYTES
+        if self._left[source] < 0:
+            raise ProtocolError("it sends more than was asked for")
+        self._remaining[source] = message.remaining
         self.parts.setdefault(source, []).append(message.payload)
         if not message.remaining:
-            self._whole.add(source)
+            del self._left[source]
         return True
 
 
@@ -293,12 +316,12 @@ class PassRequest(Request):
 
     def take(self, source: Endpoint, message: Message, route: Route) -> bool:
         match message:
-            case Result() if source == route.tail and message.end == route.blocks[1]:
+            case Result() if self.result is None and source == route.tail and message.end == route.blocks[1]:
                 check_size(message.codec, message.payload, self.forward.positions, route.hidden_size)
                 self.result = message
                 if self.back is not None:
                     self.back.batch.send_ready(route)
-            case Gradient() if source == route.first and message.boundary == route.blocks[0]:
+            case Gradient() if self.gradient is None and source == route.first and message.boundary == route.blocks[0]:
                 check_size(message.codec, message.payload, self.forward.positions, route.hidden_size)
                 self.gradient = message
             case AdapterGradient() if self.back is not None:
@@ -363,7 +386,7 @@ class Batch:
         """Sends back what can go back, in order."""
         while self._sent < len(self.passes) and self.passes[self._sent].result is not None:
             if not self._sent:
-                self.sums.begin(route.adapted_hops() if self.passes[0].forward.adapter else set())
+                self.sums.begin(route.adapted_hops() if self.passes[0].forward.adapter else {})
             self._send(self.passes[self._sent], route)
             self._sent += 1
 
@@ -397,7 +420,9 @@ class FetchRequest(Request):
     def send(self, route: Route) -> None:
         self.sent = True
         self.asked = replace(self.asked, epoch=route.epoch)
-        self.found.begin(set(route.endpoints()))
+        count, position_bytes = route.blocks[1] - route.blocks[0], 4 * KV_WIDTH * route.hidden_size
+        most = most_bytes([self.asked.length * position_bytes] * 2 * count)
+        self.found.begin(dict.fromkeys(route.endpoints(), most))
         for endpoint in route.endpoints():
             route.send(endpoint, self.asked)
 

@@ -25,7 +25,7 @@ from splitnet.client.event_log import Kind
 from splitnet.client.liveness import Liveness
 from splitnet.client.overview import blocks_text, short_key
 from splitnet.client.planner import PlannedHop
-from splitnet.client.requests import ReplayRequest, next_refill
+from splitnet.client.requests import ReplayRequest, most_bytes, next_refill
 from splitnet.client.route_hop import RouteHop
 from splitnet.client.session_events import (
     AskRoute,
@@ -216,10 +216,12 @@ class SessionRoute(ABC):
         """All hops in order."""
         return [hop.endpoint for hop in self.hops]
 
-    def adapted_hops(self) -> set[Endpoint]:
-        """Hops with a part of the adapter."""
-        adapter = self.adapter
-        return {hop.endpoint for hop in self.hops if adapter is not None and adapter.within(*hop.blocks)}
+    def adapted_hops(self) -> dict[Endpoint, int]:
+        """Hops with a part of the adapter, and what that takes in messages, in bytes at most."""
+        parts = {hop.endpoint: self.adapter.within(*hop.blocks) for hop in self.hops} if self.adapter else {}
+        return {
+            endpoint: most_bytes(tensor.nbytes for tensor in part.values()) for endpoint, part in parts.items() if part
+        }
 
     def send(self, endpoint: Endpoint, message: Message) -> None:
         """Has a message sent; for requests."""

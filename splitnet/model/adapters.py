@@ -27,6 +27,7 @@ from transformers.pytorch_utils import Conv1D
 from splitnet.errors import AdapterError
 from splitnet.model.held_linear import HeldLinear
 
+DTYPES = frozenset({torch.float32, torch.bfloat16, torch.float16})
 MAX_PREFIX = 4096
 MAX_RANK = 1024
 MAX_GROUP_BYTES = 16 * 1024 * 1024
@@ -67,8 +68,8 @@ class Adapter:
         self._prefixes: dict[int, Prefix] = {}
         for name, tensor in self.tensors.items():
             match = _NAME.fullmatch(name)
-            if match is None or not tensor.is_floating_point():
-                raise AdapterError(f"{name!r} is no parameter of an adapter")
+            if match is None or tensor.dtype not in DTYPES:
+                raise AdapterError(f"{name!r} of {tensor.dtype} is no parameter of an adapter")
             block, rest = int(match[1]), match[2]
             if rest == PREFIX_KEYS:
                 self._prefixes[block] = _prefix(block, tensor, self._partner(f"{block}.{PREFIX_VALUES}"))
@@ -241,8 +242,9 @@ def linear_layers(block: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def _low_rank(name: str, a: torch.Tensor, b: torch.Tensor) -> LowRank:
-    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not 1 <= a.shape[0] <= MAX_RANK:
-        raise AdapterError(f"{name} is {list(a.shape)} and its partner {list(b.shape)}: not a low-rank pair")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1] or not 1 <= a.shape[0] <= MAX_RANK or a.dtype != b.dtype:
+        shapes = f"{list(a.shape)} {a.dtype} and its partner {list(b.shape)} {b.dtype}"
+        raise AdapterError(f"{name} is {shapes}: not a low-rank pair")
     return LowRank(a, b)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -24,6 +25,20 @@ from splitnet.model.kv_cache import RowCache
 
 PACKED = "splitnet_packed"
 """Name of the attention function; transformers makes no masks for it."""
+
+SCORE_BYTES = 128 * 2**20
+"""What the scores of a call of attention may take: those of more new positions are computed in chunks of them."""
+
+_COPIES = 3
+"""Of the scores in float32, at the same time: with the mask, after softmax, and in the dtype of the values."""
+
+
+def positions_at_once(heads: int, reach: int) -> int:
+    """So many new positions' scores fit in `SCORE_BYTES`, each for `heads` heads by `reach` positions; at least 1."""
+    return max(1, SCORE_BYTES // (4 * _COPIES * heads * reach))
+
+
+Masks = dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,27 +67,34 @@ class PackedPass:
     parts: Sequence[Part]
     windows: Sequence[int | None]
     sdpa: bool
-    masks: dict[tuple[int, int, int | None, torch.dtype | None], torch.Tensor] = field(default_factory=dict)
+    masks: Masks = field(default_factory=dict)
 
-    def mask(
-        self, count: int, reach: int, window: int | None, additive: torch.dtype | None, device: torch.device
-    ) -> torch.Tensor:
-        """`[1, 1, count, reach]`: what the last `count` of `reach` positions may see.
 
-        Args:
-            additive: dtype of a mask to add to the scores; None for a mask of booleans.
-        """
-        key = (count, reach, window, additive)
-        if key not in self.masks:
-            past = reach - count
-            mask = torch.ones(count, reach, dtype=torch.bool, device=device).tril(past)
-            if window is not None:
-                mask = mask.triu(past - window + 1)
-            if additive is not None:
-                hidden = torch.finfo(additive).min
-                mask = torch.zeros(count, reach, dtype=additive, device=device).masked_fill_(~mask, hidden)
-            self.masks[key] = mask[None, None]
-        return self.masks[key]
+def _mask(
+    masks: Masks,
+    count: int,
+    reach: int,
+    window: int | None,
+    additive: torch.dtype | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """`[1, 1, count, reach]`: what the last `count` of `reach` positions may see.
+
+    Args:
+        masks: those that were made, by what they depend on.
+        additive: dtype of a mask to add to the scores; None for a mask of booleans.
+    """
+    key = (count, reach, window, additive)
+    if key not in masks:
+        past = reach - count
+        mask = torch.ones(count, reach, dtype=torch.bool, device=device).tril(past)
+        if window is not None:
+            mask = mask.triu(past - window + 1)
+        if additive is not None:
+            hidden = torch.finfo(additive).min
+            mask = torch.zeros(count, reach, dtype=additive, device=device).masked_fill_(~mask, hidden)
+        masks[key] = mask[None, None]
+    return masks[key]
 
 
 class _Running(threading.local):
@@ -110,20 +132,38 @@ def _packed_attention(
     attend = _own_attention(module) if eager else _sdpa_attention
     additive = query.dtype if eager else None
     parts = packed.parts
+    # Of heads with values of another size torch computes all scores as well, as the families' code does.
+    heads = query.shape[1] if eager or value.shape[3] != query.shape[3] else 1
+
+    def attend_to(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, masks: Masks | None) -> torch.Tensor:
+        count, reach = query.shape[2], keys.shape[2]
+        mask = None
+        if _needs_mask(count, reach, window, eager):
+            mask = _mask({} if masks is None else masks, count, reach, window, additive, keys.device)
+        return attend(module, query, keys, values, mask, **kwargs)[0]
+
     outputs: list[torch.Tensor] = []
     end = 0
     for part in parts:
-        new = slice(end, end + part.count)
-        end = new.stop
-        keys, values = part.row.append(block, key[:, :, new], value[:, :, new])
-        if window is not None and keys.shape[2] > window + part.count - 1:
-            reach = window + part.count - 1
-            keys, values = keys[:, :, -reach:], values[:, :, -reach:]
-        mask = None
-        if _needs_mask(part.count, keys.shape[2], window, eager):
-            mask = packed.mask(part.count, keys.shape[2], window, additive, keys.device)
-        output, _ = attend(module, query[:, :, new], keys, values, mask, **kwargs)
-        outputs.append(output)
+        begin, end = end, end + part.count
+        keys, values = part.row.append(block, key[:, :, begin:end], value[:, :, begin:end])
+        reach = keys.shape[2]
+        most = part.count
+        if heads > 1 or _needs_mask(part.count, reach, window, eager):
+            seen = reach if window is None else min(reach, window + part.count - 1)
+            most = min(most, positions_at_once(heads, seen))
+        for first in range(begin, end, most):
+            last = min(first + most, end)
+            seen = reach - (end - last)
+            since = max(0, seen - (window + last - first - 1)) if window is not None else 0
+            given = query[:, :, first:last], keys[:, :, since:seen], values[:, :, since:seen]
+            if most == part.count:
+                outputs.append(attend_to(*given, packed.masks))
+            elif torch.is_grad_enabled():
+                # What comes of a chunk is computed again on the way back, so that it is in memory once at a time.
+                outputs.append(checkpoint(attend_to, *given, None, use_reentrant=False, preserve_rng_state=False))
+            else:
+                outputs.append(attend_to(*given, None))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1), None
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import PreTrainedConfig, Qwen3Config
+from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from splitnet.errors import UnsupportedModel
 
@@ -183,6 +183,15 @@ def has_attention(config: PreTrainedConfig) -> bool:
         return hasattr(config, "num_attention_heads")
     except RuntimeError:  # transformers' word for what differs from block to block
         return True
+
+
+def score_heads(backbone: PreTrainedModel) -> int:
+    """Heads of which the family's own attention has all scores in memory at once: 1 where torch computes them."""
+    config = backbone.config
+    indexed = "indexed_attention" in (getattr(config, "layer_types", None) or ())
+    if not has_attention(config) or (getattr(backbone, "_supports_sdpa", False) and not indexed):
+        return 1
+    return max(config.num_attention_heads, getattr(config, "index_n_heads", 0))
 
 
 def states_per_block(config: PreTrainedConfig) -> int:

@@ -54,7 +54,8 @@ class RowCache:
         self._states = states
         self.prefix_length = next(iter(prefix.values())).keys.shape[2] if prefix else 0
         self._room = room
-        self._prefix = prefix or {}
+        self._prefix: dict[int | str, Prefix | None] = {**prefix} if prefix else {}
+        """By block that has one; None once it is stored, so that the row keeps no adapter alive."""
         self._blocks: dict[int | str, _Block] = {}
         """By block; besides, by name, what else the row has of every position."""
         self._places: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}  # while no block's memory moves
@@ -133,7 +134,8 @@ class RowCache:
             room: see `RowCache`; None: as much as this row has.
         """
         states = self._states.fork() if self._states is not None else None
-        copy = RowCache(self._room if room is None else room, self._prefix, states)
+        copy = RowCache(self._room if room is None else room, None, states)
+        copy.prefix_length, copy._prefix = self.prefix_length, dict(self._prefix)
         copy.length, copy.computed = self.length, self.computed
         copy.crop(self.length if length is None else length)
         for index, block in self._blocks.items():
@@ -181,6 +183,7 @@ class RowCache:
         What the blocks leave then counts only with `advance`.
         """
         if self._states is None:
+            self.computed = self.length  # a pass that was cut may have failed
             return hidden
         if self.computed > self.length:  # a pass has failed
             self.computed = self._states.rewind(self.length)
@@ -260,9 +263,10 @@ class RowCache:
         if block is None:
             capacity = self._capacity(block_index, end, 0)
             block = self._blocks[block_index] = _Block(_grown(keys, capacity, 0), _grown(values, capacity, 0))
-            if isinstance(block_index, int) and before:
-                block.keys[:, :, :before] = self._prefix[block_index].keys
-                block.values[:, :, :before] = self._prefix[block_index].values
+            prefix = self._prefix.get(block_index)
+            if prefix is not None:
+                block.keys[:, :, :before], block.values[:, :, :before] = prefix.keys, prefix.values
+                self._prefix[block_index] = None
         elif end > block.keys.shape[2]:
             held = max(self.length, self.computed)  # the second while a pass runs position by position
             self._move(block, self._capacity(block_index, end, block.keys.shape[2]), before + held)

@@ -14,6 +14,24 @@ import torch
 from splitnet.model.adapters import Adapter, block_of
 from splitnet.model.span import Span
 
+GRAPH_BYTES = 512 * 2**20
+
+
+class _Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts what torch saves for the way back meanwhile, besides the weights."""
+
+    def __init__(self, weights: frozenset[int]) -> None:
+        self.nbytes = 0
+        self._seen = set(weights)
+        super().__init__(self._count, lambda tensor: tensor)
+
+    def _count(self, tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage().data_ptr()
+        if place not in self._seen:
+            self._seen.add(place)
+            self.nbytes += tensor.untyped_storage().nbytes()
+        return tensor
+
 
 class SpanPasses:
     """Passes through a span. Use it from the thread that uses the span.
@@ -22,6 +40,8 @@ class SpanPasses:
         span: the blocks.
         between: called between two pieces, so that more urgent work need not wait for the end of a pass.
         most_positions: of a piece: what of the sequences goes through a block at once, one at least; None: all.
+        graph_bytes: what torch may keep of a pass to go back through it; where that of all blocks is more, each block
+            is computed once more when its turn comes.
     """
 
     def __init__(
@@ -29,10 +49,13 @@ class SpanPasses:
         span: Span,
         between: Callable[[], None] = lambda: None,
         most_positions: Callable[[], int | None] = lambda: None,
+        *,
+        graph_bytes: int = GRAPH_BYTES,
     ) -> None:
         self._span = span
         self._between = between
         self._most_positions = most_positions
+        self._graph_bytes = graph_bytes
         self._views: dict[int, Span] = {}
 
     def forward(
@@ -81,16 +104,24 @@ class SpanPasses:
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
         traced = Adapter(adapter.within(start, end)).traced() if adapter is not None else None
-        ways: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
+        ways: list[list[tuple[torch.Tensor, torch.Tensor | None, Sequence[int]]]] = []
+        weights = self._span.storages()
+        kept = 0
         for block in range(start, end):
-            pieces: list[tuple[torch.Tensor, torch.Tensor]] = []
+            pieces: list[tuple[torch.Tensor, torch.Tensor | None, Sequence[int]]] = []
+            outputs: list[torch.Tensor] = []
             for part, group in self._pieces(hidden, lengths):
-                with torch.enable_grad():
-                    given = part.detach().requires_grad_()
-                    pieces.append((given, self._view(block).sequences(given, group, traced)))
+                given = part.detach().requires_grad_()
+                saved = _Saved(weights)
+                with saved, torch.set_grad_enabled(kept <= self._graph_bytes):
+                    output = self._view(block).sequences(given, group, traced)
+                kept += saved.nbytes
+                outputs.append(output.detach())
+                goes_back = output.requires_grad and kept <= self._graph_bytes
+                pieces.append((given, output if goes_back else None, group))
                 self._between()
             ways.append(pieces)
-            hidden = _joined([output.detach() for _, output in pieces])
+            hidden = _joined(outputs)
         found: dict[str, torch.Tensor] = {}
         gradient = gradient.to(hidden)
         for block in reversed(range(start, end)):
@@ -98,8 +129,11 @@ class SpanPasses:
             leaves = [traced.tensors[name] for name in names] if traced else []
             gradients: list[torch.Tensor] = []
             pieces = ways.pop()
-            for part in gradient.split([len(given) for given, _ in pieces]):
-                given, output = pieces.pop(0)
+            for part in gradient.split([len(given) for given, *_ in pieces]):
+                given, output, group = pieces.pop(0)
+                if output is None:
+                    with torch.enable_grad():
+                        output = self._view(block).sequences(given, group, traced)
                 by_input, *by_adapter = torch.autograd.grad(output, [given, *leaves], part)
                 gradients.append(by_input)
                 for name, tensor in zip(names, by_adapter, strict=True):

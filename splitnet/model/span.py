@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from splitnet.errors import AdapterError, UnsupportedModel, WeightsError
+from splitnet.errors import AdapterError, PeerBusy, UnsupportedModel, WeightsError
 from splitnet.model.adapters import (
     PREFIX_KEYS,
     PREFIX_VALUES,
     Adapter,
     applying,
 )
-from splitnet.model.attention import PACKED, PackedPass, Part, running
+from splitnet.model.attention import PACKED, PackedPass, Part, positions_at_once, running
 from splitnet.model.backbone import (
     backbone_class,
     cut_to_blocks,
@@ -42,6 +42,7 @@ from splitnet.model.families import (
     ONE_WINDOW,
     keeps_states,
     packs_sequences,
+    score_heads,
     sliding_windows,
     states_per_block,
     why_no_prefix,
@@ -64,6 +65,10 @@ the states behind them are kept."""
 
 PASS = 512
 """Positions that run once more in a pass."""
+
+
+WAY_BACK = 8
+"""Gradients go back through whole sequences where the family's own attention runs: with so many times its memory."""
 
 
 class Span:
@@ -103,6 +108,7 @@ class Span:
         self._sdpa = bool(getattr(backbone, "_supports_sdpa", False))
         self._keeps_states = keeps_states(backbone.config)
         self._one_by_one = backbone.config.model_type in ONE_BY_ONE
+        self._score_heads = score_heads(backbone)
         self._nothing_cached = PassThrough()
         self._ropes: LengthDependentRopes = whole._ropes if whole else LengthDependentRopes(backbone)
         parent, name = parent_of(backbone, container)
@@ -270,6 +276,17 @@ class Span:
         prefix = self._adapters.prefix_of(adapter, self.start, self.end)
         parts = [Part(TracedRow(prefix=prefix), 0, length, adapter) for length in lengths]
         self._check(hidden, parts)
+        if not self._packs and self._score_heads > 1:
+            longest = max(lengths)
+            reach = parts[0].row.prefix_length + longest
+            fitting = positions_at_once(self._score_heads, reach)
+            if not torch.is_grad_enabled() and longest > fitting:
+                parts = [replace(part, row=self.new_row(part.count, adapter)) for part in parts]
+            elif longest > WAY_BACK * fitting:
+                raise PeerBusy(
+                    f"there is no memory for the way back through {reach} positions in blocks of the family "
+                    f"{self._backbone.config.model_type!r}: train with shorter sequences"
+                )
         return self._run_as_the_family(hidden.to(device=self.device, dtype=self.dtype), parts)
 
     def fit(self, adapter: Adapter) -> None:
@@ -315,6 +332,11 @@ class Span:
             packs=self._packs,
             whole=self._whole,
         )
+
+    def storages(self) -> frozenset[int]:
+        """Addresses of the memory of the weights."""
+        tensors = (*self._backbone.parameters(), *self._backbone.buffers())
+        return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
 
     def free_memory(self) -> int:
         """Bytes that are free on the span's device."""
@@ -369,15 +391,20 @@ class Span:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _run_one(self, hidden: torch.Tensor, part: Part) -> torch.Tensor:
-        """Positions of one sequence, `[positions, hidden]`, from `part.start`."""
-        if self._one_by_one and part.start and part.count > 1:
-            outputs: list[torch.Tensor] = []
-            for index in range(part.count):
-                outputs.append(
-                    self._run_one(hidden[index : index + 1], replace(part, start=part.start + index, count=1))
-                )
-                part.row.caught_up(part.start + index + 1)
-            return torch.cat(outputs)
+        """Positions of one sequence, `[positions, hidden]`, from `part.start`: in as many calls as it takes."""
+        outputs: list[torch.Tensor] = []
+        done = 0
+        while done < part.count:
+            start = part.start + done
+            most = positions_at_once(self._score_heads, part.row.prefix_length + part.start + part.count)
+            count = 1 if self._one_by_one and start else min(part.count - done, most)
+            outputs.append(self._call(hidden[done : done + count], replace(part, start=start, count=count)))
+            done += count
+            if done < part.count:
+                part.row.caught_up(part.start + done)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _call(self, hidden: torch.Tensor, part: Part) -> torch.Tensor:
         row = part.row
         cache = None if isinstance(row, TracedRow) and not row.prefix_length else OneRow(row)
         with self._ropes.one_sequence(), applying([part.adapter], [part.count]):

@@ -38,8 +38,8 @@ class SentLog:
         """Positions logged for `row`."""
         return len(self._rows.get(row, b"")) // self.bytes_per_position
 
-    def record(self, parts: Sequence[Part], forks: Sequence[Fork] | None, payload: Payload) -> None:
-        """Takes in what a step sent; positions at or after a part's start are replaced.
+    def prepare(self, parts: Sequence[Part], forks: Sequence[Fork] | None) -> None:
+        """Forgets what a step replaces, and makes its forks: positions at or after a part's start are no more.
 
         Raises:
             ProtocolError: a fork of a row that is not logged, or a gap before a part. Nothing is changed then.
@@ -50,11 +50,22 @@ class SentLog:
             if part.start * size > len(rows.get(part.row, b"")):
                 raise ProtocolError(f"row {part.row} has a gap before position {part.start}")
         self._rows = rows
+        for part in parts:
+            if part.row in rows:
+                del rows[part.row][part.start * size :]
+
+    def record(self, parts: Sequence[Part], forks: Sequence[Fork] | None, payload: Payload) -> None:
+        """Takes in what a step sent.
+
+        Raises:
+            ProtocolError: as `prepare`.
+        """
+        self.prepare(parts, forks)
+        size = self.bytes_per_position
         view = memoryview(payload)
         offset = 0
         for part in parts:
-            row = rows.setdefault(part.row, bytearray())
-            del row[part.start * size :]
+            row = self._rows.setdefault(part.row, bytearray())
             row += view[offset : offset + part.length * size]
             offset += part.length * size
 

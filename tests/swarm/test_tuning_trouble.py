@@ -181,7 +181,7 @@ def test_what_is_kept_for_a_client_is_dropped_when_it_goes_on_or_leaves(swarm: L
             kept.append(len(session.kept))
         assert kept[0] > 1
         assert len(set(kept)) == 1  # those of the last batch, as the next one says
-    memories = [peer.service.training._memory for peer in swarm.peers]
+    memories = [peer.service.training.memory for peer in swarm.peers]
     for peer in swarm.peers:
         peer.service.forget_all()
     assert all(memory.used == 0 for memory in memories)

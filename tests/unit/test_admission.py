@@ -62,7 +62,7 @@ def test_removing_twice_frees_once() -> None:
 def test_what_does_not_fit_is_refused_with_what_is_free() -> None:
     table = SessionTable(1000)
     table.add(session(1, 900))
-    with pytest.raises(PeerBusy, match="101 positions: 100 of 1000 are free"):
+    with pytest.raises(PeerBusy, match="101 bytes: 100 of 1000 are free"):
         table.add(session(2, 101))
     table.add(session(3, 100))
     assert table.free_positions == 0
@@ -81,14 +81,14 @@ def test_a_session_grows_where_there_is_room_and_never_shrinks() -> None:
 
 
 def test_rows_with_states_take_their_place_before_any_position() -> None:
-    table = SessionTable(1000, row_positions=100)
+    table = SessionTable(1000, row_bytes=100)
     one = session(1, 300)
     assert table.free_positions == 900, "a session has a row at least"
     table.add(one)
     assert table.free_positions == 500
     table.hold_rows(one, 4)
     assert table.free_positions == 200
-    with pytest.raises(PeerBusy, match="400 positions: 300 of 1000 are free"):
+    with pytest.raises(PeerBusy, match="400 bytes: 300 of 1000 are free"):
         table.hold_rows(one, 8)
     with pytest.raises(PeerBusy):
         table.add(session(2, 201))
@@ -164,8 +164,8 @@ def test_what_is_reserved_is_what_the_sessions_hold(steps: list[tuple[str, int, 
 
 def opens(table: SessionTable, name: int, budget: int, now: float, owner: bytes) -> Session:
     """What the service does with an `Open`."""
-    table.make_room(owner, budget, now)
     opened = session(name, budget, now, owner)
+    table.make_room(opened, budget, now)
     table.add(opened)
     return opened
 
@@ -173,7 +173,7 @@ def opens(table: SessionTable, name: int, budget: int, now: float, owner: bytes)
 def test_one_key_has_everything_until_another_comes_and_what_makes_no_steps_makes_room() -> None:
     table = SessionTable(1000)
     first = opens(table, 1, 1000, 0.0, b"greedy")
-    with pytest.raises(PeerBusy, match="no KV memory for 400 positions: 0 of 1000 are free; come back in 10 s"):
+    with pytest.raises(PeerBusy, match="no KV memory for 400 bytes: 0 of 1000 are free; .* come back in 10 s"):
         opens(table, 2, 400, 1.0, b"other")
     first.used_at = 9.0  # opened again and again, which is no step
     second = opens(table, 2, 400, 11.0, b"other")
@@ -210,7 +210,7 @@ def test_who_has_its_share_gets_no_more_while_others_want_some() -> None:
 def test_shares_go_by_weight_and_a_key_has_its_own_bound() -> None:
     table = SessionTable(1000, weight=lambda key: 3.0 if key == b"friend" else 1.0, most={b"guest": 300}.get)
     opens(table, 1, 1000, 0.0, b"greedy")
-    with pytest.raises(PeerBusy, match=r"your key may reserve 300 positions .* larger kv="):
+    with pytest.raises(PeerBusy, match=r"your key may reserve 300 bytes .* larger kv="):
         opens(table, 2, 301, 1.0, b"guest")
     assert not opens(table, 3, 700, 20.0, b"friend").closed
     with pytest.raises(PeerBusy):
@@ -255,13 +255,14 @@ def test_a_key_within_its_share_is_never_ended_for_another(steps: list[tuple[int
         if table.get((100 * key + name).to_bytes(16, "big")) is not None:
             continue
         held = {other: sum(it.budget for it in table if it.owner == other) for other in {it.owner for it in table}}
-        ended = table.make_room(owner, budget, now)
+        one_more = session(100 * key + name, budget, now, owner)
+        ended = table.make_room(one_more, budget, now)
         keys = {owner, *held, *table._wanted}
         for one in ended:
             assert held[one.owner] > 1000 / len(keys)
             held[one.owner] -= one.budget
         try:
-            table.add(session(100 * key + name, budget, now, owner))
+            table.add(one_more)
         except PeerBusy:
             assert not ended
-        assert table._reserved == sum(it.budget for it in table) == sum(table._held.values()) <= 1000
+        assert table.memory.used == sum(it.budget for it in table) == sum(table._held.values()) <= 1000

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from splitnet.client.requests import Batch, PassRequest, WayBack
+import pytest
+
+from splitnet.client.requests import Batch, PassRequest, ReplayRequest, WayBack, most_bytes
+from splitnet.errors import ProtocolError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
-from splitnet.net.messages import AdapterGradient, Forward, Gradient, Message, Result
+from splitnet.net.messages import AdapterGradient, Forward, Gradient, Message, Replay, Result
 
 SID = b"s" * 16
 PAYLOAD = bytes(32)
@@ -32,8 +35,8 @@ class FakeRoute:
     def endpoints(self) -> list[Endpoint]:
         return [HEAD, TAIL]
 
-    def adapted_hops(self) -> set[Endpoint]:
-        return {HEAD, TAIL}
+    def adapted_hops(self) -> dict[Endpoint, int]:
+        return {HEAD: most_bytes([100]), TAIL: most_bytes([100])}
 
     def heard(self) -> list[Message]:
         messages = [message for _, message in self.sent]
@@ -128,3 +131,47 @@ def test_a_batch_is_repeated_as_one() -> None:
     answer(made, route)
     assert batch.done
     assert batch.by_adapter[HEAD] == [HEAD.address.encode()]
+
+
+def of_the_adapter(remaining: int, payload: bytes = b"part") -> AdapterGradient:
+    return AdapterGradient(SID, 1, 12, remaining, payload)
+
+
+@pytest.mark.parametrize(
+    ("first", "more", "text"),
+    [
+        (of_the_adapter(1), of_the_adapter(1), "not in order"),
+        (of_the_adapter(2**40), of_the_adapter(2**40 - 1, b""), "more than was asked for"),
+        (of_the_adapter(1), of_the_adapter(0, bytes(5000)), "more than was asked for"),
+    ],
+)
+def test_a_hop_that_sends_parts_without_end_is_found_out(
+    first: AdapterGradient, more: AdapterGradient, text: str
+) -> None:
+    route = FakeRoute()
+    made = passes(route)
+    for each in made:
+        each.take(TAIL, result(each), route)
+    goes_back(made, route)
+    assert made[-1].take(HEAD, first, route)
+    with pytest.raises(ProtocolError, match=text):
+        for index in range(100):
+            made[-1].take(HEAD, replace(more, remaining=max(0, more.remaining - index)), route)
+
+
+def test_an_answer_that_is_there_already_is_no_progress() -> None:
+    route = FakeRoute()
+    made = passes(route)
+    assert made[0].take(TAIL, result(made[0]), route) and not made[0].take(TAIL, result(made[0]), route)
+    gradient = Gradient(SID, 1, made[0].number, 0, 10, True, 0, PAYLOAD)
+    assert made[0].take(HEAD, gradient, route) and not made[0].take(HEAD, gradient, route)
+
+
+def test_a_replay_ends_only_where_it_was_to_end() -> None:
+    route = FakeRoute()
+    replay = ReplayRequest(Replay(SID, 1, 9, 6), to=HEAD, last=TAIL)
+    with pytest.raises(ProtocolError):
+        replay.take(HEAD, Result(SID, 1, 9, 6, 0, ()), route)
+    stranger = replace(TAIL, address="tcp://127.0.0.1:3")
+    assert not replay.take(stranger, Result(SID, 1, 9, 6, 0, ()), route) and not replay.done
+    assert replay.take(TAIL, Result(SID, 1, 9, 6, 0, ()), route) and replay.done

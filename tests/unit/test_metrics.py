@@ -22,6 +22,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from peers.counters import Counters, Histogram
+from peers.memory_account import Purpose
 from peers.metrics import PeerMetrics, Present
 from peers.metrics_server import MetricsServer
 from splitnet.cli.arguments import parse_host_port
@@ -44,6 +45,7 @@ PRESENT = Present(
     sessions=2,
     kv_reserved_bytes=300,
     kv_free_bytes=700,
+    session_bytes={Purpose.POSITIONS: 300, Purpose.STEPS: 20},
     kv_cached_bytes=120,
     queued_positions=5,
     queued_pass_positions=0,

@@ -18,10 +18,11 @@ from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
 from peers.engine import Engine
 from peers.key_policy import KeyPolicy
 from peers.load import Load
+from peers.memory_account import MESSAGE_BYTES
 from peers.next_hops import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.row_memory import SessionTooLong, room_for
 from peers.served_blocks import ServedBlocks
-from peers.session import Session, Work
+from peers.session import MOST_RESENT, RESEND_S, Session, Work
 from peers.session_service import LOST_GRACE_S, PROBE_S, SessionService
 from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
@@ -710,6 +711,45 @@ class TestReplay:
     def test_without_a_next_hop_is_refused(self, peer: Peer) -> None:
         peer.says(to_client())
         assert code_of(peer.says(Replay(SID, 1, 1, 8))) is FailureCode.STALE_EPOCH
+
+    def test_a_log_is_not_replayed_again_and_again(self, opened: Peer) -> None:
+        opened.compute(step())
+        epoch = 1
+        for number in range(MOST_RESENT):
+            epoch = 1 + number // 2
+            if epoch > 1:
+                opened.says(opening(epoch=epoch))
+                opened.service.answered(AFTER)
+                opened.heard()
+            [(destination, replayed)] = opened.says(Replay(SID, epoch, 99, 8))
+            assert destination == AFTER and isinstance(replayed, Step)
+        assert code_of(opened.says(Replay(SID, epoch, 99, 8))) is FailureCode.BUSY
+        opened.now += RESEND_S
+        assert opened.says(Replay(SID, epoch, 99, 8))[0][0] == AFTER
+        assert code_of(opened.says(Replay(SID, epoch, 99, 8))) is FailureCode.BUSY
+
+    def test_the_log_forgets_what_rows_forget_also_if_the_step_fails(self, opened: Peer) -> None:
+        opened.compute(step())
+        log = opened.session().log
+        assert log.positions == 3
+        assert opened.says(step(Part(2, 0, 3, 1), forks=(), number=8)) == []
+        work = opened.begin()
+        opened.service.failed(work, FailureCode.BAD_MESSAGE, "its payload cannot be decoded")
+        work.done = work.total
+        opened.queue.release(work)
+        assert log.positions == 0
+        opened.heard()
+        opened.compute(step(Part(3, 0, 3, 1), number=9))
+        assert log.positions == 3
+
+    def test_steps_that_wait_take_no_more_memory_than_there_is(self, opened: Peer) -> None:
+        opened.queue.memory.capacity = 3 * MESSAGE_BYTES
+        answers = [opened.says(step(Part(1, 0, 1, 1), number=number)) for number in range(1, 9)]
+        answers = [opened.says(step(Part(2 + number, 0, 1, 1), number=9 + number)) for number in range(8)]
+        assert code_of(answers[-1]) is FailureCode.BUSY
+        assert 0 < opened.queue.memory.used <= opened.queue.memory.capacity
+        opened.says(Close(SID))
+        assert opened.queue.memory.used == 0
 
 
 class TestTime:

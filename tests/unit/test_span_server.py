@@ -8,12 +8,14 @@ from unittest.mock import Mock
 import pytest
 
 from peers.counters import Counters
+from peers.memory_account import TENSOR_BYTES
 from peers.next_hops import NextHops
 from peers.span_server import SpanServer
 from peers.speed import ObservedSpeed
 from splitnet.errors import OutOfMemory
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
+from splitnet.net.codecs import DEFAULT_INT8, codec_by_name
 from tests.unit.random_models import HYBRIDS, random_checkpoint
 
 
@@ -36,4 +38,6 @@ def test_memory_for_less_than_the_states_of_one_sequence_is_refused(tmp_path: Pa
 
     with pytest.raises(OutOfMemory, match=r"blocks 0:3 .*--kv-memory"):
         serve(span.state_bytes)
-    assert serve(span.state_bytes + 2 * span.kv_bytes_per_position).sessions.free_positions == 1
+    row_bytes = span.state_bytes + 3 * 2 * TENSOR_BYTES
+    logged = codec_by_name(DEFAULT_INT8).bytes_per_position(span.hidden_size)
+    assert serve(row_bytes + 2 * (span.kv_bytes_per_position + logged)).sessions.free_positions == 1

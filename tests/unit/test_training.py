@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from peers.session import PassWork
+from peers.memory_account import MESSAGE_BYTES
+from peers.session import MOST_RESENT, RESEND_S, PassWork
 from splitnet.net.endpoints import Connection, Destination, LinkState
 from splitnet.net.messages import (
     Adapter,
@@ -32,6 +33,7 @@ from tests.unit.test_service import (
     PREVIOUS,
     SID,
     STRANGER,
+    FakeRow,
     Peer,
     code_of,
     is_opened,
@@ -39,10 +41,12 @@ from tests.unit.test_service import (
     to_client,
 )
 
-BYTES = 3 * 4 * HIDDEN
+PAYLOAD = bytes(3 * 4 * HIDDEN)
+
+BYTES = len(PAYLOAD) + MESSAGE_BYTES
 """Of a pass of three positions."""
 
-ADAPTER_BYTES = 2 * len(b"tensors")
+ADAPTER_BYTES = 2 * len(b"tensors") + MESSAGE_BYTES
 """Of an adapter and the sum of its gradients."""
 
 
@@ -60,12 +64,12 @@ def opened(peer: Peer) -> Peer:
 
 
 def forward(number: int = 7, **changes: Any) -> Forward:
-    message = Forward(SID, 1, number, 0, (2, 1), True, 0, PLAIN.code, PLAIN.code, bytes(BYTES), 2)
+    message = Forward(SID, 1, number, 0, (2, 1), True, 0, PLAIN.code, PLAIN.code, PAYLOAD, 2)
     return replace(message, **changes)
 
 
 def gradient(number: int = 7, **changes: Any) -> Gradient:
-    return replace(Gradient(SID, 1, number, 6, number, False, PLAIN.code, bytes(BYTES)), **changes)
+    return replace(Gradient(SID, 1, number, 6, number, False, PLAIN.code, PAYLOAD), **changes)
 
 
 def adapter(version: int = 1, remaining: int = 0) -> Adapter:
@@ -73,7 +77,7 @@ def adapter(version: int = 1, remaining: int = 0) -> Adapter:
 
 
 def kept_bytes(peer: Peer) -> int:
-    return peer.service.training._memory.used
+    return peer.service.training_memory.used
 
 
 def take(peer: Peer) -> PassWork:
@@ -232,7 +236,7 @@ def test_a_session_that_ends_frees_everything(opened: Peer) -> None:
 
 
 def test_memory_is_bounded(opened: Peer) -> None:
-    memory = opened.service.training._memory
+    memory = opened.service.training_memory
     memory.capacity = 2 * BYTES + ADAPTER_BYTES
     goes_forward(opened, forward(7))
     goes_forward(opened, forward(8))
@@ -251,10 +255,50 @@ def test_a_newer_adapter_takes_the_place_of_the_older(opened: Peer) -> None:
         assert kept_bytes(opened) == 2 * ADAPTER_BYTES
 
 
-def test_parts_of_different_versions_are_refused(opened: Peer) -> None:
-    opened.says(adapter(1, remaining=1))
-    assert code_of(opened.says(adapter(2))) == FailureCode.BAD_MESSAGE
+def test_a_part_that_does_not_go_on_begins_anew(opened: Peer) -> None:
+    for message in (adapter(1, remaining=3), adapter(1, remaining=3), adapter(1, remaining=1), adapter(2, remaining=1)):
+        assert opened.says(message) == []
+        assert kept_bytes(opened) == ADAPTER_BYTES
+    opened.says(adapter(2))
+    work = take(opened)
+    assert [(part.version, part.remaining) for part in work.parts] == [(2, 1), (2, 0)]
+    assert ends(opened, work) == [(CLIENT, AdapterLoaded(SID, 1, 2))]
+
+
+def test_empty_parts_are_refused(opened: Peer) -> None:
+    assert code_of(opened.says(replace(adapter(1, remaining=1), payload=b""))) == FailureCode.BAD_MESSAGE
     assert kept_bytes(opened) == 0
+
+
+def test_adapters_that_follow_each_other_at_once_are_taken_over_one_by_one(opened: Peer) -> None:
+    for version in (1, 2, 2):
+        opened.says(adapter(version))
+    assert kept_bytes(opened) == 3 * ADAPTER_BYTES
+    for version in (1, 2, 2):
+        work = take(opened)
+        assert [part.version for part in work.parts] == [version]
+        assert ends(opened, work) == [(CLIENT, AdapterLoaded(SID, 1, version))]
+    assert kept_bytes(opened) == ADAPTER_BYTES
+
+
+def test_what_waits_is_counted_with_its_objects(opened: Peer) -> None:
+    memory = opened.service.training_memory
+    memory.capacity = 10 * MESSAGE_BYTES
+    tiny = forward(lengths=(1,), payload=bytes(4 * HIDDEN))
+    answers = [opened.says(replace(tiny, number=number), PREVIOUS) for number in range(1, 100)]
+    assert sum(not answer for answer in answers) < 10
+    assert code_of(answers[-1]) == FailureCode.BUSY
+
+
+def test_keys_and_values_are_not_sent_again_and_again(opened: Peer) -> None:
+    opened.session().rows[3] = FakeRow(5)  # type: ignore[assignment]
+    asked = FetchKV(SID, 1, 9, row=3, length=5)
+    for _ in range(MOST_RESENT):
+        assert opened.says(asked, CLIENT) == []
+        ends(opened, take(opened), b"one")
+    assert code_of(opened.says(asked, CLIENT)) == FailureCode.BUSY
+    opened.now += RESEND_S
+    assert opened.says(asked, CLIENT) == []
 
 
 def test_a_device_that_fails_is_told_and_nothing_is_kept(opened: Peer) -> None:

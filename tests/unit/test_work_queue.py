@@ -174,10 +174,20 @@ def test_the_parts_of_a_pass_go_on_where_the_last_ended() -> None:
         item.done += count
     assert seen == [
         Part(1, 10, 4, 0),
-        Part(1, 14, 1, 0),
-        Part(2, 10, 3, 0),
-        Part(3, 10, 4, 0),
+        Part(1, 14, 1, 1),
+        Part(2, 10, 3, 1),
+        Part(3, 10, 4, 1),
     ]
+
+
+def test_what_the_client_wants_back_is_spread_over_the_passes() -> None:
+    part = Part(1, 0, 10, 5)
+    item = Work(session(1), Step(bytes(16), 1, 1, (part,), None, 0, 0), 10, 0.0)
+    kept: list[int] = []
+    for count in (4, 3, 3):
+        kept += [part.keep for part in item.parts(count)]
+        item.done += count
+    assert kept == [0, 2, 3]
 
 
 def test_prefills_take_turns() -> None:

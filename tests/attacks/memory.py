@@ -1,0 +1,432 @@
+"""What one client's key can do to make a peer allocate, send or log more than it has budgeted for.
+
+Each function attacks a live peer for some seconds, and has ended all it began when it returns. All messages are ones
+that the protocol allows, or that a peer must refuse.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import queue
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from splitnet.client.swarm import ModelFacts
+from splitnet.model.adapters import write_groups
+from splitnet.net.codecs import CODECS
+from splitnet.net.endpoints import Destination, Endpoint
+from splitnet.net.identity import Identity
+from splitnet.net.messages import (
+    Adapter,
+    Close,
+    Failure,
+    FetchKV,
+    Fork,
+    Forward,
+    Gradient,
+    Message,
+    Open,
+    Opened,
+    Part,
+    Payload,
+    Ping,
+    Pong,
+    Replay,
+    Result,
+    Step,
+    decode,
+    encode,
+)
+from splitnet.net.transport import Transport
+
+PLAIN, INT8 = CODECS["none"].code, CODECS["int8"].code
+ANSWER_S = 60.0
+ROUNDS = 100
+"""Of requests for replays, in each epoch."""
+
+AT_ONCE = 500
+"""Messages that are sent before the peer is waited for."""
+
+
+class Stranger:
+    """Speaks the protocol with one peer, in sessions of its own. A context manager.
+
+    Args:
+        blocks: what the sessions go through.
+    """
+
+    def __init__(self, endpoint: Endpoint, facts: ModelFacts, blocks: tuple[int, int] | None) -> None:
+        self.hidden_size = facts.hidden_size
+        self.blocks = blocks or (0, facts.num_blocks)
+        self.answers: list[Message] = []
+        """What was said meanwhile, until it is asked for."""
+        self._model = facts.fingerprint
+        self._endpoint = endpoint
+        self._heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._nonces = itertools.count(1)
+        self._open: set[bytes] = set()
+        self._transport = Transport(Identity.generate(), on_message=self._hear, max_backlog=None)
+        self._transport.start()
+
+    def __enter__(self) -> Stranger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close(*self._open)
+        self._transport.close()
+
+    def say(self, *messages: Message) -> None:
+        for count, message in enumerate(messages, 1):
+            self._transport.send(self._endpoint, encode(message))
+            if not count % AT_ONCE:
+                self.settle()
+
+    def settle(self) -> None:
+        """Until the peer has read all that was sent to it."""
+        nonce = next(self._nonces)
+        self._transport.send(self._endpoint, encode(Ping(nonce)))
+        while not (isinstance(answer := self._next(), Pong) and answer.nonce == nonce):
+            self.answers.append(answer)
+
+    def wait_for(self, session: bytes, *kinds: type[Message]) -> Message:
+        """The next answer about a session that is one of `kinds`, or a failure."""
+        while True:
+            answer = self.answers.pop(0) if self.answers else self._next()
+            if isinstance(answer, (*kinds, Failure)) and getattr(answer, "session", b"") == session:
+                return answer
+
+    def open(
+        self,
+        budget: int,
+        session: bytes | None = None,
+        *,
+        epoch: int = 1,
+        codec: int = PLAIN,
+        onward: Open | None = None,
+    ) -> bytes:
+        """A session that is open, or was refused; `onward`: where its next hop is taken from."""
+        session = session or os.urandom(16)
+        key, address = (onward.next_key, onward.next_address) if onward is not None else (b"", "")
+        self.say(Open(session, epoch, self._model, *self.blocks, budget, PLAIN, b"", key, address))
+        self._open.add(session)
+        self.wait_for(session, Opened)
+        return session
+
+    def close(self, *sessions: bytes) -> None:
+        self.say(*(Close(session) for session in sessions))
+        self._open.difference_update(sessions)
+        self.settle()
+        self.answers.clear()
+
+    def positions(self, count: int) -> bytes:
+        return b"\x00\x00\x80\x3f" * (count * self.hidden_size)
+
+    def step(self, session: bytes, number: int, *parts: Part, forks: Sequence[Fork] | None = None) -> Step:
+        count = sum(part.length for part in parts)
+        named = tuple(forks) if forks is not None else None
+        return Step(session, 1, number, parts, named, 0, PLAIN, self.positions(count))
+
+    def _next(self) -> Message:
+        return self._heard.get(timeout=ANSWER_S)
+
+    def _hear(self, source: Destination, frames: Sequence[Payload]) -> None:
+        self._heard.put(decode(frames))
+
+
+Began = Callable[[], None]
+
+
+def _nothing() -> None: ...
+
+
+def prefix_rows(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    heads: int,
+    head_size: int,
+    budget: int,
+    rows: int = 100,
+    blocks: tuple[int, int] | None = None,
+    began: Began = _nothing,
+) -> int:
+    """Has rows begin with a long prefix in the middle of a step that had room for rows without, and forks them.
+
+    Args:
+        heads, head_size: of keys and values.
+        budget: positions of a session; its half takes some passes.
+
+    Returns:
+        How often.
+    """
+    until, rounds = time.monotonic() + seconds, 0
+    with Stranger(endpoint, facts, blocks) as stranger:
+        start, end = stranger.blocks
+        shape = heads, min(4096, budget // 2), head_size
+        kinds = [f"{block}.prefix_{kind}" for block in range(start, end) for kind in ("keys", "values")]
+        prefix = write_groups({kind: torch.zeros(shape) for kind in kinds})
+        while time.monotonic() < until:
+            session = stranger.open(budget)
+            late = [Part(2 + row, 0, 1, 0) for row in range(rows)]
+            stranger.say(stranger.step(session, 1, Part(1, 0, budget // 2, 1), *late))
+            stranger.say(*(Adapter(session, 1, 1, len(prefix) - 1 - i, part) for i, part in enumerate(prefix)))
+            stranger.wait_for(session, Result)
+            forks = [Fork(5000 + row, 2) for row in range(1000)]
+            stranger.say(stranger.step(session, 2, Part(5000, 1, 1, 1), forks=forks))
+            stranger.wait_for(session, Result)
+            began()
+            stranger.close(session)
+            rounds += 1
+    return rounds
+
+
+def tiny_rows(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    budget: int,
+    blocks: tuple[int, int] | None = None,
+    began: Began = _nothing,
+) -> int:
+    """Begins ever new rows of one position: what a row takes besides its position is more than that.
+
+    Returns:
+        How many.
+    """
+    until, rows = time.monotonic() + seconds, 0
+    with Stranger(endpoint, facts, blocks) as stranger:
+        while time.monotonic() < until:
+            session = stranger.open(budget)
+            for number in range(1, budget // 1000 + 2):
+                parts = [Part(1000 * number + row, 0, 1, 0) for row in range(min(1000, budget))]
+                stranger.say(stranger.step(session, number, *parts))
+                if isinstance(stranger.wait_for(session, Result), Failure):
+                    break
+                rows += len(parts)
+            began()
+            stranger.close(session)
+    return rows
+
+
+def lost_logs(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    budget: int,
+    rounds: int = 1 << 30,
+    blocks: tuple[int, int],
+    began: Began = _nothing,
+) -> int:
+    """Drops full rows with steps whose payload cannot be decoded: logs must forget them as the caches do.
+
+    Args:
+        blocks: not up to the last one, as no logs are kept there.
+
+    Returns:
+        How many positions it has sent.
+    """
+    until, sent = time.monotonic() + seconds, 0
+    with Stranger(endpoint, facts, blocks) as stranger:
+        session, numbers = stranger.open(budget), itertools.count(1)
+        forged = b"\xff" * CODECS["int8"].bytes_per_position(facts.hidden_size)
+        length = min(512, budget // 2)
+        for row in range(1, rounds):
+            if time.monotonic() > until:
+                break
+            for start in range(0, budget - length, length):
+                stranger.say(stranger.step(session, next(numbers), Part(2 * row, start, length, 1)))
+                stranger.wait_for(session, Result)
+                sent += length
+            forks, part = (), Part(2 * row + 1, 0, 1, 1)
+            stranger.say(Step(session, 1, next(numbers), (part,), forks, 0, INT8, forged))
+            stranger.wait_for(session, Result)
+            began()
+    return sent
+
+
+def waiting_steps(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    budget: int,
+    blocks: tuple[int, int] | None = None,
+    began: Began = _nothing,
+) -> int:
+    """Sends steps of one position faster than any device computes them. Returns how many."""
+    until, sent = time.monotonic() + seconds, 0
+    with Stranger(endpoint, facts, blocks) as stranger:
+        session = stranger.open(budget)
+        while time.monotonic() < until:
+            steps = [stranger.step(session, sent + i, Part(sent + i, 0, 1, 0), forks=()) for i in range(1, AT_ONCE + 1)]
+            stranger.say(*steps)
+            sent += len(steps)
+            began()
+            stranger.answers.clear()
+    return sent
+
+
+def long_passes(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    length: int,
+    backward: bool = True,
+    blocks: tuple[int, int] | None = None,
+    began: Began = _nothing,
+) -> int:
+    """Sends one sequence as long as the context, and its gradient. Returns how many were computed."""
+    until, computed = time.monotonic() + seconds, 0
+    with Stranger(endpoint, facts, blocks) as stranger:
+        session, numbers = stranger.open(64), itertools.count(1)
+        payload = stranger.positions(length)
+        while time.monotonic() < until:
+            number = next(numbers)
+            forward = Forward(session, 1, number, number, (length,), backward, 0, PLAIN, PLAIN, payload)
+            stranger.say(forward)
+            began()
+            computed += isinstance(stranger.wait_for(session, Result), Result)
+            if backward:
+                stranger.say(Gradient(session, 1, number, stranger.blocks[1], number, False, PLAIN, payload))
+                computed += isinstance(stranger.wait_for(session, Gradient), Gradient)
+    return computed
+
+
+def tiny_passes(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    count: int = 1 << 40,
+    blocks: tuple[int, int] | None = None,
+    began: Began = _nothing,
+) -> int:
+    """Has passes of one position kept for gradients that never come, and asks for keys and values. Returns how many."""
+    until, sent = time.monotonic() + seconds, 0
+    with Stranger(endpoint, facts, blocks) as stranger:
+        session = stranger.open(64)
+        payload = bytes(CODECS["int4"].bytes_per_position(facts.hidden_size))
+        code = CODECS["int4"].code
+        while time.monotonic() < until and sent < count:
+            for number in range(sent + 1, sent + AT_ONCE, 2):
+                stranger.say(Forward(session, 1, number, 0, (1,), True, 0, PLAIN, code, payload))
+                stranger.say(FetchKV(session, 1, number + 1, 1, 1))
+            sent += AT_ONCE
+            stranger.settle()
+            began()
+            stranger.answers.clear()
+    return sent
+
+
+def replays(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    budget: int,
+    blocks: tuple[int, int],
+    began: Began = _nothing,
+) -> tuple[int, int, int]:
+    """Has its log, and keys and values, sent again and again, in one epoch and in ever new ones.
+
+    Args:
+        blocks: not up to the last one.
+
+    Returns:
+        Bytes that it has asked with, that it has uploaded before, and that came of it.
+    """
+    came = 0
+
+    def count(_: Destination, frames: Sequence[Payload]) -> None:
+        nonlocal came
+        came += sum(map(len, frames))
+
+    until = time.monotonic() + seconds
+    asked, uploaded = 0, 0
+    identity = Identity.generate()
+    following = Transport(identity, on_message=count, listen="tcp://127.0.0.1:0")
+    following.start()
+    try:
+        with Stranger(endpoint, facts, blocks) as stranger:
+            address = f"tcp://127.0.0.1:{following.port}"
+            onward = Open(bytes(16), 1, "", 0, 1, 0, 0, b"", identity.public.raw, address)
+            session = stranger.open(budget, onward=onward)
+            length = min(512, budget)
+            for number, start in enumerate(range(0, budget - length + 1, length), 1):
+                stranger.say(stranger.step(session, number, Part(1, start, length, 0)))
+                uploaded += len(stranger.positions(length))
+            deadline = time.monotonic() + ANSWER_S
+            while came < uploaded and time.monotonic() < deadline:
+                stranger.settle()
+                time.sleep(0.01)
+            came = 0
+            began()
+            epoch = 1
+            while time.monotonic() < until:
+                requests: list[Message] = [Replay(session, epoch, 1, facts.num_blocks)] * 20
+                requests += [FetchKV(session, epoch, 2, 1, length)] * 20
+                for _ in range(ROUNDS):
+                    stranger.say(*requests)
+                    asked += sum(len(frame) for each in requests for frame in encode(each))
+                    stranger.settle()
+                    came += sum(len(getattr(each, "payload", b"")) for each in stranger.answers)
+                    stranger.answers.clear()
+                    if time.monotonic() > until:
+                        break
+                epoch += 1
+                stranger.open(budget, session, epoch=epoch, onward=onward)
+    finally:
+        following.close()
+    return asked, uploaded, came
+
+
+def adapters(
+    endpoint: Endpoint,
+    facts: ModelFacts,
+    *,
+    seconds: float,
+    layer: str,
+    width: tuple[int, int],
+    blocks: tuple[int, int] | None = None,
+    began: Began = _nothing,
+) -> int:
+    """Sends adapters of mixed types, back to back, in empty parts and without an end, and steps between them.
+
+    Args:
+        layer: of every block, such as `self_attn.q_proj`.
+        width: its inputs and outputs.
+
+    Returns:
+        How many parts.
+    """
+    until, sent, version = time.monotonic() + seconds, 0, 0
+    with Stranger(endpoint, facts, blocks) as stranger:
+        name = f"{stranger.blocks[0]}.{layer}.lora"
+        session, numbers = stranger.open(2048), itertools.count(1)
+
+        def low_rank(a: torch.dtype, b: torch.dtype) -> bytes:
+            pair = torch.zeros(1, width[0], dtype=a), torch.zeros(width[1], 1, dtype=b)
+            return write_groups({f"{name}_{which}": tensor for which, tensor in zip("AB", pair, strict=True)})[0]
+
+        half, plain = low_rank(torch.float16, torch.float32), low_rank(torch.float32, torch.float32)
+        eight = low_rank(torch.float8_e4m3fn, torch.float8_e4m3fn)
+        while time.monotonic() < until:
+            for payload in (half, eight, plain, plain):
+                version += 1
+                stranger.say(*(Adapter(session, 1, version, 0, payload) for _ in range(3)))
+                stranger.say(*(stranger.step(session, next(numbers), Part(1, 0, 1, 1)) for _ in range(20)))
+            version += 1
+            stranger.say(*(Adapter(session, 1, version, 1, b"") for _ in range(200)))
+            stranger.say(*(Adapter(session, 1, version, 1000 - i, b"x") for i in range(200)))
+            sent += 412
+            stranger.settle()
+            began()
+            stranger.answers.clear()
+    return sent

@@ -1,0 +1,209 @@
+"""Clients that want more memory, traffic or log than a peer has budgeted for, beside an honest one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from peers.daemon import Peer
+from peers.memory_account import MESSAGE_BYTES
+from splitnet.client.swarm import ModelFacts
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.endpoints import Endpoint
+from tests.attacks import memory as attacks
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+KV_MEMORY, TRAINING_MEMORY = 16 * 2**20, 32 * 2**20
+STEP_MEMORY = 64 * 2**20
+SLACK = 96 * 2**20
+"""What the process may take besides: for activations, messages on their way, and what is not given back at once."""
+
+BUDGET = 6000
+"""Of a hostile session: more than half of the memory for keys and values, so that an honest one has room."""
+
+SECONDS = 2.0
+HEADS, HEAD_SIZE = 2, 16
+GREEDY = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+@dataclass
+class Watched:
+    """What was seen of the peers while an attack went on: the highest of each."""
+
+    peers: list[Peer]
+    rss: int = 0
+    rows: int = 0
+    """Bytes of keys and values, and of logs."""
+    accounted: int = 0
+    kept: int = 0
+    """Passes that a gradient may come for."""
+    honest: int = 0
+    """How often the honest client was answered, always rightly."""
+    _ended: threading.Event = field(default_factory=threading.Event)
+
+    def watch(self) -> None:
+        process = psutil.Process()
+        before = process.memory_info().rss
+        while not self._ended.wait(0.005):
+            self.rss = max(self.rss, process.memory_info().rss - before)
+            for peer in self.peers:
+                sessions = list(peer.sessions)
+                try:
+                    held = sum(row.nbytes for each in sessions for row in list(each.rows.values()))
+                    held += sum(each.log.nbytes for each in sessions)
+                except RuntimeError:  # they change meanwhile
+                    continue
+                self.kept = max(self.kept, *(len(each.kept) for each in sessions), 0)
+                self.rows = max(self.rows, held)
+                self.accounted = max(self.accounted, peer.sessions.memory.used)
+
+
+Attack = Callable[[Callable[[], None]], Any]
+
+
+@dataclass
+class Victims:
+    """A swarm of two peers, and a client of theirs."""
+
+    swarm: LocalSwarm
+    facts: ModelFacts
+    local: Any
+
+    @property
+    def endpoint(self) -> Endpoint:
+        return self.swarm.peers[0].endpoint
+
+    @contextmanager
+    def attacked(self, attack: Attack) -> Iterator[Watched]:
+        """Runs `attack`, which is given what to call when it has begun; the client generates meanwhile."""
+        watched, began = Watched(self.swarm.peers), threading.Event()
+        prompt = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(1))
+        inputs: dict[str, Any] = {"input_ids": prompt, "attention_mask": torch.ones_like(prompt), **GREEDY}
+        expected = self.local.generate(**inputs)
+        with self.swarm.visit(), ThreadPoolExecutor(2) as threads:
+            model = self.swarm.model()
+            assert torch.equal(model.generate(**inputs), expected)
+            watching, running = threads.submit(watched.watch), threads.submit(attack, began.set)
+            try:
+                began.wait(20)
+                while not watched.honest or not running.done():
+                    assert torch.equal(model.generate(**inputs), expected)
+                    watched.honest += 1
+                running.result()
+            finally:
+                watched._ended.set()
+            watching.result()
+        yield watched
+        self.wait_until_forgotten()
+
+    def wait_until_forgotten(self) -> None:
+        """What the attack occupied is given back."""
+        deadline = time.monotonic() + 10
+        for peer in self.swarm.peers:
+            accounts = (peer.service.queue.memory, peer.service.training_memory)
+            while any(account.used for account in accounts):
+                assert time.monotonic() < deadline, "something is still accounted for"
+                time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("llama"), max_position_embeddings=8192)
+
+
+@pytest.fixture(scope="module")
+def victims(folder: Path) -> Iterator[Victims]:
+    with serving(folder, [(0, 3), (3, 6)]) as found:
+        yield found
+
+
+@contextmanager
+def serving(folder: Path, spans: list[tuple[int, int]], training_memory: int = TRAINING_MEMORY) -> Iterator[Victims]:
+    with local_swarm(folder, spans, kv_memory=KV_MEMORY, training_memory=training_memory) as swarm:
+        swarm.join()
+        local = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        yield Victims(swarm, ModelFacts.of(Checkpoint.open(folder)), local)
+
+
+def test_rows_take_no_more_than_was_reserved(victims: Victims) -> None:
+    options: dict[str, Any] = {"seconds": SECONDS, "budget": BUDGET, "blocks": (0, 3)}
+
+    def attack(began: Callable[[], None]) -> None:
+        attacks.prefix_rows(victims.endpoint, victims.facts, heads=HEADS, head_size=HEAD_SIZE, began=began, **options)
+        attacks.tiny_rows(victims.endpoint, victims.facts, **options)
+        attacks.lost_logs(victims.endpoint, victims.facts, **options)
+
+    with victims.attacked(attack) as seen:
+        assert 0 < seen.rows <= seen.accounted <= KV_MEMORY
+        assert seen.rss < KV_MEMORY + STEP_MEMORY + SLACK
+
+
+def test_small_messages_are_counted_with_their_objects(folder: Path) -> None:
+    little = 2**18
+    with serving(folder, [(0, 6)], training_memory=little) as victims:
+
+        def attack(began: Callable[[], None]) -> None:
+            attacks.tiny_passes(victims.endpoint, victims.facts, seconds=SECONDS, began=began)
+            attacks.waiting_steps(victims.endpoint, victims.facts, seconds=SECONDS, budget=BUDGET)
+
+        with victims.attacked(attack) as seen:
+            assert 10 < seen.kept <= little // MESSAGE_BYTES
+            assert seen.rss < KV_MEMORY + STEP_MEMORY + SLACK
+
+
+def test_small_requests_have_little_sent(victims: Victims) -> None:
+    figures: list[tuple[int, int, int]] = []
+
+    def attack(began: Callable[[], None]) -> None:
+        figures.append(
+            attacks.replays(victims.endpoint, victims.facts, seconds=SECONDS, budget=BUDGET, blocks=(0, 3), began=began)
+        )
+
+    with victims.attacked(attack):
+        [(asked, uploaded, came)] = figures
+        assert asked > 50_000
+        assert 0 < came < 14 * uploaded
+
+
+def test_adapters_that_do_not_fit_fill_no_log(victims: Victims, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        caplog.at_level(logging.WARNING),
+        victims.attacked(
+            lambda began: attacks.adapters(
+                victims.endpoint,
+                victims.facts,
+                seconds=SECONDS,
+                layer="self_attn.q_proj",
+                width=(64, 64),
+                blocks=(0, 3),
+                began=began,
+            )
+        ) as seen,
+    ):
+        assert seen.rss < KV_MEMORY + TRAINING_MEMORY + SLACK
+    assert not [record for record in caplog.records if record.exc_info], "a peer was surprised"
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+def test_attention_takes_no_more_than_its_chunks(backward: bool, tmp_path: Path) -> None:
+    folder = random_checkpoint("gemma2", tmp_path, blocks=2, max_position_embeddings=8192)
+    with serving(folder, [(0, 2)]) as victims:
+        options: dict[str, Any] = {"seconds": 0.1, "length": 2048 if backward else 4096, "backward": backward}
+        target = victims.endpoint, victims.facts
+        with victims.attacked(lambda began: attacks.long_passes(*target, began=began, **options)) as seen:
+            assert seen.rss < 320 * 2**20

@@ -1,0 +1,34 @@
+"""Adapters whose tensors cannot be multiplied with each other are refused before a step finds out."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from splitnet.errors import AdapterError
+from splitnet.model.adapters import Adapter
+
+LAYER = "0.self_attn.q_proj"
+
+
+def low_rank(a: torch.dtype, b: torch.dtype) -> dict[str, torch.Tensor]:
+    return {f"{LAYER}.lora_A": torch.zeros(2, 8, dtype=a), f"{LAYER}.lora_B": torch.zeros(8, 2, dtype=b)}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_both_of_a_pair_have_one_type(dtype: torch.dtype) -> None:
+    assert Adapter(low_rank(dtype, dtype)).nbytes == 32 * dtype.itemsize
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (torch.float16, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float8_e4m3fn, torch.float8_e4m3fn),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_other_types_are_refused(a: torch.dtype, b: torch.dtype) -> None:
+    with pytest.raises(AdapterError, match=r"float"):
+        Adapter(low_rank(a, b))
