@@ -32,8 +32,10 @@ class Turning:
         own: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         if own is None:
             return None
-        cosines, sines = rope(torch.zeros(1, 3, attention.q_proj.in_features), torch.tensor([[1, 2, 30]]))
-        heads = torch.randn(1, 2, 3, attention.head_dim, generator=torch.Generator().manual_seed(0))
+        device = next((buffer.device for buffer in rope.buffers()), torch.device("cpu"))
+        hidden, positions = torch.zeros(1, 3, attention.q_proj.in_features), torch.tensor([[1, 2, 30]])
+        cosines, sines = rope(hidden.to(device), positions.to(device))
+        heads = torch.randn(1, 2, 3, attention.head_dim, generator=torch.Generator().manual_seed(0)).to(device)
         found = own(heads, heads, cosines, sines)[0]
         for likely in (cls(*each) for each in product((1, 2), (False, True))):
             if cosines.shape[-1] * likely.repeats <= attention.head_dim:
