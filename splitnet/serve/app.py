@@ -40,6 +40,9 @@ from splitnet.serve.shares import Client, Shares
 COMPLETION_TOKENS = 16
 """Of a completion that does not say how many it wants; OpenAI's default."""
 
+MAX_SCORES = 2**19
+"""Of the tokens of the prompts of one request, with those of the likeliest tokens beside them."""
+
 UNREAD_BYTES = 64 * 2**20
 """Of streams, whose clients read more slowly than the model answers."""
 
@@ -176,6 +179,8 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[st
         client, size = client_of(request), len(await request.body())
         texts = _prompts_of(body)
         tokenized = await gateway.preparing.run(size, lambda: [prompts.of_text(text) for text in texts])
+        if body.echo and body.logprobs is not None:
+            _check_scores(sum(map(len, tokenized)) * (1 + body.logprobs))
         max_tokens = COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
         sampling = _sampling(gateway, body)
         asks = [
@@ -244,6 +249,16 @@ def _sampling(gateway: Gateway, body: SamplingRequest) -> Sampling:
         min_p=defaults.min_p,
         repetition_penalty=defaults.repetition_penalty,
     )
+
+
+def _check_scores(scores: int) -> None:
+    """Refuses more scores of prompts than are made and told in one go."""
+    if scores > MAX_SCORES:
+        raise ApiError(
+            400,
+            f"{scores} scores of prompts are more than {MAX_SCORES}: ask for fewer logprobs or fewer prompts at once",
+            param="logprobs",
+        )
 
 
 def _prompts_of(body: CompletionRequest) -> list[str] | list[list[int]]:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from jinja2 import TemplateError
 
 from splitnet.serve.failures import ApiError
 from splitnet.serve.requests import AssistantMessage, Content, Message, Tool, ToolMessage
+
+KEPT_TEXTS = 2**16
+"""Of tokens: requests can ask for those of 20 beside each token."""
 
 SLICE = 2**16
 """Characters of which tokens are made at a time to see whether a text is too long: that takes time and memory."""
@@ -33,6 +37,8 @@ class Prompts:
         self._vocabulary = vocabulary
         self._max_positions = max_positions
         self._some_text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+        self.text_of = lru_cache(KEPT_TEXTS)(self._text_of)
+        """The text of one token within a text; at the start of one, some tokenizers drop its space."""
         special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._special = re.compile("|".join(sorted(special, key=len, reverse=True)) or r"(?!)")
 
@@ -44,8 +50,7 @@ class Prompts:
         """The text of tokens, special ones included."""
         return self._tokenizer.decode(tokens, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
-    def text_of(self, token: int) -> str:
-        """The text of one token within a text; at the start of one, some tokenizers drop its space."""
+    def _text_of(self, token: int) -> str:
         return self.decode_all([*self._some_text, token])[len(self.decode_all(self._some_text)) :]
 
     def of_chat(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:

@@ -68,13 +68,13 @@ def half_requests(url: str, *, seconds: float, key: str | None = None, count: in
 
 
 def stalled_readers(
-    url: str, *, seconds: float, key: str | None = None, count: int = 16, max_tokens: int | None = None
+    url: str, *, seconds: float, key: str | None = None, count: int = 16, prompts: int = 64
 ) -> Outcomes:
-    """Asks for streams with all that can be told of each token, as long as the context has room, and reads nothing."""
-    body: dict[str, Any] = {"model": model_of(url, key), "messages": [{"role": "user", "content": "a"}]}
-    body |= {"max_tokens": max_tokens, "n": 16, "stream": True, "logprobs": True, "top_logprobs": 20}
+    """Asks for streams with all that can be told of each token of long prompts, megabytes, and reads nothing."""
+    body: dict[str, Any] = {"model": model_of(url, key), "prompt": ["one two three " * 60] * prompts}
+    body |= {"max_tokens": 1, "stream": True, "echo": True, "logprobs": 20}
     text = json.dumps(body).encode()
-    head = _head("POST", CHAT, url, key, f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n")
+    head = _head("POST", COMPLETION, url, key, f"Content-Type: application/json\r\nContent-Length: {len(text)}\r\n")
     return _held(url, head + text, count, seconds, receive_buffer=2048)
 
 
