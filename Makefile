@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 
 export MODEL PROMPT
 
-.PHONY: demo chat test lint docs format soak
+.PHONY: demo chat test lint docs format soak attack
 .DELETE_ON_ERROR:
 
 demo: .venv/all.stamp
@@ -30,6 +30,10 @@ docs: .venv/dev.stamp
 # Needs root on Linux, see docs/netlab.md.
 soak: .venv/dev.stamp
 	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/soak.py $${MODEL:+"$$MODEL"} --minutes $(or $(MINUTES),10)
+
+# Ten minutes of known attacks on daemons and a gateway of this machine, beside honest clients.
+attack: .venv/dev.stamp
+	OMP_NUM_THREADS=1 .venv/bin/python benchmarks/attack.py $${MODEL:+"$$MODEL"} --minutes $(or $(MINUTES),10)
 
 format: .venv/dev.stamp
 	.venv/bin/ruff check --fix .

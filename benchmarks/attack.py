@@ -1,0 +1,463 @@
+"""Honest clients beside every attack that is known, against a swarm and a gateway of real daemons on this machine.
+
+Two daemons serve each half of the model, and a gateway serves it over HTTP. Honest clients compare every answer with
+that of plain transformers: first alone, then beside one attack after another (tests/attacks, each in a process of its
+own, with one key), then alone again. Tells for each what the slowest twentieth of their tokens took, as a multiple of
+the undisturbed, and the most memory that a process of the swarm held.
+
+    make attack [MINUTES=10] [MODEL=...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from soak import Question, ask_locally
+
+from splitnet.cli.local_swarm import EXACT, LocalSwarm
+from splitnet.client.causal_lm import attach
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.errors import SplitnetError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.demo import demo_checkpoint
+from splitnet.net.directory import Directory
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.identity import PublicKey
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from tests.attacks import directory, fairness, gateway, memory, transport  # noqa: E402
+
+CLIENTS = 2
+HALVES = 2
+REPLICAS = 2
+KV_MEMORY = "128MiB"
+TRAINING_MEMORY = "256MiB"
+API_KEYS = ("key-of-an-honest-client", "key-of-an-attacker")
+LOOK_S = 0.2
+CALM_S = 45.0
+START_TIMEOUT_S = 120.0
+MOST_SLOWER = 1.5
+"""Times as slow as undisturbed the slowest twentieth of an honest client's tokens may become."""
+MOST_GROWTH_MIB = 512
+"""What a process may take more than undisturbed: KV caches, training and bodies within their bounds."""
+
+
+@dataclass
+class Phase:
+    """What was seen while something happened."""
+
+    name: str
+    answers: int = 0
+    wrong: int = 0
+    errors: list[str] = field(default_factory=list)
+    token_ms: list[float] = field(default_factory=list)
+    gateway_s: list[float] = field(default_factory=list)
+    most_mib: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def slow_ms(self) -> float:
+        """What 95 of 100 tokens took at most."""
+        return statistics.quantiles(self.token_ms, n=20)[-1] if len(self.token_ms) > 20 else float("nan")
+
+
+class TokenTimes:
+    """A streamer of `generate()` that notes what each token after the first took."""
+
+    def __init__(self, phase: Phase) -> None:
+        self._phase = phase
+        self._last: float | None = None
+        self._is_prompt = True
+
+    def put(self, value: Any) -> None:
+        now = time.perf_counter()
+        if self._is_prompt:
+            self._is_prompt = False
+            return
+        if self._last is not None:
+            self._phase.token_ms.append((now - self._last) * 1000)
+        self._last = now
+
+    def end(self) -> None:
+        pass
+
+
+class Honest:
+    """Clients with a key each, in threads, that ask and compare until they are told to stop."""
+
+    def __init__(self, checkpoint: Checkpoint, addresses: Sequence[str], questions: Sequence[Question]) -> None:
+        self.phase = Phase("none")
+        self._questions = questions
+        self._stop = threading.Event()
+        self._models = [
+            attach(checkpoint, Swarm(ModelFacts.of(checkpoint), addresses), codec="none", local_weights="float32")
+            for _ in range(CLIENTS)
+        ]
+        self._threads = [threading.Thread(target=self._ask, args=(model,)) for model in self._models]
+
+    def __enter__(self) -> Honest:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+        for model in self._models:
+            model.close()
+
+    def _ask(self, model: Any) -> None:
+        choices = random.Random(id(model))
+        while not self._stop.is_set():
+            question, phase = choices.choice(self._questions), self.phase
+            try:
+                got = model.generate(
+                    question.prompt,
+                    attention_mask=torch.ones_like(question.prompt),
+                    max_new_tokens=question.answer.shape[1] - question.prompt.shape[1],
+                    do_sample=False,
+                    streamer=TokenTimes(phase),
+                )
+            except SplitnetError as error:
+                phase.errors.append(str(error))
+                continue
+            phase.answers += 1
+            phase.wrong += not torch.equal(got, question.answer)
+
+
+class Reader:
+    """Asks the gateway for a few tokens again and again, with an API key of its own."""
+
+    def __init__(self, url: str, key: str) -> None:
+        self.phase = Phase("none")
+        self._url, self._key = url, key
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._ask)
+        self._expected: str | None = None
+
+    def __enter__(self) -> Reader:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _ask(self) -> None:
+        body = json.dumps({"model": "demo", "prompt": "The capital of France is", "max_tokens": 8, "temperature": 0})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {self._key}"}
+        while not self._stop.wait(0.5):
+            phase, began = self.phase, time.perf_counter()
+            try:
+                request = urllib.request.Request(f"{self._url}/v1/completions", body.encode(), headers)
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    text = json.load(answer)["choices"][0]["text"]
+            except (OSError, ValueError) as error:
+                phase.errors.append(f"gateway: {error}")
+                continue
+            phase.gateway_s.append(time.perf_counter() - began)
+            self._expected = self._expected or text
+            phase.wrong += text != self._expected
+
+
+class Watcher:
+    """Looks again and again at what each process of the swarm holds."""
+
+    def __init__(self, processes: dict[str, psutil.Process]) -> None:
+        self.phase = Phase("none")
+        self.processes = processes
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def look(self) -> dict[str, tuple[int, int]]:
+        """Descriptors and threads of each process."""
+        return {name: (process.num_fds(), process.num_threads()) for name, process in self.processes.items()}
+
+    def _watch(self) -> None:
+        while not self._stop.wait(LOOK_S):
+            most = self.phase.most_mib
+            for name, process in self.processes.items():
+                most[name] = max(most.get(name, 0.0), process.memory_info().rss / 2**20)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What an attacker knows.
+
+    Attributes:
+        addresses: of nodes of the DHT.
+        peer: a daemon's, which serves `blocks` and has memory for `free_positions`.
+        facts: of the model.
+        url: of the gateway.
+        key: for the API, which is the attacker's own.
+    """
+
+    addresses: list[str]
+    peer: Endpoint
+    blocks: tuple[int, int]
+    free_positions: int
+    facts: ModelFacts
+    url: str
+    key: str
+
+
+ATTACKS: dict[str, Callable[[Target, float], object]] = {
+    "messages of many frames": lambda at, seconds: transport.endless_message(at.peer, seconds=seconds),
+    "silent connections": lambda at, seconds: transport.silent_connections(at.peer, seconds=seconds),
+    "connections of one key": lambda at, seconds: transport.connections_of_one_key(at.peer, seconds=seconds),
+    "answers that are not read": lambda at, seconds: transport.unread_answers(
+        at.peer, seconds=seconds, model=at.facts.fingerprint, blocks=at.blocks[1], hidden=at.facts.hidden_size
+    ),
+    "names for addresses": lambda at, seconds: transport.hosts_by_name(
+        at.peer, seconds=seconds, model=at.facts.fingerprint, blocks=at.blocks[1]
+    ),
+    "records without end": lambda at, seconds: directory.flood_records(
+        at.addresses, at.facts.fingerprint, seconds=seconds
+    ),
+    "models without end": lambda at, seconds: directory.list_models(
+        at.addresses, at.facts.fingerprint, seconds=seconds
+    ),
+    "nodes that withhold records": lambda at, seconds: directory.withhold(
+        at.addresses, at.facts.fingerprint, seconds=seconds
+    ),
+    "peers that do not exist": lambda at, seconds: directory.announce_fakes(
+        at.addresses, at.facts.fingerprint, seconds=seconds, end=at.facts.num_blocks, num_blocks=at.facts.num_blocks
+    ),
+    "64 sessions that decode": lambda at, seconds: fairness.decodes(
+        at.peer, at.facts, seconds=seconds, blocks=at.blocks
+    ),
+    "8 prefills": lambda at, seconds: fairness.prefills(at.peer, at.facts, seconds=seconds, blocks=at.blocks),
+    "training": lambda at, seconds: fairness.trains(at.peer, at.facts, seconds=seconds, blocks=at.blocks),
+    "look-ups without end": lambda at, seconds: fairness.recalls(at.peer, at.facts, seconds=seconds, blocks=at.blocks),
+    "a session with all KV memory": lambda at, seconds: fairness.squats(
+        at.peer, at.facts, seconds=seconds, budget=at.free_positions, blocks=at.blocks
+    ),
+    "1,024 sessions": lambda at, seconds: fairness.crowds(at.peer, at.facts, seconds=seconds, blocks=at.blocks),
+    "rows of one position": lambda at, seconds: memory.tiny_rows(
+        at.peer, at.facts, seconds=seconds, budget=4096, blocks=at.blocks
+    ),
+    "steps faster than the device": lambda at, seconds: memory.waiting_steps(
+        at.peer, at.facts, seconds=seconds, budget=4096, blocks=at.blocks
+    ),
+    "passes as long as the context": lambda at, seconds: memory.long_passes(
+        at.peer, at.facts, seconds=seconds, length=2048, blocks=at.blocks
+    ),
+    "passes that are kept": lambda at, seconds: memory.tiny_passes(
+        at.peer, at.facts, seconds=seconds, blocks=at.blocks
+    ),
+    "replays without end": lambda at, seconds: memory.replays(
+        at.peer, at.facts, seconds=seconds, budget=4096, blocks=at.blocks
+    ),
+    "values that are all wrong": lambda at, seconds: gateway.wrong_values(at.url, seconds=seconds, key=at.key),
+    "texts of megabytes": lambda at, seconds: gateway.long_texts(at.url, seconds=seconds, key=at.key),
+    "schemas nested deep": lambda at, seconds: gateway.deep_schemas(at.url, seconds=seconds, key=at.key),
+    "bodies without an end": lambda at, seconds: gateway.unfinished_bodies(at.url, seconds=seconds, key=at.key),
+    "bodies that trickle": lambda at, seconds: gateway.trickled_bodies(at.url, seconds=seconds, key=at.key),
+    "half requests": lambda at, seconds: gateway.half_requests(at.url, seconds=seconds, key=at.key),
+    "streams that are not read": lambda at, seconds: gateway.stalled_readers(at.url, seconds=seconds, key=at.key),
+    "200 dashboards": lambda at, seconds: gateway.many_dashboards(at.url, seconds=seconds, key=at.key),
+    "64 requests at a time": lambda at, seconds: gateway.crowd(at.url, seconds=seconds, key=at.key),
+}
+
+
+@contextmanager
+def serving(model: str, address: str, keys: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A gateway that serves, and its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "splitnet", "serve", model, "--join", address, "--port", str(port)]
+    command += ["--api-key-file", str(keys), "--codec", "none"]
+    url = f"http://127.0.0.1:{port}"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            deadline = time.monotonic() + START_TIMEOUT_S
+            while not is_up(url):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise SplitnetError("the gateway did not start: run `splitnet serve` to see why")
+                time.sleep(0.2)
+            yield process, url
+        finally:
+            process.terminate()
+
+
+def is_up(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def pass_phase(phase: Phase, seen: Sequence[Any], seconds: float) -> Phase:
+    """Notes for some seconds what is seen as of this phase."""
+    for one in seen:
+        one.phase = phase
+    time.sleep(seconds)
+    return phase
+
+
+def print_header() -> None:
+    columns = [
+        "attack",
+        "answers",
+        "wrong",
+        "lost",
+        "ms per token, 95 %",
+        "of undisturbed",
+        "gateway, s, median (most)",
+    ]
+    columns += ["gateway, MiB", "largest daemon, MiB"]
+    print(f"| {' | '.join(columns)} |")
+    print("|---" * len(columns) + "|", flush=True)
+
+
+def report(phase: Phase, calm: Phase) -> None:
+    gateway = f"{statistics.median(phase.gateway_s):.1f} ({max(phase.gateway_s):.1f})" if phase.gateway_s else "-"
+    most = max((mib for name, mib in phase.most_mib.items() if name != "gateway"), default=0.0)
+    print(
+        f"| {phase.name} | {phase.answers + len(phase.gateway_s)} | {phase.wrong} | {len(phase.errors)} "
+        f"| {phase.slow_ms:.0f} | {phase.slow_ms / calm.slow_ms:.2f} | {gateway} "
+        f"| {phase.most_mib.get('gateway', 0.0):.0f} | {most:.0f} |",
+        flush=True,
+    )
+    for error in dict.fromkeys(phase.errors):
+        print(f"  {error}", file=sys.stderr)
+
+
+def failures_of(
+    phases: Sequence[Phase], calm: Phase, before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]
+) -> list[str]:
+    """What did not hold."""
+    failures: list[str] = []
+    for phase in phases:
+        if phase.wrong:
+            failures.append(f"{phase.name}: {phase.wrong} answers were wrong")
+        if phase.errors:
+            failures.append(f"{phase.name}: {len(phase.errors)} answers were lost, the first by: {phase.errors[0]}")
+        if not phase.slow_ms <= MOST_SLOWER * calm.slow_ms:
+            failures.append(f"{phase.name}: tokens took {phase.slow_ms / calm.slow_ms:.2f} x as long")
+        for name, mib in phase.most_mib.items():
+            if mib > calm.most_mib[name] + MOST_GROWTH_MIB:
+                failures.append(f"{phase.name}: {name} grew by {mib - calm.most_mib[name]:.0f} MiB")
+    for name, (descriptors, threads) in after.items():
+        was = before[name]
+        if descriptors > was[0] + 16 or threads > was[1] + 4:
+            failures.append(f"{name} has {descriptors} descriptors and {threads} threads; it had {was[0]} and {was[1]}")
+    return failures
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", help="GGUF file, folder or hub id; the demo's if not given")
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--only", nargs="+", choices=ATTACKS, help="these attacks alone")
+    parser.add_argument("--attack", choices=ATTACKS, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--target", help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    folder = arguments.checkpoint or str(demo_checkpoint())
+    checkpoint = Checkpoint.open(folder)
+    if arguments.attack:
+        given = json.loads(arguments.target)
+        peer = Endpoint(given["peer"], PublicKey.parse(given["peer_key"]))
+        target = Target(
+            given["addresses"],
+            peer,
+            tuple(given["blocks"]),
+            given["free_positions"],
+            ModelFacts.of(checkpoint),
+            given["url"],
+            given["key"],
+        )
+        print(ATTACKS[arguments.attack](target, arguments.seconds))
+        return 0
+    questions = ask_locally(checkpoint)
+    names = arguments.only or list(ATTACKS)
+    with ExitStack() as stack:
+        options = (*EXACT, "--kv-memory", KV_MEMORY, "--training-memory", TRAINING_MEMORY)
+        first = stack.enter_context(LocalSwarm(folder, HALVES, options))
+        address = first.wait()
+        second = stack.enter_context(LocalSwarm(folder, HALVES, options, address))
+        second.wait()
+        keys = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "api-keys"
+        keys.write_text("".join(f"{key}\n" for key in API_KEYS))
+        gateway, url = stack.enter_context(serving(folder, address, keys))
+        daemons = [*first.processes, *second.processes]
+        processes = {f"daemon {index + 1}": psutil.Process(one.pid) for index, one in enumerate(daemons)}
+        watcher = stack.enter_context(Watcher(processes | {"gateway": psutil.Process(gateway.pid)}))
+        node = stack.enter_context(Directory.start(initial_peers=[address]))
+        record = next(one for one in node.peers(checkpoint.fingerprint) if one.serves and not one.start)
+        target = {
+            "addresses": [address],
+            "peer": record.address,
+            "peer_key": record.key.text,
+            "blocks": (record.start, record.end),
+            "free_positions": record.kv_free_positions,
+            "url": url,
+        }
+        honest = stack.enter_context(Honest(checkpoint, [address], questions))
+        reader = stack.enter_context(Reader(url, API_KEYS[0]))
+        seen = (honest, reader, watcher)
+        pass_phase(Phase("warm-up"), seen, CALM_S / 2)
+        calm = pass_phase(Phase("nobody"), seen, CALM_S)
+        before = watcher.look()
+        print_header()
+        report(calm, calm)
+        seconds = 60 * arguments.minutes / len(names)
+        phases = [calm]
+        for name in names:
+            command = [sys.executable, __file__, folder, "--attack", name, "--seconds", str(seconds)]
+            command += ["--target", json.dumps(target | {"key": API_KEYS[1]})]
+            with subprocess.Popen(
+                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            ) as one:
+                phases.append(pass_phase(Phase(name), seen, seconds))
+                try:
+                    said, _ = one.communicate(timeout=seconds + 60)
+                except subprocess.TimeoutExpired:
+                    one.kill()
+                    said = "ended, as it did not end by itself"
+            report(phases[-1], calm)
+            print(f"  {said.strip().splitlines()[-1] if said.strip() else ''}", file=sys.stderr)
+        pass_phase(Phase("settling"), seen, CALM_S)
+        phases.append(pass_phase(Phase("nobody any more"), seen, CALM_S))
+        report(phases[-1], calm)
+        failures = failures_of(phases, calm, before, watcher.look())
+        ended = [name for name, process in watcher.processes.items() if not process.is_running()]
+        failures += [f"{name} has ended" for name in ended]
+    for failure in failures:
+        print(f"FAILED: {failure}")
+    print("attack failed: see the lines above and docs/security.md" if failures else "attack passed")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
