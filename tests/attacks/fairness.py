@@ -11,6 +11,7 @@ import os
 import queue
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from splitnet.client.swarm import ModelFacts
 from splitnet.net.codecs import CODECS
@@ -247,7 +248,7 @@ def recalls(
     count: int = 60_000,
     blocks: tuple[int, int] | None = None,
 ) -> float:
-    """Queues look-ups of keys and values behind a pass, in two sessions in turns, then ends all with a newer epoch.
+    """Queues look-ups of keys and values of two sessions behind passes; a newer epoch ends them, the last ones first.
 
     Returns the longest time that somebody else's ping took meanwhile, in ms.
     """
@@ -255,18 +256,20 @@ def recalls(
     until, epoch = time.monotonic() + seconds, 0
     with Client(endpoint, facts, blocks) as client, Client(endpoint, facts, blocks) as victim:
         sessions = os.urandom(16), os.urandom(16)
-        payload = client.hidden(512)
+        lengths = (128,) * 32
+        payload = client.hidden(sum(lengths))
         while time.monotonic() < until:
             epoch += 1
             for session in sessions:
                 client.open(64, session, epoch=epoch)
-            client.say(Forward(sessions[0], epoch, 1, 0, (128,) * 4, False, 0, PLAIN, PLAIN, payload, client.start))
+            passes = [Forward(sessions[0], epoch, 1 + n, 0, lengths, False, 0, PLAIN, PLAIN, payload) for n in range(4)]
+            client.say(*(replace(forward, boundary=client.start) for forward in passes))
             for session in sessions:
                 client.say(*(FetchKV(session, epoch, 10**6, 1, 1) for _ in range(count // 2)))
             worst = max(worst, victim.ping_ms())
             client.ping_ms()  # all of it has arrived
             epoch += 1
-            client.say(*(client.opening(session, 64, epoch=epoch) for session in sessions))
+            client.say(*(client.opening(session, 64, epoch=epoch) for session in reversed(sessions)))
             worst = max(worst, victim.ping_ms())
             client.ping_ms()
     return worst

@@ -95,7 +95,7 @@ def test_a_token_beside_another_keys_load_takes_little_longer_than_beside_an_equ
 
 
 def test_lookups_that_are_queued_and_discarded_freeze_nobody(peer: Peer, facts: ModelFacts) -> None:
-    assert fairness.recalls(peer.endpoint, facts, seconds=0.1, count=40_000) < 1500
+    assert fairness.recalls(peer.endpoint, facts, seconds=0.1, count=60_000) < 2500
 
 
 def test_who_holds_all_memory_without_steps_makes_room(
@@ -110,7 +110,7 @@ def test_who_holds_all_memory_without_steps_makes_room(
         _, refused = client.open(100)
         assert isinstance(refused, Failure) and refused.code == FailureCode.BUSY
         assert "come back in" in refused.text
-        answer: object = None
+        session, answer = client.open(100)
         while not load.done() and not isinstance(answer, Opened):
             session, answer = client.open(100)
         assert isinstance(answer, Opened)
