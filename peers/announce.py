@@ -76,4 +76,7 @@ class Announcer:
     def publish(self) -> None:
         """Publishes the record as of now, beside the regular refreshes."""
         if not self._directory.announce(self._describe(), self._identity):
-            log.warning("the DHT did not take this peer's record: check that the clock of this machine is right")
+            log.warning(
+                "the DHT did not take this peer's record: check that the clock of this machine is right, and give "
+                "--key-file if others fill the directory"
+            )

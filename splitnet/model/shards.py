@@ -152,7 +152,8 @@ class Shards:
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 pass
             raise ModelNotFound(
-                f"{INDEX_FILE} of {self.name} does not say which file beside it holds which tensor: download it again"
+                f"{INDEX_FILE} of {self.name} does not say which file holds which tensor, or names one elsewhere: "
+                "download it again"
             )
         try:
             with self.open_range(SINGLE_FILE) as file:

@@ -244,6 +244,19 @@ def test_a_record_that_is_valid_by_some_clocks_only_hides_no_other(
     assert client.peers(record.model) == [record]
 
 
+def test_records_stand_where_earlier_versions_look_and_are_found_where_they_put_them(
+    member: Directory, client: Directory
+) -> None:
+    anna, bert = Identity.generate(), Identity.generate()
+    late = record_of(anna)
+    early = record_of(bert, model=late.model)
+    store_raw(member, peers_key(early.model), early.pack(bert), early.expires_at, early.key.text)
+    assert member.announce(late, anna)
+    assert {record.key for record in client.peers(late.model)} == {anna.public, bert.public}
+    found = client._request(lambda node: node.get(peers_key(late.model), latest=True))
+    assert set(found.value) == {anna.public.text, bert.public.text}
+
+
 def test_a_node_is_asked_for_few_keys_at_once(bootstrap: Directory, client: Directory) -> None:
     key = import_hivemind().dht_id(MODELS_KEY)
     for count in (KEYS_PER_FIND, KEYS_PER_FIND + 1):
