@@ -11,17 +11,21 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from splitnet.errors import PeerBusy
 from splitnet.model.adapters import Adapter, block_of
 from splitnet.model.span import Span
 
 GRAPH_BYTES = 512 * 2**20
+ONE_BLOCK = 2
+"""So many times that may be kept of a block alone: of one long sequence, which cannot be cut."""
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what torch saves for the way back meanwhile, besides the weights."""
+    """Counts what torch saves for the way back meanwhile, besides the weights. Raises PeerBusy if it is too much."""
 
-    def __init__(self, weights: frozenset[int]) -> None:
+    def __init__(self, weights: frozenset[int], most: int) -> None:
         self.nbytes = 0
+        self._most = most
         self._seen = set(weights)
         super().__init__(self._count, lambda tensor: tensor)
 
@@ -30,6 +34,10 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
         if place not in self._seen:
             self._seen.add(place)
             self.nbytes += tensor.untyped_storage().nbytes()
+            if self.nbytes > self._most:
+                raise PeerBusy(
+                    f"the way back takes more than {self._most} bytes in a block: train with fewer positions"
+                )
         return tensor
 
 
@@ -90,16 +98,16 @@ class SpanPasses:
 
         Raises:
             ValueError: the gradient does not fit `hidden`.
+            PeerBusy: torch would keep too much of a block.
         """
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
         traced = Adapter(adapter.within(start, end)).traced() if adapter is not None else None
         ways: list[tuple[torch.Tensor, torch.Tensor | None]] = []
-        weights = self._span.storages()
         kept = 0
         for block in range(start, end):
             given = hidden.detach().requires_grad_()
-            saved = _Saved(weights)
+            saved = self._saved()
             with saved, torch.set_grad_enabled(kept <= self._graph_bytes):
                 hidden = self._view(block).sequences(given, lengths, traced)
             kept += saved.nbytes
@@ -112,7 +120,7 @@ class SpanPasses:
         for block in reversed(range(start, end)):
             given, output = ways.pop()
             if output is None:
-                with torch.enable_grad():
+                with self._saved(), torch.enable_grad():
                     output = self._view(block).sequences(given, lengths, traced)
             names = [name for name in (traced.tensors if traced else ()) if block_of(name) == block]
             leaves = [traced.tensors[name] for name in names] if traced else []
@@ -120,6 +128,9 @@ class SpanPasses:
             found.update(zip(names, by_adapter, strict=True))
             self._between()
         return gradient, found
+
+    def _saved(self) -> _Saved:
+        return _Saved(self._span.storages(), ONE_BLOCK * self._graph_bytes)
 
     def _view(self, block: int) -> Span:
         view = self._views.get(block)
