@@ -11,17 +11,21 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from splitnet.errors import PeerBusy
 from splitnet.model.adapters import Adapter, block_of
 from splitnet.model.span import Span
 
 GRAPH_BYTES = 512 * 2**20
+ONE_BLOCK = 2
+"""So many times that may be kept of a block alone: of one long sequence, which cannot be cut."""
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
-    """Counts what torch saves for the way back meanwhile, besides the weights."""
+    """Counts what torch saves for the way back meanwhile, besides the weights. Raises PeerBusy if it is too much."""
 
-    def __init__(self, weights: frozenset[int]) -> None:
+    def __init__(self, weights: frozenset[int], most: int) -> None:
         self.nbytes = 0
+        self._most = most
         self._seen = set(weights)
         super().__init__(self._count, lambda tensor: tensor)
 
@@ -30,6 +34,10 @@ class _Saved(torch.autograd.graph.saved_tensors_hooks):
         if place not in self._seen:
             self._seen.add(place)
             self.nbytes += tensor.untyped_storage().nbytes()
+            if self.nbytes > self._most:
+                raise PeerBusy(
+                    f"the way back takes more than {self._most} bytes in a block: train with fewer positions"
+                )
         return tensor
 
 
@@ -100,19 +108,19 @@ class SpanPasses:
 
         Raises:
             ValueError: the gradient does not fit `hidden`.
+            PeerBusy: torch would keep too much of a block.
         """
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
         traced = Adapter(adapter.within(start, end)).traced() if adapter is not None else None
         ways: list[list[tuple[torch.Tensor, torch.Tensor | None, Sequence[int]]]] = []
-        weights = self._span.storages()
         kept = 0
         for block in range(start, end):
             pieces: list[tuple[torch.Tensor, torch.Tensor | None, Sequence[int]]] = []
             outputs: list[torch.Tensor] = []
             for part, group in self._pieces(hidden, lengths):
                 given = part.detach().requires_grad_()
-                saved = _Saved(weights)
+                saved = self._saved()
                 with saved, torch.set_grad_enabled(kept <= self._graph_bytes):
                     output = self._view(block).sequences(given, group, traced)
                 kept += saved.nbytes
@@ -132,7 +140,7 @@ class SpanPasses:
             for part in gradient.split([len(given) for given, *_ in pieces]):
                 given, output, group = pieces.pop(0)
                 if output is None:
-                    with torch.enable_grad():
+                    with self._saved(), torch.enable_grad():
                         output = self._view(block).sequences(given, group, traced)
                 by_input, *by_adapter = torch.autograd.grad(output, [given, *leaves], part)
                 gradients.append(by_input)
@@ -154,6 +162,9 @@ class SpanPasses:
                 group = []
             group.append(length)
         yield hidden[begin:], group
+
+    def _saved(self) -> _Saved:
+        return _Saved(self._span.storages(), ONE_BLOCK * self._graph_bytes)
 
     def _view(self, block: int) -> Span:
         view = self._views.get(block)

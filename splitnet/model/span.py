@@ -64,7 +64,7 @@ MERGED_POSITIONS = 8
 the states behind them are kept."""
 
 PASS = 512
-"""Positions that run once more in a pass."""
+"""Positions of a pass that run once more, or of whole sequences."""
 
 
 WAY_BACK = 8
@@ -287,7 +287,10 @@ class Span:
                     f"there is no memory for the way back through {reach} positions in blocks of the family "
                     f"{self._backbone.config.model_type!r}: train with shorter sequences"
                 )
-        return self._run_as_the_family(hidden.to(device=self.device, dtype=self.dtype), parts)
+        hidden = hidden.to(device=self.device, dtype=self.dtype)
+        if self._packs and len(hidden) > PASS and not torch.is_grad_enabled():
+            return self._in_passes(hidden, lengths, adapter)
+        return self._run_as_the_family(hidden, parts)
 
     def fit(self, adapter: Adapter) -> None:
         """Makes the blocks ready for an adapter.
@@ -379,6 +382,24 @@ class Span:
                 use_cache=True,
             )
         return output[0][0]
+
+    def _in_passes(self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None) -> torch.Tensor:
+        """As `sequences`, with the activations of so many positions at once as in the passes of steps."""
+        outputs: list[torch.Tensor] = []
+        parts: list[Part] = []
+        begin = end = 0
+        for length in lengths:
+            row, start = self.new_row(length, adapter), 0
+            while start < length:
+                count = min(length - start, begin + PASS - end)
+                parts.append(Part(row, start, count, adapter))
+                start, end = start + count, end + count
+                if end in (begin + PASS, len(hidden)):
+                    outputs.append(self._run_packed(hidden[begin:end], parts))
+                    for part in parts:
+                        part.row.advance(part.count)
+                    begin, parts = end, []
+        return torch.cat(outputs)
 
     def _run_rows(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         outputs: list[torch.Tensor] = []

@@ -10,6 +10,7 @@ import torch
 
 from splitnet.errors import PeerBusy
 from splitnet.model import attention
+from splitnet.model import span as spans
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.passes import SpanPasses
 from splitnet.model.span import Part, Span
@@ -73,7 +74,7 @@ def test_steps(
     torch.testing.assert_close(run(), whole, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("graph_bytes", [0, 1 << 30])
+@pytest.mark.parametrize("graph_bytes", [200_000, 1 << 30])
 @pytest.mark.parametrize("family", [*PACKED, *BY_ROWS])
 def test_passes(
     family: str,
@@ -93,6 +94,24 @@ def test_passes(
     torch.testing.assert_close(again, back, rtol=1e-4, atol=1e-4)
     monkeypatch.setattr(attention, "SCORE_BYTES", TIGHT)
     torch.testing.assert_close(passes.forward(hidden, LENGTHS, None, 0, 3), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", PACKED)
+def test_long_sequences_run_in_passes(
+    family: str, span_of: Callable[[str], Span], hidden: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    span, lengths = span_of(family), (*LENGTHS[:1], 2, 7)
+    whole = SpanPasses(span).forward(hidden, lengths, None, 0, 3)
+    monkeypatch.setattr(spans, "PASS", 5)
+    torch.testing.assert_close(SpanPasses(span).forward(hidden, lengths, None, 0, 3), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_way_back_is_refused_where_torch_would_keep_too_much(
+    span_of: Callable[[str], Span], hidden: torch.Tensor
+) -> None:
+    passes = SpanPasses(span_of("llama"), graph_bytes=10_000)
+    with pytest.raises(PeerBusy, match="fewer positions"):
+        passes.backward(hidden, LENGTHS, hidden, None, 0, 3)
 
 
 @pytest.mark.parametrize("family", BY_ROWS)
