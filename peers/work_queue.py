@@ -298,24 +298,22 @@ class WorkQueue:
         return counts
 
     def _decode_pass(self, ranked: Sequence[bytes], max_positions: int) -> dict[Work, int]:
-        """One decode step of each key that may begin, and more of all in turns as long as they cost little."""
+        """One decode step of each key that may join, and more of all in turns as long as they cost little."""
         steps: dict[bytes, list[Work]] = {key: [] for key in ranked}
         for session in self._ready:
             if session.waiting[0].remaining <= DECODE_POSITIONS:
                 steps[session.owner].append(session.waiting[0])
         blocks = steps[ranked[0]][0].blocks
-        lanes = [
-            (self._shares.may_begin(key), [work for work in steps[key] if work.blocks == blocks]) for key in ranked
-        ]
-        due = sum(works[0].remaining for may_begin, works in lanes if may_begin and works)
+        lanes = [(self._shares.may_join(key), [work for work in steps[key] if work.blocks == blocks]) for key in ranked]
+        due = sum(works[0].remaining for may_join, works in lanes if may_join and works)
         limit_s = max(SLACK * self._pass_s(due), self._shares.quiet_s(time.monotonic()))
         counts: dict[Work, int] = {}
         positions = 0
         for turn in range(max(len(works) for _, works in lanes)):
-            for may_begin, works in lanes:
+            for may_join, works in lanes:
                 if turn < len(works):
                     total = positions + works[turn].remaining
-                    is_due = may_begin and not turn
+                    is_due = may_join and not turn
                     if total <= max_positions and (is_due or self._pass_s(total) <= limit_s):
                         counts[works[turn]] = works[turn].remaining
                         positions = total

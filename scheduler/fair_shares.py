@@ -130,8 +130,9 @@ class FairShares(Generic[K]):
         """Keys that have work, in the order of their balances, largest first."""
         return sorted(keys, key=lambda key: -self._balance(self._accounts[key]))
 
-    def may_begin(self, key: K) -> bool:
-        return self._balance(self._accounts[key]) > 0
+    def may_join(self, key: K) -> bool:
+        """Whether a decode step of `key` belongs in the next pass: it has had hardly more than those that may begin."""
+        return self._balance(self._accounts[key]) > -CREDIT_S
 
     def begin_rounds(self, first: K) -> None:
         """As many as it takes until the first of those that have work may begin."""

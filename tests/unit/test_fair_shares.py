@@ -30,7 +30,7 @@ class Device:
             first = self.shares.ranked(self.piece_s)[0]
             assert self.shares.awaited(first, self.piece_s[first], self.now) is None, "all are here"
             self.shares.begin_rounds(first)
-            assert self.shares.may_begin(first), "the device is never idle while somebody has work"
+            assert self.shares.may_join(first), "the device is never idle while somebody has work"
             self.now += self.piece_s[first]
             self.used[first] += self.piece_s[first]
             self.shares.charge(first, self.piece_s[first], self.now)

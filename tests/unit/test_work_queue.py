@@ -522,6 +522,16 @@ class TestSeveralKeys:
             queue.put(work(owner, 1))
         assert {item.session for item, _ in self.run(queue)} == set(owners)
 
+    def test_keys_that_have_had_about_as_much_share_every_pass(self) -> None:
+        queue = self.queue()
+        owners = [session(name, owner=name.to_bytes(2, "big")) for name in range(8)]
+        for number in range(20):
+            # They come in two halves, as those that missed a pass do.
+            for owner in owners[:: 1 if number % 3 else 2]:
+                queue.put(work(owner, 1, number=number))
+            ready = {owner for owner in owners if owner.waiting}
+            assert {item.session for item, _ in self.run(queue)} == ready
+
     def test_a_prefill_is_cut_while_another_key_is_active(self) -> None:
         queue = self.queue()
         long, one = session(1, owner=b"long"), session(2, owner=b"one")
