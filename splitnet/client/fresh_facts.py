@@ -60,7 +60,7 @@ class FreshFacts:
     def measure_first(self, records: Sequence[PeerRecord]) -> None:
         """Measures links to peers that were never tried, if few links are known at all."""
         if len(self._survey.network_coordinates.links) < MEASURED_AT_ONCE:
-            self.measure(self._survey.unknown(records))
+            self.measure(sorted(self._survey.unknown(records), key=lambda record: not record.is_proven))
 
     def measure(self, records: Sequence[PeerRecord]) -> bool:
         """Measures the links to the first of these peers; False if there are none."""

@@ -53,6 +53,8 @@ class Survey:
         self._hops: dict[str, _Seen] = {}
         self._links: dict[tuple[str, str], tuple[float, float]] = {}
         self._tried: dict[str, float] = {}
+        self._silent: set[str] = set()
+        """Of those that were tried."""
         self._prediction_error = 1.0
         self._lock = threading.Lock()
 
@@ -109,6 +111,11 @@ class Survey:
         with self._lock:
             return [record for record in records if record.key.text not in self._tried]
 
+    def heard(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
+        """All but those that were silent when their links were measured last: perhaps there are none such peers."""
+        with self._lock:
+            return [record for record in records if record.key.text not in self._silent]
+
     def stale(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
         """Those of the peers whose link should be measured again; the one that was tried longest ago first."""
         oldest = self._clock() - REMEASURE_S
@@ -123,11 +130,15 @@ class Survey:
         """Takes in which links the client tried to measure, and what came of it."""
         now = self._clock()
         with self._lock:
-            for record in tried.values():
-                self._tried.pop(record.key.text, None)
-                self._tried[record.key.text] = now
+            for endpoint, record in tried.items():
+                key = record.key.text
+                self._tried.pop(key, None)
+                self._tried[key] = now
+                (self._silent.discard if endpoint in links else self._silent.add)(key)
             while len(self._tried) > KEPT_TRIED:
-                del self._tried[next(iter(self._tried))]
+                oldest = next(iter(self._tried))
+                del self._tried[oldest]
+                self._silent.discard(oldest)
         for endpoint, link in links.items():
             self.network_coordinates.measured(tried[endpoint], link)
 

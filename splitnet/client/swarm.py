@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -137,13 +138,24 @@ class Swarm:
         part = blocks or needs.blocks
         try:
             records, restricted = self._usable(exclude, fresh=fresh)
-            route = self.planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+
+            def best_route() -> list[PlannedHop]:
+                heard = self.survey.heard(records)
+                if len(heard) < len(records):
+                    with suppress(CoverageError, PeerBusy):
+                        return self.planner.plan(heard, needs, part, ends=ends, holders=holders, restricted=True)
+                return self.planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+
+            route = best_route()
             for _ in range(MAX_PROBED_ROUTES):
-                # Of many peers only some links are measured. Those that the client would use are, before it does.
+                # Of many peers only some links are measured. Those that the client would use are, before it does, and
+                # others with them: among many that do not exist few are found one by one.
                 own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
-                if not self.fresh_facts.measure(self.survey.unknown(own)):
+                unknown = self.survey.unknown(own)
+                if not unknown:
                     break
-                route = self.planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+                self.fresh_facts.measure([*unknown, *self.survey.unknown(records)])
+                route = best_route()
             self.was_covered |= part == needs.blocks
             return route
         except (CoverageError, PeerBusy):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -70,6 +71,16 @@ def test_a_peer_that_has_worked_comes_into_a_full_directory(
     for peer, has_place in ((late, True), (with_nothing, False)):
         shard = node.storage.get(import_hivemind().dht_id(shard_key(model, peer.identity.public))).value
         assert (peer.identity.public.text in shard.data) is has_place and len(shard) == 16
+
+
+def test_a_client_opens_nothing_at_peers_that_are_silent(swarm: LocalSwarm, local: Any) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=256) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        flood_records(swarm.addresses, swarm.peers[0].checkpoint.fingerprint, count=64, address=address)
+        client = swarm.join()
+        assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+        assert not client._bans.keys()
+        client.close()
 
 
 def test_one_key_lists_few_models(swarm: LocalSwarm) -> None:
