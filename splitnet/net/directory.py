@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -128,8 +129,10 @@ class Directory:
         """
         now = time.time()
         latest: dict[PublicKey, PeerRecord] = {}
-        for records in self._read([*shard_keys(model), peers_key(model)]).records.values():
-            for subkey, record in records:
+        found = self._read([*shard_keys(model), peers_key(model)]).records.values()
+        # In each shard who came first is first: so a late flood stands behind long-standing peers of all shards.
+        for row in zip_longest(*found):
+            for subkey, record in filter(None, row):
                 counts = record.model == model and record.key.text == subkey and record.expires_at > now
                 if counts and (record.key not in latest or record.issued_at > latest[record.key].issued_at):
                     latest[record.key] = record
