@@ -6,7 +6,7 @@ import logging
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +33,8 @@ from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
-from splitnet.net.addresses import dht_address, public_address
+from splitnet.net.addresses import dht_address, public_address, reachable_host, with_literal_host
+from splitnet.net.budget import Budget
 from splitnet.net.codecs import CODECS
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
@@ -131,6 +132,8 @@ class Peer:
         # Mistakes that can be seen before anything slow are told at once.
         if options.authorized_keys is not None:
             AuthorizedKeys.from_file(options.authorized_keys)
+        host = with_literal_host(options.public_host or reachable_host(options.listen))
+        options = replace(options, public_host=host)
         choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
         identity = Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
         if options.initial_peers:
@@ -202,6 +205,16 @@ class Peer:
     def refused_connections(self) -> int:
         """How many were refused, as their keys are not listed."""
         return self._transport.refused_connections
+
+    @property
+    def ended_connections(self) -> Mapping[str, int]:
+        """How many connections this peer has ended, by the reason."""
+        return self._transport.ended_connections
+
+    @property
+    def buffers(self) -> Mapping[str, Budget]:
+        """Accounts for the bytes of messages that wait in sockets: to be read, and to be sent."""
+        return {"received": self._transport.receiving, "sent": self._transport.sending}
 
     def record(self) -> PeerRecord:
         """What the peer announces of itself, as of now."""

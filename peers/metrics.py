@@ -51,6 +51,9 @@ class Present:
     training_used_bytes: int
     training_free_bytes: int
     refused_connections: int
+    ended_connections: Mapping[str, int]
+    dropped_messages: int
+    buffer_bytes: Mapping[str, int]
 
     @classmethod
     def of(cls, peer: Peer) -> Present:
@@ -85,6 +88,10 @@ class Present:
             training_used_bytes=memory.used,
             training_free_bytes=memory.free,
             refused_connections=peer.refused_connections,
+            ended_connections=dict(peer.ended_connections),
+            dropped_messages=peer.buffers["sent"].refused,
+            buffer_bytes={name: budget.used for name, budget in peer.buffers.items()}
+            | {f"{name}_limit": budget.limit for name, budget in peer.buffers.items()},
         )
 
 
@@ -111,10 +118,11 @@ class PeerMetrics(Collector):
         yield _counters("sessions_ended", "Sessions that have ended, by how.", "cause", counters.ended)
         yield _counters(
             "refused",
-            "Requests that were answered with a failure, by its code; not_authorized: connections.",
+            "Requests that were answered with a failure, by its code; connections refused or ended; messages not sent.",
             "cause",
             {code.name.lower(): count for code, count in counters.refused.items()}
-            | {"not_authorized": now.refused_connections},
+            | {"not_authorized": now.refused_connections, "not_sent": now.dropped_messages}
+            | {f"connection_{cause}": count for cause, count in now.ended_connections.items()},
         )
         yield _counter("moves", "Moves to other blocks.", counters.moves)
         yield _counters(
@@ -176,6 +184,12 @@ class PeerMetrics(Collector):
             "Memory that sessions occupy, by what for.",
             "purpose",
             {purpose.value: size for purpose, size in now.session_bytes.items()},
+        )
+        yield _gauges(
+            "buffer_bytes",
+            "Messages in sockets: received and not read yet or not complete, not sent yet, and how much that may be.",
+            "state",
+            now.buffer_bytes,
         )
         sent, received = counters.traffic.totals()
         yield _bytes("sent_bytes", "Bytes of messages that were sent, by link and codec.", sent)

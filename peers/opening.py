@@ -1,4 +1,9 @@
-"""Links from sessions to their next hops: an `Open` is answered when it is known whether the next hop is reached."""
+"""Links from sessions to their next hops: an `Open` is answered when it is known whether the next hop is reached.
+
+Clients name the addresses, and an answer must not tell them what listens where this peer reaches and they do not. So a
+link that fails is told at once only if the next hop itself refuses, or has shown its key to this peer before; otherwise
+when the time is up, whether nothing listens there, or something silent, or something else.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +14,8 @@ from peers.outbox import Outbox
 from peers.session import Session
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.messages import Opened
+
+REMEMBERED_HOPS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +43,8 @@ class NextHopOpening:
         self._links = links
         self._reach_s = reach_s
         self._pending: dict[Session, _PendingOpen] = {}
+        self._proven: dict[Endpoint, None] = {}
+        """Next hops that have shown their keys, the latest last."""
 
     def reach(self, session: Session, following: Endpoint | None, now: float, *, again: bool) -> None:
         """Connects a session to its next hop; the answer to its `Open` goes out when it is known whether that works.
@@ -54,16 +63,22 @@ class NextHopOpening:
         wants_pong = again and not new_link and following is not None and state is LinkState.UP
         if wants_pong and following is not None:
             self._outbox.probe(following)
+        proven = following in self._proven
         # A link that was lost may come back, if the next hop only restarted; a new one gets the full time.
-        patience_s = self._reach_s / 3 if state is LinkState.DOWN or wants_pong else self._reach_s
+        patience_s = self._reach_s / 3 if (proven and state is LinkState.DOWN) or wants_pong else self._reach_s
         deadline = now + patience_s if pending is None else min(pending.deadline, now + patience_s)
         self._pending[session] = _PendingOpen(deadline, new_link, wants_pong)
-        if (state is LinkState.UP or state.is_final) and not wants_pong:
+        if _is_known(state, proven) and state is not LinkState.DOWN and not wants_pong:
             self._answer(session, reachable=state is LinkState.UP)
 
     def link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
         """A link to a next hop came up, was refused or was lost."""
-        if state is not LinkState.CONNECTING:
+        if state is LinkState.UP:
+            self._proven.pop(endpoint, None)
+            self._proven[endpoint] = None
+            if len(self._proven) > REMEMBERED_HOPS:
+                del self._proven[next(iter(self._proven))]
+        if _is_known(state, endpoint in self._proven):
             for session in [session for session in self._pending if session.next == endpoint]:
                 self._answer(session, reachable=state is LinkState.UP)
 
@@ -105,3 +120,8 @@ class NextHopOpening:
     def _say_opened(self, session: Session, *, next_reachable: bool) -> None:
         cached = sum(row.length for row in list(session.rows.values()))
         self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached))
+
+
+def _is_known(state: LinkState, proven: bool) -> bool:
+    """Whether the state of a link may be told: it is the next hop itself that refuses, not whatever is in its place."""
+    return state in (LinkState.UP, LinkState.REFUSED) or (proven and state is not LinkState.CONNECTING)

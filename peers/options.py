@@ -19,8 +19,8 @@ class PeerOptions:
         lan: be found on the local network, and join the swarm of the model there.
         listen: `tcp://host:port` for activations, port 0 for any.
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
-        public_host: host name or address that others reach this machine by, with `:port` if they reach it by another
-            port than it listens on; None: found out.
+        public_host: host name (looked up at the start) or address that others reach this machine by, with `:port` if
+            they reach it by another port than it listens on; None: found out.
         device: as torch names it.
         dtype: what blocks compute in; None: what goes with `weights`, else as the checkpoint stores them.
         weights: what those of linear layers are held as, see `splitnet.model.weights`; None: as `dtype`.

@@ -72,5 +72,5 @@ def next_hop_of(message: Open) -> Endpoint | None:
     key = PublicKey(message.next_key)
     _ = key.curve_raw
     if not is_address(message.next_address):
-        raise ProtocolError("the next hop's address is not tcp://HOST:PORT")
+        raise ProtocolError("the next hop's address is not tcp://IP:PORT: names of others are not looked up")
     return Endpoint(message.next_address, key)

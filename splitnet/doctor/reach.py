@@ -60,7 +60,11 @@ class Reach:
             return failed("reach", str(error))
         listener.start()
         try:
-            return self._ask(links, answering, public_address(self._listen, listener.port, self._public_host))
+            address = public_address(self._listen, listener.port, self._public_host)
+        except SplitnetError as error:
+            return failed("reach", str(error))
+        else:
+            return self._ask(links, answering, address)
         finally:
             listener.close()
 

@@ -4,21 +4,66 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import queue
 import re
 import socket
+import threading
 
 from splitnet.errors import AddressInUse, SplitnetError
 
+RESOLVE_S = 5.0
+
+
+def with_literal_host(text: str) -> str:
+    """`HOST` or `HOST:PORT` with the IP address of the host in its place, as records and messages name it.
+
+    Raises:
+        SplitnetError: the name has no address, or none was found within `RESOLVE_S`.
+    """
+    match = re.fullmatch(r"(\[[^\]]+\]|[^:]+)(:\d+)?", text)
+    if match is None:
+        raise SplitnetError(f"{text!r} is no host: write HOST or HOST:PORT, an IPv6 address in brackets")
+    host = match[1].strip("[]")
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        address = ipaddress.ip_address(_look_up(host))
+    return (str(address) if address.version == 4 else f"[{address}]") + (match[2] or "")
+
+
+def _look_up(host: str) -> str:
+    answers: queue.SimpleQueue[str | OSError] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            answers.put(OSError(str(error)))
+        else:
+            answers.put(min(found, key=lambda one: one[0] != socket.AF_INET)[4][0])  # pyright: ignore[reportArgumentType]
+
+    threading.Thread(target=ask, name="splitnet-resolver", daemon=True).start()
+    try:
+        answer = answers.get(timeout=RESOLVE_S)
+    except queue.Empty:
+        answer = OSError(f"no name server answered within {RESOLVE_S:g} s")
+    if isinstance(answer, OSError):
+        raise SplitnetError(f"no address was found for {host} ({answer}): check the name, or give the IP address")
+    return answer
+
 
 def public_address(listen: str, port: int, public_host: str | None) -> str:
-    """`tcp://host:port` to announce.
+    """`tcp://IP:port` to announce.
 
     Args:
         listen: what the peer listens on.
         port: the one that it got.
         public_host: `HOST` or `HOST:PORT` that the user gave.
+
+    Raises:
+        SplitnetError: the host is a name, and has no address.
     """
-    host = public_host or reachable_host(listen)
+    host = with_literal_host(public_host or reachable_host(listen))
     has_port = host.rpartition(":")[2].isdecimal() and not host.endswith("]")
     return f"tcp://{host}" if has_port else f"tcp://{host}:{port}"
 
@@ -51,9 +96,10 @@ def _ip_of(listen: str) -> str:
     if host in ("*", ""):
         host = "0.0.0.0"
     try:
-        return socket.gethostbyname(host)
-    except OSError:
+        found = with_literal_host(host)
+    except SplitnetError:
         return "0.0.0.0"
+    return found if ":" not in found else "0.0.0.0"
 
 
 def refuse_taken(listen: str) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Hashable
 from typing import Protocol
 
+from splitnet.net.budget import Budget
+from splitnet.net.endpoints import Connection, Destination
+
 TRACKED_BYTES = 64 * 1024
-"""Messages up to this size are not counted here; ZeroMQ bounds their number per connection."""
+"""ZeroMQ is asked when it is done with a message only after so many bytes for a receiver, as asking takes time."""
 
 MAX_BACKLOG_BYTES = 1 << 30
 
@@ -20,51 +23,60 @@ class Tracker(Protocol):
 
 
 class Backlog:
-    """Large messages that ZeroMQ still holds.
-
-    A receiver may take as much as is left for all others (dynamic thresholds, Choudhury and Hahne 1998): one that
-    reads slowly gets half of the memory at most, and there is always some for the next.
+    """Messages that ZeroMQ still holds. It sends those for a receiver in order, so the last of some tells of them all.
 
     Args:
-        limit: bytes over all receivers.
+        budget: accounts for them by receiver: a key that has connected, or an endpoint.
     """
 
-    def __init__(self, limit: int = MAX_BACKLOG_BYTES) -> None:
-        self._limit = limit
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
         self._waiting: deque[tuple[Hashable, int, Tracker]] = deque()
-        self._held: Counter[Hashable] = Counter()
-        self.nbytes = 0
+        self._small: dict[Destination, int] = {}
+        """Bytes that were sent to a receiver since something was tracked, at most `TRACKED_BYTES`."""
 
-    def has_room(self, receiver: Hashable, size: int) -> bool:
-        """Whether a message of `size` bytes may be queued for `receiver`; the first one always may."""
-        if self._fits(receiver, size):
+    def untracked(self, receiver: Destination, size: int) -> bool:
+        """Whether a message of `size` bytes goes out as it is; otherwise it must be tracked."""
+        size += self._small.get(receiver, 0)
+        if size <= TRACKED_BYTES:
+            self._small[receiver] = size
             return True
-        self._forget_sent()
-        return self._fits(receiver, size)
+        return False
 
-    def add(self, receiver: Hashable, size: int, tracker: Tracker) -> None:
-        """Counts a message until `tracker` says that it is sent or dropped."""
-        self._waiting.append((receiver, size, tracker))
-        self._held[receiver] += size
-        self.nbytes += size
+    def reserve(self, receiver: Destination, size: int) -> int:
+        """Makes room for a message that is tracked, and what went before it; returns their bytes, 0: there is none."""
+        size += self._small.get(receiver, 0)
+        account = _account(receiver)
+        if not self._budget.has_room(size, account):
+            self._forget_sent()
+        if not self._budget.reserve(size, account):
+            return 0
+        self._small.pop(receiver, None)
+        return size
+
+    def add(self, receiver: Destination, size: int, tracker: Tracker | None) -> None:
+        """Counts what was reserved until `tracker` says that it is sent or dropped; None: it is not sent at all."""
+        if tracker is None:
+            self._budget.release(size, _account(receiver))
+            return
+        self._waiting.append((_account(receiver), size, tracker))
         # Most are sent by the time the next is: what is known here stays short without looking at all of it.
         while self._waiting and self._waiting[0][2].done:
-            self._subtract(*self._waiting.popleft()[:2])
+            account, size, _ = self._waiting.popleft()
+            self._budget.release(size, account)
 
-    def _fits(self, receiver: Hashable, size: int) -> bool:
-        held = self._held.get(receiver, 0)
-        return not held or held + size <= self._limit - self.nbytes
+    def forget(self, receiver: Destination) -> None:
+        """Nothing more is sent to a receiver."""
+        self._small.pop(receiver, None)
 
     def _forget_sent(self) -> None:
         for _ in range(len(self._waiting)):
-            receiver, size, tracker = self._waiting.popleft()
-            if tracker.done:
-                self._subtract(receiver, size)
+            waiting = self._waiting.popleft()
+            if waiting[2].done:
+                self._budget.release(waiting[1], waiting[0])
             else:
-                self._waiting.append((receiver, size, tracker))
+                self._waiting.append(waiting)
 
-    def _subtract(self, receiver: Hashable, size: int) -> None:
-        self.nbytes -= size
-        self._held[receiver] -= size
-        if not self._held[receiver]:
-            del self._held[receiver]
+
+def _account(receiver: Destination) -> Hashable:
+    return receiver.curve if isinstance(receiver, Connection) else receiver

@@ -9,11 +9,14 @@ from enum import Enum
 
 from splitnet.net.identity import PublicKey
 
-_ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]{2,45}\]|[A-Za-z0-9](?:[A-Za-z0-9.-]{0,251}[A-Za-z0-9])?):([0-9]{1,5})")
+_ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]{2,45}\]|[0-9.]{7,15}):([0-9]{1,5})")
 
 
 def is_address(text: str) -> bool:
-    """Whether `text` is `tcp://host:port` with one host and a port that can be connected to."""
+    """Whether `text` is `tcp://IP:port` with a port that can be connected to; an IPv6 address stands in brackets.
+
+    Host names are none: others give these texts, and ZeroMQ would have all links wait while it looks a name up.
+    """
     match = _ADDRESS.fullmatch(text)
     if match is None or not 1 <= int(match[2]) <= 65535:
         return False
@@ -21,8 +24,7 @@ def is_address(text: str) -> bool:
     try:
         if host.startswith("["):
             return not ipaddress.IPv6Address(host[1:-1]).is_unspecified
-        # A host of digits and dots only is an IPv4 address or a mistake.
-        return not re.fullmatch(r"[0-9.]+", host) or not ipaddress.IPv4Address(host).is_unspecified
+        return not ipaddress.IPv4Address(host).is_unspecified
     except ValueError:
         return False
 
@@ -32,7 +34,7 @@ class Endpoint:
     """Where a peer listens, and the key that it must prove to have."""
 
     address: str
-    """`tcp://host:port`"""
+    """`tcp://IP:port`"""
     key: PublicKey
 
 

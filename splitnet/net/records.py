@@ -92,7 +92,7 @@ def _name(value: Any) -> str:
 
 def _address(value: Any) -> str:
     if type(value) is not str or not is_address(value):
-        raise ProtocolError("expected tcp://HOST:PORT")
+        raise ProtocolError("expected tcp://IP:PORT: names of others are not looked up")
     return value
 
 
@@ -109,7 +109,7 @@ class PeerRecord:
 
     key: signs the record and gives the CURVE key of the link.
     model: fingerprint of the weights, 8 to 128 hex digits. model_name: for people, one line.
-    address: `tcp://host:port` that clients and other peers connect to; an IPv6 host stands in brackets.
+    address: `tcp://IP:port` that clients and other peers connect to; an IPv6 address stands in brackets.
     start, end, num_blocks: serves blocks [start, end) of num_blocks; start == end says that the peer has left.
     protocol: version of the wire protocol. codecs: names, at most 32. device, dtype (what weights are held
     as, such as int8), version: for people and planners.

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -20,8 +20,10 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from splitnet.errors import AddressInUse, SplitnetError
-from splitnet.net.backlog import MAX_BACKLOG_BYTES, TRACKED_BYTES, Backlog
-from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
+from splitnet.net.backlog import MAX_BACKLOG_BYTES, Backlog
+from splitnet.net.budget import Budget
+from splitnet.net.connections import MAX_MESSAGE_BYTES, MAX_RECEIVED_BYTES, Connections, TcpConnection
+from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState, is_address
 from splitnet.net.gatekeeper import Gatekeeper, proven_key
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
@@ -37,15 +39,20 @@ _HEARTBEAT_MS = 5_000
 _HANDSHAKE_MS = 10_000
 _CURVE_BYTES = 64
 """More than encryption adds to a frame (RFC 26: 33 bytes)."""
+_SHORT_FRAME, _SHORT_EXTRA, _LONG_EXTRA = 222, 35, 42
+"""What encryption and framing add to a frame of up to so many bytes, and to a longer one."""
+_WARNING_S = 1.0
+"""Of messages that are dropped one is told in so long: whoever does not read must not fill the log."""
 _TOO_SLOW = "its receiver is too slow"
 _SERVE_THREAD, _CONNECT_THREAD = 1, 2
-"""ZeroMQ's threads: whoever connects resolves host names in it and may wait for that; who listens must not."""
+"""ZeroMQ's threads: those who flood one of them do not delay the other's links."""
 
 MessageHandler = Callable[[Destination, Sequence[Payload]], None]
 LinkHandler = Callable[[Endpoint, LinkState], None]
 LostHandler = Callable[[Connection], None]
 DropHandler = Callable[[Destination, Sequence[Payload], str], None]
 
+_ARRIVALS = zmq.Event.ACCEPTED | zmq.Event.DISCONNECTED
 _STATE_OF_EVENT: dict[zmq.Event, LinkState] = {
     zmq.Event.HANDSHAKE_SUCCEEDED: LinkState.UP,
     zmq.Event.DISCONNECTED: LinkState.DOWN,
@@ -63,6 +70,7 @@ class _Link:
     socket: zmq.Socket[bytes]
     monitor: zmq.Socket[bytes]
     state: LinkState = LinkState.CONNECTING
+    tcp: TcpConnection | None = None
 
 
 @dataclass(slots=True)
@@ -90,10 +98,14 @@ class Transport:
         on_dropped: called with the destination and the frames of a message that was dropped for any other reason, and
             that reason: its receiver is too slow, or no link to it can be opened.
         on_tick: called about five times per second.
-        max_backlog: bytes of large messages that may wait to be sent, over all receivers; None: any number, also of
-            small ones, for a process that sends only what it holds itself.
+        max_backlog: bytes that may wait to be sent, over all receivers; None: any number, for a process that sends
+            only what it holds itself.
+        max_received: bytes that may wait to be read, over all connections; beyond, those who hold most are cut off.
         authorized: whose connections are accepted; None accepts any key.
         listen: `tcp://host:port` to bind (port 0: any free one); None for a process that only connects.
+
+    Attributes:
+        sending, receiving: account for what ZeroMQ holds, by key (see `Backlog` and `Connections`).
 
     Raises:
         AddressInUse: something else listens on `listen`.
@@ -110,6 +122,7 @@ class Transport:
         on_dropped: DropHandler | None = None,
         on_tick: Callable[[], None] | None = None,
         max_backlog: int | None = MAX_BACKLOG_BYTES,
+        max_received: int = MAX_RECEIVED_BYTES,
         authorized: AuthorizedKeys | None = None,
         listen: str | None = None,
     ) -> None:
@@ -121,16 +134,26 @@ class Transport:
         self._on_tick = on_tick
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         self._bounded = max_backlog is not None
-        self._backlog = Backlog(max_backlog if max_backlog is not None else sys.maxsize)
+        self.sending = Budget(max_backlog if max_backlog is not None else sys.maxsize)
+        self.receiving = Budget(max_received)
+        self._backlog = Backlog(self.sending)
+        self._drained = 0
+        self._connections = Connections(
+            self.receiving, drained=lambda: self._drained, drain=self._look, authorized=authorized
+        )
+        self._incoming: dict[bytes, tuple[Connection, TcpConnection]] = {}
+        """By routing id."""
         self._links: dict[Endpoint, _Link] = {}
         self._outbox = _Outbox()
         self._wake = Wake()
         self._closing = False
         self._tick_now = False
+        self._warn_at = 0.0
         self._poller = zmq.Poller()
         self._poller.register(self._wake.fileno(), zmq.POLLIN)
         self._gate = Gatekeeper(self._context, authorized) if listen is not None else None
         self._router: zmq.Socket[bytes] | None = None
+        self._arrivals: zmq.Socket[bytes] | None = None
         self.port = 0
         if listen is not None:
             try:
@@ -143,6 +166,7 @@ class Transport:
     def start(self) -> None:
         """Begins to serve; handlers may be called from now on."""
         self._thread.start()
+        self._connections.start()
 
     def send(self, destination: Destination, frames: Sequence[Payload]) -> None:
         """Queues frames. An endpoint that is not connected yet is connected.
@@ -163,6 +187,10 @@ class Transport:
     def tick_soon(self) -> None:
         """Has `on_tick` called without delay, if that can be arranged without waiting for a lock."""
         self._tick_now = True
+        self._look()
+
+    def _look(self) -> None:
+        """Has all sockets looked at without delay, likewise."""
         if self._outbox.lock.acquire(blocking=False):
             try:
                 if not self._closing and self._thread.ident is not None:
@@ -179,6 +207,11 @@ class Transport:
     def refused_connections(self) -> int:
         """How many incoming connections were refused, as their keys are not authorised."""
         return self._gate.refused if self._gate is not None else 0
+
+    @property
+    def ended_connections(self) -> Mapping[str, int]:
+        """How many connections this side has ended, by the reason."""
+        return self._connections.ended
 
     def close(self) -> None:
         """Sends what is queued for those who are there (for at most half a second), and ends sockets and thread."""
@@ -212,6 +245,7 @@ class Transport:
         self._router.curve_server = True
         self._router.zap_domain = Gatekeeper.DOMAIN
         self._router.router_mandatory = True
+        self._arrivals = self._router.get_monitor_socket(_ARRIVALS)
         try:
             self._router.bind(address)
         except zmq.ZMQError as error:
@@ -221,11 +255,13 @@ class Transport:
         bound = cast(bytes, self._router.getsockopt(zmq.LAST_ENDPOINT))
         self.port = int(bound.rpartition(b":")[2].rstrip(b"\0"))
         self._poller.register(self._router, zmq.POLLIN)
+        self._poller.register(self._arrivals, zmq.POLLIN)
 
     def _secure(self, handle: zmq.Socket[bytes]) -> None:
         handle.curve_publickey = self._identity.curve_public
         handle.curve_secretkey = self._identity.curve_secret
         handle.linger = _CLOSE_LINGER_MS
+        handle.copy_threshold = 0  # small messages can be tracked, too
         handle.maxmsgsize = MAX_PAYLOAD_BYTES + _CURVE_BYTES
         handle.rcvhwm = _QUEUED_MESSAGES
         handle.sndhwm = _QUEUED_MESSAGES if self._bounded else 0
@@ -237,6 +273,8 @@ class Transport:
     def _link(self, endpoint: Endpoint) -> _Link:
         link = self._links.get(endpoint)
         if link is None:
+            if not is_address(endpoint.address):  # ZeroMQ would look a name up, and all links wait for that
+                raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} has no IP address")
             dealer = self._context.socket(zmq.DEALER)
             monitor: zmq.Socket[bytes] | None = None
             try:
@@ -244,7 +282,7 @@ class Transport:
                 dealer.affinity = _CONNECT_THREAD
                 dealer.curve_serverkey = endpoint.key.curve
                 dealer.reconnect_ivl_max = 5_000
-                monitor = dealer.get_monitor_socket(sum(_STATE_OF_EVENT))
+                monitor = dealer.get_monitor_socket(sum(_STATE_OF_EVENT) + zmq.Event.CONNECTED)
                 dealer.connect(endpoint.address)
             except zmq.ZMQError:
                 _close_watched(dealer, monitor)
@@ -257,6 +295,9 @@ class Transport:
     def _unlink(self, endpoint: Endpoint, *, at_end: bool = False) -> None:
         link = self._links.pop(endpoint, None)
         if link is not None:
+            self._backlog.forget(endpoint)
+            if link.tcp is not None:
+                self._connections.closed(link.tcp.descriptor)
             self._poller.unregister(link.socket)
             self._poller.unregister(link.monitor)
             if link.state is not LinkState.UP and not (at_end and link.state is LinkState.CONNECTING):
@@ -274,13 +315,17 @@ class Transport:
                 self._flush()
                 if self._gate is not None and self._gate.socket in ready:
                     self._gate.answer()
+                drained = True
+                if self._arrivals is not None and self._arrivals in ready:
+                    self._follow_arrivals(self._arrivals)
                 if self._router is not None and self._router in ready:
-                    self._receive(self._router, None)
+                    drained = self._receive(self._router, None)
                 for link in list(self._links.values()):
-                    if link.socket in ready:
-                        self._receive(link.socket, link.endpoint)
                     if link.monitor in ready:
                         self._follow(link)
+                    if link.socket in ready:
+                        drained &= self._receive(link.socket, link)
+                self._drained += drained
                 if self._on_tick is not None and (self._tick_now or time.monotonic() >= next_tick):
                     self._tick_now = False
                     next_tick = time.monotonic() + _TICK_MS / 1000
@@ -313,55 +358,115 @@ class Transport:
                 else:
                     self._link(destination)
             elif self._router is not None and frames:
+                if self._is_over(destination):
+                    raise zmq.ZMQError(zmq.EHOSTUNREACH)
                 self._transmit(self._router, destination, [destination.routing_id, *frames])
         except zmq.ZMQError as error:
             if error.errno == zmq.EHOSTUNREACH and isinstance(destination, Connection):
                 log.debug("message dropped: its connection has ended")
+                self._backlog.forget(destination)
                 if self._on_lost is not None:
                     self._guard(self._on_lost, destination)
             else:
                 self._drop(destination, frames or (), _TOO_SLOW if error.errno == zmq.EAGAIN else str(error))
 
+    def _is_over(self, connection: Connection) -> bool:
+        """Whether this side has ended a connection, or its routing id is another's by now."""
+        known, tcp = self._incoming.get(connection.routing_id, (connection, None))
+        return (known is not connection and known != connection) or (tcp is not None and bool(tcp.ended))
+
     def _transmit(self, handle: zmq.Socket[bytes], destination: Destination, frames: Sequence[Payload]) -> None:
-        size = len(frames[-1])
-        if size <= TRACKED_BYTES:
+        size = sum(map(len, frames))
+        if self._backlog.untracked(destination, size):
             handle.send_multipart(frames, zmq.NOBLOCK)
-        elif self._backlog.has_room(destination, size):
-            tracker = handle.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True)
-            self._backlog.add(destination, size, cast(zmq.MessageTracker, tracker))
-        else:
+            return
+        size = self._backlog.reserve(destination, size)
+        if not size:
             raise zmq.Again
+        tracker: zmq.MessageTracker | None = None
+        try:
+            tracker = cast(zmq.MessageTracker, handle.send_multipart(frames, zmq.NOBLOCK, copy=False, track=True))
+        finally:
+            self._backlog.add(destination, size, tracker)
 
     def _drop(self, destination: Destination, frames: Sequence[Payload], reason: str) -> None:
         if not frames:
             log.warning("no link could be opened: %s", reason)
             return
         size = sum(map(len, frames))
-        log.warning("a message of %d bytes was dropped: %s", size, reason, extra={"nbytes": size})
+        level = logging.WARNING if time.monotonic() >= self._warn_at else logging.DEBUG
+        log.log(level, "a message of %d bytes was dropped: %s", size, reason, extra={"nbytes": size})
+        if level == logging.WARNING:
+            self._warn_at = time.monotonic() + _WARNING_S
         if self._on_dropped is not None:
             self._guard(self._on_dropped, destination, frames, reason)
 
-    def _receive(self, handle: zmq.Socket[bytes], endpoint: Endpoint | None) -> None:
+    def _receive(self, handle: zmq.Socket[bytes], link: _Link | None) -> bool:
+        """Hands messages over; returns whether that were all."""
         for _ in range(_RECEIVE_BURST):
             try:
                 received = handle.recv_multipart(zmq.NOBLOCK, copy=False)
             except zmq.Again:
-                return
+                return True
             source: Destination
-            if endpoint is None:
-                source = Connection(received[0].bytes, proven_key(received[-1]))
+            if link is None:
+                source, tcp = self._sender(received[0].bytes, received[-1])
                 received = received[1:]
             else:
-                source = endpoint
+                source, tcp = link.endpoint, link.tcp
+            size = sum(map(_wire_bytes, received))
+            if tcp is not None:
+                tcp.delivered += size
+                if not tcp.ended and size > MAX_MESSAGE_BYTES:
+                    self._connections.end(tcp, "endless_message")
+                if tcp.ended:
+                    continue
             frames: list[Payload] = [frame.bytes if len(frame) < 4096 else frame.buffer for frame in received]
             self._guard(self._on_message, source, frames)
+        return False
+
+    def _sender(self, routing_id: bytes, frame: zmq.Frame) -> tuple[Connection, TcpConnection | None]:
+        known = self._incoming.get(routing_id)
+        if known is not None:
+            return known
+        connection = Connection(routing_id, proven_key(frame))
+        descriptor = int(cast(str, frame.get("__fd")))
+        tcp = self._connections.named(descriptor, connection)
+        if tcp is None and self._arrivals is not None:  # it has arrived just now
+            self._follow_arrivals(self._arrivals)
+            tcp = self._connections.named(descriptor, connection)
+        if tcp is not None:
+            self._incoming[routing_id] = connection, tcp
+        return connection, tcp
+
+    def _follow_arrivals(self, monitor: zmq.Socket[bytes]) -> None:
+        while True:
+            try:
+                event = parse_monitor_message(monitor.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+            if event["event"] == zmq.Event.ACCEPTED:
+                self._connections.opened(event["value"])
+                continue
+            gone = self._connections.closed(event["value"])
+            if gone is not None and isinstance(gone.owner, Connection):
+                self._incoming.pop(gone.owner.routing_id, None)
+                self._backlog.forget(gone.owner)
+                if gone.ended and self._on_lost is not None:
+                    self._guard(self._on_lost, gone.owner)
 
     def _follow(self, link: _Link) -> None:
         while True:
             try:
-                event = parse_monitor_message(link.monitor.recv_multipart(zmq.NOBLOCK))["event"]
+                message = parse_monitor_message(link.monitor.recv_multipart(zmq.NOBLOCK))
             except zmq.Again:
                 return
+            event = message["event"]
+            if event == zmq.Event.CONNECTED:
+                link.tcp = self._connections.opened(message["value"], link.endpoint)
+            elif event == zmq.Event.DISCONNECTED and link.tcp is not None:
+                self._connections.closed(link.tcp.descriptor)
+                link.tcp = None
             state = _STATE_OF_EVENT.get(zmq.Event(event), link.state)
             # A refused handshake also ends in a disconnection: keep the cause until the link is up.
             if state is LinkState.DOWN and link.state.is_final:
@@ -381,12 +486,13 @@ class Transport:
     def _release(self) -> None:
         with self._outbox.lock:
             self._closing = True
+        self._connections.close()
         for endpoint in list(self._links):
             self._unlink(endpoint, at_end=True)
         if self._gate is not None:
             self._gate.socket.close()
         if self._router is not None:
-            self._router.close()
+            _close_watched(self._router, self._arrivals)
         self._context.term()
         self._wake.close()
 
@@ -397,3 +503,8 @@ def _close_watched(handle: zmq.Socket[bytes], monitor: zmq.Socket[bytes] | None)
     if monitor is not None:
         monitor.close(0)
     handle.close()
+
+
+def _wire_bytes(frame: zmq.Frame) -> int:
+    size = len(frame)
+    return size + (_SHORT_EXTRA if size <= _SHORT_FRAME else _LONG_EXTRA)

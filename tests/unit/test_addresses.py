@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+import threading
+from typing import Any
+
 import pytest
 
-from splitnet.net.addresses import dht_address, is_reachable
+from splitnet.errors import SplitnetError
+from splitnet.net.addresses import dht_address, is_reachable, public_address, with_literal_host
 
 
 @pytest.mark.parametrize(
@@ -19,3 +23,45 @@ from splitnet.net.addresses import dht_address, is_reachable
 def test_the_dht_listens_where_the_peer_does(listen: str, dht: str, reachable: bool) -> None:
     assert dht_address(listen) == dht
     assert is_reachable(listen) is reachable
+
+
+@pytest.mark.parametrize(
+    ("given", "literal"),
+    [
+        ("192.0.2.7", "192.0.2.7"),
+        ("192.0.2.7:80", "192.0.2.7:80"),
+        ("[2001:db8::1]", "[2001:db8::1]"),
+        ("[2001:db8::1]:80", "[2001:db8::1]:80"),
+        ("localhost:80", "127.0.0.1:80"),
+    ],
+)
+def test_a_host_is_announced_by_its_address(given: str, literal: str) -> None:
+    assert with_literal_host(given) == literal
+
+
+def test_the_address_to_announce_has_no_name() -> None:
+    assert public_address("tcp://0.0.0.0:0", 7, "localhost") == "tcp://127.0.0.1:7"
+    assert public_address("tcp://localhost:0", 7, None) == "tcp://127.0.0.1:7"
+    assert public_address("tcp://0.0.0.0:0", 7, "[::1]:9") == "tcp://[::1]:9"
+
+
+@pytest.mark.parametrize("given", ["no such host:80", "a:b:c", "", "nowhere.invalid"])
+def test_a_host_without_an_address_is_named(given: str) -> None:
+    with pytest.raises(SplitnetError, match=r"host|address"):
+        with_literal_host(given)
+
+
+def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+
+    def hang(*_: Any, **__: Any) -> Any:
+        over.wait(20)
+        raise OSError("too late")
+
+    monkeypatch.setattr("socket.getaddrinfo", hang)
+    monkeypatch.setattr("splitnet.net.addresses.RESOLVE_S", 0.05)
+    try:
+        with pytest.raises(SplitnetError, match=r"slow\.example\.org"):
+            with_literal_host("slow.example.org:80")
+    finally:
+        over.set()

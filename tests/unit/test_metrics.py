@@ -52,6 +52,9 @@ PRESENT = Present(
     training_used_bytes=0,
     training_free_bytes=1000,
     refused_connections=3,
+    ended_connections={"stalled": 2},
+    dropped_messages=5,
+    buffer_bytes={"received": 1, "sent": 2, "received_limit": 10, "sent_limit": 20},
 )
 CLIENT = Connection(b"client", Identity.generate().public.curve_raw)
 NEXT = Endpoint("tcp://192.0.2.1:7000", Identity.generate().public)
@@ -181,6 +184,9 @@ def test_bytes_are_told_by_link_and_codec() -> None:
     assert value(registry, "splitnet_peer_sent_bytes_total", link="outgoing", codec="none") == size
     assert value(registry, received, link="outgoing", codec="none") == 0
     assert value(registry, "splitnet_peer_refused_total", cause="not_authorized") == PRESENT.refused_connections
+    assert value(registry, "splitnet_peer_refused_total", cause="connection_stalled") == 2
+    assert value(registry, "splitnet_peer_refused_total", cause="not_sent") == PRESENT.dropped_messages
+    assert value(registry, "splitnet_peer_buffer_bytes", state="sent_limit") == 20
 
 
 def test_the_gateway_tells_what_its_sessions_met() -> None:

@@ -56,7 +56,7 @@ seen_links = st.builds(SeenLink, st.binary(min_size=8, max_size=8), milliseconds
 def records(draw: st.DrawFn) -> PeerRecord:
     num_blocks = draw(st.integers(1, 200))
     end = draw(st.integers(0, num_blocks))
-    host = draw(st.sampled_from(["192.0.2.7", "[2001:db8::1]", "peer.example.org", "localhost"]))
+    host = draw(st.sampled_from(["192.0.2.7", "[2001:db8::1]", "127.0.0.1"]))
     return PeerRecord(
         key=IDENTITY.public,
         model=draw(st.text(alphabet="0123456789abcdef", min_size=8, max_size=64)),
@@ -161,6 +161,8 @@ def test_a_signed_payload_of_any_shape_is_refused(payload: Any) -> None:
         ("model_name", ""),
         ("model_name", "a\x1b[2Jb"),
         ("address", "tcp://*:31330"),
+        ("address", "tcp://peer.example.org:31330"),
+        ("address", "tcp://localhost:31330"),
         ("address", "tcp://0.0.0.0:31330"),
         ("address", "tcp://[::]:31330"),
         ("address", "tcp://192.0.2.7:0"),

@@ -297,8 +297,24 @@ class TestOpen:
         assert peer.passes(REACH_S) == []
         assert peer.session().next == AFTER
 
-    @pytest.mark.parametrize("state", [LinkState.REFUSED, LinkState.WRONG_KEY, LinkState.DOWN])
-    def test_is_answered_when_the_link_is_refused_or_nobody_is_there(self, peer: Peer, state: LinkState) -> None:
+    def test_is_answered_when_the_next_hop_refuses(self, peer: Peer) -> None:
+        assert peer.says(opening()) == []
+        assert is_opened(peer.link(AFTER, LinkState.REFUSED), reachable=False)
+
+    @pytest.mark.parametrize("state", [LinkState.CONNECTING, LinkState.WRONG_KEY, LinkState.DOWN])
+    @pytest.mark.parametrize("known", [False, True])
+    def test_does_not_tell_what_is_at_an_address(self, peer: Peer, state: LinkState, known: bool) -> None:
+        if known:
+            peer.outbox.states[AFTER] = state
+        assert peer.says(opening()) == []
+        assert peer.link(AFTER, state) == []
+        assert peer.passes(REACH_S - 0.1) == []
+        assert is_opened(peer.passes(0.1), reachable=False)
+
+    @pytest.mark.parametrize("state", [LinkState.WRONG_KEY, LinkState.DOWN])
+    def test_tells_at_once_of_a_next_hop_that_was_reached_before(self, peer: Peer, state: LinkState) -> None:
+        peer.link(AFTER, LinkState.UP)
+        peer.outbox.states[AFTER] = LinkState.CONNECTING
         assert peer.says(opening()) == []
         assert is_opened(peer.link(AFTER, state), reachable=False)
 

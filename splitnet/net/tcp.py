@@ -1,0 +1,93 @@
+"""What the kernel knows of a TCP connection whose descriptor belongs to ZeroMQ.
+
+ZeroMQ may close a descriptor at any moment, and the kernel gives its number to another connection or file: whoever uses
+one compares `cookie`, which no two sockets share.
+"""
+
+from __future__ import annotations
+
+import array
+import os
+import socket
+import struct
+import sys
+from typing import NamedTuple
+
+if sys.platform == "linux":
+    import fcntl
+
+_SO_COOKIE = 57
+_UNREAD, _UNSENT = 0x541B, 0x5411
+_TCP_INFO_BYTES = 256
+_ACKED_AND_RECEIVED = struct.Struct("QQ")
+_ACKED_AT = 120
+"""Where `tcpi_bytes_acked` and `tcpi_bytes_received` stand in `struct tcp_info` (Linux 4.2 and later)."""
+
+
+class Traffic(NamedTuple):
+    """Of one connection, in bytes."""
+
+    acked: int
+    """Sent, and confirmed by the other side."""
+    unsent: int
+    """Written by this process, and not confirmed."""
+    read: int
+    """Received and read by this process."""
+
+
+def cookie(descriptor: int) -> bytes:
+    """What tells a socket from every other one; empty where the kernel has none. Raises OSError if it is no socket."""
+    handle = _borrow(descriptor)
+    try:
+        return handle.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8) if sys.platform == "linux" else b""
+    finally:
+        handle.detach()
+
+
+def other_host(descriptor: int) -> str:
+    """The address of the other side, without its port. Raises OSError if it is gone."""
+    handle = socket.socket(fileno=descriptor)
+    try:
+        return handle.getpeername()[0]
+    finally:
+        handle.detach()
+
+
+def traffic(descriptor: int) -> Traffic | None:
+    """What has passed; None where the kernel does not tell. Raises OSError if it is no TCP socket any more."""
+    if sys.platform != "linux":
+        return None
+    handle = _borrow(descriptor)
+    try:
+        info = handle.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, _TCP_INFO_BYTES)
+    finally:
+        handle.detach()
+    if len(info) < _ACKED_AT + _ACKED_AND_RECEIVED.size:
+        return None
+    acked, received = _ACKED_AND_RECEIVED.unpack_from(info, _ACKED_AT)
+    return Traffic(acked, _queued(descriptor, _UNSENT), received - _queued(descriptor, _UNREAD))
+
+
+def hang_up(descriptor: int, expected: bytes) -> None:
+    """Ends the connection with this cookie, if it has not ended: ZeroMQ finds it closed by the other side."""
+    try:
+        copy = socket.socket(fileno=os.dup(descriptor))  # a copy: the number may be given to another meanwhile
+    except OSError:
+        return
+    with copy:
+        try:
+            if cookie(copy.fileno()) == expected:
+                copy.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+
+
+def _borrow(descriptor: int) -> socket.socket:
+    """A handle to be detached; its family, which nothing here needs, is not asked for."""
+    return socket.socket(socket.AF_INET, socket.SOCK_STREAM, 0, descriptor)
+
+
+def _queued(descriptor: int, which: int) -> int:
+    size = array.array("i", [0])
+    fcntl.ioctl(descriptor, which, size)
+    return size[0]

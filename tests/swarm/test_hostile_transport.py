@@ -1,0 +1,196 @@
+"""Strangers at a peer's socket: whatever they send or keep to themselves, memory is bounded and others are served."""
+
+from __future__ import annotations
+
+import resource
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from peers.daemon import Peer
+from splitnet.net.connections import MAX_MESSAGE_BYTES
+from splitnet.net.identity import Identity
+from splitnet.net.messages import Failure, FailureCode, Open, Opened
+from tests.attacks import transport as attacks
+from tests.swarm.harness import LocalSwarm, local_swarm
+
+pytestmark = pytest.mark.swarm
+
+GREEDY = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+PROMPT = torch.tensor([[5, 17, 3, 44, 8]])
+BLOCKS = 6
+CUT_OFF_AT = MAX_MESSAGE_BYTES + 128 * 2**20
+"""The longest message, and what comes until it is seen that there is more."""
+
+
+@pytest.fixture(scope="module")
+def running(folder: Path) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, [(0, BLOCKS)]) as swarm:
+        swarm.join()
+        yield swarm
+
+
+@contextmanager
+def honest(swarm: LocalSwarm, local: Any) -> Iterator[list[bool]]:
+    """Has a client generate all the while; whether its answers were right."""
+    right: list[bool] = []
+    over = threading.Event()
+    model = swarm.model()
+    want = local.generate(input_ids=PROMPT, attention_mask=torch.ones_like(PROMPT), **GREEDY)
+
+    def go_on() -> None:
+        while not over.is_set():
+            answer = model.generate(input_ids=PROMPT, attention_mask=torch.ones_like(PROMPT), **GREEDY)
+            right.append(torch.equal(answer, want))
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    try:
+        yield right
+    finally:
+        over.set()
+        thread.join()
+    assert right
+    assert all(right)
+
+
+def most_while(process: Any, measure: Any) -> int:
+    most = measure()
+    while process.is_alive():
+        most = max(most, measure())
+        time.sleep(0.01)
+    return most
+
+
+def test_messages_that_do_not_end_take_bounded_memory(running: LocalSwarm, local: Any) -> None:
+    peer, here = running.peers[0], psutil.Process()
+    with honest(running, local), attacks.in_background(attacks.endless_message, peer.endpoint, seconds=4) as attack:
+        before = here.memory_info().rss
+        most = most_while(attack, lambda: here.memory_info().rss) - before
+    assert peer.ended_connections["endless_message"] > 0
+    assert most < CUT_OFF_AT
+
+
+@pytest.mark.parametrize("attack", [attacks.silent_connections, attacks.connections_of_one_key])
+def test_connections_leave_room_for_others(running: LocalSwarm, local: Any, attack: Callable[..., None]) -> None:
+    peer, here = running.peers[0], psutil.Process()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    few = here.num_fds() + 250
+    with honest(running, local), attacks.in_background(attack, peer.endpoint, seconds=30):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, limits[1]))
+        try:
+            deadline = time.monotonic() + 10
+            ended = sum(peer.ended_connections.values())
+            while sum(peer.ended_connections.values()) < ended + 100:
+                assert time.monotonic() < deadline, "the attack comes through"
+                time.sleep(0.01)
+            for _ in range(3):
+                with attacks.Client(peer.endpoint) as newcomer:
+                    assert newcomer.ping(5.0) < 5.0
+            assert here.num_fds() < few - 50
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_a_key_that_is_taken_away_is_served_no_longer(folder: Path, tmp_path: Path) -> None:
+    removed, kept = Identity.generate(), Identity.generate()
+    keys = tmp_path / "authorized_keys"
+    keys.write_text(f"{removed.public.text}\n{kept.public.text}\n")
+    with local_swarm(folder, [(0, BLOCKS)], authorized_keys=keys) as swarm:
+        endpoint = swarm.peers[0].endpoint
+        with attacks.Client(endpoint, removed) as gone, attacks.Client(endpoint, kept) as other:
+            gone.ping()
+            other.ping()
+            keys.write_text(f"{kept.public.text}\n")
+            deadline = time.monotonic() + 10
+            while not swarm.peers[0].ended_connections["revoked"]:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            with pytest.raises(TimeoutError):
+                gone.ping(1.0)
+            other.ping()
+        assert swarm.peers[0].ended_connections == {"revoked": 1}
+
+
+def test_next_hops_by_name_are_refused_and_stall_nobody(running: LocalSwarm, local: Any) -> None:
+    peer = running.peers[0]
+    with honest(running, local):
+        answers = attacks.hosts_by_name(peer.endpoint, seconds=1, model=peer.checkpoint.fingerprint, blocks=BLOCKS)
+    for answer in answers:
+        assert isinstance(answer, Failure)
+        assert answer.code == FailureCode.BAD_MESSAGE
+        assert "IP" in answer.text
+
+
+def test_a_peer_does_not_tell_what_listens_where(running: LocalSwarm) -> None:
+    peer = running.peers[0]
+    with _listener(b"") as silent, _listener(b"SSH-2.0-OpenSSH_9.6\r\n") as talking, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        ports = (closed.getsockname()[1], silent, talking)
+        found = attacks.scan(
+            peer.endpoint,
+            [f"tcp://127.0.0.1:{port}" for port in ports],
+            model=peer.checkpoint.fingerprint,
+            blocks=BLOCKS,
+        )
+    assert [reached for reached, _ in found] == [False] * 3
+    seconds = [after for _, after in found]
+    assert max(seconds) - min(seconds) < 1.0, "a tick of the peer lies between them, and a busy machine"
+    assert min(seconds) > 2.5
+
+
+def test_a_hop_can_take_a_session_id_before_its_owner(running: LocalSwarm) -> None:
+    """What is not promised: the id of a session is known to its hops, and a peer gives it to whoever opens it first.
+
+    The owner is told, so that its client takes another peer or begins anew; nothing of the session gets to the other.
+    """
+    peer = running.peers[0]
+    model, session = peer.checkpoint.fingerprint, b"known to all hop"
+    with attacks.Client(peer.endpoint) as thief, attacks.Client(peer.endpoint) as owner:
+        thief.say(Open(session, 1, model, 0, BLOCKS, 64, 0, b"", b"", ""))
+        assert isinstance(thief.hear(), Opened)
+        owner.say(Open(session, 1, model, 0, BLOCKS, 64, 0, b"", b"", ""))
+        answer = owner.hear()
+        assert isinstance(answer, Failure)
+        assert answer.code == FailureCode.UNKNOWN_SESSION
+        assert _owner_of(peer, session) == thief.identity.public.curve_raw
+
+
+def _owner_of(peer: Peer, session: bytes) -> bytes:
+    found = peer.sessions.get(session)
+    assert found is not None
+    return found.owner
+
+
+@contextmanager
+def _listener(banner: bytes) -> Iterator[int]:
+    """A port that accepts connections, and says something or nothing."""
+    kept: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _ = server.accept()
+                except OSError:
+                    return
+                kept.append(connection)
+                connection.sendall(banner)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield server.getsockname()[1]
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join()
+            for connection in kept:
+                connection.close()

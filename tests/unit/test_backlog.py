@@ -1,0 +1,77 @@
+"""What waits to be sent is counted by receiver, without asking for every message what has become of it."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitnet.net.backlog import TRACKED_BYTES, Backlog
+from splitnet.net.budget import Budget
+from splitnet.net.endpoints import Connection
+
+LARGE = TRACKED_BYTES + 1
+
+
+class Parcel:
+    """A message that ZeroMQ holds until `done`."""
+
+    done = False
+
+
+def receiver(number: int) -> Connection:
+    return Connection(b"%d" % number, bytes([number]) * 32)
+
+
+def sent(backlog: Backlog, number: int, size: int) -> Parcel | None:
+    """Sends a message that is tracked."""
+    counted = backlog.reserve(receiver(number), size)
+    if not counted:
+        return None
+    backlog.add(receiver(number), counted, parcel := Parcel())
+    return parcel
+
+
+def test_small_messages_are_counted_together() -> None:
+    budget = Budget(1 << 30)
+    backlog = Backlog(budget)
+    size = TRACKED_BYTES // 4
+    assert [backlog.untracked(receiver(1), size) for _ in range(5)] == [True] * 4 + [False]
+    assert budget.used == 0
+    assert backlog.reserve(receiver(1), size) == 5 * size
+    assert budget.held(receiver(1).curve) == 5 * size
+    backlog.add(receiver(1), 5 * size, None)
+    assert budget.used == 0, "a message that ZeroMQ does not take is not held"
+    assert backlog.untracked(receiver(1), size)
+
+
+def test_a_slow_receiver_gets_half_and_what_is_sent_makes_room() -> None:
+    budget = Budget(100 * LARGE)
+    backlog = Backlog(budget)
+    parcels = [parcel for _ in range(100) if (parcel := sent(backlog, 1, LARGE)) is not None]
+    assert len(parcels) == 50
+    assert budget.refused == 50
+    assert sent(backlog, 2, 40 * LARGE)
+    for parcel in parcels:
+        parcel.done = True
+    assert sent(backlog, 1, 20 * LARGE)
+    assert budget.held(receiver(1).curve) == 20 * LARGE
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30 * LARGE), st.booleans()), max_size=60))
+def test_what_is_not_sent_is_held_and_within_the_limit(messages: list[tuple[int, int, bool]]) -> None:
+    budget = Budget(100 * LARGE)
+    backlog = Backlog(budget)
+    waiting: list[tuple[int, Parcel]] = []
+    for number, size, one_is_sent in messages:
+        if one_is_sent and waiting:
+            waiting.pop(size % len(waiting))[1].done = True
+        if not backlog.untracked(receiver(number), size):
+            small = backlog._small.get(receiver(number), 0)
+            parcel = sent(backlog, number, size)
+            if parcel is not None:
+                waiting.append((size + small, parcel))
+        assert sum(size for size, _ in waiting) <= budget.used <= budget.limit
+    for _, parcel in waiting:
+        parcel.done = True
+    backlog._forget_sent()
+    assert budget.used == 0
