@@ -105,7 +105,7 @@ def gateway(swarm: LocalSwarm, home: Path, *options: str, key: str | None = None
 @pytest.fixture(scope="module")
 def public(swarm: LocalSwarm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """A server without keys."""
-    with gateway(swarm, tmp_path_factory.mktemp("public"), "--max-requests", "1") as running:
+    with gateway(swarm, tmp_path_factory.mktemp("public"), "--max-requests", "2") as running:
         yield running
 
 
@@ -155,7 +155,7 @@ def test_requests_that_never_end(public: Gateway) -> None:
 
 
 def test_readers_that_stall_hold_no_places(public: Gateway) -> None:
-    with public.under(lambda: attacks.stalled_readers(public.url, seconds=12, count=1, prompts=40)) as beside:
+    with public.under(lambda: attacks.stalled_readers(public.url, seconds=12, count=2, prompts=40)) as beside:
         assert len(beside.seconds) >= 5, "others were answered while nobody read"
         assert beside.grown_mib < 200, beside.grown_mib
 
