@@ -7,9 +7,10 @@ from collections.abc import Hashable
 from typing import Protocol
 
 from splitnet.net.budget import Budget
-from splitnet.net.endpoints import Connection, Destination
+from splitnet.net.endpoints import Connection, Destination, Endpoint
 
-TRACKED_BYTES = 64 * 1024
+LARGE_BYTES = 64 * 1024
+TRACKED_BYTES = 256 * 1024
 """ZeroMQ is asked when it is done with a message only after so many bytes for a receiver, as asking takes time."""
 
 MAX_BACKLOG_BYTES = 1 << 30
@@ -32,26 +33,27 @@ class Backlog:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._waiting: deque[tuple[Hashable, int, Tracker]] = deque()
-        self._small: dict[Destination, int] = {}
+        self._small: dict[bytes | Endpoint, int] = {}
         """Bytes that were sent to a receiver since something was tracked, at most `TRACKED_BYTES`."""
 
     def untracked(self, receiver: Destination, size: int) -> bool:
         """Whether a message of `size` bytes goes out as it is; otherwise it must be tracked."""
-        size += self._small.get(receiver, 0)
-        if size <= TRACKED_BYTES:
-            self._small[receiver] = size
-            return True
-        return False
+        name = _name(receiver)
+        waiting = self._small.get(name, 0) + size
+        if size > LARGE_BYTES or waiting > TRACKED_BYTES:
+            return False
+        self._small[name] = waiting
+        return True
 
     def reserve(self, receiver: Destination, size: int) -> int:
         """Makes room for a message that is tracked, and what went before it; returns their bytes, 0: there is none."""
-        size += self._small.get(receiver, 0)
+        size += self._small.get(_name(receiver), 0)
         account = _account(receiver)
         if not self._budget.has_room(size, account):
             self._forget_sent()
         if not self._budget.reserve(size, account):
             return 0
-        self._small.pop(receiver, None)
+        self._small.pop(_name(receiver), None)
         return size
 
     def add(self, receiver: Destination, size: int, tracker: Tracker | None) -> None:
@@ -67,7 +69,7 @@ class Backlog:
 
     def forget(self, receiver: Destination) -> None:
         """Nothing more is sent to a receiver."""
-        self._small.pop(receiver, None)
+        self._small.pop(_name(receiver), None)
 
     def _forget_sent(self) -> None:
         for _ in range(len(self._waiting)):
@@ -76,6 +78,10 @@ class Backlog:
                 self._budget.release(waiting[1], waiting[0])
             else:
                 self._waiting.append(waiting)
+
+
+def _name(receiver: Destination) -> bytes | Endpoint:
+    return receiver.routing_id if isinstance(receiver, Connection) else receiver
 
 
 def _account(receiver: Destination) -> Hashable:

@@ -20,7 +20,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from splitnet.errors import AddressInUse, SplitnetError
-from splitnet.net.backlog import MAX_BACKLOG_BYTES, Backlog
+from splitnet.net.backlog import LARGE_BYTES, MAX_BACKLOG_BYTES, Backlog
 from splitnet.net.budget import Budget
 from splitnet.net.connections import MAX_MESSAGE_BYTES, MAX_RECEIVED_BYTES, Connections, TcpConnection
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState, is_address
@@ -376,6 +376,9 @@ class Transport:
         return (known is not connection and known != connection) or (tcp is not None and bool(tcp.ended))
 
     def _transmit(self, handle: zmq.Socket[bytes], destination: Destination, frames: Sequence[Payload]) -> None:
+        if not self._bounded:
+            handle.send_multipart(frames, zmq.NOBLOCK, copy=len(frames[-1]) <= LARGE_BYTES)
+            return
         size = sum(map(len, frames))
         if self._backlog.untracked(destination, size):
             handle.send_multipart(frames, zmq.NOBLOCK)
@@ -414,14 +417,17 @@ class Transport:
                 received = received[1:]
             else:
                 source, tcp = link.endpoint, link.tcp
-            size = sum(map(_wire_bytes, received))
+            size, frames = 0, list[Payload]()
+            for frame in received:
+                length = len(frame)
+                size += length + (_SHORT_EXTRA if length <= _SHORT_FRAME else _LONG_EXTRA)
+                frames.append(frame.bytes if length < 4096 else frame.buffer)
             if tcp is not None:
                 tcp.delivered += size
                 if not tcp.ended and size > MAX_MESSAGE_BYTES:
                     self._connections.end(tcp, "endless_message")
                 if tcp.ended:
                     continue
-            frames: list[Payload] = [frame.bytes if len(frame) < 4096 else frame.buffer for frame in received]
             self._guard(self._on_message, source, frames)
         return False
 
@@ -503,8 +509,3 @@ def _close_watched(handle: zmq.Socket[bytes], monitor: zmq.Socket[bytes] | None)
     if monitor is not None:
         monitor.close(0)
     handle.close()
-
-
-def _wire_bytes(frame: zmq.Frame) -> int:
-    size = len(frame)
-    return size + (_SHORT_EXTRA if size <= _SHORT_FRAME else _LONG_EXTRA)

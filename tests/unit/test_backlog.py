@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from splitnet.net.backlog import TRACKED_BYTES, Backlog
+from splitnet.net.backlog import LARGE_BYTES, TRACKED_BYTES, Backlog
 from splitnet.net.budget import Budget
 from splitnet.net.endpoints import Connection
 
@@ -35,6 +35,7 @@ def test_small_messages_are_counted_together() -> None:
     budget = Budget(1 << 30)
     backlog = Backlog(budget)
     size = TRACKED_BYTES // 4
+    assert size <= LARGE_BYTES
     assert [backlog.untracked(receiver(1), size) for _ in range(5)] == [True] * 4 + [False]
     assert budget.used == 0
     assert backlog.reserve(receiver(1), size) == 5 * size
@@ -66,7 +67,7 @@ def test_what_is_not_sent_is_held_and_within_the_limit(messages: list[tuple[int,
         if one_is_sent and waiting:
             waiting.pop(size % len(waiting))[1].done = True
         if not backlog.untracked(receiver(number), size):
-            small = backlog._small.get(receiver(number), 0)
+            small = backlog._small.get(receiver(number).routing_id, 0)
             parcel = sent(backlog, number, size)
             if parcel is not None:
                 waiting.append((size + small, parcel))
