@@ -173,7 +173,7 @@ def opens(table: SessionTable, name: int, budget: int, now: float, owner: bytes)
 def test_one_key_has_everything_until_another_comes_and_what_makes_no_steps_makes_room() -> None:
     table = SessionTable(1000)
     first = opens(table, 1, 1000, 0.0, b"greedy")
-    with pytest.raises(PeerBusy, match="no KV memory for 400 bytes: 0 of 1000 are free; .* come back in 10 s"):
+    with pytest.raises(PeerBusy, match=r"no KV memory for 400 bytes: 0 of 1000 are free; .* come back in 10 s"):
         opens(table, 2, 400, 1.0, b"other")
     first.used_at = 9.0  # opened again and again, which is no step
     second = opens(table, 2, 400, 11.0, b"other")

@@ -260,6 +260,7 @@ class TestPolicy:
         peer.says(to_client())
         passes = Forward(SID, 1, 7, 0, (3,), True, 0, PLAIN.code, PLAIN.code, bytes(3 * 4 * HIDDEN), 2)
         [(_, refused)] = peer.says(passes)
+        assert isinstance(refused, Failure)
         assert (refused.code, refused.number) == (FailureCode.BUSY, 7)
         assert "train=no" in refused.text
         assert peer.queue.pass_positions == 0
@@ -272,7 +273,7 @@ class TestPolicy:
         assert peer.says(step(Part(1, 0, 90, 1), number=1)) == [], "what begins within them may go beyond"
         for message in (step(Part(1, 90, 1, 1), number=2), to_client(session=bytes(16))):
             [(_, refused)] = peer.says(message)
-            assert refused.code == FailureCode.BUSY
+            assert isinstance(refused, Failure) and refused.code == FailureCode.BUSY
             assert "come back in 31 s" in refused.text
         peer.now += 31
         assert peer.says(step(Part(1, 90, 1, 1), number=2)) == []
