@@ -43,7 +43,7 @@ from splitnet.net.identity import PublicKey
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from tests.attacks import directory, fairness, gateway, memory, transport  # noqa: E402
+from tests.attacks import directory, fairness, frames, gateway, memory, transport  # noqa: E402
 
 CLIENTS = 2
 HALVES = 2
@@ -228,6 +228,7 @@ class Target:
 
 
 ATTACKS: dict[str, Callable[[Target, float], object]] = {
+    "frames with bytes changed": lambda at, seconds: frames.flood(at.peer, at.facts, seconds=seconds, blocks=at.blocks),
     "messages of many frames": lambda at, seconds: transport.endless_message(at.peer, seconds=seconds),
     "silent connections": lambda at, seconds: transport.silent_connections(at.peer, seconds=seconds),
     "connections of one key": lambda at, seconds: transport.connections_of_one_key(at.peer, seconds=seconds),

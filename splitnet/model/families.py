@@ -216,7 +216,8 @@ def check_values(values: Mapping[str, Any], file: object) -> None:
     """
     for part in (values, *values.values()):
         for key, value in part.items() if isinstance(part, Mapping) else ():
-            many = "layer" in str(key) and isinstance(value, int) and value > MAX_LAYERS
+            counts = str(key).endswith(("layer", "layers")) and "per_layer" not in str(key)
+            many = counts and isinstance(value, int) and value > MAX_LAYERS
             foreign = str(key).endswith("_implementation") and "/" in str(value)
             if many or foreign:
                 raise UnsupportedModel(

@@ -145,7 +145,7 @@ def text(limit: int) -> Check:
     def check(value: Any) -> str:
         if type(value) is not str or len(value) > limit:
             raise ProtocolError(f"expected text of at most {limit} characters")
-        return printable(value)
+        return printable(value)[:limit]  # so that who passes it on may
 
     return check
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from ipaddress import IPv6Address
 
 from nacl.signing import SigningKey
 
@@ -88,8 +89,10 @@ class Identities:
 
 def device_at(endpoint: Endpoint) -> str:
     """The id of the device that listens there."""
-    return endpoint.address.removeprefix("tcp://").removesuffix(":1")
+    return IPv6Address(endpoint.address.removeprefix("tcp://[").removesuffix("]:1")).packed.lstrip(b"\0").decode()
 
 
 def _address(device: str) -> str:
-    return f"tcp://{device}:1"
+    """Endpoints name IP addresses only: the id of at most 16 bytes is one."""
+    packed = device.encode().rjust(16, b"\0")
+    return f"tcp://[{IPv6Address(packed)}]:1"

@@ -47,6 +47,7 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
+from splitnet.printable import printable
 
 SESSION = bytes(range(SESSION_BYTES))
 LARGEST_NUMBER = (1 << 48) - 1
@@ -64,7 +65,8 @@ payloads = st.binary(max_size=64)
 
 
 def texts(limit: int) -> st.SearchStrategy[str]:
-    return st.text(st.characters(codec="utf-8"), max_size=min(limit, 80))
+    # What steers a terminal comes back escaped, see tests/unit/test_printable.py.
+    return st.text(st.characters(codec="utf-8"), max_size=min(limit, 80)).map(lambda text: printable(text)[:limit])
 
 
 parts = st.lists(st.builds(Part, numbers, positions, positions, positions), max_size=5).map(tuple)
