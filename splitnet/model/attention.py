@@ -19,12 +19,16 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from splitnet.model.adapters import Adapter
 from splitnet.model.kv_cache import RowCache
 
 PACKED = "splitnet_packed"
 """Name of the attention function; transformers makes no masks for it."""
+
+GROUPED = "splitnet_sdpa"
+"""As "sdpa", masks included, for families that run sequence by sequence; see `attend_by_group`."""
 
 SCORE_BYTES = 128 * 2**20
 """What the scores of a call of attention may take: those of more new positions are computed in chunks of them."""
@@ -186,7 +190,8 @@ def _sdpa_attention(
 ) -> tuple[torch.Tensor, None]:
     """As transformers' own, which copies keys and values that heads share for each of them; not so here on CPUs."""
     is_causal = query.shape[2] > 1 and attention_mask is None
-    if query.device.type != "cpu" or is_causal or kwargs.get("position_bias") is not None:
+    by_head = attention_mask is not None and attention_mask.shape[1] > 1
+    if query.device.type != "cpu" or is_causal or by_head or kwargs.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     return attend_by_group(query, key, value, attention_mask, scaling).transpose(1, 2), None
 
@@ -197,20 +202,20 @@ def attend_by_group(
     """Attention in which the heads that share keys are positions of one head.
 
     Args:
-        query: `[1, heads, positions, head size]`.
-        keys, values: `[1, shared heads, reach, head size]`.
-        mask: `[1, 1, positions, reach]`, or None: all is seen.
+        query: `[batch, heads, positions, head size]`.
+        keys, values: `[batch, shared heads, reach, head size]`.
+        mask: `[batch, 1, positions, reach]`, or None: all is seen.
 
     Returns:
-        `[1, heads, positions, head size]`.
+        `[batch, heads, positions, head size]`.
     """
-    _, heads, count, size = query.shape
+    batch, heads, count, size = query.shape
     shared = keys.shape[1]
-    rows = query.reshape(1, shared, heads // shared * count, size)
+    rows = query.reshape(batch, shared, heads // shared * count, size)
     if mask is not None:
         mask = mask.repeat(1, 1, heads // shared, 1)
     mixed = nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
-    return mixed.reshape(1, heads, count, -1)
+    return mixed.reshape(batch, heads, count, -1)
 
 
 def _own_attention(module: nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]:
@@ -219,3 +224,5 @@ def _own_attention(module: nn.Module) -> Callable[..., tuple[torch.Tensor, Any]]
 
 
 AttentionInterface.register(PACKED, _packed_attention)
+AttentionInterface.register(GROUPED, _sdpa_attention)
+AttentionMaskInterface.register(GROUPED, sdpa_mask)

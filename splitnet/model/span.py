@@ -22,7 +22,7 @@ from splitnet.model.adapters import (
     Adapter,
     applying,
 )
-from splitnet.model.attention import PACKED, PackedPass, Part, positions_at_once, running
+from splitnet.model.attention import GROUPED, PACKED, PackedPass, Part, positions_at_once, running
 from splitnet.model.backbone import (
     backbone_class,
     cut_to_blocks,
@@ -183,7 +183,8 @@ class Span:
         if chosen.as_stored and any(size.coded for size in sizes):
             chosen = replace(chosen, kind=STORED)
         largest = max(size.held for size in sizes)
-        attention = PACKED if packs else None
+        grouped = keeps_states(config) and getattr(model_class, "_supports_sdpa", False)
+        attention = PACKED if packs else GROUPED if grouped else None
         with guarded(checkpoint.name, start, end, largest, torch.device(device)):
             with checkpoint.load_tensors(names, wanted, progress) as tensors:
                 tensors = with_coded_experts(
