@@ -1,9 +1,9 @@
 """Honest clients beside every attack that is known, against a swarm and a gateway of real daemons on this machine.
 
 Two daemons serve each half of the model, and a gateway serves it over HTTP. Honest clients compare every answer with
-that of plain transformers: first alone, then beside one attack after another (tests/attacks, each in a process of its
-own, with one key, which gives way to the others' processors), then alone again. Tells for each what the slowest twentieth of their tokens took, as a multiple of
-the undisturbed, and the most memory that a process of the swarm held.
+that of plain transformers: first alone, then beside one attack after another, then alone again. Each attack of
+tests/attacks has one key and a process of its own, which gives way to the others. Tells what the slowest twentieth of
+the honest tokens took, as a multiple of the undisturbed, and the most memory that a process of the swarm held.
 
     make attack [MINUTES=10] [MODEL=...]
 """
@@ -457,7 +457,7 @@ def main() -> int:
                     one.kill()
                     said = "ended, as it did not end by itself"
             report(phases[-1], calm)
-            print(f"  {said.strip().splitlines()[-1] if said.strip() else ''}", file=sys.stderr)
+            print(f"  {said.strip().splitlines()[-1][:200] if said.strip() else ''}", file=sys.stderr)
         pass_phase(Phase("settling"), seen, CALM_S)
         phases.append(pass_phase(Phase("nobody any more"), seen, CALM_S))
         report(phases[-1], calm)
