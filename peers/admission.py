@@ -113,15 +113,20 @@ class SessionTable:
         if (short <= 0 and not crowded) or now - self._wanted.get(key, -LOOK_AGAIN_S) < LOOK_AGAIN_S:
             return []
         share, places = self._share(key, now)
-        if self._held.get(key, 0) + wanted > share or self._count.get(key, 0) >= places:
+        most = self._most(key)
+        if self._held.get(key, 0) + wanted > (share if most is None else min(share, most)):
+            return []
+        if is_new and self._count.get(key, 0) >= places:
             return []
         ending: list[Session] = []
         left = dict(self._held)
+        weights = self._weights(key, now)
         for other in sorted(self._sessions.values(), key=lambda other: other.stepped_at):
             if short <= 0 and (not crowded or ending):
                 break
             if other.owner != key and self._lease_left_s(other, now) <= 0:
-                share, places = self._share(other.owner, now, key)
+                part = self._weight(other.owner) / weights
+                share, places = part * self.memory.capacity, max(1.0, part * MAX_SESSIONS)
                 if left[other.owner] > share or (crowded and self._count[other.owner] > places):
                     left[other.owner] -= self.memory.held(other)
                     short -= self.memory.held(other)
@@ -235,10 +240,14 @@ class SessionTable:
             del self._held[session.owner]
         self.memory.end(session)
 
-    def _share(self, key: bytes, now: float, *others: bytes) -> tuple[float, float]:
-        """Bytes and sessions that a key may have beside those that have some, or want some."""
-        keys = {key, *others, *self._held, *(other for other, at in self._wanted.items() if now - at <= WANTED_S)}
-        part = self._weight(key) / sum(map(self._weight, keys))
+    def _weights(self, key: bytes, now: float) -> float:
+        """Of a key and those that have memory, or want some."""
+        keys = {key, *self._held, *(other for other, at in self._wanted.items() if now - at <= WANTED_S)}
+        return sum(map(self._weight, keys))
+
+    def _share(self, key: bytes, now: float) -> tuple[float, float]:
+        """Bytes and sessions that a key may have beside the others."""
+        part = self._weight(key) / self._weights(key, now)
         return part * self.memory.capacity, max(1.0, part * MAX_SESSIONS)
 
     def _lease_left_s(self, session: Session, now: float) -> float:

@@ -21,6 +21,9 @@ MESSAGE_BYTES = 2048
 TENSOR_BYTES = 1024
 """What a tensor takes besides its numbers."""
 
+TIMING_BYTES = 192
+"""What a timing of a hop takes in a message."""
+
 FORK_BYTES = 128
 """What a part or a fork of a step takes."""
 

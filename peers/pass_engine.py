@@ -139,6 +139,7 @@ class PassEngine:
             raise AdapterError(f"the session has blocks {session.start}..{session.end - 1}, the adapter others")
         self._span.fit(adapter)
         session.adapter, session.adapter_version = adapter, work.parts[0].version
+        session.gradient_sum = None  # of the former one, whose memory is given back
         self._training.adapter_loaded(work)
 
     def _fetch_kv(self, work: PassWork, message: FetchKV) -> None:

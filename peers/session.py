@@ -6,7 +6,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from peers.memory_account import FORK_BYTES, MESSAGE_BYTES
+from peers.memory_account import FORK_BYTES, MESSAGE_BYTES, TIMING_BYTES
 from splitnet.errors import PeerBusy
 from splitnet.net.codecs import Codec
 from splitnet.net.endpoints import Connection, Endpoint
@@ -160,7 +160,8 @@ class Work:
     def nbytes(self) -> int:
         """Memory that the step takes while it waits."""
         references = len(self.step.parts) + len(self.step.forks or ())
-        return len(self.step.payload) + MESSAGE_BYTES + FORK_BYTES * references
+        objects = FORK_BYTES * references + TIMING_BYTES * len(self.step.timings)
+        return len(self.step.payload) + MESSAGE_BYTES + objects
 
     def parts(self, count: int) -> list[Part]:
         """The next `count` positions as parts of rows, each with how many of its last ones the client wants."""
@@ -208,4 +209,5 @@ class PassWork:
         if self.parts:
             return sum(ADAPTER_COPIES * len(part.payload) + MESSAGE_BYTES for part in self.parts)
         payload = getattr(self.message, "payload", b"")
-        return len(payload) + MESSAGE_BYTES + (self.forward.nbytes if self.forward is not None else 0)
+        own = len(payload) + MESSAGE_BYTES + TIMING_BYTES * len(getattr(self.message, "timings", ()))
+        return own + (self.forward.nbytes if self.forward is not None else 0)

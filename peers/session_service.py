@@ -230,11 +230,13 @@ class SessionService:
             PeerBusy: there is no memory for the states of so many rows.
             ProtocolError: a fork of a row that does not exist, or a gap before the first position.
         """
+        rows = len(rows_after(work.session, work.step))
         with self._lock:
-            self.sessions.hold_rows(work.session, len(rows_after(work.session, work.step)))
+            self.sessions.hold_rows(work.session, max(rows, work.session.reserved_rows))
         prepare_rows(work.session, work.step)
-        if work.session.end != self.served.num_blocks:
-            with self._lock:
+        with self._lock:
+            self.sessions.hold_rows(work.session, rows)  # what a step drops is dropped now, unless it was refused
+            if work.session.end != self.served.num_blocks:
                 work.session.log.prepare(work.step.parts, work.step.forks)
 
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:

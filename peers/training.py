@@ -84,9 +84,14 @@ class Training:
                 raise MissingPass(f"there is no pass {message.number} to go back from")
             self._served.check_payload(message.codec, message.payload, forward.positions)
             work = PassWork(session, message, forward.source, now, forward)
-            self.memory.take(session, Purpose.PASSES, work.nbytes - forward.nbytes)
+            more = work.nbytes - forward.nbytes
+            self.memory.take(session, Purpose.PASSES, more)
+            try:
+                self._queue.put_pass(work)
+            except PeerBusy:
+                self.memory.give_back(session, Purpose.PASSES, more)
+                raise
             del session.kept[message.number]
-            self._queued(work)
         elif isinstance(message, FetchKV):
             row = session.rows.get(message.row)
             if row is not None:

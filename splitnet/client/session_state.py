@@ -158,8 +158,9 @@ class SessionState(SessionRoute):
     def wake_at(self) -> float:
         """When a `Tick` is due, in seconds of the clock of `handle`."""
         times = list(self._asked.values())
-        if self._making is not None:
-            times.append(self._making.retry_at)
+        making = self._making  # read once: another thread may handle an event meanwhile
+        if making is not None:
+            times.append(making.retry_at)
         if self._awaits_hops:
             times.append(self._liveness.wake_at(self._silence_s))
         return min(times, default=math.inf)

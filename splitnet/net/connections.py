@@ -118,6 +118,7 @@ class Connections:
         self._drain = drain
         self._authorized = authorized
         self._keys_at = 0.0
+        self._looked_at = time.monotonic()
         self._table = _Table()
         self._lock = threading.RLock()
         self._closing = threading.Event()
@@ -158,9 +159,15 @@ class Connections:
                     self._end_one()
         return made
 
-    def closed(self, descriptor: int) -> TcpConnection | None:
-        """A connection has ended; returns what it was."""
+    def closed(self, descriptor: int, expected: TcpConnection | None = None) -> TcpConnection | None:
+        """A connection has ended; returns what it was.
+
+        Args:
+            expected: which one; its descriptor may belong to another by now.
+        """
         with self._lock:
+            if expected is not None and self._table.by_descriptor.get(descriptor) is not expected:
+                return None
             gone = self._table.by_descriptor.pop(descriptor, None)
             if gone is not None:
                 self._forget(gone)
@@ -202,6 +209,10 @@ class Connections:
         """
         with self._lock:
             present = [known for known in self._table.by_descriptor.values() if not known.ended]
+        if now - self._looked_at > STALLED_S / 2:  # this process stood still, which tells nothing of others
+            for known in present:
+                known.acked_at = now
+        self._looked_at = now
         self._end_unauthorized(now)
         close = False
         for known in present:
@@ -266,8 +277,10 @@ class Connections:
         if most is not None and len(most) > 1:
             self.end(next(iter(most)), "too_many")
         elif table.of_keys:
-            of_key = max(table.of_keys.values(), key=len)
-            self.end(min(of_key, key=lambda other: other.active_at), "too_many")
+            most_of_key = max(map(len, table.of_keys.values()))
+            hosts = Counter(known.host for of_key in table.of_keys.values() for known in of_key)
+            choice = [known for of_key in table.of_keys.values() if len(of_key) == most_of_key for known in of_key]
+            self.end(min(choice, key=lambda known: (-hosts[known.host], known.active_at)), "too_many")
 
     def _forget(self, connection: TcpConnection) -> None:
         """Counts a connection no more. With the lock held."""

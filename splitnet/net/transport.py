@@ -297,7 +297,7 @@ class Transport:
         if link is not None:
             self._backlog.forget(endpoint)
             if link.tcp is not None:
-                self._connections.closed(link.tcp.descriptor)
+                self._connections.closed(link.tcp.descriptor, link.tcp)
             self._poller.unregister(link.socket)
             self._poller.unregister(link.monitor)
             if link.state is not LinkState.UP and not (at_end and link.state is LinkState.CONNECTING):
@@ -471,7 +471,7 @@ class Transport:
             if event == zmq.Event.CONNECTED:
                 link.tcp = self._connections.opened(message["value"], link.endpoint)
             elif event == zmq.Event.DISCONNECTED and link.tcp is not None:
-                self._connections.closed(link.tcp.descriptor)
+                self._connections.closed(link.tcp.descriptor, link.tcp)
                 link.tcp = None
             state = _STATE_OF_EVENT.get(zmq.Event(event), link.state)
             # A refused handshake also ends in a disconnection: keep the cause until the link is up.

@@ -218,6 +218,14 @@ def test_shares_go_by_weight_and_a_key_has_its_own_bound() -> None:
     opens(table, 5, 200, 50.0, b"guest")
 
 
+def test_nobody_is_ended_for_a_session_that_its_key_may_not_have() -> None:
+    table = SessionTable(1000, most={b"guest": 300}.get)
+    idle = opens(table, 1, 1000, 0.0, b"greedy")
+    with pytest.raises(PeerBusy, match="larger kv="):
+        opens(table, 2, 400, 20.0, b"guest")
+    assert not idle.closed
+
+
 def test_many_tiny_sessions_of_a_key_make_room_for_another() -> None:
     table = SessionTable(10 * MIN_BUDGET * MAX_SESSIONS)
     for name in range(MAX_SESSIONS):

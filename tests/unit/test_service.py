@@ -613,6 +613,17 @@ class TestRows:
         assert session.rows == {1: row}
         assert row.length == 10
 
+    def test_that_a_refused_step_would_drop_stay_reserved(self, opened: Peer) -> None:
+        opened.compute(step(Part(1, 0, 10, 0)))
+        opened.compute(step(Part(1, 10, 1, 0), forks=(Fork(1, 1), Fork(2, 1))))
+        session = opened.session()
+        assert (set(session.rows), session.reserved_rows) == ({1, 2}, 2)
+        opened.says(step(Part(1, 15, 1, 0), forks=(Fork(1, 1),)))
+        [(work, _)] = opened.queue.take(10_000)
+        with pytest.raises(ProtocolError):
+            opened.service.prepare(work)
+        assert (set(session.rows), session.reserved_rows) == ({1, 2}, 2)
+
     def test_that_were_long_once_give_their_memory_to_others(self, opened: Peer) -> None:
         opened.compute(step(Part(1, 0, 990, 0)))
         for row in range(2, 10):
