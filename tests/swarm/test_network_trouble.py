@@ -15,6 +15,7 @@ import torch
 from splitnet.client import liveness
 from splitnet.client.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
 from splitnet.client.session import Session
+from splitnet.client.session_events import Cause
 from splitnet.net.directory import Directory
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
@@ -139,7 +140,9 @@ def test_a_hop_that_is_lost_during_a_prefill(
         network.before(cache, index).hold()
         got = model.generate(longer, attention_mask=torch.ones_like(longer), **options)
         assert cache.session is not None
-        assert len(cache.session.recoveries) == 1
+        # A route that turns out to be better may be taken besides.
+        lost = [repair for repair in cache.session.recoveries if repair.cause is not Cause.BETTER_ROUTE]
+        assert len(lost) == 1
     assert torch.equal(got, local.generate(longer, attention_mask=torch.ones_like(longer), **options))
 
 
