@@ -112,7 +112,8 @@ class SessionTable:
         crowded = is_new and len(self._sessions) >= MAX_SESSIONS
         if (short <= 0 and not crowded) or now - self._wanted.get(key, -LOOK_AGAIN_S) < LOOK_AGAIN_S:
             return []
-        share, places = self._share(key, now)
+        weights = self._weights(key, now)
+        share, places = self._share(key, weights)
         most = self._most(key)
         if self._held.get(key, 0) + wanted > (share if most is None else min(share, most)):
             return []
@@ -120,13 +121,11 @@ class SessionTable:
             return []
         ending: list[Session] = []
         left = dict(self._held)
-        weights = self._weights(key, now)
         for other in sorted(self._sessions.values(), key=lambda other: other.stepped_at):
             if short <= 0 and (not crowded or ending):
                 break
             if other.owner != key and self._lease_left_s(other, now) <= 0:
-                part = self._weight(other.owner) / weights
-                share, places = part * self.memory.capacity, max(1.0, part * MAX_SESSIONS)
+                share, places = self._share(other.owner, weights)
                 if left[other.owner] > share or (crowded and self._count[other.owner] > places):
                     left[other.owner] -= self.memory.held(other)
                     short -= self.memory.held(other)
@@ -208,7 +207,7 @@ class SessionTable:
         idle = [session for session in self._sessions.values() if now - session.used_at > self.idle_s]
         for session in idle:
             self.remove(session)
-        self._wanted = {key: at for key, at in self._wanted.items() if now - at <= WANTED_S}
+        self._wanted = self._wanting(now)
         return idle
 
     def _budget(self, session: Session) -> int:
@@ -240,14 +239,17 @@ class SessionTable:
             del self._held[session.owner]
         self.memory.end(session)
 
+    def _wanting(self, now: float) -> dict[bytes, float]:
+        """The keys that want memory, and when they were refused."""
+        return {key: at for key, at in self._wanted.items() if now - at <= WANTED_S}
+
     def _weights(self, key: bytes, now: float) -> float:
         """Of a key and those that have memory, or want some."""
-        keys = {key, *self._held, *(other for other, at in self._wanted.items() if now - at <= WANTED_S)}
-        return sum(map(self._weight, keys))
+        return sum(map(self._weight, {key, *self._held, *self._wanting(now)}))
 
-    def _share(self, key: bytes, now: float) -> tuple[float, float]:
-        """Bytes and sessions that a key may have beside the others."""
-        part = self._weight(key) / self._weights(key, now)
+    def _share(self, key: bytes, weights: float) -> tuple[float, float]:
+        """Bytes and sessions that a key may have beside others, of all of whose weights it has its own."""
+        part = self._weight(key) / weights
         return part * self.memory.capacity, max(1.0, part * MAX_SESSIONS)
 
     def _lease_left_s(self, session: Session, now: float) -> float:
@@ -261,8 +263,8 @@ class SessionTable:
                 f"your key may reserve {most} bytes of KV memory at this peer, and has {held}: close sessions, or ask "
                 "the owner for a larger kv="
             )
-        others = [at + WANTED_S - now for other, at in self._wanted.items() if other != key and now - at <= WANTED_S]
-        if others and held + nbytes > self._share(key, now)[0]:
+        others = [at + WANTED_S - now for other, at in self._wanting(now).items() if other != key]
+        if others and held + nbytes > self._share(key, self._weights(key, now))[0]:
             raise PeerBusy(
                 f"others wait for KV memory of this peer, and your key has {held} bytes already: close sessions, or "
                 f"come back in {max(others):.0f} s"
@@ -270,7 +272,7 @@ class SessionTable:
 
     def _note_refused(self, key: bytes, nbytes: int, now: float) -> str:
         """Remembers that a key wants memory; what it can do."""
-        share, places = self._share(key, now)
+        share, places = self._share(key, self._weights(key, now))
         within = self._held.get(key, 0) + nbytes <= share and self._count.get(key, 0) < places
         if within and now - self._wanted.get(key, -LOOK_AGAIN_S) >= LOOK_AGAIN_S and len(self._wanted) < MAX_SESSIONS:
             self._wanted[key] = now
