@@ -147,14 +147,15 @@ class Swarm:
                 return self.planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
 
             route = best_route()
-            for _ in range(MAX_PROBED_ROUTES):
-                # Of many peers only some links are measured. Those that the client would use are, before it does, and
-                # others with them: among many that do not exist few are found one by one.
+            for attempt in range(MAX_PROBED_ROUTES):
+                # Of many peers only some links are measured. Those that the client would use are, before it does. If
+                # these are silent, others with the next: among many that do not exist few are found one by one.
                 own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
                 unknown = self.survey.unknown(own)
                 if not unknown:
                     break
-                self.fresh_facts.measure([*unknown, *self.survey.unknown(records)])
+                others = self.survey.unknown(records) if attempt else []
+                self.fresh_facts.measure([*unknown, *others])
                 route = best_route()
             self.was_covered |= part == needs.blocks
             return route
