@@ -5,8 +5,7 @@ from __future__ import annotations
 from splitnet.errors import PeerBusy
 from splitnet.net.identity import AuthorizedKeys
 from splitnet.net.key_options import KeyOptions
-
-MINUTE_S = 60.0
+from splitnet.token_bucket import MINUTE_S, TokenBucket
 
 
 class KeyPolicy:
@@ -18,8 +17,8 @@ class KeyPolicy:
 
     def __init__(self, authorized: AuthorizedKeys | None = None) -> None:
         self._authorized = authorized or AuthorizedKeys.anyone()
-        self._spent: dict[bytes, tuple[float, float]] = {}
-        """By key: tokens of its minute that are used up, and when that was so, in seconds."""
+        self._spent: dict[bytes, TokenBucket] = {}
+        """By key."""
 
     def options_of(self, key: bytes) -> KeyOptions:
         return self._authorized.options_of(key)
@@ -42,15 +41,14 @@ class KeyPolicy:
         per_minute = self._authorized.options_of(key).tokens_per_minute
         if per_minute is None:
             return
-        spent, at = self._spent.get(key, (0.0, now))
-        spent = max(0.0, spent - (now - at) * per_minute / MINUTE_S)
-        if spent >= per_minute:
-            wait_s = (spent - per_minute) * MINUTE_S / per_minute + 1
+        bucket = self._spent.get(key) or TokenBucket()
+        if wait_s := bucket.wait_s(per_minute, now):
             raise PeerBusy(
                 f"your key has used the {per_minute} tokens per minute that the owner of this peer grants it: "
-                f"come back in {wait_s:.0f} s"
+                f"come back in {wait_s} s"
             )
         if positions:
-            self._spent[key] = spent + positions, now
+            bucket.spend(positions, per_minute, now)
+            self._spent[key] = bucket
         if len(self._spent) > 1024:
-            self._spent = {other: (used, then) for other, (used, then) in self._spent.items() if now - then < MINUTE_S}
+            self._spent = {other: used for other, used in self._spent.items() if now - used.at < MINUTE_S}

@@ -1,12 +1,12 @@
-"""Tokens per minute of a key: a bucket that fills evenly."""
+"""Tokens per minute of an API key."""
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 
 from splitnet.serve.failures import ApiError
+from splitnet.token_bucket import TokenBucket
 
 
 class TokenQuota:
@@ -20,8 +20,7 @@ class TokenQuota:
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._per_minute = per_minute
         self._clock = clock
-        self._left = float(per_minute)
-        self._at = clock()
+        self._bucket = TokenBucket()
 
     def check(self) -> None:
         """Refuses a request if nothing is left.
@@ -29,9 +28,7 @@ class TokenQuota:
         Raises:
             ApiError: with the seconds until there is something.
         """
-        self._fill()
-        if self._left <= 0:
-            seconds = math.floor(-self._left * 60 / self._per_minute) + 1
+        if seconds := self._bucket.wait_s(self._per_minute, self._clock()):
             raise ApiError(
                 429,
                 f"this key has used its {self._per_minute} tokens per minute: try again in {seconds} s",
@@ -41,10 +38,4 @@ class TokenQuota:
 
     def spend(self, tokens: int) -> None:
         """Takes tokens away."""
-        self._fill()
-        self._left -= tokens
-
-    def _fill(self) -> None:
-        now = self._clock()
-        self._left = min(self._per_minute, self._left + (now - self._at) * self._per_minute / 60)
-        self._at = now
+        self._bucket.spend(tokens, self._per_minute, self._clock())
