@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.gguf_layouts import Bytes, layout_of, plain_dtype, read_codes
@@ -134,16 +134,15 @@ class GgufFile:
         self.tensors: dict[str, GgufTensor] = {}
         parts = list(_parts(path))
         for number, part in enumerate(parts):
-            reader = _open(part)
-            own = {key: _value(field) for key, field in reader.fields.items() if field.types != _SKIPPED}
+            own, tensors = _read(part)
             _check_part(part, own, number, len(parts))
             self.metadata = own | self.metadata
-            for tensor in reader.tensors:
+            for tensor in tensors:
                 if tensor.name in self.tensors:
                     raise UnsupportedModel(f"{part} has {tensor.name}, which a part before it has too: {_AGAIN}")
                 shape = tuple(int(size) for size in reversed(tensor.shape))
                 self.tensors[tensor.name] = GgufTensor(tensor.name, shape, tensor.tensor_type, tensor.data)
-        if "general.architecture" not in self.metadata or not self.tensors:
+        if not isinstance(self.metadata.get("general.architecture"), str) or not self.tensors:
             raise UnsupportedModel(f"{path} holds no model: give the GGUF file that holds the weights")
         if self.metadata.get("split.tensors.count", len(self.tensors)) != len(self.tensors):
             raise UnsupportedModel(f"the parts of {path} do not hold all tensors that they should: {_AGAIN}")
@@ -187,6 +186,8 @@ def _parts(path: Path) -> Iterator[Path]:
 def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int) -> None:
     """Whether a file is the part that its name says."""
     says = metadata.get("split.no", number), metadata.get("split.count", count) or 1
+    if not all(isinstance(one, int) for one in says):
+        raise UnsupportedModel(f"{path} does not say which part of a model it is: {_AGAIN}")
     if says != (number, count):
         raise UnsupportedModel(
             f"{path} is part {says[0] + 1} of {says[1]} by what is in it, and {number + 1} of {count} by its name: "
@@ -194,9 +195,11 @@ def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int
         )
 
 
-def _open(path: Path) -> _Reader:
+def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
+    """The metadata and the tensors of one file."""
     try:
-        return _Reader(path)
+        reader = _Reader(path)
+        return {key: _value(it) for key, it in reader.fields.items() if it.types != _SKIPPED}, reader.tensors
     except OSError as error:
         raise ModelNotFound(f"there is no file {path}: give the path of a GGUF file") from error
     except Exception as error:  # the package raises what it stumbles over

@@ -206,6 +206,13 @@ def test_a_gguf_file_with_too_many_blocks_is_refused_soon(tmp_path: Path) -> Non
     assert time.monotonic() - begin < SOON_S
 
 
+def test_a_gguf_file_whose_strings_are_no_text_is_refused(tmp_path: Path) -> None:
+    path = gguf(tmp_path / "it.gguf")
+    path.write_bytes(path.read_bytes().replace(b"llama", b"\x80lama"))
+    with pytest.raises(SplitnetError, match=r"it\.gguf"):
+        use(path)
+
+
 @FOR_FILES
 @given(data=st.data())
 def test_a_damaged_gguf_file_is_refused(data: st.DataObject, tmp_path: Path) -> None:
