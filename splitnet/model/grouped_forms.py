@@ -21,8 +21,8 @@ from splitnet.model.kernels import (
     multiply_grouped,
 )
 from splitnet.model.many_rows import (
-    GROUPED_FROM,
     PLAIN_LOOPS_FROM,
+    codes_from,
     multiply_by_parts,
     outputs_at_a_time,
     type_for_many,
@@ -89,6 +89,11 @@ class GroupedForm(WeightForm):
         return self._has_kernel
 
     @property
+    def many_from(self) -> int:
+        """From so many rows on `multiply_many` is faster than a kernel."""
+        return codes_from(integers=self.order.for_integers) if self.has_fast_kernel else PLAIN_LOOPS_FROM
+
+    @property
     def _has_kernel(self) -> bool:
         return kernels_here() is not Kernels.NONE and self.tiles.device.type == "cpu"
 
@@ -109,8 +114,8 @@ class GroupedForm(WeightForm):
             IndexError: there is no such expert.
         """
         # Rows of experts are counted by who has sorted them.
-        few = len(rows) < (GROUPED_FROM if self.has_fast_kernel else PLAIN_LOOPS_FROM)
-        if self._has_kernel and (few or (experts is not None and self.has_fast_kernel)):
+        by_kernel = len(rows) < self.many_from or (experts is not None and self.has_fast_kernel)
+        if self._has_kernel and by_kernel:
             given = rows.float()
             if self.inputs % CHUNK:
                 given = torch.nn.functional.pad(given, (0, -self.inputs % CHUNK))
@@ -234,6 +239,11 @@ class ExpertForm(nn.Module):
         self.experts = experts
         self.outputs = sum(part.outputs for part in parts)
         self.inputs = parts[0].inputs
+
+    @property
+    def many_from(self) -> int:
+        """From so many rows of an expert on `multiply_many` is faster than a kernel."""
+        return max(part.many_from for part in self._each())
 
     @property
     def nbytes(self) -> int:

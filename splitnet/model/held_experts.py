@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from splitnet.model.grouped_forms import ExpertForm, hold_experts
-from splitnet.model.many_rows import EXPERT_FROM
 from splitnet.model.stored import StoredTensor
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -120,12 +119,12 @@ def multiply_by_expert(form: ExpertForm, rows: torch.Tensor, experts: torch.Tens
 
 
 def _multiplied(form: ExpertForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-    if len(rows) < EXPERT_FROM:
+    if len(rows) < form.many_from:
         return form.multiply(rows, experts)
     product = rows.new_empty(len(rows), form.outputs)
     few = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     for expert, of in _runs(experts):
-        if of.stop - of.start >= EXPERT_FROM:
+        if of.stop - of.start >= form.many_from:
             product[of] = form.multiply_many(rows[of], expert)
             few[of] = False
     if few.any():

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 
 from splitnet.model.kernels import multiply_int8
-from splitnet.model.many_rows import INT8_FROM, TORCH_INT8_FROM, multiply_by_parts, outputs_at_a_time, type_for_many
+from splitnet.model.many_rows import TORCH_INT8_FROM, int8_from, multiply_by_parts, outputs_at_a_time, type_for_many
 from splitnet.model.stored import Codes, Kind, Layout
 from splitnet.model.weight_form import WeightForm
 
@@ -74,7 +74,7 @@ class CompiledInt8(DequantisedInt8):
         return inputs <= _MOST_INPUTS
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) >= INT8_FROM:
+        if len(rows) >= int8_from():
             return self._multiply_many(rows)
         return multiply_int8(rows, self.codes, self.scales)
 

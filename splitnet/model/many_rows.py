@@ -7,19 +7,17 @@ conversion, whatever the weights are held as.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from functools import cache
 
 import torch
 from torch.nn.functional import linear
 
-INT8_FROM = 24
-"""Rows from which this is faster than splitnet's kernel for the form; so for those below."""
+from splitnet.model.kernels import has_fast_kernels
 
-FLOATS_FROM = 56
-GROUPED_FROM = 24
-EXPERT_FROM = 32
-"""Of one expert."""
+FLOATS_FROM = 64
+"""Rows from which this is faster than splitnet's kernel for the form; so for those below."""
 
 PLAIN_LOOPS_FROM = 24
 """The kernels for any CPU."""
@@ -27,6 +25,11 @@ PLAIN_LOOPS_FROM = 24
 TORCH_INT8_FROM = 48
 TORCH_INT4_FROM = 128
 """torch's kernels."""
+
+_INT8_FROM = 32
+_INTEGERS_FROM = 48
+_OTHERS_FROM = 24
+"""The kernels for CPUs with VNNI, where these multiply bfloat16 faster than float32. Others gain nothing."""
 
 _PART = 2**20
 _WHOLE = 64
@@ -37,6 +40,20 @@ _WHOLE = 64
 def type_for_many() -> torch.dtype:
     """In which type this CPU multiplies many rows faster: bfloat16 if it has instructions for it, else float32."""
     return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def int8_from() -> int:
+    """Rows from which a weight with a scale for each output is made anew."""
+    if not has_fast_kernels():
+        return PLAIN_LOOPS_FROM
+    return _INT8_FROM if type_for_many() == torch.bfloat16 else sys.maxsize
+
+
+def codes_from(*, integers: bool) -> int:
+    """The same of codes in groups for which there is a fast kernel; `integers`: that multiplies integers."""
+    if type_for_many() != torch.bfloat16:
+        return sys.maxsize
+    return _INTEGERS_FROM if integers else _OTHERS_FROM
 
 
 def outputs_at_a_time(inputs: int) -> int:
