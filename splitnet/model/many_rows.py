@@ -65,8 +65,8 @@ def multiply_by_parts(rows: torch.Tensor, outputs: int, parts: Iterable[torch.Te
     """`[rows, inputs]` -> `[rows, outputs]`, in the type of `rows`.
 
     Args:
-        parts: of the weight, one below the other, each `[some outputs, inputs]`, in the type in which to multiply; one is used
-            before the next is asked for.
+        parts: of the weight, one below the other, each `[some outputs, inputs]`, in the type in which to multiply; one
+            is used before the next is asked for.
     """
     products = rows.new_empty(len(rows), outputs)
     begin = 0
