@@ -3,6 +3,7 @@
     python benchmarks/weights.py CHECKPOINT [--kinds float32 float16 int8] [--threads 1 2] [--rounds 5] [--steps 16]
                                  [--tokens 1024]
     python benchmarks/weights.py --random-1b
+    python benchmarks/weights.py --random-half-b
 
 All kinds are in memory together and are timed in turns, so that a disturbance of the machine meets all of them. The
 median and the fastest of all tokens are told. "Of bandwidth" is the time that the machine needs to read so many bytes
@@ -11,7 +12,7 @@ best, unless the weights stay in a cache. On a machine that others use, --cpu-ti
 what it waited for a processor; caches and memory are still shared.
 
 Quality is that of the next-token distributions over a text, against those with float32 weights. A model with random
-weights (--random-1b: the shape of TinyLlama 1.1B) has none.
+weights (--random-1b: the shape of TinyLlama 1.1B; --random-half-b: of Qwen2 0.5B) has none.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ CONTEXT = 64
 """Positions that a decode step attends to."""
 PREFILL = 512
 READ_BYTES = 2**29
+_ONE_B, _HALF_B = (2048, 5632, 22, 32, 4), (896, 4864, 24, 14, 2)
+"""TinyLlama 1.1B and Qwen2 0.5B: hidden and intermediate size, blocks, heads, heads of keys and values."""
 
 
 @dataclass
@@ -175,18 +178,18 @@ def print_quality(found: dict[str, Quality]) -> None:
 
 
 @contextmanager
-def random_1b() -> Iterator[Path]:
-    """A checkpoint in the shape of TinyLlama 1.1B, in bfloat16; all of its blocks have the same random weights."""
+def random_model(hidden: int, middle: int, blocks: int, heads: int, kv_heads: int) -> Iterator[Path]:
+    """A checkpoint in bfloat16; all of its blocks have the same random weights."""
     config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=22,
-        num_attention_heads=32,
-        num_key_value_heads=4,
+        hidden_size=hidden,
+        intermediate_size=middle,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
         vocab_size=32000,
         dtype=torch.bfloat16,
     )
-    hidden, middle, kv = config.hidden_size, config.intermediate_size, 2048 // 32 * 4
+    kv = hidden // heads * kv_heads
     shapes = {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (kv, hidden),
@@ -216,6 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="folder or hub id of a checkpoint")
     parser.add_argument("--random-1b", action="store_true", help="a random model with 1.1 billion weights instead")
+    parser.add_argument("--random-half-b", action="store_true", help="likewise, with half a billion")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cpu-time", action="store_true", help="count CPU time; with --threads 1")
@@ -223,12 +227,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16, help="decode steps per kind and round")
     parser.add_argument("--tokens", type=int, default=1024, help="how many tokens of the text to judge by; 0: none")
     arguments = parser.parse_args()
-    if (arguments.checkpoint is None) == (not arguments.random_1b):
-        parser.error("give a checkpoint or --random-1b")
+    if [arguments.checkpoint is not None, arguments.random_1b, arguments.random_half_b].count(True) != 1:
+        parser.error("give a checkpoint, --random-1b or --random-half-b")
     if arguments.cpu_time and arguments.threads != [1]:
         parser.error("--cpu-time is that of one thread: add --threads 1")
-    if arguments.random_1b:
-        with random_1b() as folder:
+    if arguments.checkpoint is None:
+        with random_model(*(_ONE_B if arguments.random_1b else _HALF_B)) as folder:
             compare(folder, arguments, 0)
     else:
         compare(arguments.checkpoint, arguments, arguments.tokens)

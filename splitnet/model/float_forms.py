@@ -7,16 +7,12 @@ from typing import Any, ClassVar, Self
 import torch
 
 from splitnet.model.kernels import multiply_floats
+from splitnet.model.many_rows import FLOATS_FROM, multiply_by_parts, outputs_at_a_time
 from splitnet.model.weight_form import WeightForm
 
 _HALF_MAX = torch.finfo(torch.float16).max
 _PACKED_ROWS, _PACKED_COLUMNS = 512, 16
 """fbgemm packs in tiles of so many inputs and outputs, and pads to whole tiles."""
-
-_MANY_ROWS = 56
-"""From so many rows on it is faster to convert the weight and multiply matrices."""
-
-_CONVERTED_AT_A_TIME = 2**19
 
 
 class ConvertedFloat(WeightForm):
@@ -62,11 +58,11 @@ class _Compiled(ConvertedFloat):
     """For splitnet's kernel, which multiplies and sums in float32."""
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) < _MANY_ROWS:
+        if len(rows) < FLOATS_FROM:
             return multiply_floats(rows, self.weight)
-        # A part at a time, which stays in the cache between its conversion and its use.
-        parts = self.weight.split(max(1, _CONVERTED_AT_A_TIME // self.weight.shape[1]))
-        return torch.cat([torch.nn.functional.linear(rows, part.to(rows.dtype)) for part in parts], dim=-1)
+        outputs, inputs = self.weight.shape
+        parts = (part.to(rows.dtype) for part in self.weight.split(outputs_at_a_time(inputs)))
+        return multiply_by_parts(rows, outputs, parts)
 
 
 class CompiledFloat16(_Compiled, ConvertedFloat16):

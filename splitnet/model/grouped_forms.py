@@ -10,19 +10,32 @@ from typing import Self
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model.kernels import Kernels, dequantise_grouped, kernels_here, multiply_grouped
+from splitnet.model.kernels import (
+    Kernels,
+    convert_grouped,
+    dequantise_grouped,
+    kernels_here,
+    multiplies_bfloat16,
+    multiply_grouped,
+)
+from splitnet.model.many_rows import (
+    PLAIN_LOOPS_FROM,
+    codes_from,
+    multiply_by_parts,
+    outputs_at_a_time,
+    type_for_many,
+)
 from splitnet.model.stored import Codes, Layout, StoredMatrix, StoredTensor
 from splitnet.model.tiles import CHUNK, TILE, Order
 from splitnet.model.weight_form import WeightForm
 
-_MANY_ROWS = 24
-"""From so many rows on it is faster to make floats of the weight than to use plain loops."""
+_PIECE = 2**20
+"""Weights that are brought into tiles at a time."""
 
-_PIECE, _LARGE_PIECE = 2**20, 2**24
-"""Weights that are made floats at a time: so that they stay in a CPU's cache, and on other devices."""
+_LARGE_PIECE = 2**24
+"""Weights that are made floats at a time on devices that are no CPUs."""
 
 
 class GroupedForm(WeightForm):
@@ -67,13 +80,18 @@ class GroupedForm(WeightForm):
 
     @property
     def has_fast_kernel(self) -> bool:
-        """Whether there is a kernel for its products that is made for this CPU; so far then for any number of rows."""
+        """Whether there is a kernel for its products that is made for this CPU."""
         return self.order.has_fast_kernel and self.tiles.device.type == "cpu" and kernels_here() is Kernels.FAST
 
     @property
     def alone_as_together(self) -> bool:
-        """Whether a row, of fewer than `_MANY_ROWS`, gives the same whatever others are with it."""
+        """Whether a row, of fewer than `PLAIN_LOOPS_FROM`, gives the same whatever others are with it."""
         return self._has_kernel
+
+    @property
+    def many_from(self) -> int:
+        """From so many rows on `multiply_many` is faster than a kernel."""
+        return codes_from(integers=self.order.for_integers) if self.has_fast_kernel else PLAIN_LOOPS_FROM
 
     @property
     def _has_kernel(self) -> bool:
@@ -95,7 +113,9 @@ class GroupedForm(WeightForm):
         Raises:
             IndexError: there is no such expert.
         """
-        if self.has_fast_kernel or (self._has_kernel and len(rows) < _MANY_ROWS):
+        # Rows of experts are counted by who has sorted them.
+        by_kernel = len(rows) < self.many_from or (experts is not None and self.has_fast_kernel)
+        if self._has_kernel and by_kernel:
             given = rows.float()
             if self.inputs % CHUNK:
                 given = torch.nn.functional.pad(given, (0, -self.inputs % CHUNK))
@@ -109,8 +129,17 @@ class GroupedForm(WeightForm):
             if experts is not None and not 0 <= index < held:
                 raise IndexError(f"there are {held} experts, and a row is for another")
             chosen = slice(None) if experts is None else experts == index
-            some = rows[chosen]
-            products[chosen] = torch.cat([linear(some, piece) for piece in self.pieces(rows.dtype, index)], dim=-1)
+            products[chosen] = self.multiply_many(rows[chosen], index)
+
+    def multiply_many(self, rows: torch.Tensor, expert: int = 0) -> torch.Tensor:
+        """`multiply` by making the weight anew: on CPUs that have instructions for it, many rows in bfloat16.
+
+        Args:
+            expert: whose weight it is, where the tiles are those of several.
+        """
+        on_cpu = rows.device.type == "cpu" and len(rows) >= PLAIN_LOOPS_FROM
+        parts = self._pieces(type_for_many() if on_cpu else rows.dtype, expert)
+        return multiply_by_parts(rows, self.outputs, parts)
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return self.of_expert(0, dtype)
@@ -118,7 +147,7 @@ class GroupedForm(WeightForm):
     def of_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight of one, `[outputs, inputs]`, where the tiles are those of several experts."""
         found = torch.empty(self.outputs, self.inputs, dtype=dtype, device=self.tiles.device)
-        for piece, place in zip(self.pieces(dtype, expert), found.split(self._piece_tiles() * TILE), strict=True):
+        for piece, place in zip(self._pieces(dtype, expert), found.split(self._piece_tiles() * TILE), strict=True):
             place.copy_(piece)
         return found
 
@@ -137,18 +166,24 @@ class GroupedForm(WeightForm):
 
     def _piece_tiles(self) -> int:
         """How many tiles are made floats at a time."""
-        return max(1, (_PIECE if self.tiles.device.type == "cpu" else _LARGE_PIECE) // (TILE * self.inputs))
+        if self.tiles.device.type == "cpu":
+            return outputs_at_a_time(self.inputs) // TILE
+        return max(1, _LARGE_PIECE // (TILE * self.inputs))
 
-    def pieces(self, dtype: torch.dtype, expert: int = 0) -> Iterator[torch.Tensor]:
-        """The weight in floats, some outputs at a time."""
+    def _pieces(self, dtype: torch.dtype, expert: int) -> Iterator[torch.Tensor]:
+        """The weight in floats, some outputs at a time. A piece is there until the next one is asked for."""
         tiles = -(-self.outputs // TILE)
+        halves = dtype == torch.bfloat16 and self.has_fast_kernel and multiplies_bfloat16()
+        room: torch.Tensor | None = None
         begin = 0
         for some in self.tiles[expert * tiles : (expert + 1) * tiles].split(self._piece_tiles()):
             count = min(TILE * len(some), self.outputs - begin)
             begin += count
             if self._has_kernel:
-                piece = torch.empty(count, self.inputs)
-                dequantise_grouped(self.description, some, piece)
+                if room is None:
+                    room = torch.empty(count, self.inputs, dtype=dtype if halves else torch.float32)
+                piece = room[:count]
+                convert_grouped(self.description, some, piece)
             else:
                 piece = self.order.unpacked(some).floats(self.layout)[:count]
             yield piece.to(dtype)
@@ -206,6 +241,11 @@ class ExpertForm(nn.Module):
         self.inputs = parts[0].inputs
 
     @property
+    def many_from(self) -> int:
+        """From so many rows of an expert on `multiply_many` is faster than a kernel."""
+        return max(part.many_from for part in self._each())
+
+    @property
     def nbytes(self) -> int:
         """Bytes that all of them take."""
         return sum(part.tiles.nbytes for part in self._each())
@@ -229,6 +269,10 @@ class ExpertForm(nn.Module):
             part.multiply_into(products[:, begin : begin + part.outputs], rows, experts, self.experts)
             begin += part.outputs
         return products
+
+    def multiply_many(self, rows: torch.Tensor, expert: int) -> torch.Tensor:
+        """Many rows of one expert, by making its weight anew."""
+        return torch.cat([part.multiply_many(rows, expert) for part in self._each()], dim=-1)
 
     def dequantised(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight of one, `[outputs, inputs]`: a new tensor.

@@ -17,9 +17,6 @@ from torch import nn
 from splitnet.model.grouped_forms import ExpertForm, hold_experts
 from splitnet.model.stored import StoredTensor
 
-MANY_ROWS = 32
-"""Of one expert; from so many on it is faster to make floats of its weight."""
-
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
 
@@ -122,13 +119,13 @@ def multiply_by_expert(form: ExpertForm, rows: torch.Tensor, experts: torch.Tens
 
 
 def _multiplied(form: ExpertForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-    if len(rows) < MANY_ROWS:
+    if len(rows) < form.many_from:
         return form.multiply(rows, experts)
     product = rows.new_empty(len(rows), form.outputs)
     few = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     for expert, of in _runs(experts):
-        if of.stop - of.start >= MANY_ROWS:
-            product[of] = nn.functional.linear(rows[of], form.dequantised(expert, rows.dtype))
+        if of.stop - of.start >= form.many_from:
+            product[of] = form.multiply_many(rows[of], expert)
             few[of] = False
     if few.any():
         product[few] = form.multiply(rows[few], experts[few])

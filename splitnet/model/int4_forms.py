@@ -11,8 +11,9 @@ from typing import NamedTuple, Self
 import torch
 
 from splitnet.model.grouped_forms import GroupedForm, held_bytes
+from splitnet.model.many_rows import TORCH_INT4_FROM, multiply_by_parts, type_for_many
 from splitnet.model.stored import Codes, Kind, Layout
-from splitnet.model.weight_form import WeightForm, type_for_many
+from splitnet.model.weight_form import WeightForm
 
 GROUP = 32
 """Inputs that share a scale and a zero."""
@@ -22,9 +23,6 @@ _MIDDLE = 8
 _SCALE = torch.bfloat16
 INT4 = Layout(4, GROUP, Kind.BFLOAT16, Kind.BFLOAT16, offset=_MIDDLE)
 _PROBED_INPUTS = 32
-
-_MANY_ROWS = 128
-"""From so many rows on it is faster to make the weight anew than to use the kernel, which is made for few."""
 
 
 class Groups(NamedTuple):
@@ -79,8 +77,8 @@ class KernelInt4(WeightForm):
         return None if groups is None else cls(_pack_for_kernel(groups.codes), groups.scales_and_zeros)
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) >= _MANY_ROWS:
-            return _multiply_many(rows, self)
+        if len(rows) >= TORCH_INT4_FROM:
+            return multiply_by_parts(rows, len(self.packed), [self.dequantised(type_for_many())])
         given = rows.to(torch.bfloat16).contiguous()
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(given, self.packed, GROUP, self.scales_and_zeros)
         return product.to(rows.dtype)
@@ -130,11 +128,6 @@ def kernel_order() -> torch.Tensor | None:
         if torch.equal(tiles, expected) and torch.equal(torch.as_tensor(at), in_order):
             return order
     return None
-
-
-def _multiply_many(rows: torch.Tensor, held: WeightForm) -> torch.Tensor:
-    dtype = type_for_many()
-    return torch.nn.functional.linear(rows.to(dtype), held.dequantised(dtype)).to(rows.dtype)
 
 
 def _steps(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

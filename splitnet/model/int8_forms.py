@@ -7,19 +7,15 @@ from typing import Self
 import torch
 
 from splitnet.model.kernels import multiply_int8
+from splitnet.model.many_rows import TORCH_INT8_FROM, int8_from, multiply_by_parts, outputs_at_a_time, type_for_many
 from splitnet.model.stored import Codes, Kind, Layout
-from splitnet.model.weight_form import WeightForm, type_for_many
+from splitnet.model.weight_form import WeightForm
 
 _LARGEST = 127
 _SCALE = torch.bfloat16
 INT8 = Layout(8, 0, Kind.BFLOAT16, offset=128)
 _KERNEL_INPUTS, _KERNEL_OUTPUTS = 32, 16
 """The kernel reads in vectors and past the end of what is no multiple of them."""
-
-_MANY_ROWS = 48
-"""From so many rows on it is faster to make the weight anew than to use torch's kernel, which is made for few."""
-
-_MANY_ROWS_FOR_OURS = 24
 
 _MOST_INPUTS = 2**16
 """So that sums of products of bytes stay within 32 bits."""
@@ -57,8 +53,9 @@ class DequantisedInt8(WeightForm):
 
     def _multiply_many(self, rows: torch.Tensor) -> torch.Tensor:
         dtype = type_for_many()
-        product = torch.nn.functional.linear(rows.to(dtype), self.codes.to(dtype))  # which are exact in both
-        return (product * self.scales).to(rows.dtype)
+        outputs, inputs = self.codes.shape
+        parts = (part.to(dtype) for part in self.codes.split(outputs_at_a_time(inputs)))  # which are exact in both
+        return multiply_by_parts(rows, outputs, parts).mul_(self.scales)
 
 
 def int8_codes(weight: torch.Tensor) -> Codes | None:
@@ -77,7 +74,7 @@ class CompiledInt8(DequantisedInt8):
         return inputs <= _MOST_INPUTS
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) >= _MANY_ROWS_FOR_OURS:
+        if len(rows) >= int8_from():
             return self._multiply_many(rows)
         return multiply_int8(rows, self.codes, self.scales)
 
@@ -90,7 +87,7 @@ class KernelInt8(DequantisedInt8):
         return inputs % _KERNEL_INPUTS == 0 and outputs % _KERNEL_OUTPUTS == 0
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) >= _MANY_ROWS:
+        if len(rows) >= TORCH_INT8_FROM:
             return self._multiply_many(rows)
         given = rows.to(torch.bfloat16).contiguous()
         return torch.ops.aten._weight_int8pack_mm(given, self.codes, self.scales).to(rows.dtype)

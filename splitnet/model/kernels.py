@@ -115,21 +115,32 @@ def multiply_grouped(
 
 
 def dequantise_grouped(
-    description: torch.Tensor, tiles: torch.Tensor, floats: torch.Tensor, indices: torch.Tensor | None = None
+    description: torch.Tensor, tiles: torch.Tensor, floats: torch.Tensor, indices: torch.Tensor
 ) -> None:
-    """Sets `floats`, float32 `[outputs, inputs]`, to what weights in tiles stand for.
+    """Sets `floats`, float32 `[len(indices), inputs]`, to what some outputs of weights in tiles stand for.
 
     Args:
         description: as `multiply_grouped` takes it.
-        indices: int64: those of the outputs that are wished; None: the first `len(floats)` of the tiles.
+        indices: int64.
 
     Raises:
         IndexError: there is no such output.
     """
-    chosen = None if indices is None else indices.contiguous()
-    at = 0 if chosen is None else chosen.data_ptr()
-    threads = torch.get_num_threads()
-    _kernels.dequantised(description.data_ptr(), tiles.data_ptr(), at, len(floats), floats.data_ptr(), threads)
+    chosen = indices.contiguous()
+    places = (description.data_ptr(), tiles.data_ptr(), chosen.data_ptr(), len(floats), floats.data_ptr())
+    _kernels.dequantised(*places, torch.get_num_threads())
+
+
+def convert_grouped(description: torch.Tensor, tiles: torch.Tensor, numbers: torch.Tensor) -> None:
+    """Sets `numbers`, `[outputs, inputs]`, to what weights in tiles stand for: the first `len(numbers)` outputs.
+
+    Args:
+        description: as `multiply_grouped` takes it.
+        numbers: float32; or bfloat16 where there is a fast kernel for the weights and the CPU `multiplies_bfloat16`.
+    """
+    halves = numbers.dtype == torch.bfloat16
+    places = (description.data_ptr(), tiles.data_ptr(), len(numbers), numbers.data_ptr())
+    _kernels.converted(*places, halves, torch.get_num_threads())
 
 
 def has_kernel_for(weight: torch.Tensor) -> bool:

@@ -134,6 +134,11 @@ class Order:
         return self._code != _ANY
 
     @property
+    def for_integers(self) -> bool:
+        """Whether that kernel multiplies integers."""
+        return self._code <= _TABLE
+
+    @property
     def _code(self) -> int:
         if self.layout.table and self.layout.zero is not Kind.NONE and _table_code(self.layout.table)[0] > _TABLE:
             return _ANY

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Self
 
 import torch
@@ -46,9 +45,3 @@ class WeightForm(nn.Module):
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that it stands for, `[outputs, inputs]`: a new tensor, made at every call."""
         raise NotImplementedError
-
-
-@cache
-def type_for_many() -> torch.dtype:
-    """In which type this CPU multiplies many rows faster: bfloat16 if it has instructions for it, else float32."""
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32

@@ -8,9 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model import grouped_forms, tiles
+from splitnet.model import grouped_forms, many_rows, tiles
 from splitnet.model.grouped_forms import ExpertForm, GroupedForm, JoinedForm, held_bytes, hold_experts, hold_stored
-from splitnet.model.kernels import Kernels, kernels_here, multiply_grouped
+from splitnet.model.kernels import Kernels, convert_grouped, kernels_here, multiplies_bfloat16, multiply_grouped
 from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor, number_of
 from splitnet.model.tiles import Order
 from tests.unit.random_codes import LAYOUTS, codes_of, matrix_of
@@ -72,8 +72,12 @@ def test_steps_too_large_for_half_a_byte_are_kept() -> None:
     assert torch.equal(held.dequantised(torch.float32), codes.floats(LAYOUTS["Q2_K"]))
 
 
-def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix) -> bool:
-    """Whether products are further away than the rounding of the rows, and of sums in float32, allows."""
+def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix, *, many: bool = False) -> bool:
+    """Whether products are further away than the rounding of the rows, and of sums in float32, allows.
+
+    Args:
+        many: they may be multiplied in bfloat16.
+    """
     weight, codes = matrix.floats().double(), matrix.read()
     layout = matrix.layout
     given = rows.double()
@@ -87,7 +91,10 @@ def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix) -> boo
     if zeros is not None:
         parts += number_of(layout.zero, zeros, codes.zero_units, layout.group).double().abs().amax(1)
     allowed = allowed + 2**-22 * given.abs().sum(1, keepdim=True) * (weight.abs().amax(1) + parts)
-    return bool(((products.double() - given @ weight.T).abs() > allowed + 1e-30).any())
+    expected = given @ weight.T
+    if many:
+        allowed = allowed + 2**-8 * (expected.abs() + 2 * (given.abs() @ weight.abs().T))
+    return bool(((products.double() - expected).abs() > allowed + 1e-30).any())
 
 
 @of_both
@@ -98,9 +105,39 @@ def test_products(way: str, layout: Layout, outputs: int, inputs: int, count: in
     rows = rows_of(count, inputs, seed)
     products = held.multiply(rows)
     assert products.shape == (count, outputs) and not far(products, rows, matrix)
-    assert not far(held.multiply(rows.repeat(30, 1))[:count], rows, matrix)
     half = held.multiply(rows.bfloat16())
     assert half.dtype == torch.bfloat16
+
+
+@of_both
+@given(layouts, *sizes, st.integers(10, 600), seeds)
+def test_products_of_many_rows(way: str, layout: Layout, outputs: int, inputs: int, count: int, seed: int) -> None:
+    matrix = matrix_of(layout, outputs, inputs, seed)
+    held = hold_stored([matrix], CPU)
+    rows = rows_of(count, inputs, seed)
+    products = held.multiply(rows)
+    assert products.shape == (count, outputs) and products.dtype == torch.float32
+    assert not far(products, rows, matrix, many=True)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_many_rows_in_parts(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many_rows, "_PART", 2**14)
+    matrix = matrix_of(LAYOUTS[name], 150, 160, 1)
+    rows = rows_of(70, 160, 1)
+    assert not far(hold_stored([matrix], CPU).multiply(rows), rows, matrix, many=True)
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(), reason="for CPUs that multiply bfloat16")
+@given(layouts, *sizes, seeds)
+def test_what_becomes_bfloat16_is_rounded_once(layout: Layout, outputs: int, inputs: int, seed: int) -> None:
+    matrix = matrix_of(layout, outputs, inputs, seed)
+    held = hold_stored([matrix], CPU)
+    assert isinstance(held, GroupedForm)
+    if held.has_fast_kernel:
+        numbers = torch.empty(outputs, inputs, dtype=torch.bfloat16)
+        convert_grouped(held.description, held.tiles, numbers)
+        assert torch.equal(numbers, matrix.floats().bfloat16())
 
 
 @needs_compiled

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peers.placing import SpanWish, fitting_blocks
 from splitnet.errors import OutOfMemory, WeightsError
-from splitnet.model import grouped_forms, weights
+from splitnet.model import grouped_forms, many_rows, weights
 from splitnet.model.adapters import Adapter
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.float_forms import CompiledFloat16, ConvertedFloat16, ConvertedFloat32, PackedFloat16
@@ -252,6 +252,19 @@ def test_a_layer_in_every_form(form: type[WeightForm], shape: tuple[int, int]) -
     many = torch.randn(200, inputs)
     assert relative(layer(many), torch.nn.functional.linear(many, stood_for, bias)) < KERNEL_ROUNDING
     assert layer(rows[:0]).shape == (0, 3, outputs)
+
+
+@needs_compiled
+@pytest.mark.parametrize("form", [CompiledFloat16, CompiledInt8, Int4])
+@pytest.mark.parametrize("count", [1, 23, 24, 31, 32, 47, 48, 63, 64, 65, 257, 600])
+def test_any_number_of_rows(form: type[WeightForm], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(many_rows, "_PART", 2**13)
+    torch.manual_seed(count)
+    held = form.of(torch.randn(77, 96))
+    assert held is not None
+    rows = torch.randn(count, 96)
+    most = 1e-6 if form is CompiledFloat16 else KERNEL_ROUNDING
+    assert relative(held.multiply(rows), rows @ held.dequantised(torch.float32).T) < most
 
 
 def test_integers_are_the_nearest() -> None:

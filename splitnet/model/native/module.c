@@ -3,6 +3,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "converted.h"
 #include "grouped.h"
 #include "products.h"
 #include "step.h"
@@ -153,6 +154,22 @@ static PyObject *dequantised(PyObject *self, PyObject *const *given, Py_ssize_t 
     Py_RETURN_NONE;
 }
 
+/* Takes (description, tiles, how many outputs, numbers, whether they are bfloat16, threads). */
+static PyObject *converted(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    long long numbers[6];
+    if (!read_numbers(given, count, numbers, 6)) return NULL;
+    const Grouped *weight = (const Grouped *)(intptr_t)numbers[0];
+    if (numbers[4] && (!has_bfloats() || weight->code == ANY)) {
+        PyErr_SetString(PyExc_NotImplementedError, "these weights cannot be made bfloat16 on this CPU");
+        return NULL;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    convert_tiles(weight, (const uint8_t *)(intptr_t)numbers[1], (long)numbers[2], (int)numbers[4],
+                  (void *)(intptr_t)numbers[3], numbers[5] < 1 ? 1 : (int)numbers[5]);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
+}
+
 static PyObject *multiply_floats(PyObject *const *given, Py_ssize_t count, Kernel vnni) {
     Job job;
     if (!read_job(given, count, &job)) return NULL;
@@ -216,6 +233,7 @@ static PyMethodDef methods[] = {
     {"int8", (PyCFunction)(void (*)(void))int8, METH_FASTCALL, "Rows times int8 weights."},
     {"grouped", (PyCFunction)(void (*)(void))grouped, METH_FASTCALL, "Rows times weights in the codes of a checkpoint."},
     {"dequantised", (PyCFunction)(void (*)(void))dequantised, METH_FASTCALL, "Such weights as floats."},
+    {"converted", (PyCFunction)(void (*)(void))converted, METH_FASTCALL, "All of such weights, as floats or bfloat16."},
     {"float32", (PyCFunction)(void (*)(void))float32, METH_FASTCALL, "Rows times float32 weights."},
     {"bfloat16", (PyCFunction)(void (*)(void))bfloat16, METH_FASTCALL, "Rows times bfloat16 weights."},
     {"float16", (PyCFunction)(void (*)(void))float16, METH_FASTCALL, "Rows times float16 weights."},
