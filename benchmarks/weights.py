@@ -3,7 +3,7 @@
     python benchmarks/weights.py CHECKPOINT [--kinds float32 float16 int8] [--threads 1 2] [--rounds 5] [--steps 16]
                                  [--tokens 1024]
     python benchmarks/weights.py --random-1b
-    python benchmarks/weights.py --random-half-b
+    python benchmarks/weights.py --random-half-b [--kinds bfloat16 int4/bfloat16]
 
 All kinds are in memory together and are timed in turns, so that a disturbance of the machine meets all of them. The
 median and the fastest of all tokens are told. "Of bandwidth" is the time that the machine needs to read so many bytes
@@ -79,9 +79,10 @@ class Blocks(nn.Module):
 
 
 def load(checkpoint: Checkpoint, kind: str) -> Span:
-    """All blocks; they compute in float32, but for weights that are bfloat16."""
-    dtype = "bfloat16" if kind == "bfloat16" else "float32"
-    return Span.load(checkpoint, 0, checkpoint.num_blocks, dtype=dtype, weights=kind)
+    """All blocks; they compute in float32, but for weights that are bfloat16, and as told after a slash."""
+    weights, _, dtype = kind.partition("/")
+    dtype = dtype or ("bfloat16" if weights == "bfloat16" else "float32")
+    return Span.load(checkpoint, 0, checkpoint.num_blocks, dtype=dtype, weights=weights)
 
 
 Measured = dict[str, dict[int, Times]]
@@ -220,7 +221,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", help="folder or hub id of a checkpoint")
     parser.add_argument("--random-1b", action="store_true", help="a random model with 1.1 billion weights instead")
     parser.add_argument("--random-half-b", action="store_true", help="likewise, with half a billion")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="int4/bfloat16: that computes in bfloat16")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cpu-time", action="store_true", help="count CPU time; with --threads 1")
     parser.add_argument("--rounds", type=int, default=5)

@@ -21,11 +21,12 @@ from splitnet.model.kernels import (
     multiply_grouped,
 )
 from splitnet.model.many_rows import (
+    EXPERTS_FROM,
     PLAIN_LOOPS_FROM,
     codes_from,
     multiply_by_parts,
     outputs_at_a_time,
-    type_for_many,
+    type_of_codes,
 )
 from splitnet.model.stored import Codes, Layout, StoredMatrix, StoredTensor
 from splitnet.model.tiles import CHUNK, TILE, Order
@@ -88,10 +89,9 @@ class GroupedForm(WeightForm):
         """Whether a row, of fewer than `PLAIN_LOOPS_FROM`, gives the same whatever others are with it."""
         return self._has_kernel
 
-    @property
-    def many_from(self) -> int:
-        """From so many rows on `multiply_many` is faster than a kernel."""
-        return codes_from(integers=self.order.for_integers) if self.has_fast_kernel else PLAIN_LOOPS_FROM
+    def many_from(self, dtype: torch.dtype) -> int:
+        """From so many rows of a type on `multiply_many` is faster than a kernel."""
+        return codes_from(dtype, integers=self.order.for_integers) if self.has_fast_kernel else PLAIN_LOOPS_FROM
 
     @property
     def _has_kernel(self) -> bool:
@@ -114,7 +114,7 @@ class GroupedForm(WeightForm):
             IndexError: there is no such expert.
         """
         # Rows of experts are counted by who has sorted them.
-        by_kernel = len(rows) < self.many_from or (experts is not None and self.has_fast_kernel)
+        by_kernel = len(rows) < self.many_from(rows.dtype) or (experts is not None and self.has_fast_kernel)
         if self._has_kernel and by_kernel:
             given = rows.float()
             if self.inputs % CHUNK:
@@ -132,14 +132,13 @@ class GroupedForm(WeightForm):
             products[chosen] = self.multiply_many(rows[chosen], index)
 
     def multiply_many(self, rows: torch.Tensor, expert: int = 0) -> torch.Tensor:
-        """`multiply` by making the weight anew: on CPUs that have instructions for it, many rows in bfloat16.
+        """`multiply` by making the weight anew; see `type_of_codes` for what is rounded.
 
         Args:
             expert: whose weight it is, where the tiles are those of several.
         """
-        on_cpu = rows.device.type == "cpu" and len(rows) >= PLAIN_LOOPS_FROM
-        parts = self._pieces(type_for_many() if on_cpu else rows.dtype, expert)
-        return multiply_by_parts(rows, self.outputs, parts)
+        dtype = type_of_codes(rows) if len(rows) >= PLAIN_LOOPS_FROM else rows.dtype
+        return multiply_by_parts(rows, self.outputs, self._pieces(dtype, expert))
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return self.of_expert(0, dtype)
@@ -240,10 +239,9 @@ class ExpertForm(nn.Module):
         self.outputs = sum(part.outputs for part in parts)
         self.inputs = parts[0].inputs
 
-    @property
-    def many_from(self) -> int:
+    def many_from(self, dtype: torch.dtype) -> int:
         """From so many rows of an expert on `multiply_many` is faster than a kernel."""
-        return max(part.many_from for part in self._each())
+        return min(EXPERTS_FROM, max(part.many_from(dtype) for part in self._each()))
 
     @property
     def nbytes(self) -> int:

@@ -119,12 +119,13 @@ def multiply_by_expert(form: ExpertForm, rows: torch.Tensor, experts: torch.Tens
 
 
 def _multiplied(form: ExpertForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-    if len(rows) < form.many_from:
+    many = form.many_from(rows.dtype)
+    if len(rows) < many:
         return form.multiply(rows, experts)
     product = rows.new_empty(len(rows), form.outputs)
     few = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
     for expert, of in _runs(experts):
-        if of.stop - of.start >= form.many_from:
+        if of.stop - of.start >= many:
             product[of] = form.multiply_many(rows[of], expert)
             few[of] = False
     if few.any():

@@ -26,6 +26,9 @@ TORCH_INT8_FROM = 48
 TORCH_INT4_FROM = 128
 """torch's kernels."""
 
+EXPERTS_FROM = 32
+"""Rows of one expert, whose products in float32 by a kernel are slower from then on."""
+
 _INT8_FROM = 32
 _INTEGERS_FROM = 48
 _OTHERS_FROM = 24
@@ -49,9 +52,19 @@ def int8_from() -> int:
     return _INT8_FROM if type_for_many() == torch.bfloat16 else sys.maxsize
 
 
-def codes_from(*, integers: bool) -> int:
-    """The same of codes in groups for which there is a fast kernel; `integers`: that multiplies integers."""
-    if type_for_many() != torch.bfloat16:
+def type_of_codes(rows: torch.Tensor) -> torch.dtype:
+    """In which type many rows are multiplied with codes in groups: none is rounded to less than it has."""
+    return type_for_many() if rows.device.type == "cpu" and rows.dtype == torch.bfloat16 else rows.dtype
+
+
+def codes_from(dtype: torch.dtype, *, integers: bool) -> int:
+    """The same of codes in groups for which there is a fast kernel.
+
+    Args:
+        dtype: of the rows.
+        integers: the kernel multiplies integers.
+    """
+    if dtype != torch.bfloat16 or type_for_many() != torch.bfloat16:
         return sys.maxsize
     return _INTEGERS_FROM if integers else _OTHERS_FROM
 

@@ -105,6 +105,7 @@ def test_products(way: str, layout: Layout, outputs: int, inputs: int, count: in
     rows = rows_of(count, inputs, seed)
     products = held.multiply(rows)
     assert products.shape == (count, outputs) and not far(products, rows, matrix)
+    assert not far(held.multiply(rows.repeat(30, 1))[:count], rows, matrix)
     half = held.multiply(rows.bfloat16())
     assert half.dtype == torch.bfloat16
 
@@ -114,9 +115,9 @@ def test_products(way: str, layout: Layout, outputs: int, inputs: int, count: in
 def test_products_of_many_rows(way: str, layout: Layout, outputs: int, inputs: int, count: int, seed: int) -> None:
     matrix = matrix_of(layout, outputs, inputs, seed)
     held = hold_stored([matrix], CPU)
-    rows = rows_of(count, inputs, seed)
+    rows = rows_of(count, inputs, seed).bfloat16()
     products = held.multiply(rows)
-    assert products.shape == (count, outputs) and products.dtype == torch.float32
+    assert products.shape == (count, outputs) and products.dtype == torch.bfloat16
     assert not far(products, rows, matrix, many=True)
 
 
@@ -124,7 +125,7 @@ def test_products_of_many_rows(way: str, layout: Layout, outputs: int, inputs: i
 def test_many_rows_in_parts(way: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many_rows, "_PART", 2**14)
     matrix = matrix_of(LAYOUTS[name], 150, 160, 1)
-    rows = rows_of(70, 160, 1)
+    rows = rows_of(70, 160, 1).bfloat16()
     assert not far(hold_stored([matrix], CPU).multiply(rows), rows, matrix, many=True)
 
 
