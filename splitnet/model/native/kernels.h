@@ -326,23 +326,23 @@ INLINE TARGET void NAMED(all_numbers)(const Grouped *weight, const Panel *panel,
 
 /* ---- weights in tiles: codes for integers ---- */
 
-/* Bits of bytes, moved by `by` to the left, or to the right where it is negative. */
-INLINE TARGET Bytes NAMED(moved)(Bytes bytes, int by, int mask) {
+/* Bits of the bytes of a vector that is stored here, moved by `by` to the left, or to the right where it is negative. */
+INLINE TARGET Bytes NAMED(moved)(const uint8_t *at, int by, int mask) {
+    Bytes bytes = NAMED(load)(at);
     Bytes there = by > 0 ? (Bytes)((UWords)bytes << by) : by < 0 ? (Bytes)((UWords)bytes >> -by) : bytes;
     return there & NAMED(splat_byte)(mask);
 }
 
-/* One of the eight vectors of codes of a chunk; `planes`: all that it has. */
-INLINE TARGET Bytes NAMED(codes_of)(int bits, const Bytes *planes, int vector) {
+/* One of the eight vectors of codes of a chunk, or a part of it. */
+INLINE TARGET Bytes NAMED(codes_of)(int bits, const uint8_t *at, int vector) {
+    const uint8_t *quarter = at + vector / 4 * VECTOR, *half = at + vector / 2 * VECTOR;
     switch (bits) {
-    case 2: return NAMED(moved)(planes[vector / 4], -2 * (vector % 4), 3);
-    case 3: return NAMED(moved)(planes[vector / 4], -2 * (vector % 4), 3) | NAMED(moved)(planes[2], 2 - vector, 4);
-    case 4: return NAMED(moved)(planes[vector / 2], -4 * (vector % 2), 15);
-    case 5: return NAMED(moved)(planes[vector / 2], -4 * (vector % 2), 15) | NAMED(moved)(planes[4], 4 - vector, 16);
-    case 6:
-        return NAMED(moved)(planes[vector / 2], -4 * (vector % 2), 15) |
-               NAMED(moved)(planes[4 + vector / 4], 4 - 2 * (vector % 4), 48);
-    default: return planes[vector];
+    case 2: return NAMED(moved)(quarter, -2 * (vector % 4), 3);
+    case 3: return NAMED(moved)(quarter, -2 * (vector % 4), 3) | NAMED(moved)(at + 2 * VECTOR, 2 - vector, 4);
+    case 4: return NAMED(moved)(half, -4 * (vector % 2), 15);
+    case 5: return NAMED(moved)(half, -4 * (vector % 2), 15) | NAMED(moved)(at + 4 * VECTOR, 4 - vector, 16);
+    case 6: return NAMED(moved)(half, -4 * (vector % 2), 15) | NAMED(moved)(quarter + 4 * VECTOR, 4 - 2 * (vector % 4), 48);
+    default: return NAMED(load)(at + vector * VECTOR);
     }
 }
 
@@ -355,37 +355,38 @@ INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets
     for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * VECTOR + AHEAD);
     const int paired = PAIRED && bits < 8 && !table;
     const int many = bits == 6 ? 2 : bits == 5 || small ? 4 : 8; /* vectors whose products are summed in 16 bits */
-#pragma GCC unroll 4
-    for (int part = 0; part < PARTS; part++) {
-        Bytes planes[8];
+    Words uppers[ROWS][PARTS], lowers[ROWS][PARTS];
 #pragma GCC unroll 8
-        for (int i = 0; i < bits; i++) planes[i] = NAMED(load)(codes + i * VECTOR + part * WIDE);
-        Words uppers[ROWS], lowers[ROWS];
-#pragma GCC unroll 8
-        for (int vector = 0; vector < 8; vector++) {
-            Bytes code = NAMED(codes_of)(bits, planes, vector);
-            if (table) code = V(look_up)(values, code);
-            else if (SIGNED && bits == 8) code ^= NAMED(splat_byte)(0x80);
-            const int set = sets == 1 ? 0 : small ? vector / 4 : vector % 2;
+    for (int vector = 0; vector < 8; vector++) {
+        const int set = sets == 1 ? 0 : small ? vector / 4 : vector % 2;
+        Bytes code[PARTS];
 #pragma GCC unroll 4
-            for (int r = 0; r < count; r++) {
-                Bytes high = NAMED(four_bytes)(from->high + r * from->stride + vector * 4);
-                Bytes low = NAMED(four_bytes)(from->low + r * from->stride + vector * 4);
+        for (int part = 0; part < PARTS; part++) {
+            code[part] = NAMED(codes_of)(bits, codes + part * WIDE, vector);
+            if (table) code[part] = V(look_up)(values, code[part]);
+            else if (SIGNED && bits == 8) code[part] ^= NAMED(splat_byte)(0x80);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < count; r++) {
+            Bytes high = NAMED(four_bytes)(from->high + r * from->stride + vector * 4);
+            Bytes low = NAMED(four_bytes)(from->low + r * from->stride + vector * 4);
+#pragma GCC unroll 4
+            for (int part = 0; part < PARTS; part++) {
 #if PAIRED
                 if (paired) {
-                    if (vector % many == 0) uppers[r] = lowers[r] = (Words)V(splat_int)(0);
-                    uppers[r] = pairs_avx2(uppers[r], code, high);
-                    lowers[r] = pairs_avx2(lowers[r], code, low);
+                    if (vector % many == 0) uppers[r][part] = lowers[r][part] = (Words)V(splat_int)(0);
+                    uppers[r][part] = pairs_avx2(uppers[r][part], code[part], high);
+                    lowers[r][part] = pairs_avx2(lowers[r][part], code[part], low);
                     if ((vector + 1) % many) continue;
-                    upper[r][set][part] = with_pairs_avx2(upper[r][set][part], uppers[r]);
-                    lower[r][set][part] = with_pairs_avx2(lower[r][set][part], lowers[r]);
+                    upper[r][set][part] = with_pairs_avx2(upper[r][set][part], uppers[r][part]);
+                    lower[r][set][part] = with_pairs_avx2(lower[r][set][part], lowers[r][part]);
                     continue;
                 }
 #else
                 (void)paired, (void)many, (void)uppers, (void)lowers;
 #endif
-                upper[r][set][part] = DOT(upper[r][set][part], code, high);
-                lower[r][set][part] = DOT(lower[r][set][part], code, low);
+                upper[r][set][part] = DOT(upper[r][set][part], code[part], high);
+                lower[r][set][part] = DOT(lower[r][set][part], code[part], low);
             }
         }
     }

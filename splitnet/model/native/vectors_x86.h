@@ -69,11 +69,15 @@ INLINE AVX2 Floats_256 look_up_float_256(FloatTable_256 table, Ints_256 places) 
 /* AVX2 adds two products of a byte without sign and one with sign in 16 bits, and cuts off what is larger: the first are to
 be at most 128, or 127 * 255 * 2 would be. Some sums of narrow codes are added in 16 bits, too. */
 INLINE AVX2 Words_256 pairs_avx2(Words_256 sums, Bytes_256 codes, Bytes_256 numbers) {
-    return sums + (Words_256)_mm256_maddubs_epi16((__m256i)codes, (__m256i)numbers);
+    sums += (Words_256)_mm256_maddubs_epi16((__m256i)codes, (__m256i)numbers);
+    __asm__("" : "+x"(sums)); /* or the compiler adds in another order, for which it keeps all products in memory */
+    return sums;
 }
 
 INLINE AVX2 Ints_256 with_pairs_avx2(Ints_256 sums, Words_256 pairs) {
-    return sums + (Ints_256)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+    sums += (Ints_256)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+    __asm__("" : "+x"(sums));
+    return sums;
 }
 
 /* Of codes with sign, down to -128. */
