@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from splitnet.doctor.finding import Finding, failed, passed, warned
-from splitnet.errors import KeyFileError
+from splitnet.errors import KernelsError, KeyFileError
 from splitnet.net.identity import Identity, default_key_file
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")

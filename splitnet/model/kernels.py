@@ -39,7 +39,9 @@ def use_path(name: str) -> None:
         KernelsError: the kernels were not compiled, there is no such path, or this CPU lacks its instructions.
     """
     if _kernels is None:
-        raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels were not compiled here: leave it out")
+        raise KernelsError(
+            f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels were not compiled here: leave it out"
+        )
     paths = dict(_kernels.paths())
     here = ", ".join(path for path, is_here in paths.items() if is_here)
     if name not in paths:

@@ -41,7 +41,9 @@ def path(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 each_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-needs_floats = pytest.mark.parametrize("path", [each for each in kernels.paths_here() if each != "plain"], indirect=True)
+needs_floats = pytest.mark.parametrize(
+    "path", [each for each in kernels.paths_here() if each != "plain"], indirect=True
+)
 
 
 def rows_of(count: int, length: int, seed: int) -> torch.Tensor:
@@ -127,7 +129,9 @@ def test_threads_share_the_outputs(threads: int) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-@pytest.mark.parametrize(("outputs", "inputs", "count"), [(16, 64, 1), (33, 640, 2), (70, 1300, 9), (5, 96, 3), (20, 48, 4)])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "count"), [(16, 64, 1), (33, 640, 2), (70, 1300, 9), (5, 96, 3), (20, 48, 4)]
+)
 def test_codes(name: str, outputs: int, inputs: int, count: int) -> None:
     matrix = matrix_of(LAYOUTS[name], outputs, inputs, 3)
     held = hold_stored([matrix], torch.device("cpu"))
@@ -136,7 +140,9 @@ def test_codes(name: str, outputs: int, inputs: int, count: int) -> None:
     assert torch.equal(held.dequantised(torch.float32), matrix.floats())
 
 
-@pytest.mark.parametrize(("name", "reason"), [("avx3", "there are no such kernels"), ("avx-vnni", "no instructions for")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("avx3", "there are no such kernels"), ("avx-vnni", "no instructions for")]
+)
 def test_a_path_that_cannot_be_used_is_refused_by_name(name: str, reason: str, path: str) -> None:
     if name in kernels.paths_here() or path != kernels.PLAIN_PATH:
         pytest.skip("it can be used, or was refused already")
