@@ -28,6 +28,10 @@ class WeightsError(SplitnetError):
     """Blocks cannot hold their weights in the form that was asked for."""
 
 
+class KernelsError(SplitnetError):
+    """There are no such kernels for this CPU as were asked for."""
+
+
 class UnsupportedParameter(SplitnetError, ValueError):
     """A parameter of `generate()` or `forward()` asks for what cannot be had with remote blocks."""
 

@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from splitnet.doctor.finding import Finding, failed, passed, warned
-from splitnet.errors import KeyFileError
+from splitnet.errors import KernelsError, KeyFileError
 from splitnet.net.identity import Identity, default_key_file
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -78,12 +78,14 @@ def devices() -> Finding:
 def kernels() -> Finding:
     """Whether splitnet's own kernels are there, and for this CPU."""
     try:
-        from splitnet.model.kernels import Kernels, kernels_here
+        from splitnet.model.kernels import Kernels, kernels_here, path_in_use
     except (ImportError, OSError) as error:
         return failed("kernels", f"torch cannot be loaded ({error}): install it again, see https://pytorch.org")
+    except KernelsError as error:
+        return failed("kernels", str(error))
     return {
-        Kernels.FAST: passed("kernels", "compiled, for a CPU such as this one"),
-        Kernels.PLAIN: passed("kernels", "compiled, but not for this CPU: torch's are used where it has some"),
+        Kernels.FAST: passed("kernels", f"compiled; {path_in_use()} is used"),
+        Kernels.PLAIN: passed("kernels", "compiled; plain loops are used, and torch's kernels where it has some"),
         Kernels.NONE: warned(
             "kernels",
             "not compiled, so CPUs decode more slowly: install a C compiler and Python's headers (Debian: apt install "

@@ -1,18 +1,27 @@
 """Products of a few rows with held weights, by the kernels of `native/`, where they were compiled.
 
 pip compiles them when it finds a C compiler and Python's headers. Without them torch's own kernels are used, which read
-integer weights at about half the speed.
+integer weights at about half the speed. There is a path for each kind of instructions (`native/paths.h`); the best that
+this CPU has is used, or the one that the environment variable `SPLITNET_KERNELS` names.
 """
 
 from __future__ import annotations
 
+import os
 import platform
 from enum import Enum
-from functools import cache
 from importlib import import_module
 from typing import Any
 
 import torch
+
+from splitnet.errors import KernelsError
+
+PATH_VARIABLE = "SPLITNET_KERNELS"
+"""Names the path that is to be used."""
+
+PLAIN_PATH = "plain"
+"""Loops for any CPU."""
 
 _FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Names of the kernels."""
@@ -21,6 +30,39 @@ try:
     _kernels: Any = import_module("splitnet.model._kernels")
 except ImportError:
     _kernels = None
+
+
+def use_path(name: str) -> None:
+    """Uses this path from now on. Weights that are held for another may be multiplied by plain loops.
+
+    Raises:
+        KernelsError: the kernels were not compiled, there is no such path, or this CPU lacks its instructions.
+    """
+    if _kernels is None:
+        raise KernelsError(
+            f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels were not compiled here: leave it out"
+        )
+    paths = dict(_kernels.paths())
+    here = ", ".join(path for path, is_here in paths.items() if is_here)
+    if name not in paths:
+        raise KernelsError(f"{PATH_VARIABLE} names {name!r}, and there are no such kernels: use one of {here}")
+    if not paths[name]:
+        raise KernelsError(f"{PATH_VARIABLE} names {name!r}, which this CPU has no instructions for: use one of {here}")
+    _kernels.use(name)
+
+
+if os.environ.get(PATH_VARIABLE):
+    use_path(os.environ[PATH_VARIABLE])
+
+
+def paths_here() -> list[str]:
+    """The paths that this CPU has the instructions for, best first; none where they were not compiled."""
+    return [] if _kernels is None else [path for path, is_here in _kernels.paths() if is_here]
+
+
+def path_in_use() -> str | None:
+    """The name of the path that is used; None: they were not compiled."""
+    return None if _kernels is None else _kernels.in_use()
 
 
 class Kernels(Enum):
@@ -35,26 +77,30 @@ def kernels_here() -> Kernels:
     """What there is of them on this machine."""
     if _kernels is None:
         return Kernels.NONE
-    return Kernels.FAST if _kernels.is_fast() else Kernels.PLAIN
+    return Kernels.PLAIN if path_in_use() == PLAIN_PATH else Kernels.FAST
 
 
 def has_integer_kernels() -> bool:
     """Whether there are compiled kernels for integers, and nothing faster for this CPU.
 
-    On x86 they are written for AVX512 with VNNI, and without it torch's are faster; elsewhere torch has none.
+    On x86 torch's are faster than plain loops; elsewhere torch has none.
     """
     kernels = kernels_here()
     return kernels is Kernels.FAST or (kernels is Kernels.PLAIN and platform.machine() not in ("x86_64", "AMD64"))
 
 
-def has_fast_kernels() -> bool:
-    """Whether this CPU can run what has no plain loops: kernels for floats, and steps through whole blocks."""
+def has_float_kernels() -> bool:
+    """Whether there are kernels for floats, which have no plain loops."""
     return kernels_here() is Kernels.FAST
 
 
-@cache
+def has_fast_kernels() -> bool:
+    """Whether there are steps through whole blocks, which take AVX512 with VNNI."""
+    return _kernels is not None and _kernels.has_steps()
+
+
 def multiplies_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in pairs, for which codes of E4M3 lie in another order."""
+    """Whether the path in use multiplies bfloat16 in pairs, for which codes of E4M3 lie in another order."""
     return _kernels is not None and _kernels.has_bfloat16()
 
 
@@ -145,7 +191,7 @@ def convert_grouped(description: torch.Tensor, tiles: torch.Tensor, numbers: tor
 
 def has_kernel_for(weight: torch.Tensor) -> bool:
     """Whether `multiply_floats` takes this weight."""
-    return has_fast_kernels() and weight.device.type == "cpu" and weight.dtype in _FLOATS and weight.is_contiguous()
+    return has_float_kernels() and weight.device.type == "cpu" and weight.dtype in _FLOATS and weight.is_contiguous()
 
 
 def multiply_floats(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from splitnet.model.float_forms import (
 )
 from splitnet.model.int4_forms import Int4, KernelInt4
 from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
-from splitnet.model.kernels import has_fast_kernels, has_integer_kernels
+from splitnet.model.kernels import has_float_kernels, has_integer_kernels
 from splitnet.model.weight_form import WeightForm
 
 AUTO = "auto"
@@ -104,7 +104,7 @@ def _of_kind(kind: str, wished: torch.dtype | None, stored: torch.dtype, device:
             f"--weights {name_of(wished)}"
         )
     if held == torch.bfloat16:
-        return Weights(kind, wished, (CompiledBfloat16 if _has_fast_kernels(device) else ConvertedBfloat16,))
+        return Weights(kind, wished, (CompiledBfloat16 if _has_float_kernels(device) else ConvertedBfloat16,))
     return Weights(kind, wished, _float16_forms(device))
 
 
@@ -129,13 +129,13 @@ def _fastest(dtype: torch.dtype, device: torch.device) -> str:
 
 
 def _float16_forms(device: torch.device) -> tuple[type[WeightForm], ...]:
-    if _has_fast_kernels(device):
+    if _has_float_kernels(device):
         return (CompiledFloat16,)
     return (PackedFloat16, ConvertedFloat16) if has_kernels(device) else (ConvertedFloat16,)
 
 
-def _has_fast_kernels(device: torch.device) -> bool:
-    return device.type == "cpu" and has_fast_kernels()
+def _has_float_kernels(device: torch.device) -> bool:
+    return device.type == "cpu" and has_float_kernels()
 
 
 def _integer_forms(kind: str, device: torch.device) -> tuple[type[WeightForm], ...]:

@@ -71,7 +71,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Whose kernels are used: splitnet's compiled ones, torch's, or none."""
     if request.param != "compiled":
         monkeypatch.setattr(weights, "has_integer_kernels", lambda: False)
-        monkeypatch.setattr(weights, "has_fast_kernels", lambda: False)
+        monkeypatch.setattr(weights, "has_float_kernels", lambda: False)
         monkeypatch.setattr(grouped_forms, "kernels_here", lambda: Kernels.NONE)
     elif not (has_integer_kernels() and has_fast_kernels()):
         pytest.skip("splitnet's kernels were not compiled here, or not for this CPU")

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitnet.model import kernels
 from splitnet.model.int8_forms import CompiledInt8
 from splitnet.model.kernels import multiply_floats, multiply_int8
+from tests.unit.random_codes import LAYOUTS, matrix_of
+from tests.unit.test_grouped_forms import far, hold_stored
 
-pytestmark = pytest.mark.skipif(not kernels.has_fast_kernels(), reason="the kernels were not compiled for this CPU")
+pytestmark = pytest.mark.skipif(not kernels.has_float_kernels(), reason="the kernels were not compiled for this CPU")
 
 LARGEST = 255 * 127 + 127
 """What the largest value of a row becomes."""
@@ -21,6 +28,22 @@ inputs = st.integers(1, 200)
 counts = st.integers(1, 9)
 seeds = st.integers(0, 2**31)
 both = pytest.mark.parametrize("plainly", [False, True])
+
+
+@pytest.fixture(params=kernels.paths_here(), autouse=True)
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each that this CPU has the instructions for."""
+    before = kernels.path_in_use()
+    assert before is not None
+    kernels.use_path(request.param)
+    yield request.param
+    kernels.use_path(before)
+
+
+each_path = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+needs_floats = pytest.mark.parametrize(
+    "path", [each for each in kernels.paths_here() if each != "plain"], indirect=True
+)
 
 
 def rows_of(count: int, length: int, seed: int) -> torch.Tensor:
@@ -39,6 +62,7 @@ def most(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @both
+@each_path
 @given(outputs, inputs, counts, seeds)
 def test_int8(plainly: bool, outputs: int, inputs: int, count: int, seed: int) -> None:
     rows = rows_of(count, inputs, seed)
@@ -50,6 +74,8 @@ def test_int8(plainly: bool, outputs: int, inputs: int, count: int, seed: int) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@needs_floats
+@each_path
 @given(outputs, inputs, counts, seeds)
 def test_floats(dtype: torch.dtype, outputs: int, inputs: int, count: int, seed: int) -> None:
     rows = rows_of(count, inputs, seed)
@@ -80,6 +106,7 @@ def test_largest_numbers_do_not_overflow() -> None:
         assert multiply_int8(rows, held.codes, held.scales, plainly=plainly).item() == pytest.approx(2**15, rel=1e-2)
 
 
+@needs_floats
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_share_the_outputs(threads: int) -> None:
     rows = torch.randn(2, 96)
@@ -99,3 +126,29 @@ def test_threads_share_the_outputs(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "count"), [(16, 64, 1), (33, 640, 2), (70, 1300, 9), (5, 96, 3), (20, 48, 4)]
+)
+def test_codes(name: str, outputs: int, inputs: int, count: int) -> None:
+    matrix = matrix_of(LAYOUTS[name], outputs, inputs, 3)
+    held = hold_stored([matrix], torch.device("cpu"))
+    rows = rows_of(count, inputs, 5)
+    assert not far(held.multiply(rows), rows, matrix)
+    assert torch.equal(held.dequantised(torch.float32), matrix.floats())
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"), [("avx3", "there are no such kernels"), ("avx-vnni", "no instructions for")]
+)
+def test_a_path_that_cannot_be_used_is_refused_by_name(name: str, reason: str, path: str) -> None:
+    if name in kernels.paths_here() or path != kernels.PLAIN_PATH:
+        pytest.skip("it can be used, or was refused already")
+    program = "from splitnet.model import kernels"
+    environment = {**os.environ, kernels.PATH_VARIABLE: name}
+    ran = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert ran.returncode and name in ran.stderr and "use one of" in ran.stderr
+    ran = subprocess.run([sys.executable, "-c", program], env={**environment, kernels.PATH_VARIABLE: path})
+    assert ran.returncode == 0

@@ -160,9 +160,10 @@ CONVERT_TILE(bfloat_tile, BFLOATS, uint16_t, store_bfloats)
 #endif
 #endif
 
-/* `bfloats`: the numbers are bfloat16, which only CPUs make that `has_bfloats`. */
-static void convert_tiles(const Grouped *weight, const uint8_t *tiles, long outputs, int bfloats, void *to, int threads) {
-    const int fast = has_vnni() && weight->code != ANY;
+/* `path`: in use; `bfloats`: the numbers are bfloat16, which only the path makes that multiplies them. */
+static void convert_tiles(const Path *path, const Grouped *weight, const uint8_t *tiles, long outputs, int bfloats, void *to,
+                          int threads) {
+    const int fast = is_avx512(path) && weight->code != ANY;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long output = 0; output < outputs; output += TILE) {
         const uint8_t *tile = tiles + output / TILE * weight->tile_bytes;
@@ -180,7 +181,7 @@ static void convert_tiles(const Grouped *weight, const uint8_t *tiles, long outp
         }
 #endif
         (void)fast, (void)bfloats;
-        dequantise(weight, tile, 0, lanes, (float *)to + at);
+        path->dequantise(weight, tile, 0, lanes, (float *)to + at);
     }
 }
 

@@ -189,7 +189,7 @@ static void grouped_plainly(const GroupedJob *job, const Quantised *unused, cons
 }
 
 /* Makes floats of some lanes of a tile, `[lanes, inputs]`, rounded as `Codes.floats` rounds them. */
-static void dequantise_plainly(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+INLINE void dequantise_loops(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
     uint8_t codes[CHUNK * TILE];
     float scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
     for (long first = 0; first < weight->inputs; first += weight->panel) {
@@ -217,6 +217,38 @@ static void dequantise_plainly(const Grouped *weight, const uint8_t *at, long la
         }
         at = end_of(weight, &panel);
     }
+}
+
+static void dequantise_plainly(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+    dequantise_loops(weight, at, lane, lanes, to);
+}
+
+/* ---- what all kernels use that are made for some CPUs ---- */
+
+/* Scales or zeros of a panel. */
+typedef struct {
+    const uint8_t *at, *units;
+    long each, count; /* groups that share a unit, and all */
+    float *to;
+} Numbers;
+
+/* Rows of numbers from which a block takes the same place. */
+typedef struct {
+    const int8_t *high, *low;
+    const float *sums, *pairs;
+    long stride; /* of the first two, SUMMED times that of the sums, twice that of the pairs */
+} Numbered;
+
+/* What bytes without sign are too large by. */
+INLINE float base_of(const Grouped *weight) {
+    return weight->code == PLAIN ? (float)weight->offset : weight->code == TABLE ? 128 : 0;
+}
+
+/* What kernels take rows as. */
+enum taken { AS_FLOATS, AS_INTEGERS, AS_BFLOATS };
+
+INLINE enum taken taken_by(const Grouped *weight) {
+    return weight->code <= TABLE ? AS_INTEGERS : weight->code == E4M3 && !weight->pairs ? AS_BFLOATS : AS_FLOATS;
 }
 
 /* The bytes of E4M3's codes without sign as bfloat16 (the lower ones, then the upper ones), 256 times too small. */
@@ -258,13 +290,6 @@ INLINE VNNI __m512 sixteen_numbers(enum number kind, const uint8_t *at) {
     default: return _mm512_setzero_ps();
     }
 }
-
-/* Scales or zeros of a panel. */
-typedef struct {
-    const uint8_t *at, *units;
-    long each, count; /* groups that share a unit, and all */
-    float *to;
-} Numbers;
 
 /* Scales times `factor`, or where `scales` are given zeros less `base` times them. */
 INLINE VNNI void convert(enum number kind, const Numbers *these, float factor, const float *scales, float base, float offset) {
@@ -317,11 +342,6 @@ VNNI static void convert_zeros(enum number kind, const Numbers *these, float fac
     case UPPER_STEPS: convert(UPPER_STEPS, these, factor, scales, base, offset); break;
     default: convert(CODES, these, factor, scales, base, offset);
     }
-}
-
-/* What bytes without sign are too large by. */
-INLINE float base_of(const Grouped *weight) {
-    return weight->code == PLAIN ? (float)weight->offset : weight->code == TABLE ? 128 : 0;
 }
 
 /* Scales and zeros of a panel so that they go with bytes without sign, and one more, that is 0, of each. */
@@ -392,13 +412,6 @@ INLINE VNNI __m512 with_group(__m512 sums, __m512i upper, __m512i lower, const f
     sums = _mm512_fmadd_ps(_mm512_loadu_ps(zero), _mm512_set1_ps(total), sums);
     return _mm512_fmadd_ps(_mm512_loadu_ps(scale), dot, sums);
 }
-
-/* Rows of numbers from which a block takes the same place. */
-typedef struct {
-    const int8_t *high, *low;
-    const float *sums, *pairs;
-    long stride; /* of the first two, SUMMED times that of the sums, twice that of the pairs */
-} Numbered;
 
 /* Adds to `upper` and `lower` the products with a chunk of codes; `sets`: of sums, which vectors take in turns, or, with
 groups of 16 inputs, one after the other. */
@@ -691,13 +704,6 @@ BFLOATS static void e4m3_bfloat(const GroupedJob *job, const Quantised *rows, co
 #define e4m3_bfloat e4m3
 #endif
 
-/* What kernels take rows as. */
-enum taken { AS_FLOATS, AS_INTEGERS, AS_BFLOATS };
-
-INLINE enum taken taken_by(const Grouped *weight) {
-    return weight->code <= TABLE ? AS_INTEGERS : weight->code == E4M3 && !weight->pairs ? AS_BFLOATS : AS_FLOATS;
-}
-
 /* Makes `numbers` of rows; there is room for them, see `prepare`. */
 VNNI static void take_rows(enum taken taken, const float *rows, long count, long inputs, Quantised *numbers) {
     Job job = {.rows = rows, .count = count, .inputs = inputs};
@@ -750,31 +756,26 @@ VNNI static void dequantise_vnni(const Grouped *weight, const uint8_t *at, long 
 
 /* ---- how they are run ---- */
 
-static void dequantise(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
-#ifdef HAVE_VNNI
-    if (has_vnni() && weight->group != 8) {
-        dequantise_vnni(weight, at, lane, lanes, to);
-        return;
-    }
-#endif
-    dequantise_plainly(weight, at, lane, lanes, to);
-}
-
 typedef void (*GroupedKernel)(const GroupedJob *, const Quantised *, const Run *, long, long);
 
-static GroupedKernel grouped_kernel(const Grouped *weight, int plainly) {
-#ifdef HAVE_VNNI
-    static const GroupedKernel plain[] = {NULL,      NULL,     two_bits, three_bits, four_bits,
-                                          five_bits, six_bits, NULL,     eight_bits};
-    if (!plainly && has_vnni()) switch (weight->code) {
-        case PLAIN: return plain[weight->bits];
-        case TABLE: return table_bits;
-        case FLOAT_TABLE: return float_table;
-        case E4M3: return weight->pairs ? e4m3 : e4m3_bfloat;
-        case E5M2: return e5m2;
-        }
-#endif
-    return grouped_plainly;
+/* Kernels for one kind of instructions. What is NULL is left to plain loops, or, of floats, to others than these kernels. */
+typedef struct {
+    const char *name;
+    int (*is_here)(void); /* whether this CPU has the instructions */
+    void (*quantise)(const Job *, const Quantised *);
+    void (*split)(const Job *, const Quantised *); /* for `bfloats` */
+    Kernel int8, floats[3];                        /* the latter by `enum kind` */
+    GroupedKernel plain[9];                        /* by bits */
+    GroupedKernel coded[ANY + 1];                  /* by `enum code`; of E4M3 in pairs */
+    GroupedKernel bfloats;                         /* E4M3 that is not in pairs */
+    void (*dequantise)(const Grouped *, const uint8_t *, long, long, float *);
+} Path;
+
+static GroupedKernel kernel_of(const Path *path, const Grouped *weight) {
+    GroupedKernel found = path->coded[weight->code];
+    if (weight->code == PLAIN) found = path->plain[weight->bits];
+    if (weight->code == E4M3 && !weight->pairs) found = path->bfloats;
+    return found ? found : grouped_plainly;
 }
 
 /* Neighbours with the same expert make a run. Gives 0 where there is no such expert. */
@@ -791,8 +792,7 @@ static int find_runs(const uint8_t *tiles, int64_t expert_bytes, const int64_t *
 }
 
 /* Every thread computes some of the tiles, of all runs. */
-static void run_grouped(const GroupedJob *job, const Quantised *rows, const Run *runs, long many, int plainly) {
-    GroupedKernel kernel = grouped_kernel(job->weight, plainly);
+static void run_tiles(GroupedKernel kernel, const GroupedJob *job, const Quantised *rows, const Run *runs, long many) {
     long tiles = parts_of(job->weight->outputs, TILE), threads = job->threads < 1 ? 1 : job->threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long thread = 0; thread < threads; thread++)
@@ -804,5 +804,30 @@ static void run_grouped(const GroupedJob *job, const Quantised *rows, const Run 
             }
         }
 }
+
+#ifdef HAVE_VNNI
+VNNI static void dequantise_groups_vnni(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+    (weight->group == 8 ? dequantise_plainly : dequantise_vnni)(weight, at, lane, lanes, to);
+}
+
+#define AVX512                                                                                                            \
+    .quantise = quantise_vnni, .int8 = int8_vnni, .floats = {float32_vnni, bfloat16_vnni, float16_vnni},                  \
+    .plain = {NULL, NULL, two_bits, three_bits, four_bits, five_bits, six_bits, NULL, eight_bits},                        \
+    .coded = {[TABLE] = table_bits, [FLOAT_TABLE] = float_table, [E4M3] = e4m3, [E5M2] = e5m2},                           \
+    .dequantise = dequantise_groups_vnni
+
+static const Path avx512 = {.name = "avx512", .is_here = has_vnni, AVX512};
+static const Path avx512_bf16 = {
+    .name = "avx512-bf16", .is_here = has_bfloats, .split = split_rows, .bfloats = e4m3_bfloat, AVX512};
+
+static int is_avx512(const Path *path) { return path == &avx512 || path == &avx512_bf16; }
+
+/* As steps call it. */
+INLINE void run_grouped(const GroupedJob *job, const Quantised *rows, const Run *runs, long many, int plainly) {
+    run_tiles(plainly ? grouped_plainly : kernel_of(&avx512_bf16, job->weight), job, rows, runs, many);
+}
+#else
+static int is_avx512(const Path *path) { return (void)path, 0; }
+#endif
 
 #endif

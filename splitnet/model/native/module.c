@@ -4,9 +4,10 @@
 #include <Python.h>
 
 #include "converted.h"
-#include "grouped.h"
-#include "products.h"
+#include "paths.h"
 #include "step.h"
+
+static const Path *path = &plain; /* in use */
 
 static int read_numbers(PyObject *const *given, Py_ssize_t count, long long *numbers, int wanted) {
     if (count != wanted) {
@@ -37,43 +38,23 @@ static int read_job(PyObject *const *given, Py_ssize_t count, Job *job) {
     return 1;
 }
 
-static void quantise(const Job *job, const Quantised *rows, int fast) {
-#ifdef HAVE_VNNI
-    if (fast) {
-        quantise_vnni(job, rows);
-        return;
-    }
-#endif
-    (void)fast;
-    quantise_plainly(job, rows);
-}
-
-static PyObject *multiply_int8(PyObject *const *given, Py_ssize_t count, Kernel vnni) {
+static PyObject *multiply_int8(PyObject *const *given, Py_ssize_t count, const Path *by) {
     Job job;
     Quantised rows;
     if (!read_job(given, count, &job)) return NULL;
     if (!prepare(&job, &rows)) return PyErr_NoMemory();
-    int fast = vnni != NULL && has_vnni();
     Py_BEGIN_ALLOW_THREADS
-    quantise(&job, &rows, fast);
-    run(fast ? vnni : int8_plainly, &job, &rows, job.outputs, 4);
+    by->quantise(&job, &rows);
+    run(by->int8, &job, &rows, job.outputs, BLOCK);
     Py_END_ALLOW_THREADS
     free(rows.high);
     Py_RETURN_NONE;
 }
-#ifndef HAVE_VNNI
-#define int8_vnni NULL
-#define float32_vnni NULL
-#define bfloat16_vnni NULL
-#define float16_vnni NULL
-#endif
 
-static PyObject *int8(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_int8(given, count, int8_vnni);
-}
+static PyObject *int8(PyObject *self, PyObject *const *given, Py_ssize_t count) { return multiply_int8(given, count, path); }
 
 static PyObject *int8_of_any_cpu(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_int8(given, count, NULL);
+    return multiply_int8(given, count, &plain);
 }
 
 /* Takes (description, tiles, rows, products, count, numbers from row to row, from product to product, experts or 0, how
@@ -93,7 +74,9 @@ static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t coun
         .threads = (int)numbers[9],
     };
     const int64_t *experts = (const int64_t *)(intptr_t)numbers[7];
-    int plainly = (int)numbers[10] || !has_vnni() || weight->code == ANY, many = 1;
+    GroupedKernel kernel = kernel_of(numbers[10] ? &plain : path, weight);
+    const enum taken taken = kernel == grouped_plainly ? AS_FLOATS : taken_by(weight);
+    int many = 1;
     Run one = {.tiles = tiles, .row = 0, .count = job.count}, *runs = &one;
     Quantised rows = {.high = NULL};
     if (experts != NULL) {
@@ -107,20 +90,18 @@ static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t coun
             return NULL;
         }
     }
-#ifdef HAVE_VNNI
-    if (!plainly && taken_by(weight) != AS_FLOATS) {
-        Job room = {.count = job.count, .inputs = 2 * job.stride};
+    if (taken != AS_FLOATS) {
+        Job room = {.count = job.count, .inputs = taken == AS_BFLOATS ? 2 * job.stride : job.stride};
         if (!prepare(&room, &rows)) {
             if (runs != &one) free(runs);
             return PyErr_NoMemory();
         }
-        Py_BEGIN_ALLOW_THREADS
-        take_rows(taken_by(weight), job.rows, job.count, job.stride, &rows);
-        Py_END_ALLOW_THREADS
     }
-#endif
     Py_BEGIN_ALLOW_THREADS
-    run_grouped(&job, &rows, runs, many, plainly);
+    Job given = {.rows = job.rows, .count = job.count, .inputs = job.stride};
+    if (taken == AS_INTEGERS) path->quantise(&given, &rows);
+    if (taken == AS_BFLOATS) path->split(&given, &rows);
+    run_tiles(kernel, &job, &rows, runs, many);
     Py_END_ALLOW_THREADS
     free(rows.high);
     if (runs != &one) free(runs);
@@ -148,7 +129,7 @@ static PyObject *dequantised(PyObject *self, PyObject *const *given, Py_ssize_t 
     for (long i = 0; i < many; i += step) {
         long output = indices == NULL ? i : indices[i], left = many - i;
         const uint8_t *tile = tiles + output / TILE * weight->tile_bytes;
-        dequantise(weight, tile, output % TILE, left < step ? left : step, floats + i * weight->inputs);
+        path->dequantise(weight, tile, output % TILE, left < step ? left : step, floats + i * weight->inputs);
     }
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
@@ -159,40 +140,40 @@ static PyObject *converted(PyObject *self, PyObject *const *given, Py_ssize_t co
     long long numbers[6];
     if (!read_numbers(given, count, numbers, 6)) return NULL;
     const Grouped *weight = (const Grouped *)(intptr_t)numbers[0];
-    if (numbers[4] && (!has_bfloats() || weight->code == ANY)) {
+    if (numbers[4] && (path->bfloats == NULL || weight->code == ANY)) {
         PyErr_SetString(PyExc_NotImplementedError, "these weights cannot be made bfloat16 on this CPU");
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    convert_tiles(weight, (const uint8_t *)(intptr_t)numbers[1], (long)numbers[2], (int)numbers[4],
+    convert_tiles(path, weight, (const uint8_t *)(intptr_t)numbers[1], (long)numbers[2], (int)numbers[4],
                   (void *)(intptr_t)numbers[3], numbers[5] < 1 ? 1 : (int)numbers[5]);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
-static PyObject *multiply_floats(PyObject *const *given, Py_ssize_t count, Kernel vnni) {
+static PyObject *multiply_floats(PyObject *const *given, Py_ssize_t count, enum kind kind) {
     Job job;
     if (!read_job(given, count, &job)) return NULL;
-    if (vnni == NULL || !has_vnni()) {
-        PyErr_SetString(PyExc_NotImplementedError, "there are no kernels for floats for this CPU");
+    if (path->floats[kind] == NULL) {
+        PyErr_Format(PyExc_NotImplementedError, "there are no kernels for floats among those for %s", path->name);
         return NULL;
     }
     Py_BEGIN_ALLOW_THREADS
-    run(vnni, &job, NULL, job.outputs, 4);
+    run(path->floats[kind], &job, NULL, job.outputs, BLOCK);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
 
 static PyObject *float32(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_floats(given, count, float32_vnni);
+    return multiply_floats(given, count, FLOAT32);
 }
 
 static PyObject *bfloat16(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_floats(given, count, bfloat16_vnni);
+    return multiply_floats(given, count, BFLOAT16);
 }
 
 static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_floats(given, count, float16_vnni);
+    return multiply_floats(given, count, FLOAT16);
 }
 
 /* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, numbers of a head that they turn, whether
@@ -225,9 +206,33 @@ static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) 
     return NULL;
 }
 
-static PyObject *is_fast(PyObject *self, PyObject *unused) { return PyBool_FromLong(has_vnni()); }
+/* The names of all paths, best first, and whether this CPU has the instructions of each. */
+static PyObject *list_paths(PyObject *self, PyObject *unused) {
+    PyObject *found = PyList_New(PATHS);
+    for (int i = 0; found != NULL && i < PATHS; i++) {
+        PyObject *one = Py_BuildValue("(sO)", paths[i]->name, paths[i]->is_here() ? Py_True : Py_False);
+        if (one == NULL) Py_CLEAR(found);
+        else PyList_SET_ITEM(found, i, one);
+    }
+    return found;
+}
 
-static PyObject *has_bfloat16(PyObject *self, PyObject *unused) { return PyBool_FromLong(has_bfloats()); }
+static PyObject *use(PyObject *self, PyObject *name) {
+    const char *wished = PyUnicode_AsUTF8(name);
+    if (wished == NULL) return NULL;
+    for (int i = 0; i < PATHS; i++)
+        if (strcmp(paths[i]->name, wished) == 0 && paths[i]->is_here()) {
+            path = paths[i];
+            Py_RETURN_NONE;
+        }
+    return PyErr_Format(PyExc_ValueError, "this CPU has no kernels named %R", name);
+}
+
+static PyObject *in_use(PyObject *self, PyObject *unused) { return PyUnicode_FromString(path->name); }
+
+static PyObject *has_steps(PyObject *self, PyObject *unused) { return PyBool_FromLong(is_avx512(path)); }
+
+static PyObject *has_bfloat16(PyObject *self, PyObject *unused) { return PyBool_FromLong(path->bfloats != NULL); }
 
 static PyMethodDef methods[] = {
     {"int8", (PyCFunction)(void (*)(void))int8, METH_FASTCALL, "Rows times int8 weights."},
@@ -239,7 +244,10 @@ static PyMethodDef methods[] = {
     {"float16", (PyCFunction)(void (*)(void))float16, METH_FASTCALL, "Rows times float16 weights."},
     {"int8_of_any_cpu", (PyCFunction)(void (*)(void))int8_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
     {"step", (PyCFunction)(void (*)(void))step, METH_FASTCALL, "New positions through blocks."},
-    {"is_fast", is_fast, METH_NOARGS, "Whether this CPU has the instructions that the kernels are written for."},
+    {"paths", list_paths, METH_NOARGS, "Names of all paths, best first, and whether this CPU has each."},
+    {"use", use, METH_O, "Chooses the path of this name."},
+    {"in_use", in_use, METH_NOARGS, "The name of the path that is used."},
+    {"has_steps", has_steps, METH_NOARGS, "Whether there are compiled steps for it."},
     {"has_bfloat16", has_bfloat16, METH_NOARGS, "Whether it multiplies bfloat16, for which E4M3 lies in another order."},
     {NULL, NULL, 0, NULL},
 };
@@ -250,5 +258,8 @@ static struct PyModuleDef module = {
 
 PyMODINIT_FUNC PyInit__kernels(void) {
     make_tables();
+    int best = 0;
+    while (!paths[best]->is_here()) best++;
+    path = paths[best];
     return PyModule_Create(&module);
 }

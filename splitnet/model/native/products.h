@@ -21,13 +21,23 @@ of the activations is 2^-15 of the largest one of the row: outliers cost nothing
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c")))
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11 /* compilers that know these instructions */
 #define HAVE_BFLOATS 1
+#define HAVE_AVXVNNI 1
 #define BFLOATS __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,fma,f16c,avx512bf16,avx512vbmi")))
+#endif
+#endif
+
+#if defined(__aarch64__) && defined(__GNUC__) /* older compilers know these instructions only where all code may have them */
+#if defined(__ARM_FEATURE_DOTPROD) || (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 8)
+#include <arm_neon.h>
+#define HAVE_DOTPROD 1
 #endif
 #endif
 
 #define BASE 255
 #define LARGEST (BASE * 127 + 127)
-#define SUMMED 16 /* numbers of a row whose sum is kept */
+#define SUMMED 16  /* numbers of a row whose sum is kept */
+#define BLOCK 4    /* outputs that are computed at a time, where each has a row of its own */
+#define AHEAD 8192 /* bytes, where weights stand in the order in which they are read */
 #define INLINE static inline __attribute__((always_inline))
 
 enum kind { FLOAT32, BFLOAT16, FLOAT16, INT8, GROUPED };
@@ -125,9 +135,6 @@ static void int8_plainly(const Job *job, const Quantised *rows, long start, long
 /* ---- x86 with AVX512 and VNNI ---- */
 
 #ifdef HAVE_VNNI
-
-#define BLOCK 4    /* outputs that are computed at a time, where each has a row of its own */
-#define AHEAD 8192 /* bytes, where weights stand in the order in which they are read */
 
 /* Asks for what is read next: the processor foresees it only within a page. Addresses past the end do no harm. */
 INLINE VNNI void fetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }

@@ -1,0 +1,646 @@
+/* All products for one kind of instructions; paths.h includes this once for each, as Google's Highway does it. Before that
+it defines:
+
+    NAME         of the path, as people write it
+    NAMED(name)  the name of a function for this kind; is_here is there: whether the CPU has it
+    TARGET       what lets the compiler use the instructions
+    BITS         of a vector; V(name) is what vectors_*.h have for it
+    DOT          adds products of bytes, of four neighbours each: dot(sums, codes, numbers)
+    SIGNED       its codes have a sign, else none
+    PAIRED       it is slow, but products of codes without sign and of few bits can be summed in 16 bits
+    ROWS         that are multiplied at a time: 4 or 2 */
+
+#define LANES (BITS / 32)                /* numbers of 32 bits in a vector */
+#define WIDE (BITS / 8)                  /* bytes of one */
+#define PARTS (VECTOR / WIDE)            /* vectors that have four inputs of each output of a tile */
+#define V(name) JOINED(name, BITS)
+#define Bytes V(Bytes)
+#define Ints V(Ints)
+#define UInts V(UInts)
+#define Words V(Words)
+#define UWords V(UWords)
+#define Floats V(Floats)
+#define Halves V(Halves)
+
+INLINE TARGET Bytes NAMED(load)(const void *at) {
+    Bytes found;
+    memcpy(&found, at, sizeof found);
+    return found;
+}
+
+INLINE TARGET Floats NAMED(load_floats)(const float *at) {
+    Floats found;
+    memcpy(&found, at, sizeof found);
+    return found;
+}
+
+INLINE TARGET Halves NAMED(load_halves)(const void *at) {
+    Halves found;
+    memcpy(&found, at, sizeof found);
+    return found;
+}
+
+INLINE TARGET void NAMED(store)(float *to, Floats values) { memcpy(to, &values, sizeof values); }
+
+INLINE TARGET Bytes NAMED(splat_byte)(int byte) { return (Bytes)V(splat_int)(byte * 0x01010101); }
+
+/* The same four bytes everywhere. */
+INLINE TARGET Bytes NAMED(four_bytes)(const int8_t *from) {
+    int32_t bytes;
+    memcpy(&bytes, from, sizeof bytes);
+    return (Bytes)V(splat_int)(bytes);
+}
+
+INLINE TARGET Ints NAMED(clamped)(Ints numbers, int32_t limit) {
+    Ints most = V(splat_int)(limit), least = V(splat_int)(-limit);
+    Ints above = numbers > most, below = numbers < least;
+    return (most & above) | (least & below) | (numbers & ~above & ~below);
+}
+
+/* ---- rows ---- */
+
+/* As `quantise_plainly`. */
+TARGET static void NAMED(quantise)(const Job *job, const Quantised *to) {
+    for (long index = 0; index < job->count; index++) {
+        const float *row = job->rows + index * job->inputs;
+        int8_t *high = to->high + index * to->stride, *low = to->low + index * to->stride;
+        float last[LANES] = {0}, all[LANES];
+        const long whole = job->inputs / LANES * LANES, rest = job->inputs - whole;
+        memcpy(last, row + whole, rest * sizeof(float));
+        Floats most = V(splat)(0);
+        Ints strange = V(splat_int)(0);
+        for (long i = 0; i < job->inputs; i += LANES) {
+            Floats values = NAMED(load_floats)(i < whole ? row + i : last);
+            strange |= values != values;
+            most = V(max)(most, (Floats)((Ints)values & V(splat_int)(0x7fffffff)));
+        }
+        float largest = 0;
+        NAMED(store)(all, most);
+        for (int i = 0; i < LANES; i++) {
+            largest = all[i] > largest ? all[i] : largest;
+            if (strange[i]) largest = INFINITY;
+        }
+        float step = to->steps[index] = step_of(largest);
+        Floats factor = V(splat)(factor_of(step));
+        for (long i = 0; i < to->stride; i += LANES) {
+            Floats values = i < whole ? NAMED(load_floats)(row + i) : i == whole ? NAMED(load_floats)(last) : V(splat)(0);
+            Ints number = NAMED(clamped)(V(rounded)(values * factor), LARGEST);
+            Ints upper = V(rounded)(V(floats)(number) * V(splat)(1.0f / BASE));
+            V(store_int8)(high + i, upper);
+            V(store_int8)(low + i, number - upper * V(splat_int)(BASE));
+        }
+        add_up(to, index);
+    }
+}
+
+/* ---- weights that lie output by output ---- */
+
+/* A vector of a row's codes, of which `left` are left. */
+INLINE TARGET Bytes NAMED(some_bytes)(const void *at, long left) {
+    if (left >= WIDE) return NAMED(load)(at);
+    uint8_t bytes[WIDE] = {0};
+    memcpy(bytes, at, left);
+    return NAMED(load)(bytes);
+}
+
+INLINE TARGET void NAMED(int8_vectors)(const Job *job, const int8_t *codes, const int8_t *high, const int8_t *low, long stride,
+                                       long i, long left, long outputs, long count, Ints upper[2][BLOCK],
+                                       Ints lower[2][BLOCK]) {
+#pragma GCC unroll 4
+    for (long o = 0; o < outputs; o++) {
+        Bytes code = NAMED(some_bytes)(codes + o * job->inputs + i, left);
+        if (left >= WIDE && i % VECTOR == 0) __builtin_prefetch(codes + (o + BLOCK) * job->inputs + i);
+        if (!SIGNED) code ^= NAMED(splat_byte)(0x80); /* 128 too large */
+#pragma GCC unroll 2
+        for (long r = 0; r < count; r++) {
+            upper[r][o] = DOT(upper[r][o], code, NAMED(load)(high + r * stride + i));
+            lower[r][o] = DOT(lower[r][o], code, NAMED(load)(low + r * stride + i));
+        }
+    }
+}
+
+INLINE TARGET void NAMED(int8_block)(const Job *job, const Quantised *rows, long output, long outputs, long row, long count) {
+    const int8_t *codes = (const int8_t *)job->weights + output * job->inputs;
+    const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
+    Ints upper[2][BLOCK], lower[2][BLOCK];
+#pragma GCC unroll 2
+    for (long r = 0; r < count; r++)
+#pragma GCC unroll 4
+        for (long o = 0; o < BLOCK; o++) upper[r][o] = lower[r][o] = V(splat_int)(0);
+    long i = 0;
+    for (; i + WIDE <= job->inputs; i += WIDE)
+        NAMED(int8_vectors)(job, codes, high, low, rows->stride, i, WIDE, outputs, count, upper, lower);
+    if (i < job->inputs)
+        NAMED(int8_vectors)(job, codes, high, low, rows->stride, i, job->inputs - i, outputs, count, upper, lower);
+    for (long r = 0; r < count; r++) {
+        const int64_t more = SIGNED ? 0 : 128;
+        int32_t highs[BLOCK], lows[BLOCK];
+        V(store_int_sums)(highs, upper[r]);
+        V(store_int_sums)(lows, lower[r]);
+        for (long o = 0; o < outputs; o++) {
+            int64_t h = highs[o] - more * rows->highs[row + r], l = lows[o] - more * rows->lows[row + r];
+            job->products[(row + r) * job->outputs + output + o] =
+                (float)(BASE * h + l) * rows->steps[row + r] * from_bfloat16(job->scales[output + o]);
+        }
+    }
+}
+
+TARGET static void NAMED(int8)(const Job *job, const Quantised *rows, long start, long end) {
+    long output = start;
+    for (; output + BLOCK <= end; output += BLOCK) {
+        long row = 0;
+        for (; row + 2 <= job->count; row += 2) NAMED(int8_block)(job, rows, output, BLOCK, row, 2);
+        if (row < job->count) NAMED(int8_block)(job, rows, output, BLOCK, row, 1);
+    }
+    for (; output < end; output++)
+        for (long row = 0; row < job->count; row++) NAMED(int8_block)(job, rows, output, 1, row, 1);
+}
+
+INLINE TARGET Floats NAMED(weights_at)(enum kind kind, const void *at) {
+    if (kind == FLOAT32) return NAMED(load_floats)(at);
+    if (kind == FLOAT16) return V(from_float16)(NAMED(load_halves)(at));
+    return (Floats)(V(from_uint16)(at) << 16);
+}
+
+INLINE TARGET void NAMED(float_vectors)(enum kind kind, const char *weights, long pitch, const float *rows, long inputs,
+                                        long outputs, long count, Floats sums[BLOCK][4], int ahead) {
+    Floats given[4];
+#pragma GCC unroll 4
+    for (long r = 0; r < count; r++) given[r] = NAMED(load_floats)(rows + r * inputs);
+#pragma GCC unroll 4
+    for (long o = 0; o < outputs; o++) {
+        Floats weight = NAMED(weights_at)(kind, weights + o * pitch);
+        if (ahead) __builtin_prefetch(weights + (o + BLOCK) * pitch, 0, 2);
+#pragma GCC unroll 4
+        for (long r = 0; r < count; r++) sums[o][r] = V(fma)(weight, given[r], sums[o][r]);
+    }
+}
+
+INLINE TARGET void NAMED(float_block)(enum kind kind, const Job *job, long output, long outputs, long row, long count) {
+    const long width = kind == FLOAT32 ? 4 : 2, pitch = width * job->inputs, lines = VECTOR / width;
+    const float *rows = job->rows + row * job->inputs;
+    const char *weights = (const char *)job->weights + output * pitch;
+    Floats sums[BLOCK][4];
+#pragma GCC unroll 4
+    for (long o = 0; o < BLOCK; o++)
+#pragma GCC unroll 4
+        for (long r = 0; r < count; r++) sums[o][r] = V(splat)(0);
+    long i = 0;
+    for (; i + LANES <= job->inputs; i += LANES)
+        NAMED(float_vectors)(kind, weights + i * width, pitch, rows + i, job->inputs, outputs, count, sums, i % lines == 0);
+    if (i < job->inputs) { /* copies, filled up with zeros */
+        const long left = job->inputs - i;
+        char last[BLOCK][LANES * 4] = {{0}};
+        float given[4][LANES] = {{0}};
+        for (long o = 0; o < outputs; o++) memcpy(last[o], weights + o * pitch + i * width, left * width);
+        for (long r = 0; r < count; r++) memcpy(given[r], rows + r * job->inputs + i, left * sizeof(float));
+        NAMED(float_vectors)(kind, last[0], LANES * 4, given[0], LANES, outputs, count, sums, 0);
+    }
+    for (long r = 0; r < count; r++) {
+        Floats of_row[BLOCK] = {sums[0][r], sums[1][r], sums[2][r], sums[3][r]};
+        float found[BLOCK];
+        V(store_sums)(found, of_row);
+        memcpy(job->products + (row + r) * job->outputs + output, found, outputs * sizeof(float));
+    }
+}
+
+INLINE TARGET void NAMED(floats)(enum kind kind, const Job *job, long start, long end) {
+    long output = start;
+    for (; output + BLOCK <= end; output += BLOCK) {
+        long row = 0;
+        for (; ROWS == 4 && row + 4 <= job->count; row += 4) NAMED(float_block)(kind, job, output, BLOCK, row, 4);
+        for (; row + 2 <= job->count; row += 2) NAMED(float_block)(kind, job, output, BLOCK, row, 2);
+        if (row < job->count) NAMED(float_block)(kind, job, output, BLOCK, row, 1);
+    }
+    for (; output < end; output++)
+        for (long row = 0; row < job->count; row++) NAMED(float_block)(kind, job, output, 1, row, 1);
+}
+
+TARGET static void NAMED(float32)(const Job *job, const Quantised *rows, long start, long end) {
+    (void)rows;
+    NAMED(floats)(FLOAT32, job, start, end);
+}
+
+TARGET static void NAMED(bfloat16)(const Job *job, const Quantised *rows, long start, long end) {
+    (void)rows;
+    NAMED(floats)(BFLOAT16, job, start, end);
+}
+
+TARGET static void NAMED(float16)(const Job *job, const Quantised *rows, long start, long end) {
+    (void)rows;
+    NAMED(floats)(FLOAT16, job, start, end);
+}
+
+/* ---- weights in tiles: scales and zeros ---- */
+
+INLINE TARGET Floats NAMED(numbers_at)(enum number kind, const uint8_t *at, long index) {
+    switch (kind) {
+    case AS_FLOAT16: return NAMED(weights_at)(FLOAT16, at + 2 * index);
+    case AS_BFLOAT16: return NAMED(weights_at)(BFLOAT16, at + 2 * index);
+    case AS_FLOAT32: return NAMED(weights_at)(FLOAT32, at + 4 * index);
+    case E8M0: {
+        Ints exponent = V(from_uint8)(at + index);
+        return (Floats)(exponent << 23 | ((exponent == 0) & V(splat_int)(0x400000)));
+    }
+    case STEPS: return V(floats)(V(from_int8)(at + index));
+    case LOWER_STEPS: return V(floats)(V(from_uint8)(at + index) & V(splat_int)(15));
+    case UPPER_STEPS: return V(floats)(V(from_uint8)(at + index) >> 4);
+    case UNSIGNED_STEPS:
+    case CODES: return V(floats)(V(from_uint8)(at + index));
+    default: return V(splat)(0);
+    }
+}
+
+/* Scales times `factor`, or where `scales` are given zeros less `base` times them. */
+INLINE TARGET void NAMED(convert)(enum number kind, const Numbers *these, float factor, const float *scales, float base,
+                                  float offset) {
+    const long size = kind == AS_FLOAT32 ? 64 : kind <= AS_BFLOAT16 ? 32 : 16;
+    const int steps = kind >= STEPS && kind <= UPPER_STEPS;
+    const long each = steps ? these->each : these->count;
+    const uint8_t *at = these->at, *units = these->units;
+    for (long begin = 0; begin < these->count; begin += each, units += 2 * TILE) {
+        long end = begin + each < these->count ? begin + each : these->count;
+        Floats unit[PARTS];
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++)
+            unit[part] = steps ? NAMED(weights_at)(FLOAT16, units + 2 * LANES * part) : V(splat)(0);
+        for (long i = begin; i < end; i++, at += size)
+#pragma GCC unroll 4
+            for (int part = 0; part < PARTS; part++) {
+                Floats value = NAMED(numbers_at)(kind, at, part * LANES);
+                if (steps) value *= unit[part];
+                if (scales == NULL) {
+                    value *= V(splat)(factor);
+                } else {
+                    Floats scale = NAMED(load_floats)(scales + i * TILE + part * LANES);
+                    if (kind == CODES) value = (V(splat)(offset) - value) * (scale * V(splat)(factor));
+                    value = V(fma)(V(splat)(-base), scale, value);
+                }
+                NAMED(store)(these->to + i * TILE + part * LANES, value);
+            }
+    }
+}
+
+TARGET static void NAMED(convert_scales)(enum number kind, const Numbers *these, float factor) {
+#define CONVERT(kind) case kind: NAMED(convert)(kind, these, factor, NULL, 0, 0); break
+    switch (kind) {
+        CONVERT(AS_FLOAT16);
+        CONVERT(AS_BFLOAT16);
+        CONVERT(AS_FLOAT32);
+        CONVERT(E8M0);
+        CONVERT(STEPS);
+        CONVERT(UNSIGNED_STEPS);
+    default: NAMED(convert)(LOWER_STEPS, these, factor, NULL, 0, 0);
+    }
+#undef CONVERT
+}
+
+/* `factor`: what scales that were converted are to be multiplied by to be as they are stored. */
+TARGET static void NAMED(convert_zeros)(enum number kind, const Numbers *these, float factor, const float *scales, float base,
+                                        float offset) {
+#define CONVERT(kind) case kind: NAMED(convert)(kind, these, factor, scales, base, offset); break
+    switch (kind) {
+        CONVERT(AS_FLOAT16);
+        CONVERT(AS_BFLOAT16);
+        CONVERT(AS_FLOAT32);
+        CONVERT(STEPS);
+        CONVERT(UNSIGNED_STEPS);
+        CONVERT(UPPER_STEPS);
+    default: NAMED(convert)(CODES, these, factor, scales, base, offset);
+    }
+#undef CONVERT
+}
+
+/* Scales and zeros of a panel so that they go with codes that are too large by `base`, and one more, that is 0, of each. */
+INLINE TARGET void NAMED(all_numbers)(const Grouped *weight, const Panel *panel, float base, float *scales, float *zeros) {
+    const float factor = (float)weight->factor;
+    Numbers these = {panel->scales, panel->scale_units, weight->group ? UNITS / weight->group : 1, panel->groups, scales};
+    for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) __builtin_prefetch(line + AHEAD);
+    NAMED(convert_scales)(weight->scale, &these, factor);
+    memset(scales + panel->groups * TILE, 0, TILE * sizeof(float));
+    if (zeros == NULL) return;
+    these.at = panel->zeros, these.units = panel->zero_units, these.to = zeros;
+    NAMED(convert_zeros)(weight->zero, &these, 1 / factor, scales, base, (float)weight->offset);
+    memset(zeros + panel->groups * TILE, 0, TILE * sizeof(float));
+}
+
+/* ---- weights in tiles: codes for integers ---- */
+
+/* Bits of the bytes of a vector that is stored here, moved by `by` to the left, or to the right where it is negative. */
+INLINE TARGET Bytes NAMED(moved)(const uint8_t *at, int by, int mask) {
+    Bytes bytes = NAMED(load)(at);
+    Bytes there = by > 0 ? (Bytes)((UWords)bytes << by) : by < 0 ? (Bytes)((UWords)bytes >> -by) : bytes;
+    return there & NAMED(splat_byte)(mask);
+}
+
+/* One of the eight vectors of codes of a chunk, or a part of it. */
+INLINE TARGET Bytes NAMED(codes_of)(int bits, const uint8_t *at, int vector) {
+    const uint8_t *quarter = at + vector / 4 * VECTOR, *half = at + vector / 2 * VECTOR;
+    switch (bits) {
+    case 2: return NAMED(moved)(quarter, -2 * (vector % 4), 3);
+    case 3: return NAMED(moved)(quarter, -2 * (vector % 4), 3) | NAMED(moved)(at + 2 * VECTOR, 2 - vector, 4);
+    case 4: return NAMED(moved)(half, -4 * (vector % 2), 15);
+    case 5: return NAMED(moved)(half, -4 * (vector % 2), 15) | NAMED(moved)(at + 4 * VECTOR, 4 - vector, 16);
+    case 6: return NAMED(moved)(half, -4 * (vector % 2), 15) | NAMED(moved)(quarter + 4 * VECTOR, 4 - 2 * (vector % 4), 48);
+    default: return NAMED(load)(at + vector * VECTOR);
+    }
+}
+
+/* Adds to `upper` and `lower` the products with a chunk of codes; `sets`: of sums, which vectors take in turns, or, with
+groups of 16 inputs, one after the other. */
+INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets, const uint8_t *codes, Bytes values,
+                                        const Numbered *from, int count, Ints upper[ROWS][2][PARTS],
+                                        Ints lower[ROWS][2][PARTS]) {
+#pragma GCC unroll 8
+    for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * VECTOR + AHEAD);
+    const int paired = PAIRED && bits < 8 && !table;
+    const int many = bits == 6 ? 2 : bits == 5 || small ? 4 : 8; /* vectors whose products are summed in 16 bits */
+    Words uppers[ROWS][PARTS], lowers[ROWS][PARTS];
+#pragma GCC unroll 8
+    for (int vector = 0; vector < 8; vector++) {
+        const int set = sets == 1 ? 0 : small ? vector / 4 : vector % 2;
+        Bytes code[PARTS];
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) {
+            code[part] = NAMED(codes_of)(bits, codes + part * WIDE, vector);
+            if (table) code[part] = V(look_up)(values, code[part]);
+            else if (SIGNED && bits == 8) code[part] ^= NAMED(splat_byte)(0x80);
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < count; r++) {
+            Bytes high = NAMED(four_bytes)(from->high + r * from->stride + vector * 4);
+            Bytes low = NAMED(four_bytes)(from->low + r * from->stride + vector * 4);
+#pragma GCC unroll 4
+            for (int part = 0; part < PARTS; part++) {
+#if PAIRED
+                if (paired) {
+                    if (vector % many == 0) uppers[r][part] = lowers[r][part] = (Words)V(splat_int)(0);
+                    uppers[r][part] = pairs_avx2(uppers[r][part], code[part], high);
+                    lowers[r][part] = pairs_avx2(lowers[r][part], code[part], low);
+                    if ((vector + 1) % many) continue;
+                    upper[r][set][part] = with_pairs_avx2(upper[r][set][part], uppers[r][part]);
+                    lower[r][set][part] = with_pairs_avx2(lower[r][set][part], lowers[r][part]);
+                    continue;
+                }
+#else
+                (void)paired, (void)many, (void)uppers, (void)lowers;
+#endif
+                upper[r][set][part] = DOT(upper[r][set][part], code[part], high);
+                lower[r][set][part] = DOT(lower[r][set][part], code[part], low);
+            }
+        }
+    }
+}
+
+/* What a group adds to the sums of a row: `total` is that of the row's numbers; `zero`: NULL where all are -base * scale. */
+INLINE TARGET Floats NAMED(with_group)(Floats sums, Ints upper, Ints lower, const float *scale, const float *zero, float base,
+                                       float total) {
+    Floats dot = V(fma)(V(floats)(upper), V(splat)(BASE), V(floats)(lower));
+    if (zero == NULL) return V(fma)(NAMED(load_floats)(scale), dot - V(splat)(base * total), sums);
+    sums = V(fma)(NAMED(load_floats)(zero), V(splat)(total), sums);
+    return V(fma)(NAMED(load_floats)(scale), dot, sums);
+}
+
+INLINE TARGET void NAMED(store_lanes)(const GroupedJob *job, long tile, long row, const Floats sums[PARTS]) {
+    long left = job->weight->outputs - tile * TILE;
+    memcpy(job->products + row * job->pitch + tile * TILE, sums, (left < TILE ? left : TILE) * sizeof(float));
+}
+
+/* `group`: 16, 32, or 0: more. */
+INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const GroupedJob *job, const Quantised *rows,
+                                        const Run *run, long tile, long row, int count) {
+    const Grouped *weight = job->weight;
+    const uint8_t *at = run->tiles + tile * weight->tile_bytes;
+    const int small = group == 16, sets = small || (count == 1 && !group && !PAIRED) ? 2 : 1;
+    const long chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
+    const int flipped = SIGNED && (table || bits == 8);
+    float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
+    const float base = base_of(weight) - (flipped ? 128 : 0);
+    Bytes values = table ? V(table)(weight->bytes) : NAMED(splat_byte)(0);
+    if (flipped) values ^= NAMED(splat_byte)(0x80);
+    Numbered from = {rows->high + row * rows->stride, rows->low + row * rows->stride,
+                     rows->sums + row * (rows->stride / SUMMED), rows->pairs + row * (rows->stride / CHUNK), rows->stride};
+    Floats sums[ROWS][PARTS];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) sums[r][part] = V(splat)(0);
+    for (long first = 0; first < weight->inputs; first += weight->panel) {
+        Panel panel = panel_at(weight, at, first);
+        const float *scale = scales, *zero = weight->zero == NONE ? NULL : zeros;
+        NAMED(all_numbers)(weight, &panel, base, scales, weight->zero == NONE ? NULL : zeros);
+        const uint8_t *codes = panel.codes;
+        at = end_of(weight, &panel);
+        while (codes < at) {
+            Ints upper[ROWS][2][PARTS], lower[ROWS][2][PARTS];
+            float totals[4] = {0};
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++)
+#pragma GCC unroll 2
+                for (int set = 0; set < sets; set++)
+#pragma GCC unroll 4
+                    for (int part = 0; part < PARTS; part++)
+                        upper[r][set][part] = lower[r][set][part] = V(splat_int)(0);
+            const uint8_t *stop = codes + (group ? 1 : chunks) * bits * VECTOR;
+            if (!group && stop > at) stop = at;
+            do {
+                NAMED(integer_chunk)(bits, table, small, sets, codes, values, &from, count, upper, lower);
+                if (!group) {
+#pragma GCC unroll 4
+                    for (int r = 0; r < count; r++) totals[r] += from.pairs[r * (from.stride / CHUNK)];
+                }
+                from.high += CHUNK, from.low += CHUNK, from.sums += CHUNK / SUMMED, from.pairs++, codes += bits * VECTOR;
+            } while (!group && codes < stop);
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+                for (int part = 0; part < PARTS; part++) {
+                    const float *own = scale + part * LANES, *own_zero = zero ? zero + part * LANES : NULL;
+                    Ints *high = &upper[r][0][part], *low = &lower[r][0][part];
+                    if (small) {
+                        const float *total = from.sums + r * (from.stride / SUMMED) - CHUNK / SUMMED;
+                        sums[r][part] = NAMED(with_group)(sums[r][part], high[0], low[0], own, own_zero, base, total[0]);
+                        own += TILE, own_zero = zero ? own_zero + TILE : NULL;
+                        sums[r][part] = NAMED(with_group)(sums[r][part], high[PARTS], low[PARTS], own, own_zero, base, total[1]);
+                        continue;
+                    }
+                    if (sets == 2) high[0] += high[PARTS], low[0] += low[PARTS];
+                    float total = group ? from.pairs[r * (from.stride / CHUNK) - 1] : totals[r];
+                    sums[r][part] = NAMED(with_group)(sums[r][part], high[0], low[0], own, own_zero, base, total);
+                }
+            scale += small ? 2 * TILE : TILE;
+            if (zero) zero += small ? 2 * TILE : TILE;
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) {
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) sums[r][part] *= V(splat)(rows->steps[row + r]);
+        NAMED(store_lanes)(job, tile, row + r, sums[r]);
+    }
+}
+
+/* ---- weights in tiles: codes for floats ---- */
+
+/* Four times as many weights as a vector has, of one of the eight vectors of a chunk: its first input, second and so on. */
+INLINE TARGET void NAMED(floats_of)(enum code kind, const uint8_t *codes, int vector, int part, V(FloatTable) table,
+                                    Floats to[4]) {
+    if (kind == FLOAT_TABLE) {
+        Ints both = (Ints)NAMED(load)(codes + vector / 2 * VECTOR + part * WIDE);
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) to[i] = V(look_up_float)(table, (Ints)((UInts)both >> (8 * i + vector % 2 * 4)));
+        return;
+    }
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        Halves pairs = NAMED(load_halves)(codes + vector * VECTOR + half * (VECTOR / 2) + part * (WIDE / 2));
+        Halves first = pairs << 8, second = pairs, none = pairs ^ pairs;
+        if (kind == E4M3) {
+            first = (first >> 1) & (none + (short)0xbf80);
+            second = (second >> 1) & (none + (short)0xbf80);
+        } else {
+            second &= none + (short)0xff00;
+        }
+        to[2 * half] = V(from_float16)(first);
+        to[2 * half + 1] = V(from_float16)(second);
+    }
+}
+
+INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job, const Run *run, long tile, long row,
+                                           int count) {
+    const Grouped *weight = job->weight;
+    const uint8_t *at = run->tiles + tile * weight->tile_bytes;
+    const int bytes = kind == FLOAT_TABLE ? 4 * VECTOR : 8 * VECTOR;
+    const long half = weight->group == CHUNK / 2;
+    float scales[(MOST_GROUPS + 1) * TILE];
+    V(FloatTable) table = V(float_table)(weight->values);
+    Floats sums[ROWS][PARTS];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) sums[r][part] = V(splat)(0);
+    for (long first = 0; first < weight->inputs; first += weight->panel) {
+        Panel panel = panel_at(weight, at, first);
+        NAMED(all_numbers)(weight, &panel, 0, scales, NULL);
+        const float *scale = scales;
+        long vectors = parts_of(panel.inputs, CHUNK) * 8; /* of four inputs */
+        long each = half ? 4 : weight->group ? weight->group / 4 : vectors;
+        for (long begin = 0; begin < vectors; begin += each, scale += TILE) {
+            long end = begin + each < vectors ? begin + each : vectors;
+            Floats group[ROWS][2][PARTS];
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+                for (int part = 0; part < PARTS; part++) group[r][0][part] = group[r][1][part] = V(splat)(0);
+            for (long some = begin; some < end; some += 4) {
+                const uint8_t *codes = panel.codes + some / 8 * bytes;
+                const int later = some % 8 != 0;
+                const float *given = job->rows + row * job->stride + first + some * 4;
+#pragma GCC unroll 4
+                for (int i = 0; i < bytes / 2 / VECTOR; i++)
+                    __builtin_prefetch(codes + (later * bytes / 2) + i * VECTOR + AHEAD);
+                codes += later * (bytes / 2);
+#pragma GCC unroll 4
+                for (int part = 0; part < PARTS; part++)
+#pragma GCC unroll 4
+                    for (int vector = 0; vector < 4; vector++) {
+                        Floats values[4];
+                        NAMED(floats_of)(kind, codes, vector, part, table, values);
+#pragma GCC unroll 4
+                        for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+                            for (int r = 0; r < count; r++)
+                                group[r][i % 2][part] = V(fma)(values[i], V(splat)(given[r * job->stride + vector * 4 + i]),
+                                                               group[r][i % 2][part]);
+                    }
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+                for (int part = 0; part < PARTS; part++)
+                    sums[r][part] = V(fma)(NAMED(load_floats)(scale + part * LANES), group[r][0][part] + group[r][1][part],
+                                           sums[r][part]);
+        }
+        at = end_of(weight, &panel);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) NAMED(store_lanes)(job, tile, row + r, sums[r]);
+}
+
+/* ---- what is called ---- */
+
+/* `block` with as many of the rows at a time as possible. */
+#define FOR_SOME_ROWS(block, ...)                                                             \
+    for (long tile = start; tile < end; tile++) {                                             \
+        long row = run->row, last = run->row + run->count;                                    \
+        for (; ROWS == 4 && row + 4 <= last; row += 4) NAMED(block)(__VA_ARGS__, tile, row, ROWS); \
+        for (; row + 2 <= last; row += 2) NAMED(block)(__VA_ARGS__, tile, row, 2);            \
+        if (row < last) NAMED(block)(__VA_ARGS__, tile, row, 1);                              \
+    }
+
+#define INTEGERS(name, bits, table)                                                                                     \
+    TARGET static void NAMED(name)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) { \
+        if (job->weight->group == 16) {                                                                                 \
+            FOR_SOME_ROWS(integer_block, bits, table, 16, job, rows, run)                                               \
+        } else if (job->weight->group == CHUNK) {                                                                       \
+            FOR_SOME_ROWS(integer_block, bits, table, CHUNK, job, rows, run)                                            \
+        } else {                                                                                                        \
+            FOR_SOME_ROWS(integer_block, bits, table, 0, job, rows, run)                                                \
+        }                                                                                                               \
+    }
+
+#define FLOATS(name, kind)                                                                                              \
+    TARGET static void NAMED(name)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) { \
+        (void)rows;                                                                                                     \
+        FOR_SOME_ROWS(code_float_block, kind, job, run)                                                                 \
+    }
+
+INTEGERS(two_bits, 2, 0)
+INTEGERS(three_bits, 3, 0)
+INTEGERS(four_bits, 4, 0)
+INTEGERS(five_bits, 5, 0)
+INTEGERS(six_bits, 6, 0)
+INTEGERS(eight_bits, 8, 0)
+INTEGERS(table_bits, 4, 1)
+FLOATS(float_table, FLOAT_TABLE)
+FLOATS(e4m3, E4M3)
+FLOATS(e5m2, E5M2)
+
+TARGET static void NAMED(dequantise)(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+    dequantise_loops(weight, at, lane, lanes, to);
+}
+
+static const Path NAMED(path) = {
+    .name = NAME,
+    .is_here = NAMED(is_here),
+    .quantise = NAMED(quantise),
+    .int8 = NAMED(int8),
+    .floats = {NAMED(float32), NAMED(bfloat16), NAMED(float16)},
+    .plain = {NULL, NULL, NAMED(two_bits), NAMED(three_bits), NAMED(four_bits), NAMED(five_bits), NAMED(six_bits), NULL,
+              NAMED(eight_bits)},
+    .coded = {[TABLE] = NAMED(table_bits), [FLOAT_TABLE] = NAMED(float_table), [E4M3] = NAMED(e4m3), [E5M2] = NAMED(e5m2)},
+    .dequantise = NAMED(dequantise),
+};
+
+#undef LANES
+#undef WIDE
+#undef PARTS
+#undef V
+#undef Bytes
+#undef Ints
+#undef UInts
+#undef Words
+#undef UWords
+#undef Floats
+#undef Halves
+#undef FOR_SOME_ROWS
+#undef INTEGERS
+#undef FLOATS
+#undef NAME
+#undef NAMED
+#undef TARGET
+#undef BITS
+#undef DOT
+#undef SIGNED
+#undef PAIRED
+#undef ROWS

@@ -1,0 +1,100 @@
+/* Vectors of 256 bits on x86, for kernels.h: everything but the products of bytes, in which AVX2, AVX-VNNI and AVX512 differ. */
+
+#ifndef SPLITNET_VECTORS_X86_H
+#define SPLITNET_VECTORS_X86_H
+
+#include "vectors.h"
+
+#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVXVNNI __attribute__((target("avx2,fma,f16c,avxvnni")))
+#define EVEX __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")))
+
+VECTORS(256, 32)
+
+typedef struct {
+    __m256 lower, upper;
+} FloatTable_256;
+
+INLINE AVX2 Ints_256 splat_int_256(int32_t value) { return (Ints_256)_mm256_set1_epi32(value); }
+INLINE AVX2 Floats_256 splat_256(float value) { return (Floats_256)_mm256_set1_ps(value); }
+INLINE AVX2 Floats_256 fma_256(Floats_256 a, Floats_256 b, Floats_256 c) { return (Floats_256)_mm256_fmadd_ps(a, b, c); }
+INLINE AVX2 Floats_256 max_256(Floats_256 a, Floats_256 b) { return (Floats_256)_mm256_max_ps(a, b); }
+INLINE AVX2 Ints_256 rounded_256(Floats_256 a) { return (Ints_256)_mm256_cvtps_epi32(a); }
+INLINE AVX2 Floats_256 floats_256(Ints_256 a) { return (Floats_256)_mm256_cvtepi32_ps((__m256i)a); }
+
+/* Eight numbers of a byte or two as numbers of 32 bits. */
+INLINE AVX2 Ints_256 from_uint8_256(const void *at) { return (Ints_256)_mm256_cvtepu8_epi32(_mm_loadl_epi64(at)); }
+INLINE AVX2 Ints_256 from_int8_256(const void *at) { return (Ints_256)_mm256_cvtepi8_epi32(_mm_loadl_epi64(at)); }
+INLINE AVX2 Ints_256 from_uint16_256(const void *at) { return (Ints_256)_mm256_cvtepu16_epi32(_mm_loadu_si128(at)); }
+INLINE AVX2 Floats_256 from_float16_256(Halves_256 a) { return (Floats_256)_mm256_cvtph_ps((__m128i)a); }
+
+INLINE AVX2 void store_int8_256(int8_t *to, Ints_256 numbers) {
+    __m256i all = (__m256i)numbers;
+    __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    _mm_storel_epi64((__m128i *)to, _mm_packs_epi16(words, words));
+}
+
+/* The sums of each of four vectors. */
+INLINE AVX2 void store_sums_256(float *to, const Floats_256 *sums) {
+    __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(sums[0], sums[1]), _mm256_hadd_ps(sums[2], sums[3]));
+    _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+INLINE AVX2 void store_int_sums_256(int32_t *to, const Ints_256 *sums) {
+    __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32((__m256i)sums[0], (__m256i)sums[1]),
+                                      _mm256_hadd_epi32((__m256i)sums[2], (__m256i)sums[3]));
+    _mm_storeu_si128((__m128i *)to, _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+}
+
+/* What bytes of 0 to 15 stand for in a table of 16. */
+INLINE AVX2 Bytes_256 look_up_256(Bytes_256 table, Bytes_256 places) {
+    return (Bytes_256)_mm256_shuffle_epi8((__m256i)table, (__m256i)places);
+}
+
+INLINE AVX2 Bytes_256 table_256(const uint8_t *at) {
+    return (Bytes_256)_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)at));
+}
+
+INLINE AVX2 FloatTable_256 float_table_256(const float *at) {
+    return (FloatTable_256){_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)};
+}
+
+/* Of places only the last four bits count. */
+INLINE AVX2 Floats_256 look_up_float_256(FloatTable_256 table, Ints_256 places) {
+    __m256 lower = _mm256_permutevar8x32_ps(table.lower, (__m256i)places);
+    __m256 upper = _mm256_permutevar8x32_ps(table.upper, (__m256i)places);
+    return (Floats_256)_mm256_blendv_ps(lower, upper, _mm256_castsi256_ps(_mm256_slli_epi32((__m256i)places, 28)));
+}
+
+/* AVX2 adds two products of a byte without sign and one with sign in 16 bits, and cuts off what is larger: the first are to
+be at most 128, or 127 * 255 * 2 would be. Some sums of narrow codes are added in 16 bits, too. */
+INLINE AVX2 Words_256 pairs_avx2(Words_256 sums, Bytes_256 codes, Bytes_256 numbers) {
+    sums += (Words_256)_mm256_maddubs_epi16((__m256i)codes, (__m256i)numbers);
+    __asm__("" : "+x"(sums)); /* or the compiler adds in another order, for which it keeps all products in memory */
+    return sums;
+}
+
+INLINE AVX2 Ints_256 with_pairs_avx2(Ints_256 sums, Words_256 pairs) {
+    sums += (Ints_256)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+    __asm__("" : "+x"(sums));
+    return sums;
+}
+
+/* Of codes with sign, down to -128. */
+INLINE AVX2 Ints_256 dot_avx2(Ints_256 sums, Bytes_256 codes, Bytes_256 numbers) {
+    __m256i size = _mm256_abs_epi8((__m256i)codes), turned = _mm256_sign_epi8((__m256i)numbers, (__m256i)codes);
+    return with_pairs_avx2(sums, (Words_256)_mm256_maddubs_epi16(size, turned));
+}
+
+/* Of codes without sign. */
+#ifdef HAVE_AVXVNNI
+INLINE AVXVNNI Ints_256 dot_avxvnni(Ints_256 sums, Bytes_256 codes, Bytes_256 numbers) {
+    return (Ints_256)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)numbers);
+}
+#endif
+
+INLINE EVEX Ints_256 dot_evex(Ints_256 sums, Bytes_256 codes, Bytes_256 numbers) {
+    return (Ints_256)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)codes, (__m256i)numbers);
+}
+
+#endif
