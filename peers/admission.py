@@ -59,7 +59,8 @@ class SessionTable:
         weight: Callable[[bytes], float] = lambda key: 1.0,
         most: Callable[[bytes], int | None] = lambda key: None,
     ) -> None:
-        self.memory = MemoryAccount(capacity, "no KV memory for", "try with fewer positions")
+        # What a key may have is found here.
+        self.memory = MemoryAccount(capacity, "no KV memory for", "try with fewer positions", (capacity,) * 3)
         self.idle_s = idle_s
         self._position_bytes = position_bytes * (1 + ahead)
         self._row_bytes = row_bytes
@@ -69,8 +70,6 @@ class SessionTable:
         self._weight = weight
         self._most = most
         self._sessions: dict[bytes, Session] = {}
-        self._held: dict[bytes, int] = {}
-        """Bytes by key."""
         self._count: dict[bytes, int] = {}
         """Sessions by key."""
         self._wanted: dict[bytes, float] = {}
@@ -86,7 +85,7 @@ class SessionTable:
     @property
     def capacity(self) -> int:
         """What one session of one row could reserve if there were no others, in positions with the usual codec."""
-        return max(0, int((self.memory.capacity - self._row_bytes) / self._usual_bytes))
+        return max(0, int((self.memory.limit - self._row_bytes) / self._usual_bytes))
 
     @property
     def free_positions(self) -> int:
@@ -115,20 +114,20 @@ class SessionTable:
         weights = self._weights(key, now)
         share, places = self._share(key, weights)
         most = self._most(key)
-        if self._held.get(key, 0) + wanted > (share if most is None else min(share, most)):
+        if self.memory.held(key) + wanted > (share if most is None else min(share, most)):
             return []
         if is_new and self._count.get(key, 0) >= places:
             return []
         ending: list[Session] = []
-        left = dict(self._held)
+        left = {owner: self.memory.held(owner) for owner in self._count}
         for other in sorted(self._sessions.values(), key=lambda other: other.stepped_at):
             if short <= 0 and (not crowded or ending):
                 break
             if other.owner != key and self._lease_left_s(other, now) <= 0:
                 share, places = self._share(other.owner, weights)
                 if left[other.owner] > share or (crowded and self._count[other.owner] > places):
-                    left[other.owner] -= self.memory.held(other)
-                    short -= self.memory.held(other)
+                    left[other.owner] -= self.memory.held(other.owner, other)
+                    short -= self.memory.held(other.owner, other)
                     ending.append(other)
         if short > 0 or (crowded and not ending):
             return []
@@ -151,7 +150,7 @@ class SessionTable:
             self._take(session, Purpose.POSITIONS, self._bytes_of(session, session.budget))
             self._take(session, Purpose.ROWS, self._row_bytes)
         except PeerBusy:
-            self._give_all_back(session)
+            self.memory.end(session)
             raise
         session.reserved_rows = 1
         session.opened_at = session.stepped_at = session.used_at
@@ -172,7 +171,6 @@ class SessionTable:
             self._take(session, Purpose.ROWS, more * self._row_bytes)
         else:
             self.memory.give_back(session, Purpose.ROWS, -more * self._row_bytes)
-            self._held[session.owner] += more * self._row_bytes
         session.reserved_rows += more
 
     def resize(self, session: Session, budget: int) -> None:
@@ -192,7 +190,7 @@ class SessionTable:
             self._count[session.owner] -= 1
             if not self._count[session.owner]:
                 del self._count[session.owner]
-            self._give_all_back(session)
+            self.memory.end(session)
             session.closed = True
             with self._ended:
                 self._ended.notify_all()
@@ -211,7 +209,7 @@ class SessionTable:
         return idle
 
     def _budget(self, session: Session) -> int:
-        least = int((self.memory.capacity - self._row_bytes) / self._cost_of(session))
+        least = int((self.memory.limit - self._row_bytes) / self._cost_of(session))
         return max(session.budget, min(MIN_BUDGET, max(1, least)))
 
     def _new_bytes(self, session: Session) -> int:
@@ -231,13 +229,6 @@ class SessionTable:
             self.memory.take(session, purpose, nbytes)
         except PeerBusy as error:
             raise PeerBusy(f"{error}; {self._note_refused(session.owner, nbytes, session.used_at)}") from None
-        self._held[session.owner] = self._held.get(session.owner, 0) + nbytes
-
-    def _give_all_back(self, session: Session) -> None:
-        self._held[session.owner] = self._held.get(session.owner, 0) - self.memory.held(session)
-        if session.owner not in self._count:
-            del self._held[session.owner]
-        self.memory.end(session)
 
     def _wanting(self, now: float) -> dict[bytes, float]:
         """The keys that want memory, and when they were refused."""
@@ -245,18 +236,18 @@ class SessionTable:
 
     def _weights(self, key: bytes, now: float) -> float:
         """Of a key and those that have memory, or want some."""
-        return sum(map(self._weight, {key, *self._held, *self._wanting(now)}))
+        return sum(map(self._weight, {key, *self._count, *self._wanting(now)}))
 
     def _share(self, key: bytes, weights: float) -> tuple[float, float]:
         """Bytes and sessions that a key may have beside others, of all of whose weights it has its own."""
         part = self._weight(key) / weights
-        return part * self.memory.capacity, max(1.0, part * MAX_SESSIONS)
+        return part * self.memory.limit, max(1.0, part * MAX_SESSIONS)
 
     def _lease_left_s(self, session: Session, now: float) -> float:
         return min(session.stepped_at + LEASE_S, session.opened_at + LONGEST_LEASE_S) - now
 
     def _check_share(self, key: bytes, nbytes: int, now: float) -> None:
-        held = self._held.get(key, 0)
+        held = self.memory.held(key)
         most = self._most(key)
         if most is not None and held + nbytes > most:
             raise PeerBusy(
@@ -273,7 +264,7 @@ class SessionTable:
     def _note_refused(self, key: bytes, nbytes: int, now: float) -> str:
         """Remembers that a key wants memory; what it can do."""
         share, places = self._share(key, self._weights(key, now))
-        within = self._held.get(key, 0) + nbytes <= share and self._count.get(key, 0) < places
+        within = self.memory.held(key) + nbytes <= share and self._count.get(key, 0) < places
         if within and now - self._wanted.get(key, -LOOK_AGAIN_S) >= LOOK_AGAIN_S and len(self._wanted) < MAX_SESSIONS:
             self._wanted[key] = now
         when = f"come back in {LEASE_S:.0f} s, when sessions without steps make room" if within else "close sessions"

@@ -5,12 +5,11 @@ Counted are the bytes that will be allocated, objects around them included, not 
 
 from __future__ import annotations
 
-import threading
-from collections import Counter
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from splitnet.errors import PeerBusy
+from splitnet.net.budget import Budget
 
 if TYPE_CHECKING:
     from peers.session import Session
@@ -43,60 +42,43 @@ class Purpose(StrEnum):
     """Adapters, with parts that come in and sums of gradients."""
 
 
-class MemoryAccount:
-    """Bytes of one kind of memory: never more than `capacity`, all sessions together. For any thread.
+class MemoryAccount(Budget):
+    """Bytes of one kind of memory by key, session and purpose; a key gets what `Budget` says. Its holder has a lock.
 
     Args:
-        capacity: bytes.
+        limit: bytes.
         refusal: the beginning of what who is refused is told, before the bytes.
         advice: what who is refused can do, as a clause.
+        most: as of `Budget`, for a key, a session of it, and a purpose of that.
     """
 
-    def __init__(self, capacity: int, refusal: str, advice: str) -> None:
-        self.capacity = capacity
-        self.used = 0
+    def __init__(self, limit: int, refusal: str, advice: str, most: tuple[int | None, ...] = ()) -> None:
+        super().__init__(limit, most)
         self._refusal, self._advice = refusal, advice
-        self._of: dict[Session, Counter[Purpose]] = {}
-        self._lock = threading.Lock()
-
-    @property
-    def free(self) -> int:
-        return self.capacity - self.used
 
     def used_for(self, purpose: Purpose) -> int:
         """Bytes of all sessions."""
-        with self._lock:
-            return sum(held[purpose] for held in self._of.values())
-
-    def held(self, session: Session) -> int:
-        """Bytes of a session."""
-        with self._lock:
-            return sum(self._of.get(session, Counter[Purpose]()).values())
+        return sum(nbytes for account, nbytes in self.accounts() if account[2:] == (purpose,))
 
     def take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
         """Before something is allocated.
 
         Raises:
-            PeerBusy: it does not fit. Nothing is changed then.
+            PeerBusy: it does not fit, or leaves too little for other keys. Nothing is changed then.
         """
-        with self._lock:
-            if nbytes > self.free:
-                raise PeerBusy(
-                    f"{self._refusal} {nbytes} bytes: {self.free} of {self.capacity} are free; {self._advice}"
-                )
-            self.used += nbytes
-            self._of.setdefault(session, Counter())[purpose] += nbytes
+        if not self.reserve(nbytes, session.owner, session, purpose):
+            held = self.held(session.owner)
+            shared = f"; your key has {held}, and may have as much as is left for others" if nbytes <= self.free else ""
+            raise PeerBusy(
+                f"{self._refusal} {nbytes} bytes: {self.free} of {self.limit} are free{shared}; {self._advice}"
+            )
 
     def give_back(self, session: Session, purpose: Purpose, nbytes: int) -> None:
         """After something was dropped; nothing is left of a session that has ended."""
-        with self._lock:
-            held = self._of.get(session)
-            if held is not None:
-                nbytes = min(nbytes, held[purpose])
-                held[purpose] -= nbytes
-                self.used -= nbytes
+        account = session.owner, session, purpose
+        self.release(min(nbytes, self.held(*account)), *account)
 
     def end(self, session: Session) -> None:
         """Gives back all that is left of a session."""
-        with self._lock:
-            self.used -= sum(self._of.pop(session, Counter()).values())
+        for purpose in Purpose:
+            self.give_back(session, purpose, self.limit)

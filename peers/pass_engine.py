@@ -49,7 +49,7 @@ class PassEngine:
         self._counters = counters
         self._running: PassWork | None = None
         self._piece_began = 0.0
-        graph_bytes = max(GRAPH_BYTES, training.memory.capacity // 4)
+        graph_bytes = max(GRAPH_BYTES, training.memory.limit // 4)
         self._passes = SpanPasses(span, self._end_piece, most_positions, graph_bytes=graph_bytes)
 
     def run(self, work: PassWork) -> None:

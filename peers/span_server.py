@@ -26,8 +26,8 @@ from splitnet.net.codecs import DEFAULT_INT8, codec_by_name
 
 FIRST_REMEASURE_S = 20.0
 
-LEAST_STEP_MEMORY = 64 * 2**20
-"""Bytes for steps that wait for the device; a quarter of the KV memory if that is more."""
+LEAST_STEP_MEMORY = 128 * 2**20
+"""Bytes for steps that wait for the device; half of the KV memory if that is more. One key gets half of them."""
 
 
 class SpanServer:
@@ -93,7 +93,7 @@ class SpanServer:
             partial(self.speed.pass_s, blocks=span.end - span.start),
             policy.weight,
             MemoryAccount(
-                max(LEAST_STEP_MEMORY, kv_memory // 4), "no memory for waiting steps of", "send fewer at a time"
+                max(LEAST_STEP_MEMORY, kv_memory // 2), "no memory for waiting steps of", "send fewer at a time"
             ),
         )
         served = ServedBlocks(

@@ -31,7 +31,7 @@ class WorkQueue:
     Args:
         pass_s: seconds that a pass of so many positions takes.
         weight: of a client's key, in proportion to which keys share the device.
-        memory: for the steps that wait; None: 256 MiB.
+        memory: for the steps that wait; None: 512 MiB.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class WorkQueue:
     ) -> None:
         self._pass_s = pass_s
         self._shares = FairShares[bytes](weight)
-        self.memory = memory or MemoryAccount(1 << 28, "no memory for waiting steps of", "send fewer at a time")
+        self.memory = memory or MemoryAccount(1 << 29, "no memory for waiting steps of", "send fewer at a time")
         self._ready: OrderedDict[Session, None] = OrderedDict()
         self._changed = threading.Condition()
         self._closed = False

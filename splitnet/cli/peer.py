@@ -49,7 +49,8 @@ def peer(
     memory: Annotated[str | None, typer.Option(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
     kv_memory: Annotated[str | None, typer.Option(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
     training_memory: Annotated[
-        str | None, typer.Option(metavar="1GiB", help="Memory to keep for clients that train.")
+        str | None,
+        typer.Option(metavar="1GiB", help="Memory to keep for clients that train; one key gets half at most."),
     ] = None,
     join: JoinIfAny = None,
     lan: Annotated[

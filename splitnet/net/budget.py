@@ -32,13 +32,22 @@ class Budget:
         self._held: dict[tuple[Hashable, ...], int] = {}
         self._lock = threading.Lock()
 
+    @property
+    def free(self) -> int:
+        return self.limit - self.used
+
+    def accounts(self) -> list[tuple[tuple[Hashable, ...], int]]:
+        """All accounts of all levels, with the bytes that each holds."""
+        with self._lock:
+            return list(self._held.items())
+
     def held(self, *account: Hashable) -> int:
         """Bytes that an account holds."""
         return self._held.get(account, 0)
 
     def has_room(self, nbytes: int, *account: Hashable) -> bool:
         """Whether `reserve` would succeed now."""
-        free = self.limit - self.used
+        free = self.free
         if nbytes > free:
             return False
         for level in range(1, len(account) + 1):

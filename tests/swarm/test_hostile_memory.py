@@ -22,14 +22,17 @@ from peers.memory_account import MESSAGE_BYTES
 from splitnet.client.swarm import ModelFacts
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.endpoints import Endpoint
+from splitnet.net.messages import Failure, Forward, Gradient, Result
+from tests.attacks import fairness
 from tests.attacks import memory as attacks
+from tests.attacks.memory import PLAIN
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
 
 KV_MEMORY, TRAINING_MEMORY = 16 * 2**20, 32 * 2**20
-STEP_MEMORY = 64 * 2**20
+STEP_MEMORY = 128 * 2**20
 SLACK = 96 * 2**20
 """What the process may take besides: for activations, messages on their way, and what is not given back at once."""
 
@@ -164,6 +167,29 @@ def test_small_messages_are_counted_with_their_objects(folder: Path) -> None:
         with victims.attacked(attack) as seen:
             assert 10 < seen.kept <= little // MESSAGE_BYTES
             assert seen.rss < KV_MEMORY + STEP_MEMORY + SLACK
+
+
+def test_one_key_does_not_keep_another_from_training(folder: Path) -> None:
+    with (
+        serving(folder, [(0, 6)], training_memory=2**20) as victims,
+        attacks.Stranger(victims.endpoint, victims.facts, None) as stranger,
+        fairness.Client(victims.endpoint, victims.facts) as client,
+    ):
+        session = stranger.open(64)
+        number = 0
+        while number < 1 << 20:
+            number += 1
+            stranger.say(Forward(session, 1, number, 0, (8,), True, 0, PLAIN, PLAIN, stranger.positions(8)))
+            if isinstance(stranger.wait_for(session, Result), Failure):
+                break
+        assert number > 50
+        own, _ = client.open(64)
+        for number in range(1, 9):
+            client.forward(own, number, (64,), kept=True)
+            assert isinstance(client.hear(), Result)
+        for number in range(1, 9):
+            client.gradient(own, number, 64)
+            assert isinstance(client.hear(), Gradient)
 
 
 def test_small_requests_have_little_sent(victims: Victims) -> None:

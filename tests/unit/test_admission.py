@@ -273,4 +273,5 @@ def test_a_key_within_its_share_is_never_ended_for_another(steps: list[tuple[int
             table.add(one_more)
         except PeerBusy:
             assert not ended
-        assert table.memory.used == sum(it.budget for it in table) == sum(table._held.values()) <= 1000
+        by_key = [table.memory.held(key) for key in {it.owner for it in table}]
+        assert table.memory.used == sum(it.budget for it in table) == sum(by_key) <= 1000

@@ -771,12 +771,16 @@ class TestReplay:
         assert log.positions == 3
 
     def test_steps_that_wait_take_no_more_memory_than_there_is(self, opened: Peer) -> None:
-        opened.queue.memory.capacity = 3 * MESSAGE_BYTES
+        opened.queue.memory.limit = 6 * MESSAGE_BYTES
         answers = [opened.says(step(Part(1, 0, 1, 1), number=number)) for number in range(1, 9)]
         answers = [opened.says(step(Part(2 + number, 0, 1, 1), number=9 + number)) for number in range(8)]
         assert code_of(answers[-1]) is FailureCode.BUSY
-        assert 0 < opened.queue.memory.used <= opened.queue.memory.capacity
+        assert 0 < opened.queue.memory.used <= opened.queue.memory.limit
+        theirs = bytes(16)
+        opened.says(opening(session=theirs), STRANGER)
+        assert opened.says(step(session=theirs), STRANGER) == [], "one key leaves memory for others"
         opened.says(Close(SID))
+        opened.says(Close(theirs), STRANGER)
         assert opened.queue.memory.used == 0
 
 

@@ -72,8 +72,8 @@ def gradient(number: int = 7, **changes: Any) -> Gradient:
     return replace(Gradient(SID, 1, number, 6, number, False, PLAIN.code, PAYLOAD), **changes)
 
 
-def adapter(version: int = 1, remaining: int = 0) -> Adapter:
-    return Adapter(SID, 1, version, remaining, b"tensors")
+def adapter(version: int = 1, remaining: int = 0, session: bytes = SID) -> Adapter:
+    return Adapter(session, 1, version, remaining, b"tensors")
 
 
 def kept_bytes(peer: Peer) -> int:
@@ -237,13 +237,32 @@ def test_a_session_that_ends_frees_everything(opened: Peer) -> None:
 
 def test_memory_is_bounded(opened: Peer) -> None:
     memory = opened.service.training_memory
-    memory.capacity = 2 * BYTES + ADAPTER_BYTES
+    memory.limit = 2 * (2 * BYTES + ADAPTER_BYTES)  # one key gets half
     goes_forward(opened, forward(7))
     goes_forward(opened, forward(8))
-    assert code_of(opened.says(forward(9), PREVIOUS)) == FailureCode.BUSY
     assert opened.says(adapter()) == []
     assert code_of(opened.says(adapter(2))) == FailureCode.BUSY
+    assert code_of(opened.says(forward(9), PREVIOUS)) == FailureCode.BUSY
     goes_forward(opened, forward(10, oldest=9))
+
+
+def test_one_key_leaves_memory_for_others(opened: Peer) -> None:
+    memory = opened.service.training_memory
+    memory.limit = 16 * BYTES + 2 * ADAPTER_BYTES
+    number = 7
+    while not opened.says(forward(number), PREVIOUS):
+        ends(opened, take(opened))
+        number += 1
+    version = 1
+    while not opened.says(adapter(version)):
+        ends(opened, take(opened))
+        version += 1
+    theirs = bytes(16)
+    opened.says(opening(session=theirs), STRANGER)
+    assert opened.says(adapter(session=theirs), STRANGER) == []
+    ends(opened, take(opened))
+    goes_forward(opened, forward(session=theirs), STRANGER)
+    assert opened.says(gradient(session=theirs), AFTER) == []
 
 
 def test_a_newer_adapter_takes_the_place_of_the_older(opened: Peer) -> None:
@@ -283,7 +302,7 @@ def test_adapters_that_follow_each_other_at_once_are_taken_over_one_by_one(opene
 
 def test_what_waits_is_counted_with_its_objects(opened: Peer) -> None:
     memory = opened.service.training_memory
-    memory.capacity = 10 * MESSAGE_BYTES
+    memory.limit = 10 * MESSAGE_BYTES
     tiny = forward(lengths=(1,), payload=bytes(4 * HIDDEN))
     answers = [opened.says(replace(tiny, number=number), PREVIOUS) for number in range(1, 100)]
     assert sum(not answer for answer in answers) < 10
