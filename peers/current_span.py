@@ -76,6 +76,11 @@ class CurrentSpan:
         """Begins to compute."""
         self.server.start()
 
+    def run_here(self) -> None:
+        """See `Engine.run_here`; does nothing while the peer moves."""
+        if (server := self._server) is not None:
+            server.run_here()
+
     def remeasure_if_idle(self) -> None:
         """See `SpanServer.remeasure_if_idle`; does nothing while the peer moves."""
         if self._server is not None:

@@ -99,6 +99,7 @@ class Peer:
             on_lost=lambda connection: self.service.connection_lost(connection, time.monotonic()),
             on_dropped=lambda _, frames, reason: self.service.dropped(decode(frames), reason),
             on_tick=self._tick,
+            on_received=self._current.run_here,
             authorized=authorized,
             listen=options.listen,
         )

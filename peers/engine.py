@@ -28,6 +28,9 @@ from splitnet.net.messages import FailureCode, Part
 
 log = logging.getLogger(__name__)
 
+SHORT_S = 0.02
+"""A step that takes no longer may run in the thread that received it: nothing else is received meanwhile."""
+
 
 class Engine:
     """Runs steps through a span until closed.
@@ -57,6 +60,8 @@ class Engine:
         self._counters = counters or Counters()
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
         self._gathering = Gathering()
+        self._turns = threading.Lock()
+        """Held by the thread that runs what was waiting."""
         self._publish_speed()
         self._pass_engine = PassEngine(
             span, service.training, self._let_others_in, self._most_positions, self._counters
@@ -75,6 +80,22 @@ class Engine:
         self._queue.close()
         if self._thread.ident is not None:
             self._thread.join()
+        with self._turns:  # what `run_here` has begun ends, too
+            pass
+
+    def run_here(self) -> None:
+        """Runs a short decode step that waits alone, in the thread that has received it; another thread runs all else.
+
+        To hand a step from thread to thread, and what comes out back, takes some tenths of a millisecond.
+        """
+        if self._turns.acquire(blocking=False):
+            try:
+                if self._queue.has_short_step(self._gathering, SHORT_S):
+                    self._run_steps(self._queue.take(PASS_POSITIONS))
+                    return
+            finally:
+                self._turns.release()
+        self._queue.wake()
 
     def _run(self) -> None:
         while self._turn():
@@ -83,14 +104,15 @@ class Engine:
     def _turn(self) -> bool:
         """Waits for work and runs a pass of it; False when the queue is closed. Keeps no session alive after it."""
         self._queue.gather(self._gathering)
-        chosen = self._queue.take(PASS_POSITIONS)
-        if chosen:
-            self._run_steps(chosen)
-        elif (work := self._queue.take_pass()) is not None:
-            self._pass_engine.run(work)
-            self._queue.release_pass(work)
-        elif (job := self._queue.take_idle_job()) is not None:
-            job()
+        with self._turns:
+            chosen = self._queue.take(PASS_POSITIONS)
+            if chosen:
+                self._run_steps(chosen)
+            elif (work := self._queue.take_pass()) is not None:
+                self._pass_engine.run(work)
+                self._queue.release_pass(work)
+            elif (job := self._queue.take_idle_job()) is not None:
+                job()
         return not self._queue.closed
 
     def _measure(self) -> None:
@@ -186,8 +208,11 @@ class Engine:
                 self._compute([item])
 
     def _pass(self, ready: list[tuple[Work, int]]) -> None:
-        began, computed = time.perf_counter(), time.thread_time()
-        self._observe_load(ready)
+        began, began_cpu = time.perf_counter(), time.thread_time()
+        began_at = time.monotonic()
+        fresh = [work for work, _ in ready if not work.done]
+        for work in fresh:
+            work.wait_ms = (began_at - work.arrived_at) * 1000
         session = ready[0][0].session
         span = self._view(session.start, session.end)
         parts: list[SpanPart] = []
@@ -204,24 +229,30 @@ class Engine:
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         output = span.forward(hidden, parts)
         elapsed_ms = (seconds_after_work(self._span.device) - began) * 1000
-        self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
-        if len(hidden) <= DECODE_POSITIONS * len(ready):
-            sources, computed_s = (work.session.id for work, _ in ready), time.thread_time() - computed
-            self._gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
-        self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
+        computed_s = time.thread_time() - began_cpu
+        computed = list[tuple[Work, int]]()
         offset = 0
-        for work, count in ready:
+        for work, count in ready:  # first of all, since the next hops wait for it
             work.hidden = None
-            computed = self._keep(work, count, output[offset : offset + count])
+            kept = self._keep(work, count, output[offset : offset + count])
             work.compute_ms += elapsed_ms
             work.done += count
             work.session.done += count
             offset += count
-            self._counters.step_computed(work, count)
-            if not computed:
+            if not kept:
                 work.done = work.total
-            elif not work.remaining:
+                continue
+            computed.append((work, count))
+            if not work.remaining:
                 self._finish(work)
+        self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
+        if len(hidden) <= DECODE_POSITIONS * len(ready):
+            sources = (work.session.id for work, _ in ready)
+            self._gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
+        self._observe_load(ready, fresh, began_at)
+        for work, count in computed:
+            self._counters.step_computed(work, count)
+        self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
 
     def _keep(self, work: Work, count: int, output: torch.Tensor) -> bool:
         """Encodes what is needed of the output of a pass; False if the step has failed."""
@@ -248,11 +279,8 @@ class Engine:
     def _at_tail(self, work: Work) -> bool:
         return work.session.end == self._service.served.num_blocks
 
-    def _observe_load(self, ready: list[tuple[Work, int]]) -> None:
-        now = time.monotonic()
-        fresh = [work for work, _ in ready if not work.done]
+    def _observe_load(self, ready: list[tuple[Work, int]], fresh: list[Work], now: float) -> None:
         for work in fresh:
-            work.wait_ms = (now - work.arrived_at) * 1000
             self._counters.step_began(work)
         positions = sum(count for _, count in ready)
         others = [positions - count for work, count in ready if work.total <= DECODE_POSITIONS]

@@ -25,7 +25,7 @@ from splitnet.net.messages import FailureCode, FetchKV, Forward, Gradient
 
 
 class PassEngine:
-    """Belongs to the engine's thread.
+    """Belongs to the engine.
 
     Args:
         span: the blocks.

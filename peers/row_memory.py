@@ -50,6 +50,18 @@ def rows_after(session: Session, step: Step) -> set[int]:
     return {*kept, *(part.row for part in step.parts)}
 
 
+def _goes_on(session: Session, step: Step) -> bool:
+    """Whether `step` adds to the only row of `session`, where that has room: as decode steps do, nearly always."""
+    if step.forks is not None or len(step.parts) != 1 or len(session.rows) != 1:
+        return False
+    part = step.parts[0]
+    row = session.rows.get(part.row)
+    if row is None or part.start != row.length:
+        return False
+    end = part.start + part.length
+    return end <= row.room and row.prefix_length + end <= session.budget
+
+
 def prepare_rows(session: Session, step: Step) -> None:
     """Forks and crops the rows of `session` for `step`, and gives them room; a step that is refused changes nothing.
 
@@ -57,6 +69,8 @@ def prepare_rows(session: Session, step: Step) -> None:
         SessionTooLong: the rows would hold more positions than the session has reserved.
         ProtocolError: a fork of a row that does not exist, or a gap before the first position.
     """
+    if _goes_on(session, step):
+        return
     rows: dict[int, RowCache | _Copy] = dict(session.rows)
     if step.forks is not None:
         rows = fork_rows(rows, step.forks, lambda row: row if isinstance(row, _Copy) else _Copy(row))

@@ -67,7 +67,7 @@ class Session:
     reserved_rows: int = 0
     """Rows whose states have a place. Touched by the table of sessions only."""
     rows: dict[int, RowCache] = field(default_factory=dict)
-    """Touched by the engine's thread only, so that no pass loses its rows half-way."""
+    """Touched by the engine only, so that no pass loses its rows half-way."""
     new_room: dict[int, int] = field(default_factory=dict)
     """Positions that the rows which begin with the next step are allocated for, see `peers/row_memory.py`."""
     waiting: deque[Work] = field(default_factory=deque)
@@ -79,7 +79,7 @@ class Session:
     waiting_passes: int = 0
     """Passes over whole sequences that wait or run. Touched by the work queue only."""
     done: int = 0
-    """Positions computed so far, of steps and passes. Touched by the engine's thread only."""
+    """Positions computed so far, of steps and passes. Touched by the engine only."""
     last: int = 0
     """Highest number of a step or pass of the present epoch that is finished."""
     timing: Timing | None = None
@@ -90,9 +90,9 @@ class Session:
     kept: dict[int, PassWork] = field(default_factory=dict)
     """Forward passes whose input waits for a gradient, by number."""
     adapter: Adapter | None = None
-    """What the client adds to the blocks. Changed by the engine's thread only."""
+    """What the client adds to the blocks. Changed by the engine only."""
     gradient_sum: GradientSum | None = None
-    """Touched by the engine's thread only, except when the session ends."""
+    """Touched by the engine only, except when the session ends."""
     adapter_version: int = 0
     adapter_parts: list[AdapterMessage] = field(default_factory=list)
     """Of a version that is still coming in."""

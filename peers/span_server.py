@@ -126,8 +126,13 @@ class SpanServer:
         return PASS_POSITIONS * self.service.ms_per_position
 
     def start(self) -> None:
-        """Begins to compute."""
+        """Begins to compute. From now on `run_here` is called after messages were received."""
+        self.queue.defers = True
         self._engine.start()
+
+    def run_here(self) -> None:
+        """See `Engine.run_here`."""
+        self._engine.run_here()
 
     def remeasure_if_idle(self) -> None:
         """Times the device again if nobody has used it since: at the start others may have kept the machine busy.

@@ -50,6 +50,8 @@ class WorkQueue:
         """By key."""
         self._next_pass_of: bytes | None = None
         self._idle_job: Callable[[], None] | None = None
+        self.defers = False
+        """Whether `put` wakes nobody, as who puts steps calls `Engine.run_here` then."""
         self._turns_without_pass = 0
         self.queued_positions = 0
         self.pass_positions = 0
@@ -83,7 +85,27 @@ class WorkQueue:
             self.queued_positions += work.total
             if len(session.waiting) == 1:
                 self._ready[session] = None
+                if not self.defers:
+                    self._changed.notify()
+
+    def wake(self) -> None:
+        """Wakes the engine's thread, if there is something to do."""
+        with self._changed:
+            if self.has_work:
                 self._changed.notify()
+
+    def has_short_step(self, gathering: Gathering, within_s: float) -> bool:
+        """Whether all there is to do is one decode step that takes no longer, and nothing is expected to join it."""
+        with self._changed:
+            if len(self._ready) != 1 or self._passes or self._closed:
+                return False
+            positions = next(iter(self._ready)).waiting[0].remaining
+            return (
+                positions <= DECODE_POSITIONS
+                and self._pass_s(positions) <= within_s
+                and not gathering.patience_s(1)
+                and not self._shares.contended(time.monotonic())
+            )
 
     def put_pass(self, work: PassWork) -> None:
         """Adds a pass over whole sequences, which runs when no step of its key is ready.

@@ -98,6 +98,7 @@ class Transport:
         on_dropped: called with the destination and the frames of a message that was dropped for any other reason, and
             that reason: its receiver is too slow, or no link to it can be opened.
         on_tick: called about five times per second.
+        on_received: called when messages had come in and all were handed over.
         max_backlog: bytes that may wait to be sent, over all receivers; None: any number, for a process that sends
             only what it holds itself.
         max_received: bytes that may wait to be read, over all connections; beyond, those who hold most are cut off.
@@ -121,6 +122,7 @@ class Transport:
         on_lost: LostHandler | None = None,
         on_dropped: DropHandler | None = None,
         on_tick: Callable[[], None] | None = None,
+        on_received: Callable[[], None] | None = None,
         max_backlog: int | None = MAX_BACKLOG_BYTES,
         max_received: int = MAX_RECEIVED_BYTES,
         authorized: AuthorizedKeys | None = None,
@@ -132,6 +134,7 @@ class Transport:
         self._on_lost = on_lost
         self._on_dropped = on_dropped
         self._on_tick = on_tick
+        self._on_received = on_received
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context(io_threads=2)
         self._bounded = max_backlog is not None
         self.sending = Budget(max_backlog if max_backlog is not None else sys.maxsize)
@@ -146,7 +149,7 @@ class Transport:
         self._links: dict[Endpoint, _Link] = {}
         self._outbox = _Outbox()
         self._wake = Wake()
-        self._closing = False
+        self._closing = self._dispatching = False
         self._tick_now = False
         self._warn_at = 0.0
         self._poller = zmq.Poller()
@@ -231,10 +234,15 @@ class Transport:
         with outbox.lock:
             if self._closing:
                 return
-            outbox.items.append((destination, frames))
-            wake, outbox.awake = not outbox.awake, True
-            if wake and threading.get_ident() != self._thread.ident:
-                self._wake.set()
+            here = threading.get_ident() == self._thread.ident
+            at_once = here and bool(frames) and not outbox.items and not self._dispatching
+            if not at_once:
+                outbox.items.append((destination, frames))
+                wake, outbox.awake = not outbox.awake, True
+                if wake and not here:
+                    self._wake.set()
+        if at_once:  # who waits for it need not wait for what else this thread does
+            self._dispatch(destination, frames)
 
     def _listen(self, address: str) -> None:
         assert self._gate is not None
@@ -315,17 +323,19 @@ class Transport:
                 self._flush()
                 if self._gate is not None and self._gate.socket in ready:
                     self._gate.answer()
-                drained = True
+                drained, received = True, False
                 if self._arrivals is not None and self._arrivals in ready:
                     self._follow_arrivals(self._arrivals)
                 if self._router is not None and self._router in ready:
-                    drained = self._receive(self._router, None)
+                    drained, received = self._receive(self._router, None), True
                 for link in list(self._links.values()):
                     if link.monitor in ready:
                         self._follow(link)
                     if link.socket in ready:
-                        drained &= self._receive(link.socket, link)
+                        drained, received = drained & self._receive(link.socket, link), True
                 self._drained += drained
+                if received and self._on_received is not None:
+                    self._guard(self._on_received)
                 if self._on_tick is not None and (self._tick_now or time.monotonic() >= next_tick):
                     self._tick_now = False
                     next_tick = time.monotonic() + _TICK_MS / 1000
@@ -349,6 +359,7 @@ class Transport:
                 self._dispatch(destination, frames)
 
     def _dispatch(self, destination: Destination, frames: Sequence[Payload] | None) -> None:
+        self._dispatching = True  # what a handler sends meanwhile comes later
         try:
             if isinstance(destination, Endpoint):
                 if frames is None:
@@ -369,6 +380,8 @@ class Transport:
                     self._guard(self._on_lost, destination)
             else:
                 self._drop(destination, frames or (), _TOO_SLOW if error.errno == zmq.EAGAIN else str(error))
+        finally:
+            self._dispatching = False
 
     def _is_over(self, connection: Connection) -> bool:
         """Whether this side has ended a connection, or its routing id is another's by now."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
@@ -898,6 +899,41 @@ class TestEngine:
         for name, result in self.answers(peer).items():
             assert isinstance(result, Result)
             assert torch.equal(PLAIN.decode(result.payload, 2, HIDDEN), torch.full((2, HIDDEN), name + 1.0))
+
+    def test_a_short_step_alone_runs_in_the_thread_that_received_it(
+        self, peer: Peer, engine: Engine, span: FakeSpan
+    ) -> None:
+        peer.queue.defers = True
+        self.send(peer, 1)
+        engine.run_here()
+        assert span.passes == [2]
+        assert isinstance(self.answers(peer)[1], Result)
+
+    def test_steps_of_two_clients_wait_for_one_pass(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
+        peer.queue.defers = True
+        self.send(peer, 1)
+        self.send(peer, 2)
+        engine.run_here()
+        assert span.passes == []
+        engine._turn()
+        assert span.passes == [4]
+
+    def test_while_the_device_is_busy_a_step_is_left_to_the_engines_thread(
+        self, peer: Peer, engine: Engine, span: FakeSpan
+    ) -> None:
+        peer.queue.defers = True
+        threads, ran = list[int](), threading.Event()
+        span.meanwhile = lambda: (threads.append(threading.get_ident()), ran.set())[1]
+        engine.start()
+        try:
+            with engine._turns:
+                self.send(peer, 1)
+                engine.run_here()
+                assert span.passes == []
+            assert ran.wait(20)
+        finally:
+            engine.close()
+        assert threads != [threading.get_ident()]
 
     def test_the_device_is_measured_between_passes(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
         engine.measure_when_idle()
