@@ -73,10 +73,12 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--codec", default="auto")
     parser.add_argument("--delay", type=float, default=0.0, help="ms one way between any two hosts")
+    parser.add_argument("--weights", default="float32", help="of the peers; stored: as the checkpoint has them")
     parser.add_argument("--random", action="store_true", help="random prompts, for models without a tokenizer")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     codec = arguments.codec
+    options = ["--threads", "1"] + ([] if arguments.weights == "stored" else ["--weights", arguments.weights])
     checkpoint = Checkpoint.open(arguments.checkpoint)
     if arguments.random:
         ids = torch.randint(checkpoint.config.vocab_size, (1, max(arguments.context)))
@@ -88,7 +90,7 @@ def main() -> int:
         with Lab(["client", *spans], delay_ms=arguments.delay) as lab, lab.inside("client"):
             # The DHT has a node of its own here, since any of the daemons may die.
             directory = Directory.start(listen=[f"/ip4/{lab.address('client')}/tcp/0"])
-            with LabPeers(lab, arguments.checkpoint, spans, join=directory.addresses[0]) as peers:
+            with LabPeers(lab, arguments.checkpoint, spans, options, join=directory.addresses[0]) as peers:
                 print_header()
                 for trouble in arguments.trouble:
                     for context in arguments.context:
