@@ -11,6 +11,7 @@ from scheduler import swarm
 from scheduler.averages import MovingAverage
 from scheduler.swarm import PASS_SIZES
 from splitnet.model.device_clock import seconds_after_work
+from splitnet.model.memory import trim_memory
 from splitnet.model.span import Part, Span
 
 SHARE = 0.1
@@ -74,4 +75,5 @@ def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -
                 return None
             times.append(elapsed_ms(size))
         block_ms.append(min(times) / blocks)
+    trim_memory()
     return ObservedSpeed(tuple(block_ms))
