@@ -21,7 +21,6 @@ from splitnet.model.attention import Part
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
 from splitnet.model.grouped_forms import GroupedForm
 from splitnet.model.held_linear import HeldLinear
-from splitnet.model.int8_forms import CompiledInt8
 from splitnet.model.known_experts import KnownExperts
 from splitnet.model.lean_step import is_usual
 from splitnet.model.rotary import Turning
@@ -31,7 +30,7 @@ MOST_POSITIONS = 16
 """In one step; with more, products of matrices are faster."""
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INT8, _GROUPED = 3, 4
+_GROUPED = 3
 _VECTOR = 16
 _NO_MATRIX = [0] * 6
 _EXPERTS = Struct("8q4d18q")
@@ -234,16 +233,14 @@ def _is_held(layer: nn.Linear | HeldLinear) -> bool:
     if isinstance(layer, HeldLinear):
         if isinstance(layer.held, GroupedForm):
             return layer.held.has_fast_kernel and layer.in_features % CHUNK == 0
-        known = (CompiledInt8, CompiledFloat16, CompiledBfloat16, ConvertedBfloat16, ConvertedFloat32)
+        known = (CompiledFloat16, CompiledBfloat16, ConvertedBfloat16, ConvertedFloat32)
         return type(layer.held) in known
     return type(layer) is nn.Linear and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 
 def _held(layer: nn.Linear | HeldLinear) -> tuple[int, torch.Tensor, torch.Tensor | None]:
-    """The number of its kind in `native/products.h`, its tensor, and its scales or its description."""
+    """The number of its kind in `native/products.h`, its tensor, and its description if it has one."""
     held: Any = layer.held if isinstance(layer, HeldLinear) else layer
-    if isinstance(held, CompiledInt8):
-        return _INT8, held.codes, held.scales
     if isinstance(held, GroupedForm):
         return _GROUPED, held.tiles, held.description
     return _KINDS[held.weight.dtype], held.weight, None

@@ -169,8 +169,14 @@ class GroupedForm(WeightForm):
             return outputs_at_a_time(self.inputs) // TILE
         return max(1, _LARGE_PIECE // (TILE * self.inputs))
 
-    def _pieces(self, dtype: torch.dtype, expert: int) -> Iterator[torch.Tensor]:
-        """The weight in floats, some outputs at a time. A piece is there until the next one is asked for."""
+    def _pieces(
+        self, dtype: torch.dtype, expert: int, description: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """The weight in floats, some outputs at a time. A piece is there until the next one is asked for.
+
+        Args:
+            description: what kernels take in the place of its own.
+        """
         tiles = -(-self.outputs // TILE)
         halves = dtype == torch.bfloat16 and self.has_fast_kernel and multiplies_bfloat16()
         room: torch.Tensor | None = None
@@ -182,7 +188,7 @@ class GroupedForm(WeightForm):
                 if room is None:
                     room = torch.empty(count, self.inputs, dtype=dtype if halves else torch.float32)
                 piece = room[:count]
-                convert_grouped(self.description, some, piece)
+                convert_grouped(self.description if description is None else description, some, piece)
             else:
                 piece = self.order.unpacked(some).floats(self.layout)[:count]
             yield piece.to(dtype)

@@ -22,7 +22,6 @@ from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16
 from splitnet.model.grouped_forms import GroupedForm, JoinedForm
 from splitnet.model.held_linear import HeldLinear, sizes_of
-from splitnet.model.int8_forms import CompiledInt8
 from splitnet.model.kernels import has_kernel_for, multiply_floats
 from splitnet.model.weight_form import WeightForm
 from splitnet.model.weights import Weights
@@ -30,7 +29,7 @@ from splitnet.model.weights import Weights
 MOST_ROWS = 16
 """Of all threads together; with more, products of matrices are faster."""
 
-_ALONE_AS_TOGETHER = (CompiledBfloat16, CompiledFloat16, CompiledInt8)
+_ALONE_AS_TOGETHER = (CompiledBfloat16, CompiledFloat16)
 """Forms with which a row gives the same whatever others are with it."""
 
 

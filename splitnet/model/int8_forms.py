@@ -6,9 +6,10 @@ from typing import Self
 
 import torch
 
-from splitnet.model.kernels import multiply_int8
+from splitnet.model.grouped_forms import GroupedForm, held_bytes
 from splitnet.model.many_rows import TORCH_INT8_FROM, int8_from, multiply_by_parts, outputs_at_a_time, type_for_many
 from splitnet.model.stored import Codes, Kind, Layout
+from splitnet.model.tiles import TILE
 from splitnet.model.weight_form import WeightForm
 
 _LARGEST = 127
@@ -51,12 +52,6 @@ class DequantisedInt8(WeightForm):
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])
 
-    def _multiply_many(self, rows: torch.Tensor) -> torch.Tensor:
-        dtype = type_for_many()
-        outputs, inputs = self.codes.shape
-        parts = (part.to(dtype) for part in self.codes.split(outputs_at_a_time(inputs)))  # which are exact in both
-        return multiply_by_parts(rows, outputs, parts).mul_(self.scales)
-
 
 def int8_codes(weight: torch.Tensor) -> Codes | None:
     """The codes of a weight `[outputs, inputs]`, float32, as `INT8` has them; None if not all values are finite."""
@@ -66,17 +61,32 @@ def int8_codes(weight: torch.Tensor) -> Codes | None:
     return Codes((held.codes.short() + INT8.offset).to(torch.uint8).cpu(), held.scales[:, None].cpu())
 
 
-class CompiledInt8(DequantisedInt8):
-    """Multiplied by splitnet's kernel: activations keep 16 bits, and sums are exact until they become float32."""
+class Int8(GroupedForm):
+    """Multiplied by splitnet's kernels; activations keep 16 bits."""
 
     @classmethod
     def fits(cls, outputs: int, inputs: int) -> bool:
         return inputs <= _MOST_INPUTS
 
-    def multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        if len(rows) >= int8_from():
-            return self._multiply_many(rows)
-        return multiply_int8(rows, self.codes, self.scales)
+    @classmethod
+    def bytes_for(cls, outputs: int, inputs: int) -> int:
+        return held_bytes(INT8, outputs, inputs)
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Self | None:
+        codes = int8_codes(weight)
+        return None if codes is None else cls.hold(INT8, [codes], weight.device)
+
+    def many_from(self, dtype: torch.dtype) -> int:
+        return int8_from()
+
+    def multiply_many(self, rows: torch.Tensor, expert: int = 0) -> torch.Tensor:
+        if not self._has_kernel:
+            return super().multiply_many(rows, expert)
+        # Codes are exact in bfloat16, numbers would not be.
+        parts = self._pieces(type_for_many(), expert, self.order.described(self.outputs, scaled=False))
+        scales = self.tiles[:, : TILE * _SCALE.itemsize].view(_SCALE).flatten()[: self.outputs]
+        return multiply_by_parts(rows, self.outputs, parts).mul_(scales)
 
 
 class KernelInt8(DequantisedInt8):
@@ -88,6 +98,9 @@ class KernelInt8(DequantisedInt8):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) >= TORCH_INT8_FROM:
-            return self._multiply_many(rows)
+            outputs, inputs = self.codes.shape
+            codes = self.codes.split(outputs_at_a_time(inputs))
+            parts = (part.to(type_for_many()) for part in codes)  # exactly
+            return multiply_by_parts(rows, outputs, parts).mul_(self.scales)
         given = rows.to(torch.bfloat16).contiguous()
         return torch.ops.aten._weight_int8pack_mm(given, self.codes, self.scales).to(rows.dtype)

@@ -104,20 +104,6 @@ def multiplies_bfloat16() -> bool:
     return _kernels is not None and _kernels.has_bfloat16()
 
 
-def multiply_int8(
-    rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, *, plainly: bool = False
-) -> torch.Tensor:
-    """`[rows, inputs]` times int8 `[outputs, inputs]` with a bfloat16 scale per output, in float32.
-
-    The rows are rounded to 2^-15 of the largest value of each.
-
-    Args:
-        plainly: as CPUs do it for which no instructions are chosen.
-    """
-    kernel = _kernels.int8_of_any_cpu if plainly else _kernels.int8
-    return _multiply(kernel, rows, len(codes), codes, scales)
-
-
 def multiply_grouped(
     rows: torch.Tensor,
     description: torch.Tensor,
@@ -130,7 +116,7 @@ def multiply_grouped(
 ) -> None:
     """`[rows, inputs]` times weights in tiles, `[outputs, inputs]`; see `splitnet.model.tiles`.
 
-    The rows are rounded as for `multiply_int8` where codes stand for integers.
+    Where codes stand for integers, rows are rounded to 2^-15 of the largest value of each.
 
     Args:
         rows: float32; where codes stand for floats, with inputs in whole chunks.
@@ -199,7 +185,12 @@ def multiply_floats(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     A row gives the same whatever others are with it.
     """
-    return _multiply(getattr(_kernels, _FLOATS[weight.dtype]), rows, len(weight), weight, None)
+    given = rows.float().contiguous()
+    products = torch.empty(len(given), len(weight))
+    kernel = getattr(_kernels, _FLOATS[weight.dtype])
+    places = (weight.data_ptr(), given.data_ptr(), products.data_ptr())
+    kernel(*places, *given.shape, len(weight), torch.get_num_threads())
+    return products.to(rows.dtype)
 
 
 def step(
@@ -229,15 +220,3 @@ def step(
     threads = torch.get_num_threads()
     sizes = (cosines.shape[1], adjacent, stored_bytes, threads)
     _kernels.step(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
-
-
-def _multiply(
-    kernel: Any, rows: torch.Tensor, outputs: int, weight: torch.Tensor, scales: torch.Tensor | None
-) -> torch.Tensor:
-    given = rows.float().contiguous()
-    count, inputs = given.shape
-    products = torch.empty(count, outputs)
-    scales_at = 0 if scales is None else scales.data_ptr()
-    threads = torch.get_num_threads()
-    kernel(weight.data_ptr(), scales_at, given.data_ptr(), products.data_ptr(), count, inputs, outputs, threads)
-    return products.to(rows.dtype)

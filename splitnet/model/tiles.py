@@ -45,7 +45,7 @@ _TYPES = {
 }
 _FLOAT8 = ("e4m3", "e5m2")
 _NUMBERS = {Kind.FLOAT16: 0, Kind.BFLOAT16: 1, Kind.FLOAT32: 2, Kind.E8M0: 3, Kind.CODES: 8, Kind.NONE: 9}
-_STEPS, _UNSIGNED_STEPS, _LOWER_STEPS, _UPPER_STEPS = 4, 5, 6, 7
+_STEPS, _UNSIGNED_STEPS, _LOWER_STEPS, _UPPER_STEPS, _ONES = 4, 5, 6, 7, 10
 """`enum number` in `native/grouped.h`."""
 
 _PLAIN, _TABLE, _FLOAT_TABLE, _E4M3, _E5M2, _ANY = range(6)
@@ -146,13 +146,19 @@ class Order:
             return _ANY
         return _table_code(self.layout.table)[0] if self.layout.table else _PLAIN
 
-    def described(self, outputs: int) -> torch.Tensor:
-        """A weight of so many outputs, int64, as `Grouped` in `native/grouped.h`."""
+    def described(self, outputs: int, *, scaled: bool = True) -> torch.Tensor:
+        """A weight of so many outputs, int64, as `Grouped` in `native/grouped.h`.
+
+        Args:
+            scaled: else its scales are taken for 1, where it is made anew.
+        """
         layout = self.layout
         zero = _NUMBERS.get(layout.zero, _UNSIGNED_STEPS if self.zero_type is torch.uint8 else _STEPS)
         scale = _NUMBERS.get(layout.scale, _UNSIGNED_STEPS if self.scale_type is torch.uint8 else _STEPS)
         if self.nibbles:
             scale, zero = _LOWER_STEPS, _UPPER_STEPS
+        if not scaled:
+            scale = _ONES
         _, factor, at = _table_code(layout.table) if layout.table else (_PLAIN, 1.0, 0)
         sizes = [0 if each is None else TILE * each.itemsize for each in (self.scale_type, self.zero_type)]
         numbers = [self._code, layout.bits, layout.group, self.panel, self.inputs, outputs, layout.offset, scale, zero]

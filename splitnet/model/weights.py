@@ -17,7 +17,7 @@ from splitnet.model.float_forms import (
     PackedFloat16,
 )
 from splitnet.model.int4_forms import Int4, KernelInt4
-from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
+from splitnet.model.int8_forms import DequantisedInt8, Int8, KernelInt8
 from splitnet.model.kernels import has_float_kernels, has_integer_kernels
 from splitnet.model.weight_form import WeightForm
 
@@ -147,5 +147,5 @@ def _integer_forms(kind: str, device: torch.device) -> tuple[type[WeightForm], .
     if has_kernels(device):
         forms.insert(0, KernelInt8)
     if compiled:
-        forms.insert(0, CompiledInt8)
+        forms.insert(0, Int8)
     return tuple(forms)

@@ -22,7 +22,7 @@ from splitnet.model.grouped_forms import ExpertForm
 from splitnet.model.held_experts import HeldExperts
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.int4_forms import GROUP, Int4, KernelInt4, kernel_order
-from splitnet.model.int8_forms import CompiledInt8, DequantisedInt8, KernelInt8
+from splitnet.model.int8_forms import DequantisedInt8, Int8, KernelInt8
 from splitnet.model.kernels import Kernels, has_fast_kernels, has_integer_kernels
 from splitnet.model.lazy_tensors import LazyTensors
 from splitnet.model.passes import SpanPasses
@@ -208,10 +208,10 @@ FORMS: list[tuple[type[WeightForm], tuple[int, int]]] = [
     (KernelInt4, (128, 96)),
     (Int4, (5, 64)),
     (Int4, (48, 96)),
+    (Int8, (49, 70)),
 ]
 COMPILED: list[tuple[type[WeightForm], tuple[int, int]]] = [
     (CompiledFloat16, (49, 33)),
-    (CompiledInt8, (49, 70)),
 ]
 needs_compiled = pytest.mark.skipif(
     not (has_integer_kernels() and has_fast_kernels()), reason="splitnet's kernels were not compiled here"
@@ -255,7 +255,7 @@ def test_a_layer_in_every_form(form: type[WeightForm], shape: tuple[int, int]) -
 
 
 @needs_compiled
-@pytest.mark.parametrize("form", [CompiledFloat16, CompiledInt8, Int4])
+@pytest.mark.parametrize("form", [CompiledFloat16, Int8, Int4])
 @pytest.mark.parametrize("count", [1, 23, 24, 31, 32, 47, 48, 63, 64, 65, 257, 600])
 def test_any_number_of_rows(form: type[WeightForm], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(many_rows, "_PART", 2**13)
@@ -350,7 +350,7 @@ def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
     assert choose_weights("int4", None, bfloat16, CPU).dtype == bfloat16
     assert choose_weights("int8", "float32", bfloat16, cuda).forms == (DequantisedInt8,)
     forms = choose_weights("int8", None, float32, CPU).forms
-    assert (CompiledInt8 in forms, KernelInt8 in forms) == (kernels == "compiled", kernels != "fallback")
+    assert (Int8 in forms, KernelInt8 in forms) == (kernels == "compiled", kernels != "fallback")
     assert choose_weights("int4", None, float32, CPU).forms == ((KernelInt4, Int4) if kernels == "torch" else (Int4,))
 
 

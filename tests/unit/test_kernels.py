@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from splitnet.model import kernels
-from splitnet.model.int8_forms import CompiledInt8
-from splitnet.model.kernels import multiply_floats, multiply_int8
+from splitnet.model.int8_forms import Int8
+from splitnet.model.kernels import multiply_floats
 from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.test_grouped_forms import far, hold_stored
 
@@ -27,7 +27,6 @@ outputs = st.integers(1, 9)
 inputs = st.integers(1, 200)
 counts = st.integers(1, 9)
 seeds = st.integers(0, 2**31)
-both = pytest.mark.parametrize("plainly", [False, True])
 
 
 @pytest.fixture(params=kernels.paths_here(), autouse=True)
@@ -61,15 +60,14 @@ def most(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return 0.51 * steps * sizes + 1e-5 * (rows.double().abs() @ weight.double().abs().T) + 1e-30
 
 
-@both
 @each_path
 @given(outputs, inputs, counts, seeds)
-def test_int8(plainly: bool, outputs: int, inputs: int, count: int, seed: int) -> None:
+def test_int8(outputs: int, inputs: int, count: int, seed: int) -> None:
     rows = rows_of(count, inputs, seed)
-    held = CompiledInt8.of(torch.randn(outputs, inputs))
+    held = Int8.of(torch.randn(outputs, inputs))
     assert held is not None
     weight = held.dequantised(torch.float32)
-    product = multiply_int8(rows, held.codes, held.scales, plainly=plainly)
+    product = held.multiply(rows)
     assert ((product - rows.double() @ weight.double().T).abs() <= most(rows, weight)).all()
 
 
@@ -86,36 +84,34 @@ def test_floats(dtype: torch.dtype, outputs: int, inputs: int, count: int, seed:
     assert ((product - rows.double() @ weight.double().T).abs() <= 1e-5 * size + 1e-30).all()
 
 
-@both
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
-def test_what_is_no_number_stays_none_in_its_row(value: float, plainly: bool) -> None:
+def test_what_is_no_number_stays_none_in_its_row(value: float) -> None:
     rows = torch.randn(3, 64)
     rows[1, 5] = value
-    held = CompiledInt8.of(torch.randn(16, 64))
+    held = Int8.of(torch.randn(16, 64))
     assert held is not None
-    product = multiply_int8(rows, held.codes, held.scales, plainly=plainly)
+    product = held.multiply(rows)
     assert not product[1].isfinite().any()
     assert product[[0, 2]].isfinite().all()
 
 
 def test_largest_numbers_do_not_overflow() -> None:
     rows = torch.ones(1, 2**15)
-    held = CompiledInt8.of(torch.ones(1, 2**15))
+    held = Int8.of(torch.ones(1, 2**15))
     assert held is not None
-    for plainly in (False, True):
-        assert multiply_int8(rows, held.codes, held.scales, plainly=plainly).item() == pytest.approx(2**15, rel=1e-2)
+    assert held.multiply(rows).item() == pytest.approx(2**15, rel=1e-2)
 
 
 @needs_floats
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_share_the_outputs(threads: int) -> None:
     rows = torch.randn(2, 96)
-    held = CompiledInt8.of(torch.randn(50, 96))
+    held = Int8.of(torch.randn(50, 96))
     assert held is not None
     half = torch.randn(50, 96).half()
 
     def products() -> list[torch.Tensor]:
-        return [multiply_int8(rows, held.codes, held.scales), multiply_floats(rows, half)]
+        return [held.multiply(rows), multiply_floats(rows, half)]
 
     before = torch.get_num_threads()
     try:

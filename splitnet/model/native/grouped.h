@@ -15,7 +15,7 @@ the sum of the row. Codes that stand for integers are multiplied as bytes withou
 #define MOST_GROUPS 64 /* of a panel */
 #define MOST_ROWS 64 /* that a tile is multiplied with before the next one, so that they stay in a cache */
 
-enum number { AS_FLOAT16, AS_BFLOAT16, AS_FLOAT32, E8M0, STEPS, UNSIGNED_STEPS, LOWER_STEPS, UPPER_STEPS, CODES, NONE };
+enum number { AS_FLOAT16, AS_BFLOAT16, AS_FLOAT32, E8M0, STEPS, UNSIGNED_STEPS, LOWER_STEPS, UPPER_STEPS, CODES, NONE, ONES };
 enum code { PLAIN, TABLE, FLOAT_TABLE, E4M3, E5M2, ANY };
 
 /* All fields have 8 bytes: Python writes them as a list of numbers. */
@@ -113,6 +113,7 @@ INLINE float number_at(enum number kind, const uint8_t *at, const uint8_t *units
     case LOWER_STEPS: return (float)(at[place] & 15) * unit;
     case UPPER_STEPS: return (float)(at[place] >> 4) * unit;
     case CODES: return (float)at[place];
+    case ONES: return 1;
     default: return 0;
     }
 }
@@ -287,6 +288,7 @@ INLINE VNNI __m512 sixteen_numbers(enum number kind, const uint8_t *at) {
         return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(_mm_srli_epi16(sixteen_bytes(at), 4), half)));
     case UNSIGNED_STEPS:
     case CODES: return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(sixteen_bytes(at)));
+    case ONES: return _mm512_set1_ps(1);
     default: return _mm512_setzero_ps();
     }
 }
@@ -764,7 +766,7 @@ typedef struct {
     int (*is_here)(void); /* whether this CPU has the instructions */
     void (*quantise)(const Job *, const Quantised *);
     void (*split)(const Job *, const Quantised *); /* for `bfloats` */
-    Kernel int8, floats[3];                        /* the latter by `enum kind` */
+    Kernel floats[3];                              /* by `enum kind` */
     GroupedKernel plain[9];                        /* by bits */
     GroupedKernel coded[ANY + 1];                  /* by `enum code`; of E4M3 in pairs */
     GroupedKernel bfloats;                         /* E4M3 that is not in pairs */
@@ -811,7 +813,7 @@ VNNI static void dequantise_groups_vnni(const Grouped *weight, const uint8_t *at
 }
 
 #define AVX512                                                                                                            \
-    .quantise = quantise_vnni, .int8 = int8_vnni, .floats = {float32_vnni, bfloat16_vnni, float16_vnni},                  \
+    .quantise = quantise_vnni, .floats = {float32_vnni, bfloat16_vnni, float16_vnni},                                     \
     .plain = {NULL, NULL, two_bits, three_bits, four_bits, five_bits, six_bits, NULL, eight_bits},                        \
     .coded = {[TABLE] = table_bits, [FLOAT_TABLE] = float_table, [E4M3] = e4m3, [E5M2] = e5m2},                           \
     .dequantise = dequantise_groups_vnni

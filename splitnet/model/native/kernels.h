@@ -95,67 +95,6 @@ TARGET static void NAMED(quantise)(const Job *job, const Quantised *to) {
 
 /* ---- weights that lie output by output ---- */
 
-/* A vector of a row's codes, of which `left` are left. */
-INLINE TARGET Bytes NAMED(some_bytes)(const void *at, long left) {
-    if (left >= WIDE) return NAMED(load)(at);
-    uint8_t bytes[WIDE] = {0};
-    memcpy(bytes, at, left);
-    return NAMED(load)(bytes);
-}
-
-INLINE TARGET void NAMED(int8_vectors)(const Job *job, const int8_t *codes, const int8_t *high, const int8_t *low, long stride,
-                                       long i, long left, long outputs, long count, Ints upper[2][BLOCK],
-                                       Ints lower[2][BLOCK]) {
-#pragma GCC unroll 4
-    for (long o = 0; o < outputs; o++) {
-        Bytes code = NAMED(some_bytes)(codes + o * job->inputs + i, left);
-        if (left >= WIDE && i % VECTOR == 0) __builtin_prefetch(codes + (o + BLOCK) * job->inputs + i);
-        if (!SIGNED) code ^= NAMED(splat_byte)(0x80); /* 128 too large */
-#pragma GCC unroll 2
-        for (long r = 0; r < count; r++) {
-            upper[r][o] = DOT(upper[r][o], code, NAMED(load)(high + r * stride + i));
-            lower[r][o] = DOT(lower[r][o], code, NAMED(load)(low + r * stride + i));
-        }
-    }
-}
-
-INLINE TARGET void NAMED(int8_block)(const Job *job, const Quantised *rows, long output, long outputs, long row, long count) {
-    const int8_t *codes = (const int8_t *)job->weights + output * job->inputs;
-    const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
-    Ints upper[2][BLOCK], lower[2][BLOCK];
-#pragma GCC unroll 2
-    for (long r = 0; r < count; r++)
-#pragma GCC unroll 4
-        for (long o = 0; o < BLOCK; o++) upper[r][o] = lower[r][o] = V(splat_int)(0);
-    long i = 0;
-    for (; i + WIDE <= job->inputs; i += WIDE)
-        NAMED(int8_vectors)(job, codes, high, low, rows->stride, i, WIDE, outputs, count, upper, lower);
-    if (i < job->inputs)
-        NAMED(int8_vectors)(job, codes, high, low, rows->stride, i, job->inputs - i, outputs, count, upper, lower);
-    for (long r = 0; r < count; r++) {
-        const int64_t more = SIGNED ? 0 : 128;
-        int32_t highs[BLOCK], lows[BLOCK];
-        V(store_int_sums)(highs, upper[r]);
-        V(store_int_sums)(lows, lower[r]);
-        for (long o = 0; o < outputs; o++) {
-            int64_t h = highs[o] - more * rows->highs[row + r], l = lows[o] - more * rows->lows[row + r];
-            job->products[(row + r) * job->outputs + output + o] =
-                (float)(BASE * h + l) * rows->steps[row + r] * from_bfloat16(job->scales[output + o]);
-        }
-    }
-}
-
-TARGET static void NAMED(int8)(const Job *job, const Quantised *rows, long start, long end) {
-    long output = start;
-    for (; output + BLOCK <= end; output += BLOCK) {
-        long row = 0;
-        for (; row + 2 <= job->count; row += 2) NAMED(int8_block)(job, rows, output, BLOCK, row, 2);
-        if (row < job->count) NAMED(int8_block)(job, rows, output, BLOCK, row, 1);
-    }
-    for (; output < end; output++)
-        for (long row = 0; row < job->count; row++) NAMED(int8_block)(job, rows, output, 1, row, 1);
-}
-
 INLINE TARGET Floats NAMED(weights_at)(enum kind kind, const void *at) {
     if (kind == FLOAT32) return NAMED(load_floats)(at);
     if (kind == FLOAT16) return V(from_float16)(NAMED(load_halves)(at));
@@ -614,7 +553,6 @@ static const Path NAMED(path) = {
     .name = NAME,
     .is_here = NAMED(is_here),
     .quantise = NAMED(quantise),
-    .int8 = NAMED(int8),
     .floats = {NAMED(float32), NAMED(bfloat16), NAMED(float16)},
     .plain = {NULL, NULL, NAMED(two_bits), NAMED(three_bits), NAMED(four_bits), NAMED(five_bits), NAMED(six_bits), NULL,
               NAMED(eight_bits)},

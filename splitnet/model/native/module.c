@@ -21,40 +21,20 @@ static int read_numbers(PyObject *const *given, Py_ssize_t count, long long *num
     return 1;
 }
 
-/* Takes (weights, scales, rows, products, count, inputs, outputs, threads), the first four as addresses. */
+/* Takes (weights, rows, products, count, inputs, outputs, threads), the first three as addresses. */
 static int read_job(PyObject *const *given, Py_ssize_t count, Job *job) {
-    long long numbers[8];
-    if (!read_numbers(given, count, numbers, 8)) return 0;
+    long long numbers[7];
+    if (!read_numbers(given, count, numbers, 7)) return 0;
     *job = (Job){
         .weights = (const void *)(intptr_t)numbers[0],
-        .scales = (const uint16_t *)(intptr_t)numbers[1],
-        .rows = (const float *)(intptr_t)numbers[2],
-        .products = (float *)(intptr_t)numbers[3],
-        .count = (long)numbers[4],
-        .inputs = (long)numbers[5],
-        .outputs = (long)numbers[6],
-        .threads = (int)numbers[7],
+        .rows = (const float *)(intptr_t)numbers[1],
+        .products = (float *)(intptr_t)numbers[2],
+        .count = (long)numbers[3],
+        .inputs = (long)numbers[4],
+        .outputs = (long)numbers[5],
+        .threads = (int)numbers[6],
     };
     return 1;
-}
-
-static PyObject *multiply_int8(PyObject *const *given, Py_ssize_t count, const Path *by) {
-    Job job;
-    Quantised rows;
-    if (!read_job(given, count, &job)) return NULL;
-    if (!prepare(&job, &rows)) return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS
-    by->quantise(&job, &rows);
-    run(by->int8, &job, &rows, job.outputs, BLOCK);
-    Py_END_ALLOW_THREADS
-    free(rows.high);
-    Py_RETURN_NONE;
-}
-
-static PyObject *int8(PyObject *self, PyObject *const *given, Py_ssize_t count) { return multiply_int8(given, count, path); }
-
-static PyObject *int8_of_any_cpu(PyObject *self, PyObject *const *given, Py_ssize_t count) {
-    return multiply_int8(given, count, &plain);
 }
 
 /* Takes (description, tiles, rows, products, count, numbers from row to row, from product to product, experts or 0, how
@@ -235,14 +215,12 @@ static PyObject *has_steps(PyObject *self, PyObject *unused) { return PyBool_Fro
 static PyObject *has_bfloat16(PyObject *self, PyObject *unused) { return PyBool_FromLong(path->bfloats != NULL); }
 
 static PyMethodDef methods[] = {
-    {"int8", (PyCFunction)(void (*)(void))int8, METH_FASTCALL, "Rows times int8 weights."},
     {"grouped", (PyCFunction)(void (*)(void))grouped, METH_FASTCALL, "Rows times weights in the codes of a checkpoint."},
     {"dequantised", (PyCFunction)(void (*)(void))dequantised, METH_FASTCALL, "Such weights as floats."},
     {"converted", (PyCFunction)(void (*)(void))converted, METH_FASTCALL, "All of such weights, as floats or bfloat16."},
     {"float32", (PyCFunction)(void (*)(void))float32, METH_FASTCALL, "Rows times float32 weights."},
     {"bfloat16", (PyCFunction)(void (*)(void))bfloat16, METH_FASTCALL, "Rows times bfloat16 weights."},
     {"float16", (PyCFunction)(void (*)(void))float16, METH_FASTCALL, "Rows times float16 weights."},
-    {"int8_of_any_cpu", (PyCFunction)(void (*)(void))int8_of_any_cpu, METH_FASTCALL, "The same by plain loops."},
     {"step", (PyCFunction)(void (*)(void))step, METH_FASTCALL, "New positions through blocks."},
     {"paths", list_paths, METH_NOARGS, "Names of all paths, best first, and whether this CPU has each."},
     {"use", use, METH_O, "Chooses the path of this name."},

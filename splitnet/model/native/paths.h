@@ -92,7 +92,6 @@ static const Path plain = {
     .name = "plain",
     .is_here = is_here_always,
     .quantise = quantise_plainly,
-    .int8 = int8_plainly,
     .dequantise = dequantise_plainly,
 };
 

@@ -40,13 +40,12 @@ of the activations is 2^-15 of the largest one of the row: outliers cost nothing
 #define AHEAD 8192 /* bytes, where weights stand in the order in which they are read */
 #define INLINE static inline __attribute__((always_inline))
 
-enum kind { FLOAT32, BFLOAT16, FLOAT16, INT8, GROUPED };
+enum kind { FLOAT32, BFLOAT16, FLOAT16, GROUPED };
 
 typedef struct {
     const void *weights;
-    const uint16_t *scales; /* bfloat16, by output; only int8 */
-    const float *rows;      /* [count, inputs] */
-    float *products;        /* [count, outputs] */
+    const float *rows; /* [count, inputs] */
+    float *products;   /* [count, outputs] */
     long count, inputs, outputs;
     int threads;
 } Job;
@@ -59,7 +58,6 @@ typedef struct {
     float *steps;     /* what 1 stands for, by row */
     float *sums;      /* of every 16 numbers, [count, stride / SUMMED] */
     float *pairs;     /* of two of these, [count, stride / SUMMED / 2] */
-    int32_t *highs, *lows; /* sums of all, by row */
 } Quantised;
 
 INLINE float from_bfloat16(uint16_t bits) {
@@ -76,7 +74,6 @@ INLINE float factor_of(float step) { return step > 0 && isfinite(1 / step) ? 1 /
 
 INLINE void add_up(const Quantised *to, long row) {
     const int8_t *high = to->high + row * to->stride, *low = to->low + row * to->stride;
-    int32_t highs = 0, lows = 0;
     for (long some = 0; some < to->stride / SUMMED; some++) {
         int32_t upper = 0, lower = 0;
         for (long i = some * SUMMED; i < (some + 1) * SUMMED; i++) {
@@ -86,11 +83,7 @@ INLINE void add_up(const Quantised *to, long row) {
         long at = row * (to->stride / SUMMED) + some;
         to->sums[at] = (float)(BASE * upper + lower);
         if (some % 2) to->pairs[at / 2] = to->sums[at - 1] + to->sums[at];
-        highs += upper;
-        lows += lower;
     }
-    to->highs[row] = highs;
-    to->lows[row] = lows;
 }
 
 /* ---- any CPU: what the compiler makes of plain loops ---- */
@@ -114,22 +107,6 @@ static void quantise_plainly(const Job *job, const Quantised *to) {
         memset(low + job->inputs, 0, to->stride - job->inputs);
         add_up(to, index);
     }
-}
-
-static void int8_plainly(const Job *job, const Quantised *rows, long start, long end) {
-    const int8_t *codes = job->weights;
-    for (long output = start; output < end; output++)
-        for (long row = 0; row < job->count; row++) {
-            const int8_t *code = codes + output * job->inputs;
-            const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
-            int32_t upper = 0, lower = 0;
-            for (long i = 0; i < job->inputs; i++) {
-                upper += (int32_t)code[i] * high[i];
-                lower += (int32_t)code[i] * low[i];
-            }
-            float sum = (float)((int64_t)BASE * upper + lower);
-            job->products[row * job->outputs + output] = sum * rows->steps[row] * from_bfloat16(job->scales[output]);
-        }
 }
 
 /* ---- x86 with AVX512 and VNNI ---- */
@@ -173,17 +150,7 @@ VNNI static void quantise_vnni(const Job *job, const Quantised *to) {
 }
 
 /* Sums of vectors without a reduction of each: pairs are added while they are interleaved. Of four vectors, each quarter
-of the result has the sums of that quarter of theirs; `merge` then adds the quarters of two such results. */
-INLINE VNNI __m512i sums_of_quarters(__m512i a, __m512i b, __m512i c, __m512i d) {
-    __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
-    __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
-    return _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
-}
-
-INLINE VNNI __m512i merge(__m512i a, __m512i b) {
-    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-}
-
+of the result has the sums of that quarter of theirs; `merge_floats` then adds the quarters of two such results. */
 INLINE VNNI __m512 float_sums_of_quarters(__m512 a, __m512 b, __m512 c, __m512 d) {
     __m512d first = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)));
     __m512d second = _mm512_castps_pd(_mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d)));
@@ -193,72 +160,6 @@ INLINE VNNI __m512 float_sums_of_quarters(__m512 a, __m512 b, __m512 c, __m512 d
 
 INLINE VNNI __m512 merge_floats(__m512 a, __m512 b) {
     return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-}
-
-/* What four outputs are of a row, by the sums of its products with the codes, which are 128 too large. */
-INLINE VNNI void store_int8(const Job *job, const Quantised *rows, long output, long row, __m128i upper, __m128i lower) {
-    const __m128i scales = _mm_cvtepu16_epi32(_mm_loadl_epi64((const __m128i *)(job->scales + output)));
-    __m256d high = _mm256_cvtepi32_pd(_mm_sub_epi32(upper, _mm_set1_epi32(128 * rows->highs[row])));
-    __m256d low = _mm256_cvtepi32_pd(_mm_sub_epi32(lower, _mm_set1_epi32(128 * rows->lows[row])));
-    __m128 sums = _mm256_cvtpd_ps(_mm256_fmadd_pd(high, _mm256_set1_pd(BASE), low)); /* exact until here */
-    sums = _mm_mul_ps(_mm_mul_ps(sums, _mm_set1_ps(rows->steps[row])), _mm_castsi128_ps(_mm_slli_epi32(scales, 16)));
-    _mm_storeu_ps(job->products + row * job->outputs + output, sums);
-}
-
-INLINE VNNI void int8_block(const Job *job, const Quantised *rows, long output, long outputs, long row, long count) {
-    const __m512i sign = _mm512_set1_epi8((char)0x80);
-    const int8_t *codes = (const int8_t *)job->weights + output * job->inputs;
-    const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
-    __m512i upper[2][BLOCK], lower[2][BLOCK];
-#pragma GCC unroll 4
-    for (long r = 0; r < count; r++)
-#pragma GCC unroll 4
-        for (long o = 0; o < outputs; o++) upper[r][o] = lower[r][o] = _mm512_setzero_si512();
-    for (long i = 0; i < job->inputs; i += 64) {
-        long left = job->inputs - i;
-        __mmask64 mask = left >= 64 ? ~0ull : (1ull << left) - 1;
-#pragma GCC unroll 4
-        for (long o = 0; o < outputs; o++) {
-            __m512i code = _mm512_maskz_loadu_epi8(mask, codes + o * job->inputs + i);
-            fetch(codes + (o + BLOCK) * job->inputs + i);
-            code = _mm512_xor_si512(code, sign); /* bytes without sign, 128 too large */
-#pragma GCC unroll 4
-            for (long r = 0; r < count; r++) {
-                __m512i h = _mm512_loadu_si512(high + r * rows->stride + i);
-                __m512i l = _mm512_loadu_si512(low + r * rows->stride + i);
-                upper[r][o] = _mm512_dpbusd_epi32(upper[r][o], code, h);
-                lower[r][o] = _mm512_dpbusd_epi32(lower[r][o], code, l);
-            }
-        }
-    }
-    if (outputs == BLOCK) {
-#pragma GCC unroll 4
-        for (long r = 0; r < count; r++) {
-            __m512i halves = merge(sums_of_quarters(upper[r][0], upper[r][1], upper[r][2], upper[r][3]),
-                                   sums_of_quarters(lower[r][0], lower[r][1], lower[r][2], lower[r][3]));
-            __m256i sums = _mm512_castsi512_si256(merge(halves, halves));
-            store_int8(job, rows, output, row + r, _mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
-        }
-        return;
-    }
-    for (long r = 0; r < count; r++)
-        for (long o = 0; o < outputs; o++) {
-            int64_t h = _mm512_reduce_add_epi32(upper[r][o]) - 128 * (int64_t)rows->highs[row + r];
-            int64_t l = _mm512_reduce_add_epi32(lower[r][o]) - 128 * (int64_t)rows->lows[row + r];
-            job->products[(row + r) * job->outputs + output + o] =
-                (float)(BASE * h + l) * rows->steps[row + r] * from_bfloat16(job->scales[output + o]);
-        }
-}
-
-VNNI static void int8_vnni(const Job *job, const Quantised *rows, long start, long end) {
-    long output = start;
-    for (; output + BLOCK <= end; output += BLOCK) {
-        long row = 0;
-        for (; row + 2 <= job->count; row += 2) int8_block(job, rows, output, BLOCK, row, 2);
-        if (row < job->count) int8_block(job, rows, output, BLOCK, row, 1);
-    }
-    for (; output < end; output++)
-        for (long row = 0; row < job->count; row++) int8_block(job, rows, output, 1, row, 1);
 }
 
 /* Sixteen weights of a float type. */
@@ -363,14 +264,12 @@ static long padded(long inputs) { return (inputs + 63) / 64 * 64; }
 
 static int prepare(const Job *job, Quantised *to) {
     long stride = padded(job->inputs), sums = stride / SUMMED;
-    char *memory = malloc(job->count * (2 * stride + (sums + sums / 2 + 3) * 4) + 64);
+    char *memory = malloc(job->count * (2 * stride + (sums + sums / 2 + 1) * 4) + 64);
     if (memory == NULL) return 0;
     *to = (Quantised){.stride = stride, .high = (int8_t *)memory, .low = (int8_t *)memory + job->count * stride};
     to->sums = (float *)(memory + 2 * job->count * stride);
     to->pairs = to->sums + job->count * sums;
     to->steps = to->pairs + job->count * sums / 2;
-    to->highs = (int32_t *)(to->steps + job->count);
-    to->lows = to->highs + job->count;
     return 1;
 }
 

@@ -13,7 +13,7 @@ Numbers are float32 throughout; keys and values are stored as the span computes,
 typedef struct {
     int64_t kind;
     const void *weights;
-    const void *scales; /* of INT8; of GROUPED its description */
+    const Grouped *description; /* of GROUPED */
     const float *bias;  /* or NULL */
     int64_t inputs, outputs;
 } Matrix;
@@ -172,14 +172,13 @@ INLINE VNNI void attend(const Block *block, const Store *where, const Step *step
 /* Products of the same rows with some matrices; what these take is made of rows once. */
 INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products, int many, const float *rows,
                           const Quantised *room, const Step *step) {
-    static const Kernel kernels[] = {float32_vnni, bfloat16_vnni, float16_vnni, int8_vnni};
+    static const Kernel kernels[] = {float32_vnni, bfloat16_vnni, float16_vnni};
     enum taken taken = AS_FLOATS;
     Quantised numbers = *room;
     for (int index = 0; index < many; index++) {
         const Matrix *matrix = matrices[index];
         Job job = {
             .weights = matrix->weights,
-            .scales = matrix->scales,
             .rows = rows,
             .products = products[index],
             .count = step->count,
@@ -187,8 +186,8 @@ INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products,
             .outputs = matrix->outputs,
             .threads = step->threads,
         };
-        const Grouped *weight = matrix->kind == GROUPED ? matrix->scales : NULL;
-        enum taken wanted = weight != NULL ? taken_by(weight) : matrix->kind == INT8 ? AS_INTEGERS : AS_FLOATS;
+        const Grouped *weight = matrix->kind == GROUPED ? matrix->description : NULL;
+        enum taken wanted = weight != NULL ? taken_by(weight) : AS_FLOATS;
         if (wanted != AS_FLOATS && wanted != taken) take_rows(taken = wanted, rows, job.count, job.inputs, &numbers);
         if (weight != NULL) {
             GroupedJob grouped = {
@@ -317,7 +316,7 @@ VNNI static void choose_experts(const Block *block, float *logits, float *ranks,
 /* Products of rows with the weights of their experts, which are sorted. */
 VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts, long held, long pairs, const float *rows,
                                     float *products, const Quantised *room, Run *runs, int threads) {
-    const Grouped *weight = matrix->scales;
+    const Grouped *weight = matrix->description;
     int64_t expert_bytes = parts_of(weight->outputs, TILE) * weight->tile_bytes;
     long many = find_runs(matrix->weights, expert_bytes, experts, held, pairs, runs);
     Quantised numbers = *room;

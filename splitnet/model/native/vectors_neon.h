@@ -54,11 +54,6 @@ INLINE NEON void store_sums_128(float *to, const Floats_128 *sums) {
     vst1q_f32(to, vpaddq_f32(first, vpaddq_f32((float32x4_t)sums[2], (float32x4_t)sums[3])));
 }
 
-INLINE NEON void store_int_sums_128(int32_t *to, const Ints_128 *sums) {
-    int32x4_t first = vpaddq_s32((int32x4_t)sums[0], (int32x4_t)sums[1]);
-    vst1q_s32(to, vpaddq_s32(first, vpaddq_s32((int32x4_t)sums[2], (int32x4_t)sums[3])));
-}
-
 /* What bytes of 0 to 15 stand for in a table of 16. */
 INLINE NEON Bytes_128 look_up_128(Bytes_128 table, Bytes_128 places) {
     return (Bytes_128)vqtbl1q_u8((uint8x16_t)table, (uint8x16_t)places);

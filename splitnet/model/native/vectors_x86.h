@@ -40,12 +40,6 @@ INLINE AVX2 void store_sums_256(float *to, const Floats_256 *sums) {
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
 
-INLINE AVX2 void store_int_sums_256(int32_t *to, const Ints_256 *sums) {
-    __m256i pairs = _mm256_hadd_epi32(_mm256_hadd_epi32((__m256i)sums[0], (__m256i)sums[1]),
-                                      _mm256_hadd_epi32((__m256i)sums[2], (__m256i)sums[3]));
-    _mm_storeu_si128((__m128i *)to, _mm_add_epi32(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
-}
-
 /* What bytes of 0 to 15 stand for in a table of 16. */
 INLINE AVX2 Bytes_256 look_up_256(Bytes_256 table, Bytes_256 places) {
     return (Bytes_256)_mm256_shuffle_epi8((__m256i)table, (__m256i)places);
