@@ -38,7 +38,7 @@ class Report:
     Attributes:
         model: its name.
         settings: of the command, for the document.
-        environment: versions, platform and threads, for the document.
+        environment: versions, platform, threads and kernels, for the document.
         measured: all cases with the same arms, `SWARM`, `LOCAL` or both.
     """
 
@@ -110,7 +110,8 @@ class Report:
         repaired = f" {counted(repairs, 'time')} a route was repaired or left for a better one." if repairs else ""
         beside = f"; {LOCAL}: {local}" if LOCAL in self.arms else ""
         peers = counted(len(route.hops), "peer")
-        return f"Through {peers}, with bytes per decoded token: {drawn(route)}{others}{beside}.{repaired}"
+        kernels = f" The client's kernels: {self.environment['kernels'] or 'torch'}."
+        return f"Through {peers}, with bytes per decoded token: {drawn(route)}{others}{beside}.{repaired}{kernels}"
 
     def _title(self) -> str:
         rounds = len(self.measured[0].rounds[self.arms[0]])

@@ -21,6 +21,7 @@ from splitnet.cli.connection import Connection
 from splitnet.cli.progress import StageProgress
 from splitnet.client.causal_lm import attach
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.kernels import path_in_use
 
 
 @dataclass(frozen=True)
@@ -79,4 +80,5 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "kernels": path_in_use(),
     }

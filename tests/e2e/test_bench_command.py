@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.kernels import path_in_use
 from tests.e2e.conftest import DUO_SPANS, Here
 from tests.e2e.daemons import run
 
@@ -38,6 +39,7 @@ def test_a_swarm_and_plain_transformers_in_turns(small: Path, duo: str, home: Pa
     document: dict[str, Any] = json.loads(finished.output)
     assert document["model"] == small.name
     assert document["environment"]["threads"] == 1
+    assert document["environment"]["kernels"] == path_in_use()
     hidden_bytes = 4 * Checkpoint.open(small).hidden_size
 
     (route,) = document["routes"]

@@ -161,7 +161,7 @@ def test_an_answer_that_ends_early_is_an_error() -> None:
         measure({SWARM: Scripted(1, missing=1)}, [DECODE], rounds=1, warm_up=0, progress=lambda *_: None)
 
 
-ENVIRONMENT = {"threads": 2}
+ENVIRONMENT = {"threads": 2, "kernels": "avx2"}
 
 
 def printed(report: Report) -> list[list[str]]:
@@ -204,7 +204,7 @@ def test_the_sentence_draws_the_route_with_codecs_and_bytes() -> None:
     report = Report("small", {}, ENVIRONMENT, measured())
     assert report.sentence() == (
         f"Through 2 peers, with bytes per decoded token: {route}; "
-        "local: plain transformers in this process, with 2 threads."
+        "local: plain transformers in this process, with 2 threads. The client's kernels: avx2."
     )
 
 
@@ -212,9 +212,9 @@ def test_other_routes_and_repairs_are_told() -> None:
     other = Route(ROUTE.hops[:1], ROUTE.links[:1])
     answers = (Answer(1, (1.0, 1.0), traffic(DECODE, repairs=1)), Answer(1, (1.0, 1.0), traffic(DECODE, other)))
     rounds = [answers, answers[:1] * 2]
-    sentence = Report("small", {}, ENVIRONMENT, [Measured(DECODE, {SWARM: rounds})]).sentence()
+    sentence = Report("small", {}, {**ENVIRONMENT, "kernels": None}, [Measured(DECODE, {SWARM: rounds})]).sentence()
     assert "-> client (3 of 4 answers; 1 other route)." in sentence
-    assert sentence.endswith(" 3 times a route was repaired or left for a better one.")
+    assert sentence.endswith(" 3 times a route was repaired or left for a better one. The client's kernels: torch.")
 
 
 def test_the_document_has_all_rounds() -> None:
