@@ -8,6 +8,7 @@ import torch
 
 from splitnet.model.kernels import multiply_floats
 from splitnet.model.many_rows import FLOATS_FROM, multiply_by_parts, outputs_at_a_time
+from splitnet.model.memory import in_large_pages
 from splitnet.model.weight_form import WeightForm
 
 _HALF_MAX = torch.finfo(torch.float16).max
@@ -56,6 +57,14 @@ class ConvertedBfloat16(ConvertedFloat):
 
 class _Compiled(ConvertedFloat):
     """For splitnet's kernel, which multiplies and sums in float32."""
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> Self | None:
+        held = super().of(weight)
+        if held is not None:
+            room = in_large_pages(len(weight), weight.shape[1] * cls.stored.itemsize).view(cls.stored)
+            held.weight = room.copy_(held.weight)
+        return held
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         if len(rows) < FLOATS_FROM:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
@@ -28,6 +27,7 @@ from splitnet.model.many_rows import (
     outputs_at_a_time,
     type_of_codes,
 )
+from splitnet.model.memory import in_large_pages
 from splitnet.model.stored import Codes, Layout, StoredMatrix, StoredTensor
 from splitnet.model.tiles import CHUNK, TILE, Order
 from splitnet.model.weight_form import WeightForm
@@ -314,14 +314,6 @@ def hold_stored(matrices: Sequence[StoredMatrix], device: torch.device) -> Group
     return forms[0] if len(forms) == 1 else JoinedForm(forms)
 
 
-def _room(tiles: int, tile_bytes: int) -> torch.Tensor:
-    """Memory for tiles, in large pages where the system has them: of many experts few are read at a time, all over."""
-    memory = mmap.mmap(-1, max(1, tiles * tile_bytes))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[: tiles * tile_bytes].view(tiles, tile_bytes)
-
-
 def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
     """Holds the weights of experts; they are read one at a time.
 
@@ -343,7 +335,7 @@ def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
         for index, matrices in enumerate(stored.experts):
             order, tiles = _tiles_of(layout, [matrix.read() for matrix in matrices[begin:end]])
             if found is None:
-                found = order, _room(len(stored.experts) * len(tiles), order.tile_bytes)
+                found = order, in_large_pages(len(stored.experts) * len(tiles), order.tile_bytes)
             elif order != found[0]:
                 raise UnsupportedModel("experts whose scales are of different types cannot be held together")
             found[1][index * len(tiles) : (index + 1) * len(tiles)] = tiles
@@ -362,7 +354,7 @@ def _tiles_of(layout: Layout, below: Sequence[Codes]) -> tuple[Order, torch.Tens
         order = replace(order, nibbles=False)
     if layout.table == "e4m3" and bool((codes.codes & 127 == 127).any()):
         order = replace(order, finite=False)
-    tiles = torch.empty(-(-len(codes.codes) // TILE), order.tile_bytes, dtype=torch.uint8)
+    tiles = in_large_pages(-(-len(codes.codes) // TILE), order.tile_bytes)
     most = max(1, _PIECE // (TILE * inputs))
     for begin in range(0, len(tiles), most):
         some = codes.of_outputs(slice(begin * TILE, (begin + most) * TILE))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +26,18 @@ def free_memory(device: str | torch.device) -> int:
     if available is not None:
         return available
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def in_large_pages(rows: int, row_bytes: int) -> torch.Tensor:
+    """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them: what is read once per token by far
+    exceeds what the processor knows the places of pages for.
+    """
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(rows, row_bytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, max(1, rows * row_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[: rows * row_bytes].view(rows, row_bytes)
 
 
 def give_back_memory() -> None:

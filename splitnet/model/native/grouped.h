@@ -10,7 +10,6 @@ the sum of the row. Codes that stand for integers are multiplied as bytes withou
 
 #define TILE 16      /* outputs that are stored together */
 #define CHUNK 32     /* inputs whose codes are stored together */
-#define VECTOR 64    /* bytes */
 #define UNITS 256    /* inputs that share a unit of steps */
 #define MOST_GROUPS 64 /* of a panel */
 #define MOST_ROWS 64 /* that a tile is multiplied with before the next one, so that they stay in a cache */
@@ -129,29 +128,43 @@ INLINE void numbers_plainly(const Grouped *weight, const Panel *panel, float *sc
         }
 }
 
-/* The codes of a chunk, [input, lane]. */
-INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t *codes) {
+/* The codes of a chunk as their vectors have them. */
+INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t codes[CHUNK * TILE]) {
     static const int planes[9][2] = {[2] = {2}, [3] = {2, 1}, [4] = {4}, [5] = {4, 1}, [6] = {4, 2}, [8] = {8}};
     memset(codes, 0, CHUNK * TILE);
     int shift = 0;
     for (int plane = 0; plane < 2 && planes[weight->bits][plane]; plane++) {
-        int bits = planes[weight->bits][plane], mask = (1 << bits) - 1;
+        const int bits = planes[weight->bits][plane], mask = (1 << bits) - 1;
         for (int vector = 0; vector < 8; vector++) {
             const uint8_t *from = at + vector / (8 / bits) * VECTOR;
-            int down = vector % (8 / bits) * bits;
-            for (int lane = 0; lane < TILE; lane++)
-                for (int i = 0; i < 4; i++) {
-                    int byte = weight->pairs ? i / 2 * 32 + lane * 2 + i % 2 : lane * 4 + i;
-                    codes[(vector * 4 + i) * TILE + lane] |= (uint8_t)((from[byte] >> down & mask) << shift);
-                }
+            const int down = vector % (8 / bits) * bits;
+            uint8_t some[VECTOR]; /* which the compiler knows to be apart from the rest */
+            for (int i = 0; i < VECTOR; i++) some[i] = (uint8_t)((from[i] >> down & mask) << shift);
+            for (int i = 0; i < VECTOR; i++) codes[vector * VECTOR + i] |= some[i];
         }
         at += bits * VECTOR;
         shift += bits;
     }
 }
 
+/* Where the code of an input of a chunk and a lane is in them. */
+INLINE long place_of(const Grouped *weight, long input, long lane) {
+    const long i = input % 4;
+    return input / 4 * VECTOR + (weight->pairs ? i / 2 * 32 + lane * 2 + i % 2 : lane * 4 + i);
+}
+
+/* Adds products of a vector of weights with four numbers of a row. */
+INLINE void add_vector(const Grouped *weight, float sums[VECTOR], const float *values, const float *given) {
+    if (weight->pairs)
+        for (long i = 0; i < VECTOR; i++) sums[i] += values[i] * given[i / 32 * 2 + i % 2];
+    else
+        for (long i = 0; i < VECTOR; i += 4)
+            for (long k = 0; k < 4; k++) sums[i + k] += values[i + k] * given[k];
+}
+
 static void grouped_plainly(const GroupedJob *job, const Quantised *unused, const Run *run, long start, long end) {
     const Grouped *weight = job->weight;
+    const long group = weight->group && weight->group < CHUNK ? weight->group : CHUNK; /* as far as it is in a chunk */
     (void)unused;
     uint8_t codes[CHUNK * TILE];
     float values[CHUNK * TILE], scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
@@ -164,24 +177,27 @@ static void grouped_plainly(const GroupedJob *job, const Quantised *unused, cons
             Panel panel = panel_at(weight, at, first);
             numbers_plainly(weight, &panel, scales, zeros);
             for (long begin = 0; begin < panel.inputs; begin += CHUNK) {
-                long inputs = panel.inputs - begin < CHUNK ? panel.inputs - begin : CHUNK;
+                const long inputs = panel.inputs - begin < CHUNK ? panel.inputs - begin : CHUNK;
                 codes_plainly(weight, panel.codes + begin / CHUNK * VECTOR * weight->bits, codes);
-                for (long i = 0; i < inputs; i++) {
-                    const float *scale = scales, *zero = zeros;
-                    if (weight->group) scale += (begin + i) / weight->group * TILE, zero += (begin + i) / weight->group * TILE;
-                    for (long lane = 0; lane < TILE; lane++) {
-                        float value = weight->values[codes[i * TILE + lane]];
-                        value = weight->zero == CODES ? (value - zero[lane]) * scale[lane] : value * scale[lane] + zero[lane];
-                        values[i * TILE + lane] = value;
-                    }
-                }
+                if (weight->code == PLAIN)
+                    for (long i = 0; i < CHUNK * TILE; i++) values[i] = (float)(codes[i] - (int32_t)weight->offset);
+                else
+                    for (long i = 0; i < CHUNK * TILE; i++) values[i] = weight->values[codes[i]];
                 for (long row = run->row; row < run->row + run->count; row++) {
-                    const float *given = job->rows + row * job->stride + first + begin;
-                    float *to = job->products + row * job->pitch + tile * TILE;
-                    float sums[TILE] = {0};
-                    for (long i = 0; i < inputs; i++)
-                        for (long lane = 0; lane < TILE; lane++) sums[lane] += values[i * TILE + lane] * given[i];
-                    for (long lane = 0; lane < lanes; lane++) to[lane] += sums[lane];
+                    float *to = job->products + row * job->pitch + tile * TILE, given[CHUNK] = {0};
+                    memcpy(given, job->rows + row * job->stride + first + begin, inputs * sizeof(float));
+                    for (long some = 0; some < inputs; some += group) {
+                        const long number = weight->group ? (begin + some) / weight->group * TILE : 0;
+                        float sums[VECTOR] = {0}, dots[TILE] = {0}, total = 0;
+                        for (long i = some; i < some + group; i++) total += given[i];
+                        for (long i = some; i < some + group; i += 4)
+                            add_vector(weight, sums, values + i / 4 * VECTOR, given + i);
+                        for (long i = 0; i < VECTOR; i++) dots[weight->pairs ? i % 32 / 2 : i / 4] += sums[i];
+                        for (long lane = 0; lane < lanes; lane++) {
+                            const float scale = scales[number + lane], zero = zeros[number + lane] * total;
+                            to[lane] += weight->zero == CODES ? (dots[lane] - zero) * scale : dots[lane] * scale + zero;
+                        }
+                    }
                 }
             }
             at = end_of(weight, &panel);
@@ -206,13 +222,11 @@ INLINE void dequantise_loops(const Grouped *weight, const uint8_t *at, long lane
                 for (long index = 0; index < lanes; index++) {
                     float scale = scales[number + lane + index], zero = zeros[number + lane + index];
                     float *row = to + index * weight->inputs + first + begin;
-                    const uint8_t *code = codes + lane + index;
-                    if (weight->zero == CODES)
-                        for (long i = some; i < stop; i++) row[i] = (weight->values[code[i * TILE]] - zero) * scale;
-                    else if (weight->zero == NONE)
-                        for (long i = some; i < stop; i++) row[i] = weight->values[code[i * TILE]] * scale;
-                    else
-                        for (long i = some; i < stop; i++) row[i] = weight->values[code[i * TILE]] * scale + zero;
+                    for (long i = some; i < stop; i++) {
+                        const float value = weight->values[codes[place_of(weight, i, lane + index)]];
+                        row[i] = weight->zero == CODES ? (value - zero) * scale
+                                 : weight->zero == NONE ? value * scale : value * scale + zero;
+                    }
                 }
             }
         }

@@ -101,15 +101,16 @@ INLINE TARGET Floats NAMED(weights_at)(enum kind kind, const void *at) {
     return (Floats)(V(from_uint16)(at) << 16);
 }
 
+/* `next`: what is to be read by then, NULL: nothing. */
 INLINE TARGET void NAMED(float_vectors)(enum kind kind, const char *weights, long pitch, const float *rows, long inputs,
-                                        long outputs, long count, Floats sums[BLOCK][4], int ahead) {
+                                        long outputs, long count, Floats sums[BLOCK][4], const char *next) {
     Floats given[4];
 #pragma GCC unroll 4
     for (long r = 0; r < count; r++) given[r] = NAMED(load_floats)(rows + r * inputs);
 #pragma GCC unroll 4
     for (long o = 0; o < outputs; o++) {
         Floats weight = NAMED(weights_at)(kind, weights + o * pitch);
-        if (ahead) __builtin_prefetch(weights + (o + BLOCK) * pitch, 0, 2);
+        if (next) __builtin_prefetch(next + o * VECTOR, 0, 2);
 #pragma GCC unroll 4
         for (long r = 0; r < count; r++) sums[o][r] = V(fma)(weight, given[r], sums[o][r]);
     }
@@ -126,14 +127,15 @@ INLINE TARGET void NAMED(float_block)(enum kind kind, const Job *job, long outpu
         for (long r = 0; r < count; r++) sums[o][r] = V(splat)(0);
     long i = 0;
     for (; i + LANES <= job->inputs; i += LANES)
-        NAMED(float_vectors)(kind, weights + i * width, pitch, rows + i, job->inputs, outputs, count, sums, i % lines == 0);
+        NAMED(float_vectors)(kind, weights + i * width, pitch, rows + i, job->inputs, outputs, count, sums,
+                             i % lines ? NULL : weights + BLOCK * pitch + i * width * BLOCK);
     if (i < job->inputs) { /* copies, filled up with zeros */
         const long left = job->inputs - i;
         char last[BLOCK][LANES * 4] = {{0}};
         float given[4][LANES] = {{0}};
         for (long o = 0; o < outputs; o++) memcpy(last[o], weights + o * pitch + i * width, left * width);
         for (long r = 0; r < count; r++) memcpy(given[r], rows + r * job->inputs + i, left * sizeof(float));
-        NAMED(float_vectors)(kind, last[0], LANES * 4, given[0], LANES, outputs, count, sums, 0);
+        NAMED(float_vectors)(kind, last[0], LANES * 4, given[0], LANES, outputs, count, sums, NULL);
     }
     for (long r = 0; r < count; r++) {
         Floats of_row[BLOCK] = {sums[0][r], sums[1][r], sums[2][r], sums[3][r]};

@@ -38,6 +38,7 @@ of the activations is 2^-15 of the largest one of the row: outliers cost nothing
 #define SUMMED 16  /* numbers of a row whose sum is kept */
 #define BLOCK 4    /* outputs that are computed at a time, where each has a row of its own */
 #define AHEAD 8192 /* bytes, where weights stand in the order in which they are read */
+#define VECTOR 64  /* bytes, as a line of caches */
 #define INLINE static inline __attribute__((always_inline))
 
 enum kind { FLOAT32, BFLOAT16, FLOAT16, GROUPED };
@@ -173,7 +174,7 @@ INLINE VNNI __m512 sixteen(enum kind kind, const char *weights, long at, __mmask
 INLINE VNNI void float_block(enum kind kind, const Job *job, long output, long outputs, long row, long count) {
     const long width = kind == FLOAT32 ? 4 : 2;
     const float *rows = job->rows + row * job->inputs;
-    const char *weights = job->weights;
+    const char *weights = job->weights, *next = weights + (output + BLOCK) * job->inputs * width;
     __m512 sums[BLOCK][4];
 #pragma GCC unroll 4
     for (long o = 0; o < outputs; o++)
@@ -188,7 +189,7 @@ INLINE VNNI void float_block(enum kind kind, const Job *job, long output, long o
         for (long o = 0; o < outputs; o++) {
             long at = (output + o) * job->inputs + i;
             __m512 weight = sixteen(kind, weights, at, mask);
-            if (width == 4 || i % 32 == 0) fetch_later(weights + (at + BLOCK * job->inputs) * width);
+            if (width == 4 || i % 32 == 0) fetch_later(next + i * width * BLOCK + o * VECTOR);
 #pragma GCC unroll 4
             for (long r = 0; r < count; r++) sums[o][r] = _mm512_fmadd_ps(weight, given[r], sums[o][r]);
         }
