@@ -25,6 +25,7 @@ from splitnet.model.gguf_layouts import BLOCK_TYPES
 from splitnet.model.grouped_forms import GroupedForm, held_bytes, hold_stored
 from splitnet.model.int4_forms import INT4
 from splitnet.model.int8_forms import INT8
+from splitnet.model.memory import in_large_pages
 from splitnet.model.stored import STEPS_GROUP, Codes, Kind, Layout, StoredMatrix
 
 IN_GGUF = ("Q4_0", "Q4_1", "Q5_0", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "MXFP4")
@@ -87,7 +88,10 @@ def hold(layout: Layout, arguments: argparse.Namespace) -> list[GroupedForm]:
     count = max(2, -(-arguments.mib * 2**20 // held_bytes(layout, outputs, inputs)))
     first = hold_stored([random_matrix(layout, outputs, inputs)], torch.device("cpu"))
     assert isinstance(first, GroupedForm)
-    return [GroupedForm(first.order, first.outputs, first.tiles.clone()) for _ in range(count)]
+    return [
+        GroupedForm(first.order, first.outputs, in_large_pages(*first.tiles.shape).copy_(first.tiles))
+        for _ in range(count)
+    ]
 
 
 def time_layout(layout: Layout, cases: Sequence[Case], arguments: argparse.Namespace) -> list[str]:

@@ -2,7 +2,7 @@
 
 #include <stdio.h>
 
-#include "../../splitnet/model/native/paths.h"
+#include "layout.h"
 
 #define MOST 1300
 #define OUTPUTS 37
@@ -52,15 +52,10 @@ static int codes_differ(const Path *path, int code, int bits, long group, int sc
                         (float)(size < 8 ? size : (8 + size % 8) << (size / 8 - 1)) * 0x1p-9f;
         }
     long whole = parts_of(inputs, CHUNK) * CHUNK;
-    Grouped weight = {.code = code, .bits = bits, .group = group, .panel = group ? 512 : whole, .inputs = inputs,
+    Grouped weight = {.code = code, .bits = bits, .group = group, .inputs = inputs,
                       .outputs = OUTPUTS, .offset = 3, .scale = scale, .zero = zero, .pairs = code == E4M3 || code == E5M2,
                       .factor = code == TABLE ? 0.5 : code == E4M3 ? 256 : 1, .bytes = bytes, .values = values};
-    weight.scales_at = TILE * (scale == AS_FLOAT32 ? 4 : scale <= AS_BFLOAT16 ? 2 : 1);
-    weight.zeros_at = zero == NONE ? 0 : TILE * (zero == AS_FLOAT32 ? 4 : zero <= AS_BFLOAT16 ? 2 : 1);
-    for (long first = 0; first < inputs; first += weight.panel) {
-        Panel panel = panel_at(&weight, NULL, first);
-        weight.tile_bytes += end_of(&weight, &panel) - (const uint8_t *)NULL;
-    }
+    lay_out(&weight);
     long tiles = parts_of(OUTPUTS, TILE);
     uint8_t *at = calloc(tiles * weight.tile_bytes + AHEAD, 1);
     for (long tile = 0; tile < tiles; tile++) {
