@@ -43,8 +43,10 @@ static int codes_differ(const Path *path, int code, int bits, long group, int sc
     static float rows[9 * (MOST + CHUNK)], found[9 * OUTPUTS], wanted[9 * OUTPUTS], values[256];
     static uint8_t bytes[16];
     for (int i = 0; i < 256; i++) values[i] = code == PLAIN ? (float)(i - 3) : between();
-    if (code == TABLE)
-        for (int i = 0; i < 16; i++) bytes[i] = (uint8_t)(number() % 255 + 1), values[i] = 0.5f * (bytes[i] - 128.0f);
+    if (code == TABLE) {
+        const unsigned range = scale == E8M0 ? 32 : 255;
+        for (int i = 0; i < 16; i++) bytes[i] = (uint8_t)(number() % range + 1), values[i] = 0.5f * (bytes[i] - 128.0f);
+    }
     if (code == E4M3 || code == E5M2)
         for (int i = 0; i < 256; i++) {
             int size = i & 127;
@@ -123,6 +125,7 @@ int main(void) {
                     bad |= codes_differ(paths[i], PLAIN, 4, groups[group], AS_FLOAT16, zero, inputs, count);
                 bad |= codes_differ(paths[i], PLAIN, 8, groups[group], AS_FLOAT16, CODES, inputs, count);
                 bad |= codes_differ(paths[i], TABLE, 4, groups[group], E8M0, NONE, inputs, count);
+                bad |= codes_differ(paths[i], TABLE, 4, groups[group], AS_FLOAT16, NONE, inputs, count);
                 bad |= codes_differ(paths[i], FLOAT_TABLE, 4, groups[group], AS_FLOAT32, NONE, inputs, count);
                 bad |= codes_differ(paths[i], E4M3, 8, groups[group], AS_FLOAT32, NONE, inputs, count);
                 bad |= codes_differ(paths[i], E5M2, 8, groups[group], E8M0, NONE, inputs, count);

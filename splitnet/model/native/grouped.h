@@ -259,6 +259,22 @@ INLINE float base_of(const Grouped *weight) {
     return weight->code == PLAIN ? (float)weight->offset : weight->code == TABLE ? 128 : 0;
 }
 
+/* Tables whose bytes differ by less than 32 are narrow: they can be multiplied as codes of five bits. */
+enum table { NO_TABLE, WIDE_TABLE, NARROW };
+
+INLINE int least_of(const Grouped *weight) {
+    int least = 255;
+    for (int i = 0; i < 16; i++) least = weight->bytes[i] < least ? weight->bytes[i] : least;
+    return least;
+}
+
+INLINE int is_narrow(const Grouped *weight) {
+    const int least = least_of(weight);
+    for (int i = 0; i < 16; i++)
+        if (weight->bytes[i] - least > 31) return 0;
+    return 1;
+}
+
 /* What kernels take rows as. */
 enum taken { AS_FLOATS, AS_INTEGERS, AS_BFLOATS };
 

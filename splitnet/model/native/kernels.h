@@ -294,8 +294,8 @@ INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets
                                         Ints lower[ROWS][2][PARTS]) {
 #pragma GCC unroll 8
     for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * VECTOR + AHEAD);
-    const int paired = PAIRED && bits < 8 && !table;
-    const int many = bits == 6 ? 2 : bits == 5 || small ? 4 : 8; /* vectors whose products are summed in 16 bits */
+    const int paired = PAIRED && (table ? table == NARROW : bits < 8);
+    const int many = bits == 6 ? 2 : bits == 5 || table || small ? 4 : 8; /* vectors whose products are summed in 16 bits */
     Words uppers[ROWS][PARTS], lowers[ROWS][PARTS];
 #pragma GCC unroll 8
     for (int vector = 0; vector < 8; vector++) {
@@ -347,18 +347,19 @@ INLINE TARGET void NAMED(store_lanes)(const GroupedJob *job, long tile, long row
     memcpy(job->products + row * job->pitch + tile * TILE, sums, (left < TILE ? left : TILE) * sizeof(float));
 }
 
-/* `group`: 16, 32, or 0: more. */
+/* `table`: or NARROW; `group`: 16, 32, or 0: more. */
 INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const GroupedJob *job, const Quantised *rows,
                                         const Run *run, long tile, long row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const int small = group == 16, sets = small || (count == 1 && !group && !PAIRED) ? 2 : 1;
     const long chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
-    const int flipped = SIGNED && (table || bits == 8);
+    const int flipped = SIGNED && (table || bits == 8) && table != NARROW;
+    const int least = flipped ? 128 : table == NARROW ? least_of(weight) : 0;
     float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
-    const float base = base_of(weight) - (flipped ? 128 : 0);
+    const float base = base_of(weight) - (float)least;
     Bytes values = table ? V(table)(weight->bytes) : NAMED(splat_byte)(0);
-    if (flipped) values ^= NAMED(splat_byte)(0x80);
+    if (table) values -= NAMED(splat_byte)(least);
     Numbered from = {rows->high + row * rows->stride, rows->low + row * rows->stride,
                      rows->sums + row * (rows->stride / SUMMED), rows->pairs + row * (rows->stride / CHUNK), rows->stride};
     Floats sums[ROWS][PARTS];
@@ -542,7 +543,21 @@ INTEGERS(four_bits, 4, 0)
 INTEGERS(five_bits, 5, 0)
 INTEGERS(six_bits, 6, 0)
 INTEGERS(eight_bits, 8, 0)
-INTEGERS(table_bits, 4, 1)
+INTEGERS(wide_table, 4, WIDE_TABLE)
+#if PAIRED
+INTEGERS(narrow_table, 4, NARROW)
+#endif
+
+TARGET static void NAMED(table_bits)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+#if PAIRED
+    if (is_narrow(job->weight)) {
+        NAMED(narrow_table)(job, rows, run, start, end);
+        return;
+    }
+#endif
+    NAMED(wide_table)(job, rows, run, start, end);
+}
+
 FLOATS(float_table, FLOAT_TABLE)
 FLOATS(e4m3, E4M3)
 FLOATS(e5m2, E5M2)
