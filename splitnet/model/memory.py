@@ -29,8 +29,9 @@ def free_memory(device: str | torch.device) -> int:
 
 
 def in_large_pages(rows: int, row_bytes: int) -> torch.Tensor:
-    """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them: what is read once per token by far
-    exceeds what the processor knows the places of pages for.
+    """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them.
+
+    The processor remembers where some thousand pages are; of small ones all weights have many times more.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(rows, row_bytes, dtype=torch.uint8)

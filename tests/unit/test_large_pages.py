@@ -1,0 +1,39 @@
+"""Memory for held weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from splitnet.model.memory import in_large_pages
+
+MAPS = Path("/proc/self/smaps")
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def flags_at(address: int) -> list[str]:
+    """What the system knows of the memory at an address."""
+    inside = False
+    for line in MAPS.read_text().splitlines():
+        head, *rest = line.split()
+        if not head.endswith(":"):
+            begin, end = (int(place, 16) for place in head.split("-"))
+            inside = begin <= address < end
+        elif inside and head == "VmFlags:":
+            return rest
+    return []
+
+
+@pytest.mark.parametrize("rows", [0, 3])
+def test_it_has_the_size_that_was_asked_for(rows: int) -> None:
+    room = in_large_pages(rows, 5)
+    room.fill_(7)
+    assert room.shape == (rows, 5) and room.sum() == 7 * room.numel()
+
+
+@pytest.mark.skipif(not (MAPS.exists() and SETTING.exists()), reason="the system has no large pages, or does not tell")
+def test_large_pages_are_asked_for_and_not_shared_ones_which_linux_gives_none() -> None:
+    room = in_large_pages(8, 2**21)
+    flags = flags_at(room.data_ptr() + room.nbytes // 2)
+    assert "hg" in flags and "sh" not in flags
