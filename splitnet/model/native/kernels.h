@@ -110,7 +110,7 @@ INLINE TARGET void NAMED(float_vectors)(enum kind kind, const char *weights, lon
 #pragma GCC unroll 4
     for (long o = 0; o < outputs; o++) {
         Floats weight = NAMED(weights_at)(kind, weights + o * pitch);
-        if (next) __builtin_prefetch(next + o * VECTOR, 0, 2);
+        if (next) __builtin_prefetch(next + o * VECTOR, 0, 0);
 #pragma GCC unroll 4
         for (long r = 0; r < count; r++) sums[o][r] = V(fma)(weight, given[r], sums[o][r]);
     }
@@ -256,7 +256,7 @@ TARGET static void NAMED(convert_zeros)(enum number kind, const Numbers *these, 
 INLINE TARGET void NAMED(all_numbers)(const Grouped *weight, const Panel *panel, float base, float *scales, float *zeros) {
     const float factor = (float)weight->factor;
     Numbers these = {panel->scales, panel->scale_units, weight->group ? UNITS / weight->group : 1, panel->groups, scales};
-    for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) __builtin_prefetch(line + AHEAD);
+    for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) __builtin_prefetch(line + AHEAD, 0, 0);
     NAMED(convert_scales)(weight->scale, &these, factor);
     memset(scales + panel->groups * TILE, 0, TILE * sizeof(float));
     if (zeros == NULL) return;
@@ -293,7 +293,7 @@ INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets
                                         const Numbered *from, int count, Ints upper[ROWS][2][PARTS],
                                         Ints lower[ROWS][2][PARTS]) {
 #pragma GCC unroll 8
-    for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * VECTOR + AHEAD);
+    for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * VECTOR + AHEAD, 0, 0);
     const int paired = PAIRED && (table ? table == NARROW : bits < 8);
     const int many = bits == 6 ? 2 : bits == 5 || table || small ? 4 : 8; /* vectors whose products are summed in 16 bits */
     Words uppers[ROWS][PARTS], lowers[ROWS][PARTS];
@@ -480,7 +480,7 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
                 const float *given = job->rows + row * job->stride + first + some * 4;
 #pragma GCC unroll 4
                 for (int i = 0; i < bytes / 2 / VECTOR; i++)
-                    __builtin_prefetch(codes + (later * bytes / 2) + i * VECTOR + AHEAD);
+                    __builtin_prefetch(codes + (later * bytes / 2) + i * VECTOR + AHEAD, 0, 0);
                 codes += later * (bytes / 2);
 #pragma GCC unroll 4
                 for (int part = 0; part < PARTS; part++)

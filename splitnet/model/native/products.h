@@ -114,11 +114,9 @@ static void quantise_plainly(const Job *job, const Quantised *to) {
 
 #ifdef HAVE_VNNI
 
-/* Asks for what is read next: the processor foresees it only within a page. Addresses past the end do no harm. */
-INLINE VNNI void fetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T0); }
-
-/* The same of what is read so much later that the nearest cache would have lost it. */
-INLINE VNNI void fetch_later(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_T1); }
+/* Asks for what is read next: the processor foresees it only within a page. Addresses past the end do no harm. A weight is
+   read once per step, so it does not push out of the larger caches what the rest of a step needs. */
+INLINE VNNI void fetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_NTA); }
 
 /* Which of 16 numbers there are, where `left` are left of a row. */
 INLINE VNNI __mmask16 some_of(long left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
@@ -189,7 +187,7 @@ INLINE VNNI void float_block(enum kind kind, const Job *job, long output, long o
         for (long o = 0; o < outputs; o++) {
             long at = (output + o) * job->inputs + i;
             __m512 weight = sixteen(kind, weights, at, mask);
-            if (width == 4 || i % 32 == 0) fetch_later(next + i * width * BLOCK + o * VECTOR);
+            if (width == 4 || i % 32 == 0) fetch(next + i * width * BLOCK + o * VECTOR);
 #pragma GCC unroll 4
             for (long r = 0; r < count; r++) sums[o][r] = _mm512_fmadd_ps(weight, given[r], sums[o][r]);
         }
