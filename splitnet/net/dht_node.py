@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Final, cast
 
+import msgpack  # pyright: ignore[reportMissingTypeStubs]
+
 from splitnet.errors import NotAuthorized, ProtocolError
 from splitnet.net.dht_places import Places
 from splitnet.net.records import stored_record
@@ -76,11 +78,11 @@ class Hivemind:
 @cache
 def import_hivemind() -> Hivemind:
     """Imports hivemind, once, and mends it."""
-    node, protocol, p2p, messages, routing, storage, multiaddr = (  # late: these imports take 1.8 s
+    node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 1.8 s
         importlib.import_module(f"hivemind.{name}")
         for name in (
             *("dht.node", "dht.protocol", "p2p", "proto.dht_pb2", "dht.routing", "utils.timed_storage"),
-            "utils.multiaddr",
+            *("dht.storage", "utils.multiaddr"),
         )
     )
     # What it logs goes where the program's own log goes, and looks the same.
@@ -89,6 +91,8 @@ def import_hivemind() -> Hivemind:
     mended: Any = protocol
     unbounded, mended.DHTLocalStorage = mended.DHTLocalStorage, _bounded(mended.DHTLocalStorage)
     mended.DHTProtocol.rpc_find = _few_keys(mended.DHTProtocol.rpc_find)
+    mended.DHTProtocol.serializer = _flat(mended.DHTProtocol.serializer, values.DictionaryDHTValue)
+    routing.RoutingTable.add_or_update_node = _few_spares(routing.RoutingTable.add_or_update_node)
     logging.getLogger("asyncio").addFilter(_is_not_about_reaped_children)
     return Hivemind(
         P2P=p2p.P2P,
@@ -133,6 +137,46 @@ def _few_keys(find: Callable[[Any, Any, Any], Coroutine[Any, Any, Any]]) -> Any:
         return await find(self, request, context)
 
     return find_few
+
+
+def _flat(serializer: Any, dictionary: Any) -> Any:
+    """hivemind's serializer goes as deep into extension types as a message says: 300 levels, 2 kB, end the process."""
+
+    class FlatSerializer(serializer):
+        @classmethod
+        def loads(cls, buf: bytes) -> Any:
+            return msgpack.loads(buf, ext_hook=read_dictionary, raw=False)
+
+    def read_dictionary(code: int, data: bytes) -> Any:
+        if code != serializer._ext_types[dictionary]:
+            raise ValueError(f"extension type {code} is not read")
+        _, _, items = msgpack.loads(data, ext_hook=refuse, raw=False)
+        read = dictionary()
+        with read.freeze():  # what has expired is for others to refuse
+            for subkey, value, expiration_time in items:
+                if not (type(subkey) is str and type(value) is bytes and type(expiration_time) is float):
+                    raise ValueError("a dictionary has texts, bytes and times")
+                read.store(subkey, value, expiration_time)
+        return read
+
+    def refuse(code: int, data: bytes) -> Any:
+        raise ValueError("an extension type within another is not read")
+
+    return FlatSerializer
+
+
+def _few_spares(add: Callable[[Any, Any, Any], Any]) -> Callable[[Any, Any, Any], Any]:
+    """hivemind keeps every node that it has ever heard of as a spare for a bucket that is full."""
+
+    def add_few(self: Any, node_id: Any, peer_id: Any) -> Any:
+        answer = add(self, node_id, peer_id)
+        bucket = self.buckets[self.get_bucket_index(node_id)]
+        while len(bucket.replacement_nodes) > bucket.size:
+            del self[next(iter(bucket.replacement_nodes))]
+        bucket.nodes_requested_for_ping &= bucket.nodes_to_peer_id.keys()
+        return answer
+
+    return add_few
 
 
 def _bounded(storage: Any) -> Any:

@@ -264,6 +264,43 @@ def test_a_node_is_asked_for_few_keys_at_once(bootstrap: Directory, client: Dire
         assert (found is not None) is (count == KEYS_PER_FIND)
 
 
+def test_values_nested_deep_end_no_process() -> None:
+    """Neither of a node that is told to store one, nor of whoever reads it."""
+    code = """
+import asyncio, sys, threading
+from splitnet.net.dht_node import import_hivemind
+hivemind = import_hivemind()
+from hivemind.dht.protocol import DHTProtocol
+from hivemind.dht.storage import DictionaryDHTValue
+data = b"\\xc0"
+for _ in range(5000):
+    data = b"\\xc9" + (len(data) + 1).to_bytes(4, "big") + sys.argv[1].encode("latin-1") + b"\\x91" + data
+data = b"\\xc9" + len(data).to_bytes(4, "big") + b"\\x50" + data
+try:
+    DHTProtocol.serializer.loads(data)
+except ValueError as error:
+    print(error)
+held = DictionaryDHTValue()
+held.store("a key", b"a record", 1e12)
+assert dict(DHTProtocol.serializer.loads(DHTProtocol.serializer.dumps(held)).items()) == dict(held.items())
+"""
+    for kind in ("\x40", "\x50"):
+        done = subprocess.run([sys.executable, "-c", code, kind], capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and "is not read" in done.stdout, done.stderr
+
+
+def test_a_node_remembers_few_nodes(bootstrap: Directory) -> None:
+    table = bootstrap._node.protocol.routing_table
+    node_id, peer = type(table.node_id), bootstrap._node.peer_id
+    table = type(table)(table.node_id, bucket_size=20, depth_modulo=5)
+    for _ in range(20_000):
+        table.add_or_update_node(node_id.generate(), peer)
+    assert len(table.uid_to_peer_id) == sum(
+        len(bucket.nodes_to_peer_id) + len(bucket.replacement_nodes) for bucket in table.buckets
+    )
+    assert len(table.uid_to_peer_id) <= 40 * len(table.buckets) < 4_000
+
+
 def test_nodes_that_keep_nothing_cannot_hide_a_peer(bootstrap: Directory) -> None:
     anna = Identity.generate()
     record = record_of(anna)
