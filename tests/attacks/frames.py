@@ -63,10 +63,13 @@ def said(facts: ModelFacts, blocks: tuple[int, int], session: bytes) -> list[Mes
     return messages
 
 
-def mutated(messages: Sequence[Message], seed: int) -> Iterator[list[bytes]]:
-    """Frames of these messages without an end, most of them wrong somewhere."""
+def frames_of(messages: Sequence[Message]) -> list[list[bytes]]:
+    return [[bytes(frame) for frame in encode(message)] for message in messages]
+
+
+def mutated(recorded: Sequence[Sequence[bytes]], seed: int) -> Iterator[list[bytes]]:
+    """Such frames without an end, most of them wrong somewhere."""
     choices = random.Random(seed)
-    recorded = [[bytes(frame) for frame in encode(message)] for message in messages]
     while True:
         frames = list(choices.choice(recorded))
         for _ in range(choices.choice((0, 1, 1, 1, 2, 5))):
@@ -112,7 +115,7 @@ def flood(
     messages = [message for session in SESSIONS for message in said(facts, blocks, session)]
     with Client(peer) as client:
         client.ping()
-        for number, frames in enumerate(mutated(messages, seed)):
+        for number, frames in enumerate(mutated(frames_of(messages), seed)):
             client.socket.send_multipart(frames)
             sent += len(frames)
             if number % LOOK == LOOK - 1:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from splitnet.client.swarm import ModelFacts
 from splitnet.errors import ProtocolError
 from splitnet.net.messages import decode
-from tests.attacks.frames import SESSIONS, flood, mutated, said
+from tests.attacks.frames import SESSIONS, flood, frames_of, mutated, said
 from tests.swarm.harness import local_swarm
 from tests.unit.random_models import random_checkpoint
 
@@ -46,7 +46,7 @@ def test_frames_that_are_no_messages_are_protocol_errors() -> None:
     facts = ModelFacts(fingerprint=bytes(32).hex(), name="a model", num_blocks=4, hidden_size=64, max_positions=512)
     messages = [message for session in SESSIONS for message in said(facts, (0, 4), session)]
     decoded = 0
-    for frames in islice(mutated(messages, 3), 20_000):
+    for frames in islice(mutated(frames_of(messages), 3), 20_000):
         with contextlib.suppress(ProtocolError):
             decode(frames)
             decoded += 1

@@ -1,0 +1,137 @@
+"""What nodes of the DHT ask each other, with bytes changed, cut and joined, as fast as a node answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from splitnet.net.dht_node import import_hivemind
+from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
+from splitnet.net.records import MODELS_KEY, peers_key, shard_key
+from tests.attacks.directory import fake_record
+from tests.attacks.frames import mutated
+
+AT_ONCE = 64
+MODEL = bytes(16).hex()
+ANSWER_S = 20.0
+
+
+def asked(node: Directory, seed: int) -> Iterator[tuple[str, bytes]]:
+    """Names of a node's functions and requests to them without an end: bytes changed as a whole, or of single fields."""
+    hivemind = import_hivemind()
+    messages, info = hivemind.messages, node._node.protocol.node_info
+    dumps = node._node.protocol.serializer.dumps
+    mallory = Identity.generate()
+    record = fake_record(mallory, MODEL, ttl_s=60.0)
+    value, expires_at = dumps(record.pack(mallory)), record.expires_at
+    places = [
+        (hivemind.dht_id(key).to_bytes(), dumps(subkey))
+        for key, subkey in (
+            (peers_key(MODEL), mallory.public.text),
+            (shard_key(MODEL, mallory.public), mallory.public.text),
+            (MODELS_KEY, MODEL),
+        )
+    ]
+    held = type(node._node.protocol.storage).__mro__[1]()
+    held.store_subkey(0, mallory.public.text, value, expires_at)
+    dictionary = dumps(held.get(0).value)
+
+    def store(fields: Sequence[bytes]) -> Any:
+        key, subkey, content, node_id, *_ = (*fields, b"", b"", b"", b"")
+        peer = messages.NodeInfo(node_id=node_id) if node_id else info
+        return messages.StoreRequest(
+            keys=[key], subkeys=[subkey], values=[content], expiration_time=[expires_at], in_cache=[False], peer=peer
+        )
+
+    fields = [
+        *([key, subkey, value, node._node.node_id.to_bytes()] for key, subkey in places),
+        [places[0][0], b"", dictionary, b""],
+    ]
+    whole = [
+        *([b"rpc_store", store(some).SerializeToString()] for some in fields),
+        [b"rpc_find", messages.FindRequest(keys=[key for key, _ in places], peer=info).SerializeToString()],
+        [b"rpc_ping", messages.PingRequest(peer=info, validate=False).SerializeToString()],
+    ]
+    wholes, parts = mutated([some[1:] for some in whole], seed), mutated(fields, seed + 1)
+    names = [some[0].decode() for some in whole]
+    for number, (some, part) in enumerate(zip(wholes, parts, strict=True)):
+        yield names[number % len(names)], b"".join(some)
+        yield "rpc_store", store(part).SerializeToString()
+
+
+def ask(address: str, *, seconds: float = 1e9, count: int = 1 << 60, seed: int = 0) -> int:
+    """Asks the node at a multiaddr so. Returns how often.
+
+    Raises:
+        TimeoutError: it has stopped to answer.
+    """
+    peer = import_hivemind().PeerID.from_base58(address.rpartition("/p2p/")[2])
+    until = time.monotonic() + seconds
+    sent = 0
+    with Directory.start(initial_peers=[address]) as node:
+        requests = asked(node, seed)
+
+        async def ask_one(own: Any, name: str, request: bytes) -> None:
+            calling = own.protocol.p2p._client.call_unary_handler(peer, f"DHTProtocol.{name}", request)
+            error = (await asyncio.gather(asyncio.wait_for(calling, ANSWER_S), return_exceptions=True))[0]
+            if isinstance(error, TimeoutError):  # all others are what the node says of the request
+                raise error
+
+        async def ask_some(own: Any) -> None:
+            await asyncio.gather(*(ask_one(own, *request) for request in islice(requests, AT_ONCE)))
+
+        while sent < count and time.monotonic() < until:
+            node._call(ask_some(node._node), ANSWER_S + 5)
+            sent += AT_ONCE
+        assert node._call(node._node.protocol.call_ping(peer), ANSWER_S) is not None
+    return sent
+
+
+def hand_over(seconds: float, handed: Any, *, count: int = 1 << 60, seed: int = 0) -> None:
+    """Gives a node of this process such requests as if they had come from another, which exists.
+
+    Args:
+        handed: a shared counter of requests.
+    """
+    until = time.monotonic() + seconds
+    with (
+        Directory.start(listen=["/ip4/127.0.0.1/tcp/0"]) as node,
+        Directory.start(initial_peers=node.addresses) as other,
+    ):
+        requests, source = asked(other, seed), other._node.peer_id
+
+        async def take_some(own: Any) -> None:
+            handlers = own.protocol.p2p._client.control.unary_handlers
+            for name, request in islice(requests, AT_ONCE):
+                with contextlib.suppress(Exception):  # as libp2p's side does, which tells the other of it
+                    await asyncio.wait_for(handlers[f"DHTProtocol.{name}"](request, source), ANSWER_S)
+
+        while handed.value < count and time.monotonic() < until:
+            node._call(take_some(node._node), ANSWER_S + 5)
+            handed.value += AT_ONCE
+        assert other._call(other._node.protocol.call_ping(node._node.peer_id), ANSWER_S) is not None
+
+
+def speak(address: str, *, seconds: float, seed: int = 0) -> int:
+    """Says at the port of a node what is not libp2p, or begins like it. Returns how many pieces."""
+    _, _, host, _, port, *_ = address.split("/")
+    hello = b"\x13/multistream/1.0.0\n"
+    recorded = [[hello, b"\x07/noise\n", bytes(34)], [hello, b"\x0b/tls/1.0.0\n", b"\x16\x03\x01\x00\x05" + bytes(5)]]
+    sent, until = 0, time.monotonic() + seconds
+    for pieces in mutated(recorded, seed):
+        if time.monotonic() > until:
+            break
+        try:
+            with socket.create_connection((host, int(port)), 5.0) as connection:
+                for piece in pieces:
+                    connection.sendall(piece)
+                    sent += 1
+        except OSError:
+            continue
+    return sent
