@@ -126,9 +126,8 @@ def node_process() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "address"
         command = [sys.executable, "-m", "splitnet", "dht", "--listen", LOOPBACK, "--address-file", str(file)]
-        with subprocess.Popen(
-            [*command, "--key-file", str(Path(folder) / "key")], stdout=subprocess.DEVNULL
-        ) as process:
+        command += ["--key-file", str(Path(folder) / "key")]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             try:
                 while not file.exists() and process.poll() is None:
                     time.sleep(0.1)

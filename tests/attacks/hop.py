@@ -185,11 +185,12 @@ def _result(session: bytes, epoch: int, number: int, facts: ModelFacts, payload:
     return Result(session, epoch, number, facts.num_blocks, PLAIN, (Timing(1, 1, 1),), payload)
 
 
-def use(folder: Path, addresses: list[str], seconds: float, heard: Any) -> None:
+def use(folder: Path, addresses: list[str], seconds: float, heard: Any, *, count: int = 1 << 60) -> None:
     """A client that generates and trains meanwhile; errors that say what happened are no fault of its own.
 
     Args:
         heard: a shared counter of the frames that came to its decoder.
+        count: how many are enough.
     """
     checkpoint = Checkpoint.open(folder)
     ids = torch.arange(9)[None] + 3
@@ -197,12 +198,12 @@ def use(folder: Path, addresses: list[str], seconds: float, heard: Any) -> None:
     with Swarm(ModelFacts.of(checkpoint), addresses) as swarm:
         receive = swarm.links._receive
 
-        def count(source: Any, frames: Any) -> None:
+        def hear(source: Any, frames: Any) -> None:
             heard.value += len(frames)
             receive(source, frames)
 
-        swarm.links._transport._on_message = count
-        while time.monotonic() < until:
+        swarm.links._transport._on_message = hear
+        while time.monotonic() < until and heard.value < count:
             model: Any = attach(checkpoint, swarm, codec="none", recovery_timeout_s=2.0)
             try:
                 model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=64, do_sample=False)

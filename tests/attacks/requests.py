@@ -14,7 +14,7 @@ from splitnet.net.dht_node import import_hivemind
 from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
 from splitnet.net.records import MODELS_KEY, peers_key, shard_key
-from tests.attacks.directory import fake_record
+from tests.attacks.directory import NODE, fake_record
 from tests.attacks.frames import mutated
 
 AT_ONCE = 64
@@ -23,7 +23,7 @@ ANSWER_S = 20.0
 
 
 def asked(node: Directory, seed: int) -> Iterator[tuple[str, bytes]]:
-    """Names of a node's functions and requests to them without an end: bytes changed as a whole, or of single fields."""
+    """Names of a node's functions and requests to them without an end: bytes are changed, of all or of a field."""
     hivemind = import_hivemind()
     messages, info = hivemind.messages, node._node.protocol.node_info
     dumps = node._node.protocol.serializer.dumps
@@ -101,7 +101,7 @@ def hand_over(seconds: float, handed: Any, *, count: int = 1 << 60, seed: int = 
     """
     until = time.monotonic() + seconds
     with (
-        Directory.start(listen=["/ip4/127.0.0.1/tcp/0"]) as node,
+        Directory.start(listen=NODE) as node,
         Directory.start(initial_peers=node.addresses) as other,
     ):
         requests, source = asked(other, seed), other._node.peer_id

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -12,11 +14,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from splitnet.client.swarm import ModelFacts
+from splitnet.client.causal_lm import attach
+from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import ProtocolError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
 from splitnet.net.messages import decode
+from tests.attacks import requests
+from tests.attacks.directory import fake_record
 from tests.attacks.frames import SESSIONS, flood, frames_of, mutated, said
-from tests.swarm.harness import local_swarm
+from tests.attacks.hop import HostileHop, use
+from tests.swarm.harness import dht_node, local_swarm
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -39,6 +48,47 @@ def test_a_peer_answers_on_and_keeps_its_memory(tmp_path: Path) -> None:
         assert flood(peer.endpoint, facts, count=16_000, blocks=(0, 4), seed=2) >= 16_000
         assert psutil.Process().memory_info().rss - before < MEMORY_BOUND
         assert torch.equal(swarm.model().generate(ids, **options), expected)
+
+
+def announce(node: Directory, hop: HostileHop, facts: ModelFacts) -> None:
+    claims = {"address": hop.endpoint.address, "end": facts.num_blocks, "num_blocks": facts.num_blocks}
+    assert node.announce(fake_record(hop.identity, facts.fingerprint, **claims), hop.identity)
+
+
+def test_a_client_goes_on_and_keeps_its_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = random_checkpoint("llama", tmp_path, blocks=4, hidden=64)
+    checkpoint = Checkpoint.open(folder)
+    facts = ModelFacts.of(checkpoint)
+    with dht_node() as node:
+        with HostileHop(facts) as hop:
+            announce(node, hop, facts)
+            heard = SimpleNamespace(value=0)
+            use(folder, node.addresses, 60.0, heard, count=2_000)
+            before = psutil.Process().memory_info().rss
+            caplog.set_level(logging.WARNING)
+            use(folder, node.addresses, 60.0, heard, count=30_000)
+            assert heard.value >= 30_000
+            assert psutil.Process().memory_info().rss - before < MEMORY_BOUND
+            assert len([line for line in caplog.messages if "is not a message" in line or "answered:" in line]) < 60
+        with HostileHop(facts, is_wild=False) as hop, Swarm(facts, node.addresses) as swarm:
+            announce(node, hop, facts)
+            ids = torch.arange(9)[None] + 3
+            model: Any = attach(checkpoint, swarm, codec="none")
+            assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8).shape == (1, 17)
+
+
+def test_a_node_of_the_directory_answers_on_and_keeps_its_memory() -> None:
+    identity = Identity.generate()
+    record = fake_record(identity, requests.MODEL)
+    with dht_node() as node, Directory.start(initial_peers=node.addresses) as reader:
+        requests.ask(node.addresses[0], count=64)
+        before = psutil.Process().memory_info().rss
+        assert requests.ask(node.addresses[0], count=3_000, seed=1) >= 3_000
+        handed = SimpleNamespace(value=0)
+        requests.hand_over(60.0, handed, count=6_000)
+        assert psutil.Process().memory_info().rss - before < MEMORY_BOUND
+        assert reader.announce(record, identity)
+        assert identity.public in {peer.key for peer in reader.peers(requests.MODEL)}
 
 
 def test_frames_that_are_no_messages_are_protocol_errors() -> None:
