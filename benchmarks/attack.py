@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import socket
 import statistics
 import subprocess
@@ -73,6 +74,8 @@ class Phase:
     token_ms: list[float] = field(default_factory=list)
     gateway_s: list[float] = field(default_factory=list)
     most_mib: dict[str, float] = field(default_factory=dict)
+    attacker_cores: float = 0.0
+    """Processor time of the attacker, per second."""
 
     @property
     def slow_ms(self) -> float:
@@ -236,7 +239,16 @@ class Target:
     key: str
 
 
+def compute(seconds: float) -> int:
+    """Keeps one core busy and is connected to nothing: what others lose beside it, they lose to the machine."""
+    until, rounds = time.monotonic() + seconds, 0
+    while time.monotonic() < until:
+        rounds += sum(range(10_000)) > 0
+    return rounds
+
+
 ATTACKS: dict[str, Callable[[Target, float], object]] = {
+    "nothing but computing": lambda at, seconds: compute(seconds),
     "frames with bytes changed": lambda at, seconds: frames.flood(at.peer, at.facts, seconds=seconds, blocks=at.blocks),
     "messages of many frames": lambda at, seconds: transport.endless_message(at.peer, seconds=seconds),
     "silent connections": lambda at, seconds: transport.silent_connections(at.peer, seconds=seconds),
@@ -341,6 +353,7 @@ def print_header() -> None:
         "lost",
         "ms per token, 95 %",
         "of undisturbed",
+        "attacker, cores",
         "gateway, s, median (most)",
     ]
     columns += ["gateway, MiB", "largest daemon, MiB"]
@@ -353,12 +366,24 @@ def report(phase: Phase, calm: Phase) -> None:
     most = max((mib for name, mib in phase.most_mib.items() if name != "gateway"), default=0.0)
     print(
         f"| {phase.name} | {phase.answers + len(phase.gateway_s)} | {phase.wrong} | {len(phase.errors)} "
-        f"| {phase.slow_ms:.0f} | {phase.slow_ms / calm.slow_ms:.2f} | {gateway} "
+        f"| {phase.slow_ms:.0f} | {phase.slow_ms / calm.slow_ms:.2f} | {phase.attacker_cores:.1f} | {gateway} "
         f"| {phase.most_mib.get('gateway', 0.0):.0f} | {most:.0f} |",
         flush=True,
     )
     for error in dict.fromkeys(phase.errors):
         print(f"  {error}", file=sys.stderr)
+
+
+def children_cpu_s() -> float:
+    """Processor time of the child processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def report_left(before: dict[str, tuple[int, int]], after: dict[str, tuple[int, int]]) -> None:
+    print("\n| process | descriptors before | after | threads before | after |\n|---|---|---|---|---|")
+    for name, (descriptors, threads) in after.items():
+        print(f"| {name} | {before[name][0]} | {descriptors} | {before[name][1]} | {threads} |", flush=True)
 
 
 def failures_of(
@@ -447,6 +472,7 @@ def main() -> int:
         for name in names:
             command = [sys.executable, __file__, folder, "--attack", name, "--seconds", str(seconds)]
             command += ["--target", json.dumps(target | {"key": API_KEYS[1]})]
+            began, computed_s = time.monotonic(), children_cpu_s()
             with subprocess.Popen(
                 command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             ) as one:
@@ -456,12 +482,15 @@ def main() -> int:
                 except subprocess.TimeoutExpired:
                     one.kill()
                     said = "ended, as it did not end by itself"
+            phases[-1].attacker_cores = (children_cpu_s() - computed_s) / (time.monotonic() - began)
             report(phases[-1], calm)
             print(f"  {said.strip().splitlines()[-1][:200] if said.strip() else ''}", file=sys.stderr)
         pass_phase(Phase("settling"), seen, CALM_S)
         phases.append(pass_phase(Phase("nobody any more"), seen, CALM_S))
         report(phases[-1], calm)
-        failures = failures_of(phases, calm, before, watcher.look())
+        after = watcher.look()
+        report_left(before, after)
+        failures = failures_of(phases, calm, before, after)
         ended = [name for name, process in watcher.processes.items() if not process.is_running()]
         failures += [f"{name} has ended" for name in ended]
     for failure in failures:
