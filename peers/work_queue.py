@@ -235,12 +235,19 @@ class WorkQueue:
                 self._changed.notify()
 
     def ran(self, chosen: Sequence[tuple[Work, int]], seconds: float) -> None:
-        """Charges a pass to the keys whose positions it had."""
+        """Charges a pass to the keys whose positions it had; prefill that joined decode as in a piece of its own."""
         with self._changed:
-            now, positions = time.monotonic(), sum(count for _, count in chosen)
-            for work, count in chosen:
-                bulk = work.total > DECODE_POSITIONS
-                self._shares.charge(work.session.owner, seconds * count / positions, now, bulk=bulk)
+            now = time.monotonic()
+            decode = [(work, count) for work, count in chosen if work.total <= DECODE_POSITIONS]
+            bulk = [(work, count) for work, count in chosen if work.total > DECODE_POSITIONS]
+            bulk_s = seconds if bulk else 0.0
+            if decode and bulk:
+                in_piece = self.positions_within(self._chunk_s())
+                bulk_s = min(seconds, self._pass_s(in_piece) * sum(count for _, count in bulk) / in_piece)
+            for part, took_s in ((decode, seconds - bulk_s), (bulk, bulk_s)):
+                positions = sum(count for _, count in part)
+                for work, count in part:
+                    self._shares.charge(work.session.owner, took_s * count / positions, now, bulk=part is bulk)
 
     def charge(self, session: Session, seconds: float) -> None:
         """Charges the key of a session for prefill or training."""
@@ -320,7 +327,7 @@ class WorkQueue:
         return counts
 
     def _decode_pass(self, ranked: Sequence[bytes], max_positions: int) -> dict[Work, int]:
-        """One decode step of each key that may join, and more of all in turns as long as they cost little."""
+        """A decode step of each key that may join, more of all in turns, then prefill, as long as they cost little."""
         steps: dict[bytes, list[Work]] = {key: [] for key in ranked}
         for session in self._ready:
             if session.waiting[0].remaining <= DECODE_POSITIONS:
@@ -339,6 +346,12 @@ class WorkQueue:
                     if total <= max_positions and (is_due or self._pass_s(total) <= limit_s):
                         counts[works[turn]] = works[turn].remaining
                         positions = total
+        left = min(max_positions, self.positions_within(SLACK * self._pass_s(due))) - positions
+        for key in ranked:
+            for work in (session.waiting[0] for session in self._ready if session.owner == key):
+                if left > 0 and work.remaining > DECODE_POSITIONS and work.blocks == blocks:
+                    counts[work] = min(work.remaining, left)
+                    left -= counts[work]
         return counts
 
     def _begin(self, counts: dict[Work, int]) -> list[tuple[Work, int]]:
