@@ -25,7 +25,7 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """The caller sends requests, in this order. A route must be open or being repaired."""
+    """The caller sends requests, in this order. A route must have stood; if it is broken by now, it is repaired."""
 
     requests: tuple[Request, ...]
 

@@ -282,7 +282,7 @@ class SessionRoute(ABC):
             making.reasons.append(reason)
         for endpoint, error in lost.items():
             self._give_up(endpoint, error)
-        if idle or self.phase is Phase.BROKEN:
+        if idle or (self.phase is Phase.BROKEN and not self._is_used):
             self._stop_waiting()
             self._enter(Phase.BROKEN)
             return

@@ -189,10 +189,7 @@ class SessionState(SessionRoute):
                 for number in event.numbers:
                     self._in_flight.pop(number, None)
             case Use():
-                if self.phase in (Phase.NEW, Phase.BROKEN):
-                    self.error = None
-                    self._begin_making()
-                    self._go_on()
+                self._use()
             case Tick():
                 self._tick()
             case Alive():
@@ -217,6 +214,12 @@ class SessionState(SessionRoute):
 
     # What the caller wants.
 
+    def _use(self) -> None:
+        if self.phase in (Phase.NEW, Phase.BROKEN):
+            self.error = None
+            self._begin_making()
+            self._go_on()
+
     def _submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
             if isinstance(request, StepRequest):
@@ -228,6 +231,8 @@ class SessionState(SessionRoute):
             self._put_under_way(request)
             if self.is_open:
                 request.send(self)
+        if self._in_flight:
+            self._use()  # a hop may have left since the caller found the route open
 
     def _record(self, step: Step) -> None:
         """Logs a step. What hops would rightly refuse is refused here, so that one that refuses what fits is wrong."""
@@ -275,6 +280,7 @@ class SessionState(SessionRoute):
             self._put_under_way(request)
         if self.is_open:
             event.batch.go_back(event.adapter, self)
+        self._use()
 
     def _distrust(self, event: Distrust) -> None:
         """An answer that is no use: its sender is replaced, then all who had a part in it, then it is believed."""

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from splitnet.client.session_events import Received, Resize, Use, UseAdapter
+from splitnet.client.session_events import Distrust, Received, Resize, Use, UseAdapter
 from splitnet.client.session_route import TRANSITIONS, Phase
 from splitnet.errors import PeerBusy
 from splitnet.net.messages import Failure, FailureCode, Fork
@@ -371,6 +371,33 @@ def test_what_hops_say_of_a_route_that_is_given_up_is_nothing() -> None:
         world.feed(Received(first.endpoint, failure))
     world.settle()
     assert world.state.first == first.endpoint
+    assert all(each.request.done for each in world.asked)
+
+
+@pytest.mark.parametrize("then", ["a step", "doubt", "a way back"])
+def test_what_is_sent_just_after_a_hop_has_left_waits_for_another(then: str) -> None:
+    """The caller has found the route open, and its thread is overtaken by the message."""
+    world = World(seed=1, kind=Kind.CALM)
+    world.feed(Use())
+    world.settle()
+    if then == "doubt":
+        world.submit([(None, 0, 2, 1)])
+    elif then == "a way back":
+        world.submit_batch([[2], [1]], None)
+    world.settle()
+    leaves = world.state.hops[-1]
+    world.at(leaves.endpoint).leave()
+    while world.state.phase is not Phase.BROKEN:
+        world.deliver((leaves.name, CLIENT))
+    if then == "a step":
+        world.submit([(None, 0, 2, 1)])
+    elif then == "doubt":
+        world.feed(Distrust(world.asked[0].request, leaves.endpoint, "is wrong"))
+        assert not world.asked[0].request.done
+    else:
+        world.send_back(world.batches[0])
+    world.settle()
+    assert world.state.is_open and not world.state.under_way
     assert all(each.request.done for each in world.asked)
 
 
