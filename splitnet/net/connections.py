@@ -47,6 +47,8 @@ _LOOK_S, _CLOSE_LOOK_S = 0.1, 0.02
 _WORTH_A_CLOSE_LOOK = 4 << 20
 _KEYS_S = 1.0
 _HANDSHAKE_BYTES = 2048
+_SPARED = 16
+"""Handshakes under way that are spared before one ends that is: looking for one that is silent takes bounded time."""
 _HEARTBEAT_BYTES_PER_S = 64.0
 """More than heartbeats of both sides take, which are read and never handed over."""
 
@@ -74,6 +76,8 @@ class TcpConnection:
     acked: int = 0
     acked_at: float = 0.0
     too_long_since: int | None = None
+    spared: bool = False
+    """It was not ended though it was the oldest without a name, as its handshake had begun."""
 
     @property
     def account(self) -> tuple[Hashable, Hashable]:
@@ -85,7 +89,7 @@ class TcpConnection:
 class _Table:
     by_descriptor: dict[int, TcpConnection] = field(default_factory=dict[int, TcpConnection])
     nameless: dict[str, dict[TcpConnection, None]] = field(default_factory=dict[str, dict[TcpConnection, None]])
-    """By host, the oldest first."""
+    """By host, the oldest first, and behind them those that were spared."""
     of_keys: dict[bytes, dict[TcpConnection, None]] = field(default_factory=dict[bytes, dict[TcpConnection, None]])
     incoming: int = 0
 
@@ -154,7 +158,7 @@ class Connections:
                 others[made] = None
                 most = most_connections()
                 if len(others) > most // 2:
-                    self.end(next(iter(others)), "handshakes")
+                    self.end(_first_silent(others), "handshakes")
                 if self._table.incoming > most:
                     self._end_one()
         return made
@@ -273,11 +277,11 @@ class Connections:
     def _end_one(self) -> None:
         """Makes room for a new connection, at the cost of whoever has most."""
         table = self._table
-        most = max(table.nameless.values(), key=len, default=None)
-        if most is not None and len(most) > 1:
-            self.end(next(iter(most)), "too_many")
+        nameless = max(table.nameless.values(), key=len, default={})
+        most_of_key = max(map(len, table.of_keys.values()), default=0)
+        if len(nameless) > max(1, most_of_key):
+            self.end(_first_silent(nameless), "too_many")
         elif table.of_keys:
-            most_of_key = max(map(len, table.of_keys.values()))
             hosts = Counter(known.host for of_key in table.of_keys.values() for known in of_key)
             choice = [known for of_key in table.of_keys.values() if len(of_key) == most_of_key for known in of_key]
             self.end(min(choice, key=lambda known: (-hosts[known.host], known.active_at)), "too_many")
@@ -307,6 +311,26 @@ class Connections:
                 pause_s = _CLOSE_LOOK_S if self.look(time.monotonic()) else _LOOK_S
             except Exception:
                 log.exception("error while looking at connections")
+
+
+def _first_silent(nameless: dict[TcpConnection, None]) -> TcpConnection:
+    """Which of some connections of a host gives way: the oldest that has said nothing, or was spared once."""
+    for _ in range(min(_SPARED, len(nameless))):
+        oldest = next(iter(nameless))
+        if oldest.spared or not _has_spoken(oldest):
+            return oldest
+        oldest.spared = True
+        del nameless[oldest]
+        nameless[oldest] = None
+    return next(iter(nameless))
+
+
+def _has_spoken(connection: TcpConnection) -> bool:
+    try:
+        passed = tcp.traffic(connection.descriptor)
+    except OSError:
+        return False
+    return passed is not None and passed.received > 0
 
 
 def most_connections() -> int:

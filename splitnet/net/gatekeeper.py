@@ -12,6 +12,9 @@ from splitnet.net.identity import AuthorizedKeys
 log = logging.getLogger(__name__)
 
 
+_AT_ONCE = 64
+
+
 class Gatekeeper:
     """The ZAP handler of a context. Its `socket` belongs to the thread that polls it and calls `answer`.
 
@@ -32,8 +35,14 @@ class Gatekeeper:
         self.socket.bind("inproc://zeromq.zap.01")
 
     def answer(self) -> None:
-        """Answers one question."""
-        request = self.socket.recv_multipart()
+        """Answers what is asked, many at once: who comes must not wait for messages of those who are there."""
+        for _ in range(_AT_ONCE):
+            try:
+                self._answer(self.socket.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
+                return
+
+    def _answer(self, request: list[bytes]) -> None:
         version, request_id = request[0], request[1] if len(request) > 1 else b""
         curve = request[6] if len(request) == 7 and request[5] == b"CURVE" else b""
         if len(curve) == 32 and (self._authorized is None or self._authorized.allows(curve)):

@@ -33,6 +33,7 @@ class Traffic(NamedTuple):
     """Written by this process, and not confirmed."""
     read: int
     """Received and read by this process."""
+    received: int
 
 
 def cookie(descriptor: int) -> bytes:
@@ -65,7 +66,7 @@ def traffic(descriptor: int) -> Traffic | None:
     if len(info) < _ACKED_AT + _ACKED_AND_RECEIVED.size:
         return None
     acked, received = _ACKED_AND_RECEIVED.unpack_from(info, _ACKED_AT)
-    return Traffic(acked, _queued(descriptor, _UNSENT), received - _queued(descriptor, _UNREAD))
+    return Traffic(acked, _queued(descriptor, _UNSENT), received - _queued(descriptor, _UNREAD), received)
 
 
 def hang_up(descriptor: int, expected: bytes) -> None:

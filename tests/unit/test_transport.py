@@ -16,6 +16,8 @@ import zmq
 
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.net.backlog import LARGE_BYTES, TRACKED_BYTES
+from splitnet.net.budget import Budget
+from splitnet.net.connections import Connections, TcpConnection
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState, is_address
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
@@ -490,6 +492,50 @@ def test_silent_connections_leave_room_for_others(node: Start, monkeypatch: pyte
         assert not silent[0].recv(100), "and hung up"
         client.transport.send(server.endpoint, [b"hello"])
         client.wait(lambda: bool(client.received))
+
+
+def test_a_handshake_under_way_outlives_silent_connections_that_are_newer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitnet.net.connections.most_connections", lambda: 16)
+    table = Connections(Budget(1 << 20), drained=lambda: 0, drain=lambda: None)
+    with ExitStack() as stack, socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+
+        def connect() -> tuple[socket.socket, TcpConnection]:
+            there = stack.enter_context(socket.create_connection(server.getsockname(), WAIT_S))
+            here = stack.enter_context(server.accept()[0])
+            made = table.opened(here.fileno())
+            assert made is not None
+            return there, made
+
+        speaks, newcomer = connect()
+        speaks.sendall(b"a greeting")
+        silent = [connect()[1] for _ in range(12)]
+        assert not newcomer.ended and [one.ended for one in silent[:5]] == ["handshakes"] * 5
+        spoken = [connect() for _ in range(8)]
+        for there, _ in spoken:
+            there.sendall(b"a greeting")
+        for _ in range(24):
+            connect()[0].sendall(b"a greeting")
+        assert newcomer.ended, "it is spared once"
+
+
+def test_a_newcomer_gets_in_at_the_cost_of_a_key_with_more_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitnet.net.connections.most_connections", lambda: 8)
+    table = Connections(Budget(1 << 20), drained=lambda: 0, drain=lambda: None)
+    with ExitStack() as stack, socket.create_server(("127.0.0.1", 0), backlog=64) as server:
+
+        def connect() -> TcpConnection:
+            stack.enter_context(socket.create_connection(server.getsockname(), WAIT_S))
+            here = stack.enter_context(server.accept()[0])
+            made = table.opened(here.fileno())
+            assert made is not None
+            return made
+
+        named = [connect() for _ in range(6)]
+        for number, one in enumerate(named):
+            table.named(one.descriptor, Connection(bytes([number]), b"k" * 32))
+        comers = [connect() for _ in range(4)]
+        assert not any(one.ended for one in comers)
+        assert [bool(one.ended) for one in named] == [True, True, False, False, False, False]
 
 
 def test_a_key_that_is_taken_away_loses_its_connections(node: Start, tmp_path: Path) -> None:
