@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any, Final, cast
 
-import msgpack  # pyright: ignore[reportMissingTypeStubs]
-
 from splitnet.errors import NotAuthorized, ProtocolError
 from splitnet.net.dht_places import Places
 from splitnet.net.records import stored_record
@@ -141,6 +139,8 @@ def _few_keys(find: Callable[[Any, Any, Any], Coroutine[Any, Any, Any]]) -> Any:
 
 def _flat(serializer: Any, dictionary: Any) -> Any:
     """hivemind's serializer goes as deep into extension types as a message says: 300 levels, 2 kB, end the process."""
+
+    msgpack: Any = importlib.import_module("msgpack")  # it has no type information
 
     class FlatSerializer(serializer):
         @classmethod
