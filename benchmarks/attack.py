@@ -84,9 +84,9 @@ class Phase:
 
 
 class TokenTimes:
-    """A streamer of `generate()` that notes what each token after the first took."""
+    """A streamer of `generate()` that notes what each token after the first took, in the phase that is then."""
 
-    def __init__(self, phase: Phase) -> None:
+    def __init__(self, phase: Callable[[], Phase]) -> None:
         self._phase = phase
         self._last: float | None = None
         self._is_prompt = True
@@ -97,7 +97,7 @@ class TokenTimes:
             self._is_prompt = False
             return
         if self._last is not None:
-            self._phase.token_ms.append((now - self._last) * 1000)
+            self._phase().token_ms.append((now - self._last) * 1000)
         self._last = now
 
     def end(self) -> None:
@@ -139,7 +139,7 @@ class Honest:
                     attention_mask=torch.ones_like(question.prompt),
                     max_new_tokens=question.answer.shape[1] - question.prompt.shape[1],
                     do_sample=False,
-                    streamer=TokenTimes(phase),
+                    streamer=TokenTimes(lambda: self.phase),  # an answer may begin in one and end in the next
                 )
             except SplitnetError as error:
                 phase.errors.append(str(error))

@@ -277,7 +277,7 @@ class Connections:
     def _end_one(self) -> None:
         """Makes room for a new connection, at the cost of whoever has most."""
         table = self._table
-        nameless = max(table.nameless.values(), key=len, default={})
+        nameless = max(table.nameless.values(), key=len, default=dict[TcpConnection, None]())
         most_of_key = max(map(len, table.of_keys.values()), default=0)
         if len(nameless) > max(1, most_of_key):
             self.end(_first_silent(nameless), "too_many")
