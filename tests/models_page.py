@@ -9,7 +9,7 @@ from textwrap import fill
 
 from gguf import GGML_QUANT_SIZES
 
-from splitnet.model.families import LEAN, PACKS, REFUSED, STATES
+from splitnet.model.families import COMPILED, LEAN, PACKS, REFUSED, STATES
 from splitnet.model.gguf_layouts import BLOCK_TYPES
 from splitnet.model.grouped_forms import held_bytes
 from splitnet.model.stored import Kind, Layout
@@ -55,10 +55,17 @@ def sections() -> Iterator[str]:
     yield (
         "Each of these generates alone, in a padded batch, with beams and with drafts as plain transformers does "
         "(`tests/swarm/test_families.py`). *Together*: sequences share a pass. *States*: blocks keep more than keys "
-        "and values ([how](decisions/0018-states.md)). *Short steps*: a decode step is one call of compiled code, or a "
-        "few of torch. Other decoder-only families are tried, and refused if their blocks do not run on their own."
+        "and values ([how](decisions/0018-states.md)). *Short steps*: a decode step is one call of compiled code, or, "
+        "where that was not compiled for the CPU, a few operations of torch. Other decoder-only families are tried, "
+        "and refused if their blocks do not run on their own."
     )
     yield table(("family", "together", "states", "short steps"), _families())
+    yield (
+        "Compiled steps are compared with the family's own code when blocks are loaded, and in "
+        "`tests/unit/test_compiled_families.py` for each of these families; experts must be held in codes. They are "
+        "for CPUs with AVX512 and VNNI ([how](decisions/0012-lean-steps.md))."
+    )
+    yield ", ".join(f"`{name}`" for name in sorted(COMPILED)) + "."
     yield "Refused, as their blocks cannot be cut apart:"
     yield table(("family", "why"), [(f"`{name}`", why) for name, why in sorted(REFUSED.items())])
     yield "## Formats"
@@ -86,7 +93,10 @@ def _families() -> list[tuple[str, ...]]:
     def mark(known: bool) -> str:
         return "yes" if known else ""
 
-    return [(f"`{name}`", mark(name in PACKS), mark(name in STATES), mark(name in LEAN)) for name in sorted(FAMILIES)]
+    def short(name: str) -> str:
+        return "compiled, of torch" if name in LEAN else "compiled" if name in COMPILED else ""
+
+    return [(f"`{name}`", mark(name in PACKS), mark(name in STATES), short(name)) for name in sorted(FAMILIES)]
 
 
 def _layouts() -> list[tuple[str, ...]]:

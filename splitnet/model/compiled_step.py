@@ -1,16 +1,17 @@
-"""A few new positions through blocks of the usual structure, in one call of compiled code.
+"""A few new positions through blocks of the usual parts, in one call of compiled code.
 
 What `splitnet.model.lean_step` leaves is more than half of the time of a decode step with weights of few bits: for each
 block some twenty calls of torch, on tensors of a few hundred numbers. `native/step.h` has the whole block instead, also
-for several positions of a sequence, as windows of drafts have them. As there, what comes out is compared with the
-family's own code when a span loads.
+for several positions of a sequence, as windows of drafts have them, and of all the kinds that `BlockDescription` tells
+apart. As there, what comes out is compared with the family's own code when a span loads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from inspect import signature
 from itertools import chain
-from struct import Struct, pack
+from struct import pack
 from typing import Any
 
 import torch
@@ -18,11 +19,13 @@ from torch import nn
 
 from splitnet.model import kernels
 from splitnet.model.attention import Part
+from splitnet.model.block_description import Attention, BlockDescription, Turned
+from splitnet.model.block_parts import Norm, UnknownPart
+from splitnet.model.families import PLAIN_LINEAR
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
 from splitnet.model.grouped_forms import GroupedForm
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.known_experts import KnownExperts
-from splitnet.model.lean_step import is_usual
 from splitnet.model.rotary import Turning
 from splitnet.model.tiles import CHUNK
 
@@ -33,57 +36,61 @@ _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _GROUPED = 3
 _VECTOR = 16
 _NO_MATRIX = [0] * 6
-_EXPERTS = Struct("8q4d18q")
-"""From `experts` on in `Block`."""
+_NO_NORM = [0] * 5
+_NO_EXPERTS = [0] * 30
+
+Fields = list[int | float]
+"""Of a struct of C: all have 8 bytes."""
 
 
 class CompiledStep:
     """Runs blocks that `CompiledStep.of` knows.
 
     Args:
-        blocks: the family's own, in order.
-        experts: of each block, or None where it has an MLP alone.
+        blocks: what they consist of, in order.
         rope: gives the cosines and sines of positions.
-        turning: what is done with them.
+        turning: what is done with them; None: no block is turned.
         windows: sliding windows in positions, by the index that blocks have in their caches.
         dtype: what the span computes in, and keeps in its caches.
     """
 
     def __init__(
         self,
-        blocks: Sequence[Any],
-        experts: Sequence[KnownExperts | None],
-        rope: nn.Module,
-        turning: Turning,
+        blocks: Sequence[BlockDescription],
+        rope: nn.Module | None,
+        turning: Turning | None,
         windows: Sequence[int | None],
         dtype: torch.dtype,
     ) -> None:
-        first: Any = blocks[0]
-        attention = first.self_attn
-        self._rope = rope
-        self._dtype = dtype
-        self._size: int = attention.head_dim
-        self._indices = tuple(block.self_attn.layer_idx for block in blocks)
-        self._heads = attention.k_proj.out_features // self._size
-        self._alive: list[torch.Tensor] = []
+        self._rope: Any = rope
         self._turning = turning
-        described = b"".join(self._describe(*each, windows) for each in zip(blocks, experts, strict=True))
+        self._ropes = _ropes_of(blocks, rope)
+        self._dtype = dtype
+        self._size = blocks[0].attention.size
+        self._heads = blocks[0].attention.stored
+        self._indices = tuple(block.attention.index for block in blocks)
+        self._alive: list[torch.Tensor] = []
+        fields = chain.from_iterable(self._fields(block, windows[block.attention.index]) for block in blocks)
+        described = b"".join(pack("d" if isinstance(field, float) else "q", field) for field in fields)
         self._blocks = torch.frombuffer(bytearray(described), dtype=torch.int64)
 
     @classmethod
     def of(
         cls, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None], dtype: torch.dtype
     ) -> CompiledStep | None:
-        """For these blocks; None if their parts are not the usual ones, or nothing is compiled for this CPU."""
-        if not kernels.has_fast_kernels() or dtype not in (torch.float32, torch.bfloat16) or rope is None:
+        """For these blocks; None if nothing is compiled for this CPU.
+
+        Raises:
+            UnknownPart: their parts are not the usual ones. As they may be anything, so may be what is raised.
+        """
+        if not kernels.has_fast_kernels() or dtype not in (torch.float32, torch.bfloat16):
             return None
-        if not all(is_usual(block, experts=True) for block in blocks):
-            return None
-        experts = [None if is_usual(block) else KnownExperts.of(block.mlp) for block in blocks]
-        if not all(_is_known(block, some) for block, some in zip(blocks, experts, strict=True)):
-            return None
-        turning = Turning.of(blocks[0].self_attn, rope)
-        return None if turning is None else cls(blocks, experts, rope, turning, windows, dtype)
+        described = [BlockDescription.of(block) for block in blocks]
+        for block in described:
+            _check(block)
+        if len({(block.attention.size, block.attention.stored) for block in described}) > 1:
+            raise UnknownPart("blocks with other heads")
+        return cls(described, rope, _turning_of(blocks, described, rope), windows, dtype)
 
     def takes(self, parts: Sequence[Part]) -> bool:
         """Whether a pass is small enough, and without adapters."""
@@ -94,61 +101,89 @@ class CompiledStep:
         """`[positions, hidden]` -> `[positions, hidden]`, in the type of `hidden`."""
         indices = [part.row.prefix_length + part.start + new for part in parts for new in range(part.count)]
         positions = torch.tensor(indices)
-        cosines, sines = (
-            turn[0].float().repeat(1, self._turning.repeats) for turn in self._rope(hidden[None], positions[None])
-        )
+        cosines, sines = self._turns(hidden, positions)
         result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         rows = [self._stores(part) for part in parts for _ in range(part.count)]
         stores = torch.tensor(list(chain.from_iterable(zip(*rows, strict=True)))).flatten()
-        turns = (cosines, sines, self._turning.adjacent)
+        adjacent = self._turning is not None and self._turning.adjacent
+        turns = (cosines, sines, adjacent)
         kernels.step(self._blocks, len(self._indices), result, stores, positions, *turns, self._dtype.itemsize)
         return result.to(hidden.dtype)
+
+    def _turns(self, hidden: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines, `[ropes, positions, half of what is turned]`."""
+        if self._turning is None:
+            return torch.empty(1, 0), torch.empty(1, 0)
+        found = [self._rope(hidden[None], positions[None], *kind) for kind in self._ropes]
+        halves = [[turn[0].float() for turn in self._turning.halves(turns)] for turns in found]
+        if len(halves) == 1:
+            return halves[0][0].contiguous(), halves[0][1].contiguous()
+        cosines, sines = (torch.stack(turns) for turns in zip(*halves, strict=True))
+        return cosines, sines
 
     def _stores(self, part: Part) -> list[tuple[int, int, int]]:
         shape = (1, self._heads, 0, self._size)
         return part.row.reserve(self._indices, part.count, shape, self._dtype)
 
-    def _describe(self, block: Any, experts: KnownExperts | None, windows: Sequence[int | None]) -> bytes:
+    def _fields(self, block: BlockDescription, window: int | None) -> Fields:
         """As `Block` in `native/step.h`."""
-        attention = block.self_attn
-        norms = [block.input_layernorm, block.post_attention_layernorm]
-        norms += [getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)]
-        addresses = [self._optional(None if norm is None else norm.weight) for norm in norms]
-        addresses += [self._optional(getattr(attention, "sinks", None))]
-        numbers = [0.0 if norm is None else norm.variance_epsilon for norm in norms] + [attention.scaling]
-        heads = attention.q_proj.out_features // self._size
-        sizes = [heads, self._heads, self._size, windows[attention.layer_idx] or 0, _has_joined_norms(block)]
-        layers = [attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj]
-        layers += _mlp_layers(block, experts)
-        matrices = [self._matrix(layer) for layer in layers]
-        matrices += [_NO_MATRIX] * (7 - len(matrices))
-        matrices += [_NO_MATRIX if experts is None or experts.opener is None else self._matrix(experts.opener)]
-        of_experts = bytes(_EXPERTS.size) if experts is None else self._described_experts(experts)
-        return pack("5q5d5q48q", *addresses, *numbers, *sizes, *chain.from_iterable(matrices)) + of_experts
+        attention, mlp, experts = block.attention, block.mlp, block.experts
+        norms = (block.before, block.after, block.between, block.behind, attention.query_norm, attention.key_norm)
+        fields: Fields = [*chain.from_iterable(map(self._norm, norms))]
+        fields += [block.parallel, block.residual, self._optional(attention.sinks), self._optional(attention.slopes)]
+        fields += [self._numbers(attention.places), attention.scale, attention.cap, attention.clip]
+        fields += [attention.heads, attention.stored, attention.size, window or 0, attention.joined, attention.late]
+        turns = self._turning is not None and attention.turns
+        fields += [self._ropes.index(_kind_of(attention, self._rope)) if turns else -1]
+        fields += [0, 0.0, 0.0, 0.0, 0.0] if mlp is None else [int(mlp.activation.kind), *mlp.activation.shape]
+        fields += chain.from_iterable(map(self._matrix, block.layers))
+        return fields + (_NO_EXPERTS if experts is None else self._described_experts(experts))
 
-    def _described_experts(self, experts: KnownExperts) -> bytes:
+    def _described_experts(self, experts: KnownExperts) -> Fields:
         choice, gating = experts.choice, experts.gating
         weight, short = choice.weight, choice.weight.bfloat16()
         if torch.equal(short.float(), weight.float()):
             weight = short  # as it came
         self._alive.append(weight.contiguous())
         outputs, inputs = weight.shape
-        matrices = [_KINDS[weight.dtype], self._alive[-1].data_ptr(), 0, self._optional(choice.bias), inputs, outputs]
+        matrices: Fields = [
+            _KINDS[weight.dtype],
+            self._alive[-1].data_ptr(),
+            0,
+            self._optional(choice.bias),
+            inputs,
+            outputs,
+        ]
         for name in ("gate_up_proj", "down_proj"):
             form = experts.held.held[name].parts[0]
             self._alive += [form.tiles, form.description]
             bias = self._optional(getattr(experts.held, f"{name}_bias") if experts.held.has_bias else None)
             matrices += [_GROUPED, form.tiles.data_ptr(), form.description.data_ptr(), bias, form.inputs, form.outputs]
-        numbers = [outputs, choice.chosen, choice.sigmoid, choice.normalised, choice.groups, choice.kept]
-        numbers += [gating.interleaved, self._optional(choice.correction)]
-        return _EXPERTS.pack(*numbers, choice.factor, gating.alpha, gating.limit, gating.shift, *matrices)
+        fields: Fields = [outputs, choice.chosen, choice.sigmoid, choice.normalised, choice.groups, choice.kept]
+        fields += [gating.interleaved, self._optional(choice.correction)]
+        return [*fields, choice.factor, gating.alpha, gating.limit, gating.shift, *matrices]
 
-    def _matrix(self, layer: Any) -> list[int]:
+    def _norm(self, norm: Norm | None) -> Fields:
+        if norm is None:
+            return [*_NO_NORM]
+        stride = norm.weight.shape[1] if norm.weight.ndim == 2 else 0
+        weight, bias = self._float_address(norm.weight), self._optional(norm.bias)
+        return [int(norm.kind), weight, bias, stride, norm.epsilon]
+
+    def _matrix(self, layer: Any) -> Fields:
+        if layer is None:
+            return [*_NO_MATRIX]
         bias = self._optional(layer.bias)
         kind, weight, scales = _held(layer)
         scales_at = 0 if scales is None else scales.data_ptr()
         self._alive += [weight] if scales is None else [weight, scales]
         return [kind, weight.data_ptr(), scales_at, bias, layer.in_features, layer.out_features]
+
+    def _numbers(self, values: list[int] | None) -> int:
+        if values is None:
+            return 0
+        self._alive.append(torch.tensor(values))
+        return self._alive[-1].data_ptr()
 
     def _optional(self, values: torch.Tensor | None) -> int:
         return 0 if values is None else self._float_address(values)
@@ -158,63 +193,42 @@ class CompiledStep:
         return self._alive[-1].data_ptr()
 
 
-def _mlp_layers(block: Any, experts: KnownExperts | None) -> list[Any]:
-    """Of what all positions run through: its gate, up and down."""
-    mlp: Any = block.mlp if experts is None else experts.shared
-    return [] if mlp is None else [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+Kind = tuple[str, ...]
+"""What a rotary embedding takes besides hidden states and positions."""
 
 
-def _is_known(block: Any, experts: KnownExperts | None) -> bool:
-    attention, mlp = block.self_attn, block.mlp if experts is None else experts.shared
-    if experts is None and not is_usual(block):
-        return False
-    layers = [layer for layer in attention.children() if isinstance(layer, (nn.Linear, HeldLinear))]
-    layers += _mlp_layers(block, experts)
-    layers += [] if experts is None or experts.opener is None else [experts.opener]
-    return (
-        all(isinstance(layer, (nn.Linear, HeldLinear)) and _is_held(layer) for layer in layers)
-        and len([layer for layer in attention.children() if layer in layers]) == 4
-        and (mlp is None or type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation"))
-        and _fits_together(block, experts)
-    )
+def _kind_of(attention: Attention, rope: nn.Module | None) -> Kind:
+    """What tells the rotary embedding of a block apart where the family has several."""
+    several = rope is not None and "layer_type" in signature(rope.forward).parameters
+    return (attention.kind or "",) if several else ()
 
 
-def _has_joined_norms(block: Any) -> bool:
-    """Whether queries are normalised over all heads together, and keys."""
-    attention = block.self_attn
-    return hasattr(attention, "q_norm") and attention.q_norm.weight.numel() > attention.head_dim
+def _ropes_of(blocks: Iterable[BlockDescription], rope: nn.Module | None) -> list[Kind]:
+    return sorted({_kind_of(block.attention, rope) for block in blocks if block.attention.turns})
 
 
-def _fits_together(block: Any, experts: KnownExperts | None) -> bool:
-    """Whether the sizes are those that the compiled code takes for granted."""
-    attention = block.self_attn
-    size, width = attention.head_dim, attention.q_proj.in_features
-    heads, stored = attention.q_proj.out_features, attention.k_proj.out_features
-    norms = {block.input_layernorm: width, block.post_attention_layernorm: width}
-    if hasattr(attention, "q_norm"):
-        joined = _has_joined_norms(block)
-        norms |= {attention.q_norm: heads if joined else size, attention.k_norm: stored if joined else size}
-    return (
-        size % _VECTOR == 0
-        and stored % size == 0
-        and heads % stored == 0
-        and attention.v_proj.out_features == stored
-        and {layer.in_features for layer in (attention.k_proj, attention.v_proj)} == {width}
-        and (attention.o_proj.in_features, attention.o_proj.out_features) == (heads, width)
-        and _layers_fit(_mlp_layers(block, experts), width)
-        and (experts is None or _experts_fit(experts, width))
-        and all(norm.weight.numel() == length for norm, length in norms.items())
-        and getattr(attention, "sinks", torch.empty(heads // size)).numel() == heads // size
-    )
+def _turning_of(
+    blocks: Sequence[nn.Module], described: Sequence[BlockDescription], rope: nn.Module | None
+) -> Turning | None:
+    kinds = _ropes_of(described, rope)
+    if rope is None or not kinds:
+        return None
+    attention = next(module for module in blocks[0].modules() if hasattr(module, "layer_idx"))
+    size, width = described[0].attention.size, described[0].width
+    found = {Turning.of(attention, size, rope, width, kind) for kind in kinds}
+    turning = found.pop()
+    if found or turning is None:
+        raise UnknownPart("rotary embedding")
+    return turning
 
 
-def _layers_fit(layers: Sequence[Any], width: int) -> bool:
-    if not layers:
-        return True
-    gate, up, down = layers
-    between = gate.out_features
-    sizes = (gate.in_features, up.in_features, up.out_features, down.in_features, down.out_features)
-    return sizes == (width, width, between, between, width)
+def _check(block: BlockDescription) -> None:
+    """That there are kernels for a block."""
+    experts = block.experts
+    if block.attention.size % _VECTOR or not all(layer is None or _is_held(layer) for layer in block.layers):
+        raise UnknownPart("layers")
+    if experts is not None and not _experts_fit(experts, block.width):
+        raise UnknownPart("experts")
 
 
 def _experts_fit(experts: KnownExperts, width: int) -> bool:
@@ -229,16 +243,17 @@ def _experts_fit(experts: KnownExperts, width: int) -> bool:
     )
 
 
-def _is_held(layer: nn.Linear | HeldLinear) -> bool:
+def _is_held(layer: nn.Linear | HeldLinear | Turned) -> bool:
     if isinstance(layer, HeldLinear):
         if isinstance(layer.held, GroupedForm):
             return layer.held.has_fast_kernel and layer.in_features % CHUNK == 0
         known = (CompiledFloat16, CompiledBfloat16, ConvertedBfloat16, ConvertedFloat32)
         return type(layer.held) in known
-    return type(layer) is nn.Linear and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
+    plain = type(layer) in (nn.Linear, Turned) or type(layer).__name__ in PLAIN_LINEAR
+    return plain and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
 
 
-def _held(layer: nn.Linear | HeldLinear) -> tuple[int, torch.Tensor, torch.Tensor | None]:
+def _held(layer: nn.Linear | HeldLinear | Turned) -> tuple[int, torch.Tensor, torch.Tensor | None]:
     """The number of its kind in `native/products.h`, its tensor, and its description if it has one."""
     held: Any = layer.held if isinstance(layer, HeldLinear) else layer
     if isinstance(held, GroupedForm):

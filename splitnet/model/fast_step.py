@@ -38,11 +38,15 @@ class Runs(Protocol):
 
 
 def find_fast_step(
-    span: Runs, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None]
+    span: Runs, blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None], *, of_torch: bool
 ) -> FastStep | None:
-    """The fastest way through `blocks` that gives the same as `span`, which has these; None: there is none."""
-    compiled = CompiledStep.of(blocks, rope, windows, span.dtype) if span.device.type == "cpu" else None
-    for step in (compiled, LeanStep.of(blocks, rope, windows)):
+    """The fastest way through `blocks` that gives the same as `span`, which has these; None: there is none.
+
+    Args:
+        of_torch: whether there may be a `LeanStep`.
+    """
+    compiled = _compiled(blocks, rope, windows, span.dtype) if span.device.type == "cpu" else None
+    for step in (compiled, LeanStep.of(blocks, rope, windows) if of_torch else None):
         # Where shapes do not fit, it is another structure with the same names.
         with suppress(RuntimeError):
             if step is not None and _gives_the_same(span, step):
@@ -59,8 +63,16 @@ def same_kind(
 ) -> FastStep | None:
     """For some of the blocks that `former` was found for: the same way through these."""
     if isinstance(former, CompiledStep):
-        return CompiledStep.of(blocks, rope, windows, dtype)
+        return _compiled(blocks, rope, windows, dtype)
     return LeanStep.of(blocks, rope, windows)
+
+
+def _compiled(
+    blocks: Sequence[nn.Module], rope: nn.Module | None, windows: Sequence[int | None], dtype: torch.dtype
+) -> CompiledStep | None:
+    with suppress(Exception):  # whatever another structure leads to: there is the family's own code
+        return CompiledStep.of(blocks, rope, windows, dtype)
+    return None
 
 
 @torch.inference_mode()

@@ -210,7 +210,7 @@ def step(
         blocks: `count` of them, as `Block` in `native/step.h`.
         stores: int64 `[count, positions, 3]`: addresses of keys and of values, and their capacity.
         indices: int64 `[positions]`, of each in its stores.
-        cosines: float32 `[positions, numbers of a head that are turned]`, the first ones.
+        cosines: float32 `[ropes, positions, half of the numbers of a head that are turned]`, which are the first ones.
         sines: likewise.
         adjacent: numbers that are turned together stand side by side, else half of them lie between.
         stored_bytes: of a number in the stores: 4, or 2 for bfloat16.
@@ -218,5 +218,5 @@ def step(
     tensors = (hidden, stores, indices, cosines, sines)
     at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
     threads = torch.get_num_threads()
-    sizes = (cosines.shape[1], adjacent, stored_bytes, threads)
+    sizes = (cosines.shape[-1], adjacent, stored_bytes, threads)
     _kernels.step(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)

@@ -42,7 +42,8 @@ class LeanStep:
         """For these blocks; None if their parts are not the usual ones."""
         if rope is None or not all(is_usual(block, experts=True) and not has_sinks(block) for block in blocks):
             return None
-        if Turning.of(blocks[0].self_attn, rope) != Turning():
+        attention: Any = blocks[0].self_attn
+        if Turning.of(attention, attention.head_dim, rope, attention.q_proj.in_features) != Turning():
             return None
         return cls(blocks, rope, windows)
 

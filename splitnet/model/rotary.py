@@ -5,8 +5,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from itertools import product
 from typing import Any, Self
 
@@ -14,46 +15,84 @@ import torch
 from torch import nn
 
 
+class Given(Enum):
+    """How a family gives the cosines and sines of pairs of numbers."""
+
+    TWICE = "those of all pairs, and the same once more"
+    ONCE = "one of each pair"
+    SIDE_BY_SIDE = "two of each pair"
+
+
 @dataclass(frozen=True)
 class Turning:
     """How a family turns the first numbers of heads by cosines and sines.
 
     Attributes:
-        repeats: how often these stand beside each other; some families give those of one half alone.
+        given: how these are given.
         adjacent: numbers that are turned together stand side by side, else half of those that are turned lie between.
+        sines_first: they are given before the cosines.
     """
 
-    repeats: int = 1
+    given: Given = Given.TWICE
     adjacent: bool = False
+    sines_first: bool = False
 
     @classmethod
-    def of(cls, attention: Any, rope: nn.Module) -> Self | None:
-        """By trying the function of the family's module that does it; None: it does something else."""
+    def of(cls, attention: Any, size: int, rope: nn.Module, width: int, kind: tuple[str, ...] = ()) -> Self | None:
+        """By trying the function of the family's module that does it; None: it does something else.
+
+        Args:
+            size: of a head.
+            rope: gives cosines and sines for hidden states and positions.
+            width: of hidden states.
+            kind: what `rope` takes besides.
+        """
         own: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-        if own is None:
-            return None
         device = next((buffer.device for buffer in rope.buffers()), torch.device("cpu"))
-        if device.type == "meta":  # where nothing has values
+        if own is None or device.type == "meta":  # where nothing has values
             return None
-        hidden, positions = torch.zeros(1, 3, attention.q_proj.in_features), torch.tensor([[1, 2, 30]])
-        cosines, sines = rope(hidden.to(device), positions.to(device))
-        heads = torch.randn(1, 2, 3, attention.head_dim, generator=torch.Generator().manual_seed(0)).to(device)
-        found = own(heads, heads, cosines, sines)[0]
-        for likely in (cls(*each) for each in product((1, 2), (False, True))):
-            if cosines.shape[-1] * likely.repeats <= attention.head_dim:
-                turns = (cosines.repeat(1, 1, likely.repeats), sines.repeat(1, 1, likely.repeats))
-                if torch.allclose(likely._turned(heads, *turns), found, atol=1e-4):
+        hidden, positions = torch.zeros(1, 3, width), torch.tensor([[0, 2, 30]])
+        turns = rope(hidden.to(device), positions.to(device), *kind)
+        sines_first = bool(turns[0][0, 0].norm() < turns[1][0, 0].norm())  # there the cosine is 1
+        cosines, sines = turns[::-1] if sines_first else turns
+        heads = torch.randn(1, 2, 3, size, generator=torch.Generator().manual_seed(0)).to(device)
+        for most in (size, cosines.shape[-1], 2 * cosines.shape[-1]):  # some take what they turn, others all
+            given = heads[..., :most]
+            found = _turned_by(own, given, cosines, sines)
+            if found is None:
+                continue
+            for way in product(Given, (False, True)):
+                likely = cls(*way, sines_first)
+                halves = likely.halves(turns)
+                if 2 * halves[0].shape[-1] <= most and torch.allclose(likely._turned(given, *halves), found, atol=1e-4):
                     return likely
         return None
 
+    def halves(self, turns: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what a family gives: cosines and sines, one of each pair."""
+        cosines, sines = turns[::-1] if self.sines_first else turns
+        if self.given is Given.SIDE_BY_SIDE:
+            return cosines[..., ::2], sines[..., ::2]
+        many = cosines.shape[-1] // (2 if self.given is Given.TWICE else 1)
+        return cosines[..., :many], sines[..., :many]
+
     def _turned(self, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-        turned, rest = heads.split([cosines.shape[-1], heads.shape[-1] - cosines.shape[-1]], dim=-1)
-        cosines, sines = cosines.chunk(2, dim=-1)[0], sines.chunk(2, dim=-1)[0]
+        many = 2 * cosines.shape[-1]
+        turned, rest = heads.split([many, heads.shape[-1] - many], dim=-1)
         pairs = turned.unflatten(-1, (-1, 2) if self.adjacent else (2, -1))
         axis = -1 if self.adjacent else -2
         first, second = pairs.unbind(axis)
         pairs = torch.stack((first * cosines - second * sines, second * cosines + first * sines), dim=axis)
         return torch.cat((pairs.flatten(-2), rest), dim=-1)
+
+
+def _turned_by(own: Any, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor | None:
+    """By a family's function, for `[1, heads, positions, size]`; None: it does not take them."""
+    with suppress(TypeError, RuntimeError):
+        return own(heads, heads, cosines, sines)[0]
+    with suppress(TypeError, RuntimeError):  # as GPT-J has it: one tensor, and its positions first
+        return own(heads.transpose(1, 2), sines, cosines).transpose(1, 2)
+    return None
 
 
 class LengthDependentRopes:
@@ -69,6 +108,11 @@ class LengthDependentRopes:
             self._any |= bool(kinds & {"dynamic", "longrope"})
             if kind == "dynamic":
                 self._dynamic.append(module)
+
+    @property
+    def any(self) -> bool:
+        """Whether there are any."""
+        return self._any
 
     @contextmanager
     def one_sequence(self) -> Iterator[None]:

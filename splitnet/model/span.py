@@ -36,6 +36,7 @@ from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.coded_experts import with_coded_experts
 from splitnet.model.families import (
+    COMPILED,
     LEAN,
     NEUTRAL_CONFIG,
     ONE_BY_ONE,
@@ -441,14 +442,15 @@ class Span:
     def _fast_step(self, blocks: Sequence[nn.Module], rope: nn.Module | None) -> FastStep | None:
         """A faster way for decode steps, if there is one for these blocks that gives the same."""
         config = self._backbone.config
-        if not self._packs or config.model_type not in LEAN:
+        of_torch = self._packs and config.model_type in LEAN
+        if not of_torch and (config.model_type not in COMPILED or self._ropes.any):
             return None
         everywhere = getattr(config, "sliding_window", None) if config.model_type in ONE_WINDOW else None
         windows = self._windows or [everywhere] * (self._whole.end - self._whole.start)
         if self._whole is not self:
             former = self._whole._lean
             return same_kind(former, blocks, rope, windows, self.dtype) if former is not None else None
-        return find_fast_step(self, blocks, rope, windows)
+        return find_fast_step(self, blocks, rope, windows, of_torch=of_torch)
 
     def _probe(self) -> tuple[int, int]:
         """Runs one position: proves that the blocks run on their own, and measures what it leaves.

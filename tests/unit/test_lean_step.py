@@ -30,6 +30,7 @@ from tests.published import (
 )
 from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.random_models import random_checkpoint
+from tests.unit.span_runs import decoded, windows_of_drafts
 
 USUAL = ("llama", "mistral", "qwen2", "qwen3", "seed_oss")
 EXPERTS = ("mixtral", "qwen2_moe", "qwen3_moe")
@@ -52,8 +53,11 @@ EXPERTS_IN_CODES: dict[str, tuple[str, dict[str, Any]]] = {
         {"num_experts": 8, "num_experts_per_tok": 3, "moe_layer_start_index": 2},
     ),
     "one group and a shared expert": ("solar_open", {"num_local_experts": 8}),
+    "a multiplier of what is added": ("granitemoe", {"num_local_experts": 8, "residual_multiplier": 0.5}),
+    "numbers of heads within a clip": ("olmoe", {"num_experts": 8, "clip_qkv": 0.7}),
 }
-OTHERS = ("gpt2", "olmo2", "gemma2", "phi3", "gpt_oss", "smollm3", "ministral3")
+OTHERS = ("gpt_oss", "ministral3")
+COMPILED_ALONE = ("gpt2", "olmo2", "gemma2", "phi3", "smollm3")
 
 
 @pytest.fixture(params=["compiled", "of torch"], autouse=True)
@@ -69,19 +73,6 @@ def step(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> typ
 
 def load(family: str, folder: Path, dtype: str | None = None, weights: str | None = None) -> Span:
     return Span.load(Checkpoint.open(random_checkpoint(family, folder)), 1, 5, dtype=dtype, weights=weights)
-
-
-def decoded(span: Span, lengths: tuple[int, ...], steps: int) -> torch.Tensor:
-    """Outputs of some steps of sequences that share passes, after prompts of these lengths."""
-    torch.manual_seed(7)
-    rows = [span.new_row() for _ in lengths]
-    prompts = torch.randn(sum(lengths), span.hidden_size)
-    span.forward(prompts, [Part(row, 0, length) for row, length in zip(rows, lengths, strict=True)])
-    outputs = [
-        span.forward(torch.randn(len(rows), span.hidden_size), [Part(row, row.length, 1) for row in rows])
-        for _ in range(steps)
-    ]
-    return torch.stack(outputs).float()
 
 
 @pytest.mark.parametrize("family", USUAL)
@@ -152,7 +143,7 @@ def test_mxfp4_as_gpt_oss_publishes_it(tmp_path: Path, step: type) -> None:
         assert (found - expected).norm() < tolerance * expected.norm()
 
 
-@pytest.mark.parametrize("change", ["another activation", "another choice", "a clip"])
+@pytest.mark.parametrize("change", ["another activation", "another choice"])
 def test_experts_of_another_kind_run_as_their_family_does_it(
     change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,26 +152,11 @@ def test_experts_of_another_kind_run_as_their_family_does_it(
     sizes: dict[str, Any] = {"num_experts": 8}
     if change == "another activation":
         sizes["hidden_act"] = "gelu"
-    elif change == "a clip":
-        sizes["clip_qkv"] = 100.0
     else:
         own: Any = modeling_olmoe.OlmoeTopKRouter.forward
         monkeypatch.setattr(modeling_olmoe.OlmoeTopKRouter, "forward", lambda self, hidden: own(self, -hidden))
     span = Span.load(Checkpoint.open(random_checkpoint("olmoe", tmp_path, **sizes)), 1, 5, weights="int8")
     assert not isinstance(span._lean, CompiledStep)
-
-
-def windows_of_drafts(span: Span, counts: tuple[int, ...]) -> torch.Tensor:
-    """Outputs of passes with several positions of each sequence, some of which are taken back before the next pass."""
-    torch.manual_seed(8)
-    rows = [span.new_row() for _ in counts]
-    outputs: list[torch.Tensor] = []
-    for _ in range(5):
-        hidden = torch.randn(sum(counts), span.hidden_size)
-        outputs.append(span.forward(hidden, [Part(row, row.length, n) for row, n in zip(rows, counts, strict=True)]))
-        for row, count in zip(rows, counts, strict=True):
-            row.crop(row.length - count // 3)
-    return torch.stack(outputs).float()
 
 
 @pytest.mark.parametrize("family", USUAL)
@@ -281,6 +257,11 @@ def test_it_gives_nearly_the_same_in_other_types(tmp_path: Path, options: dict[s
 @pytest.mark.parametrize("family", OTHERS)
 def test_blocks_of_another_structure_run_as_their_family_does_it(family: str, tmp_path: Path) -> None:
     assert load(family, tmp_path)._lean is None
+
+
+@pytest.mark.parametrize("family", COMPILED_ALONE)
+def test_there_are_steps_of_torch_for_blocks_like_those_of_llama(family: str, tmp_path: Path, step: type) -> None:
+    assert isinstance(load(family, tmp_path)._lean, CompiledStep) == (step is CompiledStep)
 
 
 def test_blocks_that_only_look_usual_run_as_their_family_does_it(

@@ -1,4 +1,4 @@
-/* New positions through blocks that are built as Llama's; see splitnet/model/compiled_step.py.
+/* New positions through blocks of the usual parts; see splitnet/model/compiled_step.py.
 
 Numbers are float32 throughout; keys and values are stored as the span computes, in float32 or bfloat16. */
 
@@ -18,15 +18,37 @@ typedef struct {
     int64_t inputs, outputs;
 } Matrix;
 
+enum norm { NO_NORM, RMS_NORM, LAYER_NORM };
+
 typedef struct {
-    const float *norm_before, *norm_between, *query_norm, *key_norm; /* the last two or NULL */
-    const float *sinks; /* a logit of each head that takes part in its softmax and sees nothing, or NULL */
-    double epsilon_before, epsilon_between, epsilon_query, epsilon_key, scale;
+    int64_t kind; /* enum norm */
+    const float *weight, *bias; /* the second or NULL */
+    int64_t stride; /* from the weight of a head to that of the next one: 0 where all have the same */
+    double epsilon;
+} Norm;
+
+enum activation { SILU, GELU, GELU_TANH, GELU_QUICK, RELU, RELU_SQUARED, XIELU };
+
+typedef struct {
+    Norm before, after;   /* of what attention takes, and of what it gives */
+    Norm between, behind; /* of what the MLP takes, and of what it gives */
+    Norm query_norm, key_norm;
+    int64_t parallel;       /* the MLP takes what attention takes, or its own norm of it; else what comes out of attention */
+    double residual;        /* by so much attention and MLP are multiplied before they are added */
+    const float *sinks;     /* a logit of each head that takes part in its softmax and sees nothing, or NULL */
+    const float *slopes;    /* of each head: added to a logit for every position (ALiBi), or NULL */
+    const int64_t *places;  /* where query, key and value of one product have the heads of each, or NULL: of three */
+    double scale, cap, clip; /* of logits; these within the cap, and numbers of heads within the clip; or 0 */
     int64_t heads, stored_heads, size;
     int64_t window; /* positions that one may see, or 0: all */
     int64_t joined; /* query_norm and key_norm are of all heads together */
-    Matrix query, key, value, out;
-    Matrix gate, up, down; /* of all positions; without weights where there are experts alone */
+    int64_t late;   /* they come after the rotary embedding */
+    int64_t rope;   /* which one, or -1: none */
+    int64_t activation;
+    double shape[4]; /* of XIELU: alpha of what is positive, of the rest, beta, and what is at most taken for the latter */
+    Matrix query, key, value, out; /* query has the heads of all three, where there are places */
+    Matrix gate, up, down; /* of all positions; without weights where there are experts alone. Without up: gate has its outputs,
+too, or without gate: there is none */
     Matrix opener; /* one number, of whose sigmoid the output of these is multiplied, or without weights */
     int64_t experts, chosen; /* 0: there are none */
     int64_t sigmoid;         /* what makes scores of logits, else softmax */
@@ -49,8 +71,8 @@ typedef struct {
     float *hidden; /* [count, width], replaced by what comes out */
     long count;
     const int64_t *indices; /* of the positions in their stores */
-    const float *cosines, *sines; /* [count, turned] */
-    long turned;  /* numbers of a head that rotary embeddings turn, the first ones */
+    const float *cosines, *sines; /* [ropes, count, half] */
+    long half;    /* half of the numbers of a head that rotary embeddings turn, the first ones */
     int adjacent; /* those that are turned together stand side by side, else half of them lie between */
     int stores_floats; /* float32, else bfloat16 */
     int threads;
@@ -73,28 +95,58 @@ INLINE VNNI __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(sum, twos);
 }
 
-INLINE VNNI void normalise(const float *from, float *to, const float *weight, double epsilon, long width) {
-    __m512 squares = _mm512_setzero_ps();
-    for (long i = 0; i < width; i += 16) {
-        __m512 values = _mm512_maskz_loadu_ps(some_of(width - i), from + i);
-        squares = _mm512_fmadd_ps(values, values, squares);
+INLINE VNNI __m512 sigmoid(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1);
+    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+INLINE VNNI __m512 tangent(__m512 x) { /* hyperbolic */
+    return _mm512_fmsub_ps(_mm512_set1_ps(2), sigmoid(_mm512_add_ps(x, x)), _mm512_set1_ps(1));
+}
+
+/* Of a head or of more; `head`: which one. */
+INLINE VNNI void normalise(const Norm *norm, const float *from, float *to, long width, long head) {
+    const float *weight = norm->weight + head * norm->stride;
+    __m512 squares = _mm512_setzero_ps(), mean = _mm512_setzero_ps();
+    if (norm->kind == LAYER_NORM) {
+        for (long i = 0; i < width; i += 16) mean = _mm512_add_ps(mean, _mm512_maskz_loadu_ps(some_of(width - i), from + i));
+        mean = _mm512_set1_ps(_mm512_reduce_add_ps(mean) / (float)width);
     }
-    __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)width + (float)epsilon));
     for (long i = 0; i < width; i += 16) {
         __mmask16 mask = some_of(width - i);
-        __m512 values = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, from + i), factor);
-        _mm512_mask_storeu_ps(to + i, mask, _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, weight + i)));
+        __m512 values = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, from + i), mean);
+        squares = _mm512_fmadd_ps(values, values, squares);
     }
+    __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)width + (float)norm->epsilon));
+    for (long i = 0; i < width; i += 16) {
+        __mmask16 mask = some_of(width - i);
+        __m512 values = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, from + i), mean), factor);
+        values = _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, weight + i));
+        if (norm->bias) values = _mm512_add_ps(values, _mm512_maskz_loadu_ps(mask, norm->bias + head * norm->stride + i));
+        _mm512_mask_storeu_ps(to + i, mask, values);
+    }
+}
+
+VNNI static void normalise_rows(const Norm *norm, const float *from, float *to, long rows, long width) {
+    if (norm->kind == NO_NORM && from != to) memcpy(to, from, rows * width * sizeof(float));
+    for (long row = 0; norm->kind != NO_NORM && row < rows; row++)
+        normalise(norm, from + row * width, to + row * width, width, 0);
 }
 
 /* Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864). */
 INLINE VNNI void turn(float *head, const float *cosines, const float *sines, const Step *step) {
-    long half = step->turned / 2;
-    for (long i = 0; i < half; i++) {
-        float *one = head + (step->adjacent ? 2 * i : i), *other = step->adjacent ? one + 1 : one + half;
-        float first = *one, second = *other;
-        *one = first * cosines[i] - second * sines[i];
-        *other = second * cosines[i + half] + first * sines[i + half];
+    long half = step->half;
+    for (long i = 0; step->adjacent && i < half; i++) {
+        float first = head[2 * i], second = head[2 * i + 1];
+        head[2 * i] = first * cosines[i] - second * sines[i];
+        head[2 * i + 1] = second * cosines[i] + first * sines[i];
+    }
+    for (long i = 0; !step->adjacent && i < half; i += 16) {
+        __mmask16 mask = some_of(half - i);
+        __m512 first = _mm512_maskz_loadu_ps(mask, head + i), second = _mm512_maskz_loadu_ps(mask, head + half + i);
+        __m512 cosine = _mm512_maskz_loadu_ps(mask, cosines + i), sine = _mm512_maskz_loadu_ps(mask, sines + i);
+        _mm512_mask_storeu_ps(head + i, mask, _mm512_fmsub_ps(first, cosine, _mm512_mul_ps(second, sine)));
+        _mm512_mask_storeu_ps(head + half + i, mask, _mm512_fmadd_ps(second, cosine, _mm512_mul_ps(first, sine)));
     }
 }
 
@@ -123,7 +175,7 @@ INLINE VNNI void attend(const Block *block, const Store *where, const Step *step
     long size = block->size, group = block->heads / block->stored_heads, end = step->indices[position] + 1;
     long begin = block->window && end > block->window ? end - block->window : 0, reach = end - begin;
     long base = (head * where->capacity + begin) * size;
-    __m512 scale = _mm512_set1_ps((float)block->scale);
+    __m512 scale = _mm512_set1_ps((float)block->scale), cap = _mm512_set1_ps((float)block->cap);
     for (long index = 0; index < reach; index++)
         for (long query = 0; query < group; query++) {
             __m512 sum = _mm512_setzero_ps();
@@ -134,6 +186,15 @@ INLINE VNNI void attend(const Block *block, const Store *where, const Step *step
         }
     for (long query = 0; query < group; query++) {
         float *score = scores + query * reach;
+        if (block->cap > 0)
+            for (long i = 0; i < reach; i += 16) {
+                __mmask16 mask = some_of(reach - i);
+                __m512 part = _mm512_div_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, score + i), scale), cap);
+                _mm512_mask_storeu_ps(score + i, mask, _mm512_div_ps(_mm512_mul_ps(tangent(part), cap), scale));
+            }
+        if (block->slopes)
+            for (long i = 0; i < reach; i++)
+                score[i] += block->slopes[head * group + query] / (float)block->scale * (float)(i - reach + 1);
         __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
         for (long i = 0; i < reach; i += 16) {
             __mmask16 mask = some_of(reach - i);
@@ -210,26 +271,73 @@ INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products,
     }
 }
 
-INLINE VNNI void add(float *to, const float *from, long count) {
+INLINE VNNI void add(float *to, const float *from, long count, float share) {
+    __m512 factor = _mm512_set1_ps(share);
     for (long i = 0; i < count; i += 16) {
         __mmask16 mask = some_of(count - i);
-        __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(mask, to + i), _mm512_maskz_loadu_ps(mask, from + i));
+        __m512 sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, from + i), factor, _mm512_maskz_loadu_ps(mask, to + i));
         _mm512_mask_storeu_ps(to + i, mask, sum);
     }
 }
 
-INLINE VNNI __m512 sigmoid(__m512 x) {
-    const __m512 one = _mm512_set1_ps(1);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+/* The error function by 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions": within 1.5e-7. */
+INLINE VNNI __m512 error_function(__m512 x) {
+    const __m512 one = _mm512_set1_ps(1), size = _mm512_abs_ps(x);
+    __m512 t = _mm512_div_ps(one, _mm512_fmadd_ps(_mm512_set1_ps(0.3275911f), size, one));
+    __m512 sum = _mm512_set1_ps(1.061405429f);
+    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(-1.453152027f));
+    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(1.421413741f));
+    sum = _mm512_fmadd_ps(sum, t, _mm512_set1_ps(-0.284496736f));
+    sum = _mm512_mul_ps(_mm512_fmadd_ps(sum, t, _mm512_set1_ps(0.254829592f)), t);
+    __m512 found = _mm512_fnmadd_ps(sum, exponential(_mm512_fnmadd_ps(x, x, _mm512_setzero_ps())), one);
+    return _mm512_mask_sub_ps(found, _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), _mm512_setzero_ps(), found);
 }
 
-/* SiLU of the gate, times what it lets through. */
-INLINE VNNI void open_gate(float *gate, const float *up, long count) {
+/* Expert Curvature-adapted ELU (Huang and Schlag, "Deriving Activation Functions Using Integration", arXiv:2411.13010). */
+INLINE VNNI __m512 xielu(__m512 x, const double *shape) {
+    __m512 linear = _mm512_mul_ps(x, _mm512_set1_ps((float)shape[2])), positive = _mm512_set1_ps((float)shape[0]);
+    __m512 bent = exponential(_mm512_min_ps(_mm512_set1_ps((float)shape[3]), x));
+    bent = _mm512_sub_ps(_mm512_sub_ps(bent, _mm512_set1_ps(1)), x);
+    bent = _mm512_fmadd_ps(bent, _mm512_set1_ps((float)shape[1]), linear);
+    __mmask16 above = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_GT_OQ);
+    return _mm512_mask_mov_ps(bent, above, _mm512_fmadd_ps(_mm512_mul_ps(positive, x), x, linear));
+}
+
+INLINE VNNI __m512 activate(__m512 x, enum activation kind, const double *shape) {
+    const __m512 half = _mm512_set1_ps(0.5f), nothing = _mm512_setzero_ps();
+    switch (kind) {
+    case GELU: {
+        __m512 error = error_function(_mm512_mul_ps(x, _mm512_set1_ps(0.70710678f)));
+        return _mm512_mul_ps(_mm512_mul_ps(x, half), _mm512_add_ps(error, _mm512_set1_ps(1)));
+    }
+    case GELU_TANH: {
+        __m512 inner = _mm512_fmadd_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f), _mm512_set1_ps(1));
+        return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(_mm512_mul_ps(x, inner), _mm512_set1_ps(1.59576912f))));
+    }
+    case GELU_QUICK: return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(x, _mm512_set1_ps(1.702f))));
+    case RELU: return _mm512_max_ps(nothing, x); /* in this order NaN stays */
+    case RELU_SQUARED: return _mm512_mul_ps(_mm512_max_ps(nothing, x), _mm512_max_ps(nothing, x));
+    case XIELU: return xielu(x, shape);
+    default: return _mm512_mul_ps(x, sigmoid(x));
+    }
+}
+
+/* The activation of the gate, times what it lets through, or alone where `up` is NULL. `to` may be `gate`. */
+INLINE VNNI void open_as(const float *gate, const float *up, float *to, long count, enum activation kind, const double *shape) {
     for (long i = 0; i < count; i += 16) {
         __mmask16 mask = some_of(count - i);
-        __m512 value = _mm512_maskz_loadu_ps(mask, gate + i);
-        value = _mm512_mul_ps(_mm512_mul_ps(value, sigmoid(value)), _mm512_maskz_loadu_ps(mask, up + i));
-        _mm512_mask_storeu_ps(gate + i, mask, value);
+        __m512 value = activate(_mm512_maskz_loadu_ps(mask, gate + i), kind, shape);
+        if (up != NULL) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, up + i));
+        _mm512_mask_storeu_ps(to + i, mask, value);
+    }
+}
+
+VNNI static void open_gate(const Block *block, const float *gate, const float *up, float *to, long count) {
+    switch (block->activation) { /* so that the kind is known where it is compiled */
+    case SILU: open_as(gate, up, to, count, SILU, NULL); break;
+    case GELU: open_as(gate, up, to, count, GELU, NULL); break;
+    case GELU_TANH: open_as(gate, up, to, count, GELU_TANH, NULL); break;
+    default: open_as(gate, up, to, count, (enum activation)block->activation, block->shape);
     }
 }
 
@@ -330,11 +438,12 @@ VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts
                       .threads = threads};
     run_grouped(&job, &numbers, runs, many, 0);
     for (long pair = 0; matrix->bias != NULL && pair < pairs; pair++)
-        add(products + pair * matrix->outputs, matrix->bias + experts[pair] * matrix->outputs, matrix->outputs);
+        add(products + pair * matrix->outputs, matrix->bias + experts[pair] * matrix->outputs, matrix->outputs, 1);
 }
 
-/* Adds to the hidden states what the experts of each position make of it. `memory`: see `memory_of_experts`. */
-VNNI static void run_experts(const Block *block, const Step *step, const float *normed, const Quantised *room, char *memory) {
+/* Adds to `sums` what the experts of each position make of it. `memory`: see `memory_of_experts`. */
+VNNI static void run_experts(const Block *block, const Step *step, const float *normed, float *sums, const Quantised *room,
+                             char *memory) {
     long pairs = step->count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
     Chosen *chosen = (Chosen *)memory;
     Run *runs = (Run *)(chosen + pairs);
@@ -363,11 +472,8 @@ VNNI static void run_experts(const Block *block, const Step *step, const float *
     for (long pair = 0; pair < pairs; pair++)
         open_expert(block, inner + pair * 2 * between, gated + pair * between, between);
     multiply_by_expert(&block->outer, experts, block->experts, pairs, gated, outer, room, runs, step->threads);
-    for (long pair = 0; pair < pairs; pair++) {
-        float *to = step->hidden + chosen[pair].position * width;
-        const float *from = outer + pair * width;
-        for (long i = 0; i < width; i++) to[i] += chosen[pair].share * from[i];
-    }
+    for (long pair = 0; pair < pairs; pair++)
+        add(sums + chosen[pair].position * width, outer + pair * width, width, chosen[pair].share);
 }
 
 static size_t memory_of_experts(const Block *block, long count) {
@@ -376,30 +482,41 @@ static size_t memory_of_experts(const Block *block, long count) {
     return pairs * (sizeof(Chosen) + sizeof(Run) + sizeof(int64_t)) + floats * sizeof(float);
 }
 
+/* Heads of a position, as they are before they are turned or stored, and `norm` where it comes before that. */
+INLINE VNNI void prepare_heads(const Block *block, const Norm *norm, float *heads, long many) {
+    long size = block->size, count = many * size;
+    if (norm->kind != NO_NORM && block->joined) normalise(norm, heads, heads, count, 0);
+    const __m512 clip = _mm512_set1_ps((float)block->clip), least = _mm512_set1_ps(-(float)block->clip);
+    for (long i = 0; block->clip > 0 && i < count; i += 16)
+        _mm512_storeu_ps(heads + i, _mm512_max_ps(least, _mm512_min_ps(clip, _mm512_loadu_ps(heads + i))));
+    if (norm->kind == NO_NORM || block->joined || block->late) return;
+    for (long head = 0; head < many; head++) normalise(norm, heads + head * size, heads + head * size, size, head);
+}
+
+INLINE VNNI void turn_heads(const Block *block, const Norm *norm, float *heads, long many, long position, const Step *step) {
+    long at = (block->rope * step->count + position) * step->half;
+    for (long head = 0; block->rope >= 0 && head < many; head++)
+        turn(heads + head * block->size, step->cosines + at, step->sines + at, step);
+    for (long head = 0; block->late && norm->kind != NO_NORM && head < many; head++)
+        normalise(norm, heads + head * block->size, heads + head * block->size, block->size, head);
+}
+
 VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
-                            const float *values, float *mixed, float *scores, long most) {
+                            float *values, float *mixed, float *scores, long most) {
+    static const Norm none = {.kind = NO_NORM};
     long size = block->size, group = block->heads / block->stored_heads;
     for (long position = 0; position < step->count; position++) {
-        const float *cosines = step->cosines + position * step->turned, *sines = step->sines + position * step->turned;
-        if (block->joined) {
-            float *query = queries + position * block->heads * size, *key = keys + position * block->stored_heads * size;
-            normalise(query, query, block->query_norm, block->epsilon_query, block->heads * size);
-            normalise(key, key, block->key_norm, block->epsilon_key, block->stored_heads * size);
-        }
-        const float *query_norm = block->joined ? NULL : block->query_norm, *key_norm = block->joined ? NULL : block->key_norm;
-        for (long head = 0; head < block->heads; head++) {
-            float *query = queries + (position * block->heads + head) * size;
-            if (query_norm) normalise(query, query, query_norm, block->epsilon_query, size);
-            turn(query, cosines, sines, step);
-        }
+        float *query = queries + position * block->heads * size, *key = keys + position * block->stored_heads * size;
+        float *value = values + position * block->stored_heads * size;
+        prepare_heads(block, &block->query_norm, query, block->heads);
+        prepare_heads(block, &block->key_norm, key, block->stored_heads);
+        prepare_heads(block, &none, value, block->stored_heads);
+        turn_heads(block, &block->query_norm, query, block->heads, position, step);
+        turn_heads(block, &block->key_norm, key, block->stored_heads, position, step);
         for (long head = 0; head < block->stored_heads; head++) {
-            float *key = keys + (position * block->stored_heads + head) * size;
-            if (key_norm) normalise(key, key, key_norm, block->epsilon_key, size);
-            turn(key, cosines, sines, step);
             long at = (head * stores[position].capacity + step->indices[position]) * size;
-            store(stores[position].keys, at, key, size, step->stores_floats);
-            const float *value = values + (position * block->stored_heads + head) * size;
-            store(stores[position].values, at, value, size, step->stores_floats);
+            store(stores[position].keys, at, key + head * size, size, step->stores_floats);
+            store(stores[position].values, at, value + head * size, size, step->stores_floats);
         }
     }
     long units = step->count * block->stored_heads;
@@ -417,32 +534,78 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
         }
 }
 
+/* Query, key and value of normed positions. `product`: room for all three. */
+VNNI static void make_heads(const Block *block, const Step *step, const float *normed, float *product, float *queries,
+                            float *keys, float *values, const Quantised *room) {
+    long size = block->size, width = block->query.outputs;
+    if (block->places == NULL) {
+        multiply((const Matrix *[]){&block->query, &block->key, &block->value}, (float *[]){queries, keys, values}, 3, normed,
+                 room, step);
+        return;
+    }
+    multiply((const Matrix *[]){&block->query}, (float *[]){product}, 1, normed, room, step);
+    float *to[] = {queries, keys, values};
+    long many[] = {block->heads, block->stored_heads, block->stored_heads};
+    for (long row = 0; row < step->count; row++) {
+        const int64_t *place = block->places;
+        for (long of = 0; of < 3; of++)
+            for (long head = 0; head < many[of]; head++, place++)
+                memcpy(to[of] + (row * many[of] + head) * size, product + row * width + *place * size, size * sizeof(float));
+    }
+}
+
+/* What the MLP that all positions run through makes of normed ones. `inner`: room for its gate and its up. */
+VNNI static void run_mlp(const Block *block, const Step *step, const float *normed, float *product, float *inner,
+                         const Quantised *room) {
+    long between = block->down.inputs, width = block->down.outputs, count = step->count;
+    if (block->gate.weights == NULL) {
+        multiply((const Matrix *[]){&block->up}, (float *[]){inner}, 1, normed, room, step);
+        open_gate(block, inner, NULL, inner, count * between);
+    } else if (block->up.weights == NULL) {
+        multiply((const Matrix *[]){&block->gate}, (float *[]){inner}, 1, normed, room, step);
+        for (long row = 0; row < count; row++) {
+            const float *gate = inner + row * 2 * between;
+            open_gate(block, gate, gate + between, inner + row * between, between);
+        }
+    } else {
+        float *up = inner + count * between;
+        multiply((const Matrix *[]){&block->gate, &block->up}, (float *[]){inner, up}, 2, normed, room, step);
+        open_gate(block, inner, up, inner, count * between);
+    }
+    multiply((const Matrix *[]){&block->down}, (float *[]){product}, 1, inner, room, step);
+    if (block->opener.weights == NULL) return;
+    multiply((const Matrix *[]){&block->opener}, (float *[]){inner}, 1, normed, room, step);
+    for (long row = 0; row < count; row++)
+        for (long i = 0; i < width; i++) product[row * width + i] /= 1 + expf(-inner[row]);
+}
+
 /* Runs the positions through the blocks. `stores`: [blocks, positions]. Gives 0 where there is no memory for it. */
 VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, const Step *step) {
-    long count = step->count, most = 1, widest = 0, attention = 0, between = 0, group = 1, rows = count, inner = 0;
+    long count = step->count, most = 1, widest = 0, attention = 0, between = 0, group = 1, rows = count, of_expert = 0;
     size_t of_experts = 0;
     for (long i = 0; i < count; i++) most = step->indices[i] + 1 > most ? step->indices[i] + 1 : most;
     for (long i = 0; i < many; i++) {
         const Block *block = blocks + i;
-        long heads = block->heads * block->size;
+        long heads = block->heads * block->size, fused = block->places == NULL ? 0 : block->query.outputs;
         attention = heads > attention ? heads : attention;
-        between = block->gate.outputs > between ? block->gate.outputs : between;
+        between = block->down.inputs > between ? block->down.inputs : between;
+        widest = fused > widest ? fused : widest;
         group = block->heads / block->stored_heads > group ? block->heads / block->stored_heads : group;
         widest = block->query.inputs > widest ? block->query.inputs : widest;
         if (!block->experts) continue;
         size_t needed = memory_of_experts(block, count);
         of_experts = needed > of_experts ? needed : of_experts;
         rows = count * block->chosen > rows ? count * block->chosen : rows;
-        inner = block->outer.inputs > inner ? block->outer.inputs : inner;
+        of_expert = block->outer.inputs > of_expert ? block->outer.inputs : of_expert;
     }
     Job largest = {.count = rows, .inputs = widest > between ? widest : between};
-    largest.inputs = inner > largest.inputs ? inner : largest.inputs;
+    largest.inputs = of_expert > largest.inputs ? of_expert : largest.inputs;
     largest.inputs = attention > largest.inputs ? attention : largest.inputs;
     largest.inputs *= 2; /* where rows become bfloat16 */
     Quantised room;
     if (!prepare(&largest, &room)) return 0;
     long threads = step->threads < 1 ? 1 : step->threads;
-    float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between) + threads * group * most + count));
+    float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between + 1) + threads * group * most));
     char *more = malloc(of_experts + 1);
     if (memory == NULL || more == NULL) {
         free(memory);
@@ -452,30 +615,25 @@ VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, 
     }
     float *normed = memory, *product = normed + count * widest, *queries = product + count * widest;
     float *keys = queries + count * attention, *values = keys + count * attention, *mixed = values + count * attention;
-    float *gate = mixed + count * attention, *up = gate + count * between, *scores = up + count * between;
+    float *inner = mixed + count * attention, *scores = inner + count * (2 * between + 1);
     for (long index = 0; index < many; index++) {
         const Block *block = blocks + index;
         long width = block->query.inputs;
-        for (long row = 0; row < count; row++)
-            normalise(step->hidden + row * width, normed + row * width, block->norm_before, block->epsilon_before, width);
-        multiply((const Matrix *[]){&block->query, &block->key, &block->value}, (float *[]){queries, keys, values}, 3, normed,
-                 &room, step);
+        float residual = (float)block->residual;
+        normalise_rows(&block->before, step->hidden, normed, count, width);
+        make_heads(block, step, normed, product, queries, keys, values, &room);
         attend_all(block, stores + index * count, step, queries, keys, values, mixed, scores, most);
         multiply((const Matrix *[]){&block->out}, (float *[]){product}, 1, mixed, &room, step);
-        add(step->hidden, product, count * width);
-        for (long row = 0; row < count; row++)
-            normalise(step->hidden + row * width, normed + row * width, block->norm_between, block->epsilon_between, width);
-        if (block->experts) run_experts(block, step, normed, &room, more);
-        if (block->gate.weights == NULL) continue;
-        multiply((const Matrix *[]){&block->gate, &block->up}, (float *[]){gate, up}, 2, normed, &room, step);
-        open_gate(gate, up, count * block->gate.outputs);
-        multiply((const Matrix *[]){&block->down}, (float *[]){product}, 1, gate, &room, step);
-        if (block->opener.weights != NULL) {
-            multiply((const Matrix *[]){&block->opener}, (float *[]){scores}, 1, normed, &room, step);
-            for (long row = 0; row < count; row++)
-                for (long i = 0; i < width; i++) product[row * width + i] /= 1 + expf(-scores[row]);
-        }
-        add(step->hidden, product, count * width);
+        normalise_rows(&block->after, product, product, count, width);
+        if (block->parallel && block->between.kind != NO_NORM)
+            normalise_rows(&block->between, step->hidden, normed, count, width);
+        add(step->hidden, product, count * width, residual);
+        if (!block->parallel) normalise_rows(&block->between, step->hidden, normed, count, width);
+        if (block->down.weights != NULL) run_mlp(block, step, normed, product, inner, &room);
+        else memset(product, 0, count * width * sizeof(float));
+        if (block->experts) run_experts(block, step, normed, product, &room, more);
+        normalise_rows(&block->behind, product, product, count, width);
+        add(step->hidden, product, count * width, residual);
     }
     free(memory);
     free(more);

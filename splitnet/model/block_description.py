@@ -1,0 +1,359 @@
+"""What blocks consist of, as compiled steps run them: found by the names that families have for the same parts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from splitnet.model.block_parts import Activation, Norm, UnknownPart
+from splitnet.model.known_experts import KnownExperts
+
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_MLP = ("mlp", "ffn", "block_sparse_moe")
+_QUERY, _KEY, _VALUE = ("q_proj",), ("k_proj",), ("v_proj",)
+_ALL_THREE = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
+_OUT = ("o_proj", "dense", "out_proj", "c_proj")
+_QUERY_NORM = ("q_norm", "q_layernorm", "query_layernorm")
+_KEY_NORM = ("k_norm", "k_layernorm", "key_layernorm")
+_GATE, _GATE_AND_UP = ("gate_proj",), ("gate_up_proj",)
+_UP = ("up_proj", "fc1", "fc_in", "c_fc", "dense_h_to_4h")
+_DOWN = ("down_proj", "fc2", "fc_out", "c_proj", "dense_4h_to_h")
+_ACTIVATION = ("act_fn", "activation_fn", "act", "gelu_impl")
+
+_NORMS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("attention_layernorm", None, "feedforward_layernorm", None),
+    ("ln_1", None, "ln_2", None),
+    ("norm_1", None, "norm_2", None),
+    ("self_attn_layer_norm", None, "final_layer_norm", None),
+    ("ln_attn", None, "ln_mlp", None),
+    ("input_layernorm", None, None, None),
+    ("ln_1", None, None, None),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm"),
+)
+"""Names of the norms of what attention takes and gives, and of what the MLP does: a block has all of one line."""
+
+_AFTER_TURNING = "query_layernorm"
+"""The norm of queries that comes after the rotary embedding."""
+
+_BY_HEAD = "query_key_value"
+"""The product that has queries, keys and values in turns, by stored head; others have all queries first."""
+
+_DO_NOT_TURN: Mapping[str, Callable[[Any], bool]] = {
+    "Cohere2Attention": lambda attention: attention.sliding_window is None,
+    "Exaone4Attention": lambda attention: attention.sliding_window is not None and not attention.is_sliding,
+}
+"""Which blocks of a family leave its rotary embedding out, where no `use_rope` says so."""
+
+_NEEDED: Mapping[str, Any] = {"do_layer_norm_before": True, "apply_residual_connection_post_layernorm": False}
+"""Values of attributes of blocks where they exist; with others the order is another."""
+
+_ALIBI: Mapping[str, Callable[[Any, int], torch.Tensor]] = {
+    "BloomAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
+    "FalconAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
+    "MptAttention": lambda own, heads: own.build_mpt_alibi_tensor(heads, 2),
+}
+"""What a family's module adds to the logits of two positions: `[heads, 1, 2]`."""
+
+
+@dataclass(frozen=True, eq=False)
+class BlockDescription:
+    """A block of the usual parts.
+
+    Attributes:
+        before, after: norms of what attention takes, and of what it gives.
+        between, behind: norms of what the MLP takes, and of what it gives.
+        parallel: the MLP takes what attention takes, too; else what comes out of it.
+        residual: what attention and MLP give is multiplied by it.
+        mlp: None where there are experts alone.
+    """
+
+    before: Norm | None
+    after: Norm | None
+    between: Norm | None
+    behind: Norm | None
+    parallel: bool
+    residual: float
+    attention: Attention
+    mlp: Mlp | None
+    experts: KnownExperts | None
+
+    @classmethod
+    def of(cls, block: Any) -> Self:
+        """For a family's own block.
+
+        Raises:
+            UnknownPart: it has a part that compiled steps do not have, or its parts do not fit together. As it may be
+                anything, so may be what is raised.
+        """
+        for name, value in _NEEDED.items():
+            if getattr(block, name, value) != value:
+                raise UnknownPart(name)
+        parts = _Parts(block)
+        attention, feed_forward = Attention.of(parts.take(_ATTENTION)), parts.find(_MLP)
+        experts = None if feed_forward is None else KnownExperts.of(feed_forward)
+        if experts is not None:
+            mlp = None if experts.shared is None else Mlp.all_of(experts.shared)
+        else:
+            mlp = Mlp.of(parts) if feed_forward is None else Mlp.all_of(feed_forward)
+        names = next((names for names in _NORMS if set(names) - {None} == set(parts.rest)), None)
+        if names is None or list(block.parameters(recurse=False)) or list(block.buffers(recurse=False)):
+            raise UnknownPart(", ".join(parts.rest) or "parameters of the block itself")
+        before, after, between, behind = (None if name is None else Norm.of(parts.rest[name]) for name in names)
+        alone = names[1:] == (None, None, None)
+        parallel = alone or names[0] == "ln_attn" or bool(getattr(block, "use_parallel_residual", False))
+        residual = float(getattr(block, "residual_multiplier", 1))
+        described = cls(before, after, between, behind, parallel, residual, attention, mlp, experts)
+        if not described._fits_together():
+            raise UnknownPart("sizes")
+        return described
+
+    @property
+    def width(self) -> int:
+        """Of hidden states."""
+        return self.attention.query.in_features
+
+    @property
+    def layers(self) -> list[Any]:
+        """Query, key, value, out, gate, up, down, and what opens a shared expert; None where there is none."""
+        own = self.attention
+        inner = (None, None, None) if self.mlp is None else (self.mlp.gate, self.mlp.up, self.mlp.down)
+        opener = None if self.experts is None else self.experts.opener
+        return [own.query, own.key, own.value, own.out, *inner, opener]
+
+    def _fits_together(self) -> bool:
+        """Whether the sizes are those that the compiled code takes for granted."""
+        query, key, value, out, gate, up, down, opener = self.layers
+        inputs = {layer.in_features for layer in (query, key, value, gate, up, opener) if layer is not None}
+        outputs = {layer.out_features for layer in (out, down) if layer is not None}
+        norms = (self.before, self.after, self.between, self.behind)
+        widths = {norm.weight.numel() for norm in norms if norm is not None}
+        return inputs | outputs | widths == {self.width} and self.attention.fits_together()
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Attention of a block.
+
+    Attributes:
+        query, key, value, out: layers; the second and the third are None where the first gives all three.
+        places: where it has the queries, keys and values, in heads; or None.
+        joined: the norms of queries and of keys are of all heads together.
+        late: they come after the rotary embedding.
+        heads, stored: of queries, and of keys.
+        size: of a head.
+        cap, clip: of logits, and of numbers of heads; or 0.
+        slopes: what is added to the logits of a head for every position.
+        turns: with the rotary embedding.
+        index: of the block in its caches.
+        kind: of the block, by which families have a rotary embedding; or None.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    places: list[int] | None
+    query_norm: Norm | None
+    key_norm: Norm | None
+    late: bool
+    heads: int
+    stored: int
+    size: int
+    scale: float
+    cap: float
+    clip: float
+    sinks: torch.Tensor | None
+    slopes: torch.Tensor | None
+    turns: bool
+    index: int
+    kind: str | None
+
+    @classmethod
+    def of(cls, module: Any) -> Self:
+        """For a family's own module.
+
+        Raises:
+            UnknownPart: it has a part that compiled steps do not have.
+        """
+        size = int(getattr(module, "head_dim", None) or module.head_size)
+        by_head = hasattr(module, _BY_HEAD) or getattr(module, "multi_query", None) is False
+        parts = _Parts(module)
+        late = _AFTER_TURNING in parts.rest
+        norms = (parts.find(names) for names in (_QUERY_NORM, _KEY_NORM))
+        query_norm, key_norm = (None if norm is None else Norm.of(norm) for norm in norms)
+        out, query = parts.take(_OUT), parts.find(_ALL_THREE)
+        heads, key, value, places = out.in_features // size, None, None, None
+        if query is None:
+            query, key, value = (parts.take(names) for names in (_QUERY, _KEY, _VALUE))
+            stored = key.out_features // size
+        else:
+            places = _places(module, heads, (query.out_features // size - heads) // 2, by_head=by_head)
+            stored = (len(places) - heads) // 2
+        own = {name for name, _ in module.named_parameters(recurse=False)}
+        if parts.rest or own - {"sinks"}:
+            raise UnknownPart(", ".join([*parts.rest, *own]))
+        slopes = _slopes(module, heads)
+        return cls(
+            query,
+            key,
+            value,
+            out,
+            places,
+            query_norm,
+            key_norm,
+            late,
+            heads,
+            stored,
+            size,
+            scale=float(_first(module, "scaling", "inv_norm_factor", "softmax_scale") or size**-0.5),
+            cap=float(_first(module, "attn_logit_softcapping") or 0),
+            clip=float(_first(module, "clip_qkv") or _first(getattr(module, "config", None), "clip_qkv") or 0),
+            sinks=getattr(module, "sinks", None),
+            slopes=slopes,
+            turns=slopes is None and _turns(module),
+            index=module.layer_idx,
+            kind=_first(module, "layer_type", "attention_type"),
+        )
+
+    @property
+    def joined(self) -> bool:
+        """Whether the norms of queries and of keys are of all heads together."""
+        weight = None if self.query_norm is None else self.query_norm.weight
+        return weight is not None and weight.ndim == 1 and weight.numel() > self.size
+
+    def fits_together(self) -> bool:
+        """Whether the sizes are those that the compiled code takes for granted."""
+        taken = self.heads + 2 * self.stored if self.places is None else max(self.places) + 1
+        given = [layer.out_features // self.size for layer in (self.query, self.key, self.value) if layer is not None]
+        return (
+            self.heads % self.stored == 0
+            and sum(given) == taken
+            and given[1:] in ([], [self.stored, self.stored])
+            and self.out.in_features == self.heads * self.size
+            and self._fits(self.query_norm, self.heads)
+            and self._fits(self.key_norm, self.stored)
+            and all(each is None or each.numel() == self.heads for each in (self.sinks, self.slopes))
+        )
+
+    def _fits(self, norm: Norm | None, many: int) -> bool:
+        shapes = {(many * self.size,)} if self.joined else {(self.size,), (many, self.size)}
+        return norm is None or tuple(norm.weight.shape) in shapes
+
+
+@dataclass(frozen=True, eq=False)
+class Mlp:
+    """What all positions run through: `down(activation(gate) * up)`, or without a gate `down(activation(up))`.
+
+    Attributes:
+        gate: has the outputs of `up` behind its own, too, where that is None; or None.
+    """
+
+    gate: Any
+    up: Any
+    down: Any
+    activation: Activation
+
+    @classmethod
+    def all_of(cls, module: Any) -> Self:
+        """For a family's own module that has nothing else. Raises as `of`."""
+        parts = _Parts(module)
+        mlp = cls.of(parts)
+        if parts.rest:
+            raise UnknownPart(", ".join(parts.rest))
+        return mlp
+
+    @classmethod
+    def of(cls, parts: _Parts) -> Self:
+        """Of some parts.
+
+        Raises:
+            UnknownPart: there are none of an MLP, or they do not fit together.
+        """
+        joined = parts.find(_GATE_AND_UP)
+        gate = joined if joined is not None else parts.find(_GATE)
+        up = parts.take(_UP) if joined is None else None
+        down, activation = parts.take(_DOWN), Activation.of(parts.take(_ACTIVATION))
+        inner = {layer.out_features for layer in (gate, up) if layer is not None}
+        if inner != {down.in_features * (2 if up is None else 1)}:
+            raise UnknownPart("sizes of an MLP")
+        return cls(gate, up, down, activation)
+
+
+class Turned:
+    """A linear layer whose weight is `[inputs, outputs]`. It stays so, but lies in memory as others do from now on."""
+
+    def __init__(self, layer: Conv1D) -> None:
+        self.in_features, self.out_features = layer.weight.shape
+        if not layer.weight.t().is_contiguous():
+            layer.weight.data = layer.weight.data.t().contiguous().t()
+        self.weight, self.bias = layer.weight.detach().t(), layer.bias
+
+
+_NOTHING = (nn.Dropout, nn.Identity)
+"""What does nothing in a span."""
+
+
+class _Parts:
+    """Children of a module, taken one by one."""
+
+    def __init__(self, module: Any) -> None:
+        named = [(name, each) for name, each in module.named_children() if not isinstance(each, _NOTHING)]
+        self.rest: dict[str, Any] = {name: Turned(each) if type(each) is Conv1D else each for name, each in named}
+
+    def find(self, names: Iterable[str]) -> Any:
+        """Takes the one that has one of these names; None: there is none."""
+        return next((self.rest.pop(name) for name in names if name in self.rest), None)
+
+    def take(self, names: Iterable[str]) -> Any:
+        """The same; raises UnknownPart if there is none."""
+        found = self.find(names)
+        if found is None:
+            raise UnknownPart(f"no {' or '.join(names)}")
+        return found
+
+
+def _first(module: Any, *names: str) -> Any:
+    return next((found for name in names if (found := getattr(module, name, None)) is not None), None)
+
+
+def _turns(attention: Any) -> bool:
+    leaves_out = _DO_NOT_TURN.get(type(attention).__name__)
+    return bool(getattr(attention, "use_rope", True)) if leaves_out is None else not leaves_out(attention)
+
+
+def _slopes(attention: Any, heads: int) -> torch.Tensor | None:
+    alibi = _ALIBI.get(type(attention).__name__)
+    if alibi is None or not getattr(getattr(attention, "config", None), "alibi", True):
+        return None
+    added = alibi(sys.modules[type(attention).__module__], heads).float().view(heads, 2)
+    slopes = added[:, 1] - added[:, 0]
+    return slopes * attention.inv_norm_factor if type(attention).__name__ == "FalconAttention" else slopes
+
+
+def _places(attention: Any, heads: int, stored: int, *, by_head: bool) -> list[int]:
+    """Of the queries, the keys and the values in one product."""
+    if hasattr(attention, "mp_num"):  # CodeGen: queries, values and keys, in so many turns
+        own = heads // attention.mp_num
+        return [head // own * 3 * own + part * own + head % own for part in (0, 2, 1) for head in range(heads)]
+    if not by_head:
+        return list(range(heads + 2 * stored))
+    group = heads // stored
+    turns = range(stored)
+    queries = [turn * (group + 2) + query for turn in turns for query in range(group)]
+    # Some keep a copy of a key for every query.
+    times = group if getattr(attention, "new_decoder_architecture", False) else 1
+    return queries + [turn * (group + 2) + group + part for part in (0, 1) for turn in turns for _ in range(times)]
