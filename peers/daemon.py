@@ -31,6 +31,7 @@ from peers.span_server import SpanServer
 from splitnet.doctor.links import PeerLinks
 from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.device_choice import find_device
 from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
 from splitnet.net.addresses import dht_address, public_address, reachable_host, with_literal_host
@@ -134,7 +135,7 @@ class Peer:
         if options.authorized_keys is not None:
             AuthorizedKeys.from_file(options.authorized_keys)
         host = with_literal_host(options.public_host or reachable_host(options.listen))
-        options = replace(options, public_host=host)
+        options = replace(options, public_host=host, device=find_device(options.device).device)
         choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
         identity = Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
         if options.initial_peers:

@@ -21,7 +21,7 @@ class PeerOptions:
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
         public_host: host name (looked up at the start) or address that others reach this machine by, with `:port` if
             they reach it by another port than it listens on; None: found out.
-        device: as torch names it.
+        device: as torch names it; "auto": the best that works, see `splitnet.model.device_choice`.
         dtype: what blocks compute in; None: what goes with `weights`, else as the checkpoint stores them.
         weights: what those of linear layers are held as, see `splitnet.model.weights`; None: as `dtype`.
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
@@ -37,7 +37,7 @@ class PeerOptions:
     listen: str = "tcp://0.0.0.0:0"
     dht_listen: Sequence[str] | None = None
     public_host: str | None = None
-    device: str = "cpu"
+    device: str = "auto"
     dtype: str | None = None
     weights: str | None = None
     kv_memory: int | None = None

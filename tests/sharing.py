@@ -23,6 +23,7 @@ LONG = (
     "tests/swarm/test_failover.py",
     "tests/swarm/test_tuning_trouble.py",
     "tests/unit/test_span_families.py",
+    "tests/unit/test_gpu_stand_in.py",
     "tests/unit/test_held_weights.py",
 )
 """Others that take about 20 s of CPU time and more. If one of them came last, a worker would wait for the other.

@@ -49,15 +49,16 @@ class LocalArm:
     Args:
         checkpoint: is loaded whole, in the type that it is stored in.
         seed: of the tokens of prompts.
+        device: that computes.
 
     Raises:
         UnsupportedModel: transformers cannot load it.
     """
 
-    def __init__(self, checkpoint: Checkpoint, seed: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, seed: int, device: str) -> None:
         self._seed = seed
         try:
-            self._model = load_whole(checkpoint, checkpoint.dtype)
+            self._model = load_whole(checkpoint, checkpoint.dtype).to(device)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise UnsupportedModel(
@@ -86,6 +87,7 @@ def generate_exactly(model: Any, prompts: torch.Tensor, new_tokens: int, clock: 
     Args:
         options: more for `generate()`.
     """
+    prompts = prompts.to(model.device)
     model.generate(
         input_ids=prompts,
         attention_mask=torch.ones_like(prompts),

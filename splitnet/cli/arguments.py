@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from splitnet.errors import SplitnetError
+from splitnet.model.device_choice import DEVICE_NAME
 
 
 def checked_addresses(addresses: list[str] | None) -> list[str] | None:
@@ -36,6 +37,13 @@ def _checked_codec(name: str) -> str:
         from splitnet.net.codecs import codec_by_name
 
         codec_by_name(name)
+    return name
+
+
+def _checked_device(name: str) -> str:
+    """Refuses what is no name of a device before anything slow begins; whether it is there is seen later."""
+    if not DEVICE_NAME.fullmatch(name):
+        raise SplitnetError(f"there is no device {name!r}: use --device auto, cpu, cuda, cuda:1, mps or xpu")
     return name
 
 
@@ -104,6 +112,16 @@ LocalWeights = Annotated[
         metavar="KIND",
         envvar="SPLITNET_LOCAL_WEIGHTS",
         help="Hold those blocks and the head as auto, float16, int8 or int4.",
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        envvar="SPLITNET_DEVICE",
+        callback=_checked_device,
+        help="Where to compute: auto (CUDA or ROCm, else MPS, else XPU, else the CPU), cpu, cuda, cuda:1, mps or xpu.",
     ),
 ]
 Tokenizer = Annotated[

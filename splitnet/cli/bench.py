@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from splitnet.bench.cases import cases_of
-from splitnet.cli.arguments import CodecName, Join, KeyFile, Lan, LocalBlocks, LocalWeights, Model, resolve_model
+from splitnet.cli.arguments import (
+    CodecName,
+    Device,
+    Join,
+    KeyFile,
+    Lan,
+    LocalBlocks,
+    LocalWeights,
+    Model,
+    resolve_model,
+)
 from splitnet.errors import SplitnetError
 
 _TESTS = "Tests"
@@ -55,6 +65,7 @@ def bench(
         int, typer.Option(min=0, help="Rounds before, which do not count.", rich_help_panel=_MANNER)
     ] = 1,
     codec: CodecName = "auto",
+    device: Device = "auto",
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
     threads: Annotated[
@@ -88,7 +99,14 @@ def bench(
     from splitnet.cli.connection import Connection
 
     connection = Connection(
-        checkpoint, join or (), codec, key_file, local_blocks=local_blocks, local_weights=local_weights, lan=lan
+        checkpoint,
+        join or (),
+        codec,
+        key_file,
+        local_blocks=local_blocks,
+        local_weights=local_weights,
+        lan=lan,
+        device=device,
     )
     report = Benchmark(cases, rounds, warm_up, seed, threads, local).run(connection)
     if as_json:

@@ -20,7 +20,6 @@ from splitnet.bench.report import LOCAL, SWARM, Report
 from splitnet.cli.connection import Connection
 from splitnet.cli.progress import StageProgress
 from splitnet.client.causal_lm import attach
-from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.kernels import path_in_use
 
 
@@ -44,7 +43,7 @@ class Benchmark:
         """
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        checkpoint = Checkpoint.open(connection.model)
+        checkpoint = connection.checkpoint()
         check_room(self.cases, checkpoint.max_positions)
         arms: dict[str, Arm] = {}
         with ExitStack() as at_end, StageProgress() as progress:
@@ -54,7 +53,7 @@ class Benchmark:
                 arms[SWARM] = SwarmArm(attach(checkpoint, swarm, **connection.options()), self.seed)
             if self.local:
                 progress.update(f"loading {checkpoint.name} for --local", 0, 0)
-                arms[LOCAL] = LocalArm(checkpoint, self.seed)
+                arms[LOCAL] = LocalArm(checkpoint, self.seed, connection.computes_on)
             measured = measure(arms, self.cases, rounds=self.rounds, warm_up=self.warm_up, progress=progress.update)
         return Report(checkpoint.name, self._settings(connection), environment(), measured)
 
@@ -63,6 +62,7 @@ class Benchmark:
 
     def _settings(self, connection: Connection) -> dict[str, Any]:
         settings: dict[str, Any] = {"rounds": self.rounds, "warm_up": self.warm_up, "seed": self.seed}
+        settings["device"] = connection.computes_on
         if self._measures_swarm(connection):
             settings |= {"codec": connection.codec, "join": list(connection.join)}
         if connection.local_blocks is not None or connection.local_weights is not None:

@@ -9,6 +9,7 @@ import typer
 
 from splitnet.cli.arguments import (
     CodecName,
+    Device,
     Join,
     KeyFile,
     Lan,
@@ -36,6 +37,7 @@ def chat(
     wait: Wait = 30.0,
     adapter: AdapterFolder = None,
     speculate: Speculate = None,
+    device: Device = "auto",
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
     tokenizer: Tokenizer = None,
@@ -47,7 +49,9 @@ def chat(
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling
 
-    connection = Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer)
+    connection = Connection(
+        checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device
+    )
     client = Client.connect(connection, adapter, speculate)
     try:
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from splitnet.cli.local_network import find_swarm
+from splitnet.cli.logs import tell
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.device_choice import AUTO, find_device
 from splitnet.net.identity import Identity
 
 
@@ -23,6 +27,7 @@ class Connection:
         wait_s: how long to wait for blocks that are suddenly served by nobody.
         local_blocks, local_weights: what runs here, see `splitnet.AutoModelForCausalLM`.
         tokenizer: hub id or folder, in place of the checkpoint's own.
+        device: that runs what is here; see `splitnet.model.device_choice`.
     """
 
     model: str
@@ -34,9 +39,23 @@ class Connection:
     local_weights: str | None = None
     lan: bool = True
     tokenizer: str | None = None
+    device: str = AUTO
+
+    @cached_property
+    def computes_on(self) -> str:
+        """The device that was chosen; the user is told of one that is not the CPU, the log of all.
+
+        Raises:
+            SplitnetError: the one asked for is not here, or does not work.
+        """
+        choice = find_device(self.device)
+        if choice.device != "cpu":
+            tell(logging.INFO, f"computes on {choice}")
+        return choice.device
 
     def checkpoint(self) -> Checkpoint:
-        """The model's; errors as `Checkpoint.open`."""
+        """The model's; errors as `Checkpoint.open`, after those of `computes_on`."""
+        _ = self.computes_on
         return Checkpoint.open(self.model, tokenizer=self.tokenizer)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
@@ -54,6 +73,7 @@ class Connection:
         return {
             "codec": self.codec,
             "recovery_timeout_s": self.wait_s,
+            "device": self.computes_on,
             "local_blocks": self.local_blocks,
             "local_weights": self.local_weights,
         }

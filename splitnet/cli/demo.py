@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import CodecName, resolve_model
+from splitnet.cli.arguments import CodecName, Device, resolve_model
 from splitnet.cli.extras import require
 from splitnet.cli.serve import serve as run_server
 from splitnet.model.demo import DEMO_NAME
@@ -25,6 +25,7 @@ def demo(
     peers: Annotated[int, typer.Option(min=1, max=16, help="How many daemons to start.")] = 3,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")] = 128,
     codec: CodecName = "int8",
+    device: Device = "auto",
     serve: Annotated[
         bool, typer.Option("--serve", help="Do not ask: run `splitnet serve` in front of the peers until interrupted.")
     ] = False,
@@ -36,26 +37,26 @@ def demo(
     checkpoint = resolve_model(model)
     typer.secho(f"starting {peers} peers ...", err=True)
 
-    from splitnet.cli.local_swarm import LocalSwarm
+    from splitnet.cli.local_swarm import ONE_THREAD, LocalSwarm
 
-    with LocalSwarm(checkpoint, peers) as swarm:
+    with LocalSwarm(checkpoint, peers, (*ONE_THREAD, "--device", device)) as swarm:
         for index, blocks in enumerate(swarm.spans):
             typer.secho(f"  daemon {index + 1}: blocks {blocks[0]}..{blocks[1] - 1}", err=True)
         if serve:
             address = swarm.wait()
             typer.secho(f"others reach this swarm with --join {address}", err=True)
-            run_server(checkpoint, [address], port=port, codec=codec)
+            run_server(checkpoint, [address], port=port, codec=codec, device=device)
         else:
-            _ask(checkpoint, swarm, prompt, max_new_tokens, codec)
+            _ask(checkpoint, swarm, prompt, max_new_tokens, codec, device)
     typer.secho("all daemons have left; nothing is running any more", err=True)
 
 
-def _ask(checkpoint: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int, codec: str) -> None:
+def _ask(checkpoint: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int, codec: str, device: str) -> None:
     # The daemons load while this process does.
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    client = Client.connect(Connection(checkpoint, [swarm.wait()], codec))
+    client = Client.connect(Connection(checkpoint, [swarm.wait()], codec, device=device))
     try:
         typer.secho(f"\n> {prompt}\n", bold=True)
         ids = client.encode_prompt(prompt, chat=None)

@@ -11,6 +11,7 @@ from typing import Any, Final
 from scheduler.network import CLIENT, Link, Network
 from scheduler.swarm import Speed
 from splitnet.errors import SplitnetError
+from splitnet.model.device_choice import DEVICE_NAME
 
 CLIENT_NAME: Final = "client"
 """How links name the client if it runs on none of the devices."""
@@ -47,7 +48,7 @@ class KnownDevice:
     Attributes:
         memory: bytes for weights, KV caches and, where the client runs, the client's part of the model.
         speed: measured with the model, or what to derive it from.
-        torch_device: to compute on, such as `cuda`; None: the processor.
+        torch_device: to compute on, such as `cuda`; None: what the peer finds best.
     """
 
     name: str
@@ -139,8 +140,10 @@ def _device(entry: Any, place: str) -> KnownDevice:
             _quantity(values["compute"], _FLOPS, f"{place}.compute", "1.5TFLOPS") / 1000,
         )
     torch_device = values.get("device")
-    if torch_device is not None and not re.fullmatch(r"cpu|mps|cuda(:\d+)?", str(torch_device)):
-        raise DevicesFileError(f"{place}.device: {torch_device!r} is unknown: write cpu, cuda, cuda:1 or mps")
+    if torch_device is not None and not DEVICE_NAME.fullmatch(str(torch_device)):
+        raise DevicesFileError(
+            f"{place}.device: {torch_device!r} is unknown: write auto, cpu, cuda, cuda:1, mps or xpu"
+        )
     return KnownDevice(name, memory, speed, torch_device)
 
 

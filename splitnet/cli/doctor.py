@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import JoinToExamine, KeyFile, Lan, resolve_model
+from splitnet.cli.arguments import Device, JoinToExamine, KeyFile, Lan, resolve_model
 
 if TYPE_CHECKING:
     from splitnet.doctor.finding import Finding
@@ -27,6 +27,7 @@ def doctor(
     public_host: Annotated[
         str | None, typer.Option(metavar="HOST[:PORT]", help="How others would reach it, if by another name or port.")
     ] = None,
+    device: Device = "auto",
     key_file: KeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
@@ -39,7 +40,15 @@ def doctor(
     from splitnet.doctor import report
     from splitnet.doctor.examination import Setup, examine
 
-    setup = Setup(model=source, join=join or (), lan=lan, listen=listen, public_host=public_host, key_file=key_file)
+    setup = Setup(
+        model=source,
+        join=join or (),
+        lan=lan,
+        listen=listen,
+        public_host=public_host,
+        key_file=key_file,
+        device=device,
+    )
     findings: list[Finding] = []
     for finding in examine(setup):
         findings.append(finding)

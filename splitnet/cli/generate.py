@@ -10,6 +10,7 @@ import typer
 
 from splitnet.cli.arguments import (
     CodecName,
+    Device,
     Join,
     KeyFile,
     Lan,
@@ -56,6 +57,7 @@ def generate(
     wait: Wait = 30.0,
     adapter: AdapterFolder = None,
     speculate: Speculate = None,
+    device: Device = "auto",
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
     tokenizer: Tokenizer = None,
@@ -76,7 +78,9 @@ def generate(
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 
-    connection = Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer)
+    connection = Connection(
+        checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device
+    )
     client = Client.connect(connection, adapter, speculate)
     try:
         ids = client.encode_prompt(prompt, chat=chat, system=system)

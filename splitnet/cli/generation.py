@@ -74,7 +74,7 @@ class Client:
         if adapter:
             require("tune", "--adapter")
         checkpoint = connection.checkpoint()
-        drafts = drafts_of(speculate)
+        drafts = drafts_of(speculate, connection)
         swarm = connection.swarm(checkpoint)
         try:
             remote = attach(checkpoint, swarm, **connection.options())
@@ -135,7 +135,7 @@ class Client:
         return pad if pad is not None else self.tokenizer.eos_token_id
 
 
-def drafts_of(speculate: str | None) -> Any:
+def drafts_of(speculate: str | None, connection: Connection) -> Any:
     """What `RemoteCausalLM.generate` takes: a name stays, a hub id or folder becomes a model that runs here.
 
     Raises:
@@ -145,7 +145,7 @@ def drafts_of(speculate: str | None) -> Any:
         return speculate
     from splitnet.model.whole_model import load_whole
 
-    return load_whole(Checkpoint.open(speculate), "auto")
+    return load_whole(Checkpoint.open(speculate), "auto").to(connection.computes_on)
 
 
 def with_adapter(model: RemoteCausalLM, folder: Path) -> Any:

@@ -15,7 +15,8 @@ from types import TracebackType
 from splitnet.cli.configuration import without_options
 from splitnet.errors import SplitnetError
 
-EXACT = ("--threads", "1", "--weights", "float32")
+ONE_THREAD = ("--threads", "1")
+EXACT = (*ONE_THREAD, "--weights", "float32", "--device", "cpu")
 """Options of daemons that compute what plain transformers does with float32."""
 
 START_TIMEOUT_S = 180.0
@@ -32,9 +33,7 @@ class LocalSwarm:
         join: address of a swarm to join; empty starts a new one.
     """
 
-    def __init__(
-        self, checkpoint: str, count: int, options: tuple[str, ...] = ("--threads", "1"), join: str = ""
-    ) -> None:
+    def __init__(self, checkpoint: str, count: int, options: tuple[str, ...] = ONE_THREAD, join: str = "") -> None:
         self._checkpoint = checkpoint
         self._options = options
         self._join = join

@@ -89,13 +89,15 @@ def for_programs() -> bool:
 
 
 def tell(level: int, text: str) -> None:
-    """Tells the user of a command what went wrong, or what is dangerous; as an event where stderr is for programs.
+    """Tells the user of a command something on stderr; as an event where that is for programs.
 
     Args:
-        level: `logging.ERROR` or `logging.WARNING`.
+        level: `logging.ERROR`: what went wrong; `WARNING`: what is dangerous; `INFO`: what is good to know.
     """
     if for_programs():
         log.log(level, "%s", text)
+    elif level < logging.WARNING:
+        typer.secho(printable(text), dim=True, err=True)
     else:
         word, colour = ("error", "red") if level >= logging.ERROR else ("warning", "yellow")
         typer.secho(f"{word}: {printable(text)}", fg=colour, err=True)

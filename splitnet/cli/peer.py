@@ -11,10 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitnet.amounts import parse_bytes
-from splitnet.cli.arguments import JoinIfAny, Model, parse_blocks, parse_host_port, resolve_model
+from splitnet.cli.arguments import Device, JoinIfAny, Model, parse_blocks, parse_host_port, resolve_model
 from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.stopping import StopSignals
-from splitnet.errors import SplitnetError
 from splitnet.net.addresses import is_reachable, refuse_taken
 
 if TYPE_CHECKING:
@@ -74,7 +73,7 @@ def peer(
             metavar="HOST[:PORT]", help="How others reach this machine, if by another name or port (NAT, containers)."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1 or mps.")] = "cpu",
+    device: Device = "auto",
     dtype: Annotated[
         Dtype | None, typer.Option(help="What blocks compute in; the checkpoint's own if not given.")
     ] = None,
@@ -126,8 +125,9 @@ def peer(
     from peers.options import PeerOptions
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
+    from splitnet.model.device_choice import find_device
 
-    _check_device(device)
+    computes_on = find_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     options = PeerOptions(
@@ -137,7 +137,7 @@ def peer(
         listen=listen,
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,
-        device=device,
+        device=computes_on.device,
         dtype=dtype.value if dtype else None,
         weights=weights.value if weights else None,
         kv_memory=wanted_kv_memory,
@@ -153,6 +153,7 @@ def peer(
         # What is loaded by now stays: the collector need not walk over it between two tokens.
         gc.collect()
         gc.freeze()
+        typer.echo(f"computes on {computes_on}")
         typer.echo(_what_it_serves(serving))
         if metrics is not None:
             metrics.serve(registry_of(serving))
@@ -179,13 +180,3 @@ def _what_it_serves(peer: Peer) -> str:
         f"serving blocks {span.start}..{span.end - 1} of {peer.checkpoint.name} "
         f"({computes}{held} on {span.device}) at {peer.endpoint.address}"
     )
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    kind, _, index = device.partition(":")
-    if kind not in counts or (index and not index.isdecimal()) or int(index or 0) >= counts[kind]:
-        present = [f"{name}:{i}" if name == "cuda" else name for name, count in counts.items() for i in range(count)]
-        raise SplitnetError(f"this machine has no device {device!r} for torch: use --device {' or '.join(present)}")

@@ -13,6 +13,7 @@ import typer
 from splitnet.cli.arguments import Model, quiet_libraries, resolve_model
 from splitnet.cli.peer import Dtype, WeightKind
 from splitnet.errors import SplitnetError
+from splitnet.model.device_choice import AUTO
 
 if TYPE_CHECKING:
     from splitnet.cli.planning import Plan, Stage
@@ -119,7 +120,7 @@ def _command(model: str, stage: Stage, dtype: Dtype | None, weights: WeightKind 
     whole_mib = stage.kv_memory // 2**20
     kv_memory = f"{whole_mib}MiB" if whole_mib * 2**20 >= needed else f"{stage.kv_memory}B"
     words = ["splitnet", "peer", model, "--blocks", f"{stage.start}:{stage.end}", "--kv-memory", kv_memory]
-    if stage.device.torch_device not in (None, "cpu"):
+    if stage.device.torch_device not in (None, AUTO):
         words += ["--device", str(stage.device.torch_device)]
     if dtype is not None:
         words += ["--dtype", dtype.value]

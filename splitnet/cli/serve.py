@@ -11,6 +11,7 @@ import typer
 
 from splitnet.cli.arguments import (
     CodecName,
+    Device,
     Join,
     KeyFile,
     Lan,
@@ -85,6 +86,7 @@ def serve(
     codec: CodecName = "auto",
     wait: Wait = 30.0,
     speculate: Speculate = None,
+    device: Device = "auto",
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
     tokenizer: Tokenizer = None,
@@ -104,6 +106,10 @@ def serve(
     from splitnet.serve.server import ServeOptions
     from splitnet.serve.server import serve as serve_until_told
 
+    connection = Connection(
+        source, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device
+    )
+    checkpoint = connection.checkpoint()
     options = ServeOptions(
         host=host,
         port=port,
@@ -112,12 +118,10 @@ def serve(
         max_waiting=max_waiting,
         keep=KeepLimits(keep_sessions, keep_positions, keep_for),
         drain_s=drain_s,
-        speculate=drafts_of(speculate),
+        speculate=drafts_of(speculate, connection),
         hosts=allow_host or (),
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
     )
-    connection = Connection(source, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer)
-    checkpoint = connection.checkpoint()
     serve_until_told(
         checkpoint,
         lambda: connection.swarm(checkpoint),

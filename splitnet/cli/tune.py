@@ -9,6 +9,7 @@ import typer
 
 from splitnet.cli.arguments import (
     CodecName,
+    Device,
     Join,
     KeyFile,
     Lan,
@@ -116,6 +117,7 @@ def tune(
     network: Annotated[PromptNetwork, typer.Option(help="Of p-tuning.", rich_help_panel=_ADAPTER)] = PromptNetwork.MLP,
     codec: CodecName = "auto",
     wait: Wait = 30.0,
+    device: Device = "auto",
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
     tokenizer: Tokenizer = None,
@@ -175,4 +177,6 @@ def tune(
         output=output,
         resume=resume,
     )
-    tuning.run(Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer))
+    tuning.run(
+        Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device)
+    )

@@ -76,7 +76,7 @@ class Tuning:
             maker = ModelToTune(checkpoint, swarm, connection, tokenizer, pad, labels)
             adapted = maker.with_adapter(self.method, self.options, self._beginning())
             folder.begin(description)
-            run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head)
+            run = TuningRun(adapted, rows, self.settings, pad=pad, head=self.head, device=connection.computes_on)
             _Training(self, run, folder, held_out, words, pad).train()
         finally:
             swarm.close()
@@ -216,6 +216,7 @@ class _Training:
                 words=self._words,
                 head=self._tuning.head,
                 advance=advance,
+                device=self._run.device,
             )
         self._folder.add_metrics({"step": self._run.done, "eval_loss": result.loss, "eval_accuracy": result.accuracy})
         self._progress.say(f"step {self._run.done}: {_told(result)}")

@@ -70,7 +70,7 @@ class AutoModelForCausalLM:
             identity: the key that private swarms must know; None: the user's own (see `splitnet key`).
             revision: of the model on the hub.
             codec: how activations travel: "auto", or a name from `splitnet.net.codecs.CODECS`.
-            dtype, device: of the local part.
+            dtype, device: of the local part; "auto": the best device that works, see `splitnet.model.device_choice`.
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
             prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches.
             gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
@@ -158,6 +158,8 @@ class RemoteCausalLM(RemoteModel):
         for former in ("past_key_values", "cache_params"):
             if (cache := given.pop(former, None)) is not None:
                 given.setdefault("cache", cache)
+        # Texts come from tokenizers, on the CPU, wherever the model is.
+        given = {name: value.to(self.device) if torch.is_tensor(value) else value for name, value in given.items()}
         request = Request(given, self.generation_config)
         request.check()
         caches = request.value("use_cache") is not False or given.get("inputs_embeds") is not None
@@ -230,12 +232,13 @@ class RemoteCausalLM(RemoteModel):
             input_ids: `[1, positions]`.
 
         Returns:
-            Per block a pair `[kv heads, positions, head size]`, float32.
+            Per block a pair `[kv heads, positions, head size]`, float32, on the CPU.
 
         Raises:
             UnsupportedModel: some blocks have none of their own.
         """
         cache = self.new_cache()
+        input_ids = input_ids.to(self.device)
         try:
             self(input_ids=input_ids, attention_mask=torch.ones_like(input_ids), cache=cache, logits_to_keep=1)
             tensors = cache.remote.fetch_kv(0)
@@ -243,7 +246,8 @@ class RemoteCausalLM(RemoteModel):
             cache.close()
         blocks = range(self.swarm.facts.num_blocks)
         try:
-            return [(tensors[f"{block}.{PREFIX_KEYS}"], tensors[f"{block}.{PREFIX_VALUES}"]) for block in blocks]
+            names = [(f"{block}.{PREFIX_KEYS}", f"{block}.{PREFIX_VALUES}") for block in blocks]
+            return [(tensors[keys].cpu(), tensors[values].cpu()) for keys, values in names]
         except KeyError as error:
             raise UnsupportedModel(f"not all blocks of {self.name_or_path} have keys and values: {error}") from None
 

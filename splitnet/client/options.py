@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Self, TypeVar
 
 import torch
 
 from splitnet.client.session import Preference
 from splitnet.client.session_driver import RECOVERY_TIMEOUT_S
+from splitnet.model.device_choice import find_device
 
 CONNECTION = ("initial_peers", "identity", "revision")
 """What `from_pretrained` takes besides: which swarm, who asks, and which model."""
@@ -25,7 +26,7 @@ class ClientOptions:
 
     codec: str = "auto"
     dtype: torch.dtype | str | None = None
-    device: str = "cpu"
+    device: str = "auto"
     recovery_timeout_s: float = RECOVERY_TIMEOUT_S
     gradient_codec: str = "auto"
     local_blocks: str | None = None
@@ -33,13 +34,14 @@ class ClientOptions:
 
     @classmethod
     def of(cls, keywords: dict[str, Any], *others: str) -> Self:
-        """The options that these keywords give.
+        """The options that these keywords give, with the device that is found here for the one that they ask for.
 
         Args:
             others: keywords that the caller takes besides.
 
         Raises:
             TypeError: there is no such option; names the one that is probably meant.
+            SplitnetError: there is no such device here, or it does not work.
         """
         known = [field.name for field in fields(cls)]
         for name in keywords:
@@ -47,7 +49,8 @@ class ClientOptions:
                 near = difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.4)
                 meant = f"did you mean {near[0]}?" if near else f"there are {', '.join([*known, *others])}"
                 raise TypeError(f"there is no option {name}: {meant}")
-        return cls(**keywords)
+        given = cls(**keywords)
+        return replace(given, device=find_device(str(given.device)).device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -133,6 +133,7 @@ class _Pass(torch.autograd.Function):
         by_name = dict(zip(names, parameters, strict=True))
         output, batch = blocks.go(stage, packed.detach(), lengths, by_name, keep=keep)
         ctx.blocks, ctx.stage, ctx.names = blocks, stage, names
+        ctx.devices = [parameter.device for parameter in parameters]  # outlines are on the CPU, wherever the model is
         ctx.batch = _Kept(blocks, stage, batch) if keep else None
         return output.to(packed.device, packed.dtype)
 
@@ -144,7 +145,8 @@ class _Pass(torch.autograd.Function):
         (gradient,) = grad_outputs
         by_input, by_name = ctx.blocks.go_back(ctx.stage, ctx.batch.passed, gradient)
         by_input = by_input.to(gradient.device, gradient.dtype)
-        return (None, None, None, None, by_input, *(by_name[name].to(gradient.device) for name in ctx.names))
+        by_parameter = (by_name[name].to(device) for name, device in zip(ctx.names, ctx.devices, strict=True))
+        return (None, None, None, None, by_input, *by_parameter)
 
 
 class _Kept:

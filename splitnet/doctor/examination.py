@@ -15,6 +15,7 @@ from splitnet.doctor.peers import peer
 from splitnet.doctor.reach import Reach
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.device_choice import AUTO
 from splitnet.model.memory import free_memory
 from splitnet.model.sizes import ModelSizes
 from splitnet.net.dht_answers import allowed_skew_s, ask_nodes
@@ -44,6 +45,7 @@ class Setup:
     listen: str | None = None
     public_host: str | None = None
     key_file: Path | None = None
+    device: str = AUTO
 
 
 def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
@@ -53,7 +55,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         clock: Unix time in seconds, of this machine.
     """
     yield from machine.software()
-    yield machine.devices()
+    yield machine.devices(setup.device)
     yield machine.kernels()
     checkpoint = None
     if setup.model is None:

@@ -13,7 +13,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from splitnet.doctor.finding import Finding, failed, passed, warned
-from splitnet.errors import KernelsError, KeyFileError
+from splitnet.errors import KernelsError, KeyFileError, SplitnetError
+from splitnet.model.device_choice import AUTO, find_device, find_present
 from splitnet.net.identity import Identity, default_key_file
 
 _NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
@@ -58,16 +59,19 @@ def libraries(requirements: Sequence[str], installed: Callable[[str], str | None
         yield passed("libraries", f"{len(needed)} are there, in versions that fit")
 
 
-def devices() -> Finding:
-    """What torch can compute on."""
+def devices(asked: str = AUTO) -> Finding:
+    """What torch can compute on, and what `--device` would choose."""
     try:
         import torch
     except (ImportError, OSError) as error:
         return failed("devices", f"torch cannot be loaded ({error}): install it again, see https://pytorch.org")
     found = [f"cpu, {torch.get_num_threads()} threads on {os.cpu_count()} cores"]
-    found += [f"cuda:{index}, {torch.cuda.get_device_name(index)}" for index in range(torch.cuda.device_count())]
-    found += ["mps"] if torch.backends.mps.is_available() else []
+    found += [f"{device}, {name}" for device, name in find_present(tried=False).devices.items()]
     text = f"torch {torch.__version__}: {'; '.join(found)}"
+    try:
+        text = f"{text}; --device {asked} is {find_device(asked)}"
+    except SplitnetError as error:
+        return failed("devices", f"{text}; {error}")
     if _NVIDIA_DRIVER.exists() and not torch.cuda.is_available():
         return warned(
             "devices", f"{text}; there is an NVIDIA driver, but not for this torch: install a build of it with CUDA"

@@ -22,6 +22,8 @@ def free_memory(device: str | torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
+    if device.type == "xpu":
+        return torch.xpu.mem_get_info(device)[0]
     available = _available_on_linux()
     if available is not None:
         return available
@@ -49,8 +51,9 @@ def give_back_memory() -> None:
     """
     gc.unfreeze()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    for accelerator in (torch.cuda, torch.mps, torch.xpu):
+        if accelerator.is_available():
+            accelerator.empty_cache()
     trim_memory()
 
 

@@ -23,6 +23,7 @@ from splitnet.model.backbone import (
 )
 from splitnet.model.block_stand_in import AllBlocks, BlockList, blocks_return_tuple
 from splitnet.model.checkpoint import OTHER_TOWERS, Checkpoint
+from splitnet.model.device_forms import use_device_kernels
 from splitnet.model.dtypes import as_dtype
 from splitnet.model.families import packs_sequences
 from splitnet.model.head import hold_head
@@ -60,6 +61,7 @@ def load_shell(
     chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
     model = _load(checkpoint, checkpoint.config, causal_class(checkpoint.config), blocks, dtype, device)
     hold_head(model, chosen)
+    use_device_kernels(model, computes)
     return model
 
 

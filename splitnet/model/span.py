@@ -35,6 +35,7 @@ from splitnet.model.block_sizes import block_bytes, block_sizes
 from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.coded_experts import with_coded_experts
+from splitnet.model.device_forms import use_device_kernels
 from splitnet.model.families import (
     COMPILED,
     LEAN,
@@ -203,6 +204,7 @@ class Span:
                     codes_on=chosen.device if chosen.keeps_codes else None,
                 )
             nn.Module.to(backbone, device).requires_grad_(False)
+            use_device_kernels(backbone, wanted)
             check_neutral(backbone, container, wanted)
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)

@@ -171,8 +171,10 @@ def _row(pieces: list[tuple[list[int], bool]]) -> Encoded:
     return Encoded(ids, [IGNORED, *targets[1:]])
 
 
-def collate(rows: Sequence[Encoded], pad: int, *, head: bool = False) -> dict[str, torch.Tensor]:
-    """A batch for the model, padded on the right: `input_ids`, `attention_mask` and `labels`.
+def collate(
+    rows: Sequence[Encoded], pad: int, *, head: bool = False, device: torch.device | str = "cpu"
+) -> dict[str, torch.Tensor]:
+    """A batch for the model, padded on the right: `input_ids`, `attention_mask` and `labels`, on `device`.
 
     Labels are `[batch, seq]`, or with a head `[batch]`.
     """
@@ -182,6 +184,6 @@ def collate(rows: Sequence[Encoded], pad: int, *, head: bool = False) -> dict[st
         "attention_mask": [[1] * len(row.ids) + [0] * (longest - len(row.ids)) for row in rows],
     }
     labels = [row.targets + [IGNORED] * (longest - len(row.ids)) for row in rows]
-    tensors = {name: torch.tensor(values) for name, values in batch.items()}
-    tensors["labels"] = torch.tensor([row.choice for row in rows] if head else labels)
+    tensors = {name: torch.tensor(values, device=device) for name, values in batch.items()}
+    tensors["labels"] = torch.tensor([row.choice for row in rows] if head else labels, device=device)
     return tensors

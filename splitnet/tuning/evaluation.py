@@ -34,11 +34,13 @@ def evaluate(
     words: Sequence[int] | None = None,
     head: bool = False,
     advance: Callable[[int], None] | None = None,
+    device: torch.device | str = "cpu",
 ) -> Evaluation:
     """Runs a model over rows, by forward passes.
 
     Args:
         words: the first token of each label, for accuracy by words: the model's label is that of the likeliest token.
+        device: of the model.
         head: whether the model's logits are those of labels.
         advance: told how many rows are done after each batch.
     """
@@ -47,7 +49,7 @@ def evaluate(
     by_length = sorted(rows, key=lambda row: len(row.ids))
     for start in range(0, len(by_length), batch_size):
         part = by_length[start : start + batch_size]
-        output = model(**collate(part, pad, head=head))
+        output = model(**collate(part, pad, head=head, device=device))
         weight = len(part) if head else sum(row.learned for row in part)
         loss_sum += float(output.loss) * weight
         weight_sum += weight

@@ -41,10 +41,18 @@ class TuningRun:
         model: as PEFT returns it.
         pad: token id of padding.
         head: whether rows have one label each.
+        device: of the model.
     """
 
     def __init__(
-        self, model: Any, rows: Sequence[Encoded], settings: Settings, *, pad: int, head: bool = False
+        self,
+        model: Any,
+        rows: Sequence[Encoded],
+        settings: Settings,
+        *,
+        pad: int,
+        head: bool = False,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.model = model
         self.settings = settings
@@ -52,6 +60,7 @@ class TuningRun:
         self._rows = rows
         self._pad = pad
         self._head = head
+        self.device = device
         self._trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._optimizer = torch.optim.AdamW(
             self._trained.values(), settings.learning_rate, weight_decay=settings.weight_decay
@@ -153,7 +162,7 @@ class TuningRun:
         size = math.ceil(len(rows) / self.settings.accumulate)
         total = 0.0
         for start in range(0, len(rows), size):
-            batch = collate(rows[start : start + size], self._pad, head=self._head)
+            batch = collate(rows[start : start + size], self._pad, head=self._head, device=self.device)
             share = sum(weights[start : start + size]) / whole
             with torch.set_grad_enabled(backward):
                 loss = self.model(**batch).loss * share

@@ -84,7 +84,15 @@ FAILURES: dict[str, tuple[str, str]] = {
     "DHT port taken": ("peer {small} --dht-listen {taken_dht}", "{taken_dht} is taken; choose another port"),
     "not this machine": ("peer {small} --listen tcp://203.0.113.5:0", "cannot listen on .*: give an address of this"),
     "no address to listen on": ("peer {small} --listen 31331", "'31331' is no address to listen on: write tcp://"),
-    "no such device": ("peer {small} --device warp", "this machine has no device 'warp' .*: use --device cpu"),
+    "no such device": ("peer {small} --device warp", "there is no device 'warp': use --device auto, cpu, cuda, cuda:1"),
+    "a device that is not here": (
+        "peer {small} --device cuda:99",
+        "has no device 'cuda:99' .*: use --device auto or cpu",
+    ),
+    "client: a device that is not here": (
+        "generate {small} hi --device xpu:99",
+        "no device 'xpu:99' .*: use --device auto",
+    ),
     "weights wider than what is computed": (
         "peer {small} --weights float32 --dtype bfloat16",
         "compute in bfloat16 cannot hold weights as float32: leave --dtype out, or use --weights bfloat16",

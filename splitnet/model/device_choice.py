@@ -1,0 +1,139 @@
+"""On which device to compute: the one that was asked for, or the best of those that are there and work."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from splitnet.errors import SplitnetError
+
+log = logging.getLogger(__name__)
+
+AUTO = "auto"
+DEVICE_NAME = re.compile(r"auto|cpu|mps|(?:cuda|xpu)(?::\d+)?")
+"""What may be asked for."""
+
+_TITLES = {"cuda": "CUDA", "mps": "MPS", "xpu": "XPU"}
+"""Kinds of accelerators, best first. ROCm's build of torch calls its devices cuda, too."""
+
+
+@dataclass(frozen=True)
+class Present:
+    """What torch finds on this machine besides the CPU.
+
+    Attributes:
+        names: by kind (cuda, mps, xpu), what its devices are called; a kind that has none may be absent.
+        faults: by device, as in `cuda:1`, why it cannot be used.
+        lacking: why there are none, if that is known.
+    """
+
+    names: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, tuple[str, ...]])
+    faults: Mapping[str, str] = field(default_factory=dict[str, str])
+    lacking: str = "torch finds no GPU"
+
+    @property
+    def devices(self) -> dict[str, str]:
+        """All, best first, with what they are called."""
+        found = {f"{kind}:{index}": name for kind in _TITLES for index, name in enumerate(self.names.get(kind, ()))}
+        return {device.replace("mps:0", "mps"): name for device, name in found.items()}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A device as torch names it, and why it was chosen."""
+
+    device: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.device} ({self.why})"
+
+
+def choose_device(asked: str, present: Present) -> Choice:
+    """The device to compute on.
+
+    Args:
+        asked: `auto`, or a device as torch names it; without a number, the first.
+
+    Raises:
+        SplitnetError: there is no such device here, or it does not work.
+    """
+    if asked == "cpu":
+        return Choice("cpu", "as asked for")
+    devices = present.devices
+    if asked != AUTO:
+        named = f"{asked}:0" if asked in ("cuda", "xpu") else asked
+        if named not in devices or not DEVICE_NAME.fullmatch(asked):
+            there = ", ".join(["cpu", *devices])
+            raise SplitnetError(
+                f"this machine has no device {asked!r} for torch, only {there}: use --device auto or cpu"
+            )
+        if fault := present.faults.get(named):
+            raise SplitnetError(f"{named} ({devices[named]}) cannot be used ({fault}): use --device auto or cpu")
+        return Choice(named, f"{devices[named]}, as asked for")
+    faults = [f"{device} cannot be used: {fault}" for device, fault in present.faults.items()]
+    for device, name in devices.items():
+        if device not in present.faults:
+            others = len(present.names[device.partition(":")[0]]) - 1
+            more = f", the first of {others + 1}" if others else ""
+            return Choice(device, "; ".join([f"{name}{more}", *faults]))
+    return Choice("cpu", "; ".join(faults) or present.lacking)
+
+
+def find_present(*, tried: bool = True) -> Present:
+    """Looks what there is.
+
+    Args:
+        tried: also whether they work, by a small product on the first that does; that starts its driver.
+    """
+    import torch
+
+    names = {"cuda": tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))}
+    names["mps"] = ("Metal",) if torch.backends.mps.is_available() else ()
+    names["xpu"] = tuple(torch.xpu.get_device_name(index) for index in range(torch.xpu.device_count()))
+    built = any((torch.version.cuda, torch.version.hip, torch.backends.mps.is_built(), torch.xpu._is_compiled()))
+    present = Present(
+        names, lacking="torch finds no GPU" if built else f"torch {torch.__version__} is built for no GPU"
+    )
+    faults: dict[str, str] = {}
+    for device in present.devices if tried else ():
+        if (fault := _fault_of(device)) is None:
+            break
+        faults[device] = fault
+    return replace(present, faults=faults)
+
+
+def find_device(asked: str) -> Choice:
+    """Looks what there is and chooses; who asks for the best finds it in the log, as a warning if one that is there
+    does not work.
+
+    Raises:
+        SplitnetError: what was asked for is not there, or does not work.
+    """
+    if asked == "cpu":
+        present = Present()
+    elif asked == AUTO:
+        present = find_present()
+    else:
+        present = find_present(tried=False)
+        device = choose_device(asked, present).device
+        fault = _fault_of(device)
+        present = replace(present, faults={device: fault} if fault else {})
+    choice = choose_device(asked, present)
+    if asked == AUTO:
+        log.log(logging.WARNING if present.faults else logging.INFO, "computes on %s", choice)
+    return choice
+
+
+def _fault_of(device: str) -> str | None:
+    """Why a small product fails there: a driver that is too old, a GPU that this torch was not compiled for."""
+    import torch
+
+    try:
+        ones = torch.ones(8, 8, device=device)
+        found = float((ones @ ones).sum())
+    except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None if found == 8.0**3 else "it multiplies wrongly"

@@ -1,0 +1,51 @@
+"""On which devices the tests of GPUs run: each GPU that torch finds; on the stand-in, in a process of its own.
+
+The stand-in changes torch for a whole process, so that it is asked for: `GPU_TESTS_ON=stand-in pytest -n0 tests/gpu`;
+`tests/unit/test_gpu_stand_in.py` does so.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+import peers.daemon
+from splitnet.client import options
+from splitnet.model import device_choice
+from splitnet.model.device_choice import Choice, find_device
+
+STAND_IN = os.environ.get("GPU_TESTS_ON") == "stand-in"
+KINDS = ("stand-in",) if STAND_IN else ("cuda", "mps", "xpu")
+
+
+@pytest.fixture(scope="session", params=KINDS)
+def device(request: pytest.FixtureRequest) -> Any:
+    """A device that is no CPU, as torch names it."""
+    if request.param != "stand-in":
+        if not device_choice.find_present(tried=False).names[request.param]:
+            pytest.skip(f"torch {torch.__version__} finds no device {request.param!r} here")
+        yield str(find_device(request.param).device)
+        return
+    from tests.gpu.other_device import add_other_device
+
+    name = str(add_other_device())
+
+    def found(asked: str) -> Choice:
+        return Choice(name, "the stand-in") if asked == name else find_device(asked)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(peers.daemon, "find_device", found)
+        patch.setattr(options, "find_device", found)
+        patch.setattr(torch.accelerator, "synchronize", lambda device: None)
+        yield name
+
+
+@pytest.fixture
+def gpu(device: str) -> str:
+    """The same, but not the stand-in, which has neither kernels nor memory of its own."""
+    if STAND_IN:
+        pytest.skip("the stand-in computes on the CPU")
+    return device

@@ -1,0 +1,113 @@
+"""A device beside the CPU on every machine: its tensors are refused where they meet those of the CPU, as a GPU's are.
+
+It computes on the CPU, so what it gives is the same. What it finds are tensors that were made, or left, in the wrong
+place. torch has room for one device that is written in Python, `privateuseone`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.utils.backend_registration as backends
+from torch.utils._device import _device_constructors
+from torch.utils._python_dispatch import return_and_correct_aliasing
+from torch.utils._pytree import tree_map
+
+OTHER = torch.device("privateuseone", 0)
+
+_aten: Any = torch.ops.aten
+_BETWEEN = {_aten.copy_, _aten._to_copy, _aten._copy_from, _aten._copy_from_and_resize}
+"""Operations that may have tensors of both."""
+
+_INDEXED = {_aten.index, _aten.index_put_, _aten.index_put, _aten._index_put_impl_, _aten._unsafe_index}
+"""A GPU takes indices that are on the CPU."""
+
+
+class _Other(torch.Tensor):
+    """A tensor of the other device, by one of the CPU."""
+
+    on_cpu: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, on_cpu: torch.Tensor) -> _Other:
+        made: Any = torch.Tensor._make_wrapper_subclass(
+            cls,
+            on_cpu.shape,
+            strides=on_cpu.stride(),
+            storage_offset=on_cpu.storage_offset(),
+            dtype=on_cpu.dtype,
+            device=OTHER,
+        )
+        made.on_cpu = on_cpu
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.tolist:
+            return args[0].on_cpu.tolist()
+        if func is torch.Tensor.new_tensor:
+            return torch.tensor(*args[1:], **{"dtype": args[0].dtype, "device": OTHER, **(kwargs or {})})
+        # Below this its parts look at the device.
+        if func is torch.nn.functional.scaled_dot_product_attention and not torch.is_grad_enabled():
+            return _run(func, args, kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _run(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        return f"on the other device: {self.on_cpu!r}"
+
+
+@torch.inference_mode(False)  # or views of them would have no versions
+@torch.no_grad()
+def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    packet = getattr(func, "overloadpacket", func)
+    if packet not in _BETWEEN:
+        for place, value in enumerate((*args, *kwargs.values())):
+            for one in value if isinstance(value, (list, tuple)) else [value]:
+                index = packet in _INDEXED and place == 1
+                if isinstance(one, torch.Tensor) and not isinstance(one, _Other) and one.ndim and not index:
+                    raise RuntimeError(f"{func}: expected all tensors to be on the same device, found a {one.device}")
+    there = torch.device(kwargs.get("device") or OTHER).type == OTHER.type
+    given = {name: torch.device("cpu") if name == "device" and there else value for name, value in kwargs.items()}
+    if packet is _aten.histc and not args[0].is_floating_point():  # GPUs count integers, too
+        return _run(func, (args[0].double(), *args[1:]), kwargs).to(args[0].dtype)
+    found = func(*tree_map(_inside, args), **tree_map(_inside, given))
+    if packet is _aten.copy_ and not isinstance(args[0], _Other):
+        return args[0]
+    if not there:
+        return found
+    found = tree_map(lambda value: _Other(value) if type(value) is torch.Tensor else value, found)
+    return return_and_correct_aliasing(func, args, kwargs, found) if isinstance(func, torch._ops.OpOverload) else found
+
+
+def _inside(value: Any) -> Any:
+    return value.on_cpu if isinstance(value, _Other) else value
+
+
+@cache
+def add_other_device() -> torch.device:
+    """Makes it known to torch, for the rest of the process."""
+    backends._setup_privateuseone_for_python_backend("standin")  # without a name torch sends no gradients back
+    library = torch.library.Library("_", "IMPL")
+    library.fallback(lambda func, *args, **kwargs: _run(func, args, kwargs), "PrivateUse1")
+    _kept.append(library)
+    plain: Any = torch.tensor
+    _device_constructors()  # which then stay those that torch knows
+
+    def tensor(data: Any, *, device: Any = None, **options: Any) -> torch.Tensor:
+        made = plain(data, device=None if device == OTHER else device, **options)
+        return made.to(OTHER) if device == OTHER else made
+
+    torch.tensor = tensor  # which goes past what is registered
+    storage: Any = torch.Tensor.untyped_storage
+    torch.Tensor.untyped_storage = lambda self: storage(_inside(self))
+    return OTHER
+
+
+_kept: list[object] = []

@@ -1,0 +1,106 @@
+"""Which device computes: what was asked for or the best that works, and what is said of it."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import typer
+
+from splitnet.cli.main import app
+from splitnet.client.options import CausalOptions
+from splitnet.errors import SplitnetError
+from splitnet.model import device_choice
+from splitnet.model.device_choice import DEVICE_NAME, Present, choose_device, find_device
+
+TWO = Present({"cuda": ("NVIDIA A", "NVIDIA B"), "xpu": ("Arc",)})
+ALL = Present({"xpu": ("Arc",), "mps": ("Metal",), "cuda": ("Instinct",)})
+
+
+def without(present: Present, *devices: str) -> Present:
+    return Present(present.names, dict.fromkeys(devices, "driver too old"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "present", "device", "why"),
+    [
+        ("auto", ALL, "cuda:0", "Instinct"),
+        ("auto", without(ALL, "cuda:0"), "mps", "Metal; cuda:0 cannot be used: driver too old"),
+        ("auto", without(ALL, "cuda:0", "mps"), "xpu:0", "Arc; cuda:0 cannot be used: driver too old; mps cannot"),
+        ("auto", without(ALL, "cuda:0", "mps", "xpu:0"), "cpu", "cuda:0 cannot be used: driver too old; mps"),
+        ("auto", TWO, "cuda:0", "NVIDIA A, the first of 2"),
+        ("auto", without(TWO, "cuda:0"), "cuda:1", "NVIDIA B"),
+        ("auto", Present(), "cpu", "torch finds no GPU"),
+        ("cpu", TWO, "cpu", "as asked for"),
+        ("cuda", TWO, "cuda:0", "NVIDIA A, as asked for"),
+        ("cuda:1", TWO, "cuda:1", "NVIDIA B, as asked for"),
+        ("mps", ALL, "mps", "Metal, as asked for"),
+        ("xpu", TWO, "xpu:0", "Arc, as asked for"),
+    ],
+)
+def test_the_device(asked: str, present: Present, device: str, why: str) -> None:
+    choice = choose_device(asked, present)
+    assert choice.device == device
+    assert choice.why.startswith(why)
+
+
+@pytest.mark.parametrize(
+    ("asked", "present", "sentence"),
+    [
+        ("cuda", Present(), "this machine has no device 'cuda' for torch, only cpu: use --device auto or cpu"),
+        ("cuda:2", TWO, "no device 'cuda:2' for torch, only cpu, cuda:0, cuda:1, xpu:0: use --device auto or cpu"),
+        ("mps", TWO, "no device 'mps'"),
+        ("mps:0", ALL, "no device 'mps:0'"),
+        ("warp", ALL, "no device 'warp'"),
+        ("cuda:1", without(TWO, "cuda:1"), r"cuda:1 \(NVIDIA B\) cannot be used \(driver too old\): use --device auto"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(asked: str, present: Present, sentence: str) -> None:
+    with pytest.raises(SplitnetError, match=sentence):
+        choose_device(asked, present)
+
+
+def test_every_device_that_is_offered_may_be_asked_for() -> None:
+    for device in (*ALL.devices, *TWO.devices, "auto", "cpu", "cuda", "xpu"):
+        assert DEVICE_NAME.fullmatch(device)
+    assert not any(DEVICE_NAME.fullmatch(text) for text in ("", "CUDA", "cuda:", "cuda:x", "mps:1", "cpu:0", "meta"))
+
+
+def test_a_gpu_that_fails_is_passed_over_and_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(device_choice, "find_present", lambda *, tried=True: without(TWO, "cuda:0", "cuda:1"))
+    with caplog.at_level(logging.INFO, device_choice.__name__):
+        assert find_device("auto").device == "xpu:0"
+    assert "computes on xpu:0 (Arc; cuda:0 cannot be used: driver too old" in caplog.text
+
+
+def test_a_named_device_is_tried_before_anything_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_choice, "find_present", lambda *, tried=True: Present({"cuda": ("Ghost",)}))
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device, so that it would not fail")
+    with pytest.raises(SplitnetError, match=r"cuda:0 \(Ghost\) cannot be used \(.+\): use --device auto or cpu"):
+        find_device("cuda")
+
+
+def test_the_options_of_a_client_hold_the_device_that_was_found() -> None:
+    assert CausalOptions.of({}).device == "cpu"
+    with pytest.raises(SplitnetError, match="no device 'cuda:99'"):
+        CausalOptions.of({"device": "cuda:99"})
+
+
+def test_all_commands_that_compute_take_it() -> None:
+    group: Any = typer.main.get_command(app)
+    offered = {
+        name: parameter
+        for name, command in group.commands.items()
+        for parameter in command.params
+        if parameter.name == "device"
+    }
+    assert set(offered) == {"peer", "generate", "chat", "serve", "tune", "bench", "demo", "doctor"}
+    for parameter in offered.values():
+        assert parameter.opts == ["--device"] and parameter.default == "auto"
+        assert "CUDA" in parameter.help and "SPLITNET_DEVICE" in parameter.envvar
