@@ -1,11 +1,12 @@
-"""What one hop adds to a decode token beyond the compute of its blocks, on loopback with CURVE on.
+"""What a decode token costs beyond reading weights, by part: its blocks, what hops add, the client and its head.
 
-Two routes through the same blocks take turns: one peer with all of them, and several peers with a part each. Each peer
-is a process of its own. Of every token the client knows the time that it took and the time that the devices spent on it
-(steps and results carry it); the rest is what the hops and the client add: codecs, messages, sockets, encryption,
-threads and dispatch. The difference between the routes, per additional peer, is what one hop adds.
+Two routes through the same blocks take turns, on loopback with CURVE on: one peer with all of them, and several peers
+with a part each. Each peer is a process of its own. Of every token the client knows the time that it took and the time
+that the devices spent on it (steps and results carry it); the rest is what the hops and the client add: codecs,
+messages, sockets, encryption, threads and dispatch. The difference between the routes, per additional peer, is what one
+hop adds. Then whole tokens are generated through the longer route: what is not spent in its steps is the client's.
 
-    python benchmarks/hop.py CHECKPOINT [--hops 3] [--tokens 200] [--rounds 5] [--codec auto]
+    python benchmarks/hop.py CHECKPOINT [--weights int8] [--hops 3] [--tokens 200] [--rounds 5] [--codec auto]
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ import statistics
 import time
 from collections import Counter
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 
-from splitnet.cli.local_swarm import EXACT, LocalSwarm
+from splitnet.bench.clock import Clock
+from splitnet.cli.local_swarm import LocalSwarm
+from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.session import Session
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.net import messages
-from splitnet.net.codecs import codec_by_name
+from splitnet.model.ends import Ends
 from splitnet.net.messages import Part
 
 
@@ -33,13 +37,16 @@ def main() -> None:
     parser.add_argument("--hops", type=int, default=3, help="peers of the longer route")
     parser.add_argument("--tokens", type=int, default=200, help="decode tokens per round and route")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--weights", default="float32", help="of peers and of the head; stored: as they are")
     parser.add_argument("--codec", default="auto", help="of every link; auto chooses by cost, as clients do")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     facts = ModelFacts.of(Checkpoint.open(arguments.checkpoint))
     hidden = torch.randn(1, facts.hidden_size)
     checkpoint, hops = arguments.checkpoint, arguments.hops
-    with LocalSwarm(checkpoint, 1, EXACT) as short, LocalSwarm(checkpoint, hops, EXACT) as long:
+    kind = [] if arguments.weights == "stored" else ["--weights", arguments.weights]
+    options = ("--threads", "1", *kind)
+    with LocalSwarm(checkpoint, 1, options) as short, LocalSwarm(checkpoint, hops, options) as long:
         addresses = {1: short.wait(), arguments.hops: long.wait()}
         with Swarm(facts, [addresses[1]]) as one, Swarm(facts, [addresses[arguments.hops]]) as many:
             routes = {
@@ -55,8 +62,9 @@ def main() -> None:
             report(rounds)
             used = Counter(link.codec for link in routes[arguments.hops].links())
             print(f"Codecs of the longer route's links: {', '.join(f'{name} ({n})' for name, n in used.items())}.\n")
-            for name in used:
-                report_parts(name, facts.hidden_size)
+            head = None if arguments.weights == "stored" else arguments.weights
+            model = attach(Checkpoint.open(checkpoint), many, codec=arguments.codec, local_weights=head)
+            report_whole(model, arguments.tokens, arguments.rounds)
 
 
 @dataclass(frozen=True)
@@ -98,39 +106,44 @@ def report(rounds: dict[int, list[Token]]) -> None:
     )
 
 
-def report_parts(codec: str, hidden: int) -> None:
-    print(f"Of which, measured alone in one thread (codec {codec}, hidden {hidden}):")
-    print()
-    print("| part | us |")
-    print("|---|---|")
-    for name, microseconds in parts(codec, hidden).items():
-        print(f"| {name} | {microseconds:.0f} |")
-    print()
+def report_whole(model: RemoteCausalLM, tokens: int, rounds: int) -> None:
+    """Generates answers, and tells what a token takes in steps through the hops, in norm and head, and besides."""
+    timed = [Timed(Session, "begin"), Timed(Session, "finish"), Timed(Ends, "logits")]
+    prompt = torch.randint(model.config.vocab_size, (1, 8))
+    totals: list[float] = []
+    for _ in range(rounds + 1):
+        clock = Clock()
+        model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=tokens,
+            eos_token_id=None,
+            do_sample=False,
+            streamer=clock,
+        )
+        totals += [1000 * (later - earlier) for earlier, later in pairwise(clock.times)]
+    total = statistics.median(totals)
+    begin, finish, head = (statistics.median(part.ms) for part in timed)
+    print("| a whole token, ms | steps through the hops | norm and head | the rest of the client |")
+    print("|---|---|---|---|")
+    print(f"| {total:.2f} | {begin + finish:.2f} | {head:.2f} | {total - begin - finish - head:.2f} |")
 
 
-def parts(codec_name: str, hidden: int) -> dict[str, float]:
-    """Median microseconds of what a hop does in Python for one decode token."""
-    codec = codec_by_name(codec_name)
-    activation = torch.randn(1, hidden)
-    payload = codec.encode(activation)
-    step = messages.Step(bytes(16), 1, 1000, (Part(1, 1000, 1, 1),), None, 0, codec.code, payload)
-    frames = messages.encode(step)
-    return {
-        "decode the activation": median_us(lambda: codec.decode(payload, 1, hidden)),
-        "encode the activation": median_us(lambda: codec.encode(activation)),
-        "read the message": median_us(lambda: messages.decode(frames)),
-        "write the message": median_us(lambda: messages.encode(step)),
-    }
+class Timed:
+    """Notes how long each call of a method takes, in ms."""
 
+    def __init__(self, owner: type, name: str) -> None:
+        self.ms: list[float] = []
+        call = getattr(owner, name)
 
-def median_us(action: object, repeats: int = 2000) -> float:
-    assert callable(action)
-    times: list[float] = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        action()
-        times.append((time.perf_counter() - began) * 1e6)
-    return statistics.median(times)
+        def timed(*given: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return call(*given, **named)
+            finally:
+                self.ms.append((time.perf_counter() - began) * 1000)
+
+        setattr(owner, name, timed)
 
 
 if __name__ == "__main__":
