@@ -442,6 +442,8 @@ class Transport:
                 if tcp.ended:
                     continue
             self._guard(self._on_message, source, frames)
+            if not cast(int, handle.get(zmq.EVENTS)) & zmq.POLLIN:  # sooner told than by an error
+                return True
         return False
 
     def _sender(self, routing_id: bytes, frame: zmq.Frame) -> tuple[Connection, TcpConnection | None]:
