@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from splitnet.errors import SplitnetError
 
@@ -90,9 +91,8 @@ def find_present(*, tried: bool = True) -> Present:
     """
     import torch
 
-    names = {"cuda": tuple(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))}
+    names = {"cuda": _names_by(torch.cuda), "xpu": _names_by(torch.xpu)}
     names["mps"] = ("Metal",) if torch.backends.mps.is_available() else ()
-    names["xpu"] = tuple(torch.xpu.get_device_name(index) for index in range(torch.xpu.device_count()))
     built = any((torch.version.cuda, torch.version.hip, torch.backends.mps.is_built(), torch.xpu._is_compiled()))
     present = Present(
         names, lacking="torch finds no GPU" if built else f"torch {torch.__version__} is built for no GPU"
@@ -125,6 +125,15 @@ def find_device(asked: str) -> Choice:
     if asked == AUTO:
         log.log(logging.WARNING if present.faults else logging.INFO, "computes on %s", choice)
     return choice
+
+
+def _names_by(torch_part: Any) -> tuple[str, ...]:
+    """What the devices of `torch.cuda` or `torch.xpu` are called; to say so starts the driver, which may fail."""
+    count = torch_part.device_count()
+    try:
+        return tuple(torch_part.get_device_name(index) for index in range(count))
+    except (RuntimeError, AssertionError):
+        return ("a GPU",) * count
 
 
 def _fault_of(device: str) -> str | None:

@@ -78,6 +78,19 @@ def test_a_gpu_that_fails_is_passed_over_and_named(
     assert "computes on xpu:0 (Arc; cuda:0 cannot be used: driver too old" in caplog.text
 
 
+def test_a_driver_that_does_not_start_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_old(index: int) -> str:
+        raise RuntimeError("The NVIDIA driver on your system is too old")
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a CUDA device, so that its driver would start")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", too_old)
+    assert device_choice.find_present(tried=False).devices == {"cuda:0": "a GPU"}
+    with pytest.raises(SplitnetError, match=r"cuda:0 \(a GPU\) cannot be used"):
+        find_device("cuda")
+
+
 def test_a_named_device_is_tried_before_anything_slow(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device_choice, "find_present", lambda *, tried=True: Present({"cuda": ("Ghost",)}))
     if torch.cuda.is_available():
