@@ -34,10 +34,16 @@ def in_large_pages(rows: int, row_bytes: int) -> torch.Tensor:
     """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them.
 
     The processor remembers where some thousand pages are; of small ones all weights have many times more.
+
+    Raises:
+        MemoryError: the system has no more.
     """
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(rows, row_bytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, max(1, rows * row_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        memory = mmap.mmap(-1, max(1, rows * row_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"the system has no {rows * row_bytes} bytes") from error
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[: rows * row_bytes].view(rows, row_bytes)

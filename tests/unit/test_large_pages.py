@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from splitnet.model.memory import in_large_pages
+from splitnet.errors import OutOfMemory
+from splitnet.model.memory import guarded, in_large_pages
 
 MAPS = Path("/proc/self/smaps")
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -37,3 +39,11 @@ def test_large_pages_are_asked_for_and_not_shared_ones_which_linux_gives_none() 
     room = in_large_pages(8, 2**21)
     flags = flags_at(room.data_ptr() + room.nbytes // 2)
     assert "hg" in flags and "sh" not in flags
+
+
+def test_more_than_there_is_says_how_many_blocks_would_fit() -> None:
+    with (
+        pytest.raises(OutOfMemory, match="blocks 1:3 of a model take"),
+        guarded("a model", 1, 3, 1, torch.device("cpu")),
+    ):
+        in_large_pages(2**25, 2**25)
