@@ -61,6 +61,9 @@ _DO_NOT_TURN: Mapping[str, Callable[[Any], bool]] = {
 _NEEDED: Mapping[str, Any] = {"do_layer_norm_before": True, "apply_residual_connection_post_layernorm": False}
 """Values of attributes of blocks where they exist; with others the order is another."""
 
+_CAPPED = "Gemma2Attention"
+"""Whose logits are capped. Gemma 3 reads the cap from its config, too, and does nothing with it."""
+
 _ALIBI: Mapping[str, Callable[[Any, int], torch.Tensor]] = {
     "BloomAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
     "FalconAttention": lambda own, heads: own.build_alibi_tensor(torch.ones(1, 2), heads, torch.float32),
@@ -220,7 +223,7 @@ class Attention:
             stored,
             size,
             scale=float(_first(module, "scaling", "inv_norm_factor", "softmax_scale") or size**-0.5),
-            cap=float(_first(module, "attn_logit_softcapping") or 0),
+            cap=float((type(module).__name__ == _CAPPED and module.attn_logit_softcapping) or 0),
             clip=float(_first(module, "clip_qkv") or _first(getattr(module, "config", None), "clip_qkv") or 0),
             sinks=getattr(module, "sinks", None),
             slopes=slopes,

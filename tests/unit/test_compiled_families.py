@@ -53,6 +53,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a clip": ("olmo", {"clip_qkv": 0.7}),
     "biases everywhere": ("llama", {"attention_bias": True, "mlp_bias": True}),
     "a low cap": ("gemma2", {"attn_logit_softcapping": 2.0}),
+    "no cap": ("gemma2", {"attn_logit_softcapping": None}),
+    "a cap that the family does not heed": ("gemma3_text", {"attn_logit_softcapping": 2.0}),
     "rotary embeddings that differ": (
         "gemma3_text",
         {
