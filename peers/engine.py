@@ -13,6 +13,7 @@ from peers.counters import Counters
 from peers.failures import failure_of
 from peers.load import Load
 from peers.pass_engine import PassEngine
+from peers.row_memory import is_quick
 from peers.session import PassWork, Work
 from peers.session_service import SessionService, SessionTooLong
 from peers.speed import ObservedSpeed, measure_speed
@@ -90,7 +91,8 @@ class Engine:
         """
         if self._turns.acquire(blocking=False):
             try:
-                if self._queue.has_short_step(self._gathering, SHORT_S):
+                work = self._queue.short_step(self._gathering, SHORT_S)
+                if work is not None and is_quick(work.session, work.step):
                     self._run_steps(self._queue.take(PASS_POSITIONS))
                     return
             finally:

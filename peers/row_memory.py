@@ -62,6 +62,20 @@ def _goes_on(session: Session, step: Step) -> bool:
     return end <= row.room and row.prefix_length + end <= session.budget
 
 
+def is_quick(session: Session, step: Step) -> bool:
+    """Whether `step` takes as long as its positions: no row is copied or moved, or has some to run once more."""
+    if step.forks is not None:
+        return False
+    for part in step.parts:
+        row = session.rows.get(part.row)
+        if row is None:
+            if session.rows:  # which may give back what they have ahead
+                return False
+        elif row.room < part.start + part.length or (row.has_states and min(part.start, row.computed) < row.length):
+            return False
+    return True
+
+
 def prepare_rows(session: Session, step: Step) -> None:
     """Forks and crops the rows of `session` for `step`, and gives them room; a step that is refused changes nothing.
 

@@ -94,18 +94,19 @@ class WorkQueue:
             if self.has_work:
                 self._changed.notify()
 
-    def has_short_step(self, gathering: Gathering, within_s: float) -> bool:
-        """Whether all there is to do is one decode step that takes no longer, and nothing is expected to join it."""
+    def short_step(self, gathering: Gathering, within_s: float) -> Work | None:
+        """The decode step that is all there is to do, if it takes no longer, and nothing is expected to join it."""
         with self._changed:
             if len(self._ready) != 1 or self._passes or self._closed:
-                return False
-            positions = next(iter(self._ready)).waiting[0].remaining
-            return (
-                positions <= DECODE_POSITIONS
-                and self._pass_s(positions) <= within_s
+                return None
+            work = next(iter(self._ready)).waiting[0]
+            is_short = (
+                work.remaining <= DECODE_POSITIONS
+                and self._pass_s(work.remaining) <= within_s
                 and not gathering.patience_s(1)
                 and not self._shares.contended(time.monotonic())
             )
+            return work if is_short else None
 
     def put_pass(self, work: PassWork) -> None:
         """Adds a pass over whole sequences, which runs when no step of its key is ready.

@@ -105,6 +105,7 @@ class FakeRow:
     """A row without keys and values."""
 
     prefix_length = 0
+    has_states = False
 
     def __init__(self, length: int = 0, room: int = 0) -> None:
         self.length = length
@@ -908,6 +909,49 @@ class TestEngine:
         engine.run_here()
         assert span.passes == [2]
         assert isinstance(self.answers(peer)[1], Result)
+
+    @pytest.mark.parametrize(
+        ("start", "room", "has_states", "forks"),
+        [(1, 100, True, None), (2, 3, False, None), (2, 100, False, (Fork(1, 1), Fork(2, 1)))],
+        ids=["positions to run once more", "a row that moves", "a copy of a row"],
+    )
+    def test_what_may_take_longer_is_left_to_the_engines_thread(
+        self,
+        peer: Peer,
+        engine: Engine,
+        span: FakeSpan,
+        start: int,
+        room: int,
+        has_states: bool,
+        forks: tuple[Fork, ...] | None,
+    ) -> None:
+        peer.queue.defers = True
+        self.send(peer, 1)
+        engine.run_here()
+        session = peer.table.get(bytes([1]) * 16)
+        assert session is not None and span.passes == [2]
+        row: Any = session.rows[1]
+        row.room, row.has_states = room, has_states
+        peer.heard()
+        self.send(peer, 1, start=start, forks=forks)
+        engine.run_here()
+        assert span.passes == [2]
+        assert engine._turn()
+        assert span.passes == [2, 2]
+
+    def test_a_window_of_drafts_that_takes_some_back_runs_in_the_thread_that_received_it(
+        self, peer: Peer, engine: Engine, span: FakeSpan
+    ) -> None:
+        peer.queue.defers = True
+        self.send(peer, 1)
+        engine.run_here()
+        session = peer.table.get(bytes([1]) * 16)
+        assert session is not None
+        session.rows[1].room = 100
+        peer.heard()
+        self.send(peer, 1, start=1)
+        engine.run_here()
+        assert span.passes == [2, 2]
 
     def test_steps_of_two_clients_wait_for_one_pass(self, peer: Peer, engine: Engine, span: FakeSpan) -> None:
         peer.queue.defers = True
