@@ -163,6 +163,18 @@ def test_weights_that_are_transposed_give_the_same_bits_as_before(tmp_path: Path
     torch.testing.assert_close(decoded(found, (12, 9), 3), decoded(plain, (12, 9), 3), rtol=1e-5, atol=1e-5)
 
 
+def test_in_half_precision_each_block_must_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of eight that leaves the rotary embedding out is within the rounding of all."""
+    folder = random_checkpoint("llama", tmp_path, blocks=10)
+
+    def kind(dtype: str) -> type[Any]:
+        return type(Span.load(Checkpoint.open(folder), 1, 9, dtype=dtype)._lean)
+
+    assert kind("bfloat16") is CompiledStep
+    monkeypatch.setattr(block_description, "_turns", lambda attention: attention.layer_idx != 5)
+    assert kind("bfloat16") is not CompiledStep
+
+
 def test_whatever_is_raised_means_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(block: Any) -> None:
         raise TypeError
