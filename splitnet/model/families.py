@@ -241,6 +241,8 @@ def _reason_against(config: PreTrainedConfig) -> str:
         return "it is an encoder-decoder model"
     if hasattr(config, "type_vocab_size"):
         return "it is a bidirectional encoder"
+    if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
+        return "its positions see those behind them"
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         return "its config does not say how many blocks it has"
     if keeps_states(config):

@@ -566,6 +566,8 @@ def test_families_that_cannot_be_cut_are_refused_by_name(tmp_path: Path) -> None
     [
         (Case("zamba2", {"layers_block_type": ["linear_attention", "hybrid"] * 3}), "the same weights"),
         (Case("gemma4_text"), "an input of their own for every token"),
+        (Case("gemma3_text", {"use_bidirectional_attention": True}), "see those behind them"),
+        (Case("gemma4_text", SPARSE["gemma4_text"] | {"use_bidirectional_attention": "all"}), "see those behind them"),
         (Case("deepseek_v4"), "several hidden states"),
         (
             Case("glm_moe_dsa", SPARSE["glm_moe_dsa"] | {"indexer_types": ["full", "full", "shared"] * 2}),
@@ -574,7 +576,7 @@ def test_families_that_cannot_be_cut_are_refused_by_name(tmp_path: Path) -> None
     ],
     ids=lambda value: value.family if isinstance(value, Case) else "",
 )
-def test_blocks_that_share_more_than_a_hidden_state_are_refused(case: Case, reason: str) -> None:
+def test_blocks_that_take_more_than_former_positions_are_refused(case: Case, reason: str) -> None:
     config = random_config(case.family, blocks=6, hidden=64, vocab=300, **case.overrides)
     with pytest.raises(UnsupportedModel, match=f"{case.family!r}.*{reason}"):
         check_can_be_cut(config)
