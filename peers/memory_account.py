@@ -38,6 +38,8 @@ class Purpose(StrEnum):
     """Steps that wait for the device."""
     PASSES = "passes"
     """Passes that wait, and inputs that gradients may come for."""
+    GRAPHS = "graphs"
+    """What spares passes that gradients may come for to be computed again; it makes room for everything else."""
     ADAPTERS = "adapters"
     """Adapters, with parts that come in and sums of gradients."""
 

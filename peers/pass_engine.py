@@ -93,7 +93,14 @@ class PassEngine:
         session = work.session
         adapter = self._adapter(work, message)
         hidden = self._decode(message.codec, message.payload, message.positions)
-        output = self._passes.forward(hidden, message.lengths, adapter, session.start, session.end)
+        run = hidden, message.lengths, adapter, session.start, session.end
+        nbytes = self._passes.bytes_to_keep(message.lengths, adapter, session.end - session.start)
+        if message.kept and nbytes is not None and self._training.may_keep_way(work, nbytes):
+            output, way = self._passes.forward_kept(*run, nbytes)
+            self._training.keep_way(work, way)
+            del way
+        else:
+            output = self._passes.forward(*run)
         payload = session.codec.encode(output)
         work.compute_ms = self._ms_since(began)
         session.done += message.positions
@@ -105,11 +112,15 @@ class PassEngine:
         assert work.forward is not None and isinstance(work.forward.message, Forward)
         forward = work.forward.message
         adapter = self._adapter(work, forward)
-        hidden = self._decode(forward.codec, forward.payload, forward.positions)
         gradient = self._decode(message.codec, message.payload, forward.positions)
-        gradient, by_adapter = self._passes.backward(
-            hidden, forward.lengths, gradient, adapter, session.start, session.end
-        )
+        way = self._training.take_way(work.forward)
+        if way is not None:
+            gradient, by_adapter = self._passes.go_back(way, gradient)
+        else:
+            hidden = self._decode(forward.codec, forward.payload, forward.positions)
+            gradient, by_adapter = self._passes.backward(
+                hidden, forward.lengths, gradient, adapter, session.start, session.end
+            )
         payload = codec_by_code(forward.gradient_codec).encode(gradient)
         by_adapter = self._added_up(session, message, by_adapter)
         parts = write_groups(by_adapter) if by_adapter else []

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from splitnet.model.adapters import Adapter
     from splitnet.model.kv_cache import RowCache
+    from splitnet.model.passes import WayBack
 
 
 MOST_RESENT = 10
@@ -196,6 +197,10 @@ class PassWork:
     """Of an adapter."""
     wait_ms: float = 0.0
     compute_ms: float = 0.0
+    way: WayBack | None = None
+    """What is kept of a forward pass besides its input."""
+    way_bytes: int = 0
+    """What is accounted for it."""
 
     @property
     def positions(self) -> int:

@@ -17,6 +17,7 @@ from peers.session import PassWork, Session
 from peers.work_queue import WorkQueue
 from splitnet.errors import PeerBusy, ProtocolError
 from splitnet.model.adapters import counted_down
+from splitnet.model.passes import WayBack
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Connection
 from splitnet.net.messages import (
@@ -66,6 +67,8 @@ class Training:
         self.memory = memory
         self._lock = lock
         self._counters = counters
+        self._ways: dict[PassWork, None] = {}
+        """Passes whose way back is kept, the oldest first; one that the device is at is not among them."""
 
     def receive(self, session: Session, source: Connection, message: Request, now: float) -> None:
         """Takes a message in that its sender may send.
@@ -85,7 +88,7 @@ class Training:
             self._served.check_payload(message.codec, message.payload, forward.positions)
             work = PassWork(session, message, forward.source, now, forward)
             more = work.nbytes - forward.nbytes
-            self.memory.take(session, Purpose.PASSES, more)
+            self._take(session, Purpose.PASSES, more)
             try:
                 self._queue.put_pass(work)
             except PeerBusy:
@@ -112,7 +115,35 @@ class Training:
         self.forget(session)
         session.adapter, session.adapter_version, session.gradient_sum = None, 0, None
         session.adapter_parts = []
+        for work in [work for work in self._ways if work.session is session]:
+            self._drop_way(work)
         self.memory.end(session)
+
+    def may_keep_way(self, work: PassWork, nbytes: int) -> bool:
+        """Takes memory for the way back of a pass that is about to run; False: there is none to spare."""
+        with self._lock:
+            session = work.session
+            account = session.owner, session, Purpose.GRAPHS
+            # As much again stays free, for what cannot be computed again.
+            if session.closed or not self.memory.has_room(2 * nbytes, *account):
+                return False
+            self.memory.take(session, Purpose.GRAPHS, nbytes)
+            work.way_bytes = nbytes
+            return True
+
+    def keep_way(self, work: PassWork, way: WayBack) -> None:
+        """Keeps what memory was taken for, until a gradient comes or something else needs the memory."""
+        with self._lock:
+            if not work.session.closed:
+                work.way = way
+                self._ways[work] = None
+
+    def take_way(self, work: PassWork) -> WayBack | None:
+        """What is kept of a forward pass, for its way back, which begins now."""
+        with self._lock:
+            self._ways.pop(work, None)
+            way, work.way = work.way, None
+            return way
 
     def forwarded(self, work: PassWork, payload: Payload) -> None:
         """Sends on the output of a forward pass, and keeps its input if a gradient may follow."""
@@ -196,7 +227,7 @@ class Training:
         self._served.check_payload(message.codec, message.payload, message.positions)
 
     def _put(self, work: PassWork) -> None:
-        self.memory.take(work.session, Purpose.PASSES, work.nbytes)
+        self._take(work.session, Purpose.PASSES, work.nbytes)
         self._queued(work)
 
     def _queued(self, work: PassWork) -> None:
@@ -215,14 +246,33 @@ class Training:
         if last is not None and (last.version, last.remaining) != (message.version, message.remaining + 1):
             self._release(PassWork(session, last, source, now, parts=session.adapter_parts))
             session.adapter_parts = []
-        self.memory.take(session, Purpose.ADAPTERS, PassWork(session, message, source, now, parts=[message]).nbytes)
+        self._take(session, Purpose.ADAPTERS, PassWork(session, message, source, now, parts=[message]).nbytes)
         session.adapter_parts.append(message)
         if not message.remaining:
             work = PassWork(session, message, source, now, parts=session.adapter_parts)
             session.adapter_parts = []
             self._queued(work)
 
+    def _take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+        """Takes memory for what cannot be done without.
+
+        Raises:
+            PeerBusy: there is too little, also without all ways back that are kept.
+        """
+        while self._ways and not self.memory.has_room(nbytes, session.owner, session, purpose):
+            own = (work for work in self._ways if work.session.owner == session.owner)
+            self._drop_way(next(own, None) or next(iter(self._ways)))
+        self.memory.take(session, purpose, nbytes)
+
+    def _drop_way(self, work: PassWork) -> None:
+        self._ways.pop(work, None)
+        self.memory.give_back(work.session, Purpose.GRAPHS, work.way_bytes)
+        work.way, work.way_bytes = None, 0
+
     def _release(self, work: PassWork) -> None:
+        for one in (work, work.forward):
+            if one is not None:
+                self._drop_way(one)
         purpose = Purpose.ADAPTERS if isinstance(work.message, Adapter) else Purpose.PASSES
         self.memory.give_back(work.session, purpose, work.nbytes)
 

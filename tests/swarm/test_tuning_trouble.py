@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,10 @@ def test_peers_that_die_between_forward_and_backward_change_nothing(
 
 
 @pytest.mark.parametrize("victim", [0, 1, 2])
-@pytest.mark.parametrize("way", ["forward", "backward"])
-def test_a_peer_that_dies_while_it_computes_changes_nothing(way: str, victim: int, twins: LocalSwarm) -> None:
+@pytest.mark.parametrize("ways", [("forward", "forward_kept"), ("backward", "go_back")], ids=["forward", "backward"])
+def test_a_peer_that_dies_while_it_computes_changes_nothing(
+    ways: tuple[str, ...], victim: int, twins: LocalSwarm
+) -> None:
     undisturbed = train(wrapped(twins.model(), lora()), 3)
     model = wrapped(twins.model(), lora())
     killed = threading.Event()
@@ -93,15 +96,15 @@ def test_a_peer_that_dies_while_it_computes_changes_nothing(way: str, victim: in
         if step == 0:
             peer = used(twins, model, victim)
             passes: Any = peer.server._engine._pass_engine._passes
-            original = getattr(passes, way)
 
-            def dies(*args: Any) -> Any:
+            def dies(original: Any, *args: Any) -> Any:
                 if not killed.is_set():
                     killed.set()
                     peer._transport.close()
                 return original(*args)
 
-            setattr(passes, way, dies)
+            for way in ways:
+                setattr(passes, way, partial(dies, getattr(passes, way)))
 
     assert torch.equal(train(model, 3, arm), undisturbed)
     assert killed.is_set()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from splitnet.model.adapters import LORA_A, LORA_B, Adapter
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.passes import SpanPasses
 from splitnet.model.span import Part, Span
@@ -120,3 +121,34 @@ def test_more_urgent_work_may_run_between_two_blocks(checkpoint_of: Callable[[st
     disturbed, _ = SpanPasses(span, between=decode).backward(hidden, (9,), gradient, None, 1, 4)
     assert torch.equal(alone, disturbed)
     assert len(decoded) == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_way_back_that_is_kept_gives_the_same(
+    family: str, share: float, checkpoint_of: Callable[[str], Path]
+) -> None:
+    """Whole or in part, to the last bit, and it takes what was foretold."""
+    span = spans_of(checkpoint_of(family))[1]
+    adapter = None
+    if family == "llama":
+        layer = "1.self_attn.q_proj"
+        torch.manual_seed(2)
+        adapter = Adapter({layer + LORA_A: torch.randn(4, HIDDEN), layer + LORA_B: torch.randn(HIDDEN, 4)})
+        span.fit(adapter)
+    hidden, gradient = torch.randn(sum(LENGTHS), HIDDEN), torch.randn(sum(LENGTHS), HIDDEN)
+    passes = SpanPasses(span)
+    run = hidden, LENGTHS, adapter, 1, 4
+    assert passes.bytes_to_keep(LENGTHS, adapter, 3) is None
+    expected, by_adapter = passes.backward(hidden, LENGTHS, gradient, adapter, 1, 4)
+    nbytes = passes.bytes_to_keep(LENGTHS, adapter, 3)
+    assert nbytes is not None
+    output, way = passes.forward_kept(*run, int(share * nbytes))
+    assert torch.equal(output, passes.forward(*run))
+    kept = sum(piece.output is not None for pieces in way.pieces for piece in pieces)
+    assert kept == {0.0: 0, 0.5: 1, 1.0: 3}[share]
+    found, of_adapter = passes.go_back(way, gradient)
+    assert torch.equal(found, expected)
+    assert of_adapter.keys() == by_adapter.keys() and len(by_adapter) == (2 if adapter else 0)
+    assert all(torch.equal(of_adapter[name], by_adapter[name]) for name in by_adapter)
+    assert not way.pieces

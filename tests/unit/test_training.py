@@ -333,3 +333,80 @@ def test_a_peer_that_only_trains_is_busy(opened: Peer) -> None:
     [(_, pong)] = opened.says(Ping(1))
     assert isinstance(pong, Pong) and pong.queue_ms == 6.0
     assert opened.service.queue_ms == 0.0  # a step would be let in
+
+
+WAY: Any = object()
+
+
+def keeps_way(peer: Peer, number: int, nbytes: int, **changes: Any) -> PassWork | None:
+    """A pass goes forward; the engine keeps its way back if it may."""
+    assert peer.says(forward(number, **changes), PREVIOUS) == []
+    work, training = take(peer), peer.service.training
+    may = training.may_keep_way(work, nbytes)
+    if may:
+        training.keep_way(work, WAY)
+    ends(peer, work)
+    return work if may else None
+
+
+def test_a_way_back_that_is_kept_is_accounted_for_until_the_gradient_has_gone_back(opened: Peer) -> None:
+    kept = keeps_way(opened, 7, 1000)
+    assert kept is not None and kept_bytes(opened) == BYTES + 1000
+    assert opened.says(gradient(), AFTER) == []
+    work = take(opened)
+    assert work.forward is kept
+    assert opened.service.training.take_way(kept) is WAY
+    assert opened.service.training.take_way(kept) is None
+    ends(opened, work)
+    assert kept_bytes(opened) == 0
+
+
+def test_ways_back_make_room_for_what_cannot_be_computed_again(opened: Peer) -> None:
+    memory = opened.service.training_memory
+    memory.limit = 20 * BYTES
+    first, second = (keeps_way(opened, number, 2 * BYTES) for number in (7, 8))
+    assert first is not None and second is not None
+    assert keeps_way(opened, 9, 5 * BYTES) is None  # it would leave too little
+    for number in (10, 11, 12, 13, 14):
+        goes_forward(opened, forward(number))
+    assert first.way is None and second.way is WAY
+    for number in (15, 16):
+        goes_forward(opened, forward(number))
+    assert second.way is None
+    assert kept_bytes(opened) == 10 * BYTES
+    memory.limit = 40 * BYTES
+    assert opened.says(gradient(7), AFTER) == []  # its input is still there
+
+
+def test_ways_back_end_with_their_passes(opened: Peer) -> None:
+    """With those that the client does not need any more, with an epoch, and with a session."""
+    keeps_way(opened, 7, 1000)
+    keeps_way(opened, 8, 1000, oldest=8)
+    assert kept_bytes(opened) == BYTES + 1000
+    opened.says(opening(epoch=2))
+    assert kept_bytes(opened) == 0
+    kept = keeps_way(opened, 9, 1000, epoch=2)
+    assert kept is not None and kept.way is WAY
+    opened.says(Close(SID))
+    assert kept.way is None and kept_bytes(opened) == 0
+
+
+def test_a_way_back_of_a_session_that_has_ended_is_not_kept(opened: Peer) -> None:
+    opened.says(forward(), PREVIOUS)
+    work, training = take(opened), opened.service.training
+    assert training.may_keep_way(work, 1000)
+    opened.says(Close(SID))
+    training.keep_way(work, WAY)
+    assert work.way is None
+    assert not training.may_keep_way(work, 1000)
+    ends(opened, work)
+    assert kept_bytes(opened) == 0
+
+
+def test_a_pass_that_fails_keeps_no_way_back(opened: Peer) -> None:
+    kept = keeps_way(opened, 7, 1000)
+    assert kept is not None
+    opened.says(gradient(), AFTER)
+    work = take(opened)
+    opened.service.training.failed(work, FailureCode.INTERNAL, "broken")
+    assert kept_bytes(opened) == 0 and kept.way is None
