@@ -115,8 +115,13 @@ def text_as_prefix(folder: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(layer.keys[0], layer.values[0]) for layer in kept.layers]
 
 
+def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """As `splitnet tune` has it computed."""
+    return model(**batch, **({"logits_to_keep": 1} if getattr(model, "loss_in_parts", False) else {})).loss
+
+
 def gradient_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    model(**batch).loss.backward()
+    loss_of(model, batch).backward()
     return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.requires_grad])
 
 
@@ -150,7 +155,7 @@ def curve(
     losses: list[float] = []
     for step in range(steps):
         optimizer.zero_grad()
-        loss = model(**batches[step % len(batches)]).loss
+        loss = loss_of(model, batches[step % len(batches)])
         loss.backward()
         optimizer.step()
         losses.append(loss.item())

@@ -2,7 +2,7 @@
 
 Each is a process of its own that takes two steps; what counts is the most that it held, above what it held before.
 
-    python benchmarks/tuning_memory.py CHECKPOINT [--rows 8] [--columns 256]
+    python benchmarks/tuning_memory.py CHECKPOINT [--rows 8] [--columns 256] [--vocabulary 152000]
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,8 @@ def main() -> None:
     parser.add_argument("checkpoint", help="folder of a checkpoint")
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--columns", type=int, default=256)
+    parser.add_argument("--methods", nargs="+", choices=tuning.METHODS, default=list(tuning.METHODS))
+    parser.add_argument("--vocabulary", type=int, help="measure a model that knows so many tokens, with new weights")
     parser.add_argument("--only", nargs=2, metavar=("METHOD", "ADDR"), help="train here alone; - is no swarm")
     arguments = parser.parse_args()
     torch.set_num_threads(tuning.PEERS)
@@ -35,18 +38,35 @@ def main() -> None:
         method, address = arguments.only
         train(arguments.checkpoint, method, address, arguments.rows, arguments.columns)
         return
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.vocabulary:
+            enlarge(arguments.checkpoint, folder, arguments.vocabulary)
+        measure(folder if arguments.vocabulary else arguments.checkpoint, arguments)
+
+
+def measure(checkpoint: str, arguments: argparse.Namespace) -> None:
+    """Prints a row for each method."""
+    options = [checkpoint, "--rows", str(arguments.rows), "--columns", str(arguments.columns)]
     print(f"{arguments.rows} rows of {arguments.columns} tokens.\n")
     print("| method | PEFT, whole model: before, MiB | training adds | client: before | adds | a peer: before | adds |")
     print("|---|---|---|---|---|---|---|")
-    for method in tuning.METHODS:
-        with LocalSwarm(arguments.checkpoint, tuning.PEERS, EXACT) as peers:
+    for method in arguments.methods:
+        with LocalSwarm(checkpoint, tuning.PEERS, EXACT) as peers:
             address = peers.wait()
             before = [reset(process.pid) for process in peers.processes]
-            client = run(method, address, sys.argv[1:])
+            client = run(method, address, options)
             added = [peak(process.pid) - held for process, held in zip(peers.processes, before, strict=True)]
-        alone = run(method, "-", sys.argv[1:])
+        alone = run(method, "-", options)
         cells = [*alone, *client, max(before), max(added)]
         print(f"| {method} | {' | '.join(f'{cell:.0f}' for cell in cells)} |", flush=True)
+
+
+def enlarge(checkpoint: str, folder: str, vocabulary: int) -> None:
+    """Saves a checkpoint with more tokens, and its tokenizer."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    model.resize_token_embeddings(vocabulary, mean_resizing=False)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(folder)
 
 
 def run(method: str, address: str, arguments: Sequence[str]) -> tuple[float, float]:

@@ -35,7 +35,7 @@ def main(name: str, address: str, folder: str) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(STEPS):
         optimizer.zero_grad()
-        loss = model(**batch, labels=labels).loss
+        loss = model(**batch, labels=labels, logits_to_keep=1).loss
         loss.backward()
         optimizer.step()
         print(f"step {step + 1}: loss {loss.item():.3f}")

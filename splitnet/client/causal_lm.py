@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationMixin, StoppingCriteria
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from splitnet.client.cache import Conversation, ModelSession, RemoteCache
 from splitnet.client.cached_blocks import Exchange
@@ -28,6 +29,7 @@ from splitnet.errors import SplitnetError, UnsupportedModel
 from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.ends import Ends, ends_of
+from splitnet.model.loss_in_parts import loss_in_parts
 from splitnet.model.shell import backbone_of, load_shell
 from splitnet.net.identity import Identity
 
@@ -122,6 +124,9 @@ def _attached(checkpoint: Checkpoint, swarm: Swarm, options: CausalOptions) -> R
 
 class RemoteCausalLM(RemoteModel):
     """What a causal LM with remote blocks has beyond its transformers class: sessions, and a cache of its own."""
+
+    loss_in_parts = True
+    """That `logits_to_keep` goes together with `labels`: the loss is of all positions, the logits of those kept."""
 
     ends: Ends | None = None
     """What stands before and after the blocks, if that is all there is."""
@@ -382,6 +387,9 @@ class RemoteCausalLM(RemoteModel):
         return keep if isinstance(keep, int) and given.get("labels") is None else 0
 
     def _call_model(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        keep = given.get("logits_to_keep")
+        if given.get("labels") is not None and (isinstance(keep, torch.Tensor) or keep):
+            return self._call_with_loss(forward, given)
         prefix = self._local.prefix
         if not prefix:
             return super()._call_model(forward, given)
@@ -389,6 +397,38 @@ class RemoteCausalLM(RemoteModel):
             given["position_ids"] = given["position_ids"] + prefix[0][0].shape[1]
         with self._blocks.calling(prefix=prefix, keep=self._kept_positions(given)):
             return forward(**given)
+
+    def _call_with_loss(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        """A call with labels that keeps some logits: those of other positions are never there together.
+
+        What the family does behind its backbone it does for some positions at a time.
+        """
+        if self.loss_function is not ForCausalLMLoss:
+            raise refuse("logits_to_keep", "goes with labels where the loss is that of causal models: leave it out")
+        labels, keep = given.pop("labels"), given.pop("logits_to_keep")
+        items = given.pop("num_items_in_batch", None)
+        outputs: list[Any] = []
+
+        def keep_some(run: Callable[[], Any]) -> Any:
+            outputs.append(run())
+            hidden = outputs[0][0]
+            return _with_hidden(outputs[0], hidden[:, slice(-keep, None) if isinstance(keep, int) else keep])
+
+        def score(hidden: torch.Tensor) -> torch.Tensor:
+            with self._blocks.calling(backbone=lambda run: _with_hidden(outputs[0], hidden[None])):
+                return forward(**given)[0][0]
+
+        with self._blocks.calling(backbone=keep_some):
+            called = self._call_model(forward, given)
+        loss = loss_in_parts(
+            outputs[0][0],
+            labels,
+            score,
+            called[0].shape[-1],
+            trained=[parameter for parameter in self.parameters() if parameter.requires_grad],
+            items=items,
+        )
+        return (loss, *called) if isinstance(called, tuple) else type(called)(loss=loss, **called)
 
     def _cache_for(self, given: Any, wanted: bool) -> RemoteCache | None:
         if given is None:
@@ -399,6 +439,13 @@ class RemoteCausalLM(RemoteModel):
                 "leave out `cache`, or use model.new_cache()"
             )
         return given
+
+
+def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """The output of a backbone with other hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    return type(output)(**{**output, "last_hidden_state": hidden})
 
 
 class _OfThread(threading.local):

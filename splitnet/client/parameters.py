@@ -62,9 +62,10 @@ GENERATION: Mapping[str, str | Refused] = {
 
 FORWARD: Mapping[str, str | Refused] = {
     **_all(
-        "input_ids inputs_embeds labels use_cache logits_to_keep num_items_in_batch return_dict token_type_ids",
+        "input_ids inputs_embeds labels use_cache num_items_in_batch return_dict token_type_ids",
         HONOURED,
     ),
+    "logits_to_keep": "as in transformers; with `labels` too, and then the loss is of all positions, part after part",
     "attention_mask": "`[batch, positions]`, without a hole between tokens; with a cache, padding is on the left",
     "position_ids": "those that follow from the mask; others are refused",
     "cache": "that of `new_cache()`, or of an earlier call; others are refused",

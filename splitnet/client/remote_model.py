@@ -45,6 +45,8 @@ class Call:
     prefix: Prefixes = ()
     run: Callable[[torch.Tensor], torch.Tensor] | None = None
     """What runs the blocks, `[batch, seq, hidden]` in and out."""
+    backbone: Callable[[Callable[[], Any]], Any] | None = None
+    """What is called in the place of the backbone, with what calls that."""
 
 
 class RemoteBlocks(nn.Module):
@@ -136,6 +138,10 @@ class RemoteModel(PreTrainedModel):
             return forward(**given)
 
     def _call_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
+        instead = self._blocks.call.backbone
+        return instead(lambda: self._run_backbone(forward, given)) if instead else self._run_backbone(forward, given)
+
+    def _run_backbone(self, forward: Callable[..., Any], given: dict[str, Any]) -> Any:
         if "past_key_values" in given:  # its former name
             given.setdefault("cache", given.pop("past_key_values"))
         check_forward(given, self.config, self._backbone_parameters)

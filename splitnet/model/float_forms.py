@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Self
 
 import torch
@@ -41,6 +42,10 @@ class ConvertedFloat(WeightForm):
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return self.weight.to(dtype)
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        outputs = outputs_at_a_time(self.weight.shape[1]) if self.weight.device.type == "cpu" else len(self.weight)
+        return (part.to(dtype) for part in self.weight.split(outputs))
 
 
 class ConvertedFloat16(ConvertedFloat):

@@ -143,6 +143,9 @@ class GroupedForm(WeightForm):
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return self.of_expert(0, dtype)
 
+    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        return self._pieces(dtype, 0)
+
     def of_expert(self, expert: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight of one, `[outputs, inputs]`, where the tiles are those of several experts."""
         found = torch.empty(self.outputs, self.inputs, dtype=dtype, device=self.tiles.device)
@@ -211,6 +214,10 @@ class JoinedForm(WeightForm):
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return torch.cat([form.dequantised(dtype) for form in self._each()])
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        for form in self._each():
+            yield from form.pieces(dtype)
 
     def rows(self, indices: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """As `GroupedForm.rows`."""

@@ -22,7 +22,7 @@ class HeldLinear(nn.Module):
     """A frozen linear layer. Until its weight is set, it has none; then it brings it into its form and forgets it.
 
     So a model of such layers is never held as a whole in floats while it is loaded. Gradients flow to what it is given,
-    none to its weight, of which a backward pass makes a copy in floats, layer by layer.
+    none to its weight, of which a backward pass makes floats, piece by piece where the form can.
 
     Args:
         in_features, out_features: its numbers of inputs and outputs.
@@ -127,7 +127,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gradient,) = gradients
-        return gradient @ ctx.held.dequantised(gradient.dtype), None
+        return ctx.held.multiply_back(gradient), None
 
 
 class Holdable(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -51,6 +52,11 @@ class DequantisedInt8(WeightForm):
 
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        outputs = outputs_at_a_time(self.codes.shape[1]) if self.codes.device.type == "cpu" else len(self.codes)
+        for codes, scales in zip(self.codes.split(outputs), self.scales.split(outputs), strict=True):
+            yield codes.to(dtype).mul_(scales.to(dtype)[:, None])
 
 
 def int8_codes(weight: torch.Tensor) -> Codes | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Self
 
 import torch
@@ -45,3 +46,21 @@ class WeightForm(nn.Module):
     def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that it stands for, `[outputs, inputs]`: a new tensor, made at every call."""
         raise NotImplementedError
+
+    def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        """The same in pieces, one below the other, `[some outputs, inputs]`; each is there until the next is asked for.
+
+        They are small where the form can be made floats a part at a time.
+        """
+        yield self.dequantised(dtype)
+
+    def multiply_back(self, gradient: torch.Tensor) -> torch.Tensor:
+        """`[rows, outputs]` -> `[rows, inputs]`, in the type of `gradient`: the way back through `multiply`."""
+        found: torch.Tensor | None = None
+        begin = 0
+        for piece in self.pieces(gradient.dtype):
+            product = gradient[:, begin : begin + len(piece)] @ piece
+            found = product if found is None else found.float().add_(product)
+            begin += len(piece)
+        assert found is not None
+        return found.to(gradient.dtype)

@@ -9,10 +9,8 @@ from typing import Any
 import torch
 
 from splitnet.errors import DataError
+from splitnet.model.loss_in_parts import IGNORED
 from splitnet.tuning.data import Example, Examples
-
-IGNORED = -100
-"""The label of a position that has no loss, as in transformers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,29 +46,32 @@ def evaluate(
     """
     model.eval()
     loss_sum, weight_sum, right = 0.0, 0, 0
+    in_parts = not head and getattr(model, "loss_in_parts", False)
     by_length = sorted(rows, key=lambda row: len(row.ids))
     for start in range(0, len(by_length), batch_size):
         part = by_length[start : start + batch_size]
-        output = model(**collate(part, pad, head=head, device=device))
+        places = _before_answers(part) if words is not None and not head else [-1] * len(part)
+        kept: dict[str, Any] = {}
+        if in_parts:
+            asked = sorted(set(places))
+            kept = {"logits_to_keep": torch.tensor(asked, device=device)}
+            places = [asked.index(place) for place in places]
+        output = model(**collate(part, pad, head=head, device=device), **kept)
         weight = len(part) if head else sum(row.learned for row in part)
         loss_sum += float(output.loss) * weight
         weight_sum += weight
         if head:
             right += sum(int(output.logits[index].argmax()) == row.choice for index, row in enumerate(part))
         elif words is not None:
-            right += _told_by_words(output.logits, part, words)
+            scores = [logits[place, list(words)] for logits, place in zip(output.logits, places, strict=True)]
+            right += sum(int(one.argmax()) == row.choice for one, row in zip(scores, part, strict=True))
         if advance:
             advance(len(part))
     classified = head or words is not None
     return Evaluation(loss_sum / weight_sum, right / len(rows) if classified else None)
 
 
-def _told_by_words(logits: torch.Tensor, rows: Sequence[Encoded], words: Sequence[int]) -> int:
-    """How many rows, of logits `[batch, positions, vocabulary]`, have the right label likeliest."""
-    # Soft prompts come before the row and have logits too.
-    offset = logits.shape[1] - max(len(row.ids) for row in rows)
-    right = 0
-    for row, scores in zip(rows, logits, strict=True):
-        first = next(position for position, target in enumerate(row.targets) if target != IGNORED)
-        right += int(scores[offset + first - 1, list(words)].argmax()) == row.choice
-    return right
+def _before_answers(rows: Sequence[Encoded]) -> list[int]:
+    """The position before the first learned token of each row, from the end: soft prompts come before the rows."""
+    longest = max(len(row.ids) for row in rows)
+    return [next(at for at, target in enumerate(row.targets) if target != IGNORED) - 1 - longest for row in rows]

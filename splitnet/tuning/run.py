@@ -160,12 +160,14 @@ class TuningRun:
         weights = [1 if self._head else row.learned for row in rows]
         whole = sum(weights)
         size = math.ceil(len(rows) / self.settings.accumulate)
+        # Of all logits none are looked at, and they would be by far the largest tensors.
+        spared = {"logits_to_keep": 1} if not self._head and getattr(self.model, "loss_in_parts", False) else {}
         total = 0.0
         for start in range(0, len(rows), size):
             batch = collate(rows[start : start + size], self._pad, head=self._head, device=self.device)
             share = sum(weights[start : start + size]) / whole
             with torch.set_grad_enabled(backward):
-                loss = self.model(**batch).loss * share
+                loss = self.model(**batch, **spared).loss * share
             value = loss.item()
             if not math.isfinite(value):
                 raise SplitnetError(f"the loss of step {self.done + 1} is {value}: start again with a lower --lr")

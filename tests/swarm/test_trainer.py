@@ -91,13 +91,20 @@ def losses(trained: Trainer) -> list[float]:
     return [*steps, trained.evaluate()["eval_loss"]]
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def with_one_logit(rows: list[Example]) -> dict[str, Any]:
+    return {**for_next_token(rows), "logits_to_keep": 1}
+
+
+@pytest.mark.parametrize(
+    ("smoothing", "collate"), [(0.0, for_next_token), (0.1, for_next_token), (0.0, with_one_logit)]
+)
 def test_a_causal_model_trains_as_a_local_one(
-    smoothing: float, swarm: LocalSwarm, folder: Path, tmp_path: Path
+    smoothing: float, collate: Any, swarm: LocalSwarm, folder: Path, tmp_path: Path
 ) -> None:
     def train(model: PreTrainedModel, name: str) -> tuple[list[float], PeftModel]:
         tuned = with_lora(model, TaskType.CAUSAL_LM)
-        training = trainer(tuned, for_next_token, tmp_path / name, label_smoothing_factor=smoothing)
+        collated = collate if name == "there" else for_next_token
+        training = trainer(tuned, collated, tmp_path / name, label_smoothing_factor=smoothing)
         training.train()
         return losses(training), tuned
 

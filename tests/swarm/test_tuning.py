@@ -72,6 +72,21 @@ def test_gradients_are_those_of_local_training(
     assert float((flat(found) - flat(expected)).abs().max() / flat(expected).abs().max()) < 1e-4
 
 
+@pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])
+def test_gradients_are_the_same_where_few_logits_are_kept(
+    method: str, swarm: LocalSwarm, config: Config, train_locally: Callable[[str], Trained]
+) -> None:
+    expected_loss, expected = train_locally(method)
+    with swarm.visit() as visit:
+        model = wrapped(visit.model(), config(method))
+        loss, found = gradients(model, {**batch(), "logits_to_keep": 1})  # type: ignore[dict-item]
+        logits = model(**batch(), logits_to_keep=1).logits
+    assert logits.shape[:2] == (5, 1)
+    assert loss == pytest.approx(expected_loss, rel=1e-5)
+    assert found.keys() == expected.keys()
+    assert float((flat(found) - flat(expected)).abs().max() / flat(expected).abs().max()) < 1e-4
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_over_compressed_links_point_the_same_way(
     method: str, swarm: LocalSwarm, config: Config, train_locally: Callable[[str], Trained]

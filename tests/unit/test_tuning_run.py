@@ -39,6 +39,17 @@ class Bigram(nn.Module):
         return SimpleNamespace(loss=loss, logits=logits)
 
 
+class Sparing(Bigram):
+    """The same with a loss in parts, which keeps the logits that it is asked for and no others."""
+
+    loss_in_parts = True
+
+    def forward(self, *, logits_to_keep: int | torch.Tensor, **inputs: torch.Tensor) -> Any:  # type: ignore[override]
+        output = super().forward(**inputs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        return SimpleNamespace(loss=output.loss, logits=output.logits[:, kept])
+
+
 def rows(*lengths: int) -> list[Encoded]:
     ids = [[(start + 3 * place) % VOCABULARY for place in range(length)] for start, length in enumerate(lengths)]
     return [Encoded(row, [IGNORED, *row[1:]]) for row in ids]
@@ -73,6 +84,15 @@ def test_parts_of_a_batch_have_the_gradient_of_the_whole(parts: int) -> None:
     assert second.loss == pytest.approx(first.loss, rel=1e-6)
     assert second.gradient_norm == pytest.approx(first.gradient_norm, rel=1e-5)
     torch.testing.assert_close(cut.model.table, whole.model.table)
+
+
+def test_a_model_that_can_is_asked_for_one_logit_only() -> None:
+    """It has no default."""
+    whole, sparing = (
+        TuningRun(model, rows(4, 7, 2, 5, 3), Settings(6, 0.1, batch_size=3), pad=0) for model in (Bigram(), Sparing())
+    )
+    assert sparing.step() == whole.step()
+    assert torch.equal(sparing.model.table, whole.model.table)
 
 
 def test_gradients_are_clipped() -> None:
@@ -129,8 +149,9 @@ def test_a_loss_that_is_no_number_changes_nothing(zeroth_order: bool) -> None:
     assert tuning.done == 0
 
 
-def test_accuracy_by_words() -> None:
-    model = Bigram()
+@pytest.mark.parametrize("kind", [Bigram, Sparing])
+def test_accuracy_by_words(kind: type[Bigram]) -> None:
+    model = kind()
     told = [int(model.table[last, [4, 9]].argmax()) for last in range(VOCABULARY)]
     examples = [Encoded([1, last, 4], [IGNORED, IGNORED, 4], choice=told[last]) for last in range(VOCABULARY)]
     examples += [Encoded([last, 4], [IGNORED, 4], choice=1 - told[last]) for last in range(VOCABULARY)]
