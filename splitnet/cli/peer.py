@@ -14,6 +14,7 @@ from splitnet.amounts import parse_bytes
 from splitnet.cli.arguments import Device, JoinIfAny, Model, parse_blocks, parse_host_port, resolve_model
 from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.stopping import StopSignals
+from splitnet.light_imports import import_models
 from splitnet.net.addresses import is_reachable, refuse_taken
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def peer(
     forget_address(address_file)
     checkpoint = resolve_model(model)
 
+    import_models()
     import torch
 
     from peers.daemon import Peer

@@ -14,6 +14,7 @@ from functools import cache, wraps
 from typing import Any, Final, cast
 
 from splitnet.errors import NotAuthorized, ProtocolError
+from splitnet.light_imports import late_package
 from splitnet.net.dht_places import Places
 from splitnet.net.records import stored_record
 
@@ -76,7 +77,8 @@ class Hivemind:
 @cache
 def import_hivemind() -> Hivemind:
     """Imports hivemind, once, and mends it."""
-    node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 1.8 s
+    late_package("hivemind")  # the rest of it trains models, and brings scipy
+    node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 0.2 s
         importlib.import_module(f"hivemind.{name}")
         for name in (
             *("dht.node", "dht.protocol", "p2p", "proto.dht_pb2", "dht.routing", "utils.timed_storage"),
