@@ -45,6 +45,7 @@ def import_models() -> None:
             for name in ABSENT:
                 setattr(utils, name, _no)
         late_package("transformers.models")  # it reads the files of all families to know their names
+        _forget_dtensors(torch)
         with _without_compiler(torch):
             for module in ("transformers.modeling_utils", "transformers.masking_utils"):
                 importlib.import_module(module)
@@ -69,6 +70,25 @@ def _without_compiler(torch: Any) -> Iterator[None]:
         del vars(torch)["_dynamo"]  # torch imports the true one when it is asked for
         for name in stand_ins:
             del sys.modules[name]
+
+
+def _forget_dtensors(torch: Any) -> None:
+    """At the first use of a tensor with a `__torch_dispatch__` torch asks for the class of `DTensor`, and keeps it."""
+    if "torch.distributed.tensor" in sys.modules:
+        return
+
+    class Asked(torch.Tensor):  # type: ignore[misc]
+        @classmethod
+        def __torch_dispatch__(cls, *_: Any) -> Any:
+            return torch.empty(())
+
+    stand_in: Any = ModuleType("torch.distributed.tensor")
+    stand_in.DTensor = type("DTensor", (), {})
+    sys.modules[stand_in.__name__] = stand_in
+    try:
+        torch.Tensor._make_wrapper_subclass(Asked, ()).detach()
+    finally:
+        del sys.modules[stand_in.__name__]
 
 
 def late_package(name: str) -> None:

@@ -34,7 +34,6 @@ from splitnet.model.families import ADDED_POSITIONS
 from splitnet.model.stored_layers import hold_codes
 from splitnet.model.unexpected import check_none, ignored
 
-
 _T = TypeVar("_T")
 
 
