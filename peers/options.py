@@ -16,6 +16,7 @@ class PeerOptions:
     Attributes:
         wish: which blocks, or how much memory for them.
         initial_peers: multiaddrs of a swarm to join; empty starts a new one, or joins one on the local network.
+        join_file: where a peer that starts at the same time writes the address to join with; it is waited for.
         lan: be found on the local network, and join the swarm of the model there.
         listen: `tcp://host:port` for activations, port 0 for any.
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
@@ -33,6 +34,7 @@ class PeerOptions:
 
     wish: SpanWish = ANY_SPAN
     initial_peers: Sequence[str] = ()
+    join_file: Path | None = None
     lan: bool = False
     listen: str = "tcp://0.0.0.0:0"
     dht_listen: Sequence[str] | None = None

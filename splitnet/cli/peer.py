@@ -105,6 +105,10 @@ def peer(
     address_file: Annotated[
         Path | None, typer.Option(help="Write the address to join with here, once this peer serves.")
     ] = None,
+    join_file: Annotated[
+        Path | None,
+        typer.Option(help="Join through the peer that writes this --address-file; wait for it while blocks load."),
+    ] = None,
 ) -> None:
     """Serve blocks of MODEL until interrupted (SIGINT or SIGTERM); then running sessions move to other peers."""
     if blocks and memory:
@@ -135,7 +139,8 @@ def peer(
     options = PeerOptions(
         wish=SpanWish(wanted_blocks, wanted_memory),
         initial_peers=join or (),
-        lan=is_reachable(listen) and (not join if lan is None else lan),
+        join_file=join_file,
+        lan=is_reachable(listen) and (not (join or join_file) if lan is None else lan),
         listen=listen,
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,
