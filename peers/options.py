@@ -28,6 +28,7 @@ class PeerOptions:
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         authorized_keys: file with the keys that may connect; None: anyone.
+        speeds_file: where measured speeds are kept for the next start; None: nowhere.
         key_file: file of the peer's own key; None: a new key that lives as long as the peer.
         idle_s: seconds until an idle session is dropped.
     """
@@ -45,5 +46,6 @@ class PeerOptions:
     kv_memory: int | None = None
     training_memory: int | None = None
     authorized_keys: Path | None = None
+    speeds_file: Path | None = None
     key_file: Path | None = None
     idle_s: float = 600.0

@@ -131,6 +131,7 @@ def peer(
     from peers.options import PeerOptions
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
+    from splitnet.model.demo import cache_folder
     from splitnet.model.device_choice import find_device
 
     computes_on = find_device(device)
@@ -151,6 +152,7 @@ def peer(
         training_memory=wanted_training_memory,
         authorized_keys=authorized_keys,
         key_file=key_file,
+        speeds_file=cache_folder() / "speeds.json",
     )
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
     with StageProgress() as progress:
