@@ -26,6 +26,8 @@ import psutil
 
 from splitnet.cli.arguments import resolve_model
 from splitnet.cli.local_swarm import ONE_THREAD, LocalSwarm
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import block_bytes
 
 SPLITNET = [sys.executable, "-m", "splitnet"]
 MIB = 2**20
@@ -37,8 +39,9 @@ process = psutil.Process()
 marks = []
 
 def mark(name):
-    if not marks or marks[-1][0] != name:
-        marks.append((name, time.time() - process.create_time(), process.memory_info().rss))
+    if marks and marks[-1][0] == name:
+        marks.pop()
+    marks.append((name, time.time() - process.create_time(), process.memory_info().rss))
 
 mark("Python")
 import torch
@@ -61,10 +64,9 @@ options = PeerOptions(wish=SpanWish((start, end)), listen="tcp://127.0.0.1:0", d
 stages = []
 
 def progress(stage, done, total):
-    if stages:
+    if stages and stages[-1] != stage:
         mark(stages[-1])
-    if not stages or stages[-1] != stage:
-        stages.append(stage)
+    stages.append(stage)
 
 peer = Peer.start(sys.argv[1], options, progress=progress)
 mark(stages[-1])
@@ -99,6 +101,8 @@ def main() -> None:
     for name, times in commands.items():
         print(f"| {name} | {min(times):.2f} |")
     print("\n| memory of `peer` | MiB |\n|---|---:|")
+    start, end = map(int, options.blocks.split(":"))
+    print(f"| its blocks | {(end - start) * block_bytes(Checkpoint.open(checkpoint)) / MIB:.0f} |")
     for kind in memory[0]:
         print(f"| {kind} | {min(one[kind] for one in memory) / MIB:.0f} |")
 
