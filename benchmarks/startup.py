@@ -102,7 +102,7 @@ def main() -> None:
         print(f"| {name} | {min(times):.2f} |")
     print("\n| memory of `peer` | MiB |\n|---|---:|")
     start, end = map(int, options.blocks.split(":"))
-    print(f"| its blocks | {(end - start) * block_bytes(Checkpoint.open(checkpoint)) / MIB:.0f} |")
+    print(f"| its blocks | {(end - start) * block_bytes(Checkpoint.open(checkpoint), None) / MIB:.0f} |")
     for kind in memory[0]:
         print(f"| {kind} | {min(one[kind] for one in memory) / MIB:.0f} |")
 

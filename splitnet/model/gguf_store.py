@@ -120,6 +120,7 @@ class GgufStore:
             count = _SAMPLE_BYTES // data.itemsize
             ends = data[:count].tobytes() + data[-count:].tobytes()
             samples[tensor.name] = f"{tensor.stored.name} {tensor.shape} ".encode() + ends
+        self._file.let_go()
         return samples
 
     def tokenizer(self, **options: Any) -> Any:
