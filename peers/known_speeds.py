@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import platform
+import sys
 import threading
 from pathlib import Path
 from typing import Any, Final
@@ -40,7 +41,7 @@ class KnownSpeeds:
 
         The span computes once, as it would have done when it was measured.
         """
-        block_ms = self._read().get(_key(span, model))
+        block_ms: Any = self._read().get(_key(span, model))
         if not _is_speed(block_ms):
             return None
         span.forward(torch.zeros(PASS_SIZES[0], span.hidden_size), [Part(span.new_row(), 0, PASS_SIZES[0])])
@@ -83,11 +84,18 @@ def _key(span: Span, model: str) -> str:
     device = torch.cuda.get_device_name(span.device) if span.device.type == "cuda" else _cpu()
     return " ".join(
         (
-            *(f"splitnet-{splitnet.__version__}", f"torch-{torch.__version__}", f"kernels-{kernels.path_in_use()}"),
+            *(f"splitnet-{splitnet.__version__}", f"torch-{torch.__version__}", f"kernels-{_kernels()}"),
             *(f"{platform.node()}/{span.device}/{device}", f"threads-{torch.get_num_threads()}"),
             *(model, f"{span.start}:{span.end}", span.weights.kind, str(span.dtype)),
         )
     )
+
+
+def _kernels() -> str:
+    """The path in use, and when these kernels were compiled."""
+    module = sys.modules.get("splitnet.model._kernels")
+    compiled_at = os.stat(module.__file__).st_mtime_ns if module is not None and module.__file__ else 0
+    return f"{kernels.path_in_use()}@{compiled_at}"
 
 
 def _cpu() -> str:

@@ -112,7 +112,7 @@ class _LatePackage(ModuleType):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
         if module := sys.modules.get(f"{self.__name__}.{name}"):  # it is being imported
             return module
-        self.__class__ = ModuleType
+        object.__setattr__(self, "__class__", ModuleType)
         assert self.__spec__ is not None and self.__spec__.loader is not None
         self.__spec__.loader.exec_module(self)
         return getattr(sys.modules[self.__name__], name)

@@ -36,7 +36,7 @@ class _Reader(GGUFReader):
         count = int(self._get(orig_offs + 4, np.uint64)[0])
         at = orig_offs + 12
         if kind == GGUFValueType.STRING:
-            data = memoryview(self.data)
+            data = memoryview(np.asarray(self.data).data)
             for _ in range(count):
                 at += 8 + int.from_bytes(data[at : at + 8], "little")
                 if at > len(data):
