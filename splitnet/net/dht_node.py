@@ -6,6 +6,7 @@ import asyncio
 import heapq
 import importlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -74,9 +75,17 @@ class Hivemind:
     max_skew_s: float  # by which the clocks of two nodes may differ when one joins the other
 
 
-@cache
+_one_at_a_time = threading.Lock()
+
+
 def import_hivemind() -> Hivemind:
-    """Imports hivemind, once, and mends it."""
+    """Imports hivemind, once, and mends it; several threads may ask for it at the same time."""
+    with _one_at_a_time:
+        return _import_hivemind()
+
+
+@cache
+def _import_hivemind() -> Hivemind:
     late_package("hivemind")  # the rest of it trains models, and brings scipy
     node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 0.2 s
         importlib.import_module(f"hivemind.{name}")
