@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from splitnet.model.backbone import _made_on_meta
 from tests.unit.random_models import random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,11 @@ assert transformers.models.llama.LlamaConfig is transformers.LlamaConfig
 assert transformers.masking_utils.TransformGetItemToIndex()
 """
     assert "torch._dynamo" in imported(program)
+
+
+def test_a_model_in_which_numbers_meet_tensors_without_is_made_all_the_same() -> None:
+    assert _made_on_meta(lambda: torch.arange(3) / 2).device.type == "cpu"
+    assert _made_on_meta(lambda: torch.arange(3) * torch.ones(3)).is_meta
 
 
 @pytest.mark.parametrize(
