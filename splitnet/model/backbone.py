@@ -65,6 +65,7 @@ class _LightMeta(TorchFunctionMode):
 
 
 def _made_on_meta(make: Callable[[], _T]) -> _T:
+    """Makes something with the meta device as torch's default. What is computed of ranges may be on the CPU."""
     try:
         with _LightMeta(), torch.device("meta"):  # in this order, so that the device is among the arguments
             return make()
@@ -112,7 +113,7 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
         UnsupportedModel: transformers cannot build it of this config.
     """
     try:
-        return _made_on_meta(lambda: model_class(copy.deepcopy(config)))
+        return nn.Module.to(_made_on_meta(lambda: model_class(copy.deepcopy(config))), "meta")
     except Exception as error:  # whatever it stumbles over
         where = config.name_or_path or f"a model of the family {config.model_type!r}"
         raise UnsupportedModel(

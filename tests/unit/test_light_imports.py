@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitnet.model.backbone import _made_on_meta
+from splitnet.model.backbone import _made_on_meta, causal_class, on_meta
+from splitnet.model.checkpoint import Checkpoint
 from tests.unit.random_models import random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +73,13 @@ assert transformers.models.llama.LlamaConfig is transformers.LlamaConfig
 assert transformers.masking_utils.TransformGetItemToIndex()
 """
     assert "torch._dynamo" in imported(program)
+
+
+@pytest.mark.parametrize("family", ["llama", "jamba"])  # a rotary embedding, and a weight made of a range
+def test_a_model_without_weights_is_on_the_meta_device_as_a_whole(tmp_path: Path, family: str) -> None:
+    config = Checkpoint.open(random_checkpoint(family, tmp_path / "model")).config
+    model = on_meta(causal_class(config), config)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
 
 
 def test_a_model_in_which_numbers_meet_tensors_without_is_made_all_the_same() -> None:
