@@ -113,9 +113,7 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
         UnsupportedModel: transformers cannot build it of this config.
     """
     try:
-        model = _made_on_meta(lambda: model_class(copy.deepcopy(config)))
-        nn.Module.to(model, "meta")
-        return model
+        return nn.Module.to(_made_on_meta(lambda: model_class(copy.deepcopy(config))), "meta")
     except Exception as error:  # whatever it stumbles over
         where = config.name_or_path or f"a model of the family {config.model_type!r}"
         raise UnsupportedModel(
