@@ -18,7 +18,6 @@ from peers.announce import Announcer
 from peers.counters import Counters
 from peers.current_span import MOVE_DRAIN_S, CurrentSpan
 from peers.holder_watch import HolderWatch
-from peers.joining import Joining
 from peers.key_policy import KeyPolicy
 from peers.lan_presence import LanPresence
 from peers.mover import Mover
@@ -35,7 +34,7 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.device_choice import find_device
 from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
-from splitnet.net.addresses import public_address, reachable_host, with_literal_host
+from splitnet.net.addresses import dht_address, public_address, reachable_host, with_literal_host
 from splitnet.net.budget import Budget
 from splitnet.net.codecs import CODECS
 from splitnet.net.directory import Directory
@@ -139,24 +138,23 @@ class Peer:
         options = replace(options, public_host=host, device=find_device(options.device).device)
         choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
         identity = Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
-        if options.initial_peers or options.join_file:
+        if options.initial_peers:
             report("join the swarm", 0, 0)
         else:
             report("look for a swarm on this network" if options.lan else "start a swarm", 0, 0)
-        fitting = fitting_blocks(
-            checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
-        )
-        joining = Joining(options, checkpoint, report)
+        listen = options.dht_listen if options.dht_listen is not None else (dht_address(options.listen),)
+        directory = Directory.start(initial_peers=options.initial_peers, listen=listen)
+        lan: LanPresence | None = None
         try:
-            present: Sequence[PeerRecord] = ()
-            if fitting:
-                present = _answering(joining.result()[0].peers(checkpoint.fingerprint), identity)
+            if options.lan:
+                has_joined = bool(options.initial_peers)
+                lan = LanPresence.start(directory, checkpoint, has_joined=has_joined, report=report)
+            fitting = fitting_blocks(
+                checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
+            )
+            present = directory.peers(checkpoint.fingerprint)
+            present = _answering(present, identity) if fitting else ()
             start, end = choose_blocks(checkpoint, options.wish, fitting, present)
-
-            def report_load(done: int, total: int) -> None:
-                joining.check()
-                report(f"load blocks {start}..{end - 1}", done, total)
-
             span = Span.load(
                 checkpoint,
                 start,
@@ -164,13 +162,14 @@ class Peer:
                 device=options.device,
                 dtype=options.dtype,
                 weights=options.weights,
-                progress=report_load,
+                progress=lambda done, total: report(f"load blocks {start}..{end - 1}", done, total),
             )
-            directory, lan = joining.result()
             report("measure the device", 0, 0)
             peer = cls(checkpoint, directory, span, options, identity, fitting, lan)
         except BaseException:
-            joining.give_up()
+            if lan is not None:
+                lan.close()
+            directory.close()
             raise
         try:
             peer._serve()

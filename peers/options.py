@@ -16,7 +16,6 @@ class PeerOptions:
     Attributes:
         wish: which blocks, or how much memory for them.
         initial_peers: multiaddrs of a swarm to join; empty starts a new one, or joins one on the local network.
-        join_file: where a peer that starts at the same time writes the address to join with; it is waited for.
         lan: be found on the local network, and join the swarm of the model there.
         listen: `tcp://host:port` for activations, port 0 for any.
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
@@ -28,14 +27,12 @@ class PeerOptions:
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         authorized_keys: file with the keys that may connect; None: anyone.
-        speeds_file: where measured speeds are kept for the next start; None: nowhere.
         key_file: file of the peer's own key; None: a new key that lives as long as the peer.
         idle_s: seconds until an idle session is dropped.
     """
 
     wish: SpanWish = ANY_SPAN
     initial_peers: Sequence[str] = ()
-    join_file: Path | None = None
     lan: bool = False
     listen: str = "tcp://0.0.0.0:0"
     dht_listen: Sequence[str] | None = None
@@ -46,6 +43,5 @@ class PeerOptions:
     kv_memory: int | None = None
     training_memory: int | None = None
     authorized_keys: Path | None = None
-    speeds_file: Path | None = None
     key_file: Path | None = None
     idle_s: float = 600.0

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitnet.cli.arguments import Device, JoinToExamine, KeyFile, Lan, resolve_model
-from splitnet.light_imports import import_models
 
 if TYPE_CHECKING:
     from splitnet.doctor.finding import Finding
@@ -38,7 +37,6 @@ def doctor(
     """
     source = None if model is None else resolve_model(model)
 
-    import_models()
     from splitnet.doctor import report
     from splitnet.doctor.examination import Setup, examine
 

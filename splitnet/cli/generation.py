@@ -6,7 +6,6 @@ import random
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,17 +75,14 @@ class Client:
             require("tune", "--adapter")
         checkpoint = connection.checkpoint()
         drafts = drafts_of(speculate, connection)
-        with ThreadPoolExecutor(1) as pool:
-            joining = pool.submit(connection.swarm, checkpoint)  # it waits for others most of the time
-            try:
-                tokenizer = checkpoint.tokenizer()
-                remote = attach(checkpoint, joining.result(), **connection.options())
-                generator = with_adapter(remote, adapter) if adapter else remote
-                return cls(remote, tokenizer, generator, drafts)
-            except BaseException:
-                if joining.exception() is None:
-                    joining.result().close()
-                raise
+        swarm = connection.swarm(checkpoint)
+        try:
+            remote = attach(checkpoint, swarm, **connection.options())
+            generator = with_adapter(remote, adapter) if adapter else remote
+            return cls(remote, checkpoint.tokenizer(), generator, drafts)
+        except BaseException:
+            swarm.close()
+            raise
 
     def encode_prompt(self, prompt: str, *, chat: bool | None, system: str | None = None) -> torch.Tensor:
         """Token ids `[1, seq]` of a prompt; `chat` None: as a chat if the model has a chat template."""

@@ -27,7 +27,6 @@ from splitnet.cli.simulate import simulate
 from splitnet.cli.status import status
 from splitnet.cli.tune import tune
 from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
-from splitnet.light_imports import claim_process
 
 app = typer.Typer(
     name="splitnet",
@@ -77,7 +76,6 @@ _DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)
 
 def main() -> None:
     """Runs the command line; an error that the user can act on is one sentence and exit code 1."""
-    claim_process()
     # Or the process would end without what it does at its end: leave the swarm, and stop its children.
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:

@@ -14,7 +14,6 @@ from splitnet.amounts import parse_bytes
 from splitnet.cli.arguments import Device, JoinIfAny, Model, parse_blocks, parse_host_port, resolve_model
 from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.stopping import StopSignals
-from splitnet.light_imports import import_models
 from splitnet.net.addresses import is_reachable, refuse_taken
 
 if TYPE_CHECKING:
@@ -105,10 +104,6 @@ def peer(
     address_file: Annotated[
         Path | None, typer.Option(help="Write the address to join with here, once this peer serves.")
     ] = None,
-    join_file: Annotated[
-        Path | None,
-        typer.Option(help="Join through the peer that writes this --address-file; wait for it while blocks load."),
-    ] = None,
 ) -> None:
     """Serve blocks of MODEL until interrupted (SIGINT or SIGTERM); then running sessions move to other peers."""
     if blocks and memory:
@@ -122,7 +117,6 @@ def peer(
     forget_address(address_file)
     checkpoint = resolve_model(model)
 
-    import_models()
     import torch
 
     from peers.daemon import Peer
@@ -131,7 +125,6 @@ def peer(
     from peers.options import PeerOptions
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
-    from splitnet.model.demo import cache_folder
     from splitnet.model.device_choice import find_device
 
     computes_on = find_device(device)
@@ -140,8 +133,7 @@ def peer(
     options = PeerOptions(
         wish=SpanWish(wanted_blocks, wanted_memory),
         initial_peers=join or (),
-        join_file=join_file,
-        lan=is_reachable(listen) and (not (join or join_file) if lan is None else lan),
+        lan=is_reachable(listen) and (not join if lan is None else lan),
         listen=listen,
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,
@@ -152,7 +144,6 @@ def peer(
         training_memory=wanted_training_memory,
         authorized_keys=authorized_keys,
         key_file=key_file,
-        speeds_file=cache_folder() / "speeds.json",
     )
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
     with StageProgress() as progress:

@@ -24,7 +24,6 @@ from splitnet.cli.arguments import (
 from splitnet.cli.extras import require
 from splitnet.cli.generate import Speculate, Wait
 from splitnet.cli.logs import tell
-from splitnet.light_imports import import_models
 
 _LIMITS = "How much at a time"
 
@@ -101,7 +100,6 @@ def serve(
     require("serve", "splitnet serve")
     source = resolve_model(model)
 
-    import_models()
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import drafts_of
     from splitnet.serve.prefix_cache import KeepLimits

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitnet.cli.arguments import Join, Lan, Model, resolve_model
-from splitnet.light_imports import import_models
 
 if TYPE_CHECKING:
     from splitnet.client.overview import Overview
@@ -23,7 +22,6 @@ def status(
     """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
     checkpoint = resolve_model(model)
 
-    import_models()
     from splitnet.cli.local_network import find_swarm
     from splitnet.client.overview import Overview
     from splitnet.client.swarm import ModelFacts, Swarm

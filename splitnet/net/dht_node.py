@@ -6,7 +6,6 @@ import asyncio
 import heapq
 import importlib
 import logging
-import threading
 import time
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
@@ -15,7 +14,6 @@ from functools import cache, wraps
 from typing import Any, Final, cast
 
 from splitnet.errors import NotAuthorized, ProtocolError
-from splitnet.light_imports import late_package
 from splitnet.net.dht_places import Places
 from splitnet.net.records import stored_record
 
@@ -75,19 +73,10 @@ class Hivemind:
     max_skew_s: float  # by which the clocks of two nodes may differ when one joins the other
 
 
-_one_at_a_time = threading.Lock()
-
-
-def import_hivemind() -> Hivemind:
-    """Imports hivemind, once, and mends it; several threads may ask for it at the same time."""
-    with _one_at_a_time:
-        return _import_hivemind()
-
-
 @cache
-def _import_hivemind() -> Hivemind:
-    late_package("hivemind")  # the rest of it trains models, and brings scipy
-    node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 0.2 s
+def import_hivemind() -> Hivemind:
+    """Imports hivemind, once, and mends it."""
+    node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 1.8 s
         importlib.import_module(f"hivemind.{name}")
         for name in (
             *("dht.node", "dht.protocol", "p2p", "proto.dht_pb2", "dht.routing", "utils.timed_storage"),
