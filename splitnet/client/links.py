@@ -16,14 +16,12 @@ from splitnet.net.link_pool import LinkPool
 from splitnet.net.messages import Close, Failure, Message, Open, Payload, Pong, decode, encode
 from splitnet.net.prober import Prober
 from splitnet.net.transport import Transport
+from splitnet.seldom_warnings import SeldomWarnings
 
 log = logging.getLogger(__name__)
 
 MAX_LINKS = 160
 """At the same time; each takes four file descriptors, and processes often may have 1,024."""
-
-COMPLAIN_S = 1.0
-"""Of what peers say that is no answer one is told in so long: they must not fill the log."""
 
 KEEP_UNREACHED_S = 15.0
 """A link that is lost, or never came up, is tried so long after its last use: a peer that restarts comes back."""
@@ -62,7 +60,7 @@ class Links:
         self._lock = threading.Lock()
         self._ended: queue.SimpleQueue[Subscriber] = queue.SimpleQueue()
         self._most = most
-        self._complain_at = 0.0
+        self._complaints = SeldomWarnings(log)
         self.prober = Prober(self.send)
         self._transport = Transport(
             identity,
@@ -162,24 +160,18 @@ class Links:
         try:
             message = decode(frames)
         except ProtocolError as error:
-            self._complain("%s sent what is not a message: %s", source.address, error)
+            self._complaints.say("%s sent what is not a message: %s", source.address, error)
             if isinstance(error, ProtocolVersionError):
                 self._tell_all(source, error)
             return
         if isinstance(message, Pong):
             self.prober.pong(source, message)
         elif isinstance(message, Failure) and not message.session:
-            self._complain("%s answered: %s", source.address, message.text)
+            self._complaints.say("%s answered: %s", source.address, message.text)
         else:
             session = self._sessions.get(getattr(message, "session", b""))
             if session is not None:
                 session.deliver(source, message)
-
-    def _complain(self, text: str, *facts: object) -> None:
-        now = time.monotonic()
-        log.log(logging.WARNING if now >= self._complain_at else logging.DEBUG, text, *facts)
-        if now >= self._complain_at:
-            self._complain_at = now + COMPLAIN_S
 
     def _link_changed(self, endpoint: Endpoint, state: LinkState) -> None:
         if state.is_final:

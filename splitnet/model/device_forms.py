@@ -21,7 +21,7 @@ from splitnet.model.grouped_forms import GroupedForm
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.int8_forms import INT8, DequantisedInt8
 from splitnet.model.stored import Codes, Kind, Layout, number_of
-from splitnet.model.weight_form import WeightForm
+from splitnet.model.weight_form import ScaledOutputs, WeightForm
 
 log = logging.getLogger(__name__)
 
@@ -180,18 +180,11 @@ def _pack_int4(codes: torch.Tensor, width: int, even_first: bool) -> torch.Tenso
     return aten._convert_weight_to_int4pack((upper << 4 | lower).contiguous(), width)
 
 
-class DeviceInt8(DeviceForm):
-    """Eight bits with a scale for each output: integers are multiplied, of which rows keep 16 bits in two parts.
+class DeviceInt8(ScaledOutputs, DeviceForm):
+    """Codes are int8: integers are multiplied, of which rows keep 16 bits in two parts.
 
     On MPS the kernel takes rows as they are.
     """
-
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
-        super().__init__()
-        self.codes: torch.Tensor
-        self.scales: torch.Tensor
-        self.register_buffer("codes", codes)  # [outputs, inputs], int8
-        self.register_buffer("scales", scales)  # [outputs]
 
     @classmethod
     def candidates(cls, layout: Layout, codes: Codes, dtype: torch.dtype) -> Iterator[Self]:
@@ -214,19 +207,12 @@ class DeviceInt8(DeviceForm):
         products = torch.add(sums[count : 2 * count].float(), sums[:count].float(), alpha=256)
         return products.mul_(steps).mul_(self.scales).to(rows.dtype)
 
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])
 
-
-class DeviceFp8(DeviceForm):
-    """E4M3 with a scale for each output, multiplied as such; rows are sums of two such numbers: eight bits."""
+class DeviceFp8(ScaledOutputs, DeviceForm):
+    """Codes are E4M3, and multiplied as such; rows are sums of two such numbers: eight bits."""
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
-        super().__init__()
-        self.codes: torch.Tensor
-        self.scales: torch.Tensor
-        self.register_buffer("codes", codes)  # [outputs, inputs], float8_e4m3fn
-        self.register_buffer("scales", scales)  # [outputs], float32
+        super().__init__(codes, scales)
         self.register_buffer("one", torch.ones((), device=codes.device))
         self.one: torch.Tensor
 
@@ -251,9 +237,6 @@ class DeviceFp8(DeviceForm):
         sums = aten._scaled_mm(both, self.codes.t(), self.one, self.one, out_dtype=torch.float32)
         products = torch.add(sums[:count], sums[count:], alpha=1 / 16)
         return products.mul_(steps).mul_(self.scales).to(rows.dtype)
-
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])
 
 
 FORMS: tuple[type[DeviceForm], ...] = (DeviceInt4, DeviceInt8, DeviceFp8)

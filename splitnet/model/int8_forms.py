@@ -11,7 +11,7 @@ from splitnet.model.grouped_forms import GroupedForm, held_bytes
 from splitnet.model.many_rows import TORCH_INT8_FROM, int8_from, multiply_by_parts, outputs_at_a_time, type_for_many
 from splitnet.model.stored import Codes, Kind, Layout
 from splitnet.model.tiles import TILE
-from splitnet.model.weight_form import WeightForm
+from splitnet.model.weight_form import ScaledOutputs
 
 _LARGEST = 127
 _SCALE = torch.bfloat16
@@ -23,15 +23,8 @@ _MOST_INPUTS = 2**16
 """So that sums of products of bytes stay within 32 bits."""
 
 
-class DequantisedInt8(WeightForm):
-    """Codes and scales; the weight is made anew at every call, in the type of what it is multiplied with."""
-
-    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
-        super().__init__()
-        self.codes: torch.Tensor
-        self.scales: torch.Tensor
-        self.register_buffer("codes", codes)  # [outputs, inputs], int8
-        self.register_buffer("scales", scales)  # [outputs]
+class DequantisedInt8(ScaledOutputs):
+    """Codes are int8; the weight is made anew at every call, in the type of what it is multiplied with."""
 
     @classmethod
     def bytes_for(cls, outputs: int, inputs: int) -> int:
@@ -49,9 +42,6 @@ class DequantisedInt8(WeightForm):
 
     def multiply(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.linear(rows, self.dequantised(rows.dtype))
-
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])
 
     def pieces(self, dtype: torch.dtype) -> Iterator[torch.Tensor]:
         outputs = outputs_at_a_time(self.codes.shape[1]) if self.codes.device.type == "cpu" else len(self.codes)

@@ -64,3 +64,17 @@ class WeightForm(nn.Module):
             begin += len(piece)
         assert found is not None
         return found.to(gradient.dtype)
+
+
+class ScaledOutputs(WeightForm):
+    """Codes `[outputs, inputs]` of eight bits, and a scale for each output, `[outputs]`."""
+
+    def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
+        super().__init__()
+        self.codes: torch.Tensor
+        self.scales: torch.Tensor
+        self.register_buffer("codes", codes)
+        self.register_buffer("scales", scales)
+
+    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
+        return self.codes.to(dtype).mul_(self.scales.to(dtype)[:, None])

@@ -28,6 +28,7 @@ from splitnet.net.gatekeeper import Gatekeeper, proven_key
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
 from splitnet.net.wake import Wake
+from splitnet.seldom_warnings import SeldomWarnings
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,6 @@ _CURVE_BYTES = 64
 """More than encryption adds to a frame (RFC 26: 33 bytes)."""
 _SHORT_FRAME, _SHORT_EXTRA, _LONG_EXTRA = 222, 35, 42
 """What encryption and framing add to a frame of up to so many bytes, and to a longer one."""
-_WARNING_S = 1.0
-"""Of messages that are dropped one is told in so long: whoever does not read must not fill the log."""
 _TOO_SLOW = "its receiver is too slow"
 _SERVE_THREAD, _CONNECT_THREAD = 1, 2
 """ZeroMQ's threads: those who flood one of them do not delay the other's links."""
@@ -151,7 +150,7 @@ class Transport:
         self._wake = Wake()
         self._closing = self._dispatching = False
         self._tick_now = False
-        self._warn_at = 0.0
+        self._dropping = SeldomWarnings(log)
         self._poller = zmq.Poller()
         self._poller.register(self._wake.fileno(), zmq.POLLIN)
         self._gate = Gatekeeper(self._context, authorized) if listen is not None else None
@@ -410,10 +409,7 @@ class Transport:
             log.warning("no link could be opened: %s", reason)
             return
         size = sum(map(len, frames))
-        level = logging.WARNING if time.monotonic() >= self._warn_at else logging.DEBUG
-        log.log(level, "a message of %d bytes was dropped: %s", size, reason, extra={"nbytes": size})
-        if level == logging.WARNING:
-            self._warn_at = time.monotonic() + _WARNING_S
+        self._dropping.say("a message of %d bytes was dropped: %s", size, reason, extra={"nbytes": size})
         if self._on_dropped is not None:
             self._guard(self._on_dropped, destination, frames, reason)
 
