@@ -55,6 +55,8 @@ class Watched:
     accounted: int = 0
     kept: int = 0
     """Passes that a gradient may come for."""
+    training: int = 0
+    """Bytes of passes, those that wait among them."""
     honest: int = 0
     """How often the honest client was answered, always rightly."""
     _ended: threading.Event = field(default_factory=threading.Event)
@@ -74,6 +76,7 @@ class Watched:
                 self.kept = max(self.kept, *(len(each.kept) for each in sessions), 0)
                 self.rows = max(self.rows, held)
                 self.accounted = max(self.accounted, peer.sessions.memory.used)
+                self.training = max(self.training, peer.service.training_memory.used)
 
 
 Attack = Callable[[Callable[[], None]], Any]
@@ -165,7 +168,8 @@ def test_small_messages_are_counted_with_their_objects(folder: Path) -> None:
             attacks.waiting_steps(victims.endpoint, victims.facts, seconds=SECONDS, budget=BUDGET)
 
         with victims.attacked(attack) as seen:
-            assert 10 < seen.kept <= little // MESSAGE_BYTES
+            assert 0 < seen.kept <= little // MESSAGE_BYTES
+            assert little // 3 < seen.training <= little
             assert seen.rss < KV_MEMORY + STEP_MEMORY + SLACK
 
 
