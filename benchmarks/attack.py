@@ -259,18 +259,6 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
     "names for addresses": lambda at, seconds: transport.hosts_by_name(
         at.peer, seconds=seconds, model=at.facts.fingerprint, blocks=at.blocks[1]
     ),
-    "records without end": lambda at, seconds: directory.flood_records(
-        at.addresses, at.facts.fingerprint, seconds=seconds
-    ),
-    "models without end": lambda at, seconds: directory.list_models(
-        at.addresses, at.facts.fingerprint, seconds=seconds
-    ),
-    "nodes that withhold records": lambda at, seconds: directory.withhold(
-        at.addresses, at.facts.fingerprint, seconds=seconds
-    ),
-    "peers that do not exist": lambda at, seconds: directory.announce_fakes(
-        at.addresses, at.facts.fingerprint, seconds=seconds, end=at.facts.num_blocks, num_blocks=at.facts.num_blocks
-    ),
     "64 sessions that decode": lambda at, seconds: fairness.decodes(
         at.peer, at.facts, seconds=seconds, blocks=at.blocks
     ),
@@ -305,6 +293,19 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
     "streams that are not read": lambda at, seconds: gateway.stalled_readers(at.url, seconds=seconds, key=at.key),
     "200 dashboards": lambda at, seconds: gateway.many_dashboards(at.url, seconds=seconds, key=at.key),
     "64 requests at a time": lambda at, seconds: gateway.crowd(at.url, seconds=seconds, key=at.key),
+    # Last, as what they have announced outlives them.
+    "records without end": lambda at, seconds: directory.flood_records(
+        at.addresses, at.facts.fingerprint, seconds=seconds
+    ),
+    "models without end": lambda at, seconds: directory.list_models(
+        at.addresses, at.facts.fingerprint, seconds=seconds
+    ),
+    "nodes that withhold records": lambda at, seconds: directory.withhold(
+        at.addresses, at.facts.fingerprint, seconds=seconds
+    ),
+    "peers that do not exist": lambda at, seconds: directory.announce_fakes(
+        at.addresses, at.facts.fingerprint, seconds=seconds, end=at.facts.num_blocks, num_blocks=at.facts.num_blocks
+    ),
 }
 
 
