@@ -1,5 +1,7 @@
 """Hosts on an emulated network on this machine: see docs/netlab.md."""
 
-from .lab import Lab, LabError
+from .errors import LabError
+from .lab import Lab
+from .router import NAMED, Router
 
-__all__ = ["Lab", "LabError"]
+__all__ = ["NAMED", "Lab", "LabError", "Router"]

@@ -1,6 +1,7 @@
 """An emulated network by hand, and whether it is accurate.
 
 python -m benchmarks.netlab open HOST HOST ... [--delay MS] [--rate MBIT] [--loss PERCENT]
+    [--router NAME=KIND:HOST,HOST,...]
 python -m benchmarks.netlab check
 """
 
@@ -8,10 +9,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 
 from .check import check
-from .lab import Lab, LabError
+from .errors import LabError
+from .lab import Lab
 from .prompt import prompt
+from .router import NAMED, PROTOCOLS, Router, named
 
 
 def main() -> int:
@@ -26,6 +30,13 @@ def main() -> int:
     opening.add_argument("--delay", type=float, default=0.0, metavar="MS", help="one way, between any two hosts")
     opening.add_argument("--rate", type=float, default=0.0, metavar="MBIT", help="of every host's link; 0: no limit")
     opening.add_argument("--loss", type=float, default=0.0, metavar="PERCENT", help="between any two hosts")
+    opening.add_argument(
+        "--router",
+        action="append",
+        default=[],
+        metavar="NAME=KIND:HOST,...",
+        help=f"which has these hosts, or routers, behind it; may be said again. Kinds: {', '.join(NAMED)}",
+    )
     commands.add_parser("check", help="measure delay, rate and loss beside what was asked for; some minutes")
     arguments = parser.parse_args()
     try:
@@ -33,7 +44,13 @@ def main() -> int:
             check()
         else:
             everywhere = {"delay_ms": arguments.delay, "rate_mbit": arguments.rate, "loss_percent": arguments.loss}
-            with Lab(arguments.hosts, **everywhere) as lab:
+            routers: dict[str, Router] = {}
+            behind: dict[str, str] = {}
+            for text in arguments.router:
+                name, router, members = _router(text)
+                routers[name] = router
+                behind |= dict.fromkeys(members, name)
+            with Lab(arguments.hosts, **everywhere, routers=routers, behind=behind) as lab:
                 prompt(lab)
     except LabError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,6 +58,15 @@ def main() -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _router(text: str) -> tuple[str, Router, list[str]]:
+    """A router, and who is behind it, as the command line says it."""
+    name, _, rest = text.partition("=")
+    kind, _, members = rest.partition(":")
+    if not name or not members:
+        raise LabError(f"--router {text}: say NAME=KIND:HOST,HOST,...")
+    return name, replace(named(kind), protocols=PROTOCOLS), members.split(",")
 
 
 if __name__ == "__main__":

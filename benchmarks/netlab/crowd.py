@@ -24,7 +24,8 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.messages import Part
 from splitnet.net.records import PeerRecord
 
-from .lab import Lab, LabError
+from .errors import LabError
+from .lab import Lab
 from .peers import GuidedSwarm
 
 PROMPT_POSITIONS = 128

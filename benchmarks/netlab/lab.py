@@ -10,19 +10,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from . import gateway
+from .errors import LabError
+from .gateway import Gateway
+from .router import TRANSPORTS, Router
 
 _HUB_SOURCE = Path(__file__).with_name("hub.c")
 _TUN = Path("/dev/net/tun")
 _STOP_TIMEOUT_S = 10.0
+_PRIVATE = gateway.ADDRESS.rpartition(".")[0]
 _CLONE_NEWNET = 0x40000000
-
-
-class LabError(Exception):
-    """The lab cannot do what was asked; says why and how to fix it."""
 
 
 class Lab:
@@ -32,22 +35,48 @@ class Lab:
     host's own (access) link, or for all; a pair's value counts instead of what the two access links say. At the end,
     also after an exception, Ctrl-C or a kill, everything that runs in a host is stopped and the hosts are gone.
 
+    Hosts behind a router have a network of their own, without delay or limits, and reach the others through the router
+    and its link. A router is a host, too: what runs in it is reached at `address(router)` by those behind it, and by
+    nobody else.
+
     Args:
-        hosts: their names; at most 64.
-        delay_ms: one way, between any two hosts.
-        rate_mbit: of every host's access link, in each direction, in Mbit/s; 0 is no limit.
-        loss_percent: of packets, between any two hosts.
+        hosts: their names; with the routers at most 64.
+        delay_ms: one way, between any two hosts (but not within a network behind a router).
+        rate_mbit: of every host's and router's access link, in each direction, in Mbit/s; 0 is no limit.
+        loss_percent: of packets, between any two hosts, likewise.
+        routers: what each does, by name.
+        behind: hosts, or routers, that are behind a router; the others are public.
+        public: the first three numbers of public addresses. Programs may tell private ones, as these are, from others.
 
     Raises:
         LabError: the machine lacks what a lab needs, or a value is out of range.
     """
 
     def __init__(
-        self, hosts: Sequence[str], *, delay_ms: float = 0.0, rate_mbit: float = 0.0, loss_percent: float = 0.0
+        self,
+        hosts: Sequence[str],
+        *,
+        delay_ms: float = 0.0,
+        rate_mbit: float = 0.0,
+        loss_percent: float = 0.0,
+        routers: Mapping[str, Router] | None = None,
+        behind: Mapping[str, str] | None = None,
+        public: str = "10.77.0",
     ) -> None:
-        if len(set(hosts)) != len(hosts):
-            raise LabError("two hosts have the same name")
         self.hosts = tuple(hosts)
+        self.routers = dict(routers or {})
+        self._behind = dict(behind or {})
+        self._names = (*self.hosts, *self.routers)
+        if len(set(self._names)) != len(self._names):
+            raise LabError("two hosts have the same name")
+        for name, router in self._behind.items():
+            self._number(name)
+            if router not in self.routers:
+                raise LabError(f"{name} is behind {router}, which is no router of the lab")
+            self._outwards(name)
+        self._public = public
+        self._addresses = {name: self._numbered(name) for name in self._names}
+        self._gateways: list[Gateway] = []
         self._everywhere = (delay_ms, rate_mbit, loss_percent)
         self._lock = threading.Lock()
         self._processes: list[subprocess.Popen[Any]] = []
@@ -62,8 +91,13 @@ class Lab:
             self._start_hub()
             delay_ms, rate_mbit, loss_percent = self._everywhere
             passed = (1 - _share(loss_percent)) ** 0.5  # two access links in a row lose what was asked for
-            for host in self.hosts:
-                self.access(host, delay_ms=delay_ms / 2, rate_mbit=rate_mbit, loss_percent=(1 - passed) * 100)
+            for name in self._names:
+                if name not in self._behind:
+                    self.access(name, delay_ms=delay_ms / 2, rate_mbit=rate_mbit, loss_percent=(1 - passed) * 100)
+            for name, router in self.routers.items():
+                self.configure(name, router)
+                if router.protocols:
+                    self._gateways.append(self._gateway(name, router))
         except BaseException:
             self.close()
             raise
@@ -74,6 +108,9 @@ class Lab:
 
     def close(self) -> None:
         """Stops everything that runs in the hosts, first kindly, and removes them."""
+        for answering in self._gateways:
+            answering.close()
+        self._gateways.clear()
         try:
             running = [process for process in self._processes if process.poll() is None]
             for process in running:
@@ -100,8 +137,45 @@ class Lab:
             self._namespaces.clear()
 
     def address(self, host: str) -> str:
-        """The IPv4 address of a host, such as `10.77.0.1`."""
-        return f"10.77.0.{self._number(host) + 1}"
+        """The IPv4 address of a host in its network, such as `10.77.0.1`; of a router, in the network behind it."""
+        self._number(host)
+        return gateway.ADDRESS if host in self.routers else self._addresses[host]
+
+    def public_address(self, host: str) -> str:
+        """The address from which what a host sends comes to public hosts: its own, or that of its outermost router."""
+        self._number(host)
+        return self._addresses[self._outwards(host)[-1]]
+
+    def address_from(self, viewer: str, host: str) -> str:
+        """The address at which a host finds another: in the network that both are in, else the public one."""
+        self._number(host)
+        self._number(viewer)
+        network = viewer if viewer in self.routers else self._behind.get(viewer)
+        if host == network:
+            return self.address(host)
+        return self._addresses[host] if self._behind.get(host) == network else self.public_address(host)
+
+    def configure(self, router: str, what: Router) -> None:
+        """Changes what a router does with addresses; it forgets all mappings, as after a restart, but no forwarding.
+
+        The protocols in which it lets its hosts ask for forwarded ports stay what they were at the beginning.
+        """
+        self._tell(f"nat {self._router(router)} {what.command}")
+        self.routers[router] = what
+
+    def forward(self, router: str, protocol: str, port: int, host: str, host_port: int) -> None:
+        """Leads what comes to a `tcp` or `udp` port of a router to one of a host behind it.
+
+        Raises:
+            LabError: the host is not behind the router, the port leads elsewhere already, or there is no such protocol
+                or port.
+        """
+        number, host_number = self._router(router), self._number(host)
+        self._tell(f"forward {number} {_protocol(protocol)} {port} {host_number} {host_port}")
+
+    def unforward(self, router: str, protocol: str, port: int) -> None:
+        """Ends `forward`."""
+        self._tell(f"unforward {self._router(router)} {_protocol(protocol)} {port}")
 
     def access(self, host: str, *, delay_ms: float = 0.0, rate_mbit: float = 0.0, loss_percent: float = 0.0) -> None:
         """Sets a host's own link, which its traffic with all hosts shares.
@@ -127,7 +201,7 @@ class Lab:
 
     def cut(self, a: str, b: str) -> None:
         """Drops everything between two hosts, as a broken cable does: nobody is told."""
-        first, second = self._number(a), self._number(b)
+        first, second = self._pair(a, b)
         self._tell(f"cut {first} {second}", f"cut {second} {first}")
 
     def down(self, host: str) -> None:
@@ -186,19 +260,65 @@ class Lab:
             if built.returncode:
                 raise LabError(f"gcc cannot build {_HUB_SOURCE}: {built.stderr.strip()}")
             self._hub = subprocess.Popen(
-                [program, str(len(self.hosts))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+                [program, *self._arguments()], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
             )
             word, *values = self._hear().split()
         assert word == "ready"
         self.is_realtime = values[0] == "1"
         self._descriptors = [int(value) for value in values[1:]]
-        for host, descriptor in zip(self.hosts, self._descriptors, strict=True):
+        for host, descriptor in zip(self._names, self._descriptors, strict=True):
             self._namespaces[host] = os.open(f"/proc/{self._hub.pid}/fd/{descriptor}", os.O_RDONLY)
 
+    def _arguments(self) -> Iterator[str]:
+        """What the hub is told of each host and router."""
+        for name in self._names:
+            behind = f"@{self._number(self._behind[name])}" if name in self._behind else ""
+            yield f"{'r' if name in self.routers else ''}{self._addresses[name]}{behind}"
+
+    def _numbered(self, name: str) -> str:
+        """The address of a host or router towards those that are not behind it. Networks behind routers are alike."""
+        if name in self._behind:
+            together = [other for other in self._names if self._behind.get(other) == self._behind[name]]
+            return f"{_PRIVATE}.{together.index(name) + 2}"
+        return f"{self._public}.{self._number(name) + 1}"
+
+    def _outwards(self, name: str) -> list[str]:
+        """A host or router, and the routers that it is behind, the outermost one last."""
+        passed = [name]
+        while passed[-1] in self._behind:
+            passed.append(self._behind[passed[-1]])
+            if len(passed) > len(self._names):
+                raise LabError(f"the routers before {name} are behind each other in a circle")
+        return passed
+
+    def _adjacent(self, a: str, b: str) -> bool:
+        """Whether two hosts are in one network, or one is the router of the other."""
+        return self._behind.get(a) in (b, self._behind.get(b)) or self._behind.get(b) == a
+
+    def _gateway(self, name: str, router: Router) -> Gateway:
+        hosts = {self._addresses[host]: host for host in self._names if self._behind.get(host) == name}
+        forward, unforward = partial(self.forward, name), partial(self.unforward, name)
+        with self.inside(name):
+            return Gateway(self._addresses[name], hosts, forward, unforward, router.protocols)
+
     def _number(self, host: str) -> int:
-        if host not in self.hosts:
-            raise LabError(f"the lab has no host {host}: it has {', '.join(self.hosts)}")
-        return self.hosts.index(host)
+        if host not in self._names:
+            raise LabError(f"the lab has no host {host}: it has {', '.join(self._names)}")
+        return self._names.index(host)
+
+    def _pair(self, a: str, b: str) -> tuple[int, int]:
+        """The numbers of two hosts between which there is a link."""
+        first, second = self._number(a), self._number(b)
+        ways = [(x, y) for x in self._outwards(a) for y in self._outwards(b) if x != y and self._adjacent(x, y)]
+        if a != b and (a, b) not in ways:
+            x, y = ways[0]
+            raise LabError(f"{a} and {b} have no link of their own, routers connect them: say it of {x} and {y}")
+        return first, second
+
+    def _router(self, name: str) -> int:
+        if name not in self.routers:
+            raise LabError(f"the lab has no router {name}: it has {', '.join(self.routers) or 'none'}")
+        return self._number(name)
 
     def _namespace(self, host: str) -> int:
         self._number(host)
@@ -207,7 +327,7 @@ class Lab:
         return self._namespaces[host]
 
     def _tell_pair(self, what: str, a: str, b: str, value: float | None) -> None:
-        first, second = self._number(a), self._number(b)
+        first, second = self._pair(a, b)
         text = "-" if value is None else str(float(value))
         self._tell(f"{what} {first} {second} {text}", f"{what} {second} {first} {text}")
 
@@ -247,6 +367,12 @@ def _check_machine() -> None:
         raise LabError("a lab needs gcc to build its hub: install it (Debian: apt install gcc libc6-dev)")
     if not _TUN.exists():
         raise LabError(f"{_TUN} is missing: run `modprobe tun`; in a container, add --device {_TUN}")
+
+
+def _protocol(name: str) -> int:
+    if name not in TRANSPORTS:
+        raise LabError(f"a forwarded port is of {' or '.join(TRANSPORTS)}, not {name}")
+    return TRANSPORTS[name]
 
 
 def _share(percent: float) -> float:

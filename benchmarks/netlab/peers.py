@@ -23,7 +23,8 @@ from splitnet.client.swarm import Swarm
 from splitnet.net.messages import Part
 from splitnet.net.records import PeerRecord
 
-from .lab import Lab, LabError
+from .errors import LabError
+from .lab import Lab
 
 _START_TIMEOUT_S = 180.0
 _STOP_TIMEOUT_S = 15.0

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable
 
-from .lab import Lab, LabError
+from .errors import LabError
+from .lab import Lab
+from .router import named
 
 _HELP = """\
 delay A B MS         one-way delay between two hosts
@@ -16,6 +18,9 @@ access A MS MBIT PERCENT   the own link of a host
 cut A B              drop everything between two hosts
 down A, up A         drop everything from and to a host, or no longer
 heal                 end all cuts, bring all hosts up
+router R KIND        what a router does from now on; it forgets its mappings
+forward R PROTOCOL PORT A PORT   lead a tcp or udp port of a router to one of a host behind it
+unforward R PROTOCOL PORT        no longer
 run A COMMAND ...    run a command in a host; names of hosts after it become their addresses
 start A COMMAND ...  the same without waiting for its end
 quit                 stop everything"""
@@ -23,8 +28,10 @@ quit                 stop everything"""
 
 def prompt(lab: Lab) -> None:
     """Reads commands for a lab from stdin until its end or `quit`."""
-    for host in lab.hosts:
-        print(f"{host}: {lab.address(host)}, from another terminal: {lab.entrance(host)} COMMAND")
+    for host in (*lab.hosts, *lab.routers):
+        public = lab.public_address(host)
+        seen = f" (public: {public})" if public != lab.address(host) else ""
+        print(f"{host}: {lab.address(host)}{seen}, from another terminal: {lab.entrance(host)} COMMAND")
     print("`help` lists commands; Ctrl-D ends.")
     while True:
         try:
@@ -63,8 +70,15 @@ def _obey(lab: Lab, words: list[str]) -> None:
             lab.up(host)
         case ["heal"]:
             lab.heal()
+        case ["router", router, kind]:
+            lab.configure(router, named(kind))
+        case ["forward", router, protocol, port, host, host_port]:
+            lab.forward(router, protocol, int(port), host, int(host_port))
+        case ["unforward", router, protocol, port]:
+            lab.unforward(router, protocol, int(port))
         case [("run" | "start") as how, host, *command] if command:
-            process = lab.run(host, [lab.address(word) if word in lab.hosts else word for word in command])
+            addresses = {name: lab.address_from(host, name) for name in (*lab.hosts, *lab.routers)}
+            process = lab.run(host, [addresses.get(word, word) for word in command])
             if how == "run":
                 process.wait()
         case _:

@@ -1,0 +1,223 @@
+"""Which hosts behind routers reach each other, and how.
+
+Two hosts of every pair of kinds of routers, and a public helper, are on an emulated network (docs/netlab.md; root on
+Linux). Each host is connected to the helper, which sees its public address and port and tells the other. Then they try:
+
+1. the first calls the second, which listens at the port from which it is connected to the helper;
+2. the second calls the first;
+3. both call each other at once from those ports (TCP simultaneous open);
+4. the same, and both listen at those ports meanwhile: a call comes from another port where a router chose a new one.
+
+    sudo .venv/bin/python -m benchmarks.nat_matrix [--delay 10] [--at-once 8]
+
+Takes about half a minute. A way is a function of the lab, the two hosts and the helper: add yours to WAYS.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import itertools
+import select
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+from .netlab import NAMED, Lab, LabError
+
+Endpoint = tuple[str, int]
+Way = Callable[[Lab, str, str, str], bool]
+"""Whether two hosts, named in this order, get a connection with the help of a third."""
+
+HELPER = "helper"
+PUBLIC = "public"
+WAIT_S = 2.5
+"""Lost or filtered SYNs are sent again after 1 s."""
+_AGAIN_S = 0.05
+_GREETING = b"hello"
+
+
+@dataclass(frozen=True)
+class Side:
+    """What a host knows after it was introduced."""
+
+    host: str
+    local: Endpoint
+    """From where it is connected to the helper."""
+    remote: Endpoint
+    """From where the helper sees the other."""
+    helper: socket.socket
+    """The connection; the helper says on it when to begin."""
+
+
+@contextmanager
+def introduced(lab: Lab, first: str, second: str, helper: str) -> Iterator[tuple[Side, Side]]:
+    """Both hosts as the helper has introduced them to each other and said "begin"."""
+    with ExitStack() as stack:
+        with lab.inside(helper):
+            server = stack.enter_context(socket.create_server((lab.address(helper), 0)))
+        connections: list[socket.socket] = []
+        accepted: list[socket.socket] = []
+        seen: list[Endpoint] = []
+        for host in (first, second):
+            with lab.inside(host):
+                connections.append(stack.enter_context(reusable((lab.address(host), 0))))
+            connections[-1].settimeout(2 * WAIT_S)
+            connections[-1].connect(server.getsockname())
+            connection, endpoint = server.accept()
+            accepted.append(stack.enter_context(connection))
+            seen.append(endpoint)
+        for connection in accepted:
+            connection.send(b"begin")
+        yield (
+            Side(first, connections[0].getsockname(), seen[1], connections[0]),
+            Side(second, connections[1].getsockname(), seen[0], connections[1]),
+        )
+
+
+def reusable(address: Endpoint) -> socket.socket:
+    """A TCP socket bound to an address that others of the same host may be bound to as well."""
+    opened = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    opened.bind(address)
+    return opened
+
+
+def first_calls(lab: Lab, first: str, second: str, helper: str) -> bool:
+    """The second one listens where the helper sees it."""
+    with introduced(lab, first, second, helper) as (caller, listener):
+        with lab.inside(second):
+            listening = reusable(listener.local)
+        with listening:
+            listening.listen()
+            listening.settimeout(WAIT_S)
+            with lab.inside(first):
+                calling = reusable((lab.address(first), 0))
+            with calling:
+                calling.settimeout(WAIT_S)
+                try:
+                    calling.connect(caller.remote)
+                    answering, _ = listening.accept()
+                except OSError:
+                    return False
+                with answering:
+                    answering.settimeout(WAIT_S)
+                    return greets(calling) and greets(answering) and is_greeted(calling) and is_greeted(answering)
+
+
+def second_calls(lab: Lab, first: str, second: str, helper: str) -> bool:
+    """As `first_calls`, the other way round."""
+    return first_calls(lab, second, first, helper)
+
+
+def both_call(lab: Lab, first: str, second: str, helper: str, *, listen: bool = False) -> bool:
+    """TCP simultaneous open from the ports that the helper sees."""
+    with introduced(lab, first, second, helper) as sides, ThreadPoolExecutor(2) as pool:
+        return all(pool.map(lambda side: _call(lab, side, listen), sides))
+
+
+def both_call_and_listen(lab: Lab, first: str, second: str, helper: str) -> bool:
+    """As `both_call`, but whoever calls from elsewhere is heard, too."""
+    return both_call(lab, first, second, helper, listen=True)
+
+
+def _call(lab: Lab, side: Side, listen: bool) -> bool:
+    """Calls until it is connected with the other, which does the same; whether that came about in time."""
+    side.helper.recv(len(b"begin"))
+    deadline = time.monotonic() + WAIT_S
+    with lab.inside(side.host), reusable(side.local) as listening:
+        if listen:
+            listening.listen()
+        while (left_s := deadline - time.monotonic()) > 0:
+            with reusable(side.local) as calling:
+                calling.setblocking(False)
+                called = calling.connect_ex(side.remote) == errno.EINPROGRESS
+                awaited = [listening] if listen else []
+                arrived, decided, _ = select.select(awaited, [calling][:called], [], left_s if called else _AGAIN_S)
+                if arrived:
+                    connection, _ = listening.accept()
+                elif decided and not calling.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                    connection = calling
+                else:  # refused: the other has not begun, or its router says no
+                    time.sleep(_AGAIN_S)
+                    continue
+                with connection:
+                    connection.settimeout(WAIT_S)
+                    try:
+                        return greets(connection) and is_greeted(connection)
+                    except OSError:
+                        return False
+    return False
+
+
+def greets(connection: socket.socket) -> bool:
+    """Sends a greeting."""
+    connection.sendall(_GREETING)
+    return True
+
+
+def is_greeted(connection: socket.socket) -> bool:
+    """Whether a greeting comes."""
+    return connection.recv(len(_GREETING)) == _GREETING
+
+
+WAYS: dict[str, Way] = {
+    "first calls": first_calls,
+    "second calls": second_calls,
+    "both at once": both_call,
+    "both at once, listening": both_call_and_listen,
+}
+
+
+@contextmanager
+def matrix_lab(delay_ms: float) -> Iterator[tuple[Lab, list[tuple[str, str]]]]:
+    """A lab with two hosts of every kind and the helper, and the pairs of hosts to try."""
+    kinds = [PUBLIC, *NAMED]
+    hosts = [f"{kind} {number}" for kind in kinds for number in (1, 2)]
+    behind = {host: f"router of {host}" for host in hosts if not host.startswith(PUBLIC)}
+    routers = {router: NAMED[host.rpartition(" ")[0]] for host, router in behind.items()}
+    pairs = [(f"{a} 1", f"{b} 2") for a, b in itertools.combinations_with_replacement(kinds, 2)]
+    for shared, hairpin in (("same router", False), ("same router, hairpin", True)):
+        routers[shared] = replace(NAMED["port-restricted"], hairpin=hairpin)
+        pairs.append((f"{shared} 1", f"{shared} 2"))
+        behind |= dict.fromkeys(pairs[-1], shared)
+        hosts += pairs[-1]
+    with Lab([*hosts, HELPER], delay_ms=delay_ms, routers=routers, behind=behind) as lab:
+        yield lab, pairs
+
+
+def measure(
+    lab: Lab, pairs: list[tuple[str, str]], ways: Mapping[str, Way], at_once: int
+) -> Iterator[tuple[str, str, list[bool]]]:
+    """Both hosts of each pair, and whether they succeed, by way."""
+    with ThreadPoolExecutor(at_once) as pool:
+        tries = [[pool.submit(way, lab, *pair, HELPER) for way in ways.values()] for pair in pairs]
+        for (first, second), futures in zip(pairs, tries, strict=True):
+            yield first, second, [future.result() for future in futures]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--delay", type=float, default=10.0, metavar="MS", help="one way, between public addresses")
+    parser.add_argument("--at-once", type=int, default=8, metavar="N", help="pairs that try at the same time")
+    arguments = parser.parse_args()
+    try:
+        with matrix_lab(arguments.delay) as (lab, pairs):
+            print(f"| first | second | {' | '.join(WAYS)} |")
+            print(f"|---|---|{'---|' * len(WAYS)}")
+            for first, second, succeeded in measure(lab, pairs, WAYS, arguments.at_once):
+                cells = [name.rpartition(" ")[0] for name in (first, second)]
+                print(f"| {' | '.join([*cells, *('yes' if yes else '' for yes in succeeded)])} |", flush=True)
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

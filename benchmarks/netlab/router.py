@@ -1,0 +1,80 @@
+"""What a router does with the addresses of those behind it, in the words of RFC 4787."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import LabError
+
+Kind = Literal["independent", "address", "address-and-port"]
+KINDS: tuple[Kind, ...] = ("independent", "address", "address-and-port")
+TRANSPORTS = {"tcp": 6, "udp": 17}
+PROTOCOLS = ("nat-pmp", "upnp")
+
+
+@dataclass(frozen=True)
+class Router:
+    """A router with address translation of TCP and UDP; nothing else passes, and fragments do not.
+
+    A TCP mapping is made by an outgoing SYN. Packets in both directions keep mappings alive.
+
+    Args:
+        mapping: whether a socket has one public port for all remotes, one for each address, or one for each address
+            and port (such a router is called symmetric).
+        filtering: whether all remotes may send to a public port, only the addresses to which the host has sent from it,
+            or only those addresses and ports.
+        random_ports: else the public port is the private one, where that is free.
+        hairpin: whether hosts behind it reach each other at its public address.
+        reset: whether a SYN that is filtered is answered with RST, and not just dropped.
+        udp_idle_s, tcp_idle_s: after how many seconds without packets a mapping ends.
+        protocols: in which ones it lets its hosts ask for forwarded ports, of `nat-pmp` and `upnp`.
+
+    Raises:
+        LabError: a value is none of these.
+    """
+
+    mapping: Kind = "independent"
+    filtering: Kind = "address-and-port"
+    random_ports: bool = False
+    hairpin: bool = False
+    reset: bool = False
+    udp_idle_s: float = 120.0
+    tcp_idle_s: float = 7440.0
+    protocols: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for kind in (self.mapping, self.filtering):
+            if kind not in KINDS:
+                raise LabError(f"no mapping or filtering is called {kind}: there are {', '.join(KINDS)}")
+        for protocol in self.protocols:
+            if protocol not in PROTOCOLS:
+                raise LabError(f"a router does not speak {protocol}: it speaks {' and '.join(PROTOCOLS)}")
+
+    @property
+    def command(self) -> str:
+        """What the hub is told."""
+        kinds = f"{KINDS.index(self.mapping)} {KINDS.index(self.filtering)}"
+        switches = f"{self.random_ports:d} {self.hairpin:d} {self.reset:d}"
+        return f"{kinds} {switches} {float(self.udp_idle_s)} {float(self.tcp_idle_s)}"
+
+
+NAMED = {
+    "full-cone": Router(filtering="independent"),
+    "restricted": Router(filtering="address"),
+    "port-restricted": Router(),
+    "address-mapped": Router(mapping="address"),
+    "symmetric": Router(mapping="address-and-port"),
+}
+"""Kinds of routers that have names."""
+
+
+def named(kind: str) -> Router:
+    """A kind by its name.
+
+    Raises:
+        LabError: there is none of that name.
+    """
+    if kind not in NAMED:
+        raise LabError(f"no kind of router is called {kind}: there are {', '.join(NAMED)}")
+    return NAMED[kind]
