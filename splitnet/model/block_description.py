@@ -375,7 +375,8 @@ class Latents:
             and query.out_features == heads * attention.size
             and query.in_features == lowered
             and (self.lowered_norm is None or self.lowered_norm.weight.numel() == lowered)
-            and (self.expand.in_features, self.expand.out_features) == (self.rank, heads * (plain + attention.value_size))
+            and (self.expand.in_features, self.expand.out_features)
+            == (self.rank, heads * (plain + attention.value_size))
             and attention.out.in_features == heads * attention.value_size
         )
 

@@ -162,7 +162,15 @@ class CompiledStep:
             self._alive += [form.tiles, form.description]
             bias = self._optional(getattr(experts.held, f"{name}_bias") if experts.held.has_bias else None)
             matrices += [_GROUPED, form.tiles.data_ptr(), form.description.data_ptr(), bias, form.inputs, form.outputs]
-        fields: Fields = [outputs, choice.chosen, choice.sigmoid, choice.normalised, choice.groups, choice.kept, choice.judges]
+        fields: Fields = [
+            outputs,
+            choice.chosen,
+            choice.sigmoid,
+            choice.normalised,
+            choice.groups,
+            choice.kept,
+            choice.judges,
+        ]
         fields += [gating.interleaved, self._optional(choice.correction)]
         return [*fields, choice.factor, gating.alpha, gating.limit, gating.shift, *matrices]
 
