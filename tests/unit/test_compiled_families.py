@@ -26,7 +26,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.4},
-    "youtu": LATENTS,
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), LATENTS),
 }
 """Of small models, where the usual ones do not fit."""
 
