@@ -3,8 +3,9 @@
     python -m benchmarks.compiled_steps [--families cohere gemma2] [--weights int8] [--hidden 512] [--blocks 6]
                                         [--context 64]
 
-Models are random; both ways run in turns through the same blocks, with one thread, behind --context positions. The fastest
-of all steps is told, and the median. Latent attention has heads and latents of the sizes that DeepSeek-V3 has. Difference: the largest of outputs, as a part of the largest output.
+Models are random; both ways run in turns through the same blocks, with one thread, behind --context positions. The
+fastest of all steps is told, and the median. Latent attention has heads and latents of the sizes that DeepSeek-V3 has.
+Difference: the largest of outputs, as a part of the largest output.
 """
 
 from __future__ import annotations
