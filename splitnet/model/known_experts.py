@@ -128,8 +128,9 @@ def _choice_of(mlp: nn.Module, router: Any) -> Choice | None:
         found = torch.zeros(_TRIALS, len(weight)).scatter(1, indices, shares.float())
     except (TypeError, ValueError, RuntimeError):  # what it takes or gives is something else
         return None
-    for sigmoid, normalised, judges in product((False, True), (False, True), (2, 1)):
-        likely = replace(choice, sigmoid=sigmoid, normalised=normalised, judges=judges)
+    ways = ({"judges": 2}, {"judges": 1}, {"groups": 1, "kept": 1})  # some name groups and do not heed them
+    for sigmoid, normalised, way in product((False, True), (False, True), ways):
+        likely = replace(choice, sigmoid=sigmoid, normalised=normalised, **way)
         likely = replace(likely, factor=float(found.sum() / likely.shares(hidden).sum()))
         if torch.allclose(likely.shares(hidden), found, rtol=1e-3, atol=1e-5):
             return likely
