@@ -28,6 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -280,7 +281,11 @@ def compare(model: Path | str, arguments: argparse.Namespace, tokens: int) -> No
     which = "CPU time" if arguments.cpu_time else "wall time"
     blocks, hidden = checkpoint.num_blocks, checkpoint.hidden_size
     print(f"{blocks} blocks of hidden size {hidden}, {arguments.rounds} rounds, {which}.", flush=True)
-    print_tables(spans, *Stopwatch(clock).measure(spans, arguments.threads, arguments.rounds, arguments.steps))
+    stopwatch = Stopwatch(clock)
+    # As in a peer, not in the main thread: there the C library gives the memory of each pass back to the system.
+    with ThreadPoolExecutor(1) as thread:
+        measured = thread.submit(stopwatch.measure, spans, arguments.threads, arguments.rounds, arguments.steps)
+    print_tables(spans, *measured.result())
     spans.clear()
     if tokens:
         print_quality(qualities(checkpoint, arguments.kinds, tokens))
