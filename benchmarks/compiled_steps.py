@@ -33,6 +33,9 @@ _LATENTS = {
     "kv_lora_rank": 512,
     "q_lora_rank": 256,
     "num_key_value_heads": 4,
+    "head_dim": 64,
+    "n_group": 1,
+    "topk_group": 1,
 }
 
 
