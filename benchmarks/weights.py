@@ -265,12 +265,19 @@ def main() -> None:
         parser.error("--cpu-time is that of one thread: add --threads 1")
     if arguments.blocks is not None and arguments.checkpoint is not None:
         parser.error("--blocks is for random models: a checkpoint has its own")
-    if arguments.checkpoint is None:
-        hidden, middle, blocks, *heads = _ONE_B if arguments.random_1b else _HALF_B
-        with random_model(hidden, middle, arguments.blocks or blocks, *heads) as folder:
-            compare(folder, arguments, 0)
-    else:
+    # Not in the main thread: there the C library gives the memory of each pass back to the system. And all in one thread:
+    # OpenMP has threads for each that computes, and where these are more than cores, they are slow to begin.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(run, arguments).result()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.checkpoint is not None:
         compare(arguments.checkpoint, arguments, arguments.tokens)
+        return
+    hidden, middle, blocks, *heads = _ONE_B if arguments.random_1b else _HALF_B
+    with random_model(hidden, middle, arguments.blocks or blocks, *heads) as folder:
+        compare(folder, arguments, 0)
 
 
 def compare(model: Path | str, arguments: argparse.Namespace, tokens: int) -> None:
@@ -281,11 +288,7 @@ def compare(model: Path | str, arguments: argparse.Namespace, tokens: int) -> No
     which = "CPU time" if arguments.cpu_time else "wall time"
     blocks, hidden = checkpoint.num_blocks, checkpoint.hidden_size
     print(f"{blocks} blocks of hidden size {hidden}, {arguments.rounds} rounds, {which}.", flush=True)
-    stopwatch = Stopwatch(clock)
-    # As in a peer, not in the main thread: there the C library gives the memory of each pass back to the system.
-    with ThreadPoolExecutor(1) as thread:
-        measured = thread.submit(stopwatch.measure, spans, arguments.threads, arguments.rounds, arguments.steps)
-    print_tables(spans, *measured.result())
+    print_tables(spans, *Stopwatch(clock).measure(spans, arguments.threads, arguments.rounds, arguments.steps))
     spans.clear()
     if tokens:
         print_quality(qualities(checkpoint, arguments.kinds, tokens))
