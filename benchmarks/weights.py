@@ -265,8 +265,8 @@ def main() -> None:
         parser.error("--cpu-time is that of one thread: add --threads 1")
     if arguments.blocks is not None and arguments.checkpoint is not None:
         parser.error("--blocks is for random models: a checkpoint has its own")
-    # Not in the main thread: there the C library gives the memory of each pass back to the system. And all in one thread:
-    # OpenMP has threads for each that computes, and where these are more than cores, they are slow to begin.
+    # Not in the main thread: there the C library gives the memory of each pass back to the system. And all in one
+    # thread: OpenMP has threads for each that computes, and where these are more than cores, they are slow to begin.
     with ThreadPoolExecutor(1) as thread:
         thread.submit(run, arguments).result()
 
