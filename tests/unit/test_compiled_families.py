@@ -173,6 +173,7 @@ def test_blocks_of_another_structure_have_none(case: str, tmp_path: Path) -> Non
         ("float16", "float32", 1e-3),
         ("bfloat16", "float32", 1e-3),
         ("bfloat16", "bfloat16", 3e-2),
+        ("float16", "bfloat16", 3e-2),
         ("int8", "bfloat16", 3e-2),
     ],
 )
