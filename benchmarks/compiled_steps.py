@@ -1,9 +1,11 @@
 """What a decode step costs in a family's own code and compiled, for families with compiled steps; prints Markdown.
 
     python -m benchmarks.compiled_steps [--families cohere gemma2] [--weights int8] [--hidden 512] [--blocks 6]
+                                        [--context 64]
 
-Models are random; both ways run in turns through the same blocks, with one thread, behind 64 positions. The fastest of
-all steps is told, and the median. Difference: the largest of outputs, as a part of the largest output.
+Models are random; both ways run in turns through the same blocks, with one thread, behind --context positions. The
+fastest of all steps is told, and the median. Latent attention has heads and latents of the sizes that DeepSeek-V3 has.
+Difference: the largest of outputs, as a part of the largest output.
 """
 
 from __future__ import annotations
@@ -20,33 +22,46 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.compiled_step import CompiledStep
 from splitnet.model.families import COMPILED
 from splitnet.model.span import Part, Span
+from splitnet.model.weights import INTEGERS
 from tests.unit.random_models import random_checkpoint
 from tests.unit.test_compiled_families import SIZES
 
-CONTEXT = 64
-"""Positions that a step attends to."""
+_LATENTS = {
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "kv_lora_rank": 512,
+    "q_lora_rank": 256,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "n_group": 1,
+    "topk_group": 1,
+}
 
 
 def load(family: str, folder: Path, arguments: argparse.Namespace) -> Span | None:
     """All blocks of a random model; None: it has no compiled steps with such weights."""
-    random_checkpoint(family, folder, blocks=arguments.blocks, hidden=arguments.hidden, **SIZES.get(family, {}))
+    sizes = SIZES.get(family, {})
+    if "kv_lora_rank" in sizes:
+        sizes = _LATENTS if arguments.weights in INTEGERS else {**_LATENTS, "first_k_dense_replace": arguments.blocks}
+    random_checkpoint(family, folder, blocks=arguments.blocks, hidden=arguments.hidden, **sizes)
     checkpoint = Checkpoint.open(folder)
     span = Span.load(checkpoint, 0, checkpoint.num_blocks, dtype="float32", weights=arguments.weights)
     return span if isinstance(span._lean, CompiledStep) else None
 
 
-def measure(span: Span, rounds: int, steps: int) -> tuple[dict[str, list[float]], float]:
+def measure(span: Span, context: int, rounds: int, steps: int) -> tuple[dict[str, list[float]], float]:
     """Milliseconds of each step, and the largest difference."""
     ways = {"own": None, "compiled": span._lean}
     times: dict[str, list[float]] = {way: [] for way in ways}
     outputs: dict[str, torch.Tensor] = {}
-    hidden = torch.randn(CONTEXT + steps, span.hidden_size, generator=torch.Generator().manual_seed(0))
+    hidden = torch.randn(context + steps, span.hidden_size, generator=torch.Generator().manual_seed(0))
     for _ in range(rounds):
         for way, step in ways.items():
             span._lean = step
-            row = span.new_row(CONTEXT + steps)
-            span.forward(hidden[:CONTEXT], [Part(row, 0, CONTEXT)])
-            for index in range(CONTEXT, CONTEXT + steps):
+            row = span.new_row(context + steps)
+            span.forward(hidden[:context], [Part(row, 0, context)])
+            for index in range(context, context + steps):
                 began = time.perf_counter()
                 outputs[way] = span.forward(hidden[index : index + 1], [Part(row, index, 1)])
                 times[way].append((time.perf_counter() - began) * 1000)
@@ -59,6 +74,7 @@ def main() -> None:
     parser.add_argument("--weights", default="float32", help="what they are held as")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--context", type=int, default=64, help="positions that a step attends to")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
     arguments = parser.parse_args()
@@ -72,7 +88,7 @@ def main() -> None:
             if span is None:
                 print(f"| {family} | no compiled steps with such weights | | | | | |")
                 continue
-            times, difference = measure(span, arguments.rounds, arguments.steps)
+            times, difference = measure(span, arguments.context, arguments.rounds, arguments.steps)
         own, compiled = min(times["own"]), min(times["compiled"])
         medians = [f"{statistics.median(times[way]):.2f}" for way in ("own", "compiled")]
         cells = [f"{own:.2f}", medians[0], f"{compiled:.2f}", medians[1], f"{own / compiled:.2f}", f"{difference:.1e}"]

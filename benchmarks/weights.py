@@ -3,13 +3,17 @@
     python benchmarks/weights.py CHECKPOINT [--kinds float32 float16 int8] [--threads 1 2] [--rounds 5] [--steps 16]
                                  [--tokens 1024]
     python benchmarks/weights.py --random-1b
-    python benchmarks/weights.py --random-half-b [--kinds bfloat16 int4/bfloat16]
+    python benchmarks/weights.py --random-half-b [--blocks 4] [--kinds bfloat16 int4/bfloat16 Q4_K/bfloat16]
 
 All kinds are in memory together and are timed in turns, so that a disturbance of the machine meets all of them. The
 median and the fastest of all tokens are told. "Of bandwidth" is the time that the machine needs to read so many bytes
 (a sum over a long vector, the fastest of the same rounds) as a part of the fastest token: decoding can reach 100% at
 best, unless the weights stay in a cache. On a machine that others use, --cpu-time counts what one thread computed, not
-what it waited for a processor; caches and memory are still shared.
+what it waited for a processor; caches and memory are still shared. "Of bfloat16" is the speed of a prefill as a part of
+that with bfloat16 weights in the same round, the median of all rounds.
+
+Besides what --weights takes, a kind may be a layout that checkpoints have (those of benchmarks/grouped.py, such as Q4_K
+or MXFP4), with random codes.
 
 Quality is that of the next-token distributions over a text, against those with float32 weights. A model with random
 weights (--random-1b: the shape of TinyLlama 1.1B; --random-half-b: of Qwen2 0.5B) has none.
@@ -24,6 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,13 +36,17 @@ from typing import Any
 
 import torch
 from codec_quality import VARIED_TEXT
+from grouped import LAYOUTS, random_matrix
 from safetensors.torch import save_file
 from torch import nn
 from transformers import LlamaConfig
 
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.grouped_forms import hold_stored
+from splitnet.model.held_linear import HeldLinear
 from splitnet.model.shell import load_shell
 from splitnet.model.span import Part, Span
+from splitnet.model.stored import Layout
 from splitnet.model.weights import KINDS
 
 MIB = 2**20
@@ -82,7 +91,22 @@ def load(checkpoint: Checkpoint, kind: str) -> Span:
     """All blocks; they compute in float32, but for weights that are bfloat16, and as told after a slash."""
     weights, _, dtype = kind.partition("/")
     dtype = dtype or ("bfloat16" if weights == "bfloat16" else "float32")
-    return Span.load(checkpoint, 0, checkpoint.num_blocks, dtype=dtype, weights=weights)
+    if weights in KINDS:
+        return Span.load(checkpoint, 0, checkpoint.num_blocks, dtype=dtype, weights=weights)
+    span = Span.load(checkpoint, 0, checkpoint.num_blocks, dtype=dtype)
+    hold_random_codes(span, LAYOUTS[weights])
+    held = span.view(0, checkpoint.num_blocks)  # which counts its bytes and describes its steps anew
+    span._lean = None
+    return held
+
+
+def hold_random_codes(span: Span, layout: Layout) -> None:
+    """Gives all linear layers of a span weights in random codes."""
+    backbone: Any = span._backbone
+    for path, layer in list(backbone.named_modules()):
+        if isinstance(layer, nn.Linear):
+            held = hold_stored([random_matrix(layout, layer.out_features, layer.in_features)], span.device)
+            backbone.set_submodule(path, HeldLinear.holding(layer, held, span.device))
 
 
 Measured = dict[str, dict[int, Times]]
@@ -160,14 +184,20 @@ def qualities(checkpoint: Checkpoint, kinds: Sequence[str], tokens: int) -> dict
 def print_tables(spans: dict[str, Span], times: Measured, reads: dict[int, list[float]]) -> None:
     for threads, read in reads.items():
         print(f"\n{threads} thread{'s' * (threads > 1)}; memory is read at {1000 / min(read) / 1024:.1f} GiB/s.\n")
-        print("| weights | MiB | decode ms/token, median | fastest | of bandwidth | prefill tokens/s | fastest |")
-        print("|---|---|---|---|---|---|---|")
+        print(
+            "| weights | MiB | decode ms/token, median | fastest | of bandwidth "
+            "| prefill tokens/s | fastest | of bfloat16 |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
+        plain = times["bfloat16"][threads].prefill_ms if "bfloat16" in times else None
         for kind, span in spans.items():
             mib, found = span.weight_bytes / MIB, times[kind][threads]
             cells = [f"{statistics.median(found.decode_ms):.2f}", f"{min(found.decode_ms):.2f}"]
             cells.append(f"{mib * min(read) / min(found.decode_ms):.0%}")
             slow, fast = statistics.median(found.prefill_ms), min(found.prefill_ms)
             cells += [f"{PREFILL * 1000 / slow:.0f}", f"{PREFILL * 1000 / fast:.0f}"]
+            shares = [one / other for one, other in zip(plain or (), found.prefill_ms, strict=plain is not None)]
+            cells.append(f"{statistics.median(shares):.0%}" if shares else "")
             print(f"| {kind} | {mib:.0f} | {' | '.join(cells)} |", flush=True)
 
 
@@ -222,6 +252,7 @@ def main() -> None:
     parser.add_argument("--random-1b", action="store_true", help="a random model with 1.1 billion weights instead")
     parser.add_argument("--random-half-b", action="store_true", help="likewise, with half a billion")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help="int4/bfloat16: that computes in bfloat16")
+    parser.add_argument("--blocks", type=int, help="of a random model, in the place of all")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--cpu-time", action="store_true", help="count CPU time; with --threads 1")
     parser.add_argument("--rounds", type=int, default=5)
@@ -232,11 +263,21 @@ def main() -> None:
         parser.error("give a checkpoint, --random-1b or --random-half-b")
     if arguments.cpu_time and arguments.threads != [1]:
         parser.error("--cpu-time is that of one thread: add --threads 1")
-    if arguments.checkpoint is None:
-        with random_model(*(_ONE_B if arguments.random_1b else _HALF_B)) as folder:
-            compare(folder, arguments, 0)
-    else:
+    if arguments.blocks is not None and arguments.checkpoint is not None:
+        parser.error("--blocks is for random models: a checkpoint has its own")
+    # Not in the main thread: there the C library gives the memory of each pass back to the system. And all in one
+    # thread: OpenMP has threads for each that computes, and where these are more than cores, they are slow to begin.
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(run, arguments).result()
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.checkpoint is not None:
         compare(arguments.checkpoint, arguments, arguments.tokens)
+        return
+    hidden, middle, blocks, *heads = _ONE_B if arguments.random_1b else _HALF_B
+    with random_model(hidden, middle, arguments.blocks or blocks, *heads) as folder:
+        compare(folder, arguments, 0)
 
 
 def compare(model: Path | str, arguments: argparse.Namespace, tokens: int) -> None:

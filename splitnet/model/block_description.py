@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from splitnet.model.attention import PACKED
 from splitnet.model.block_parts import Activation, Norm, UnknownPart
 from splitnet.model.known_experts import KnownExperts
 
@@ -19,6 +20,7 @@ _MLP = ("mlp", "ffn", "block_sparse_moe")
 _QUERY, _KEY, _VALUE = ("q_proj",), ("k_proj",), ("v_proj",)
 _ALL_THREE = ("qkv_proj", "query_key_value", "c_attn", "Wqkv")
 _OUT = ("o_proj", "dense", "out_proj", "c_proj")
+_LATENT = "kv_a_proj_with_mqa"
 _QUERY_NORM = ("q_norm", "q_layernorm", "query_layernorm")
 _KEY_NORM = ("k_norm", "k_layernorm", "key_layernorm")
 _GATE, _GATE_AND_UP = ("gate_proj",), ("gate_up_proj",)
@@ -127,7 +129,7 @@ class BlockDescription:
     @property
     def width(self) -> int:
         """Of hidden states."""
-        return self.attention.query.in_features
+        return self.attention.out.out_features
 
     @property
     def layers(self) -> list[Any]:
@@ -140,7 +142,9 @@ class BlockDescription:
     def _fits_together(self) -> bool:
         """Whether the sizes are those that the compiled code takes for granted."""
         query, key, value, out, gate, up, down, opener = self.layers
-        inputs = {layer.in_features for layer in (query, key, value, gate, up, opener) if layer is not None}
+        latents = self.attention.latents
+        first = query if latents is None or latents.lowered is None else latents.lowered
+        inputs = {layer.in_features for layer in (first, key, value, gate, up, opener) if layer is not None}
         outputs = {layer.out_features for layer in (out, down) if layer is not None}
         norms = (self.before, self.after, self.between, self.behind)
         widths = {norm.weight.numel() for norm in norms if norm is not None}
@@ -156,13 +160,15 @@ class Attention:
         places: where it has the queries, keys and values, in heads; or None.
         joined: the norms of queries and of keys are of all heads together.
         late: they come after the rotary embedding.
-        heads, stored: of queries, and of keys.
-        size: of a head.
+        heads, stored: of queries, and of keys as they are stored.
+        size: of a head of queries and keys.
+        value_size: of a head of values.
         cap, clip: of logits, and of numbers of heads; or 0.
         slopes: what is added to the logits of a head for every position.
         turns: with the rotary embedding.
         index: of the block in its caches.
         kind: of the block, by which families have a rotary embedding; or None.
+        latents: what keys and values are made of; or None.
     """
 
     query: Any
@@ -176,6 +182,7 @@ class Attention:
     heads: int
     stored: int
     size: int
+    value_size: int
     scale: float
     cap: float
     clip: float
@@ -184,6 +191,7 @@ class Attention:
     turns: bool
     index: int
     kind: str | None
+    latents: Latents | None = None
 
     @classmethod
     def of(cls, module: Any) -> Self:
@@ -192,6 +200,8 @@ class Attention:
         Raises:
             UnknownPart: it has a part that compiled steps do not have.
         """
+        if hasattr(module, _LATENT):
+            return cls._with_latents(module)
         size = int(getattr(module, "head_dim", None) or module.head_size)
         by_head = hasattr(module, _BY_HEAD) or getattr(module, "multi_query", None) is False
         parts = _Parts(module)
@@ -222,6 +232,7 @@ class Attention:
             heads,
             stored,
             size,
+            size,
             scale=float(_first(module, "scaling", "inv_norm_factor", "softmax_scale") or size**-0.5),
             cap=float((type(module).__name__ == _CAPPED and module.attn_logit_softcapping) or 0),
             clip=float(_first(module, "clip_qkv") or _first(getattr(module, "config", None), "clip_qkv") or 0),
@@ -232,6 +243,56 @@ class Attention:
             kind=_first(module, "layer_type", "attention_type"),
         )
 
+    @classmethod
+    def _with_latents(cls, module: Any) -> Self:
+        parts = _Parts(module)
+        latents, query, out = Latents.of(parts, module), parts.take((*_QUERY, "q_b_proj")), parts.take(_OUT)
+        if parts.rest or list(module.parameters(recurse=False)):
+            raise UnknownPart(", ".join(parts.rest) or "parameters of attention itself")
+        size, value_size = int(module.qk_nope_head_dim + module.qk_rope_head_dim), int(module.v_head_dim)
+        heads = out.in_features // value_size
+        return cls(
+            *(query, None, None, out, None, None, None),
+            late=False,
+            heads=heads,
+            stored=1 if latents.kept else heads,
+            size=size,
+            value_size=value_size,
+            scale=float(module.scaling),
+            cap=0.0,
+            clip=0.0,
+            sinks=None,
+            slopes=None,
+            turns=True,
+            index=module.layer_idx,
+            kind=None,
+            latents=latents,
+        )
+
+    @property
+    def kept(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Heads and their size, of the keys that are stored and of the values."""
+        if self.latents is not None and self.latents.kept:
+            return (1, self.latents.rank), (1, self.latents.turned)
+        return (self.stored, self.size), (self.stored, self.value_size)
+
+    @property
+    def latent_layers(self) -> list[Any]:
+        """Those of `latents`; None where there is none."""
+        latents = self.latents
+        return [None] * 3 if latents is None else [latents.lowered, latents.layer, latents.expand]
+
+    @property
+    def turned_size(self) -> int:
+        """Numbers of a head that a rotary embedding is given."""
+        return self.size if self.latents is None else self.latents.turned
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of all that is read and written in whole vectors."""
+        latents = self.latents
+        return [self.size, self.value_size] + ([] if latents is None else [latents.rank, latents.turned])
+
     @property
     def joined(self) -> bool:
         """Whether the norms of queries and of keys are of all heads together."""
@@ -240,6 +301,8 @@ class Attention:
 
     def fits_together(self) -> bool:
         """Whether the sizes are those that the compiled code takes for granted."""
+        if self.latents is not None:
+            return self.latents.fits_together(self)
         taken = self.heads + 2 * self.stored if self.places is None else max(self.places) + 1
         given = [layer.out_features // self.size for layer in (self.query, self.key, self.value) if layer is not None]
         return (
@@ -255,6 +318,67 @@ class Attention:
     def _fits(self, norm: Norm | None, many: int) -> bool:
         shapes = {(many * self.size,)} if self.joined else {(self.size,), (many, self.size)}
         return norm is None or tuple(norm.weight.shape) in shapes
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """A few numbers of which the keys and values of all heads are made (DeepSeek-AI, "DeepSeek-V2", arXiv:2405.04434).
+
+    Attributes:
+        lowered, lowered_norm: layer and norm whose output queries are made of; or None.
+        layer: gives what `norm` makes latents of, and behind it the part of keys that is turned, which all heads share.
+        expand: makes of latents, by head, the rest of a key and the value.
+        kept: they are stored, with the part of keys that is turned, in the place of keys and values.
+    """
+
+    lowered: Any
+    lowered_norm: Norm | None
+    layer: Any
+    norm: Norm
+    expand: Any
+    kept: bool
+
+    @classmethod
+    def of(cls, parts: _Parts, module: Any) -> Self:
+        """Of the parts of a family's own module.
+
+        Raises:
+            UnknownPart: something is missing, or done otherwise.
+        """
+        lowered, lowered_norm = parts.find(("q_a_proj",)), parts.find(("q_a_layernorm",))
+        return cls(
+            lowered,
+            None if lowered is None else Norm.of(lowered_norm),
+            parts.take((_LATENT,)),
+            Norm.of(parts.take(("kv_a_layernorm",))),
+            parts.take(("kv_b_proj",)),
+            kept=module.config._attn_implementation != PACKED,
+        )
+
+    @property
+    def rank(self) -> int:
+        """How many numbers they are."""
+        return self.norm.weight.numel()
+
+    @property
+    def turned(self) -> int:
+        """Numbers of a key that are turned: the last ones."""
+        return self.layer.out_features - self.rank
+
+    def fits_together(self, attention: Attention) -> bool:
+        """Whether the sizes are those that the compiled code takes for granted."""
+        query, heads, plain = attention.query, attention.heads, attention.size - self.turned
+        lowered = query.in_features if self.lowered is None else self.lowered.out_features
+        return (
+            plain > 0
+            and self.turned > 0
+            and query.out_features == heads * attention.size
+            and query.in_features == lowered
+            and (self.lowered_norm is None or self.lowered_norm.weight.numel() == lowered)
+            and (self.expand.in_features, self.expand.out_features)
+            == (self.rank, heads * (plain + attention.value_size))
+            and attention.out.in_features == heads * attention.value_size
+        )
 
 
 @dataclass(frozen=True, eq=False)

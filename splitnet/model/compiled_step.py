@@ -26,7 +26,7 @@ from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16, Conver
 from splitnet.model.grouped_forms import GroupedForm
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.known_experts import KnownExperts
-from splitnet.model.rotary import Turning
+from splitnet.model.rotary import Order, Turning
 from splitnet.model.tiles import CHUNK
 
 MOST_POSITIONS = 16
@@ -37,7 +37,7 @@ _GROUPED = 3
 _VECTOR = 16
 _NO_MATRIX = [0] * 6
 _NO_NORM = [0] * 5
-_NO_EXPERTS = [0] * 30
+_NO_EXPERTS = [0] * 31
 
 Fields = list[int | float]
 """Of a struct of C: all have 8 bytes."""
@@ -66,8 +66,7 @@ class CompiledStep:
         self._turning = turning
         self._ropes = _ropes_of(blocks, rope)
         self._dtype = dtype
-        self._size = blocks[0].attention.size
-        self._heads = blocks[0].attention.stored
+        self._kept = blocks[0].attention.kept
         self._indices = tuple(block.attention.index for block in blocks)
         self._alive: list[torch.Tensor] = []
         fields = chain.from_iterable(self._fields(block, windows[block.attention.index]) for block in blocks)
@@ -88,7 +87,7 @@ class CompiledStep:
         described = [BlockDescription.of(block) for block in blocks]
         for block in described:
             _check(block)
-        if len({(block.attention.size, block.attention.stored) for block in described}) > 1:
+        if len({block.attention.kept for block in described}) > 1:
             raise UnknownPart("blocks with other heads")
         return cls(described, rope, _turning_of(blocks, described, rope), windows, dtype)
 
@@ -105,8 +104,7 @@ class CompiledStep:
         result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         rows = [self._stores(part) for part in parts for _ in range(part.count)]
         stores = torch.tensor(list(chain.from_iterable(zip(*rows, strict=True)))).flatten()
-        adjacent = self._turning is not None and self._turning.adjacent
-        turns = (cosines, sines, adjacent)
+        turns = (cosines, sines, Order.APART if self._turning is None else self._turning.order)
         kernels.step(self._blocks, len(self._indices), result, stores, positions, *turns, self._dtype.itemsize)
         return result.to(hidden.dtype)
 
@@ -122,8 +120,7 @@ class CompiledStep:
         return cosines, sines
 
     def _stores(self, part: Part) -> list[tuple[int, int, int]]:
-        shape = (1, self._heads, 0, self._size)
-        return part.row.reserve(self._indices, part.count, shape, self._dtype)
+        return part.row.reserve(self._indices, part.count, self._kept, self._dtype)
 
     def _fields(self, block: BlockDescription, window: int | None) -> Fields:
         """As `Block` in `native/step.h`."""
@@ -132,11 +129,17 @@ class CompiledStep:
         fields: Fields = [*chain.from_iterable(map(self._norm, norms))]
         fields += [block.parallel, block.residual, self._optional(attention.sinks), self._optional(attention.slopes)]
         fields += [self._numbers(attention.places), attention.scale, attention.cap, attention.clip]
-        fields += [attention.heads, attention.stored, attention.size, window or 0, attention.joined, attention.late]
+        latents = attention.latents
+        rank, absorbed = (0, False) if latents is None else (latents.norm.weight.numel(), latents.kept)
+        fields += [attention.heads, attention.stored, attention.size, attention.value_size, rank, absorbed]
+        fields += [window or 0, attention.joined, attention.late]
         turns = self._turning is not None and attention.turns
         fields += [self._ropes.index(_kind_of(attention, self._rope)) if turns else -1]
         fields += [0, 0.0, 0.0, 0.0, 0.0] if mlp is None else [int(mlp.activation.kind), *mlp.activation.shape]
         fields += chain.from_iterable(map(self._matrix, block.layers))
+        inner = (None, None) if latents is None else (latents.lowered_norm, latents.norm)
+        fields += chain.from_iterable(map(self._norm, inner))
+        fields += chain.from_iterable(map(self._matrix, attention.latent_layers))
         return fields + (_NO_EXPERTS if experts is None else self._described_experts(experts))
 
     def _described_experts(self, experts: KnownExperts) -> Fields:
@@ -159,7 +162,15 @@ class CompiledStep:
             self._alive += [form.tiles, form.description]
             bias = self._optional(getattr(experts.held, f"{name}_bias") if experts.held.has_bias else None)
             matrices += [_GROUPED, form.tiles.data_ptr(), form.description.data_ptr(), bias, form.inputs, form.outputs]
-        fields: Fields = [outputs, choice.chosen, choice.sigmoid, choice.normalised, choice.groups, choice.kept]
+        fields: Fields = [
+            outputs,
+            choice.chosen,
+            choice.sigmoid,
+            choice.normalised,
+            choice.groups,
+            choice.kept,
+            choice.judges,
+        ]
         fields += [gating.interleaved, self._optional(choice.correction)]
         return [*fields, choice.factor, gating.alpha, gating.limit, gating.shift, *matrices]
 
@@ -214,7 +225,7 @@ def _turning_of(
     if rope is None or not kinds:
         return None
     attention = next(module for module in blocks[0].modules() if hasattr(module, "layer_idx"))
-    size, width = described[0].attention.size, described[0].width
+    size, width = described[0].attention.turned_size, described[0].width
     found = {Turning.of(attention, size, rope, width, kind) for kind in kinds}
     turning = found.pop()
     if found or turning is None:
@@ -225,8 +236,12 @@ def _turning_of(
 def _check(block: BlockDescription) -> None:
     """That there are kernels for a block."""
     experts = block.experts
-    if block.attention.size % _VECTOR or not all(layer is None or _is_held(layer) for layer in block.layers):
+    attention = block.attention
+    layers = (*block.layers, *attention.latent_layers)
+    if any(size % _VECTOR for size in attention.sizes) or not all(layer is None or _is_held(layer) for layer in layers):
         raise UnknownPart("layers")
+    if attention.latents is not None and attention.latents.kept and not _is_plain(attention.latents.expand):
+        raise UnknownPart("codes of what makes keys and values of latents")
     if experts is not None and not _experts_fit(experts, block.width):
         raise UnknownPart("experts")
 
@@ -251,6 +266,10 @@ def _is_held(layer: nn.Linear | HeldLinear | Turned) -> bool:
         return type(layer.held) in known
     plain = type(layer) in (nn.Linear, Turned) or type(layer).__name__ in PLAIN_LINEAR
     return plain and layer.weight.dtype in _KINDS and layer.weight.is_contiguous()
+
+
+def _is_plain(layer: Any) -> bool:
+    return type(layer) is nn.Linear and layer.bias is None and layer.weight.dtype in (torch.float32, torch.bfloat16)
 
 
 def _held(layer: nn.Linear | HeldLinear | Turned) -> tuple[int, torch.Tensor, torch.Tensor | None]:

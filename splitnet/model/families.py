@@ -80,6 +80,7 @@ COMPILED = LEAN | {
     *("gemma2", "gemma3_text", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "gptj", "granite", "granitemoe"),
     *("helium", "hunyuan_v1_dense", "internlm3", "ministral", "mpt", "nemotron", "olmo", "olmo2", "olmo3", "opt"),
     *("persimmon", "phi", "phi3", "smollm3", "stablelm", "starcoder2"),
+    *("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"),
 }
 """Families with compiled steps: `splitnet.model.block_description` knows all that their blocks do. Each is in the
 tests."""
@@ -108,9 +109,10 @@ NEUTRAL_CONFIG: Mapping[str, Any] = {"embedding_multiplier": 1.0}
 PLAIN_LINEAR = frozenset({"FalconLinear"})
 """Families' own classes of linear layers that compute what torch's does: their weights may be held in other forms."""
 
-ROUTERS = frozenset({"router", "gate", "dt_proj"})
+ROUTERS = frozenset({"router", "gate", "dt_proj", "kv_b_proj"})
 """Names of modules that keep their weights. Routers choose experts: they are small, and another choice changes more
-than a rounded weight. Of the time steps of Mamba, see `TAKEN_WEIGHTS`."""
+than a rounded weight. Of the time steps of Mamba, see `TAKEN_WEIGHTS`. What makes keys and values of latents is
+multiplied with by its columns, too, where latents are stored; it is small as well."""
 
 TAKEN_WEIGHTS = frozenset({"dt_proj"})
 """Linear layers that are never called, as the family's code multiplies by their weight itself: adapters that add to

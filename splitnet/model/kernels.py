@@ -201,7 +201,7 @@ def step(
     indices: torch.Tensor,
     cosines: torch.Tensor,
     sines: torch.Tensor,
-    adjacent: bool,
+    order: int,
     stored_bytes: int,
 ) -> None:
     """Runs positions through blocks: `hidden`, float32 `[positions, hidden]`, becomes what comes out.
@@ -210,13 +210,13 @@ def step(
         blocks: `count` of them, as `Block` in `native/step.h`.
         stores: int64 `[count, positions, 3]`: addresses of keys and of values, and their capacity.
         indices: int64 `[positions]`, of each in its stores.
-        cosines: float32 `[ropes, positions, half of the numbers of a head that are turned]`, which are the first ones.
+        cosines: float32 `[ropes, positions, half of the numbers of a head that are turned]`.
         sines: likewise.
-        adjacent: numbers that are turned together stand side by side, else half of them lie between.
+        order: of numbers that are turned together, as `splitnet.model.rotary.Order`.
         stored_bytes: of a number in the stores: 4, or 2 for bfloat16.
     """
     tensors = (hidden, stores, indices, cosines, sines)
     at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
     threads = torch.get_num_threads()
-    sizes = (cosines.shape[-1], adjacent, stored_bytes, threads)
+    sizes = (cosines.shape[-1], order, stored_bytes, threads)
     _kernels.step(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)

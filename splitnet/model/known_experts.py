@@ -28,7 +28,8 @@ class Choice:
         bias: `[experts]`, of the logits.
         correction: `[experts]`, added to scores to choose by.
         chosen: experts of a position.
-        groups, kept: experts are chosen in `kept` of the groups with the best two.
+        groups, kept: experts are chosen in `kept` of the groups with the best ones.
+        judges: how many of a group, the best one or two, tell how good it is.
         sigmoid: what makes scores of logits, else softmax.
         normalised: the shares add up to `factor`.
     """
@@ -42,6 +43,7 @@ class Choice:
     sigmoid: bool = False
     normalised: bool = False
     factor: float = 1.0
+    judges: int = 2
 
     def shares(self, hidden: torch.Tensor) -> torch.Tensor:
         """Of each expert for `[positions, hidden]`: `[positions, experts]`, 0 where it is not chosen."""
@@ -50,7 +52,7 @@ class Choice:
         ranks = scores if self.correction is None else scores + self.correction.float()
         if self.kept < self.groups:
             ranks = ranks.unflatten(-1, (self.groups, -1))
-            worst = ranks.topk(2).values.sum(-1).topk(self.groups - self.kept, largest=False).indices
+            worst = ranks.topk(self.judges).values.sum(-1).topk(self.groups - self.kept, largest=False).indices
             ranks = ranks.scatter(1, worst[..., None].expand(-1, -1, ranks.shape[-1]), -inf).flatten(1)
         indices = ranks.topk(self.chosen).indices
         shares = torch.zeros_like(scores).scatter(1, indices, scores.gather(1, indices))
@@ -126,8 +128,9 @@ def _choice_of(mlp: nn.Module, router: Any) -> Choice | None:
         found = torch.zeros(_TRIALS, len(weight)).scatter(1, indices, shares.float())
     except (TypeError, ValueError, RuntimeError):  # what it takes or gives is something else
         return None
-    for sigmoid, normalised in product((False, True), repeat=2):
-        likely = replace(choice, sigmoid=sigmoid, normalised=normalised)
+    ways = ({"judges": 2}, {"judges": 1}, {"groups": 1, "kept": 1})  # some name groups and do not heed them
+    for sigmoid, normalised, way in product((False, True), (False, True), ways):
+        likely = replace(choice, sigmoid=sigmoid, normalised=normalised, **way)
         likely = replace(likely, factor=float(found.sum() / likely.shares(hidden).sum()))
         if torch.allclose(likely.shares(hidden), found, rtol=1e-3, atol=1e-5):
             return likely

@@ -217,13 +217,13 @@ class RowCache:
         return block.keys[:, :, :end], block.values[:, :, :end]
 
     def reserve(
-        self, indices: tuple[int, ...], count: int, shape: Sequence[int], dtype: torch.dtype
+        self, indices: tuple[int, ...], count: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
     ) -> list[tuple[int, int, int]]:
         """Makes room for `count` new positions in blocks, for who writes to their memory.
 
         Args:
             indices: which blocks of the span.
-            shape: of no positions: `[1, kv heads, 0, head size]`.
+            shapes: heads and head size of keys and of values.
             dtype: of keys and values.
 
         Returns:
@@ -233,13 +233,11 @@ class RowCache:
         end = self.prefix_length + self.length + count
         if places is not None and all(capacity >= end for _, _, capacity in places):
             return places
-        nothing = torch.empty(tuple(shape), dtype=dtype)
-        blocks = [
-            self._with_room(index, nothing, nothing, self._before(index) + self.length + count) for index in indices
-        ]
+        keys, values = (torch.empty(1, heads, 0, size, dtype=dtype) for heads, size in shapes)
+        blocks = [self._with_room(index, keys, values, self._before(index) + self.length + count) for index in indices]
         for block in blocks:
-            for tensor in (block.keys, block.values):
-                if tensor.dtype != dtype or (tensor.shape[1], tensor.shape[3]) != (shape[1], shape[3]):
+            for tensor, shape in zip((block.keys, block.values), shapes, strict=True):
+                if tensor.dtype != dtype or (tensor.shape[1], tensor.shape[3]) != shape:
                     raise RuntimeError("keys and values of this row have another type or shape")
         places = [(block.keys.data_ptr(), block.values.data_ptr(), block.keys.shape[2]) for block in blocks]
         self._places[indices] = places

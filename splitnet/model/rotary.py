@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from enum import Enum
+from enum import Enum, IntEnum
+from functools import partial
 from itertools import product
 from typing import Any, Self
 
@@ -23,18 +24,25 @@ class Given(Enum):
     SIDE_BY_SIDE = "two of each pair"
 
 
+class Order(IntEnum):
+    """Of the numbers of a head that are turned together."""
+
+    APART = 0  # half of those that are turned lie between them
+    ADJACENT = 1  # side by side
+    PARTED = 2  # side by side, and apart once they are turned
+
+
 @dataclass(frozen=True)
 class Turning:
     """How a family turns the first numbers of heads by cosines and sines.
 
     Attributes:
         given: how these are given.
-        adjacent: numbers that are turned together stand side by side, else half of those that are turned lie between.
         sines_first: they are given before the cosines.
     """
 
     given: Given = Given.TWICE
-    adjacent: bool = False
+    order: Order = Order.APART
     sines_first: bool = False
 
     @classmethod
@@ -47,12 +55,17 @@ class Turning:
             width: of hidden states.
             kind: what `rope` takes besides.
         """
-        own: Any = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+        module = sys.modules[type(attention).__module__]
+        interleaved = getattr(getattr(attention, "config", None), "rope_interleave", False)
+        names = _INTERLEAVED if interleaved else _TURNS
+        own: Any = next((getattr(module, name) for name in names if hasattr(module, name)), None)
         device = next((buffer.device for buffer in rope.buffers()), torch.device("cpu"))
         if own is None or device.type == "meta":  # where nothing has values
             return None
         hidden, positions = torch.zeros(1, 3, width), torch.tensor([[0, 2, 30]])
         turns = rope(hidden.to(device), positions.to(device), *kind)
+        if isinstance(turns, torch.Tensor):
+            own, turns = partial(_by_complex, own, turns), _parts(turns)
         sines_first = bool(turns[0][0, 0].norm() < turns[1][0, 0].norm())  # there the cosine is 1
         cosines, sines = turns[::-1] if sines_first else turns
         heads = torch.randn(1, 2, 3, size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -61,15 +74,17 @@ class Turning:
             found = _turned_by(own, given, cosines, sines)
             if found is None:
                 continue
-            for way in product(Given, (False, True)):
+            for way in product(Given, Order):
                 likely = cls(*way, sines_first)
                 halves = likely.halves(turns)
                 if 2 * halves[0].shape[-1] <= most and torch.allclose(likely._turned(given, *halves), found, atol=1e-4):
                     return likely
         return None
 
-    def halves(self, turns: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of what a family gives: cosines and sines, one of each pair."""
+    def halves(self, turns: tuple[torch.Tensor, torch.Tensor] | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of what a family gives, which may be complex numbers: cosines and sines, one of each pair."""
+        if isinstance(turns, torch.Tensor):
+            turns = _parts(turns)
         cosines, sines = turns[::-1] if self.sines_first else turns
         if self.given is Given.SIDE_BY_SIDE:
             return cosines[..., ::2], sines[..., ::2]
@@ -79,11 +94,29 @@ class Turning:
     def _turned(self, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
         many = 2 * cosines.shape[-1]
         turned, rest = heads.split([many, heads.shape[-1] - many], dim=-1)
-        pairs = turned.unflatten(-1, (-1, 2) if self.adjacent else (2, -1))
-        axis = -1 if self.adjacent else -2
-        first, second = pairs.unbind(axis)
-        pairs = torch.stack((first * cosines - second * sines, second * cosines + first * sines), dim=axis)
+        apart = self.order is Order.APART
+        first, second = turned.unflatten(-1, (2, -1) if apart else (-1, 2)).unbind(-2 if apart else -1)
+        pairs = torch.stack(
+            (first * cosines - second * sines, second * cosines + first * sines),
+            dim=-1 if self.order is Order.ADJACENT else -2,
+        )
         return torch.cat((pairs.flatten(-2), rest), dim=-1)
+
+
+_TURNS = ("apply_rotary_pos_emb", "apply_rotary_emb")
+_INTERLEAVED = ("apply_rotary_pos_emb_interleave",)
+"""What families call the function that turns queries and keys."""
+
+
+def _parts(turns: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return turns.real, turns.imag
+
+
+def _by_complex(
+    own: Any, turns: torch.Tensor, queries: torch.Tensor, keys: torch.Tensor, *parts: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By the function of a family whose cosines and sines are complex numbers, as DeepSeek-V2 has them."""
+    return own(queries, keys, turns)
 
 
 def _turned_by(own: Any, heads: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor | None:

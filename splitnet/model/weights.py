@@ -98,7 +98,7 @@ def _of_kind(kind: str, wished: torch.dtype | None, stored: torch.dtype, device:
         wished = torch.float32 if held == torch.float16 and device.type == "cpu" else held
     if held == wished:
         return Weights(kind, held)
-    if wished != torch.float32:
+    if wished != torch.float32 and (held, wished) != (torch.float16, torch.bfloat16):
         raise WeightsError(
             f"blocks that compute in {name_of(wished)} cannot hold weights as {kind}: leave --dtype out, or use "
             f"--weights {name_of(wished)}"

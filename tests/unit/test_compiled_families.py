@@ -17,7 +17,7 @@ from splitnet.model.families import COMPILED
 from splitnet.model.span import Span
 from tests.unit.random_models import random_checkpoint
 from tests.unit.span_runs import decoded, windows_of_drafts
-from tests.unit.test_lean_step import EXPERTS, EXPERTS_IN_CODES
+from tests.unit.test_lean_step import EXPERTS, EXPERTS_IN_CODES, LATENTS
 
 WITH_EXPERTS = {*EXPERTS, *(family for family, _ in EXPERTS_IN_CODES.values())}
 """Which compiled steps have in codes; see test_lean_step.py."""
@@ -26,8 +26,18 @@ SIZES: dict[str, dict[str, Any]] = {
     "codegen": {"rotary_dim": 8},
     "gptj": {"rotary_dim": 8},
     "granite": {"residual_multiplier": 0.3, "attention_multiplier": 0.4},
+    **dict.fromkeys(("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "youtu"), LATENTS),
 }
 """Of small models, where the usual ones do not fit."""
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "mscale": 0.7,
+    "mscale_all_dim": 1.3,
+    "original_max_position_embeddings": 16,
+}
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "a norm for the MLP beside that of attention, keys kept for every query": (
@@ -66,6 +76,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "exact GELU": ("nemotron", {"hidden_act": "gelu"}),
     "quick GELU": ("nemotron", {"hidden_act": "quick_gelu"}),
+    "latent attention": ("deepseek_v3", {**LATENTS, "first_k_dense_replace": 6, "rope_parameters": YARN}),
+    "latent attention that turns halves": (
+        "deepseek_v3",
+        {**LATENTS, "first_k_dense_replace": 6, "rope_interleave": False, "q_lora_rank": None},
+    ),
+    "latents that are stored": ("deepseek_v2", {**LATENTS, "first_k_dense_replace": 6, "rope_parameters": YARN}),
+    "latents that are stored, of six heads": (
+        "deepseek_v2",
+        {
+            **LATENTS,
+            "first_k_dense_replace": 6,
+            "q_lora_rank": None,
+            "hidden": 96,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 6,
+            "attention_bias": True,
+        },
+    ),
+    "latents that are stored, turned in halves": (
+        "youtu",
+        {**LATENTS, "rope_interleave": False, "rope_parameters": YARN},
+    ),
 }
 
 NOT_KNOWN: dict[str, tuple[str, dict[str, Any]]] = {
@@ -132,7 +164,7 @@ def test_blocks_of_another_structure_have_none(case: str, tmp_path: Path) -> Non
     assert load(family, tmp_path, sizes)._lean is None
 
 
-@pytest.mark.parametrize("family", ["cohere", "falcon", "gemma2", "gpt2", "gpt_neox", "olmo2", "phi3"])
+@pytest.mark.parametrize("family", ["cohere", "falcon", "gemma2", "gpt2", "gpt_neox", "olmo2", "phi3", "youtu"])
 @pytest.mark.parametrize(
     ("weights", "dtype", "tolerance"),
     [
@@ -141,11 +173,12 @@ def test_blocks_of_another_structure_have_none(case: str, tmp_path: Path) -> Non
         ("float16", "float32", 1e-3),
         ("bfloat16", "float32", 1e-3),
         ("bfloat16", "bfloat16", 3e-2),
+        ("float16", "bfloat16", 3e-2),
         ("int8", "bfloat16", 3e-2),
     ],
 )
 def test_other_types(family: str, weights: str, dtype: str, tolerance: float, tmp_path: Path) -> None:
-    span = load(family, tmp_path, {}, weights=weights, dtype=dtype)
+    span = load(family, tmp_path, SIZES.get(family, {}), weights=weights, dtype=dtype)
     assert isinstance(span._lean, CompiledStep)
     compiled = outputs(span)
     span._lean = None

@@ -345,6 +345,7 @@ def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
         assert choose_weights("auto", None, dtype, device) == choose_weights(None, dtype, float32, device)
         assert not choose_weights("auto", dtype, dtype, device).forms
     assert choose_weights("float16", None, bfloat16, CPU).dtype == float32
+    assert choose_weights("float16", "bfloat16", float32, CPU).dtype == bfloat16
     assert choose_weights("float16", None, bfloat16, cuda) == weights.Weights("float16", float16)
     assert choose_weights("bfloat16", None, float32, CPU) == weights.Weights("bfloat16", bfloat16)
     assert choose_weights("int4", None, bfloat16, CPU).dtype == bfloat16

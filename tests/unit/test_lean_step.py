@@ -41,6 +41,15 @@ GLM = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     "routed_scaling_factor": 2.5,
 }
+LATENTS = {
+    "qk_rope_head_dim": 16,
+    "qk_nope_head_dim": 32,
+    "v_head_dim": 16,
+    "kv_lora_rank": 48,
+    "q_lora_rank": 64,
+    "num_key_value_heads": 4,
+}
+"""Of latent attention: in whole vectors, and no two alike where they could be confused."""
 EXPERTS_IN_CODES: dict[str, tuple[str, dict[str, Any]]] = {
     "sinks, biases and clamped gates": ("gpt_oss", {"swiglu_limit": 0.7, "num_local_experts": 8}),
     "groups of experts and halves of heads": ("glm4_moe", GLM),
@@ -55,6 +64,19 @@ EXPERTS_IN_CODES: dict[str, tuple[str, dict[str, Any]]] = {
     "one group and a shared expert": ("solar_open", {"num_local_experts": 8}),
     "a multiplier of what is added": ("granitemoe", {"num_local_experts": 8, "residual_multiplier": 0.5}),
     "numbers of heads within a clip": ("olmoe", {"num_experts": 8, "clip_qkv": 0.7}),
+    "latent attention, keys and values stored": (
+        "deepseek_v3",
+        {**LATENTS, **EIGHT_OF_TWO_GROUPS, "first_k_dense_replace": 2, "routed_scaling_factor": 2.5},
+    ),
+    "latents stored": ("glm4_moe_lite", {**LATENTS, **EIGHT_OF_TWO_GROUPS, "norm_topk_prob": False}),
+    "latents stored, groups that are ignored": (
+        "deepseek_v2",
+        {**LATENTS, "num_experts": 8, "n_group": 2, "topk_group": 1},
+    ),
+    "latents stored, groups judged by their best expert": (
+        "deepseek_v2",
+        {**LATENTS, "num_experts": 8, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy"},
+    ),
 }
 OTHERS = ("gpt_oss", "ministral3")
 COMPILED_ALONE = ("gpt2", "olmo2", "gemma2", "phi3", "smollm3")

@@ -157,7 +157,7 @@ static PyObject *float16(PyObject *self, PyObject *const *given, Py_ssize_t coun
 }
 
 /* Takes (blocks, how many, hidden, positions, stores, indices, cosines, sines, half of the numbers of a head that they turn,
-whether those stand side by side that are turned together, bytes of a stored number, threads). */
+the order of those that are turned together, bytes of a stored number, threads). */
 static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     long long numbers[12];
     if (!read_numbers(given, count, numbers, 12)) return NULL;
@@ -170,7 +170,7 @@ static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) 
             .cosines = (const float *)(intptr_t)numbers[6],
             .sines = (const float *)(intptr_t)numbers[7],
             .half = (long)numbers[8],
-            .adjacent = (int)numbers[9],
+            .order = (int)numbers[9],
             .stores_floats = numbers[10] == 4,
             .threads = (int)numbers[11],
         };

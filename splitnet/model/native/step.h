@@ -40,6 +40,9 @@ typedef struct {
     const int64_t *places;  /* where query, key and value of one product have the heads of each, or NULL: of three */
     double scale, cap, clip; /* of logits; these within the cap, and numbers of heads within the clip; or 0 */
     int64_t heads, stored_heads, size;
+    int64_t value_size; /* of what attention gives for a head */
+    int64_t rank;       /* of the latents of which keys and values are made, or 0: there are none */
+    int64_t absorbed;   /* these are stored, with what is turned of a key in the place of values */
     int64_t window; /* positions that one may see, or 0: all */
     int64_t joined; /* query_norm and key_norm are of all heads together */
     int64_t late;   /* they come after the rotary embedding */
@@ -50,10 +53,15 @@ typedef struct {
     Matrix gate, up, down; /* of all positions; without weights where there are experts alone. Without up: gate has its outputs,
 too, or without gate: there is none */
     Matrix opener; /* one number, of whose sigmoid the output of these is multiplied, or without weights */
+    Norm lowered_norm, latent_norm;
+    Matrix lowered; /* what query takes, before its norm, or without weights: what attention takes */
+    Matrix latent;  /* gives latents, before their norm, and what is turned of a key, which all heads share */
+    Matrix expand;  /* gives by head what is not turned of a key, and its value; of floats where latents are stored */
     int64_t experts, chosen; /* 0: there are none */
     int64_t sigmoid;         /* what makes scores of logits, else softmax */
     int64_t normalised;      /* the shares of the chosen experts are made to add up to one */
-    int64_t groups, kept;    /* experts are chosen in `kept` of the groups with the best two */
+    int64_t groups, kept;    /* experts are chosen in `kept` of the groups with the best ones */
+    int64_t judges;          /* how many of a group tell how good it is: one or two */
     int64_t interleaved;     /* gate and up of an expert take turns, else its gate is above its up */
     const float *correction; /* added to scores to choose, or NULL */
     double factor;           /* of shares */
@@ -61,7 +69,7 @@ too, or without gate: there is none */
     Matrix router, inner, outer; /* biases of the last two: [experts, outputs] */
 } Block;
 
-/* Where a block keeps keys and values of the sequence of a position: [stored heads, capacity, size] each. */
+/* Where a block keeps keys and values of the sequence of a position: [stored heads, capacity, size of one] each. */
 typedef struct {
     void *keys, *values;
     int64_t capacity;
@@ -72,8 +80,9 @@ typedef struct {
     long count;
     const int64_t *indices; /* of the positions in their stores */
     const float *cosines, *sines; /* [ropes, count, half] */
-    long half;    /* half of the numbers of a head that rotary embeddings turn, the first ones */
-    int adjacent; /* those that are turned together stand side by side, else half of them lie between */
+    long half;    /* half of the numbers of a head that rotary embeddings turn: the first ones, of latents the last */
+    enum { APART, ADJACENT, PARTED } order; /* of those that are turned together: half of the others lie between them, or they
+stand side by side, and after they are turned, too, or apart */
     int stores_floats; /* float32, else bfloat16 */
     int threads;
 } Step;
@@ -136,12 +145,18 @@ VNNI static void normalise_rows(const Norm *norm, const float *from, float *to, 
 /* Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864). */
 INLINE VNNI void turn(float *head, const float *cosines, const float *sines, const Step *step) {
     long half = step->half;
-    for (long i = 0; step->adjacent && i < half; i++) {
-        float first = head[2 * i], second = head[2 * i + 1];
-        head[2 * i] = first * cosines[i] - second * sines[i];
-        head[2 * i + 1] = second * cosines[i] + first * sines[i];
+    if (step->order != APART) {
+        int parted = step->order == PARTED;
+        float seconds[half + 1];
+        for (long i = 0; i < half; i++) {
+            float first = head[2 * i], second = head[2 * i + 1];
+            seconds[i] = second * cosines[i] + first * sines[i];
+            head[parted ? i : 2 * i] = first * cosines[i] - second * sines[i];
+        }
+        for (long i = 0; i < half; i++) head[parted ? half + i : 2 * i + 1] = seconds[i];
+        return;
     }
-    for (long i = 0; !step->adjacent && i < half; i += 16) {
+    for (long i = 0; i < half; i += 16) {
         __mmask16 mask = some_of(half - i);
         __m512 first = _mm512_maskz_loadu_ps(mask, head + i), second = _mm512_maskz_loadu_ps(mask, head + half + i);
         __m512 cosine = _mm512_maskz_loadu_ps(mask, cosines + i), sine = _mm512_maskz_loadu_ps(mask, sines + i);
@@ -169,19 +184,29 @@ INLINE VNNI void store(void *to, long at, const float *values, long size, int fl
     }
 }
 
-/* What one position sees with the query heads that share a stored head. `scores`: [heads, reach]. */
-INLINE VNNI void attend(const Block *block, const Store *where, const Step *step, long position, long head, const float *queries,
-                        float *mixed, float *scores, int floats) {
-    long size = block->size, group = block->heads / block->stored_heads, end = step->indices[position] + 1;
+/* Keys, in one part or in two, and values, as some heads of queries see them. */
+typedef struct {
+    const void *keys, *rests, *values; /* the second or NULL */
+    long size, rest, value_size; /* numbers of each */
+    long first;                  /* where the sequence begins in them, in positions */
+} Seen;
+
+/* What one position sees with the `group` heads of queries from `head` on. `scores`: [heads, reach]. */
+INLINE VNNI void attend(const Block *block, const Seen *seen, const Step *step, long position, long head, long group,
+                        const float *queries, float *mixed, float *scores, int floats) {
+    long size = seen->size, rest = seen->rest, end = step->indices[position] + 1;
     long begin = block->window && end > block->window ? end - block->window : 0, reach = end - begin;
-    long base = (head * where->capacity + begin) * size;
+    long first = seen->first + begin;
     __m512 scale = _mm512_set1_ps((float)block->scale), cap = _mm512_set1_ps((float)block->cap);
     for (long index = 0; index < reach; index++)
         for (long query = 0; query < group; query++) {
+            const float *own = queries + query * (size + rest);
             __m512 sum = _mm512_setzero_ps();
             for (long i = 0; i < size; i += 16)
-                sum = _mm512_fmadd_ps(_mm512_loadu_ps(queries + query * size + i),
-                                      stored(where->keys, base + index * size + i, floats), sum);
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(own + i), stored(seen->keys, (first + index) * size + i, floats), sum);
+            for (long i = 0; i < rest; i += 16)
+                sum = _mm512_fmadd_ps(_mm512_loadu_ps(own + size + i), stored(seen->rests, (first + index) * rest + i, floats),
+                                      sum);
             scores[query * reach + index] = _mm512_reduce_add_ps(sum);
         }
     for (long query = 0; query < group; query++) {
@@ -194,13 +219,13 @@ INLINE VNNI void attend(const Block *block, const Store *where, const Step *step
             }
         if (block->slopes)
             for (long i = 0; i < reach; i++)
-                score[i] += block->slopes[head * group + query] / (float)block->scale * (float)(i - reach + 1);
+                score[i] += block->slopes[head + query] / (float)block->scale * (float)(i - reach + 1);
         __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
         for (long i = 0; i < reach; i += 16) {
             __mmask16 mask = some_of(reach - i);
             most = _mm512_mask_max_ps(most, mask, most, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, score + i), scale));
         }
-        float sink = block->sinks ? block->sinks[head * group + query] : -INFINITY;
+        float sink = block->sinks ? block->sinks[head + query] : -INFINITY;
         __m512 largest = _mm512_max_ps(_mm512_set1_ps(sink), _mm512_set1_ps(_mm512_reduce_max_ps(most)));
         for (long i = 0; i < reach; i += 16) {
             __mmask16 mask = some_of(reach - i);
@@ -214,19 +239,48 @@ INLINE VNNI void attend(const Block *block, const Store *where, const Step *step
             total = _mm512_add_ps(total, _mm512_maskz_mov_ps(1, weight));
         }
         __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-        for (long i = 0; i < size; i += 64) {
+        for (long i = 0, width = seen->value_size; i < width; i += 64) {
             __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-            long vectors = size - i >= 64 ? 4 : (size - i) / 16;
+            long vectors = width - i >= 64 ? 4 : (width - i) / 16;
             for (long index = 0; index < reach; index++) {
                 __m512 weight = _mm512_set1_ps(score[index]);
                 for (long vector = 0; vector < vectors; vector++) {
-                    __m512 values = stored(where->values, base + index * size + i + vector * 16, floats);
+                    __m512 values = stored(seen->values, (first + index) * width + i + vector * 16, floats);
                     sums[vector] = _mm512_fmadd_ps(weight, values, sums[vector]);
                 }
             }
             for (long vector = 0; vector < vectors; vector++)
-                _mm512_storeu_ps(mixed + query * size + i + vector * 16, _mm512_mul_ps(sums[vector], share));
+                _mm512_storeu_ps(mixed + query * width + i + vector * 16, _mm512_mul_ps(sums[vector], share));
         }
+    }
+}
+
+/* Some rows of floats, each of `width` numbers, as many as a sum takes at a time. */
+#define ROWS 4
+
+/* The sum of rows, each times its factor. */
+INLINE VNNI void add_rows(const void *rows, long at, long count, long width, const float *factors, float *sums, int floats) {
+    memset(sums, 0, width * sizeof(float));
+    for (long row = 0; row < count; row += ROWS)
+        for (long i = 0; i < width; i += 16) {
+            __m512 sum = _mm512_loadu_ps(sums + i);
+            for (long one = row; one < row + ROWS; one++)
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(factors[one]), stored(rows, at + one * width + i, floats), sum);
+            _mm512_storeu_ps(sums + i, sum);
+        }
+}
+
+/* The products of rows with one vector. */
+INLINE VNNI void multiply_rows(const void *rows, long at, long count, long width, const float *vector, float *products,
+                               int floats) {
+    for (long row = 0; row < count; row += ROWS) {
+        __m512 sums[ROWS] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
+        for (long i = 0; i < width; i += 16) {
+            __m512 part = _mm512_loadu_ps(vector + i);
+            for (long one = 0; one < ROWS; one++)
+                sums[one] = _mm512_fmadd_ps(part, stored(rows, at + (row + one) * width + i, floats), sums[one]);
+        }
+        for (long one = 0; one < ROWS; one++) products[row + one] = _mm512_reduce_add_ps(sums[one]);
     }
 }
 
@@ -375,7 +429,7 @@ INLINE VNNI long best_of(const float *values, long count) {
     return best;
 }
 
-/* Leaves the groups of experts whose two best make the most. */
+/* Leaves the groups of experts whose best, or two best, make the most. */
 static void keep_groups(const Block *block, float *scores) {
     long size = block->experts / block->groups;
     for (long out = block->groups - block->kept; out > 0; out--) {
@@ -387,7 +441,8 @@ static void keep_groups(const Block *block, float *scores) {
                 if (*score > first) second = first, first = *score;
                 else if (*score > second) second = *score;
             }
-            if (first > -INFINITY && first + second < least) least = first + second, worst = group;
+            float total = block->judges == 2 ? first + second : first;
+            if (first > -INFINITY && total < least) least = total, worst = group;
         }
         for (long i = worst * size; i < (worst + 1) * size; i++) scores[i] = -INFINITY;
     }
@@ -483,8 +538,8 @@ static size_t memory_of_experts(const Block *block, long count) {
 }
 
 /* Heads of a position, as they are before they are turned or stored, and `norm` where it comes before that. */
-INLINE VNNI void prepare_heads(const Block *block, const Norm *norm, float *heads, long many) {
-    long size = block->size, count = many * size;
+INLINE VNNI void prepare_heads(const Block *block, const Norm *norm, float *heads, long many, long size) {
+    long count = many * size;
     if (norm->kind != NO_NORM && block->joined) normalise(norm, heads, heads, count, 0);
     const __m512 clip = _mm512_set1_ps((float)block->clip), least = _mm512_set1_ps(-(float)block->clip);
     for (long i = 0; block->clip > 0 && i < count; i += 16)
@@ -493,45 +548,120 @@ INLINE VNNI void prepare_heads(const Block *block, const Norm *norm, float *head
     for (long head = 0; head < many; head++) normalise(norm, heads + head * size, heads + head * size, size, head);
 }
 
-INLINE VNNI void turn_heads(const Block *block, const Norm *norm, float *heads, long many, long position, const Step *step) {
+INLINE VNNI void turn_heads(const Block *block, const Norm *norm, float *heads, long many, long size, long position,
+                            const Step *step) {
     long at = (block->rope * step->count + position) * step->half;
+    long first = block->rank ? size - 2 * step->half : 0;
     for (long head = 0; block->rope >= 0 && head < many; head++)
-        turn(heads + head * block->size, step->cosines + at, step->sines + at, step);
+        turn(heads + head * size + first, step->cosines + at, step->sines + at, step);
     for (long head = 0; block->late && norm->kind != NO_NORM && head < many; head++)
-        normalise(norm, heads + head * block->size, heads + head * block->size, block->size, head);
+        normalise(norm, heads + head * size, heads + head * size, size, head);
 }
 
+/* Heads of queries that share what they read of stored latents. */
+#define TOGETHER 4
+
+static long room_to_absorb(const Block *block) {
+    return block->absorbed ? TOGETHER * (2 * block->rank + block->latent.outputs - block->rank) : 0;
+}
+
+/* As `attend`, where latents are stored: queries become ones for these, and what is seen of them becomes values. */
+VNNI static void attend_to_latents(const Block *block, const Store *where, const Step *step, long position, long head,
+                                   long group, const float *queries, float *mixed, float *scores, float *room) {
+    long rank = block->rank, rest = block->latent.outputs - rank, plain = block->size - rest, width = block->value_size;
+    int wide = block->expand.kind == FLOAT32;
+    const void *expand = block->expand.weights;
+    float *own = room, *found = room + group * (rank + rest);
+    for (long query = 0; query < group; query++) {
+        const float *from = queries + query * block->size;
+        float *to = own + query * (rank + rest);
+        long at = (head + query) * (plain + width) * rank;
+        if (wide) add_rows(expand, at, plain, rank, from, to, 1);
+        else add_rows(expand, at, plain, rank, from, to, 0);
+        memcpy(to + rank, from + plain, rest * sizeof(float));
+    }
+    Seen seen = {.keys = where->keys, .rests = where->values, .values = where->keys, .size = rank, .rest = rest, .value_size = rank};
+    if (step->stores_floats) attend(block, &seen, step, position, head, group, own, found, scores, 1);
+    else attend(block, &seen, step, position, head, group, own, found, scores, 0);
+    for (long query = 0; query < group; query++) {
+        long at = ((head + query) * (plain + width) + plain) * rank;
+        if (wide) multiply_rows(expand, at, width, rank, found + query * rank, mixed + query * width, 1);
+        else multiply_rows(expand, at, width, rank, found + query * rank, mixed + query * width, 0);
+    }
+}
+
+/* `scores`: for each thread `room` numbers. */
 VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
-                            float *values, float *mixed, float *scores, long most) {
+                            float *values, float *mixed, float *scores, long room) {
     static const Norm none = {.kind = NO_NORM};
-    long size = block->size, group = block->heads / block->stored_heads;
+    long size = block->size, group = block->heads / block->stored_heads, width = block->value_size;
+    long key_size = block->absorbed ? block->rank : size;
+    long value_size = block->absorbed ? block->latent.outputs - block->rank : width;
     for (long position = 0; position < step->count; position++) {
-        float *query = queries + position * block->heads * size, *key = keys + position * block->stored_heads * size;
-        float *value = values + position * block->stored_heads * size;
-        prepare_heads(block, &block->query_norm, query, block->heads);
-        prepare_heads(block, &block->key_norm, key, block->stored_heads);
-        prepare_heads(block, &none, value, block->stored_heads);
-        turn_heads(block, &block->query_norm, query, block->heads, position, step);
-        turn_heads(block, &block->key_norm, key, block->stored_heads, position, step);
+        float *query = queries + position * block->heads * size, *key = keys + position * block->stored_heads * key_size;
+        float *value = values + position * block->stored_heads * value_size;
+        prepare_heads(block, &block->query_norm, query, block->heads, size);
+        prepare_heads(block, &block->key_norm, key, block->stored_heads, key_size);
+        prepare_heads(block, &none, value, block->stored_heads, value_size);
+        turn_heads(block, &block->query_norm, query, block->heads, size, position, step);
+        if (block->absorbed) turn_heads(block, &none, value, 1, value_size, position, step);
+        else turn_heads(block, &block->key_norm, key, block->stored_heads, size, position, step);
         for (long head = 0; head < block->stored_heads; head++) {
-            long at = (head * stores[position].capacity + step->indices[position]) * size;
-            store(stores[position].keys, at, key + head * size, size, step->stores_floats);
-            store(stores[position].values, at, value + head * size, size, step->stores_floats);
+            long at = head * stores[position].capacity + step->indices[position];
+            store(stores[position].keys, at * key_size, key + head * key_size, key_size, step->stores_floats);
+            store(stores[position].values, at * value_size, value + head * value_size, value_size, step->stores_floats);
         }
     }
-    long units = step->count * block->stored_heads;
+    if (block->absorbed) group = TOGETHER;
+    long units = step->count * ((block->heads + group - 1) / group);
     long threads = step->threads < 1 ? 1 : step->threads;
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (long thread = 0; thread < threads; thread++)
         for (long unit = thread; unit < units; unit += threads) {
-            long position = unit / block->stored_heads, head = unit % block->stored_heads;
-            long at = (position * block->heads + head * group) * size;
-            float *own = scores + thread * group * most;
+            long position = unit % step->count, shared = unit / step->count, head = shared * group;
+            long at = position * block->heads + head;
+            const Store *where = stores + position;
+            float *own = scores + thread * room;
+            if (block->absorbed) {
+                long many = block->heads - head < group ? block->heads - head : group;
+                attend_to_latents(block, where, step, position, head, many, queries + at * size, mixed + at * width,
+                                  own + room_to_absorb(block), own);
+                continue;
+            }
+            Seen seen = {.keys = where->keys, .values = where->values, .size = size, .value_size = width,
+                         .first = shared * where->capacity};
             if (step->stores_floats)
-                attend(block, stores + position, step, position, head, queries + at, mixed + at, own, 1);
-            else
-                attend(block, stores + position, step, position, head, queries + at, mixed + at, own, 0);
+                attend(block, &seen, step, position, head, group, queries + at * size, mixed + at * width, own, 1);
+            else attend(block, &seen, step, position, head, group, queries + at * size, mixed + at * width, own, 0);
         }
+}
+
+/* Query, key and value of normed positions, in a block with latents. Where these are stored, they are the keys, and the values what is turned of a key.
+`latents`: room for them. */
+VNNI static void make_latent_heads(const Block *block, const Step *step, const float *normed, float *product, float *latents,
+                                   float *queries, float *keys, float *values, const Quantised *room) {
+    long heads = block->heads, size = block->size, width = block->value_size, count = step->count;
+    long rank = block->rank, rest = block->latent.outputs - rank, plain = size - rest;
+    if (block->lowered.weights != NULL) {
+        multiply((const Matrix *[]){&block->lowered}, (float *[]){product}, 1, normed, room, step);
+        normalise_rows(&block->lowered_norm, product, product, count, block->lowered.outputs);
+        multiply((const Matrix *[]){&block->query}, (float *[]){queries}, 1, product, room, step);
+    } else multiply((const Matrix *[]){&block->query}, (float *[]){queries}, 1, normed, room, step);
+    multiply((const Matrix *[]){&block->latent}, (float *[]){product}, 1, normed, room, step);
+    for (long row = 0; row < count; row++) {
+        const float *given = product + row * (rank + rest);
+        normalise_rows(&block->latent_norm, given, (block->absorbed ? keys : latents) + row * rank, 1, rank);
+        if (block->absorbed) memcpy(values + row * rest, given + rank, rest * sizeof(float));
+        for (long head = 0; !block->absorbed && head < heads; head++)
+            memcpy(keys + (row * heads + head) * size + plain, given + rank, rest * sizeof(float));
+    }
+    if (block->absorbed) return;
+    multiply((const Matrix *[]){&block->expand}, (float *[]){product}, 1, latents, room, step);
+    for (long head = 0; head < count * heads; head++) {
+        const float *given = product + head * (plain + width);
+        memcpy(keys + head * size, given, plain * sizeof(float));
+        memcpy(values + head * width, given + plain, width * sizeof(float));
+    }
 }
 
 /* Query, key and value of normed positions. `product`: room for all three. */
@@ -581,17 +711,21 @@ VNNI static void run_mlp(const Block *block, const Step *step, const float *norm
 
 /* Runs the positions through the blocks. `stores`: [blocks, positions]. Gives 0 where there is no memory for it. */
 VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, const Step *step) {
-    long count = step->count, most = 1, widest = 0, attention = 0, between = 0, group = 1, rows = count, of_expert = 0;
+    long count = step->count, most = 1, widest = 0, attention = 0, between = 0, rows = count, of_expert = 0, own = 0;
     size_t of_experts = 0;
     for (long i = 0; i < count; i++) most = step->indices[i] + 1 > most ? step->indices[i] + 1 : most;
     for (long i = 0; i < many; i++) {
         const Block *block = blocks + i;
         long heads = block->heads * block->size, fused = block->places == NULL ? 0 : block->query.outputs;
         attention = heads > attention ? heads : attention;
+        heads = block->heads * block->value_size > block->rank ? block->heads * block->value_size : block->rank;
+        attention = heads > attention ? heads : attention;
         between = block->down.inputs > between ? block->down.inputs : between;
         widest = fused > widest ? fused : widest;
-        group = block->heads / block->stored_heads > group ? block->heads / block->stored_heads : group;
-        widest = block->query.inputs > widest ? block->query.inputs : widest;
+        long latent[] = {block->out.outputs, block->lowered.outputs, block->latent.outputs, block->expand.outputs};
+        for (long one = 0; one < 4; one++) widest = latent[one] > widest ? latent[one] : widest;
+        long needed_here = (block->absorbed ? TOGETHER : block->heads / block->stored_heads) * most + room_to_absorb(block);
+        own = needed_here > own ? needed_here : own;
         if (!block->experts) continue;
         size_t needed = memory_of_experts(block, count);
         of_experts = needed > of_experts ? needed : of_experts;
@@ -605,7 +739,7 @@ VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, 
     Quantised room;
     if (!prepare(&largest, &room)) return 0;
     long threads = step->threads < 1 ? 1 : step->threads;
-    float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between + 1) + threads * group * most));
+    float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between + 1) + threads * own));
     char *more = malloc(of_experts + 1);
     if (memory == NULL || more == NULL) {
         free(memory);
@@ -618,11 +752,12 @@ VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, 
     float *inner = mixed + count * attention, *scores = inner + count * (2 * between + 1);
     for (long index = 0; index < many; index++) {
         const Block *block = blocks + index;
-        long width = block->query.inputs;
+        long width = block->out.outputs;
         float residual = (float)block->residual;
         normalise_rows(&block->before, step->hidden, normed, count, width);
-        make_heads(block, step, normed, product, queries, keys, values, &room);
-        attend_all(block, stores + index * count, step, queries, keys, values, mixed, scores, most);
+        if (block->rank) make_latent_heads(block, step, normed, product, mixed, queries, keys, values, &room);
+        else make_heads(block, step, normed, product, queries, keys, values, &room);
+        attend_all(block, stores + index * count, step, queries, keys, values, mixed, scores, own);
         multiply((const Matrix *[]){&block->out}, (float *[]){product}, 1, mixed, &room, step);
         normalise_rows(&block->after, product, product, count, width);
         if (block->parallel && block->between.kind != NO_NORM)
