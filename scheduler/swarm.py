@@ -47,7 +47,7 @@ class Peer:
     """A peer that serves the blocks [start, end).
 
     speed: observed. queue_ms: wait of a step until its pass starts. batch: positions of other sessions that share the
-    pass of a decode step. kv_free: positions that new sessions may still take.
+    pass of a decode step. kv_free: positions that new sessions may still take. watts: drawn while it computes, 0: unknown.
     """
 
     id: str
@@ -57,6 +57,7 @@ class Peer:
     queue_ms: float = 0.0
     batch: float = 0.0
     kv_free: int = 0
+    watts: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
