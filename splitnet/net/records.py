@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple, cast
 
 from scheduler.coordinates import DIMENSIONS
-from scheduler.swarm import PASS_SIZES
+from scheduler.swarm import MAX_WATTS, PASS_SIZES
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
 from splitnet.net.endpoints import Endpoint, is_address
 from splitnet.net.fields import (
@@ -50,8 +50,6 @@ MAX_CLOCK_SKEW_S: Final = 300.0
 MODELS_KEY: Final = "splitnet.models"
 SHARDS: Final = 8
 """Keys of the DHT that the records of one model are spread over."""
-
-MAX_WATTS: Final = 1e5
 
 FINGERPRINT: Final = re.compile(r"[0-9a-f]{8,128}")
 
