@@ -44,7 +44,9 @@ def check_preference(prefer: str, energy_slowdown: float | None) -> None:
     if energy_slowdown is None:
         return
     if prefer != "energy":
-        raise SplitnetError("how much slower a route may be for its energy is asked for, but not prefer energy: add that")
+        raise SplitnetError(
+            "how much slower a route may be for its energy is asked for, but not prefer energy: add that"
+        )
     if not 1 <= energy_slowdown < math.inf:
         raise SplitnetError(f"a route for its energy is at least 1 time as slow as the fastest, not {energy_slowdown}")
 

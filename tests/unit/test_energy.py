@@ -241,7 +241,11 @@ def test_sensors_tell_the_power_now(tree: Tree, clock: Clock, meter_of: Callable
 @pytest.mark.parametrize(
     ("chips", "names", "watts"),
     [
-        ([("zenpower", {"power1_input": 20_000_000, "power2_input": 3_000_000})], "zenpower power1, zenpower power2", 23),
+        (
+            [("zenpower", {"power1_input": 20_000_000, "power2_input": 3_000_000})],
+            "zenpower power1, zenpower power2",
+            23,
+        ),
         ([("fam15h_power", {"power1_average": 8_000_000})], "fam15h_power power1", 8),
         ([("amdgpu", {"power1_average": 80_000_000})], "", 0),
         ([("BAT0", {"device/type": "Battery", "power1_input": 9_000_000})], "", 0),
@@ -269,7 +273,12 @@ def test_sensors_tell_the_power_now(tree: Tree, clock: Clock, meter_of: Callable
             5,
         ),
         (
-            [("ina3221", {"in1_input": 5000, "curr1_input": 400, "in2_input": 5000, "curr2_input": 7, "in2_enable": 0})],
+            [
+                (
+                    "ina3221",
+                    {"in1_input": 5000, "curr1_input": 400, "in2_input": 5000, "curr2_input": 7, "in2_enable": 0},
+                )
+            ],
             "ina3221 channel 1",
             2,
         ),

@@ -12,7 +12,16 @@ from hypothesis import strategies as st
 
 from scheduler import chain_search
 from scheduler.coordinates import Coordinate
-from scheduler.cost import UNKNOWN_WATTS, block_joules, block_ms, hop_joules, move_ms, occupied_ms, route_ms, transfer_ms
+from scheduler.cost import (
+    UNKNOWN_WATTS,
+    block_joules,
+    block_ms,
+    hop_joules,
+    move_ms,
+    occupied_ms,
+    route_ms,
+    transfer_ms,
+)
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, UNMEASURED, Link, Network, Place
 from scheduler.packing import PASS_POSITIONS
