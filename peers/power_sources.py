@@ -1,4 +1,4 @@
-"""Finds what tells the power of a device: RAPL counters, sensors of boards, NVIDIA's library. docs/energy.md lists them."""
+"""Finds what tells the power of a device: RAPL, sensors of boards, NVIDIA's library. docs/energy.md lists them."""
 
 from __future__ import annotations
 

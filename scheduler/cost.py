@@ -1,4 +1,4 @@
-"""The one cost model: how long a step takes on a route, and what energy. Clients, peers and the simulator all use it."""
+"""The one cost model: how long a step takes on a route, and its energy. Clients, peers and the simulator all use it."""
 
 from __future__ import annotations
 

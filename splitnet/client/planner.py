@@ -94,8 +94,8 @@ class Needs:
 
     kv_positions: to be free on every hop. encodings: codecs that a link may use. blocks: what to cover, [start, end).
     positions: of a usual step. in_flight: steps under way at the same time; 1 asks for the least latency.
-    energy_slowdown: with the least energy, on a route that takes at most so many times as long as the fastest; None: the
-    fastest.
+    energy_slowdown: asks for the least energy on routes that take at most so many times as long as the fastest; None:
+    asks for the fastest.
     """
 
     kv_positions: int

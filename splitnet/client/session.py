@@ -41,14 +41,10 @@ def check_preference(prefer: str, energy_slowdown: float | None) -> None:
     """Raises SplitnetError for what a session cannot prefer."""
     if prefer not in get_args(Preference):
         raise SplitnetError(f"a session prefers latency, throughput or energy, not {prefer!r}")
-    if energy_slowdown is None:
-        return
-    if prefer != "energy":
-        raise SplitnetError(
-            "how much slower a route may be for its energy is asked for, but not prefer energy: add that"
-        )
-    if not 1 <= energy_slowdown < math.inf:
-        raise SplitnetError(f"a route for its energy is at least 1 time as slow as the fastest, not {energy_slowdown}")
+    if energy_slowdown is not None and prefer != "energy":
+        raise SplitnetError(f"an energy slowdown goes with the preference energy, not with {prefer}: ask for both")
+    if energy_slowdown is not None and not 1 <= energy_slowdown < math.inf:
+        raise SplitnetError(f"an energy slowdown of {energy_slowdown:g} is none: give 1 or more")
 
 
 @dataclass(frozen=True, slots=True)

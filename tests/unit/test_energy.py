@@ -193,10 +193,9 @@ def test_counters_that_only_root_may_read_say_what_helps(
     with monkeypatch.context() as patch:
         denied(package, patch)
         meter = meter_of()
-        assert meter.origin == (
-            f"not known, as {package} may not be read: `sudo chmod a+r {tree.root}/class/powercap/intel-rapl:*/energy_uj`"
-            " until the next boot, or --watts"
-        )
+        files = tree.root / "class/powercap/intel-rapl:*/energy_uj"
+        allows = f"`sudo chmod a+r {files}` until the next boot, or --watts"
+        assert meter.origin == f"not known, as {package} may not be read: {allows}"
         work(meter, clock, 1.0, counts(package, 10.0))
         assert meter.watts == 0.0
         tree.chip(0, "ina226", power1_input=4_000_000)
