@@ -44,10 +44,4 @@ def test_status_and_bench_tell_the_energy_of_a_token(small: Path, tmp_path: Path
         assert len(joules) == 2 and min(joules) > 0
         told = test["swarm"]["joules_per_token"]
         assert (told["low"], told["high"]) == (min(joules), max(joules))
-        # A token was in the devices for no longer than it took in all, and these draw 10 W at most.
-        assert told["high"] <= 10.0 * 2 * max(test["swarm"]["token_ms_p95"]["high"], max(test_ms(test))) / 1000
         assert "J/token" in here("bench", *where, *sizes).output
-
-
-def test_ms(test: dict[str, Any]) -> list[float]:
-    return [ms for each in test["swarm"]["rounds"] for answer in each["answers"] for ms in answer["token_ms"]]

@@ -16,7 +16,7 @@ from splitnet.client.session import Session
 from splitnet.client.swarm import Swarm
 from splitnet.errors import SplitnetError
 from splitnet.net.directory import Directory
-from tests.swarm.generation import generate, prompt
+from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import LocalSwarm, local_swarm
 
 pytestmark = pytest.mark.swarm
@@ -101,11 +101,11 @@ def test_a_client_takes_the_route_that_it_prefers(
 def test_tokens_of_the_thrifty_route_are_the_same_and_are_counted(
     swarm: LocalSwarm, peers: list[Peer], local: Any
 ) -> None:
-    ids = prompt(5)
+    asked = prompt(5) | GREEDY
     before = [told(peer, "joules_total") or 0.0 for peer in peers]
     with swarm.newcomer() as visitor:
         model = visitor.model(prefer="energy")
-        assert generate(model, ids, 8).tolist() == generate(local, ids, 8).tolist()
+        assert model.generate(**asked).tolist() == local.generate(**asked).tolist()
     taken = [(told(peer, "joules_total") or 0.0) - joules for peer, joules in zip(peers, before, strict=True)]
     assert taken[0] == taken[2] == 0.0
     passes = registry_of(peers[1]).get_sample_value("splitnet_peer_pass_seconds_sum", {"work": "steps"}) or 0.0
