@@ -12,8 +12,10 @@ from scheduler.cost import USUAL_ANSWER, positions_with_prompt
 from scheduler.encoding import Encoding
 from scheduler.network import Link
 from splitnet.client import planner as planner_module
+from splitnet.client.options import CausalOptions
 from splitnet.client.planner import CLIENT_ENDS, Needs, PlannedHop, Planner
 from splitnet.client.survey import STEPS, Survey
+from splitnet.errors import SplitnetError
 from splitnet.net.identity import Identity
 from splitnet.net.records import PeerRecord
 from tests.unit.test_client_swarm import RECORD
@@ -80,3 +82,17 @@ def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytes
     fast = [replace(peer, block_ms=RECORD.block_ms) for peer in (records[7], records[707])]
     records[7], records[707] = fast
     assert plan(records) == fast
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prefer": "speed"}, "prefers latency, throughput or energy, not 'speed'"),
+        ({"energy_slowdown": 2.0}, "goes with the preference energy, not with latency"),
+        ({"prefer": "energy", "energy_slowdown": 0.9}, "slowdown of 0.9 is none: give 1 or more"),
+        ({"prefer": "energy", "energy_slowdown": float("nan")}, "give 1 or more"),
+    ],
+)
+def test_what_cannot_be_preferred_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SplitnetError, match=said):
+        CausalOptions.of(options)

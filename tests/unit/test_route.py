@@ -355,13 +355,13 @@ def test_energy_decides_only_within_the_slowdown() -> None:
     lazy = replace(peer("lazy", 0, 10, decode_ms=5.0), watts=0.1)
     peers = [hungry, thrifty, lazy]
 
-    def names(**options: object) -> set[str]:
-        return {hop.peer for hop in plan(peers, 10, **options).hops}
+    def names(slowdown: float | None = None) -> set[str]:
+        return {hop.peer for hop in plan(peers, 10, energy_slowdown=slowdown).hops}
 
     assert names() == {"hungry"}
-    assert names(energy_slowdown=1.5) == {"thrifty"}
-    assert names(energy_slowdown=1.1) == {"hungry"}
-    assert names(energy_slowdown=10.0) == {"lazy"}
+    assert names(1.5) == {"thrifty"}
+    assert names(1.1) == {"hungry"}
+    assert names(10.0) == {"lazy"}
     with pytest.raises(ValueError, match="one step in flight"):
         plan(peers, 10, energy_slowdown=1.5, in_flight=2)
 
