@@ -101,7 +101,10 @@ class EnergyMeter:
         """Finds out which sources can be read now: they come and go with drivers and rights."""
         if self._given is not None:
             return
-        found = self._find()
+        try:
+            found = self._find()
+        except OSError:  # something vanishes while it is looked at
+            found = Sources()
         if found != self._sources:
             self._use(found)
 

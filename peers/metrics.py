@@ -202,7 +202,9 @@ class PeerMetrics(Collector):
         yield _bytes("received_bytes", "Bytes of messages that came, by link and codec.", received)
         yield _if_known("watts", "What the device draws while it computes.", counters.energy.watts)
         yield _if_known("token_joules", "Energy of a decoded token in all blocks of the peer.", now.token_joules)
-        yield _counter("joules", "Energy of the passes of steps, as far as it is known.", counters.energy.joules)
+        yield _counter(
+            "joules", "Energy of steps and of timing the device, as far as it is known.", counters.energy.joules
+        )
 
 
 def registry_of(peer: Peer) -> CollectorRegistry:

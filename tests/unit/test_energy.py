@@ -335,6 +335,13 @@ def test_what_the_user_says_is_taken_and_nothing_is_read(clock: Clock) -> None:
     assert meter.origin == "15 W while it computes, as --watts says"
 
 
+def test_a_chip_that_vanishes_while_it_is_looked_at(clock: Clock) -> None:
+    def find() -> Sources:
+        raise FileNotFoundError("hwmon0")
+
+    assert EnergyMeter(find, clock=clock).watts == 0.0
+
+
 def test_what_is_known_of_nothing_is_nothing(clock: Clock) -> None:
     meter = EnergyMeter(clock=clock)
     work(meter, clock, 2.0)
