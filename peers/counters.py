@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import StrEnum
 
+from peers.energy import EnergyMeter
 from peers.session import PassWork, Work
 from scheduler.packing import DECODE_POSITIONS
 from splitnet.net.endpoints import Destination, Endpoint
@@ -149,9 +150,14 @@ class Counters:
         opened: sessions that were admitted.
         ended: sessions that are no more.
         moves: to other blocks.
+        energy: of the device.
+
+    Args:
+        energy: None: nothing is known of it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, energy: EnergyMeter | None = None) -> None:
+        self.energy = energy or EnergyMeter()
         self.work = {kind: WorkCounts() for kind in WorkKind}
         self.passes = {kind: PassHistograms() for kind in PassKind}
         self.refused = dict.fromkeys(FailureCode, 0)

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from peers.admission import SessionTable
 from peers.announce import Announcer
 from peers.counters import Counters
 from peers.current_span import MOVE_DRAIN_S, CurrentSpan
+from peers.energy import EnergyMeter
 from peers.holder_watch import HolderWatch
 from peers.key_policy import KeyPolicy
 from peers.lan_presence import LanPresence
@@ -25,6 +27,7 @@ from peers.neighbours import Neighbours
 from peers.next_hops import NextHops
 from peers.options import PeerOptions
 from peers.placing import choose_blocks, fitting_blocks
+from peers.power_sources import find_sources
 from peers.relocation import Relocation
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
@@ -76,7 +79,8 @@ class Peer:
     ) -> None:
         self.checkpoint = checkpoint
         self.identity = identity
-        self.counters = Counters()
+        find = partial(find_sources, torch.device(options.device), options.sysfs)
+        self.counters = Counters(EnergyMeter(find, options.watts))
         self._directory = directory
         self._lan = lan
         self._max_blocks = max_blocks
@@ -254,6 +258,7 @@ class Peer:
             issued_at=time.time(),
             state_bytes=server.span.state_bytes,
             proof=self._proof,
+            watts=self.counters.energy.watts,
         )
 
     def reconsider(self) -> bool:
@@ -320,6 +325,7 @@ class Peer:
         self._watchdog.alive()  # this thread runs, and nobody keeps the locks that it needs
 
     def _look_around(self) -> None:
+        self.counters.energy.look()
         self._current.remeasure_if_idle()
         self._neighbours.look_around()
         self._prove_work()

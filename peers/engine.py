@@ -119,7 +119,8 @@ class Engine:
 
     def _measure(self) -> None:
         try:
-            measured = measure_speed(self._span, lambda: self._queue.has_work or self._queue.closed)
+            with self._counters.energy.computing():
+                measured = measure_speed(self._span, lambda: self._queue.has_work or self._queue.closed)
         except Exception:
             log.exception("could not measure the device again")
             return
@@ -196,7 +197,8 @@ class Engine:
         """Runs a pass; if that fails, each of its steps alone, so that none fails for another's sake."""
         began = time.monotonic()
         try:
-            self._pass(ready)
+            with self._counters.energy.computing():
+                self._pass(ready)
             return
         except Exception as error:
             # A pass that fails leaves all rows as they were.

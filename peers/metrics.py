@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from peers.daemon import Peer
 from peers.memory_account import Purpose
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
+from scheduler import swarm
+from scheduler.cost import hop_joules
 from splitnet.errors import SplitnetError
 from splitnet.net.codecs import CODECS
 
@@ -54,6 +57,8 @@ class Present:
     ended_connections: Mapping[str, int]
     dropped_messages: int
     buffer_bytes: Mapping[str, int]
+    token_joules: float
+    """Of a decoded token in all blocks; 0: not known."""
 
     @classmethod
     def of(cls, peer: Peer) -> Present:
@@ -92,6 +97,7 @@ class Present:
             dropped_messages=peer.buffers["sent"].refused,
             buffer_bytes={name: budget.used for name, budget in peer.buffers.items()}
             | {f"{name}_limit": budget.limit for name, budget in peer.buffers.items()},
+            token_joules=_token_joules(peer, server),
         )
 
 
@@ -194,6 +200,11 @@ class PeerMetrics(Collector):
         sent, received = counters.traffic.totals()
         yield _bytes("sent_bytes", "Bytes of messages that were sent, by link and codec.", sent)
         yield _bytes("received_bytes", "Bytes of messages that came, by link and codec.", received)
+        yield _if_known("watts", "What the device draws while it computes.", counters.energy.watts)
+        yield _if_known("token_joules", "Energy of a decoded token in all blocks of the peer.", now.token_joules)
+        yield _counter(
+            "joules", "Energy of steps and of timing the device, as far as it is known.", counters.energy.joules
+        )
 
 
 def registry_of(peer: Peer) -> CollectorRegistry:
@@ -219,8 +230,22 @@ def _cached_bytes(service: SessionService, server: SpanServer | None) -> int:
     )
 
 
+def _token_joules(peer: Peer, server: SpanServer | None) -> float:
+    if server is None:
+        return 0.0
+    span, (_, batch) = server.span, server.load.at(time.monotonic())
+    speed = swarm.Speed(server.speed.block_ms)
+    facts = swarm.Peer("", span.start, span.end, speed, batch=batch, watts=peer.counters.energy.watts)
+    return hop_joules(facts, span.end - span.start) or 0.0
+
+
 def _gauge(name: str, help: str, value: float) -> Metric:
     return GaugeMetricFamily(f"splitnet_peer_{name}", help, value)
+
+
+def _if_known(name: str, help: str, value: float) -> Metric:
+    """Without a value where it is 0: nobody knows it."""
+    return _gauge(name, help, value) if value else GaugeMetricFamily(f"splitnet_peer_{name}", help)
 
 
 def _gauges(name: str, help: str, label: str, values: Mapping[Label, float]) -> Metric:
@@ -230,7 +255,7 @@ def _gauges(name: str, help: str, label: str, values: Mapping[Label, float]) -> 
     return family
 
 
-def _counter(name: str, help: str, value: int) -> Metric:
+def _counter(name: str, help: str, value: float) -> Metric:
     return CounterMetricFamily(f"splitnet_peer_{name}", help, value)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peers.placing import ANY_SPAN, SpanWish
+from peers.power_sources import SYSFS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +30,8 @@ class PeerOptions:
         authorized_keys: file with the keys that may connect; None: anyone.
         key_file: file of the peer's own key; None: a new key that lives as long as the peer.
         idle_s: seconds until an idle session is dropped.
+        watts: what the device draws while it computes; None: it is read where that is possible.
+        sysfs: where Linux shows counters of energy.
     """
 
     wish: SpanWish = ANY_SPAN
@@ -45,3 +48,5 @@ class PeerOptions:
     authorized_keys: Path | None = None
     key_file: Path | None = None
     idle_s: float = 600.0
+    watts: float | None = None
+    sysfs: Path = SYSFS

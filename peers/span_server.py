@@ -69,7 +69,9 @@ class SpanServer:
                 f"{kv_memory / 2**20:.1f} MiB are given for KV caches: use --kv-memory with more, or fewer blocks"
             )
         self.span = span
-        speed = speed or measure_speed(span)
+        if speed is None:
+            with counters.energy.computing():
+                speed = measure_speed(span)
         assert speed is not None
         self.speed = speed
         self.load = Load()

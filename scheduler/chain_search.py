@@ -99,11 +99,11 @@ def cheapest_chain(costs: Costs, num_blocks: int, in_flight: int) -> Path:
     step = 1e-9 if len(costs.block) <= EXACT_STAGES_PEERS else COARSE
     best_ms, best = np.inf, path
     for _ in range(MAX_STAGES):
-        total, slowest = _sum_of(costs, path), _slowest_of(costs, path)
+        total, slowest = sum_of(costs, path), _slowest_of(costs, path)
         if total + (in_flight - 1) * slowest < best_ms:
             best_ms, best = total + (in_flight - 1) * slowest, path
         path = _best_path(costs, num_blocks, slowest * (1 - step))
-        if not path or _sum_of(costs, path) >= best_ms:
+        if not path or sum_of(costs, path) >= best_ms:
             break
     return best
 
@@ -125,7 +125,7 @@ def _best_path(costs: Costs, num_blocks: int, slowest: float) -> Path:
             if not path:
                 continue
             valid = _without_second_visits(path)
-            if (cost := _sum_of(costs, valid)) < best_ms and _slowest_of(costs, valid) <= slowest:
+            if (cost := sum_of(costs, valid)) < best_ms and _slowest_of(costs, valid) <= slowest:
                 best_ms, best = cost, valid
             number = next(order)
             heapq.heappush(open_cases, (bound, number, path, case))
@@ -144,7 +144,8 @@ def _best_path(costs: Costs, num_blocks: int, slowest: float) -> Path:
         new_cases = [before, after, instead]
 
 
-def _sum_of(costs: Costs, path: Path) -> float:
+def sum_of(costs: Costs, path: Path) -> float:
+    """Ms of a step along a path."""
     queues = costs.queue[[peer for peer, _ in groupby(path)]]
     return float(costs.links.along(path).sum() + queues.sum() + costs.block[path].sum())
 

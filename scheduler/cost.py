@@ -1,4 +1,4 @@
-"""The one cost model: how long a step takes on a route. Clients, peers and the simulator all use it."""
+"""The one cost model: how long a step takes on a route, and its energy. Clients, peers and the simulator all use it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from scheduler.swarm import Hop, Peer
 
 USUAL_ANSWER: Final = 100
 """Tokens of an answer, where nobody knows."""
+
+UNKNOWN_WATTS: Final = 300.0
+"""What a peer counts as of which nobody knows what it draws: more than most devices, as nothing unknown is free."""
 
 
 def positions_with_prompt(prompt: int) -> int:
@@ -33,6 +36,17 @@ def block_ms(peer: Peer, positions: int) -> float:
 def hop_ms(peer: Peer, blocks: int, positions: int) -> float:
     """Ms from the arrival of a step at a hop until its blocks are done."""
     return peer.queue_ms + blocks * block_ms(peer, positions)
+
+
+def block_joules(peer: Peer, positions: int) -> float:
+    """Joules for `positions` new positions through one block of `peer`: their part of a pass that others share."""
+    share = positions / (positions + peer.batch)
+    return (peer.watts or UNKNOWN_WATTS) * block_ms(peer, positions) / 1000 * share
+
+
+def hop_joules(peer: Peer, blocks: int, positions: int = 1) -> float | None:
+    """Joules of a step at a hop; None if it is not known what the peer draws."""
+    return blocks * block_joules(peer, positions) if peer.watts else None
 
 
 def transfer_ms(link: Link, positions: int, encodings: Sequence[Encoding]) -> float:

@@ -27,16 +27,20 @@ _SMALL: Final = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """A device that could be a peer. max_blocks: for how many blocks it has memory, 0 for none."""
+    """A device that could be a peer.
+
+    max_blocks: for how many blocks it has memory, 0 for none. watts: drawn while it computes; 0: not known.
+    """
 
     id: str
     max_blocks: int
     speed: Speed
     hop_ms: float = HOP_MS
+    watts: float = 0.0
 
     def peer(self, start: int, end: int) -> Peer:
         """The device once it serves the blocks [start, end)."""
-        return Peer(self.id, start, end, self.speed, queue_ms=self.hop_ms)
+        return Peer(self.id, start, end, self.speed, queue_ms=self.hop_ms, watts=self.watts)
 
 
 class DoesNotFit(Exception):

@@ -11,10 +11,11 @@ from typing import Final
 import numpy as np
 
 from scheduler.chain_search import Costs, Floats, LinkCosts, cheapest_chain
-from scheduler.cost import block_ms, route_ms
+from scheduler.cost import block_joules, block_ms, route_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, LinkTable, Network
 from scheduler.swarm import Hop, Peer, Route, missing_blocks
+from scheduler.thrift import thriftiest_chain
 
 NEAR_EQUAL: Final = 0.05
 """Routes that cost at most this share more than the best one count as equally good."""
@@ -45,22 +46,28 @@ def best_route(
     source: str = CLIENT,
     target: str = CLIENT,
     exclude: Collection[str] = frozenset(),
+    energy_slowdown: float | None = None,
     rng: random.Random | None = None,
 ) -> Route:
     """The route over the blocks [start, end) on which `in_flight` steps of `positions` positions are done soonest.
 
     One step in flight asks for the least latency, as chat does; several for throughput, as batches and training do.
 
+    With `energy_slowdown` the one with the least energy for a step, among those on which it takes at most so many times
+    as long as on the fastest; see `scheduler.thrift`.
+
     Peers in `exclude` and peers with fewer than `kv_needed` free positions are not used. With `rng` the choice among
     near-equal routes is random, so that clients that know the same facts spread; without it the best one is returned.
 
     encodings: the codecs that a link may use. source, target: who sends to the first hop, and who gets from the last.
 
-    Raises NoRoute, and ValueError if two peers have the same id.
+    Raises NoRoute, and ValueError if two peers have the same id, or for energy with several steps in flight.
     """
     by_id = {peer.id: peer for peer in peers}
     if len(by_id) != len(peers):
         raise ValueError("the ids of the peers differ")
+    if energy_slowdown is not None and in_flight > 1:
+        raise ValueError("a route with little energy is planned for one step in flight")
     first, end = blocks
     present = [peer for peer in peers if peer.id not in exclude]
     usable = [peer for peer in present if peer.kv_free >= kv_needed]
@@ -76,7 +83,8 @@ def best_route(
     ends = index[source], members, index[target]
     # Raising the cost of each peer by a random share of at most NEAR_EQUAL makes the choice among near-equal routes
     # random, and the one chosen costs at most that share more than the best.
-    noise = np.array([1.0 + NEAR_EQUAL * rng.random() if rng else 1.0 for _ in usable])
+    raised = np.array([1.0 + NEAR_EQUAL * rng.random() if rng else 1.0 for _ in usable])
+    noise = raised if energy_slowdown is None else 1.0  # else it is the energy that is raised: the bound on ms holds
     queue = np.array([peer.queue_ms for peer in usable]) * noise
     costs = Costs(
         start=np.array([peer.start for peer in usable]) - first,
@@ -86,7 +94,11 @@ def best_route(
         links=LinkCosts(transfer, *ends),
         busy=LinkCosts(occupied, *ends),
     )
-    path = cheapest_chain(costs, end - first, in_flight)
+    if energy_slowdown is None:
+        path = cheapest_chain(costs, end - first, in_flight)
+    else:
+        joules = np.array([block_joules(peer, positions) for peer in usable]) * raised
+        path = thriftiest_chain(costs, joules, end - first, energy_slowdown)
     hops: list[Hop] = []
     for position, run in groupby(path):
         start = hops[-1].end if hops else first

@@ -11,6 +11,10 @@ PASS_SIZES: Final = (1, 4, 16, 64, 256)
 """Positions in a pass through the blocks at which a peer's speed is stated."""
 
 
+MAX_WATTS: Final = 1e5
+"""That a peer may say it draws."""
+
+
 @dataclass(frozen=True, slots=True)
 class Speed:
     """Ms per block of one pass, by the positions in it: the decode tokens of a batch, or a chunk of a prefill.
@@ -47,7 +51,8 @@ class Peer:
     """A peer that serves the blocks [start, end).
 
     speed: observed. queue_ms: wait of a step until its pass starts. batch: positions of other sessions that share the
-    pass of a decode step. kv_free: positions that new sessions may still take.
+    pass of a decode step. kv_free: positions that new sessions may still take. watts: drawn while it computes; 0: not
+    known.
     """
 
     id: str
@@ -57,6 +62,7 @@ class Peer:
     queue_ms: float = 0.0
     batch: float = 0.0
     kv_free: int = 0
+    watts: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

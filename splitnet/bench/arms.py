@@ -146,7 +146,13 @@ class _Client:
             positions=session.traffic.positions,
             repairs=len(session.recoveries),
             route=route_of(session),
+            joules_per_token=self._joules(session),
         )
+
+    def _joules(self, session: ModelSession) -> float | None:
+        joules = self._model.swarm.planner.token_joules([hop.planned for hop in session.hops])
+        known = [each for each in joules if each is not None]
+        return sum(known) if known and len(known) == len(joules) else None
 
 
 def route_of(session: ModelSession) -> Route:

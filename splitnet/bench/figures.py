@@ -18,6 +18,7 @@ TOKEN_MS_P50: Final = "token_ms_p50"
 TOKEN_MS_P95: Final = "token_ms_p95"
 SENT_BYTES: Final = "sent_bytes_per_token"
 RECEIVED_BYTES: Final = "received_bytes_per_token"
+JOULES: Final = "joules_per_token"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ class Traffic:
     """In all: the prompt and each token that was fed after it."""
     repairs: int
     route: Route
+    joules_per_token: float | None = None
+    """Of a decoded token in all hops, as they say; None: one does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +117,16 @@ def figures_of(case: Case, seen: Round) -> dict[str, float]:
         tokens = case.tokens * len(traffics)
         figures[SENT_BYTES] = sum(traffic.sent_bytes for traffic in traffics) / tokens
         figures[RECEIVED_BYTES] = sum(traffic.received_bytes for traffic in traffics) / tokens
+        joules = [traffic.joules_per_token for traffic in traffics if traffic.joules_per_token is not None]
+        if case.decodes and len(joules) == len(traffics):
+            figures[JOULES] = statistics.fmean(joules)
     return figures
 
 
 def spreads_of(rounds: Sequence[dict[str, float]]) -> dict[str, Spread]:
-    """Each figure over the rounds, of which there is at least one."""
-    return {name: Spread.of([figures[name] for figures in rounds]) for name in rounds[0]}
+    """Each figure that all rounds have; there is at least one round."""
+    names = [name for name in rounds[0] if all(name in figures for figures in rounds)]
+    return {name: Spread.of([figures[name] for figures in rounds]) for name in names}
 
 
 def ratio_of(rounds: Sequence[dict[str, float]], others: Sequence[dict[str, float]]) -> Spread:

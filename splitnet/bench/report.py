@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from splitnet.bench.figures import (
     FIRST_TOKEN_MS,
+    JOULES,
     TOKEN_MS_P50,
     TOKEN_MS_P95,
     TOKENS_PER_S,
@@ -77,6 +78,7 @@ class Report:
         columns = ["context"] * any(case.context for case in cases)
         columns += ["clients"] * any(case.clients > 1 for case in cases)
         columns += ["tokens/s", _FIRST_TOKEN, "ms/token", "p95"]
+        columns += ["J/token"] * any(JOULES in measured.spreads(first) for measured in self.measured)
         columns += [_LOCAL_SPEED, _RATIO] * (len(self.arms) > 1)
         for column in columns:
             table.add_column(column, justify="right")
@@ -89,6 +91,7 @@ class Report:
                 _FIRST_TOKEN: number(spreads[FIRST_TOKEN_MS].median) if not case.decodes else "",
                 "ms/token": number(spreads[TOKEN_MS_P50].median) if case.decodes else "",
                 "p95": number(spreads[TOKEN_MS_P95].median) if case.decodes else "",
+                "J/token": number(spreads[JOULES].median) if JOULES in spreads else "?" * case.decodes,
             }
             if len(self.arms) > 1:
                 cells[_LOCAL_SPEED] = with_range(measured.spreads(LOCAL)[TOKENS_PER_S])
@@ -181,6 +184,7 @@ def _answer(answer: Answer, routes: Sequence[Route]) -> dict[str, Any]:
             "sent_bytes": traffic.sent_bytes,
             "received_bytes": traffic.received_bytes,
             "repairs": traffic.repairs,
+            "joules_per_token": traffic.joules_per_token,
             "route": routes.index(traffic.route),
         }
     return values

@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import warnings
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -131,6 +132,33 @@ Tokenizer = Annotated[
         metavar="MODEL",
         envvar="SPLITNET_TOKENIZER",
         help="Hugging Face id or folder with the tokenizer, if the model comes without a usable one.",
+    ),
+]
+
+
+class Preferred(StrEnum):
+    """What the best route is; as `splitnet.client.session.Preference`."""
+
+    latency = "latency"
+    throughput = "throughput"
+    energy = "energy"
+
+
+Prefer = Annotated[
+    Preferred,
+    typer.Option(
+        "--prefer",
+        envvar="SPLITNET_PREFER",
+        help="Routes with the next token soonest, the most tokens per second, or the least energy per token.",
+    ),
+]
+EnergySlowdown = Annotated[
+    float | None,
+    typer.Option(
+        "--energy-slowdown",
+        metavar="FACTOR",
+        envvar="SPLITNET_ENERGY_SLOWDOWN",
+        help="With --prefer energy: how many times as long as on the fastest route a token may take; 1.5 if not given.",
     ),
 ]
 KeyFile = Annotated[

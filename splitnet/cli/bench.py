@@ -11,12 +11,15 @@ from splitnet.bench.cases import cases_of
 from splitnet.cli.arguments import (
     CodecName,
     Device,
+    EnergySlowdown,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
     Model,
+    Prefer,
+    Preferred,
     resolve_model,
 )
 from splitnet.errors import SplitnetError
@@ -68,6 +71,8 @@ def bench(
     device: Device = "auto",
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
+    prefer: Prefer = Preferred.latency,
+    energy_slowdown: EnergySlowdown = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -107,6 +112,8 @@ def bench(
         local_weights=local_weights,
         lan=lan,
         device=device,
+        prefer=prefer.value,
+        energy_slowdown=energy_slowdown,
     )
     report = Benchmark(cases, rounds, warm_up, seed, threads, local).run(connection)
     if as_json:

@@ -64,7 +64,7 @@ class Benchmark:
         settings: dict[str, Any] = {"rounds": self.rounds, "warm_up": self.warm_up, "seed": self.seed}
         settings["device"] = connection.computes_on
         if self._measures_swarm(connection):
-            settings |= {"codec": connection.codec, "join": list(connection.join)}
+            settings |= {"codec": connection.codec, "join": list(connection.join), "prefer": connection.prefer}
         if connection.local_blocks is not None or connection.local_weights is not None:
             settings |= {"local_blocks": connection.local_blocks, "local_weights": connection.local_weights}
         return settings

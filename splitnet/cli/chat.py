@@ -10,12 +10,15 @@ import typer
 from splitnet.cli.arguments import (
     CodecName,
     Device,
+    EnergySlowdown,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
     Model,
+    Prefer,
+    Preferred,
     Tokenizer,
     resolve_model,
 )
@@ -41,6 +44,8 @@ def chat(
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
     tokenizer: Tokenizer = None,
+    prefer: Prefer = Preferred.latency,
+    energy_slowdown: EnergySlowdown = None,
     key_file: KeyFile = None,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
@@ -50,7 +55,18 @@ def chat(
     from splitnet.cli.generation import Client, Sampling
 
     connection = Connection(
-        checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device
+        checkpoint,
+        join or (),
+        codec,
+        key_file,
+        wait,
+        local_blocks,
+        local_weights,
+        lan,
+        tokenizer,
+        device,
+        prefer.value,
+        energy_slowdown,
     )
     client = Client.connect(connection, adapter, speculate)
     try:

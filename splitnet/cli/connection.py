@@ -11,6 +11,7 @@ from typing import Any
 
 from splitnet.cli.local_network import find_swarm
 from splitnet.cli.logs import tell
+from splitnet.client.session import Preference, check_preference
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.device_choice import AUTO, find_device
@@ -28,6 +29,10 @@ class Connection:
         local_blocks, local_weights: what runs here, see `splitnet.AutoModelForCausalLM`.
         tokenizer: hub id or folder, in place of the checkpoint's own.
         device: that runs what is here; see `splitnet.model.device_choice`.
+        prefer, energy_slowdown: which route is the best, see `splitnet.AutoModelForCausalLM`.
+
+    Raises:
+        SplitnetError: a preference that cannot be.
     """
 
     model: str
@@ -40,6 +45,11 @@ class Connection:
     lan: bool = True
     tokenizer: str | None = None
     device: str = AUTO
+    prefer: Preference = "latency"
+    energy_slowdown: float | None = None
+
+    def __post_init__(self) -> None:
+        check_preference(self.prefer, self.energy_slowdown)
 
     @cached_property
     def computes_on(self) -> str:
@@ -70,10 +80,12 @@ class Connection:
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of what attaches a model to the swarm."""
+        preference = {"prefer": self.prefer, "energy_slowdown": self.energy_slowdown}
         return {
             "codec": self.codec,
             "recovery_timeout_s": self.wait_s,
             "device": self.computes_on,
             "local_blocks": self.local_blocks,
             "local_weights": self.local_weights,
+            **(preference if self.prefer != "latency" else {}),  # which not every model takes
         }

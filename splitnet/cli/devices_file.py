@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from scheduler.network import CLIENT, Link, Network
-from scheduler.swarm import Speed
+from scheduler.swarm import MAX_WATTS, Speed
 from splitnet.errors import SplitnetError
 from splitnet.model.device_choice import DEVICE_NAME
 
@@ -49,12 +49,14 @@ class KnownDevice:
         memory: bytes for weights, KV caches and, where the client runs, the client's part of the model.
         speed: measured with the model, or what to derive it from.
         torch_device: to compute on, such as `cuda`; None: what the peer finds best.
+        watts: that it draws while it computes; 0: not known.
     """
 
     name: str
     memory: int
     speed: Speed | MachineSpeed
     torch_device: str | None = None
+    watts: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,7 @@ def _device(entry: Any, place: str) -> KnownDevice:
     if isinstance(entry, Mapping) and isinstance(entry.get("name"), str):
         place = f"{place} ({entry['name']})"
     machine = ("memory_bandwidth", "compute")
-    values = _mapping(entry, place, required=("name", "memory"), optional=("block_ms", *machine, "device"))
+    values = _mapping(entry, place, required=("name", "memory"), optional=("block_ms", *machine, "device", "watts"))
     name = values["name"]
     if not isinstance(name, str) or not name.strip() or name == CLIENT_NAME:
         raise DevicesFileError(f"{place}.name: {name!r} cannot be the name of a device: write another text")
@@ -144,7 +146,10 @@ def _device(entry: Any, place: str) -> KnownDevice:
         raise DevicesFileError(
             f"{place}.device: {torch_device!r} is unknown: write auto, cpu, cuda, cuda:1, mps or xpu"
         )
-    return KnownDevice(name, memory, speed, torch_device)
+    watts = 0.0 if values.get("watts") is None else _number(values["watts"], f"{place}.watts")
+    if watts > MAX_WATTS:
+        raise DevicesFileError(f"{place}.watts: {watts:g} is more than a device draws: give {MAX_WATTS:g} at most")
+    return KnownDevice(name, memory, speed, torch_device, watts)
 
 
 def _network(content: Any, names: Sequence[str], host: str | None) -> Network:

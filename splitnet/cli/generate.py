@@ -11,12 +11,15 @@ import typer
 from splitnet.cli.arguments import (
     CodecName,
     Device,
+    EnergySlowdown,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
     Model,
+    Prefer,
+    Preferred,
     Tokenizer,
     resolve_model,
 )
@@ -61,6 +64,8 @@ def generate(
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
     tokenizer: Tokenizer = None,
+    prefer: Prefer = Preferred.latency,
+    energy_slowdown: EnergySlowdown = None,
     chat: Annotated[
         bool | None, typer.Option("--chat/--raw", help="With the model's chat template, or the bare text.")
     ] = None,
@@ -79,7 +84,18 @@ def generate(
     from splitnet.cli.generation import Client, Sampling, print_summary
 
     connection = Connection(
-        checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device
+        checkpoint,
+        join or (),
+        codec,
+        key_file,
+        wait,
+        local_blocks,
+        local_weights,
+        lan,
+        tokenizer,
+        device,
+        prefer.value,
+        energy_slowdown,
     )
     client = Client.connect(connection, adapter, speculate)
     try:

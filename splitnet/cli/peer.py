@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from scheduler.swarm import MAX_WATTS
 from splitnet.amounts import parse_bytes
 from splitnet.cli.arguments import Device, JoinIfAny, Model, parse_blocks, parse_host_port, resolve_model
 from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.stopping import StopSignals
+from splitnet.errors import SplitnetError
 from splitnet.net.addresses import is_reachable, refuse_taken
 
 if TYPE_CHECKING:
@@ -97,6 +99,13 @@ def peer(
             metavar="[HOST:]PORT", help="Serve metrics for Prometheus there, at /metrics; 127.0.0.1 by default."
         ),
     ] = None,
+    watts: Annotated[
+        float | None,
+        typer.Option(
+            metavar="WATTS",
+            help="What the device draws while it computes; read from its counters if not given (docs/energy.md).",
+        ),
+    ] = None,
     drain_s: Annotated[
         float,
         typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over when told to end."),
@@ -113,6 +122,8 @@ def peer(
     wanted_kv_memory = parse_bytes(kv_memory) if kv_memory else None
     wanted_training_memory = parse_bytes(training_memory) if training_memory else None
     wanted_metrics = parse_host_port(metrics_port) if metrics_port else None
+    if watts is not None and not 0 < watts <= MAX_WATTS:
+        raise SplitnetError(f"--watts {watts:g} is no power of a device: give more than 0 and at most {MAX_WATTS:g}")
     refuse_taken(listen)
     forget_address(address_file)
     checkpoint = resolve_model(model)
@@ -144,6 +155,7 @@ def peer(
         training_memory=wanted_training_memory,
         authorized_keys=authorized_keys,
         key_file=key_file,
+        watts=watts,
     )
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
     with StageProgress() as progress:
@@ -155,6 +167,8 @@ def peer(
         gc.freeze()
         typer.echo(f"computes on {computes_on}")
         typer.echo(_what_it_serves(serving))
+        if serving.counters.energy.origin:
+            typer.echo(f"power: {serving.counters.energy.origin}")
         if metrics is not None:
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")

@@ -122,6 +122,8 @@ def _command(model: str, stage: Stage, dtype: Dtype | None, weights: WeightKind 
     words = ["splitnet", "peer", model, "--blocks", f"{stage.start}:{stage.end}", "--kv-memory", kv_memory]
     if stage.device.torch_device not in (None, AUTO):
         words += ["--device", str(stage.device.torch_device)]
+    if stage.device.watts:
+        words += ["--watts", f"{stage.device.watts:.15g}"]
     if dtype is not None:
         words += ["--dtype", dtype.value]
     if weights is not None:
@@ -130,6 +132,8 @@ def _command(model: str, stage: Stage, dtype: Dtype | None, weights: WeightKind 
 
 
 def _as_json(plan: Plan, commands: list[str]) -> dict[str, Any]:
+    from splitnet.cli.planning import joules_of
+
     return {
         "fits": True,
         "model": plan.sizes.name,
@@ -149,6 +153,7 @@ def _as_json(plan: Plan, commands: list[str]) -> dict[str, Any]:
                 "memory_used": stage.memory_used,
                 "memory": stage.device.memory,
                 "ms_per_token": stage.ms_per_token,
+                "joules_per_token": stage.joules_per_token,
                 "command": command,
             }
             for stage, command in zip(plan.stages, commands, strict=True)
@@ -157,6 +162,7 @@ def _as_json(plan: Plan, commands: list[str]) -> dict[str, Any]:
             {"from": link.sender, "to": link.receiver, "latency_ms": link.latency_ms, "ms_per_token": link.ms_per_token}
             for link in plan.links
         ],
+        "joules_per_token": joules_of(plan.stages),
         "tokens_per_s": plan.tokens_per_s,
         "first_token_ms": plan.first_token_ms,
         "sessions": plan.sessions,

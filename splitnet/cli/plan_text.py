@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from splitnet.cli.planning import Plan, amount
+from splitnet.cli.planning import Plan, amount, joules_of
 
 
 def title(plan: Plan) -> str:
@@ -24,12 +24,16 @@ def device_table(plan: Plan) -> Table:
     table.add_column("blocks", no_wrap=True)
     table.add_column("memory used of available", justify="right", no_wrap=True)
     table.add_column("ms/token", justify="right", no_wrap=True)
+    shows_energy = any(stage.device.watts for stage in plan.stages)
+    if shows_energy:
+        table.add_column("J/token", justify="right", no_wrap=True)
     for stage in plan.stages:
         table.add_row(
             stage.device.name,
             f"{stage.start}..{stage.end - 1}" if stage.end - stage.start > 1 else str(stage.start),
             f"{amount(stage.memory_used)} of {amount(stage.device.memory)}",
             f"{stage.ms_per_token:.1f}",
+            *(["?" if stage.joules_per_token is None else f"{stage.joules_per_token:.3g}"] * shows_energy),
         )
     if plan.client_ms is None:
         table.add_row("client", "head", "", "?")
@@ -58,6 +62,9 @@ def summary(plan: Plan) -> Iterator[str]:
     )
     if plan.sessions <= 1:
         yield f"There is memory for one session of {plan.demand.context} tokens; --sessions makes room for more."
+    joules = joules_of(plan.stages)
+    if joules is not None:
+        yield f"A token takes {joules:.3g} J on the devices, without the client and the network."
     yield from _comparison(plan)
     if plan.client_ms is None:
         yield "The client's time for the head is not in these figures: name the device that it runs on (client: host:)."

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Final
 
-from scheduler.cost import hop_ms, transfer_ms
+from scheduler.cost import hop_joules, hop_ms, transfer_ms
 from scheduler.encoding import Encoding, encodings_of
 from scheduler.network import CLIENT
 from scheduler.orders import EXACT_DEVICES
@@ -52,7 +52,7 @@ class Demand:
 class Stage:
     """A device of the plan with its blocks `[start, end)`. Memory in bytes; ms_per_token: its part of a decode step.
 
-    kv_memory: what its blocks leave for KV caches.
+    kv_memory: what its blocks leave for KV caches. joules_per_token: None if it is not known what the device draws.
     """
 
     device: KnownDevice
@@ -61,6 +61,7 @@ class Stage:
     memory_used: int
     kv_memory: int
     ms_per_token: float
+    joules_per_token: float | None
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,12 @@ class Plan:
     exact: bool
 
 
+def joules_of(stages: Sequence[Stage]) -> float | None:
+    """Of a token on all devices; None if one is not known."""
+    known = [stage.joules_per_token for stage in stages if stage.joules_per_token is not None]
+    return sum(known) if len(known) == len(stages) else None
+
+
 def amount(count: int) -> str:
     """Bytes in GiB or MiB."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.0f} MiB"
@@ -141,6 +148,7 @@ class _Planning:
                 device.name,
                 max(0, self._room(device) // (sizes.block_bytes + demand.sessions * self._kv_bytes)),
                 self._speed(device),
+                watts=device.watts,
             )
             for device in file.devices
         ]
@@ -267,6 +275,7 @@ class _Planning:
             memory_used=device.memory - room + weights + blocks * self._demand.sessions * self._kv_bytes,
             kv_memory=room - weights,
             ms_per_token=hop_ms(self._peers[hop.peer], blocks, 1),
+            joules_per_token=hop_joules(self._peers[hop.peer], blocks),
         )
 
     def _links(self, hops: Sequence[Hop]) -> tuple[UsedLink, ...]:

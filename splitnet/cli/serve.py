@@ -12,12 +12,15 @@ import typer
 from splitnet.cli.arguments import (
     CodecName,
     Device,
+    EnergySlowdown,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
     Model,
+    Prefer,
+    Preferred,
     Tokenizer,
     resolve_model,
 )
@@ -90,6 +93,8 @@ def serve(
     local_blocks: LocalBlocks = None,
     local_weights: LocalWeights = None,
     tokenizer: Tokenizer = None,
+    prefer: Prefer = Preferred.latency,
+    energy_slowdown: EnergySlowdown = None,
     key_file: KeyFile = None,
 ) -> None:
     """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
@@ -107,7 +112,18 @@ def serve(
     from splitnet.serve.server import serve as serve_until_told
 
     connection = Connection(
-        source, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device
+        source,
+        join or (),
+        codec,
+        key_file,
+        wait,
+        local_blocks,
+        local_weights,
+        lan,
+        tokenizer,
+        device,
+        prefer.value,
+        energy_slowdown,
     )
     checkpoint = connection.checkpoint()
     options = ServeOptions(

@@ -40,7 +40,7 @@ def _print_table(overview: Overview) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from splitnet.client.overview import blocks_text, short_key, token_ms
+    from splitnet.client.overview import blocks_text, short_key, token_joules, token_ms
 
     console = Console()
     facts = overview.facts
@@ -49,18 +49,25 @@ def _print_table(overview: Overview) -> None:
     )
     for column in ("blocks", "address", "device"):
         table.add_column(column, no_wrap=column != "device")
-    for column in ("ms/token", "free KV", "sessions"):
+    columns = ["ms/token", "J/token", "free KV", "sessions"]
+    if not any(record.watts for record in overview.records):
+        columns.remove("J/token")
+    for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("key", no_wrap=True)
     for record in overview.records:
-        blocks = blocks_text(record.start, record.end)
+        blocks, joules = blocks_text(record.start, record.end), token_joules(record)
+        figures = {
+            "ms/token": f"{token_ms(record):.1f}",
+            "J/token": "?" if joules is None else f"{joules:.3g}",
+            "free KV": str(record.kv_free_positions),
+            "sessions": str(record.sessions),
+        }
         table.add_row(
             f"{blocks} -> {blocks_text(*record.moving_to)}" if record.moving_to else blocks,
             record.address.removeprefix("tcp://"),
             f"{record.device} {record.dtype}",
-            f"{token_ms(record):.1f}",
-            str(record.kv_free_positions),
-            str(record.sessions),
+            *(figures[column] for column in columns),
             short_key(record.key.text),
         )
     console.print(table)

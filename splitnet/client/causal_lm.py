@@ -74,7 +74,9 @@ class AutoModelForCausalLM:
             codec: how activations travel: "auto", or a name from `splitnet.net.codecs.CODECS`.
             dtype, device: of the local part; "auto": the best device that works, see `splitnet.model.device_choice`.
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
-            prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches.
+            prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches; "energy":
+                the least energy per token, as far as peers tell (docs/energy.md).
+            energy_slowdown: with "energy", how many times as long as on the fastest route a token may take; None: 1.5.
             gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
             local_blocks: blocks that this process runs itself, such as "0:10" or "0:2,28:30"; "auto": as many of the
                 first as make tokens come soonest, in half of the free memory at most; None: none.
@@ -105,6 +107,7 @@ def _attached(checkpoint: Checkpoint, swarm: Swarm, options: CausalOptions) -> R
             codec=options.codec,
             blocks=part,
             prefer=options.prefer,
+            energy_slowdown=options.energy_slowdown,
             recovery_timeout_s=options.recovery_timeout_s,
         )
 

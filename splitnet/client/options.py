@@ -10,7 +10,7 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-from splitnet.client.session import Preference
+from splitnet.client.session import Preference, check_preference
 from splitnet.client.session_driver import RECOVERY_TIMEOUT_S
 from splitnet.model.device_choice import find_device
 
@@ -41,7 +41,7 @@ class ClientOptions:
 
         Raises:
             TypeError: there is no such option; names the one that is probably meant.
-            SplitnetError: there is no such device here, or it does not work.
+            SplitnetError: there is no such device here, or it does not work; or a value that cannot be.
         """
         known = [field.name for field in fields(cls)]
         for name in keywords:
@@ -58,6 +58,10 @@ class CausalOptions(ClientOptions):
     """Of a causal LM."""
 
     prefer: Preference = "latency"
+    energy_slowdown: float | None = None
+
+    def __post_init__(self) -> None:
+        check_preference(self.prefer, self.energy_slowdown)
 
 
 def takes(options: type[ClientOptions]) -> Callable[[Function], Function]:

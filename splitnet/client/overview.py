@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from scheduler.cost import hop_joules
 from scheduler.network import CLIENT
 from scheduler.swarm import Peer, Speed, missing_blocks
 from splitnet.client.swarm import ModelFacts
@@ -72,9 +73,16 @@ def token_ms(record: PeerRecord) -> float:
     return record.block_ms[0] * (record.end - record.start)
 
 
+def token_joules(record: PeerRecord) -> float | None:
+    """Joules of a decoded token in all blocks of a peer; None where they are not known."""
+    return hop_joules(facts_of(record), record.end - record.start)
+
+
 def _record_as_json(record: PeerRecord) -> dict[str, Any]:
     values = dataclasses.asdict(record)
     values["key"] = record.key.text
+    values["watts"] = record.watts or None
+    values["joules_per_token"] = token_joules(record)
     values["links"] = [
         {"peer": link.peer.hex(), "rtt_ms": link.rtt_ms, "bytes_per_ms": link.bytes_per_ms} for link in record.links
     ]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from scheduler.candidates import candidates
-from scheduler.cost import move_ms, route_ms
+from scheduler.cost import hop_joules, move_ms, route_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, Network
 from scheduler.route import NoRoute, best_route
@@ -94,6 +94,8 @@ class Needs:
 
     kv_positions: to be free on every hop. encodings: codecs that a link may use. blocks: what to cover, [start, end).
     positions: of a usual step. in_flight: steps under way at the same time; 1 asks for the least latency.
+    energy_slowdown: asks for the least energy on routes that take at most so many times as long as the fastest; None:
+    asks for the fastest.
     """
 
     kv_positions: int
@@ -101,6 +103,7 @@ class Needs:
     blocks: tuple[int, int]
     positions: int = 1
     in_flight: int = 1
+    energy_slowdown: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +188,7 @@ class Planner:
                 in_flight=needs.in_flight,
                 source=source,
                 target=target,
+                energy_slowdown=needs.energy_slowdown,
                 rng=self._random,
             )
         except NoRoute as error:
@@ -206,6 +210,11 @@ class Planner:
     def cost_ms(self, needs: Needs, hops: Sequence[PlannedHop]) -> float:
         """Ms of a usual step through `hops` by what is known now."""
         return self._costs(needs, hops)(needs.positions, needs.in_flight)
+
+    def token_joules(self, hops: Sequence[PlannedHop]) -> list[float | None]:
+        """Joules of a decoded token at each of `hops`, by what is known now; None where it is not known."""
+        named, peers, _ = self._facts(hops)
+        return [hop_joules(peers[hop.peer], hop.end - hop.start) for hop in named]
 
     def _costs(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int, int], float]:
         """Ms of steps through `hops`, by their positions and by how many are under way."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
 from scheduler.packing import DECODE_POSITIONS
 from scheduler.prefill import SIZES, best_step
+from scheduler.thrift import ENERGY_SLOWDOWN
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.link_use import LinkUse, link_uses
 from splitnet.client.planner import Forecast
@@ -25,7 +27,7 @@ from splitnet.model.adapters import Adapter, read_tensors
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, FetchKV, Fork, Part, Step, Timing
 
-Preference = Literal["latency", "throughput"]
+Preference = Literal["latency", "throughput", "energy"]
 
 ASK_STEPS = 8
 ASK_S = 2.0
@@ -33,6 +35,16 @@ ASK_S = 2.0
 
 THROUGHPUT_STEPS = 8
 """How many steps a session that asks for throughput has under way."""
+
+
+def check_preference(prefer: str, energy_slowdown: float | None) -> None:
+    """Raises SplitnetError for what a session cannot prefer."""
+    if prefer not in get_args(Preference):
+        raise SplitnetError(f"a session prefers latency, throughput or energy, not {prefer!r}")
+    if energy_slowdown is not None and prefer != "energy":
+        raise SplitnetError(f"an energy slowdown goes with the preference energy, not with {prefer}: ask for both")
+    if energy_slowdown is not None and not 1 <= energy_slowdown < math.inf:
+        raise SplitnetError(f"an energy slowdown of {energy_slowdown:g} is none: give 1 or more")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +70,9 @@ class Session(SessionDriver):
         budget: positions to reserve over all rows; grows when needed.
         codec: name of a codec for every link, or "auto" to choose by cost for each link.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
-        prefer: "latency": the result of a step soonest; "throughput": most steps per second, for batches and training.
+        prefer: "latency": the result of a step soonest; "throughput": most steps per second, for batches and training;
+            "energy": the least energy per token, see docs/energy.md.
+        energy_slowdown: of "energy": how many times as long as on the fastest route a step may take; None: 1.5.
         progress_timeout_s: how long hops may work on a step without any progress.
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
     """
@@ -71,17 +85,18 @@ class Session(SessionDriver):
         codec: str = "auto",
         blocks: tuple[int, int] | None = None,
         prefer: Preference = "latency",
+        energy_slowdown: float | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
     ) -> None:
-        if prefer not in ("latency", "throughput"):
-            raise SplitnetError(f"a session prefers latency or throughput, not {prefer!r}")
+        check_preference(prefer, energy_slowdown)
         super().__init__(
             swarm,
             budget=budget,
             codecs=LinkCodecs(swarm, codec),
             blocks=blocks,
             in_flight=THROUGHPUT_STEPS if prefer == "throughput" else 1,
+            energy_slowdown=(energy_slowdown or ENERGY_SLOWDOWN) if prefer == "energy" else None,
             progress_timeout_s=progress_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
         )

@@ -80,6 +80,7 @@ class SessionDriver:
         codecs: chooses the codec of each link.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
         in_flight: how many steps are under way at the same time.
+        energy_slowdown: see `splitnet.client.planner.Needs`.
         progress_timeout_s: how long hops may work on something without any progress.
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
     """
@@ -94,6 +95,7 @@ class SessionDriver:
         in_flight: int,
         progress_timeout_s: float,
         recovery_timeout_s: float,
+        energy_slowdown: float | None = None,
     ) -> None:
         self.id = secrets.token_bytes(SESSION_BYTES)
         self.traffic = Traffic()
@@ -110,6 +112,7 @@ class SessionDriver:
         self._swarm = swarm
         self._codecs = codecs
         self._in_flight = in_flight
+        self._energy_slowdown = energy_slowdown
         self._prompt = 0
         self._routes = Routes(swarm, codecs, self.state.blocks)
         self._events: deque[Event] = deque()
@@ -290,4 +293,11 @@ class SessionDriver:
 
     def _needs(self, prompt: int) -> Needs:
         positions = USUAL_POSITIONS if self._in_flight > 1 else positions_with_prompt(prompt)
-        return Needs(self.state.budget, self._codecs.encodings, self.state.blocks, positions, self._in_flight)
+        return Needs(
+            self.state.budget,
+            self._codecs.encodings,
+            self.state.blocks,
+            positions,
+            self._in_flight,
+            self._energy_slowdown,
+        )

@@ -21,6 +21,7 @@ def facts_of(record: PeerRecord) -> Peer:
         queue_ms=record.queue_ms,
         batch=record.batch,
         kv_free=record.kv_free_positions,
+        watts=record.watts,
     )
 
 

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any, Final, NamedTuple, cast
 
 from scheduler.coordinates import DIMENSIONS
-from scheduler.swarm import PASS_SIZES
+from scheduler.swarm import MAX_WATTS, PASS_SIZES
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
 from splitnet.net.endpoints import Endpoint, is_address
 from splitnet.net.fields import (
@@ -123,6 +123,7 @@ class PeerRecord:
     issued_at: Unix time in seconds. ttl_s: the record is void ttl_s after issued_at.
     state_bytes: what a sequence takes in all blocks besides its positions, however long it is.
     proof: of the work that the key has cost, see `splitnet.net.proof_of_work`; 0: none.
+    watts: what the device draws while it computes; 0: not known.
     """
 
     key: PublicKey = wire(_key)  # noqa: RUF009 (it makes a field)
@@ -154,6 +155,7 @@ class PeerRecord:
     ttl_s: float = wire(number(_LEAST, MAX_TTL_S), default=DEFAULT_TTL_S)
     state_bytes: int = appended(_COUNT, 0)
     proof: int = appended(uint(MAX_PROOF), 0)
+    watts: float = appended(number(0, MAX_WATTS), 0.0)
 
     def __post_init__(self) -> None:
         for name, value in _LAYOUT.read([getattr(self, name) for name in _LAYOUT.names]).items():

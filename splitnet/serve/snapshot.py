@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import splitnet
-from splitnet.client.overview import Overview, short_key, token_ms
+from splitnet.client.overview import Overview, short_key, token_joules, token_ms
 from splitnet.client.swarm import Swarm
 from splitnet.net.endpoints import Endpoint
 from splitnet.serve.admission import Admission
@@ -75,6 +75,7 @@ def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
         "device": record.device,
         "weights": record.dtype,
         "token_ms": token_ms(record),
+        "token_joules": token_joules(record),
         "queue_ms": record.queue_ms if answer is None else answer.queue_ms,
         "sessions": record.sessions,
         "kv_free": record.kv_free_positions if answer is None else answer.kv_free_positions,

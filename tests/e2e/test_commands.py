@@ -83,6 +83,15 @@ FAILURES: dict[str, tuple[str, str]] = {
     "port taken": ("peer {small} --listen {taken}", "{taken} is taken: choose another port"),
     "DHT port taken": ("peer {small} --dht-listen {taken_dht}", "{taken_dht} is taken; choose another port"),
     "not this machine": ("peer {small} --listen tcp://203.0.113.5:0", "cannot listen on .*: give an address of this"),
+    "no power of a device": ("peer {small} --watts 0", "--watts 0 is no power of a device: give more than 0"),
+    "client: no slowdown": (
+        "generate {small} hi --join {nobody} --prefer energy --energy-slowdown 0.5",
+        "give 1 or more",
+    ),
+    "client: a slowdown alone": (
+        "bench {small} --join {nobody} --energy-slowdown 2",
+        "an energy slowdown goes with the preference energy, not with latency: ask for both",
+    ),
     "no address to listen on": ("peer {small} --listen 31331", "'31331' is no address to listen on: write tcp://"),
     "no such device": ("peer {small} --device warp", "there is no device 'warp': use --device auto, cpu, cuda, cuda:1"),
     "a device that is not here": (

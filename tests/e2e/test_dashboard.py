@@ -196,6 +196,7 @@ def test_what_peers_say_is_never_read_as_html(visit: Visit) -> None:
         "device": evil,
         "weights": evil,
         "token_ms": 1.0,
+        "token_joules": 0.25,
         "queue_ms": 0.0,
         "sessions": 1,
         "kv_free": 5,

@@ -23,13 +23,14 @@ from tests.swarm.test_serve import GREEDY, MODEL, TEMPLATE, Server, until
 pytestmark = pytest.mark.swarm
 
 KEY = "sk-dashboard"
+WATTS = 10.0
 
 
 @pytest.fixture(scope="module")
 def swarm(demo_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
     folder = small_model(tmp_path_factory.mktemp("dashboard") / MODEL, demo_checkpoint, seed=0)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    with local_swarm(folder, [(0, 2), (2, 6)]) as swarm:
+    with local_swarm(folder, [(0, 2), (2, 6)], watts=WATTS) as swarm:
         yield swarm
 
 
@@ -67,6 +68,9 @@ def test_a_snapshot_tells_of_the_peers_and_of_answers_with_their_routes(server: 
         assert [(peer["start"], peer["end"]) for peer in peers] == [(0, 2), (2, 6)]
         assert [peer["key"] for peer in peers] == [peer.identity.public.text for peer in swarm.peers]
         assert all(peer["version"] == __version__ and peer["kv_free"] > 0 and peer["device"] for peer in peers)
+        assert [peer["token_joules"] for peer in peers] == [
+            pytest.approx(WATTS * peer["token_ms"] / 1000) for peer in peers
+        ]
         (answer,) = snapshot["answers"]
         assert (answer["id"], answer["ended"], answer["tokens"]) == (reply["id"], True, 6)
         (route,) = answer["routes"]

@@ -32,8 +32,8 @@ ROUTE = Route(
 )
 
 
-def traffic(case: Case, route: Route = ROUTE, repairs: int = 0) -> Traffic:
-    return Traffic(40 * case.tokens, 60 * case.tokens, case.positions, repairs, route)
+def traffic(case: Case, route: Route = ROUTE, repairs: int = 0, joules: float | None = None) -> Traffic:
+    return Traffic(40 * case.tokens, 60 * case.tokens, case.positions, repairs, route, joules)
 
 
 def test_prompts_come_first_and_zero_leaves_out() -> None:
@@ -215,6 +215,25 @@ def test_other_routes_and_repairs_are_told() -> None:
     sentence = Report("small", {}, {**ENVIRONMENT, "kernels": None}, [Measured(DECODE, {SWARM: rounds})]).sentence()
     assert "-> client (3 of 4 answers; 1 other route)." in sentence
     assert sentence.endswith(" 3 times a route was repaired or left for a better one. The client's kernels: torch.")
+
+
+def test_energy_is_told_where_all_hops_of_all_answers_say_it() -> None:
+    def report(*joules: float | None) -> Report:
+        rounds = [tuple(Answer(1, (1.0, 1.0), traffic(DECODE, joules=each)) for each in joules)] * 2
+        prompts = [(Answer(1, (), traffic(PREFILL, joules=joules[0])),)] * 2
+        return Report(
+            "small", {}, ENVIRONMENT, [Measured(PREFILL, {SWARM: prompts}), Measured(DECODE, {SWARM: rounds})]
+        )
+
+    known = report(0.5, 1.0)
+    _, prefill_head, head, prefill, decode = printed(known)
+    assert "J/token" in head and decode[-1] == "0.75" and len(prefill) == 3, prefill_head
+    test = known.document()["tests"][1]
+    assert test["swarm"]["joules_per_token"] == {"median": 0.75, "low": 0.75, "high": 0.75}
+    assert test["swarm"]["rounds"][0]["answers"][1]["joules_per_token"] == 1.0
+    half = report(0.5, None)
+    assert "J/token" not in printed(half)[2]
+    assert "joules_per_token" not in half.document()["tests"][1]["swarm"]
 
 
 def test_the_document_has_all_rounds() -> None:

@@ -22,6 +22,7 @@ from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from peers.counters import Counters, Histogram
+from peers.energy import EnergyMeter
 from peers.memory_account import Purpose
 from peers.metrics import PeerMetrics, Present
 from peers.metrics_server import MetricsServer
@@ -36,7 +37,7 @@ from splitnet.serve.metrics import GatewayMetrics, instrument
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
 
 ROOT = Path(__file__).resolve().parents[2]
-UNITS = {"seconds": "s", "bytes": "bytes"}
+UNITS = {"seconds": "s", "bytes": "bytes", "watts": "W", "joules": "J"}
 
 PRESENT = Present(
     info=dict.fromkeys(("peer", "model", "blocks", "weights", "device", "version"), "x"),
@@ -54,6 +55,7 @@ PRESENT = Present(
     refused_connections=3,
     ended_connections={"stalled": 2},
     dropped_messages=5,
+    token_joules=0.25,
     buffer_bytes={"received": 1, "sent": 2, "received_limit": 10, "sent_limit": 20},
 )
 CLIENT = Connection(b"client", Identity.generate().public.curve_raw)
@@ -62,7 +64,7 @@ NEXT = Endpoint("tcp://192.0.2.1:7000", Identity.generate().public)
 
 def peer_registry(counters: Counters | None = None) -> CollectorRegistry:
     registry = CollectorRegistry()
-    registry.register(PeerMetrics(counters or Counters(), lambda: PRESENT))
+    registry.register(PeerMetrics(counters or Counters(EnergyMeter(watts=15.0)), lambda: PRESENT))
     return registry
 
 

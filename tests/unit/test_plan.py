@@ -184,6 +184,26 @@ def test_json_holds_the_plan_and_commands_that_the_peer_command_understands(mode
         assert words[words.index("--dtype") + 1] == "float32"
 
 
+def test_energy_is_told_where_it_is_known(model: Path) -> None:
+    one = TWO.replace("decode: 1,", "decode: 1.0,").replace("name: desk,", "name: desk, watts: 100,")
+    plan = json.loads(run(model, one, "--json").output)
+    by_name = {stage["name"]: stage for stage in plan["devices"]}
+    desk = by_name["desk"]
+    assert desk["joules_per_token"] == pytest.approx(100 * (desk["end"] - desk["start"]) * 1.0 / 1000)
+    assert "--watts 100 " in desk["command"] + " "
+    assert by_name["lap"]["joules_per_token"] is None and "--watts" not in by_name["lap"]["command"]
+    assert plan["joules_per_token"] is None
+    assert "J/token" in run(model, one).output and "A token takes" not in run(model, one).output
+    both = one.replace("name: lap,", "name: lap, watts: 7.5,")
+    plan = json.loads(run(model, both, "--json").output)
+    by_name = {stage["name"]: stage for stage in plan["devices"]}
+    lap = by_name["lap"]
+    assert lap["joules_per_token"] == pytest.approx(7.5 * (lap["end"] - lap["start"]) * 2.0 / 1000)
+    assert plan["joules_per_token"] == pytest.approx(desk["joules_per_token"] + lap["joules_per_token"])
+    assert f"A token takes {plan['joules_per_token']:.3g} J" in run(model, both).output
+    assert "J/token" not in run(model, TWO).output
+
+
 def test_a_model_that_does_not_fit(model: Path) -> None:
     result = run(model, TWO.replace("700KiB", "300KiB"), "--json")
     assert result.exit_code == 1

@@ -36,6 +36,14 @@ def test_devices_with_their_units(tmp_path: Path) -> None:
     assert file.client_host is None
 
 
+def test_what_a_device_draws(tmp_path: Path) -> None:
+    text = two().replace("memory: 500MB", "memory: 500MB, watts: 7.5")
+    assert [device.watts for device in read(tmp_path, text).devices] == [0.0, 7.5]
+    for wrong in ("0", "-1", "much", ".inf", "1e6"):
+        with pytest.raises(DevicesFileError, match=r"devices\[1\] \(board\).watts"):
+            read(tmp_path, text.replace("7.5", wrong))
+
+
 def test_a_pair_goes_before_the_default_and_a_direction_may_differ(tmp_path: Path) -> None:
     pairs = (
         "[{between: [laptop, client], latency_ms: 0, bandwidth: 10MB/s},"

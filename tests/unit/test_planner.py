@@ -12,8 +12,10 @@ from scheduler.cost import USUAL_ANSWER, positions_with_prompt
 from scheduler.encoding import Encoding
 from scheduler.network import Link
 from splitnet.client import planner as planner_module
-from splitnet.client.planner import CLIENT_ENDS, Needs, Planner
-from splitnet.client.survey import Survey
+from splitnet.client.options import CausalOptions
+from splitnet.client.planner import CLIENT_ENDS, Needs, PlannedHop, Planner
+from splitnet.client.survey import STEPS, Survey
+from splitnet.errors import SplitnetError
 from splitnet.net.identity import Identity
 from splitnet.net.records import PeerRecord
 from tests.unit.test_client_swarm import RECORD
@@ -44,6 +46,27 @@ def test_a_long_prompt_takes_the_route_that_is_good_at_prompts() -> None:
     assert plan([decodes, prefills], long, survey) == [prefills]
 
 
+def test_energy_of_a_route_is_that_of_its_hops_as_they_are_seen() -> None:
+    told, silent = record(0, 2, watts=15.0), record(2, 6)
+    survey = Survey()
+    planner = Planner(survey, "a-model")
+    hops = [PlannedHop(told, 0, 2), PlannedHop(silent, 2, 6)]
+    assert planner.token_joules(hops) == [pytest.approx(2 * 0.001 * 15.0), None]
+    for _ in range(STEPS):
+        survey.hop_seen(told.key.text, 1, 4.0, 0.0)  # it takes four times as long as it says
+    assert planner.token_joules(hops) == [pytest.approx(2 * 0.004 * 15.0), None]
+
+
+def test_a_claim_of_little_energy_draws_no_route_that_is_too_slow() -> None:
+    honest = record(0, 6, watts=100.0)
+    liars = [record(0, 6, watts=1e-300, block_ms=tuple(2 * ms for ms in RECORD.block_ms)) for _ in range(5)]
+    survey = Survey()
+    for peer in (honest, *liars):
+        survey.network_coordinates.measured(peer, Link(0.1, 10_000.0))
+    assert plan([honest, *liars], replace(NEEDS, energy_slowdown=1.5), survey) == [honest]
+    assert plan([honest, *liars], replace(NEEDS, energy_slowdown=3.0), survey)[0] in liars
+
+
 def test_without_a_prompt_a_token_counts_alone() -> None:
     assert positions_with_prompt(0) == positions_with_prompt(USUAL_ANSWER - 1) == 1
 
@@ -59,3 +82,17 @@ def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytes
     fast = [replace(peer, block_ms=RECORD.block_ms) for peer in (records[7], records[707])]
     records[7], records[707] = fast
     assert plan(records) == fast
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"prefer": "speed"}, "prefers latency, throughput or energy, not 'speed'"),
+        ({"energy_slowdown": 2.0}, "goes with the preference energy, not with latency"),
+        ({"prefer": "energy", "energy_slowdown": 0.9}, "slowdown of 0.9 is none: give 1 or more"),
+        ({"prefer": "energy", "energy_slowdown": float("nan")}, "give 1 or more"),
+    ],
+)
+def test_what_cannot_be_preferred_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(SplitnetError, match=said):
+        CausalOptions.of(options)

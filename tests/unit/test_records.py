@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from scheduler.swarm import MAX_WATTS
 from splitnet.errors import NotAuthorized, ProtocolError, ProtocolVersionError
 from splitnet.net.identity import Identity
 from splitnet.net.records import MAX_RECORD_BYTES, MAX_TTL_S, RECORD_LAYOUT, PeerRecord, SeenLink
@@ -85,6 +86,7 @@ def records(draw: st.DrawFn) -> PeerRecord:
         version=draw(words),
         issued_at=draw(st.floats(min_value=0, max_value=1e11)),
         ttl_s=draw(st.floats(min_value=0, max_value=MAX_TTL_S, exclude_min=True)),
+        watts=draw(st.sampled_from([0.0, 15.0]) | st.floats(0, MAX_WATTS)),
     )
 
 
@@ -214,6 +216,15 @@ def test_values_out_of_range_are_refused_on_both_sides(field: str, value: Any) -
         PeerRecord.unpack(sign([*PAYLOAD[:index], value, *PAYLOAD[index + 1 :]]))
 
 
+@pytest.mark.parametrize("watts", [-1.0, MAX_WATTS * 1.01, float("inf"), float("nan"), "15", None, True])
+def test_watts_that_cannot_be_are_refused_on_both_sides(watts: Any) -> None:
+    with pytest.raises(ProtocolError, match="watts"):
+        dataclasses.replace(RECORD, watts=watts)
+    with pytest.raises(ProtocolError, match="watts"):
+        PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof, watts]))
+    assert PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof])).watts == 0.0  # of an earlier version
+
+
 def test_a_record_of_another_key_is_refused() -> None:
     with pytest.raises(NotAuthorized):
         RECORD.pack(STRANGER)
@@ -233,7 +244,7 @@ def test_a_key_that_is_no_point_is_a_protocol_error() -> None:
 
 
 def test_fields_of_later_versions_are_ignored_and_other_layouts_refused() -> None:
-    assert PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof, "later", 7])) == RECORD
+    assert PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof, RECORD.watts, "later", 7])) == RECORD
     with pytest.raises(ProtocolVersionError):
         PeerRecord.unpack(sign([RECORD_LAYOUT + 1, *PAYLOAD[1:]]))
 

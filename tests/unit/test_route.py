@@ -3,6 +3,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 
 from scheduler import chain_search
 from scheduler.coordinates import Coordinate
-from scheduler.cost import block_ms, move_ms, occupied_ms, route_ms, transfer_ms
+from scheduler.cost import (
+    UNKNOWN_WATTS,
+    block_joules,
+    block_ms,
+    hop_joules,
+    move_ms,
+    occupied_ms,
+    route_ms,
+    transfer_ms,
+)
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, UNMEASURED, Link, Network, Place
 from scheduler.packing import PASS_POSITIONS
@@ -56,7 +66,8 @@ def swarms(draw: st.DrawFn) -> tuple[list[Peer], int, Network]:
         end = draw(st.integers(start + 1, num_blocks))
         speed = Speed.of(draw(milliseconds), draw(milliseconds))
         batch, kv_free = draw(st.sampled_from([0.0, 2.5])), draw(st.sampled_from([10, 100, 500]))
-        peers.append(Peer(name, start, end, speed, draw(milliseconds), batch, kv_free))
+        watts = draw(st.sampled_from([0.0, 4.0, 15.0, 700.0]))
+        peers.append(Peer(name, start, end, speed, draw(milliseconds), batch, kv_free, watts))
     names = [CLIENT, *(item.id for item in peers)]
     pairs = st.tuples(st.sampled_from(names), st.sampled_from(names))
     links = st.builds(Link, st.sampled_from([0.0, 1.0, 10.0, 50.0]), st.sampled_from([10.0, 1000.0]))
@@ -292,3 +303,93 @@ def test_coverage_counts_and_gaps_agree(spans: list[tuple[int, int]], num_blocks
     later = missing_blocks(peers, num_blocks, first=3)
     assert later == [(max(start, 3), end) for start, end in gaps if end > 3]
     assert all(first[1] < second[0] for first, second in pairwise(gaps))
+
+
+def joules_of(hops: Sequence[Hop], peers: Sequence[Peer], positions: int = 1) -> float:
+    by_id = {item.id: item for item in peers}
+    return sum((hop.end - hop.start) * block_joules(by_id[hop.peer], positions) for hop in hops)
+
+
+def corners(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Those of the points (ms, J) that cost least for some weight of joules, and for that alone."""
+    slopes = {(b[0] - a[0]) / (a[1] - b[1]) for a in points for b in points if a[1] > b[1] and b[0] > a[0]}
+    ordered = [0.0, *sorted(slopes)]
+    weights = [(a + b) / 2 for a, b in pairwise(ordered)] + [ordered[-1] * 2 + 1]
+    return [min(points, key=lambda point: (point[0] + weight * point[1], point)) for weight in weights]
+
+
+@given(swarm=swarms(), positions=st.sampled_from([1, 7]), slowdown=st.sampled_from([1.0, 1.2, 1.5, 4.0, 1000.0]))
+def test_the_route_with_least_energy_among_those_that_are_fast_enough(
+    swarm: tuple[list[Peer], int, Network], positions: int, slowdown: float
+) -> None:
+    peers, num_blocks, network = swarm
+    usable = [item for item in peers if item.kv_free >= 100]
+    by_id = {item.id: item for item in peers}
+    points = [
+        (
+            route_ms(hops, by_id, network, positions=positions, encodings=PLAIN),
+            joules_of(hops, peers, positions),
+        )
+        for hops in all_routes(usable, num_blocks)
+    ]
+    if not points:
+        return
+    fastest = plan(peers, num_blocks, network, positions=positions)
+    most_ms = fastest.cost_ms * slowdown * (1 + 1e-6) + 1e-9
+    thrifty = plan(peers, num_blocks, network, positions=positions, energy_slowdown=slowdown)
+    check_route(thrifty, usable, num_blocks)
+    found = joules_of(thrifty.hops, peers, positions)
+    assert thrifty.cost_ms <= most_ms
+    assert found <= joules_of(fastest.hops, peers, positions) * (1 + 1e-6)
+    least = min(joules for ms, joules in corners(points) if ms <= most_ms)
+    assert found <= least * (1 + 1e-5) + 1e-9
+    assert found >= min(joules for ms, joules in points if ms <= most_ms) * (1 - 1e-9)
+
+    spread = plan(peers, num_blocks, network, positions=positions, energy_slowdown=slowdown, rng=random.Random(1))
+    assert spread.cost_ms <= most_ms
+
+
+def test_energy_decides_only_within_the_slowdown() -> None:
+    hungry = replace(peer("hungry", 0, 10), watts=100.0)
+    thrifty = replace(peer("thrifty", 0, 10, decode_ms=1.4), watts=10.0)
+    lazy = replace(peer("lazy", 0, 10, decode_ms=5.0), watts=0.1)
+    peers = [hungry, thrifty, lazy]
+
+    def names(slowdown: float | None = None) -> set[str]:
+        return {hop.peer for hop in plan(peers, 10, energy_slowdown=slowdown).hops}
+
+    assert names() == {"hungry"}
+    assert names(1.5) == {"thrifty"}
+    assert names(1.1) == {"hungry"}
+    assert names(10.0) == {"lazy"}
+    with pytest.raises(ValueError, match="one step in flight"):
+        plan(peers, 10, energy_slowdown=1.5, in_flight=2)
+
+
+def test_a_part_of_the_route_is_thrifty_where_all_of_it_would_be_too_slow() -> None:
+    hungry = replace(peer("hungry", 0, 10), watts=100.0)
+    thrifty = replace(peer("thrifty", 0, 5, decode_ms=1.6), watts=10.0)
+    also = replace(peer("also", 5, 10, decode_ms=1.6), watts=50.0)
+    route = plan([hungry, thrifty, also], 10, energy_slowdown=1.5)
+    assert {hop.peer for hop in route.hops} == {"hungry", "thrifty"}
+
+
+def test_a_peer_that_does_not_say_what_it_draws_is_not_free() -> None:
+    unknown, known = peer("unknown", 0, 10), replace(peer("known", 0, 10, decode_ms=1.2), watts=UNKNOWN_WATTS / 2)
+    assert {hop.peer for hop in plan([unknown, known], 10, energy_slowdown=1.5).hops} == {"known"}
+    hungrier = replace(known, watts=UNKNOWN_WATTS * 2)
+    assert {hop.peer for hop in plan([unknown, hungrier], 10, energy_slowdown=1.5).hops} == {"unknown"}
+    # Where nobody says it, the least work of devices is the least energy.
+    assert {hop.peer for hop in plan([unknown, peer("slow", 0, 10, decode_ms=1.2)], 10, energy_slowdown=1.5).hops} == {
+        "unknown"
+    }
+    assert hop_joules(unknown, 10) is None
+
+
+def test_joules_are_watts_times_the_share_of_a_pass() -> None:
+    alone = replace(peer("alone", 0, 10, decode_ms=4.0), watts=15.0)
+    assert block_joules(alone, 1) == pytest.approx(15.0 * 0.004)
+    assert hop_joules(alone, 6) == pytest.approx(6 * 15.0 * 0.004)
+    # Reading the weights takes as long for four positions: three of others bear three quarters of it.
+    assert hop_joules(replace(alone, batch=3.0), 6) == pytest.approx(6 * 15.0 * 0.004 / 4)
+    assert block_joules(alone, 100) == pytest.approx(15.0 * alone.speed.at(100) / 1000)

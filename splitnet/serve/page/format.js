@@ -10,6 +10,11 @@ export function figure(value) {
   return value < 10 ? value.toFixed(1) : counts.format(Math.round(value));
 }
 
+const three = new Intl.NumberFormat("en", { maximumSignificantDigits: 3 });
+
+/** Three digits that matter, of values that may be far below 1. */
+export const small = (value) => (value === null || value === undefined ? "–" : three.format(value));
+
 export const ms = (value) => (value === null || value === undefined ? "–" : `${figure(value)} ms`);
 
 export const seconds = (value) => (value < 10 ? `${value.toFixed(1)} s` : `${Math.round(value)} s`);

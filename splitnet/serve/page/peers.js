@@ -1,7 +1,7 @@
 // The table of peers.
 
 import { byId, element, keyed, setText } from "./dom.js";
-import { blocks, count, figure, ms } from "./format.js";
+import { blocks, count, figure, ms, small } from "./format.js";
 import { hueOf } from "./hues.js";
 import { isThere } from "./coverage.js";
 
@@ -9,6 +9,7 @@ const COLUMNS = [
   ["Blocks", blocksOf],
   ["Device, weights", (peer) => `${peer.device}, ${peer.weights}`, "wraps"],
   ["ms/token", (peer) => figure(peer.token_ms), "number"],
+  ["J/token", (peer) => small(peer.token_joules), "number"],
   ["Queue", (peer) => ms(peer.queue_ms), "number"],
   ["Sessions", (peer) => count(peer.sessions), "number"],
   ["Free KV", (peer) => count(peer.kv_free), "number"],

@@ -1,0 +1,123 @@
+"""Energy through real peers: from files as Linux has them to records, metrics and the routes of clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peers.daemon import Peer
+from peers.metrics import registry_of
+from peers.speed import ObservedSpeed
+from splitnet.client.overview import Overview, token_ms
+from splitnet.client.session import Session
+from splitnet.client.swarm import Swarm
+from splitnet.net.directory import Directory
+from tests.swarm.generation import GREEDY, prompt
+from tests.swarm.harness import LocalSwarm, local_swarm
+
+pytestmark = pytest.mark.swarm
+
+FAST_MS, THRIFTY_MS = 100.0, 130.0
+
+
+@pytest.fixture(scope="module")
+def sensor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A /sys with one sensor, of 5 W; the folder of the sensor."""
+    chip = tmp_path_factory.mktemp("sys") / "class/hwmon/hwmon0"
+    chip.mkdir(parents=True)
+    (chip / "name").write_text("ina226\n")
+    (chip / "power1_input").write_text("5000000\n")
+    return chip
+
+
+@pytest.fixture(scope="module")
+def swarm(folder: Path, node: Directory, sensor: Path) -> Iterator[LocalSwarm]:
+    """All blocks at a fast peer that takes 200 W, at a slower one with the sensor, and at one that says nothing."""
+    with local_swarm(folder, [], node=node) as swarm:
+        swarm.add(0, 6, watts=200.0)
+        swarm.add(0, 6, sysfs=sensor.parents[2])
+        swarm.add(0, 6, sysfs=sensor)
+        yield swarm
+
+
+@pytest.fixture
+def peers(swarm: LocalSwarm) -> list[Peer]:
+    """They say how fast they are; nobody has seen it yet."""
+    for peer, block_ms in zip(swarm.peers, (FAST_MS, THRIFTY_MS, THRIFTY_MS), strict=True):
+        peer.server.speed.replace(ObservedSpeed((block_ms,) * 5))
+        peer._announcer.publish()
+    return swarm.peers
+
+
+@pytest.fixture
+def client(swarm: LocalSwarm, peers: list[Peer]) -> Iterator[Swarm]:
+    with swarm.newcomer() as visitor:
+        yield visitor.join()
+
+
+def told(peer: Peer, name: str) -> float | None:
+    return registry_of(peer).get_sample_value(f"splitnet_peer_{name}")
+
+
+def test_records_and_metrics_say_what_a_token_takes(client: Swarm, peers: list[Peer]) -> None:
+    status = Overview.of(client.facts, client.peers(fresh=True)).as_json()
+    by_key = {peer["key"]: peer for peer in status["peers"]}
+    given, read, silent = (by_key[peer.identity.public.text] for peer in peers)
+    assert (given["watts"], read["watts"], silent["watts"]) == (200.0, 5.0, None)
+    assert given["joules_per_token"] == pytest.approx(200.0 * 6 * FAST_MS / 1000)
+    assert read["joules_per_token"] == pytest.approx(5.0 * 6 * THRIFTY_MS / 1000)
+    assert silent["joules_per_token"] is None
+    for peer, shown in zip(peers, (given, read, silent), strict=True):
+        assert told(peer, "watts") == shown["watts"]
+        assert told(peer, "token_joules") == shown["joules_per_token"]
+        record = peer.record()
+        assert shown["joules_per_token"] in (None, pytest.approx(record.watts * token_ms(record) / 1000))
+    assert all((told(peer, "joules_total") or 0) > 0 for peer in peers[:2])  # of timing the device
+    assert told(peers[2], "joules_total") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "chosen"),
+    [
+        ({}, 0),
+        ({"prefer": "energy"}, 1),
+        ({"prefer": "energy", "energy_slowdown": 1.1}, 0),
+    ],
+)
+def test_a_client_takes_the_route_that_it_prefers(
+    client: Swarm, peers: list[Peer], options: dict[str, Any], chosen: int
+) -> None:
+    session = Session(client, budget=16, codec="none", **options)
+    session.open()
+    assert [hop.name for hop in session.hops] == [peers[chosen].identity.public.text]
+    session.close()
+
+
+def test_tokens_of_the_thrifty_route_are_the_same_and_are_counted(
+    swarm: LocalSwarm, peers: list[Peer], local: Any
+) -> None:
+    asked = prompt(5) | GREEDY
+    before = [told(peer, "joules_total") or 0.0 for peer in peers]
+    with swarm.newcomer() as visitor:
+        model = visitor.model(prefer="energy")
+        assert model.generate(**asked).tolist() == local.generate(**asked).tolist()
+    taken = [(told(peer, "joules_total") or 0.0) - joules for peer, joules in zip(peers, before, strict=True)]
+    assert taken[0] == taken[2] == 0.0
+    passes = registry_of(peers[1]).get_sample_value("splitnet_peer_pass_seconds_sum", {"work": "steps"}) or 0.0
+    assert taken[1] > 0 and (told(peers[1], "joules_total") or 0) >= 5.0 * passes * 0.99  # which is timed within it
+
+
+def test_a_sensor_that_vanishes_and_comes_back(peers: list[Peer], sensor: Path) -> None:
+    peer, file = peers[1], sensor / "power1_input"
+    file.unlink()
+    peer._look_around()
+    assert peer.record().watts == 0.0 and told(peer, "watts") is None
+    file.write_text("7000000\n")
+    peer._look_around()
+    assert peer.record().watts == 0.0  # nothing was computed since
+    with peer.counters.energy.computing():
+        pass
+    assert peer.record().watts == pytest.approx(7.0)
