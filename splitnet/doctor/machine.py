@@ -100,8 +100,8 @@ def kernels() -> Finding:
     if not have_threads():
         return warned(
             "kernels",
-            f"{text}, with one thread: torch {metadata.version('torch')} has no OpenMP whose threads they could use: install "
-            "another build of it, see https://pytorch.org",
+            f"{text}, with one thread: torch {metadata.version('torch')} has no OpenMP whose threads they could use: "
+            "install another build of it, see https://pytorch.org",
         )
     return passed("kernels", text)
 

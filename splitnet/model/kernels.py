@@ -1,9 +1,9 @@
 """Products of a few rows with held weights, by the kernels of `native/`, where they were compiled.
 
-They come compiled in wheels; from source pip compiles them when it finds a C compiler and Python's headers. Without them
-torch's own kernels are used, which read integer weights at about half the speed. There is a path for each kind of
-instructions (`native/paths.h`); the best that this CPU has is used, or the one that the environment variable
-`SPLITNET_KERNELS` names. They run on torch's own threads (`docs/decisions/0023-wheels.md`).
+Wheels have them; from source pip compiles them when it finds a C compiler and Python's headers. Without them torch's own
+kernels are used, which read integer weights at about half the speed. There is a path for each kind of instructions
+(`native/paths.h`); the best that this CPU has is used, or the one that the environment variable `SPLITNET_KERNELS` names.
+They run on torch's own threads (`docs/decisions/0023-wheels.md`).
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def use_path(name: str) -> None:
         KernelsError: the kernels are not there, there is no such path, or this CPU lacks its instructions.
     """
     if _kernels is None:
-        raise KernelsError(
-            f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out"
-        )
+        raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out")
     paths = dict(_kernels.paths())
     here = ", ".join(path for path, is_here in paths.items() if is_here)
     if name not in paths:

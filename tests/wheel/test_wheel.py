@@ -1,4 +1,4 @@
-"""What is installed, wheel or not, has its kernels, and they share torch's threads. Needs pytest alone, for `cibuildwheel`."""
+"""What is installed, wheel or not, has its kernels, and they share torch's threads. `cibuildwheel` runs this alone."""
 
 from __future__ import annotations
 
