@@ -1,9 +1,9 @@
 """Products of a few rows with held weights, by the kernels of `native/`, where they were compiled.
 
-Wheels have them; from source pip compiles them when it finds a C compiler and Python's headers. Without them torch's own
-kernels are used, which read integer weights at about half the speed. There is a path for each kind of instructions
-(`native/paths.h`); the best that this CPU has is used, or the one that the environment variable `SPLITNET_KERNELS` names.
-They run on torch's own threads (`docs/decisions/0023-wheels.md`).
+Wheels have them; from source pip compiles them when it finds a C compiler and Python's headers. Without them torch's
+own kernels are used, which read integer weights at about half the speed. There is a path for each kind of instructions
+(`native/paths.h`); the best that this CPU has is used, or the one that the environment variable `SPLITNET_KERNELS`
+names. They run on torch's own threads (`docs/decisions/0023-wheels.md`).
 """
 
 from __future__ import annotations
