@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -55,6 +58,26 @@ def test_products_are_the_same_with_any_number_of_threads(path: str, threads: in
     finally:
         torch.set_num_threads(many)
         kernels.use_path(before)
+
+
+def raising(error: Exception) -> Callable[[str], Any]:
+    def load(name: str) -> Any:
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("load", "why"),
+    [
+        (raising(ModuleNotFoundError("no such module")), "not compiled"),
+        (raising(ImportError("undefined symbol")), "compiled, but not loaded (undefined symbol)"),
+        (lambda name: SimpleNamespace(__file__="old.so"), "compiled, but from older sources (old.so)"),
+    ],
+)
+def test_why_there_are_no_kernels(load: Callable[[str], Any], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "import_module", load)
+    assert kernels._load() == (None, why)
 
 
 LINUX = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
