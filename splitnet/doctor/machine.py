@@ -82,20 +82,28 @@ def devices(asked: str = AUTO) -> Finding:
 def kernels() -> Finding:
     """Whether splitnet's own kernels are there, and for this CPU."""
     try:
-        from splitnet.model.kernels import Kernels, kernels_here, path_in_use
+        from splitnet.model.kernels import Kernels, have_threads, kernels_here, path_in_use, why_none
     except (ImportError, OSError) as error:
         return failed("kernels", f"torch cannot be loaded ({error}): install it again, see https://pytorch.org")
     except KernelsError as error:
         return failed("kernels", str(error))
-    return {
-        Kernels.FAST: passed("kernels", f"compiled; {path_in_use()} is used"),
-        Kernels.PLAIN: passed("kernels", "compiled; plain loops are used, and torch's kernels where it has some"),
-        Kernels.NONE: warned(
+    found = kernels_here()
+    if found is Kernels.NONE:
+        return warned(
             "kernels",
-            "not compiled, so CPUs decode more slowly: install a C compiler and Python's headers (Debian: apt install "
-            "gcc python3-dev), then splitnet anew with `pip install --force-reinstall --no-deps .`",
-        ),
-    }[kernels_here()]
+            f"{why_none}, so CPUs decode more slowly, with torch's kernels: install a wheel of splitnet for this "
+            "system; or a C compiler and Python's headers (Debian: apt install gcc python3-dev), then splitnet anew "
+            "with `pip install --force-reinstall --no-deps .`",
+        )
+    used = "plain loops are used, and torch's kernels where it has some"
+    text = f"compiled; {used if found is Kernels.PLAIN else f'{path_in_use()} is used'}"
+    if not have_threads():
+        return warned(
+            "kernels",
+            f"{text}, with one thread: torch {metadata.version('torch')} has no OpenMP whose threads they could use: "
+            "install another build of it, see https://pytorch.org",
+        )
+    return passed("kernels", text)
 
 
 def disk(folder: Path, needed: int) -> Finding:

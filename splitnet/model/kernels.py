@@ -1,12 +1,14 @@
 """Products of a few rows with held weights, by the kernels of `native/`, where they were compiled.
 
-pip compiles them when it finds a C compiler and Python's headers. Without them torch's own kernels are used, which read
-integer weights at about half the speed. There is a path for each kind of instructions (`native/paths.h`); the best that
-this CPU has is used, or the one that the environment variable `SPLITNET_KERNELS` names.
+Wheels have them; from source pip compiles them when it finds a C compiler and Python's headers. Without them torch's
+own kernels are used, which read integer weights at about half the speed. There is a path for each kind of instructions
+(`native/paths.h`); the best that this CPU has is used, or the one that the environment variable `SPLITNET_KERNELS`
+names. They run on torch's own threads (`docs/decisions/0023-wheels.md`).
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from enum import Enum
@@ -26,22 +28,41 @@ PLAIN_PATH = "plain"
 _FLOATS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Names of the kernels."""
 
-try:
-    _kernels: Any = import_module("splitnet.model._kernels")
-except ImportError:
-    _kernels = None
+_POOL = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+"""Of an OpenMP, as `Pool` in `native/threads.h`."""
+
+
+def _load() -> tuple[Any, str]:
+    """The kernels, running on torch's threads where these are found; else None, and why."""
+    try:
+        loaded = import_module("splitnet.model._kernels")
+    except ModuleNotFoundError:
+        return None, "not compiled"
+    except ImportError as error:
+        return None, f"compiled, but not loaded ({error})"
+    if not hasattr(loaded, "use_threads"):
+        return None, f"compiled, but from older sources ({loaded.__file__})"
+    try:
+        # Finds what torch itself was linked with, whatever that is called.
+        torchs = ctypes.CDLL(torch._C.__file__)
+        loaded.use_threads(*(ctypes.cast(getattr(torchs, name), ctypes.c_void_p).value for name in _POOL))
+    except (AttributeError, OSError):
+        pass  # such a torch was built without OpenMP: one thread
+    return loaded, ""
+
+
+_kernels, why_none = _load()
+"""`why_none`: what is wrong with the kernels; empty where they are there."""
 
 
 def use_path(name: str) -> None:
     """Uses this path from now on. Weights that are held for another may be multiplied by plain loops.
 
     Raises:
-        KernelsError: the kernels were not compiled, there is no such path, or this CPU lacks its instructions.
+        KernelsError: the kernels are not there, there is no such path, or this CPU lacks its instructions.
     """
     if _kernels is None:
-        raise KernelsError(
-            f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels were not compiled here: leave it out"
-        )
+        raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out")
     paths = dict(_kernels.paths())
     here = ", ".join(path for path, is_here in paths.items() if is_here)
     if name not in paths:
@@ -65,12 +86,17 @@ def path_in_use() -> str | None:
     return None if _kernels is None else _kernels.in_use()
 
 
+def have_threads() -> bool:
+    """Whether the kernels compute with as many threads as torch; else with one."""
+    return _kernels is not None and _kernels.has_threads()
+
+
 class Kernels(Enum):
     """What there is of them."""
 
     FAST = "compiled for CPUs such as this one"
     PLAIN = "compiled, but not for this CPU"
-    NONE = "not compiled"
+    NONE = "not compiled, or not loaded"
 
 
 def kernels_here() -> Kernels:

@@ -160,29 +160,38 @@ CONVERT_TILE(bfloat_tile, BFLOATS, uint16_t, store_bfloats)
 #endif
 #endif
 
-/* `path`: in use; `bfloats`: the numbers are bfloat16, which only the path makes that multiplies them. */
-static void convert_tiles(const Path *path, const Grouped *weight, const uint8_t *tiles, long outputs, int bfloats, void *to,
-                          int threads) {
-    const int fast = is_avx512(path) && weight->code != ANY;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (long output = 0; output < outputs; output += TILE) {
-        const uint8_t *tile = tiles + output / TILE * weight->tile_bytes;
-        const long lanes = outputs - output < TILE ? outputs - output : TILE, at = output * weight->inputs;
+/* `bfloats`: the numbers are bfloat16, which only the path makes that multiplies them. */
+typedef struct {
+    const Path *path; /* in use */
+    const Grouped *weight;
+    const uint8_t *tiles;
+    long outputs;
+    int bfloats;
+    void *to;
+} Conversion;
+
+static void convert_tile(const void *given, long part) {
+    const Conversion *job = given;
+    const Grouped *weight = job->weight;
+    const uint8_t *tile = job->tiles + part * weight->tile_bytes;
+    const long left = job->outputs - part * TILE, lanes = left < TILE ? left : TILE, at = part * TILE * weight->inputs;
 #ifdef HAVE_BFLOATS
-        if (bfloats) {
-            bfloat_tiles(weight, tile, lanes, (uint16_t *)to + at);
-            continue;
-        }
+    if (job->bfloats) {
+        bfloat_tiles(weight, tile, lanes, (uint16_t *)job->to + at);
+        return;
+    }
 #endif
 #ifdef HAVE_VNNI
-        if (fast) {
-            float_tiles(weight, tile, lanes, (float *)to + at);
-            continue;
-        }
-#endif
-        (void)fast, (void)bfloats;
-        path->dequantise(weight, tile, 0, lanes, (float *)to + at);
+    if (is_avx512(job->path) && weight->code != ANY) {
+        float_tiles(weight, tile, lanes, (float *)job->to + at);
+        return;
     }
+#endif
+    job->path->dequantise(weight, tile, 0, lanes, (float *)job->to + at);
+}
+
+static void convert_tiles(const Conversion *job, int threads) {
+    run_parts(convert_tile, job, parts_of(job->outputs, TILE), threads);
 }
 
 #endif

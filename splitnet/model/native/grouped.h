@@ -823,18 +823,30 @@ static int find_runs(const uint8_t *tiles, int64_t expert_bytes, const int64_t *
     return many;
 }
 
+typedef struct {
+    GroupedKernel kernel;
+    const GroupedJob *job;
+    const Quantised *rows;
+    const Run *runs;
+    long many, tiles, threads;
+} TiledRuns;
+
+static void run_some_tiles(const void *given, long thread) {
+    const TiledRuns *all = given;
+    long start = all->tiles * thread / all->threads, stop = all->tiles * (thread + 1) / all->threads;
+    for (long i = 0; i < all->many; i++) {
+        Run some = all->runs[i];
+        for (long end = some.row + some.count; some.row < end; some.row += MOST_ROWS) {
+            some.count = end - some.row < MOST_ROWS ? end - some.row : MOST_ROWS;
+            all->kernel(all->job, all->rows, &some, start, stop);
+        }
+    }
+}
+
 /* Every thread computes some of the tiles, of all runs. */
 static void run_tiles(GroupedKernel kernel, const GroupedJob *job, const Quantised *rows, const Run *runs, long many) {
-    long tiles = parts_of(job->weight->outputs, TILE), threads = job->threads < 1 ? 1 : job->threads;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (long thread = 0; thread < threads; thread++)
-        for (long i = 0; i < many; i++) {
-            Run some = runs[i];
-            for (long end = some.row + some.count; some.row < end; some.row += MOST_ROWS) {
-                some.count = end - some.row < MOST_ROWS ? end - some.row : MOST_ROWS;
-                kernel(job, rows, &some, tiles * thread / threads, tiles * (thread + 1) / threads);
-            }
-        }
+    TiledRuns all = {kernel, job, rows, runs, many, parts_of(job->weight->outputs, TILE), job->threads < 1 ? 1 : job->threads};
+    run_parts(run_some_tiles, &all, all.threads, all.threads);
 }
 
 #ifdef HAVE_VNNI

@@ -1,6 +1,7 @@
 /* What Python calls: addresses and sizes, which splitnet/model/kernels.py and splitnet/model/compiled_step.py vouch for. */
 
 #define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000 /* so that one wheel is for this Python and all later ones */
 #include <Python.h>
 
 #include "converted.h"
@@ -88,6 +89,23 @@ static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t coun
     Py_RETURN_NONE;
 }
 
+typedef struct {
+    const Grouped *weight;
+    const uint8_t *tiles;
+    const int64_t *indices;
+    long many;
+    float *floats;
+} Dequantised;
+
+static void dequantise_some(const void *given, long part) {
+    const Dequantised *job = given;
+    const Grouped *weight = job->weight;
+    const long step = job->indices == NULL ? TILE : 1, first = part * step, left = job->many - first;
+    const long output = job->indices == NULL ? first : job->indices[part];
+    const uint8_t *tile = job->tiles + output / TILE * weight->tile_bytes;
+    path->dequantise(weight, tile, output % TILE, left < step ? left : step, job->floats + first * weight->inputs);
+}
+
 /* Takes (description, tiles, indices of outputs or 0: all, how many, floats, threads). */
 static PyObject *dequantised(PyObject *self, PyObject *const *given, Py_ssize_t count) {
     long long numbers[6];
@@ -95,9 +113,8 @@ static PyObject *dequantised(PyObject *self, PyObject *const *given, Py_ssize_t 
     const Grouped *weight = (const Grouped *)(intptr_t)numbers[0];
     const uint8_t *tiles = (const uint8_t *)(intptr_t)numbers[1];
     const int64_t *indices = (const int64_t *)(intptr_t)numbers[2];
-    long many = (long)numbers[3], step = indices == NULL ? TILE : 1;
-    float *floats = (float *)(intptr_t)numbers[4];
-    int threads = numbers[5] < 1 ? 1 : (int)numbers[5];
+    const long many = (long)numbers[3];
+    Dequantised job = {weight, tiles, indices, many, (float *)(intptr_t)numbers[4]};
     for (long i = 0; indices != NULL && i < many; i++)
         if (indices[i] < 0 || indices[i] >= weight->outputs) {
             PyErr_Format(PyExc_IndexError, "there are %lld outputs, and %lld is asked for", (long long)weight->outputs,
@@ -105,12 +122,7 @@ static PyObject *dequantised(PyObject *self, PyObject *const *given, Py_ssize_t 
             return NULL;
         }
     Py_BEGIN_ALLOW_THREADS
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (long i = 0; i < many; i += step) {
-        long output = indices == NULL ? i : indices[i], left = many - i;
-        const uint8_t *tile = tiles + output / TILE * weight->tile_bytes;
-        path->dequantise(weight, tile, output % TILE, left < step ? left : step, floats + i * weight->inputs);
-    }
+    run_parts(dequantise_some, &job, indices == NULL ? parts_of(many, TILE) : many, (long)numbers[5]);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -124,9 +136,16 @@ static PyObject *converted(PyObject *self, PyObject *const *given, Py_ssize_t co
         PyErr_SetString(PyExc_NotImplementedError, "these weights cannot be made bfloat16 on this CPU");
         return NULL;
     }
+    Conversion job = {
+        .path = path,
+        .weight = weight,
+        .tiles = (const uint8_t *)(intptr_t)numbers[1],
+        .outputs = (long)numbers[2],
+        .bfloats = (int)numbers[4],
+        .to = (void *)(intptr_t)numbers[3],
+    };
     Py_BEGIN_ALLOW_THREADS
-    convert_tiles(path, weight, (const uint8_t *)(intptr_t)numbers[1], (long)numbers[2], (int)numbers[4],
-                  (void *)(intptr_t)numbers[3], numbers[5] < 1 ? 1 : (int)numbers[5]);
+    convert_tiles(&job, (int)numbers[5]);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -192,13 +211,13 @@ static PyObject *list_paths(PyObject *self, PyObject *unused) {
     for (int i = 0; found != NULL && i < PATHS; i++) {
         PyObject *one = Py_BuildValue("(sO)", paths[i]->name, paths[i]->is_here() ? Py_True : Py_False);
         if (one == NULL) Py_CLEAR(found);
-        else PyList_SET_ITEM(found, i, one);
+        else PyList_SetItem(found, i, one);
     }
     return found;
 }
 
 static PyObject *use(PyObject *self, PyObject *name) {
-    const char *wished = PyUnicode_AsUTF8(name);
+    const char *wished = PyUnicode_AsUTF8AndSize(name, NULL);
     if (wished == NULL) return NULL;
     for (int i = 0; i < PATHS; i++)
         if (strcmp(paths[i]->name, wished) == 0 && paths[i]->is_here()) {
@@ -214,6 +233,18 @@ static PyObject *has_steps(PyObject *self, PyObject *unused) { return PyBool_Fro
 
 static PyObject *has_bfloat16(PyObject *self, PyObject *unused) { return PyBool_FromLong(path->bfloats != NULL); }
 
+/* Takes the addresses of the three functions of a `Pool`, or three times 0: one thread. */
+static PyObject *use_threads(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    long long numbers[3];
+    if (!read_numbers(given, count, numbers, 3)) return NULL;
+    pool.run = (void (*)(void (*)(void *), void *, unsigned, unsigned))(intptr_t)numbers[0];
+    pool.number = (int (*)(void))(intptr_t)numbers[1];
+    pool.count = (int (*)(void))(intptr_t)numbers[2];
+    Py_RETURN_NONE;
+}
+
+static PyObject *has_threads(PyObject *self, PyObject *unused) { return PyBool_FromLong(pool.run != NULL); }
+
 static PyMethodDef methods[] = {
     {"grouped", (PyCFunction)(void (*)(void))grouped, METH_FASTCALL, "Rows times weights in the codes of a checkpoint."},
     {"dequantised", (PyCFunction)(void (*)(void))dequantised, METH_FASTCALL, "Such weights as floats."},
@@ -225,6 +256,8 @@ static PyMethodDef methods[] = {
     {"paths", list_paths, METH_NOARGS, "Names of all paths, best first, and whether this CPU has each."},
     {"use", use, METH_O, "Chooses the path of this name."},
     {"in_use", in_use, METH_NOARGS, "The name of the path that is used."},
+    {"use_threads", (PyCFunction)(void (*)(void))use_threads, METH_FASTCALL, "Chooses what runs threads."},
+    {"has_threads", has_threads, METH_NOARGS, "Whether there may be more than one thread."},
     {"has_steps", has_steps, METH_NOARGS, "Whether there are compiled steps for it."},
     {"has_bfloat16", has_bfloat16, METH_NOARGS, "Whether it multiplies bfloat16, for which E4M3 lies in another order."},
     {NULL, NULL, 0, NULL},

@@ -15,6 +15,8 @@ of the activations is 2^-15 of the largest one of the row: outliers cost nothing
 #include <stdlib.h>
 #include <string.h>
 
+#include "threads.h"
+
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #define HAVE_VNNI 1
@@ -272,19 +274,25 @@ static int prepare(const Job *job, Quantised *to) {
     return 1;
 }
 
+typedef struct {
+    Kernel kernel;
+    const Job *job;
+    const Quantised *rows;
+    long units, share;
+} Units;
+
+static void run_some_units(const void *given, long thread) {
+    const Units *all = given;
+    long start = thread * all->share, end = start + all->share < all->units ? start + all->share : all->units;
+    if (start < end) all->kernel(all->job, all->rows, start, end);
+}
+
 /* Cuts the outputs into equal parts, one per thread; `unit`: that a kernel computes at a time. */
 static void run(Kernel kernel, const Job *job, const Quantised *rows, long units, long unit) {
     long threads = job->threads < 1 ? 1 : job->threads;
-    if (threads == 1) {
-        kernel(job, rows, 0, units);
-        return;
-    }
     long share = ((units + threads - 1) / threads + unit - 1) / unit * unit;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (long thread = 0; thread < threads; thread++) {
-        long start = thread * share, end = start + share < units ? start + share : units;
-        if (start < end) kernel(job, rows, start, end);
-    }
+    Units all = {kernel, job, rows, units, share};
+    run_parts(run_some_units, &all, threads, threads);
 }
 
 #endif

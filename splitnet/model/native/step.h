@@ -590,11 +590,46 @@ VNNI static void attend_to_latents(const Block *block, const Store *where, const
     }
 }
 
+typedef struct {
+    const Block *block;
+    const Store *stores;
+    const Step *step;
+    const float *queries;
+    float *mixed, *scores; /* for each thread `room` numbers */
+    long room, threads;
+} Attention;
+
+VNNI static void attend_some(const void *given, long thread) {
+    const Attention *all = given;
+    const Block *block = all->block;
+    const Step *step = all->step;
+    long size = block->size, width = block->value_size;
+    long group = block->absorbed ? TOGETHER : block->heads / block->stored_heads;
+    long units = step->count * ((block->heads + group - 1) / group);
+    float *own = all->scores + thread * all->room;
+    for (long unit = thread; unit < units; unit += all->threads) {
+        long position = unit % step->count, shared = unit / step->count, head = shared * group;
+        long at = position * block->heads + head;
+        const Store *where = all->stores + position;
+        const float *queries = all->queries + at * size;
+        float *mixed = all->mixed + at * width;
+        if (block->absorbed) {
+            long many = block->heads - head < group ? block->heads - head : group;
+            attend_to_latents(block, where, step, position, head, many, queries, mixed, own + room_to_absorb(block), own);
+            continue;
+        }
+        Seen seen = {.keys = where->keys, .values = where->values, .size = size, .value_size = width,
+                     .first = shared * where->capacity};
+        if (step->stores_floats) attend(block, &seen, step, position, head, group, queries, mixed, own, 1);
+        else attend(block, &seen, step, position, head, group, queries, mixed, own, 0);
+    }
+}
+
 /* `scores`: for each thread `room` numbers. */
 VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
                             float *values, float *mixed, float *scores, long room) {
     static const Norm none = {.kind = NO_NORM};
-    long size = block->size, group = block->heads / block->stored_heads, width = block->value_size;
+    long size = block->size, width = block->value_size;
     long key_size = block->absorbed ? block->rank : size;
     long value_size = block->absorbed ? block->latent.outputs - block->rank : width;
     for (long position = 0; position < step->count; position++) {
@@ -612,28 +647,8 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
             store(stores[position].values, at * value_size, value + head * value_size, value_size, step->stores_floats);
         }
     }
-    if (block->absorbed) group = TOGETHER;
-    long units = step->count * ((block->heads + group - 1) / group);
-    long threads = step->threads < 1 ? 1 : step->threads;
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (long thread = 0; thread < threads; thread++)
-        for (long unit = thread; unit < units; unit += threads) {
-            long position = unit % step->count, shared = unit / step->count, head = shared * group;
-            long at = position * block->heads + head;
-            const Store *where = stores + position;
-            float *own = scores + thread * room;
-            if (block->absorbed) {
-                long many = block->heads - head < group ? block->heads - head : group;
-                attend_to_latents(block, where, step, position, head, many, queries + at * size, mixed + at * width,
-                                  own + room_to_absorb(block), own);
-                continue;
-            }
-            Seen seen = {.keys = where->keys, .values = where->values, .size = size, .value_size = width,
-                         .first = shared * where->capacity};
-            if (step->stores_floats)
-                attend(block, &seen, step, position, head, group, queries + at * size, mixed + at * width, own, 1);
-            else attend(block, &seen, step, position, head, group, queries + at * size, mixed + at * width, own, 0);
-        }
+    Attention all = {block, stores, step, queries, mixed, scores, room, step->threads < 1 ? 1 : step->threads};
+    run_parts(attend_some, &all, all.threads, all.threads);
 }
 
 /* Query, key and value of normed positions, in a block with latents. Where these are stored, they are the keys, and the values what is turned of a key.

@@ -1,0 +1,45 @@
+/* Threads: those with which torch computes. The kernels link no OpenMP of their own: a second one in a process would have a
+second pool, whose threads and torch's take each other's cores, and not every compiler has one. Python finds torch's
+(splitnet/model/kernels.py); without it there is one thread. */
+
+#ifndef SPLITNET_THREADS_H
+#define SPLITNET_THREADS_H
+
+#include <stddef.h>
+
+/* Of GCC's interface to OpenMP, which LLVM's and Intel's have, too. */
+typedef struct {
+    void (*run)(void (*share)(void *), void *given, unsigned threads, unsigned flags); /* GOMP_parallel */
+    int (*number)(void);                                                               /* omp_get_thread_num */
+    int (*count)(void);                                                                /* omp_get_num_threads */
+} Pool;
+
+static Pool pool; /* empty: none */
+
+typedef void (*Task)(const void *job, long part);
+
+typedef struct {
+    Task task;
+    const void *job;
+    long parts;
+} Shared;
+
+/* A thread takes neighbours. There may be fewer threads than were asked for. */
+static void run_share(void *given) {
+    const Shared *shared = given;
+    long threads = pool.count(), thread = pool.number();
+    for (long part = shared->parts * thread / threads; part < shared->parts * (thread + 1) / threads; part++)
+        shared->task(shared->job, part);
+}
+
+/* Runs every part of a job, in any order. */
+static void run_parts(Task task, const void *job, long parts, long threads) {
+    Shared shared = {.task = task, .job = job, .parts = parts};
+    if (threads > 1 && pool.run != NULL) {
+        pool.run(run_share, &shared, (unsigned)threads, 0);
+        return;
+    }
+    for (long part = 0; part < parts; part++) task(job, part);
+}
+
+#endif

@@ -1,0 +1,136 @@
+"""What is installed, wheel or not, has its kernels, and they share torch's threads. `cibuildwheel` runs this alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from splitnet.model import kernels
+from splitnet.model.int4_forms import Int4
+
+LARGE = 4096
+"""So many outputs that every thread has some."""
+
+
+def run(code: str) -> list[str]:
+    """The lines that a fresh Python prints."""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout.splitlines()
+
+
+def test_the_kernels_are_there_and_have_threads() -> None:
+    assert kernels.paths_here()
+    assert not kernels.why_none
+    assert kernels.have_threads()
+
+
+def test_the_version_is_the_one_that_is_installed() -> None:
+    import splitnet
+
+    assert splitnet.__version__ == metadata.version("splitnet")
+
+
+@pytest.mark.parametrize("path", kernels.paths_here())
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_products_are_the_same_with_any_number_of_threads(path: str, threads: int) -> None:
+    before, many = kernels.path_in_use(), torch.get_num_threads()
+    assert before is not None
+    weight, rows = torch.randn(77, 160), torch.randn(3, 160)
+    kernels.use_path(path)
+    try:
+        held = Int4.of(weight)
+        assert held is not None
+        torch.set_num_threads(1)
+        alone = held.multiply(rows)
+        torch.set_num_threads(threads)
+        assert torch.equal(held.multiply(rows), alone)
+        wanted = rows @ held.dequantised(torch.float32).T
+        assert torch.allclose(alone, wanted, rtol=1e-3, atol=1e-3)
+    finally:
+        torch.set_num_threads(many)
+        kernels.use_path(before)
+
+
+def raising(error: Exception) -> Callable[[str], Any]:
+    def load(name: str) -> Any:
+        raise error
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("load", "why"),
+    [
+        (raising(ModuleNotFoundError("no such module")), "not compiled"),
+        (raising(ImportError("undefined symbol")), "compiled, but not loaded (undefined symbol)"),
+        (lambda name: SimpleNamespace(__file__="old.so"), "compiled, but from older sources (old.so)"),
+    ],
+)
+def test_why_there_are_no_kernels(load: Callable[[str], Any], why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "import_module", load)
+    assert kernels._load() == (None, why)
+
+
+LINUX = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+
+
+@LINUX
+def test_there_is_one_openmp_in_a_process() -> None:
+    code = """
+from splitnet.model import kernels
+kernels.multiply_floats
+names = {line.split("/")[-1].strip() for line in open("/proc/self/maps") if "/" in line}
+print(*(name for name in names if name.startswith(("libgomp", "libomp", "libiomp"))), sep="\\n")
+"""
+    assert len(run(code)) == 1
+
+
+@LINUX
+def test_threads_are_torchs() -> None:
+    """A kernel starts the threads that torch computes with afterwards, or takes those that it has."""
+    code = f"""
+import os, torch
+from splitnet.model.int4_forms import Int4
+torch.set_num_threads(1)
+held, row = Int4.of(torch.randn({LARGE}, 64)), torch.randn(1, 64)
+numbers = torch.randn(2_000_000)
+held.multiply(row), numbers.mul_(2)
+torch.set_num_threads(3)
+counts = [len(os.listdir("/proc/self/task"))]
+for call in (lambda: held.multiply(row), lambda: numbers.mul_(2), lambda: held.multiply(row)):
+    call()
+    counts.append(len(os.listdir("/proc/self/task")) - counts[0])
+print(*counts[1:], sep="\\n")
+"""
+    assert run(code) == ["2", "2", "2"]
+
+
+def test_without_an_openmp_there_is_one_thread_and_the_doctor_says_so() -> None:
+    code = f"""
+import ctypes
+real = ctypes.CDLL
+def without(*given, **named):
+    found = real(*given, **named)
+    return object() if "_C" in str(given[0]) else found
+import torch
+ctypes.CDLL = without
+from splitnet.doctor import machine
+from splitnet.model import kernels
+from splitnet.model.int4_forms import Int4
+torch.set_num_threads(3)
+held, row = Int4.of(torch.randn({LARGE}, 64)), torch.randn(1, 64)
+print(kernels.have_threads())
+print(torch.allclose(held.multiply(row), row @ held.dequantised(torch.float32).T, atol=1e-3, rtol=1e-3))
+found = machine.kernels()
+print(found.status.name, "with one thread" in found.text)
+"""
+    assert run(code) == ["False", "True", "warned True"]
