@@ -1,0 +1,309 @@
+"""The directory as peers tell it, over the links that a process has with them anyway: without a node of a DHT.
+
+Several peers are asked, and what they know is put together. Records are signed, so none can forge any; one that lies,
+knows nothing or is silent hides no record that another knows.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final, Protocol, cast
+
+from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError
+from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.fields import packb, unpack_array
+from splitnet.net.kept_records import KeptRecords
+from splitnet.net.messages import MAX_FOUND, Announce, Announced, Failure, Found, LookUp, Message, Payload
+from splitnet.net.peer_addresses import endpoint_of, peer_address
+from splitnet.net.records import MAX_RECORD_BYTES, PeerRecord, verified_record
+from splitnet.net.swarm_directory import OWN_DEPTH, SwarmDirectory, latest
+
+log = logging.getLogger(__name__)
+
+ANSWER_S: Final = 4.0
+"""In which a peer must answer."""
+PATIENCE_S: Final = 1.0
+"""When one has named peers, the others are waited for so long. What they say later counts from the next question on."""
+DOWN_S: Final = 0.5
+"""A peer to which no link comes up in so long is not waited for if others answer."""
+LOOK_S: Final = 0.05
+"""How often the states of links are looked at."""
+
+PART_BYTES: Final = 60_000
+"""Of one message of an answer."""
+MAX_ANSWER_BYTES: Final = 8 << 20
+MAX_JOINED: Final = 16
+"""Peers that are asked in every question."""
+MAX_OTHERS: Final = 8
+"""Peers of the last answer that are asked when all of those are silent."""
+KEPT_QUESTIONS: Final = 16
+
+_RECORDS_PER_PART = 1024
+
+
+class AskingLinks(Protocol):
+    """Links to peers: see `splitnet.client.links.Links`."""
+
+    on_answer: Callable[[Endpoint, Message], None] | None
+
+    def send(self, endpoint: Endpoint, message: Message) -> object: ...
+
+    def state(self, endpoint: Endpoint) -> LinkState: ...
+
+
+@dataclass
+class _Answer:
+    """Of one peer."""
+
+    payloads: list[bytes] = field(default_factory=list[bytes])
+    nbytes: int = 0
+    remaining: int | None = None
+    complete: bool = False
+    taken: bool = False
+    refusal: str = ""
+    records: list[PeerRecord] | None = None
+    """Of the payloads, once they were read."""
+
+    def add(self, message: Found) -> None:
+        expected = message.remaining if self.remaining is None else self.remaining - 1
+        self.nbytes += len(message.payload)
+        if message.remaining != expected or self.nbytes > MAX_ANSWER_BYTES:
+            self.complete = True  # what does not fit is left out
+            return
+        self.payloads.append(bytes(message.payload))
+        self.remaining, self.complete = message.remaining, message.remaining == 0
+
+
+@dataclass
+class _Question:
+    """What was asked of some peers, and what has come. `model` None: it was an announcement."""
+
+    model: str | None
+    answers: dict[Endpoint, _Answer]
+
+    def complete(self) -> list[_Answer]:
+        return [answer for answer in self.answers.values() if answer.complete and not answer.refusal]
+
+
+class AskedPeers(SwarmDirectory):
+    """Asks peers for records, and has them tell others of its own.
+
+    Args:
+        joined: the peers to ask.
+        links: over which to ask; not closed here.
+        keeps: for a peer: remembers the records that others announce to it.
+    """
+
+    def __init__(self, joined: Sequence[Endpoint], links: AskingLinks, *, keeps: bool = False) -> None:
+        if len(joined) > MAX_JOINED:
+            raise DirectoryError(f"at most {MAX_JOINED} peers are asked for others, not {len(joined)}: give fewer --join")
+        self._joined = list(dict.fromkeys(joined))
+        self._links = links
+        self._kept = KeptRecords() if keeps else None
+        self._numbers = count(1)
+        self._open: OrderedDict[int, _Question] = OrderedDict()
+        self._last: OrderedDict[str, _Question] = OrderedDict()
+        """Of each model that was asked about lately."""
+        self._others: list[Endpoint] = []
+        """Peers that others have named."""
+        self._silent: set[Endpoint] = set()
+        """They gave no answer to the last question."""
+        self._heard = threading.Condition()
+        self._closed = False
+        links.on_answer = self._received
+
+    @classmethod
+    def join(cls, addresses: Sequence[str], links: AskingLinks, *, keeps: bool = False) -> AskedPeers:
+        """Through peers at `addresses`, `tcp://HOST:PORT?key=...`.
+
+        Raises:
+            DirectoryError: none of them answers, or one is not written as an address.
+            SplitnetError: the host name of one has no address.
+        """
+        directory = cls([endpoint_of(address) for address in addresses], links, keeps=keeps)
+        directory.records("")
+        return directory
+
+    def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
+        taken = False
+        if self._kept is not None:
+            taken = self._kept.take(record if record.signed == packed else verified_record(packed))
+        if not depth or not record.is_valid_at(time.time()):
+            return taken
+        try:
+            question = self._ask(None, lambda number: Announce(number, depth - 1, packed))
+        except DirectoryError:
+            if self._kept is None or depth < OWN_DEPTH:
+                raise
+            log.warning("%s Until one does, this peer is known to those only who ask it.", self._explanation())
+            return taken
+        return any(answer.taken for answer in question.complete()) or (taken and depth < OWN_DEPTH)
+
+    def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
+        found = [self._kept.records(model)] if self._kept is not None else []
+        if not depth:
+            return latest(model, found)
+        try:
+            question = self._ask(model, lambda number: LookUp(number, model, depth - 1))
+        except DirectoryError:
+            if not any(found):
+                raise
+            return latest(model, found)
+        with self._heard:
+            # What a peer said before counts while it is silent: records expire, and say themselves who has left.
+            before = self._last.pop(model, None)
+            for endpoint, answer in before.answers.items() if before is not None else ():
+                if answer.complete and not question.answers.setdefault(endpoint, answer).complete:
+                    question.answers[endpoint] = answer
+            self._last[model] = question
+            while len(self._last) > KEPT_QUESTIONS:
+                self._last.popitem(last=False)
+            answers = question.complete()
+        records = latest(model, [*found, *map(_records, answers)])
+        self._others = self._nearest([record.endpoint for record in records if not record.has_left]) or self._others
+        return records
+
+    def close(self) -> None:
+        self._closed = True
+        with self._heard:
+            self._heard.notify_all()
+
+    def _ask(self, model: str | None, message: Callable[[int], Message]) -> _Question:
+        """Asks those that were joined through, or others if all of these are silent."""
+        for asked in (self._joined, [other for other in self._others if other not in self._joined]):
+            if asked:
+                question = self._ask_these(asked, model, message)
+                if question.complete():
+                    return question
+        raise DirectoryError(self._explanation())
+
+    def _ask_these(self, asked: Sequence[Endpoint], model: str | None, message: Callable[[int], Message]) -> _Question:
+        number = next(self._numbers)
+        question = _Question(model, {endpoint: _Answer() for endpoint in asked})
+        with self._heard:
+            self._open[number] = question
+            while len(self._open) > KEPT_QUESTIONS:
+                self._open.popitem(last=False)
+        for endpoint in asked:
+            self._links.send(endpoint, message(number))
+        self._wait(question)
+        with self._heard:
+            self._silent = {endpoint for endpoint, answer in question.answers.items() if not answer.complete}
+        return question
+
+    def _wait(self, question: _Question) -> None:
+        began = time.monotonic()
+        satisfied_at: float | None = None
+        with self._heard:
+            while not self._closed:
+                now = time.monotonic()
+                waiting = [endpoint for endpoint, answer in question.answers.items() if not answer.complete]
+                waiting = [endpoint for endpoint in waiting if not self._is_lost(endpoint, now - began)]
+                answers = question.complete()
+                if satisfied_at is None and any(answer.payloads or answer.taken for answer in answers):
+                    satisfied_at = now
+                if satisfied_at is not None:
+                    waiting = [endpoint for endpoint in waiting if endpoint not in self._silent]
+                until = began + ANSWER_S
+                if satisfied_at is not None:
+                    until = min(until, satisfied_at + PATIENCE_S)
+                if not waiting or now >= until:
+                    return
+                self._heard.wait(min(LOOK_S, until - now))
+        raise DirectoryError("The directory is closed; start it again.")
+
+    def _is_lost(self, endpoint: Endpoint, waited_s: float) -> bool:
+        state = self._links.state(endpoint)
+        return state.is_final or (state is LinkState.DOWN and waited_s > DOWN_S)
+
+    def _received(self, source: Endpoint, message: Message) -> None:
+        """Takes in an answer; nobody answers for another, nor twice. Runs in the transport's thread."""
+        if not isinstance(message, Found | Announced | Failure):
+            return
+        with self._heard:
+            question = self._open.get(message.number)
+            answer = question.answers.get(source) if question is not None else None
+            if question is None or answer is None or answer.complete:
+                return
+            if isinstance(message, Failure):
+                answer.complete, answer.refusal = True, message.text
+            elif isinstance(message, Found) and question.model is not None:
+                answer.add(message)
+            elif isinstance(message, Announced) and question.model is None:
+                answer.complete, answer.taken = True, message.taken
+            self._heard.notify_all()
+
+    def _nearest(self, endpoints: Collection[Endpoint]) -> list[Endpoint]:
+        """Some to ask when all that were joined through are gone: those with a link come first, as they exist."""
+        tried = random.sample(list(endpoints), min(len(endpoints), 64))
+        tried.sort(key=lambda endpoint: self._links.state(endpoint) is not LinkState.UP)
+        return tried[:MAX_OTHERS]
+
+    def _explanation(self) -> str:
+        reasons = [f"{peer_address(endpoint)} {self._reason(endpoint)}" for endpoint in self._joined]
+        return f"No peer tells of others: {'; '.join(reasons)}."
+
+    def _reason(self, endpoint: Endpoint) -> str:
+        with self._heard:
+            said = [question.answers[endpoint].refusal for question in self._open.values() if endpoint in question.answers]
+        if said and said[-1]:
+            return f"refuses ({said[-1]})"
+        match self._links.state(endpoint):
+            case LinkState.REFUSED:
+                return "does not accept this key: have the output of `splitnet key` added to its --authorized-keys"
+            case LinkState.WRONG_KEY:
+                return "is somebody else: copy the address that the peer prints now"
+            case LinkState.UP:
+                return "does not answer: it is older than version 0.2, or hangs"
+            case _:
+                return "is not reached: check that it runs and that its port is open"
+
+
+def parts_of(records: Sequence[PeerRecord]) -> list[bytes]:
+    """The payloads of an answer with these records as they were signed; of too many the first."""
+    parts: list[list[bytes]] = [[]]
+    room, left = PART_BYTES, MAX_ANSWER_BYTES
+    for record in records:
+        size = len(record.signed) + 3  # of msgpack
+        if size > room:
+            if len(parts) == MAX_FOUND:
+                break
+            parts.append([])
+            room = PART_BYTES
+        if size > left:
+            break
+        parts[-1].append(record.signed)
+        room, left = room - size, left - size
+    return [packb(part) if part else b"" for part in parts]
+
+
+def _records(answer: _Answer) -> list[PeerRecord]:
+    """The valid records of an answer, whatever else it holds."""
+    if answer.records is None:
+        found = list[PeerRecord]()
+        for payload in answer.payloads:
+            for packed in _packed(payload):
+                with suppress(ProtocolError, NotAuthorized):
+                    found.append(verified_record(packed))
+        answer.records, answer.payloads = found, [b""] * bool(found)
+    return answer.records
+
+
+def _packed(payload: Payload) -> list[bytes]:
+    if not payload:
+        return []
+    try:
+        items = unpack_array(
+            payload, most_items=_RECORDS_PER_PART, most_text=0, most_bytes=MAX_RECORD_BYTES
+        )
+    except ProtocolError:
+        return []
+    return [cast(bytes, item) for item in items if type(item) is bytes]
