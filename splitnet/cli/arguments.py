@@ -24,9 +24,13 @@ from splitnet.model.device_choice import DEVICE_NAME
 def checked_addresses(addresses: list[str] | None) -> list[str] | None:
     """Refuses what is not even written as an address before anything slow begins."""
     for address in addresses or ():
-        if not re.fullmatch(r"/.+/p2p/\w+", address):
+        if address.startswith("tcp://"):
+            from splitnet.net.peer_addresses import check_peer_address
+
+            check_peer_address(address)
+        elif not re.fullmatch(r"/.+/p2p/\w+", address):
             raise SplitnetError(
-                f"{address!r} is no address to join with: copy a whole one that a peer prints, /ip4/..."
+                f"{address!r} is no address to join with: copy a whole one that a peer prints, /ip4/... or tcp://..."
             )
     return addresses
 

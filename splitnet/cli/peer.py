@@ -158,8 +158,9 @@ def peer(
         if metrics is not None:
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")
-        tell_addresses(serving.addresses)
-        write_address(address_file, serving.addresses[0])
+        addresses = [*serving.addresses, serving.join_address]
+        tell_addresses(addresses)
+        write_address(address_file, addresses[0])
         stop.wait()
         typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
         with suppress(KeyboardInterrupt):

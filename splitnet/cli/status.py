@@ -8,6 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitnet.cli.arguments import Join, Lan, Model, resolve_model
+from splitnet.cli.joining import tell_addresses
+
+SHOWN_ADDRESSES = 3
+"""To join with; all are in the JSON."""
 
 if TYPE_CHECKING:
     from splitnet.client.overview import Overview
@@ -41,6 +45,8 @@ def _print_table(overview: Overview) -> None:
     from rich.table import Table
 
     from splitnet.client.overview import blocks_text, short_key, token_ms
+    from splitnet.net.fields import STRICT_VERSIONS
+    from splitnet.net.peer_addresses import peer_address
 
     console = Console()
     facts = overview.facts
@@ -66,3 +72,5 @@ def _print_table(overview: Overview) -> None:
     console.print(table)
     for sentence in overview.advice() or ["every block is served"]:
         typer.echo(sentence)
+    if answering := [record for record in overview.records if record.version not in STRICT_VERSIONS]:
+        tell_addresses([peer_address(record.endpoint) for record in answering[:SHOWN_ADDRESSES]])

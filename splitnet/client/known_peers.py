@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable
 
 from splitnet.errors import DirectoryError, ProtocolVersionError, WrongSwarm
-from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import PublicKey
 from splitnet.net.messages import PROTOCOL_VERSION
 from splitnet.net.records import PeerRecord
+from splitnet.net.swarm_directory import SwarmDirectory
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class KnownPeers:
     """
 
     def __init__(
-        self, directory: Directory, fingerprint: str, model_name: str, link_state: Callable[[Endpoint], LinkState]
+        self, directory: SwarmDirectory, fingerprint: str, model_name: str, link_state: Callable[[Endpoint], LinkState]
     ) -> None:
         self._directory = directory
         self._fingerprint = fingerprint

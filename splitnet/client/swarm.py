@@ -17,10 +17,10 @@ from splitnet.client.links import Links
 from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
 from splitnet.errors import CoverageError, PeerBusy
-from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import STRICT_VERSIONS
 from splitnet.net.identity import Identity, PublicKey
+from splitnet.net.joining import join
 from splitnet.net.prober import Answer
 from splitnet.net.records import PeerRecord
 
@@ -60,7 +60,7 @@ class Swarm:
 
     Args:
         facts: the model.
-        initial_peers: multiaddrs that any peer of the swarm prints.
+        initial_peers: addresses that any peer of the swarm prints, multiaddrs or `tcp://HOST:PORT?key=...`.
         identity: the client's key; None makes one that lives as long as this object.
 
     Attributes:
@@ -83,8 +83,12 @@ class Swarm:
         self.was_covered = False
         self._bans = Bans()
         self.planner = Planner(self.survey, facts.name, self.peers)
-        self._directory = Directory.start(initial_peers=initial_peers, listen=None)
         self.links = Links(self.identity)
+        try:
+            self._directory = join(initial_peers, lambda: self.links)
+        except BaseException:
+            self.links.close()
+            raise
         self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.links.state)
         self.fresh_facts = FreshFacts(self._known, self.survey, self.links.prober, lambda: self.links.has_sessions)
 

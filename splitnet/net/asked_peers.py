@@ -6,7 +6,6 @@ knows nothing or is silent hides no record that another knows.
 
 from __future__ import annotations
 
-import logging
 import random
 import threading
 import time
@@ -22,11 +21,9 @@ from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import packb, unpack_array
 from splitnet.net.kept_records import KeptRecords
 from splitnet.net.messages import MAX_FOUND, Announce, Announced, Failure, Found, LookUp, Message, Payload
-from splitnet.net.peer_addresses import endpoint_of, peer_address
+from splitnet.net.peer_addresses import peer_address
 from splitnet.net.records import MAX_RECORD_BYTES, PeerRecord, verified_record
 from splitnet.net.swarm_directory import OWN_DEPTH, SwarmDirectory, latest
-
-log = logging.getLogger(__name__)
 
 ANSWER_S: Final = 4.0
 """In which a peer must answer."""
@@ -39,12 +36,13 @@ LOOK_S: Final = 0.05
 
 PART_BYTES: Final = 60_000
 """Of one message of an answer."""
-MAX_ANSWER_BYTES: Final = 8 << 20
+MAX_ANSWER_BYTES: Final = 4 << 20
 MAX_JOINED: Final = 16
 """Peers that are asked in every question."""
 MAX_OTHERS: Final = 8
 """Peers of the last answer that are asked when all of those are silent."""
-KEPT_QUESTIONS: Final = 16
+OPEN_QUESTIONS: Final = 32
+REMEMBERED_MODELS: Final = 4
 
 _RECORDS_PER_PART = 1024
 
@@ -58,6 +56,8 @@ class AskingLinks(Protocol):
 
     def state(self, endpoint: Endpoint) -> LinkState: ...
 
+    def close(self) -> None: ...
+
 
 @dataclass
 class _Answer:
@@ -66,6 +66,7 @@ class _Answer:
     payloads: list[bytes] = field(default_factory=list[bytes])
     nbytes: int = 0
     remaining: int | None = None
+    """Messages that follow."""
     complete: bool = False
     taken: bool = False
     refusal: str = ""
@@ -98,16 +99,18 @@ class AskedPeers(SwarmDirectory):
 
     Args:
         joined: the peers to ask.
-        links: over which to ask; not closed here.
-        keeps: for a peer: remembers the records that others announce to it.
+        links: over which to ask.
+        serving: for a peer: remembers the records that others announce to it, and closes `links` with itself.
     """
 
-    def __init__(self, joined: Sequence[Endpoint], links: AskingLinks, *, keeps: bool = False) -> None:
+    def __init__(self, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False) -> None:
         if len(joined) > MAX_JOINED:
-            raise DirectoryError(f"at most {MAX_JOINED} peers are asked for others, not {len(joined)}: give fewer --join")
+            raise DirectoryError(
+                f"at most {MAX_JOINED} peers are asked for others, not {len(joined)}: give fewer --join"
+            )
         self._joined = list(dict.fromkeys(joined))
         self._links = links
-        self._kept = KeptRecords() if keeps else None
+        self._kept = KeptRecords() if serving else None
         self._numbers = count(1)
         self._open: OrderedDict[int, _Question] = OrderedDict()
         self._last: OrderedDict[str, _Question] = OrderedDict()
@@ -121,15 +124,18 @@ class AskedPeers(SwarmDirectory):
         links.on_answer = self._received
 
     @classmethod
-    def join(cls, addresses: Sequence[str], links: AskingLinks, *, keeps: bool = False) -> AskedPeers:
-        """Through peers at `addresses`, `tcp://HOST:PORT?key=...`.
+    def join(cls, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False) -> AskedPeers:
+        """The same, once a peer has answered.
 
         Raises:
-            DirectoryError: none of them answers, or one is not written as an address.
-            SplitnetError: the host name of one has no address.
+            DirectoryError: none does; says why.
         """
-        directory = cls([endpoint_of(address) for address in addresses], links, keeps=keeps)
-        directory.records("")
+        directory = cls(joined, links, serving=serving)
+        try:
+            directory.records("")
+        except BaseException:
+            directory.close()
+            raise
         return directory
 
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
@@ -141,10 +147,9 @@ class AskedPeers(SwarmDirectory):
         try:
             question = self._ask(None, lambda number: Announce(number, depth - 1, packed))
         except DirectoryError:
-            if self._kept is None or depth < OWN_DEPTH:
+            if not taken or depth == OWN_DEPTH:
                 raise
-            log.warning("%s Until one does, this peer is known to those only who ask it.", self._explanation())
-            return taken
+            return True
         return any(answer.taken for answer in question.complete()) or (taken and depth < OWN_DEPTH)
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
@@ -164,7 +169,7 @@ class AskedPeers(SwarmDirectory):
                 if answer.complete and not question.answers.setdefault(endpoint, answer).complete:
                     question.answers[endpoint] = answer
             self._last[model] = question
-            while len(self._last) > KEPT_QUESTIONS:
+            while len(self._last) > REMEMBERED_MODELS:
                 self._last.popitem(last=False)
             answers = question.complete()
         records = latest(model, [*found, *map(_records, answers)])
@@ -175,6 +180,8 @@ class AskedPeers(SwarmDirectory):
         self._closed = True
         with self._heard:
             self._heard.notify_all()
+        if self._kept is not None:
+            self._links.close()
 
     def _ask(self, model: str | None, message: Callable[[int], Message]) -> _Question:
         """Asks those that were joined through, or others if all of these are silent."""
@@ -190,7 +197,7 @@ class AskedPeers(SwarmDirectory):
         question = _Question(model, {endpoint: _Answer() for endpoint in asked})
         with self._heard:
             self._open[number] = question
-            while len(self._open) > KEPT_QUESTIONS:
+            while len(self._open) > OPEN_QUESTIONS:
                 self._open.popitem(last=False)
         for endpoint in asked:
             self._links.send(endpoint, message(number))
@@ -208,7 +215,7 @@ class AskedPeers(SwarmDirectory):
                 waiting = [endpoint for endpoint, answer in question.answers.items() if not answer.complete]
                 waiting = [endpoint for endpoint in waiting if not self._is_lost(endpoint, now - began)]
                 answers = question.complete()
-                if satisfied_at is None and any(answer.payloads or answer.taken for answer in answers):
+                if satisfied_at is None and any(answer.taken or any(answer.payloads) for answer in answers):
                     satisfied_at = now
                 if satisfied_at is not None:
                     waiting = [endpoint for endpoint in waiting if endpoint not in self._silent]
@@ -253,7 +260,9 @@ class AskedPeers(SwarmDirectory):
 
     def _reason(self, endpoint: Endpoint) -> str:
         with self._heard:
-            said = [question.answers[endpoint].refusal for question in self._open.values() if endpoint in question.answers]
+            said = [
+                question.answers[endpoint].refusal for question in self._open.values() if endpoint in question.answers
+            ]
         if said and said[-1]:
             return f"refuses ({said[-1]})"
         match self._links.state(endpoint):
@@ -288,12 +297,12 @@ def parts_of(records: Sequence[PeerRecord]) -> list[bytes]:
 def _records(answer: _Answer) -> list[PeerRecord]:
     """The valid records of an answer, whatever else it holds."""
     if answer.records is None:
-        found = list[PeerRecord]()
+        answer.records = []
         for payload in answer.payloads:
             for packed in _packed(payload):
                 with suppress(ProtocolError, NotAuthorized):
-                    found.append(verified_record(packed))
-        answer.records, answer.payloads = found, [b""] * bool(found)
+                    answer.records.append(verified_record(packed))
+        answer.payloads = []
     return answer.records
 
 
@@ -301,9 +310,7 @@ def _packed(payload: Payload) -> list[bytes]:
     if not payload:
         return []
     try:
-        items = unpack_array(
-            payload, most_items=_RECORDS_PER_PART, most_text=0, most_bytes=MAX_RECORD_BYTES
-        )
+        items = unpack_array(payload, most_items=_RECORDS_PER_PART, most_text=0, most_bytes=MAX_RECORD_BYTES)
     except ProtocolError:
         return []
     return [cast(bytes, item) for item in items if type(item) is bytes]
