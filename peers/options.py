@@ -15,8 +15,8 @@ class PeerOptions:
 
     Attributes:
         wish: which blocks, or how much memory for them.
-        initial_peers: addresses of a swarm to join, multiaddrs or `tcp://HOST:PORT?key=...` of peers; empty starts a new
-            one, or joins one on the local network.
+        initial_peers: addresses of a swarm to join, multiaddrs or `tcp://HOST:PORT?key=...` of peers; empty starts a
+            new one, or joins one on the local network.
         lan: be found on the local network, and join the swarm of the model there.
         listen: `tcp://host:port` for activations, port 0 for any.
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.

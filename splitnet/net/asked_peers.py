@@ -89,9 +89,16 @@ class _Question:
 
     model: str | None
     answers: dict[Endpoint, _Answer]
+    before: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
+    """The latest answers to the same question, asked before."""
 
     def complete(self) -> list[_Answer]:
         return [answer for answer in self.answers.values() if answer.complete and not answer.refusal]
+
+    def best(self) -> dict[Endpoint, _Answer]:
+        """What a peer said before counts while it is silent: records expire, and say themselves who has left."""
+        said = {endpoint: answer for endpoint, answer in self.answers.items() if answer.complete and not answer.refusal}
+        return self.before | said
 
 
 class AskedPeers(SwarmDirectory):
@@ -163,15 +170,13 @@ class AskedPeers(SwarmDirectory):
                 raise
             return latest(model, found)
         with self._heard:
-            # What a peer said before counts while it is silent: records expire, and say themselves who has left.
             before = self._last.pop(model, None)
-            for endpoint, answer in before.answers.items() if before is not None else ():
-                if answer.complete and not question.answers.setdefault(endpoint, answer).complete:
-                    question.answers[endpoint] = answer
+            if before is not None:
+                question.before = before.best()
             self._last[model] = question
             while len(self._last) > REMEMBERED_MODELS:
                 self._last.popitem(last=False)
-            answers = question.complete()
+            answers = list(question.best().values())
         records = latest(model, [*found, *map(_records, answers)])
         self._others = self._nearest([record.endpoint for record in records if not record.has_left]) or self._others
         return records
