@@ -103,9 +103,9 @@ def _way_to(
     multiaddrs, addresses = split_addresses(join)
     answers = ask_nodes(multiaddrs, clock=clock) if multiaddrs else []
     present = [answer for answer in answers if not answer.fault]
-    found, joined = _peers_to_ask(addresses, identity)
+    found, joined = _peers_to_ask(addresses, identity, others_answer=bool(present))
     yield from network.join_addresses(answers, others_answer=bool(joined))
-    yield from (one if not present or one.status is Status.passed else warned(one.check, one.text) for one in found)
+    yield from found
     allowed_s = MAX_CLOCK_SKEW_S
     if present:
         allowed_s = allowed_skew_s()
@@ -128,7 +128,9 @@ def _way_to(
         links.close()
 
 
-def _peers_to_ask(addresses: Sequence[str], identity: Identity) -> tuple[list[Finding], list[str]]:
+def _peers_to_ask(
+    addresses: Sequence[str], identity: Identity, *, others_answer: bool
+) -> tuple[list[Finding], list[str]]:
     """Whether the peers to join through answer, and the addresses of those that do."""
     found = list[Finding]()
     endpoints = dict[str, Endpoint]()
@@ -142,7 +144,7 @@ def _peers_to_ask(addresses: Sequence[str], identity: Identity) -> tuple[list[Fi
     with PeerLinks(identity) as links:
         answers = links.try_out(endpoints.values())
     joined = [address for address, endpoint in endpoints.items() if answers[endpoint].rtt_ms is not None]
-    wrong = warned if joined else failed
+    wrong = warned if joined or others_answer else failed
     found += [peer_to_join(address, endpoint, answers[endpoint], wrong) for address, endpoint in endpoints.items()]
     return found, joined
 

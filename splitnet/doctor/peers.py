@@ -43,9 +43,7 @@ def peer_to_join(address: str, endpoint: Endpoint, answer: PeerAnswer, wrong: Ca
         wrong: makes a finding of what is not as it should be.
     """
     if answer.state is LinkState.WRONG_KEY:
-        return wrong(
-            "join", f"{address}: what answers there has another key: copy the address that the peer prints now"
-        )
+        return wrong("join", f"{address}: what answers there has another key: copy the address that it prints now")
     if answer.state is LinkState.REFUSED:
         return wrong("join", f"{address}: {refusal(endpoint, answer.state)}")
     if answer.rtt_ms is None:
