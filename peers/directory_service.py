@@ -6,11 +6,13 @@ questions does not become one of the DHT; and a key's answers have a size that i
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
-from collections import Counter, OrderedDict
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 from peers.outbox import Answering
@@ -21,6 +23,8 @@ from splitnet.net.messages import Announce, Announced, Failure, FailureCode, Fou
 from splitnet.net.records import MAX_RECORD_BYTES, PeerRecord, verified_record
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.token_bucket import TokenBucket
+
+log = logging.getLogger(__name__)
 
 FRESH_S: Final = 2.0
 """How old an answer may be."""
@@ -74,8 +78,10 @@ class DirectoryService:
         self._of_all = TokenBucket()
         self._announced: OrderedDict[bytes, dict[bytes, float]] = OrderedDict()
         """By announcer: keys of records, and when these expire."""
-        self._workers: dict[tuple[str, int], ThreadPoolExecutor] = {}
-        """By kind and depth: peers may wait for each other's answers, which is no circle as depths only fall."""
+        self._tasks: dict[tuple[str, int], deque[Callable[[], None]]] = {}
+        """By kind and depth: peers may wait for each other's answers, which is no circle as depths only fall. Each has
+        a thread while there are some."""
+        self._threads: set[threading.Thread] = set()
         self._closed = False
         self._lock = threading.Lock()
 
@@ -97,9 +103,9 @@ class DirectoryService:
         """Answers nothing any more."""
         with self._lock:
             self._closed = True
-            workers = list(self._workers.values())
-        for worker in workers:
-            worker.shutdown(cancel_futures=True)
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
 
     def _look_up(self, source: Connection, message: LookUp, now: float) -> None:
         used = _bucket_of(self._bytes, source.curve)
@@ -120,7 +126,7 @@ class DirectoryService:
             reading = self._readings[name] = _Reading()
             self._readings.move_to_end(name)
             kind = "home" if message.model in self._home else "other"
-            self._worker(kind, message.depth).submit(self._read, name, reading)
+            self._do_later(kind, message.depth, partial(self._read, name, reading))
         if reading.parts is None:
             reading.waiting.append((source, message.number))
             self._waiting[source.curve] += 1
@@ -166,8 +172,8 @@ class DirectoryService:
             self._outbox.send(source, Announced(message.number, False))
             return
         self._waiting[source.curve] += 1
-        packed = bytes(message.payload)
-        self._worker("announce", message.depth).submit(self._store, source, message.number, packed, message.depth)
+        store = partial(self._store, source, message.number, bytes(message.payload), message.depth)
+        self._do_later("announce", message.depth, store)
 
     def _store(self, source: Connection, number: int, packed: bytes, depth: int) -> None:
         taken, failure = False, ""
@@ -217,11 +223,29 @@ class DirectoryService:
         if not self._waiting[key]:
             del self._waiting[key]
 
-    def _worker(self, kind: str, depth: int) -> ThreadPoolExecutor:
-        name = (kind, depth)
-        if name not in self._workers:
-            self._workers[name] = ThreadPoolExecutor(1, thread_name_prefix=f"splitnet-directory-{kind}")
-        return self._workers[name]
+    def _do_later(self, kind: str, depth: int, task: Callable[[], None]) -> None:
+        tasks = self._tasks.setdefault((kind, depth), deque())
+        tasks.append(task)
+        if len(tasks) == 1:
+            thread = threading.Thread(
+                target=self._work, args=((kind, depth),), name=f"splitnet-directory-{kind}", daemon=True
+            )
+            self._threads.add(thread)
+            thread.start()
+
+    def _work(self, name: tuple[str, int]) -> None:
+        tasks = self._tasks[name]
+        while True:
+            try:
+                tasks[0]()
+            except Exception:
+                log.exception("error in a question about the directory")
+            with self._lock:
+                tasks.popleft()
+                if self._closed or not tasks:
+                    tasks.clear()
+                    self._threads.discard(threading.current_thread())
+                    return
 
 
 def _bucket_of(buckets: OrderedDict[bytes, TokenBucket], key: bytes) -> TokenBucket:
