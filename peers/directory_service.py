@@ -26,7 +26,7 @@ from splitnet.token_bucket import TokenBucket
 
 log = logging.getLogger(__name__)
 
-FRESH_S: Final = 2.0
+FRESH_S: Final = 1.0
 """How old an answer may be."""
 BYTES_PER_MINUTE: Final = 16 << 20
 """Of answers to one key: a full directory a few times, or some thousand small swarms."""
@@ -176,6 +176,7 @@ class DirectoryService:
         self._do_later("announce", message.depth, store)
 
     def _store(self, source: Connection, number: int, packed: bytes, depth: int) -> None:
+        record: PeerRecord | None = None
         taken, failure = False, ""
         try:
             record = verified_record(packed)
@@ -188,6 +189,10 @@ class DirectoryService:
             failure = str(error)
         with self._lock:
             self._done(source.curve)
+            if record is not None and taken:  # who is told of it may ask at once
+                for name, reading in list(self._readings.items()):
+                    if name[0] in ("", record.model) and reading.parts is not None:
+                        del self._readings[name]
             if failure:
                 self._refuse(source, number, failure)
             else:

@@ -194,6 +194,14 @@ def test_valid_records_are_announced(service: Service) -> None:
     assert service.directory.stored == [record]
 
 
+def test_what_was_announced_a_moment_ago_is_told(service: Service) -> None:
+    service.answer(client(), LookUp(1, MODEL, 0))
+    record = signed()
+    service.answer(client(), Announce(2, 0, record.signed))
+    service.directory.held[MODEL] = [record]
+    assert records_in(service.answer(client(), LookUp(3, MODEL, 0))) == [record.signed]
+
+
 def test_records_that_are_not_valid_are_not_announced(service: Service) -> None:
     identity, now = Identity.generate(), time.time()
     forged = bytearray(signed().signed)
