@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Final, Protocol, cast
+from typing import Final, Protocol
 
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError
 from splitnet.net.endpoints import Endpoint, LinkState
@@ -318,4 +318,4 @@ def _packed(payload: Payload) -> list[bytes]:
         items = unpack_array(payload, most_items=_RECORDS_PER_PART, most_text=0, most_bytes=MAX_RECORD_BYTES)
     except ProtocolError:
         return []
-    return [cast(bytes, item) for item in items if type(item) is bytes]
+    return [item for item in items if type(item) is bytes]
