@@ -19,6 +19,7 @@ from typing import Final, Protocol
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import packb, unpack_array
+from splitnet.net.identity import PublicKey
 from splitnet.net.kept_records import KeptRecords
 from splitnet.net.messages import MAX_FOUND, Announce, Announced, Failure, Found, LookUp, Message, Payload
 from splitnet.net.peer_addresses import peer_address
@@ -92,13 +93,13 @@ class _Question:
     before: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
     """The latest answers to the same question, asked before."""
 
-    def complete(self) -> list[_Answer]:
-        return [answer for answer in self.answers.values() if answer.complete and not answer.refusal]
+    def said(self) -> dict[Endpoint, _Answer]:
+        """The answers that are complete."""
+        return {endpoint: answer for endpoint, answer in self.answers.items() if answer.complete and not answer.refusal}
 
     def best(self) -> dict[Endpoint, _Answer]:
         """What a peer said before counts while it is silent: records expire, and say themselves who has left."""
-        said = {endpoint: answer for endpoint, answer in self.answers.items() if answer.complete and not answer.refusal}
-        return self.before | said
+        return self.before | self.said()
 
 
 class AskedPeers(SwarmDirectory):
@@ -126,6 +127,10 @@ class AskedPeers(SwarmDirectory):
         """Peers that others have named."""
         self._silent: set[Endpoint] = set()
         """They gave no answer to the last question."""
+        self._alone = False
+        """None of those that were joined through did."""
+        self._own: set[PublicKey] = set()
+        """Keys that this process has announced."""
         self._heard = threading.Condition()
         self._closed = False
         links.on_answer = self._received
@@ -147,24 +152,26 @@ class AskedPeers(SwarmDirectory):
 
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
         taken = False
+        if depth == OWN_DEPTH:
+            self._own.add(record.key)
         if self._kept is not None:
             taken = self._kept.take(record if record.signed == packed else verified_record(packed))
         if not depth or not record.is_valid_at(time.time()):
             return taken
         try:
-            question = self._ask(None, lambda number: Announce(number, depth - 1, packed))
+            question = self._ask(None, depth, lambda number: Announce(number, depth - 1, packed))
         except DirectoryError:
             if not taken or depth == OWN_DEPTH:
                 raise
             return True
-        return any(answer.taken for answer in question.complete()) or (taken and depth < OWN_DEPTH)
+        return any(answer.taken for answer in question.said().values()) or (taken and depth < OWN_DEPTH)
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
         found = [self._kept.records(model)] if self._kept is not None else []
         if not depth:
             return latest(model, found)
         try:
-            question = self._ask(model, lambda number: LookUp(number, model, depth - 1))
+            question = self._ask(model, depth, lambda number: LookUp(number, model, depth - 1))
         except DirectoryError:
             if not any(found):
                 raise
@@ -188,16 +195,23 @@ class AskedPeers(SwarmDirectory):
         if self._kept is not None:
             self._links.close()
 
-    def _ask(self, model: str | None, message: Callable[[int], Message]) -> _Question:
-        """Asks those that were joined through, or others if all of these are silent."""
-        for asked in (self._joined, [other for other in self._others if other not in self._joined]):
-            if asked:
-                question = self._ask_these(asked, model, message)
-                if question.complete():
-                    return question
+    def _ask(self, model: str | None, depth: int, message: Callable[[int], Message]) -> _Question:
+        """Asks those that were joined through, and others if all of these are silent."""
+        # Who asks on behalf of others answers before these give up.
+        limit_s = ANSWER_S * depth / OWN_DEPTH
+        others = [other for other in self._others if other not in self._joined and other.key not in self._own]
+        rounds = [[*self._joined, *others]] if self._alone else [self._joined, others]
+        rounds = [asked for asked in rounds if asked]
+        for asked in rounds:
+            question = self._ask_these(asked, model, message, limit_s / len(rounds))
+            self._alone = not any(endpoint in question.said() for endpoint in self._joined)
+            if question.said():
+                return question
         raise DirectoryError(self._explanation())
 
-    def _ask_these(self, asked: Sequence[Endpoint], model: str | None, message: Callable[[int], Message]) -> _Question:
+    def _ask_these(
+        self, asked: Sequence[Endpoint], model: str | None, message: Callable[[int], Message], limit_s: float
+    ) -> _Question:
         number = next(self._numbers)
         question = _Question(model, {endpoint: _Answer() for endpoint in asked})
         with self._heard:
@@ -206,27 +220,29 @@ class AskedPeers(SwarmDirectory):
                 self._open.popitem(last=False)
         for endpoint in asked:
             self._links.send(endpoint, message(number))
-        self._wait(question)
+        self._wait(question, limit_s)
         with self._heard:
             self._silent = {endpoint for endpoint, answer in question.answers.items() if not answer.complete}
         return question
 
-    def _wait(self, question: _Question) -> None:
+    def _wait(self, question: _Question, limit_s: float) -> None:
         began = time.monotonic()
-        satisfied_at: float | None = None
+        until = began + limit_s
+        satisfied = False
         with self._heard:
             while not self._closed:
                 now = time.monotonic()
-                waiting = [endpoint for endpoint, answer in question.answers.items() if not answer.complete]
-                waiting = [endpoint for endpoint in waiting if not self._is_lost(endpoint, now - began)]
-                answers = question.complete()
-                if satisfied_at is None and any(answer.taken or any(answer.payloads) for answer in answers):
-                    satisfied_at = now
-                if satisfied_at is not None:
-                    waiting = [endpoint for endpoint in waiting if endpoint not in self._silent]
-                until = began + ANSWER_S
-                if satisfied_at is not None:
-                    until = min(until, satisfied_at + PATIENCE_S)
+                answers = question.said().values()
+                if not satisfied and any(answer.taken or any(answer.payloads) for answer in answers):
+                    satisfied = True
+                    until = min(until, now + PATIENCE_S)
+                waiting = [
+                    endpoint
+                    for endpoint, answer in question.answers.items()
+                    if not answer.complete
+                    and not self._is_lost(endpoint, now - began)
+                    and not (satisfied and endpoint in self._silent)
+                ]
                 if not waiting or now >= until:
                     return
                 self._heard.wait(min(LOOK_S, until - now))

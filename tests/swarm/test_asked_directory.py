@@ -125,7 +125,8 @@ def test_a_client_needs_one_connection_with_the_peer_that_it_joins_through(swarm
 
 
 def test_who_joins_through_the_dht_finds_those_that_have_not(swarm: LocalSwarm) -> None:
-    assert spans(swarm.connect().peers()) == [(0, 2), (2, 4), (4, 6)]
+    with swarm.newcomer() as visitor:
+        assert spans(visitor.connect().peers()) == [(0, 2), (2, 4), (4, 6)]
 
 
 def test_addresses_of_both_kinds_go_together(swarm: LocalSwarm, node: Directory) -> None:
@@ -195,8 +196,7 @@ def test_a_peer_without_a_dht_cannot_be_found_on_the_local_network(swarm: LocalS
         swarm.add(0, 2, join=[swarm.peers[0].join_address], lan=True)
 
 
-def test_a_swarm_whose_first_peer_is_gone_goes_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(asked_peers, "ANSWER_S", 1.0)
+def test_a_swarm_whose_first_peer_is_gone_goes_on(folder: Path) -> None:
     with local_swarm(folder, [(0, 3)]) as swarm:
         first = swarm.peers[0]
         second = swarm.add(0, 3, join=[first.join_address])
