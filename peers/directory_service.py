@@ -22,6 +22,7 @@ from splitnet.net.endpoints import Connection
 from splitnet.net.messages import Announce, Announced, Failure, FailureCode, Found, LookUp
 from splitnet.net.records import MAX_RECORD_BYTES, PeerRecord, verified_record
 from splitnet.net.swarm_directory import SwarmDirectory
+from splitnet.net.swarm_key import OPEN, SEAL_BYTES, OpenSwarm
 from splitnet.token_bucket import TokenBucket
 
 log = logging.getLogger(__name__)
@@ -63,11 +64,14 @@ class DirectoryService:
         directory: what is read and written.
         model: fingerprint of this peer's own model: questions about it wait for no others.
         outbox: where answers go.
+        swarm: the key of a closed one.
     """
 
-    def __init__(self, directory: SwarmDirectory, model: str, outbox: Answering) -> None:
+    def __init__(self, directory: SwarmDirectory, model: str, outbox: Answering, swarm: OpenSwarm = OPEN) -> None:
         self._directory = directory
-        self._home = ("", model)
+        self._swarm = swarm
+        self._home = {swarm.place(""): "", swarm.place(model): model}
+        """By how questions name them."""
         self._outbox = outbox
         self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()
         """By model and depth; the one that was begun last is the last."""
@@ -142,11 +146,10 @@ class DirectoryService:
         return len(self._readings) < MAX_MODELS or model in self._home
 
     def _read(self, name: tuple[str, int], reading: _Reading) -> None:
-        model, depth = name
         failure = ""
         parts = list[bytes]()
         try:
-            parts = parts_of([record for record in self._directory.records(model, depth) if record.signed])
+            parts = self._parts(*name)
         except SplitnetError as error:
             failure = str(error)
         with self._lock:
@@ -162,13 +165,24 @@ class DirectoryService:
             if failure:
                 self._readings.pop(name, None)
 
+    def _parts(self, place: str, depth: int) -> list[bytes]:
+        """The payloads of an answer."""
+        model = self._home.get(place, None if self._swarm.is_closed else place)
+        if model is None:
+            known = {record.model for record in self._directory.records("", depth)}
+            model = next((model for model in known if self._swarm.place(model) == place), None)
+        if model is None:
+            return [b""]  # perhaps to somebody without the key of this swarm, who learns nothing
+        records = [record for record in self._directory.records(model, depth) if record.signed]
+        return [self._swarm.seal(part) for part in parts_of(records)]
+
     def _announce(self, source: Connection, message: Announce, now: float) -> None:
         used = _bucket_of(self._announcements, source.curve)
         if wait_s := used.wait_s(ANNOUNCEMENTS_PER_MINUTE, now):
             self._refuse(source, message.number, f"your key has announced much here: come back in {wait_s} s")
             return
         used.spend(1, ANNOUNCEMENTS_PER_MINUTE, now)
-        if len(message.payload) > MAX_RECORD_BYTES:
+        if len(message.payload) > MAX_RECORD_BYTES + SEAL_BYTES:
             self._outbox.send(source, Announced(message.number, False))
             return
         self._waiting[source.curve] += 1
@@ -179,6 +193,7 @@ class DirectoryService:
         record: PeerRecord | None = None
         taken, failure = False, ""
         try:
+            packed = self._swarm.unseal(packed)
             record = verified_record(packed)
             now = time.time()
             if record.is_valid_at(now) and self._has_place(source.curve, record, now):
@@ -191,7 +206,7 @@ class DirectoryService:
             self._done(source.curve)
             if record is not None and taken:  # who is told of it may ask at once
                 for name, reading in list(self._readings.items()):
-                    if name[0] in ("", record.model) and reading.parts is not None:
+                    if name[0] in map(self._swarm.place, ("", record.model)) and reading.parts is not None:
                         del self._readings[name]
             if failure:
                 self._refuse(source, number, failure)

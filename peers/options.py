@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from peers.placing import ANY_SPAN, SpanWish
+from splitnet.net.identity import Identity
+from splitnet.net.swarm_key import SwarmKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class PeerOptions:
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         authorized_keys: file with the keys that may connect; None: anyone.
         key_file: file of the peer's own key; None: a new key that lives as long as the peer.
+        identity: that key itself, in the place of a file.
+        swarm_key: of a closed swarm, which has no DHT; None: the swarm is open.
         idle_s: seconds until an idle session is dropped.
     """
 
@@ -45,4 +49,6 @@ class PeerOptions:
     training_memory: int | None = None
     authorized_keys: Path | None = None
     key_file: Path | None = None
+    identity: Identity | None = None
+    swarm_key: SwarmKey | None = None
     idle_s: float = 600.0

@@ -57,6 +57,14 @@ Model = Annotated[
         help="Hugging Face id, checkpoint folder or GGUF file; `demo` is SmolLM2-135M-Instruct.", show_default=False
     ),
 ]
+ModelOrInvite = Annotated[
+    str | None,
+    typer.Argument(
+        help="Hugging Face id, checkpoint folder or GGUF file; `demo` is SmolLM2-135M-Instruct; with --invite, that of "
+        "the invitation if not given.",
+        show_default=False,
+    ),
+]
 Join = Annotated[
     list[str] | None,
     typer.Option(
@@ -137,6 +145,33 @@ Tokenizer = Annotated[
         help="Hugging Face id or folder with the tokenizer, if the model comes without a usable one.",
     ),
 ]
+SwarmKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--swarm-key",
+        metavar="FILE",
+        envvar="SPLITNET_SWARM_KEY",
+        help="File with the key of a closed swarm, see `splitnet key --swarm-key`.",
+    ),
+]
+InviteFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--invite",
+        metavar="FILE",
+        envvar="SPLITNET_INVITE",
+        help="File of `splitnet invite`: model, addresses, swarm key and key in place of those options.",
+    ),
+]
+TrustedPeers = Annotated[
+    Path | None,
+    typer.Option(
+        "--trusted-peers",
+        metavar="FILE",
+        envvar="SPLITNET_TRUSTED_PEERS",
+        help="File with the keys of the peers that may be used, as --authorized-keys; any peer if not given.",
+    ),
+]
 KeyFile = Annotated[
     Path | None,
     typer.Option("--key-file", envvar="SPLITNET_KEY_FILE", help="File with the key of this machine."),
@@ -165,6 +200,17 @@ def resolve_model(model: str) -> str:
 
     with StageProgress() as progress:
         return str(demo_checkpoint(progress=progress.update))
+
+
+def model_or_invited(model: str | None, invite: Path | None) -> str:
+    """The model argument, or the model of an invitation."""
+    if model is not None:
+        return model
+    if invite is None:
+        raise typer.BadParameter("give MODEL, or --invite")
+    from splitnet.cli.invite import Invite
+
+    return Invite.load(invite).model
 
 
 def parse_blocks(text: str) -> tuple[int, int]:

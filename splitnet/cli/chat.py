@@ -10,13 +10,17 @@ import typer
 from splitnet.cli.arguments import (
     CodecName,
     Device,
+    InviteFile,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
-    Model,
+    ModelOrInvite,
+    SwarmKeyFile,
     Tokenizer,
+    TrustedPeers,
+    model_or_invited,
     resolve_model,
 )
 from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP, Wait
@@ -25,7 +29,7 @@ from splitnet.printable import printable
 
 
 def chat(
-    model: Model,
+    model: ModelOrInvite = None,
     join: Join = None,
     lan: Lan = True,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
@@ -42,15 +46,30 @@ def chat(
     local_weights: LocalWeights = None,
     tokenizer: Tokenizer = None,
     key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    trusted_peers: TrustedPeers = None,
+    invite: InviteFile = None,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
-    checkpoint = resolve_model(model)
+    checkpoint = resolve_model(model_or_invited(model, invite))
 
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling
 
     connection = Connection(
-        checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device
+        checkpoint,
+        join or (),
+        codec,
+        key_file,
+        wait,
+        local_blocks,
+        local_weights,
+        lan,
+        tokenizer,
+        device,
+        swarm_key,
+        trusted_peers,
+        invite,
     )
     client = Client.connect(connection, adapter, speculate)
     try:

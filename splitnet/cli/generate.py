@@ -11,13 +11,17 @@ import typer
 from splitnet.cli.arguments import (
     CodecName,
     Device,
+    InviteFile,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
-    Model,
+    ModelOrInvite,
+    SwarmKeyFile,
     Tokenizer,
+    TrustedPeers,
+    model_or_invited,
     resolve_model,
 )
 from splitnet.errors import SplitnetError
@@ -45,8 +49,8 @@ Speculate = Annotated[
 
 
 def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
+    model: ModelOrInvite = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)] = None,
     join: Join = None,
     lan: Lan = True,
     max_new_tokens: MaxNewTokens = 256,
@@ -67,19 +71,38 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print route, speed and bytes, to stderr.")] = False,
     key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    trusted_peers: TrustedPeers = None,
+    invite: InviteFile = None,
 ) -> None:
     """Generate text after PROMPT through the peers of a swarm, streaming to stdout."""
+    if prompt is None and invite is not None:
+        model, prompt = None, model  # the only argument
+    if prompt is None:
+        raise typer.BadParameter("give MODEL and PROMPT; MODEL may be left out with --invite")
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt.strip():
         raise SplitnetError("the prompt is empty: give some text")
-    checkpoint = resolve_model(model)
+    checkpoint = resolve_model(model_or_invited(model, invite))
 
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 
     connection = Connection(
-        checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device
+        checkpoint,
+        join or (),
+        codec,
+        key_file,
+        wait,
+        local_blocks,
+        local_weights,
+        lan,
+        tokenizer,
+        device,
+        swarm_key,
+        trusted_peers,
+        invite,
     )
     client = Client.connect(connection, adapter, speculate)
     try:

@@ -18,6 +18,7 @@ from splitnet.cli.demo import demo
 from splitnet.cli.dht import dht
 from splitnet.cli.doctor import doctor
 from splitnet.cli.generate import generate
+from splitnet.cli.invite import invite
 from splitnet.cli.key import key
 from splitnet.cli.logs import LogFormat, set_up, tell
 from splitnet.cli.peer import peer
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (peer, generate, chat, serve, tune, status, doctor, bench, plan, dht, key, demo, simulate):
+for command in (peer, generate, chat, serve, tune, status, doctor, bench, plan, dht, key, invite, demo, simulate):
     app.command()(command)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -11,8 +12,20 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitnet.amounts import parse_bytes
-from splitnet.cli.arguments import Device, JoinIfAny, Model, parse_blocks, parse_host_port, resolve_model
+from splitnet.cli.arguments import (
+    Device,
+    InviteFile,
+    JoinIfAny,
+    ModelOrInvite,
+    SwarmKeyFile,
+    model_or_invited,
+    parse_blocks,
+    parse_host_port,
+    resolve_model,
+)
+from splitnet.cli.invite import Invite
 from splitnet.cli.joining import forget_address, tell_addresses, write_address
+from splitnet.cli.logs import tell
 from splitnet.cli.stopping import StopSignals
 from splitnet.net.addresses import is_reachable, refuse_taken
 
@@ -40,7 +53,7 @@ class WeightKind(StrEnum):
 
 
 def peer(
-    model: Model,
+    model: ModelOrInvite = None,
     blocks: Annotated[
         str | None,
         typer.Option(metavar="START:END", help="Blocks to serve; chosen by what the swarm lacks if not given."),
@@ -91,6 +104,8 @@ def peer(
     key_file: Annotated[
         Path | None, typer.Option(help="File with the key of this peer; a new key at each start if not given.")
     ] = None,
+    swarm_key: SwarmKeyFile = None,
+    invite: InviteFile = None,
     metrics_port: Annotated[
         str | None,
         typer.Option(
@@ -115,7 +130,9 @@ def peer(
     wanted_metrics = parse_host_port(metrics_port) if metrics_port else None
     refuse_taken(listen)
     forget_address(address_file)
-    checkpoint = resolve_model(model)
+    checkpoint = resolve_model(model_or_invited(model, invite))
+    invitation = Invite.load(invite) if invite else None
+    joined = [*(join or ()), *(invitation.join if invitation else ())]
 
     import torch
 
@@ -126,14 +143,18 @@ def peer(
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
     from splitnet.model.device_choice import find_device
+    from splitnet.net.swarm_key import SwarmKey
 
+    closed = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else None
+    if closed is not None and authorized_keys is None:
+        tell(logging.WARNING, "whoever knows this peer's address may use it: give --authorized-keys with those who may")
     computes_on = find_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     options = PeerOptions(
         wish=SpanWish(wanted_blocks, wanted_memory),
-        initial_peers=join or (),
-        lan=is_reachable(listen) and (not join if lan is None else lan),
+        initial_peers=joined,
+        lan=is_reachable(listen) and (not joined and closed is None if lan is None else lan),
         listen=listen,
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,
@@ -144,6 +165,8 @@ def peer(
         training_memory=wanted_training_memory,
         authorized_keys=authorized_keys,
         key_file=key_file,
+        identity=invitation.identity if invitation else None,
+        swarm_key=closed,
     )
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
     with StageProgress() as progress:

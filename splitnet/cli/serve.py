@@ -12,13 +12,17 @@ import typer
 from splitnet.cli.arguments import (
     CodecName,
     Device,
+    InviteFile,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
-    Model,
+    ModelOrInvite,
+    SwarmKeyFile,
     Tokenizer,
+    TrustedPeers,
+    model_or_invited,
     resolve_model,
 )
 from splitnet.cli.extras import require
@@ -36,7 +40,7 @@ class SamplingDefaults(StrEnum):
 
 
 def serve(
-    model: Model,
+    model: ModelOrInvite = None,
     join: Join = None,
     lan: Lan = True,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
@@ -91,6 +95,9 @@ def serve(
     local_weights: LocalWeights = None,
     tokenizer: Tokenizer = None,
     key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    trusted_peers: TrustedPeers = None,
+    invite: InviteFile = None,
 ) -> None:
     """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
 
@@ -98,7 +105,7 @@ def serve(
     chat.
     """
     require("serve", "splitnet serve")
-    source = resolve_model(model)
+    source = resolve_model(model_or_invited(model, invite))
 
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import drafts_of
@@ -107,7 +114,19 @@ def serve(
     from splitnet.serve.server import serve as serve_until_told
 
     connection = Connection(
-        source, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device
+        source,
+        join or (),
+        codec,
+        key_file,
+        wait,
+        local_blocks,
+        local_weights,
+        lan,
+        tokenizer,
+        device,
+        swarm_key,
+        trusted_peers,
+        invite,
     )
     checkpoint = connection.checkpoint()
     options = ServeOptions(

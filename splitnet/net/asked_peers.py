@@ -25,6 +25,7 @@ from splitnet.net.messages import MAX_FOUND, Announce, Announced, Failure, Found
 from splitnet.net.peer_addresses import peer_address
 from splitnet.net.records import MAX_RECORD_BYTES, PeerRecord, verified_record
 from splitnet.net.swarm_directory import OWN_DEPTH, SwarmDirectory, latest
+from splitnet.net.swarm_key import OPEN, OpenSwarm
 
 ANSWER_S: Final = 4.0
 """In which a peer must answer."""
@@ -74,13 +75,17 @@ class _Answer:
     records: list[PeerRecord] | None = None
     """Of the payloads, once they were read."""
 
-    def add(self, message: Found) -> None:
+    def add(self, message: Found, swarm: OpenSwarm) -> None:
         expected = message.remaining if self.remaining is None else self.remaining - 1
         self.nbytes += len(message.payload)
         if message.remaining != expected or self.nbytes > MAX_ANSWER_BYTES:
             self.complete = True  # what does not fit is left out
             return
-        self.payloads.append(bytes(message.payload))
+        try:
+            self.payloads.append(swarm.unseal(message.payload))
+        except NotAuthorized as error:
+            self.complete, self.refusal = True, str(error)
+            return
         self.remaining, self.complete = message.remaining, message.remaining == 0
 
 
@@ -106,18 +111,22 @@ class AskedPeers(SwarmDirectory):
     """Asks peers for records, and has them tell others of its own.
 
     Args:
-        joined: the peers to ask.
+        joined: the peers to ask; none: this one begins the swarm, and knows who announces itself to it.
         links: over which to ask.
         serving: for a peer: remembers the records that others announce to it, and closes `links` with itself.
+        swarm: the key of a closed one.
     """
 
-    def __init__(self, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False) -> None:
+    def __init__(
+        self, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
+    ) -> None:
         if len(joined) > MAX_JOINED:
             raise DirectoryError(
                 f"at most {MAX_JOINED} peers are asked for others, not {len(joined)}: give fewer --join"
             )
         self._joined = list(dict.fromkeys(joined))
         self._links = links
+        self._swarm = swarm
         self._kept = KeptRecords() if serving else None
         self._numbers = count(1)
         self._open: OrderedDict[int, _Question] = OrderedDict()
@@ -136,13 +145,15 @@ class AskedPeers(SwarmDirectory):
         links.on_answer = self._received
 
     @classmethod
-    def join(cls, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False) -> AskedPeers:
+    def join(
+        cls, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
+    ) -> AskedPeers:
         """The same, once a peer has answered.
 
         Raises:
             DirectoryError: none does; says why.
         """
-        directory = cls(joined, links, serving=serving)
+        directory = cls(joined, links, serving=serving, swarm=swarm)
         try:
             directory.records("")
         except BaseException:
@@ -156,10 +167,10 @@ class AskedPeers(SwarmDirectory):
             self._own.add(record.key)
         if self._kept is not None:
             taken = self._kept.take(record if record.signed == packed else verified_record(packed))
-        if not depth or not record.is_valid_at(time.time()):
+        if not depth or not self._joined or not record.is_valid_at(time.time()):
             return taken
         try:
-            question = self._ask(None, depth, lambda number: Announce(number, depth - 1, packed))
+            question = self._ask(None, depth, lambda number: Announce(number, depth - 1, self._swarm.seal(packed)))
         except DirectoryError:
             if not taken or depth == OWN_DEPTH:
                 raise
@@ -168,10 +179,10 @@ class AskedPeers(SwarmDirectory):
 
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
         found = [self._kept.records(model)] if self._kept is not None else []
-        if not depth:
+        if not depth or not self._joined:
             return latest(model, found)
         try:
-            question = self._ask(model, depth, lambda number: LookUp(number, model, depth - 1))
+            question = self._ask(model, depth, lambda number: LookUp(number, self._swarm.place(model), depth - 1))
         except DirectoryError:
             if not any(found):
                 raise
@@ -264,7 +275,7 @@ class AskedPeers(SwarmDirectory):
             if isinstance(message, Failure):
                 answer.complete, answer.refusal = True, message.text
             elif isinstance(message, Found) and question.model is not None:
-                answer.add(message)
+                answer.add(message, self._swarm)
             elif isinstance(message, Announced) and question.model is None:
                 answer.complete, answer.taken = True, message.taken
             self._heard.notify_all()

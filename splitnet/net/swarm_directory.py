@@ -84,13 +84,13 @@ class JoinedDirectories(SwarmDirectory):
     """Several directories of one swarm as one: what one says counts, and one that answers is enough."""
 
     def __init__(self, directories: Sequence[SwarmDirectory]) -> None:
-        self._directories = directories
+        self.directories = directories
         self.addresses = [address for directory in directories for address in directory.addresses]
 
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
         answers = list[bool]()
         error: DirectoryError | None = None
-        for directory in self._directories:
+        for directory in self.directories:
             try:
                 answers.append(directory.store(record, packed, depth))
             except DirectoryError as silent:
@@ -102,7 +102,7 @@ class JoinedDirectories(SwarmDirectory):
     def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
         answers = list[list[PeerRecord]]()
         error: DirectoryError | None = None
-        for directory in self._directories:
+        for directory in self.directories:
             try:
                 answers.append(directory.records(model, depth))
             except DirectoryError as silent:
@@ -112,7 +112,7 @@ class JoinedDirectories(SwarmDirectory):
         return latest(model, answers)
 
     def close(self) -> None:
-        for directory in self._directories:
+        for directory in self.directories:
             with suppress(DirectoryError):
                 directory.close()
 
