@@ -80,9 +80,8 @@ def generate(
         model, prompt = None, model  # the only argument
     if prompt is None:
         raise typer.BadParameter("give MODEL and PROMPT; MODEL may be left out with --invite")
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    if not prompt.strip():
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
         raise SplitnetError("the prompt is empty: give some text")
     checkpoint = resolve_model(model_or_invited(model, invite))
 
@@ -106,7 +105,7 @@ def generate(
     )
     client = Client.connect(connection, adapter, speculate)
     try:
-        ids = client.encode_prompt(prompt, chat=chat, system=system)
+        ids = client.encode_prompt(text, chat=chat, system=system)
         with client.model.session() as cache:
             answer = client.answer(ids, Sampling(max_new_tokens, temperature, top_p, seed))
             if stats and cache.session is not None:

@@ -78,9 +78,7 @@ def invite(
     output: Annotated[Path, typer.Option(help="The file to give to who is invited, over a safe channel.")],
     join: Annotated[
         list[str],
-        typer.Option(
-            metavar="ADDR", callback=checked_addresses, help="Address of a peer, tcp://...; repeat for several."
-        ),
+        typer.Option(metavar="ADDR", callback=checked_addresses, help="Address of a peer, tcp://..., or several."),
     ],
     swarm_key: Annotated[Path, typer.Option(help="File with the key of the swarm, see `splitnet key --swarm-key`.")],
     authorized_keys: Annotated[
