@@ -78,7 +78,7 @@ _DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)
 def main() -> None:
     """Runs the command line; an error that the user can act on is one sentence and exit code 1."""
     # Or the process would end without what it does at its end: leave the swarm, and stop its children.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _exit_cleanly)
     try:
