@@ -152,6 +152,9 @@ class DirectoryService:
             parts = self._parts(*name)
         except SplitnetError as error:
             failure = str(error)
+        except Exception:
+            log.exception("the directory could not be read")
+            failure = "an error at this peer"
         with self._lock:
             now = time.monotonic()
             for source, number in reading.waiting:
@@ -202,6 +205,9 @@ class DirectoryService:
             pass
         except SplitnetError as error:
             failure = str(error)
+        except Exception:
+            log.exception("a record could not be announced")
+            failure = "an error at this peer"
         with self._lock:
             self._done(source.curve)
             if record is not None and taken:  # who is told of it may ask at once
@@ -256,10 +262,7 @@ class DirectoryService:
     def _work(self, name: tuple[str, int]) -> None:
         tasks = self._tasks[name]
         while True:
-            try:
-                tasks[0]()
-            except Exception:
-                log.exception("error in a question about the directory")
+            tasks[0]()
             with self._lock:
                 tasks.popleft()
                 if self._closed or not tasks:

@@ -75,14 +75,15 @@ class _Answer:
     records: list[PeerRecord] | None = None
     """Of the payloads, once they were read."""
 
-    def add(self, message: Found, swarm: OpenSwarm) -> None:
+    def add(self, message: Found, swarm: OpenSwarm, model: str) -> None:
         expected = message.remaining if self.remaining is None else self.remaining - 1
         self.nbytes += len(message.payload)
         if message.remaining != expected or self.nbytes > MAX_ANSWER_BYTES:
             self.complete = True  # what does not fit is left out
             return
         try:
-            self.payloads.append(swarm.unseal(message.payload))
+            # Of a model that it does not know a peer of a closed swarm says nothing to members, too.
+            self.payloads.append(swarm.unseal(message.payload) if message.payload or not model else b"")
         except NotAuthorized as error:
             self.complete, self.refusal = True, str(error)
             return
@@ -167,10 +168,16 @@ class AskedPeers(SwarmDirectory):
             self._own.add(record.key)
         if self._kept is not None:
             taken = self._kept.take(record if record.signed == packed else verified_record(packed))
-        if not depth or not self._joined or not record.is_valid_at(time.time()):
+        leaves = record.has_left and depth == OWN_DEPTH
+        if leaves and self._kept is not None:  # those that ask this peer are told by nobody else
+            known = [other.endpoint for other in self._kept.records(record.model) if not other.has_left]
+            self._others = self._nearest(known) or self._others
+        if not depth or not (self._joined or (leaves and self._others)) or not record.is_valid_at(time.time()):
             return taken
         try:
-            question = self._ask(None, depth, lambda number: Announce(number, depth - 1, self._swarm.seal(packed)))
+            question = self._ask(
+                None, depth, lambda number: Announce(number, depth - 1, self._swarm.seal(packed)), everybody=leaves
+            )
         except DirectoryError:
             if not taken or depth == OWN_DEPTH:
                 raise
@@ -196,7 +203,9 @@ class AskedPeers(SwarmDirectory):
                 self._last.popitem(last=False)
             answers = list(question.best().values())
         records = latest(model, [*found, *map(_records, answers)])
-        self._others = self._nearest([record.endpoint for record in records if not record.has_left]) or self._others
+        if depth == OWN_DEPTH:  # not what strangers wanted to know
+            present = [record.endpoint for record in records if not record.has_left]
+            self._others = self._nearest(present) or self._others
         return records
 
     def close(self) -> None:
@@ -206,12 +215,14 @@ class AskedPeers(SwarmDirectory):
         if self._kept is not None:
             self._links.close()
 
-    def _ask(self, model: str | None, depth: int, message: Callable[[int], Message]) -> _Question:
-        """Asks those that were joined through, and others if all of these are silent."""
+    def _ask(
+        self, model: str | None, depth: int, message: Callable[[int], Message], *, everybody: bool = False
+    ) -> _Question:
+        """Asks those that were joined through, and others if all of these are silent, or at once: everybody."""
         # Who asks on behalf of others answers before these give up.
         limit_s = ANSWER_S * depth / OWN_DEPTH
         others = [other for other in self._others if other not in self._joined and other.key not in self._own]
-        rounds = [[*self._joined, *others]] if self._alone else [self._joined, others]
+        rounds = [[*self._joined, *others]] if self._alone or everybody else [self._joined, others]
         rounds = [asked for asked in rounds if asked]
         for asked in rounds:
             question = self._ask_these(asked, model, message, limit_s / len(rounds))
@@ -275,7 +286,7 @@ class AskedPeers(SwarmDirectory):
             if isinstance(message, Failure):
                 answer.complete, answer.refusal = True, message.text
             elif isinstance(message, Found) and question.model is not None:
-                answer.add(message, self._swarm)
+                answer.add(message, self._swarm, question.model)
             elif isinstance(message, Announced) and question.model is None:
                 answer.complete, answer.taken = True, message.taken
             self._heard.notify_all()

@@ -65,6 +65,10 @@ def join(
             node = Directory.start(initial_peers=multiaddrs, listen=listen)
         except DirectoryError as error:
             errors.append(error)
+        except BaseException:
+            if asked is not None:
+                asked.close()
+            raise
     found = [one for one in (node, asked) if one is not None]
     if not found:
         raise DirectoryError(" ".join(map(str, errors)))

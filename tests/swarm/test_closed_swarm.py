@@ -14,7 +14,7 @@ import torch
 from peers.daemon import Peer
 from splitnet.client.causal_lm import attach
 from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.errors import DirectoryError, NotAuthorized
+from splitnet.errors import DirectoryError, NotAuthorized, WrongSwarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.joining import node_of
@@ -50,6 +50,28 @@ def test_members_find_each_other_without_a_dht(swarm: LocalSwarm, local: Any) ->
             inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **GREEDY}
             assert torch.equal(model.generate(**inputs), local.generate(**inputs))
             assert {record.key for record in client.peers()} == {peer.identity.public for peer in swarm.peers}
+
+
+def test_a_model_that_nobody_serves_is_no_wrong_key(swarm: LocalSwarm) -> None:
+    facts = dataclasses.replace(ModelFacts.of(swarm.peers[0].checkpoint), fingerprint="ab" * 32)
+    with (
+        Swarm(facts, [swarm.peers[0].join_address], swarm_key=KEY) as client,
+        pytest.raises(WrongSwarm, match="serves other weights"),
+    ):
+        client.peers()
+
+
+def test_the_first_peer_is_missed_at_once_when_it_leaves(folder: Path) -> None:
+    with local_swarm(folder, [(0, 6)], swarm_key=KEY) as swarm:
+        first = swarm.peers[0]
+        second = swarm.add(0, 6, swarm_key=KEY, join=[first.join_address])
+        model = second.checkpoint.fingerprint
+        assert {record.key for record in second._directory.peers(model)} == {
+            first.identity.public,
+            second.identity.public,
+        }
+        first.close()
+        assert {record.key for record in second._directory.peers(model)} == {second.identity.public}
 
 
 def test_an_outsider_finds_nobody(swarm: LocalSwarm) -> None:
