@@ -170,7 +170,8 @@ class AskedPeers(SwarmDirectory):
             taken = self._kept.take(record if record.signed == packed else verified_record(packed))
         leaves = record.has_left and depth == OWN_DEPTH
         if leaves and self._kept is not None:  # those that ask this peer are told by nobody else
-            known = [other.endpoint for other in self._kept.records(record.model) if not other.has_left]
+            kept = self._kept.records(record.model)
+            known = [other.endpoint for other in kept if not other.has_left and other.key not in self._own]
             self._others = self._nearest(known) or self._others
         if not depth or not (self._joined or (leaves and self._others)) or not record.is_valid_at(time.time()):
             return taken
