@@ -26,6 +26,7 @@ from splitnet.net.joining import join as join_swarm
 from splitnet.net.peer_addresses import endpoint_of, split_addresses
 from splitnet.net.records import MAX_CLOCK_SKEW_S, PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
+from splitnet.net.swarm_key import OPEN, OpenSwarm
 
 MAX_PEERS = 64
 ANY_PORT = "tcp://0.0.0.0:0"
@@ -40,6 +41,8 @@ class Setup:
         join: addresses of a swarm, multiaddrs or those of peers.
         lan: without them, look for a swarm of the model on the local network.
         listen: where a peer would listen; None: nowhere in particular.
+        identity: the key of this machine itself, in the place of a file.
+        swarm: the key of a closed one.
     """
 
     model: str | None = None
@@ -49,6 +52,8 @@ class Setup:
     public_host: str | None = None
     key_file: Path | None = None
     device: str = AUTO
+    identity: Identity | None = None
+    swarm: OpenSwarm = OPEN
 
 
 def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
@@ -67,9 +72,11 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         found, checkpoint = open_model(setup.model)
         yield found
         yield from _room(setup.model, checkpoint)
-    found, identity = machine.key_of(setup.key_file)
-    yield found
-    identity = identity or Identity.generate()
+    identity = setup.identity
+    if identity is None:
+        found, identity = machine.key_of(setup.key_file)
+        yield found
+        identity = identity or Identity.generate()
     reach = Reach(
         identity,
         setup.listen or ANY_PORT,
@@ -81,7 +88,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         found, join = network.local_network(checkpoint)
         yield found
     if join:
-        yield from _way_to(join, checkpoint, identity, reach, clock)
+        yield from _way_to(join, checkpoint, identity, reach, clock, setup.swarm)
     else:
         yield reach.port()
 
@@ -98,7 +105,12 @@ def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
 
 
 def _way_to(
-    join: Sequence[str], checkpoint: Checkpoint | None, identity: Identity, reach: Reach, clock: Callable[[], float]
+    join: Sequence[str],
+    checkpoint: Checkpoint | None,
+    identity: Identity,
+    reach: Reach,
+    clock: Callable[[], float],
+    swarm: OpenSwarm,
 ) -> Iterator[Finding]:
     multiaddrs, addresses = split_addresses(join)
     answers = ask_nodes(multiaddrs, clock=clock) if multiaddrs else []
@@ -120,7 +132,7 @@ def _way_to(
         return
     links = Links(identity)
     try:
-        with join_swarm(joined, lambda: links) as directory:
+        with join_swarm(joined, lambda: links, swarm=swarm) as directory:
             yield from _swarm(directory, checkpoint, identity, reach, clock, allowed_s)
     except SplitnetError as error:
         yield failed("swarm", str(error))

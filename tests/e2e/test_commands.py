@@ -381,6 +381,7 @@ def test_an_invitation_is_all_that_a_friend_needs_and_can_be_revoked(small: Path
             told = here(*generate, "--invite", bob, "bees")
             assert told.output == here(*own, str(swarm_key)).output != ""
             assert "every block is served" in here("status", "--invite", bob).output
+            assert "pass coverage" in here("doctor", "--invite", bob).output
             assert "another swarm key, or none" in here(*own, str(other_key)).error
             trusted = tmp_path / "trusted"
             trusted.write_text(here("key").output)
