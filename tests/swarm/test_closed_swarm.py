@@ -14,7 +14,7 @@ import torch
 from peers.daemon import Peer
 from splitnet.client.causal_lm import attach
 from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.errors import DirectoryError, NotAuthorized, WrongSwarm
+from splitnet.errors import DirectoryError, LanError, NotAuthorized, WrongSwarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.joining import node_of
@@ -72,6 +72,14 @@ def test_the_first_peer_is_missed_at_once_when_it_leaves(folder: Path) -> None:
         }
         first.close()
         assert {record.key for record in second._directory.peers(model)} == {second.identity.public}
+
+
+def test_what_only_a_dht_has_is_refused_by_name(swarm: LocalSwarm) -> None:
+    join = [swarm.peers[0].join_address]
+    with pytest.raises(DirectoryError, match="leave --dht-listen out"):
+        swarm.add(0, 6, swarm_key=KEY, join=join, dht_listen=["/ip4/127.0.0.1/tcp/0"])
+    with pytest.raises(LanError, match="leave --lan out"):
+        swarm.add(0, 6, swarm_key=KEY, join=join, lan=True)
 
 
 def test_an_outsider_finds_nobody(swarm: LocalSwarm) -> None:
