@@ -192,7 +192,7 @@ class Peer:
         return peer
 
     @property
-    def addresses(self) -> Sequence[str]:
+    def addresses(self) -> list[str]:
         """Multiaddrs that others join the swarm with; none if it has joined through peers alone."""
         return self._directory.addresses
 

@@ -125,6 +125,7 @@ class AskedPeers(SwarmDirectory):
             raise DirectoryError(
                 f"at most {MAX_JOINED} peers are asked for others, not {len(joined)}: give fewer --join"
             )
+        self.addresses = []
         self._joined = list(dict.fromkeys(joined))
         self._links = links
         self._swarm = swarm

@@ -24,7 +24,7 @@ class SwarmDirectory(ABC):
     addresses: multiaddrs that others can join with; empty if this is no node of a DHT that listens.
     """
 
-    addresses: Sequence[str] = ()
+    addresses: list[str]
 
     @abstractmethod
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
