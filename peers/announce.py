@@ -7,9 +7,9 @@ import threading
 from collections.abc import Callable
 
 from splitnet.errors import SplitnetError
-from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
 from splitnet.net.records import PeerRecord
+from splitnet.net.swarm_directory import SwarmDirectory
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ class Announcer:
 
     def __init__(
         self,
-        directory: Directory,
+        directory: SwarmDirectory,
         identity: Identity,
         describe: Callable[[], PeerRecord],
         look_around: Callable[[], None],

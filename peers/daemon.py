@@ -18,6 +18,7 @@ from peers.admission import SessionTable
 from peers.announce import Announcer
 from peers.counters import Counters
 from peers.current_span import MOVE_DRAIN_S, CurrentSpan
+from peers.directory_service import DirectoryService
 from peers.energy import EnergyMeter
 from peers.holder_watch import HolderWatch
 from peers.key_policy import KeyPolicy
@@ -31,8 +32,9 @@ from peers.power_sources import find_sources
 from peers.relocation import Relocation
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
+from splitnet.client.links import Links
 from splitnet.doctor.links import PeerLinks
-from splitnet.errors import ProtocolError, SplitnetError
+from splitnet.errors import DirectoryError, LanError, ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.device_choice import find_device
 from splitnet.model.span import Span
@@ -40,13 +42,16 @@ from splitnet.model.weights import choose_weights
 from splitnet.net.addresses import dht_address, public_address, reachable_host, with_literal_host
 from splitnet.net.budget import Budget
 from splitnet.net.codecs import CODECS
-from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Destination, Endpoint, LinkState
+from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.messages import PROTOCOL_VERSION, Message, Payload, Pong, decode, encode
+from splitnet.net.joining import join, node_of
+from splitnet.net.messages import PROTOCOL_VERSION, Announce, LookUp, Message, Payload, Pong, decode, encode
+from splitnet.net.peer_addresses import peer_address
 from splitnet.net.prober import Prober
 from splitnet.net.proof_of_work import kept_proof
 from splitnet.net.records import PeerRecord
+from splitnet.net.swarm_directory import SwarmDirectory
+from splitnet.net.swarm_key import OPEN
 from splitnet.net.transport import Transport
 from splitnet.watchdog import Watchdog
 
@@ -70,7 +75,7 @@ class Peer:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        directory: Directory,
+        directory: SwarmDirectory,
         span: Span,
         options: PeerOptions,
         identity: Identity,
@@ -112,6 +117,7 @@ class Peer:
         self.endpoint = Endpoint(address, identity.public)
         self._prober = Prober(self.send)
         self._neighbours = Neighbours(self._others, self._next_hops, self._prober)
+        self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self, options.swarm_key or OPEN)
         self._announcer = Announcer(directory, identity, self.record, self._look_around)
         self._relocation = Relocation(
             self._mover,
@@ -141,18 +147,25 @@ class Peer:
         host = with_literal_host(options.public_host or reachable_host(options.listen))
         options = replace(options, public_host=host, device=find_device(options.device).device)
         choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
-        identity = Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
+        identity = options.identity or (
+            Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
+        )
         if options.initial_peers:
             report("join the swarm", 0, 0)
         else:
             report("look for a swarm on this network" if options.lan else "start a swarm", 0, 0)
         listen = options.dht_listen if options.dht_listen is not None else (dht_address(options.listen),)
-        directory = Directory.start(initial_peers=options.initial_peers, listen=listen)
+        directory = join(options.initial_peers, lambda: Links(identity), listen=listen, swarm=options.swarm_key or OPEN)
         lan: LanPresence | None = None
         try:
-            if options.lan:
+            node = node_of(directory)
+            if node is None and options.dht_listen is not None:
+                raise DirectoryError("this peer joins no DHT, as it joins through peers: leave --dht-listen out")
+            if node is None and options.lan:
+                raise LanError("a peer that joins no DHT is not found on a network: leave --lan out")
+            if node is not None and options.lan:
                 has_joined = bool(options.initial_peers)
-                lan = LanPresence.start(directory, checkpoint, has_joined=has_joined, report=report)
+                lan = LanPresence.start(node, checkpoint, has_joined=has_joined, report=report)
             fitting = fitting_blocks(
                 checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
             )
@@ -184,8 +197,13 @@ class Peer:
 
     @property
     def addresses(self) -> list[str]:
-        """Multiaddrs that others join the swarm with."""
+        """Multiaddrs that others join the swarm with; none if it has joined through peers alone."""
         return self._directory.addresses
+
+    @property
+    def join_address(self) -> str:
+        """`tcp://IP:port?key=...`: what others join the swarm with through this peer's own port."""
+        return peer_address(self.endpoint)
 
     @property
     def server(self) -> SpanServer:
@@ -281,6 +299,7 @@ class Peer:
         with self._relocation.held():
             self._announcer.close()
             self._transport.close()
+            self._directory_service.close()
             self._current.close()
         self._relocation.join()
         if self._lan is not None:
@@ -373,6 +392,8 @@ class Peer:
             self._neighbours.heard(source)
             self._watch.heard(source, time.monotonic())
             self.service.answered(source)
+        elif isinstance(message, LookUp | Announce) and isinstance(source, Connection):
+            self._directory_service.receive(source, message, time.monotonic())
         else:
             self.service.receive(source, message, time.monotonic())
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from peers.placing import ANY_SPAN, SpanWish
 from peers.power_sources import SYSFS
+from splitnet.net.identity import Identity
+from splitnet.net.swarm_key import SwarmKey
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +18,8 @@ class PeerOptions:
 
     Attributes:
         wish: which blocks, or how much memory for them.
-        initial_peers: multiaddrs of a swarm to join; empty starts a new one, or joins one on the local network.
+        initial_peers: addresses of a swarm to join, multiaddrs or `tcp://HOST:PORT?key=...` of peers; empty starts a
+            new one, or joins one on the local network.
         lan: be found on the local network, and join the swarm of the model there.
         listen: `tcp://host:port` for activations, port 0 for any.
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
@@ -29,6 +32,8 @@ class PeerOptions:
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         authorized_keys: file with the keys that may connect; None: anyone.
         key_file: file of the peer's own key; None: a new key that lives as long as the peer.
+        identity: that key itself, in the place of a file.
+        swarm_key: of a closed swarm, which has no DHT; None: the swarm is open.
         idle_s: seconds until an idle session is dropped.
         watts: what the device draws while it computes; None: it is read where that is possible.
         sysfs: where Linux shows counters of energy.
@@ -47,6 +52,8 @@ class PeerOptions:
     training_memory: int | None = None
     authorized_keys: Path | None = None
     key_file: Path | None = None
+    identity: Identity | None = None
+    swarm_key: SwarmKey | None = None
     idle_s: float = 600.0
     watts: float | None = None
     sysfs: Path = SYSFS

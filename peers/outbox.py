@@ -9,10 +9,14 @@ from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.messages import Message, Timing
 
 
-class Outbox(Protocol):
-    """The way out, without sockets: see `splitnet.net.transport.Transport`."""
+class Answering(Protocol):
+    """Where messages go."""
 
     def send(self, destination: Destination, message: Message) -> None: ...
+
+
+class Outbox(Answering, Protocol):
+    """The way out, without sockets: see `splitnet.net.transport.Transport`."""
 
     def connect(self, endpoint: Endpoint) -> None: ...
 

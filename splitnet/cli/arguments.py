@@ -25,9 +25,13 @@ from splitnet.model.device_choice import DEVICE_NAME
 def checked_addresses(addresses: list[str] | None) -> list[str] | None:
     """Refuses what is not even written as an address before anything slow begins."""
     for address in addresses or ():
-        if not re.fullmatch(r"/.+/p2p/\w+", address):
+        if address.startswith("tcp://"):
+            from splitnet.net.peer_addresses import check_peer_address
+
+            check_peer_address(address)
+        elif not re.fullmatch(r"/.+/p2p/\w+", address):
             raise SplitnetError(
-                f"{address!r} is no address to join with: copy a whole one that a peer prints, /ip4/..."
+                f"{address!r} is no address to join with: copy a whole one that a peer prints, /ip4/... or tcp://..."
             )
     return addresses
 
@@ -52,6 +56,14 @@ Model = Annotated[
     str,
     typer.Argument(
         help="Hugging Face id, checkpoint folder or GGUF file; `demo` is SmolLM2-135M-Instruct.", show_default=False
+    ),
+]
+ModelOrInvite = Annotated[
+    str | None,
+    typer.Argument(
+        help="Hugging Face id, checkpoint folder or GGUF file; `demo` is SmolLM2-135M-Instruct; with --invite, that of "
+        "the invitation if not given.",
+        show_default=False,
     ),
 ]
 Join = Annotated[
@@ -161,6 +173,33 @@ EnergySlowdown = Annotated[
         help="With --prefer energy: how many times as long as on the fastest route a token may take; 1.5 if not given.",
     ),
 ]
+SwarmKeyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--swarm-key",
+        metavar="FILE",
+        envvar="SPLITNET_SWARM_KEY",
+        help="File with the key of a closed swarm, see `splitnet key --swarm-key`.",
+    ),
+]
+InviteFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--invite",
+        metavar="FILE",
+        envvar="SPLITNET_INVITE",
+        help="File of `splitnet invite`: model, addresses, swarm key and key in place of those options.",
+    ),
+]
+TrustedPeers = Annotated[
+    Path | None,
+    typer.Option(
+        "--trusted-peers",
+        metavar="FILE",
+        envvar="SPLITNET_TRUSTED_PEERS",
+        help="File with the keys of the peers that may be used, as --authorized-keys; any peer if not given.",
+    ),
+]
 KeyFile = Annotated[
     Path | None,
     typer.Option("--key-file", envvar="SPLITNET_KEY_FILE", help="File with the key of this machine."),
@@ -189,6 +228,17 @@ def resolve_model(model: str) -> str:
 
     with StageProgress() as progress:
         return str(demo_checkpoint(progress=progress.update))
+
+
+def model_or_invited(model: str | None, invite: Path | None) -> str:
+    """The model argument, or the model of an invitation."""
+    if model is not None:
+        return model
+    if invite is None:
+        raise typer.BadParameter("give MODEL, or --invite")
+    from splitnet.cli.invite import Invite
+
+    return Invite.load(invite).model
 
 
 def parse_blocks(text: str) -> tuple[int, int]:

@@ -12,14 +12,18 @@ from splitnet.cli.arguments import (
     CodecName,
     Device,
     EnergySlowdown,
+    InviteFile,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
-    Model,
+    ModelOrInvite,
     Prefer,
     Preferred,
+    SwarmKeyFile,
+    TrustedPeers,
+    model_or_invited,
     resolve_model,
 )
 from splitnet.errors import SplitnetError
@@ -29,7 +33,7 @@ _MANNER = "How to measure"
 
 
 def bench(
-    model: Model,
+    model: ModelOrInvite = None,
     join: Join = None,
     lan: Lan = True,
     local: Annotated[
@@ -86,6 +90,9 @@ def bench(
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print all rounds as JSON instead of a table.")] = False,
     key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    trusted_peers: TrustedPeers = None,
+    invite: InviteFile = None,
 ) -> None:
     """Measure how fast prompts are read and answers are generated, through a swarm, here, or both in turns.
 
@@ -98,7 +105,7 @@ def bench(
     cases = cases_of(prefill or [512], decode, context or [0], clients or [1])
     if not cases:
         raise SplitnetError("--prefill 0 and --decode 0 leave nothing to measure: give tokens to one of them")
-    checkpoint = resolve_model(model)
+    checkpoint = resolve_model(model_or_invited(model, invite))
 
     from splitnet.cli.benchmark import Benchmark
     from splitnet.cli.connection import Connection
@@ -114,6 +121,9 @@ def bench(
         device=device,
         prefer=prefer.value,
         energy_slowdown=energy_slowdown,
+        swarm_key=swarm_key,
+        trusted_peers=trusted_peers,
+        invite=invite,
     )
     report = Benchmark(cases, rounds, warm_up, seed, threads, local).run(connection)
     if as_json:

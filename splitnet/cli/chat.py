@@ -11,15 +11,19 @@ from splitnet.cli.arguments import (
     CodecName,
     Device,
     EnergySlowdown,
+    InviteFile,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
-    Model,
+    ModelOrInvite,
     Prefer,
     Preferred,
+    SwarmKeyFile,
     Tokenizer,
+    TrustedPeers,
+    model_or_invited,
     resolve_model,
 )
 from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP, Wait
@@ -28,7 +32,7 @@ from splitnet.printable import printable
 
 
 def chat(
-    model: Model,
+    model: ModelOrInvite = None,
     join: Join = None,
     lan: Lan = True,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
@@ -47,9 +51,12 @@ def chat(
     prefer: Prefer = Preferred.latency,
     energy_slowdown: EnergySlowdown = None,
     key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    trusted_peers: TrustedPeers = None,
+    invite: InviteFile = None,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
-    checkpoint = resolve_model(model)
+    checkpoint = resolve_model(model_or_invited(model, invite))
 
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling
@@ -67,6 +74,9 @@ def chat(
         device,
         prefer.value,
         energy_slowdown,
+        swarm_key,
+        trusted_peers,
+        invite,
     )
     client = Client.connect(connection, adapter, speculate)
     try:

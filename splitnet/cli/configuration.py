@@ -161,7 +161,7 @@ def default_file() -> Path:
 
 def without_options(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment for a `splitnet peer` whose options are all on its command line."""
-    taken = (*(f"{_PREFIX}_{name}" for name in ("JOIN", "LAN", "DEVICE")), f"{_PREFIX}_PEER_")
+    taken = (*(f"{_PREFIX}_{name}" for name in ("JOIN", "LAN", "DEVICE", "SWARM_KEY", "INVITE")), f"{_PREFIX}_PEER_")
     kept = {name: value for name, value in environment.items() if not name.startswith(taken)}
     return {**kept, CONFIG_VARIABLE: os.devnull}
 

@@ -9,13 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from splitnet.cli.invite import Invite
 from splitnet.cli.local_network import find_swarm
 from splitnet.cli.logs import tell
 from splitnet.client.session import Preference, check_preference
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.device_choice import AUTO, find_device
-from splitnet.net.identity import Identity
+from splitnet.net.identity import AuthorizedKeys, Identity
+from splitnet.net.swarm_key import SwarmKey
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,9 @@ class Connection:
         tokenizer: hub id or folder, in place of the checkpoint's own.
         device: that runs what is here; see `splitnet.model.device_choice`.
         prefer, energy_slowdown: which route is the best, see `splitnet.AutoModelForCausalLM`.
+        swarm_key: file with the key of a closed swarm.
+        trusted_peers: file with the keys of the peers that may be used; None: any.
+        invite: file of an invitation, of which addresses, swarm key and key are taken.
 
     Raises:
         SplitnetError: a preference that cannot be.
@@ -47,6 +52,9 @@ class Connection:
     device: str = AUTO
     prefer: Preference = "latency"
     energy_slowdown: float | None = None
+    swarm_key: Path | None = None
+    trusted_peers: Path | None = None
+    invite: Path | None = None
 
     def __post_init__(self) -> None:
         check_preference(self.prefer, self.energy_slowdown)
@@ -73,10 +81,21 @@ class Connection:
 
         Raises:
             DirectoryError: no address of the swarm answers, or none is given or found.
+            KeyFileError: a file with keys cannot be used.
         """
-        facts = ModelFacts.of(checkpoint)
-        addresses = self.join or find_swarm(facts, lan=self.lan)
-        return Swarm(facts, addresses, identity=Identity.load_or_create(self.key_file))
+        return self.swarm_of(ModelFacts.of(checkpoint))
+
+    def swarm_of(self, facts: ModelFacts) -> Swarm:
+        """The same, of a model of which no more is known."""
+        trusted = AuthorizedKeys.from_file(self.trusted_peers) if self.trusted_peers else None
+        if self.invite:
+            invite = Invite.load(self.invite)
+            addresses, swarm_key, identity = [*self.join, *invite.join], invite.swarm_key, invite.identity
+        else:
+            swarm_key = SwarmKey.load(self.swarm_key) if self.swarm_key else None
+            addresses = self.join or (() if swarm_key else find_swarm(facts, lan=self.lan))
+            identity = Identity.load_or_create(self.key_file)
+        return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted)
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of what attaches a model to the swarm."""

@@ -18,6 +18,13 @@ _FIRST_BYTE = b"\x08"
 """Of a private key as libp2p writes it: the number of the field that names its kind."""
 
 
+def _checked_multiaddrs(addresses: list[str] | None) -> list[str] | None:
+    for address in checked_addresses(addresses) or ():
+        if address.startswith("tcp://"):
+            raise SplitnetError(f"a node of the DHT joins through another node, not {address}: give /ip4/...")
+    return addresses
+
+
 def dht(
     listen: Annotated[
         str, typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Where to listen; a fixed port keeps the address valid.")
@@ -31,7 +38,7 @@ def dht(
     join: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="ADDR", callback=checked_addresses, help="Address of another node; without it a new DHT starts."
+            metavar="ADDR", callback=_checked_multiaddrs, help="Address of another node; without it a new DHT starts."
         ),
     ] = None,
     key_file: Annotated[

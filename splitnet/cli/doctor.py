@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import Device, JoinToExamine, KeyFile, Lan, resolve_model
+from splitnet.cli.arguments import Device, InviteFile, JoinToExamine, KeyFile, Lan, SwarmKeyFile, resolve_model
 
 if TYPE_CHECKING:
     from splitnet.doctor.finding import Finding
@@ -29,25 +29,36 @@ def doctor(
     ] = None,
     device: Device = "auto",
     key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    invite: InviteFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
 ) -> None:
     """Check this machine, a MODEL and the way to a swarm; say what is wrong and what to do.
 
     Ends with exit code 1 if a check has failed. docs/doctor.md lists the checks.
     """
+    from splitnet.cli.invite import Invite
+
+    invitation = Invite.load(invite) if invite else None
+    if model is None and invitation is not None:
+        model = invitation.model
     source = None if model is None else resolve_model(model)
 
     from splitnet.doctor import report
     from splitnet.doctor.examination import Setup, examine
+    from splitnet.net.swarm_key import OPEN, SwarmKey
 
+    swarm = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else OPEN
     setup = Setup(
         model=source,
-        join=join or (),
+        join=[*(join or ()), *(invitation.join if invitation else ())],
         lan=lan,
         listen=listen,
         public_host=public_host,
         key_file=key_file,
         device=device,
+        identity=invitation.identity if invitation else None,
+        swarm=swarm,
     )
     findings: list[Finding] = []
     for finding in examine(setup):

@@ -12,15 +12,19 @@ from splitnet.cli.arguments import (
     CodecName,
     Device,
     EnergySlowdown,
+    InviteFile,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
-    Model,
+    ModelOrInvite,
     Prefer,
     Preferred,
+    SwarmKeyFile,
     Tokenizer,
+    TrustedPeers,
+    model_or_invited,
     resolve_model,
 )
 from splitnet.errors import SplitnetError
@@ -48,8 +52,8 @@ Speculate = Annotated[
 
 
 def generate(
-    model: Model,
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin.")],
+    model: ModelOrInvite = None,
+    prompt: Annotated[str | None, typer.Argument(help="The prompt; - reads it from stdin.", show_default=False)] = None,
     join: Join = None,
     lan: Lan = True,
     max_new_tokens: MaxNewTokens = 256,
@@ -72,13 +76,19 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     stats: Annotated[bool, typer.Option("--stats", help="Print route, speed and bytes, to stderr.")] = False,
     key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    trusted_peers: TrustedPeers = None,
+    invite: InviteFile = None,
 ) -> None:
     """Generate text after PROMPT through the peers of a swarm, streaming to stdout."""
-    if prompt == "-":
-        prompt = sys.stdin.read()
-    if not prompt.strip():
+    if prompt is None and invite is not None:
+        model, prompt = None, model  # the only argument
+    if prompt is None:
+        raise typer.BadParameter("give MODEL and PROMPT; MODEL may be left out with --invite")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
         raise SplitnetError("the prompt is empty: give some text")
-    checkpoint = resolve_model(model)
+    checkpoint = resolve_model(model_or_invited(model, invite))
 
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
@@ -96,10 +106,13 @@ def generate(
         device,
         prefer.value,
         energy_slowdown,
+        swarm_key,
+        trusted_peers,
+        invite,
     )
     client = Client.connect(connection, adapter, speculate)
     try:
-        ids = client.encode_prompt(prompt, chat=chat, system=system)
+        ids = client.encode_prompt(text, chat=chat, system=system)
         with client.model.session() as cache:
             answer = client.answer(ids, Sampling(max_new_tokens, temperature, top_p, seed))
             if stats and cache.session is not None:

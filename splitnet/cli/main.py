@@ -18,6 +18,7 @@ from splitnet.cli.demo import demo
 from splitnet.cli.dht import dht
 from splitnet.cli.doctor import doctor
 from splitnet.cli.generate import generate
+from splitnet.cli.invite import invite
 from splitnet.cli.key import key
 from splitnet.cli.logs import LogFormat, set_up, tell
 from splitnet.cli.peer import peer
@@ -36,7 +37,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (peer, generate, chat, serve, tune, status, doctor, bench, plan, dht, key, demo, simulate):
+for command in (peer, generate, chat, serve, tune, status, doctor, bench, plan, dht, key, invite, demo, simulate):
     app.command()(command)
 
 
@@ -77,7 +78,7 @@ _DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)
 def main() -> None:
     """Runs the command line; an error that the user can act on is one sentence and exit code 1."""
     # Or the process would end without what it does at its end: leave the swarm, and stop its children.
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _exit_cleanly)
     try:

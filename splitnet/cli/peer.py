@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -12,8 +13,20 @@ import typer
 
 from scheduler.swarm import MAX_WATTS
 from splitnet.amounts import parse_bytes
-from splitnet.cli.arguments import Device, JoinIfAny, Model, parse_blocks, parse_host_port, resolve_model
+from splitnet.cli.arguments import (
+    Device,
+    InviteFile,
+    JoinIfAny,
+    ModelOrInvite,
+    SwarmKeyFile,
+    model_or_invited,
+    parse_blocks,
+    parse_host_port,
+    resolve_model,
+)
+from splitnet.cli.invite import Invite
 from splitnet.cli.joining import forget_address, tell_addresses, write_address
+from splitnet.cli.logs import tell
 from splitnet.cli.stopping import StopSignals
 from splitnet.errors import SplitnetError
 from splitnet.net.addresses import is_reachable, refuse_taken
@@ -42,7 +55,7 @@ class WeightKind(StrEnum):
 
 
 def peer(
-    model: Model,
+    model: ModelOrInvite = None,
     blocks: Annotated[
         str | None,
         typer.Option(metavar="START:END", help="Blocks to serve; chosen by what the swarm lacks if not given."),
@@ -93,6 +106,8 @@ def peer(
     key_file: Annotated[
         Path | None, typer.Option(help="File with the key of this peer; a new key at each start if not given.")
     ] = None,
+    swarm_key: SwarmKeyFile = None,
+    invite: InviteFile = None,
     metrics_port: Annotated[
         str | None,
         typer.Option(
@@ -126,7 +141,9 @@ def peer(
         raise SplitnetError(f"--watts {watts:g} is no power of a device: give more than 0 and at most {MAX_WATTS:g}")
     refuse_taken(listen)
     forget_address(address_file)
-    checkpoint = resolve_model(model)
+    checkpoint = resolve_model(model_or_invited(model, invite))
+    invitation = Invite.load(invite) if invite else None
+    joined = [*(join or ()), *(invitation.join if invitation else ())]
 
     import torch
 
@@ -137,14 +154,18 @@ def peer(
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
     from splitnet.model.device_choice import find_device
+    from splitnet.net.swarm_key import SwarmKey
 
+    closed = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else None
+    if closed is not None and authorized_keys is None:
+        tell(logging.WARNING, "whoever knows this peer's address may use it: give --authorized-keys with those who may")
     computes_on = find_device(device)
     if threads is not None:
         torch.set_num_threads(threads)
     options = PeerOptions(
         wish=SpanWish(wanted_blocks, wanted_memory),
-        initial_peers=join or (),
-        lan=is_reachable(listen) and (not join if lan is None else lan),
+        initial_peers=joined,
+        lan=is_reachable(listen) and (not joined and closed is None if lan is None else lan),
         listen=listen,
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,
@@ -156,6 +177,8 @@ def peer(
         authorized_keys=authorized_keys,
         key_file=key_file,
         watts=watts,
+        identity=invitation.identity if invitation else None,
+        swarm_key=closed,
     )
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
     with StageProgress() as progress:
@@ -172,8 +195,9 @@ def peer(
         if metrics is not None:
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")
-        tell_addresses(serving.addresses)
-        write_address(address_file, serving.addresses[0])
+        addresses = [*serving.addresses, serving.join_address]
+        tell_addresses(addresses)
+        write_address(address_file, addresses[0])
         stop.wait()
         typer.echo("leaving the swarm: running sessions are handed over; interrupt again to leave at once")
         with suppress(KeyboardInterrupt):

@@ -13,15 +13,19 @@ from splitnet.cli.arguments import (
     CodecName,
     Device,
     EnergySlowdown,
+    InviteFile,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
-    Model,
+    ModelOrInvite,
     Prefer,
     Preferred,
+    SwarmKeyFile,
     Tokenizer,
+    TrustedPeers,
+    model_or_invited,
     resolve_model,
 )
 from splitnet.cli.extras import require
@@ -39,7 +43,7 @@ class SamplingDefaults(StrEnum):
 
 
 def serve(
-    model: Model,
+    model: ModelOrInvite = None,
     join: Join = None,
     lan: Lan = True,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
@@ -96,6 +100,9 @@ def serve(
     prefer: Prefer = Preferred.latency,
     energy_slowdown: EnergySlowdown = None,
     key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    trusted_peers: TrustedPeers = None,
+    invite: InviteFile = None,
 ) -> None:
     """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
 
@@ -103,7 +110,7 @@ def serve(
     chat.
     """
     require("serve", "splitnet serve")
-    source = resolve_model(model)
+    source = resolve_model(model_or_invited(model, invite))
 
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import drafts_of
@@ -124,6 +131,9 @@ def serve(
         device,
         prefer.value,
         energy_slowdown,
+        swarm_key,
+        trusted_peers,
+        invite,
     )
     checkpoint = connection.checkpoint()
     options = ServeOptions(

@@ -7,28 +7,45 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import Join, Lan, Model, resolve_model
+from splitnet.cli.arguments import (
+    InviteFile,
+    Join,
+    KeyFile,
+    Lan,
+    ModelOrInvite,
+    SwarmKeyFile,
+    model_or_invited,
+    resolve_model,
+)
+from splitnet.cli.joining import tell_addresses
+
+SHOWN_ADDRESSES = 3
+"""To join with; all are in the JSON."""
 
 if TYPE_CHECKING:
     from splitnet.client.overview import Overview
 
 
 def status(
-    model: Model,
+    model: ModelOrInvite = None,
     join: Join = None,
     lan: Lan = True,
+    key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    invite: InviteFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
-    checkpoint = resolve_model(model)
+    checkpoint = resolve_model(model_or_invited(model, invite))
 
-    from splitnet.cli.local_network import find_swarm
+    from splitnet.cli.connection import Connection
     from splitnet.client.overview import Overview
-    from splitnet.client.swarm import ModelFacts, Swarm
+    from splitnet.client.swarm import ModelFacts
     from splitnet.model.checkpoint import Checkpoint
 
     facts = ModelFacts.of(Checkpoint.open(checkpoint))
-    with Swarm(facts, join or find_swarm(facts, lan=lan)) as swarm:
+    connection = Connection(checkpoint, join or (), key_file=key_file, lan=lan, swarm_key=swarm_key, invite=invite)
+    with connection.swarm_of(facts) as swarm:
         overview = Overview.of(facts, swarm.peers(fresh=True))
     if as_json:
         typer.echo(json.dumps(overview.as_json()))
@@ -41,6 +58,8 @@ def _print_table(overview: Overview) -> None:
     from rich.table import Table
 
     from splitnet.client.overview import blocks_text, short_key, token_joules, token_ms
+    from splitnet.net.fields import STRICT_VERSIONS
+    from splitnet.net.peer_addresses import peer_address
 
     console = Console()
     facts = overview.facts
@@ -73,3 +92,5 @@ def _print_table(overview: Overview) -> None:
     console.print(table)
     for sentence in overview.advice() or ["every block is served"]:
         typer.echo(sentence)
+    if answering := [record for record in overview.records if record.version not in STRICT_VERSIONS]:
+        tell_addresses([peer_address(record.endpoint) for record in answering[:SHOWN_ADDRESSES]])

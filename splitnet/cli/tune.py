@@ -10,13 +10,17 @@ import typer
 from splitnet.cli.arguments import (
     CodecName,
     Device,
+    InviteFile,
     Join,
     KeyFile,
     Lan,
     LocalBlocks,
     LocalWeights,
-    Model,
+    ModelOrInvite,
+    SwarmKeyFile,
     Tokenizer,
+    TrustedPeers,
+    model_or_invited,
     resolve_model,
 )
 from splitnet.cli.extras import require
@@ -32,12 +36,12 @@ _ADAPTER = "Adapter"
 
 
 def tune(
-    model: Model,
     data: Annotated[
         Path,
         typer.Option(metavar="FILE.jsonl", help="Examples, one JSON object per line.", rich_help_panel=_DATA),
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapter and what belongs to it.")],
+    model: ModelOrInvite = None,
     join: Join = None,
     lan: Lan = True,
     evaluation: Annotated[
@@ -122,6 +126,9 @@ def tune(
     local_weights: LocalWeights = None,
     tokenizer: Tokenizer = None,
     key_file: KeyFile = None,
+    swarm_key: SwarmKeyFile = None,
+    trusted_peers: TrustedPeers = None,
+    invite: InviteFile = None,
 ) -> None:
     """Fine-tune a model on your examples: the adapter stays here, the blocks and their work with the peers.
 
@@ -143,7 +150,7 @@ def tune(
         raise SplitnetError(f"all examples have the label {train.labels[0]!r}: give others too, or there is no choice")
     if head and train.form != "classification":
         raise SplitnetError('--head tells labels, and the data has none: give {"text": "...", "label": "..."}')
-    checkpoint = resolve_model(model)
+    checkpoint = resolve_model(model_or_invited(model, invite))
 
     from splitnet.cli.connection import Connection
     from splitnet.cli.tuning import Tuning
@@ -178,5 +185,19 @@ def tune(
         resume=resume,
     )
     tuning.run(
-        Connection(checkpoint, join or (), codec, key_file, wait, local_blocks, local_weights, lan, tokenizer, device)
+        Connection(
+            checkpoint,
+            join or (),
+            codec,
+            key_file,
+            wait,
+            local_blocks,
+            local_weights,
+            lan,
+            tokenizer,
+            device,
+            swarm_key,
+            trusted_peers,
+            invite,
+        )
     )

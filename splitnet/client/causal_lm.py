@@ -68,7 +68,7 @@ class AutoModelForCausalLM:
 
         Args:
             model: hub id or checkpoint folder; only the tensors outside the blocks are read.
-            initial_peers: multiaddrs of the swarm.
+            initial_peers: addresses of the swarm, multiaddrs or `tcp://HOST:PORT?key=...` of peers.
             identity: the key that private swarms must know; None: the user's own (see `splitnet key`).
             revision: of the model on the hub.
             codec: how activations travel: "auto", or a name from `splitnet.net.codecs.CODECS`.

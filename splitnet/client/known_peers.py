@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 
-from splitnet.errors import DirectoryError, ProtocolVersionError, WrongSwarm
-from splitnet.net.directory import Directory
+from splitnet.errors import DirectoryError, NotAuthorized, ProtocolVersionError, WrongSwarm
 from splitnet.net.endpoints import Endpoint, LinkState
-from splitnet.net.identity import PublicKey
+from splitnet.net.identity import AuthorizedKeys, PublicKey
 from splitnet.net.messages import PROTOCOL_VERSION
 from splitnet.net.records import PeerRecord
+from splitnet.net.swarm_directory import SwarmDirectory
 
 log = logging.getLogger(__name__)
 
@@ -27,15 +27,22 @@ class KnownPeers:
         fingerprint: of the model.
         model_name: for errors.
         link_state: of the client's link to a peer.
+        trusted: keys of the peers that count; None: any.
     """
 
     def __init__(
-        self, directory: Directory, fingerprint: str, model_name: str, link_state: Callable[[Endpoint], LinkState]
+        self,
+        directory: SwarmDirectory,
+        fingerprint: str,
+        model_name: str,
+        link_state: Callable[[Endpoint], LinkState],
+        trusted: AuthorizedKeys | None = None,
     ) -> None:
         self._directory = directory
         self._fingerprint = fingerprint
         self._model_name = model_name
         self._link_state = link_state
+        self._trusted = trusted
         self._records: list[PeerRecord] = []
         self._asked_at = float("-inf")
         self._silent = False
@@ -52,6 +59,7 @@ class KnownPeers:
             DirectoryError: the directory does not answer, and no peer is known.
             WrongSwarm: the swarm serves other weights only.
             ProtocolVersionError: all peers speak another protocol.
+            NotAuthorized: there are peers, of which none is trusted.
         """
         if self._is_due(fresh):
             asked_at = self._asked_at
@@ -62,11 +70,17 @@ class KnownPeers:
                         self._ask()
                 finally:
                     self._asking.release()
-        speaking = [record for record in self._records if record.protocol == PROTOCOL_VERSION]
+        trusted = [record for record in self._records if self._is_trusted(record)]
+        speaking = [record for record in trusted if record.protocol == PROTOCOL_VERSION]
         if not self._records:
             self._explain_none()
+        elif not trusted:
+            raise NotAuthorized(
+                f"{len(self._records)} peers serve {self._model_name}, and none of them is one that you trust: add "
+                "its key to your --trusted-peers file if you do"
+            )
         elif not speaking:
-            spoken = max(record.protocol for record in self._records)
+            spoken = max(record.protocol for record in trusted)
             older = "this client" if spoken > PROTOCOL_VERSION else "the peers"
             raise ProtocolVersionError(
                 f"the peers speak protocol {spoken}, this client speaks {PROTOCOL_VERSION}: upgrade {older}"
@@ -76,6 +90,9 @@ class KnownPeers:
     def find(self, key: PublicKey) -> PeerRecord | None:
         """The record of a peer, as it was read last."""
         return next((record for record in self._records if record.key == key), None)
+
+    def _is_trusted(self, record: PeerRecord) -> bool:
+        return self._trusted is None or self._trusted.allows(record.key.curve_raw)
 
     def _is_due(self, fresh: bool) -> bool:
         if not self._records or time.monotonic() - self._asked_at > RECORDS_MAX_AGE_S:

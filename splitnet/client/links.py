@@ -6,14 +6,14 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from splitnet.errors import NotAuthorized, PeerLost, ProtocolError, ProtocolVersionError, SplitnetError
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.link_pool import LinkPool
-from splitnet.net.messages import Close, Failure, Message, Open, Payload, Pong, decode, encode
+from splitnet.net.messages import Announced, Close, Failure, Found, Message, Open, Payload, Pong, decode, encode
 from splitnet.net.prober import Prober
 from splitnet.net.transport import Transport
 from splitnet.seldom_warnings import SeldomWarnings
@@ -51,6 +51,7 @@ class Links:
 
     Attributes:
         prober: asks peers for signs of life.
+        on_answer: takes in what answers a question that belongs to no session, see `splitnet.net.asked_peers`.
     """
 
     def __init__(self, identity: Identity, *, most: int = MAX_LINKS) -> None:
@@ -62,6 +63,7 @@ class Links:
         self._most = most
         self._complaints = SeldomWarnings(log)
         self.prober = Prober(self.send)
+        self.on_answer: Callable[[Endpoint, Message], None] | None = None
         self._transport = Transport(
             identity,
             on_message=self._receive,
@@ -166,6 +168,11 @@ class Links:
             return
         if isinstance(message, Pong):
             self.prober.pong(source, message)
+        elif isinstance(message, Found | Announced) or (
+            isinstance(message, Failure) and not message.session and message.number
+        ):
+            if self.on_answer is not None:
+                self.on_answer(source, message)
         elif isinstance(message, Failure) and not message.session:
             self._complaints.say("%s answered: %s", source.address, message.text)
         else:

@@ -12,6 +12,7 @@ from scheduler.network import CLIENT
 from scheduler.swarm import Peer, Speed, missing_blocks
 from splitnet.client.swarm import ModelFacts
 from splitnet.net.facts import facts_of
+from splitnet.net.peer_addresses import peer_address
 from splitnet.net.records import PeerRecord
 
 SHORT_KEY = 9
@@ -83,6 +84,7 @@ def _record_as_json(record: PeerRecord) -> dict[str, Any]:
     values["key"] = record.key.text
     values["watts"] = record.watts or None
     values["joules_per_token"] = token_joules(record)
+    values["join"] = peer_address(record.endpoint)
     values["links"] = [
         {"peer": link.peer.hex(), "rtt_ms": link.rtt_ms, "bytes_per_ms": link.bytes_per_ms} for link in record.links
     ]

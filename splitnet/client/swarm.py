@@ -17,12 +17,13 @@ from splitnet.client.links import Links
 from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
 from splitnet.errors import CoverageError, PeerBusy
-from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import STRICT_VERSIONS
-from splitnet.net.identity import Identity, PublicKey
+from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
+from splitnet.net.joining import join
 from splitnet.net.prober import Answer
 from splitnet.net.records import PeerRecord
+from splitnet.net.swarm_key import OPEN, SwarmKey
 
 if TYPE_CHECKING:
     from splitnet.model.checkpoint import Checkpoint
@@ -60,8 +61,10 @@ class Swarm:
 
     Args:
         facts: the model.
-        initial_peers: multiaddrs that any peer of the swarm prints.
+        initial_peers: addresses that any peer of the swarm prints, multiaddrs or `tcp://HOST:PORT?key=...`.
         identity: the client's key; None makes one that lives as long as this object.
+        swarm_key: of a closed swarm.
+        trusted: keys of the peers that may be used; None: any.
 
     Attributes:
         survey: what is known of peers and links.
@@ -75,7 +78,15 @@ class Swarm:
         DirectoryError: none of `initial_peers` answers.
     """
 
-    def __init__(self, facts: ModelFacts, initial_peers: Sequence[str], *, identity: Identity | None = None) -> None:
+    def __init__(
+        self,
+        facts: ModelFacts,
+        initial_peers: Sequence[str],
+        *,
+        identity: Identity | None = None,
+        swarm_key: SwarmKey | None = None,
+        trusted: AuthorizedKeys | None = None,
+    ) -> None:
         self.facts = facts
         self.identity = identity or Identity.generate()
         self.survey = Survey()
@@ -83,9 +94,13 @@ class Swarm:
         self.was_covered = False
         self._bans = Bans()
         self.planner = Planner(self.survey, facts.name, self.peers)
-        self._directory = Directory.start(initial_peers=initial_peers, listen=None)
         self.links = Links(self.identity)
-        self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.links.state)
+        try:
+            self._directory = join(initial_peers, lambda: self.links, swarm=swarm_key or OPEN)
+        except BaseException:
+            self.links.close()
+            raise
+        self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.links.state, trusted)
         self.fresh_facts = FreshFacts(self._known, self.survey, self.links.prober, lambda: self.links.has_sessions)
 
     def close(self) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from splitnet.client.links import Links
 from splitnet.doctor import machine, network
-from splitnet.doctor.finding import Finding, Status, failed, passed
+from splitnet.doctor.finding import Finding, Status, failed, passed, warned
 from splitnet.doctor.links import PeerLinks
 from splitnet.doctor.model import memory, open_model, room_on_disk
-from splitnet.doctor.peers import peer
+from splitnet.doctor.peers import peer, peer_to_join
 from splitnet.doctor.reach import Reach
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
@@ -19,10 +20,13 @@ from splitnet.model.device_choice import AUTO
 from splitnet.model.memory import free_memory
 from splitnet.model.sizes import ModelSizes
 from splitnet.net.dht_answers import allowed_skew_s, ask_nodes
-from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
-from splitnet.net.records import PeerRecord
+from splitnet.net.joining import join as join_swarm
+from splitnet.net.peer_addresses import endpoint_of, split_addresses
+from splitnet.net.records import MAX_CLOCK_SKEW_S, PeerRecord
+from splitnet.net.swarm_directory import SwarmDirectory
+from splitnet.net.swarm_key import OPEN, OpenSwarm
 
 MAX_PEERS = 64
 ANY_PORT = "tcp://0.0.0.0:0"
@@ -34,9 +38,11 @@ class Setup:
 
     Attributes:
         model: hub id or checkpoint folder; None: no model.
-        join: multiaddrs of a swarm.
+        join: addresses of a swarm, multiaddrs or those of peers.
         lan: without them, look for a swarm of the model on the local network.
         listen: where a peer would listen; None: nowhere in particular.
+        identity: the key of this machine itself, in the place of a file.
+        swarm: the key of a closed one.
     """
 
     model: str | None = None
@@ -46,6 +52,8 @@ class Setup:
     public_host: str | None = None
     key_file: Path | None = None
     device: str = AUTO
+    identity: Identity | None = None
+    swarm: OpenSwarm = OPEN
 
 
 def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator[Finding]:
@@ -64,9 +72,11 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         found, checkpoint = open_model(setup.model)
         yield found
         yield from _room(setup.model, checkpoint)
-    found, identity = machine.key_of(setup.key_file)
-    yield found
-    identity = identity or Identity.generate()
+    identity = setup.identity
+    if identity is None:
+        found, identity = machine.key_of(setup.key_file)
+        yield found
+        identity = identity or Identity.generate()
     reach = Reach(
         identity,
         setup.listen or ANY_PORT,
@@ -78,7 +88,7 @@ def examine(setup: Setup, *, clock: Callable[[], float] = time.time) -> Iterator
         found, join = network.local_network(checkpoint)
         yield found
     if join:
-        yield from _way_to(join, checkpoint, identity, reach, clock)
+        yield from _way_to(join, checkpoint, identity, reach, clock, setup.swarm)
     else:
         yield reach.port()
 
@@ -95,29 +105,69 @@ def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
 
 
 def _way_to(
-    join: Sequence[str], checkpoint: Checkpoint | None, identity: Identity, reach: Reach, clock: Callable[[], float]
+    join: Sequence[str],
+    checkpoint: Checkpoint | None,
+    identity: Identity,
+    reach: Reach,
+    clock: Callable[[], float],
+    swarm: OpenSwarm,
 ) -> Iterator[Finding]:
-    answers = ask_nodes(join, clock=clock)
-    yield from network.join_addresses(answers)
+    multiaddrs, addresses = split_addresses(join)
+    answers = ask_nodes(multiaddrs, clock=clock) if multiaddrs else []
     present = [answer for answer in answers if not answer.fault]
+    found, joined = _peers_to_ask(addresses, identity, others_answer=bool(present))
+    yield from network.join_addresses(answers, others_answer=bool(joined))
+    yield from found
+    allowed_s = MAX_CLOCK_SKEW_S
     if present:
-        found = network.clock(present, allowed_skew_s())
-        yield found
+        allowed_s = allowed_skew_s()
+        clocks = network.clock(present, allowed_s)
+        yield clocks
         # With a clock that is off, records of peers are void, or of the future.
-        in_time = [] if found.status is Status.failed else present
-        present = [answer for answer in in_time if abs(answer.ahead_s) <= allowed_skew_s()]
-    if not present:
+        in_time = [] if clocks.status is Status.failed else present
+        present = [answer for answer in in_time if abs(answer.ahead_s) <= allowed_s]
+    joined = [*joined, *(answer.address for answer in present)]
+    if not joined:
         yield reach.port()
         return
+    links = Links(identity)
     try:
-        with Directory.start(initial_peers=[answer.address for answer in present]) as directory:
-            yield from _swarm(directory, checkpoint, identity, reach, clock)
+        with join_swarm(joined, lambda: links, swarm=swarm) as directory:
+            yield from _swarm(directory, checkpoint, identity, reach, clock, allowed_s)
     except SplitnetError as error:
         yield failed("swarm", str(error))
+    finally:
+        links.close()
+
+
+def _peers_to_ask(
+    addresses: Sequence[str], identity: Identity, *, others_answer: bool
+) -> tuple[list[Finding], list[str]]:
+    """Whether the peers to join through answer, and the addresses of those that do."""
+    found = list[Finding]()
+    endpoints = dict[str, Endpoint]()
+    for address in addresses:
+        try:
+            endpoints[address] = endpoint_of(address)
+        except SplitnetError as error:
+            found.append(failed("join", f"{address}: {error}"))
+    if not endpoints:
+        return found, []
+    with PeerLinks(identity) as links:
+        answers = links.try_out(endpoints.values())
+    joined = [address for address, endpoint in endpoints.items() if answers[endpoint].rtt_ms is not None]
+    wrong = warned if joined or others_answer else failed
+    found += [peer_to_join(address, endpoint, answers[endpoint], wrong) for address, endpoint in endpoints.items()]
+    return found, joined
 
 
 def _swarm(
-    directory: Directory, checkpoint: Checkpoint | None, identity: Identity, reach: Reach, clock: Callable[[], float]
+    directory: SwarmDirectory,
+    checkpoint: Checkpoint | None,
+    identity: Identity,
+    reach: Reach,
+    clock: Callable[[], float],
+    allowed_s: float,
 ) -> Iterator[Finding]:
     models = directory.models()
     yield network.served_model(models, checkpoint)
@@ -130,7 +180,7 @@ def _swarm(
         silent: list[PeerRecord] = []
         for record in tried:
             answer = answers[Endpoint(record.address, record.key)]
-            yield peer(record, answer, record.issued_at - clock(), allowed_skew_s())
+            yield peer(record, answer, record.issued_at - clock(), allowed_s)
             (silent if answer.rtt_ms is None else answering).append(record)
         if len(tried) < len(records):
             yield passed("peer", f"the other {len(records) - len(tried)} peers are not tried, and taken to answer")

@@ -48,10 +48,14 @@ def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
     return passed("lan", what_was_found(nodes)), [address for node in nodes for address in node.addresses]
 
 
-def join_addresses(answers: Sequence[NodeAnswer]) -> Iterator[Finding]:
-    """Whether the nodes to join through answer, with the keys that their addresses name."""
+def join_addresses(answers: Sequence[NodeAnswer], *, others_answer: bool = False) -> Iterator[Finding]:
+    """Whether the nodes to join through answer, with the keys that their addresses name.
+
+    Args:
+        others_answer: there is another way to join.
+    """
     # One is enough to join, so while another answers, one that does not is no more than a waste of time.
-    wrong = warned if any(not answer.fault for answer in answers) else failed
+    wrong = warned if others_answer or any(not answer.fault for answer in answers) else failed
     for answer in answers:
         if not answer.fault:
             yield passed("join", f"{answer.address} answers in {answer.rtt_ms:.1f} ms")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from splitnet.client.links import refusal
 from splitnet.doctor.finding import Finding, failed, passed, warned
 from splitnet.doctor.links import PeerAnswer
@@ -32,6 +34,21 @@ def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: floa
     if ahead_s > allowed_s:
         return warned("peer", f"{name}: its clock is {ahead_s:.0f} s ahead: have it set by NTP")
     return passed("peer", f"{name}: answers in {answer.rtt_ms:.1f} ms, with its key")
+
+
+def peer_to_join(address: str, endpoint: Endpoint, answer: PeerAnswer, wrong: Callable[[str, str], Finding]) -> Finding:
+    """Whether a peer to join through answers, with the key that its address names.
+
+    Args:
+        wrong: makes a finding of what is not as it should be.
+    """
+    if answer.state is LinkState.WRONG_KEY:
+        return wrong("join", f"{address}: what answers there has another key: copy the address that it prints now")
+    if answer.state is LinkState.REFUSED:
+        return wrong("join", f"{address}: {refusal(endpoint, answer.state)}")
+    if answer.rtt_ms is None:
+        return wrong("join", f"{address}: {_silence(answer.state)}")
+    return passed("join", f"{address} answers in {answer.rtt_ms:.1f} ms, with its key")
 
 
 def _silence(state: LinkState) -> str:

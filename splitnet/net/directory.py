@@ -15,20 +15,18 @@ import errno
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, suppress
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from splitnet.errors import AddressInUse, DirectoryError
 from splitnet.net.dht_node import NodeLoop, import_hivemind
 from splitnet.net.dht_reading import Reading, overhear, read
-from splitnet.net.identity import Identity, PublicKey
 from splitnet.net.records import MODELS_KEY, PeerRecord, RecordValidator, peers_key, shard_key, shard_keys
+from splitnet.net.swarm_directory import OWN_DEPTH, SwarmDirectory, latest
 
 logger = logging.getLogger(__name__)
 
@@ -48,13 +46,8 @@ _EXAMPLE_ADDRESS = "/ip4/192.0.2.7/tcp/31330/p2p/12D3KooW..."
 T = TypeVar("T")
 
 
-class Directory:
-    """One node of the DHT. All methods may be called from any thread; they block, for 10 s at most.
-
-    addresses: multiaddrs that others can join with; empty for a client, which does not listen.
-    """
-
-    addresses: list[str]
+class Directory(SwarmDirectory):
+    """One node of the DHT, see `SwarmDirectory`."""
 
     def __init__(self) -> None:
         self._loop = NodeLoop()
@@ -91,7 +84,13 @@ class Directory:
                 raise DirectoryError(f"{address!r} is no address to join with; it looks like {_EXAMPLE_ADDRESS}.")
         for address in listen or ():
             _refuse_taken_port(address)
-        import_hivemind()
+        try:
+            import_hivemind()
+        except ModuleNotFoundError as error:
+            raise DirectoryError(
+                f"There is no {error.name} here, which the DHT needs: join through a peer, with "
+                "--join tcp://HOST:PORT?key=... as it prints."
+            ) from None
         logging.getLogger("hivemind").setLevel(logging.INFO if verbose else logging.CRITICAL)
         directory = cls()
         directory._thread.start()
@@ -105,47 +104,22 @@ class Directory:
             on_failure.pop_all()
         return directory
 
-    def announce(self, record: PeerRecord, identity: Identity) -> bool:
-        """Publishes `record` until it expires; call it again before that.
-
-        False if the DHT refused it: it holds a later record of this key, or the clock of this machine is wrong.
-        Raises DirectoryError if the DHT does not answer.
-        """
+    def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
         keys, subkeys = [peers_key(record.model), shard_key(record.model, record.key)], [record.key.text] * 2
         if not record.has_left:
             keys.append(MODELS_KEY)
             subkeys.append(record.model)
-        return self._request(lambda node: self._store(node, keys, subkeys, record.pack(identity), record.expires_at))
+        return self._request(lambda node: self._store(node, keys, subkeys, packed, record.expires_at))
 
-    def withdraw(self, record: PeerRecord, identity: Identity) -> bool:
-        """Replaces the announced `record` by one that says that the peer has left, so that lookups miss it at once."""
-        return self.announce(record.farewell(), identity)
-
-    def peers(self, model: str) -> list[PeerRecord]:
-        """Verified records of the peers that serve the model with this fingerprint, one of each.
-
-        Raises:
-            DirectoryError: the DHT does not answer, or no node that was joined through answers and nobody is found.
-        """
-        now = time.time()
-        latest: dict[PublicKey, PeerRecord] = {}
-        found = self._read([*shard_keys(model), peers_key(model)]).records.values()
-        # In each shard who came first is first: so a late flood stands behind long-standing peers of all shards.
-        for row in zip_longest(*found):
-            for subkey, record in filter(None, row):
-                counts = record.model == model and record.key.text == subkey and record.expires_at > now
-                if counts and (record.key not in latest or record.issued_at > latest[record.key].issued_at):
-                    latest[record.key] = record
-        return [record for record in latest.values() if not record.has_left]
-
-    def models(self) -> dict[str, str]:
-        """Name by fingerprint of the models in the swarm; a name is what some peer claims. Raises DirectoryError."""
-        now = time.time()
-        return {
-            record.model: record.model_name
-            for subkey, record in self._read([MODELS_KEY]).records[MODELS_KEY]
-            if record.model == subkey and record.expires_at > now
-        }
+    def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
+        found = self._read([*shard_keys(model), peers_key(model)] if model else [MODELS_KEY]).records.values()
+        return latest(
+            model,
+            [
+                [record for subkey, record in records if subkey == (record.key.text if model else record.model)]
+                for records in found
+            ],
+        )
 
     def meet(self, addresses: Sequence[str]) -> int:
         """Brings the DHTs together that this node and the nodes at `addresses` (multiaddrs) are in.
@@ -155,7 +129,6 @@ class Directory:
         return self._request(lambda _: self._meet(addresses))
 
     def close(self) -> None:
-        """Leaves the DHT and ends the thread and the child process. May be called more than once."""
         with self._closing:
             if self._closed:
                 return
@@ -169,9 +142,6 @@ class Directory:
 
     def __enter__(self) -> Directory:
         return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _read(self, keys: Sequence[str]) -> Reading:
         for _ in range(READS):

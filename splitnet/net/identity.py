@@ -143,6 +143,19 @@ class Identity:
                 f"set {KEY_FILE_VARIABLE} to a file that you can write."
             ) from error
 
+    @classmethod
+    def parse(cls, text: str) -> Identity:
+        """The key pair that `secret_text` was read from. Raises KeyFileError."""
+        try:
+            return cls(_signing_key(text))
+        except ValueError:  # the cause would show the secret
+            raise KeyFileError("this is no secret key of splitnet: copy the whole line") from None
+
+    @property
+    def secret_text(self) -> str:
+        """Both halves as they stand in a key file, for a file that its owner alone can read."""
+        return f"{_SECRET_PREFIX}{bytes(self._signing_key).hex()}"
+
     def sign(self, message: bytes) -> bytes:
         """The Ed25519 signature of `message`, 64 bytes."""
         return self._signing_key.sign(message).signature
@@ -249,12 +262,16 @@ def _read_key_file(path: Path) -> SigningKey:
             raise KeyFileError(f"Others can read the secret key in {path}; run: chmod 600 {path}")
         content = file.read(MAX_KEY_FILE_BYTES)
     try:
-        prefix, _, seed = content.decode("ascii").strip().rpartition(" ")
-        if prefix != _SECRET_PREFIX.strip():
-            raise ValueError("prefix")
-        return SigningKey(bytes.fromhex(seed))
+        return _signing_key(content.decode("ascii"))
     except ValueError:  # also what PyNaCl raises for a seed of another length; the cause would show the secret
         raise KeyFileError(f"{path} holds no splitnet key; move it away and a new key will be made.") from None
+
+
+def _signing_key(text: str) -> SigningKey:
+    prefix, _, seed = text.strip().rpartition(" ")
+    if prefix != _SECRET_PREFIX.strip():
+        raise ValueError("prefix")
+    return SigningKey(bytes.fromhex(seed))
 
 
 def _read_authorized_keys(path: Path) -> dict[bytes | None, KeyOptions]:

@@ -12,6 +12,7 @@ bounded here and checked before anything is allocated; whatever breaks a bound r
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -23,6 +24,7 @@ from splitnet.net.fields import (
     appended,
     blob,
     flag,
+    matching,
     milliseconds,
     optional,
     packb,
@@ -43,6 +45,12 @@ MAX_ROWS = 1024
 MAX_POSITIONS = 1 << 24
 MAX_BLOCKS = 4096
 MAX_TEXT = 2048
+
+MAX_DEPTH = 2
+MAX_FOUND = 256
+
+FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
+"""Of a model's weights."""
 
 SESSION_BYTES = 16
 KEY_BYTES = 32
@@ -369,6 +377,51 @@ class FetchedKV:
     payload: Payload = b""
 
 
+@dataclass(frozen=True, slots=True)
+class LookUp:
+    """Asks a peer for the records of a model's peers, or for one record of each model."""
+
+    TAG: ClassVar[int] = 17
+    number: int = wire(_NUMBER)
+    """Of the question; its answer has the same."""
+    model: str = wire(matching(re.compile(rf"(?:{FINGERPRINT.pattern})?")))
+    """Fingerprint of the weights; empty: all models."""
+    depth: int = wire(uint(MAX_DEPTH))
+    """Over how many further peers the question may go, where the one asked has to ask others itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Answers a `LookUp` in one message or several; each payload is a msgpack array of signed records."""
+
+    TAG: ClassVar[int] = 18
+    number: int = wire(_NUMBER)
+    remaining: int = wire(uint(MAX_FOUND - 1))
+    """How many messages of this answer follow."""
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Asks a peer to tell others of a record; the payload is the signed record."""
+
+    TAG: ClassVar[int] = 19
+    number: int = wire(_NUMBER)
+    depth: int = wire(uint(MAX_DEPTH))
+    """As in `LookUp`."""
+    payload: Payload = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Announced:
+    """Answers an `Announce`."""
+
+    TAG: ClassVar[int] = 20
+    number: int = wire(_NUMBER)
+    taken: bool = wire(flag)
+    """False: the record is not valid, or there is no place for it."""
+
+
 Message = (
     Ping
     | Pong
@@ -386,6 +439,10 @@ Message = (
     | AdapterGradient
     | FetchKV
     | FetchedKV
+    | LookUp
+    | Found
+    | Announce
+    | Announced
 )
 
 MESSAGES: tuple[type[Message], ...] = get_args(Message)

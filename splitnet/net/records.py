@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, NamedTuple, cast
+from typing import Any, ClassVar, Final, NamedTuple, cast
 
 from scheduler.coordinates import DIMENSIONS
 from scheduler.swarm import MAX_WATTS, PASS_SIZES
@@ -36,6 +36,7 @@ from splitnet.net.fields import (
     wire,
 )
 from splitnet.net.identity import Identity, PublicKey
+from splitnet.net.messages import FINGERPRINT
 from splitnet.net.proof_of_work import MAX_PROOF, has_worked
 
 RECORD_LAYOUT: Final = 1
@@ -50,8 +51,6 @@ MAX_CLOCK_SKEW_S: Final = 300.0
 MODELS_KEY: Final = "splitnet.models"
 SHARDS: Final = 8
 """Keys of the DHT that the records of one model are spread over."""
-
-FINGERPRINT: Final = re.compile(r"[0-9a-f]{8,128}")
 
 _SIGNED_PREFIX = b"splitnet peer record\0"
 _MOST = 1e9
@@ -126,6 +125,9 @@ class PeerRecord:
     watts: what the device draws while it computes; 0: not known.
     """
 
+    signed: ClassVar[bytes] = b""
+    """The bytes that this record was read from, with the signature; none if it was made here."""
+
     key: PublicKey = wire(_key)  # noqa: RUF009 (it makes a field)
     model: str = wire(matching(FINGERPRINT))
     model_name: str = wire(_name)
@@ -185,6 +187,10 @@ class PeerRecord:
         """Whether its key has cost work."""
         return has_worked(self.key, self.proof)
 
+    def is_valid_at(self, now: float) -> bool:
+        """Whether the record is neither void nor from the future at `now`, Unix time in seconds."""
+        return self.expires_at > now and self.issued_at <= now + MAX_CLOCK_SKEW_S
+
     def farewell(self, now: float | None = None) -> PeerRecord:
         """A record for the same peer that says it has left; it outlives this record by a moment."""
         issued_at = max(time.time() if now is None else now, self.issued_at)
@@ -220,7 +226,9 @@ class PeerRecord:
         fields = _LAYOUT.read(values[1:])
         if not fields["key"].verify(_SIGNED_PREFIX + payload, signature):
             raise NotAuthorized("The peer record is not signed by the key that it names.")
-        return cls(**fields)
+        record = cls(**fields)
+        object.__setattr__(record, "signed", data)
+        return record
 
 
 _LAYOUT = Layout(PeerRecord)

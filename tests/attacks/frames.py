@@ -16,11 +16,13 @@ from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import (
     Adapter,
+    Announce,
     Close,
     FetchKV,
     Fork,
     Forward,
     Gradient,
+    LookUp,
     Message,
     Open,
     Part,
@@ -59,6 +61,8 @@ def said(facts: ModelFacts, blocks: tuple[int, int], session: bytes) -> list[Mes
         Forward(session, 1, 5, start, (4,), True, 0, PLAIN, PLAIN, bytes(4 * hidden), 0),
         Gradient(session, 1, 5, end, 0, False, PLAIN, bytes(4 * hidden)),
         Close(session),
+        LookUp(1, facts.fingerprint, 2),
+        Announce(2, 2, bytes(300)),
     ]
     return messages
 

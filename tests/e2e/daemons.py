@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -48,7 +49,7 @@ class Daemon:
         self.wait_for(lambda: self.serves)
         # The file is there at once with all of its text.
         text = self.address_file.read_text()
-        assert text.startswith("/ip4/127.0.0.1/tcp/") and text.endswith("\n") and "/p2p/" in text
+        assert re.fullmatch(r"(/ip4/127\.0\.0\.1/tcp/\d+/p2p/\w+|tcp://127\.0\.0\.1:\d+\?key=\w+)\n", text), text
         return text.strip()
 
     def wait_for(self, condition: Callable[[], bool]) -> None:

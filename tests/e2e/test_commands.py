@@ -8,6 +8,7 @@ import re
 import signal
 import socket
 import statistics
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -22,15 +23,17 @@ from peers.options import PeerOptions
 from peers.placing import SpanWish
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
 from tests.e2e.conftest import DUO_SPANS, SPANS, Here
-from tests.e2e.daemons import daemon, run, starting
+from tests.e2e.daemons import LOOPBACK, daemon, run, starting
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import local_swarm
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
-COMMANDS = ["peer", "generate", "chat", "serve", "tune", "status", "doctor", "bench", "dht", "key", "demo"]
+COMMANDS = ["peer", "generate", "chat", "serve", "tune", "status", "doctor", "bench", "dht", "key", "invite", "demo"]
 NOBODY = "/ip4/127.0.0.1/tcp/9/p2p/12D3KooWG1v6rQ3nQ2Cvp5RdrM5EezFqUsDh7yHZiTWFcYGn7gyU"
+NO_PEER = f"tcp://127.0.0.1:9?key={Identity.generate().public.text}"
 KV = ("--kv-memory", "64MiB")
 
 
@@ -110,6 +113,18 @@ FAILURES: dict[str, tuple[str, str]] = {
     "no address to join": ("peer {small} --join 127.0.0.1:80", "'127.0.0.1:80' is no address to join with: copy"),
     "nobody to join": ("peer {small} --join {nobody}", "No peer answers at {nobody} .*; check that it runs"),
     "client: nobody to join": ("generate {small} hi --join {nobody}", "No peer answers at {nobody} .*; check that it"),
+    "client: no peer to join through": (
+        "generate {small} hi --join {no_peer}",
+        "No peer tells of others: {no_peer_text} is not reached: check that it runs and that its port is open",
+    ),
+    "client: an address without a key": (
+        "generate {small} hi --join tcp://127.0.0.1:80",
+        "'tcp://127.0.0.1:80' is no address of a peer: copy a whole one",
+    ),
+    "dht: no node to join through": (
+        "dht --listen /ip4/127.0.0.1/tcp/0 --key-file {home}/dht --join {no_peer}",
+        "a node of the DHT joins through another node, not tcp://127.0.0.1:9",
+    ),
     "client: no swarm": ("generate {small} hi", "no swarm is given: give --join with the address .* with --lan"),
     "status: no swarm": ("status {small}", "no swarm is given: give --join with the address .* with --lan"),
     "dht: nobody to join": (
@@ -203,6 +218,8 @@ def words(
             "holed": holed,
             "private": private,
             "nobody": NOBODY,
+            "no_peer": NO_PEER,
+            "no_peer_text": re.escape(NO_PEER),
             "home": str(folder / "home"),
             **{name: str(folder / name) for name in ("good", "plain", "bad_line", "one_label")},
             "taken": f"tcp://127.0.0.1:{port}",
@@ -324,6 +341,66 @@ def test_a_node_of_the_dht_that_all_join_through(small: Path, here: Here, tmp_pa
         node.process.wait()
         for address in known:
             assert here(*generate, address).output == through_node.output
+
+
+def test_peers_and_clients_that_join_through_a_peers_own_port(
+    small: Path, home: Path, here: Here, tmp_path: Path
+) -> None:
+    generate = ("generate", str(small), "bees", "--max-new-tokens", "4", "--codec", "none", "--join")
+    with starting(tmp_path, small, *KV, "--blocks", "0:2") as first:
+        multiaddr = first.address()
+        printed = re.findall(r"--join (\S+)", first.log)
+        assert printed[0] == multiaddr and printed[-1].startswith("tcp://127.0.0.1:")
+        with starting(tmp_path, small, *KV, "--blocks", "2:6", "--join", printed[-1]) as second:
+            address = second.address()
+            assert re.findall(r"--join (\S+)", second.log) == [address]
+            told = run(home, *generate, address)
+            assert told.code == 0 and told.output == here(*generate, multiaddr).output != ""
+            shown = here("status", str(small), "--join", address).output
+            assert {f"  --join {printed[-1]}", f"  --join {address}"} <= set(shown.splitlines())
+            found = here("doctor", str(small), "--join", address, "--join", multiaddr, "--json")
+            findings = json.loads(found.output)["findings"]
+            assert [one["status"] for one in findings if one["check"] == "join"] == ["pass", "pass"]
+            assert second.stop() < 10
+        missing = here("generate", str(small), "bees", "--join", printed[-1])
+        assert "blocks 2..5" in missing.error
+
+
+def test_an_invitation_is_all_that_a_friend_needs_and_can_be_revoked(small: Path, here: Here, tmp_path: Path) -> None:
+    swarm_key, keys, other_key = tmp_path / "swarm.key", tmp_path / "keys", tmp_path / "other.key"
+    for file in (swarm_key, other_key):
+        assert here("key", "--swarm-key", str(file)).code == 0
+    keys.write_text(here("key").output)
+    closed = ("--swarm-key", str(swarm_key), "--authorized-keys", str(keys))
+
+    def invite(name: str, join: str) -> str:
+        file = str(tmp_path / f"{name}.invite")
+        made = here("invite", str(small), "--join", join, *closed, "--output", file, "--name", name)
+        assert made.code == 0 and f"invites {name}" in made.output
+        return file
+
+    with starting(tmp_path, small, *KV, "--blocks", "0:4", *closed) as first:
+        address = first.address()
+        assert address.startswith("tcp://")
+        anna, bob = invite("anna", address), invite("bob", address)
+        with daemon(tmp_path, "peer", *LOOPBACK, *KV, "--blocks", "4:6", "--invite", anna) as second:
+            assert second.address().startswith("tcp://")
+            generate = ("generate", "--max-new-tokens", "4", "--codec", "none")
+            own = (*generate, str(small), "bees", "--join", address, "--swarm-key")
+            told = here(*generate, "--invite", bob, "bees")
+            assert told.output == here(*own, str(swarm_key)).output != ""
+            assert "every block is served" in here("status", "--invite", bob).output
+            assert "pass coverage" in here("doctor", "--invite", bob).output
+            assert "another swarm key, or none" in here(*own, str(other_key)).error
+            trusted = tmp_path / "trusted"
+            trusted.write_text(here("key").output)
+            assert "that you trust" in here(*generate, "--invite", bob, "bees", "--trusted-peers", str(trusted)).error
+            keys.write_text("".join(line for line in keys.read_text().splitlines(True) if "bob" not in line))
+            deadline = time.monotonic() + 10
+            while (refused := here(*generate, "--invite", bob, "bees")).code == 0:
+                assert time.monotonic() < deadline
+            assert "does not accept this key" in refused.error
+            assert here(*own, str(swarm_key)).output == told.output
 
 
 def test_status_in_json(address: str, demo_checkpoint: Path, here: Here) -> None:

@@ -32,7 +32,7 @@ EXECUTED = {"chat", "generate", "key", "plan", "status"}
 """Commands of splitnet that end by themselves within seconds."""
 NEEDS_SWARM = {"chat", "generate", "status"}
 """Without --join these look for one on the local network, where tests must not find any."""
-NEEDS_MORE = {"--adapter", "simulate", "tune"}
+NEEDS_MORE = {"--adapter", "--swarm-key", "simulate", "tune"}
 """What needs files of an earlier command, or minutes."""
 PLACEHOLDERS = {
     "ADDR": NOBODY,

@@ -56,14 +56,17 @@ class LocalSwarm:
         return self._client
 
     def add(self, start: int, end: int, **options: Any) -> Peer:
-        """Starts a peer for blocks `[start, end)`, or for what `wish` says; it computes as transformers does."""
+        """Starts a peer for blocks `[start, end)`, or for what `wish` says; it computes as transformers does.
+
+        join: in the place of the address of the first peer.
+        """
         chosen = {"wish": SpanWish(blocks=(start, end)), "listen": LOOPBACK, "kv_memory": KV_MEMORY, "weights": None}
         chosen |= options
         with self._using_node():
             peer = Peer.start(
                 options.pop("folder", self.folder),
                 PeerOptions(
-                    initial_peers=self.addresses if self.peers else (),
+                    initial_peers=chosen.pop("join", self.addresses if self.peers else ()),
                     **{name: value for name, value in chosen.items() if name != "folder"},
                 ),
             )

@@ -29,13 +29,17 @@ from splitnet.net.messages import (
     Adapter,
     AdapterGradient,
     AdapterLoaded,
+    Announce,
+    Announced,
     Close,
     Failure,
     FetchedKV,
     FetchKV,
     Fork,
     Forward,
+    Found,
     Gradient,
+    LookUp,
     Message,
     Open,
     Opened,
@@ -65,7 +69,7 @@ logs of the same sessions, and what Python, torch and ZeroMQ do not give back at
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 # Few sessions, so that most messages are about one that is open.
-ANSWERS = Pong | Failure | Opened | Result | Gradient | AdapterLoaded | AdapterGradient | FetchedKV
+ANSWERS = Pong | Failure | Opened | Result | Gradient | AdapterLoaded | AdapterGradient | FetchedKV | Found | Announced
 
 SESSIONS = [bytes([number]) * 16 for number in range(6)]
 HOSTILE_KEYS = [Identity.generate().public.raw for _ in range(4)]
@@ -356,6 +360,8 @@ def test_mutated_frames(attacker: Attacker) -> None:
         Replay(SESSIONS[0], 1, 1, 6),
         Close(SESSIONS[0]),
         Ping(1, b"padding"),
+        LookUp(1, attacker.model, 2),
+        Announce(1, 2, attacker.swarm.peers[0].record().pack(attacker.swarm.peers[0].identity)),
     ]
 
     @st.composite

@@ -67,7 +67,9 @@ def test_a_peer_that_has_worked_comes_into_a_full_directory(
     late._look_around()
     late._announcer.publish()
     # Each is found at its own node in any case, if readers hear of that.
-    node = swarm.peers[0]._directory._node.protocol
+    directory = swarm.peers[0]._directory
+    assert isinstance(directory, Directory)
+    node = directory._node.protocol
     for peer, has_place in ((late, True), (with_nothing, False)):
         shard = node.storage.get(import_hivemind().dht_id(shard_key(model, peer.identity.public))).value
         assert (peer.identity.public.text in shard.data) is has_place and len(shard) == 16

@@ -11,11 +11,11 @@ import pytest
 from scheduler.encoding import Encoding
 from scheduler.network import Link
 from splitnet.client import fresh_facts
-from splitnet.client import swarm as swarm_module
 from splitnet.client.links import Links
 from splitnet.client.planner import Needs
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
+from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.messages import PROTOCOL_VERSION, Message, Ping, Pong, decode, encode
@@ -77,7 +77,7 @@ class FakeDirectory:
 @pytest.fixture
 def directory(monkeypatch: pytest.MonkeyPatch) -> FakeDirectory:
     fake = FakeDirectory()
-    monkeypatch.setattr(swarm_module.Directory, "start", lambda **_: fake)
+    monkeypatch.setattr(Directory, "start", lambda **_: fake)
     monkeypatch.setattr(fresh_facts, "PING_TIMEOUT_S", 0.0)
     monkeypatch.setattr(Links, "state", lambda self, endpoint: fake.states.get(endpoint, LinkState.CONNECTING))
     return fake

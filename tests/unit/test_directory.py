@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from splitnet.errors import AddressInUse, DirectoryError
-from splitnet.net import dht_reading
+from splitnet.net import dht_reading, swarm_directory
 from splitnet.net import directory as directory_module
 from splitnet.net.dht_node import KEYS_PER_FIND, import_hivemind
 from splitnet.net.directory import Directory
@@ -153,7 +153,7 @@ def test_expired_records_are_dropped(member: Directory, client: Directory, monke
     anna = Identity.generate()
     record = record_of(anna)
     assert member.announce(record, anna)
-    monkeypatch.setattr(directory_module, "time", SimpleNamespace(time=lambda: record.expires_at + 0.1))
+    monkeypatch.setattr(swarm_directory, "time", SimpleNamespace(time=lambda: record.expires_at + 0.1))
     assert client.peers(record.model) == []
     assert record.model not in client.models()
 

@@ -16,6 +16,8 @@ from splitnet.net.messages import (
     KEY_BYTES,
     MAGIC,
     MAX_BLOCKS,
+    MAX_DEPTH,
+    MAX_FOUND,
     MAX_HEADER_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_POSITIONS,
@@ -27,13 +29,17 @@ from splitnet.net.messages import (
     Adapter,
     AdapterGradient,
     AdapterLoaded,
+    Announce,
+    Announced,
     Close,
     Failure,
     FetchedKV,
     FetchKV,
     Fork,
     Forward,
+    Found,
     Gradient,
+    LookUp,
     Message,
     Open,
     Opened,
@@ -60,6 +66,7 @@ epochs = st.integers(0, LARGEST_EPOCH)
 blocks = st.integers(0, MAX_BLOCKS)
 positions = st.integers(0, MAX_POSITIONS)
 codes = st.integers(0, 255)
+depths = st.integers(0, MAX_DEPTH)
 milliseconds = st.floats(0, 1e300)
 payloads = st.binary(max_size=64)
 
@@ -113,6 +120,10 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(AdapterGradient, sessions, epochs, numbers, numbers, payloads),
     st.builds(FetchKV, sessions, epochs, numbers, st.integers(0, 9), st.integers(0, 9)),
     st.builds(FetchedKV, sessions, epochs, numbers, numbers, payloads),
+    st.builds(LookUp, numbers, st.just("") | st.text("0123456789abcdef", min_size=8, max_size=128), depths),
+    st.builds(Found, numbers, st.integers(0, MAX_FOUND - 1), payloads),
+    st.builds(Announce, numbers, depths, payloads),
+    st.builds(Announced, numbers, st.booleans()),
 )
 
 OPEN = Open(SESSION, 1, "model", 0, 2, 128, 0, b"", bytes(KEY_BYTES), "tcp://127.0.0.1:1")
@@ -137,6 +148,10 @@ EXAMPLES: list[Message] = [
     AdapterGradient(SESSION, 1, 7, 0, b"tensors"),
     FetchKV(SESSION, 1, 7, 1, 16),
     FetchedKV(SESSION, 1, 7, 0, b"tensors"),
+    LookUp(7, "ab" * 32, 2),
+    Found(7, 1, b"records"),
+    Announce(7, 2, b"record"),
+    Announced(7, True),
 ]
 
 
@@ -293,6 +308,13 @@ BOUNDS: list[tuple[Message, str, Any, Any]] = [
     (FetchKV(SESSION, 1, 7, 1, 16), "row", (1 << 48) - 1, 1 << 48),
     (FetchedKV(SESSION, 1, 7, 0), "remaining", 0, -1),
     (FetchKV(SESSION, 1, 7, 1, 16), "length", 16, 1 << 40),
+    (LookUp(7, "", 0), "model", "ab" * 64, "ab" * 64 + "a"),
+    (LookUp(7, "", 0), "model", "", "ab"),
+    (LookUp(7, "", 0), "model", "abcdef01", "abcdefgh"),
+    (LookUp(7, "", 0), "depth", MAX_DEPTH, MAX_DEPTH + 1),
+    (Found(7, 0), "remaining", MAX_FOUND - 1, MAX_FOUND),
+    (Announce(7, 0), "depth", MAX_DEPTH, MAX_DEPTH + 1),
+    (Announced(7, True), "taken", False, 0),
     (FAILURE, "session", b"", b"x"),
     (FAILURE, "text", "t" * MAX_TEXT, "t" * (MAX_TEXT + 1)),
     (FAILURE, "code", 255, 256),

@@ -1,0 +1,279 @@
+"""What a peer tells others of the directory, and announces for them: bounded by key, in threads of its own.
+
+Anybody who may connect may ask. What is read for one is told to all that ask within the next moment, so that a flood of
+questions does not become one of the DHT; and a key's answers have a size that it may not exceed in a minute.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+from peers.outbox import Answering
+from splitnet.errors import NotAuthorized, ProtocolError, SplitnetError
+from splitnet.net.asked_peers import parts_of
+from splitnet.net.endpoints import Connection
+from splitnet.net.messages import Announce, Announced, Failure, FailureCode, Found, LookUp
+from splitnet.net.records import MAX_RECORD_BYTES, PeerRecord, verified_record
+from splitnet.net.swarm_directory import SwarmDirectory
+from splitnet.net.swarm_key import OPEN, SEAL_BYTES, OpenSwarm
+from splitnet.token_bucket import TokenBucket
+
+log = logging.getLogger(__name__)
+
+FRESH_S: Final = 1.0
+"""How old an answer may be."""
+BYTES_PER_MINUTE: Final = 16 << 20
+"""Of answers to one key: a full directory a few times, or some thousand small swarms."""
+BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE
+LOOK_UP_BYTES: Final = 4096
+"""What a question costs besides its answer."""
+READ_BYTES: Final = 1 << 18
+"""What a question about another model than this peer's costs besides, as the directory is read for it alone."""
+ANNOUNCEMENTS_PER_MINUTE: Final = 256
+"""Of one key; a peer announces itself four times."""
+RECORDS_PER_ANNOUNCER: Final = 64
+"""Keys whose records one key may announce, as a peer without a DHT does for those that ask it."""
+WAITING_PER_KEY: Final = 4
+MAX_WAITING: Final = 1024
+MAX_MODELS: Final = 16
+"""Answers that are kept, or being made."""
+MAX_KEYS: Final = 4096
+"""Of which it is known what they have used."""
+
+
+@dataclass
+class _Reading:
+    """An answer that is being made, or was a moment ago."""
+
+    waiting: list[tuple[Connection, int]] = field(default_factory=list[tuple[Connection, int]])
+    parts: list[bytes] | None = None
+    read_at: float = 0.0
+
+
+class DirectoryService:
+    """Thread-safe; close it before the directory.
+
+    Args:
+        directory: what is read and written.
+        model: fingerprint of this peer's own model: questions about it wait for no others.
+        outbox: where answers go.
+        swarm: the key of a closed one.
+    """
+
+    def __init__(self, directory: SwarmDirectory, model: str, outbox: Answering, swarm: OpenSwarm = OPEN) -> None:
+        self._directory = directory
+        self._swarm = swarm
+        self._home = {swarm.place(""): "", swarm.place(model): model}
+        """By how questions name them."""
+        self._outbox = outbox
+        self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()
+        """By model and depth; the one that was begun last is the last."""
+        self._waiting: Counter[bytes] = Counter()
+        """Questions and announcements that are not answered yet, by key."""
+        self._bytes: OrderedDict[bytes, TokenBucket] = OrderedDict()
+        self._announcements: OrderedDict[bytes, TokenBucket] = OrderedDict()
+        self._of_all = TokenBucket()
+        self._announced: OrderedDict[bytes, dict[bytes, float]] = OrderedDict()
+        """By announcer: keys of records, and when these expire."""
+        self._tasks: dict[tuple[str, int], deque[Callable[[], None]]] = {}
+        """By kind and depth: peers may wait for each other's answers, which is no circle as depths only fall. Each has
+        a thread while there are some."""
+        self._threads: set[threading.Thread] = set()
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def receive(self, source: Connection, message: LookUp | Announce, now: float) -> None:
+        """Answers at once or later; now: seconds."""
+        with self._lock:
+            if self._closed:
+                return
+            if self._waiting[source.curve] >= WAITING_PER_KEY or self._waiting.total() >= MAX_WAITING:
+                self._refuse(source, message.number, "too many questions wait here: ask again later")
+            elif isinstance(message, LookUp):
+                self._look_up(source, message, now)
+            else:
+                self._announce(source, message, now)
+            if not self._waiting[source.curve]:
+                del self._waiting[source.curve]
+
+    def close(self) -> None:
+        """Answers nothing any more."""
+        with self._lock:
+            self._closed = True
+            threads = list(self._threads)
+        for thread in threads:
+            thread.join()
+
+    def _look_up(self, source: Connection, message: LookUp, now: float) -> None:
+        used = _bucket_of(self._bytes, source.curve)
+        wait_s = max(used.wait_s(BYTES_PER_MINUTE, now), self._of_all.wait_s(BYTES_OF_ALL_PER_MINUTE, now))
+        if wait_s:
+            self._refuse(source, message.number, f"this peer has told you much: ask again in {wait_s} s")
+            return
+        name = (message.model, message.depth)
+        reading = self._readings.get(name)
+        if reading is not None and reading.parts is not None and now - reading.read_at > FRESH_S:
+            reading = None
+        if reading is None:
+            if not self._make_room(message.model, now):
+                self._refuse(source, message.number, "this peer looks up too many other models: ask again later")
+                return
+            if message.model not in self._home:
+                self._charge(source.curve, READ_BYTES, now)
+            reading = self._readings[name] = _Reading()
+            self._readings.move_to_end(name)
+            kind = "home" if message.model in self._home else "other"
+            self._do_later(kind, message.depth, partial(self._read, name, reading))
+        if reading.parts is None:
+            reading.waiting.append((source, message.number))
+            self._waiting[source.curve] += 1
+        else:
+            self._answer(source, message.number, reading.parts, now)
+
+    def _make_room(self, model: str, now: float) -> bool:
+        """Whether one more answer may be made; forgets old ones."""
+        for name, reading in list(self._readings.items()):
+            old = reading.parts is not None and now - reading.read_at > FRESH_S
+            if old or (len(self._readings) >= MAX_MODELS and reading.parts is not None):
+                del self._readings[name]
+        return len(self._readings) < MAX_MODELS or model in self._home
+
+    def _read(self, name: tuple[str, int], reading: _Reading) -> None:
+        failure = ""
+        parts = list[bytes]()
+        try:
+            parts = self._parts(*name)
+        except SplitnetError as error:
+            failure = str(error)
+        except Exception:
+            log.exception("the directory could not be read")
+            failure = "an error at this peer"
+        with self._lock:
+            now = time.monotonic()
+            for source, number in reading.waiting:
+                self._done(source.curve)
+                if failure:
+                    self._refuse(source, number, failure)
+                else:
+                    self._answer(source, number, parts, now)
+            reading.waiting.clear()
+            reading.parts, reading.read_at = parts, now
+            if failure:
+                self._readings.pop(name, None)
+
+    def _parts(self, place: str, depth: int) -> list[bytes]:
+        """The payloads of an answer."""
+        model = self._home.get(place, None if self._swarm.is_closed else place)
+        if model is None:
+            known = {record.model for record in self._directory.records("", depth)}
+            model = next((model for model in known if self._swarm.place(model) == place), None)
+        if model is None:
+            return [b""]  # perhaps to somebody without the key of this swarm, who learns nothing
+        records = [record for record in self._directory.records(model, depth) if record.signed]
+        return [self._swarm.seal(part) for part in parts_of(records)]
+
+    def _announce(self, source: Connection, message: Announce, now: float) -> None:
+        used = _bucket_of(self._announcements, source.curve)
+        if wait_s := used.wait_s(ANNOUNCEMENTS_PER_MINUTE, now):
+            self._refuse(source, message.number, f"your key has announced much here: come back in {wait_s} s")
+            return
+        used.spend(1, ANNOUNCEMENTS_PER_MINUTE, now)
+        if len(message.payload) > MAX_RECORD_BYTES + SEAL_BYTES:
+            self._outbox.send(source, Announced(message.number, False))
+            return
+        self._waiting[source.curve] += 1
+        store = partial(self._store, source, message.number, bytes(message.payload), message.depth)
+        self._do_later("announce", message.depth, store)
+
+    def _store(self, source: Connection, number: int, packed: bytes, depth: int) -> None:
+        record: PeerRecord | None = None
+        taken, failure = False, ""
+        try:
+            packed = self._swarm.unseal(packed)
+            record = verified_record(packed)
+            now = time.time()
+            if record.is_valid_at(now) and self._has_place(source.curve, record, now):
+                taken = self._directory.store(record, packed, depth)
+        except (ProtocolError, NotAuthorized):
+            pass
+        except SplitnetError as error:
+            failure = str(error)
+        except Exception:
+            log.exception("a record could not be announced")
+            failure = "an error at this peer"
+        with self._lock:
+            self._done(source.curve)
+            if record is not None and taken:  # who is told of it may ask at once
+                for name, reading in list(self._readings.items()):
+                    if name[0] in map(self._swarm.place, ("", record.model)) and reading.parts is not None:
+                        del self._readings[name]
+            if failure:
+                self._refuse(source, number, failure)
+            else:
+                self._outbox.send(source, Announced(number, taken))
+
+    def _has_place(self, announcer: bytes, record: PeerRecord, now: float) -> bool:
+        with self._lock:
+            announced = self._announced.setdefault(announcer, {})
+            self._announced.move_to_end(announcer)
+            while len(self._announced) > MAX_KEYS:
+                self._announced.popitem(last=False)
+            for key in [key for key, expires_at in announced.items() if expires_at <= now]:
+                del announced[key]
+            if record.key.raw not in announced and len(announced) >= RECORDS_PER_ANNOUNCER:
+                return False
+            announced[record.key.raw] = record.expires_at
+            return True
+
+    def _answer(self, source: Connection, number: int, parts: list[bytes], now: float) -> None:
+        self._charge(source.curve, LOOK_UP_BYTES + sum(map(len, parts)), now)
+        for index, part in enumerate(parts):
+            self._outbox.send(source, Found(number, len(parts) - 1 - index, part))
+
+    def _charge(self, key: bytes, nbytes: int, now: float) -> None:
+        _bucket_of(self._bytes, key).spend(nbytes, BYTES_PER_MINUTE, now)
+        self._of_all.spend(nbytes, BYTES_OF_ALL_PER_MINUTE, now)
+
+    def _refuse(self, source: Connection, number: int, text: str) -> None:
+        self._outbox.send(source, Failure(b"", 0, number, FailureCode.BUSY, text[:500]))
+
+    def _done(self, key: bytes) -> None:
+        self._waiting[key] -= 1
+        if not self._waiting[key]:
+            del self._waiting[key]
+
+    def _do_later(self, kind: str, depth: int, task: Callable[[], None]) -> None:
+        tasks = self._tasks.setdefault((kind, depth), deque())
+        tasks.append(task)
+        if len(tasks) == 1:
+            thread = threading.Thread(
+                target=self._work, args=((kind, depth),), name=f"splitnet-directory-{kind}", daemon=True
+            )
+            self._threads.add(thread)
+            thread.start()
+
+    def _work(self, name: tuple[str, int]) -> None:
+        tasks = self._tasks[name]
+        while True:
+            tasks[0]()
+            with self._lock:
+                tasks.popleft()
+                if self._closed or not tasks:
+                    tasks.clear()
+                    self._threads.discard(threading.current_thread())
+                    return
+
+
+def _bucket_of(buckets: OrderedDict[bytes, TokenBucket], key: bytes) -> TokenBucket:
+    bucket = buckets.setdefault(key, TokenBucket())
+    buckets.move_to_end(key)
+    while len(buckets) > MAX_KEYS:
+        buckets.popitem(last=False)
+    return bucket

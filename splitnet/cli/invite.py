@@ -1,0 +1,127 @@
+"""`splitnet invite`: one file with all that a friend's machine needs to be in a closed swarm, and how it is read."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from splitnet.cli.arguments import checked_addresses
+from splitnet.errors import KeyFileError, SplitnetError
+
+if TYPE_CHECKING:
+    from splitnet.net.identity import Identity
+    from splitnet.net.swarm_key import SwarmKey
+
+_ABOUT = """\
+# An invitation to a swarm of splitnet. Whoever has this file is who was invited, so give it to nobody else:
+#   splitnet generate --invite FILE "Why is the sky blue?"
+#   splitnet peer --invite FILE
+"""
+
+
+@dataclass(frozen=True)
+class Invite:
+    """What an invitation holds.
+
+    Attributes:
+        model: hub id, folder or file.
+        join: addresses of peers.
+        swarm_key: of the swarm.
+        identity: the key of who was invited.
+    """
+
+    model: str
+    join: tuple[str, ...]
+    swarm_key: SwarmKey
+    identity: Identity
+
+    @classmethod
+    def load(cls, path: Path) -> Invite:
+        """The invitation in a file.
+
+        Raises:
+            KeyFileError: it is none, or others can read it.
+            DirectoryError: it holds a wrong address.
+        """
+        from splitnet.net.identity import Identity
+        from splitnet.net.swarm_key import SwarmKey, read_secret_file
+
+        text = read_secret_file(path)
+        try:
+            content: dict[str, Any] = tomllib.loads(text)
+            model, join = content["model"], content["join"]
+            if type(model) is not str or type(join) is not list or not all(type(one) is str for one in join):
+                raise ValueError
+            swarm_key, identity = SwarmKey.parse(str(content["swarm-key"])), Identity.parse(str(content["key"]))
+        except (KeyError, ValueError):
+            raise KeyFileError(f"{path} is no invitation: ask for the file that `splitnet invite` wrote") from None
+        except KeyFileError as error:
+            raise KeyFileError(f"{path} is no invitation: {error}") from None
+        checked_addresses(join)
+        return cls(model, tuple(join), swarm_key, identity)
+
+    def save(self, path: Path) -> None:
+        """Writes a new file that its owner alone can read. Raises KeyFileError if it cannot, or one is there."""
+        from splitnet.net.swarm_key import write_secret_file
+
+        fields = {"model": self.model, "swarm-key": self.swarm_key.secret_text, "key": self.identity.secret_text}
+        lines = [f"{name} = {_quoted(value)}\n" for name, value in fields.items()]
+        write_secret_file(path, f"{_ABOUT}{''.join(lines)}join = [{', '.join(map(_quoted, self.join))}]\n")
+
+
+def invite(
+    model: Annotated[str, typer.Argument(help="The model that the swarm serves, as for `splitnet peer`.")],
+    output: Annotated[Path, typer.Option(help="The file to give to who is invited, over a safe channel.")],
+    join: Annotated[
+        list[str],
+        typer.Option(metavar="ADDR", callback=checked_addresses, help="Address of a peer, tcp://..., or several."),
+    ],
+    swarm_key: Annotated[Path, typer.Option(help="File with the key of the swarm, see `splitnet key --swarm-key`.")],
+    authorized_keys: Annotated[
+        Path, typer.Option(help="The file of that name of your peers; who is invited is added, with its name.")
+    ],
+    name: Annotated[str, typer.Option(help="Who is invited; stands behind the key in that file.")] = "invited",
+    options: Annotated[
+        str, typer.Option(metavar="kv=8GiB,...", help="What the key gets, see docs/network.md#who-may-take-part.")
+    ] = "",
+) -> None:
+    """Invite somebody to a closed swarm: make a key for them, list it, and write one file with all that they need.
+
+    Take the line out of the list to revoke the invitation.
+    """
+    from splitnet.net.identity import Identity
+    from splitnet.net.key_options import parse_options
+    from splitnet.net.peer_addresses import is_peer_address
+    from splitnet.net.swarm_key import SwarmKey
+
+    for address in join:
+        if not is_peer_address(address):
+            raise SplitnetError(f"a closed swarm is joined through peers: give --join tcp://..., not {address}")
+    if not name.isprintable() or "#" in name or "=" in name or not name.strip():
+        raise SplitnetError(f"{name!r} cannot stand in a list of keys: give a --name without # and =")
+    if options:
+        parse_options(options)
+    invitation = Invite(model, tuple(join), SwarmKey.load(swarm_key), Identity.generate())
+    invitation.save(output)
+    try:
+        authorized_keys.parent.mkdir(parents=True, exist_ok=True)
+        before = authorized_keys.read_text(encoding="utf-8") if authorized_keys.exists() else ""
+        with authorized_keys.open("a", encoding="utf-8") as file:
+            line = " ".join(part for part in (options, invitation.identity.public.text, name) if part)
+            file.write(f"{'' if before.endswith(chr(10)) or not before else chr(10)}{line}\n")
+    except (OSError, UnicodeDecodeError) as error:
+        output.unlink()
+        raise SplitnetError(f"{authorized_keys} cannot be extended ({error}): give another --authorized-keys") from None
+    typer.echo(f"{output} invites {name}: give it to them over a safe channel")
+    typer.echo(f"to revoke it, take the line of {invitation.identity.public.text} out of {authorized_keys}")
+
+
+def _quoted(text: str) -> str:
+    """A text as TOML has it."""
+    if not text.isprintable() or "'" in text:
+        raise SplitnetError(f"{text!r} cannot stand in an invitation")
+    return f"'{text}'"

@@ -1,0 +1,361 @@
+"""The directory as peers tell it, over the links that a process has with them anyway: without a node of a DHT.
+
+Several peers are asked, and what they know is put together. Records are signed, so none can forge any; one that lies,
+knows nothing or is silent hides no record that another knows.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Final, Protocol
+
+from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError
+from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.fields import packb, unpack_array
+from splitnet.net.identity import PublicKey
+from splitnet.net.kept_records import KeptRecords
+from splitnet.net.messages import MAX_FOUND, Announce, Announced, Failure, Found, LookUp, Message, Payload
+from splitnet.net.peer_addresses import peer_address
+from splitnet.net.records import MAX_RECORD_BYTES, PeerRecord, verified_record
+from splitnet.net.swarm_directory import OWN_DEPTH, SwarmDirectory, latest
+from splitnet.net.swarm_key import OPEN, OpenSwarm
+
+ANSWER_S: Final = 4.0
+"""In which a peer must answer."""
+PATIENCE_S: Final = 1.0
+"""When one has named peers, the others are waited for so long. What they say later counts from the next question on."""
+DOWN_S: Final = 0.5
+"""A peer to which no link comes up in so long is not waited for if others answer."""
+LOOK_S: Final = 0.05
+"""How often the states of links are looked at."""
+
+PART_BYTES: Final = 60_000
+"""Of one message of an answer."""
+MAX_ANSWER_BYTES: Final = 4 << 20
+MAX_JOINED: Final = 16
+"""Peers that are asked in every question."""
+MAX_OTHERS: Final = 8
+"""Peers of the last answer that are asked when all of those are silent."""
+OPEN_QUESTIONS: Final = 32
+REMEMBERED_MODELS: Final = 4
+
+_RECORDS_PER_PART = 1024
+
+
+class AskingLinks(Protocol):
+    """Links to peers: see `splitnet.client.links.Links`."""
+
+    on_answer: Callable[[Endpoint, Message], None] | None
+
+    def send(self, endpoint: Endpoint, message: Message) -> object: ...
+
+    def state(self, endpoint: Endpoint) -> LinkState: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class _Answer:
+    """Of one peer."""
+
+    payloads: list[bytes] = field(default_factory=list[bytes])
+    nbytes: int = 0
+    remaining: int | None = None
+    """Messages that follow."""
+    complete: bool = False
+    taken: bool = False
+    refusal: str = ""
+    records: list[PeerRecord] | None = None
+    """Of the payloads, once they were read."""
+
+    def add(self, message: Found, swarm: OpenSwarm, model: str) -> None:
+        expected = message.remaining if self.remaining is None else self.remaining - 1
+        self.nbytes += len(message.payload)
+        if message.remaining != expected or self.nbytes > MAX_ANSWER_BYTES:
+            self.complete = True  # what does not fit is left out
+            return
+        try:
+            # Of a model that it does not know a peer of a closed swarm says nothing to members, too.
+            self.payloads.append(swarm.unseal(message.payload) if message.payload or not model else b"")
+        except NotAuthorized as error:
+            self.complete, self.refusal = True, str(error)
+            return
+        self.remaining, self.complete = message.remaining, message.remaining == 0
+
+
+@dataclass
+class _Question:
+    """What was asked of some peers, and what has come. `model` None: it was an announcement."""
+
+    model: str | None
+    answers: dict[Endpoint, _Answer]
+    before: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
+    """The latest answers to the same question, asked before."""
+
+    def said(self) -> dict[Endpoint, _Answer]:
+        """The answers that are complete."""
+        return {endpoint: answer for endpoint, answer in self.answers.items() if answer.complete and not answer.refusal}
+
+    def best(self) -> dict[Endpoint, _Answer]:
+        """What a peer said before counts while it is silent: records expire, and say themselves who has left."""
+        return self.before | self.said()
+
+
+class AskedPeers(SwarmDirectory):
+    """Asks peers for records, and has them tell others of its own.
+
+    Args:
+        joined: the peers to ask; none: this one begins the swarm, and knows who announces itself to it.
+        links: over which to ask.
+        serving: for a peer: remembers the records that others announce to it, and closes `links` with itself.
+        swarm: the key of a closed one.
+    """
+
+    def __init__(
+        self, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
+    ) -> None:
+        if len(joined) > MAX_JOINED:
+            raise DirectoryError(
+                f"at most {MAX_JOINED} peers are asked for others, not {len(joined)}: give fewer --join"
+            )
+        self.addresses = []
+        self._joined = list(dict.fromkeys(joined))
+        self._links = links
+        self._swarm = swarm
+        self._kept = KeptRecords() if serving else None
+        self._numbers = count(1)
+        self._open: OrderedDict[int, _Question] = OrderedDict()
+        self._last: OrderedDict[str, _Question] = OrderedDict()
+        """Of each model that was asked about lately."""
+        self._others: list[Endpoint] = []
+        """Peers that others have named."""
+        self._silent: set[Endpoint] = set()
+        """They gave no answer to the last question."""
+        self._alone = False
+        """None of those that were joined through did."""
+        self._own: set[PublicKey] = set()
+        """Keys that this process has announced."""
+        self._heard = threading.Condition()
+        self._closed = False
+        links.on_answer = self._received
+
+    @classmethod
+    def join(
+        cls, joined: Sequence[Endpoint], links: AskingLinks, *, serving: bool = False, swarm: OpenSwarm = OPEN
+    ) -> AskedPeers:
+        """The same, once a peer has answered.
+
+        Raises:
+            DirectoryError: none does; says why.
+        """
+        directory = cls(joined, links, serving=serving, swarm=swarm)
+        try:
+            directory.records("")
+        except BaseException:
+            directory.close()
+            raise
+        return directory
+
+    def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
+        taken = False
+        if depth == OWN_DEPTH:
+            self._own.add(record.key)
+        if self._kept is not None:
+            taken = self._kept.take(record if record.signed == packed else verified_record(packed))
+        leaves = record.has_left and depth == OWN_DEPTH
+        if leaves and self._kept is not None:  # those that ask this peer are told by nobody else
+            kept = self._kept.records(record.model)
+            known = [other.endpoint for other in kept if not other.has_left and other.key not in self._own]
+            self._others = self._nearest(known) or self._others
+        if not depth or not (self._joined or (leaves and self._others)) or not record.is_valid_at(time.time()):
+            return taken
+        try:
+            question = self._ask(
+                None, depth, lambda number: Announce(number, depth - 1, self._swarm.seal(packed)), everybody=leaves
+            )
+        except DirectoryError:
+            if not taken or depth == OWN_DEPTH:
+                raise
+            return True
+        return any(answer.taken for answer in question.said().values()) or (taken and depth < OWN_DEPTH)
+
+    def records(self, model: str, depth: int = OWN_DEPTH) -> list[PeerRecord]:
+        found = [self._kept.records(model)] if self._kept is not None else []
+        if not depth or not self._joined:
+            return latest(model, found)
+        try:
+            question = self._ask(model, depth, lambda number: LookUp(number, self._swarm.place(model), depth - 1))
+        except DirectoryError:
+            if not any(found):
+                raise
+            return latest(model, found)
+        with self._heard:
+            before = self._last.pop(model, None)
+            if before is not None:
+                question.before = before.best()
+            self._last[model] = question
+            while len(self._last) > REMEMBERED_MODELS:
+                self._last.popitem(last=False)
+            answers = list(question.best().values())
+        records = latest(model, [*found, *map(_records, answers)])
+        if depth == OWN_DEPTH:  # not what strangers wanted to know
+            present = [record.endpoint for record in records if not record.has_left]
+            self._others = self._nearest(present) or self._others
+        return records
+
+    def close(self) -> None:
+        self._closed = True
+        with self._heard:
+            self._heard.notify_all()
+        if self._kept is not None:
+            self._links.close()
+
+    def _ask(
+        self, model: str | None, depth: int, message: Callable[[int], Message], *, everybody: bool = False
+    ) -> _Question:
+        """Asks those that were joined through, and others if all of these are silent, or at once: everybody."""
+        # Who asks on behalf of others answers before these give up.
+        limit_s = ANSWER_S * depth / OWN_DEPTH
+        others = [other for other in self._others if other not in self._joined and other.key not in self._own]
+        rounds = [[*self._joined, *others]] if self._alone or everybody else [self._joined, others]
+        rounds = [asked for asked in rounds if asked]
+        for asked in rounds:
+            question = self._ask_these(asked, model, message, limit_s / len(rounds))
+            self._alone = not any(endpoint in question.said() for endpoint in self._joined)
+            if question.said():
+                return question
+        raise DirectoryError(self._explanation())
+
+    def _ask_these(
+        self, asked: Sequence[Endpoint], model: str | None, message: Callable[[int], Message], limit_s: float
+    ) -> _Question:
+        number = next(self._numbers)
+        question = _Question(model, {endpoint: _Answer() for endpoint in asked})
+        with self._heard:
+            self._open[number] = question
+            while len(self._open) > OPEN_QUESTIONS:
+                self._open.popitem(last=False)
+        for endpoint in asked:
+            self._links.send(endpoint, message(number))
+        self._wait(question, limit_s)
+        with self._heard:
+            self._silent = {endpoint for endpoint, answer in question.answers.items() if not answer.complete}
+        return question
+
+    def _wait(self, question: _Question, limit_s: float) -> None:
+        began = time.monotonic()
+        until = began + limit_s
+        satisfied = False
+        with self._heard:
+            while not self._closed:
+                now = time.monotonic()
+                answers = question.said().values()
+                if not satisfied and any(answer.taken or any(answer.payloads) for answer in answers):
+                    satisfied = True
+                    until = min(until, now + PATIENCE_S)
+                waiting = [
+                    endpoint
+                    for endpoint, answer in question.answers.items()
+                    if not answer.complete
+                    and not self._is_lost(endpoint, now - began)
+                    and not (satisfied and endpoint in self._silent)
+                ]
+                if not waiting or now >= until:
+                    return
+                self._heard.wait(min(LOOK_S, until - now))
+        raise DirectoryError("The directory is closed; start it again.")
+
+    def _is_lost(self, endpoint: Endpoint, waited_s: float) -> bool:
+        state = self._links.state(endpoint)
+        return state.is_final or (state is LinkState.DOWN and waited_s > DOWN_S)
+
+    def _received(self, source: Endpoint, message: Message) -> None:
+        """Takes in an answer; nobody answers for another, nor twice. Runs in the transport's thread."""
+        if not isinstance(message, Found | Announced | Failure):
+            return
+        with self._heard:
+            question = self._open.get(message.number)
+            answer = question.answers.get(source) if question is not None else None
+            if question is None or answer is None or answer.complete:
+                return
+            if isinstance(message, Failure):
+                answer.complete, answer.refusal = True, message.text
+            elif isinstance(message, Found) and question.model is not None:
+                answer.add(message, self._swarm, question.model)
+            elif isinstance(message, Announced) and question.model is None:
+                answer.complete, answer.taken = True, message.taken
+            self._heard.notify_all()
+
+    def _nearest(self, endpoints: Collection[Endpoint]) -> list[Endpoint]:
+        """Some to ask when all that were joined through are gone: those with a link come first, as they exist."""
+        tried = random.sample(list(endpoints), min(len(endpoints), 64))
+        tried.sort(key=lambda endpoint: self._links.state(endpoint) is not LinkState.UP)
+        return tried[:MAX_OTHERS]
+
+    def _explanation(self) -> str:
+        reasons = [f"{peer_address(endpoint)} {self._reason(endpoint)}" for endpoint in self._joined]
+        return f"No peer tells of others: {'; '.join(reasons)}."
+
+    def _reason(self, endpoint: Endpoint) -> str:
+        with self._heard:
+            said = [
+                question.answers[endpoint].refusal for question in self._open.values() if endpoint in question.answers
+            ]
+        if said and said[-1]:
+            return f"refuses ({said[-1]})"
+        match self._links.state(endpoint):
+            case LinkState.REFUSED:
+                return "does not accept this key: have the output of `splitnet key` added to its --authorized-keys"
+            case LinkState.WRONG_KEY:
+                return "is somebody else: copy the address that the peer prints now"
+            case LinkState.UP:
+                return "does not answer: it is older than version 0.2, or hangs"
+            case _:
+                return "is not reached: check that it runs and that its port is open"
+
+
+def parts_of(records: Sequence[PeerRecord]) -> list[bytes]:
+    """The payloads of an answer with these records as they were signed; of too many the first."""
+    parts: list[list[bytes]] = [[]]
+    room, left = PART_BYTES, MAX_ANSWER_BYTES
+    for record in records:
+        size = len(record.signed) + 3  # of msgpack
+        if size > room:
+            if len(parts) == MAX_FOUND:
+                break
+            parts.append([])
+            room = PART_BYTES
+        if size > left:
+            break
+        parts[-1].append(record.signed)
+        room, left = room - size, left - size
+    return [packb(part) if part else b"" for part in parts]
+
+
+def _records(answer: _Answer) -> list[PeerRecord]:
+    """The valid records of an answer, whatever else it holds."""
+    if answer.records is None:
+        answer.records = []
+        for payload in answer.payloads:
+            for packed in _packed(payload):
+                with suppress(ProtocolError, NotAuthorized):
+                    answer.records.append(verified_record(packed))
+        answer.payloads = []
+    return answer.records
+
+
+def _packed(payload: Payload) -> list[bytes]:
+    if not payload:
+        return []
+    try:
+        items = unpack_array(payload, most_items=_RECORDS_PER_PART, most_text=0, most_bytes=MAX_RECORD_BYTES)
+    except ProtocolError:
+        return []
+    return [item for item in items if type(item) is bytes]

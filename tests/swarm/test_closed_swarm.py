@@ -1,0 +1,168 @@
+"""Closed swarms: members find each other without a DHT, and outsiders learn and announce nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peers.daemon import Peer
+from splitnet.client.causal_lm import attach
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.errors import DirectoryError, LanError, NotAuthorized, WrongSwarm
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.identity import AuthorizedKeys, Identity
+from splitnet.net.joining import node_of
+from splitnet.net.messages import Announce, Announced, Found, LookUp
+from splitnet.net.swarm_key import SwarmKey
+from tests.attacks.transport import Client
+from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.test_asked_directory import GREEDY, IDS, spans
+from tests.unit.test_client_swarm import NEEDS
+
+pytestmark = pytest.mark.swarm
+
+KEY, OTHER = SwarmKey.generate(), SwarmKey.generate()
+
+
+@pytest.fixture(scope="module")
+def swarm(folder: Path) -> Iterator[LocalSwarm]:
+    """Two peers of a closed swarm, which accept any key: so what an outsider does comes as far as it can."""
+    with local_swarm(folder, [(0, 6)], swarm_key=KEY) as swarm:
+        swarm.add(0, 6, swarm_key=KEY, join=[swarm.peers[0].join_address])
+        yield swarm
+
+
+def connect(peer: Peer, key: SwarmKey | None = KEY, **options: Any) -> Swarm:
+    return Swarm(ModelFacts.of(peer.checkpoint), [peer.join_address], swarm_key=key, **options)
+
+
+def test_members_find_each_other_without_a_dht(swarm: LocalSwarm, local: Any) -> None:
+    for peer in swarm.peers:
+        assert node_of(peer._directory) is None and not peer.addresses
+        with connect(peer) as client:
+            model = attach(Checkpoint.open(swarm.folder), client, codec="none")
+            inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **GREEDY}
+            assert torch.equal(model.generate(**inputs), local.generate(**inputs))
+            assert {record.key for record in client.peers()} == {peer.identity.public for peer in swarm.peers}
+
+
+def test_a_model_that_nobody_serves_is_no_wrong_key(swarm: LocalSwarm) -> None:
+    facts = dataclasses.replace(ModelFacts.of(swarm.peers[0].checkpoint), fingerprint="ab" * 32)
+    with (
+        Swarm(facts, [swarm.peers[0].join_address], swarm_key=KEY) as client,
+        pytest.raises(WrongSwarm, match="serves other weights"),
+    ):
+        client.peers()
+
+
+def test_the_first_peer_is_missed_at_once_when_it_leaves(folder: Path) -> None:
+    with local_swarm(folder, [(0, 6)], swarm_key=KEY) as swarm:
+        first = swarm.peers[0]
+        second = swarm.add(0, 6, swarm_key=KEY, join=[first.join_address])
+        model = second.checkpoint.fingerprint
+        assert {record.key for record in second._directory.peers(model)} == {
+            first.identity.public,
+            second.identity.public,
+        }
+        first.close()
+        assert {record.key for record in second._directory.peers(model)} == {second.identity.public}
+
+
+def test_what_only_a_dht_has_is_refused_by_name(swarm: LocalSwarm) -> None:
+    join = [swarm.peers[0].join_address]
+    with pytest.raises(DirectoryError, match="leave --dht-listen out"):
+        swarm.add(0, 6, swarm_key=KEY, join=join, dht_listen=["/ip4/127.0.0.1/tcp/0"])
+    with pytest.raises(LanError, match="leave --lan out"):
+        swarm.add(0, 6, swarm_key=KEY, join=join, lan=True)
+
+
+def test_an_outsider_finds_nobody(swarm: LocalSwarm) -> None:
+    peer = swarm.peers[0]
+    with pytest.raises(DirectoryError, match="has another swarm key, or none"):
+        connect(peer, OTHER)
+    with connect(peer, None) as client:
+        assert client.peers() == []
+        assert client._directory.models() == {}
+    with pytest.raises(DirectoryError, match="has another swarm key, or none"):
+        swarm.add(0, 6, swarm_key=OTHER, join=[peer.join_address])
+
+
+def test_an_outsider_learns_and_announces_nothing(swarm: LocalSwarm) -> None:
+    peer, outsider = swarm.peers[0], Identity.generate()
+    model = peer.checkpoint.fingerprint
+    packed = dataclasses.replace(peer.record(), key=outsider.public).pack(outsider)
+    questions = [
+        *(LookUp(0, place, depth) for place in ("", model, OTHER.place(""), OTHER.place(model)) for depth in (0, 2)),
+        *(Announce(0, depth, payload) for payload in (packed, OTHER.seal(packed), b"") for depth in (0, 2)),
+    ]
+    with Client(peer.endpoint, outsider) as attacker:
+        for number, question in enumerate(questions, start=1):
+            attacker.say(dataclasses.replace(question, number=number))
+            expected = Found(number, 0, b"") if isinstance(question, LookUp) else Announced(number, False)
+            assert attacker.hear() == expected
+    with connect(peer) as client:
+        assert {record.key for record in client.peers()} == {peer.identity.public for peer in swarm.peers}
+    for member in swarm.peers:
+        assert outsider.public not in {record.key for record in member._directory.records(model)}
+
+
+def test_what_members_say_is_sealed(swarm: LocalSwarm) -> None:
+    peer = swarm.peers[0]
+    with Client(peer.endpoint) as member:
+        member.say(LookUp(1, KEY.place(peer.checkpoint.fingerprint), 0))
+        payload = bytes(member.hear(Found).payload)
+    for known in (peer.identity.public.raw, peer.checkpoint.fingerprint.encode(), peer.endpoint.address.encode()):
+        assert known not in payload and known in KEY.unseal(payload)
+
+
+def test_an_invitation_that_is_revoked_is_over_within_seconds(folder: Path, tmp_path: Path) -> None:
+    owner, friend = Identity.generate(), Identity.generate()
+    keys = tmp_path / "keys"
+    keys.write_text(f"{owner.public.text}\n{friend.public.text} anna\n")
+    with local_swarm(folder, [(0, 6)], swarm_key=KEY, authorized_keys=keys) as swarm:
+        peer = swarm.peers[0]
+        place = KEY.place(peer.checkpoint.fingerprint)
+        with Client(peer.endpoint, friend) as guest, Client(peer.endpoint, owner) as own:
+            for client in (guest, own):
+                client.say(LookUp(1, place, 0))
+                assert KEY.unseal(client.hear(Found).payload)
+            keys.write_text(f"{owner.public.text}\n")
+            deadline = time.monotonic() + 10
+            while not peer.ended_connections["revoked"]:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            guest.say(LookUp(2, place, 0), Announce(3, 0, KEY.seal(b"")))
+            with pytest.raises(TimeoutError):
+                guest.hear(timeout_s=1.0)
+            own.say(LookUp(2, place, 0))
+            assert own.hear(Found).number == 2
+        with pytest.raises(DirectoryError, match="does not accept this key"):
+            connect(peer, identity=friend)
+        with connect(peer, identity=owner) as client:
+            assert spans(client.peers()) == [(0, 6)]
+
+
+def test_a_client_routes_through_peers_that_it_trusts_alone(swarm: LocalSwarm, tmp_path: Path) -> None:
+    first, second = (peer.identity.public for peer in swarm.peers)
+    trusted, nobody = tmp_path / "trusted", tmp_path / "nobody"
+    trusted.write_text(f"{second.text} a friend\n")
+    nobody.write_text(f"{Identity.generate().public.text}\n")
+    with connect(swarm.peers[0], trusted=AuthorizedKeys.from_file(trusted)) as client:
+        assert [record.key for record in client.peers()] == [second]
+        assert [hop.record.key for hop in client.plan(NEEDS)] == [second]
+        trusted.write_text(f"{first.text}\n")  # it is read again
+        deadline = time.monotonic() + 10
+        while [hop.record.key for hop in client.plan(NEEDS)] != [first]:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    with (
+        connect(swarm.peers[0], trusted=AuthorizedKeys.from_file(nobody)) as client,
+        pytest.raises(NotAuthorized, match="and none of them is one that you trust"),
+    ):
+        client.plan(NEEDS)

@@ -1,0 +1,119 @@
+"""What closes a swarm: who lacks its key can name nothing, read nothing and write nothing."""
+
+from __future__ import annotations
+
+import pickle
+import stat
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitnet.cli.invite import Invite
+from splitnet.errors import DirectoryError, KeyFileError, NotAuthorized
+from splitnet.net.identity import Identity
+from splitnet.net.joining import join
+from splitnet.net.messages import FINGERPRINT
+from splitnet.net.swarm_key import OPEN, SEAL_BYTES, SwarmKey
+
+KEY, OTHER = SwarmKey.generate(), SwarmKey.generate()
+
+
+@given(st.binary(max_size=200))
+def test_members_alone_read_what_is_sealed(data: bytes) -> None:
+    sealed = KEY.seal(data)
+    assert KEY.unseal(sealed) == KEY.unseal(memoryview(sealed)) == data
+    assert len(sealed) == len(data) + SEAL_BYTES
+    assert KEY.seal(data) != sealed
+    with pytest.raises(NotAuthorized):
+        OTHER.unseal(sealed)
+    assert OPEN.unseal(OPEN.seal(data)) == data
+
+
+@given(st.binary(max_size=100), st.data())
+def test_what_is_sealed_cannot_be_changed_or_made_without_the_key(data: bytes, draws: st.DataObject) -> None:
+    sealed = bytearray(KEY.seal(data))
+    sealed[draws.draw(st.integers(0, len(sealed) - 1))] ^= draws.draw(st.integers(1, 255))
+    for wrong in (bytes(sealed), data, sealed[: draws.draw(st.integers(0, len(sealed) - 1))]):
+        with pytest.raises(NotAuthorized):
+            KEY.unseal(bytes(wrong))
+
+
+def test_a_place_tells_nothing_of_its_model_without_the_key() -> None:
+    model = "ab" * 32
+    assert FINGERPRINT.fullmatch(KEY.place(model))
+    assert len({KEY.place(model), OTHER.place(model), KEY.place(""), model}) == 4
+    assert OPEN.place(model) == model
+
+
+def test_a_key_file_is_made_once_and_read_by_its_owner_alone(tmp_path: Path) -> None:
+    file = tmp_path / "folder" / "swarm.key"
+    key = SwarmKey.create(file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert SwarmKey.load(file).place("") == key.place("")
+    with pytest.raises(KeyFileError, match="is there already"):
+        SwarmKey.create(file)
+    file.chmod(0o644)
+    with pytest.raises(KeyFileError, match="chmod 600"):
+        SwarmKey.load(file)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "splitnet-swarm-1 ab", "splitnet-secret-1 " + "ab" * 32, "splitnet-swarm-1 " + "x" * 64]
+)
+def test_what_is_no_key_is_refused_and_not_shown(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "swarm.key"
+    file.write_text(text)
+    file.chmod(0o600)
+    with pytest.raises(KeyFileError) as refused:
+        SwarmKey.load(file)
+    assert "ab" * 8 not in str(refused.value) and "x" * 8 not in str(refused.value)
+
+
+def test_a_key_is_neither_printed_nor_pickled() -> None:
+    assert KEY.secret_text.split()[1] not in repr(KEY)
+    with pytest.raises(TypeError):
+        pickle.dumps(KEY)
+
+
+def test_an_invitation_comes_back_from_its_file(tmp_path: Path) -> None:
+    file, identity = tmp_path / "anna.invite", Identity.generate()
+    address = f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}"
+    Invite(r"a\model", (address, address), KEY, identity).save(file)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    read = Invite.load(file)
+    assert (read.model, read.join, read.identity.public) == (r"a\model", (address, address), identity.public)
+    assert read.swarm_key.place("") == KEY.place("")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "error"),
+    [
+        ("model = 'm'", "", "is no invitation: ask for the file"),
+        ("model = 'm'", "model = 7", "is no invitation: ask for the file"),
+        ("splitnet-swarm-1", "splitnet-swarm-2", "is no invitation: this is no swarm key"),
+        ("splitnet-secret-1", "splitnet", "is no invitation: this is no secret key"),
+        ("join = [", "join = [7, ", "is no invitation: ask for the file"),
+        ("?key=", "?", "is no address of a peer"),
+        ("# An", "An", "is no invitation: ask for the file"),
+    ],
+)
+def test_what_is_no_invitation_is_refused(before: str, after: str, error: str, tmp_path: Path) -> None:
+    file = tmp_path / "anna.invite"
+    Invite("m", (f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}",), KEY, Identity.generate()).save(file)
+    text = file.read_text()
+    assert before in text
+    file.write_text(text.replace(before, after, 1))
+    with pytest.raises((KeyFileError, DirectoryError), match=error):
+        Invite.load(file)
+
+
+def test_a_closed_swarm_joins_no_dht() -> None:
+    def no_links() -> None:
+        raise AssertionError("nobody is asked")
+
+    with pytest.raises(DirectoryError, match="a closed swarm has no DHT"):
+        join(["/ip4/127.0.0.1/tcp/9/p2p/12D3KooW"], no_links, swarm=KEY)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(DirectoryError, match="a closed swarm is joined through a peer"):
+        join([], no_links, swarm=KEY)  # pyright: ignore[reportArgumentType]
