@@ -104,11 +104,11 @@ def generate(
         lan,
         tokenizer,
         device,
-        prefer.value,
-        energy_slowdown,
-        swarm_key,
-        trusted_peers,
-        invite,
+        prefer=prefer.value,
+        energy_slowdown=energy_slowdown,
+        swarm_key=swarm_key,
+        trusted_peers=trusted_peers,
+        invite=invite,
     )
     client = Client.connect(connection, adapter, speculate)
     try:

@@ -129,11 +129,11 @@ def serve(
         lan,
         tokenizer,
         device,
-        prefer.value,
-        energy_slowdown,
-        swarm_key,
-        trusted_peers,
-        invite,
+        prefer=prefer.value,
+        energy_slowdown=energy_slowdown,
+        swarm_key=swarm_key,
+        trusted_peers=trusted_peers,
+        invite=invite,
     )
     checkpoint = connection.checkpoint()
     options = ServeOptions(

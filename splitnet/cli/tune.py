@@ -196,8 +196,8 @@ def tune(
             lan,
             tokenizer,
             device,
-            swarm_key,
-            trusted_peers,
-            invite,
+            swarm_key=swarm_key,
+            trusted_peers=trusted_peers,
+            invite=invite,
         )
     )
