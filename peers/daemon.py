@@ -32,6 +32,7 @@ from peers.power_sources import find_sources
 from peers.relocation import Relocation
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
+from peers.ways import PeerWays
 from splitnet.client.links import Links
 from splitnet.doctor.links import PeerLinks
 from splitnet.errors import DirectoryError, LanError, ProtocolError, SplitnetError
@@ -39,7 +40,7 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.device_choice import find_device
 from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
-from splitnet.net.addresses import dht_address, public_address, reachable_host, with_literal_host
+from splitnet.net.addresses import Reach, dht_address, public_address, reachable_host, with_literal_host
 from splitnet.net.budget import Budget
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
@@ -67,6 +68,7 @@ class Peer:
 
     Attributes:
         counters: what it has done since its start.
+        ways: how others reach it.
 
     Raises:
         SplitnetError: any of its kinds, with the fix: the model, the swarm, the address, memory.
@@ -115,6 +117,19 @@ class Peer:
         )
         address = public_address(options.listen, self._transport.port, options.public_host)
         self.endpoint = Endpoint(address, identity.public)
+        self.ways = PeerWays(
+            self._transport,
+            identity,
+            self.endpoint,
+            listen=options.listen,
+            reach=options.reach,
+            relay_port=options.relay_port,
+            authorized=authorized,
+            bytes_per_s=options.relay_rate,
+            others=self._others,
+            directory=directory,
+            changed=self._ways_changed,
+        )
         self._prober = Prober(self.send)
         self._neighbours = Neighbours(self._others, self._next_hops, self._prober)
         self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self, options.swarm_key or OPEN)
@@ -145,7 +160,8 @@ class Peer:
         if options.authorized_keys is not None:
             AuthorizedKeys.from_file(options.authorized_keys)
         host = with_literal_host(options.public_host or reachable_host(options.listen))
-        options = replace(options, public_host=host, device=find_device(options.device).device)
+        reach = Reach.direct if options.public_host and options.reach is Reach.auto else options.reach
+        options = replace(options, public_host=host, reach=reach, device=find_device(options.device).device)
         choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
         identity = options.identity or (
             Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
@@ -277,6 +293,8 @@ class Peer:
             state_bytes=server.span.state_bytes,
             proof=self._proof,
             watts=self.counters.energy.watts,
+            relays=self.ways.relays,
+            relay_port=self.ways.relay_port,
         )
 
     def reconsider(self) -> bool:
@@ -300,6 +318,7 @@ class Peer:
             self._announcer.close()
             self._transport.close()
             self._directory_service.close()
+            self.ways.close()
             self._current.close()
         self._relocation.join()
         if self._lan is not None:
@@ -335,6 +354,7 @@ class Peer:
     def _serve(self) -> None:
         self._current.start()
         self._transport.start()
+        self.ways.start()
         self._announcer.start()
         if self._max_blocks:
             self._relocation.start()
@@ -346,6 +366,7 @@ class Peer:
     def _look_around(self) -> None:
         self.counters.energy.look()
         self._current.remeasure_if_idle()
+        self.ways.look()
         self._neighbours.look_around()
         self._prove_work()
 
@@ -362,6 +383,13 @@ class Peer:
     def _others(self) -> list[PeerRecord]:
         present = self._directory.peers(self.checkpoint.fingerprint)
         return [record for record in present if record.key != self.identity.public]
+
+    def _ways_changed(self) -> None:
+        if not self._leaving.is_set():
+            try:
+                self._announcer.publish()
+            except SplitnetError as error:  # it is told with the next refresh
+                log.info("the swarm is not told yet how this peer is reached: %s", error)
 
     def _move(self, span: tuple[int, int], urgent: bool = False) -> None:
         """Hands its sessions over, then serves other blocks under the same key and address.

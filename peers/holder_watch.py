@@ -39,7 +39,7 @@ class HolderWatch:
 
     def watch(self, records: Iterable[PeerRecord]) -> None:
         """Watches these peers from now on, the first `MAX_WATCHED`, and no others."""
-        wanted = list(dict.fromkeys(Endpoint(record.address, record.key) for record in records))[:MAX_WATCHED]
+        wanted = list(dict.fromkeys(record.endpoint for record in records))[:MAX_WATCHED]
         with self._lock:
             for endpoint in [endpoint for endpoint in self._heard_at if endpoint not in wanted]:
                 del self._heard_at[endpoint]

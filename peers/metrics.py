@@ -59,6 +59,12 @@ class Present:
     buffer_bytes: Mapping[str, int]
     token_joules: float
     """Of a decoded token in all blocks; 0: not known."""
+    relays: int
+    """Helpers through which it is reached."""
+    tunnelled: int
+    helped_peers: int
+    helped_streams: int
+    helped_bytes: int
 
     @classmethod
     def of(cls, peer: Peer) -> Present:
@@ -67,7 +73,7 @@ class Present:
             server = peer.server
         except SplitnetError:
             server = None
-        service = peer.service
+        service, helper = peer.service, peer.ways.helper
         table, memory = service.sessions, service.training_memory
         return cls(
             info={
@@ -98,6 +104,11 @@ class Present:
             buffer_bytes={name: budget.used for name, budget in peer.buffers.items()}
             | {f"{name}_limit": budget.limit for name, budget in peer.buffers.items()},
             token_joules=_token_joules(peer, server),
+            relays=len(peer.ways.relays),
+            tunnelled=peer.ways.tunnelled,
+            helped_peers=helper.reservations if helper is not None else 0,
+            helped_streams=helper.streams if helper is not None else 0,
+            helped_bytes=helper.passed_bytes if helper is not None else 0,
         )
 
 
@@ -197,6 +208,11 @@ class PeerMetrics(Collector):
             "state",
             now.buffer_bytes,
         )
+        yield _gauge("relays", "Helpers through which the peer is reached; 0: it is reached directly.", now.relays)
+        yield _gauge("relayed_connections", "Connections that others have made through helpers.", now.tunnelled)
+        yield _gauge("helped_peers", "Hidden peers that are reached through this one.", now.helped_peers)
+        yield _gauge("helped_streams", "Streams of others that pass through this peer.", now.helped_streams)
+        yield _counter("helped_bytes", "Bytes of others that were passed on.", now.helped_bytes)
         sent, received = counters.traffic.totals()
         yield _bytes("sent_bytes", "Bytes of messages that were sent, by link and codec.", sent)
         yield _bytes("received_bytes", "Bytes of messages that came, by link and codec.", received)

@@ -84,7 +84,7 @@ class Neighbours:
             return
         self._random.shuffle(others)
         others.sort(key=lambda record: -self.network_coordinates.age_s(record.key.text))
-        chosen = {Endpoint(record.address, record.key): record for record in others[:MEASURED_AT_ONCE]}
+        chosen = {record.endpoint: record for record in others[:MEASURED_AT_ONCE]}
         borrowed = [endpoint for endpoint in chosen if self._links.acquire(endpoint)]
         try:
             for endpoint, link in self._prober.measure(borrowed).items():

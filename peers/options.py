@@ -8,6 +8,7 @@ from pathlib import Path
 
 from peers.placing import ANY_SPAN, SpanWish
 from peers.power_sources import SYSFS
+from splitnet.net.addresses import Reach
 from splitnet.net.identity import Identity
 from splitnet.net.swarm_key import SwarmKey
 
@@ -37,6 +38,9 @@ class PeerOptions:
         idle_s: seconds until an idle session is dropped.
         watts: what the device draws while it computes; None: it is read where that is possible.
         sysfs: where Linux shows counters of energy.
+        reach: how others are to reach it; a `public_host` is believed, so that none are asked.
+        relay_port: where it helps others to be reached, 0 for any; None: it does not.
+        relay_rate: bytes per second that it passes on; None: as `HelperBounds` has it.
     """
 
     wish: SpanWish = ANY_SPAN
@@ -57,3 +61,6 @@ class PeerOptions:
     idle_s: float = 600.0
     watts: float | None = None
     sysfs: Path = SYSFS
+    reach: Reach = Reach.auto
+    relay_port: int | None = None
+    relay_rate: float | None = None

@@ -71,6 +71,8 @@ def next_hop_of(message: Open) -> Endpoint | None:
         return None
     key = PublicKey(message.next_key)
     _ = key.curve_raw
-    if not is_address(message.next_address):
+    if not all(map(is_address, (message.next_address, *(relay.address for relay in message.next_relays)))):
         raise ProtocolError("the next hop's address is not tcp://IP:PORT: names of others are not looked up")
-    return Endpoint(message.next_address, key)
+    for relay in message.next_relays:
+        PublicKey(relay.key)
+    return Endpoint(message.next_address, key, message.next_relays)

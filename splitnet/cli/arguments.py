@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from splitnet.amounts import parse_bytes
 from splitnet.errors import SplitnetError
 from splitnet.model.device_choice import DEVICE_NAME
 
@@ -200,6 +201,33 @@ TrustedPeers = Annotated[
         help="File with the keys of the peers that may be used, as --authorized-keys; any peer if not given.",
     ),
 ]
+RelayPort = Annotated[
+    int | None,
+    typer.Option(
+        "--relay-port",
+        metavar="PORT",
+        min=0,
+        max=65535,
+        help="Let peers behind routers be reached through this machine, at a port of its own; 0 is any free one.",
+    ),
+]
+RelayRate = Annotated[
+    str | None, typer.Option("--relay-rate", metavar="32MiB", help="Bytes per second to pass on for them, in all.")
+]
+
+
+def parse_relay_rate(rate: str | None, port: int | None) -> int | None:
+    """Bytes per second that `--relay-rate` gives to `--relay-port`; None: it does not say."""
+    if rate is None:
+        return None
+    if port is None:
+        raise typer.BadParameter("--relay-rate is for --relay-port, which is not given")
+    parsed = parse_bytes(rate)
+    if not parsed:
+        raise typer.BadParameter("--relay-rate passes nothing on: give more, or leave --relay-port out")
+    return parsed
+
+
 KeyFile = Annotated[
     Path | None,
     typer.Option("--key-file", envvar="SPLITNET_KEY_FILE", help="File with the key of this machine."),

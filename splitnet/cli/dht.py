@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import checked_addresses
+from splitnet.cli.arguments import RelayPort, RelayRate, checked_addresses, parse_relay_rate
 from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.stopping import StopSignals
 from splitnet.errors import KeyFileError, SplitnetError
@@ -50,19 +51,41 @@ def dht(
     address_file: Annotated[
         Path | None, typer.Option(help="Write the address to join with here, once this node answers.")
     ] = None,
+    relay_port: RelayPort = None,
+    relay_rate: RelayRate = None,
+    authorized_keys: Annotated[
+        Path | None, typer.Option(help="File with the keys that may use the relay; anyone if not given.")
+    ] = None,
 ) -> None:
     """Be a node that peers and clients of any model can join through, until interrupted (SIGINT or SIGTERM).
 
-    It loads no model and carries no activations: it stores the records by which others find each other.
+    It loads no model. It stores the records by which others find each other, and with --relay-port carries activations
+    between those that cannot connect to each other, encrypted.
     """
     public = [_multiaddr(public_host, listen)] if public_host else []
+    rate = parse_relay_rate(relay_rate, relay_port)
+    if authorized_keys and relay_port is None:
+        raise typer.BadParameter("--authorized-keys is for --relay-port, which is not given")
     forget_address(address_file)
 
     from splitnet.net.directory import Directory
+    from splitnet.net.identity import AuthorizedKeys, Identity
+    from splitnet.net.ways.offer import relaying
 
-    with Directory.start(
-        initial_peers=join or (), listen=[listen], public=public, identity_path=_prepared(key_file)
-    ) as directory:
+    key = _prepared(key_file)
+    with ExitStack() as stack:
+        directory = stack.enter_context(
+            Directory.start(initial_peers=join or (), listen=[listen], public=public, identity_path=key)
+        )
+        if relay_port is not None:
+            helper = Identity.load_or_create(key.with_name(f"{key.name}.relay"))
+            authorized = AuthorizedKeys.from_file(authorized_keys) if authorized_keys else None
+            relay = stack.enter_context(
+                relaying(
+                    directory, helper, _host(listen), relay_port, public_host, authorized=authorized, bytes_per_s=rate
+                )
+            )
+            typer.echo(f"peers behind routers are reached through {relay.address.removeprefix('tcp://')}")
         stop = StopSignals()
         try:
             typer.echo(f"a node of the DHT, listening at {listen}")
@@ -71,6 +94,12 @@ def dht(
             stop.wait()
         finally:
             forget_address(address_file)
+
+
+def _host(listen: str) -> str:
+    """The host of a multiaddr that is listened at."""
+    host = listen.split("/")[2]
+    return f"[{host}]" if ":" in host else host
 
 
 def _multiaddr(public_host: str, listen: str) -> str:

@@ -18,10 +18,13 @@ from splitnet.cli.arguments import (
     InviteFile,
     JoinIfAny,
     ModelOrInvite,
+    RelayPort,
+    RelayRate,
     SwarmKeyFile,
     model_or_invited,
     parse_blocks,
     parse_host_port,
+    parse_relay_rate,
     resolve_model,
 )
 from splitnet.cli.invite import Invite
@@ -29,7 +32,7 @@ from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.logs import tell
 from splitnet.cli.stopping import StopSignals
 from splitnet.errors import SplitnetError
-from splitnet.net.addresses import is_reachable, refuse_taken
+from splitnet.net.addresses import Reach, is_reachable, refuse_taken
 
 if TYPE_CHECKING:
     from peers.daemon import Peer
@@ -88,6 +91,15 @@ def peer(
             metavar="HOST[:PORT]", help="How others reach this machine, if by another name or port (NAT, containers)."
         ),
     ] = None,
+    reach: Annotated[
+        Reach,
+        typer.Option(
+            help="How others reach this peer: at its address, through helpers, or (auto) as others find out; with "
+            "--public-host at its address."
+        ),
+    ] = Reach.auto,
+    relay_port: RelayPort = None,
+    relay_rate: RelayRate = None,
     device: Device = "auto",
     dtype: Annotated[
         Dtype | None, typer.Option(help="What blocks compute in; the checkpoint's own if not given.")
@@ -139,7 +151,10 @@ def peer(
     wanted_metrics = parse_host_port(metrics_port) if metrics_port else None
     if watts is not None and not 0 < watts <= MAX_WATTS:
         raise SplitnetError(f"--watts {watts:g} is no power of a device: give more than 0 and at most {MAX_WATTS:g}")
+    wanted_rate = parse_relay_rate(relay_rate, relay_port)
     refuse_taken(listen)
+    if relay_port:
+        refuse_taken(f"{listen.rpartition(':')[0]}:{relay_port}")
     forget_address(address_file)
     checkpoint = resolve_model(model_or_invited(model, invite))
     invitation = Invite.load(invite) if invite else None
@@ -179,6 +194,9 @@ def peer(
         watts=watts,
         identity=invitation.identity if invitation else None,
         swarm_key=closed,
+        reach=reach,
+        relay_port=relay_port,
+        relay_rate=wanted_rate,
     )
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
     with StageProgress() as progress:
@@ -192,6 +210,8 @@ def peer(
         typer.echo(_what_it_serves(serving))
         if serving.counters.energy.origin:
             typer.echo(f"power: {serving.counters.energy.origin}")
+        if serving.ways.relay_port:
+            typer.echo(f"peers behind routers are reached through port {serving.ways.relay_port} of this one")
         if metrics is not None:
             metrics.serve(registry_of(serving))
             typer.echo(f"metrics at {metrics.url}")

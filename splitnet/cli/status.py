@@ -57,7 +57,7 @@ def _print_table(overview: Overview) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from splitnet.client.overview import blocks_text, short_key, token_joules, token_ms
+    from splitnet.client.overview import blocks_text, reached, short_key, token_joules, token_ms
     from splitnet.net.fields import STRICT_VERSIONS
     from splitnet.net.peer_addresses import peer_address
 
@@ -66,7 +66,7 @@ def _print_table(overview: Overview) -> None:
     table = Table(
         title=f"{facts.name}, {facts.num_blocks} blocks", title_justify="left", box=None, padding=(0, 2, 0, 0)
     )
-    for column in ("blocks", "address", "device"):
+    for column in ("blocks", "address", "reached", "device"):
         table.add_column(column, no_wrap=column != "device")
     columns = ["ms/token", "J/token", "free KV", "sessions"]
     if not any(record.watts for record in overview.records):
@@ -85,6 +85,7 @@ def _print_table(overview: Overview) -> None:
         table.add_row(
             f"{blocks} -> {blocks_text(*record.moving_to)}" if record.moving_to else blocks,
             record.address.removeprefix("tcp://"),
+            reached(record),
             f"{record.device} {record.dtype}",
             *(figures[column] for column in columns),
             short_key(record.key.text),

@@ -16,6 +16,7 @@ from splitnet.net.link_pool import LinkPool
 from splitnet.net.messages import Announced, Close, Failure, Found, Message, Open, Payload, Pong, decode, encode
 from splitnet.net.prober import Prober
 from splitnet.net.transport import Transport
+from splitnet.net.ways.punching import Way
 from splitnet.seldom_warnings import SeldomWarnings
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,10 @@ class Links:
     def state(self, endpoint: Endpoint) -> LinkState:
         """State of the link to a peer; of a closed one that had failed, for a minute, how it had failed."""
         return self._pool.state(endpoint)
+
+    def way(self, endpoint: Endpoint) -> Way:
+        """How a peer is reached, or would be."""
+        return self._transport.way(endpoint)
 
     def _keep_open(self, endpoint: Endpoint, message: Message) -> bool:
         """Keeps the link for a message open; False if there are too many others."""

@@ -12,6 +12,7 @@ from scheduler.network import CLIENT
 from scheduler.swarm import Peer, Speed, missing_blocks
 from splitnet.client.swarm import ModelFacts
 from splitnet.net.facts import facts_of
+from splitnet.net.identity import PublicKey
 from splitnet.net.peer_addresses import peer_address
 from splitnet.net.records import PeerRecord
 
@@ -69,6 +70,12 @@ def short_key(key: str) -> str:
     return key[:SHORT_KEY]
 
 
+def reached(record: PeerRecord) -> str:
+    """How a peer is reached, for people: at its address, or through how many helpers."""
+    count = len(record.relays)
+    return "direct" if not count else f"{count} helper{'s' * (count > 1)}"
+
+
 def token_ms(record: PeerRecord) -> float:
     """Ms that a decode step of one token takes in all blocks of a peer."""
     return record.block_ms[0] * (record.end - record.start)
@@ -85,6 +92,7 @@ def _record_as_json(record: PeerRecord) -> dict[str, Any]:
     values["watts"] = record.watts or None
     values["joules_per_token"] = token_joules(record)
     values["join"] = peer_address(record.endpoint)
+    values["relays"] = [{"address": relay.address, "key": PublicKey(relay.key).text} for relay in record.relays]
     values["links"] = [
         {"peer": link.peer.hex(), "rtt_ms": link.rtt_ms, "bytes_per_ms": link.bytes_per_ms} for link in record.links
     ]

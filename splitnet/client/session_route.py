@@ -43,7 +43,8 @@ from splitnet.client.session_events import (
 from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, PeerLeaving, PeerLost, SessionLost, SplitnetError
 from splitnet.model.adapters import Adapter, counted_down, write_groups
 from splitnet.net.codecs import Codec, codec_by_name
-from splitnet.net.endpoints import Endpoint
+from splitnet.net.endpoints import Endpoint, Relay
+from splitnet.net.fields import STRICT_VERSIONS
 from splitnet.net.messages import Adapter as AdapterMessage
 from splitnet.net.messages import AdapterLoaded, Message, Open, Opened
 from splitnet.net.messages import Close as CloseMessage
@@ -392,10 +393,17 @@ class SessionRoute(ABC):
             previous=previous.planned.record.key.raw if previous is not None and not previous.relayed else b"",
             next_key=following.planned.record.key.raw if following is not None else b"",
             next_address=following.planned.record.address if following is not None else "",
+            next_relays=self._relays_to(hop, following),
         )
         self._members[hop.endpoint] = hop.blocks
         self._asked[hop.endpoint] = self._now + OPEN_TIMEOUT_S
         self.send(hop.endpoint, message)
+
+    def _relays_to(self, hop: RouteHop, following: RouteHop | None) -> tuple[Relay, ...]:
+        """Through whom a hop reaches the next one; nothing that it is too old to read."""
+        if following is None or not following.endpoint.hidden or hop.planned.record.version in STRICT_VERSIONS:
+            return ()
+        return following.endpoint.relays
 
     def _opened(self, hop: RouteHop, message: Opened) -> None:
         if self.phase is Phase.OPENING and self._asked.pop(hop.endpoint, None) is not None:

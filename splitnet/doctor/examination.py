@@ -175,11 +175,11 @@ def _swarm(
     records = [record for model in wanted or models for record in directory.peers(model)]
     tried = records[:MAX_PEERS]
     with PeerLinks(identity) as links:
-        answers = links.try_out({Endpoint(record.address, record.key) for record in tried})
+        answers = links.try_out({record.endpoint for record in tried})
         answering: list[PeerRecord] = []
         silent: list[PeerRecord] = []
         for record in tried:
-            answer = answers[Endpoint(record.address, record.key)]
+            answer = answers[record.endpoint]
             yield peer(record, answer, record.issued_at - clock(), allowed_s)
             (silent if answer.rtt_ms is None else answering).append(record)
         if len(tried) < len(records):

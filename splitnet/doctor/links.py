@@ -28,6 +28,7 @@ from splitnet.net.messages import (
 from splitnet.net.prober import PING_TIMEOUT_S, Prober
 from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
+from splitnet.net.ways.punching import Way
 
 Thing = TypeVar("Thing")
 
@@ -42,10 +43,12 @@ class PeerAnswer:
     Attributes:
         state: of the link to it.
         rtt_ms: round trip; None: it does not answer.
+        way: how it is reached.
     """
 
     state: LinkState
     rtt_ms: float | None
+    way: Way = Way.DIRECT
 
 
 class PeerLinks:
@@ -85,7 +88,9 @@ class PeerLinks:
         wait([self._prober.ping(endpoint) for endpoint in answering], timeout=PING_TIMEOUT_S)
         return {
             endpoint: PeerAnswer(
-                self._transport.state(endpoint), self._prober.rtt_ms(endpoint) if endpoint in answering else None
+                self._transport.state(endpoint),
+                self._prober.rtt_ms(endpoint) if endpoint in answering else None,
+                self._transport.way(endpoint),
             )
             for endpoint in endpoints
         }
@@ -103,7 +108,7 @@ class PeerLinks:
         sessions = {record.key.text: secrets.token_bytes(SESSION_BYTES) for record in records}
         for record in records:
             self._send(
-                Endpoint(record.address, record.key),
+                record.endpoint,
                 Open(
                     session=sessions[record.key.text],
                     epoch=1,
@@ -119,7 +124,7 @@ class PeerLinks:
             )
         self._wait_until_all(sessions.values(), lambda session: session in self._opened)
         for record in records:
-            self._send(Endpoint(record.address, record.key), Close(sessions[record.key.text]))
+            self._send(record.endpoint, Close(sessions[record.key.text]))
         answers = {key: self._opened.pop(session, None) for key, session in sessions.items()}
         return {key: answer.next_reachable for key, answer in answers.items() if isinstance(answer, Opened)}
 

@@ -10,8 +10,13 @@ from splitnet.doctor.links import PeerAnswer
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.messages import PROTOCOL_VERSION
 from splitnet.net.records import PeerRecord
+from splitnet.net.ways.punching import Way
 
 _SHOWN_KEY = 9
+_HIDDEN_SILENCE = (
+    "it is not reached through any of its helpers: it or they have ended, or have no room; its record expires within a "
+    "minute, or names others then"
+)
 
 
 def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: float) -> Finding:
@@ -23,17 +28,21 @@ def peer(record: PeerRecord, answer: PeerAnswer, ahead_s: float, allowed_s: floa
         ahead_s: how much later than now its record was signed, in seconds; negative for one of the past.
         allowed_s: by how many seconds clocks may differ.
     """
-    name = f"{record.key.text[:_SHOWN_KEY]} at {record.address}, blocks {record.start}..{record.end - 1}"
+    blocks = f"blocks {record.start}..{record.end - 1}"
+    name = f"{record.key.text[:_SHOWN_KEY]} at {record.address}, {blocks}"
+    if record.relays:
+        name = f"{record.key.text[:_SHOWN_KEY]} behind a router, {blocks}"
     if record.protocol != PROTOCOL_VERSION:
         older = "this machine" if record.protocol > PROTOCOL_VERSION else "it"
         return failed("peer", f"{name}: speaks protocol {record.protocol}, this is {PROTOCOL_VERSION}: upgrade {older}")
     if answer.state.is_final:
         return failed("peer", f"{name}: {refusal(Endpoint(record.address, record.key), answer.state)}")
     if answer.rtt_ms is None:
-        return warned("peer", f"{name}: {_silence(answer.state)}")
+        return warned("peer", f"{name}: {_HIDDEN_SILENCE if record.relays else _silence(answer.state)}")
     if ahead_s > allowed_s:
         return warned("peer", f"{name}: its clock is {ahead_s:.0f} s ahead: have it set by NTP")
-    return passed("peer", f"{name}: answers in {answer.rtt_ms:.1f} ms, with its key")
+    way = "" if answer.way is Way.DIRECT else f", {answer.way.value}"
+    return passed("peer", f"{name}: answers in {answer.rtt_ms:.1f} ms, with its key{way}")
 
 
 def peer_to_join(address: str, endpoint: Endpoint, answer: PeerAnswer, wrong: Callable[[str, str], Finding]) -> Finding:

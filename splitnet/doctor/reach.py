@@ -87,6 +87,13 @@ class Reach:
             note = ", which is only for this machine" if not is_reachable(address) else ""
             return passed("reach", f"{count} of {count} peers reach this machine at {address}{note}")
         who = f"only {count} of {len(reached)} peers reach" if count else "no peer reaches"
+        helpers = sum(record.helper is not None for record in answering)
+        if helpers and not count:
+            return warned(
+                "reach",
+                f"{who} this machine at {address}: a peer here is reached through helpers ({helpers} peers help); "
+                "straighter is to open the port, forward it in the router, and name it with --public-host",
+            )
         purpose = "" if self._needed else "a client needs no open port, but to serve here "
         return wrong(
             "reach",

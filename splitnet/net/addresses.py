@@ -8,10 +8,20 @@ import queue
 import re
 import socket
 import threading
+from enum import StrEnum
 
 from splitnet.errors import AddressInUse, SplitnetError
 
 RESOLVE_S = 5.0
+
+
+class Reach(StrEnum):
+    """How others are to reach a peer."""
+
+    auto = "auto"
+    """At its address, unless others say that they cannot: then through helpers."""
+    direct = "direct"
+    helpers = "helpers"
 
 
 def with_literal_host(text: str) -> str:

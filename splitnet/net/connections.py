@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -103,6 +103,8 @@ class Connections:
         drained: how often all sockets have been read empty so far.
         drain: asks for that to happen soon.
         authorized: whose connections may stay; None: anybody's.
+        behind: who is at the other end of a connection that is made for another, by its host and port: that one counts
+            as its host.
 
     Attributes:
         ended: how many connections were ended from here, by the reason.
@@ -115,12 +117,14 @@ class Connections:
         drained: Callable[[], int],
         drain: Callable[[], None],
         authorized: AuthorizedKeys | None = None,
+        behind: Mapping[tuple[str, int], str] | None = None,
     ) -> None:
         self.ended: Counter[str] = Counter()
         self._received = received
         self._drained = drained
         self._drain = drain
         self._authorized = authorized
+        self._behind = dict[tuple[str, int], str]() if behind is None else behind
         self._keys_at = 0.0
         self._looked_at = time.monotonic()
         self._table = _Table()
@@ -144,9 +148,10 @@ class Connections:
         Returns None if it is gone already.
         """
         try:
-            cookie, host = tcp.cookie(descriptor), tcp.other_host(descriptor)
+            cookie, other = tcp.cookie(descriptor), tcp.other_end(descriptor)
         except OSError:
             return None
+        host = self._behind.get(other, other[0])
         now = time.monotonic()
         made = TcpConnection(descriptor, cookie, host, now, owner, active_at=now, acked_at=now)
         with self._lock:

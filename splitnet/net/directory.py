@@ -25,7 +25,7 @@ from typing import Any, Final, TypeVar
 from splitnet.errors import AddressInUse, DirectoryError
 from splitnet.net.dht_node import NodeLoop, import_hivemind
 from splitnet.net.dht_reading import Reading, overhear, read
-from splitnet.net.records import MODELS_KEY, PeerRecord, RecordValidator, peers_key, shard_key, shard_keys
+from splitnet.net.records import HELPERS, MODELS_KEY, PeerRecord, RecordValidator, peers_key, shard_key, shard_keys
 from splitnet.net.swarm_directory import OWN_DEPTH, SwarmDirectory, latest
 
 logger = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Directory(SwarmDirectory):
 
     def store(self, record: PeerRecord, packed: bytes, depth: int = OWN_DEPTH) -> bool:
         keys, subkeys = [peers_key(record.model), shard_key(record.model, record.key)], [record.key.text] * 2
-        if not record.has_left:
+        if not record.has_left and record.model != HELPERS:
             keys.append(MODELS_KEY)
             subkeys.append(record.model)
         return self._request(lambda node: self._store(node, keys, subkeys, packed, record.expires_at))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from splitnet.net.identity import PublicKey
 
@@ -29,6 +30,15 @@ def is_address(text: str) -> bool:
         return False
 
 
+class Relay(NamedTuple):
+    """A helper through which a hidden peer is reached."""
+
+    address: str
+    """`tcp://IP:port` of its streams"""
+    key: bytes
+    """Raw Ed25519 public key, 32 bytes."""
+
+
 @dataclass(frozen=True, slots=True)
 class Endpoint:
     """Where a peer listens, and the key that it must prove to have."""
@@ -36,6 +46,13 @@ class Endpoint:
     address: str
     """`tcp://IP:port`"""
     key: PublicKey
+    relays: tuple[Relay, ...] = field(default=(), compare=False)
+    """Through whom it is reached; empty: directly. They come and go, and it stays the same peer."""
+    hidden: bool = field(init=False)
+    """It is not reached directly."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "hidden", bool(self.relays))
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from enum import IntEnum
 from typing import Any, ClassVar, NamedTuple, cast, get_args
 
 from splitnet.errors import ProtocolError, ProtocolVersionError
+from splitnet.net.endpoints import Relay
 from splitnet.net.fields import (
     Layout,
     appended,
@@ -29,6 +30,7 @@ from splitnet.net.fields import (
     optional,
     packb,
     records,
+    row,
     several,
     text,
     uint,
@@ -168,6 +170,8 @@ class Open:
     next_key: bytes = wire(blob(0, KEY_BYTES))
     """Public key of the next hop; empty: results go to the client."""
     next_address: str = wire(text(256))
+    next_relays: tuple[Relay, ...] = appended(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
+    """Helpers through whom the next hop is reached; none: it is reached at its address."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Final, NamedTuple, cast
 from scheduler.coordinates import DIMENSIONS
 from scheduler.swarm import MAX_WATTS, PASS_SIZES
 from splitnet.errors import KeyFileError, NotAuthorized, ProtocolError, ProtocolVersionError
-from splitnet.net.endpoints import Endpoint, is_address
+from splitnet.net.endpoints import Endpoint, Relay, is_address
 from splitnet.net.fields import (
     Layout,
     appended,
@@ -51,6 +51,10 @@ MAX_CLOCK_SKEW_S: Final = 300.0
 MODELS_KEY: Final = "splitnet.models"
 SHARDS: Final = 8
 """Keys of the DHT that the records of one model are spread over."""
+
+HELPERS: Final = "72656c617973"
+"""In the place of a model: helpers that serve none."""
+MAX_RELAYS: Final = 3
 
 _SIGNED_PREFIX = b"splitnet peer record\0"
 _MOST = 1e9
@@ -99,6 +103,11 @@ def _floats(*values: float) -> tuple[float, ...]:
     return values
 
 
+def _raw_key(value: Any) -> bytes:
+    return _key(value).raw
+
+
+_relay = row(Relay, _address, _raw_key)
 _seen_link = row(SeenLink, blob(KEY_PREFIX_BYTES), _MS, number(_LEAST, _MOST))
 
 
@@ -123,6 +132,8 @@ class PeerRecord:
     state_bytes: what a sequence takes in all blocks besides its positions, however long it is.
     proof: of the work that the key has cost, see `splitnet.net.proof_of_work`; 0: none.
     watts: what the device draws while it computes; 0: not known.
+    relays: helpers through which the peer is reached, at most 3; none: it is reached at its address.
+    relay_port: where it helps others to be reached, on the host of its address; 0: it does not.
     """
 
     signed: ClassVar[bytes] = b""
@@ -158,6 +169,8 @@ class PeerRecord:
     state_bytes: int = appended(_COUNT, 0)
     proof: int = appended(uint(MAX_PROOF), 0)
     watts: float = appended(number(0, MAX_WATTS), 0.0)
+    relays: tuple[Relay, ...] = appended(several(_relay, most=MAX_RELAYS), ())
+    relay_port: int = appended(uint(65535), 0)
 
     def __post_init__(self) -> None:
         for name, value in _LAYOUT.read([getattr(self, name) for name in _LAYOUT.names]).items():
@@ -170,7 +183,14 @@ class PeerRecord:
     @property
     def endpoint(self) -> Endpoint:
         """Where the peer is connected to, and the key that it must prove to have."""
-        return Endpoint(self.address, self.key)
+        return Endpoint(self.address, self.key, self.relays)
+
+    @property
+    def helper(self) -> Relay | None:
+        """As others reach hidden peers through it; None: they do not."""
+        if not self.relay_port or self.relays:
+            return None
+        return Relay(f"{self.address.rpartition(':')[0]}:{self.relay_port}", self.key.raw)
 
     @property
     def expires_at(self) -> float:

@@ -45,11 +45,12 @@ def cookie(descriptor: int) -> bytes:
         handle.detach()
 
 
-def other_host(descriptor: int) -> str:
-    """The address of the other side, without its port. Raises OSError if it is gone."""
+def other_end(descriptor: int) -> tuple[str, int]:
+    """Host and port of the other side. Raises OSError if it is gone."""
     handle = socket.socket(fileno=descriptor)
     try:
-        return handle.getpeername()[0]
+        host, port = handle.getpeername()[:2]
+        return host.removeprefix("::ffff:"), port
     finally:
         handle.detach()
 

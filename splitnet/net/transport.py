@@ -28,6 +28,9 @@ from splitnet.net.gatekeeper import Gatekeeper, proven_key
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
 from splitnet.net.wake import Wake
+from splitnet.net.ways.loop import WaysLoop
+from splitnet.net.ways.punching import Way
+from splitnet.net.ways.tunnels import Tunnels
 from splitnet.seldom_warnings import SeldomWarnings
 
 log = logging.getLogger(__name__)
@@ -106,6 +109,8 @@ class Transport:
 
     Attributes:
         sending, receiving: account for what ZeroMQ holds, by key (see `Backlog` and `Connections`).
+        loop: of tunnels to hidden peers; it ends with the transport.
+        behind: who is at the other end of a connection from this machine that a tunnel has made, by its host and port.
 
     Raises:
         AddressInUse: something else listens on `listen`.
@@ -140,8 +145,15 @@ class Transport:
         self.receiving = Budget(max_received)
         self._backlog = Backlog(self.sending)
         self._drained = 0
+        self.loop = WaysLoop()
+        self.behind: dict[tuple[str, int], str] = {}
+        self._tunnels = Tunnels(self.loop, identity)
         self._connections = Connections(
-            self.receiving, drained=lambda: self._drained, drain=self._look, authorized=authorized
+            self.receiving,
+            drained=lambda: self._drained,
+            drain=self._look,
+            authorized=authorized,
+            behind=self.behind,
         )
         self._incoming: dict[bytes, tuple[Connection, TcpConnection]] = {}
         """By routing id."""
@@ -204,6 +216,10 @@ class Transport:
         """State of the link to `endpoint`; `CONNECTING` for one that was never opened."""
         link = self._links.get(endpoint)
         return link.state if link else LinkState.CONNECTING
+
+    def way(self, endpoint: Endpoint) -> Way:
+        """How a peer is reached, or would be."""
+        return self._tunnels.way(endpoint)
 
     @property
     def refused_connections(self) -> int:
@@ -290,13 +306,16 @@ class Transport:
                 dealer.curve_serverkey = endpoint.key.curve
                 dealer.reconnect_ivl_max = 5_000
                 monitor = dealer.get_monitor_socket(sum(_STATE_OF_EVENT) + zmq.Event.CONNECTED)
-                dealer.connect(endpoint.address)
-            except zmq.ZMQError:
+                dealer.connect(self._tunnels.open(endpoint) if endpoint.hidden else endpoint.address)
+            except (zmq.ZMQError, OSError) as error:
                 _close_watched(dealer, monitor)
-                raise
+                self._tunnels.close(endpoint)
+                raise error if isinstance(error, zmq.ZMQError) else zmq.ZMQError(error.errno) from error
             link = self._links[endpoint] = _Link(endpoint, dealer, monitor)
             self._poller.register(dealer, zmq.POLLIN)
             self._poller.register(monitor, zmq.POLLIN)
+        elif endpoint.relays != link.endpoint.relays:
+            self._tunnels.learn(endpoint)
         return link
 
     def _unlink(self, endpoint: Endpoint, *, at_end: bool = False) -> None:
@@ -310,6 +329,7 @@ class Transport:
             if link.state is not LinkState.UP and not (at_end and link.state is LinkState.CONNECTING):
                 link.socket.linger = 0  # a socket that waits for somebody to take what is queued keeps its descriptors
             _close_watched(link.socket, link.monitor)
+            self._tunnels.close(endpoint)
 
     def _run(self) -> None:
         wake = self._wake.fileno()
@@ -485,6 +505,8 @@ class Transport:
                 self._connections.closed(link.tcp.descriptor, link.tcp)
                 link.tcp = None
             state = _STATE_OF_EVENT.get(zmq.Event(event), link.state)
+            if event == zmq.Event.HANDSHAKE_FAILED_NO_DETAIL and link.endpoint.hidden:
+                state = LinkState.DOWN  # a tunnel that leads nowhere ends so, too
             # A refused handshake also ends in a disconnection: keep the cause until the link is up.
             if state is LinkState.DOWN and link.state.is_final:
                 continue
@@ -511,6 +533,7 @@ class Transport:
         if self._router is not None:
             _close_watched(self._router, self._arrivals)
         self._context.term()
+        self.loop.close()
         self._wake.close()
 
 

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 
 from scheduler.swarm import missing_blocks
 from splitnet.errors import CoverageError, SplitnetError
-from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.endpoints import LinkState
 from splitnet.net.facts import facts_of
 from splitnet.serve.admission import Admission
 from splitnet.serve.answering import Answer
@@ -124,7 +124,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[st
         present = [
             facts_of(record)
             for record in swarm.peers()
-            if record.serves and swarm.links.state(Endpoint(record.address, record.key)) is not LinkState.DOWN
+            if record.serves and swarm.links.state(record.endpoint) is not LinkState.DOWN
         ]
         holes = missing_blocks(present, swarm.facts.num_blocks)
         if holes:

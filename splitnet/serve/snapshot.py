@@ -10,7 +10,6 @@ from typing import Any
 import splitnet
 from splitnet.client.overview import Overview, short_key, token_joules, token_ms
 from splitnet.client.swarm import Swarm
-from splitnet.net.endpoints import Endpoint
 from splitnet.serve.admission import Admission
 from splitnet.serve.generation import Generations
 from splitnet.serve.presence import Seen, State
@@ -79,7 +78,8 @@ def _peer(swarm: Swarm, seen: Seen, now: float) -> dict[str, Any]:
         "queue_ms": record.queue_ms if answer is None else answer.queue_ms,
         "sessions": record.sessions,
         "kv_free": record.kv_free_positions if answer is None else answer.kv_free_positions,
-        "delay_ms": swarm.links.prober.rtt_ms(Endpoint(record.address, record.key)) / 2 or None,
+        "delay_ms": swarm.links.prober.rtt_ms(record.endpoint) / 2 or None,
+        "way": swarm.links.way(record.endpoint).value,
         "version": record.version,
     }
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from scheduler.swarm import MAX_WATTS
 from splitnet.errors import NotAuthorized, ProtocolError, ProtocolVersionError
+from splitnet.net.endpoints import Relay
 from splitnet.net.identity import Identity
 from splitnet.net.records import MAX_RECORD_BYTES, MAX_TTL_S, RECORD_LAYOUT, PeerRecord, SeenLink
 
@@ -46,8 +47,13 @@ RECORD = PeerRecord(
 PACKED = RECORD.pack(IDENTITY)
 PAYLOAD: list[Any] = msgpack.unpackb(msgpack.unpackb(PACKED)[0])
 
+APPENDED = [field for field in dataclasses.fields(PeerRecord) if "appended" in field.metadata]
+
 words = st.text(alphabet="abcdefghijklmnopqrstuvwxyz0123456789-", min_size=1, max_size=30).filter(
     lambda word: not word.startswith("-")
+)
+relays = st.builds(
+    Relay, st.just("tcp://[2001:db8::1]:31332"), st.sampled_from([IDENTITY.public.raw, STRANGER.public.raw])
 )
 milliseconds = st.floats(min_value=0, max_value=1e9)
 seen_links = st.builds(SeenLink, st.binary(min_size=8, max_size=8), milliseconds, st.floats(0, 1e9, exclude_min=True))
@@ -87,6 +93,8 @@ def records(draw: st.DrawFn) -> PeerRecord:
         issued_at=draw(st.floats(min_value=0, max_value=1e11)),
         ttl_s=draw(st.floats(min_value=0, max_value=MAX_TTL_S, exclude_min=True)),
         watts=draw(st.sampled_from([0.0, 15.0]) | st.floats(0, MAX_WATTS)),
+        relays=tuple(draw(st.lists(relays, max_size=3))),
+        relay_port=draw(st.integers(0, 65535)),
     )
 
 
@@ -244,7 +252,7 @@ def test_a_key_that_is_no_point_is_a_protocol_error() -> None:
 
 
 def test_fields_of_later_versions_are_ignored_and_other_layouts_refused() -> None:
-    assert PeerRecord.unpack(sign([*PAYLOAD, RECORD.state_bytes, RECORD.proof, RECORD.watts, "later", 7])) == RECORD
+    assert PeerRecord.unpack(sign([*PAYLOAD, *(field.default for field in APPENDED), "later", 7])) == RECORD
     with pytest.raises(ProtocolVersionError):
         PeerRecord.unpack(sign([RECORD_LAYOUT + 1, *PAYLOAD[1:]]))
 

@@ -47,7 +47,7 @@ function createRow(peer) {
 
 function updateRow(row, peer) {
   row.classList.toggle("gone", !isThere(peer));
-  setText(row.querySelector(".address"), peer.address);
+  setText(row.querySelector(".address"), addressOf(peer));
   setText(row.querySelector(".state"), stateOf(peer));
   // What was measured of a peer says nothing any more once it is gone.
   COLUMNS.forEach(([, text, kind], index) => {
@@ -58,6 +58,10 @@ function updateRow(row, peer) {
 function blocksOf(peer) {
   const served = blocks(peer.start, peer.end);
   return peer.moving_to ? `${served} → ${blocks(...peer.moving_to)}` : served;
+}
+
+function addressOf(peer) {
+  return peer.way === undefined || peer.way === "direct" ? peer.address : `${peer.way}, behind a router`;
 }
 
 function stateOf(peer) {

@@ -1,0 +1,132 @@
+"""What a way to a hidden peer costs: round trips of messages over loopback, direct, through a helper, and without it.
+
+    python -m benchmarks.ways [--rounds 5]
+
+The caller, the hidden peer and the helper are three processes. Turns of all ways follow each other, and medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import queue
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+
+from splitnet.net.endpoints import Destination, Endpoint, Relay
+from splitnet.net.identity import Identity, PublicKey
+from splitnet.net.messages import Payload
+from splitnet.net.transport import Transport
+from splitnet.net.ways import punching
+from splitnet.net.ways.helper import Helper, HelperBounds
+from splitnet.net.ways.hidden import Hidden
+from splitnet.net.ways.loop import WaysLoop
+from splitnet.net.ways.punching import Way
+
+SMALL, LARGE = 700, 1 << 20
+SMALL_TIMES, LARGE_TIMES = 200, 20
+
+
+def help_others() -> None:
+    loop, identity = WaysLoop(), Identity.generate()
+    helper = Helper(loop, identity, "tcp://127.0.0.1:0", bounds=HelperBounds(bytes_per_s=1 << 40))
+    helper.start()
+    print(helper.port, identity.public.text, flush=True)
+    sys.stdin.read()
+    helper.close()
+    loop.close()
+
+
+def hide(port: str, key: str, punches: str) -> None:
+    punching.PUNCH_S = float(punches)
+    identity = Identity.generate()
+
+    def echo(source: Destination, frames: Sequence[Payload]) -> None:
+        transport.send(source, frames)
+
+    transport = Transport(identity, on_message=echo, listen="tcp://127.0.0.1:0")
+    transport.start()
+    inside = f"tcp://127.0.0.1:{transport.port}"
+    relay = Relay(f"tcp://127.0.0.1:{port}", PublicKey.parse(key).raw)
+    reserved = queue.SimpleQueue[None]()
+    hidden = Hidden(transport.loop, identity, inside, transport.behind, lambda: [relay], lambda: reserved.put(None))
+    hidden.start()
+    reserved.get(timeout=10)
+    print(transport.port, identity.public.text, flush=True)
+    sys.stdin.read()
+    transport.close()
+
+
+class Caller:
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self._answers = queue.SimpleQueue[None]()
+        self.transport = Transport(Identity.generate(), on_message=lambda *_: self._answers.put(None), max_backlog=None)
+        self.transport.start()
+        self.first_ms = self.round_trip_ms(SMALL)
+
+    def round_trip_ms(self, size: int) -> float:
+        began = time.perf_counter()
+        self.transport.send(self.endpoint, [bytes(size)])
+        self._answers.get(timeout=20)
+        return (time.perf_counter() - began) * 1000
+
+    def median_ms(self, size: int, times: int) -> float:
+        return statistics.median(self.round_trip_ms(size) for _ in range(times))
+
+
+def measure(rounds: int) -> None:
+    def start(*arguments: str) -> tuple[subprocess.Popen[str], list[str]]:
+        command = [sys.executable, "-m", "benchmarks.ways", *arguments]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        return process, process.stdout.readline().split()
+
+    helper, relay = start("--role", "help")
+    plain, (port, key) = start("--role", "hide", *relay, "0")
+    punching_peer, (_, punched_key) = start("--role", "hide", *relay, "3")
+    relays = (Relay(f"tcp://127.0.0.1:{relay[0]}", PublicKey.parse(relay[1]).raw),)
+    nowhere = "tcp://127.0.0.1:9"
+    callers = {
+        Way.DIRECT: Caller(Endpoint(f"tcp://127.0.0.1:{port}", PublicKey.parse(key))),
+        Way.RELAYED: Caller(Endpoint(nowhere, PublicKey.parse(key), relays)),
+        Way.PUNCHED: Caller(Endpoint(nowhere, PublicKey.parse(punched_key), relays)),
+    }
+    until = time.monotonic() + 10
+    while callers[Way.PUNCHED].transport.way(callers[Way.PUNCHED].endpoint) is Way.RELAYED:
+        callers[Way.PUNCHED].round_trip_ms(SMALL)
+        assert time.monotonic() < until, "no straight way was found"
+    small: dict[Way, list[float]] = {way: [] for way in callers}
+    large: dict[Way, list[float]] = {way: [] for way in callers}
+    for _ in range(rounds):
+        for way, caller in callers.items():
+            small[way].append(caller.median_ms(SMALL, SMALL_TIMES))
+            large[way].append(caller.median_ms(LARGE, LARGE_TIMES))
+    print(f"| way | first message, ms | {SMALL} bytes there and back, ms | 1 MiB there and back, ms |")
+    print("|---|---|---|---|")
+    for way, caller in callers.items():
+        figures = f"{caller.first_ms:.0f} | {statistics.median(small[way]):.2f} | {statistics.median(large[way]):.1f}"
+        print(f"| {'straight, after a helper' if way is Way.PUNCHED else way.value} | {figures} |")
+        caller.transport.close()
+    for process in (plain, punching_peer, helper):
+        process.communicate()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--role", nargs="+", default=["measure"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    role, *arguments = options.role
+    if role == "help":
+        help_others()
+    elif role == "hide":
+        hide(*arguments)
+    else:
+        measure(options.rounds)
+
+
+if __name__ == "__main__":
+    main()

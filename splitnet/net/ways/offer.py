@@ -1,0 +1,138 @@
+"""Tells the DHT of a helper that serves no blocks."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Generator
+from contextlib import closing, contextmanager
+
+import splitnet
+from scheduler.coordinates import DIMENSIONS
+from scheduler.swarm import PASS_SIZES
+from splitnet.errors import SplitnetError
+from splitnet.net.addresses import reachable_host, with_literal_host
+from splitnet.net.endpoints import Relay
+from splitnet.net.identity import AuthorizedKeys, Identity
+from splitnet.net.messages import PROTOCOL_VERSION
+from splitnet.net.records import HELPERS, PeerRecord
+from splitnet.net.swarm_directory import SwarmDirectory
+from splitnet.net.ways.helper import Helper, HelperBounds
+from splitnet.net.ways.loop import WaysLoop
+from splitnet.net.ways.streams import host_and_port
+
+log = logging.getLogger(__name__)
+
+REFRESH_S = 15.0
+
+
+def find_helpers(directory: SwarmDirectory) -> list[Relay]:
+    """Helpers that serve no blocks. Raises DirectoryError."""
+    return [record.helper for record in directory.peers(HELPERS) if record.helper is not None]
+
+
+@contextmanager
+def relaying(
+    directory: SwarmDirectory,
+    identity: Identity,
+    host: str,
+    port: int,
+    public_host: str | None,
+    *,
+    authorized: AuthorizedKeys | None = None,
+    bytes_per_s: float | None = None,
+) -> Generator[Relay]:
+    """Helps, and says so in the DHT; gives how others reach the helper.
+
+    Args:
+        host, port: where it listens.
+        public_host: `HOST` or `HOST:PORT` by which others reach this machine, its port does not count; None: found out.
+
+    Raises:
+        SplitnetError: it cannot listen there, or the host has no address.
+    """
+    listen = f"tcp://{host}:{port}"
+    name = with_literal_host(public_host or reachable_host(listen))
+    if name.rpartition(":")[2].isdecimal() and not name.endswith("]"):
+        name = name.rpartition(":")[0]
+    bounds = HelperBounds(bytes_per_s=bytes_per_s or HelperBounds.bytes_per_s)
+    with (
+        closing(WaysLoop()) as loop,
+        closing(Helper(loop, identity, listen, authorized=authorized, bounds=bounds)) as helper,
+    ):
+        helper.start()
+        relay = helper.relay_at(name.strip("[]"))
+        with closing(HelperOffer(directory, identity, relay)) as offer:
+            offer.start()
+            yield relay
+
+
+class HelperOffer:
+    """Publishes a record now and every 15 s, until closed.
+
+    Args:
+        directory: the DHT.
+        identity: of the helper.
+        relay: how others reach it.
+    """
+
+    def __init__(self, directory: SwarmDirectory, identity: Identity, relay: Relay) -> None:
+        self._directory = directory
+        self._identity = identity
+        self._relay = relay
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="splitnet-offer", daemon=True)
+
+    def start(self) -> None:
+        """Begins."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Withdraws the record."""
+        self._leaving.set()
+        self._thread.join()
+        try:
+            self._directory.withdraw(self._record(), self._identity)
+        except SplitnetError as error:
+            log.info("the record of this helper expires by itself: %s", error)
+
+    def _run(self) -> None:
+        pause_s = 0.0
+        while not self._leaving.wait(pause_s):
+            pause_s = REFRESH_S
+            try:
+                self._directory.announce(self._record(), self._identity)
+            except SplitnetError as error:
+                log.warning("the DHT was not told of this helper, next try in %.0f s: %s", REFRESH_S, error)
+
+    def _record(self) -> PeerRecord:
+        return PeerRecord(
+            key=self._identity.public,
+            model=HELPERS,
+            model_name="helpers",
+            address=self._relay.address,
+            start=0,
+            end=1,
+            num_blocks=1,
+            protocol=PROTOCOL_VERSION,
+            codecs=(),
+            device="none",
+            dtype="none",
+            block_ms=(0.0,) * len(PASS_SIZES),
+            queue_ms=0.0,
+            batch=0.0,
+            kv_free_positions=0,
+            sessions=0,
+            max_blocks=0,
+            placed_at=0.0,
+            moving_to=None,
+            serves=False,
+            coordinate=(0.0,) * (DIMENSIONS + 1),
+            coordinate_error=0.0,
+            bytes_per_ms=0.0,
+            links=(),
+            version=splitnet.__version__,
+            issued_at=time.time(),
+            relay_port=host_and_port(self._relay.address)[1],
+        )

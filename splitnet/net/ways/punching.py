@@ -1,0 +1,142 @@
+"""A straight stream between two that a helper has joined: one reaches the other, or both make holes at the same moment.
+
+Both connect from the port by which they speak to the helper, and listen there: routers on the way have let something
+out from it, and send what comes back to it. Where one has no router, the other simply gets through (a reversal); where
+both have one, each SYN makes a hole for the other's (Ford, Srisuresh and Kegel, 2005).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from enum import StrEnum
+
+from splitnet.net.ways.messages import Joined
+from splitnet.net.ways.streams import STREAM_ERRORS, address_of, dial, host_and_port, listening
+
+PUNCH_S = 3.0
+"""How long two try to reach each other."""
+
+AT_ONCE = 8
+"""Of this process: helpers name the addresses, and a false one must not make it a flood for somebody else."""
+
+_TRY_S, _PAUSE_S = 1.0, 0.1
+_ACCEPTED_AT_ONCE = 4
+_free = threading.BoundedSemaphore(AT_ONCE)
+
+
+class Way(StrEnum):
+    """How a peer is reached."""
+
+    DIRECT = "direct"
+    """It listens, and is connected to."""
+    RELAYED = "relayed"
+    """A helper passes on what is said."""
+    REVERSED = "reversed"
+    """It has connected to whoever wanted to reach it."""
+    PUNCHED = "punched"
+    """Through holes in routers."""
+
+
+Claim = Callable[[], bool]
+"""Whether a stream is to be the one; true once."""
+
+Check = Callable[[socket.socket, Claim], Awaitable[None]]
+"""Makes the handshake on a stream, and claims it before it commits itself. Raises one of STREAM_ERRORS if that is
+refused, or anything is wrong."""
+
+
+def candidates(own: str, joined: Joined) -> list[str]:
+    """Where the other may be reached: as the helper sees it, and behind the same router as it sees itself.
+
+    Args:
+        own: this end of the stream to the helper, as this side sees it.
+    """
+    found = [joined.seen]
+    if joined.you and joined.seen and host_and_port(joined.you)[0] == host_and_port(joined.seen)[0]:
+        found.insert(0, joined.here)
+    return [each for each in dict.fromkeys(found) if each and each != own and _is_local(each) <= _is_local(own)]
+
+
+def _is_local(address: str) -> bool:
+    """Only for this machine: others have no business to name it."""
+    return ipaddress.ip_address(host_and_port(address)[0]).is_loopback
+
+
+async def punch(
+    own: tuple[str, int], addresses: Sequence[str], check: Check, seconds: float | None = None
+) -> tuple[socket.socket, Way] | None:
+    """The first stream that passes the check; None if there is none in time. Never fails.
+
+    Args:
+        own: host and port of the stream to the helper.
+        addresses: of the other side.
+        seconds: how long to try; None: `PUNCH_S`.
+    """
+    found: asyncio.Future[tuple[socket.socket, Way]] = asyncio.get_running_loop().create_future()
+    taken = False
+
+    def claim() -> bool:
+        nonlocal taken
+        free, taken = not taken, True
+        return free
+
+    async def tried(sock: socket.socket, way: Way) -> None:
+        try:
+            async with asyncio.timeout(_TRY_S):
+                await check(sock, claim)
+            found.set_result((sock, way))
+        except BaseException as error:
+            sock.close()
+            if not isinstance(error, STREAM_ERRORS):
+                raise
+
+    async def connect(address: str) -> None:
+        while True:
+            with suppress(OSError, TimeoutError):
+                await tried(await dial(address, _TRY_S, source=own), Way.PUNCHED)
+            await asyncio.sleep(_PAUSE_S)
+
+    async def accept() -> None:
+        loop, hosts = asyncio.get_running_loop(), {host_and_port(address)[0] for address in addresses}
+        running: set[asyncio.Task[None]] = set()
+        try:
+            with listening(address_of(own), again=True) as listener:
+                while True:
+                    sock, name = await loop.sock_accept(listener)
+                    if host_and_port(address_of(name))[0] not in hosts or len(running) >= _ACCEPTED_AT_ONCE:
+                        sock.close()
+                        continue
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                    task = loop.create_task(tried(sock, Way.REVERSED))
+                    running.add(task)
+                    task.add_done_callback(running.discard)
+        except OSError:  # this port cannot be listened at
+            return
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
+
+    limit_s = PUNCH_S if seconds is None else seconds
+    if limit_s <= 0 or not addresses or not _free.acquire(blocking=False):
+        return None
+    tasks = [asyncio.ensure_future(accept()), *(asyncio.ensure_future(connect(address)) for address in addresses)]
+    result: tuple[socket.socket, Way] | None = None
+    try:
+        async with asyncio.timeout(limit_s):
+            result = await asyncio.shield(found)
+    except TimeoutError:
+        pass
+    finally:
+        _free.release()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if result is None and found.done():
+            found.result()[0].close()
+    return result

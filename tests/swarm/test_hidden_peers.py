@@ -1,0 +1,163 @@
+"""Peers that nobody can connect to serve through helpers, and the tokens are those of the whole model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peers.daemon import Peer
+from splitnet.client.overview import Overview, reached
+from splitnet.doctor.finding import Status
+from splitnet.doctor.links import PeerLinks
+from splitnet.doctor.peers import peer as finding_of
+from splitnet.net.addresses import Reach
+from splitnet.net.directory import Directory
+from splitnet.net.endpoints import Endpoint
+from splitnet.net.identity import Identity
+from splitnet.net.ways import hidden, punching
+from splitnet.net.ways.offer import find_helpers, relaying
+from splitnet.net.ways.punching import Way
+from tests.swarm.generation import GREEDY, After, prompt
+from tests.swarm.harness import LocalSwarm, local_swarm
+
+pytestmark = pytest.mark.swarm
+
+WAIT_S = 30.0
+NOWHERE = "127.0.0.1:9"
+"""Nobody listens there: who is announced at it is reached through helpers, or not at all."""
+
+
+@pytest.fixture
+def no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On loopback everybody reaches everybody, so there is always a better way than a helper."""
+    monkeypatch.setattr(punching, "PUNCH_S", 0.0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hidden, "LOOK_S", 0.5)
+
+
+@pytest.fixture
+def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    """A helper that serves nothing the others do not, and two hidden peers."""
+    with local_swarm(folder, [], node=node) as swarm:
+        yield swarm
+
+
+def wait_until(condition: Any) -> None:
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until
+        threading.Event().wait(0.02)
+
+
+def add_hidden(swarm: LocalSwarm, start: int, end: int, relays: int = 1) -> Peer:
+    peer = swarm.add(start, end, public_host=NOWHERE, reach=Reach.helpers)
+    wait_until(lambda: len(peer.ways.relays) == relays)
+    peer._announcer.publish()
+    return peer
+
+
+def ways_of(swarm: LocalSwarm) -> dict[tuple[int, int], Way]:
+    return {
+        (record.start, record.end): swarm.client.links.way(record.endpoint) for record in swarm.client.peers(fresh=True)
+    }
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> None:
+    helper = swarm.add(0, 2, relay_port=0)
+    first, second = add_hidden(swarm, 2, 4), add_hidden(swarm, 4, 6)
+    model = swarm.model()
+    with model.session() as cache:
+        got = model.generate(**prompt(), **GREEDY)
+        assert not any(hop.relayed for hop in cache.session.hops)  # hidden peers reach each other, too
+    assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+    assert ways_of(swarm) == {(0, 2): Way.DIRECT, (2, 4): Way.RELAYED, (4, 6): Way.RELAYED}
+    assert helper.ways.helper is not None and helper.ways.helper.passed_bytes
+    assert first.ways.tunnelled and second.ways.tunnelled
+
+
+def test_better_ways_are_found_meanwhile(swarm: LocalSwarm, local: Any) -> None:
+    swarm.add(0, 2, relay_port=0)
+    add_hidden(swarm, 2, 4), add_hidden(swarm, 4, 6)
+    model = swarm.model()
+    wanted = local.generate(**prompt(), **GREEDY)
+
+    def is_direct() -> bool:
+        assert torch.equal(model.generate(**prompt(), **GREEDY), wanted)
+        return Way.RELAYED not in ways_of(swarm).values()
+
+    wait_until(is_direct)
+    assert not [event for event in model.swarm.events.since(0) if event.kind == "lost"]
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_a_helper_dies_in_the_middle_and_the_answer_goes_on(swarm: LocalSwarm, local: Any) -> None:
+    swarm.add(0, 3, relay_port=0)
+    swarm.add(0, 3, relay_port=0)
+    add_hidden(swarm, 3, 6, relays=2)
+    model = swarm.model()
+    died: list[Any] = []
+
+    def kill() -> None:
+        helper = next(peer.ways.helper for peer in swarm.peers if peer.ways.helper and peer.ways.helper.streams)
+        helper.close()
+        died.append(helper)
+
+    with model.session():
+        got = model.generate(**prompt(), **GREEDY, streamer=After(10, kill))
+    assert died and torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_a_node_of_the_dht_helps_and_people_are_told(
+    swarm: LocalSwarm, node: Directory, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = Identity.generate()
+    with relaying(node, identity, "127.0.0.1", 0, None) as relay:
+        wait_until(lambda: relay in find_helpers(node))
+        assert not any("helper" in name for name in node.models().values())
+        peer = swarm.add(0, 6, public_host=NOWHERE, reach=Reach.helpers)
+        wait_until(lambda: peer.ways.relays == (relay,))
+        peer._announcer.publish()
+        records = swarm.client.peers(fresh=True)
+        overview = Overview.of(swarm.client.facts, records)
+        assert [reached(record) for record in overview.records] == ["1 helper"]
+        told = overview.as_json()["peers"][0]["relays"]
+        assert told == [{"address": relay.address, "key": identity.public.text}]
+        with PeerLinks(Identity.generate()) as links:
+            answers = links.try_out({records[0].endpoint})
+        finding = finding_of(records[0], answers[records[0].endpoint], 0.0, 3.0)
+        assert finding.status is Status.passed and finding.text.endswith("with its key, relayed"), finding
+        peer.close()
+    assert relay not in find_helpers(node)
+
+
+def test_a_peer_asks_others_and_looks_for_helpers(
+    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, node: Directory
+) -> None:
+    """On loopback nobody is asked; here all are taken for peers on the internet."""
+    monkeypatch.setattr("peers.ways._is_global", lambda address: True)
+    monkeypatch.setattr("peers.ways.is_reachable", lambda listen: True)
+    swarm.add(0, 3, relay_port=0)
+    reached = swarm.add(3, 6)
+    reached.ways.look()
+    assert not reached.ways.relays and reached.ways._ask_at > time.monotonic() + 500
+    lost = swarm.add(3, 6)
+    lost.ways._endpoint = Endpoint(f"tcp://{NOWHERE}", lost.identity.public)
+    lost.ways._ask_at = 0.0
+    lost.ways.look()
+    wait_until(lambda: lost.ways.relays)
+    record = next(record for record in node.peers(lost.checkpoint.fingerprint) if record.key == lost.identity.public)
+    assert record.relays or wait_until(lambda: lost.record().relays) is None
+    lost.ways._endpoint, lost.ways._ask_at = lost.endpoint, 0.0
+    lost.ways.look()
+    assert not lost.ways.relays

@@ -1,0 +1,127 @@
+"""Peers behind emulated routers are reached, and not only through helpers; where no lab can be opened, tests skip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+
+from benchmarks import netlab
+from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.identity import Identity
+from splitnet.net.ways import hidden as hidden_module
+from splitnet.net.ways import punching
+from splitnet.net.ways.helper import Helper
+from splitnet.net.ways.hidden import Hidden
+from splitnet.net.ways.loop import WaysLoop
+from splitnet.net.ways.punching import Way
+from tests.unit.test_transport import Node, echo
+from tests.unit.test_ways_streams import ask, wait_until
+
+pytestmark = pytest.mark.swarm
+
+PUBLIC, SAME = "public", "same router"
+
+
+class Lab:
+    """A helper, a hidden peer behind one router, and a caller behind another, behind the same or behind none."""
+
+    def __init__(self, stack: ExitStack, peer: str, caller: str) -> None:
+        self.stack = stack
+        routers = {"peer's": netlab.NAMED[peer]}
+        behind = {"peer": "peer's"}
+        if caller == SAME:
+            behind["caller"] = "peer's"
+        elif caller != PUBLIC:
+            routers["caller's"] = netlab.NAMED[caller]
+            behind["caller"] = "caller's"
+        try:
+            hosts = ("helper", "peer", "caller")
+            self.net = stack.enter_context(netlab.Lab(hosts, delay_ms=5.0, routers=routers, behind=behind))
+        except netlab.LabError as error:
+            pytest.skip(str(error))
+        with self.net.inside("helper"):  # threads stay where they begin
+            loop = WaysLoop()
+            stack.callback(loop.close)
+            self.helper = Helper(loop, Identity.generate(), f"tcp://{self.net.address('helper')}:0")
+            stack.callback(self.helper.close)
+            self.helper.start()
+        self.node = self._node("peer", "tcp://0.0.0.0:0")
+        self.node.answer = echo
+        transport, relays = self.node.transport, [self.helper.relay_at(self.net.address("helper"))]
+        with self.net.inside("peer"):
+            inside = f"tcp://127.0.0.1:{transport.port}"
+            self.hidden = Hidden(
+                transport.loop, self.node.identity, inside, transport.behind, lambda: relays, lambda: None
+            )
+            stack.callback(self.hidden.stop)
+            self.hidden.start()
+        wait_until(lambda: self.hidden.relays)
+        self.caller = self._node("caller")
+
+    def endpoint(self, *, relayed: bool = True) -> Endpoint:
+        address = f"tcp://{self.net.public_address('peer')}:{self.node.transport.port}"
+        return Endpoint(address, self.node.identity.public, self.hidden.relays if relayed else ())
+
+    def _node(self, host: str, listen: str | None = None) -> Node:
+        with self.net.inside(host):
+            node = Node(listen)
+            self.stack.callback(node.transport.close)
+            node.transport.start()
+        return node
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    monkeypatch.setattr(hidden_module, "LOOK_S", 0.1)
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.mark.parametrize(
+    ("peer", "caller"),
+    [
+        ("full-cone", PUBLIC),
+        ("port-restricted", PUBLIC),
+        ("symmetric", PUBLIC),
+        ("full-cone", "symmetric"),
+        ("symmetric", "restricted"),
+        ("port-restricted", "restricted"),
+        ("port-restricted", "port-restricted"),
+        ("port-restricted", SAME),
+        ("symmetric", SAME),
+    ],
+)
+def test_a_peer_behind_a_router_is_reached_without_a_helper_in_the_end(
+    stack: ExitStack, peer: str, caller: str
+) -> None:
+    lab = Lab(stack, peer, caller)
+    endpoint = lab.endpoint()
+    ask(lab.caller, endpoint, b"first")
+    wait_until(lambda: ask(lab.caller, endpoint, b"x") or lab.caller.transport.way(endpoint) is not Way.RELAYED)
+    wait_until(lambda: ask(lab.caller, endpoint, b"y") or not lab.helper.streams)
+    lab.net.down("helper")
+    ask(lab.caller, endpoint, *(bytes(50_000 + index) for index in range(20)))
+    assert lab.caller.states == [(endpoint, LinkState.UP)]
+
+
+@pytest.mark.parametrize(("peer", "caller"), [("port-restricted", "symmetric"), ("symmetric", "symmetric")])
+def test_helpers_stay_where_routers_give_every_connection_a_port(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, peer: str, caller: str
+) -> None:
+    monkeypatch.setattr(punching, "PUNCH_S", 1.0)
+    lab = Lab(stack, peer, caller)
+    endpoint = lab.endpoint()
+    wait_until(lambda: ask(lab.caller, endpoint, b"x") or punching._free._value < punching.AT_ONCE)
+    wait_until(lambda: ask(lab.caller, endpoint, b"x") or punching._free._value == punching.AT_ONCE)
+    ask(lab.caller, endpoint, b"y")
+    assert lab.caller.transport.way(endpoint) is Way.RELAYED
+
+
+def test_nothing_comes_through_a_router_unasked(stack: ExitStack) -> None:
+    lab = Lab(stack, "port-restricted", PUBLIC)
+    direct = lab.endpoint(relayed=False)
+    lab.caller.transport.send(direct, [b"x"])
+    ask(lab.caller, lab.endpoint(), b"y")
+    assert lab.caller.transport.state(direct) is not LinkState.UP

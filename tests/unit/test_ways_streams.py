@@ -1,0 +1,410 @@
+"""Ways to hidden peers over real sockets: a helper joins two, ZeroMQ passes through, and better ways take over."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from splitnet.net.connections import Connections
+from splitnet.net.endpoints import Endpoint, LinkState, Relay
+from splitnet.net.identity import AuthorizedKeys, Identity
+from splitnet.net.ways import helper as helper_module
+from splitnet.net.ways import hidden as hidden_module
+from splitnet.net.ways import punching
+from splitnet.net.ways.handshake import Dialing
+from splitnet.net.ways.helper import Helper, HelperBounds
+from splitnet.net.ways.hidden import Hidden
+from splitnet.net.ways.loop import WaysLoop
+from splitnet.net.ways.messages import Beat, Call, Join, Purpose, Refused, Reserve, Reserved, Welcome, pack, unpack
+from splitnet.net.ways.punching import Way
+from tests.unit.test_transport import ANY_PORT, WAIT_S, Node, echo
+
+HOST = "127.0.0.1"
+
+
+def wait_until(condition: Callable[[], Any]) -> None:
+    """Other threads change what is looked at, and tell nobody."""
+    until = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < until
+        threading.Event().wait(0.005)
+
+
+class World:
+    """Helpers, and nodes that are reached through them or want to."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack = stack
+        self.helpers: list[Helper] = []
+
+    def helper(self, **options: Any) -> Helper:
+        loop = WaysLoop()
+        self.stack.callback(loop.close)
+        made = Helper(loop, Identity.generate(), f"tcp://{HOST}:0", **options)
+        self.stack.callback(made.close)
+        made.start()
+        self.helpers.append(made)
+        return made
+
+    def node(self, listen: str | None = None, **options: Any) -> Node:
+        node = Node(listen, **options)
+        self.stack.callback(node.transport.close)
+        node.transport.start()
+        return node
+
+    def relays(self) -> list[Relay]:
+        return [helper.relay_at(HOST) for helper in self.helpers]
+
+    def hidden(self, *, helpers: int | None = None, **options: Any) -> tuple[Node, Hidden]:
+        """A node that answers what comes through the helpers."""
+        node = self.node(ANY_PORT, **options)
+        node.answer = echo
+        hidden = Hidden(
+            node.transport.loop,
+            node.identity,
+            f"tcp://{HOST}:{node.transport.port}",
+            node.transport.behind,
+            self.relays,
+            lambda: None,
+        )
+        hidden.start()
+        self.stack.callback(hidden.stop)
+        wait_until(lambda: len(hidden.relays) == (len(self.helpers) if helpers is None else helpers))
+        return node, hidden
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.setattr(hidden_module, "LOOK_S", 0.1)
+    monkeypatch.setattr(hidden_module, "FIRST_PAUSE_S", 0.1)
+    with ExitStack() as stack:
+        yield World(stack)
+
+
+@pytest.fixture
+def no_holes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On loopback everybody reaches everybody, so there is always a better way than a helper."""
+    monkeypatch.setattr(punching, "PUNCH_S", 0.0)
+
+
+def to(node: Node, relays: tuple[Relay, ...]) -> Endpoint:
+    """The hidden node; nothing listens at its address."""
+    return Endpoint("tcp://127.0.0.1:9", node.identity.public, relays)
+
+
+def ask(client: Node, endpoint: Endpoint, *texts: bytes) -> None:
+    """Sends messages, and waits until all have come back in their order."""
+    before = len(client.received)
+    for each in texts:
+        client.transport.send(endpoint, [each, each])
+    client.wait(lambda: len(client.received) == before + len(texts))
+    assert client.received[before:] == [(endpoint, [each, each]) for each in texts]
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_a_hidden_peer_answers_through_a_helper(world: World) -> None:
+    helper = world.helper()
+    node, hidden = world.hidden()
+    client = world.node()
+    endpoint = to(node, hidden.relays)
+    ask(client, endpoint, b"small", bytes(3 << 20), b"last")
+    assert client.transport.way(endpoint) is Way.RELAYED and client.states == [(endpoint, LinkState.UP)]
+    assert helper.passed_bytes > 4 * (3 << 20) and helper.streams == hidden.streams == 1
+    client.transport.disconnect(endpoint)
+    wait_until(lambda: not helper.streams and not hidden.streams)
+    assert not node.transport.behind
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_a_helper_that_dies_is_replaced_by_another(world: World) -> None:
+    for _ in range(2):
+        world.helper()
+    node, hidden = world.hidden()
+    client = world.node()
+    endpoint = to(node, hidden.relays)
+    ask(client, endpoint, b"one")
+    used = next(helper for helper in world.helpers if helper.streams)
+    used.close()
+    client.wait_for_state(endpoint, LinkState.DOWN)
+    ask(client, endpoint, b"two")
+    wait_until(lambda: len(hidden.relays) == 1)
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_helpers_that_come_later_are_learned_from_the_endpoint(world: World) -> None:
+    world.helper()
+    node, hidden = world.hidden()
+    client = world.node()
+    endpoint = to(node, hidden.relays)
+    ask(client, endpoint, b"one")
+    world.helpers.pop().close()
+    wait_until(lambda: not hidden.relays)
+    client.wait_for_state(endpoint, LinkState.DOWN)
+    world.helper()
+    wait_until(lambda: hidden.relays)
+    ask(client, to(node, hidden.relays), b"two")
+
+
+def test_a_better_way_takes_over_without_a_gap(world: World) -> None:
+    helper = world.helper()
+    node, hidden = world.hidden()
+    client = world.node()
+    endpoint = to(node, hidden.relays)
+    ask(client, endpoint, b"first")
+    wait_until(lambda: ask(client, endpoint, b"x", bytes(100_000)) or client.transport.way(endpoint) != Way.RELAYED)
+    wait_until(lambda: ask(client, endpoint, b"y") or not helper.streams)
+    before = helper.passed_bytes
+    ask(client, endpoint, *(bytes(size) for size in range(0, 300_000, 20_000)))
+    assert helper.passed_bytes == before
+    assert client.states == [(endpoint, LinkState.UP)]  # ZeroMQ was told of nothing
+    world.helpers[0].close()
+    ask(client, endpoint, b"without it")
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_a_peer_that_is_gone_is_down_and_comes_back(world: World) -> None:
+    world.helper()
+    node, hidden = world.hidden()
+    client = world.node()
+    endpoint = to(node, hidden.relays)
+    relays = hidden.relays
+    hidden.stop()
+    wait_until(lambda: not world.helpers[0].reservations)
+    client.transport.connect(endpoint)
+    client.wait_for_state(endpoint, LinkState.DOWN)
+    hidden.start()
+    client.wait_for_state(to(node, relays), LinkState.UP)
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_keys_are_checked_at_the_ends(world: World, tmp_path: Path) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text(f"{Identity.generate().public}\n")
+    world.helper()
+    node, hidden = world.hidden(authorized=AuthorizedKeys.from_file(keys))
+    client = world.node()
+    endpoint = to(node, hidden.relays)
+    client.transport.connect(endpoint)
+    client.wait_for_state(endpoint, LinkState.REFUSED)
+    other = Endpoint(endpoint.address, Identity.generate().public, hidden.relays)
+    client.transport.connect(other)
+    client.wait_for_state(other, LinkState.DOWN)
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_who_comes_through_a_helper_does_not_count_as_this_machine(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connections without a name are bounded by host, and all that are relayed come from loopback."""
+    counted: list[str] = []
+    named = Connections.named
+    monkeypatch.setattr(Connections, "named", lambda *args: counted.append(named(*args).host) or named(*args))
+    world.helper()
+    node, hidden = world.hidden()
+    ask(world.node(), to(node, hidden.relays), b"relayed")
+    ask(world.node(), node.endpoint, b"direct")
+    assert counted == [f"{HOST}, through a helper", HOST]
+
+
+def test_few_are_tried_at_once() -> None:
+    async def check(sock: socket.socket, claim: Callable[[], bool]) -> None:
+        raise AssertionError("nobody listens there")
+
+    async def many() -> list[Any]:
+        tried = [punching.punch((HOST, 0), [f"tcp://{HOST}:9"], check, 0.2) for _ in range(punching.AT_ONCE + 3)]
+        tasks = [asyncio.ensure_future(each) for each in tried]
+        await asyncio.sleep(0)
+        done = sum(task.done() for task in tasks)
+        return [done, *await asyncio.gather(*tasks)]
+
+    assert asyncio.run(many()) == [3, *[None] * (punching.AT_ONCE + 3)]
+
+
+class Stranger:
+    """Speaks to a helper as it likes."""
+
+    def __init__(self, helper: Helper, identity: Identity | None = None) -> None:
+        self.identity = identity or Identity.generate()
+        self.helper = helper
+        self.sock = socket.create_connection((HOST, helper.port), timeout=WAIT_S)
+
+    def say(self, *messages: Any) -> None:
+        self.sock.sendall(b"".join(map(pack, messages)))
+
+    def hear(self) -> Any:
+        """What it says; None: it has ended the stream."""
+        with suppress(ConnectionError):
+            size = self.sock.recv(2, socket.MSG_WAITALL)
+            return unpack(self.sock.recv(int.from_bytes(size, "big"), socket.MSG_WAITALL)) if size else None
+        return None
+
+    def ask(self, purpose: Purpose, *request: Any) -> Any:
+        dialing = Dialing(self.identity, self.helper._identity.public, purpose)
+        self.say(dialing.hello)
+        welcome = self.hear()
+        if not isinstance(welcome, Welcome):
+            return welcome
+        self.say(dialing.prove(welcome), *request)
+        return self.hear()
+
+
+@pytest.fixture
+def stranger(world: World) -> Callable[..., Stranger]:
+    def connect(helper: Helper, identity: Identity | None = None) -> Stranger:
+        made = Stranger(helper, identity)
+        world.stack.enter_context(closing(made.sock))
+        return made
+
+    return connect
+
+
+Connect = Callable[..., Stranger]
+
+
+def test_streams_that_say_nothing_end_and_keep_nobody_away(world: World, stranger: Connect) -> None:
+    helper = world.helper(bounds=HelperBounds(handshakes_of_host=4, handshake_s=0.3))
+    silent = [stranger(helper) for _ in range(40)]
+    assert stranger(helper).ask(Purpose.RESERVE, Reserve()) == Reserved()
+    assert all(each.hear() is None for each in silent)
+
+
+@pytest.mark.parametrize(
+    "data", [b"\0\0", b"\xff\xff" + bytes(2000), b"\0\x05hello", pack(Reserve()), b"GET / HTTP/1.1\r\n\r\n"], ids=repr
+)
+def test_nonsense_ends_a_stream(world: World, stranger: Connect, data: bytes) -> None:
+    one = stranger(world.helper())
+    one.sock.sendall(data)
+    assert one.hear() is None
+
+
+def test_a_stranger_is_no_member(world: World, stranger: Connect, tmp_path: Path) -> None:
+    member, keys = Identity.generate(), tmp_path / "keys"
+    keys.write_text(f"{member.public}\n")
+    helper = world.helper(authorized=AuthorizedKeys.from_file(keys))
+    for purpose, request in ((Purpose.RESERVE, Reserve()), (Purpose.CALL, Call(member.public.raw, ""))):
+        assert isinstance(stranger(helper).ask(purpose, request), Refused)
+    assert stranger(helper, member).ask(Purpose.RESERVE, Reserve()) == Reserved()
+
+
+def test_reservations_are_bounded_by_host_and_one_for_a_key(world: World, stranger: Connect) -> None:
+    helper = world.helper(bounds=HelperBounds(reservations_of_host=3))
+    kept = [stranger(helper) for _ in range(3)]
+    assert all(each.ask(Purpose.RESERVE, Reserve()) == Reserved() for each in kept)
+    assert isinstance(stranger(helper).ask(Purpose.RESERVE, Reserve()), Refused)
+    again = stranger(helper, kept[0].identity)
+    assert again.ask(Purpose.RESERVE, Reserve()) == Reserved()
+    assert kept[0].hear() is None
+    assert helper.reservations == 3
+
+
+def test_reservations_end_that_are_silent_or_never_silent(world: World, stranger: Connect) -> None:
+    helper = world.helper(bounds=HelperBounds(silent_s=0.2))
+    silent = stranger(helper)
+    assert silent.ask(Purpose.RESERVE, Reserve()) == Reserved()
+    assert silent.hear() is None
+    helper = world.helper()
+    loud = stranger(helper)
+    assert loud.ask(Purpose.RESERVE, Reserve()) == Reserved()
+    with suppress(ConnectionError):
+        loud.say(*[Beat()] * 1000)
+    answers = 0
+    while loud.hear() is not None:
+        answers += 1
+    assert answers < 20
+    wait_until(lambda: not helper.reservations)
+
+
+def test_calls_are_bounded_by_key_and_nobody_joins_for_another(world: World, stranger: Connect) -> None:
+    helper = world.helper(bounds=HelperBounds(streams_of_key=2, join_s=0.5))
+    hidden, caller = stranger(helper), Identity.generate()
+    assert hidden.ask(Purpose.RESERVE, Reserve()) == Reserved()
+    call = Call(hidden.identity.public.raw, "")
+    waiting = [stranger(helper, caller) for _ in range(2)]
+    threads = [
+        threading.Thread(target=lambda each=each: answers.append(each.ask(Purpose.CALL, call))) for each in waiting
+    ]
+    answers: list[Any] = []
+    for thread in threads:
+        thread.start()
+    tokens = [hidden.hear().token for _ in waiting]
+    third = stranger(helper, caller).ask(Purpose.CALL, call)
+    assert isinstance(third, Refused) and "no room" in third.text
+    assert isinstance(stranger(helper).ask(Purpose.JOIN, Join(tokens[0], "")), Refused)  # it is not the one called
+    assert isinstance(stranger(helper, hidden.identity).ask(Purpose.JOIN, Join(b"?" * 16, "")), Refused)
+    for thread in threads:
+        thread.join()
+    assert [answer.text for answer in answers] == ["that peer does not take calls"] * 2
+    wait_until(lambda: not helper.streams and not helper._waiting)
+    nobody = stranger(helper).ask(Purpose.CALL, Call(Identity.generate().public.raw, ""))
+    assert isinstance(nobody, Refused)
+
+
+def joined(helper: Helper, stranger: Connect) -> tuple[Stranger, Stranger]:
+    """Two that the helper has joined."""
+    hidden, caller = stranger(helper), stranger(helper)
+    assert hidden.ask(Purpose.RESERVE, Reserve()) == Reserved()
+    dialing = Dialing(caller.identity, helper._identity.public, Purpose.CALL)
+    caller.say(dialing.hello)
+    caller.say(dialing.prove(caller.hear()), Call(hidden.identity.public.raw, "tcp://192.168.0.2:7"))
+    token = hidden.hear().token
+    other = stranger(helper, hidden.identity)
+    told = other.ask(Purpose.JOIN, Join(token, "tcp://10.0.0.2:8"))
+    heard = caller.hear()
+    assert (told.here, heard.here) == ("tcp://192.168.0.2:7", "tcp://10.0.0.2:8")
+    assert (told.you, told.seen) == (heard.seen, heard.you)
+    assert told.seen == f"tcp://{HOST}:{caller.sock.getsockname()[1]}"
+    world_keeps = hidden.sock  # the reservation lives as long as the test
+    assert world_keeps.fileno() >= 0
+    return caller, other
+
+
+def test_a_receiver_that_does_not_read_takes_no_memory(world: World, stranger: Connect) -> None:
+    helper = world.helper()
+    caller, _ = joined(helper, stranger)
+    caller.sock.settimeout(0.5)
+    sent = 0
+    with suppress(TimeoutError):
+        while sent < 1 << 30:
+            sent += caller.sock.send(bytes(1 << 20))
+    assert sent < 64 << 20  # what the kernel holds in its buffers, and no more
+
+
+def test_idle_and_half_open_streams_end(world: World, stranger: Connect) -> None:
+    helper = world.helper(bounds=HelperBounds(idle_s=0.3, half_open_s=0.3))
+    caller, other = joined(helper, stranger)
+    assert caller.sock.recv(1) == other.sock.recv(1) == b""
+    helper = world.helper(bounds=HelperBounds(half_open_s=0.3))
+    caller, other = joined(helper, stranger)
+    caller.sock.shutdown(socket.SHUT_WR)
+    assert other.sock.recv(1) == b""
+    other.sock.sendall(b"still")
+    assert caller.sock.recv(5) == b"still"
+    assert caller.sock.recv(1) == b""
+
+
+def test_bytes_per_second_are_bounded(world: World, stranger: Connect) -> None:
+    helper = world.helper(bounds=HelperBounds(bytes_per_s=4 << 20))
+    caller, other = joined(helper, stranger)
+    size = 5 << 20
+    sending = threading.Thread(target=caller.sock.sendall, args=(bytes(size),))
+    begin = time.monotonic()
+    sending.start()
+    while size:
+        size -= len(other.sock.recv(1 << 20))
+    sending.join()
+    assert time.monotonic() - begin > 0.8  # a MiB at once, and four more in a second
+
+
+def test_a_helper_tells_that_its_port_is_taken(world: World) -> None:
+    taken = world.helper()
+    loop = WaysLoop()
+    with closing(loop), pytest.raises(helper_module.AddressInUse):
+        Helper(loop, Identity.generate(), f"tcp://{HOST}:{taken.port}")
