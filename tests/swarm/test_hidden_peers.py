@@ -78,6 +78,7 @@ def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> N
     model = swarm.model()
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY)
+        assert cache.session is not None
         assert not any(hop.relayed for hop in cache.session.hops)  # hidden peers reach each other, too
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
     assert ways_of(swarm) == {(0, 2): Way.DIRECT, (2, 4): Way.RELAYED, (4, 6): Way.RELAYED}
@@ -87,7 +88,8 @@ def test_hidden_peers_serve_through_a_helper(swarm: LocalSwarm, local: Any) -> N
 
 def test_better_ways_are_found_meanwhile(swarm: LocalSwarm, local: Any) -> None:
     swarm.add(0, 2, relay_port=0)
-    add_hidden(swarm, 2, 4), add_hidden(swarm, 4, 6)
+    add_hidden(swarm, 2, 4)
+    add_hidden(swarm, 4, 6)
     model = swarm.model()
     wanted = local.generate(**prompt(), **GREEDY)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from splitnet.net.connections import Connections
+from splitnet.net.connections import Connections, TcpConnection
 from splitnet.net.endpoints import Endpoint, LinkState, Relay
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.ways import helper as helper_module
@@ -206,7 +206,14 @@ def test_who_comes_through_a_helper_does_not_count_as_this_machine(
     """Connections without a name are bounded by host, and all that are relayed come from loopback."""
     counted: list[str] = []
     named = Connections.named
-    monkeypatch.setattr(Connections, "named", lambda *args: counted.append(named(*args).host) or named(*args))
+
+    def count(*args: Any) -> TcpConnection | None:
+        known = named(*args)
+        if known is not None:
+            counted.append(known.host)
+        return known
+
+    monkeypatch.setattr(Connections, "named", count)
     world.helper()
     node, hidden = world.hidden()
     ask(world.node(), to(node, hidden.relays), b"relayed")
