@@ -58,12 +58,14 @@ def dht(
     public = [_multiaddr(public_host, listen)] if public_host else []
     forget_address(address_file)
 
+    stop = StopSignals()
     from splitnet.net.directory import Directory
 
+    stop.check()
+    identity = _prepared(key_file)
     with Directory.start(
-        initial_peers=join or (), listen=[listen], public=public, identity_path=_prepared(key_file)
+        initial_peers=join or (), listen=[listen], public=public, identity_path=identity, waiting=stop.check
     ) as directory:
-        stop = StopSignals()
         try:
             typer.echo(f"a node of the DHT, listening at {listen}")
             tell_addresses(directory.addresses)
