@@ -8,6 +8,7 @@ import time
 
 from peers.counters import Counters
 from peers.key_policy import KeyPolicy
+from peers.known_speeds import KnownSpeeds
 from peers.next_hops import NextHops
 from peers.options import PeerOptions
 from peers.outbox import Outbox
@@ -150,7 +151,10 @@ class CurrentSpan:
 
     def _server_of(self, span: Span, speed: ObservedSpeed | None = None) -> SpanServer:
         options = self._options
-        return SpanServer(
+        known = KnownSpeeds(options.speeds_file) if options.speeds_file is not None else None
+        if speed is None and known is not None:
+            speed = known.find(span, self._checkpoint.fingerprint)
+        server = SpanServer(
             self._checkpoint,
             span,
             self._outbox,
@@ -162,6 +166,11 @@ class CurrentSpan:
             policy=self._policy,
             speed=speed,
         )
+        if known is not None:
+            server.speed.on_measured = lambda: known.keep(span, self._checkpoint.fingerprint, server.speed)
+            if speed is None:
+                server.speed.on_measured()
+        return server
 
 
 class _IsLeaving(Exception):

@@ -21,6 +21,7 @@ from peers.current_span import MOVE_DRAIN_S, CurrentSpan
 from peers.directory_service import DirectoryService
 from peers.energy import EnergyMeter
 from peers.holder_watch import HolderWatch
+from peers.joining import join_swarm
 from peers.key_policy import KeyPolicy
 from peers.lan_presence import LanPresence
 from peers.mover import Mover
@@ -33,19 +34,17 @@ from peers.relocation import Relocation
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
 from peers.ways import PeerWays
-from splitnet.client.links import Links
 from splitnet.doctor.links import PeerLinks
-from splitnet.errors import DirectoryError, LanError, ProtocolError, SplitnetError
+from splitnet.errors import ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.device_choice import find_device
 from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
-from splitnet.net.addresses import Reach, dht_address, public_address, reachable_host, with_literal_host
+from splitnet.net.addresses import Reach, public_address, reachable_host, with_literal_host
 from splitnet.net.budget import Budget
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.joining import join, node_of
 from splitnet.net.messages import PROTOCOL_VERSION, Announce, LookUp, Message, Payload, Pong, decode, encode
 from splitnet.net.peer_addresses import peer_address
 from splitnet.net.prober import Prober
@@ -151,7 +150,8 @@ class Peer:
         Args:
             model: hub id or checkpoint folder.
             options: how to serve.
-            progress: called with what is going on, bytes done and bytes in all.
+            progress: called with what is going on, bytes done and bytes in all, and with the same again while others
+                are waited for. What it raises ends the start.
         """
         report = progress or (lambda stage, done, total: None)
         report("open the checkpoint", 0, 0)
@@ -166,22 +166,8 @@ class Peer:
         identity = options.identity or (
             Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
         )
-        if options.initial_peers:
-            report("join the swarm", 0, 0)
-        else:
-            report("look for a swarm on this network" if options.lan else "start a swarm", 0, 0)
-        listen = options.dht_listen if options.dht_listen is not None else (dht_address(options.listen),)
-        directory = join(options.initial_peers, lambda: Links(identity), listen=listen, swarm=options.swarm_key or OPEN)
-        lan: LanPresence | None = None
+        directory, lan = join_swarm(options, checkpoint, identity, report)
         try:
-            node = node_of(directory)
-            if node is None and options.dht_listen is not None:
-                raise DirectoryError("this peer joins no DHT, as it joins through peers: leave --dht-listen out")
-            if node is None and options.lan:
-                raise LanError("a peer that joins no DHT is not found on a network: leave --lan out")
-            if node is not None and options.lan:
-                has_joined = bool(options.initial_peers)
-                lan = LanPresence.start(node, checkpoint, has_joined=has_joined, report=report)
             fitting = fitting_blocks(
                 checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
             )

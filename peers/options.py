@@ -21,6 +21,7 @@ class PeerOptions:
         wish: which blocks, or how much memory for them.
         initial_peers: addresses of a swarm to join, multiaddrs or `tcp://HOST:PORT?key=...` of peers; empty starts a
             new one, or joins one on the local network.
+        join_file: where a peer that starts at the same time writes the address to join with; it is waited for.
         lan: be found on the local network, and join the swarm of the model there.
         listen: `tcp://host:port` for activations, port 0 for any.
         dht_listen: multiaddrs for the DHT; None: the same host as `listen`, any port.
@@ -32,6 +33,7 @@ class PeerOptions:
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         authorized_keys: file with the keys that may connect; None: anyone.
+        speeds_file: where measured speeds are kept for the next start; None: nowhere.
         key_file: file of the peer's own key; None: a new key that lives as long as the peer.
         identity: that key itself, in the place of a file.
         swarm_key: of a closed swarm, which has no DHT; None: the swarm is open.
@@ -45,6 +47,7 @@ class PeerOptions:
 
     wish: SpanWish = ANY_SPAN
     initial_peers: Sequence[str] = ()
+    join_file: Path | None = None
     lan: bool = False
     listen: str = "tcp://0.0.0.0:0"
     dht_listen: Sequence[str] | None = None
@@ -55,6 +58,7 @@ class PeerOptions:
     kv_memory: int | None = None
     training_memory: int | None = None
     authorized_keys: Path | None = None
+    speeds_file: Path | None = None
     key_file: Path | None = None
     identity: Identity | None = None
     swarm_key: SwarmKey | None = None

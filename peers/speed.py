@@ -19,10 +19,15 @@ SHARE = 0.1
 
 
 class ObservedSpeed:
-    """Ms per block at each of `scheduler.swarm.PASS_SIZES`."""
+    """Ms per block at each of `scheduler.swarm.PASS_SIZES`.
+
+    Attributes:
+        on_measured: called when it was measured anew.
+    """
 
     def __init__(self, block_ms: tuple[float, ...]) -> None:
         self._speed = swarm.Speed(block_ms)
+        self.on_measured: Callable[[], None] = lambda: None
 
     @property
     def block_ms(self) -> tuple[float, ...]:
@@ -39,6 +44,7 @@ class ObservedSpeed:
     def replace(self, measured: ObservedSpeed) -> None:
         """Takes over what was measured anew."""
         self._speed = measured._speed
+        self.on_measured()
 
     def observe(self, positions: int, blocks: int, elapsed_ms: float) -> None:
         """Takes in one pass of `positions` positions through `blocks` blocks: moves the sizes on both sides of it."""

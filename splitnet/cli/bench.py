@@ -27,6 +27,7 @@ from splitnet.cli.arguments import (
     resolve_model,
 )
 from splitnet.errors import SplitnetError
+from splitnet.light_imports import import_models
 
 _TESTS = "Tests"
 _MANNER = "How to measure"
@@ -107,6 +108,7 @@ def bench(
         raise SplitnetError("--prefill 0 and --decode 0 leave nothing to measure: give tokens to one of them")
     checkpoint = resolve_model(model_or_invited(model, invite))
 
+    import_models()
     from splitnet.cli.benchmark import Benchmark
     from splitnet.cli.connection import Connection
 

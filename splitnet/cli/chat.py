@@ -28,6 +28,7 @@ from splitnet.cli.arguments import (
 )
 from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP, Wait
 from splitnet.errors import SplitnetError
+from splitnet.light_imports import import_models
 from splitnet.printable import printable
 
 
@@ -58,6 +59,7 @@ def chat(
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
     checkpoint = resolve_model(model_or_invited(model, invite))
 
+    import_models()
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling
 

@@ -9,6 +9,7 @@ import typer
 from splitnet.cli.arguments import CodecName, Device, resolve_model
 from splitnet.cli.extras import require
 from splitnet.cli.serve import serve as run_server
+from splitnet.light_imports import import_models
 from splitnet.model.demo import DEMO_NAME
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ def demo(
 
 def _ask(checkpoint: str, swarm: LocalSwarm, prompt: str, max_new_tokens: int, codec: str, device: str) -> None:
     # The daemons load while this process does.
+    import_models()
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 

@@ -68,14 +68,18 @@ def dht(
         raise typer.BadParameter("--authorized-keys is for --relay-port, which is not given")
     forget_address(address_file)
 
+    stop = StopSignals()
     from splitnet.net.directory import Directory
     from splitnet.net.identity import AuthorizedKeys, Identity
     from splitnet.net.ways.offer import relaying
 
+    stop.check()
     key = _prepared(key_file)
     with ExitStack() as stack:
         directory = stack.enter_context(
-            Directory.start(initial_peers=join or (), listen=[listen], public=public, identity_path=key)
+            Directory.start(
+                initial_peers=join or (), listen=[listen], public=public, identity_path=key, waiting=stop.check
+            )
         )
         if relay_port is not None:
             helper = Identity.load_or_create(key.with_name(f"{key.name}.relay"))
@@ -86,7 +90,6 @@ def dht(
                 )
             )
             typer.echo(f"peers behind routers are reached through {relay.address.removeprefix('tcp://')}")
-        stop = StopSignals()
         try:
             typer.echo(f"a node of the DHT, listening at {listen}")
             tell_addresses(directory.addresses)

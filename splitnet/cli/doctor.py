@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from splitnet.cli.arguments import Device, InviteFile, JoinToExamine, KeyFile, Lan, SwarmKeyFile, resolve_model
+from splitnet.light_imports import import_models
 
 if TYPE_CHECKING:
     from splitnet.doctor.finding import Finding
@@ -44,6 +45,7 @@ def doctor(
         model = invitation.model
     source = None if model is None else resolve_model(model)
 
+    import_models()
     from splitnet.doctor import report
     from splitnet.doctor.examination import Setup, examine
     from splitnet.net.swarm_key import OPEN, SwarmKey

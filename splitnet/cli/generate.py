@@ -28,6 +28,7 @@ from splitnet.cli.arguments import (
     resolve_model,
 )
 from splitnet.errors import SplitnetError
+from splitnet.light_imports import import_models
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
@@ -90,6 +91,7 @@ def generate(
         raise SplitnetError("the prompt is empty: give some text")
     checkpoint = resolve_model(model_or_invited(model, invite))
 
+    import_models()
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling, print_summary
 

@@ -45,7 +45,7 @@ class LocalSwarm:
         self._folder = tempfile.TemporaryDirectory(prefix="splitnet-demo-")
 
     def __enter__(self) -> LocalSwarm:
-        self.processes.append(self._start(0))
+        self.processes += [self._start(index) for index in range(len(self.spans))]
         return self
 
     def __exit__(
@@ -62,13 +62,9 @@ class LocalSwarm:
         self._folder.cleanup()
 
     def wait(self) -> str:
-        """Starts the other daemons once the first serves, waits for all, and returns the address to join with."""
-        address = self._await_address(0)
-        self._join = self._join or address
-        self.processes += [self._start(index) for index in range(1, len(self.spans))]
-        for index in range(1, len(self.spans)):
-            self._await_address(index)
-        return address
+        """Waits until all serve, and returns the address to join with."""
+        first, *_ = [self._await_address(index) for index in range(len(self.spans))]
+        return first
 
     def restart_dead(self) -> None:
         """Starts daemons that have ended again, and waits until they serve."""
@@ -82,7 +78,10 @@ class LocalSwarm:
         start, end = self.spans[index]
         command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint, "--blocks", f"{start}:{end}"]
         command += ["--listen", "tcp://127.0.0.1:0", "--address-file", str(self._address_file(index))]
-        command += ["--join", self._join] if self._join else []
+        if self._join:
+            command += ["--join", self._join]
+        elif index:
+            command += ["--join-file", str(self._address_file(0))]
         with self._log_file(index).open("wb") as log:
             return subprocess.Popen(
                 [*command, *self._options],

@@ -28,6 +28,7 @@ from splitnet.cli.simulate import simulate
 from splitnet.cli.status import status
 from splitnet.cli.tune import tune
 from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
+from splitnet.light_imports import claim_process
 
 app = typer.Typer(
     name="splitnet",
@@ -77,6 +78,7 @@ _DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)
 
 def main() -> None:
     """Runs the command line; an error that the user can act on is one sentence and exit code 1."""
+    claim_process()
     # Or the process would end without what it does at its end: leave the swarm, and stop its children.
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
         if signal.getsignal(number) is signal.SIG_DFL:

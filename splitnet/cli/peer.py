@@ -32,6 +32,7 @@ from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.logs import tell
 from splitnet.cli.stopping import StopSignals
 from splitnet.errors import SplitnetError
+from splitnet.light_imports import import_models
 from splitnet.net.addresses import Reach, is_reachable, refuse_taken
 
 if TYPE_CHECKING:
@@ -140,6 +141,10 @@ def peer(
     address_file: Annotated[
         Path | None, typer.Option(help="Write the address to join with here, once this peer serves.")
     ] = None,
+    join_file: Annotated[
+        Path | None,
+        typer.Option(help="Join through the peer that writes this --address-file, and wait for it."),
+    ] = None,
 ) -> None:
     """Serve blocks of MODEL until interrupted (SIGINT or SIGTERM); then running sessions move to other peers."""
     if blocks and memory:
@@ -160,6 +165,8 @@ def peer(
     invitation = Invite.load(invite) if invite else None
     joined = [*(join or ()), *(invitation.join if invitation else ())]
 
+    stop = StopSignals()
+    import_models(signals_raise=False)
     import torch
 
     from peers.daemon import Peer
@@ -168,6 +175,7 @@ def peer(
     from peers.options import PeerOptions
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
+    from splitnet.model.demo import cache_folder
     from splitnet.model.device_choice import find_device
     from splitnet.net.swarm_key import SwarmKey
 
@@ -180,7 +188,8 @@ def peer(
     options = PeerOptions(
         wish=SpanWish(wanted_blocks, wanted_memory),
         initial_peers=joined,
-        lan=is_reachable(listen) and (not joined and closed is None if lan is None else lan),
+        join_file=join_file,
+        lan=is_reachable(listen) and (not (joined or join_file) and closed is None if lan is None else lan),
         listen=listen,
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,
@@ -197,12 +206,17 @@ def peer(
         reach=reach,
         relay_port=relay_port,
         relay_rate=wanted_rate,
+        speeds_file=cache_folder() / "speeds.json",
     )
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None
     with StageProgress() as progress:
-        serving = Peer.start(checkpoint, options, progress=progress.update)
+
+        def report(stage: str, done: int, total: int) -> None:
+            stop.check()
+            progress.update(stage, done, total)
+
+        serving = Peer.start(checkpoint, options, progress=report)
     try:
-        stop = StopSignals()
         # What is loaded by now stays: the collector need not walk over it between two tokens.
         gc.collect()
         gc.freeze()

@@ -13,6 +13,7 @@ import typer
 from splitnet.cli.arguments import Model, quiet_libraries, resolve_model
 from splitnet.cli.peer import Dtype, WeightKind
 from splitnet.errors import SplitnetError
+from splitnet.light_imports import import_models
 from splitnet.model.device_choice import AUTO
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ def plan(
     Only the model's config is read, and headers of its files if it is quantized. What FILE may say and how the figures
     come about: docs/placement.md.
     """
+    import_models()
     from splitnet.cli.devices_file import read_devices
 
     file = read_devices(devices)

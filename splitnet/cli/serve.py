@@ -31,6 +31,7 @@ from splitnet.cli.arguments import (
 from splitnet.cli.extras import require
 from splitnet.cli.generate import Speculate, Wait
 from splitnet.cli.logs import tell
+from splitnet.light_imports import import_models
 
 _LIMITS = "How much at a time"
 
@@ -112,6 +113,7 @@ def serve(
     require("serve", "splitnet serve")
     source = resolve_model(model_or_invited(model, invite))
 
+    import_models()
     from splitnet.cli.connection import Connection
     from splitnet.cli.generation import drafts_of
     from splitnet.serve.prefix_cache import KeepLimits

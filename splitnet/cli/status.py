@@ -18,6 +18,7 @@ from splitnet.cli.arguments import (
     resolve_model,
 )
 from splitnet.cli.joining import tell_addresses
+from splitnet.light_imports import import_models
 
 SHOWN_ADDRESSES = 3
 """To join with; all are in the JSON."""
@@ -38,6 +39,7 @@ def status(
     """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
     checkpoint = resolve_model(model_or_invited(model, invite))
 
+    import_models()
     from splitnet.cli.connection import Connection
     from splitnet.client.overview import Overview
     from splitnet.client.swarm import ModelFacts

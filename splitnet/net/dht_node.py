@@ -14,6 +14,8 @@ from functools import cache, wraps
 from typing import Any, Final, cast
 
 from splitnet.errors import NotAuthorized, ProtocolError
+from splitnet.light_imports import late_package
+from splitnet.net import children
 from splitnet.net.dht_places import Places
 from splitnet.net.records import stored_record
 
@@ -35,6 +37,7 @@ class NodeLoop(asyncio.SelectorEventLoop):
     async def subprocess_exec(self, protocol_factory: Any, *args: Any, **options: Any) -> Any:
         transport, protocol = await super().subprocess_exec(protocol_factory, *args, start_new_session=True, **options)
         self._children.append(transport)
+        children.running.add(transport)
         return transport, protocol
 
     async def reap_children(self, timeout_s: float) -> None:
@@ -46,6 +49,7 @@ class NodeLoop(asyncio.SelectorEventLoop):
             while child.get_returncode() is None and self.time() < deadline:
                 await asyncio.sleep(0.005)
             child.close()
+            children.running.discard(child)
 
     async def cancel_all_tasks(self) -> None:
         """Ends the background tasks that hivemind leaves behind."""
@@ -76,7 +80,8 @@ class Hivemind:
 @cache
 def import_hivemind() -> Hivemind:
     """Imports hivemind, once, and mends it."""
-    node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 1.8 s
+    late_package("hivemind")  # the rest of it trains models, and brings scipy
+    node, protocol, p2p, messages, routing, storage, values, multiaddr = (  # late: these imports take 0.2 s
         importlib.import_module(f"hivemind.{name}")
         for name in (
             *("dht.node", "dht.protocol", "p2p", "proto.dht_pb2", "dht.routing", "utils.timed_storage"),

@@ -16,7 +16,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 START_TIMEOUT_S: Final = 10.0
 CALL_TIMEOUT_S: Final = 10.0
 RPC_TIMEOUT_S: Final = 3.0
+WAITING_S: Final = 0.1
+"""How often who waits for a start is asked whether to go on."""
 READS: Final = 2
 """What looks empty while no node answers that was joined through is read so often before it is an error."""
 MAX_INITIAL_PEERS: Final = 16
@@ -57,6 +59,7 @@ class Directory(SwarmDirectory):
         self._closed = False
         self._p2p: Any = None
         self._node: Any = None
+        self._opening: asyncio.Task[None] | None = None
         self._stores_for_others = False
         self._initial_peer_ids: set[Any] = set()
         self.addresses = []
@@ -70,6 +73,7 @@ class Directory(SwarmDirectory):
         public: Sequence[str] = (),
         identity_path: Path | None = None,
         verbose: bool = False,
+        waiting: Callable[[], None] = lambda: None,
     ) -> Directory:
         """Joins the DHT through any of `initial_peers` (multiaddrs), or begins a new one if there are none.
 
@@ -77,6 +81,7 @@ class Directory(SwarmDirectory):
         public: multiaddrs that others reach this node by, if not by those of this machine (NAT, containers).
         identity_path: libp2p key that keeps the address of this node the same over restarts; made if absent.
         verbose: let hivemind and libp2p log.
+        waiting: called again and again until it has started; what it raises ends that.
         Raises DirectoryError if none of `initial_peers` answers within 10 s, AddressInUse if `listen` is taken.
         """
         for address in initial_peers:
@@ -98,7 +103,12 @@ class Directory(SwarmDirectory):
         with ExitStack() as on_failure:
             on_failure.callback(directory.close)
             try:
-                directory._call(directory._open(initial_peers, listen, public, identity_path), START_TIMEOUT_S)
+                opening = directory._submit(
+                    directory._open(initial_peers, listen, public, identity_path), START_TIMEOUT_S
+                )
+                while not wait([opening], WAITING_S).done:
+                    waiting()
+                opening.result()
             except Exception as error:
                 raise _start_error(initial_peers, error) from error
             on_failure.pop_all()
@@ -231,13 +241,15 @@ class Directory(SwarmDirectory):
         return sum(await asyncio.gather(*(greet(*node) for node in by_node.items())))
 
     def _call(self, request: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        bounded = asyncio.wait_for(request, timeout_s)
-        future: Future[T] = asyncio.run_coroutine_threadsafe(bounded, self._loop)
-        return future.result(timeout_s + 1.0)
+        return self._submit(request, timeout_s).result(timeout_s + 1.0)
+
+    def _submit(self, request: Coroutine[Any, Any, T], timeout_s: float) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(asyncio.wait_for(request, timeout_s), self._loop)
 
     async def _open(
         self, initial_peers: Sequence[str], listen: Sequence[str] | None, public: Sequence[str], identity: Path | None
     ) -> None:
+        self._opening = asyncio.current_task()
         hivemind = import_hivemind()
         self._stores_for_others = listen is not None
         self._p2p = await hivemind.P2P.create(
@@ -271,6 +283,9 @@ class Directory(SwarmDirectory):
             self.addresses = [str(address) for address in await self._p2p.get_visible_maddrs()]
 
     async def _shut_down(self) -> None:
+        if self._opening is not None:  # it might start the child after all others have been ended
+            self._opening.cancel()
+            await asyncio.wait([self._opening])
         for part in (self._node, self._p2p):
             if part is not None:
                 with suppress(Exception):

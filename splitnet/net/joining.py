@@ -28,6 +28,7 @@ def join(
     *,
     listen: Sequence[str] | None = None,
     swarm: OpenSwarm = OPEN,
+    waiting: Callable[[], None] = lambda: None,
 ) -> SwarmDirectory:
     """The directory of the swarm at `addresses`: multiaddrs of nodes, and `tcp://HOST:PORT?key=...` of peers.
 
@@ -37,6 +38,7 @@ def join(
         links: gives those over which peers are asked; a peer's are closed with its directory.
         listen: multiaddrs where a peer listens as a node; None: for a client.
         swarm: the key of a closed one, which has no DHT: its members ask each other alone.
+        waiting: called again and again while a DHT is begun or joined; what it raises ends that.
 
     Raises:
         DirectoryError: none of the addresses answers, or one is not written as an address.
@@ -51,7 +53,7 @@ def join(
     if not peers and swarm.is_closed:
         raise DirectoryError("a closed swarm is joined through a peer: give --join tcp://HOST:PORT?key=...")
     if not peers:
-        return Directory.start(initial_peers=multiaddrs, listen=listen)
+        return Directory.start(initial_peers=multiaddrs, listen=listen, waiting=waiting)
     endpoints = [endpoint_of(address) for address in peers]
     asked: AskedPeers | None = None
     errors = list[DirectoryError]()
@@ -62,7 +64,7 @@ def join(
     node: Directory | None = None
     if multiaddrs:
         try:
-            node = Directory.start(initial_peers=multiaddrs, listen=listen)
+            node = Directory.start(initial_peers=multiaddrs, listen=listen, waiting=waiting)
         except DirectoryError as error:
             errors.append(error)
         except BaseException:

@@ -9,12 +9,13 @@ import signal
 import socket
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import splitnet
@@ -25,7 +26,7 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
 from tests.e2e.conftest import DUO_SPANS, SPANS, Here
-from tests.e2e.daemons import LOOPBACK, daemon, run, starting
+from tests.e2e.daemons import LOOPBACK, Daemon, daemon, run, starting
 from tests.e2e.small_model import small_model
 from tests.swarm.harness import local_swarm
 
@@ -301,14 +302,33 @@ def test_a_peer_that_holds_its_weights_as_float16(small: Path, here: Here, tmp_p
         assert [peer["dtype"] for peer in status["peers"]] == ["float16"]
 
 
-def test_a_peer_that_is_stopped_while_it_starts(small: Path, tmp_path: Path) -> None:
+def imports_torch(daemon: Daemon) -> bool:
+    """Whether a process is in the middle of its imports, or further."""
+    return any("libtorch_cpu" in region.path for region in psutil.Process(daemon.process.pid).memory_maps())
+
+
+@pytest.mark.parametrize(
+    "moment",
+    [imports_torch, "open the checkpoint", "start a swarm", "load blocks", "measure the device"],
+)
+def test_a_peer_that_is_stopped_while_it_starts(
+    small: Path, tmp_path: Path, moment: str | Callable[[Daemon], bool]
+) -> None:
     blocks = (*KV, "--blocks", "0:6")
     with starting(tmp_path, small, *blocks) as first, starting(tmp_path, small, *blocks) as second:
         for daemon, number in ((first, signal.SIGTERM), (second, signal.SIGINT)):
-            daemon.wait_for(lambda daemon=daemon: "start a swarm" in daemon.log)
+            daemon.wait_for(lambda daemon=daemon: moment in daemon.log if isinstance(moment, str) else moment(daemon))
             assert daemon.stop(number) < 10
             assert daemon.process.returncode in (128 + number, 0 if "leaving the swarm" in daemon.log else None)
-            assert not daemon.serves and "Traceback" not in daemon.log
+            assert not daemon.serves and "Traceback" not in daemon.log and "rror" not in daemon.log
+
+
+def test_a_peer_that_is_stopped_while_it_waits_for_others(small: Path, tmp_path: Path) -> None:
+    with starting(tmp_path, small, *KV, "--join-file", str(tmp_path / "never")) as daemon:
+        daemon.wait_for(lambda: "join the swarm" in daemon.log)
+        assert daemon.stop(signal.SIGTERM) < 10
+        assert daemon.process.returncode == 128 + signal.SIGTERM
+        assert daemon.log.splitlines()[-1] == "join the swarm ..."
 
 
 def test_options_from_a_configuration_file(

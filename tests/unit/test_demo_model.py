@@ -89,13 +89,13 @@ def test_what_a_killed_process_left_is_removed(downloads: FakeDownload, cache: P
 def test_callers_at_once_share_one_download(downloads: FakeDownload, monkeypatch: pytest.MonkeyPatch) -> None:
     callers = 3
     at_the_start = threading.Barrier(callers, timeout=30)
-    cache_folder = demo._cache_folder
+    cache_folder = demo.cache_folder
 
     def look_together() -> Path:
         at_the_start.wait()  # all are here before anyone looks for the file
         return cache_folder()
 
-    monkeypatch.setattr(demo, "_cache_folder", look_together)
+    monkeypatch.setattr(demo, "cache_folder", look_together)
     found: list[Path] = []
     threads = [threading.Thread(target=lambda: found.append(demo.demo_checkpoint())) for _ in range(callers)]
     for thread in threads:

@@ -1,0 +1,181 @@
+"""How soon a peer, a client and a swarm of both are ready, and what a peer takes beside its blocks; prints Markdown.
+
+    python benchmarks/startup.py [CHECKPOINT] [--blocks 0:10] [--rounds 3]
+
+Of several rounds the least of each figure is told, as others who use the machine only add to it. All is timed from the
+start of the Python process. The first table is of one process that does what `splitnet peer` does: what ends when, in
+seconds, and its resident memory then, in MiB. What overlaps is told as it ends. The second table is of the commands
+themselves: `peer` until it serves, `generate` through three peers until its first word, and `demo` (three peers and a
+client, started together) until its first word. The page cache is warm from the second round on. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+
+from splitnet.cli.arguments import resolve_model
+from splitnet.cli.local_swarm import ONE_THREAD, LocalSwarm
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import block_bytes
+
+SPLITNET = [sys.executable, "-m", "splitnet"]
+MIB = 2**20
+
+PEER = """
+import json, os, sys, time
+import psutil
+process = psutil.Process()
+marks = []
+
+def mark(name):
+    if marks and marks[-1][0] == name:
+        marks.pop()
+    marks.append((name, time.time() - process.create_time(), process.memory_info().rss))
+
+mark("Python")
+import torch
+mark("import torch")
+try:
+    from splitnet.light_imports import claim_process, import_models
+    claim_process()
+    import_models()
+except ImportError:
+    pass
+import transformers.modeling_utils
+mark("import transformers' models")
+from peers.daemon import Peer
+from peers.options import PeerOptions
+from peers.placing import SpanWish
+mark("import peers")
+torch.set_num_threads(1)
+start, end = map(int, sys.argv[2].split(":"))
+options = PeerOptions(wish=SpanWish((start, end)), listen="tcp://127.0.0.1:0", device="cpu")
+stages = []
+
+def progress(stage, done, total):
+    if stages and stages[-1] != stage:
+        mark(stages[-1])
+    stages.append(stage)
+
+peer = Peer.start(sys.argv[1], options, progress=progress)
+mark(stages[-1])
+print(json.dumps(marks), flush=True)
+peer.close()
+"""
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", nargs="?", default="demo")
+    parser.add_argument("--blocks", default="0:10")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    checkpoint = resolve_model(options.checkpoint)
+    ends: dict[str, list[tuple[float, float]]] = {}
+    commands: dict[str, list[float]] = {}
+    memory: list[dict[str, float]] = []
+    for _ in range(options.rounds):
+        for name, seconds, resident in stages_of_peer(checkpoint, options.blocks):
+            ends.setdefault(name, []).append((seconds, resident))
+        seconds, kinds = peer_command(checkpoint, options.blocks)
+        memory.append(kinds)
+        commands.setdefault(f"`peer --blocks {options.blocks}` serves", []).append(seconds)
+        commands.setdefault("`generate`, first word", []).append(first_word_of_generate(checkpoint))
+        commands.setdefault("`demo`, first word", []).append(first_word_of_demo(checkpoint))
+    print("| a peer | ends after, s | resident, MiB |\n|---|---:|---:|")
+    for name, values in ends.items():
+        print(f"| {name} | {min(v[0] for v in values):.2f} | {min(v[1] for v in values) / MIB:.0f} |")
+    print("\n| command | s |\n|---|---:|")
+    for name, times in commands.items():
+        print(f"| {name} | {min(times):.2f} |")
+    print("\n| memory of `peer` | MiB |\n|---|---:|")
+    start, end = map(int, options.blocks.split(":"))
+    print(f"| its blocks | {(end - start) * block_bytes(Checkpoint.open(checkpoint), None) / MIB:.0f} |")
+    for kind in memory[0]:
+        print(f"| {kind} | {min(one[kind] for one in memory) / MIB:.0f} |")
+
+
+def stages_of_peer(checkpoint: str, blocks: str) -> list[tuple[str, float, float]]:
+    """What ends when in the start of a peer: name, seconds, bytes resident."""
+    ended = subprocess.run(
+        [sys.executable, "-c", PEER, checkpoint, blocks], stdout=subprocess.PIPE, text=True, check=True, timeout=120
+    )
+    return json.loads(ended.stdout)
+
+
+def peer_command(checkpoint: str, blocks: str) -> tuple[float, dict[str, float]]:
+    """Seconds until a peer serves, and the bytes that it takes then."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "address"
+        command = [*SPLITNET, "peer", checkpoint, "--blocks", blocks, "--listen", "tcp://127.0.0.1:0", *ONE_THREAD]
+        began = time.monotonic()
+        with subprocess.Popen(
+            [*command, "--device", "cpu", "--address-file", str(file)],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        ) as process:
+            while not file.exists():
+                if process.poll() is not None:
+                    raise SystemExit("the peer ended")
+                time.sleep(0.01)
+            seconds = time.monotonic() - began
+            kinds = resident_of(process.pid, os.path.basename(checkpoint))
+            process.terminate()
+    return seconds, kinds
+
+
+def resident_of(pid: int, checkpoint: str) -> dict[str, float]:
+    """Resident bytes of a process, and how much of it is mapped from where."""
+    mapped: Counter[str] = Counter()
+    for region in psutil.Process(pid).memory_maps():
+        if not region.path.startswith("/"):
+            kind = "its own"
+        else:
+            kind = "of the checkpoint's files" if checkpoint in region.path else "of the libraries' files"
+        mapped[kind] += region.rss
+    return {"all": float(mapped.total()), **{kind: float(mapped[kind]) for kind in sorted(mapped)}}
+
+
+def first_word_of_generate(checkpoint: str) -> float:
+    """Seconds until `splitnet generate` prints, through three peers that run."""
+    with LocalSwarm(checkpoint, 3, (*ONE_THREAD, "--device", "cpu")) as swarm:
+        address = swarm.wait()
+        return first_output(["generate", checkpoint, "What do bees eat?", "--join", address, "--device", "cpu"], "")
+
+
+def first_word_of_demo(checkpoint: str) -> float:
+    """Seconds until `splitnet demo` prints the first word of the answer, which comes after the question."""
+    return first_output(["demo", checkpoint, "--prompt", "What do bees eat?", "--device", "cpu"], r"eat\?\s+")
+
+
+def first_output(arguments: list[str], after: str) -> float:
+    """Seconds until a command prints a letter after what matches `after`."""
+    began = time.monotonic()
+    with subprocess.Popen(
+        [*SPLITNET, *arguments, "--max-new-tokens", "8"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.stdout is not None
+        text = ""
+        while data := os.read(process.stdout.fileno(), 4096):
+            text += data.decode(errors="replace")
+            if re.search(after + r"\w", text):
+                seconds = time.monotonic() - began
+                process.stdout.read()
+                return seconds
+    raise SystemExit(f"splitnet {arguments[0]} printed no word: {text}")
+
+
+if __name__ == "__main__":
+    main()

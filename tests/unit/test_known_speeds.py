@@ -1,0 +1,105 @@
+"""Measured speeds are found again for the same blocks on the same device, and for nothing else."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from peers import known_speeds, span_server
+from peers.counters import Counters
+from peers.current_span import CurrentSpan
+from peers.known_speeds import MAX_KNOWN, KnownSpeeds
+from peers.options import PeerOptions
+from peers.speed import ObservedSpeed
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import Span
+from tests.unit.random_models import random_checkpoint
+
+SPEED = ObservedSpeed((1.0, 2.0, 3.0, 4.0, 5.0))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(random_checkpoint("llama", tmp_path_factory.mktemp("models") / "llama"))
+
+
+def test_a_speed_is_found_again(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    file = tmp_path / "cache" / "speeds.json"
+    KnownSpeeds(file).keep(Span.load(checkpoint, 0, 2), "model", SPEED)
+    found = KnownSpeeds(file).find(Span.load(checkpoint, 0, 2), "model")
+    assert found is not None and found.block_ms == SPEED.block_ms
+
+
+def test_another_device_model_or_way_to_compute_has_its_own(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = KnownSpeeds(tmp_path / "speeds.json")
+    span = Span.load(checkpoint, 0, 2)
+    known.keep(span, "model", SPEED)
+    assert known.find(span, "other") is None
+    assert known.find(Span.load(checkpoint, 1, 3), "model") is None
+    assert known.find(Span.load(checkpoint, 0, 3), "model") is None
+    assert known.find(Span.load(checkpoint, 0, 2, dtype="bfloat16"), "model") is None
+    for owner, name, value in (
+        (known_speeds.kernels, "path_in_use", lambda: "other"),
+        (known_speeds.splitnet, "__version__", "other"),
+        (known_speeds, "_cpu", lambda: "other"),
+        (torch, "get_num_threads", lambda: 99),
+        (torch, "__version__", "other"),
+        (known_speeds.platform, "node", lambda: "other"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, value)
+            assert known.find(span, "model") is None, name
+    assert known.find(span, "model") is not None
+
+
+@pytest.mark.parametrize("odd", [[1.0], [1.0, 2.0, 3.0, 4.0, -5.0], [1.0] * 4 + [float("inf")], ["1.0"] * 5, None, {}])
+def test_what_is_odd_is_measured_again(checkpoint: Checkpoint, tmp_path: Path, odd: object) -> None:
+    file = tmp_path / "speeds.json"
+    known, span = KnownSpeeds(file), Span.load(checkpoint, 0, 2)
+    known.keep(span, "model", SPEED)
+    (key,) = json.loads(file.read_text())
+    file.write_text(json.dumps({key: odd}))
+    assert known.find(span, "model") is None
+    for text in ("", "{", "[]", "\x00"):
+        file.write_text(text)
+        assert known.find(span, "model") is None
+    known.keep(span, "model", SPEED)
+    assert known.find(span, "model") is not None
+
+
+def test_only_the_latest_are_kept(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    known, span = KnownSpeeds(tmp_path / "speeds.json"), Span.load(checkpoint, 0, 2)
+    for index in range(MAX_KNOWN + 1):
+        known.keep(span, f"model-{index}", SPEED)
+    assert known.find(span, "model-0") is None
+    assert known.find(span, "model-1") is not None and known.find(span, f"model-{MAX_KNOWN}") is not None
+
+
+def test_a_folder_that_cannot_be_written_does_no_harm(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    known, span = KnownSpeeds(tmp_path / "file" / "speeds.json"), Span.load(checkpoint, 0, 2)
+    known.keep(span, "model", SPEED)
+    assert known.find(span, "model") is None
+
+
+def test_a_peer_measures_at_its_first_start_and_keeps_what_it_measures_later(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Mock(side_effect=lambda *_: ObservedSpeed((9.0, 9.0, 9.0, 9.0, 9.0)))
+    monkeypatch.setattr(span_server, "measure_speed", measured)
+    options = PeerOptions(speeds_file=tmp_path / "speeds.json", kv_memory=2**20, training_memory=2**20)
+
+    def start() -> CurrentSpan:
+        return CurrentSpan(checkpoint, Span.load(checkpoint, 0, 2), options, Mock(), Mock(), Counters(), Mock())
+
+    assert start().server.speed.block_ms[0] == 9.0
+    second = start()
+    assert second.server.speed.block_ms[0] == 9.0 and measured.call_count == 1
+    second.server.speed.replace(SPEED)
+    assert start().server.speed.block_ms == SPEED.block_ms and measured.call_count == 1

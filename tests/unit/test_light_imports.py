@@ -1,0 +1,118 @@
+"""A process of a command does not import what it does not use; each workaround for that says when it can go."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from splitnet.model.backbone import _made_on_meta, causal_class, on_meta
+from splitnet.model.checkpoint import Checkpoint
+from tests.unit.random_models import random_checkpoint
+
+ROOT = Path(__file__).resolve().parents[2]
+UNUSED = {"hivemind.averaging", "scipy", "sympy", "torch._dynamo", "torch._inductor", "torch.distributed.tensor"}
+"""What libraries bring along: 3 s, and 130 MiB."""
+
+
+def imported(program: str, *arguments: str) -> set[str]:
+    """Those of `UNUSED` that a process has imported that has run a program."""
+    program += f"\nimport json, sys; print(json.dumps(sorted({UNUSED} & sys.modules.keys())))"
+    command = [sys.executable, "-c", program, *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    return set(json.loads(ended.stdout.splitlines()[-1]))
+
+
+AS_A_COMMAND = "from splitnet import light_imports; light_imports.claim_process(); light_imports.import_models()"
+SERVE_AND_ASK = f"""
+import sys
+{AS_A_COMMAND}
+import torch
+from peers.daemon import Peer
+from peers.options import PeerOptions
+from splitnet.cli.connection import Connection
+from splitnet.cli.generation import Client, Sampling
+
+peer = Peer.start(sys.argv[1], PeerOptions(listen="tcp://127.0.0.1:0", device="cpu"))
+connection = Connection(sys.argv[1], peer.addresses, device="cpu")
+checkpoint = connection.checkpoint()
+from splitnet.client.causal_lm import attach
+model = attach(checkpoint, connection.swarm(checkpoint), **connection.options())
+model.generate(torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False)
+model.close()
+peer.close()
+"""
+
+
+@pytest.mark.swarm
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_peer_and_a_client_do_without_what_they_do_not_use(tmp_path: Path, family: str) -> None:
+    assert imported(SERVE_AND_ASK, str(random_checkpoint(family, tmp_path / "model"))) == set()
+
+
+def test_others_who_import_the_library_have_transformers_as_it_is() -> None:
+    program = "from splitnet.light_imports import import_models; import_models(); import sys"
+    program += "; assert 'transformers' not in sys.modules; import transformers.modeling_utils"
+    assert imported(program) >= {"scipy", "torch._dynamo", "torch.distributed.tensor"}
+
+
+def test_what_is_imported_late_is_there_when_it_is_used() -> None:
+    program = f"""
+{AS_A_COMMAND}
+from splitnet.net.dht_node import import_hivemind
+import_hivemind()
+import hivemind, torch, transformers
+assert hivemind.__version__ and hivemind.DHT and hivemind.averaging.DecentralizedAverager
+assert torch._dynamo.allow_in_graph and torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+assert transformers.models.llama.LlamaConfig is transformers.LlamaConfig
+assert transformers.masking_utils.TransformGetItemToIndex()
+"""
+    assert "torch._dynamo" in imported(program)
+
+
+@pytest.mark.parametrize("family", ["llama", "jamba"])  # a rotary embedding, and a weight made of a range
+def test_a_model_without_weights_is_on_the_meta_device_as_a_whole(tmp_path: Path, family: str) -> None:
+    config = Checkpoint.open(random_checkpoint(family, tmp_path / "model")).config
+    model = on_meta(causal_class(config), config)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_a_model_in_which_numbers_meet_tensors_without_is_made_all_the_same() -> None:
+    assert _made_on_meta(lambda: torch.arange(3) / 2).device.type == "cpu"
+    assert _made_on_meta(lambda: torch.arange(3) * torch.ones(3)).is_meta
+
+
+@pytest.mark.parametrize(
+    ("module", "brings", "workaround"),
+    [
+        ("transformers.core_model_loading", "torch.distributed.tensor", "ABSENT[is_torch_distributed_available]"),
+        ("transformers.loss.loss_rt_detr", "scipy", "ABSENT[is_scipy_available]"),
+        ("transformers.integrations.deepgemm", "torch._dynamo", "_without_compiler"),
+        ("hivemind.dht.node", "hivemind.averaging", "late_package('hivemind')"),
+    ],
+)
+def test_a_workaround_is_still_needed(module: str, brings: str, workaround: str) -> None:
+    assert brings in imported(f"import {module}"), f"{workaround} in splitnet/light_imports.py can go"
+
+
+@pytest.mark.parametrize(
+    ("program", "brings", "workaround"),
+    [
+        ("torch.nn.Embedding(2, 2, device='meta')", "torch._dynamo", "_LightMeta in splitnet/model/backbone.py"),
+        (
+            "class Own(torch.Tensor):\n"
+            "    @classmethod\n"
+            "    def __torch_dispatch__(cls, *_): return torch.empty(())\n"
+            "torch.Tensor._make_wrapper_subclass(Own, ()).detach()",
+            "torch.distributed.tensor",
+            "_forget_dtensors in splitnet/light_imports.py",
+        ),
+    ],
+)
+def test_a_workaround_for_torch_is_still_needed(program: str, brings: str, workaround: str) -> None:
+    assert brings in imported(f"import torch\n{program}"), f"{workaround} can go"

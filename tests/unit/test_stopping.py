@@ -1,0 +1,119 @@
+"""Signals to stop raise where nothing is half done, and the second ends at once."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from splitnet.cli.stopping import StopSignals
+from splitnet.light_imports import _signals_held
+
+TWO_SIGNALS = """
+import asyncio, signal
+from splitnet.cli.stopping import StopSignals
+from splitnet.net.dht_node import NodeLoop
+
+stop = StopSignals()
+stop.check()
+loop = NodeLoop()
+asyncio.set_event_loop(loop)
+child = loop.run_until_complete(asyncio.create_subprocess_exec("sleep", "60"))
+print(child.pid, flush=True)
+signal.raise_signal(signal.SIGTERM)
+print("goes on", flush=True)
+signal.raise_signal(signal.SIGINT)
+print("is not reached", flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_signal_before_the_first_step_ends_the_process_at_once() -> None:
+    program = "import signal; from splitnet.cli.stopping import StopSignals; stop = StopSignals()"
+    program += "; signal.raise_signal(signal.SIGTERM); print('goes on')"
+    ended = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (128 + signal.SIGTERM, "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_raises_where_it_is_looked_for(number: signal.Signals) -> None:
+    stop = StopSignals()
+    stop.check()
+    signal.raise_signal(number)
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            stop.check()
+        assert end.value.code == 128 + number
+
+
+def test_a_signal_of_before_ends_the_wait_and_the_next_raises() -> None:
+    stop = StopSignals()
+    stop.check()
+    signal.raise_signal(signal.SIGTERM)
+    stop.wait()
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_lost_terminal_ends_a_daemon_and_nohup_keeps_it() -> None:
+    stop = StopSignals()
+    stop.check()
+    signal.raise_signal(signal.SIGHUP)
+    with pytest.raises(SystemExit):
+        stop.wait()
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = StopSignals()
+    stop.check()
+    signal.raise_signal(signal.SIGHUP)
+    stop.check()
+
+
+def test_the_second_signal_ends_the_process_and_its_children_at_once() -> None:
+    ended = subprocess.run([sys.executable, "-c", TWO_SIGNALS], stdout=subprocess.PIPE, text=True, timeout=60)
+    pid, *said = ended.stdout.splitlines()
+    assert (ended.returncode, said) == (128 + signal.SIGINT, ["goes on"])
+    deadline = time.monotonic() + 10
+    while runs(int(pid)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def test_a_signal_waits_for_the_end_of_an_import_and_the_second_does_not() -> None:
+    arrived: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: arrived.append(number))
+    with _signals_held():
+        signal.raise_signal(signal.SIGTERM)
+        assert not arrived
+    assert arrived == [signal.SIGTERM]
+    with _signals_held():
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert arrived == [signal.SIGTERM] * 3
+
+
+def test_what_a_held_signal_raises_comes_after_the_import() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    imported = False
+    with pytest.raises(KeyboardInterrupt), _signals_held():
+        signal.raise_signal(signal.SIGINT)
+        imported = True
+    assert imported
