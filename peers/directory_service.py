@@ -38,6 +38,8 @@ READ_BYTES: Final = 1 << 18
 """What a question about another model than this peer's costs besides, as the directory is read for it alone."""
 ANNOUNCEMENTS_PER_MINUTE: Final = 256
 """Of one key; a peer announces itself four times."""
+PASSED_ON_PER_MINUTE: Final = ANNOUNCEMENTS_PER_MINUTE * 3 // 4
+"""Of those of all keys together. They go on under this peer's key, which is to have room to announce itself."""
 RECORDS_PER_ANNOUNCER: Final = 64
 """Keys whose records one key may announce, as a peer without a DHT does for those that ask it."""
 WAITING_PER_KEY: Final = 4
@@ -80,6 +82,7 @@ class DirectoryService:
         self._bytes: OrderedDict[bytes, TokenBucket] = OrderedDict()
         self._announcements: OrderedDict[bytes, TokenBucket] = OrderedDict()
         self._of_all = TokenBucket()
+        self._passed_on = TokenBucket()
         self._announced: OrderedDict[bytes, dict[bytes, float]] = OrderedDict()
         """By announcer: keys of records, and when these expire."""
         self._tasks: dict[tuple[str, int], deque[Callable[[], None]]] = {}
@@ -112,7 +115,8 @@ class DirectoryService:
             thread.join()
 
     def _look_up(self, source: Connection, message: LookUp, now: float) -> None:
-        used = _bucket_of(self._bytes, source.curve)
+        key = self._payer(source, message.model)
+        used = _bucket_of(self._bytes, key)
         wait_s = max(used.wait_s(BYTES_PER_MINUTE, now), self._of_all.wait_s(BYTES_OF_ALL_PER_MINUTE, now))
         if wait_s:
             self._refuse(source, message.number, f"this peer has told you much: ask again in {wait_s} s")
@@ -126,7 +130,7 @@ class DirectoryService:
                 self._refuse(source, message.number, "this peer looks up too many other models: ask again later")
                 return
             if message.model not in self._home:
-                self._charge(source.curve, READ_BYTES, now)
+                self._charge(key, READ_BYTES, now)
             reading = self._readings[name] = _Reading()
             self._readings.move_to_end(name)
             kind = "home" if message.model in self._home else "other"
@@ -135,7 +139,12 @@ class DirectoryService:
             reading.waiting.append((source, message.number))
             self._waiting[source.curve] += 1
         else:
-            self._answer(source, message.number, reading.parts, now)
+            self._answer(source, message.number, key, reading.parts, now)
+
+    def _payer(self, source: Connection, model: str) -> bytes:
+        """Whose bytes an answer counts among: what a key asks about other models leaves it those of this peer's own, as
+        it may be a peer that asks on behalf of strangers."""
+        return source.curve if model in self._home else b"others" + source.curve
 
     def _make_room(self, model: str, now: float) -> bool:
         """Whether one more answer may be made; forgets old ones."""
@@ -151,7 +160,9 @@ class DirectoryService:
         try:
             parts = self._parts(*name)
         except SplitnetError as error:
-            failure = str(error)
+            # Whom this peer has joined through is for members, who can name what is here.
+            is_told = not self._swarm.is_closed or name[0] in self._home
+            failure = str(error) if is_told else "this peer's directory does not answer: ask again later"
         except Exception:
             log.exception("the directory could not be read")
             failure = "an error at this peer"
@@ -162,7 +173,7 @@ class DirectoryService:
                 if failure:
                     self._refuse(source, number, failure)
                 else:
-                    self._answer(source, number, parts, now)
+                    self._answer(source, number, self._payer(source, name[0]), parts, now)
             reading.waiting.clear()
             reading.parts, reading.read_at = parts, now
             if failure:
@@ -200,7 +211,7 @@ class DirectoryService:
             record = verified_record(packed)
             now = time.time()
             if record.is_valid_at(now) and self._has_place(source.curve, record, now):
-                taken = self._directory.store(record, packed, depth)
+                taken = self._directory.store(record, packed, self._depth_left(depth))
         except (ProtocolError, NotAuthorized):
             pass
         except SplitnetError as error:
@@ -219,7 +230,18 @@ class DirectoryService:
             else:
                 self._outbox.send(source, Announced(number, taken))
 
+    def _depth_left(self, depth: int) -> int:
+        """0, where this peer has passed on enough: then a record is kept here alone."""
+        with self._lock:
+            now = time.monotonic()
+            if not depth or self._passed_on.wait_s(PASSED_ON_PER_MINUTE, now):
+                return 0
+            self._passed_on.spend(1, PASSED_ON_PER_MINUTE, now)
+            return depth
+
     def _has_place(self, announcer: bytes, record: PeerRecord, now: float) -> bool:
+        if record.key.curve_raw == announcer:
+            return True
         with self._lock:
             announced = self._announced.setdefault(announcer, {})
             self._announced.move_to_end(announcer)
@@ -232,8 +254,8 @@ class DirectoryService:
             announced[record.key.raw] = record.expires_at
             return True
 
-    def _answer(self, source: Connection, number: int, parts: list[bytes], now: float) -> None:
-        self._charge(source.curve, LOOK_UP_BYTES + sum(map(len, parts)), now)
+    def _answer(self, source: Connection, number: int, payer: bytes, parts: list[bytes], now: float) -> None:
+        self._charge(payer, LOOK_UP_BYTES + sum(map(len, parts)), now)
         for index, part in enumerate(parts):
             self._outbox.send(source, Found(number, len(parts) - 1 - index, part))
 

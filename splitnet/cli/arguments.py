@@ -174,12 +174,32 @@ EnergySlowdown = Annotated[
         help="With --prefer energy: how many times as long as on the fastest route a token may take; 1.5 if not given.",
     ),
 ]
+
+
+def one_identity(context: typer.Context, value: Path | None) -> Path | None:
+    """Refuses keys of the command line beside an invitation, which takes the place of those set elsewhere.
+
+    For each of these options, as they are read in any order.
+    """
+
+    def source(name: str) -> str:
+        found = context.get_parameter_source(name)
+        return "DEFAULT" if found is None else found.name
+
+    if source("invite") != "DEFAULT":
+        for option, name in (("--swarm-key", "swarm_key"), ("--key-file", "key_file")):
+            if source(name) == "COMMANDLINE":
+                raise SplitnetError(f"an invitation brings keys of its own: leave {option} out, or --invite")
+    return value
+
+
 SwarmKeyFile = Annotated[
     Path | None,
     typer.Option(
         "--swarm-key",
         metavar="FILE",
         envvar="SPLITNET_SWARM_KEY",
+        callback=one_identity,
         help="File with the key of a closed swarm, see `splitnet key --swarm-key`.",
     ),
 ]
@@ -189,6 +209,7 @@ InviteFile = Annotated[
         "--invite",
         metavar="FILE",
         envvar="SPLITNET_INVITE",
+        callback=one_identity,
         help="File of `splitnet invite`: model, addresses, swarm key and key in place of those options.",
     ),
 ]
@@ -230,7 +251,9 @@ def parse_relay_rate(rate: str | None, port: int | None) -> int | None:
 
 KeyFile = Annotated[
     Path | None,
-    typer.Option("--key-file", envvar="SPLITNET_KEY_FILE", help="File with the key of this machine."),
+    typer.Option(
+        "--key-file", envvar="SPLITNET_KEY_FILE", callback=one_identity, help="File with the key of this machine."
+    ),
 ]
 
 

@@ -38,7 +38,10 @@ def bench(
     join: Join = None,
     lan: Lan = True,
     local: Annotated[
-        bool, typer.Option("--local", help="Measure plain transformers in this process; with --join, both in turns.")
+        bool,
+        typer.Option(
+            "--local", help="Measure plain transformers in this process; with --join or --invite, both in turns."
+        ),
     ] = False,
     prefill: Annotated[
         list[int] | None,
@@ -99,7 +102,7 @@ def bench(
 
     Prompts are random tokens, answers have exactly as many tokens as asked for, whatever the model says.
     """
-    if not (join or lan or local):
+    if not (join or lan or local or invite):
         raise SplitnetError(
             "there is nothing to measure: give --join ADDR for a swarm, --local for plain transformers here, or both"
         )

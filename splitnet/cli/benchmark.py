@@ -58,7 +58,7 @@ class Benchmark:
         return Report(checkpoint.name, self._settings(connection), environment(), measured)
 
     def _measures_swarm(self, connection: Connection) -> bool:
-        return bool(connection.join) or not self.local
+        return bool(connection.join or connection.invite) or not self.local
 
     def _settings(self, connection: Connection) -> dict[str, Any]:
         settings: dict[str, Any] = {"rounds": self.rounds, "warm_up": self.warm_up, "seed": self.seed}

@@ -22,6 +22,7 @@ from splitnet.cli.arguments import (
     RelayRate,
     SwarmKeyFile,
     model_or_invited,
+    one_identity,
     parse_blocks,
     parse_host_port,
     parse_relay_rate,
@@ -117,7 +118,10 @@ def peer(
         ),
     ] = None,
     key_file: Annotated[
-        Path | None, typer.Option(help="File with the key of this peer; a new key at each start if not given.")
+        Path | None,
+        typer.Option(
+            callback=one_identity, help="File with the key of this peer; a new key at each start if not given."
+        ),
     ] = None,
     swarm_key: SwarmKeyFile = None,
     invite: InviteFile = None,

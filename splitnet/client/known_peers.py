@@ -70,7 +70,7 @@ class KnownPeers:
                         self._ask()
                 finally:
                     self._asking.release()
-        trusted = [record for record in self._records if self._is_trusted(record)]
+        trusted = [record for record in self._records if self.trusts(record.key)]
         speaking = [record for record in trusted if record.protocol == PROTOCOL_VERSION]
         if not self._records:
             self._explain_none()
@@ -91,8 +91,9 @@ class KnownPeers:
         """The record of a peer, as it was read last."""
         return next((record for record in self._records if record.key == key), None)
 
-    def _is_trusted(self, record: PeerRecord) -> bool:
-        return self._trusted is None or self._trusted.allows(record.key.curve_raw)
+    def trusts(self, key: PublicKey) -> bool:
+        """Whether the peer with this key counts."""
+        return self._trusted is None or self._trusted.allows(key.curve_raw)
 
     def _is_due(self, fresh: bool) -> bool:
         if not self._records or time.monotonic() - self._asked_at > RECORDS_MAX_AGE_S:

@@ -42,7 +42,7 @@ from splitnet.client.session_events import (
 from splitnet.client.session_route import Phase
 from splitnet.client.session_state import SessionState
 from splitnet.client.swarm import Swarm
-from splitnet.errors import SessionClosed, SplitnetError
+from splitnet.errors import NotAuthorized, SessionClosed, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import SESSION_BYTES, Message, Open
 from splitnet.net.prober import Answer
@@ -154,10 +154,14 @@ class SessionDriver:
         Raises:
             CoverageError: blocks are served by nobody; if they once were, nor after `recovery_timeout_s`.
             PeerBusy: no peer of some blocks has memory for the budget.
-            NotAuthorized: the peers do not accept this client's key.
+            NotAuthorized: the peers do not accept this client's key, or are not those that it trusts.
             PeerLost: peers do not answer, nor does anybody take their place in time.
             SessionClosed: another thread has closed the session.
         """
+        for hop in self.hops:
+            if not self._swarm.trusts(hop.endpoint.key):
+                error = NotAuthorized(f"the peer at {hop.endpoint.address} is not one that you trust any more")
+                self.link_failed(hop.endpoint, error)
         if self.state.is_open and self.state.is_settled:
             return
         self._prompt = 0 if self.state.hops else prompt

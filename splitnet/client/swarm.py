@@ -179,6 +179,10 @@ class Swarm:
                 raise
             return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=True)
 
+    def trusts(self, key: PublicKey) -> bool:
+        """Whether the peer with this key may be used."""
+        return self._known.trusts(key)
+
     def ban(self, key: str, seconds: float, *, leaves: bool = False) -> None:
         """Plans without a peer for a while; `leaves`: it said that it goes away, so that it answers means nothing."""
         record = self._known.find(PublicKey.parse(key))

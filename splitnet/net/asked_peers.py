@@ -133,7 +133,9 @@ class AskedPeers(SwarmDirectory):
         self._numbers = count(1)
         self._open: OrderedDict[int, _Question] = OrderedDict()
         self._last: OrderedDict[str, _Question] = OrderedDict()
-        """Of each model that was asked about lately."""
+        """Of each model that this process itself asks about, and of some that others have asked about lately."""
+        self._wanted: set[str] = set()
+        """Models that this process itself asks about."""
         self._others: list[Endpoint] = []
         """Peers that others have named."""
         self._silent: set[Endpoint] = set()
@@ -193,16 +195,23 @@ class AskedPeers(SwarmDirectory):
         try:
             question = self._ask(model, depth, lambda number: LookUp(number, self._swarm.place(model), depth - 1))
         except DirectoryError:
+            with self._heard:
+                before = self._last.get(model)
+            known = [] if before is None else list(map(_records, before.best().values()))
             if not any(found):
                 raise
-            return latest(model, found)
+            return latest(model, [*found, *known])
         with self._heard:
             before = self._last.pop(model, None)
             if before is not None:
                 question.before = before.best()
+                self._forget(before)
             self._last[model] = question
-            while len(self._last) > REMEMBERED_MODELS:
-                self._last.popitem(last=False)
+            if depth == OWN_DEPTH:
+                self._wanted.add(model)
+            others = [other for other in self._last if other not in self._wanted]
+            for other in others[: max(0, len(others) - REMEMBERED_MODELS)]:
+                self._forget(self._last.pop(other))
             answers = list(question.best().values())
         records = latest(model, [*found, *map(_records, answers)])
         if depth == OWN_DEPTH:  # not what strangers wanted to know
@@ -248,6 +257,11 @@ class AskedPeers(SwarmDirectory):
         with self._heard:
             self._silent = {endpoint for endpoint, answer in question.answers.items() if not answer.complete}
         return question
+
+    def _forget(self, question: _Question) -> None:
+        """Whatever comes late for it counts no more: answers are megabytes."""
+        for number in [number for number, one in self._open.items() if one is question]:
+            del self._open[number]
 
     def _wait(self, question: _Question, limit_s: float) -> None:
         began = time.monotonic()

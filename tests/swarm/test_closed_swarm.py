@@ -13,12 +13,13 @@ import torch
 
 from peers.daemon import Peer
 from splitnet.client.causal_lm import attach
+from splitnet.client.session import Session
 from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.errors import DirectoryError, LanError, NotAuthorized, WrongSwarm
+from splitnet.errors import DirectoryError, LanError, NotAuthorized, SplitnetError, WrongSwarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.joining import node_of
-from splitnet.net.messages import Announce, Announced, Found, LookUp
+from splitnet.net.messages import Announce, Announced, Found, LookUp, Part
 from splitnet.net.swarm_key import SwarmKey
 from tests.attacks.transport import Client
 from tests.swarm.harness import LocalSwarm, local_swarm
@@ -166,3 +167,30 @@ def test_a_client_routes_through_peers_that_it_trusts_alone(swarm: LocalSwarm, t
         pytest.raises(NotAuthorized, match="and none of them is one that you trust"),
     ):
         client.plan(NEEDS)
+
+
+def test_a_session_leaves_a_peer_that_is_trusted_no_longer(swarm: LocalSwarm, tmp_path: Path) -> None:
+    keys = {peer.identity.public for peer in swarm.peers}
+    trusted = tmp_path / "trusted"
+    trusted.write_text("".join(f"{key.text}\n" for key in keys))
+    with connect(swarm.peers[0], trusted=AuthorizedKeys.from_file(trusted)) as client:
+        session = Session(client, budget=64, codec="none")
+        session.step(torch.ones(3, 64), [Part(1, 0, 3, 1)])
+        (used,) = {hop.endpoint.key for hop in session.hops}
+        (other,) = keys - {used}
+        trusted.write_text(f"{other.text}\n")
+        deadline = time.monotonic() + 5
+        for at in range(3, 50):
+            session.step(torch.ones(1, 64), [Part(1, at, 1, 1)])
+            if [hop.endpoint.key for hop in session.hops] == [other]:
+                break
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        else:
+            pytest.fail("the session stays")
+        trusted.write_text(f"{Identity.generate().public.text}\n")
+        with pytest.raises(SplitnetError, match="trust"):
+            for later in range(at + 1, at + 50):
+                session.step(torch.ones(1, 64), [Part(1, later, 1, 1)])
+                time.sleep(0.1)
+        session.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ import pytest
 
 from splitnet.errors import DirectoryError
 from splitnet.net import asked_peers
-from splitnet.net.asked_peers import PART_BYTES, AskedPeers, parts_of
+from splitnet.net.asked_peers import PART_BYTES, REMEMBERED_MODELS, AskedPeers, parts_of
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import packb
 from splitnet.net.identity import Identity
@@ -30,7 +31,7 @@ from splitnet.net.messages import (
     encode,
 )
 from splitnet.net.peer_addresses import check_peer_address, endpoint_of, peer_address
-from splitnet.net.records import PeerRecord
+from splitnet.net.records import PeerRecord, verified_record
 from tests.unit.test_directory import record_of
 
 MODEL = "ab" * 16
@@ -247,6 +248,33 @@ def test_a_serving_peer_keeps_what_others_announce_to_it(links: ScriptedPeers) -
     assert asked.models() == {MODEL: "tiny"}
     asked.close()
     assert links.closed
+
+
+def test_a_serving_peer_that_is_refused_does_not_forget_whom_it_was_told_of(links: ScriptedPeers) -> None:
+    upstream = links.add(tells(told := signed()))
+    asked = AskedPeers([upstream], links, serving=True)
+    own = Identity.generate()
+    asked.announce(record_of(own, model=MODEL), own)
+    assert {record.key for record in asked.peers(MODEL)} == {own.public, told.key}
+    for others in range(REMEMBERED_MODELS + 1):  # strangers ask it about other models meanwhile
+        asked.records(f"{others:032x}", MAX_DEPTH)
+    links.scripts[upstream] = refuses
+    assert {record.key for record in asked.peers(MODEL)} == {own.public, told.key}
+
+
+def test_of_each_peer_the_latest_answer_is_kept_and_no_earlier_one(links: ScriptedPeers) -> None:
+    hostile = Identity.generate()
+
+    def tells_new_ones(asked: LookUp | Announce) -> Sequence[Message]:
+        return tells(signed(hostile))(asked)
+
+    asked = AskedPeers([links.add(tells_new_ones), links.add(never_ends)], links)
+    for _ in range(10):
+        asked.peers(MODEL)
+    verified_record.cache_clear()
+    gc.collect()
+    made = [record for record in gc.get_objects() if type(record) is PeerRecord and record.key == hostile.public]
+    assert len(made) <= 2
 
 
 def test_a_client_keeps_nothing_and_its_links_are_its_own(links: ScriptedPeers) -> None:

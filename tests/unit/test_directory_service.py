@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from peers import directory_service
-from peers.directory_service import MAX_MODELS, WAITING_PER_KEY, DirectoryService
+from peers.directory_service import ANNOUNCEMENTS_PER_MINUTE, MAX_MODELS, WAITING_PER_KEY, DirectoryService
 from splitnet.errors import DirectoryError
 from splitnet.net.endpoints import Connection, Destination
 from splitnet.net.fields import unpack_array
 from splitnet.net.identity import Identity
-from splitnet.net.messages import Announce, Announced, Failure, Found, LookUp, Message, decode, encode
+from splitnet.net.messages import MAX_DEPTH, Announce, Announced, Failure, Found, LookUp, Message, decode, encode
 from splitnet.net.records import MAX_CLOCK_SKEW_S, MAX_RECORD_BYTES, PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
+from splitnet.net.swarm_key import OPEN, OpenSwarm, SwarmKey
 from tests.unit.test_asked_peers import MODEL, signed
 from tests.unit.test_directory import record_of
 
 WAIT_S = 20.0
+KEY, OTHER = SwarmKey.generate(), SwarmKey.generate()
 
 
 class FakeDirectory(SwarmDirectory):
@@ -32,6 +34,7 @@ class FakeDirectory(SwarmDirectory):
         self.held: dict[str, list[PeerRecord]] = {}
         self.reads: Counter[str] = Counter()
         self.stored: list[PeerRecord] = []
+        self.passed_on = 0
         self.threads: set[int] = set()
         self.silent = False
         self.waits_for: dict[str, threading.Event] = {}
@@ -40,6 +43,7 @@ class FakeDirectory(SwarmDirectory):
         self.threads.add(threading.get_ident())
         assert record.signed == packed
         self.stored.append(record)
+        self.passed_on += depth > 0
         return True
 
     def records(self, model: str, depth: int = 0) -> list[PeerRecord]:
@@ -58,12 +62,12 @@ class FakeDirectory(SwarmDirectory):
 class Service:
     """A service, whom it has answered what, and a clock that the test moves."""
 
-    def __init__(self) -> None:
+    def __init__(self, swarm: OpenSwarm = OPEN) -> None:
         self.directory = FakeDirectory()
         self.answers: list[tuple[Destination, Message]] = []
         self.answered = threading.Condition()
         self.now = 1000.0
-        self.service = DirectoryService(self.directory, MODEL, self)
+        self.service = DirectoryService(self.directory, MODEL, self, swarm)
 
     def send(self, destination: Destination, message: Message) -> None:
         with self.answered:
@@ -185,6 +189,26 @@ def test_a_silent_directory_is_a_failure_and_is_asked_again(service: Service) ->
     assert isinstance(service.answer(client(), LookUp(2, MODEL, 0)), Found)
 
 
+def test_an_outsider_of_a_closed_swarm_is_not_told_through_whom_a_peer_has_joined() -> None:
+    made = Service(KEY)
+    try:
+        made.directory.silent = True  # its error names them
+        for number, place in enumerate((MODEL, "", OTHER.place(MODEL), OTHER.place("")), start=1):
+            answer = made.answer(client(), LookUp(number, place, MAX_DEPTH))
+            assert isinstance(answer, Failure) and "DHT" not in answer.text
+        answer = made.answer(client(), LookUp(9, KEY.place(MODEL), 0))
+        assert isinstance(answer, Failure) and "DHT" in answer.text  # a member is told
+    finally:
+        made.service.close()
+
+
+def test_who_has_asked_much_about_other_models_may_still_ask_about_this_one(service: Service) -> None:
+    # As a peer does that asks on behalf of strangers.
+    others = [service.answer(client(), LookUp(number, os.urandom(16).hex(), 1)) for number in range(1, 100)]
+    assert isinstance(others[-1], Failure) and "ask again in" in others[-1].text
+    assert isinstance(service.answer(client(), LookUp(100, MODEL, 1)), Found)
+
+
 def test_valid_records_are_announced(service: Service) -> None:
     record = signed()
     assert service.answer(client(), Announce(1, 0, record.signed)) == Announced(1, True)
@@ -226,6 +250,24 @@ def test_a_key_announces_so_often_in_a_minute(service: Service, monkeypatch: pyt
     answers = [service.answer(client(1), Announce(number, 0, record.signed)) for number in range(1, 8)]
     assert [type(answer) for answer in answers] == [Announced] * 5 + [Failure] * 2
     assert isinstance(service.answer(client(2), Announce(1, 0, record.signed)), Announced)
+
+
+def test_what_strangers_announce_leaves_this_peer_room_to_announce_itself(service: Service) -> None:
+    for number in range(2 * ANNOUNCEMENTS_PER_MINUTE):
+        service.answer(client(100 + number % 16), Announce(number + 1, 1, b"what nobody passes on"))
+    for number in range(2 * ANNOUNCEMENTS_PER_MINUTE):  # all of it is taken, and some passed on under this peer's key
+        announcement = Announce(number + 1, 1, signed().signed)
+        assert service.answer(client(number % 16), announcement) == Announced(number + 1, True)
+    assert 0.5 * ANNOUNCEMENTS_PER_MINUTE < service.directory.passed_on < 0.9 * ANNOUNCEMENTS_PER_MINUTE
+
+
+def test_who_announces_others_has_a_place_itself(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_service, "RECORDS_PER_ANNOUNCER", 3)
+    peer = Identity.generate()
+    source = Connection(b"peer", peer.public.curve_raw)
+    for number in range(1, 5):
+        service.answer(source, Announce(number, 0, signed().signed))
+    assert service.answer(source, Announce(5, 0, signed(peer).signed)) == Announced(5, True)
 
 
 def test_the_directory_is_never_called_by_the_thread_that_hands_questions_over(service: Service) -> None:

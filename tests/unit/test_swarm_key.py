@@ -9,9 +9,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from splitnet.cli.benchmark import Benchmark
+from splitnet.cli.connection import Connection
 from splitnet.cli.invite import Invite
-from splitnet.errors import DirectoryError, KeyFileError, NotAuthorized
+from splitnet.cli.main import app
+from splitnet.errors import DirectoryError, KeyFileError, NotAuthorized, SplitnetError
 from splitnet.net.identity import Identity
 from splitnet.net.joining import join
 from splitnet.net.messages import FINGERPRINT
@@ -107,6 +111,24 @@ def test_what_is_no_invitation_is_refused(before: str, after: str, error: str, t
     file.write_text(text.replace(before, after, 1))
     with pytest.raises((KeyFileError, DirectoryError), match=error):
         Invite.load(file)
+
+
+@pytest.mark.parametrize("command", ["peer", "generate", "chat", "serve", "tune", "status", "doctor", "bench"])
+def test_an_invitation_beside_another_swarm_key_or_key_is_refused_by_name(command: str, tmp_path: Path) -> None:
+    file, key, data = tmp_path / "anna.invite", str(tmp_path / "key"), tmp_path / "data.jsonl"
+    Invite("m", (f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}",), KEY, Identity.generate()).save(file)
+    data.write_text('{"text": "a"}\n')
+    more = {"generate": ["hello"], "tune": ["--data", str(data), "--output", str(tmp_path / "out")]}.get(command, [])
+    for option in ("--swarm-key", "--key-file"):
+        done = CliRunner().invoke(app, [command, *more, "--invite", str(file), option, key])
+        assert isinstance(done.exception, SplitnetError) and f"leave {option} out" in str(done.exception)
+
+
+def test_bench_measures_the_swarm_of_an_invitation_beside_the_model_here(tmp_path: Path) -> None:
+    benchmark = Benchmark((), 1, 0, 0, None, local=True)
+    assert benchmark._measures_swarm(Connection("m", (), invite=tmp_path / "anna.invite"))
+    assert benchmark._measures_swarm(Connection("m", ["tcp://..."]))
+    assert not benchmark._measures_swarm(Connection("m", ()))
 
 
 def test_a_closed_swarm_joins_no_dht() -> None:
