@@ -133,7 +133,7 @@ class DirectoryService:
                 self._charge(key, READ_BYTES, now)
             reading = self._readings[name] = _Reading()
             self._readings.move_to_end(name)
-            kind = "home" if message.model in self._home else "other"
+            kind = "other" if message.model not in self._home else "home" if self._home[message.model] else "models"
             self._do_later(kind, message.depth, partial(self._read, name, reading))
         if reading.parts is None:
             reading.waiting.append((source, message.number))

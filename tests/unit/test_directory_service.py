@@ -170,6 +170,13 @@ def test_questions_about_other_models_do_not_delay_those_about_its_own(service: 
     assert sum(service.directory.reads.values()) <= 2
 
 
+def test_a_question_about_all_models_does_not_delay_one_about_its_own(service: Service) -> None:
+    service.directory.waits_for[""] = threading.Event()  # as while who was joined through is silent
+    service.ask(client(1), LookUp(1, "", 2))
+    assert isinstance(service.answer(client(2), LookUp(1, MODEL, 2)), Found)
+    assert [who for who, _ in service.answers] == [client(2)]
+
+
 def test_a_key_has_few_questions_that_wait(service: Service) -> None:
     service.directory.waits_for[MODEL] = threading.Event()
     for number in range(1, 100):
