@@ -20,7 +20,6 @@ from splitnet.client.causal_lm import attach
 from splitnet.client.swarm import Swarm
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.openmp import end_threads
 from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
 from splitnet.serve.connections import IDLE_CONNECTIONS, Connection
@@ -79,7 +78,6 @@ def serve(
         with join() as swarm:
             swarm.peers()  # tells a swarm of other weights
             remote = attach(checkpoint, swarm, **model)
-            end_threads()  # requests run in other threads than this one
             defaults, said = choose_defaults(remote.generation_config, of_checkpoint=options.checkpoint_sampling)
             vocabulary = remote.config.get_text_config().vocab_size
             prompts = Prompts(tokenizer, vocabulary, checkpoint.max_positions)
