@@ -84,7 +84,7 @@ def keep_freed_memory() -> None:
     if "glibc.malloc" in told or "MALLOC_MMAP_THRESHOLD_" in os.environ or "MALLOC_TRIM_THRESHOLD_" in os.environ:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None and "CS_GNU_LIBC_VERSION" in os.confstr_names:
+    if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_TRIM_THRESHOLD, 64 * 2**20)
 
