@@ -13,7 +13,7 @@ from tests.unit.random_models import random_checkpoint
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux tells the threads of a process")
 
 COUNT = """
-import os, sys, threading, torch
+import os, sys, threading, time, torch
 from splitnet.model.openmp import end_threads
 torch.set_num_threads(3)
 before = len(os.listdir("/proc/self/task")) - threading.active_count()
@@ -21,17 +21,23 @@ before = len(os.listdir("/proc/self/task")) - threading.active_count()
 def helpers():
     return len(os.listdir("/proc/self/task")) - threading.active_count() - before
 
+def expect(count):  # threads that are told to end take a moment
+    deadline = time.monotonic() + 10
+    while helpers() != count:
+        assert time.monotonic() < deadline, f"{helpers()} threads help, not {count}"
+        time.sleep(0.001)
+
 def work():
     torch.ones(1 << 20).sum()
 """
 
 ENDED = """
 work()
-assert helpers() == 2, helpers()
+expect(2)
 end_threads()
-assert helpers() == 0, helpers()
+expect(0)
 work()
-assert helpers() == 2, helpers()
+expect(2)
 """
 
 PEER = """
@@ -51,9 +57,9 @@ server.start()
 ran = threading.Event()
 server.queue.put_idle_job(lambda: (work(), ran.set()))
 assert ran.wait(20)
-assert helpers() == 2, helpers()
+expect(2)
 server.close()
-assert helpers() == 0, helpers()
+expect(0)
 """
 
 
