@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=200, help="decode tokens per round and route")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--weights", default="float32", help="of peers and of the head; stored: as they are")
+    parser.add_argument("--threads", type=int, default=1, help="of each daemon; the client has one")
     parser.add_argument("--codec", default="auto", help="of every link; auto chooses by cost, as clients do")
     arguments = parser.parse_args()
     if (arguments.checkpoint is None) == (arguments.random is None):
@@ -64,7 +65,7 @@ def run(arguments: argparse.Namespace, stack: ExitStack) -> None:
     facts = ModelFacts.of(Checkpoint.open(checkpoint))
     hidden = torch.randn(1, facts.hidden_size)
     held = None if arguments.weights == "stored" else arguments.weights
-    options = ("--threads", "1", *(["--weights", held] if held else []))
+    options = ("--threads", str(arguments.threads), *(["--weights", held] if held else []))
     before = bandwidth(1)
     swarms: dict[int, Swarm] = {}
     for count in (1, hops):
