@@ -7,6 +7,10 @@ messages, sockets, encryption, threads and dispatch. The difference between the 
 hop adds. Then whole tokens are generated through the longer route: what is not spent in its steps is the client's.
 
     python benchmarks/hop.py CHECKPOINT [--weights int8] [--hops 3] [--tokens 200] [--rounds 5] [--codec auto]
+    python benchmarks/hop.py --random 0.5b [--weights int8] ...
+
+Every token gives the blocks the same activations. "Reading" is the time that one thread needs to read so many bytes as
+the weights take (a sum over a long vector; the fastest of some before and after), of the blocks and of the head.
 """
 
 from __future__ import annotations
@@ -15,11 +19,14 @@ import argparse
 import statistics
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
+from experts import bandwidth
+from random_shapes import SHAPES, random_model
 
 from splitnet.bench.clock import Clock
 from splitnet.cli.local_swarm import LocalSwarm
@@ -28,43 +35,69 @@ from splitnet.client.session import Session
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.ends import Ends
+from splitnet.model.held_linear import HeldLinear
+from splitnet.model.span import Span
 from splitnet.net.messages import Part
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", help="hub id or folder of a checkpoint")
+    parser.add_argument("checkpoint", nargs="?", help="hub id or folder of a checkpoint")
+    parser.add_argument("--random", choices=SHAPES, help="random weights in the shape of a model, instead")
     parser.add_argument("--hops", type=int, default=3, help="peers of the longer route")
     parser.add_argument("--tokens", type=int, default=200, help="decode tokens per round and route")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--weights", default="float32", help="of peers and of the head; stored: as they are")
+    parser.add_argument("--threads", type=int, default=1, help="of each daemon; the client has one")
     parser.add_argument("--codec", default="auto", help="of every link; auto chooses by cost, as clients do")
     arguments = parser.parse_args()
+    if (arguments.checkpoint is None) == (arguments.random is None):
+        parser.error("give a checkpoint or --random")
+    with ExitStack() as stack:
+        if arguments.random is not None:
+            arguments.checkpoint = str(stack.enter_context(random_model(SHAPES[arguments.random])))
+        run(arguments, stack)
+
+
+def run(arguments: argparse.Namespace, stack: ExitStack) -> None:
     torch.set_num_threads(1)
-    facts = ModelFacts.of(Checkpoint.open(arguments.checkpoint))
-    hidden = torch.randn(1, facts.hidden_size)
     checkpoint, hops = arguments.checkpoint, arguments.hops
-    kind = [] if arguments.weights == "stored" else ["--weights", arguments.weights]
-    options = ("--threads", "1", *kind)
-    with LocalSwarm(checkpoint, 1, options) as short, LocalSwarm(checkpoint, hops, options) as long:
-        addresses = {1: short.wait(), arguments.hops: long.wait()}
-        with Swarm(facts, [addresses[1]]) as one, Swarm(facts, [addresses[arguments.hops]]) as many:
-            routes = {
-                1: Session(one, budget=4096, codec=arguments.codec),
-                arguments.hops: Session(many, budget=4096, codec=arguments.codec),
-            }
-            for session in routes.values():
-                decode(session, hidden, 50)
-            rounds: dict[int, list[Token]] = {hops: [] for hops in routes}
-            for _ in range(arguments.rounds):
-                for hops, session in routes.items():
-                    rounds[hops].append(decode(session, hidden, arguments.tokens))
-            report(rounds)
-            used = Counter(link.codec for link in routes[arguments.hops].links())
-            print(f"Codecs of the longer route's links: {', '.join(f'{name} ({n})' for name, n in used.items())}.\n")
-            head = None if arguments.weights == "stored" else arguments.weights
-            model = attach(Checkpoint.open(checkpoint), many, codec=arguments.codec, local_weights=head)
-            report_whole(model, arguments.tokens, arguments.rounds)
+    facts = ModelFacts.of(Checkpoint.open(checkpoint))
+    hidden = torch.randn(1, facts.hidden_size)
+    held = None if arguments.weights == "stored" else arguments.weights
+    options = ("--threads", str(arguments.threads), *(["--weights", held] if held else []))
+    before = bandwidth(1)
+    swarms: dict[int, Swarm] = {}
+    for count in (1, hops):
+        daemons = stack.enter_context(LocalSwarm(checkpoint, count, options))
+        swarms[count] = stack.enter_context(Swarm(facts, [daemons.wait()]))
+    routes = {count: Session(swarm, budget=4096, codec=arguments.codec) for count, swarm in swarms.items()}
+    for session in routes.values():
+        decode(session, hidden, 50)
+    rounds: dict[int, list[Token]] = {count: [] for count in routes}
+    for _ in range(arguments.rounds):
+        for count, session in routes.items():
+            rounds[count].append(decode(session, hidden, arguments.tokens))
+    report(rounds)
+    used = Counter(link.codec for link in routes[hops].links())
+    print(f"Codecs of the longer route's links: {', '.join(f'{name} ({n})' for name, n in used.items())}.\n")
+    model = attach(Checkpoint.open(checkpoint), swarms[hops], codec=arguments.codec, local_weights=held)
+    report_whole(model, arguments.tokens, arguments.rounds)
+    report_reading(model, Checkpoint.open(checkpoint), held, max(before, bandwidth(1)))
+
+
+def report_reading(model: RemoteCausalLM, checkpoint: Checkpoint, weights: str | None, speed: float) -> None:
+    """Tells the bytes of blocks and head, and the time to read them at so many bytes per second."""
+    block = Span.load(checkpoint, 0, 1, weights=weights)
+    head: Any = model.get_output_embeddings()
+    held = head.held if isinstance(head, HeldLinear) else head
+    sizes = {
+        "blocks": checkpoint.num_blocks * block.weight_bytes,
+        "head": sum(tensor.nbytes for tensor in (*held.parameters(), *held.buffers())),
+    }
+    print(f"\nOne thread reads {speed / 1e9:.1f} GB/s.")
+    for name, size in sizes.items():
+        print(f"Reading the {name}, {size / 2**20:.0f} MiB: {1000 * size / speed:.2f} ms.")
 
 
 @dataclass(frozen=True)

@@ -23,13 +23,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +34,8 @@ from typing import Any
 import torch
 from codec_quality import VARIED_TEXT
 from grouped import LAYOUTS, random_matrix
-from safetensors.torch import save_file
+from random_shapes import SHAPES, random_model
 from torch import nn
-from transformers import LlamaConfig
 
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.grouped_forms import hold_stored
@@ -54,8 +50,6 @@ CONTEXT = 64
 """Positions that a decode step attends to."""
 PREFILL = 512
 READ_BYTES = 2**29
-_ONE_B, _HALF_B = (2048, 5632, 22, 32, 4), (896, 4864, 24, 14, 2)
-"""TinyLlama 1.1B and Qwen2 0.5B: hidden and intermediate size, blocks, heads, heads of keys and values."""
 
 
 @dataclass
@@ -208,44 +202,6 @@ def print_quality(found: dict[str, Quality]) -> None:
         print(f"| {kind} | {quality.divergence:.1e} | {quality.top1:.4f} | {quality.perplexity:.4f} |")
 
 
-@contextmanager
-def random_model(hidden: int, middle: int, blocks: int, heads: int, kv_heads: int) -> Iterator[Path]:
-    """A checkpoint in bfloat16; all of its blocks have the same random weights."""
-    config = LlamaConfig(
-        hidden_size=hidden,
-        intermediate_size=middle,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=32000,
-        dtype=torch.bfloat16,
-    )
-    kv = hidden // heads * kv_heads
-    shapes = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (kv, hidden),
-        "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (middle, hidden),
-        "mlp.up_proj": (middle, hidden),
-        "mlp.down_proj": (hidden, middle),
-    }
-    block = {f"{path}.weight": (torch.randn(shape) * shape[1] ** -0.5).bfloat16() for path, shape in shapes.items()}
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        block[f"{norm}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        weight_map: dict[str, str] = {}
-        for index in range(config.num_hidden_layers):
-            tensors = {f"model.layers.{index}.{rest}": tensor for rest, tensor in block.items()}
-            shard = f"block-{index}.safetensors"
-            save_file(tensors, folder / shard, metadata={"format": "pt"})
-            weight_map.update(dict.fromkeys(tensors, shard))
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-        config.save_pretrained(folder)
-        yield folder
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", nargs="?", help="folder or hub id of a checkpoint")
@@ -275,8 +231,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.checkpoint is not None:
         compare(arguments.checkpoint, arguments, arguments.tokens)
         return
-    hidden, middle, blocks, *heads = _ONE_B if arguments.random_1b else _HALF_B
-    with random_model(hidden, middle, arguments.blocks or blocks, *heads) as folder:
+    with random_model(SHAPES["1.1b" if arguments.random_1b else "0.5b"], arguments.blocks) as folder:
         compare(folder, arguments, 0)
 
 

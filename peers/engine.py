@@ -60,6 +60,7 @@ class Engine:
         self._load = load
         self._counters = counters or Counters()
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
+        self._runs_here = span.device.type != "cpu" or torch.get_num_threads() == 1
         self._gathering = Gathering()
         self._turns = threading.Lock()
         """Held by the thread that runs what was waiting."""
@@ -87,9 +88,10 @@ class Engine:
     def run_here(self) -> None:
         """Runs a short decode step that waits alone, in the thread that has received it; another thread runs all else.
 
-        To hand a step from thread to thread, and what comes out back, takes some tenths of a millisecond.
+        To hand a step from thread to thread, and what comes out back, takes some tenths of a millisecond. Not so where
+        several threads share the work: OpenMP has those for each thread that computes, and too many of them are slow.
         """
-        if self._turns.acquire(blocking=False):
+        if self._runs_here and self._turns.acquire(blocking=False):
             try:
                 work = self._queue.short_step(self._gathering, SHORT_S)
                 if work is not None and is_quick(work.session, work.step):

@@ -21,6 +21,7 @@ from peers.work_queue import WorkQueue
 from scheduler.packing import PASS_POSITIONS
 from splitnet.errors import OutOfMemory
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.openmp import end_threads
 from splitnet.model.span import Span
 from splitnet.net.codecs import DEFAULT_INT8, codec_by_name
 
@@ -128,7 +129,11 @@ class SpanServer:
         return PASS_POSITIONS * self.service.ms_per_position
 
     def start(self) -> None:
-        """Begins to compute. From now on `run_here` is called after messages were received."""
+        """Begins to compute. From now on `run_here` is called after messages were received.
+
+        Call it from the thread that has loaded the blocks, which computes no more.
+        """
+        end_threads()
         self.queue.defers = True
         self._engine.start()
 

@@ -181,11 +181,13 @@ def peer(
     from splitnet.cli.progress import StageProgress
     from splitnet.model.demo import cache_folder
     from splitnet.model.device_choice import find_device
+    from splitnet.model.memory import keep_freed_memory
     from splitnet.net.swarm_key import SwarmKey
 
     closed = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else None
     if closed is not None and authorized_keys is None:
         tell(logging.WARNING, "whoever knows this peer's address may use it: give --authorized-keys with those who may")
+    keep_freed_memory()
     computes_on = find_device(device)
     if threads is not None:
         torch.set_num_threads(threads)

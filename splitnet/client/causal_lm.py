@@ -30,6 +30,7 @@ from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.ends import Ends, ends_of
 from splitnet.model.loss_in_parts import loss_in_parts
+from splitnet.model.openmp import end_threads
 from splitnet.model.shell import backbone_of, load_shell
 from splitnet.net.identity import Identity
 
@@ -122,6 +123,7 @@ def _attached(checkpoint: Checkpoint, swarm: Swarm, options: CausalOptions) -> R
     model.open_sessions_with(open_session)
     model.ends = ends_of(model)
     model.connect_blocks(blocks, swarm)
+    end_threads()  # another thread may generate
     return model
 
 

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, StoppingCriteria
 from splitnet.client.cache import RemoteCache
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.errors import PeerBusy, SessionClosed
+from splitnet.model.openmp import end_threads
 from splitnet.serve.choice import Choice, Piece
 from splitnet.serve.grammars import AllowedTokens, Grammar
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
@@ -194,6 +195,7 @@ class Generation:
             self._listener(error)
         finally:
             self._own.progress.end(self._progress)
+            end_threads()  # the next request may be another thread's
 
     def _run_in(self, taken: tuple[RemoteCache, int] | None) -> Ended:
         """Runs in a session that was kept, with the tokens that it shares with the prompt, or in a new one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from splitnet.cli.logs import JsonFormatter
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.speculation.experience import Experience
 from splitnet.net.key_options import KeyOptions
+from splitnet.serve import generation
 from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
 from splitnet.serve.generation import Generations
@@ -178,6 +180,18 @@ def test_drafts_change_neither_answers_nor_scores(
     plain, again = serve(does)
     assert plain == again
     assert serve(does, speculate="prompt-lookup") == [plain, again]
+
+
+def test_a_request_leaves_no_threads_that_helped_it(serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    monkeypatch.setattr(generation, "end_threads", lambda: ended.append(threading.current_thread().name))
+
+    async def does(server: Server) -> None:
+        await server.complete(prompt="Bees fly", max_tokens=2)
+        await until(lambda: len(ended) == 1)
+
+    serve(does)
+    assert ended[0].startswith("splitnet-serve")
 
 
 def test_a_completion_is_that_of_the_model_in_one_piece(serve: Serve, whole: Any, tokenizer: Any) -> None:

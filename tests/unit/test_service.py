@@ -872,11 +872,23 @@ class TestEngine:
     """The engine with one session of each of three clients."""
 
     @pytest.fixture
-    def span(self) -> FakeSpan:
-        return FakeSpan()
+    def device(self) -> str:
+        return "cpu"
 
     @pytest.fixture
-    def engine(self, peer: Peer, span: FakeSpan) -> Engine:
+    def span(self, device: str, monkeypatch: pytest.MonkeyPatch) -> FakeSpan:
+        span = FakeSpan()
+        monkeypatch.setattr(span, "device", torch.device(device))
+        return span
+
+    @pytest.fixture
+    def threads(self) -> int:
+        """That share the work of a pass."""
+        return 1
+
+    @pytest.fixture
+    def engine(self, peer: Peer, span: FakeSpan, threads: int, monkeypatch: pytest.MonkeyPatch) -> Engine:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
         for name in (1, 2, 3):
             peer.says(to_client(session=bytes([name]) * 16), Connection(bytes([name]), OWNER.curve_raw))
         return Engine(span, peer.service, peer.queue, ObservedSpeed((1.0,) * 5), Load())  # type: ignore[arg-type]
@@ -909,6 +921,27 @@ class TestEngine:
         engine.run_here()
         assert span.passes == [2]
         assert isinstance(self.answers(peer)[1], Result)
+
+    @pytest.mark.parametrize("threads", [2])
+    def test_where_threads_share_a_pass_the_engines_thread_runs_them_all(
+        self, peer: Peer, engine: Engine, span: FakeSpan
+    ) -> None:
+        peer.queue.defers = True
+        self.send(peer, 1)
+        engine.run_here()
+        assert span.passes == []
+        assert engine._turn()
+        assert span.passes == [2]
+
+    @pytest.mark.parametrize(("threads", "device"), [(2, "cuda")])
+    def test_a_short_step_of_a_gpu_runs_in_the_thread_that_received_it(
+        self, peer: Peer, engine: Engine, span: FakeSpan, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
+        peer.queue.defers = True
+        self.send(peer, 1)
+        engine.run_here()
+        assert span.passes == [2]
 
     @pytest.mark.parametrize(
         ("start", "room", "has_states", "forks"),

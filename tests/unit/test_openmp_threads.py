@@ -1,0 +1,76 @@
+"""OpenMP has threads for each thread that computes: of those that have ended their work none may be left."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux tells the threads of a process")
+
+COUNT = """
+import os, sys, threading, time, torch
+from splitnet.model.openmp import end_threads
+torch.set_num_threads(3)
+before = len(os.listdir("/proc/self/task")) - threading.active_count()
+
+def helpers():
+    return len(os.listdir("/proc/self/task")) - threading.active_count() - before
+
+def expect(count):  # threads that are told to end take a moment
+    deadline = time.monotonic() + 10
+    while helpers() != count:
+        assert time.monotonic() < deadline, f"{helpers()} threads help, not {count}"
+        time.sleep(0.001)
+
+def work():
+    torch.ones(1 << 20).sum()
+"""
+
+ENDED = """
+work()
+expect(2)
+end_threads()
+expect(0)
+work()
+expect(2)
+"""
+
+PEER = """
+from unittest.mock import Mock
+from peers.counters import Counters
+from peers.next_hops import NextHops
+from peers.span_server import SpanServer
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import Span
+checkpoint, outbox = Checkpoint.open(sys.argv[1]), Mock()
+span = Span.load(checkpoint, 0, 2)
+work()
+server = SpanServer(
+    checkpoint, span, outbox, NextHops(outbox), kv_memory=1 << 20, training_memory=0, idle_s=9.0, counters=Counters()
+)
+server.start()
+ran = threading.Event()
+server.queue.put_idle_job(lambda: (work(), ran.set()))
+assert ran.wait(20)
+expect(2)
+server.close()
+expect(0)
+"""
+
+
+def run(code: str, *arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-c", COUNT + code, *arguments], capture_output=True, text=True, timeout=100)
+    assert not done.returncode, done.stderr
+
+
+def test_a_thread_ends_those_that_help_it() -> None:
+    run(ENDED)
+
+
+def test_those_that_helped_to_load_and_measure_are_gone_when_a_peer_serves(tmp_path: Path) -> None:
+    run(PEER, str(random_checkpoint("llama", tmp_path)))
