@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from splitnet.errors import KernelsError
+from splitnet.model.openmp import linked_with_torch
 
 PATH_VARIABLE = "SPLITNET_KERNELS"
 """Names the path that is to be used."""
@@ -43,10 +44,9 @@ def _load() -> tuple[Any, str]:
     if not hasattr(loaded, "use_threads"):
         return None, f"compiled, but from older sources ({loaded.__file__})"
     try:
-        # Finds what torch itself was linked with, whatever that is called.
-        torchs = ctypes.CDLL(torch._C.__file__)
+        torchs = linked_with_torch()
         loaded.use_threads(*(ctypes.cast(getattr(torchs, name), ctypes.c_void_p).value for name in _POOL))
-    except (AttributeError, OSError):
+    except AttributeError:
         pass  # such a torch was built without OpenMP: one thread
     return loaded, ""
 

@@ -19,14 +19,14 @@ def end_threads() -> None:
     them are more than the processors, they sleep whenever they have nothing to do, and a decode step, which has work
     for them every few microseconds, takes up to four times as long. So who computes no more calls this.
     """
-    pause = getattr(_torchs(), "omp_pause_resource_all", None)
+    pause = getattr(linked_with_torch(), "omp_pause_resource_all", None)
     if pause is not None:
         pause(_SOFT)
 
 
 @cache
-def _torchs() -> ctypes.CDLL | None:
-    """What torch was linked with, as the kernels find it; None: such a torch does not tell."""
+def linked_with_torch() -> ctypes.CDLL | None:
+    """What torch itself was linked with, whatever that is called, its OpenMP too; None: such a torch does not tell."""
     with suppress(AttributeError, OSError):
         return ctypes.CDLL(torch._C.__file__)
     return None
