@@ -5,14 +5,12 @@ Counted are the bytes that will be allocated, objects around them included, not 
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from splitnet.errors import PeerBusy
 from splitnet.net.budget import Budget
-
-if TYPE_CHECKING:
-    from peers.session import Session
 
 MESSAGE_BYTES = 2048
 """What a message that is kept takes besides its payload: its objects, and the buffer that it came in."""
@@ -44,6 +42,15 @@ class Purpose(StrEnum):
     """Adapters, with parts that come in and sums of gradients."""
 
 
+class Holder(Hashable, Protocol):
+    """A session."""
+
+    @property
+    def owner(self) -> Hashable:
+        """The key that it counts for."""
+        ...
+
+
 class MemoryAccount(Budget):
     """Bytes of one kind of memory by key, session and purpose; a key gets what `Budget` says. Its holder has a lock.
 
@@ -62,7 +69,7 @@ class MemoryAccount(Budget):
         """Bytes of all sessions."""
         return sum(nbytes for account, nbytes in self.accounts() if account[2:] == (purpose,))
 
-    def take(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+    def take(self, session: Holder, purpose: Purpose, nbytes: int) -> None:
         """Before something is allocated.
 
         Raises:
@@ -75,12 +82,12 @@ class MemoryAccount(Budget):
                 f"{self._refusal} {nbytes} bytes: {self.free} of {self.limit} are free{shared}; {self._advice}"
             )
 
-    def give_back(self, session: Session, purpose: Purpose, nbytes: int) -> None:
+    def give_back(self, session: Holder, purpose: Purpose, nbytes: int) -> None:
         """After something was dropped; nothing is left of a session that has ended."""
         account = session.owner, session, purpose
         self.release(min(nbytes, self.held(*account)), *account)
 
-    def end(self, session: Session) -> None:
+    def end(self, session: Holder) -> None:
         """Gives back all that is left of a session."""
         for purpose in Purpose:
             self.give_back(session, purpose, self.limit)
