@@ -9,6 +9,7 @@ span loads by comparing what comes out. Everything else, and every step with mor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -49,6 +50,12 @@ class LeanStep:
         if Turning.of(attention, attention.head_dim, rope, attention.q_proj.in_features) != Turning():
             return None
         return cls(blocks, rope, windows)
+
+    def only(self, blocks: Sequence[LeanBlock]) -> LeanStep:
+        """For some of its blocks."""
+        some = copy(self)
+        some.blocks = list(blocks)
+        return some
 
     def takes(self, parts: Sequence[Part]) -> bool:
         """Whether every part of a pass has one position and no adapter."""
@@ -98,6 +105,11 @@ class LeanBlock:
         if is_usual(block):
             self._mlp = None
             self._gate, self._up, self._down, self._act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+
+    @property
+    def weights_at(self) -> int:
+        """The address of some of its weights: all move together, as when a model is sent to another device."""
+        return self._before.weight.untyped_storage().data_ptr()
 
     def before(self, hidden: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Queries `[positions, heads, 1, head size]`, and keys and values `[positions, 1, heads, 1, head size]`."""
