@@ -3,8 +3,9 @@
     python benchmarks/gpu.py MODEL [--device auto] [--blocks 0:8] [--kinds bfloat16 int8 int4]
 
 A decode step is one position of one session. "bandwidth" is what a copy within the device's memory reaches, of which a
-step has to read all weights once; "graph" tells whether steps are replayed from a CUDA graph. Times are those of events
-on the device, or by the clock after it has finished; the median counts. Without a GPU there is nothing to measure.
+step has to read all weights once; "graph" tells how many sessions a step may have that is replayed from CUDA graphs.
+Times are those of events on the device, or by the clock after it has finished; the median counts. Without a GPU there
+is nothing to measure.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from splitnet.cli.arguments import parse_blocks
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.device_choice import find_device
-from splitnet.model.device_clock import seconds_after_work
+from splitnet.model.device_clock import Stopwatch, seconds_after_work
 from splitnet.model.memory import give_back_memory
 from splitnet.model.span import Part, Span
 
@@ -31,17 +32,11 @@ HEADER = "| kind | ms/token | bytes | share of bandwidth | prefill tokens/s | gr
 
 def milliseconds(device: torch.device, work: Callable[[], object]) -> float:
     """Of `work` on the device."""
-    if device.type != "cuda":
-        began = seconds_after_work(device)
-        work()
-        return (seconds_after_work(device) - began) * 1000
-    began, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize(device)
-    began.record()
+    seconds_after_work(device)
+    watch = Stopwatch(device)
     work()
-    ended.record()
-    ended.synchronize()
-    return began.elapsed_time(ended)
+    watch.stop()
+    return watch.seconds * 1000
 
 
 def bytes_per_ms(device: torch.device) -> float:
@@ -67,7 +62,8 @@ def measured(span: Span, positions: int, steps: int, bandwidth: float) -> str:
     step = statistics.median(decodes[WARM_UP:])
     share = span.weight_bytes / step / bandwidth
     prefill = positions / statistics.median(prefills[1:]) * 1000
-    return f"{step:.3f} | {span.weight_bytes:,} | {share:.0%} | {prefill:,.0f} | no |"
+    graph = f"up to {span.replayed_positions}" if span.replayed_positions else "no"
+    return f"{step:.3f} | {span.weight_bytes:,} | {share:.0%} | {prefill:,.0f} | {graph} |"
 
 
 def main() -> None:

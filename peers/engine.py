@@ -21,7 +21,8 @@ from peers.work_queue import WorkQueue
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
 from splitnet.errors import CodecError, PeerBusy, ProtocolError
 from splitnet.gathering import Gathering
-from splitnet.model.device_clock import seconds_after_work
+from splitnet.model.device_clock import Stopwatch, seconds_after_work
+from splitnet.model.device_copies import to_host
 from splitnet.model.span import Part as SpanPart
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
@@ -214,7 +215,7 @@ class Engine:
                 self._compute([item])
 
     def _pass(self, ready: list[tuple[Work, int]]) -> None:
-        began, began_cpu = time.perf_counter(), time.thread_time()
+        began_cpu = time.thread_time()
         began_at = time.monotonic()
         fresh = [work for work, _ in ready if not work.done]
         for work in fresh:
@@ -233,18 +234,19 @@ class Engine:
                     row = work.session.rows[part.row] = span.new_row(room, work.adapter)
                 parts.append(SpanPart(row, part.start, part.length, work.adapter))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        watch = Stopwatch(self._span.device)
         output = span.forward(hidden, parts)
-        elapsed_ms = (seconds_after_work(self._span.device) - began) * 1000
+        watch.stop()
+        wanted = self._wanted(ready, output)
+        elapsed_ms = watch.seconds * 1000
         computed_s = time.thread_time() - began_cpu
         computed = list[tuple[Work, int]]()
-        offset = 0
-        for work, count in ready:  # first of all, since the next hops wait for it
+        for (work, count), values in zip(ready, wanted, strict=True):  # first of all, since the next hops wait for it
             work.hidden = None
-            kept = self._keep(work, count, output[offset : offset + count])
+            kept = self._keep(work, values)
             work.compute_ms += elapsed_ms
             work.done += count
             work.session.done += count
-            offset += count
             if not kept:
                 work.done = work.total
                 continue
@@ -260,13 +262,23 @@ class Engine:
             self._counters.step_computed(work, count)
         self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
 
-    def _keep(self, work: Work, count: int, output: torch.Tensor) -> bool:
-        """Encodes what is needed of the output of a pass; False if the step has failed."""
+    def _wanted(self, ready: list[tuple[Work, int]], output: torch.Tensor) -> list[torch.Tensor]:
+        """What is sent of the output of a pass, by step, on the CPU: copied at once."""
+        own = output.split([count for _, count in ready])
+        wanted = [
+            _kept_rows(work.parts(count), each) if self._at_tail(work) else each
+            for (work, count), each in zip(ready, own, strict=True)
+        ]
+        if output.device.type == "cpu":
+            return wanted
+        together = wanted[0] if len(wanted) == 1 else torch.cat(wanted)
+        return list(to_host(together).split([len(each) for each in wanted]))
+
+    def _keep(self, work: Work, values: torch.Tensor) -> bool:
+        """Encodes what is sent of the output of a pass; False if the step has failed."""
         try:
-            if self._at_tail(work):
-                output = _kept_rows(work.parts(count), output)
-            if len(output):
-                work.outputs.append(work.session.codec.encode(output))
+            if len(values):
+                work.outputs.append(work.session.codec.encode(values))
             return True
         except CodecError as error:
             self._service.failed(work, FailureCode.INTERNAL, str(error))

@@ -18,6 +18,7 @@ from splitnet.model.adapters import (
     write_groups,
 )
 from splitnet.model.device_clock import seconds_after_work
+from splitnet.model.device_copies import to_device, to_host
 from splitnet.model.passes import GRAPH_BYTES, SpanPasses
 from splitnet.model.span import Span
 from splitnet.net.codecs import codec_by_code
@@ -101,7 +102,7 @@ class PassEngine:
             del way
         else:
             output = self._passes.forward(*run)
-        payload = session.codec.encode(output)
+        payload = session.codec.encode(to_host(output))
         work.compute_ms = self._ms_since(began)
         session.done += message.positions
         self._counters.sequences_passed(PassKind.FORWARD, work, message.lengths, work.compute_ms / 1000)
@@ -121,7 +122,7 @@ class PassEngine:
             gradient, by_adapter = self._passes.backward(
                 hidden, forward.lengths, gradient, adapter, session.start, session.end
             )
-        payload = codec_by_code(forward.gradient_codec).encode(gradient)
+        payload = codec_by_code(forward.gradient_codec).encode(to_host(gradient))
         by_adapter = self._added_up(session, message, by_adapter)
         parts = write_groups(by_adapter) if by_adapter else []
         session.done += forward.positions
@@ -170,7 +171,8 @@ class PassEngine:
         return (seconds_after_work(self._span.device) - began) * 1000
 
     def _decode(self, codec: int, payload: bytes | memoryview, positions: int) -> torch.Tensor:
-        return codec_by_code(codec).decode(payload, positions, self._span.hidden_size).to(self._span.device)
+        values = codec_by_code(codec).decode(payload, positions, self._span.hidden_size)
+        return to_device(values, self._span.device, values.dtype)
 
 
 class _Abandoned(Exception):

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 from splitnet.model.attention import Part
+from splitnet.model.captured_step import CapturedStep, with_recordings
 from splitnet.model.compiled_step import CompiledStep
 from splitnet.model.kv_cache import RowCache
 from splitnet.model.lean_step import LeanStep
 
-FastStep = LeanStep | CompiledStep
+FastStep = LeanStep | CapturedStep | CompiledStep
 
 LEAN_PROMPT = 5
 LEAN_TRIALS = 3
@@ -38,7 +39,9 @@ class Runs(Protocol):
     device: torch.device
     dtype: torch.dtype
 
-    def new_row(self) -> RowCache: ...
+    end: int
+
+    def new_row(self, room: int | None = None) -> RowCache: ...
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor: ...
 
@@ -60,7 +63,7 @@ def find_fast_step(
             if step is None or not _gives_the_same(span, step):
                 continue
             if span.dtype == torch.float32 or _each_gives_the_same(span, step, blocks, rope, windows):
-                return step
+                return with_recordings(span, step) if isinstance(step, LeanStep) else step
     return None
 
 
@@ -74,7 +77,8 @@ def same_kind(
     """For some of the blocks that `former` was found for: the same way through these."""
     if isinstance(former, CompiledStep):
         return _compiled(blocks, rope, windows, dtype)
-    return LeanStep.of(blocks, rope, windows)
+    lean = LeanStep.of(blocks, rope, windows)
+    return former.with_blocks_of(lean) if isinstance(former, CapturedStep) and lean is not None else lean
 
 
 def _compiled(

@@ -35,6 +35,10 @@ from splitnet.model.weight_form import WeightForm
 _PIECE = 2**20
 """Weights that are brought into tiles at a time."""
 
+GATHERED_ROWS = 8
+"""Rows of experts, as a position of most families has them, for each of which a device that is no CPU makes a weight
+anew, whether or not they have experts in common."""
+
 _LARGE_PIECE = 2**24
 """Weights that are made floats at a time on devices that are no CPUs."""
 
@@ -125,11 +129,25 @@ class GroupedForm(WeightForm):
             if not exact:
                 products.copy_(into)
             return
-        for index in [0] if experts is None else experts.unique().tolist():
+        if experts is not None and len(rows) <= GATHERED_ROWS and self.tiles.device.type != "cpu":
+            self._multiply_gathered(products, rows, experts)
+            return
+        for index, of in [(0, slice(None))] if experts is None else runs(experts):
             if experts is not None and not 0 <= index < held:
                 raise IndexError(f"there are {held} experts, and a row is for another")
-            chosen = slice(None) if experts is None else experts == index
-            products[chosen] = self.multiply_many(rows[chosen], index)
+            products[of] = self.multiply_many(rows[of], index)
+
+    def _multiply_gathered(self, products: torch.Tensor, rows: torch.Tensor, experts: torch.Tensor) -> None:
+        """Makes the weight of its expert anew for each row, so that the host need not wait to know which these are."""
+        tiles = -(-self.outputs // TILE)
+        by_expert = self.tiles.view(-1, tiles, self.order.tile_bytes)
+        begin = 0
+        for some in by_expert.split(max(1, self._piece_tiles() // len(rows)), dim=1):
+            weights = self.order.unpacked(some[experts].flatten(0, 1)).floats(self.layout).to(rows.dtype)
+            found = torch.bmm(weights.view(len(rows), -1, self.inputs), rows[:, :, None])[:, :, 0]
+            count = min(found.shape[1], self.outputs - begin)
+            products[:, begin : begin + count] = found[:, :count]
+            begin += count
 
     def multiply_many(self, rows: torch.Tensor, expert: int = 0) -> torch.Tensor:
         """`multiply` by making the weight anew; see `type_of_codes` for what is rounded.
@@ -297,6 +315,14 @@ class ExpertForm(nn.Module):
 
     def _each(self) -> list[GroupedForm]:
         return [part for part in self.parts if isinstance(part, GroupedForm)]
+
+
+def runs(experts: torch.Tensor) -> Iterator[tuple[int, slice]]:
+    """Each expert with the rows that are its own and follow each other."""
+    begin = 0
+    for expert, count in torch.stack(experts.unique_consecutive(return_counts=True)).T.tolist():
+        yield expert, slice(begin, begin + count)
+        begin += count
 
 
 def held_bytes(layout: Layout, outputs: int, inputs: int) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from splitnet.model.grouped_forms import ExpertForm, hold_experts
+from splitnet.model.grouped_forms import ExpertForm, hold_experts, runs
 from splitnet.model.stored import StoredTensor
 
 _WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
@@ -61,7 +61,7 @@ class HeldExperts(nn.Module):
         else:  # the one of two that came in floats
             weight = getattr(self, name)
             lies = weight.transpose(1, 2) if own.is_transposed else weight
-            product = torch.cat([rows[of] @ lies[expert].T for expert, of in _runs(experts)])
+            product = torch.cat([rows[of] @ lies[expert].T for expert, of in runs(experts)])
         return product + getattr(self, f"{name}_bias")[experts] if own.has_bias else product
 
 
@@ -120,26 +120,17 @@ def multiply_by_expert(form: ExpertForm, rows: torch.Tensor, experts: torch.Tens
 
 def _multiplied(form: ExpertForm, rows: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
     many = form.many_from(rows.dtype)
-    if len(rows) < many:
+    if len(rows) < many or rows.device.type != "cpu":
         return form.multiply(rows, experts)
     product = rows.new_empty(len(rows), form.outputs)
     few = torch.ones(len(rows), dtype=torch.bool, device=rows.device)
-    for expert, of in _runs(experts):
+    for expert, of in runs(experts):
         if of.stop - of.start >= many:
             product[of] = form.multiply_many(rows[of], expert)
             few[of] = False
     if few.any():
         product[few] = form.multiply(rows[few], experts[few])
     return product
-
-
-def _runs(experts: torch.Tensor) -> Iterator[tuple[int, slice]]:
-    """Each expert with the rows that are its own."""
-    names, counts = experts.unique_consecutive(return_counts=True)
-    begin = 0
-    for expert, count in zip(names.tolist(), counts.tolist(), strict=True):
-        yield expert, slice(begin, begin + count)
-        begin += count
 
 
 class _Product(torch.autograd.Function):
@@ -154,6 +145,6 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient,) = gradients
         given = gradient.new_empty(len(gradient), ctx.form.inputs)
-        for expert, of in _runs(ctx.experts):
+        for expert, of in runs(ctx.experts):
             given[of] = gradient[of] @ ctx.form.dequantised(expert, gradient.dtype)
         return given, None, None

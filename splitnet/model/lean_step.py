@@ -9,6 +9,7 @@ span loads by comparing what comes out. Everything else, and every step with mor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import Any
 
 import torch
@@ -23,6 +24,9 @@ _ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 _HEAD_NORMS = {"q_norm", "k_norm"}
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
+Turns = tuple[torch.Tensor, torch.Tensor]
+"""Cosines, and sines with their signs."""
+
 
 class LeanStep:
     """Runs blocks that `LeanStep.of` knows.
@@ -34,7 +38,7 @@ class LeanStep:
     """
 
     def __init__(self, blocks: Sequence[nn.Module], rope: nn.Module, windows: Sequence[int | None]) -> None:
-        self._blocks = [_Block(block, windows) for block in blocks]
+        self.blocks = [LeanBlock(block, windows) for block in blocks]
         self._rope = rope
 
     @classmethod
@@ -47,27 +51,49 @@ class LeanStep:
             return None
         return cls(blocks, rope, windows)
 
+    def only(self, blocks: Sequence[LeanBlock]) -> LeanStep:
+        """For some of its blocks."""
+        some = copy(self)
+        some.blocks = list(blocks)
+        return some
+
     def takes(self, parts: Sequence[Part]) -> bool:
         """Whether every part of a pass has one position and no adapter."""
         return all(part.count == 1 and part.adapter is None for part in parts)
 
     def forward(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:
         """`[positions, hidden]` -> `[positions, hidden]`."""
-        positions = [[part.row.prefix_length + part.start for part in parts]]
-        cos, sin = self._rope(hidden[None], torch.tensor(positions, device=hidden.device))
-        half = cos.shape[-1] // 2
-        # Halves are swapped below; the sign of the first one moves into the sines.
-        turn = cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)[:, None]
-        for block in self._blocks:
-            hidden = block.forward(hidden, turn, parts)
+        turns = self.turns(hidden, torch.tensor(positions_of(parts), device=hidden.device))
+        for block in self.blocks:
+            query, key, value = block.before(hidden, turns)
+            hidden = block.behind(hidden, block.attend(query, key, value, parts))
         return hidden
 
+    def turns(self, like: torch.Tensor, positions: torch.Tensor) -> Turns:
+        """Cosines and sines by which heads are turned, `[positions, 1, head size]` each.
 
-class _Block:
+        Args:
+            like: hidden states on their device and in their type.
+            positions: `[positions]`, int64.
+        """
+        cos, sin = self._rope(like[None], positions[None])
+        half = cos.shape[-1] // 2
+        # Halves are swapped below; the sign of the first one moves into the sines.
+        return cos[0][:, None], torch.cat((-sin[0, :, :half], sin[0, :, half:]), dim=-1)[:, None]
+
+
+def positions_of(parts: Sequence[Part]) -> list[int]:
+    """As the blocks count them, of parts with one position each."""
+    return [part.row.prefix_length + part.start for part in parts]
+
+
+class LeanBlock:
+    """A block in three parts: what is before its attention, that, and what is behind. Only that is about sequences."""
+
     def __init__(self, block: Any, windows: Sequence[int | None]) -> None:
         attention, mlp = block.self_attn, block.mlp
-        self._index: int = attention.layer_idx
-        self._window = windows[self._index]
+        self.index: int = attention.layer_idx
+        self._window = windows[self.index]
         self._before, self._between = block.input_layernorm, block.post_attention_layernorm
         self._query, self._key, self._value = attention.q_proj, attention.k_proj, attention.v_proj
         self._query_norm = getattr(attention, "q_norm", None)
@@ -80,9 +106,13 @@ class _Block:
             self._mlp = None
             self._gate, self._up, self._down, self._act = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
 
-    def forward(
-        self, hidden: torch.Tensor, turn: tuple[torch.Tensor, torch.Tensor], parts: Sequence[Part]
-    ) -> torch.Tensor:
+    @property
+    def weights_at(self) -> int:
+        """The address of some of its weights: all move together, as when a model is sent to another device."""
+        return self._before.weight.untyped_storage().data_ptr()
+
+    def before(self, hidden: torch.Tensor, turns: Turns) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries `[positions, heads, 1, head size]`, and keys and values `[positions, 1, heads, 1, head size]`."""
         count = len(hidden)
         normed = _norm(self._before, hidden)
         query = _product(self._query, normed).view(count, -1, self._size)
@@ -91,23 +121,34 @@ class _Block:
         if self._query_norm is not None and self._key_norm is not None:
             query, key = _norm(self._query_norm, query), _norm(self._key_norm, key)
         heads = query.shape[1]
-        turned = _turned(torch.cat((query, key), dim=1), *turn)
-        query = turned[:, :heads].unsqueeze(2)
-        key = turned[:, heads:].unsqueeze(1).unsqueeze(3)
+        turned = _turned(torch.cat((query, key), dim=1), *turns)
+        return turned[:, :heads].unsqueeze(2), turned[:, heads:].unsqueeze(1).unsqueeze(3), value
+
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, parts: Sequence[Part]
+    ) -> torch.Tensor:
+        """Stores the keys and values of the parts' positions, and gives `[positions, heads * head size]`.
+
+        What `before` gives may be of more positions, which do not count then.
+        """
         attended: list[torch.Tensor] = []
         for index, part in enumerate(parts):
-            keys, values = part.row.append(self._index, key[index], value[index])
+            keys, values = part.row.append(self.index, key[index], value[index])
             if self._window is not None:
                 keys, values = keys[:, :, -self._window :], values[:, :, -self._window :]
             attended.append(attend_by_group(query[index : index + 1], keys, values, None, self._scale))
-        mixed = attended[0] if count == 1 else torch.cat(attended)
-        hidden = hidden + _product(self._out, mixed.reshape(count, -1))
+        mixed = attended[0] if len(parts) == 1 else torch.cat(attended)
+        return mixed.reshape(len(parts), -1)
+
+    def behind(self, hidden: torch.Tensor, mixed: torch.Tensor, into: torch.Tensor | None = None) -> torch.Tensor:
+        """`[positions, hidden]` of hidden states and what `attend` gives; `into` may be `hidden`, None: new ones."""
+        hidden = hidden + _product(self._out, mixed)
         normed = _norm(self._between, hidden)
         if self._mlp is not None:
             added = self._mlp(normed[None])
-            return hidden + (added[0] if isinstance(added, tuple) else added)[0]
+            return torch.add(hidden, (added[0] if isinstance(added, tuple) else added)[0], out=into)
         gated = self._act(_product(self._gate, normed)).mul_(_product(self._up, normed))
-        return hidden + _product(self._down, gated)
+        return torch.add(hidden, _product(self._down, gated), out=into)
 
 
 def is_usual(block: nn.Module, *, experts: bool = False) -> bool:

@@ -33,8 +33,10 @@ from splitnet.model.backbone import (
 )
 from splitnet.model.block_sizes import block_bytes, block_sizes
 from splitnet.model.block_stand_in import check_neutral
+from splitnet.model.captured_step import CapturedStep
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.coded_experts import with_coded_experts
+from splitnet.model.device_copies import to_device
 from splitnet.model.device_forms import use_device_kernels
 from splitnet.model.families import (
     COMPILED,
@@ -50,6 +52,7 @@ from splitnet.model.families import (
     why_no_prefix,
 )
 from splitnet.model.fast_step import FastStep, find_fast_step, same_kind
+from splitnet.model.float_experts import prove_grouped_product
 from splitnet.model.held_linear import hold_weights
 from splitnet.model.kv_cache import OneRow, PassThrough, RowCache, TracedRow
 from splitnet.model.memory import free_memory, guarded
@@ -74,7 +77,7 @@ WAY_BACK = 8
 
 
 class Span:
-    """Blocks `[start, end)` on one device. Use one span from one thread at a time.
+    """Blocks `[start, end)` on one device. Use one span, with all views of it, from one thread at a time.
 
     Load one with `Span.load`.
 
@@ -205,6 +208,7 @@ class Span:
                 )
             nn.Module.to(backbone, device).requires_grad_(False)
             use_device_kernels(backbone, wanted)
+            prove_grouped_product(backbone)
             check_neutral(backbone, container, wanted)
             windows = sliding_windows(checkpoint.config)[start:end]
             return cls(backbone, container, start, end, weights=chosen, windows=windows, packs=packs)
@@ -237,7 +241,7 @@ class Span:
             if part.row.length - part.row.computed > MERGED_POSITIONS:
                 self.catch_up(part.row, part.adapter)
         with torch.inference_mode():
-            output = self._run(hidden.to(device=self.device, dtype=self.dtype), parts)
+            output = self._run(to_device(hidden, self.device, self.dtype), parts)
         for part in parts:
             part.row.advance(part.count)
         return output
@@ -344,6 +348,11 @@ class Span:
         """Addresses of the memory of the weights."""
         tensors = (*self._backbone.parameters(), *self._backbone.buffers())
         return frozenset(tensor.untyped_storage().data_ptr() for tensor in tensors)
+
+    @property
+    def replayed_positions(self) -> int:
+        """Most positions of a decode step that is replayed from graphs; 0: none is."""
+        return self._lean.most if isinstance(self._lean, CapturedStep) else 0
 
     def free_memory(self) -> int:
         """Bytes that are free on the span's device."""

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from splitnet.model import captured_step
+from splitnet.model.captured_step import CapturedStep
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.device_clock import Stopwatch, seconds_after_work
+from splitnet.model.device_copies import to_device, to_host
 from splitnet.model.device_forms import DeviceForm, device_form
 from splitnet.model.grouped_forms import hold_stored
 from splitnet.model.held_linear import HeldLinear
+from splitnet.model.lean_step import LeanStep
 from splitnet.model.memory import free_memory, give_back_memory
 from splitnet.model.span import Part, Span
+from tests.gpu.conftest import STAND_IN
 from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.random_models import random_checkpoint
 
@@ -69,6 +77,103 @@ def test_steps_are_those_of_the_cpu(
         assert away <= KINDS[kind, dtype]
 
 
+@pytest.mark.parametrize(
+    ("family", "kind", "dtype"),
+    [
+        ("llama", "float32", "float32"),
+        ("qwen3", "bfloat16", "bfloat16"),
+        ("llama", "int8", "bfloat16"),
+        ("mixtral", "bfloat16", "bfloat16"),
+        ("mixtral", "int8", "float32"),
+    ],
+)
+def test_steps_from_graphs_are_those_of_the_cpu(
+    family: str, kind: str, dtype: str, device: str, checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    """With rows that come and go, and whose memory moves; of a view, too."""
+    caplog.set_level(logging.INFO, "splitnet")
+    checkpoint = Checkpoint.open(checkpoints[family])
+    here, there = (Span.load(checkpoint, 0, 4, weights=kind, dtype=dtype, device=where) for where in ("cpu", device))
+    if not there.replayed_positions and not STAND_IN:
+        pytest.skip(f"steps are not replayed: {[record.getMessage() for record in caplog.records]}")
+    noise = torch.Generator().manual_seed(0)
+    for spans in ((here, there), (here.view(1, 3), there.view(1, 3))):
+        rows = [[span.new_row() for _ in range(6)] for span in spans]
+        for counts in ([250, 3, 9, 255, 1, 7], *([1] * count for count in (1, 2, 3, 6, 6, 5, 4, 6, 6, 1))):
+            hidden = torch.randn(sum(counts), here.hidden_size, generator=noise)
+            expected, got = (
+                span.forward(
+                    hidden, [Part(row, row.length, count) for row, count in zip(held, counts, strict=False)]
+                ).float()
+                for span, held in zip(spans, rows, strict=True)
+            )
+            away = ((got.cpu() - expected).norm(dim=1) / expected.norm(dim=1)).median()
+            assert away <= KINDS[kind, dtype]
+    assert there.replayed_positions
+
+
+def test_steps_prove_themselves_on_cuda(gpu: str, checkpoints: dict[str, Path]) -> None:
+    """What this machine's driver records is right; that it pays is not asked of blocks so small."""
+    if torch.device(gpu).type != "cuda":
+        pytest.skip("graphs are those of CUDA")
+    span = Span.load(Checkpoint.open(checkpoints["llama"]), 0, 4, dtype="bfloat16", device=gpu)
+    step = span._lean.lean if isinstance(span._lean, CapturedStep) else span._lean
+    assert isinstance(step, LeanStep)
+    recorder = captured_step.recorder_for(span.device)
+    assert recorder is not None
+    with torch.inference_mode():
+        for size in captured_step.SIZES:
+            rows = captured_step.rows_to_try(span, size)
+            given = torch.zeros(size, span.hidden_size, dtype=span.dtype, device=gpu)
+            recorded = captured_step.Recorded(step, given, recorder)
+            assert captured_step.fault_of(span, step, recorded, rows) is None
+
+
+@pytest.mark.parametrize("wrong", [False, True])
+def test_the_grouped_product_proves_itself_or_is_named(
+    wrong: bool,
+    device: str,
+    checkpoints: dict[str, Path],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if wrong:
+        own = ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+        monkeypatch.setitem(
+            ALL_EXPERTS_FUNCTIONS._local_mapping,
+            "grouped_mm",
+            lambda experts, rows, chosen, shares: own(experts, rows, chosen.roll(1, 1), shares),
+        )
+    span = Span.load(Checkpoint.open(checkpoints["mixtral"]), 0, 2, dtype="bfloat16", device=device)
+    warned = [record for record in caplog.records if "run one by one" in record.getMessage()]
+    if wrong:
+        assert len(warned) == 1 and span._backbone.config._experts_implementation == "eager"
+    else:
+        print("experts run by", span._backbone.config._experts_implementation, [each.getMessage() for each in warned])
+    assert torch.isfinite(span.forward(torch.ones(3, span.hidden_size), [Part(span.new_row(), 0, 3)])).all()
+
+
+def test_activations_travel_as_they_are(device: str) -> None:
+    noise = torch.Generator().manual_seed(0)
+    for shape in ((1, 64), (3, 4096), (600, 4096), (0, 64)):
+        values = torch.randn(shape, generator=noise)
+        for dtype in (torch.float32, torch.bfloat16):
+            there = to_device(values, torch.device(device), dtype)
+            assert there.device == torch.device(device) and torch.equal(to_host(there), values.to(dtype))
+
+
+def test_a_stopwatch_measures_what_the_clock_does(gpu: str) -> None:
+    device = torch.device(gpu)
+    square = torch.zeros(2048, 2048, device=device)
+    torch.mm(square, square)
+    began = seconds_after_work(device)
+    watch = Stopwatch(device)
+    for _ in range(20):
+        torch.mm(square, square)
+    watch.stop()
+    assert 0 < watch.seconds <= seconds_after_work(device) - began
+
+
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
 @pytest.mark.parametrize("count", [1, 7, 90])
 def test_codes_stand_for_the_same(name: str, count: int, device: str) -> None:
@@ -98,6 +203,8 @@ def test_kernels_of_the_device_prove_themselves_or_are_named(
 
 @pytest.mark.parametrize("kind", ["bfloat16", "int8", "int4"])
 def test_memory_is_what_was_foretold(kind: str, gpu: str, checkpoints: dict[str, Path]) -> None:
+    # What libraries and graphs set up once is not that of the span.
+    Span.load(Checkpoint.open(checkpoints["llama"]), 0, 4, weights=kind, dtype="bfloat16", device=gpu)
     give_back_memory()
     allocated = torch.accelerator.memory_allocated(gpu)
     span = Span.load(Checkpoint.open(checkpoints["llama"]), 0, 4, weights=kind, dtype="bfloat16", device=gpu)

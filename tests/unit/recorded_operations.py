@@ -1,0 +1,76 @@
+"""Graphs without a GPU: what torch is told to do is written down, and done once more in the same memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from splitnet.model.captured_step import Recording
+
+Result = TypeVar("Result")
+
+
+class OperationRecorder:
+    """As a recorder of graphs: numbers and addresses stay what they were, and whatever was computed is overwritten.
+
+    Attributes:
+        recordings: how many there are.
+        replays: how often any was replayed.
+        fails: at so many replays from the first one; None: never.
+        spoils: what is left in the place of every result is off by so much.
+    """
+
+    def __init__(self, *, fails: int | None = None, spoils: float = 0.0) -> None:
+        self.recordings = self.replays = 0
+        self.fails = fails
+        self.spoils = spoils
+
+    def record(self, work: Callable[[], Result]) -> Recording[Result]:
+        with _Log() as log:
+            result = work()
+        self.recordings += 1
+
+        def replay() -> None:
+            self.replays += 1
+            if self.fails is not None and self.replays > self.fails:
+                raise RuntimeError("the driver is gone")
+            log.replay(self.spoils)
+
+        return Recording(result, replay)
+
+
+class _Log(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self._done: list[tuple[Any, Any, Any, list[torch.Tensor]]] = []
+        """Operation, what it was given, and its results that are in memory of their own."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {_address(tensor) for tensor in _tensors((args, kwargs))}
+        made = [tensor for tensor in _tensors(result) if _address(tensor) not in given]
+        self._done.append((func, args, kwargs or {}, made))
+        return result
+
+    def replay(self, spoils: float) -> None:
+        made = [tensor for _, _, _, results in self._done for tensor in results]
+        for tensor in made:  # nothing of the last time may be of use
+            tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
+        for func, args, kwargs, results in self._done:
+            again = func(*args, **kwargs)
+            for old, new in zip(results, _tensors(again), strict=False):
+                old.copy_(new)
+        if spoils:
+            made[-1].add_(spoils)
+
+
+def _tensors(result: Any) -> list[torch.Tensor]:
+    return [each for each in tree_leaves(result) if isinstance(each, torch.Tensor)]
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
