@@ -128,22 +128,28 @@ INLINE void numbers_plainly(const Grouped *weight, const Panel *panel, float *sc
         }
 }
 
+/* Codes of 3, 5 and 6 bits that are in what others leave of the bytes, in up to three pieces, the lowest bits first: the
+vector that is stored, where in its bytes they begin, and how many they are. */
+static const int pieces[9][3][3][3] = {
+    [3] = {{{0, 6, 2}, {2, 6, 1}}, {{1, 6, 2}, {2, 7, 1}}},
+    [5] = {{{0, 5, 3}, {1, 5, 2}}, {{2, 5, 3}, {3, 5, 2}}, {{4, 5, 3}, {1, 7, 1}, {3, 7, 1}}},
+    [6] = {{{0, 6, 2}, {1, 6, 2}, {2, 6, 2}}, {{3, 6, 2}, {4, 6, 2}, {5, 6, 2}}},
+};
+
 /* The codes of a chunk as their vectors have them. */
 INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t codes[CHUNK * TILE]) {
-    static const int planes[9][2] = {[2] = {2}, [3] = {2, 1}, [4] = {4}, [5] = {4, 1}, [6] = {4, 2}, [8] = {8}};
+    const int bits = (int)weight->bits, each = 8 / bits, whole = bits * each;
     memset(codes, 0, CHUNK * TILE);
-    int shift = 0;
-    for (int plane = 0; plane < 2 && planes[weight->bits][plane]; plane++) {
-        const int bits = planes[weight->bits][plane], mask = (1 << bits) - 1;
-        for (int vector = 0; vector < 8; vector++) {
-            const uint8_t *from = at + vector / (8 / bits) * VECTOR;
-            const int down = vector % (8 / bits) * bits;
+    for (int vector = 0; vector < 8; vector++) {
+        const int alone[3] = {vector / each, vector % each * bits, bits};
+        for (int i = 0, shift = 0; i < (vector < whole ? 1 : 3); i++) {
+            const int *piece = vector < whole ? alone : pieces[bits][vector - whole][i];
+            const int mask = (1 << piece[2]) - 1;
             uint8_t some[VECTOR]; /* which the compiler knows to be apart from the rest */
-            for (int i = 0; i < VECTOR; i++) some[i] = (uint8_t)((from[i] >> down & mask) << shift);
-            for (int i = 0; i < VECTOR; i++) codes[vector * VECTOR + i] |= some[i];
+            for (int k = 0; k < VECTOR; k++) some[k] = (uint8_t)((at[piece[0] * VECTOR + k] >> piece[1] & mask) << shift);
+            for (int k = 0; k < VECTOR; k++) codes[vector * VECTOR + k] |= some[k];
+            shift += piece[2];
         }
-        at += bits * VECTOR;
-        shift += bits;
     }
 }
 
@@ -400,26 +406,28 @@ INLINE VNNI __m512i low_bits(__m512i bytes, int by, int mask) {
     return _mm512_and_si512(by ? _mm512_srli_epi16(bytes, by) : bytes, _mm512_set1_epi8((char)mask));
 }
 
-/* One of the eight vectors of codes of a chunk; `planes`: all that it has. */
-INLINE VNNI __m512i codes_of(int bits, const __m512i *planes, int vector) {
-    switch (bits) {
-    case 2: return low_bits(planes[vector / 4], 2 * (vector % 4), 3);
-    case 3: return with_bits(low_bits(planes[vector / 4], 2 * (vector % 4), 3), planes[2], 2 - vector, 4);
-    case 4: return low_bits(planes[vector / 2], 4 * (vector % 2), 15);
-    case 5: return with_bits(low_bits(planes[vector / 2], 4 * (vector % 2), 15), planes[4], 4 - vector, 16);
-    case 6:
-        return with_bits(low_bits(planes[vector / 2], 4 * (vector % 2), 15), planes[4 + vector / 4], 4 - 2 * (vector % 4), 48);
-    default: return planes[vector];
+/* One of the eight vectors of codes of a chunk; `stored`: all that it has. */
+INLINE VNNI __m512i codes_of(int bits, const __m512i *stored, int vector) {
+    const int each = 8 / bits, whole = bits * each;
+    if (bits == 8) return stored[vector];
+    if (vector < whole) return low_bits(stored[vector / each], vector % each * bits, (1 << bits) - 1);
+    __m512i code = _mm512_setzero_si512();
+#pragma GCC unroll 3
+    for (int i = 0, shift = 0; i < 3; i++) {
+        const int *piece = pieces[bits][vector - whole][i], mask = ((1 << piece[2]) - 1) << shift;
+        if (mask) code = with_bits(code, stored[piece[0]], shift - piece[1], mask);
+        shift += piece[2];
     }
+    return code;
 }
 
 VNNI static void chunk_codes(int bits, const uint8_t *at, uint32_t runs[8][TILE]) {
-    __m512i planes[8];
-    for (int i = 0; i < bits; i++) planes[i] = _mm512_loadu_si512(at + i * VECTOR);
+    __m512i stored[8];
+    for (int i = 0; i < bits; i++) stored[i] = _mm512_loadu_si512(at + i * VECTOR);
 #define STORE(bits)                                                                                     \
     case bits:                                                                                          \
         for (int vector = 0; vector < 8; vector++)                                                      \
-            _mm512_storeu_si512(runs[vector], codes_of(bits, planes, vector));                          \
+            _mm512_storeu_si512(runs[vector], codes_of(bits, stored, vector));                          \
         break;
     switch (bits) { STORE(2) STORE(3) STORE(4) STORE(5) STORE(6) STORE(8) }
 #undef STORE
@@ -449,15 +457,15 @@ INLINE VNNI __m512 with_group(__m512 sums, __m512i upper, __m512i lower, const f
 groups of 16 inputs, one after the other. */
 INLINE VNNI void integer_chunk(int bits, int table, int small, int sets, const uint8_t *codes, __m512i values,
                                Numbered from, int count, __m512i upper[4][2], __m512i lower[4][2]) {
-    __m512i planes[8];
+    __m512i stored[8];
 #pragma GCC unroll 8
     for (int i = 0; i < bits; i++) {
-        planes[i] = _mm512_loadu_si512(codes + i * VECTOR);
+        stored[i] = _mm512_loadu_si512(codes + i * VECTOR);
         fetch(codes + i * VECTOR + AHEAD);
     }
 #pragma GCC unroll 8
     for (int vector = 0; vector < 8; vector++) {
-        __m512i code = codes_of(bits, planes, vector);
+        __m512i code = codes_of(bits, stored, vector);
         if (table) code = _mm512_shuffle_epi8(values, code);
         const int set = sets == 1 ? 0 : small ? vector / 4 : vector % 2;
 #pragma GCC unroll 4

@@ -276,15 +276,17 @@ INLINE TARGET Bytes NAMED(moved)(const uint8_t *at, int by, int mask) {
 
 /* One of the eight vectors of codes of a chunk, or a part of it. */
 INLINE TARGET Bytes NAMED(codes_of)(int bits, const uint8_t *at, int vector) {
-    const uint8_t *quarter = at + vector / 4 * VECTOR, *half = at + vector / 2 * VECTOR;
-    switch (bits) {
-    case 2: return NAMED(moved)(quarter, -2 * (vector % 4), 3);
-    case 3: return NAMED(moved)(quarter, -2 * (vector % 4), 3) | NAMED(moved)(at + 2 * VECTOR, 2 - vector, 4);
-    case 4: return NAMED(moved)(half, -4 * (vector % 2), 15);
-    case 5: return NAMED(moved)(half, -4 * (vector % 2), 15) | NAMED(moved)(at + 4 * VECTOR, 4 - vector, 16);
-    case 6: return NAMED(moved)(half, -4 * (vector % 2), 15) | NAMED(moved)(quarter + 4 * VECTOR, 4 - 2 * (vector % 4), 48);
-    default: return NAMED(load)(at + vector * VECTOR);
+    const int each = 8 / bits, whole = bits * each;
+    if (bits == 8) return NAMED(load)(at + vector * VECTOR);
+    if (vector < whole) return NAMED(moved)(at + vector / each * VECTOR, -(vector % each * bits), (1 << bits) - 1);
+    Bytes code = NAMED(splat_byte)(0);
+#pragma GCC unroll 3
+    for (int i = 0, shift = 0; i < 3; i++) {
+        const int *piece = pieces[bits][vector - whole][i], mask = ((1 << piece[2]) - 1) << shift;
+        if (mask) code |= NAMED(moved)(at + piece[0] * VECTOR, shift - piece[1], mask);
+        shift += piece[2];
     }
+    return code;
 }
 
 /* Adds to `upper` and `lower` the products with a chunk of codes; `sets`: of sums, which vectors take in turns, or, with
