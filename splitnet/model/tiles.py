@@ -171,7 +171,9 @@ class Order:
         sizes = [0 if each is None else TILE * each.itemsize for each in (self.scale_type, self.zero_type)]
         numbers = [self._code, layout.bits, layout.group, self.panel, self.inputs, outputs, layout.offset, scale, zero]
         numbers += [sizes[0], 0 if self.nibbles else sizes[1], self.tile_bytes, self.pairs]
-        packed = pack("13qd2q", *numbers, factor, at, _values(layout).data_ptr())
+        words, unit = _words(layout.table) if self._code == _FLOAT_TABLE else (None, 1.0)
+        addresses = [at, _values(layout).data_ptr(), 0 if words is None else words.data_ptr()]
+        packed = pack("13qd3qd", *numbers, factor, *addresses, unit)
         return torch.frombuffer(bytearray(packed), dtype=torch.int64)
 
     @cached_property
@@ -295,6 +297,16 @@ def _bytes(table: str) -> tuple[torch.Tensor, float] | None:
         if len(values) == 16 and torch.equal(whole, whole.round()) and whole.min() >= 0 and whole.max() <= 255:
             return whole.to(torch.uint8), factor
     return None
+
+
+@cache
+def _words(table: str) -> tuple[torch.Tensor, float]:
+    """Words, of at most 8191, that times a unit come closest to what the codes of a table stand for."""
+    values = TABLES[table].double()
+    largest = values.abs().max()
+    scaled = values / largest * torch.arange(4096, 8192)[:, None]
+    found = scaled[(scaled - scaled.round()).abs().amax(1).argmin()]
+    return found.round().short(), float(largest / found.abs().max())
 
 
 def _table_code(table: str) -> tuple[int, float, int]:

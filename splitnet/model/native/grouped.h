@@ -29,6 +29,8 @@ typedef struct {
     double factor;        /* a byte of TABLE less 128 stands for so much, a float of others for so much */
     const uint8_t *bytes; /* 16, of TABLE */
     const float *values;  /* what each code stands for */
+    const int16_t *words; /* 16, of FLOAT_TABLE: the same, of 14 bits with their sign */
+    double unit;          /* what 1 in them stands for */
 } Grouped;
 
 /* Rows that are multiplied with the same weight. */
@@ -286,6 +288,26 @@ enum taken { AS_FLOATS, AS_INTEGERS, AS_BFLOATS };
 
 INLINE enum taken taken_by(const Grouped *weight) {
     return weight->code <= TABLE ? AS_INTEGERS : weight->code == E4M3 && !weight->pairs ? AS_BFLOATS : AS_FLOATS;
+}
+
+/* Rows as floats, times powers of 2 by which the largest of each becomes 2^100 to 2^101, or less: so that weights may be much
+too small. Infinite ones stay so. */
+static void scale_rows(const Job *job, const Quantised *to) {
+    for (long row = 0; row < job->count; row++) {
+        const float *from = job->rows + row * job->inputs;
+        float *scaled = (float *)to->high + row * (to->stride / 2);
+        int32_t most = 0;
+        for (long i = 0; i < job->inputs; i++) {
+            int32_t bits;
+            memcpy(&bits, from + i, sizeof bits);
+            bits &= 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        const int exponent = most >> 23 < 1 ? 1 : most >> 23 > 253 ? 253 : most >> 23;
+        const float inverse = ldexpf(1, 127 - exponent);
+        to->steps[row] = ldexpf(1, exponent - 127);
+        for (long i = 0; i < job->inputs; i++) scaled[i] = from[i] * inverse * 0x1p100f;
+    }
 }
 
 /* The bytes of E4M3's codes without sign as bfloat16 (the lower ones, then the upper ones), 256 times too small. */
@@ -803,11 +825,12 @@ typedef struct {
     const char *name;
     int (*is_here)(void); /* whether this CPU has the instructions */
     void (*quantise)(const Job *, const Quantised *);
-    void (*split)(const Job *, const Quantised *); /* for `bfloats` */
+    void (*split)(const Job *, const Quantised *); /* for E4M3; NULL: it is multiplied with rows as they are */
     Kernel floats[3];                              /* by `enum kind` */
     GroupedKernel plain[9];                        /* by bits */
     GroupedKernel coded[ANY + 1];                  /* by `enum code`; of E4M3 in pairs */
     GroupedKernel bfloats;                         /* E4M3 that is not in pairs */
+    int in_words;                                  /* whether FLOAT_TABLE is multiplied with integers */
     void (*dequantise)(const Grouped *, const uint8_t *, long, long, float *);
 } Path;
 
@@ -816,6 +839,19 @@ static GroupedKernel kernel_of(const Path *path, const Grouped *weight) {
     if (weight->code == PLAIN) found = path->plain[weight->bits];
     if (weight->code == E4M3 && !weight->pairs) found = path->bfloats;
     return found ? found : grouped_plainly;
+}
+
+/* Makes of the rows of a job what a kernel takes, for which it allocates `numbers->high`, or not. Gives 0 without memory. */
+static int take(const Path *path, GroupedKernel kernel, const GroupedJob *job, Quantised *numbers) {
+    const Grouped *weight = job->weight;
+    const int integers = taken_by(weight) == AS_INTEGERS || (weight->code == FLOAT_TABLE && path->in_words);
+    Job rows = {.rows = job->rows, .count = job->count, .inputs = job->stride}, room = rows;
+    numbers->high = NULL;
+    if (kernel == grouped_plainly || !(integers || (weight->code == E4M3 && path->split))) return 1;
+    if (!integers) room.inputs *= 2;
+    if (!prepare(&room, numbers)) return 0;
+    (integers ? path->quantise : path->split)(&rows, numbers);
+    return 1;
 }
 
 /* Neighbours with the same expert make a run. Gives 0 where there is no such expert. */

@@ -23,9 +23,11 @@ static int is_here_avx2(void) {
 #define TARGET AVX2
 #define BITS 256
 #define DOT dot_avx2
+#define WORDS words_avx2
 #define SIGNED 1
 #define PAIRED 1
 #define ROWS 2
+#define SCALED 1
 #include "kernels.h"
 
 #ifdef HAVE_AVXVNNI
@@ -39,9 +41,11 @@ static int is_here_avxvnni(void) {
 #define TARGET AVXVNNI
 #define BITS 256
 #define DOT dot_avxvnni
+#define WORDS words_avxvnni
 #define SIGNED 0
 #define PAIRED 0
 #define ROWS 2
+#define SCALED 1
 #include "kernels.h"
 #endif
 
@@ -52,9 +56,11 @@ static int is_here_avxvnni(void) {
 #define TARGET EVEX
 #define BITS 256
 #define DOT dot_evex
+#define WORDS words_evex
 #define SIGNED 0
 #define PAIRED 0
 #define ROWS 2
+#define SCALED 1
 #include "kernels.h"
 #endif
 
@@ -83,6 +89,7 @@ static int is_here_dotprod(void) { return 0; }
 #define SIGNED 1
 #define PAIRED 0
 #define ROWS 2
+#define SCALED 0
 #include "kernels.h"
 #endif
 
