@@ -540,15 +540,26 @@ INLINE TARGET void NAMED(floats_of)(enum code kind, const uint8_t *codes, int ve
     }
 }
 
-/* The same of E4M3 times 2^-120, without a conversion: its bits stand where floats have theirs, and what is less than all
-numbers with an exponent stays so. First the outputs with even numbers of all parts, then the others. */
-INLINE TARGET void NAMED(scaled_floats_of)(const uint8_t *codes, int part, Floats to[2]) {
-    Words pairs = (Words)NAMED(load)(codes + part / 2 * WIDE);
-    Words kept = (Words)V(splat_int)((int)0x87f087f0);
-    Ints both[2] = {(Ints)(((pairs << 8) >> 4) & kept), (Ints)((pairs >> 4) & kept)};
-#pragma GCC unroll 2
-    for (int i = 0; i < 2; i++) to[i] = (Floats)(part % 2 ? both[i] & V(splat_int)((int)0xffff0000) : both[i] << 16);
+/* Adds products with four inputs of E4M3 times 2^-120, without a conversion: its bits stand where floats have theirs, and what is less than all
+numbers with an exponent stays so. The first parts of sums are of outputs with even numbers. */
+#if SCALED
+INLINE TARGET void NAMED(add_scaled)(const uint8_t *codes, const float *given, long stride, int count, int sets,
+                                     Floats group[ROWS][4][PARTS]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        Words pairs = (Words)NAMED(load)(codes + i / 2 * WIDE);
+        if (i % 2 == 0) pairs <<= 8;
+        Ints both = (Ints)(pairs >> 4 & (Words)V(splat_int)((int)0x87f087f0));
+        Floats even = (Floats)(both << 16), odd = (Floats)(both & V(splat_int)((int)0xffff0000));
+#pragma GCC unroll 4
+        for (int r = 0; r < count; r++) {
+            const Floats number = V(splat)(given[r * stride + i]);
+            group[r][i % sets][0] = V(fma_now)(even, number, group[r][i % sets][0]);
+            group[r][i % sets][1] = V(fma_now)(odd, number, group[r][i % sets][1]);
+        }
+    }
 }
+#endif
 
 INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job, const Quantised *scaled, const Run *run,
                                            long tile, long row, int count) {
@@ -590,23 +601,25 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
                     __builtin_prefetch(codes + (later * bytes / 2) + i * VECTOR + AHEAD, 0, 0);
                 codes += later * (bytes / 2);
 #pragma GCC unroll 4
-                for (int vector = 0; vector < 4; vector++)
+                for (int vector = 0; vector < 4; vector++) {
+#if SCALED
+                    if (apart) {
+                        NAMED(add_scaled)(codes + vector * VECTOR, given + vector * 4, stride, count, sets, group);
+                        continue;
+                    }
+#endif
 #pragma GCC unroll 4
                     for (int part = 0; part < PARTS; part++) {
                         Floats values[4];
-                        if (apart) {
-                            NAMED(scaled_floats_of)(codes + vector * VECTOR, part, values);
-                            NAMED(scaled_floats_of)(codes + vector * VECTOR + VECTOR / 2, part, values + 2);
-                        } else {
-                            NAMED(floats_of)(kind, codes, vector, part, table, values);
-                        }
+                        NAMED(floats_of)(kind, codes, vector, part, table, values);
 #pragma GCC unroll 4
                         for (int i = 0; i < 4; i++)
 #pragma GCC unroll 4
                             for (int r = 0; r < count; r++)
-                                group[r][i % sets][part] = V(fma)(values[i], V(splat)(given[r * stride + vector * 4 + i]),
-                                                                  group[r][i % sets][part]);
+                                group[r][i % 2][part] = V(fma)(values[i], V(splat)(given[r * stride + vector * 4 + i]),
+                                                               group[r][i % 2][part]);
                     }
+                }
             }
 #pragma GCC unroll 4
             for (int r = 0; r < count; r++) {

@@ -18,6 +18,14 @@ typedef struct {
 INLINE AVX2 Ints_256 splat_int_256(int32_t value) { return (Ints_256)_mm256_set1_epi32(value); }
 INLINE AVX2 Floats_256 splat_256(float value) { return (Floats_256)_mm256_set1_ps(value); }
 INLINE AVX2 Floats_256 fma_256(Floats_256 a, Floats_256 b, Floats_256 c) { return (Floats_256)_mm256_fmadd_ps(a, b, c); }
+
+/* The same, where the compiler would else compute so much at a time that sums go to memory. */
+INLINE AVX2 Floats_256 fma_now_256(Floats_256 a, Floats_256 b, Floats_256 c) {
+    c = fma_256(a, b, c);
+    __asm__("" : "+x"(c));
+    return c;
+}
+
 INLINE AVX2 Floats_256 max_256(Floats_256 a, Floats_256 b) { return (Floats_256)_mm256_max_ps(a, b); }
 INLINE AVX2 Ints_256 larger_256(Ints_256 a, Ints_256 b) { return (Ints_256)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 INLINE AVX2 Ints_256 rounded_256(Floats_256 a) { return (Ints_256)_mm256_cvtps_epi32(a); }
