@@ -288,14 +288,16 @@ INLINE TARGET Bytes NAMED(codes_of)(int bits, const uint8_t *at, int vector) {
     return code;
 }
 
+#define IS_PAIRED(bits, table) (PAIRED && ((table) ? (table) == NARROW : (bits) < 8))
+
 /* Adds to `upper` and `lower` the products with a chunk of codes; `sets`: of sums, which vectors take in turns, or, with
-groups of 16 inputs, one after the other. */
-INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets, const uint8_t *codes, Bytes values,
-                                        const Numbered *from, int count, Ints upper[ROWS][2][PARTS],
+groups of 16 inputs, one after the other; `merged`: all to `upper`, for which groups are to be small. */
+INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets, int merged, const uint8_t *codes,
+                                        Bytes values, const Numbered *from, int count, Ints upper[ROWS][2][PARTS],
                                         Ints lower[ROWS][2][PARTS]) {
 #pragma GCC unroll 8
     for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * VECTOR + AHEAD, 0, 0);
-    const int paired = PAIRED && (table ? table == NARROW : bits < 8);
+    const int paired = IS_PAIRED(bits, table);
     const int many = bits == 6 ? 2 : bits == 5 || table || small ? 4 : 8; /* vectors whose products are summed in 16 bits */
     Words uppers[ROWS][PARTS], lowers[ROWS][PARTS];
 #pragma GCC unroll 8
@@ -320,12 +322,13 @@ INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets
                     uppers[r][part] = pairs_avx2(uppers[r][part], code[part], high);
                     lowers[r][part] = pairs_avx2(lowers[r][part], code[part], low);
                     if ((vector + 1) % many) continue;
-                    upper[r][set][part] = with_pairs_avx2(upper[r][set][part], uppers[r][part]);
-                    lower[r][set][part] = with_pairs_avx2(lower[r][set][part], lowers[r][part]);
+                    Ints *high_sums = &upper[r][set][part], *low_sums = merged ? high_sums : &lower[r][set][part];
+                    *high_sums = with_pairs_avx2(*high_sums, uppers[r][part], merged ? BASE : 1);
+                    *low_sums = with_pairs_avx2(*low_sums, lowers[r][part], 1);
                     continue;
                 }
 #else
-                (void)paired, (void)many, (void)uppers, (void)lowers;
+                (void)paired, (void)many, (void)merged, (void)uppers, (void)lowers;
 #endif
                 upper[r][set][part] = DOT(upper[r][set][part], code[part], high);
                 lower[r][set][part] = DOT(lower[r][set][part], code[part], low);
@@ -334,8 +337,8 @@ INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets
     }
 }
 
-INLINE TARGET Floats NAMED(joined)(Ints upper, Ints lower) {
-    return V(fma)(V(floats)(upper), V(splat)(BASE), V(floats)(lower));
+INLINE TARGET Floats NAMED(joined)(Ints upper, Ints lower, int merged) {
+    return merged ? V(floats)(upper) : V(fma)(V(floats)(upper), V(splat)(BASE), V(floats)(lower));
 }
 
 /* What a group adds to the sums of a row: `total` is that of the row's numbers; `zero`: NULL where all are -base * scale. */
@@ -357,6 +360,7 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const int small = group == 16, sets = small || (count == 1 && !group && !PAIRED) ? 2 : 1;
     const long chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
+    const int merged = group && IS_PAIRED(bits, table);
     const int flipped = SIGNED && (table || bits == 8) && table != NARROW;
     const int least = flipped ? 128 : table == NARROW ? least_of(weight) : 0;
     float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
@@ -389,7 +393,7 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
             const uint8_t *stop = codes + (group ? 1 : chunks) * bits * VECTOR;
             if (!group && stop > at) stop = at;
             do {
-                NAMED(integer_chunk)(bits, table, small, sets, codes, values, &from, count, upper, lower);
+                NAMED(integer_chunk)(bits, table, small, sets, merged, codes, values, &from, count, upper, lower);
                 if (!group) {
 #pragma GCC unroll 4
                     for (int r = 0; r < count; r++) totals[r] += from.pairs[r * (from.stride / CHUNK)];
@@ -404,16 +408,17 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
                     Ints *high = &upper[r][0][part], *low = &lower[r][0][part];
                     if (small) {
                         const float *total = from.sums + r * (from.stride / SUMMED) - CHUNK / SUMMED;
-                        Floats dot = NAMED(joined)(high[0], low[0]);
+                        Floats dot = NAMED(joined)(high[0], low[0], merged);
                         sums[r][part] = NAMED(with_group)(sums[r][part], dot, own, own_zero, base, total[0]);
                         own += TILE, own_zero = zero ? own_zero + TILE : NULL;
-                        dot = NAMED(joined)(high[PARTS], low[PARTS]);
+                        dot = NAMED(joined)(high[PARTS], low[PARTS], merged);
                         sums[r][part] = NAMED(with_group)(sums[r][part], dot, own, own_zero, base, total[1]);
                         continue;
                     }
                     if (sets == 2) high[0] += high[PARTS], low[0] += low[PARTS];
                     float total = group ? from.pairs[r * (from.stride / CHUNK) - 1] : totals[r];
-                    sums[r][part] = NAMED(with_group)(sums[r][part], NAMED(joined)(high[0], low[0]), own, own_zero, base, total);
+                    const Floats dot = NAMED(joined)(high[0], low[0], merged);
+                    sums[r][part] = NAMED(with_group)(sums[r][part], dot, own, own_zero, base, total);
                 }
             scale += small ? 2 * TILE : TILE;
             if (zero) zero += small ? 2 * TILE : TILE;
@@ -709,7 +714,18 @@ TARGET static void NAMED(float_table)(const GroupedJob *job, const Quantised *ro
 FLOATS(float_table, FLOAT_TABLE)
 #define IN_WORDS 0
 #endif
+#if SCALED
+FLOATS(scaled_e4m3, E4M3)
+
+TARGET static void NAMED(e4m3)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+    const unsigned mode = _mm_getcsr(); /* numbers without an exponent count, whatever this thread is set to */
+    _mm_setcsr(mode & ~0x8040u);
+    NAMED(scaled_e4m3)(job, rows, run, start, end);
+    _mm_setcsr(mode);
+}
+#else
 FLOATS(e4m3, E4M3)
+#endif
 FLOATS(e5m2, E5M2)
 
 TARGET static void NAMED(dequantise)(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
@@ -750,6 +766,7 @@ static const Path NAMED(path) = {
 #undef DOT
 #undef SIGNED
 #undef PAIRED
+#undef IS_PAIRED
 #undef ROWS
 #undef SCALED
 #undef WORDS

@@ -102,8 +102,8 @@ INLINE AVX2 Words_256 pairs_avx2(Words_256 sums, Bytes_256 codes, Bytes_256 numb
     return sums;
 }
 
-INLINE AVX2 Ints_256 with_pairs_avx2(Ints_256 sums, Words_256 pairs) {
-    sums += (Ints_256)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+INLINE AVX2 Ints_256 with_pairs_avx2(Ints_256 sums, Words_256 pairs, int times) {
+    sums += (Ints_256)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16((short)times));
     __asm__("" : "+x"(sums));
     return sums;
 }
@@ -111,7 +111,7 @@ INLINE AVX2 Ints_256 with_pairs_avx2(Ints_256 sums, Words_256 pairs) {
 /* Of codes with sign, down to -128. */
 INLINE AVX2 Ints_256 dot_avx2(Ints_256 sums, Bytes_256 codes, Bytes_256 numbers) {
     __m256i size = _mm256_abs_epi8((__m256i)codes), turned = _mm256_sign_epi8((__m256i)numbers, (__m256i)codes);
-    return with_pairs_avx2(sums, (Words_256)_mm256_maddubs_epi16(size, turned));
+    return with_pairs_avx2(sums, (Words_256)_mm256_maddubs_epi16(size, turned), 1);
 }
 
 /* Adds products of words, of two neighbours each. */
