@@ -260,6 +260,7 @@ typedef struct {
     const int8_t *high, *low;
     const float *sums, *pairs;
     long stride; /* of the first two, SUMMED times that of the sums, twice that of the pairs */
+    const float *highs; /* as the sums */
 } Numbered;
 
 /* What bytes without sign are too large by. */
@@ -267,8 +268,8 @@ INLINE float base_of(const Grouped *weight) {
     return weight->code == PLAIN ? (float)weight->offset : weight->code == TABLE ? 128 : 0;
 }
 
-/* Tables whose bytes differ by less than 32 are narrow: they can be multiplied as codes of five bits. */
-enum table { NO_TABLE, WIDE_TABLE, NARROW };
+/* Tables whose bytes differ by less than 32 are narrow: they can be multiplied as codes of five bits. Fine ones have words. */
+enum table { NO_TABLE, WIDE_TABLE, NARROW, FINE };
 
 INLINE int least_of(const Grouped *weight) {
     int least = 255;

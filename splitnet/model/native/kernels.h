@@ -6,7 +6,7 @@ it defines:
     TARGET       what lets the compiler use the instructions
     BITS         of a vector; V(name) is what vectors_*.h have for it
     DOT          adds products of bytes, of four neighbours each: dot(sums, codes, numbers)
-    WORDS        adds products of words, of two neighbours each; not defined: codes for floats become floats
+    WORDS        where it is PAIRED: adds products of words, of two neighbours each
     SIGNED       its codes have a sign, else none
     PAIRED       it is slow, but products of codes without sign and of few bits can be summed in 16 bits
     ROWS         that are multiplied at a time: 4 or 2
@@ -92,7 +92,7 @@ TARGET static void NAMED(quantise)(const Job *job, const Quantised *to) {
             V(store_int8)(low + i, number - upper * V(splat_int)(BASE));
         }
         add_up(to, index);
-#ifdef WORDS
+#if PAIRED
         for (long i = 0; i < to->stride; i++) to->words[index * to->stride + i] = (int16_t)(BASE * high[i] + low[i]);
 #endif
     }
@@ -290,10 +290,15 @@ INLINE TARGET Bytes NAMED(codes_of)(int bits, const uint8_t *at, int vector) {
 
 #define IS_PAIRED(bits, table) (PAIRED && ((table) ? (table) == NARROW : (bits) < 8))
 
+/* FINE: three times a word is 255 * (one byte - 96) + another byte - 127. The other one is multiplied with the upper bytes of
+rows only: what is left out is no more than what their rounding loses. */
+#define FINE_BASE 96
+#define FINE_OTHER 127
+
 /* Adds to `upper` and `lower` the products with a chunk of codes; `sets`: of sums, which vectors take in turns, or, with
 groups of 16 inputs, one after the other; `merged`: all to `upper`, for which groups are to be small. */
 INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets, int merged, const uint8_t *codes,
-                                        Bytes values, const Numbered *from, int count, Ints upper[ROWS][2][PARTS],
+                                        const Bytes values[2], const Numbered *from, int count, Ints upper[ROWS][2][PARTS],
                                         Ints lower[ROWS][2][PARTS]) {
 #pragma GCC unroll 8
     for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * VECTOR + AHEAD, 0, 0);
@@ -307,7 +312,8 @@ INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++) {
             code[part] = NAMED(codes_of)(bits, codes + part * WIDE, vector);
-            if (table) code[part] = V(look_up)(values, code[part]);
+            if (table == FINE) continue;
+            if (table) code[part] = V(look_up)(values[0], code[part]);
             else if (SIGNED && bits == 8) code[part] ^= NAMED(splat_byte)(0x80);
         }
 #pragma GCC unroll 4
@@ -330,8 +336,15 @@ INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets
 #else
                 (void)paired, (void)many, (void)merged, (void)uppers, (void)lowers;
 #endif
-                upper[r][set][part] = DOT(upper[r][set][part], code[part], high);
-                lower[r][set][part] = DOT(lower[r][set][part], code[part], low);
+                const Bytes number = table == FINE ? V(look_up)(values[0], code[part]) : code[part];
+                upper[r][set][part] = DOT(upper[r][set][part], number, high);
+                lower[r][set][part] = DOT(lower[r][set][part], number, low);
+#if !SIGNED
+                if (table != FINE) continue;
+                Ints *other = &lower[r][small ? set : 1][part];
+                *other = DOT(*other, V(look_up)(values[1], code[part]), high);
+                V(keep)(&upper[r][set][part], &lower[r][set][part], other);
+#endif
             }
         }
     }
@@ -353,22 +366,22 @@ INLINE TARGET void NAMED(store_lanes)(const GroupedJob *job, long tile, long row
     memcpy(job->products + row * job->pitch + tile * TILE, sums, (left < TILE ? left : TILE) * sizeof(float));
 }
 
-/* `table`: or NARROW; `group`: 16, 32, or 0: more. */
-INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const GroupedJob *job, const Quantised *rows,
+/* `group`: 16, 32, or 0: more; `values`: the bytes of a table. */
+INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Bytes values[2], const GroupedJob *job, const Quantised *rows,
                                         const Run *run, long tile, long row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
-    const int small = group == 16, sets = small || (count == 1 && !group && !PAIRED) ? 2 : 1;
+    const int small = group == 16, sets = small || (count == 1 && !group && !PAIRED && table != FINE) ? 2 : 1;
     const long chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
     const int merged = group && IS_PAIRED(bits, table);
     const int flipped = SIGNED && (table || bits == 8) && table != NARROW;
     const int least = flipped ? 128 : table == NARROW ? least_of(weight) : 0;
     float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
-    const float base = base_of(weight) - (float)least;
-    Bytes values = table ? V(table)(weight->bytes) : NAMED(splat_byte)(0);
-    if (table) values -= NAMED(splat_byte)(least);
+    const float base = table == FINE ? FINE_BASE : base_of(weight) - (float)least;
+    const float other = table == FINE ? (float)FINE_OTHER / FINE_BASE : 0; /* as much as a number of the row adds its upper byte */
     Numbered from = {rows->high + row * rows->stride, rows->low + row * rows->stride,
-                     rows->sums + row * (rows->stride / SUMMED), rows->pairs + row * (rows->stride / CHUNK), rows->stride};
+                     rows->sums + row * (rows->stride / SUMMED), rows->pairs + row * (rows->stride / CHUNK), rows->stride,
+                     rows->highs + row * (rows->stride / SUMMED)};
     Floats sums[ROWS][PARTS];
 #pragma GCC unroll 4
     for (int r = 0; r < count; r++)
@@ -386,7 +399,7 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
 #pragma GCC unroll 4
             for (int r = 0; r < count; r++)
 #pragma GCC unroll 2
-                for (int set = 0; set < sets; set++)
+                for (int set = 0; set < 2; set++)
 #pragma GCC unroll 4
                     for (int part = 0; part < PARTS; part++)
                         upper[r][set][part] = lower[r][set][part] = V(splat_int)(0);
@@ -394,11 +407,14 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
             if (!group && stop > at) stop = at;
             do {
                 NAMED(integer_chunk)(bits, table, small, sets, merged, codes, values, &from, count, upper, lower);
-                if (!group) {
 #pragma GCC unroll 4
-                    for (int r = 0; r < count; r++) totals[r] += from.pairs[r * (from.stride / CHUNK)];
+                for (int r = 0; r < count; r++) {
+                    const float *highs = from.highs + r * (from.stride / SUMMED);
+                    if (!group || table == FINE) totals[r] += from.pairs[r * (from.stride / CHUNK)];
+                    if (table == FINE) totals[r] += other * (highs[0] + highs[1]);
                 }
-                from.high += CHUNK, from.low += CHUNK, from.sums += CHUNK / SUMMED, from.pairs++, codes += bits * VECTOR;
+                from.high += CHUNK, from.low += CHUNK, from.sums += CHUNK / SUMMED, from.highs += CHUNK / SUMMED;
+                from.pairs++, codes += bits * VECTOR;
             } while (!group && codes < stop);
 #pragma GCC unroll 4
             for (int r = 0; r < count; r++)
@@ -408,6 +424,9 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
                     Ints *high = &upper[r][0][part], *low = &lower[r][0][part];
                     if (small) {
                         const float *total = from.sums + r * (from.stride / SUMMED) - CHUNK / SUMMED;
+                        const float *highs = from.highs + r * (from.stride / SUMMED) - CHUNK / SUMMED;
+                        const float both[2] = {total[0] + other * highs[0], total[1] + other * highs[1]};
+                        if (table == FINE) total = both;
                         Floats dot = NAMED(joined)(high[0], low[0], merged);
                         sums[r][part] = NAMED(with_group)(sums[r][part], dot, own, own_zero, base, total[0]);
                         own += TILE, own_zero = zero ? own_zero + TILE : NULL;
@@ -416,7 +435,8 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
                         continue;
                     }
                     if (sets == 2) high[0] += high[PARTS], low[0] += low[PARTS];
-                    float total = group ? from.pairs[r * (from.stride / CHUNK) - 1] : totals[r];
+                    float total = group && table != FINE ? from.pairs[r * (from.stride / CHUNK) - 1] : totals[r];
+                    if (table == FINE) low[0] += low[PARTS];
                     const Floats dot = NAMED(joined)(high[0], low[0], merged);
                     sums[r][part] = NAMED(with_group)(sums[r][part], dot, own, own_zero, base, total);
                 }
@@ -427,14 +447,14 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
 #pragma GCC unroll 4
     for (int r = 0; r < count; r++) {
 #pragma GCC unroll 4
-        for (int part = 0; part < PARTS; part++) sums[r][part] *= V(splat)(rows->steps[row + r] * (float)weight->factor);
+        for (int part = 0; part < PARTS; part++) sums[r][part] *= V(splat)(rows->steps[row + r] * (float)(table == FINE ? weight->unit * BASE / 3 : weight->factor));
         NAMED(store_lanes)(job, tile, row + r, sums[r]);
     }
 }
 
 /* ---- weights in tiles: codes of four bits for words ---- */
 
-#ifdef WORDS
+#if PAIRED
 /* `fine`: tables of words, whose products are sums of 32 bits for 16 inputs only; else of bytes without sign. */
 INLINE TARGET void NAMED(word_block)(int fine, const Bytes tables[2], const GroupedJob *job, const Quantised *rows,
                                      const Run *run, long tile, long row, int count) {
@@ -665,14 +685,18 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
         if (row < last) NAMED(block)(__VA_ARGS__, tile, row, 1);                              \
     }
 
-#define INTEGERS(name, bits, table)                                                                                     \
+#define NO_BYTES {NAMED(splat_byte)(0), NAMED(splat_byte)(0)}
+#define BYTES(less) {V(table)(job->weight->bytes) - NAMED(splat_byte)(less), NAMED(splat_byte)(0)}
+
+#define INTEGERS(name, bits, table, ...)                                                                                  \
     TARGET static void NAMED(name)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) { \
+        const Bytes values[2] = __VA_ARGS__;                                                                            \
         if (job->weight->group == 16) {                                                                                 \
-            FOR_SOME_ROWS(integer_block, bits, table, 16, job, rows, run)                                               \
+            FOR_SOME_ROWS(integer_block, bits, table, 16, values, job, rows, run)                                       \
         } else if (job->weight->group == CHUNK) {                                                                       \
-            FOR_SOME_ROWS(integer_block, bits, table, CHUNK, job, rows, run)                                            \
+            FOR_SOME_ROWS(integer_block, bits, table, CHUNK, values, job, rows, run)                                    \
         } else {                                                                                                        \
-            FOR_SOME_ROWS(integer_block, bits, table, 0, job, rows, run)                                                \
+            FOR_SOME_ROWS(integer_block, bits, table, 0, values, job, rows, run)                                        \
         }                                                                                                               \
     }
 
@@ -681,14 +705,14 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
         FOR_SOME_ROWS(code_float_block, kind, job, rows, run)                                                           \
     }
 
-INTEGERS(two_bits, 2, 0)
-INTEGERS(three_bits, 3, 0)
-INTEGERS(four_bits, 4, 0)
-INTEGERS(five_bits, 5, 0)
-INTEGERS(six_bits, 6, 0)
-INTEGERS(eight_bits, 8, 0)
+INTEGERS(two_bits, 2, 0, NO_BYTES)
+INTEGERS(three_bits, 3, 0, NO_BYTES)
+INTEGERS(four_bits, 4, 0, NO_BYTES)
+INTEGERS(five_bits, 5, 0, NO_BYTES)
+INTEGERS(six_bits, 6, 0, NO_BYTES)
+INTEGERS(eight_bits, 8, 0, NO_BYTES)
 #if PAIRED
-INTEGERS(narrow_table, 4, NARROW)
+INTEGERS(narrow_table, 4, NARROW, BYTES(least_of(job->weight)))
 
 TARGET static void NAMED(wide_table)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
     const Bytes tables[2] = {V(table)(job->weight->bytes), NAMED(splat_byte)(0)};
@@ -699,16 +723,28 @@ TARGET static void NAMED(table_bits)(const GroupedJob *job, const Quantised *row
     (is_narrow(job->weight) ? NAMED(narrow_table) : NAMED(wide_table))(job, rows, run, start, end);
 }
 #else
-INTEGERS(table_bits, 4, WIDE_TABLE)
+INTEGERS(table_bits, 4, WIDE_TABLE, BYTES(SIGNED ? 128 : 0))
 #endif
 
-#ifdef WORDS
+#if PAIRED
 TARGET static void NAMED(float_table)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
     uint8_t bytes[2][16];
     for (int i = 0; i < 16; i++) bytes[0][i] = (uint8_t)job->weight->words[i], bytes[1][i] = (uint8_t)(job->weight->words[i] >> 8);
     const Bytes tables[2] = {V(table)(bytes[0]), V(table)(bytes[1])};
     FOR_SOME_ROWS(word_block, 1, tables, job, rows, run)
 }
+#define IN_WORDS 1
+#elif !SIGNED
+INLINE TARGET Bytes NAMED(fine_bytes)(const int16_t *words, int other) {
+    uint8_t bytes[16];
+    for (int i = 0; i < 16; i++) {
+        const int number = 3 * words[i] + BASE * FINE_BASE + FINE_OTHER;
+        bytes[i] = (uint8_t)(other ? number % BASE : number / BASE);
+    }
+    return V(table)(bytes);
+}
+
+INTEGERS(float_table, 4, FINE, {NAMED(fine_bytes)(job->weight->words, 0), NAMED(fine_bytes)(job->weight->words, 1)})
 #define IN_WORDS 1
 #else
 FLOATS(float_table, FLOAT_TABLE)
@@ -758,6 +794,10 @@ static const Path NAMED(path) = {
 #undef Halves
 #undef FOR_SOME_ROWS
 #undef INTEGERS
+#undef NO_BYTES
+#undef BYTES
+#undef FINE_BASE
+#undef FINE_OTHER
 #undef FLOATS
 #undef NAME
 #undef NAMED

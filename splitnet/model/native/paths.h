@@ -41,7 +41,6 @@ static int is_here_avxvnni(void) {
 #define TARGET AVXVNNI
 #define BITS 256
 #define DOT dot_avxvnni
-#define WORDS words_avxvnni
 #define SIGNED 0
 #define PAIRED 0
 #define ROWS 2
@@ -56,7 +55,6 @@ static int is_here_avxvnni(void) {
 #define TARGET EVEX
 #define BITS 256
 #define DOT dot_evex
-#define WORDS words_evex
 #define SIGNED 0
 #define PAIRED 0
 #define ROWS 2

@@ -26,6 +26,9 @@ INLINE AVX2 Floats_256 fma_now_256(Floats_256 a, Floats_256 b, Floats_256 c) {
     return c;
 }
 
+/* So that the compiler does not compute so much at a time that sums go to memory. */
+INLINE AVX2 void keep_256(Ints_256 *a, Ints_256 *b, Ints_256 *c) { __asm__("" : "+x"(*a), "+x"(*b), "+x"(*c)); }
+
 INLINE AVX2 Floats_256 max_256(Floats_256 a, Floats_256 b) { return (Floats_256)_mm256_max_ps(a, b); }
 INLINE AVX2 Ints_256 larger_256(Ints_256 a, Ints_256 b) { return (Ints_256)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 INLINE AVX2 Ints_256 rounded_256(Floats_256 a) { return (Ints_256)_mm256_cvtps_epi32(a); }
@@ -123,18 +126,10 @@ INLINE AVX2 Ints_256 words_avx2(Ints_256 sums, Words_256 codes, Words_256 number
 
 /* Of codes without sign. */
 #ifdef HAVE_AVXVNNI
-INLINE AVXVNNI Ints_256 words_avxvnni(Ints_256 sums, Words_256 codes, Words_256 numbers) {
-    return (Ints_256)_mm256_dpwssd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)numbers);
-}
-
 INLINE AVXVNNI Ints_256 dot_avxvnni(Ints_256 sums, Bytes_256 codes, Bytes_256 numbers) {
     return (Ints_256)_mm256_dpbusd_avx_epi32((__m256i)sums, (__m256i)codes, (__m256i)numbers);
 }
 #endif
-
-INLINE EVEX Ints_256 words_evex(Ints_256 sums, Words_256 codes, Words_256 numbers) {
-    return (Ints_256)_mm256_dpwssd_epi32((__m256i)sums, (__m256i)codes, (__m256i)numbers);
-}
 
 INLINE EVEX Ints_256 dot_evex(Ints_256 sums, Bytes_256 codes, Bytes_256 numbers) {
     return (Ints_256)_mm256_dpbusd_epi32((__m256i)sums, (__m256i)codes, (__m256i)numbers);
