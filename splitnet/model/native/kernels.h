@@ -355,7 +355,8 @@ INLINE TARGET Floats NAMED(joined)(Ints upper, Ints lower, int merged) {
 }
 
 /* What a group adds to the sums of a row: `total` is that of the row's numbers; `zero`: NULL where all are -base * scale. */
-INLINE TARGET Floats NAMED(with_group)(Floats sums, Floats dot, const float *scale, const float *zero, float base, float total) {
+INLINE TARGET Floats NAMED(with_group)(Floats sums, Floats dot, const float *scale, const float *zero, float base,
+                                       float total) {
     if (zero == NULL) return V(fma)(NAMED(load_floats)(scale), dot - V(splat)(base * total), sums);
     sums = V(fma)(NAMED(load_floats)(zero), V(splat)(total), sums);
     return V(fma)(NAMED(load_floats)(scale), dot, sums);
@@ -367,18 +368,19 @@ INLINE TARGET void NAMED(store_lanes)(const GroupedJob *job, long tile, long row
 }
 
 /* `group`: 16, 32, or 0: more; `values`: the bytes of a table. */
-INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Bytes values[2], const GroupedJob *job, const Quantised *rows,
-                                        const Run *run, long tile, long row, int count) {
+INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Bytes values[2], const GroupedJob *job,
+                                        const Quantised *rows, const Run *run, long tile, long row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const int small = group == 16, sets = small || (count == 1 && !group && !PAIRED && table != FINE) ? 2 : 1;
     const long chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
     const int merged = group && IS_PAIRED(bits, table);
+    const float unit = (float)(table == FINE ? weight->unit * BASE / 3 : weight->factor);
     const int flipped = SIGNED && (table || bits == 8) && table != NARROW;
     const int least = flipped ? 128 : table == NARROW ? least_of(weight) : 0;
     float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
     const float base = table == FINE ? FINE_BASE : base_of(weight) - (float)least;
-    const float other = table == FINE ? (float)FINE_OTHER / FINE_BASE : 0; /* as much as a number of the row adds its upper byte */
+    const float other = table == FINE ? (float)FINE_OTHER / FINE_BASE : 0; /* what an upper byte adds to `base` times totals */
     Numbered from = {rows->high + row * rows->stride, rows->low + row * rows->stride,
                      rows->sums + row * (rows->stride / SUMMED), rows->pairs + row * (rows->stride / CHUNK), rows->stride,
                      rows->highs + row * (rows->stride / SUMMED)};
@@ -447,7 +449,7 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const By
 #pragma GCC unroll 4
     for (int r = 0; r < count; r++) {
 #pragma GCC unroll 4
-        for (int part = 0; part < PARTS; part++) sums[r][part] *= V(splat)(rows->steps[row + r] * (float)(table == FINE ? weight->unit * BASE / 3 : weight->factor));
+        for (int part = 0; part < PARTS; part++) sums[r][part] *= V(splat)(rows->steps[row + r] * unit);
         NAMED(store_lanes)(job, tile, row + r, sums[r]);
     }
 }
@@ -565,8 +567,8 @@ INLINE TARGET void NAMED(floats_of)(enum code kind, const uint8_t *codes, int ve
     }
 }
 
-/* Adds products with four inputs of E4M3 times 2^-120, without a conversion: its bits stand where floats have theirs, and what is less than all
-numbers with an exponent stays so. The first parts of sums are of outputs with even numbers. */
+/* Adds products with four inputs of E4M3 times 2^-120, without a conversion: its bits are put where floats have theirs, and a
+number without an exponent is one. The first parts of sums are of outputs with even numbers. */
 #if SCALED
 INLINE TARGET void NAMED(add_scaled)(const uint8_t *codes, const float *given, long stride, int count, int sets,
                                      Floats group[ROWS][4][PARTS]) {
@@ -729,7 +731,7 @@ INTEGERS(table_bits, 4, WIDE_TABLE, BYTES(SIGNED ? 128 : 0))
 #if PAIRED
 TARGET static void NAMED(float_table)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
     uint8_t bytes[2][16];
-    for (int i = 0; i < 16; i++) bytes[0][i] = (uint8_t)job->weight->words[i], bytes[1][i] = (uint8_t)(job->weight->words[i] >> 8);
+    for (int i = 0; i < 32; i++) bytes[i % 2][i / 2] = (uint8_t)(job->weight->words[i / 2] >> i % 2 * 8);
     const Bytes tables[2] = {V(table)(bytes[0]), V(table)(bytes[1])};
     FOR_SOME_ROWS(word_block, 1, tables, job, rows, run)
 }
