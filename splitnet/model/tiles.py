@@ -3,7 +3,8 @@
 A weight lies in tiles of `TILE` outputs, and a tile in panels of some hundred inputs, so that all of it is read from
 front to back. A panel has first what its codes are scaled by, for each group the numbers of the tile's outputs; then,
 for every `CHUNK` inputs, its codes. Of a chunk they are eight vectors of 64 bytes, each with four inputs of every
-output; where they have fewer than eight bits, some vectors share one in planes of 4, 2 and 1 bits (five bits: 4 and 1).
+output; where they have fewer than eight bits, as many of them as fit whole into bytes share one, and the rest lies in
+pieces in what these leave of the bytes (three, five and six bits).
 """
 
 from __future__ import annotations
@@ -33,8 +34,15 @@ _PANEL = 512
 """Inputs of a panel, at least; the least multiple of the layout's groups."""
 
 _LINE = 64
-_PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
-"""Bits of the planes of a code, the lowest bits first."""
+_PIECES = {
+    2: (),
+    3: (((0, 6, 2), (2, 6, 1)), ((1, 6, 2), (2, 7, 1))),
+    4: (),
+    5: (((0, 5, 3), (1, 5, 2)), ((2, 5, 3), (3, 5, 2)), ((4, 5, 3), (1, 7, 1), (3, 7, 1))),
+    6: (((0, 6, 2), (1, 6, 2), (2, 6, 2)), ((3, 6, 2), (4, 6, 2), (5, 6, 2))),
+    8: (),
+}
+"""Of the last vectors of a chunk, the lowest bits first: in which stored vector, from which bit on, how many."""
 
 _TYPES = {
     Kind.FLOAT16: torch.float16,
@@ -82,7 +90,7 @@ class Order:
         group = layout.group
         steps = Kind.STEPS in (layout.scale, layout.zero)
         if (
-            layout.bits not in _PLANES
+            layout.bits not in _PIECES
             or (group not in (0, 8, 16) and group % CHUNK)
             or (steps and (not group or STEPS_GROUP % group))
             or layout.scale in (Kind.CODES, Kind.NONE)
@@ -163,7 +171,9 @@ class Order:
         sizes = [0 if each is None else TILE * each.itemsize for each in (self.scale_type, self.zero_type)]
         numbers = [self._code, layout.bits, layout.group, self.panel, self.inputs, outputs, layout.offset, scale, zero]
         numbers += [sizes[0], 0 if self.nibbles else sizes[1], self.tile_bytes, self.pairs]
-        packed = pack("13qd2q", *numbers, factor, at, _values(layout).data_ptr())
+        words, unit = _words(layout.table) if self._code == _FLOAT_TABLE else (None, 1.0)
+        addresses = [at, _values(layout).data_ptr(), 0 if words is None else words.data_ptr()]
+        packed = pack("13qd3qd", *numbers, factor, *addresses, unit)
         return torch.frombuffer(bytearray(packed), dtype=torch.int64)
 
     @cached_property
@@ -209,17 +219,18 @@ class Order:
         if self.pairs:
             vectors = vectors.view(tiles, count, chunks, _VECTORS, TILE, 2, 2).transpose(4, 5).contiguous()
         vectors = vectors.view(tiles, count, chunks, _VECTORS, TILE * _RUN)
-        planes: list[torch.Tensor] = []
-        shift = 0
-        for bits in _PLANES[self.layout.bits]:
-            together = vectors.view(tiles, count, chunks, bits, 8 // bits, TILE * _RUN)
-            plane = torch.zeros(tiles, count, chunks, bits, TILE * _RUN, dtype=torch.uint8)
-            for index in range(8 // bits):
-                plane |= (together[..., index, :] >> shift & (1 << bits) - 1) << index * bits
-            planes.append(plane.flatten(3))
-            shift += bits
-        joined = torch.cat(planes, dim=-1) if len(planes) > 1 else planes[0]
-        return torch.cat([scales, zeros, *units, padding, joined.flatten(2)], dim=-1).flatten(1)
+        bits = self.layout.bits
+        whole = bits * (8 // bits)
+        together = vectors[..., :whole, :].unflatten(-2, (bits, 8 // bits))
+        stored = together[..., 0, :].clone()
+        for index in range(1, 8 // bits):
+            stored |= together[..., index, :] << index * bits
+        for vector, pieces in enumerate(_PIECES[bits], whole):
+            shift = 0
+            for place, at, some_bits in pieces:
+                stored[..., place, :] |= (vectors[..., vector, :] >> shift & (1 << some_bits) - 1) << at
+                shift += some_bits
+        return torch.cat([scales, zeros, *units, padding, stored.flatten(2)], dim=-1).flatten(1)
 
     def unpacked(self, tiles: torch.Tensor) -> Codes:
         """What `packed` was given, with the outputs that fill the last tile."""
@@ -238,7 +249,7 @@ class Order:
     def _unpacked_panels(self, panels: torch.Tensor, count: int, inputs: int) -> list[torch.Tensor]:
         tiles = len(panels)
         sizes = self.sections(inputs)
-        scales, zeros, *units, _, planes = list(panels.view(tiles, count, -1).split(sizes, dim=-1))
+        scales, zeros, *units, _, stored = list(panels.view(tiles, count, -1).split(sizes, dim=-1))
         if self.nibbles:
             scales, zeros = scales & 15, scales >> 4
 
@@ -247,20 +258,21 @@ class Order:
             return some.permute(0, 3, 1, 2).reshape(tiles * TILE, -1)
 
         chunks = -(-inputs // CHUNK)
-        of_planes = planes.view(tiles, count, chunks, -1).split(
-            [bits * _LINE for bits in _PLANES[self.layout.bits]], -1
-        )
-        vectors: torch.Tensor | None = None
-        shift = 0
-        for plane, bits in zip(of_planes, _PLANES[self.layout.bits], strict=True):
-            apart = plane.view(tiles, count, chunks, bits, 1, _LINE)
-            if bits < 8:
-                shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=panels.device)[:, None]
-                apart = apart.expand(-1, -1, -1, -1, 8 // bits, -1).bitwise_right_shift(shifts) & (1 << bits) - 1
-            found = apart.flatten(3, 4)
-            vectors = found if vectors is None else vectors | found << shift
-            shift += bits
-        assert vectors is not None
+        bits = self.layout.bits
+        stored = stored.view(tiles, count, chunks, bits, _LINE)
+        if bits < 8:
+            shifts = torch.arange(0, 9 - bits, bits, dtype=torch.uint8, device=panels.device)[:, None]
+            vectors = (stored[..., None, :] >> shifts & (1 << bits) - 1).flatten(3, 4)
+        else:
+            vectors = stored
+        if _PIECES[bits]:
+            rest = torch.zeros_like(stored[..., : len(_PIECES[bits]), :])
+            for vector, pieces in enumerate(_PIECES[bits]):
+                shift = 0
+                for place, at, some_bits in pieces:
+                    rest[..., vector, :] |= (stored[..., place, :] >> at & (1 << some_bits) - 1) << shift
+                    shift += some_bits
+            vectors = torch.cat([vectors, rest], dim=-2)
         if self.pairs:
             vectors = vectors.view(tiles, count, chunks, _VECTORS, 2, TILE, 2).transpose(4, 5)
         runs = vectors.reshape(tiles, count, -1).view(torch.int32).view(tiles, count, chunks, _VECTORS, TILE)
@@ -285,6 +297,16 @@ def _bytes(table: str) -> tuple[torch.Tensor, float] | None:
         if len(values) == 16 and torch.equal(whole, whole.round()) and whole.min() >= 0 and whole.max() <= 255:
             return whole.to(torch.uint8), factor
     return None
+
+
+@cache
+def _words(table: str) -> tuple[torch.Tensor, float]:
+    """Words, of at most 8191, that times a unit come closest to what the codes of a table stand for."""
+    values = TABLES[table].double()
+    largest = values.abs().max()
+    scaled = values / largest * torch.arange(4096, 8192)[:, None]
+    found = scaled[(scaled - scaled.round()).abs().amax(1).argmin()]
+    return found.round().short(), float(largest / found.abs().max())
 
 
 def _table_code(table: str) -> tuple[int, float, int]:

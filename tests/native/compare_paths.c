@@ -42,11 +42,14 @@ static int floats_differ(const Path *path, long inputs, long count) {
 static int codes_differ(const Path *path, int code, int bits, long group, int scale, int zero, long inputs, long count) {
     static float rows[9 * (MOST + CHUNK)], found[9 * OUTPUTS], wanted[9 * OUTPUTS], values[256];
     static uint8_t bytes[16];
+    static int16_t words[16];
     for (int i = 0; i < 256; i++) values[i] = code == PLAIN ? (float)(i - 3) : between();
     if (code == TABLE) {
         const unsigned range = scale == E8M0 ? 32 : 255;
         for (int i = 0; i < 16; i++) bytes[i] = (uint8_t)(number() % range + 1), values[i] = 0.5f * (bytes[i] - 128.0f);
     }
+    if (code == FLOAT_TABLE)
+        for (int i = 0; i < 16; i++) words[i] = (int16_t)lrintf(8191 * values[i]), values[i] = words[i] / 8191.0f;
     if (code == E4M3 || code == E5M2)
         for (int i = 0; i < 256; i++) {
             int size = i & 127;
@@ -56,7 +59,8 @@ static int codes_differ(const Path *path, int code, int bits, long group, int sc
     long whole = parts_of(inputs, CHUNK) * CHUNK;
     Grouped weight = {.code = code, .bits = bits, .group = group, .inputs = inputs,
                       .outputs = OUTPUTS, .offset = 3, .scale = scale, .zero = zero, .pairs = code == E4M3 || code == E5M2,
-                      .factor = code == TABLE ? 0.5 : code == E4M3 ? 256 : 1, .bytes = bytes, .values = values};
+                      .factor = code == TABLE ? 0.5 : code == E4M3 ? 256 : 1, .bytes = bytes, .values = values,
+                      .words = words, .unit = 1.0 / 8191};
     lay_out(&weight);
     long tiles = parts_of(OUTPUTS, TILE);
     uint8_t *at = calloc(tiles * weight.tile_bytes + AHEAD, 1);
@@ -93,11 +97,10 @@ static int codes_differ(const Path *path, int code, int bits, long group, int sc
     Run all = {at, 0, count};
     grouped_plainly(&job, NULL, &all, 0, tiles);
     job.products = found;
-    Job given = {.rows = rows, .count = count, .inputs = whole};
     Quantised numbers;
-    if (!prepare(&given, &numbers)) return 1;
-    path->quantise(&given, &numbers);
-    kernel_of(path, &weight)(&job, &numbers, &all, 0, tiles);
+    const GroupedKernel kernel = kernel_of(path, &weight);
+    if (!take(path, kernel, &job, &numbers)) return 1;
+    kernel(&job, &numbers, &all, 0, tiles);
     free(numbers.high);
     free(at);
     char what[99];

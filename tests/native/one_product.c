@@ -11,18 +11,18 @@ int main(int count, char **given) {
     const int64_t code = numbers[2], inputs = numbers[7], tiles = numbers[8];
     Grouped weight = {.code = code, .bits = numbers[3], .group = numbers[4], .scale = numbers[5], .zero = numbers[6],
                       .inputs = inputs, .outputs = tiles * TILE, .pairs = code == E4M3 || code == E5M2, .factor = 1,
-                      .bytes = calloc(16, 1), .values = calloc(256, sizeof(float))};
+                      .bytes = calloc(16, 1), .values = calloc(256, sizeof(float)),
+                      .words = calloc(16, sizeof(int16_t)), .unit = 1};
     lay_out(&weight);
     uint8_t *at = calloc(tiles * weight.tile_bytes + AHEAD, 1);
     float *rows = calloc(inputs, sizeof(float)), *products = calloc(tiles * TILE, sizeof(float));
-    Job row = {.rows = rows, .count = 1, .inputs = inputs};
     Quantised quantised;
     for (int i = 0; i < PATHS; i++) {
-        if (strcmp(paths[i]->name, given[1]) || !paths[i]->is_here() || !prepare(&row, &quantised)) continue;
         GroupedJob job = {&weight, rows, products, 1, inputs, tiles * TILE, 1};
         Run all = {at, 0, 1};
-        paths[i]->quantise(&row, &quantised);
-        kernel_of(paths[i], &weight)(&job, &quantised, &all, 0, tiles);
+        const GroupedKernel kernel = kernel_of(paths[i], &weight);
+        if (strcmp(paths[i]->name, given[1]) || !paths[i]->is_here() || !take(paths[i], kernel, &job, &quantised)) continue;
+        kernel(&job, &quantised, &all, 0, tiles);
         return 0;
     }
     return 3;

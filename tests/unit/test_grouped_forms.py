@@ -81,13 +81,13 @@ def far(products: torch.Tensor, rows: torch.Tensor, matrix: StoredMatrix, *, man
     weight, codes = matrix.floats().double(), matrix.read()
     layout = matrix.layout
     given = rows.double()
-    exact = layout.table in ("e5m2", "nf4")
+    exact = layout.table == "e5m2"
     largest = given.abs().amax(1, keepdim=True)
     allowed = (2**-22 if exact else 2**-14) * largest * weight.norm(dim=1)
     # What the codes, as bytes without sign, are multiplied by may be much larger than the weight.
     scales = number_of(layout.scale, codes.scales, codes.scale_units, layout.group or rows.shape[1]).double()
     zeros = codes.zeros if layout.zero is Kind.STEPS else None
-    parts = (256 if layout.table in ("", "iq4_nl", "e4m3") else 2**16) * scales.abs().amax(1)
+    parts = (256 if layout.table in ("", "iq4_nl", "e4m3", "nf4") else 2**16) * scales.abs().amax(1)
     if zeros is not None:
         parts += number_of(layout.zero, zeros, codes.zero_units, layout.group).double().abs().amax(1)
     allowed = allowed + 2**-22 * given.abs().sum(1, keepdim=True) * (weight.abs().amax(1) + parts)

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from splitnet.model import kernels
 from splitnet.model.int8_forms import Int8
 from splitnet.model.kernels import multiply_floats
+from splitnet.model.stored import TABLES, StoredMatrix
 from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.test_grouped_forms import far, hold_stored
 
@@ -134,6 +135,44 @@ def test_codes(name: str, outputs: int, inputs: int, count: int) -> None:
     rows = rows_of(count, inputs, 5)
     assert not far(held.multiply(rows), rows, matrix)
     assert torch.equal(held.dequantised(torch.float32), matrix.floats())
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_largest_codes_and_numbers(name: str) -> None:
+    """All at once: whatever sums are held in, they are not larger."""
+    matrix = matrix_of(LAYOUTS[name], 18, 2048, 7)
+    codes = matrix.read()
+    layout = matrix.layout
+    values = TABLES[layout.table] if layout.table else torch.arange(1 << layout.bits) - float(layout.offset)
+    codes.codes.fill_(int(values.nan_to_num(0, 0, 0).abs().argmax()))
+    largest = StoredMatrix(layout, matrix.shape, lambda: codes)
+    rows = torch.tensor([1.0, -1.0, 1.0]).repeat(2048, 1).T.contiguous()
+    assert not far(hold_stored([largest], torch.device("cpu")).multiply(rows), rows, largest)
+
+
+@pytest.mark.parametrize("power", [-100, -20, 20, 90])
+def test_rows_of_any_size_times_e4m3(power: int) -> None:
+    matrix = matrix_of(LAYOUTS["FP8 in blocks"], 20, 256, 3)
+    held = hold_stored([matrix], torch.device("cpu"))
+    rows = rows_of(3, 256, 5)
+    assert torch.equal(held.multiply(rows * 2.0**power), held.multiply(rows) * 2.0**power)
+
+
+def test_small_numbers_count_whatever_a_thread_is_set_to() -> None:
+    matrix = matrix_of(LAYOUTS["FP8 in blocks"], 20, 256, 3)
+    matrix.read().codes.bitwise_and_(0x87)  # which have no exponent
+    held = hold_stored([matrix], torch.device("cpu"))
+    rows = rows_of(2, 256, 5)
+    expected = held.multiply(rows)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.set_flush_denormal(True)
+        found = held.multiply(rows)
+    finally:
+        torch.set_flush_denormal(False)
+        torch.set_num_threads(before)
+    assert expected.abs().max() > 0 and torch.equal(found, expected)
 
 
 @pytest.mark.parametrize(

@@ -63,12 +63,12 @@ INLINE VNNI void convert_chunk(int bits, enum code code, const Grouped *weight, 
     __m512 values[2] = {offset, offset};
     if (bits <= 5) values[0] = _mm512_maskz_loadu_ps(some_of(1 << bits), weight->values);
     if (bits == 5) values[1] = _mm512_loadu_ps(weight->values + 16);
-    __m512i planes[8];
+    __m512i stored[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < bits; i++) planes[i] = _mm512_loadu_si512(at + i * VECTOR), fetch(at + i * VECTOR + AHEAD);
+    for (int i = 0; i < bits; i++) stored[i] = _mm512_loadu_si512(at + i * VECTOR), fetch(at + i * VECTOR + AHEAD);
 #pragma GCC unroll 8
     for (int vector = 0; vector < 8; vector++) {
-        __m512i runs = codes_of(bits, planes, vector);
+        __m512i runs = codes_of(bits, stored, vector);
         if (weight->pairs) {
             __m512i later = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(runs, 1));
             runs = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(runs)), _mm512_slli_epi32(later, 16));

@@ -29,6 +29,8 @@ typedef struct {
     double factor;        /* a byte of TABLE less 128 stands for so much, a float of others for so much */
     const uint8_t *bytes; /* 16, of TABLE */
     const float *values;  /* what each code stands for */
+    const int16_t *words; /* 16, of FLOAT_TABLE: the same, of 14 bits with their sign */
+    double unit;          /* what 1 in them stands for */
 } Grouped;
 
 /* Rows that are multiplied with the same weight. */
@@ -128,22 +130,28 @@ INLINE void numbers_plainly(const Grouped *weight, const Panel *panel, float *sc
         }
 }
 
+/* Codes of 3, 5 and 6 bits that are in what others leave of the bytes, in up to three pieces, the lowest bits first: the
+vector that is stored, where in its bytes they begin, and how many they are. */
+static const int pieces[9][3][3][3] = {
+    [3] = {{{0, 6, 2}, {2, 6, 1}}, {{1, 6, 2}, {2, 7, 1}}},
+    [5] = {{{0, 5, 3}, {1, 5, 2}}, {{2, 5, 3}, {3, 5, 2}}, {{4, 5, 3}, {1, 7, 1}, {3, 7, 1}}},
+    [6] = {{{0, 6, 2}, {1, 6, 2}, {2, 6, 2}}, {{3, 6, 2}, {4, 6, 2}, {5, 6, 2}}},
+};
+
 /* The codes of a chunk as their vectors have them. */
 INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t codes[CHUNK * TILE]) {
-    static const int planes[9][2] = {[2] = {2}, [3] = {2, 1}, [4] = {4}, [5] = {4, 1}, [6] = {4, 2}, [8] = {8}};
+    const int bits = (int)weight->bits, each = 8 / bits, whole = bits * each;
     memset(codes, 0, CHUNK * TILE);
-    int shift = 0;
-    for (int plane = 0; plane < 2 && planes[weight->bits][plane]; plane++) {
-        const int bits = planes[weight->bits][plane], mask = (1 << bits) - 1;
-        for (int vector = 0; vector < 8; vector++) {
-            const uint8_t *from = at + vector / (8 / bits) * VECTOR;
-            const int down = vector % (8 / bits) * bits;
+    for (int vector = 0; vector < 8; vector++) {
+        const int alone[3] = {vector / each, vector % each * bits, bits};
+        for (int i = 0, shift = 0; i < (vector < whole ? 1 : 3); i++) {
+            const int *piece = vector < whole ? alone : pieces[bits][vector - whole][i];
+            const int mask = (1 << piece[2]) - 1;
             uint8_t some[VECTOR]; /* which the compiler knows to be apart from the rest */
-            for (int i = 0; i < VECTOR; i++) some[i] = (uint8_t)((from[i] >> down & mask) << shift);
-            for (int i = 0; i < VECTOR; i++) codes[vector * VECTOR + i] |= some[i];
+            for (int k = 0; k < VECTOR; k++) some[k] = (uint8_t)((at[piece[0] * VECTOR + k] >> piece[1] & mask) << shift);
+            for (int k = 0; k < VECTOR; k++) codes[vector * VECTOR + k] |= some[k];
+            shift += piece[2];
         }
-        at += bits * VECTOR;
-        shift += bits;
     }
 }
 
@@ -252,6 +260,7 @@ typedef struct {
     const int8_t *high, *low;
     const float *sums, *pairs;
     long stride; /* of the first two, SUMMED times that of the sums, twice that of the pairs */
+    const float *highs; /* as the sums */
 } Numbered;
 
 /* What bytes without sign are too large by. */
@@ -259,8 +268,8 @@ INLINE float base_of(const Grouped *weight) {
     return weight->code == PLAIN ? (float)weight->offset : weight->code == TABLE ? 128 : 0;
 }
 
-/* Tables whose bytes differ by less than 32 are narrow: they can be multiplied as codes of five bits. */
-enum table { NO_TABLE, WIDE_TABLE, NARROW };
+/* Tables whose bytes differ by less than 32 are narrow: they can be multiplied as codes of five bits. Fine ones have words. */
+enum table { NO_TABLE, WIDE_TABLE, NARROW, FINE };
 
 INLINE int least_of(const Grouped *weight) {
     int least = 255;
@@ -280,6 +289,26 @@ enum taken { AS_FLOATS, AS_INTEGERS, AS_BFLOATS };
 
 INLINE enum taken taken_by(const Grouped *weight) {
     return weight->code <= TABLE ? AS_INTEGERS : weight->code == E4M3 && !weight->pairs ? AS_BFLOATS : AS_FLOATS;
+}
+
+/* Rows as floats, times powers of 2 by which the largest of each becomes 2^100 to 2^101, or less: so that weights may be much
+too small. Infinite ones stay so. */
+static void scale_rows(const Job *job, const Quantised *to) {
+    for (long row = 0; row < job->count; row++) {
+        const float *from = job->rows + row * job->inputs;
+        float *scaled = (float *)to->high + row * (to->stride / 2);
+        int32_t most = 0;
+        for (long i = 0; i < job->inputs; i++) {
+            int32_t bits;
+            memcpy(&bits, from + i, sizeof bits);
+            bits &= 0x7fffffff;
+            most = bits > most ? bits : most;
+        }
+        const int exponent = most >> 23 < 1 ? 1 : most >> 23 > 253 ? 253 : most >> 23;
+        const float inverse = ldexpf(1, 127 - exponent);
+        to->steps[row] = ldexpf(1, exponent - 127);
+        for (long i = 0; i < job->inputs; i++) scaled[i] = from[i] * inverse * 0x1p100f;
+    }
 }
 
 /* The bytes of E4M3's codes without sign as bfloat16 (the lower ones, then the upper ones), 256 times too small. */
@@ -400,26 +429,28 @@ INLINE VNNI __m512i low_bits(__m512i bytes, int by, int mask) {
     return _mm512_and_si512(by ? _mm512_srli_epi16(bytes, by) : bytes, _mm512_set1_epi8((char)mask));
 }
 
-/* One of the eight vectors of codes of a chunk; `planes`: all that it has. */
-INLINE VNNI __m512i codes_of(int bits, const __m512i *planes, int vector) {
-    switch (bits) {
-    case 2: return low_bits(planes[vector / 4], 2 * (vector % 4), 3);
-    case 3: return with_bits(low_bits(planes[vector / 4], 2 * (vector % 4), 3), planes[2], 2 - vector, 4);
-    case 4: return low_bits(planes[vector / 2], 4 * (vector % 2), 15);
-    case 5: return with_bits(low_bits(planes[vector / 2], 4 * (vector % 2), 15), planes[4], 4 - vector, 16);
-    case 6:
-        return with_bits(low_bits(planes[vector / 2], 4 * (vector % 2), 15), planes[4 + vector / 4], 4 - 2 * (vector % 4), 48);
-    default: return planes[vector];
+/* One of the eight vectors of codes of a chunk; `stored`: all that it has. */
+INLINE VNNI __m512i codes_of(int bits, const __m512i *stored, int vector) {
+    const int each = 8 / bits, whole = bits * each;
+    if (bits == 8) return stored[vector];
+    if (vector < whole) return low_bits(stored[vector / each], vector % each * bits, (1 << bits) - 1);
+    __m512i code = _mm512_setzero_si512();
+#pragma GCC unroll 3
+    for (int i = 0, shift = 0; i < 3; i++) {
+        const int *piece = pieces[bits][vector - whole][i], mask = ((1 << piece[2]) - 1) << shift;
+        if (mask) code = with_bits(code, stored[piece[0]], shift - piece[1], mask);
+        shift += piece[2];
     }
+    return code;
 }
 
 VNNI static void chunk_codes(int bits, const uint8_t *at, uint32_t runs[8][TILE]) {
-    __m512i planes[8];
-    for (int i = 0; i < bits; i++) planes[i] = _mm512_loadu_si512(at + i * VECTOR);
+    __m512i stored[8];
+    for (int i = 0; i < bits; i++) stored[i] = _mm512_loadu_si512(at + i * VECTOR);
 #define STORE(bits)                                                                                     \
     case bits:                                                                                          \
         for (int vector = 0; vector < 8; vector++)                                                      \
-            _mm512_storeu_si512(runs[vector], codes_of(bits, planes, vector));                          \
+            _mm512_storeu_si512(runs[vector], codes_of(bits, stored, vector));                          \
         break;
     switch (bits) { STORE(2) STORE(3) STORE(4) STORE(5) STORE(6) STORE(8) }
 #undef STORE
@@ -449,15 +480,15 @@ INLINE VNNI __m512 with_group(__m512 sums, __m512i upper, __m512i lower, const f
 groups of 16 inputs, one after the other. */
 INLINE VNNI void integer_chunk(int bits, int table, int small, int sets, const uint8_t *codes, __m512i values,
                                Numbered from, int count, __m512i upper[4][2], __m512i lower[4][2]) {
-    __m512i planes[8];
+    __m512i stored[8];
 #pragma GCC unroll 8
     for (int i = 0; i < bits; i++) {
-        planes[i] = _mm512_loadu_si512(codes + i * VECTOR);
+        stored[i] = _mm512_loadu_si512(codes + i * VECTOR);
         fetch(codes + i * VECTOR + AHEAD);
     }
 #pragma GCC unroll 8
     for (int vector = 0; vector < 8; vector++) {
-        __m512i code = codes_of(bits, planes, vector);
+        __m512i code = codes_of(bits, stored, vector);
         if (table) code = _mm512_shuffle_epi8(values, code);
         const int set = sets == 1 ? 0 : small ? vector / 4 : vector % 2;
 #pragma GCC unroll 4
@@ -795,11 +826,12 @@ typedef struct {
     const char *name;
     int (*is_here)(void); /* whether this CPU has the instructions */
     void (*quantise)(const Job *, const Quantised *);
-    void (*split)(const Job *, const Quantised *); /* for `bfloats` */
+    void (*split)(const Job *, const Quantised *); /* for E4M3; NULL: it is multiplied with rows as they are */
     Kernel floats[3];                              /* by `enum kind` */
     GroupedKernel plain[9];                        /* by bits */
     GroupedKernel coded[ANY + 1];                  /* by `enum code`; of E4M3 in pairs */
     GroupedKernel bfloats;                         /* E4M3 that is not in pairs */
+    int in_words;                                  /* whether FLOAT_TABLE is multiplied with integers */
     void (*dequantise)(const Grouped *, const uint8_t *, long, long, float *);
 } Path;
 
@@ -808,6 +840,19 @@ static GroupedKernel kernel_of(const Path *path, const Grouped *weight) {
     if (weight->code == PLAIN) found = path->plain[weight->bits];
     if (weight->code == E4M3 && !weight->pairs) found = path->bfloats;
     return found ? found : grouped_plainly;
+}
+
+/* Makes of the rows of a job what a kernel takes, for which it allocates `numbers->high`, or not. Gives 0 without memory. */
+static int take(const Path *path, GroupedKernel kernel, const GroupedJob *job, Quantised *numbers) {
+    const Grouped *weight = job->weight;
+    const int integers = taken_by(weight) == AS_INTEGERS || (weight->code == FLOAT_TABLE && path->in_words);
+    Job rows = {.rows = job->rows, .count = job->count, .inputs = job->stride}, room = rows;
+    numbers->high = NULL;
+    if (kernel == grouped_plainly || !(integers || (weight->code == E4M3 && path->split))) return 1;
+    if (!integers) room.inputs *= 2;
+    if (!prepare(&room, numbers)) return 0;
+    (integers ? path->quantise : path->split)(&rows, numbers);
+    return 1;
 }
 
 /* Neighbours with the same expert make a run. Gives 0 where there is no such expert. */

@@ -6,9 +6,11 @@ it defines:
     TARGET       what lets the compiler use the instructions
     BITS         of a vector; V(name) is what vectors_*.h have for it
     DOT          adds products of bytes, of four neighbours each: dot(sums, codes, numbers)
+    WORDS        where it is PAIRED: adds products of words, of two neighbours each
     SIGNED       its codes have a sign, else none
     PAIRED       it is slow, but products of codes without sign and of few bits can be summed in 16 bits
-    ROWS         that are multiplied at a time: 4 or 2 */
+    ROWS         that are multiplied at a time: 4 or 2
+    SCALED       E4M3 is taken as it is, 2^120 times too small */
 
 #define LANES (BITS / 32)                /* numbers of 32 bits in a vector */
 #define WIDE (BITS / 8)                  /* bytes of one */
@@ -90,6 +92,9 @@ TARGET static void NAMED(quantise)(const Job *job, const Quantised *to) {
             V(store_int8)(low + i, number - upper * V(splat_int)(BASE));
         }
         add_up(to, index);
+#if PAIRED
+        for (long i = 0; i < to->stride; i++) to->words[index * to->stride + i] = (int16_t)(BASE * high[i] + low[i]);
+#endif
     }
 }
 
@@ -179,10 +184,7 @@ INLINE TARGET Floats NAMED(numbers_at)(enum number kind, const uint8_t *at, long
     case AS_FLOAT16: return NAMED(weights_at)(FLOAT16, at + 2 * index);
     case AS_BFLOAT16: return NAMED(weights_at)(BFLOAT16, at + 2 * index);
     case AS_FLOAT32: return NAMED(weights_at)(FLOAT32, at + 4 * index);
-    case E8M0: {
-        Ints exponent = V(from_uint8)(at + index);
-        return (Floats)(exponent << 23 | ((exponent == 0) & V(splat_int)(0x400000)));
-    }
+    case E8M0: return (Floats)V(larger)(V(from_uint8)(at + index) << 23, V(splat_int)(0x400000));
     case STEPS: return V(floats)(V(from_int8)(at + index));
     case LOWER_STEPS: return V(floats)(V(from_uint8)(at + index) & V(splat_int)(15));
     case UPPER_STEPS: return V(floats)(V(from_uint8)(at + index) >> 4);
@@ -192,7 +194,7 @@ INLINE TARGET Floats NAMED(numbers_at)(enum number kind, const uint8_t *at, long
     }
 }
 
-/* Scales times `factor`, or where `scales` are given zeros less `base` times them. */
+/* Scales, or where `scales` are given zeros times `factor` less `base` times them. */
 INLINE TARGET void NAMED(convert)(enum number kind, const Numbers *these, float factor, const float *scales, float base,
                                   float offset) {
     const long size = kind == AS_FLOAT32 ? 64 : kind <= AS_BFLOAT16 ? 32 : 16;
@@ -204,17 +206,15 @@ INLINE TARGET void NAMED(convert)(enum number kind, const Numbers *these, float 
         Floats unit[PARTS];
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++)
-            unit[part] = steps ? NAMED(weights_at)(FLOAT16, units + 2 * LANES * part) : V(splat)(0);
+            unit[part] = steps ? NAMED(weights_at)(FLOAT16, units + 2 * LANES * part) * V(splat)(factor) : V(splat)(factor);
         for (long i = begin; i < end; i++, at += size)
 #pragma GCC unroll 4
             for (int part = 0; part < PARTS; part++) {
                 Floats value = NAMED(numbers_at)(kind, at, part * LANES);
-                if (steps) value *= unit[part];
-                if (scales == NULL) {
-                    value *= V(splat)(factor);
-                } else {
+                if (steps || (scales && kind != CODES)) value *= unit[part];
+                if (scales) {
                     Floats scale = NAMED(load_floats)(scales + i * TILE + part * LANES);
-                    if (kind == CODES) value = (V(splat)(offset) - value) * (scale * V(splat)(factor));
+                    if (kind == CODES) value = (V(splat)(offset) - value) * (scale * unit[part]);
                     value = V(fma)(V(splat)(-base), scale, value);
                 }
                 NAMED(store)(these->to + i * TILE + part * LANES, value);
@@ -222,8 +222,8 @@ INLINE TARGET void NAMED(convert)(enum number kind, const Numbers *these, float 
     }
 }
 
-TARGET static void NAMED(convert_scales)(enum number kind, const Numbers *these, float factor) {
-#define CONVERT(kind) case kind: NAMED(convert)(kind, these, factor, NULL, 0, 0); break
+TARGET static void NAMED(convert_scales)(enum number kind, const Numbers *these) {
+#define CONVERT(kind) case kind: NAMED(convert)(kind, these, 1, NULL, 0, 0); break
     switch (kind) {
         CONVERT(AS_FLOAT16);
         CONVERT(AS_BFLOAT16);
@@ -231,12 +231,11 @@ TARGET static void NAMED(convert_scales)(enum number kind, const Numbers *these,
         CONVERT(E8M0);
         CONVERT(STEPS);
         CONVERT(UNSIGNED_STEPS);
-    default: NAMED(convert)(LOWER_STEPS, these, factor, NULL, 0, 0);
+    default: NAMED(convert)(LOWER_STEPS, these, 1, NULL, 0, 0);
     }
 #undef CONVERT
 }
 
-/* `factor`: what scales that were converted are to be multiplied by to be as they are stored. */
 TARGET static void NAMED(convert_zeros)(enum number kind, const Numbers *these, float factor, const float *scales, float base,
                                         float offset) {
 #define CONVERT(kind) case kind: NAMED(convert)(kind, these, factor, scales, base, offset); break
@@ -252,16 +251,16 @@ TARGET static void NAMED(convert_zeros)(enum number kind, const Numbers *these, 
 #undef CONVERT
 }
 
-/* Scales and zeros of a panel so that they go with codes that are too large by `base`, and one more, that is 0, of each. */
+/* Scales and zeros of a panel so that they go with codes that are too large by `base` and stand for the weight's factor, by
+which who calls multiplies in the end; and one more, that is 0, of each. */
 INLINE TARGET void NAMED(all_numbers)(const Grouped *weight, const Panel *panel, float base, float *scales, float *zeros) {
-    const float factor = (float)weight->factor;
     Numbers these = {panel->scales, panel->scale_units, weight->group ? UNITS / weight->group : 1, panel->groups, scales};
     for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) __builtin_prefetch(line + AHEAD, 0, 0);
-    NAMED(convert_scales)(weight->scale, &these, factor);
+    NAMED(convert_scales)(weight->scale, &these);
     memset(scales + panel->groups * TILE, 0, TILE * sizeof(float));
     if (zeros == NULL) return;
     these.at = panel->zeros, these.units = panel->zero_units, these.to = zeros;
-    NAMED(convert_zeros)(weight->zero, &these, 1 / factor, scales, base, (float)weight->offset);
+    NAMED(convert_zeros)(weight->zero, &these, (float)(1 / weight->factor), scales, base, (float)weight->offset);
     memset(zeros + panel->groups * TILE, 0, TILE * sizeof(float));
 }
 
@@ -276,25 +275,34 @@ INLINE TARGET Bytes NAMED(moved)(const uint8_t *at, int by, int mask) {
 
 /* One of the eight vectors of codes of a chunk, or a part of it. */
 INLINE TARGET Bytes NAMED(codes_of)(int bits, const uint8_t *at, int vector) {
-    const uint8_t *quarter = at + vector / 4 * VECTOR, *half = at + vector / 2 * VECTOR;
-    switch (bits) {
-    case 2: return NAMED(moved)(quarter, -2 * (vector % 4), 3);
-    case 3: return NAMED(moved)(quarter, -2 * (vector % 4), 3) | NAMED(moved)(at + 2 * VECTOR, 2 - vector, 4);
-    case 4: return NAMED(moved)(half, -4 * (vector % 2), 15);
-    case 5: return NAMED(moved)(half, -4 * (vector % 2), 15) | NAMED(moved)(at + 4 * VECTOR, 4 - vector, 16);
-    case 6: return NAMED(moved)(half, -4 * (vector % 2), 15) | NAMED(moved)(quarter + 4 * VECTOR, 4 - 2 * (vector % 4), 48);
-    default: return NAMED(load)(at + vector * VECTOR);
+    const int each = 8 / bits, whole = bits * each;
+    if (bits == 8) return NAMED(load)(at + vector * VECTOR);
+    if (vector < whole) return NAMED(moved)(at + vector / each * VECTOR, -(vector % each * bits), (1 << bits) - 1);
+    Bytes code = NAMED(splat_byte)(0);
+#pragma GCC unroll 3
+    for (int i = 0, shift = 0; i < 3; i++) {
+        const int *piece = pieces[bits][vector - whole][i], mask = ((1 << piece[2]) - 1) << shift;
+        if (mask) code |= NAMED(moved)(at + piece[0] * VECTOR, shift - piece[1], mask);
+        shift += piece[2];
     }
+    return code;
 }
 
+#define IS_PAIRED(bits, table) (PAIRED && ((table) ? (table) == NARROW : (bits) < 8))
+
+/* FINE: three times a word is 255 * (one byte - 96) + another byte - 127. The other one is multiplied with the upper bytes of
+rows only: what is left out is no more than what their rounding loses. */
+#define FINE_BASE 96
+#define FINE_OTHER 127
+
 /* Adds to `upper` and `lower` the products with a chunk of codes; `sets`: of sums, which vectors take in turns, or, with
-groups of 16 inputs, one after the other. */
-INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets, const uint8_t *codes, Bytes values,
-                                        const Numbered *from, int count, Ints upper[ROWS][2][PARTS],
+groups of 16 inputs, one after the other; `merged`: all to `upper`, for which groups are to be small. */
+INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets, int merged, const uint8_t *codes,
+                                        const Bytes values[2], const Numbered *from, int count, Ints upper[ROWS][2][PARTS],
                                         Ints lower[ROWS][2][PARTS]) {
 #pragma GCC unroll 8
     for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * VECTOR + AHEAD, 0, 0);
-    const int paired = PAIRED && (table ? table == NARROW : bits < 8);
+    const int paired = IS_PAIRED(bits, table);
     const int many = bits == 6 ? 2 : bits == 5 || table || small ? 4 : 8; /* vectors whose products are summed in 16 bits */
     Words uppers[ROWS][PARTS], lowers[ROWS][PARTS];
 #pragma GCC unroll 8
@@ -304,7 +312,8 @@ INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++) {
             code[part] = NAMED(codes_of)(bits, codes + part * WIDE, vector);
-            if (table) code[part] = V(look_up)(values, code[part]);
+            if (table == FINE) continue;
+            if (table) code[part] = V(look_up)(values[0], code[part]);
             else if (SIGNED && bits == 8) code[part] ^= NAMED(splat_byte)(0x80);
         }
 #pragma GCC unroll 4
@@ -319,24 +328,35 @@ INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets
                     uppers[r][part] = pairs_avx2(uppers[r][part], code[part], high);
                     lowers[r][part] = pairs_avx2(lowers[r][part], code[part], low);
                     if ((vector + 1) % many) continue;
-                    upper[r][set][part] = with_pairs_avx2(upper[r][set][part], uppers[r][part]);
-                    lower[r][set][part] = with_pairs_avx2(lower[r][set][part], lowers[r][part]);
+                    Ints *high_sums = &upper[r][set][part], *low_sums = merged ? high_sums : &lower[r][set][part];
+                    *high_sums = with_pairs_avx2(*high_sums, uppers[r][part], merged ? BASE : 1);
+                    *low_sums = with_pairs_avx2(*low_sums, lowers[r][part], 1);
                     continue;
                 }
 #else
-                (void)paired, (void)many, (void)uppers, (void)lowers;
+                (void)paired, (void)many, (void)merged, (void)uppers, (void)lowers;
 #endif
-                upper[r][set][part] = DOT(upper[r][set][part], code[part], high);
-                lower[r][set][part] = DOT(lower[r][set][part], code[part], low);
+                const Bytes number = table == FINE ? V(look_up)(values[0], code[part]) : code[part];
+                upper[r][set][part] = DOT(upper[r][set][part], number, high);
+                lower[r][set][part] = DOT(lower[r][set][part], number, low);
+#if !SIGNED
+                if (table != FINE) continue;
+                Ints *other = &lower[r][small ? set : 1][part];
+                *other = DOT(*other, V(look_up)(values[1], code[part]), high);
+                V(keep)(&upper[r][set][part], &lower[r][set][part], other);
+#endif
             }
         }
     }
 }
 
+INLINE TARGET Floats NAMED(joined)(Ints upper, Ints lower, int merged) {
+    return merged ? V(floats)(upper) : V(fma)(V(floats)(upper), V(splat)(BASE), V(floats)(lower));
+}
+
 /* What a group adds to the sums of a row: `total` is that of the row's numbers; `zero`: NULL where all are -base * scale. */
-INLINE TARGET Floats NAMED(with_group)(Floats sums, Ints upper, Ints lower, const float *scale, const float *zero, float base,
+INLINE TARGET Floats NAMED(with_group)(Floats sums, Floats dot, const float *scale, const float *zero, float base,
                                        float total) {
-    Floats dot = V(fma)(V(floats)(upper), V(splat)(BASE), V(floats)(lower));
     if (zero == NULL) return V(fma)(NAMED(load_floats)(scale), dot - V(splat)(base * total), sums);
     sums = V(fma)(NAMED(load_floats)(zero), V(splat)(total), sums);
     return V(fma)(NAMED(load_floats)(scale), dot, sums);
@@ -347,21 +367,23 @@ INLINE TARGET void NAMED(store_lanes)(const GroupedJob *job, long tile, long row
     memcpy(job->products + row * job->pitch + tile * TILE, sums, (left < TILE ? left : TILE) * sizeof(float));
 }
 
-/* `table`: or NARROW; `group`: 16, 32, or 0: more. */
-INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const GroupedJob *job, const Quantised *rows,
-                                        const Run *run, long tile, long row, int count) {
+/* `group`: 16, 32, or 0: more; `values`: the bytes of a table. */
+INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Bytes values[2], const GroupedJob *job,
+                                        const Quantised *rows, const Run *run, long tile, long row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
-    const int small = group == 16, sets = small || (count == 1 && !group && !PAIRED) ? 2 : 1;
+    const int small = group == 16, sets = small || (count == 1 && !group && !PAIRED && table != FINE) ? 2 : 1;
     const long chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
+    const int merged = group && IS_PAIRED(bits, table);
+    const float unit = (float)(table == FINE ? weight->unit * BASE / 3 : weight->factor);
     const int flipped = SIGNED && (table || bits == 8) && table != NARROW;
     const int least = flipped ? 128 : table == NARROW ? least_of(weight) : 0;
     float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
-    const float base = base_of(weight) - (float)least;
-    Bytes values = table ? V(table)(weight->bytes) : NAMED(splat_byte)(0);
-    if (table) values -= NAMED(splat_byte)(least);
+    const float base = table == FINE ? FINE_BASE : base_of(weight) - (float)least;
+    const float other = table == FINE ? (float)FINE_OTHER / FINE_BASE : 0; /* what an upper byte adds to `base` times totals */
     Numbered from = {rows->high + row * rows->stride, rows->low + row * rows->stride,
-                     rows->sums + row * (rows->stride / SUMMED), rows->pairs + row * (rows->stride / CHUNK), rows->stride};
+                     rows->sums + row * (rows->stride / SUMMED), rows->pairs + row * (rows->stride / CHUNK), rows->stride,
+                     rows->highs + row * (rows->stride / SUMMED)};
     Floats sums[ROWS][PARTS];
 #pragma GCC unroll 4
     for (int r = 0; r < count; r++)
@@ -379,19 +401,22 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
 #pragma GCC unroll 4
             for (int r = 0; r < count; r++)
 #pragma GCC unroll 2
-                for (int set = 0; set < sets; set++)
+                for (int set = 0; set < 2; set++)
 #pragma GCC unroll 4
                     for (int part = 0; part < PARTS; part++)
                         upper[r][set][part] = lower[r][set][part] = V(splat_int)(0);
             const uint8_t *stop = codes + (group ? 1 : chunks) * bits * VECTOR;
             if (!group && stop > at) stop = at;
             do {
-                NAMED(integer_chunk)(bits, table, small, sets, codes, values, &from, count, upper, lower);
-                if (!group) {
+                NAMED(integer_chunk)(bits, table, small, sets, merged, codes, values, &from, count, upper, lower);
 #pragma GCC unroll 4
-                    for (int r = 0; r < count; r++) totals[r] += from.pairs[r * (from.stride / CHUNK)];
+                for (int r = 0; r < count; r++) {
+                    const float *highs = from.highs + r * (from.stride / SUMMED);
+                    if (!group || table == FINE) totals[r] += from.pairs[r * (from.stride / CHUNK)];
+                    if (table == FINE) totals[r] += other * (highs[0] + highs[1]);
                 }
-                from.high += CHUNK, from.low += CHUNK, from.sums += CHUNK / SUMMED, from.pairs++, codes += bits * VECTOR;
+                from.high += CHUNK, from.low += CHUNK, from.sums += CHUNK / SUMMED, from.highs += CHUNK / SUMMED;
+                from.pairs++, codes += bits * VECTOR;
             } while (!group && codes < stop);
 #pragma GCC unroll 4
             for (int r = 0; r < count; r++)
@@ -401,14 +426,21 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
                     Ints *high = &upper[r][0][part], *low = &lower[r][0][part];
                     if (small) {
                         const float *total = from.sums + r * (from.stride / SUMMED) - CHUNK / SUMMED;
-                        sums[r][part] = NAMED(with_group)(sums[r][part], high[0], low[0], own, own_zero, base, total[0]);
+                        const float *highs = from.highs + r * (from.stride / SUMMED) - CHUNK / SUMMED;
+                        const float both[2] = {total[0] + other * highs[0], total[1] + other * highs[1]};
+                        if (table == FINE) total = both;
+                        Floats dot = NAMED(joined)(high[0], low[0], merged);
+                        sums[r][part] = NAMED(with_group)(sums[r][part], dot, own, own_zero, base, total[0]);
                         own += TILE, own_zero = zero ? own_zero + TILE : NULL;
-                        sums[r][part] = NAMED(with_group)(sums[r][part], high[PARTS], low[PARTS], own, own_zero, base, total[1]);
+                        dot = NAMED(joined)(high[PARTS], low[PARTS], merged);
+                        sums[r][part] = NAMED(with_group)(sums[r][part], dot, own, own_zero, base, total[1]);
                         continue;
                     }
                     if (sets == 2) high[0] += high[PARTS], low[0] += low[PARTS];
-                    float total = group ? from.pairs[r * (from.stride / CHUNK) - 1] : totals[r];
-                    sums[r][part] = NAMED(with_group)(sums[r][part], high[0], low[0], own, own_zero, base, total);
+                    float total = group && table != FINE ? from.pairs[r * (from.stride / CHUNK) - 1] : totals[r];
+                    if (table == FINE) low[0] += low[PARTS];
+                    const Floats dot = NAMED(joined)(high[0], low[0], merged);
+                    sums[r][part] = NAMED(with_group)(sums[r][part], dot, own, own_zero, base, total);
                 }
             scale += small ? 2 * TILE : TILE;
             if (zero) zero += small ? 2 * TILE : TILE;
@@ -417,10 +449,97 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Gr
 #pragma GCC unroll 4
     for (int r = 0; r < count; r++) {
 #pragma GCC unroll 4
-        for (int part = 0; part < PARTS; part++) sums[r][part] *= V(splat)(rows->steps[row + r]);
+        for (int part = 0; part < PARTS; part++) sums[r][part] *= V(splat)(rows->steps[row + r] * unit);
         NAMED(store_lanes)(job, tile, row + r, sums[r]);
     }
 }
+
+/* ---- weights in tiles: codes of four bits for words ---- */
+
+#if PAIRED
+/* `fine`: tables of words, whose products are sums of 32 bits for 16 inputs only; else of bytes without sign. */
+INLINE TARGET void NAMED(word_block)(int fine, const Bytes tables[2], const GroupedJob *job, const Quantised *rows,
+                                     const Run *run, long tile, long row, int count) {
+    const Grouped *weight = job->weight;
+    const uint8_t *at = run->tiles + tile * weight->tile_bytes;
+    const float base = fine ? 0 : 128;
+    float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
+    const int16_t *from = rows->words + row * rows->stride;
+    const float *totals = rows->sums + row * (rows->stride / SUMMED);
+    Floats sums[ROWS][PARTS];
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) sums[r][part] = V(splat)(0);
+    for (long first = 0; first < weight->inputs; first += weight->panel) {
+        Panel panel = panel_at(weight, at, first);
+        const float *scale = scales, *zero = weight->zero == NONE ? NULL : zeros;
+        NAMED(all_numbers)(weight, &panel, base, scales, weight->zero == NONE ? NULL : zeros);
+        const long halves = 2 * parts_of(panel.inputs, CHUNK), group = weight->group ? weight->group / SUMMED : halves;
+        for (long begin = 0; begin < halves; begin += group) {
+            const long end = begin + group < halves ? begin + group : halves;
+            Floats dots[ROWS][PARTS][2];
+            float total[ROWS] = {0};
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+                for (int part = 0; part < PARTS; part++) dots[r][part][0] = dots[r][part][1] = V(splat)(0);
+            for (long some = begin; some < end;) {
+                const long stop = fine || some + 16 > end ? fine ? some + 1 : end : some + 16;
+                Ints both[ROWS][PARTS][2];
+#pragma GCC unroll 4
+                for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+                    for (int part = 0; part < PARTS; part++) both[r][part][0] = both[r][part][1] = V(splat_int)(0);
+                do {
+                    const uint8_t *codes = panel.codes + some * 2 * VECTOR;
+                    __builtin_prefetch(codes + AHEAD, 0, 0);
+                    __builtin_prefetch(codes + VECTOR + AHEAD, 0, 0);
+#pragma GCC unroll 4
+                    for (int vector = 0; vector < 4; vector++)
+#pragma GCC unroll 4
+                        for (int part = 0; part < PARTS; part++) {
+                            const Bytes code = NAMED(codes_of)(4, codes + part * WIDE, vector);
+                            Words words[2];
+                            V(join_bytes)(V(look_up)(tables[0], code), fine ? V(look_up)(tables[1], code) : tables[1], words);
+#pragma GCC unroll 4
+                            for (int r = 0; r < count; r++) {
+                                const Words numbers = V(four_words)(from + r * rows->stride + vector * 4);
+                                both[r][part][0] = WORDS(both[r][part][0], words[0], numbers);
+                                both[r][part][1] = WORDS(both[r][part][1], words[1], numbers);
+                            }
+                        }
+#pragma GCC unroll 4
+                    for (int r = 0; r < count; r++) total[r] += totals[r * (rows->stride / SUMMED)];
+                    from += SUMMED, totals++;
+                } while (++some < stop);
+#pragma GCC unroll 4
+                for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+                    for (int part = 0; part < PARTS; part++)
+#pragma GCC unroll 2
+                        for (int i = 0; i < 2; i++) dots[r][part][i] += V(floats)(both[r][part][i]);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < count; r++)
+#pragma GCC unroll 4
+                for (int part = 0; part < PARTS; part++)
+                    sums[r][part] = NAMED(with_group)(sums[r][part], V(neighbours)(dots[r][part][0], dots[r][part][1]),
+                                                      scale + part * LANES, zero ? zero + part * LANES : NULL, base, total[r]);
+            scale += TILE;
+            if (zero) zero += TILE;
+        }
+        at = end_of(weight, &panel);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < count; r++) {
+        const float unit = rows->steps[row + r] * (float)(fine ? weight->unit : weight->factor);
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) sums[r][part] *= V(splat)(unit);
+        NAMED(store_lanes)(job, tile, row + r, sums[r]);
+    }
+}
+#endif
 
 /* ---- weights in tiles: codes for floats ---- */
 
@@ -448,12 +567,36 @@ INLINE TARGET void NAMED(floats_of)(enum code kind, const uint8_t *codes, int ve
     }
 }
 
-INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job, const Run *run, long tile, long row,
-                                           int count) {
+/* Adds products with four inputs of E4M3 times 2^-120, without a conversion: its bits are put where floats have theirs, and a
+number without an exponent is one. The first parts of sums are of outputs with even numbers. */
+#if SCALED
+INLINE TARGET void NAMED(add_scaled)(const uint8_t *codes, const float *given, long stride, int count, int sets,
+                                     Floats group[ROWS][4][PARTS]) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        Words pairs = (Words)NAMED(load)(codes + i / 2 * WIDE);
+        if (i % 2 == 0) pairs <<= 8;
+        Ints both = (Ints)(pairs >> 4 & (Words)V(splat_int)((int)0x87f087f0));
+        Floats even = (Floats)(both << 16), odd = (Floats)(both & V(splat_int)((int)0xffff0000));
+#pragma GCC unroll 4
+        for (int r = 0; r < count; r++) {
+            const Floats number = V(splat)(given[r * stride + i]);
+            group[r][i % sets][0] = V(fma_now)(even, number, group[r][i % sets][0]);
+            group[r][i % sets][1] = V(fma_now)(odd, number, group[r][i % sets][1]);
+        }
+    }
+}
+#endif
+
+INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job, const Quantised *scaled, const Run *run,
+                                           long tile, long row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const int bytes = kind == FLOAT_TABLE ? 4 * VECTOR : 8 * VECTOR;
+    const int apart = SCALED && kind == E4M3, sets = apart && count == 1 ? 4 : 2;
     const long half = weight->group == CHUNK / 2;
+    const long stride = apart ? scaled->stride / 2 : job->stride;
+    const float *from = (apart ? (const float *)scaled->high : job->rows) + row * stride;
     float scales[(MOST_GROUPS + 1) * TILE];
     V(FloatTable) table = V(float_table)(weight->values);
     Floats sums[ROWS][PARTS];
@@ -469,44 +612,68 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
         long each = half ? 4 : weight->group ? weight->group / 4 : vectors;
         for (long begin = 0; begin < vectors; begin += each, scale += TILE) {
             long end = begin + each < vectors ? begin + each : vectors;
-            Floats group[ROWS][2][PARTS];
+            Floats group[ROWS][4][PARTS];
 #pragma GCC unroll 4
             for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
-                for (int part = 0; part < PARTS; part++) group[r][0][part] = group[r][1][part] = V(splat)(0);
+                for (int set = 0; set < sets; set++)
+#pragma GCC unroll 4
+                    for (int part = 0; part < PARTS; part++) group[r][set][part] = V(splat)(0);
             for (long some = begin; some < end; some += 4) {
                 const uint8_t *codes = panel.codes + some / 8 * bytes;
                 const int later = some % 8 != 0;
-                const float *given = job->rows + row * job->stride + first + some * 4;
+                const float *given = from + first + some * 4;
 #pragma GCC unroll 4
                 for (int i = 0; i < bytes / 2 / VECTOR; i++)
                     __builtin_prefetch(codes + (later * bytes / 2) + i * VECTOR + AHEAD, 0, 0);
                 codes += later * (bytes / 2);
 #pragma GCC unroll 4
-                for (int part = 0; part < PARTS; part++)
+                for (int vector = 0; vector < 4; vector++) {
+#if SCALED
+                    if (apart) {
+                        NAMED(add_scaled)(codes + vector * VECTOR, given + vector * 4, stride, count, sets, group);
+                        continue;
+                    }
+#endif
 #pragma GCC unroll 4
-                    for (int vector = 0; vector < 4; vector++) {
+                    for (int part = 0; part < PARTS; part++) {
                         Floats values[4];
                         NAMED(floats_of)(kind, codes, vector, part, table, values);
 #pragma GCC unroll 4
                         for (int i = 0; i < 4; i++)
 #pragma GCC unroll 4
                             for (int r = 0; r < count; r++)
-                                group[r][i % 2][part] = V(fma)(values[i], V(splat)(given[r * job->stride + vector * 4 + i]),
+                                group[r][i % 2][part] = V(fma)(values[i], V(splat)(given[r * stride + vector * 4 + i]),
                                                                group[r][i % 2][part]);
                     }
+                }
             }
 #pragma GCC unroll 4
-            for (int r = 0; r < count; r++)
+            for (int r = 0; r < count; r++) {
+                Floats dots[PARTS];
+#pragma GCC unroll 4
+                for (int part = 0; part < PARTS; part++) {
+                    dots[part] = group[r][0][part] + group[r][1][part];
+                    if (sets == 4) dots[part] += group[r][2][part] + group[r][3][part];
+                }
+#if SCALED
+                if (apart) V(interleave)(dots);
+#endif
 #pragma GCC unroll 4
                 for (int part = 0; part < PARTS; part++)
-                    sums[r][part] = V(fma)(NAMED(load_floats)(scale + part * LANES), group[r][0][part] + group[r][1][part],
-                                           sums[r][part]);
+                    sums[r][part] = V(fma)(NAMED(load_floats)(scale + part * LANES), dots[part], sums[r][part]);
+            }
         }
         at = end_of(weight, &panel);
     }
 #pragma GCC unroll 4
-    for (int r = 0; r < count; r++) NAMED(store_lanes)(job, tile, row + r, sums[r]);
+    for (int r = 0; r < count; r++) {
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++)
+            sums[r][part] = apart ? sums[r][part] * V(splat)(0x1p20f) * V(splat)(scaled->steps[row + r])
+                                  : sums[r][part] * V(splat)((float)weight->factor);
+        NAMED(store_lanes)(job, tile, row + r, sums[r]);
+    }
 }
 
 /* ---- what is called ---- */
@@ -520,46 +687,83 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
         if (row < last) NAMED(block)(__VA_ARGS__, tile, row, 1);                              \
     }
 
-#define INTEGERS(name, bits, table)                                                                                     \
+#define NO_BYTES {NAMED(splat_byte)(0), NAMED(splat_byte)(0)}
+#define BYTES(less) {V(table)(job->weight->bytes) - NAMED(splat_byte)(less), NAMED(splat_byte)(0)}
+
+#define INTEGERS(name, bits, table, ...)                                                                                  \
     TARGET static void NAMED(name)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) { \
+        const Bytes values[2] = __VA_ARGS__;                                                                            \
         if (job->weight->group == 16) {                                                                                 \
-            FOR_SOME_ROWS(integer_block, bits, table, 16, job, rows, run)                                               \
+            FOR_SOME_ROWS(integer_block, bits, table, 16, values, job, rows, run)                                       \
         } else if (job->weight->group == CHUNK) {                                                                       \
-            FOR_SOME_ROWS(integer_block, bits, table, CHUNK, job, rows, run)                                            \
+            FOR_SOME_ROWS(integer_block, bits, table, CHUNK, values, job, rows, run)                                    \
         } else {                                                                                                        \
-            FOR_SOME_ROWS(integer_block, bits, table, 0, job, rows, run)                                                \
+            FOR_SOME_ROWS(integer_block, bits, table, 0, values, job, rows, run)                                        \
         }                                                                                                               \
     }
 
 #define FLOATS(name, kind)                                                                                              \
     TARGET static void NAMED(name)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) { \
-        (void)rows;                                                                                                     \
-        FOR_SOME_ROWS(code_float_block, kind, job, run)                                                                 \
+        FOR_SOME_ROWS(code_float_block, kind, job, rows, run)                                                           \
     }
 
-INTEGERS(two_bits, 2, 0)
-INTEGERS(three_bits, 3, 0)
-INTEGERS(four_bits, 4, 0)
-INTEGERS(five_bits, 5, 0)
-INTEGERS(six_bits, 6, 0)
-INTEGERS(eight_bits, 8, 0)
-INTEGERS(wide_table, 4, WIDE_TABLE)
+INTEGERS(two_bits, 2, 0, NO_BYTES)
+INTEGERS(three_bits, 3, 0, NO_BYTES)
+INTEGERS(four_bits, 4, 0, NO_BYTES)
+INTEGERS(five_bits, 5, 0, NO_BYTES)
+INTEGERS(six_bits, 6, 0, NO_BYTES)
+INTEGERS(eight_bits, 8, 0, NO_BYTES)
 #if PAIRED
-INTEGERS(narrow_table, 4, NARROW)
-#endif
+INTEGERS(narrow_table, 4, NARROW, BYTES(least_of(job->weight)))
 
-TARGET static void NAMED(table_bits)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
-#if PAIRED
-    if (is_narrow(job->weight)) {
-        NAMED(narrow_table)(job, rows, run, start, end);
-        return;
-    }
-#endif
-    NAMED(wide_table)(job, rows, run, start, end);
+TARGET static void NAMED(wide_table)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+    const Bytes tables[2] = {V(table)(job->weight->bytes), NAMED(splat_byte)(0)};
+    FOR_SOME_ROWS(word_block, 0, tables, job, rows, run)
 }
 
+TARGET static void NAMED(table_bits)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+    (is_narrow(job->weight) ? NAMED(narrow_table) : NAMED(wide_table))(job, rows, run, start, end);
+}
+#else
+INTEGERS(table_bits, 4, WIDE_TABLE, BYTES(SIGNED ? 128 : 0))
+#endif
+
+#if PAIRED
+TARGET static void NAMED(float_table)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+    uint8_t bytes[2][16];
+    for (int i = 0; i < 32; i++) bytes[i % 2][i / 2] = (uint8_t)(job->weight->words[i / 2] >> i % 2 * 8);
+    const Bytes tables[2] = {V(table)(bytes[0]), V(table)(bytes[1])};
+    FOR_SOME_ROWS(word_block, 1, tables, job, rows, run)
+}
+#define IN_WORDS 1
+#elif !SIGNED
+INLINE TARGET Bytes NAMED(fine_bytes)(const int16_t *words, int other) {
+    uint8_t bytes[16];
+    for (int i = 0; i < 16; i++) {
+        const int number = 3 * words[i] + BASE * FINE_BASE + FINE_OTHER;
+        bytes[i] = (uint8_t)(other ? number % BASE : number / BASE);
+    }
+    return V(table)(bytes);
+}
+
+INTEGERS(float_table, 4, FINE, {NAMED(fine_bytes)(job->weight->words, 0), NAMED(fine_bytes)(job->weight->words, 1)})
+#define IN_WORDS 1
+#else
 FLOATS(float_table, FLOAT_TABLE)
+#define IN_WORDS 0
+#endif
+#if SCALED
+FLOATS(scaled_e4m3, E4M3)
+
+TARGET static void NAMED(e4m3)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+    const unsigned mode = _mm_getcsr(); /* numbers without an exponent count, whatever this thread is set to */
+    _mm_setcsr(mode & ~0x8040u);
+    NAMED(scaled_e4m3)(job, rows, run, start, end);
+    _mm_setcsr(mode);
+}
+#else
 FLOATS(e4m3, E4M3)
+#endif
 FLOATS(e5m2, E5M2)
 
 TARGET static void NAMED(dequantise)(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
@@ -570,6 +774,8 @@ static const Path NAMED(path) = {
     .name = NAME,
     .is_here = NAMED(is_here),
     .quantise = NAMED(quantise),
+    .split = SCALED ? scale_rows : NULL,
+    .in_words = IN_WORDS,
     .floats = {NAMED(float32), NAMED(bfloat16), NAMED(float16)},
     .plain = {NULL, NULL, NAMED(two_bits), NAMED(three_bits), NAMED(four_bits), NAMED(five_bits), NAMED(six_bits), NULL,
               NAMED(eight_bits)},
@@ -590,6 +796,10 @@ static const Path NAMED(path) = {
 #undef Halves
 #undef FOR_SOME_ROWS
 #undef INTEGERS
+#undef NO_BYTES
+#undef BYTES
+#undef FINE_BASE
+#undef FINE_OTHER
 #undef FLOATS
 #undef NAME
 #undef NAMED
@@ -598,4 +808,8 @@ static const Path NAMED(path) = {
 #undef DOT
 #undef SIGNED
 #undef PAIRED
+#undef IS_PAIRED
 #undef ROWS
+#undef SCALED
+#undef WORDS
+#undef IN_WORDS

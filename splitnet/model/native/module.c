@@ -56,10 +56,9 @@ static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t coun
     };
     const int64_t *experts = (const int64_t *)(intptr_t)numbers[7];
     GroupedKernel kernel = kernel_of(numbers[10] ? &plain : path, weight);
-    const enum taken taken = kernel == grouped_plainly ? AS_FLOATS : taken_by(weight);
-    int many = 1;
+    int many = 1, enough;
     Run one = {.tiles = tiles, .row = 0, .count = job.count}, *runs = &one;
-    Quantised rows = {.high = NULL};
+    Quantised rows;
     if (experts != NULL) {
         runs = malloc((job.count + 1) * sizeof(Run));
         if (runs == NULL) return PyErr_NoMemory();
@@ -71,21 +70,13 @@ static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t coun
             return NULL;
         }
     }
-    if (taken != AS_FLOATS) {
-        Job room = {.count = job.count, .inputs = taken == AS_BFLOATS ? 2 * job.stride : job.stride};
-        if (!prepare(&room, &rows)) {
-            if (runs != &one) free(runs);
-            return PyErr_NoMemory();
-        }
-    }
     Py_BEGIN_ALLOW_THREADS
-    Job given = {.rows = job.rows, .count = job.count, .inputs = job.stride};
-    if (taken == AS_INTEGERS) path->quantise(&given, &rows);
-    if (taken == AS_BFLOATS) path->split(&given, &rows);
-    run_tiles(kernel, &job, &rows, runs, many);
+    enough = take(path, kernel, &job, &rows);
+    if (enough) run_tiles(kernel, &job, &rows, runs, many);
     Py_END_ALLOW_THREADS
     free(rows.high);
     if (runs != &one) free(runs);
+    if (!enough) return PyErr_NoMemory();
     Py_RETURN_NONE;
 }
 

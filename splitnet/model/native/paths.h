@@ -23,9 +23,11 @@ static int is_here_avx2(void) {
 #define TARGET AVX2
 #define BITS 256
 #define DOT dot_avx2
+#define WORDS words_avx2
 #define SIGNED 1
 #define PAIRED 1
 #define ROWS 2
+#define SCALED 1
 #include "kernels.h"
 
 #ifdef HAVE_AVXVNNI
@@ -42,6 +44,7 @@ static int is_here_avxvnni(void) {
 #define SIGNED 0
 #define PAIRED 0
 #define ROWS 2
+#define SCALED 1
 #include "kernels.h"
 #endif
 
@@ -55,6 +58,7 @@ static int is_here_avxvnni(void) {
 #define SIGNED 0
 #define PAIRED 0
 #define ROWS 2
+#define SCALED 1
 #include "kernels.h"
 #endif
 
@@ -83,6 +87,7 @@ static int is_here_dotprod(void) { return 0; }
 #define SIGNED 1
 #define PAIRED 0
 #define ROWS 2
+#define SCALED 0
 #include "kernels.h"
 #endif
 

@@ -60,7 +60,9 @@ typedef struct {
     int8_t *low;      /* [count, stride] */
     float *steps;     /* what 1 stands for, by row */
     float *sums;      /* of every 16 numbers, [count, stride / SUMMED] */
-    float *pairs;     /* of two of these, [count, stride / SUMMED / 2] */
+    float *highs;     /* likewise of `high` only */
+    float *pairs;     /* of two of the sums, [count, stride / SUMMED / 2] */
+    int16_t *words;   /* the numbers themselves, [count, stride], of paths that take them so */
 } Quantised;
 
 INLINE float from_bfloat16(uint16_t bits) {
@@ -85,6 +87,7 @@ INLINE void add_up(const Quantised *to, long row) {
         }
         long at = row * (to->stride / SUMMED) + some;
         to->sums[at] = (float)(BASE * upper + lower);
+        to->highs[at] = (float)upper;
         if (some % 2) to->pairs[at / 2] = to->sums[at - 1] + to->sums[at];
     }
 }
@@ -265,11 +268,13 @@ static long padded(long inputs) { return (inputs + 63) / 64 * 64; }
 
 static int prepare(const Job *job, Quantised *to) {
     long stride = padded(job->inputs), sums = stride / SUMMED;
-    char *memory = malloc(job->count * (2 * stride + (sums + sums / 2 + 1) * 4) + 64);
+    char *memory = malloc(job->count * (4 * stride + (2 * sums + sums / 2 + 1) * 4) + 64);
     if (memory == NULL) return 0;
     *to = (Quantised){.stride = stride, .high = (int8_t *)memory, .low = (int8_t *)memory + job->count * stride};
-    to->sums = (float *)(memory + 2 * job->count * stride);
-    to->pairs = to->sums + job->count * sums;
+    to->words = (int16_t *)(memory + 2 * job->count * stride);
+    to->sums = (float *)(memory + 4 * job->count * stride);
+    to->highs = to->sums + job->count * sums;
+    to->pairs = to->highs + job->count * sums;
     to->steps = to->pairs + job->count * sums / 2;
     return 1;
 }

@@ -18,6 +18,7 @@ INLINE NEON Floats_128 fma_128(Floats_128 a, Floats_128 b, Floats_128 c) {
     return (Floats_128)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 }
 INLINE NEON Floats_128 max_128(Floats_128 a, Floats_128 b) { return (Floats_128)vmaxq_f32((float32x4_t)a, (float32x4_t)b); }
+INLINE NEON Ints_128 larger_128(Ints_128 a, Ints_128 b) { return (Ints_128)vmaxq_s32((int32x4_t)a, (int32x4_t)b); }
 INLINE NEON Ints_128 rounded_128(Floats_128 a) { return (Ints_128)vcvtnq_s32_f32((float32x4_t)a); }
 INLINE NEON Floats_128 floats_128(Ints_128 a) { return (Floats_128)vcvtq_f32_s32((int32x4_t)a); }
 

@@ -18,7 +18,19 @@ typedef struct {
 INLINE AVX2 Ints_256 splat_int_256(int32_t value) { return (Ints_256)_mm256_set1_epi32(value); }
 INLINE AVX2 Floats_256 splat_256(float value) { return (Floats_256)_mm256_set1_ps(value); }
 INLINE AVX2 Floats_256 fma_256(Floats_256 a, Floats_256 b, Floats_256 c) { return (Floats_256)_mm256_fmadd_ps(a, b, c); }
+
+/* The same, where the compiler would else compute so much at a time that sums go to memory. */
+INLINE AVX2 Floats_256 fma_now_256(Floats_256 a, Floats_256 b, Floats_256 c) {
+    c = fma_256(a, b, c);
+    __asm__("" : "+x"(c));
+    return c;
+}
+
+/* So that the compiler does not compute so much at a time that sums go to memory. */
+INLINE AVX2 void keep_256(Ints_256 *a, Ints_256 *b, Ints_256 *c) { __asm__("" : "+x"(*a), "+x"(*b), "+x"(*c)); }
+
 INLINE AVX2 Floats_256 max_256(Floats_256 a, Floats_256 b) { return (Floats_256)_mm256_max_ps(a, b); }
+INLINE AVX2 Ints_256 larger_256(Ints_256 a, Ints_256 b) { return (Ints_256)_mm256_max_epi32((__m256i)a, (__m256i)b); }
 INLINE AVX2 Ints_256 rounded_256(Floats_256 a) { return (Ints_256)_mm256_cvtps_epi32(a); }
 INLINE AVX2 Floats_256 floats_256(Ints_256 a) { return (Floats_256)_mm256_cvtepi32_ps((__m256i)a); }
 
@@ -40,9 +52,34 @@ INLINE AVX2 void store_sums_256(float *to, const Floats_256 *sums) {
     _mm_storeu_ps(to, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
 }
 
+/* What stands in even places, and what stands in odd ones, becomes the first half and the second. */
+INLINE AVX2 void interleave_256(Floats_256 both[2]) {
+    __m256 first = _mm256_unpacklo_ps((__m256)both[0], (__m256)both[1]);
+    __m256 second = _mm256_unpackhi_ps((__m256)both[0], (__m256)both[1]);
+    both[0] = (Floats_256)_mm256_permute2f128_ps(first, second, 0x20);
+    both[1] = (Floats_256)_mm256_permute2f128_ps(first, second, 0x31);
+}
+
 /* What bytes of 0 to 15 stand for in a table of 16. */
 INLINE AVX2 Bytes_256 look_up_256(Bytes_256 table, Bytes_256 places) {
     return (Bytes_256)_mm256_shuffle_epi8((__m256i)table, (__m256i)places);
+}
+
+/* Words of two vectors of bytes: of every 16 the first eight, and the others. */
+INLINE AVX2 void join_bytes_256(Bytes_256 lower, Bytes_256 upper, Words_256 words[2]) {
+    words[0] = (Words_256)_mm256_unpacklo_epi8((__m256i)lower, (__m256i)upper);
+    words[1] = (Words_256)_mm256_unpackhi_epi8((__m256i)lower, (__m256i)upper);
+}
+
+/* The sums of each two neighbours, of every four those of the first vector and those of the second. */
+INLINE AVX2 Floats_256 neighbours_256(Floats_256 first, Floats_256 second) {
+    return (Floats_256)_mm256_hadd_ps((__m256)first, (__m256)second);
+}
+
+INLINE AVX2 Words_256 four_words_256(const int16_t *from) {
+    int64_t words;
+    memcpy(&words, from, sizeof words);
+    return (Words_256)_mm256_set1_epi64x(words);
 }
 
 INLINE AVX2 Bytes_256 table_256(const uint8_t *at) {
@@ -68,8 +105,8 @@ INLINE AVX2 Words_256 pairs_avx2(Words_256 sums, Bytes_256 codes, Bytes_256 numb
     return sums;
 }
 
-INLINE AVX2 Ints_256 with_pairs_avx2(Ints_256 sums, Words_256 pairs) {
-    sums += (Ints_256)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16(1));
+INLINE AVX2 Ints_256 with_pairs_avx2(Ints_256 sums, Words_256 pairs, int times) {
+    sums += (Ints_256)_mm256_madd_epi16((__m256i)pairs, _mm256_set1_epi16((short)times));
     __asm__("" : "+x"(sums));
     return sums;
 }
@@ -77,7 +114,14 @@ INLINE AVX2 Ints_256 with_pairs_avx2(Ints_256 sums, Words_256 pairs) {
 /* Of codes with sign, down to -128. */
 INLINE AVX2 Ints_256 dot_avx2(Ints_256 sums, Bytes_256 codes, Bytes_256 numbers) {
     __m256i size = _mm256_abs_epi8((__m256i)codes), turned = _mm256_sign_epi8((__m256i)numbers, (__m256i)codes);
-    return with_pairs_avx2(sums, (Words_256)_mm256_maddubs_epi16(size, turned));
+    return with_pairs_avx2(sums, (Words_256)_mm256_maddubs_epi16(size, turned), 1);
+}
+
+/* Adds products of words, of two neighbours each. */
+INLINE AVX2 Ints_256 words_avx2(Ints_256 sums, Words_256 codes, Words_256 numbers) {
+    sums += (Ints_256)_mm256_madd_epi16((__m256i)codes, (__m256i)numbers);
+    __asm__("" : "+x"(sums));
+    return sums;
 }
 
 /* Of codes without sign. */
