@@ -1,12 +1,17 @@
 """How soon a peer, a client and a swarm of both are ready, and what a peer takes beside its blocks; prints Markdown.
 
     python benchmarks/startup.py [CHECKPOINT] [--blocks 0:10] [--rounds 3]
+    python benchmarks/startup.py [CHECKPOINT] --lean PYTHON [--rounds 5]
 
 Of several rounds the least of each figure is told, as others who use the machine only add to it. All is timed from the
 start of the Python process. The first table is of one process that does what `splitnet peer` does: what ends when, in
 seconds, and its resident memory then, in MiB. What overlaps is told as it ends. The second table is of the commands
 themselves: `peer` until it serves, `generate` through three peers until its first word, and `demo` (three peers and a
 client, started together) until its first word. The page cache is warm from the second round on. Linux only.
+
+With `--lean` there is one other table: `generate` until its first word, through three peers, by the kind of address
+that it joins with, and by the Python of an environment that has no hivemind. Medians, in turns, after a round that does
+not count.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 
 import psutil
 
@@ -81,8 +87,14 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default="demo")
     parser.add_argument("--blocks", default="0:10")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--lean", metavar="PYTHON", help="of an environment without hivemind")
     options = parser.parse_args()
     checkpoint = resolve_model(options.checkpoint)
+    if options.lean:
+        print("| `generate`, first word | median, s | all, s |\n|---|---:|---|")
+        for name, times in ways_to_join(checkpoint, options.lean, options.rounds).items():
+            print(f"| {name} | {median(times):.2f} | {', '.join(f'{one:.2f}' for one in sorted(times))} |")
+        return
     ends: dict[str, list[tuple[float, float]]] = {}
     commands: dict[str, list[float]] = {}
     memory: list[dict[str, float]] = []
@@ -155,16 +167,38 @@ def first_word_of_generate(checkpoint: str) -> float:
         return first_output(["generate", checkpoint, "What do bees eat?", "--join", address, "--device", "cpu"], "")
 
 
+def ways_to_join(checkpoint: str, lean: str, rounds: int) -> dict[str, list[float]]:
+    """Seconds until the first word of each way to join."""
+    has = subprocess.run([lean, "-c", "import hivemind"], stderr=subprocess.DEVNULL).returncode == 0
+    if has:
+        raise SystemExit(f"{lean} has hivemind: name the Python of an environment that has not")
+    times: dict[str, list[float]] = {}
+    with LocalSwarm(checkpoint, 3, (*ONE_THREAD, "--device", "cpu")) as swarm:
+        swarm.wait()
+        node, peer = re.findall(r"--join (\S+)", swarm.log(0))
+        for number in range(rounds + 1):
+            for name, python, address in (
+                ("hivemind, `/ip4/...`", sys.executable, node),
+                ("hivemind is there, `tcp://...`", sys.executable, peer),
+                ("no hivemind, `tcp://...`", lean, peer),
+            ):
+                words = ["generate", checkpoint, "What do bees eat?", "--join", address, "--device", "cpu"]
+                seconds = first_output(words, "", python)
+                if number:
+                    times.setdefault(name, []).append(seconds)
+    return times
+
+
 def first_word_of_demo(checkpoint: str) -> float:
     """Seconds until `splitnet demo` prints the first word of the answer, which comes after the question."""
     return first_output(["demo", checkpoint, "--prompt", "What do bees eat?", "--device", "cpu"], r"eat\?\s+")
 
 
-def first_output(arguments: list[str], after: str) -> float:
+def first_output(arguments: list[str], after: str, python: str = sys.executable) -> float:
     """Seconds until a command prints a letter after what matches `after`."""
     began = time.monotonic()
     with subprocess.Popen(
-        [*SPLITNET, *arguments, "--max-new-tokens", "8"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        [python, *SPLITNET[1:], *arguments, "--max-new-tokens", "8"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
         assert process.stdout is not None
         text = ""

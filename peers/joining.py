@@ -53,10 +53,11 @@ def join_swarm(
     directory = join(initial_peers, lambda: Links(identity), listen=listen, swarm=swarm, waiting=waiting)
     try:
         node = node_of(directory)
-        if node is None and options.dht_listen is not None:
-            raise DirectoryError("this peer joins no DHT, as it joins through peers: leave --dht-listen out")
-        if node is None and options.lan:
-            raise LanError("a peer that joins no DHT is not found on a network: leave --lan out")
+        if node is None and (options.dht_listen is not None or options.lan):
+            reason = "it joins through peers" if initial_peers else "hivemind is not installed"
+            if options.dht_listen is not None:
+                raise DirectoryError(f"this peer joins no DHT, as {reason}: leave --dht-listen out")
+            raise LanError(f"a peer that joins no DHT, as {reason}, is not found on a network: leave --lan out")
         if node is None or not options.lan:
             return directory, None
         return directory, LanPresence.start(node, checkpoint, has_joined=bool(initial_peers), report=report)
@@ -72,4 +73,4 @@ def _read_when_there(file: Path, waiting: Callable[[], None]) -> str:
             raise DirectoryError(f"no peer has written its address to {file} in {FILE_TIMEOUT_S:.0f} s")
         waiting()
         time.sleep(0.05)
-    return file.read_text().strip()
+    return file.read_text(encoding="utf-8").strip()

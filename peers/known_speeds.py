@@ -58,14 +58,14 @@ class KnownSpeeds:
         partial = self._file.with_name(f".{self._file.name}.{os.getpid()}.{threading.get_ident()}")
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(latest, indent=1))
+            partial.write_text(json.dumps(latest, indent=1), encoding="utf-8")
             partial.replace(self._file)
         except OSError as error:
             log.info("the speed of this device is not kept in %s: %s", self._file, error.strerror)
 
     def _read(self) -> dict[str, Any]:
         try:
-            known = json.loads(self._file.read_text())
+            known = json.loads(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return {}
         return known if isinstance(known, dict) else {}
@@ -100,7 +100,7 @@ def _kernels() -> str:
 
 def _cpu() -> str:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

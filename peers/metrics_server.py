@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import socket
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
@@ -67,7 +68,7 @@ class MetricsServer:
 
 
 class _Server(ThreadingTCPServer):
-    allow_reuse_address = True
+    allow_reuse_address = sys.platform != "win32"  # where others could take the port, too
     daemon_threads = True
     registry: CollectorRegistry
 

@@ -15,6 +15,8 @@ from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, Final
 
+from splitnet.signals import ENDING
+
 ABSENT: Final = {
     "is_torch_distributed_available": "torch.distributed.tensor, and sympy",
     "is_torch_flex_attn_available": "torch._dynamo, and torch._inductor",
@@ -66,7 +68,7 @@ def _signals_held() -> Iterator[None]:
             for each in arrived:
                 before[each](each, frame)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in ENDING:
         if callable(handler := signal.getsignal(number)):
             before[number] = handler
             signal.signal(number, note)

@@ -110,6 +110,10 @@ CodecName = Annotated[
         help="How activations travel: auto, or a name from docs/codecs.md such as int8.",
     ),
 ]
+Wait = Annotated[
+    float,
+    typer.Option(min=0, metavar="SECONDS", help="Time to wait for blocks that suddenly nobody serves."),
+]
 LocalBlocks = Annotated[
     str | None,
     typer.Option(

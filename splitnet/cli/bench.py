@@ -8,24 +8,8 @@ from typing import Annotated
 import typer
 
 from splitnet.bench.cases import cases_of
-from splitnet.cli.arguments import (
-    CodecName,
-    Device,
-    EnergySlowdown,
-    InviteFile,
-    Join,
-    KeyFile,
-    Lan,
-    LocalBlocks,
-    LocalWeights,
-    ModelOrInvite,
-    Prefer,
-    Preferred,
-    SwarmKeyFile,
-    TrustedPeers,
-    model_or_invited,
-    resolve_model,
-)
+from splitnet.cli.arguments import ModelOrInvite, model_or_invited, resolve_model
+from splitnet.cli.connecting import Connecting, connects
 from splitnet.errors import SplitnetError
 from splitnet.light_imports import import_models
 
@@ -33,10 +17,11 @@ _TESTS = "Tests"
 _MANNER = "How to measure"
 
 
+@connects(without=("wait", "tokenizer"))
 def bench(
     model: ModelOrInvite = None,
-    join: Join = None,
-    lan: Lan = True,
+    *,
+    connecting: Connecting,
     local: Annotated[
         bool,
         typer.Option(
@@ -75,12 +60,6 @@ def bench(
     warm_up: Annotated[
         int, typer.Option(min=0, help="Rounds before, which do not count.", rich_help_panel=_MANNER)
     ] = 1,
-    codec: CodecName = "auto",
-    device: Device = "auto",
-    local_blocks: LocalBlocks = None,
-    local_weights: LocalWeights = None,
-    prefer: Prefer = Preferred.latency,
-    energy_slowdown: EnergySlowdown = None,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -93,43 +72,24 @@ def bench(
         int, typer.Option(min=0, max=2**31, help="Of the random tokens of prompts.", rich_help_panel=_MANNER)
     ] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print all rounds as JSON instead of a table.")] = False,
-    key_file: KeyFile = None,
-    swarm_key: SwarmKeyFile = None,
-    trusted_peers: TrustedPeers = None,
-    invite: InviteFile = None,
 ) -> None:
     """Measure how fast prompts are read and answers are generated, through a swarm, here, or both in turns.
 
     Prompts are random tokens, answers have exactly as many tokens as asked for, whatever the model says.
     """
-    if not (join or lan or local or invite):
+    if not (connecting.join or connecting.lan or local or connecting.invite):
         raise SplitnetError(
             "there is nothing to measure: give --join ADDR for a swarm, --local for plain transformers here, or both"
         )
     cases = cases_of(prefill or [512], decode, context or [0], clients or [1])
     if not cases:
         raise SplitnetError("--prefill 0 and --decode 0 leave nothing to measure: give tokens to one of them")
-    checkpoint = resolve_model(model_or_invited(model, invite))
+    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
     from splitnet.cli.benchmark import Benchmark
-    from splitnet.cli.connection import Connection
 
-    connection = Connection(
-        checkpoint,
-        join or (),
-        codec,
-        key_file,
-        local_blocks=local_blocks,
-        local_weights=local_weights,
-        lan=lan,
-        device=device,
-        prefer=prefer.value,
-        energy_slowdown=energy_slowdown,
-        swarm_key=swarm_key,
-        trusted_peers=trusted_peers,
-        invite=invite,
-    )
+    connection = connecting.to(checkpoint)
     report = Benchmark(cases, rounds, warm_up, seed, threads, local).run(connection)
     if as_json:
         typer.echo(json.dumps(report.document()))

@@ -7,79 +7,34 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import (
-    CodecName,
-    Device,
-    EnergySlowdown,
-    InviteFile,
-    Join,
-    KeyFile,
-    Lan,
-    LocalBlocks,
-    LocalWeights,
-    ModelOrInvite,
-    Prefer,
-    Preferred,
-    SwarmKeyFile,
-    Tokenizer,
-    TrustedPeers,
-    model_or_invited,
-    resolve_model,
-)
-from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP, Wait
+from splitnet.cli.arguments import ModelOrInvite, model_or_invited, resolve_model
+from splitnet.cli.connecting import Connecting, connects
+from splitnet.cli.generate import AdapterFolder, MaxNewTokens, Seed, Speculate, Temperature, TopP
 from splitnet.errors import SplitnetError
 from splitnet.light_imports import import_models
 from splitnet.printable import printable
 
 
+@connects()
 def chat(
     model: ModelOrInvite = None,
-    join: Join = None,
-    lan: Lan = True,
+    *,
+    connecting: Connecting,
     system: Annotated[str | None, typer.Option(help="System message of the chat.")] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
-    codec: CodecName = "auto",
-    wait: Wait = 30.0,
     adapter: AdapterFolder = None,
     speculate: Speculate = None,
-    device: Device = "auto",
-    local_blocks: LocalBlocks = None,
-    local_weights: LocalWeights = None,
-    tokenizer: Tokenizer = None,
-    prefer: Prefer = Preferred.latency,
-    energy_slowdown: EnergySlowdown = None,
-    key_file: KeyFile = None,
-    swarm_key: SwarmKeyFile = None,
-    trusted_peers: TrustedPeers = None,
-    invite: InviteFile = None,
 ) -> None:
     """Chat with MODEL through the peers of a swarm; they keep the KV cache of the conversation."""
-    checkpoint = resolve_model(model_or_invited(model, invite))
+    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
-    from splitnet.cli.connection import Connection
     from splitnet.cli.generation import Client, Sampling
 
-    connection = Connection(
-        checkpoint,
-        join or (),
-        codec,
-        key_file,
-        wait,
-        local_blocks,
-        local_weights,
-        lan,
-        tokenizer,
-        device,
-        prefer=prefer.value,
-        energy_slowdown=energy_slowdown,
-        swarm_key=swarm_key,
-        trusted_peers=trusted_peers,
-        invite=invite,
-    )
+    connection = connecting.to(checkpoint)
     client = Client.connect(connection, adapter, speculate)
     try:
         sampling = Sampling(max_new_tokens, temperature, top_p, seed)

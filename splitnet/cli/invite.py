@@ -32,12 +32,14 @@ class Invite:
         join: addresses of peers.
         swarm_key: of the swarm.
         identity: the key of who was invited.
+        authorized: lines of a list of keys: who may use a peer of whom was invited; none: it does not say.
     """
 
     model: str
     join: tuple[str, ...]
     swarm_key: SwarmKey
     identity: Identity
+    authorized: tuple[str, ...] = ()
 
     @classmethod
     def load(cls, path: Path) -> Invite:
@@ -53,8 +55,8 @@ class Invite:
         text = read_secret_file(path)
         try:
             content: dict[str, Any] = tomllib.loads(text)
-            model, join = content["model"], content["join"]
-            if type(model) is not str or type(join) is not list or not all(type(one) is str for one in join):
+            model, join, authorized = content["model"], content["join"], content.get("authorized", [])
+            if type(model) is not str or not _are_texts(join) or not _are_texts(authorized):
                 raise ValueError
             swarm_key, identity = SwarmKey.parse(str(content["swarm-key"])), Identity.parse(str(content["key"]))
         except (KeyError, ValueError):
@@ -62,7 +64,7 @@ class Invite:
         except KeyFileError as error:
             raise KeyFileError(f"{path} is no invitation: {error}") from None
         checked_addresses(join)
-        return cls(model, tuple(join), swarm_key, identity)
+        return cls(model, tuple(join), swarm_key, identity, tuple(authorized))
 
     def save(self, path: Path) -> None:
         """Writes a new file that its owner alone can read. Raises KeyFileError if it cannot, or one is there."""
@@ -70,7 +72,29 @@ class Invite:
 
         fields = {"model": self.model, "swarm-key": self.swarm_key.secret_text, "key": self.identity.secret_text}
         lines = [f"{name} = {_quoted(value)}\n" for name, value in fields.items()]
-        write_secret_file(path, f"{_ABOUT}{''.join(lines)}join = [{', '.join(map(_quoted, self.join))}]\n")
+        for name, texts in (("join", self.join), ("authorized", self.authorized)):
+            lines.append(f"{name} = [{', '.join(map(_quoted, texts))}]\n")
+        write_secret_file(path, _ABOUT + "".join(lines))
+
+    def list_of_keys(self, path: Path) -> Path | None:
+        """The list of who may use a peer with the invitation in `path`, beside it; made if it is not there.
+
+        Who is not listed may come, too, and comes last: somebody may have been invited later. None: the invitation does
+        not say. Raises SplitnetError if it cannot be written.
+        """
+        file = path.with_name(f"{path.name}.keys")
+        if file.exists() or not self.authorized:
+            return file if file.exists() else None
+        lines = [*self.authorized]
+        if not any("anyone" in line.split() for line in lines):
+            lines.append("anyone # whoever was invited later; without this line only those above")
+        try:
+            file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        except OSError as error:
+            raise SplitnetError(
+                f"{file} cannot be written ({error.strerror}): give --authorized-keys with who may use this peer"
+            ) from None
+        return file
 
 
 def invite(
@@ -93,9 +117,9 @@ def invite(
 
     Take the line out of the list to revoke the invitation.
     """
-    from splitnet.net.identity import Identity
+    from splitnet.net.identity import Identity, without_names
     from splitnet.net.key_options import parse_options
-    from splitnet.net.peer_addresses import is_peer_address
+    from splitnet.net.peer_addresses import check_peer_address, is_peer_address
     from splitnet.net.swarm_key import SwarmKey
 
     for address in join:
@@ -105,19 +129,31 @@ def invite(
         raise SplitnetError(f"{name!r} cannot stand in a list of keys: give a --name without # and =")
     if options:
         parse_options(options)
-    invitation = Invite(model, tuple(join), SwarmKey.load(swarm_key), Identity.generate())
-    invitation.save(output)
+    identity = Identity.generate()
+    line = " ".join(part for part in (options, identity.public.text, name) if part)
+    refusal = f"{authorized_keys} cannot be extended ({{}}): give another --authorized-keys"
+    try:
+        before = authorized_keys.read_text(encoding="utf-8") if authorized_keys.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise SplitnetError(refusal.format(error)) from None
+    listed = without_names(f"{before}\n{line}")
+    # Peers connect to each other, so those who are joined through may come, too.
+    peers = dict.fromkeys(check_peer_address(address).text for address in join)
+    listed += [peer for peer in peers if not any(peer in one.split() for one in listed)]
+    Invite(model, tuple(join), SwarmKey.load(swarm_key), identity, tuple(listed)).save(output)
     try:
         authorized_keys.parent.mkdir(parents=True, exist_ok=True)
-        before = authorized_keys.read_text(encoding="utf-8") if authorized_keys.exists() else ""
         with authorized_keys.open("a", encoding="utf-8") as file:
-            line = " ".join(part for part in (options, invitation.identity.public.text, name) if part)
             file.write(f"{'' if before.endswith(chr(10)) or not before else chr(10)}{line}\n")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         output.unlink()
-        raise SplitnetError(f"{authorized_keys} cannot be extended ({error}): give another --authorized-keys") from None
+        raise SplitnetError(refusal.format(error)) from None
     typer.echo(f"{output} invites {name}: give it to them over a safe channel")
-    typer.echo(f"to revoke it, take the line of {invitation.identity.public.text} out of {authorized_keys}")
+    typer.echo(f"to revoke it, take the line of {identity.public.text} out of {authorized_keys}")
+
+
+def _are_texts(value: Any) -> bool:
+    return type(value) is list and all(type(one) is str and one.isprintable() for one in value)
 
 
 def _quoted(text: str) -> str:

@@ -25,7 +25,7 @@ def write_address(path: Path | None, address: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(address + "\n")
+        partial.write_text(address + "\n", encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         raise SplitnetError(f"cannot write the address to {path} ({error.strerror}): give another file") from None

@@ -6,6 +6,7 @@ import sys
 
 from splitnet.client.swarm import ModelFacts
 from splitnet.errors import DirectoryError, LanError
+from splitnet.net.dht_node import have_hivemind
 from splitnet.net.lan import LocalNetwork, what_was_found
 from splitnet.net.messages import PROTOCOL_VERSION
 
@@ -24,6 +25,11 @@ def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
     """
     if not lan:
         raise DirectoryError(f"no swarm is given: {_FIX}, or look for one on this network with --lan")
+    if not have_hivemind():
+        raise DirectoryError(
+            "no swarm is given, and to join one that is found on this network takes hivemind, which is not installed: "
+            "give --join tcp://HOST:PORT?key=..., as a peer prints"
+        )
     try:
         with LocalNetwork(facts.fingerprint) as network:
             nodes = network.search()

@@ -74,6 +74,10 @@ class LocalSwarm:
                 self.processes[index] = self._start(index)
                 self._await_address(index)
 
+    def log(self, index: int) -> str:
+        """What a daemon has said."""
+        return self._log_file(index).read_text(encoding="utf-8", errors="replace")
+
     def _start(self, index: int) -> subprocess.Popen[bytes]:
         start, end = self.spans[index]
         command = [sys.executable, "-m", "splitnet", "peer", self._checkpoint, "--blocks", f"{start}:{end}"]
@@ -96,14 +100,14 @@ class LocalSwarm:
         file = self._address_file(index)
         while not file.exists():
             if self.processes[index].poll() is not None:
-                said = self._log_file(index).read_text(errors="replace").strip().splitlines()
+                said = self.log(index).strip().splitlines()
                 raise SplitnetError(f"daemon {index + 1} ended: {said[-1] if said else 'it said nothing'}")
             if time.monotonic() > deadline:
                 raise SplitnetError(
                     f"daemon {index + 1} did not start in {START_TIMEOUT_S:.0f} s: is the machine busy?"
                 )
             time.sleep(0.05)
-        return file.read_text().strip()
+        return file.read_text(encoding="utf-8").strip()
 
     def _address_file(self, index: int) -> Path:
         return Path(self._folder.name) / f"address-{index}"
@@ -116,7 +120,7 @@ def _count_blocks(checkpoint: str) -> int:
     """Blocks of a checkpoint, without loading torch if the folder is local."""
     config = Path(checkpoint) / "config.json"
     if config.is_file():
-        values = json.loads(config.read_text())
+        values = json.loads(config.read_text(encoding="utf-8"))
         for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
             if isinstance(values.get(name), int):
                 return values[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import signal
 import sys
@@ -29,6 +30,7 @@ from splitnet.cli.status import status
 from splitnet.cli.tune import tune
 from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
 from splitnet.light_imports import claim_process
+from splitnet.signals import ENDING
 
 app = typer.Typer(
     name="splitnet",
@@ -79,8 +81,12 @@ _DOCTOR_KNOWS = (DirectoryError, NotAuthorized, PeerLost)
 def main() -> None:
     """Runs the command line; an error that the user can act on is one sentence and exit code 1."""
     claim_process()
+    if sys.platform == "win32":  # whose pipes are not UTF-8
+        for stream in (sys.stdin, sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(encoding="utf-8")
     # Or the process would end without what it does at its end: leave the swarm, and stop its children.
-    for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # Windows has no SIGHUP
+    for number in ENDING:
         if signal.getsignal(number) is signal.SIG_DFL:
             signal.signal(number, _exit_cleanly)
     try:

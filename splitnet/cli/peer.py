@@ -182,11 +182,25 @@ def peer(
     from splitnet.model.demo import cache_folder
     from splitnet.model.device_choice import find_device
     from splitnet.model.memory import keep_freed_memory
+    from splitnet.net.dht_node import have_hivemind
     from splitnet.net.swarm_key import SwarmKey
 
     closed = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else None
+    if invitation and invite and authorized_keys is None:
+        authorized_keys = invitation.list_of_keys(invite)
+        if authorized_keys:
+            typer.echo(
+                f"who comes first at this peer stands in {authorized_keys}; without its line `anyone` no other may"
+            )
     if closed is not None and authorized_keys is None:
         tell(logging.WARNING, "whoever knows this peer's address may use it: give --authorized-keys with those who may")
+    if lan is None:
+        lan = is_reachable(listen) and not (joined or join_file) and closed is None
+        if lan and not have_hivemind():
+            lan = False
+            tell(
+                logging.WARNING, "hivemind is not installed, so others do not find this peer: they join by its address"
+            )
     keep_freed_memory()
     computes_on = find_device(device)
     if threads is not None:
@@ -195,7 +209,7 @@ def peer(
         wish=SpanWish(wanted_blocks, wanted_memory),
         initial_peers=joined,
         join_file=join_file,
-        lan=is_reachable(listen) and (not (joined or join_file) and closed is None if lan is None else lan),
+        lan=is_reachable(listen) and lan,
         listen=listen,
         dht_listen=(dht_listen,) if dht_listen else None,
         public_host=public_host,

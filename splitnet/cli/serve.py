@@ -9,27 +9,10 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import (
-    CodecName,
-    Device,
-    EnergySlowdown,
-    InviteFile,
-    Join,
-    KeyFile,
-    Lan,
-    LocalBlocks,
-    LocalWeights,
-    ModelOrInvite,
-    Prefer,
-    Preferred,
-    SwarmKeyFile,
-    Tokenizer,
-    TrustedPeers,
-    model_or_invited,
-    resolve_model,
-)
+from splitnet.cli.arguments import ModelOrInvite, model_or_invited, resolve_model
+from splitnet.cli.connecting import Connecting, connects
 from splitnet.cli.extras import require
-from splitnet.cli.generate import Speculate, Wait
+from splitnet.cli.generate import Speculate
 from splitnet.cli.logs import tell
 from splitnet.light_imports import import_models
 
@@ -43,10 +26,11 @@ class SamplingDefaults(StrEnum):
     checkpoint = "checkpoint"
 
 
+@connects()
 def serve(
     model: ModelOrInvite = None,
-    join: Join = None,
-    lan: Lan = True,
+    *,
+    connecting: Connecting,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8000,
     api_key_file: Annotated[
@@ -91,19 +75,7 @@ def serve(
         SamplingDefaults,
         typer.Option(help="Temperature and others that a request leaves out: OpenAI's, or the checkpoint's own."),
     ] = SamplingDefaults.openai,
-    codec: CodecName = "auto",
-    wait: Wait = 30.0,
     speculate: Speculate = None,
-    device: Device = "auto",
-    local_blocks: LocalBlocks = None,
-    local_weights: LocalWeights = None,
-    tokenizer: Tokenizer = None,
-    prefer: Prefer = Preferred.latency,
-    energy_slowdown: EnergySlowdown = None,
-    key_file: KeyFile = None,
-    swarm_key: SwarmKeyFile = None,
-    trusted_peers: TrustedPeers = None,
-    invite: InviteFile = None,
 ) -> None:
     """Serve MODEL over HTTP as OpenAI's API does, until interrupted (SIGINT or SIGTERM).
 
@@ -111,32 +83,15 @@ def serve(
     chat.
     """
     require("serve", "splitnet serve")
-    source = resolve_model(model_or_invited(model, invite))
+    source = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
-    from splitnet.cli.connection import Connection
     from splitnet.cli.generation import drafts_of
     from splitnet.serve.prefix_cache import KeepLimits
     from splitnet.serve.server import ServeOptions
     from splitnet.serve.server import serve as serve_until_told
 
-    connection = Connection(
-        source,
-        join or (),
-        codec,
-        key_file,
-        wait,
-        local_blocks,
-        local_weights,
-        lan,
-        tokenizer,
-        device,
-        prefer=prefer.value,
-        energy_slowdown=energy_slowdown,
-        swarm_key=swarm_key,
-        trusted_peers=trusted_peers,
-        invite=invite,
-    )
+    connection = connecting.to(source)
     checkpoint = connection.checkpoint()
     options = ServeOptions(
         host=host,

@@ -61,11 +61,11 @@ def simulate(
         output.mkdir(parents=True, exist_ok=True)
         results = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": figures}
         text = json.dumps(results, indent=1)
-        (output / "results.json").write_text(text + "\n")
+        (output / "results.json").write_text(text + "\n", encoding="utf-8")
     if plot:
         from splitnet.simulation.chart import chart
 
-        plot.write_text(chart(figures, f"{peers:,} peers, {worlds * clients:,} sessions"))
+        plot.write_text(chart(figures, f"{peers:,} peers, {worlds * clients:,} sessions"), encoding="utf-8")
 
 
 def _policies(wanted: list[str]) -> list[str]:

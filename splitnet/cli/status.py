@@ -7,16 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import (
-    InviteFile,
-    Join,
-    KeyFile,
-    Lan,
-    ModelOrInvite,
-    SwarmKeyFile,
-    model_or_invited,
-    resolve_model,
-)
+from splitnet.cli.arguments import ModelOrInvite, model_or_invited, resolve_model
+from splitnet.cli.connecting import Connecting, connects
 from splitnet.cli.joining import tell_addresses
 from splitnet.light_imports import import_models
 
@@ -27,26 +19,23 @@ if TYPE_CHECKING:
     from splitnet.client.overview import Overview
 
 
+@connects(only=("join", "lan", "key_file", "swarm_key", "invite"))
 def status(
     model: ModelOrInvite = None,
-    join: Join = None,
-    lan: Lan = True,
-    key_file: KeyFile = None,
-    swarm_key: SwarmKeyFile = None,
-    invite: InviteFile = None,
+    *,
+    connecting: Connecting,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:
     """Show the peers of MODEL's swarm, their blocks, speed and load, and which blocks nobody serves."""
-    checkpoint = resolve_model(model_or_invited(model, invite))
+    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()
-    from splitnet.cli.connection import Connection
     from splitnet.client.overview import Overview
     from splitnet.client.swarm import ModelFacts
     from splitnet.model.checkpoint import Checkpoint
 
+    connection = connecting.to(checkpoint)
     facts = ModelFacts.of(Checkpoint.open(checkpoint))
-    connection = Connection(checkpoint, join or (), key_file=key_file, lan=lan, swarm_key=swarm_key, invite=invite)
     with connection.swarm_of(facts) as swarm:
         overview = Overview.of(facts, swarm.peers(fresh=True))
     if as_json:

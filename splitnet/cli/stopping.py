@@ -13,14 +13,17 @@ import os
 import queue
 import signal
 import sys
+from contextlib import suppress
 
 from splitnet.net import children
+from splitnet.signals import ENDING, HANG_UP
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_LOOK_S = 0.5
+"""Windows runs no handler while the main thread waits for a lock, so it does not wait for longer."""
 
 
 class StopSignals:
-    """From its making on, SIGINT, SIGTERM and SIGHUP do not raise.
+    """From its making on, no signal that ends a process raises.
 
     Until the first `check` they end the process at once. Then the first ends `check` and `wait`, the second all.
     """
@@ -29,8 +32,8 @@ class StopSignals:
         self._number = 0
         self._may_end = True
         self._arrived: queue.SimpleQueue[int] = queue.SimpleQueue()  # may be filled by a handler
-        for number in _SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+        for number in ENDING:
+            if number != HANG_UP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
                 signal.signal(number, self._note)
 
     def check(self) -> None:
@@ -41,11 +44,15 @@ class StopSignals:
 
     def wait(self) -> None:
         """Returns when one has come; the next one raises KeyboardInterrupt. Raises SystemExit if it was SIGHUP."""
-        number = self._arrived.get()
-        if number == signal.SIGHUP:
+        if self._next() == HANG_UP:
             self.check()
-        for number in _SIGNALS:
+        for number in ENDING:
             signal.signal(number, signal.default_int_handler)
+
+    def _next(self) -> int:
+        while True:
+            with suppress(queue.Empty):
+                return self._arrived.get(timeout=_LOOK_S)
 
     def _note(self, number: int, _frame: object) -> None:
         if self._may_end or self._number:

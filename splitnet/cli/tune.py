@@ -7,24 +7,9 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import (
-    CodecName,
-    Device,
-    InviteFile,
-    Join,
-    KeyFile,
-    Lan,
-    LocalBlocks,
-    LocalWeights,
-    ModelOrInvite,
-    SwarmKeyFile,
-    Tokenizer,
-    TrustedPeers,
-    model_or_invited,
-    resolve_model,
-)
+from splitnet.cli.arguments import ModelOrInvite, model_or_invited, resolve_model
+from splitnet.cli.connecting import Connecting, connects
 from splitnet.cli.extras import require
-from splitnet.cli.generate import Wait
 from splitnet.errors import SplitnetError
 from splitnet.tuning.data import TEMPLATE
 from splitnet.tuning.methods import AdapterOptions, Method, PromptNetwork
@@ -35,6 +20,7 @@ _TRAINING = "Training"
 _ADAPTER = "Adapter"
 
 
+@connects(without=("prefer", "energy_slowdown"))
 def tune(
     data: Annotated[
         Path,
@@ -42,8 +28,8 @@ def tune(
     ],
     output: Annotated[Path, typer.Option(metavar="DIR", help="New folder for the adapter and what belongs to it.")],
     model: ModelOrInvite = None,
-    join: Join = None,
-    lan: Lan = True,
+    *,
+    connecting: Connecting,
     evaluation: Annotated[
         Path | None,
         typer.Option("--eval", metavar="FILE.jsonl", help="Held-out examples.", rich_help_panel=_DATA),
@@ -119,16 +105,6 @@ def tune(
         ),
     ] = None,
     network: Annotated[PromptNetwork, typer.Option(help="Of p-tuning.", rich_help_panel=_ADAPTER)] = PromptNetwork.MLP,
-    codec: CodecName = "auto",
-    wait: Wait = 30.0,
-    device: Device = "auto",
-    local_blocks: LocalBlocks = None,
-    local_weights: LocalWeights = None,
-    tokenizer: Tokenizer = None,
-    key_file: KeyFile = None,
-    swarm_key: SwarmKeyFile = None,
-    trusted_peers: TrustedPeers = None,
-    invite: InviteFile = None,
 ) -> None:
     """Fine-tune a model on your examples: the adapter stays here, the blocks and their work with the peers.
 
@@ -150,9 +126,8 @@ def tune(
         raise SplitnetError(f"all examples have the label {train.labels[0]!r}: give others too, or there is no choice")
     if head and train.form != "classification":
         raise SplitnetError('--head tells labels, and the data has none: give {"text": "...", "label": "..."}')
-    checkpoint = resolve_model(model_or_invited(model, invite))
+    checkpoint = resolve_model(model_or_invited(model, connecting.invite))
 
-    from splitnet.cli.connection import Connection
     from splitnet.cli.tuning import Tuning
 
     named = tuple(name.strip() for name in (targets or "").split(",") if name.strip())
@@ -184,20 +159,4 @@ def tune(
         output=output,
         resume=resume,
     )
-    tuning.run(
-        Connection(
-            checkpoint,
-            join or (),
-            codec,
-            key_file,
-            wait,
-            local_blocks,
-            local_weights,
-            lan,
-            tokenizer,
-            device,
-            swarm_key=swarm_key,
-            trusted_peers=trusted_peers,
-            invite=invite,
-        )
-    )
+    tuning.run(connecting.to(checkpoint))

@@ -33,6 +33,7 @@ from splitnet.model.loss_in_parts import loss_in_parts
 from splitnet.model.openmp import end_threads
 from splitnet.model.shell import backbone_of, load_shell
 from splitnet.net.identity import Identity
+from splitnet.net.swarm_key import SwarmKey
 
 _PLAIN = frozenset({"attention_mask", "cache", "use_cache", "position_ids", "logits_to_keep", "inputs_embeds"})
 """What `generate()` may hand to the model without its loop having to."""
@@ -61,6 +62,8 @@ class AutoModelForCausalLM:
         initial_peers: Sequence[str],
         identity: Identity | None = None,
         revision: str | None = None,
+        swarm_key: str | Path | SwarmKey | None = None,
+        trusted_peers: str | Path | None = None,
         **options: Any,
     ) -> RemoteCausalLM:
         """A causal LM of transformers, with `generate()` and all, whose blocks run on the peers of a swarm.
@@ -72,6 +75,8 @@ class AutoModelForCausalLM:
             initial_peers: addresses of the swarm, multiaddrs or `tcp://HOST:PORT?key=...` of peers.
             identity: the key that private swarms must know; None: the user's own (see `splitnet key`).
             revision: of the model on the hub.
+            swarm_key: of a closed swarm, or its file (see `splitnet key --swarm-key`).
+            trusted_peers: file with the keys of the peers that may be used; None: any.
             codec: how activations travel: "auto", or a name from `splitnet.net.codecs.CODECS`.
             dtype, device: of the local part; "auto": the best device that works, see `splitnet.model.device_choice`.
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
@@ -86,10 +91,18 @@ class AutoModelForCausalLM:
         Raises:
             ModelNotFound, UnsupportedModel: the model cannot be used.
             DirectoryError: no initial peer answers.
+            KeyFileError: a file with keys cannot be used.
             TypeError: there is no such option.
         """
         chosen = CausalOptions.of(options, *CONNECTION)
-        with joined(model, initial_peers=initial_peers, identity=identity, revision=revision) as (checkpoint, swarm):
+        with joined(
+            model,
+            initial_peers=initial_peers,
+            identity=identity,
+            revision=revision,
+            swarm_key=swarm_key,
+            trusted_peers=trusted_peers,
+        ) as (checkpoint, swarm):
             return _attached(checkpoint, swarm, chosen)
 
 

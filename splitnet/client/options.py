@@ -14,7 +14,7 @@ from splitnet.client.session import Preference, check_preference
 from splitnet.client.session_driver import RECOVERY_TIMEOUT_S
 from splitnet.model.device_choice import find_device
 
-CONNECTION = ("initial_peers", "identity", "revision")
+CONNECTION = ("initial_peers", "identity", "revision", "swarm_key", "trusted_peers")
 """What `from_pretrained` takes besides: which swarm, who asks, and which model."""
 
 Function = TypeVar("Function", bound=Callable[..., Any])

@@ -29,7 +29,8 @@ from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.families import has_attention
 from splitnet.model.shell import backbone_of, outline_in
-from splitnet.net.identity import Identity
+from splitnet.net.identity import AuthorizedKeys, Identity
+from splitnet.net.swarm_key import SwarmKey
 
 log = logging.getLogger(__name__)
 
@@ -246,16 +247,30 @@ def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, local: LocalBlocks, opti
 
 @contextmanager
 def joined(
-    model: str | Path, *, initial_peers: Sequence[str], identity: Identity | None, revision: str | None
+    model: str | Path,
+    *,
+    initial_peers: Sequence[str],
+    identity: Identity | None,
+    revision: str | None,
+    swarm_key: str | Path | SwarmKey | None,
+    trusted_peers: str | Path | None,
 ) -> Iterator[tuple[Checkpoint, Swarm]]:
     """Opens a checkpoint and joins its swarm, and leaves it again if the `with` ends in an error.
+
+    Args:
+        swarm_key: of a closed swarm, or its file.
+        trusted_peers: file with the keys of the peers that may be used; None: any.
 
     Raises:
         ModelNotFound, UnsupportedModel: the model cannot be used.
         DirectoryError: no initial peer answers.
+        KeyFileError: a file with keys cannot be used.
     """
+    key = SwarmKey.load(Path(swarm_key)) if isinstance(swarm_key, str | Path) else swarm_key
+    trusted = AuthorizedKeys.from_file(Path(trusted_peers)) if trusted_peers is not None else None
     checkpoint = Checkpoint.open(model, revision=revision)
-    swarm = Swarm(ModelFacts.of(checkpoint), initial_peers, identity=identity or Identity.load_or_create())
+    identity = identity or Identity.load_or_create()
+    swarm = Swarm(ModelFacts.of(checkpoint), initial_peers, identity=identity, swarm_key=key, trusted=trusted)
     try:
         yield checkpoint, swarm
     except BaseException:

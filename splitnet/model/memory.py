@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -27,9 +28,9 @@ def free_memory(device: str | torch.device) -> int:
         return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     if device.type == "xpu":
         return torch.xpu.mem_get_info(device)[0]
-    available = _available_on_linux()
-    if available is not None:
-        return available
+    for available in (_available_on_linux(), _available_on_windows()):
+        if available is not None:
+            return available
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
@@ -68,7 +69,7 @@ def give_back_memory() -> None:
 
 def trim_memory() -> None:
     """Gives what is free within the C library back to the system: after a long pass that is some hundred MiB."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    trim = _of_c_library("malloc_trim")
     if trim is not None:
         trim(0)
 
@@ -83,16 +84,43 @@ def keep_freed_memory() -> None:
     told = os.environ.get("GLIBC_TUNABLES", "")
     if "glibc.malloc" in told or "MALLOC_MMAP_THRESHOLD_" in os.environ or "MALLOC_TRIM_THRESHOLD_" in os.environ:
         return
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    mallopt = _of_c_library("mallopt")
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_TRIM_THRESHOLD, 64 * 2**20)
 
 
+def _of_c_library(name: str) -> Any:
+    """A function of glibc; None: there is another C library."""
+    with suppress(TypeError, OSError):  # on Windows none is named by None
+        return getattr(ctypes.CDLL(None), name, None)
+    return None
+
+
+class _MemoryStatus(ctypes.Structure):
+    """`MEMORYSTATUSEX` of Windows."""
+
+    _fields_ = (
+        ("bytes", ctypes.c_uint32),
+        ("load", ctypes.c_uint32),
+        ("all", ctypes.c_uint64),
+        ("available", ctypes.c_uint64),
+        ("others", ctypes.c_uint64 * 5),
+    )
+
+
+def _available_on_windows() -> int | None:
+    libraries: Any = getattr(ctypes, "windll", None)
+    status = _MemoryStatus(bytes=ctypes.sizeof(_MemoryStatus))
+    if libraries is None or not libraries.kernel32.GlobalMemoryStatusEx(ctypes.byref(status)):
+        return None
+    return status.available
+
+
 def _available_on_linux() -> int | None:
     """What the kernel says is available, or less if a control group (a container's limit) leaves less."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
     kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
@@ -100,9 +128,9 @@ def _available_on_linux() -> int | None:
         return None
     try:
         group = Path("/sys/fs/cgroup")
-        limit = int((group / "memory.max").read_text())
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))
+        limit = int((group / "memory.max").read_text(encoding="utf-8"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
+        used = int((group / "memory.current").read_text(encoding="utf-8")) - int(statistics.get("inactive_file", 0))
     except (OSError, ValueError):
         return kib * 1024  # no control group, or one without a limit ("max")
     return max(0, min(kib * 1024, limit - used))

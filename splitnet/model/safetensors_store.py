@@ -85,7 +85,7 @@ class SafetensorsStore:
 
     @cached_property
     def _quantization(self) -> Mapping[str, Any] | None:
-        return quantization_settings(json.loads(self._config_file.read_text()))
+        return quantization_settings(json.loads(self._config_file.read_text(encoding="utf-8")))
 
     @cached_property
     def _weights(self) -> Weights:

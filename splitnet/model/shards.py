@@ -134,7 +134,7 @@ class Shards:
         folder = Path(model).expanduser()
         if folder.is_dir():
             shards = cls(folder.resolve().name, folder, None)
-        elif isinstance(model, Path) or str(model).startswith((".", "/", "~")):
+        elif isinstance(model, Path) or _is_path(model):
             raise ModelNotFound(f"there is no folder {model}: give a checkpoint folder or a Hugging Face id")
         else:
             shards = cls(model, None, revision)
@@ -146,7 +146,7 @@ class Shards:
         index = self._find(INDEX_FILE)
         if index is not None:
             try:
-                weight_map: Any = json.loads(index.read_text())["weight_map"]
+                weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
                 if all(isinstance(shard, str) and _FILE_NAME.fullmatch(shard) for shard in weight_map.values()):
                     return weight_map
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -318,3 +318,8 @@ class Shards:
         except Exception as error:  # of the HTTP library, which depends on the version of huggingface_hub
             raise LocalEntryNotFoundError(f"the hub cannot be reached ({error})") from error
         self._hub_answers = True
+
+
+def _is_path(model: str) -> bool:
+    """Whether a model that is no folder was meant as one, of this system or of Windows: no id of the hub looks so."""
+    return model.startswith((".", "/", "~")) or "\\" in model or model[1:2] == ":"

@@ -7,6 +7,7 @@ import ipaddress
 import queue
 import re
 import socket
+import sys
 import threading
 from enum import StrEnum
 
@@ -128,7 +129,8 @@ def refuse_taken(listen: str) -> None:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, int(match[2]), type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if sys.platform != "win32":  # where it would take the port beside whoever has it
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:

@@ -18,4 +18,4 @@ def kill_all() -> None:
     for child in tuple(running):
         if child.get_returncode() is None:
             with suppress(ProcessLookupError):
-                os.kill(child.get_pid(), signal.SIGKILL)
+                os.kill(child.get_pid(), getattr(signal, "SIGKILL", signal.SIGTERM))

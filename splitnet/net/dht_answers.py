@@ -8,12 +8,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from splitnet.net.dht_node import Hivemind, NodeLoop, import_hivemind
+from splitnet.net.dht_node import Hivemind, NodeLoop, have_hivemind, import_hivemind
 
 CONNECT_TIMEOUT_S: Final = 4.0
 ANSWER_TIMEOUT_S: Final = 3.0
 _REAP_TIMEOUT_S = 2.0
 _OTHER_KEY = "remote key matches "
+
+NO_HIVEMIND: Final = "hivemind is not installed"
+"""A fault of this side."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ def ask_nodes(addresses: Sequence[str], *, clock: Callable[[], float] = time.tim
     Args:
         clock: Unix time in seconds, to compare theirs with.
     """
+    if not have_hivemind():
+        return [NodeAnswer(address, NO_HIVEMIND) for address in addresses]
     with asyncio.Runner(loop_factory=NodeLoop) as runner:
         loop = runner.get_loop()
         assert isinstance(loop, NodeLoop)

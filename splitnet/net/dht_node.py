@@ -11,6 +11,7 @@ from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, wraps
+from importlib.util import find_spec
 from typing import Any, Final, cast
 
 from splitnet.errors import NotAuthorized, ProtocolError
@@ -75,6 +76,11 @@ class Hivemind:
     dht_id: Callable[[str], Any]  # of a key
     key_id: Callable[[str], bytes]  # the same in 20 bytes
     max_skew_s: float  # by which the clocks of two nodes may differ when one joins the other
+
+
+def have_hivemind() -> bool:
+    """Whether this process can join a DHT: some systems have no wheel of hivemind."""
+    return find_spec("hivemind") is not None
 
 
 @cache

@@ -94,7 +94,8 @@ class Directory(SwarmDirectory):
         except ModuleNotFoundError as error:
             raise DirectoryError(
                 f"There is no {error.name} here, which the DHT needs: join through a peer, with "
-                "--join tcp://HOST:PORT?key=... as it prints."
+                "--join tcp://HOST:PORT?key=... as it prints. Every peer can be joined through so; `splitnet peer` "
+                "without --join begins a swarm without a DHT."
             ) from None
         logging.getLogger("hivemind").setLevel(logging.INFO if verbose else logging.CRITICAL)
         directory = cls()

@@ -251,8 +251,11 @@ def _create_key_file(path: Path) -> None:
             os.link(temporary, path)
         except FileExistsError:
             return
+        except OSError:  # no hard links, as on Android and on FAT
+            if not path.exists():
+                os.replace(temporary, path)
     finally:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
 
 
 def _read_key_file(path: Path) -> SigningKey:
@@ -294,6 +297,17 @@ def _read_authorized_keys(path: Path) -> dict[bytes | None, KeyOptions]:
         if listed.setdefault(key, options) != options:
             raise KeyFileError(f"{path}, line {number}: this key is listed before with other options; keep one line.")
     return listed
+
+
+def without_names(text: str) -> list[str]:
+    """The lines of a list of authorized keys, without the names and comments behind keys."""
+    lines = list[str]()
+    for words in (line.partition("#")[0].split() for line in text.splitlines()):
+        if words:
+            key = 1 if "=" in words[0] else 0
+            has_options = len(words) > key + 1 and "=" in words[key + 1]
+            lines.append(" ".join(words[: key + 1 + has_options]))
+    return lines
 
 
 def _listed_key(words: list[str]) -> tuple[bytes | None, KeyOptions]:

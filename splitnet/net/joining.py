@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 
 from splitnet.errors import DirectoryError
 from splitnet.net.asked_peers import AskedPeers, AskingLinks
+from splitnet.net.dht_node import have_hivemind
 from splitnet.net.directory import Directory
 from splitnet.net.peer_addresses import endpoint_of, split_addresses
 from splitnet.net.swarm_directory import JoinedDirectories, SwarmDirectory
@@ -32,7 +32,8 @@ def join(
 ) -> SwarmDirectory:
     """The directory of the swarm at `addresses`: multiaddrs of nodes, and `tcp://HOST:PORT?key=...` of peers.
 
-    A DHT, and with it hivemind, is only begun or joined if there is a multiaddr, or no address.
+    A DHT, and with it hivemind, is only begun or joined if there is a multiaddr, or no address. A peer without hivemind
+    and without addresses begins a swarm that has no DHT: others join through it.
 
     Args:
         links: gives those over which peers are asked; a peer's are closed with its directory.
@@ -48,7 +49,7 @@ def join(
     multiaddrs, peers = split_addresses(addresses)
     if swarm.is_closed and multiaddrs:
         raise DirectoryError(f"a closed swarm has no DHT: join through a peer, tcp://..., instead of {multiaddrs[0]}")
-    if not peers and listen is not None and (swarm.is_closed or (not multiaddrs and find_spec("hivemind") is None)):
+    if not peers and listen is not None and (swarm.is_closed or (not multiaddrs and not have_hivemind())):
         return AskedPeers([], links(), serving=True, swarm=swarm)
     if not peers and swarm.is_closed:
         raise DirectoryError("a closed swarm is joined through a peer: give --join tcp://HOST:PORT?key=...")

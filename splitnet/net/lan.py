@@ -260,8 +260,12 @@ def _is_local(host: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
 
 
 def _own_addresses() -> list[str]:
-    """IPv4 addresses of this machine on local networks."""
-    own = [str(ip.ip) for adapter in ifaddr.get_adapters() for ip in adapter.ips if ip.is_IPv4]
+    """IPv4 addresses of this machine on local networks. Raises LanError."""
+    try:
+        adapters = list(ifaddr.get_adapters())
+    except OSError as error:  # Android does not tell programs
+        raise LanError(f"the system does not tell its addresses ({error})") from error
+    own = [str(ip.ip) for adapter in adapters for ip in adapter.ips if ip.is_IPv4]
     return [address for address in own if _is_local(ipaddress.IPv4Address(address))]
 
 

@@ -51,7 +51,7 @@ def kept_proof(key: PublicKey, file: Path, stop: threading.Event) -> int:
     if proof > MAX_PROOF or not has_worked(key, proof):
         proof = work(key, stop)
         if proof:
-            file.write_text(str(proof))
+            file.write_text(str(proof), encoding="utf-8")
     return proof
 
 

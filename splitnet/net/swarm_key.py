@@ -26,7 +26,7 @@ SEAL_BYTES: Final = NONCE_BYTES + nacl.bindings.crypto_aead_xchacha20poly1305_ie
 """By which data grow that are sealed."""
 
 _PREFIX = "splitnet-swarm-1 "
-_MAX_FILE_BYTES = 1 << 16
+_MAX_FILE_BYTES = 1 << 21
 
 
 class OpenSwarm:

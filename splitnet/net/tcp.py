@@ -7,15 +7,16 @@ one compares `cookie`, which no two sockets share.
 from __future__ import annotations
 
 import array
-import os
+import errno
 import socket
 import struct
 import sys
 from typing import NamedTuple
 
-if sys.platform == "linux":
+if sys.platform != "win32":
     import fcntl
 
+_LINUX = sys.platform in ("linux", "android")
 _SO_COOKIE = 57
 _UNREAD, _UNSENT = 0x541B, 0x5411
 _TCP_INFO_BYTES = 256
@@ -37,10 +38,22 @@ class Traffic(NamedTuple):
 
 
 def cookie(descriptor: int) -> bytes:
-    """What tells a socket from every other one; empty where the kernel has none. Raises OSError if it is no socket."""
-    handle = _borrow(descriptor)
+    """What tells a connected socket from every other one that is open. Raises OSError if it is none.
+
+    Where the kernel has no cookies (before Linux 4.12, as in many phones, and elsewhere), these are its two addresses.
+    """
+    if _LINUX:
+        handle = _borrow(descriptor)
+        try:
+            return handle.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8)
+        except OSError as error:
+            if error.errno != errno.ENOPROTOOPT:
+                raise
+        finally:
+            handle.detach()
+    handle = socket.socket(fileno=descriptor)
     try:
-        return handle.getsockopt(socket.SOL_SOCKET, _SO_COOKIE, 8) if sys.platform == "linux" else b""
+        return repr((handle.getsockname(), handle.getpeername())).encode()
     finally:
         handle.detach()
 
@@ -57,7 +70,7 @@ def other_end(descriptor: int) -> tuple[str, int]:
 
 def traffic(descriptor: int) -> Traffic | None:
     """What has passed; None where the kernel does not tell. Raises OSError if it is no TCP socket any more."""
-    if sys.platform != "linux":
+    if not _LINUX:
         return None
     handle = _borrow(descriptor)
     try:
@@ -72,10 +85,13 @@ def traffic(descriptor: int) -> Traffic | None:
 
 def hang_up(descriptor: int, expected: bytes) -> None:
     """Ends the connection with this cookie, if it has not ended: ZeroMQ finds it closed by the other side."""
+    handle = _borrow(descriptor)
     try:
-        copy = socket.socket(fileno=os.dup(descriptor))  # a copy: the number may be given to another meanwhile
+        copy = handle.dup()  # the number may be given to another meanwhile
     except OSError:
         return
+    finally:
+        handle.detach()
     with copy:
         try:
             if cookie(copy.fileno()) == expected:

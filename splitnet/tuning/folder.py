@@ -56,7 +56,7 @@ class TuningFolder:
         except OSError as error:
             raise DataError(f"cannot make {self.path} ({error.strerror}): give another --output") from None
         with self._replacing(self._settings) as partial:
-            partial.write_text(json.dumps(settings, indent=2) + "\n")
+            partial.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
     def save_checkpoint(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Replaces the checkpoint."""

@@ -12,9 +12,9 @@ static unsigned state = 1;
 static unsigned number(void) { return (state = state * 1664525 + 1013904223) >> 8; }
 static float between(void) { return (float)(number() % 2001) / 1000 - 1; }
 
-static int differ(const char *path, const char *what, const float *found, const float *wanted, long count) {
+static int differ(const char *path, const char *what, const float *found, const float *wanted, int64_t count) {
     double most = 0, off = 0;
-    for (long i = 0; i < count; i++) {
+    for (int64_t i = 0; i < count; i++) {
         most = fabs(wanted[i]) > most ? fabs(wanted[i]) : most;
         off = !(fabs(found[i] - wanted[i]) <= off) ? fabs(found[i] - wanted[i]) : off;
     }
@@ -23,15 +23,15 @@ static int differ(const char *path, const char *what, const float *found, const 
     return 1;
 }
 
-static int floats_differ(const Path *path, long inputs, long count) {
+static int floats_differ(const Path *path, int64_t inputs, int64_t count) {
     static float rows[9 * MOST], found[9 * OUTPUTS], wanted[9 * OUTPUTS], floats[OUTPUTS * MOST];
     if (path->floats[FLOAT32] == NULL) return 0;
-    for (long i = 0; i < OUTPUTS * inputs; i++) floats[i] = between();
-    for (long i = 0; i < count * inputs; i++) rows[i] = between();
-    for (long row = 0; row < count; row++)
-        for (long o = 0; o < OUTPUTS; o++) {
+    for (int64_t i = 0; i < OUTPUTS * inputs; i++) floats[i] = between();
+    for (int64_t i = 0; i < count * inputs; i++) rows[i] = between();
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t o = 0; o < OUTPUTS; o++) {
             double sum = 0;
-            for (long i = 0; i < inputs; i++) sum += (double)rows[row * inputs + i] * floats[o * inputs + i];
+            for (int64_t i = 0; i < inputs; i++) sum += (double)rows[row * inputs + i] * floats[o * inputs + i];
             wanted[row * OUTPUTS + o] = (float)sum;
         }
     Job job = {floats, rows, found, count, inputs, OUTPUTS, 1};
@@ -39,7 +39,7 @@ static int floats_differ(const Path *path, long inputs, long count) {
     return differ(path->name, "float32", found, wanted, count * OUTPUTS);
 }
 
-static int codes_differ(const Path *path, int code, int bits, long group, int scale, int zero, long inputs, long count) {
+static int codes_differ(const Path *path, int code, int bits, int64_t group, int scale, int zero, int64_t inputs, int64_t count) {
     static float rows[9 * (MOST + CHUNK)], found[9 * OUTPUTS], wanted[9 * OUTPUTS], values[256];
     static uint8_t bytes[16];
     static int16_t words[16];
@@ -56,27 +56,27 @@ static int codes_differ(const Path *path, int code, int bits, long group, int sc
             values[i] = code == E5M2 ? from_float16((uint16_t)(i << 8)) : (i & 128 ? -1.0f : 1.0f) *
                         (float)(size < 8 ? size : (8 + size % 8) << (size / 8 - 1)) * 0x1p-9f;
         }
-    long whole = parts_of(inputs, CHUNK) * CHUNK;
+    int64_t whole = parts_of(inputs, CHUNK) * CHUNK;
     Grouped weight = {.code = code, .bits = bits, .group = group, .inputs = inputs,
                       .outputs = OUTPUTS, .offset = 3, .scale = scale, .zero = zero, .pairs = code == E4M3 || code == E5M2,
                       .factor = code == TABLE ? 0.5 : code == E4M3 ? 256 : 1, .bytes = bytes, .values = values,
                       .words = words, .unit = 1.0 / 8191};
     lay_out(&weight);
-    long tiles = parts_of(OUTPUTS, TILE);
+    int64_t tiles = parts_of(OUTPUTS, TILE);
     uint8_t *at = calloc(tiles * weight.tile_bytes + AHEAD, 1);
-    for (long tile = 0; tile < tiles; tile++) {
+    for (int64_t tile = 0; tile < tiles; tile++) {
         uint8_t *begin = at + tile * weight.tile_bytes;
-        for (long first = 0; first < inputs; first += weight.panel) {
+        for (int64_t first = 0; first < inputs; first += weight.panel) {
             Panel panel = panel_at(&weight, begin, first);
             uint8_t *end = (uint8_t *)end_of(&weight, &panel);
             for (uint8_t *byte = begin; byte < panel.codes; byte++) *byte = (uint8_t)(scale == E8M0 ? 120 + number() % 8 : number());
-            for (long i = 0; scale <= AS_FLOAT32 && i < panel.groups * TILE; i++) {
+            for (int64_t i = 0; scale <= AS_FLOAT32 && i < panel.groups * TILE; i++) {
                 float value = between();
                 uint16_t half = scale == AS_FLOAT16 ? 0x2c00 + number() % 1024 : 0x3c00 + number() % 256;
                 if (scale == AS_FLOAT32) memcpy(begin + 4 * i, &value, 4);
                 else memcpy(begin + 2 * i, &half, 2);
             }
-            for (long i = 0; zero <= AS_BFLOAT16 && i < panel.groups * TILE; i++) {
+            for (int64_t i = 0; zero <= AS_BFLOAT16 && i < panel.groups * TILE; i++) {
                 uint16_t half = zero == AS_FLOAT16 ? 0x2c00 + number() % 1024 : 0x3c00 + number() % 256;
                 memcpy((uint8_t *)panel.zeros + 2 * i, &half, 2);
             }
@@ -92,7 +92,7 @@ static int codes_differ(const Path *path, int code, int bits, long group, int sc
             begin = end;
         }
     }
-    for (long i = 0; i < count * whole; i++) rows[i] = i % whole < inputs ? between() : 0;
+    for (int64_t i = 0; i < count * whole; i++) rows[i] = i % whole < inputs ? between() : 0;
     GroupedJob job = {&weight, rows, wanted, count, whole, OUTPUTS, 1};
     Run all = {at, 0, count};
     grouped_plainly(&job, NULL, &all, 0, tiles);
@@ -104,19 +104,19 @@ static int codes_differ(const Path *path, int code, int bits, long group, int sc
     free(numbers.high);
     free(at);
     char what[99];
-    snprintf(what, sizeof what, "code %d, %d bits, groups of %ld, scales %d, zeros %d", code, bits, group, scale, zero);
+    snprintf(what, sizeof what, "code %d, %d bits, groups of %lld, scales %d, zeros %d", code, bits, (long long)group, scale, zero);
     return differ(path->name, what, found, wanted, count * OUTPUTS);
 }
 
 int main(void) {
-    static const long sizes[][2] = {{64, 1}, {97, 3}, {1300, 9}};
+    static const int64_t sizes[][2] = {{64, 1}, {97, 3}, {1300, 9}};
     static const int widths[] = {2, 3, 4, 5, 6, 8};
-    static const long groups[] = {0, 16, 32, 128};
+    static const int64_t groups[] = {0, 16, 32, 128};
     int bad = 0;
     for (int i = 0; i < PATHS; i++) {
         if (!paths[i]->is_here()) continue;
         for (int size = 0; size < 3; size++) {
-            const long inputs = sizes[size][0], count = sizes[size][1];
+            const int64_t inputs = sizes[size][0], count = sizes[size][1];
             bad |= floats_differ(paths[i], inputs, count);
             for (int group = 0; group < 4; group++) {
                 for (int bits = 0; bits < 6; bits++)

@@ -9,7 +9,7 @@ static void lay_out(Grouped *weight) {
     weight->scales_at = TILE * (scale == AS_FLOAT32 ? 4 : scale <= AS_BFLOAT16 ? 2 : 1);
     weight->zeros_at = zero == NONE ? 0 : TILE * (zero == AS_FLOAT32 ? 4 : zero <= AS_BFLOAT16 ? 2 : 1);
     weight->tile_bytes = 0;
-    for (long first = 0; first < weight->inputs; first += weight->panel) {
+    for (int64_t first = 0; first < weight->inputs; first += weight->panel) {
         Panel panel = panel_at(weight, NULL, first);
         weight->tile_bytes += end_of(weight, &panel) - (const uint8_t *)NULL;
     }

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from peers.daemon import Peer
+from splitnet import AutoModelForCausalLM, AutoModelForSequenceClassification
 from splitnet.client.causal_lm import attach
 from splitnet.client.session import Session
 from splitnet.client.swarm import ModelFacts, Swarm
-from splitnet.errors import DirectoryError, LanError, NotAuthorized, SplitnetError, WrongSwarm
+from splitnet.errors import DirectoryError, KeyFileError, LanError, NotAuthorized, SplitnetError, WrongSwarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.joining import node_of
 from splitnet.net.messages import Announce, Announced, Found, LookUp, Part
-from splitnet.net.swarm_key import SwarmKey
+from splitnet.net.swarm_key import SwarmKey, write_secret_file
 from tests.attacks.transport import Client
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.swarm.test_asked_directory import GREEDY, IDS, spans
@@ -51,6 +52,33 @@ def test_members_find_each_other_without_a_dht(swarm: LocalSwarm, local: Any) ->
             inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **GREEDY}
             assert torch.equal(model.generate(**inputs), local.generate(**inputs))
             assert {record.key for record in client.peers()} == {peer.identity.public for peer in swarm.peers}
+
+
+def test_from_pretrained_takes_the_swarm_key_and_whom_it_trusts(swarm: LocalSwarm, local: Any, tmp_path: Path) -> None:
+    peer, other = swarm.peers
+    key, trusted = tmp_path / "swarm.key", tmp_path / "trusted"
+    write_secret_file(key, f"{KEY.secret_text}\n")
+    trusted.write_text(f"{other.identity.public.text}\n")
+    connection: dict[str, Any] = {"initial_peers": [peer.join_address], "identity": Identity.generate()}
+    for given in (KEY, key, str(key)):
+        model = AutoModelForCausalLM.from_pretrained(
+            swarm.folder, swarm_key=given, trusted_peers=trusted, codec="none", **connection
+        )
+        inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), **GREEDY}
+        with model.session() as cache:
+            assert torch.equal(model.generate(**inputs), local.generate(**inputs))
+            assert cache.session is not None
+            assert [hop.endpoint.key for hop in cache.session.hops] == [other.identity.public]
+        model.close()
+    trusted.write_text(f"{Identity.generate().public.text}\n")
+    classifier = AutoModelForSequenceClassification.from_pretrained(
+        swarm.folder, swarm_key=KEY, trusted_peers=trusted, num_labels=2, **connection
+    )
+    with pytest.raises(NotAuthorized, match="none of them is one that you trust"):
+        classifier(input_ids=IDS)
+    classifier.close()
+    with pytest.raises(KeyFileError):
+        AutoModelForCausalLM.from_pretrained(swarm.folder, swarm_key=tmp_path / "none", **connection)
 
 
 def test_a_model_that_nobody_serves_is_no_wrong_key(swarm: LocalSwarm) -> None:

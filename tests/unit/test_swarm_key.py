@@ -16,7 +16,7 @@ from splitnet.cli.connection import Connection
 from splitnet.cli.invite import Invite
 from splitnet.cli.main import app
 from splitnet.errors import DirectoryError, KeyFileError, NotAuthorized, SplitnetError
-from splitnet.net.identity import Identity
+from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.joining import join
 from splitnet.net.messages import FINGERPRINT
 from splitnet.net.swarm_key import OPEN, SEAL_BYTES, SwarmKey
@@ -99,6 +99,7 @@ def test_an_invitation_comes_back_from_its_file(tmp_path: Path) -> None:
         ("splitnet-swarm-1", "splitnet-swarm-2", "is no invitation: this is no swarm key"),
         ("splitnet-secret-1", "splitnet", "is no invitation: this is no secret key"),
         ("join = [", "join = [7, ", "is no invitation: ask for the file"),
+        ("authorized = [", "authorized = [7, ", "is no invitation: ask for the file"),
         ("?key=", "?", "is no address of a peer"),
         ("# An", "An", "is no invitation: ask for the file"),
     ],
@@ -111,6 +112,58 @@ def test_what_is_no_invitation_is_refused(before: str, after: str, error: str, t
     file.write_text(text.replace(before, after, 1))
     with pytest.raises((KeyFileError, DirectoryError), match=error):
         Invite.load(file)
+
+
+def invited(folder: Path, keys: str, *more: str) -> tuple[Path, Path]:
+    """The files of an invitation and of the list that it extends."""
+    swarm_key, file, listed = folder / "swarm.key", folder / "anna.invite", folder / "keys"
+    SwarmKey.create(swarm_key)
+    listed.write_text(keys)
+    files = ["--swarm-key", str(swarm_key), "--authorized-keys", str(listed), "--output", str(file)]
+    done = CliRunner().invoke(app, ["invite", "m", *files, "--name", "anna", *more], catch_exceptions=False)
+    assert done.exit_code == 0
+    return file, listed
+
+
+def test_an_invitation_says_who_may_use_a_peer_of_whom_is_invited(tmp_path: Path) -> None:
+    owner, peer, other = (Identity.generate().public for _ in range(3))
+    join = ["--join", f"tcp://192.0.2.7:31331?key={peer.text}", "--join", f"tcp://192.0.2.8:31331?key={owner.text}"]
+    keys = f"# ours\nkv=8GiB {owner.text} me\n{other.text} weight=2 a guest # of mine"
+    file, listed = invited(tmp_path, keys, *join)
+    invitation = Invite.load(file)
+    anna = invitation.identity.public
+    expected = [f"kv=8GiB {owner.text}", f"{other.text} weight=2", anna.text, peer.text]
+    assert list(invitation.authorized) == expected
+    assert listed.read_text() == f"{keys}\n{anna.text} anna\n"
+    mine = tmp_path / "anna.invite.keys"
+    assert invitation.list_of_keys(file) == mine and mine.read_text().splitlines()[:-1] == expected
+    shares = AuthorizedKeys.from_file(mine)
+    assert [shares.options_of(key.curve_raw).weight for key in (owner, other, anna, peer)] == [1, 2, 1, 1]
+    later = Identity.generate().public.curve_raw
+    assert shares.allows(later) and shares.options_of(later).weight < 1
+    mine.write_text("".join(f"{line}\n" for line in expected))
+    assert not AuthorizedKeys.from_file(mine).allows(later)
+    mine.write_text(f"{anna.text}\n")
+    assert invitation.list_of_keys(file) == mine and mine.read_text() == f"{anna.text}\n", "it is the user's now"
+
+
+def test_an_invitation_of_before_says_nothing_of_who_may_use_a_peer(tmp_path: Path) -> None:
+    file = tmp_path / "anna.invite"
+    Invite("m", (f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}",), KEY, Identity.generate()).save(file)
+    file.write_text(file.read_text().replace("authorized = []\n", ""))
+    assert Invite.load(file).list_of_keys(file) is None
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_list_that_cannot_be_read_costs_no_file(tmp_path: Path) -> None:
+    file, listed = invited(tmp_path, "", "--join", f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}")
+    text = file.read_bytes()
+    listed.write_bytes(b"\xff")
+    files = ["--swarm-key", str(tmp_path / "swarm.key"), "--authorized-keys", str(listed), "--output", str(file)]
+    join = ["--join", f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}"]
+    done = CliRunner().invoke(app, ["invite", "m", *files, *join])
+    assert isinstance(done.exception, SplitnetError) and "cannot be extended" in str(done.exception)
+    assert file.read_bytes() == text
 
 
 @pytest.mark.parametrize("command", ["peer", "generate", "chat", "serve", "tune", "status", "doctor", "bench"])

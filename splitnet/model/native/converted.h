@@ -73,7 +73,7 @@ INLINE VNNI void convert_chunk(int bits, enum code code, const Grouped *weight, 
             __m512i later = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(runs, 1));
             runs = _mm512_or_si512(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(runs)), _mm512_slli_epi32(later, 16));
         }
-        const long group = weight->group == 16 && vector >= 4 ? TILE : 0;
+        const int64_t group = weight->group == 16 && vector >= 4 ? TILE : 0;
         __m512 scale = _mm512_loadu_ps(scales + group), zero = _mm512_loadu_ps(zeros + group);
         if (subtracted) zero = _mm512_sub_ps(zero, offset); /* it is a code */
 #pragma GCC unroll 4
@@ -87,19 +87,19 @@ INLINE VNNI void convert_chunk(int bits, enum code code, const Grouped *weight, 
 }
 
 /* The first `lanes` outputs of a chunk, of which the first `inputs` are there; `pitch`: from output to output. */
-INLINE VNNI void store_floats(__m512 values[CHUNK], long lanes, long inputs, float *to, long pitch) {
+INLINE VNNI void store_floats(__m512 values[CHUNK], int64_t lanes, int64_t inputs, float *to, int64_t pitch) {
     for (int half = 0; half < 2; half++) {
         __m512i rows[16];
 #pragma GCC unroll 16
         for (int i = 0; i < 16; i++) rows[i] = _mm512_castps_si512(values[half * 16 + i]);
         transpose(rows);
-        for (long lane = 0; lane < lanes; lane++)
+        for (int64_t lane = 0; lane < lanes; lane++)
             _mm512_mask_storeu_epi32(to + lane * pitch + half * 16, some_of(inputs - half * 16), rows[lane]);
     }
 }
 
 #ifdef HAVE_BFLOATS
-INLINE BFLOATS void store_bfloats(__m512 values[CHUNK], long lanes, long inputs, uint16_t *to, long pitch) {
+INLINE BFLOATS void store_bfloats(__m512 values[CHUNK], int64_t lanes, int64_t inputs, uint16_t *to, int64_t pitch) {
     static const uint16_t in_pairs[32] = {0, 16, 1, 17, 2,  18, 3,  19, 4,  20, 5,  21, 6,  22, 7,  23,
                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
     const __mmask32 mask = inputs >= CHUNK ? 0xffffffff : (1u << inputs) - 1;
@@ -110,23 +110,23 @@ INLINE BFLOATS void store_bfloats(__m512 values[CHUNK], long lanes, long inputs,
         rows[i] = _mm512_permutexvar_epi16(_mm512_loadu_si512(in_pairs), both);
     }
     transpose(rows);
-    for (long lane = 0; lane < lanes; lane++) _mm512_mask_storeu_epi16(to + lane * pitch, mask, rows[lane]);
+    for (int64_t lane = 0; lane < lanes; lane++) _mm512_mask_storeu_epi16(to + lane * pitch, mask, rows[lane]);
 }
 #endif
 
 /* The first `lanes` outputs of a tile, `[lanes, inputs]`: as `dequantise_plainly` makes them, then rounded to bfloat16. */
 #define CONVERT_TILE(name, target, type, store)                                                                            \
-    INLINE target void name(int bits, enum code code, const Grouped *weight, const uint8_t *at, long lanes, type *to) {   \
+    INLINE target void name(int bits, enum code code, const Grouped *weight, const uint8_t *at, int64_t lanes, type *to) {   \
         float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE] = {0};                                     \
-        for (long first = 0; first < weight->inputs; first += weight->panel) {                                             \
+        for (int64_t first = 0; first < weight->inputs; first += weight->panel) {                                             \
             Panel panel = panel_at(weight, at, first);                                                                     \
             Numbers these = {panel.scales, panel.scale_units, weight->group ? UNITS / weight->group : 1, panel.groups,     \
                              scales};                                                                                      \
             convert(weight->scale, &these, 1, NULL, 0, 0);                                                                 \
             these.at = panel.zeros, these.units = panel.zero_units, these.to = zeros;                                      \
             if (weight->zero != NONE) convert(weight->zero, &these, 1, NULL, 0, 0);                                        \
-            for (long begin = 0; begin < panel.inputs; begin += CHUNK) {                                                   \
-                const long group = weight->group ? begin / weight->group * TILE : 0;                                       \
+            for (int64_t begin = 0; begin < panel.inputs; begin += CHUNK) {                                                   \
+                const int64_t group = weight->group ? begin / weight->group * TILE : 0;                                       \
                 __m512 values[CHUNK];                                                                                      \
                 convert_chunk(bits, code, weight, panel.codes + begin / CHUNK * VECTOR * bits, scales + group,             \
                               zeros + group, values);                                                                      \
@@ -135,7 +135,7 @@ INLINE BFLOATS void store_bfloats(__m512 values[CHUNK], long lanes, long inputs,
             at = end_of(weight, &panel);                                                                                   \
         }                                                                                                                  \
     }                                                                                                                      \
-    target static void name##s(const Grouped *weight, const uint8_t *at, long lanes, type *to) {                           \
+    target static void name##s(const Grouped *weight, const uint8_t *at, int64_t lanes, type *to) {                           \
         if (weight->code == E4M3) {                                                                                        \
             name(8, E4M3, weight, at, lanes, to);                                                                          \
             return;                                                                                                        \
@@ -165,16 +165,16 @@ typedef struct {
     const Path *path; /* in use */
     const Grouped *weight;
     const uint8_t *tiles;
-    long outputs;
+    int64_t outputs;
     int bfloats;
     void *to;
 } Conversion;
 
-static void convert_tile(const void *given, long part) {
+static void convert_tile(const void *given, int64_t part) {
     const Conversion *job = given;
     const Grouped *weight = job->weight;
     const uint8_t *tile = job->tiles + part * weight->tile_bytes;
-    const long left = job->outputs - part * TILE, lanes = left < TILE ? left : TILE, at = part * TILE * weight->inputs;
+    const int64_t left = job->outputs - part * TILE, lanes = left < TILE ? left : TILE, at = part * TILE * weight->inputs;
 #ifdef HAVE_BFLOATS
     if (job->bfloats) {
         bfloat_tiles(weight, tile, lanes, (uint16_t *)job->to + at);

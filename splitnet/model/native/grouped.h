@@ -36,36 +36,36 @@ typedef struct {
 /* Rows that are multiplied with the same weight. */
 typedef struct {
     const uint8_t *tiles;
-    long row, count;
+    int64_t row, count;
 } Run;
 
 typedef struct {
     const Grouped *weight;
     const float *rows; /* [count, stride] */
     float *products;   /* [count, pitch] */
-    long count, stride, pitch;
+    int64_t count, stride, pitch;
     int threads;
 } GroupedJob;
 
 /* Where the parts of a panel are. */
 typedef struct {
-    long inputs, groups;
+    int64_t inputs, groups;
     const uint8_t *scales, *zeros, *scale_units, *zero_units, *codes;
 } Panel;
 
-INLINE long parts_of(long whole, long part) { return (whole + part - 1) / part; }
+INLINE int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-INLINE Panel panel_at(const Grouped *weight, const uint8_t *at, long start) {
-    long left = weight->inputs - start, inputs = left < weight->panel ? left : weight->panel;
-    long groups = weight->group ? parts_of(inputs, weight->group) : 1;
-    long units = 2 * TILE * parts_of(inputs, UNITS);
+INLINE Panel panel_at(const Grouped *weight, const uint8_t *at, int64_t start) {
+    int64_t left = weight->inputs - start, inputs = left < weight->panel ? left : weight->panel;
+    int64_t groups = weight->group ? parts_of(inputs, weight->group) : 1;
+    int64_t units = 2 * TILE * parts_of(inputs, UNITS);
     Panel panel = {.inputs = inputs, .groups = groups, .scales = at};
     panel.zeros = weight->zero == UPPER_STEPS ? at : at + groups * weight->scales_at;
     panel.scale_units = at + groups * (weight->scales_at + weight->zeros_at);
     int scale_steps = weight->scale >= STEPS && weight->scale <= UPPER_STEPS;
     int zero_steps = weight->zero >= STEPS && weight->zero <= UPPER_STEPS;
     panel.zero_units = panel.scale_units + (scale_steps ? units : 0);
-    long size = panel.zero_units + (zero_steps ? units : 0) - at;
+    int64_t size = panel.zero_units + (zero_steps ? units : 0) - at;
     panel.codes = at + parts_of(size, VECTOR) * VECTOR;
     return panel;
 }
@@ -96,8 +96,8 @@ INLINE float from_e8m0(uint8_t exponent) {
     return value;
 }
 
-INLINE float number_at(enum number kind, const uint8_t *at, const uint8_t *units, long group, long index, long lane) {
-    long place = index * TILE + lane;
+INLINE float number_at(enum number kind, const uint8_t *at, const uint8_t *units, int64_t group, int64_t index, int64_t lane) {
+    int64_t place = index * TILE + lane;
     uint16_t half;
     float value, unit = 1;
     if (kind >= STEPS && kind <= UPPER_STEPS) {
@@ -121,9 +121,9 @@ INLINE float number_at(enum number kind, const uint8_t *at, const uint8_t *units
 
 /* Scales and zeros of a panel as they are stored: [groups, TILE] each. */
 INLINE void numbers_plainly(const Grouped *weight, const Panel *panel, float *scales, float *zeros) {
-    for (long group = 0; group < panel->groups; group++)
-        for (long lane = 0; lane < TILE; lane++) {
-            long to = group * TILE + lane;
+    for (int64_t group = 0; group < panel->groups; group++)
+        for (int64_t lane = 0; lane < TILE; lane++) {
+            int64_t to = group * TILE + lane;
             scales[to] = number_at(weight->scale, panel->scales, panel->scale_units, weight->group, group, lane);
             zeros[to] = number_at(weight->zero, panel->zeros, panel->zero_units, weight->group, group, lane);
             if (weight->zero == CODES) zeros[to] -= (float)weight->offset;
@@ -156,52 +156,52 @@ INLINE void codes_plainly(const Grouped *weight, const uint8_t *at, uint8_t code
 }
 
 /* Where the code of an input of a chunk and a lane is in them. */
-INLINE long place_of(const Grouped *weight, long input, long lane) {
-    const long i = input % 4;
+INLINE int64_t place_of(const Grouped *weight, int64_t input, int64_t lane) {
+    const int64_t i = input % 4;
     return input / 4 * VECTOR + (weight->pairs ? i / 2 * 32 + lane * 2 + i % 2 : lane * 4 + i);
 }
 
 /* Adds products of a vector of weights with four numbers of a row. */
 INLINE void add_vector(const Grouped *weight, float sums[VECTOR], const float *values, const float *given) {
     if (weight->pairs)
-        for (long i = 0; i < VECTOR; i++) sums[i] += values[i] * given[i / 32 * 2 + i % 2];
+        for (int64_t i = 0; i < VECTOR; i++) sums[i] += values[i] * given[i / 32 * 2 + i % 2];
     else
-        for (long i = 0; i < VECTOR; i += 4)
-            for (long k = 0; k < 4; k++) sums[i + k] += values[i + k] * given[k];
+        for (int64_t i = 0; i < VECTOR; i += 4)
+            for (int64_t k = 0; k < 4; k++) sums[i + k] += values[i + k] * given[k];
 }
 
-static void grouped_plainly(const GroupedJob *job, const Quantised *unused, const Run *run, long start, long end) {
+static void grouped_plainly(const GroupedJob *job, const Quantised *unused, const Run *run, int64_t start, int64_t end) {
     const Grouped *weight = job->weight;
-    const long group = weight->group && weight->group < CHUNK ? weight->group : CHUNK; /* as far as it is in a chunk */
+    const int64_t group = weight->group && weight->group < CHUNK ? weight->group : CHUNK; /* as far as it is in a chunk */
     (void)unused;
     uint8_t codes[CHUNK * TILE];
     float values[CHUNK * TILE], scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
-    for (long tile = start; tile < end; tile++) {
-        long lanes = weight->outputs - tile * TILE < TILE ? weight->outputs - tile * TILE : TILE;
-        for (long row = run->row; row < run->row + run->count; row++)
+    for (int64_t tile = start; tile < end; tile++) {
+        int64_t lanes = weight->outputs - tile * TILE < TILE ? weight->outputs - tile * TILE : TILE;
+        for (int64_t row = run->row; row < run->row + run->count; row++)
             memset(job->products + row * job->pitch + tile * TILE, 0, lanes * sizeof(float));
         const uint8_t *at = run->tiles + tile * weight->tile_bytes;
-        for (long first = 0; first < weight->inputs; first += weight->panel) {
+        for (int64_t first = 0; first < weight->inputs; first += weight->panel) {
             Panel panel = panel_at(weight, at, first);
             numbers_plainly(weight, &panel, scales, zeros);
-            for (long begin = 0; begin < panel.inputs; begin += CHUNK) {
-                const long inputs = panel.inputs - begin < CHUNK ? panel.inputs - begin : CHUNK;
+            for (int64_t begin = 0; begin < panel.inputs; begin += CHUNK) {
+                const int64_t inputs = panel.inputs - begin < CHUNK ? panel.inputs - begin : CHUNK;
                 codes_plainly(weight, panel.codes + begin / CHUNK * VECTOR * weight->bits, codes);
                 if (weight->code == PLAIN)
-                    for (long i = 0; i < CHUNK * TILE; i++) values[i] = (float)(codes[i] - (int32_t)weight->offset);
+                    for (int64_t i = 0; i < CHUNK * TILE; i++) values[i] = (float)(codes[i] - (int32_t)weight->offset);
                 else
-                    for (long i = 0; i < CHUNK * TILE; i++) values[i] = weight->values[codes[i]];
-                for (long row = run->row; row < run->row + run->count; row++) {
+                    for (int64_t i = 0; i < CHUNK * TILE; i++) values[i] = weight->values[codes[i]];
+                for (int64_t row = run->row; row < run->row + run->count; row++) {
                     float *to = job->products + row * job->pitch + tile * TILE, given[CHUNK] = {0};
                     memcpy(given, job->rows + row * job->stride + first + begin, inputs * sizeof(float));
-                    for (long some = 0; some < inputs; some += group) {
-                        const long number = weight->group ? (begin + some) / weight->group * TILE : 0;
+                    for (int64_t some = 0; some < inputs; some += group) {
+                        const int64_t number = weight->group ? (begin + some) / weight->group * TILE : 0;
                         float sums[VECTOR] = {0}, dots[TILE] = {0}, total = 0;
-                        for (long i = some; i < some + group; i++) total += given[i];
-                        for (long i = some; i < some + group; i += 4)
+                        for (int64_t i = some; i < some + group; i++) total += given[i];
+                        for (int64_t i = some; i < some + group; i += 4)
                             add_vector(weight, sums, values + i / 4 * VECTOR, given + i);
-                        for (long i = 0; i < VECTOR; i++) dots[weight->pairs ? i % 32 / 2 : i / 4] += sums[i];
-                        for (long lane = 0; lane < lanes; lane++) {
+                        for (int64_t i = 0; i < VECTOR; i++) dots[weight->pairs ? i % 32 / 2 : i / 4] += sums[i];
+                        for (int64_t lane = 0; lane < lanes; lane++) {
                             const float scale = scales[number + lane], zero = zeros[number + lane] * total;
                             to[lane] += weight->zero == CODES ? (dots[lane] - zero) * scale : dots[lane] * scale + zero;
                         }
@@ -214,23 +214,23 @@ static void grouped_plainly(const GroupedJob *job, const Quantised *unused, cons
 }
 
 /* Makes floats of some lanes of a tile, `[lanes, inputs]`, rounded as `Codes.floats` rounds them. */
-INLINE void dequantise_loops(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+INLINE void dequantise_loops(const Grouped *weight, const uint8_t *at, int64_t lane, int64_t lanes, float *to) {
     uint8_t codes[CHUNK * TILE];
     float scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
-    for (long first = 0; first < weight->inputs; first += weight->panel) {
+    for (int64_t first = 0; first < weight->inputs; first += weight->panel) {
         Panel panel = panel_at(weight, at, first);
         numbers_plainly(weight, &panel, scales, zeros);
-        for (long begin = 0; begin < panel.inputs; begin += CHUNK) {
-            long inputs = panel.inputs - begin < CHUNK ? panel.inputs - begin : CHUNK;
+        for (int64_t begin = 0; begin < panel.inputs; begin += CHUNK) {
+            int64_t inputs = panel.inputs - begin < CHUNK ? panel.inputs - begin : CHUNK;
             codes_plainly(weight, panel.codes + begin / CHUNK * VECTOR * weight->bits, codes);
-            long group = weight->group && weight->group < inputs ? weight->group : inputs;
-            for (long some = 0; some < inputs; some += group) {
-                long number = weight->group ? (begin + some) / weight->group * TILE : 0;
-                long stop = some + group < inputs ? some + group : inputs;
-                for (long index = 0; index < lanes; index++) {
+            int64_t group = weight->group && weight->group < inputs ? weight->group : inputs;
+            for (int64_t some = 0; some < inputs; some += group) {
+                int64_t number = weight->group ? (begin + some) / weight->group * TILE : 0;
+                int64_t stop = some + group < inputs ? some + group : inputs;
+                for (int64_t index = 0; index < lanes; index++) {
                     float scale = scales[number + lane + index], zero = zeros[number + lane + index];
                     float *row = to + index * weight->inputs + first + begin;
-                    for (long i = some; i < stop; i++) {
+                    for (int64_t i = some; i < stop; i++) {
                         const float value = weight->values[codes[place_of(weight, i, lane + index)]];
                         row[i] = weight->zero == CODES ? (value - zero) * scale
                                  : weight->zero == NONE ? value * scale : value * scale + zero;
@@ -242,7 +242,7 @@ INLINE void dequantise_loops(const Grouped *weight, const uint8_t *at, long lane
     }
 }
 
-static void dequantise_plainly(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+static void dequantise_plainly(const Grouped *weight, const uint8_t *at, int64_t lane, int64_t lanes, float *to) {
     dequantise_loops(weight, at, lane, lanes, to);
 }
 
@@ -251,7 +251,7 @@ static void dequantise_plainly(const Grouped *weight, const uint8_t *at, long la
 /* Scales or zeros of a panel. */
 typedef struct {
     const uint8_t *at, *units;
-    long each, count; /* groups that share a unit, and all */
+    int64_t each, count; /* groups that share a unit, and all */
     float *to;
 } Numbers;
 
@@ -259,7 +259,7 @@ typedef struct {
 typedef struct {
     const int8_t *high, *low;
     const float *sums, *pairs;
-    long stride; /* of the first two, SUMMED times that of the sums, twice that of the pairs */
+    int64_t stride; /* of the first two, SUMMED times that of the sums, twice that of the pairs */
     const float *highs; /* as the sums */
 } Numbered;
 
@@ -294,11 +294,11 @@ INLINE enum taken taken_by(const Grouped *weight) {
 /* Rows as floats, times powers of 2 by which the largest of each becomes 2^100 to 2^101, or less: so that weights may be much
 too small. Infinite ones stay so. */
 static void scale_rows(const Job *job, const Quantised *to) {
-    for (long row = 0; row < job->count; row++) {
+    for (int64_t row = 0; row < job->count; row++) {
         const float *from = job->rows + row * job->inputs;
         float *scaled = (float *)to->high + row * (to->stride / 2);
         int32_t most = 0;
-        for (long i = 0; i < job->inputs; i++) {
+        for (int64_t i = 0; i < job->inputs; i++) {
             int32_t bits;
             memcpy(&bits, from + i, sizeof bits);
             bits &= 0x7fffffff;
@@ -307,7 +307,7 @@ static void scale_rows(const Job *job, const Quantised *to) {
         const int exponent = most >> 23 < 1 ? 1 : most >> 23 > 253 ? 253 : most >> 23;
         const float inverse = ldexpf(1, 127 - exponent);
         to->steps[row] = ldexpf(1, exponent - 127);
-        for (long i = 0; i < job->inputs; i++) scaled[i] = from[i] * inverse * 0x1p100f;
+        for (int64_t i = 0; i < job->inputs; i++) scaled[i] = from[i] * inverse * 0x1p100f;
     }
 }
 
@@ -354,17 +354,17 @@ INLINE VNNI __m512 sixteen_numbers(enum number kind, const uint8_t *at) {
 
 /* Scales times `factor`, or where `scales` are given zeros less `base` times them. */
 INLINE VNNI void convert(enum number kind, const Numbers *these, float factor, const float *scales, float base, float offset) {
-    const long size = kind == AS_FLOAT32 ? 64 : kind <= AS_BFLOAT16 ? 32 : 16;
+    const int64_t size = kind == AS_FLOAT32 ? 64 : kind <= AS_BFLOAT16 ? 32 : 16;
     const int steps = kind >= STEPS && kind <= UPPER_STEPS;
-    const long each = steps ? these->each : these->count;
+    const int64_t each = steps ? these->each : these->count;
     const uint8_t *at = these->at, *units = these->units;
     const __m512 factors = _mm512_set1_ps(factor), bases = _mm512_set1_ps(base), offsets = _mm512_set1_ps(offset);
-    for (long begin = 0; begin < these->count; begin += each) {
-        long end = begin + each < these->count ? begin + each : these->count;
+    for (int64_t begin = 0; begin < these->count; begin += each) {
+        int64_t end = begin + each < these->count ? begin + each : these->count;
         __m512 unit = _mm512_setzero_ps();
         if (steps) unit = sixteen(FLOAT16, (const char *)units, 0, 0xffff);
         units += 2 * TILE;
-        for (long i = begin; i < end; i++, at += size) {
+        for (int64_t i = begin; i < end; i++, at += size) {
             __m512 value = sixteen_numbers(kind, at);
             if (steps) value = _mm512_mul_ps(value, unit);
             if (scales == NULL) {
@@ -456,7 +456,7 @@ VNNI static void chunk_codes(int bits, const uint8_t *at, uint32_t runs[8][TILE]
 #undef STORE
 }
 
-INLINE VNNI void store_lanes(const GroupedJob *job, long tile, long row, __m512 sums) {
+INLINE VNNI void store_lanes(const GroupedJob *job, int64_t tile, int64_t row, __m512 sums) {
     __mmask16 mask = some_of(job->weight->outputs - tile * TILE);
     _mm512_mask_storeu_ps(job->products + row * job->pitch + tile * TILE, mask, sums);
 }
@@ -501,11 +501,11 @@ INLINE VNNI void integer_chunk(int bits, int table, int small, int sets, const u
 
 /* `group`: 16, 32, or 0: more. */
 INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob *job, const Quantised *rows, const Run *run,
-                               long tile, long row, int count) {
+                               int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const int small = group == 16, sets = small || (count == 1 && !group) ? 2 : 1; /* two are added in half of the time */
-    const long chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
+    const int64_t chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
     float scales[(MOST_GROUPS + 1) * TILE], zeros[(MOST_GROUPS + 1) * TILE];
     const float base = base_of(weight);
     __m512i values = _mm512_setzero_si512();
@@ -515,7 +515,7 @@ INLINE VNNI void integer_block(int bits, int table, int group, const GroupedJob 
     __m512 sums[4];
 #pragma GCC unroll 4
     for (int r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
-    for (long first = 0; first < weight->inputs; first += weight->panel) {
+    for (int64_t first = 0; first < weight->inputs; first += weight->panel) {
         Panel panel = panel_at(weight, at, first);
         const float *scale = scales, *zero = weight->zero == NONE ? NULL : zeros;
         all_numbers(weight, &panel, scales, weight->zero == NONE ? NULL : zeros);
@@ -587,31 +587,31 @@ INLINE VNNI void floats_of(enum code kind, const uint8_t *codes, int vector, __m
     to[3] = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(second, 1));
 }
 
-INLINE VNNI void code_float_block(enum code kind, const GroupedJob *job, const Run *run, long tile, long row, int count) {
+INLINE VNNI void code_float_block(enum code kind, const GroupedJob *job, const Run *run, int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const int bytes = kind == FLOAT_TABLE ? 4 * VECTOR : 8 * VECTOR;
-    const long half = weight->group == CHUNK / 2;
+    const int64_t half = weight->group == CHUNK / 2;
     float scales[(MOST_GROUPS + 1) * TILE];
     __m512 table = _mm512_setzero_ps();
     if (kind == FLOAT_TABLE) table = _mm512_loadu_ps(weight->values);
     __m512 sums[4];
 #pragma GCC unroll 4
     for (int r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
-    for (long first = 0; first < weight->inputs; first += weight->panel) {
+    for (int64_t first = 0; first < weight->inputs; first += weight->panel) {
         Panel panel = panel_at(weight, at, first);
         all_numbers(weight, &panel, scales, NULL);
         const float *scale = scales;
-        long vectors = parts_of(panel.inputs, CHUNK) * 8; /* of four inputs */
-        long each = half ? 4 : weight->group ? weight->group / 4 : vectors;
-        for (long begin = 0; begin < vectors; begin += each, scale += TILE) {
-            long end = begin + each < vectors ? begin + each : vectors;
+        int64_t vectors = parts_of(panel.inputs, CHUNK) * 8; /* of four inputs */
+        int64_t each = half ? 4 : weight->group ? weight->group / 4 : vectors;
+        for (int64_t begin = 0; begin < vectors; begin += each, scale += TILE) {
+            int64_t end = begin + each < vectors ? begin + each : vectors;
             __m512 group[4][4];
 #pragma GCC unroll 4
             for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
                 for (int i = 0; i < 4; i++) group[r][i] = _mm512_setzero_ps();
-            for (long some = begin; some < end; some += 4) {
+            for (int64_t some = begin; some < end; some += 4) {
                 const uint8_t *codes = panel.codes + some / 8 * bytes;
                 const int later = some % 8 != 0;
                 const float *given = job->rows + row * job->stride + first + some * 4;
@@ -645,8 +645,8 @@ INLINE VNNI void code_float_block(enum code kind, const GroupedJob *job, const R
 
 /* Rows as sums of two bfloat16, of the stride's bytes. */
 VNNI static void split_rows(const Job *job, const Quantised *to) {
-    for (long row = 0; row < job->count; row++)
-        for (long i = 0; i < to->stride / 2; i += 16) {
+    for (int64_t row = 0; row < job->count; row++)
+        for (int64_t i = 0; i < to->stride / 2; i += 16) {
             __m512i value = _mm512_castps_si512(_mm512_maskz_loadu_ps(some_of(job->inputs - i), job->rows + row * job->inputs + i));
             __m512i upper = _mm512_and_si512(value, _mm512_set1_epi32((int)0xffff0000));
             __m512i rest = _mm512_castps_si512(_mm512_sub_ps(_mm512_castsi512_ps(value), _mm512_castsi512_ps(upper)));
@@ -665,7 +665,7 @@ INLINE VNNI __m512i eight_bytes(const int8_t *from) {
 }
 
 /* E4M3 where four inputs of an output are together: as bfloat16, which the CPU multiplies in pairs. */
-INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, const Run *run, long tile, long row, int count) {
+INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const int8_t *high = rows->high + row * rows->stride, *low = rows->low + row * rows->stride;
@@ -677,12 +677,12 @@ INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, c
     __m512 sums[4];
 #pragma GCC unroll 4
     for (int r = 0; r < count; r++) sums[r] = _mm512_setzero_ps();
-    for (long first = 0; first < weight->inputs; first += weight->panel) {
+    for (int64_t first = 0; first < weight->inputs; first += weight->panel) {
         Panel panel = panel_at(weight, at, first);
         all_numbers(weight, &panel, scales, NULL);
         at = end_of(weight, &panel);
         const float *scale = scales;
-        const long each = weight->group ? weight->group / 4 * VECTOR : at - panel.codes;
+        const int64_t each = weight->group ? weight->group / 4 * VECTOR : at - panel.codes;
         for (const uint8_t *codes = panel.codes; codes < at; scale += TILE) {
             const uint8_t *stop = codes + each < at ? codes + each : at;
             __m512 pairs[4][2][2];
@@ -724,15 +724,15 @@ INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, c
 
 /* `block` with four, two and one of the rows at a time. */
 #define FOR_ROWS(block, ...)                                              \
-    for (long tile = start; tile < end; tile++) {                         \
-        long row = run->row, last = run->row + run->count;                \
+    for (int64_t tile = start; tile < end; tile++) {                         \
+        int64_t row = run->row, last = run->row + run->count;                \
         for (; row + 4 <= last; row += 4) block(__VA_ARGS__, tile, row, 4); \
         if (row + 2 <= last) block(__VA_ARGS__, tile, row, 2), row += 2;  \
         if (row < last) block(__VA_ARGS__, tile, row, 1);                 \
     }
 
 #define INTEGER_KERNEL(name, bits, table)                                                                                  \
-    VNNI static void name(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {            \
+    VNNI static void name(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t start, int64_t end) {            \
         if (job->weight->group == 16) {                                                                                    \
             FOR_ROWS(integer_block, bits, table, 16, job, rows, run)                                                       \
         } else if (job->weight->group == CHUNK) {                                                                          \
@@ -743,7 +743,7 @@ INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, c
     }
 
 #define FLOAT_KERNEL(name, kind)                                                                                           \
-    VNNI static void name(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {            \
+    VNNI static void name(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t start, int64_t end) {            \
         (void)rows;                                                                                                        \
         FOR_ROWS(code_float_block, kind, job, run)                                                                         \
     }
@@ -760,7 +760,7 @@ FLOAT_KERNEL(e4m3, E4M3)
 FLOAT_KERNEL(e5m2, E5M2)
 
 #ifdef HAVE_BFLOATS
-BFLOATS static void e4m3_bfloat(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+BFLOATS static void e4m3_bfloat(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t start, int64_t end) {
     FOR_ROWS(bfloat_block, job, rows, run)
 }
 #else
@@ -768,7 +768,7 @@ BFLOATS static void e4m3_bfloat(const GroupedJob *job, const Quantised *rows, co
 #endif
 
 /* Makes `numbers` of rows; there is room for them, see `prepare`. */
-VNNI static void take_rows(enum taken taken, const float *rows, long count, long inputs, Quantised *numbers) {
+VNNI static void take_rows(enum taken taken, const float *rows, int64_t count, int64_t inputs, Quantised *numbers) {
     Job job = {.rows = rows, .count = count, .inputs = inputs};
     numbers->stride = padded(taken == AS_BFLOATS ? 2 * inputs : inputs);
     numbers->low = numbers->high + count * numbers->stride;
@@ -779,28 +779,28 @@ VNNI static void take_rows(enum taken taken, const float *rows, long count, long
 
 #ifdef HAVE_VNNI
 /* As `dequantise_plainly`, of groups of 16 inputs or more. */
-VNNI static void dequantise_vnni(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+VNNI static void dequantise_vnni(const Grouped *weight, const uint8_t *at, int64_t lane, int64_t lanes, float *to) {
     uint32_t runs[8][TILE], codes[TILE][8]; /* of four inputs */
     float scales[MOST_GROUPS * TILE], zeros[MOST_GROUPS * TILE];
     const __m512 offset = _mm512_set1_ps((float)weight->offset);
     const int plain = weight->code == PLAIN, subtracted = weight->zero == CODES, added = !subtracted && weight->zero != NONE;
-    for (long first = 0; first < weight->inputs; first += weight->panel) {
+    for (int64_t first = 0; first < weight->inputs; first += weight->panel) {
         Panel panel = panel_at(weight, at, first);
         numbers_plainly(weight, &panel, scales, zeros);
-        for (long begin = 0; begin < panel.inputs; begin += CHUNK) {
+        for (int64_t begin = 0; begin < panel.inputs; begin += CHUNK) {
             chunk_codes(weight->bits, panel.codes + begin / CHUNK * VECTOR * weight->bits, runs);
             if (weight->pairs) {
-                for (long index = lane; index < lane + lanes; index++)
+                for (int64_t index = lane; index < lane + lanes; index++)
                     for (int half = 0; half < 16; half++)
                         ((uint16_t *)codes[index])[half] = ((const uint16_t *)runs[half / 2])[half % 2 * TILE + index];
             } else {
-                for (long index = lane; index < lane + lanes; index++)
+                for (int64_t index = lane; index < lane + lanes; index++)
                     for (int run = 0; run < 8; run++) codes[index][run] = runs[run][index];
             }
-            for (long some = begin; some < begin + CHUNK && some < panel.inputs; some += 16) {
+            for (int64_t some = begin; some < begin + CHUNK && some < panel.inputs; some += 16) {
                 const float *scale = scales, *zero = zeros;
                 if (weight->group) scale += some / weight->group * TILE, zero += some / weight->group * TILE;
-                for (long index = lane; index < lane + lanes; index++) {
+                for (int64_t index = lane; index < lane + lanes; index++) {
                     __m512i code = _mm512_cvtepu8_epi32(sixteen_bytes((const uint8_t *)codes[index] + (some - begin)));
                     __m512 value = plain ? _mm512_sub_ps(_mm512_cvtepi32_ps(code), offset)
                                          : _mm512_i32gather_ps(code, weight->values, 4);
@@ -819,7 +819,7 @@ VNNI static void dequantise_vnni(const Grouped *weight, const uint8_t *at, long 
 
 /* ---- how they are run ---- */
 
-typedef void (*GroupedKernel)(const GroupedJob *, const Quantised *, const Run *, long, long);
+typedef void (*GroupedKernel)(const GroupedJob *, const Quantised *, const Run *, int64_t, int64_t);
 
 /* Kernels for one kind of instructions. What is NULL is left to plain loops, or, of floats, to others than these kernels. */
 typedef struct {
@@ -832,7 +832,7 @@ typedef struct {
     GroupedKernel coded[ANY + 1];                  /* by `enum code`; of E4M3 in pairs */
     GroupedKernel bfloats;                         /* E4M3 that is not in pairs */
     int in_words;                                  /* whether FLOAT_TABLE is multiplied with integers */
-    void (*dequantise)(const Grouped *, const uint8_t *, long, long, float *);
+    void (*dequantise)(const Grouped *, const uint8_t *, int64_t, int64_t, float *);
 } Path;
 
 static GroupedKernel kernel_of(const Path *path, const Grouped *weight) {
@@ -856,9 +856,9 @@ static int take(const Path *path, GroupedKernel kernel, const GroupedJob *job, Q
 }
 
 /* Neighbours with the same expert make a run. Gives 0 where there is no such expert. */
-static int find_runs(const uint8_t *tiles, int64_t expert_bytes, const int64_t *experts, long held, long count, Run *runs) {
+static int find_runs(const uint8_t *tiles, int64_t expert_bytes, const int64_t *experts, int64_t held, int64_t count, Run *runs) {
     int many = 0;
-    for (long row = 0; row < count; row++) {
+    for (int64_t row = 0; row < count; row++) {
         if (experts[row] < 0 || experts[row] >= held) return 0;
         if (many && experts[row] == experts[row - 1])
             runs[many - 1].count++;
@@ -873,15 +873,15 @@ typedef struct {
     const GroupedJob *job;
     const Quantised *rows;
     const Run *runs;
-    long many, tiles, threads;
+    int64_t many, tiles, threads;
 } TiledRuns;
 
-static void run_some_tiles(const void *given, long thread) {
+static void run_some_tiles(const void *given, int64_t thread) {
     const TiledRuns *all = given;
-    long start = all->tiles * thread / all->threads, stop = all->tiles * (thread + 1) / all->threads;
-    for (long i = 0; i < all->many; i++) {
+    int64_t start = all->tiles * thread / all->threads, stop = all->tiles * (thread + 1) / all->threads;
+    for (int64_t i = 0; i < all->many; i++) {
         Run some = all->runs[i];
-        for (long end = some.row + some.count; some.row < end; some.row += MOST_ROWS) {
+        for (int64_t end = some.row + some.count; some.row < end; some.row += MOST_ROWS) {
             some.count = end - some.row < MOST_ROWS ? end - some.row : MOST_ROWS;
             all->kernel(all->job, all->rows, &some, start, stop);
         }
@@ -889,13 +889,13 @@ static void run_some_tiles(const void *given, long thread) {
 }
 
 /* Every thread computes some of the tiles, of all runs. */
-static void run_tiles(GroupedKernel kernel, const GroupedJob *job, const Quantised *rows, const Run *runs, long many) {
+static void run_tiles(GroupedKernel kernel, const GroupedJob *job, const Quantised *rows, const Run *runs, int64_t many) {
     TiledRuns all = {kernel, job, rows, runs, many, parts_of(job->weight->outputs, TILE), job->threads < 1 ? 1 : job->threads};
     run_parts(run_some_tiles, &all, all.threads, all.threads);
 }
 
 #ifdef HAVE_VNNI
-VNNI static void dequantise_groups_vnni(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+VNNI static void dequantise_groups_vnni(const Grouped *weight, const uint8_t *at, int64_t lane, int64_t lanes, float *to) {
     (weight->group == 8 ? dequantise_plainly : dequantise_vnni)(weight, at, lane, lanes, to);
 }
 
@@ -912,7 +912,7 @@ static const Path avx512_bf16 = {
 static int is_avx512(const Path *path) { return path == &avx512 || path == &avx512_bf16; }
 
 /* As steps call it. */
-INLINE void run_grouped(const GroupedJob *job, const Quantised *rows, const Run *runs, long many, int plainly) {
+INLINE void run_grouped(const GroupedJob *job, const Quantised *rows, const Run *runs, int64_t many, int plainly) {
     run_tiles(plainly ? grouped_plainly : kernel_of(&avx512_bf16, job->weight), job, rows, runs, many);
 }
 #else

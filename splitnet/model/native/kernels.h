@@ -63,15 +63,15 @@ INLINE TARGET Ints NAMED(clamped)(Ints numbers, int32_t limit) {
 
 /* As `quantise_plainly`. */
 TARGET static void NAMED(quantise)(const Job *job, const Quantised *to) {
-    for (long index = 0; index < job->count; index++) {
+    for (int64_t index = 0; index < job->count; index++) {
         const float *row = job->rows + index * job->inputs;
         int8_t *high = to->high + index * to->stride, *low = to->low + index * to->stride;
         float last[LANES] = {0}, all[LANES];
-        const long whole = job->inputs / LANES * LANES, rest = job->inputs - whole;
+        const int64_t whole = job->inputs / LANES * LANES, rest = job->inputs - whole;
         memcpy(last, row + whole, rest * sizeof(float));
         Floats most = V(splat)(0);
         Ints strange = V(splat_int)(0);
-        for (long i = 0; i < job->inputs; i += LANES) {
+        for (int64_t i = 0; i < job->inputs; i += LANES) {
             Floats values = NAMED(load_floats)(i < whole ? row + i : last);
             strange |= values != values;
             most = V(max)(most, (Floats)((Ints)values & V(splat_int)(0x7fffffff)));
@@ -84,7 +84,7 @@ TARGET static void NAMED(quantise)(const Job *job, const Quantised *to) {
         }
         float step = to->steps[index] = step_of(largest);
         Floats factor = V(splat)(factor_of(step));
-        for (long i = 0; i < to->stride; i += LANES) {
+        for (int64_t i = 0; i < to->stride; i += LANES) {
             Floats values = i < whole ? NAMED(load_floats)(row + i) : i == whole ? NAMED(load_floats)(last) : V(splat)(0);
             Ints number = NAMED(clamped)(V(rounded)(values * factor), LARGEST);
             Ints upper = V(rounded)(V(floats)(number) * V(splat)(1.0f / BASE));
@@ -93,7 +93,7 @@ TARGET static void NAMED(quantise)(const Job *job, const Quantised *to) {
         }
         add_up(to, index);
 #if PAIRED
-        for (long i = 0; i < to->stride; i++) to->words[index * to->stride + i] = (int16_t)(BASE * high[i] + low[i]);
+        for (int64_t i = 0; i < to->stride; i++) to->words[index * to->stride + i] = (int16_t)(BASE * high[i] + low[i]);
 #endif
     }
 }
@@ -107,42 +107,42 @@ INLINE TARGET Floats NAMED(weights_at)(enum kind kind, const void *at) {
 }
 
 /* `next`: what is to be read by then, NULL: nothing. */
-INLINE TARGET void NAMED(float_vectors)(enum kind kind, const char *weights, long pitch, const float *rows, long inputs,
-                                        long outputs, long count, Floats sums[BLOCK][4], const char *next) {
+INLINE TARGET void NAMED(float_vectors)(enum kind kind, const char *weights, int64_t pitch, const float *rows, int64_t inputs,
+                                        int64_t outputs, int64_t count, Floats sums[BLOCK][4], const char *next) {
     Floats given[4];
 #pragma GCC unroll 4
-    for (long r = 0; r < count; r++) given[r] = NAMED(load_floats)(rows + r * inputs);
+    for (int64_t r = 0; r < count; r++) given[r] = NAMED(load_floats)(rows + r * inputs);
 #pragma GCC unroll 4
-    for (long o = 0; o < outputs; o++) {
+    for (int64_t o = 0; o < outputs; o++) {
         Floats weight = NAMED(weights_at)(kind, weights + o * pitch);
         if (next) __builtin_prefetch(next + o * VECTOR, 0, 0);
 #pragma GCC unroll 4
-        for (long r = 0; r < count; r++) sums[o][r] = V(fma)(weight, given[r], sums[o][r]);
+        for (int64_t r = 0; r < count; r++) sums[o][r] = V(fma)(weight, given[r], sums[o][r]);
     }
 }
 
-INLINE TARGET void NAMED(float_block)(enum kind kind, const Job *job, long output, long outputs, long row, long count) {
-    const long width = kind == FLOAT32 ? 4 : 2, pitch = width * job->inputs, lines = VECTOR / width;
+INLINE TARGET void NAMED(float_block)(enum kind kind, const Job *job, int64_t output, int64_t outputs, int64_t row, int64_t count) {
+    const int64_t width = kind == FLOAT32 ? 4 : 2, pitch = width * job->inputs, lines = VECTOR / width;
     const float *rows = job->rows + row * job->inputs;
     const char *weights = (const char *)job->weights + output * pitch;
     Floats sums[BLOCK][4];
 #pragma GCC unroll 4
-    for (long o = 0; o < BLOCK; o++)
+    for (int64_t o = 0; o < BLOCK; o++)
 #pragma GCC unroll 4
-        for (long r = 0; r < count; r++) sums[o][r] = V(splat)(0);
-    long i = 0;
+        for (int64_t r = 0; r < count; r++) sums[o][r] = V(splat)(0);
+    int64_t i = 0;
     for (; i + LANES <= job->inputs; i += LANES)
         NAMED(float_vectors)(kind, weights + i * width, pitch, rows + i, job->inputs, outputs, count, sums,
                              i % lines ? NULL : weights + BLOCK * pitch + i * width * BLOCK);
     if (i < job->inputs) { /* copies, filled up with zeros */
-        const long left = job->inputs - i;
+        const int64_t left = job->inputs - i;
         char last[BLOCK][LANES * 4] = {{0}};
         float given[4][LANES] = {{0}};
-        for (long o = 0; o < outputs; o++) memcpy(last[o], weights + o * pitch + i * width, left * width);
-        for (long r = 0; r < count; r++) memcpy(given[r], rows + r * job->inputs + i, left * sizeof(float));
+        for (int64_t o = 0; o < outputs; o++) memcpy(last[o], weights + o * pitch + i * width, left * width);
+        for (int64_t r = 0; r < count; r++) memcpy(given[r], rows + r * job->inputs + i, left * sizeof(float));
         NAMED(float_vectors)(kind, last[0], LANES * 4, given[0], LANES, outputs, count, sums, NULL);
     }
-    for (long r = 0; r < count; r++) {
+    for (int64_t r = 0; r < count; r++) {
         Floats of_row[BLOCK] = {sums[0][r], sums[1][r], sums[2][r], sums[3][r]};
         float found[BLOCK];
         V(store_sums)(found, of_row);
@@ -150,36 +150,36 @@ INLINE TARGET void NAMED(float_block)(enum kind kind, const Job *job, long outpu
     }
 }
 
-INLINE TARGET void NAMED(floats)(enum kind kind, const Job *job, long start, long end) {
-    long output = start;
+INLINE TARGET void NAMED(floats)(enum kind kind, const Job *job, int64_t start, int64_t end) {
+    int64_t output = start;
     for (; output + BLOCK <= end; output += BLOCK) {
-        long row = 0;
+        int64_t row = 0;
         for (; ROWS == 4 && row + 4 <= job->count; row += 4) NAMED(float_block)(kind, job, output, BLOCK, row, 4);
         for (; row + 2 <= job->count; row += 2) NAMED(float_block)(kind, job, output, BLOCK, row, 2);
         if (row < job->count) NAMED(float_block)(kind, job, output, BLOCK, row, 1);
     }
     for (; output < end; output++)
-        for (long row = 0; row < job->count; row++) NAMED(float_block)(kind, job, output, 1, row, 1);
+        for (int64_t row = 0; row < job->count; row++) NAMED(float_block)(kind, job, output, 1, row, 1);
 }
 
-TARGET static void NAMED(float32)(const Job *job, const Quantised *rows, long start, long end) {
+TARGET static void NAMED(float32)(const Job *job, const Quantised *rows, int64_t start, int64_t end) {
     (void)rows;
     NAMED(floats)(FLOAT32, job, start, end);
 }
 
-TARGET static void NAMED(bfloat16)(const Job *job, const Quantised *rows, long start, long end) {
+TARGET static void NAMED(bfloat16)(const Job *job, const Quantised *rows, int64_t start, int64_t end) {
     (void)rows;
     NAMED(floats)(BFLOAT16, job, start, end);
 }
 
-TARGET static void NAMED(float16)(const Job *job, const Quantised *rows, long start, long end) {
+TARGET static void NAMED(float16)(const Job *job, const Quantised *rows, int64_t start, int64_t end) {
     (void)rows;
     NAMED(floats)(FLOAT16, job, start, end);
 }
 
 /* ---- weights in tiles: scales and zeros ---- */
 
-INLINE TARGET Floats NAMED(numbers_at)(enum number kind, const uint8_t *at, long index) {
+INLINE TARGET Floats NAMED(numbers_at)(enum number kind, const uint8_t *at, int64_t index) {
     switch (kind) {
     case AS_FLOAT16: return NAMED(weights_at)(FLOAT16, at + 2 * index);
     case AS_BFLOAT16: return NAMED(weights_at)(BFLOAT16, at + 2 * index);
@@ -197,17 +197,17 @@ INLINE TARGET Floats NAMED(numbers_at)(enum number kind, const uint8_t *at, long
 /* Scales, or where `scales` are given zeros times `factor` less `base` times them. */
 INLINE TARGET void NAMED(convert)(enum number kind, const Numbers *these, float factor, const float *scales, float base,
                                   float offset) {
-    const long size = kind == AS_FLOAT32 ? 64 : kind <= AS_BFLOAT16 ? 32 : 16;
+    const int64_t size = kind == AS_FLOAT32 ? 64 : kind <= AS_BFLOAT16 ? 32 : 16;
     const int steps = kind >= STEPS && kind <= UPPER_STEPS;
-    const long each = steps ? these->each : these->count;
+    const int64_t each = steps ? these->each : these->count;
     const uint8_t *at = these->at, *units = these->units;
-    for (long begin = 0; begin < these->count; begin += each, units += 2 * TILE) {
-        long end = begin + each < these->count ? begin + each : these->count;
+    for (int64_t begin = 0; begin < these->count; begin += each, units += 2 * TILE) {
+        int64_t end = begin + each < these->count ? begin + each : these->count;
         Floats unit[PARTS];
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++)
             unit[part] = steps ? NAMED(weights_at)(FLOAT16, units + 2 * LANES * part) * V(splat)(factor) : V(splat)(factor);
-        for (long i = begin; i < end; i++, at += size)
+        for (int64_t i = begin; i < end; i++, at += size)
 #pragma GCC unroll 4
             for (int part = 0; part < PARTS; part++) {
                 Floats value = NAMED(numbers_at)(kind, at, part * LANES);
@@ -362,18 +362,18 @@ INLINE TARGET Floats NAMED(with_group)(Floats sums, Floats dot, const float *sca
     return V(fma)(NAMED(load_floats)(scale), dot, sums);
 }
 
-INLINE TARGET void NAMED(store_lanes)(const GroupedJob *job, long tile, long row, const Floats sums[PARTS]) {
-    long left = job->weight->outputs - tile * TILE;
+INLINE TARGET void NAMED(store_lanes)(const GroupedJob *job, int64_t tile, int64_t row, const Floats sums[PARTS]) {
+    int64_t left = job->weight->outputs - tile * TILE;
     memcpy(job->products + row * job->pitch + tile * TILE, sums, (left < TILE ? left : TILE) * sizeof(float));
 }
 
 /* `group`: 16, 32, or 0: more; `values`: the bytes of a table. */
 INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const Bytes values[2], const GroupedJob *job,
-                                        const Quantised *rows, const Run *run, long tile, long row, int count) {
+                                        const Quantised *rows, const Run *run, int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const int small = group == 16, sets = small || (count == 1 && !group && !PAIRED && table != FINE) ? 2 : 1;
-    const long chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
+    const int64_t chunks = small ? 1 : weight->group ? weight->group / CHUNK : weight->inputs; /* of a group, at most */
     const int merged = group && IS_PAIRED(bits, table);
     const float unit = (float)(table == FINE ? weight->unit * BASE / 3 : weight->factor);
     const int flipped = SIGNED && (table || bits == 8) && table != NARROW;
@@ -389,7 +389,7 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const By
     for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++) sums[r][part] = V(splat)(0);
-    for (long first = 0; first < weight->inputs; first += weight->panel) {
+    for (int64_t first = 0; first < weight->inputs; first += weight->panel) {
         Panel panel = panel_at(weight, at, first);
         const float *scale = scales, *zero = weight->zero == NONE ? NULL : zeros;
         NAMED(all_numbers)(weight, &panel, base, scales, weight->zero == NONE ? NULL : zeros);
@@ -459,7 +459,7 @@ INLINE TARGET void NAMED(integer_block)(int bits, int table, int group, const By
 #if PAIRED
 /* `fine`: tables of words, whose products are sums of 32 bits for 16 inputs only; else of bytes without sign. */
 INLINE TARGET void NAMED(word_block)(int fine, const Bytes tables[2], const GroupedJob *job, const Quantised *rows,
-                                     const Run *run, long tile, long row, int count) {
+                                     const Run *run, int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const float base = fine ? 0 : 128;
@@ -471,21 +471,21 @@ INLINE TARGET void NAMED(word_block)(int fine, const Bytes tables[2], const Grou
     for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++) sums[r][part] = V(splat)(0);
-    for (long first = 0; first < weight->inputs; first += weight->panel) {
+    for (int64_t first = 0; first < weight->inputs; first += weight->panel) {
         Panel panel = panel_at(weight, at, first);
         const float *scale = scales, *zero = weight->zero == NONE ? NULL : zeros;
         NAMED(all_numbers)(weight, &panel, base, scales, weight->zero == NONE ? NULL : zeros);
-        const long halves = 2 * parts_of(panel.inputs, CHUNK), group = weight->group ? weight->group / SUMMED : halves;
-        for (long begin = 0; begin < halves; begin += group) {
-            const long end = begin + group < halves ? begin + group : halves;
+        const int64_t halves = 2 * parts_of(panel.inputs, CHUNK), group = weight->group ? weight->group / SUMMED : halves;
+        for (int64_t begin = 0; begin < halves; begin += group) {
+            const int64_t end = begin + group < halves ? begin + group : halves;
             Floats dots[ROWS][PARTS][2];
             float total[ROWS] = {0};
 #pragma GCC unroll 4
             for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
                 for (int part = 0; part < PARTS; part++) dots[r][part][0] = dots[r][part][1] = V(splat)(0);
-            for (long some = begin; some < end;) {
-                const long stop = fine || some + 16 > end ? fine ? some + 1 : end : some + 16;
+            for (int64_t some = begin; some < end;) {
+                const int64_t stop = fine || some + 16 > end ? fine ? some + 1 : end : some + 16;
                 Ints both[ROWS][PARTS][2];
 #pragma GCC unroll 4
                 for (int r = 0; r < count; r++)
@@ -570,7 +570,7 @@ INLINE TARGET void NAMED(floats_of)(enum code kind, const uint8_t *codes, int ve
 /* Adds products with four inputs of E4M3 times 2^-120, without a conversion: its bits are put where floats have theirs, and a
 number without an exponent is one. The first parts of sums are of outputs with even numbers. */
 #if SCALED
-INLINE TARGET void NAMED(add_scaled)(const uint8_t *codes, const float *given, long stride, int count, int sets,
+INLINE TARGET void NAMED(add_scaled)(const uint8_t *codes, const float *given, int64_t stride, int count, int sets,
                                      Floats group[ROWS][4][PARTS]) {
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) {
@@ -589,13 +589,13 @@ INLINE TARGET void NAMED(add_scaled)(const uint8_t *codes, const float *given, l
 #endif
 
 INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job, const Quantised *scaled, const Run *run,
-                                           long tile, long row, int count) {
+                                           int64_t tile, int64_t row, int count) {
     const Grouped *weight = job->weight;
     const uint8_t *at = run->tiles + tile * weight->tile_bytes;
     const int bytes = kind == FLOAT_TABLE ? 4 * VECTOR : 8 * VECTOR;
     const int apart = SCALED && kind == E4M3, sets = apart && count == 1 ? 4 : 2;
-    const long half = weight->group == CHUNK / 2;
-    const long stride = apart ? scaled->stride / 2 : job->stride;
+    const int64_t half = weight->group == CHUNK / 2;
+    const int64_t stride = apart ? scaled->stride / 2 : job->stride;
     const float *from = (apart ? (const float *)scaled->high : job->rows) + row * stride;
     float scales[(MOST_GROUPS + 1) * TILE];
     V(FloatTable) table = V(float_table)(weight->values);
@@ -604,14 +604,14 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
     for (int r = 0; r < count; r++)
 #pragma GCC unroll 4
         for (int part = 0; part < PARTS; part++) sums[r][part] = V(splat)(0);
-    for (long first = 0; first < weight->inputs; first += weight->panel) {
+    for (int64_t first = 0; first < weight->inputs; first += weight->panel) {
         Panel panel = panel_at(weight, at, first);
         NAMED(all_numbers)(weight, &panel, 0, scales, NULL);
         const float *scale = scales;
-        long vectors = parts_of(panel.inputs, CHUNK) * 8; /* of four inputs */
-        long each = half ? 4 : weight->group ? weight->group / 4 : vectors;
-        for (long begin = 0; begin < vectors; begin += each, scale += TILE) {
-            long end = begin + each < vectors ? begin + each : vectors;
+        int64_t vectors = parts_of(panel.inputs, CHUNK) * 8; /* of four inputs */
+        int64_t each = half ? 4 : weight->group ? weight->group / 4 : vectors;
+        for (int64_t begin = 0; begin < vectors; begin += each, scale += TILE) {
+            int64_t end = begin + each < vectors ? begin + each : vectors;
             Floats group[ROWS][4][PARTS];
 #pragma GCC unroll 4
             for (int r = 0; r < count; r++)
@@ -619,7 +619,7 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
                 for (int set = 0; set < sets; set++)
 #pragma GCC unroll 4
                     for (int part = 0; part < PARTS; part++) group[r][set][part] = V(splat)(0);
-            for (long some = begin; some < end; some += 4) {
+            for (int64_t some = begin; some < end; some += 4) {
                 const uint8_t *codes = panel.codes + some / 8 * bytes;
                 const int later = some % 8 != 0;
                 const float *given = from + first + some * 4;
@@ -680,8 +680,8 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
 
 /* `block` with as many of the rows at a time as possible. */
 #define FOR_SOME_ROWS(block, ...)                                                             \
-    for (long tile = start; tile < end; tile++) {                                             \
-        long row = run->row, last = run->row + run->count;                                    \
+    for (int64_t tile = start; tile < end; tile++) {                                             \
+        int64_t row = run->row, last = run->row + run->count;                                    \
         for (; ROWS == 4 && row + 4 <= last; row += 4) NAMED(block)(__VA_ARGS__, tile, row, ROWS); \
         for (; row + 2 <= last; row += 2) NAMED(block)(__VA_ARGS__, tile, row, 2);            \
         if (row < last) NAMED(block)(__VA_ARGS__, tile, row, 1);                              \
@@ -691,7 +691,7 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
 #define BYTES(less) {V(table)(job->weight->bytes) - NAMED(splat_byte)(less), NAMED(splat_byte)(0)}
 
 #define INTEGERS(name, bits, table, ...)                                                                                  \
-    TARGET static void NAMED(name)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) { \
+    TARGET static void NAMED(name)(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t start, int64_t end) { \
         const Bytes values[2] = __VA_ARGS__;                                                                            \
         if (job->weight->group == 16) {                                                                                 \
             FOR_SOME_ROWS(integer_block, bits, table, 16, values, job, rows, run)                                       \
@@ -703,7 +703,7 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
     }
 
 #define FLOATS(name, kind)                                                                                              \
-    TARGET static void NAMED(name)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) { \
+    TARGET static void NAMED(name)(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t start, int64_t end) { \
         FOR_SOME_ROWS(code_float_block, kind, job, rows, run)                                                           \
     }
 
@@ -716,12 +716,12 @@ INTEGERS(eight_bits, 8, 0, NO_BYTES)
 #if PAIRED
 INTEGERS(narrow_table, 4, NARROW, BYTES(least_of(job->weight)))
 
-TARGET static void NAMED(wide_table)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+TARGET static void NAMED(wide_table)(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t start, int64_t end) {
     const Bytes tables[2] = {V(table)(job->weight->bytes), NAMED(splat_byte)(0)};
     FOR_SOME_ROWS(word_block, 0, tables, job, rows, run)
 }
 
-TARGET static void NAMED(table_bits)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+TARGET static void NAMED(table_bits)(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t start, int64_t end) {
     (is_narrow(job->weight) ? NAMED(narrow_table) : NAMED(wide_table))(job, rows, run, start, end);
 }
 #else
@@ -729,7 +729,7 @@ INTEGERS(table_bits, 4, WIDE_TABLE, BYTES(SIGNED ? 128 : 0))
 #endif
 
 #if PAIRED
-TARGET static void NAMED(float_table)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+TARGET static void NAMED(float_table)(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t start, int64_t end) {
     uint8_t bytes[2][16];
     for (int i = 0; i < 32; i++) bytes[i % 2][i / 2] = (uint8_t)(job->weight->words[i / 2] >> i % 2 * 8);
     const Bytes tables[2] = {V(table)(bytes[0]), V(table)(bytes[1])};
@@ -755,7 +755,7 @@ FLOATS(float_table, FLOAT_TABLE)
 #if SCALED
 FLOATS(scaled_e4m3, E4M3)
 
-TARGET static void NAMED(e4m3)(const GroupedJob *job, const Quantised *rows, const Run *run, long start, long end) {
+TARGET static void NAMED(e4m3)(const GroupedJob *job, const Quantised *rows, const Run *run, int64_t start, int64_t end) {
     const unsigned mode = _mm_getcsr(); /* numbers without an exponent count, whatever this thread is set to */
     _mm_setcsr(mode & ~0x8040u);
     NAMED(scaled_e4m3)(job, rows, run, start, end);
@@ -766,7 +766,7 @@ FLOATS(e4m3, E4M3)
 #endif
 FLOATS(e5m2, E5M2)
 
-TARGET static void NAMED(dequantise)(const Grouped *weight, const uint8_t *at, long lane, long lanes, float *to) {
+TARGET static void NAMED(dequantise)(const Grouped *weight, const uint8_t *at, int64_t lane, int64_t lanes, float *to) {
     dequantise_loops(weight, at, lane, lanes, to);
 }
 

@@ -30,9 +30,9 @@ static int read_job(PyObject *const *given, Py_ssize_t count, Job *job) {
         .weights = (const void *)(intptr_t)numbers[0],
         .rows = (const float *)(intptr_t)numbers[1],
         .products = (float *)(intptr_t)numbers[2],
-        .count = (long)numbers[3],
-        .inputs = (long)numbers[4],
-        .outputs = (long)numbers[5],
+        .count = (int64_t)numbers[3],
+        .inputs = (int64_t)numbers[4],
+        .outputs = (int64_t)numbers[5],
         .threads = (int)numbers[6],
     };
     return 1;
@@ -49,9 +49,9 @@ static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t coun
         .weight = weight,
         .rows = (const float *)(intptr_t)numbers[2],
         .products = (float *)(intptr_t)numbers[3],
-        .count = (long)numbers[4],
-        .stride = (long)numbers[5],
-        .pitch = (long)numbers[6],
+        .count = (int64_t)numbers[4],
+        .stride = (int64_t)numbers[5],
+        .pitch = (int64_t)numbers[6],
         .threads = (int)numbers[9],
     };
     const int64_t *experts = (const int64_t *)(intptr_t)numbers[7];
@@ -63,7 +63,7 @@ static PyObject *grouped(PyObject *self, PyObject *const *given, Py_ssize_t coun
         runs = malloc((job.count + 1) * sizeof(Run));
         if (runs == NULL) return PyErr_NoMemory();
         int64_t expert_bytes = parts_of(weight->outputs, TILE) * weight->tile_bytes;
-        many = find_runs(tiles, expert_bytes, experts, (long)numbers[8], job.count, runs);
+        many = find_runs(tiles, expert_bytes, experts, (int64_t)numbers[8], job.count, runs);
         if (!many && job.count) {
             free(runs);
             PyErr_Format(PyExc_IndexError, "there are %lld experts, and a row is for another", numbers[8]);
@@ -84,15 +84,15 @@ typedef struct {
     const Grouped *weight;
     const uint8_t *tiles;
     const int64_t *indices;
-    long many;
+    int64_t many;
     float *floats;
 } Dequantised;
 
-static void dequantise_some(const void *given, long part) {
+static void dequantise_some(const void *given, int64_t part) {
     const Dequantised *job = given;
     const Grouped *weight = job->weight;
-    const long step = job->indices == NULL ? TILE : 1, first = part * step, left = job->many - first;
-    const long output = job->indices == NULL ? first : job->indices[part];
+    const int64_t step = job->indices == NULL ? TILE : 1, first = part * step, left = job->many - first;
+    const int64_t output = job->indices == NULL ? first : job->indices[part];
     const uint8_t *tile = job->tiles + output / TILE * weight->tile_bytes;
     path->dequantise(weight, tile, output % TILE, left < step ? left : step, job->floats + first * weight->inputs);
 }
@@ -104,16 +104,16 @@ static PyObject *dequantised(PyObject *self, PyObject *const *given, Py_ssize_t 
     const Grouped *weight = (const Grouped *)(intptr_t)numbers[0];
     const uint8_t *tiles = (const uint8_t *)(intptr_t)numbers[1];
     const int64_t *indices = (const int64_t *)(intptr_t)numbers[2];
-    const long many = (long)numbers[3];
+    const int64_t many = (int64_t)numbers[3];
     Dequantised job = {weight, tiles, indices, many, (float *)(intptr_t)numbers[4]};
-    for (long i = 0; indices != NULL && i < many; i++)
+    for (int64_t i = 0; indices != NULL && i < many; i++)
         if (indices[i] < 0 || indices[i] >= weight->outputs) {
             PyErr_Format(PyExc_IndexError, "there are %lld outputs, and %lld is asked for", (long long)weight->outputs,
                          (long long)indices[i]);
             return NULL;
         }
     Py_BEGIN_ALLOW_THREADS
-    run_parts(dequantise_some, &job, indices == NULL ? parts_of(many, TILE) : many, (long)numbers[5]);
+    run_parts(dequantise_some, &job, indices == NULL ? parts_of(many, TILE) : many, (int64_t)numbers[5]);
     Py_END_ALLOW_THREADS
     Py_RETURN_NONE;
 }
@@ -131,7 +131,7 @@ static PyObject *converted(PyObject *self, PyObject *const *given, Py_ssize_t co
         .path = path,
         .weight = weight,
         .tiles = (const uint8_t *)(intptr_t)numbers[1],
-        .outputs = (long)numbers[2],
+        .outputs = (int64_t)numbers[2],
         .bfloats = (int)numbers[4],
         .to = (void *)(intptr_t)numbers[3],
     };
@@ -175,18 +175,18 @@ static PyObject *step(PyObject *self, PyObject *const *given, Py_ssize_t count) 
     if (has_vnni()) {
         Step step = {
             .hidden = (float *)(intptr_t)numbers[2],
-            .count = (long)numbers[3],
+            .count = (int64_t)numbers[3],
             .indices = (const int64_t *)(intptr_t)numbers[5],
             .cosines = (const float *)(intptr_t)numbers[6],
             .sines = (const float *)(intptr_t)numbers[7],
-            .half = (long)numbers[8],
+            .half = (int64_t)numbers[8],
             .order = (int)numbers[9],
             .stores_floats = numbers[10] == 4,
             .threads = (int)numbers[11],
         };
         int enough;
         Py_BEGIN_ALLOW_THREADS
-        enough = run_blocks((const Block *)(intptr_t)numbers[0], (long)numbers[1], (const Store *)(intptr_t)numbers[4], &step);
+        enough = run_blocks((const Block *)(intptr_t)numbers[0], (int64_t)numbers[1], (const Store *)(intptr_t)numbers[4], &step);
         Py_END_ALLOW_THREADS
         if (!enough) return PyErr_NoMemory();
         Py_RETURN_NONE;

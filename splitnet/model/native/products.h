@@ -41,7 +41,11 @@ of the activations is 2^-15 of the largest one of the row: outliers cost nothing
 #define BLOCK 4    /* outputs that are computed at a time, where each has a row of its own */
 #define AHEAD 8192 /* bytes, where weights stand in the order in which they are read */
 #define VECTOR 64  /* bytes, as a line of caches */
+#if defined(_MSC_VER) && !defined(__clang__) /* only plain loops */
+#define INLINE static __forceinline
+#else
 #define INLINE static inline __attribute__((always_inline))
+#endif
 
 enum kind { FLOAT32, BFLOAT16, FLOAT16, GROUPED };
 
@@ -49,13 +53,13 @@ typedef struct {
     const void *weights;
     const float *rows; /* [count, inputs] */
     float *products;   /* [count, outputs] */
-    long count, inputs, outputs;
+    int64_t count, inputs, outputs;
     int threads;
 } Job;
 
 /* Rows as integers. Each row is padded with zeros to whole vectors. */
 typedef struct {
-    long stride;      /* bytes per row */
+    int64_t stride;      /* bytes per row */
     int8_t *high;     /* [count, stride] */
     int8_t *low;      /* [count, stride] */
     float *steps;     /* what 1 stands for, by row */
@@ -77,15 +81,15 @@ INLINE float step_of(float largest) { return isfinite(largest) ? largest / LARGE
 
 INLINE float factor_of(float step) { return step > 0 && isfinite(1 / step) ? 1 / step : 0; }
 
-INLINE void add_up(const Quantised *to, long row) {
+INLINE void add_up(const Quantised *to, int64_t row) {
     const int8_t *high = to->high + row * to->stride, *low = to->low + row * to->stride;
-    for (long some = 0; some < to->stride / SUMMED; some++) {
+    for (int64_t some = 0; some < to->stride / SUMMED; some++) {
         int32_t upper = 0, lower = 0;
-        for (long i = some * SUMMED; i < (some + 1) * SUMMED; i++) {
+        for (int64_t i = some * SUMMED; i < (some + 1) * SUMMED; i++) {
             upper += high[i];
             lower += low[i];
         }
-        long at = row * (to->stride / SUMMED) + some;
+        int64_t at = row * (to->stride / SUMMED) + some;
         to->sums[at] = (float)(BASE * upper + lower);
         to->highs[at] = (float)upper;
         if (some % 2) to->pairs[at / 2] = to->sums[at - 1] + to->sums[at];
@@ -95,17 +99,17 @@ INLINE void add_up(const Quantised *to, long row) {
 /* ---- any CPU: what the compiler makes of plain loops ---- */
 
 static void quantise_plainly(const Job *job, const Quantised *to) {
-    for (long index = 0; index < job->count; index++) {
+    for (int64_t index = 0; index < job->count; index++) {
         const float *row = job->rows + index * job->inputs;
         int8_t *high = to->high + index * to->stride, *low = to->low + index * to->stride;
         float largest = 0;
-        for (long i = 0; i < job->inputs; i++)
+        for (int64_t i = 0; i < job->inputs; i++)
             if (!(fabsf(row[i]) <= largest)) largest = isnan(row[i]) ? INFINITY : fabsf(row[i]);
         float step = to->steps[index] = step_of(largest), factor = factor_of(step);
-        for (long i = 0; i < job->inputs; i++) {
-            long number = isfinite(row[i]) ? lrintf(row[i] * factor) : 0;
+        for (int64_t i = 0; i < job->inputs; i++) {
+            int64_t number = isfinite(row[i]) ? lrintf(row[i] * factor) : 0;
             number = number > LARGEST ? LARGEST : number < -LARGEST ? -LARGEST : number;
-            long upper = lrintf((float)number * (1.0f / BASE));
+            int64_t upper = lrintf((float)number * (1.0f / BASE));
             high[i] = (int8_t)upper;
             low[i] = (int8_t)(number - BASE * upper);
         }
@@ -124,15 +128,15 @@ static void quantise_plainly(const Job *job, const Quantised *to) {
 INLINE VNNI void fetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_NTA); }
 
 /* Which of 16 numbers there are, where `left` are left of a row. */
-INLINE VNNI __mmask16 some_of(long left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
+INLINE VNNI __mmask16 some_of(int64_t left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
 
 VNNI static void quantise_vnni(const Job *job, const Quantised *to) {
-    for (long index = 0; index < job->count; index++) {
+    for (int64_t index = 0; index < job->count; index++) {
         const float *row = job->rows + index * job->inputs;
         int8_t *high = to->high + index * to->stride, *low = to->low + index * to->stride;
         __m512 most = _mm512_setzero_ps();
         __mmask16 strange = 0;
-        for (long i = 0; i < job->inputs; i += 16) {
+        for (int64_t i = 0; i < job->inputs; i += 16) {
             __m512 values = _mm512_maskz_loadu_ps(some_of(job->inputs - i), row + i);
             strange |= _mm512_cmp_ps_mask(values, values, _CMP_UNORD_Q);
             most = _mm512_max_ps(most, _mm512_abs_ps(values));
@@ -140,7 +144,7 @@ VNNI static void quantise_vnni(const Job *job, const Quantised *to) {
         float step = to->steps[index] = step_of(strange ? INFINITY : _mm512_reduce_max_ps(most));
         __m512 factor = _mm512_set1_ps(factor_of(step));
         __m512i limit = _mm512_set1_epi32(LARGEST), base = _mm512_set1_epi32(BASE);
-        for (long i = 0; i < to->stride; i += 16) {
+        for (int64_t i = 0; i < to->stride; i += 16) {
             __m512 values = _mm512_maskz_loadu_ps(some_of(job->inputs - i), row + i);
             __m512i number = _mm512_cvtps_epi32(_mm512_mul_ps(values, factor));
             number = _mm512_max_epi32(_mm512_min_epi32(number, limit), _mm512_sub_epi32(_mm512_setzero_si512(), limit));
@@ -167,39 +171,39 @@ INLINE VNNI __m512 merge_floats(__m512 a, __m512 b) {
 }
 
 /* Sixteen weights of a float type. */
-INLINE VNNI __m512 sixteen(enum kind kind, const char *weights, long at, __mmask16 mask) {
+INLINE VNNI __m512 sixteen(enum kind kind, const char *weights, int64_t at, __mmask16 mask) {
     if (kind == FLOAT32) return _mm512_maskz_loadu_ps(mask, (const float *)weights + at);
     __m256i halves = _mm256_maskz_loadu_epi16(mask, (const uint16_t *)weights + at);
     if (kind == FLOAT16) return _mm512_cvtph_ps(halves);
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-INLINE VNNI void float_block(enum kind kind, const Job *job, long output, long outputs, long row, long count) {
-    const long width = kind == FLOAT32 ? 4 : 2;
+INLINE VNNI void float_block(enum kind kind, const Job *job, int64_t output, int64_t outputs, int64_t row, int64_t count) {
+    const int64_t width = kind == FLOAT32 ? 4 : 2;
     const float *rows = job->rows + row * job->inputs;
     const char *weights = job->weights, *next = weights + (output + BLOCK) * job->inputs * width;
     __m512 sums[BLOCK][4];
 #pragma GCC unroll 4
-    for (long o = 0; o < outputs; o++)
+    for (int64_t o = 0; o < outputs; o++)
 #pragma GCC unroll 4
-        for (long r = 0; r < count; r++) sums[o][r] = _mm512_setzero_ps();
-    for (long i = 0; i < job->inputs; i += 16) {
+        for (int64_t r = 0; r < count; r++) sums[o][r] = _mm512_setzero_ps();
+    for (int64_t i = 0; i < job->inputs; i += 16) {
         __mmask16 mask = some_of(job->inputs - i);
         __m512 given[4];
 #pragma GCC unroll 4
-        for (long r = 0; r < count; r++) given[r] = _mm512_maskz_loadu_ps(mask, rows + r * job->inputs + i);
+        for (int64_t r = 0; r < count; r++) given[r] = _mm512_maskz_loadu_ps(mask, rows + r * job->inputs + i);
 #pragma GCC unroll 4
-        for (long o = 0; o < outputs; o++) {
-            long at = (output + o) * job->inputs + i;
+        for (int64_t o = 0; o < outputs; o++) {
+            int64_t at = (output + o) * job->inputs + i;
             __m512 weight = sixteen(kind, weights, at, mask);
             if (width == 4 || i % 32 == 0) fetch(next + i * width * BLOCK + o * VECTOR);
 #pragma GCC unroll 4
-            for (long r = 0; r < count; r++) sums[o][r] = _mm512_fmadd_ps(weight, given[r], sums[o][r]);
+            for (int64_t r = 0; r < count; r++) sums[o][r] = _mm512_fmadd_ps(weight, given[r], sums[o][r]);
         }
     }
     if (outputs == BLOCK) {
 #pragma GCC unroll 4
-        for (long r = 0; r < count; r++) {
+        for (int64_t r = 0; r < count; r++) {
             __m512 quarters = float_sums_of_quarters(sums[0][r], sums[1][r], sums[2][r], sums[3][r]);
             quarters = merge_floats(quarters, quarters);
             quarters = merge_floats(quarters, quarters);
@@ -207,34 +211,34 @@ INLINE VNNI void float_block(enum kind kind, const Job *job, long output, long o
         }
         return;
     }
-    for (long o = 0; o < outputs; o++)
-        for (long r = 0; r < count; r++)
+    for (int64_t o = 0; o < outputs; o++)
+        for (int64_t r = 0; r < count; r++)
             job->products[(row + r) * job->outputs + output + o] = _mm512_reduce_add_ps(sums[o][r]);
 }
 
-INLINE VNNI void floats(enum kind kind, const Job *job, long start, long end) {
-    long output = start;
+INLINE VNNI void floats(enum kind kind, const Job *job, int64_t start, int64_t end) {
+    int64_t output = start;
     for (; output + BLOCK <= end; output += BLOCK) {
-        long row = 0;
+        int64_t row = 0;
         for (; row + 4 <= job->count; row += 4) float_block(kind, job, output, BLOCK, row, 4);
         if (row + 2 <= job->count) float_block(kind, job, output, BLOCK, row, 2), row += 2;
         if (row < job->count) float_block(kind, job, output, BLOCK, row, 1);
     }
     for (; output < end; output++)
-        for (long row = 0; row < job->count; row++) float_block(kind, job, output, 1, row, 1);
+        for (int64_t row = 0; row < job->count; row++) float_block(kind, job, output, 1, row, 1);
 }
 
-VNNI static void float32_vnni(const Job *job, const Quantised *rows, long start, long end) {
+VNNI static void float32_vnni(const Job *job, const Quantised *rows, int64_t start, int64_t end) {
     (void)rows;
     floats(FLOAT32, job, start, end);
 }
 
-VNNI static void bfloat16_vnni(const Job *job, const Quantised *rows, long start, long end) {
+VNNI static void bfloat16_vnni(const Job *job, const Quantised *rows, int64_t start, int64_t end) {
     (void)rows;
     floats(BFLOAT16, job, start, end);
 }
 
-VNNI static void float16_vnni(const Job *job, const Quantised *rows, long start, long end) {
+VNNI static void float16_vnni(const Job *job, const Quantised *rows, int64_t start, int64_t end) {
     (void)rows;
     floats(FLOAT16, job, start, end);
 }
@@ -243,7 +247,7 @@ VNNI static void float16_vnni(const Job *job, const Quantised *rows, long start,
 
 /* ---- how they are run ---- */
 
-typedef void (*Kernel)(const Job *, const Quantised *, long, long);
+typedef void (*Kernel)(const Job *, const Quantised *, int64_t, int64_t);
 
 static int has_vnni(void) {
 #ifdef HAVE_VNNI
@@ -264,10 +268,10 @@ static int has_bfloats(void) {
 }
 
 /* Whole vectors and groups. */
-static long padded(long inputs) { return (inputs + 63) / 64 * 64; }
+static int64_t padded(int64_t inputs) { return (inputs + 63) / 64 * 64; }
 
 static int prepare(const Job *job, Quantised *to) {
-    long stride = padded(job->inputs), sums = stride / SUMMED;
+    int64_t stride = padded(job->inputs), sums = stride / SUMMED;
     char *memory = malloc(job->count * (4 * stride + (2 * sums + sums / 2 + 1) * 4) + 64);
     if (memory == NULL) return 0;
     *to = (Quantised){.stride = stride, .high = (int8_t *)memory, .low = (int8_t *)memory + job->count * stride};
@@ -283,19 +287,19 @@ typedef struct {
     Kernel kernel;
     const Job *job;
     const Quantised *rows;
-    long units, share;
+    int64_t units, share;
 } Units;
 
-static void run_some_units(const void *given, long thread) {
+static void run_some_units(const void *given, int64_t thread) {
     const Units *all = given;
-    long start = thread * all->share, end = start + all->share < all->units ? start + all->share : all->units;
+    int64_t start = thread * all->share, end = start + all->share < all->units ? start + all->share : all->units;
     if (start < end) all->kernel(all->job, all->rows, start, end);
 }
 
 /* Cuts the outputs into equal parts, one per thread; `unit`: that a kernel computes at a time. */
-static void run(Kernel kernel, const Job *job, const Quantised *rows, long units, long unit) {
-    long threads = job->threads < 1 ? 1 : job->threads;
-    long share = ((units + threads - 1) / threads + unit - 1) / unit * unit;
+static void run(Kernel kernel, const Job *job, const Quantised *rows, int64_t units, int64_t unit) {
+    int64_t threads = job->threads < 1 ? 1 : job->threads;
+    int64_t share = ((units + threads - 1) / threads + unit - 1) / unit * unit;
     Units all = {kernel, job, rows, units, share};
     run_parts(run_some_units, &all, threads, threads);
 }

@@ -77,10 +77,10 @@ typedef struct {
 
 typedef struct {
     float *hidden; /* [count, width], replaced by what comes out */
-    long count;
+    int64_t count;
     const int64_t *indices; /* of the positions in their stores */
     const float *cosines, *sines; /* [ropes, count, half] */
-    long half;    /* half of the numbers of a head that rotary embeddings turn: the first ones, of latents the last */
+    int64_t half;    /* half of the numbers of a head that rotary embeddings turn: the first ones, of latents the last */
     enum { APART, ADJACENT, PARTED } order; /* of those that are turned together: half of the others lie between them, or they
 stand side by side, and after they are turned, too, or apart */
     int stores_floats; /* float32, else bfloat16 */
@@ -114,20 +114,20 @@ INLINE VNNI __m512 tangent(__m512 x) { /* hyperbolic */
 }
 
 /* Of a head or of more; `head`: which one. */
-INLINE VNNI void normalise(const Norm *norm, const float *from, float *to, long width, long head) {
+INLINE VNNI void normalise(const Norm *norm, const float *from, float *to, int64_t width, int64_t head) {
     const float *weight = norm->weight + head * norm->stride;
     __m512 squares = _mm512_setzero_ps(), mean = _mm512_setzero_ps();
     if (norm->kind == LAYER_NORM) {
-        for (long i = 0; i < width; i += 16) mean = _mm512_add_ps(mean, _mm512_maskz_loadu_ps(some_of(width - i), from + i));
+        for (int64_t i = 0; i < width; i += 16) mean = _mm512_add_ps(mean, _mm512_maskz_loadu_ps(some_of(width - i), from + i));
         mean = _mm512_set1_ps(_mm512_reduce_add_ps(mean) / (float)width);
     }
-    for (long i = 0; i < width; i += 16) {
+    for (int64_t i = 0; i < width; i += 16) {
         __mmask16 mask = some_of(width - i);
         __m512 values = _mm512_maskz_sub_ps(mask, _mm512_maskz_loadu_ps(mask, from + i), mean);
         squares = _mm512_fmadd_ps(values, values, squares);
     }
     __m512 factor = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / (float)width + (float)norm->epsilon));
-    for (long i = 0; i < width; i += 16) {
+    for (int64_t i = 0; i < width; i += 16) {
         __mmask16 mask = some_of(width - i);
         __m512 values = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, from + i), mean), factor);
         values = _mm512_mul_ps(values, _mm512_maskz_loadu_ps(mask, weight + i));
@@ -136,27 +136,27 @@ INLINE VNNI void normalise(const Norm *norm, const float *from, float *to, long 
     }
 }
 
-VNNI static void normalise_rows(const Norm *norm, const float *from, float *to, long rows, long width) {
+VNNI static void normalise_rows(const Norm *norm, const float *from, float *to, int64_t rows, int64_t width) {
     if (norm->kind == NO_NORM && from != to) memcpy(to, from, rows * width * sizeof(float));
-    for (long row = 0; norm->kind != NO_NORM && row < rows; row++)
+    for (int64_t row = 0; norm->kind != NO_NORM && row < rows; row++)
         normalise(norm, from + row * width, to + row * width, width, 0);
 }
 
 /* Rotary embedding (Su et al., "RoFormer", arXiv:2104.09864). */
 INLINE VNNI void turn(float *head, const float *cosines, const float *sines, const Step *step) {
-    long half = step->half;
+    int64_t half = step->half;
     if (step->order != APART) {
         int parted = step->order == PARTED;
         float seconds[half + 1];
-        for (long i = 0; i < half; i++) {
+        for (int64_t i = 0; i < half; i++) {
             float first = head[2 * i], second = head[2 * i + 1];
             seconds[i] = second * cosines[i] + first * sines[i];
             head[parted ? i : 2 * i] = first * cosines[i] - second * sines[i];
         }
-        for (long i = 0; i < half; i++) head[parted ? half + i : 2 * i + 1] = seconds[i];
+        for (int64_t i = 0; i < half; i++) head[parted ? half + i : 2 * i + 1] = seconds[i];
         return;
     }
-    for (long i = 0; i < half; i += 16) {
+    for (int64_t i = 0; i < half; i += 16) {
         __mmask16 mask = some_of(half - i);
         __m512 first = _mm512_maskz_loadu_ps(mask, head + i), second = _mm512_maskz_loadu_ps(mask, head + half + i);
         __m512 cosine = _mm512_maskz_loadu_ps(mask, cosines + i), sine = _mm512_maskz_loadu_ps(mask, sines + i);
@@ -165,18 +165,18 @@ INLINE VNNI void turn(float *head, const float *cosines, const float *sines, con
     }
 }
 
-INLINE VNNI __m512 stored(const void *from, long at, int floats) {
+INLINE VNNI __m512 stored(const void *from, int64_t at, int floats) {
     if (floats) return _mm512_loadu_ps((const float *)from + at);
     __m256i halves = _mm256_loadu_si256((const __m256i *)((const uint16_t *)from + at));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-INLINE VNNI void store(void *to, long at, const float *values, long size, int floats) {
+INLINE VNNI void store(void *to, int64_t at, const float *values, int64_t size, int floats) {
     if (floats) {
         memcpy((float *)to + at, values, size * sizeof(float));
         return;
     }
-    for (long i = 0; i < size; i++) {
+    for (int64_t i = 0; i < size; i++) {
         uint32_t bits;
         memcpy(&bits, values + i, sizeof bits);
         int special = (bits & 0x7f800000) == 0x7f800000; /* which rounding could make a number of */
@@ -187,47 +187,47 @@ INLINE VNNI void store(void *to, long at, const float *values, long size, int fl
 /* Keys, in one part or in two, and values, as some heads of queries see them. */
 typedef struct {
     const void *keys, *rests, *values; /* the second or NULL */
-    long size, rest, value_size; /* numbers of each */
-    long first;                  /* where the sequence begins in them, in positions */
+    int64_t size, rest, value_size; /* numbers of each */
+    int64_t first;                  /* where the sequence begins in them, in positions */
 } Seen;
 
 /* What one position sees with the `group` heads of queries from `head` on. `scores`: [heads, reach]. */
-INLINE VNNI void attend(const Block *block, const Seen *seen, const Step *step, long position, long head, long group,
+INLINE VNNI void attend(const Block *block, const Seen *seen, const Step *step, int64_t position, int64_t head, int64_t group,
                         const float *queries, float *mixed, float *scores, int floats) {
-    long size = seen->size, rest = seen->rest, end = step->indices[position] + 1;
-    long begin = block->window && end > block->window ? end - block->window : 0, reach = end - begin;
-    long first = seen->first + begin;
+    int64_t size = seen->size, rest = seen->rest, end = step->indices[position] + 1;
+    int64_t begin = block->window && end > block->window ? end - block->window : 0, reach = end - begin;
+    int64_t first = seen->first + begin;
     __m512 scale = _mm512_set1_ps((float)block->scale), cap = _mm512_set1_ps((float)block->cap);
-    for (long index = 0; index < reach; index++)
-        for (long query = 0; query < group; query++) {
+    for (int64_t index = 0; index < reach; index++)
+        for (int64_t query = 0; query < group; query++) {
             const float *own = queries + query * (size + rest);
             __m512 sum = _mm512_setzero_ps();
-            for (long i = 0; i < size; i += 16)
+            for (int64_t i = 0; i < size; i += 16)
                 sum = _mm512_fmadd_ps(_mm512_loadu_ps(own + i), stored(seen->keys, (first + index) * size + i, floats), sum);
-            for (long i = 0; i < rest; i += 16)
+            for (int64_t i = 0; i < rest; i += 16)
                 sum = _mm512_fmadd_ps(_mm512_loadu_ps(own + size + i), stored(seen->rests, (first + index) * rest + i, floats),
                                       sum);
             scores[query * reach + index] = _mm512_reduce_add_ps(sum);
         }
-    for (long query = 0; query < group; query++) {
+    for (int64_t query = 0; query < group; query++) {
         float *score = scores + query * reach;
         if (block->cap > 0)
-            for (long i = 0; i < reach; i += 16) {
+            for (int64_t i = 0; i < reach; i += 16) {
                 __mmask16 mask = some_of(reach - i);
                 __m512 part = _mm512_div_ps(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, score + i), scale), cap);
                 _mm512_mask_storeu_ps(score + i, mask, _mm512_div_ps(_mm512_mul_ps(tangent(part), cap), scale));
             }
         if (block->slopes)
-            for (long i = 0; i < reach; i++)
+            for (int64_t i = 0; i < reach; i++)
                 score[i] += block->slopes[head + query] / (float)block->scale * (float)(i - reach + 1);
         __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-        for (long i = 0; i < reach; i += 16) {
+        for (int64_t i = 0; i < reach; i += 16) {
             __mmask16 mask = some_of(reach - i);
             most = _mm512_mask_max_ps(most, mask, most, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, score + i), scale));
         }
         float sink = block->sinks ? block->sinks[head + query] : -INFINITY;
         __m512 largest = _mm512_max_ps(_mm512_set1_ps(sink), _mm512_set1_ps(_mm512_reduce_max_ps(most)));
-        for (long i = 0; i < reach; i += 16) {
+        for (int64_t i = 0; i < reach; i += 16) {
             __mmask16 mask = some_of(reach - i);
             __m512 weight = _mm512_maskz_loadu_ps(mask, score + i);
             weight = _mm512_maskz_mov_ps(mask, exponential(_mm512_fmsub_ps(weight, scale, largest)));
@@ -239,17 +239,17 @@ INLINE VNNI void attend(const Block *block, const Seen *seen, const Step *step, 
             total = _mm512_add_ps(total, _mm512_maskz_mov_ps(1, weight));
         }
         __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(total));
-        for (long i = 0, width = seen->value_size; i < width; i += 64) {
+        for (int64_t i = 0, width = seen->value_size; i < width; i += 64) {
             __m512 sums[4] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-            long vectors = width - i >= 64 ? 4 : (width - i) / 16;
-            for (long index = 0; index < reach; index++) {
+            int64_t vectors = width - i >= 64 ? 4 : (width - i) / 16;
+            for (int64_t index = 0; index < reach; index++) {
                 __m512 weight = _mm512_set1_ps(score[index]);
-                for (long vector = 0; vector < vectors; vector++) {
+                for (int64_t vector = 0; vector < vectors; vector++) {
                     __m512 values = stored(seen->values, (first + index) * width + i + vector * 16, floats);
                     sums[vector] = _mm512_fmadd_ps(weight, values, sums[vector]);
                 }
             }
-            for (long vector = 0; vector < vectors; vector++)
+            for (int64_t vector = 0; vector < vectors; vector++)
                 _mm512_storeu_ps(mixed + query * width + i + vector * 16, _mm512_mul_ps(sums[vector], share));
         }
     }
@@ -259,28 +259,28 @@ INLINE VNNI void attend(const Block *block, const Seen *seen, const Step *step, 
 #define ROWS 4
 
 /* The sum of rows, each times its factor. */
-INLINE VNNI void add_rows(const void *rows, long at, long count, long width, const float *factors, float *sums, int floats) {
+INLINE VNNI void add_rows(const void *rows, int64_t at, int64_t count, int64_t width, const float *factors, float *sums, int floats) {
     memset(sums, 0, width * sizeof(float));
-    for (long row = 0; row < count; row += ROWS)
-        for (long i = 0; i < width; i += 16) {
+    for (int64_t row = 0; row < count; row += ROWS)
+        for (int64_t i = 0; i < width; i += 16) {
             __m512 sum = _mm512_loadu_ps(sums + i);
-            for (long one = row; one < row + ROWS; one++)
+            for (int64_t one = row; one < row + ROWS; one++)
                 sum = _mm512_fmadd_ps(_mm512_set1_ps(factors[one]), stored(rows, at + one * width + i, floats), sum);
             _mm512_storeu_ps(sums + i, sum);
         }
 }
 
 /* The products of rows with one vector. */
-INLINE VNNI void multiply_rows(const void *rows, long at, long count, long width, const float *vector, float *products,
+INLINE VNNI void multiply_rows(const void *rows, int64_t at, int64_t count, int64_t width, const float *vector, float *products,
                                int floats) {
-    for (long row = 0; row < count; row += ROWS) {
+    for (int64_t row = 0; row < count; row += ROWS) {
         __m512 sums[ROWS] = {_mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps()};
-        for (long i = 0; i < width; i += 16) {
+        for (int64_t i = 0; i < width; i += 16) {
             __m512 part = _mm512_loadu_ps(vector + i);
-            for (long one = 0; one < ROWS; one++)
+            for (int64_t one = 0; one < ROWS; one++)
                 sums[one] = _mm512_fmadd_ps(part, stored(rows, at + (row + one) * width + i, floats), sums[one]);
         }
-        for (long one = 0; one < ROWS; one++) products[row + one] = _mm512_reduce_add_ps(sums[one]);
+        for (int64_t one = 0; one < ROWS; one++) products[row + one] = _mm512_reduce_add_ps(sums[one]);
     }
 }
 
@@ -320,14 +320,14 @@ INLINE VNNI void multiply(const Matrix *const *matrices, float *const *products,
             run(kernels[matrix->kind], &job, &numbers, job.outputs, BLOCK);
         }
         if (matrix->bias != NULL)
-            for (long row = 0; row < job.count; row++)
-                for (long i = 0; i < job.outputs; i++) job.products[row * job.outputs + i] += matrix->bias[i];
+            for (int64_t row = 0; row < job.count; row++)
+                for (int64_t i = 0; i < job.outputs; i++) job.products[row * job.outputs + i] += matrix->bias[i];
     }
 }
 
-INLINE VNNI void add(float *to, const float *from, long count, float share) {
+INLINE VNNI void add(float *to, const float *from, int64_t count, float share) {
     __m512 factor = _mm512_set1_ps(share);
-    for (long i = 0; i < count; i += 16) {
+    for (int64_t i = 0; i < count; i += 16) {
         __mmask16 mask = some_of(count - i);
         __m512 sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, from + i), factor, _mm512_maskz_loadu_ps(mask, to + i));
         _mm512_mask_storeu_ps(to + i, mask, sum);
@@ -377,8 +377,8 @@ INLINE VNNI __m512 activate(__m512 x, enum activation kind, const double *shape)
 }
 
 /* The activation of the gate, times what it lets through, or alone where `up` is NULL. `to` may be `gate`. */
-INLINE VNNI void open_as(const float *gate, const float *up, float *to, long count, enum activation kind, const double *shape) {
-    for (long i = 0; i < count; i += 16) {
+INLINE VNNI void open_as(const float *gate, const float *up, float *to, int64_t count, enum activation kind, const double *shape) {
+    for (int64_t i = 0; i < count; i += 16) {
         __mmask16 mask = some_of(count - i);
         __m512 value = activate(_mm512_maskz_loadu_ps(mask, gate + i), kind, shape);
         if (up != NULL) value = _mm512_mul_ps(value, _mm512_maskz_loadu_ps(mask, up + i));
@@ -386,7 +386,7 @@ INLINE VNNI void open_as(const float *gate, const float *up, float *to, long cou
     }
 }
 
-VNNI static void open_gate(const Block *block, const float *gate, const float *up, float *to, long count) {
+VNNI static void open_gate(const Block *block, const float *gate, const float *up, float *to, int64_t count) {
     switch (block->activation) { /* so that the kind is known where it is compiled */
     case SILU: open_as(gate, up, to, count, SILU, NULL); break;
     case GELU: open_as(gate, up, to, count, GELU, NULL); break;
@@ -396,10 +396,10 @@ VNNI static void open_gate(const Block *block, const float *gate, const float *u
 }
 
 /* The same of an expert, as its family has it. `inner`: its gate and its up. */
-VNNI static void open_expert(const Block *block, const float *inner, float *gated, long count) {
+VNNI static void open_expert(const Block *block, const float *inner, float *gated, int64_t count) {
     const __m512i evens = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512 limit = _mm512_set1_ps((float)block->limit), least = _mm512_set1_ps(-(float)block->limit);
-    for (long i = 0; i < count; i += 16) {
+    for (int64_t i = 0; i < count; i += 16) {
         __mmask16 mask = some_of(count - i);
         __m512 gate, up;
         if (block->interleaved) {
@@ -419,23 +419,23 @@ VNNI static void open_expert(const Block *block, const float *inner, float *gate
 
 /* What an expert computes: a position, of which its product counts by so much. */
 typedef struct {
-    long position;
+    int64_t position;
     float share;
 } Chosen;
 
-INLINE VNNI long best_of(const float *values, long count) {
-    long best = 0;
-    for (long i = 1; i < count; i++) best = values[i] > values[best] ? i : best;
+INLINE VNNI int64_t best_of(const float *values, int64_t count) {
+    int64_t best = 0;
+    for (int64_t i = 1; i < count; i++) best = values[i] > values[best] ? i : best;
     return best;
 }
 
 /* Leaves the groups of experts whose best, or two best, make the most. */
 static void keep_groups(const Block *block, float *scores) {
-    long size = block->experts / block->groups;
-    for (long out = block->groups - block->kept; out > 0; out--) {
+    int64_t size = block->experts / block->groups;
+    for (int64_t out = block->groups - block->kept; out > 0; out--) {
         float least = INFINITY;
-        long worst = 0;
-        for (long group = 0; group < block->groups; group++) {
+        int64_t worst = 0;
+        for (int64_t group = 0; group < block->groups; group++) {
             float first = -INFINITY, second = -INFINITY;
             for (const float *score = scores + group * size; score < scores + (group + 1) * size; score++) {
                 if (*score > first) second = first, first = *score;
@@ -444,44 +444,44 @@ static void keep_groups(const Block *block, float *scores) {
             float total = block->judges == 2 ? first + second : first;
             if (first > -INFINITY && total < least) least = total, worst = group;
         }
-        for (long i = worst * size; i < (worst + 1) * size; i++) scores[i] = -INFINITY;
+        for (int64_t i = worst * size; i < (worst + 1) * size; i++) scores[i] = -INFINITY;
     }
 }
 
 /* The best experts of a position; replaces the logits by their scores. `ranks`: room for as many. */
-VNNI static void choose_experts(const Block *block, float *logits, float *ranks, long position, Chosen *chosen,
+VNNI static void choose_experts(const Block *block, float *logits, float *ranks, int64_t position, Chosen *chosen,
                                 int64_t *experts) {
     float most = -INFINITY, total = 0, kept = 0;
-    for (long i = 0; i < block->experts; i++) most = logits[i] > most ? logits[i] : most;
-    for (long i = 0; i < block->experts; i += 16) {
+    for (int64_t i = 0; i < block->experts; i++) most = logits[i] > most ? logits[i] : most;
+    for (int64_t i = 0; i < block->experts; i += 16) {
         __mmask16 mask = some_of(block->experts - i);
         __m512 values = _mm512_maskz_loadu_ps(mask, logits + i);
         values = block->sigmoid ? sigmoid(values) : exponential(_mm512_sub_ps(values, _mm512_set1_ps(most)));
         total += _mm512_reduce_add_ps(_mm512_maskz_mov_ps(mask, values));
         _mm512_mask_storeu_ps(logits + i, mask, values);
     }
-    for (long i = 0; i < block->experts; i++) {
+    for (int64_t i = 0; i < block->experts; i++) {
         if (!block->sigmoid) logits[i] /= total;
         ranks[i] = block->correction ? logits[i] + block->correction[i] : logits[i];
     }
     if (block->kept < block->groups) keep_groups(block, ranks);
-    for (long index = 0; index < block->chosen; index++) {
-        long best = best_of(ranks, block->experts);
+    for (int64_t index = 0; index < block->chosen; index++) {
+        int64_t best = best_of(ranks, block->experts);
         chosen[index] = (Chosen){.position = position, .share = logits[best]};
         experts[index] = best;
         kept += logits[best];
         ranks[best] = -INFINITY;
     }
-    for (long index = 0; index < block->chosen; index++)
+    for (int64_t index = 0; index < block->chosen; index++)
         chosen[index].share *= (float)block->factor / (block->normalised ? kept : 1);
 }
 
 /* Products of rows with the weights of their experts, which are sorted. */
-VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts, long held, long pairs, const float *rows,
+VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts, int64_t held, int64_t pairs, const float *rows,
                                     float *products, const Quantised *room, Run *runs, int threads) {
     const Grouped *weight = matrix->description;
     int64_t expert_bytes = parts_of(weight->outputs, TILE) * weight->tile_bytes;
-    long many = find_runs(matrix->weights, expert_bytes, experts, held, pairs, runs);
+    int64_t many = find_runs(matrix->weights, expert_bytes, experts, held, pairs, runs);
     Quantised numbers = *room;
     take_rows(taken_by(weight), rows, pairs, matrix->inputs, &numbers);
     GroupedJob job = {.weight = weight,
@@ -492,14 +492,14 @@ VNNI static void multiply_by_expert(const Matrix *matrix, const int64_t *experts
                       .pitch = matrix->outputs,
                       .threads = threads};
     run_grouped(&job, &numbers, runs, many, 0);
-    for (long pair = 0; matrix->bias != NULL && pair < pairs; pair++)
+    for (int64_t pair = 0; matrix->bias != NULL && pair < pairs; pair++)
         add(products + pair * matrix->outputs, matrix->bias + experts[pair] * matrix->outputs, matrix->outputs, 1);
 }
 
 /* Adds to `sums` what the experts of each position make of it. `memory`: see `memory_of_experts`. */
 VNNI static void run_experts(const Block *block, const Step *step, const float *normed, float *sums, const Quantised *room,
                              char *memory) {
-    long pairs = step->count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
+    int64_t pairs = step->count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
     Chosen *chosen = (Chosen *)memory;
     Run *runs = (Run *)(chosen + pairs);
     int64_t *experts = (int64_t *)(runs + pairs);
@@ -507,13 +507,13 @@ VNNI static void run_experts(const Block *block, const Step *step, const float *
     float *inner = rows + pairs * width, *gated = inner + pairs * 2 * between, *outer = gated + pairs * between;
     float *ranks = outer + pairs * width;
     multiply((const Matrix *[]){&block->router}, (float *[]){logits}, 1, normed, room, step);
-    for (long position = 0; position < step->count; position++)
+    for (int64_t position = 0; position < step->count; position++)
         choose_experts(block, logits + position * block->experts, ranks, position, chosen + position * block->chosen,
                        experts + position * block->chosen);
-    for (long pair = 1; pair < pairs; pair++) { /* few: sorted where they are */
+    for (int64_t pair = 1; pair < pairs; pair++) { /* few: sorted where they are */
         Chosen one = chosen[pair];
         int64_t expert = experts[pair];
-        long at = pair;
+        int64_t at = pair;
         for (; at > 0 && experts[at - 1] > expert; at--) {
             chosen[at] = chosen[at - 1];
             experts[at] = experts[at - 1];
@@ -521,61 +521,61 @@ VNNI static void run_experts(const Block *block, const Step *step, const float *
         chosen[at] = one;
         experts[at] = expert;
     }
-    for (long pair = 0; pair < pairs; pair++)
+    for (int64_t pair = 0; pair < pairs; pair++)
         memcpy(rows + pair * width, normed + chosen[pair].position * width, width * sizeof(float));
     multiply_by_expert(&block->inner, experts, block->experts, pairs, rows, inner, room, runs, step->threads);
-    for (long pair = 0; pair < pairs; pair++)
+    for (int64_t pair = 0; pair < pairs; pair++)
         open_expert(block, inner + pair * 2 * between, gated + pair * between, between);
     multiply_by_expert(&block->outer, experts, block->experts, pairs, gated, outer, room, runs, step->threads);
-    for (long pair = 0; pair < pairs; pair++)
+    for (int64_t pair = 0; pair < pairs; pair++)
         add(sums + chosen[pair].position * width, outer + pair * width, width, chosen[pair].share);
 }
 
-static size_t memory_of_experts(const Block *block, long count) {
+static size_t memory_of_experts(const Block *block, int64_t count) {
     size_t pairs = count * block->chosen, width = block->router.inputs, between = block->outer.inputs;
     size_t floats = (count + 1) * block->experts + pairs * (2 * width + 3 * between);
     return pairs * (sizeof(Chosen) + sizeof(Run) + sizeof(int64_t)) + floats * sizeof(float);
 }
 
 /* Heads of a position, as they are before they are turned or stored, and `norm` where it comes before that. */
-INLINE VNNI void prepare_heads(const Block *block, const Norm *norm, float *heads, long many, long size) {
-    long count = many * size;
+INLINE VNNI void prepare_heads(const Block *block, const Norm *norm, float *heads, int64_t many, int64_t size) {
+    int64_t count = many * size;
     if (norm->kind != NO_NORM && block->joined) normalise(norm, heads, heads, count, 0);
     const __m512 clip = _mm512_set1_ps((float)block->clip), least = _mm512_set1_ps(-(float)block->clip);
-    for (long i = 0; block->clip > 0 && i < count; i += 16)
+    for (int64_t i = 0; block->clip > 0 && i < count; i += 16)
         _mm512_storeu_ps(heads + i, _mm512_max_ps(least, _mm512_min_ps(clip, _mm512_loadu_ps(heads + i))));
     if (norm->kind == NO_NORM || block->joined || block->late) return;
-    for (long head = 0; head < many; head++) normalise(norm, heads + head * size, heads + head * size, size, head);
+    for (int64_t head = 0; head < many; head++) normalise(norm, heads + head * size, heads + head * size, size, head);
 }
 
-INLINE VNNI void turn_heads(const Block *block, const Norm *norm, float *heads, long many, long size, long position,
+INLINE VNNI void turn_heads(const Block *block, const Norm *norm, float *heads, int64_t many, int64_t size, int64_t position,
                             const Step *step) {
-    long at = (block->rope * step->count + position) * step->half;
-    long first = block->rank ? size - 2 * step->half : 0;
-    for (long head = 0; block->rope >= 0 && head < many; head++)
+    int64_t at = (block->rope * step->count + position) * step->half;
+    int64_t first = block->rank ? size - 2 * step->half : 0;
+    for (int64_t head = 0; block->rope >= 0 && head < many; head++)
         turn(heads + head * size + first, step->cosines + at, step->sines + at, step);
-    for (long head = 0; block->late && norm->kind != NO_NORM && head < many; head++)
+    for (int64_t head = 0; block->late && norm->kind != NO_NORM && head < many; head++)
         normalise(norm, heads + head * size, heads + head * size, size, head);
 }
 
 /* Heads of queries that share what they read of stored latents. */
 #define TOGETHER 4
 
-static long room_to_absorb(const Block *block) {
+static int64_t room_to_absorb(const Block *block) {
     return block->absorbed ? TOGETHER * (2 * block->rank + block->latent.outputs - block->rank) : 0;
 }
 
 /* As `attend`, where latents are stored: queries become ones for these, and what is seen of them becomes values. */
-VNNI static void attend_to_latents(const Block *block, const Store *where, const Step *step, long position, long head,
-                                   long group, const float *queries, float *mixed, float *scores, float *room) {
-    long rank = block->rank, rest = block->latent.outputs - rank, plain = block->size - rest, width = block->value_size;
+VNNI static void attend_to_latents(const Block *block, const Store *where, const Step *step, int64_t position, int64_t head,
+                                   int64_t group, const float *queries, float *mixed, float *scores, float *room) {
+    int64_t rank = block->rank, rest = block->latent.outputs - rank, plain = block->size - rest, width = block->value_size;
     int wide = block->expand.kind == FLOAT32;
     const void *expand = block->expand.weights;
     float *own = room, *found = room + group * (rank + rest);
-    for (long query = 0; query < group; query++) {
+    for (int64_t query = 0; query < group; query++) {
         const float *from = queries + query * block->size;
         float *to = own + query * (rank + rest);
-        long at = (head + query) * (plain + width) * rank;
+        int64_t at = (head + query) * (plain + width) * rank;
         if (wide) add_rows(expand, at, plain, rank, from, to, 1);
         else add_rows(expand, at, plain, rank, from, to, 0);
         memcpy(to + rank, from + plain, rest * sizeof(float));
@@ -583,8 +583,8 @@ VNNI static void attend_to_latents(const Block *block, const Store *where, const
     Seen seen = {.keys = where->keys, .rests = where->values, .values = where->keys, .size = rank, .rest = rest, .value_size = rank};
     if (step->stores_floats) attend(block, &seen, step, position, head, group, own, found, scores, 1);
     else attend(block, &seen, step, position, head, group, own, found, scores, 0);
-    for (long query = 0; query < group; query++) {
-        long at = ((head + query) * (plain + width) + plain) * rank;
+    for (int64_t query = 0; query < group; query++) {
+        int64_t at = ((head + query) * (plain + width) + plain) * rank;
         if (wide) multiply_rows(expand, at, width, rank, found + query * rank, mixed + query * width, 1);
         else multiply_rows(expand, at, width, rank, found + query * rank, mixed + query * width, 0);
     }
@@ -596,25 +596,25 @@ typedef struct {
     const Step *step;
     const float *queries;
     float *mixed, *scores; /* for each thread `room` numbers */
-    long room, threads;
+    int64_t room, threads;
 } Attention;
 
-VNNI static void attend_some(const void *given, long thread) {
+VNNI static void attend_some(const void *given, int64_t thread) {
     const Attention *all = given;
     const Block *block = all->block;
     const Step *step = all->step;
-    long size = block->size, width = block->value_size;
-    long group = block->absorbed ? TOGETHER : block->heads / block->stored_heads;
-    long units = step->count * ((block->heads + group - 1) / group);
+    int64_t size = block->size, width = block->value_size;
+    int64_t group = block->absorbed ? TOGETHER : block->heads / block->stored_heads;
+    int64_t units = step->count * ((block->heads + group - 1) / group);
     float *own = all->scores + thread * all->room;
-    for (long unit = thread; unit < units; unit += all->threads) {
-        long position = unit % step->count, shared = unit / step->count, head = shared * group;
-        long at = position * block->heads + head;
+    for (int64_t unit = thread; unit < units; unit += all->threads) {
+        int64_t position = unit % step->count, shared = unit / step->count, head = shared * group;
+        int64_t at = position * block->heads + head;
         const Store *where = all->stores + position;
         const float *queries = all->queries + at * size;
         float *mixed = all->mixed + at * width;
         if (block->absorbed) {
-            long many = block->heads - head < group ? block->heads - head : group;
+            int64_t many = block->heads - head < group ? block->heads - head : group;
             attend_to_latents(block, where, step, position, head, many, queries, mixed, own + room_to_absorb(block), own);
             continue;
         }
@@ -627,12 +627,12 @@ VNNI static void attend_some(const void *given, long thread) {
 
 /* `scores`: for each thread `room` numbers. */
 VNNI static void attend_all(const Block *block, const Store *stores, const Step *step, float *queries, float *keys,
-                            float *values, float *mixed, float *scores, long room) {
+                            float *values, float *mixed, float *scores, int64_t room) {
     static const Norm none = {.kind = NO_NORM};
-    long size = block->size, width = block->value_size;
-    long key_size = block->absorbed ? block->rank : size;
-    long value_size = block->absorbed ? block->latent.outputs - block->rank : width;
-    for (long position = 0; position < step->count; position++) {
+    int64_t size = block->size, width = block->value_size;
+    int64_t key_size = block->absorbed ? block->rank : size;
+    int64_t value_size = block->absorbed ? block->latent.outputs - block->rank : width;
+    for (int64_t position = 0; position < step->count; position++) {
         float *query = queries + position * block->heads * size, *key = keys + position * block->stored_heads * key_size;
         float *value = values + position * block->stored_heads * value_size;
         prepare_heads(block, &block->query_norm, query, block->heads, size);
@@ -641,8 +641,8 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
         turn_heads(block, &block->query_norm, query, block->heads, size, position, step);
         if (block->absorbed) turn_heads(block, &none, value, 1, value_size, position, step);
         else turn_heads(block, &block->key_norm, key, block->stored_heads, size, position, step);
-        for (long head = 0; head < block->stored_heads; head++) {
-            long at = head * stores[position].capacity + step->indices[position];
+        for (int64_t head = 0; head < block->stored_heads; head++) {
+            int64_t at = head * stores[position].capacity + step->indices[position];
             store(stores[position].keys, at * key_size, key + head * key_size, key_size, step->stores_floats);
             store(stores[position].values, at * value_size, value + head * value_size, value_size, step->stores_floats);
         }
@@ -655,24 +655,24 @@ VNNI static void attend_all(const Block *block, const Store *stores, const Step 
 `latents`: room for them. */
 VNNI static void make_latent_heads(const Block *block, const Step *step, const float *normed, float *product, float *latents,
                                    float *queries, float *keys, float *values, const Quantised *room) {
-    long heads = block->heads, size = block->size, width = block->value_size, count = step->count;
-    long rank = block->rank, rest = block->latent.outputs - rank, plain = size - rest;
+    int64_t heads = block->heads, size = block->size, width = block->value_size, count = step->count;
+    int64_t rank = block->rank, rest = block->latent.outputs - rank, plain = size - rest;
     if (block->lowered.weights != NULL) {
         multiply((const Matrix *[]){&block->lowered}, (float *[]){product}, 1, normed, room, step);
         normalise_rows(&block->lowered_norm, product, product, count, block->lowered.outputs);
         multiply((const Matrix *[]){&block->query}, (float *[]){queries}, 1, product, room, step);
     } else multiply((const Matrix *[]){&block->query}, (float *[]){queries}, 1, normed, room, step);
     multiply((const Matrix *[]){&block->latent}, (float *[]){product}, 1, normed, room, step);
-    for (long row = 0; row < count; row++) {
+    for (int64_t row = 0; row < count; row++) {
         const float *given = product + row * (rank + rest);
         normalise_rows(&block->latent_norm, given, (block->absorbed ? keys : latents) + row * rank, 1, rank);
         if (block->absorbed) memcpy(values + row * rest, given + rank, rest * sizeof(float));
-        for (long head = 0; !block->absorbed && head < heads; head++)
+        for (int64_t head = 0; !block->absorbed && head < heads; head++)
             memcpy(keys + (row * heads + head) * size + plain, given + rank, rest * sizeof(float));
     }
     if (block->absorbed) return;
     multiply((const Matrix *[]){&block->expand}, (float *[]){product}, 1, latents, room, step);
-    for (long head = 0; head < count * heads; head++) {
+    for (int64_t head = 0; head < count * heads; head++) {
         const float *given = product + head * (plain + width);
         memcpy(keys + head * size, given, plain * sizeof(float));
         memcpy(values + head * width, given + plain, width * sizeof(float));
@@ -682,7 +682,7 @@ VNNI static void make_latent_heads(const Block *block, const Step *step, const f
 /* Query, key and value of normed positions. `product`: room for all three. */
 VNNI static void make_heads(const Block *block, const Step *step, const float *normed, float *product, float *queries,
                             float *keys, float *values, const Quantised *room) {
-    long size = block->size, width = block->query.outputs;
+    int64_t size = block->size, width = block->query.outputs;
     if (block->places == NULL) {
         multiply((const Matrix *[]){&block->query, &block->key, &block->value}, (float *[]){queries, keys, values}, 3, normed,
                  room, step);
@@ -690,11 +690,11 @@ VNNI static void make_heads(const Block *block, const Step *step, const float *n
     }
     multiply((const Matrix *[]){&block->query}, (float *[]){product}, 1, normed, room, step);
     float *to[] = {queries, keys, values};
-    long many[] = {block->heads, block->stored_heads, block->stored_heads};
-    for (long row = 0; row < step->count; row++) {
+    int64_t many[] = {block->heads, block->stored_heads, block->stored_heads};
+    for (int64_t row = 0; row < step->count; row++) {
         const int64_t *place = block->places;
-        for (long of = 0; of < 3; of++)
-            for (long head = 0; head < many[of]; head++, place++)
+        for (int64_t of = 0; of < 3; of++)
+            for (int64_t head = 0; head < many[of]; head++, place++)
                 memcpy(to[of] + (row * many[of] + head) * size, product + row * width + *place * size, size * sizeof(float));
     }
 }
@@ -702,13 +702,13 @@ VNNI static void make_heads(const Block *block, const Step *step, const float *n
 /* What the MLP that all positions run through makes of normed ones. `inner`: room for its gate and its up. */
 VNNI static void run_mlp(const Block *block, const Step *step, const float *normed, float *product, float *inner,
                          const Quantised *room) {
-    long between = block->down.inputs, width = block->down.outputs, count = step->count;
+    int64_t between = block->down.inputs, width = block->down.outputs, count = step->count;
     if (block->gate.weights == NULL) {
         multiply((const Matrix *[]){&block->up}, (float *[]){inner}, 1, normed, room, step);
         open_gate(block, inner, NULL, inner, count * between);
     } else if (block->up.weights == NULL) {
         multiply((const Matrix *[]){&block->gate}, (float *[]){inner}, 1, normed, room, step);
-        for (long row = 0; row < count; row++) {
+        for (int64_t row = 0; row < count; row++) {
             const float *gate = inner + row * 2 * between;
             open_gate(block, gate, gate + between, inner + row * between, between);
         }
@@ -720,26 +720,26 @@ VNNI static void run_mlp(const Block *block, const Step *step, const float *norm
     multiply((const Matrix *[]){&block->down}, (float *[]){product}, 1, inner, room, step);
     if (block->opener.weights == NULL) return;
     multiply((const Matrix *[]){&block->opener}, (float *[]){inner}, 1, normed, room, step);
-    for (long row = 0; row < count; row++)
-        for (long i = 0; i < width; i++) product[row * width + i] /= 1 + expf(-inner[row]);
+    for (int64_t row = 0; row < count; row++)
+        for (int64_t i = 0; i < width; i++) product[row * width + i] /= 1 + expf(-inner[row]);
 }
 
 /* Runs the positions through the blocks. `stores`: [blocks, positions]. Gives 0 where there is no memory for it. */
-VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, const Step *step) {
-    long count = step->count, most = 1, widest = 0, attention = 0, between = 0, rows = count, of_expert = 0, own = 0;
+VNNI static int run_blocks(const Block *blocks, int64_t many, const Store *stores, const Step *step) {
+    int64_t count = step->count, most = 1, widest = 0, attention = 0, between = 0, rows = count, of_expert = 0, own = 0;
     size_t of_experts = 0;
-    for (long i = 0; i < count; i++) most = step->indices[i] + 1 > most ? step->indices[i] + 1 : most;
-    for (long i = 0; i < many; i++) {
+    for (int64_t i = 0; i < count; i++) most = step->indices[i] + 1 > most ? step->indices[i] + 1 : most;
+    for (int64_t i = 0; i < many; i++) {
         const Block *block = blocks + i;
-        long heads = block->heads * block->size, fused = block->places == NULL ? 0 : block->query.outputs;
+        int64_t heads = block->heads * block->size, fused = block->places == NULL ? 0 : block->query.outputs;
         attention = heads > attention ? heads : attention;
         heads = block->heads * block->value_size > block->rank ? block->heads * block->value_size : block->rank;
         attention = heads > attention ? heads : attention;
         between = block->down.inputs > between ? block->down.inputs : between;
         widest = fused > widest ? fused : widest;
-        long latent[] = {block->out.outputs, block->lowered.outputs, block->latent.outputs, block->expand.outputs};
-        for (long one = 0; one < 4; one++) widest = latent[one] > widest ? latent[one] : widest;
-        long needed_here = (block->absorbed ? TOGETHER : block->heads / block->stored_heads) * most + room_to_absorb(block);
+        int64_t latent[] = {block->out.outputs, block->lowered.outputs, block->latent.outputs, block->expand.outputs};
+        for (int64_t one = 0; one < 4; one++) widest = latent[one] > widest ? latent[one] : widest;
+        int64_t needed_here = (block->absorbed ? TOGETHER : block->heads / block->stored_heads) * most + room_to_absorb(block);
         own = needed_here > own ? needed_here : own;
         if (!block->experts) continue;
         size_t needed = memory_of_experts(block, count);
@@ -753,7 +753,7 @@ VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, 
     largest.inputs *= 2; /* where rows become bfloat16 */
     Quantised room;
     if (!prepare(&largest, &room)) return 0;
-    long threads = step->threads < 1 ? 1 : step->threads;
+    int64_t threads = step->threads < 1 ? 1 : step->threads;
     float *memory = malloc(sizeof(float) * (count * (2 * widest + 4 * attention + 2 * between + 1) + threads * own));
     char *more = malloc(of_experts + 1);
     if (memory == NULL || more == NULL) {
@@ -765,9 +765,9 @@ VNNI static int run_blocks(const Block *blocks, long many, const Store *stores, 
     float *normed = memory, *product = normed + count * widest, *queries = product + count * widest;
     float *keys = queries + count * attention, *values = keys + count * attention, *mixed = values + count * attention;
     float *inner = mixed + count * attention, *scores = inner + count * (2 * between + 1);
-    for (long index = 0; index < many; index++) {
+    for (int64_t index = 0; index < many; index++) {
         const Block *block = blocks + index;
-        long width = block->out.outputs;
+        int64_t width = block->out.outputs;
         float residual = (float)block->residual;
         normalise_rows(&block->before, step->hidden, normed, count, width);
         if (block->rank) make_latent_heads(block, step, normed, product, mixed, queries, keys, values, &room);

@@ -16,30 +16,30 @@ typedef struct {
 
 static Pool pool; /* empty: none */
 
-typedef void (*Task)(const void *job, long part);
+typedef void (*Task)(const void *job, int64_t part);
 
 typedef struct {
     Task task;
     const void *job;
-    long parts;
+    int64_t parts;
 } Shared;
 
 /* A thread takes neighbours. There may be fewer threads than were asked for. */
 static void run_share(void *given) {
     const Shared *shared = given;
-    long threads = pool.count(), thread = pool.number();
-    for (long part = shared->parts * thread / threads; part < shared->parts * (thread + 1) / threads; part++)
+    int64_t threads = pool.count(), thread = pool.number();
+    for (int64_t part = shared->parts * thread / threads; part < shared->parts * (thread + 1) / threads; part++)
         shared->task(shared->job, part);
 }
 
 /* Runs every part of a job, in any order. */
-static void run_parts(Task task, const void *job, long parts, long threads) {
+static void run_parts(Task task, const void *job, int64_t parts, int64_t threads) {
     Shared shared = {.task = task, .job = job, .parts = parts};
     if (threads > 1 && pool.run != NULL) {
         pool.run(run_share, &shared, (unsigned)threads, 0);
         return;
     }
-    for (long part = 0; part < parts; part++) task(job, part);
+    for (int64_t part = 0; part < parts; part++) task(job, part);
 }
 
 #endif

@@ -1,0 +1,65 @@
+"""Every command that reaches a swarm hands on all that it takes for that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Never
+
+import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from splitnet.cli import connection
+from splitnet.cli.main import app
+from splitnet.net.identity import Identity
+
+ADDRESS = f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}"
+
+GIVEN: dict[str, tuple[str, Any]] = {
+    "--codec": ("codec", "int8"),
+    "--wait": ("wait_s", 7.0),
+    "--device": ("device", "cuda:1"),
+    "--local-blocks": ("local_blocks", "0:2"),
+    "--local-weights": ("local_weights", "int8"),
+    "--tokenizer": ("tokenizer", "other"),
+    "--prefer": ("prefer", "energy"),
+    "--energy-slowdown": ("energy_slowdown", 2.0),
+    "--key-file": ("key_file", Path("key")),
+    "--swarm-key": ("swarm_key", Path("swarm.key")),
+    "--trusted-peers": ("trusted_peers", Path("trusted")),
+}
+"""Of each option the field of a connection, and what is given."""
+
+LACKS = {
+    "tune": {"--prefer", "--energy-slowdown"},
+    "bench": {"--wait", "--tokenizer"},
+    "status": GIVEN.keys() - {"--key-file", "--swarm-key"},
+}
+
+
+class Reached(Exception):
+    """With the arguments of the connection."""
+
+
+def refuse(*given: Any, **named: Any) -> Never:
+    raise Reached(given, named)
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "serve", "tune", "bench", "status"])
+def test_what_a_command_takes_reaches_its_connection(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "a"}\n')
+    monkeypatch.setattr(connection, "Connection", refuse)
+    more = {"generate": ["prompt"], "tune": ["--data", str(data), "--output", str(tmp_path / "out")]}.get(command, [])
+    taken = {option: one for option, one in GIVEN.items() if option not in LACKS.get(command, ())}
+    options = [text for option, (_, value) in taken.items() for text in (option, str(value))]
+    ran = CliRunner().invoke(app, [command, "m", *more, "--join", ADDRESS, "--no-lan", *options])
+    assert isinstance(ran.exception, Reached), ran.output
+    given, named = ran.exception.args
+    assert given == ("m", [ADDRESS])
+    assert {name: named[name] for name, _ in taken.values()} == dict(taken.values())
+    assert named["lan"] is False and named["invite"] is None
+    has = {option for parameter in get_command(app).commands[command].params for option in parameter.opts}  # pyright: ignore[reportAttributeAccessIssue]
+    assert has & GIVEN.keys() == taken.keys()

@@ -1,0 +1,78 @@
+"""What `splitnet peer` makes of its options, without a peer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Never
+
+import pytest
+from typer.testing import CliRunner
+
+from peers.daemon import Peer
+from peers.options import PeerOptions
+from splitnet.cli import peer as command
+from splitnet.cli.invite import Invite
+from splitnet.cli.main import app
+from splitnet.net import dht_node
+from splitnet.net.identity import Identity
+from splitnet.net.swarm_key import SwarmKey
+
+KEYS = [Identity.generate() for _ in range(2)]
+
+
+class Reached(Exception):
+    """With the options of the peer."""
+
+
+class NoSignals:
+    """Leaves the signals of the tests alone."""
+
+    def check(self) -> None: ...
+
+
+def start(checkpoint: Any, options: PeerOptions, **_: Any) -> Never:
+    raise Reached(options)
+
+
+@pytest.fixture(autouse=True)
+def no_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "StopSignals", NoSignals)
+    monkeypatch.setattr(Peer, "start", start)
+    monkeypatch.delenv("SPLITNET_LAN", raising=False)
+
+
+def options_of(*arguments: str) -> tuple[PeerOptions, str]:
+    ran = CliRunner().invoke(app, ["peer", *arguments])
+    assert isinstance(ran.exception, Reached), ran.output
+    return ran.exception.args[0], ran.output
+
+
+def invitation(folder: Path, *authorized: str) -> Path:
+    file = folder / "anna.invite"
+    address = f"tcp://192.0.2.7:31331?key={KEYS[0].public.text}"
+    Invite("m", (address,), SwarmKey.generate(), KEYS[1], authorized).save(file)
+    return file
+
+
+def test_an_invited_peer_lets_in_whom_its_invitation_names(tmp_path: Path) -> None:
+    file = invitation(tmp_path, KEYS[0].public.text, KEYS[1].public.text)
+    options, said = options_of("--invite", str(file))
+    assert options.authorized_keys == tmp_path / "anna.invite.keys"
+    assert "without its line `anyone` no other may" in said and "whoever knows" not in said
+    own = tmp_path / "own"
+    assert options_of("--invite", str(file), "--authorized-keys", str(own))[0].authorized_keys == own
+
+
+def test_an_invitation_that_names_nobody_is_told(tmp_path: Path) -> None:
+    options, said = options_of("--invite", str(invitation(tmp_path)))
+    assert options.authorized_keys is None
+    assert "whoever knows this peer's address may use it" in said
+
+
+def test_a_peer_without_hivemind_says_that_it_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert options_of("m")[0].lan
+    monkeypatch.setattr(dht_node, "have_hivemind", lambda: False)
+    options, said = options_of("m")
+    assert not options.lan and "others do not find this peer" in said
+    options, said = options_of("m", "--listen", "tcp://127.0.0.1:0")
+    assert not options.lan and "hivemind" not in said

@@ -1,0 +1,118 @@
+"""What other systems lack or do otherwise, piece by piece; `tests/swarm/test_systems.py` has all of it at once."""
+
+from __future__ import annotations
+
+import ast
+import io
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from splitnet.cli import main
+from splitnet.errors import LanError, ModelNotFound
+from splitnet.model.shards import Shards
+from splitnet.net import lan, tcp
+from splitnet.net.wake import Wake
+from tests.other_system import ROOT
+
+
+@pytest.fixture
+def pairs() -> Iterator[list[tuple[socket.socket, socket.socket]]]:
+    """Two connections: this end and the other one of each."""
+    made: list[tuple[socket.socket, socket.socket]] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        for _ in range(2):
+            mine = socket.create_connection(listener.getsockname())
+            made.append((mine, listener.accept()[0]))
+    yield made
+    for pair in made:
+        for end in pair:
+            end.close()
+
+
+def test_a_flag_without_eventfds_is_a_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "eventfd", raising=False)
+    wake = Wake()
+    poller = zmq.Poller()
+    poller.register(wake.fileno(), zmq.POLLIN)
+    assert socket.socket(fileno=os.dup(wake.fileno())).close() is None, "ZeroMQ on Windows polls nothing else"
+    assert not poller.poll(0)
+    for _ in range(2):
+        for _ in range(100_000):  # more than a buffer holds
+            wake.set()
+        assert poller.poll(1000)
+        wake.clear()
+        assert not poller.poll(0)
+    wake.close()
+
+
+@pytest.mark.parametrize("lacks", ["the option", "Linux"])
+def test_without_cookies_connections_are_told_by_their_ends(
+    lacks: str, monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[socket.socket, socket.socket]]
+) -> None:
+    if lacks == "Linux":
+        monkeypatch.setattr(tcp, "_LINUX", False)
+    else:
+        monkeypatch.setattr(tcp, "_SO_COOKIE", 9999)
+    (first, its_end), (second, other_end) = pairs
+    cookies = [tcp.cookie(end.fileno()) for pair in pairs for end in pair]
+    assert len(set(cookies)) == 4 and tcp.cookie(first.fileno()) == cookies[0]
+    tcp.hang_up(second.fileno(), cookies[0])  # its descriptor belonged to the first before
+    other_end.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        other_end.recv(1)
+    tcp.hang_up(first.fileno(), cookies[0])
+    assert its_end.recv(1) == b""
+    with open(os.devnull, "rb") as file, pytest.raises(OSError):
+        tcp.cookie(file.fileno())
+
+
+@pytest.mark.parametrize("model", [r"C:\models\llama", r"models\llama", "C:/models/llama", "./llama"])
+def test_a_folder_that_is_not_there_is_no_id_of_the_hub(model: str) -> None:
+    with pytest.raises(ModelNotFound, match="there is no folder"):
+        Shards.open(model, None)
+
+
+def test_pipes_of_windows_are_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="cp1252"))
+    monkeypatch.setattr(main, "app", lambda: print("日本語"))
+    monkeypatch.setattr(main, "claim_process", lambda: None)
+    monkeypatch.setattr(main, "ENDING", ())
+    main.main()
+    sys.stdout.flush()
+    assert written.getvalue().decode().strip() == "日本語"
+
+
+def test_android_does_not_tell_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(lan.ifaddr, "get_adapters", refuse)
+    with pytest.raises(LanError, match="does not tell its addresses"):
+        lan.LocalNetwork("ab" * 32)
+
+
+def test_text_is_read_and_written_in_one_encoding_everywhere() -> None:
+    files = [file for folder in ("peers", "scheduler", "splitnet") for file in (ROOT / folder).rglob("*.py")]
+    assert [place for file in files for place in _without_encoding(file)] == []
+
+
+def _without_encoding(file: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Call):
+            continue
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        mode = next((arg.value for arg in node.args[:2] if isinstance(arg, ast.Constant) and arg.value in _MODES), "")
+        text = name in ("read_text", "write_text") or (name in ("open", "fdopen") and mode and "b" not in str(mode))
+        if text and not any(keyword.arg == "encoding" for keyword in node.keywords):
+            yield f"{file.relative_to(ROOT)}:{node.lineno}"
+
+
+_MODES = {"r", "w", "a", "x", "r+", "w+", "rb", "wb", "ab", "xb", "rt", "wt"}
