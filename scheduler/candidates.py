@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.cost import block_ms, occupied_ms
+from scheduler.cost import SHARE, block_ms, occupied_ms, prompt_block_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, Link, Network, Place
 from scheduler.swarm import Peer
@@ -57,20 +57,20 @@ class Crowd:
     """
 
     def __init__(
-        self, peers: Sequence[Peer], network: Network, *, encodings: Sequence[Encoding], positions: int = 1
+        self, peers: Sequence[Peer], network: Network, *, encodings: Sequence[Encoding], positions: int = 1, prompt: int = 0
     ) -> None:
         self._peers = peers
         self._index = {peer.id: index for index, peer in enumerate(peers)}
         self._start = np.array([peer.start for peer in peers], dtype=np.int64)
         self._end = np.array([peer.end for peer in peers], dtype=np.int64)
         self._kv_free = np.array([peer.kv_free for peer in peers], dtype=np.int64)
-        self._block = np.array([block_ms(peer, positions) for peer in peers])
+        self._block = np.array([block_ms(peer, positions) + prompt_block_ms(peer, prompt) for peer in peers])
         nowhere = Place(Coordinate(), 0.0)
         places = [network.places.get(peer.id) for peer in peers]
         self._known = np.array([place is not None for place in places], dtype=bool)
         rates = np.array([(place or nowhere).bytes_per_ms for place in places])
         rates[rates == 0] = network.unmeasured.bytes_per_ms
-        self._fixed = np.array([peer.queue_ms for peer in peers]) + _sending_ms(rates, positions, encodings)
+        self._fixed = np.array([peer.queue_ms for peer in peers]) + _sending_ms(rates, positions, encodings) + (SHARE * _sending_ms(rates, prompt, encodings) if prompt else 0.0)
         coordinates = [(place or nowhere).coordinate for place in places]
         self._vectors = np.array([place.vector for place in coordinates]).reshape(len(peers), DIMENSIONS)
         self._heights = np.array([place.height_ms for place in coordinates])

@@ -28,6 +28,15 @@ def positions_with_prompt(prompt: int) -> int:
     return 1 + prompt // USUAL_ANSWER
 
 
+import os
+SHARE = float(os.environ.get("T_SHARE", "0.01"))
+def prompt_block_ms(peer: Peer, prompt: int) -> float:
+    if not prompt:
+        return 0.0
+    chunks = ceil(prompt / PASS_POSITIONS)
+    return SHARE * chunks * peer.speed.at(prompt / chunks)
+
+
 def block_ms(peer: Peer, positions: int) -> float:
     """Ms for `positions` new positions through one block of `peer`, in a pass that other sessions share."""
     return peer.speed.at(positions + peer.batch)

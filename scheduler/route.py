@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from scheduler.chain_search import Costs, Floats, LinkCosts, cheapest_chain
-from scheduler.cost import block_joules, block_ms, route_ms
+from scheduler.cost import SHARE, block_joules, block_ms, prompt_block_ms, route_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, LinkTable, Network
 from scheduler.swarm import Hop, Peer, Route, missing_blocks
@@ -42,6 +42,7 @@ def best_route(
     encodings: Sequence[Encoding],
     kv_needed: int,
     positions: int = 1,
+    prompt: int = 0,
     in_flight: int = 1,
     source: str = CLIENT,
     target: str = CLIENT,
@@ -79,7 +80,7 @@ def best_route(
     index = {name: position for position, name in enumerate(names)}
     members = np.array([index[peer.id] for peer in usable])
     table = network.table(names)
-    transfer, occupied = _link_costs(table, positions, tuple(encodings))
+    transfer, occupied = _link_costs(table, positions, prompt, tuple(encodings))
     ends = index[source], members, index[target]
     # Raising the cost of each peer by a random share of at most NEAR_EQUAL makes the choice among near-equal routes
     # random, and the one chosen costs at most that share more than the best.
@@ -89,7 +90,7 @@ def best_route(
     costs = Costs(
         start=np.array([peer.start for peer in usable]) - first,
         end=np.array([peer.end for peer in usable]) - first,
-        block=np.array([block_ms(peer, positions) for peer in usable]) * noise,
+        block=np.array([block_ms(peer, positions) + prompt_block_ms(peer, prompt) for peer in usable]) * noise,
         queue=queue,
         links=LinkCosts(transfer, *ends),
         busy=LinkCosts(occupied, *ends),
@@ -117,11 +118,16 @@ def best_route(
 
 
 @lru_cache(maxsize=4)
-def _link_costs(table: LinkTable, positions: int, encodings: tuple[Encoding, ...]) -> tuple[Floats, Floats]:
+def _link_costs(table: LinkTable, positions: int, prompt: int, encodings: tuple[Encoding, ...]) -> tuple[Floats, Floats]:
     """`transfer_ms` and `occupied_ms` of a step on each link, `[senders, receivers]`."""
     soonest = np.full_like(table.latency_ms, np.inf)
     for encoding in encodings:
         per_byte = positions * encoding.bytes_per_position
         constant = encoding.step_ms + positions * encoding.position_ms
         np.minimum(soonest, table.ms_per_byte * per_byte + constant, out=soonest)
+    if prompt:
+        p = np.full_like(table.latency_ms, np.inf)
+        for encoding in encodings:
+            np.minimum(p, table.ms_per_byte * (prompt * encoding.bytes_per_position) + encoding.step_ms + prompt * encoding.position_ms, out=p)
+        soonest = soonest + SHARE * p
     return soonest + table.latency_ms, soonest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,13 +12,15 @@ from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS, next_pass
 from scheduler.swarm import Peer, Speed
 from splitnet.net.messages import FailureCode
 from splitnet.simulation.directory import Record
-from splitnet.simulation.world import Device, device_id
+from splitnet.simulation.world import Device
 
 if TYPE_CHECKING:
     from splitnet.simulation.route import Route
     from splitnet.simulation.session import Session
 
 
+import math, os
+TAU = float(os.environ.get('T_TAU', '0'))
 @dataclass(slots=True, eq=False)
 class Parcel:
     """New positions of a session on their way through the hops.
@@ -70,7 +73,7 @@ class Node:
 
     Attributes:
         generation: how often it has changed or lost its blocks; what was under way before is lost.
-        measured: links to other peers, by number.
+        latency_ms: of the links to other peers that it has measured, by number.
         slower: factor to the time of a pass, while its owner works with the device.
     """
 
@@ -84,7 +87,7 @@ class Node:
         self.generation = 0
         self.coordinate = coordinate
         self.up_bytes_per_ms = up_bytes_per_ms
-        self.measured: dict[int, Link] = {}
+        self.latency_ms: dict[int, float] = {}
         self.slower = 1.0
         self.kv_used = 0
         self.sessions: dict[Session, Held] = {}
@@ -94,6 +97,7 @@ class Node:
         self.busy_ms = 0.0
         self.served_since_ms = 0.0
         self.served_ms = 0.0
+        self.avg = (0.0, 0.0)
         self._begin_interval(0.0)
 
     def _begin_interval(self, now_ms: float) -> None:
@@ -188,8 +192,8 @@ class Node:
         self._positions += positions
         return taken, took_ms
 
-    def record(self, now_ms: float) -> Record:
-        """What it publishes: its load is that of the time since the last record.
+    def record(self, now_ms: float, links: Mapping[str, Link]) -> Record:
+        """What it publishes, with some of the links that it knows: its load is that of the time since the last record.
 
         A new step that comes at any time finds a pass under way that has a mean of (sum of squares of passes) / (twice
         the time) still to go; where steps were seen to wait longer, as sessions on other blocks came between, that
@@ -200,6 +204,11 @@ class Node:
         waited = self._waited_ms / self._steps * min(1.0, self._steps / elapsed) if self._steps else 0.0
         batch = self._positions / elapsed * 2 * residual
         self._begin_interval(now_ms)
+        if TAU:
+            share = 1 - math.exp(-elapsed / TAU / 1000)
+            self.avg = (self.avg[0] + share * (max(residual, waited) - self.avg[0]), self.avg[1] + share * (batch - self.avg[1]))
+            residual, batch = self.avg
+            waited = 0
         peer = Peer(
             self.id,
             self.start,
@@ -209,7 +218,6 @@ class Node:
             batch,
             self.device.kv_positions - self.kv_used,
         )
-        links = {device_id(number): link for number, link in self.measured.items()}
         return Record(
             self.number,
             peer,

@@ -23,6 +23,8 @@ from splitnet.simulation.directory import View
 from splitnet.simulation.geography import TrueNetwork
 from splitnet.simulation.world import Request, World
 
+import os
+NEWP = bool(os.environ.get("T_NEWP"))
 SHARE: Final = 0.5
 """Weight of the latest token in the averages of what a session met."""
 
@@ -124,10 +126,11 @@ class Best:
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
         options, encodings = self._options, self._world.settings.encodings
         places = {CLIENT: plan.client.place, **view.places.places} if options.coordinates else {}
-        positions = positions_with_prompt(plan.prompt) if options.prompt else 1
+        positions = (positions_with_prompt(plan.prompt) if options.prompt and not NEWP else 1)
+        prompt = (max(64, 64*round(plan.prompt/64)) if plan.prompt else 0) if NEWP else 0
         peers = self._peers(plan, view)
         outside = [places[name] for name in (plan.source, plan.target) if name in places]
-        chosen = self._crowd(view, positions).near(
+        chosen = self._crowd(view, positions, prompt).near(
             outside, plan.blocks, kv_needed=plan.kv_needed, exclude=plan.exclude, limit=options.limit
         )
         if plan.present:  # what the session has seen of them counts
@@ -147,6 +150,7 @@ class Best:
                 encodings=encodings,
                 kv_needed=plan.kv_needed,
                 positions=positions,
+                prompt=prompt,
                 source=plan.source,
                 target=plan.target,
                 rng=rng if options.spread else None,
@@ -190,16 +194,17 @@ class Best:
         )
         return replace(planned, present_ms=cost(plan.present), move_ms=to_move_ms)
 
-    def _crowd(self, view: View, positions: int) -> Crowd:
+    def _crowd(self, view: View, positions: int, prompt: int) -> Crowd:
         """Of all peers in view, kept until there is another view."""
         if self._crowds[0] is not view:
             self._crowds = view, {}
         crowds = self._crowds[1]
-        if positions not in crowds:
+        key = positions, prompt
+        if key not in crowds:
             peers = view.peers if self._options.load else view.idle_peers
             network = view.places if self._options.coordinates else Network()
-            crowds[positions] = Crowd(peers, network, encodings=self._world.settings.encodings, positions=positions)
-        return crowds[positions]
+            crowds[key] = Crowd(peers, network, encodings=self._world.settings.encodings, positions=positions, prompt=prompt)
+        return crowds[key]
 
     def _latency(self, plan: Plan, sender: str, receiver: str) -> float:
         numbers, client = self._world.number_of, plan.client.number
@@ -234,6 +239,7 @@ class Best:
             for other, link in view.records[name].links.items():
                 if other in names:
                     links[name, other] = link
+                    links.setdefault((other, name), link)
         links.update(plan.client.links)
         network = Network(links, places={name: places[name] for name in names if name in places})
         if not plan.latencies:

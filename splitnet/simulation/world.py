@@ -29,7 +29,7 @@ class Settings:
     a message's latency exceeds the link's. loss: share of messages that are sent twice. patience_s: how long
     a client waits for a route, or for the next token when there is none.
     replan_s: how often a session looks for a better route; doubts: whether it doubts forecasts.
-    near_probes: links that a client measures to peers near by; probe_ends: only to those of the first or last block.
+    probes: links that a client measures to peers that its routes most likely go through, beside a few random ones.
     """
 
     peers: int = 1000
@@ -50,8 +50,7 @@ class Settings:
     patience_s: float = 30.0
     replan_s: float = 10.0
     doubts: bool = True
-    near_probes: int = 16
-    probe_ends: bool = False
+    probes: int = 112
 
     @property
     def duration_s(self) -> float:
@@ -72,8 +71,7 @@ RULES: Final = frozenset(
         "moves",
         "replan_s",
         "doubts",
-        "near_probes",
-        "probe_ends",
+        "probes",
         "patience_s",
     }
 )
