@@ -130,7 +130,7 @@ class Peer:
             changed=self._ways_changed,
         )
         self._prober = Prober(self.send)
-        self._neighbours = Neighbours(self._others, self._next_hops, self._prober)
+        self._neighbours = Neighbours(self._others, self._next_hops, self._prober, self.record)
         self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self, options.swarm_key or OPEN)
         self._announcer = Announcer(directory, identity, self.record, self._look_around)
         self._relocation = Relocation(

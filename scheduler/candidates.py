@@ -57,7 +57,13 @@ class Crowd:
     """
 
     def __init__(
-        self, peers: Sequence[Peer], network: Network, *, encodings: Sequence[Encoding], positions: int = 1, prompt: int = 0
+        self,
+        peers: Sequence[Peer],
+        network: Network,
+        *,
+        encodings: Sequence[Encoding],
+        positions: int = 1,
+        prompt: int = 0,
     ) -> None:
         self._peers = peers
         self._index = {peer.id: index for index, peer in enumerate(peers)}
@@ -70,7 +76,11 @@ class Crowd:
         self._known = np.array([place is not None for place in places], dtype=bool)
         rates = np.array([(place or nowhere).bytes_per_ms for place in places])
         rates[rates == 0] = network.unmeasured.bytes_per_ms
-        self._fixed = np.array([peer.queue_ms for peer in peers]) + _sending_ms(rates, positions, encodings) + (SHARE * _sending_ms(rates, prompt, encodings) if prompt else 0.0)
+        self._fixed = (
+            np.array([peer.queue_ms for peer in peers])
+            + _sending_ms(rates, positions, encodings)
+            + (SHARE * _sending_ms(rates, prompt, encodings) if prompt else 0.0)
+        )
         coordinates = [(place or nowhere).coordinate for place in places]
         self._vectors = np.array([place.vector for place in coordinates]).reshape(len(peers), DIMENSIONS)
         self._heights = np.array([place.height_ms for place in coordinates])

@@ -29,7 +29,10 @@ def positions_with_prompt(prompt: int) -> int:
 
 
 import os
+
 SHARE = float(os.environ.get("T_SHARE", "0.01"))
+
+
 def prompt_block_ms(peer: Peer, prompt: int) -> float:
     if not prompt:
         return 0.0

@@ -118,7 +118,9 @@ def best_route(
 
 
 @lru_cache(maxsize=4)
-def _link_costs(table: LinkTable, positions: int, prompt: int, encodings: tuple[Encoding, ...]) -> tuple[Floats, Floats]:
+def _link_costs(
+    table: LinkTable, positions: int, prompt: int, encodings: tuple[Encoding, ...]
+) -> tuple[Floats, Floats]:
     """`transfer_ms` and `occupied_ms` of a step on each link, `[senders, receivers]`."""
     soonest = np.full_like(table.latency_ms, np.inf)
     for encoding in encodings:
@@ -128,6 +130,12 @@ def _link_costs(table: LinkTable, positions: int, prompt: int, encodings: tuple[
     if prompt:
         p = np.full_like(table.latency_ms, np.inf)
         for encoding in encodings:
-            np.minimum(p, table.ms_per_byte * (prompt * encoding.bytes_per_position) + encoding.step_ms + prompt * encoding.position_ms, out=p)
+            np.minimum(
+                p,
+                table.ms_per_byte * (prompt * encoding.bytes_per_position)
+                + encoding.step_ms
+                + prompt * encoding.position_ms,
+                out=p,
+            )
         soonest = soonest + SHARE * p
     return soonest + table.latency_ms, soonest

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from splitnet.simulation.session import Session
 
 
-import math, os
-TAU = float(os.environ.get('T_TAU', '0'))
+import math
+import os
+
+TAU = float(os.environ.get("T_TAU", "0"))
+
+
 @dataclass(slots=True, eq=False)
 class Parcel:
     """New positions of a session on their way through the hops.
@@ -206,7 +210,10 @@ class Node:
         self._begin_interval(now_ms)
         if TAU:
             share = 1 - math.exp(-elapsed / TAU / 1000)
-            self.avg = (self.avg[0] + share * (max(residual, waited) - self.avg[0]), self.avg[1] + share * (batch - self.avg[1]))
+            self.avg = (
+                self.avg[0] + share * (max(residual, waited) - self.avg[0]),
+                self.avg[1] + share * (batch - self.avg[1]),
+            )
             residual, batch = self.avg
             waited = 0
         peer = Peer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +24,6 @@ from splitnet.simulation.directory import View
 from splitnet.simulation.geography import TrueNetwork
 from splitnet.simulation.world import Request, World
 
-import os
 NEWP = bool(os.environ.get("T_NEWP"))
 SHARE: Final = 0.5
 """Weight of the latest token in the averages of what a session met."""
@@ -126,8 +126,8 @@ class Best:
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
         options, encodings = self._options, self._world.settings.encodings
         places = {CLIENT: plan.client.place, **view.places.places} if options.coordinates else {}
-        positions = (positions_with_prompt(plan.prompt) if options.prompt and not NEWP else 1)
-        prompt = (max(64, 64*round(plan.prompt/64)) if plan.prompt else 0) if NEWP else 0
+        positions = positions_with_prompt(plan.prompt) if options.prompt and not NEWP else 1
+        prompt = (max(64, 64 * round(plan.prompt / 64)) if plan.prompt else 0) if NEWP else 0
         peers = self._peers(plan, view)
         outside = [places[name] for name in (plan.source, plan.target) if name in places]
         chosen = self._crowd(view, positions, prompt).near(
@@ -203,7 +203,9 @@ class Best:
         if key not in crowds:
             peers = view.peers if self._options.load else view.idle_peers
             network = view.places if self._options.coordinates else Network()
-            crowds[key] = Crowd(peers, network, encodings=self._world.settings.encodings, positions=positions, prompt=prompt)
+            crowds[key] = Crowd(
+                peers, network, encodings=self._world.settings.encodings, positions=positions, prompt=prompt
+            )
         return crowds[key]
 
     def _latency(self, plan: Plan, sender: str, receiver: str) -> float:

@@ -255,6 +255,26 @@ class TestNeighbours:
         prefixes = {other.key.raw[:KEY_PREFIX_BYTES] for other in others}
         assert all(link.peer in prefixes and link.rtt_ms > 0 for link in neighbours.seen_links)
 
+    def test_the_links_that_routes_need_come_first(self) -> None:
+        behind = {"start": 6, "end": 12, "num_blocks": 12}
+        slow = tuple(100 * ms for ms in RECORD.block_ms)
+        useful = [record(address=f"tcp://192.0.2.1:{port}", **behind) for port in range(1, MEASURED_AT_ONCE)]
+        beside = [record(address=f"tcp://192.0.2.2:{port}", num_blocks=12) for port in range(1, 100)]
+        others = [record(address=f"tcp://192.0.2.3:{port}", **behind, block_ms=slow) for port in range(1, 100)]
+        echo, links = Echo(), Links()
+        neighbours = Neighbours(
+            lambda: [*beside, *others, *useful],
+            links,  # pyright: ignore[reportArgumentType]
+            echo.prober,
+            lambda: record(num_blocks=12),
+        )
+        echo.silent |= {useful[0].endpoint}
+        for _ in range(2):
+            neighbours.look_around()
+        best = [link.peer for link in neighbours.seen_links][: len(useful) - 1]
+        assert set(best) == {peer.key.raw[:KEY_PREFIX_BYTES] for peer in useful[1:]}
+        assert len(neighbours.network_coordinates.links) > len(useful), "others count for the place"
+
     def test_peers_count_when_they_have_answered_and_few_are_asked_at_once(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
