@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.cost import SHARE, block_ms, occupied_ms, prompt_block_ms
+from scheduler.cost import block_ms, occupied_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, Link, Network, Place
 from scheduler.swarm import Peer
@@ -35,6 +35,7 @@ def candidates(
     encodings: Sequence[Encoding],
     kv_needed: int,
     positions: int = 1,
+    prompt: int = 0,
     source: str = CLIENT,
     target: str = CLIENT,
     exclude: Collection[str] = frozenset(),
@@ -45,7 +46,7 @@ def candidates(
     Who plans often with the same facts keeps a `Crowd`. Arguments as for `best_route`, with which the result is meant
     to be planned.
     """
-    crowd = Crowd(peers, network, encodings=encodings, positions=positions)
+    crowd = Crowd(peers, network, encodings=encodings, positions=positions, prompt=prompt)
     outside = [network.places[name] for name in (source, target) if name in network.places]
     return crowd.near(outside, blocks, kv_needed=kv_needed, exclude=exclude, limit=limit)
 
@@ -53,7 +54,8 @@ def candidates(
 class Crowd:
     """The peers of a swarm as one client or another sees them, prepared once for many plans.
 
-    Only the places in `network` are used, not its measured links. positions: of a usual step.
+    Only the places in `network` are used, not its measured links. positions: of a usual step. prompt: positions that
+    come before the first token.
     """
 
     def __init__(
@@ -70,17 +72,13 @@ class Crowd:
         self._start = np.array([peer.start for peer in peers], dtype=np.int64)
         self._end = np.array([peer.end for peer in peers], dtype=np.int64)
         self._kv_free = np.array([peer.kv_free for peer in peers], dtype=np.int64)
-        self._block = np.array([block_ms(peer, positions) + prompt_block_ms(peer, prompt) for peer in peers])
+        self._block = np.array([block_ms(peer, positions, prompt) for peer in peers])
         nowhere = Place(Coordinate(), 0.0)
         places = [network.places.get(peer.id) for peer in peers]
         self._known = np.array([place is not None for place in places], dtype=bool)
         rates = np.array([(place or nowhere).bytes_per_ms for place in places])
         rates[rates == 0] = network.unmeasured.bytes_per_ms
-        self._fixed = (
-            np.array([peer.queue_ms for peer in peers])
-            + _sending_ms(rates, positions, encodings)
-            + (SHARE * _sending_ms(rates, prompt, encodings) if prompt else 0.0)
-        )
+        self._fixed = np.array([peer.queue_ms for peer in peers]) + _sending_ms(rates, positions, encodings, prompt)
         coordinates = [(place or nowhere).coordinate for place in places]
         self._vectors = np.array([place.vector for place in coordinates]).reshape(len(peers), DIMENSIONS)
         self._heights = np.array([place.height_ms for place in coordinates])
@@ -177,9 +175,9 @@ class Crowd:
         return self._serving[blocks]
 
 
-def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding]) -> Floats:
+def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding], prompt: int) -> Floats:
     distinct, where = np.unique(rates, return_inverse=True)
-    return np.array([occupied_ms(Link(0.0, float(rate)), positions, encodings) for rate in distinct])[where]
+    return np.array([occupied_ms(Link(0.0, float(rate)), positions, encodings, prompt) for rate in distinct])[where]
 
 
 def _spread_out(vectors: Floats, first: Sequence[Floats]) -> list[Floats]:

@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 MEASURED_AT_ONCE = 32
 
+LIKELY_FIRST = 112
+"""Of the peers through which routes most likely go, before the first route is planned."""
+
 OTHERS_AT_ONCE = 4
 LIKELY_AT_ONCE = 16
 """Of the peers that are measured again while sessions are open: any, and those that routes most likely go through."""
@@ -84,13 +87,13 @@ class FreshFacts:
     def measure_first(self, records: Sequence[PeerRecord]) -> None:
         """Measures links to peers that were never tried, if few links are known at all.
 
-        Half of them are any peers, which tell where the client stands; the others are those that routes most likely go
+        Some of them are any peers, which tell where the client stands; the others are those that routes most likely go
         through as seen from there.
         """
         if len(self._survey.network_coordinates.links) < MEASURED_AT_ONCE:
             unknown = sorted(self._survey.unknown(records), key=lambda record: not record.is_proven)
             self.look_at(unknown[: MEASURED_AT_ONCE // 2])
-            self.look_at(self._likely(self._survey.unknown(records), LIKELY_AT_ONCE))
+            self.look_at(self._likely(self._survey.unknown(records), LIKELY_FIRST))
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
         """Measures the round trips to the first of these peers, with at most `PINGS_PER_MINUTE`."""

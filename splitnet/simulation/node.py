@@ -19,12 +19,6 @@ if TYPE_CHECKING:
     from splitnet.simulation.session import Session
 
 
-import math
-import os
-
-TAU = float(os.environ.get("T_TAU", "0"))
-
-
 @dataclass(slots=True, eq=False)
 class Parcel:
     """New positions of a session on their way through the hops.
@@ -101,7 +95,6 @@ class Node:
         self.busy_ms = 0.0
         self.served_since_ms = 0.0
         self.served_ms = 0.0
-        self.avg = (0.0, 0.0)
         self._begin_interval(0.0)
 
     def _begin_interval(self, now_ms: float) -> None:
@@ -208,14 +201,6 @@ class Node:
         waited = self._waited_ms / self._steps * min(1.0, self._steps / elapsed) if self._steps else 0.0
         batch = self._positions / elapsed * 2 * residual
         self._begin_interval(now_ms)
-        if TAU:
-            share = 1 - math.exp(-elapsed / TAU / 1000)
-            self.avg = (
-                self.avg[0] + share * (max(residual, waited) - self.avg[0]),
-                self.avg[1] + share * (batch - self.avg[1]),
-            )
-            residual, batch = self.avg
-            waited = 0
         peer = Peer(
             self.id,
             self.start,
