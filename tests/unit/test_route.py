@@ -295,7 +295,6 @@ def test_a_table_holds_the_same_links_as_the_network() -> None:
                 assert 1 / table.ms_per_byte[row, column] == pytest.approx(link.bytes_per_ms)
 
 
-@given(st.lists(st.tuples(st.integers(-2, 12), st.integers(-2, 12)), max_size=8), st.integers(1, 10))
 def test_a_prompt_counts_with_its_passes_and_bytes() -> None:
     hops, fast = [Hop("a", 0, 2)], {"a": peer("a", 0, 2)}
     network = Network({(CLIENT, "a"): Link(5.0, 10.0), ("a", CLIENT): Link(5.0, 10.0)})
@@ -307,6 +306,7 @@ def test_a_prompt_counts_with_its_passes_and_bytes() -> None:
     assert cost(600) - cost(0) == pytest.approx(PROMPT_SHARE * (2 * 2 * 30.0 + 2 * 6000.0))
 
 
+@given(st.lists(st.tuples(st.integers(-2, 12), st.integers(-2, 12)), max_size=8), st.integers(1, 10))
 def test_coverage_counts_and_gaps_agree(spans: list[tuple[int, int]], num_blocks: int) -> None:
     peers = [peer(str(index), start, end) for index, (start, end) in enumerate(spans)]
     counts = coverage(peers, num_blocks)
