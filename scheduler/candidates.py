@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -126,12 +127,15 @@ class Crowd:
 
         # The best few of each block come first, so that no part of the model is left with one peer that may have died.
         rank = np.full(len(through), len(through))
-        order = np.argsort(through, kind="stable")
-        order = order[present[order]]
         few = max(1, limit // (2 * (end - first)))
-        for block in range(end - first):
-            serving = order[(starts[order] <= block) & (block < ends[order])][:few]
-            rank[serving] = np.minimum(rank[serving], np.arange(len(serving)))
+        serving, begins = self._by_block(starts, ends, blocks)
+        for begin, behind in pairwise(begins.tolist()):
+            there = serving[begin:behind]
+            if len(there) > few:
+                there = there[np.argpartition(through[there], few - 1)[:few]]
+            there = there[np.argsort(through[there], kind="stable")]
+            rank[there] = np.minimum(rank[there], np.arange(len(there)))
+        order = np.flatnonzero(present)
         chosen = np.zeros(len(through), dtype=bool)
         chosen[order[np.lexsort((through[order], rank[order]))[:limit]]] = True
         return chosen

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from scheduler.candidates import candidates
+from scheduler.candidates import LIMIT, candidates
 from scheduler.cost import hop_joules, move_ms, route_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, Network
@@ -18,7 +18,7 @@ from splitnet.errors import CoverageError, PeerBusy, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.records import PeerRecord
 
-EXACT_PEERS = 1000
+EXACT_PEERS = LIMIT
 """Among more peers than this the search is over the likeliest ones."""
 
 
