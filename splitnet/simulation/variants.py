@@ -35,6 +35,7 @@ def _petals(push: bool) -> Callable[[World], Routing]:
 
 
 BASELINES: Final = ("own", "no-prompt", "no-replan", "petals-push", "petals", "fewest-hops", "nearest", "random")
+AGAINST: Final = ("own", "no-load", "petals-push", "petals", "fewest-hops", "nearest", "random", "oracle")
 ABLATIONS: Final = (
     "own", "no-prompt", "few-probes", "own-checks", "no-doubt", "no-replan", "no-moves", "no-load", "stale",
     "no-coordinates", "true-links", "petals-routing", "petals-placement",
@@ -46,6 +47,11 @@ POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
         "no-prompt": Policy("own, the prompt ignored", _best(prompt=False)),
         "own-checks": Policy("own, links of the new route asked for", _best(checks=2)),
         "true-links": Policy("own, all links known", _best(true_links=True)),
+        "oracle": Policy(
+            "oracle: all links known, facts of 3 s ago",
+            _best(true_links=True),
+            rules={"refresh_s": 2.0, "record_ttl_s": 6.0, "view_s": 1.0},
+        ),
         "no-coordinates": Policy("own, measured links only", _best(coordinates=False)),
         "few-probes": Policy("own, clients measure 32 links", _best(), rules={"probes": 16}),
         "no-replan": Policy("own, no re-planning", _best(replans=False)),
