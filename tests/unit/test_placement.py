@@ -47,6 +47,17 @@ def test_the_weakest_blocks_are_reinforced() -> None:
     assert choose_span([*swarm, peer(10, 20, decode_ms=0.1)], 30, 10) == (0, 10)
 
 
+def test_slow_peers_do_not_keep_a_fast_one_away() -> None:
+    swarm = [peer(0, 10, decode_ms=10.0), peer(0, 10, decode_ms=10.0), peer(10, 20, decode_ms=20.0)]
+    swarm.append(Peer("fast", 10, 20, Speed.of(1.0, 1.0)))
+    assert choose_span(swarm, 20, 10, own_ms=1.0) == (0, 10)
+    swarm.append(peer(0, 10, decode_ms=1.0))
+    slow = [peer(start, start + 10, decode_ms=10.0) for start in (0, 10, 0)]
+    assert choose_span([*swarm[-2:], *slow], 20, 10, own_ms=1.0) == (0, 10), "both as fast, whatever else is there"
+    assert choose_span(slow, 20, 10, own_ms=20.0) == (10, 20)
+    assert choose_span([peer(0, 10)], 20, 10, own_ms=0.01) == (10, 20), "a hole goes before all"
+
+
 def test_empty_swarm_is_filled_from_the_front() -> None:
     assert choose_span([], 30, 12) == (0, 12)
     assert choose_span([peer(0, 12)], 30, 12) == (12, 24)
