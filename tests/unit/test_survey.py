@@ -12,7 +12,7 @@ from peers.load import HALF_LIFE_S, Load
 from peers.neighbours import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
 from peers.speed import ObservedSpeed
 from scheduler.network import CLIENT, UNMEASURED, Link
-from scheduler.replan import WORTHWHILE, move_pays
+from scheduler.replan import DISAPPOINTING, WORTHWHILE, move_pays
 from scheduler.swarm import PASS_SIZES
 from splitnet.client import survey as survey_module
 from splitnet.client.survey import REMEASURE_S, STEPS, TRUST_S, Survey
@@ -350,8 +350,13 @@ class TestObservedSpeed:
 
 class TestMovePays:
     def test_only_if_what_is_left_saves_more_than_the_move_costs(self) -> None:
-        assert move_pays(100.0, 50.0, move_ms=400.0, steps_left=9)
-        assert not move_pays(100.0, 50.0, move_ms=400.0, steps_left=8)
+        assert move_pays(100.0, 50.0, move_ms=400.0, steps_left=9, predicted_ms=50.0)
+        assert not move_pays(100.0, 50.0, move_ms=400.0, steps_left=8, predicted_ms=50.0)
 
     def test_small_gains_move_nobody(self) -> None:
-        assert not move_pays(100.0, 100.0 * WORTHWHILE + 0.1, move_ms=0.0, steps_left=10**6)
+        assert not move_pays(100.0, 100.0 * WORTHWHILE + 0.1, move_ms=0.0, steps_left=10**6, predicted_ms=50.0)
+
+    def test_a_route_that_is_as_fast_as_predicted_is_not_left(self) -> None:
+        assert not move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=101.0 / DISAPPOINTING)
+        assert move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=99.0 / DISAPPOINTING)
+        assert move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=0.0)
