@@ -20,7 +20,7 @@ BLOCKS_SHARE: Final = 0.6
 NEAR_EQUAL: Final = 0.1
 """Throughputs that differ by less than about this share count as equal, so that the length of chains decides."""
 
-SLOWER_POWER: Final = 3
+SLOWER_POWER: Final = 2
 """A peer that is n times as slow as a new one counts as n to this power times less where the new one should go."""
 
 NEIGHBOURS: Final = 32
