@@ -16,7 +16,7 @@ from splitnet.model.span import block_bytes, free_memory
 from splitnet.net.facts import expected_facts_of
 from splitnet.net.records import PeerRecord
 
-READ_BYTES = 64 * 2**20
+READ_BYTES = 32 * 2**20
 READS = 3
 """Of memory, the fastest of which tells how fast the device reads."""
 
