@@ -38,9 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     print(f"{arguments.peers} peers, {arguments.blocks} blocks; medians of {arguments.rounds} swarms (most), ms")
     print()
-    print(
-        "| blocks of a peer | choose candidates | route over them, warm | all, warm | all, cold | all, for throughput, warm |"
-    )
+    print("| blocks of a peer | candidates | route, warm | over all: warm | cold | for throughput, warm |")
     print("|---|---|---|---|---|---|")
     for shortest, longest in SPANS:
         taken: dict[str, list[float]] = {"choose": [], "chosen": [], "warm": [], "cold": [], "throughput": []}

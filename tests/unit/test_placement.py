@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peers.placing import READ_BYTES, expected_block_ms
 from scheduler.placement import choose_span
 from scheduler.swarm import Peer, Speed, coverage, missing_blocks
 
@@ -69,3 +72,10 @@ def test_empty_swarm_is_filled_from_the_front() -> None:
 def test_a_peer_serves_at_least_one_block(num_blocks: int, max_blocks: int) -> None:
     with pytest.raises(ValueError, match="at least one block"):
         choose_span([], num_blocks, max_blocks)
+
+
+def test_a_block_takes_as_long_as_it_takes_to_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peers.placing.block_bytes", lambda *_: 10 * READ_BYTES)
+    now = iter([0.0, 0.5, 1.0, 1.1, 2.0, 2.3])
+    monkeypatch.setattr("peers.placing.time.perf_counter", lambda: next(now))
+    assert expected_block_ms(Any, device="cpu", dtype=None) == pytest.approx(10 * 100.0)  # pyright: ignore
