@@ -66,6 +66,7 @@ class Neighbours:
         self._tried_at: dict[str, float] = {}
         """The same of those that were silent, too."""
         self._useful: Sequence[str] = ()
+        """Those of the measured ones to which a chain may go on, the most useful first."""
         self._random = random.Random()
         self._heard_at: dict[Endpoint, float] = {}
         self._asked_at: dict[Endpoint, float] = {}
@@ -108,14 +109,14 @@ class Neighbours:
             return
         self._random.shuffle(others)
         others.sort(key=lambda record: -self._age_s(record.key.text))
-        self._useful = self._by_use(others)
+        useful = self._by_use(others)
         by_name = {record.key.text: record for record in others}
         began, half = time.monotonic(), MEASURED_AT_ONCE // 2
         self._tried_at = {name: at for name, at in self._tried_at.items() if began - at < USEFUL_S}
-        published = [name for name in self._useful if name in self._seen][:MAX_SEEN_LINKS]
+        published = [name for name in useful if name in self._seen][:MAX_SEEN_LINKS]
         published.sort(key=lambda name: -self._age_s(name))
         renewed = [name for name in published if self._age_s(name) > RENEW_S][: half // 2]
-        fresh = [name for name in self._useful if name not in self._tried_at][: half - len(renewed)]
+        fresh = [name for name in useful if name not in self._tried_at][: half - len(renewed)]
         names = list(dict.fromkeys([*renewed, *fresh, *by_name]))[:MEASURED_AT_ONCE]
         self._tried_at |= dict.fromkeys(names, began)
         seen = dict(self._seen)
@@ -129,7 +130,7 @@ class Neighbours:
             for endpoint in borrowed:
                 self._links.release(endpoint)
         self._seen = {name: (at, link) for name, (at, link) in seen.items() if began - at < USEFUL_S}
-        self._useful = self._by_use(others)
+        self._useful = self._by_use([record for record in others if record.key.text in self._seen])
 
     def _age_s(self, name: str) -> float:
         at, _ = self._seen.get(name, (-math.inf, None))
