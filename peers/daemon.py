@@ -28,7 +28,7 @@ from peers.mover import Mover
 from peers.neighbours import Neighbours
 from peers.next_hops import NextHops
 from peers.options import PeerOptions
-from peers.placing import choose_blocks, fitting_blocks
+from peers.placing import choose_blocks, expected_block_ms, fitting_blocks
 from peers.power_sources import find_sources
 from peers.relocation import Relocation
 from peers.session_service import SessionService
@@ -130,7 +130,7 @@ class Peer:
             changed=self._ways_changed,
         )
         self._prober = Prober(self.send)
-        self._neighbours = Neighbours(self._others, self._next_hops, self._prober)
+        self._neighbours = Neighbours(self._others, self._next_hops, self._prober, self.record)
         self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self, options.swarm_key or OPEN)
         self._announcer = Announcer(directory, identity, self.record, self._look_around)
         self._relocation = Relocation(
@@ -173,7 +173,12 @@ class Peer:
             )
             present = directory.peers(checkpoint.fingerprint)
             present = _answering(present, identity) if fitting else ()
-            start, end = choose_blocks(checkpoint, options.wish, fitting, present)
+            own_ms = None
+            if present:
+                own_ms = expected_block_ms(
+                    checkpoint, device=options.device, dtype=options.dtype, weights=options.weights
+                )
+            start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms)
             span = Span.load(
                 checkpoint,
                 start,

@@ -1,4 +1,4 @@
-"""A peer looks around: it measures its links to other peers, so that clients can plan with them."""
+"""A peer looks around: it measures its links to other peers, those that routes need first, so that clients can plan."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from concurrent.futures import wait
 
 from peers.next_hops import NextHops
 from scheduler.coordinates import MIN_HEIGHT_MS
+from scheduler.neighbours import by_use
+from scheduler.network import Link, Network
 from splitnet.errors import SplitnetError
 from splitnet.net.endpoints import Endpoint
+from splitnet.net.facts import facts_of, place_of
 from splitnet.net.identity import PublicKey
 from splitnet.net.network_coordinates import NetworkCoordinates
 from splitnet.net.prober import PING_TIMEOUT_S, Prober
@@ -22,6 +25,14 @@ from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, S
 log = logging.getLogger(__name__)
 
 MEASURED_AT_ONCE = 8
+"""Half of them for the place of the peer: those that it knows least about. The others are those that routes need."""
+
+USEFUL_S = 600.0
+"""For so long a peer relies on what it has measured to another."""
+
+RENEW_S = 60.0
+"""After that the links that it publishes are measured again, one after the other."""
+
 ASKED_AT_ONCE = 32
 HEARD_S = 600.0
 """After which a peer that has answered is asked again."""
@@ -35,13 +46,27 @@ class Neighbours:
         others: looks up all other peers.
         links: opened for a measurement as for a session.
         prober: sends the pings.
+        own: the peer's own record; None: it does not know yet what it serves.
     """
 
-    def __init__(self, others: Callable[[], Sequence[PeerRecord]], links: NextHops, prober: Prober) -> None:
+    def __init__(
+        self,
+        others: Callable[[], Sequence[PeerRecord]],
+        links: NextHops,
+        prober: Prober,
+        own: Callable[[], PeerRecord | None] = lambda: None,
+    ) -> None:
         self.network_coordinates = NetworkCoordinates()
         self._others = others
         self._links = links
         self._prober = prober
+        self._own = own
+        self._seen: dict[str, tuple[float, Link]] = {}
+        """When which link was measured, by key text."""
+        self._tried_at: dict[str, float] = {}
+        """The same of those that were silent, too."""
+        self._useful: Sequence[str] = ()
+        """Those of the measured ones to which a chain may go on, the most useful first."""
         self._random = random.Random()
         self._heard_at: dict[Endpoint, float] = {}
         self._asked_at: dict[Endpoint, float] = {}
@@ -83,23 +108,60 @@ class Neighbours:
             log.warning("could not look for other peers: %s", error)
             return
         self._random.shuffle(others)
-        others.sort(key=lambda record: -self.network_coordinates.age_s(record.key.text))
-        chosen = {record.endpoint: record for record in others[:MEASURED_AT_ONCE]}
+        others.sort(key=lambda record: -self._age_s(record.key.text))
+        useful = self._by_use(others)
+        by_name = {record.key.text: record for record in others}
+        began, half = time.monotonic(), MEASURED_AT_ONCE // 2
+        self._tried_at = {name: at for name, at in self._tried_at.items() if began - at < USEFUL_S}
+        published = [name for name in useful if name in self._seen][:MAX_SEEN_LINKS]
+        published.sort(key=lambda name: -self._age_s(name))
+        renewed = [name for name in published if self._age_s(name) > RENEW_S][: half // 2]
+        fresh = [name for name in useful if name not in self._tried_at][: half - len(renewed)]
+        names = list(dict.fromkeys([*renewed, *fresh, *by_name]))[:MEASURED_AT_ONCE]
+        self._tried_at |= dict.fromkeys(names, began)
+        seen = dict(self._seen)
+        chosen = {by_name[name].endpoint: by_name[name] for name in names}
         borrowed = [endpoint for endpoint in chosen if self._links.acquire(endpoint)]
         try:
             for endpoint, link in self._prober.measure(borrowed).items():
                 self.network_coordinates.measured(chosen[endpoint], link)
+                seen[chosen[endpoint].key.text] = time.monotonic(), link
         finally:
             for endpoint in borrowed:
                 self._links.release(endpoint)
+        self._seen = {name: (at, link) for name, (at, link) in seen.items() if began - at < USEFUL_S}
+        self._useful = self._by_use([record for record in others if record.key.text in self._seen])
+
+    def _age_s(self, name: str) -> float:
+        at, _ = self._seen.get(name, (-math.inf, None))
+        return time.monotonic() - at
+
+    def _by_use(self, others: Sequence[PeerRecord]) -> list[str]:
+        """Those to which a chain may go on from here, the most useful first; by key text."""
+        own = self._own()
+        if own is None or not others:
+            return []
+        place = self.network_coordinates.place
+        links = {(own.key.text, name): link for name, (_, link) in self._seen.items()}
+        places = {record.key.text: place_of(record) for record in others if record.coordinate_error < 1.0}
+        if place.coordinate.error < 1.0:
+            places[own.key.text] = place
+        useful = by_use(
+            facts_of(own), [facts_of(record) for record in others], own.num_blocks, Network(links, places=places)
+        )
+        return [peer.id for peer in useful]
 
     @property
     def seen_links(self) -> tuple[SeenLink, ...]:
-        """The latest measurements, as they are published."""
-        latest = list(self.network_coordinates.links.items())[-MAX_SEEN_LINKS:]
+        """The measurements that are published: those that routes need first, then the latest."""
+        seen = self._seen
+        latest = sorted(seen, key=self._age_s)
+        best = dict.fromkeys([*(name for name in self._useful if name in seen), *latest])
         return tuple(
-            SeenLink(PublicKey.parse(key).raw[:KEY_PREFIX_BYTES], 2 * link.latency_ms, link.bytes_per_ms)
-            for key, link in latest
+            SeenLink(
+                PublicKey.parse(name).raw[:KEY_PREFIX_BYTES], 2 * seen[name][1].latency_ms, seen[name][1].bytes_per_ms
+            )
+            for name in list(best)[:MAX_SEEN_LINKS]
         )
 
     @property

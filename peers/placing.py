@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from scheduler.placement import BLOCKS_SHARE, choose_span
 from splitnet.errors import OutOfMemory, SplitnetError
@@ -11,6 +15,10 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
 from splitnet.net.facts import expected_facts_of
 from splitnet.net.records import PeerRecord
+
+READ_BYTES = 32 * 2**20
+READS = 3
+"""Of memory, the fastest of which tells how fast the device reads."""
 
 
 @dataclass(frozen=True)
@@ -49,17 +57,30 @@ def fitting_blocks(
     return fitting
 
 
+def expected_block_ms(checkpoint: Checkpoint, *, device: str, dtype: str | None, weights: str | None = None) -> float:
+    """Ms of a token at a block, as the device reads memory: a guess before anything is loaded, good for comparisons."""
+    values = torch.zeros(READ_BYTES // 4, dtype=torch.float32, device=device)
+    took_s = math.inf
+    for _ in range(READS):
+        began = time.perf_counter()
+        float(values.sum())
+        took_s = min(took_s, time.perf_counter() - began)
+    return block_bytes(checkpoint, dtype, weights, device) * took_s * 1000 / READ_BYTES
+
+
 def choose_blocks(
-    checkpoint: Checkpoint, wish: SpanWish, fitting: int, present: Sequence[PeerRecord]
+    checkpoint: Checkpoint, wish: SpanWish, fitting: int, present: Sequence[PeerRecord], own_ms: float | None = None
 ) -> tuple[int, int]:
     """The blocks `[start, end)` to serve beside the peers that are `present`; at most `fitting` if they are chosen.
+
+    own_ms: of a token at a block of the new peer; None: not known.
 
     Raises:
         SplitnetError: the blocks asked for do not exist in the model.
     """
     count = checkpoint.num_blocks
     if wish.blocks is None:
-        return choose_span([expected_facts_of(record) for record in present], count, fitting)
+        return choose_span([expected_facts_of(record) for record in present], count, fitting, own_ms=own_ms)
     start, end = wish.blocks
     if not 0 <= start < end <= count:
         raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")

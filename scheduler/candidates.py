@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from itertools import pairwise
 from typing import Final
 
 import numpy as np
@@ -35,6 +36,7 @@ def candidates(
     encodings: Sequence[Encoding],
     kv_needed: int,
     positions: int = 1,
+    prompt: int = 0,
     source: str = CLIENT,
     target: str = CLIENT,
     exclude: Collection[str] = frozenset(),
@@ -45,7 +47,7 @@ def candidates(
     Who plans often with the same facts keeps a `Crowd`. Arguments as for `best_route`, with which the result is meant
     to be planned.
     """
-    crowd = Crowd(peers, network, encodings=encodings, positions=positions)
+    crowd = Crowd(peers, network, encodings=encodings, positions=positions, prompt=prompt)
     outside = [network.places[name] for name in (source, target) if name in network.places]
     return crowd.near(outside, blocks, kv_needed=kv_needed, exclude=exclude, limit=limit)
 
@@ -53,24 +55,31 @@ def candidates(
 class Crowd:
     """The peers of a swarm as one client or another sees them, prepared once for many plans.
 
-    Only the places in `network` are used, not its measured links. positions: of a usual step.
+    Only the places in `network` are used, not its measured links. positions: of a usual step. prompt: positions that
+    come before the first token.
     """
 
     def __init__(
-        self, peers: Sequence[Peer], network: Network, *, encodings: Sequence[Encoding], positions: int = 1
+        self,
+        peers: Sequence[Peer],
+        network: Network,
+        *,
+        encodings: Sequence[Encoding],
+        positions: int = 1,
+        prompt: int = 0,
     ) -> None:
         self._peers = peers
         self._index = {peer.id: index for index, peer in enumerate(peers)}
         self._start = np.array([peer.start for peer in peers], dtype=np.int64)
         self._end = np.array([peer.end for peer in peers], dtype=np.int64)
         self._kv_free = np.array([peer.kv_free for peer in peers], dtype=np.int64)
-        self._block = np.array([block_ms(peer, positions) for peer in peers])
+        self._block = np.array([block_ms(peer, positions, prompt) for peer in peers])
         nowhere = Place(Coordinate(), 0.0)
         places = [network.places.get(peer.id) for peer in peers]
         self._known = np.array([place is not None for place in places], dtype=bool)
         rates = np.array([(place or nowhere).bytes_per_ms for place in places])
         rates[rates == 0] = network.unmeasured.bytes_per_ms
-        self._fixed = np.array([peer.queue_ms for peer in peers]) + _sending_ms(rates, positions, encodings)
+        self._fixed = np.array([peer.queue_ms for peer in peers]) + _sending_ms(rates, positions, encodings, prompt)
         coordinates = [(place or nowhere).coordinate for place in places]
         self._vectors = np.array([place.vector for place in coordinates]).reshape(len(peers), DIMENSIONS)
         self._heights = np.array([place.height_ms for place in coordinates])
@@ -118,12 +127,15 @@ class Crowd:
 
         # The best few of each block come first, so that no part of the model is left with one peer that may have died.
         rank = np.full(len(through), len(through))
-        order = np.argsort(through, kind="stable")
-        order = order[present[order]]
         few = max(1, limit // (2 * (end - first)))
-        for block in range(end - first):
-            serving = order[(starts[order] <= block) & (block < ends[order])][:few]
-            rank[serving] = np.minimum(rank[serving], np.arange(len(serving)))
+        serving, begins = self._by_block(starts, ends, blocks)
+        for begin, behind in pairwise(begins.tolist()):
+            there = serving[begin:behind]
+            if len(there) > few:
+                there = there[np.argpartition(through[there], few - 1)[:few]]
+            there = there[np.argsort(through[there], kind="stable")]
+            rank[there] = np.minimum(rank[there], np.arange(len(there)))
+        order = np.flatnonzero(present)
         chosen = np.zeros(len(through), dtype=bool)
         chosen[order[np.lexsort((through[order], rank[order]))[:limit]]] = True
         return chosen
@@ -167,9 +179,9 @@ class Crowd:
         return self._serving[blocks]
 
 
-def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding]) -> Floats:
+def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding], prompt: int) -> Floats:
     distinct, where = np.unique(rates, return_inverse=True)
-    return np.array([occupied_ms(Link(0.0, float(rate)), positions, encodings) for rate in distinct])[where]
+    return np.array([occupied_ms(Link(0.0, float(rate)), positions, encodings, prompt) for rate in distinct])[where]
 
 
 def _spread_out(vectors: Floats, first: Sequence[Floats]) -> list[Floats]:

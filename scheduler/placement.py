@@ -20,6 +20,9 @@ BLOCKS_SHARE: Final = 0.6
 NEAR_EQUAL: Final = 0.1
 """Throughputs that differ by less than about this share count as equal, so that the length of chains decides."""
 
+SLOWER_POWER: Final = 2
+"""A peer that is n times as slow as a new one counts as n to this power times less where the new one should go."""
+
 NEIGHBOURS: Final = 32
 """Of the peers that serve a block only so many, the fastest, are looked at as neighbours in a chain."""
 
@@ -30,7 +33,12 @@ Integers = NDArray[np.int64]
 
 
 def choose_span(
-    peers: Iterable[Peer], num_blocks: int, max_blocks: int, network: Network | None = None, own_id: str | None = None
+    peers: Iterable[Peer],
+    num_blocks: int,
+    max_blocks: int,
+    network: Network | None = None,
+    own_id: str | None = None,
+    own_ms: float | None = None,
 ) -> tuple[int, int]:
     """The span [start, end) of `max_blocks` blocks (all, if the model has fewer) where a new peer helps most.
 
@@ -43,8 +51,10 @@ def choose_span(
     The throughput of a block is summed over its peers. A peer with n blocks counts 1 / (n * ms per block) for each: a
     token that it takes passes its whole span, so that its time is divided among its blocks. That is exact if all
     chains use whole spans, and else too low, as chains may leave the busy part of a span to others. Speeds are those
-    of a single decode token.
+    of a single decode token. Peers that are slower than the new one count less: no chain takes them where there is a
+    faster one. So fast peers spread over the whole model among themselves, and slow ones go where there is little.
 
+    own_ms: of a block and token at the new peer; None: not known, so that all others count in full.
     network: links or places of the peers and of `own_id`, the id of the new peer.
 
     Raises ValueError if max_blocks or num_blocks is less than 1.
@@ -52,7 +62,7 @@ def choose_span(
     if num_blocks < 1 or max_blocks < 1:
         raise ValueError("a peer serves at least one block")
     spans = Spans.of(peers, num_blocks)
-    return best_span(spans, num_blocks, min(max_blocks, num_blocks), network, own_id)
+    return best_span(spans, num_blocks, min(max_blocks, num_blocks), network, own_id, own_ms)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -97,11 +107,20 @@ def sum_per_block(start: Integers, end: Integers, values: Floats, num_blocks: in
 
 
 def best_span(
-    spans: Spans, num_blocks: int, length: int, network: Network | None = None, own_id: str | None = None
+    spans: Spans,
+    num_blocks: int,
+    length: int,
+    network: Network | None = None,
+    own_id: str | None = None,
+    own_ms: float | None = None,
 ) -> tuple[int, int]:
     """`choose_span` for peers that are arrays already."""
     flow = _Flow(spans.start, spans.end, spans.rate, num_blocks)
-    levels = np.rint(np.log(np.maximum(flow.throughput, 1.0)) / math.log1p(NEAR_EQUAL))
+    counted = flow.throughput
+    if own_ms is not None:
+        share = np.minimum(1.0, own_ms / np.maximum(spans.ms, _FASTEST_BLOCK_MS)) ** SLOWER_POWER
+        counted = sum_per_block(spans.start, spans.end, np.rint(spans.rate * share), num_blocks)
+    levels = np.rint(np.log(np.maximum(counted, 1.0)) / math.log1p(NEAR_EQUAL))
     levels[flow.throughput == 0] = -1.0
     windows = np.sort(sliding_window_view(levels, length), axis=1)
     weakest = windows[np.lexsort(windows.T[::-1])[0]]

@@ -9,16 +9,26 @@ from typing import Final, TypeVar
 
 from scheduler.averages import MovingAverage
 
-WORTHWHILE: Final = 0.8
-"""A new route must cost at most this share of the present one, so that small changes of the facts move nobody."""
+DISAPPOINTING: Final = 1.7
+"""A route has become slow if a step takes so many times as long as was predicted when the route was chosen.
+
+Others are not left. What is told of better ones is old, whoever else reads it goes there too, and each move has a
+context computed again by peers that others wait for (docs/scheduling.md).
+"""
+
+WORTHWHILE: Final = 0.65
+"""A new route must cost at most this share of the present one."""
 
 
-def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int) -> bool:
-    """Whether the steps that are left save more than the move costs.
+def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int, predicted_ms: float) -> bool:
+    """Whether a route has become slow, and the steps that are left save more than the move costs.
 
     current_ms, new_ms: cost of a step on the two routes. move_ms: until the new hops hold the session's cache.
+    predicted_ms: cost of a step on the present one when it was chosen; 0: not known.
     """
-    return new_ms <= WORTHWHILE * current_ms and (current_ms - new_ms) * steps_left > move_ms
+    if current_ms < DISAPPOINTING * predicted_ms or new_ms > WORTHWHILE * current_ms:
+        return False
+    return (current_ms - new_ms) * steps_left > move_ms
 
 
 SURPRISE: Final = 2.0
@@ -58,6 +68,11 @@ class RouteWatch:
         self._usual = MovingAverage(SHARE)
         self._predicted_ms = 0.0
         self._trial_ms: list[float] = []
+
+    @property
+    def predicted_ms(self) -> float:
+        """Of a step on the present route when it was chosen; 0: not known."""
+        return self._predicted_ms
 
     @property
     def usual_ms(self) -> float:

@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 
 from scheduler.chain_search import Costs, Floats, LinkCosts, cheapest_chain
-from scheduler.cost import block_joules, block_ms, route_ms
+from scheduler.cost import PROMPT_SHARE, block_joules, block_ms, route_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, LinkTable, Network
 from scheduler.swarm import Hop, Peer, Route, missing_blocks
@@ -42,6 +42,7 @@ def best_route(
     encodings: Sequence[Encoding],
     kv_needed: int,
     positions: int = 1,
+    prompt: int = 0,
     in_flight: int = 1,
     source: str = CLIENT,
     target: str = CLIENT,
@@ -60,6 +61,7 @@ def best_route(
     near-equal routes is random, so that clients that know the same facts spread; without it the best one is returned.
 
     encodings: the codecs that a link may use. source, target: who sends to the first hop, and who gets from the last.
+    prompt: positions that come before the first token, which count with `PROMPT_SHARE`.
 
     Raises NoRoute, and ValueError if two peers have the same id, or for energy with several steps in flight.
     """
@@ -79,7 +81,7 @@ def best_route(
     index = {name: position for position, name in enumerate(names)}
     members = np.array([index[peer.id] for peer in usable])
     table = network.table(names)
-    transfer, occupied = _link_costs(table, positions, tuple(encodings))
+    transfer, occupied = _link_costs(table, positions, prompt, tuple(encodings))
     ends = index[source], members, index[target]
     # Raising the cost of each peer by a random share of at most NEAR_EQUAL makes the choice among near-equal routes
     # random, and the one chosen costs at most that share more than the best.
@@ -89,7 +91,7 @@ def best_route(
     costs = Costs(
         start=np.array([peer.start for peer in usable]) - first,
         end=np.array([peer.end for peer in usable]) - first,
-        block=np.array([block_ms(peer, positions) for peer in usable]) * noise,
+        block=np.array([block_ms(peer, positions, prompt) for peer in usable]) * noise,
         queue=queue,
         links=LinkCosts(transfer, *ends),
         busy=LinkCosts(occupied, *ends),
@@ -97,7 +99,7 @@ def best_route(
     if energy_slowdown is None:
         path = cheapest_chain(costs, end - first, in_flight)
     else:
-        joules = np.array([block_joules(peer, positions) for peer in usable]) * raised
+        joules = np.array([block_joules(peer, positions, prompt) for peer in usable]) * raised
         path = thriftiest_chain(costs, joules, end - first, energy_slowdown)
     hops: list[Hop] = []
     for position, run in groupby(path):
@@ -109,6 +111,7 @@ def best_route(
         network,
         positions=positions,
         encodings=encodings,
+        prompt=prompt,
         in_flight=in_flight,
         source=source,
         target=target,
@@ -117,11 +120,20 @@ def best_route(
 
 
 @lru_cache(maxsize=4)
-def _link_costs(table: LinkTable, positions: int, encodings: tuple[Encoding, ...]) -> tuple[Floats, Floats]:
+def _link_costs(
+    table: LinkTable, positions: int, prompt: int, encodings: tuple[Encoding, ...]
+) -> tuple[Floats, Floats]:
     """`transfer_ms` and `occupied_ms` of a step on each link, `[senders, receivers]`."""
+    occupied = _soonest(table, positions, encodings)
+    if prompt:
+        occupied += PROMPT_SHARE * _soonest(table, prompt, encodings)
+    return occupied + table.latency_ms, occupied
+
+
+def _soonest(table: LinkTable, positions: int, encodings: tuple[Encoding, ...]) -> Floats:
     soonest = np.full_like(table.latency_ms, np.inf)
     for encoding in encodings:
         per_byte = positions * encoding.bytes_per_position
         constant = encoding.step_ms + positions * encoding.position_ms
         np.minimum(soonest, table.ms_per_byte * per_byte + constant, out=soonest)
-    return soonest + table.latency_ms, soonest
+    return soonest

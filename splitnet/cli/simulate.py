@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,7 +22,20 @@ PLANNED_CLIENTS = 50
 def simulate(
     peers: Annotated[int, typer.Option(min=1, help="Peers that are there at any time, on average.")] = 1000,
     clients: Annotated[int, typer.Option(min=1, help="Clients that come one after the other.")] = 1000,
-    rate: Annotated[float, typer.Option(min=0.01, help="Clients per peer and hour.")] = 10.0,
+    rate: Annotated[
+        float | None, typer.Option(min=0.01, help="Clients per peer and hour; 10, or the scenario's.")
+    ] = None,
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            help="light (10 clients per peer and hour), heavy (30), burst (all within a second), or dark (all peers of "
+            "a continent vanish half way)."
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="`all`: compare splitnet with every rule of others and with an oracle, world by world."),
+    ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(help="A policy, `baselines` (as without this option), or `ablations`; may be given often."),
@@ -39,24 +52,37 @@ def simulate(
     plot: Annotated[Path | None, typer.Option(help="A file for a chart (SVG).")] = None,
 ) -> None:
     """Simulate a swarm of thousands of peers and compare ways to route and to place blocks."""
-    from splitnet.simulation.simulate import Settings, World
+    from splitnet.simulation.simulate import AGAINST, SCENARIOS, Settings, World, pooled
 
-    names = _policies(policy or ["baselines"])
+    if against not in (None, "all") or (against and policy):
+        raise SplitnetError("--against takes `all`, and no --policy beside it")
+    if scenario is not None and scenario not in SCENARIOS:
+        raise SplitnetError(f"unknown scenario {scenario}: use {', '.join(SCENARIOS)}")
+    names = list(AGAINST) if against else _policies(policy or ["baselines"])
+    chosen: dict[str, Any] = dict(SCENARIOS[scenario]) if scenario else {}
+    if rate is not None:
+        if chosen.get("burst"):
+            raise SplitnetError("in a burst all clients come at once: --rate says nothing")
+        chosen["sessions_per_peer_hour"] = rate
     settings = Settings(
         peers=peers,
         clients=clients,
-        sessions_per_peer_hour=rate,
         seed=seed,
         num_blocks=blocks,
         hidden=hidden,
         uptime=uptime,
+        **{"sessions_per_peer_hour": 10.0, **chosen},
     )
     all_settings = [dataclasses.replace(settings, seed=seed + number) for number in range(worlds)]
     if coordinates:
         _print_coordinates(World(settings))
         return
-    figures = {name: outcome.figures() for name, outcome in _run(all_settings, names).items()}
-    _print_table(figures, settings, worlds)
+    outcomes = _run(all_settings, names)
+    figures = {name: pooled(parts).figures() for name, parts in outcomes.items()}
+    if against:
+        _print_against(outcomes, figures, settings, scenario or "light")
+    else:
+        _print_table(figures, settings, worlds)
     if output:
         output.mkdir(parents=True, exist_ok=True)
         results = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": figures}
@@ -79,10 +105,10 @@ def _policies(wanted: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def _run(all_settings: list[Settings], names: list[str]) -> dict[str, Outcome]:
-    """One world after the other, so that only one is in memory."""
+def _run(all_settings: list[Settings], names: list[str]) -> dict[str, list[Outcome]]:
+    """What became of each policy in each world. One world after the other, so that only one is in memory."""
     from splitnet.cli.progress import StageProgress
-    from splitnet.simulation.simulate import POLICIES, World, pooled
+    from splitnet.simulation.simulate import POLICIES, World
     from splitnet.simulation.simulate import simulate as simulate_policy
 
     parts: dict[str, list[Outcome]] = {name: [] for name in names}
@@ -96,7 +122,7 @@ def _run(all_settings: list[Settings], names: list[str]) -> dict[str, Outcome]:
                 parts[name].append(
                     simulate_policy(world, name, lambda share, at=stage: progress.update(at, int(100 * share), 100))
                 )
-    return {name: pooled(outcomes) for name, outcomes in parts.items()}
+    return parts
 
 
 def _print_table(figures: dict[str, dict[str, float]], settings: Settings, worlds: int) -> None:
@@ -131,6 +157,38 @@ def _print_table(figures: dict[str, dict[str, float]], settings: Settings, world
             f"{row['session_moves']:.0f}",
             f"{row['repairs']:.0f}",
         )
+    Console(width=None).print(table)
+
+
+def _print_against(
+    outcomes: dict[str, list[Outcome]], figures: dict[str, dict[str, float]], settings: Settings, scenario: str
+) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from splitnet.simulation.simulate import POLICIES, differences
+
+    columns = (
+        ("TTFT s\np50", "ttft_p50_s", ".2f"), ("\np95", "ttft_p95_s", ".1f"), ("ms/token\np50", "token_p50_ms", ".0f"),
+        ("\np95", "token_p95_ms", ".0f"), ("tokens/s", "goodput_tokens_per_s", ".1f"),
+    )  # fmt: skip
+    table = Table(
+        title=f"{settings.peers:,} peers, {scenario}, {len(outcomes['own'])} x {settings.clients:,} sessions; in "
+        "brackets the difference to own in the same worlds, with 95% intervals"
+    )
+    table.add_column("policy")
+    for heading, _, _ in columns:
+        table.add_column(heading, justify="right")
+    table.add_column("failed", justify="right")
+    for name, row in figures.items():
+        cells: list[str] = []
+        for _, figure, form in columns:
+            cell = format(row[figure], form)
+            if name != "own":
+                share, low, high = differences(outcomes[name], outcomes["own"], figure)
+                cell += f" ({share:+.0%}: {low:+.0%} to {high:+.0%})"
+            cells.append(cell)
+        table.add_row(POLICIES[name].label, *cells, f"{row['failed']:.0f}")
     Console(width=None).print(table)
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
 
+from scheduler.network import Link
 from splitnet.client.known_peers import RECORDS_MAX_AGE_S, KnownPeers
 from splitnet.client.survey import Survey
 from splitnet.errors import SplitnetError
@@ -16,6 +19,16 @@ log = logging.getLogger(__name__)
 
 MEASURED_AT_ONCE = 32
 
+LIKELY_FIRST = 112
+"""Of the peers through which routes most likely go, before the first route is planned."""
+
+OTHERS_AT_ONCE = 4
+LIKELY_AT_ONCE = 16
+"""Of the peers that are measured again while sessions are open: any, and those that routes most likely go through."""
+
+PINGS_PER_MINUTE = 256
+"""That look around, two to each peer; those that measure the bandwidth of the ends of a route come on top."""
+
 
 class FreshFacts:
     """Thread-safe; close it when done.
@@ -25,17 +38,31 @@ class FreshFacts:
         survey: takes in what is measured.
         prober: sends the pings.
         is_needed: whether facts are to be kept fresh in the background.
+        likely: of some peers so many through which routes most likely go, but at least one for each block.
+        clock: seconds.
 
     Attributes:
         news: counts up when facts were refreshed.
     """
 
-    def __init__(self, known: KnownPeers, survey: Survey, prober: Prober, is_needed: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        known: KnownPeers,
+        survey: Survey,
+        prober: Prober,
+        is_needed: Callable[[], bool],
+        likely: Callable[[Sequence[PeerRecord], int], Sequence[PeerRecord]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.news = 0
         self._known = known
         self._survey = survey
         self._prober = prober
         self._is_needed = is_needed
+        self._likely = likely
+        self._clock = clock
+        self._looked_at: deque[float] = deque()
+        """When a peer was pinged to look around."""
         self._closing = threading.Event()
         self._look = threading.Event()
         self._suspects: Sequence[PeerRecord] = ()
@@ -58,16 +85,34 @@ class FreshFacts:
         self._look.set()
 
     def measure_first(self, records: Sequence[PeerRecord]) -> None:
-        """Measures links to peers that were never tried, if few links are known at all."""
-        if len(self._survey.network_coordinates.links) < MEASURED_AT_ONCE:
-            self.measure(sorted(self._survey.unknown(records), key=lambda record: not record.is_proven))
+        """Measures links to peers that were never tried, if few links are known at all.
 
-    def measure(self, records: Sequence[PeerRecord]) -> bool:
-        """Measures the links to the first of these peers; False if there are none."""
+        Some of them are any peers, which tell where the client stands; the others are those that routes most likely go
+        through as seen from there.
+        """
+        if len(self._survey.network_coordinates.links) < MEASURED_AT_ONCE:
+            unknown = sorted(self._survey.unknown(records), key=lambda record: not record.is_proven)
+            self.look_at(unknown[: MEASURED_AT_ONCE // 2])
+            self.look_at(self._likely(self._survey.unknown(records), LIKELY_FIRST))
+
+    def look_at(self, records: Sequence[PeerRecord]) -> None:
+        """Measures the round trips to the first of these peers, with at most `PINGS_PER_MINUTE`."""
+        now = self._clock()
+        while self._looked_at and now - self._looked_at[0] > 60.0:
+            self._looked_at.popleft()
+        left = PINGS_PER_MINUTE // 2 - len(self._looked_at)
+        chosen = {record.endpoint: record for record in records[:left]}
+        if chosen:
+            self._looked_at.extend([now] * len(chosen))
+            round_trips = self._prober.round_trips(chosen, PING_TIMEOUT_S)
+            links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
+            self._survey.links_measured(chosen, links)
+
+    def measure(self, records: Sequence[PeerRecord]) -> None:
+        """Measures the links to the first of these peers, and their bandwidth."""
         chosen = {record.endpoint: record for record in records[:MEASURED_AT_ONCE]}
         if chosen:
             self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S))
-        return bool(chosen)
 
     def _watch(self) -> None:
         """While sessions are open: keeps records and links fresh, so that they can tell when a better route exists."""
@@ -81,7 +126,9 @@ class FreshFacts:
             suspects, self._suspects = self._suspects, ()
             try:
                 stale = self._survey.stale(self._known.look(fresh=True))
-                self.measure([*suspects, *(record for record in stale if record not in suspects)])
+                self.measure(suspects)
+                self.look_at(stale[:OTHERS_AT_ONCE])
+                self.look_at(self._likely(self._survey.stale(stale), LIKELY_AT_ONCE))
                 self.news += 1
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)

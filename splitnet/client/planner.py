@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from scheduler.candidates import candidates
+from scheduler.candidates import LIMIT, candidates
 from scheduler.cost import hop_joules, move_ms, route_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, Network
@@ -18,7 +18,7 @@ from splitnet.errors import CoverageError, PeerBusy, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.records import PeerRecord
 
-EXACT_PEERS = 1000
+EXACT_PEERS = LIMIT
 """Among more peers than this the search is over the likeliest ones."""
 
 
@@ -95,7 +95,7 @@ class Needs:
     kv_positions: to be free on every hop. encodings: codecs that a link may use. blocks: what to cover, [start, end).
     positions: of a usual step. in_flight: steps under way at the same time; 1 asks for the least latency.
     energy_slowdown: asks for the least energy on routes that take at most so many times as long as the fastest; None:
-    asks for the fastest.
+    asks for the fastest. prompt: positions that come before the first token.
     """
 
     kv_positions: int
@@ -104,6 +104,7 @@ class Needs:
     positions: int = 1
     in_flight: int = 1
     energy_slowdown: float | None = None
+    prompt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +173,7 @@ class Planner:
                 encodings=needs.encodings,
                 kv_needed=needs.kv_positions,
                 positions=needs.positions,
+                prompt=needs.prompt,
                 source=source,
                 target=target,
             )
@@ -185,6 +187,7 @@ class Planner:
                 encodings=needs.encodings,
                 kv_needed=needs.kv_positions,
                 positions=needs.positions,
+                prompt=needs.prompt,
                 in_flight=needs.in_flight,
                 source=source,
                 target=target,
@@ -209,18 +212,18 @@ class Planner:
 
     def cost_ms(self, needs: Needs, hops: Sequence[PlannedHop]) -> float:
         """Ms of a usual step through `hops` by what is known now."""
-        return self._costs(needs, hops)(needs.positions, needs.in_flight)
+        return self._costs(needs, hops, needs.prompt)(needs.positions, needs.in_flight)
 
     def token_joules(self, hops: Sequence[PlannedHop]) -> list[float | None]:
         """Joules of a decoded token at each of `hops`, by what is known now; None where it is not known."""
         named, peers, _ = self._facts(hops)
         return [hop_joules(peers[hop.peer], hop.end - hop.start) for hop in named]
 
-    def _costs(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int, int], float]:
+    def _costs(self, needs: Needs, hops: Sequence[PlannedHop], prompt: int = 0) -> Callable[[int, int], float]:
         """Ms of steps through `hops`, by their positions and by how many are under way."""
         named, peers, network = self._facts(hops)
         return lambda positions, in_flight: route_ms(
-            named, peers, network, positions=positions, encodings=needs.encodings, in_flight=in_flight
+            named, peers, network, positions=positions, encodings=needs.encodings, prompt=prompt, in_flight=in_flight
         )
 
     def move_ms(self, needs: Needs, before: PlannedHop | None, hops: Sequence[PlannedHop], cached: int) -> float:

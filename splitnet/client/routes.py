@@ -101,7 +101,7 @@ class Routes:
         new_ms = swarm.planner.cost_ms(needs, route) * swarm.survey.prediction_error
         before, changed = changed_hops(hops, route)
         move_ms = swarm.planner.move_ms(needs, before, changed, max(cached, 1))
-        if not move_pays(current_ms, new_ms, move_ms, steps_left):
+        if not move_pays(current_ms, new_ms, move_ms, steps_left, self.watch.predicted_ms):
             return None
         log.info(
             "a better route: %.0f ms per step instead of %.0f ms",

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from scheduler.cost import positions_with_prompt
 from splitnet.client.bans import BAN_S
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.links import refusal
@@ -296,12 +295,13 @@ class SessionDriver:
             raise self.state.error
 
     def _needs(self, prompt: int) -> Needs:
-        positions = USUAL_POSITIONS if self._in_flight > 1 else positions_with_prompt(prompt)
+        one_step = self._in_flight == 1
         return Needs(
             self.state.budget,
             self._codecs.encodings,
             self.state.blocks,
-            positions,
+            1 if one_step else USUAL_POSITIONS,
             self._in_flight,
             self._energy_slowdown,
+            prompt if one_step else 0,
         )

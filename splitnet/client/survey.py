@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median_low
 
-from scheduler.network import CLIENT, Link, Network
+from scheduler.network import CLIENT, UNMEASURED, Link, Network
 from scheduler.replan import prediction_error
 from scheduler.swarm import PASS_SIZES, Peer, Speed
 from splitnet.net.endpoints import Endpoint
@@ -55,6 +55,8 @@ class Survey:
         self._tried: dict[str, float] = {}
         self._silent: set[str] = set()
         """Of those that were tried."""
+        self._probed: set[str] = set()
+        """Of those that were tried, with the bandwidth of the link."""
         self._prediction_error = 1.0
         self._lock = threading.Lock()
 
@@ -94,7 +96,13 @@ class Survey:
 
     def network(self, records: Sequence[PeerRecord]) -> Network:
         """All links, the client's own among them."""
-        own = self.network_coordinates.links
+        rates = {record.key.text: record.bytes_per_ms for record in records}
+        best = self.network_coordinates.place.bytes_per_ms
+        own: dict[str, Link] = {}
+        for key, link in self.network_coordinates.links.items():
+            told = [rate for rate in (best, rates.get(key, 0.0)) if rate]
+            rate = link.bytes_per_ms or min(told, default=UNMEASURED.bytes_per_ms)
+            own[key] = Link(link.latency_ms, rate)
         links = {(CLIENT, key): link for key, link in own.items()} | {(key, CLIENT): link for key, link in own.items()}
         place = self.network_coordinates.place
         places = {CLIENT: place} if place.coordinate.error < 1.0 else {}
@@ -110,6 +118,11 @@ class Survey:
         """Those of the peers to which nobody tried to measure the link yet."""
         with self._lock:
             return [record for record in records if record.key.text not in self._tried]
+
+    def unprobed(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
+        """Those of the peers to which the bandwidth of the link was not measured, as far as they answer."""
+        with self._lock:
+            return [record for record in records if record.key.text not in self._probed | self._silent]
 
     def heard(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
         """All but those that were silent when their links were measured last: perhaps there are none such peers."""
@@ -127,7 +140,7 @@ class Survey:
         )
 
     def links_measured(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
-        """Takes in which links the client tried to measure, and what came of it."""
+        """Takes in which links the client tried to measure, and what came of it; 0 bytes per ms: not measured."""
         now = self._clock()
         with self._lock:
             for endpoint, record in tried.items():
@@ -135,10 +148,13 @@ class Survey:
                 self._tried.pop(key, None)
                 self._tried[key] = now
                 (self._silent.discard if endpoint in links else self._silent.add)(key)
+                if endpoint in links and links[endpoint].bytes_per_ms:
+                    self._probed.add(key)
             while len(self._tried) > KEPT_TRIED:
                 oldest = next(iter(self._tried))
                 del self._tried[oldest]
                 self._silent.discard(oldest)
+                self._probed.discard(oldest)
         for endpoint, link in links.items():
             self.network_coordinates.measured(tried[endpoint], link)
 

@@ -8,6 +8,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from scheduler.candidates import candidates
+from scheduler.encoding import CODING_MS, encodings_of
 from scheduler.network import CLIENT, Link
 from splitnet.client.bans import Bans
 from splitnet.client.event_log import EventLog
@@ -17,6 +19,7 @@ from splitnet.client.links import Links
 from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
 from splitnet.errors import CoverageError, PeerBusy
+from splitnet.net.codecs import codec_by_name
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import STRICT_VERSIONS
 from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
@@ -101,7 +104,9 @@ class Swarm:
             self.links.close()
             raise
         self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.links.state, trusted)
-        self.fresh_facts = FreshFacts(self._known, self.survey, self.links.prober, lambda: self.links.has_sessions)
+        self.fresh_facts = FreshFacts(
+            self._known, self.survey, self.links.prober, lambda: self.links.has_sessions, self._likely
+        )
 
     def close(self) -> None:
         """Closes all sessions and leaves."""
@@ -166,7 +171,7 @@ class Swarm:
                 # Of many peers only some links are measured. Those that the client would use are, before it does. If
                 # these are silent, others with the next: among many that do not exist few are found one by one.
                 own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
-                unknown = self.survey.unknown(own)
+                unknown = self.survey.unprobed(own)
                 if not unknown:
                     break
                 others = self.survey.unknown(records) if attempt else []
@@ -220,6 +225,20 @@ class Swarm:
         record = self._known.find(endpoint.key)
         asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
         return self.links.prober.ping(endpoint, session=asked)
+
+    def _likely(self, records: Sequence[PeerRecord], count: int) -> list[PeerRecord]:
+        """Of these peers so many through which routes most likely go, but at least one for each block."""
+        hidden = self.facts.hidden_size
+        peers = candidates(
+            self.survey.peers(records),
+            (0, self.facts.num_blocks),
+            self.survey.network(records),
+            encodings=encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS}),
+            kv_needed=1,
+            limit=count,
+        )
+        chosen = {peer.id for peer in peers}
+        return [record for record in records if record.key.text in chosen]
 
     def _usable(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], bool]:
         """Peers that a route may go through, and whether there are others."""

@@ -41,7 +41,7 @@ class NetworkCoordinates:
 
     @property
     def links(self) -> dict[str, Link]:
-        """Links that were measured lately, the latest last."""
+        """Links that were measured lately, the latest last; with 0 bytes per ms those of unknown bandwidth."""
         oldest = self._clock() - MAX_AGE_S
         with self._lock:
             return {key: link for key, (at, link) in self._links.items() if at >= oldest}
@@ -53,10 +53,11 @@ class NetworkCoordinates:
         return self._clock() - at
 
     def measured(self, record: PeerRecord, link: Link) -> None:
-        """Takes in a link to a peer."""
+        """Takes in a link to a peer; of one whose bandwidth was not measured this time (0) the former one counts."""
         direction = tuple(self._random.gauss(0.0, 1.0) for _ in range(DIMENSIONS))
         with self._lock:
-            self._links.pop(record.key.text, None)
+            _, former = self._links.pop(record.key.text, (0.0, link))
+            link = link if link.bytes_per_ms else Link(link.latency_ms, former.bytes_per_ms)
             self._links[record.key.text] = (self._clock(), link)
             while len(self._links) > KEPT_LINKS:
                 del self._links[next(iter(self._links))]

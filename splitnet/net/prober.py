@@ -122,15 +122,19 @@ class Prober:
         with self._lock:
             return min(self._round_trips.get(endpoint, (0.0,)))
 
+    def round_trips(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> dict[Endpoint, float]:
+        """Ms to peers and back, with two small pings to each; those that don't answer in time are left out."""
+        # The first ping of a link also pays for its handshake, so it is thrown away.
+        answered = self._answers(endpoints, 0, timeout_s)
+        return {endpoint: answer.rtt_ms for endpoint, answer in self._answers(answered, 0, timeout_s).items()}
+
     def measure(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> dict[Endpoint, Link]:
         """Latency and bandwidth of the links to peers; those that don't answer in time are left out."""
-        # The first ping of a link also pays for its handshake, so it is thrown away. So is the first probe: until it
-        # has arrived, TCP does not trust the link with as many bytes at once.
-        answered = self._answers(endpoints, 0, timeout_s)
-        small = self._answers(answered, 0, timeout_s)
+        small = self.round_trips(endpoints, timeout_s)
+        # The first probe is thrown away: until it has arrived, TCP does not trust the link with as many bytes at once.
         probed = self._answers(small, PROBE_BYTES, timeout_s)
         probed = self._answers(probed, PROBE_BYTES, timeout_s)
-        rtt_ms = {endpoint: small[endpoint].rtt_ms for endpoint in probed}
+        rtt_ms = {endpoint: small[endpoint] for endpoint in probed}
         probe_ms = {endpoint: answer.rtt_ms for endpoint, answer in probed.items()}
         # Where a probe takes little time, most of that may be a wait for a processor: the shortest of some counts.
         quick = [endpoint for endpoint in probed if probe_ms[endpoint] - rtt_ms[endpoint] < QUICK_PROBE_MS]

@@ -24,9 +24,7 @@ class Client:
 
 
 def new_client(world: World, number: int, view: View, rng: np.random.Generator) -> Client:
-    """A client that measured its links to some random peers, and then to those that seem to be the nearest.
-
-    By the settings these are the nearest of all, or of those with which a route can begin or end.
+    """A client that measured its links to some random peers, and then to those that its routes most likely go through.
 
     A round trip is measured up to 10% too long. Peers that have died in the meantime are measured too: that error of
     the simulator gives nobody an advantage, as such a peer refuses when a route through it is opened.
@@ -39,10 +37,11 @@ def new_client(world: World, number: int, view: View, rng: np.random.Generator) 
     for index in chosen:
         record = view.records[view.peers[index].id]
         coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)
-    vectors, heights = view.coordinates
-    predicted = np.sqrt(((vectors - np.array(coordinate.vector)) ** 2).sum(axis=1)) + heights
-    useful = np.union1d(view.serving[0], view.serving[-1]) if world.settings.probe_ends else np.arange(count)
-    near: list[int] = useful[predicted[useful].argsort(kind="stable")[: world.settings.near_probes]].tolist()
+    outside = [Place(coordinate, 0.0)]
+    likely = view.idle_crowd(world.settings.encodings).near(
+        outside, (0, world.settings.num_blocks), kv_needed=1, limit=world.settings.probes
+    )
+    near = [view.index[peer.id] for peer in likely]
     for index in near:
         record = view.records[view.peers[index].id]
         coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)

@@ -78,6 +78,12 @@ class Geography:
         self._factor: list[list[float]] = self.factor.tolist()
         self._detour: list[list[float]] = self.detour.tolist()
 
+    def is_european(self, device: int) -> bool:
+        """Whether it stands between the Atlantic and the Urals."""
+        x, y, z = self._points[device]
+        latitude, longitude = math.degrees(math.asin(z)), math.degrees(math.atan2(y, x))
+        return latitude > 36.0 and -12.0 < longitude < 45.0
+
     def one_way_ms(self, sender: int, receiver: int) -> float:
         """Latency between two devices, the same both ways; without jitter."""
         chord = math.dist(self._points[sender], self._points[receiver])

@@ -8,18 +8,29 @@ from typing import Final
 import numpy as np
 
 from scheduler.coordinates import Coordinate
+from scheduler.neighbours import Floats, Integers, ms_per_block
+from scheduler.network import Link
 from scheduler.swarm import Peer
 from splitnet.simulation.directory import Directory, View
 from splitnet.simulation.events import Events
 from splitnet.simulation.node import Held, Node
 from splitnet.simulation.placing import Placing
-from splitnet.simulation.world import USED_SLOWER, Device, World, measured_to
+from splitnet.simulation.world import USED_SLOWER, Device, World, device_id, measured_to
 
 MEASURED_LINKS: Final = 16
 """Links that a record holds at most."""
 
 PROBES: Final = 4
-"""Peers to which a peer measures the round trip each time before it publishes."""
+"""Random peers to which a peer measures the round trip each time before it publishes, for its coordinate."""
+
+USEFUL_PROBES: Final = 8
+"""And those to which a chain may go on from it, the most useful of those that it has not measured yet."""
+
+FIRST_PROBES: Final = 32
+"""The same when it begins to serve blocks."""
+
+FOUNDING_PROBES: Final = 256
+"""The same of peers that are there from the start, and have been for hours."""
 
 JOIN_PROBES: Final = 32
 """Round trips that a device measures before it joins."""
@@ -52,8 +63,9 @@ class Membership:
         self._directory = Directory(world.settings.record_ttl_s, world.settings.num_blocks)
         # Streams of their own, so that the choices of one part do not change what happens in the others.
         self._rng = np.random.default_rng([world.settings.seed, 1])
-        self._place_founders()
         self.view: View = self._directory.view(0.0)
+        self._place_founders()
+        self.view = self._directory.view(0.0)
         self._events.at(self._settings.view_s * 1000, self._read_directory, None)
 
     def close(self) -> None:
@@ -66,13 +78,12 @@ class Membership:
         present = [device for device in self._world.devices if device.joins_s == 0]
         for device, span in zip(present, self._placing.founders(present), strict=True):
             self._new_node(device, span, self._world.coordinates[device.number]).begin(0.0)
-        nodes = list(self.nodes.values())
-        by_block = [[node for node in nodes if node.start <= block < node.end] for block in range(self._num_blocks)]
-        for node in nodes:
-            onward = by_block[node.end % self._num_blocks]
-            for index in self._draws(len(onward), 2 * MEASURED_LINKS):
-                self._measure(node, onward[index])
-            self._directory.publish(node.record(0.0))
+        for node in self.nodes.values():
+            self._directory.publish(node.record(0.0, {}))
+        self.view = self._directory.view(0.0)
+        for node in self.nodes.values():
+            self._measure_useful(node, FOUNDING_PROBES)
+            self._directory.publish(node.record(0.0, self._useful_links(node)))
             self._events.at(self._rng.random() * self._settings.refresh_s * 1000, self._publish, node)
         for device in self._world.devices:
             if device.joins_s > 0:
@@ -128,37 +139,64 @@ class Membership:
     def _begin(self, node: Node) -> None:
         if not node.gone:
             node.begin(self._events.now)
+            self._measure_useful(node, FIRST_PROBES)
             self._publish(node)
 
     def _publish(self, node: Node) -> None:
         if node.gone or not node.serves:
             return
-        serving = self.view.serving[node.end % self._num_blocks]
-        for _ in range(PROBES // 2):
-            if len(self.view.peers):
-                self._probe(node, int(self._rng.integers(len(self.view.peers))))
-            if len(serving):
-                self._probe(node, int(serving[int(self._rng.random() * len(serving))]))
-        record = node.record(self._events.now)
+        for index in self._draws(len(self.view.peers), PROBES):
+            self._probe(node, index)
+        self._measure_useful(node, USEFUL_PROBES)
+        record = node.record(self._events.now, self._useful_links(node))
         self.record_bytes = max(self.record_bytes, record.size_bytes)
         self._directory.publish(record)
         self._events.at(self._events.now + self._settings.refresh_s * 1000, self._publish, node)
 
     def _probe(self, node: Node, index: int) -> None:
         other = self.nodes[self.view.peers[index].id]
-        if not other.serves:
-            node.measured.pop(other.number, None)
-        elif other is not node:
-            self._measure(node, other)
+        if other.serves and other is not node:
             node.coordinate = measured_to(
                 self._rng, self._world.geography, node.number, node.coordinate, other.number, other.coordinate
             )
 
-    def _measure(self, node: Node, other: Node) -> None:
-        """Keeps the nearest of the peers to which a token goes from this one, and what is left of the others."""
-        node.measured[other.number] = self._world.geography.link(node.number, other.number)
-        if len(node.measured) > MEASURED_LINKS:
-            del node.measured[max(node.measured, key=lambda number: node.measured[number].latency_ms)]
+    def _measure_useful(self, node: Node, count: int) -> None:
+        """Measures links to the peers that seem to be the most useful ones, of those that were not measured yet."""
+        view, place = self.view, node.coordinate
+        serving = self._beside(node)
+        vectors, heights = view.coordinates
+        apart = np.sqrt(((vectors[serving] - np.array(place.vector)) ** 2).sum(axis=1))
+        costs = self._ms_per_block(node, serving, (apart + heights[serving] + place.height_ms) / 2)
+        chosen: list[int] = []
+        for index in map(int, serving[costs.argsort(kind="stable")[: len(node.latency_ms) + count]]):
+            number = int(view.numbers[index])
+            other = self.nodes[view.peers[index].id]
+            if number not in node.latency_ms and other.serves and other is not node and len(chosen) < count:
+                chosen.append(number)
+        latencies = self._world.geography.one_way_from(node.number, np.array(chosen, dtype=np.int64))
+        node.latency_ms.update(zip(chosen, latencies.tolist(), strict=True))
+
+    def _useful_links(self, node: Node) -> dict[str, Link]:
+        """Those of the links that it has measured that a record has room for, the most useful ones."""
+        view = self.view
+        known = [index for index in self._beside(node).tolist() if int(view.numbers[index]) in node.latency_ms]
+        serving = np.array(known, dtype=np.int64)
+        latency_ms = np.array([node.latency_ms[int(view.numbers[index])] for index in known])
+        best = self._ms_per_block(node, serving, latency_ms).argsort(kind="stable")[:MEASURED_LINKS]
+        numbers: list[int] = view.numbers[serving[best]].tolist()
+        return {device_id(number): self._world.geography.link(node.number, number) for number in numbers}
+
+    def _beside(self, node: Node) -> Integers:
+        """Who serves the block behind its last one, or, of the last blocks, the one before its first one."""
+        if node.end < self._num_blocks:
+            return self.view.serving[node.end]
+        return self.view.serving[node.start - 1] if node.start else np.zeros(0, dtype=np.int64)
+
+    def _ms_per_block(self, node: Node, serving: Integers, latency_ms: Floats) -> Floats:
+        view, span = self.view, (node.start, node.end)
+        return ms_per_block(
+            span, self._num_blocks, view.start[serving], view.end[serving], view.decode_ms[serving], latency_ms
+        )
 
     def _consider_move(self, node: Node) -> None:
         if node.gone:
@@ -170,7 +208,6 @@ class Membership:
         self.moves += 1
         self._leaving(node, node.stop(self._events.now))
         node.start, node.end = span
-        node.measured.clear()
         ready_ms = self._events.now + self._load_ms(node)
         self._announce(node, ready_ms)
         self._events.at(ready_ms, self._begin, node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS, next_pass
 from scheduler.swarm import Peer, Speed
 from splitnet.net.messages import FailureCode
 from splitnet.simulation.directory import Record
-from splitnet.simulation.world import Device, device_id
+from splitnet.simulation.world import Device
 
 if TYPE_CHECKING:
     from splitnet.simulation.route import Route
@@ -70,7 +71,7 @@ class Node:
 
     Attributes:
         generation: how often it has changed or lost its blocks; what was under way before is lost.
-        measured: links to other peers, by number.
+        latency_ms: of the links to other peers that it has measured, by number.
         slower: factor to the time of a pass, while its owner works with the device.
     """
 
@@ -84,7 +85,7 @@ class Node:
         self.generation = 0
         self.coordinate = coordinate
         self.up_bytes_per_ms = up_bytes_per_ms
-        self.measured: dict[int, Link] = {}
+        self.latency_ms: dict[int, float] = {}
         self.slower = 1.0
         self.kv_used = 0
         self.sessions: dict[Session, Held] = {}
@@ -188,8 +189,8 @@ class Node:
         self._positions += positions
         return taken, took_ms
 
-    def record(self, now_ms: float) -> Record:
-        """What it publishes: its load is that of the time since the last record.
+    def record(self, now_ms: float, links: Mapping[str, Link]) -> Record:
+        """What it publishes, with some of the links that it knows: its load is that of the time since the last record.
 
         A new step that comes at any time finds a pass under way that has a mean of (sum of squares of passes) / (twice
         the time) still to go; where steps were seen to wait longer, as sessions on other blocks came between, that
@@ -209,7 +210,6 @@ class Node:
             batch,
             self.device.kv_positions - self.kv_used,
         )
-        links = {device_id(number): link for number, link in self.measured.items()}
         return Record(
             self.number,
             peer,

@@ -58,11 +58,13 @@ class OwnPlacing:
         names = [device.id for device in devices]
         for index, device in enumerate(devices):
             before = Spans(names[:index], start[:index], end[:index], ms[:index])
-            start[index], end[index] = best_span(before, self._settings.num_blocks, device.max_blocks)
+            start[index], end[index] = best_span(
+                before, self._settings.num_blocks, device.max_blocks, own_ms=device.speed.at(1)
+            )
         return list(zip(start.tolist(), end.tolist(), strict=True))
 
     def join(self, device: Device, view: View) -> tuple[int, int]:
-        return best_span(view.spans, self._settings.num_blocks, device.max_blocks)
+        return best_span(view.spans, self._settings.num_blocks, device.max_blocks, own_ms=device.speed.at(1))
 
     def move(self, node: Node, view: View) -> tuple[int, int] | None:
         if self._named[0] is not view:

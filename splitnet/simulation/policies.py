@@ -6,6 +6,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from math import ceil
 from typing import Final, Protocol
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from scheduler.averages import MovingAverage
 from scheduler.candidates import LIMIT, Crowd
-from scheduler.cost import move_ms, positions_with_prompt, route_ms
+from scheduler.cost import move_ms, route_ms
 from scheduler.network import CLIENT, Link, Network, Place
 from scheduler.replan import changed_hops
 from scheduler.route import NoRoute, best_route
@@ -25,6 +26,9 @@ from splitnet.simulation.world import Request, World
 
 SHARE: Final = 0.5
 """Weight of the latest token in the averages of what a session met."""
+
+GRAIN: Final = 64
+"""To multiples of so many positions prompts are rounded up, so that the peers are prepared seldom for the choice."""
 
 
 @dataclass(slots=True)
@@ -95,7 +99,7 @@ class BestOptions:
 
     limit: to how many candidates. coordinates: whether links that were not measured are predicted from coordinates, or
     count as bad. true_links: whether instead all links are known as they are. replans: whether sessions look for better
-    routes while they run. prompt: whether the length of the prompt counts, too, spread over the tokens of an answer.
+    routes while they run. prompt: whether the length of the prompt counts, too.
     checks: how often the peers of a new route are asked for the latencies between them, and the route is planned again.
     load: whether queues and batches of the peers count. spread: whether the choice among near-equal routes is random.
     """
@@ -124,10 +128,10 @@ class Best:
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
         options, encodings = self._options, self._world.settings.encodings
         places = {CLIENT: plan.client.place, **view.places.places} if options.coordinates else {}
-        positions = positions_with_prompt(plan.prompt) if options.prompt else 1
+        prompt = GRAIN * ceil(plan.prompt / GRAIN) if options.prompt else 0
         peers = self._peers(plan, view)
         outside = [places[name] for name in (plan.source, plan.target) if name in places]
-        chosen = self._crowd(view, positions).near(
+        chosen = self._crowd(view, prompt).near(
             outside, plan.blocks, kv_needed=plan.kv_needed, exclude=plan.exclude, limit=options.limit
         )
         if plan.present:  # what the session has seen of them counts
@@ -146,18 +150,19 @@ class Best:
                 network,
                 encodings=encodings,
                 kv_needed=plan.kv_needed,
-                positions=positions,
+                prompt=prompt,
                 source=plan.source,
                 target=plan.target,
                 rng=rng if options.spread else None,
             )
 
-        def cost(hops: Sequence[Hop], positions: int = positions) -> float:
+        def cost(hops: Sequence[Hop], prompt: int = prompt) -> float:
             return route_ms(
                 hops,
                 by_id,
                 network,
-                positions=positions,
+                positions=1,
+                prompt=prompt,
                 encodings=encodings,
                 source=plan.source,
                 target=plan.target,
@@ -180,7 +185,7 @@ class Best:
             route = best()
             found.append(route.hops)
         hops = list(min(found, key=cost))
-        planned = Planned(hops, cost(hops, 1), asked_ms)
+        planned = Planned(hops, cost(hops, 0), asked_ms)
         if not plan.present or any(hop.peer not in by_id for hop in plan.present):
             return planned
         before, changed = changed_hops(plan.present, hops)
@@ -190,16 +195,16 @@ class Best:
         )
         return replace(planned, present_ms=cost(plan.present), move_ms=to_move_ms)
 
-    def _crowd(self, view: View, positions: int) -> Crowd:
+    def _crowd(self, view: View, prompt: int) -> Crowd:
         """Of all peers in view, kept until there is another view."""
         if self._crowds[0] is not view:
             self._crowds = view, {}
         crowds = self._crowds[1]
-        if positions not in crowds:
+        if prompt not in crowds:
             peers = view.peers if self._options.load else view.idle_peers
             network = view.places if self._options.coordinates else Network()
-            crowds[positions] = Crowd(peers, network, encodings=self._world.settings.encodings, positions=positions)
-        return crowds[positions]
+            crowds[prompt] = Crowd(peers, network, encodings=self._world.settings.encodings, prompt=prompt)
+        return crowds[prompt]
 
     def _latency(self, plan: Plan, sender: str, receiver: str) -> float:
         numbers, client = self._world.number_of, plan.client.number
@@ -234,6 +239,7 @@ class Best:
             for other, link in view.records[name].links.items():
                 if other in names:
                     links[name, other] = link
+                    links.setdefault((other, name), link)
         links.update(plan.client.links)
         network = Network(links, places={name: places[name] for name in names if name in places})
         if not plan.latencies:

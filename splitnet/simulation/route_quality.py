@@ -21,7 +21,7 @@ from splitnet.simulation.engine import Simulation
 from splitnet.simulation.geography import TrueNetwork
 from splitnet.simulation.placing import OwnPlacing
 from splitnet.simulation.policies import Best, BestOptions, Plan, RandomRoute, Routing
-from splitnet.simulation.variants import EVERYBODY, MANY_ENDS
+from splitnet.simulation.variants import EVERYBODY
 from splitnet.simulation.world import Request, World
 
 PAIRS: Final = 20_000
@@ -88,8 +88,8 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
     rng = np.random.default_rng([world.settings.seed, 5])
     requests = world.requests[:clients]
     asking = [new_client(world, request.number, view, rng) for request in requests]
-    better_measured = world.under(**MANY_ENDS)
-    measuring_more = [new_client(better_measured, request.number, view, rng) for request in requests]
+    sparing = world.under(probes=16)
+    measuring_less = [new_client(sparing, request.number, view, rng) for request in requests]
 
     def costs(routing: Routing, asking: Sequence[Client]) -> tuple[list[float], float]:
         took_ms: list[float] = []
@@ -112,7 +112,7 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
             for name, options in PLANS
             if options.limit != EVERYBODY or len(view.peers) <= EXACT_PEERS
         ),
-        ("64 links measured to first and last peers, of 300 candidates", Best(world, NARROW), measuring_more),
+        ("the client measures 32 links, of 300 candidates", Best(world, NARROW), measuring_less),
         ("random route", RandomRoute(world), asking),
     ]
     best: list[float] = []

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from splitnet.simulation.engine import Simulation
-from splitnet.simulation.outcome import Outcome, outcome_of, pooled
-from splitnet.simulation.variants import ABLATIONS, BASELINES, POLICIES
-from splitnet.simulation.world import Settings, World
+from splitnet.simulation.outcome import Outcome, differences, outcome_of, pooled
+from splitnet.simulation.variants import ABLATIONS, AGAINST, BASELINES, POLICIES
+from splitnet.simulation.world import SCENARIOS, Settings, World
 
-__all__ = ["ABLATIONS", "BASELINES", "POLICIES", "Outcome", "Settings", "World", "pooled", "simulate"]
+__all__ = [
+    "ABLATIONS", "AGAINST", "BASELINES", "POLICIES", "SCENARIOS", "Outcome", "Settings", "World", "differences",
+    "pooled", "simulate",
+]  # fmt: skip
 
 
 def simulate(world: World, policy: str, progress: Callable[[float], None] | None = None) -> Outcome:

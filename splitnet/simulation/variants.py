@@ -34,12 +34,10 @@ def _petals(push: bool) -> Callable[[World], Routing]:
     return lambda world: PetalsRouting(world, push=push)
 
 
-MANY_ENDS: Final[Mapping[str, Any]] = MappingProxyType({"near_probes": 64, "probe_ends": True})
-"""Clients measure links to 64 of the peers with which a route can begin or end, in place of 16 to any near by."""
-
 BASELINES: Final = ("own", "no-prompt", "no-replan", "petals-push", "petals", "fewest-hops", "nearest", "random")
+AGAINST: Final = ("own", "no-load", "petals-push", "petals", "fewest-hops", "nearest", "random", "oracle")
 ABLATIONS: Final = (
-    "own", "no-prompt", "own-ends", "own-checks", "no-doubt", "no-replan", "no-moves", "no-load", "stale",
+    "own", "no-prompt", "few-probes", "own-checks", "no-doubt", "no-replan", "no-moves", "no-load", "stale",
     "no-coordinates", "true-links", "petals-routing", "petals-placement",
 )  # fmt: skip
 
@@ -49,8 +47,13 @@ POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
         "no-prompt": Policy("own, the prompt ignored", _best(prompt=False)),
         "own-checks": Policy("own, links of the new route asked for", _best(checks=2)),
         "true-links": Policy("own, all links known", _best(true_links=True)),
+        "oracle": Policy(
+            "oracle: all links known, facts of 3 s ago",
+            _best(true_links=True),
+            rules={"refresh_s": 2.0, "record_ttl_s": 6.0, "view_s": 1.0},
+        ),
         "no-coordinates": Policy("own, measured links only", _best(coordinates=False)),
-        "own-ends": Policy("own, 64 links to first and last peers", _best(), rules=MANY_ENDS),
+        "few-probes": Policy("own, clients measure 32 links", _best(), rules={"probes": 16}),
         "no-replan": Policy("own, no re-planning", _best(replans=False)),
         "no-doubt": Policy("own, forecasts never doubted", _best(), rules={"doubts": False}),
         "no-moves": Policy("own, peers never move", _best(), rules={"moves": False}),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -29,7 +30,8 @@ class Settings:
     a message's latency exceeds the link's. loss: share of messages that are sent twice. patience_s: how long
     a client waits for a route, or for the next token when there is none.
     replan_s: how often a session looks for a better route; doubts: whether it doubts forecasts.
-    near_probes: links that a client measures to peers near by; probe_ends: only to those of the first or last block.
+    burst: all clients come within a second, instead. dark: half way through all devices in Europe are silent for good.
+    probes: links that a client measures to peers that its routes most likely go through, beside a few random ones.
     """
 
     peers: int = 1000
@@ -50,18 +52,34 @@ class Settings:
     patience_s: float = 30.0
     replan_s: float = 10.0
     doubts: bool = True
-    near_probes: int = 16
-    probe_ends: bool = False
+    burst: bool = False
+    dark: bool = False
+    probes: int = 112
 
     @property
     def duration_s(self) -> float:
-        """How long clients arrive."""
+        """How long clients arrive; in a burst, how long the tokens are counted of those that came at once."""
+        if self.burst:
+            return BURST_COUNTS_S
         return self.clients / (self.peers * self.sessions_per_peer_hour / 3600)
 
     @property
     def encodings(self) -> tuple[Encoding, ...]:
         return encodings_of({"none": 4.0 * self.hidden, "int8": 1.03 * self.hidden})
 
+
+BURST_AT_S: Final = 60.0
+BURST_COUNTS_S: Final = 240.0
+
+SCENARIOS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "light": {"sessions_per_peer_hour": 10.0},
+        "heavy": {"sessions_per_peer_hour": 30.0},
+        "burst": {"burst": True},
+        "dark": {"sessions_per_peer_hour": 20.0, "dark": True},
+    }
+)
+"""Settings by what clients and devices do."""
 
 RULES: Final = frozenset(
     {
@@ -72,8 +90,7 @@ RULES: Final = frozenset(
         "moves",
         "replan_s",
         "doubts",
-        "near_probes",
-        "probe_ends",
+        "probes",
         "patience_s",
     }
 )
@@ -173,6 +190,8 @@ class World:
             for number, (kind, joins, leaves) in enumerate(lifetimes)
         ]
         arrivals = np.sort(rng.uniform(0.0, settings.duration_s, settings.clients))
+        if settings.burst:
+            arrivals = BURST_AT_S + arrivals / settings.duration_s
         prompts = np.clip(rng.lognormal(np.log(200), 1.0, settings.clients), 8, 4096).astype(int)
         outputs = np.clip(rng.lognormal(np.log(100), 0.8, settings.clients), 4, 1024).astype(int)
         self.requests = [
@@ -184,6 +203,14 @@ class World:
             replace(device, used_s=_draw_use(use, device, settings.duration_s)) if settings.own_use else device
             for device in self.devices
         ]
+        if settings.dark:
+            at_s = settings.duration_s / 2
+            self.devices = [
+                replace(device, leaves_s=at_s, crashes=True)
+                if device.joins_s < at_s < device.leaves_s and self.geography.is_european(device.number)
+                else device
+                for device in self.devices
+            ]
         self.number_of = {device.id: device.number for device in self.devices}
         self.coordinates = _settled_coordinates(rng, self.geography, self.devices)
 

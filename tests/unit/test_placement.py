@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peers.placing import READ_BYTES, expected_block_ms
 from scheduler.placement import choose_span
 from scheduler.swarm import Peer, Speed, coverage, missing_blocks
 
@@ -47,6 +50,17 @@ def test_the_weakest_blocks_are_reinforced() -> None:
     assert choose_span([*swarm, peer(10, 20, decode_ms=0.1)], 30, 10) == (0, 10)
 
 
+def test_slow_peers_do_not_keep_a_fast_one_away() -> None:
+    swarm = [peer(0, 10, decode_ms=10.0), peer(0, 10, decode_ms=10.0), peer(10, 20, decode_ms=20.0)]
+    swarm.append(Peer("fast", 10, 20, Speed.of(1.0, 1.0)))
+    assert choose_span(swarm, 20, 10, own_ms=1.0) == (0, 10)
+    swarm.append(peer(0, 10, decode_ms=1.0))
+    slow = [peer(start, start + 10, decode_ms=10.0) for start in (0, 10, 0)]
+    assert choose_span([*swarm[-2:], *slow], 20, 10, own_ms=1.0) == (0, 10), "both as fast, whatever else is there"
+    assert choose_span(slow, 20, 10, own_ms=20.0) == (10, 20)
+    assert choose_span([peer(0, 10)], 20, 10, own_ms=0.01) == (10, 20), "a hole goes before all"
+
+
 def test_empty_swarm_is_filled_from_the_front() -> None:
     assert choose_span([], 30, 12) == (0, 12)
     assert choose_span([peer(0, 12)], 30, 12) == (12, 24)
@@ -58,3 +72,10 @@ def test_empty_swarm_is_filled_from_the_front() -> None:
 def test_a_peer_serves_at_least_one_block(num_blocks: int, max_blocks: int) -> None:
     with pytest.raises(ValueError, match="at least one block"):
         choose_span([], num_blocks, max_blocks)
+
+
+def test_a_block_takes_as_long_as_it_takes_to_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peers.placing.block_bytes", lambda *_: 10 * READ_BYTES)
+    now = iter([0.0, 0.5, 1.0, 1.1, 2.0, 2.3])
+    monkeypatch.setattr("peers.placing.time.perf_counter", lambda: next(now))
+    assert expected_block_ms(Any, device="cpu", dtype=None) == pytest.approx(10 * 100.0)  # pyright: ignore

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from scheduler.cost import USUAL_ANSWER, positions_with_prompt
 from scheduler.encoding import Encoding
 from scheduler.network import Link
 from splitnet.client import planner as planner_module
@@ -42,7 +41,7 @@ def test_a_long_prompt_takes_the_route_that_is_good_at_prompts() -> None:
     for peer in (decodes, prefills):
         survey.network_coordinates.measured(peer, Link(1.0, 10_000.0))
     assert plan([decodes, prefills], survey=survey) == [decodes]
-    long = replace(NEEDS, positions=positions_with_prompt(20 * USUAL_ANSWER))
+    long = replace(NEEDS, prompt=500)
     assert plan([decodes, prefills], long, survey) == [prefills]
 
 
@@ -65,10 +64,6 @@ def test_a_claim_of_little_energy_draws_no_route_that_is_too_slow() -> None:
         survey.network_coordinates.measured(peer, Link(0.1, 10_000.0))
     assert plan([honest, *liars], replace(NEEDS, energy_slowdown=1.5), survey) == [honest]
     assert plan([honest, *liars], replace(NEEDS, energy_slowdown=3.0), survey)[0] in liars
-
-
-def test_without_a_prompt_a_token_counts_alone() -> None:
-    assert positions_with_prompt(0) == positions_with_prompt(USUAL_ANSWER - 1) == 1
 
 
 def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from scheduler import chain_search
 from scheduler.coordinates import Coordinate
 from scheduler.cost import (
+    PROMPT_SHARE,
     UNKNOWN_WATTS,
     block_joules,
     block_ms,
@@ -88,6 +89,7 @@ def swarms(draw: st.DrawFn) -> tuple[list[Peer], int, Network]:
     exclude=st.sets(st.sampled_from("abcd"), max_size=2),
     in_flight=st.sampled_from([1, 2, 10]),
     encodings=st.sampled_from([PLAIN, CODECS]),
+    prompt=st.sampled_from([0, 40, 700]),
 )
 def test_best_route_equals_brute_force(
     swarm: tuple[list[Peer], int, Network],
@@ -95,27 +97,29 @@ def test_best_route_equals_brute_force(
     exclude: set[str],
     in_flight: int,
     encodings: tuple[Encoding, ...],
+    prompt: int,
 ) -> None:
     peers, num_blocks, network = swarm
     usable = [item for item in peers if item.id not in exclude and item.kv_free >= 100]
     by_id = {item.id: item for item in peers}
 
+    options = {"positions": positions, "encodings": encodings, "in_flight": in_flight, "prompt": prompt}
+
     def cost(hops: Sequence[Hop]) -> float:
-        return route_ms(hops, by_id, network, positions=positions, encodings=encodings, in_flight=in_flight)
+        return route_ms(hops, by_id, network, **options)  # pyright: ignore[reportArgumentType]
 
     lowest = min(map(cost, all_routes(usable, num_blocks)), default=None)
-    options = {"positions": positions, "encodings": encodings, "exclude": exclude, "in_flight": in_flight}
     if lowest is None:
         with pytest.raises(NoRoute) as caught:
-            plan(peers, num_blocks, network, **options)
+            plan(peers, num_blocks, network, exclude=exclude, **options)
         assert bool(caught.value.missing) != bool(caught.value.full)
         return
-    best = plan(peers, num_blocks, network, **options)
+    best = plan(peers, num_blocks, network, exclude=exclude, **options)
     assert best.cost_ms == pytest.approx(lowest)
     assert best.cost_ms == pytest.approx(cost(best.hops))
     check_route(best, usable, num_blocks)
 
-    near = plan(peers, num_blocks, network, rng=random.Random(num_blocks), **options)
+    near = plan(peers, num_blocks, network, rng=random.Random(num_blocks), exclude=exclude, **options)
     assert near.cost_ms <= lowest * (1 + NEAR_EQUAL) + 1e-9
     check_route(near, usable, num_blocks)
 
@@ -289,6 +293,17 @@ def test_a_table_holds_the_same_links_as_the_network() -> None:
                 link = network.link(sender, receiver)
                 assert table.latency_ms[row, column] == pytest.approx(link.latency_ms)
                 assert 1 / table.ms_per_byte[row, column] == pytest.approx(link.bytes_per_ms)
+
+
+def test_a_prompt_counts_with_its_passes_and_bytes() -> None:
+    hops, fast = [Hop("a", 0, 2)], {"a": peer("a", 0, 2)}
+    network = Network({(CLIENT, "a"): Link(5.0, 10.0), ("a", CLIENT): Link(5.0, 10.0)})
+
+    def cost(prompt: int) -> float:
+        return route_ms(hops, fast, network, positions=1, encodings=PLAIN, prompt=prompt)
+
+    # Two passes of 300 positions, 30 ms a block, and 60,000 bytes on both links, at 10 bytes per ms.
+    assert cost(600) - cost(0) == pytest.approx(PROMPT_SHARE * (2 * 2 * 30.0 + 2 * 6000.0))
 
 
 @given(st.lists(st.tuples(st.integers(-2, 12), st.integers(-2, 12)), max_size=8), st.integers(1, 10))

@@ -23,12 +23,12 @@ from splitnet.simulation.chart import chart
 from splitnet.simulation.engine import Simulation
 from splitnet.simulation.events import Events
 from splitnet.simulation.geography import Access, Geography, TrueNetwork
-from splitnet.simulation.outcome import Outcome, outcome_of, pooled
+from splitnet.simulation.outcome import Outcome, differences, outcome_of, pooled
 from splitnet.simulation.placing import Placing
 from splitnet.simulation.policies import Plan, Planned
 from splitnet.simulation.route_quality import coordinate_error, plan_qualities
 from splitnet.simulation.session import FAILED, FINISHED, RUNNING
-from splitnet.simulation.simulate import ABLATIONS, BASELINES, POLICIES, Settings, World, simulate
+from splitnet.simulation.simulate import ABLATIONS, AGAINST, BASELINES, POLICIES, Settings, World, simulate
 from splitnet.simulation.world import KINDS, Device, Request, device_id, measured_to
 
 SMALL = Settings(peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1)
@@ -296,6 +296,36 @@ def test_worlds_are_pooled_by_their_sessions() -> None:
     assert both.goodput == 1.0
 
 
+def test_policies_are_compared_world_by_world() -> None:
+    def tokens(*counts: int) -> list[Outcome]:
+        return [replace(EMPTY, tokens=count) for count in counts]
+
+    mean, low, high = differences(tokens(20, 200), tokens(10, 100), "goodput_tokens_per_s")
+    assert (mean, low, high) == pytest.approx((1.0, 1.0, 1.0))
+    mean, low, high = differences(tokens(10, 40), tokens(10, 10), "goodput_tokens_per_s")
+    assert mean == pytest.approx(1.0)
+    assert low < 0 < high
+    assert np.isnan(differences(tokens(0), tokens(5), "goodput_tokens_per_s")[0])
+
+
+def test_in_a_burst_all_come_within_a_second() -> None:
+    arrivals = [request.at_s for request in World(replace(SMALL, burst=True)).requests]
+    assert arrivals == sorted(arrivals)
+    assert 0 < arrivals[-1] - arrivals[0] <= 1.0
+
+
+def test_a_region_goes_dark_half_way(small_world: World) -> None:
+    settings = replace(SMALL, dark=True)
+    world, at_s = World(settings), settings.duration_s / 2
+    assert world.requests == small_world.requests
+    for device, before in zip(world.devices, small_world.devices, strict=True):
+        if world.geography.is_european(device.number) and device.joins_s < at_s < before.leaves_s:
+            assert device.leaves_s == at_s and device.crashes
+        else:
+            assert device == before
+    assert world.devices != small_world.devices
+
+
 def test_coordinates_converge(small_world: World) -> None:
     plane = Geography(np.random.default_rng(3), [Access(1.0, 1000.0, 1000.0) for _ in range(60)])
     plane.factor[:], plane.detour[:] = 2.0, 0.0
@@ -369,5 +399,5 @@ def test_a_chart_shows_every_policy(small_world: World) -> None:
 
 
 def test_the_groups_name_policies_that_exist() -> None:
-    assert {*BASELINES, *ABLATIONS} <= POLICIES.keys()
+    assert {*AGAINST, *BASELINES, *ABLATIONS} <= POLICIES.keys()
     assert sum(kind.share for kind in KINDS) == pytest.approx(1.0)

@@ -41,3 +41,25 @@ def test_it_tells_what_coordinates_cost() -> None:
 def test_an_unknown_policy_is_an_error_that_names_the_known_ones() -> None:
     with pytest.raises(SplitnetError, match=r"unknown policy best: use baselines, ablations, or of own, "):
         run("--policy", "best")
+
+
+def test_against_all_is_one_table_with_intervals() -> None:
+    arguments = [*SMALL[:-2], "--against", "all", "--scenario", "burst", "--worlds", "2"]
+    result = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "250"})
+    assert "30 peers, burst, 2 x 20 sessions" in result.output
+    for policy in ("own", "Petals, pushing", "oracle"):
+        assert policy in result.output
+    assert "% to +" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--against", "all"), "no --policy beside it"),
+        (("--scenario", "flood"), "use light, heavy, burst, dark"),
+        (("--scenario", "burst", "--rate", "3"), "--rate says nothing"),
+    ],
+)
+def test_what_goes_not_together_is_refused(options: tuple[str, ...], said: str) -> None:
+    with pytest.raises(SplitnetError, match=said):
+        run(*options)

@@ -12,7 +12,7 @@ from peers.load import HALF_LIFE_S, Load
 from peers.neighbours import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
 from peers.speed import ObservedSpeed
 from scheduler.network import CLIENT, UNMEASURED, Link
-from scheduler.replan import WORTHWHILE, move_pays
+from scheduler.replan import DISAPPOINTING, WORTHWHILE, move_pays
 from scheduler.swarm import PASS_SIZES
 from splitnet.client import survey as survey_module
 from splitnet.client.survey import REMEASURE_S, STEPS, TRUST_S, Survey
@@ -255,6 +255,26 @@ class TestNeighbours:
         prefixes = {other.key.raw[:KEY_PREFIX_BYTES] for other in others}
         assert all(link.peer in prefixes and link.rtt_ms > 0 for link in neighbours.seen_links)
 
+    def test_the_links_that_routes_need_come_first(self) -> None:
+        behind = {"start": 6, "end": 12, "num_blocks": 12}
+        slow = tuple(100 * ms for ms in RECORD.block_ms)
+        useful = [record(address=f"tcp://192.0.2.1:{port}", **behind) for port in range(1, MEASURED_AT_ONCE)]
+        beside = [record(address=f"tcp://192.0.2.2:{port}", num_blocks=12) for port in range(1, 100)]
+        others = [record(address=f"tcp://192.0.2.3:{port}", **behind, block_ms=slow) for port in range(1, 100)]
+        echo, links = Echo(), Links()
+        neighbours = Neighbours(
+            lambda: [*beside, *others, *useful],
+            links,  # pyright: ignore[reportArgumentType]
+            echo.prober,
+            lambda: record(num_blocks=12),
+        )
+        echo.silent |= {useful[0].endpoint}
+        for _ in range(2):
+            neighbours.look_around()
+        best = [link.peer for link in neighbours.seen_links][: len(useful) - 1]
+        assert set(best) == {peer.key.raw[:KEY_PREFIX_BYTES] for peer in useful[1:]}
+        assert len(neighbours.network_coordinates.links) > len(useful), "others count for the place"
+
     def test_peers_count_when_they_have_answered_and_few_are_asked_at_once(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -330,8 +350,13 @@ class TestObservedSpeed:
 
 class TestMovePays:
     def test_only_if_what_is_left_saves_more_than_the_move_costs(self) -> None:
-        assert move_pays(100.0, 50.0, move_ms=400.0, steps_left=9)
-        assert not move_pays(100.0, 50.0, move_ms=400.0, steps_left=8)
+        assert move_pays(100.0, 50.0, move_ms=400.0, steps_left=9, predicted_ms=50.0)
+        assert not move_pays(100.0, 50.0, move_ms=400.0, steps_left=8, predicted_ms=50.0)
 
     def test_small_gains_move_nobody(self) -> None:
-        assert not move_pays(100.0, 100.0 * WORTHWHILE + 0.1, move_ms=0.0, steps_left=10**6)
+        assert not move_pays(100.0, 100.0 * WORTHWHILE + 0.1, move_ms=0.0, steps_left=10**6, predicted_ms=50.0)
+
+    def test_a_route_that_is_as_fast_as_predicted_is_not_left(self) -> None:
+        assert not move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=101.0 / DISAPPOINTING)
+        assert move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=99.0 / DISAPPOINTING)
+        assert move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=0.0)

@@ -1,0 +1,61 @@
+"""Which links a client measures, and how many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from scheduler.network import CLIENT, Link
+from splitnet.client.fresh_facts import MEASURED_AT_ONCE, PINGS_PER_MINUTE, FreshFacts
+from splitnet.client.survey import Survey
+from splitnet.net.records import PeerRecord
+from tests.unit.test_survey import Clock, Echo, record
+
+
+def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[Survey, FreshFacts]:
+    survey, known = Survey(clock), Any
+    chosen = {peer.key.text for peer in likely}
+
+    def among(records: Sequence[PeerRecord], _: int) -> list[PeerRecord]:
+        return [peer for peer in records if peer.key.text in chosen]
+
+    return survey, FreshFacts(known, survey, echo.prober, lambda: False, among, clock)  # pyright: ignore
+
+
+def test_a_minute_has_so_many_pings_and_no_more() -> None:
+    clock, echo = Clock(), Echo()
+    peers = [record() for _ in range(PINGS_PER_MINUTE)]
+    _, facts = facts_with(clock, echo, peers)
+    for _ in range(3):
+        facts.look_at(peers)
+        facts.measure_first(peers)
+    assert len(echo.sizes) == PINGS_PER_MINUTE
+    clock.now += 61.0
+    facts.look_at(peers[:10])
+    assert len(echo.sizes) == PINGS_PER_MINUTE + 20
+    facts.close()
+
+
+def test_the_first_look_goes_to_any_peers_and_to_those_that_routes_go_through() -> None:
+    clock, echo = Clock(), Echo()
+    peers = [record() for _ in range(100)]
+    survey, facts = facts_with(clock, echo, peers[90:])
+    facts.measure_first(peers)
+    measured = survey.network_coordinates.links
+    assert {peer.key.text for peer in peers[90:]} < measured.keys()
+    assert len(measured) == MEASURED_AT_ONCE // 2 + 10
+    assert not any(echo.sizes), "no bandwidth is measured"
+    facts.close()
+
+
+def test_a_link_of_unknown_bandwidth_has_that_of_its_ends() -> None:
+    survey, peer = Survey(Clock()), record(bytes_per_ms=300.0)
+    survey.links_measured({peer.endpoint: peer}, {peer.endpoint: Link(5.0, 0.0)})
+    assert survey.network([peer]).link(CLIENT, peer.key.text) == Link(5.0, 300.0)
+    assert survey.unprobed([peer]) == [peer] and survey.unknown([peer]) == []
+    survey.links_measured({peer.endpoint: peer}, {peer.endpoint: Link(5.0, 120.0)})
+    survey.links_measured({peer.endpoint: peer}, {peer.endpoint: Link(7.0, 0.0)})
+    assert survey.network([peer]).link(CLIENT, peer.key.text) == Link(7.0, 120.0)
+    assert survey.unprobed([peer]) == []
+    survey.links_measured({peer.endpoint: peer}, {})
+    assert survey.unprobed([peer]) == [], "who is silent is not asked for more"

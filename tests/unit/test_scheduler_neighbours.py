@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from scheduler.neighbours import by_use, ms_per_block
+from scheduler.network import Link, Network
+from scheduler.swarm import Peer, Speed
+
+
+def peer(name: str, start: int, end: int, block_ms: float = 1.0) -> Peer:
+    return Peer(name, start, end, Speed.of(block_ms, 0.0))
+
+
+def test_a_chain_pays_a_link_once_for_all_blocks_that_it_gains() -> None:
+    start, end = np.array([0, 2, 4, 5, 0]), np.array([6, 8, 12, 12, 4])
+    found = ms_per_block((0, 4), 12, start, end, np.full(5, 2.0), np.full(5, 8.0))
+    assert found.tolist() == [2 + 8 / 2, 2 + 8 / 4, 2 + 8 / 8, math.inf, math.inf]
+
+
+def test_chains_come_to_a_peer_of_the_last_blocks() -> None:
+    found = ms_per_block((8, 12), 12, np.array([0, 8, 0]), np.array([8, 12, 7]), np.full(3, 2.0), np.full(3, 8.0))
+    assert found.tolist() == [2 + 8 / 8, math.inf, math.inf]
+
+
+def test_near_and_fast_peers_are_the_most_useful() -> None:
+    own = peer("own", 0, 4)
+    others = [peer("far", 4, 8), peer("near", 4, 8), peer("long", 4, 12), peer("slow", 4, 8, 50.0)]
+    others.append(peer("beside", 0, 4))
+    links = {("own", other.id): Link(40.0 if other.id == "far" else 10.0, 1000.0) for other in others}
+    assert [each.id for each in by_use(own, others, 12, Network(links))] == ["long", "near", "far", "slow"]
+    assert by_use(own, [], 12, Network(links)) == []
