@@ -20,7 +20,6 @@ from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
 from splitnet.errors import CodecError, PeerBusy, ProtocolError
-from splitnet.gathering import Gathering
 from splitnet.model.device_clock import Stopwatch, seconds_after_work
 from splitnet.model.device_copies import to_host
 from splitnet.model.span import Part as SpanPart
@@ -62,7 +61,6 @@ class Engine:
         self._counters = counters or Counters()
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
         self._runs_here = span.device.type != "cpu" or torch.get_num_threads() == 1
-        self._gathering = Gathering()
         self._turns = threading.Lock()
         """Held by the thread that runs what was waiting."""
         self._publish_speed()
@@ -94,7 +92,7 @@ class Engine:
         """
         if self._runs_here and self._turns.acquire(blocking=False):
             try:
-                work = self._queue.short_step(self._gathering, SHORT_S)
+                work = self._queue.short_step(SHORT_S)
                 if work is not None and is_quick(work.session, work.step):
                     self._run_steps(self._queue.take(PASS_POSITIONS))
                     return
@@ -108,7 +106,7 @@ class Engine:
 
     def _turn(self) -> bool:
         """Waits for work and runs a pass of it; False when the queue is closed. Keeps no session alive after it."""
-        self._queue.gather(self._gathering)
+        self._queue.gather()
         with self._turns:
             chosen = self._queue.take(PASS_POSITIONS)
             if chosen:
@@ -255,8 +253,8 @@ class Engine:
                 self._finish(work)
         self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
         if len(hidden) <= DECODE_POSITIONS * len(ready):
-            sources = (work.session.id for work, _ in ready)
-            self._gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
+            sources = (work.session.id for work, _ in ready if not work.session.closed)
+            self._queue.gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
         self._observe_load(ready, fresh, began_at)
         for work, count in computed:
             self._counters.step_computed(work, count)
