@@ -92,9 +92,9 @@ class Engine:
         """
         if self._runs_here and self._turns.acquire(blocking=False):
             try:
-                work = self._queue.short_step(SHORT_S)
-                if work is not None and is_quick(work.session, work.step):
-                    self._run_steps(self._queue.take(PASS_POSITIONS))
+                work = self._queue.take_short(SHORT_S, is_quick)
+                if work is not None:
+                    self._run_steps([(work, work.remaining)])
                     return
             finally:
                 self._turns.release()

@@ -37,4 +37,4 @@ def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
     """What a step or pass met at this hop, for whoever comes after it."""
     following = work.session.next
     rtt_ms = outbox.rtt_ms(following) if following is not None else 0.0
-    return Timing(*(round(ms * 1000) for ms in (work.wait_ms, work.compute_ms, rtt_ms)))
+    return Timing(round(work.wait_ms * 1000), round(work.compute_ms * 1000), round(rtt_ms * 1000))

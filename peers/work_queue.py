@@ -98,19 +98,29 @@ class WorkQueue:
             if self.has_work:
                 self._changed.notify()
 
-    def short_step(self, within_s: float) -> Work | None:
-        """The decode step that is all there is to do, if it takes no longer, and nothing is expected to join it."""
+    def take_short(self, within_s: float, is_quick: Callable[[Work], bool]) -> Work | None:
+        """Takes the decode step that is all there is to do, if it takes no longer, and nothing is expected to join it.
+
+        Args:
+            is_quick: whether a step takes no longer than its positions do.
+        """
         with self._changed:
             if len(self._ready) != 1 or self._passes or self._closed:
                 return None
-            work = next(iter(self._ready)).waiting[0]
+            session = next(iter(self._ready))
+            work = session.waiting[0]
             is_short = (
                 work.remaining <= DECODE_POSITIONS
                 and self._pass_s(work.remaining) <= within_s
                 and not self.gathering.patience_s(1)
                 and not self._shares.contended(time.monotonic())
+                and is_quick(work)
             )
-            return work if is_short else None
+            if not is_short:
+                return None
+            session.passed_over = 0
+            del self._ready[session]
+            return work
 
     def put_pass(self, work: PassWork) -> None:
         """Adds a pass over whole sequences, which runs when no step of its key is ready.

@@ -54,6 +54,9 @@ class Endpoint:
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", bool(self.relays))
 
+    def __hash__(self) -> int:
+        return hash(self.address)  # several times for each message
+
 
 @dataclass(frozen=True, slots=True)
 class Connection:
