@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -238,8 +239,24 @@ class Engine:
         wanted = self._wanted(ready, output)
         elapsed_ms = watch.seconds * 1000
         computed_s = time.thread_time() - began_cpu
+        # First of all, since the next hops wait for it. All that they gather comes at once.
+        with self._service.together() if len(ready) > 1 else nullcontext():
+            computed = self._hand_on(ready, wanted, elapsed_ms)
+        self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
+        if len(hidden) <= DECODE_POSITIONS * len(ready):
+            sources = (work.session.id for work, _ in ready if not work.session.closed)
+            self._queue.gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
+        self._observe_load(ready, fresh, began_at)
+        for work, count in computed:
+            self._counters.step_computed(work, count)
+        self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
+
+    def _hand_on(
+        self, ready: list[tuple[Work, int]], wanted: list[torch.Tensor], elapsed_ms: float
+    ) -> list[tuple[Work, int]]:
+        """Takes in what is wanted of a pass, and sends on what is finished; returns those that have not failed."""
         computed = list[tuple[Work, int]]()
-        for (work, count), values in zip(ready, wanted, strict=True):  # first of all, since the next hops wait for it
+        for (work, count), values in zip(ready, wanted, strict=True):
             work.hidden = None
             kept = self._keep(work, values)
             work.compute_ms += elapsed_ms
@@ -251,14 +268,7 @@ class Engine:
             computed.append((work, count))
             if not work.remaining:
                 self._finish(work)
-        self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
-        if len(hidden) <= DECODE_POSITIONS * len(ready):
-            sources = (work.session.id for work, _ in ready if not work.session.closed)
-            self._queue.gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
-        self._observe_load(ready, fresh, began_at)
-        for work, count in computed:
-            self._counters.step_computed(work, count)
-        self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
+        return computed
 
     def _wanted(self, ready: list[tuple[Work, int]], output: torch.Tensor) -> list[torch.Tensor]:
         """What is sent of the output of a pass, by step, on the CPU: copied at once."""

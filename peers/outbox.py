@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from peers.session import PassWork, Work
@@ -17,6 +18,10 @@ class Answering(Protocol):
 
 class Outbox(Answering, Protocol):
     """The way out, without sockets: see `splitnet.net.transport.Transport`."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is sent within may wait for its end."""
+        ...
 
     def connect(self, endpoint: Endpoint) -> None: ...
 

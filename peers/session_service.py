@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from peers.admission import SessionTable
@@ -241,6 +242,10 @@ class SessionService:
         if session.end != self.served.num_blocks:
             with self._lock:
                 session.log.prepare(step.parts, step.forks)
+
+    def together(self) -> AbstractContextManager[None]:
+        """What steps that are finished within send goes out at its end."""
+        return self._outbox.together()
 
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         """Sends on what the engine has computed, see `StepOutput.send`."""

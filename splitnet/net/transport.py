@@ -12,7 +12,8 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -88,6 +89,8 @@ class _Outbox:
     )
     lock: threading.Lock = field(default_factory=threading.Lock)
     awake: bool = False
+    held: int = 0
+    """How many threads are within `Transport.together`."""
 
 
 class Transport:
@@ -194,6 +197,21 @@ class Transport:
         """
         self._post(destination, frames)
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is sent within goes out at the end of it: who receives several messages is woken once for all."""
+        outbox = self._outbox
+        with outbox.lock:
+            outbox.held += 1
+        try:
+            yield
+        finally:
+            with outbox.lock:
+                outbox.held -= 1
+                if outbox.items and not outbox.held and not outbox.awake and not self._closing:
+                    outbox.awake = True
+                    self._wake.set()
+
     def connect(self, endpoint: Endpoint) -> None:
         """Opens a link; its state arrives at `on_link`. Does nothing for a link that is open."""
         self._post(endpoint, ())
@@ -257,9 +275,10 @@ class Transport:
             at_once = here and bool(frames) and not outbox.items and not self._dispatching
             if not at_once:
                 outbox.items.append((destination, frames))
-                wake, outbox.awake = not outbox.awake, True
-                if wake and not here:
-                    self._wake.set()
+                if not outbox.awake and not outbox.held:
+                    outbox.awake = True
+                    if not here:
+                        self._wake.set()
         if at_once:  # who waits for it need not wait for what else this thread does
             self._dispatch(destination, frames)
 
