@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -321,6 +322,10 @@ class Peer:
         frames = encode(message)
         self.counters.traffic.count_sent(destination, message, frames)
         self._transport.send(destination, frames)
+
+    def together(self) -> AbstractContextManager[None]:
+        """See `Transport.together`."""
+        return self._transport.together()
 
     def connect(self, endpoint: Endpoint) -> None:
         """Opens the link to a next hop."""

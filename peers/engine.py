@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 
@@ -20,7 +21,6 @@ from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
 from splitnet.errors import CodecError, PeerBusy, ProtocolError
-from splitnet.gathering import Gathering
 from splitnet.model.device_clock import Stopwatch, seconds_after_work
 from splitnet.model.device_copies import to_host
 from splitnet.model.span import Part as SpanPart
@@ -62,7 +62,6 @@ class Engine:
         self._counters = counters or Counters()
         self._views: dict[tuple[int, int], Span] = {(span.start, span.end): span}
         self._runs_here = span.device.type != "cpu" or torch.get_num_threads() == 1
-        self._gathering = Gathering()
         self._turns = threading.Lock()
         """Held by the thread that runs what was waiting."""
         self._publish_speed()
@@ -94,9 +93,9 @@ class Engine:
         """
         if self._runs_here and self._turns.acquire(blocking=False):
             try:
-                work = self._queue.short_step(self._gathering, SHORT_S)
-                if work is not None and is_quick(work.session, work.step):
-                    self._run_steps(self._queue.take(PASS_POSITIONS))
+                work = self._queue.take_short(SHORT_S, is_quick)
+                if work is not None:
+                    self._run_steps([(work, work.remaining)])
                     return
             finally:
                 self._turns.release()
@@ -108,7 +107,7 @@ class Engine:
 
     def _turn(self) -> bool:
         """Waits for work and runs a pass of it; False when the queue is closed. Keeps no session alive after it."""
-        self._queue.gather(self._gathering)
+        self._queue.gather()
         with self._turns:
             chosen = self._queue.take(PASS_POSITIONS)
             if chosen:
@@ -240,8 +239,24 @@ class Engine:
         wanted = self._wanted(ready, output)
         elapsed_ms = watch.seconds * 1000
         computed_s = time.thread_time() - began_cpu
+        # First of all, since the next hops wait for it. All that they gather comes at once.
+        with self._service.together() if len(ready) > 1 else nullcontext():
+            computed = self._hand_on(ready, wanted, elapsed_ms)
+        self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
+        if len(hidden) <= DECODE_POSITIONS * len(ready):
+            sources = (work.session.id for work, _ in ready if not work.session.closed)
+            self._queue.gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
+        self._observe_load(ready, fresh, began_at)
+        for work, count in computed:
+            self._counters.step_computed(work, count)
+        self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
+
+    def _hand_on(
+        self, ready: list[tuple[Work, int]], wanted: list[torch.Tensor], elapsed_ms: float
+    ) -> list[tuple[Work, int]]:
+        """Takes in what is wanted of a pass, and sends on what is finished; returns those that have not failed."""
         computed = list[tuple[Work, int]]()
-        for (work, count), values in zip(ready, wanted, strict=True):  # first of all, since the next hops wait for it
+        for (work, count), values in zip(ready, wanted, strict=True):
             work.hidden = None
             kept = self._keep(work, values)
             work.compute_ms += elapsed_ms
@@ -253,14 +268,7 @@ class Engine:
             computed.append((work, count))
             if not work.remaining:
                 self._finish(work)
-        self._speed.observe(len(hidden), span.end - span.start, elapsed_ms)
-        if len(hidden) <= DECODE_POSITIONS * len(ready):
-            sources = (work.session.id for work, _ in ready)
-            self._gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
-        self._observe_load(ready, fresh, began_at)
-        for work, count in computed:
-            self._counters.step_computed(work, count)
-        self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
+        return computed
 
     def _wanted(self, ready: list[tuple[Work, int]], output: torch.Tensor) -> list[torch.Tensor]:
         """What is sent of the output of a pass, by step, on the CPU: copied at once."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 from peers.session import PassWork, Work
@@ -17,6 +18,10 @@ class Answering(Protocol):
 
 class Outbox(Answering, Protocol):
     """The way out, without sockets: see `splitnet.net.transport.Transport`."""
+
+    def together(self) -> AbstractContextManager[None]:
+        """What is sent within may wait for its end."""
+        ...
 
     def connect(self, endpoint: Endpoint) -> None: ...
 
@@ -37,4 +42,4 @@ def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
     """What a step or pass met at this hop, for whoever comes after it."""
     following = work.session.next
     rtt_ms = outbox.rtt_ms(following) if following is not None else 0.0
-    return Timing(*(round(ms * 1000) for ms in (work.wait_ms, work.compute_ms, rtt_ms)))
+    return Timing(round(work.wait_ms * 1000), round(work.compute_ms * 1000), round(rtt_ms * 1000))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from peers.session import Session
+from peers.session import Session, Work
 from splitnet.errors import ProtocolError
 from splitnet.model.kv_cache import FIRST_CAPACITY, RowCache
 from splitnet.net.messages import Step
@@ -50,7 +50,7 @@ def rows_after(session: Session, step: Step) -> set[int]:
     return {*kept, *(part.row for part in step.parts)}
 
 
-def _goes_on(session: Session, step: Step) -> bool:
+def goes_on(session: Session, step: Step) -> bool:
     """Whether `step` adds to the only row of `session`, where that has room: as decode steps do, nearly always."""
     if step.forks is not None or len(step.parts) != 1 or len(session.rows) != 1:
         return False
@@ -62,8 +62,9 @@ def _goes_on(session: Session, step: Step) -> bool:
     return end <= row.room and row.prefix_length + end <= session.budget
 
 
-def is_quick(session: Session, step: Step) -> bool:
-    """Whether `step` takes as long as its positions: no row is copied or moved, or has some to run once more."""
+def is_quick(work: Work) -> bool:
+    """Whether a step takes as long as its positions: no row is copied or moved, or has some to run once more."""
+    session, step = work.session, work.step
     if step.forks is not None:
         return False
     for part in step.parts:
@@ -83,7 +84,7 @@ def prepare_rows(session: Session, step: Step) -> None:
         SessionTooLong: the rows would hold more positions than the session has reserved.
         ProtocolError: a fork of a row that does not exist, or a gap before the first position.
     """
-    if _goes_on(session, step):
+    if goes_on(session, step):
         return
     rows: dict[int, RowCache | _Copy] = dict(session.rows)
     if step.forks is not None:

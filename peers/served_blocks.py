@@ -45,13 +45,19 @@ class ServedBlocks:
 
     def check(self, session: Session, message: Step) -> int:
         """Positions in the step, after everything that its header claims was checked against its session."""
-        total = message.positions
-        if not total or not all(part.length and part.keep <= part.length for part in message.parts):
-            raise ProtocolError("a part of the step is empty, or keeps more than it has")
-        if len({part.row for part in message.parts}) != len(message.parts):
+        rows = set[int]()
+        total = longest = 0
+        for row, start, length, keep in message.parts:
+            if not length or keep > length:
+                raise ProtocolError("a part of the step is empty, or keeps more than it has")
+            rows.add(row)
+            total += length
+            longest = max(longest, start + length)
+        if not total:
+            raise ProtocolError("a step has no parts")
+        if len(rows) != len(message.parts):
             raise ProtocolError("a step names a row twice")
         self.check_payload(message.codec, message.payload, total)
-        longest = max(part.start + part.length for part in message.parts)
         if self.max_positions is not None and longest > self.max_positions:
             raise SessionTooLong(f"position {longest} is beyond the model's context of {self.max_positions}")
         size = total + len(message.forks or ())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from contextlib import AbstractContextManager
 from dataclasses import replace
 
 from peers.admission import SessionTable
@@ -17,7 +18,7 @@ from peers.memory_account import MemoryAccount
 from peers.next_hops import NextHops
 from peers.opening import NextHopOpening
 from peers.outbox import Outbox
-from peers.row_memory import SessionTooLong, prepare_rows, rows_after
+from peers.row_memory import SessionTooLong, goes_on, prepare_rows, rows_after
 from peers.served_blocks import ServedBlocks, next_hop_of
 from peers.session import Session, Work
 from peers.step_output import StepOutput
@@ -230,14 +231,21 @@ class SessionService:
             PeerBusy: there is no memory for the states of so many rows.
             ProtocolError: a fork of a row that does not exist, or a gap before the first position.
         """
-        rows = len(rows_after(work.session, work.step))
-        with self._lock:
-            self.sessions.hold_rows(work.session, max(rows, work.session.reserved_rows))
-        prepare_rows(work.session, work.step)
-        with self._lock:
-            self.sessions.hold_rows(work.session, rows)  # what a step drops is dropped now, unless it was refused
-            if work.session.end != self.served.num_blocks:
-                work.session.log.prepare(work.step.parts, work.step.forks)
+        session, step = work.session, work.step
+        if not goes_on(session, step):
+            rows = len(rows_after(session, step))
+            with self._lock:
+                self.sessions.hold_rows(session, max(rows, session.reserved_rows))
+            prepare_rows(session, step)
+            with self._lock:
+                self.sessions.hold_rows(session, rows)  # what a step drops is dropped now, unless it was refused
+        if session.end != self.served.num_blocks:
+            with self._lock:
+                session.log.prepare(step.parts, step.forks)
+
+    def together(self) -> AbstractContextManager[None]:
+        """What steps that are finished within send goes out at its end."""
+        return self._outbox.together()
 
     def finished(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         """Sends on what the engine has computed, see `StepOutput.send`."""

@@ -17,6 +17,9 @@ from splitnet.model.span import Part, Span
 SHARE = 0.1
 """Weight of the latest pass in the average."""
 
+DISTURBED = 2.0
+"""A pass that takes so many times what one of a smaller size foretells is timed once more: others may have computed."""
+
 
 class ObservedSpeed:
     """Ms per block at each of `scheduler.swarm.PASS_SIZES`.
@@ -60,6 +63,9 @@ class ObservedSpeed:
 def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -> ObservedSpeed | None:
     """Times passes of all sizes through the span; the first is a warm-up. None: it was interrupted between two.
 
+    A position of a larger pass takes at most about as long as one of a smaller, as it shares the weights with more.
+    So a long pass runs once, and only again (twice at most) if it takes far longer than that.
+
     Call it from the thread that uses the span.
     """
     # A generator of its own: others in this process may count on the common one.
@@ -75,8 +81,9 @@ def measure_speed(span: Span, interrupted: Callable[[], bool] = lambda: False) -
     block_ms: list[float] = []
     for size in PASS_SIZES:
         times: list[float] = []
+        foretold = blocks * block_ms[-1] * size / PASS_SIZES[len(block_ms) - 1] if block_ms else 0.0
         # A short pass is easily disturbed, a long one takes its time.
-        for _ in range(3 if size <= 16 else 1):
+        while len(times) < (3 if size <= 16 or min(times, default=0.0) > DISTURBED * foretold else 1):
             if interrupted():
                 return None
             times.append(elapsed_ms(size))

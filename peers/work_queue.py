@@ -32,6 +32,9 @@ class WorkQueue:
         pass_s: seconds that a pass of so many positions takes.
         weight: of a client's key, in proportion to which keys share the device.
         memory: for the steps that wait; None: 512 MiB.
+
+    Attributes:
+        gathering: of the sessions, by id, that steps are waited for.
     """
 
     def __init__(
@@ -42,6 +45,7 @@ class WorkQueue:
     ) -> None:
         self._pass_s = pass_s
         self._shares = FairShares[bytes](weight)
+        self.gathering = Gathering()
         self.memory = memory or MemoryAccount(1 << 29, "no memory for waiting steps of", "send fewer at a time")
         self._ready: OrderedDict[Session, None] = OrderedDict()
         self._changed = threading.Condition()
@@ -94,19 +98,29 @@ class WorkQueue:
             if self.has_work:
                 self._changed.notify()
 
-    def short_step(self, gathering: Gathering, within_s: float) -> Work | None:
-        """The decode step that is all there is to do, if it takes no longer, and nothing is expected to join it."""
+    def take_short(self, within_s: float, is_quick: Callable[[Work], bool]) -> Work | None:
+        """Takes the decode step that is all there is to do, if it takes no longer, and nothing is expected to join it.
+
+        Args:
+            is_quick: whether a step takes no longer than its positions do.
+        """
         with self._changed:
             if len(self._ready) != 1 or self._passes or self._closed:
                 return None
-            work = next(iter(self._ready)).waiting[0]
+            session = next(iter(self._ready))
+            work = session.waiting[0]
             is_short = (
                 work.remaining <= DECODE_POSITIONS
                 and self._pass_s(work.remaining) <= within_s
-                and not gathering.patience_s(1)
+                and not self.gathering.patience_s(1)
                 and not self._shares.contended(time.monotonic())
+                and is_quick(work)
             )
-            return work if is_short else None
+            if not is_short:
+                return None
+            session.passed_over = 0
+            del self._ready[session]
+            return work
 
     def put_pass(self, work: PassWork) -> None:
         """Adds a pass over whole sequences, which runs when no step of its key is ready.
@@ -177,12 +191,12 @@ class WorkQueue:
             job, self._idle_job = self._idle_job, None
             return job
 
-    def gather(self, gathering: Gathering) -> None:
+    def gather(self) -> None:
         """Waits for work, and then for what is about to come, as long as it keeps coming."""
         with self._changed:
             self._wait_for_work()
             ready = 0
-            while len(self._ready) > ready and (patience_s := gathering.patience_s(len(self._ready))):
+            while len(self._ready) > ready and (patience_s := self.gathering.patience_s(len(self._ready))):
                 ready, until = len(self._ready), time.monotonic() + patience_s
                 while len(self._ready) == ready and not self._closed and (left := until - time.monotonic()) > 0:
                     self._changed.wait(left)
@@ -274,6 +288,7 @@ class WorkQueue:
             while session.waiting:
                 self._drop(session.waiting.pop())
             self._ready.pop(session, None)
+            self.gathering.left(session.id)
             self.memory.end(session)
 
     def close(self) -> None:

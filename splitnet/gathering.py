@@ -27,7 +27,7 @@ _LEARNING = 0.1
 
 
 class Gathering:
-    """Tells how long to wait, from what was seen before. One thread uses it at a time."""
+    """Tells how long to wait, from what was seen before. One thread uses it at a time; `left` may come from any."""
 
     def __init__(self) -> None:
         self._took_s = MovingAverage(_LEARNING)
@@ -45,8 +45,13 @@ class Gathering:
         self._took_s.add(took_s)
         self._delayed_s.add(max(0.0, took_s - computed_s))
         self._seen.update(dict.fromkeys(sources, now))
-        if any(now - at > LATELY_S for at in self._seen.values()):
-            self._seen = {source: at for source, at in self._seen.items() if now - at <= LATELY_S}
+        seen = list(self._seen.items())
+        if any(now - at > LATELY_S for _, at in seen):
+            self._seen = {source: at for source, at in seen if now - at <= LATELY_S}
+
+    def left(self, source: Hashable) -> None:
+        """Nothing more comes from a source."""
+        self._seen.pop(source, None)
 
     def patience_s(self, ready: int) -> float:
         """Seconds to wait for the next one when the work of so many sources is ready; 0: no more are expected.

@@ -89,9 +89,12 @@ class RemoteLayer(CacheLayerMixin):
             raise refuse("cache", f"holds {self.batch} rows and the batch has {batch}: give a new cache")
         elif adapter is not self.adapter:
             raise AdapterError("the cache holds keys and values of another adapter: begin with a new cache")
-        if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
-            raise refuse("attention_mask", "has padding that is not on the left: set tokenizer.padding_side = 'left'")
-        padding = (columns - mask.sum(dim=1)).tolist()
+        padding = [0] * batch
+        if not bool(mask.all()):
+            if not bool((mask[:, 1:] >= mask[:, :-1]).all()):
+                text = "has padding that is not on the left: set tokenizer.padding_side = 'left'"
+                raise refuse("attention_mask", text)
+            padding = (columns - mask.sum(dim=1)).tolist()
         for before, now in zip(self._padding, padding, strict=False):
             if before != now and before < self.columns:
                 raise refuse("attention_mask", "of positions that are cached has changed: begin with a new cache")

@@ -103,7 +103,7 @@ class CompiledStep:
         cosines, sines = self._turns(hidden, positions)
         result = hidden.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         rows = [self._stores(part) for part in parts for _ in range(part.count)]
-        stores = torch.tensor(list(chain.from_iterable(zip(*rows, strict=True)))).flatten()
+        stores = rows[0] if len(rows) == 1 else torch.stack(rows, dim=1)
         turns = (cosines, sines, Order.APART if self._turning is None else self._turning.order)
         kernels.step(self._blocks, len(self._indices), result, stores, positions, *turns, self._dtype.itemsize)
         return result.to(hidden.dtype)
@@ -119,7 +119,7 @@ class CompiledStep:
         cosines, sines = (torch.stack(turns) for turns in zip(*halves, strict=True))
         return cosines, sines
 
-    def _stores(self, part: Part) -> list[tuple[int, int, int]]:
+    def _stores(self, part: Part) -> torch.Tensor:
         return part.row.reserve(self._indices, part.count, self._kept, self._dtype)
 
     def _fields(self, block: BlockDescription, window: int | None) -> Fields:

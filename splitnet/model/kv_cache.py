@@ -58,7 +58,8 @@ class RowCache:
         """By block that has one; None once it is stored, so that the row keeps no adapter alive."""
         self._blocks: dict[int | str, _Block] = {}
         """By block; besides, by name, what else the row has of every position."""
-        self._places: dict[tuple[int, ...], list[tuple[int, int, int]]] = {}  # while no block's memory moves
+        self._places: dict[tuple[int, ...], tuple[int, torch.Tensor]] = {}
+        """By blocks: the least capacity of them, and what `reserve` returns, while no block's memory moves."""
 
     @property
     def room(self) -> int:
@@ -218,7 +219,7 @@ class RowCache:
 
     def reserve(
         self, indices: tuple[int, ...], count: int, shapes: Sequence[tuple[int, int]], dtype: torch.dtype
-    ) -> list[tuple[int, int, int]]:
+    ) -> torch.Tensor:
         """Makes room for `count` new positions in blocks, for who writes to their memory.
 
         Args:
@@ -227,12 +228,12 @@ class RowCache:
             dtype: of keys and values.
 
         Returns:
-            By block, the addresses of its keys and of its values, and its capacity; they hold until the next call.
+            int64 `[blocks, 3]`: the addresses of a block's keys and of its values, and its capacity; they hold until
+            the next call.
         """
-        places = self._places.get(indices)
-        end = self.prefix_length + self.length + count
-        if places is not None and all(capacity >= end for _, _, capacity in places):
-            return places
+        known = self._places.get(indices)
+        if known is not None and known[0] >= self.prefix_length + self.length + count:
+            return known[1]
         keys, values = (torch.empty(1, heads, 0, size, dtype=dtype) for heads, size in shapes)
         blocks = [self._with_room(index, keys, values, self._before(index) + self.length + count) for index in indices]
         for block in blocks:
@@ -240,8 +241,9 @@ class RowCache:
                 if tensor.dtype != dtype or (tensor.shape[1], tensor.shape[3]) != shape:
                     raise RuntimeError("keys and values of this row have another type or shape")
         places = [(block.keys.data_ptr(), block.values.data_ptr(), block.keys.shape[2]) for block in blocks]
-        self._places[indices] = places
-        return places
+        stores = torch.tensor(places)
+        self._places[indices] = min(capacity for _, _, capacity in places), stores
+        return stores
 
     def advance(self, count: int) -> None:
         """Counts `count` positions that all blocks have stored, and those that ran once more before them."""

@@ -369,11 +369,17 @@ class Span:
     def _check(self, hidden: torch.Tensor, parts: Sequence[Part]) -> None:
         if hidden.ndim != 2 or hidden.shape[1] != self.hidden_size:
             raise ValueError(f"expected [positions, {self.hidden_size}], got {list(hidden.shape)}")
-        if sum(part.count for part in parts) != hidden.shape[0] or any(part.count < 1 for part in parts):
+        left, rows = hidden.shape[0], set[int]()
+        for part in parts:
+            if part.count < 1:
+                raise ValueError(f"the parts do not add up to {hidden.shape[0]} positions")
+            if part.start != part.row.length:
+                raise ValueError("a part does not start where its row ends: crop the row first")
+            left -= part.count
+            rows.add(id(part.row))
+        if left:
             raise ValueError(f"the parts do not add up to {hidden.shape[0]} positions")
-        if any(part.start != part.row.length for part in parts):
-            raise ValueError("a part does not start where its row ends: crop the row first")
-        if len({id(part.row) for part in parts}) != len(parts):
+        if len(rows) != len(parts):
             raise ValueError("two parts of one pass have the same row")
 
     def _run(self, hidden: torch.Tensor, parts: Sequence[Part]) -> torch.Tensor:

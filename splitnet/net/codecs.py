@@ -220,7 +220,10 @@ class _BlockInteger(Codec):
 
 
 def _rows(hidden: torch.Tensor) -> Floats:
-    return _matrix(hidden).cpu().float().numpy()
+    values = _matrix(hidden)
+    if not (values.dtype is torch.float32 and values.is_cpu):
+        values = values.cpu().float()
+    return values.numpy()
 
 
 def _matrix(hidden: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,13 @@ class Endpoint:
     def __post_init__(self) -> None:
         object.__setattr__(self, "hidden", bool(self.relays))
 
+    # Both several times for each message.
+    def __hash__(self) -> int:
+        return hash(self.address)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Endpoint) and self.address == other.address and self.key.raw == other.key.raw
+
 
 @dataclass(frozen=True, slots=True)
 class Connection:

@@ -37,7 +37,7 @@ def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, m
         ProtocolError: it is anything else, or breaks a bound; nothing beyond the bounds was allocated.
     """
     try:
-        values = _unpackb(
+        values: list[Any] = _unpackb(
             data,
             max_array_len=most_items,
             max_map_len=0,
@@ -49,7 +49,7 @@ def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, m
         raise ProtocolError(f"not valid msgpack: {error}") from None
     if type(values) is not list:
         raise ProtocolError("not a msgpack array")
-    return cast("list[Any]", values)
+    return values
 
 
 def wire(check: Check, **options: Any) -> Any:
@@ -173,17 +173,17 @@ def records(kind: Callable[..., Any], limits: Sequence[int], *, most: int) -> Ch
     width = len(limits)
 
     def check(value: Any) -> tuple[Any, ...]:
-        if type(value) is not list or len(cast("list[Any]", value)) > most:
+        rows: list[Any] = value
+        if type(value) is not list or len(rows) > most:
             raise ProtocolError(f"expected a list of at most {most} records")
-        records: list[Any] = []
-        for record in cast("list[Any]", value):
-            if type(record) is not list or len(cast("list[Any]", record)) != width:
+        for row in rows:
+            numbers: list[Any] = row
+            if type(row) is not list or len(numbers) != width:
                 raise ProtocolError(f"expected records of {width} integers")
-            for number, limit in zip(cast("list[Any]", record), limits, strict=True):
+            for number, limit in zip(numbers, limits, strict=True):
                 if type(number) is not int or not 0 <= number <= limit:
                     raise ProtocolError(f"expected an integer in 0..{limit}")
-            records.append(kind(*cast("list[int]", record)))
-        return tuple(records)
+        return tuple([kind(*row) for row in rows])
 
     return check
 

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ class FakeOutbox:
 
     def state(self, endpoint: Endpoint) -> LinkState:
         return self.states.get(endpoint, LinkState.CONNECTING)
+
+    def together(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def probe(self, endpoint: Endpoint) -> None:
         self.probed.append(endpoint)

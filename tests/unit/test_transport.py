@@ -356,6 +356,19 @@ def test_what_a_tick_sends_does_not_wait_for_the_next_event(node: Start, monkeyp
     assert not any(left), "nothing is left when the thread goes to sleep"
 
 
+def test_what_is_sent_together_goes_out_at_the_end(node: Start) -> None:
+    server, client = node(ANY_PORT), node()
+    client.transport.connect(server.endpoint)
+    client.wait_for_state(server.endpoint, LinkState.UP)
+    with client.transport.together():
+        for number in range(3):
+            client.transport.send(server.endpoint, [bytes([number])])
+        assert not client.transport._outbox.awake
+    assert client.transport._outbox.awake or not client.transport._outbox.items
+    server.wait(lambda: len(server.frames()) == 3)
+    assert server.frames() == [[bytes([number])] for number in range(3)]
+
+
 def test_ticks_do_not_come_with_every_message(node: Start) -> None:
     server, client = node(ANY_PORT), node()
     server.answer = echo

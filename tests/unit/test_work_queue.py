@@ -15,7 +15,6 @@ from peers.session import PassWork, Session, Work
 from peers.work_queue import MAX_SESSION_PASSES, WorkQueue
 from scheduler.packing import DECODE_POSITIONS, PATIENCE
 from splitnet.errors import PeerBusy
-from splitnet.gathering import Gathering
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection
 from splitnet.net.messages import Fork, Forward, Part, Step
@@ -82,28 +81,38 @@ def test_decode_comes_before_prefill_and_prefill_fills_the_pass() -> None:
 
 
 def test_a_pass_waits_for_a_session_that_is_about_to_come() -> None:
-    queue, gathering = WorkQueue(), Gathering()
+    queue = WorkQueue()
     sessions = [session(1), session(2)]
-    gathering.ran(sessions, WAIT_S, 0.0, 0.0)
+    queue.gathering.ran([owner.id for owner in sessions], WAIT_S, 0.0, 0.0)
     queue.put(work(sessions[0], 1))
     with ThreadPoolExecutor(1) as threads:
-        gathered = threads.submit(queue.gather, gathering)
+        gathered = threads.submit(queue.gather)
         queue.put(work(sessions[1], 1))
         gathered.result(WAIT_S / 2)
     assert {item.session.id for item, _ in queue.take(PASS)} == {owner.id for owner in sessions}
 
 
 def test_a_pass_waits_for_nobody_when_nobody_is_expected_or_the_queue_is_closed() -> None:
-    queue, gathering = WorkQueue(), Gathering()
+    queue = WorkQueue()
     owner, other = session(1), session(2)
-    gathering.ran([owner], WAIT_S, 0.0, 0.0)
+    queue.gathering.ran([owner.id], WAIT_S, 0.0, 0.0)
     queue.put(work(owner, 1))
-    queue.gather(gathering)
-    gathering.ran([owner, other], WAIT_S, 0.0, 0.0)
+    queue.gather()
+    queue.gathering.ran([owner.id, other.id], WAIT_S, 0.0, 0.0)
     with ThreadPoolExecutor(1) as threads:
-        gathered = threads.submit(queue.gather, gathering)
+        gathered = threads.submit(queue.gather)
         queue.close()
         gathered.result(WAIT_S / 2)
+
+
+def test_a_session_that_has_ended_is_not_waited_for() -> None:
+    queue = WorkQueue()
+    owner, ended = session(1), session(2)
+    queue.gathering.ran([owner.id, ended.id], WAIT_S, 0.0, 0.0)
+    queue.put(work(owner, 1))
+    assert queue.take_short(WAIT_S, lambda step: True) is None
+    queue.discard(ended)
+    assert queue.take_short(WAIT_S, lambda step: True) is not None
 
 
 def test_windows_that_a_later_step_takes_back_do_not_run() -> None:

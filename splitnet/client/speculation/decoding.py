@@ -93,7 +93,8 @@ class Text:
 
     def choose(self, logits: torch.Tensor) -> int:
         """Takes the next token by its logits `[vocabulary]`."""
-        scores = self._processor(self.ids(), logits[None].to(torch.float32, copy=True))
+        scores = logits[None].to(torch.float32, copy=len(self._processor) > 0)  # processors may write into it
+        scores = self._processor(self.ids(), scores)
         if self._samples:
             chosen = torch.multinomial(torch.nn.functional.softmax(scores, dim=-1), num_samples=1)[0]
         else:
