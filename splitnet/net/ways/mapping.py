@@ -66,24 +66,28 @@ class PortMapping:
 
     Attributes:
         mapped: what the router has given.
+        by: in which protocol; it stays known.
     """
 
     def __init__(self, port: int) -> None:
         self.mapped: Mapped | None = None
+        self.by = ""
         self._port = port
         self._renew_at = 0.0
 
-    def open(self) -> Mapped:
-        """Asks for a port, the same one again if there is one. Raises MappingError."""
+    def open(self) -> str:
+        """Asks for a port, the same one again if there is one; `tcp://IP:port`. Raises MappingError."""
         wanted = self.mapped.port if self.mapped else self._port
         self.mapped, seconds = _ask(self._port, wanted)
         self._renew_at = time.monotonic() + max(seconds, LEAST_LEASE_S) / 2
-        return self.mapped
+        self.by = self.mapped.by
+        return self.mapped.address
 
-    def renew(self) -> None:
-        """Asks again if it is time to. Raises MappingError: the router does not give it any more."""
-        if self.mapped is not None and time.monotonic() >= self._renew_at:
-            self.open()
+    def renew(self) -> str:
+        """As `open`, but asks only if it is time to."""
+        if self.mapped is None or time.monotonic() >= self._renew_at:
+            return self.open()
+        return self.mapped.address
 
     def close(self) -> None:
         """Gives the port back, as far as the router answers."""
@@ -128,6 +132,8 @@ def _ask(port: int, wanted: int) -> tuple[Mapped, float]:
         refused.append(f"{NAT_PMP}: {error}")
     try:
         host, outside = _upnp("open", port, wanted, LEASE_S)
+        if not 0 < outside < 65536:
+            raise MappingError(f"it gives the port {outside}")
         return Mapped(f"tcp://{host}:{outside}", UPNP), LEASE_S
     except MappingError as error:
         refused.append(f"{UPNP}: {error}")

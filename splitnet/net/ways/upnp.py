@@ -1,4 +1,4 @@
-"""Asks the router for a port by UPnP. A program of its own: what talks to it is C, reads the network, and may take long.
+"""Asks the router for a port by UPnP. A program of its own: what talks to routers is in C, and may take long.
 
     python upnp.py look | open INSIDE OUTSIDE SECONDS | close OUTSIDE
 
