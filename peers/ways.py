@@ -154,7 +154,8 @@ class PeerWays:
         except MappingError as error:
             log.info("no port is mapped: %s", error)
             return False
-        if not is_global(address) or not self._is_reached(address):
+        # Who remembers the address from before waits a while until it tries again, but a new link at once.
+        if not is_global(address) or not any(self._is_reached(address) for _ in range(2)):
             log.info("nobody reaches %s, which the router says it leads here (%s)", address, mapping.by)
             mapping.close()
             return False

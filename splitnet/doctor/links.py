@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import TypeVar
@@ -95,7 +95,7 @@ class PeerLinks:
             for endpoint in endpoints
         }
 
-    def ask_back(self, records: Sequence[PeerRecord], address: Endpoint) -> dict[str, bool]:
+    def ask_back(self, records: Sequence[PeerRecord], address: Endpoint) -> Mapping[str, bool]:
         """Asks peers to connect to an address, as they do to the next hop of a session.
 
         Args:
@@ -105,12 +105,6 @@ class PeerLinks:
         Returns:
             By the text of their keys whether they could; those that had no room for a session are left out.
         """
-        reached = self._ask_back(records, address)
-        # A peer that remembers this address from before waits a while until it tries again, but a new link at once.
-        again = [record for record in records if reached.get(record.key.text) is False]
-        return reached | self._ask_back(again, address) if again else reached
-
-    def _ask_back(self, records: Sequence[PeerRecord], address: Endpoint) -> dict[str, bool]:
         sessions = {record.key.text: secrets.token_bytes(SESSION_BYTES) for record in records}
         for record in records:
             self._send(

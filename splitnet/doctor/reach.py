@@ -92,7 +92,10 @@ class Reach:
         if not others:
             return warned("reach", "there is no peer that answers and could try to reach this machine: see above")
         here = Endpoint(address, self._identity.public)
-        reached = links.ask_back(others, here)
+        reached = dict(links.ask_back(others, here))
+        # A peer that remembers this address from before waits a while until it tries again, but a new link at once.
+        again = [record for record in others if reached.get(record.key.text) is False]
+        reached |= links.ask_back(again, here) if again else {}
         count = sum(reached.values())
         if not reached:
             return warned("reach", f"no peer had room to try whether it reaches {address}: try again later")
