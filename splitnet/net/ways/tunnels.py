@@ -17,7 +17,7 @@ from splitnet.net.identity import Identity, PublicKey
 from splitnet.net.ways import pair
 from splitnet.net.ways.loop import CARRYING, WaysLoop
 from splitnet.net.ways.messages import Call, Joined, Purpose
-from splitnet.net.ways.punching import Claim, Way, candidates, punch
+from splitnet.net.ways.punching import Claim, Way, lines, punch
 from splitnet.net.ways.streams import (
     STREAM_ERRORS,
     RefusedError,
@@ -191,7 +191,7 @@ class _Tunnel:
                 await send(sock, proof, Call(self._key.raw, address_of(own)))
                 joined = await receive(sock, Joined)
                 better = asyncio.ensure_future(
-                    punch(own, candidates(address_of(own), joined), partial(self._check, joined.token))
+                    punch(own, lines(address_of(own), joined), partial(self._check, joined.token))
                 )
                 await send(sock, await prove(sock, self._identity, self._key, Purpose.TUNNEL, joined.token))
             return sock, better
