@@ -1,4 +1,4 @@
-"""Peers and a client that are all behind routers generate, with what nobody is told but where a helper is; helpers die."""
+"""Peers and a client that are all behind routers generate, introduced by a helper; helpers die meanwhile."""
 
 from __future__ import annotations
 

@@ -140,9 +140,10 @@ def test_a_link_to_a_hidden_peer_counts_as_two(links: Fixture) -> None:
     for number in (1, 2, 3):
         assert links.touch(number, LinkState.UP)
     hidden = dataclasses.replace(peer(4), relays=(Relay("tcp://192.0.2.2:1", bytes(32)),))
-    assert links.pool.acquire(hidden) and links.open == {3, 4}
+    assert links.pool.acquire(hidden) and set(links.linking.open) == {peer(3), hidden}
     other = dataclasses.replace(hidden, address="tcp://192.0.2.1:6")
-    assert not links.pool.touch(other) and not links.pool.acquire(other) and links.open == {3, 4}
+    assert not links.pool.touch(other) and not links.pool.acquire(other)
+    assert set(links.linking.open) == {peer(3), hidden}
 
 
 def test_links_in_use_make_no_room(links: Fixture) -> None:
