@@ -15,6 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks import netlab
 from peers.daemon import Peer
+from splitnet.client.causal_lm import RemoteCausalLM, attach
+from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.net.addresses import Reach
 from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
@@ -39,6 +41,7 @@ class Behind:
     """Three peers with a third of the blocks each, a node of the DHT, and helpers."""
 
     def __init__(self, stack: ExitStack, folder: Path, client: netlab.Router, helpers: int) -> None:
+        self._stack = stack
         routers = {f"router of {host}": netlab.NAMED[kind] for host, kind in KINDS.items()} | {
             "router of client": client
         }
@@ -52,7 +55,7 @@ class Behind:
         with self.lab.inside("node"):
             self.node = stack.enter_context(Directory.start(listen=[f"/ip4/{self.lab.address('node')}/tcp/0"]))
         self.helpers = {name: self._help(stack, name) for name in self.names}
-        self.swarm: LocalSwarm = stack.enter_context(local_swarm(folder, []))
+        self._swarm: LocalSwarm = stack.enter_context(local_swarm(folder, []))
         self.peers = {host: self._peer(host, span) for host, span in zip("abc", SPANS, strict=True)}
         wait_until(lambda: all(len(peer.ways.relays) == helpers for peer in self.peers.values()))
         for peer in self.peers.values():
@@ -74,13 +77,19 @@ class Behind:
     def _peer(self, host: str, span: tuple[int, int]) -> Peer:
         listen = f"tcp://{self.lab.address(host)}:0"
         with self.lab.inside(host):
-            return self.swarm.add(*span, listen=listen, join=self.node.addresses, reach=Reach.helpers)
+            return self._swarm.add(*span, listen=listen, join=self.node.addresses, reach=Reach.helpers)
+
+    def model(self) -> RemoteCausalLM:
+        """Of a client, which is where the calling thread is."""
+        facts = ModelFacts.of(self.peers["a"].checkpoint)
+        self.client = self._stack.enter_context(Swarm(facts, self.node.addresses))
+        return attach(self.peers["a"].checkpoint, self.client, codec="none")
 
     def ways(self) -> dict[str, Way]:
         """From the client to each peer, and from each peer to the next."""
         records = {record.key: record.endpoint for record in self.node.peers(self.peers["a"].checkpoint.fingerprint)}
         ends = {host: records[peer.identity.public] for host, peer in self.peers.items()}
-        found = {f"client-{host}": self.swarm.client.links.way(end) for host, end in ends.items()}
+        found = {f"client-{host}": self.client.links.way(end) for host, end in ends.items()}
         found["a-b"] = self.peers["a"]._transport.way(ends["b"])
         found["b-c"] = self.peers["b"]._transport.way(ends["c"])
         return found
@@ -119,8 +128,7 @@ def test_all_go_on_without_the_helper_that_has_introduced_them(stack: ExitStack,
     behind = Behind(stack, folder, netlab.NAMED[KINDS["client"]], helpers=1)
     wanted = local.generate(**prompt(), **GREEDY)
     with behind.lab.inside("client"):
-        behind.swarm._client = behind.swarm.connect()
-        model = behind.swarm.model()
+        model = behind.model()
         with model.session() as cache:
             assert torch.equal(model.generate(**prompt(), **GREEDY), wanted)
             assert cache.session is not None
@@ -149,8 +157,7 @@ def test_an_answer_goes_on_through_another_helper(stack: ExitStack, folder: Path
         killed.append(name)
 
     with behind.lab.inside("client"):
-        behind.swarm._client = behind.swarm.connect()
-        model = behind.swarm.model()
+        model = behind.model()
         model.generate(**prompt(), **GREEDY)
         assert behind.ways()["client-a"] is Way.RELAYED
         watching = Watching(10, kill)
