@@ -98,8 +98,8 @@ class PeerWays:
 
     @property
     def relay_port(self) -> int:
-        """Where it helps others; 0: it does not."""
-        return self.helper.port if self.helper is not None else 0
+        """Where it helps others; 0: it does not, as when the port that others reach is the router's."""
+        return self.helper.port if self.helper is not None and self._mapped is None else 0
 
     @property
     def tunnelled(self) -> int:

@@ -32,7 +32,7 @@ from splitnet.net.ways.streams import (
 log = logging.getLogger(__name__)
 
 DIAL_S = 3.0
-STRAIGHT_S, STRAIGHT_AGAIN_S = 1.0, 60.0
+STRAIGHT_S, STRAIGHT_AGAIN_S = 0.5, 60.0
 """How long the address of a hidden peer is tried before helpers are asked, and after which failure not again."""
 CALL_S = 6.0
 KNOWN_RELAYS = 8
