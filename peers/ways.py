@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from splitnet.doctor.links import PeerLinks
 from splitnet.errors import SplitnetError
 from splitnet.net.addresses import Reach, inside_of, is_global, is_reachable
-from splitnet.net.endpoints import Endpoint, Relay
+from splitnet.net.endpoints import Endpoint, LinkState, Relay
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
@@ -136,15 +136,15 @@ class PeerWays:
         reached = self._is_reached(self.address)
         if reached is False and self._mapped is not None:
             self._unmap("they find nothing there")
-        if reached is False and self._mapping is not None:
-            reached = self._map(self._mapping)
+        if reached is False:
+            if not self.relays:
+                log.warning("others cannot connect to %s: looking for helpers", self._endpoint.address)
+            self._hidden.start()  # routers may take long to answer
+            reached = self._mapping is not None and self._map(self._mapping)
         self._ask_at = time.monotonic() + (UNKNOWN_S if reached is None else REACHED_S if reached else UNREACHED_S)
-        # Behind a router that does not lead its own back in, those of this network need helpers.
         if reached and (self._mapped is None or self._reaches_itself()):
             self._hidden.stop()
-        elif reached is not None:
-            if not reached and not self.relays:
-                log.warning("others cannot connect to %s: looking for helpers", self._endpoint.address)
+        elif reached:  # those of this network need helpers, as the router does not lead its own back in
             self._hidden.start()
 
     def _map(self, mapping: PortMapping) -> bool:
@@ -188,7 +188,8 @@ class PeerWays:
     def _reaches_itself(self) -> bool:
         here = Endpoint(self.address, self._identity.public)
         with PeerLinks(Identity.generate()) as links:
-            return links.try_out([here])[here].rtt_ms is not None
+            answer = links.try_out([here])[here]
+        return answer.rtt_ms is not None or answer.state is LinkState.REFUSED
 
     def _find(self) -> list[Relay]:
         of_model = [record.helper for record in self._others() if record.helper is not None]
