@@ -14,14 +14,18 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from splitnet.errors import SplitnetError
 
 log = logging.getLogger(__name__)
+
+Thing = TypeVar("Thing")
 
 LEASE_S = 3600
 """What is asked for; it is renewed when half of it is over, so a peer that dies leaves nothing open for longer."""
@@ -103,40 +107,39 @@ class PortMapping:
 
 def look_for_router() -> str:
     """What a router that gives ports says of itself, for people; asks for nothing. Raises MappingError."""
-    refused: list[str] = []
-    try:
-        gateway = default_gateway()
-        return f"{_host(_nat_pmp(gateway, 0)[8:])} ({NAT_PMP})"
-    except (MappingError, OSError) as error:
-        refused.append(f"{NAT_PMP}: {error}")
-    try:
-        return f"{_upnp('look')[0]} ({UPNP})"
-    except MappingError as error:
-        refused.append(f"{UPNP}: {error}")
-    raise MappingError("; ".join(refused))
+    return _either(
+        lambda: f"{_host(_nat_pmp(default_gateway(), 0)[8:])} ({NAT_PMP})", lambda: f"{_upnp('look')[0]} ({UPNP})"
+    )
 
 
 def _ask(port: int, wanted: int) -> tuple[Mapped, float]:
     """A port of the router, and for how many seconds."""
-    refused: list[str] = []
-    try:
+
+    def by_nat_pmp() -> tuple[Mapped, float]:
         gateway = default_gateway()
         host = _host(_nat_pmp(gateway, 0)[8:])
-        inside, outside, seconds = struct.unpack(
-            "!HHI", _nat_pmp(gateway, 2, struct.pack("!HHHI", 0, port, wanted, LEASE_S))[8:]
-        )
+        answer = _nat_pmp(gateway, 2, struct.pack("!HHHI", 0, port, wanted, LEASE_S))
+        inside, outside, seconds = struct.unpack("!HHI", answer[8:])
         if inside != port or not outside or not seconds:
             raise MappingError("it gives something else than it was asked for")
         return Mapped(f"tcp://{host}:{outside}", NAT_PMP, gateway), min(seconds, LEASE_S)
-    except (MappingError, OSError) as error:
-        refused.append(f"{NAT_PMP}: {error}")
-    try:
+
+    def by_upnp() -> tuple[Mapped, float]:
         host, outside = _upnp("open", port, wanted, LEASE_S)
         if not 0 < outside < 65536:
             raise MappingError(f"it gives the port {outside}")
         return Mapped(f"tcp://{host}:{outside}", UPNP), LEASE_S
-    except MappingError as error:
-        refused.append(f"{UPNP}: {error}")
+
+    return _either(by_nat_pmp, by_upnp)
+
+
+def _either(by_nat_pmp: Callable[[], Thing], by_upnp: Callable[[], Thing]) -> Thing:
+    refused: list[str] = []
+    for name, ask in ((NAT_PMP, by_nat_pmp), (UPNP, by_upnp)):
+        try:
+            return ask()
+        except (MappingError, OSError) as error:
+            refused.append(f"{name}: {error}")
     raise MappingError("; ".join(refused))
 
 
