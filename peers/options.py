@@ -41,6 +41,7 @@ class PeerOptions:
         watts: what the device draws while it computes; None: it is read where that is possible.
         sysfs: where Linux shows counters of energy.
         reach: how others are to reach it; a `public_host` is believed, so that none are asked.
+        port_mapping: ask the router for a port, if others do not reach it.
         relay_port: where it helps others to be reached, 0 for any; None: it does not.
         relay_rate: bytes per second that it passes on; None: as `HelperBounds` has it.
     """
@@ -66,5 +67,6 @@ class PeerOptions:
     watts: float | None = None
     sysfs: Path = SYSFS
     reach: Reach = Reach.auto
+    port_mapping: bool = True
     relay_port: int | None = None
     relay_rate: float | None = None

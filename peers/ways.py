@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import math
 import random
@@ -11,16 +10,16 @@ from collections.abc import Callable, Sequence
 
 from splitnet.doctor.links import PeerLinks
 from splitnet.errors import SplitnetError
-from splitnet.net.addresses import Reach, is_reachable
-from splitnet.net.endpoints import Endpoint, Relay
+from splitnet.net.addresses import Reach, inside_of, is_global, is_reachable
+from splitnet.net.endpoints import Endpoint, LinkState, Relay
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.transport import Transport
 from splitnet.net.ways.helper import Helper, HelperBounds
 from splitnet.net.ways.hidden import Hidden
+from splitnet.net.ways.mapping import MappingError, PortMapping
 from splitnet.net.ways.offer import find_helpers
-from splitnet.net.ways.streams import host_and_port
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +41,7 @@ class PeerWays:
         relay_port: where it helps others, 0 for any; None: it does not.
         authorized: who may use its help; None: anyone.
         bytes_per_s: that it passes on; None: as `HelperBounds` has it.
+        maps: may ask the router for a port.
         others: looks up the other peers of the model.
         directory: where helpers are found.
         changed: called when the record of the peer has changed.
@@ -58,6 +58,7 @@ class PeerWays:
         relay_port: int | None,
         authorized: AuthorizedKeys | None,
         bytes_per_s: float | None,
+        maps: bool,
         others: Callable[[], Sequence[PeerRecord]],
         directory: SwarmDirectory,
         changed: Callable[[], object],
@@ -70,8 +71,10 @@ class PeerWays:
         self._others = others
         self._directory = directory
         self._ask_at = -math.inf
-        inside = f"{listen.rpartition(':')[0]}:{transport.port}"
-        inside = inside.replace("//*:", "//127.0.0.1:").replace("//0.0.0.0:", "//127.0.0.1:").replace("[::]", "[::1]")
+        self._mapping = PortMapping(transport.port) if maps and self._asks else None
+        self._mapped: str | None = None
+        """What the router has given, and others reach."""
+        inside = inside_of(listen, transport.port)
         self._hidden = Hidden(transport.loop, identity, inside, transport.behind, self._find, changed)
         self.helper: Helper | None = None
         if relay_port is not None:
@@ -84,14 +87,19 @@ class PeerWays:
             )
 
     @property
+    def address(self) -> str:
+        """`tcp://IP:port` to announce: its own, or that of a port of the router."""
+        return self._mapped or self._endpoint.address
+
+    @property
     def relays(self) -> tuple[Relay, ...]:
         """Through whom it is reached; empty: directly."""
         return self._hidden.relays
 
     @property
     def relay_port(self) -> int:
-        """Where it helps others; 0: it does not."""
-        return self.helper.port if self.helper is not None else 0
+        """Where it helps others; 0: it does not, as when the port that others reach is the router's."""
+        return self.helper.port if self.helper is not None and self._mapped is None else 0
 
     @property
     def tunnelled(self) -> int:
@@ -106,38 +114,82 @@ class PeerWays:
             self._hidden.start()
 
     def close(self) -> None:
-        """Ends what goes through helpers, and through here."""
+        """Ends what goes through helpers, and through here; gives the port of the router back."""
         self._hidden.stop()
+        if self._mapping is not None:
+            self._mapping.close()
         if self.helper is not None:
             self.helper.close()
 
     def look(self) -> None:
         """Asks others now and then whether they reach this peer, and acts on that; may take seconds."""
-        if not self._asks or time.monotonic() < self._ask_at:
+        if not self._asks:
             return
-        try:
-            reached = self._is_reached()
-        except SplitnetError as error:
-            log.info("nobody could be asked whether this peer is reached: %s", error)
-            reached = None
-        self._ask_at = time.monotonic() + (UNKNOWN_S if reached is None else REACHED_S if reached else UNREACHED_S)
-        if reached:
-            self._hidden.stop()
-        elif reached is False:
+        if self._mapped is not None and self._mapping is not None:
+            try:
+                if self._mapping.renew() != self._mapped:
+                    self._unmap("it leads elsewhere now")
+            except MappingError as error:
+                self._unmap(str(error))
+        if time.monotonic() < self._ask_at:
+            return
+        reached = self._is_reached(self.address)
+        if reached is False and self._mapped is not None:
+            self._unmap("they find nothing there")
+        if reached is False:
             if not self.relays:
                 log.warning("others cannot connect to %s: looking for helpers", self._endpoint.address)
+            self._hidden.start()  # routers may take long to answer
+            reached = self._mapping is not None and self._map(self._mapping)
+        self._ask_at = time.monotonic() + (UNKNOWN_S if reached is None else REACHED_S if reached else UNREACHED_S)
+        if reached and (self._mapped is None or self._reaches_itself()):
+            self._hidden.stop()
+        elif reached:  # those of this network need helpers, as the router does not lead its own back in
             self._hidden.start()
 
-    def _is_reached(self) -> bool | None:
+    def _map(self, mapping: PortMapping) -> bool:
+        """Has the router lead a port here; whether others reach it. It is announced only then."""
+        try:
+            address = mapping.open()
+        except MappingError as error:
+            log.info("no port is mapped: %s", error)
+            return False
+        # Who remembers the address from before waits a while until it tries again, but a new link at once.
+        if not is_global(address) or not any(self._is_reached(address) for _ in range(2)):
+            log.info("nobody reaches %s, which the router says it leads here (%s)", address, mapping.by)
+            mapping.close()
+            return False
+        self._mapped = address
+        text = "others reach this peer at %s, a port that the router leads here (%s)"
+        log.warning(text, address, mapping.by, extra={"address": address})
+        return True
+
+    def _unmap(self, why: str) -> None:
+        log.warning("others do not reach this peer at %s any more: %s", self._mapped, why)
+        self._mapped, self._ask_at = None, -math.inf
+        if self._mapping is not None:
+            self._mapping.close()
+
+    def _is_reached(self, address: str) -> bool | None:
         """What others on the internet say; None: there are none, or they cannot tell."""
-        # Those of this network reach what others do not.
-        able = [record for record in self._others() if not record.relays and _is_global(record.address)]
-        asked = random.sample(able, min(ASKED, len(able)))
-        if not asked:
+        try:
+            # Those of this network reach what others do not.
+            able = [record for record in self._others() if not record.relays and is_global(record.address)]
+            asked = random.sample(able, min(ASKED, len(able)))
+            if not asked:
+                return None
+            with PeerLinks(self._identity) as links:
+                answers = links.ask_back(asked, Endpoint(address, self._identity.public))
+        except SplitnetError as error:
+            log.info("nobody could be asked whether this peer is reached: %s", error)
             return None
-        with PeerLinks(self._identity) as links:
-            answers = links.ask_back(asked, self._endpoint)
         return any(answers.values()) if answers else None
+
+    def _reaches_itself(self) -> bool:
+        here = Endpoint(self.address, self._identity.public)
+        with PeerLinks(Identity.generate()) as links:
+            answer = links.try_out([here])[here]
+        return answer.rtt_ms is not None or answer.state is LinkState.REFUSED
 
     def _find(self) -> list[Relay]:
         of_model = [record.helper for record in self._others() if record.helper is not None]
@@ -145,7 +197,3 @@ class PeerWays:
             return [*of_model, *find_helpers(self._directory)]
         except SplitnetError:
             return of_model
-
-
-def _is_global(address: str) -> bool:
-    return ipaddress.ip_address(host_and_port(address)[0]).is_global

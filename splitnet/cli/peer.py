@@ -100,6 +100,9 @@ def peer(
             "--public-host at its address."
         ),
     ] = Reach.auto,
+    port_mapping: Annotated[
+        bool, typer.Option(help="Ask the router for a port (NAT-PMP, UPnP) if others find that they need one.")
+    ] = True,
     relay_port: RelayPort = None,
     relay_rate: RelayRate = None,
     device: Device = "auto",
@@ -224,6 +227,7 @@ def peer(
         identity=invitation.identity if invitation else None,
         swarm_key=closed,
         reach=reach,
+        port_mapping=port_mapping,
         relay_port=relay_port,
         relay_rate=wanted_rate,
         speeds_file=cache_folder() / "speeds.json",

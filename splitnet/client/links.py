@@ -22,7 +22,7 @@ from splitnet.seldom_warnings import SeldomWarnings
 log = logging.getLogger(__name__)
 
 MAX_LINKS = 160
-"""At the same time; each takes four file descriptors, and processes often may have 1,024."""
+"""At the same time; each takes four file descriptors, and processes often may have 1,024. See `LinkPool`."""
 
 KEEP_UNREACHED_S = 15.0
 """A link that is lost, or never came up, is tried so long after its last use: a peer that restarts comes back."""

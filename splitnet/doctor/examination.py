@@ -198,4 +198,6 @@ def _swarm(
         found = reach.port(own)
         yield found
         if found.status is Status.passed:
-            yield reach.from_outside(links, answering)
+            found = reach.from_outside(links, answering)
+            yield found
+            yield from reach.router(found)

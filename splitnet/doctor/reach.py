@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from splitnet.doctor.finding import Finding, failed, passed, warned
+from splitnet.doctor.finding import Finding, Status, failed, passed, warned
 from splitnet.doctor.links import PeerLinks
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.net.addresses import is_reachable, public_address, refuse_taken
@@ -12,6 +12,7 @@ from splitnet.net.endpoints import Endpoint, is_address
 from splitnet.net.identity import Identity
 from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
+from splitnet.net.ways.mapping import MappingError, look_for_router
 
 ASKED_PEERS = 3
 
@@ -32,6 +33,8 @@ class Reach:
         self._public_host = public_host
         self._needed = needed
         self._serving: PeerRecord | None = None
+        self._address = listen
+        """What others were asked to connect to."""
 
     def port(self, own: PeerRecord | None = None) -> Finding:
         """Whether the port is free.
@@ -68,7 +71,20 @@ class Reach:
         finally:
             listener.close()
 
+    def router(self, found: Finding) -> Iterator[Finding]:
+        """What the router says of itself, if `from_outside` has found that no peer reaches this machine.
+
+        It is asked for no port.
+        """
+        if found.status is Status.passed or self._public_host is not None or not is_reachable(self._address):
+            return
+        try:
+            yield passed("router", f"{look_for_router()} gives ports, and a peer here asks it for one")
+        except MappingError as error:
+            yield warned("router", f"it gives no ports ({error}): switch NAT-PMP or UPnP on there, or forward a port")
+
     def _ask(self, links: PeerLinks, answering: Sequence[PeerRecord], address: str) -> Finding:
+        self._address = address
         wrong = failed if self._needed else warned
         if not is_address(address):
             return failed("reach", f"peers cannot connect to {address}: give --public-host as HOST or HOST:PORT")

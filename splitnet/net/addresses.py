@@ -102,6 +102,18 @@ def is_reachable(listen: str) -> bool:
     return not ipaddress.ip_address(_ip_of(listen)).is_loopback
 
 
+def inside_of(listen: str, port: int) -> str:
+    """`tcp://IP:port` by which this machine itself reaches what listens at `listen`, with the port that it got."""
+    host = listen.removeprefix("tcp://").rpartition(":")[0]
+    host = "127.0.0.1" if host in ("", "*", "0.0.0.0") else "[::1]" if host == "[::]" else host
+    return f"tcp://{host}:{port}"
+
+
+def is_global(address: str) -> bool:
+    """Whether the IP of `tcp://IP:port` is one of the internet."""
+    return ipaddress.ip_address(address.removeprefix("tcp://").rpartition(":")[0].strip("[]")).is_global
+
+
 def _ip_of(listen: str) -> str:
     host = listen.removeprefix("tcp://").rpartition(":")[0]
     if host in ("*", ""):

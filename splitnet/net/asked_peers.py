@@ -23,7 +23,7 @@ from splitnet.net.identity import PublicKey
 from splitnet.net.kept_records import KeptRecords
 from splitnet.net.messages import MAX_FOUND, Announce, Announced, Failure, Found, LookUp, Message, Payload
 from splitnet.net.peer_addresses import peer_address
-from splitnet.net.records import MAX_RECORD_BYTES, PeerRecord, verified_record
+from splitnet.net.records import HELPERS, MAX_RECORD_BYTES, PeerRecord, verified_record
 from splitnet.net.swarm_directory import OWN_DEPTH, SwarmDirectory, latest
 from splitnet.net.swarm_key import OPEN, OpenSwarm
 
@@ -214,7 +214,7 @@ class AskedPeers(SwarmDirectory):
                 self._forget(self._last.pop(other))
             answers = list(question.best().values())
         records = latest(model, [*found, *map(_records, answers)])
-        if depth == OWN_DEPTH:  # not what strangers wanted to know
+        if depth == OWN_DEPTH and model != HELPERS:  # not what strangers wanted to know, nor who answers no questions
             present = [record.endpoint for record in records if not record.has_left]
             self._others = self._nearest(present) or self._others
         return records

@@ -1,7 +1,8 @@
 """Which links to peers stay open: those in use, and others for a while.
 
 Whom a process connects to others decide: clients name next hops, and records of the directory may come from anybody.
-Every link takes four file descriptors, so their number is bounded, and those that nobody needs are closed.
+Every link takes four file descriptors, one to a hidden peer up to eight, so their number is bounded, and those that
+nobody needs are closed.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class LinkPool:
 
     Args:
         linking: opens and closes links.
-        most: links at the same time. Of those without users, one that failed is closed first for a new one, then the
-            one that was used longest ago.
+        most: links at the same time; one to a hidden peer counts as two. Of those without users, one that failed is
+            closed first for a new one, then the one that was used longest ago.
         keep_s: how long a link outlives its last use.
         keep_unreached_s: the same for a link that is not up; 0: it is closed with its last user.
     """
@@ -113,11 +114,13 @@ class LinkPool:
                     self._failed[endpoint] = (state, min(since, now))
 
     def _make_room(self, endpoint: Endpoint) -> bool:
-        if endpoint in self._unused or len(self) < self._most:
+        if endpoint in self._unused:
             return True
-        if not self._unused:
+        most = self._most - _size(endpoint)
+        if sum(map(_size, self._users)) > most:
             return False
-        self._close(min(self._unused, key=lambda unused: not _has_failed(self._linking.state(unused))))
+        while self._unused and sum(map(_size, (*self._users, *self._unused))) > most:
+            self._close(min(self._unused, key=lambda unused: not _has_failed(self._linking.state(unused))))
         return True
 
     def _close(self, endpoint: Endpoint) -> None:
@@ -129,6 +132,11 @@ class LinkPool:
             if len(self._failed) > REMEMBERED_STATES:
                 del self._failed[next(iter(self._failed))]
         self._linking.disconnect(endpoint)
+
+
+def _size(endpoint: Endpoint) -> int:
+    """What a link counts as: one through a tunnel has the sockets of both ends of that, too."""
+    return 2 if endpoint.hidden else 1
 
 
 def _has_failed(state: LinkState) -> bool:

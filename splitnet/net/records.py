@@ -36,7 +36,7 @@ from splitnet.net.fields import (
     wire,
 )
 from splitnet.net.identity import Identity, PublicKey
-from splitnet.net.messages import FINGERPRINT
+from splitnet.net.messages import FINGERPRINT, PROTOCOL_VERSION
 from splitnet.net.proof_of_work import MAX_PROOF, has_worked
 
 RECORD_LAYOUT: Final = 1
@@ -228,6 +228,37 @@ class PeerRecord:
         if len(data) > MAX_RECORD_BYTES:
             raise ProtocolError(f"A peer record has at most {MAX_RECORD_BYTES} bytes, not {len(data)}; shorten names.")
         return data
+
+    @classmethod
+    def idle(cls, **facts: Any) -> PeerRecord:
+        """A record of who has nothing to do and measures nothing: `facts`, and zeros and the like for the others.
+
+        Needs at least the key, the model and its name, the address and the number of blocks.
+        """
+        nothing: dict[str, Any] = {
+            "start": 0,
+            "end": facts["num_blocks"],
+            "protocol": PROTOCOL_VERSION,
+            "codecs": (),
+            "device": "none",
+            "dtype": "none",
+            "block_ms": (0.0,) * len(PASS_SIZES),
+            "queue_ms": 0.0,
+            "batch": 0.0,
+            "kv_free_positions": 0,
+            "sessions": 0,
+            "max_blocks": 0,
+            "placed_at": 0.0,
+            "moving_to": None,
+            "serves": False,
+            "coordinate": (0.0,) * (DIMENSIONS + 1),
+            "coordinate_error": 0.0,
+            "bytes_per_ms": 0.0,
+            "links": (),
+            "version": "none",
+            "issued_at": 0.0,
+        }
+        return cls(**nothing | facts)
 
     @classmethod
     def unpack(cls, data: bytes) -> PeerRecord:

@@ -12,7 +12,7 @@ from typing import Final
 from splitnet.errors import DirectoryError
 from splitnet.net.identity import Identity, PublicKey
 from splitnet.net.messages import MAX_DEPTH
-from splitnet.net.records import PeerRecord
+from splitnet.net.records import HELPERS, PeerRecord
 
 OWN_DEPTH: Final = MAX_DEPTH + 1
 """Of questions that this process has itself: whom it asks may ask on."""
@@ -71,7 +71,7 @@ class SwarmDirectory(ABC):
 
     def models(self) -> dict[str, str]:
         """Name by fingerprint of the models in the swarm; a name is what some peer claims. See `records`."""
-        return {record.model: record.model_name for record in self.records("")}
+        return {record.model: record.model_name for record in self.records("") if record.model != HELPERS}
 
     def __enter__(self) -> SwarmDirectory:
         return self

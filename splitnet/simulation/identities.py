@@ -11,7 +11,6 @@ from scheduler.swarm import PASS_SIZES, Hop
 from splitnet.client.planner import PlannedHop
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import PublicKey
-from splitnet.net.messages import PROTOCOL_VERSION
 from splitnet.net.records import PeerRecord
 from splitnet.simulation.directory import Record
 
@@ -56,33 +55,17 @@ class Identities:
     def _record(self, device: str, placed_at: float) -> PeerRecord:
         record = self._records.get((device, placed_at))
         if record is None:
-            record = self._records[device, placed_at] = PeerRecord(
+            record = self._records[device, placed_at] = PeerRecord.idle(
                 key=self._key(device),
                 model=MODEL,
                 model_name="simulated",
                 address=_address(device),
-                start=0,
-                end=self._num_blocks,
                 num_blocks=self._num_blocks,
-                protocol=PROTOCOL_VERSION,
                 codecs=("none",),
-                device="cpu",
-                dtype="float32",
                 block_ms=(1.0,) * len(PASS_SIZES),
-                queue_ms=0.0,
-                batch=0.0,
-                kv_free_positions=0,
-                sessions=0,
-                max_blocks=0,
                 placed_at=placed_at,
-                moving_to=None,
                 serves=True,
-                coordinate=(0.0,) * 4,
                 coordinate_error=1.0,
-                bytes_per_ms=0.0,
-                links=(),
-                version="simulated",
-                issued_at=0.0,
             )
         return record
 

@@ -12,14 +12,18 @@ import pytest
 import torch
 
 from peers.daemon import Peer
+from splitnet.client.causal_lm import attach
 from splitnet.client.overview import Overview, reached
+from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.doctor.finding import Status
 from splitnet.doctor.links import PeerLinks
 from splitnet.doctor.peers import peer as finding_of
+from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.addresses import Reach
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
+from splitnet.net.swarm_key import SwarmKey
 from splitnet.net.ways import hidden, punching
 from splitnet.net.ways.offer import find_helpers, relaying
 from splitnet.net.ways.punching import Way
@@ -147,13 +151,13 @@ def test_a_peer_asks_others_and_looks_for_helpers(
     swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, node: Directory
 ) -> None:
     """On loopback nobody is asked; here all are taken for peers on the internet."""
-    monkeypatch.setattr("peers.ways._is_global", lambda address: True)
+    monkeypatch.setattr("peers.ways.is_global", lambda address: True)
     monkeypatch.setattr("peers.ways.is_reachable", lambda listen: True)
     swarm.add(0, 3, relay_port=0)
     reached = swarm.add(3, 6)
     reached.ways.look()
     assert not reached.ways.relays and reached.ways._ask_at > time.monotonic() + 500
-    lost = swarm.add(3, 6)
+    lost = swarm.add(3, 6, port_mapping=False)
     lost.ways._endpoint = Endpoint(f"tcp://{NOWHERE}", lost.identity.public)
     lost.ways._ask_at = 0.0
     lost.ways.look()
@@ -163,3 +167,35 @@ def test_a_peer_asks_others_and_looks_for_helpers(
     lost.ways._endpoint, lost.ways._ask_at = lost.endpoint, 0.0
     lost.ways.look()
     assert not lost.ways.relays
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_who_joins_through_a_peer_finds_helpers_of_the_dht(swarm: LocalSwarm, node: Directory, local: Any) -> None:
+    with relaying(node, Identity.generate(), "127.0.0.1", 0, None) as relay:
+        wait_until(lambda: relay in find_helpers(node))
+        first = swarm.add(0, 3)
+        swarm.add(3, 6, join=[first.join_address], public_host=NOWHERE, reach=Reach.helpers)
+        hidden_one = swarm.peers[-1]
+        wait_until(lambda: hidden_one.ways.relays == (relay,))
+        hidden_one._announcer.publish()
+        assert relay.key not in {other.key.raw for other in hidden_one._directory._others}, "it answers no questions"
+        assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+        assert ways_of(swarm)[3, 6] is Way.RELAYED
+        assert set(hidden_one._directory.models()) == {hidden_one.checkpoint.fingerprint}
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_hidden_peers_of_a_closed_swarm_are_reached_through_its_peers(folder: Path, local: Any) -> None:
+    key = SwarmKey.generate()
+    with local_swarm(folder, [(0, 3)], swarm_key=key, relay_port=0) as swarm:
+        first = swarm.peers[0]
+        options = {"swarm_key": key, "join": [first.join_address], "public_host": NOWHERE, "reach": Reach.helpers}
+        second = swarm.add(3, 6, **options)
+        wait_until(lambda: second.ways.relays)
+        second._announcer.publish()
+        assert find_helpers(second._directory) == []
+        with Swarm(ModelFacts.of(first.checkpoint), [first.join_address], swarm_key=key) as client:
+            model = attach(Checkpoint.open(folder), client, codec="none")
+            assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+            records = client.peers(fresh=True)
+            assert [client.links.way(record.endpoint) for record in records if record.relays] == [Way.RELAYED]

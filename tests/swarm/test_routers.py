@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -91,6 +92,9 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
         ("port-restricted", "port-restricted"),
         ("port-restricted", SAME),
         ("symmetric", SAME),
+        ("port-restricted", "symmetric"),
+        ("symmetric", "address-mapped"),
+        ("symmetric", "symmetric"),
     ],
 )
 def test_a_peer_behind_a_router_is_reached_without_a_helper_in_the_end(
@@ -106,12 +110,13 @@ def test_a_peer_behind_a_router_is_reached_without_a_helper_in_the_end(
     assert lab.caller.states == [(endpoint, LinkState.UP)]
 
 
-@pytest.mark.parametrize(("peer", "caller"), [("port-restricted", "symmetric"), ("symmetric", "symmetric")])
-def test_helpers_stay_where_routers_give_every_connection_a_port(
-    stack: ExitStack, monkeypatch: pytest.MonkeyPatch, peer: str, caller: str
+def test_helpers_stay_where_routers_give_every_connection_any_port(
+    stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(punching, "PUNCH_S", 1.0)
-    lab = Lab(stack, peer, caller)
+    monkeypatch.setattr(punching, "PUNCH_S", 1.5)
+    kind = netlab.NAMED["symmetric"]
+    monkeypatch.setitem(netlab.NAMED, "symmetric", dataclasses.replace(kind, random_ports=True))
+    lab = Lab(stack, "symmetric", "symmetric")
     endpoint = lab.endpoint()
     wait_until(lambda: ask(lab.caller, endpoint, b"x") or punching._free._value < punching.AT_ONCE)
     wait_until(lambda: ask(lab.caller, endpoint, b"x") or punching._free._value == punching.AT_ONCE)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from splitnet.errors import SplitnetError
-from splitnet.net.addresses import dht_address, is_reachable, public_address, with_literal_host
+from splitnet.net.addresses import dht_address, inside_of, is_global, is_reachable, public_address, with_literal_host
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,24 @@ def test_a_name_server_that_does_not_answer_is_not_waited_for(monkeypatch: pytes
             with_literal_host("slow.example.org:80")
     finally:
         over.set()
+
+
+@pytest.mark.parametrize(
+    ("listen", "inside"),
+    [
+        ("tcp://0.0.0.0:0", "tcp://127.0.0.1:7"),
+        ("tcp://*:7", "tcp://127.0.0.1:7"),
+        ("tcp://[::]:7", "tcp://[::1]:7"),
+        ("tcp://192.168.1.2:0", "tcp://192.168.1.2:7"),
+        ("tcp://[fe80::1]:0", "tcp://[fe80::1]:7"),
+    ],
+)
+def test_where_a_peer_finds_its_own_port(listen: str, inside: str) -> None:
+    assert inside_of(listen, 7) == inside
+
+
+def test_addresses_of_the_internet() -> None:
+    assert is_global("tcp://44.77.0.1:80") and is_global("tcp://[2600::1]:80")
+    assert not any(
+        map(is_global, ("tcp://192.168.1.2:80", "tcp://100.64.0.1:80", "tcp://127.0.0.1:80", "tcp://[::1]:8"))
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from functools import cache
 
@@ -10,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.endpoints import Endpoint, LinkState, Relay
 from splitnet.net.identity import Identity
 from splitnet.net.link_pool import LinkPool
 
@@ -133,6 +134,16 @@ def test_a_link_that_failed_makes_room_first(links: Fixture) -> None:
     for number, state in ((1, LinkState.UP), (2, LinkState.CONNECTING), (3, LinkState.DOWN), (4, LinkState.UP)):
         assert links.touch(number, state)
     assert links.open == {1, 2, 4}
+
+
+def test_a_link_to_a_hidden_peer_counts_as_two(links: Fixture) -> None:
+    for number in (1, 2, 3):
+        assert links.touch(number, LinkState.UP)
+    hidden = dataclasses.replace(peer(4), relays=(Relay("tcp://192.0.2.2:1", bytes(32)),))
+    assert links.pool.acquire(hidden) and set(links.linking.open) == {peer(3), hidden}
+    other = dataclasses.replace(hidden, address="tcp://192.0.2.1:6")
+    assert not links.pool.touch(other) and not links.pool.acquire(other)
+    assert set(links.linking.open) == {peer(3), hidden}
 
 
 def test_links_in_use_make_no_room(links: Fixture) -> None:

@@ -34,7 +34,8 @@ from splitnet.net.ways.messages import (
     pack,
     unpack,
 )
-from splitnet.net.ways.punching import candidates
+from splitnet.net.ways.punching import lines
+from splitnet.net.ways.streams import host_and_port
 
 DIALER, LISTENER, STRANGER = Identity.generate(), Identity.generate(), Identity.generate()
 KEY, NONCE, TOKEN = bytes(range(32)), b"n" * 32, b"t" * 16
@@ -194,10 +195,33 @@ def test_who_is_silent_leaves_its_share_to_others() -> None:
 
 def test_addresses_behind_a_router_are_tried_only_behind_the_same() -> None:
     own, here = "tcp://192.168.1.7:5000", "tcp://192.168.1.5:4000"
-    same = Joined(TOKEN, "tcp://203.0.113.1:5000", "tcp://203.0.113.1:4000", here)
-    other = Joined(TOKEN, "tcp://198.51.100.1:5000", "tcp://203.0.113.1:4000", here)
-    assert candidates(own, same) == [here, "tcp://203.0.113.1:4000"]
-    assert candidates(own, other) == ["tcp://203.0.113.1:4000"]
+    same = Joined(TOKEN, "tcp://203.0.113.1:5001", "tcp://203.0.113.1:4001", here)
+    other = Joined(TOKEN, "tcp://198.51.100.1:5001", "tcp://203.0.113.1:4001", here)
+    assert addresses(own, same) == [here, "tcp://203.0.113.1:4001"]
+    assert addresses(own, other) == ["tcp://203.0.113.1:4001"]
     local = dataclasses.replace(other, seen="tcp://127.0.0.1:22")
-    assert candidates(own, local) == [] and candidates("tcp://127.0.0.1:9", local) == ["tcp://127.0.0.1:22"]
-    assert candidates(here, same) == ["tcp://203.0.113.1:4000"]
+    assert addresses(own, local) == [] and addresses("tcp://127.0.0.1:9", local) == ["tcp://127.0.0.1:22"]
+    assert addresses(here, same) == ["tcp://203.0.113.1:4001"]
+
+
+def addresses(own: str, joined: Joined) -> list[str]:
+    tried = lines(own, joined)
+    assert all(line.source == host_and_port(own) and not line.after_s for line in tried)
+    return [line.address for line in tried]
+
+
+def test_ports_are_guessed_only_where_routers_keep_them() -> None:
+    def guessed(own: str, you: str, seen: str, here: str) -> list[tuple[int, str]]:
+        return [(line.source[1], line.address) for line in lines(own, Joined(TOKEN, you, seen, here)) if line.after_s]
+
+    own, here, host = "tcp://192.168.1.7:5000", "tcp://192.168.1.5:4000", "tcp://203.0.113.1"
+    you, other = "tcp://198.51.100.1:5000", "tcp://198.51.100.1:5007"
+    both = [(5000, f"{host}:4001"), (5001, f"{host}:4000"), (5002, f"{host}:4002")]
+    assert guessed(own, you, f"{host}:4000", here) == both
+    assert guessed(own, you, f"{host}:4007", here) == [(5001, f"{host}:4007")]
+    assert guessed(own, other, f"{host}:4000", here) == [(5000, f"{host}:4001")]
+    assert guessed(own, other, f"{host}:4007", here) == []
+    assert guessed(own, you, f"{host}:4000", f"{host}:4000") == [], "the other has no router"
+    assert guessed(own, own, f"{host}:4000", here) == [], "this one has none"
+    last = [(5001, f"{host}:65534")]
+    assert guessed(own, you, f"{host}:65534", "tcp://192.168.1.5:65534") == last, "there is no port for it to guess"

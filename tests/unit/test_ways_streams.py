@@ -18,7 +18,7 @@ from splitnet.net.endpoints import Endpoint, LinkState, Relay
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.ways import helper as helper_module
 from splitnet.net.ways import hidden as hidden_module
-from splitnet.net.ways import punching
+from splitnet.net.ways import punching, streams
 from splitnet.net.ways.handshake import Dialing
 from splitnet.net.ways.helper import Helper, HelperBounds
 from splitnet.net.ways.hidden import Hidden
@@ -415,3 +415,53 @@ def test_a_helper_tells_that_its_port_is_taken(world: World) -> None:
     loop = WaysLoop()
     with closing(loop), pytest.raises(helper_module.AddressInUse):
         Helper(loop, Identity.generate(), f"tcp://{HOST}:{taken.port}")
+
+
+def test_a_flood_of_connections_is_taken_one_after_the_other(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    bounds = HelperBounds()
+    helper = world.helper(bounds=bounds)
+    make_room, held = helper._make_room, list[int]()
+    monkeypatch.setattr(helper, "_make_room", lambda host: held.append(len(helper._served)) or make_room(host))
+    connected = threading.Event()
+
+    async def wait() -> None:
+        connected.wait(WAIT_S)  # the loop does nothing else meanwhile
+
+    waiting = helper._loop.run(wait())
+    with ExitStack() as stack:
+        for _ in range(5 * bounds.handshakes_of_host):
+            stack.enter_context(socket.create_connection((HOST, helper.port), WAIT_S))
+        connected.set()
+        waiting.result()
+        wait_until(lambda: len(held) == 5 * bounds.handshakes_of_host)
+    assert max(held) < 2 * bounds.handshakes_of_host
+
+
+def test_who_sends_much_keeps_no_other_stream_waiting() -> None:
+    order: list[str] = []
+
+    async def copies() -> None:
+        async def one(name: str) -> None:
+            def passed(_: int) -> float:
+                order.append(name)
+                return 0.0
+
+            async def pick(_: int) -> socket.socket:
+                return drain
+
+            await streams.copy(source, pick, passed)
+
+        with ExitStack() as stack:
+            copying: list[asyncio.Task[None]] = []
+            for name in "ab":
+                (full, source), (drain, end) = socket.socketpair(), socket.socketpair()
+                for sock in (full, source, drain, end):
+                    stack.enter_context(sock).setblocking(False)
+                full.send(bytes(100_000))
+                full.shutdown(socket.SHUT_WR)
+                copying.append(asyncio.ensure_future(one(name)))
+                await asyncio.sleep(0)
+            await asyncio.gather(*copying)
+
+    asyncio.run(copies())
+    assert len(order) > 4 and order != sorted(order)

@@ -189,6 +189,7 @@ class Helper:
                     await asyncio.sleep(1.0)
                     continue
                 self._greet(sock, address_of(name))
+                await asyncio.sleep(0)  # or who connects fast enough keeps everything else waiting
         finally:
             tasks = [*self._served]
             for task in tasks:

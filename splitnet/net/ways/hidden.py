@@ -20,7 +20,7 @@ from splitnet.net.ways.bounds import Places
 from splitnet.net.ways.helper import BEAT_S
 from splitnet.net.ways.loop import CARRYING, WaysLoop
 from splitnet.net.ways.messages import Beat, Called, Join, Joined, Purpose, Reserve, Reserved
-from splitnet.net.ways.punching import Claim, candidates, punch
+from splitnet.net.ways.punching import Claim, lines, punch
 from splitnet.net.ways.streams import (
     STREAM_ERRORS,
     RefusedError,
@@ -195,7 +195,7 @@ class Hidden:
                         await send(outer, proof, Join(called.token, address_of(own)))
                         joined = await receive(outer, Joined)
                         better = asyncio.ensure_future(
-                            punch(own, candidates(address_of(own), joined), partial(self._check, called))
+                            punch(own, lines(address_of(own), joined), partial(self._check, called))
                         )
                         await meet(outer, self._identity, called.token, only=called.caller)
                     inside = host_and_port(self._inside)

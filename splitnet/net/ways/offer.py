@@ -9,13 +9,10 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager
 
 import splitnet
-from scheduler.coordinates import DIMENSIONS
-from scheduler.swarm import PASS_SIZES
 from splitnet.errors import SplitnetError
 from splitnet.net.addresses import reachable_host, with_literal_host
 from splitnet.net.endpoints import Relay
 from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.messages import PROTOCOL_VERSION
 from splitnet.net.records import HELPERS, PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.ways.helper import Helper, HelperBounds
@@ -107,31 +104,12 @@ class HelperOffer:
                 log.warning("the DHT was not told of this helper, next try in %.0f s: %s", REFRESH_S, error)
 
     def _record(self) -> PeerRecord:
-        return PeerRecord(
+        return PeerRecord.idle(
             key=self._identity.public,
             model=HELPERS,
             model_name="helpers",
             address=self._relay.address,
-            start=0,
-            end=1,
             num_blocks=1,
-            protocol=PROTOCOL_VERSION,
-            codecs=(),
-            device="none",
-            dtype="none",
-            block_ms=(0.0,) * len(PASS_SIZES),
-            queue_ms=0.0,
-            batch=0.0,
-            kv_free_positions=0,
-            sessions=0,
-            max_blocks=0,
-            placed_at=0.0,
-            moving_to=None,
-            serves=False,
-            coordinate=(0.0,) * (DIMENSIONS + 1),
-            coordinate_error=0.0,
-            bytes_per_ms=0.0,
-            links=(),
             version=splitnet.__version__,
             issued_at=time.time(),
             relay_port=host_and_port(self._relay.address)[1],

@@ -11,12 +11,13 @@ import time
 from contextlib import suppress
 from functools import partial
 
+from splitnet.net.addresses import is_global
 from splitnet.net.endpoints import Endpoint, Relay
 from splitnet.net.identity import Identity, PublicKey
 from splitnet.net.ways import pair
 from splitnet.net.ways.loop import CARRYING, WaysLoop
 from splitnet.net.ways.messages import Call, Joined, Purpose
-from splitnet.net.ways.punching import Claim, Way, candidates, punch
+from splitnet.net.ways.punching import Claim, Way, lines, punch
 from splitnet.net.ways.streams import (
     STREAM_ERRORS,
     RefusedError,
@@ -31,6 +32,8 @@ from splitnet.net.ways.streams import (
 log = logging.getLogger(__name__)
 
 DIAL_S = 3.0
+STRAIGHT_S, STRAIGHT_AGAIN_S = 0.5, 60.0
+"""How long the address of a hidden peer is tried before helpers are asked, and after which failure not again."""
 CALL_S = 6.0
 KNOWN_RELAYS = 8
 """Of one peer: the latest that were heard of, and those that work."""
@@ -93,6 +96,9 @@ class _Tunnel:
         self._listener = listening("tcp://127.0.0.1:0")
         self.address = address_of(self._listener.getsockname())
         self._ended = asyncio.Event()
+        # A port of a router that leads there, but not for those behind it.
+        self._straight = endpoint.address if is_global(endpoint.address) else None
+        self._straight_at = 0.0
         self.way = Way.RELAYED
         self.learn(endpoint.relays)
 
@@ -138,6 +144,13 @@ class _Tunnel:
         """Takes the bytes of one connection where they belong; returns whether that went well for a while."""
         with inner:
             await asyncio.sleep(max(0.0, begin_at - time.monotonic()))
+            if self._straight is not None and time.monotonic() >= self._straight_at:
+                self._straight_at = time.monotonic() + STRAIGHT_AGAIN_S
+                began = await self._carry_straight(inner, self._straight)
+                if began is not None:
+                    worked = time.monotonic() - began > WORKED_S
+                    self._straight_at *= not worked
+                    return worked
             # Those that failed come last, the one that failed longest ago first of them.
             relays = list(self._relays)
             random.shuffle(relays)
@@ -155,6 +168,18 @@ class _Tunnel:
                 return time.monotonic() - began > WORKED_S
             return False
 
+    async def _carry_straight(self, inner: socket.socket, address: str) -> float | None:
+        """The same by the peer's own address; since when, or None if that is not reached."""
+        try:
+            outer = await dial(address, STRAIGHT_S)
+        except STREAM_ERRORS:
+            return None
+        began = time.monotonic()
+        with outer, suppress(*STREAM_ERRORS):
+            self.way = Way.DIRECT
+            await pair.join(inner, outer, asyncio.ensure_future(asyncio.sleep(0.0, None)), self._moved)
+        return began
+
     async def _call(self, relay: Relay) -> tuple[socket.socket, pair.Better]:
         """A stream to the peer through a helper, and what looks for a better one."""
         better: pair.Better | None = None
@@ -166,7 +191,7 @@ class _Tunnel:
                 await send(sock, proof, Call(self._key.raw, address_of(own)))
                 joined = await receive(sock, Joined)
                 better = asyncio.ensure_future(
-                    punch(own, candidates(address_of(own), joined), partial(self._check, joined.token))
+                    punch(own, lines(address_of(own), joined), partial(self._check, joined.token))
                 )
                 await send(sock, await prove(sock, self._identity, self._key, Purpose.TUNNEL, joined.token))
             return sock, better

@@ -1,0 +1,185 @@
+"""By which way splitnet reaches a peer behind each kind of router from behind each kind, how soon, and how it carries.
+
+    sudo .venv/bin/python -m benchmarks.nat_ways [--delay 10] [--rate 100]
+
+A caller, a peer that is hidden unless it is public, and a public helper are on an emulated network (docs/netlab.md;
+root on Linux). One pair is measured after the other: the first message there and back, which begins through the helper;
+when the best way took over; then 700 bytes there and back (median of 9), and 8 MiB there. Better ways are off in the
+last rows. Takes a minute and a half.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import queue
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+
+from splitnet.net.endpoints import Destination, Endpoint
+from splitnet.net.identity import Identity
+from splitnet.net.messages import Payload
+from splitnet.net.transport import Transport
+from splitnet.net.ways import punching
+from splitnet.net.ways.helper import Helper
+from splitnet.net.ways.hidden import Hidden
+from splitnet.net.ways.loop import WaysLoop
+from splitnet.net.ways.punching import Way
+
+from .nat_matrix import HELPER, PUBLIC
+from .netlab import NAMED, Lab, LabError
+
+KINDS = {**NAMED, "symmetric, any port": replace(NAMED["symmetric"], random_ports=True)}
+SHARED = ("port-restricted", "symmetric")
+SMALL, SMALL_TIMES = 700, 9
+LARGE, LARGE_TIMES = 1 << 20, 8
+ANSWER = b"x"
+WAIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How a peer was reached.
+
+    Attributes:
+        first_ms: until the first message has come back.
+        best_ms: until the best way was there, from the same beginning.
+    """
+
+    way: Way
+    first_ms: float
+    best_ms: float
+    round_trip_ms: float
+    mbit_per_s: float
+
+
+def reach(lab: Lab, first: str, second: str, helper: str, *, hidden: bool = True) -> Reached:
+    """What the first of two hosts, the caller, finds when it reaches the second with the help of a third.
+
+    Args:
+        hidden: the second is reached through the helper at first; else it listens at its public address.
+    """
+    with ExitStack() as stack:
+        peer = _peer(stack, lab, second)
+        endpoint = Endpoint(f"tcp://{lab.public_address(second)}:{peer.port}", peer.identity.public)
+        if hidden:
+            endpoint = replace(endpoint, relays=_relays(stack, lab, peer, second, helper))
+        answers = queue.SimpleQueue[None]()
+        with lab.inside(first):
+            caller = Transport(Identity.generate(), on_message=lambda *_: answers.put(None), max_backlog=None)
+            stack.callback(caller.close)
+            caller.start()
+
+        def ask(size: int, times: int = 1) -> float:
+            began = time.perf_counter()
+            for _ in range(times):
+                caller.send(endpoint, [bytes(size)])
+            for _ in range(times):
+                answers.get(timeout=WAIT_S)
+            return (time.perf_counter() - began) * 1000
+
+        began = time.perf_counter()
+        first_ms = best_ms = ask(SMALL)
+        while caller.way(endpoint) is Way.RELAYED and best_ms < first_ms + punching.PUNCH_S * 1000:
+            ask(SMALL)
+            best_ms = (time.perf_counter() - began) * 1000
+        way = caller.way(endpoint)
+        round_trip_ms = statistics.median(ask(SMALL) for _ in range(SMALL_TIMES))
+        ask(LARGE, LARGE_TIMES)  # TCP finds out what the links carry
+        large_ms = ask(LARGE, LARGE_TIMES)
+        mbit_per_s = LARGE * LARGE_TIMES * 8 / 1000 / large_ms
+        return Reached(way, first_ms, first_ms if way is Way.RELAYED else best_ms, round_trip_ms, mbit_per_s)
+
+
+@dataclass(frozen=True)
+class _Peer:
+    identity: Identity
+    transport: Transport
+
+    @property
+    def port(self) -> int:
+        return self.transport.port
+
+
+def _peer(stack: ExitStack, lab: Lab, host: str) -> _Peer:
+    """Answers each message with one byte."""
+
+    def answer(source: Destination, frames: Sequence[Payload]) -> None:
+        transport.send(source, [ANSWER])
+
+    identity = Identity.generate()
+    with lab.inside(host):  # threads stay where they begin
+        transport = Transport(identity, on_message=answer, listen="tcp://0.0.0.0:0")
+        stack.callback(transport.close)
+        transport.start()
+    return _Peer(identity, transport)
+
+
+def _relays(stack: ExitStack, lab: Lab, peer: _Peer, host: str, helper: str) -> tuple:
+    with lab.inside(helper):
+        loop = WaysLoop()
+        stack.callback(loop.close)
+        helping = Helper(loop, Identity.generate(), f"tcp://{lab.address(helper)}:0")
+        stack.callback(helping.close)
+        helping.start()
+    relay = helping.relay_at(lab.address(helper))
+    reserved = queue.SimpleQueue[None]()
+    transport = peer.transport
+    inside = f"tcp://127.0.0.1:{transport.port}"
+    with lab.inside(host):
+        hidden = Hidden(
+            transport.loop, peer.identity, inside, transport.behind, lambda: [relay], lambda: reserved.put(None)
+        )
+        stack.callback(hidden.stop)
+        hidden.start()
+    reserved.get(timeout=WAIT_S)
+    return (relay,)
+
+
+def measure(delay_ms: float, rate_mbit: float) -> Iterator[tuple[str, str, Reached]]:
+    """All pairs."""
+    kinds = (PUBLIC, *KINDS)
+    pairs = [*itertools.combinations_with_replacement(kinds, 2)]
+    hosts = [f"{kind} {number}" for kind in kinds for number in (1, 2)]
+    routers = {f"router of {host}": KINDS[host[:-2]] for host in hosts if host[:-2] != PUBLIC}
+    behind = {router.removeprefix("router of "): router for router in routers}
+    for kind, hairpin in itertools.product(SHARED, (False, True)):
+        shared = f"one {kind}{', hairpin' if hairpin else ''}"
+        routers[shared] = replace(KINDS[kind], hairpin=hairpin)
+        pairs.append((shared, shared))
+        hosts += [f"{shared} 1", f"{shared} 2"]
+        behind |= dict.fromkeys(hosts[-2:], shared)
+    with Lab([*hosts, HELPER], delay_ms=delay_ms, rate_mbit=rate_mbit, routers=routers, behind=behind) as lab:
+        for first, second in pairs:
+            yield first, second, reach(lab, f"{first} 1", f"{second} 2", HELPER, hidden=second != PUBLIC)
+        usual, punching.PUNCH_S = punching.PUNCH_S, 0.0
+        try:
+            for first, second in ((PUBLIC, "port-restricted"), ("port-restricted", "port-restricted")):
+                yield first, second, reach(lab, f"{first} 1", f"{second} 2", HELPER)
+        finally:
+            punching.PUNCH_S = usual
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--delay", type=float, default=10.0, metavar="MS", help="one way, between public addresses")
+    parser.add_argument("--rate", type=float, default=100.0, metavar="MBIT", help="of each access link, in Mbit/s")
+    arguments = parser.parse_args()
+    print("| caller | peer | in the end | first message, ms | best way after, ms | there and back, ms | Mbit/s |")
+    print("|---|---|---|---|---|---|---|")
+    try:
+        for first, second, found in measure(arguments.delay, arguments.rate):
+            figures = f"{found.first_ms:.0f} | {found.best_ms:.0f} | {found.round_trip_ms:.1f} | {found.mbit_per_s:.0f}"
+            print(f"| {first} | {second} | {found.way.value} | {figures} |", flush=True)
+    except LabError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""A port of the router that leads to one of this machine: asked for by NAT-PMP (RFC 6886), or else by UPnP.
+
+What a router says is not believed: who announces such a port has others connect to it first.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import logging
+import re
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TypeVar
+
+from splitnet.errors import SplitnetError
+
+log = logging.getLogger(__name__)
+
+Thing = TypeVar("Thing")
+
+LEASE_S = 3600
+"""What is asked for; it is renewed when half of it is over, so a peer that dies leaves nothing open for longer."""
+LEAST_LEASE_S = 60
+NAT_PMP, UPNP = "NAT-PMP", "UPnP"
+NAT_PMP_PORT = 5351
+_WAITS_S = (0.25, 0.5, 1.0)
+_UPNP_S = 15.0
+_ANSWER_BYTES = {0: 12, 2: 16}
+_RESULTS = {1: "it speaks another version", 2: "it is set to refuse", 3: "it has no network", 4: "it has none left"}
+
+
+class MappingError(SplitnetError):
+    """No router gives a port, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mapped:
+    """A port of a router.
+
+    Attributes:
+        address: `tcp://IP:port`, where it is found from outside.
+        by: `NAT-PMP` or `UPnP`.
+        gateway: IPv4 address of the router; empty for UPnP, which finds it anew.
+    """
+
+    address: str
+    by: str
+    gateway: str = ""
+
+    @property
+    def port(self) -> int:
+        """The public one."""
+        return int(self.address.rpartition(":")[2])
+
+
+class PortMapping:
+    """Keeps one port of the router for a TCP port of this machine. Every call may take seconds.
+
+    Args:
+        port: of this machine.
+
+    Attributes:
+        mapped: what the router has given.
+        by: in which protocol; it stays known.
+    """
+
+    def __init__(self, port: int) -> None:
+        self.mapped: Mapped | None = None
+        self.by = ""
+        self._port = port
+        self._renew_at = 0.0
+
+    def open(self) -> str:
+        """Asks for a port, the same one again if there is one; `tcp://IP:port`. Raises MappingError."""
+        wanted = self.mapped.port if self.mapped else self._port
+        self.mapped, seconds = _ask(self._port, wanted)
+        self._renew_at = time.monotonic() + max(seconds, LEAST_LEASE_S) / 2
+        self.by = self.mapped.by
+        return self.mapped.address
+
+    def renew(self) -> str:
+        """As `open`, but asks only if it is time to."""
+        if self.mapped is None or time.monotonic() >= self._renew_at:
+            return self.open()
+        return self.mapped.address
+
+    def close(self) -> None:
+        """Gives the port back, as far as the router answers."""
+        mapped, self.mapped = self.mapped, None
+        if mapped is None:
+            return
+        with suppress(MappingError, OSError):
+            if mapped.by == NAT_PMP:
+                _nat_pmp(mapped.gateway, 2, struct.pack("!HHHI", 0, self._port, 0, 0))
+            else:
+                _upnp("close", mapped.port)
+
+
+def look_for_router() -> str:
+    """What a router that gives ports says of itself, for people; asks for nothing. Raises MappingError."""
+    return _either(
+        lambda: f"{_host(_nat_pmp(default_gateway(), 0)[8:])} ({NAT_PMP})", lambda: f"{_upnp('look')[0]} ({UPNP})"
+    )
+
+
+def _ask(port: int, wanted: int) -> tuple[Mapped, float]:
+    """A port of the router, and for how many seconds."""
+
+    def by_nat_pmp() -> tuple[Mapped, float]:
+        gateway = default_gateway()
+        host = _host(_nat_pmp(gateway, 0)[8:])
+        answer = _nat_pmp(gateway, 2, struct.pack("!HHHI", 0, port, wanted, LEASE_S))
+        inside, outside, seconds = struct.unpack("!HHI", answer[8:])
+        if inside != port or not outside or not seconds:
+            raise MappingError("it gives something else than it was asked for")
+        return Mapped(f"tcp://{host}:{outside}", NAT_PMP, gateway), min(seconds, LEASE_S)
+
+    def by_upnp() -> tuple[Mapped, float]:
+        host, outside = _upnp("open", port, wanted, LEASE_S)
+        if not 0 < outside < 65536:
+            raise MappingError(f"it gives the port {outside}")
+        return Mapped(f"tcp://{host}:{outside}", UPNP), LEASE_S
+
+    return _either(by_nat_pmp, by_upnp)
+
+
+def _either(by_nat_pmp: Callable[[], Thing], by_upnp: Callable[[], Thing]) -> Thing:
+    refused: list[str] = []
+    for name, ask in ((NAT_PMP, by_nat_pmp), (UPNP, by_upnp)):
+        try:
+            return ask()
+        except (MappingError, OSError) as error:
+            refused.append(f"{name}: {error}")
+    raise MappingError("; ".join(refused))
+
+
+def _host(raw: bytes) -> str:
+    host = ipaddress.IPv4Address(raw)
+    if host.is_unspecified or host.is_loopback or host.is_multicast:
+        raise MappingError(f"it says that its address is {host}")
+    return str(host)
+
+
+def _nat_pmp(gateway: str, operation: int, rest: bytes = b"") -> bytes:
+    """The answer to a request. Raises MappingError, OSError."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        asking.connect((gateway, NAT_PMP_PORT))  # what comes from elsewhere is not heard
+        for wait_s in _WAITS_S:
+            asking.send(bytes((0, operation)) + rest)
+            until = time.monotonic() + wait_s
+            while (left_s := until - time.monotonic()) > 0:
+                asking.settimeout(left_s)
+                try:
+                    answer = asking.recv(64)
+                except TimeoutError:
+                    break
+                except ConnectionError:
+                    raise MappingError("the router does not speak it") from None
+                if len(answer) < 4 or answer[1] != 128 + operation:
+                    continue  # of an earlier try
+                if result := int.from_bytes(answer[2:4], "big"):
+                    raise MappingError(f"the router refuses: {_RESULTS.get(result, f'error {result}')}")
+                if len(answer) == _ANSWER_BYTES[operation]:
+                    return answer
+    raise MappingError("the router does not answer")
+
+
+def _upnp(what: str, *numbers: int) -> tuple[str, int]:
+    """What `upnp.py` says of the router: its public address, and the port. Raises MappingError."""
+    if find_spec("miniupnpc") is None:
+        raise MappingError("the package miniupnpc is not installed")
+    command = [sys.executable, "-P", str(Path(__file__).with_name("upnp.py")), what, *map(str, numbers)]
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=_UPNP_S, stdin=subprocess.DEVNULL, check=False)
+        host, port = json.loads(done.stdout[-200:])
+        return _host(ipaddress.IPv4Address(host).packed), int(port)
+    except (OSError, subprocess.SubprocessError):
+        raise MappingError("the router takes too long") from None
+    except (ValueError, TypeError):
+        log.debug("UPnP: %s", done.stderr[-500:])
+        raise MappingError("no router gives a port") from None
+
+
+def default_gateway() -> str:
+    """IPv4 address of the router to which this machine sends what is for elsewhere. Raises MappingError."""
+    try:
+        if sys.platform == "linux":
+            return _gateway_of_linux(Path("/proc/thread-self/net/route").read_text())
+        command = ["route", "print", "-4", "0.0.0.0"] if sys.platform == "win32" else ["route", "-n", "get", "default"]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=5.0, check=False).stdout
+    except (OSError, subprocess.SubprocessError) as error:
+        raise MappingError(f"the routes of this machine are unknown: {error}") from None
+    found = re.search(r"^\s*(?:gateway:|0\.0\.0\.0\s+0\.0\.0\.0)\s+(\d+\.\d+\.\d+\.\d+)", told, re.MULTILINE)
+    if found is None:
+        raise MappingError("this machine has no default route")
+    return found[1]
+
+
+def _gateway_of_linux(table: str) -> str:
+    for line in table.splitlines()[1:]:
+        fields = line.split()
+        if len(fields) > 2 and fields[1] == "00000000" and fields[2] != "00000000":
+            return socket.inet_ntoa(struct.pack("=I", int(fields[2], 16)))
+    raise MappingError("this machine has no default route")

@@ -1,0 +1,180 @@
+"""What strangers can try against a helper of hidden peers: each goes on for `seconds`, against a helper that is ours.
+
+They come from 127.0.0.2, or members on this machine would share the bounds of their host.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+
+from splitnet.net.endpoints import Relay
+from splitnet.net.identity import Identity, PublicKey
+from splitnet.net.ways.handshake import Dialing
+from splitnet.net.ways.messages import (
+    LENGTH_BYTES,
+    Beat,
+    Call,
+    Called,
+    Join,
+    Joined,
+    Message,
+    Purpose,
+    Reserve,
+    Welcome,
+    pack,
+    unpack,
+)
+from splitnet.net.ways.streams import host_and_port
+
+SOURCE = "127.0.0.2"
+CROWD = 300
+"""Connections at the same time."""
+STREAMS = 40
+"""More than a helper joins for one key, or one host."""
+CHUNK = bytes(1 << 16)
+WAIT_S = 2.0
+
+
+class Stream:
+    """A stream to a helper that blocks, and says what it likes."""
+
+    def __init__(self, relay: Relay, identity: Identity | None = None) -> None:
+        self.identity = identity or Identity.generate()
+        self.relay = relay
+        self.sock = socket.create_connection(host_and_port(relay.address), WAIT_S, (SOURCE, 0))
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.sock.close()
+
+    def ask(self, purpose: Purpose, message: Message) -> Message:
+        """Proves the key, asks, and returns the answer. Raises OSError, EOFError."""
+        dialing = Dialing(self.identity, PublicKey(self.relay.key), purpose)
+        self.sock.sendall(pack(dialing.hello))
+        welcome = self.hear()
+        assert isinstance(welcome, Welcome)
+        self.sock.sendall(pack(dialing.prove(welcome)) + pack(message))
+        return self.hear()
+
+    def hear(self) -> Message:
+        return unpack(self._exactly(int.from_bytes(self._exactly(LENGTH_BYTES), "big")))
+
+    def _exactly(self, size: int) -> bytes:
+        data = b""
+        while len(data) < size:
+            more = self.sock.recv(size - len(data))
+            if not more:
+                raise EOFError
+            data += more
+        return data
+
+
+def silence(relay: Relay, seconds: float) -> None:
+    """Connections that say nothing, or not enough, and others in the place of those that end."""
+    until = time.monotonic() + seconds
+    crowd: list[socket.socket] = []
+    while time.monotonic() < until:
+        with suppress(OSError):
+            crowd.append(socket.create_connection(host_and_port(relay.address), WAIT_S, (SOURCE, 0)))
+            crowd[-1].send(b"\0\x40\x00"[: len(crowd) % 4])
+        if len(crowd) >= CROWD:
+            crowd.pop(0).close()
+    for sock in crowd:
+        sock.close()
+
+
+def strangers(relay: Relay, seconds: float) -> None:
+    """A new key each time reserves, stays as long as it may, and calls peers that are not there."""
+    until = time.monotonic() + seconds
+    with ExitStack() as stack:
+        while time.monotonic() < until:
+            for purpose, message in ((Purpose.RESERVE, Reserve()), (Purpose.CALL, Call(bytes(32), ""))):
+                with suppress(OSError, EOFError):
+                    stream = Stream(relay)
+                    stream.ask(purpose, message)
+                    stack.enter_context(stream)
+            if time.monotonic() % 1 < 0.1:
+                stack.close()
+
+
+def beats(relay: Relay, seconds: float) -> None:
+    """Signs of life as fast as they can be written, from all reservations that one host may have."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with suppress(OSError, EOFError), Stream(relay) as stream:
+            stream.ask(Purpose.RESERVE, Reserve())
+            while time.monotonic() < until:
+                stream.sock.sendall(pack(Beat()) * 1000)
+
+
+def flood(relay: Relay, seconds: float) -> None:
+    """All streams that one may have, to oneself, and bytes in all of them as fast as they go."""
+    until = time.monotonic() + seconds
+    with _joined(relay, until) as ends:
+        for sock in ends:
+            sock.setblocking(False)
+        while ends and time.monotonic() < until:
+            readable, writable, _ = select.select(ends, ends, [], 0.1)
+            for sock in readable:
+                with suppress(OSError):
+                    if not sock.recv(1 << 20):
+                        ends.remove(sock)
+            for sock in writable:
+                with suppress(OSError):
+                    sock.send(CHUNK)
+
+
+def unread(relay: Relay, seconds: float) -> None:
+    """The same, but nobody reads; and every other end says that it has ended."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        with _joined(relay, until) as ends:
+            for number, sock in enumerate(ends):
+                sock.setblocking(False)
+                with suppress(OSError):
+                    if number % 2:
+                        sock.shutdown(socket.SHUT_WR)
+            at = time.monotonic()
+            while ends and time.monotonic() < min(until, at + 12.0):
+                _, writable, _ = select.select([], ends[::2], [], 0.1)
+                for sock in writable:
+                    with suppress(OSError):
+                        sock.send(CHUNK)
+                time.sleep(0.01)
+
+
+@contextmanager
+def _joined(relay: Relay, until: float) -> Iterator[list[socket.socket]]:
+    """Both ends of as many streams as the helper joins."""
+    hidden = Identity.generate()
+    with ExitStack() as stack:
+        ends: list[socket.socket] = []
+        try:
+            reserved = stack.enter_context(Stream(relay, hidden))
+            reserved.ask(Purpose.RESERVE, Reserve())
+            for _ in range(STREAMS):
+                caller = stack.enter_context(Stream(relay))
+                dialing = Dialing(caller.identity, PublicKey(relay.key), Purpose.CALL)
+                caller.sock.sendall(pack(dialing.hello))
+                welcome = caller.hear()
+                assert isinstance(welcome, Welcome)
+                caller.sock.sendall(pack(dialing.prove(welcome)) + pack(Call(hidden.public.raw, "")))
+                called = reserved.hear()
+                assert isinstance(called, Called)
+                answering = stack.enter_context(Stream(relay, hidden))
+                if not isinstance(answering.ask(Purpose.JOIN, Join(called.token, "")), Joined):
+                    break
+                caller.hear()
+                ends += [caller.sock, answering.sock]
+        except (OSError, EOFError, AssertionError):  # no more are to be had
+            pass
+        yield ends
+
+
+ATTACKS = {attack.__name__: attack for attack in (silence, strangers, beats, flood, unread)}

@@ -1,0 +1,168 @@
+"""Peers and a client that are all behind routers generate, introduced by a helper; helpers die meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.generation.streamers import BaseStreamer
+
+from benchmarks import netlab
+from peers.daemon import Peer
+from splitnet.client.causal_lm import RemoteCausalLM, attach
+from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.net.addresses import Reach
+from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
+from splitnet.net.ways import hidden as hidden_module
+from splitnet.net.ways.helper import Helper
+from splitnet.net.ways.loop import WaysLoop
+from splitnet.net.ways.offer import HelperOffer
+from splitnet.net.ways.punching import Way
+from tests.swarm.generation import GREEDY, prompt
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
+from tests.swarm.test_hidden_peers import wait_until
+
+pytestmark = pytest.mark.swarm
+
+KINDS = {"a": "port-restricted", "b": "address-mapped", "c": "restricted", "client": "symmetric"}
+"""The router of each."""
+ANY_PORT = replace(netlab.NAMED["symmetric"], random_ports=True)
+"""Between such a router and one that filters by port as well, helpers stay."""
+
+
+class Behind:
+    """Three peers with a third of the blocks each, a node of the DHT, and helpers."""
+
+    def __init__(self, stack: ExitStack, folder: Path, client: netlab.Router, helpers: int) -> None:
+        self._stack = stack
+        routers = {f"router of {host}": netlab.NAMED[kind] for host, kind in KINDS.items()} | {
+            "router of client": client
+        }
+        self.names = [f"helper {number}" for number in range(helpers)]
+        behind = {host: f"router of {host}" for host in KINDS}
+        try:
+            lab = netlab.Lab(["node", *self.names, *KINDS], delay_ms=5.0, routers=routers, behind=behind)
+            self.lab = stack.enter_context(lab)
+        except netlab.LabError as error:
+            pytest.skip(str(error))
+        with self.lab.inside("node"):
+            self.node = stack.enter_context(Directory.start(listen=[f"/ip4/{self.lab.address('node')}/tcp/0"]))
+        self.helpers = {name: self._help(stack, name) for name in self.names}
+        self._swarm: LocalSwarm = stack.enter_context(local_swarm(folder, []))
+        self.peers = {host: self._peer(host, span) for host, span in zip("abc", SPANS, strict=True)}
+        wait_until(lambda: all(len(peer.ways.relays) == helpers for peer in self.peers.values()))
+        for peer in self.peers.values():
+            peer._announcer.publish()
+
+    def _help(self, stack: ExitStack, name: str) -> Helper:
+        identity = Identity.generate()
+        with self.lab.inside(name):
+            loop = WaysLoop()
+            stack.callback(loop.close)
+            helper = Helper(loop, identity, f"tcp://{self.lab.address(name)}:0")
+            stack.callback(helper.close)
+            helper.start()
+            offer = HelperOffer(self.node, identity, helper.relay_at(self.lab.address(name)))
+            stack.callback(offer.close)
+            offer.start()
+        return helper
+
+    def _peer(self, host: str, span: tuple[int, int]) -> Peer:
+        listen = f"tcp://{self.lab.address(host)}:0"
+        with self.lab.inside(host):
+            return self._swarm.add(*span, listen=listen, join=self.node.addresses, reach=Reach.helpers)
+
+    def model(self) -> RemoteCausalLM:
+        """Of a client, which is where the calling thread is."""
+        facts = ModelFacts.of(self.peers["a"].checkpoint)
+        self.client = self._stack.enter_context(Swarm(facts, self.node.addresses))
+        return attach(self.peers["a"].checkpoint, self.client, codec="none")
+
+    def ways(self) -> dict[str, Way]:
+        """From the client to each peer, and from each peer to the next."""
+        records = {record.key: record.endpoint for record in self.node.peers(self.peers["a"].checkpoint.fingerprint)}
+        ends = {host: records[peer.identity.public] for host, peer in self.peers.items()}
+        found = {f"client-{host}": self.client.links.way(end) for host, end in ends.items()}
+        found["a-b"] = self.peers["a"]._transport.way(ends["b"])
+        found["b-c"] = self.peers["b"]._transport.way(ends["c"])
+        return found
+
+
+class Watching(BaseStreamer):
+    """Does something once a number of tokens has come, and tells the longest pause after it."""
+
+    def __init__(self, tokens: int, action: Any) -> None:
+        self._left = tokens + 1  # the prompt comes first
+        self._action = action
+        self._at = 0.0
+        self.longest_s = 0.0
+
+    def put(self, value: torch.Tensor) -> None:
+        now = time.monotonic()
+        self._left -= 1
+        if self._left < 0:
+            self.longest_s = max(self.longest_s, now - self._at)
+        if self._left == 0:
+            self._action()
+        self._at = time.monotonic()
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.fixture
+def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
+    monkeypatch.setattr(hidden_module, "LOOK_S", 0.5)
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_all_go_on_without_the_helper_that_has_introduced_them(stack: ExitStack, folder: Path, local: Any) -> None:
+    behind = Behind(stack, folder, netlab.NAMED[KINDS["client"]], helpers=1)
+    wanted = local.generate(**prompt(), **GREEDY)
+    with behind.lab.inside("client"):
+        model = behind.model()
+        with model.session() as cache:
+            assert torch.equal(model.generate(**prompt(), **GREEDY), wanted)
+            assert cache.session is not None
+            assert not any(hop.relayed for hop in cache.session.hops), "hops reach each other, too"
+
+            def are_straight() -> bool:
+                assert torch.equal(model.generate(**prompt(), **GREEDY), wanted)
+                return Way.RELAYED not in behind.ways().values()
+
+            wait_until(are_straight)
+        watching = Watching(5, lambda: behind.lab.down("helper 0"))
+        with model.session():
+            assert torch.equal(model.generate(**prompt(), **GREEDY, streamer=watching), wanted)
+        assert not [event for event in model.swarm.events.since(0) if event.kind == "lost"]
+        print(f"longest pause {watching.longest_s:.2f} s")
+
+
+def test_an_answer_goes_on_through_another_helper(stack: ExitStack, folder: Path, local: Any) -> None:
+    behind = Behind(stack, folder, ANY_PORT, helpers=2)
+    wanted = local.generate(**prompt(), **GREEDY)
+    killed: list[str] = []
+
+    def kill() -> None:
+        name = max(behind.names, key=lambda name: behind.helpers[name].passed_bytes)
+        behind.helpers[name].close()
+        killed.append(name)
+
+    with behind.lab.inside("client"):
+        model = behind.model()
+        model.generate(**prompt(), **GREEDY)
+        assert behind.ways()["client-a"] is Way.RELAYED
+        watching = Watching(10, kill)
+        with model.session():
+            assert torch.equal(model.generate(**prompt(), **GREEDY, streamer=watching), wanted)
+            assert behind.ways()["client-a"] is Way.RELAYED
+        assert len(killed) == 1
+        print(f"longest pause {watching.longest_s:.2f} s")

@@ -1,0 +1,50 @@
+"""Strangers against a helper: bounds hold, memory is bounded, and members are served meanwhile."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import psutil
+import pytest
+
+from splitnet.net.ways import punching
+from splitnet.net.ways.helper import HelperBounds
+from tests.attacks import relay as attacks
+from tests.attacks.transport import in_background
+from tests.unit.test_ways_streams import World, ask, to, wait_until
+
+pytestmark = pytest.mark.swarm
+
+SECONDS = 2.0
+MOST_MIB = 64
+"""What a helper may grow by: a buffer of 128 KiB for each direction of 256 streams."""
+
+
+@pytest.mark.parametrize("name", attacks.ATTACKS)
+def test_members_are_served_beside_strangers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(punching, "PUNCH_S", 0.0)
+    bounds, attack = HelperBounds(), attacks.ATTACKS[name]
+    with ExitStack() as stack:
+        world = World(stack)
+        helper = world.helper(bounds=bounds)
+        node, hidden = world.hidden()
+        member = world.node()
+        ask(member, to(node, hidden.relays), b"before")
+        events, before = sum(helper.events.values()), psutil.Process().memory_info().rss
+        with in_background(attack, world.relays()[0], seconds=SECONDS) as strangers:
+            wait_until(lambda: sum(helper.events.values()) > events or helper._greeted or not strangers.is_alive())
+            asked = 0
+            while strangers.is_alive():
+                ask(member, to(node, hidden.relays), b"meanwhile")
+                if asked % 10 == 0:
+                    newcomer = world.node()
+                    ask(newcomer, to(node, hidden.relays), b"new")
+                    newcomer.transport.close()
+                asked += 1
+                assert sum(map(len, helper._greeted.values())) <= bounds.handshakes
+                assert helper.reservations <= bounds.reservations_of_host + 1
+                assert helper.streams <= 2 * bounds.streams_of_host, "members and strangers are at two hosts"
+            assert asked > 10
+        grown = psutil.Process().memory_info().rss - before
+        assert grown < MOST_MIB << 20
+        wait_until(lambda: helper.reservations == 1 and not helper._greeted)
