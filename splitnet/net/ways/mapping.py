@@ -194,7 +194,7 @@ def default_gateway() -> str:
     """IPv4 address of the router to which this machine sends what is for elsewhere. Raises MappingError."""
     try:
         if sys.platform == "linux":
-            return _gateway_of_linux(Path("/proc/thread-self/net/route").read_text())
+            return _gateway_of_linux(Path("/proc/thread-self/net/route").read_text(encoding="utf-8"))
         command = ["route", "print", "-4", "0.0.0.0"] if sys.platform == "win32" else ["route", "-n", "get", "default"]
         told = subprocess.run(command, capture_output=True, text=True, timeout=5.0, check=False).stdout
     except (OSError, subprocess.SubprocessError) as error:
