@@ -119,7 +119,7 @@ class CurrentSpan:
         give_back_memory()
         try:
             self._load_and_serve(start, end, speed)
-        except _IsLeaving:
+        except IsLeaving:
             return False
         except Exception:
             log.exception("could not load blocks %d..%d, going back", start, end - 1)
@@ -131,7 +131,7 @@ class CurrentSpan:
     def _load_and_serve(self, start: int, end: int, speed: ObservedSpeed) -> None:
         def go_on(*_: int) -> None:
             if self._leaving.is_set():
-                raise _IsLeaving
+                raise IsLeaving
 
         options = self._options
         span = Span.load(
@@ -173,5 +173,5 @@ class CurrentSpan:
         return server
 
 
-class _IsLeaving(Exception):
-    """The peer was told to end while it was loading blocks."""
+class IsLeaving(Exception):
+    """The peer was told to end while it was getting or loading blocks."""

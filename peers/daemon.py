@@ -18,7 +18,7 @@ import splitnet
 from peers.admission import SessionTable
 from peers.announce import Announcer
 from peers.counters import Counters
-from peers.current_span import MOVE_DRAIN_S, CurrentSpan
+from peers.current_span import MOVE_DRAIN_S, CurrentSpan, IsLeaving
 from peers.directory_service import DirectoryService
 from peers.energy import EnergyMeter
 from peers.holder_watch import HolderWatch
@@ -35,8 +35,9 @@ from peers.relocation import Relocation
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
 from peers.ways import PeerWays
+from peers.weight_service import DEFAULT_RATE, WeightService
 from splitnet.doctor.links import PeerLinks
-from splitnet.errors import ProtocolError, SplitnetError
+from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.device_choice import find_device
 from splitnet.model.span import Span
@@ -46,7 +47,7 @@ from splitnet.net.budget import Budget
 from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.identity import AuthorizedKeys, Identity
-from splitnet.net.messages import PROTOCOL_VERSION, Announce, LookUp, Message, Payload, Pong, decode, encode
+from splitnet.net.messages import PROTOCOL_VERSION, Announce, AskWeights, LookUp, Message, Payload, Pong, decode, encode
 from splitnet.net.peer_addresses import peer_address
 from splitnet.net.prober import Prober
 from splitnet.net.proof_of_work import kept_proof
@@ -55,6 +56,7 @@ from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN
 from splitnet.net.transport import Transport
 from splitnet.watchdog import Watchdog
+from splitnet.weights.fetching import Fetcher
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +71,7 @@ class Peer:
     Attributes:
         counters: what it has done since its start.
         ways: how others reach it.
+        weights: what it gives of them.
 
     Raises:
         SplitnetError: any of its kinds, with the fix: the model, the swarm, the address, memory.
@@ -83,6 +86,7 @@ class Peer:
         identity: Identity,
         max_blocks: int,
         lan: LanPresence | None = None,
+        fetcher: Fetcher | None = None,
     ) -> None:
         self.checkpoint = checkpoint
         self.identity = identity
@@ -90,6 +94,7 @@ class Peer:
         self.counters = Counters(EnergyMeter(find, options.watts))
         self._directory = directory
         self._lan = lan
+        self._fetcher = fetcher
         self._max_blocks = max_blocks
         self._mover = Mover(checkpoint.num_blocks)
         self._last_record: PeerRecord | None = None
@@ -134,6 +139,14 @@ class Peer:
         self._prober = Prober(self.send)
         self._neighbours = Neighbours(self._others, self._next_hops, self._prober, self.record)
         self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self, options.swarm_key or OPEN)
+        self.weights = WeightService(
+            checkpoint.held(),
+            self,
+            shares=options.shares_weights,
+            rate=options.share_rate or DEFAULT_RATE,
+            swarm=options.swarm_key or OPEN,
+            serving=lambda: self.service.in_use(time.monotonic()),
+        )
         self._announcer = Announcer(directory, identity, self.record, self._look_around)
         self._relocation = Relocation(
             self._mover,
@@ -157,19 +170,34 @@ class Peer:
         """
         report = progress or (lambda stage, done, total: None)
         report("open the checkpoint", 0, 0)
-        checkpoint = Checkpoint.open(model)
+        checkpoint: Checkpoint | None = None
+        absent: ModelNotFound | None = None
+        try:
+            checkpoint = Checkpoint.open(model)
+            _ = checkpoint.is_whole
+        except ModelNotFound as error:
+            checkpoint = None
+            if not (options.initial_peers or options.join_file or options.model_id):
+                raise
+            absent = error
         # Mistakes that can be seen before anything slow are told at once.
         if options.authorized_keys is not None:
             AuthorizedKeys.from_file(options.authorized_keys)
         host = with_literal_host(options.public_host or reachable_host(options.listen))
         reach = Reach.direct if options.public_host and options.reach is Reach.auto else options.reach
         options = replace(options, public_host=host, reach=reach, device=find_device(options.device).device)
-        choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
+        if checkpoint is not None:
+            choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
         identity = options.identity or (
             Identity.load_or_create(options.key_file) if options.key_file else Identity.generate()
         )
-        directory, lan = join_swarm(options, checkpoint, identity, report)
         try:
+            joined = join_swarm(options, model, checkpoint, identity, report)
+        except ModelNotFound as error:
+            raise error if absent is None else ModelNotFound(f"{absent}. From peers: {error}") from error
+        checkpoint, directory, fetcher = joined.checkpoint, joined.directory, joined.fetcher
+        try:
+            choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
             fitting = fitting_blocks(
                 checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
             )
@@ -191,12 +219,12 @@ class Peer:
                 progress=lambda done, total: report(f"load blocks {start}..{end - 1}", done, total),
             )
             report("measure the device", 0, 0)
-            peer = cls(checkpoint, directory, span, options, identity, fitting, lan)
+            peer = cls(checkpoint, directory, span, options, identity, fitting, joined.lan, fetcher)
         except BaseException:
-            if lan is not None:
-                lan.close()
-            directory.close()
+            joined.close()
             raise
+        if fetcher is not None:
+            fetcher.report = peer._go_on
         try:
             peer._serve()
         except BaseException:
@@ -311,6 +339,7 @@ class Peer:
             self._announcer.close()
             self._transport.close()
             self._directory_service.close()
+            self.weights.close()
             self.ways.close()
             self._current.close()
         self._relocation.join()
@@ -350,6 +379,7 @@ class Peer:
 
     def _serve(self) -> None:
         self._current.start()
+        self.weights.start()
         self._transport.start()
         self.ways.start()
         self._announcer.start()
@@ -393,6 +423,10 @@ class Peer:
 
         urgent: some blocks are served by nobody, so that sessions cannot go on anyway, and are not waited for.
         """
+        try:
+            self.checkpoint.get_blocks(*span)  # while the old ones are still served
+        except IsLeaving:
+            return
         self._last_record = replace(self.record(), moving_to=span, serves=False)
         try:
             self._announcer.publish()
@@ -403,6 +437,10 @@ class Peer:
             self._announcer.publish()
             start, end = self.span.start, self.span.end
             log.warning("serving blocks %d..%d", start, end - 1, extra={"blocks": f"{start}:{end}"})
+
+    def _go_on(self, *_: object) -> None:
+        if self._leaving.is_set():
+            raise IsLeaving
 
     def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
         try:
@@ -419,6 +457,8 @@ class Peer:
             self.service.answered(source)
         elif isinstance(message, LookUp | Announce) and isinstance(source, Connection):
             self._directory_service.receive(source, message, time.monotonic())
+        elif isinstance(message, AskWeights) and isinstance(source, Connection):
+            self.weights.receive(source, message)
         else:
             self.service.receive(source, message, time.monotonic())
 

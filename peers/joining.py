@@ -1,41 +1,97 @@
-"""How a peer that starts gets into its swarm, or begins one."""
+"""How a peer that starts gets into its swarm, or begins one, and to its model."""
 
 from __future__ import annotations
 
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 
 from peers.lan_presence import LanPresence
 from peers.options import PeerOptions
 from splitnet.client.links import Links
-from splitnet.errors import DirectoryError, LanError
-from splitnet.model.checkpoint import Checkpoint
+from splitnet.errors import DirectoryError, LanError, ModelNotFound, WrongSwarm
+from splitnet.model.checkpoint import Checkpoint, open_store
 from splitnet.net.addresses import dht_address
+from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
 from splitnet.net.joining import join, node_of
+from splitnet.net.lan import LocalNetwork
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN
+from splitnet.weights.fetching import Asking, Fetcher, fetch_heads
+from splitnet.weights.held import make_folder, model_file, read_manifest, weights_folder
+from splitnet.weights.hub import HubPieces
+from splitnet.weights.manifest import Manifest
+from splitnet.weights.matching import differs, find_manifest, headers_differ
+
+log = logging.getLogger(__name__)
 
 FILE_TIMEOUT_S = 180.0
 """How long the file with the address of the first peer is waited for."""
 
+Report = Callable[[str, int, int], None]
+
+
+@dataclass
+class Joined:
+    """A swarm, and the model that it serves. All but the checkpoint must be closed.
+
+    Attributes:
+        lan: None: the peer is not found on the local network.
+        fetcher: gets the weights that are missing; None: all are here.
+    """
+
+    checkpoint: Checkpoint
+    directory: SwarmDirectory
+    lan: LanPresence | None
+    fetcher: Fetcher | None
+
+    def close(self) -> None:
+        if self.lan is not None:
+            self.lan.close()
+        self.directory.close()
+
 
 def join_swarm(
-    options: PeerOptions, checkpoint: Checkpoint, identity: Identity, report: Callable[[str, int, int], None]
-) -> tuple[SwarmDirectory, LanPresence | None]:
-    """Joins as `options` say; both must be closed.
+    options: PeerOptions, model: str | Path, checkpoint: Checkpoint | None, identity: Identity, report: Report
+) -> Joined:
+    """Joins as `options` say, and finds out what the model is where not all of it is here.
 
     Args:
         options: of the peer.
-        checkpoint: the model.
+        model: as the user calls it.
+        checkpoint: what there is of it; None: nothing, neither here nor at the hub.
         identity: of the peer.
         report: told what is going on, see `Peer.start`; also called again and again while others are waited for.
 
     Raises:
         SplitnetError: see `splitnet.net.joining.join`; also if `options.join_file` does not come, or options of the DHT
             are given where none is joined.
+        ModelNotFound: the model is not here, and no peer of the swarm gives it.
     """
+    if checkpoint is not None and checkpoint.is_whole:
+        checkpoint.manifest(lambda done, total: report("check the weights", done, total))
+        _check_expected(checkpoint, options)
+    with ExitStack() as on_failure:
+        directory = _join(options, identity, report)
+        on_failure.callback(directory.close)
+        fetcher = None
+        if checkpoint is None or not checkpoint.is_whole:
+            _meet_local_network(options, directory, report)
+            checkpoint, fetcher = _find_model(options, model, checkpoint, directory, identity, report)
+        node = node_of(directory)
+        lan = None
+        if node is not None and options.lan:
+            has_joined = bool(options.initial_peers or options.join_file)
+            lan = LanPresence.start(node, checkpoint, has_joined=has_joined, report=report)
+        on_failure.pop_all()
+    return Joined(checkpoint, directory, lan, fetcher)
+
+
+def _join(options: PeerOptions, identity: Identity, report: Report) -> SwarmDirectory:
     initial_peers = list(options.initial_peers)
     if initial_peers or options.join_file:
         stage = "join the swarm"
@@ -58,12 +114,112 @@ def join_swarm(
             if options.dht_listen is not None:
                 raise DirectoryError(f"this peer joins no DHT, as {reason}: leave --dht-listen out")
             raise LanError(f"a peer that joins no DHT, as {reason}, is not found on a network: leave --lan out")
-        if node is None or not options.lan:
-            return directory, None
-        return directory, LanPresence.start(node, checkpoint, has_joined=bool(initial_peers), report=report)
+        return directory
     except BaseException:
         directory.close()
         raise
+
+
+def _meet_local_network(options: PeerOptions, directory: SwarmDirectory, report: Report) -> None:
+    """Who does not know yet what its model is joins whoever is there, to ask them."""
+    node = node_of(directory)
+    if node is None or not options.lan or options.initial_peers or options.join_file:
+        return
+    try:
+        with LocalNetwork("") as network:
+            nodes = network.search()
+    except LanError:
+        return
+    if nodes:
+        report("ask peers on this network", 0, 0)
+        node.meet([address for one in nodes for address in one.addresses])
+
+
+def _find_model(
+    options: PeerOptions,
+    model: str | Path,
+    checkpoint: Checkpoint | None,
+    directory: SwarmDirectory,
+    identity: Identity,
+    report: Report,
+) -> tuple[Checkpoint, Fetcher]:
+    swarm = options.swarm_key or OPEN
+    store = checkpoint.store if checkpoint is not None else None
+
+    def hashing(done: int, total: int) -> None:
+        report("check the weights", done, total)
+
+    with Asking(identity, swarm) as asking:
+        if checkpoint is not None and checkpoint.knows_manifest:
+            manifest, name = checkpoint.manifest(hashing), str(model)
+            _check_expected(checkpoint, options)
+        elif options.model_id is not None and (kept := read_manifest(weights_folder(options.model_id))) is not None:
+            manifest, name = kept, str(model)
+        else:
+            found = None
+            try:
+                found = find_manifest(
+                    directory,
+                    asking,
+                    model,
+                    expected=options.model_id,
+                    accept=(lambda one: differs(one, store, hashing)) if store is not None else (lambda one: ""),
+                    report=report,
+                )
+            except ModelNotFound as error:
+                if checkpoint is None:
+                    raise
+                log.warning("%s: all of it is read through at the hub", error)
+            if found is not None:
+                manifest, giver, name = found
+                others = [one.endpoint for one in directory.peers(manifest.fingerprint)]
+                if read_manifest(weights_folder(manifest.fingerprint)) is None:
+                    heads = fetch_heads(asking, list(dict.fromkeys([giver, *others])), manifest, report)
+                    make_folder(manifest, heads, lambda path: _check_layout(manifest, path))
+            elif checkpoint is not None:  # nobody has it yet: this peer says what it is
+                name = str(model)
+                manifest = checkpoint.manifest(lambda done, total: report("read the weights once", done, total))
+                _check_expected(checkpoint, options)
+            else:
+                raise ModelNotFound(
+                    f"{model} is neither here nor at the hub, and no peer of this swarm serves a model of that name: "
+                    "check the name and --join, or give --model-id"
+                )
+    if checkpoint is not None:
+        checkpoint.adopt(manifest)
+    if read_manifest(weights_folder(manifest.fingerprint)) is None:
+        make_folder(manifest, (), lambda path: _check_layout(manifest, path))
+    filled = Checkpoint.open(model_file(weights_folder(manifest.fingerprint), manifest))
+    filled.name = name
+    folder = filled.store.folder
+    assert folder is not None
+
+    def peers() -> Sequence[Endpoint]:
+        return [one.endpoint for one in directory.peers(manifest.fingerprint) if one.key != identity.public]
+
+    hub = None
+    if store is not None:
+        try:
+            hub = HubPieces(manifest, store, store.commit.rpartition("@")[2])
+        except ModelNotFound as error:  # it is not reached, and the manifest is known from before
+            log.warning("weights come from peers alone: %s", error)
+    fetcher = Fetcher(folder, peers, identity, swarm, hub, report)
+    folder.fetch = fetcher.fetch
+    return filled, fetcher
+
+
+def _check_layout(manifest: Manifest, path: Path) -> None:
+    """Refuses files whose heads do not say what the manifest says: the fingerprint does not cover them."""
+    if reason := headers_differ(manifest, open_store(path)):
+        raise ModelNotFound(f"what a peer says of the files of this model does not fit it ({reason}): join another one")
+
+
+def _check_expected(checkpoint: Checkpoint, options: PeerOptions) -> None:
+    if options.model_id not in (None, checkpoint.fingerprint):
+        raise WrongSwarm(
+            f"--model-id is {options.model_id}, and {checkpoint.name} here is {checkpoint.fingerprint}: use the same "
+            "files on all machines"
+        )
 
 
 def _read_when_there(file: Path, waiting: Callable[[], None]) -> str:

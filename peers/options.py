@@ -44,6 +44,9 @@ class PeerOptions:
         port_mapping: ask the router for a port, if others do not reach it.
         relay_port: where it helps others to be reached, 0 for any; None: it does not.
         relay_rate: bytes per second that it passes on; None: as `HelperBounds` has it.
+        share_weights: whether it gives weights to others; None: where it knows who may connect.
+        share_rate: bytes per second of that; None: as `peers.weight_service.DEFAULT_RATE` says.
+        model_id: the fingerprint that the model must have; None: any.
     """
 
     wish: SpanWish = ANY_SPAN
@@ -70,3 +73,12 @@ class PeerOptions:
     port_mapping: bool = True
     relay_port: int | None = None
     relay_rate: float | None = None
+    share_weights: bool | None = None
+    share_rate: float | None = None
+    model_id: str | None = None
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether it gives weights to others."""
+        knows_who = self.authorized_keys is not None or self.swarm_key is not None
+        return knows_who if self.share_weights is None else self.share_weights

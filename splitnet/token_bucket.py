@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 MINUTE_S = 60.0
 
@@ -31,3 +32,16 @@ class TokenBucket:
     def _still_spent(self, per_minute: int, now: float) -> float:
         """What was spent and has not come back."""
         return max(0.0, self._spent - (now - self.at) * per_minute / MINUTE_S)
+
+
+class Pace:
+    """Keeps what is sent at a rate, evenly: a bucket without depth."""
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+
+    def wait_s(self, tokens: int, per_s: float, now: float | None = None) -> float:
+        """Seconds to wait after `tokens` were used."""
+        now = time.monotonic() if now is None else now
+        self._free_at = max(self._free_at, now) + tokens / per_s
+        return self._free_at - now

@@ -253,6 +253,22 @@ def parse_relay_rate(rate: str | None, port: int | None) -> int | None:
     return parsed
 
 
+def _checked_model_id(model_id: str | None) -> str | None:
+    """Refuses what is no fingerprint before anything slow begins."""
+    if model_id is not None and not re.fullmatch(r"[0-9a-f]{64}", model_id):
+        raise SplitnetError(f"{model_id!r} is no id of a model: copy all 64 digits that `splitnet status --json` shows")
+    return model_id
+
+
+ModelId = Annotated[
+    str | None,
+    typer.Option(
+        "--model-id",
+        metavar="ID",
+        callback=_checked_model_id,
+        help="Fingerprint that the model must have, where not all of it is here; `splitnet status --json` shows it.",
+    ),
+]
 KeyFile = Annotated[
     Path | None,
     typer.Option(

@@ -18,6 +18,7 @@ from splitnet.cli.arguments import (
     Lan,
     LocalBlocks,
     LocalWeights,
+    ModelId,
     Prefer,
     Preferred,
     SwarmKeyFile,
@@ -50,6 +51,7 @@ class Connecting:
     swarm_key: SwarmKeyFile = None
     trusted_peers: TrustedPeers = None
     invite: InviteFile = None
+    model_id: ModelId = None
 
     def to(self, model: str) -> Connection:
         """The way to a model: hub id, checkpoint folder or GGUF file. Errors as of `Connection`."""
@@ -71,6 +73,7 @@ class Connecting:
             swarm_key=self.swarm_key,
             trusted_peers=self.trusted_peers,
             invite=self.invite,
+            model_id=self.model_id,
         )
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from splitnet.cli.invite import Invite
-from splitnet.cli.local_network import find_swarm
+from splitnet.cli.local_network import ask_network, find_swarm
 from splitnet.cli.logs import tell
+from splitnet.cli.progress import StageProgress
 from splitnet.client.session import Preference, check_preference
 from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.client.unknown_model import learn_manifest
+from splitnet.errors import WrongSwarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.device_choice import AUTO, find_device
 from splitnet.net.identity import AuthorizedKeys, Identity
@@ -35,6 +38,7 @@ class Connection:
         swarm_key: file with the key of a closed swarm.
         trusted_peers: file with the keys of the peers that may be used; None: any.
         invite: file of an invitation, of which addresses, swarm key and key are taken.
+        model_id: the fingerprint that the model must have; None: as the invitation says, or any.
 
     Raises:
         SplitnetError: a preference that cannot be.
@@ -55,6 +59,7 @@ class Connection:
     swarm_key: Path | None = None
     trusted_peers: Path | None = None
     invite: Path | None = None
+    model_id: str | None = None
 
     def __post_init__(self) -> None:
         check_preference(self.prefer, self.energy_slowdown)
@@ -82,20 +87,54 @@ class Connection:
         Raises:
             DirectoryError: no address of the swarm answers, or none is given or found.
             KeyFileError: a file with keys cannot be used.
+            ModelNotFound: not all of the model is here, and no peer tells what it is.
+            WrongSwarm: it is not the one that `model_id` names.
         """
-        return self.swarm_of(ModelFacts.of(checkpoint))
+        return self.swarm_of(self.facts_of(checkpoint))
+
+    def facts_of(self, checkpoint: Checkpoint) -> ModelFacts:
+        """What is known of the model; where not all of it is here, peers are asked. Errors as of `swarm`."""
+        expected = self.model_id or (Invite.load(self.invite).model_id if self.invite else None)
+        with StageProgress() as progress:
+            if checkpoint.knows_manifest:
+                checkpoint.manifest(partial(progress.update, "check the weights"))
+            else:
+                addresses, swarm_key, identity = self._way
+                addresses = addresses or ask_network(checkpoint.name, lan=self.lan and swarm_key is None)
+                learn_manifest(
+                    checkpoint,
+                    addresses,
+                    identity,
+                    swarm_key=swarm_key,
+                    trusted=self._trusted,
+                    expected=expected,
+                    report=progress.update,
+                )
+        if expected not in (None, checkpoint.fingerprint):
+            raise WrongSwarm(
+                f"the model is to be {expected}, and {checkpoint.name} here is {checkpoint.fingerprint}: use the same "
+                "files on all machines"
+            )
+        return ModelFacts.of(checkpoint)
 
     def swarm_of(self, facts: ModelFacts) -> Swarm:
         """The same, of a model of which no more is known."""
-        trusted = AuthorizedKeys.from_file(self.trusted_peers) if self.trusted_peers else None
+        addresses, swarm_key, identity = self._way
+        addresses = addresses or (() if swarm_key else find_swarm(facts, lan=self.lan))
+        return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=self._trusted)
+
+    @cached_property
+    def _way(self) -> tuple[Sequence[str], SwarmKey | None, Identity]:
+        """Addresses that are given, the swarm key, and the key of this client."""
         if self.invite:
             invite = Invite.load(self.invite)
-            addresses, swarm_key, identity = [*self.join, *invite.join], invite.swarm_key, invite.identity
-        else:
-            swarm_key = SwarmKey.load(self.swarm_key) if self.swarm_key else None
-            addresses = self.join or (() if swarm_key else find_swarm(facts, lan=self.lan))
-            identity = Identity.load_or_create(self.key_file)
-        return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=trusted)
+            return [*self.join, *invite.join], invite.swarm_key, invite.identity
+        swarm_key = SwarmKey.load(self.swarm_key) if self.swarm_key else None
+        return self.join, swarm_key, Identity.load_or_create(self.key_file)
+
+    @cached_property
+    def _trusted(self) -> AuthorizedKeys | None:
+        return AuthorizedKeys.from_file(self.trusted_peers) if self.trusted_peers else None
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of what attaches a model to the swarm."""

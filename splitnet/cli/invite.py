@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from splitnet.cli.arguments import checked_addresses
+from splitnet.cli.arguments import ModelId, checked_addresses
 from splitnet.errors import KeyFileError, SplitnetError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Invite:
         swarm_key: of the swarm.
         identity: the key of who was invited.
         authorized: lines of a list of keys: who may use a peer of whom was invited; none: it does not say.
+        model_id: the fingerprint of the model; None: it is found by its name.
     """
 
     model: str
@@ -40,6 +42,7 @@ class Invite:
     swarm_key: SwarmKey
     identity: Identity
     authorized: tuple[str, ...] = ()
+    model_id: str | None = None
 
     @classmethod
     def load(cls, path: Path) -> Invite:
@@ -56,6 +59,9 @@ class Invite:
         try:
             content: dict[str, Any] = tomllib.loads(text)
             model, join, authorized = content["model"], content["join"], content.get("authorized", [])
+            model_id = content.get("model-id")
+            if model_id is not None and (type(model_id) is not str or not re.fullmatch(r"[0-9a-f]{64}", model_id)):
+                raise ValueError
             if type(model) is not str or not _are_texts(join) or not _are_texts(authorized):
                 raise ValueError
             swarm_key, identity = SwarmKey.parse(str(content["swarm-key"])), Identity.parse(str(content["key"]))
@@ -64,13 +70,15 @@ class Invite:
         except KeyFileError as error:
             raise KeyFileError(f"{path} is no invitation: {error}") from None
         checked_addresses(join)
-        return cls(model, tuple(join), swarm_key, identity, tuple(authorized))
+        return cls(model, tuple(join), swarm_key, identity, tuple(authorized), model_id)
 
     def save(self, path: Path) -> None:
         """Writes a new file that its owner alone can read. Raises KeyFileError if it cannot, or one is there."""
         from splitnet.net.swarm_key import write_secret_file
 
         fields = {"model": self.model, "swarm-key": self.swarm_key.secret_text, "key": self.identity.secret_text}
+        if self.model_id is not None:
+            fields["model-id"] = self.model_id
         lines = [f"{name} = {_quoted(value)}\n" for name, value in fields.items()]
         for name, texts in (("join", self.join), ("authorized", self.authorized)):
             lines.append(f"{name} = [{', '.join(map(_quoted, texts))}]\n")
@@ -109,6 +117,7 @@ def invite(
         Path, typer.Option(help="The file of that name of your peers; who is invited is added, with its name.")
     ],
     name: Annotated[str, typer.Option(help="Who is invited; stands behind the key in that file.")] = "invited",
+    model_id: ModelId = None,
     options: Annotated[
         str, typer.Option(metavar="kv=8GiB,...", help="What the key gets, see docs/network.md#who-may-take-part.")
     ] = "",
@@ -140,7 +149,7 @@ def invite(
     # Peers connect to each other, so those who are joined through may come, too.
     peers = dict.fromkeys(check_peer_address(address).text for address in join)
     listed += [peer for peer in peers if not any(peer in one.split() for one in listed)]
-    Invite(model, tuple(join), SwarmKey.load(swarm_key), identity, tuple(listed)).save(output)
+    Invite(model, tuple(join), SwarmKey.load(swarm_key), identity, tuple(listed), model_id).save(output)
     try:
         authorized_keys.parent.mkdir(parents=True, exist_ok=True)
         with authorized_keys.open("a", encoding="utf-8") as file:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 
 from splitnet.client.swarm import ModelFacts
 from splitnet.errors import DirectoryError, LanError
 from splitnet.net.dht_node import have_hivemind
-from splitnet.net.lan import LocalNetwork, what_was_found
+from splitnet.net.lan import LanNode, LocalNetwork, what_was_found
 from splitnet.net.messages import PROTOCOL_VERSION
 
 _FIX = "give --join with the address that a peer of the swarm prints"
@@ -45,4 +46,19 @@ def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
             )
         raise DirectoryError(f"no swarm for {facts.name} on this network: start a peer with `splitnet peer`, or {_FIX}")
     print(f"{what_was_found(nodes)}: joining ...", file=sys.stderr, flush=True)
+    return [address for node in nodes for address in node.addresses]
+
+
+def ask_network(model: str, *, lan: bool) -> list[str]:
+    """Addresses to ask what a model is, of whatever is served on this network.
+
+    Raises:
+        DirectoryError: there is none, or nobody may look.
+    """
+    nodes: list[LanNode] = []
+    if lan:
+        with suppress(LanError), LocalNetwork("") as network:
+            nodes = network.search()
+    if not nodes:
+        raise DirectoryError(f"not all of {model} is on this machine, and nobody here tells what it is: {_FIX}")
     return [address for node in nodes for address in node.addresses]

@@ -17,6 +17,7 @@ from splitnet.cli.arguments import (
     Device,
     InviteFile,
     JoinIfAny,
+    ModelId,
     ModelOrInvite,
     RelayPort,
     RelayRate,
@@ -128,6 +129,19 @@ def peer(
     ] = None,
     swarm_key: SwarmKeyFile = None,
     invite: InviteFile = None,
+    model_id: ModelId = None,
+    share_weights: Annotated[
+        bool | None,
+        typer.Option(
+            "--share-weights/--no-share-weights",
+            help="Give weights to who may connect; on with --authorized-keys or in a closed swarm.",
+            show_default=False,
+        ),
+    ] = None,
+    share_rate: Annotated[
+        str | None,
+        typer.Option(metavar="64MiB", help="Bytes per second of that, in all; a quarter while sessions are served."),
+    ] = None,
     metrics_port: Annotated[
         str | None,
         typer.Option(
@@ -164,6 +178,11 @@ def peer(
     if watts is not None and not 0 < watts <= MAX_WATTS:
         raise SplitnetError(f"--watts {watts:g} is no power of a device: give more than 0 and at most {MAX_WATTS:g}")
     wanted_rate = parse_relay_rate(relay_rate, relay_port)
+    wanted_share = parse_bytes(share_rate) if share_rate else None
+    if wanted_share == 0:
+        raise typer.BadParameter("--share-rate gives nothing: give more, or --no-share-weights")
+    if wanted_share is not None and share_weights is False:
+        raise typer.BadParameter("--share-rate is for --share-weights, which is off")
     refuse_taken(listen)
     if relay_port:
         refuse_taken(f"{listen.rpartition(':')[0]}:{relay_port}")
@@ -230,6 +249,9 @@ def peer(
         port_mapping=port_mapping,
         relay_port=relay_port,
         relay_rate=wanted_rate,
+        share_weights=share_weights,
+        share_rate=wanted_share,
+        model_id=model_id or (invitation.model_id if invitation else None),
         speeds_file=cache_folder() / "speeds.json",
     )
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None

@@ -46,7 +46,11 @@ class StageProgress:
         self._bars.stop()
 
     def update(self, stage: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` (any unit; 0: unknown) of a stage is done; stages before it are finished."""
+        """Shows that `done` of `total` (any unit; 0: unknown) of a stage is done; stages before it are finished.
+
+        What stands behind `; ` in a stage may change.
+        """
+        stage, _, detail = stage.partition("; ")
         if stage not in self._tasks:
             self._finish_others(stage)
             self._tasks[stage] = self._bars.add_task(stage, total=total or None)
@@ -54,7 +58,10 @@ class StageProgress:
                 log.info("%s", stage)
             elif not self._live:
                 print(f"{stage} ...", file=sys.stderr, flush=True)
-        self._bars.update(self._tasks[stage], completed=done, total=total or None)
+        amount = f"{done / 2**20:,.0f} of {total / 2**20:,.0f} MiB from {detail}" if detail else ""
+        self._bars.update(
+            self._tasks[stage], description=f"{stage} {amount}".strip(), completed=done, total=total or None
+        )
 
     def _finish_others(self, stage: str) -> None:
         for name, task in self._tasks.items():

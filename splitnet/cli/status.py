@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from splitnet.client.overview import Overview
 
 
-@connects(only=("join", "lan", "key_file", "swarm_key", "invite"))
+@connects(only=("join", "lan", "key_file", "swarm_key", "invite", "model_id"))
 def status(
     model: ModelOrInvite = None,
     *,
@@ -31,11 +31,10 @@ def status(
 
     import_models()
     from splitnet.client.overview import Overview
-    from splitnet.client.swarm import ModelFacts
     from splitnet.model.checkpoint import Checkpoint
 
     connection = connecting.to(checkpoint)
-    facts = ModelFacts.of(Checkpoint.open(checkpoint))
+    facts = connection.facts_of(Checkpoint.open(checkpoint))
     with connection.swarm_of(facts) as swarm:
         overview = Overview.of(facts, swarm.peers(fresh=True))
     if as_json:

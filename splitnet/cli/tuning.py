@@ -18,7 +18,6 @@ from splitnet.cli.connection import Connection
 from splitnet.cli.extras import has
 from splitnet.cli.tuning_model import ModelToTune
 from splitnet.cli.tuning_progress import TuningProgress
-from splitnet.client.swarm import ModelFacts
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.tuning.data import Examples
@@ -65,11 +64,11 @@ class Tuning:
         held_out = encoder.encode(self.held_out) if self.held_out else []
         classified = self.train.form == "classification"
         words = encoder.words() if classified and not self.head else None
-        facts = ModelFacts.of(checkpoint)
+        facts = connection.facts_of(checkpoint)
         folder = TuningFolder(self.output)
         description = self._description(facts.fingerprint)
         folder.check(description, resume=self.resume)
-        swarm = connection.swarm(checkpoint)
+        swarm = connection.swarm_of(facts)
         try:
             torch.manual_seed(self.settings.seed)
             labels = self.train.labels if self.head else None

@@ -13,7 +13,19 @@ from splitnet.errors import NotAuthorized, PeerLost, ProtocolError, ProtocolVers
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.link_pool import LinkPool
-from splitnet.net.messages import Announced, Close, Failure, Found, Message, Open, Payload, Pong, decode, encode
+from splitnet.net.messages import (
+    Announced,
+    Close,
+    Failure,
+    Found,
+    Message,
+    Open,
+    Payload,
+    Pong,
+    WeightsPart,
+    decode,
+    encode,
+)
 from splitnet.net.prober import Prober
 from splitnet.net.transport import Transport
 from splitnet.net.ways.punching import Way
@@ -173,7 +185,7 @@ class Links:
             return
         if isinstance(message, Pong):
             self.prober.pong(source, message)
-        elif isinstance(message, Found | Announced) or (
+        elif isinstance(message, Found | Announced | WeightsPart) or (
             isinstance(message, Failure) and not message.session and message.number
         ):
             if self.on_answer is not None:

@@ -26,6 +26,7 @@ from splitnet.client.parameters import check_forward
 from splitnet.client.pass_blocks import PassBlocks
 from splitnet.client.pass_session import PassSession
 from splitnet.client.swarm import ModelFacts, Swarm
+from splitnet.client.unknown_model import learn_manifest
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.families import has_attention
 from splitnet.model.shell import backbone_of, outline_in
@@ -270,6 +271,8 @@ def joined(
     trusted = AuthorizedKeys.from_file(Path(trusted_peers)) if trusted_peers is not None else None
     checkpoint = Checkpoint.open(model, revision=revision)
     identity = identity or Identity.load_or_create()
+    if not checkpoint.knows_manifest:
+        learn_manifest(checkpoint, initial_peers, identity, swarm_key=key, trusted=trusted)
     swarm = Swarm(ModelFacts.of(checkpoint), initial_peers, identity=identity, swarm_key=key, trusted=trusted)
     try:
         yield checkpoint, swarm

@@ -171,7 +171,7 @@ def _swarm(
 ) -> Iterator[Finding]:
     models = directory.models()
     yield network.served_model(models, checkpoint)
-    wanted = list(models) if checkpoint is None else [checkpoint.fingerprint] * (checkpoint.fingerprint in models)
+    wanted = network.served_marks(models, checkpoint)
     records = [record for model in wanted or models for record in directory.peers(model)]
     tried = records[:MAX_PEERS]
     with PeerLinks(identity) as links:

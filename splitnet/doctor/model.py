@@ -26,14 +26,12 @@ def open_model(model: str) -> tuple[Finding, Checkpoint | None]:
         checkpoint = Checkpoint.open(model)
         blocks = len(checkpoint.block_tensors)
         check_all_is_taken(checkpoint)
-        mark = checkpoint.fingerprint[:SHOWN_DIGITS]
+        mark = f"fingerprint {checkpoint.fingerprint[:SHOWN_DIGITS]}" if checkpoint.knows_manifest else "not all here"
     except SplitnetError as error:
         return failed("model", str(error)), None
     except (OSError, ValueError, KeyError, TypeError) as error:  # damaged files can be anything
         return failed("model", f"the files of {model} are damaged ({error!r}): download it again"), None
-    return passed(
-        "model", f"{checkpoint.name}, {checkpoint.model_type}, {blocks} blocks, fingerprint {mark}"
-    ), checkpoint
+    return passed("model", f"{checkpoint.name}, {checkpoint.model_type}, {blocks} blocks, {mark}"), checkpoint
 
 
 def memory(sizes: ModelSizes, free: int) -> Finding:

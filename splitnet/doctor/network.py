@@ -37,7 +37,7 @@ _OTHER_CAUSE = "copy the whole address that the peer prints, and check the netwo
 def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
     """Looks for a swarm of the model on the local network, and gives the addresses to join it with."""
     try:
-        with LocalNetwork(checkpoint.fingerprint) as lan:
+        with LocalNetwork(checkpoint.fingerprint if checkpoint.knows_manifest else "") as lan:
             nodes = lan.search()
     except LanError as error:
         return warned("lan", f"no swarm can be looked for on this network ({error}): give --join"), []
@@ -98,6 +98,19 @@ def clock(answers: Sequence[NodeAnswer], allowed_s: float) -> Finding:
     return passed("clock", f"within {abs(usual_s):.2f} s of the swarm's, {allowed_s:.0f} s are allowed")
 
 
+def served_marks(models: Mapping[str, str], checkpoint: Checkpoint | None) -> list[str]:
+    """The fingerprints of the models in a swarm that are the user's, or are called so if not all of it is here.
+
+    Args:
+        models, checkpoint: as for `served_model`.
+    """
+    if checkpoint is None:
+        return list(models)
+    if checkpoint.knows_manifest:
+        return [checkpoint.fingerprint] * (checkpoint.fingerprint in models)
+    return [mark for mark, name in models.items() if name == checkpoint.name]
+
+
 def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Finding:
     """Whether the swarm serves the model.
 
@@ -110,10 +123,11 @@ def served_model(models: Mapping[str, str], checkpoint: Checkpoint | None) -> Fi
         return failed("swarm", "no peer serves a model here: start one with `splitnet peer MODEL --join ADDR`")
     if checkpoint is None:
         return passed("swarm", f"serves {names}")
-    if checkpoint.fingerprint in models:
-        return passed("swarm", f"serves {checkpoint.name}, with the same weights")
+    if served_marks(models, checkpoint):
+        same = "with the same weights" if checkpoint.knows_manifest else "by its name: not all of it is here to compare"
+        return passed("swarm", f"serves {checkpoint.name}, {same}")
     revisions = [mark[:SHOWN_DIGITS] for mark, name in models.items() if name == checkpoint.name]
-    if revisions:
+    if revisions and checkpoint.knows_manifest:
         return failed(
             "swarm",
             f"serves another revision of {checkpoint.name}: its fingerprint is {' or '.join(revisions)}, yours is "

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
@@ -15,13 +13,16 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
-from splitnet.errors import UnsupportedModel
+from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.backbone import causal_class
 from splitnet.model.dtypes import is_number_type
 from splitnet.model.families import check_can_be_cut, text_config_of
 from splitnet.model.safetensors_store import SafetensorsStore
 from splitnet.model.tensor_store import Progress, TensorFacts, TensorStore
 from splitnet.model.unexpected import check_none, ignored
+from splitnet.weights.hashing import keep_manifest, kept_manifest, make_manifest
+from splitnet.weights.held import HeldPieces, WeightFolder, read_manifest
+from splitnet.weights.manifest import Manifest
 
 _BLOCK_NAME = re.compile(r"^(?P<container>(?:.*?\.)?(?:layers|layer|h|blocks|block))\.(?P<index>\d+)\.(?P<rest>.+)$")
 OTHER_TOWERS = re.compile(
@@ -29,12 +30,6 @@ OTHER_TOWERS = re.compile(
     r"code2wav|token2wav|(^|\.)mtp\."
 )
 """What names of tensors have in them that are not of the text model."""
-_ESSENTIALS = (
-    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "vocab_size", "hidden_act", "layer_types", "sliding_window"),
-    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_parameters", "num_experts_per_tok"),
-    *("tie_word_embeddings",),
-)
 
 
 @dataclass(frozen=True)
@@ -70,6 +65,7 @@ class Checkpoint:
         self.config = config
         self.multimodal = multimodal
         self._store = store
+        self._manifest: Manifest | None = None
 
     @property
     def source(self) -> str:
@@ -195,24 +191,84 @@ class Checkpoint:
         """
         return self._store.load_tensors(names, dtype, progress)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Hex of a SHA-256 that is equal for equal weights: swarms are told apart by it.
+    @property
+    def store(self) -> TensorStore:
+        """The files."""
+        return self._store
 
-        It covers what defines the computation in the config, and the name, type, shape and first and last bytes of
-        every tensor in the files. It is a check against mistakes (another size, fine-tune or precision), not proof:
-        two checkpoints that differ only in places that are not sampled have the same fingerprint, and a peer could
-        lie about it.
+    @property
+    def fingerprint(self) -> str:
+        """Hex of a SHA-256 of the config and of all bytes of all tensors: swarms are told apart by it. See `manifest`.
+
+        It does not depend on how the tensors lie in files.
+        """
+        return self.manifest().fingerprint
+
+    def manifest(self, progress: Progress | None = None) -> Manifest:
+        """The digests of all tensors; those of files that did not change since are known from the last time.
+
+        From the hub, what is not on this machine is read once, and not kept.
+
+        Args:
+            progress: called with what is read, if that is much.
 
         Raises:
-            ModelNotFound: a shard is missing or not complete.
+            ModelNotFound: a file is missing or not complete.
         """
-        digest = hashlib.sha256()
-        essentials = {key: _of_all_blocks(self.config, key) for key in _ESSENTIALS}
-        digest.update(json.dumps(essentials, sort_keys=True, default=str).encode())
-        for name, sample in sorted(self._store.samples().items()):
-            digest.update(f"\n{name} ".encode() + sample)
-        return digest.hexdigest()
+        if self._manifest is None:
+            folder, commit = self._store.folder, self._store.commit
+            if folder is not None:
+                self._manifest = folder.manifest
+            elif self.is_whole:  # what others have told of it before is compared with all of it
+                self._manifest = make_manifest(self._store, progress)
+            else:
+                self._manifest = kept_manifest(commit) or make_manifest(self._store, progress)
+                keep_manifest(commit, self._manifest)
+        return self._manifest
+
+    @property
+    def knows_manifest(self) -> bool:
+        """Whether `manifest` needs nothing but files on this machine."""
+        return self._manifest is not None or self.is_whole or kept_manifest(self._store.commit) is not None
+
+    @cached_property
+    def is_whole(self) -> bool:
+        """All files are on this machine, so that nobody else need be asked what they are.
+
+        Raises:
+            ModelNotFound: that cannot be said, as the hub is not reached.
+        """
+        store = self._store
+        if store.folder is not None or not store.commit:
+            return True
+        try:
+            return all(store.local_file(file) is not None for file in {place.file for place in store.places().values()})
+        except ModelNotFound:  # the hub is not reached, of which headers are missing
+            if kept_manifest(store.commit) is None:
+                raise
+            return False
+
+    def held(self) -> HeldPieces:
+        """What of the weights is on this machine. See `manifest`."""
+        return self._store.folder or HeldPieces(self.manifest(), self._store)
+
+    def adopt(self, manifest: Manifest) -> None:
+        """Takes a manifest as this model's, after it was compared with all that is here.
+
+        See `splitnet.weights.matching.differs`.
+        """
+        self._manifest = manifest
+        keep_manifest(self._store.commit, manifest)
+
+    def get_blocks(self, start: int, end: int) -> None:
+        """Gets what is missing of blocks `[start, end)` from wherever it comes.
+
+        Raises:
+            SplitnetError: some cannot be had.
+        """
+        names = [tensor.name for block in self.block_tensors[start:end] for tensor in block]
+        with self.load_tensors({name: name for name in names}, self.dtype):
+            pass
 
     def tokenizer(self) -> Any:
         """The tokenizer that comes with the model.
@@ -238,8 +294,15 @@ def open_store(model: str | Path, revision: str | None = None) -> TensorStore:
     if str(model).endswith(".gguf"):
         from splitnet.model.gguf_store import GgufStore
 
-        return GgufStore.open(model)
-    return SafetensorsStore.open(model, revision)
+        store: TensorStore = GgufStore.open(model)
+        folder = Path(model).expanduser().parent
+    else:
+        store = SafetensorsStore.open(model, revision)
+        folder = Path(model).expanduser()
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        store.folder = WeightFolder(folder, manifest, store)
+    return store
 
 
 def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]:
@@ -253,11 +316,3 @@ def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]
     config = text_config_of(whole)
     check_can_be_cut(config)
     return whole, config
-
-
-def _of_all_blocks(config: PreTrainedConfig, key: str) -> Any:
-    """A value of a config; where blocks differ in it, of each."""
-    try:
-        return getattr(config, key, None)
-    except RuntimeError:  # transformers' word for that
-        return [getattr(own, key, None) for own in config.per_layer_config]

@@ -56,12 +56,16 @@ class GgufTensor:
         shape: as torch has it, the inputs last.
         stored: the type of its numbers or codes.
         data: in the mapped file; of codes bytes, `[..., bytes of a row]`.
+        path: of the file.
+        offset: of its first byte in the file.
     """
 
     name: str
     shape: tuple[int, ...]
     stored: GGMLQuantizationType
     data: npt.NDArray[Any]
+    path: Path
+    offset: int
 
     @property
     def layout(self) -> Layout | None:
@@ -126,6 +130,7 @@ class GgufFile:
         path: to it.
         metadata: key -> value; lists of strings and long lists are left out.
         tensors: name -> tensor, in the order of the files.
+        parts: the files.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,7 +139,7 @@ class GgufFile:
         self.path = path
         self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, GgufTensor] = {}
-        parts = list(_parts(path))
+        self.parts = parts = list(_parts(path))
         for number, part in enumerate(parts):
             own, tensors = _read(part)
             _check_part(part, own, number, len(parts))
@@ -143,7 +148,10 @@ class GgufFile:
                 if tensor.name in self.tensors:
                     raise UnsupportedModel(f"{part} has {tensor.name}, which a part before it has too: {_AGAIN}")
                 shape = tuple(int(size) for size in reversed(tensor.shape))
-                self.tensors[tensor.name] = GgufTensor(tensor.name, shape, tensor.tensor_type, tensor.data)
+                offset = int(tensor.data_offset)
+                self.tensors[tensor.name] = GgufTensor(
+                    tensor.name, shape, tensor.tensor_type, tensor.data, part, offset
+                )
         if not isinstance(self.metadata.get("general.architecture"), str) or not self.tensors:
             raise UnsupportedModel(f"{path} holds no model: give the GGUF file that holds the weights")
         if self.metadata.get("split.tensors.count", len(self.tensors)) != len(self.tensors):

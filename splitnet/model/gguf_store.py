@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -22,10 +23,10 @@ from splitnet.model.gguf_file import GgufFile, GgufTensor
 from splitnet.model.gguf_tokenizer import read_tokenizer
 from splitnet.model.quantized_format import MALFORMED
 from splitnet.model.stored import StoredTensor
-from splitnet.model.tensor_store import Progress, ReadBytes, TensorFacts
+from splitnet.model.tensor_store import Place, Progress, ReadBytes, TensorFacts
+from splitnet.weights.held import WeightFolder
 
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
-_SAMPLE_BYTES = 256
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class GgufStore:
     def __init__(self, file: GgufFile) -> None:
         self.name = file.name
         self.source = str(file.path)
+        self.folder: WeightFolder | None = None
         self._file = file
         self._family = family_of(file)
 
@@ -95,6 +97,8 @@ class GgufStore:
         """See `TensorStore.load_tensors`."""
         read = ReadBytes(progress)
         recipes = {given: self._recipes[name] for given, name in names.items()}
+        if self.folder is not None:
+            self.folder.supply([part.name for recipe in recipes.values() for part in recipe.parts])
         read.total = sum(part.nbytes for recipe in recipes.values() for part in recipe.parts)
         try:
             yield {given: _LazyTensor(self, recipe, read) for given, recipe in recipes.items()}
@@ -112,16 +116,40 @@ class GgufStore:
                 "it again, or take another file of this model"
             ) from error
 
-    def samples(self) -> Mapping[str, bytes]:
-        """See `TensorStore.samples`."""
-        samples: dict[str, bytes] = {}
-        for tensor in self._file.tensors.values():
-            data = tensor.data.reshape(-1)
-            count = _SAMPLE_BYTES // data.itemsize
-            ends = data[:count].tobytes() + data[-count:].tobytes()
-            samples[tensor.name] = f"{tensor.stored.name} {tensor.shape} ".encode() + ends
-        self._file.let_go()
-        return samples
+    def told_config(self) -> str:
+        """See `TensorStore.told_config`: the metadata of the architecture."""
+        told = {"general.architecture": self._file.architecture, **self._file.of_architecture}
+        return json.dumps(told, sort_keys=True, default=str)
+
+    def places(self) -> Mapping[str, Place]:
+        """See `TensorStore.places`."""
+        return {
+            name: Place(one.path.name, one.offset, one.nbytes, one.stored.name, one.shape)
+            for name, one in self._file.tensors.items()
+        }
+
+    def heads(self) -> Mapping[str, int]:
+        """See `TensorStore.heads`: of all files, with metadata and vocabulary."""
+        heads = {part.name: part.stat().st_size for part in self._file.parts}
+        for one in self._file.tensors.values():
+            heads[one.path.name] = min(heads[one.path.name], one.offset)
+        return heads
+
+    @property
+    def commit(self) -> str:
+        """See `TensorStore.commit`."""
+        return ""
+
+    def local_file(self, file: str) -> Path | None:
+        """See `TensorStore.local_file`."""
+        return self._file.path.with_name(file)
+
+    def open_file(self, file: str) -> BinaryIO:
+        """See `TensorStore.open_file`."""
+        try:
+            return self._file.path.with_name(file).open("rb")
+        except OSError as error:
+            raise ModelNotFound(f"{file} of {self.name} cannot be read: download it again") from error
 
     def tokenizer(self, **options: Any) -> Any:
         """See `TensorStore.tokenizer`."""

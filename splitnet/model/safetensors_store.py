@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -20,10 +20,13 @@ from splitnet.model.quantization import quantization_settings, quantized_format
 from splitnet.model.quantized_format import Part, Weights
 from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
 from splitnet.model.stored import StoredTensor
-from splitnet.model.tensor_store import Progress, TensorFacts
+from splitnet.model.tensor_store import Place, Progress, TensorFacts
+from splitnet.weights.held import WeightFolder
 
-SAMPLE_BYTES = 256
-"""Of the beginning and of the end of each tensor that the fingerprint covers."""
+_DESCRIPTION_BYTES = 1 << 16
+"""Parts of quantized weights that are no larger may describe the rest."""
+_NOTES = ("_name_or_path", "transformers_version", "use_cache")
+"""Keys of a config that say nothing about the model."""
 
 
 class SafetensorsStore:
@@ -35,6 +38,7 @@ class SafetensorsStore:
     def __init__(self, shards: Shards) -> None:
         self.name = shards.name
         self.source = str(shards.source)
+        self.folder: WeightFolder | None = None
         self._shards = shards
 
     @classmethod
@@ -115,6 +119,8 @@ class SafetensorsStore:
         stored = [part for name in names for part in groups[name].values()]
         infos = self._infos(self._shards.weight_map[part] for part in stored)
         self._shards.check_hold(stored, infos)
+        if self.folder is not None and self._quantization is not None:  # descriptions, all at once
+            self.folder.supply([part for part in stored if infos[part].nbytes <= _DESCRIPTION_BYTES])
 
         def part(name: str) -> Part:
             info = infos[name]
@@ -135,34 +141,42 @@ class SafetensorsStore:
 
     def load_tensors(self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None) -> LazyTensors:
         """See `TensorStore.load_tensors`; only the shards that hold these tensors are downloaded."""
+        if self.folder is not None:
+            self.folder.supply([part for name in names.values() for part in self._weights.groups[name].values()])
         return LazyTensors(self._shards, self._weights, names, dtype, progress)
 
-    def samples(self) -> Mapping[str, bytes]:
-        """See `TensorStore.samples`; with how weights are quantized, if they are.
+    def told_config(self) -> str:
+        """See `TensorStore.told_config`: the config file without notes."""
+        try:
+            values = json.loads(self._config_file.read_text())
+            return json.dumps(_without_notes(values), sort_keys=True)
+        except (OSError, ValueError, RecursionError) as error:
+            raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
 
-        It does not depend on how the tensors are sharded nor on which shards are here.
-
-        From the hub, headers and samples are read by range. The end of a tensor and the beginning of the next stand
-        side by side in a shard, so that is about one request for each large tensor.
-
-        Raises:
-            ModelNotFound: a shard is missing or not complete.
-        """
+    def places(self) -> Mapping[str, Place]:
+        """See `TensorStore.places`; from the hub, headers are read by range."""
         infos = self._infos(self._shards.weight_map.values())
-        by_shard: dict[str, list[tuple[str, int, int]]] = {}
-        for name, info in infos.items():
-            start, end = info.offset, info.offset + info.nbytes
-            pieces = by_shard.setdefault(info.shard, [])
-            pieces.append((name, start, min(end, start + SAMPLE_BYTES)))
-            pieces.append((name, max(start, end - SAMPLE_BYTES), end))
-        samples = {name: f"{info.stored} {info.shape} ".encode() for name, info in infos.items()}
-        for shard, pieces in by_shard.items():
-            found = self._shards.read_ranges(shard, [(start, end) for _, start, end in pieces])
-            for (name, *_), data in zip(pieces, found, strict=True):
-                samples[name] += data
-        if self._quantization is not None:
-            samples["quantization_config"] = json.dumps(self._quantization, sort_keys=True).encode()
-        return samples
+        self._shards.check_hold(self._shards.weight_map, infos)
+        return {
+            name: Place(info.shard, info.offset, info.nbytes, info.stored, info.shape) for name, info in infos.items()
+        }
+
+    def heads(self) -> Mapping[str, int]:
+        """See `TensorStore.heads`: none, as headers of safetensors tell of nothing but tensors."""
+        return {}
+
+    @property
+    def commit(self) -> str:
+        """See `TensorStore.commit`."""
+        return self._shards.commit
+
+    def local_file(self, file: str) -> Path | None:
+        """See `TensorStore.local_file`."""
+        return self._shards.local_file(file)
+
+    def open_file(self, file: str) -> BinaryIO:
+        """See `TensorStore.open_file`."""
+        return self._shards.open_range(file)
 
     def tokenizer(self) -> Any:
         """See `TensorStore.tokenizer`."""
@@ -182,6 +196,8 @@ class SafetensorsStore:
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
         """A small tensor."""
+        if self.folder is not None:
+            self.folder.supply([name for name, one in self._headers[info.shard].items() if one == info])
         (data,) = self._shards.read_ranges(info.shard, [(info.offset, info.offset + info.nbytes)])
         return torch.frombuffer(bytearray(data), dtype=info.dtype).view(info.shape)
 
@@ -197,6 +213,17 @@ class SafetensorsStore:
     @cached_property
     def _headers(self) -> dict[str, dict[str, TensorInfo]]:
         return {}
+
+
+def _without_notes(values: Any) -> Any:
+    if isinstance(values, list):
+        return [_without_notes(one) for one in cast("list[Any]", values)]
+    if not isinstance(values, dict):
+        return values
+    told = {key: _without_notes(one) for key, one in cast("dict[str, Any]", values).items() if key not in _NOTES}
+    if "torch_dtype" in told:  # what `dtype` was called before
+        told.setdefault("dtype", told.pop("torch_dtype"))
+    return told
 
 
 def _first_line(error: BaseException) -> str:

@@ -180,6 +180,15 @@ class Shards:
                     f"{shard} of {self.name} lacks {name}, which {INDEX_FILE} says it holds: download both again"
                 )
 
+    @property
+    def commit(self) -> str:
+        """Hub id and commit, if that is known; empty: of a folder."""
+        if self._folder is None:
+            snapshot = self.config().parent
+            if snapshot.parent.name == "snapshots":
+                return f"{self.name}@{snapshot.name}"
+        return ""
+
     def config(self) -> Path:
         """The local path of the config.
 
@@ -212,7 +221,7 @@ class Shards:
             ModelNotFound: there is no such shard, or the hub does not answer.
         """
         try:
-            path = self._local(shard)
+            path = self.local_file(shard)
             if path is not None:
                 return path.open("rb")
             remote = self._hub.open(f"{self.name}/{shard}", "rb", revision=self.revision, block_size=block_size)
@@ -247,7 +256,7 @@ class Shards:
 
         found: dict[tuple[int, int], bytes] = {}
         try:
-            if self._local(shard) is not None:
+            if self.local_file(shard) is not None:
                 with self.open_range(shard) as file:
                     for group in groups:
                         found.update(read(file, group))
@@ -261,7 +270,7 @@ class Shards:
             raise ModelNotFound(f"{shard} of {self.name} is not complete: download it again")
         return [found[given] for given in ranges]
 
-    def _local(self, shard: str) -> Path | None:
+    def local_file(self, shard: str) -> Path | None:
         """Where a shard is on this machine; None: on the hub only."""
         if self._folder is not None:
             return self._folder / shard

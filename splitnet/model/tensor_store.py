@@ -7,12 +7,14 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.model.stored import Layout
+from splitnet.weights.held import WeightFolder
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); from several threads, one at a time."""
@@ -42,6 +44,23 @@ class TensorFacts:
         return math.prod(self.shape) * dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of a tensor stand in the files; it may be a part of a weight.
+
+    Attributes:
+        file: its name, for `TensorStore.open_file`.
+        offset: of its first byte in the file.
+        stored: its type, as the files name it.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    stored: str
+    shape: tuple[int, ...]
+
+
 class TensorStore(Protocol):
     """The files of one checkpoint.
 
@@ -51,10 +70,12 @@ class TensorStore(Protocol):
     Attributes:
         name: hub id, or name of the folder or file.
         source: hub id or path.
+        folder: that gets bytes before they are read; None: all are in the files, or on the hub.
     """
 
     name: str
     source: str
+    folder: WeightFolder | None
 
     def config(self) -> PreTrainedConfig:
         """That of the whole checkpoint, without a description of how the weights are quantized.
@@ -99,8 +120,37 @@ class TensorStore(Protocol):
         """
         ...
 
-    def samples(self) -> Mapping[str, bytes]:
-        """For a fingerprint: name of each tensor in the files -> its type, its shape and some of its bytes."""
+    def told_config(self) -> str:
+        """What of the config tells models apart, as JSON: it does not depend on the version of transformers."""
+        ...
+
+    def places(self) -> Mapping[str, Place]:
+        """All tensors in the files by name, which may be parts of weights.
+
+        Raises:
+            ModelNotFound: a file is missing or not complete.
+        """
+        ...
+
+    def heads(self) -> Mapping[str, int]:
+        """Files of which more than their tensors is needed: name -> bytes before the first tensor."""
+        ...
+
+    @property
+    def commit(self) -> str:
+        """Hub id and commit, which stand for the same files at any time; empty: not known, or not from the hub."""
+        ...
+
+    def local_file(self, file: str) -> Path | None:
+        """Where a file is on this machine; None: on the hub only."""
+        ...
+
+    def open_file(self, file: str) -> BinaryIO:
+        """Opens a file for reading parts of it, from the hub without downloading the whole.
+
+        Raises:
+            ModelNotFound: there is none, or the hub does not answer.
+        """
         ...
 
     def tokenizer(self) -> Any:

@@ -100,7 +100,7 @@ class LocalNetwork:
     """The nodes of one model's swarm on the networks of this machine. Thread-safe; close it when done.
 
     Args:
-        model: fingerprint of the weights.
+        model: fingerprint of the weights; empty, for one that only looks: of any model.
         interfaces: IPv4 addresses of the interfaces to use; None: all that have an address which the internet does
             not route, without loopback.
 
@@ -208,7 +208,7 @@ class LocalNetwork:
         except Exception as error:  # anybody can have sent it
             log.debug("left out what was found on the local network: %s", error)
             return
-        if node.model != self._model:
+        if self._model and node.model != self._model:
             return
         if node.protocol != PROTOCOL_VERSION:
             self.foreign_protocols.add(node.protocol)

@@ -56,6 +56,12 @@ FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
 
 SESSION_BYTES = 16
 KEY_BYTES = 32
+DIGEST_BYTES = 32
+
+MAX_PART_BYTES = 1 << 20
+"""Of weights in one message."""
+MAX_WEIGHTS_BYTES = 256 << 20
+"""Of all that a peer tells of weights by one name: of a manifest, as a piece is one part."""
 
 Payload = bytes | memoryview
 
@@ -426,6 +432,45 @@ class Announced:
     """False: the record is not valid, or there is no place for it."""
 
 
+class WeightsKind(IntEnum):
+    """What `AskWeights` asks for."""
+
+    MANIFEST = 0
+    """Of the model that is named."""
+    HELD = 1
+    """Which pieces of it the peer has: a bit for each in the order of the manifest, the lowest of a byte first."""
+    PIECE = 2
+    """The piece that is named, by its digest."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskWeights:
+    """Asks a peer for weights of its model, or what they are."""
+
+    TAG: ClassVar[int] = 21
+    number: int = wire(_NUMBER)
+    """Of the question; its answer has the same."""
+    kind: int = wire(uint(255))
+    """A `WeightsKind`."""
+    name: bytes = wire(blob(DIGEST_BYTES))
+    """Fingerprint of the model, or SHA-256 of the piece; in a closed swarm as its members name it."""
+    offset: int = wire(uint(MAX_WEIGHTS_BYTES))
+    """The answer begins there."""
+    length: int = wire(uint(MAX_PART_BYTES))
+    """The answer has at most so many bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class WeightsPart:
+    """Answers `AskWeights`."""
+
+    TAG: ClassVar[int] = 22
+    number: int = wire(_NUMBER)
+    total: int = wire(uint(MAX_WEIGHTS_BYTES))
+    """Bytes of all that was asked for, of which these are a part."""
+    payload: Payload = b""
+
+
 Message = (
     Ping
     | Pong
@@ -447,6 +492,8 @@ Message = (
     | Found
     | Announce
     | Announced
+    | AskWeights
+    | WeightsPart
 )
 
 MESSAGES: tuple[type[Message], ...] = get_args(Message)

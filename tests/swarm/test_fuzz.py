@@ -49,6 +49,7 @@ from splitnet.net.messages import (
     Replay,
     Result,
     Step,
+    WeightsPart,
     decode,
     encode,
 )
@@ -69,7 +70,19 @@ logs of the same sessions, and what Python, torch and ZeroMQ do not give back at
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
 # Few sessions, so that most messages are about one that is open.
-ANSWERS = Pong | Failure | Opened | Result | Gradient | AdapterLoaded | AdapterGradient | FetchedKV | Found | Announced
+ANSWERS = (
+    Pong
+    | Failure
+    | Opened
+    | Result
+    | Gradient
+    | AdapterLoaded
+    | AdapterGradient
+    | FetchedKV
+    | Found
+    | Announced
+    | WeightsPart
+)
 
 SESSIONS = [bytes([number]) * 16 for number in range(6)]
 HOSTILE_KEYS = [Identity.generate().public.raw for _ in range(4)]

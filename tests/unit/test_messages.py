@@ -19,10 +19,12 @@ from splitnet.net.messages import (
     MAX_DEPTH,
     MAX_FOUND,
     MAX_HEADER_BYTES,
+    MAX_PART_BYTES,
     MAX_PAYLOAD_BYTES,
     MAX_POSITIONS,
     MAX_ROWS,
     MAX_TEXT,
+    MAX_WEIGHTS_BYTES,
     MESSAGES,
     PROTOCOL_VERSION,
     SESSION_BYTES,
@@ -31,6 +33,7 @@ from splitnet.net.messages import (
     AdapterLoaded,
     Announce,
     Announced,
+    AskWeights,
     Close,
     Failure,
     FetchedKV,
@@ -50,6 +53,8 @@ from splitnet.net.messages import (
     Result,
     Step,
     Timing,
+    WeightsKind,
+    WeightsPart,
     decode,
     encode,
 )
@@ -124,6 +129,15 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Found, numbers, st.integers(0, MAX_FOUND - 1), payloads),
     st.builds(Announce, numbers, depths, payloads),
     st.builds(Announced, numbers, st.booleans()),
+    st.builds(
+        AskWeights,
+        numbers,
+        codes,
+        st.binary(min_size=32, max_size=32),
+        st.integers(0, MAX_WEIGHTS_BYTES),
+        st.integers(0, MAX_PART_BYTES),
+    ),
+    st.builds(WeightsPart, numbers, st.integers(0, MAX_WEIGHTS_BYTES), payloads),
 )
 
 OPEN = Open(SESSION, 1, "model", 0, 2, 128, 0, b"", bytes(KEY_BYTES), "tcp://127.0.0.1:1")
@@ -152,6 +166,8 @@ EXAMPLES: list[Message] = [
     Found(7, 1, b"records"),
     Announce(7, 2, b"record"),
     Announced(7, True),
+    AskWeights(7, WeightsKind.PIECE, bytes(32), 0, 1024),
+    WeightsPart(7, 1024, b"weights"),
 ]
 
 
@@ -241,6 +257,13 @@ def test_a_field_of_any_other_value_is_refused_or_harmless(message: Message, dat
 
 
 BOUNDS: list[tuple[Message, str, Any, Any]] = [
+    (AskWeights(7, 2, bytes(32), 0, 1), "kind", 255, 256),
+    (AskWeights(7, 2, bytes(32), 0, 1), "number", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (AskWeights(7, 2, bytes(32), 0, 1), "name", bytes(32), bytes(33)),
+    (AskWeights(7, 2, bytes(32), 0, 1), "offset", MAX_WEIGHTS_BYTES, MAX_WEIGHTS_BYTES + 1),
+    (AskWeights(7, 2, bytes(32), 0, 1), "length", MAX_PART_BYTES, MAX_PART_BYTES + 1),
+    (WeightsPart(7, 1), "number", LARGEST_NUMBER, LARGEST_NUMBER + 1),
+    (WeightsPart(7, 1), "total", MAX_WEIGHTS_BYTES, MAX_WEIGHTS_BYTES + 1),
     (Ping(1), "nonce", LARGEST_NUMBER, LARGEST_NUMBER + 1),
     (Pong(1, 0, 0), "queue_ms", 1e9, float("inf")),
     (Pong(1, 0, 0), "queue_ms", 0.0, -0.5),

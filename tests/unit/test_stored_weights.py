@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ from splitnet.model.sizes import ModelSizes
 from splitnet.model.span import Part, Span
 from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
 from splitnet.model.stored_layers import HeldEmbedding
-from splitnet.model.tensor_store import Progress, TensorFacts
+from splitnet.model.tensor_store import Place, Progress, TensorFacts
 from splitnet.model.weights import choose_weights
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.quantized_checkpoints import quantized_pair
@@ -54,6 +54,7 @@ class CodedStore:
     def __init__(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         self._plain = Checkpoint.open(folder)
         self.source = str(folder)
+        self.folder = None
         self.tensors = dict(tensors)
 
     def config(self) -> PreTrainedConfig:
@@ -75,8 +76,24 @@ class CodedStore:
     ) -> AbstractContextManager[dict[str, Any]]:
         return nullcontext({given: _Lazy(self.tensors[name]) for given, name in names.items()})
 
-    def samples(self) -> Mapping[str, bytes]:
+    def told_config(self) -> str:
+        return "{}"
+
+    def places(self) -> Mapping[str, Place]:
         return {}
+
+    def heads(self) -> Mapping[str, int]:
+        return {}
+
+    @property
+    def commit(self) -> str:
+        return ""
+
+    def local_file(self, file: str) -> Path | None:
+        raise NotImplementedError
+
+    def open_file(self, file: str) -> BinaryIO:
+        raise NotImplementedError
 
     def tokenizer(self) -> Any:
         raise NotImplementedError

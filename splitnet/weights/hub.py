@@ -1,0 +1,59 @@
+"""Pieces of weights from the hub, by ranges of bytes."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from huggingface_hub import hf_hub_url
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+
+from splitnet.errors import ModelNotFound
+from splitnet.model.tensor_store import TensorStore
+from splitnet.weights.manifest import Manifest
+
+TIMEOUT_S: Final = 30.0
+
+
+class HubPieces:
+    """Where the pieces of a manifest stand in the files of a repository. `read` may be called by several threads.
+
+    Args:
+        manifest: of the model.
+        store: of the repository, whose headers say the same (see `splitnet.weights.matching`).
+        revision: of the repository.
+
+    Attributes:
+        at_once: requests at the same time.
+    """
+
+    at_once: Final = 16
+
+    def __init__(self, manifest: Manifest, store: TensorStore, revision: str | None = None) -> None:
+        self._store = store
+        self._repository = store.source
+        self._revision = revision
+        self._where: dict[bytes, tuple[str, int, int]] = {}
+        places = store.places()
+        for tensor in manifest.tensors:
+            place = places[tensor.name]
+            for name, offset, size in tensor.pieces.each():
+                self._where[name] = place.file, place.offset + offset, size
+
+    def read(self, name: bytes) -> bytes:
+        """A piece, which the caller checks.
+
+        Raises:
+            ModelNotFound: the hub does not give it. Exceptions of the HTTP library: it does not answer.
+        """
+        file, offset, size = self._where[name]
+        if self._store.local_file(file) is not None:  # downloaded before
+            with self._store.open_file(file) as opened:
+                opened.seek(offset)
+                return opened.read(size)
+        url = hf_hub_url(self._repository, file, revision=self._revision)
+        headers = {**build_hf_headers(), "Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
+        response = get_session().get(url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True)
+        hf_raise_for_status(response)
+        if response.status_code != 206 or len(response.content) != size:
+            raise ModelNotFound(f"the hub does not give ranges of {file}")
+        return response.content

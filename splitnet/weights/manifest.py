@@ -1,0 +1,195 @@
+"""What a model's weights are: for each tensor its name, type, shape and the SHA-256 of its pieces.
+
+The SHA-256 of that and of the config is the model's fingerprint: peers with the same one have the same bytes in all
+tensors, however these lie in files. Who knows a fingerprint can check a manifest that a stranger gives, and with the
+manifest each piece.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Final, cast
+
+from splitnet.errors import ProtocolError
+from splitnet.net.fields import packb, unpack_array
+from splitnet.net.messages import DIGEST_BYTES, MAX_PART_BYTES, MAX_WEIGHTS_BYTES
+
+PIECE_BYTES: Final = MAX_PART_BYTES
+"""Of a piece; the last one of a tensor has what is left."""
+MAX_MANIFEST_BYTES: Final = MAX_WEIGHTS_BYTES
+"""Enough for 8 TB of weights."""
+
+_MARK: Final = "splitnet weights 1"
+_MAX_TENSORS: Final = 1 << 20
+_MAX_NAME: Final = 512
+_MAX_CONFIG: Final = 1 << 20
+_MAX_BYTES: Final = 1 << 44
+_MAX_DIMENSIONS: Final = 16
+
+
+def digest(data: bytes | memoryview) -> bytes:
+    """SHA-256."""
+    return hashlib.sha256(data).digest()
+
+
+def piece_sizes(nbytes: int) -> list[int]:
+    """Bytes of the pieces of so many."""
+    return [min(PIECE_BYTES, nbytes - at) for at in range(0, nbytes, PIECE_BYTES)]
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """Bytes that are known by the digests of their pieces.
+
+    Attributes:
+        nbytes: of all pieces.
+        digests: of all pieces, joined.
+    """
+
+    nbytes: int
+    digests: bytes
+
+    def each(self) -> Iterator[tuple[bytes, int, int]]:
+        """Digest, offset and bytes of every piece."""
+        for index, size in enumerate(piece_sizes(self.nbytes)):
+            at = index * DIGEST_BYTES
+            yield self.digests[at : at + DIGEST_BYTES], index * PIECE_BYTES, size
+
+    @classmethod
+    def read(cls, nbytes: Any, digests: Any) -> Pieces:
+        """Raises ProtocolError if they cannot be."""
+        if type(nbytes) is not int or not 0 <= nbytes <= _MAX_BYTES or type(digests) is not bytes:
+            raise ProtocolError("expected a number of bytes, and digests")
+        if len(digests) != DIGEST_BYTES * -(-nbytes // PIECE_BYTES):
+            raise ProtocolError("expected a digest for each piece")
+        return cls(nbytes, digests)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One tensor in the files.
+
+    Attributes:
+        stored: its type, as the files name it.
+    """
+
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    pieces: Pieces
+
+    def without_bytes(self) -> tuple[str, str, tuple[int, ...], int]:
+        """What headers of files tell."""
+        return self.name, self.stored, self.shape, self.pieces.nbytes
+
+
+@dataclass(frozen=True)
+class Head:
+    """What stands before the tensors in a GGUF file.
+
+    Attributes:
+        file_bytes: of the whole file.
+        pieces: of the head.
+    """
+
+    file_bytes: int
+    pieces: Pieces
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All tensors of a model, by name.
+
+    Attributes:
+        config: what of the config tells models apart, as JSON.
+        tensors: in the order of their names.
+        heads: of the files of a GGUF model, in their order; empty: the tensors are those of safetensors files. They say
+            how tensors lie in files, and are no part of the fingerprint.
+    """
+
+    config: str
+    tensors: tuple[Tensor, ...]
+    heads: tuple[Head, ...] = ()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits."""
+        told: list[Any] = [
+            [tensor.name, tensor.stored, list(tensor.shape), tensor.pieces.nbytes, digest(tensor.pieces.digests)]
+            for tensor in self.tensors
+        ]
+        return digest(packb([_MARK, self.config, told])).hex()
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(tensor.pieces.nbytes for tensor in self.tensors)
+
+    @property
+    def parts(self) -> Iterator[Pieces]:
+        """All that has pieces: tensors, then heads."""
+        yield from (tensor.pieces for tensor in self.tensors)
+        yield from (head.pieces for head in self.heads)
+
+    @cached_property
+    def by_name(self) -> dict[str, Tensor]:
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    def pack(self) -> bytes:
+        """As it travels, and as it is kept."""
+        tensors: list[Any] = [
+            [one.name, one.stored, list(one.shape), one.pieces.nbytes, one.pieces.digests] for one in self.tensors
+        ]
+        heads: list[Any] = [[head.file_bytes, head.pieces.nbytes, head.pieces.digests] for head in self.heads]
+        return packb([_MARK, self.config, tensors, heads])
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Manifest:
+        """Reads what `pack` wrote, from anybody.
+
+        Raises:
+            ProtocolError: it is anything else.
+        """
+        values = unpack_array(data, most_items=_MAX_TENSORS, most_text=_MAX_CONFIG, most_bytes=MAX_MANIFEST_BYTES)
+        if len(values) != 4 or values[0] != _MARK:
+            raise ProtocolError("not the manifest of a model that this version of splitnet reads")
+        _, config, tensors, heads = values
+        if type(config) is not str or type(tensors) is not list or type(heads) is not list:
+            raise ProtocolError("not a manifest")
+        manifest = cls(config, tuple(map(_tensor, _rows(tensors, 5))), tuple(map(_head, _rows(heads, 3))))
+        names = [tensor.name for tensor in manifest.tensors]
+        if names != sorted(set(names)):
+            raise ProtocolError("tensors of a manifest are in the order of their names")
+        return manifest
+
+
+def _rows(values: Any, width: int) -> Sequence[list[Any]]:
+    rows = cast("list[Any]", values)
+    if any(type(row) is not list or len(cast("list[Any]", row)) != width for row in rows):
+        raise ProtocolError(f"expected rows of {width} values")
+    return rows
+
+
+def _tensor(row: list[Any]) -> Tensor:
+    name, stored, shape, nbytes, digests = row
+    for text in (name, stored):
+        if type(text) is not str or not 0 < len(text) <= _MAX_NAME or not text.isprintable():
+            raise ProtocolError("expected a name")
+    if (
+        type(shape) is not list
+        or len(cast("list[Any]", shape)) > _MAX_DIMENSIONS
+        or any(type(size) is not int or not 0 <= size <= _MAX_BYTES for size in cast("list[Any]", shape))
+    ):
+        raise ProtocolError("expected a shape")
+    return Tensor(name, stored, tuple(cast("list[int]", shape)), Pieces.read(nbytes, digests))
+
+
+def _head(row: list[Any]) -> Head:
+    file_bytes, nbytes, digests = row
+    head = Head(file_bytes, Pieces.read(nbytes, digests))
+    if type(file_bytes) is not int or not nbytes <= file_bytes <= _MAX_BYTES:
+        raise ProtocolError("expected the head of a file")
+    return head

@@ -1,0 +1,185 @@
+"""Peers get blocks from the hub by ranges of bytes; clients with some files learn from peers what their model is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import constants
+
+from splitnet.client.unknown_model import learn_manifest
+from splitnet.errors import ModelNotFound, WrongSwarm
+from splitnet.model import shards
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
+from splitnet.weights.hashing import make_manifest
+from tests.swarm.harness import local_swarm
+from tests.swarm.test_weights_from_peers import block_bytes_of, computes_as
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+COMMIT = "ab" * 20
+
+
+@dataclass
+class Hub:
+    """One repository, `someone/tiny`, over HTTP with ranges."""
+
+    folder: Path
+    ranges: int = 0
+    """Bytes that were given by ranges."""
+    whole: list[str] = field(default_factory=list[str])
+    """Files that were given as a whole."""
+    read: int = 0
+    """How often a file was opened to be read in parts."""
+
+    def open(self, path: str, mode: str, **_: Any) -> Any:
+        self.read += 1
+        return (self.folder / path.removeprefix("someone/tiny/")).open("rb")
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, *, body: bool) -> None:
+        name = self.path.rpartition("/")[2]
+        file = self.hub.folder / name
+        if not self.path.startswith("/someone/tiny/resolve/") or not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        data = file.read_bytes()
+        wanted = self.headers.get("Range")
+        if wanted:
+            first, last = map(int, wanted.removeprefix("bytes=").split("-"))
+            self.send_response(206)
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            data = data[first : last + 1]
+            self.hub.ranges += len(data)
+        else:
+            self.send_response(200)
+            self.hub.whole += [name] if body else []
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("models") / "tiny", hidden=128, seed=3)
+
+
+@pytest.fixture
+def hub(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    hub = Hub(folder)
+    monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shards, "HfFileSystem", lambda: hub)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("OwnHandler", (Handler,), {"hub": hub})) as server:
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, endpoint)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "ENDPOINT", endpoint)
+        threading.Thread(target=server.serve_forever).start()
+        yield hub
+        server.shutdown()
+
+
+def test_a_peer_gets_ranges_of_its_blocks_and_no_whole_files(folder: Path, node: Directory, hub: Hub) -> None:
+    with local_swarm(folder, [], node=node) as swarm:
+        first = swarm.add(0, 2, folder="someone/tiny", join=())
+        assert computes_as(first.span, folder)
+        assert first.checkpoint.fingerprint == Checkpoint.open(folder).fingerprint
+        needed = block_bytes_of(folder, 0, 2)
+        assert needed <= hub.ranges <= 1.01 * needed
+        assert not [name for name in hub.whole if name.endswith(".safetensors")]
+        read, hub.ranges = hub.read, 0
+    # What the model is was found out once, and is known from then on; pieces are kept, too.
+    with local_swarm(folder, [], node=node) as swarm:
+        again = swarm.add(0, 3, folder="someone/tiny", join=())
+        assert computes_as(again.span, folder)
+        assert hub.ranges == block_bytes_of(folder, 2, 3)
+        assert hub.read - read == len(set(weight_map(folder).values())), "headers alone"
+
+
+def test_the_hub_and_peers_are_sources_at_once(folder: Path, node: Directory, hub: Hub) -> None:
+    with local_swarm(folder, [(0, 6)], node=node, share_weights=True) as swarm:
+        swarm.peers[0].checkpoint.name = "someone/tiny"
+        swarm.peers[0]._announcer.publish()
+        peer = swarm.add(0, 4, folder="someone/tiny")
+        assert computes_as(peer.span, folder)
+        assert peer._fetcher is not None
+        fetched = peer._fetcher.fetched.by_source
+        assert fetched["the hub"] == hub.ranges and len(fetched) == 2
+        assert sum(fetched.values()) == block_bytes_of(folder, 0, 4)
+
+
+def test_a_client_with_some_of_the_files_learns_what_its_model_is(folder: Path, node: Directory, hub: Hub) -> None:
+    with local_swarm(folder, [(0, 6)], node=node) as swarm:
+        swarm.peers[0].checkpoint.name = "someone/tiny"
+        swarm.peers[0]._announcer.publish()
+        checkpoint = Checkpoint.open("someone/tiny")
+        assert not checkpoint.knows_manifest
+        learn_manifest(checkpoint, [swarm.peers[0].join_address], Identity.generate())
+        assert (
+            checkpoint.fingerprint
+            == swarm.peers[0].checkpoint.fingerprint
+            == make_manifest(Checkpoint.open(folder).store).fingerprint
+        )
+        assert Checkpoint.open("someone/tiny").knows_manifest, "it is asked once"
+
+
+def test_a_client_does_not_take_another_model_for_its_own(
+    folder: Path, node: Directory, hub: Hub, tmp_path: Path
+) -> None:
+    """Not even one with the same headers: of what is here all bytes are compared."""
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    shard = other / weight_map(folder)["model.embed_tokens.weight"]
+    shard.write_bytes(shard.read_bytes()[:-5] + b"other")
+    with local_swarm(other, [(0, 6)], node=node) as swarm:
+        swarm.peers[0].checkpoint.name = "someone/tiny"
+        swarm.peers[0]._announcer.publish()
+        checkpoint = Checkpoint.open("someone/tiny")
+        shards.hf_hub_download("someone/tiny", shard.name)  # as a client does that has loaded its embeddings
+        with pytest.raises(ModelNotFound, match="has other weights"):
+            learn_manifest(checkpoint, [swarm.peers[0].join_address], Identity.generate())
+
+
+def test_the_hub_decides_what_its_model_is(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
+    """Peers that call another model so, with the same headers, are found out by the first piece."""
+    other = random_checkpoint("llama", tmp_path / "other", hidden=128, seed=4)
+    shutil.copy(folder / "config.json", other)
+    with local_swarm(other, [(0, 6)], node=node, share_weights=True) as swarm:
+        swarm.peers[0].checkpoint.name = "someone/tiny"
+        swarm.peers[0]._announcer.publish()
+        with pytest.raises(WrongSwarm, match="the hub has other weights"):
+            swarm.add(0, 2, folder="someone/tiny")
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    return json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]

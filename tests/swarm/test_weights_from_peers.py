@@ -1,0 +1,189 @@
+"""Peers that have no files get their blocks from others, and from nobody who lies or whom they do not know."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from splitnet.errors import ModelNotFound, SplitnetError
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.span import Part, Span
+from splitnet.net.directory import Directory
+from splitnet.net.identity import Identity
+from splitnet.net.peer_addresses import peer_address
+from splitnet.net.swarm_key import SwarmKey
+from splitnet.weights.held import WeightFolder, weights_folder
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
+from tests.unit.random_models import random_checkpoint
+
+pytestmark = pytest.mark.swarm
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("models") / "shared-llama", hidden=128)
+
+
+@pytest.fixture(scope="module")
+def swarm(folder: Path, node: Directory) -> Iterator[LocalSwarm]:
+    with local_swarm(folder, SPANS, node=node, share_weights=True) as swarm:
+        yield swarm
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def block_bytes_of(folder: Path, start: int, end: int) -> int:
+    checkpoint = Checkpoint.open(folder)
+    names = [tensor.name for block in checkpoint.block_tensors[start:end] for tensor in block]
+    return sum(checkpoint.store.places()[name].nbytes for name in names)
+
+
+def computes_as(span: Span, folder: Path) -> bool:
+    same = Span.load(Checkpoint.open(folder), span.start, span.end, weights=None)
+    hidden = torch.randn(3, span.hidden_size, generator=torch.Generator().manual_seed(0))
+    outputs = [one.forward(hidden.clone(), [Part(one.new_row(), 0, 3)]) for one in (span, same)]
+    return torch.equal(*outputs)
+
+
+def sent_by(swarm: LocalSwarm) -> list[int]:
+    return [peer.weights.sent for peer in swarm.peers]
+
+
+def test_a_peer_without_files_gets_its_blocks_from_three_others(folder: Path, swarm: LocalSwarm) -> None:
+    before = sent_by(swarm)
+    with swarm.newcomer() as visitor:
+        peer = visitor.add(1, 5, folder="shared-llama")
+        visitor.peers.remove(peer)
+        assert peer.checkpoint.fingerprint == swarm.peers[0].checkpoint.fingerprint
+        assert computes_as(peer.span, folder)
+        assert peer._fetcher is not None
+        fetched = peer._fetcher.fetched
+        needed = block_bytes_of(folder, 1, 5)
+        assert needed <= sum(fetched.by_source.values()) <= 1.01 * needed and fetched.wasted <= 0.01 * needed
+        assert len(fetched.by_source) == 3, "three sources at once"
+        # What was sent is that and the manifest.
+        manifest = len(peer.checkpoint.manifest().pack())
+        sent = sum(sent_by(swarm)) - sum(before)
+        assert needed <= sent <= 1.01 * needed + manifest + 3 * 1024
+        held = peer.checkpoint.held()
+        assert isinstance(held, WeightFolder)
+        peer.checkpoint.get_blocks(0, 6)  # as if it moved
+        assert computes_as(Span.load(peer.checkpoint, 0, 6, weights=None), folder)
+
+
+def test_a_corrupt_source_is_named_and_left_out(
+    folder: Path, swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    liar = swarm.peers[1]
+    honest = liar.weights._held.read
+
+    def lie(name: bytes) -> bytes | None:
+        data = honest(name)
+        return None if data is None else bytes(len(data) - 1) + b"\x2a"
+
+    monkeypatch.setattr(liar.weights._held, "read", lie)
+    caplog.set_level(logging.WARNING)
+    with swarm.newcomer() as visitor:
+        peer = visitor.add(0, 2, folder="shared-llama")
+        visitor.peers.remove(peer)
+        assert computes_as(peer.span, folder)
+        assert peer._fetcher is not None
+        assert peer._fetcher.fetched.left_out == [peer_address(liar.endpoint)]
+        assert peer_address(liar.endpoint) not in peer._fetcher.fetched.by_source
+    assert any(
+        liar.endpoint.address in record.getMessage() and "corrupt" in record.getMessage() for record in caplog.records
+    )
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_what_was_fetched_is_not_fetched_again_and_what_is_damaged_is(
+    folder: Path, swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, written = WeightFolder.write, list[bytes]()
+
+    def some(self: WeightFolder, name: bytes, data: Any) -> None:
+        if len(written) == 9:
+            raise Killed
+        write(self, name, data)
+        written.append(name)
+
+    with swarm.newcomer() as visitor:
+        with monkeypatch.context() as patch:
+            patch.setattr(WeightFolder, "write", some)
+            with pytest.raises(Killed):
+                visitor.add(0, 2, folder="shared-llama")
+        # One of the pieces on the disk is damaged meanwhile.
+        fingerprint = swarm.peers[0].checkpoint.fingerprint
+        checkpoint = Checkpoint.open(weights_folder(fingerprint))
+        held = checkpoint.held()
+        file, offset, size = held._where[held._slots[written[0]][0]]
+        with (weights_folder(fingerprint) / file).open("r+b") as opened:
+            opened.seek(offset)
+            opened.write(bytes(size))
+        peer = visitor.add(0, 2, folder="shared-llama")
+        visitor.peers.remove(peer)
+        assert computes_as(peer.span, folder)
+        assert peer._fetcher is not None
+        sizes = {name: n for pieces in peer.checkpoint.manifest().parts for name, _, n in pieces.each()}
+        kept = sum(sizes[name] for name in written[1:])
+        assert sum(peer._fetcher.fetched.by_source.values()) == block_bytes_of(folder, 0, 2) - kept
+
+
+def test_holes_are_not_read_as_weights(folder: Path, swarm: LocalSwarm) -> None:
+    with swarm.newcomer() as visitor:
+        peer = visitor.add(0, 1, folder="shared-llama")
+        visitor.peers.remove(peer)
+        partial = Checkpoint.open(weights_folder(peer.checkpoint.fingerprint))
+        assert partial.fingerprint == peer.checkpoint.fingerprint
+        Span.load(partial, 0, 1)
+        with pytest.raises(ModelNotFound, match=r"pieces of the weights in .* are missing"):
+            Span.load(partial, 3, 4)
+
+
+def test_who_does_not_share_gives_nothing(node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitnet.weights.fetching.PATIENCE_S", 0.5)
+    own = random_checkpoint("llama", tmp_path / "kept-llama", seed=2)
+    with local_swarm(own, [(0, 6)], node=node) as swarm:  # anybody may connect, so it does not by itself
+        with pytest.raises(ModelNotFound, match=r"at nobody who gives them .*--share-weights"):
+            swarm.add(0, 2, folder="kept-llama")
+        assert swarm.peers[0].weights.sent == len(swarm.peers[0].checkpoint.manifest().pack())
+
+
+def test_a_stranger_gets_nothing_of_a_closed_swarm(folder: Path, tmp_path: Path) -> None:
+    """Neither one whose key is not listed, nor one whose key is, without that of the swarm."""
+    key = SwarmKey.generate()
+    member, listed = Identity.generate(), Identity.generate()
+    keys = tmp_path / "keys"
+    keys.write_text("\n".join(one.public.text for one in (member, listed)))
+    options: dict[str, Any] = {"swarm_key": key, "authorized_keys": keys}
+    with local_swarm(folder, [], node=None) as swarm:
+        first = swarm.add(0, 6, **options)
+        address = [first.join_address]
+        for stranger in ({"swarm_key": key}, {"identity": listed, "swarm_key": SwarmKey.generate()}):
+            with pytest.raises(SplitnetError):
+                swarm.add(0, 2, folder="shared-llama", join=address, **stranger)
+        assert first.weights.sent == 0
+        guest = swarm.add(0, 2, folder="shared-llama", join=address, identity=member, **options)
+        assert computes_as(guest.span, folder)
+
+
+def test_two_models_of_one_name_are_told_apart_by_their_id(folder: Path, node: Directory, tmp_path: Path) -> None:
+    other = random_checkpoint("llama", tmp_path / "other" / "shared-llama", hidden=128, seed=1)
+    with local_swarm(folder, [(0, 6)], node=node, share_weights=True) as swarm:
+        second = swarm.add(0, 6, folder=other, share_weights=True)
+        with pytest.raises(ModelNotFound, match=r"2 models of this swarm are called shared-llama: give --model-id"):
+            swarm.add(0, 1, folder="shared-llama")
+        peer = swarm.add(0, 1, folder="shared-llama", model_id=second.checkpoint.fingerprint)
+        assert computes_as(peer.span, other)

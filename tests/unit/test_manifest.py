@@ -1,0 +1,189 @@
+"""What a model is: manifests, their fingerprints, digests that are kept, and files with holes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gguf import GGMLQuantizationType
+from hypothesis import given
+from hypothesis import strategies as st
+
+from splitnet.errors import ModelNotFound, ProtocolError
+from splitnet.model.checkpoint import Checkpoint, open_store
+from splitnet.model.span import Span
+from splitnet.net.fields import packb, unpack_array
+from splitnet.weights import hashing
+from splitnet.weights.hashing import make_manifest
+from splitnet.weights.held import WeightFolder, make_folder
+from splitnet.weights.manifest import PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
+from splitnet.weights.matching import headers_differ
+from tests.unit.gguf_writing import write_gguf
+from tests.unit.random_models import random_checkpoint
+
+
+def pieces_of(data: bytes) -> Pieces:
+    return Pieces(len(data), b"".join(digest(data[at : at + PIECE_BYTES]) for at in range(0, len(data), PIECE_BYTES)))
+
+
+sizes = st.one_of(st.integers(0, 64), st.sampled_from([PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 3 * PIECE_BYTES]))
+pieces = st.builds(lambda size, byte: pieces_of(bytes([byte]) * size), sizes, st.integers(0, 255))
+tensors = st.builds(
+    Tensor, st.text("ab.", min_size=1, max_size=4), st.sampled_from(["F32", "BF16"]), st.just((2, 3)), pieces
+)
+manifests = st.builds(
+    lambda config, some, heads: Manifest(config, tuple(sorted(some, key=lambda one: one.name)), tuple(heads)),
+    st.text(max_size=9),
+    st.lists(tensors, unique_by=lambda one: one.name, max_size=4),
+    st.lists(st.builds(lambda one: Head(one.nbytes + 5, one), pieces), max_size=2),
+)
+
+
+@given(manifests)
+def test_a_manifest_comes_back_as_it_was(manifest: Manifest) -> None:
+    again = Manifest.unpack(manifest.pack())
+    assert again == manifest and again.fingerprint == manifest.fingerprint
+    for one in manifest.parts:
+        assert sum(size for _, _, size in one.each()) == one.nbytes
+        assert b"".join(name for name, _, _ in one.each()) == one.digests
+
+
+@given(manifests, st.data())
+def test_a_manifest_from_a_stranger_is_refused_or_another_one(manifest: Manifest, data: st.DataObject) -> None:
+    packed = bytearray(manifest.pack())
+    where = data.draw(st.integers(0, len(packed) - 1))
+    packed[where : where + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=2))
+    try:
+        changed = Manifest.unpack(bytes(packed))
+    except ProtocolError:
+        return
+    same = dataclasses.replace(changed, heads=()) == dataclasses.replace(manifest, heads=())
+    assert (changed.fingerprint == manifest.fingerprint) == same
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows.reverse(),
+        lambda rows: rows.append(rows[-1]),
+        lambda rows: rows[0].__setitem__(0, "line\nbreak"),
+        lambda rows: rows[0].__setitem__(2, [-1]),
+        lambda rows: rows[0].__setitem__(3, 1 << 60),
+        lambda rows: rows[0].__setitem__(4, b"short"),
+    ],
+)
+def test_what_no_manifest_can_be_is_refused(change: Callable[[Any], Any]) -> None:
+    some = (Tensor("a", "F32", (1,), pieces_of(b"1234")), Tensor("b", "F32", (1,), pieces_of(b"5678")))
+    values = unpack_array(Manifest("{}", some).pack(), most_items=9, most_text=99, most_bytes=99)
+    change(values[2])
+    with pytest.raises(ProtocolError):
+        Manifest.unpack(packb(values))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("llama", tmp_path_factory.mktemp("models") / "tiny")
+
+
+def test_every_byte_counts(folder: Path, tmp_path: Path) -> None:
+    """Also one that is neither at the beginning nor at the end of a tensor."""
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    store = open_store(folder)
+    place = max(store.places().values(), key=lambda one: one.nbytes)
+    shard = copy / place.file
+    data = bytearray(shard.read_bytes())
+    data[place.offset + place.nbytes // 2] ^= 1
+    shard.write_bytes(data)
+    assert Checkpoint.open(copy).fingerprint != Checkpoint.open(folder).fingerprint
+
+
+def test_digests_are_kept_until_a_file_changes(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hashing, "KEPT_BYTES", 1)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    first = make_manifest(open_store(copy))
+    assert first.fingerprint == make_manifest(open_store(folder)).fingerprint
+    with monkeypatch.context() as patch:
+        patch.setattr(hashing._Reading, "_hash", lambda *_: pytest.fail("a file was read again"))
+        assert make_manifest(open_store(copy)) == first
+    shard = next(copy.glob("*.safetensors"))
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    os.utime(shard, ns=(1, 1))
+    assert make_manifest(open_store(copy)).fingerprint != first.fingerprint
+    for kept in (cache / "digests").iterdir():
+        kept.write_text(kept.read_text().replace('"ranges"', '"other"'))  # damaged
+    assert make_manifest(open_store(copy)).fingerprint != first.fingerprint
+
+
+def test_progress_is_told_of_much_to_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[tuple[int, int]] = []
+    make_manifest(open_store(folder), lambda *both: told.append(both))
+    assert not told
+    monkeypatch.setattr(hashing, "SHOWN_BYTES", 1)
+    manifest = make_manifest(open_store(folder), lambda *both: told.append(both))
+    assert told[-1] == (manifest.nbytes, manifest.nbytes) and told == sorted(told)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf", "split"])
+def test_a_folder_with_holes_is_the_same_model(kind: str, folder: Path, tmp_path: Path, cache: Path) -> None:
+    """Its blocks are read as soon as their pieces are there, and not before."""
+    path = folder
+    if kind != "safetensors":
+        split = {"split": 20} if kind == "split" else {}
+        path = write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0, **split)
+    whole = Checkpoint.open(path)
+    manifest, source = whole.manifest(), whole.held()
+    store = whole.store
+    heads = [store.open_file(file).read(nbytes) for file, nbytes in store.heads().items()]
+    made = make_folder(manifest, heads, lambda new: assert_same(manifest, new))
+    filled = Checkpoint.open(made)
+    assert filled.fingerprint == whole.fingerprint and filled.names
+    held = filled.store.folder
+    assert isinstance(held, WeightFolder)
+    with pytest.raises(ModelNotFound, match=r"are missing"):
+        Span.load(filled, 0, 1)
+    asked: dict[bytes, int] = {}
+
+    def fetch(missing: Any) -> None:
+        asked.update(missing)
+        for name in missing:
+            data = source.read(name)
+            assert data is not None
+            held.write(name, data)
+
+    held.fetch = fetch
+    Span.load(filled, 2, 4)
+    names = {tensor.name for block in whole.block_tensors[2:4] for tensor in block}
+    needed = sum(facts.nbytes for facts in whole.facts(names).values())
+    assert sum(asked.values()) == needed == held.fetched
+    assert sum(bits.bit_count() for bits in held.bits()) < sum(bits.bit_count() for bits in source.bits())
+
+
+def assert_same(manifest: Manifest, new: Path) -> None:
+    assert headers_differ(manifest, open_store(new)) == ""
+
+
+def test_a_head_that_says_something_else_is_noticed(folder: Path, tmp_path: Path, cache: Path) -> None:
+    path = write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0)
+    other = write_gguf(folder, tmp_path / "other.gguf", GGMLQuantizationType.Q8_0, attention__head_count_kv=1)
+    manifest = Checkpoint.open(path).manifest()
+    assert headers_differ(manifest, open_store(other)) == "the config is another"
+    config = json.loads(open_store(path).told_config())
+    assert config["general.architecture"] == "llama"
