@@ -58,7 +58,7 @@ def simulate(
         raise SplitnetError("--against takes `all`, and no --policy beside it")
     if scenario is not None and scenario not in SCENARIOS:
         raise SplitnetError(f"unknown scenario {scenario}: use {', '.join(SCENARIOS)}")
-    names = list(AGAINST) if against else _policies(policy or ["baselines"])
+    names: list[str] = [*AGAINST] if against else _policies(policy or ["baselines"])
     chosen: dict[str, Any] = dict(SCENARIOS[scenario]) if scenario else {}
     if rate is not None:
         if chosen.get("burst"):

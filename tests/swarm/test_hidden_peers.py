@@ -20,6 +20,7 @@ from splitnet.doctor.links import PeerLinks
 from splitnet.doctor.peers import peer as finding_of
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.addresses import Reach
+from splitnet.net.asked_peers import AskedPeers
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
@@ -178,7 +179,9 @@ def test_who_joins_through_a_peer_finds_helpers_of_the_dht(swarm: LocalSwarm, no
         hidden_one = swarm.peers[-1]
         wait_until(lambda: hidden_one.ways.relays == (relay,))
         hidden_one._announcer.publish()
-        assert relay.key not in {other.key.raw for other in hidden_one._directory._others}, "it answers no questions"
+        directory = hidden_one._directory
+        assert isinstance(directory, AskedPeers)
+        assert relay.key not in {other.key.raw for other in directory._others}, "it answers no questions"
         assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
         assert ways_of(swarm)[3, 6] is Way.RELAYED
         assert set(hidden_one._directory.models()) == {hidden_one.checkpoint.fingerprint}

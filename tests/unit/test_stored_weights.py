@@ -32,6 +32,7 @@ from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTenso
 from splitnet.model.stored_layers import HeldEmbedding
 from splitnet.model.tensor_store import Place, Progress, TensorFacts
 from splitnet.model.weights import choose_weights
+from splitnet.weights.held import WeightFolder
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.quantized_checkpoints import quantized_pair
 from tests.unit.random_models import random_checkpoint
@@ -54,7 +55,7 @@ class CodedStore:
     def __init__(self, folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         self._plain = Checkpoint.open(folder)
         self.source = str(folder)
-        self.folder = None
+        self.folder: WeightFolder | None = None
         self.tensors = dict(tensors)
 
     def config(self) -> PreTrainedConfig:

@@ -226,7 +226,10 @@ def test_few_are_tried_at_once() -> None:
         raise AssertionError("nobody listens there")
 
     async def many() -> list[Any]:
-        tried = [punching.punch((HOST, 0), [f"tcp://{HOST}:9"], check, 0.2) for _ in range(punching.AT_ONCE + 3)]
+        tried = [
+            punching.punch((HOST, 0), [punching.Line((HOST, 0), f"tcp://{HOST}:9")], check, 0.2)
+            for _ in range(punching.AT_ONCE + 3)
+        ]
         tasks = [asyncio.ensure_future(each) for each in tried]
         await asyncio.sleep(0)
         done = sum(task.done() for task in tasks)

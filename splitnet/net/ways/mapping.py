@@ -181,10 +181,11 @@ def _upnp(what: str, *numbers: int) -> tuple[str, int]:
     command = [sys.executable, "-P", str(Path(__file__).with_name("upnp.py")), what, *map(str, numbers)]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_UPNP_S, stdin=subprocess.DEVNULL, check=False)
-        host, port = json.loads(done.stdout[-200:])
-        return _host(ipaddress.IPv4Address(host).packed), int(port)
     except (OSError, subprocess.SubprocessError):
         raise MappingError("the router takes too long") from None
+    try:
+        host, port = json.loads(done.stdout[-200:])
+        return _host(ipaddress.IPv4Address(host).packed), int(port)
     except (ValueError, TypeError):
         log.debug("UPnP: %s", done.stderr[-500:])
         raise MappingError("no router gives a port") from None

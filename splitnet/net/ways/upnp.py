@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from contextlib import suppress
+from importlib import import_module
 from typing import Any
 
 DISCOVER_MS = 1500
@@ -20,7 +21,7 @@ MOST_BYTES = 512 << 20
 
 
 def main(what: str, *numbers: str) -> None:
-    import miniupnpc
+    miniupnpc: Any = import_module("miniupnpc")
 
     with suppress(ImportError):  # Windows
         import resource
