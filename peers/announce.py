@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 
-from splitnet.errors import SplitnetError
+from splitnet.errors import DirectoryError, SplitnetError
 from splitnet.net.identity import Identity
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
@@ -14,6 +14,9 @@ from splitnet.net.swarm_directory import SwarmDirectory
 log = logging.getLogger(__name__)
 
 REFRESH_S = 15.0
+
+FIRST_TRIES = 3
+"""Of the first record, before the peer gives up: where nodes of the DHT were lost a moment ago, it answers late."""
 
 
 class Announcer:
@@ -45,8 +48,19 @@ class Announcer:
         self._thread = threading.Thread(target=self._run, name="splitnet-announce", daemon=True)
 
     def start(self) -> None:
-        """Publishes the first record before returning, then keeps it fresh."""
-        self.publish()
+        """Publishes the first record before returning, then keeps it fresh.
+
+        Raises:
+            DirectoryError: the directory does not answer.
+        """
+        for tries_left in reversed(range(FIRST_TRIES)):
+            try:
+                self.publish()
+                break
+            except DirectoryError as error:
+                if not tries_left or self._leaving.is_set():
+                    raise
+                log.warning("the first announcement failed, trying again: %s", error)
         self._thread.start()
 
     def close(self) -> None:

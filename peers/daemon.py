@@ -297,7 +297,7 @@ class Peer:
             device=str(server.span.device),
             dtype=server.span.weights.kind,
             block_ms=server.speed.block_ms,
-            queue_ms=max(wait_ms, min(server.service.queue_ms, server.longest_pass_ms)),
+            queue_ms=wait_ms,
             batch=batch,
             kv_free_positions=server.sessions.free_positions,
             sessions=len(server.sessions),

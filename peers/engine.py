@@ -12,13 +12,13 @@ import torch
 
 from peers.counters import Counters
 from peers.failures import failure_of
-from peers.load import Load
 from peers.pass_engine import PassEngine
 from peers.row_memory import is_quick
 from peers.session import PassWork, Work
 from peers.session_service import SessionService, SessionTooLong
 from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
+from scheduler.load import Load
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
 from splitnet.errors import CodecError, PeerBusy, ProtocolError
 from splitnet.model.device_clock import Stopwatch, seconds_after_work
@@ -246,7 +246,7 @@ class Engine:
         if len(hidden) <= DECODE_POSITIONS * len(ready):
             sources = (work.session.id for work, _ in ready if not work.session.closed)
             self._queue.gathering.ran(sources, elapsed_ms / 1000, computed_s, time.monotonic())
-        self._observe_load(ready, fresh, began_at)
+        self._observe_load(ready, fresh, began_at, elapsed_ms)
         for work, count in computed:
             self._counters.step_computed(work, count)
         self._counters.steps_passed(elapsed_ms / 1000, len(hidden), len(parts))
@@ -305,13 +305,13 @@ class Engine:
     def _at_tail(self, work: Work) -> bool:
         return work.session.end == self._service.served.num_blocks
 
-    def _observe_load(self, ready: list[tuple[Work, int]], fresh: list[Work], now: float) -> None:
+    def _observe_load(self, ready: list[tuple[Work, int]], fresh: list[Work], now: float, elapsed_ms: float) -> None:
         for work in fresh:
             self._counters.step_began(work)
         positions = sum(count for _, count in ready)
         others = [positions - count for work, count in ready if work.total <= DECODE_POSITIONS]
-        waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS]
-        self._load.observe(now, waits, others)
+        waits = [work.wait_ms for work in fresh if work.total <= DECODE_POSITIONS and not work.follows]
+        self._load.observe(now, waits, others, elapsed_ms)
 
     def _view(self, start: int, end: int) -> Span:
         view = self._views.get((start, end))

@@ -134,6 +134,8 @@ class Work:
     arrived_at: float
     """Seconds of the peer's clock."""
     done: int = 0
+    follows: bool = False
+    """It came while others of its session waited: as the end of a prompt it waits for those, not for the device."""
     wait_ms: float = 0.0
     """From its arrival until its first pass."""
     compute_ms: float = 0.0
@@ -151,6 +153,10 @@ class Work:
     @property
     def blocks(self) -> tuple[int, int]:
         return self.session.start, self.session.end
+
+    @property
+    def owner(self) -> bytes:
+        return self.session.owner
 
     @property
     def size(self) -> int:

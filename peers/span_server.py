@@ -9,7 +9,6 @@ from peers.admission import SessionTable
 from peers.counters import Counters
 from peers.engine import Engine
 from peers.key_policy import KeyPolicy
-from peers.load import Load
 from peers.memory_account import TENSOR_BYTES, MemoryAccount
 from peers.next_hops import NextHops
 from peers.outbox import Outbox
@@ -18,7 +17,7 @@ from peers.served_blocks import ServedBlocks
 from peers.session_service import SessionService
 from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
-from scheduler.packing import PASS_POSITIONS
+from scheduler.load import Load
 from splitnet.errors import OutOfMemory
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.openmp import end_threads
@@ -122,11 +121,6 @@ class SpanServer:
         self._engine = Engine(span, self.service, self.queue, self.speed, self.load, counters)
         self._measured_at = time.monotonic()
         self._measure_after_s = FIRST_REMEASURE_S
-
-    @property
-    def longest_pass_ms(self) -> float:
-        """What a decode step waits at most, however much prefill is queued."""
-        return PASS_POSITIONS * self.service.ms_per_position
 
     def start(self) -> None:
         """Begins to compute. From now on `run_here` is called after messages were received.

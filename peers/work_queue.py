@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 from peers.memory_account import MemoryAccount, Purpose
 from peers.session import PassWork, Session, Work
-from scheduler.fair_shares import CHUNK_S, SLACK, FairShares
+from scheduler.fair_passes import FairPasses
+from scheduler.fair_shares import CHUNK_S
 from scheduler.packing import DECODE_POSITIONS, PATIENCE, next_pass
 from splitnet.errors import PeerBusy
 from splitnet.gathering import Gathering
@@ -44,7 +45,8 @@ class WorkQueue:
         memory: MemoryAccount | None = None,
     ) -> None:
         self._pass_s = pass_s
-        self._shares = FairShares[bytes](weight)
+        self._fair = FairPasses[Work](pass_s, weight)
+        self._shares = self._fair.shares
         self.gathering = Gathering()
         self.memory = memory or MemoryAccount(1 << 29, "no memory for waiting steps of", "send fewer at a time")
         self._ready: OrderedDict[Session, None] = OrderedDict()
@@ -84,6 +86,7 @@ class WorkQueue:
                 self._ready.pop(session, None)
             self.memory.take(session, Purpose.STEPS, work.nbytes)
             self._shares.came(session.owner, time.monotonic())
+            work.follows = bool(session.waiting)
             session.waiting.append(work)
             session.waiting_size += work.size
             self.queued_positions += work.total
@@ -250,19 +253,9 @@ class WorkQueue:
                 self._changed.notify()
 
     def ran(self, chosen: Sequence[tuple[Work, int]], seconds: float) -> None:
-        """Charges a pass to the keys whose positions it had; prefill that joined decode as in a piece of its own."""
+        """Charges a pass to the keys whose positions it had, see `FairPasses.ran`."""
         with self._changed:
-            now = time.monotonic()
-            decode = [(work, count) for work, count in chosen if work.total <= DECODE_POSITIONS]
-            bulk = [(work, count) for work, count in chosen if work.total > DECODE_POSITIONS]
-            bulk_s = seconds if bulk else 0.0
-            if decode and bulk:
-                in_piece = self.positions_within(self._chunk_s())
-                bulk_s = min(seconds, self._pass_s(in_piece) * sum(count for _, count in bulk) / in_piece)
-            for part, took_s in ((decode, seconds - bulk_s), (bulk, bulk_s)):
-                positions = sum(count for _, count in part)
-                for work, count in part:
-                    self._shares.charge(work.session.owner, took_s * count / positions, now, bulk=part is bulk)
+            self._fair.ran(chosen, seconds, time.monotonic())
 
     def charge(self, session: Session, seconds: float) -> None:
         """Charges the key of a session for prefill or training."""
@@ -272,7 +265,8 @@ class WorkQueue:
     def chunk_s(self) -> float | None:
         """How long a piece of a pass may take that others cannot interrupt, in seconds; None: nobody else is active."""
         with self._changed:
-            return self._chunk_s() if self._shares.contended(time.monotonic()) else None
+            now = time.monotonic()
+            return self._fair.chunk_s(now) if self._shares.contended(now) else None
 
     def discard_waiting(self, session: Session) -> None:
         """Forgets the steps of a session that no pass has begun: they will be sent again."""
@@ -319,7 +313,7 @@ class WorkQueue:
         if first in self._passes and goes_on is None and self._turns_without_pass >= PATIENCE:
             is_pass = True
         takes_s = CHUNK_S if is_pass else self._pass_s(own[0].waiting[0].remaining)
-        waits = self._shares.awaited(first, min(takes_s, self._chunk_s()), now)
+        waits = self._shares.awaited(first, min(takes_s, self._fair.chunk_s(now)), now)
         if waits is not None:
             key, left_s = waits
             self._changed.wait(left_s)
@@ -331,8 +325,10 @@ class WorkQueue:
             return []
         self._turns_without_pass += 1
         if any(session.waiting[0].remaining > DECODE_POSITIONS for session in own):
-            return self._begin(self._next_pass(own, min(max_positions, self.positions_within(self._chunk_s()))))
-        return self._begin(self._decode_pass(ranked, max_positions))
+            return self._begin(self._next_pass(own, min(max_positions, self.positions_within(self._fair.chunk_s(now)))))
+        return self._begin(
+            self._fair.decode_pass([session.waiting[0] for session in self._ready], ranked, max_positions, now)
+        )
 
     def _next_pass(self, ready: Iterable[Session], max_positions: int) -> dict[Work, int]:
         # Who ran last stands at the end, so the first has waited longest.
@@ -342,49 +338,14 @@ class WorkQueue:
             work.session.passed_over = 0 if work in counts else work.session.passed_over + 1
         return counts
 
-    def _decode_pass(self, ranked: Sequence[bytes], max_positions: int) -> dict[Work, int]:
-        """A decode step of each key that may join, more of all in turns, then prefill, as long as they cost little."""
-        steps: dict[bytes, list[Work]] = {key: [] for key in ranked}
-        for session in self._ready:
-            if session.waiting[0].remaining <= DECODE_POSITIONS:
-                steps[session.owner].append(session.waiting[0])
-        blocks = steps[ranked[0]][0].blocks
-        lanes = [(self._shares.may_join(key), [work for work in steps[key] if work.blocks == blocks]) for key in ranked]
-        due = sum(works[0].remaining for may_join, works in lanes if may_join and works)
-        limit_s = max(SLACK * self._pass_s(due), self._shares.quiet_s(time.monotonic()))
-        counts: dict[Work, int] = {}
-        positions = 0
-        for turn in range(max(len(works) for _, works in lanes)):
-            for may_join, works in lanes:
-                if turn < len(works):
-                    total = positions + works[turn].remaining
-                    is_due = may_join and not turn
-                    if total <= max_positions and (is_due or self._pass_s(total) <= limit_s):
-                        counts[works[turn]] = works[turn].remaining
-                        positions = total
-        left = min(max_positions, self.positions_within(SLACK * self._pass_s(due))) - positions
-        for key in ranked:
-            for work in (session.waiting[0] for session in self._ready if session.owner == key):
-                if left > 0 and work.remaining > DECODE_POSITIONS and work.blocks == blocks:
-                    counts[work] = min(work.remaining, left)
-                    left -= counts[work]
-        return counts
-
     def _begin(self, counts: dict[Work, int]) -> list[tuple[Work, int]]:
         for work in counts:
             del self._ready[work.session]
         return list(counts.items())
 
-    def _chunk_s(self) -> float:
-        return max(CHUNK_S, 2 * self._pass_s(1), self._shares.quiet_s(time.monotonic()))
-
     def positions_within(self, seconds: float) -> int:
         """The most positions of which a pass takes so long, at least one."""
-        low, high = 1, 1 << 16
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._pass_s(middle) <= seconds else (low, middle - 1)
-        return low
+        return self._fair.positions_within(seconds)
 
     def _take_out(self, work: PassWork) -> None:
         """Of those that wait."""

@@ -224,11 +224,11 @@ class Lab:
         """
         before = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
         try:
-            _enter(self._namespace(host))
+            enter(self._namespace(host))
             try:
                 yield
             finally:
-                _enter(before)
+                enter(before)
         finally:
             os.close(before)
 
@@ -245,9 +245,13 @@ class Lab:
 
     def entrance(self, host: str) -> str:
         """The shell command before which another program, in another terminal, runs in a host."""
+        return f"nsenter --net={self.door(host)}"
+
+    def door(self, host: str) -> str:
+        """The file of a host's network namespace, for `setns`."""
         assert self._hub is not None
         self._namespace(host)
-        return f"nsenter --net=/proc/{self._hub.pid}/fd/{self._descriptors[self._number(host)]}"
+        return f"/proc/{self._hub.pid}/fd/{self._descriptors[self._number(host)]}"
 
     def _start_hub(self) -> None:
         with tempfile.TemporaryDirectory(prefix="netlab-") as folder:
@@ -384,7 +388,8 @@ def _share(percent: float) -> float:
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
-def _enter(namespace: int) -> None:
+def enter(namespace: int) -> None:
+    """Puts the calling thread into a network namespace, of which this is a descriptor."""
     if _libc.setns(namespace, _CLONE_NEWNET):
         number = ctypes.get_errno()
         raise LabError(f"cannot enter a host: {os.strerror(number)}")

@@ -1,15 +1,16 @@
-"""Keeps what a client knows of peers and links fresh: measures links, and looks around while sessions are open."""
+"""Keeps what a client knows of peers and links fresh: measures links, and looks around while the client is in use."""
 
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from scheduler.network import Link
-from splitnet.client.known_peers import RECORDS_MAX_AGE_S, KnownPeers
+from splitnet.client.known_peers import LOOK_S, KnownPeers
 from splitnet.client.survey import Survey
 from splitnet.errors import SplitnetError
 from splitnet.net.prober import PING_TIMEOUT_S, Prober
@@ -28,6 +29,8 @@ LIKELY_AT_ONCE = 16
 
 PINGS_PER_MINUTE = 256
 """That look around, two to each peer; those that measure the bandwidth of the ends of a route come on top."""
+IN_USE_S = 300.0
+"""So long after a plan another session is expected, which should not have to wait for a look into the directory."""
 
 
 class FreshFacts:
@@ -37,7 +40,7 @@ class FreshFacts:
         known: the peers.
         survey: takes in what is measured.
         prober: sends the pings.
-        is_needed: whether facts are to be kept fresh in the background.
+        is_needed: whether links that are known are to be measured again and again.
         likely: of some peers so many through which routes most likely go, but at least one for each block.
         clock: seconds.
 
@@ -61,6 +64,7 @@ class FreshFacts:
         self._is_needed = is_needed
         self._likely = likely
         self._clock = clock
+        self._used_at = -math.inf
         self._looked_at: deque[float] = deque()
         """When a peer was pinged to look around."""
         self._closing = threading.Event()
@@ -83,6 +87,10 @@ class FreshFacts:
         """Refreshes the facts soon, in the background; the links to `suspects` are measured in any case."""
         self._suspects = suspects
         self._look.set()
+
+    def used(self) -> None:
+        """Somebody has planned with the facts."""
+        self._used_at = self._clock()
 
     def measure_first(self, records: Sequence[PeerRecord]) -> None:
         """Measures links to peers that were never tried, if few links are known at all.
@@ -115,20 +123,25 @@ class FreshFacts:
             self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S))
 
     def _watch(self) -> None:
-        """While sessions are open: keeps records and links fresh, so that they can tell when a better route exists."""
+        """Keeps records fresh, and while sessions are open links: so they can tell when a better route exists."""
         while True:
-            self._look.wait(RECORDS_MAX_AGE_S)
+            self._look.wait(LOOK_S)
             if self._closing.is_set():
                 return
             self._look.clear()
-            if not self._is_needed():
+            has_sessions = self._is_needed()
+            if not has_sessions and self._clock() - self._used_at > IN_USE_S:
                 continue
             suspects, self._suspects = self._suspects, ()
             try:
-                stale = self._survey.stale(self._known.look(fresh=True))
-                self.measure(suspects)
-                self.look_at(stale[:OTHERS_AT_ONCE])
-                self.look_at(self._likely(self._survey.stale(stale), LIKELY_AT_ONCE))
-                self.news += 1
+                records = self._known.look(fresh=True)
+                if has_sessions:
+                    stale = self._survey.stale(records)
+                    self.measure(suspects)
+                    self.look_at(stale[:OTHERS_AT_ONCE])
+                    self.look_at(self._likely(self._survey.stale(stale), LIKELY_AT_ONCE))
+                    self.news += 1
+                else:  # so that the next session need not wait for that either
+                    self.look_at(self._likely(self._survey.unknown(records), LIKELY_AT_ONCE))
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)

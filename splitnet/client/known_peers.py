@@ -16,7 +16,10 @@ from splitnet.net.swarm_directory import SwarmDirectory
 
 log = logging.getLogger(__name__)
 
-RECORDS_MAX_AGE_S = 10.0
+LOOK_S = 10.0
+"""How often the directory is asked while the client is in use, or does not answer."""
+RECORDS_MAX_AGE_S = 20.0
+"""Who asks for older ones waits until the directory has answered: some round trips, so long as a first token takes."""
 
 
 class KnownPeers:
@@ -50,7 +53,7 @@ class KnownPeers:
         self._asking = threading.Lock()
 
     def look(self, *, fresh: bool = False) -> list[PeerRecord]:
-        """Peers that serve this model and speak this protocol; read again after 10 s, or at once if `fresh`.
+        """Peers that serve this model and speak this protocol; read again after 20 s, or at once if `fresh`.
 
         While the directory does not answer, it is asked every 10 s. Meanwhile the last records count, until they
         expire; those of peers to which a link is up count longer.
@@ -96,7 +99,8 @@ class KnownPeers:
         return self._trusted is None or self._trusted.allows(key.curve_raw)
 
     def _is_due(self, fresh: bool) -> bool:
-        if not self._records or time.monotonic() - self._asked_at > RECORDS_MAX_AGE_S:
+        age_s = time.monotonic() - self._asked_at
+        if not self._records or age_s > (LOOK_S if self._silent else RECORDS_MAX_AGE_S):
             return True
         return fresh and not self._silent
 

@@ -156,6 +156,7 @@ class Swarm:
             PeerBusy: they are served, but no peer has memory for the session.
         """
         part = blocks or needs.blocks
+        self.fresh_facts.used()
         try:
             records, restricted = self._usable(exclude, fresh=fresh)
 

@@ -40,10 +40,15 @@ class Calls:
         self._later(trips * one_way_ms, self._arrived, (session, node, call))
 
     def say_leaving(self, node: Node, held: Iterable[Held]) -> None:
-        """A peer tells the clients of these sessions that it goes."""
+        """A peer tells the clients of these sessions that it goes, or its machine ends the connections."""
         for each in held:
-            failure = each.session.failure(node, each.epoch, 0, FailureCode.LEAVING)
-            self._answer(each.session, node, failure)
+            if node.gone and node.device.crashes:
+                endpoint = each.session.endpoint(node)
+                error = PeerLost(f"the peer at {endpoint.address} is gone")
+                self._answer(each.session, node, LinkFailed(endpoint, error))
+            else:
+                failure = each.session.failure(node, each.epoch, 0, FailureCode.LEAVING)
+                self._answer(each.session, node, failure)
 
     def _one_way_ms(self, session: Session, node: Node) -> float:
         return self._geography.one_way_ms(session.client.number, node.number)
@@ -64,7 +69,7 @@ class Calls:
         session, node, call = item
         if node.gone:
             # A device that crashed is silent. At one that left nobody listens, which a client sees when it connects.
-            if isinstance(call, Open) and not node.device.crashes:
+            if isinstance(call, Open) and not node.device.is_silent:
                 endpoint = session.endpoint(node)
                 error = PeerLost(f"nobody listens at {endpoint.address}: it may have ended")
                 self._answer(session, node, LinkFailed(endpoint, error))

@@ -16,18 +16,22 @@ RANDOM_PROBES = 16
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """number: in the geography. links: both ways between the client and the peers that it has measured."""
+    """number: in the geography. links: both ways between the client and the peers that it has measured.
+
+    silent: those that did not answer when it measured them.
+    """
 
     number: int
     place: Place
     links: dict[tuple[str, str], Link]
+    silent: frozenset[str] = frozenset()
 
 
-def new_client(world: World, number: int, view: View, rng: np.random.Generator) -> Client:
+def new_client(world: World, number: int, view: View, rng: np.random.Generator, now_s: float = 0.0) -> Client:
     """A client that measured its links to some random peers, and then to those that its routes most likely go through.
 
-    A round trip is measured up to 10% too long. Peers that have died in the meantime are measured too: that error of
-    the simulator gives nobody an advantage, as such a peer refuses when a route through it is opened.
+    A round trip is measured up to 10% too long. Of a peer that has died in the meantime the client knows that it does
+    not answer; that such a peer counts for its coordinate is an error of the simulator.
     """
     geography = world.geography
     coordinate = Coordinate()
@@ -54,4 +58,6 @@ def new_client(world: World, number: int, view: View, rng: np.random.Generator) 
         ):
             link = geography.link(sender, receiver)
             links[names] = Link(link.latency_ms * late, link.bytes_per_ms)
-    return Client(number, Place(coordinate, float(geography.up[number])), links)
+    tried = [view.peers[index].id for index in {*chosen, *near}]
+    silent = frozenset(name for name in tried if world.devices[world.number_of[name]].leaves_s <= now_s)
+    return Client(number, Place(coordinate, float(geography.up[number])), links, silent)

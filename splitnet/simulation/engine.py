@@ -83,7 +83,7 @@ class Simulation:
         self.membership.close()
 
     def _come(self, request: Request) -> None:
-        client = new_client(self.world, request.number, self.membership.view, self._rng)
+        client = new_client(self.world, request.number, self.membership.view, self._rng, self.events.now / 1000)
         session = Session(request, client, self._around)
         self.sessions.append(session)
         session.begin()

@@ -39,7 +39,7 @@ JOIN_PROBES: Final = 32
 class Membership:
     """All peers, and the directory of their facts. Times in ms.
 
-    leaving: called when a peer stops serving sessions, unless it crashed.
+    leaving: called when a peer stops serving sessions, unless nobody is told.
 
     Attributes:
         nodes: of all devices that have joined so far, by id.
@@ -217,5 +217,5 @@ class Membership:
         if not node.device.crashes or not node.serves:
             self._directory.withdraw(node.id)
         lost = node.stop(self._events.now)
-        if not node.device.crashes:
+        if not node.device.is_silent:
             self._leaving(node, lost)

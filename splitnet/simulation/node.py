@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from scheduler.coordinates import Coordinate
+from scheduler.fair_passes import FairPasses
+from scheduler.load import Load
 from scheduler.network import Link, Place
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS, next_pass
 from scheduler.swarm import Peer, Speed
@@ -19,13 +21,17 @@ if TYPE_CHECKING:
     from splitnet.simulation.session import Session
 
 
+MIN_WAIT_MS: Final = 0.1
+"""Time must go on, or what is waited for would never be late."""
+
+
 @dataclass(slots=True, eq=False)
 class Parcel:
     """New positions of a session on their way through the hops.
 
     number: of the request. hop: at which they are, or to which they go. last_hop: at which they end. start: position of
     the first. keep: how many come back. final: the client is told when they are done. remaining: positions that this
-    hop has still to run.
+    hop has still to run. follows: it came while others of its session waited there.
     """
 
     route: Route
@@ -39,6 +45,7 @@ class Parcel:
     replay: bool = False
     remaining: int = 0
     passed_over: int = 0
+    follows: bool = False
     arrived_ms: float = 0.0
 
     @property
@@ -46,6 +53,15 @@ class Parcel:
         """That they go through where they are."""
         _, start, end = self.route.hops[self.hop]
         return start, end
+
+    @property
+    def total(self) -> int:
+        return self.positions
+
+    @property
+    def owner(self) -> int:
+        """Each client has a key of its own."""
+        return self.route.session.client.number
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +82,14 @@ class Held:
     last: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Awaited:
+    """A client that a device waits for, and since when."""
+
+    key: int
+    since_ms: float
+
+
 class Node:
     """A device that serves the blocks [start, end) at a time.
 
@@ -73,6 +97,7 @@ class Node:
         generation: how often it has changed or lost its blocks; what was under way before is lost.
         latency_ms: of the links to other peers that it has measured, by number.
         slower: factor to the time of a pass, while its owner works with the device.
+        awaited: it has work, and waits for that of a client that has had less.
     """
 
     def __init__(self, device: Device, span: tuple[int, int], coordinate: Coordinate, up_bytes_per_ms: float) -> None:
@@ -91,24 +116,24 @@ class Node:
         self.sessions: dict[Session, Held] = {}
         self.ready: list[Parcel] = []
         self.running = False
+        self.awaited: Awaited | None = None
         self.uplink_free_ms = 0.0
         self.busy_ms = 0.0
         self.served_since_ms = 0.0
         self.served_ms = 0.0
-        self._begin_interval(0.0)
+        self._forget_load()
 
-    def _begin_interval(self, now_ms: float) -> None:
-        self._interval_began_ms = now_ms
-        self._squares = 0.0
-        self._positions = 0
-        self._waited_ms = 0.0
-        self._steps = 0
+    def _forget_load(self) -> None:
+        self._fair = FairPasses[Parcel](self._pass_s)
+        self._load = Load()
+
+    def _pass_s(self, positions: int) -> float:
+        return self.device.speed.at(positions) * self.slower * (self.end - self.start) / 1000
 
     def begin(self, now_ms: float) -> None:
         """Serves from now on."""
         self.serves = True
         self.served_since_ms = now_ms
-        self._begin_interval(now_ms)
 
     def stop(self, now_ms: float) -> list[Held]:
         """Serves no more, and forgets everything; returns what it held."""
@@ -121,6 +146,8 @@ class Node:
         self.kv_used = 0
         self.ready.clear()
         self.running = False
+        self.awaited = None
+        self._forget_load()
         return lost
 
     def account(self, now_ms: float) -> None:
@@ -158,55 +185,83 @@ class Node:
             heads.setdefault(parcel.route.session, parcel)
         return [parcel for parcel in self.ready if heads[parcel.route.session] is parcel]
 
+    def arrived(self, parcel: Parcel, now_ms: float) -> None:
+        """A parcel waits from now on."""
+        parcel.arrived_ms = now_ms
+        self.ready.append(parcel)
+        self._fair.shares.came(parcel.owner, now_ms / 1000)
+
+    def left(self, parcel: Parcel, now_ms: float) -> None:
+        """A parcel that has arrived is done, or was given up."""
+        self._fair.shares.left(parcel.owner, now_ms / 1000)
+
     def next_pass(self, now_ms: float) -> tuple[list[tuple[Parcel, int]], float]:
-        """What runs now, parcels with how many positions of each, and for how many ms."""
-        ready = self.ready
-        if len(ready) == 1:
-            parcel = ready.pop()
-            taken = [(parcel, min(parcel.remaining, PASS_POSITIONS))]
-        else:
+        """What runs now, parcels with how many positions of each, and for how many ms.
+
+        No parcel: so long it is waited for a client that has had less, see `awaited`.
+        """
+        now = now_ms / 1000
+        shares = self._fair.shares
+        if self.awaited is not None:
+            shares.charge(self.awaited.key, now - self.awaited.since_ms / 1000, now)
+            self.awaited = None
+        if shares.contended(now):
             heads = self._heads()
-            counts = next_pass(heads, heads[0].passed_over)
-            for parcel in heads:
-                parcel.passed_over = 0 if parcel in counts else parcel.passed_over + 1
-            self.ready = [parcel for parcel in ready if parcel not in counts]
-            taken = list(counts.items())
+            ranked = shares.ranked(dict.fromkeys(parcel.owner for parcel in heads))
+            own = [parcel for parcel in heads if parcel.owner == ranked[0]]
+            chunk_s = self._fair.chunk_s(now)
+            waits = shares.awaited(ranked[0], min(self._pass_s(own[0].remaining), chunk_s), now)
+            if waits is not None:
+                self.awaited = Awaited(waits[0], now_ms)
+                return [], max(MIN_WAIT_MS, waits[1] * 1000)
+            shares.begin_rounds(ranked[0])
+            if any(parcel.remaining > DECODE_POSITIONS for parcel in own):
+                counts = self._packed(own, min(PASS_POSITIONS, self._fair.positions_within(chunk_s)))
+            else:
+                counts = self._fair.decode_pass(heads, ranked, PASS_POSITIONS, now)
+        elif len(self.ready) == 1:
+            counts = {self.ready[0]: min(self.ready[0].remaining, PASS_POSITIONS)}
+        else:
+            counts = self._packed(self._heads(), PASS_POSITIONS)
+        self.ready = [parcel for parcel in self.ready if parcel not in counts]
+        taken = list(counts.items())
         start, end = taken[0][0].blocks
-        positions = 0
-        for _, count in taken:
-            positions += count
+        positions = sum(counts.values())
         block_ms = self.device.speed.at(positions) * self.slower
         took_ms = block_ms * (end - start)
-        for parcel, _ in taken:
+        waits_ms: list[float] = []
+        others: list[int] = []
+        for parcel, count in taken:
             if parcel.positions <= DECODE_POSITIONS:
-                waited_ms = now_ms - parcel.arrived_ms
-                self._waited_ms += waited_ms
-                self._steps += 1
-                parcel.route.session.met(self, block_ms, waited_ms)
+                others.append(positions - count)
+                if not parcel.follows:
+                    waits_ms.append(now_ms - parcel.arrived_ms)
+                    parcel.route.session.met(self, block_ms, waits_ms[-1])
         self.running = True
         self.busy_ms += took_ms
-        self._squares += took_ms * took_ms
-        self._positions += positions
+        self._load.observe(now, waits_ms, others, took_ms)
         return taken, took_ms
 
-    def record(self, now_ms: float, links: Mapping[str, Link]) -> Record:
-        """What it publishes, with some of the links that it knows: its load is that of the time since the last record.
+    def _packed(self, heads: list[Parcel], most: int) -> dict[Parcel, int]:
+        counts = next_pass(heads, heads[0].passed_over, most)
+        for parcel in heads:
+            parcel.passed_over = 0 if parcel in counts else parcel.passed_over + 1
+        return counts
 
-        A new step that comes at any time finds a pass under way that has a mean of (sum of squares of passes) / (twice
-        the time) still to go; where steps were seen to wait longer, as sessions on other blocks came between, that
-        counts in proportion to how busy the device was. In a pass it will meet the positions that come meanwhile.
-        """
-        elapsed = max(now_ms - self._interval_began_ms, 1.0)
-        residual = self._squares / elapsed / 2
-        waited = self._waited_ms / self._steps * min(1.0, self._steps / elapsed) if self._steps else 0.0
-        batch = self._positions / elapsed * 2 * residual
-        self._begin_interval(now_ms)
+    def ran(self, taken: list[tuple[Parcel, int]], took_ms: float, now_ms: float) -> None:
+        """A pass has ended."""
+        self.running = False
+        self._fair.ran(taken, took_ms / 1000, now_ms / 1000)
+
+    def record(self, now_ms: float, links: Mapping[str, Link]) -> Record:
+        """What it publishes, with some of the links that it knows, as real peers tell it: see `peers/daemon.py`."""
+        wait_ms, batch = self._load.at(now_ms / 1000)
         peer = Peer(
             self.id,
             self.start,
             self.end,
             Speed(tuple(ms * self.slower for ms in self.device.speed.block_ms)),
-            max(residual, waited),
+            wait_ms,
             batch,
             self.device.kv_positions - self.kv_used,
         )

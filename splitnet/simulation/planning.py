@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from scheduler import route as routes
 from scheduler.cost import route_ms
 from scheduler.network import CLIENT, Network
+from scheduler.prefill import SIZES, best_step
 from scheduler.replan import move_pays
 from scheduler.swarm import Hop
 from splitnet.client.planner import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
@@ -115,8 +117,8 @@ class Planning:
         route = with_kept_hops(self._hops(planned.hops), present)
         return Move(tuple(route), _codecs(route)), planned
 
-    def step_ms(self, session: Session, positions: int) -> float:
-        """What a step of so many positions is predicted to take on the present route; 0: not known."""
+    def step_ms(self, session: Session, positions: int, in_flight: int = 1) -> float:
+        """What so many steps of so many positions are predicted to take on the present route; 0: not known."""
         hops = [_named(hop.planned) for hop in session.machine.hops]
         view = self._view()
         if any(hop.peer not in view.records for hop in hops):
@@ -128,6 +130,17 @@ class Planning:
             Network(session.client.links, places=places),
             positions=positions,
             encodings=self._settings.encodings,
+            in_flight=in_flight,
+        )
+
+    def step_positions(self, session: Session, positions: int) -> int:
+        """Into steps of what size so many positions are cut, as a real client cuts them."""
+        if positions <= SIZES[0]:
+            return positions
+        return best_step(
+            positions,
+            lambda size: self.step_ms(session, size),
+            lambda size: self.step_ms(session, size, 2) - self.step_ms(session, size),
         )
 
     def _plan(self, session: Session, exclude: Collection[str]) -> Plan:
@@ -135,6 +148,10 @@ class Planning:
         return Plan(session.client, request, self._blocks, CLIENT, CLIENT, ids, request.positions)
 
     def _route(self, plan: Plan) -> Planned:
+        """Through peers that have answered, if there are enough of them, as `splitnet/client/swarm.py` does."""
+        if silent := plan.client.silent - set(plan.exclude):
+            with suppress(routes.NoRoute):
+                return self._routing.route(replace(plan, exclude={*plan.exclude, *silent}), self._view(), self._choices)
         try:
             return self._routing.route(plan, self._view(), self._choices)
         except routes.NoRoute as error:

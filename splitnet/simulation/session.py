@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from scheduler.network import CLIENT
-from scheduler.packing import PASS_POSITIONS
 from scheduler.replan import RouteWatch, prediction_error
 from splitnet.client.bans import BAN_S, Bans
 from splitnet.client.requests import StepRequest
@@ -345,15 +344,16 @@ class Session:
 
     def _submit(self) -> None:
         """Sends the prompt, or the latest token."""
-        start, end, predicted_ms = 0, self.request.prompt, 0.0
+        start, end, size, predicted_ms = 0, self.request.prompt, 1, 0.0
         if self.tokens:
             start, end = self.context, self.context + 1
         else:
-            predicted_ms = self._around.planning.step_ms(self, min(end, PASS_POSITIONS))
+            size = self._around.planning.step_positions(self, end)
+            predicted_ms = self._around.planning.step_ms(self, min(end, size))
         machine = self.machine
         requests: list[StepRequest] = []
         while start < end:
-            count = min(end - start, PASS_POSITIONS)
+            count = min(end - start, size)
             keep = int(start + count == end)
             part = Part(0, start, count, keep)
             number = machine.next_number()

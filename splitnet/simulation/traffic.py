@@ -7,13 +7,13 @@ import random
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
 from splitnet.net.messages import FailureCode
 from splitnet.simulation.events import Events
-from splitnet.simulation.node import Node, Parcel
+from splitnet.simulation.node import Awaited, Node, Parcel
 from splitnet.simulation.route import Hops, Route, Wire, wires_of
 from splitnet.simulation.session import Session
 from splitnet.simulation.world import World
 
-Pass = tuple[Node, int, list[tuple[Parcel, int]]]
-"""A pass under way: at which node, in which generation of it, and how many positions of each parcel."""
+Pass = tuple[Node, int, list[tuple[Parcel, int]], float]
+"""A pass under way: at which node, in which generation of it, how many positions of each parcel, and its ms."""
 
 
 class Traffic:
@@ -84,9 +84,9 @@ class Traffic:
             if not node.gone:
                 self._say_no_session(parcel)
         elif held.epoch == route.epoch:
+            parcel.follows = held.waiting > 0
             held.waiting += 1
-            parcel.arrived_ms = self._events.now
-            node.ready.append(parcel)
+            node.arrived(parcel, self._events.now)
             if not node.running:
                 self._begin_pass(node)
 
@@ -103,26 +103,40 @@ class Traffic:
         self._events.at(self._events.now + delay_ms, route.session.feed, failure)
 
     def _begin_pass(self, node: Node) -> None:
-        node.ready = [parcel for parcel in node.ready if parcel.route is parcel.route.session.route]
+        now = self._events.now
+        for parcel in [parcel for parcel in node.ready if parcel.route is not parcel.route.session.route]:
+            node.ready.remove(parcel)
+            node.left(parcel, now)
         if node.ready:
-            taken, took_ms = node.next_pass(self._events.now)
-            self._events.at(self._events.now + took_ms, self._end_pass, (node, node.generation, taken))
+            taken, ms = node.next_pass(now)
+            if taken:
+                self._events.at(now + ms, self._end_pass, (node, node.generation, taken, ms))
+            else:
+                self._events.at(now + ms, self._end_wait, (node, node.awaited))
+
+    def _end_wait(self, item: tuple[Node, Awaited | None]) -> None:
+        node, awaited = item
+        if node.awaited is awaited:
+            self._begin_pass(node)
 
     def _end_pass(self, item: Pass) -> None:
-        node, generation, taken = item
+        node, generation, taken, took_ms = item
         if node.generation != generation:
             return
-        node.running = False
+        now = self._events.now
+        node.ran(taken, took_ms, now)
         for parcel, done in taken:
             route = parcel.route
             parcel.remaining -= done
             held = node.sessions.get(route.session)
             if held is None or route.session.route is not route:
+                node.left(parcel, now)
                 continue
             held.done += done
             if parcel.remaining:
                 node.ready.append(parcel)
                 continue
+            node.left(parcel, now)
             held.waiting -= 1
             held.last = max(held.last, parcel.number)
             held.cached = max(held.cached, parcel.start + parcel.positions)

@@ -144,8 +144,8 @@ BYTES_PER_MS: Final = 125.0
 class Device:
     """A device that serves blocks.
 
-    number: in the geography. joins_s, leaves_s: when. crashes: it leaves without a word. used_s: from when to when its
-    owner works with it.
+    number: in the geography. joins_s, leaves_s: when. crashes: it leaves without a word. resets: but its machine goes
+    on, which ends the connections. used_s: from when to when its owner works with it.
     """
 
     number: int
@@ -158,6 +158,12 @@ class Device:
     leaves_s: float
     crashes: bool
     used_s: Sequence[tuple[float, float]] = ()
+    resets: bool = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nobody is told that it is gone."""
+        return self.crashes and not self.resets
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +195,7 @@ class World:
             _draw_device(rng, number, kind, joins, leaves, settings.num_blocks)
             for number, (kind, joins, leaves) in enumerate(lifetimes)
         ]
-        arrivals = np.sort(rng.uniform(0.0, settings.duration_s, settings.clients))
-        if settings.burst:
-            arrivals = BURST_AT_S + arrivals / settings.duration_s
-        prompts = np.clip(rng.lognormal(np.log(200), 1.0, settings.clients), 8, 4096).astype(int)
-        outputs = np.clip(rng.lognormal(np.log(100), 0.8, settings.clients), 4, 1024).astype(int)
-        self.requests = [
-            Request(len(self.devices) + client, float(at), int(prompt), int(output))
-            for client, (at, prompt, output) in enumerate(zip(arrivals, prompts, outputs, strict=True))
-        ]
+        self.requests = draw_requests(rng, settings, len(self.devices))
         use = np.random.default_rng([settings.seed, 6])  # of its own, so that all else is the same without it
         self.devices = [
             replace(device, used_s=_draw_use(use, device, settings.duration_s)) if settings.own_use else device
@@ -211,6 +209,20 @@ class World:
                 else device
                 for device in self.devices
             ]
+        self._know_devices(rng)
+
+    @classmethod
+    def given(
+        cls, settings: Settings, geography: Geography, devices: Sequence[Device], requests: Sequence[Request]
+    ) -> World:
+        """A world of which nothing is drawn but where devices believe to be. Numbers of devices: 0 and on, as given."""
+        world = cls.__new__(cls)
+        world.settings, world.geography = settings, geography
+        world.devices, world.requests = list(devices), list(requests)
+        world._know_devices(np.random.default_rng(settings.seed))
+        return world
+
+    def _know_devices(self, rng: np.random.Generator) -> None:
         self.number_of = {device.id: device.number for device in self.devices}
         self.coordinates = _settled_coordinates(rng, self.geography, self.devices)
 
@@ -228,6 +240,19 @@ class World:
     def names_for(self, client: int) -> dict[str, int]:
         """The number of each device by its name, as a client sees it."""
         return {**self.number_of, CLIENT: client}
+
+
+def draw_requests(rng: np.random.Generator, settings: Settings, first_client: int) -> list[Request]:
+    """Requests of one client each, in the order of their times; first_client: its number in the geography."""
+    arrivals = np.sort(rng.uniform(0.0, settings.duration_s, settings.clients))
+    if settings.burst:
+        arrivals = BURST_AT_S + arrivals / settings.duration_s
+    prompts = np.clip(rng.lognormal(np.log(200), 1.0, settings.clients), 8, 4096).astype(int)
+    outputs = np.clip(rng.lognormal(np.log(100), 0.8, settings.clients), 4, 1024).astype(int)
+    return [
+        Request(first_client + client, float(at), int(prompt), int(output))
+        for client, (at, prompt, output) in enumerate(zip(arrivals, prompts, outputs, strict=True))
+    ]
 
 
 def device_id(number: int) -> str:

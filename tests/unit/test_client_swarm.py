@@ -111,6 +111,23 @@ def test_only_peers_that_know_the_question_are_asked_about_a_session(
     assert (answers[0].result().waiting, answers[0].result().done) == (3, 4)
 
 
+def test_who_has_planned_looks_around_in_the_background(
+    directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the next session need not wait for the directory."""
+    monkeypatch.setattr(fresh_facts, "LOOK_S", 0.01)
+    directory.records = [served(start=0, end=FACTS.num_blocks)]
+    with Swarm(FACTS, ["/an/address"]) as swarm:
+        swarm.fresh_facts._look.wait(0.1)
+        assert not directory.lookups, "it has not been used yet"
+        swarm.plan(NEEDS)
+        deadline = time.monotonic() + 20
+        while directory.lookups < 3 and time.monotonic() < deadline:
+            swarm.fresh_facts._closing.wait(0.01)
+        assert directory.lookups >= 3
+        assert swarm.fresh_facts.news == 0
+
+
 def test_newer_peers_ask_for_a_newer_client(swarm: Swarm, directory: FakeDirectory) -> None:
     directory.records = [served(protocol=PROTOCOL_VERSION + 1)]
     with pytest.raises(ProtocolVersionError, match="upgrade this client"):

@@ -120,11 +120,22 @@ def test_a_silent_directory_is_told_once_and_asked_now_and_then(
     assert len(caplog.records) == 2, "another outage is told again"
 
 
+def test_records_that_are_not_old_are_not_waited_for(client: Client) -> None:
+    client.served()
+    client.known.look()
+    client.now += 19
+    client.known.look()
+    assert client.directory.asked == 1
+    client.now += 2
+    client.known.look()
+    assert client.directory.asked == 2
+
+
 def test_only_one_thread_waits_for_a_silent_directory(client: Client) -> None:
     record = client.served(ttl_s=300.0)
     client.known.look()
     client.directory.silent = True
-    client.now += 11
+    client.now += 21
     client.known.look()
     client.now += 11
     client.directory.answers.clear()

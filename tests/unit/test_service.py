@@ -19,7 +19,6 @@ import torch
 from peers.admission import MAX_SESSIONS, MIN_BUDGET, SessionTable
 from peers.engine import Engine
 from peers.key_policy import KeyPolicy
-from peers.load import Load
 from peers.memory_account import MESSAGE_BYTES
 from peers.next_hops import KEEP_S, MAX_NEXT_HOPS, NextHops
 from peers.row_memory import SessionTooLong, room_for
@@ -28,6 +27,7 @@ from peers.session import MOST_RESENT, RESEND_S, Session, Work
 from peers.session_service import LOST_GRACE_S, PROBE_S, SessionService
 from peers.speed import ObservedSpeed, measure_speed
 from peers.work_queue import WorkQueue
+from scheduler.load import Load
 from scheduler.packing import PASS_POSITIONS
 from scheduler.swarm import PASS_SIZES
 from splitnet.errors import ProtocolError, ProtocolVersionError

@@ -22,7 +22,7 @@ from splitnet.client.session_route import Phase
 from splitnet.simulation.chart import chart
 from splitnet.simulation.engine import Simulation
 from splitnet.simulation.events import Events
-from splitnet.simulation.geography import Access, Geography, TrueNetwork
+from splitnet.simulation.geography import Access, Geography, GivenGeography, TrueNetwork
 from splitnet.simulation.outcome import Outcome, differences, outcome_of, pooled
 from splitnet.simulation.placing import Placing
 from splitnet.simulation.policies import Plan, Planned
@@ -235,6 +235,51 @@ def test_a_lost_hop_is_replaced_and_given_the_cache(lost: int, instead: int, cra
     assert simulation.nodes[device_id(instead)].busy_ms > 600 * 0.01 * 2  # it computed the whole context
     assert session.machine.phase is Phase.CLOSED
     assert not session.machine.under_way
+
+
+def test_a_machine_that_lives_on_tells_that_its_program_has_died() -> None:
+    ended_ms: list[float] = []
+    for resets in (False, True):
+        world = tiny_world((0.0, 600, 40))
+        world.devices[0] = replace(world.devices[0], leaves_s=5.0, crashes=True, resets=resets)
+        routing = InOrder(SPANS, ())
+        simulation = Simulation(world, routing, routing)
+        for _ in simulation.run():
+            pass
+        (session,) = simulation.sessions
+        assert (session.state, [each.cause for each in session.machine.recoveries]) == (FINISHED, [Cause.LOST])
+        ended_ms.append(session.ended_ms)
+    assert ended_ms[1] < ended_ms[0] - 1000  # nobody had to be silent for long
+
+
+def given_world(speed: Speed, *requests: tuple[float, int, int]) -> World:
+    """A peer of 5 blocks, and clients that are 10 ms from it."""
+    settings = Settings(
+        peers=1, clients=len(requests), num_blocks=5, hidden=100, moves=False, jitter=0.0, loss=0.0,
+        sessions_per_peer_hour=len(requests) * 36,
+    )  # fmt: skip
+    count = 1 + len(requests)
+    geography = GivenGeography(np.full((count, count), 10.0), np.full(count, 1e6))
+    device = Device(0, device_id(0), KINDS[0], speed, 5, 10_000, 0.0, float("inf"), crashes=False)
+    asked = [Request(1 + number, at_s, prompt, output) for number, (at_s, prompt, output) in enumerate(requests)]
+    return World.given(settings, geography, [device], asked)
+
+
+def test_a_world_may_be_given() -> None:
+    _, outcome = outcome_in(given_world(Speed.of(2.0, 0.01), (0.0, 10, 21)), [(0, 5)], [Hop(device_id(0), 0, 5)])
+    assert outcome.token_ms == [pytest.approx(2 * 10 + 5 * 2, rel=0.01)]
+    # To connect and open takes two round trips, then the prompt comes.
+    assert outcome.ttft_ms == [pytest.approx(2 * 20 + 20 + 5 * 2, rel=0.01)]
+
+
+def test_tokens_of_a_client_do_not_wait_for_the_whole_prompt_of_another() -> None:
+    speed = Speed.of(2.0, 1.0)  # 64 positions take 320 ms
+    alone, both = (
+        outcome_in(given_world(speed, *requests), [(0, 5)], [Hop(device_id(0), 0, 5)])[1].token_ms[0]
+        for requests in ([(0.0, 4, 21)], [(0.0, 4, 21), (0.3, 400, 2)])
+    )
+    assert alone == pytest.approx(30, rel=0.01)
+    assert both < alone + 80
 
 
 def test_sessions_that_find_no_memory_fail() -> None:

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from peers.load import HALF_LIFE_S, Load
 from peers.neighbours import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
 from peers.speed import ObservedSpeed
+from scheduler.load import HALF_LIFE_S, Load
 from scheduler.network import CLIENT, UNMEASURED, Link
 from scheduler.replan import DISAPPOINTING, WORTHWHILE, move_pays
 from scheduler.swarm import PASS_SIZES
@@ -328,6 +328,14 @@ class TestLoad:
 
     def test_nothing_is_no_load(self) -> None:
         assert Load().at(5.0) == (0.0, 0.0)
+
+    def test_a_step_that_comes_at_any_time_waits_for_the_pass_under_way(self) -> None:
+        """Also where all of the passes are prefill, and whenever it is asked."""
+        load = Load()
+        for number in range(1000):  # of 40 ms, one every 100 ms
+            load.observe(number / 10, [], [], took_ms=40.0)
+        assert load.at(99.9) == (pytest.approx(0.4 * 40.0 / 2, rel=0.02), 0.0)
+        assert load.at(99.95)[0] == pytest.approx(load.at(99.9)[0], rel=0.01)
 
 
 class TestObservedSpeed:

@@ -1,0 +1,262 @@
+"""Daemons of `splitnet peer` in hosts of a lab that are as slow as they are told to be, by waiting.
+
+Many devices share the cores of one machine. What each computes is a model so small that it takes next to no time; a
+pass is then held until it has lasted as long as it would on the device that the daemon stands for. All daemons are
+forked from one process that has imported everything, so that a start takes a fraction of a second, and most memory is
+shared.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import signal
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from scheduler.swarm import Speed
+
+from .errors import LabError
+from .lab import Lab, enter
+
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 30.0
+_FORMAT = "dqqd"
+
+LATE = 1.1
+"""A pass that lasts so many times as long as it should is late: others wanted the cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """Of one daemon: seconds that its device had passes of sessions, how many, how many of all were late."""
+
+    busy_s: float
+    passes: int
+    late: int
+
+
+class Meter:
+    """What a daemon counts, and by what factor it is slower than usual; in a file, so that it outlives the daemon."""
+
+    def __init__(self, file: Path) -> None:
+        if not file.exists():
+            file.write_bytes(struct.pack(_FORMAT, 0.0, 0, 0, 1.0))
+        with file.open("r+b") as opened:
+            self._values = mmap.mmap(opened.fileno(), 0)
+
+    @property
+    def measured(self) -> Measured:
+        return Measured(*struct.unpack_from("dqq", self._values))
+
+    @measured.setter
+    def measured(self, value: Measured) -> None:
+        struct.pack_into("dqq", self._values, 0, value.busy_s, value.passes, value.late)
+
+    @property
+    def slower(self) -> float:
+        (slower,) = struct.unpack_from("d", self._values, struct.calcsize("dqq"))
+        return slower
+
+    @slower.setter
+    def slower(self, factor: float) -> None:
+        struct.pack_into("d", self._values, struct.calcsize("dqq"), factor)
+
+
+class Nursery:
+    """Starts processes in hosts that have all modules already. Use with `with`."""
+
+    def __init__(self, lab: Lab) -> None:
+        self._lab = lab
+        self._context = get_context("forkserver")
+        self._context.set_forkserver_preload([f"{__package__}.preloaded"])
+        self._processes: list[BaseProcess] = []
+
+    def __enter__(self) -> Nursery:
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # the process that all are forked from is not told it
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.terminate()
+        deadline = time.monotonic() + _STOP_TIMEOUT_S
+        for process in self._processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+
+    def run(self, host: str, log: Path, act: Callable[..., None], *arguments: Any) -> BaseProcess:
+        """Calls a function of a module in a host, in a process of its own."""
+        process = self._context.Process(target=_inside, args=(self._lab.door(host), log, act, *arguments))
+        process.start()
+        self._processes.append(process)
+        return process
+
+    def queue(self) -> Any:
+        """For what these processes tell."""
+        return self._context.Queue()
+
+
+class SlowedPeers:
+    """A daemon in each of some hosts, held to a speed. Use with `with`.
+
+    Args:
+        lab, nursery: where they run, and what starts them.
+        checkpoint: folder.
+        spans: blocks `[start, end)` by host.
+        speeds: of the device that each stands for.
+        options: more options for each, as on the command line.
+        join: multiaddr of a DHT node that outlives the peers.
+    """
+
+    def __init__(
+        self,
+        lab: Lab,
+        nursery: Nursery,
+        checkpoint: str,
+        spans: Mapping[str, tuple[int, int]],
+        speeds: Mapping[str, Speed],
+        options: Sequence[str],
+        join: str,
+    ) -> None:
+        self._lab = lab
+        self._nursery = nursery
+        self._checkpoint = checkpoint
+        self._spans = spans
+        self._speeds = speeds
+        self._options = options
+        self._join = join
+        self._processes: dict[str, BaseProcess] = {}
+        self._lives: dict[str, int] = {}
+        self._folder = tempfile.TemporaryDirectory(prefix="splitnet-lab-")
+
+    def __enter__(self) -> SlowedPeers:
+        try:
+            for host in self._spans:
+                self.begin(host)
+            for host in self._spans:
+                self.await_start(host)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            process.join(_STOP_TIMEOUT_S)
+            process.kill()
+        self._folder.cleanup()
+
+    def begin(self, host: str, *, again: bool = False) -> None:
+        """Starts the daemon of a host; it has a new key and a new port each time. again: the last one did not serve."""
+        self._file(host, "address").unlink(missing_ok=True)
+        self._lives[host] = self._lives.get(host, -1) + (not again)
+        start, end = self._spans[host]
+        arguments = ["peer", self._checkpoint, "--blocks", f"{start}:{end}", "--join", self._join, "--no-lan"]
+        arguments += ["--listen", f"tcp://{self._lab.address(host)}:0", *self._options]
+        arguments += ["--address-file", str(self._file(host, "address"))]
+        self._processes[host] = self._nursery.run(
+            host, self._file(host, "log"), serve, arguments, self._speeds[host], self._meter_file(host)
+        )
+
+    def await_start(self, host: str) -> None:
+        """Waits until the daemon of a host serves. Raises LabError if it ends."""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not self._file(host, "address").exists():
+            if not self._processes[host].is_alive():
+                raise LabError(f"the daemon in {host} ended: {self.log(host).strip()}")
+            if time.monotonic() > deadline:
+                raise LabError(f"the daemon in {host} did not start in {_START_TIMEOUT_S:.0f} s: is the machine busy?")
+            time.sleep(0.02)
+
+    def kill(self, host: str) -> None:
+        """kill -9 of the daemon: its host tells others that nobody listens any more."""
+        self._processes[host].kill()
+        self._processes[host].join()
+
+    def stop(self, host: str) -> None:
+        """Has the daemon leave the swarm and end, as Ctrl-C does."""
+        self._processes[host].terminate()
+        self._processes[host].join(_STOP_TIMEOUT_S)
+
+    def meters(self, host: str) -> list[Meter]:
+        """Of the daemons of a host, one after the other."""
+        return [Meter(self._meter_file(host, life)) for life in range(self._lives[host] + 1)]
+
+    def log(self, host: str) -> str:
+        """What the daemons of a host have said."""
+        return self._file(host, "log").read_text(errors="replace")
+
+    def _meter_file(self, host: str, life: int | None = None) -> Path:
+        return self._file(host, f"meter{self._lives[host] if life is None else life}")
+
+    def _file(self, host: str, kind: str) -> Path:
+        return Path(self._folder.name) / f"{host}.{kind}"
+
+
+def _inside(door: str, log: Path, act: Callable[..., None], *arguments: Any) -> None:
+    with log.open("ab") as opened:
+        os.dup2(opened.fileno(), 1)
+        os.dup2(opened.fileno(), 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    namespace = os.open(door, os.O_RDONLY)
+    enter(namespace)
+    os.close(namespace)
+    act(*arguments)
+
+
+def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
+    """`splitnet ARGUMENTS` with a device of such a speed."""
+    import torch
+
+    from peers.counters import Counters
+    from splitnet.cli import main
+    from splitnet.gathering import Gathering
+    from splitnet.model.span import Span
+
+    torch.set_num_threads(1)
+    # Each device has a speed of its own, which is not that of this machine.
+    os.environ["SPLITNET_CACHE"] = str(meter_file.parent / f"{meter_file.stem}-cache")
+    meter = Meter(meter_file)
+    forward, ran, passed = Span.forward, Gathering.ran, Counters.steps_passed
+
+    def held_forward(self: Span, hidden: Any, parts: Any) -> Any:
+        began = time.perf_counter()
+        lasts_s = speed.at(len(hidden)) * (self.end - self.start) * meter.slower / 1000
+        output = forward(self, hidden, parts)
+        time.sleep(max(0.0, began + lasts_s - time.perf_counter()))
+        if time.perf_counter() - began > LATE * lasts_s:
+            before = meter.measured
+            meter.measured = Measured(before.busy_s, before.passes, before.late + 1)
+        return output
+
+    def count(self: Counters, seconds: float, positions: int, rows: int) -> None:
+        passed(self, seconds, positions, rows)
+        before = meter.measured
+        meter.measured = Measured(before.busy_s + seconds, before.passes + 1, before.late)
+
+    # While a device is held it has its processor.
+    def ran_all_the_time(self: Gathering, sources: Any, took_s: float, computed_s: float, now: float) -> None:
+        ran(self, sources, took_s, took_s, now)
+
+    Span.forward, Counters.steps_passed, Gathering.ran = held_forward, count, ran_all_the_time
+    sys.argv = ["splitnet", *arguments]
+    try:
+        main.main()
+    except SystemExit:
+        pass
+    finally:
+        logging.shutdown()
+        os._exit(0)

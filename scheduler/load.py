@@ -1,0 +1,63 @@
+"""How busy a device has been lately: what peers publish beside their speed.
+
+Averages, as clients plan with them for half a minute: what waits at the moment of publishing says nothing of that time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from scheduler.averages import MovingAverage
+
+HALF_LIFE_S = 10.0
+_WINDOW_MS = 1000 * HALF_LIFE_S / math.log(2)
+"""The time of which what fades so is the average."""
+SHARE = 0.2
+"""Weight of the latest pass in the average."""
+
+
+class Load:
+    """Averages over recent passes; they fade while nothing happens."""
+
+    def __init__(self) -> None:
+        self._wait_ms = MovingAverage(SHARE, 0.0)
+        self._batch = MovingAverage(SHARE, 0.0)
+        self._squares = 0.0
+        self._at = 0.0
+
+    @property
+    def last_at(self) -> float:
+        """When the last pass began, in seconds."""
+        return self._at
+
+    def observe(self, now: float, waits_ms: Sequence[float], others: Sequence[int], took_ms: float = 0.0) -> None:
+        """Takes in a pass.
+
+        Args:
+            now: seconds.
+            waits_ms: of the decode steps that began in it; prefill waits for those, so its own waits tell nothing.
+            others: for each decode step in it, the positions that belong to other sessions.
+            took_ms: how long it lasted.
+        """
+        fade = self._fade(now)
+        self._wait_ms.value *= fade
+        self._batch.value *= fade
+        self._squares = self._squares * fade + took_ms * took_ms
+        self._at = now
+        for wait_ms in waits_ms:
+            self._wait_ms.add(wait_ms)
+        for batch in others:
+            self._batch.add(batch)
+
+    def at(self, now: float) -> tuple[float, float]:
+        """Ms that a decode step waits for its pass, and positions of others that share the pass of a decode step.
+
+        Steps were seen to wait so long; or, where hardly any came, one that comes at any time finds a pass under way
+        that has a mean of (sum of squares of passes) / (twice the time) still to go.
+        """
+        fade = self._fade(now)
+        return max(self._wait_ms.value, self._squares / _WINDOW_MS / 2) * fade, self._batch.value * fade
+
+    def _fade(self, now: float) -> float:
+        return 0.5 ** (max(0.0, now - self._at) / HALF_LIFE_S)
