@@ -189,9 +189,8 @@ def _find_model(
         checkpoint.adopt(manifest)
     if read_manifest(weights_folder(manifest.fingerprint)) is None:
         make_folder(manifest, (), lambda path: _check_layout(manifest, path))
-    filled = Checkpoint.open(model_file(weights_folder(manifest.fingerprint), manifest))
-    filled.name = name
-    folder = filled.store.folder
+    files = open_store(model_file(weights_folder(manifest.fingerprint), manifest))
+    folder = files.folder
     assert folder is not None
 
     def peers() -> Sequence[Endpoint]:
@@ -205,6 +204,8 @@ def _find_model(
             log.warning("weights come from peers alone: %s", error)
     fetcher = Fetcher(folder, peers, identity, swarm, hub, report)
     folder.fetch = fetcher.fetch
+    filled = Checkpoint.of(files)  # of some files the config needs tensors, too
+    filled.name = name
     return filled, fetcher
 
 

@@ -68,6 +68,8 @@ class GgufStore:
     @cached_property
     def _config(self) -> PreTrainedConfig:
         check_values({"layers": self._file.of_architecture.get("block_count")}, self.source)
+        if self.folder is not None:
+            self.folder.supply(ROPE_TENSORS & self._file.tensors.keys())
         try:
             return make_config(self._family.model_type, config_values(self._family, self._file), self._file)
         except (StrictDataclassError, *MALFORMED) as error:

@@ -26,6 +26,7 @@ from splitnet.weights.manifest import PIECE_BYTES, Head, Manifest, Pieces, Tenso
 from splitnet.weights.matching import headers_differ
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
+from tests.unit.test_gguf_families import LLAMA_3
 
 
 def pieces_of(data: bytes) -> Pieces:
@@ -174,6 +175,30 @@ def test_a_folder_with_holes_is_the_same_model(kind: str, folder: Path, tmp_path
     needed = sum(facts.nbytes for facts in whole.facts(names).values())
     assert sum(asked.values()) == needed == held.fetched
     assert sum(bits.bit_count() for bits in held.bits()) < sum(bits.bit_count() for bits in source.bits())
+
+
+def test_tensors_that_are_part_of_a_config_are_not_read_from_holes(tmp_path: Path, cache: Path) -> None:
+    """As the factors of Llama 3's rotary embedding."""
+    folder = random_checkpoint("llama", tmp_path / "tiny", rope_parameters=LLAMA_3, max_position_embeddings=131_072)
+    whole = Checkpoint.open(write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0))
+    manifest, source, store = whole.manifest(), whole.held(), whole.store
+    heads = [store.open_file(file).read(nbytes) for file, nbytes in store.heads().items()]
+    made = make_folder(manifest, heads, lambda new: assert_same(manifest, new))
+    with pytest.raises(ModelNotFound, match=r"are missing"):
+        Checkpoint.open(made)
+    files = open_store(made)
+    held = files.folder
+    assert held is not None
+
+    def fetch(missing: Any) -> None:
+        for name in missing:
+            data = source.read(name)
+            assert data is not None
+            held.write(name, data)
+
+    held.fetch = fetch
+    assert Checkpoint.of(files).config.rope_parameters == whole.config.rope_parameters
+    assert Checkpoint.open(made).config.rope_parameters == whole.config.rope_parameters
 
 
 def assert_same(manifest: Manifest, new: Path) -> None:
