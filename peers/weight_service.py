@@ -33,7 +33,7 @@ class WeightService:
     Args:
         held: the pieces that are here.
         outbox: where answers go.
-        shares: pieces are given; what a model's weights are is told anyway, as clients must know it.
+        shares: tells whether pieces are given; what a model's weights are is told anyway, as clients must know it.
         rate: bytes per second.
         swarm: the key of a closed one.
         serving: tells whether sessions are being served.
@@ -47,7 +47,7 @@ class WeightService:
         held: HeldPieces,
         outbox: Answering,
         *,
-        shares: bool,
+        shares: Callable[[], bool],
         rate: float = DEFAULT_RATE,
         swarm: OpenSwarm = OPEN,
         serving: Callable[[], bool] = lambda: False,
@@ -114,12 +114,12 @@ class WeightService:
         """Returns how many bytes were sent."""
         data: bytes | None = None
         if message.kind == WeightsKind.PIECE:
-            data = self._piece(message.name) if self._shares else None
+            data = self._piece(message.name) if self._shares() else None
         elif message.name == self._model and message.kind == WeightsKind.MANIFEST:
             if self._packed is None:
                 self._packed = self._held.manifest.pack()
             data = self._packed
-        elif message.name == self._model and message.kind == WeightsKind.HELD and self._shares:
+        elif message.name == self._model and message.kind == WeightsKind.HELD and self._shares():
             data = self._held.bits()
         if data is None:
             code = FailureCode.WRONG_BLOCKS if message.kind == WeightsKind.PIECE else FailureCode.WRONG_MODEL

@@ -134,7 +134,7 @@ def peer(
         bool | None,
         typer.Option(
             "--share-weights/--no-share-weights",
-            help="Give weights to who may connect; on with --authorized-keys or in a closed swarm.",
+            help="Give weights to who may connect; on with --authorized-keys without `anyone`, or in a closed swarm.",
             show_default=False,
         ),
     ] = None,
