@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ def test_a_manifest_from_a_stranger_is_refused_or_another_one(manifest: Manifest
         lambda rows: rows[0].__setitem__(2, [-1]),
         lambda rows: rows[0].__setitem__(3, 1 << 60),
         lambda rows: rows[0].__setitem__(4, b"short"),
+        lambda rows: rows[0].__setitem__(0, []),
+        lambda rows: rows[0].__setitem__(2, [[]]),
+        lambda rows: rows[0].append([]),
+        lambda rows: rows.__setitem__(0, 7),
     ],
 )
 def test_what_no_manifest_can_be_is_refused(change: Callable[[Any], Any]) -> None:
@@ -85,6 +90,22 @@ def test_what_no_manifest_can_be_is_refused(change: Callable[[Any], Any]) -> Non
     change(values[2])
     with pytest.raises(ProtocolError):
         Manifest.unpack(packb(values))
+
+
+@pytest.mark.parametrize("where", ["name", "shape", "row", "tensors"])
+def test_lists_of_lists_from_a_stranger_take_no_memory(where: str) -> None:
+    many = 1 << 20
+    row: list[Any] = ["a", "F32", [1], 4, bytes(32)]
+    packed = packb(["splitnet weights 1", "{}", [row], []])
+    lists = b"\xdd" + many.to_bytes(4, "big") + b"\x90" * many
+    was = {"name": packb("a"), "shape": packb([1]), "row": packb(row), "tensors": packb([row])}[where]
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            Manifest.unpack(packed.replace(was, lists, 1))
+        assert tracemalloc.get_traced_memory()[1] < 8 * many
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.fixture
