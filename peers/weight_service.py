@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Final
@@ -23,6 +25,8 @@ SERVING_SHARE: Final = 0.25
 """Of the rate, while sessions are served."""
 QUESTION_BYTES: Final = 1024
 """What a question costs besides its answer."""
+BITS_S: Final = 1.0
+"""How long the answer to what is here stays as it is: to find it out takes as long as many pieces."""
 WAITING_PER_KEY: Final = 64
 MAX_WAITING: Final = 1024
 
@@ -64,6 +68,8 @@ class WeightService:
         self._pieces: dict[bytes, bytes] | None = None
         """The digest of each piece by how members of a closed swarm name it."""
         self._packed: bytes | None = None
+        self._bits = b""
+        self._bits_at = -math.inf
         self._waiting: OrderedDict[bytes, deque[tuple[Connection, AskWeights]]] = OrderedDict()
         """By key; the first is next."""
         self._changed = threading.Condition()
@@ -111,7 +117,7 @@ class WeightService:
             self._closed.wait(self._pace.wait_s(nbytes + QUESTION_BYTES, rate))
 
     def _answer(self, source: Connection, message: AskWeights) -> int:
-        """Returns how many bytes were sent."""
+        """Returns how many bytes were sent, or read for it."""
         data: bytes | None = None
         if message.kind == WeightsKind.PIECE:
             data = self._piece(message.name) if self._shares() else None
@@ -120,7 +126,9 @@ class WeightService:
                 self._packed = self._held.manifest.pack()
             data = self._packed
         elif message.name == self._model and message.kind == WeightsKind.HELD and self._shares():
-            data = self._held.bits()
+            if time.monotonic() - self._bits_at > BITS_S:
+                self._bits, self._bits_at = self._held.bits(), time.monotonic()
+            data = self._bits
         if data is None:
             code = FailureCode.WRONG_BLOCKS if message.kind == WeightsKind.PIECE else FailureCode.WRONG_MODEL
             self._refuse(source, message, code, "this peer gives no such weights")
@@ -128,7 +136,9 @@ class WeightService:
         part = memoryview(data)[message.offset : message.offset + message.length]
         self._outbox.send(source, WeightsPart(message.number, len(data), part))
         self.sent += len(part)
-        return len(part)
+        return (
+            len(data) if message.kind == WeightsKind.PIECE else len(part)
+        )  # read and hashed, whatever part is asked for
 
     def _piece(self, name: bytes) -> bytes | None:
         if self._swarm.is_closed:

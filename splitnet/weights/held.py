@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
 from splitnet.model.demo import cache_folder
 from splitnet.weights.manifest import Manifest, digest
@@ -71,12 +74,12 @@ class HeldPieces:
 
     def bits(self) -> bytes:
         """Which pieces are here, as `WeightsKind.HELD` says it."""
-        bits = bytearray(-(-len(self) // 8))
+        return np.packbits(self._have(), bitorder="little").tobytes()
+
+    def _have(self) -> NDArray[np.uint8]:
+        """1 for each piece that is here."""
         here = {file: self._store.local_file(file) is not None for file in {file for file, _, _ in self._where}}
-        for slot, (file, _, _) in enumerate(self._where):
-            if here[file] and self.has(slot):
-                bits[slot >> 3] |= 1 << (slot & 7)
-        return bytes(bits)
+        return np.fromiter((here[file] for file, _, _ in self._where), np.uint8, len(self))
 
     def read(self, name: bytes) -> bytes | None:
         """A piece; None if it is not here, or is not what it was."""
@@ -130,6 +133,9 @@ class WeightFolder(HeldPieces):
 
     def has(self, slot: int) -> bool:
         return bool(self._written[slot])
+
+    def _have(self) -> NDArray[np.uint8]:
+        return np.frombuffer(bytes(self._written), np.uint8)
 
     def supply(self, names: Iterable[str]) -> None:
         """Makes sure that all bytes of these tensors are here, and right.

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from peers.options import PeerOptions
-from peers.weight_service import WAITING_PER_KEY, WeightService
+from peers.weight_service import QUESTION_BYTES, WAITING_PER_KEY, WeightService
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.endpoints import Connection
 from splitnet.net.identity import AuthorizedKeys, Identity
@@ -121,6 +121,22 @@ def test_keys_take_turns_and_wait_in_bounded_numbers(held: HeldPieces) -> None:
     with asker:
         keys = [asker.answers.get(timeout=10)[0].curve[:1] for _ in range(3)]
     assert b"o" in keys[:2]
+
+
+def test_questions_without_length_cost_what_they_make_a_peer_do(
+    held: HeldPieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, piece = bytes.fromhex(held.manifest.fingerprint), next(iter(held.names))
+    paced: list[int] = []
+    monkeypatch.setattr(Pace, "wait_s", lambda self, tokens, per_s: paced.append(tokens) or 0.0)
+    bits, looked = held.bits(), list[int]()
+    monkeypatch.setattr(held, "bits", lambda: looked.append(1) or bits)
+    with Asker(held) as asker:
+        for kind, asked in ((WeightsKind.PIECE, piece), (WeightsKind.HELD, name), (WeightsKind.HELD, name)):
+            asker.ask(kind, asked, 0, 0)
+            assert len(asker.answer().payload) == 0
+    size = next(size for pieces in held.manifest.parts for one, _, size in pieces.each() if one == piece)
+    assert paced[0] == size + QUESTION_BYTES and len(looked) == 1
 
 
 def test_bytes_per_second_are_bounded() -> None:
