@@ -75,10 +75,11 @@ def hash_ranges(
     reading = _Reading(store, sum(nbytes for some in missing.values() for _, nbytes in some), progress)
     for file, wanted in missing.items():
         if wanted:
-            known[file].update(reading.read(file, wanted))
             path = store.local_file(file)
+            before = _Kept.of(path) if path is not None else None
+            known[file].update(reading.read(file, wanted))
             kept = _Kept.of(path) if path is not None else None
-            if kept is not None:
+            if kept is not None and before is not None and kept.about == before.about:  # else it changed meanwhile
                 kept.keep(known[file])
     return known
 
@@ -171,12 +172,12 @@ class _Kept:
     """The digests of one file as they were found; they count while its size and time of change stay the same."""
 
     def __init__(self, path: Path, status: os.stat_result) -> None:
-        self._about = {"stamp": _STAMP, "path": str(path), "size": status.st_size, "changed": status.st_mtime_ns}
+        self.about = {"stamp": _STAMP, "path": str(path), "size": status.st_size, "changed": status.st_mtime_ns}
         self._file = cache_folder() / "digests" / f"{digest(str(path).encode()).hex()[:32]}.json"
         self.digests: dict[Range, bytes] = {}
         try:
             kept: dict[str, Any] = json.loads(self._file.read_text())
-            if {key: kept.get(key) for key in self._about} == self._about:
+            if {key: kept.get(key) for key in self.about} == self.about:
                 found = {(int(at), int(size)): bytes.fromhex(it) for at, size, it in kept["ranges"]}
                 self.digests = {one: it for one, it in found.items() if _fits(one, it)}
         except (OSError, ValueError, TypeError, KeyError):
@@ -193,7 +194,7 @@ class _Kept:
         return cls(path, status) if status.st_size >= KEPT_BYTES else None
 
     def keep(self, digests: dict[Range, bytes]) -> None:
-        content = {**self._about, "ranges": [[*one, it.hex()] for one, it in (self.digests | digests).items()]}
+        content = {**self.about, "ranges": [[*one, it.hex()] for one, it in (self.digests | digests).items()]}
         _write(self._file, json.dumps(content).encode())
 
 

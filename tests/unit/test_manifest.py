@@ -154,6 +154,34 @@ def test_digests_are_kept_until_a_file_changes(
     assert make_manifest(open_store(copy)).fingerprint != first.fingerprint
 
 
+def test_digests_of_a_file_that_changes_meanwhile_are_not_kept(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is still being downloaded into its place."""
+    monkeypatch.setattr(hashing, "KEPT_BYTES", 1)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    honest, changed = hashing._Reading._hash, set[Path]()
+
+    def hash_and_change(self: Any, opened: Any, file: str, offset: int, size: int) -> bytes:
+        found = honest(self, opened, file, offset, size)
+        shard = copy / file
+        if shard not in changed:
+            changed.add(shard)
+            with shard.open("r+b") as writing:
+                writing.seek(offset)
+                writing.write(bytes(size))
+            os.utime(shard, ns=(1, 1))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashing._Reading, "_hash", hash_and_change)
+        make_manifest(open_store(copy))
+    found = make_manifest(open_store(copy))
+    shutil.rmtree(cache)
+    assert make_manifest(open_store(copy)) == found
+
+
 def test_progress_is_told_of_much_to_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     make_manifest(open_store(folder), lambda *both: told.append(both))
