@@ -22,6 +22,9 @@ PIECE_BYTES: Final = MAX_PART_BYTES
 MAX_MANIFEST_BYTES: Final = MAX_WEIGHTS_BYTES
 """Enough for 8 TB of weights."""
 
+MAX_HEAD_BYTES: Final = 256 << 20
+"""What stands before the tensors in all files: metadata and a vocabulary, which are fetched into memory."""
+
 _MARK: Final = "splitnet weights 1"
 _MAX_TENSORS: Final = 1 << 20
 _MAX_FILES: Final = 1 << 16
@@ -163,6 +166,8 @@ class Manifest:
         tensors = tuple(_tensor(values) for _ in range(values.array(_MAX_TENSORS)))
         heads = tuple(_head(values) for _ in range(values.array(_MAX_FILES)))
         values.check_end()
+        if sum(head.pieces.nbytes for head in heads) > MAX_HEAD_BYTES:
+            raise ProtocolError("more stands before the tensors than metadata take")
         manifest = cls(config, tensors, heads)
         names = [tensor.name for tensor in manifest.tensors]
         if names != sorted(set(names)):

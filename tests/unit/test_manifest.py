@@ -23,7 +23,7 @@ from splitnet.net.fields import packb, unpack_array
 from splitnet.weights import hashing
 from splitnet.weights.hashing import make_manifest
 from splitnet.weights.held import WeightFolder, make_folder
-from splitnet.weights.manifest import PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
+from splitnet.weights.manifest import MAX_HEAD_BYTES, PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
 from splitnet.weights.matching import headers_differ
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
@@ -90,6 +90,15 @@ def test_what_no_manifest_can_be_is_refused(change: Callable[[Any], Any]) -> Non
     change(values[2])
     with pytest.raises(ProtocolError):
         Manifest.unpack(packb(values))
+
+
+def test_what_stands_before_tensors_is_bounded() -> None:
+    """It is fetched into memory; the same piece may be told any number of times."""
+    pieces = Pieces(MAX_HEAD_BYTES // 2 + PIECE_BYTES, bytes(32) * (MAX_HEAD_BYTES // 2 // PIECE_BYTES + 1))
+    head = Head(1 << 40, pieces)
+    assert Manifest.unpack(Manifest("{}", (), (head,)).pack()).heads == (head,)
+    with pytest.raises(ProtocolError, match="before the tensors"):
+        Manifest.unpack(Manifest("{}", (), (head, head)).pack())
 
 
 @pytest.mark.parametrize("where", ["name", "shape", "row", "tensors"])
