@@ -22,7 +22,7 @@ from splitnet.net.lan import LocalNetwork
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN
 from splitnet.weights.fetching import Asking, Fetcher, fetch_heads
-from splitnet.weights.held import make_folder, model_file, read_manifest, weights_folder
+from splitnet.weights.held import HeldPieces, make_folder, model_file, read_manifest, weights_folder
 from splitnet.weights.hub import HubPieces
 from splitnet.weights.manifest import Manifest
 from splitnet.weights.matching import differs, find_manifest, headers_differ
@@ -150,9 +150,9 @@ def _find_model(
         report("check the weights", done, total)
 
     with Asking(identity, swarm) as asking:
-        if checkpoint is not None and checkpoint.knows_manifest:
-            manifest, name = checkpoint.manifest(hashing), str(model)
-            _check_expected(checkpoint, options)
+        known = checkpoint.manifest(hashing) if checkpoint is not None and checkpoint.knows_manifest else None
+        if known is not None and options.model_id in (None, known.fingerprint):
+            manifest, name = known, str(model)
         elif options.model_id is not None and (kept := read_manifest(weights_folder(options.model_id))) is not None:
             manifest, name = kept, str(model)
         else:
@@ -211,8 +211,10 @@ def _find_model(
 
 def _check_layout(manifest: Manifest, path: Path) -> None:
     """Refuses files whose heads do not say what the manifest says: the fingerprint does not cover them."""
-    if reason := headers_differ(manifest, open_store(path)):
+    store = open_store(path)
+    if reason := headers_differ(manifest, store):
         raise ModelNotFound(f"what a peer says of the files of this model does not fit it ({reason}): join another one")
+    HeldPieces(manifest, store)  # raises if pieces do not fit each other
 
 
 def _check_expected(checkpoint: Checkpoint, options: PeerOptions) -> None:

@@ -385,6 +385,8 @@ class _Fetch:
             return
         if len(data) != self._missing[name] or digest(data) != name:
             if source == HUB:
+                assert self._fetcher._hub is not None
+                self._fetcher._hub.differs()
                 raise WrongSwarm(
                     "the hub has other weights of this model than the peers of this swarm say: they serve another "
                     "model by its name; join another swarm, or give --model-id"

@@ -9,6 +9,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
@@ -98,6 +99,13 @@ def keep_manifest(commit: str, manifest: Manifest) -> None:
     """Keeps the manifest of a commit, so that it need not be asked for, nor the files be read, again."""
     if commit:
         _write(_manifest_file(commit), manifest.pack())
+
+
+def forget_manifest(commit: str) -> None:
+    """Drops the manifest of a commit that has turned out to be another model's."""
+    if commit:
+        with suppress(OSError):
+            _manifest_file(commit).unlink(missing_ok=True)
 
 
 def _manifest_file(commit: str) -> Path:

@@ -43,6 +43,9 @@ class HeldPieces:
 
     Attributes:
         manifest: of the checkpoint.
+
+    Raises:
+        ProtocolError: the manifest is of nothing that can be.
     """
 
     def __init__(self, manifest: Manifest, store: TensorStore) -> None:
@@ -57,7 +60,10 @@ class HeldPieces:
         """By digest; the same bytes may stand in several places."""
         for (file, begin), pieces in zip(parts, manifest.parts, strict=True):
             for name, offset, size in pieces.each():
-                self._slots.setdefault(name, []).append(len(self._where))
+                slots = self._slots.setdefault(name, [])
+                if slots and self._where[slots[0]][2] != size:
+                    raise ProtocolError("a manifest has pieces of two sizes that are said to be the same")
+                slots.append(len(self._where))
                 self._where.append((file, begin + offset, size))
 
     def __len__(self) -> int:

@@ -9,6 +9,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from splitnet.errors import ModelNotFound
 from splitnet.model.tensor_store import TensorStore
+from splitnet.weights.hashing import forget_manifest
 from splitnet.weights.manifest import Manifest
 
 TIMEOUT_S: Final = 30.0
@@ -38,6 +39,10 @@ class HubPieces:
             place = places[tensor.name]
             for name, offset, size in tensor.pieces.each():
                 self._where[name] = place.file, place.offset + offset, size
+
+    def differs(self) -> None:
+        """Says that the repository has other weights than the manifest, which is not believed at the next start."""
+        forget_manifest(self._store.commit)
 
     def read(self, name: bytes) -> bytes:
         """A piece, which the caller checks.

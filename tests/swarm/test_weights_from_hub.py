@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from splitnet.cli.connection import Connection
 from splitnet.client.unknown_model import learn_manifest
 from splitnet.errors import ModelNotFound, WrongSwarm
 from splitnet.model import shards
@@ -179,6 +180,26 @@ def test_the_hub_decides_what_its_model_is(folder: Path, node: Directory, hub: H
         swarm.peers[0]._announcer.publish()
         with pytest.raises(WrongSwarm, match="the hub has other weights"):
             swarm.add(0, 2, folder="someone/tiny")
+    assert not Checkpoint.open("someone/tiny").knows_manifest, "what they said is not believed again"
+
+
+def test_what_was_told_before_gives_way_to_a_model_id(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
+    """Another swarm may have told of a model with the same headers."""
+    other = random_checkpoint("llama", tmp_path / "other", hidden=128, seed=4)
+    shutil.copy(folder / "config.json", other)
+    told = make_manifest(Checkpoint.open(other).store)
+    with local_swarm(folder, [(0, 6)], node=node, share_weights=True) as swarm:
+        right = swarm.peers[0].checkpoint.fingerprint
+        checkpoint = Checkpoint.open("someone/tiny")
+        checkpoint.adopt(told)
+        assert Checkpoint.open("someone/tiny").fingerprint == told.fingerprint
+        connection = Connection(
+            model="someone/tiny", join=[swarm.peers[0].join_address], key_file=tmp_path / "key", model_id=right
+        )
+        assert connection.facts_of(Checkpoint.open("someone/tiny")).fingerprint == right
+        checkpoint.adopt(told)
+        peer = swarm.add(0, 2, folder="someone/tiny", model_id=right)
+        assert computes_as(peer.span, folder)
 
 
 def weight_map(folder: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peers.joining import _check_layout
 from splitnet.errors import ModelNotFound, ProtocolError
 from splitnet.model.checkpoint import Checkpoint, open_store
 from splitnet.model.span import Span
@@ -257,6 +258,18 @@ def test_tensors_that_are_part_of_a_config_are_not_read_from_holes(tmp_path: Pat
     held.fetch = fetch
     assert Checkpoint.of(files).config.rope_parameters == whole.config.rope_parameters
     assert Checkpoint.open(made).config.rope_parameters == whole.config.rope_parameters
+
+
+def test_pieces_of_two_sizes_are_not_the_same(tmp_path: Path, cache: Path) -> None:
+    """Or what is written for one would be written over what stands behind the other."""
+    same = bytes(32)
+    some = (Tensor("a", "I8", (8,), Pieces(8, same)), Tensor("b", "I8", (4,), Pieces(4, same)))
+    with pytest.raises(ProtocolError, match="two sizes"):
+        make_folder(manifest_of(some), (), lambda path: _check_layout(manifest_of(some), path))
+
+
+def manifest_of(some: tuple[Tensor, ...]) -> Manifest:
+    return Manifest('{"model_type": "llama"}', some)
 
 
 def assert_same(manifest: Manifest, new: Path) -> None:
