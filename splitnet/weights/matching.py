@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 MAX_ASKED: Final = 8
 """Peers that are asked for the manifest of one model, one after the other."""
+MAX_MODELS: Final = 8
+"""Of one name that are asked about: names are what anybody claims, and who is silent takes seconds."""
 
 
 def headers_differ(manifest: Manifest, store: TensorStore) -> str:
@@ -90,6 +92,8 @@ def find_manifest(
         called = {fingerprint: name for fingerprint, name in directory.models().items() if name in names}
     if not called:
         return None
+    if len(called) > MAX_MODELS:
+        raise ModelNotFound(f"{len(called)} models of this swarm are called {model}: give --model-id")
     found: list[tuple[Manifest, Endpoint, str]] = []
     reasons: list[str] = []
     for fingerprint, name in called.items():

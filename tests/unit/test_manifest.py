@@ -108,7 +108,7 @@ def test_lists_of_lists_from_a_stranger_take_no_memory(where: str) -> None:
     row: list[Any] = ["a", "F32", [1], 4, bytes(32)]
     packed = packb(["splitnet weights 1", "{}", [row], []])
     lists = b"\xdd" + many.to_bytes(4, "big") + b"\x90" * many
-    was = {"name": packb("a"), "shape": packb([1]), "row": packb(row), "tensors": packb([row])}[where]
+    was = {"name": packb(["a"])[1:], "shape": packb([1]), "row": packb(row), "tensors": packb([row])}[where]
     tracemalloc.start()
     try:
         with pytest.raises(ProtocolError):
