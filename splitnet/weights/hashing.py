@@ -184,7 +184,7 @@ class _Kept:
         self._file = cache_folder() / "digests" / f"{digest(str(path).encode()).hex()[:32]}.json"
         self.digests: dict[Range, bytes] = {}
         try:
-            kept: dict[str, Any] = json.loads(self._file.read_text())
+            kept: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
             if {key: kept.get(key) for key in self.about} == self.about:
                 found = {(int(at), int(size)): bytes.fromhex(it) for at, size, it in kept["ranges"]}
                 self.digests = {one: it for one, it in found.items() if _fits(one, it)}

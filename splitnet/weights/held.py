@@ -238,7 +238,7 @@ def make_folder(manifest: Manifest, heads: Sequence[bytes], check: Callable[[Pat
                 for number, (head, data) in enumerate(zip(manifest.heads, heads, strict=True), 1):
                     _write_sparse(made / _gguf_name(number, len(heads)), data, head.file_bytes)
             else:
-                (made / "config.json").write_text(manifest.config)
+                (made / "config.json").write_text(manifest.config, encoding="utf-8")
                 data = _safetensors_head(manifest)
                 _write_sparse(made / "model.safetensors", data, len(data) + manifest.nbytes)
             check(made / _gguf_name(1, len(heads)) if heads else made)
