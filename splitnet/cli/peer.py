@@ -223,6 +223,8 @@ def peer(
             tell(
                 logging.WARNING, "hivemind is not installed, so others do not find this peer: they join by its address"
             )
+    if wanted_share is not None and not share_weights and authorized_keys is None and closed is None:
+        raise typer.BadParameter("--share-rate is for --share-weights: who may connect to this peer is not known")
     keep_freed_memory()
     computes_on = find_device(device)
     if threads is not None:
