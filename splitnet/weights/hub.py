@@ -57,8 +57,13 @@ class HubPieces:
                 return opened.read(size)
         url = hf_hub_url(self._repository, file, revision=self._revision)
         headers = {**build_hf_headers(), "Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
-        response = get_session().get(url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True)
-        hf_raise_for_status(response)
-        if response.status_code != 206 or len(response.content) != size:
+        with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True) as response:
+            if response.is_error:
+                response.read()  # which says why
+            hf_raise_for_status(response)
+            if response.status_code != 206:  # the whole file, of which nothing is read
+                raise ModelNotFound(f"the hub does not give ranges of {file}")
+            data = response.read()
+        if len(data) != size:
             raise ModelNotFound(f"the hub does not give ranges of {file}")
-        return response.content
+        return data

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,6 +23,7 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
 from splitnet.weights.hashing import make_manifest
+from splitnet.weights.hub import HubPieces
 from tests.swarm.harness import local_swarm
 from tests.swarm.test_weights_from_peers import block_bytes_of, computes_as
 from tests.unit.random_models import random_checkpoint
@@ -29,6 +31,7 @@ from tests.unit.random_models import random_checkpoint
 pytestmark = pytest.mark.swarm
 
 COMMIT = "ab" * 20
+LARGE = 256 << 20
 
 
 @dataclass
@@ -40,6 +43,10 @@ class Hub:
     """Bytes that were given by ranges."""
     whole: list[str] = field(default_factory=list[str])
     """Files that were given as a whole."""
+    deaf: bool = False
+    """Ranges are not heard: files come as a whole, and large."""
+    large: int = 0
+    """Bytes that were given so."""
     read: int = 0
     """How often a file was opened to be read in parts."""
 
@@ -66,6 +73,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("Content-Length", "0")
             self.end_headers()
+            return
+        if self.hub.deaf and body and name.endswith(".safetensors"):
+            self.send_response(200)
+            self.send_header("Content-Length", str(LARGE))
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(LARGE >> 20):
+                    self.wfile.write(bytes(1 << 20))
+                    self.hub.large += 1 << 20
             return
         data = file.read_bytes()
         wanted = self.headers.get("Range")
@@ -181,6 +197,18 @@ def test_the_hub_decides_what_its_model_is(folder: Path, node: Directory, hub: H
         with pytest.raises(WrongSwarm, match="the hub has other weights"):
             swarm.add(0, 2, folder="someone/tiny")
     assert not Checkpoint.open("someone/tiny").knows_manifest, "what they said is not believed again"
+
+
+def test_a_hub_without_ranges_sends_no_whole_files(folder: Path, hub: Hub) -> None:
+    store = Checkpoint.open("someone/tiny").store
+    manifest = make_manifest(Checkpoint.open(folder).store)
+    pieces = HubPieces(manifest, store)
+    name, _, size = next(manifest.tensors[0].pieces.each())
+    assert len(pieces.read(name)) == size
+    hub.deaf = True
+    with pytest.raises(ModelNotFound, match="does not give ranges"):
+        pieces.read(name)
+    assert hub.large < LARGE // 4
 
 
 def test_what_was_told_before_gives_way_to_a_model_id(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
