@@ -142,7 +142,7 @@ class Peer:
         self.weights = WeightService(
             checkpoint.held(),
             self,
-            shares=options.shares_weights,
+            shares=partial(options.shares_weights, authorized),
             rate=options.share_rate or DEFAULT_RATE,
             swarm=options.swarm_key or OPEN,
             serving=lambda: self.service.in_use(time.monotonic()),

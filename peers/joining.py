@@ -12,8 +12,9 @@ from pathlib import Path
 from peers.lan_presence import LanPresence
 from peers.options import PeerOptions
 from splitnet.client.links import Links
-from splitnet.errors import DirectoryError, LanError, ModelNotFound, WrongSwarm
+from splitnet.errors import DirectoryError, LanError, ModelNotFound, ProtocolError, UnsupportedModel, WrongSwarm
 from splitnet.model.checkpoint import Checkpoint, open_store
+from splitnet.model.gguf_store import is_of_gguf
 from splitnet.net.addresses import dht_address
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
@@ -22,7 +23,7 @@ from splitnet.net.lan import LocalNetwork
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN
 from splitnet.weights.fetching import Asking, Fetcher, fetch_heads
-from splitnet.weights.held import make_folder, model_file, read_manifest, weights_folder
+from splitnet.weights.held import HeldPieces, make_folder, model_file, read_manifest, weights_folder
 from splitnet.weights.hub import HubPieces
 from splitnet.weights.manifest import Manifest
 from splitnet.weights.matching import differs, find_manifest, headers_differ
@@ -149,10 +150,23 @@ def _find_model(
     def hashing(done: int, total: int) -> None:
         report("check the weights", done, total)
 
+    def accept(one: Manifest) -> str:
+        """Compares it with what is here, and makes the folder; says why that cannot be."""
+        if store is not None and (reason := differs(one, store, hashing)):
+            return reason
+        if read_manifest(weights_folder(one.fingerprint)) is None:
+            try:
+                others = [record.endpoint for record in directory.peers(one.fingerprint)]
+                heads = fetch_heads(asking, others, one, report)
+                make_folder(one, heads, lambda path: _check_layout(one, path))
+            except (ModelNotFound, UnsupportedModel, ProtocolError) as error:
+                return str(error)
+        return ""
+
     with Asking(identity, swarm) as asking:
-        if checkpoint is not None and checkpoint.knows_manifest:
-            manifest, name = checkpoint.manifest(hashing), str(model)
-            _check_expected(checkpoint, options)
+        known = checkpoint.manifest(hashing) if checkpoint is not None and checkpoint.knows_manifest else None
+        if known is not None and options.model_id in (None, known.fingerprint):
+            manifest, name = known, str(model)
         elif options.model_id is not None and (kept := read_manifest(weights_folder(options.model_id))) is not None:
             manifest, name = kept, str(model)
         else:
@@ -163,7 +177,7 @@ def _find_model(
                     asking,
                     model,
                     expected=options.model_id,
-                    accept=(lambda one: differs(one, store, hashing)) if store is not None else (lambda one: ""),
+                    accept=accept,
                     report=report,
                 )
             except ModelNotFound as error:
@@ -171,11 +185,7 @@ def _find_model(
                     raise
                 log.warning("%s: all of it is read through at the hub", error)
             if found is not None:
-                manifest, giver, name = found
-                others = [one.endpoint for one in directory.peers(manifest.fingerprint)]
-                if read_manifest(weights_folder(manifest.fingerprint)) is None:
-                    heads = fetch_heads(asking, list(dict.fromkeys([giver, *others])), manifest, report)
-                    make_folder(manifest, heads, lambda path: _check_layout(manifest, path))
+                manifest, name = found
             elif checkpoint is not None:  # nobody has it yet: this peer says what it is
                 name = str(model)
                 manifest = checkpoint.manifest(lambda done, total: report("read the weights once", done, total))
@@ -189,9 +199,8 @@ def _find_model(
         checkpoint.adopt(manifest)
     if read_manifest(weights_folder(manifest.fingerprint)) is None:
         make_folder(manifest, (), lambda path: _check_layout(manifest, path))
-    filled = Checkpoint.open(model_file(weights_folder(manifest.fingerprint), manifest))
-    filled.name = name
-    folder = filled.store.folder
+    files = open_store(model_file(weights_folder(manifest.fingerprint), manifest))
+    folder = files.folder
     assert folder is not None
 
     def peers() -> Sequence[Endpoint]:
@@ -205,13 +214,19 @@ def _find_model(
             log.warning("weights come from peers alone: %s", error)
     fetcher = Fetcher(folder, peers, identity, swarm, hub, report)
     folder.fetch = fetcher.fetch
+    filled = Checkpoint.of(files)  # of some files the config needs tensors, too
+    filled.name = name
     return filled, fetcher
 
 
 def _check_layout(manifest: Manifest, path: Path) -> None:
     """Refuses files whose heads do not say what the manifest says: the fingerprint does not cover them."""
-    if reason := headers_differ(manifest, open_store(path)):
+    store = open_store(path)
+    if reason := headers_differ(manifest, store):
         raise ModelNotFound(f"what a peer says of the files of this model does not fit it ({reason}): join another one")
+    if not manifest.heads and is_of_gguf(manifest.config):
+        raise ModelNotFound("a peer leaves out what stands before the tensors in the files of this model")
+    HeldPieces(manifest, store)  # raises if pieces do not fit each other
 
 
 def _check_expected(checkpoint: Checkpoint, options: PeerOptions) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from peers.placing import ANY_SPAN, SpanWish
 from peers.power_sources import SYSFS
 from splitnet.net.addresses import Reach
-from splitnet.net.identity import Identity
+from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.swarm_key import SwarmKey
 
 
@@ -77,8 +77,8 @@ class PeerOptions:
     share_rate: float | None = None
     model_id: str | None = None
 
-    @property
-    def shares_weights(self) -> bool:
-        """Whether it gives weights to others."""
-        knows_who = self.authorized_keys is not None or self.swarm_key is not None
-        return knows_who if self.share_weights is None else self.share_weights
+    def shares_weights(self, authorized: AuthorizedKeys | None) -> bool:
+        """Whether it gives weights to others; `authorized`: the list in `authorized_keys` as it is now."""
+        if self.share_weights is not None:
+            return self.share_weights
+        return self.swarm_key is not None or (authorized is not None and not authorized.lets_in_strangers)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Final
@@ -23,6 +25,8 @@ SERVING_SHARE: Final = 0.25
 """Of the rate, while sessions are served."""
 QUESTION_BYTES: Final = 1024
 """What a question costs besides its answer."""
+BITS_S: Final = 1.0
+"""How long the answer to what is here stays as it is: to find it out takes as long as many pieces."""
 WAITING_PER_KEY: Final = 64
 MAX_WAITING: Final = 1024
 
@@ -33,7 +37,7 @@ class WeightService:
     Args:
         held: the pieces that are here.
         outbox: where answers go.
-        shares: pieces are given; what a model's weights are is told anyway, as clients must know it.
+        shares: tells whether pieces are given; what a model's weights are is told anyway, as clients must know it.
         rate: bytes per second.
         swarm: the key of a closed one.
         serving: tells whether sessions are being served.
@@ -47,7 +51,7 @@ class WeightService:
         held: HeldPieces,
         outbox: Answering,
         *,
-        shares: bool,
+        shares: Callable[[], bool],
         rate: float = DEFAULT_RATE,
         swarm: OpenSwarm = OPEN,
         serving: Callable[[], bool] = lambda: False,
@@ -64,6 +68,8 @@ class WeightService:
         self._pieces: dict[bytes, bytes] | None = None
         """The digest of each piece by how members of a closed swarm name it."""
         self._packed: bytes | None = None
+        self._bits = b""
+        self._bits_at = -math.inf
         self._waiting: OrderedDict[bytes, deque[tuple[Connection, AskWeights]]] = OrderedDict()
         """By key; the first is next."""
         self._changed = threading.Condition()
@@ -111,16 +117,18 @@ class WeightService:
             self._closed.wait(self._pace.wait_s(nbytes + QUESTION_BYTES, rate))
 
     def _answer(self, source: Connection, message: AskWeights) -> int:
-        """Returns how many bytes were sent."""
+        """Returns how many bytes were sent, or read for it."""
         data: bytes | None = None
         if message.kind == WeightsKind.PIECE:
-            data = self._piece(message.name) if self._shares else None
+            data = self._piece(message.name) if self._shares() else None
         elif message.name == self._model and message.kind == WeightsKind.MANIFEST:
             if self._packed is None:
                 self._packed = self._held.manifest.pack()
             data = self._packed
-        elif message.name == self._model and message.kind == WeightsKind.HELD and self._shares:
-            data = self._held.bits()
+        elif message.name == self._model and message.kind == WeightsKind.HELD and self._shares():
+            if time.monotonic() - self._bits_at > BITS_S:
+                self._bits, self._bits_at = self._held.bits(), time.monotonic()
+            data = self._bits
         if data is None:
             code = FailureCode.WRONG_BLOCKS if message.kind == WeightsKind.PIECE else FailureCode.WRONG_MODEL
             self._refuse(source, message, code, "this peer gives no such weights")
@@ -128,7 +136,9 @@ class WeightService:
         part = memoryview(data)[message.offset : message.offset + message.length]
         self._outbox.send(source, WeightsPart(message.number, len(data), part))
         self.sent += len(part)
-        return len(part)
+        return (
+            len(data) if message.kind == WeightsKind.PIECE else len(part)
+        )  # read and hashed, whatever part is asked for
 
     def _piece(self, name: bytes) -> bytes | None:
         if self._swarm.is_closed:

@@ -96,9 +96,10 @@ class Connection:
         """What is known of the model; where not all of it is here, peers are asked. Errors as of `swarm`."""
         expected = self.model_id or (Invite.load(self.invite).model_id if self.invite else None)
         with StageProgress() as progress:
-            if checkpoint.knows_manifest:
+            known = checkpoint.knows_manifest
+            if known:
                 checkpoint.manifest(partial(progress.update, "check the weights"))
-            else:
+            if not known or (expected not in (None, checkpoint.fingerprint) and not checkpoint.is_whole):
                 addresses, swarm_key, identity = self._way
                 addresses = addresses or ask_network(checkpoint.name, lan=self.lan and swarm_key is None)
                 learn_manifest(

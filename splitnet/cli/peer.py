@@ -134,7 +134,7 @@ def peer(
         bool | None,
         typer.Option(
             "--share-weights/--no-share-weights",
-            help="Give weights to who may connect; on with --authorized-keys or in a closed swarm.",
+            help="Give weights to who may connect; on with --authorized-keys without `anyone`, or in a closed swarm.",
             show_default=False,
         ),
     ] = None,
@@ -223,6 +223,8 @@ def peer(
             tell(
                 logging.WARNING, "hivemind is not installed, so others do not find this peer: they join by its address"
             )
+    if wanted_share is not None and not share_weights and authorized_keys is None and closed is None:
+        raise typer.BadParameter("--share-rate is for --share-weights: who may connect to this peer is not known")
     keep_freed_memory()
     computes_on = find_device(device)
     if threads is not None:

@@ -86,7 +86,11 @@ class Checkpoint:
             UnsupportedModel: the family of the model is not known or cannot be cut into spans, or its weights are
                 stored in a way that is not known.
         """
-        store = open_store(model, revision)
+        return cls.of(open_store(model, revision), tokenizer)
+
+    @classmethod
+    def of(cls, store: TensorStore, tokenizer: str | None = None) -> Checkpoint:
+        """The same with files that are open."""
         whole, config = read_config(store)
         checkpoint = cls(store, config, multimodal=config is not whole, tokenizer=tokenizer)
         assert checkpoint.names  # raises if there are no tensors

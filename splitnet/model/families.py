@@ -8,8 +8,8 @@ neutral: that is checked while a span loads, so a family that needs more than th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config
 
@@ -17,6 +17,8 @@ from splitnet.errors import UnsupportedModel
 
 MAX_LAYERS = 4096
 """As many as messages and records can number."""
+MAX_LABELS = 1 << 16
+"""Of which transformers makes a name each."""
 
 PACKS = frozenset(
     {
@@ -220,22 +222,30 @@ def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
 def check_values(values: Mapping[str, Any], file: object) -> None:
     """Refuses what no config of a model says, before transformers does what it says.
 
-    That is lists as long as there are layers, and attention or experts that run code of a hub repository.
+    That is lists as long as there are layers or labels, and attention or experts that run code of a hub repository.
 
     Raises:
         UnsupportedModel: names the value.
     """
-    for part in (values, *values.values()):
-        for key, value in part.items() if isinstance(part, Mapping) else ():
+    for part in _with_inner(values):
+        for key, value in part.items():
             counts = str(key).endswith(("layer", "layers")) and "per_layer" not in str(key)
-            many = counts and isinstance(value, int) and value > MAX_LAYERS
+            most = MAX_LAYERS if counts else MAX_LABELS if key == "num_labels" else None
+            many = most is not None and isinstance(value, int) and value > most
             foreign = str(key).endswith("_implementation") and "/" in str(value)
             if many or foreign:
                 raise UnsupportedModel(
                     f"{file} says {key}: {value}, and "
-                    + (f"at most {MAX_LAYERS} are taken" if many else "no code of others is run")
+                    + (f"at most {most} are taken" if many else "no code of others is run")
                     + ": mend it, or download it again"
                 )
+
+
+def _with_inner(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    yield values
+    for value in values.values():
+        if isinstance(value, Mapping):
+            yield from _with_inner(cast("Mapping[str, Any]", value))
 
 
 def _reason_against(config: PreTrainedConfig) -> str:

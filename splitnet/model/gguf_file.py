@@ -18,16 +18,40 @@ from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField, R
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.gguf_layouts import Bytes, layout_of, plain_dtype, read_codes
 from splitnet.model.stored import Codes, Layout, StoredMatrix, StoredTensor
+from splitnet.weights.manifest import MAX_HEAD_BYTES
 
 _LONG = 1024
 """Numbers; a list with one for each block is shorter."""
+_MAX_FIELDS = 1 << 12
+_MAX_TENSORS = 1 << 17
+_MAX_STRINGS = 1 << 22
 _SKIPPED: list[GGUFValueType] = []
 _AGAIN = "put the parts of one model, and no others, in a folder, or download them again"
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
 
 
 class _Reader(GGUFReader):
-    """Skips strings in lists and long lists: of a vocabulary, the `gguf` package keeps some arrays for each token."""
+    """Skips strings in lists and long lists: of a vocabulary, the `gguf` package keeps some arrays for each token.
+
+    What a stranger says of a file, most of which is a hole, is read by this, too.
+    """
+
+    _reads_head = True
+
+    def _get(self, offset: int, dtype: npt.DTypeLike, count: int = 1, *args: Any, **options: Any) -> Any:
+        if self._reads_head and int(offset) + np.dtype(dtype).itemsize * int(count) > MAX_HEAD_BYTES:
+            raise ValueError("its metadata do not end")
+        return super()._get(offset, dtype, count, *args, **options)
+
+    def _build_fields(self, offs: int, count: int) -> int:
+        return super()._build_fields(offs, _at_most(_MAX_FIELDS, count, "keys"))
+
+    def _build_tensor_info(self, offs: int, count: int) -> tuple[int, list[ReaderField]]:
+        return super()._build_tensor_info(offs, _at_most(_MAX_TENSORS, count, "tensors"))
+
+    def _build_tensors(self, start_offs: int, fields: list[ReaderField]) -> None:
+        self._reads_head = False
+        super()._build_tensors(start_offs, fields)
 
     def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
         if raw_type != GGUFValueType.ARRAY:
@@ -37,15 +61,23 @@ class _Reader(GGUFReader):
         at = orig_offs + 12
         if kind == GGUFValueType.STRING:
             data = memoryview(np.asarray(self.data).data)
-            for _ in range(count):
+            for _ in range(_at_most(_MAX_STRINGS, count, "strings in a list")):
                 at += 8 + int.from_bytes(data[at : at + 8], "little")
-                if at > len(data):
+                if at > min(len(data), MAX_HEAD_BYTES):
                     raise ValueError("it ends within its vocabulary")
+        elif kind == GGUFValueType.ARRAY:
+            raise ValueError("it has lists of lists")
         elif kind in self.gguf_scalar_to_np and count > _LONG:
             at += count * np.dtype(self.gguf_scalar_to_np[kind]).itemsize
         else:
             return super()._get_field_parts(orig_offs, raw_type)
         return at - orig_offs, [], [], _SKIPPED
+
+
+def _at_most(most: int, count: int, what: str) -> int:
+    if count > most:
+        raise ValueError(f"it says that it has {count} {what}")
+    return int(count)
 
 
 @dataclass(frozen=True)

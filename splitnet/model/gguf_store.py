@@ -26,6 +26,7 @@ from splitnet.model.stored import StoredTensor
 from splitnet.model.tensor_store import Place, Progress, ReadBytes, TensorFacts
 from splitnet.weights.held import WeightFolder
 
+_ARCHITECTURE = "general.architecture"
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
 
 
@@ -68,6 +69,8 @@ class GgufStore:
     @cached_property
     def _config(self) -> PreTrainedConfig:
         check_values({"layers": self._file.of_architecture.get("block_count")}, self.source)
+        if self.folder is not None:
+            self.folder.supply(ROPE_TENSORS & self._file.tensors.keys())
         try:
             return make_config(self._family.model_type, config_values(self._family, self._file), self._file)
         except (StrictDataclassError, *MALFORMED) as error:
@@ -118,7 +121,7 @@ class GgufStore:
 
     def told_config(self) -> str:
         """See `TensorStore.told_config`: the metadata of the architecture."""
-        told = {"general.architecture": self._file.architecture, **self._file.of_architecture}
+        told = {_ARCHITECTURE: self._file.architecture, **self._file.of_architecture}
         return json.dumps(told, sort_keys=True, default=str)
 
     def places(self) -> Mapping[str, Place]:
@@ -183,6 +186,11 @@ class GgufStore:
     def _recipes(self) -> dict[str, _Recipe]:
         """By the names that transformers' checkpoints have."""
         return _recipes(self._file, self._family, self._config.num_hidden_layers)
+
+
+def is_of_gguf(told_config: str) -> bool:
+    """Whether `TensorStore.told_config` is that of GGUF files."""
+    return f'"{_ARCHITECTURE}": ' in told_config
 
 
 class _LazyTensor:

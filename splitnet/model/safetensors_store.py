@@ -148,7 +148,7 @@ class SafetensorsStore:
     def told_config(self) -> str:
         """See `TensorStore.told_config`: the config file without notes."""
         try:
-            values = json.loads(self._config_file.read_text())
+            values = json.loads(self._config_file.read_text(encoding="utf-8"))
             return json.dumps(_without_notes(values), sort_keys=True)
         except (OSError, ValueError, RecursionError) as error:
             raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error

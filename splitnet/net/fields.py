@@ -28,6 +28,7 @@ STRICT_VERSIONS = frozenset({"0.1.0"})
 # msgpack comes without types.
 packb = cast("Callable[[list[Any]], bytes]", msgpack.packb)  # pyright: ignore[reportUnknownMemberType]
 _unpackb = cast("Callable[..., Any]", msgpack.unpackb)  # pyright: ignore[reportUnknownMemberType]
+_Unpacker = cast("Callable[..., Any]", msgpack.Unpacker)  # pyright: ignore[reportUnknownMemberType]
 
 
 def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, most_bytes: int) -> list[Any]:
@@ -50,6 +51,42 @@ def unpack_array(data: bytes | memoryview, *, most_items: int, most_text: int, m
     if type(values) is not list:
         raise ProtocolError("not a msgpack array")
     return values
+
+
+class Values:
+    """Msgpack from anybody, read value by value: arrays stand only where they are asked for.
+
+    An empty array takes a byte there and 64 here, so long lists of lists must not be made before they are looked at.
+    """
+
+    def __init__(self, data: bytes | memoryview, *, most_text: int, most_bytes: int) -> None:
+        bounds = {"max_array_len": 0, "max_map_len": 0, "max_ext_len": 0}
+        size = max(len(data), 1)
+        self._unpacker = _Unpacker(max_buffer_size=size, max_str_len=most_text, max_bin_len=most_bytes, **bounds)
+        self._unpacker.feed(data)
+        self._end = len(data)
+
+    def array(self, most: int) -> int:
+        """How many values of an array follow. Raises ProtocolError: no array follows, or one of more than `most`."""
+        count: int = self._read("read_array_header")
+        if count > most:
+            raise ProtocolError(f"expected an array of at most {most} values")
+        return count
+
+    def value(self) -> Any:
+        """The next value, an empty array at most. Raises ProtocolError if there is none, or it breaks a bound."""
+        return self._read("unpack")
+
+    def check_end(self) -> None:
+        """Raises ProtocolError if there is more."""
+        if self._unpacker.tell() != self._end:
+            raise ProtocolError("more than was expected")
+
+    def _read(self, how: str) -> Any:
+        try:
+            return getattr(self._unpacker, how)()
+        except Exception as error:  # see `unpack_array`
+            raise ProtocolError(f"not the msgpack that was expected: {error}") from None
 
 
 def wire(check: Check, **options: Any) -> Any:

@@ -204,12 +204,20 @@ class AuthorizedKeys:
         """What this client gets; one that may not connect any more gets what strangers do."""
         return self._options(curve_raw) or KeyOptions(weight=STRANGER_WEIGHT)
 
+    @property
+    def lets_in_strangers(self) -> bool:
+        """Whether keys that are not listed may connect."""
+        return ANYONE in self._current()
+
     def _options(self, curve_raw: bytes) -> KeyOptions | None:
+        listed = self._current()
+        return listed.get(curve_raw) or listed.get(ANYONE)
+
+    def _current(self) -> dict[bytes | None, KeyOptions]:
         if self._path is not None and (now := self._clock()) >= self._next_check:
             self._next_check = now + RELOAD_INTERVAL_S
             self._reload_if_changed(self._path)
-        listed = self._listed
-        return listed.get(curve_raw) or listed.get(ANYONE)
+        return self._listed
 
     def _reload_if_changed(self, path: Path) -> None:
         stamp = _file_stamp(path)

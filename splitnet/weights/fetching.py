@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 ANSWER_S: Final = 10.0
 """In which a peer says what it has."""
+WHOLE_S: Final = 120.0
+"""In which it has told a manifest: who lets parts drip holds up whoever asks one peer after the other."""
 LOOK_S: Final = 5.0
 """How often others are looked for while pieces are missing."""
 PATIENCE_S: Final = 30.0
@@ -99,21 +101,24 @@ class Asking:
             ModelNotFound: the peer does not give it; says why.
         """
         data = bytearray()
+        until = time.monotonic() + WHOLE_S
         while True:
+            if time.monotonic() > until:
+                raise ModelNotFound("it takes too long")
             number = self.ask(peer, kind, name, len(data))
             message = self._answer_to(number, peer, partial(report, len(data), 0))
             if isinstance(message, Failure):
                 raise ModelNotFound(message.text)
-            assert isinstance(message, WeightsPart)
+            if not isinstance(message, WeightsPart):
+                raise ModelNotFound("it answers what cannot be")
             part = message.payload
-            if message.total > MAX_MANIFEST_BYTES or len(data) + len(part) > message.total:
+            left = message.total - len(data)
+            if message.total > MAX_MANIFEST_BYTES or len(part) != min(left, MAX_PART_BYTES):
                 raise ModelNotFound("it answers what cannot be")
             data += part
             report(len(data), message.total)
-            if len(data) == message.total:
+            if len(part) == left:
                 return bytes(data)
-            if not part:
-                raise ModelNotFound("it gives less than it says")
 
     def _answer_to(self, number: int, peer: Endpoint, waiting: Callable[[], None]) -> Message:
         until = time.monotonic() + ANSWER_S
@@ -380,6 +385,8 @@ class _Fetch:
             return
         if len(data) != self._missing[name] or digest(data) != name:
             if source == HUB:
+                assert self._fetcher._hub is not None
+                self._fetcher._hub.differs()
                 raise WrongSwarm(
                     "the hub has other weights of this model than the peers of this swarm say: they serve another "
                     "model by its name; join another swarm, or give --model-id"

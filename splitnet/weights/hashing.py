@@ -9,6 +9,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
@@ -75,10 +76,11 @@ def hash_ranges(
     reading = _Reading(store, sum(nbytes for some in missing.values() for _, nbytes in some), progress)
     for file, wanted in missing.items():
         if wanted:
-            known[file].update(reading.read(file, wanted))
             path = store.local_file(file)
+            before = _Kept.of(path) if path is not None else None
+            known[file].update(reading.read(file, wanted))
             kept = _Kept.of(path) if path is not None else None
-            if kept is not None:
+            if kept is not None and before is not None and kept.about == before.about:  # else it changed meanwhile
                 kept.keep(known[file])
     return known
 
@@ -97,6 +99,13 @@ def keep_manifest(commit: str, manifest: Manifest) -> None:
     """Keeps the manifest of a commit, so that it need not be asked for, nor the files be read, again."""
     if commit:
         _write(_manifest_file(commit), manifest.pack())
+
+
+def forget_manifest(commit: str) -> None:
+    """Drops the manifest of a commit that has turned out to be another model's."""
+    if commit:
+        with suppress(OSError):
+            _manifest_file(commit).unlink(missing_ok=True)
 
 
 def _manifest_file(commit: str) -> Path:
@@ -171,12 +180,12 @@ class _Kept:
     """The digests of one file as they were found; they count while its size and time of change stay the same."""
 
     def __init__(self, path: Path, status: os.stat_result) -> None:
-        self._about = {"stamp": _STAMP, "path": str(path), "size": status.st_size, "changed": status.st_mtime_ns}
+        self.about = {"stamp": _STAMP, "path": str(path), "size": status.st_size, "changed": status.st_mtime_ns}
         self._file = cache_folder() / "digests" / f"{digest(str(path).encode()).hex()[:32]}.json"
         self.digests: dict[Range, bytes] = {}
         try:
-            kept: dict[str, Any] = json.loads(self._file.read_text())
-            if {key: kept.get(key) for key in self._about} == self._about:
+            kept: dict[str, Any] = json.loads(self._file.read_text(encoding="utf-8"))
+            if {key: kept.get(key) for key in self.about} == self.about:
                 found = {(int(at), int(size)): bytes.fromhex(it) for at, size, it in kept["ranges"]}
                 self.digests = {one: it for one, it in found.items() if _fits(one, it)}
         except (OSError, ValueError, TypeError, KeyError):
@@ -193,7 +202,7 @@ class _Kept:
         return cls(path, status) if status.st_size >= KEPT_BYTES else None
 
     def keep(self, digests: dict[Range, bytes]) -> None:
-        content = {**self._about, "ranges": [[*one, it.hex()] for one, it in (self.digests | digests).items()]}
+        content = {**self.about, "ranges": [[*one, it.hex()] for one, it in (self.digests | digests).items()]}
         _write(self._file, json.dumps(content).encode())
 
 

@@ -18,6 +18,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+import numpy as np
+from numpy.typing import NDArray
+
 from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
 from splitnet.model.demo import cache_folder
 from splitnet.weights.manifest import Manifest, digest
@@ -40,6 +43,9 @@ class HeldPieces:
 
     Attributes:
         manifest: of the checkpoint.
+
+    Raises:
+        ProtocolError: the manifest is of nothing that can be.
     """
 
     def __init__(self, manifest: Manifest, store: TensorStore) -> None:
@@ -54,7 +60,10 @@ class HeldPieces:
         """By digest; the same bytes may stand in several places."""
         for (file, begin), pieces in zip(parts, manifest.parts, strict=True):
             for name, offset, size in pieces.each():
-                self._slots.setdefault(name, []).append(len(self._where))
+                slots = self._slots.setdefault(name, [])
+                if slots and self._where[slots[0]][2] != size:
+                    raise ProtocolError("a manifest has pieces of two sizes that are said to be the same")
+                slots.append(len(self._where))
                 self._where.append((file, begin + offset, size))
 
     def __len__(self) -> int:
@@ -71,12 +80,12 @@ class HeldPieces:
 
     def bits(self) -> bytes:
         """Which pieces are here, as `WeightsKind.HELD` says it."""
-        bits = bytearray(-(-len(self) // 8))
+        return np.packbits(self._have(), bitorder="little").tobytes()
+
+    def _have(self) -> NDArray[np.uint8]:
+        """1 for each piece that is here."""
         here = {file: self._store.local_file(file) is not None for file in {file for file, _, _ in self._where}}
-        for slot, (file, _, _) in enumerate(self._where):
-            if here[file] and self.has(slot):
-                bits[slot >> 3] |= 1 << (slot & 7)
-        return bytes(bits)
+        return np.fromiter((here[file] for file, _, _ in self._where), np.uint8, len(self))
 
     def read(self, name: bytes) -> bytes | None:
         """A piece; None if it is not here, or is not what it was."""
@@ -130,6 +139,9 @@ class WeightFolder(HeldPieces):
 
     def has(self, slot: int) -> bool:
         return bool(self._written[slot])
+
+    def _have(self) -> NDArray[np.uint8]:
+        return np.frombuffer(bytes(self._written), np.uint8)
 
     def supply(self, names: Iterable[str]) -> None:
         """Makes sure that all bytes of these tensors are here, and right.
@@ -226,7 +238,7 @@ def make_folder(manifest: Manifest, heads: Sequence[bytes], check: Callable[[Pat
                 for number, (head, data) in enumerate(zip(manifest.heads, heads, strict=True), 1):
                     _write_sparse(made / _gguf_name(number, len(heads)), data, head.file_bytes)
             else:
-                (made / "config.json").write_text(manifest.config)
+                (made / "config.json").write_text(manifest.config, encoding="utf-8")
                 data = _safetensors_head(manifest)
                 _write_sparse(made / "model.safetensors", data, len(data) + manifest.nbytes)
             check(made / _gguf_name(1, len(heads)) if heads else made)

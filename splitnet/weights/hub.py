@@ -9,6 +9,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 
 from splitnet.errors import ModelNotFound
 from splitnet.model.tensor_store import TensorStore
+from splitnet.weights.hashing import forget_manifest
 from splitnet.weights.manifest import Manifest
 
 TIMEOUT_S: Final = 30.0
@@ -39,6 +40,10 @@ class HubPieces:
             for name, offset, size in tensor.pieces.each():
                 self._where[name] = place.file, place.offset + offset, size
 
+    def differs(self) -> None:
+        """Says that the repository has other weights than the manifest, which is not believed at the next start."""
+        forget_manifest(self._store.commit)
+
     def read(self, name: bytes) -> bytes:
         """A piece, which the caller checks.
 
@@ -52,8 +57,13 @@ class HubPieces:
                 return opened.read(size)
         url = hf_hub_url(self._repository, file, revision=self._revision)
         headers = {**build_hf_headers(), "Range": f"bytes={offset}-{offset + size - 1}", "Accept-Encoding": "identity"}
-        response = get_session().get(url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True)
-        hf_raise_for_status(response)
-        if response.status_code != 206 or len(response.content) != size:
+        with get_session().stream("GET", url, headers=headers, timeout=TIMEOUT_S, follow_redirects=True) as response:
+            if response.is_error:
+                response.read()  # which says why
+            hf_raise_for_status(response)
+            if response.status_code != 206:  # the whole file, of which nothing is read
+                raise ModelNotFound(f"the hub does not give ranges of {file}")
+            data = response.read()
+        if len(data) != size:
             raise ModelNotFound(f"the hub does not give ranges of {file}")
-        return response.content
+        return data

@@ -8,13 +8,13 @@ manifest each piece.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from splitnet.errors import ProtocolError
-from splitnet.net.fields import packb, unpack_array
+from splitnet.net.fields import Values, packb
 from splitnet.net.messages import DIGEST_BYTES, MAX_PART_BYTES, MAX_WEIGHTS_BYTES
 
 PIECE_BYTES: Final = MAX_PART_BYTES
@@ -22,8 +22,12 @@ PIECE_BYTES: Final = MAX_PART_BYTES
 MAX_MANIFEST_BYTES: Final = MAX_WEIGHTS_BYTES
 """Enough for 8 TB of weights."""
 
+MAX_HEAD_BYTES: Final = 256 << 20
+"""What stands before the tensors in all files: metadata and a vocabulary, which are fetched into memory."""
+
 _MARK: Final = "splitnet weights 1"
 _MAX_TENSORS: Final = 1 << 20
+_MAX_FILES: Final = 1 << 16
 _MAX_NAME: Final = 512
 _MAX_CONFIG: Final = 1 << 20
 _MAX_BYTES: Final = 1 << 44
@@ -153,42 +157,44 @@ class Manifest:
         Raises:
             ProtocolError: it is anything else.
         """
-        values = unpack_array(data, most_items=_MAX_TENSORS, most_text=_MAX_CONFIG, most_bytes=MAX_MANIFEST_BYTES)
-        if len(values) != 4 or values[0] != _MARK:
+        values = Values(data, most_text=_MAX_CONFIG, most_bytes=MAX_MANIFEST_BYTES)
+        if values.array(4) != 4 or values.value() != _MARK:
             raise ProtocolError("not the manifest of a model that this version of splitnet reads")
-        _, config, tensors, heads = values
-        if type(config) is not str or type(tensors) is not list or type(heads) is not list:
-            raise ProtocolError("not a manifest")
-        manifest = cls(config, tuple(map(_tensor, _rows(tensors, 5))), tuple(map(_head, _rows(heads, 3))))
+        config = values.value()
+        if type(config) is not str:
+            raise ProtocolError("expected a config")
+        tensors = tuple(_tensor(values) for _ in range(values.array(_MAX_TENSORS)))
+        heads = tuple(_head(values) for _ in range(values.array(_MAX_FILES)))
+        values.check_end()
+        if sum(head.pieces.nbytes for head in heads) > MAX_HEAD_BYTES:
+            raise ProtocolError("more stands before the tensors than metadata take")
+        manifest = cls(config, tensors, heads)
         names = [tensor.name for tensor in manifest.tensors]
         if names != sorted(set(names)):
             raise ProtocolError("tensors of a manifest are in the order of their names")
         return manifest
 
 
-def _rows(values: Any, width: int) -> Sequence[list[Any]]:
-    rows = cast("list[Any]", values)
-    if any(type(row) is not list or len(cast("list[Any]", row)) != width for row in rows):
+def _begin_row(values: Values, width: int) -> None:
+    if values.array(width) != width:
         raise ProtocolError(f"expected rows of {width} values")
-    return rows
 
 
-def _tensor(row: list[Any]) -> Tensor:
-    name, stored, shape, nbytes, digests = row
+def _tensor(values: Values) -> Tensor:
+    _begin_row(values, 5)
+    name, stored = values.value(), values.value()
     for text in (name, stored):
         if type(text) is not str or not 0 < len(text) <= _MAX_NAME or not text.isprintable():
             raise ProtocolError("expected a name")
-    if (
-        type(shape) is not list
-        or len(cast("list[Any]", shape)) > _MAX_DIMENSIONS
-        or any(type(size) is not int or not 0 <= size <= _MAX_BYTES for size in cast("list[Any]", shape))
-    ):
+    shape = tuple(values.value() for _ in range(values.array(_MAX_DIMENSIONS)))
+    if any(type(size) is not int or not 0 <= size <= _MAX_BYTES for size in shape):
         raise ProtocolError("expected a shape")
-    return Tensor(name, stored, tuple(cast("list[int]", shape)), Pieces.read(nbytes, digests))
+    return Tensor(name, stored, shape, Pieces.read(values.value(), values.value()))
 
 
-def _head(row: list[Any]) -> Head:
-    file_bytes, nbytes, digests = row
+def _head(values: Values) -> Head:
+    _begin_row(values, 3)
+    file_bytes, nbytes, digests = values.value(), values.value(), values.value()
     head = Head(file_bytes, Pieces.read(nbytes, digests))
     if type(file_bytes) is not int or not nbytes <= file_bytes <= _MAX_BYTES:
         raise ProtocolError("expected the head of a file")

@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 MAX_ASKED: Final = 8
 """Peers that are asked for the manifest of one model, one after the other."""
+MAX_MODELS: Final = 8
+"""Of one name that are asked about: names are what anybody claims, and who is silent takes seconds."""
 
 
 def headers_differ(manifest: Manifest, store: TensorStore) -> str:
@@ -66,8 +68,8 @@ def find_manifest(
     allows: Callable[[PublicKey], bool] = lambda key: True,
     accept: Callable[[Manifest], str] = lambda manifest: "",
     report: Report = lambda stage, done, total: None,
-) -> tuple[Manifest, Endpoint, str] | None:
-    """The manifest of a model as its peers tell it, a peer that has told it, and the name of the model there.
+) -> tuple[Manifest, str] | None:
+    """The manifest of a model as its peers tell it, and the name of the model there.
 
     Args:
         directory: of the swarm.
@@ -90,21 +92,19 @@ def find_manifest(
         called = {fingerprint: name for fingerprint, name in directory.models().items() if name in names}
     if not called:
         return None
-    found: list[tuple[Manifest, Endpoint, str]] = []
+    if len(called) > MAX_MODELS:
+        raise ModelNotFound(f"{len(called)} models of this swarm are called {model}: give --model-id")
+    found: list[tuple[Manifest, str]] = []
     reasons: list[str] = []
     for fingerprint, name in called.items():
         records = [record for record in directory.peers(fingerprint) if allows(record.key)]
         if records and expected is not None:
             name = records[0].model_name
-        manifest = _first(asking, fingerprint, [record.endpoint for record in records], report, reasons)
-        if manifest is None:
-            continue
-        if reason := accept(manifest[0]):
-            reasons.append(f"{fingerprint[:12]}: {reason}")
-        else:
-            found.append((*manifest, name))
+        manifest = _first(asking, fingerprint, [record.endpoint for record in records], accept, report, reasons)
+        if manifest is not None:
+            found.append((manifest, name))
     if len(found) > 1:
-        ids = ", ".join(manifest.fingerprint for manifest, _, _ in found)
+        ids = ", ".join(manifest.fingerprint for manifest, _ in found)
         raise ModelNotFound(
             f"{len(found)} models of this swarm are called {model}: give --model-id with the one that you mean ({ids})"
         )
@@ -114,11 +114,21 @@ def find_manifest(
 
 
 def _first(
-    asking: Asking, fingerprint: str, peers: Sequence[Endpoint], report: Report, reasons: list[str]
-) -> tuple[Manifest, Endpoint] | None:
+    asking: Asking,
+    fingerprint: str,
+    peers: Sequence[Endpoint],
+    accept: Callable[[Manifest], str],
+    report: Report,
+    reasons: list[str],
+) -> Manifest | None:
     for peer in peers[:MAX_ASKED]:
         try:
-            return fetch_manifest(asking, peer, fingerprint, report), peer
+            manifest = fetch_manifest(asking, peer, fingerprint, report)
         except ModelNotFound as error:
             reasons.append(f"{peer.address}: {error}")
+            continue
+        reason = accept(manifest)  # the fingerprint covers no heads, so the next peer may tell better ones
+        if not reason:
+            return manifest
+        reasons.append(f"{fingerprint[:12]} of {peer.address}: {reason}")
     return None

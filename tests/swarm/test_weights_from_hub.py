@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants
 
+from splitnet.cli.connection import Connection
 from splitnet.client.unknown_model import learn_manifest
 from splitnet.errors import ModelNotFound, WrongSwarm
 from splitnet.model import shards
@@ -21,6 +23,7 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
 from splitnet.weights.hashing import make_manifest
+from splitnet.weights.hub import HubPieces
 from tests.swarm.harness import local_swarm
 from tests.swarm.test_weights_from_peers import block_bytes_of, computes_as
 from tests.unit.random_models import random_checkpoint
@@ -28,6 +31,7 @@ from tests.unit.random_models import random_checkpoint
 pytestmark = pytest.mark.swarm
 
 COMMIT = "ab" * 20
+LARGE = 256 << 20
 
 
 @dataclass
@@ -39,6 +43,10 @@ class Hub:
     """Bytes that were given by ranges."""
     whole: list[str] = field(default_factory=list[str])
     """Files that were given as a whole."""
+    deaf: bool = False
+    """Ranges are not heard: files come as a whole, and large."""
+    large: int = 0
+    """Bytes that were given so."""
     read: int = 0
     """How often a file was opened to be read in parts."""
 
@@ -65,6 +73,15 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("X-Repo-Commit", COMMIT)
             self.send_header("Content-Length", "0")
             self.end_headers()
+            return
+        if self.hub.deaf and body and name.endswith(".safetensors"):
+            self.send_response(200)
+            self.send_header("Content-Length", str(LARGE))
+            self.end_headers()
+            with suppress(OSError):
+                for _ in range(LARGE >> 20):
+                    self.wfile.write(bytes(1 << 20))
+                    self.hub.large += 1 << 20
             return
         data = file.read_bytes()
         wanted = self.headers.get("Range")
@@ -179,6 +196,38 @@ def test_the_hub_decides_what_its_model_is(folder: Path, node: Directory, hub: H
         swarm.peers[0]._announcer.publish()
         with pytest.raises(WrongSwarm, match="the hub has other weights"):
             swarm.add(0, 2, folder="someone/tiny")
+    assert not Checkpoint.open("someone/tiny").knows_manifest, "what they said is not believed again"
+
+
+def test_a_hub_without_ranges_sends_no_whole_files(folder: Path, hub: Hub) -> None:
+    store = Checkpoint.open("someone/tiny").store
+    manifest = make_manifest(Checkpoint.open(folder).store)
+    pieces = HubPieces(manifest, store)
+    name, _, size = next(manifest.tensors[0].pieces.each())
+    assert len(pieces.read(name)) == size
+    hub.deaf = True
+    with pytest.raises(ModelNotFound, match="does not give ranges"):
+        pieces.read(name)
+    assert hub.large < LARGE // 4
+
+
+def test_what_was_told_before_gives_way_to_a_model_id(folder: Path, node: Directory, hub: Hub, tmp_path: Path) -> None:
+    """Another swarm may have told of a model with the same headers."""
+    other = random_checkpoint("llama", tmp_path / "other", hidden=128, seed=4)
+    shutil.copy(folder / "config.json", other)
+    told = make_manifest(Checkpoint.open(other).store)
+    with local_swarm(folder, [(0, 6)], node=node, share_weights=True) as swarm:
+        right = swarm.peers[0].checkpoint.fingerprint
+        checkpoint = Checkpoint.open("someone/tiny")
+        checkpoint.adopt(told)
+        assert Checkpoint.open("someone/tiny").fingerprint == told.fingerprint
+        connection = Connection(
+            model="someone/tiny", join=[swarm.peers[0].join_address], key_file=tmp_path / "key", model_id=right
+        )
+        assert connection.facts_of(Checkpoint.open("someone/tiny")).fingerprint == right
+        checkpoint.adopt(told)
+        peer = swarm.add(0, 2, folder="someone/tiny", model_id=right)
+        assert computes_as(peer.span, folder)
 
 
 def weight_map(folder: Path) -> dict[str, str]:

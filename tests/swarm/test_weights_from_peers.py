@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 
 from splitnet.errors import ModelNotFound, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
@@ -19,6 +21,7 @@ from splitnet.net.peer_addresses import peer_address
 from splitnet.net.swarm_key import SwarmKey
 from splitnet.weights.held import WeightFolder, weights_folder
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
+from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -177,6 +180,21 @@ def test_a_stranger_gets_nothing_of_a_closed_swarm(folder: Path, tmp_path: Path)
         assert first.weights.sent == 0
         guest = swarm.add(0, 2, folder="shared-llama", join=address, identity=member, **options)
         assert computes_as(guest.span, folder)
+
+
+def test_a_peer_that_leaves_out_heads_is_passed_over(folder: Path, node: Directory, tmp_path: Path) -> None:
+    """The fingerprint does not cover them; nothing of what it tells is kept."""
+    file = write_gguf(folder, tmp_path / "some.gguf", GGMLQuantizationType.Q8_0)
+    with local_swarm(file, [(0, 6)], node=node, share_weights=True) as swarm:
+        liar = swarm.peers[0]
+        manifest = liar.checkpoint.manifest()
+        liar.weights._packed = replace(manifest, heads=()).pack()
+        with pytest.raises(ModelNotFound, match="leaves out what stands before the tensors"):
+            swarm.add(0, 2, folder="some")
+        assert not weights_folder(manifest.fingerprint).exists()
+        swarm.add(0, 6, share_weights=True)
+        peer = swarm.add(0, 2, folder="some")
+        assert computes_as(peer.span, file)
 
 
 def test_two_models_of_one_name_are_told_apart_by_their_id(folder: Path, node: Directory, tmp_path: Path) -> None:

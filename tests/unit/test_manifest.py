@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shutil
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from gguf import GGMLQuantizationType
 from hypothesis import given
 from hypothesis import strategies as st
 
+from peers.joining import _check_layout
 from splitnet.errors import ModelNotFound, ProtocolError
 from splitnet.model.checkpoint import Checkpoint, open_store
 from splitnet.model.span import Span
@@ -22,10 +24,11 @@ from splitnet.net.fields import packb, unpack_array
 from splitnet.weights import hashing
 from splitnet.weights.hashing import make_manifest
 from splitnet.weights.held import WeightFolder, make_folder
-from splitnet.weights.manifest import PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
+from splitnet.weights.manifest import MAX_HEAD_BYTES, PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
 from splitnet.weights.matching import headers_differ
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.random_models import random_checkpoint
+from tests.unit.test_gguf_families import LLAMA_3
 
 
 def pieces_of(data: bytes) -> Pieces:
@@ -76,6 +79,10 @@ def test_a_manifest_from_a_stranger_is_refused_or_another_one(manifest: Manifest
         lambda rows: rows[0].__setitem__(2, [-1]),
         lambda rows: rows[0].__setitem__(3, 1 << 60),
         lambda rows: rows[0].__setitem__(4, b"short"),
+        lambda rows: rows[0].__setitem__(0, []),
+        lambda rows: rows[0].__setitem__(2, [[]]),
+        lambda rows: rows[0].append([]),
+        lambda rows: rows.__setitem__(0, 7),
     ],
 )
 def test_what_no_manifest_can_be_is_refused(change: Callable[[Any], Any]) -> None:
@@ -84,6 +91,31 @@ def test_what_no_manifest_can_be_is_refused(change: Callable[[Any], Any]) -> Non
     change(values[2])
     with pytest.raises(ProtocolError):
         Manifest.unpack(packb(values))
+
+
+def test_what_stands_before_tensors_is_bounded() -> None:
+    """It is fetched into memory; the same piece may be told any number of times."""
+    pieces = Pieces(MAX_HEAD_BYTES // 2 + PIECE_BYTES, bytes(32) * (MAX_HEAD_BYTES // 2 // PIECE_BYTES + 1))
+    head = Head(1 << 40, pieces)
+    assert Manifest.unpack(Manifest("{}", (), (head,)).pack()).heads == (head,)
+    with pytest.raises(ProtocolError, match="before the tensors"):
+        Manifest.unpack(Manifest("{}", (), (head, head)).pack())
+
+
+@pytest.mark.parametrize("where", ["name", "shape", "row", "tensors"])
+def test_lists_of_lists_from_a_stranger_take_no_memory(where: str) -> None:
+    many = 1 << 20
+    row: list[Any] = ["a", "F32", [1], 4, bytes(32)]
+    packed = packb(["splitnet weights 1", "{}", [row], []])
+    lists = b"\xdd" + many.to_bytes(4, "big") + b"\x90" * many
+    was = {"name": packb(["a"])[1:], "shape": packb([1]), "row": packb(row), "tensors": packb([row])}[where]
+    tracemalloc.start()
+    try:
+        with pytest.raises(ProtocolError):
+            Manifest.unpack(packed.replace(was, lists, 1))
+        assert tracemalloc.get_traced_memory()[1] < 8 * many
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.fixture
@@ -132,6 +164,34 @@ def test_digests_are_kept_until_a_file_changes(
     assert make_manifest(open_store(copy)).fingerprint != first.fingerprint
 
 
+def test_digests_of_a_file_that_changes_meanwhile_are_not_kept(
+    folder: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is still being downloaded into its place."""
+    monkeypatch.setattr(hashing, "KEPT_BYTES", 1)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    honest, changed = hashing._Reading._hash, set[Path]()
+
+    def hash_and_change(self: Any, opened: Any, file: str, offset: int, size: int) -> bytes:
+        found = honest(self, opened, file, offset, size)
+        shard = copy / file
+        if shard not in changed:
+            changed.add(shard)
+            with shard.open("r+b") as writing:
+                writing.seek(offset)
+                writing.write(bytes(size))
+            os.utime(shard, ns=(1, 1))
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hashing._Reading, "_hash", hash_and_change)
+        make_manifest(open_store(copy))
+    found = make_manifest(open_store(copy))
+    shutil.rmtree(cache)
+    assert make_manifest(open_store(copy)) == found
+
+
 def test_progress_is_told_of_much_to_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
     make_manifest(open_store(folder), lambda *both: told.append(both))
@@ -174,6 +234,42 @@ def test_a_folder_with_holes_is_the_same_model(kind: str, folder: Path, tmp_path
     needed = sum(facts.nbytes for facts in whole.facts(names).values())
     assert sum(asked.values()) == needed == held.fetched
     assert sum(bits.bit_count() for bits in held.bits()) < sum(bits.bit_count() for bits in source.bits())
+
+
+def test_tensors_that_are_part_of_a_config_are_not_read_from_holes(tmp_path: Path, cache: Path) -> None:
+    """As the factors of Llama 3's rotary embedding."""
+    folder = random_checkpoint("llama", tmp_path / "tiny", rope_parameters=LLAMA_3, max_position_embeddings=131_072)
+    whole = Checkpoint.open(write_gguf(folder, tmp_path / "model.gguf", GGMLQuantizationType.Q8_0))
+    manifest, source, store = whole.manifest(), whole.held(), whole.store
+    heads = [store.open_file(file).read(nbytes) for file, nbytes in store.heads().items()]
+    made = make_folder(manifest, heads, lambda new: assert_same(manifest, new))
+    with pytest.raises(ModelNotFound, match=r"are missing"):
+        Checkpoint.open(made)
+    files = open_store(made)
+    held = files.folder
+    assert held is not None
+
+    def fetch(missing: Any) -> None:
+        for name in missing:
+            data = source.read(name)
+            assert data is not None
+            held.write(name, data)
+
+    held.fetch = fetch
+    assert Checkpoint.of(files).config.rope_parameters == whole.config.rope_parameters
+    assert Checkpoint.open(made).config.rope_parameters == whole.config.rope_parameters
+
+
+def test_pieces_of_two_sizes_are_not_the_same(tmp_path: Path, cache: Path) -> None:
+    """Or what is written for one would be written over what stands behind the other."""
+    same = bytes(32)
+    some = (Tensor("a", "I8", (8,), Pieces(8, same)), Tensor("b", "I8", (4,), Pieces(4, same)))
+    with pytest.raises(ProtocolError, match="two sizes"):
+        make_folder(manifest_of(some), (), lambda path: _check_layout(manifest_of(some), path))
+
+
+def manifest_of(some: tuple[Tensor, ...]) -> Manifest:
+    return Manifest('{"model_type": "llama"}', some)
 
 
 def assert_same(manifest: Manifest, new: Path) -> None:

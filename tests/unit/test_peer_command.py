@@ -76,3 +76,10 @@ def test_a_peer_without_hivemind_says_that_it_is_not_found(monkeypatch: pytest.M
     assert not options.lan and "others do not find this peer" in said
     options, said = options_of("m", "--listen", "tcp://127.0.0.1:0")
     assert not options.lan and "hivemind" not in said
+
+
+def test_a_rate_of_what_is_not_given_is_refused(tmp_path: Path) -> None:
+    ran = CliRunner().invoke(app, ["peer", "m", "--share-rate", "1MiB"])
+    assert ran.exit_code == 2 and "--share-rate is for --share-weights" in ran.output
+    for also in (["--share-weights"], ["--authorized-keys", str(tmp_path / "keys")]):
+        assert options_of("m", "--share-rate", "1MiB", *also)[0].share_rate == 1 << 20

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import queue
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from peers.weight_service import WAITING_PER_KEY, WeightService
+from peers.options import PeerOptions
+from peers.weight_service import QUESTION_BYTES, WAITING_PER_KEY, WeightService
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.endpoints import Connection
+from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import MAX_PART_BYTES, AskWeights, Failure, FailureCode, Message, WeightsKind, WeightsPart
 from splitnet.net.swarm_key import OPEN, SwarmKey
 from splitnet.token_bucket import Pace
@@ -29,7 +32,7 @@ class Asker:
     def __init__(self, held: HeldPieces, **options: Any) -> None:
         self.answers: queue.Queue[tuple[Connection, Message]] = queue.Queue()
         self.swarm = options.get("swarm", OPEN)
-        given: dict[str, Any] = {"shares": True} | options
+        given: dict[str, Any] = {"shares": lambda: True} | options
         self.service = WeightService(held, self, **given)
         self.number = 0
 
@@ -78,7 +81,7 @@ def test_what_is_not_here_or_not_shared_is_refused(held: HeldPieces) -> None:
         for kind, asked in ((WeightsKind.MANIFEST, bytes(32)), (WeightsKind.PIECE, bytes(32)), (77, name)):
             asker.ask(kind, asked)
             assert isinstance(asker.answer(), Failure)
-    with Asker(held, shares=False) as asker:
+    with Asker(held, shares=lambda: False) as asker:
         asker.ask(WeightsKind.MANIFEST, name)
         assert isinstance(asker.answer(), WeightsPart)
         for kind, asked in ((WeightsKind.HELD, name), (WeightsKind.PIECE, piece)):
@@ -120,8 +123,38 @@ def test_keys_take_turns_and_wait_in_bounded_numbers(held: HeldPieces) -> None:
     assert b"o" in keys[:2]
 
 
+def test_questions_without_length_cost_what_they_make_a_peer_do(
+    held: HeldPieces, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, piece = bytes.fromhex(held.manifest.fingerprint), next(iter(held.names))
+    paced: list[int] = []
+    monkeypatch.setattr(Pace, "wait_s", lambda self, tokens, per_s: paced.append(tokens) or 0.0)
+    bits, looked = held.bits(), list[int]()
+    monkeypatch.setattr(held, "bits", lambda: looked.append(1) or bits)
+    with Asker(held) as asker:
+        for kind, asked in ((WeightsKind.PIECE, piece), (WeightsKind.HELD, name), (WeightsKind.HELD, name)):
+            asker.ask(kind, asked, 0, 0)
+            assert len(asker.answer().payload) == 0
+    size = next(size for pieces in held.manifest.parts for one, _, size in pieces.each() if one == piece)
+    assert paced[0] == size + QUESTION_BYTES and len(looked) == 1
+
+
 def test_bytes_per_second_are_bounded() -> None:
     pace = Pace()
     assert pace.wait_s(100, 100.0, now=5.0) == 1.0
     assert pace.wait_s(100, 100.0, now=5.5) == 1.5  # what was sent too early is waited for
     assert pace.wait_s(100, 100.0, now=60.0) == 1.0  # and what was not used is not saved
+
+
+def test_who_lets_strangers_in_shares_only_if_told_so(tmp_path: Path) -> None:
+    now = [0.0]
+    keys = tmp_path / "keys"
+    keys.write_text(f"{Identity.generate().public.text} a friend\n")
+    authorized = AuthorizedKeys.from_file(keys, clock=lambda: now[0])
+    options = PeerOptions(authorized_keys=keys)
+    assert options.shares_weights(authorized)
+    keys.write_text(f"{keys.read_text()}anyone\n")
+    now[0] = 10.0
+    assert not options.shares_weights(authorized) and not PeerOptions().shares_weights(None)
+    assert replace(options, share_weights=True).shares_weights(authorized)
+    assert replace(options, swarm_key=SwarmKey.generate()).shares_weights(authorized)
