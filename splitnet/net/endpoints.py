@@ -59,7 +59,12 @@ class Endpoint:
         return hash(self.address)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Endpoint) and self.address == other.address and self.key.raw == other.key.raw
+        return (
+            isinstance(other, Endpoint)
+            and self.address == other.address
+            and self.key.raw == other.key.raw
+            and self.hidden == other.hidden
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -237,7 +237,7 @@ def test_a_flood_of_questions_neither_floods_the_dht_nor_keeps_others_waiting(
     asked: list[str] = []
     records = peer._directory.records
     monkeypatch.setattr(peer._directory, "records", lambda model, depth: asked.append(model) or records(model, depth))
-    with Client(peer.endpoint) as attacker, connect(swarm, peer) as client:
+    with Client(peer.endpoint, queue=0) as attacker, connect(swarm, peer) as client:
         began = time.monotonic()
         attacker.say(*(LookUp(number, f"{number:032x}", 2) for number in range(1, 3000)))
         attacker.say(*(LookUp(number, peer.checkpoint.fingerprint, 2) for number in range(3000, 6000)))

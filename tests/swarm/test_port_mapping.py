@@ -270,8 +270,8 @@ def test_a_port_that_nobody_reaches_is_not_announced(
         record = home.announced()
         return record is not None and bool(record.relays)
 
-    wait_until(has_helper)
+    wait_until(lambda: lies and has_helper())
+    wait_until(lambda: not lab._gateways[0]._leases)
     record = home.announced()
-    assert lies and record is not None and record.address == home.peer.endpoint.address
-    assert not lab._gateways[0]._leases
+    assert record is not None and record.address == home.peer.endpoint.address
     assert home.way_from("two") is not Way.DIRECT

@@ -32,7 +32,7 @@ MICROSOFT = (
 
 HEADERS = {
     "math.h": """
-        float fabsf(float), sqrtf(float), expf(float), tanhf(float), erff(float);
+        float fabsf(float), sqrtf(float), expf(float), tanhf(float), erff(float), ldexpf(float, int);
         long lrintf(float);
         #define INFINITY ((float)1e300)
         #define NAN (-(INFINITY - INFINITY))
