@@ -54,7 +54,7 @@ def test_products_are_the_same_with_any_number_of_threads(path: str, threads: in
         torch.set_num_threads(threads)
         assert torch.equal(held.multiply(rows), alone)
         wanted = rows @ held.dequantised(torch.float32).T
-        assert torch.allclose(alone, wanted, rtol=1e-3, atol=1e-3)
+        assert (alone - wanted).norm() < 1e-3 * wanted.norm()  # rows are rounded
     finally:
         torch.set_num_threads(many)
         kernels.use_path(before)
