@@ -67,21 +67,21 @@ def hash_ranges(
     store: TensorStore, ranges: dict[str, list[Range]], progress: Progress | None = None
 ) -> dict[str, dict[Range, bytes]]:
     """The joined digests of the pieces of some ranges, by file. See `make_manifest`."""
+    kept = {file: _Kept.of(path) if (path := store.local_file(file)) is not None else None for file in ranges}
     known: dict[str, dict[Range, bytes]] = {}
     for file, wanted in ranges.items():
-        path = store.local_file(file)
-        kept = _Kept.of(path) if path is not None else None
-        known[file] = {one: it for one, it in kept.digests.items() if one in set(wanted)} if kept is not None else {}
+        before = kept[file]
+        digests = before.digests if before is not None else {}
+        known[file] = {one: digests[one] for one in wanted if one in digests}
     missing = {file: [one for one in wanted if one not in known[file]] for file, wanted in ranges.items()}
     reading = _Reading(store, sum(nbytes for some in missing.values() for _, nbytes in some), progress)
     for file, wanted in missing.items():
         if wanted:
-            path = store.local_file(file)
-            before = _Kept.of(path) if path is not None else None
             known[file].update(reading.read(file, wanted))
-            kept = _Kept.of(path) if path is not None else None
-            if kept is not None and before is not None and kept.about == before.about:  # else it changed meanwhile
-                kept.keep(known[file])
+            before, path = kept[file], store.local_file(file)
+            after = _Kept.of(path) if path is not None else None
+            if after is not None and before is not None and after.about == before.about:  # else it changed meanwhile
+                after.keep(known[file])
     return known
 
 

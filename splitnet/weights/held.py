@@ -13,7 +13,6 @@ import re
 import shutil
 import struct
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -126,7 +125,6 @@ class WeightFolder(HeldPieces):
         self.path = path
         self.fetch: Fetch | None = None
         self.fetched = 0
-        self._lock = threading.Lock()
         self._checked = bytearray(len(self))
         try:
             written = (path / WRITTEN_FILE).read_bytes() if (path / WRITTEN_FILE).exists() else b""
