@@ -136,9 +136,8 @@ class WeightService:
         part = memoryview(data)[message.offset : message.offset + message.length]
         self._outbox.send(source, WeightsPart(message.number, len(data), part))
         self.sent += len(part)
-        return (
-            len(data) if message.kind == WeightsKind.PIECE else len(part)
-        )  # read and hashed, whatever part is asked for
+        # A piece is read and hashed whole, whatever part of it is asked for.
+        return len(data) if message.kind == WeightsKind.PIECE else len(part)
 
     def _piece(self, name: bytes) -> bytes | None:
         if self._swarm.is_closed:
