@@ -118,3 +118,8 @@ class OutOfMemory(SplitnetError):
 
 class AddressInUse(SplitnetError):
     """The address to listen on is taken."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, for a sentence of ours: its first line, or else its kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,6 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from splitnet.errors import first_line
 from splitnet.model.attention import Part
 from splitnet.model.device_clock import milliseconds
 from splitnet.model.device_copies import put
@@ -240,7 +241,7 @@ class CapturedStep:
                 raise
             except RuntimeError as error:
                 self._recorded.clear()
-                log.warning("decode steps are not replayed from graphs any more: %s", _first_line(error))
+                log.warning("decode steps are not replayed from graphs any more: %s", first_line(error))
         return self.lean.forward(hidden, parts)
 
 
@@ -290,7 +291,7 @@ def with_recordings(span: Runs, step: LeanStep) -> LeanStep | CapturedStep:
                 break
             made[size] = recorded
     except Exception as error:  # whatever a driver leads to: steps run without
-        _warn(where, made, _first_line(error.__context__ or error))  # where one breaks off, another follows
+        _warn(where, made, first_line(error.__context__ or error))  # where one breaks off, another follows
     return CapturedStep(step, made) if made else step
 
 
@@ -359,7 +360,3 @@ def _noise(span: Runs, positions: int, seed: int) -> torch.Tensor:
 def _warn(where: str, made: Mapping[int, object], fault: str) -> None:
     most = max(made, default=0)
     log.warning("decode steps of more than %d through %s are not replayed from graphs: %s", most, where, fault)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from splitnet.errors import SplitnetError
+from splitnet.errors import SplitnetError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -144,5 +144,5 @@ def _fault_of(device: str) -> str | None:
         ones = torch.ones(8, 8, device=device)
         found = float((ones @ ones).sum())
     except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return first_line(error)
     return None if found == 8.0**3 else "it multiplies wrongly"

@@ -9,6 +9,8 @@ from functools import cache
 
 import torch
 
+from splitnet.errors import first_line
+
 log = logging.getLogger(__name__)
 
 _TRIED_SIZE, _TRIED_PRODUCTS = 1024, 8
@@ -84,7 +86,7 @@ def _events_tell(device: torch.device) -> bool:
         by_events = began.elapsed_time(ended)
         fault = None if by_clock / 10 <= by_events <= 1.1 * by_clock else f"{by_events:.3g} ms for {by_clock:.3g}"
     except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without
-        fault = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        fault = first_line(error)
     if fault is not None:
         log.warning("compute times on %s are those of the clock, as its events do not tell them: %s", device, fault)
     return fault is None

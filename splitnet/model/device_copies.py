@@ -7,6 +7,8 @@ from functools import cache
 
 import torch
 
+from splitnet.errors import first_line
+
 log = logging.getLogger(__name__)
 
 _PROVEN_BYTES = 2**20
@@ -50,7 +52,7 @@ def _pinned(device: torch.device, shape: torch.Size, dtype: torch.dtype) -> torc
     try:
         return _allocated(shape, dtype)
     except RuntimeError as error:  # the system has no more of it
-        _warn(device, _first_line(error))
+        _warn(device, first_line(error))
         return None
 
 
@@ -71,7 +73,7 @@ def _pins(device: torch.device) -> bool:
         _wait(device)
         fault = None if torch.equal(back, given) else "what was copied came back otherwise"
     except (RuntimeError, AssertionError) as error:  # torch raises the latter where it was built without
-        fault = _first_line(error)
+        fault = first_line(error)
     if fault is not None:
         _warn(device, fault)
     return fault is None
@@ -81,7 +83,3 @@ def _pins(device: torch.device) -> bool:
 def _warn(device: torch.device, fault: str) -> None:
     """Once for each reason."""
     log.warning("activations are copied to and from %s in pageable memory, as pinned memory fails: %s", device, fault)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 
+from splitnet.errors import first_line
 from splitnet.model.device_clock import seconds_after_work
 from splitnet.model.grouped_forms import GroupedForm
 from splitnet.model.held_linear import HeldLinear
@@ -276,7 +277,7 @@ def device_form(held: WeightForm, dtype: torch.dtype) -> DeviceForm | None:
                 if (fault := fault_of(made, codes.floats(layout), dtype)) is None:
                     return made
         except (RuntimeError, AttributeError) as error:  # there is no kernel, or no memory to try it
-            fault = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            fault = first_line(error)
         if fault is not None:
             _warn(form.__name__.removeprefix("Device").lower(), codes.codes.device, fault)
     return None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from splitnet.errors import first_line
 from splitnet.model.device_clock import milliseconds
 from splitnet.model.held_experts import HeldExperts, is_weight_of_experts
 
@@ -42,7 +43,7 @@ def prove_grouped_product(model: nn.Module) -> None:
         fault = next((fault for module in experts if (fault := fault_of(module)) is not None), None)
         pays = fault is None and any(_is_faster(experts[0], count) for count in (_ROWS[0], _ROWS[-1]))
     except Exception as error:  # there is no kernel, or no memory to try it
-        fault, pays = (str(error).strip().splitlines() or [type(error).__name__])[0], False
+        fault, pays = first_line(error), False
     if fault is not None:
         log.warning("experts on %s run one by one, as torch's grouped product cannot be used: %s", device, fault)
     if not pays:

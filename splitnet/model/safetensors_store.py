@@ -12,7 +12,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.errors import ModelNotFound, UnsupportedModel, first_line
 from splitnet.model.dtypes import is_number_type
 from splitnet.model.families import SAME_AS, check_values
 from splitnet.model.lazy_tensors import LazyTensors
@@ -75,7 +75,7 @@ class SafetensorsStore:
         except Exception as error:  # transformers raises what it stumbles over
             raise UnsupportedModel(
                 f"transformers cannot make a model of {self._config_file}: update transformers if it does not know the "
-                f"architecture, or download the file again if it is damaged ({_first_line(error)})"
+                f"architecture, or download the file again if it is damaged ({first_line(error)})"
             ) from error
         # What is read here are weights of plain numbers to transformers, whatever they are made of.
         for part in (config, *vars(config).values()):
@@ -184,7 +184,7 @@ class SafetensorsStore:
             return AutoTokenizer.from_pretrained(self._shards.source, trust_remote_code=False, **self._shards.options)
         except (OSError, ValueError) as error:
             raise ModelNotFound(
-                f"{self.name} has no usable tokenizer: add its tokenizer files ({_first_line(error)})"
+                f"{self.name} has no usable tokenizer: add its tokenizer files ({first_line(error)})"
             ) from error
 
     def generation_config(self) -> GenerationConfig | None:
@@ -224,7 +224,3 @@ def _without_notes(values: Any) -> Any:
     if "torch_dtype" in told:  # what `dtype` was called before
         told.setdefault("dtype", told.pop("torch_dtype"))
     return told
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
