@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from itertools import takewhile
 from statistics import median
@@ -41,6 +42,9 @@ SHARE: Final = 0.2
 TRIAL_STEPS: Final = 8
 """After so many steps on a route it is known whether it is as fast as predicted."""
 
+RECENT_STEPS: Final = 3
+"""The median of so many steps tells what the route costs now."""
+
 RELIEF: Final = 0.2
 """Weight of a prediction that was better than the ones before in what is expected of the next."""
 
@@ -68,6 +72,7 @@ class RouteWatch:
         self._usual = MovingAverage(SHARE)
         self._predicted_ms = 0.0
         self._trial_ms: list[float] = []
+        self._recent_ms: deque[float] = deque(maxlen=RECENT_STEPS)
 
     @property
     def predicted_ms(self) -> float:
@@ -82,11 +87,20 @@ class RouteWatch:
     def begin(self, predicted_ms: float) -> None:
         """Steps go along another route from now on."""
         self._predicted_ms, self._trial_ms = predicted_ms, []
+        self._recent_ms.clear()
+
+    def present_ms(self, cost_ms: float) -> float:
+        """Of a step on the present route now: what the facts say, but no less than the last steps took.
+
+        So a route is left that has become slow for a reason that no fact tells: a link that does not even answer pings.
+        """
+        return max(cost_ms, median(self._recent_ms)) if len(self._recent_ms) == RECENT_STEPS else cost_ms
 
     def step_took(self, elapsed_ms: float) -> float | None:
         """Takes in a step; once it is known, returns by what factor the route is slower than predicted."""
         self.surprised = elapsed_ms > SURPRISE * (self.usual_ms or elapsed_ms) + SURPRISE_MS
         self._usual.add(elapsed_ms)
+        self._recent_ms.append(elapsed_ms)
         if len(self._trial_ms) < TRIAL_STEPS:
             self._trial_ms.append(elapsed_ms)
             if len(self._trial_ms) == TRIAL_STEPS and self._predicted_ms:

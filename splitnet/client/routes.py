@@ -96,7 +96,7 @@ class Routes:
             return None
         if route == list(hops):
             return None
-        current_ms = swarm.planner.cost_ms(needs, hops)
+        current_ms = self.watch.present_ms(swarm.planner.cost_ms(needs, hops))
         # What is known of the present route was seen; what is known of the other was told, and may be too good.
         new_ms = swarm.planner.cost_ms(needs, route) * swarm.survey.prediction_error
         before, changed = changed_hops(hops, route)

@@ -115,7 +115,7 @@ class Session:
             recovery_timeout_s=settings.patience_s,
         )
         self._around = around
-        self._watch = RouteWatch()
+        self.watch = RouteWatch()
         self._pending: deque[Event] = deque()
         self._handling = False
         self._wakes_ms = math.inf
@@ -262,7 +262,7 @@ class Session:
         stations = [own, *((node.id, node.number) for node, _, _ in self.hops), own]
         for (sender, here), (receiver, there) in pairwise(stations):
             self.latencies[sender, receiver] = around.world.geography.one_way_ms(here, there)
-        self._watch.begin(self.predicted_ms)
+        self.watch.begin(self.predicted_ms)
 
     def _send(self, step: Step) -> None:
         route, (part,) = self.route, step.parts
@@ -315,8 +315,8 @@ class Session:
         if self.tokens == 0:
             self.first_ms = now
         elif self._sent_repairs == len(self.machine.recoveries):
-            ratio = self._watch.step_took(now - self._sent_ms)
-            self.machine.usual_ms = self._watch.usual_ms
+            ratio = self.watch.step_took(now - self._sent_ms)
+            self.machine.usual_ms = self.watch.usual_ms
             if ratio is not None:
                 self.prediction_error = prediction_error(self.prediction_error, ratio)
         self.tokens += 1

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from splitnet.client import liveness
+from scheduler.swarm import Speed
+from splitnet.client import liveness, survey
 from splitnet.client.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
 from splitnet.client.session import Session
 from splitnet.client.session_events import Cause
 from splitnet.net.directory import Directory
+from splitnet.net.facts import facts_of
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
 from tests.swarm.proxy import Proxy, proxies
@@ -164,14 +167,23 @@ def test_a_peer_that_nobody_can_replace_is_used_again_once_it_answers(folder: Pa
         assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
-def test_a_link_that_has_become_slow_is_left(network: Network, local: Any) -> None:
+def test_a_link_that_has_become_slow_is_left(network: Network, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Peers that were measured on a busy machine say that they are slow, and so is then the other route.
+    monkeypatch.setattr(survey, "facts_of", lambda record: replace(facts_of(record), speed=Speed.of(1.0, 0.1)))
+
     options = {**GREEDY, "max_new_tokens": 60}
 
     def slow_down() -> None:
         slow.append(network.before(cache, 0))
-        slow[0].delay_s = 0.1
+        slow[0].delay_s = 0.5  # far more than what busy processors add to a step, and make the client doubt
 
     slow: list[Proxy] = []
+    client = network.swarm.client
+    peers = client.peers()
+    while len(client.survey.heard(peers)) < len(peers) or client.survey.unprobed(peers):
+        client.fresh_facts.measure(peers)  # on a busy machine a peer may have been late for the first ping
+    for sender, receiver in itertools.permutations(peers, 2):  # and have published no links yet
+        client.survey.link_seen(sender.key.text, receiver.key.text, 1.0)
     model = network.swarm.model()
     with model.session() as cache:
         got = model.generate(**prompt(), **options, streamer=After(20, slow_down))

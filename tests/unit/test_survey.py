@@ -12,7 +12,7 @@ from peers.neighbours import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
 from peers.speed import ObservedSpeed
 from scheduler.load import HALF_LIFE_S, Load
 from scheduler.network import CLIENT, UNMEASURED, Link
-from scheduler.replan import DISAPPOINTING, WORTHWHILE, move_pays
+from scheduler.replan import DISAPPOINTING, RECENT_STEPS, WORTHWHILE, RouteWatch, move_pays
 from scheduler.swarm import PASS_SIZES
 from splitnet.client import survey as survey_module
 from splitnet.client.survey import REMEASURE_S, STEPS, TRUST_S, Survey
@@ -368,3 +368,22 @@ class TestMovePays:
         assert not move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=101.0 / DISAPPOINTING)
         assert move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=99.0 / DISAPPOINTING)
         assert move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=0.0)
+
+
+class TestPresentCost:
+    def test_is_no_less_than_the_last_steps_took(self) -> None:
+        watch = RouteWatch()
+        watch.begin(10.0)
+        for elapsed_ms in (11.0, 90.0, 500.0, 80.0):
+            watch.step_took(elapsed_ms)
+        assert watch.present_ms(10.0) == 90.0
+        assert watch.present_ms(95.0) == 95.0
+
+    def test_is_that_of_the_facts_until_a_route_was_used(self) -> None:
+        watch = RouteWatch()
+        for _ in range(RECENT_STEPS):
+            watch.step_took(500.0)
+        watch.begin(10.0)
+        for _ in range(RECENT_STEPS - 1):
+            watch.step_took(90.0)
+        assert watch.present_ms(10.0) == 10.0
