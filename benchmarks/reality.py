@@ -36,8 +36,8 @@ from netlab.slowed import Nursery, SlowedPeers
 from random_shapes import Shape, random_model
 
 from peers.neighbours import MEASURED_AT_ONCE
-from scheduler.placement import Spans, best_span
-from scheduler.swarm import Speed
+from scheduler.placement import choose_span
+from scheduler.swarm import Peer, Speed
 from splitnet.net.directory import Directory
 from splitnet.simulation.directory import View
 from splitnet.simulation.engine import Simulation
@@ -200,14 +200,8 @@ def draw(
     speeds = {name: Speed.of(float(ms), float(ms) * PREFILL_SHARE) for name, ms in zip(names, decode_ms, strict=True)}
     spans: dict[str, tuple[int, int]] = {}
     for name in names:
-        present = Spans(
-            list(spans),
-            np.array([start for start, _ in spans.values()], dtype=np.int64),
-            np.array([end for _, end in spans.values()], dtype=np.int64),
-            np.array([speeds[other].at(1) for other in spans]),
-        )
-        start, end = best_span(present, SHAPE.blocks, int(rng.integers(*SPAN_BLOCKS)))
-        spans[name] = (int(start), int(end))
+        present = [Peer(other, *span, speeds[other]) for other, span in spans.items()]
+        spans[name] = choose_span(present, SHAPE.blocks, int(rng.integers(*SPAN_BLOCKS)))
     seconds = minutes * 60
     questions = draw_questions(rng, seconds, askers, long=changes)
     losses = [] if no_losses or changes else draw_losses(rng, seconds, spans)

@@ -34,14 +34,16 @@ class Mover:
 
     Args:
         num_blocks: of the model.
+        position_bytes: that a position takes on links; 0: what peers can send does not count.
 
     Attributes:
         lacking: blocks were served by nobody when it decided last, and nobody was on the way to them.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, position_bytes: float = 0.0) -> None:
         self.lacking = False
         self._num_blocks = num_blocks
+        self._position_bytes = position_bytes
         self._announced: _Announced | None = None
 
     @property
@@ -105,7 +107,7 @@ class Mover:
             return None
         present = [own, *(record for record in others if record.serves or record.moving_to)]
         move = best_move(
-            [facts_of(record) for record in present],
+            [facts_of(record, self._position_bytes) for record in present],
             self._num_blocks,
             max_blocks={record.key.text: record.max_blocks for record in present if record.max_blocks},
             willingness=Willingness(

@@ -13,8 +13,12 @@ from scheduler.placement import BLOCKS_SHARE, choose_span
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
+from splitnet.net.codecs import codec_by_name
 from splitnet.net.facts import expected_facts_of
 from splitnet.net.records import PeerRecord
+
+LINK_CODEC = "int8"
+"""On slow links, which are those that count where peers choose their blocks."""
 
 READ_BYTES = 32 * 2**20
 READS = 3
@@ -80,7 +84,8 @@ def choose_blocks(
     """
     count = checkpoint.num_blocks
     if wish.blocks is None:
-        return choose_span([expected_facts_of(record) for record in present], count, fitting, own_ms=own_ms)
+        size = codec_by_name(LINK_CODEC).bytes_per_position(checkpoint.hidden_size)
+        return choose_span([expected_facts_of(record, size) for record in present], count, fitting, own_ms=own_ms)
     start, end = wish.blocks
     if not 0 <= start < end <= count:
         raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")

@@ -120,12 +120,7 @@ class _View:
     def __init__(self, serving: Spans, arriving: Spans, max_blocks: Mapping[str, int], num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self.serving = serving
-        self.all = Spans(
-            [*serving.ids, *arriving.ids],
-            np.concatenate([serving.start, arriving.start]),
-            np.concatenate([serving.end, arriving.end]),
-            np.concatenate([serving.ms, arriving.ms]),
-        )
+        self.all = serving.beside(arriving)
         self.length: Integers = np.array([max_blocks.get(peer, 0) for peer in serving.ids], dtype=np.int64)
         self.length = self.length.clip(0, num_blocks)
         self.rate = serving.rate
@@ -141,13 +136,7 @@ class _View:
 
     def without(self, peer: int) -> Spans:
         """Everyone else, where they will be."""
-        rest = np.delete(np.arange(len(self.all.ids)), peer)
-        return Spans(
-            [self.all.ids[other] for other in map(int, rest)],
-            self.all.start[rest],
-            self.all.end[rest],
-            self.all.ms[rest],
-        )
+        return self.all.of_some(np.delete(np.arange(len(self.all.ids)), peer))
 
 
 def _fill(view: _View) -> Move | None:
@@ -216,7 +205,8 @@ def _reinforce(view: _View, willingness: Willingness, min_gain: float) -> Move |
     weakest = float(now.min())
     mark = weakest * (1 + min_gain)
     old_start, old_end, length = view.serving.start[movers], view.serving.end[movers], view.length[movers]
-    old_rate, new_rate = view.rate[movers], rates(view.serving.ms[movers], length)
+    old_rate = view.rate[movers]
+    new_rate = rates(view.serving.work_ms[movers], length, view.serving.sending_ms[movers])
     least = _range_minima(now)
     raised = (now < mark) & (now + new_rate[:, None] >= mark)
     raised_before = np.zeros((len(movers), view.num_blocks + 1), dtype=np.int64)  # of the blocks before a boundary

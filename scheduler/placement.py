@@ -12,7 +12,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from scheduler.network import Network
-from scheduler.swarm import Peer
+from scheduler.swarm import PASS_SIZES, Peer, Speed
 
 BLOCKS_SHARE: Final = 0.6
 """Part of a device's memory that blocks take when nothing is asked for; the rest is for KV caches and the system."""
@@ -48,13 +48,11 @@ def choose_span(
     3. Latency: a span that fits those of the others, so that chains through it have the fewest hops. With `network`
        and `own_id` also one whose neighbours in a chain are near. Then the lower start.
 
-    The throughput of a block is summed over its peers. A peer with n blocks counts 1 / (n * ms per block) for each: a
-    token that it takes passes its whole span, so that its time is divided among its blocks. That is exact if all
-    chains use whole spans, and else too low, as chains may leave the busy part of a span to others. Speeds are those
-    of a single decode token. Peers that are slower than the new one count less: no chain takes them where there is a
-    faster one. So fast peers spread over the whole model among themselves, and slow ones go where there is little.
+    The throughput of a block is summed over its peers, see `rates`. Peers that are slower than the new one count less:
+    no chain takes them where there is a faster one. So fast peers spread over the whole model among themselves, and
+    slow ones go where there is little.
 
-    own_ms: of a block and token at the new peer; None: not known, so that all others count in full.
+    own_ms: of a block and a single token at the new peer; None: not known, so that all others count in full.
     network: links or places of the peers and of `own_id`, the id of the new peer.
 
     Raises ValueError if max_blocks or num_blocks is less than 1.
@@ -69,13 +67,16 @@ def choose_span(
 class Spans:
     """Peers as arrays; those that serve no block of the model are left out.
 
-    start, end: within 0 .. num_blocks. ms: of one block and one token.
+    start, end: within 0 .. num_blocks. ms: of one block and a token that comes alone. work_ms: see `work_ms`.
+    sending_ms: see `Peer`.
     """
 
     ids: Sequence[str]
     start: Integers
     end: Integers
     ms: Floats
+    work_ms: Floats
+    sending_ms: Floats
 
     @classmethod
     def of(cls, peers: Iterable[Peer], num_blocks: int) -> Spans:
@@ -85,20 +86,50 @@ class Spans:
             np.array([peer.start for peer in present], dtype=np.int64).clip(0),
             np.array([peer.end for peer in present], dtype=np.int64).clip(max=num_blocks),
             np.array([peer.speed.at(1) for peer in present], dtype=np.float64),
+            np.array([work_ms(peer.speed) for peer in present], dtype=np.float64),
+            np.array([peer.sending_ms for peer in present], dtype=np.float64),
         )
+
+    def of_some(self, chosen: Integers) -> Spans:
+        """Some of them, by where they stand."""
+        return self._joined([self], chosen)
+
+    def beside(self, others: Spans) -> Spans:
+        """Both together."""
+        return self._joined([self, others])
+
+    @classmethod
+    def _joined(cls, parts: Sequence[Spans], chosen: Integers | None = None) -> Spans:
+        ids = [peer for part in parts for peer in part.ids]
+        arrays = [
+            np.concatenate([getattr(part, name) for part in parts])
+            for name in ("start", "end", "ms", "work_ms", "sending_ms")
+        ]
+        if chosen is None:
+            return cls(ids, *arrays)
+        return cls([ids[index] for index in chosen.tolist()], *(array[chosen] for array in arrays))
 
     @property
     def rate(self) -> Floats:
         """What each peer gives to each of its blocks, see `rates`."""
-        return rates(self.ms, self.end - self.start)
+        return rates(self.work_ms, self.end - self.start, self.sending_ms)
 
 
-def rates(block_ms: Floats, blocks: Integers) -> Floats:
-    """Tokens per 1000 s of peers that divide their time among so many blocks.
+def work_ms(speed: Speed) -> float:
+    """Of one block for a token of an answer, that shares its pass with another, and a position of the prompt for it."""
+    return speed.at(2) / 2 + speed.at(PASS_SIZES[-1]) / PASS_SIZES[-1]
+
+
+def rates(block_ms: Floats, blocks: Integers, sending_ms: Floats) -> Floats:
+    """Tokens per 1000 s of peers, each with a position of a prompt, by what takes longest: blocks, or the way up.
+
+    A token that a peer takes passes its whole span, so that its time is divided among its blocks. That is exact if all
+    chains use whole spans, and else too low, as chains may leave the busy part of a span to others.
 
     Whole numbers, at least 1: so sums are exact, and equal in whatever order the peers are known.
     """
-    return np.maximum(1.0, np.rint(1e6 / (np.maximum(block_ms, _FASTEST_BLOCK_MS) * blocks)))
+    took_ms = np.maximum(np.maximum(block_ms, _FASTEST_BLOCK_MS) * blocks, 2 * sending_ms)
+    return np.maximum(1.0, np.rint(1e6 / took_ms))
 
 
 def sum_per_block(start: Integers, end: Integers, values: Floats, num_blocks: int) -> Floats:

@@ -52,7 +52,7 @@ class Peer:
 
     speed: observed. queue_ms: wait of a step until its pass starts. batch: positions of other sessions that share the
     pass of a decode step. kv_free: positions that new sessions may still take. watts: drawn while it computes; 0: not
-    known.
+    known. sending_ms: for which what a position gives to the next hop occupies its way up; 0: not known.
     """
 
     id: str
@@ -63,6 +63,7 @@ class Peer:
     batch: float = 0.0
     kv_free: int = 0
     watts: float = 0.0
+    sending_ms: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

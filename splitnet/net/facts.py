@@ -11,8 +11,11 @@ from scheduler.swarm import Peer, Speed
 from splitnet.net.records import KEY_PREFIX_BYTES, PeerRecord
 
 
-def facts_of(record: PeerRecord) -> Peer:
-    """What the planner needs to know of a peer."""
+def facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
+    """What the planner needs to know of a peer.
+
+    position_bytes: that a position takes on links, where `Peer.sending_ms` is asked for.
+    """
     return Peer(
         id=record.key.text,
         start=record.start,
@@ -22,12 +25,13 @@ def facts_of(record: PeerRecord) -> Peer:
         batch=record.batch,
         kv_free=record.kv_free_positions,
         watts=record.watts,
+        sending_ms=position_bytes / record.bytes_per_ms if record.bytes_per_ms else 0.0,
     )
 
 
-def expected_facts_of(record: PeerRecord) -> Peer:
+def expected_facts_of(record: PeerRecord, position_bytes: float = 0.0) -> Peer:
     """The same once the peer is where it moves to."""
-    facts = facts_of(record)
+    facts = facts_of(record, position_bytes)
     return replace(facts, start=record.moving_to[0], end=record.moving_to[1]) if record.moving_to else facts
 
 

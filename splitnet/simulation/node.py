@@ -97,6 +97,7 @@ class Node:
         generation: how often it has changed or lost its blocks; what was under way before is lost.
         latency_ms: of the links to other peers that it has measured, by number.
         slower: factor to the time of a pass, while its owner works with the device.
+        sending_ms: see `Peer`.
         awaited: it has work, and waits for that of a client that has had less.
     """
 
@@ -110,6 +111,7 @@ class Node:
         self.generation = 0
         self.coordinate = coordinate
         self.up_bytes_per_ms = up_bytes_per_ms
+        self.sending_ms = 0.0
         self.latency_ms: dict[int, float] = {}
         self.slower = 1.0
         self.kv_used = 0
@@ -264,6 +266,7 @@ class Node:
             wait_ms,
             batch,
             self.device.kv_positions - self.kv_used,
+            sending_ms=self.sending_ms,
         )
         return Record(
             self.number,

@@ -9,6 +9,7 @@ import numpy as np
 
 from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import Spans, best_span
+from scheduler.swarm import Peer
 from splitnet.simulation.directory import View
 from splitnet.simulation.node import Node
 from splitnet.simulation.world import Device, World
@@ -47,21 +48,21 @@ class OwnPlacing:
 
     def __init__(self, world: World) -> None:
         self.check_s = world.settings.refresh_s
+        self._world = world
         self._settings = world.settings
         self._max_blocks = {device.id: device.max_blocks for device in world.devices}
         self._named: tuple[View | None, Move | None] = (None, None)
         self._announced: dict[str, tuple[View, Move]] = {}
 
     def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
-        start, end = np.zeros((2, len(devices)), dtype=np.int64)
-        ms = np.array([device.speed.at(1) for device in devices])
-        names = [device.id for device in devices]
+        whole = (Peer(device.id, 0, 1, device.speed, sending_ms=self._world.sending_ms(device)) for device in devices)
+        spans = Spans.of(whole, self._settings.num_blocks)
         for index, device in enumerate(devices):
-            before = Spans(names[:index], start[:index], end[:index], ms[:index])
-            start[index], end[index] = best_span(
+            before = spans.of_some(np.arange(index))
+            spans.start[index], spans.end[index] = best_span(
                 before, self._settings.num_blocks, device.max_blocks, own_ms=device.speed.at(1)
             )
-        return list(zip(start.tolist(), end.tolist(), strict=True))
+        return list(zip(spans.start.tolist(), spans.end.tolist(), strict=True))
 
     def join(self, device: Device, view: View) -> tuple[int, int]:
         return best_span(view.spans, self._settings.num_blocks, device.max_blocks, own_ms=device.speed.at(1))

@@ -237,6 +237,11 @@ class World:
         other.settings = replace(self.settings, **rules)
         return other
 
+    def sending_ms(self, device: Device) -> float:
+        """For which what a position gives to the next hop occupies the device's way up."""
+        least = min(encoding.bytes_per_position for encoding in self.settings.encodings)
+        return least / float(self.geography.up[device.number])
+
     def names_for(self, client: int) -> dict[str, int]:
         """The number of each device by its name, as a client sees it."""
         return {**self.number_of, CLIENT: client}
