@@ -61,6 +61,8 @@ from splitnet.weights.fetching import Fetcher
 log = logging.getLogger(__name__)
 
 TRIED_BEFORE_JOINING = 64
+PROBED_BEFORE_JOINING = 2
+"""Of those that answer: so many are asked for 64 KiB there and back, to know what this machine can send."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -202,13 +204,13 @@ class Peer:
                 checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
             )
             present = directory.peers(checkpoint.fingerprint)
-            present = _answering(present, identity) if fitting else ()
+            present, bytes_per_ms = _answering(present, identity) if fitting else ((), 0.0)
             own_ms = None
             if present:
                 own_ms = expected_block_ms(
                     checkpoint, device=options.device, dtype=options.dtype, weights=options.weights
                 )
-            start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms)
+            start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms, bytes_per_ms)
             span = Span.load(
                 checkpoint,
                 start,
@@ -463,11 +465,16 @@ class Peer:
             self.service.receive(source, message, time.monotonic())
 
 
-def _answering(present: Sequence[PeerRecord], identity: Identity) -> Sequence[PeerRecord]:
-    """Those that answer, of many a sample: anybody can announce peers that do not exist."""
+def _answering(present: Sequence[PeerRecord], identity: Identity) -> tuple[Sequence[PeerRecord], float]:
+    """Those that answer, of many a sample: anybody can announce peers that do not exist.
+
+    And bytes per ms to some of them, the most of which tell what this machine can send; 0: not known.
+    """
     tried = sorted(random.sample(present, len(present)), key=lambda record: not record.is_proven)[:TRIED_BEFORE_JOINING]
     if not tried:
-        return ()
+        return (), 0.0
     with PeerLinks(identity) as links:
         answers = links.try_out({record.endpoint for record in tried})
-    return [record for record in tried if answers[record.endpoint].rtt_ms is not None]
+        answering = [record for record in tried if answers[record.endpoint].rtt_ms is not None]
+        probed = links.prober.measure(record.endpoint for record in answering[:PROBED_BEFORE_JOINING])
+    return answering, max((link.bytes_per_ms for link in probed.values()), default=0.0)

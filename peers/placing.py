@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scheduler.placement import BLOCKS_SHARE, choose_span
+from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
@@ -73,11 +73,17 @@ def expected_block_ms(checkpoint: Checkpoint, *, device: str, dtype: str | None,
 
 
 def choose_blocks(
-    checkpoint: Checkpoint, wish: SpanWish, fitting: int, present: Sequence[PeerRecord], own_ms: float | None = None
+    checkpoint: Checkpoint,
+    wish: SpanWish,
+    fitting: int,
+    present: Sequence[PeerRecord],
+    own_ms: float | None = None,
+    bytes_per_ms: float = 0.0,
 ) -> tuple[int, int]:
     """The blocks `[start, end)` to serve beside the peers that are `present`; at most `fitting` if they are chosen.
 
     own_ms: of a token at a block of the new peer; None: not known.
+    bytes_per_ms: that it can send; 0: not known.
 
     Raises:
         SplitnetError: the blocks asked for do not exist in the model.
@@ -85,6 +91,8 @@ def choose_blocks(
     count = checkpoint.num_blocks
     if wish.blocks is None:
         size = codec_by_name(LINK_CODEC).bytes_per_position(checkpoint.hidden_size)
+        if own_ms is not None:  # of a pass that another token shares
+            own_ms = float(block_ms(own_ms / 2, fitting, size / bytes_per_ms if bytes_per_ms else 0.0))
         return choose_span([expected_facts_of(record, size) for record in present], count, fitting, own_ms=own_ms)
     start, end = wish.blocks
     if not 0 <= start < end <= count:

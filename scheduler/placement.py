@@ -52,7 +52,7 @@ def choose_span(
     no chain takes them where there is a faster one. So fast peers spread over the whole model among themselves, and
     slow ones go where there is little.
 
-    own_ms: of a block and a single token at the new peer; None: not known, so that all others count in full.
+    own_ms: `block_ms` of the new peer; None: not known, so that all others count in full.
     network: links or places of the peers and of `own_id`, the id of the new peer.
 
     Raises ValueError if max_blocks or num_blocks is less than 1.
@@ -67,14 +67,12 @@ def choose_span(
 class Spans:
     """Peers as arrays; those that serve no block of the model are left out.
 
-    start, end: within 0 .. num_blocks. ms: of one block and a token that comes alone. work_ms: see `work_ms`.
-    sending_ms: see `Peer`.
+    start, end: within 0 .. num_blocks. work_ms: see `work_ms`. sending_ms: see `Peer`.
     """
 
     ids: Sequence[str]
     start: Integers
     end: Integers
-    ms: Floats
     work_ms: Floats
     sending_ms: Floats
 
@@ -85,34 +83,34 @@ class Spans:
             [peer.id for peer in present],
             np.array([peer.start for peer in present], dtype=np.int64).clip(0),
             np.array([peer.end for peer in present], dtype=np.int64).clip(max=num_blocks),
-            np.array([peer.speed.at(1) for peer in present], dtype=np.float64),
             np.array([work_ms(peer.speed) for peer in present], dtype=np.float64),
             np.array([peer.sending_ms for peer in present], dtype=np.float64),
         )
 
     def of_some(self, chosen: Integers) -> Spans:
         """Some of them, by where they stand."""
-        return self._joined([self], chosen)
+        names = [self.ids[index] for index in chosen.tolist()]
+        return Spans(names, self.start[chosen], self.end[chosen], self.work_ms[chosen], self.sending_ms[chosen])
 
     def beside(self, others: Spans) -> Spans:
         """Both together."""
-        return self._joined([self, others])
-
-    @classmethod
-    def _joined(cls, parts: Sequence[Spans], chosen: Integers | None = None) -> Spans:
-        ids = [peer for part in parts for peer in part.ids]
-        arrays = [
-            np.concatenate([getattr(part, name) for part in parts])
-            for name in ("start", "end", "ms", "work_ms", "sending_ms")
-        ]
-        if chosen is None:
-            return cls(ids, *arrays)
-        return cls([ids[index] for index in chosen.tolist()], *(array[chosen] for array in arrays))
+        return Spans(
+            [*self.ids, *others.ids],
+            np.concatenate([self.start, others.start]),
+            np.concatenate([self.end, others.end]),
+            np.concatenate([self.work_ms, others.work_ms]),
+            np.concatenate([self.sending_ms, others.sending_ms]),
+        )
 
     @property
     def rate(self) -> Floats:
         """What each peer gives to each of its blocks, see `rates`."""
         return rates(self.work_ms, self.end - self.start, self.sending_ms)
+
+    @property
+    def block_ms(self) -> Floats:
+        """See `block_ms`."""
+        return block_ms(self.work_ms, self.end - self.start, self.sending_ms)
 
 
 def work_ms(speed: Speed) -> float:
@@ -120,16 +118,20 @@ def work_ms(speed: Speed) -> float:
     return speed.at(2) / 2 + speed.at(PASS_SIZES[-1]) / PASS_SIZES[-1]
 
 
-def rates(block_ms: Floats, blocks: Integers, sending_ms: Floats) -> Floats:
-    """Tokens per 1000 s of peers, each with a position of a prompt, by what takes longest: blocks, or the way up.
+def block_ms(work_ms: Floats | float, blocks: Integers | int, sending_ms: Floats | float) -> Floats:
+    """Ms per block of a token and the position of a prompt, by what takes longer: the blocks, or both on the way up."""
+    return np.maximum(np.maximum(work_ms, _FASTEST_BLOCK_MS), 2.0 * sending_ms / blocks)
+
+
+def rates(work_ms: Floats, blocks: Integers, sending_ms: Floats) -> Floats:
+    """Tokens per 1000 s of peers, each with the position of a prompt.
 
     A token that a peer takes passes its whole span, so that its time is divided among its blocks. That is exact if all
     chains use whole spans, and else too low, as chains may leave the busy part of a span to others.
 
     Whole numbers, at least 1: so sums are exact, and equal in whatever order the peers are known.
     """
-    took_ms = np.maximum(np.maximum(block_ms, _FASTEST_BLOCK_MS) * blocks, 2 * sending_ms)
-    return np.maximum(1.0, np.rint(1e6 / took_ms))
+    return np.maximum(1.0, np.rint(1e6 / (block_ms(work_ms, blocks, sending_ms) * blocks)))
 
 
 def sum_per_block(start: Integers, end: Integers, values: Floats, num_blocks: int) -> Floats:
@@ -149,7 +151,7 @@ def best_span(
     flow = _Flow(spans.start, spans.end, spans.rate, num_blocks)
     counted = flow.throughput
     if own_ms is not None:
-        share = np.minimum(1.0, own_ms / np.maximum(spans.ms, _FASTEST_BLOCK_MS)) ** SLOWER_POWER
+        share = np.minimum(1.0, own_ms / spans.block_ms) ** SLOWER_POWER
         counted = sum_per_block(spans.start, spans.end, np.rint(spans.rate * share), num_blocks)
     levels = np.rint(np.log(np.maximum(counted, 1.0)) / math.log1p(NEAR_EQUAL))
     levels[flow.throughput == 0] = -1.0

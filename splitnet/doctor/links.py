@@ -56,13 +56,16 @@ class PeerLinks:
 
     Args:
         identity: the key to show.
+
+    Attributes:
+        prober: asks peers for signs of life.
     """
 
     def __init__(self, identity: Identity) -> None:
         self._changed = threading.Condition()
         self._opened: dict[bytes, Opened | Failure] = {}
         self._transport = Transport(identity, on_message=self._receive, on_link=lambda *_: self._notify())
-        self._prober = Prober(self._send)
+        self.prober = Prober(self._send)
         self._transport.start()
 
     def close(self) -> None:
@@ -76,7 +79,7 @@ class PeerLinks:
 
     def try_out(self, endpoints: Collection[Endpoint]) -> dict[Endpoint, PeerAnswer]:
         """Connects to peers and pings them, all at once; takes a few seconds if one is silent."""
-        first = {endpoint: self._prober.ping(endpoint) for endpoint in endpoints}
+        first = {endpoint: self.prober.ping(endpoint) for endpoint in endpoints}
 
         def is_settled(endpoint: Endpoint) -> bool:
             state = self._transport.state(endpoint)
@@ -85,11 +88,11 @@ class PeerLinks:
         self._wait_until_all(endpoints, is_settled)
         answering = [endpoint for endpoint in endpoints if first[endpoint].done()]
         # The first ping also paid for the handshake.
-        wait([self._prober.ping(endpoint) for endpoint in answering], timeout=PING_TIMEOUT_S)
+        wait([self.prober.ping(endpoint) for endpoint in answering], timeout=PING_TIMEOUT_S)
         return {
             endpoint: PeerAnswer(
                 self._transport.state(endpoint),
-                self._prober.rtt_ms(endpoint) if endpoint in answering else None,
+                self.prober.rtt_ms(endpoint) if endpoint in answering else None,
                 self._transport.way(endpoint),
             )
             for endpoint in endpoints
@@ -141,7 +144,7 @@ class PeerLinks:
         except ProtocolError:
             return
         if isinstance(message, Pong) and isinstance(source, Endpoint):
-            self._prober.pong(source, message)
+            self.prober.pong(source, message)
         elif isinstance(message, Opened | Failure):
             self._opened[message.session] = message
         self._notify()

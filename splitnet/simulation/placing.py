@@ -8,7 +8,7 @@ from typing import Protocol
 import numpy as np
 
 from scheduler.moves import Move, Willingness, best_move
-from scheduler.placement import Spans, best_span
+from scheduler.placement import Spans, best_span, block_ms, work_ms
 from scheduler.swarm import Peer
 from splitnet.simulation.directory import View
 from splitnet.simulation.node import Node
@@ -60,12 +60,15 @@ class OwnPlacing:
         for index, device in enumerate(devices):
             before = spans.of_some(np.arange(index))
             spans.start[index], spans.end[index] = best_span(
-                before, self._settings.num_blocks, device.max_blocks, own_ms=device.speed.at(1)
+                before, self._settings.num_blocks, device.max_blocks, own_ms=self._block_ms(device)
             )
         return list(zip(spans.start.tolist(), spans.end.tolist(), strict=True))
 
     def join(self, device: Device, view: View) -> tuple[int, int]:
-        return best_span(view.spans, self._settings.num_blocks, device.max_blocks, own_ms=device.speed.at(1))
+        return best_span(view.spans, self._settings.num_blocks, device.max_blocks, own_ms=self._block_ms(device))
+
+    def _block_ms(self, device: Device) -> float:
+        return float(block_ms(work_ms(device.speed), device.max_blocks, self._world.sending_ms(device)))
 
     def move(self, node: Node, view: View) -> tuple[int, int] | None:
         if self._named[0] is not view:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -48,6 +49,20 @@ def test_the_weakest_blocks_are_reinforced() -> None:
     swarm = [peer(0, 10), peer(10, 20, decode_ms=5.0), peer(20, 30)]
     assert choose_span(swarm, 30, 10) == (10, 20)
     assert choose_span([*swarm, peer(10, 20, decode_ms=0.1)], 30, 10) == (0, 10)
+
+
+def test_a_peer_gives_no_more_than_its_way_up_carries() -> None:
+    slow_way = Peer("far", 0, 10, Speed.of(1.0, 0.1), sending_ms=100.0)
+    swarm = [slow_way, Peer("near", 10, 20, Speed.of(2.0, 0.2), sending_ms=0.1)]
+    assert choose_span(swarm, 20, 10) == (0, 10)
+    assert choose_span([replace(slow_way, sending_ms=0.0), swarm[1]], 20, 10) == (10, 20)
+
+
+def test_who_sends_slowly_goes_where_little_is() -> None:
+    swarm = [Peer(str(start), start, start + 10, Speed.of(1.0, 0.1), sending_ms=60.0) for start in (0, 10, 0, 10, 10)]
+    swarm.append(Peer("fast", 10, 20, Speed.of(0.1, 0.01), sending_ms=1.0))
+    assert choose_span(swarm, 20, 10, own_ms=0.1) == (0, 10)
+    assert choose_span([*swarm[:2], replace(swarm[0], id="0b")], 20, 10, own_ms=12.0) == (10, 20)
 
 
 def test_slow_peers_do_not_keep_a_fast_one_away() -> None:
