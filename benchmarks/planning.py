@@ -44,12 +44,12 @@ def main() -> None:
         taken: dict[str, list[float]] = {"choose": [], "chosen": [], "warm": [], "cold": [], "throughput": []}
         for seed in range(arguments.rounds):
             peers, network = swarm(random.Random(seed), arguments.peers, arguments.blocks, shortest, longest)
-            crowd = Crowd(peers, network, encodings=ENCODINGS)
+            crowd = Crowd(peers, network)
             ends, blocks = [network.places[CLIENT]] * 2, (0, arguments.blocks)
             likely: list[Peer] = []
             for number in range(4):
                 began = time.process_time()
-                likely = crowd.near(ends, blocks, kv_needed=100)
+                likely = crowd.near(ends, blocks, encodings=ENCODINGS, kv_needed=100)
                 took_ms = (time.process_time() - began) * 1000
                 route_ms = planning_ms(likely, network, arguments.blocks, in_flight=1)
                 if number:

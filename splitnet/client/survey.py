@@ -9,9 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median_low
 
-from scheduler.network import CLIENT, UNMEASURED, Link, Network
+from scheduler.network import CLIENT, UNMEASURED, Link, Network, Place
 from scheduler.replan import prediction_error
 from scheduler.swarm import PASS_SIZES, Peer, Speed
+from splitnet.client.latest import Latest
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import facts_of, network_of
 from splitnet.net.network_coordinates import NetworkCoordinates
@@ -24,6 +25,9 @@ STEPS = 3
 """Of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop."""
 
 REMEASURE_S = 30.0
+
+KEPT_NETWORKS = 8
+"""A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
 
 KEPT_TRIED = 4096
 """Of so many peers it is known when their links were measured; records of ever new peers cost nothing."""
@@ -58,6 +62,7 @@ class Survey:
         self._probed: set[str] = set()
         """Of those that were tried, with the bandwidth of the link."""
         self._prediction_error = 1.0
+        self._told = Latest(_told_network, KEPT_NETWORKS)
         self._lock = threading.Lock()
 
     def hop_seen(self, key: str, positions: int, block_ms: float, wait_ms: float) -> None:
@@ -89,24 +94,22 @@ class Survey:
 
     def peers(self, records: Sequence[PeerRecord]) -> list[Peer]:
         """The peers of these records."""
+        hops = self._seen_lately()
+        return [_corrected(facts_of(record), hops.get(record.key.text)) for record in records]
+
+    def corrected(self, records: Mapping[str, PeerRecord]) -> dict[str, Peer]:
+        """Those of the peers, by their names, of which something else was seen than their records say."""
+        hops = self._seen_lately()
+        return {key: _corrected(facts_of(records[key]), seen) for key, seen in hops.items() if key in records}
+
+    def _seen_lately(self) -> dict[str, _Seen]:
         oldest = self._clock() - TRUST_S
         with self._lock:
-            hops = {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
-        return [_corrected(facts_of(record), hops.get(record.key.text)) for record in records]
+            return {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
 
     def network(self, records: Sequence[PeerRecord]) -> Network:
         """All links, the client's own among them."""
-        rates = {record.key.text: record.bytes_per_ms for record in records}
-        best = self.network_coordinates.place.bytes_per_ms
-        own: dict[str, Link] = {}
-        for key, link in self.network_coordinates.links.items():
-            told = [rate for rate in (best, rates.get(key, 0.0)) if rate]
-            rate = link.bytes_per_ms or min(told, default=UNMEASURED.bytes_per_ms)
-            own[key] = Link(link.latency_ms, rate)
-        links = {(CLIENT, key): link for key, link in own.items()} | {(key, CLIENT): link for key, link in own.items()}
-        place = self.network_coordinates.place
-        places = {CLIENT: place} if place.coordinate.error < 1.0 else {}
-        network = network_of(records, links, places)
+        network = self._told(tuple(records), self.network_coordinates.links, self.network_coordinates.place)
         oldest = self._clock() - TRUST_S
         with self._lock:
             self._links = {pair: seen for pair, seen in self._links.items() if seen[0] >= oldest}
@@ -157,6 +160,16 @@ class Survey:
                 self._probed.discard(oldest)
         for endpoint, link in links.items():
             self.network_coordinates.measured(tried[endpoint], link)
+
+
+def _told_network(records: tuple[PeerRecord, ...], measured: dict[str, Link], place: Place) -> Network:
+    rates = {record.key.text: record.bytes_per_ms for record in records}
+    links: dict[tuple[str, str], Link] = {}
+    for key, link in measured.items():
+        told = [rate for rate in (place.bytes_per_ms, rates.get(key, 0.0)) if rate]
+        rate = link.bytes_per_ms or min(told, default=UNMEASURED.bytes_per_ms)
+        links[CLIENT, key] = links[key, CLIENT] = Link(link.latency_ms, rate)
+    return network_of(records, links, {CLIENT: place} if place.coordinate.error < 1.0 else {})
 
 
 def _corrected(peer: Peer, seen: _Seen | None) -> Peer:

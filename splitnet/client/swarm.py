@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scheduler.candidates import candidates
 from scheduler.encoding import CODING_MS, encodings_of
 from scheduler.network import CLIENT, Link
 from splitnet.client.bans import Bans
@@ -230,16 +229,8 @@ class Swarm:
     def _likely(self, records: Sequence[PeerRecord], count: int) -> list[PeerRecord]:
         """Of these peers so many through which routes most likely go, but at least one for each block."""
         hidden = self.facts.hidden_size
-        peers = candidates(
-            self.survey.peers(records),
-            (0, self.facts.num_blocks),
-            self.survey.network(records),
-            encodings=encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS}),
-            kv_needed=1,
-            limit=count,
-        )
-        chosen = {peer.id for peer in peers}
-        return [record for record in records if record.key.text in chosen]
+        encodings = encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS})
+        return self.planner.likely(records, Needs(1, encodings, (0, self.facts.num_blocks)), count)
 
     def _usable(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], bool]:
         """Peers that a route may go through, and whether there are others."""
