@@ -167,7 +167,7 @@ class Planner:
         """
         source, target = _names(ends)
         if len(records) > EXACT_PEERS:
-            peers, by_name = self._likely(records, needs, blocks, ends, holders)
+            peers, by_name = self._likely(records, needs, blocks, EXACT_PEERS, ends, holders)
             records = [by_name[peer.id] for peer in peers]
         else:
             by_name = {record.key.text: record for record in records}
@@ -194,7 +194,7 @@ class Planner:
 
     def likely(self, records: Sequence[PeerRecord], needs: Needs, count: int) -> list[PeerRecord]:
         """So many of these peers through which routes most likely go, but at least one for each block."""
-        peers, by_name = self._likely(records, needs, needs.blocks, limit=count)
+        peers, by_name = self._likely(records, needs, needs.blocks, count)
         return [by_name[peer.id] for peer in peers]
 
     def _likely(
@@ -202,9 +202,9 @@ class Planner:
         records: Sequence[PeerRecord],
         needs: Needs,
         blocks: tuple[int, int],
+        limit: int,
         ends: Ends = CLIENT_ENDS,
         holders: Collection[str] = (),
-        limit: int = EXACT_PEERS,
     ) -> tuple[list[Peer], Mapping[str, PeerRecord]]:
         """The peers to plan with, holders in any case, and all records by name."""
         crowd, by_name = self._crowd(tuple(records))
