@@ -209,7 +209,7 @@ class Planner:
         """The peers to plan with, holders in any case, and all records by name."""
         crowd, by_name = self._crowd(tuple(records))
         corrected = self._survey.corrected(by_name)
-        present = [name for name in holders if name in by_name]
+        present = [name for name in dict.fromkeys(holders) if name in by_name]
         for name in present:
             corrected[name] = _with_room(corrected.get(name) or facts_of(by_name[name]), needs, holders)
         places = self._survey.network([end for end in ends if end is not None]).places
