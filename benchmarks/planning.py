@@ -6,7 +6,11 @@ that the table of all links is filled first. "Candidates": the 300 likeliest are
 than so many peers; "all": the route is searched over all, which above 2,000 peers is left out. Processor time of this
 process, so that others on the machine disturb little.
 
-    python benchmarks/planning.py [--peers 1000] [--blocks 80] [--rounds 30]
+With --client what a client does: its own `Planner` plans with signed records, 300 tokens of a prompt and 128 measured
+links. "Cold": the first time with these records; "one changed": a record was renewed since; "in a session": its own
+steps told something new of two hops and of the link between them; "without some": two peers must not be used.
+
+    python benchmarks/planning.py [--client] [--peers 1000] [--blocks 80] [--rounds 30]
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from scheduler.candidates import Crowd
 from scheduler.coordinates import DIMENSIONS, Coordinate
@@ -22,11 +28,16 @@ from scheduler.encoding import encodings_of
 from scheduler.network import CLIENT, Link, Network, Place
 from scheduler.route import best_route
 from scheduler.swarm import PASS_SIZES, Peer, Speed
+from splitnet.client.planner import Needs, PlannedHop, Planner
+from splitnet.client.survey import Survey
+from splitnet.net.identity import Identity
+from splitnet.net.records import KEY_PREFIX_BYTES, PeerRecord, SeenLink
 
 SPANS = ((10, 10), (4, 20), (1, 40))
 HIDDEN = 4096
 MEASURED = 16
 MOST_AT_ONCE = 2000
+COLD = 3
 ENCODINGS = encodings_of({"none": 4.0 * HIDDEN, "int8": 1.03 * HIDDEN})
 
 
@@ -35,7 +46,11 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=1000)
     parser.add_argument("--blocks", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--client", action="store_true")
     arguments = parser.parse_args()
+    if arguments.client:
+        time_a_client(arguments.peers, arguments.blocks, arguments.rounds)
+        return
     print(f"{arguments.peers} peers, {arguments.blocks} blocks; medians of {arguments.rounds} swarms (most), ms")
     print()
     print("| blocks of a peer | candidates | route, warm | over all: warm | cold | for throughput, warm |")
@@ -64,6 +79,79 @@ def main() -> None:
         name = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
         cells = [f"{statistics.median(values):.1f} ({max(values):.1f})" if values else "" for values in taken.values()]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def time_a_client(count: int, num_blocks: int, rounds: int) -> None:
+    choices = random.Random(1)
+    keys = [Identity.generate() for _ in range(count)]
+    print(f"{count} peers, {num_blocks} blocks; medians of {rounds} plans (most), ms")
+    print()
+    print("| blocks of a peer | cold | warm | in a session | without some | one changed |")
+    print("|---|---|---|---|---|---|")
+    for shortest, longest in SPANS:
+        peers, network = swarm(choices, count, num_blocks, shortest, longest)
+        numbers = {peer.id: number for number, peer in enumerate(peers)}
+        links: list[list[SeenLink]] = [[] for _ in peers]
+        for (sender, receiver), link in network.measured.items():
+            if CLIENT not in (sender, receiver) and len(links[numbers[sender]]) < MEASURED:
+                prefix = keys[numbers[receiver]].public.raw[:KEY_PREFIX_BYTES]
+                links[numbers[sender]].append(SeenLink(prefix, 2 * link.latency_ms, link.bytes_per_ms))
+        records = [
+            record_of(key, peer, network.places[peer.id], num_blocks, seen)
+            for key, peer, seen in zip(keys, peers, links, strict=True)
+        ]
+        survey = Survey()
+        for record in choices.sample(records, min(count, 128)):
+            survey.network_coordinates.measured(record, Link(choices.uniform(1, 150), choices.uniform(100, 10_000)))
+        planner = Planner(survey, "a-model")
+        needs = Needs(100, ENCODINGS, (0, num_blocks), prompt=300)
+        taken: dict[str, list[float]] = {"cold": [], "warm": [], "seen": [], "without": [], "changed": []}
+
+        def plan(kind: str, exclude: Collection[str] = ()) -> list[PlannedHop]:
+            began = time.process_time()
+            hops = planner.plan(list(records), needs, (0, num_blocks), exclude=exclude)
+            taken[kind].append((time.process_time() - began) * 1000)
+            return hops
+
+        packed = [record.pack(key) for record, key in zip(records, keys, strict=True)]
+        for _ in range(COLD):
+            records = [PeerRecord.unpack(data) for data in packed]
+            plan("cold")
+            for _ in range(rounds):
+                before, after, *_ = plan("warm")
+                survey.hop_seen(before.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
+                survey.hop_seen(after.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
+                survey.link_seen(before.name, after.name, choices.uniform(1, 150))
+                plan("seen")
+                plan("without", {hop.name for hop in (before, after)})
+            some = choices.randrange(count)
+            records[some] = replace(records[some], queue_ms=choices.expovariate(0.2))
+            plan("changed")
+        name = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+        cells = [f"{statistics.median(values):.1f} ({max(values):.1f})" if values else "" for values in taken.values()]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def record_of(key: Identity, peer: Peer, place: Place, num_blocks: int, links: Sequence[SeenLink]) -> PeerRecord:
+    coordinate = place.coordinate
+    return PeerRecord.idle(
+        key=key.public,
+        model="ab" * 32,
+        model_name="a-model",
+        address="tcp://192.0.2.1:31331",
+        start=peer.start,
+        end=peer.end,
+        num_blocks=num_blocks,
+        block_ms=peer.speed.block_ms,
+        queue_ms=peer.queue_ms,
+        kv_free_positions=peer.kv_free,
+        serves=True,
+        coordinate=(*coordinate.vector, coordinate.height_ms),
+        coordinate_error=coordinate.error,
+        bytes_per_ms=place.bytes_per_ms,
+        links=tuple(links),
+        issued_at=time.time(),
+    )
 
 
 def swarm(

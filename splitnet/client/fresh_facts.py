@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from scheduler.network import Link
 from splitnet.client.known_peers import LOOK_S, KnownPeers
@@ -41,7 +41,7 @@ class FreshFacts:
         survey: takes in what is measured.
         prober: sends the pings.
         is_needed: whether links that are known are to be measured again and again.
-        likely: of some peers so many through which routes most likely go, but at least one for each block.
+        likely: of all peers and some of them so many of the latter through which routes most likely go.
         clock: seconds.
 
     Attributes:
@@ -54,7 +54,7 @@ class FreshFacts:
         survey: Survey,
         prober: Prober,
         is_needed: Callable[[], bool],
-        likely: Callable[[Sequence[PeerRecord], int], Sequence[PeerRecord]],
+        likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.news = 0
@@ -92,16 +92,16 @@ class FreshFacts:
         """Somebody has planned with the facts."""
         self._used_at = self._clock()
 
-    def measure_first(self, records: Sequence[PeerRecord]) -> None:
-        """Measures links to peers that were never tried, if few links are known at all.
+    def measure_first(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> None:
+        """Measures links to peers that were never tried, if few links are known at all; to none of those in `exclude`.
 
         Some of them are any peers, which tell where the client stands; the others are those that routes most likely go
         through as seen from there.
         """
         if len(self._survey.network_coordinates.links) < MEASURED_AT_ONCE:
-            unknown = sorted(self._survey.unknown(records), key=lambda record: not record.is_proven)
+            unknown = sorted(self._survey.unknown(records, exclude), key=lambda record: not record.is_proven)
             self.look_at(unknown[: MEASURED_AT_ONCE // 2])
-            self.look_at(self._likely(self._survey.unknown(records), LIKELY_FIRST))
+            self.look_at(self._likely(records, self._survey.unknown(records, exclude), LIKELY_FIRST))
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
         """Measures the round trips to the first of these peers, with at most `PINGS_PER_MINUTE`."""
@@ -139,9 +139,9 @@ class FreshFacts:
                     stale = self._survey.stale(records)
                     self.measure(suspects)
                     self.look_at(stale[:OTHERS_AT_ONCE])
-                    self.look_at(self._likely(self._survey.stale(stale), LIKELY_AT_ONCE))
+                    self.look_at(self._likely(records, self._survey.stale(stale), LIKELY_AT_ONCE))
                     self.news += 1
                 else:  # so that the next session need not wait for that either
-                    self.look_at(self._likely(self._survey.unknown(records), LIKELY_AT_ONCE))
+                    self.look_at(self._likely(records, self._survey.unknown(records), LIKELY_AT_ONCE))
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)

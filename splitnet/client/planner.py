@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -24,7 +24,7 @@ EXACT_PEERS = LIMIT
 """Among more peers than this the search is over the likeliest ones."""
 
 KEPT_CROWDS = 2
-"""Of all peers, and of those that are left where some must not be used."""
+"""Of the records that were read last, and of those before, with which another thread may still plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,29 +148,34 @@ class Planner:
         blocks: tuple[int, int],
         *,
         ends: Ends = CLIENT_ENDS,
+        exclude: Collection[str] = (),
         holders: Collection[str] = (),
         restricted: bool = False,
     ) -> list[PlannedHop]:
         """The best route through the peers of `records` over the blocks `[start, end)`.
 
+        What was read of very many records is kept for the next plan with the same ones, whoever is excluded.
+
         Args:
-            records: who may be used.
+            records: who is there.
             needs: of the session.
             blocks: what to cover.
             ends: who stands before and after them.
+            exclude: names of peers that must not be used.
             holders: peers that hold the session already, so that it needs no more room there.
             restricted: there are more peers, which may not be used; for the error.
 
         Raises:
-            CoverageError: blocks are served by nobody in `records`; names them.
+            CoverageError: blocks are served by nobody that may be used; names them.
             PeerBusy: they are served, but no peer has memory for the session.
         """
         source, target = _names(ends)
         if len(records) > EXACT_PEERS:
-            peers, by_name = self._likely(records, needs, blocks, EXACT_PEERS, ends, holders)
+            peers, by_name = self._likely(records, needs, blocks, EXACT_PEERS, exclude, ends, holders)
             records = [by_name[peer.id] for peer in peers]
         else:
-            by_name = {record.key.text: record for record in records}
+            by_name = {record.key.text: record for record in records if record.key.text not in exclude}
+            records = list(by_name.values())
             peers = [_with_room(peer, needs, holders) for peer in self._survey.peers(records)]
         network = self._survey.network(_with_ends(records, ends))
         try:
@@ -192,9 +197,12 @@ class Planner:
             raise no_route_error(error, self._model_name, restricted=restricted) from None
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
-    def likely(self, records: Sequence[PeerRecord], needs: Needs, count: int) -> list[PeerRecord]:
-        """So many of these peers through which routes most likely go, but at least one for each block."""
-        peers, by_name = self._likely(records, needs, needs.blocks, count)
+    def likely(
+        self, records: Sequence[PeerRecord], among: Iterable[PeerRecord], needs: Needs, count: int
+    ) -> list[PeerRecord]:
+        """So many of the peers `among` all through which routes most likely go, but at least one for each block."""
+        others = {record.key.text for record in records}.difference(record.key.text for record in among)
+        peers, by_name = self._likely(records, needs, needs.blocks, count, others)
         return [by_name[peer.id] for peer in peers]
 
     def _likely(
@@ -203,13 +211,14 @@ class Planner:
         needs: Needs,
         blocks: tuple[int, int],
         limit: int,
+        exclude: Collection[str],
         ends: Ends = CLIENT_ENDS,
         holders: Collection[str] = (),
     ) -> tuple[list[Peer], Mapping[str, PeerRecord]]:
         """The peers to plan with, holders in any case, and all records by name."""
         crowd, by_name = self._crowd(tuple(records))
         corrected = self._survey.corrected(by_name)
-        present = [name for name in dict.fromkeys(holders) if name in by_name]
+        present = [name for name in dict.fromkeys(holders) if name in by_name and name not in exclude]
         for name in present:
             corrected[name] = _with_room(corrected.get(name) or facts_of(by_name[name]), needs, holders)
         places = self._survey.network([end for end in ends if end is not None]).places
@@ -220,6 +229,7 @@ class Planner:
             kv_needed=needs.kv_positions,
             positions=needs.positions,
             prompt=needs.prompt,
+            exclude=exclude,
             limit=limit,
         )
         chosen = {peer.id for peer in likely}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median_low
 
@@ -117,20 +117,21 @@ class Survey:
         between = {pair: Link(rtt_ms / 2, network.link(*pair).bytes_per_ms) for pair, rtt_ms in seen.items()}
         return network.with_links(between) if between else network
 
-    def unknown(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """Those of the peers to which nobody tried to measure the link yet."""
+    def unknown(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> list[PeerRecord]:
+        """Those of the peers, but for those with the names `exclude`, whose link nobody tried to measure yet."""
         with self._lock:
-            return [record for record in records if record.key.text not in self._tried]
+            known = self._tried.keys() | set(exclude)
+        return [record for record in records if record.key.text not in known]
 
     def unprobed(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
         """Those of the peers to which the bandwidth of the link was not measured, as far as they answer."""
         with self._lock:
             return [record for record in records if record.key.text not in self._probed | self._silent]
 
-    def heard(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """All but those that were silent when their links were measured last: perhaps there are none such peers."""
+    def silent(self) -> set[str]:
+        """Names of peers that did not answer when their links were measured last: perhaps there are none such."""
         with self._lock:
-            return [record for record in records if record.key.text not in self._silent]
+            return set(self._silent)
 
     def stale(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
         """Those of the peers whose link should be measured again; the one that was tried longest ago first."""

@@ -16,7 +16,7 @@ def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[
     survey, known = Survey(clock), Any
     chosen = {peer.key.text for peer in likely}
 
-    def among(records: Sequence[PeerRecord], _: int) -> list[PeerRecord]:
+    def among(_: Sequence[PeerRecord], records: Sequence[PeerRecord], __: int) -> list[PeerRecord]:
         return [peer for peer in records if peer.key.text in chosen]
 
     return survey, FreshFacts(known, survey, echo.prober, lambda: False, among, clock)  # pyright: ignore
