@@ -38,6 +38,7 @@ HIDDEN = 4096
 MEASURED = 16
 MOST_AT_ONCE = 2000
 COLD = 3
+OWN_LINKS = 128
 ENCODINGS = encodings_of({"none": 4.0 * HIDDEN, "int8": 1.03 * HIDDEN})
 
 
@@ -84,52 +85,60 @@ def main() -> None:
 def time_a_client(count: int, num_blocks: int, rounds: int) -> None:
     choices = random.Random(1)
     keys = [Identity.generate() for _ in range(count)]
-    print(f"{count} peers, {num_blocks} blocks; medians of {rounds} plans (most), ms")
+    print(f"{count} peers, {num_blocks} blocks; medians of {COLD} x {rounds} plans (most), ms")
     print()
     print("| blocks of a peer | cold | warm | in a session | without some | one changed |")
     print("|---|---|---|---|---|---|")
     for shortest, longest in SPANS:
         peers, network = swarm(choices, count, num_blocks, shortest, longest)
-        numbers = {peer.id: number for number, peer in enumerate(peers)}
-        links: list[list[SeenLink]] = [[] for _ in peers]
+        links: dict[str, list[SeenLink]] = {}
+        by_name = {peer.id: key for peer, key in zip(peers, keys, strict=True)}
         for (sender, receiver), link in network.measured.items():
-            if CLIENT not in (sender, receiver) and len(links[numbers[sender]]) < MEASURED:
-                prefix = keys[numbers[receiver]].public.raw[:KEY_PREFIX_BYTES]
-                links[numbers[sender]].append(SeenLink(prefix, 2 * link.latency_ms, link.bytes_per_ms))
-        records = [
-            record_of(key, peer, network.places[peer.id], num_blocks, seen)
-            for key, peer, seen in zip(keys, peers, links, strict=True)
+            if CLIENT not in (sender, receiver):
+                prefix = by_name[receiver].public.raw[:KEY_PREFIX_BYTES]
+                links.setdefault(sender, []).append(SeenLink(prefix, 2 * link.latency_ms, link.bytes_per_ms))
+        packed = [
+            record_of(key, peer, network.places[peer.id], num_blocks, links[peer.id]).pack(key)
+            for key, peer in zip(keys, peers, strict=True)
         ]
-        survey = Survey()
-        for record in choices.sample(records, min(count, 128)):
-            survey.network_coordinates.measured(record, Link(choices.uniform(1, 150), choices.uniform(100, 10_000)))
-        planner = Planner(survey, "a-model")
-        needs = Needs(100, ENCODINGS, (0, num_blocks), prompt=300)
         taken: dict[str, list[float]] = {"cold": [], "warm": [], "seen": [], "without": [], "changed": []}
-
-        def plan(kind: str, exclude: Collection[str] = ()) -> list[PlannedHop]:
-            began = time.process_time()
-            hops = planner.plan(list(records), needs, (0, num_blocks), exclude=exclude)
-            taken[kind].append((time.process_time() - began) * 1000)
-            return hops
-
-        packed = [record.pack(key) for record, key in zip(records, keys, strict=True)]
         for _ in range(COLD):
-            records = [PeerRecord.unpack(data) for data in packed]
-            plan("cold")
+            client = Client(choices, packed, num_blocks)
+            taken["cold"].append(client.planning_ms())
+            taken["warm"] += [client.planning_ms() for _ in range(rounds)]
             for _ in range(rounds):
-                before, after, *_ = plan("warm")
-                survey.hop_seen(before.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
-                survey.hop_seen(after.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
-                survey.link_seen(before.name, after.name, choices.uniform(1, 150))
-                plan("seen")
-                plan("without", {hop.name for hop in (before, after)})
+                before, after, *_ = client.hops
+                client.survey.hop_seen(before.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
+                client.survey.hop_seen(after.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
+                client.survey.link_seen(before.name, after.name, choices.uniform(1, 150))
+                taken["seen"].append(client.planning_ms())
+            for _ in range(rounds):
+                taken["without"].append(client.planning_ms({hop.name for hop in client.hops[:2]}))
             some = choices.randrange(count)
-            records[some] = replace(records[some], queue_ms=choices.expovariate(0.2))
-            plan("changed")
+            client.records[some] = replace(client.records[some], queue_ms=choices.expovariate(0.2))
+            taken["changed"].append(client.planning_ms())
         name = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
-        cells = [f"{statistics.median(values):.1f} ({max(values):.1f})" if values else "" for values in taken.values()]
+        cells = [f"{statistics.median(values):.1f} ({max(values):.1f})" for values in taken.values()]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+class Client:
+    """One that has measured some links. hops: of its last route."""
+
+    def __init__(self, choices: random.Random, packed: Sequence[bytes], num_blocks: int) -> None:
+        self.records = [PeerRecord.unpack(data) for data in packed]
+        self.survey = Survey()
+        for record in choices.sample(self.records, min(len(packed), OWN_LINKS)):
+            link = Link(choices.uniform(1, 150), choices.uniform(100, 10_000))
+            self.survey.network_coordinates.measured(record, link)
+        self.hops: list[PlannedHop] = []
+        self._planner = Planner(self.survey, "a-model")
+        self._needs = Needs(100, ENCODINGS, (0, num_blocks), prompt=300)
+
+    def planning_ms(self, exclude: Collection[str] = ()) -> float:
+        began = time.process_time()
+        self.hops = self._planner.plan(list(self.records), self._needs, self._needs.blocks, exclude=exclude)
+        return (time.process_time() - began) * 1000
 
 
 def record_of(key: Identity, peer: Peer, place: Place, num_blocks: int, links: Sequence[SeenLink]) -> PeerRecord:

@@ -114,6 +114,8 @@ class Survey:
         with self._lock:
             self._links = {pair: seen for pair, seen in self._links.items() if seen[0] >= oldest}
             seen = {pair: rtt_ms for pair, (_, rtt_ms) in self._links.items()}
+        names = {record.key.text for record in records}
+        seen = {pair: rtt_ms for pair, rtt_ms in seen.items() if names.issuperset(pair)}
         between = {pair: Link(rtt_ms / 2, network.link(*pair).bytes_per_ms) for pair, rtt_ms in seen.items()}
         return network.with_links(between) if between else network
 
