@@ -110,12 +110,11 @@ class Survey:
     def network(self, records: Sequence[PeerRecord]) -> Network:
         """All links, the client's own among them."""
         network = self._told(tuple(records), self.network_coordinates.links, self.network_coordinates.place)
+        names = {record.key.text for record in records}
         oldest = self._clock() - TRUST_S
         with self._lock:
             self._links = {pair: seen for pair, seen in self._links.items() if seen[0] >= oldest}
-            seen = {pair: rtt_ms for pair, (_, rtt_ms) in self._links.items()}
-        names = {record.key.text for record in records}
-        seen = {pair: rtt_ms for pair, rtt_ms in seen.items() if names.issuperset(pair)}
+            seen = {pair: rtt_ms for pair, (_, rtt_ms) in self._links.items() if names.issuperset(pair)}
         between = {pair: Link(rtt_ms / 2, network.link(*pair).bytes_per_ms) for pair, rtt_ms in seen.items()}
         return network.with_links(between) if between else network
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler import candidates
-from scheduler.candidates import Crowd
+from scheduler.candidates import Crowd, _block_ms, _sending_ms, candidates
 from scheduler.coordinates import Coordinate
 from scheduler.cost import block_ms, occupied_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, Link, Network, Place
+from scheduler.route import best_route
 from scheduler.swarm import Peer, Speed
 from splitnet.client import planner as planner_module
 from splitnet.client import survey as survey_module
@@ -94,19 +95,27 @@ class World:
             "nothing": lambda: None,
         }
 
-    def route(self, planner: Planner, seed: int, *, missing: int, holders: list[str], inner: bool) -> list[PlannedHop]:
+    def route(
+        self, planner: Planner, seed: int, *, exclude: Collection[str], holders: Collection[str], inner: bool
+    ) -> list[PlannedHop]:
         planner._random = random.Random(seed)
         ends = (self.records[0], None) if inner else CLIENT_ENDS
-        part = (3, 6) if inner else (0, 6)
-        may_go = [each.key.text for each in self.records if (each.start, each.end) not in ((0, 3), (3, 6))]
-        return planner.plan(
-            self.records,
-            replace(NEEDS, prompt=self.prompt),
-            part,
-            ends=ends,
-            exclude=may_go[:missing],
-            holders=holders,
-        )
+        needs, part = replace(NEEDS, prompt=self.prompt), (3, 6) if inner else (0, 6)
+        return planner.plan(self.records, needs, part, ends=ends, exclude=exclude, holders=holders)
+
+    def route_with_all_links(self, seed: int, exclude: Collection[str]) -> list[PlannedHop]:
+        """The same without holders, as of a planner that knows nothing but the functions of `scheduler`."""
+        peers, network = self.survey.peers(self.records), self.survey.network(self.records)
+        wanted: dict[str, Any] = {"encodings": NEEDS.encodings, "kv_needed": NEEDS.kv_positions, "prompt": self.prompt}
+        likely = candidates(peers, (0, 6), network, exclude=exclude, limit=FEW, **wanted)
+        route = best_route(likely, (0, 6), network, rng=random.Random(seed), **wanted)
+        by_name = {each.key.text: each for each in self.records}
+        return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
+
+    def not_needed(self, count: int) -> list[str]:
+        """Some peers without which all blocks are served."""
+        names = [each.key.text for each in self.records if (each.start, each.end) not in ((0, 3), (3, 6))]
+        return self.choices.sample(names, count)
 
 
 CHANGES = tuple(World(0).changes())
@@ -121,15 +130,16 @@ def test_routes_are_those_of_a_client_that_keeps_nothing(seed: int, changes: lis
         for number, change in enumerate(changes):
             world.changes()[change]()
             world.prompt = world.choices.choice((0, 100))
-            asked = {
-                "missing": world.choices.choice((0, 0, 10)),
-                "holders": [world.records[world.any()].key.text for _ in range(world.choices.randrange(3))],
-                "inner": world.choices.random() < 0.3,
-            }
+            exclude = world.not_needed(world.choices.choice((0, 0, 10)))
+            holders = [world.records[world.any()].key.text for _ in range(world.choices.randrange(3))]
+            inner = world.choices.random() < 0.3
             forgetful = copy.copy(world.survey)
             forgetful._told = Latest(survey_module._told_network, 0)
-            anew = world.route(Planner(forgetful, "a-model"), number, **asked)
-            assert world.route(world.planner, number, **asked) == anew
+            anew = Planner(forgetful, "a-model")
+            expected = world.route(anew, number, exclude=exclude, holders=holders, inner=inner)
+            assert world.route(world.planner, number, exclude=exclude, holders=holders, inner=inner) == expected
+            if not holders and not inner:
+                assert world.route_with_all_links(number, exclude) == expected
 
 
 def test_what_is_kept_is_used_for_the_same_facts_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +148,7 @@ def test_what_is_kept_is_used_for_the_same_facts_only(monkeypatch: pytest.Monkey
     world.planner._crowd = Latest(lambda records: made.append(1) or planner_module._crowd_of(records), 2)
 
     def plan(missing: int = 0) -> int:
-        world.route(world.planner, 0, missing=missing, holders=[], inner=False)
+        world.route(world.planner, 0, exclude=world.not_needed(missing), holders=[], inner=False)
         return len(made)
 
     assert [plan(), plan()] == [1, 1]
@@ -169,10 +179,10 @@ def test_a_crowd_counts_as_routes_do(
     speeds: list[tuple[float, ...]], batch: float, positions: int, prompt: int
 ) -> None:
     peers = [Peer(str(number), 0, 1, Speed(speed), batch=batch) for number, speed in enumerate(speeds)]
-    told = candidates._block_ms(np.array(speeds), np.full(len(speeds), batch), positions, prompt)
+    told = _block_ms(np.array(speeds), np.full(len(speeds), batch), positions, prompt)
     assert told == pytest.approx([block_ms(peer, positions, prompt) for peer in peers], rel=1e-9)
     rates = np.array([0.5, 1e3, 1e9])
-    sending = candidates._sending_ms(rates, positions, ENCODINGS, prompt)
+    sending = _sending_ms(rates, positions, ENCODINGS, prompt)
     expected = [occupied_ms(Link(7.0, float(rate)), positions, ENCODINGS, prompt) for rate in rates]
     assert sending == pytest.approx(expected, rel=1e-9)
 
