@@ -29,6 +29,8 @@ LIKELY_AT_ONCE = 16
 
 PINGS_PER_MINUTE = 256
 """That look around, two to each peer; those that measure the bandwidth of the ends of a route come on top."""
+PROBE_AGAIN_S = 180.0
+"""The bandwidth of a link is measured again after so long, however slow steps are: it takes 128 KiB and more."""
 IN_USE_S = 300.0
 """So long after a plan another session is expected, which should not have to wait for a look into the directory."""
 
@@ -89,7 +91,7 @@ class FreshFacts:
         self._look.set()
 
     def used(self) -> None:
-        """Somebody has planned with the facts."""
+        """Somebody plans with the facts, or may have to."""
         self._used_at = self._clock()
 
     def measure_first(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> None:
@@ -116,11 +118,12 @@ class FreshFacts:
             links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
             self._survey.links_measured(chosen, links)
 
-    def measure(self, records: Sequence[PeerRecord]) -> None:
-        """Measures the links to the first of these peers, and their bandwidth."""
-        chosen = {record.endpoint: record for record in records[:MEASURED_AT_ONCE]}
+    def measure(self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = ()) -> None:
+        """Measures the links to the first of these peers; of `records` the bandwidth too, but seldom more than once."""
+        chosen = {record.endpoint: record for record in (*records, *others)[:MEASURED_AT_ONCE]}
         if chosen:
-            self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S))
+            due = {record.endpoint for record in self._survey.unprobed(records, PROBE_AGAIN_S)}
+            self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S, probed=due))
 
     def _watch(self) -> None:
         """Keeps records fresh, and while sessions are open links: so they can tell when a better route exists."""
@@ -130,11 +133,13 @@ class FreshFacts:
                 return
             self._look.clear()
             has_sessions = self._is_needed()
-            if not has_sessions and self._clock() - self._used_at > IN_USE_S:
+            if has_sessions:
+                self.used()
+            if self._clock() - self._used_at > IN_USE_S:
                 continue
             suspects, self._suspects = self._suspects, ()
             try:
-                records = self._known.look(fresh=True)
+                records = self._known.look(fresh=self._known.is_old)
                 if has_sessions:
                     stale = self._survey.stale(records)
                     self.measure(suspects)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -59,8 +60,8 @@ class Survey:
         self._tried: dict[str, float] = {}
         self._silent: set[str] = set()
         """Of those that were tried."""
-        self._probed: set[str] = set()
-        """Of those that were tried, with the bandwidth of the link."""
+        self._probed: dict[str, float] = {}
+        """Of those that were tried, with the bandwidth of the link, and when."""
         self._prediction_error = 1.0
         self._told = Latest(_told_network, KEPT_NETWORKS)
         self._lock = threading.Lock()
@@ -124,10 +125,15 @@ class Survey:
             known = self._tried.keys() | set(exclude)
         return [record for record in records if record.key.text not in known]
 
-    def unprobed(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """Those of the peers to which the bandwidth of the link was not measured, as far as they answer."""
+    def unprobed(self, records: Sequence[PeerRecord], again_s: float = math.inf) -> list[PeerRecord]:
+        """Those of the peers to which the bandwidth of the link was not measured, as far as they answer.
+
+        again_s: what was measured longer ago does not count.
+        """
+        oldest = self._clock() - again_s
         with self._lock:
-            return [record for record in records if record.key.text not in self._probed | self._silent]
+            known = self._silent | {key for key, at in self._probed.items() if at >= oldest}
+        return [record for record in records if record.key.text not in known]
 
     def silent(self) -> set[str]:
         """Names of peers that did not answer when their links were measured last: perhaps there are none such."""
@@ -154,12 +160,12 @@ class Survey:
                 self._tried[key] = now
                 (self._silent.discard if endpoint in links else self._silent.add)(key)
                 if endpoint in links and links[endpoint].bytes_per_ms:
-                    self._probed.add(key)
+                    self._probed[key] = now
             while len(self._tried) > KEPT_TRIED:
                 oldest = next(iter(self._tried))
                 del self._tried[oldest]
                 self._silent.discard(oldest)
-                self._probed.discard(oldest)
+                self._probed.pop(oldest, None)
         for endpoint, link in links.items():
             self.network_coordinates.measured(tried[endpoint], link)
 

@@ -185,7 +185,7 @@ class Swarm:
                 if not unknown:
                     break
                 others = self.survey.unknown(records, unusable) if attempt else []
-                self.fresh_facts.measure([*unknown, *others])
+                self.fresh_facts.measure(unknown, others)
                 route = best_route()
             self.was_covered |= part == needs.blocks
             return route
