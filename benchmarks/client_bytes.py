@@ -26,6 +26,7 @@ from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, S
 from splitnet.net.transport import Transport
 
 TIMES = 100
+OPEN_S = 20.0
 IDLE_S = 3.0
 MODEL = "ab" * 32
 
@@ -66,8 +67,11 @@ def pings() -> None:
         once = passed(ask)
         ping = passed(lambda: [ask() for _ in range(TIMES)]) / TIMES
         probe = passed(lambda: [ask(PROBE_BYTES) for _ in range(TIMES)]) / TIMES
+        open_s = passed(lambda: time.sleep(OPEN_S)) / OPEN_S
     print(
-        f"a link, opened: {once - ping:.0f} bytes; a ping and its answer: {ping:.0f}; a probe: {probe:.0f}", flush=True
+        f"a link: {once - ping:.0f} bytes to open it, {open_s:.0f} bytes/s while it is open; "
+        f"a ping and its answer: {ping:.0f}; a probe: {probe:.0f}",
+        flush=True,
     )
 
 
