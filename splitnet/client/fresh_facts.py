@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
 from scheduler.network import Link
-from splitnet.client.known_peers import LOOK_S, KnownPeers
+from splitnet.client.known_peers import KnownPeers
 from splitnet.client.survey import Survey
 from splitnet.errors import SplitnetError
 from splitnet.net.prober import PING_TIMEOUT_S, Prober
@@ -125,10 +126,17 @@ class FreshFacts:
             due = {record.endpoint for record in self._survey.unprobed(records, PROBE_AGAIN_S)}
             self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S, probed=due))
 
+    def _some_likely(
+        self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], *, everywhere: bool = False
+    ) -> Sequence[PeerRecord]:
+        """Some through which routes likely go; `everywhere`: one of each block, for a route that is to be planned."""
+        likely = self._likely(records, among, LIKELY_AT_ONCE)
+        return likely if everywhere else random.sample(likely, min(len(likely), LIKELY_AT_ONCE))
+
     def _watch(self) -> None:
         """Keeps records fresh, and while sessions are open links: so they can tell when a better route exists."""
         while True:
-            self._look.wait(LOOK_S)
+            self._look.wait(self._known.look_s)
             if self._closing.is_set():
                 return
             self._look.clear()
@@ -144,9 +152,9 @@ class FreshFacts:
                     stale = self._survey.stale(records)
                     self.measure(suspects)
                     self.look_at(stale[:OTHERS_AT_ONCE])
-                    self.look_at(self._likely(records, self._survey.stale(stale), LIKELY_AT_ONCE))
+                    self.look_at(self._some_likely(records, self._survey.stale(stale), everywhere=bool(suspects)))
                     self.news += 1
                 else:  # so that the next session need not wait for that either
-                    self.look_at(self._likely(records, self._survey.unknown(records), LIKELY_AT_ONCE))
+                    self.look_at(self._some_likely(records, self._survey.unknown(records)))
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)

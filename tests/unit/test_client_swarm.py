@@ -115,7 +115,6 @@ def test_who_has_planned_looks_around_in_the_background(
     directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the next session need not wait for the directory."""
-    monkeypatch.setattr(fresh_facts, "LOOK_S", 0.01)
     monkeypatch.setattr(known_peers, "LOOK_S", 0.01)
     directory.records = [served(start=0, end=FACTS.num_blocks)]
     with Swarm(FACTS, ["/an/address"]) as swarm:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
 
 from scheduler.network import CLIENT, Link
 from splitnet.client.fresh_facts import MEASURED_AT_ONCE, PINGS_PER_MINUTE, PROBE_AGAIN_S, FreshFacts
@@ -14,7 +14,7 @@ from tests.unit.test_survey import Clock, Echo, record
 
 
 def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[Survey, FreshFacts]:
-    survey, known = Survey(clock), Any
+    survey, known = Survey(clock), SimpleNamespace(look_s=60.0)
     chosen = {peer.key.text for peer in likely}
 
     def among(_: Sequence[PeerRecord], records: Sequence[PeerRecord], __: int) -> list[PeerRecord]:
