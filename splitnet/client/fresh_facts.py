@@ -14,6 +14,7 @@ from scheduler.network import Link
 from splitnet.client.known_peers import KnownPeers
 from splitnet.client.survey import Survey
 from splitnet.errors import SplitnetError
+from splitnet.net.endpoints import Endpoint
 from splitnet.net.prober import PING_TIMEOUT_S, Prober
 from splitnet.net.records import PeerRecord
 
@@ -25,8 +26,11 @@ LIKELY_FIRST = 112
 """Of the peers through which routes most likely go, before the first route is planned."""
 
 OTHERS_AT_ONCE = 4
-LIKELY_AT_ONCE = 16
-"""Of the peers that are measured again while sessions are open: any, and those that routes most likely go through."""
+LIKELY_AT_ONCE = 8
+"""Of the peers that are measured again while sessions are open: any, and those that routes most likely go through.
+
+Before a route is planned anew, as the present one seems slow, it is one of each block at least.
+"""
 
 PINGS_PER_MINUTE = 256
 """That look around, two to each peer; those that measure the bandwidth of the ends of a route come on top."""
@@ -44,6 +48,7 @@ class FreshFacts:
         survey: takes in what is measured.
         prober: sends the pings.
         is_needed: whether links that are known are to be measured again and again.
+        in_use: peers of open sessions; what is known of their links must not grow old.
         likely: of all peers and some of them so many of the latter through which routes most likely go.
         clock: seconds.
 
@@ -57,6 +62,7 @@ class FreshFacts:
         survey: Survey,
         prober: Prober,
         is_needed: Callable[[], bool],
+        in_use: Callable[[], Collection[Endpoint]],
         likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -65,6 +71,7 @@ class FreshFacts:
         self._survey = survey
         self._prober = prober
         self._is_needed = is_needed
+        self._in_use = in_use
         self._likely = likely
         self._clock = clock
         self._used_at = -math.inf
@@ -149,8 +156,10 @@ class FreshFacts:
             try:
                 records = self._known.look(fresh=self._known.is_old)
                 if has_sessions:
-                    stale = self._survey.stale(records)
+                    used = self._in_use()
+                    self.look_at([record for record in self._survey.stale(records) if record.endpoint in used])
                     self.measure(suspects)
+                    stale = self._survey.stale(records)
                     self.look_at(stale[:OTHERS_AT_ONCE])
                     self.look_at(self._some_likely(records, self._survey.stale(stale), everywhere=bool(suspects)))
                     self.news += 1

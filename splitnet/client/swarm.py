@@ -104,7 +104,12 @@ class Swarm:
             raise
         self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.links.state, trusted)
         self.fresh_facts = FreshFacts(
-            self._known, self.survey, self.links.prober, lambda: self.links.has_sessions, self._likely
+            self._known,
+            self.survey,
+            self.links.prober,
+            lambda: self.links.has_sessions,
+            lambda: self.links.in_use,
+            self._likely,
         )
 
     def close(self) -> None:

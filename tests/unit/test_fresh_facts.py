@@ -20,7 +20,7 @@ def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[
     def among(_: Sequence[PeerRecord], records: Sequence[PeerRecord], __: int) -> list[PeerRecord]:
         return [peer for peer in records if peer.key.text in chosen]
 
-    return survey, FreshFacts(known, survey, echo.prober, lambda: False, among, clock)  # pyright: ignore
+    return survey, FreshFacts(known, survey, echo.prober, lambda: False, list, among, clock)  # pyright: ignore
 
 
 def test_a_minute_has_so_many_pings_and_no_more() -> None:
