@@ -178,8 +178,8 @@ class Crowd:
         blocks: tuple[int, int],
     ) -> Floats:
         """About how many ms the cheapest chain takes that goes through each of the peers `[peers]`."""
-        serving, begins = self._by_block(starts, ends, blocks)
         of_block = np.maximum(ends - starts, 1)
+        least = _LeastOfBlocks(starts, ends, blocks[1] - blocks[0])
         ends_of_chain = [np.array(place.coordinate.vector) for place in outside]
         best = np.full(len(compute), np.inf)
         for anchor in _spread_out(self._vectors[:, self._known], ends_of_chain):
@@ -187,10 +187,7 @@ class Crowd:
                 self._known, (_distances(self._vectors, anchor) + self._heights) * self._raised, self._unknown_ms
             )
             hop = compute + away
-            cheapest = np.zeros(blocks[1] - blocks[0])
-            cheapest[np.diff(begins) > 0] = np.minimum.reduceat(
-                (hop / of_block)[serving], begins[:-1][np.diff(begins) > 0]
-            )
+            cheapest = least.of(hop / of_block)
             cheapest[np.isinf(cheapest)] = 0.0
             before = np.concatenate([[0.0], np.cumsum(cheapest)])
             outer = sum(float(np.linalg.norm(point - anchor)) / 2 for point in ends_of_chain)
@@ -207,6 +204,31 @@ class Crowd:
                 self._serving.clear()
             self._serving[blocks] = found
         return found
+
+
+class _LeastOfBlocks:
+    """Finds the least of some values of spans `[start, end)` over each block, of which there are `count`.
+
+    Each span is covered by two of its length's greatest power of two, so that a value is looked at twice only.
+    """
+
+    def __init__(self, starts: Integers, ends: Integers, count: int) -> None:
+        self._spans = np.flatnonzero(ends > starts)
+        starts, ends = starts[self._spans], ends[self._spans]
+        level = np.frexp(ends - starts)[1].astype(np.int64) - 1
+        self._shape = int(level.max(initial=0)) + 1, count
+        self._first, self._last = level * count + starts, level * count + ends - (1 << level)
+
+    def of(self, values: Floats) -> Floats:
+        """`[count]`; infinite where there is no span."""
+        table = np.full(self._shape, np.inf)
+        for places in (self._first, self._last):
+            np.minimum.at(table.reshape(-1), places, values[self._spans])
+        for level in range(len(table) - 1, 0, -1):
+            half = 1 << (level - 1)
+            np.minimum(table[level - 1], table[level], out=table[level - 1])
+            np.minimum(table[level - 1, half:], table[level, :-half], out=table[level - 1, half:])
+        return table[0]
 
 
 def _load_of(peer: Peer) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scheduler.candidates import Crowd, _block_ms, _sending_ms, candidates
+from scheduler.candidates import Crowd, _block_ms, _LeastOfBlocks, _sending_ms, candidates
 from scheduler.coordinates import Coordinate
 from scheduler.cost import block_ms, occupied_ms
 from scheduler.encoding import Encoding
@@ -225,3 +225,13 @@ def test_a_table_with_links_is_that_of_the_network_with_them() -> None:
     for name in ("latency_ms", "ms_per_byte"):
         np.testing.assert_array_equal(getattr(table, name), getattr(anew, name))
     np.testing.assert_array_equal(network.table(ids).latency_ms, before)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.floats(0, 9)), max_size=12))
+def test_the_least_value_of_spans_over_each_block(spans: list[tuple[int, int, float]]) -> None:
+    starts, ends = (np.array([span[side] for span in spans], dtype=np.int64) for side in (0, 1))
+    ends = np.maximum(starts, ends)
+    values = np.array([value for *_, value in spans])
+    expected = [min(values[(starts <= block) & (block < ends)], default=np.inf) for block in range(9)]
+    assert _LeastOfBlocks(starts, ends, 9).of(values).tolist() == expected
