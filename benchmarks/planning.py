@@ -6,7 +6,11 @@ that the table of all links is filled first. "Candidates": the 300 likeliest are
 than so many peers; "all": the route is searched over all, which above 2,000 peers is left out. Processor time of this
 process, so that others on the machine disturb little.
 
-    python benchmarks/planning.py [--peers 1000] [--blocks 80] [--rounds 30]
+With --client what a client does: its own `Planner` plans with signed records, 300 tokens of a prompt and 128 measured
+links. "Cold": the first time with these records; "one changed": a record was renewed since; "in a session": its own
+steps told something new of two hops and of the link between them; "without some": two peers must not be used.
+
+    python benchmarks/planning.py [--client] [--peers 1000] [--blocks 80] [--rounds 30]
 """
 
 from __future__ import annotations
@@ -15,6 +19,8 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from scheduler.candidates import Crowd
 from scheduler.coordinates import DIMENSIONS, Coordinate
@@ -22,11 +28,17 @@ from scheduler.encoding import encodings_of
 from scheduler.network import CLIENT, Link, Network, Place
 from scheduler.route import best_route
 from scheduler.swarm import PASS_SIZES, Peer, Speed
+from splitnet.client.planner import Needs, PlannedHop, Planner
+from splitnet.client.survey import Survey
+from splitnet.net.identity import Identity
+from splitnet.net.records import KEY_PREFIX_BYTES, PeerRecord, SeenLink
 
 SPANS = ((10, 10), (4, 20), (1, 40))
 HIDDEN = 4096
 MEASURED = 16
 MOST_AT_ONCE = 2000
+COLD = 3
+OWN_LINKS = 128
 ENCODINGS = encodings_of({"none": 4.0 * HIDDEN, "int8": 1.03 * HIDDEN})
 
 
@@ -35,7 +47,11 @@ def main() -> None:
     parser.add_argument("--peers", type=int, default=1000)
     parser.add_argument("--blocks", type=int, default=80)
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--client", action="store_true")
     arguments = parser.parse_args()
+    if arguments.client:
+        time_a_client(arguments.peers, arguments.blocks, arguments.rounds)
+        return
     print(f"{arguments.peers} peers, {arguments.blocks} blocks; medians of {arguments.rounds} swarms (most), ms")
     print()
     print("| blocks of a peer | candidates | route, warm | over all: warm | cold | for throughput, warm |")
@@ -44,12 +60,12 @@ def main() -> None:
         taken: dict[str, list[float]] = {"choose": [], "chosen": [], "warm": [], "cold": [], "throughput": []}
         for seed in range(arguments.rounds):
             peers, network = swarm(random.Random(seed), arguments.peers, arguments.blocks, shortest, longest)
-            crowd = Crowd(peers, network, encodings=ENCODINGS)
+            crowd = Crowd(peers, network)
             ends, blocks = [network.places[CLIENT]] * 2, (0, arguments.blocks)
             likely: list[Peer] = []
             for number in range(4):
                 began = time.process_time()
-                likely = crowd.near(ends, blocks, kv_needed=100)
+                likely = crowd.near(ends, blocks, encodings=ENCODINGS, kv_needed=100)
                 took_ms = (time.process_time() - began) * 1000
                 route_ms = planning_ms(likely, network, arguments.blocks, in_flight=1)
                 if number:
@@ -64,6 +80,87 @@ def main() -> None:
         name = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
         cells = [f"{statistics.median(values):.1f} ({max(values):.1f})" if values else "" for values in taken.values()]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def time_a_client(count: int, num_blocks: int, rounds: int) -> None:
+    choices = random.Random(1)
+    keys = [Identity.generate() for _ in range(count)]
+    print(f"{count} peers, {num_blocks} blocks; medians of {COLD} x {rounds} plans (most), ms")
+    print()
+    print("| blocks of a peer | cold | warm | in a session | without some | one changed |")
+    print("|---|---|---|---|---|---|")
+    for shortest, longest in SPANS:
+        peers, network = swarm(choices, count, num_blocks, shortest, longest)
+        links: dict[str, list[SeenLink]] = {}
+        by_name = {peer.id: key for peer, key in zip(peers, keys, strict=True)}
+        for (sender, receiver), link in network.measured.items():
+            if CLIENT not in (sender, receiver):
+                prefix = by_name[receiver].public.raw[:KEY_PREFIX_BYTES]
+                links.setdefault(sender, []).append(SeenLink(prefix, 2 * link.latency_ms, link.bytes_per_ms))
+        packed = [
+            record_of(key, peer, network.places[peer.id], num_blocks, links[peer.id]).pack(key)
+            for key, peer in zip(keys, peers, strict=True)
+        ]
+        taken: dict[str, list[float]] = {"cold": [], "warm": [], "seen": [], "without": [], "changed": []}
+        for _ in range(COLD):
+            client = Client(choices, packed, num_blocks)
+            taken["cold"].append(client.planning_ms())
+            taken["warm"] += [client.planning_ms() for _ in range(rounds)]
+            for _ in range(rounds):
+                before, after, *_ = client.hops
+                client.survey.hop_seen(before.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
+                client.survey.hop_seen(after.name, 1, choices.uniform(1, 5), choices.uniform(1, 20))
+                client.survey.link_seen(before.name, after.name, choices.uniform(1, 150))
+                taken["seen"].append(client.planning_ms())
+            for _ in range(rounds):
+                taken["without"].append(client.planning_ms({hop.name for hop in client.hops[:2]}))
+            some = choices.randrange(count)
+            client.records[some] = replace(client.records[some], queue_ms=choices.expovariate(0.2))
+            taken["changed"].append(client.planning_ms())
+        name = f"{shortest}" if shortest == longest else f"{shortest} to {longest}"
+        cells = [f"{statistics.median(values):.1f} ({max(values):.1f})" for values in taken.values()]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+class Client:
+    """One that has measured some links. hops: of its last route."""
+
+    def __init__(self, choices: random.Random, packed: Sequence[bytes], num_blocks: int) -> None:
+        self.records = [PeerRecord.unpack(data) for data in packed]
+        self.survey = Survey()
+        for record in choices.sample(self.records, min(len(packed), OWN_LINKS)):
+            link = Link(choices.uniform(1, 150), choices.uniform(100, 10_000))
+            self.survey.network_coordinates.measured(record, link)
+        self.hops: list[PlannedHop] = []
+        self._planner = Planner(self.survey, "a-model")
+        self._needs = Needs(100, ENCODINGS, (0, num_blocks), prompt=300)
+
+    def planning_ms(self, exclude: Collection[str] = ()) -> float:
+        began = time.process_time()
+        self.hops = self._planner.plan(list(self.records), self._needs, self._needs.blocks, exclude=exclude)
+        return (time.process_time() - began) * 1000
+
+
+def record_of(key: Identity, peer: Peer, place: Place, num_blocks: int, links: Sequence[SeenLink]) -> PeerRecord:
+    coordinate = place.coordinate
+    return PeerRecord.idle(
+        key=key.public,
+        model="ab" * 32,
+        model_name="a-model",
+        address="tcp://192.0.2.1:31331",
+        start=peer.start,
+        end=peer.end,
+        num_blocks=num_blocks,
+        block_ms=peer.speed.block_ms,
+        queue_ms=peer.queue_ms,
+        kv_free_positions=peer.kv_free,
+        serves=True,
+        coordinate=(*coordinate.vector, coordinate.height_ms),
+        coordinate_error=coordinate.error,
+        bytes_per_ms=place.bytes_per_ms,
+        links=tuple(links),
+        issued_at=time.time(),
+    )
 
 
 def swarm(

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from copy import copy
 from itertools import pairwise
+from math import ceil
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.coordinates import DIMENSIONS, Coordinate
-from scheduler.cost import block_ms, occupied_ms
+from scheduler.cost import PROMPT_SHARE
 from scheduler.encoding import Encoding
-from scheduler.network import CLIENT, Link, Network, Place
-from scheduler.swarm import Peer
+from scheduler.network import CLIENT, Network, Place
+from scheduler.packing import PASS_POSITIONS
+from scheduler.swarm import PASS_SIZES, Peer
 
 LIMIT: Final = 300
 """Peers that a plan takes about 10 ms for on one CPU core; what the others would have added: docs/simulation.md."""
 
 ANCHORS: Final = 8
 """Places around which a chain might run."""
+
+KEPT_PARTS: Final = 8
+"""Of a model, of which a crowd remembers who serves each block."""
 
 FULL_MS: Final = 1e9
 """What a peer without memory for the session seems to cost: behind all others, but before nobody."""
@@ -47,52 +53,66 @@ def candidates(
     Who plans often with the same facts keeps a `Crowd`. Arguments as for `best_route`, with which the result is meant
     to be planned.
     """
-    crowd = Crowd(peers, network, encodings=encodings, positions=positions, prompt=prompt)
+    crowd = Crowd(peers, network)
     outside = [network.places[name] for name in (source, target) if name in network.places]
-    return crowd.near(outside, blocks, kv_needed=kv_needed, exclude=exclude, limit=limit)
+    return crowd.near(
+        outside,
+        blocks,
+        encodings=encodings,
+        kv_needed=kv_needed,
+        positions=positions,
+        prompt=prompt,
+        exclude=exclude,
+        limit=limit,
+    )
 
 
 class Crowd:
-    """The peers of a swarm as one client or another sees them, prepared once for many plans.
+    """The peers of a swarm as any client sees them, prepared once for many plans.
 
-    Only the places in `network` are used, not its measured links. positions: of a usual step. prompt: positions that
-    come before the first token.
+    Only the places in `network` are used, not its measured links.
     """
 
-    def __init__(
-        self,
-        peers: Sequence[Peer],
-        network: Network,
-        *,
-        encodings: Sequence[Encoding],
-        positions: int = 1,
-        prompt: int = 0,
-    ) -> None:
-        self._peers = peers
+    def __init__(self, peers: Sequence[Peer], network: Network) -> None:
+        self._peers = list(peers)
         self._index = {peer.id: index for index, peer in enumerate(peers)}
         self._start = np.array([peer.start for peer in peers], dtype=np.int64)
         self._end = np.array([peer.end for peer in peers], dtype=np.int64)
-        self._kv_free = np.array([peer.kv_free for peer in peers], dtype=np.int64)
-        self._block = np.array([block_ms(peer, positions, prompt) for peer in peers])
+        self._load = np.array([_load_of(peer) for peer in peers]).reshape(len(peers), 3)
+        self._speed = np.array([peer.speed.block_ms for peer in peers]).reshape(len(peers), len(PASS_SIZES))
         nowhere = Place(Coordinate(), 0.0)
         places = [network.places.get(peer.id) for peer in peers]
         self._known = np.array([place is not None for place in places], dtype=bool)
-        rates = np.array([(place or nowhere).bytes_per_ms for place in places])
-        rates[rates == 0] = network.unmeasured.bytes_per_ms
-        self._fixed = np.array([peer.queue_ms for peer in peers]) + _sending_ms(rates, positions, encodings, prompt)
+        self._rates = np.array([(place or nowhere).bytes_per_ms for place in places])
+        self._rates[self._rates == 0] = network.unmeasured.bytes_per_ms
         coordinates = [(place or nowhere).coordinate for place in places]
-        self._vectors = np.array([place.vector for place in coordinates]).reshape(len(peers), DIMENSIONS)
+        vectors = np.array([place.vector for place in coordinates]).reshape(len(peers), DIMENSIONS)
+        self._vectors = np.ascontiguousarray(vectors.T)
         self._heights = np.array([place.height_ms for place in coordinates])
         self._raised = 1 + np.array([place.error for place in coordinates])
         self._unknown_ms = 2 * network.unmeasured.latency_ms
         self._serving: dict[tuple[int, int], tuple[Integers, Integers]] = {}
+
+    def corrected(self, peers: Iterable[Peer]) -> Crowd:
+        """The same crowd where other facts are known of these of its peers. They serve the blocks that they served."""
+        crowd = copy(self)
+        crowd._peers, crowd._load, crowd._speed = list(self._peers), self._load.copy(), self._speed.copy()
+        for peer in peers:
+            index = self._index[peer.id]
+            if (peer.start, peer.end) != (self._peers[index].start, self._peers[index].end):
+                raise ValueError(f"{peer.id} serves other blocks than the crowd was made with")
+            crowd._peers[index], crowd._load[index], crowd._speed[index] = peer, _load_of(peer), peer.speed.block_ms
+        return crowd
 
     def near(
         self,
         outside: Sequence[Place],
         blocks: tuple[int, int],
         *,
+        encodings: Sequence[Encoding],
         kv_needed: int,
+        positions: int = 1,
+        prompt: int = 0,
         exclude: Collection[str] = frozenset(),
         limit: int = LIMIT,
     ) -> list[Peer]:
@@ -106,24 +126,33 @@ class Crowd:
         the chain runs around one of a few anchors (where it begins and ends, and places far from each other), and a hop
         pays its own queue and passes and the way from the anchor to itself and back.
 
-        outside: where the chain comes from and goes to, as far as that is known.
+        outside: where the chain comes from and goes to, as far as that is known. Other arguments as for `best_route`.
         """
         first, end = blocks
         present = (self._start < end) & (self._end > first)
         present[[self._index[name] for name in exclude if name in self._index]] = False
         limit = max(limit, end - first)
         if int(present.sum()) > limit:
-            present = self._most_likely(present, outside, blocks, kv_needed, limit)
+            queue, batch, kv_free = self._load.T
+            block = _block_ms(self._speed, batch, positions, prompt)
+            fixed = queue + _sending_ms(self._rates, positions, encodings, prompt)
+            fixed += np.where(kv_free < kv_needed, FULL_MS, 0.0)
+            fixed[~present] = np.inf
+            present = self._most_likely(present, outside, blocks, block, fixed, limit)
         return [self._peers[index] for index in map(int, np.flatnonzero(present))]
 
     def _most_likely(
-        self, present: NDArray[np.bool_], outside: Sequence[Place], blocks: tuple[int, int], kv_needed: int, limit: int
+        self,
+        present: NDArray[np.bool_],
+        outside: Sequence[Place],
+        blocks: tuple[int, int],
+        block: Floats,
+        fixed: Floats,
+        limit: int,
     ) -> NDArray[np.bool_]:
         first, end = blocks
         starts, ends = self._start.clip(first, end) - first, self._end.clip(first, end) - first
-        unusable = np.where(self._kv_free < kv_needed, FULL_MS, 0.0)
-        unusable[~present] = np.inf
-        through = self._chain_through(starts, ends, unusable, outside, blocks)
+        through = self._chain_through(starts, ends, block * (ends - starts) + fixed, outside, blocks)
 
         # The best few of each block come first, so that no part of the model is left with one peer that may have died.
         rank = np.full(len(through), len(through))
@@ -144,26 +173,21 @@ class Crowd:
         self,
         starts: Integers,
         ends: Integers,
-        unusable: Floats,
+        compute: Floats,
         outside: Sequence[Place],
         blocks: tuple[int, int],
     ) -> Floats:
         """About how many ms the cheapest chain takes that goes through each of the peers `[peers]`."""
-        lengths = ends - starts
-        compute = self._block * lengths + self._fixed + unusable
-        serving, begins = self._by_block(starts, ends, blocks)
-        of_block = np.maximum(lengths, 1)
+        of_block = np.maximum(ends - starts, 1)
+        least = _LeastOfBlocks(starts, ends, blocks[1] - blocks[0])
         ends_of_chain = [np.array(place.coordinate.vector) for place in outside]
         best = np.full(len(compute), np.inf)
-        for anchor in _spread_out(self._vectors[self._known], ends_of_chain):
+        for anchor in _spread_out(self._vectors[:, self._known], ends_of_chain):
             away = np.where(
                 self._known, (_distances(self._vectors, anchor) + self._heights) * self._raised, self._unknown_ms
             )
             hop = compute + away
-            cheapest = np.zeros(blocks[1] - blocks[0])
-            cheapest[np.diff(begins) > 0] = np.minimum.reduceat(
-                (hop / of_block)[serving], begins[:-1][np.diff(begins) > 0]
-            )
+            cheapest = least.of(hop / of_block)
             cheapest[np.isinf(cheapest)] = 0.0
             before = np.concatenate([[0.0], np.cumsum(cheapest)])
             outer = sum(float(np.linalg.norm(point - anchor)) / 2 for point in ends_of_chain)
@@ -172,29 +196,85 @@ class Crowd:
 
     def _by_block(self, starts: Integers, ends: Integers, blocks: tuple[int, int]) -> tuple[Integers, Integers]:
         """Who serves each block, one block after the other, and where each block's peers begin in that row."""
-        if blocks not in self._serving:
+        found = self._serving.get(blocks)
+        if found is None:
             rows = [np.flatnonzero((starts <= block) & (block < ends)) for block in range(blocks[1] - blocks[0])]
-            begins = np.cumsum([0, *(len(row) for row in rows)])
-            self._serving[blocks] = np.concatenate(rows), begins
-        return self._serving[blocks]
+            found = np.concatenate(rows), np.cumsum([0, *(len(row) for row in rows)])
+            if len(self._serving) >= KEPT_PARTS:
+                self._serving.clear()
+            self._serving[blocks] = found
+        return found
+
+
+class _LeastOfBlocks:
+    """Finds the least of some values of spans `[start, end)` over each block, of which there are `count`.
+
+    Each span is covered by two of its length's greatest power of two, so that a value is looked at twice only.
+    """
+
+    def __init__(self, starts: Integers, ends: Integers, count: int) -> None:
+        self._spans = np.flatnonzero(ends > starts)
+        starts, ends = starts[self._spans], ends[self._spans]
+        level = np.frexp(ends - starts)[1].astype(np.int64) - 1
+        self._shape = int(level.max(initial=0)) + 1, count
+        self._first, self._last = level * count + starts, level * count + ends - (1 << level)
+
+    def of(self, values: Floats) -> Floats:
+        """`[count]`; infinite where there is no span."""
+        table = np.full(self._shape, np.inf)
+        for places in (self._first, self._last):
+            np.minimum.at(table.reshape(-1), places, values[self._spans])
+        for level in range(len(table) - 1, 0, -1):
+            half = 1 << (level - 1)
+            np.minimum(table[level - 1], table[level], out=table[level - 1])
+            np.minimum(table[level - 1, half:], table[level, :-half], out=table[level - 1, half:])
+        return table[0]
+
+
+def _load_of(peer: Peer) -> tuple[float, float, float]:
+    return peer.queue_ms, peer.batch, peer.kv_free
+
+
+def _block_ms(speed: Floats, batch: Floats, positions: int, prompt: int) -> Floats:
+    """As `scheduler.cost.block_ms` says, of all peers."""
+    token_ms = _speed_at(speed, positions + batch)
+    if not prompt:
+        return token_ms
+    passes = ceil(prompt / PASS_POSITIONS)
+    return token_ms + PROMPT_SHARE * passes * _speed_at(speed, np.full(len(speed), prompt / passes))
+
+
+def _speed_at(speed: Floats, positions: Floats) -> Floats:
+    """As `Speed.at` says, of all peers."""
+    sizes = np.array(PASS_SIZES, dtype=np.float64)
+    above = np.searchsorted(sizes, positions).clip(1, len(sizes) - 1)
+    low, high = sizes[above - 1], sizes[above]
+    share = ((positions - low) / (high - low)).clip(0.0, 1.0)
+    rows = np.arange(len(speed))
+    between = speed[rows, above - 1] * (1 - share) + speed[rows, above] * share
+    return between * np.maximum(positions / sizes[-1], 1.0)
 
 
 def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding], prompt: int) -> Floats:
-    distinct, where = np.unique(rates, return_inverse=True)
-    return np.array([occupied_ms(Link(0.0, float(rate)), positions, encodings, prompt) for rate in distinct])[where]
+    """As `scheduler.cost.occupied_ms` says, of links with these rates."""
+    step_ms = np.minimum.reduce(
+        [each.step_ms + positions * (each.position_ms + each.bytes_per_position / rates) for each in encodings]
+    )
+    return step_ms + PROMPT_SHARE * _sending_ms(rates, prompt, encodings, 0) if prompt else step_ms
 
 
 def _spread_out(vectors: Floats, first: Sequence[Floats]) -> list[Floats]:
     """The points in `first`, then points far from all chosen before (Gonzalez, 1985: farthest-first traversal)."""
     anchors = list(first) or [np.zeros(DIMENSIONS)]
-    if len(vectors):
-        apart = np.min([_distances(vectors, anchor) for anchor in anchors], axis=0)
+    if vectors.shape[1]:
+        apart = np.minimum.reduce([_distances(vectors, anchor) for anchor in anchors])
         while len(anchors) < ANCHORS:
-            farthest = vectors[int(apart.argmax())]
+            farthest = vectors[:, int(apart.argmax())]
             anchors.append(farthest)
             apart = np.minimum(apart, _distances(vectors, farthest))
     return anchors
 
 
 def _distances(vectors: Floats, point: Floats) -> Floats:
-    return np.sqrt(((vectors - point) ** 2).sum(axis=1))
+    """From the points `[DIMENSIONS, points]` to one."""
+    return np.sqrt(((vectors - point[:, None]) ** 2).sum(axis=0))

@@ -70,7 +70,13 @@ class Network:
 
     def with_links(self, links: Mapping[tuple[str, str], Link]) -> Network:
         """The same network with some links measured anew."""
-        return Network({**self.measured, **links}, self.unmeasured, self.places)
+        network = Network({**self.measured, **links}, self.unmeasured, self.places)
+
+        def fill_table(ids: tuple[str, ...]) -> LinkTable:
+            return self.table(ids).with_links(ids, links)
+
+        network._table = lru_cache(maxsize=2)(fill_table)
+        return network
 
     def with_places(self, places: Mapping[str, Place]) -> Network:
         """The same network with some places known anew."""
@@ -104,13 +110,7 @@ class Network:
             latency[~known, :] = latency[:, ~known] = self.unmeasured.latency_ms
             slowest[~known, :] = slowest[:, ~known] = self.unmeasured.bytes_per_ms
 
-        index = {device: position for position, device in enumerate(ids)}
-        for (sender, receiver), link in self.measured.items():
-            row, column = index.get(sender), index.get(receiver)
-            if row is not None and column is not None:
-                latency[row, column] = link.latency_ms
-                slowest[row, column] = link.bytes_per_ms
-        return LinkTable(latency, 1.0 / slowest)
+        return LinkTable(latency, 1.0 / slowest).with_links(ids, self.measured)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -119,3 +119,14 @@ class LinkTable:
 
     latency_ms: NDArray[np.float64]
     ms_per_byte: NDArray[np.float64]
+
+    def with_links(self, ids: Sequence[str], links: Mapping[tuple[str, str], Link]) -> LinkTable:
+        """The table of these devices with some links measured anew."""
+        index = {device: position for position, device in enumerate(ids)}
+        latency_ms, ms_per_byte = self.latency_ms.copy(), self.ms_per_byte.copy()
+        for (sender, receiver), link in links.items():
+            row, column = index.get(sender), index.get(receiver)
+            if row is not None and column is not None:
+                latency_ms[row, column] = link.latency_ms
+                ms_per_byte[row, column] = 1.0 / link.bytes_per_ms
+        return LinkTable(latency_ms, ms_per_byte)

@@ -21,13 +21,18 @@ WORTHWHILE: Final = 0.65
 """A new route must cost at most this share of the present one."""
 
 
+def has_become_slow(current_ms: float, predicted_ms: float) -> bool:
+    """Whether a route may be left at all. Cost of a step now, and by the prediction when it was chosen (0: none)."""
+    return current_ms >= DISAPPOINTING * predicted_ms
+
+
 def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int, predicted_ms: float) -> bool:
     """Whether a route has become slow, and the steps that are left save more than the move costs.
 
     current_ms, new_ms: cost of a step on the two routes. move_ms: until the new hops hold the session's cache.
     predicted_ms: cost of a step on the present one when it was chosen; 0: not known.
     """
-    if current_ms < DISAPPOINTING * predicted_ms or new_ms > WORTHWHILE * current_ms:
+    if not has_become_slow(current_ms, predicted_ms) or new_ms > WORTHWHILE * current_ms:
         return False
     return (current_ms - new_ms) * steps_left > move_ms
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from scheduler.network import Link
-from splitnet.client.known_peers import LOOK_S, KnownPeers
+from splitnet.client.known_peers import KnownPeers
 from splitnet.client.survey import Survey
 from splitnet.errors import SplitnetError
+from splitnet.net.endpoints import Endpoint
 from splitnet.net.prober import PING_TIMEOUT_S, Prober
 from splitnet.net.records import PeerRecord
 
@@ -24,11 +26,16 @@ LIKELY_FIRST = 112
 """Of the peers through which routes most likely go, before the first route is planned."""
 
 OTHERS_AT_ONCE = 4
-LIKELY_AT_ONCE = 16
-"""Of the peers that are measured again while sessions are open: any, and those that routes most likely go through."""
+LIKELY_AT_ONCE = 8
+"""Of the peers that are measured again while sessions are open: any, and those that routes most likely go through.
+
+Before a route is planned anew, as the present one seems slow, it is one of each block at least.
+"""
 
 PINGS_PER_MINUTE = 256
 """That look around, two to each peer; those that measure the bandwidth of the ends of a route come on top."""
+PROBE_AGAIN_S = 180.0
+"""The bandwidth of a link is measured again after so long, however slow steps are: it takes 128 KiB and more."""
 IN_USE_S = 300.0
 """So long after a plan another session is expected, which should not have to wait for a look into the directory."""
 
@@ -41,7 +48,8 @@ class FreshFacts:
         survey: takes in what is measured.
         prober: sends the pings.
         is_needed: whether links that are known are to be measured again and again.
-        likely: of some peers so many through which routes most likely go, but at least one for each block.
+        in_use: peers of open sessions; what is known of their links must not grow old.
+        likely: of all peers and some of them so many of the latter through which routes most likely go.
         clock: seconds.
 
     Attributes:
@@ -54,7 +62,8 @@ class FreshFacts:
         survey: Survey,
         prober: Prober,
         is_needed: Callable[[], bool],
-        likely: Callable[[Sequence[PeerRecord], int], Sequence[PeerRecord]],
+        in_use: Callable[[], Collection[Endpoint]],
+        likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.news = 0
@@ -62,6 +71,7 @@ class FreshFacts:
         self._survey = survey
         self._prober = prober
         self._is_needed = is_needed
+        self._in_use = in_use
         self._likely = likely
         self._clock = clock
         self._used_at = -math.inf
@@ -89,19 +99,19 @@ class FreshFacts:
         self._look.set()
 
     def used(self) -> None:
-        """Somebody has planned with the facts."""
+        """Somebody plans with the facts, or may have to."""
         self._used_at = self._clock()
 
-    def measure_first(self, records: Sequence[PeerRecord]) -> None:
-        """Measures links to peers that were never tried, if few links are known at all.
+    def measure_first(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> None:
+        """Measures links to peers that were never tried, if few links are known at all; to none of those in `exclude`.
 
         Some of them are any peers, which tell where the client stands; the others are those that routes most likely go
         through as seen from there.
         """
         if len(self._survey.network_coordinates.links) < MEASURED_AT_ONCE:
-            unknown = sorted(self._survey.unknown(records), key=lambda record: not record.is_proven)
+            unknown = sorted(self._survey.unknown(records, exclude), key=lambda record: not record.is_proven)
             self.look_at(unknown[: MEASURED_AT_ONCE // 2])
-            self.look_at(self._likely(self._survey.unknown(records), LIKELY_FIRST))
+            self.look_at(self._likely(records, self._survey.unknown(records, exclude), LIKELY_FIRST))
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
         """Measures the round trips to the first of these peers, with at most `PINGS_PER_MINUTE`."""
@@ -116,32 +126,44 @@ class FreshFacts:
             links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
             self._survey.links_measured(chosen, links)
 
-    def measure(self, records: Sequence[PeerRecord]) -> None:
-        """Measures the links to the first of these peers, and their bandwidth."""
-        chosen = {record.endpoint: record for record in records[:MEASURED_AT_ONCE]}
+    def measure(self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = ()) -> None:
+        """Measures the links to the first of these peers; of `records` the bandwidth too, but seldom more than once."""
+        chosen = {record.endpoint: record for record in (*records, *others)[:MEASURED_AT_ONCE]}
         if chosen:
-            self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S))
+            due = {record.endpoint for record in self._survey.unprobed(records, PROBE_AGAIN_S)}
+            self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S, probed=due))
+
+    def _some_likely(
+        self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], *, everywhere: bool = False
+    ) -> Sequence[PeerRecord]:
+        """Some through which routes likely go; `everywhere`: one of each block, for a route that is to be planned."""
+        likely = self._likely(records, among, LIKELY_AT_ONCE)
+        return likely if everywhere else random.sample(likely, min(len(likely), LIKELY_AT_ONCE))
 
     def _watch(self) -> None:
         """Keeps records fresh, and while sessions are open links: so they can tell when a better route exists."""
         while True:
-            self._look.wait(LOOK_S)
+            self._look.wait(self._known.look_s)
             if self._closing.is_set():
                 return
             self._look.clear()
             has_sessions = self._is_needed()
-            if not has_sessions and self._clock() - self._used_at > IN_USE_S:
+            if has_sessions:
+                self.used()
+            if self._clock() - self._used_at > IN_USE_S:
                 continue
             suspects, self._suspects = self._suspects, ()
             try:
-                records = self._known.look(fresh=True)
+                records = self._known.look(fresh=self._known.is_old)
                 if has_sessions:
-                    stale = self._survey.stale(records)
+                    used = self._in_use()
+                    self.look_at([record for record in self._survey.stale(records) if record.endpoint in used])
                     self.measure(suspects)
+                    stale = self._survey.stale(records)
                     self.look_at(stale[:OTHERS_AT_ONCE])
-                    self.look_at(self._likely(self._survey.stale(stale), LIKELY_AT_ONCE))
+                    self.look_at(self._some_likely(records, self._survey.stale(stale), everywhere=bool(suspects)))
                     self.news += 1
                 else:  # so that the next session need not wait for that either
-                    self.look_at(self._likely(self._survey.unknown(records), LIKELY_AT_ONCE))
+                    self.look_at(self._some_likely(records, self._survey.unknown(records)))
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)

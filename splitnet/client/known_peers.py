@@ -18,6 +18,9 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 10.0
 """How often the directory is asked while the client is in use, or does not answer."""
+SLOWER = 3
+FEW_RECORDS = 32
+"""In proportion it is asked less often for more records than this, down to a third: an answer may have megabytes."""
 RECORDS_MAX_AGE_S = 20.0
 """Who asks for older ones waits until the directory has answered: some round trips, so long as a first token takes."""
 
@@ -53,7 +56,7 @@ class KnownPeers:
         self._asking = threading.Lock()
 
     def look(self, *, fresh: bool = False) -> list[PeerRecord]:
-        """Peers that serve this model and speak this protocol; read again after 20 s, or at once if `fresh`.
+        """Peers that serve this model and speak this protocol; read again after 20 to 40 s, or at once if `fresh`.
 
         While the directory does not answer, it is asked every 10 s. Meanwhile the last records count, until they
         expire; those of peers to which a link is up count longer.
@@ -90,6 +93,16 @@ class KnownPeers:
             )
         return speaking
 
+    @property
+    def look_s(self) -> float:
+        """How often the directory is to be asked while the client is in use."""
+        return LOOK_S * min(max(len(self._records) / FEW_RECORDS, 1.0), SLOWER)
+
+    @property
+    def is_old(self) -> bool:
+        """Whether it is time to ask again, give or take half of the shortest pause."""
+        return time.monotonic() - self._asked_at > self.look_s - LOOK_S / 2
+
     def find(self, key: PublicKey) -> PeerRecord | None:
         """The record of a peer, as it was read last."""
         return next((record for record in self._records if record.key == key), None)
@@ -100,7 +113,7 @@ class KnownPeers:
 
     def _is_due(self, fresh: bool) -> bool:
         age_s = time.monotonic() - self._asked_at
-        if not self._records or age_s > (LOOK_S if self._silent else RECORDS_MAX_AGE_S):
+        if not self._records or age_s > (LOOK_S if self._silent else RECORDS_MAX_AGE_S + self.look_s - LOOK_S):
             return True
         return fresh and not self._silent
 

@@ -33,6 +33,8 @@ from splitnet.seldom_warnings import SeldomWarnings
 
 log = logging.getLogger(__name__)
 
+MOST_UNUSED = 6
+"""Of links over which no session goes: in each of them heartbeats take 6 KB a minute."""
 MAX_LINKS = 160
 """At the same time; each takes four file descriptors, and processes often may have 1,024. See `LinkPool`."""
 
@@ -85,7 +87,7 @@ class Links:
             on_tick=self._tick,
             max_backlog=None,
         )
-        self._pool = LinkPool(self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S)
+        self._pool = LinkPool(self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, most_unused=MOST_UNUSED)
         self._transport.start()
 
     def __len__(self) -> int:
@@ -95,6 +97,11 @@ class Links:
     def has_sessions(self) -> bool:
         """Whether a session is registered."""
         return bool(self._sessions)
+
+    @property
+    def in_use(self) -> list[Endpoint]:
+        """Peers of the registered sessions."""
+        return self._pool.in_use
 
     def close(self) -> None:
         """Closes all sessions and links."""

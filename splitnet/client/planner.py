@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
-from scheduler.candidates import LIMIT, candidates
+from scheduler.candidates import LIMIT, Crowd
 from scheduler.cost import hop_joules, move_ms, route_ms
 from scheduler.encoding import Encoding
 from scheduler.network import CLIENT, Network
 from scheduler.route import NoRoute, best_route
 from scheduler.swarm import Hop, Peer
+from splitnet.client.latest import Latest
 from splitnet.client.survey import Survey
 from splitnet.errors import CoverageError, PeerBusy, SplitnetError
 from splitnet.net.endpoints import Endpoint
+from splitnet.net.facts import facts_of, places_of
 from splitnet.net.records import PeerRecord
 
 EXACT_PEERS = LIMIT
 """Among more peers than this the search is over the likeliest ones."""
+
+KEPT_CROWDS = 2
+"""Of the records that were read last, and of those before, with which another thread may still plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +139,7 @@ class Planner:
         self._survey = survey
         self._model_name = model_name
         self._random = random.Random()
+        self._crowd = Latest(_crowd_of, KEPT_CROWDS)
 
     def plan(
         self,
@@ -142,43 +148,36 @@ class Planner:
         blocks: tuple[int, int],
         *,
         ends: Ends = CLIENT_ENDS,
+        exclude: Collection[str] = (),
         holders: Collection[str] = (),
         restricted: bool = False,
     ) -> list[PlannedHop]:
         """The best route through the peers of `records` over the blocks `[start, end)`.
 
+        What was read of very many records is kept for the next plan with the same ones, whoever is excluded.
+
         Args:
-            records: who may be used.
+            records: who is there.
             needs: of the session.
             blocks: what to cover.
             ends: who stands before and after them.
+            exclude: names of peers that must not be used.
             holders: peers that hold the session already, so that it needs no more room there.
             restricted: there are more peers, which may not be used; for the error.
 
         Raises:
-            CoverageError: blocks are served by nobody in `records`; names them.
+            CoverageError: blocks are served by nobody that may be used; names them.
             PeerBusy: they are served, but no peer has memory for the session.
         """
         source, target = _names(ends)
-        peers = [
-            replace(peer, kv_free=max(peer.kv_free, needs.kv_positions)) if peer.id in holders else peer
-            for peer in self._survey.peers(records)
-        ]
+        if len(records) > EXACT_PEERS:
+            peers, by_name = self._likely(records, needs, blocks, EXACT_PEERS, exclude, ends, holders)
+            records = [by_name[peer.id] for peer in peers]
+        else:
+            by_name = {record.key.text: record for record in records if record.key.text not in exclude}
+            records = list(by_name.values())
+            peers = [_with_room(peer, needs, holders) for peer in self._survey.peers(records)]
         network = self._survey.network(_with_ends(records, ends))
-        if len(peers) > EXACT_PEERS:
-            likely = candidates(
-                peers,
-                blocks,
-                network,
-                encodings=needs.encodings,
-                kv_needed=needs.kv_positions,
-                positions=needs.positions,
-                prompt=needs.prompt,
-                source=source,
-                target=target,
-            )
-            kept = {peer.id for peer in likely} | set(holders)
-            peers = [peer for peer in peers if peer.id in kept]
         try:
             route = best_route(
                 peers,
@@ -196,8 +195,45 @@ class Planner:
             )
         except NoRoute as error:
             raise no_route_error(error, self._model_name, restricted=restricted) from None
-        by_name = {record.key.text: record for record in records}
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
+
+    def likely(
+        self, records: Sequence[PeerRecord], among: Iterable[PeerRecord], needs: Needs, count: int
+    ) -> list[PeerRecord]:
+        """So many of the peers `among` all through which routes most likely go, but at least one for each block."""
+        others = {record.key.text for record in records}.difference(record.key.text for record in among)
+        peers, by_name = self._likely(records, needs, needs.blocks, count, others)
+        return [by_name[peer.id] for peer in peers]
+
+    def _likely(
+        self,
+        records: Sequence[PeerRecord],
+        needs: Needs,
+        blocks: tuple[int, int],
+        limit: int,
+        exclude: Collection[str],
+        ends: Ends = CLIENT_ENDS,
+        holders: Collection[str] = (),
+    ) -> tuple[list[Peer], Mapping[str, PeerRecord]]:
+        """The peers to plan with, holders in any case, and all records by name."""
+        crowd, by_name = self._crowd(tuple(records))
+        corrected = self._survey.corrected(by_name)
+        present = [name for name in dict.fromkeys(holders) if name in by_name and name not in exclude]
+        for name in present:
+            corrected[name] = _with_room(corrected.get(name) or facts_of(by_name[name]), needs, holders)
+        places = self._survey.network([end for end in ends if end is not None]).places
+        likely = crowd.corrected(corrected.values()).near(
+            [places[name] for name in _names(ends) if name in places],
+            blocks,
+            encodings=needs.encodings,
+            kv_needed=needs.kv_positions,
+            positions=needs.positions,
+            prompt=needs.prompt,
+            exclude=exclude,
+            limit=limit,
+        )
+        chosen = {peer.id for peer in likely}
+        return [*likely, *(corrected[name] for name in present if name not in chosen)], by_name
 
     def forecasts(self, needs: Needs, hops: Sequence[PlannedHop]) -> Callable[[int], Forecast]:
         """What steps through `hops` take, by their positions and by what is known now."""
@@ -248,6 +284,16 @@ class Planner:
         known = list((planned | {record.key.text: record for record in now if record.key.text in planned}).values())
         named = [Hop(hop.name, hop.start, hop.end) for hop in hops]
         return named, {peer.id: peer for peer in self._survey.peers(known)}, self._survey.network(known)
+
+
+def _crowd_of(records: tuple[PeerRecord, ...]) -> tuple[Crowd, Mapping[str, PeerRecord]]:
+    """What the records say of the peers, and the records by name."""
+    crowd = Crowd([facts_of(record) for record in records], Network(places=places_of(records)))
+    return crowd, {record.key.text: record for record in records}
+
+
+def _with_room(peer: Peer, needs: Needs, holders: Collection[str]) -> Peer:
+    return replace(peer, kv_free=max(peer.kv_free, needs.kv_positions)) if peer.id in holders else peer
 
 
 def _names(ends: Ends) -> tuple[str, str]:

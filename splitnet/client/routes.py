@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 
-from scheduler.replan import RouteWatch, changed_hops, move_pays
+from scheduler.replan import RouteWatch, changed_hops, has_become_slow, move_pays
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.planner import Needs, PlannedHop, repaired_route, with_kept_hops
 from splitnet.client.session_events import AskRoute, Move, NoRoute, Planned
@@ -89,6 +89,9 @@ class Routes:
             swarm.fresh_facts.look_again([hops[0].record, hops[-1].record])
         self._looked_at, self._news, self.watch.surprised = now, swarm.fresh_facts.news, False
         needs = needs_now()
+        current_ms = self.watch.present_ms(swarm.planner.cost_ms(needs, hops))
+        if not has_become_slow(current_ms, self.watch.predicted_ms):
+            return None
         try:
             route = with_kept_hops(swarm.plan(needs, holders={hop.name for hop in hops}), hops)
         except SplitnetError as error:
@@ -96,7 +99,6 @@ class Routes:
             return None
         if route == list(hops):
             return None
-        current_ms = self.watch.present_ms(swarm.planner.cost_ms(needs, hops))
         # What is known of the present route was seen; what is known of the other was told, and may be too good.
         new_ms = swarm.planner.cost_ms(needs, route) * swarm.survey.prediction_error
         before, changed = changed_hops(hops, route)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median_low
 
-from scheduler.network import CLIENT, UNMEASURED, Link, Network
+from scheduler.network import CLIENT, UNMEASURED, Link, Network, Place
 from scheduler.replan import prediction_error
 from scheduler.swarm import PASS_SIZES, Peer, Speed
+from splitnet.client.latest import Latest
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import facts_of, network_of
 from splitnet.net.network_coordinates import NetworkCoordinates
@@ -24,6 +26,9 @@ STEPS = 3
 """Of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop."""
 
 REMEASURE_S = 30.0
+
+KEPT_NETWORKS = 8
+"""A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
 
 KEPT_TRIED = 4096
 """Of so many peers it is known when their links were measured; records of ever new peers cost nothing."""
@@ -55,9 +60,10 @@ class Survey:
         self._tried: dict[str, float] = {}
         self._silent: set[str] = set()
         """Of those that were tried."""
-        self._probed: set[str] = set()
-        """Of those that were tried, with the bandwidth of the link."""
+        self._probed: dict[str, float] = {}
+        """Of those that were tried, with the bandwidth of the link, and when."""
         self._prediction_error = 1.0
+        self._told = Latest(_told_network, KEPT_NETWORKS)
         self._lock = threading.Lock()
 
     def hop_seen(self, key: str, positions: int, block_ms: float, wait_ms: float) -> None:
@@ -89,45 +95,50 @@ class Survey:
 
     def peers(self, records: Sequence[PeerRecord]) -> list[Peer]:
         """The peers of these records."""
+        hops = self._seen_lately()
+        return [_corrected(facts_of(record), hops.get(record.key.text)) for record in records]
+
+    def corrected(self, records: Mapping[str, PeerRecord]) -> dict[str, Peer]:
+        """Those of the peers, by their names, of which something else was seen than their records say."""
+        hops = self._seen_lately()
+        return {key: _corrected(facts_of(records[key]), seen) for key, seen in hops.items() if key in records}
+
+    def _seen_lately(self) -> dict[str, _Seen]:
         oldest = self._clock() - TRUST_S
         with self._lock:
-            hops = {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
-        return [_corrected(facts_of(record), hops.get(record.key.text)) for record in records]
+            return {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
 
     def network(self, records: Sequence[PeerRecord]) -> Network:
         """All links, the client's own among them."""
-        rates = {record.key.text: record.bytes_per_ms for record in records}
-        best = self.network_coordinates.place.bytes_per_ms
-        own: dict[str, Link] = {}
-        for key, link in self.network_coordinates.links.items():
-            told = [rate for rate in (best, rates.get(key, 0.0)) if rate]
-            rate = link.bytes_per_ms or min(told, default=UNMEASURED.bytes_per_ms)
-            own[key] = Link(link.latency_ms, rate)
-        links = {(CLIENT, key): link for key, link in own.items()} | {(key, CLIENT): link for key, link in own.items()}
-        place = self.network_coordinates.place
-        places = {CLIENT: place} if place.coordinate.error < 1.0 else {}
-        network = network_of(records, links, places)
+        network = self._told(tuple(records), self.network_coordinates.links, self.network_coordinates.place)
+        names = {record.key.text for record in records}
         oldest = self._clock() - TRUST_S
         with self._lock:
             self._links = {pair: seen for pair, seen in self._links.items() if seen[0] >= oldest}
-            seen = {pair: rtt_ms for pair, (_, rtt_ms) in self._links.items()}
+            seen = {pair: rtt_ms for pair, (_, rtt_ms) in self._links.items() if names.issuperset(pair)}
         between = {pair: Link(rtt_ms / 2, network.link(*pair).bytes_per_ms) for pair, rtt_ms in seen.items()}
         return network.with_links(between) if between else network
 
-    def unknown(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """Those of the peers to which nobody tried to measure the link yet."""
+    def unknown(self, records: Sequence[PeerRecord], exclude: Collection[str] = ()) -> list[PeerRecord]:
+        """Those of the peers, but for those with the names `exclude`, whose link nobody tried to measure yet."""
         with self._lock:
-            return [record for record in records if record.key.text not in self._tried]
+            known = self._tried.keys() | set(exclude)
+        return [record for record in records if record.key.text not in known]
 
-    def unprobed(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """Those of the peers to which the bandwidth of the link was not measured, as far as they answer."""
-        with self._lock:
-            return [record for record in records if record.key.text not in self._probed | self._silent]
+    def unprobed(self, records: Sequence[PeerRecord], again_s: float = math.inf) -> list[PeerRecord]:
+        """Those of the peers to which the bandwidth of the link was not measured, as far as they answer.
 
-    def heard(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """All but those that were silent when their links were measured last: perhaps there are none such peers."""
+        again_s: what was measured longer ago does not count.
+        """
+        oldest = self._clock() - again_s
         with self._lock:
-            return [record for record in records if record.key.text not in self._silent]
+            known = self._silent | {key for key, at in self._probed.items() if at >= oldest}
+        return [record for record in records if record.key.text not in known]
+
+    def silent(self) -> set[str]:
+        """Names of peers that did not answer when their links were measured last: perhaps there are none such."""
+        with self._lock:
+            return set(self._silent)
 
     def stale(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
         """Those of the peers whose link should be measured again; the one that was tried longest ago first."""
@@ -149,14 +160,24 @@ class Survey:
                 self._tried[key] = now
                 (self._silent.discard if endpoint in links else self._silent.add)(key)
                 if endpoint in links and links[endpoint].bytes_per_ms:
-                    self._probed.add(key)
+                    self._probed[key] = now
             while len(self._tried) > KEPT_TRIED:
                 oldest = next(iter(self._tried))
                 del self._tried[oldest]
                 self._silent.discard(oldest)
-                self._probed.discard(oldest)
+                self._probed.pop(oldest, None)
         for endpoint, link in links.items():
             self.network_coordinates.measured(tried[endpoint], link)
+
+
+def _told_network(records: tuple[PeerRecord, ...], measured: dict[str, Link], place: Place) -> Network:
+    rates = {record.key.text: record.bytes_per_ms for record in records}
+    links: dict[tuple[str, str], Link] = {}
+    for key, link in measured.items():
+        told = [rate for rate in (place.bytes_per_ms, rates.get(key, 0.0)) if rate]
+        rate = link.bytes_per_ms or min(told, default=UNMEASURED.bytes_per_ms)
+        links[CLIENT, key] = links[key, CLIENT] = Link(link.latency_ms, rate)
+    return network_of(records, links, {CLIENT: place} if place.coordinate.error < 1.0 else {})
 
 
 def _corrected(peer: Peer, seen: _Seen | None) -> Peer:

@@ -8,7 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from scheduler.candidates import candidates
 from scheduler.encoding import CODING_MS, encodings_of
 from scheduler.network import CLIENT, Link
 from splitnet.client.bans import Bans
@@ -105,7 +104,12 @@ class Swarm:
             raise
         self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.links.state, trusted)
         self.fresh_facts = FreshFacts(
-            self._known, self.survey, self.links.prober, lambda: self.links.has_sessions, self._likely
+            self._known,
+            self.survey,
+            self.links.prober,
+            lambda: self.links.has_sessions,
+            lambda: self.links.in_use,
+            self._likely,
         )
 
     def close(self) -> None:
@@ -158,14 +162,24 @@ class Swarm:
         part = blocks or needs.blocks
         self.fresh_facts.used()
         try:
-            records, restricted = self._usable(exclude, fresh=fresh)
+            records, unusable = self._look(exclude, fresh=fresh)
 
             def best_route() -> list[PlannedHop]:
-                heard = self.survey.heard(records)
-                if len(heard) < len(records):
+                silent = self.survey.silent()
+                if silent:
                     with suppress(CoverageError, PeerBusy):
-                        return self.planner.plan(heard, needs, part, ends=ends, holders=holders, restricted=True)
-                return self.planner.plan(records, needs, part, ends=ends, holders=holders, restricted=restricted)
+                        return self.planner.plan(
+                            records, needs, part, ends=ends, exclude=unusable | silent, holders=holders, restricted=True
+                        )
+                return self.planner.plan(
+                    records,
+                    needs,
+                    part,
+                    ends=ends,
+                    exclude=unusable,
+                    holders=holders,
+                    restricted=bool(unusable),
+                )
 
             route = best_route()
             for attempt in range(MAX_PROBED_ROUTES):
@@ -175,8 +189,8 @@ class Swarm:
                 unknown = self.survey.unprobed(own)
                 if not unknown:
                     break
-                others = self.survey.unknown(records) if attempt else []
-                self.fresh_facts.measure([*unknown, *others])
+                others = self.survey.unknown(records, unusable) if attempt else []
+                self.fresh_facts.measure(unknown, others)
                 route = best_route()
             self.was_covered |= part == needs.blocks
             return route
@@ -227,28 +241,20 @@ class Swarm:
         asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
         return self.links.prober.ping(endpoint, session=asked)
 
-    def _likely(self, records: Sequence[PeerRecord], count: int) -> list[PeerRecord]:
-        """Of these peers so many through which routes most likely go, but at least one for each block."""
+    def _likely(self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int) -> Sequence[PeerRecord]:
+        """See `Planner.likely`."""
         hidden = self.facts.hidden_size
-        peers = candidates(
-            self.survey.peers(records),
-            (0, self.facts.num_blocks),
-            self.survey.network(records),
-            encodings=encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS}),
-            kv_needed=1,
-            limit=count,
-        )
-        chosen = {peer.id for peer in peers}
-        return [record for record in records if record.key.text in chosen]
+        encodings = encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS})
+        return self.planner.likely(records, among, Needs(1, encodings, (0, self.facts.num_blocks)), count)
 
-    def _usable(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], bool]:
-        """Peers that a route may go through, and whether there are others."""
+    def _look(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], set[str]]:
+        """Who is there, and which of them a route must not go through."""
         excluded = set(exclude) | self._bans.keys()
         present = self.peers(fresh=fresh)
-        records = [record for record in present if record.key.text not in excluded]
-        self.fresh_facts.measure_first(records)
+        self.fresh_facts.measure_first(present, excluded)
         # A record outlives a peer that was killed; whom the client cannot connect to cannot serve it.
-        usable = [
-            record for record in records if record.serves and self.links.state(record.endpoint) is not LinkState.DOWN
-        ]
-        return usable, len(usable) < len(present)
+        return present, {
+            record.key.text
+            for record in present
+            if record.key.text in excluded or not record.serves or self.links.state(record.endpoint) is LinkState.DOWN
+        }

@@ -41,6 +41,11 @@ def place_of(record: PeerRecord) -> Place:
     return Place(coordinate, record.bytes_per_ms)
 
 
+def places_of(records: Iterable[PeerRecord]) -> dict[str, Place]:
+    """Where peers stand, of those that know it."""
+    return {record.key.text: place_of(record) for record in records if record.coordinate_error < 1.0}
+
+
 def network_of(
     records: Iterable[PeerRecord], links: Mapping[tuple[str, str], Link], places: Mapping[str, Place]
 ) -> Network:
@@ -67,5 +72,4 @@ def network_of(
                 least_ms = abs(ends[0] - ends[1]) if ends[0] is not None and ends[1] is not None else 0.0
                 link = Link(max(seen.rtt_ms / 2, least_ms), seen.bytes_per_ms)
                 there[record.key.text, other] = back[other, record.key.text] = link
-    known = {record.key.text: place_of(record) for record in records if record.coordinate_error < 1.0}
-    return Network({**back, **there, **links}, places={**known, **places})
+    return Network({**back, **there, **links}, places={**places_of(records), **places})

@@ -69,7 +69,7 @@ class PublicKey:
         """The X25519 public key in Z85, 40 bytes, as `zmq.CURVE_SERVERKEY` takes it."""
         return z85.encode(self.curve_raw)
 
-    @property
+    @cached_property
     def text(self) -> str:
         """The printable key: `sn1` and 56 base32 characters, with a checksum against typing errors."""
         return _printable(self.raw)

@@ -16,6 +16,8 @@ from splitnet.net.endpoints import Endpoint, LinkState
 
 KEEP_S = 60.0
 REMEMBERED_STATES = 4096
+BRIEF_S = 5.0
+"""A link outlives its last use at least so long, if there is room: opening it takes as many bytes as 16 s of it."""
 
 
 class Linking(Protocol):
@@ -37,13 +39,24 @@ class LinkPool:
             closed first for a new one, then the one that was used longest ago.
         keep_s: how long a link outlives its last use.
         keep_unreached_s: the same for a link that is not up; 0: it is closed with its last user.
+        most_unused: of links that are up and have no users, those used last stay open so long, others a few seconds.
+            Links to hidden peers do not count: to open one takes the help of others.
     """
 
-    def __init__(self, linking: Linking, *, most: int, keep_s: float = KEEP_S, keep_unreached_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        linking: Linking,
+        *,
+        most: int,
+        keep_s: float = KEEP_S,
+        keep_unreached_s: float = 0.0,
+        most_unused: int | None = None,
+    ) -> None:
         self._linking = linking
         self._most = most
         self._keep_s = keep_s
         self._keep_unreached_s = keep_unreached_s
+        self._most_unused = most if most_unused is None else most_unused
         self._users: Counter[Endpoint] = Counter()
         self._unused: dict[Endpoint, float] = {}
         """Since when (infinite until the next tick); the one that was used longest ago first."""
@@ -107,6 +120,10 @@ class LinkPool:
                     self._close(endpoint)
                 else:
                     self._unused[endpoint] = min(since, now)
+            up = [each for each in self._unused if self._linking.state(each) is LinkState.UP and not each.hidden]
+            for endpoint in up[: max(0, len(up) - self._most_unused)]:
+                if now - self._unused[endpoint] > BRIEF_S:
+                    self._close(endpoint)
             for endpoint, (state, since) in list(self._failed.items()):
                 if now - since > self._keep_s or self._linking.state(endpoint) is LinkState.UP:
                     del self._failed[endpoint]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from itertools import count
@@ -128,25 +128,35 @@ class Prober:
         answered = self._answers(endpoints, 0, timeout_s)
         return {endpoint: answer.rtt_ms for endpoint, answer in self._answers(answered, 0, timeout_s).items()}
 
-    def measure(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> dict[Endpoint, Link]:
-        """Latency and bandwidth of the links to peers; those that don't answer in time are left out."""
+    def measure(
+        self,
+        endpoints: Iterable[Endpoint],
+        timeout_s: float = PING_TIMEOUT_S,
+        *,
+        probed: Collection[Endpoint] | None = None,
+    ) -> dict[Endpoint, Link]:
+        """Latency and bandwidth of the links to peers; those that don't answer in time are left out.
+
+        probed: whose bandwidth is measured, 0 stands for that of others; None: all.
+        """
         small = self.round_trips(endpoints, timeout_s)
+        others = {} if probed is None else {each: Link(ms / 2, 0.0) for each, ms in small.items() if each not in probed}
         # The first probe is thrown away: until it has arrived, TCP does not trust the link with as many bytes at once.
-        probed = self._answers(small, PROBE_BYTES, timeout_s)
-        probed = self._answers(probed, PROBE_BYTES, timeout_s)
-        rtt_ms = {endpoint: small[endpoint] for endpoint in probed}
-        probe_ms = {endpoint: answer.rtt_ms for endpoint, answer in probed.items()}
+        answered = self._answers([endpoint for endpoint in small if endpoint not in others], PROBE_BYTES, timeout_s)
+        answered = self._answers(answered, PROBE_BYTES, timeout_s)
+        rtt_ms = {endpoint: small[endpoint] for endpoint in answered}
+        probe_ms = {endpoint: answer.rtt_ms for endpoint, answer in answered.items()}
         # Where a probe takes little time, most of that may be a wait for a processor: the shortest of some counts.
-        quick = [endpoint for endpoint in probed if probe_ms[endpoint] - rtt_ms[endpoint] < QUICK_PROBE_MS]
+        quick = [endpoint for endpoint in answered if probe_ms[endpoint] - rtt_ms[endpoint] < QUICK_PROBE_MS]
         for _ in range(PROBES_OF_QUICK_LINKS if quick else 0):
             for padding, times in ((0, rtt_ms), (PROBE_BYTES, probe_ms)):
                 for endpoint, answer in self._answers(quick, padding, timeout_s).items():
                     times[endpoint] = min(times[endpoint], answer.rtt_ms)
-        return {
+        return others | {
             endpoint: Link(
                 rtt_ms[endpoint] / 2, PROBE_BYTES / max(probe_ms[endpoint] - rtt_ms[endpoint], FASTEST_PROBE_MS)
             )
-            for endpoint in probed
+            for endpoint in answered
         }
 
     def _answers(self, endpoints: Iterable[Endpoint], padding: int, timeout_s: float) -> dict[Endpoint, Answer]:

@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, ClassVar, Final, NamedTuple, cast
 
 from scheduler.coordinates import DIMENSIONS
@@ -180,7 +180,7 @@ class PeerRecord:
         if self.moving_to is not None and not self.moving_to[0] < self.moving_to[1] <= self.num_blocks:
             raise ProtocolError("PeerRecord.moving_to: expected start < end <= num_blocks")
 
-    @property
+    @cached_property
     def endpoint(self) -> Endpoint:
         """Where the peer is connected to, and the key that it must prove to have."""
         return Endpoint(self.address, self.key, self.relays)

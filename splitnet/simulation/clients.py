@@ -42,8 +42,12 @@ def new_client(world: World, number: int, view: View, rng: np.random.Generator, 
         record = view.records[view.peers[index].id]
         coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)
     outside = [Place(coordinate, 0.0)]
-    likely = view.idle_crowd(world.settings.encodings).near(
-        outside, (0, world.settings.num_blocks), kv_needed=1, limit=world.settings.probes
+    likely = view.idle_crowd.near(
+        outside,
+        (0, world.settings.num_blocks),
+        encodings=world.settings.encodings,
+        kv_needed=1,
+        limit=world.settings.probes,
     )
     near = [view.index[peer.id] for peer in likely]
     for index in near:

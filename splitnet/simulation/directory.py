@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 
 from scheduler.candidates import Crowd
 from scheduler.coordinates import DIMENSIONS
-from scheduler.encoding import Encoding
 from scheduler.network import Link, Network, Place
 from scheduler.placement import Spans
 from scheduler.swarm import Peer
@@ -59,7 +58,6 @@ class View:
         self.records = {record.peer.id: record for record in records}
         self.peers = [record.peer for record in self.records.values()]
         self.num_blocks = num_blocks
-        self._idle_crowd: Crowd | None = None
         self.numbers = np.array([record.number for record in records], dtype=np.int64)
         self.start = np.array([peer.start for peer in self.peers], dtype=np.int64)
         self.end = np.array([peer.end for peer in self.peers], dtype=np.int64)
@@ -90,11 +88,10 @@ class View:
         """The coordinates of all peers, and no measured link."""
         return Network(places={name: record.place for name, record in self.records.items()})
 
-    def idle_crowd(self, encodings: tuple[Encoding, ...]) -> Crowd:
+    @cached_property
+    def idle_crowd(self) -> Crowd:
         """All peers as if they had nothing to do, prepared for the choice of some of them."""
-        if self._idle_crowd is None:
-            self._idle_crowd = Crowd(self.idle_peers, self.places, encodings=encodings)
-        return self._idle_crowd
+        return Crowd(self.idle_peers, self.places)
 
     @cached_property
     def coordinates(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -123,7 +123,7 @@ class Best:
         self.replans = options.replans
         self._world = world
         self._options = options
-        self._crowds: tuple[View | None, dict[int, Crowd]] = (None, {})
+        self._kept: tuple[View, Crowd] | None = None
 
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
         options, encodings = self._options, self._world.settings.encodings
@@ -131,8 +131,14 @@ class Best:
         prompt = GRAIN * ceil(plan.prompt / GRAIN) if options.prompt else 0
         peers = self._peers(plan, view)
         outside = [places[name] for name in (plan.source, plan.target) if name in places]
-        chosen = self._crowd(view, prompt).near(
-            outside, plan.blocks, kv_needed=plan.kv_needed, exclude=plan.exclude, limit=options.limit
+        chosen = self._crowd(view).near(
+            outside,
+            plan.blocks,
+            encodings=encodings,
+            kv_needed=plan.kv_needed,
+            prompt=prompt,
+            exclude=plan.exclude,
+            limit=options.limit,
         )
         if plan.present:  # what the session has seen of them counts
             chosen = [peers[view.index[peer.id]] for peer in chosen]
@@ -195,16 +201,12 @@ class Best:
         )
         return replace(planned, present_ms=cost(plan.present), move_ms=to_move_ms)
 
-    def _crowd(self, view: View, prompt: int) -> Crowd:
+    def _crowd(self, view: View) -> Crowd:
         """Of all peers in view, kept until there is another view."""
-        if self._crowds[0] is not view:
-            self._crowds = view, {}
-        crowds = self._crowds[1]
-        if prompt not in crowds:
+        if self._kept is None or self._kept[0] is not view:
             peers = view.peers if self._options.load else view.idle_peers
-            network = view.places if self._options.coordinates else Network()
-            crowds[prompt] = Crowd(peers, network, encodings=self._world.settings.encodings, prompt=prompt)
-        return crowds[prompt]
+            self._kept = view, Crowd(peers, view.places if self._options.coordinates else Network())
+        return self._kept[1]
 
     def _latency(self, plan: Plan, sender: str, receiver: str) -> float:
         numbers, client = self._world.number_of, plan.client.number

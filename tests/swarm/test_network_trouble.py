@@ -91,7 +91,9 @@ def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any,
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=Then({10: hold, 13: release}))
         assert cache.session is not None
-        assert len(cache.session.recoveries) == 1
+        # On a busy machine steps may be so slow that the session looks for a better route as well.
+        lost = [each for each in cache.session.recoveries if each.cause is not Cause.BETTER_ROUTE]
+        assert len(lost) == 1
         assert held[0] is not network.before(cache, index)
     assert held[0].late_bytes > 0
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
@@ -180,7 +182,7 @@ def test_a_link_that_has_become_slow_is_left(network: Network, local: Any, monke
     slow: list[Proxy] = []
     client = network.swarm.client
     peers = client.peers()
-    while len(client.survey.heard(peers)) < len(peers) or client.survey.unprobed(peers):
+    while client.survey.silent() or client.survey.unprobed(peers):
         client.fresh_facts.measure(peers)  # on a busy machine a peer may have been late for the first ping
     for sender, receiver in itertools.permutations(peers, 2):  # and have published no links yet
         client.survey.link_seen(sender.key.text, receiver.key.text, 1.0)

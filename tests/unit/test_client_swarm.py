@@ -10,7 +10,7 @@ import pytest
 
 from scheduler.encoding import Encoding
 from scheduler.network import Link
-from splitnet.client import fresh_facts
+from splitnet.client import fresh_facts, known_peers
 from splitnet.client.links import Links
 from splitnet.client.planner import Needs
 from splitnet.client.swarm import ModelFacts, Swarm
@@ -115,7 +115,7 @@ def test_who_has_planned_looks_around_in_the_background(
     directory: FakeDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that the next session need not wait for the directory."""
-    monkeypatch.setattr(fresh_facts, "LOOK_S", 0.01)
+    monkeypatch.setattr(known_peers, "LOOK_S", 0.01)
     directory.records = [served(start=0, end=FACTS.num_blocks)]
     with Swarm(FACTS, ["/an/address"]) as swarm:
         swarm.fresh_facts._look.wait(0.1)

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import SimpleNamespace
 
 from scheduler.network import CLIENT, Link
-from splitnet.client.fresh_facts import MEASURED_AT_ONCE, PINGS_PER_MINUTE, FreshFacts
+from splitnet.client.fresh_facts import MEASURED_AT_ONCE, PINGS_PER_MINUTE, PROBE_AGAIN_S, FreshFacts
 from splitnet.client.survey import Survey
+from splitnet.net.prober import PROBE_BYTES
 from splitnet.net.records import PeerRecord
 from tests.unit.test_survey import Clock, Echo, record
 
 
 def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[Survey, FreshFacts]:
-    survey, known = Survey(clock), Any
+    survey, known = Survey(clock), SimpleNamespace(look_s=60.0)
     chosen = {peer.key.text for peer in likely}
 
-    def among(records: Sequence[PeerRecord], _: int) -> list[PeerRecord]:
+    def among(_: Sequence[PeerRecord], records: Sequence[PeerRecord], __: int) -> list[PeerRecord]:
         return [peer for peer in records if peer.key.text in chosen]
 
-    return survey, FreshFacts(known, survey, echo.prober, lambda: False, among, clock)  # pyright: ignore
+    return survey, FreshFacts(known, survey, echo.prober, lambda: False, list, among, clock)  # pyright: ignore
 
 
 def test_a_minute_has_so_many_pings_and_no_more() -> None:
@@ -59,3 +60,24 @@ def test_a_link_of_unknown_bandwidth_has_that_of_its_ends() -> None:
     assert survey.unprobed([peer]) == []
     survey.links_measured({peer.endpoint: peer}, {})
     assert survey.unprobed([peer]) == [], "who is silent is not asked for more"
+
+
+def test_bandwidth_is_probed_again_after_minutes_and_round_trips_at_any_time() -> None:
+    clock, echo = Clock(), Echo()
+    end, other = record(address="tcp://192.0.2.1:1"), record(address="tcp://192.0.2.1:2")
+    survey, facts = facts_with(clock, echo, [])
+    facts.measure([end], [other])
+    probes = sum(size > 0 for size in echo.sizes)
+    assert 2 <= probes == sum(size == PROBE_BYTES for size in echo.sizes)
+    assert survey.unknown([end, other]) == [] and survey.unprobed([end, other]) == [other]
+    rate = survey.network([end]).link(CLIENT, end.key.text).bytes_per_ms
+    for waited_s in (1.0, PROBE_AGAIN_S - 2.0):
+        clock.now += waited_s
+        echo.sizes.clear()
+        facts.measure([end])
+        assert echo.sizes == [0, 0]
+        assert survey.network([end]).link(CLIENT, end.key.text).bytes_per_ms == rate, "what was measured counts"
+    clock.now += 2.0
+    facts.measure([end])
+    assert sum(map(bool, echo.sizes)) >= 2
+    facts.close()

@@ -156,3 +156,21 @@ def test_who_has_no_records_is_told_that_nothing_answers(client: Client) -> None
     for _ in range(2):
         with pytest.raises(DirectoryError):
             client.known.look()
+
+
+@pytest.mark.parametrize(("count", "look_s"), [(1, 10.0), (32, 10.0), (64, 20.0), (96, 30.0), (200, 30.0)])
+def test_of_many_peers_the_directory_is_asked_less_often(client: Client, count: int, look_s: float) -> None:
+    record = client.served(ttl_s=300.0)
+    client.directory.records = [record] * count
+    client.known.look()
+    assert client.known.look_s == look_s
+    client.now += look_s - 5.5
+    assert not client.known.is_old
+    client.now += 5.0
+    assert client.known.is_old
+    client.now += 10.4
+    client.known.look()
+    assert client.directory.asked == 1, "not yet too old to plan with"
+    client.now += 0.2
+    client.known.look()
+    assert client.directory.asked == 2

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from splitnet.net.endpoints import Endpoint, LinkState, Relay
 from splitnet.net.identity import Identity
-from splitnet.net.link_pool import LinkPool
+from splitnet.net.link_pool import BRIEF_S, LinkPool
 
 MOST = 3
 KEEP_S = 60.0
@@ -202,3 +202,23 @@ class Machine(RuleBasedStateMachine):
 
 Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestMachine: Callable[..., object] = Machine.TestCase
+
+
+def test_of_many_links_without_users_few_stay_open() -> None:
+    linking = FakeLinking()
+    pool = LinkPool(linking, most=10, keep_s=KEEP_S, keep_unreached_s=KEEP_UNREACHED_S, most_unused=2)
+    hidden = dataclasses.replace(peer(7), relays=(Relay("tcp://192.0.2.9:1", KEY.raw),))
+    used = peer(6)
+    assert pool.acquire(used)
+    for endpoint in (hidden, *map(peer, range(5))):
+        assert pool.touch(endpoint)
+        linking.open[endpoint] = LinkState.UP
+    linking.open[peer(1)] = LinkState.CONNECTING
+    pool.tick(100.0)
+    pool.tick(100.0 + BRIEF_S)
+    assert len(linking.open) == 7, "each stays open for a moment"
+    assert pool.touch(peer(0))
+    pool.tick(100.0 + BRIEF_S + 0.1)
+    assert linking.open.keys() == {used, hidden, peer(1), peer(4), peer(0)}, "those that were used last"
+    pool.tick(200.0 + KEEP_S)
+    assert linking.open.keys() == {used}

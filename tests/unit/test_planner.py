@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from scheduler.encoding import Encoding
 from scheduler.network import Link
+from scheduler.replan import DISAPPOINTING, RECENT_STEPS
 from splitnet.client import planner as planner_module
 from splitnet.client.options import CausalOptions
 from splitnet.client.planner import CLIENT_ENDS, Needs, PlannedHop, Planner
+from splitnet.client.routes import Routes
 from splitnet.client.survey import STEPS, Survey
 from splitnet.errors import SplitnetError
 from splitnet.net.identity import Identity
@@ -91,3 +94,23 @@ def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytes
 def test_what_cannot_be_preferred_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(SplitnetError, match=said):
         CausalOptions.of(options)
+
+
+def test_while_a_route_is_as_fast_as_predicted_no_other_is_planned() -> None:
+    planned: list[Needs] = []
+    known: Any = SimpleNamespace(
+        fresh_facts=SimpleNamespace(news=0),
+        survey=SimpleNamespace(prediction_error=1.0, forecast_came=lambda _: None),
+        planner=SimpleNamespace(cost_ms=lambda needs, hops: 10.0, move_ms=lambda *_: 0.0),
+        plan=lambda needs, holders: planned.append(needs) or list(hops),
+    )
+    codecs: Any = None
+    hops, routes = [PlannedHop(record(0, 6), 0, 6)], Routes(known, codecs, (0, 6))
+    for news, step_ms, count in ((1, 10.0, 0), (2, 10.0 * DISAPPOINTING - 0.1, 0), (3, 10.0 * DISAPPOINTING + 0.1, 1)):
+        known.fresh_facts.news, routes._looked_at = news, 0.0
+        routes.better(hops, lambda: NEEDS, 10, 0)
+        for _ in range(RECENT_STEPS):
+            routes.step_took(step_ms)
+        known.fresh_facts.news, routes._looked_at = 10 * news, 0.0
+        assert routes.better(hops, lambda: NEEDS, 10, 100) is None
+        assert len(planned) == count

@@ -127,13 +127,12 @@ class TestSurvey:
         assert survey.prediction_error == 1.0
 
     def test_who_was_silent_is_told_apart_until_it_answers(self) -> None:
-        survey, here, silent, untried = Survey(Clock()), record(), record(), record()
-        everybody = [here, silent, untried]
+        survey, here, silent = Survey(Clock()), record(), record()
         tried, link = {here.endpoint: here, silent.endpoint: silent}, Link(1.0, 100.0)
         survey.links_measured(tried, {here.endpoint: link})
-        assert survey.heard(everybody) == [here, untried]
+        assert survey.silent() == {silent.key.text}
         survey.links_measured(tried, {here.endpoint: link, silent.endpoint: link})
-        assert survey.heard(everybody) == everybody
+        assert survey.silent() == set()
 
     def test_own_links_are_measured_again_after_a_while(self) -> None:
         clock, peer = Clock(), record()
