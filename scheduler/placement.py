@@ -89,7 +89,7 @@ class Spans:
 
     def of_some(self, chosen: Integers) -> Spans:
         """Some of them, by where they stand."""
-        names = [self.ids[index] for index in chosen.tolist()]
+        names = [self.ids[int(index)] for index in chosen]
         return Spans(names, self.start[chosen], self.end[chosen], self.work_ms[chosen], self.sending_ms[chosen])
 
     def beside(self, others: Spans) -> Spans:
