@@ -8,6 +8,7 @@ shared.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import mmap
 import os
@@ -31,6 +32,7 @@ from .lab import Lab, enter
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 30.0
 _FORMAT = "dqqd"
+_LOOKS, _LOOKS_EACH = 6, 4
 
 LATE = 1.1
 """A pass that lasts so many times as long as it should is late: others wanted the cores."""
@@ -109,13 +111,17 @@ class Nursery:
 class SlowedPeers:
     """A daemon in each of some hosts, held to a speed. Use with `with`.
 
+    The daemon of the first host begins the swarm; the others ask it, so that they need no node of the DHT.
+
     Args:
         lab, nursery: where they run, and what starts them.
         checkpoint: folder.
         spans: blocks `[start, end)` by host.
         speeds: of the device that each stands for.
         options: more options for each, as on the command line.
-        join: multiaddr of a DHT node that outlives the peers.
+
+    Attributes:
+        join: address of the first daemon, tcp://...
     """
 
     def __init__(
@@ -126,7 +132,6 @@ class SlowedPeers:
         spans: Mapping[str, tuple[int, int]],
         speeds: Mapping[str, Speed],
         options: Sequence[str],
-        join: str,
     ) -> None:
         self._lab = lab
         self._nursery = nursery
@@ -134,16 +139,20 @@ class SlowedPeers:
         self._spans = spans
         self._speeds = speeds
         self._options = options
-        self._join = join
+        self.join = ""
         self._processes: dict[str, BaseProcess] = {}
         self._lives: dict[str, int] = {}
         self._folder = tempfile.TemporaryDirectory(prefix="splitnet-lab-")
 
     def __enter__(self) -> SlowedPeers:
         try:
-            for host in self._spans:
+            first, *others = self._spans
+            self.begin(first)
+            self.await_start(first)
+            self.join = next(word for word in reversed(self.log(first).split()) if word.startswith("tcp://"))
+            for host in others:
                 self.begin(host)
-            for host in self._spans:
+            for host in others:
                 self.await_start(host)
         except BaseException:
             self.__exit__()
@@ -163,7 +172,8 @@ class SlowedPeers:
         self._file(host, "address").unlink(missing_ok=True)
         self._lives[host] = self._lives.get(host, -1) + (not again)
         start, end = self._spans[host]
-        arguments = ["peer", self._checkpoint, "--blocks", f"{start}:{end}", "--join", self._join, "--no-lan"]
+        arguments = ["peer", self._checkpoint, "--blocks", f"{start}:{end}", "--no-lan"]
+        arguments += ["--join", self.join] if self.join else []
         arguments += ["--listen", f"tcp://{self._lab.address(host)}:0", *self._options]
         arguments += ["--address-file", str(self._file(host, "address"))]
         self._processes[host] = self._nursery.run(
@@ -222,6 +232,7 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
     import torch
 
     from peers.counters import Counters
+    from peers.neighbours import Neighbours
     from splitnet.cli import main
     from splitnet.gathering import Gathering
     from splitnet.model.span import Span
@@ -230,7 +241,8 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
     # Each device has a speed of its own, which is not that of this machine.
     os.environ["SPLITNET_CACHE"] = str(meter_file.parent / f"{meter_file.stem}-cache")
     meter = Meter(meter_file)
-    forward, ran, passed = Span.forward, Gathering.ran, Counters.steps_passed
+    forward, ran, passed, look = Span.forward, Gathering.ran, Counters.steps_passed, Neighbours.look_around
+    looks = itertools.count()
 
     def held_forward(self: Span, hidden: Any, parts: Any) -> Any:
         began = time.perf_counter()
@@ -251,7 +263,14 @@ def serve(arguments: Sequence[str], speed: Speed, meter_file: Path) -> None:
     def ran_all_the_time(self: Gathering, sources: Any, took_s: float, computed_s: float, now: float) -> None:
         ran(self, sources, took_s, took_s, now)
 
+    # The probes of links, 64 KiB each, are what an idle daemon has most to do with.
+    def look_less(self: Neighbours) -> None:
+        number = next(looks)
+        if number < _LOOKS or number % _LOOKS_EACH == 0:
+            look(self)
+
     Span.forward, Counters.steps_passed, Gathering.ran = held_forward, count, ran_all_the_time
+    Neighbours.look_around = look_less
     sys.argv = ["splitnet", *arguments]
     try:
         main.main()

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from itertools import pairwise
+from typing import Any, Final
 
+from splitnet.client.known_peers import LOOK_S
 from splitnet.client.session_events import Alive, AskAlive, Event, LinkFailed, Received
 from splitnet.errors import PeerLost
+from splitnet.net.link_pool import KEEP_S
 from splitnet.net.messages import Close, FailureCode, Open, Opened, Replay
 from splitnet.simulation.events import Events
 from splitnet.simulation.node import Held, Node
-from splitnet.simulation.session import Session
+from splitnet.simulation.session import RUNNING, Session
 from splitnet.simulation.traffic import Traffic
 from splitnet.simulation.world import World
 
 Call = Open | Close | Replay | AskAlive
+
+CONNECT_TRIPS: Final = 4
+"""Round trips until a connection is up: one of TCP, one of ZeroMQ's greetings, two of CurveZMQ."""
 
 
 class Calls:
@@ -26,18 +32,39 @@ class Calls:
 
     def __init__(self, world: World, events: Events, traffic: Traffic) -> None:
         self.under_way = 0
+        self._users: dict[tuple[int, ...], list[Session]] = {}
+        """Of connections, by who keeps them: a client, or a peer and the next."""
+        self._up_ms: dict[tuple[int, int], float] = {}
+        """Since when a peer is connected to the next."""
         self._geography = world.geography
         self._events = events
         self._traffic = traffic
 
     def send(self, session: Session, node: Node, call: Call) -> None:
-        """Sends a call to a peer; the first connects to it, which takes a round trip more."""
-        one_way_ms = self._one_way_ms(session, node)
-        trips = 1
+        """Sends a call to a peer; the first may have to connect to it.
+
+        A client that was in use lately has measured its links to likely peers, and so is connected to them.
+        """
+        one_way_ms, now = self._one_way_ms(session, node), self._events.now
         if node not in session.contacts:
-            session.contacts.add(node)
-            trips = 3
-        self._later(trips * one_way_ms, self._arrived, (session, node, call))
+            up_ms = now + 2 * CONNECT_TRIPS * one_way_ms
+            for user in (*self._others((session.client.number,), session), session):
+                looked = now - user.arrived_ms > LOOK_S * 1000
+                up_ms = min(up_ms, user.contacts.get(node, now if looked else up_ms))
+            session.contacts[node] = up_ms
+        waits_ms = max(0.0, session.contacts[node] - now)
+        self._later(waits_ms + one_way_ms, self._arrived, (session, node, call))
+
+    def _others(self, key: tuple[int, ...], session: Session) -> list[Session]:
+        """Other sessions that use such connections, or did so before they were closed; from now on this one does."""
+        now = self._events.now
+        others = [
+            each
+            for each in self._users.get(key, ())
+            if each is not session and (each.state == RUNNING or now - each.ended_ms < KEEP_S * 1000)
+        ]
+        self._users[key] = [*others, session]
+        return others
 
     def say_leaving(self, node: Node, held: Iterable[Held]) -> None:
         """A peer tells the clients of these sessions that it goes, or its machine ends the connections."""
@@ -93,7 +120,18 @@ class Calls:
             self._answer(session, node, session.failure(node, call.epoch, 0, refusal))
             return
         opened = Opened(call.session, call.epoch, True, node.sessions[session].cached)
-        self._answer(session, node, Received(session.endpoint(node), opened))
+        answer = Received(session.endpoint(node), opened)
+        self._later(self._reaches_ms(session, node) + self._one_way_ms(session, node), session.feed, answer)
+
+    def _reaches_ms(self, session: Session, node: Node) -> float:
+        """How long a peer takes to reach the hop after it, before it says that it is open."""
+        following = next((after for (hop, _, _), (after, _, _) in pairwise(session.hops) if hop is node), None)
+        if following is None or self._traffic.through_client:
+            return 0.0
+        pair, now = (node.number, following.number), self._events.now
+        if not self._others(pair, session):
+            self._up_ms[pair] = now + 2 * CONNECT_TRIPS * self._geography.one_way_ms(*pair)
+        return max(0.0, self._up_ms[pair] - now)
 
     def _replays(self, session: Session, node: Node, call: Replay) -> None:
         held, route = node.sessions.get(session), session.route

@@ -12,6 +12,7 @@ from scheduler.load import Load
 from scheduler.network import Link, Place
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS, next_pass
 from scheduler.swarm import Peer, Speed
+from splitnet.gathering import Gathering
 from splitnet.net.messages import FailureCode
 from splitnet.simulation.directory import Record
 from splitnet.simulation.world import Device
@@ -84,9 +85,9 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Awaited:
-    """A client that a device waits for, and since when."""
+    """A client that a device waits for, None: more work of any; and since when."""
 
-    key: int
+    key: int | None
     since_ms: float
 
 
@@ -98,7 +99,7 @@ class Node:
         latency_ms: of the links to other peers that it has measured, by number.
         slower: factor to the time of a pass, while its owner works with the device.
         sending_ms: see `Peer`.
-        awaited: it has work, and waits for that of a client that has had less.
+        awaited: it has work, and waits for more.
     """
 
     def __init__(self, device: Device, span: tuple[int, int], coordinate: Coordinate, up_bytes_per_ms: float) -> None:
@@ -128,6 +129,9 @@ class Node:
     def _forget_load(self) -> None:
         self._fair = FairPasses[Parcel](self._pass_s)
         self._load = Load()
+        self._gathering = Gathering()
+        self._gathered = False
+        self._gathers_from, self._gathers_until_ms = 0, 0.0
 
     def _pass_s(self, positions: int) -> float:
         return self.device.speed.at(positions) * self.slower * (self.end - self.start) / 1000
@@ -179,6 +183,7 @@ class Node:
         held = self.sessions.pop(session, None)
         if held is not None:
             self.kv_used -= held.budget
+            self._gathering.left(session)
 
     def _heads(self) -> list[Parcel]:
         """The first of every session: its others wait for that."""
@@ -200,13 +205,16 @@ class Node:
     def next_pass(self, now_ms: float) -> tuple[list[tuple[Parcel, int]], float]:
         """What runs now, parcels with how many positions of each, and for how many ms.
 
-        No parcel: so long it is waited for a client that has had less, see `awaited`.
+        No parcel: so long it is waited for others, see `awaited`.
         """
         now = now_ms / 1000
         shares = self._fair.shares
-        if self.awaited is not None:
-            shares.charge(self.awaited.key, now - self.awaited.since_ms / 1000, now)
-            self.awaited = None
+        awaited, self.awaited = self.awaited, None
+        if awaited is not None and awaited.key is not None:
+            shares.charge(awaited.key, now - awaited.since_ms / 1000, now)
+        if gathers_ms := self._gathers_ms(now_ms):
+            self.awaited = Awaited(None, now_ms)
+            return [], max(MIN_WAIT_MS, gathers_ms)
         if shares.contended(now):
             heads = self._heads()
             ranked = shares.ranked(dict.fromkeys(parcel.owner for parcel in heads))
@@ -240,9 +248,20 @@ class Node:
                     waits_ms.append(now_ms - parcel.arrived_ms)
                     parcel.route.session.met(self, block_ms, waits_ms[-1])
         self.running = True
+        self._gathered, self._gathers_from = False, 0
         self.busy_ms += took_ms
         self._load.observe(now, waits_ms, others, took_ms)
         return taken, took_ms
+
+    def _gathers_ms(self, now_ms: float) -> float:
+        """For how long it still waits for more work before it looks what runs, as real peers do: while more comes."""
+        ready = len({parcel.route.session for parcel in self.ready})
+        if not self._gathered and ready > self._gathers_from:
+            patience_ms = self._gathering.patience_s(ready) * 1000
+            self._gathers_from, self._gathers_until_ms = ready, now_ms + patience_ms
+        left_ms = 0.0 if self._gathered else self._gathers_until_ms - now_ms
+        self._gathered = left_ms <= 1e-6
+        return 0.0 if self._gathered else left_ms
 
     def _packed(self, heads: list[Parcel], most: int) -> dict[Parcel, int]:
         counts = next_pass(heads, heads[0].passed_over, most)
@@ -254,6 +273,9 @@ class Node:
         """A pass has ended."""
         self.running = False
         self._fair.ran(taken, took_ms / 1000, now_ms / 1000)
+        if sum(count for _, count in taken) <= DECODE_POSITIONS * len(taken):
+            sessions = (parcel.route.session for parcel, _ in taken if parcel.route.session in self.sessions)
+            self._gathering.ran(sessions, took_ms / 1000, took_ms / 1000, now_ms / 1000)
 
     def record(self, now_ms: float, links: Mapping[str, Link]) -> Record:
         """What it publishes, with some of the links that it knows, as real peers tell it: see `peers/daemon.py`."""

@@ -84,7 +84,7 @@ class Session:
         predicted_ms: of a token, by the plan of the whole route; 0: hops were replaced since.
         seen, latencies: what it met at its hops, and between them.
         doubt: by what factor routes were slower than predicted.
-        contacts: peers that the client has connected to.
+        contacts: since when the client is connected to peers.
     """
 
     def __init__(self, request: Request, client: Client, around: Surroundings) -> None:
@@ -103,7 +103,7 @@ class Session:
         self.route: Route | None = None
         self.seen: dict[Node, SeenHop] = {}
         self.latencies: dict[tuple[str, str], float] = {}
-        self.contacts: set[Node] = set()
+        self.contacts: dict[Node, float] = {}
         self.uplink_free_ms = 0.0
         self.bans = Bans(lambda: around.events.now / 1000)
         self.machine = SessionState(

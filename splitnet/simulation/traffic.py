@@ -27,12 +27,12 @@ class Traffic:
         self._settings = world.settings
         self._encodings = world.settings.encodings
         self._events = events
-        self._through_client = through_client
+        self.through_client = through_client
         self._jitter = random.Random(world.settings.seed)
 
     def wires(self, hops: Hops, client: int) -> list[Wire]:
         """The wires along a client's hops."""
-        return wires_of(hops, client, self._geography, self._encodings, through_client=self._through_client)
+        return wires_of(hops, client, self._geography, self._encodings, through_client=self.through_client)
 
     def replay(self, route: Route, first: int, last: int, positions: int, number: int) -> None:
         """Has the hop before hop `first` send so many positions again, in steps that fit a pass."""
@@ -59,7 +59,7 @@ class Traffic:
         """When a long step has been sent: those of one sender go one after the other; tokens slip in between."""
         session = parcel.route.session
         wire = parcel.route.wires[parcel.hop]
-        sender = session if wire.sender is None or self._through_client else wire.sender
+        sender = session if wire.sender is None or self.through_client else wire.sender
         number = session.client.number if isinstance(sender, Session) else sender.number
         rate = float(self._geography.up[number])
         begin = max(self._events.now, sender.uplink_free_ms)

@@ -169,8 +169,14 @@ def test_five_peers_take_as_long_as_computed_by_hand() -> None:
     token_ms = sum(link.latency_ms for link in links) + sum(wires) + 5 * 2.0
     assert outcome.token_ms == [pytest.approx(token_ms)]
     prompt = [min(0.2864 + 1648 / link.bytes_per_ms, 0.0016 + 6400 / link.bytes_per_ms) for link in links[:-1]]
-    farthest = max(2 * world.geography.one_way_ms(5, number) for number in (0, 2, 4))
-    first_ms = 2 * farthest + sum(link.latency_ms for link in links) + sum(prompt) + wires[-1] + 5 * 2.0
+    # All connect to who comes after them, in four round trips, the peers when they are asked to open; one more answers.
+    one_way_ms = world.geography.one_way_ms
+    opened_ms = max(
+        10 * one_way_ms(5, 0) + 8 * one_way_ms(0, 2),
+        10 * one_way_ms(5, 2) + 8 * one_way_ms(2, 4),
+        10 * one_way_ms(5, 4),
+    )
+    first_ms = opened_ms + sum(link.latency_ms for link in links) + sum(prompt) + wires[-1] + 5 * 2.0
     assert outcome.ttft_ms == [pytest.approx(first_ms)]
     assert outcome.hops == [3]
     assert outcome.failed == outcome.repairs == outcome.peer_moves == 0
@@ -268,8 +274,24 @@ def given_world(speed: Speed, *requests: tuple[float, int, int]) -> World:
 def test_a_world_may_be_given() -> None:
     _, outcome = outcome_in(given_world(Speed.of(2.0, 0.01), (0.0, 10, 21)), [(0, 5)], [Hop(device_id(0), 0, 5)])
     assert outcome.token_ms == [pytest.approx(2 * 10 + 5 * 2, rel=0.01)]
-    # To connect and open takes two round trips, then the prompt comes.
-    assert outcome.ttft_ms == [pytest.approx(2 * 20 + 20 + 5 * 2, rel=0.01)]
+    # To connect takes four round trips, to open one, then the prompt comes.
+    assert outcome.ttft_ms == [pytest.approx(5 * 20 + 20 + 5 * 2, rel=0.01)]
+
+
+@pytest.mark.parametrize(("pause_s", "trips"), [(50.0, 1), (70.0, 5)])
+def test_connections_stay_for_a_minute(pause_s: float, trips: int) -> None:
+    world = given_world(Speed.of(2.0, 0.01), (0.0, 10, 21), (1.0 + pause_s, 10, 21))
+    world.requests[1] = replace(world.requests[1], number=world.requests[0].number)
+    _, outcome = outcome_in(world, [(0, 5)], [Hop(device_id(0), 0, 5)])
+    assert outcome.ttft_ms[1] == pytest.approx(trips * 20 + 20 + 5 * 2, rel=0.01)
+
+
+def test_peers_wait_a_tenth_of_a_pass_for_who_may_come_meanwhile() -> None:
+    alone, both = (
+        outcome_in(given_world(Speed.of(2.0, 0.01), *requests), [(0, 5)], [Hop(device_id(0), 0, 5)])[1].token_ms[0]
+        for requests in ([(0.0, 4, 41)], [(0.0, 4, 41), (0.015, 4, 41)])
+    )
+    assert both == pytest.approx(alone + 0.1 * 10, rel=0.01)
 
 
 def test_tokens_of_a_client_do_not_wait_for_the_whole_prompt_of_another() -> None:
