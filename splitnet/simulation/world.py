@@ -42,7 +42,7 @@ class Settings:
     hidden: int = 8192
     refresh_s: float = 30.0
     record_ttl_s: float = 90.0
-    view_s: float = 10.0
+    view_s: float = 30.0
     load_s: float = 1.0
     uptime: float = 1.0
     own_use: bool = True
