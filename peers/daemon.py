@@ -49,7 +49,7 @@ from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import PROTOCOL_VERSION, Announce, AskWeights, LookUp, Message, Payload, Pong, decode, encode
 from splitnet.net.peer_addresses import peer_address
-from splitnet.net.prober import Prober
+from splitnet.net.prober import PING_TIMEOUT_S, PROBE_BYTES, Prober
 from splitnet.net.proof_of_work import kept_proof
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
@@ -61,8 +61,8 @@ from splitnet.weights.fetching import Fetcher
 log = logging.getLogger(__name__)
 
 TRIED_BEFORE_JOINING = 64
-PROBED_BEFORE_JOINING = 2
-"""Of those that answer: so many are asked for 64 KiB there and back, to know what this machine can send."""
+PROBED_BEFORE_JOINING = 4
+"""Of those that answer: so many are sent 64 KiB, to know what this machine can send."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -477,4 +477,5 @@ def _answering(present: Sequence[PeerRecord], identity: Identity) -> tuple[Seque
         answers = links.try_out({record.endpoint for record in tried})
         answering = [record for record in tried if answers[record.endpoint].rtt_ms is not None]
         probed = links.prober.measure(record.endpoint for record in answering[:PROBED_BEFORE_JOINING])
-    return answering, max((link.bytes_per_ms for link in probed.values()), default=0.0)
+    slowest = PROBE_BYTES / (1000 * PING_TIMEOUT_S) if answering else 0.0  # none has arrived in time
+    return answering, max((link.bytes_per_ms for link in probed.values()), default=slowest)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span
+from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
@@ -91,10 +91,19 @@ def choose_blocks(
     count = checkpoint.num_blocks
     if wish.blocks is None:
         size = codec_by_name(LINK_CODEC).bytes_per_position(checkpoint.hidden_size)
-        if own_ms is not None:  # of a pass that another token shares
-            own_ms = float(block_ms(own_ms / 2, fitting, size / bytes_per_ms if bytes_per_ms else 0.0))
-        return choose_span([expected_facts_of(record, size) for record in present], count, fitting, own_ms=own_ms)
+        peers = [expected_facts_of(record, size) for record in present]
+        if own_ms is not None and peers:
+            # Arithmetic takes what it takes at the peer that is most like this one.
+            nearness = [abs(math.log(_positive(peer.speed.at(1)) / _positive(own_ms))) for peer in peers]
+            alike = peers[nearness.index(min(nearness))].speed
+            own_ms *= work_ms(alike) / _positive(alike.at(1))
+            own_ms = float(block_ms(own_ms, fitting, size / bytes_per_ms if bytes_per_ms else 0.0))
+        return choose_span(peers, count, fitting, own_ms=own_ms)
     start, end = wish.blocks
     if not 0 <= start < end <= count:
         raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")
     return start, end
+
+
+def _positive(ms: float) -> float:
+    return max(ms, 1e-6)

@@ -152,7 +152,7 @@ class Crowd:
     ) -> NDArray[np.bool_]:
         first, end = blocks
         starts, ends = self._start.clip(first, end) - first, self._end.clip(first, end) - first
-        through = self._chain_through(starts, ends, block * (ends - starts) + fixed, outside, blocks)
+        through = self._chain_through(present, starts, ends, block * (ends - starts) + fixed, outside, blocks)
 
         # The best few of each block come first, so that no part of the model is left with one peer that may have died.
         rank = np.full(len(through), len(through))
@@ -171,6 +171,7 @@ class Crowd:
 
     def _chain_through(
         self,
+        present: NDArray[np.bool_],
         starts: Integers,
         ends: Integers,
         compute: Floats,
@@ -182,7 +183,7 @@ class Crowd:
         least = _LeastOfBlocks(starts, ends, blocks[1] - blocks[0])
         ends_of_chain = [np.array(place.coordinate.vector) for place in outside]
         best = np.full(len(compute), np.inf)
-        for anchor in _spread_out(self._vectors[:, self._known], ends_of_chain):
+        for anchor in _spread_out(self._vectors[:, self._known & present], ends_of_chain):
             away = np.where(
                 self._known, (_distances(self._vectors, anchor) + self._heights) * self._raised, self._unknown_ms
             )

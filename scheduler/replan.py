@@ -101,11 +101,19 @@ class RouteWatch:
         """
         return max(cost_ms, median(self._recent_ms)) if len(self._recent_ms) == RECENT_STEPS else cost_ms
 
-    def step_took(self, elapsed_ms: float) -> float | None:
-        """Takes in a step; once it is known, returns by what factor the route is slower than predicted."""
+    def forget_recent(self) -> None:
+        """What the last steps took was too long ago to say anything of now."""
+        self._recent_ms.clear()
+
+    def step_took(self, elapsed_ms: float, positions: int = 1) -> float | None:
+        """Takes in a step; once it is known, returns by what factor the route is slower than predicted.
+
+        positions: in the step; only of single ones is compared what they cost with what they took.
+        """
         self.surprised = elapsed_ms > SURPRISE * (self.usual_ms or elapsed_ms) + SURPRISE_MS
         self._usual.add(elapsed_ms)
-        self._recent_ms.append(elapsed_ms)
+        if positions == 1:
+            self._recent_ms.append(elapsed_ms)
         if len(self._trial_ms) < TRIAL_STEPS:
             self._trial_ms.append(elapsed_ms)
             if len(self._trial_ms) == TRIAL_STEPS and self._predicted_ms:

@@ -35,7 +35,8 @@ Before a route is planned anew, as the present one seems slow, it is one of each
 PINGS_PER_MINUTE = 256
 """That look around, two to each peer; those that measure the bandwidth of the ends of a route come on top."""
 PROBE_AGAIN_S = 180.0
-"""The bandwidth of a link is measured again after so long, however slow steps are: it takes 128 KiB and more."""
+SUSPECTED_AGAIN_S = 25.0
+"""The bandwidth of a link is measured again after so long, or so long if steps stay slow: it takes 128 KiB and more."""
 IN_USE_S = 300.0
 """So long after a plan another session is expected, which should not have to wait for a look into the directory."""
 
@@ -80,6 +81,7 @@ class FreshFacts:
         self._closing = threading.Event()
         self._look = threading.Event()
         self._suspects: Sequence[PeerRecord] = ()
+        self._suspects_probed_s = PROBE_AGAIN_S
         self._watcher = threading.Thread(target=self._watch, name="splitnet-watch", daemon=True)
         self._watcher.start()
 
@@ -93,9 +95,12 @@ class FreshFacts:
         self.stop()
         self._watcher.join(PING_TIMEOUT_S)
 
-    def look_again(self, suspects: Sequence[PeerRecord]) -> None:
-        """Refreshes the facts soon, in the background; the links to `suspects` are measured in any case."""
-        self._suspects = suspects
+    def look_again(self, suspects: Sequence[PeerRecord], *, probe: bool = False) -> None:
+        """Refreshes the facts soon, in the background; the links to `suspects` are measured in any case.
+
+        probe: steps stay slow, and no fact says why: the bandwidth is measured unless that was a moment ago.
+        """
+        self._suspects, self._suspects_probed_s = suspects, SUSPECTED_AGAIN_S if probe else PROBE_AGAIN_S
         self._look.set()
 
     def used(self) -> None:
@@ -126,11 +131,13 @@ class FreshFacts:
             links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
             self._survey.links_measured(chosen, links)
 
-    def measure(self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = ()) -> None:
+    def measure(
+        self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = (), again_s: float = PROBE_AGAIN_S
+    ) -> None:
         """Measures the links to the first of these peers; of `records` the bandwidth too, but seldom more than once."""
         chosen = {record.endpoint: record for record in (*records, *others)[:MEASURED_AT_ONCE]}
         if chosen:
-            due = {record.endpoint for record in self._survey.unprobed(records, PROBE_AGAIN_S)}
+            due = {record.endpoint for record in self._survey.unprobed(records, again_s)}
             self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S, probed=due))
 
     def _some_likely(
@@ -158,7 +165,7 @@ class FreshFacts:
                 if has_sessions:
                     used = self._in_use()
                     self.look_at([record for record in self._survey.stale(records) if record.endpoint in used])
-                    self.measure(suspects)
+                    self.measure(suspects, again_s=self._suspects_probed_s)
                     stale = self._survey.stale(records)
                     self.look_at(stale[:OTHERS_AT_ONCE])
                     self.look_at(self._some_likely(records, self._survey.stale(stale), everywhere=bool(suspects)))

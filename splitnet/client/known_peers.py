@@ -100,8 +100,8 @@ class KnownPeers:
 
     @property
     def is_old(self) -> bool:
-        """Whether it is time to ask again, give or take half of the shortest pause."""
-        return time.monotonic() - self._asked_at > self.look_s - LOOK_S / 2
+        """Whether to ask again in the background, so that nobody has to wait for that before the next look."""
+        return time.monotonic() - self._asked_at > min(LOOK_S, self.look_s - LOOK_S / 2)
 
     def find(self, key: PublicKey) -> PeerRecord | None:
         """The record of a peer, as it was read last."""

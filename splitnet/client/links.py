@@ -33,8 +33,6 @@ from splitnet.seldom_warnings import SeldomWarnings
 
 log = logging.getLogger(__name__)
 
-MOST_UNUSED = 6
-"""Of links over which no session goes: in each of them heartbeats take 6 KB a minute."""
 MAX_LINKS = 160
 """At the same time; each takes four file descriptors, and processes often may have 1,024. See `LinkPool`."""
 
@@ -63,13 +61,14 @@ class Links:
     Args:
         identity: the client's key.
         most: links at the same time.
+        most_unused: of links that nothing is awaited over, see `LinkPool`; None: `most`.
 
     Attributes:
         prober: asks peers for signs of life.
         on_answer: takes in what answers a question that belongs to no session, see `splitnet.net.asked_peers`.
     """
 
-    def __init__(self, identity: Identity, *, most: int = MAX_LINKS) -> None:
+    def __init__(self, identity: Identity, *, most: int = MAX_LINKS, most_unused: int | None = None) -> None:
         self._sessions: dict[bytes, Subscriber] = {}
         self._used: dict[bytes, set[Endpoint]] = {}
         """By registered session."""
@@ -87,7 +86,7 @@ class Links:
             on_tick=self._tick,
             max_backlog=None,
         )
-        self._pool = LinkPool(self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, most_unused=MOST_UNUSED)
+        self._pool = LinkPool(self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, most_unused=most_unused)
         self._transport.start()
 
     def __len__(self) -> int:

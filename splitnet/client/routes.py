@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Sequence
 
 from scheduler.replan import RouteWatch, changed_hops, has_become_slow, move_pays
+from splitnet.client.known_peers import LOOK_S
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.planner import Needs, PlannedHop, repaired_route, with_kept_hops
 from splitnet.client.session_events import AskRoute, Move, NoRoute, Planned
+from splitnet.client.survey import TRUST_S
 from splitnet.client.swarm import Swarm
 from splitnet.errors import SplitnetError
 from splitnet.net.codecs import Codec
@@ -39,6 +41,8 @@ class Routes:
         self._blocks = blocks
         self._news = swarm.fresh_facts.news
         self._looked_at = 0.0
+        self._stepped_at = 0.0
+        self._suspected_at = 0.0
         self._route: list[PlannedHop] = []
 
     def answer(self, asked: AskRoute, needs: Needs) -> Planned | NoRoute:
@@ -59,9 +63,13 @@ class Routes:
             return NoRoute(asked.number, error, self._present(), swarm.was_covered)
         return Planned(asked.number, tuple(route), self._codecs_of(route))
 
-    def step_took(self, elapsed_ms: float) -> None:
+    def step_took(self, elapsed_ms: float, positions: int) -> None:
         """Takes in the time of a decode step that had the route for itself."""
-        ratio = self.watch.step_took(elapsed_ms)
+        now = time.monotonic()
+        if now - self._stepped_at > TRUST_S:
+            self.watch.forget_recent()
+        self._stepped_at = now
+        ratio = self.watch.step_took(elapsed_ms, positions)
         if ratio is not None:
             self._swarm.survey.forecast_came(ratio)
 
@@ -84,13 +92,21 @@ class Routes:
         surprised = self.watch.surprised
         if not (self._news != swarm.fresh_facts.news or surprised) or now - self._looked_at < PAUSE_S:
             return None
-        if surprised:
-            # What a hop took is known from the step. If it was one of the client's own links, that must be measured.
-            swarm.fresh_facts.look_again([hops[0].record, hops[-1].record])
+        if now - self._stepped_at > TRUST_S:
+            self.watch.forget_recent()
         self._looked_at, self._news, self.watch.surprised = now, swarm.fresh_facts.news, False
         needs = needs_now()
-        current_ms = self.watch.present_ms(swarm.planner.cost_ms(needs, hops))
-        if not has_become_slow(current_ms, self.watch.predicted_ms):
+        known_ms = swarm.planner.cost_ms(needs, hops)
+        current_ms = self.watch.present_ms(known_ms)
+        is_slow = has_become_slow(current_ms, self.watch.predicted_ms)
+        # What a hop took is known from the step. If it was one of the client's own links, that must be measured.
+        unexplained = is_slow and not has_become_slow(known_ms, self.watch.predicted_ms)
+        unexplained = unexplained and now - self._suspected_at >= LOOK_S
+        if surprised or unexplained:
+            swarm.fresh_facts.look_again([hops[0].record, hops[-1].record], probe=unexplained)
+        if unexplained:
+            self._suspected_at = now
+        if not is_slow:
             return None
         try:
             route = with_kept_hops(swarm.plan(needs, holders={hop.name for hop in hops}), hops)

@@ -26,6 +26,8 @@ STEPS = 3
 """Of so many steps the median counts: one that had to wait for a busy processor says nothing of its hop."""
 
 REMEASURE_S = 30.0
+SILENT_S = 60.0
+"""Who was late for a ping is left out of routes for so long: it may have been busy, or the link."""
 
 KEPT_NETWORKS = 8
 """A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
@@ -132,13 +134,15 @@ class Survey:
         """
         oldest = self._clock() - again_s
         with self._lock:
-            known = self._silent | {key for key, at in self._probed.items() if at >= oldest}
+            known = {key for key, at in self._probed.items() if at >= oldest}
+        known |= self.silent()
         return [record for record in records if record.key.text not in known]
 
     def silent(self) -> set[str]:
-        """Names of peers that did not answer when their links were measured last: perhaps there are none such."""
+        """Names of peers that did not answer when their links were measured lately: perhaps there are none such."""
+        oldest = self._clock() - SILENT_S
         with self._lock:
-            return set(self._silent)
+            return {key for key in self._silent if self._tried[key] >= oldest}
 
     def stale(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
         """Those of the peers whose link should be measured again; the one that was tried longest ago first."""

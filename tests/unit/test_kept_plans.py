@@ -235,3 +235,25 @@ def test_the_least_value_of_spans_over_each_block(spans: list[tuple[int, int, fl
     values = np.array([value for *_, value in spans])
     expected = [min(values[(starts <= block) & (block < ends)], default=np.inf) for block in range(9)]
     assert _LeastOfBlocks(starts, ends, 9).of(values).tolist() == expected
+
+
+def test_who_must_not_be_used_does_not_say_where_chains_run() -> None:
+    choices = random.Random(1)
+    peers: list[Peer] = []
+    places = {CLIENT: Place(Coordinate((0.0, 0.0, 0.0), 2.0, 0.1), 5000.0)}
+
+    def add(name: str, at: tuple[float, float, float], block_ms: float) -> None:
+        start = choices.randrange(0, 40, 5)
+        peers.append(Peer(name, start, start + 5, Speed((block_ms,) * 5), kv_free=100))
+        places[name] = Place(Coordinate(at, 2.0, 0.1), 5000.0)
+
+    for index in range(600):
+        add(f"near{index}", (choices.gauss(20, 10), choices.gauss(0, 10), 0.0), 12.0)
+    for index in range(200):
+        add(f"fast{index}", (choices.gauss(120, 5), choices.gauss(0, 5), 0.0), 0.8)
+    false = [f"false{index}" for index in range(8)]
+    for index, name in enumerate(false):
+        add(name, ((-1) ** index * 1e8, (-1) ** (index // 2) * 1e8, (-1) ** (index // 4) * 1e8), 1e8)
+    crowd = Crowd(peers, Network(places=places))
+    chosen = crowd.near([places[CLIENT]] * 2, (0, 40), encodings=ENCODINGS, kv_needed=10, exclude=false, limit=300)
+    assert sum(peer.id.startswith("fast") for peer in chosen) > 100

@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peers.placing import READ_BYTES, expected_block_ms
+from peers.placing import ANY_SPAN, READ_BYTES, choose_blocks, expected_block_ms
 from scheduler.placement import choose_span
 from scheduler.swarm import Peer, Speed, coverage, missing_blocks
+from splitnet.net.identity import Identity
+from tests.unit.test_client_swarm import RECORD
 
 
 def peer(start: int, end: int, decode_ms: float = 1.0) -> Peer:
@@ -94,3 +97,13 @@ def test_a_block_takes_as_long_as_it_takes_to_read_it(monkeypatch: pytest.Monkey
     now = iter([0.0, 0.5, 1.0, 1.1, 2.0, 2.3])
     monkeypatch.setattr("peers.placing.time.perf_counter", lambda: next(now))
     assert expected_block_ms(Any, device="cpu", dtype=None) == pytest.approx(10 * 100.0)  # pyright: ignore
+
+
+def test_a_new_peer_compares_itself_with_others_by_the_same_measure() -> None:
+    """Three like the newcomer give more than one that is worth two of them, also where prompts are arithmetic."""
+    cpu, twice = Speed.of(12.0, 4.0), Speed.of(6.0, 2.0)
+    own = replace(RECORD, block_ms=cpu.block_ms, moving_to=(), bytes_per_ms=0.0)
+    present = [replace(own, key=Identity.generate().public, start=0, end=1) for _ in range(3)]
+    present.append(replace(own, key=Identity.generate().public, start=1, end=2, block_ms=twice.block_ms))
+    checkpoint: Any = SimpleNamespace(num_blocks=2, hidden_size=64, name="model")
+    assert choose_blocks(checkpoint, ANY_SPAN, 1, present, own_ms=12.0) == (1, 2)

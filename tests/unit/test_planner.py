@@ -98,8 +98,9 @@ def test_what_cannot_be_preferred_is_refused(options: dict[str, Any], said: str)
 
 def test_while_a_route_is_as_fast_as_predicted_no_other_is_planned() -> None:
     planned: list[Needs] = []
+    probed: list[bool] = []
     known: Any = SimpleNamespace(
-        fresh_facts=SimpleNamespace(news=0),
+        fresh_facts=SimpleNamespace(news=0, look_again=lambda suspects, probe: probed.append(probe)),
         survey=SimpleNamespace(prediction_error=1.0, forecast_came=lambda _: None),
         planner=SimpleNamespace(cost_ms=lambda needs, hops: 10.0, move_ms=lambda *_: 0.0),
         plan=lambda needs, holders: planned.append(needs) or list(hops),
@@ -110,7 +111,8 @@ def test_while_a_route_is_as_fast_as_predicted_no_other_is_planned() -> None:
         known.fresh_facts.news, routes._looked_at = news, 0.0
         routes.better(hops, lambda: NEEDS, 10, 0)
         for _ in range(RECENT_STEPS):
-            routes.step_took(step_ms)
+            routes.step_took(step_ms, 1)
         known.fresh_facts.news, routes._looked_at = 10 * news, 0.0
         assert routes.better(hops, lambda: NEEDS, 10, 100) is None
         assert len(planned) == count
+    assert probed == [True], "no fact says why the last steps are slow"

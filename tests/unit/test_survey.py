@@ -15,7 +15,7 @@ from scheduler.network import CLIENT, UNMEASURED, Link
 from scheduler.replan import DISAPPOINTING, RECENT_STEPS, WORTHWHILE, RouteWatch, move_pays
 from scheduler.swarm import PASS_SIZES
 from splitnet.client import survey as survey_module
-from splitnet.client.survey import REMEASURE_S, STEPS, TRUST_S, Survey
+from splitnet.client.survey import REMEASURE_S, SILENT_S, STEPS, TRUST_S, Survey
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import place_of
 from splitnet.net.identity import Identity
@@ -127,8 +127,13 @@ class TestSurvey:
         assert survey.prediction_error == 1.0
 
     def test_who_was_silent_is_told_apart_until_it_answers(self) -> None:
-        survey, here, silent = Survey(Clock()), record(), record()
+        clock = Clock()
+        survey, here, silent = Survey(clock), record(), record()
         tried, link = {here.endpoint: here, silent.endpoint: silent}, Link(1.0, 100.0)
+        survey.links_measured(tried, {here.endpoint: link})
+        assert survey.silent() == {silent.key.text}
+        clock.now += SILENT_S + 1
+        assert survey.silent() == set(), "it was late for one ping only, perhaps"
         survey.links_measured(tried, {here.endpoint: link})
         assert survey.silent() == {silent.key.text}
         survey.links_measured(tried, {here.endpoint: link, silent.endpoint: link})
@@ -377,6 +382,13 @@ class TestPresentCost:
             watch.step_took(elapsed_ms)
         assert watch.present_ms(10.0) == 90.0
         assert watch.present_ms(95.0) == 95.0
+
+    def test_steps_of_several_positions_say_nothing_of_single_ones(self) -> None:
+        watch = RouteWatch()
+        watch.begin(10.0)
+        for _ in range(RECENT_STEPS):
+            watch.step_took(90.0, positions=8)
+        assert watch.present_ms(10.0) == 10.0
 
     def test_is_that_of_the_facts_until_a_route_was_used(self) -> None:
         watch = RouteWatch()
