@@ -102,7 +102,7 @@ def test_a_block_takes_as_long_as_it_takes_to_read_it(monkeypatch: pytest.Monkey
 def test_a_new_peer_compares_itself_with_others_by_the_same_measure() -> None:
     """Three like the newcomer give more than one that is worth two of them, also where prompts are arithmetic."""
     cpu, twice = Speed.of(12.0, 4.0), Speed.of(6.0, 2.0)
-    own = replace(RECORD, block_ms=cpu.block_ms, moving_to=(), bytes_per_ms=0.0)
+    own = replace(RECORD, block_ms=cpu.block_ms, bytes_per_ms=0.0)
     present = [replace(own, key=Identity.generate().public, start=0, end=1) for _ in range(3)]
     present.append(replace(own, key=Identity.generate().public, start=1, end=2, block_ms=twice.block_ms))
     checkpoint: Any = SimpleNamespace(num_blocks=2, hidden_size=64, name="model")
