@@ -27,7 +27,8 @@ STEPS = 3
 
 REMEASURE_S = 30.0
 SILENT_S = 60.0
-"""Who was late for a ping is left out of routes for so long: it may have been busy, or the link."""
+"""Who has answered before and was late is left out of routes for so long: it may have been busy, or the link. Whoever
+never did may not exist."""
 
 KEPT_NETWORKS = 8
 """A session asks for the links of the peers that it plans with, of its own hops, and of those at both ends of each."""
@@ -62,6 +63,8 @@ class Survey:
         self._tried: dict[str, float] = {}
         self._silent: set[str] = set()
         """Of those that were tried."""
+        self._heard: set[str] = set()
+        """Of those that were tried, who has ever answered."""
         self._probed: dict[str, float] = {}
         """Of those that were tried, with the bandwidth of the link, and when."""
         self._prediction_error = 1.0
@@ -142,7 +145,7 @@ class Survey:
         """Names of peers that did not answer when their links were measured lately: perhaps there are none such."""
         oldest = self._clock() - SILENT_S
         with self._lock:
-            return {key for key in self._silent if self._tried[key] >= oldest}
+            return {key for key in self._silent if key not in self._heard or self._tried[key] >= oldest}
 
     def stale(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
         """Those of the peers whose link should be measured again; the one that was tried longest ago first."""
@@ -163,12 +166,15 @@ class Survey:
                 self._tried.pop(key, None)
                 self._tried[key] = now
                 (self._silent.discard if endpoint in links else self._silent.add)(key)
+                if endpoint in links:
+                    self._heard.add(key)
                 if endpoint in links and links[endpoint].bytes_per_ms:
                     self._probed[key] = now
             while len(self._tried) > KEPT_TRIED:
                 oldest = next(iter(self._tried))
                 del self._tried[oldest]
                 self._silent.discard(oldest)
+                self._heard.discard(oldest)
                 self._probed.pop(oldest, None)
         for endpoint, link in links.items():
             self.network_coordinates.measured(tried[endpoint], link)
