@@ -21,6 +21,8 @@ from splitnet.net.records import PeerRecord
 log = logging.getLogger(__name__)
 
 MEASURED_AT_ONCE = 32
+PINGED_AT_ONCE = 96
+"""Of peers of which nothing is known, if those of a planned route do not answer: there may be many that do not exist."""
 
 LIKELY_FIRST = 112
 """Of the peers through which routes most likely go, before the first route is planned."""
@@ -135,7 +137,7 @@ class FreshFacts:
         self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = (), again_s: float = PROBE_AGAIN_S
     ) -> None:
         """Measures the links to the first of these peers; of `records` the bandwidth too, but seldom more than once."""
-        chosen = {record.endpoint: record for record in (*records, *others)[:MEASURED_AT_ONCE]}
+        chosen = {record.endpoint: record for record in (*records[:MEASURED_AT_ONCE], *others[:PINGED_AT_ONCE])}
         if chosen:
             due = {record.endpoint for record in self._survey.unprobed(records, again_s)}
             self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S, probed=due))
