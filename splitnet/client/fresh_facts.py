@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 MEASURED_AT_ONCE = 32
 PINGED_AT_ONCE = 96
-"""Of peers of which nothing is known, if those of a planned route do not answer: there may be many that do not exist."""
+"""Of peers of which nothing is known, if those of a planned route do not answer: many others may not exist either."""
 
 LIKELY_FIRST = 112
 """Of the peers through which routes most likely go, before the first route is planned."""
