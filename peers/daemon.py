@@ -29,7 +29,7 @@ from peers.mover import Mover
 from peers.neighbours import Neighbours
 from peers.next_hops import NextHops
 from peers.options import PeerOptions
-from peers.placing import LINK_CODEC, choose_blocks, expected_block_ms, fitting_blocks
+from peers.placing import choose_blocks, expected_block_ms, fitting_blocks, position_bytes
 from peers.power_sources import find_sources
 from peers.relocation import Relocation
 from peers.session_service import SessionService
@@ -44,7 +44,7 @@ from splitnet.model.span import Span
 from splitnet.model.weights import choose_weights
 from splitnet.net.addresses import Reach, public_address, reachable_host, with_literal_host
 from splitnet.net.budget import Budget
-from splitnet.net.codecs import CODECS, codec_by_name
+from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import PROTOCOL_VERSION, Announce, AskWeights, LookUp, Message, Payload, Pong, decode, encode
@@ -98,7 +98,7 @@ class Peer:
         self._lan = lan
         self._fetcher = fetcher
         self._max_blocks = max_blocks
-        self._mover = Mover(checkpoint.num_blocks, codec_by_name(LINK_CODEC).bytes_per_position(checkpoint.hidden_size))
+        self._mover = Mover(checkpoint.num_blocks, position_bytes(checkpoint))
         self._last_record: PeerRecord | None = None
         self._key_file = options.key_file
         self._proof = 0

@@ -18,7 +18,6 @@ from splitnet.net.facts import expected_facts_of
 from splitnet.net.records import PeerRecord
 
 LINK_CODEC = "int8"
-"""On slow links, which are those that count where peers choose their blocks."""
 
 READ_BYTES = 32 * 2**20
 READS = 3
@@ -90,7 +89,7 @@ def choose_blocks(
     """
     count = checkpoint.num_blocks
     if wish.blocks is None:
-        size = codec_by_name(LINK_CODEC).bytes_per_position(checkpoint.hidden_size)
+        size = position_bytes(checkpoint)
         peers = [expected_facts_of(record, size) for record in present]
         if own_ms is not None and peers:
             # Arithmetic takes what it takes at the peer that is most like this one.
@@ -103,6 +102,11 @@ def choose_blocks(
     if not 0 <= start < end <= count:
         raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")
     return start, end
+
+
+def position_bytes(checkpoint: Checkpoint) -> int:
+    """What a position takes on slow links, which are those that count where peers choose their blocks."""
+    return codec_by_name(LINK_CODEC).bytes_per_position(checkpoint.hidden_size)
 
 
 def _positive(ms: float) -> float:
