@@ -95,8 +95,8 @@ class Membership:
         return drawn
 
     def _new_node(self, device: Device, span: tuple[int, int], coordinate: Coordinate) -> Node:
-        node = Node(device, span, coordinate, float(self._world.geography.up[device.number]))
-        node.sending_ms = self._world.sending_ms(device)
+        up_bytes_per_ms = float(self._world.geography.up[device.number])
+        node = Node(device, span, coordinate, up_bytes_per_ms, self._world.sending_ms(device))
         self.nodes[device.id] = node
         self._events.at(device.leaves_s * 1000, self._leave, node)
         for begin_s, end_s in device.used_s:

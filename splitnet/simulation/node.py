@@ -102,7 +102,14 @@ class Node:
         awaited: it has work, and waits for more.
     """
 
-    def __init__(self, device: Device, span: tuple[int, int], coordinate: Coordinate, up_bytes_per_ms: float) -> None:
+    def __init__(
+        self,
+        device: Device,
+        span: tuple[int, int],
+        coordinate: Coordinate,
+        up_bytes_per_ms: float,
+        sending_ms: float,
+    ) -> None:
         self.device = device
         self.number = device.number
         self.id = device.id
@@ -112,7 +119,7 @@ class Node:
         self.generation = 0
         self.coordinate = coordinate
         self.up_bytes_per_ms = up_bytes_per_ms
-        self.sending_ms = 0.0
+        self.sending_ms = sending_ms
         self.latency_ms: dict[int, float] = {}
         self.slower = 1.0
         self.kv_used = 0
