@@ -127,7 +127,6 @@ class Node:
         self.ready: list[Parcel] = []
         self.running = False
         self.awaited: Awaited | None = None
-        self.uplink_free_ms = 0.0
         self.busy_ms = 0.0
         self.served_since_ms = 0.0
         self.served_ms = 0.0

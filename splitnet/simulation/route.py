@@ -23,14 +23,14 @@ Hops = list[tuple[Node, int, int]]
 class Wire:
     """What it costs to get a step from one device to the next, directly or by way of the client.
 
-    token_ms: of one position, without the latency. sender: whose way up a long step occupies; None: the client's.
-    last_ms: when the last thing that was sent arrives.
+    token_ms: of one position, without the latency. stations: numbers of the devices that a step passes, the last of
+    which it ends at; links: between these. last_ms: when the last thing that was sent arrives.
     """
 
     latency_ms: float
     token_ms: float
+    stations: tuple[int, ...]
     links: tuple[Link, ...]
-    sender: Node | None
     last_ms: float = 0.0
 
     def in_order(self, arrival_ms: float) -> float:
@@ -41,10 +41,6 @@ class Wire:
     def ms(self, positions: int, encodings: Sequence[Encoding]) -> float:
         """Of a step, without the latency."""
         return sum(min(encoding.ms(positions, link.bytes_per_ms) for encoding in encodings) for link in self.links)
-
-    def uplink_ms(self, positions: int, encodings: Sequence[Encoding], up_bytes_per_ms: float) -> float:
-        """For how long the sender's way up is occupied."""
-        return positions * min(encoding.bytes_per_position for encoding in encodings) / up_bytes_per_ms
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,12 +63,10 @@ def wires_of(
     wires: list[Wire] = []
     stations: list[Node | None] = [None, *(node for node, _, _ in hops), None]
     for sender, receiver in pairwise(stations):
-        here = sender.number if sender else client
-        there = receiver.number if receiver else client
+        passed = [sender.number if sender else client, receiver.number if receiver else client]
         if through_client and sender and receiver:
-            links = (geography.link(here, client), geography.link(client, there))
-        else:
-            links = (geography.link(here, there),)
+            passed.insert(1, client)
+        links = tuple(geography.link(here, there) for here, there in pairwise(passed))
         token_ms = sum(min(encoding.ms(1, link.bytes_per_ms) for encoding in encodings) for link in links)
-        wires.append(Wire(sum(link.latency_ms for link in links), token_ms, links, sender))
+        wires.append(Wire(sum(link.latency_ms for link in links), token_ms, tuple(passed), links))
     return wires

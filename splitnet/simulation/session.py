@@ -104,7 +104,6 @@ class Session:
         self.seen: dict[Node, SeenHop] = {}
         self.latencies: dict[tuple[str, str], float] = {}
         self.contacts: dict[Node, float] = {}
-        self.uplink_free_ms = 0.0
         self.bans = Bans(lambda: around.events.now / 1000)
         self.machine = SessionState(
             request.number.to_bytes(16, "big"),

@@ -2,15 +2,50 @@
 
 from __future__ import annotations
 
+import math
 import random
+from typing import Final
 
+from scheduler.network import Link
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
 from splitnet.net.messages import FailureCode
 from splitnet.simulation.events import Events
 from splitnet.simulation.node import Awaited, Node, Parcel
 from splitnet.simulation.route import Hops, Route, Wire, wires_of
-from splitnet.simulation.session import Session
 from splitnet.simulation.world import World
+
+RESTART_MS: Final = 200.0
+"""A connection that was silent for so long, and a round trip more, begins slowly again (RFC 5681, section 4.1)."""
+
+
+class Stream:
+    """What one device sends another over TCP, in slow start (RFC 5681, section 3.1). Times in ms.
+
+    Args:
+        window_bytes: that are sent before the first are confirmed (RFC 6928: ten segments).
+    """
+
+    __slots__ = ("_free_ms", "_sent_bytes", "_window_bytes")
+
+    def __init__(self, window_bytes: float) -> None:
+        self._window_bytes = window_bytes
+        self._sent_bytes = 0.0
+        self._free_ms = -math.inf
+
+    def sent(self, begin_ms: float, took_ms: float, nbytes: float, link: Link) -> float:
+        """When the last of `nbytes` is sent that begin now, and take `took_ms` on a connection at full speed."""
+        trip_ms = 2 * link.latency_ms
+        if begin_ms - self._free_ms > RESTART_MS + trip_ms:
+            self._sent_bytes = 0.0
+        window, left, waits_ms = self._window_bytes + self._sent_bytes, nbytes, 0.0
+        while left > window and window < link.bytes_per_ms * trip_ms:
+            waits_ms += trip_ms - window / link.bytes_per_ms
+            left -= window
+            window *= 2
+        self._sent_bytes += nbytes
+        self._free_ms = max(begin_ms, self._free_ms) + took_ms + waits_ms
+        return self._free_ms
+
 
 Pass = tuple[Node, int, list[tuple[Parcel, int]], float]
 """A pass under way: at which node, in which generation of it, how many positions of each parcel, and its ms."""
@@ -29,6 +64,8 @@ class Traffic:
         self._events = events
         self.through_client = through_client
         self._jitter = random.Random(world.settings.seed)
+        self._uplink_free_ms: dict[int, float] = {}
+        self._streams: dict[tuple[int, int], Stream] = {}
 
     def wires(self, hops: Hops, client: int) -> list[Wire]:
         """The wires along a client's hops."""
@@ -46,25 +83,36 @@ class Traffic:
     def send(self, parcel: Parcel) -> None:
         """Sends a parcel to its hop from whoever comes before it."""
         wire = parcel.route.wires[parcel.hop]
-        if parcel.positions == 1:
-            arrival = self._events.now + wire.token_ms
-        elif parcel.positions <= DECODE_POSITIONS:
-            arrival = self._events.now + wire.ms(parcel.positions, self._encodings)
-        else:
-            arrival = self._sent(parcel, wire.ms(parcel.positions, self._encodings))
         parcel.remaining = parcel.positions
-        self._events.at(wire.in_order(arrival + self._latency(wire.latency_ms)), self._receive, parcel)
+        if parcel.positions > DECODE_POSITIONS:
+            self._send_long((parcel, 0))
+            return
+        took_ms = wire.token_ms if parcel.positions == 1 else wire.ms(parcel.positions, self._encodings)
+        self._arrives(parcel, self._events.now + took_ms, wire.latency_ms)
 
-    def _sent(self, parcel: Parcel, took_ms: float) -> float:
-        """When a long step has been sent: those of one sender go one after the other; tokens slip in between."""
-        session = parcel.route.session
+    def _arrives(self, parcel: Parcel, sent_ms: float, latency_ms: float) -> None:
         wire = parcel.route.wires[parcel.hop]
-        sender = session if wire.sender is None or self.through_client else wire.sender
-        number = session.client.number if isinstance(sender, Session) else sender.number
-        rate = float(self._geography.up[number])
-        begin = max(self._events.now, sender.uplink_free_ms)
-        sender.uplink_free_ms = begin + min(took_ms, wire.uplink_ms(parcel.positions, self._encodings, rate))
-        return begin + took_ms
+        self._events.at(wire.in_order(sent_ms + self._latency(latency_ms)), self._receive, parcel)
+
+    def _send_long(self, item: tuple[Parcel, int]) -> None:
+        """Sends a long step over a link of its wire: those of one device go one after the other; tokens slip in."""
+        parcel, index = item
+        wire = parcel.route.wires[parcel.hop]
+        here, link = wire.stations[index], wire.links[index]
+        sent_ms = self._sent(here, wire.stations[index + 1], link, parcel.positions)
+        if index + 1 == len(wire.links):
+            self._arrives(parcel, sent_ms, link.latency_ms)
+        else:
+            self._events.at(sent_ms + self._latency(link.latency_ms), self._send_long, (parcel, index + 1))
+
+    def _sent(self, here: int, there: int, link: Link, positions: int) -> float:
+        """When the last of a long step has been sent."""
+        took_ms = min(encoding.ms(positions, link.bytes_per_ms) for encoding in self._encodings)
+        nbytes = positions * min(encoding.bytes_per_position for encoding in self._encodings)
+        begin = max(self._events.now, self._uplink_free_ms.get(here, 0.0))
+        self._uplink_free_ms[here] = begin + min(took_ms, nbytes / float(self._geography.up[here]))
+        stream = self._streams.setdefault((here, there), Stream(self._settings.window_bytes))
+        return stream.sent(begin, took_ms, nbytes, link)
 
     def _latency(self, ms: float) -> float:
         if self._settings.jitter:

@@ -27,7 +27,8 @@ class Settings:
     after the last time. view_s: how often clients read all facts. load_s: to load one block. uptime: factor to the time
     that devices stay; infinite for no churn. own_use: whether
     their owners work with them. moves: whether peers may change their blocks. jitter: mean share by which
-    a message's latency exceeds the link's. loss: share of messages that are sent twice. patience_s: how long
+    a message's latency exceeds the link's. loss: share of messages that are sent twice. window_bytes: that a
+    connection sends before any are confirmed; infinite: all at once. patience_s: how long
     a client waits for a route, or for the next token when there is none.
     replan_s: how often a session looks for a better route; doubts: whether it doubts forecasts.
     burst: all clients come within a second, instead. dark: half way through all devices in Europe are silent for good.
@@ -49,6 +50,7 @@ class Settings:
     moves: bool = True
     jitter: float = 0.05
     loss: float = 0.005
+    window_bytes: float = 14_480.0
     patience_s: float = 30.0
     replan_s: float = 10.0
     doubts: bool = True

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,7 @@ import pytest
 from scheduler.candidates import candidates
 from scheduler.coordinates import Coordinate
 from scheduler.cost import route_ms
-from scheduler.network import CLIENT
+from scheduler.network import CLIENT, Link
 from scheduler.packing import PASS_POSITIONS
 from scheduler.route import NoRoute, best_route
 from scheduler.swarm import Hop, Speed
@@ -29,6 +30,7 @@ from splitnet.simulation.policies import Plan, Planned
 from splitnet.simulation.route_quality import coordinate_error, plan_qualities
 from splitnet.simulation.session import FAILED, FINISHED, RUNNING
 from splitnet.simulation.simulate import ABLATIONS, AGAINST, BASELINES, POLICIES, Settings, World, simulate
+from splitnet.simulation.traffic import Stream
 from splitnet.simulation.world import KINDS, Device, Request, device_id, measured_to
 
 SMALL = Settings(peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1)
@@ -134,7 +136,7 @@ def tiny_world(*requests: tuple[float, int, int], loss: float = 0.0) -> World:
     """Five peers, each 2 ms per block and token, that stay; (at_s, prompt, output) of each request."""
     settings = Settings(
         peers=5, clients=len(requests), num_blocks=5, hidden=100, uptime=float("inf"), own_use=False, moves=False,
-        jitter=0.0, loss=loss, sessions_per_peer_hour=len(requests) * 3600 / 5 / 100,
+        jitter=0.0, loss=loss, window_bytes=math.inf, sessions_per_peer_hour=len(requests) * 3600 / 5 / 100,
     )  # fmt: skip
     world = World(settings)
     world.devices = [
@@ -190,6 +192,35 @@ def test_the_simulated_time_per_token_is_that_of_the_cost_model() -> None:
     network = TrueNetwork(world.geography, world.names_for(5))
     cost = route_ms(THREE_HOPS, idle, network, positions=1, encodings=world.settings.encodings)
     assert outcome.token_ms == [pytest.approx(cost)]
+
+
+def test_a_connection_begins_slowly_and_again_after_silence() -> None:
+    link = Link(50.0, 1000.0)  # 100 KB are under way on it
+    stream = Stream(10_000.0)
+    # 10, 20, 40 and 80 KB are sent in turns of a round trip, 100 ms; the rest goes on without waiting.
+    waits_ms = (100 - 10) + (100 - 20) + (100 - 40) + (100 - 80)
+    assert stream.sent(0.0, 200.0, 200_000.0, link) == pytest.approx(200 + waits_ms)
+    assert stream.sent(450.0, 200.0, 200_000.0, link) == pytest.approx(200 + waits_ms + 200), "it has come to speed"
+    assert stream.sent(2000.0, 5.0, 5_000.0, link) == pytest.approx(2005)
+    assert stream.sent(2010.0, 20.0, 20_000.0, link) == pytest.approx(2010 + 20 + 100 - 15)
+    assert stream.sent(3000.0, 200.0, 200_000.0, link) == pytest.approx(3000 + 200 + waits_ms)
+
+
+@pytest.mark.parametrize("through_client", [False, True])
+def test_prompts_share_the_way_up_of_a_peer(through_client: bool) -> None:
+    ttft_ms: list[float] = []
+    for later_s in (0.0, 40.0):
+        world = tiny_world((0.0, 100, 2), (later_s, 100, 2))
+        world.geography.up[:] = world.geography.down[:] = 1e6
+        world.geography.up[0] = 10.0
+        fixed = Fixed(SPANS, THREE_HOPS)
+        fixed.through_client = through_client
+        placing: Placing = fixed
+        simulation = Simulation(world, fixed, placing)
+        for _ in simulation.run():
+            pass
+        ttft_ms.append(sum(session.first_ms - session.arrived_ms for session in simulation.sessions))
+    assert 0.3 * 1030 < ttft_ms[0] - ttft_ms[1] < 1.1 * 1030, "one prompt takes 1030 ms there, and one waits for it"
 
 
 def test_a_lost_message_costs_time_and_no_token() -> None:
