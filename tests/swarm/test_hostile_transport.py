@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import zmq
 
 from peers.daemon import Peer
 from splitnet.net.connections import MAX_MESSAGE_BYTES
@@ -101,7 +102,7 @@ def test_connections_leave_room_for_others(running: LocalSwarm, local: Any, atta
 
 
 def reached_within(seconds: float, endpoint: Endpoint) -> bool:
-    """Whether a newcomer is answered; it shares the open files of the peer, so its own sockets may have to wait, too."""
+    """Whether a newcomer is answered; it shares the open files of the peer, so its own sockets may have to wait."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with suppress(TimeoutError, zmq.ZMQError), attacks.Client(endpoint) as newcomer:
