@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scheduler.coordinates import Coordinate
 from scheduler.neighbours import Floats, Integers, ms_per_block
@@ -164,25 +166,27 @@ class Membership:
     def _measure_useful(self, node: Node, count: int) -> None:
         """Measures links to the peers that seem to be the most useful ones, of those that were not measured yet."""
         view, place = self.view, node.coordinate
-        serving = self._beside(node)
+        beside = self._beside(node)
+        serving = beside[~self._measured(node, beside)]
         vectors, heights = view.coordinates
         apart = np.sqrt(((vectors[serving] - np.array(place.vector)) ** 2).sum(axis=1))
         costs = self._ms_per_block(node, serving, (apart + heights[serving] + place.height_ms) / 2)
-        chosen: list[int] = []
-        for index in map(int, serving[costs.argsort(kind="stable")[: len(node.latency_ms) + count]]):
-            number = int(view.numbers[index])
-            other = self.nodes[view.peers[index].id]
-            if number not in node.latency_ms and other.serves and other is not node and len(chosen) < count:
-                chosen.append(number)
+        best = serving[costs.argsort(kind="stable")]
+        others = (self.nodes[view.peers[index].id] for index in map(int, best))
+        chosen = [other.number for other in islice((it for it in others if it.serves and it is not node), count)]
         latencies = self._world.geography.one_way_from(node.number, np.array(chosen, dtype=np.int64))
         node.latency_ms.update(zip(chosen, latencies.tolist(), strict=True))
+
+    def _measured(self, node: Node, indices: Integers) -> NDArray[np.bool_]:
+        """To which of these in the view it has measured its link."""
+        return np.isin(self.view.numbers[indices], list(node.latency_ms))
 
     def _useful_links(self, node: Node) -> dict[str, Link]:
         """Those of the links that it has measured that a record has room for, the most useful ones."""
         view = self.view
-        known = [index for index in self._beside(node).tolist() if int(view.numbers[index]) in node.latency_ms]
-        serving = np.array(known, dtype=np.int64)
-        latency_ms = np.array([node.latency_ms[int(view.numbers[index])] for index in known])
+        beside = self._beside(node)
+        serving = beside[self._measured(node, beside)]
+        latency_ms = np.array([node.latency_ms[number] for number in view.numbers[serving].tolist()])
         best = self._ms_per_block(node, serving, latency_ms).argsort(kind="stable")[:MEASURED_LINKS]
         numbers: list[int] = view.numbers[serving[best]].tolist()
         return {device_id(number): self._world.geography.link(node.number, number) for number in numbers}
