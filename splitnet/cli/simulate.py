@@ -45,6 +45,10 @@ def simulate(
     blocks: Annotated[int, typer.Option(min=1, help="Blocks of the model.")] = 80,
     hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the model.")] = 8192,
     uptime: Annotated[float, typer.Option(min=0.01, help="Factor to the time for which peers stay.")] = 1.0,
+    latencies: Annotated[
+        Path | None,
+        typer.Option(help="A file of round trips in ms, measured between the nodes of some network: a square table."),
+    ] = None,
     coordinates: Annotated[
         bool, typer.Option("--coordinates", help="Say what network coordinates and candidates cost, instead.")
     ] = False,
@@ -71,6 +75,7 @@ def simulate(
         num_blocks=blocks,
         hidden=hidden,
         uptime=uptime,
+        latencies=latencies,
         **{"sessions_per_peer_hour": 10.0, **chosen},
     )
     all_settings = [dataclasses.replace(settings, seed=seed + number) for number in range(worlds)]
@@ -86,7 +91,7 @@ def simulate(
     if output:
         output.mkdir(parents=True, exist_ok=True)
         results = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": figures}
-        text = json.dumps(results, indent=1)
+        text = json.dumps(results, indent=1, default=str)  # a path is one
         (output / "results.json").write_text(text + "\n", encoding="utf-8")
     if plot:
         from splitnet.simulation.chart import chart

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.network import Link, LinkTable, Network
+from splitnet.errors import SplitnetError
 
 CITIES: Final[Sequence[tuple[float, float, float]]] = (
     # latitude, longitude, share of the devices
@@ -61,9 +63,7 @@ class Geography:
             [np.cos(latitude) * np.cos(longitude), np.cos(latitude) * np.sin(longitude), np.sin(latitude)], axis=1
         )
         self.network_of = city * NETWORKS_PER_CITY + rng.integers(NETWORKS_PER_CITY, size=count)
-        self.delay = np.array([access.delay_ms for access in accesses])
-        self.up = np.array([access.up_bytes_per_ms for access in accesses])
-        self.down = np.array([access.down_bytes_per_ms for access in accesses])
+        self._take(accesses)
 
         networks = len(cities) * NETWORKS_PER_CITY
         factor = 1.3 + rng.lognormal(-0.7, 0.6, (networks, networks))
@@ -74,9 +74,14 @@ class Geography:
         np.fill_diagonal(self.detour, 0.0)
         self._points = [tuple(map(float, point)) for point in self.points]
         self._network_of = [int(network) for network in self.network_of]
-        self._delay = [float(delay) for delay in self.delay]
         self._factor: list[list[float]] = self.factor.tolist()
         self._detour: list[list[float]] = self.detour.tolist()
+
+    def _take(self, accesses: Sequence[Access]) -> None:
+        self.delay = np.array([access.delay_ms for access in accesses])
+        self.up = np.array([access.up_bytes_per_ms for access in accesses])
+        self.down = np.array([access.down_bytes_per_ms for access in accesses])
+        self._delay = [float(delay) for delay in self.delay]
 
     def is_european(self, device: int) -> bool:
         """Whether it stands between the Atlantic and the Urals."""
@@ -107,6 +112,60 @@ class Geography:
         networks = np.ix_(self.network_of[senders], self.network_of[receivers])
         way = kilometres / FIBRE_KM_PER_MS * self.factor[networks] + self.detour[networks]
         return np.add.outer(self.delay[senders], self.delay[receivers]) + way
+
+
+class MeasuredGeography(Geography):
+    """Round trips that were measured between the nodes of some network; each device is at one of them.
+
+    Args:
+        rtt_ms: `[nodes, nodes]`, see `read_latencies`. With more devices than nodes, some share one.
+    """
+
+    def __init__(self, rng: np.random.Generator, accesses: Sequence[Access], rtt_ms: Floats) -> None:
+        self._take(accesses)
+        self._node_of = np.resize(rng.permutation(len(rtt_ms)), len(accesses))
+        self._way_ms = rtt_ms / 2
+
+    def is_european(self, device: int) -> bool:
+        raise SplitnetError("of measured latencies it is not known where the devices are: leave the scenario dark out")
+
+    def one_way_ms(self, sender: int, receiver: int) -> float:
+        way = self._way_ms[self._node_of[sender], self._node_of[receiver]]
+        return self._delay[sender] + self._delay[receiver] + float(way)
+
+    def latencies(self, senders: NDArray[np.int64], receivers: NDArray[np.int64]) -> Floats:
+        way = self._way_ms[np.ix_(self._node_of[senders], self._node_of[receivers])]
+        return np.add.outer(self.delay[senders], self.delay[receivers]) + way
+
+
+def read_latencies(path: Path) -> Floats:
+    """Round trips in ms, `[nodes, nodes]`, from a text file of as many lines with as many numbers.
+
+    Of two that differ by direction their mean counts. What is 0 or less was not measured, and is what the best way over
+    a third node takes.
+
+    Raises:
+        SplitnetError: the file does not have that, or says nothing about some pair.
+    """
+    try:
+        rtt_ms = np.loadtxt(path, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise SplitnetError(f"{path} has no table of round trips: {error}") from error
+    nodes = len(rtt_ms)
+    if rtt_ms.shape != (nodes, nodes) or nodes < 2 or not np.isfinite(rtt_ms).all():
+        raise SplitnetError(
+            f"{path} has a table of {' x '.join(map(str, rtt_ms.shape))}: it must be square, and finite"
+        )
+    rtt_ms = np.where(rtt_ms > 0, rtt_ms, np.inf)
+    rtt_ms = np.where(np.isinf(rtt_ms + rtt_ms.T), np.minimum(rtt_ms, rtt_ms.T), (rtt_ms + rtt_ms.T) / 2)
+    np.fill_diagonal(rtt_ms, 0.0)
+    missing = np.argwhere(np.isinf(rtt_ms))
+    by_others = [(rtt_ms[here] + rtt_ms[:, there]).min() for here, there in missing]
+    for (here, there), way_ms in zip(missing, by_others, strict=True):
+        if math.isinf(way_ms):
+            raise SplitnetError(f"{path} does not tell how far nodes {here + 1} and {there + 1} are apart")
+        rtt_ms[here, there] = way_ms
+    return rtt_ms
 
 
 class GivenGeography(Geography):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -15,7 +16,7 @@ from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.encoding import Encoding, encodings_of
 from scheduler.network import CLIENT
 from scheduler.swarm import Speed
-from splitnet.simulation.geography import Access, Geography
+from splitnet.simulation.geography import Access, Geography, MeasuredGeography, read_latencies
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,7 @@ class Settings:
     replan_s: how often a session looks for a better route; doubts: whether it doubts forecasts.
     burst: all clients come within a second, instead. dark: half way through all devices in Europe are silent for good.
     probes: links that a client measures to peers that its routes most likely go through, beside a few random ones.
+    latencies: a file of measured round trips, in place of made-up ones.
     """
 
     peers: int = 1000
@@ -57,6 +59,7 @@ class Settings:
     burst: bool = False
     dark: bool = False
     probes: int = 112
+    latencies: Path | None = None
 
     @property
     def duration_s(self) -> float:
@@ -192,7 +195,10 @@ class World:
         kinds = [kind for kind, _, _ in lifetimes]
         accesses = [_draw_access(rng, kind.wired) for kind in kinds]
         accesses += [_draw_access(rng, False) for _ in range(settings.clients)]
-        self.geography = Geography(rng, accesses)
+        if settings.latencies is None:
+            self.geography = Geography(rng, accesses)
+        else:
+            self.geography = MeasuredGeography(rng, accesses, read_latencies(settings.latencies))
         self.devices = [
             _draw_device(rng, number, kind, joins, leaves, settings.num_blocks)
             for number, (kind, joins, leaves) in enumerate(lifetimes)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,10 +21,11 @@ from scheduler.route import NoRoute, best_route
 from scheduler.swarm import Hop, Speed
 from splitnet.client.session_events import Cause
 from splitnet.client.session_route import Phase
+from splitnet.errors import SplitnetError
 from splitnet.simulation.chart import chart
 from splitnet.simulation.engine import Simulation
 from splitnet.simulation.events import Events
-from splitnet.simulation.geography import Access, Geography, GivenGeography, TrueNetwork
+from splitnet.simulation.geography import Access, Geography, GivenGeography, TrueNetwork, read_latencies
 from splitnet.simulation.outcome import Outcome, differences, outcome_of, pooled
 from splitnet.simulation.placing import Placing
 from splitnet.simulation.policies import Plan, Planned
@@ -307,6 +309,44 @@ def test_a_world_may_be_given() -> None:
     assert outcome.token_ms == [pytest.approx(2 * 10 + 5 * 2, rel=0.01)]
     # To connect takes four round trips, to open one, then the prompt comes.
     assert outcome.ttft_ms == [pytest.approx(5 * 20 + 20 + 5 * 2, rel=0.01)]
+
+
+def test_measured_latencies_stand_in_for_made_up_ones(tmp_path: Path) -> None:
+    table = tmp_path / "rtt"
+    table.write_text("0 10 0\n14 0 30\n-1 20 0\n")  # of the first and the third nobody has measured the way
+    rtt_ms = read_latencies(table)
+    assert rtt_ms.tolist() == [[0, 12, 37], [12, 0, 25], [37, 25, 0]]
+    world = World(replace(SMALL, latencies=table))
+    geography, count = world.geography, len(world.devices)
+    everyone = np.arange(count)
+    assert geography.latencies(everyone, everyone) == pytest.approx(
+        np.array([[geography.one_way_ms(here, there) for there in range(count)] for here in range(count)])
+    )
+    ways = {
+        round(2 * (geography.one_way_ms(0, other) - geography.delay[0] - geography.delay[other])) for other in everyone
+    }
+    assert ways in ({0, 12, 37}, {0, 12, 25}, {0, 25, 37})
+    assert simulate(world, "own").tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("1 2\n", "1 x 2"),
+        ("0 x\n1 0\n", "table"),
+        ("0 nan\n1 0\n", "finite"),
+        ("0 0\n0 0\n", "nodes 1 and 2"),
+        ("5\n", "1 x 1"),
+        ("", "table"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, error: str) -> None:
+    table = tmp_path / "rtt"
+    table.write_text(text)
+    with pytest.raises(SplitnetError, match=error):
+        read_latencies(table)
+    with pytest.raises(SplitnetError, match="no table"):
+        read_latencies(tmp_path / "missing")
 
 
 @pytest.mark.parametrize(("pause_s", "trips"), [(50.0, 1), (70.0, 5)])
