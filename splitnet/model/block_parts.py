@@ -56,14 +56,14 @@ class Norm:
         named = [(name.rpartition(".")[2], each.detach()) for name, each in own.named_parameters()]
         weight, bias = (_stacked([each for name, each in named if name == wanted]) for wanted in ("weight", "bias"))
         if weight is None:
-            weight = torch.ones(own.normalized_shape)
+            weight = torch.ones(own.normalized_shape, dtype=torch.float32)
         epsilon = float(getattr(own, "variance_epsilon", getattr(own, "eps", 1e-5)))
         noise = torch.Generator().manual_seed(0)
         # Heads stand before positions or behind them: here there is one position.
         shape = (_TRIALS, *weight.shape) if weight.ndim == 1 else (_TRIALS, len(weight), 1, weight.shape[1])
         if weight.ndim == 2 and not hasattr(own, "norms"):
             shape = (_TRIALS, 1, *weight.shape)
-        given = [scale * (torch.randn(shape, generator=noise) + 0.5) for scale in _SCALES]
+        given = [scale * (torch.randn(shape, generator=noise, dtype=torch.float32) + 0.5) for scale in _SCALES]
         found = [own(each) for each in given]
         for kind, offset in product(NormKind, (0.0, 1.0)):
             likely = cls(kind, weight + offset, bias, epsilon)
@@ -106,7 +106,7 @@ class Activation:
             UnknownPart: it does something else.
         """
         own: Any = deepcopy(module).float()
-        given = torch.linspace(-8, 8, 1001)
+        given = torch.linspace(-8, 8, 1001, dtype=torch.float32)
         with torch.no_grad():
             found = own(given)
             for kind, shape, function in _activations(own):

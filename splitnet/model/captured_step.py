@@ -353,7 +353,8 @@ def rows_to_try(span: Runs, size: int) -> list[RowCache]:
 
 
 def _noise(span: Runs, positions: int, seed: int) -> torch.Tensor:
-    noise = torch.randn(positions, span.hidden_size, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(positions, span.hidden_size, generator=generator, dtype=torch.float32)
     return noise.to(device=span.device, dtype=span.dtype)
 
 

@@ -214,7 +214,7 @@ class DeviceFp8(ScaledOutputs, DeviceForm):
 
     def __init__(self, codes: torch.Tensor, scales: torch.Tensor) -> None:
         super().__init__(codes, scales)
-        self.register_buffer("one", torch.ones((), device=codes.device))
+        self.register_buffer("one", torch.ones((), dtype=torch.float32, device=codes.device))
         self.one: torch.Tensor
 
     @classmethod

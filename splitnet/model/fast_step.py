@@ -109,7 +109,7 @@ def _gives_the_same(span: Runs, step: FastStep, *, alone: bool = False) -> bool:
     tolerance, rounding = LEAN_TOLERANCE if span.dtype == torch.float32 else LEAN_TOLERANCE_HALF, 0.0
     if alone:
         tolerance, rounding = LEAN_TOLERANCE_ALONE, LEAN_ROUNDING_ALONE
-    prompt = torch.randn(LEAN_PROMPT, span.hidden_size, generator=noise)
+    prompt = torch.randn(LEAN_PROMPT, span.hidden_size, generator=noise, dtype=torch.float32)
     span.forward(torch.cat((prompt, prompt)), [Part(row, 0, LEAN_PROMPT) for row in rows])
     for position in range(LEAN_PROMPT, LEAN_PROMPT + LEAN_TRIALS):
         given = torch.randn(1, span.hidden_size, generator=noise).to(device=span.device, dtype=span.dtype)

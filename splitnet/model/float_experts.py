@@ -83,9 +83,9 @@ def _given(experts: Any, count: int) -> Given:
     weight = experts.gate_up_proj if experts.has_gate else experts.up_proj
     width = weight.shape[1 if experts.is_transposed else 2]
     noise = torch.Generator().manual_seed(0)
-    rows = torch.randn(count, width, generator=noise)
+    rows = torch.randn(count, width, generator=noise, dtype=torch.float32)
     some = max(1, experts.num_experts * 3 // 4)
-    shares, chosen = torch.rand(count, some, generator=noise).topk(min(_CHOSEN, some))
+    shares, chosen = torch.rand(count, some, generator=noise, dtype=torch.float32).topk(min(_CHOSEN, some))
     return rows.to(weight), chosen.to(weight.device), shares.to(weight)
 
 

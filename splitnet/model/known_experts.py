@@ -120,12 +120,12 @@ def _choice_of(mlp: nn.Module, router: Any) -> Choice | None:
         return None
     weight, bias = weights[0].detach(), getattr(router, "bias", None)
     choice = Choice(weight, bias, corrections[0] if corrections else None, router.top_k, groups, kept)
-    hidden = torch.randn(_TRIALS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+    hidden = _noise(weight.shape[1])
     hidden *= 2 / (hidden @ weight.float().T).std()  # so that neither softmax nor sigmoid has the same for all
     given = [hidden, *corrections] if hasattr(mlp, _CORRECTION) else [hidden]
     try:
         _, shares, indices = deepcopy(router).float()(*given)
-        found = torch.zeros(_TRIALS, len(weight)).scatter(1, indices, shares.float())
+        found = torch.zeros(_TRIALS, len(weight), dtype=torch.float32).scatter(1, indices, shares.float())
     except (TypeError, ValueError, RuntimeError):  # what it takes or gives is something else
         return None
     ways = ({"judges": 2}, {"judges": 1}, {"groups": 1, "kept": 1})  # some name groups and do not heed them
@@ -137,10 +137,15 @@ def _choice_of(mlp: nn.Module, router: Any) -> Choice | None:
     return None
 
 
+def _noise(width: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(_TRIALS, width, generator=generator, dtype=torch.float32)
+
+
 def _gating_of(experts: Any) -> Gating | None:
     if not experts.has_gate or getattr(experts, "has_post_expert_norm", False) or set(experts.held) != _HELD:
         return None
-    inner = torch.randn(_TRIALS, experts.held["gate_up_proj"].outputs, generator=torch.Generator().manual_seed(0)) * 20
+    inner = _noise(experts.held["gate_up_proj"].outputs) * 20
     found = experts._apply_gate(inner)
     alpha, limit = float(getattr(experts, "alpha", 1)), float(getattr(experts, "limit", inf))
     likely = (Gating(alpha, limit, *kind) for kind in product((False, True), (0.0, 1.0)))

@@ -62,13 +62,14 @@ class Turning:
         device = next((buffer.device for buffer in rope.buffers()), torch.device("cpu"))
         if own is None or device.type == "meta":  # where nothing has values
             return None
-        hidden, positions = torch.zeros(1, 3, width), torch.tensor([[0, 2, 30]])
+        hidden, positions = torch.zeros(1, 3, width, dtype=torch.float32), torch.tensor([[0, 2, 30]])
         turns = rope(hidden.to(device), positions.to(device), *kind)
         if isinstance(turns, torch.Tensor):
             own, turns = partial(_by_complex, own, turns), _parts(turns)
         sines_first = bool(turns[0][0, 0].norm() < turns[1][0, 0].norm())  # there the cosine is 1
         cosines, sines = turns[::-1] if sines_first else turns
-        heads = torch.randn(1, 2, 3, size, generator=torch.Generator().manual_seed(0)).to(device)
+        noise = torch.Generator().manual_seed(0)
+        heads = torch.randn(1, 2, 3, size, generator=noise, dtype=torch.float32).to(device)
         for most in (size, cosines.shape[-1], 2 * cosines.shape[-1]):  # some take what they turn, others all
             given = heads[..., :most]
             found = _turned_by(own, given, cosines, sines)

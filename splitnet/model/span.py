@@ -478,7 +478,7 @@ class Span:
         row = self.new_row()
         family = self._backbone.config.model_type
         try:
-            output = self.forward(torch.zeros(1, self.hidden_size), [Part(row, 0, 1)])
+            output = self.forward(torch.zeros(1, self.hidden_size, dtype=torch.float32), [Part(row, 0, 1)])
         except (torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:
