@@ -29,7 +29,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, median_low
 from typing import Any
 
 import numpy as np
@@ -647,45 +647,50 @@ def report(
 
 def report_changes(measured: Mapping[str, Any]) -> None:
     """How soon sessions leave a link or a device that has become slow, and how fast they are."""
-    hosts = measured["addresses"]
-    rows: list[tuple[str, int, list[float], int]] = []
-    returns = moves = 0
-    for answer in measured["answers"]:
-        routes = [[tuple(hop) for hop in hops] for _, hops in answer["routes"]]
-        moves += len(routes) - 1
-        returns += sum(route in routes[:index] for index, route in enumerate(routes))
+    hosts, answers = measured["addresses"], [answer for answer in measured["answers"] if len(answer["times_s"]) > 1]
+    print("\n| slow for 40 s | used it then | left it | half had left after, s | began on it | left it |")
+    print("|---|---|---|---|---|---|")
+    all_left_s: list[float] = []
+    slow_gaps: list[float] = []
     for slow, since_s, until_s in measured["changes"]:
-        left: list[float] = []
-        affected = ended = 0
-        for answer in measured["answers"]:
-            if not answer["times_s"] or answer["times_s"][-1] <= since_s:
-                continue
+        left_s: list[float] = []
+        began_left: list[bool] = []
+        for answer in answers:
+            used = [at_s for at_s, hops in answer["routes"] if at_s < until_s and uses(hops, slow, hosts)]
             before = [hops for at_s, hops in answer["routes"] if at_s <= since_s]
-            if not before or not uses(before[-1], slow, hosts):
+            if not used or answer["times_s"][-1] <= since_s or (before and not uses(before[-1], slow, hosts)):
                 continue
-            affected += 1
-            leaves = [at_s for at_s, hops in answer["routes"] if at_s > since_s and not uses(hops, slow, hosts)]
-            if leaves and leaves[0] < until_s:
-                left.append(leaves[0] - since_s)
-            elif answer["times_s"][-1] < until_s:
-                ended += 1
-        rows.append((" - ".join(slow), affected, sorted(left), ended))
-    print("\n| slow for 40 s | sessions that used it | left it | half of them had left after, s | ended on it |")
-    print("|---|---|---|---|---|")
-    for name, affected, left, ended in rows:
-        half = -(-affected // 2)
-        after = f"{left[half - 1]:.1f}" if affected and len(left) >= half else "never"
-        print(f"| {name} | {affected} | {len(left)} | {after} | {ended} |")
-    tokens = sum(len(answer["times_s"]) for answer in measured["answers"])
-    last_s = max(answer["times_s"][-1] for answer in measured["answers"] if answer["times_s"])
-    gaps = [
-        (late - early) * 1000 for answer in measured["answers"] for early, late in itertools.pairwise(answer["times_s"])
-    ]
+            from_s = max(since_s, used[0])
+            left_at_s = min(
+                (at_s for at_s, hops in answer["routes"] if from_s < at_s < until_s and not uses(hops, slow, hosts)),
+                default=math.inf,
+            )
+            if before:
+                left_s.append(left_at_s - since_s)
+                slow_gaps += gaps(answer, since_s, until_s)
+            else:
+                began_left.append(left_at_s < until_s)
+        all_left_s += left_s
+        counts = f"{len(left_s)} | {sum(map(math.isfinite, left_s))} | {median_low(left_s) if left_s else math.inf:.1f}"
+        print(f"| {' - '.join(slow)} | {counts} | {len(began_left)} | {sum(began_left)} |")
+    tokens = sum(len(answer["times_s"]) for answer in answers)
+    last_s = max(answer["times_s"][-1] for answer in answers)
+    each = [fmean(gaps(answer, 0.0, math.inf)) for answer in answers]
+    routes = [[[tuple(hop) for hop in hops] for _, hops in answer["routes"]] for answer in answers]
+    returns = sum(route in of_one[:index] for of_one in routes for index, route in enumerate(of_one))
     print(
-        f"\n{tokens} tokens in {last_s:.0f} s: {tokens / last_s:.1f} tokens/s; ms from token to token: mean "
-        f"{fmean(gaps):.0f}, median {median(gaps):.0f}, p95 {np.percentile(gaps, 95):.0f}; {moves} moves, of which "
-        f"{returns} back to a route that the session had before"
+        f"\nall together: {sum(map(math.isfinite, all_left_s))} of {len(all_left_s)} left, half after "
+        f"{median_low(all_left_s):.1f} s; ms from token to token of these while it was slow: mean "
+        f"{fmean(slow_gaps):.0f}, median {median(slow_gaps):.0f}\n{tokens} tokens in {last_s:.0f} s: "
+        f"{tokens / last_s:.1f} tokens/s; ms per token of a session: median {median(each):.0f}, p90 "
+        f"{np.percentile(each, 90):.0f}, maximum {max(each):.0f}\n{sum(map(len, routes)) - len(routes)} moves, of "
+        f"which {returns} back to a route that the session had before"
     )
+
+
+def gaps(answer: Mapping[str, Any], since_s: float, until_s: float) -> list[float]:
+    """Ms from token to token, of those that came in a time."""
+    return [(b - a) * 1000 for a, b in itertools.pairwise(answer["times_s"]) if since_s < b <= until_s]
 
 
 def uses(hops: Sequence[Sequence[Any]], slow: Sequence[str], hosts: Mapping[str, str]) -> bool:

@@ -396,6 +396,7 @@ class Peer:
         self.counters.energy.look()
         self._current.remeasure_if_idle()
         self.ways.look()
+        self._neighbours.hear_used()
         self._neighbours.look_around()
         self._prove_work()
 

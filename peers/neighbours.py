@@ -63,6 +63,8 @@ class Neighbours:
         self._own = own
         self._seen: dict[str, tuple[float, Link]] = {}
         """When which link was measured, by key text."""
+        self._used: dict[str, tuple[float, float]] = {}
+        """When what round trip was seen of links that sessions used, in ms, by key text."""
         self._tried_at: dict[str, float] = {}
         """The same of those that were silent, too."""
         self._useful: Sequence[str] = ()
@@ -100,6 +102,12 @@ class Neighbours:
                     del self._heard_at[endpoint]
             return [record for record in records if record.endpoint in self._heard_at]
 
+    def hear_used(self) -> None:
+        """Takes in the round trips of links that sessions use: others must not begin on one that has become slow."""
+        now = time.monotonic()
+        used = {endpoint.key.text: (now, self._prober.rtt_ms(endpoint)) for endpoint in self._links.in_use}
+        self._used = {name: seen for name, seen in (self._used | used).items() if name in self._seen and seen[1]}
+
     def look_around(self) -> None:
         """Measures some links; takes a few round trips, a few seconds at most."""
         try:
@@ -132,6 +140,12 @@ class Neighbours:
         self._seen = {name: (at, link) for name, (at, link) in seen.items() if began - at < USEFUL_S}
         self._useful = self._by_use([record for record in others if record.key.text in self._seen])
 
+    def _link(self, name: str) -> Link:
+        """The latest of a link that was measured."""
+        at, link = self._seen[name]
+        used_at, rtt_ms = self._used.get(name, (at, 0.0))
+        return Link(rtt_ms / 2, link.bytes_per_ms) if used_at > at else link
+
     def _age_s(self, name: str) -> float:
         at, _ = self._seen.get(name, (-math.inf, None))
         return time.monotonic() - at
@@ -142,7 +156,7 @@ class Neighbours:
         if own is None or not others:
             return []
         place = self.network_coordinates.place
-        links = {(own.key.text, name): link for name, (_, link) in self._seen.items()}
+        links = {(own.key.text, name): self._link(name) for name in self._seen}
         places = {record.key.text: place_of(record) for record in others if record.coordinate_error < 1.0}
         if place.coordinate.error < 1.0:
             places[own.key.text] = place
@@ -157,11 +171,10 @@ class Neighbours:
         seen = self._seen
         latest = sorted(seen, key=self._age_s)
         best = dict.fromkeys([*(name for name in self._useful if name in seen), *latest])
+        links = ((name, self._link(name)) for name in list(best)[:MAX_SEEN_LINKS])
         return tuple(
-            SeenLink(
-                PublicKey.parse(name).raw[:KEY_PREFIX_BYTES], 2 * seen[name][1].latency_ms, seen[name][1].bytes_per_ms
-            )
-            for name in list(best)[:MAX_SEEN_LINKS]
+            SeenLink(PublicKey.parse(name).raw[:KEY_PREFIX_BYTES], 2 * link.latency_ms, link.bytes_per_ms)
+            for name, link in links
         )
 
     @property

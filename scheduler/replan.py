@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from itertools import takewhile
 from statistics import median
 from typing import Final, TypeVar
 
 from scheduler.averages import MovingAverage
 
-DISAPPOINTING: Final = 1.7
-"""A route has become slow if a step takes so many times as long as was predicted when the route was chosen.
+DISAPPOINTING: Final = 1.5
+"""A route has become slow if a step takes so many times as long as it was to be expected, see `RouteWatch.expected_ms`.
 
 Others are not left. What is told of better ones is old, whoever else reads it goes there too, and each move has a
 context computed again by peers that others wait for (docs/scheduling.md).
 """
 
-WORTHWHILE: Final = 0.65
+WORTHWHILE: Final = 0.75
 """A new route must cost at most this share of the present one."""
 
-
-def has_become_slow(current_ms: float, predicted_ms: float) -> bool:
-    """Whether a route may be left at all. Cost of a step now, and by the prediction when it was chosen (0: none)."""
-    return current_ms >= DISAPPOINTING * predicted_ms
+MOVE_COUNTS: Final = 4.0
+"""What a move takes counts so often: for the session, and for those that wait where its context is computed again."""
 
 
-def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int, predicted_ms: float) -> bool:
-    """Whether a route has become slow, and the steps that are left save more than the move costs.
+def has_become_slow(current_ms: float, expected_ms: float) -> bool:
+    """Whether a route may be left at all. Cost of a step now, and as it was to be expected (0: not known)."""
+    return current_ms >= DISAPPOINTING * expected_ms
+
+
+def move_pays(current_ms: float, new_ms: float, move_ms: float, steps_left: int, expected_ms: float) -> bool:
+    """Whether a route has become slow, and the steps that are left save far more than the move takes.
 
     current_ms, new_ms: cost of a step on the two routes. move_ms: until the new hops hold the session's cache.
-    predicted_ms: cost of a step on the present one when it was chosen; 0: not known.
+    expected_ms: of a step on the present one, see `RouteWatch`; 0: not known.
     """
-    if not has_become_slow(current_ms, predicted_ms) or new_ms > WORTHWHILE * current_ms:
+    if not has_become_slow(current_ms, expected_ms) or new_ms > WORTHWHILE * current_ms:
         return False
-    return (current_ms - new_ms) * steps_left > move_ms
+    return (current_ms - new_ms) * steps_left > MOVE_COUNTS * move_ms
 
 
 SURPRISE: Final = 2.0
 SURPRISE_MS: Final = 20.0
-"""A step that took so many times as long as usual, and so much longer, is a reason to look for another route."""
+"""A step that took so many times as long as usual, and so much longer, is a reason to look for another route now."""
 
 SHARE: Final = 0.2
 """Weight of the latest step in what is usual."""
@@ -47,42 +51,62 @@ SHARE: Final = 0.2
 TRIAL_STEPS: Final = 8
 """After so many steps on a route it is known whether it is as fast as predicted."""
 
-RECENT_STEPS: Final = 3
-"""The median of so many steps tells what the route costs now."""
+RECENT_STEPS: Final = 8
+"""The median of so many steps tells what the route costs now: where others use the devices, a few are soon slow."""
 
-RELIEF: Final = 0.2
-"""Weight of a prediction that was better than the ones before in what is expected of the next."""
+FORECASTS: Final = 4
+"""The slowest but one of so many routes tells by what factor a client's predictions are too good."""
 
 MAX_ERROR: Final = 20.0
 
 
-def prediction_error(former: float, ratio: float) -> float:
-    """By what factor routes are slower than predicted, at least 1, after one that was `ratio` times as slow.
+class Forecasts:
+    """By what factor routes are slower than predicted, from the latest of a client; not thread-safe.
 
     Where devices share something that no record tells of (a machine, a radio), every peer that is not in use looks
-    faster than it will be once it is; without this sessions would never come to rest.
+    faster than it will be once it is; without this sessions would never come to rest. A single slow route says nothing
+    of others: it has become slow, or was before and nobody had told. It must be left then.
     """
-    return min(max(1.0, ratio, former + RELIEF * (ratio - former)), MAX_ERROR)
+
+    def __init__(self) -> None:
+        self._ratios: dict[Hashable, float] = {}
+
+    def came(self, route: Hashable, ratio: float) -> None:
+        """Takes in by what factor a route was slower than predicted; of one that is known already the latest counts."""
+        self._ratios.pop(route, None)
+        self._ratios[route] = ratio
+        if len(self._ratios) > FORECASTS:
+            del self._ratios[next(iter(self._ratios))]
+
+    @property
+    def error(self) -> float:
+        """At least 1; what is not known yet counts as right."""
+        ratios = [*self._ratios.values(), *(1.0 for _ in range(FORECASTS - len(self._ratios)))]
+        return min(max(1.0, sorted(ratios)[-2]), MAX_ERROR)
 
 
 class RouteWatch:
     """What decode steps take on the present route, beside what was predicted. All times in ms.
 
     Attributes:
-        surprised: the last step took far longer than usual.
+        surprised: a step took far longer than usual, or the route has become slow, since this was set to False.
     """
 
     def __init__(self) -> None:
         self.surprised = False
         self._usual = MovingAverage(SHARE)
         self._predicted_ms = 0.0
+        self._expected_ms = 0.0
+        self._ratio = math.inf
         self._trial_ms: list[float] = []
+        self._is_tried = False
         self._recent_ms: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._is_slow = False
 
     @property
-    def predicted_ms(self) -> float:
-        """Of a step on the present route when it was chosen; 0: not known."""
-        return self._predicted_ms
+    def expected_ms(self) -> float:
+        """Of a step on the present route: as predicted when it was chosen, or as it was at first; 0: not known."""
+        return self._expected_ms
 
     @property
     def usual_ms(self) -> float:
@@ -91,33 +115,47 @@ class RouteWatch:
 
     def begin(self, predicted_ms: float) -> None:
         """Steps go along another route from now on."""
-        self._predicted_ms, self._trial_ms = predicted_ms, []
+        self._predicted_ms = self._expected_ms = predicted_ms
+        self._ratio, self._trial_ms = math.inf, []
+        self._is_tried = self._is_slow = False
         self._recent_ms.clear()
 
     def present_ms(self, cost_ms: float) -> float:
-        """Of a step on the present route now: what the facts say, but no less than the last steps took.
+        """Of a step on the present route now: what the last ones took, or what the facts say; 0: it is too new to say.
 
-        So a route is left that has become slow for a reason that no fact tells: a link that does not even answer pings.
+        Facts alone move no session from a route that it has just come to: that others move makes devices busy, too. And
+        none may tell why a route is slow: a link that does not even answer pings.
         """
-        return max(cost_ms, median(self._recent_ms)) if len(self._recent_ms) == RECENT_STEPS else cost_ms
+        if len(self._recent_ms) == RECENT_STEPS:
+            return median(self._recent_ms)
+        return cost_ms if self._is_tried else 0.0
 
     def forget_recent(self) -> None:
         """What the last steps took was too long ago to say anything of now."""
         self._recent_ms.clear()
 
     def step_took(self, elapsed_ms: float, positions: int = 1) -> float | None:
-        """Takes in a step; once it is known, returns by what factor the route is slower than predicted.
+        """Takes in a step; returns by what factor the route is slower than predicted, once known and when it is less.
+
+        It may be slow at first as contexts of others are computed that have moved, too: its best counts.
 
         positions: in the step; only of single ones is compared what they cost with what they took.
         """
-        self.surprised = elapsed_ms > SURPRISE * (self.usual_ms or elapsed_ms) + SURPRISE_MS
+        self.surprised |= elapsed_ms > SURPRISE * (self.usual_ms or elapsed_ms) + SURPRISE_MS
         self._usual.add(elapsed_ms)
         if positions == 1:
             self._recent_ms.append(elapsed_ms)
-        if len(self._trial_ms) < TRIAL_STEPS:
-            self._trial_ms.append(elapsed_ms)
-            if len(self._trial_ms) == TRIAL_STEPS and self._predicted_ms:
-                return median(self._trial_ms) / self._predicted_ms
+            was_slow, self._is_slow = self._is_slow, has_become_slow(self.present_ms(0.0), self._expected_ms)
+            self.surprised |= self._is_slow and not was_slow
+        self._trial_ms.append(elapsed_ms)
+        if len(self._trial_ms) == TRIAL_STEPS:
+            took_ms, self._trial_ms = median(self._trial_ms), []
+            ratio = took_ms / self._predicted_ms if self._predicted_ms else math.inf
+            if not self._is_tried:
+                self._is_tried, self._expected_ms = True, min(took_ms, self._predicted_ms)
+            if ratio < self._ratio:
+                self._ratio = ratio
+                return ratio
         return None
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from scheduler.replan import RouteWatch, changed_hops, has_become_slow, move_pays
 from splitnet.client.known_peers import LOOK_S
@@ -43,7 +45,10 @@ class Routes:
         self._looked_at = 0.0
         self._stepped_at = 0.0
         self._suspected_at = 0.0
+        self._unexplained = False
         self._route: list[PlannedHop] = []
+        self._planned: tuple[list[PlannedHop], float] = [], 0.0
+        """The latest plan, with what a step of it was predicted to take then, in ms."""
 
     def answer(self, asked: AskRoute, needs: Needs) -> Planned | NoRoute:
         """The route that was asked for, or why there is none."""
@@ -61,6 +66,7 @@ class Routes:
             )
         except SplitnetError as error:
             return NoRoute(asked.number, error, self._present(), swarm.was_covered)
+        self._planned = route, swarm.planner.cost_ms(replace(needs, prompt=0), route)
         return Planned(asked.number, tuple(route), self._codecs_of(route))
 
     def step_took(self, elapsed_ms: float, positions: int) -> None:
@@ -71,7 +77,7 @@ class Routes:
         self._stepped_at = now
         ratio = self.watch.step_took(elapsed_ms, positions)
         if ratio is not None:
-            self._swarm.survey.forecast_came(ratio)
+            self._swarm.survey.forecast_came(tuple(hop.name for hop in self._route), ratio)
 
     def better(
         self, hops: Sequence[PlannedHop], needs_now: Callable[[], Needs], cached: int, steps_left: int
@@ -87,10 +93,13 @@ class Routes:
         swarm = self._swarm
         if self._route != list(hops):
             self._route = list(hops)
-            self.watch.begin(swarm.planner.cost_ms(needs_now(), hops))
+            # By what was known when it was planned: until the first step facts may say that it has become slow.
+            route, predicted_ms = self._planned
+            self.watch.begin(predicted_ms if route == self._route else swarm.planner.cost_ms(needs_now(), hops))
         now = time.monotonic()
         surprised = self.watch.surprised
-        if not (self._news != swarm.fresh_facts.news or surprised) or now - self._looked_at < PAUSE_S:
+        news = self._news != swarm.fresh_facts.news or surprised
+        if not (news or self._unexplained) or now - self._looked_at < PAUSE_S:
             return None
         if now - self._stepped_at > TRUST_S:
             self.watch.forget_recent()
@@ -98,15 +107,18 @@ class Routes:
         needs = needs_now()
         known_ms = swarm.planner.cost_ms(needs, hops)
         current_ms = self.watch.present_ms(known_ms)
-        is_slow = has_become_slow(current_ms, self.watch.predicted_ms)
-        # What a hop took is known from the step. If it was one of the client's own links, that must be measured.
-        unexplained = is_slow and not has_become_slow(known_ms, self.watch.predicted_ms)
-        unexplained = unexplained and now - self._suspected_at >= LOOK_S
-        if surprised or unexplained:
-            swarm.fresh_facts.look_again([hops[0].record, hops[-1].record], probe=unexplained)
-        if unexplained:
+        is_slow = has_become_slow(current_ms, self.watch.expected_ms)
+        # What a hop took is known from the step. If it was one of the own links, that is measured first; of the
+        # others their hops tell after some seconds.
+        silent = swarm.survey.silent() & {hops[0].name, hops[-1].name}
+        explained = bool(silent) or has_become_slow(known_ms, self.watch.expected_ms)
+        self._unexplained = is_slow and not explained
+        measures = self._unexplained and now - self._suspected_at >= LOOK_S
+        if surprised or measures:
+            swarm.fresh_facts.look_again([hops[0].record, hops[-1].record], probe=measures)
+        if measures:
             self._suspected_at = now
-        if not is_slow:
+        if not is_slow or measures or (self._unexplained and not news):
             return None
         try:
             route = with_kept_hops(swarm.plan(needs, holders={hop.name for hop in hops}), hops)
@@ -116,11 +128,15 @@ class Routes:
         if route == list(hops):
             return None
         # What is known of the present route was seen; what is known of the other was told, and may be too good.
-        new_ms = swarm.planner.cost_ms(needs, route) * swarm.survey.prediction_error
+        predicted_ms = swarm.planner.cost_ms(needs, route)
+        new_ms = predicted_ms * swarm.survey.prediction_error
+        if self._unexplained and set(_links(route)) & set(_links(hops)):  # which may be what is slow
+            new_ms += current_ms - known_ms
         before, changed = changed_hops(hops, route)
         move_ms = swarm.planner.move_ms(needs, before, changed, max(cached, 1))
-        if not move_pays(current_ms, new_ms, move_ms, steps_left, self.watch.predicted_ms):
+        if not move_pays(current_ms, new_ms, move_ms, steps_left, self.watch.expected_ms):
             return None
+        self._planned = route, predicted_ms
         log.info(
             "a better route: %.0f ms per step instead of %.0f ms",
             new_ms,
@@ -137,3 +153,8 @@ class Routes:
             return frozenset(record.key.text for record in self._swarm.peers())
         except SplitnetError:
             return frozenset()
+
+
+def _links(hops: Sequence[PlannedHop]) -> Iterable[tuple[str, str]]:
+    """Between hops, by name."""
+    return pairwise(hop.name for hop in hops)

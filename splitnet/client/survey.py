@@ -6,12 +6,12 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median_low
 
 from scheduler.network import CLIENT, UNMEASURED, Link, Network, Place
-from scheduler.replan import prediction_error
+from scheduler.replan import Forecasts
 from scheduler.swarm import PASS_SIZES, Peer, Speed
 from splitnet.client.latest import Latest
 from splitnet.net.endpoints import Endpoint
@@ -67,7 +67,7 @@ class Survey:
         """Of those that were tried, who has ever answered."""
         self._probed: dict[str, float] = {}
         """Of those that were tried, with the bandwidth of the link, and when."""
-        self._prediction_error = 1.0
+        self._forecasts = Forecasts()
         self._told = Latest(_told_network, KEPT_NETWORKS)
         self._lock = threading.Lock()
 
@@ -87,16 +87,16 @@ class Survey:
         with self._lock:
             self._links[sender, receiver] = (self._clock(), rtt_ms)
 
-    def forecast_came(self, ratio: float) -> None:
+    def forecast_came(self, route: Hashable, ratio: float) -> None:
         """Takes in by what factor a route was slower than predicted."""
         with self._lock:
-            self._prediction_error = prediction_error(self._prediction_error, ratio)
+            self._forecasts.came(route, ratio)
 
     @property
     def prediction_error(self) -> float:
         """By what factor routes have been slower than predicted lately, at least 1."""
         with self._lock:
-            return self._prediction_error
+            return self._forecasts.error
 
     def peers(self, records: Sequence[PeerRecord]) -> list[Peer]:
         """The peers of these records."""

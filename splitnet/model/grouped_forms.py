@@ -124,7 +124,7 @@ class GroupedForm(WeightForm):
             if self.inputs % CHUNK:
                 given = torch.nn.functional.pad(given, (0, -self.inputs % CHUNK))
             exact = products.dtype == torch.float32
-            into = products if exact else torch.empty(products.shape)
+            into = products if exact else torch.empty(products.shape, dtype=torch.float32)
             multiply_grouped(given, self.description, self.tiles, into, experts, held)
             if not exact:
                 products.copy_(into)

@@ -212,7 +212,7 @@ def multiply_floats(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     A row gives the same whatever others are with it.
     """
     given = rows.float().contiguous()
-    products = torch.empty(len(given), len(weight))
+    products = given.new_empty(len(given), len(weight))  # while another thread loads a model, the default is its type
     kernel = getattr(_kernels, _FLOATS[weight.dtype])
     places = (weight.data_ptr(), given.data_ptr(), products.data_ptr())
     kernel(*places, *given.shape, len(weight), torch.get_num_threads())

@@ -63,21 +63,23 @@ class Layout:
         return outputs * each + -(-outputs * inputs * self.bits // 8)
 
 
+def _floats(values: Sequence[float]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32)  # whatever torch's default is while this is imported
+
+
 def _floats_of_bytes(dtype: torch.dtype) -> torch.Tensor:
     return torch.arange(256, dtype=torch.uint8).view(dtype).float()
 
 
 TABLES: dict[str, torch.Tensor] = {
     # E2M1 of the OCP Microscaling Formats specification 1.0, section 5.3.3.
-    "e2m1": torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]),
+    "e2m1": _floats([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]),
     "e4m3": _floats_of_bytes(torch.float8_e4m3fn),
     "e5m2": _floats_of_bytes(torch.float8_e5m2),
     # `kvalues_iq4nl` of GGML.
-    "iq4_nl": torch.tensor(
-        [-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113],
-    ),
+    "iq4_nl": _floats([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]),
     # Dettmers et al., "QLoRA", arXiv:2305.14314, appendix E.
-    "nf4": torch.tensor(
+    "nf4": _floats(
         [
             *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
             *(-0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725),

@@ -110,10 +110,10 @@ class Planning:
         if not planned.present_ms or planned.hops == plan.present:
             return None
         # What is known of the present route was seen; what is known of the other was told, and is doubted.
-        new_ms = planned.token_ms * (session.prediction_error if self._settings.doubts else 1.0)
+        new_ms = planned.token_ms * (session.forecasts.error if self._settings.doubts else 1.0)
         left = session.request.output - session.tokens
         present_ms = session.watch.present_ms(planned.present_ms)
-        if not move_pays(present_ms, new_ms, planned.move_ms, left, session.predicted_ms):
+        if not move_pays(present_ms, new_ms, planned.move_ms, left, session.watch.expected_ms):
             return None
         route = with_kept_hops(self._hops(planned.hops), present)
         return Move(tuple(route), _codecs(route)), planned

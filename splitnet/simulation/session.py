@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Final
 
 from scheduler.network import CLIENT
-from scheduler.replan import RouteWatch, prediction_error
+from scheduler.replan import Forecasts, RouteWatch
 from splitnet.client.bans import BAN_S, Bans
 from splitnet.client.requests import StepRequest
 from splitnet.client.session_events import (
@@ -98,7 +98,7 @@ class Session:
         self.last_ms = 0.0
         self.ended_ms = 0.0
         self.predicted_ms = 0.0
-        self.prediction_error = 1.0
+        self.forecasts = Forecasts()
         self.hops: Hops = []
         self.route: Route | None = None
         self.seen: dict[Node, SeenHop] = {}
@@ -317,7 +317,7 @@ class Session:
             ratio = self.watch.step_took(now - self._sent_ms)
             self.machine.usual_ms = self.watch.usual_ms
             if ratio is not None:
-                self.prediction_error = prediction_error(self.prediction_error, ratio)
+                self.forecasts.came(tuple(hop.name for hop in self.machine.hops), ratio)
         self.tokens += 1
         self._around.tokens_in_time += now <= self._around.world.settings.duration_s * 1000
         self.last_ms = now

@@ -72,6 +72,21 @@ def test_int8(outputs: int, inputs: int, count: int, seed: int) -> None:
     assert ((product - rows.double() @ weight.double().T).abs() <= most(rows, weight)).all()
 
 
+@needs_floats
+def test_no_kernel_writes_beyond_its_products_while_another_thread_loads_a_model() -> None:
+    """transformers sets torch's default type meanwhile, for all threads: this was memory overwritten."""
+    rows, weight = torch.randn(3, 256), torch.randn(4096, 256)
+    held = hold_stored([matrix_of(LAYOUTS["FP8 in blocks"], 4096, 256, 3)], torch.device("cpu"))
+    expected = multiply_floats(rows, weight), held.multiply(rows.bfloat16())
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = multiply_floats(rows, weight), held.multiply(rows.bfloat16())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @needs_floats
 @each_path

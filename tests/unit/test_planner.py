@@ -16,6 +16,7 @@ from splitnet.client import planner as planner_module
 from splitnet.client.options import CausalOptions
 from splitnet.client.planner import CLIENT_ENDS, Needs, PlannedHop, Planner
 from splitnet.client.routes import Routes
+from splitnet.client.session_events import AskRoute, Move
 from splitnet.client.survey import STEPS, Survey
 from splitnet.errors import SplitnetError
 from splitnet.net.identity import Identity
@@ -96,23 +97,94 @@ def test_what_cannot_be_preferred_is_refused(options: dict[str, Any], said: str)
         CausalOptions.of(options)
 
 
+class Facts:
+    """A swarm in which each route costs what it is told to, and the best one is `best`."""
+
+    def __init__(self, best: list[PlannedHop]) -> None:
+        self.best = best
+        self.costs: dict[str, float] = {}
+        """Ms of a step by the first hop; 10 if not told."""
+        self.planned = 0
+        self.probed: list[bool] = []
+        self.fresh_facts = SimpleNamespace(news=0, look_again=lambda suspects, probe: self.probed.append(probe))
+        self.survey = SimpleNamespace(prediction_error=1.0, forecast_came=lambda *_: None, silent=set)
+        self.planner = SimpleNamespace(
+            cost_ms=lambda needs, hops: self.costs.get(hops[0].name, 10.0), move_ms=lambda *_: 0.0
+        )
+
+    def plan(self, needs: Needs, **_: Any) -> list[PlannedHop]:
+        self.planned += 1
+        return self.best
+
+    def routes(self) -> Routes:
+        codecs: Any = SimpleNamespace(to=lambda hop: None, after=lambda route, index: None)
+        return Routes(self, codecs, (0, 6))  # pyright: ignore[reportArgumentType]
+
+    def look(self, routes: Routes, hops: list[PlannedHop], news: int = 1) -> Move | None:
+        """Whether to move, after a while with so many news."""
+        self.fresh_facts.news += news
+        routes._looked_at = 0.0
+        return routes.better(hops, lambda: NEEDS, 10, 100)
+
+
+def steps(routes: Routes, step_ms: float) -> None:
+    for _ in range(RECENT_STEPS):
+        routes.step_took(step_ms, 1)
+
+
 def test_while_a_route_is_as_fast_as_predicted_no_other_is_planned() -> None:
-    planned: list[Needs] = []
-    probed: list[bool] = []
-    known: Any = SimpleNamespace(
-        fresh_facts=SimpleNamespace(news=0, look_again=lambda suspects, probe: probed.append(probe)),
-        survey=SimpleNamespace(prediction_error=1.0, forecast_came=lambda _: None),
-        planner=SimpleNamespace(cost_ms=lambda needs, hops: 10.0, move_ms=lambda *_: 0.0),
-        plan=lambda needs, holders: planned.append(needs) or list(hops),
-    )
-    codecs: Any = None
-    hops, routes = [PlannedHop(record(0, 6), 0, 6)], Routes(known, codecs, (0, 6))
-    for news, step_ms, count in ((1, 10.0, 0), (2, 10.0 * DISAPPOINTING - 0.1, 0), (3, 10.0 * DISAPPOINTING + 0.1, 1)):
-        known.fresh_facts.news, routes._looked_at = news, 0.0
-        routes.better(hops, lambda: NEEDS, 10, 0)
-        for _ in range(RECENT_STEPS):
-            routes.step_took(step_ms, 1)
-        known.fresh_facts.news, routes._looked_at = 10 * news, 0.0
-        assert routes.better(hops, lambda: NEEDS, 10, 100) is None
-        assert len(planned) == count
-    assert probed == [True], "no fact says why the last steps are slow"
+    hops = [PlannedHop(record(0, 6), 0, 6)]
+    facts = Facts(hops)
+    routes = facts.routes()
+    facts.look(routes, hops)
+    for step_ms in (10.0, 10.0 * DISAPPOINTING - 0.1):
+        steps(routes, step_ms)
+        assert facts.look(routes, hops) is None and not facts.planned
+    steps(routes, 10.0 * DISAPPOINTING + 0.1)
+    assert routes.watch.surprised, "which is a reason to look before there is news"
+    assert facts.look(routes, hops) is None and not facts.planned
+    assert facts.probed == [True], "no fact says why the last steps are slow"
+    assert facts.look(routes, hops) is None and facts.planned == 1
+
+
+def test_a_route_counts_as_slow_by_what_was_known_when_it_was_planned() -> None:
+    """Facts may tell before the first step that it has become slow."""
+    hops = [PlannedHop(record(0, 6), 0, 6)]
+    facts = Facts(hops)
+    routes = facts.routes()
+    routes.answer(AskRoute(1, (), frozenset(), fresh=False, unban=False), NEEDS)
+    facts.costs = {hops[0].name: 30.0}
+    routes.better(hops, lambda: NEEDS, 10, 100)
+    assert routes.watch.expected_ms == 10.0
+
+
+def test_what_no_fact_explains_may_be_a_link_that_the_other_route_has_too() -> None:
+    first, twin, middle, last, other = (record(*span) for span in ((0, 2), (0, 2), (2, 4), (4, 6), (4, 6)))
+
+    def route(*records: PeerRecord) -> list[PlannedHop]:
+        return [PlannedHop(each, each.start, each.end) for each in records]
+
+    hops, shares, avoids = route(first, middle, last), route(twin, middle, last), route(twin, middle, other)
+    for explained, best in ((False, shares), (True, shares), (False, avoids)):
+        facts = Facts(best)
+        routes = facts.routes()
+        facts.look(routes, hops)
+        steps(routes, 20.0)
+        facts.look(routes, hops)
+        facts.costs = {first.key.text: 20.0} if explained else {}
+        move = facts.look(routes, hops)
+        assert facts.planned
+        assert (move is not None) == (explained or best == avoids)
+
+
+def test_what_was_not_explained_is_looked_at_until_it_is() -> None:
+    hops, other = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(2))
+    facts = Facts(hops)
+    routes = facts.routes()
+    facts.look(routes, hops)
+    steps(routes, 20.0)
+    facts.look(routes, hops)
+    facts.best = other
+    for cost_ms, moves in ((10.0, False), (20.0, True)):
+        facts.costs = {hops[0].name: cost_ms}
+        assert (facts.look(routes, hops, news=0) is not None) == moves

@@ -12,7 +12,6 @@ from peers.neighbours import ASKED_AT_ONCE, MEASURED_AT_ONCE, Neighbours
 from peers.speed import ObservedSpeed
 from scheduler.load import HALF_LIFE_S, Load
 from scheduler.network import CLIENT, UNMEASURED, Link
-from scheduler.replan import DISAPPOINTING, RECENT_STEPS, WORTHWHILE, RouteWatch, move_pays
 from scheduler.swarm import PASS_SIZES
 from splitnet.client import survey as survey_module
 from splitnet.client.survey import REMEASURE_S, SILENT_S, STEPS, TRUST_S, Survey
@@ -114,17 +113,6 @@ class TestSurvey:
         network = Survey(Clock()).network([here, there])
         assert network.link(here.key.text, there.key.text) == UNMEASURED
         assert network.link(CLIENT, here.key.text) == UNMEASURED
-
-    def test_forecasts_that_were_too_good_are_doubted_until_others_are_not(self) -> None:
-        survey = Survey(Clock())
-        assert survey.prediction_error == 1.0
-        survey.forecast_came(3.0)
-        assert survey.prediction_error == 3.0
-        survey.forecast_came(1.0)
-        assert 1.0 < survey.prediction_error < 3.0
-        for _ in range(50):
-            survey.forecast_came(0.5)
-        assert survey.prediction_error == 1.0
 
     def test_who_was_silent_is_told_apart_until_it_answers(self) -> None:
         clock = Clock()
@@ -237,6 +225,7 @@ class Links:
 
     def __init__(self, refused: Sequence[Endpoint] = ()) -> None:
         self.open = 0
+        self.in_use: list[Endpoint] = []
         self._refused = refused
 
     def acquire(self, endpoint: Endpoint) -> bool:
@@ -280,6 +269,24 @@ class TestNeighbours:
         best = [link.peer for link in neighbours.seen_links][: len(useful) - 1]
         assert set(best) == {peer.key.raw[:KEY_PREFIX_BYTES] for peer in useful[1:]}
         assert len(neighbours.network_coordinates.links) > len(useful), "others count for the place"
+
+    def test_what_sessions_meet_on_a_link_is_told_until_it_is_measured_again(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        there, unknown = record(address="tcp://192.0.2.1:1"), record(address="tcp://192.0.2.1:2")
+        links, echo = Links(), Echo()
+        neighbours = Neighbours(lambda: [there], links, echo.prober)  # pyright: ignore[reportArgumentType]
+        neighbours.look_around()
+        (before,) = neighbours.seen_links
+        monkeypatch.setattr(echo.prober, "rtt_ms", lambda endpoint: 5000.0)
+        links.in_use = [there.endpoint, unknown.endpoint]
+        neighbours.hear_used()
+        links.in_use = []
+        neighbours.hear_used()
+        assert neighbours.seen_links == (SeenLink(before.peer, 5000.0, before.bytes_per_ms),)
+        neighbours.look_around()
+        (again,) = neighbours.seen_links
+        assert again.rtt_ms < 5000.0
 
     def test_peers_count_when_they_have_answered_and_few_are_asked_at_once(
         self, monkeypatch: pytest.MonkeyPatch
@@ -360,43 +367,3 @@ class TestObservedSpeed:
         assert speed.block_ms[3] > 8.0
         assert speed.block_ms[0] == 1.0
         assert len(speed.block_ms) == len(PASS_SIZES)
-
-
-class TestMovePays:
-    def test_only_if_what_is_left_saves_more_than_the_move_costs(self) -> None:
-        assert move_pays(100.0, 50.0, move_ms=400.0, steps_left=9, predicted_ms=50.0)
-        assert not move_pays(100.0, 50.0, move_ms=400.0, steps_left=8, predicted_ms=50.0)
-
-    def test_small_gains_move_nobody(self) -> None:
-        assert not move_pays(100.0, 100.0 * WORTHWHILE + 0.1, move_ms=0.0, steps_left=10**6, predicted_ms=50.0)
-
-    def test_a_route_that_is_as_fast_as_predicted_is_not_left(self) -> None:
-        assert not move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=101.0 / DISAPPOINTING)
-        assert move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=99.0 / DISAPPOINTING)
-        assert move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, predicted_ms=0.0)
-
-
-class TestPresentCost:
-    def test_is_no_less_than_the_last_steps_took(self) -> None:
-        watch = RouteWatch()
-        watch.begin(10.0)
-        for elapsed_ms in (11.0, 90.0, 500.0, 80.0):
-            watch.step_took(elapsed_ms)
-        assert watch.present_ms(10.0) == 90.0
-        assert watch.present_ms(95.0) == 95.0
-
-    def test_steps_of_several_positions_say_nothing_of_single_ones(self) -> None:
-        watch = RouteWatch()
-        watch.begin(10.0)
-        for _ in range(RECENT_STEPS):
-            watch.step_took(90.0, positions=8)
-        assert watch.present_ms(10.0) == 10.0
-
-    def test_is_that_of_the_facts_until_a_route_was_used(self) -> None:
-        watch = RouteWatch()
-        for _ in range(RECENT_STEPS):
-            watch.step_took(500.0)
-        watch.begin(10.0)
-        for _ in range(RECENT_STEPS - 1):
-            watch.step_took(90.0)
-        assert watch.present_ms(10.0) == 10.0

@@ -1,0 +1,129 @@
+"""When a session leaves its route, and what a client learns from routes that were slower than predicted."""
+
+import pytest
+
+from scheduler.replan import (
+    DISAPPOINTING,
+    FORECASTS,
+    MAX_ERROR,
+    MOVE_COUNTS,
+    RECENT_STEPS,
+    TRIAL_STEPS,
+    WORTHWHILE,
+    Forecasts,
+    RouteWatch,
+    move_pays,
+)
+
+
+class TestMovePays:
+    def test_only_if_what_is_left_saves_more_than_the_move_costs(self) -> None:
+        assert move_pays(100.0, 50.0, move_ms=400.0 / MOVE_COUNTS, steps_left=9, expected_ms=50.0)
+        assert not move_pays(100.0, 50.0, move_ms=400.0 / MOVE_COUNTS, steps_left=8, expected_ms=50.0)
+
+    def test_small_gains_move_nobody(self) -> None:
+        assert not move_pays(100.0, 100.0 * WORTHWHILE + 0.1, move_ms=0.0, steps_left=10**6, expected_ms=50.0)
+
+    def test_a_route_that_is_as_fast_as_predicted_is_not_left(self) -> None:
+        assert not move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, expected_ms=101.0 / DISAPPOINTING)
+        assert move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, expected_ms=99.0 / DISAPPOINTING)
+        assert move_pays(100.0, 1.0, move_ms=0.0, steps_left=10**6, expected_ms=0.0)
+
+
+class TestPresentMs:
+    def test_is_what_the_last_steps_took(self) -> None:
+        watch = RouteWatch()
+        watch.begin(10.0)
+        for elapsed_ms in [11.0, *[80.0] * (RECENT_STEPS // 2 - 1), *[90.0] * 2, *[500.0] * (RECENT_STEPS // 2 - 1)]:
+            watch.step_took(elapsed_ms)
+        assert watch.present_ms(10.0) == 90.0
+        assert watch.present_ms(95.0) == 90.0
+        watch.forget_recent()
+        assert watch.present_ms(95.0) == 95.0
+
+    def test_steps_of_several_positions_say_nothing_of_single_ones(self) -> None:
+        watch = RouteWatch()
+        watch.begin(10.0)
+        for _ in range(RECENT_STEPS):
+            watch.step_took(90.0, positions=8)
+        assert watch.present_ms(10.0) == 10.0
+
+    def test_is_not_known_of_a_route_that_was_hardly_used(self) -> None:
+        watch = RouteWatch()
+        for _ in range(RECENT_STEPS):
+            watch.step_took(500.0)
+        watch.begin(10.0)
+        for _ in range(RECENT_STEPS - 1):
+            watch.step_took(90.0)
+        assert watch.present_ms(90.0) == 0.0
+
+
+class TestExpectedMs:
+    @pytest.mark.parametrize(("step_ms", "expected_ms"), [(6.0, 6.0), (14.0, 10.0)])
+    def test_is_what_was_predicted_or_what_the_first_steps_took(self, step_ms: float, expected_ms: float) -> None:
+        watch = RouteWatch()
+        watch.begin(10.0)
+        assert watch.expected_ms == 10.0
+        for _ in range(TRIAL_STEPS):
+            watch.step_took(step_ms)
+        assert watch.expected_ms == expected_ms
+        for _ in range(2 * TRIAL_STEPS):
+            watch.step_took(1.0)
+        assert watch.expected_ms == expected_ms
+
+
+class TestForecasts:
+    def test_of_a_route_its_best_counts(self) -> None:
+        watch = RouteWatch()
+        watch.begin(10.0)
+        steps = [elapsed_ms for elapsed_ms in (30.0, 40.0, 12.0, 20.0) for _ in range(TRIAL_STEPS)]
+        ratios = [watch.step_took(elapsed_ms) for elapsed_ms in steps]
+        assert [ratio for ratio in ratios if ratio is not None] == [3.0, 1.2]
+
+    def test_a_single_slow_route_says_nothing_of_others(self) -> None:
+        forecasts = Forecasts()
+        assert forecasts.error == 1.0
+        for ratio in (1.6, 3.0, 3.0):
+            forecasts.came("a", ratio)
+        assert forecasts.error == 1.0
+
+    def test_where_two_routes_are_slower_than_predicted_others_will_be(self) -> None:
+        forecasts = Forecasts()
+        forecasts.came("a", 3.0)
+        forecasts.came("b", 2.0)
+        assert forecasts.error == 2.0
+        forecasts.came("a", 1e6)
+        forecasts.came("b", 1e6)
+        assert forecasts.error == MAX_ERROR
+
+    def test_the_latest_routes_count(self) -> None:
+        forecasts = Forecasts()
+        for route in range(FORECASTS):
+            forecasts.came(route, 3.0)
+        assert forecasts.error == 3.0
+        for route in "abc":
+            forecasts.came(route, 0.5)
+        assert forecasts.error == 1.0, "routes that are faster than predicted make up for none"
+
+    @pytest.mark.parametrize("factor", [2.0, 4.0])
+    def test_a_session_comes_to_rest_where_each_route_is_slower_than_it_looks(self, factor: float) -> None:
+        """As where all devices are one machine. It has computed its context again on few routes until then."""
+        forecasts, watch, moves = Forecasts(), RouteWatch(), 0
+        watch.begin(10.0)
+        for _ in range(100):
+            for _ in range(TRIAL_STEPS):
+                ratio = watch.step_took(10.0 * factor)
+                if ratio is not None:
+                    forecasts.came(moves, ratio)
+            if move_pays(watch.present_ms(10.0), 10.0 * forecasts.error, 0.0, 1000, watch.expected_ms):
+                moves += 1
+                watch.begin(10.0)
+        assert moves == 1
+
+    def test_a_session_that_began_on_a_slow_route_leaves_it(self) -> None:
+        forecasts, watch = Forecasts(), RouteWatch()
+        watch.begin(10.0)
+        *_, ratio = [watch.step_took(10.0 * DISAPPOINTING) for _ in range(TRIAL_STEPS)]
+        assert ratio is not None
+        forecasts.came("slow", ratio)
+        assert move_pays(watch.present_ms(10.0), 10.0 * forecasts.error, 0.0, 1000, watch.expected_ms)
