@@ -199,7 +199,7 @@ class Node:
             self._gathering.left(session)
 
     def _heads(self, held: bool) -> list[Parcel]:
-        """The first of every session, for which its others wait; if `held`, without prompts that would go on from here."""
+        """The first of every session, for which its others wait; if `held`, without prompts that would go on."""
         heads: dict[Session, Parcel] = {}
         for parcel in sorted(self.ready, key=lambda parcel: (parcel.arrived_ms, parcel.number)):
             heads.setdefault(parcel.route.session, parcel)
