@@ -371,9 +371,17 @@ class Peer:
         """State of the link to a next hop."""
         return self._transport.state(endpoint)
 
-    def probe(self, endpoint: Endpoint) -> None:
-        """Begins to measure the round trip to a next hop."""
-        self._prober.ping(endpoint)
+    def unsent(self, endpoint: Endpoint) -> int:
+        """Bytes that wait for the link to a next hop."""
+        return self._transport.unsent(endpoint)
+
+    def probe(self, endpoint: Endpoint) -> int:
+        """Begins to measure the round trip to a next hop; returns the number of the ping."""
+        return self._prober.probe(endpoint)
+
+    def answered(self, endpoint: Endpoint) -> int:
+        """Number of the latest ping that a next hop has answered; 0: none."""
+        return self._prober.answered(endpoint)
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The round trip to a next hop as measured lately; 0: not measured."""

@@ -29,8 +29,16 @@ class Outbox(Answering, Protocol):
 
     def state(self, endpoint: Endpoint) -> LinkState: ...
 
-    def probe(self, endpoint: Endpoint) -> None:
-        """Begins to measure the round trip of a link."""
+    def unsent(self, endpoint: Endpoint) -> int:
+        """Bytes that wait for a link that is up."""
+        ...
+
+    def probe(self, endpoint: Endpoint) -> int:
+        """Begins to measure the round trip of a link; returns the number of the ping: the higher, the later."""
+        ...
+
+    def answered(self, endpoint: Endpoint) -> int:
+        """Number of the latest ping that came back: all has arrived that was sent before that; 0: none did."""
         ...
 
     def rtt_ms(self, endpoint: Endpoint) -> float:

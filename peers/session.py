@@ -83,6 +83,10 @@ class Session:
     """Positions computed so far, of steps and passes. Touched by the engine only."""
     last: int = 0
     """Highest number of a step or pass of the present epoch that is finished."""
+    sent_on: bool = False
+    """Something was sent to the next hop since `sent_before`."""
+    sent_before: int = 0
+    """Number of a ping to the next hop, which goes after all that was sent to it of the present epoch."""
     timing: Timing | None = None
     """What the last decode step met here."""
     passed_over: int = 0
@@ -157,6 +161,11 @@ class Work:
     @property
     def owner(self) -> bytes:
         return self.session.owner
+
+    @property
+    def left(self) -> int:
+        """Positions that its session has reserved and that come now or later."""
+        return self.session.budget - sum(part.start for part in self.step.parts) - self.done
 
     @property
     def size(self) -> int:

@@ -265,6 +265,7 @@ class SessionService:
         # To anybody but its owner a session is unknown, so that nobody learns which ones exist.
         if session is not None and session.owner == source.curve:
             waiting = len(session.waiting) + session.waiting_passes
+            waiting = waiting or int(self._output.is_under_way(session))
             timing = (session.timing,) if session.timing is not None else ()
             pong = replace(pong, waiting=waiting, done=session.done, holds=True, last=session.last, timing=timing)
         self._outbox.send(source, pong)
@@ -320,8 +321,8 @@ class SessionService:
         if again:
             self.queue.discard_waiting(session)
             self.training.forget(session)
+            session.last, session.sent_on, session.sent_before = 0, False, 0
         session.reply_to = source
-        session.last = 0 if again else session.last
         session.epoch = message.epoch
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now

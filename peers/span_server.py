@@ -97,6 +97,7 @@ class SpanServer:
             MemoryAccount(
                 max(LEAST_STEP_MEMORY, kv_memory // 2), "no memory for waiting steps of", "send fewer at a time"
             ),
+            outbox.unsent,
         )
         served = ServedBlocks(
             model=checkpoint.fingerprint,

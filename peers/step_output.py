@@ -5,7 +5,7 @@ from __future__ import annotations
 from peers.outbox import Outbox, timing_of
 from peers.session import Session, Work
 from scheduler.packing import DECODE_POSITIONS
-from splitnet.net.endpoints import Connection
+from splitnet.net.endpoints import Connection, LinkState
 from splitnet.net.messages import Payload, Replay, Result, Step
 
 
@@ -47,12 +47,25 @@ class StepOutput:
             code = session.codec.code
             self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, ()))
         codec, end = session.log.codec, session.end
+        session.sent_on = True
         for index, (parts, payload) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
             self._outbox.send(
                 session.next,
                 Step(session.id, session.epoch, number, parts, None, message.until, codec, payload, end),
             )
+
+    def is_under_way(self, session: Session) -> bool:
+        """Whether what was sent to the next hop may still be on its way: no ping that went after it has come back.
+
+        A way up that many use holds prompts up for minutes. They are not lost, and to send them again would be worse.
+        """
+        following = session.next
+        if following is None or self._outbox.state(following) is not LinkState.UP:
+            return False
+        if session.sent_on:
+            session.sent_on, session.sent_before = False, self._outbox.probe(following)
+        return self._outbox.answered(following) < session.sent_before
 
     def _send(self, work: Work, payload: Payload, result_payload: Payload) -> None:
         session, step = work.session, work.step
@@ -62,6 +75,7 @@ class StepOutput:
             session.timing = timing
         replayed = step.replay_until != 0 and session.end >= step.replay_until
         if session.next is not None and not replayed:
+            session.sent_on = True
             self._outbox.send(
                 session.next,
                 Step(

@@ -158,6 +158,7 @@ class Training:
             codec = session.codec.code
             if session.next is not None:
                 onward = replace(message, codec=codec, payload=payload, boundary=session.end, timings=timings)
+                session.sent_on = True
                 self._outbox.send(session.next, onward)
             else:
                 result = Result(session.id, message.epoch, message.number, session.end, codec, timings, payload)

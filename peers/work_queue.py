@@ -15,13 +15,17 @@ from peers.memory_account import MemoryAccount, Purpose
 from peers.session import PassWork, Session, Work
 from scheduler.fair_passes import FairPasses
 from scheduler.fair_shares import CHUNK_S
-from scheduler.packing import DECODE_POSITIONS, PATIENCE, next_pass
+from scheduler.packing import DECODE_POSITIONS, PATIENCE, UNSENT_BYTES, next_pass
 from splitnet.errors import PeerBusy
 from splitnet.gathering import Gathering
+from splitnet.net.endpoints import Endpoint
 
 MAX_SESSION_PASSES = 64
 MAX_KEY_PASSES = 256
 """Passes over whole sequences, adapters and look-ups that may wait, of one session and of one key."""
+
+LOOK_S = 0.02
+"""How often it is looked whether a way is free again for which all wait."""
 
 
 class WorkQueue:
@@ -33,6 +37,7 @@ class WorkQueue:
         pass_s: seconds that a pass of so many positions takes.
         weight: of a client's key, in proportion to which keys share the device.
         memory: for the steps that wait; None: 512 MiB.
+        unsent: bytes that wait for the link to a next hop.
 
     Attributes:
         gathering: of the sessions, by id, that steps are waited for.
@@ -43,8 +48,10 @@ class WorkQueue:
         pass_s: Callable[[int], float] = lambda positions: 0.0,
         weight: Callable[[bytes], float] = lambda key: 1.0,
         memory: MemoryAccount | None = None,
+        unsent: Callable[[Endpoint], int] = lambda endpoint: 0,
     ) -> None:
         self._pass_s = pass_s
+        self._unsent = unsent
         self._fair = FairPasses[Work](pass_s, weight)
         self._shares = self._fair.shares
         self.gathering = Gathering()
@@ -213,12 +220,16 @@ class WorkQueue:
         with self._changed:
             self._wait_for_work()
             while self.has_work and not self._closed:
+                ready = self._not_held()
+                if not ready and not self._passes:
+                    self._changed.wait(LOOK_S)
+                    continue
                 if not self._shares.contended(time.monotonic()):
-                    if not self._ready or (self._passes and self._turns_without_pass >= PATIENCE):
+                    if not ready or (self._passes and self._turns_without_pass >= PATIENCE):
                         return []
                     self._turns_without_pass += 1
-                    return self._take_unshared(max_positions)
-                chosen = self._take_shared(max_positions, [session.owner for session in self._ready] + [*self._passes])
+                    return self._take_unshared(ready, max_positions)
+                chosen = self._take_shared(ready, max_positions, [*(each.owner for each in ready), *self._passes])
                 if chosen is not None:
                     return chosen
             return []
@@ -232,11 +243,13 @@ class WorkQueue:
         owner = running.session.owner
         with self._changed:
             while not self._closed:
+                ready = self._not_held()
                 if not self._shares.contended(time.monotonic()):
-                    return self._take_unshared(max_positions) if first and self._ready else []
+                    return self._take_unshared(ready, max_positions) if first and ready else []
                 # Of its own key one pass of steps comes between two pieces.
-                keys = [session.owner for session in self._ready if first or session.owner != owner]
-                chosen = self._take_shared(max_positions, [*keys, owner], goes_on=owner, own_steps=first)
+                ready = [session for session in ready if first or session.owner != owner]
+                keys = [*(session.owner for session in ready), owner]
+                chosen = self._take_shared(ready, max_positions, keys, goes_on=owner, own_steps=first)
                 if chosen is not None:
                     return chosen
             return []
@@ -290,17 +303,38 @@ class WorkQueue:
             self._closed = True
             self._changed.notify_all()
 
-    def _take_unshared(self, max_positions: int) -> list[tuple[Work, int]]:
-        return self._begin(self._next_pass(self._ready, max_positions))
+    def _not_held(self) -> list[Session]:
+        """Sessions that are ready, without those whose prompts wait for the way to their next hop."""
+        unsent = dict[Endpoint, int]()
+        ready: list[Session] = []
+        for session in self._ready:
+            following = session.next
+            if following is not None and session.waiting[0].remaining > DECODE_POSITIONS:
+                if following not in unsent:
+                    unsent[following] = self._unsent(following)
+                if unsent[following] > UNSENT_BYTES:
+                    continue
+            ready.append(session)
+        return ready
+
+    def _take_unshared(self, ready: Sequence[Session], max_positions: int) -> list[tuple[Work, int]]:
+        return self._begin(self._next_pass(ready, max_positions))
 
     def _take_shared(
-        self, max_positions: int, keys: Iterable[bytes], *, goes_on: bytes | None = None, own_steps: bool = True
+        self,
+        ready: Sequence[Session],
+        max_positions: int,
+        keys: Iterable[bytes],
+        *,
+        goes_on: bytes | None = None,
+        own_steps: bool = True,
     ) -> list[tuple[Work, int]] | None:
         """The next pass when several keys are active; empty: a pass over whole sequences begins, or goes on.
 
         None: it was waited for a key that has had less; look again.
 
         Args:
+            ready: sessions that may run.
             keys: that have work.
             goes_on: whose pass over whole sequences runs.
             own_steps: whether steps of that key may come before it.
@@ -308,7 +342,7 @@ class WorkQueue:
         now = time.monotonic()
         ranked = self._shares.ranked(dict.fromkeys(keys))
         first = ranked[0]
-        own = [session for session in self._ready if session.owner == first]
+        own = [session for session in ready if session.owner == first]
         is_pass = not own or (first == goes_on and not own_steps)
         if first in self._passes and goes_on is None and self._turns_without_pass >= PATIENCE:
             is_pass = True
@@ -325,9 +359,12 @@ class WorkQueue:
             return []
         self._turns_without_pass += 1
         if any(session.waiting[0].remaining > DECODE_POSITIONS for session in own):
-            return self._begin(self._next_pass(own, min(max_positions, self.positions_within(self._fair.chunk_s(now)))))
+            heads = [session.waiting[0] for session in ready]
+            turn = [work.session for work in self._fair.prefill_turn(heads, first, now)]
+            most = min(max_positions, self.positions_within(self._fair.chunk_s(now)))
+            return self._begin(self._next_pass(turn, most))
         return self._begin(
-            self._fair.decode_pass([session.waiting[0] for session in self._ready], ranked, max_positions, now)
+            self._fair.decode_pass([session.waiting[0] for session in ready], ranked, max_positions, now)
         )
 
     def _next_pass(self, ready: Iterable[Session], max_positions: int) -> dict[Work, int]:

@@ -10,13 +10,19 @@ from scheduler.packing import DECODE_POSITIONS, Waiting
 
 
 class Owned(Waiting, Protocol):
-    """A step of a client. total: positions that it began with. owner: the key."""
+    """A step of a client.
+
+    total: positions that it began with. owner: the key. left: positions that its session has still room for, before it.
+    """
 
     @property
     def total(self) -> int: ...
 
     @property
     def owner(self) -> Hashable: ...
+
+    @property
+    def left(self) -> int: ...
 
 
 W = TypeVar("W", bound=Owned)
@@ -36,6 +42,8 @@ class FairPasses(Generic[W]):
     def __init__(self, pass_s: Callable[[int], float], weight: Callable[[Any], float] = lambda key: 1.0) -> None:
         self.shares = FairShares[Any](weight)
         self._pass_s = pass_s
+        self._turn_of: dict[Hashable, Hashable] = {}
+        """In whose turn a key's prefill runs, if that is another's."""
 
     def chunk_s(self, now: float) -> float:
         """How long a piece of prefill or of a pass over whole sequences may take, in seconds."""
@@ -48,6 +56,28 @@ class FairPasses(Generic[W]):
             middle = (low + high + 1) // 2
             low, high = (middle, high) if self._pass_s(middle) <= seconds else (low, middle - 1)
         return low
+
+    def prefill_turn(self, waiting: Sequence[W], first: Hashable, now: float) -> list[W]:
+        """The steps of which prefill runs in a turn of `first`: its own, or one of another key that has less to come.
+
+        Prompts that share a device in turns are all done late. With the shortest first (Schrage 1968) half of them are
+        done in a fraction of the time, and hardly one later. What decoding gets is the same: `first` pays, and no key
+        goes ahead for long, so that nobody waits for ever.
+
+        Args:
+            waiting: at most one step of each session.
+        """
+        own = [step for step in waiting if step.owner == first]
+        self._turn_of = {}
+        if any(step.remaining <= DECODE_POSITIONS for step in own):
+            return own
+        bulk = [step for step in waiting if step.remaining > DECODE_POSITIONS]
+        may = {key: key == first or self.shares.may_go_ahead(key, now) for key in {step.owner for step in bulk}}
+        shortest = min((step for step in bulk if may[step.owner]), key=lambda step: (step.left, step.owner != first))
+        if shortest.owner == first:
+            return own
+        self._turn_of = {shortest.owner: first}
+        return [shortest]
 
     def decode_pass(
         self, waiting: Sequence[W], ranked: Sequence[Hashable], max_positions: int, now: float
@@ -96,4 +126,9 @@ class FairPasses(Generic[W]):
         for part, took_s in ((decode, seconds - bulk_s), (bulk, bulk_s)):
             positions = sum(count for _, count in part)
             for step, count in part:
-                self.shares.charge(step.owner, took_s * count / positions, now, bulk=part is bulk)
+                own_s = took_s * count / positions
+                payer = self._turn_of.get(step.owner, step.owner) if part is bulk else step.owner
+                self.shares.charge(payer, own_s, now, bulk=part is bulk)
+                if payer != step.owner:
+                    self.shares.went_ahead(step.owner, own_s, now)
+        self._turn_of = {}

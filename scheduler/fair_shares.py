@@ -31,6 +31,9 @@ CHUNK_S: Final = 0.05
 SLACK: Final = 1.2
 """How much longer than with one step of each key a decode pass may take for more of them."""
 
+AHEAD_S: Final = 2.0
+"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may have in the turns of other keys."""
+
 LATELY_S: Final = (1.0, 5.0)
 """A key without work is active for twice the time that it usually needs to come back, within these bounds."""
 
@@ -53,10 +56,11 @@ class _Account:
     """Of one key.
 
     balance: seconds of device time, per weight, not counting the rounds since. present: pieces of work that wait or
-    run. away: seconds from the end of its last work to its next.
+    run. away: seconds from the end of its last work to its next. ahead: of others' turns that it has had by `ahead_at`,
+    less what it was allowed since.
     """
 
-    __slots__ = ("away", "balance", "left_at", "present", "seen_at")
+    __slots__ = ("ahead", "ahead_at", "away", "balance", "left_at", "present", "seen_at")
 
     def __init__(self, balance: float, now: float) -> None:
         self.balance = balance
@@ -64,6 +68,8 @@ class _Account:
         self.seen_at = now
         self.left_at = 0.0
         self.away = MovingAverage(_LEARNING)
+        self.ahead = 0.0
+        self.ahead_at = now
 
     def is_active(self, now: float) -> bool:
         least, most = LATELY_S
@@ -125,6 +131,20 @@ class FairShares(Generic[K]):
             else:
                 balance = min(0.0, balance)
             account.balance = balance - self._rounds_s
+
+    def may_go_ahead(self, key: K, now: float) -> bool:
+        """Whether `key` may have a turn of another that lets it: it has had few of them lately."""
+        return self._ahead(self._accounts[key], now) < AHEAD_S
+
+    def went_ahead(self, key: K, seconds: float, now: float) -> None:
+        """So much of the device's time it had in a turn of another, who is charged for it."""
+        account = self._accounts.get(key)
+        if account is not None:
+            account.ahead = self._ahead(account, now) + seconds / self._weight(key)
+            account.ahead_at = now
+
+    def _ahead(self, account: _Account, now: float) -> float:
+        return max(0.0, account.ahead - (now - account.ahead_at) * AHEAD_S / FORGET_S)
 
     def ranked(self, keys: Collection[K]) -> list[K]:
         """Keys that have work, in the order of their balances, largest first."""

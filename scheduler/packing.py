@@ -28,6 +28,10 @@ class Waiting(Protocol):
     def blocks(self) -> tuple[int, int]: ...
 
 
+UNSENT_BYTES: Final = 1 << 20
+"""While more waits for the way to the next hop, no prompt is computed that goes there: which of them is sent next can
+still be chosen, and tokens need not wait behind them all."""
+
 W = TypeVar("W", bound=Waiting)
 
 

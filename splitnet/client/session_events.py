@@ -105,7 +105,7 @@ class Alive:
     Attributes:
         queue_ms: how long its device has something to do, for whomever.
         holds: it knows the session; None: a peer of version 0.1.0, which does not say.
-        waiting: steps and passes of the session that wait or run there.
+        waiting: steps and passes of the session that wait or run there; 1 for all that is on its way to the next hop.
         done: positions of the session computed there so far; only grows.
         last: highest number of a step or pass of the session's epoch that was finished there.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Hashable
 from typing import Protocol
@@ -26,6 +27,8 @@ class Tracker(Protocol):
 class Backlog:
     """Messages that ZeroMQ still holds. It sends those for a receiver in order, so the last of some tells of them all.
 
+    One thread sends; `held` may be called from any.
+
     Args:
         budget: accounts for them by receiver: a key that has connected, or an endpoint.
     """
@@ -33,6 +36,7 @@ class Backlog:
     def __init__(self, budget: Budget) -> None:
         self._budget = budget
         self._waiting: deque[tuple[Hashable, int, Tracker]] = deque()
+        self._lock = threading.Lock()
         self._small: dict[bytes | Endpoint, int] = {}
         """Bytes that were sent to a receiver since something was tracked, at most `TRACKED_BYTES`."""
 
@@ -61,23 +65,31 @@ class Backlog:
         if tracker is None:
             self._budget.release(size, _account(receiver))
             return
-        self._waiting.append((_account(receiver), size, tracker))
-        # Most are sent by the time the next is: what is known here stays short without looking at all of it.
-        while self._waiting and self._waiting[0][2].done:
-            account, size, _ = self._waiting.popleft()
-            self._budget.release(size, account)
+        with self._lock:
+            self._waiting.append((_account(receiver), size, tracker))
+            # Most are sent by the time the next is: what is known here stays short without looking at all of it.
+            while self._waiting and self._waiting[0][2].done:
+                account, size, _ = self._waiting.popleft()
+                self._budget.release(size, account)
+
+    def held(self, receiver: Destination) -> int:
+        """Bytes for a receiver that are tracked and not sent yet."""
+        if self._budget.held(_account(receiver)):
+            self._forget_sent()
+        return self._budget.held(_account(receiver))
 
     def forget(self, receiver: Destination) -> None:
         """Nothing more is sent to a receiver."""
         self._small.pop(_name(receiver), None)
 
     def _forget_sent(self) -> None:
-        for _ in range(len(self._waiting)):
-            waiting = self._waiting.popleft()
-            if waiting[2].done:
-                self._budget.release(waiting[1], waiting[0])
-            else:
-                self._waiting.append(waiting)
+        with self._lock:
+            for _ in range(len(self._waiting)):
+                waiting = self._waiting.popleft()
+                if waiting[2].done:
+                    self._budget.release(waiting[1], waiting[0])
+                else:
+                    self._waiting.append(waiting)
 
 
 def _name(receiver: Destination) -> bytes | Endpoint:

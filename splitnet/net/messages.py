@@ -145,7 +145,8 @@ class Pong:
     queue_ms: float = wire(milliseconds)
     kv_free_positions: int = wire(_NUMBER)
     waiting: int = appended(_NUMBER, 0)
-    """Steps and passes of the session asked about that wait here or are being computed."""
+    """Steps and passes of the session asked about that wait here or are being computed; 1 for all that was sent on and
+    has not arrived, as far as is known."""
     done: int = appended(_NUMBER, 0)
     """Positions of the session that were computed here so far; it only grows."""
     holds: bool = appended(flag, False)

@@ -41,7 +41,8 @@ class Answer:
     holds: bool | None = None
     """Whether the peer holds the session asked about; None: not asked, or the peer is too old to say."""
     waiting: int = 0
-    """Steps and passes of that session that wait at the peer or are being computed."""
+    """Steps and passes of that session that wait at the peer or are being computed; 1 for all that it has sent on and
+    that has not arrived, as far as it knows."""
     done: int = 0
     """Positions of that session that the peer has computed so far; it only grows."""
     last: int = 0
@@ -71,6 +72,7 @@ class Prober:
         self._nonces = count(1)
         self._sent: dict[int, _Sent] = {}
         self._round_trips: dict[Endpoint, deque[float]] = {}
+        self._answered: dict[Endpoint, int] = {}
         self._lock = threading.Lock()
 
     def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"") -> Future[Answer]:
@@ -81,6 +83,13 @@ class Prober:
             padding: bytes to send with it.
             session: id of a session to ask about, 16 bytes; a peer of version 0.1.0 drops such a ping.
         """
+        return self._ping(endpoint, padding, session)[1]
+
+    def probe(self, endpoint: Endpoint) -> int:
+        """Asks likewise, and returns the number of the ping: the higher, the later."""
+        return self._ping(endpoint, 0, b"")[0]
+
+    def _ping(self, endpoint: Endpoint, padding: int, session: bytes) -> tuple[int, Future[Answer]]:
         nonce = next(self._nonces)
         future: Future[Answer] = Future()
         now = time.perf_counter()
@@ -89,7 +98,7 @@ class Prober:
                 del self._sent[next(iter(self._sent))]
             self._sent[nonce] = _Sent(endpoint, now, padding, session, future)
         self._send(endpoint, Ping(nonce, bytes(padding), session))
-        return future
+        return nonce, future
 
     def pong(self, source: Endpoint, message: Pong) -> None:
         """Takes in an answer; nobody answers for another."""
@@ -99,6 +108,9 @@ class Prober:
                 return
             del self._sent[message.nonce]
             rtt_ms = (time.perf_counter() - sent.at) * 1000
+            self._answered[source] = max(message.nonce, self._answered.pop(source, 0))
+            if len(self._answered) > KEPT_ENDPOINTS:
+                del self._answered[next(iter(self._answered))]
             if not sent.padding:
                 self._round_trips.setdefault(source, deque(maxlen=KEPT_ROUND_TRIPS)).append(rtt_ms)
                 while len(self._round_trips) > KEPT_ENDPOINTS:
@@ -121,6 +133,10 @@ class Prober:
         """The round trip to a peer as measured lately; 0: not measured."""
         with self._lock:
             return min(self._round_trips.get(endpoint, (0.0,)))
+
+    def answered(self, endpoint: Endpoint) -> int:
+        """Number of the latest ping that a peer has answered: what was sent before that on its link has come."""
+        return self._answered.get(endpoint, 0)
 
     def round_trips(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> dict[Endpoint, float]:
         """Ms to peers and back, with two small pings to each; those that don't answer in time are left out."""

@@ -239,6 +239,10 @@ class Transport:
         link = self._links.get(endpoint)
         return link.state if link else LinkState.CONNECTING
 
+    def unsent(self, endpoint: Endpoint) -> int:
+        """Bytes of large messages that wait for a link; 0 if it is not up, or nothing is counted (`max_backlog`)."""
+        return self._backlog.held(endpoint) if self.state(endpoint) is LinkState.UP else 0
+
     def way(self, endpoint: Endpoint) -> Way:
         """How a peer is reached, or would be."""
         return self._tunnels.way(endpoint)

@@ -110,7 +110,7 @@ class Calls:
                 self._replays(session, node, call)
             case AskAlive():
                 held = node.sessions.get(session)
-                progress = (held.waiting, held.done, held.last) if held else (0, 0, 0)
+                progress = (held.waiting or held.sending, held.done, held.last) if held else (0, 0, 0)
                 alive = Alive(session.endpoint(node), float(node.running), held is not None, *progress)
                 self._answer(session, node, alive)
 

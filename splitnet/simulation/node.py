@@ -10,7 +10,7 @@ from scheduler.coordinates import Coordinate
 from scheduler.fair_passes import FairPasses
 from scheduler.load import Load
 from scheduler.network import Link, Place
-from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS, next_pass
+from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, next_pass
 from scheduler.swarm import Peer, Speed
 from splitnet.gathering import Gathering
 from splitnet.net.messages import FailureCode
@@ -60,6 +60,11 @@ class Parcel:
         return self.positions
 
     @property
+    def left(self) -> int:
+        """Positions that its session has reserved and that come now or later."""
+        return self.route.session.request.positions - self.start - self.positions + self.remaining
+
+    @property
     def owner(self) -> int:
         """Each client has a key of its own."""
         return self.route.session.client.number
@@ -70,7 +75,8 @@ class Held:
     """A session at a peer.
 
     budget: positions that are reserved. cached: that are there. waiting: parcels that wait or run. done: positions
-    computed so far. last: highest number of a request of the epoch that is finished.
+    computed so far. last: highest number of a request of the epoch that is finished. sending: parcels on their way to
+    the next hop.
     """
 
     session: Session
@@ -81,6 +87,7 @@ class Held:
     waiting: int = 0
     done: int = 0
     last: int = 0
+    sending: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +188,7 @@ class Node:
         if held.blocks != blocks:
             return FailureCode.WRONG_BLOCKS
         if epoch > held.epoch:
-            held.epoch, held.waiting, held.last = epoch, 0, 0
+            held.epoch, held.waiting, held.last, held.sending = epoch, 0, 0, 0
         return None
 
     def release(self, session: Session) -> None:
@@ -191,12 +198,17 @@ class Node:
             self.kv_used -= held.budget
             self._gathering.left(session)
 
-    def _heads(self) -> list[Parcel]:
-        """The first of every session: its others wait for that."""
+    def _heads(self, held: bool) -> list[Parcel]:
+        """The first of every session, for which its others wait; if `held`, without prompts that would go on."""
         heads: dict[Session, Parcel] = {}
         for parcel in sorted(self.ready, key=lambda parcel: (parcel.arrived_ms, parcel.number)):
             heads.setdefault(parcel.route.session, parcel)
-        return [parcel for parcel in self.ready if heads[parcel.route.session] is parcel]
+        return [
+            parcel
+            for parcel in self.ready
+            if heads[parcel.route.session] is parcel
+            and not (held and parcel.remaining > DECODE_POSITIONS and parcel.hop < parcel.last_hop)
+        ]
 
     def arrived(self, parcel: Parcel, now_ms: float) -> None:
         """A parcel waits from now on."""
@@ -208,10 +220,10 @@ class Node:
         """A parcel that has arrived is done, or was given up."""
         self._fair.shares.left(parcel.owner, now_ms / 1000)
 
-    def next_pass(self, now_ms: float) -> tuple[list[tuple[Parcel, int]], float]:
+    def next_pass(self, now_ms: float, sent_ms: float) -> tuple[list[tuple[Parcel, int]], float]:
         """What runs now, parcels with how many positions of each, and for how many ms.
 
-        No parcel: so long it is waited for others, see `awaited`.
+        No parcel: so long it is waited for others, see `awaited`. sent_ms: when all is sent that waits for its way up.
         """
         now = now_ms / 1000
         shares = self._fair.shares
@@ -221,8 +233,12 @@ class Node:
         if gathers_ms := self._gathers_ms(now_ms):
             self.awaited = Awaited(None, now_ms)
             return [], max(MIN_WAIT_MS, gathers_ms)
+        held_ms = sent_ms - UNSENT_BYTES / self.up_bytes_per_ms - now_ms
+        heads = self._heads(held_ms > 0)
+        if not heads:
+            self.awaited = Awaited(None, now_ms)
+            return [], max(MIN_WAIT_MS, held_ms)
         if shares.contended(now):
-            heads = self._heads()
             ranked = shares.ranked(dict.fromkeys(parcel.owner for parcel in heads))
             own = [parcel for parcel in heads if parcel.owner == ranked[0]]
             chunk_s = self._fair.chunk_s(now)
@@ -232,13 +248,14 @@ class Node:
                 return [], max(MIN_WAIT_MS, waits[1] * 1000)
             shares.begin_rounds(ranked[0])
             if any(parcel.remaining > DECODE_POSITIONS for parcel in own):
-                counts = self._packed(own, min(PASS_POSITIONS, self._fair.positions_within(chunk_s)))
+                turn = self._fair.prefill_turn(heads, ranked[0], now)
+                counts = self._packed(turn, min(PASS_POSITIONS, self._fair.positions_within(chunk_s)))
             else:
                 counts = self._fair.decode_pass(heads, ranked, PASS_POSITIONS, now)
         elif len(self.ready) == 1:
-            counts = {self.ready[0]: min(self.ready[0].remaining, PASS_POSITIONS)}
+            counts = {heads[0]: min(heads[0].remaining, PASS_POSITIONS)}
         else:
-            counts = self._packed(self._heads(), PASS_POSITIONS)
+            counts = self._packed(heads, PASS_POSITIONS)
         self.ready = [parcel for parcel in self.ready if parcel not in counts]
         taken = list(counts.items())
         start, end = taken[0][0].blocks

@@ -10,7 +10,7 @@ from scheduler.network import Link
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
 from splitnet.net.messages import FailureCode
 from splitnet.simulation.events import Events
-from splitnet.simulation.node import Awaited, Node, Parcel
+from splitnet.simulation.node import Awaited, Held, Node, Parcel
 from splitnet.simulation.route import Hops, Route, Wire, wires_of
 from splitnet.simulation.world import World
 
@@ -84,6 +84,8 @@ class Traffic:
         """Sends a parcel to its hop from whoever comes before it."""
         wire = parcel.route.wires[parcel.hop]
         parcel.remaining = parcel.positions
+        if (sender := _sender_of(parcel)) is not None:
+            sender.sending += 1
         if parcel.positions > DECODE_POSITIONS:
             self._send_long((parcel, 0))
             return
@@ -126,6 +128,8 @@ class Traffic:
         session = route.session
         if session.route is not route:
             return
+        if (sender := _sender_of(parcel)) is not None:
+            sender.sending -= 1
         node = route.hops[parcel.hop][0]
         held = node.sessions.get(session)
         if held is None:
@@ -156,7 +160,7 @@ class Traffic:
             node.ready.remove(parcel)
             node.left(parcel, now)
         if node.ready:
-            taken, ms = node.next_pass(now)
+            taken, ms = node.next_pass(now, self._uplink_free_ms.get(node.number, 0.0))
             if taken:
                 self._events.at(now + ms, self._end_pass, (node, node.generation, taken, ms))
             else:
@@ -207,3 +211,10 @@ class Traffic:
                 latency_ms = self._geography.one_way_ms(number, route.session.client.number)
             arrival = self._events.now + payload_ms + self._latency(latency_ms)
             self._events.at(wire.in_order(arrival), route.session.answered, parcel)
+
+
+def _sender_of(parcel: Parcel) -> Held | None:
+    """The session at the hop before, in the epoch of a parcel that goes from there to the next."""
+    route = parcel.route
+    held = route.hops[parcel.hop - 1][0].sessions.get(route.session) if parcel.hop else None
+    return held if held is not None and held.epoch == route.epoch else None

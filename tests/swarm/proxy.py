@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,12 +17,14 @@ class Proxy:
         port: where others connect.
         target: may be set later than `port` is known.
         delay_s: one way, in both directions.
+        bytes_per_s: of each connection and direction.
         late_bytes: how much has come through after it was held back the last time.
     """
 
     def __init__(self) -> None:
         self.target = 0
         self.delay_s = 0.0
+        self.bytes_per_s = math.inf
         self.late_bytes = 0
         self._loop = asyncio.new_event_loop()
         self._open = asyncio.Event()
@@ -51,6 +54,7 @@ class Proxy:
         """Takes connections again, and passes on all that was held back, and what comes, at once."""
         self._refuses = False
         self.delay_s = 0.0
+        self.bytes_per_s = math.inf
         self.release()
 
     def close(self) -> None:
@@ -113,6 +117,8 @@ class Proxy:
             if not self._open.is_set():
                 await self._open.wait()
                 self.late_bytes += len(data)
+            if len(data) > self.bytes_per_s / 10:
+                await asyncio.sleep(len(data) / self.bytes_per_s)
             sink.write(data)
 
 

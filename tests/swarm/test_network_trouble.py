@@ -151,6 +151,25 @@ def test_a_hop_that_is_lost_during_a_prefill(
     assert torch.equal(got, local.generate(longer, attention_mask=torch.ones_like(longer), **options))
 
 
+def test_a_prompt_on_a_slow_way_is_not_taken_for_lost(
+    network: Network, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(liveness, "MAX_SILENCE_S", 0.3)
+    longer = prompt(length=150)["input_ids"]
+    options = {**GREEDY, "max_new_tokens": 4}
+    model = network.swarm.model()
+    with model.session(max_length=longer.shape[1] + 8) as cache:
+        model(longer[:, :1], past_key_values=cache)
+        assert isinstance(cache.session, Session)
+        position = cache.session.state.hops[0].codec.bytes_per_position(network.swarm.client.facts.hidden_size)
+        network.before(cache, 1).bytes_per_s = 149 * position / 3.0
+        began = time.monotonic()
+        got = model.generate(longer, attention_mask=torch.ones_like(longer), **options)
+        assert time.monotonic() - began > 3.0
+        assert [each.cause for each in cache.session.recoveries if each.cause is not Cause.BETTER_ROUTE] == []
+    assert torch.equal(got, local.generate(longer, attention_mask=torch.ones_like(longer), **options))
+
+
 def test_a_peer_that_nobody_can_replace_is_used_again_once_it_answers(folder: Path, local: Any) -> None:
     with proxies(1) as (proxy,), local_swarm(folder, [SPANS[0]]) as swarm:
         middle = swarm.add(*SPANS[1], public_host=f"127.0.0.1:{proxy.port}")

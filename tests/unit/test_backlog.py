@@ -58,6 +58,14 @@ def test_a_slow_receiver_gets_half_and_what_is_sent_makes_room() -> None:
     assert budget.held(receiver(1).curve) == 20 * LARGE
 
 
+def test_what_waits_for_a_receiver_is_what_has_not_been_sent() -> None:
+    backlog = Backlog(Budget(100 * LARGE))
+    parcels = [parcel for number in (1, 2, 1) if (parcel := sent(backlog, number, LARGE)) is not None]
+    assert [backlog.held(receiver(number)) for number in (1, 2, 3)] == [2 * LARGE, LARGE, 0]
+    parcels[2].done = True
+    assert [backlog.held(receiver(number)) for number in (1, 2, 3)] == [LARGE, LARGE, 0]
+
+
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 30 * LARGE), st.booleans()), max_size=60))
 def test_what_is_not_sent_is_held_and_within_the_limit(messages: list[tuple[int, int, bool]]) -> None:
     budget = Budget(100 * LARGE)

@@ -67,5 +67,15 @@ def test_nobody_answers_for_another() -> None:
     answer = prober.ping(PEER)
     prober.pong(Endpoint("tcp://127.0.0.1:2", Identity.generate().public), Pong(pings[0].nonce, 0.0, 0))
     assert not answer.done() and not prober.rtt_ms(PEER)
+    assert prober.answered(PEER) == 0
     prober.pong(PEER, Pong(pings[0].nonce, 0.0, 0))
     assert answer.done()
+
+
+def test_an_answer_tells_what_was_sent_before_it() -> None:
+    pings: list[Ping] = []
+    prober = Prober(lambda _, ping: pings.append(ping))
+    first, second, third = (prober.probe(PEER) for _ in range(3))
+    for index, latest in ((1, second), (0, second), (2, third)):
+        prober.pong(PEER, Pong(pings[index].nonce, 0.0, 0))
+        assert prober.answered(PEER) == latest > first

@@ -80,6 +80,7 @@ class FakeOutbox:
         self.states: dict[Endpoint, LinkState] = {}
         self.open_links: set[Endpoint] = set()
         self.probed: list[Endpoint] = []
+        self.answers = 0
 
     def send(self, destination: Destination, message: Message) -> None:
         assert decode(encode(message)) == message, "only what the protocol allows is said"
@@ -98,8 +99,15 @@ class FakeOutbox:
     def together(self) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def probe(self, endpoint: Endpoint) -> None:
+    def unsent(self, endpoint: Endpoint) -> int:
+        return 0
+
+    def probe(self, endpoint: Endpoint) -> int:
         self.probed.append(endpoint)
+        return len(self.probed)
+
+    def answered(self, endpoint: Endpoint) -> int:
+        return self.answers
 
     def rtt_ms(self, endpoint: Endpoint) -> float:
         return 0.25
@@ -1233,6 +1241,24 @@ class TestOthers:
         assert opened.says(Ping(5, session=SID), STRANGER) == [(STRANGER, unknown)]
         opened.says(Close(SID))
         assert opened.says(Ping(5, session=SID)) == [(CLIENT, Pong(5, 0.0, CAPACITY))]
+
+    def test_what_was_sent_on_counts_as_work_until_a_ping_behind_it_is_answered(self, opened: Peer) -> None:
+        def waiting() -> int:
+            [(_, pong)] = opened.says(Ping(5, session=SID))
+            return pong.waiting
+
+        assert waiting() == 0 and opened.outbox.probed == []
+        opened.compute(step())
+        assert [waiting(), waiting()] == [1, 1] and opened.outbox.probed == [AFTER], "one ping tells of all before it"
+        opened.outbox.answers = 1
+        assert waiting() == 0
+        opened.compute(step(Part(1, 3, 1, 1), number=8))
+        assert waiting() == 1, "the ping that came back went before this"
+        opened.outbox.states[AFTER] = LinkState.DOWN
+        assert waiting() == 0, "what was on a link that is lost is lost"
+        opened.outbox.states[AFTER] = LinkState.UP
+        opened.says(opening(epoch=2))
+        assert waiting() == 0, "it is sent again in a newer epoch"
 
     @pytest.mark.parametrize(
         "message", [Pong(1, 0, 0), Opened(SID, 1, True, 0), Result(SID, 1, 1, 6, 0, ()), Failure(SID, 1, 1, 1, "x")]

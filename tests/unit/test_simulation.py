@@ -239,6 +239,26 @@ def test_a_prompt_is_done_when_all_of_its_steps_are() -> None:
     assert longer.ttft_ms[0] > 0.99 * whole.ttft_ms[0]
 
 
+def behind_a_slow_way(*prompts: int) -> tuple[Simulation, Outcome]:
+    """Prompts that come at once, through a first hop that sends 5 bytes per ms: 100 positions take 2 s."""
+    world = tiny_world(*((0.0, prompt, 2) for prompt in prompts))
+    world.devices = [replace(device, kv_positions=10_000) for device in world.devices]
+    world.geography.up[0] = 5.0
+    return outcome_in(world, SPANS, THREE_HOPS)
+
+
+def test_a_prompt_that_waits_for_a_way_up_is_not_taken_for_lost() -> None:
+    _, outcome = behind_a_slow_way(*[100] * 12)
+    assert max(outcome.ttft_ms) > 20_000
+    assert (outcome.failed, outcome.repairs) == (0, 0)
+
+
+def test_of_prompts_that_wait_for_a_way_up_the_shortest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("splitnet.simulation.node.UNSENT_BYTES", 1000)
+    _, outcome = behind_a_slow_way(1500, 100)
+    assert outcome.ttft_ms[1] < 15_000 < 30_000 < outcome.ttft_ms[0]
+
+
 class InOrder(Fixed):
     """The first peer that serves the next block and is not excluded."""
 

@@ -408,6 +408,22 @@ def test_a_receiver_that_does_not_read_takes_bounded_memory(node: Start, caplog:
     sleeper.wait(lambda: len(sleeper.received) == 400 - len(dropped))
 
 
+def test_what_waits_for_a_link_is_told_until_it_is_sent(node: Start) -> None:
+    sleeper, sender = node(ANY_PORT), node()
+    asleep = threading.Event()
+    sleeper.answer = until(asleep)
+    large = bytes(4 * TRACKED_BYTES)
+    assert sender.transport.unsent(sleeper.endpoint) == 0
+    try:
+        for _ in range(100):
+            sender.transport.send(sleeper.endpoint, [b"header", large])
+        sender.wait(lambda: sender.transport.unsent(sleeper.endpoint) > len(large))
+    finally:
+        asleep.set()
+    sleeper.wait(lambda: len(sleeper.received) == 100)
+    sender.wait(lambda: sender.transport.unsent(sleeper.endpoint) == 0)
+
+
 def test_small_messages_to_a_receiver_that_does_not_read_are_counted(node: Start) -> None:
     server, sleeper = node(ANY_PORT, max_backlog=16 * TRACKED_BYTES), node()
     asleep = threading.Event()

@@ -13,10 +13,12 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invaria
 
 from peers.session import PassWork, Session, Work
 from peers.work_queue import MAX_SESSION_PASSES, WorkQueue
-from scheduler.packing import DECODE_POSITIONS, PATIENCE
+from scheduler.fair_shares import AHEAD_S
+from scheduler.packing import DECODE_POSITIONS, PATIENCE, UNSENT_BYTES
 from splitnet.errors import PeerBusy
 from splitnet.net.codecs import CODECS
-from splitnet.net.endpoints import Connection
+from splitnet.net.endpoints import Connection, Endpoint
+from splitnet.net.identity import Identity
 from splitnet.net.messages import Fork, Forward, Part, Step
 from splitnet.net.sent_log import SentLog
 
@@ -26,7 +28,19 @@ PASS = 64
 WAIT_S = 20.0
 
 
-def session(name: int, start: int = 0, end: int = 4, owner: bytes = b"owner") -> Session:
+NEXT, OTHER_NEXT = (Endpoint(f"tcp://127.0.0.1:{port}", Identity.generate().public) for port in (1, 2))
+FOLLOWING = (None, NEXT, OTHER_NEXT)
+
+
+def session(
+    name: int,
+    start: int = 0,
+    end: int = 4,
+    owner: bytes = b"owner",
+    *,
+    budget: int = 1 << 20,
+    following: Endpoint | None = None,
+) -> Session:
     return Session(
         id=name.to_bytes(16, "big"),
         owner=owner,
@@ -34,10 +48,10 @@ def session(name: int, start: int = 0, end: int = 4, owner: bytes = b"owner") ->
         epoch=1,
         start=start,
         end=end,
-        budget=1 << 20,
+        budget=budget,
         codec=CODECS["none"],
         previous=None,
-        next=None,
+        next=following,
         log=SentLog(0, 4),
         used_at=0.0,
     )
@@ -352,8 +366,9 @@ class QueueMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.queue = WorkQueue()
-        self.owners = [session(name, 0, 2 + name % 2) for name in range(5)]
+        self.unsent = dict.fromkeys((NEXT, OTHER_NEXT), 0)
+        self.queue = WorkQueue(unsent=self.unsent.__getitem__)
+        self.owners = [session(name, 0, 2 + name % 2, following=FOLLOWING[name % 3]) for name in range(5)]
         self.expected: dict[Session, list[Work]] = {owner: [] for owner in self.owners}
         self.in_passes: Counter[Session] = Counter()
 
@@ -365,7 +380,10 @@ class QueueMachine(RuleBasedStateMachine):
 
     @rule(target=running, positions=st.integers(1, 128))
     def take(self, positions: int) -> list[tuple[Work, int]]:
-        if not any(waiting and not self.in_passes[owner] for owner, waiting in self.expected.items()):
+        if not any(
+            waiting and not self.in_passes[owner] and not self.is_held(waiting[0])
+            for owner, waiting in self.expected.items()
+        ):
             return []  # it would wait
         chosen = self.queue.take(positions)
         assert chosen
@@ -374,10 +392,20 @@ class QueueMachine(RuleBasedStateMachine):
         assert len({item.session for item, _ in chosen}) == len(chosen)
         for item, count in chosen:
             assert 1 <= count <= item.remaining
+            assert not self.is_held(item)
             assert not self.in_passes[item.session], "one step of a session at a time"
             assert self.expected[item.session][0] is item, "in the order of arrival"
             self.in_passes[item.session] += 1
         return chosen
+
+    def is_held(self, item: Work) -> bool:
+        following = item.session.next
+        waits = following is not None and self.unsent[following] > UNSENT_BYTES
+        return waits and item.remaining > DECODE_POSITIONS
+
+    @rule(following=st.sampled_from([NEXT, OTHER_NEXT]), unsent=st.sampled_from([0, UNSENT_BYTES, UNSENT_BYTES + 1]))
+    def sends(self, following: Endpoint, unsent: int) -> None:
+        self.unsent[following] = unsent
 
     @rule(chosen=consumes(running))
     def end(self, chosen: list[tuple[Work, int]]) -> None:
@@ -393,7 +421,7 @@ class QueueMachine(RuleBasedStateMachine):
         gone = self.owners[owner]
         self.queue.discard(gone)
         del self.expected[gone]
-        self.owners[owner] = session(100 + owner, gone.start, gone.end)
+        self.owners[owner] = session(100 + owner, gone.start, gone.end, following=gone.next)
         self.expected[self.owners[owner]] = []
 
     @rule(owner=st.integers(0, 4))
@@ -416,6 +444,7 @@ class QueueMachine(RuleBasedStateMachine):
         for owner in [owner for owner in self.expected if self.in_passes[owner]]:
             self.queue.discard(owner)
             del self.expected[owner]
+        self.unsent.update(dict.fromkeys(self.unsent, 0))
         left = sum(item.remaining for items in self.expected.values() for item in items)
         steps = sum(map(len, self.expected.values()))
         passes = 0
@@ -442,6 +471,28 @@ def test_every_step_is_computed_in_full(steps: list[tuple[int, int]]) -> None:
     while queue.queued_positions:
         run_pass(queue)
     assert all(not item.remaining for item in items)
+
+
+def test_prompts_wait_for_the_way_to_their_next_hop_and_nothing_else_does() -> None:
+    unsent = {NEXT: UNSENT_BYTES + 1, OTHER_NEXT: UNSENT_BYTES}
+    queue = WorkQueue(unsent=unsent.__getitem__)
+    held, decodes, elsewhere, ends_here = (
+        session(number, following=following) for number, following in enumerate((NEXT, NEXT, OTHER_NEXT, None))
+    )
+    for owner, length in ((held, 100), (decodes, 1), (elsewhere, 20), (ends_here, 20)):
+        queue.put(work(owner, length))
+    assert {item.session for item, _ in run_pass(queue)} == {decodes, elsewhere, ends_here}
+    with ThreadPoolExecutor(1) as threads:
+        taken = threads.submit(run_pass, queue)
+        queue.put(work(decodes, 1))
+        assert [item.session for item, _ in taken.result(WAIT_S)] == [decodes]
+        taken = threads.submit(run_pass, queue)
+        unsent[NEXT] = UNSENT_BYTES
+        assert [item.session for item, _ in taken.result(WAIT_S)] == [held]
+        unsent[NEXT] = UNSENT_BYTES + 1
+        taken = threads.submit(run_pass, queue)
+        queue.close()
+        assert taken.result(WAIT_S) == []
 
 
 def test_passes_of_training_run_when_no_step_is_ready() -> None:
@@ -530,6 +581,30 @@ class TestSeveralKeys:
         for owner in owners:
             queue.put(work(owner, 1))
         assert {item.session for item, _ in self.run(queue)} == set(owners)
+
+    def test_the_shortest_prompt_runs_first_whoever_has_had_less(self) -> None:
+        queue = self.queue()
+        owners = {left: session(left, owner=left.to_bytes(2, "big"), budget=left) for left in (900, 100, 400)}
+        for left, owner in owners.items():
+            queue.put(work(owner, min(left, 300)))
+        done = list[int]()
+        while queue.queued_positions:
+            done += [item.session.budget for item, _ in self.run(queue) if not item.remaining]
+        assert done == [100, 400, 900], "of 900 reserved positions 300 have come, and more may"
+
+    def test_a_key_whose_prompts_never_end_goes_ahead_for_a_while_only(self) -> None:
+        queue = self.queue()
+        patient = session(1, owner=b"patient", budget=5000)
+        queue.put(work(patient, 5000))
+        had, number = Counter[bytes](), 1
+        while patient.waiting[0].remaining > 1000:
+            if not any(owner.owner == b"hurried" for owner in queue._ready):
+                number += 1
+                queue.put(work(session(number, owner=b"hurried", budget=100), 100, start=0))
+            for item, count in self.run(queue):
+                had[item.owner] += count
+        more_s = queue._pass_s(had[b"hurried"] - had[b"patient"])
+        assert AHEAD_S < more_s < 2 * AHEAD_S + 0.5, "what one has got, the other has let go"
 
     def test_keys_that_have_had_about_as_much_share_every_pass(self) -> None:
         queue = self.queue()
