@@ -62,14 +62,14 @@ class FairPasses(Generic[W]):
 
         Prompts that share a device in turns are all done late. With the shortest first (Schrage 1968) half of them are
         done in a fraction of the time, and hardly one later. What decoding gets is the same: `first` pays, and no key
-        goes ahead for long, so that nobody waits for ever.
+        goes ahead for long, nor lets all others have its turns, so that nobody waits for ever.
 
         Args:
             waiting: at most one step of each session.
         """
         own = [step for step in waiting if step.owner == first]
         self._turn_of = {}
-        if any(step.remaining <= DECODE_POSITIONS for step in own):
+        if any(step.remaining <= DECODE_POSITIONS for step in own) or not self.shares.lets_others(first):
             return own
         bulk = [step for step in waiting if step.remaining > DECODE_POSITIONS]
         may = {key: key == first or self.shares.may_go_ahead(key, now) for key in {step.owner for step in bulk}}
@@ -129,6 +129,6 @@ class FairPasses(Generic[W]):
                 own_s = took_s * count / positions
                 payer = self._turn_of.get(step.owner, step.owner) if part is bulk else step.owner
                 self.shares.charge(payer, own_s, now, bulk=part is bulk)
-                if payer != step.owner:
-                    self.shares.went_ahead(step.owner, own_s, now)
+                if part is bulk:
+                    self.shares.had_turn(step.owner, payer, own_s, now)
         self._turn_of = {}

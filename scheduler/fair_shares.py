@@ -32,7 +32,8 @@ SLACK: Final = 1.2
 """How much longer than with one step of each key a decode pass may take for more of them."""
 
 AHEAD_S: Final = 2.0
-"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may have in the turns of other keys."""
+"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may have in the turns of other keys. And a key
+lets others have so much of its own, whoever they are, and from then on half of them."""
 
 LATELY_S: Final = (1.0, 5.0)
 """A key without work is active for twice the time that it usually needs to come back, within these bounds."""
@@ -57,10 +58,10 @@ class _Account:
 
     balance: seconds of device time, per weight, not counting the rounds since. present: pieces of work that wait or
     run. away: seconds from the end of its last work to its next. ahead: of others' turns that it has had by `ahead_at`,
-    less what it was allowed since.
+    less what it was allowed since. let: of its own turns that others have had, less what it had itself since.
     """
 
-    __slots__ = ("ahead", "ahead_at", "away", "balance", "left_at", "present", "seen_at")
+    __slots__ = ("ahead", "ahead_at", "away", "balance", "left_at", "let", "present", "seen_at")
 
     def __init__(self, balance: float, now: float) -> None:
         self.balance = balance
@@ -70,6 +71,7 @@ class _Account:
         self.away = MovingAverage(_LEARNING)
         self.ahead = 0.0
         self.ahead_at = now
+        self.let = 0.0
 
     def is_active(self, now: float) -> bool:
         least, most = LATELY_S
@@ -136,10 +138,17 @@ class FairShares(Generic[K]):
         """Whether `key` may have a turn of another that lets it: it has had few of them lately."""
         return self._ahead(self._accounts[key], now) < AHEAD_S
 
-    def went_ahead(self, key: K, seconds: float, now: float) -> None:
-        """So much of the device's time it had in a turn of another, who is charged for it."""
-        account = self._accounts.get(key)
-        if account is not None:
+    def lets_others(self, key: K) -> bool:
+        """Whether others may have a turn of `key`: it has let them have few, or as many of its own since."""
+        return self._accounts[key].let < AHEAD_S
+
+    def had_turn(self, key: K, of: K, seconds: float, now: float) -> None:
+        """So much of the device's time the prefill of `key` had in a turn `of` a key, which is charged for it."""
+        account, payer = self._accounts.get(key), self._accounts.get(of)
+        if payer is not None:
+            let_s = seconds / self._weight(of)
+            payer.let = max(0.0, payer.let + (let_s if key != of else -let_s))
+        if account is not None and key != of:
             account.ahead = self._ahead(account, now) + seconds / self._weight(key)
             account.ahead_at = now
 

@@ -606,6 +606,23 @@ class TestSeveralKeys:
         more_s = queue._pass_s(had[b"hurried"] - had[b"patient"])
         assert AHEAD_S < more_s < 2 * AHEAD_S + 0.5, "what one has got, the other has let go"
 
+    def test_a_long_prompt_beside_short_ones_of_many_keys_goes_on(self) -> None:
+        """Each key goes ahead a little only, but all of them together could have every turn of the long one."""
+        queue = self.queue()
+        patient = session(0, owner=b"patient", budget=50_000)
+        queue.put(work(patient, 50_000))
+        others = [session(number, owner=number.to_bytes(2, "big"), budget=88) for number in range(1, 30)]
+        had_s, took_s = 0.0, 0.0
+        while took_s < 120.0:
+            for owner in others:
+                if not owner.waiting:
+                    queue.put(work(owner, 88, start=0))
+            chosen = self.run(queue)
+            pass_s = queue._pass_s(sum(count for _, count in chosen))
+            took_s += pass_s
+            had_s += pass_s * any(item.session is patient for item, _ in chosen)
+        assert had_s > (120.0 / 30 - AHEAD_S) / 3, "its share is a thirtieth"
+
     def test_keys_that_have_had_about_as_much_share_every_pass(self) -> None:
         queue = self.queue()
         owners = [session(name, owner=name.to_bytes(2, "big")) for name in range(8)]
