@@ -32,8 +32,8 @@ SLACK: Final = 1.2
 """How much longer than with one step of each key a decode pass may take for more of them."""
 
 AHEAD_S: Final = 2.0
-"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may have in the turns of other keys. And a key
-lets others have so much of its own, whoever they are, and from then on half of them."""
+"""Seconds of device time, per weight and `FORGET_S`, that a key's prefill may have in the turns of other keys. And a
+key lets others have so much of its own, whoever they are, and from then on half of them."""
 
 LATELY_S: Final = (1.0, 5.0)
 """A key without work is active for twice the time that it usually needs to come back, within these bounds."""
