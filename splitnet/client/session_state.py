@@ -576,9 +576,14 @@ class SessionState(SessionRoute):
                 error = SessionLost(f"the peer at {hop.endpoint.address} does not hold the session any more")
                 self._request_failed(hop, FailureCode.UNKNOWN_SESSION, error)
         elif verdict.finding is Finding.STUCK:
-            where = verdict.hops[0]
-            error = PeerLost(f"the peer at {where.address} has worked for too long without any progress")
-            self._reopen({where: error}, Cause.LOST)
+            what = "has worked for too long without any progress"
+            filling = [hop.endpoint for hop in self._filling]
+            if filling:  # who does not take what fills it, or who sends it: one after the other
+                works = [each for each in verdict.hops if each in filling]
+                self._suspects = self._suspects or self.endpoints()
+                self._replace_likeliest([*works, *filling, *verdict.hops], what)
+            else:
+                self._reopen({verdict.hops[0]: PeerLost(f"the peer at {verdict.hops[0].address} {what}")}, Cause.LOST)
         else:
             self._stalled(verdict.hops)
 
@@ -589,10 +594,12 @@ class SessionState(SessionRoute):
             self._reopen({}, Cause.STALLED, "what was under way was lost between two hops that live")
             return
         # One of those that were there at the first time loses messages, or keeps them.
-        likeliest = [*(hop.endpoint for hop in self._filling), *hops]
+        self._replace_likeliest([*(hop.endpoint for hop in self._filling), *hops], "loses what is sent to it")
+
+    def _replace_likeliest(self, likeliest: Sequence[Endpoint], what: str) -> None:
         where = next((each for each in likeliest if each in self._suspects), likeliest[0])
         self._suspects = [each for each in self._suspects if each != where] or [where]
-        self._reopen({where: PeerLost(f"the peer at {where.address} loses what is sent to it")}, Cause.LOST)
+        self._reopen({where: PeerLost(f"the peer at {where.address} {what}")}, Cause.LOST)
 
 
 def error_of(failure: Failure, source: Endpoint) -> SplitnetError:

@@ -221,6 +221,8 @@ class PeerModel:
         self.leaves = False
         self.full = False
         self.fault: str | None = None
+        self.dams = False
+        """Takes no step or replay, and answers no ping of the hop before: that believes that they are on their way."""
 
     @property
     def held(self) -> Held | None:
@@ -254,8 +256,9 @@ class PeerModel:
         match message:
             case _Ping():
                 holds = held is not None
+                waiting = int(held is not None and held.next is not None and self.world.at(held.next).dams)
                 self.to_client(
-                    Alive(self.endpoint, False, holds, 0, held.done if held else 0, held.last if held else 0)
+                    Alive(self.endpoint, False, holds, waiting, held.done if held else 0, held.last if held else 0)
                 )
             case Open():
                 self._open(message)
@@ -316,7 +319,7 @@ class PeerModel:
             failure = Failure(self.id, step.epoch, step.number, FailureCode.UNKNOWN_SESSION, "no session")
             self.world.post(self.name, source, failure)
             return
-        if step.epoch != held.epoch:
+        if step.epoch != held.epoch or self.dams:
             return
         if self.fault in Faulty.KINDS and not step.replay_until and self._misbehave(held, step):
             return
