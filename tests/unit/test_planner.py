@@ -11,7 +11,7 @@ import pytest
 
 from scheduler.encoding import Encoding
 from scheduler.network import Link
-from scheduler.replan import DISAPPOINTING, RECENT_STEPS
+from scheduler.replan import DISAPPOINTING, RECENT_STEPS, Forecasts
 from splitnet.client import planner as planner_module
 from splitnet.client.options import CausalOptions
 from splitnet.client.planner import CLIENT_ENDS, Needs, PlannedHop, Planner
@@ -188,3 +188,22 @@ def test_what_was_not_explained_is_looked_at_until_it_is() -> None:
     for cost_ms, moves in ((10.0, False), (20.0, True)):
         facts.costs = {hops[0].name: cost_ms}
         assert (facts.look(routes, hops, news=0) is not None) == moves
+
+
+def test_a_session_comes_to_rest_though_it_leaves_routes_before_they_are_tried_out() -> None:
+    """As where all devices are one machine, and steps so slow that few are taken until it looks for a better route."""
+    hops, other = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(2))
+    facts = Facts(other)
+    forecasts = Forecasts()
+    facts.survey.forecast_came = forecasts.came
+    routes = facts.routes()
+    moves = 0
+    for _ in range(40):
+        facts.look(routes, hops)
+        steps(routes, 100.0)
+        facts.survey.prediction_error = forecasts.error
+        facts.best = other
+        if facts.look(routes, hops) is not None:
+            moves += 1
+            hops, other = other, hops
+    assert moves <= 3
