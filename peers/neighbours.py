@@ -140,9 +140,9 @@ class Neighbours:
         self._seen = {name: (at, link) for name, (at, link) in seen.items() if began - at < USEFUL_S}
         self._useful = self._by_use([record for record in others if record.key.text in self._seen])
 
-    def _link(self, name: str) -> Link:
-        """The latest of a link that was measured."""
-        at, link = self._seen[name]
+    def _link(self, name: str, seen: tuple[float, Link]) -> Link:
+        """The latest of a link that was `seen`."""
+        at, link = seen
         used_at, rtt_ms = self._used.get(name, (at, 0.0))
         return Link(rtt_ms / 2, link.bytes_per_ms) if used_at > at else link
 
@@ -156,7 +156,7 @@ class Neighbours:
         if own is None or not others:
             return []
         place = self.network_coordinates.place
-        links = {(own.key.text, name): self._link(name) for name in self._seen}
+        links = {(own.key.text, name): self._link(name, seen) for name, seen in self._seen.items()}
         places = {record.key.text: place_of(record) for record in others if record.coordinate_error < 1.0}
         if place.coordinate.error < 1.0:
             places[own.key.text] = place
@@ -171,7 +171,7 @@ class Neighbours:
         seen = self._seen
         latest = sorted(seen, key=self._age_s)
         best = dict.fromkeys([*(name for name in self._useful if name in seen), *latest])
-        links = ((name, self._link(name)) for name in list(best)[:MAX_SEEN_LINKS])
+        links = ((name, self._link(name, seen[name])) for name in list(best)[:MAX_SEEN_LINKS])
         return tuple(
             SeenLink(PublicKey.parse(name).raw[:KEY_PREFIX_BYTES], 2 * link.latency_ms, link.bytes_per_ms)
             for name, link in links

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -287,6 +287,20 @@ class TestNeighbours:
         neighbours.look_around()
         (again,) = neighbours.seen_links
         assert again.rtt_ms < 5000.0
+
+    def test_what_is_published_may_be_forgotten_meanwhile(self) -> None:
+        """Records are made in other threads, too."""
+        there = record(address="tcp://192.0.2.1:1")
+        neighbours = Neighbours(lambda: [there], Links(), Echo().prober)  # pyright: ignore[reportArgumentType]
+        neighbours.look_around()
+
+        class Useful(list[str]):
+            def __iter__(self) -> Iterator[str]:
+                neighbours._seen = {}
+                return super().__iter__()
+
+        neighbours._useful = Useful()
+        assert len(neighbours.seen_links) == 1
 
     def test_peers_count_when_they_have_answered_and_few_are_asked_at_once(
         self, monkeypatch: pytest.MonkeyPatch
