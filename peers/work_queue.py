@@ -27,6 +27,9 @@ MAX_KEY_PASSES = 256
 LOOK_S = 0.02
 """How often it is looked whether a way is free again for which all wait."""
 
+STUCK_S = 60.0
+"""A way that has taken nothing for so long is not waited for: its next hop may never read. Clients wait for 120 s."""
+
 
 class WorkQueue:
     """First steps of all sessions that have work, and passes over whole sequences.
@@ -57,6 +60,8 @@ class WorkQueue:
         self.gathering = Gathering()
         self.memory = memory or MemoryAccount(1 << 29, "no memory for waiting steps of", "send fewer at a time")
         self._ready: OrderedDict[Session, None] = OrderedDict()
+        self._ways: dict[Endpoint, tuple[int, float]] = {}
+        """Of prompts that are ready: bytes that wait for the way, and since when they have not become fewer."""
         self._changed = threading.Condition()
         self._closed = False
         self._passes: OrderedDict[bytes, dict[PassWork, None]] = OrderedDict()
@@ -305,16 +310,20 @@ class WorkQueue:
 
     def _not_held(self) -> list[Session]:
         """Sessions that are ready, without those whose prompts wait for the way to their next hop."""
-        unsent = dict[Endpoint, int]()
+        now, ways = time.monotonic(), dict[Endpoint, tuple[int, float]]()
         ready: list[Session] = []
         for session in self._ready:
             following = session.next
             if following is not None and session.waiting[0].remaining > DECODE_POSITIONS:
-                if following not in unsent:
-                    unsent[following] = self._unsent(following)
-                if unsent[following] > UNSENT_BYTES:
+                if following not in ways:
+                    unsent = self._unsent(following)
+                    before, since = self._ways.get(following, (0, now))
+                    ways[following] = unsent, (since if unsent >= before > UNSENT_BYTES else now)
+                unsent, since = ways[following]
+                if unsent > UNSENT_BYTES and now - since < STUCK_S:
                     continue
             ready.append(session)
+        self._ways = ways
         return ready
 
     def _take_unshared(self, ready: Sequence[Session], max_positions: int) -> list[tuple[Work, int]]:

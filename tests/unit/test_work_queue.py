@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from peers.session import PassWork, Session, Work
-from peers.work_queue import MAX_SESSION_PASSES, WorkQueue
+from peers.work_queue import MAX_SESSION_PASSES, STUCK_S, WorkQueue
 from scheduler.fair_shares import AHEAD_S
 from scheduler.packing import DECODE_POSITIONS, PATIENCE, UNSENT_BYTES
 from splitnet.errors import PeerBusy
@@ -493,6 +494,28 @@ def test_prompts_wait_for_the_way_to_their_next_hop_and_nothing_else_does() -> N
         taken = threads.submit(run_pass, queue)
         queue.close()
         assert taken.result(WAIT_S) == []
+
+
+def test_prompts_do_not_wait_for_a_way_that_takes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hostile next hop keeps its connection and does not read; its session must get lost where that is seen."""
+    now, unsent = 1000.0, 2 * UNSENT_BYTES
+    monkeypatch.setattr("peers.work_queue.time", SimpleNamespace(monotonic=lambda: now))
+    queue = WorkQueue(unsent=lambda endpoint: unsent)
+    held, decodes = session(0, following=NEXT), session(1)
+    queue.put(work(held, 100))
+
+    def runs() -> list[Session]:
+        queue.put(work(decodes, 1))
+        return [item.session for item, _ in run_pass(queue)]
+
+    for _ in range(3):
+        assert runs() == [decodes]
+        now += STUCK_S - 1.0
+        assert runs() == [decodes]
+        unsent -= 1  # it takes little, but something
+    assert runs() == [decodes]
+    now += STUCK_S
+    assert held in runs()
 
 
 def test_passes_of_training_run_when_no_step_is_ready() -> None:
