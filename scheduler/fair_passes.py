@@ -89,6 +89,7 @@ class FairPasses(Generic[W]):
             ranked: their keys, who has had least first.
             max_positions: of the pass.
         """
+        self._turn_of = {}
         steps: dict[Hashable, list[W]] = {key: [] for key in ranked}
         for step in waiting:
             if step.remaining <= DECODE_POSITIONS:

@@ -615,6 +615,23 @@ class TestSeveralKeys:
             done += [item.session.budget for item, _ in self.run(queue) if not item.remaining]
         assert done == [100, 400, 900], "of 900 reserved positions 300 have come, and more may"
 
+    def test_who_let_a_prompt_go_ahead_that_did_not_run_pays_for_no_other(self) -> None:
+        queue = self.queue()
+        lets, ahead = session(1, owner=b"lets", budget=900), session(2, owner=b"ahead", budget=100)
+        for owner in (lets, ahead):
+            queue.put(work(owner, 90))
+        assert [item.session for item, _ in run_pass(queue)] == [ahead]  # its session has ended, so nothing is charged
+        queue.discard(ahead)
+        decodes, joins = session(3, owner=b"decodes"), session(4, owner=b"ahead")
+        queue.put(work(decodes, 1))
+        queue.put(work(joins, 90))
+        queue.charge(lets, 1.0)
+        queue.charge(joins, 0.5)
+        balance = queue._shares._balance(queue._shares._accounts[b"lets"])
+        chosen = {item.session for item, _ in self.run(queue)}
+        assert {decodes, joins} <= chosen and lets not in chosen
+        assert queue._shares._balance(queue._shares._accounts[b"lets"]) == balance
+
     def test_a_key_whose_prompts_never_end_goes_ahead_for_a_while_only(self) -> None:
         queue = self.queue()
         patient = session(1, owner=b"patient", budget=5000)
