@@ -38,7 +38,7 @@ class Finding(Enum):
     FORGOTTEN = "forgotten"
     """Hops do not hold the session."""
     IDLE = "idle"
-    """All hops live, and none has anything of the session to do, or only what was on its way for too long."""
+    """All hops live, and none has anything of the session to do."""
     STUCK = "stuck"
     """Hops have something to do, and it does not go on."""
 
@@ -142,23 +142,20 @@ class Liveness:
         works = [answer.waiting > 0 if answer.holds is not None else answer.queue_ms > 0 for answer in told]
         self._idle_checks = 0 if any(works) else 1 if moved else self._idle_checks + 1
         behind = [answer.endpoint for answer in told if answer.holds is not None and answer.last < number]
-        # Whom it did not come to, or who keeps it; then who should have sent it; then all others from the tail on.
-        order = [answer.endpoint for answer in reversed(told)]
-        if behind:
-            at = [answer.endpoint for answer in told].index(behind[0])
-            order = [behind[0], *[answer.endpoint for answer in reversed(told[:at])], *order]
-        idle = Verdict(Finding.IDLE, tuple(dict.fromkeys(order)))
         if self._idle_checks == IDLE_CHECKS:
             self._idle_checks = 0
-            return idle
+            # Whom it did not come to, or who keeps it; then who should have sent it; then all others from the tail on.
+            order = [answer.endpoint for answer in reversed(told)]
+            if behind:
+                at = [answer.endpoint for answer in told].index(behind[0])
+                order = [behind[0], *[answer.endpoint for answer in reversed(told[:at])], *order]
+            return Verdict(Finding.IDLE, tuple(dict.fromkeys(order)))
         # An overloaded peer says so, and is given the time; one that only says so, not for ever.
         queued_s = max((answer.queue_ms for answer in told), default=0.0) / 1000
         patience_s = min(max(progress_s, PATIENCE * queued_s), max(progress_s, MAX_QUEUE_S))
         if any(works) and now - self._progress_at >= patience_s:
             self._progress_at = now
             stuck = [answer.endpoint for answer, busy in zip(told, works, strict=True) if busy]
-            finished = {answer.endpoint for answer in told if answer.holds is not None and answer.last >= number > 0}
-            if behind and finished.issuperset(stuck):  # they have sent it on, and it has not come since
-                return idle
-            return Verdict(Finding.STUCK, tuple(dict.fromkeys([*(hop for hop in stuck if hop in behind), *stuck])))
+            # If those are done with it, it is on its way: they are slow to send it on, or the next does not take it.
+            return Verdict(Finding.STUCK, tuple([hop for hop in stuck if hop in behind] or [*stuck, *behind[:1]]))
         return None

@@ -576,14 +576,9 @@ class SessionState(SessionRoute):
                 error = SessionLost(f"the peer at {hop.endpoint.address} does not hold the session any more")
                 self._request_failed(hop, FailureCode.UNKNOWN_SESSION, error)
         elif verdict.finding is Finding.STUCK:
-            what = "has worked for too long without any progress"
-            filling = [hop.endpoint for hop in self._filling]
-            if filling:  # who does not take what fills it, or who sends it: one after the other
-                works = [each for each in verdict.hops if each in filling]
-                self._suspects = self._suspects or self.endpoints()
-                self._replace_likeliest([*works, *filling, *verdict.hops], what)
-            else:
-                self._reopen({verdict.hops[0]: PeerLost(f"the peer at {verdict.hops[0].address} {what}")}, Cause.LOST)
+            self._suspects = self._suspects or self.endpoints()
+            likeliest = [*verdict.hops, *(hop.endpoint for hop in self._filling)]
+            self._replace_likeliest(likeliest, "has worked for too long without any progress")
         else:
             self._stalled(verdict.hops)
 
