@@ -24,23 +24,19 @@ class Wire:
     """What it costs to get a step from one device to the next, directly or by way of the client.
 
     token_ms: of one position, without the latency. stations: numbers of the devices that a step passes, the last of
-    which it ends at; links: between these. last_ms: when the last thing that was sent arrives.
+    which it ends at; links: between these. last_ms: when the last thing that was sent on each of them arrives.
     """
 
     latency_ms: float
     token_ms: float
     stations: tuple[int, ...]
     links: tuple[Link, ...]
-    last_ms: float = 0.0
+    last_ms: list[float]
 
-    def in_order(self, arrival_ms: float) -> float:
-        """When something arrives: nothing overtakes what was sent before it."""
-        self.last_ms = max(self.last_ms, arrival_ms)
-        return self.last_ms
-
-    def ms(self, positions: int, encodings: Sequence[Encoding]) -> float:
-        """Of a step, without the latency."""
-        return sum(min(encoding.ms(positions, link.bytes_per_ms) for encoding in encodings) for link in self.links)
+    def in_order(self, index: int, arrival_ms: float) -> float:
+        """When something arrives over a link: nothing overtakes what was sent before it."""
+        self.last_ms[index] = max(self.last_ms[index], arrival_ms)
+        return self.last_ms[index]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -68,5 +64,5 @@ def wires_of(
             passed.insert(1, client)
         links = tuple(geography.link(here, there) for here, there in pairwise(passed))
         token_ms = sum(min(encoding.ms(1, link.bytes_per_ms) for encoding in encodings) for link in links)
-        wires.append(Wire(sum(link.latency_ms for link in links), token_ms, tuple(passed), links))
+        wires.append(Wire(sum(link.latency_ms for link in links), token_ms, tuple(passed), links, [0.0] * len(links)))
     return wires

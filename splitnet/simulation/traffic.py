@@ -82,30 +82,27 @@ class Traffic:
 
     def send(self, parcel: Parcel) -> None:
         """Sends a parcel to its hop from whoever comes before it."""
-        wire = parcel.route.wires[parcel.hop]
         parcel.remaining = parcel.positions
         if (sender := _sender_of(parcel)) is not None:
             sender.sending += 1
-        if parcel.positions > DECODE_POSITIONS:
-            self._send_long((parcel, 0))
-            return
-        took_ms = wire.token_ms if parcel.positions == 1 else wire.ms(parcel.positions, self._encodings)
-        self._arrives(parcel, self._events.now + took_ms, wire.latency_ms)
+        self._send_over((parcel, 0))
 
-    def _arrives(self, parcel: Parcel, sent_ms: float, latency_ms: float) -> None:
-        wire = parcel.route.wires[parcel.hop]
-        self._events.at(wire.in_order(sent_ms + self._latency(latency_ms)), self._receive, parcel)
-
-    def _send_long(self, item: tuple[Parcel, int]) -> None:
-        """Sends a long step over a link of its wire: those of one device go one after the other; tokens slip in."""
+    def _send_over(self, item: tuple[Parcel, int]) -> None:
+        """Sends a parcel over a link of its wire. Long ones of a device go one after the other; tokens slip in."""
         parcel, index = item
-        wire = parcel.route.wires[parcel.hop]
-        here, link = wire.stations[index], wire.links[index]
-        sent_ms = self._sent(here, wire.stations[index + 1], link, parcel.positions)
-        if index + 1 == len(wire.links):
-            self._arrives(parcel, sent_ms, link.latency_ms)
+        wire, positions, now = parcel.route.wires[parcel.hop], parcel.positions, self._events.now
+        link = wire.links[index]
+        if positions > DECODE_POSITIONS:
+            sent_ms = self._sent(*wire.stations[index : index + 2], link, positions)
+        elif positions == 1 and len(wire.links) == 1:
+            sent_ms = now + wire.token_ms
         else:
-            self._events.at(sent_ms + self._latency(link.latency_ms), self._send_long, (parcel, index + 1))
+            sent_ms = now + min(encoding.ms(positions, link.bytes_per_ms) for encoding in self._encodings)
+        arrival = wire.in_order(index, sent_ms + self._latency(link.latency_ms))
+        if index + 1 == len(wire.links):
+            self._events.at(arrival, self._receive, parcel)
+        else:
+            self._events.at(arrival, self._send_over, (parcel, index + 1))
 
     def _sent(self, here: int, there: int, link: Link, positions: int) -> float:
         """When the last of a long step has been sent."""
@@ -210,7 +207,7 @@ class Traffic:
                 number = route.hops[parcel.last_hop][0].number
                 latency_ms = self._geography.one_way_ms(number, route.session.client.number)
             arrival = self._events.now + payload_ms + self._latency(latency_ms)
-            self._events.at(wire.in_order(arrival), route.session.answered, parcel)
+            self._events.at(wire.in_order(-1, arrival), route.session.answered, parcel)
 
 
 def _sender_of(parcel: Parcel) -> Held | None:

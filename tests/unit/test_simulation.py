@@ -208,6 +208,20 @@ def test_a_connection_begins_slowly_and_again_after_silence() -> None:
     assert stream.sent(3000.0, 200.0, 200_000.0, link) == pytest.approx(3000 + 200 + waits_ms)
 
 
+def test_what_goes_through_the_client_stays_in_order() -> None:
+    # The second step of each prompt is short, and its latency varies: it never comes before the first one.
+    world = tiny_world(*[(20.0 * number, PASS_POSITIONS + 1 + number % 7, 2) for number in range(12)])
+    world.settings = replace(world.settings, jitter=2.0)
+    fixed = Fixed(SPANS, THREE_HOPS)
+    fixed.through_client = True
+    placing: Placing = fixed
+    simulation = Simulation(world, fixed, placing)
+    for _ in simulation.run():
+        pass
+    assert all(session.state == FINISHED for session in simulation.sessions)
+    assert not any(session.machine.recoveries for session in simulation.sessions)
+
+
 @pytest.mark.parametrize("through_client", [False, True])
 def test_prompts_share_the_way_up_of_a_peer(through_client: bool) -> None:
     ttft_ms: list[float] = []
