@@ -32,8 +32,8 @@ FRESH_S: Final = 1.0
 """How old an answer may be."""
 FRESH_PER_RECORD_S: Final = 0.1
 FRESH_CHANGES_S: Final = 10.0
-"""And one of what has changed, from which somebody learns what changes meanwhile a moment later: so long for each record,
-up to this, as to read many takes a megabyte."""
+"""And one of what has changed, as who asks that asks again soon: so long for each record, up to this, as to read many
+takes a megabyte."""
 BYTES_PER_MINUTE: Final = 16 << 20
 """Of answers to one key: a full directory a few times, or some thousand small swarms."""
 BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE
@@ -166,7 +166,9 @@ class DirectoryService:
     def _make_room(self, model: str, now: float) -> bool:
         """Whether one more answer may be made; forgets old ones."""
         for name, reading in list(self._readings.items()):
-            if not reading.serves(now, changes=True) or (len(self._readings) >= MAX_MODELS and reading.parts is not None):
+            if not reading.serves(now, changes=True) or (
+                len(self._readings) >= MAX_MODELS and reading.parts is not None
+            ):
                 del self._readings[name]
         return len(self._readings) < MAX_MODELS or model in self._home
 

@@ -1,7 +1,7 @@
 """What of the directory has changed for somebody who knows some of it, in few bytes.
 
-Who asks says in some bytes of each record what it holds: whose, from when, and what it says. So whoever is asked need not
-remember what it has told, and anybody can be asked next. Whatever finds no room in an answer comes with the next one.
+Who asks says in some bytes of each record what it holds: whose, from when, and what it says. So whoever is asked need
+not remember what it has told, and anybody can be asked next. What finds no room in an answer comes with the next one.
 """
 
 from __future__ import annotations
