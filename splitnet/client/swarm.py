@@ -24,6 +24,7 @@ from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import STRICT_VERSIONS
 from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.net.joining import asked_peers_of, join
+from splitnet.net.link_pool import BRIEF_S
 from splitnet.net.prober import Answer
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_key import OPEN, SwarmKey
@@ -35,11 +36,6 @@ UNBAN_S = 0.5
 """In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
 MAX_PROBED_ROUTES = 4
 """How often a route is planned again because the links to its ends were not measured yet."""
-
-
-MOST_UNUSED = 16
-"""Of links over which no session goes: in each of them heartbeats take 6 KB a minute. To whom there is one, is known to
-live while the directory is silent, and need not be connected to first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +98,7 @@ class Swarm:
         self.was_covered = False
         self._bans = Bans()
         self.planner = Planner(self.survey, facts.name, self.peers)
-        self.links = Links(self.identity, most_unused=MOST_UNUSED)
+        self.links = Links(self.identity, keep_unused_s=BRIEF_S)
         try:
             self._directory = join(initial_peers, lambda: self.links, swarm=swarm_key or OPEN)
         except BaseException:
