@@ -17,7 +17,7 @@ from splitnet.net.endpoints import Endpoint, LinkState
 KEEP_S = 60.0
 REMEMBERED_STATES = 4096
 BRIEF_S = 5.0
-"""A link outlives a question at least so long, if there is room: an answer may take that, and heartbeats begin later."""
+"""A link outlives a question at least so long, if there is room: an answer may take that; heartbeats begin later."""
 
 
 class Linking(Protocol):
