@@ -200,15 +200,18 @@ class KnownPeers:
         heard = self._hear_from(self._some_to_ask(), listed, since) or self._hear_from(
             self._others_to_ask({self._asked_last}), listed, since
         )
-        if heard is None:
+        if not heard:
             return False
         doubted = self._take_in(listed, heard)
         if doubted:
-            # One alone could leave out whom it likes. Of those whom nobody else can be asked about its word counts.
-            others = self._others_to_ask({self._asked_last, *(record.endpoint for record in doubted)})
-            if others:
-                second = self._hear_from(others, doubted, NEVER)
-                doubted = self._take_in(doubted, second) if second is not None else []
+            # One alone could leave out whom it likes. If nobody else is left, those are asked that it has left out.
+            teller, named = self._asked_last, {record.endpoint for record in doubted}
+            others = self._others_to_ask({teller, *named})
+            second = self._hear_from(others or self._others_to_ask({teller}), doubted, NEVER)
+            if second:
+                doubted = self._take_in(doubted, second)
+            elif others:
+                doubted = []
         gone, oldest = {record.key for record in doubted}, began - UNHEARD_S
         self._keep(lambda record: record.key not in gone and self._void_at(record) > oldest)
         self._told_since = began - CLOCKS_S
@@ -223,16 +226,16 @@ class KnownPeers:
         rest = sorted(self._records, key=self._void_at)
         return list({record.key: record for record in (*likely, *new, *rest)}.values())[:LISTED]
 
-    def _hear_from(self, asked: Sequence[Endpoint], listed: Sequence[PeerRecord], since: float) -> Changes | None:
-        """What one of these peers says, the first of them if it answers."""
+    def _hear_from(self, asked: Sequence[Endpoint], listed: Sequence[PeerRecord], since: float) -> list[Changes]:
+        """What those of these peers say that answer."""
         assert self._peers is not None
         room = BYTES_PER_MINUTE * self.look_s / 60 - MESSAGE_BYTES - (ENTRY_BYTES + 2) * len(listed)
         if not asked:
-            return None
+            return []
         told = self._peers.changes(self._fingerprint, listed, since, max(int(room), LEAST_BYTES), asked)
         self._older |= {endpoint.key for endpoint, changes in told.items() if changes.whole}
         self._asked_last = next((endpoint for endpoint in asked if endpoint in told), asked[0])
-        return told.get(self._asked_last)
+        return list(told.values())
 
     def _askable(self, excluded: Collection[Endpoint | None]) -> tuple[list[Endpoint], list[Endpoint]]:
         """Peers that can be asked what has changed: those to which a link is up, and all that can be connected to."""
@@ -262,22 +265,20 @@ class KnownPeers:
         linked, known = self._askable(excluded)
         return list(dict.fromkeys(random.choice(some) for some in (linked, known) if some))
 
-    def _take_in(self, listed: Sequence[PeerRecord], changes: Changes) -> list[PeerRecord]:
-        """Takes in what somebody says; returns those of which it does not say that they are there, if expired."""
-        now = time.time()
-        for record in changes.records:
+    def _take_in(self, listed: Sequence[PeerRecord], heard: Sequence[Changes]) -> list[PeerRecord]:
+        """Takes in what some say; returns those that nobody says are there, and whose records are void."""
+        for record in (record for changes in heard for record in changes.records):
             held = self._held.get(record.key)
             if held is None or record.issued_at > held.issued_at:
                 self._held[record.key] = record
-        told = {record.key for record in changes.records}
-        for record, present in zip(listed, changes.present, strict=True):
-            if present and record.key not in told:
+        now = time.time()
+        doubted: list[PeerRecord] = []
+        for record, *present in zip(listed, *(changes.present for changes in heard), strict=True):
+            if any(present):
                 self._heard_at[record.key] = now
-        return [
-            record
-            for record, present in zip(listed, changes.present, strict=True)
-            if not present and self._held[record.key].expires_at <= now
-        ]
+            elif self._held[record.key].expires_at <= now:
+                doubted.append(record)
+        return doubted
 
     def _keep(self, counts: Callable[[PeerRecord], bool]) -> None:
         """Keeps the records that still count."""

@@ -32,6 +32,8 @@ MATERIAL_STEPS: Final = 2
 OUTDATED_S: Final = 300.0
 """Coordinates and links are not compared: a record that is older than the latest by so much is told again."""
 
+_TICKS_PER_S, _TICKS = 16, 1 << 32
+"""Of when a record was issued; they begin anew after eight years."""
 _EXACT = 256
 """Weighs more than any number of steps."""
 
@@ -42,7 +44,7 @@ def entry_of(record: PeerRecord) -> bytes:
     return _ENTRY.pack(
         record.key.raw[:KEY_PREFIX_BYTES],
         _digest(record),
-        int(record.issued_at) & 0xFFFFFFFF,
+        int(record.issued_at * _TICKS_PER_S) % _TICKS,
         *(_steps(amount, unit) for amount, unit in amounts),
     )
 
@@ -135,9 +137,10 @@ def _weight(held: bytes, latest: bytes) -> int:
     """How much it matters to whoever holds the one that there is the other; 0: not at all."""
     _, exact, issued, *amounts = _ENTRY.unpack(held)
     _, latest_exact, latest_issued, *latest_amounts = _ENTRY.unpack(latest)
-    if latest_issued <= issued:
+    later = (latest_issued - issued) % _TICKS
+    if later > _TICKS // 2:  # it is earlier
         return 0
     if exact != latest_exact:
         return _EXACT
     most = max(abs(one - other) for one, other in zip(amounts, latest_amounts, strict=True))
-    return most if most >= MATERIAL_STEPS else int(latest_issued - issued >= OUTDATED_S)
+    return most if most >= MATERIAL_STEPS else int(later >= OUTDATED_S * _TICKS_PER_S)
