@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
+from scheduler.candidates import measured_first
 from scheduler.network import Link
 from splitnet.client.known_peers import KnownPeers
 from splitnet.client.survey import Survey
@@ -23,9 +24,6 @@ log = logging.getLogger(__name__)
 MEASURED_AT_ONCE = 32
 PINGED_AT_ONCE = 96
 """Of peers of which nothing is known, if those of a planned route do not answer: many others may not exist either."""
-
-LIKELY_FIRST, LIKELY_OF_PEERS, MOST_LIKELY_FIRST = 16, 1 / 125, 96
-"""Of the peers through which routes most likely go, before the first route is planned: so many, and a share of all."""
 
 OTHERS_PER_MINUTE = 6
 LIKELY_PER_MINUTE = 9
@@ -54,7 +52,8 @@ class FreshFacts:
         prober: sends the pings.
         is_needed: whether links that are known are to be measured again and again.
         in_use: peers of open sessions; what is known of their links must not grow old.
-        likely: of all peers and some of them so many of the latter through which routes most likely go.
+        likely: of all peers and some of them so many of the latter through which routes most likely go; True: at least
+            one for each block.
         clock: seconds.
 
     Attributes:
@@ -68,7 +67,7 @@ class FreshFacts:
         prober: Prober,
         is_needed: Callable[[], bool],
         in_use: Callable[[], Collection[Endpoint]],
-        likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]],
+        likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int, bool], Sequence[PeerRecord]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.news = 0
@@ -120,8 +119,8 @@ class FreshFacts:
         if len(self._survey.network_coordinates.links) < MEASURED_AT_ONCE:
             unknown = sorted(self._survey.unknown(records, exclude), key=lambda record: not record.is_proven)
             self.look_at(unknown[: MEASURED_AT_ONCE // 2])
-            count = min(LIKELY_FIRST + int(LIKELY_OF_PEERS * len(records)), MOST_LIKELY_FIRST)
-            self.look_at(self._likely(records, self._survey.unknown(records, exclude), count))
+            unknown = self._survey.unknown(records, exclude)
+            self.look_at(self._likely(records, unknown, measured_first(len(records)), False))
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
         """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
@@ -163,7 +162,7 @@ class FreshFacts:
     ) -> Sequence[PeerRecord]:
         """Some through which routes likely go; `everywhere`: one of each block, for a route that is to be planned."""
         count = self._at_once(LIKELY_PER_MINUTE)
-        likely = self._likely(records, among, count)
+        likely = self._likely(records, among, count, True)
         return likely if everywhere else random.sample(likely, min(len(likely), count))
 
     def _at_once(self, per_minute: int) -> int:

@@ -249,11 +249,14 @@ class Swarm:
         asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
         return self.links.prober.ping(endpoint, session=asked)
 
-    def _likely(self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int) -> Sequence[PeerRecord]:
+    def _likely(
+        self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int, everywhere: bool = False
+    ) -> Sequence[PeerRecord]:
         """See `Planner.likely`."""
         hidden = self.facts.hidden_size
         encodings = encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS})
-        return self.planner.likely(records, among, Needs(1, encodings, (0, self.facts.num_blocks)), count)
+        needs = Needs(1, encodings, (0, self.facts.num_blocks))
+        return self.planner.likely(records, among, needs, count, everywhere=everywhere)
 
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
         """Who is there, and which of them a route must not go through."""
