@@ -245,7 +245,7 @@ class AnsweringPeers:
 
     def _serve(self) -> None:
         while not self._closing.is_set():
-            for socket, _ in self._poller.poll(5):
+            for socket, _ in self._poller.poll(1):
                 sender, *frames = socket.recv_multipart()
                 self._answer(socket, sender, frames)
             while not self._ready.empty():
