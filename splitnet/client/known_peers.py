@@ -35,6 +35,8 @@ RECORDS_MAX_AGE_S = 20.0
 
 READ_S: Final = 600.0
 """After so long everything is read again, of more than `FEW_RECORDS` in proportion later: it takes as much more."""
+REST_S: Final = 30.0
+"""A directory that was not read for so long rests until it is."""
 BYTES_PER_MINUTE: Final = 36_000
 """Of questions about changes and their answers."""
 MESSAGE_BYTES: Final = 400
@@ -166,8 +168,11 @@ class KnownPeers:
 
     def _ask(self, whole: bool) -> None:
         try:
-            if (whole and time.monotonic() - self._read_at > LOOK_S) or not self._hear_changes():
+            read_s_ago = time.monotonic() - self._read_at
+            if (whole and read_s_ago > LOOK_S) or not self._hear_changes():
                 self._read()
+            elif read_s_ago > REST_S:
+                self._directory.rest()
             self._silent = False
         except DirectoryError as error:
             self._keep(self._still_counts)
