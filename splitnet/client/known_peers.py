@@ -202,9 +202,8 @@ class KnownPeers:
         began = time.time()
         listed = self._listed()
         since = 0.0 if len(listed) == len(self._records) else self._told_since
-        heard = self._hear_from(self._some_to_ask(), listed, since) or self._hear_from(
-            self._others_to_ask({self._asked_last}), listed, since
-        )
+        first = self._one_to_ask()
+        heard = self._hear_from(first, listed, since, self._others_to_ask(set(first)))
         if not heard:
             return False
         doubted = self._take_in(listed, heard)
@@ -217,8 +216,12 @@ class KnownPeers:
                 doubted = self._take_in(doubted, second)
             elif others:
                 doubted = []
-        gone, oldest = {record.key for record in doubted}, began - UNHEARD_S
-        self._keep(lambda record: record.key not in gone and self._void_at(record) > oldest)
+        gone = {record.key for record in doubted}
+        self._keep(
+            lambda record: (
+                record.key not in gone and self._void_at(record) > (began if record.has_left else began - UNHEARD_S)
+            )
+        )
         self._told_since = began - CLOCKS_S
         return True
 
@@ -231,15 +234,21 @@ class KnownPeers:
         rest = sorted(self._records, key=self._void_at)
         return list({record.key: record for record in (*likely, *new, *rest)}.values())[:LISTED]
 
-    def _hear_from(self, asked: Sequence[Endpoint], listed: Sequence[PeerRecord], since: float) -> list[Changes]:
-        """What those of these peers say that answer."""
+    def _hear_from(
+        self,
+        asked: Sequence[Endpoint],
+        listed: Sequence[PeerRecord],
+        since: float,
+        others: Sequence[Endpoint] = (),
+    ) -> list[Changes]:
+        """What those of these peers say that answer, see `AskedPeers.changes`."""
         assert self._peers is not None
         room = BYTES_PER_MINUTE * self.look_s / 60 - MESSAGE_BYTES - (ENTRY_BYTES + 2) * len(listed)
         if not asked:
             return []
-        told = self._peers.changes(self._fingerprint, listed, since, max(int(room), LEAST_BYTES), asked)
+        told = self._peers.changes(self._fingerprint, listed, since, max(int(room), LEAST_BYTES), asked, others)
         self._older |= {endpoint.key for endpoint, changes in told.items() if changes.whole}
-        self._asked_last = next((endpoint for endpoint in asked if endpoint in told), asked[0])
+        self._asked_last = next(iter(told), asked[0])
         return list(told.values())
 
     def _askable(self, excluded: Collection[Endpoint | None]) -> tuple[list[Endpoint], list[Endpoint]]:
@@ -256,7 +265,7 @@ class KnownPeers:
         linked = [endpoint for endpoint in known if self._link_state(endpoint) is LinkState.UP]
         return linked, [endpoint for endpoint in known if not endpoint.hidden] or linked
 
-    def _some_to_ask(self) -> list[Endpoint]:
+    def _one_to_ask(self) -> list[Endpoint]:
         """In turns one with a link and any one: those with a link may all be of one mind. Not the one of last time."""
         linked, known = self._askable({self._asked_last})
         if not known:

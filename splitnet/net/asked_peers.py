@@ -30,8 +30,8 @@ from splitnet.net.swarm_key import OPEN, OpenSwarm
 
 ANSWER_S: Final = 4.0
 """In which a peer must answer."""
-CHANGES_S: Final = 1.0
-"""In which one must say what has changed: others can be asked, or everything read."""
+SOON_S: Final = 1.0
+"""If one has not said by then what has changed, others are asked, too."""
 PATIENCE_S: Final = 1.0
 """When one has named peers, the others are waited for so long. What they say later counts from the next question on."""
 DOWN_S: Final = 0.5
@@ -115,8 +115,9 @@ class Changes:
 class _Question:
     """What was asked of some peers, and what has come. `model` None: it was an announcement."""
 
+    number: int
     model: str | None
-    answers: dict[Endpoint, _Answer]
+    answers: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
     before: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
     """The latest answers to the same question, asked before."""
 
@@ -241,23 +242,35 @@ class AskedPeers(SwarmDirectory):
         return records
 
     def changes(
-        self, model: str, known: Sequence[PeerRecord], since: float, most: int, asked: Sequence[Endpoint]
+        self,
+        model: str,
+        known: Sequence[PeerRecord],
+        since: float,
+        most: int,
+        asked: Sequence[Endpoint],
+        others: Sequence[Endpoint] = (),
     ) -> dict[Endpoint, Changes]:
-        """What has changed of some records, as those of the peers `asked` say that answer in a second.
+        """What has changed of some records, as those of the peers say that answer.
 
         Args:
             model: whose peers.
             known: the records, those first that are needed most.
             since: of other peers those are told of that are where they are since then, Unix time in seconds.
             most: bytes of records that each may tell; an older peer tells more, of which as much counts.
+            asked: the peers to ask.
+            others: they are asked if none of those answers soon.
 
         Raises:
             DirectoryError: this is closed.
         """
         place, entries = self._swarm.place(model), tuple(map(entry_of, known))
-        question = self._ask_these(
-            asked, model, lambda number: LookUp(number, place, OWN_DEPTH - 1, entries, since, most), CHANGES_S
-        )
+
+        def message(number: int) -> LookUp:
+            return LookUp(number, place, OWN_DEPTH - 1, entries, since, most)
+
+        question = self._ask_these(asked, model, message, SOON_S if others else ANSWER_S)
+        if not question.said() and others:
+            self._ask_also(question, others, message, ANSWER_S - SOON_S)
         with self._heard:
             self._forget(question)
             answers = question.said()
@@ -290,24 +303,29 @@ class AskedPeers(SwarmDirectory):
     def _ask_these(
         self, asked: Sequence[Endpoint], model: str | None, message: Callable[[int], Message], limit_s: float
     ) -> _Question:
-        number = next(self._numbers)
-        question = _Question(model, {endpoint: _Answer() for endpoint in asked})
+        question = _Question(next(self._numbers), model)
         with self._heard:
-            self._open[number] = question
+            self._open[question.number] = question
             while len(self._open) > OPEN_QUESTIONS:
                 self._open.popitem(last=False)
+        self._ask_also(question, asked, message, limit_s)
+        return question
+
+    def _ask_also(
+        self, question: _Question, asked: Sequence[Endpoint], message: Callable[[int], Message], limit_s: float
+    ) -> None:
+        with self._heard:
+            question.answers |= {endpoint: _Answer() for endpoint in asked if endpoint not in question.answers}
         for endpoint in asked:
-            self._links.send(endpoint, message(number))
+            self._links.send(endpoint, message(question.number))
         self._wait(question, limit_s)
         with self._heard:
             silent = {endpoint for endpoint, answer in question.answers.items() if not answer.complete}
             self._silent = (self._silent & {*self._joined, *self._others} - question.answers.keys()) | silent
-        return question
 
     def _forget(self, question: _Question) -> None:
         """Whatever comes late for it counts no more: answers are megabytes."""
-        for number in [number for number, one in self._open.items() if one is question]:
-            del self._open[number]
+        self._open.pop(question.number, None)
 
     def _wait(self, question: _Question, limit_s: float) -> None:
         began = time.monotonic()
@@ -317,7 +335,7 @@ class AskedPeers(SwarmDirectory):
             while not self._closed:
                 now = time.monotonic()
                 answers = question.said().values()
-                if not satisfied and any(answer.taken or any(answer.payloads) for answer in answers):
+                if not satisfied and any(answer.taken or answer.present or any(answer.payloads) for answer in answers):
                     satisfied = True
                     until = min(until, now + PATIENCE_S)
                 waiting = [

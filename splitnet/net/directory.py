@@ -147,9 +147,9 @@ class Directory(SwarmDirectory):
 
     def rest(self) -> None:
         """The node of a client ends until something is asked: it takes some 50 KB a minute."""
-        if not (self._stores_for_others or self._closed):
-            with suppress(FutureTimeoutError):
-                self._call(self._rest(), CALL_TIMEOUT_S)
+        with self._closing:
+            if not (self._stores_for_others or self._closed):
+                self._submit(self._rest(), CALL_TIMEOUT_S)
 
     def close(self) -> None:
         with self._closing:
@@ -211,7 +211,7 @@ class Directory(SwarmDirectory):
         if self._closed:
             raise DirectoryError("The directory is closed; start it again.")
         try:
-            return self._call(self._answer(request), CALL_TIMEOUT_S)
+            return self._call(self._answer(request), CALL_TIMEOUT_S + (START_TIMEOUT_S if self._reopen else 0.0))
         except DirectoryError:
             raise
         except Exception as error:
@@ -222,8 +222,9 @@ class Directory(SwarmDirectory):
         async with self._waking:
             if self._requests or self._node is None:
                 return
-            # Those that it has joined through may be gone when it is to begin again.
-            nodes = [f"{at}/p2p/{node.peer_id}" for node in await self._p2p.list_peers() for at in node.addrs[:1]]
+            nodes = list[str]()
+            with suppress(Exception):  # of hivemind. Those that it has joined through may be gone when it begins again
+                nodes += [f"{at}/p2p/{node.peer_id}" for node in await self._p2p.list_peers() for at in node.addrs[:1]]
             always = self._initial_peer_ids
             await self._end_node()
 

@@ -406,24 +406,30 @@ def test_a_client_that_lost_every_node_joins_again(member: Directory, client: Di
 
 
 def test_a_client_that_rests_has_no_child_and_is_there_again_when_asked(bootstrap: Directory) -> None:
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    before = children_since(set())
     anna = Identity.generate()
     with Directory.start(initial_peers=bootstrap.addresses) as first, Directory.start(listen=LOOPBACK) as other:
         other.meet(bootstrap.addresses)
         record = record_of(anna)
         assert other.announce(record, anna)
         assert first.peers(record.model) == [record]
-        running = {child.pid for child in psutil.Process().children(recursive=True)} - before
+        assert len(children_since(before)) == 2
         first.rest()
         first.rest()
-        resting = {child.pid for child in psutil.Process().children(recursive=True)} - before
-        assert len(running) == 2 and len(resting) == 1
+        deadline = time.monotonic() + CHILD_EXIT_TIMEOUT_S
+        while len(children_since(before)) > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(children_since(before)) == 1
         with ThreadPoolExecutor() as pool:
             assert list(pool.map(first.peers, [record.model] * 4)) == [[record]] * 4
         first.rest()
     other.rest()
     first.rest()
-    assert {child.pid for child in psutil.Process().children(recursive=True)} <= before
+    assert not children_since(before)
+
+
+def children_since(before: set[int]) -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)} - before
 
 
 def test_a_client_that_has_rested_joins_through_others_than_before(member: Directory) -> None:

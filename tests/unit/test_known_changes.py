@@ -28,7 +28,8 @@ class World:
     """Peers that tell each other's records, a directory that has them all, and a client whose clock the test moves."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(asked_peers, "CHANGES_S", 0.1)
+        monkeypatch.setattr(asked_peers, "SOON_S", 0.1)
+        monkeypatch.setattr(asked_peers, "ANSWER_S", 0.2)
         self.links = ScriptedPeers()
         self.offset_s = 0.0
         for name in ("monotonic", "time"):
