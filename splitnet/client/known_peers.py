@@ -37,8 +37,8 @@ READ_S: Final = 600.0
 """After so long everything is read again, of more than `FEW_RECORDS` in proportion later: it takes as much more."""
 REST_S: Final = 30.0
 """A directory that was not read for so long rests until it is."""
-BYTES_PER_MINUTE: Final = 36_000
-"""Of questions about changes and their answers."""
+BYTES_PER_MINUTE: Final = 30_000
+"""Of questions about changes and their answers; what others are asked as well, when one is silent, comes on top."""
 MESSAGE_BYTES: Final = 400
 """A question and its answer, besides what they hold."""
 LEAST_BYTES: Final = 3000
@@ -243,9 +243,9 @@ class KnownPeers:
     ) -> list[Changes]:
         """What those of these peers say that answer, see `AskedPeers.changes`."""
         assert self._peers is not None
-        room = BYTES_PER_MINUTE * self.look_s / 60 - MESSAGE_BYTES - (ENTRY_BYTES + 2) * len(listed)
         if not asked:
             return []
+        room = BYTES_PER_MINUTE * self.look_s / 60 / len(asked) - MESSAGE_BYTES - (ENTRY_BYTES + 2) * len(listed)
         told = self._peers.changes(self._fingerprint, listed, since, max(int(room), LEAST_BYTES), asked, others)
         self._older |= {endpoint.key for endpoint, changes in told.items() if changes.whole}
         self._asked_last = next(iter(told), asked[0])
