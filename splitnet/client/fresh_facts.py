@@ -80,7 +80,7 @@ class FreshFacts:
         self._clock = clock
         self._used_at = -math.inf
         self._pinged_at: deque[float] = deque()
-        """When, once for each ping."""
+        """When, once for each ping to a peer that answers: to those that do not exist nothing is sent."""
         self._closing = threading.Event()
         self._look = threading.Event()
         self._suspects: Sequence[PeerRecord] = ()
@@ -126,8 +126,8 @@ class FreshFacts:
         """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
         chosen = {record.endpoint: record for record in records[: max(self._pings_left() - ENDS_PINGS, 0) // 2]}
         if chosen:
-            self._pinged(2 * len(chosen))
             round_trips = self._prober.round_trips(chosen, PING_TIMEOUT_S)
+            self._pinged(2 * len(round_trips))
             links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
             self._survey.links_measured(chosen, links)
 
@@ -144,8 +144,9 @@ class FreshFacts:
         left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
         chosen |= {record.endpoint: record for record in others[: min(left // 2, PINGED_AT_ONCE)]}
         if chosen:
-            self._pinged(2 * len(chosen) + _PROBE_PINGS * len(due))
-            self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S, probed=due))
+            links = self._prober.measure(chosen, PING_TIMEOUT_S, probed=due)
+            self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
+            self._survey.links_measured(chosen, links)
 
     def _pings_left(self) -> int:
         """In this minute."""
