@@ -4,38 +4,58 @@ Counts what passes the loopback device, with the headers of TCP and IP: run it w
 network of its own (Linux):
 
     unshare -rn sh -c 'ip link set lo up; exec python benchmarks/client_bytes.py [--nodes 8] [--peers 100]'
+
+With `--minutes` it counts instead what a whole client takes in each of so many minutes. It joins through one of the
+`--peers`, which only answer, plans a route, and keeps its links as a session does: nothing is computed. `--busy`: every
+record tells another load every 15 s, else none ever.
 """
 
 from __future__ import annotations
 
 import argparse
+import queue
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from pathlib import Path
 
+import zmq
+
+from peers.directory_service import DirectoryService
+from scheduler.encoding import encodings_of
 from scheduler.swarm import PASS_SIZES
+from splitnet.client.planner import Needs
+from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.net.directory import Directory
-from splitnet.net.endpoints import Endpoint
+from splitnet.net.endpoints import Connection, Endpoint
 from splitnet.net.identity import Identity
-from splitnet.net.messages import Ping, Pong, decode, encode
+from splitnet.net.messages import LookUp, Message, Open, Ping, Pong, decode, encode
+from splitnet.net.peer_addresses import peer_address
 from splitnet.net.prober import PROBE_BYTES, Prober
 from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
 from splitnet.net.transport import Transport
 
 TIMES = 100
 OPEN_S = 20.0
-IDLE_S = 3.0
+IDLE_S = 30.0
 MODEL = "ab" * 32
+BLOCKS = 80
+STARTED_AT = time.time()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, default=8, help="of the DHT")
     parser.add_argument("--peers", type=int, default=100, help="that it has records of")
+    parser.add_argument("--minutes", type=int, default=0)
+    parser.add_argument("--busy", action="store_true")
     arguments = parser.parse_args()
+    if arguments.minutes:
+        minutes(arguments.peers, arguments.minutes, busy=arguments.busy)
+        return
     pings()
     directory(arguments.nodes, arguments.peers)
 
@@ -77,7 +97,7 @@ def pings() -> None:
 
 def directory(nodes: int, peers: int) -> None:
     keys = [Identity.generate() for _ in range(peers)]
-    packed = [record_of(key).pack(key) for key in keys]
+    packed = [record_of(key, ttl_s=300.0).pack(key) for key in keys]
     print(f"a record: {sum(map(len, packed)) / peers:.0f} bytes", flush=True)
     with ExitStack() as stack:
         listen = ["/ip4/127.0.0.1/tcp/0"]
@@ -97,6 +117,7 @@ def directory(nodes: int, peers: int) -> None:
             worker.start()
         for worker in workers:
             worker.join()
+        without = passed(lambda: time.sleep(IDLE_S)) / IDLE_S
         client = stack.enter_context(Directory.start(initial_peers=first.addresses[:1]))
         client.peers(MODEL)
         idle = passed(lambda: time.sleep(IDLE_S)) / IDLE_S
@@ -111,36 +132,173 @@ def directory(nodes: int, peers: int) -> None:
         read = passed(lambda: [look() for _ in range(times)]) - idle * (time.monotonic() - began)
     print(
         f"a look at the DHT of {nodes} nodes: {found} of {peers} records, {read / times / 1e3:.0f} KB, "
-        f"{read / times / max(found, 1):.0f} bytes a record; idle {idle:.0f} bytes/s"
+        f"{read / times / max(found, 1):.0f} bytes a record; idle {idle:.0f} bytes/s, {without:.0f} without this client"
     )
 
 
-def record_of(key: Identity) -> PeerRecord:
+def minutes(count: int, number: int, *, busy: bool) -> None:
+    facts = ModelFacts(MODEL, "a-model-of-some-size", BLOCKS, 4096, None)
+    with closing(AnsweringPeers(count, busy=busy)) as peers:
+        was = counted()
+        with Swarm(facts, [peer_address(peers.endpoints[0])]) as client:
+            needs = Needs(1000, encodings_of({"int8": 4096.0}), (0, BLOCKS))
+            ends = time.monotonic()
+            route = client.plan(needs)
+            session = IdleSession()
+            client.links.register(session)
+            for hop in route:
+                client.links.send(hop.endpoint, Open(session.id, 1, MODEL, 0, 1, 1, 0, b"", b"", ""))
+            for minute in range(number):
+                ends += 60.0
+                time.sleep(max(ends - time.monotonic(), 0.0))
+                now = counted()
+                asked, told = peers.take_counts()
+                print(
+                    f"minute {minute + 1} with {count} {'busy' if busy else 'idle'} peers, {len(route)} hops: "
+                    f"{(now - was) / 1e3:.0f} KB, of these {asked['LookUp']} questions {told['LookUp'] / 1e3:.0f}, and "
+                    f"answers {told['Found'] / 1e3:.0f}; {asked['Ping']} pings, {asked['Probe']} probes; "
+                    f"{len(client.peers())} peers known",
+                    flush=True,
+                )
+                was = now
+
+
+class IdleSession:
+    """Has a route, and nothing to do."""
+
+    id = bytes(range(16))
+
+    def deliver(self, source: object, message: object) -> None: ...
+
+    def link_failed(self, endpoint: object, error: object) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class AnsweringPeers:
+    """Peers that answer pings and tell of each other, and compute nothing; each has a port and a key of its own."""
+
+    def __init__(self, count: int, *, busy: bool) -> None:
+        self._busy = busy
+        self._identities = [Identity.generate() for _ in range(count)]
+        self._context = zmq.Context(io_threads=1)
+        self._context.set(zmq.MAX_SOCKETS, count + 16)
+        self._poller = zmq.Poller()
+        self._sockets = [self._listen(identity) for identity in self._identities]
+        self.endpoints = [
+            Endpoint(str(socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0"), identity.public)
+            for socket, identity in zip(self._sockets, self._identities, strict=True)
+        ]
+        self._at = {socket: at for at, socket in enumerate(self._sockets)}
+        self._spans = [sorted(random.sample(range(BLOCKS + 1), 2)) for _ in range(count)]
+        self._spans[:2] = [[0, BLOCKS // 2], [BLOCKS // 2, BLOCKS]]
+        self._records: dict[bytes, PeerRecord] = {}
+        self._ready: queue.SimpleQueue[tuple[Connection, Message]] = queue.SimpleQueue()
+        self._counts = Counter[str](), Counter[str]()
+        self._renew(range(count))
+        self._service = DirectoryService(self, MODEL, self)  # pyright: ignore[reportArgumentType]
+        self._closing = threading.Event()
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._serve, self._keep)]
+        for thread in self._threads:
+            thread.start()
+
+    def records(self, model: str, depth: int) -> list[PeerRecord]:
+        """What each knows of the directory."""
+        return list(self._records.values()) if model else []
+
+    def send(self, destination: Connection, message: Message) -> None:
+        """For the service of the directory."""
+        self._ready.put((destination, message))
+
+    def take_counts(self) -> tuple[Counter[str], Counter[str]]:
+        """Messages that came, and bytes of the messages of each kind; since the last call."""
+        counts, self._counts = self._counts, (Counter(), Counter())
+        return counts
+
+    def close(self) -> None:
+        self._closing.set()
+        for thread in self._threads:
+            thread.join()
+        self._service.close()
+        self._context.destroy(linger=0)
+
+    def _listen(self, identity: Identity) -> zmq.Socket[bytes]:
+        socket = self._context.socket(zmq.ROUTER)
+        socket.curve_server, socket.curve_secretkey = True, identity.curve_secret
+        socket.heartbeat_ivl = socket.heartbeat_timeout = 10_000  # as of `splitnet.net.transport`
+        socket.bind("tcp://127.0.0.1:*")
+        self._poller.register(socket, zmq.POLLIN)
+        return socket
+
+    def _renew(self, which: range) -> None:
+        for at in which:
+            identity, (start, end) = self._identities[at], self._spans[at]
+            load = {"queue_ms": random.expovariate(1 / 50), "batch": random.expovariate(1 / 4)} if self._busy else {}
+            record = record_of(identity, address=self.endpoints[at].address, start=start, end=end, **load)
+            self._records[identity.public.raw] = PeerRecord.unpack(record.pack(identity))
+
+    def _keep(self) -> None:
+        """Every 15 s each peer tells its record again."""
+        at, step = 0, max(len(self._identities) // 15, 1)
+        while not self._closing.wait(1.0):
+            self._renew(range(at, min(at + step, len(self._identities))))
+            at = at + step if at + step < len(self._identities) else 0
+
+    def _serve(self) -> None:
+        while not self._closing.is_set():
+            for socket, _ in self._poller.poll(1):
+                sender, *frames = socket.recv_multipart()
+                self._answer(socket, sender, frames)
+            while not self._ready.empty():
+                connection, message = self._ready.get()
+                at = int.from_bytes(connection.curve[:4], "big")
+                self._send(self._sockets[at], connection.routing_id, message)
+
+    def _answer(self, socket: zmq.Socket[bytes], sender: bytes, frames: list[bytes]) -> None:
+        message = decode(frames)
+        kind = "Probe" if isinstance(message, Ping) and message.payload else type(message).__name__
+        self._counts[0][kind] += 1
+        self._counts[1][kind] += sum(map(len, frames))
+        if isinstance(message, Ping):
+            self._send(socket, sender, Pong(message.nonce, 0.0, 100_000))
+        elif isinstance(message, LookUp):
+            curve = self._at[socket].to_bytes(4, "big") + bytes(28)
+            self._service.receive(Connection(sender, curve), message, time.monotonic())
+
+    def _send(self, socket: zmq.Socket[bytes], receiver: bytes, message: Message) -> None:
+        frames = encode(message)
+        self._counts[1][type(message).__name__] += sum(map(len, frames))
+        socket.send_multipart([receiver, *frames])
+
+
+def record_of(key: Identity, **facts: object) -> PeerRecord:
     links = (
         SeenLink(random.randbytes(KEY_PREFIX_BYTES), random.random(), random.random()) for _ in range(MAX_SEEN_LINKS)
     )
-    return PeerRecord.idle(
-        key=key.public,
-        model=MODEL,
-        model_name="a-model-of-some-size",
-        address="tcp://203.0.113.17:31331",
-        num_blocks=80,
-        codecs=("none", "int8", "float16"),
-        device="cuda",
-        dtype="int8",
-        block_ms=tuple(random.random() for _ in PASS_SIZES),
-        queue_ms=random.random(),
-        kv_free_positions=100_000,
-        placed_at=time.time(),
-        serves=True,
-        coordinate=tuple(random.random() for _ in range(4)),
-        coordinate_error=random.random(),
-        bytes_per_ms=random.random(),
-        links=tuple(links),
-        version="0.2.0",
-        issued_at=time.time(),
-        ttl_s=300.0,
-    )
+    usual = {
+        "key": key.public,
+        "model": MODEL,
+        "model_name": "a-model-of-some-size",
+        "address": "tcp://203.0.113.17:31331",
+        "num_blocks": BLOCKS,
+        "codecs": ("none", "int8", "float16"),
+        "device": "cuda",
+        "dtype": "int8",
+        "block_ms": tuple(0.5 + key.public.raw[0] / 256 for _ in PASS_SIZES),
+        "queue_ms": 1.5,
+        "batch": 0.5,
+        "kv_free_positions": 100_000,
+        "placed_at": STARTED_AT,
+        "serves": True,
+        "coordinate": tuple(random.random() for _ in range(4)),
+        "coordinate_error": random.random(),
+        "bytes_per_ms": random.random(),
+        "links": tuple(links),
+        "version": "0.2.0",
+        "issued_at": time.time(),
+        "ttl_s": 60.0,
+    }
+    return PeerRecord.idle(**usual | facts)
 
 
 def passed(work: Callable[[], object]) -> float:

@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -18,8 +18,9 @@ from typing import Final
 from peers.outbox import Answering
 from splitnet.errors import NotAuthorized, ProtocolError, SplitnetError
 from splitnet.net.asked_peers import parts_of
+from splitnet.net.changes import Told
 from splitnet.net.endpoints import Connection
-from splitnet.net.messages import Announce, Announced, Failure, FailureCode, Found, LookUp
+from splitnet.net.messages import ENTRY_BYTES, Announce, Announced, Failure, FailureCode, Found, LookUp
 from splitnet.net.records import MAX_RECORD_BYTES, PeerRecord, verified_record
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN, SEAL_BYTES, OpenSwarm
@@ -29,6 +30,10 @@ log = logging.getLogger(__name__)
 
 FRESH_S: Final = 1.0
 """How old an answer may be."""
+FRESH_PER_RECORD_S: Final = 0.1
+FRESH_CHANGES_S: Final = 10.0
+"""And one of what has changed, as who asks that asks again soon: so long for each record, up to this, as to read many
+takes a megabyte."""
 BYTES_PER_MINUTE: Final = 16 << 20
 """Of answers to one key: a full directory a few times, or some thousand small swarms."""
 BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE
@@ -54,9 +59,16 @@ MAX_KEYS: Final = 4096
 class _Reading:
     """An answer that is being made, or was a moment ago."""
 
-    waiting: list[tuple[Connection, int]] = field(default_factory=list[tuple[Connection, int]])
+    waiting: list[tuple[Connection, LookUp]] = field(default_factory=list[tuple[Connection, LookUp]])
     parts: list[bytes] | None = None
+    told: Told | None = None
+    """None: nothing is known of this model, whoever asks."""
+    fresh_changes_s: float = FRESH_S
     read_at: float = 0.0
+
+    def serves(self, now: float, *, changes: bool) -> bool:
+        """Whether it is still fresh enough, or not complete yet."""
+        return self.parts is None or now - self.read_at <= (self.fresh_changes_s if changes else FRESH_S)
 
 
 class DirectoryService:
@@ -123,7 +135,7 @@ class DirectoryService:
             return
         name = (message.model, message.depth)
         reading = self._readings.get(name)
-        if reading is not None and reading.parts is not None and now - reading.read_at > FRESH_S:
+        if reading is not None and not reading.serves(now, changes=message.most > 0):
             reading = None
         if reading is None:
             if not self._make_room(message.model, now):
@@ -133,13 +145,18 @@ class DirectoryService:
                 self._charge(key, READ_BYTES, now)
             reading = self._readings[name] = _Reading()
             self._readings.move_to_end(name)
-            kind = "other" if message.model not in self._home else "home" if self._home[message.model] else "models"
-            self._do_later(kind, message.depth, partial(self._read, name, reading))
+            self._do_later(self._kind(message), message.depth, partial(self._read, name, reading))
         if reading.parts is None:
-            reading.waiting.append((source, message.number))
+            reading.waiting.append((source, message))
             self._waiting[source.curve] += 1
+        elif message.most:
+            self._waiting[source.curve] += 1
+            self._do_later(self._kind(message), message.depth, partial(self._tell, source, message, reading, ""))
         else:
-            self._answer(source, message.number, key, reading.parts, now)
+            self._answer(source, message, reading.parts, b"", now)
+
+    def _kind(self, message: LookUp) -> str:
+        return "other" if message.model not in self._home else "home" if self._home[message.model] else "models"
 
     def _payer(self, source: Connection, model: str) -> bytes:
         """Whose bytes an answer counts among: what a key asks about other models leaves it those of this peer's own, as
@@ -149,8 +166,9 @@ class DirectoryService:
     def _make_room(self, model: str, now: float) -> bool:
         """Whether one more answer may be made; forgets old ones."""
         for name, reading in list(self._readings.items()):
-            old = reading.parts is not None and now - reading.read_at > FRESH_S
-            if old or (len(self._readings) >= MAX_MODELS and reading.parts is not None):
+            if not reading.serves(now, changes=True) or (
+                len(self._readings) >= MAX_MODELS and reading.parts is not None
+            ):
                 del self._readings[name]
         return len(self._readings) < MAX_MODELS or model in self._home
 
@@ -158,7 +176,13 @@ class DirectoryService:
         failure = ""
         parts = list[bytes]()
         try:
-            parts = self._parts(*name)
+            records = self._records(*name)
+            if records is None:
+                parts = [b""]  # perhaps to somebody without the key of this swarm, who learns nothing
+            else:
+                parts = self._sealed(records)
+                reading.told = Told(records)
+                reading.fresh_changes_s = min(max(FRESH_S, FRESH_PER_RECORD_S * len(records)), FRESH_CHANGES_S)
         except SplitnetError as error:
             # Whom this peer has joined through is for members, who can name what is here.
             is_told = not self._swarm.is_closed or name[0] in self._home
@@ -167,27 +191,38 @@ class DirectoryService:
             log.exception("the directory could not be read")
             failure = "an error at this peer"
         with self._lock:
-            now = time.monotonic()
-            for source, number in reading.waiting:
-                self._done(source.curve)
-                if failure:
-                    self._refuse(source, number, failure)
-                else:
-                    self._answer(source, number, self._payer(source, name[0]), parts, now)
-            reading.waiting.clear()
-            reading.parts, reading.read_at = parts, now
+            waiting, reading.waiting = reading.waiting, []
+            reading.parts, reading.read_at = parts, time.monotonic()
             if failure:
                 self._readings.pop(name, None)
+        for source, message in waiting:
+            self._tell(source, message, reading, failure)
 
-    def _parts(self, place: str, depth: int) -> list[bytes]:
-        """The payloads of an answer."""
+    def _tell(self, source: Connection, message: LookUp, reading: _Reading, failure: str) -> None:
+        """Answers somebody who waits for it."""
+        parts, present = reading.parts or [b""], b""
+        if message.most and reading.told is not None and not failure:
+            present, changed = reading.told.changes(message.known, message.since, message.most)
+            parts = self._sealed(changed)
+        with self._lock:
+            self._done(source.curve)
+            if failure:
+                self._refuse(source, message.number, failure)
+            else:
+                self._answer(source, message, parts, present, time.monotonic())
+
+    def _records(self, place: str, depth: int) -> list[PeerRecord] | None:
+        """What is to be told of a model; None: nothing is known of it."""
         model = self._home.get(place, None if self._swarm.is_closed else place)
         if model is None:
             known = {record.model for record in self._directory.records("", depth)}
             model = next((model for model in known if self._swarm.place(model) == place), None)
         if model is None:
-            return [b""]  # perhaps to somebody without the key of this swarm, who learns nothing
-        records = [record for record in self._directory.records(model, depth) if record.signed]
+            return None
+        return [record for record in self._directory.records(model, depth) if record.signed]
+
+    def _sealed(self, records: Sequence[PeerRecord]) -> list[bytes]:
+        """The payloads of an answer."""
         return [self._swarm.seal(part) for part in parts_of(records)]
 
     def _announce(self, source: Connection, message: Announce, now: float) -> None:
@@ -254,10 +289,11 @@ class DirectoryService:
             announced[record.key.raw] = record.expires_at
             return True
 
-    def _answer(self, source: Connection, number: int, payer: bytes, parts: list[bytes], now: float) -> None:
-        self._charge(payer, LOOK_UP_BYTES + sum(map(len, parts)), now)
+    def _answer(self, source: Connection, message: LookUp, parts: list[bytes], present: bytes, now: float) -> None:
+        size = LOOK_UP_BYTES + ENTRY_BYTES * len(message.known) + sum(map(len, parts))
+        self._charge(self._payer(source, message.model), size, now)
         for index, part in enumerate(parts):
-            self._outbox.send(source, Found(number, len(parts) - 1 - index, part))
+            self._outbox.send(source, Found(message.number, len(parts) - 1 - index, part, present))
 
     def _charge(self, key: bytes, nbytes: int, now: float) -> None:
         _bucket_of(self._bytes, key).spend(nbytes, BYTES_PER_MINUTE, now)

@@ -34,6 +34,14 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
+def measured_first(peers: int) -> int:
+    """To how many likely ones, of so many peers, a client measures its links before it plans its first route.
+
+    Each takes 2 KB. What fewer and more are worth is told in docs/scheduling.md.
+    """
+    return min(48 + peers // 60, 96)
+
+
 def candidates(
     peers: Sequence[Peer],
     blocks: tuple[int, int],
@@ -115,12 +123,13 @@ class Crowd:
         prompt: int = 0,
         exclude: Collection[str] = frozenset(),
         limit: int = LIMIT,
+        everywhere: bool = True,
     ) -> list[Peer]:
         """At most `limit` peers for a chain over the blocks [start, end), in the order in which the crowd has them.
 
         Every block that some peer could run keeps such a peer, and every block that only full peers serve keeps one of
         those, so that `best_route` says the same about what is missing; `limit` is raised to one peer per block for
-        that. Peers in `exclude` are left out.
+        that, unless they need not stand `everywhere`. Peers in `exclude` are left out.
 
         A peer is judged by the cheapest chain through it, predicted roughly and in time linear in the number of peers:
         the chain runs around one of a few anchors (where it begins and ends, and places far from each other), and a hop
@@ -131,7 +140,7 @@ class Crowd:
         first, end = blocks
         present = (self._start < end) & (self._end > first)
         present[[self._index[name] for name in exclude if name in self._index]] = False
-        limit = max(limit, end - first)
+        limit = max(limit, end - first) if everywhere else limit
         if int(present.sum()) > limit:
             queue, batch, kv_free = self._load.T
             block = _block_ms(self._speed, batch, positions, prompt)

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 
+from scheduler.candidates import measured_first
 from scheduler.network import Link
 from splitnet.client.known_peers import KnownPeers
 from splitnet.client.survey import Survey
@@ -24,18 +25,17 @@ MEASURED_AT_ONCE = 32
 PINGED_AT_ONCE = 96
 """Of peers of which nothing is known, if those of a planned route do not answer: many others may not exist either."""
 
-LIKELY_FIRST = 112
-"""Of the peers through which routes most likely go, before the first route is planned."""
-
-OTHERS_AT_ONCE = 4
-LIKELY_AT_ONCE = 8
+OTHERS_PER_MINUTE = 6
+LIKELY_PER_MINUTE = 9
 """Of the peers that are measured again while sessions are open: any, and those that routes most likely go through.
 
 Before a route is planned anew, as the present one seems slow, it is one of each block at least.
 """
 
 PINGS_PER_MINUTE = 256
-"""That look around, two to each peer; those that measure the bandwidth of the ends of a route come on top."""
+ENDS_PINGS = 32
+"""Of these are for the ends of a route that is to be used: two, and up to eight that measure the bandwidth, to each."""
+_PROBE_PINGS = 8
 PROBE_AGAIN_S = 180.0
 SUSPECTED_AGAIN_S = 25.0
 """The bandwidth of a link is measured again after so long, or so long if steps stay slow: it takes 128 KiB and more."""
@@ -52,7 +52,8 @@ class FreshFacts:
         prober: sends the pings.
         is_needed: whether links that are known are to be measured again and again.
         in_use: peers of open sessions; what is known of their links must not grow old.
-        likely: of all peers and some of them so many of the latter through which routes most likely go.
+        likely: of all peers and some of them so many of the latter through which routes most likely go; True: at least
+            one for each block.
         clock: seconds.
 
     Attributes:
@@ -66,7 +67,7 @@ class FreshFacts:
         prober: Prober,
         is_needed: Callable[[], bool],
         in_use: Callable[[], Collection[Endpoint]],
-        likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int], Sequence[PeerRecord]],
+        likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int, bool], Sequence[PeerRecord]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.news = 0
@@ -78,8 +79,8 @@ class FreshFacts:
         self._likely = likely
         self._clock = clock
         self._used_at = -math.inf
-        self._looked_at: deque[float] = deque()
-        """When a peer was pinged to look around."""
+        self._pinged_at: deque[float] = deque()
+        """When, once for each ping to a peer that answers: to those that do not exist nothing is sent."""
         self._closing = threading.Event()
         self._look = threading.Event()
         self._suspects: Sequence[PeerRecord] = ()
@@ -118,36 +119,55 @@ class FreshFacts:
         if len(self._survey.network_coordinates.links) < MEASURED_AT_ONCE:
             unknown = sorted(self._survey.unknown(records, exclude), key=lambda record: not record.is_proven)
             self.look_at(unknown[: MEASURED_AT_ONCE // 2])
-            self.look_at(self._likely(records, self._survey.unknown(records, exclude), LIKELY_FIRST))
+            unknown = self._survey.unknown(records, exclude)
+            self.look_at(self._likely(records, unknown, measured_first(len(records)), False))
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
-        """Measures the round trips to the first of these peers, with at most `PINGS_PER_MINUTE`."""
-        now = self._clock()
-        while self._looked_at and now - self._looked_at[0] > 60.0:
-            self._looked_at.popleft()
-        left = PINGS_PER_MINUTE // 2 - len(self._looked_at)
-        chosen = {record.endpoint: record for record in records[:left]}
+        """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
+        chosen = {record.endpoint: record for record in records[: max(self._pings_left() - ENDS_PINGS, 0) // 2]}
         if chosen:
-            self._looked_at.extend([now] * len(chosen))
             round_trips = self._prober.round_trips(chosen, PING_TIMEOUT_S)
+            self._pinged(2 * len(round_trips))
             links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
             self._survey.links_measured(chosen, links)
 
     def measure(
         self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = (), again_s: float = PROBE_AGAIN_S
     ) -> None:
-        """Measures the links to the first of these peers; of `records` the bandwidth too, but seldom more than once."""
-        chosen = {record.endpoint: record for record in (*records[:MEASURED_AT_ONCE], *others[:PINGED_AT_ONCE])}
+        """Measures the links to the first of these peers; of `records` the bandwidth too, but seldom more than once.
+
+        As far as a minute has pings for that.
+        """
+        left = self._pings_left()
+        chosen = {record.endpoint: record for record in records[: left // (2 + _PROBE_PINGS)]}
+        due = {record.endpoint for record in self._survey.unprobed(list(chosen.values()), again_s)}
+        left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
+        chosen |= {record.endpoint: record for record in others[: min(left // 2, PINGED_AT_ONCE)]}
         if chosen:
-            due = {record.endpoint for record in self._survey.unprobed(records, again_s)}
-            self._survey.links_measured(chosen, self._prober.measure(chosen, PING_TIMEOUT_S, probed=due))
+            links = self._prober.measure(chosen, PING_TIMEOUT_S, probed=due)
+            self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
+            self._survey.links_measured(chosen, links)
+
+    def _pings_left(self) -> int:
+        """In this minute."""
+        now = self._clock()
+        while self._pinged_at and now - self._pinged_at[0] > 60.0:
+            self._pinged_at.popleft()
+        return PINGS_PER_MINUTE - len(self._pinged_at)
+
+    def _pinged(self, count: int) -> None:
+        self._pinged_at.extend([self._clock()] * count)
 
     def _some_likely(
         self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], *, everywhere: bool = False
     ) -> Sequence[PeerRecord]:
         """Some through which routes likely go; `everywhere`: one of each block, for a route that is to be planned."""
-        likely = self._likely(records, among, LIKELY_AT_ONCE)
-        return likely if everywhere else random.sample(likely, min(len(likely), LIKELY_AT_ONCE))
+        count = self._at_once(LIKELY_PER_MINUTE)
+        likely = self._likely(records, among, count, True)
+        return likely if everywhere else random.sample(likely, min(len(likely), count))
+
+    def _at_once(self, per_minute: int) -> int:
+        return round(per_minute * self._known.look_s / 60)
 
     def _watch(self) -> None:
         """Keeps records fresh, and while sessions are open links: so they can tell when a better route exists."""
@@ -169,7 +189,7 @@ class FreshFacts:
                     self.look_at([record for record in self._survey.stale(records) if record.endpoint in used])
                     self.measure(suspects, again_s=self._suspects_probed_s)
                     stale = self._survey.stale(records)
-                    self.look_at(stale[:OTHERS_AT_ONCE])
+                    self.look_at(stale[: self._at_once(OTHERS_PER_MINUTE)])
                     self.look_at(self._some_likely(records, self._survey.stale(stale), everywhere=bool(suspects)))
                     self.news += 1
                 else:  # so that the next session need not wait for that either

@@ -12,7 +12,7 @@ from typing import Protocol
 from splitnet.errors import NotAuthorized, PeerLost, ProtocolError, ProtocolVersionError, SplitnetError
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.identity import Identity
-from splitnet.net.link_pool import LinkPool
+from splitnet.net.link_pool import KEEP_S, LinkPool
 from splitnet.net.messages import (
     Announced,
     Close,
@@ -61,14 +61,14 @@ class Links:
     Args:
         identity: the client's key.
         most: links at the same time.
-        most_unused: of links that nothing is awaited over, see `LinkPool`; None: `most`.
+        keep_unused_s: how long a link that no session has used outlives its last message, see `LinkPool`.
 
     Attributes:
         prober: asks peers for signs of life.
         on_answer: takes in what answers a question that belongs to no session, see `splitnet.net.asked_peers`.
     """
 
-    def __init__(self, identity: Identity, *, most: int = MAX_LINKS, most_unused: int | None = None) -> None:
+    def __init__(self, identity: Identity, *, most: int = MAX_LINKS, keep_unused_s: float = KEEP_S) -> None:
         self._sessions: dict[bytes, Subscriber] = {}
         self._used: dict[bytes, set[Endpoint]] = {}
         """By registered session."""
@@ -86,7 +86,9 @@ class Links:
             on_tick=self._tick,
             max_backlog=None,
         )
-        self._pool = LinkPool(self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, most_unused=most_unused)
+        self._pool = LinkPool(
+            self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, keep_unused_s=keep_unused_s
+        )
         self._transport.start()
 
     def __len__(self) -> int:

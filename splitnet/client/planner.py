@@ -198,11 +198,17 @@ class Planner:
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
     def likely(
-        self, records: Sequence[PeerRecord], among: Iterable[PeerRecord], needs: Needs, count: int
+        self,
+        records: Sequence[PeerRecord],
+        among: Iterable[PeerRecord],
+        needs: Needs,
+        count: int,
+        *,
+        everywhere: bool = False,
     ) -> list[PeerRecord]:
-        """So many of the peers `among` all through which routes most likely go, but at least one for each block."""
+        """So many of the peers `among` all that routes most likely go through; `everywhere`: at least one per block."""
         others = {record.key.text for record in records}.difference(record.key.text for record in among)
-        peers, by_name = self._likely(records, needs, needs.blocks, count, others)
+        peers, by_name = self._likely(records, needs, needs.blocks, count, others, everywhere=everywhere)
         return [by_name[peer.id] for peer in peers]
 
     def _likely(
@@ -214,6 +220,8 @@ class Planner:
         exclude: Collection[str],
         ends: Ends = CLIENT_ENDS,
         holders: Collection[str] = (),
+        *,
+        everywhere: bool = True,
     ) -> tuple[list[Peer], Mapping[str, PeerRecord]]:
         """The peers to plan with, holders in any case, and all records by name."""
         crowd, by_name = self._crowd(tuple(records))
@@ -231,6 +239,7 @@ class Planner:
             prompt=needs.prompt,
             exclude=exclude,
             limit=limit,
+            everywhere=everywhere,
         )
         chosen = {peer.id for peer in likely}
         return [*likely, *(corrected[name] for name in present if name not in chosen)], by_name

@@ -30,9 +30,8 @@ from splitnet.net.messages import MAX_PAYLOAD_BYTES, FetchKV, Fork, Part, Step, 
 
 Preference = Literal["latency", "throughput", "energy"]
 
-ASK_STEPS = 8
 ASK_S = 2.0
-"""After so many decode steps, or so many seconds, hops are asked what the steps met there."""
+"""After so many seconds hops are asked what the decode steps met there."""
 
 THROUGHPUT_STEPS = 8
 """How many steps a session that asks for throughput has under way."""
@@ -101,7 +100,6 @@ class Session(SessionDriver):
             progress_timeout_s=progress_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
         )
-        self._steps_since_asked = 0
         self._asked_at = 0.0
 
     @property
@@ -310,11 +308,10 @@ class Session(SessionDriver):
         """
         if self.timings:
             self._tell_survey(self.hops[-1], None, positions, self.timings[-1])
-        self._steps_since_asked += 1
         now = time.monotonic()
-        if not at_once and self._steps_since_asked < ASK_STEPS and now < self._asked_at + ASK_S:
+        if not at_once and now < self._asked_at + ASK_S:
             return
-        self._steps_since_asked, self._asked_at = 0, now
+        self._asked_at = now
         for hop, following in pairwise(self.hops):
             self._swarm.ping(hop.endpoint, self.id).add_done_callback(
                 lambda pong, hop=hop, following=following: self._tell_survey(

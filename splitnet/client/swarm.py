@@ -18,11 +18,13 @@ from splitnet.client.links import Links
 from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
 from splitnet.errors import CoverageError, PeerBusy
+from splitnet.net.asked_peers import AskedPeers
 from splitnet.net.codecs import codec_by_name
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import STRICT_VERSIONS
 from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
-from splitnet.net.joining import join
+from splitnet.net.joining import asked_peers_of, join
+from splitnet.net.link_pool import BRIEF_S
 from splitnet.net.prober import Answer
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_key import OPEN, SwarmKey
@@ -34,11 +36,6 @@ UNBAN_S = 0.5
 """In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
 MAX_PROBED_ROUTES = 4
 """How often a route is planned again because the links to its ends were not measured yet."""
-
-
-MOST_UNUSED = 16
-"""Of links over which no session goes: in each of them heartbeats take 6 KB a minute. To whom there is one, is known to
-live while the directory is silent, and need not be connected to first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,13 +98,16 @@ class Swarm:
         self.was_covered = False
         self._bans = Bans()
         self.planner = Planner(self.survey, facts.name, self.peers)
-        self.links = Links(self.identity, most_unused=MOST_UNUSED)
+        self.links = Links(self.identity, keep_unused_s=BRIEF_S)
         try:
             self._directory = join(initial_peers, lambda: self.links, swarm=swarm_key or OPEN)
         except BaseException:
             self.links.close()
             raise
-        self._known = KnownPeers(self._directory, facts.fingerprint, facts.name, self.links.state, trusted)
+        self._peers = asked_peers_of(self._directory) or AskedPeers([], self.links, swarm=swarm_key or OPEN)
+        self._known = KnownPeers(
+            self._directory, facts.fingerprint, facts.name, self.links.state, trusted, self._peers, self._likely
+        )
         self.fresh_facts = FreshFacts(
             self._known,
             self.survey,
@@ -122,6 +122,7 @@ class Swarm:
         self.fresh_facts.stop()
         self.links.close()
         self._directory.close()
+        self._peers.close()
         self.fresh_facts.close()
 
     def __enter__(self) -> Swarm:
@@ -130,7 +131,7 @@ class Swarm:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def peers(self, *, fresh: bool = False) -> list[PeerRecord]:
+    def peers(self, *, fresh: bool = False, whole: bool = False) -> list[PeerRecord]:
         """Peers that serve this model and speak this protocol, see `KnownPeers.look`.
 
         Raises:
@@ -138,7 +139,7 @@ class Swarm:
             WrongSwarm: the swarm serves other weights only.
             ProtocolVersionError: all peers speak another protocol.
         """
-        return self._known.look(fresh=fresh)
+        return self._known.look(fresh=fresh, whole=whole)
 
     def plan(
         self,
@@ -149,6 +150,7 @@ class Swarm:
         exclude: Collection[str] = (),
         holders: Collection[str] = (),
         fresh: bool = False,
+        whole: bool = False,
     ) -> list[PlannedHop]:
         """The best route for a session.
 
@@ -158,7 +160,8 @@ class Swarm:
             ends: the peers before and after that part; None: the client.
             exclude: keys (as text) of peers that must not be used.
             holders: keys of peers that hold the session already.
-            fresh: look into the directory even if that was done a moment ago.
+            fresh: ask who is there even if that was done a moment ago.
+            whole: read all of the directory for it; else that is done if there is no route.
 
         Raises:
             CoverageError: blocks are served by nobody that could be used; names them.
@@ -167,7 +170,7 @@ class Swarm:
         part = blocks or needs.blocks
         self.fresh_facts.used()
         try:
-            records, unusable = self._look(exclude, fresh=fresh)
+            records, unusable = self._look(exclude, fresh=fresh, whole=whole)
 
             def best_route() -> list[PlannedHop]:
                 silent = self.survey.silent()
@@ -200,9 +203,9 @@ class Swarm:
             self.was_covered |= part == needs.blocks
             return route
         except (CoverageError, PeerBusy):
-            if fresh:
+            if whole:
                 raise
-            return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=True)
+            return self.plan(needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, whole=True)
 
     def trusts(self, key: PublicKey) -> bool:
         """Whether the peer with this key may be used."""
@@ -246,16 +249,19 @@ class Swarm:
         asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
         return self.links.prober.ping(endpoint, session=asked)
 
-    def _likely(self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int) -> Sequence[PeerRecord]:
+    def _likely(
+        self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int, everywhere: bool = False
+    ) -> Sequence[PeerRecord]:
         """See `Planner.likely`."""
         hidden = self.facts.hidden_size
         encodings = encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS})
-        return self.planner.likely(records, among, Needs(1, encodings, (0, self.facts.num_blocks)), count)
+        needs = Needs(1, encodings, (0, self.facts.num_blocks))
+        return self.planner.likely(records, among, needs, count, everywhere=everywhere)
 
-    def _look(self, exclude: Collection[str], *, fresh: bool) -> tuple[list[PeerRecord], set[str]]:
+    def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
         """Who is there, and which of them a route must not go through."""
         excluded = set(exclude) | self._bans.keys()
-        present = self.peers(fresh=fresh)
+        present = self.peers(fresh=fresh, whole=whole)
         self.fresh_facts.measure_first(present, excluded)
         # A record outlives a peer that was killed; whom the client cannot connect to cannot serve it.
         return present, {

@@ -13,10 +13,11 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import accumulate, count
 from typing import Final, Protocol
 
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError
+from splitnet.net.changes import RECORD_OVERHEAD, entry_of, still_there
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.fields import packb, unpack_array
 from splitnet.net.identity import PublicKey
@@ -29,6 +30,8 @@ from splitnet.net.swarm_key import OPEN, OpenSwarm
 
 ANSWER_S: Final = 4.0
 """In which a peer must answer."""
+SOON_S: Final = 1.0
+"""If one has not said by then what has changed, others are asked, too."""
 PATIENCE_S: Final = 1.0
 """When one has named peers, the others are waited for so long. What they say later counts from the next question on."""
 DOWN_S: Final = 0.5
@@ -66,6 +69,8 @@ class _Answer:
     """Of one peer."""
 
     payloads: list[bytes] = field(default_factory=list[bytes])
+    present: bytes = b""
+    """See `Found`."""
     nbytes: int = 0
     remaining: int | None = None
     """Messages that follow."""
@@ -87,15 +92,32 @@ class _Answer:
         except NotAuthorized as error:
             self.complete, self.refusal = True, str(error)
             return
+        self.present = message.present
         self.remaining, self.complete = message.remaining, message.remaining == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What has changed, as a peer says.
+
+    Attributes:
+        present: of each record that it was told of, whether the peer is still there.
+        records: the verified ones of its answer, of peers that have left, too.
+        whole: the answer was everything that it knows, as of a peer that does not tell changes.
+    """
+
+    present: Sequence[bool]
+    records: Sequence[PeerRecord]
+    whole: bool
 
 
 @dataclass
 class _Question:
     """What was asked of some peers, and what has come. `model` None: it was an announcement."""
 
+    number: int
     model: str | None
-    answers: dict[Endpoint, _Answer]
+    answers: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
     before: dict[Endpoint, _Answer] = field(default_factory=dict["Endpoint", "_Answer"])
     """The latest answers to the same question, asked before."""
 
@@ -139,7 +161,7 @@ class AskedPeers(SwarmDirectory):
         self._others: list[Endpoint] = []
         """Peers that others have named."""
         self._silent: set[Endpoint] = set()
-        """They gave no answer to the last question."""
+        """They gave no answer to the last question that they were asked."""
         self._alone = False
         """None of those that were joined through did."""
         self._own: set[PublicKey] = set()
@@ -219,6 +241,42 @@ class AskedPeers(SwarmDirectory):
             self._others = self._nearest(present) or self._others
         return records
 
+    def changes(
+        self,
+        model: str,
+        known: Sequence[PeerRecord],
+        since: float,
+        most: int,
+        asked: Sequence[Endpoint],
+        others: Sequence[Endpoint] = (),
+    ) -> dict[Endpoint, Changes]:
+        """What has changed of some records, as those of the peers say that answer.
+
+        Args:
+            model: whose peers.
+            known: the records, those first that are needed most.
+            since: of other peers those are told of that are where they are since then, Unix time in seconds.
+            most: bytes of records that each may tell; an older peer tells more, of which as much counts.
+            asked: the peers to ask.
+            others: they are asked if none of those answers soon.
+
+        Raises:
+            DirectoryError: this is closed.
+        """
+        place, entries = self._swarm.place(model), tuple(map(entry_of, known))
+
+        def message(number: int) -> LookUp:
+            return LookUp(number, place, OWN_DEPTH - 1, entries, since, most)
+
+        question = self._ask_these(asked, model, message, SOON_S if others else ANSWER_S)
+        if not question.said() and others:
+            self._ask_also(question, others, message, ANSWER_S - SOON_S)
+        with self._heard:
+            self._forget(question)
+            answers = question.said()
+        told = {endpoint: _changes(answer, model, known, most) for endpoint, answer in answers.items()}
+        return {endpoint: changes for endpoint, changes in told.items() if changes.records or not changes.whole}
+
     def close(self) -> None:
         self._closed = True
         with self._heard:
@@ -245,23 +303,29 @@ class AskedPeers(SwarmDirectory):
     def _ask_these(
         self, asked: Sequence[Endpoint], model: str | None, message: Callable[[int], Message], limit_s: float
     ) -> _Question:
-        number = next(self._numbers)
-        question = _Question(model, {endpoint: _Answer() for endpoint in asked})
+        question = _Question(next(self._numbers), model)
         with self._heard:
-            self._open[number] = question
+            self._open[question.number] = question
             while len(self._open) > OPEN_QUESTIONS:
                 self._open.popitem(last=False)
+        self._ask_also(question, asked, message, limit_s)
+        return question
+
+    def _ask_also(
+        self, question: _Question, asked: Sequence[Endpoint], message: Callable[[int], Message], limit_s: float
+    ) -> None:
+        with self._heard:
+            question.answers |= {endpoint: _Answer() for endpoint in asked if endpoint not in question.answers}
         for endpoint in asked:
-            self._links.send(endpoint, message(number))
+            self._links.send(endpoint, message(question.number))
         self._wait(question, limit_s)
         with self._heard:
-            self._silent = {endpoint for endpoint, answer in question.answers.items() if not answer.complete}
-        return question
+            silent = {endpoint for endpoint, answer in question.answers.items() if not answer.complete}
+            self._silent = (self._silent & {*self._joined, *self._others} - question.answers.keys()) | silent
 
     def _forget(self, question: _Question) -> None:
         """Whatever comes late for it counts no more: answers are megabytes."""
-        for number in [number for number, one in self._open.items() if one is question]:
-            del self._open[number]
+        self._open.pop(question.number, None)
 
     def _wait(self, question: _Question, limit_s: float) -> None:
         began = time.monotonic()
@@ -271,7 +335,7 @@ class AskedPeers(SwarmDirectory):
             while not self._closed:
                 now = time.monotonic()
                 answers = question.said().values()
-                if not satisfied and any(answer.taken or any(answer.payloads) for answer in answers):
+                if not satisfied and any(answer.taken or answer.present or any(answer.payloads) for answer in answers):
                     satisfied = True
                     until = min(until, now + PATIENCE_S)
                 waiting = [
@@ -363,6 +427,18 @@ def _records(answer: _Answer) -> list[PeerRecord]:
                     answer.records.append(verified_record(packed))
         answer.payloads = []
     return answer.records
+
+
+def _changes(answer: _Answer, model: str, known: Sequence[PeerRecord], most: int) -> Changes:
+    """What an answer says: of peers that are not known, no more than was asked for, as anybody can make keys."""
+    told = latest(model, [_records(answer)])
+    keys = {record.key for record in known}
+    sizes = accumulate(0 if record.key in keys else len(record.signed) + RECORD_OVERHEAD for record in told)
+    records = [record for record, size in zip(told, sizes, strict=True) if record.key in keys or size <= most]
+    if answer.present:
+        return Changes(still_there(answer.present, len(known)), records, whole=False)
+    there = {record.key for record in told if not record.has_left}
+    return Changes([record.key in there for record in known], records, whole=True)
 
 
 def _packed(payload: Payload) -> list[bytes]:

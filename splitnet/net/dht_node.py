@@ -51,6 +51,7 @@ class NodeLoop(asyncio.SelectorEventLoop):
                 await asyncio.sleep(0.005)
             child.close()
             children.running.discard(child)
+        self._children.clear()
 
     async def cancel_all_tasks(self) -> None:
         """Ends the background tasks that hivemind leaves behind."""

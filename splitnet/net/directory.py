@@ -60,7 +60,13 @@ class Directory(SwarmDirectory):
         self._p2p: Any = None
         self._node: Any = None
         self._opening: asyncio.Task[None] | None = None
+        self._reopen: Callable[[], Coroutine[Any, Any, None]] | None = None
+        """Of a node that rests: begins it again."""
+        self._waking = asyncio.Lock()
+        self._requests = 0
+        """That are under way."""
         self._stores_for_others = False
+        self._joined: Sequence[str] = ()
         self._initial_peer_ids: set[Any] = set()
         self.addresses = []
 
@@ -139,6 +145,12 @@ class Directory(SwarmDirectory):
         """
         return self._request(lambda _: self._meet(addresses))
 
+    def rest(self) -> None:
+        """The node of a client ends until something is asked: it takes some 50 KB a minute."""
+        with self._closing:
+            if not (self._stores_for_others or self._closed):
+                self._submit(self._rest(), CALL_TIMEOUT_S)
+
     def close(self) -> None:
         with self._closing:
             if self._closed:
@@ -199,14 +211,45 @@ class Directory(SwarmDirectory):
         if self._closed:
             raise DirectoryError("The directory is closed; start it again.")
         try:
-            return self._call(self._answer(request), CALL_TIMEOUT_S)
+            return self._call(self._answer(request), CALL_TIMEOUT_S + (START_TIMEOUT_S if self._reopen else 0.0))
         except DirectoryError:
             raise
         except Exception as error:
             cause = str(error) or "no answer in time"
             raise DirectoryError(f"The DHT did not answer ({cause}); check the network and try again.") from error
 
+    async def _rest(self) -> None:
+        async with self._waking:
+            if self._requests or self._node is None:
+                return
+            nodes = list[str]()
+            with suppress(Exception):  # of hivemind. Those that it has joined through may be gone when it begins again
+                nodes += [f"{at}/p2p/{node.peer_id}" for node in await self._p2p.list_peers() for at in node.addrs[:1]]
+            always = self._initial_peer_ids
+            await self._end_node()
+
+            async def reopen() -> None:
+                try:
+                    await self._open([*self._joined, *nodes[:MAX_INITIAL_PEERS]], None, (), None)
+                except BaseException:
+                    await self._end_node()
+                    raise
+                self._initial_peer_ids = always
+
+            self._reopen = reopen
+
     async def _answer(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
+        async with self._waking:
+            if self._reopen is not None:
+                await self._reopen()
+                self._reopen = None
+        self._requests += 1
+        try:
+            return await self._answer_awake(request)
+        finally:
+            self._requests -= 1
+
+    async def _answer_awake(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         answer = await request(self._node)
         protocol = self._node.protocol
         if self._initial_peer_ids and not protocol.routing_table.uid_to_peer_id:
@@ -251,6 +294,7 @@ class Directory(SwarmDirectory):
         self, initial_peers: Sequence[str], listen: Sequence[str] | None, public: Sequence[str], identity: Path | None
     ) -> None:
         self._opening = asyncio.current_task()
+        self._joined = self._joined or initial_peers
         hivemind = import_hivemind()
         self._stores_for_others = listen is not None
         self._p2p = await hivemind.P2P.create(
@@ -287,7 +331,11 @@ class Directory(SwarmDirectory):
         if self._opening is not None:  # it might start the child after all others have been ended
             self._opening.cancel()
             await asyncio.wait([self._opening])
-        for part in (self._node, self._p2p):
+        await self._end_node()
+
+    async def _end_node(self) -> None:
+        parts, self._node, self._p2p = (self._node, self._p2p), None, None
+        for part in parts:
             if part is not None:
                 with suppress(Exception):
                     await asyncio.wait_for(part.shutdown(), _REAP_TIMEOUT_S)

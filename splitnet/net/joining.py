@@ -18,8 +18,16 @@ log = logging.getLogger(__name__)
 
 def node_of(directory: SwarmDirectory) -> Directory | None:
     """The node of the DHT in a directory, if there is one."""
-    parts = directory.directories if isinstance(directory, JoinedDirectories) else [directory]
-    return next((part for part in parts if isinstance(part, Directory)), None)
+    return next((part for part in _parts(directory) if isinstance(part, Directory)), None)
+
+
+def asked_peers_of(directory: SwarmDirectory) -> AskedPeers | None:
+    """What asks peers in a directory, if it does."""
+    return next((part for part in _parts(directory) if isinstance(part, AskedPeers)), None)
+
+
+def _parts(directory: SwarmDirectory) -> Sequence[SwarmDirectory]:
+    return directory.directories if isinstance(directory, JoinedDirectories) else [directory]
 
 
 def join(

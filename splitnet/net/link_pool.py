@@ -17,7 +17,7 @@ from splitnet.net.endpoints import Endpoint, LinkState
 KEEP_S = 60.0
 REMEMBERED_STATES = 4096
 BRIEF_S = 5.0
-"""A link outlives its last use at least so long, if there is room: opening it takes as many bytes as 16 s of it."""
+"""A link outlives a question at least so long, if there is room: an answer may take that; heartbeats begin later."""
 
 
 class Linking(Protocol):
@@ -39,8 +39,8 @@ class LinkPool:
             closed first for a new one, then the one that was used longest ago.
         keep_s: how long a link outlives its last use.
         keep_unreached_s: the same for a link that is not up; 0: it is closed with its last user.
-        most_unused: of links that are up and have no users, those used last stay open so long, others a few seconds.
-            Links to hidden peers do not count: to open one takes the help of others.
+        keep_unused_s: the same for a link that is up and has had no users, but for links to hidden peers: to open one
+            takes the help of others.
     """
 
     def __init__(
@@ -50,16 +50,18 @@ class LinkPool:
         most: int,
         keep_s: float = KEEP_S,
         keep_unreached_s: float = 0.0,
-        most_unused: int | None = None,
+        keep_unused_s: float = KEEP_S,
     ) -> None:
         self._linking = linking
         self._most = most
         self._keep_s = keep_s
         self._keep_unreached_s = keep_unreached_s
-        self._most_unused = most if most_unused is None else most_unused
+        self._keep_unused_s = keep_unused_s
         self._users: Counter[Endpoint] = Counter()
         self._unused: dict[Endpoint, float] = {}
         """Since when (infinite until the next tick); the one that was used longest ago first."""
+        self._had_users: set[Endpoint] = set()
+        """Of the links that are open."""
         self._failed: dict[Endpoint, tuple[LinkState, float]] = {}
         """In which state links were closed that had failed, and when (infinite until the next tick)."""
         self._lock = threading.Lock()
@@ -82,6 +84,7 @@ class LinkPool:
                 if self._unused.pop(endpoint, None) is None:
                     self._linking.connect(endpoint)
             self._users[endpoint] += 1
+            self._had_users.add(endpoint)
             return True
 
     def release(self, endpoint: Endpoint) -> None:
@@ -115,20 +118,22 @@ class LinkPool:
         """Closes links that nobody has used for long; now: seconds."""
         with self._lock:
             for endpoint, since in list(self._unused.items()):
-                is_up = self._linking.state(endpoint) is LinkState.UP
-                if now - since > (self._keep_s if is_up else min(self._keep_s, self._keep_unreached_s)):
+                if now - since > self._kept_s(endpoint):
                     self._close(endpoint)
                 else:
                     self._unused[endpoint] = min(since, now)
-            up = [each for each in self._unused if self._linking.state(each) is LinkState.UP and not each.hidden]
-            for endpoint in up[: max(0, len(up) - self._most_unused)]:
-                if now - self._unused[endpoint] > BRIEF_S:
-                    self._close(endpoint)
             for endpoint, (state, since) in list(self._failed.items()):
                 if now - since > self._keep_s or self._linking.state(endpoint) is LinkState.UP:
                     del self._failed[endpoint]
                 else:
                     self._failed[endpoint] = (state, min(since, now))
+
+    def _kept_s(self, endpoint: Endpoint) -> float:
+        """How long a link outlives its last use."""
+        if self._linking.state(endpoint) is not LinkState.UP:
+            return min(self._keep_s, self._keep_unreached_s)
+        lasts = endpoint in self._had_users or endpoint.hidden
+        return self._keep_s if lasts else min(self._keep_s, self._keep_unused_s)
 
     def _make_room(self, endpoint: Endpoint) -> bool:
         if endpoint in self._unused:
@@ -142,6 +147,7 @@ class LinkPool:
 
     def _close(self, endpoint: Endpoint) -> None:
         del self._unused[endpoint]
+        self._had_users.discard(endpoint)
         state = self._linking.state(endpoint)
         self._failed.pop(endpoint, None)
         if _has_failed(state):

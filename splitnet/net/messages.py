@@ -27,6 +27,7 @@ from splitnet.net.fields import (
     flag,
     matching,
     milliseconds,
+    number,
     optional,
     packb,
     records,
@@ -50,6 +51,9 @@ MAX_TEXT = 2048
 
 MAX_DEPTH = 2
 MAX_FOUND = 256
+ENTRY_BYTES = 19
+MAX_KNOWN = 512
+MAX_CHANGES_BYTES = 60_000
 
 FINGERPRINT = re.compile(r"[0-9a-f]{8,128}")
 """Of a model's weights."""
@@ -113,6 +117,7 @@ class Fork(NamedTuple):
 
 _ROW_ID = (1 << 48) - 1
 _NUMBER = uint((1 << 48) - 1)
+_UNIX_S = number(0, 1e11)
 _MAX_US = (1 << 48) - 1
 _MAX_HOPS = 256
 
@@ -399,6 +404,12 @@ class LookUp:
     """Fingerprint of the weights; empty: all models."""
     depth: int = wire(uint(MAX_DEPTH))
     """Over how many further peers the question may go, where the one asked has to ask others itself."""
+    known: tuple[bytes, ...] = appended(several(blob(ENTRY_BYTES), most=MAX_KNOWN), ())
+    """What is said of the records that who asks holds, see `splitnet.net.changes`; those first that it needs most."""
+    since: float = appended(_UNIX_S, 0.0)
+    """Of other peers tell only of those that are where they are since then, Unix time in seconds."""
+    most: int = appended(uint(MAX_CHANGES_BYTES), 0)
+    """Only what has changed, in so many bytes of records; 0: everything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -410,6 +421,9 @@ class Found:
     remaining: int = wire(uint(MAX_FOUND - 1))
     """How many messages of this answer follow."""
     payload: Payload = b""
+    present: bytes = appended(blob(*range(MAX_KNOWN // 8 + 1)), b"")
+    """For each entry of `LookUp.known` a bit: the peer is still there; the lowest of a byte first. Empty: the answer
+    is everything, as of a peer that does not know this field."""
 
 
 @dataclass(frozen=True, slots=True)

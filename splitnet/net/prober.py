@@ -21,7 +21,9 @@ FASTEST_PROBE_MS = 0.05
 
 QUICK_PROBE_MS = 20.0
 PROBES_OF_QUICK_LINKS = 3
-"""A probe that takes less than that is repeated so often."""
+SURE_MS = 4.0
+"""A probe that takes less than the former, besides the round trip, is repeated so often while it takes more than the
+latter."""
 
 FORGET_S = 60.0
 KEPT_ENDPOINTS = 1024
@@ -165,9 +167,11 @@ class Prober:
         # Where a probe takes little time, most of that may be a wait for a processor: the shortest of some counts.
         quick = [endpoint for endpoint in answered if probe_ms[endpoint] - rtt_ms[endpoint] < QUICK_PROBE_MS]
         for _ in range(PROBES_OF_QUICK_LINKS if quick else 0):
-            for padding, times in ((0, rtt_ms), (PROBE_BYTES, probe_ms)):
-                for endpoint, answer in self._answers(quick, padding, timeout_s).items():
-                    times[endpoint] = min(times[endpoint], answer.rtt_ms)
+            for endpoint, answer in self._answers(quick, 0, timeout_s).items():
+                rtt_ms[endpoint] = min(rtt_ms[endpoint], answer.rtt_ms)
+            unsure = [endpoint for endpoint in quick if probe_ms[endpoint] - rtt_ms[endpoint] > SURE_MS]
+            for endpoint, answer in self._answers(unsure, PROBE_BYTES, timeout_s).items():
+                probe_ms[endpoint] = min(probe_ms[endpoint], answer.rtt_ms)
         return others | {
             endpoint: Link(
                 rtt_ms[endpoint] / 2, PROBE_BYTES / max(probe_ms[endpoint] - rtt_ms[endpoint], FASTEST_PROBE_MS)

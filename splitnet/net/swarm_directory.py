@@ -57,6 +57,9 @@ class SwarmDirectory(ABC):
     def close(self) -> None:
         """Leaves. May be called more than once."""
 
+    def rest(self) -> None:  # noqa: B027 (most have nothing to end)
+        """Says that nothing will be asked for a while: what costs bytes meanwhile ends until something is."""
+
     def announce(self, record: PeerRecord, identity: Identity) -> bool:
         """Signs and publishes `record` until it expires; call it again before that. See `store`."""
         return self.store(record, record.pack(identity))
@@ -110,6 +113,10 @@ class JoinedDirectories(SwarmDirectory):
         if error is not None and not answers:
             raise error
         return latest(model, answers)
+
+    def rest(self) -> None:
+        for directory in self.directories:
+            directory.rest()
 
     def close(self) -> None:
         for directory in self.directories:

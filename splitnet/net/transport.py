@@ -40,7 +40,7 @@ _TICK_MS = 200
 _CLOSE_LINGER_MS = 500
 _RECEIVE_BURST = 64
 _QUEUED_MESSAGES = 1000
-_HEARTBEAT_MS = 5_000
+_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 10_000, 10_000
 _HANDSHAKE_MS = 10_000
 _CURVE_BYTES = 64
 """More than encryption adds to a frame (RFC 26: 33 bytes)."""
@@ -316,7 +316,7 @@ class Transport:
         handle.rcvhwm = _QUEUED_MESSAGES
         handle.sndhwm = _QUEUED_MESSAGES if self._bounded else 0
         handle.heartbeat_ivl = _HEARTBEAT_MS
-        handle.heartbeat_timeout = 2 * _HEARTBEAT_MS
+        handle.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
         handle.handshake_ivl = _HANDSHAKE_MS
         handle.ipv6 = True
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from scheduler.candidates import measured_first
 from scheduler.coordinates import Coordinate
 from scheduler.network import CLIENT, Link, Place
 from splitnet.simulation.directory import View
@@ -47,7 +48,8 @@ def new_client(world: World, number: int, view: View, rng: np.random.Generator, 
         (0, world.settings.num_blocks),
         encodings=world.settings.encodings,
         kv_needed=1,
-        limit=world.settings.probes,
+        limit=measured_first(count) if world.settings.probes is None else world.settings.probes,
+        everywhere=False,
     )
     near = [view.index[peer.id] for peer in likely]
     for index in near:

@@ -149,6 +149,33 @@ def test_a_peer_that_leaves_is_missed_at_once(swarm: LocalSwarm) -> None:
             assert time.monotonic() < deadline  # sooner than its record expires
 
 
+@pytest.mark.parametrize("through_dht", [True, False])
+def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_again(
+    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, through_dht: bool
+) -> None:
+    facts = ModelFacts.of(Checkpoint.open(swarm.folder))
+    assert swarm.node is not None
+    with Swarm(facts, swarm.node.addresses if through_dht else [swarm.peers[1].join_address]) as client:
+        assert spans(client.peers()) == [(0, 2), (2, 4), (4, 6)]
+        kind = type(client._directory)
+        assert kind is (Directory if through_dht else AskedPeers)
+        reads: list[str] = []
+        monkeypatch.setattr(client._directory, "records", lambda model, depth=0: reads.append(model) or [])
+
+        def sees_soon(expected: list[tuple[int, int]]) -> bool:
+            deadline = time.monotonic() + 20
+            while spans(client.peers(fresh=True)) != expected and time.monotonic() < deadline:
+                client.fresh_facts._closing.wait(0.1)
+            return spans(client.peers()) == expected
+
+        newcomer = swarm.add(0, 6, join=swarm.node.addresses)
+        assert sees_soon([(0, 2), (0, 6), (2, 4), (4, 6)])
+        newcomer.close()
+        swarm.peers.remove(newcomer)
+        assert sees_soon([(0, 2), (2, 4), (4, 6)]), "sooner than its record expires"
+        assert not reads
+
+
 def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = swarm.peers[1:]
     directory = first._directory

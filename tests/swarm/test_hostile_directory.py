@@ -107,6 +107,25 @@ def test_readers_find_the_peers_while_strangers_hide_them(swarm: LocalSwarm) -> 
         assert all(attack.result() for attack in attacks)
 
 
+def test_a_peer_that_tells_of_nobody_hides_nobody(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that asks peers what has changed asks another one each time."""
+    liar = swarm.peers[0]
+    client = swarm.join()
+    assert len(client.peers()) == 2
+    reads: list[str] = []
+    monkeypatch.setattr(client._directory, "records", lambda model, depth=0: reads.append(model) or [])
+    monkeypatch.setattr(liar._directory_service, "_records", lambda place, depth: [])
+    late = swarm.add(0, 6)
+    looks = 0
+    while client._known.find(late.identity.public) is None:
+        looks += 1
+        assert looks < 10
+        client.peers(fresh=True)
+    for _ in range(10):
+        assert {record.key for record in client.peers(fresh=True)} == {peer.identity.public for peer in swarm.peers}
+    assert not reads
+
+
 def test_blocks_that_only_fakes_serve_are_chosen_by_a_peer_that_joins(folder: Path) -> None:
     with local_swarm(folder, [(0, 2), (2, 4)]) as swarm:
         announce_fakes(swarm.addresses, swarm.peers[0].checkpoint.fingerprint, seconds=0.0, count=2, start=4, end=6)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
@@ -402,6 +403,46 @@ def test_a_client_that_lost_every_node_joins_again(member: Directory, client: Di
     for node_id in list(routing_table.uid_to_peer_id):
         del routing_table[node_id]
     assert client.peers(record.model) == [record]
+
+
+def test_a_client_that_rests_has_no_child_and_is_there_again_when_asked(bootstrap: Directory) -> None:
+    before = children_since(set())
+    anna = Identity.generate()
+    with Directory.start(initial_peers=bootstrap.addresses) as first, Directory.start(listen=LOOPBACK) as other:
+        other.meet(bootstrap.addresses)
+        record = record_of(anna)
+        assert other.announce(record, anna)
+        assert first.peers(record.model) == [record]
+        assert len(children_since(before)) == 2
+        first.rest()
+        first.rest()
+        deadline = time.monotonic() + CHILD_EXIT_TIMEOUT_S
+        while len(children_since(before)) > 1 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert len(children_since(before)) == 1
+        with ThreadPoolExecutor() as pool:
+            assert list(pool.map(first.peers, [record.model] * 4)) == [[record]] * 4
+        first.rest()
+    other.rest()
+    first.rest()
+    assert not children_since(before)
+
+
+def children_since(before: set[int]) -> set[int]:
+    return {child.pid for child in psutil.Process().children(recursive=True)} - before
+
+
+def test_a_client_that_has_rested_joins_through_others_than_before(member: Directory) -> None:
+    anna = Identity.generate()
+    record = record_of(anna)
+    with ExitStack() as stack:
+        gone = stack.enter_context(Directory.start(listen=LOOPBACK, initial_peers=member.addresses))
+        client = stack.enter_context(Directory.start(initial_peers=gone.addresses))
+        assert member.announce(record, anna)
+        assert client.peers(record.model) == [record]
+        client.rest()
+        gone.close()
+        assert client.peers(record.model) == [record]
 
 
 def test_a_client_whose_swarm_is_gone_says_so() -> None:

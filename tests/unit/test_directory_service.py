@@ -11,12 +11,31 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from peers import directory_service
-from peers.directory_service import ANNOUNCEMENTS_PER_MINUTE, MAX_MODELS, WAITING_PER_KEY, DirectoryService
+from peers.directory_service import (
+    ANNOUNCEMENTS_PER_MINUTE,
+    FRESH_S,
+    LOOK_UP_BYTES,
+    MAX_MODELS,
+    WAITING_PER_KEY,
+    DirectoryService,
+)
 from splitnet.errors import DirectoryError
+from splitnet.net.changes import entry_of, still_there
 from splitnet.net.endpoints import Connection, Destination
 from splitnet.net.fields import unpack_array
 from splitnet.net.identity import Identity
-from splitnet.net.messages import MAX_DEPTH, Announce, Announced, Failure, Found, LookUp, Message, decode, encode
+from splitnet.net.messages import (
+    ENTRY_BYTES,
+    MAX_DEPTH,
+    Announce,
+    Announced,
+    Failure,
+    Found,
+    LookUp,
+    Message,
+    decode,
+    encode,
+)
 from splitnet.net.records import MAX_CLOCK_SKEW_S, MAX_RECORD_BYTES, PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN, OpenSwarm, SwarmKey
@@ -266,6 +285,70 @@ def test_what_strangers_announce_leaves_this_peer_room_to_announce_itself(servic
         announcement = Announce(number + 1, 1, signed().signed)
         assert service.answer(client(number % 16), announcement) == Announced(number + 1, True)
     assert 0.5 * ANNOUNCEMENTS_PER_MINUTE < service.directory.passed_on < 0.9 * ANNOUNCEMENTS_PER_MINUTE
+
+
+def changes(service: Service, number: int, known: list[PeerRecord], most: int = 60_000) -> Message:
+    return service.answer(client(number), LookUp(number, MODEL, 0, tuple(map(entry_of, known)), 0.0, most))
+
+
+def test_who_says_what_it_knows_is_told_what_has_changed(service: Service) -> None:
+    owner, gone, new = Identity.generate(), signed(), signed()
+    before = signed(owner, issued_at=time.time() - 15)
+    now = signed(owner, end=2)
+    service.directory.held[MODEL] = [now, new]
+    answer = changes(service, 1, [before, gone])
+    assert isinstance(answer, Found) and still_there(answer.present, 2) == [True, False]
+    assert records_in(answer) == [now.signed, new.signed]
+    answer = changes(service, 2, [now, new])
+    assert isinstance(answer, Found) and still_there(answer.present, 2) == [True, True] and not answer.payload
+    answer = changes(service, 3, [before], most=len(now.signed) + 10)
+    assert records_in(answer) == [now.signed]
+    assert not changes(service, 4, []).present, "who knows nothing is told as much as there is room for"  # pyright: ignore
+
+
+def test_what_many_ask_that_know_most_is_read_seldom(service: Service) -> None:
+    service.directory.held[MODEL] = records = [signed() for _ in range(50)]
+    for number in range(1, 40):
+        changes(service, number, records)
+        service.now += 0.1
+    assert service.directory.reads[MODEL] == 1
+    service.now += 2.0
+    changes(service, 50, records)
+    assert service.directory.reads[MODEL] == 2
+    service.answer(client(51), LookUp(51, MODEL, 0))
+    service.now += FRESH_S + 0.1
+    service.answer(client(52), LookUp(52, MODEL, 0))
+    assert service.directory.reads[MODEL] == 3, "who asks for everything is told what is there now"
+
+
+def test_what_has_changed_is_charged_for(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(directory_service, "BYTES_PER_MINUTE", 100_000)
+    service.directory.held[MODEL] = records = [signed() for _ in range(100)]
+    answers = [
+        service.answer(client(1), LookUp(number, MODEL, 0, tuple(map(entry_of, records)), 0.0, 5000))
+        for number in range(1, 100)
+    ]
+    assert isinstance(answers[-1], Failure)
+    told = sum(isinstance(answer, Found) for answer in answers)
+    assert 10 < told <= 1 + 100_000 // (LOOK_UP_BYTES + 100 * ENTRY_BYTES)
+    assert isinstance(changes(service, 2, records), Found)
+
+
+def test_outsiders_learn_nothing_of_what_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Service(KEY)
+    monkeypatch.setattr(directory_service.time, "monotonic", lambda: made.now)
+    try:
+        record = signed()
+        made.directory.held[MODEL] = [record]
+        known = (entry_of(record),)
+        for number, place in enumerate((MODEL, OTHER.place(MODEL)), 1):
+            answer = made.answer(client(), LookUp(number, place, 0, known, 0.0, 5000))
+            assert isinstance(answer, Found) and not answer.payload and not answer.present
+        answer = made.answer(client(), LookUp(9, KEY.place(MODEL), 0, known, 0.0, 5000))
+        assert isinstance(answer, Found) and still_there(answer.present, 1) == [True]
+        assert record.signed not in bytes(answer.payload)
+    finally:
+        made.service.close()
 
 
 def test_who_announces_others_has_a_place_itself(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import SimpleNamespace
 
+import pytest
+
 from scheduler.network import CLIENT, Link
-from splitnet.client.fresh_facts import MEASURED_AT_ONCE, PINGS_PER_MINUTE, PROBE_AGAIN_S, FreshFacts
+from splitnet.client.fresh_facts import ENDS_PINGS, MEASURED_AT_ONCE, PINGS_PER_MINUTE, PROBE_AGAIN_S, FreshFacts
 from splitnet.client.survey import Survey
 from splitnet.net.prober import PROBE_BYTES
 from splitnet.net.records import PeerRecord
@@ -17,7 +19,7 @@ def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[
     survey, known = Survey(clock), SimpleNamespace(look_s=60.0)
     chosen = {peer.key.text for peer in likely}
 
-    def among(_: Sequence[PeerRecord], records: Sequence[PeerRecord], __: int) -> list[PeerRecord]:
+    def among(_: Sequence[PeerRecord], records: Sequence[PeerRecord], *__: object) -> list[PeerRecord]:
         return [peer for peer in records if peer.key.text in chosen]
 
     return survey, FreshFacts(known, survey, echo.prober, lambda: False, list, among, clock)  # pyright: ignore
@@ -30,10 +32,32 @@ def test_a_minute_has_so_many_pings_and_no_more() -> None:
     for _ in range(3):
         facts.look_at(peers)
         facts.measure_first(peers)
-    assert len(echo.sizes) == PINGS_PER_MINUTE
+    assert len(echo.sizes) == PINGS_PER_MINUTE - ENDS_PINGS
+    facts.measure(peers[:2], peers[2:])
+    assert sum(size > 0 for size in echo.sizes) >= 4, "the ends of a route are probed in any case"
+    for _ in range(10):
+        facts.measure(peers[4:6], peers)
+    assert PINGS_PER_MINUTE - ENDS_PINGS < len(echo.sizes) <= PINGS_PER_MINUTE
     clock.now += 61.0
+    sent = len(echo.sizes)
     facts.look_at(peers[:10])
-    assert len(echo.sizes) == PINGS_PER_MINUTE + 20
+    assert len(echo.sizes) == sent + 20
+    facts.close()
+
+
+@pytest.mark.parametrize(("count", "measured"), [(100, 65), (1000, 80), (10_000, 112)])
+def test_among_more_peers_more_links_are_measured_first(count: int, measured: int) -> None:
+    clock, echo = Clock(), Echo()
+    peers = [record() for _ in range(150)]
+    known = peers + [peers[0]] * (count - len(peers)) if count > len(peers) else peers[:count]
+    survey = Survey(clock)
+
+    def some(_: Sequence[PeerRecord], records: Sequence[PeerRecord], count: int, __: bool) -> Sequence[PeerRecord]:
+        return records[:count]
+
+    facts = FreshFacts(SimpleNamespace(look_s=60.0), survey, echo.prober, lambda: False, list, some, clock)  # pyright: ignore
+    facts.measure_first(known)
+    assert len(survey.network_coordinates.links) == measured
     facts.close()
 
 

@@ -53,6 +53,12 @@ def test_what_disturbs_the_first_probes_of_a_quick_link_does_not_count(monkeypat
     latency_ms, bytes_per_ms, pings = measured(monkeypatch, rtt_ms)
     assert abs(latency_ms - 0.1) < 1e-6
     assert abs(bytes_per_ms - 100_000) < 1
+    assert pings == 4 + PROBES_OF_QUICK_LINKS + 1, "the second probe leaves no doubt"
+
+
+def test_a_link_that_is_not_so_quick_is_probed_some_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, bytes_per_ms, pings = measured(monkeypatch, lambda _, size: 10.0 + size / 8000)
+    assert abs(bytes_per_ms - 8000) < 1e-6
     assert pings == 4 + 2 * PROBES_OF_QUICK_LINKS
 
 
