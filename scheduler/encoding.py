@@ -55,8 +55,9 @@ def choose_codec(bytes_per_position: Mapping[str, float], bytes_per_ms: float) -
     Raises:
         ValueError: none of the codecs may be chosen.
     """
-    return _soonest(encodings_of(bytes_per_position), bytes_per_ms).name
+    return soonest(encodings_of(bytes_per_position), bytes_per_ms).name
 
 
-def _soonest(encodings: Sequence[Encoding], bytes_per_ms: float) -> Encoding:
+def soonest(encodings: Sequence[Encoding], bytes_per_ms: float) -> Encoding:
+    """Which of them `choose_codec` takes."""
     return min(encodings, key=lambda encoding: encoding.ms(2, bytes_per_ms))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from scheduler.encoding import Encoding
+from scheduler.encoding import Encoding, soonest
 from scheduler.network import Link
 from splitnet.simulation.geography import Geography
 from splitnet.simulation.node import Node
@@ -24,13 +24,15 @@ class Wire:
     """What it costs to get a step from one device to the next, directly or by way of the client.
 
     token_ms: of one position, without the latency. stations: numbers of the devices that a step passes, the last of
-    which it ends at; links: between these. last_ms: when the last thing that was sent on each of them arrives.
+    which it ends at; links: between these; encodings: one of each. last_ms: when the last thing that was sent on each
+    arrives.
     """
 
     latency_ms: float
     token_ms: float
     stations: tuple[int, ...]
     links: tuple[Link, ...]
+    encodings: tuple[Encoding, ...]
     last_ms: list[float]
 
     def in_order(self, index: int, arrival_ms: float) -> float:
@@ -63,6 +65,8 @@ def wires_of(
         if through_client and sender and receiver:
             passed.insert(1, client)
         links = tuple(geography.link(here, there) for here, there in pairwise(passed))
-        token_ms = sum(min(encoding.ms(1, link.bytes_per_ms) for encoding in encodings) for link in links)
-        wires.append(Wire(sum(link.latency_ms for link in links), token_ms, tuple(passed), links, [0.0] * len(links)))
+        chosen = tuple(soonest(encodings, link.bytes_per_ms) for link in links)
+        token_ms = sum(encoding.ms(1, link.bytes_per_ms) for encoding, link in zip(chosen, links, strict=True))
+        latency_ms, last_ms = sum(link.latency_ms for link in links), [0.0] * len(links)
+        wires.append(Wire(latency_ms, token_ms, tuple(passed), links, chosen, last_ms))
     return wires

@@ -6,6 +6,7 @@ import math
 import random
 from typing import Final
 
+from scheduler.encoding import Encoding
 from scheduler.network import Link
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS
 from splitnet.net.messages import FailureCode
@@ -91,23 +92,24 @@ class Traffic:
         """Sends a parcel over a link of its wire. Long ones of a device go one after the other; tokens slip in."""
         parcel, index = item
         wire, positions, now = parcel.route.wires[parcel.hop], parcel.positions, self._events.now
-        link = wire.links[index]
+        link, encoding = wire.links[index], wire.encodings[index]
         if positions > DECODE_POSITIONS:
-            sent_ms = self._sent(*wire.stations[index : index + 2], link, positions)
+            here, there = wire.stations[index], wire.stations[index + 1]
+            sent_ms = self._sent(here, there, link, positions, encoding)
         elif positions == 1 and len(wire.links) == 1:
             sent_ms = now + wire.token_ms
         else:
-            sent_ms = now + min(encoding.ms(positions, link.bytes_per_ms) for encoding in self._encodings)
+            sent_ms = now + encoding.ms(positions, link.bytes_per_ms)
         arrival = wire.in_order(index, sent_ms + self._latency(link.latency_ms))
         if index + 1 == len(wire.links):
             self._events.at(arrival, self._receive, parcel)
         else:
             self._events.at(arrival, self._send_over, (parcel, index + 1))
 
-    def _sent(self, here: int, there: int, link: Link, positions: int) -> float:
+    def _sent(self, here: int, there: int, link: Link, positions: int, encoding: Encoding) -> float:
         """When the last of a long step has been sent."""
-        took_ms = min(encoding.ms(positions, link.bytes_per_ms) for encoding in self._encodings)
-        nbytes = positions * min(encoding.bytes_per_position for encoding in self._encodings)
+        took_ms = encoding.ms(positions, link.bytes_per_ms)
+        nbytes = positions * encoding.bytes_per_position
         begin = max(self._events.now, self._uplink_free_ms.get(here, 0.0))
         self._uplink_free_ms[here] = begin + min(took_ms, nbytes / float(self._geography.up[here]))
         stream = self._streams.setdefault((here, there), Stream(self._settings.window_bytes))
