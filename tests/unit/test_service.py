@@ -1245,6 +1245,7 @@ class TestOthers:
     def test_what_was_sent_on_counts_as_work_until_a_ping_behind_it_is_answered(self, opened: Peer) -> None:
         def waiting() -> int:
             [(_, pong)] = opened.says(Ping(5, session=SID))
+            assert isinstance(pong, Pong)
             return pong.waiting
 
         assert waiting() == 0 and opened.outbox.probed == []
