@@ -14,7 +14,10 @@ from peers.daemon import Peer
 from peers.options import PeerOptions
 from peers.placing import SpanWish
 from splitnet.client.causal_lm import RemoteCausalLM, attach
+from splitnet.client.mixed_session import MixedSession
 from splitnet.client.sequence_classification import RemoteSequenceClassification, attach_classifier
+from splitnet.client.session import Session
+from splitnet.client.session_events import Cause, Recovered
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
@@ -165,3 +168,8 @@ def shared_swarm(folder: Path, spans: Sequence[tuple[int, int]], **options: Any)
     with local_swarm(folder, spans, **options) as swarm:
         swarm.join()
         yield swarm
+
+
+def repairs(session: Session | MixedSession) -> list[Recovered]:
+    """What was mended after a loss: on a machine that others use a session may move to a better route, too."""
+    return [each for each in session.recoveries if each.cause is not Cause.BETTER_ROUTE]

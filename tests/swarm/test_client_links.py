@@ -19,7 +19,7 @@ from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
 from tests.swarm.generation import GREEDY, After, prompt
-from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs
 
 pytestmark = pytest.mark.swarm
 
@@ -77,7 +77,7 @@ def test_a_hop_is_replaced_while_the_directory_is_silent(
 
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(5, lose_a_hop))
-        assert cache.session is not None and len(cache.session.recoveries) == 1
+        assert cache.session is not None and len(repairs(cache.session)) == 1
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 

@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from splitnet.errors import CoverageError, SessionClosed
 from splitnet.net.identity import Identity
 from tests.swarm.generation import GREEDY, After, prompt
-from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs
 
 pytestmark = pytest.mark.swarm
 
@@ -135,7 +135,7 @@ def test_a_hop_that_hangs_is_replaced(twins: LocalSwarm, local: Any, monkeypatch
     with model.session() as cache:
         got = model.generate(**prompt(), **GREEDY, streamer=After(12, hang))
         assert cache.session is not None
-        assert len(cache.session.recoveries) == 1
+        assert len(repairs(cache.session)) == 1
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 

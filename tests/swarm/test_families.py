@@ -16,7 +16,7 @@ from splitnet.client.speculation.experience import Experience
 from splitnet.model.families import STATES
 from splitnet.net.directory import Directory
 from tests.swarm.generation import After
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.harness import LocalSwarm, local_swarm, repairs
 from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -75,7 +75,7 @@ def test_generates_as_transformers_does(
                 repaired = remote.generate(
                     ids[:1], attention_mask=mask[:1], streamer=After(6, kill_hop(swarm, cache)), **options
                 )
-                assert cache.session is not None and len(cache.session.recoveries) == 1
+                assert cache.session is not None and len(repairs(cache.session)) == 1
             assert torch.equal(repaired, one)
     torch.testing.assert_close(gradient, embedding_gradient(local, ids[:1]), atol=1e-4, rtol=1e-3)
     assert torch.equal(one, local.generate(ids[:1], attention_mask=mask[:1], **options))

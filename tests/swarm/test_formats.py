@@ -16,7 +16,7 @@ from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.whole_model import load_whole
 from splitnet.net.directory import Directory
 from tests.swarm.generation import After
-from tests.swarm.harness import local_swarm
+from tests.swarm.harness import local_swarm, repairs
 from tests.swarm.test_families import embedding_gradient, kill_hop
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.quantized_checkpoints import quantized_pair
@@ -70,7 +70,7 @@ def test_generates_as_transformers_does(
         swarm.add(1, 4, dtype="float32")
         with remote.session() as cache:
             found["repaired"] = remote.generate(ids[:1], streamer=After(6, kill_hop(swarm, cache)), **one)
-            assert cache.session is not None and len(cache.session.recoveries) == 1
+            assert cache.session is not None and len(repairs(cache.session)) == 1
     greedy = local.generate(ids[:1], **one)
     expected = {
         "greedy": greedy,

@@ -17,7 +17,7 @@ from splitnet.client.session import Session
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.harness import LocalSwarm, local_swarm, repairs
 
 pytestmark = pytest.mark.swarm
 
@@ -129,7 +129,7 @@ def test_a_lost_hop_between_local_blocks_is_replaced(folder: Path, local: Any) -
             used = cache.session.hops[0].endpoint
             next(peer for peer in twins.peers if peer.endpoint == used).close()
             second = model.generate(torch.cat((first, tokens(5)), dim=1), **options())
-            assert len(cache.session.recoveries) == 1
+            assert len(repairs(cache.session)) == 1
     assert torch.equal(second, local.generate(torch.cat((first, tokens(5)), dim=1), **options()))
 
 

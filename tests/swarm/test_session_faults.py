@@ -25,7 +25,7 @@ from splitnet.net.endpoints import LinkState
 from splitnet.net.messages import Step, decode
 from tests.swarm.adapters import lora, wrapped
 from tests.swarm.generation import GREEDY, prompt
-from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
+from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -205,7 +205,7 @@ def test_a_long_step_may_take_as_long_as_it_goes_on(
             next(peer for peer in swarm.peers if peer.endpoint == used).close()
             logits = feed(model, ids[:, -1:], cache)
             assert len(ran) * PAUSE_S > 2 * PROGRESS_S
-            assert len(cache.session.recoveries) == 1
+            assert len(repairs(cache.session)) == 1
             assert cache.session.hops[1].endpoint != used
     assert follows(long_local, ids, logits)
 

@@ -15,7 +15,7 @@ from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.speculation.experience import Experience
 from splitnet.errors import SplitnetError
 from tests.swarm.generation import After, Collector
-from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.swarm.harness import LocalSwarm, local_swarm, repairs
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -125,7 +125,7 @@ def test_a_hop_that_dies_with_windows_under_way(folder: Path, local: Any, monkey
             drafter = AutoModelForCausalLM.from_pretrained(folder)
             got = model.generate(repeating(), speculate=drafter, streamer=After(11, kill), **options())
             assert cache.session is not None
-            assert len(cache.session.recoveries) == 1
+            assert len(repairs(cache.session)) == 1
     assert torch.equal(got, local.generate(repeating(), **options()))
 
 
