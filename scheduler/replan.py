@@ -113,13 +113,6 @@ class RouteWatch:
         """Of a step, over all routes; 0 before the first."""
         return self._usual.value
 
-    @property
-    def early_ratio(self) -> float | None:
-        """For a route that is left now: what `step_took` would have told later; None: it has, or of too few steps."""
-        if RECENT_STEPS <= len(self._trial_ms) < TRIAL_STEPS and self._expected_ms:
-            return median(self._trial_ms) / self._expected_ms
-        return None
-
     def begin(self, predicted_ms: float) -> None:
         """Steps go along another route from now on."""
         self._predicted_ms = self._expected_ms = predicted_ms

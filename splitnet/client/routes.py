@@ -75,9 +75,7 @@ class Routes:
         if now - self._stepped_at > TRUST_S:
             self.watch.forget_recent()
         self._stepped_at = now
-        self._forecast_came(self.watch.step_took(elapsed_ms, positions))
-
-    def _forecast_came(self, ratio: float | None) -> None:
+        ratio = self.watch.step_took(elapsed_ms, positions)
         if ratio is not None:
             self._swarm.survey.forecast_came(tuple(hop.name for hop in self._route), ratio)
 
@@ -139,7 +137,6 @@ class Routes:
         if not move_pays(current_ms, new_ms, move_ms, steps_left, self.watch.expected_ms):
             return None
         self._planned = route, predicted_ms
-        self._forecast_came(self.watch.early_ratio)  # or it would come back before it knows
         log.info(
             "a better route: %.0f ms per step instead of %.0f ms",
             new_ms,

@@ -314,18 +314,16 @@ class Session:
         if self.tokens == 0:
             self.first_ms = now
         elif self._sent_repairs == len(self.machine.recoveries):
-            self._forecast_came(self.watch.step_took(now - self._sent_ms))
+            ratio = self.watch.step_took(now - self._sent_ms)
             self.machine.usual_ms = self.watch.usual_ms
+            if ratio is not None:
+                self.forecasts.came(tuple(hop.name for hop in self.machine.hops), ratio)
         self.tokens += 1
         self._around.tokens_in_time += now <= self._around.world.settings.duration_s * 1000
         self.last_ms = now
         self._requests = ()
         if self.tokens >= self.request.output:
             self.end(FINISHED)
-
-    def _forecast_came(self, ratio: float | None) -> None:
-        if ratio is not None:
-            self.forecasts.came(tuple(hop.name for hop in self.machine.hops), ratio)
 
     def _moves(self) -> bool:
         """Looks for a better route between two tokens, when it is time to, and goes over to it if that pays."""
@@ -339,7 +337,6 @@ class Session:
         if found is None:
             return False
         move, planned = found
-        self._forecast_came(self.watch.early_ratio)
         self.predicted_ms = planned.token_ms
         self._later(planned.asked_ms, move)
         return True

@@ -96,8 +96,6 @@ class Traffic:
         if positions > DECODE_POSITIONS:
             here, there = wire.stations[index], wire.stations[index + 1]
             sent_ms = self._sent(here, there, link, positions, encoding)
-        elif positions == 1 and len(wire.links) == 1:
-            sent_ms = now + wire.token_ms
         else:
             sent_ms = now + encoding.ms(positions, link.bytes_per_ms)
         arrival = wire.in_order(index, sent_ms + self._latency(link.latency_ms))

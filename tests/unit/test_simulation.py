@@ -150,8 +150,11 @@ def tiny_world(*requests: tuple[float, int, int], loss: float = 0.0) -> World:
     return world
 
 
-def outcome_in(world: World, spans: Sequence[tuple[int, int]], hops: Sequence[Hop]) -> tuple[Simulation, Outcome]:
+def outcome_in(
+    world: World, spans: Sequence[tuple[int, int]], hops: Sequence[Hop], *, through_client: bool = False
+) -> tuple[Simulation, Outcome]:
     fixed = Fixed(spans, hops)
+    fixed.through_client = through_client
     placing: Placing = fixed
     simulation = Simulation(world, fixed, placing)
     for _ in simulation.run():
@@ -222,12 +225,7 @@ def test_what_goes_through_the_client_stays_in_order() -> None:
     # The second step of each prompt is short, and its latency varies: it never comes before the first one.
     world = tiny_world(*[(20.0 * number, PASS_POSITIONS + 1 + number % 7, 2) for number in range(12)])
     world.settings = replace(world.settings, jitter=2.0)
-    fixed = Fixed(SPANS, THREE_HOPS)
-    fixed.through_client = True
-    placing: Placing = fixed
-    simulation = Simulation(world, fixed, placing)
-    for _ in simulation.run():
-        pass
+    simulation, _ = outcome_in(world, SPANS, THREE_HOPS, through_client=True)
     assert all(session.state == FINISHED for session in simulation.sessions)
     assert not any(session.machine.recoveries for session in simulation.sessions)
 
@@ -239,12 +237,7 @@ def test_prompts_share_the_way_up_of_a_peer(through_client: bool) -> None:
         world = tiny_world((0.0, 100, 2), (later_s, 100, 2))
         world.geography.up[:] = world.geography.down[:] = 1e6
         world.geography.up[0] = 10.0
-        fixed = Fixed(SPANS, THREE_HOPS)
-        fixed.through_client = through_client
-        placing: Placing = fixed
-        simulation = Simulation(world, fixed, placing)
-        for _ in simulation.run():
-            pass
+        simulation, _ = outcome_in(world, SPANS, THREE_HOPS, through_client=through_client)
         ttft_ms.append(sum(session.first_ms - session.arrived_ms for session in simulation.sessions))
     assert 0.3 * 1030 < ttft_ms[0] - ttft_ms[1] < 1.1 * 1030, "one prompt takes 1030 ms there, and one waits for it"
 
