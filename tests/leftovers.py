@@ -42,16 +42,20 @@ def end_leftovers(before: Running) -> list[str]:
     """What was started since and still runs after a while; processes are killed."""
     deadline = time.monotonic() + GRACE_SECONDS
     expected = before.threads | _owned_threads
-    threads = [thread for thread in threading.enumerate() if thread not in expected and not _is_shared(thread)]
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
+    # Not joined: one that is about to start is among them already, and cannot be.
+    while (threads := _unexpected(expected)) and time.monotonic() < deadline:
+        time.sleep(0.01)
     children = [child for child in _children() if child not in before.children | _owned_children]
     _, alive = psutil.wait_procs(children, timeout=max(0.0, deadline - time.monotonic()))
-    left = [f"thread {thread.name}" for thread in threads if thread.is_alive()]
+    left = [f"thread {thread.name}" for thread in threads]
     for child in alive:
         left.append(f"process {child.pid}: {_command_line(child)}")
         child.kill()
     return left
+
+
+def _unexpected(expected: set[threading.Thread]) -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread not in expected and not _is_shared(thread)]
 
 
 def _is_shared(thread: threading.Thread) -> bool:
