@@ -34,12 +34,14 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-def measured_first(peers: int) -> int:
-    """To how many likely ones, of so many peers, a client measures its links before it plans its first route.
+def measured_first(peers: int) -> tuple[int, ...]:
+    """To how many of so many peers a client measures its links before it plans its first route, in rounds.
 
-    Each takes 2 KB. What fewer and more are worth is told in docs/scheduling.md.
+    First to any, which tell where it stands; then twice to likely ones, as seen from there. Each takes 2 KB. What fewer
+    and more are worth is told in docs/scheduling.md.
     """
-    return min(48 + peers // 60, 96)
+    likely = min(16 + peers // 120, 40)
+    return 32, likely, likely
 
 
 def candidates(

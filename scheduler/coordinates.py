@@ -8,12 +8,17 @@ stays a handful of numbers however many devices there are.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Final
 
 DIMENSIONS: Final = 3
 TUNING: Final = 0.25
 """The constants c_e and c_c of the paper: how far one measurement moves the error and the place."""
+
+PASSES: Final = 5
+"""How often a device that comes goes through the round trips that it has measured; with one it stops short."""
 
 MIN_HEIGHT_MS: Final = 0.01
 MAX_ERROR: Final = 1.5
@@ -58,3 +63,22 @@ class Coordinate:
         # Heights add where vectors subtract, so both heights push the same way (section 5.4 of the paper).
         height = self.height_ms + force * (self.height_ms + other.height_ms) / max(predicted, 1e-6)
         return Coordinate(vector, max(height, MIN_HEIGHT_MS), error)
+
+
+def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[float, ...]) -> Coordinate:
+    """Where a device stands that has measured round trips in ms to others, each with the place of the other.
+
+    It begins where the nearest stands, as from the middle of the space it may not come to a far corner of it, and goes
+    through all of them several times. Its error is the median over them, and more if they are few.
+
+    direction: see `Coordinate.moved`.
+    """
+    if not measured:
+        return Coordinate()
+    nearest, _ = min(measured, key=lambda pair: pair[1])
+    place = Coordinate(nearest.vector)
+    for _ in range(PASSES):
+        for other, rtt_ms in measured:
+            place = place.moved(other, rtt_ms, direction)
+    off = median(abs(place.rtt_ms(other) - rtt_ms) / max(rtt_ms, MIN_HEIGHT_MS) for other, rtt_ms in measured)
+    return replace(place, error=min(MAX_ERROR, off + 1 / len(measured)))

@@ -21,7 +21,6 @@ from splitnet.net.records import PeerRecord
 
 log = logging.getLogger(__name__)
 
-MEASURED_AT_ONCE = 32
 PINGED_AT_ONCE = 96
 """Of peers of which nothing is known, if those of a planned route do not answer: many others may not exist either."""
 
@@ -116,11 +115,12 @@ class FreshFacts:
         Some of them are any peers, which tell where the client stands; the others are those that routes most likely go
         through as seen from there.
         """
-        if len(self._survey.network_coordinates.links) < MEASURED_AT_ONCE:
+        anyone, *likely = measured_first(len(records))
+        if len(self._survey.network_coordinates.links) < anyone:
             unknown = sorted(self._survey.unknown(records, exclude), key=lambda record: not record.is_proven)
-            self.look_at(unknown[: MEASURED_AT_ONCE // 2])
-            unknown = self._survey.unknown(records, exclude)
-            self.look_at(self._likely(records, unknown, measured_first(len(records)), False))
+            self.look_at(unknown[:anyone])
+            for count in likely:
+                self.look_at(self._likely(records, self._survey.unknown(records, exclude), count, False))
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
         """Measures the round trips to the first of these peers, as far as a minute has pings for that."""

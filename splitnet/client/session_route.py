@@ -84,7 +84,7 @@ TRANSITIONS: dict[Phase, frozenset[Phase]] = {
 """Every change that can happen; `tests/unit/test_session_machine.py` compares it with what does happen."""
 
 OPEN_TIMEOUT_S = 10.0
-"""In which a hop answers an `Open`; it may have to reach its next hop before."""
+"""In which a hop that lives answers an `Open`; it may have to reach its next hop before."""
 
 POLL_S = 0.5
 """Between two looks for a peer that serves what nobody serves."""
@@ -375,6 +375,7 @@ class SessionRoute(ABC):
         self.epoch += 1
         self._opened_budget = self.budget
         self._relays = {hop.endpoint for hop in self.hops if hop.relayed}
+        self._liveness.heard(self._now)
         for index in range(len(self.hops)):
             self._open_hop(index)
 

@@ -514,7 +514,7 @@ class SessionState(SessionRoute):
     def _awaits_hops(self) -> bool:
         """Whether silence means something."""
         under_way = self.phase is Phase.OPEN and bool(self._in_flight)
-        return under_way or self.phase in (Phase.LOADING, Phase.REPLAYING)
+        return under_way or self.phase in (Phase.OPENING, Phase.LOADING, Phase.REPLAYING)
 
     @property
     def _silence_s(self) -> float:
@@ -541,18 +541,22 @@ class SessionState(SessionRoute):
             return
         late = [endpoint for endpoint, until in self._asked.items() if self._now >= until]
         if late:
-            for endpoint in late:
-                del self._asked[endpoint]
-                self._failed[endpoint] = PeerLost(
-                    f"the peer at {endpoint.address} does not answer: check its network and firewall"
-                )
-            self._if_all_answered()
+            self._unanswered(late)
         elif self._awaits_hops:
             if self._liveness.is_late(self._now):
                 self._judge()
             elif not self._liveness.asking and self._now >= self._liveness.wake_at(self._silence_s):
-                self._liveness.ask(self.endpoints(), self._now)
-                self._effects += [AskAlive(endpoint) for endpoint in self.endpoints()]
+                asked = list(self._asked) if self.phase is Phase.OPENING else self.endpoints()
+                self._liveness.ask(asked, self._now)
+                self._effects += [AskAlive(endpoint) for endpoint in asked]
+
+    def _unanswered(self, hops: Sequence[Endpoint]) -> None:
+        """Hops say nothing to what was asked of them before anything is sent along the route."""
+        for endpoint in hops:
+            if self._asked.pop(endpoint, None) is not None:
+                text = f"the peer at {endpoint.address} does not answer: check its network and firewall"
+                self._failed[endpoint] = PeerLost(text)
+        self._if_all_answered()
 
     def _judge(self) -> None:
         """A round of pings is over."""
@@ -563,7 +567,11 @@ class SessionState(SessionRoute):
         progress_s = min(self._progress_timeout_s, DECODE_PROGRESS_S) if decodes else self._progress_timeout_s
         number = 0 if self._replays else min(self._in_flight, default=0)
         verdict = self._liveness.verdict(number, self._awaited_parts, progress_s, self._now)
-        if verdict is not None and not (self.phase is Phase.LOADING and verdict.finding is Finding.IDLE):
+        if self.phase is Phase.OPENING:
+            # Those that live may have to reach their next hops, or hold nothing yet.
+            if verdict is not None and verdict.finding is Finding.SILENT:
+                self._unanswered(verdict.hops)
+        elif verdict is not None and not (self.phase is Phase.LOADING and verdict.finding is Finding.IDLE):
             self._act_on(verdict)
 
     def _act_on(self, verdict: Verdict) -> None:

@@ -147,9 +147,9 @@ class Survey:
         with self._lock:
             return {key for key in self._silent if key not in self._heard or self._tried[key] >= oldest}
 
-    def stale(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """Those of the peers whose link should be measured again; the one that was tried longest ago first."""
-        oldest = self._clock() - REMEASURE_S
+    def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
+        """Those of the peers whose link nobody tried to measure for so long; the one tried longest ago first."""
+        oldest = self._clock() - age_s
         with self._lock:
             tried = {record.key.text: self._tried.get(record.key.text, float("-inf")) for record in records}
         return sorted(
@@ -178,6 +178,7 @@ class Survey:
                 self._probed.pop(oldest, None)
         for endpoint, link in links.items():
             self.network_coordinates.measured(tried[endpoint], link)
+        self.network_coordinates.settle()
 
 
 def _told_network(records: tuple[PeerRecord, ...], measured: dict[str, Link], place: Place) -> Network:

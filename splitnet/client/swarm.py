@@ -12,7 +12,7 @@ from scheduler.encoding import CODING_MS, encodings_of
 from scheduler.network import CLIENT, Link
 from splitnet.client.bans import Bans
 from splitnet.client.event_log import EventLog
-from splitnet.client.fresh_facts import FreshFacts
+from splitnet.client.fresh_facts import PINGED_AT_ONCE, FreshFacts
 from splitnet.client.known_peers import KnownPeers
 from splitnet.client.links import Links
 from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 UNBAN_S = 0.5
 """In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
 MAX_PROBED_ROUTES = 4
-"""How often a route is planned again because the links to its ends were not measured yet."""
+"""How often a route is planned again because the links to its ends were not measured yet, or hops were silent."""
+MANY_SILENT = 2
+HEARD_S = 10.0
+"""If so many peers do not answer, others may not either: all hops of a route that were not asked for so long are asked
+before it is opened, which takes a round trip instead of the time in which they should have opened it.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +200,13 @@ class Swarm:
                 # these are silent, others with the next: among many that do not exist few are found one by one.
                 own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
                 unknown = self.survey.unprobed(own)
-                if not unknown:
+                doubted = self._doubted([hop.record for hop in route])
+                if not unknown and not doubted:
                     break
-                others = self.survey.unknown(records, unusable) if attempt else []
-                self.fresh_facts.measure(unknown, others)
+                others = (
+                    self._likely(records, self.survey.unknown(records, unusable), PINGED_AT_ONCE) if attempt else []
+                )
+                self.fresh_facts.measure(unknown, [*doubted, *others])
                 route = best_route()
             self.was_covered |= part == needs.blocks
             return route
@@ -257,6 +265,11 @@ class Swarm:
         encodings = encodings_of({name: codec_by_name(name).bytes_per_position(hidden) for name in CODING_MS})
         needs = Needs(1, encodings, (0, self.facts.num_blocks))
         return self.planner.likely(records, among, needs, count, everywhere=everywhere)
+
+    def _doubted(self, hops: Sequence[PeerRecord]) -> list[PeerRecord]:
+        """Those of the hops that have to be asked first, as many others are silent."""
+        many = len(self.survey.silent() | self._bans.keys()) >= MANY_SILENT
+        return self.survey.stale(hops, HEARD_S) if many else []
 
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
         """Who is there, and which of them a route must not go through."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from scheduler.coordinates import DIMENSIONS, Coordinate
+from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.network import Link, Place
 from splitnet.net.facts import place_of
 from splitnet.net.records import PeerRecord
@@ -27,7 +27,7 @@ class NetworkCoordinates:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._links: dict[str, tuple[float, Link]] = {}
+        self._links: dict[str, tuple[float, Link, Coordinate]] = {}
         self._coordinate = Coordinate()
         self._bytes_per_ms = 0.0
         self._random = random.Random()
@@ -44,22 +44,31 @@ class NetworkCoordinates:
         """Links that were measured lately, the latest last; with 0 bytes per ms those of unknown bandwidth."""
         oldest = self._clock() - MAX_AGE_S
         with self._lock:
-            return {key: link for key, (at, link) in self._links.items() if at >= oldest}
+            return {key: link for key, (at, link, _) in self._links.items() if at >= oldest}
 
     def age_s(self, key: str) -> float:
         """How long ago the link to a peer was measured; infinite: never."""
         with self._lock:
-            at, _ = self._links.get(key, (float("-inf"), None))
+            at, *_ = self._links.get(key, (float("-inf"),))
         return self._clock() - at
 
     def measured(self, record: PeerRecord, link: Link) -> None:
         """Takes in a link to a peer; of one whose bandwidth was not measured this time (0) the former one counts."""
-        direction = tuple(self._random.gauss(0.0, 1.0) for _ in range(DIMENSIONS))
+        other = place_of(record).coordinate
         with self._lock:
-            _, former = self._links.pop(record.key.text, (0.0, link))
+            _, former, _ = self._links.pop(record.key.text, (0.0, link, other))
             link = link if link.bytes_per_ms else Link(link.latency_ms, former.bytes_per_ms)
-            self._links[record.key.text] = (self._clock(), link)
+            self._links[record.key.text] = (self._clock(), link, other)
             while len(self._links) > KEPT_LINKS:
                 del self._links[next(iter(self._links))]
-            self._coordinate = self._coordinate.moved(place_of(record).coordinate, 2 * link.latency_ms, direction)
+            self._coordinate = self._coordinate.moved(other, 2 * link.latency_ms, self._direction())
             self._bytes_per_ms = max(self._bytes_per_ms, link.bytes_per_ms)
+
+    def settle(self) -> None:
+        """Finds the place anew from all links that are kept, for a device that measures many at a time."""
+        with self._lock:
+            measured = [(other, 2 * link.latency_ms) for _, link, other in self._links.values()]
+            self._coordinate = place_among(measured, self._direction())
+
+    def _direction(self) -> tuple[float, ...]:
+        return tuple(self._random.gauss(0.0, 1.0) for _ in range(DIMENSIONS))

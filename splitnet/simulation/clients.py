@@ -2,68 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from scheduler.candidates import measured_first
-from scheduler.coordinates import Coordinate
+from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.network import CLIENT, Link, Place
+from splitnet.net.prober import PING_TIMEOUT_S
 from splitnet.simulation.directory import View
-from splitnet.simulation.world import World, measured_to
-
-RANDOM_PROBES = 16
+from splitnet.simulation.world import World
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Client:
     """number: in the geography. links: both ways between the client and the peers that it has measured.
 
-    silent: those that did not answer when it measured them.
+    asked_s: when it measured which peers. silent: those of them that did not answer.
     """
 
     number: int
     place: Place
-    links: dict[tuple[str, str], Link]
-    silent: frozenset[str] = frozenset()
+    links: dict[tuple[str, str], Link] = field(default_factory=dict[tuple[str, str], Link])
+    asked_s: dict[str, float] = field(default_factory=dict[str, float])
+    silent: set[str] = field(default_factory=set[str])
+
+    def measure(self, world: World, names: Collection[str], now_s: float, luck: Callable[[], float]) -> float:
+        """Measures links, each up to 10% too long; how many ms that takes. luck: from 0 to 1."""
+        took_ms = 0.0
+        for name in names:
+            number = world.number_of[name]
+            late = 1 + 0.1 * luck()
+            self.asked_s[name] = now_s
+            if world.devices[number].leaves_s <= now_s:
+                self.silent.add(name)
+                took_ms = PING_TIMEOUT_S * 1000
+                continue
+            self.silent.discard(name)
+            for sender, receiver, pair in (
+                (self.number, number, (CLIENT, name)),
+                (number, self.number, (name, CLIENT)),
+            ):
+                link = world.geography.link(sender, receiver)
+                self.links[pair] = Link(link.latency_ms * late, link.bytes_per_ms)
+            took_ms = max(took_ms, 2 * self.links[CLIENT, name].latency_ms)
+        return took_ms
 
 
 def new_client(world: World, number: int, view: View, rng: np.random.Generator, now_s: float = 0.0) -> Client:
-    """A client that measured its links to some random peers, and then to those that its routes most likely go through.
+    """A client that measured its links to some random peers, and then to those that its routes most likely go through."""
+    settings, count = world.settings, len(view.peers)
+    anyone, *likely = measured_first(count) if settings.probes is None else settings.probes
+    client = Client(number, Place(Coordinate(), float(world.geography.up[number])))
 
-    A round trip is measured up to 10% too long. Of a peer that has died in the meantime the client knows that it does
-    not answer; that such a peer counts for its coordinate is an error of the simulator.
-    """
-    geography = world.geography
-    coordinate = Coordinate()
-    links: dict[tuple[str, str], Link] = {}
-    count = len(view.peers)
-    chosen: list[int] = rng.choice(count, min(RANDOM_PROBES, count), replace=False).tolist()
-    for index in chosen:
-        record = view.records[view.peers[index].id]
-        coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)
-    outside = [Place(coordinate, 0.0)]
-    likely = view.idle_crowd.near(
-        outside,
-        (0, world.settings.num_blocks),
-        encodings=world.settings.encodings,
-        kv_needed=1,
-        limit=measured_first(count) if world.settings.probes is None else world.settings.probes,
-        everywhere=False,
-    )
-    near = [view.index[peer.id] for peer in likely]
-    for index in near:
-        record = view.records[view.peers[index].id]
-        coordinate = measured_to(rng, geography, number, coordinate, record.number, record.place.coordinate)
-    for index in {*chosen, *near}:
-        record = view.records[view.peers[index].id]
-        late = 1 + 0.1 * rng.random()
-        for sender, receiver, names in (
-            (number, record.number, (CLIENT, record.peer.id)),
-            (record.number, number, (record.peer.id, CLIENT)),
-        ):
-            link = geography.link(sender, receiver)
-            links[names] = Link(link.latency_ms * late, link.bytes_per_ms)
-    tried = [view.peers[index].id for index in {*chosen, *near}]
-    silent = frozenset(name for name in tried if world.devices[world.number_of[name]].leaves_s <= now_s)
-    return Client(number, Place(coordinate, float(geography.up[number])), links, silent)
+    def measure(names: Sequence[str]) -> None:
+        client.measure(world, names, now_s, rng.random)
+        measured = [
+            (view.records[name].place.coordinate, 2 * client.links[CLIENT, name].latency_ms)
+            for name in client.asked_s
+            if name not in client.silent
+        ]
+        client.place = replace(
+            client.place, coordinate=place_among(measured, tuple(rng.normal(size=DIMENSIONS).tolist()))
+        )
+
+    measure([view.peers[index].id for index in rng.choice(count, min(anyone, count), replace=False).tolist()])
+    for limit in likely:
+        near = view.idle_crowd.near(
+            [client.place],
+            (0, settings.num_blocks),
+            encodings=settings.encodings,
+            kv_needed=1,
+            exclude=client.asked_s.keys(),
+            limit=limit,
+            everywhere=False,
+        )
+        measure([peer.id for peer in near])
+    return client

@@ -47,7 +47,13 @@ class Simulation:
         choices = random.Random(world.settings.seed + 1)
         identities = Identities(world.settings.num_blocks)
         planning = Planning(
-            world.settings, routing, identities, lambda: self.membership.view, self.membership.nodes, choices
+            world,
+            routing,
+            identities,
+            lambda: self.membership.view,
+            self.membership.nodes,
+            choices,
+            lambda: self.events.now / 1000,
         )
         traffic = Traffic(world, self.events, routing.through_client)
         self._calls = Calls(world, self.events, traffic)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scheduler.coordinates import Coordinate
+from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.neighbours import Floats, Integers, ms_per_block
 from scheduler.network import Link
 from scheduler.swarm import Peer
@@ -22,11 +22,10 @@ from splitnet.simulation.world import USED_SLOWER, Device, World, device_id, mea
 MEASURED_LINKS: Final = 16
 """Links that a record holds at most."""
 
-PROBES: Final = 4
-"""Random peers to which a peer measures the round trip each time before it publishes, for its coordinate."""
-
 USEFUL_PROBES: Final = 8
-"""And those to which a chain may go on from it, the most useful of those that it has not measured yet."""
+"""To so many peers to which a chain may go on from it, the most useful of those that it has not measured yet, a peer
+measures its link each time before it publishes; and to half as many random ones. All of them tell where it stands.
+"""
 
 FIRST_PROBES: Final = 32
 """The same when it begins to serve blocks."""
@@ -84,7 +83,7 @@ class Membership:
             self._directory.publish(node.record(0.0, {}))
         self.view = self._directory.view(0.0)
         for node in self.nodes.values():
-            self._measure_useful(node, FOUNDING_PROBES)
+            self._look_around(node, FOUNDING_PROBES)
             self._directory.publish(node.record(0.0, self._useful_links(node)))
             self._events.at(self._rng.random() * self._settings.refresh_s * 1000, self._publish, node)
         for device in self._world.devices:
@@ -142,40 +141,47 @@ class Membership:
     def _begin(self, node: Node) -> None:
         if not node.gone:
             node.begin(self._events.now)
-            self._measure_useful(node, FIRST_PROBES)
+            self._look_around(node, FIRST_PROBES)
             self._publish(node)
 
     def _publish(self, node: Node) -> None:
         if node.gone or not node.serves:
             return
-        for index in self._draws(len(self.view.peers), PROBES):
-            self._probe(node, index)
-        self._measure_useful(node, USEFUL_PROBES)
+        self._look_around(node, USEFUL_PROBES)
         record = node.record(self._events.now, self._useful_links(node))
         self.record_bytes = max(self.record_bytes, record.size_bytes)
         self._directory.publish(record)
         self._events.at(self._events.now + self._settings.refresh_s * 1000, self._publish, node)
 
-    def _probe(self, node: Node, index: int) -> None:
-        other = self.nodes[self.view.peers[index].id]
-        if other.serves and other is not node:
-            node.coordinate = measured_to(
-                self._rng, self._world.geography, node.number, node.coordinate, other.number, other.coordinate
-            )
+    def _look_around(self, node: Node, count: int) -> None:
+        """Measures its links to so many of the most useful peers, and to half as many random ones for its place."""
+        view, half = self.view, max(1, count // 2)
+        likely = (self.nodes[view.peers[index].id] for index in self._useful(node))
+        useful = [other.number for other in islice((each for each in likely if self._can_ask(node, each)), count)]
+        drawn = (self.nodes[view.peers[index].id] for index in self._draws(len(view.peers), half))
+        numbers = [*useful, *(each.number for each in drawn if self._can_ask(node, each))]
+        if not numbers:
+            return
+        latencies = self._world.geography.one_way_from(node.number, np.array(numbers, dtype=np.int64))
+        node.latency_ms.update(zip(useful, latencies.tolist(), strict=False))
+        round_trips: list[float] = (2 * latencies * (1 + 0.1 * self._rng.random(len(numbers)))).tolist()
+        direction: tuple[float, ...] = tuple(self._rng.normal(size=DIMENSIONS).tolist())
+        for index in self._rng.permutation(len(numbers)).tolist():
+            place = self.nodes[device_id(numbers[index])].coordinate
+            node.coordinate = node.coordinate.moved(place, round_trips[index], direction)
 
-    def _measure_useful(self, node: Node, count: int) -> None:
-        """Measures links to the peers that seem to be the most useful ones, of those that were not measured yet."""
+    def _can_ask(self, node: Node, other: Node) -> bool:
+        return other.serves and other is not node
+
+    def _useful(self, node: Node) -> Iterator[int]:
+        """Where the peers stand in the view whose links were not measured yet, those that seem the most useful first."""
         view, place = self.view, node.coordinate
         beside = self._beside(node)
         serving = beside[~self._measured(node, beside)]
         vectors, heights = view.coordinates
         apart = np.sqrt(((vectors[serving] - np.array(place.vector)) ** 2).sum(axis=1))
         costs = self._ms_per_block(node, serving, (apart + heights[serving] + place.height_ms) / 2)
-        best = serving[costs.argsort(kind="stable")]
-        others = (self.nodes[view.peers[index].id] for index in map(int, best))
-        chosen = [other.number for other in islice((it for it in others if it.serves and it is not node), count)]
-        latencies = self._world.geography.one_way_from(node.number, np.array(chosen, dtype=np.int64))
-        node.latency_ms.update(zip(chosen, latencies.tolist(), strict=True))
+        return map(int, serving[costs.argsort(kind="stable")])
 
     def _measured(self, node: Node, indices: Integers) -> NDArray[np.bool_]:
         """To which of these in the view it has measured its link."""

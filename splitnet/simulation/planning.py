@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -13,9 +14,11 @@ from scheduler.network import CLIENT, Network
 from scheduler.prefill import SIZES, best_step
 from scheduler.replan import move_pays
 from scheduler.swarm import Hop
+from splitnet.client.fresh_facts import PINGED_AT_ONCE
 from splitnet.client.planner import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
 from splitnet.client.session_events import AskRoute, Move, NoRoute
 from splitnet.client.session_events import Planned as RoutePlanned
+from splitnet.client.swarm import HEARD_S, MANY_SILENT, MAX_PROBED_ROUTES
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.codecs import Codec, codec_by_name
 from splitnet.simulation.directory import View
@@ -23,7 +26,7 @@ from splitnet.simulation.identities import Identities, device_at
 from splitnet.simulation.node import Node
 from splitnet.simulation.policies import Plan, Planned, Routing
 from splitnet.simulation.session import Session
-from splitnet.simulation.world import Settings
+from splitnet.simulation.world import World
 
 PLAIN = codec_by_name("none")
 
@@ -40,20 +43,23 @@ class Planning:
 
     def __init__(
         self,
-        settings: Settings,
+        world: World,
         routing: Routing,
         identities: Identities,
         view: Callable[[], View],
         nodes: Mapping[str, Node],
         choices: random.Random,
+        clock_s: Callable[[], float],
     ) -> None:
-        self._settings = settings
-        self._blocks = (0, settings.num_blocks)
+        self._world = world
+        self._settings = world.settings
+        self._blocks = (0, world.settings.num_blocks)
         self._routing = routing
         self._identities = identities
         self._view = view
         self._nodes = nodes
         self._choices = choices
+        self._clock_s = clock_s
 
     @property
     def replans(self) -> bool:
@@ -82,7 +88,7 @@ class Planning:
                 prompt=0 if session.tokens else session.request.prompt,
                 present=[_named(hop) for hop in asked.kept if hop.name in holders],
             )
-            planned = self._route(plan)
+            planned = self._checked_route(plan, banned)
             return self._hops(planned.hops)
 
         try:
@@ -148,9 +154,38 @@ class Planning:
         request, ids = session.request, {self._identities.device(name) for name in exclude}
         return Plan(session.client, request, self._blocks, CLIENT, CLIENT, ids, request.positions)
 
+    def _checked_route(self, plan: Plan, banned: Collection[str]) -> Planned:
+        """Where peers are silent, hops are asked before they are used, as `splitnet/client/swarm.py` does."""
+        client, now_s, waited_ms = plan.client, self._clock_s(), 0.0
+        planned = self._route(plan)
+        for attempt in range(MAX_PROBED_ROUTES):
+            if len(client.silent) + len(banned) < MANY_SILENT:
+                break
+            asked = [hop.peer for hop in planned.hops if client.asked_s.get(hop.peer, -math.inf) < now_s - HEARD_S]
+            if not asked:
+                break
+            if attempt:
+                asked += self._unknown(plan)
+            waited_ms += client.measure(self._world, asked, now_s, self._choices.random)
+            planned = self._route(plan)
+        return replace(planned, asked_ms=planned.asked_ms + waited_ms)
+
+    def _unknown(self, plan: Plan) -> list[str]:
+        """Peers that the client never asked, those through which routes most likely go."""
+        likely = self._view().idle_crowd.near(
+            [plan.client.place],
+            self._blocks,
+            encodings=self._settings.encodings,
+            kv_needed=1,
+            exclude={*plan.exclude, *plan.client.asked_s},
+            limit=PINGED_AT_ONCE,
+            everywhere=False,
+        )
+        return [peer.id for peer in likely]
+
     def _route(self, plan: Plan) -> Planned:
         """Through peers that have answered, if there are enough of them, as `splitnet/client/swarm.py` does."""
-        if silent := plan.client.silent - set(plan.exclude):
+        if silent := plan.client.silent.difference(plan.exclude):
             with suppress(routes.NoRoute):
                 return self._routing.route(replace(plan, exclude={*plan.exclude, *silent}), self._view(), self._choices)
         try:

@@ -88,7 +88,7 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
     rng = np.random.default_rng([world.settings.seed, 5])
     requests = world.requests[:clients]
     asking = [new_client(world, request.number, view, rng) for request in requests]
-    sparing = world.under(probes=16)
+    sparing = world.under(probes=(16, 16))
     measuring_less = [new_client(sparing, request.number, view, rng) for request in requests]
 
     def costs(routing: Routing, asking: Sequence[Client]) -> tuple[list[float], float]:

@@ -53,7 +53,7 @@ POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
             rules={"refresh_s": 2.0, "record_ttl_s": 6.0, "view_s": 1.0},
         ),
         "no-coordinates": Policy("own, measured links only", _best(coordinates=False)),
-        "few-probes": Policy("own, clients measure 32 links", _best(), rules={"probes": 16}),
+        "few-probes": Policy("own, clients measure 32 links", _best(), rules={"probes": (16, 16)}),
         "no-replan": Policy("own, no re-planning", _best(replans=False)),
         "no-doubt": Policy("own, forecasts never doubted", _best(), rules={"doubts": False}),
         "no-moves": Policy("own, peers never move", _best(), rules={"moves": False}),

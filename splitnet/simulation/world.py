@@ -33,8 +33,8 @@ class Settings:
     a client waits for a route, or for the next token when there is none.
     replan_s: how often a session looks for a better route; doubts: whether it doubts forecasts.
     burst: all clients come within a second, instead. dark: half way through all devices in Europe are silent for good.
-    probes: links that a client measures to peers that its routes most likely go through, beside a few random ones;
-    None: as many as clients do.
+    probes: to how many random peers, and then to how many that its routes most likely go through, a client measures
+    its links; None: as clients do.
     latencies: a file of measured round trips, in place of made-up ones.
     """
 
@@ -59,7 +59,7 @@ class Settings:
     doubts: bool = True
     burst: bool = False
     dark: bool = False
-    probes: int | None = None
+    probes: tuple[int, ...] | None = None
     latencies: Path | None = None
 
     @property

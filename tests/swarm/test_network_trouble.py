@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from scheduler.swarm import Speed
-from splitnet.client import liveness, survey
+from splitnet.client import liveness, survey, swarm
+from splitnet.client.fresh_facts import FreshFacts
 from splitnet.client.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
 from splitnet.client.session import Session
-from splitnet.client.session_events import Cause
+from splitnet.client.routes import Routes
+from splitnet.client.session_events import Cause, NoRoute, Planned
+from splitnet.client.session_route import OPEN_TIMEOUT_S
 from splitnet.net.directory import Directory
 from splitnet.net.facts import facts_of
 from tests.swarm.generation import GREEDY, After, prompt
@@ -39,7 +42,9 @@ class Network:
 
     def before(self, cache: Any, index: int) -> Proxy:
         """The proxy of the hop at `index`."""
-        address = cache.session.hops[index].endpoint.address
+        return self.at(cache.session.hops[index].endpoint.address)
+
+    def at(self, address: str) -> Proxy:
         return next(proxy for proxy in self.proxies if address.endswith(f":{proxy.port}"))
 
 
@@ -119,6 +124,40 @@ def test_a_network_that_stops_is_found_out_in_time(network: Network, local: Any,
     assert 5 * usual_s < MIN_SILENCE_S < MAX_SILENCE_S
     assert stopped[1] - stopped[0] < MIN_SILENCE_S + ANSWER_S + SLACK_S
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_it_is_opened_again(
+    network: Network, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, measure = Routes.answer, FreshFacts.measure
+    routes: list[set[str]] = []
+    asked: set[str] = set()
+
+    def planned(routes_of: Routes, *args: Any) -> Planned | NoRoute:
+        answer = plan(routes_of, *args)
+        assert isinstance(answer, Planned)
+        if not routes:  # all of them at once
+            asked.clear()
+            for hop in answer.route:
+                network.at(hop.endpoint.address).hold()
+        routes.append({hop.name for hop in answer.route})
+        return answer
+
+    def measured(facts: FreshFacts, records: Any, others: Any = (), **options: Any) -> None:
+        asked.update(record.key.text for record in [*records, *others])
+        measure(facts, records, others, **options)
+
+    monkeypatch.setattr(Routes, "answer", planned)
+    monkeypatch.setattr(FreshFacts, "measure", measured)
+    monkeypatch.setattr(swarm, "HEARD_S", 0.0)  # what was measured a moment ago does not count
+    began = time.monotonic()
+    model = network.swarm.model()
+    with model.session(max_length=64) as cache:
+        got = model(**prompt(), past_key_values=cache).logits
+    assert time.monotonic() - began < MAX_SILENCE_S + ANSWER_S + 2 * SLACK_S < OPEN_TIMEOUT_S
+    assert len(routes) == 2 and not routes[0] & routes[1]
+    assert routes[1] <= asked, "as several are silent, all hops of the next route are asked first"
+    assert torch.allclose(got, local(**prompt()).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])

@@ -8,7 +8,7 @@ import statistics
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scheduler.coordinates import DIMENSIONS, MAX_ERROR, MIN_HEIGHT_MS, Coordinate
+from scheduler.coordinates import DIMENSIONS, MAX_ERROR, MIN_HEIGHT_MS, Coordinate, place_among
 
 numbers = st.floats(-1e4, 1e4)
 coordinates = st.builds(
@@ -46,3 +46,28 @@ def test_forty_devices_in_a_plane_find_their_places() -> None:
     ]
     assert statistics.median(errors) < 0.1
     assert statistics.mean(place.error for place in found) < 0.25
+
+
+@given(st.lists(st.tuples(coordinates, st.floats(0.0, 1e5)), max_size=8), directions)
+def test_a_place_has_an_error_that_says_how_little_was_measured(
+    measured: list[tuple[Coordinate, float]], direction: tuple[float, ...]
+) -> None:
+    place = place_among(measured, direction)
+    assert place.height_ms >= MIN_HEIGHT_MS
+    assert min(MAX_ERROR, 1 / max(1, len(measured))) <= place.error <= MAX_ERROR
+
+
+def test_a_newcomer_far_from_most_finds_those_that_are_near() -> None:
+    """Most stand together; a few stand far off, all in one place. The newcomer is one of those."""
+    rng = random.Random(2)
+
+    def around(x: float, count: int) -> list[Coordinate]:
+        return [Coordinate((x + rng.gauss(0, 10), rng.gauss(0, 10), rng.gauss(0, 10)), 1.0, 0.2) for _ in range(count)]
+
+    crowd, far = around(0.0, 31), around(250.0, 12)
+    true = Coordinate((250.0, 0.0, 0.0), 2.0)
+    # Real ways are no straight lines: what is far is a fifth farther or nearer than places can say.
+    measured = [(other, true.rtt_ms(other) * rng.uniform(0.8, 1.2)) for other in [*crowd, far[0]]]
+    place = place_among(measured, tuple(rng.gauss(0, 1) for _ in range(DIMENSIONS)))
+    assert place.error < 0.3
+    assert max(place.rtt_ms(other) for other in far[1:]) < min(place.rtt_ms(other) for other in crowd) / 2
