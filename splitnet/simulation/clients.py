@@ -51,7 +51,7 @@ class Client:
 
 
 def new_client(world: World, number: int, view: View, rng: np.random.Generator, now_s: float = 0.0) -> Client:
-    """A client that measured its links to some random peers, and then to those that its routes most likely go through."""
+    """A client that measured its links to random peers, and then to those that its routes most likely go through."""
     settings, count = world.settings, len(view.peers)
     anyone, *likely = measured_first(count) if settings.probes is None else settings.probes
     client = Client(number, Place(Coordinate(), float(world.geography.up[number])))

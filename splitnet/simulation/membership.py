@@ -174,7 +174,7 @@ class Membership:
         return other.serves and other is not node
 
     def _useful(self, node: Node) -> Iterator[int]:
-        """Where the peers stand in the view whose links were not measured yet, those that seem the most useful first."""
+        """Where in the view those stand whose links it has not measured, those that seem the most useful first."""
         view, place = self.view, node.coordinate
         beside = self._beside(node)
         serving = beside[~self._measured(node, beside)]

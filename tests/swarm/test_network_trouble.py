@@ -17,8 +17,8 @@ from scheduler.swarm import Speed
 from splitnet.client import liveness, survey, swarm
 from splitnet.client.fresh_facts import FreshFacts
 from splitnet.client.liveness import ANSWER_S, MAX_SILENCE_S, MIN_SILENCE_S
-from splitnet.client.session import Session
 from splitnet.client.routes import Routes
+from splitnet.client.session import Session
 from splitnet.client.session_events import Cause, NoRoute, Planned
 from splitnet.client.session_route import OPEN_TIMEOUT_S
 from splitnet.net.directory import Directory
