@@ -67,7 +67,8 @@ def new_client(world: World, number: int, view: View, rng: np.random.Generator, 
             client.place, coordinate=place_among(measured, tuple(rng.normal(size=DIMENSIONS).tolist()))
         )
 
-    measure([view.peers[index].id for index in rng.choice(count, min(anyone, count), replace=False).tolist()])
+    chosen: list[int] = rng.choice(count, min(anyone, count), replace=False).tolist()
+    measure([view.peers[index].id for index in chosen])
     for limit in likely:
         near = view.idle_crowd.near(
             [client.place],

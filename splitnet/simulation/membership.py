@@ -166,7 +166,8 @@ class Membership:
         node.latency_ms.update(zip(useful, latencies.tolist(), strict=False))
         round_trips: list[float] = (2 * latencies * (1 + 0.1 * self._rng.random(len(numbers)))).tolist()
         direction: tuple[float, ...] = tuple(self._rng.normal(size=DIMENSIONS).tolist())
-        for index in self._rng.permutation(len(numbers)).tolist():
+        order: list[int] = self._rng.permutation(len(numbers)).tolist()
+        for index in order:
             place = self.nodes[device_id(numbers[index])].coordinate
             node.coordinate = node.coordinate.moved(place, round_trips[index], direction)
 
