@@ -138,7 +138,7 @@ class Peer:
             directory=directory,
             changed=self._ways_changed,
         )
-        self._prober = Prober(self.send)
+        self._prober = Prober(self.send, self._transport.is_taken)
         self._neighbours = Neighbours(self._others, self._next_hops, self._prober, self.record)
         self._directory_service = DirectoryService(directory, checkpoint.fingerprint, self, options.swarm_key or OPEN)
         self.weights = WeightService(

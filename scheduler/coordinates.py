@@ -69,12 +69,14 @@ def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[f
     """Where a device stands that has measured round trips in ms to others, each with the place of the other.
 
     It begins where the nearest stands, as from the middle of the space it may not come to a far corner of it, and goes
-    through all of them several times. Its error is the median over them, and more if they are few.
+    through all of them several times. Its error is the median over them, and more if they are few. Others that do not
+    know their own places do not count, unless all are such.
 
     direction: see `Coordinate.moved`.
     """
     if not measured:
         return Coordinate()
+    measured = [(other, rtt_ms) for other, rtt_ms in measured if other.error < 1.0] or measured
     nearest, _ = min(measured, key=lambda pair: pair[1])
     place = Coordinate(nearest.vector)
     for _ in range(PASSES):

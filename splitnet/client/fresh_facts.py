@@ -80,6 +80,7 @@ class FreshFacts:
         self._used_at = -math.inf
         self._pinged_at: deque[float] = deque()
         """When, once for each ping to a peer that answers: to those that do not exist nothing is sent."""
+        self._counting = threading.Lock()
         self._closing = threading.Event()
         self._look = threading.Event()
         self._suspects: Sequence[PeerRecord] = ()
@@ -124,7 +125,7 @@ class FreshFacts:
 
     def look_at(self, records: Sequence[PeerRecord]) -> None:
         """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
-        chosen = {record.endpoint: record for record in records[: max(self._pings_left() - ENDS_PINGS, 0) // 2]}
+        chosen = {record.endpoint: record for record in records[: max(0, self._pings_left() - ENDS_PINGS) // 2]}
         if chosen:
             round_trips = self._prober.round_trips(chosen, PING_TIMEOUT_S)
             self._pinged(2 * len(round_trips))
@@ -133,30 +134,33 @@ class FreshFacts:
 
     def measure(
         self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = (), again_s: float = PROBE_AGAIN_S
-    ) -> None:
+    ) -> bool:
         """Measures the links to the first of these peers; of `records` the bandwidth too, but seldom more than once.
 
-        As far as a minute has pings for that.
+        As far as a minute has pings for that; whether it had any.
         """
         left = self._pings_left()
         chosen = {record.endpoint: record for record in records[: left // (2 + _PROBE_PINGS)]}
         due = {record.endpoint for record in self._survey.unprobed(list(chosen.values()), again_s)}
         left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
-        chosen |= {record.endpoint: record for record in others[: min(left // 2, PINGED_AT_ONCE)]}
+        chosen |= {record.endpoint: record for record in others[: max(0, min(left // 2, PINGED_AT_ONCE))]}
         if chosen:
             links = self._prober.measure(chosen, PING_TIMEOUT_S, probed=due)
             self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
             self._survey.links_measured(chosen, links)
+        return bool(chosen)
 
     def _pings_left(self) -> int:
-        """In this minute."""
+        """In this minute; others that measure at the same time may have overdrawn it."""
         now = self._clock()
-        while self._pinged_at and now - self._pinged_at[0] > 60.0:
-            self._pinged_at.popleft()
-        return PINGS_PER_MINUTE - len(self._pinged_at)
+        with self._counting:
+            while self._pinged_at and now - self._pinged_at[0] > 60.0:
+                self._pinged_at.popleft()
+            return max(0, PINGS_PER_MINUTE - len(self._pinged_at))
 
     def _pinged(self, count: int) -> None:
-        self._pinged_at.extend([self._clock()] * count)
+        with self._counting:
+            self._pinged_at.extend([self._clock()] * count)
 
     def _some_likely(
         self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], *, everywhere: bool = False

@@ -76,7 +76,6 @@ class Links:
         self._ended: queue.SimpleQueue[Subscriber] = queue.SimpleQueue()
         self._most = most
         self._complaints = SeldomWarnings(log)
-        self.prober = Prober(self.send)
         self.on_answer: Callable[[Endpoint, Message], None] | None = None
         self._transport = Transport(
             identity,
@@ -89,6 +88,7 @@ class Links:
         self._pool = LinkPool(
             self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, keep_unused_s=keep_unused_s
         )
+        self.prober = Prober(self.send, self._transport.is_taken)
         self._transport.start()
 
     def __len__(self) -> int:

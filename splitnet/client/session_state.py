@@ -514,7 +514,12 @@ class SessionState(SessionRoute):
     def _awaits_hops(self) -> bool:
         """Whether silence means something."""
         under_way = self.phase is Phase.OPEN and bool(self._in_flight)
-        return under_way or self.phase in (Phase.OPENING, Phase.LOADING, Phase.REPLAYING)
+        return under_way or bool(self._opening) or self.phase in (Phase.LOADING, Phase.REPLAYING)
+
+    @property
+    def _opening(self) -> list[Endpoint]:
+        """Hops that have not answered their `Open`, without those to which the client may still look for a way."""
+        return [each for each in self._asked if not each.hidden] if self.phase is Phase.OPENING else []
 
     @property
     def _silence_s(self) -> float:
@@ -546,7 +551,7 @@ class SessionState(SessionRoute):
             if self._liveness.is_late(self._now):
                 self._judge()
             elif not self._liveness.asking and self._now >= self._liveness.wake_at(self._silence_s):
-                asked = list(self._asked) if self.phase is Phase.OPENING else self.endpoints()
+                asked = self._opening or self.endpoints()
                 self._liveness.ask(asked, self._now)
                 self._effects += [AskAlive(endpoint) for endpoint in asked]
 

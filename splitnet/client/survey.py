@@ -141,11 +141,15 @@ class Survey:
         known |= self.silent()
         return [record for record in records if record.key.text not in known]
 
-    def silent(self) -> set[str]:
-        """Names of peers that did not answer when their links were measured lately: perhaps there are none such."""
+    def silent(self, *, lately: bool = False) -> set[str]:
+        """Names of peers that did not answer when their links were measured: perhaps there are none such.
+
+        lately: those alone that were tried a moment ago; else also those that never answered.
+        """
         oldest = self._clock() - SILENT_S
         with self._lock:
-            return {key for key in self._silent if key not in self._heard or self._tried[key] >= oldest}
+            never: set[str] = set() if lately else self._silent - self._heard
+            return never | {key for key in self._silent if self._tried[key] >= oldest}
 
     def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
         """Those of the peers whose link nobody tried to measure for so long; the one tried longest ago first."""

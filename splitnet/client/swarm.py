@@ -195,18 +195,20 @@ class Swarm:
                 )
 
             route = best_route()
-            for attempt in range(MAX_PROBED_ROUTES):
-                # Of many peers only some links are measured. Those that the client would use are, before it does. If
-                # these are silent, others with the next: among many that do not exist few are found one by one.
+            others: Sequence[PeerRecord] = ()
+            for _ in range(MAX_PROBED_ROUTES):
+                # Of many peers only some links are measured. Those that the client would use are, before it does, and
+                # all hops where others are silent. If these are, too, others are measured with the next: among many
+                # that do not exist few are found one by one.
                 own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
                 unknown = self.survey.unprobed(own)
-                doubted = self._doubted([hop.record for hop in route])
-                if not unknown and not doubted:
+                doubted = self._doubted(records, [hop.record for hop in route], holders)
+                if not (unknown or doubted) or not self.fresh_facts.measure(unknown, [*doubted, *others]):
                     break
-                others = (
-                    self._likely(records, self.survey.unknown(records, unusable), PINGED_AT_ONCE) if attempt else []
-                )
-                self.fresh_facts.measure(unknown, [*doubted, *others])
+                if self.survey.silent().intersection(record.key.text for record in (*unknown, *doubted)):
+                    others = self._likely(records, self.survey.unknown(records, unusable), PINGED_AT_ONCE)
+                else:
+                    others = ()
                 route = best_route()
             self.was_covered |= part == needs.blocks
             return route
@@ -266,10 +268,18 @@ class Swarm:
         needs = Needs(1, encodings, (0, self.facts.num_blocks))
         return self.planner.likely(records, among, needs, count, everywhere=everywhere)
 
-    def _doubted(self, hops: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """Those of the hops that have to be asked first, as many others are silent."""
-        many = len(self.survey.silent() | self._bans.keys()) >= MANY_SILENT
-        return self.survey.stale(hops, HEARD_S) if many else []
+    def _doubted(
+        self, records: Sequence[PeerRecord], hops: Sequence[PeerRecord], holders: Collection[str]
+    ) -> list[PeerRecord]:
+        """Those of the hops that have to be asked first, as others of which there are records are silent.
+
+        Not those that hold the session, nor those to which a way may have to be found.
+        """
+        lost = self.survey.silent(lately=True) | self._bans.keys()
+        if sum(record.key.text in lost for record in records) < MANY_SILENT:
+            return []
+        asked = [hop for hop in hops if hop.key.text not in holders and not hop.endpoint.hidden]
+        return self.survey.stale(asked, HEARD_S)
 
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
         """Who is there, and which of them a route must not go through."""

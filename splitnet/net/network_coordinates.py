@@ -17,6 +17,10 @@ MAX_AGE_S = 90.0
 
 KEPT_LINKS = 256
 
+SETTLE_S = 300.0
+SETTLE_LINKS = 32
+"""A place is found anew from the links of the last minutes, or from so many if these are fewer: one may have moved."""
+
 
 class NetworkCoordinates:
     """Measured links to peers by key text, and the coordinate that they make. Thread-safe.
@@ -65,9 +69,12 @@ class NetworkCoordinates:
             self._bytes_per_ms = max(self._bytes_per_ms, link.bytes_per_ms)
 
     def settle(self) -> None:
-        """Finds the place anew from all links that are kept, for a device that measures many at a time."""
+        """Finds the place anew from the latest links, for a device that measures many at a time."""
+        oldest = self._clock() - SETTLE_S
         with self._lock:
-            measured = [(other, 2 * link.latency_ms) for _, link, other in self._links.values()]
+            links = list(self._links.values())
+            young = sum(at >= oldest for at, _, _ in links)
+            measured = [(other, 2 * link.latency_ms) for _, link, other in links[-max(young, SETTLE_LINKS) :]]
             self._coordinate = place_among(measured, self._direction())
 
     def _direction(self) -> tuple[float, ...]:

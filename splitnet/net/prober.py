@@ -15,6 +15,10 @@ from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Ping, Pong, Timing
 
 PING_TIMEOUT_S = 1.0
+FIRST_PING_S = 3.0
+"""For so long the first ping of a link is waited for if somebody has taken the connection: it takes five to six round
+trips, of which TCP takes the first.
+"""
 PROBE_BYTES = 64 * 1024
 FASTEST_PROBE_MS = 0.05
 """A probe that seems to take no time at all says only that the link is fast."""
@@ -67,10 +71,14 @@ class Prober:
 
     Args:
         send: sends a message to an endpoint.
+        is_taken: whether somebody has taken the connection to it.
     """
 
-    def __init__(self, send: Callable[[Endpoint, Ping], object]) -> None:
+    def __init__(
+        self, send: Callable[[Endpoint, Ping], object], is_taken: Callable[[Endpoint], bool] = lambda _: False
+    ) -> None:
         self._send = send
+        self._is_taken = is_taken
         self._nonces = count(1)
         self._sent: dict[int, _Sent] = {}
         self._round_trips: dict[Endpoint, deque[float]] = {}
@@ -143,7 +151,7 @@ class Prober:
     def round_trips(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> dict[Endpoint, float]:
         """Ms to peers and back, with two small pings to each; those that don't answer in time are left out."""
         # The first ping of a link also pays for its handshake, so it is thrown away.
-        answered = self._answers(endpoints, 0, timeout_s)
+        answered = self._answers(endpoints, 0, timeout_s, FIRST_PING_S)
         return {endpoint: answer.rtt_ms for endpoint, answer in self._answers(answered, 0, timeout_s).items()}
 
     def measure(
@@ -179,7 +187,12 @@ class Prober:
             for endpoint in answered
         }
 
-    def _answers(self, endpoints: Iterable[Endpoint], padding: int, timeout_s: float) -> dict[Endpoint, Answer]:
+    def _answers(
+        self, endpoints: Iterable[Endpoint], padding: int, timeout_s: float, taken_s: float = 0.0
+    ) -> dict[Endpoint, Answer]:
+        """taken_s: for how long those are waited for that somebody has taken the connection to."""
         pings = {endpoint: self.ping(endpoint, padding) for endpoint in endpoints}
         wait(pings.values(), timeout=timeout_s)
+        late = [future for endpoint, future in pings.items() if not future.done() and self._is_taken(endpoint)]
+        wait(late, timeout=max(0.0, taken_s - timeout_s))
         return {endpoint: future.result() for endpoint, future in pings.items() if future.done()}

@@ -239,6 +239,11 @@ class Transport:
         link = self._links.get(endpoint)
         return link.state if link else LinkState.CONNECTING
 
+    def is_taken(self, endpoint: Endpoint) -> bool:
+        """Whether somebody has taken the connection, though the handshake may still be under way."""
+        link = self._links.get(endpoint)
+        return link is not None and link.tcp is not None
+
     def unsent(self, endpoint: Endpoint) -> int:
         """Bytes of large messages that wait for a link; 0 if it is not up, or nothing is counted (`max_backlog`)."""
         return self._backlog.held(endpoint) if self.state(endpoint) is LinkState.UP else 0

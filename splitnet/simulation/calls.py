@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import pairwise
-from typing import Any, Final
+from typing import Any
 
 from splitnet.client.known_peers import LOOK_S
 from splitnet.client.session_events import Alive, AskAlive, Event, LinkFailed, Received
 from splitnet.errors import PeerLost
 from splitnet.net.link_pool import KEEP_S
 from splitnet.net.messages import Close, FailureCode, Open, Opened, Replay
+from splitnet.simulation.clients import CONNECT_TRIPS
 from splitnet.simulation.events import Events
 from splitnet.simulation.node import Held, Node
 from splitnet.simulation.session import RUNNING, Session
@@ -18,9 +19,6 @@ from splitnet.simulation.traffic import Traffic
 from splitnet.simulation.world import World
 
 Call = Open | Close | Replay | AskAlive
-
-CONNECT_TRIPS: Final = 4
-"""Round trips until a connection is up: one of TCP, one of ZeroMQ's greetings, two of CurveZMQ."""
 
 
 class Calls:

@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Final
 
 import numpy as np
 
 from scheduler.candidates import measured_first
 from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.network import CLIENT, Link, Place
+from splitnet.client.fresh_facts import ENDS_PINGS, PINGS_PER_MINUTE
 from splitnet.net.prober import PING_TIMEOUT_S
 from splitnet.simulation.directory import View
 from splitnet.simulation.world import World
+
+CONNECT_TRIPS: Final = 4
+"""Round trips until a connection is up: one of TCP, one of ZeroMQ's greetings, two of CurveZMQ."""
+
+PING_TRIPS: Final = CONNECT_TRIPS + 2
+"""Round trips that measuring a link takes which has to be opened for it."""
 
 
 @dataclass(slots=True)
@@ -29,7 +37,7 @@ class Client:
     silent: set[str] = field(default_factory=set[str])
 
     def measure(self, world: World, names: Collection[str], now_s: float, luck: Callable[[], float]) -> float:
-        """Measures links, each up to 10% too long; how many ms that takes. luck: from 0 to 1."""
+        """Measures links, each up to 10% too long; how many ms that takes, with connecting. luck: from 0 to 1."""
         took_ms = 0.0
         for name in names:
             number = world.number_of[name]
@@ -46,8 +54,13 @@ class Client:
             ):
                 link = world.geography.link(sender, receiver)
                 self.links[pair] = Link(link.latency_ms * late, link.bytes_per_ms)
-            took_ms = max(took_ms, 2 * self.links[CLIENT, name].latency_ms)
+            took_ms = max(took_ms, 2 * PING_TRIPS * self.links[CLIENT, name].latency_ms)
         return took_ms
+
+    def pings_left(self, now_s: float) -> int:
+        """In this minute, beside those for the ends of a route; who is silent costs none."""
+        answered = sum(at > now_s - 60.0 and name not in self.silent for name, at in self.asked_s.items())
+        return max(0, PINGS_PER_MINUTE - ENDS_PINGS - 2 * answered)
 
 
 def new_client(world: World, number: int, view: View, rng: np.random.Generator, now_s: float = 0.0) -> Client:

@@ -18,6 +18,7 @@ from splitnet.client.fresh_facts import PINGED_AT_ONCE
 from splitnet.client.planner import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
 from splitnet.client.session_events import AskRoute, Move, NoRoute
 from splitnet.client.session_events import Planned as RoutePlanned
+from splitnet.client.survey import SILENT_S
 from splitnet.client.swarm import HEARD_S, MANY_SILENT, MAX_PROBED_ROUTES
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.codecs import Codec, codec_by_name
@@ -88,7 +89,7 @@ class Planning:
                 prompt=0 if session.tokens else session.request.prompt,
                 present=[_named(hop) for hop in asked.kept if hop.name in holders],
             )
-            planned = self._checked_route(plan, banned)
+            planned = self._checked_route(session, plan)
             return self._hops(planned.hops)
 
         try:
@@ -110,7 +111,7 @@ class Planning:
             latencies=session.latencies,
         )
         try:
-            planned = self._route(plan)
+            planned = self._checked_route(session, plan)
         except (CoverageError, PeerBusy):
             return None
         if not planned.present_ms or planned.hops == plan.present:
@@ -154,19 +155,24 @@ class Planning:
         request, ids = session.request, {self._identities.device(name) for name in exclude}
         return Plan(session.client, request, self._blocks, CLIENT, CLIENT, ids, request.positions)
 
-    def _checked_route(self, plan: Plan, banned: Collection[str]) -> Planned:
+    def _checked_route(self, session: Session, plan: Plan) -> Planned:
         """Where peers are silent, hops are asked before they are used, as `splitnet/client/swarm.py` does."""
-        client, now_s, waited_ms = plan.client, self._clock_s(), 0.0
+        client, records, now_s, waited_ms = plan.client, self._view().records, self._clock_s(), 0.0
+        holders = {hop.peer for hop in plan.present}
         planned = self._route(plan)
-        for attempt in range(MAX_PROBED_ROUTES):
-            if len(client.silent) + len(banned) < MANY_SILENT:
+        others: list[str] = []
+        for _ in range(MAX_PROBED_ROUTES):
+            lately = (name for name in client.silent if client.asked_s[name] > now_s - SILENT_S)
+            lost = {*lately, *map(self._identities.device, session.bans.keys())} & records.keys()
+            names = [hop.peer for hop in planned.hops if hop.peer not in holders]
+            doubted = [name for name in names if client.asked_s.get(name, -math.inf) < now_s - HEARD_S]
+            asked = [*doubted, *others][: client.pings_left(now_s) // 2]
+            if len(lost) < MANY_SILENT or not doubted or not asked:
                 break
-            asked = [hop.peer for hop in planned.hops if client.asked_s.get(hop.peer, -math.inf) < now_s - HEARD_S]
-            if not asked:
-                break
-            if attempt:
-                asked += self._unknown(plan)
             waited_ms += client.measure(self._world, asked, now_s, self._choices.random)
+            for name in asked:
+                session.contacts.setdefault(self._nodes[name], now_s * 1000)
+            others = self._unknown(plan) if client.silent.intersection(doubted) else []
             planned = self._route(plan)
         return replace(planned, asked_ms=planned.asked_ms + waited_ms)
 
