@@ -205,10 +205,10 @@ class Swarm:
                 doubted = self._doubted(records, [hop.record for hop in route], holders)
                 if not (unknown or doubted) or not self.fresh_facts.measure(unknown, [*doubted, *others]):
                     break
-                if self.survey.silent().intersection(record.key.text for record in (*unknown, *doubted)):
-                    others = self._likely(records, self.survey.unknown(records, unusable), PINGED_AT_ONCE)
-                else:
-                    others = ()
+                silent = self.survey.silent().intersection(record.key.text for record in (*unknown, *doubted))
+                if not unknown and not silent:
+                    break
+                others = self._likely(records, self.survey.unknown(records, unusable), PINGED_AT_ONCE) if silent else ()
                 route = best_route()
             self.was_covered |= part == needs.blocks
             return route

@@ -172,7 +172,9 @@ class Planning:
             waited_ms += client.measure(self._world, asked, now_s, self._choices.random)
             for name in asked:
                 session.contacts.setdefault(self._nodes[name], now_s * 1000)
-            others = self._unknown(plan) if client.silent.intersection(doubted) else []
+            if client.silent.isdisjoint(doubted):
+                break
+            others = self._unknown(plan)
             planned = self._route(plan)
         return replace(planned, asked_ms=planned.asked_ms + waited_ms)
 

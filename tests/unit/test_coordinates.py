@@ -57,6 +57,17 @@ def test_a_place_has_an_error_that_says_how_little_was_measured(
     assert min(MAX_ERROR, 1 / max(1, len(measured))) <= place.error <= MAX_ERROR
 
 
+def test_who_does_not_know_its_place_does_not_tell_that_of_others() -> None:
+    rng = random.Random(3)
+    true = Coordinate((80.0, 40.0, 0.0), 2.0)
+    placed = [Coordinate(tuple(rng.uniform(0, 100) for _ in range(DIMENSIONS)), 1.0, 0.2) for _ in range(32)]
+    measured = [(other, true.rtt_ms(other)) for other in placed]
+    unplaced = [(Coordinate(), rng.uniform(1.0, 100.0)) for _ in range(32)]
+    direction = (1.0, 0.0, 0.0)
+    assert place_among([*measured, *unplaced], direction) == place_among(measured, direction)
+    assert place_among(unplaced, direction).error > 0.0
+
+
 def test_a_newcomer_far_from_most_finds_those_that_are_near() -> None:
     """Most stand together; a few stand far off, all in one place. The newcomer is one of those."""
     rng = random.Random(2)

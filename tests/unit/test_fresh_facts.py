@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from scheduler.candidates import measured_first
 from scheduler.network import CLIENT, Link
 from splitnet.client.fresh_facts import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, FreshFacts
-from splitnet.client.survey import Survey
+from splitnet.client.survey import SILENT_S, Survey
+from splitnet.client.swarm import HEARD_S, Swarm
+from splitnet.net.directory import Directory
+from splitnet.net.endpoints import Endpoint
 from splitnet.net.prober import PROBE_BYTES
 from splitnet.net.records import PeerRecord
+from tests.unit.test_client_swarm import FACTS, NEEDS, FakeDirectory
 from tests.unit.test_survey import Clock, Echo, record
 
 
@@ -106,3 +111,48 @@ def test_bandwidth_is_probed_again_after_minutes_and_round_trips_at_any_time() -
     facts.measure([end])
     assert sum(map(bool, echo.sizes)) >= 2
     facts.close()
+
+
+def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    directory, clock, echo = FakeDirectory(), Clock(), Echo()
+    monkeypatch.setattr(Directory, "start", lambda **_: directory)
+    there = [
+        record(address=f"tcp://192.0.2.1:{port}", start=port % 3 * 2, end=port % 3 * 2 + 2) for port in range(1, 31)
+    ]
+    gone = [record(address=f"tcp://192.0.2.2:{port}", start=0, end=2) for port in (1, 2)]
+    directory.records = [*there, *gone]
+    with Swarm(FACTS, ["/an/address"]) as swarm:
+        for what, stand_in in (("_prober", echo.prober), ("_clock", clock)):
+            monkeypatch.setattr(swarm.fresh_facts, what, stand_in)
+        monkeypatch.setattr(swarm.survey, "_clock", clock)
+
+        def asked(among: list[PeerRecord], **options: Any) -> tuple[list[PeerRecord], list[Endpoint]]:
+            """The hops of a route, and who was asked for it."""
+            clock.now += HEARD_S + 1
+            monkeypatch.setattr(swarm, "_look", lambda *_, **__: (among, set[str]()))
+            echo.asked.clear()
+            return [hop.record for hop in swarm.plan(NEEDS, **options)], list(echo.asked)
+
+        for some in (there[:15], there[15:]):
+            swarm.fresh_facts.measure(some)
+            clock.now += 61.0
+        tried = {peer.endpoint: peer for peer in gone}
+        swarm.survey.links_measured(tried, {})
+        route, pings = asked(directory.records)
+        assert sorted(pings, key=str) == sorted([hop.endpoint for hop in route for _ in range(2)], key=str)
+        _, pings = asked(there)
+        assert not pings, "who has no record any more says nothing of others"
+        swarm.survey.links_measured(tried, {})
+        _, pings = asked(directory.records, holders={peer.key.text for peer in there})
+        assert not pings, "who holds the session is no newcomer"
+        swarm.survey.links_measured(tried, {})
+        echo.silent = {hop.endpoint for hop in route}
+        second, pings = asked(directory.records)
+        assert not {hop.endpoint for hop in second} & echo.silent
+        clock.now += SILENT_S
+        _, pings = asked(directory.records)
+        assert not pings, "what was silent long ago says nothing either"
+        swarm.survey.links_measured(tried, {})
+        swarm.fresh_facts._pinged(PINGS_PER_MINUTE)
+        _, pings = asked(directory.records)
+        assert not pings, "a minute has so many pings and no more"

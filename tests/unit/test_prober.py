@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 
@@ -65,6 +66,22 @@ def test_a_link_that_is_not_so_quick_is_probed_some_times(monkeypatch: pytest.Mo
 def test_a_probe_that_takes_no_time_at_all_is_no_infinite_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     _, bytes_per_ms, _ = measured(monkeypatch, lambda *_: 1.0)
     assert bytes_per_ms < PROBE_BYTES * 1000
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_far_peer_is_waited_for_once_it_has_taken_the_connection(taken: bool) -> None:
+    """The first ping of a link pays for its handshake."""
+    timers: list[threading.Timer] = []
+
+    def answer(endpoint: Endpoint, ping: Ping) -> None:
+        late_s = 0.0 if timers else 0.3
+        timers.append(threading.Timer(late_s, prober.pong, (endpoint, Pong(ping.nonce, 0.0, 0))))
+        timers[-1].start()
+
+    prober = Prober(answer, lambda _: taken)
+    assert list(prober.round_trips([PEER], timeout_s=0.2)) == [PEER] * taken
+    for timer in timers:
+        timer.join()
 
 
 def test_nobody_answers_for_another() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -12,9 +13,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from splitnet.client.liveness import ANSWER_S, MAX_SILENCE_S
 from splitnet.client.session_events import Distrust, Received, Resize, Use, UseAdapter
-from splitnet.client.session_route import TRANSITIONS, Phase
+from splitnet.client.session_route import OPEN_TIMEOUT_S, TRANSITIONS, Phase
 from splitnet.errors import PeerBusy
+from splitnet.net.endpoints import Relay
 from splitnet.net.messages import Failure, FailureCode, Fork
 from tests.unit.session_world import CLIENT, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
 
@@ -337,6 +340,26 @@ def test_beside_honest_peers_one_that_lies_costs_no_request(fault: str, at: int,
     assert all(each.request.done for each in world.asked)
     assert world.now < 60.0
     world.close()
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_hop_that_is_silent_while_a_route_is_opened_is_lost_soon(hidden: bool) -> None:
+    """Unless it may take long to reach."""
+    world = World(seed=1)
+    first, twin, tail = world.peers[0], world.peers[1], world.peers[2]
+    if hidden:
+        first.endpoint = replace(first.endpoint, relays=(Relay("tcp://127.0.0.1:99", bytes(32)),))
+        first.record.endpoint = first.endpoint
+    world.peers = [first, tail]
+    world.feed(Use())
+    world.answer()
+    first.alive = False
+    world.gone.add(first.name)
+    world.peers = [first, twin, tail]
+    world.settle()
+    assert world.state.endpoints() == [twin.endpoint, tail.endpoint]
+    assert (world.now >= OPEN_TIMEOUT_S) == hidden
+    assert world.now >= MAX_SILENCE_S + ANSWER_S
 
 
 @pytest.mark.parametrize("refills", [False, True])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,7 +21,7 @@ from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import place_of
 from splitnet.net.identity import Identity
 from splitnet.net.messages import Ping, Pong
-from splitnet.net.network_coordinates import MAX_AGE_S, NetworkCoordinates
+from splitnet.net.network_coordinates import MAX_AGE_S, SETTLE_LINKS, SETTLE_S, NetworkCoordinates
 from splitnet.net.prober import FASTEST_PROBE_MS, PROBE_BYTES, Prober
 from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
 from tests.unit.test_client_swarm import RECORD
@@ -120,8 +122,10 @@ class TestSurvey:
         tried, link = {here.endpoint: here, silent.endpoint: silent}, Link(1.0, 100.0)
         survey.links_measured(tried, {here.endpoint: link})
         assert survey.silent() == {silent.key.text}
+        assert survey.silent(lately=True) == {silent.key.text}
         clock.now += SILENT_S + 1
         assert survey.silent() == {silent.key.text}, "it may not exist"
+        assert survey.silent(lately=True) == set(), "of others that says nothing any more"
         survey.links_measured(tried, {here.endpoint: link, silent.endpoint: link})
         assert survey.silent() == set()
         survey.links_measured(tried, {here.endpoint: link})
@@ -148,6 +152,26 @@ class TestSurvey:
 
 
 class TestWhereabouts:
+    def test_who_has_moved_is_found_by_its_latest_links(self) -> None:
+        clock = Clock()
+        coordinates = NetworkCoordinates(clock)
+        rng = random.Random(1)
+
+        def measure(count: int, x: float) -> None:
+            for _ in range(count):
+                other = tuple(rng.uniform(-30, 30) + (x, 0.0, 0.0)[axis] for axis in range(3))
+                peer = record(coordinate=(*other, 1.0), coordinate_error=0.1)
+                coordinates.measured(peer, Link((math.dist(other, (x, 0.0, 0.0)) + 2.0) / 2, 0.0))
+
+        measure(160, 0.0)
+        coordinates.settle()
+        assert abs(coordinates.place.coordinate.vector[0]) < 10.0
+        clock.now += SETTLE_S + 1
+        measure(SETTLE_LINKS, 250.0)
+        coordinates.settle()
+        assert abs(coordinates.place.coordinate.vector[0] - 250.0) < 10.0
+        assert coordinates.place.coordinate.error < 0.3
+
     def test_links_are_forgotten(self) -> None:
         clock, peer = Clock(), record()
         network_coordinates = NetworkCoordinates(clock)
@@ -183,9 +207,11 @@ class Echo:
         self.silent: set[Endpoint] = set()
         self.prober = Prober(self.send)
         self.sizes: list[int] = []
+        self.asked: list[Endpoint] = []
 
     def send(self, endpoint: Endpoint, ping: Ping) -> None:
         self.sizes.append(len(ping.payload))
+        self.asked.append(endpoint)
         if endpoint not in self.silent:
             self.prober.pong(endpoint, Pong(ping.nonce, 7.0, 100))
 
