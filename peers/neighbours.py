@@ -65,6 +65,8 @@ class Neighbours:
         """When which link was measured, by key text."""
         self._used: dict[str, tuple[float, float]] = {}
         """When what round trip was seen of links that sessions used, in ms, by key text."""
+        self._answered: dict[Endpoint, int] = {}
+        """The latest ping that came back on links that sessions use."""
         self._tried_at: dict[str, float] = {}
         """The same of those that were silent, too."""
         self._useful: Sequence[str] = ()
@@ -103,9 +105,14 @@ class Neighbours:
             return [record for record in records if record.endpoint in self._heard_at]
 
     def hear_used(self) -> None:
-        """Takes in the round trips of links that sessions use: others must not begin on one that has become slow."""
-        now = time.monotonic()
-        used = {endpoint.key.text: (now, self._prober.rtt_ms(endpoint)) for endpoint in self._links.in_use}
+        """Takes in the round trips of links that sessions use: others must not begin on one that has become slow.
+
+        What was heard before says nothing of a link on which no ping has come back since.
+        """
+        now, before = time.monotonic(), self._answered
+        self._answered = {endpoint: self._prober.answered(endpoint) for endpoint in self._links.in_use}
+        heard = [endpoint for endpoint, number in self._answered.items() if number > before.get(endpoint, 0)]
+        used = {endpoint.key.text: (now, self._prober.rtt_ms(endpoint)) for endpoint in heard}
         self._used = {name: seen for name, seen in (self._used | used).items() if name in self._seen and seen[1]}
 
     def look_around(self) -> None:
