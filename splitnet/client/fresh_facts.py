@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from scheduler.candidates import measured_first
 from scheduler.network import Link
@@ -54,6 +54,7 @@ class FreshFacts:
         likely: of all peers and some of them so many of the latter through which routes most likely go; True: at least
             one for each block.
         clock: seconds.
+        is_busy: whether much waits on the way to a peer.
 
     Attributes:
         news: counts up when facts were refreshed.
@@ -68,6 +69,7 @@ class FreshFacts:
         in_use: Callable[[], Collection[Endpoint]],
         likely: Callable[[Sequence[PeerRecord], Sequence[PeerRecord], int, bool], Sequence[PeerRecord]],
         clock: Callable[[], float] = time.monotonic,
+        is_busy: Callable[[Endpoint], bool] = lambda _: False,
     ) -> None:
         self.news = 0
         self._known = known
@@ -76,6 +78,7 @@ class FreshFacts:
         self._is_needed = is_needed
         self._in_use = in_use
         self._likely = likely
+        self._is_busy = is_busy
         self._clock = clock
         self._used_at = -math.inf
         self._pinged_at: deque[float] = deque()
@@ -130,7 +133,7 @@ class FreshFacts:
             round_trips = self._prober.round_trips(chosen, PING_TIMEOUT_S)
             self._pinged(2 * len(round_trips))
             links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
-            self._survey.links_measured(chosen, links)
+            self._take_in(chosen, links)
 
     def measure(
         self, records: Sequence[PeerRecord], others: Sequence[PeerRecord] = (), again_s: float = PROBE_AGAIN_S
@@ -147,8 +150,13 @@ class FreshFacts:
         if chosen:
             links = self._prober.measure(chosen, PING_TIMEOUT_S, probed=due)
             self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
-            self._survey.links_measured(chosen, links)
+            self._take_in(chosen, links)
         return bool(chosen)
+
+    def _take_in(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
+        """Nobody is silent because what waits on the way to it holds up a ping."""
+        told = {each: record for each, record in tried.items() if each in links or not self._is_busy(each)}
+        self._survey.links_measured(told, links)
 
     def _pings_left(self) -> int:
         """In this minute; others that measure at the same time may have overdrawn it."""

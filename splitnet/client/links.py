@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from splitnet.errors import NotAuthorized, PeerLost, ProtocolError, ProtocolVersionError, SplitnetError
+from splitnet.net.backlog import LARGE_BYTES
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.link_pool import KEEP_S, LinkPool
@@ -27,6 +28,7 @@ from splitnet.net.messages import (
     encode,
 )
 from splitnet.net.prober import Prober
+from splitnet.net.tcp import Traffic
 from splitnet.net.transport import Transport
 from splitnet.net.ways.punching import Way
 from splitnet.seldom_warnings import SeldomWarnings
@@ -150,6 +152,19 @@ class Links:
     def state(self, endpoint: Endpoint) -> LinkState:
         """State of the link to a peer; of a closed one that had failed, for a minute, how it had failed."""
         return self._pool.state(endpoint)
+
+    def traffic(self, endpoint: Endpoint) -> Traffic | None:
+        """What has passed on a link so far; None: it is not up, or the system does not tell."""
+        return self._transport.traffic(endpoint)
+
+    def acked(self) -> int:
+        """Bytes that peers have confirmed, over the links that are open."""
+        return self._transport.acked()
+
+    def is_busy(self, endpoint: Endpoint) -> bool:
+        """Whether so much waits on the way to a peer that it cannot answer soon."""
+        passed = self.traffic(endpoint)
+        return passed is not None and passed.unsent >= LARGE_BYTES
 
     def way(self, endpoint: Endpoint) -> Way:
         """How a peer is reached, or would be."""

@@ -24,7 +24,7 @@ ANSWER_S = 1.0
 """A peer that does not answer a ping in this time counts as lost."""
 
 MAX_QUEUE_S = 120.0
-"""How long a peer that says that its queue is long is waited for."""
+"""How long a peer that says that its queue is long is waited for, and one whose link is busy."""
 
 IDLE_CHECKS = 2
 """So many times in a row no hop has anything of the session to do: what was under way was lost between two of them."""
@@ -132,14 +132,16 @@ class Liveness:
         forgotten = tuple(answer.endpoint for answer in told if answer.holds is False)
         if forgotten:
             return Verdict(Finding.FORGOTTEN, forgotten)
-        marks = {answer.endpoint: (answer.done, answer.last) for answer in told}
+        marks = self._marks | {answer.endpoint: (answer.done, answer.last) for answer in told if not answer.late}
         moved = bool(self._marks) and marks != self._marks
         self._marks = marks
         self._moves += moved
         if moved and self._moves <= len(told) * (parts + 1):
             self._progress_at = now
         # A peer of version 0.1.0 says only whether its device is busy, for whomever.
-        works = [answer.waiting > 0 if answer.holds is not None else answer.queue_ms > 0 for answer in told]
+        works = [
+            answer.late or (answer.waiting > 0 if answer.holds is not None else answer.queue_ms > 0) for answer in told
+        ]
         self._idle_checks = 0 if any(works) else 1 if moved else self._idle_checks + 1
         behind = [answer.endpoint for answer in told if answer.holds is not None and answer.last < number]
         if self._idle_checks == IDLE_CHECKS:
@@ -151,7 +153,7 @@ class Liveness:
                 order = [behind[0], *[answer.endpoint for answer in reversed(told[:at])], *order]
             return Verdict(Finding.IDLE, tuple(dict.fromkeys(order)))
         # An overloaded peer says so, and is given the time; one that only says so, not for ever.
-        queued_s = max((answer.queue_ms for answer in told), default=0.0) / 1000
+        queued_s = max((MAX_QUEUE_S if answer.late else answer.queue_ms / 1000 for answer in told), default=0.0)
         patience_s = min(max(progress_s, PATIENCE * queued_s), max(progress_s, MAX_QUEUE_S))
         if any(works) and now - self._progress_at >= patience_s:
             self._progress_at = now

@@ -42,10 +42,12 @@ from splitnet.client.session_route import Phase
 from splitnet.client.session_state import SessionState
 from splitnet.client.swarm import Swarm
 from splitnet.errors import NotAuthorized, SessionClosed, SplitnetError
+from splitnet.net import tcp
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import SESSION_BYTES, Message, Open
 from splitnet.net.prober import Answer
 from splitnet.net.sent_log import REPLAY_POSITIONS
+from splitnet.net.tcp import MOVED_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +56,12 @@ PROGRESS_TIMEOUT_S = 120.0
 
 USUAL_POSITIONS = 64
 """Of a step, where many are under way: a micro-batch, or a chunk of a prefill. Otherwise it is a token."""
+
+
+QUEUED_S = 10.0
+"""So long a hop may be silent because the client sends much to others."""
+ROUND_S = 0.1
+"""All hops are asked within that."""
 
 
 @dataclass(slots=True)
@@ -65,6 +73,18 @@ class Traffic:
     bytes_sent: int = 0
     """By the client, headers included."""
     bytes_received: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """first_at, at: when a hop was asked first, and last. sent: what all links of the client had carried then; passed:
+    and its own link.
+    """
+
+    first_at: float
+    at: float
+    sent: int
+    passed: tcp.Traffic | None
 
 
 class SessionDriver:
@@ -119,6 +139,8 @@ class SessionDriver:
         """The route to be planned, if there is one: filled by any thread, emptied by the one that waits."""
         self._handling = threading.RLock()
         self._is_handling = False
+        self._unanswered: dict[Endpoint, _Asked] = {}
+        """Hops that were asked whether they live, and have not answered since."""
         self._changed: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._until: Callable[[], bool] | None = None
         """What the thread in `_wait` waits for: it is woken for that alone, not for every event."""
@@ -224,6 +246,10 @@ class SessionDriver:
                 else:
                     self.traffic.bytes_sent += swarm.links.send(endpoint, message)
             case AskAlive(endpoint):
+                links, before = swarm.links, self._unanswered.get(endpoint)
+                now = time.perf_counter()
+                first_at = before.first_at if before is not None else now
+                self._unanswered[endpoint] = _Asked(first_at, now, links.acked(), links.traffic(endpoint))
                 swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
             case AskRoute():
                 self._asked.append(effect)
@@ -242,6 +268,7 @@ class SessionDriver:
 
     def _alive(self, endpoint: Endpoint, pong: Future[Answer]) -> None:
         answer = pong.result()
+        self._unanswered.pop(endpoint, None)
         self.feed(Alive(endpoint, answer.queue_ms, answer.holds, answer.waiting, answer.done, answer.last))
 
     def _wait(self, until: Callable[[], bool]) -> None:
@@ -273,7 +300,26 @@ class SessionDriver:
             try:
                 self._changed.get(timeout=max(0.0, min(self._wakes_at - time.monotonic(), threading.TIMEOUT_MAX)))
             except queue.Empty:
+                for endpoint in self._late():
+                    self.feed(Alive(endpoint, 0.0, late=True))
                 self.feed(Tick())
+
+    def _late(self) -> list[Endpoint]:
+        """Of the hops that were asked and have not answered those that something else holds up.
+
+        That is what their own links carry. Or, for a while, what goes to others: the way up of a home is one queue, in
+        which a ping may stand behind a prompt; but then nobody answers quickly.
+        """
+        links, sent, now = self._swarm.links, self._swarm.links.acked(), time.perf_counter()
+        late: list[Endpoint] = []
+        for endpoint, asked in list(self._unanswered.items()):
+            passed = links.traffic(endpoint)
+            if asked.passed is None or passed is None:
+                continue
+            is_queued = passed.unsent > 0 and sent - asked.sent >= MOVED_BYTES and now - asked.first_at < QUEUED_S
+            if passed.has_moved(asked.passed) or (is_queued and links.prober.quick_at < asked.at - ROUND_S):
+                late.append(endpoint)
+        return late
 
     def _wait_for(self, requests: Sequence[Request]) -> None:
         """Waits until all have what they asked for; raises the error of the first that has not."""

@@ -100,7 +100,7 @@ class LinkFailed:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """A peer has answered an `AskAlive`.
+    """A peer has answered an `AskAlive`, or is about to.
 
     Attributes:
         queue_ms: how long its device has something to do, for whomever.
@@ -108,6 +108,7 @@ class Alive:
         waiting: steps and passes of the session that wait or run there; 1 for all that is on its way to the next hop.
         done: positions of the session computed there so far; only grows.
         last: highest number of a step or pass of the session's epoch that was finished there.
+        late: it has not answered; but its link carries something, behind which the question or the answer waits.
     """
 
     endpoint: Endpoint
@@ -116,6 +117,7 @@ class Alive:
     waiting: int = 0
     done: int = 0
     last: int = 0
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from splitnet.client.liveness import Finding, Verdict, silence_s
+from splitnet.client.liveness import MAX_QUEUE_S, Finding, Verdict, silence_s
 from splitnet.client.requests import ReplayRequest, Request, StepRequest
 from splitnet.client.route_hop import RouteHop
 from splitnet.client.session_events import (
@@ -39,7 +39,7 @@ from splitnet.client.session_events import (
     Use,
     UseAdapter,
 )
-from splitnet.client.session_route import Phase, SessionRoute, cause_of
+from splitnet.client.session_route import OPEN_TIMEOUT_S, Phase, SessionRoute, cause_of
 from splitnet.errors import (
     ContextTooLong,
     PeerBusy,
@@ -193,6 +193,8 @@ class SessionState(SessionRoute):
             case Tick():
                 self._tick()
             case Alive():
+                if event.late:
+                    self._wait_longer(event.endpoint)
                 if self._liveness.answered(event):
                     self._judge()
             case LinkFailed():
@@ -554,6 +556,13 @@ class SessionState(SessionRoute):
                 asked = self._opening or self.endpoints()
                 self._liveness.ask(asked, self._now)
                 self._effects += [AskAlive(endpoint) for endpoint in asked]
+
+    def _wait_longer(self, endpoint: Endpoint) -> None:
+        """An `Open` waits behind what else goes over the link."""
+        until, making = self._asked.get(endpoint), self._making
+        if self.phase is Phase.OPENING and until is not None and making is not None:
+            longest = making.began + MAX_QUEUE_S
+            self._asked[endpoint] = max(until, min(self._now + OPEN_TIMEOUT_S, longest))
 
     def _unanswered(self, hops: Sequence[Endpoint]) -> None:
         """Hops say nothing to what was asked of them before anything is sent along the route."""

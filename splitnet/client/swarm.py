@@ -120,6 +120,7 @@ class Swarm:
             lambda: self.links.has_sessions,
             lambda: self.links.in_use,
             self._likely,
+            is_busy=self.links.is_busy,
         )
 
     def close(self) -> None:

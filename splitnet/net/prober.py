@@ -19,6 +19,9 @@ FIRST_PING_S = 3.0
 """For so long the first ping of a link is waited for if somebody has taken the connection: it takes five to six round
 trips, of which TCP takes the first.
 """
+QUICK_MS = 500.0
+"""A ping that is answered in this time has met no long queue on the way up."""
+
 PROBE_BYTES = 64 * 1024
 FASTEST_PROBE_MS = 0.05
 """A probe that seems to take no time at all says only that the link is fast."""
@@ -72,11 +75,15 @@ class Prober:
     Args:
         send: sends a message to an endpoint.
         is_taken: whether somebody has taken the connection to it.
+
+    Attributes:
+        quick_at: when the latest ping was sent that anybody has answered within `QUICK_MS`, by `time.perf_counter`.
     """
 
     def __init__(
         self, send: Callable[[Endpoint, Ping], object], is_taken: Callable[[Endpoint], bool] = lambda _: False
     ) -> None:
+        self.quick_at = 0.0
         self._send = send
         self._is_taken = is_taken
         self._nonces = count(1)
@@ -118,6 +125,8 @@ class Prober:
                 return
             del self._sent[message.nonce]
             rtt_ms = (time.perf_counter() - sent.at) * 1000
+            if rtt_ms < QUICK_MS:
+                self.quick_at = max(self.quick_at, sent.at)
             self._answered[source] = max(message.nonce, self._answered.pop(source, 0))
             if len(self._answered) > KEPT_ENDPOINTS:
                 del self._answered[next(iter(self._answered))]

@@ -20,6 +20,9 @@ _LINUX = sys.platform in ("linux", "android")
 _SO_COOKIE = 57
 _UNREAD, _UNSENT = 0x541B, 0x5411
 _TCP_INFO_BYTES = 256
+MOVED_BYTES = 1024
+"""What keeps a link open does not carry so much within seconds."""
+
 _ACKED_AND_RECEIVED = struct.Struct("QQ")
 _ACKED_AT = 120
 """Where `tcpi_bytes_acked` and `tcpi_bytes_received` stand in `struct tcp_info` (Linux 4.2 and later)."""
@@ -35,6 +38,10 @@ class Traffic(NamedTuple):
     read: int
     """Received and read by this process."""
     received: int
+
+    def has_moved(self, before: Traffic) -> bool:
+        """Whether it has carried more in either direction than what keeps it open does."""
+        return max(self.acked - before.acked, self.received - before.received) >= MOVED_BYTES
 
 
 def cookie(descriptor: int) -> bytes:

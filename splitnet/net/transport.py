@@ -21,6 +21,7 @@ import zmq
 from zmq.utils.monitor import parse_monitor_message
 
 from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.net import tcp
 from splitnet.net.backlog import LARGE_BYTES, MAX_BACKLOG_BYTES, Backlog
 from splitnet.net.budget import Budget
 from splitnet.net.connections import MAX_MESSAGE_BYTES, MAX_RECEIVED_BYTES, Connections, TcpConnection
@@ -243,6 +244,22 @@ class Transport:
         """Whether somebody has taken the connection, though the handshake may still be under way."""
         link = self._links.get(endpoint)
         return link is not None and link.tcp is not None
+
+    def traffic(self, endpoint: Endpoint) -> tcp.Traffic | None:
+        """What has passed on a link so far; None: it is not up, or the system does not tell."""
+        link = self._links.get(endpoint)
+        connection = link.tcp if link is not None else None
+        try:
+            if connection is None or tcp.cookie(connection.descriptor) != connection.cookie:
+                return None
+            return tcp.traffic(connection.descriptor)
+        except OSError:
+            return None
+
+    def acked(self) -> int:
+        """Bytes that other sides have confirmed, over all links that are open; 0 where the system does not tell."""
+        passed = [self.traffic(endpoint) for endpoint in list(self._links)]
+        return sum(each.acked for each in passed if each is not None)
 
     def unsent(self, endpoint: Endpoint) -> int:
         """Bytes of large messages that wait for a link; 0 if it is not up, or nothing is counted (`max_backlog`)."""

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from splitnet.client.liveness import ANSWER_S, MAX_SILENCE_S
-from splitnet.client.session_events import Distrust, Received, Resize, Use, UseAdapter
+from splitnet.client.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S
+from splitnet.client.session_events import Alive, Distrust, Received, Resize, Use, UseAdapter
 from splitnet.client.session_route import OPEN_TIMEOUT_S, TRANSITIONS, Phase
 from splitnet.errors import PeerBusy
 from splitnet.net.endpoints import Relay
@@ -360,6 +360,28 @@ def test_a_hop_that_is_silent_while_a_route_is_opened_is_lost_soon(hidden: bool)
     assert world.state.endpoints() == [twin.endpoint, tail.endpoint]
     assert (world.now >= OPEN_TIMEOUT_S) == hidden
     assert world.now >= MAX_SILENCE_S + ANSWER_S
+
+
+def test_a_hop_whose_link_is_busy_is_waited_for_but_not_for_ever() -> None:
+    """What it is asked, and what opens the session there, wait behind what else is sent to it."""
+    world = World(seed=1)
+    first, twin, tail = world.peers[:3]
+    world.peers = [first, tail]
+    world.feed(Use())
+    world.answer()
+    first.alive = False
+    world.gone.add(first.name)
+    world.peers = [first, twin, tail]
+    while first.endpoint in world.state.endpoints():
+        while links := world.busy_links():
+            world.deliver(links[0])
+        if world.questions:
+            world.answer()
+        world.feed(Alive(first.endpoint, 0.0, late=True))
+        world.tick()
+    assert MAX_QUEUE_S <= world.now < MAX_QUEUE_S + OPEN_TIMEOUT_S
+    world.settle()
+    assert world.state.is_open
 
 
 @pytest.mark.parametrize("refills", [False, True])

@@ -424,6 +424,26 @@ def test_what_waits_for_a_link_is_told_until_it_is_sent(node: Start) -> None:
     sender.wait(lambda: sender.transport.unsent(sleeper.endpoint) == 0)
 
 
+def test_what_a_link_has_carried_is_told(node: Start) -> None:
+    server, sender = node(ANY_PORT), node()
+    assert sender.transport.traffic(server.endpoint) is None and sender.transport.acked() == 0
+    sender.transport.send(server.endpoint, [b"header", b"small"])
+    server.wait(lambda: len(server.received) == 1)
+    before, sent = sender.transport.traffic(server.endpoint), sender.transport.acked()
+    if before is None:
+        pytest.skip("this system does not tell what a connection has carried")
+    assert not before.has_moved(before)
+    sender.transport.send(server.endpoint, [b"header", bytes(1 << 20)])
+    server.wait(lambda: len(server.received) == 2)
+    deadline = time.monotonic() + WAIT_S
+    while sender.transport.acked() - sent < 1 << 20 and time.monotonic() < deadline:
+        sender.transport.tick_soon()
+    passed = sender.transport.traffic(server.endpoint)
+    assert passed is not None and passed.has_moved(before) and sender.transport.acked() - sent >= 1 << 20
+    sender.transport.disconnect(server.endpoint)
+    sender.wait(lambda: sender.transport.traffic(server.endpoint) is None)
+
+
 def test_small_messages_to_a_receiver_that_does_not_read_are_counted(node: Start) -> None:
     server, sleeper = node(ANY_PORT, max_backlog=16 * TRACKED_BYTES), node()
     asleep = threading.Event()
