@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from splitnet.client.bans import BAN_S
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.links import refusal
+from splitnet.client.liveness import ANSWER_S
 from splitnet.client.planner import Forecast, Needs
 from splitnet.client.requests import Request
 from splitnet.client.route_hop import RouteHop
@@ -248,7 +249,7 @@ class SessionDriver:
             case AskAlive(endpoint):
                 links, before = swarm.links, self._unanswered.get(endpoint)
                 now = time.perf_counter()
-                first_at = before.first_at if before is not None else now
+                first_at = before.first_at if before is not None and now - before.at < QUEUED_S else now
                 self._unanswered[endpoint] = _Asked(first_at, now, links.acked(), links.traffic(endpoint))
                 swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
             case AskRoute():
@@ -310,9 +311,12 @@ class SessionDriver:
         That is what their own links carry. Or, for a while, what goes to others: the way up of a home is one queue, in
         which a ping may stand behind a prompt; but then nobody answers quickly.
         """
-        links, sent, now = self._swarm.links, self._swarm.links.acked(), time.perf_counter()
+        now = time.perf_counter()
+        asked_now = [(each, asked) for each, asked in list(self._unanswered.items()) if now - asked.at < 2 * ANSWER_S]
+        links = self._swarm.links
+        sent = links.acked() if asked_now else 0
         late: list[Endpoint] = []
-        for endpoint, asked in list(self._unanswered.items()):
+        for endpoint, asked in asked_now:
             passed = links.traffic(endpoint)
             if asked.passed is None or passed is None:
                 continue
