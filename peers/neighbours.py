@@ -111,7 +111,7 @@ class Neighbours:
         """
         now, before = time.monotonic(), self._answered
         self._answered = {endpoint: self._prober.answered(endpoint) for endpoint in self._links.in_use}
-        heard = [endpoint for endpoint, number in self._answered.items() if number > before.get(endpoint, 0)]
+        heard = [endpoint for endpoint, number in self._answered.items() if number > before.get(endpoint, number)]
         used = {endpoint.key.text: (now, self._prober.rtt_ms(endpoint)) for endpoint in heard}
         self._used = {name: seen for name, seen in (self._used | used).items() if name in self._seen and seen[1]}
 

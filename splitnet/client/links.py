@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
@@ -10,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from splitnet.errors import NotAuthorized, PeerLost, ProtocolError, ProtocolVersionError, SplitnetError
-from splitnet.net.backlog import LARGE_BYTES
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.link_pool import KEEP_S, LinkPool
@@ -27,7 +27,7 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
-from splitnet.net.prober import Prober
+from splitnet.net.prober import PROBE_BYTES, Prober
 from splitnet.net.tcp import Traffic
 from splitnet.net.transport import Transport
 from splitnet.net.ways.punching import Way
@@ -40,6 +40,11 @@ MAX_LINKS = 160
 
 KEEP_UNREACHED_S = 15.0
 """A link that is lost, or never came up, is tried so long after its last use: a peer that restarts comes back."""
+
+QUEUES_S = 0.05
+"""For so long it is not looked again which links have queues: many sessions ask at the same time."""
+BUSY_BYTES = 2 * PROBE_BYTES
+"""More than what measuring a link alone puts on it."""
 
 
 class Subscriber(Protocol):
@@ -79,6 +84,7 @@ class Links:
         self._most = most
         self._complaints = SeldomWarnings(log)
         self.on_answer: Callable[[Endpoint, Message], None] | None = None
+        self._queues: tuple[float, dict[Endpoint, Traffic]] = -math.inf, {}
         self._transport = Transport(
             identity,
             on_message=self._receive,
@@ -157,14 +163,19 @@ class Links:
         """What has passed on a link so far; None: it is not up, or the system does not tell."""
         return self._transport.traffic(endpoint)
 
-    def acked(self) -> int:
-        """Bytes that peers have confirmed, over the links that are open."""
-        return self._transport.acked()
+    def queues(self) -> dict[Endpoint, Traffic]:
+        """The links on which something waits to be confirmed, as of a moment ago; none if the system does not tell."""
+        now = time.monotonic()
+        if now - self._queues[0] > QUEUES_S:
+            self._queues = now, self._transport.queues()
+        return self._queues[1]
 
     def is_busy(self, endpoint: Endpoint) -> bool:
-        """Whether so much waits on the way to a peer that it cannot answer soon."""
+        """Whether a ping to a peer may wait behind what is sent to it, or to others over the same way up."""
         passed = self.traffic(endpoint)
-        return passed is not None and passed.unsent >= LARGE_BYTES
+        if passed is None or not passed.unsent:
+            return False
+        return passed.unsent > BUSY_BYTES or bool(self.queues().keys() - {endpoint})
 
     def way(self, endpoint: Endpoint) -> Way:
         """How a peer is reached, or would be."""

@@ -72,10 +72,13 @@ class Liveness:
         self._heard_at = 0.0
         self._progress_at = 0.0
         self._marks: dict[Endpoint, tuple[int, int]] = {}
+        self._stragglers: dict[Endpoint, tuple[int, int]] = {}
+        """What was answered after the round in which it was asked."""
         self._answers: dict[Endpoint, Alive | None] = {}
         self._until = math.inf
         self._idle_checks = 0
         self._moves = 0
+        self._rounds = 0
 
     @property
     def asking(self) -> bool:
@@ -85,8 +88,8 @@ class Liveness:
     def heard(self, now: float) -> None:
         """Something has come of what is awaited."""
         self._heard_at = self._progress_at = now
-        self._idle_checks = self._moves = 0
-        self._marks = {}
+        self._idle_checks = self._moves = self._rounds = 0
+        self._marks, self._stragglers = {}, {}
         self.stop()
 
     def stop(self) -> None:
@@ -98,7 +101,9 @@ class Liveness:
         return self._until if self._answers else self._heard_at + silent_s
 
     def ask(self, hops: Sequence[Endpoint], now: float) -> None:
-        """A round begins: these hops are pinged now."""
+        """A round begins: these hops are pinged now. From the first one on they have to show progress."""
+        self._progress_at = self._progress_at if self._rounds else now
+        self._rounds += 1
         self._answers = dict.fromkeys(hops)
         self._until = now + ANSWER_S
 
@@ -107,6 +112,8 @@ class Liveness:
         if answer.endpoint in self._answers:
             self._answers[answer.endpoint] = answer
             return None not in self._answers.values()
+        if not answer.late:
+            self._stragglers[answer.endpoint] = (answer.done, answer.last)
         return False
 
     def is_late(self, now: float) -> bool:
@@ -132,7 +139,9 @@ class Liveness:
         forgotten = tuple(answer.endpoint for answer in told if answer.holds is False)
         if forgotten:
             return Verdict(Finding.FORGOTTEN, forgotten)
-        marks = self._marks | {answer.endpoint: (answer.done, answer.last) for answer in told if not answer.late}
+        in_time = {answer.endpoint: (answer.done, answer.last) for answer in told if not answer.late}
+        marks = self._marks | self._stragglers | in_time
+        self._stragglers = {}
         moved = bool(self._marks) and marks != self._marks
         self._marks = marks
         self._moves += moved
@@ -143,7 +152,9 @@ class Liveness:
             answer.late or (answer.waiting > 0 if answer.holds is not None else answer.queue_ms > 0) for answer in told
         ]
         self._idle_checks = 0 if any(works) else 1 if moved else self._idle_checks + 1
-        behind = [answer.endpoint for answer in told if answer.holds is not None and answer.last < number]
+        behind = [
+            answer.endpoint for answer in told if answer.late or (answer.holds is not None and answer.last < number)
+        ]
         if self._idle_checks == IDLE_CHECKS:
             self._idle_checks = 0
             # Whom it did not come to, or who keeps it; then who should have sent it; then all others from the tail on.

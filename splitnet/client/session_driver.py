@@ -9,7 +9,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -48,7 +48,6 @@ from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import SESSION_BYTES, Message, Open
 from splitnet.net.prober import Answer
 from splitnet.net.sent_log import REPLAY_POSITIONS
-from splitnet.net.tcp import MOVED_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -78,14 +77,14 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """first_at, at: when a hop was asked first, and last. sent: what all links of the client had carried then; passed:
-    and its own link.
+    """first_at, at: when a hop was asked first, and last. passed: what its link had carried then. queues: the links on
+    which something waited then.
     """
 
     first_at: float
     at: float
-    sent: int
     passed: tcp.Traffic | None
+    queues: Mapping[Endpoint, tcp.Traffic]
 
 
 class SessionDriver:
@@ -250,7 +249,7 @@ class SessionDriver:
                 links, before = swarm.links, self._unanswered.get(endpoint)
                 now = time.perf_counter()
                 first_at = before.first_at if before is not None and now - before.at < QUEUED_S else now
-                self._unanswered[endpoint] = _Asked(first_at, now, links.acked(), links.traffic(endpoint))
+                self._unanswered[endpoint] = _Asked(first_at, now, links.traffic(endpoint), links.queues())
                 swarm.ping(endpoint, self.id).add_done_callback(lambda pong: self._alive(endpoint, pong))
             case AskRoute():
                 self._asked.append(effect)
@@ -311,19 +310,27 @@ class SessionDriver:
         That is what their own links carry. Or, for a while, what goes to others: the way up of a home is one queue, in
         which a ping may stand behind a prompt; but then nobody answers quickly.
         """
-        now = time.perf_counter()
-        asked_now = [(each, asked) for each, asked in list(self._unanswered.items()) if now - asked.at < 2 * ANSWER_S]
-        links = self._swarm.links
-        sent = links.acked() if asked_now else 0
+        links, now = self._swarm.links, time.perf_counter()
         late: list[Endpoint] = []
-        for endpoint, asked in asked_now:
-            passed = links.traffic(endpoint)
+        for endpoint, asked in list(self._unanswered.items()):
+            passed = links.traffic(endpoint) if asked.passed is not None and now - asked.at < 2 * ANSWER_S else None
             if asked.passed is None or passed is None:
                 continue
-            is_queued = passed.unsent > 0 and sent - asked.sent >= MOVED_BYTES and now - asked.first_at < QUEUED_S
-            if passed.has_moved(asked.passed) or (is_queued and links.prober.quick_at < asked.at - ROUND_S):
+            # A tunnel confirms at once what goes into it.
+            carries = passed.has_received(asked.passed) or (not endpoint.hidden and passed.has_sent(asked.passed))
+            if carries or self._stands_behind_others(endpoint, asked, passed):
                 late.append(endpoint)
         return late
+
+    def _stands_behind_others(self, endpoint: Endpoint, asked: _Asked, passed: tcp.Traffic) -> bool:
+        links, now = self._swarm.links, time.perf_counter()
+        # The first time it may have arrived just now, or have been dropped by a full queue and sent again.
+        if asked.at > asked.first_at:
+            quick = links.prober.quick_at >= asked.at - ROUND_S
+            if quick or not passed.unsent or now - asked.first_at >= QUEUED_S:
+                return False
+        others = [(before, links.traffic(other)) for other, before in asked.queues.items() if other != endpoint]
+        return any(passed is not None and passed.has_sent(before) for before, passed in others)
 
     def _wait_for(self, requests: Sequence[Request]) -> None:
         """Waits until all have what they asked for; raises the error of the first that has not."""

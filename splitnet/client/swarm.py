@@ -207,8 +207,8 @@ class Swarm:
                 if not (unknown or doubted) or not self.fresh_facts.measure(unknown, [*doubted, *others]):
                     break
                 silent = self.survey.silent().intersection(record.key.text for record in (*unknown, *doubted))
-                if not unknown and not silent:
-                    break
+                if not silent and self.survey.unprobed(unknown) == unknown:
+                    break  # all live, or nothing could be learnt
                 others = self._likely(records, self.survey.unknown(records, unusable), PINGED_AT_ONCE) if silent else ()
                 route = best_route()
             self.was_covered |= part == needs.blocks

@@ -160,7 +160,7 @@ class Prober:
     def round_trips(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> dict[Endpoint, float]:
         """Ms to peers and back, with two small pings to each; those that don't answer in time are left out."""
         # The first ping of a link also pays for its handshake, so it is thrown away.
-        answered = self._answers(endpoints, 0, timeout_s, FIRST_PING_S)
+        answered = self._answers(endpoints, 0, timeout_s, FIRST_PING_S if timeout_s >= PING_TIMEOUT_S else 0.0)
         return {endpoint: answer.rtt_ms for endpoint, answer in self._answers(answered, 0, timeout_s).items()}
 
     def measure(
@@ -199,9 +199,11 @@ class Prober:
     def _answers(
         self, endpoints: Iterable[Endpoint], padding: int, timeout_s: float, taken_s: float = 0.0
     ) -> dict[Endpoint, Answer]:
-        """taken_s: for how long those are waited for that somebody has taken the connection to."""
+        """taken_s: for how long those are waited for whose connections somebody takes meanwhile."""
+        endpoints = list(endpoints)
+        new = {endpoint for endpoint in endpoints if timeout_s < taken_s and not self._is_taken(endpoint)}
         pings = {endpoint: self.ping(endpoint, padding) for endpoint in endpoints}
         wait(pings.values(), timeout=timeout_s)
-        late = [future for endpoint, future in pings.items() if not future.done() and self._is_taken(endpoint)]
+        late = [pings[endpoint] for endpoint in new if not pings[endpoint].done() and self._is_taken(endpoint)]
         wait(late, timeout=max(0.0, taken_s - timeout_s))
         return {endpoint: future.result() for endpoint, future in pings.items() if future.done()}

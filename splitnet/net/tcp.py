@@ -28,6 +28,10 @@ _ACKED_AT = 120
 """Where `tcpi_bytes_acked` and `tcpi_bytes_received` stand in `struct tcp_info` (Linux 4.2 and later)."""
 
 
+QUEUE_BYTES = 8 * 1024
+"""What waits on a link counts as a queue from here on: less is what any step has under way."""
+
+
 class Traffic(NamedTuple):
     """Of one connection, in bytes."""
 
@@ -39,9 +43,14 @@ class Traffic(NamedTuple):
     """Received and read by this process."""
     received: int
 
-    def has_moved(self, before: Traffic) -> bool:
-        """Whether it has carried more in either direction than what keeps it open does."""
-        return max(self.acked - before.acked, self.received - before.received) >= MOVED_BYTES
+    def has_sent(self, before: Traffic) -> bool:
+        """Whether the other side has confirmed something for which others had to wait, or still have to."""
+        waited = self.unsent > 0 or before.unsent >= QUEUE_BYTES
+        return waited and self.acked - before.acked >= MOVED_BYTES
+
+    def has_received(self, before: Traffic) -> bool:
+        """Whether more has come than what keeps it open."""
+        return self.received - before.received >= MOVED_BYTES
 
 
 def cookie(descriptor: int) -> bytes:

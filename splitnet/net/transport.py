@@ -241,9 +241,12 @@ class Transport:
         return link.state if link else LinkState.CONNECTING
 
     def is_taken(self, endpoint: Endpoint) -> bool:
-        """Whether somebody has taken the connection, though the handshake may still be under way."""
+        """Whether somebody has taken the connection, though the handshake may still be under way.
+
+        Of one through others that says nothing: it is this process that takes the way into the tunnel.
+        """
         link = self._links.get(endpoint)
-        return link is not None and link.tcp is not None
+        return link is not None and link.tcp is not None and not endpoint.hidden
 
     def traffic(self, endpoint: Endpoint) -> tcp.Traffic | None:
         """What has passed on a link so far; None: it is not up, or the system does not tell."""
@@ -256,10 +259,12 @@ class Transport:
         except OSError:
             return None
 
-    def acked(self) -> int:
-        """Bytes that other sides have confirmed, over all links that are open; 0 where the system does not tell."""
-        passed = [self.traffic(endpoint) for endpoint in list(self._links)]
-        return sum(each.acked for each in passed if each is not None)
+    def queues(self) -> dict[Endpoint, tcp.Traffic]:
+        """The links on which something waits to be confirmed; none where the system does not tell."""
+        passed = {endpoint: self.traffic(endpoint) for endpoint in list(self._links)}
+        return {
+            endpoint: each for endpoint, each in passed.items() if each is not None and each.unsent >= tcp.QUEUE_BYTES
+        }
 
     def unsent(self, endpoint: Endpoint) -> int:
         """Bytes of large messages that wait for a link; 0 if it is not up, or nothing is counted (`max_backlog`)."""

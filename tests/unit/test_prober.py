@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from splitnet.net import prober as prober_module
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
 from splitnet.net.messages import Ping, Pong
@@ -69,8 +70,11 @@ def test_a_probe_that_takes_no_time_at_all_is_no_infinite_bandwidth(monkeypatch:
 
 
 @pytest.mark.parametrize("taken", [False, True])
-def test_a_far_peer_is_waited_for_once_it_has_taken_the_connection(taken: bool) -> None:
+def test_a_far_peer_is_waited_for_once_it_has_taken_the_connection(
+    monkeypatch: pytest.MonkeyPatch, taken: bool
+) -> None:
     """The first ping of a link pays for its handshake."""
+    monkeypatch.setattr(prober_module, "PING_TIMEOUT_S", 0.2)
     timers: list[threading.Timer] = []
 
     def answer(endpoint: Endpoint, ping: Ping) -> None:
@@ -78,7 +82,7 @@ def test_a_far_peer_is_waited_for_once_it_has_taken_the_connection(taken: bool) 
         timers.append(threading.Timer(late_s, prober.pong, (endpoint, Pong(ping.nonce, 0.0, 0))))
         timers[-1].start()
 
-    prober = Prober(answer, lambda _: taken)
+    prober = Prober(answer, lambda _: taken and bool(timers))
     assert list(prober.round_trips([PEER], timeout_s=0.2)) == [PEER] * taken
     for timer in timers:
         timer.join()

@@ -307,6 +307,9 @@ class TestNeighbours:
         monkeypatch.setattr(echo.prober, "rtt_ms", lambda endpoint: 5000.0)
         links.in_use = [there.endpoint, unknown.endpoint]
         neighbours.hear_used()
+        assert neighbours.seen_links == (before,), "nothing has come back since it is used"
+        echo.prober.ping(there.endpoint)
+        neighbours.hear_used()
         monkeypatch.setattr(echo.prober, "rtt_ms", lambda endpoint: 1.0)
         neighbours.hear_used()
         links.in_use = []
