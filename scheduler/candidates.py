@@ -40,7 +40,7 @@ def measured_first(peers: int) -> tuple[int, ...]:
     First to any, which tell where it stands; then twice to likely ones, as seen from there. Each takes 2 KB. What fewer
     and more are worth is told in docs/scheduling.md.
     """
-    likely = min(16 + peers // 120, 40)
+    likely = min(16 + peers // 120, 34)
     return 32, likely, likely
 
 

@@ -11,13 +11,16 @@ import numpy as np
 from scheduler.candidates import measured_first
 from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.network import CLIENT, Link, Place
-from splitnet.client.fresh_facts import ENDS_PINGS, PINGS_PER_MINUTE
+from splitnet.client.fresh_facts import PINGS_PER_MINUTE
 from splitnet.net.prober import PING_TIMEOUT_S
 from splitnet.simulation.directory import View
 from splitnet.simulation.world import World
 
 CONNECT_TRIPS: Final = 4
 """Round trips until a connection is up: one of TCP, one of ZeroMQ's greetings, two of CurveZMQ."""
+
+ENDS_PINGS: Final = 20
+"""That the two ends of a route take."""
 
 PING_TRIPS: Final = CONNECT_TRIPS + 2
 """Round trips that measuring a link takes which has to be opened for it."""
