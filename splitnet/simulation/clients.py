@@ -60,6 +60,19 @@ class Client:
             took_ms = max(took_ms, 2 * PING_TRIPS * self.links[CLIENT, name].latency_ms)
         return took_ms
 
+    def likely(self, world: World, view: View, limit: int, exclude: Collection[str] = ()) -> list[str]:
+        """So many of the peers that it never asked, those that its routes most likely go through."""
+        near = view.idle_crowd.near(
+            [self.place],
+            (0, world.settings.num_blocks),
+            encodings=world.settings.encodings,
+            kv_needed=1,
+            exclude={*exclude, *self.asked_s},
+            limit=limit,
+            everywhere=False,
+        )
+        return [peer.id for peer in near]
+
     def pings_left(self, now_s: float) -> int:
         """In this minute, beside those for the ends of a route; who is silent costs none."""
         answered = sum(at > now_s - 60.0 and name not in self.silent for name, at in self.asked_s.items())
@@ -86,14 +99,5 @@ def new_client(world: World, number: int, view: View, rng: np.random.Generator, 
     chosen: list[int] = rng.choice(count, min(anyone, count), replace=False).tolist()
     measure([view.peers[index].id for index in chosen])
     for limit in likely:
-        near = view.idle_crowd.near(
-            [client.place],
-            (0, settings.num_blocks),
-            encodings=settings.encodings,
-            kv_needed=1,
-            exclude=client.asked_s.keys(),
-            limit=limit,
-            everywhere=False,
-        )
-        measure([peer.id for peer in near])
+        measure(client.likely(world, view, limit))
     return client

@@ -174,22 +174,9 @@ class Planning:
                 session.contacts.setdefault(self._nodes[name], now_s * 1000)
             if client.silent.isdisjoint(doubted):
                 break
-            others = self._unknown(plan)
+            others = client.likely(self._world, self._view(), PINGED_AT_ONCE, plan.exclude)
             planned = self._route(plan)
         return replace(planned, asked_ms=planned.asked_ms + waited_ms)
-
-    def _unknown(self, plan: Plan) -> list[str]:
-        """Peers that the client never asked, those through which routes most likely go."""
-        likely = self._view().idle_crowd.near(
-            [plan.client.place],
-            self._blocks,
-            encodings=self._settings.encodings,
-            kv_needed=1,
-            exclude={*plan.exclude, *plan.client.asked_s},
-            limit=PINGED_AT_ONCE,
-            everywhere=False,
-        )
-        return [peer.id for peer in likely]
 
     def _route(self, plan: Plan) -> Planned:
         """Through peers that have answered, if there are enough of them, as `splitnet/client/swarm.py` does."""

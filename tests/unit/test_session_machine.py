@@ -342,20 +342,26 @@ def test_beside_honest_peers_one_that_lies_costs_no_request(fault: str, at: int,
     world.close()
 
 
-@pytest.mark.parametrize("hidden", [False, True])
-def test_a_hop_that_is_silent_while_a_route_is_opened_is_lost_soon(hidden: bool) -> None:
-    """Unless it may take long to reach."""
-    world = World(seed=1)
-    first, twin, tail = world.peers[0], world.peers[1], world.peers[2]
-    if hidden:
-        first.endpoint = replace(first.endpoint, relays=(Relay("tcp://127.0.0.1:99", bytes(32)),))
-        first.record.endpoint = first.endpoint
+def fall_silent_while_it_opens(world: World) -> None:
+    """The first hop of a route does, of which there is a twin."""
+    first, twin, tail = world.peers[:3]
     world.peers = [first, tail]
     world.feed(Use())
     world.answer()
     first.alive = False
     world.gone.add(first.name)
     world.peers = [first, twin, tail]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_hop_that_is_silent_while_a_route_is_opened_is_lost_soon(hidden: bool) -> None:
+    """Unless it may take long to reach."""
+    world = World(seed=1)
+    first, twin, tail = world.peers[:3]
+    if hidden:
+        first.endpoint = replace(first.endpoint, relays=(Relay("tcp://127.0.0.1:99", bytes(32)),))
+        first.record.endpoint = first.endpoint
+    fall_silent_while_it_opens(world)
     world.settle()
     assert world.state.endpoints() == [twin.endpoint, tail.endpoint]
     assert (world.now >= OPEN_TIMEOUT_S) == hidden
@@ -365,13 +371,8 @@ def test_a_hop_that_is_silent_while_a_route_is_opened_is_lost_soon(hidden: bool)
 def test_a_hop_whose_link_is_busy_is_waited_for_but_not_for_ever() -> None:
     """What it is asked, and what opens the session there, wait behind what else is sent to it."""
     world = World(seed=1)
-    first, twin, tail = world.peers[:3]
-    world.peers = [first, tail]
-    world.feed(Use())
-    world.answer()
-    first.alive = False
-    world.gone.add(first.name)
-    world.peers = [first, twin, tail]
+    first = world.peers[0]
+    fall_silent_while_it_opens(world)
     while first.endpoint in world.state.endpoints():
         while links := world.busy_links():
             world.deliver(links[0])
