@@ -152,6 +152,22 @@ class Crowd:
             present = self._most_likely(present, outside, blocks, block, fixed, limit)
         return [self._peers[index] for index in map(int, np.flatnonzero(present))]
 
+    def beside_silent(self, silent: Collection[str], answered: Collection[str]) -> set[str]:
+        """Who is likely silent, too: those of whom two silent peers stand nearer than all that answered.
+
+        One peer is often lost alone; but a site loses its power, and a region its link. Of whom no place is known
+        nothing is told, and nothing of anybody unless some answered.
+        """
+        lost, alive = (
+            [index for name in names if (index := self._index.get(name)) is not None and self._known[index]]
+            for names in (silent, answered)
+        )
+        if len(lost) < 2 or not alive:
+            return set()
+        nearest = np.partition(_squares(self._vectors, self._vectors[:, lost]), 1, axis=1)[:, 1]
+        told = self._known & (nearest < _squares(self._vectors, self._vectors[:, alive]).min(axis=1))
+        return {self._peers[index].id for index in map(int, np.flatnonzero(told))}.difference(answered)
+
     def _most_likely(
         self,
         present: NDArray[np.bool_],
@@ -290,3 +306,8 @@ def _spread_out(vectors: Floats, first: Sequence[Floats]) -> list[Floats]:
 def _distances(vectors: Floats, point: Floats) -> Floats:
     """From the points `[DIMENSIONS, points]` to one."""
     return np.sqrt(((vectors - point[:, None]) ** 2).sum(axis=0))
+
+
+def _squares(vectors: Floats, others: Floats) -> Floats:
+    """Of the distances from the points `[DIMENSIONS, points]` to others `[points, others]`, less what all share."""
+    return (others**2).sum(axis=0) - 2 * vectors.T @ others

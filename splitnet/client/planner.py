@@ -211,6 +211,13 @@ class Planner:
         peers, by_name = self._likely(records, needs, needs.blocks, count, others, everywhere=everywhere)
         return [by_name[peer.id] for peer in peers]
 
+    def beside_silent(
+        self, records: Sequence[PeerRecord], silent: Collection[str], answered: Collection[str]
+    ) -> set[str]:
+        """See `Crowd.beside_silent`."""
+        crowd, _ = self._crowd(tuple(records))
+        return crowd.beside_silent(silent, answered)
+
     def _likely(
         self,
         records: Sequence[PeerRecord],

@@ -71,6 +71,11 @@ class Survey:
         self._told = Latest(_told_network, KEPT_NETWORKS)
         self._lock = threading.Lock()
 
+    @property
+    def now_s(self) -> float:
+        """By its clock."""
+        return self._clock()
+
     def hop_seen(self, key: str, positions: int, block_ms: float, wait_ms: float) -> None:
         """Takes in what a decode step of `positions` met at a hop: ms per block, and ms until its pass began."""
         now = self._clock()
@@ -150,6 +155,12 @@ class Survey:
         with self._lock:
             never: set[str] = set() if lately else self._silent - self._heard
             return never | {key for key in self._silent if self._tried[key] >= oldest}
+
+    def asked_since(self, since_s: float) -> tuple[set[str], set[str]]:
+        """Names of those whose links somebody tried to measure since then: who was silent, and who answered."""
+        with self._lock:
+            asked = {key for key, at in self._tried.items() if at >= since_s}
+            return asked & self._silent, asked - self._silent
 
     def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
         """Those of the peers whose link nobody tried to measure for so long; the one tried longest ago first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
@@ -37,7 +38,7 @@ UNBAN_S = 0.5
 MAX_PROBED_ROUTES = 4
 """How often a route is planned again because the links to its ends were not measured yet, or hops were silent."""
 MANY_SILENT = 2
-HEARD_S = 10.0
+HEARD_S = 3.0
 """If so many peers do not answer, others may not either: all hops of a route that were not asked for so long are asked
 before it is opened, which takes a round trip instead of the time in which they should have opened it.
 """
@@ -178,29 +179,27 @@ class Swarm:
         try:
             records, unusable = self._look(exclude, fresh=fresh, whole=whole)
 
-            def best_route() -> list[PlannedHop]:
-                silent = self.survey.silent()
-                if silent:
-                    with suppress(CoverageError, PeerBusy):
-                        return self.planner.plan(
-                            records, needs, part, ends=ends, exclude=unusable | silent, holders=holders, restricted=True
-                        )
+            def route_without(names: set[str]) -> list[PlannedHop]:
+                left_out = unusable | names
                 return self.planner.plan(
-                    records,
-                    needs,
-                    part,
-                    ends=ends,
-                    exclude=unusable,
-                    holders=holders,
-                    restricted=bool(unusable),
+                    records, needs, part, ends=ends, exclude=left_out, holders=holders, restricted=bool(left_out)
                 )
 
-            route = best_route()
+            def best_route(beside: set[str]) -> list[PlannedHop]:
+                silent = self.survey.silent()
+                for doubted in filter(None, (silent | beside, silent)):
+                    with suppress(CoverageError, PeerBusy):
+                        return route_without(doubted)
+                return route_without(set())
+
+            began_s = self.survey.now_s
+            beside: set[str] = set()
+            route = best_route(beside)
             others: Sequence[PeerRecord] = ()
             for _ in range(MAX_PROBED_ROUTES):
                 # Of many peers only some links are measured. Those that the client would use are, before it does, and
-                # all hops where others are silent. If these are, too, others are measured with the next: among many
-                # that do not exist few are found one by one.
+                # all hops where others are silent. If these are, too, those that stand near are left out, and others
+                # are measured with the next: among many that do not exist few are found one by one.
                 own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
                 unknown = self.survey.unprobed(own)
                 doubted = self._doubted(records, [hop.record for hop in route], holders)
@@ -209,8 +208,10 @@ class Swarm:
                 silent = self.survey.silent().intersection(record.key.text for record in (*unknown, *doubted))
                 if not silent and self.survey.unprobed(unknown) == unknown:
                     break  # all live, or nothing could be learnt
-                others = self._likely(records, self.survey.unknown(records, unusable), PINGED_AT_ONCE) if silent else ()
-                route = best_route()
+                others = ()
+                if silent:
+                    beside, others = self._elsewhere(records, unusable, began_s)
+                route = best_route(beside)
             self.was_covered |= part == needs.blocks
             return route
         except (CoverageError, PeerBusy):
@@ -281,6 +282,20 @@ class Swarm:
             return []
         asked = [hop for hop in hops if hop.key.text not in holders and not hop.endpoint.hidden]
         return self.survey.stale(asked, HEARD_S)
+
+    def _elsewhere(
+        self, records: Sequence[PeerRecord], unusable: set[str], since_s: float
+    ) -> tuple[set[str], Sequence[PeerRecord]]:
+        """Who is likely silent, as those are that stand near, and whom to ask with the next route: likely others.
+
+        As long as nobody has answered since then they are any others.
+        """
+        silent, answered = self.survey.asked_since(since_s)
+        beside = self.planner.beside_silent(records, silent, answered)
+        unknown = self.survey.unknown(records, unusable | beside)
+        if answered:
+            return beside, self._likely(records, unknown, PINGED_AT_ONCE)
+        return beside, random.sample(unknown, min(len(unknown), PINGED_AT_ONCE))
 
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
         """Who is there, and which of them a route must not go through."""

@@ -60,6 +60,11 @@ class Client:
             took_ms = max(took_ms, 2 * PING_TRIPS * self.links[CLIENT, name].latency_ms)
         return took_ms
 
+    def asked_since(self, since_s: float) -> tuple[list[str], list[str]]:
+        """Of whom it asked since then, who was silent, and who answered."""
+        asked = [name for name, at in self.asked_s.items() if at >= since_s]
+        return [name for name in asked if name in self.silent], [name for name in asked if name not in self.silent]
+
     def likely(self, world: World, view: View, limit: int, exclude: Collection[str] = ()) -> list[str]:
         """So many of the peers that it never asked, those that its routes most likely go through."""
         near = view.idle_crowd.near(

@@ -15,6 +15,9 @@ from scheduler.network import Link, Network, Place
 from scheduler.placement import Spans
 from scheduler.swarm import Peer
 
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
 ID_BYTES = 32
 """A public key."""
 NUMBER_BYTES = 4
@@ -74,12 +77,12 @@ class View:
         return [replace(peer, queue_ms=0.0, batch=0.0) for peer in self.peers]
 
     @cached_property
-    def serving(self) -> list[NDArray[np.int64]]:
+    def serving(self) -> list[Integers]:
         """For each block who serves it."""
         return [np.flatnonzero((self.start <= block) & (block < self.end)) for block in range(self.num_blocks)]
 
     @cached_property
-    def decode_ms(self) -> NDArray[np.float64]:
+    def decode_ms(self) -> Floats:
         """Of one block and position, without load."""
         return np.array([peer.speed.at(1) for peer in self.peers])
 
@@ -94,11 +97,29 @@ class View:
         return Crowd(self.idle_peers, self.places)
 
     @cached_property
-    def coordinates(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    def coordinates(self) -> tuple[Floats, Floats]:
         """Vectors and heights of all peers."""
         places = [record.place.coordinate for record in self.records.values()]
         vectors = np.array([place.vector for place in places]).reshape(len(places), DIMENSIONS)
         return vectors, np.array([place.height_ms for place in places])
+
+    def links_behind(self, block: int) -> tuple[Integers, Integers, Floats]:
+        """Senders, receivers and ms one way of all links that those told of who serve up to this block."""
+        ends, senders, receivers, latency_ms = self._links
+        links = slice(*np.searchsorted(ends, [block, block + 1]))
+        return senders[links], receivers[links], latency_ms[links]
+
+    @cached_property
+    def _links(self) -> tuple[Integers, Integers, Integers, Floats]:
+        """Of all links that were told of: up to which block the sender serves, in that order, then as above."""
+        told = sorted(
+            (record.peer.end, self.index[record.peer.id], self.index[name], link.latency_ms)
+            for record in self.records.values()
+            for name, link in record.links.items()
+            if name in self.index
+        )
+        ends, senders, receivers = (np.array([link[column] for link in told], dtype=np.int64) for column in range(3))
+        return ends, senders, receivers, np.array([link[3] for link in told], dtype=np.float64)
 
     @cached_property
     def spans(self) -> Spans:

@@ -115,15 +115,19 @@ class PetalsRouting:
             if not len(senders):
                 continue
             serving, cost = enter(block)
-            place = {int(index): position for position, index in enumerate(serving)}
             cheapest = int(cost.argmin())
-            for sender in map(int, senders):
-                best, best_ms = cheapest, float(cost[cheapest]) + UNKNOWN_MS
-                for name, link in view.records[view.peers[sender].id].links.items():
-                    position = place.get(view.index.get(name, -1))
-                    if position is not None and float(cost[position]) + link.latency_ms < best_ms:
-                        best, best_ms = position, float(cost[position]) + link.latency_ms
-                following[base + sender], left[sender] = int(serving[best]), best_ms
+            left[senders] = float(cost[cheapest]) + UNKNOWN_MS
+            following.update(dict.fromkeys((base + senders).tolist(), int(serving[cheapest])))
+            entered = np.full(len(usable), np.inf)
+            entered[serving] = cost
+            sender, receiver, link_ms = view.links_behind(block)
+            by_link = entered[receiver] + link_ms
+            order = np.lexsort((by_link, sender))
+            order = order[usable[sender[order]]]
+            _, firsts = np.unique(sender[order], return_index=True)
+            for link in order[firsts].tolist():
+                if by_link[link] < left[sender[link]]:
+                    following[base + int(sender[link])], left[sender[link]] = int(receiver[link]), by_link[link]
         serving, cost = enter(first)
         source = self._world.number_of.get(plan.source)
         away = one_way[serving]

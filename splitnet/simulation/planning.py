@@ -157,13 +157,13 @@ class Planning:
 
     def _checked_route(self, session: Session, plan: Plan) -> Planned:
         """Where peers are silent, hops are asked before they are used, as `splitnet/client/swarm.py` does."""
-        client, records, now_s, waited_ms = plan.client, self._view().records, self._clock_s(), 0.0
+        client, view, now_s, waited_ms = plan.client, self._view(), self._clock_s(), 0.0
         holders = {hop.peer for hop in plan.present}
         planned = self._route(plan)
         others: list[str] = []
         for _ in range(MAX_PROBED_ROUTES):
             lately = (name for name in client.silent if client.asked_s[name] > now_s - SILENT_S)
-            lost = {*lately, *map(self._identities.device, session.bans.keys())} & records.keys()
+            lost = {*lately, *map(self._identities.device, session.bans.keys())} & view.records.keys()
             names = [hop.peer for hop in planned.hops if hop.peer not in holders]
             doubted = [name for name in names if client.asked_s.get(name, -math.inf) < now_s - HEARD_S]
             asked = [*doubted, *others][: client.pings_left(now_s) // 2]
@@ -174,15 +174,26 @@ class Planning:
                 session.contacts.setdefault(self._nodes[name], now_s * 1000)
             if client.silent.isdisjoint(doubted):
                 break
-            others = client.likely(self._world, self._view(), PINGED_AT_ONCE, plan.exclude)
-            planned = self._route(plan)
+            silent, answered = client.asked_since(now_s)
+            beside = view.idle_crowd.beside_silent(silent, answered)
+            if answered:
+                others = client.likely(self._world, view, PINGED_AT_ONCE, {*plan.exclude, *beside})
+            else:
+                unknown = [name for name in view.records if name not in client.asked_s]
+                others = self._choices.sample(unknown, min(len(unknown), PINGED_AT_ONCE))
+            planned = self._route(plan, beside)
         return replace(planned, asked_ms=planned.asked_ms + waited_ms)
 
-    def _route(self, plan: Plan) -> Planned:
-        """Through peers that have answered, if there are enough of them, as `splitnet/client/swarm.py` does."""
-        if silent := plan.client.silent.difference(plan.exclude):
+    def _route(self, plan: Plan, beside: Collection[str] = ()) -> Planned:
+        """Through peers that have answered, if there are enough of them, as `splitnet/client/swarm.py` does.
+
+        beside: who stands beside silent ones.
+        """
+        silent = plan.client.silent.difference(plan.exclude)
+        for doubted in filter(None, (silent.union(beside), silent)):
             with suppress(routes.NoRoute):
-                return self._routing.route(replace(plan, exclude={*plan.exclude, *silent}), self._view(), self._choices)
+                without = replace(plan, exclude={*plan.exclude, *doubted})
+                return self._routing.route(without, self._view(), self._choices)
         try:
             return self._routing.route(plan, self._view(), self._choices)
         except routes.NoRoute as error:

@@ -156,3 +156,42 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
         swarm.fresh_facts._pinged(PINGS_PER_MINUTE)
         _, pings = asked(directory.records)
         assert not pings, "a minute has so many pings and no more"
+
+
+def test_where_a_region_is_silent_routes_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also past those of it that were never asked, which are nearer and faster than all others."""
+    directory, clock, echo = FakeDirectory(), Clock(), Echo()
+    monkeypatch.setattr(Directory, "start", lambda **_: directory)
+
+    def region(host: str, far_ms: float, block_ms: float) -> list[PeerRecord]:
+        return [
+            record(
+                address=f"tcp://{host}:{port}",
+                start=port % 3 * 2,
+                end=port % 3 * 2 + 2,
+                block_ms=(block_ms,) * 5,
+                coordinate=(far_ms, float(port % 7), 0.0, 1.0),
+                coordinate_error=0.1,
+            )
+            for port in range(1, 301)
+        ]
+
+    near, far = region("192.0.2.1", 0.0, 1.0), region("192.0.2.2", 90.0, 2.0)
+    directory.records = [*near, *far]
+    with Swarm(FACTS, ["/an/address"]) as swarm:
+        for what, stand_in in (("_prober", echo.prober), ("_clock", clock)):
+            monkeypatch.setattr(swarm.fresh_facts, what, stand_in)
+        monkeypatch.setattr(swarm.survey, "_clock", clock)
+        monkeypatch.setattr(swarm, "_look", lambda *_, **__: (directory.records, set[str]()))
+        swarm.fresh_facts.measure([], near[:20])
+        assert {hop.record.endpoint for hop in swarm.plan(NEEDS)} <= {peer.endpoint for peer in near}
+        clock.now += 61.0
+        echo.silent = {peer.endpoint for peer in near}
+        swarm.survey.links_measured({peer.endpoint: peer for peer in near[:2]}, {})
+        echo.asked.clear()
+        route = swarm.plan(NEEDS)
+        assert {hop.record.endpoint for hop in route} <= {peer.endpoint for peer in far}
+        assert len(echo.silent.intersection(echo.asked)) < len(near) / 3, "most of them were never asked"
+        clock.now += 61.0
+        echo.silent = {peer.endpoint for peer in directory.records}
+        assert swarm.plan(NEEDS), "where all are silent some route is tried"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Collection
 from dataclasses import replace
@@ -235,6 +236,35 @@ def test_the_least_value_of_spans_over_each_block(spans: list[tuple[int, int, fl
     values = np.array([value for *_, value in spans])
     expected = [min(values[(starts <= block) & (block < ends)], default=np.inf) for block in range(9)]
     assert _LeastOfBlocks(starts, ends, 9).of(values).tolist() == expected
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(*[st.integers(-9, 9)] * 3, st.sampled_from(["silent", "answered", "never asked", "no place"]))),
+)
+def test_who_stands_beside_silent_ones(points: list[tuple[int, int, int, str]]) -> None:
+    peers = [Peer(str(number), 0, 1, Speed((1.0,) * 5)) for number in range(len(points))]
+    places = {
+        peer.id: Place(Coordinate((float(x), float(y), float(z)), error=0.1), 100.0)
+        for peer, (x, y, z, what) in zip(peers, points, strict=True)
+        if what != "no place"
+    }
+    silent, answered, placeless = (
+        [peer.id for peer, point in zip(peers, points, strict=True) if point[3] == what]
+        for what in ("silent", "answered", "no place")
+    )
+
+    def apart(one: str, other: str) -> float:
+        return math.dist(places[one].coordinate.vector, places[other].coordinate.vector)
+
+    def stands_beside_silent(name: str) -> bool:
+        to_silent = sorted(apart(name, other) for other in silent)
+        return to_silent[1] < min(apart(name, other) for other in answered)
+
+    expected = {name for name in places if stands_beside_silent(name)} if len(silent) > 1 and answered else set[str]()
+    unknown = [*placeless, "a stranger"]
+    crowd = Crowd(peers, Network(places=places))
+    assert crowd.beside_silent([*silent, *unknown], [*answered, *unknown]) == expected - {*answered}
 
 
 def test_who_must_not_be_used_does_not_say_where_chains_run() -> None:
