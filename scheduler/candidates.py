@@ -159,13 +159,15 @@ class Crowd:
         nothing is told, and nothing of anybody unless some answered.
         """
         lost, alive = (
-            [index for name in names if (index := self._index.get(name)) is not None and self._known[index]]
+            self._vectors[
+                :, [index for name in names if (index := self._index.get(name)) is not None and self._known[index]]
+            ]
             for names in (silent, answered)
         )
-        if len(lost) < 2 or not alive:
+        if lost.shape[1] < 2 or not alive.shape[1]:
             return set()
-        nearest = np.partition(_squares(self._vectors, self._vectors[:, lost]), 1, axis=1)[:, 1]
-        told = self._known & (nearest < _squares(self._vectors, self._vectors[:, alive]).min(axis=1))
+        second = np.partition(_squares(self._vectors, lost), 1, axis=1)[:, 1]
+        told = self._known & (second < _squares(self._vectors, alive).min(axis=1))
         return {self._peers[index].id for index in map(int, np.flatnonzero(told))}.difference(answered)
 
     def _most_likely(
@@ -309,5 +311,8 @@ def _distances(vectors: Floats, point: Floats) -> Floats:
 
 
 def _squares(vectors: Floats, others: Floats) -> Floats:
-    """Of the distances from the points `[DIMENSIONS, points]` to others `[points, others]`, less what all share."""
-    return (others**2).sum(axis=0) - 2 * vectors.T @ others
+    """Of the distances from the points `[DIMENSIONS, points]` to others: `[points, others]`."""
+    squares = np.zeros((vectors.shape[1], others.shape[1]))
+    for mine, theirs in zip(vectors, others, strict=True):
+        squares += (mine[:, None] - theirs) ** 2
+    return squares

@@ -156,11 +156,12 @@ class Survey:
             never: set[str] = set() if lately else self._silent - self._heard
             return never | {key for key in self._silent if self._tried[key] >= oldest}
 
-    def asked_since(self, since_s: float) -> tuple[set[str], set[str]]:
-        """Names of those whose links somebody tried to measure since then: who was silent, and who answered."""
+    def met_since(self, since_s: float) -> tuple[set[str], set[str]]:
+        """Names of those that were silent when they were asked since then, and of those from which something came."""
         with self._lock:
             asked = {key for key, at in self._tried.items() if at >= since_s}
-            return asked & self._silent, asked - self._silent
+            stepped = {key for key, seen in self._hops.items() if seen.at >= since_s}
+            return asked & self._silent, stepped.union(asked - self._silent)
 
     def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
         """Those of the peers whose link nobody tried to measure for so long; the one tried longest ago first."""

@@ -39,9 +39,12 @@ MAX_PROBED_ROUTES = 4
 """How often a route is planned again because the links to its ends were not measured yet, or hops were silent."""
 MANY_SILENT = 2
 HEARD_S = 3.0
-"""If so many peers do not answer, others may not either: all hops of a route that were not asked for so long are asked
-before it is opened, which takes a round trip instead of the time in which they should have opened it.
+"""If so many peers do not answer, others may not either: all hops of a route that were not heard for so long are asked
+before it is opened, which takes a round trip instead of the time in which they should have opened it. After 3 s a hop
+counts as lost: who answered before may be lost with it.
 """
+ASKED_BESIDE = 4
+"""Of those that stand beside silent peers, and so are left out, that are asked all the same: it may be they alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,11 +178,12 @@ class Swarm:
             PeerBusy: they are served, but no peer has memory for the session.
         """
         part = blocks or needs.blocks
+        since_s = self.survey.now_s - HEARD_S
         self.fresh_facts.used()
         try:
             records, unusable = self._look(exclude, fresh=fresh, whole=whole)
 
-            def route_without(names: set[str]) -> list[PlannedHop]:
+            def route_without(names: frozenset[str]) -> list[PlannedHop]:
                 left_out = unusable | names
                 return self.planner.plan(
                     records, needs, part, ends=ends, exclude=left_out, holders=holders, restricted=bool(left_out)
@@ -187,15 +191,15 @@ class Swarm:
 
             def best_route(beside: set[str]) -> list[PlannedHop]:
                 silent = self.survey.silent()
-                for doubted in filter(None, (silent | beside, silent)):
+                *doubted, nobody = dict.fromkeys(map(frozenset, (silent | beside, silent, ())))
+                for names in doubted:
                     with suppress(CoverageError, PeerBusy):
-                        return route_without(doubted)
-                return route_without(set())
+                        return route_without(names)
+                return route_without(nobody)
 
-            began_s = self.survey.now_s
             beside: set[str] = set()
-            route = best_route(beside)
             others: Sequence[PeerRecord] = ()
+            route = best_route(beside)
             for _ in range(MAX_PROBED_ROUTES):
                 # Of many peers only some links are measured. Those that the client would use are, before it does, and
                 # all hops where others are silent. If these are, too, those that stand near are left out, and others
@@ -206,11 +210,11 @@ class Swarm:
                 if not (unknown or doubted) or not self.fresh_facts.measure(unknown, [*doubted, *others]):
                     break
                 silent = self.survey.silent().intersection(record.key.text for record in (*unknown, *doubted))
-                if not silent and self.survey.unprobed(unknown) == unknown:
+                if silent or beside:
+                    alive = {*holders, *(end.key.text for end in ends if end is not None)}
+                    beside, others = self._elsewhere(records, unusable, alive, since_s)
+                elif self.survey.unprobed(unknown) == unknown:
                     break  # all live, or nothing could be learnt
-                others = ()
-                if silent:
-                    beside, others = self._elsewhere(records, unusable, began_s)
                 route = best_route(beside)
             self.was_covered |= part == needs.blocks
             return route
@@ -280,22 +284,29 @@ class Swarm:
         lost = self.survey.silent(lately=True) | self._bans.keys()
         if sum(record.key.text in lost for record in records) < MANY_SILENT:
             return []
-        asked = [hop for hop in hops if hop.key.text not in holders and not hop.endpoint.hidden]
+        _, heard = self.survey.met_since(self.survey.now_s - HEARD_S)
+        asked = [hop for hop in hops if hop.key.text not in heard.union(holders) and not hop.endpoint.hidden]
         return self.survey.stale(asked, HEARD_S)
 
     def _elsewhere(
-        self, records: Sequence[PeerRecord], unusable: set[str], since_s: float
+        self, records: Sequence[PeerRecord], unusable: set[str], alive: set[str], since_s: float
     ) -> tuple[set[str], Sequence[PeerRecord]]:
-        """Who is likely silent, as those are that stand near, and whom to ask with the next route: likely others.
+        """Who is likely silent, as those are that stand near, and whom to ask with the next route.
 
-        As long as nobody has answered since then they are any others.
+        These are a few of the former, and others that routes likely go through; any others as long as nobody has
+        answered since then.
+
+        alive: peers that are known to live, beside those that have answered.
         """
-        silent, answered = self.survey.asked_since(since_s)
-        beside = self.planner.beside_silent(records, silent, answered)
-        unknown = self.survey.unknown(records, unusable | beside)
-        if answered:
-            return beside, self._likely(records, unknown, PINGED_AT_ONCE)
-        return beside, random.sample(unknown, min(len(unknown), PINGED_AT_ONCE))
+        silent, heard = self.survey.met_since(since_s)
+        beside = self.planner.beside_silent(records, silent, heard | alive)
+        unasked = [record for record in records if record.key.text not in silent | heard | unusable]
+        near = self._likely(records, [record for record in unasked if record.key.text in beside], ASKED_BESIDE)
+        unknown = self.survey.unknown(unasked, beside)
+        if heard:
+            return beside, [*near, *self._likely(records, unknown, PINGED_AT_ONCE)]
+        any_others = random.sample(unknown, len(unknown))
+        return beside, sorted(any_others, key=lambda record: not record.is_proven)[:PINGED_AT_ONCE]
 
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
         """Who is there, and which of them a route must not go through."""

@@ -61,18 +61,18 @@ class Client:
         return took_ms
 
     def asked_since(self, since_s: float) -> tuple[list[str], list[str]]:
-        """Of whom it asked since then, who was silent, and who answered."""
+        """Of those whom it asked since then, who was silent, and who answered."""
         asked = [name for name, at in self.asked_s.items() if at >= since_s]
         return [name for name in asked if name in self.silent], [name for name in asked if name not in self.silent]
 
-    def likely(self, world: World, view: View, limit: int, exclude: Collection[str] = ()) -> list[str]:
-        """So many of the peers that it never asked, those that its routes most likely go through."""
+    def likely(self, world: World, view: View, limit: int, exclude: Collection[str]) -> list[str]:
+        """So many of the peers that its routes most likely go through."""
         near = view.idle_crowd.near(
             [self.place],
             (0, world.settings.num_blocks),
             encodings=world.settings.encodings,
             kv_needed=1,
-            exclude={*exclude, *self.asked_s},
+            exclude=exclude,
             limit=limit,
             everywhere=False,
         )
@@ -104,5 +104,5 @@ def new_client(world: World, number: int, view: View, rng: np.random.Generator, 
     chosen: list[int] = rng.choice(count, min(anyone, count), replace=False).tolist()
     measure([view.peers[index].id for index in chosen])
     for limit in likely:
-        measure(client.likely(world, view, limit))
+        measure(client.likely(world, view, limit, client.asked_s))
     return client

@@ -46,6 +46,7 @@ class PetalsRouting:
     """
 
     replans = False
+    has_coordinates = False
 
     def __init__(self, world: World, *, push: bool) -> None:
         self.through_client = not push

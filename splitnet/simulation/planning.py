@@ -19,7 +19,7 @@ from splitnet.client.planner import Ends, PlannedHop, no_route_error, repaired_r
 from splitnet.client.session_events import AskRoute, Move, NoRoute
 from splitnet.client.session_events import Planned as RoutePlanned
 from splitnet.client.survey import SILENT_S
-from splitnet.client.swarm import HEARD_S, MANY_SILENT, MAX_PROBED_ROUTES
+from splitnet.client.swarm import ASKED_BESIDE, HEARD_S, MANY_SILENT, MAX_PROBED_ROUTES
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.codecs import Codec, codec_by_name
 from splitnet.simulation.directory import View
@@ -157,13 +157,14 @@ class Planning:
 
     def _checked_route(self, session: Session, plan: Plan) -> Planned:
         """Where peers are silent, hops are asked before they are used, as `splitnet/client/swarm.py` does."""
-        client, view, now_s, waited_ms = plan.client, self._view(), self._clock_s(), 0.0
+        client, records, now_s, waited_ms = plan.client, self._view().records, self._clock_s(), 0.0
         holders = {hop.peer for hop in plan.present}
         planned = self._route(plan)
+        beside: set[str] = set()
         others: list[str] = []
         for _ in range(MAX_PROBED_ROUTES):
             lately = (name for name in client.silent if client.asked_s[name] > now_s - SILENT_S)
-            lost = {*lately, *map(self._identities.device, session.bans.keys())} & view.records.keys()
+            lost = {*lately, *map(self._identities.device, session.bans.keys())} & records.keys()
             names = [hop.peer for hop in planned.hops if hop.peer not in holders]
             doubted = [name for name in names if client.asked_s.get(name, -math.inf) < now_s - HEARD_S]
             asked = [*doubted, *others][: client.pings_left(now_s) // 2]
@@ -172,17 +173,26 @@ class Planning:
             waited_ms += client.measure(self._world, asked, now_s, self._choices.random)
             for name in asked:
                 session.contacts.setdefault(self._nodes[name], now_s * 1000)
-            if client.silent.isdisjoint(doubted):
+            if not beside and client.silent.isdisjoint(doubted):
                 break
-            silent, answered = client.asked_since(now_s)
-            beside = view.idle_crowd.beside_silent(silent, answered)
-            if answered:
-                others = client.likely(self._world, view, PINGED_AT_ONCE, {*plan.exclude, *beside})
-            else:
-                unknown = [name for name in view.records if name not in client.asked_s]
-                others = self._choices.sample(unknown, min(len(unknown), PINGED_AT_ONCE))
+            beside, others = self._elsewhere(plan, {*holders, plan.source, plan.target})
             planned = self._route(plan, beside)
         return replace(planned, asked_ms=planned.asked_ms + waited_ms)
+
+    def _elsewhere(self, plan: Plan, alive: set[str]) -> tuple[set[str], list[str]]:
+        """As the same method of `splitnet/client/swarm.py`."""
+        client, view = plan.client, self._view()
+        silent, heard = client.asked_since(self._clock_s() - HEARD_S)
+        beside = (
+            view.idle_crowd.beside_silent(silent, alive.union(heard)) if self._routing.has_coordinates else set[str]()
+        )
+        elsewhere = view.records.keys() - beside
+        near = client.likely(self._world, view, ASKED_BESIDE, {*plan.exclude, *silent, *heard, *elsewhere})
+        if heard:
+            asked = client.likely(self._world, view, PINGED_AT_ONCE, {*plan.exclude, *client.asked_s, *beside})
+            return beside, near + asked
+        unknown = sorted(elsewhere - client.asked_s.keys() - set(plan.exclude))
+        return beside, self._choices.sample(unknown, min(len(unknown), PINGED_AT_ONCE))
 
     def _route(self, plan: Plan, beside: Collection[str] = ()) -> Planned:
         """Through peers that have answered, if there are enough of them, as `splitnet/client/swarm.py` does.
@@ -190,12 +200,16 @@ class Planning:
         beside: who stands beside silent ones.
         """
         silent = plan.client.silent.difference(plan.exclude)
-        for doubted in filter(None, (silent.union(beside), silent)):
+        *doubted, nobody = dict.fromkeys(map(frozenset, (silent.union(beside), silent, ())))
+
+        def route_without(names: frozenset[str]) -> Planned:
+            return self._routing.route(replace(plan, exclude={*plan.exclude, *names}), self._view(), self._choices)
+
+        for names in doubted:
             with suppress(routes.NoRoute):
-                without = replace(plan, exclude={*plan.exclude, *doubted})
-                return self._routing.route(without, self._view(), self._choices)
+                return route_without(names)
         try:
-            return self._routing.route(plan, self._view(), self._choices)
+            return route_without(nobody)
         except routes.NoRoute as error:
             raise no_route_error(error, "simulated") from None
 

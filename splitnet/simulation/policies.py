@@ -82,11 +82,12 @@ class Routing(Protocol):
     """A way to choose routes.
 
     through_client: whether the client carries everything from hop to hop. replans: whether sessions look for better
-    routes while they run.
+    routes while they run. has_coordinates: whether clients know where peers stand.
     """
 
     through_client: bool
     replans: bool
+    has_coordinates: bool
 
     def route(self, plan: Plan, view: View, rng: random.Random) -> Planned:
         """A route. Raises NoRoute."""
@@ -121,6 +122,7 @@ class Best:
 
     def __init__(self, world: World, options: BestOptions) -> None:
         self.replans = options.replans
+        self.has_coordinates = options.coordinates
         self._world = world
         self._options = options
         self._kept: tuple[View, Crowd] | None = None
@@ -255,6 +257,7 @@ class Stepwise:
 
     through_client = False
     replans = False
+    has_coordinates = False
 
     def __init__(self, world: World) -> None:
         self._world = world

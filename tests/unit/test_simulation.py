@@ -111,6 +111,7 @@ class Fixed:
 
     through_client = False
     replans = False
+    has_coordinates = False
     check_s = 1e9
     announces_joining = False
 
