@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,40 +159,90 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
         assert not pings, "a minute has so many pings and no more"
 
 
-def test_where_a_region_is_silent_routes_go_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also past those of it that were never asked, which are nearer and faster than all others."""
-    directory, clock, echo = FakeDirectory(), Clock(), Echo()
-    monkeypatch.setattr(Directory, "start", lambda **_: directory)
+def region(host: str, far_ms: float, block_ms: float, count: int) -> list[PeerRecord]:
+    """Peers of one place, which serve each third of the blocks in turns."""
+    return [
+        record(
+            address=f"tcp://{host}:{port}",
+            start=port % 3 * 2,
+            end=port % 3 * 2 + 2,
+            block_ms=(block_ms,) * 5,
+            coordinate=(far_ms, float(port % 7), 0.0, 1.0),
+            coordinate_error=0.1,
+        )
+        for port in range(1, count + 1)
+    ]
 
-    def region(host: str, far_ms: float, block_ms: float) -> list[PeerRecord]:
-        return [
-            record(
-                address=f"tcp://{host}:{port}",
-                start=port % 3 * 2,
-                end=port % 3 * 2 + 2,
-                block_ms=(block_ms,) * 5,
-                coordinate=(far_ms, float(port % 7), 0.0, 1.0),
-                coordinate_error=0.1,
-            )
-            for port in range(1, 301)
-        ]
 
-    near, far = region("192.0.2.1", 0.0, 1.0), region("192.0.2.2", 90.0, 2.0)
-    directory.records = [*near, *far]
-    with Swarm(FACTS, ["/an/address"]) as swarm:
-        for what, stand_in in (("_prober", echo.prober), ("_clock", clock)):
-            monkeypatch.setattr(swarm.fresh_facts, what, stand_in)
-        monkeypatch.setattr(swarm.survey, "_clock", clock)
-        monkeypatch.setattr(swarm, "_look", lambda *_, **__: (directory.records, set[str]()))
+def endpoints(peers: Sequence[PeerRecord]) -> set[Endpoint]:
+    return {peer.endpoint for peer in peers}
+
+
+@contextmanager
+def client_of(peers: list[PeerRecord], clock: Clock, echo: Echo) -> Iterator[Swarm]:
+    """A client of these peers; their coordinates say how far they are, while pings take no time."""
+    directory = FakeDirectory()
+    directory.records = peers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Directory, "start", lambda **_: directory)
+        with Swarm(FACTS, ["/an/address"]) as swarm:
+            for owner, what, stand_in in (
+                (swarm.fresh_facts, "_prober", echo.prober),
+                (swarm.fresh_facts, "_clock", clock),
+                (swarm.survey, "_clock", clock),
+                (swarm, "_look", lambda *_, **__: (peers, set[str]())),
+            ):
+                patch.setattr(owner, what, stand_in)
+            yield swarm
+
+
+def test_where_a_region_is_silent_routes_go_elsewhere() -> None:
+    """Also past those of it that were never asked, which are faster than all others."""
+    clock, echo = Clock(), Echo()
+    near, far = region("192.0.2.1", 0.0, 1.0, 300), region("192.0.2.2", 90.0, 2.0, 300)
+    with client_of([*near, *far], clock, echo) as swarm:
         swarm.fresh_facts.measure([], near[:20])
-        assert {hop.record.endpoint for hop in swarm.plan(NEEDS)} <= {peer.endpoint for peer in near}
-        clock.now += 61.0
-        echo.silent = {peer.endpoint for peer in near}
+        assert endpoints([hop.record for hop in swarm.plan(NEEDS)]) <= endpoints(near)
+        clock.now += SILENT_S + 1
+        echo.silent = endpoints(near)
         swarm.survey.links_measured({peer.endpoint: peer for peer in near[:2]}, {})
         echo.asked.clear()
-        route = swarm.plan(NEEDS)
-        assert {hop.record.endpoint for hop in route} <= {peer.endpoint for peer in far}
+        assert endpoints([hop.record for hop in swarm.plan(NEEDS)]) <= endpoints(far)
         assert len(echo.silent.intersection(echo.asked)) < len(near) / 3, "most of them were never asked"
-        clock.now += 61.0
-        echo.silent = {peer.endpoint for peer in directory.records}
+        clock.now += SILENT_S + 1
+        echo.silent = endpoints([*near, *far])
         assert swarm.plan(NEEDS), "where all are silent some route is tried"
+
+
+@pytest.mark.parametrize("strangers", [4, 20])
+def test_who_lives_beside_silent_peers_is_used_all_the_same(strangers: int) -> None:
+    """Two machines of a site are lost; or somebody puts peers that do not exist beside those of others."""
+    clock, echo = Clock(), Echo()
+    near = [peer for peer in region("192.0.2.1", 0.0, 1.0, 9) if peer.start]
+    far, gone = region("192.0.2.2", 90.0, 500.0, 9), region("192.0.2.3", 0.5, 0.1, strangers)
+    with client_of([*near, *far, *gone], clock, echo) as swarm:
+        swarm.survey.links_measured(
+            {peer.endpoint: peer for peer in near}, dict.fromkeys(endpoints(near), Link(1.0, 0))
+        )
+        clock.now += HEARD_S + 1
+        echo.silent = endpoints(gone)
+        swarm.survey.links_measured({peer.endpoint: peer for peer in gone[:2]}, {})
+        first, *others = swarm.plan(NEEDS)
+        assert first.record in far, "nobody else serves its blocks"
+        assert endpoints([hop.record for hop in others]) <= endpoints(near)
+
+
+@pytest.mark.parametrize("known", ["it holds the session", "it was heard a moment ago"])
+def test_who_is_known_to_live_is_not_left_out_for_those_beside_it(known: str) -> None:
+    clock, echo = Clock(), Echo()
+    [near], far = region("192.0.2.1", 0.0, 1.0, 1), region("192.0.2.2", 90.0, 500.0, 30)
+    gone = [*region("192.0.2.3", 0.5, 0.1, 1), *region("192.0.2.4", 0.6, 0.1, 1)]
+    with client_of([near, *far, *gone], clock, echo) as swarm:
+        swarm.survey.links_measured({near.endpoint: near}, {near.endpoint: Link(0.1, 0.0)})
+        holds = known == "it holds the session"
+        clock.now += HEARD_S + 1 if holds else HEARD_S - 1
+        swarm.survey.links_measured({peer.endpoint: peer for peer in far[:2]}, {})
+        echo.silent = endpoints([near, *gone])
+        route = swarm.plan(NEEDS, holders={near.key.text} if holds else ())
+        assert near.endpoint in endpoints([hop.record for hop in route])
+        assert echo.silent.intersection(echo.asked) == endpoints(gone), "and it need not be asked"
