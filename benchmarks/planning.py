@@ -31,6 +31,7 @@ from scheduler.swarm import PASS_SIZES, Peer, Speed
 from splitnet.client.planner import Needs, PlannedHop, Planner
 from splitnet.client.survey import Survey
 from splitnet.net.identity import Identity
+from splitnet.net.messages import ToldLoad
 from splitnet.net.records import KEY_PREFIX_BYTES, PeerRecord, SeenLink
 
 SPANS = ((10, 10), (4, 20), (1, 40))
@@ -128,9 +129,10 @@ class Client:
     def __init__(self, choices: random.Random, packed: Sequence[bytes], num_blocks: int) -> None:
         self.records = [PeerRecord.unpack(data) for data in packed]
         self.survey = Survey()
-        for record in choices.sample(self.records, min(len(packed), OWN_LINKS)):
-            link = Link(choices.uniform(1, 150), choices.uniform(100, 10_000))
-            self.survey.network_coordinates.measured(record, link)
+        measured = {record.endpoint: record for record in choices.sample(self.records, min(len(packed), OWN_LINKS))}
+        links = {endpoint: Link(choices.uniform(1, 150), choices.uniform(100, 10_000)) for endpoint in measured}
+        loads = {endpoint: ToldLoad(choices.expovariate(0.2), choices.random()) for endpoint in measured}
+        self.survey.links_measured(measured, links, loads)
         self.hops: list[PlannedHop] = []
         self._planner = Planner(self.survey, "a-model")
         self._needs = Needs(100, ENCODINGS, (0, num_blocks), prompt=300)

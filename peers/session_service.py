@@ -24,6 +24,7 @@ from peers.session import Session, Work
 from peers.step_output import StepOutput
 from peers.training import MissingPass, Request, Training, number_of
 from peers.work_queue import WorkQueue
+from scheduler.load import Load
 from splitnet.errors import PeerBusy, ProtocolError, ProtocolVersionError
 from splitnet.net.codecs import codec_by_code
 from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
@@ -46,6 +47,7 @@ from splitnet.net.messages import (
     Replay,
     Result,
     Step,
+    ToldLoad,
 )
 from splitnet.net.sent_log import SentLog
 
@@ -81,6 +83,7 @@ class SessionService:
         reach_s: how long a next hop may take to accept the link before the client is told to carry.
         counters: what the peer counts; None: nobody reads it.
         policy: what keys are granted; None: all, alike.
+        load: how busy the device has been lately; None: nobody asks.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class SessionService:
         reach_s: float = 3.0,
         counters: Counters | None = None,
         policy: KeyPolicy | None = None,
+        load: Load | None = None,
     ) -> None:
         self.served = served
         self.sessions = sessions
@@ -107,6 +111,7 @@ class SessionService:
         )
         self._counters = counters or Counters()
         self._policy = policy or KeyPolicy()
+        self._load = load or Load()
         self._outbox = outbox
         self._lock = threading.RLock()
         self._opening = NextHopOpening(outbox, next_hops, reach_s)
@@ -132,7 +137,7 @@ class SessionService:
                 return
             match message:
                 case Ping():
-                    self._pong(source, message)
+                    self._pong(source, message, now)
                 case Step():
                     self._step(source, message, now)
                 case Forward() | Gradient() | Adapter() | FetchKV():
@@ -259,8 +264,9 @@ class SessionService:
             if not session.closed:
                 self._fail(session.reply_to, session.id, work.step.epoch, work.step.number, code, text)
 
-    def _pong(self, source: Connection, message: Ping) -> None:
-        pong = Pong(message.nonce, self.busy_ms, self.sessions.free_positions)
+    def _pong(self, source: Connection, message: Ping, now: float) -> None:
+        load = (ToldLoad(*self._load.at(now)),) if message.load else ()
+        pong = Pong(message.nonce, self.busy_ms, self.sessions.free_positions, load=load)
         session = self.sessions.get(message.session)
         # To anybody but its owner a session is unknown, so that nobody learns which ones exist.
         if session is not None and session.owner == source.curve:

@@ -118,6 +118,7 @@ class SpanServer:
             training_memory=training_memory,
             counters=counters,
             policy=policy,
+            load=self.load,
         )
         self._engine = Engine(span, self.service, self.queue, self.speed, self.load, counters)
         self._measured_at = time.monotonic()

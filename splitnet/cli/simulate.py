@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,9 +13,11 @@ import typer
 from splitnet.errors import SplitnetError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from splitnet.simulation.simulate import Outcome, Settings, World
 
-
+RESULTS = "results.json"
 PLANNED_CLIENTS = 50
 """With --coordinates; each is planned for in every way."""
 
@@ -23,7 +26,7 @@ def simulate(
     peers: Annotated[int, typer.Option(min=1, help="Peers that are there at any time, on average.")] = 1000,
     clients: Annotated[int, typer.Option(min=1, help="Clients that come one after the other.")] = 1000,
     rate: Annotated[
-        float | None, typer.Option(min=0.01, help="Clients per peer and hour; 10, or the scenario's.")
+        float | None, typer.Option(min=0.01, max=1e6, help="Clients per peer and hour; 10, or the scenario's.")
     ] = None,
     scenario: Annotated[
         str | None,
@@ -58,6 +61,13 @@ def simulate(
     """Simulate a swarm of thousands of peers and compare ways to route and to place blocks."""
     from splitnet.simulation.simulate import AGAINST, SCENARIOS, Settings, World, pooled
 
+    if coordinates:
+        unused = {
+            "--rate": rate, "--scenario": scenario, "--against": against, "--policy": policy, "--output": output,
+            "--plot": plot, "--worlds": worlds > 1,
+        }  # fmt: skip
+        if given := [option for option, value in unused.items() if value]:
+            raise SplitnetError(f"--coordinates says nothing of sessions: leave out {', '.join(given)}")
     if against not in (None, "all") or (against and policy):
         raise SplitnetError("--against takes `all`, and no --policy beside it")
     if scenario is not None and scenario not in SCENARIOS:
@@ -78,25 +88,47 @@ def simulate(
         latencies=latencies,
         **{"sessions_per_peer_hour": 10.0, **chosen},
     )
+    _make_way_for(output / RESULTS if output else None, plot)
     all_settings = [dataclasses.replace(settings, seed=seed + number) for number in range(worlds)]
     if coordinates:
         _print_coordinates(World(settings))
         return
     outcomes = _run(all_settings, names)
     figures = {name: pooled(parts).figures() for name, parts in outcomes.items()}
+    load = f"{settings.sessions_per_peer_hour:g} per peer and hour"
+    title = f"{peers:,} peers, {worlds} x {clients:,} sessions, " + {
+        "burst": "all within a second", "dark": f"{load}; half way through a continent vanishes"
+    }.get(scenario or "", load)  # fmt: skip
     if against:
-        _print_against(outcomes, figures, settings, scenario or "light")
+        _print_against(outcomes, figures, title)
     else:
-        _print_table(figures, settings, worlds)
+        _print_table(figures, title)
     if output:
-        output.mkdir(parents=True, exist_ok=True)
-        results = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": figures}
-        text = json.dumps(results, indent=1, default=str)  # a path is one
-        (output / "results.json").write_text(text + "\n", encoding="utf-8")
+        rows = {name: {key: _json(value) for key, value in row.items()} for name, row in figures.items()}
+        results = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": rows}
+        text = json.dumps(results, indent=1, default=str, allow_nan=False)  # a path is one
+        (output / RESULTS).write_text(text + "\n", encoding="utf-8")
     if plot:
         from splitnet.simulation.chart import chart
 
         plot.write_text(chart(figures, f"{peers:,} peers, {worlds * clients:,} sessions"), encoding="utf-8")
+
+
+def _make_way_for(*files: Path | None) -> None:
+    """Makes folders and files before anything is computed for them."""
+    for file in files:
+        if file is None:
+            continue
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.open("a").close()
+        except OSError as error:
+            raise SplitnetError(f"{file} cannot be written ({error.strerror}): name another place") from error
+
+
+def _json(value: float) -> float | None:
+    """JSON knows no value that is not a number."""
+    return None if math.isnan(value) else value
 
 
 def _policies(wanted: list[str]) -> list[str]:
@@ -130,16 +162,21 @@ def _run(all_settings: list[Settings], names: list[str]) -> dict[str, list[Outco
     return parts
 
 
-def _print_table(figures: dict[str, dict[str, float]], settings: Settings, worlds: int) -> None:
+def _print_whole(table: Table) -> None:
+    """However narrow the terminal is: what it breaks can be read, what is left out cannot."""
     from rich.console import Console
+
+    console = Console()
+    needed = console.measure(table, options=console.options.update(width=1000)).maximum
+    Console(width=max(console.width, needed)).print(table)
+
+
+def _print_table(figures: dict[str, dict[str, float]], title: str) -> None:
     from rich.table import Table
 
     from splitnet.simulation.simulate import POLICIES
 
-    table = Table(
-        title=f"{settings.peers:,} peers, {worlds} x {settings.clients:,} sessions, "
-        f"{settings.sessions_per_peer_hour:g} per peer and hour"
-    )
+    table = Table(title=title)
     table.add_column("policy")
     for heading in (
         "TTFT s\np50", "\np95", "ms/token\np50", "\np95", "tokens/s", "failed", "hops", "load\nGini", "\nmax",
@@ -162,13 +199,10 @@ def _print_table(figures: dict[str, dict[str, float]], settings: Settings, world
             f"{row['session_moves']:.0f}",
             f"{row['repairs']:.0f}",
         )
-    Console(width=None).print(table)
+    _print_whole(table)
 
 
-def _print_against(
-    outcomes: dict[str, list[Outcome]], figures: dict[str, dict[str, float]], settings: Settings, scenario: str
-) -> None:
-    from rich.console import Console
+def _print_against(outcomes: dict[str, list[Outcome]], figures: dict[str, dict[str, float]], title: str) -> None:
     from rich.table import Table
 
     from splitnet.simulation.simulate import POLICIES, differences
@@ -177,9 +211,10 @@ def _print_against(
         ("TTFT s\np50", "ttft_p50_s", ".2f"), ("\np95", "ttft_p95_s", ".1f"), ("ms/token\np50", "token_p50_ms", ".0f"),
         ("\np95", "token_p95_ms", ".0f"), ("tokens/s", "goodput_tokens_per_s", ".1f"),
     )  # fmt: skip
+    several = len(outcomes["own"]) > 1
     table = Table(
-        title=f"{settings.peers:,} peers, {scenario}, {len(outcomes['own'])} x {settings.clients:,} sessions; in "
-        "brackets the difference to own in the same worlds, with 95% intervals"
+        title=f"{title}; in brackets the difference to own in the same worlds"
+        + (", with 95% intervals" if several else ": of one world, which is luck")
     )
     table.add_column("policy")
     for heading, _, _ in columns:
@@ -191,10 +226,10 @@ def _print_against(
             cell = format(row[figure], form)
             if name != "own":
                 share, low, high = differences(outcomes[name], outcomes["own"], figure)
-                cell += f" ({share:+.0%}: {low:+.0%} to {high:+.0%})"
+                cell += f" ({share:+.0%}: {low:+.0%} to {high:+.0%})" if several else f" ({share:+.0%})"
             cells.append(cell)
         table.add_row(POLICIES[name].label, *cells, f"{row['failed']:.0f}")
-    Console(width=None).print(table)
+    _print_whole(table)
 
 
 def _print_coordinates(world: World) -> None:
@@ -213,12 +248,13 @@ def _print_coordinates(world: World) -> None:
         f"round trips between {world.settings.peers:,} peers, predicted from coordinates: relative error "
         f"{error.median:.0%} at the median, {error.p90:.0%} at p90; {error.fell_short:.0%} are predicted too short"
     )
-    table = Table(title=f"routes of {PLANNED_CLIENTS} clients, no peer is busy")
+    asking = min(PLANNED_CLIENTS, len(world.requests))
+    table = Table(title=f"routes of {asking} clients, no peer is busy")
     table.add_column("planned with")
     for heading in ("longer than the best\nmean", "\np90", "plan ms"):
         table.add_column(heading, justify="right")
     with StageProgress() as progress:
-        for number, quality in enumerate(plan_qualities(world, PLANNED_CLIENTS, perf_counter)):
+        for number, quality in enumerate(plan_qualities(world, asking, perf_counter)):
             progress.update("planning", number + 1, 0)
             mean = sum(quality.excess) / len(quality.excess)
             table.add_row(

@@ -16,6 +16,7 @@ from splitnet.client.known_peers import KnownPeers
 from splitnet.client.survey import Survey
 from splitnet.errors import SplitnetError
 from splitnet.net.endpoints import Endpoint
+from splitnet.net.fields import STRICT_VERSIONS
 from splitnet.net.prober import PING_TIMEOUT_S, Prober
 from splitnet.net.records import PeerRecord
 
@@ -130,7 +131,7 @@ class FreshFacts:
         """Measures the round trips to the first of these peers, as far as a minute has pings for that."""
         chosen = {record.endpoint: record for record in records[: max(0, self._pings_left() - ENDS_PINGS) // 2]}
         if chosen:
-            round_trips = self._prober.round_trips(chosen, PING_TIMEOUT_S)
+            round_trips = self._prober.round_trips(chosen, PING_TIMEOUT_S, loads=_that_tell(chosen))
             self._pinged(2 * len(round_trips))
             links = {endpoint: Link(rtt_ms / 2, 0.0) for endpoint, rtt_ms in round_trips.items()}
             self._take_in(chosen, links)
@@ -148,7 +149,7 @@ class FreshFacts:
         left -= 2 * len(chosen) + _PROBE_PINGS * len(due)
         chosen |= {record.endpoint: record for record in others[: max(0, min(left // 2, PINGED_AT_ONCE))]}
         if chosen:
-            links = self._prober.measure(chosen, PING_TIMEOUT_S, probed=due)
+            links = self._prober.measure(chosen, PING_TIMEOUT_S, probed=due, loads=_that_tell(chosen))
             self._pinged(2 * len(links) + _PROBE_PINGS * len(due & links.keys()))
             self._take_in(chosen, links)
         return bool(chosen)
@@ -156,7 +157,8 @@ class FreshFacts:
     def _take_in(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
         """Nobody is silent because what waits on the way to it holds up a ping."""
         told = {each: record for each, record in tried.items() if each in links or not self._is_busy(each)}
-        self._survey.links_measured(told, links)
+        loads = {each: load for each in links if (load := self._prober.load(each))}
+        self._survey.links_measured(told, links, loads)
 
     def _pings_left(self) -> int:
         """In this minute; others that measure at the same time may have overdrawn it."""
@@ -208,3 +210,8 @@ class FreshFacts:
                     self.look_at(self._some_likely(records, self._survey.unknown(records)))
             except SplitnetError as error:
                 log.info("the facts about peers could not be refreshed: %s", error)
+
+
+def _that_tell(records: Mapping[Endpoint, PeerRecord]) -> set[Endpoint]:
+    """Who says how busy it is if it is asked."""
+    return {endpoint for endpoint, record in records.items() if record.version not in STRICT_VERSIONS}

@@ -46,7 +46,7 @@ class ClientOptions:
         known = [field.name for field in fields(cls)]
         for name in keywords:
             if name not in known:
-                near = difflib.get_close_matches(name, [*known, *others], n=1, cutoff=0.4)
+                near = difflib.get_close_matches(name, [*known, *others], n=1)
                 meant = f"did you mean {near[0]}?" if near else f"there are {', '.join([*known, *others])}"
                 raise TypeError(f"there is no option {name}: {meant}")
         given = cls(**keywords)

@@ -43,8 +43,11 @@ def check_preference(prefer: str, energy_slowdown: float | None) -> None:
         raise SplitnetError(f"a session prefers latency, throughput or energy, not {prefer!r}")
     if energy_slowdown is not None and prefer != "energy":
         raise SplitnetError(f"an energy slowdown goes with the preference energy, not with {prefer}: ask for both")
-    if energy_slowdown is not None and not 1 <= energy_slowdown < math.inf:
-        raise SplitnetError(f"an energy slowdown of {energy_slowdown:g} is none: give 1 or more")
+    if energy_slowdown is None:
+        return
+    is_number = isinstance(energy_slowdown, int | float) and not isinstance(energy_slowdown, bool)
+    if not is_number or not 1 <= energy_slowdown < math.inf:
+        raise SplitnetError(f"an energy slowdown of {energy_slowdown!r} is none: give a number, 1 or more")
 
 
 @dataclass(frozen=True, slots=True)

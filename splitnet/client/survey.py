@@ -16,6 +16,7 @@ from scheduler.swarm import PASS_SIZES, Peer, Speed
 from splitnet.client.latest import Latest
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import facts_of, network_of
+from splitnet.net.messages import ToldLoad
 from splitnet.net.network_coordinates import NetworkCoordinates
 from splitnet.net.records import PeerRecord
 
@@ -48,6 +49,14 @@ class _Seen:
     wait_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
 
 
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """How busy a peer said that it was when it was pinged. issued_at: of the record that was known of it then."""
+
+    load: ToldLoad
+    issued_at: float
+
+
 class Survey:
     """Thread-safe.
 
@@ -59,6 +68,7 @@ class Survey:
         self.network_coordinates = NetworkCoordinates(clock)
         self._clock = clock
         self._hops: dict[str, _Seen] = {}
+        self._loads: dict[str, _Told] = {}
         self._links: dict[tuple[str, str], tuple[float, float]] = {}
         self._tried: dict[str, float] = {}
         self._silent: set[str] = set()
@@ -105,18 +115,20 @@ class Survey:
 
     def peers(self, records: Sequence[PeerRecord]) -> list[Peer]:
         """The peers of these records."""
-        hops = self._seen_lately()
-        return [_corrected(facts_of(record), hops.get(record.key.text)) for record in records]
+        hops, loads = self._seen_lately()
+        return [_corrected(record, hops.get(record.key.text), loads.get(record.key.text)) for record in records]
 
     def corrected(self, records: Mapping[str, PeerRecord]) -> dict[str, Peer]:
-        """Those of the peers, by their names, of which something else was seen than their records say."""
-        hops = self._seen_lately()
-        return {key: _corrected(facts_of(records[key]), seen) for key, seen in hops.items() if key in records}
+        """Those of the peers, by their names, of which something else was seen or told than their records say."""
+        hops, loads = self._seen_lately()
+        names = (hops.keys() | loads.keys()) & records.keys()
+        return {name: _corrected(records[name], hops.get(name), loads.get(name)) for name in names}
 
-    def _seen_lately(self) -> dict[str, _Seen]:
+    def _seen_lately(self) -> tuple[dict[str, _Seen], dict[str, _Told]]:
         oldest = self._clock() - TRUST_S
         with self._lock:
-            return {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
+            hops = {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
+            return hops, {key: told for key, told in self._loads.items() if self._tried[key] >= oldest}
 
     def network(self, records: Sequence[PeerRecord]) -> Network:
         """All links, the client's own among them."""
@@ -173,8 +185,16 @@ class Survey:
             key=lambda record: tried[record.key.text],
         )
 
-    def links_measured(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
-        """Takes in which links the client tried to measure, and what came of it; 0 bytes per ms: not measured."""
+    def links_measured(
+        self,
+        tried: Mapping[Endpoint, PeerRecord],
+        links: Mapping[Endpoint, Link],
+        loads: Mapping[Endpoint, ToldLoad] | None = None,
+    ) -> None:
+        """Takes in which links the client tried to measure, and what came of it; 0 bytes per ms: not measured.
+
+        loads: how busy the peers said that they are.
+        """
         now = self._clock()
         with self._lock:
             for endpoint, record in tried.items():
@@ -182,6 +202,9 @@ class Survey:
                 self._tried.pop(key, None)
                 self._tried[key] = now
                 (self._silent.discard if endpoint in links else self._silent.add)(key)
+                self._loads.pop(key, None)
+                if loads and endpoint in loads:
+                    self._loads[key] = _Told(loads[endpoint], record.issued_at)
                 if endpoint in links:
                     self._heard.add(key)
                 if endpoint in links and links[endpoint].bytes_per_ms:
@@ -191,6 +214,7 @@ class Survey:
                 del self._tried[oldest]
                 self._silent.discard(oldest)
                 self._heard.discard(oldest)
+                self._loads.pop(oldest, None)
                 self._probed.pop(oldest, None)
         for endpoint, link in links.items():
             self.network_coordinates.measured(tried[endpoint], link)
@@ -207,7 +231,10 @@ def _told_network(records: tuple[PeerRecord, ...], measured: dict[str, Link], pl
     return network_of(records, links, {CLIENT: place} if place.coordinate.error < 1.0 else {})
 
 
-def _corrected(peer: Peer, seen: _Seen | None) -> Peer:
+def _corrected(record: PeerRecord, seen: _Seen | None, told: _Told | None) -> Peer:
+    peer = facts_of(record)
+    if told is not None and record.issued_at <= told.issued_at:
+        peer = replace(peer, queue_ms=told.load.wait_ms, batch=told.load.batch)
     if seen is None:
         return peer
     told_ms = max(peer.speed.at(seen.positions + peer.batch), 1e-6)

@@ -108,6 +108,15 @@ class Timing(NamedTuple):
     """Round trip to the next hop, as this one has seen it lately; 0: not measured."""
 
 
+class ToldLoad(NamedTuple):
+    """How busy a device has been lately, see `scheduler.load`; records tell the same, seconds to a minute later."""
+
+    wait_ms: float
+    """For which decode steps waited."""
+    batch: float
+    """Positions of others in the pass of a decode step."""
+
+
 class Fork(NamedTuple):
     """Row `row` continues from the cache of row `source` (the same id: it simply stays)."""
 
@@ -139,6 +148,8 @@ class Ping:
     payload: Payload = b""
     session: bytes = appended(blob(0, SESSION_BYTES), b"")
     """Asks also about this session of the sender; empty: about none. Version 0.1.0 refuses it."""
+    load: bool = appended(flag, False)
+    """Asks also how busy the device is. Version 0.1.0 refuses it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +171,8 @@ class Pong:
     """Highest number of a step or pass of the session's epoch that was finished here; replays do not count."""
     timing: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=1), ())
     """Of the last decode step of the session here; empty: there was none."""
+    load: tuple[ToldLoad, ...] = appended(several(row(ToldLoad, number(0, 1e9), number(0, 1e9)), most=1), ())
+    """Now; empty: not asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from itertools import count
 
 from scheduler.network import Link
 from splitnet.net.endpoints import Endpoint
-from splitnet.net.messages import Ping, Pong, Timing
+from splitnet.net.messages import Ping, Pong, Timing, ToldLoad
 
 PING_TIMEOUT_S = 1.0
 FIRST_PING_S = 3.0
@@ -90,23 +90,25 @@ class Prober:
         self._sent: dict[int, _Sent] = {}
         self._round_trips: dict[Endpoint, deque[float]] = {}
         self._answered: dict[Endpoint, int] = {}
+        self._loads: dict[Endpoint, ToldLoad] = {}
         self._lock = threading.Lock()
 
-    def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"") -> Future[Answer]:
+    def ping(self, endpoint: Endpoint, padding: int = 0, session: bytes = b"", *, load: bool = False) -> Future[Answer]:
         """Asks a peer for a sign of life; the future stays undone if none comes.
 
         Args:
             endpoint: the peer.
             padding: bytes to send with it.
             session: id of a session to ask about, 16 bytes; a peer of version 0.1.0 drops such a ping.
+            load: asks how busy the peer is, too, see `load`; a peer of version 0.1.0 drops such a ping.
         """
-        return self._ping(endpoint, padding, session)[1]
+        return self._ping(endpoint, padding, session, load)[1]
 
     def probe(self, endpoint: Endpoint) -> int:
         """Asks likewise, and returns the number of the ping: the higher, the later."""
-        return self._ping(endpoint, 0, b"")[0]
+        return self._ping(endpoint, 0, b"", load=False)[0]
 
-    def _ping(self, endpoint: Endpoint, padding: int, session: bytes) -> tuple[int, Future[Answer]]:
+    def _ping(self, endpoint: Endpoint, padding: int, session: bytes, load: bool) -> tuple[int, Future[Answer]]:
         nonce = next(self._nonces)
         future: Future[Answer] = Future()
         now = time.perf_counter()
@@ -114,7 +116,7 @@ class Prober:
             while self._sent and now - next(iter(self._sent.values())).at > FORGET_S:
                 del self._sent[next(iter(self._sent))]
             self._sent[nonce] = _Sent(endpoint, now, padding, session, future)
-        self._send(endpoint, Ping(nonce, bytes(padding), session))
+        self._send(endpoint, Ping(nonce, bytes(padding), session, load))
         return nonce, future
 
     def pong(self, source: Endpoint, message: Pong) -> None:
@@ -130,6 +132,11 @@ class Prober:
             self._answered[source] = max(message.nonce, self._answered.pop(source, 0))
             if len(self._answered) > KEPT_ENDPOINTS:
                 del self._answered[next(iter(self._answered))]
+            for load in message.load:
+                self._loads.pop(source, None)
+                self._loads[source] = load
+            if len(self._loads) > KEPT_ENDPOINTS:
+                del self._loads[next(iter(self._loads))]
             if not sent.padding:
                 self._round_trips.setdefault(source, deque(maxlen=KEPT_ROUND_TRIPS)).append(rtt_ms)
                 while len(self._round_trips) > KEPT_ENDPOINTS:
@@ -157,11 +164,25 @@ class Prober:
         """Number of the latest ping that a peer has answered: what was sent before that on its link has come."""
         return self._answered.get(endpoint, 0)
 
-    def round_trips(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> dict[Endpoint, float]:
-        """Ms to peers and back, with two small pings to each; those that don't answer in time are left out."""
+    def load(self, endpoint: Endpoint) -> ToldLoad | None:
+        """How busy a peer has last said that it is; None: it was not asked."""
+        return self._loads.get(endpoint)
+
+    def round_trips(
+        self,
+        endpoints: Iterable[Endpoint],
+        timeout_s: float = PING_TIMEOUT_S,
+        *,
+        loads: Collection[Endpoint] = (),
+    ) -> dict[Endpoint, float]:
+        """Ms to peers and back, with two small pings to each; those that don't answer in time are left out.
+
+        loads: who is asked how busy it is, too, see `ping`.
+        """
         # The first ping of a link also pays for its handshake, so it is thrown away.
         answered = self._answers(endpoints, 0, timeout_s, FIRST_PING_S if timeout_s >= PING_TIMEOUT_S else 0.0)
-        return {endpoint: answer.rtt_ms for endpoint, answer in self._answers(answered, 0, timeout_s).items()}
+        answers = self._answers(answered, 0, timeout_s, loads=loads)
+        return {endpoint: answer.rtt_ms for endpoint, answer in answers.items()}
 
     def measure(
         self,
@@ -169,12 +190,13 @@ class Prober:
         timeout_s: float = PING_TIMEOUT_S,
         *,
         probed: Collection[Endpoint] | None = None,
+        loads: Collection[Endpoint] = (),
     ) -> dict[Endpoint, Link]:
         """Latency and bandwidth of the links to peers; those that don't answer in time are left out.
 
-        probed: whose bandwidth is measured, 0 stands for that of others; None: all.
+        probed: whose bandwidth is measured, 0 stands for that of others; None: all. loads: see `round_trips`.
         """
-        small = self.round_trips(endpoints, timeout_s)
+        small = self.round_trips(endpoints, timeout_s, loads=loads)
         others = {} if probed is None else {each: Link(ms / 2, 0.0) for each, ms in small.items() if each not in probed}
         # The first probe is thrown away: until it has arrived, TCP does not trust the link with as many bytes at once.
         answered = self._answers([endpoint for endpoint in small if endpoint not in others], PROBE_BYTES, timeout_s)
@@ -197,12 +219,17 @@ class Prober:
         }
 
     def _answers(
-        self, endpoints: Iterable[Endpoint], padding: int, timeout_s: float, taken_s: float = 0.0
+        self,
+        endpoints: Iterable[Endpoint],
+        padding: int,
+        timeout_s: float,
+        taken_s: float = 0.0,
+        loads: Collection[Endpoint] = (),
     ) -> dict[Endpoint, Answer]:
         """taken_s: for how long those are waited for whose connections somebody takes meanwhile."""
         endpoints = list(endpoints)
         new = {endpoint for endpoint in endpoints if timeout_s < taken_s and not self._is_taken(endpoint)}
-        pings = {endpoint: self.ping(endpoint, padding) for endpoint in endpoints}
+        pings = {endpoint: self.ping(endpoint, padding, load=endpoint in loads) for endpoint in endpoints}
         wait(pings.values(), timeout=timeout_s)
         late = [pings[endpoint] for endpoint in new if not pings[endpoint].done() and self._is_taken(endpoint)]
         wait(late, timeout=max(0.0, taken_s - timeout_s))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -11,9 +12,10 @@ import numpy as np
 from scheduler.candidates import measured_first
 from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.network import CLIENT, Link, Place
+from scheduler.swarm import Peer
 from splitnet.client.fresh_facts import PINGS_PER_MINUTE
 from splitnet.net.prober import PING_TIMEOUT_S
-from splitnet.simulation.directory import View
+from splitnet.simulation.directory import Record, View
 from splitnet.simulation.world import World
 
 CONNECT_TRIPS: Final = 4
@@ -26,11 +28,20 @@ PING_TRIPS: Final = CONNECT_TRIPS + 2
 """Round trips that measuring a link takes which has to be opened for it."""
 
 
+Load = tuple[float, float]
+"""Ms that a step waits, and positions of others that share its pass."""
+
+
+def _idle(_: str) -> Load:
+    return 0.0, 0.0
+
+
 @dataclass(slots=True)
 class Client:
     """number: in the geography. links: both ways between the client and the peers that it has measured.
 
-    asked_s: when it measured which peers. silent: those of them that did not answer.
+    asked_s: when it measured which peers. silent: those of them that did not answer. told: how busy the others said
+    that they were then. load_of: how busy a peer is now.
     """
 
     number: int
@@ -38,6 +49,8 @@ class Client:
     links: dict[tuple[str, str], Link] = field(default_factory=dict[tuple[str, str], Link])
     asked_s: dict[str, float] = field(default_factory=dict[str, float])
     silent: set[str] = field(default_factory=set[str])
+    told: dict[str, Load] = field(default_factory=dict[str, Load])
+    load_of: Callable[[str], Load] = _idle
 
     def measure(self, world: World, names: Collection[str], now_s: float, luck: Callable[[], float]) -> float:
         """Measures links, each up to 10% too long; how many ms that takes, with connecting. luck: from 0 to 1."""
@@ -51,6 +64,7 @@ class Client:
                 took_ms = PING_TIMEOUT_S * 1000
                 continue
             self.silent.discard(name)
+            self.told[name] = self.load_of(name)
             for sender, receiver, pair in (
                 (self.number, number, (CLIENT, name)),
                 (number, self.number, (name, CLIENT)),
@@ -59,6 +73,13 @@ class Client:
                 self.links[pair] = Link(link.latency_ms * late, link.bytes_per_ms)
             took_ms = max(took_ms, 2 * PING_TRIPS * self.links[CLIENT, name].latency_ms)
         return took_ms
+
+    def corrected(self, record: Record) -> Peer | None:
+        """A peer as it was when it was measured, if that is later than what it has published."""
+        if record.published_s >= self.asked_s.get(record.peer.id, -math.inf) or record.peer.id not in self.told:
+            return None
+        queue_ms, batch = self.told[record.peer.id]
+        return replace(record.peer, queue_ms=queue_ms, batch=batch)
 
     def asked_since(self, since_s: float) -> tuple[list[str], list[str]]:
         """Of those whom it asked since then, who was silent, and who answered."""
@@ -84,11 +105,18 @@ class Client:
         return max(0, PINGS_PER_MINUTE - ENDS_PINGS - 2 * answered)
 
 
-def new_client(world: World, number: int, view: View, rng: np.random.Generator, now_s: float = 0.0) -> Client:
+def new_client(
+    world: World,
+    number: int,
+    view: View,
+    rng: np.random.Generator,
+    now_s: float = 0.0,
+    load_of: Callable[[str], Load] = _idle,
+) -> Client:
     """A client that measured its links to random peers, and then to those that its routes most likely go through."""
     settings, count = world.settings, len(view.peers)
     anyone, *likely = measured_first(count) if settings.probes is None else settings.probes
-    client = Client(number, Place(Coordinate(), float(world.geography.up[number])))
+    client = Client(number, Place(Coordinate(), float(world.geography.up[number])), load_of=load_of)
 
     def measure(names: Sequence[str]) -> None:
         client.measure(world, names, now_s, rng.random)

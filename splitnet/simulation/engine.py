@@ -89,10 +89,15 @@ class Simulation:
         self.membership.close()
 
     def _come(self, request: Request) -> None:
-        client = new_client(self.world, request.number, self.membership.view, self._rng, self.events.now / 1000)
+        client = new_client(
+            self.world, request.number, self.membership.view, self._rng, self.events.now / 1000, self._load_of
+        )
         session = Session(request, client, self._around)
         self.sessions.append(session)
         session.begin()
+
+    def _load_of(self, name: str) -> tuple[float, float]:
+        return self.nodes[name].load_at(self.events.now)
 
     def _leaving(self, node: Node, held: list[Held]) -> None:
         self._calls.say_leaving(node, held)

@@ -148,14 +148,15 @@ def read_latencies(path: Path) -> Floats:
         SplitnetError: the file does not have that, or says nothing about some pair.
     """
     try:
-        rtt_ms = np.loadtxt(path, ndmin=2)
+        lines = [line.split("#")[0].split() for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [line for line in lines if line]
+        if odd := next((row for row in rows if len(row) != len(rows) or len(rows) < 2), None):
+            raise ValueError(f"{len(rows)} lines, one of them with {len(odd)} numbers")
+        rtt_ms = np.array(rows, dtype=np.float64)
+        if not rows or not np.isfinite(rtt_ms).all():
+            raise ValueError("something in it is infinite or no number" if rows else "it is empty")
     except (OSError, ValueError) as error:
-        raise SplitnetError(f"{path} has no table of round trips: {error}") from error
-    nodes = len(rtt_ms)
-    if rtt_ms.shape != (nodes, nodes) or nodes < 2 or not np.isfinite(rtt_ms).all():
-        raise SplitnetError(
-            f"{path} has a table of {' x '.join(map(str, rtt_ms.shape))}: it must be square, and finite"
-        )
+        raise SplitnetError(f"{path} has no table of round trips, as many lines as numbers in each: {error}") from error
     rtt_ms = np.where(rtt_ms > 0, rtt_ms, np.inf)
     rtt_ms = np.where(np.isinf(rtt_ms + rtt_ms.T), np.minimum(rtt_ms, rtt_ms.T), (rtt_ms + rtt_ms.T) / 2)
     np.fill_diagonal(rtt_ms, 0.0)

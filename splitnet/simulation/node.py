@@ -300,9 +300,13 @@ class Node:
             sessions = (parcel.route.session for parcel, _ in taken if parcel.route.session in self.sessions)
             self._gathering.ran(sessions, took_ms / 1000, took_ms / 1000, now_ms / 1000)
 
+    def load_at(self, now_ms: float) -> tuple[float, float]:
+        """Ms that a step waits, and positions of others that share its pass: see `scheduler/load.py`."""
+        return self._load.at(now_ms / 1000)
+
     def record(self, now_ms: float, links: Mapping[str, Link]) -> Record:
         """What it publishes, with some of the links that it knows, as real peers tell it: see `peers/daemon.py`."""
-        wait_ms, batch = self._load.at(now_ms / 1000)
+        wait_ms, batch = self.load_at(now_ms)
         peer = Peer(
             self.id,
             self.start,

@@ -131,23 +131,23 @@ class Best:
         options, encodings = self._options, self._world.settings.encodings
         places = {CLIENT: plan.client.place, **view.places.places} if options.coordinates else {}
         prompt = GRAIN * ceil(plan.prompt / GRAIN) if options.prompt else 0
-        peers = self._peers(plan, view)
+        known = self._known(plan, view)
         outside = [places[name] for name in (plan.source, plan.target) if name in places]
-        chosen = self._crowd(view).near(
-            outside,
-            plan.blocks,
-            encodings=encodings,
-            kv_needed=plan.kv_needed,
-            prompt=prompt,
-            exclude=plan.exclude,
-            limit=options.limit,
+        chosen = (
+            self._crowd(view)
+            .corrected(known.values())
+            .near(
+                outside,
+                plan.blocks,
+                encodings=encodings,
+                kv_needed=plan.kv_needed,
+                prompt=prompt,
+                exclude=plan.exclude,
+                limit=options.limit,
+            )
         )
-        if plan.present:  # what the session has seen of them counts
-            chosen = [peers[view.index[peer.id]] for peer in chosen]
         by_id = {peer.id: peer for peer in chosen}
-        for hop in plan.present:
-            if hop.peer in view.index and hop.peer not in by_id:
-                by_id[hop.peer] = peers[view.index[hop.peer]]
+        by_id |= {hop.peer: known[hop.peer] for hop in plan.present if hop.peer in known}
         chosen = list(by_id.values())
         network = self._network(plan, view, places, by_id.keys())
 
@@ -214,24 +214,25 @@ class Best:
         numbers, client = self._world.number_of, plan.client.number
         return self._world.geography.one_way_ms(numbers.get(sender, client), numbers.get(receiver, client))
 
-    def _peers(self, plan: Plan, view: View) -> list[Peer]:
-        """All peers, those that the session uses as it has seen them and with room for it."""
-        load = self._options.load
-        peers = view.peers if load else view.idle_peers
-        if not plan.present:
-            return peers
-        peers = list(peers)
+    def _known(self, plan: Plan, view: View) -> dict[str, Peer]:
+        """Of whom something else is known than what is published: by pings, and by what the session has seen."""
+        known: dict[str, Peer] = {}
+        if self._options.load:
+            told = (plan.client.corrected(view.records[name]) for name in plan.client.told if name in view.records)
+            known = {peer.id: peer for peer in told if peer}
+        peers = view.peers if self._options.load else view.idle_peers
         for hop in plan.present:
             index = view.index.get(hop.peer)
             if index is None:
                 continue
-            peer = replace(peers[index], kv_free=max(peers[index].kv_free, plan.kv_needed))
-            if load and (seen := plan.seen.get(hop.peer)):
+            peer = known.get(hop.peer, peers[index])
+            peer = replace(peer, kv_free=max(peer.kv_free, plan.kv_needed))
+            if self._options.load and (seen := plan.seen.get(hop.peer)):
                 factor = seen.block_ms.value / max(peer.speed.at(1 + peer.batch), 1e-6)
                 speed = Speed(tuple(ms * factor for ms in peer.speed.block_ms))
                 peer = replace(peer, speed=speed, queue_ms=seen.wait_ms.value)
-            peers[index] = peer
-        return peers
+            known[hop.peer] = peer
+        return known
 
     def _network(self, plan: Plan, view: View, places: Mapping[str, Place], ids: Collection[str]) -> Network:
         """The links between some peers and the client, with those that were measured."""

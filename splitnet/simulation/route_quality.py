@@ -15,7 +15,10 @@ import numpy as np
 
 from scheduler.cost import route_ms
 from scheduler.network import CLIENT
+from scheduler.route import NoRoute
 from scheduler.swarm import Hop
+from splitnet.client.planner import no_route_error
+from splitnet.errors import SplitnetError
 from splitnet.simulation.clients import Client, new_client
 from splitnet.simulation.engine import Simulation
 from splitnet.simulation.geography import TrueNetwork
@@ -65,7 +68,9 @@ class PlanQuality:
 
 
 def coordinate_error(world: World) -> CoordinateError:
-    """Over random pairs of the peers that are there from the start."""
+    """Over random pairs of the peers that are there from the start. Raises SplitnetError if there are no two."""
+    if len(world.coordinates) < 2:
+        raise SplitnetError("one peer is nowhere: simulate two and more")
     rng = np.random.default_rng([world.settings.seed, 4])
     here, there = rng.integers(0, len(world.coordinates), (2, PAIRS))
     here, there = here[here != there], there[here != there]
@@ -82,6 +87,8 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
     """For the first clients of a world each way of `PLANS` that the swarm is small enough for, and a random route.
 
     clock: gives the time in seconds, to measure how long planning takes.
+
+    Raises CoverageError if the peers do not serve all blocks.
     """
     simulation = Simulation(world, RandomRoute(world), OwnPlacing(world))
     view = simulation.membership.view
@@ -96,7 +103,10 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
         found: list[float] = []
         for client, request in zip(asking, requests, strict=True):
             began = clock()
-            planned = routing.route(_plan(client, request, world), view, random.Random(request.number))
+            try:
+                planned = routing.route(_plan(client, request, world), view, random.Random(request.number))
+            except NoRoute as error:
+                raise no_route_error(error, "simulated") from None
             took_ms.append((clock() - began) * 1000)
             found.append(true_ms(planned.hops, client))
         return found, float(np.median(took_ms))

@@ -12,7 +12,7 @@ import pytest
 from scheduler.candidates import measured_first
 from scheduler.network import CLIENT, Link
 from splitnet.client.fresh_facts import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, FreshFacts
-from splitnet.client.survey import SILENT_S, Survey
+from splitnet.client.survey import SILENT_S, TRUST_S, Survey
 from splitnet.client.swarm import HEARD_S, Swarm
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
@@ -157,6 +157,17 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
         swarm.fresh_facts._pinged(PINGS_PER_MINUTE)
         _, pings = asked(directory.records)
         assert not pings, "a minute has so many pings and no more"
+
+
+def test_pings_ask_how_busy_peers_are_but_for_those_of_a_version_that_would_drop_them() -> None:
+    clock, echo = Clock(), Echo()
+    peers = [record(queue_ms=1.0, version=version) for version in ("0.2.0", "0.1.0")]
+    survey, facts = facts_with(clock, echo, peers)
+    for measure in (facts.look_at, facts.measure):
+        measure(peers)
+        assert [peer.queue_ms for peer in survey.peers(peers)] == [12.0, 1.0]
+        clock.now += TRUST_S + 1
+    facts.close()
 
 
 def region(host: str, far_ms: float, block_ms: float, count: int) -> list[PeerRecord]:

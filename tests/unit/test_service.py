@@ -50,6 +50,7 @@ from splitnet.net.messages import (
     Result,
     Step,
     Timing,
+    ToldLoad,
     decode,
     encode,
 )
@@ -147,11 +148,20 @@ class Peer:
     queue: WorkQueue = field(default_factory=WorkQueue)
     policy: KeyPolicy | None = None
 
+    load: Load = field(default_factory=Load)
+
     def __post_init__(self) -> None:
         served = ServedBlocks(MODEL, 2, self.end, 8, HIDDEN, self.max_positions)
         self.table = SessionTable(self.capacity, idle_s=IDLE_S)
         self.service = SessionService(
-            served, self.table, self.queue, self.outbox, NextHops(self.outbox), reach_s=REACH_S, policy=self.policy
+            served,
+            self.table,
+            self.queue,
+            self.outbox,
+            NextHops(self.outbox),
+            reach_s=REACH_S,
+            policy=self.policy,
+            load=self.load,
         )
 
     def says(self, message: Message, source: Destination = CLIENT) -> list[tuple[Destination, Message]]:
@@ -1225,6 +1235,12 @@ class TestOthers:
         opened.service.ms_per_position = 2.5
         opened.service.queue.queued_positions = 5
         assert opened.says(Ping(5, b"padding"), STRANGER) == [(STRANGER, Pong(5, 12.5, CAPACITY - 1000))]
+
+    def test_who_asks_is_told_how_busy_the_device_has_been(self, opened: Peer) -> None:
+        opened.load.observe(opened.now, [40.0], [3])
+        (asked,) = opened.says(Ping(5, load=True), STRANGER)
+        assert asked == (STRANGER, Pong(5, 0.0, CAPACITY - 1000, load=(ToldLoad(*opened.load.at(opened.now)),)))
+        assert opened.load.at(opened.now)[0] > 0
 
     def test_only_the_owner_of_a_session_learns_of_it_by_a_ping(self, opened: Peer) -> None:
         unknown = Pong(5, 0.0, CAPACITY - 1000)

@@ -369,12 +369,13 @@ def test_measured_latencies_stand_in_for_made_up_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("1 2\n", "1 x 2"),
+        ("1 2\n", "1 lines, one of them with 2 numbers"),
         ("0 x\n1 0\n", "table"),
-        ("0 nan\n1 0\n", "finite"),
+        ("0 nan\n1 0\n", "no number"),
+        ("0 1 2\n1 0 2\n2 1\n", "3 lines, one of them with 2 numbers"),
         ("0 0\n0 0\n", "nodes 1 and 2"),
-        ("5\n", "1 x 1"),
-        ("", "table"),
+        ("5\n", "1 lines"),
+        ("# a remark\n", "empty"),
     ],
 )
 def test_a_table_that_is_none_is_refused(tmp_path: Path, text: str, error: str) -> None:

@@ -6,14 +6,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from splitnet.cli import simulate as simulate_command
 from splitnet.cli.main import app
 from splitnet.errors import SplitnetError
 
-SMALL = ["simulate", "--peers", "30", "--clients", "20", "--blocks", "12", "--hidden", "512", "--policy", "own"]
+WORLD = ["simulate", "--peers", "30", "--clients", "20", "--blocks", "12", "--hidden", "512"]
+SMALL = [*WORLD, "--policy", "own"]
 
 
-def run(*options: str) -> str:
-    result = CliRunner().invoke(app, [*SMALL, *options], catch_exceptions=False, env={"COLUMNS": "200"})
+def run(*options: str, given: list[str] = SMALL, columns: int = 200) -> str:
+    result = CliRunner().invoke(app, [*given, *options], catch_exceptions=False, env={"COLUMNS": str(columns)})
     assert result.exit_code == 0
     return result.output
 
@@ -33,7 +35,8 @@ def test_it_prints_a_row_for_each_policy_and_writes_results_and_chart(tmp_path: 
 
 
 def test_it_tells_what_coordinates_cost() -> None:
-    output = run("--coordinates")
+    output = run("--coordinates", given=WORLD)
+    assert "routes of 20 clients" in output
     assert "relative error" in output
     assert "measured links, no coordinates, of all peers" in output
 
@@ -44,12 +47,43 @@ def test_an_unknown_policy_is_an_error_that_names_the_known_ones() -> None:
 
 
 def test_against_all_is_one_table_with_intervals() -> None:
-    arguments = [*SMALL[:-2], "--against", "all", "--scenario", "burst", "--worlds", "2"]
-    result = CliRunner().invoke(app, arguments, catch_exceptions=False, env={"COLUMNS": "250"})
-    assert "30 peers, burst, 2 x 20 sessions" in result.output
+    output = run("--against", "all", "--scenario", "burst", "--worlds", "2", given=WORLD, columns=250)
+    assert "30 peers, 2 x 20 sessions, all within a second" in output
     for policy in ("own", "Petals, pushing", "oracle"):
-        assert policy in result.output
-    assert "% to +" in result.output
+        assert policy in output
+    assert "% to +" in output
+
+
+def test_one_world_has_no_intervals() -> None:
+    output = run("--against", "all", "--scenario", "burst", given=WORLD, columns=250)
+    assert "of one world" in output and "nan" not in output
+
+
+def test_a_narrow_terminal_leaves_nothing_out() -> None:
+    narrow = run("--scenario", "dark", columns=60)
+    assert "…" not in narrow and "a continent vanishes" in narrow and "repairs" in narrow
+
+
+def test_figures_of_nobody_are_null_in_the_results(tmp_path: Path) -> None:
+    run("--output", str(tmp_path), given=[*SMALL, "--peers", "1", "--clients", "1", "--blocks", "80"])
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["policies"]["own"]["ttft_p50_s"] is None
+
+
+@pytest.mark.parametrize("option", ["--output", "--plot"])
+def test_what_cannot_be_written_is_refused_before_anything_is_simulated(
+    tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(simulate_command, "_run", lambda *_: pytest.fail("it was simulated first"))
+    with pytest.raises(SplitnetError, match="cannot be written"):
+        run(option, str(tmp_path / "file" / "below"))
+
+
+@pytest.mark.parametrize(("peers", "said"), [("1", "simulate two"), ("2", "blocks .* are served by nobody")])
+def test_too_few_peers_have_no_routes(peers: str, said: str) -> None:
+    with pytest.raises(SplitnetError, match=said):
+        run("--coordinates", "--peers", peers, "--blocks", "80", given=WORLD)
 
 
 @pytest.mark.parametrize(
@@ -58,6 +92,8 @@ def test_against_all_is_one_table_with_intervals() -> None:
         (("--against", "all"), "no --policy beside it"),
         (("--scenario", "flood"), "use light, heavy, burst, dark"),
         (("--scenario", "burst", "--rate", "3"), "--rate says nothing"),
+        (("--coordinates", "--worlds", "3", "--plot", "a.svg"), "leave out --policy, --plot, --worlds"),
+        (("--coordinates",), "leave out --policy"),
     ],
 )
 def test_what_goes_not_together_is_refused(options: tuple[str, ...], said: str) -> None:

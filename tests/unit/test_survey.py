@@ -20,7 +20,7 @@ from splitnet.client.survey import REMEASURE_S, SILENT_S, STEPS, TRUST_S, Survey
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import place_of
 from splitnet.net.identity import Identity
-from splitnet.net.messages import Ping, Pong
+from splitnet.net.messages import Ping, Pong, ToldLoad
 from splitnet.net.network_coordinates import MAX_AGE_S, SETTLE_LINKS, SETTLE_S, NetworkCoordinates
 from splitnet.net.prober import FASTEST_PROBE_MS, PROBE_BYTES, Prober
 from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
@@ -58,6 +58,31 @@ class TestSurvey:
         clock.now += TRUST_S + 1
         (told,) = survey.peers([peer])
         assert (told.speed.at(1), told.queue_ms) == (peer.block_ms[0], 1.0)
+
+    def test_what_a_ping_tells_of_the_load_counts_until_a_newer_record_comes(self) -> None:
+        clock, peer = Clock(), record(queue_ms=1.0, batch=0.0)
+        survey, link = Survey(clock), {peer.endpoint: Link(1.0, 100.0)}
+
+        def told(of: PeerRecord) -> tuple[float, float]:
+            ((every, some),) = zip(
+                survey.peers([of]), survey.corrected({of.key.text: of}).values() or [None], strict=True
+            )
+            assert some is None or some == every
+            return every.queue_ms, every.batch
+
+        assert told(peer) == (1.0, 0.0)
+        survey.links_measured({peer.endpoint: peer}, link, {peer.endpoint: ToldLoad(30.0, 2.0)})
+        assert told(peer) == (30.0, 2.0)
+        assert told(replace(peer, issued_at=peer.issued_at + 1)) == (1.0, 0.0)
+        survey.hop_seen(peer.key.text, positions=1, block_ms=peer.block_ms[0], wait_ms=30.0)
+        survey.hop_seen(peer.key.text, positions=1, block_ms=peer.block_ms[0], wait_ms=7.0)
+        survey.hop_seen(peer.key.text, positions=1, block_ms=peer.block_ms[0], wait_ms=7.0)
+        assert told(peer) == (7.0, 2.0), "what steps have met says more"
+        clock.now += TRUST_S + 1
+        assert told(peer) == (1.0, 0.0)
+        survey.links_measured({peer.endpoint: peer}, link, {peer.endpoint: ToldLoad(30.0, 2.0)})
+        survey.links_measured({peer.endpoint: peer}, {})
+        assert told(peer) == (1.0, 0.0), "it does not answer any more"
 
     @pytest.mark.parametrize("before", [0, 1, 2, 3])
     def test_one_slow_step_says_nothing_of_a_hop_and_two_do(self, before: int) -> None:
@@ -213,7 +238,7 @@ class Echo:
         self.sizes.append(len(ping.payload))
         self.asked.append(endpoint)
         if endpoint not in self.silent:
-            self.prober.pong(endpoint, Pong(ping.nonce, 7.0, 100))
+            self.prober.pong(endpoint, Pong(ping.nonce, 7.0, 100, load=(ToldLoad(12.0, 3.0),) if ping.load else ()))
 
 
 class TestProber:

@@ -19,7 +19,19 @@ from nacl.signing import SigningKey
 from splitnet.errors import ProtocolError
 from splitnet.net.fields import Layout, appended, flag, uint, wire
 from splitnet.net.identity import Identity
-from splitnet.net.messages import MAGIC, MESSAGES, PROTOCOL_VERSION, Close, Ping, Pong, Step, Timing, decode, encode
+from splitnet.net.messages import (
+    MAGIC,
+    MESSAGES,
+    PROTOCOL_VERSION,
+    Close,
+    Ping,
+    Pong,
+    Step,
+    Timing,
+    ToldLoad,
+    decode,
+    encode,
+)
 from splitnet.net.records import RECORD_LAYOUT, PeerRecord
 
 RENAMED = {"Recall": "FetchKV", "Recalled": "FetchedKV", "Adopted": "AdapterLoaded"}
@@ -115,8 +127,9 @@ def test_a_message_without_a_required_field_names_it(old: dict[str, Any]) -> Non
     decode(changed_frames(message, lambda values: values[: len(required)]))
 
 
-def test_the_session_of_a_ping_and_its_answer_travel() -> None:
-    ping, pong = Ping(1, b"padding", bytes(range(16))), Pong(1, 2.5, 100, 3, 4, True, 5, (Timing(6, 7, 8),))
+def test_what_a_ping_asks_for_and_its_answer_travel() -> None:
+    ping = Ping(1, b"padding", bytes(range(16)), load=True)
+    pong = Pong(1, 2.5, 100, 3, 4, True, 5, (Timing(6, 7, 8),), (ToldLoad(9.5, 0.25),))
     assert (decode(encode(ping)), decode(encode(pong))) == (ping, pong)
 
 
