@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -265,7 +266,7 @@ class SessionService:
                 self._fail(session.reply_to, session.id, work.step.epoch, work.step.number, code, text)
 
     def _pong(self, source: Connection, message: Ping, now: float) -> None:
-        load = (ToldLoad(*self._load.at(now)),) if message.load else ()
+        load = (ToldLoad(*self._load.at(now), time.time()),) if message.load else ()
         pong = Pong(message.nonce, self.busy_ms, self.sessions.free_positions, load=load)
         session = self.sessions.get(message.session)
         # To anybody but its owner a session is unknown, so that nobody learns which ones exist.

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -88,7 +88,10 @@ def simulate(
         latencies=latencies,
         **{"sessions_per_peer_hour": 10.0, **chosen},
     )
-    _make_way_for(output / RESULTS if output else None, plot)
+    results = output / RESULTS if output else None
+    if results and plot and results.resolve() == plot.resolve():
+        raise SplitnetError(f"--plot names {plot}, where --output writes its results: name another file")
+    _make_way_for(results, plot)
     all_settings = [dataclasses.replace(settings, seed=seed + number) for number in range(worlds)]
     if coordinates:
         _print_coordinates(World(settings))
@@ -103,11 +106,10 @@ def simulate(
         _print_against(outcomes, figures, title)
     else:
         _print_table(figures, title)
-    if output:
-        rows = {name: {key: _json(value) for key, value in row.items()} for name, row in figures.items()}
-        results = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": rows}
-        text = json.dumps(results, indent=1, default=str, allow_nan=False)  # a path is one
-        (output / RESULTS).write_text(text + "\n", encoding="utf-8")
+    if results:
+        told = {"settings": dataclasses.asdict(settings), "worlds": worlds, "policies": figures}
+        text = json.dumps(_for_json(told), indent=1, default=str, allow_nan=False)  # a path is one
+        results.write_text(text + "\n", encoding="utf-8")
     if plot:
         from splitnet.simulation.chart import chart
 
@@ -115,20 +117,27 @@ def simulate(
 
 
 def _make_way_for(*files: Path | None) -> None:
-    """Makes folders and files before anything is computed for them."""
+    """Makes folders, and sees whether files can be written, before anything is computed for them."""
     for file in files:
         if file is None:
             continue
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
+            is_new = not file.exists()
             file.open("a").close()
+            if is_new:
+                file.unlink()
         except OSError as error:
             raise SplitnetError(f"{file} cannot be written ({error.strerror}): name another place") from error
 
 
-def _json(value: float) -> float | None:
-    """JSON knows no value that is not a number."""
-    return None if math.isnan(value) else value
+def _for_json(value: Any) -> Any:
+    """JSON has no infinity, and no value that is not a number."""
+    if isinstance(value, dict):
+        return {key: _for_json(item) for key, item in cast("dict[str, Any]", value).items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
 
 
 def _policies(wanted: list[str]) -> list[str]:

@@ -157,7 +157,7 @@ class FreshFacts:
     def _take_in(self, tried: Mapping[Endpoint, PeerRecord], links: Mapping[Endpoint, Link]) -> None:
         """Nobody is silent because what waits on the way to it holds up a ping."""
         told = {each: record for each, record in tried.items() if each in links or not self._is_busy(each)}
-        loads = {each: load for each in links if (load := self._prober.load(each))}
+        loads = {each: load for each in _that_tell(tried) & links.keys() if (load := self._prober.load(each))}
         self._survey.links_measured(told, links, loads)
 
     def _pings_left(self) -> int:

@@ -49,14 +49,6 @@ class _Seen:
     wait_ms: deque[float] = field(default_factory=lambda: deque(maxlen=STEPS))
 
 
-@dataclass(frozen=True, slots=True)
-class _Told:
-    """How busy a peer said that it was when it was pinged. issued_at: of the record that was known of it then."""
-
-    load: ToldLoad
-    issued_at: float
-
-
 class Survey:
     """Thread-safe.
 
@@ -68,7 +60,7 @@ class Survey:
         self.network_coordinates = NetworkCoordinates(clock)
         self._clock = clock
         self._hops: dict[str, _Seen] = {}
-        self._loads: dict[str, _Told] = {}
+        self._loads: dict[str, ToldLoad] = {}
         self._links: dict[tuple[str, str], tuple[float, float]] = {}
         self._tried: dict[str, float] = {}
         self._silent: set[str] = set()
@@ -124,7 +116,7 @@ class Survey:
         names = (hops.keys() | loads.keys()) & records.keys()
         return {name: _corrected(records[name], hops.get(name), loads.get(name)) for name in names}
 
-    def _seen_lately(self) -> tuple[dict[str, _Seen], dict[str, _Told]]:
+    def _seen_lately(self) -> tuple[dict[str, _Seen], dict[str, ToldLoad]]:
         oldest = self._clock() - TRUST_S
         with self._lock:
             hops = {key: seen for key, seen in self._hops.items() if seen.at >= oldest}
@@ -169,11 +161,11 @@ class Survey:
             return never | {key for key in self._silent if self._tried[key] >= oldest}
 
     def met_since(self, since_s: float) -> tuple[set[str], set[str]]:
-        """Names of those that were silent when they were asked since then, and of those from which something came."""
+        """Names of those that were silent when they were asked since then, and of others from which something came."""
         with self._lock:
             asked = {key for key, at in self._tried.items() if at >= since_s}
             stepped = {key for key, seen in self._hops.items() if seen.at >= since_s}
-            return asked & self._silent, stepped.union(asked - self._silent)
+            return asked & self._silent, (stepped | asked) - self._silent
 
     def stale(self, records: Sequence[PeerRecord], age_s: float = REMEASURE_S) -> list[PeerRecord]:
         """Those of the peers whose link nobody tried to measure for so long; the one tried longest ago first."""
@@ -204,7 +196,7 @@ class Survey:
                 (self._silent.discard if endpoint in links else self._silent.add)(key)
                 self._loads.pop(key, None)
                 if loads and endpoint in loads:
-                    self._loads[key] = _Told(loads[endpoint], record.issued_at)
+                    self._loads[key] = loads[endpoint]
                 if endpoint in links:
                     self._heard.add(key)
                 if endpoint in links and links[endpoint].bytes_per_ms:
@@ -231,10 +223,10 @@ def _told_network(records: tuple[PeerRecord, ...], measured: dict[str, Link], pl
     return network_of(records, links, {CLIENT: place} if place.coordinate.error < 1.0 else {})
 
 
-def _corrected(record: PeerRecord, seen: _Seen | None, told: _Told | None) -> Peer:
+def _corrected(record: PeerRecord, seen: _Seen | None, told: ToldLoad | None) -> Peer:
     peer = facts_of(record)
-    if told is not None and record.issued_at <= told.issued_at:
-        peer = replace(peer, queue_ms=told.load.wait_ms, batch=told.load.batch)
+    if told is not None and told.at >= record.issued_at:
+        peer = replace(peer, queue_ms=told.wait_ms, batch=told.batch)
     if seen is None:
         return peer
     told_ms = max(peer.speed.at(seen.positions + peer.batch), 1e-6)

@@ -299,8 +299,10 @@ class Swarm:
         alive: peers that are known to live, beside those that have answered.
         """
         silent, heard = self.survey.met_since(since_s)
+        heard -= unusable  # steps came from a hop until it was lost
         beside = self.planner.beside_silent(records, silent, heard | alive)
-        unasked = [record for record in records if record.key.text not in silent | heard | unusable]
+        met = self.survey.silent() | heard | unusable
+        unasked = [record for record in records if record.key.text not in met]
         near = self._likely(records, [record for record in unasked if record.key.text in beside], ASKED_BESIDE)
         unknown = self.survey.unknown(unasked, beside)
         if heard:

@@ -115,6 +115,8 @@ class ToldLoad(NamedTuple):
     """For which decode steps waited."""
     batch: float
     """Positions of others in the pass of a decode step."""
+    at: float
+    """Unix time in seconds by the clock of the peer, as in its records."""
 
 
 class Fork(NamedTuple):
@@ -171,8 +173,8 @@ class Pong:
     """Highest number of a step or pass of the session's epoch that was finished here; replays do not count."""
     timing: tuple[Timing, ...] = appended(records(Timing, (_MAX_US,) * 3, most=1), ())
     """Of the last decode step of the session here; empty: there was none."""
-    load: tuple[ToldLoad, ...] = appended(several(row(ToldLoad, number(0, 1e9), number(0, 1e9)), most=1), ())
-    """Now; empty: not asked."""
+    load: tuple[ToldLoad, ...] = appended(several(row(ToldLoad, number(0, 1e9), number(0, 1e9), _UNIX_S), most=1), ())
+    """Empty: not asked."""
 
 
 @dataclass(frozen=True, slots=True)

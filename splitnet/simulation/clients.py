@@ -61,6 +61,7 @@ class Client:
             self.asked_s[name] = now_s
             if world.devices[number].leaves_s <= now_s:
                 self.silent.add(name)
+                self.told.pop(name, None)
                 took_ms = PING_TIMEOUT_S * 1000
                 continue
             self.silent.discard(name)

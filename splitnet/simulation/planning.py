@@ -187,7 +187,7 @@ class Planning:
             view.idle_crowd.beside_silent(silent, alive.union(heard)) if self._routing.has_coordinates else set[str]()
         )
         elsewhere = view.records.keys() - beside
-        near = client.likely(self._world, view, ASKED_BESIDE, {*plan.exclude, *silent, *heard, *elsewhere})
+        near = client.likely(self._world, view, ASKED_BESIDE, {*plan.exclude, *client.silent, *heard, *elsewhere})
         if heard:
             asked = client.likely(self._world, view, PINGED_AT_ONCE, {*plan.exclude, *client.asked_s, *beside})
             return beside, near + asked

@@ -60,6 +60,16 @@ def test_a_silent_directory_ends_no_generation_and_forbids_none(
         directory.peers(model.swarm.facts.fingerprint)
 
 
+def test_peers_that_are_measured_tell_how_busy_they_are(swarm: LocalSwarm) -> None:
+    model = swarm.model()
+    model.generate(**prompt(), **GREEDY)
+    records = model.swarm.peers()
+    model.swarm.fresh_facts.look_at(records)
+    told = [model.swarm.links.prober.load(record.endpoint) for record in records]
+    assert all(load and load.at >= record.issued_at for load, record in zip(told, records, strict=True))
+    assert sum(load.wait_ms > 0 for load in told if load) >= len(SPANS), "these have just computed"
+
+
 def test_a_hop_is_replaced_while_the_directory_is_silent(
     swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

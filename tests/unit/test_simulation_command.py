@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from splitnet.cli import simulate as simulate_command
 from splitnet.cli.main import app
 from splitnet.errors import SplitnetError
+from splitnet.simulation.engine import Simulation
 
 WORLD = ["simulate", "--peers", "30", "--clients", "20", "--blocks", "12", "--hidden", "512"]
 SMALL = [*WORLD, "--policy", "own"]
@@ -65,9 +65,12 @@ def test_a_narrow_terminal_leaves_nothing_out() -> None:
 
 
 def test_figures_of_nobody_are_null_in_the_results(tmp_path: Path) -> None:
-    run("--output", str(tmp_path), given=[*SMALL, "--peers", "1", "--clients", "1", "--blocks", "80"])
+    run(
+        "--output", str(tmp_path), "--uptime", "inf", given=[*SMALL, "--peers", "1", "--clients", "1", "--blocks", "80"]
+    )
     text = (tmp_path / "results.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail)["policies"]["own"]["ttft_p50_s"] is None
+    results = json.loads(text, parse_constant=pytest.fail)
+    assert results["policies"]["own"]["ttft_p50_s"] is None and results["settings"]["uptime"] == "inf"
 
 
 @pytest.mark.parametrize("option", ["--output", "--plot"])
@@ -75,9 +78,14 @@ def test_what_cannot_be_written_is_refused_before_anything_is_simulated(
     tmp_path: Path, option: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(simulate_command, "_run", lambda *_: pytest.fail("it was simulated first"))
+    monkeypatch.setattr(Simulation, "run", lambda _: pytest.fail("it was simulated first"))
     with pytest.raises(SplitnetError, match="cannot be written"):
         run(option, str(tmp_path / "file" / "below"))
+    with pytest.raises(SplitnetError, match="name another file"):
+        run("--output", str(tmp_path), "--plot", str(tmp_path / "results.json"))
+    with pytest.raises(SplitnetError, match="no table of round trips"):
+        run("--output", str(tmp_path), "--latencies", str(tmp_path / "file"))
+    assert [path.name for path in tmp_path.iterdir()] == ["file"], "nothing is left of what failed"
 
 
 @pytest.mark.parametrize(("peers", "said"), [("1", "simulate two"), ("2", "blocks .* are served by nobody")])

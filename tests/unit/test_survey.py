@@ -59,28 +59,27 @@ class TestSurvey:
         (told,) = survey.peers([peer])
         assert (told.speed.at(1), told.queue_ms) == (peer.block_ms[0], 1.0)
 
-    def test_what_a_ping_tells_of_the_load_counts_until_a_newer_record_comes(self) -> None:
+    def test_what_a_ping_tells_of_the_load_counts_until_a_later_record_comes(self) -> None:
         clock, peer = Clock(), record(queue_ms=1.0, batch=0.0)
         survey, link = Survey(clock), {peer.endpoint: Link(1.0, 100.0)}
+        later = replace(peer, issued_at=peer.issued_at + 20)
+        load = {peer.endpoint: ToldLoad(30.0, 2.0, peer.issued_at + 10)}
 
         def told(of: PeerRecord) -> tuple[float, float]:
-            ((every, some),) = zip(
-                survey.peers([of]), survey.corrected({of.key.text: of}).values() or [None], strict=True
-            )
-            assert some is None or some == every
-            return every.queue_ms, every.batch
+            [seen] = survey.peers([of])
+            assert list(survey.corrected({of.key.text: of}).values()) in ([], [seen])
+            return seen.queue_ms, seen.batch
 
         assert told(peer) == (1.0, 0.0)
-        survey.links_measured({peer.endpoint: peer}, link, {peer.endpoint: ToldLoad(30.0, 2.0)})
-        assert told(peer) == (30.0, 2.0)
-        assert told(replace(peer, issued_at=peer.issued_at + 1)) == (1.0, 0.0)
-        survey.hop_seen(peer.key.text, positions=1, block_ms=peer.block_ms[0], wait_ms=30.0)
-        survey.hop_seen(peer.key.text, positions=1, block_ms=peer.block_ms[0], wait_ms=7.0)
-        survey.hop_seen(peer.key.text, positions=1, block_ms=peer.block_ms[0], wait_ms=7.0)
+        survey.links_measured({later.endpoint: later}, link, load)
+        assert told(peer) == told(replace(peer, issued_at=peer.issued_at + 9)) == (30.0, 2.0), "published before that"
+        assert told(later) == (1.0, 0.0)
+        for wait_ms in (30.0, 7.0, 7.0):
+            survey.hop_seen(peer.key.text, positions=1, block_ms=peer.block_ms[0], wait_ms=wait_ms)
         assert told(peer) == (7.0, 2.0), "what steps have met says more"
         clock.now += TRUST_S + 1
         assert told(peer) == (1.0, 0.0)
-        survey.links_measured({peer.endpoint: peer}, link, {peer.endpoint: ToldLoad(30.0, 2.0)})
+        survey.links_measured({peer.endpoint: peer}, link, load)
         survey.links_measured({peer.endpoint: peer}, {})
         assert told(peer) == (1.0, 0.0), "it does not answer any more"
 
@@ -233,12 +232,13 @@ class Echo:
         self.prober = Prober(self.send)
         self.sizes: list[int] = []
         self.asked: list[Endpoint] = []
+        self.load = ToldLoad(12.0, 3.0, 2e9)
 
     def send(self, endpoint: Endpoint, ping: Ping) -> None:
         self.sizes.append(len(ping.payload))
         self.asked.append(endpoint)
         if endpoint not in self.silent:
-            self.prober.pong(endpoint, Pong(ping.nonce, 7.0, 100, load=(ToldLoad(12.0, 3.0),) if ping.load else ()))
+            self.prober.pong(endpoint, Pong(ping.nonce, 7.0, 100, load=(self.load,) if ping.load else ()))
 
 
 class TestProber:
