@@ -131,7 +131,7 @@ class Client:
         self.survey = Survey()
         measured = {record.endpoint: record for record in choices.sample(self.records, min(len(packed), OWN_LINKS))}
         links = {endpoint: Link(choices.uniform(1, 150), choices.uniform(100, 10_000)) for endpoint in measured}
-        loads = {endpoint: ToldLoad(choices.expovariate(0.2), choices.random()) for endpoint in measured}
+        loads = {endpoint: ToldLoad(choices.expovariate(0.2), choices.random(), time.time()) for endpoint in measured}
         self.survey.links_measured(measured, links, loads)
         self.hops: list[PlannedHop] = []
         self._planner = Planner(self.survey, "a-model")
