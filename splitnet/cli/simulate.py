@@ -124,7 +124,7 @@ def _make_way_for(*files: Path | None) -> None:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             is_new = not file.exists()
-            file.open("a").close()
+            file.open("a", encoding="utf-8").close()
             if is_new:
                 file.unlink()
         except OSError as error:

@@ -47,7 +47,7 @@ def check_preference(prefer: str, energy_slowdown: float | None) -> None:
         return
     is_number = isinstance(energy_slowdown, int | float) and not isinstance(energy_slowdown, bool)
     if not is_number or not 1 <= energy_slowdown < math.inf:
-        raise SplitnetError(f"an energy slowdown of {energy_slowdown!r} is none: give a number, 1 or more")
+        raise SplitnetError(f"an energy slowdown of {energy_slowdown!r} is none: give 1 or more")
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ def lying(peer: Peer, answer: Answer, pong: Callable[[Ping], Pong] | None = None
 
     service._step = lie
     if pong is not None:
-        service._pong = lambda source, ping: service._outbox.send(source, pong(ping))
+        service._pong = lambda source, ping, _: service._outbox.send(source, pong(ping))
     claim(peer, 0.0)
     try:
         yield met

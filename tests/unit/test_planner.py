@@ -88,10 +88,10 @@ def test_among_very_many_peers_the_likeliest_are_planned_with(monkeypatch: pytes
     [
         ({"prefer": "speed"}, "prefers latency, throughput or energy, not 'speed'"),
         ({"energy_slowdown": 2.0}, "goes with the preference energy, not with latency"),
-        ({"prefer": "energy", "energy_slowdown": 0.9}, "slowdown of 0.9 is none: give a number, 1 or more"),
+        ({"prefer": "energy", "energy_slowdown": 0.9}, "slowdown of 0.9 is none: give 1 or more"),
         ({"prefer": "energy", "energy_slowdown": float("nan")}, "1 or more"),
-        ({"prefer": "energy", "energy_slowdown": "2"}, "slowdown of .2. is none: give a number"),
-        ({"prefer": "energy", "energy_slowdown": True}, "slowdown of True is none: give a number"),
+        ({"prefer": "energy", "energy_slowdown": "2"}, "slowdown of .2. is none: give 1 or more"),
+        ({"prefer": "energy", "energy_slowdown": True}, "slowdown of True is none: give 1 or more"),
     ],
 )
 def test_what_cannot_be_preferred_is_refused(options: dict[str, Any], said: str) -> None:
