@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
@@ -14,6 +13,7 @@ from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.network import CLIENT, Link, Place
 from scheduler.swarm import Peer
 from splitnet.client.fresh_facts import PINGS_PER_MINUTE
+from splitnet.net.messages import ToldLoad
 from splitnet.net.prober import PING_TIMEOUT_S
 from splitnet.simulation.directory import Record, View
 from splitnet.simulation.world import World
@@ -28,11 +28,7 @@ PING_TRIPS: Final = CONNECT_TRIPS + 2
 """Round trips that measuring a link takes which has to be opened for it."""
 
 
-Load = tuple[float, float]
-"""Ms that a step waits, and positions of others that share its pass."""
-
-
-def _idle(_: str) -> Load:
+def _idle(_: str) -> tuple[float, float]:
     return 0.0, 0.0
 
 
@@ -41,7 +37,7 @@ class Client:
     """number: in the geography. links: both ways between the client and the peers that it has measured.
 
     asked_s: when it measured which peers. silent: those of them that did not answer. told: how busy the others said
-    that they were then. load_of: how busy a peer is now.
+    that they were then. load_of: ms that a step waits at a peer now, and positions of others that share its pass.
     """
 
     number: int
@@ -49,8 +45,8 @@ class Client:
     links: dict[tuple[str, str], Link] = field(default_factory=dict[tuple[str, str], Link])
     asked_s: dict[str, float] = field(default_factory=dict[str, float])
     silent: set[str] = field(default_factory=set[str])
-    told: dict[str, Load] = field(default_factory=dict[str, Load])
-    load_of: Callable[[str], Load] = _idle
+    told: dict[str, ToldLoad] = field(default_factory=dict[str, ToldLoad])
+    load_of: Callable[[str], tuple[float, float]] = _idle
 
     def measure(self, world: World, names: Collection[str], now_s: float, luck: Callable[[], float]) -> float:
         """Measures links, each up to 10% too long; how many ms that takes, with connecting. luck: from 0 to 1."""
@@ -65,7 +61,7 @@ class Client:
                 took_ms = PING_TIMEOUT_S * 1000
                 continue
             self.silent.discard(name)
-            self.told[name] = self.load_of(name)
+            self.told[name] = ToldLoad(*self.load_of(name), now_s)
             for sender, receiver, pair in (
                 (self.number, number, (CLIENT, name)),
                 (number, self.number, (name, CLIENT)),
@@ -77,10 +73,10 @@ class Client:
 
     def corrected(self, record: Record) -> Peer | None:
         """A peer as it was when it was measured, if that is later than what it has published."""
-        if record.published_s >= self.asked_s.get(record.peer.id, -math.inf) or record.peer.id not in self.told:
+        told = self.told.get(record.peer.id)
+        if told is None or told.at <= record.published_s:
             return None
-        queue_ms, batch = self.told[record.peer.id]
-        return replace(record.peer, queue_ms=queue_ms, batch=batch)
+        return replace(record.peer, queue_ms=told.wait_ms, batch=told.batch)
 
     def asked_since(self, since_s: float) -> tuple[list[str], list[str]]:
         """Of those whom it asked since then, who was silent, and who answered."""
@@ -112,7 +108,7 @@ def new_client(
     view: View,
     rng: np.random.Generator,
     now_s: float = 0.0,
-    load_of: Callable[[str], Load] = _idle,
+    load_of: Callable[[str], tuple[float, float]] = _idle,
 ) -> Client:
     """A client that measured its links to random peers, and then to those that its routes most likely go through."""
     settings, count = world.settings, len(view.peers)

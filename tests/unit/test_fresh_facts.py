@@ -33,6 +33,43 @@ def facts_with(clock: Clock, echo: Echo, likely: Sequence[PeerRecord]) -> tuple[
     return survey, FreshFacts(known, survey, echo.prober, lambda: False, list, among, clock)  # pyright: ignore
 
 
+def region(host: str, far_ms: float, block_ms: float, count: int) -> list[PeerRecord]:
+    """Peers of one place, which serve each third of the blocks in turns."""
+    return [
+        record(
+            address=f"tcp://{host}:{port}",
+            start=port % 3 * 2,
+            end=port % 3 * 2 + 2,
+            block_ms=(block_ms,) * 5,
+            coordinate=(far_ms, float(port % 7), 0.0, 1.0),
+            coordinate_error=0.1,
+        )
+        for port in range(1, count + 1)
+    ]
+
+
+def endpoints(peers: Sequence[PeerRecord]) -> set[Endpoint]:
+    return {peer.endpoint for peer in peers}
+
+
+@contextmanager
+def client_of(peers: list[PeerRecord], clock: Clock, echo: Echo) -> Iterator[Swarm]:
+    """A client of these peers; their coordinates say how far they are, while pings take no time."""
+    directory = FakeDirectory()
+    directory.records = peers
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Directory, "start", lambda **_: directory)
+        with Swarm(FACTS, ["/an/address"]) as swarm:
+            for owner, what, stand_in in (
+                (swarm.fresh_facts, "_prober", echo.prober),
+                (swarm.fresh_facts, "_clock", clock),
+                (swarm.survey, "_clock", clock),
+                (swarm, "_look", lambda *_, **__: (peers, set[str]())),
+            ):
+                patch.setattr(owner, what, stand_in)
+            yield swarm
+
+
 def test_a_minute_has_so_many_pings_and_no_more() -> None:
     clock, echo = Clock(), Echo()
     peers = [record() for _ in range(PINGS_PER_MINUTE)]
@@ -116,17 +153,13 @@ def test_bandwidth_is_probed_again_after_minutes_and_round_trips_at_any_time() -
 
 
 def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    directory, clock, echo = FakeDirectory(), Clock(), Echo()
-    monkeypatch.setattr(Directory, "start", lambda **_: directory)
+    clock, echo = Clock(), Echo()
     there = [
         record(address=f"tcp://192.0.2.1:{port}", start=port % 3 * 2, end=port % 3 * 2 + 2) for port in range(1, 31)
     ]
     gone = [record(address=f"tcp://192.0.2.2:{port}", start=0, end=2) for port in (1, 2)]
-    directory.records = [*there, *gone]
-    with Swarm(FACTS, ["/an/address"]) as swarm:
-        for what, stand_in in (("_prober", echo.prober), ("_clock", clock)):
-            monkeypatch.setattr(swarm.fresh_facts, what, stand_in)
-        monkeypatch.setattr(swarm.survey, "_clock", clock)
+    everyone = [*there, *gone]
+    with client_of(everyone, clock, echo) as swarm:
 
         def asked(among: list[PeerRecord], **options: Any) -> tuple[list[PeerRecord], list[Endpoint]]:
             """The hops of a route, and who was asked for it."""
@@ -140,23 +173,23 @@ def test_hops_are_asked_before_they_are_used_where_others_are_silent(monkeypatch
             clock.now += 61.0
         tried = {peer.endpoint: peer for peer in gone}
         swarm.survey.links_measured(tried, {})
-        route, pings = asked(directory.records)
+        route, pings = asked(everyone)
         assert sorted(pings, key=str) == sorted([hop.endpoint for hop in route for _ in range(2)], key=str)
         _, pings = asked(there)
         assert not pings, "who has no record any more says nothing of others"
         swarm.survey.links_measured(tried, {})
-        _, pings = asked(directory.records, holders={peer.key.text for peer in there})
+        _, pings = asked(everyone, holders={peer.key.text for peer in there})
         assert not pings, "who holds the session is no newcomer"
         swarm.survey.links_measured(tried, {})
         echo.silent = {hop.endpoint for hop in route}
-        second, pings = asked(directory.records)
+        second, pings = asked(everyone)
         assert not {hop.endpoint for hop in second} & echo.silent
         clock.now += SILENT_S
-        _, pings = asked(directory.records)
+        _, pings = asked(everyone)
         assert not pings, "what was silent long ago says nothing either"
         swarm.survey.links_measured(tried, {})
         swarm.fresh_facts._pinged(PINGS_PER_MINUTE)
-        _, pings = asked(directory.records)
+        _, pings = asked(everyone)
         assert not pings, "a minute has so many pings and no more"
 
 
@@ -173,43 +206,6 @@ def test_pings_ask_how_busy_peers_are_but_for_those_of_a_version_that_would_drop
     facts.measure([older])
     assert survey.peers([older])[0].queue_ms == 1.0, "what it said as a later version is no answer of now"
     facts.close()
-
-
-def region(host: str, far_ms: float, block_ms: float, count: int) -> list[PeerRecord]:
-    """Peers of one place, which serve each third of the blocks in turns."""
-    return [
-        record(
-            address=f"tcp://{host}:{port}",
-            start=port % 3 * 2,
-            end=port % 3 * 2 + 2,
-            block_ms=(block_ms,) * 5,
-            coordinate=(far_ms, float(port % 7), 0.0, 1.0),
-            coordinate_error=0.1,
-        )
-        for port in range(1, count + 1)
-    ]
-
-
-def endpoints(peers: Sequence[PeerRecord]) -> set[Endpoint]:
-    return {peer.endpoint for peer in peers}
-
-
-@contextmanager
-def client_of(peers: list[PeerRecord], clock: Clock, echo: Echo) -> Iterator[Swarm]:
-    """A client of these peers; their coordinates say how far they are, while pings take no time."""
-    directory = FakeDirectory()
-    directory.records = peers
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Directory, "start", lambda **_: directory)
-        with Swarm(FACTS, ["/an/address"]) as swarm:
-            for owner, what, stand_in in (
-                (swarm.fresh_facts, "_prober", echo.prober),
-                (swarm.fresh_facts, "_clock", clock),
-                (swarm.survey, "_clock", clock),
-                (swarm, "_look", lambda *_, **__: (peers, set[str]())),
-            ):
-                patch.setattr(owner, what, stand_in)
-            yield swarm
 
 
 def test_where_a_region_is_silent_routes_go_elsewhere() -> None:
