@@ -61,6 +61,7 @@ class Membership:
         self._events = events
         self._leaving = leaving
         self._num_blocks = world.settings.num_blocks
+        self._records_per_look = max(1, round(world.settings.look_s / world.settings.refresh_s))
         self._directory = Directory(world.settings.record_ttl_s, world.settings.num_blocks)
         # Streams of their own, so that the choices of one part do not change what happens in the others.
         self._rng = np.random.default_rng([world.settings.seed, 1])
@@ -80,11 +81,12 @@ class Membership:
         for device, span in zip(present, self._placing.founders(present), strict=True):
             self._new_node(device, span, self._world.coordinates[device.number]).begin(0.0)
         for node in self.nodes.values():
-            self._directory.publish(node.record(0.0, {}))
+            self._directory.publish(node.record(0.0))
         self.view = self._directory.view(0.0)
         for node in self.nodes.values():
             self._look_around(node, FOUNDING_PROBES)
-            self._directory.publish(node.record(0.0, self._useful_links(node)))
+            node.links = self._useful_links(node)
+            self._directory.publish(node.record(0.0))
             self._events.at(self._rng.random() * self._settings.refresh_s * 1000, self._publish, node)
         for device in self._world.devices:
             if device.joins_s > 0:
@@ -142,13 +144,17 @@ class Membership:
         if not node.gone:
             node.begin(self._events.now)
             self._look_around(node, FIRST_PROBES)
+            node.published = 0
             self._publish(node)
 
     def _publish(self, node: Node) -> None:
         if node.gone or not node.serves:
             return
-        self._look_around(node, USEFUL_PROBES)
-        record = node.record(self._events.now, self._useful_links(node))
+        if node.published % self._records_per_look == 0:
+            self._look_around(node, USEFUL_PROBES)
+            node.links = self._useful_links(node)
+        node.published += 1
+        record = node.record(self._events.now)
         self.record_bytes = max(self.record_bytes, record.size_bytes)
         self._directory.publish(record)
         self._events.at(self._events.now + self._settings.refresh_s * 1000, self._publish, node)

@@ -103,7 +103,8 @@ class Node:
 
     Attributes:
         generation: how often it has changed or lost its blocks; what was under way before is lost.
-        latency_ms: of the links to other peers that it has measured, by number.
+        latency_ms: of the links to other peers that it has measured, by number. links: those that it tells of.
+        published: how many records since it began to serve its blocks.
         slower: factor to the time of a pass, while its owner works with the device.
         sending_ms: see `Peer`.
         awaited: it has work, and waits for more.
@@ -128,6 +129,8 @@ class Node:
         self.up_bytes_per_ms = up_bytes_per_ms
         self.sending_ms = sending_ms
         self.latency_ms: dict[int, float] = {}
+        self.links: Mapping[str, Link] = {}
+        self.published = 0
         self.slower = 1.0
         self.kv_used = 0
         self.sessions: dict[Session, Held] = {}
@@ -304,8 +307,8 @@ class Node:
         """Ms that a step waits, and positions of others that share its pass: see `scheduler/load.py`."""
         return self._load.at(now_ms / 1000)
 
-    def record(self, now_ms: float, links: Mapping[str, Link]) -> Record:
-        """What it publishes, with some of the links that it knows, as real peers tell it: see `peers/daemon.py`."""
+    def record(self, now_ms: float) -> Record:
+        """What it publishes, as real peers tell it: see `peers/daemon.py`."""
         wait_ms, batch = self.load_at(now_ms)
         peer = Peer(
             self.id,
@@ -321,7 +324,7 @@ class Node:
             self.number,
             peer,
             Place(self.coordinate, self.up_bytes_per_ms),
-            links,
+            self.links,
             now_ms / 1000,
             len(self.sessions),
             self.served_since_ms / 1000,

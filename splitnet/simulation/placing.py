@@ -47,7 +47,7 @@ class OwnPlacing:
     announces_joining = False
 
     def __init__(self, world: World) -> None:
-        self.check_s = world.settings.refresh_s
+        self.check_s = world.settings.look_s
         self._world = world
         self._settings = world.settings
         self._max_blocks = {device.id: device.max_blocks for device in world.devices}

@@ -59,7 +59,9 @@ POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
         "no-moves": Policy("own, peers never move", _best(), rules={"moves": False}),
         "no-load": Policy("own, load ignored", _best(load=False)),
         "stale": Policy(
-            "own, facts four times as old", _best(), rules={"refresh_s": 120.0, "record_ttl_s": 360.0, "view_s": 120.0}
+            "own, facts four times as old",
+            _best(),
+            rules={"refresh_s": 120.0, "look_s": 120.0, "record_ttl_s": 360.0, "view_s": 120.0},
         ),
         "all-candidates": Policy("own, over all peers", _best(limit=EVERYBODY)),
         "random": Policy("random route", RandomRoute),

@@ -25,9 +25,9 @@ class Settings:
 
     peers: living at any time, on average. clients: each with one session. sessions_per_peer_hour: how often they come.
     num_blocks, hidden: of the model. refresh_s: how often a peer publishes its facts. record_ttl_s: how long they stay
-    after the last time. view_s: how often clients read all facts. load_s: to load one block. uptime: factor to the time
-    that devices stay; infinite for no churn. own_use: whether
-    their owners work with them. moves: whether peers may change their blocks. jitter: mean share by which
+    after the last time. look_s: how often a peer measures links, before a publication, and considers other blocks.
+    view_s: how often clients read all facts. load_s: to load one block. uptime: factor to the time that devices stay;
+    infinite for no churn. own_use: whether their owners work with them. moves: whether peers may change their blocks. jitter: mean share by which
     a message's latency exceeds the link's. loss: share of messages that are sent twice. window_bytes: that a
     connection sends before any are confirmed; infinite: all at once. patience_s: how long
     a client waits for a route, or for the next token when there is none.
@@ -45,6 +45,7 @@ class Settings:
     num_blocks: int = 80
     hidden: int = 8192
     refresh_s: float = 30.0
+    look_s: float = 30.0
     record_ttl_s: float = 90.0
     view_s: float = 30.0
     load_s: float = 1.0
@@ -90,6 +91,7 @@ SCENARIOS: Final[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 RULES: Final = frozenset(
     {
         "refresh_s",
+        "look_s",
         "record_ttl_s",
         "view_s",
         "load_s",
