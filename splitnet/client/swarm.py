@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from scheduler.encoding import CODING_MS, encodings_of
 from scheduler.network import CLIENT, Link
 from splitnet.client.bans import Bans
 from splitnet.client.event_log import EventLog
-from splitnet.client.fresh_facts import PINGED_AT_ONCE, FreshFacts
+from splitnet.client.fresh_facts import FreshFacts
 from splitnet.client.known_peers import KnownPeers
 from splitnet.client.links import Links
 from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
+from splitnet.client.route_search import HEARD_S, searched_route
 from splitnet.client.survey import Survey
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.asked_peers import AskedPeers
@@ -35,16 +36,6 @@ if TYPE_CHECKING:
 
 UNBAN_S = 0.5
 """In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
-MAX_PROBED_ROUTES = 4
-"""How often a route is planned again because the links to its ends were not measured yet, or hops were silent."""
-MANY_SILENT = 2
-HEARD_S = 3.0
-"""If so many peers do not answer, others may not either: all hops of a route that were not heard for so long are asked
-before it is opened, which takes a round trip instead of the time in which they should have opened it. After 3 s a hop
-counts as lost: who answered before may be lost with it.
-"""
-ASKED_BESIDE = 4
-"""Of those that stand beside silent peers, and so are left out, that are asked all the same: it may be they alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +106,7 @@ class Swarm:
             raise
         self._peers = asked_peers_of(self._directory) or AskedPeers([], self.links, swarm=swarm_key or OPEN)
         self._known = KnownPeers(
-            self._directory, facts.fingerprint, facts.name, self.links.state, trusted, self._peers, self._likely
+            self._directory, facts.fingerprint, facts.name, self.links.state, trusted, self._peers, self.likely
         )
         self.fresh_facts = FreshFacts(
             self._known,
@@ -123,7 +114,7 @@ class Swarm:
             self.links.prober,
             lambda: self.links.has_sessions,
             lambda: self.links.in_use,
-            self._likely,
+            self.likely,
             is_busy=self.links.is_busy,
         )
 
@@ -183,41 +174,16 @@ class Swarm:
         try:
             records, unusable = self._look(exclude, fresh=fresh, whole=whole)
 
-            def route_without(names: frozenset[str]) -> list[PlannedHop]:
-                left_out = unusable | names
+            def route(left_out: frozenset[str]) -> list[PlannedHop]:
+                names = left_out | unusable
                 return self.planner.plan(
-                    records, needs, part, ends=ends, exclude=left_out, holders=holders, restricted=bool(left_out)
+                    records, needs, part, ends=ends, exclude=names, holders=holders, restricted=bool(names)
                 )
 
-            def best_route(beside: set[str]) -> list[PlannedHop]:
-                silent = self.survey.silent()
-                *doubted, nobody = dict.fromkeys(map(frozenset, (silent | beside, silent, ())))
-                for names in doubted:
-                    with suppress(CoverageError, PeerBusy):
-                        return route_without(names)
-                return route_without(nobody)
-
-            beside: set[str] = set()
-            others: Sequence[PeerRecord] = ()
-            route = best_route(beside)
-            for _ in range(MAX_PROBED_ROUTES):
-                # Of many peers only some links are measured. Those that the client would use are, before it does, and
-                # all hops where others are silent. If these are, too, those that stand near are left out, and others
-                # are measured with the next: among many that do not exist few are found one by one.
-                own = [hop.record for hop, end in zip((route[0], route[-1]), ends, strict=True) if end is None]
-                unknown = self.survey.unprobed(own)
-                doubted = self._doubted(records, [hop.record for hop in route], holders)
-                if not (unknown or doubted) or not self.fresh_facts.measure(unknown, [*doubted, *others]):
-                    break
-                silent = self.survey.silent().intersection(record.key.text for record in (*unknown, *doubted))
-                if silent or beside:
-                    alive = {*holders, *(end.key.text for end in ends if end is not None)}
-                    beside, others = self._elsewhere(records, unusable, alive, since_s)
-                elif self.survey.unprobed(unknown) == unknown:
-                    break  # all live, or nothing could be learnt
-                route = best_route(beside)
+            alive = {*holders, *(end.key.text for end in ends if end is not None)}
+            found = searched_route(_Grounds(self, records, unusable, ends, holders, since_s, route), alive)
             self.was_covered |= part == needs.blocks
-            return route
+            return found
         except (CoverageError, PeerBusy):
             if whole:
                 raise
@@ -265,7 +231,7 @@ class Swarm:
         asked = session if record is not None and record.version not in STRICT_VERSIONS else b""
         return self.links.prober.ping(endpoint, session=asked)
 
-    def _likely(
+    def likely(
         self, records: Sequence[PeerRecord], among: Sequence[PeerRecord], count: int, everywhere: bool = False
     ) -> Sequence[PeerRecord]:
         """See `Planner.likely`."""
@@ -274,41 +240,9 @@ class Swarm:
         needs = Needs(1, encodings, (0, self.facts.num_blocks))
         return self.planner.likely(records, among, needs, count, everywhere=everywhere)
 
-    def _doubted(
-        self, records: Sequence[PeerRecord], hops: Sequence[PeerRecord], holders: Collection[str]
-    ) -> list[PeerRecord]:
-        """Those of the hops that have to be asked first, as others of which there are records are silent.
-
-        Not those that hold the session, nor those to which a way may have to be found.
-        """
-        lost = self.survey.silent(lately=True) | self._bans.keys()
-        if sum(record.key.text in lost for record in records) < MANY_SILENT:
-            return []
-        _, heard = self.survey.met_since(self.survey.now_s - HEARD_S)
-        asked = [hop for hop in hops if hop.key.text not in heard.union(holders) and not hop.endpoint.hidden]
-        return self.survey.stale(asked, HEARD_S)
-
-    def _elsewhere(
-        self, records: Sequence[PeerRecord], unusable: set[str], alive: set[str], since_s: float
-    ) -> tuple[set[str], Sequence[PeerRecord]]:
-        """Who is likely silent, as those are that stand near, and whom to ask with the next route.
-
-        These are a few of the former, and others that routes likely go through; any others as long as nobody has
-        answered since then.
-
-        alive: peers that are known to live, beside those that have answered.
-        """
-        silent, heard = self.survey.met_since(since_s)
-        heard -= unusable  # steps came from a hop until it was lost
-        beside = self.planner.beside_silent(records, silent, heard | alive)
-        met = self.survey.silent() | heard | unusable
-        unasked = [record for record in records if record.key.text not in met]
-        near = self._likely(records, [record for record in unasked if record.key.text in beside], ASKED_BESIDE)
-        unknown = self.survey.unknown(unasked, beside)
-        if heard:
-            return beside, [*near, *self._likely(records, unknown, PINGED_AT_ONCE)]
-        any_others = random.sample(unknown, len(unknown))
-        return beside, sorted(any_others, key=lambda record: not record.is_proven)[:PINGED_AT_ONCE]
+    def lost(self) -> set[str]:
+        """Names of peers that were silent lately, or have been banned."""
+        return self.survey.silent(lately=True) | self._bans.keys()
 
     def _look(self, exclude: Collection[str], *, fresh: bool, whole: bool) -> tuple[list[PeerRecord], set[str]]:
         """Who is there, and which of them a route must not go through."""
@@ -321,3 +255,78 @@ class Swarm:
             for record in present
             if record.key.text in excluded or not record.serves or self.links.state(record.endpoint) is LinkState.DOWN
         }
+
+
+class _Grounds:
+    """What a route is searched with, see `Grounds`: all of one look at the records."""
+
+    def __init__(
+        self,
+        swarm: Swarm,
+        records: Sequence[PeerRecord],
+        excluded: Collection[str],
+        ends: Ends,
+        holders: Collection[str],
+        since_s: float,
+        route: Callable[[frozenset[str]], list[PlannedHop]],
+    ) -> None:
+        self.excluded = excluded
+        self._route = route
+        self._swarm = swarm
+        self._survey = swarm.survey
+        self._records = records
+        self._ends = ends
+        self._holders = holders
+        self._since_s = since_s
+
+    @cached_property
+    def _by_name(self) -> dict[str, PeerRecord]:
+        return {record.key.text: record for record in self._records}
+
+    def _of(self, names: Iterable[str]) -> list[PeerRecord]:
+        return [self._by_name[name] for name in names]
+
+    def route(self, left_out: frozenset[str]) -> list[PlannedHop]:
+        return self._route(left_out)
+
+    def unmeasured(self, route: Sequence[PlannedHop]) -> list[str]:
+        own = [hop.record for hop, end in zip((route[0], route[-1]), self._ends, strict=True) if end is None]
+        return _names(self._survey.unprobed(own))
+
+    def unheard(self, route: Sequence[PlannedHop]) -> list[str]:
+        _, heard = self._survey.met_since(self._survey.now_s - HEARD_S)
+        others = [hop.record for hop in route if hop.name not in heard and hop.name not in self._holders]
+        # To those that are hidden a way may have to be found.
+        return _names(self._survey.stale([record for record in others if not record.endpoint.hidden], HEARD_S))
+
+    def measure(self, ends: Collection[str], others: Collection[str]) -> bool:
+        return self._swarm.fresh_facts.measure(self._of(ends), self._of(others))
+
+    def lost(self) -> set[str]:
+        lost = self._swarm.lost()
+        return lost & self._by_name.keys() if lost else lost
+
+    def silent(self) -> set[str]:
+        return self._survey.silent()
+
+    def met(self) -> tuple[set[str], set[str]]:
+        return self._survey.met_since(self._since_s)
+
+    def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
+        return self._swarm.planner.beside_silent(self._records, silent, answered)
+
+    def unasked(self, met: set[str]) -> tuple[set[str], set[str]]:
+        unasked = self._by_name.keys() - met
+        return unasked, set(_names(self._survey.unknown(self._of(unasked))))
+
+    def likely(self, among: set[str], count: int) -> list[str]:
+        return _names(self._swarm.likely(self._records, self._of(among), count))
+
+    def drawn(self, among: set[str], count: int) -> list[str]:
+        """Those that have proved their addresses come first."""
+        drawn = random.sample(sorted(among), len(among))
+        return sorted(drawn, key=lambda name: not self._by_name[name].is_proven)[:count]
+
+
+def _names(records: Iterable[PeerRecord]) -> list[str]:
+    return [record.key.text for record in records]

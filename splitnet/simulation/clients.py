@@ -78,10 +78,10 @@ class Client:
             return None
         return replace(record.peer, queue_ms=told.wait_ms, batch=told.batch)
 
-    def asked_since(self, since_s: float) -> tuple[list[str], list[str]]:
+    def asked_since(self, since_s: float) -> tuple[set[str], set[str]]:
         """Of those whom it asked since then, who was silent, and who answered."""
-        asked = [name for name, at in self.asked_s.items() if at >= since_s]
-        return [name for name in asked if name in self.silent], [name for name in asked if name not in self.silent]
+        asked = {name for name, at in self.asked_s.items() if at >= since_s}
+        return asked & self.silent, asked - self.silent
 
     def likely(self, world: World, view: View, limit: int, exclude: Collection[str]) -> list[str]:
         """So many of the peers that its routes most likely go through."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 
 from scheduler import route as routes
@@ -14,12 +13,11 @@ from scheduler.network import CLIENT, Network
 from scheduler.prefill import SIZES, best_step
 from scheduler.replan import move_pays
 from scheduler.swarm import Hop
-from splitnet.client.fresh_facts import PINGED_AT_ONCE
 from splitnet.client.planner import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
+from splitnet.client.route_search import HEARD_S, searched_route
 from splitnet.client.session_events import AskRoute, Move, NoRoute
 from splitnet.client.session_events import Planned as RoutePlanned
 from splitnet.client.survey import SILENT_S
-from splitnet.client.swarm import ASKED_BESIDE, HEARD_S, MANY_SILENT, MAX_PROBED_ROUTES
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.codecs import Codec, codec_by_name
 from splitnet.simulation.directory import View
@@ -89,7 +87,7 @@ class Planning:
                 prompt=0 if session.tokens else session.request.prompt,
                 present=[_named(hop) for hop in asked.kept if hop.name in holders],
             )
-            planned = self._checked_route(session, plan)
+            planned = self._route(session, plan)
             return self._hops(planned.hops)
 
         try:
@@ -111,7 +109,7 @@ class Planning:
             latencies=session.latencies,
         )
         try:
-            planned = self._checked_route(session, plan)
+            planned = self._route(session, plan)
         except (CoverageError, PeerBusy):
             return None
         if not planned.present_ms or planned.hops == plan.present:
@@ -155,67 +153,90 @@ class Planning:
         request, ids = session.request, {self._identities.device(name) for name in exclude}
         return Plan(session.client, request, self._blocks, CLIENT, CLIENT, ids, request.positions)
 
-    def _checked_route(self, session: Session, plan: Plan) -> Planned:
-        """Where peers are silent, hops are asked before they are used, as `splitnet/client/swarm.py` does."""
-        client, records, now_s, waited_ms = plan.client, self._view().records, self._clock_s(), 0.0
-        holders = {hop.peer for hop in plan.present}
-        planned = self._route(plan)
-        beside: set[str] = set()
-        others: list[str] = []
-        for _ in range(MAX_PROBED_ROUTES):
-            lately = (name for name in client.silent if client.asked_s[name] > now_s - SILENT_S)
-            lost = {*lately, *map(self._identities.device, session.bans.keys())} & records.keys()
-            names = [hop.peer for hop in planned.hops if hop.peer not in holders]
-            doubted = [name for name in names if client.asked_s.get(name, -math.inf) < now_s - HEARD_S]
-            asked = [*doubted, *others][: client.pings_left(now_s) // 2]
-            if len(lost) < MANY_SILENT or not doubted or not asked:
-                break
-            waited_ms += client.measure(self._world, asked, now_s, self._choices.random)
-            for name in asked:
-                session.contacts.setdefault(self._nodes[name], now_s * 1000)
-            if not beside and client.silent.isdisjoint(doubted):
-                break
-            beside, others = self._elsewhere(plan, {*holders, plan.source, plan.target})
-            planned = self._route(plan, beside)
-        return replace(planned, asked_ms=planned.asked_ms + waited_ms)
-
-    def _elsewhere(self, plan: Plan, alive: set[str]) -> tuple[set[str], list[str]]:
-        """As the same method of `splitnet/client/swarm.py`."""
-        client, view = plan.client, self._view()
-        silent, heard = client.asked_since(self._clock_s() - HEARD_S)
-        beside = (
-            view.idle_crowd.beside_silent(silent, alive.union(heard)) if self._routing.has_coordinates else set[str]()
-        )
-        elsewhere = view.records.keys() - beside
-        near = client.likely(self._world, view, ASKED_BESIDE, {*plan.exclude, *client.silent, *heard, *elsewhere})
-        if heard:
-            asked = client.likely(self._world, view, PINGED_AT_ONCE, {*plan.exclude, *client.asked_s, *beside})
-            return beside, near + asked
-        unknown = sorted(elsewhere - client.asked_s.keys() - set(plan.exclude))
-        return beside, self._choices.sample(unknown, min(len(unknown), PINGED_AT_ONCE))
-
-    def _route(self, plan: Plan, beside: Collection[str] = ()) -> Planned:
-        """Through peers that have answered, if there are enough of them, as `splitnet/client/swarm.py` does.
-
-        beside: who stands beside silent ones.
-        """
-        silent = plan.client.silent.difference(plan.exclude)
-        *doubted, nobody = dict.fromkeys(map(frozenset, (silent.union(beside), silent, ())))
-
-        def route_without(names: frozenset[str]) -> Planned:
-            return self._routing.route(replace(plan, exclude={*plan.exclude, *names}), self._view(), self._choices)
-
-        for names in doubted:
-            with suppress(routes.NoRoute):
-                return route_without(names)
-        try:
-            return route_without(nobody)
-        except routes.NoRoute as error:
-            raise no_route_error(error, "simulated") from None
+    def _route(self, session: Session, plan: Plan) -> Planned:
+        """Past silent peers, as real clients search for it."""
+        grounds = _Grounds(self._world, self._routing, self._view(), self._choices, plan, self._clock_s())
+        grounds.given_up = set(map(self._identities.device, session.bans.keys()))
+        planned = searched_route(grounds, {*grounds.holders, plan.source, plan.target})
+        for name in grounds.contacts:
+            session.contacts.setdefault(self._nodes[name], self._clock_s() * 1000)
+        return replace(planned, asked_ms=planned.asked_ms + grounds.waited_ms)
 
     def _hops(self, hops: Sequence[Hop]) -> list[PlannedHop]:
         records = self._view().records
         return [self._identities.hop(hop, records[hop.peer]) for hop in hops]
+
+
+class _Grounds:
+    """What a simulated client searches for a route with, see `Grounds`.
+
+    Attributes:
+        given_up: whom the session does not ask for a while.
+        contacts: whom the search has asked. waited_ms: how long that took.
+    """
+
+    def __init__(
+        self, world: World, routing: Routing, view: View, choices: random.Random, plan: Plan, now_s: float
+    ) -> None:
+        self.excluded = plan.exclude
+        self.holders = {hop.peer for hop in plan.present}
+        self.given_up: set[str] = set()
+        self.contacts: list[str] = []
+        self.waited_ms = 0.0
+        self._world = world
+        self._routing = routing
+        self._view = view
+        self._choices = choices
+        self._plan = plan
+        self._client = plan.client
+        self._now_s = now_s
+
+    def route(self, left_out: frozenset[str]) -> Planned:
+        try:
+            plan = replace(self._plan, exclude={*self._plan.exclude, *left_out})
+            return self._routing.route(plan, self._view, self._choices)
+        except routes.NoRoute as error:
+            raise no_route_error(error, "simulated") from None
+
+    def unmeasured(self, route: Planned) -> list[str]:
+        """Bandwidths are known."""
+        return []
+
+    def unheard(self, route: Planned) -> list[str]:
+        since_s, asked_s = self._now_s - HEARD_S, self._client.asked_s
+        names = (hop.peer for hop in route.hops if hop.peer not in self.holders)
+        return [name for name in names if asked_s.get(name, -math.inf) < since_s]
+
+    def measure(self, ends: Collection[str], others: Collection[str]) -> bool:
+        asked = list(others)[: self._client.pings_left(self._now_s) // 2]
+        if asked:
+            self.waited_ms += self._client.measure(self._world, asked, self._now_s, self._choices.random)
+        self.contacts += asked
+        return bool(asked)
+
+    def lost(self) -> set[str]:
+        asked_s, since_s = self._client.asked_s, self._now_s - SILENT_S
+        lately = (name for name in self._client.silent if asked_s[name] > since_s)
+        return {*lately, *self.given_up} & self._view.records.keys()
+
+    def silent(self) -> set[str]:
+        return self._client.silent
+
+    def met(self) -> tuple[set[str], set[str]]:
+        return self._client.asked_since(self._now_s - HEARD_S)
+
+    def beside_silent(self, silent: set[str], answered: set[str]) -> set[str]:
+        return self._view.idle_crowd.beside_silent(silent, answered) if self._routing.has_coordinates else set()
+
+    def unasked(self, met: set[str]) -> tuple[set[str], set[str]]:
+        unasked = self._view.records.keys() - met
+        return unasked, unasked - self._client.asked_s.keys()
+
+    def likely(self, among: set[str], count: int) -> list[str]:
+        return self._client.likely(self._world, self._view, count, self._view.records.keys() - among)
+
+    def drawn(self, among: set[str], count: int) -> list[str]:
+        return self._choices.sample(sorted(among), min(len(among), count))
 
 
 def _named(hop: PlannedHop) -> Hop:

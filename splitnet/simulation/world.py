@@ -27,10 +27,10 @@ class Settings:
     num_blocks, hidden: of the model. refresh_s: how often a peer publishes its facts. record_ttl_s: how long they stay
     after the last time. look_s: how often a peer measures links, before a publication, and considers other blocks.
     view_s: how often clients read all facts. load_s: to load one block. uptime: factor to the time that devices stay;
-    infinite for no churn. own_use: whether their owners work with them. moves: whether peers may change their blocks. jitter: mean share by which
-    a message's latency exceeds the link's. loss: share of messages that are sent twice. window_bytes: that a
-    connection sends before any are confirmed; infinite: all at once. patience_s: how long
-    a client waits for a route, or for the next token when there is none.
+    infinite for no churn. own_use: whether their owners work with them. moves: whether peers may change their blocks.
+    jitter: mean share by which a message's latency exceeds the link's. loss: share of messages that are sent twice.
+    window_bytes: that a connection sends before any are confirmed; infinite: all at once. patience_s: how long a client
+    waits for a route, or for the next token when there is none.
     replan_s: how often a session looks for a better route; doubts: whether it doubts forecasts.
     burst: all clients come within a second, instead. dark: half way through all devices in Europe are silent for good.
     probes: to how many random peers, and then to how many that its routes most likely go through, a client measures

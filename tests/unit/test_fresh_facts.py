@@ -13,8 +13,9 @@ import pytest
 from scheduler.candidates import measured_first
 from scheduler.network import CLIENT, Link
 from splitnet.client.fresh_facts import ENDS_PINGS, PINGS_PER_MINUTE, PROBE_AGAIN_S, FreshFacts
+from splitnet.client.route_search import HEARD_S
 from splitnet.client.survey import SILENT_S, TRUST_S, Survey
-from splitnet.client.swarm import ASKED_BESIDE, HEARD_S, Swarm
+from splitnet.client.swarm import Swarm
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.prober import PROBE_BYTES
@@ -258,22 +259,3 @@ def test_who_is_known_to_live_is_not_left_out_for_those_beside_it(known: str) ->
         route = swarm.plan(NEEDS, holders={near.key.text} if holds else ())
         assert near.endpoint in endpoints([hop.record for hop in route])
         assert echo.silent.intersection(echo.asked) == endpoints(gone), "and it need not be asked"
-
-
-def test_a_hop_that_was_lost_says_nothing_for_those_beside_it() -> None:
-    """Its last steps came a moment ago."""
-    clock, echo = Clock(), Echo()
-    near, far = region("192.0.2.1", 0.0, 1.0, 90), region("192.0.2.2", 90.0, 500.0, 90)
-    with client_of([*near, *far], clock, echo) as swarm:
-        swarm.fresh_facts.measure([], far[:3])
-        echo.silent = endpoints(near)
-        for hop in near[:3]:
-            swarm.survey.hop_seen(hop.key.text, positions=1, block_ms=1.0, wait_ms=0.0)
-            swarm.ban(hop.key.text, 30.0)
-        swarm.survey.links_measured({peer.endpoint: peer for peer in near[3:6]}, {})
-        unusable = {hop.key.text for hop in near[:3]}
-        beside, asked = swarm._elsewhere([*near, *far], unusable, set(), swarm.survey.now_s - HEARD_S)
-        assert beside >= {peer.key.text for peer in near[6:]}
-        beside_asked = [peer for peer in asked if peer.key.text in beside]
-        assert 0 < len(beside_asked) <= ASKED_BESIDE
-        assert not {peer.key.text for peer in asked} & swarm.survey.silent(), "it is known that they do not answer"
