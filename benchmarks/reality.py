@@ -40,6 +40,7 @@ from netlab.slowed import Nursery, SlowedPeers
 from random_shapes import Shape, random_model
 
 from peers.neighbours import MEASURED_AT_ONCE
+from scheduler.coordinates import Coordinate
 from scheduler.placement import choose_span
 from scheduler.swarm import Peer, Speed
 from splitnet.simulation.directory import View
@@ -523,7 +524,7 @@ class GivenPlacing:
     def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
         return [self._spans[device.id] for device in devices]
 
-    def join(self, device: Device, view: View) -> tuple[int, int]:
+    def join(self, device: Device, place: Coordinate, view: View) -> tuple[int, int]:
         return self._spans[device.id]
 
     def move(self, node: Node, view: View) -> tuple[int, int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +28,13 @@ from peers.mover import Mover
 from peers.neighbours import Neighbours
 from peers.next_hops import NextHops
 from peers.options import PeerOptions
-from peers.placing import choose_blocks, expected_block_ms, fitting_blocks, position_bytes
+from peers.placing import NOBODY, answering, choose_blocks, expected_block_ms, fitting_blocks, position_bytes
 from peers.power_sources import find_sources
 from peers.relocation import Relocation
 from peers.session_service import SessionService
 from peers.span_server import SpanServer
 from peers.ways import PeerWays
 from peers.weight_service import DEFAULT_RATE, WeightService
-from splitnet.doctor.links import PeerLinks
 from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.device_choice import find_device
@@ -49,7 +47,7 @@ from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import PROTOCOL_VERSION, Announce, AskWeights, LookUp, Message, Payload, Pong, decode, encode
 from splitnet.net.peer_addresses import peer_address
-from splitnet.net.prober import PING_TIMEOUT_S, PROBE_BYTES, Prober
+from splitnet.net.prober import Prober
 from splitnet.net.proof_of_work import kept_proof
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
@@ -59,10 +57,6 @@ from splitnet.watchdog import Watchdog
 from splitnet.weights.fetching import Fetcher
 
 log = logging.getLogger(__name__)
-
-TRIED_BEFORE_JOINING = 64
-PROBED_BEFORE_JOINING = 4
-"""Of those that answer: so many are sent 64 KiB, to know what this machine can send."""
 
 Progress = Callable[[str, int, int], None]
 
@@ -203,14 +197,13 @@ class Peer:
             fitting = fitting_blocks(
                 checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
             )
-            present = directory.peers(checkpoint.fingerprint)
-            present, bytes_per_ms = _answering(present, identity) if fitting else ((), 0.0)
+            present = answering(directory.peers(checkpoint.fingerprint), identity) if fitting else NOBODY
             own_ms = None
-            if present:
+            if present.records:
                 own_ms = expected_block_ms(
                     checkpoint, device=options.device, dtype=options.dtype, weights=options.weights
                 )
-            start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms, bytes_per_ms)
+            start, end = choose_blocks(checkpoint, options.wish, fitting, present, own_ms)
             span = Span.load(
                 checkpoint,
                 start,
@@ -472,19 +465,3 @@ class Peer:
             self.weights.receive(source, message)
         else:
             self.service.receive(source, message, time.monotonic())
-
-
-def _answering(present: Sequence[PeerRecord], identity: Identity) -> tuple[Sequence[PeerRecord], float]:
-    """Those that answer, of many a sample: anybody can announce peers that do not exist.
-
-    And bytes per ms to some of them, the most of which tell what this machine can send; 0: not known.
-    """
-    tried = sorted(random.sample(present, len(present)), key=lambda record: not record.is_proven)[:TRIED_BEFORE_JOINING]
-    if not tried:
-        return (), 0.0
-    with PeerLinks(identity) as links:
-        answers = links.try_out({record.endpoint for record in tried})
-        answering = [record for record in tried if answers[record.endpoint].rtt_ms is not None]
-        probed = links.prober.measure(record.endpoint for record in answering[:PROBED_BEFORE_JOINING])
-    slowest = PROBE_BYTES / (1000 * PING_TIMEOUT_S) if answering else 0.0  # none has arrived in time
-    return answering, max((link.bytes_per_ms for link in probed.values()), default=slowest)

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
+import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
+from scheduler.coordinates import DIMENSIONS, place_among
 from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
+from splitnet.doctor.links import PeerLinks
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
 from splitnet.net.codecs import codec_by_name
-from splitnet.net.facts import expected_facts_of
+from splitnet.net.facts import expected_facts_of, place_of
+from splitnet.net.identity import Identity
+from splitnet.net.prober import PING_TIMEOUT_S, PROBE_BYTES
 from splitnet.net.records import PeerRecord
 
 LINK_CODEC = "int8"
+
+TRIED_AT_ONCE = 32
+PROBED = 4
+"""Of those that answer: so many are sent 64 KiB, to know what this machine can send."""
 
 READ_BYTES = 32 * 2**20
 READS = 3
@@ -71,18 +80,52 @@ def expected_block_ms(checkpoint: Checkpoint, *, device: str, dtype: str | None,
     return block_bytes(checkpoint, dtype, weights, device) * took_s * 1000 / READ_BYTES
 
 
+@dataclass(frozen=True)
+class Present:
+    """Peers that are there. away_ms: one way to each, by name; bytes_per_ms: that can be sent to them; 0: not known."""
+
+    records: Sequence[PeerRecord] = ()
+    away_ms: Mapping[str, float] = field(default_factory=dict[str, float])
+    bytes_per_ms: float = 0.0
+
+
+NOBODY = Present()
+
+
+def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
+    """Those of the peers that answer, of many a sample: anybody can announce peers that do not exist.
+
+    Half of the sample is any peers, which tell where this one stands; the other half is those that stand near.
+    """
+    others = sorted(random.sample(records, len(records)), key=lambda record: not record.is_proven)
+    if not others:
+        return NOBODY
+    found: list[tuple[PeerRecord, float]] = []
+    with PeerLinks(identity) as links:
+        for _ in range(2):
+            tried, others = others[:TRIED_AT_ONCE], others[TRIED_AT_ONCE:]
+            answers = links.try_out({record.endpoint for record in tried})
+            found += [(record, rtt_ms) for record in tried if (rtt_ms := answers[record.endpoint].rtt_ms) is not None]
+            if not (others and found):
+                break
+            measured = [(place_of(record).coordinate, rtt_ms) for record, rtt_ms in found]
+            own = place_among(measured, tuple(random.gauss(0.0, 1.0) for _ in range(DIMENSIONS)))
+            others.sort(key=lambda record: (record.coordinate_error >= 1.0, own.rtt_ms(place_of(record).coordinate)))
+        probed = links.prober.measure(record.endpoint for record, _ in found[:PROBED])
+    slowest = PROBE_BYTES / (1000 * PING_TIMEOUT_S) if found else 0.0  # none has arrived in time
+    return Present(
+        [record for record, _ in found],
+        {record.key.text: rtt_ms / 2 for record, rtt_ms in found},
+        max((link.bytes_per_ms for link in probed.values()), default=slowest),
+    )
+
+
 def choose_blocks(
-    checkpoint: Checkpoint,
-    wish: SpanWish,
-    fitting: int,
-    present: Sequence[PeerRecord],
-    own_ms: float | None = None,
-    bytes_per_ms: float = 0.0,
+    checkpoint: Checkpoint, wish: SpanWish, fitting: int, present: Present, own_ms: float | None = None
 ) -> tuple[int, int]:
     """The blocks `[start, end)` to serve beside the peers that are `present`; at most `fitting` if they are chosen.
 
     own_ms: of a token at a block of the new peer; None: not known.
-    bytes_per_ms: that it can send; 0: not known.
 
     Raises:
         SplitnetError: the blocks asked for do not exist in the model.
@@ -90,14 +133,14 @@ def choose_blocks(
     count = checkpoint.num_blocks
     if wish.blocks is None:
         size = position_bytes(checkpoint)
-        peers = [expected_facts_of(record, size) for record in present]
+        peers = [expected_facts_of(record, size) for record in present.records]
         if own_ms is not None and peers:
             # Arithmetic takes what it takes at the peer that is most like this one.
             nearness = [abs(math.log(_positive(peer.speed.at(1)) / _positive(own_ms))) for peer in peers]
             alike = peers[nearness.index(min(nearness))].speed
             own_ms *= work_ms(alike) / _positive(alike.at(1))
-            own_ms = float(block_ms(own_ms, fitting, size / bytes_per_ms if bytes_per_ms else 0.0))
-        return choose_span(peers, count, fitting, own_ms=own_ms)
+            own_ms = float(block_ms(own_ms, fitting, size / present.bytes_per_ms if present.bytes_per_ms else 0.0))
+        return choose_span(peers, count, fitting, own_ms, present.away_ms)
     start, end = wish.blocks
     if not 0 <= start < end <= count:
         raise SplitnetError(f"{checkpoint.name} has blocks 0..{count - 1}: use --blocks START:END within 0:{count}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,7 +11,6 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from scheduler.network import Network
 from scheduler.swarm import PASS_SIZES, Peer, Speed
 
 BLOCKS_SHARE: Final = 0.6
@@ -21,10 +20,9 @@ NEAR_EQUAL: Final = 0.1
 """Throughputs that differ by less than about this share count as equal, so that the length of chains decides."""
 
 SLOWER_POWER: Final = 2
-"""A peer that is n times as slow as a new one counts as n to this power times less where the new one should go."""
-
-NEIGHBOURS: Final = 32
-"""Of the peers that serve a block only so many, the fastest, are looked at as neighbours in a chain."""
+"""A peer that is n times as slow as a new one, with the way to it, counts as n to this power times less where the new
+one should go.
+"""
 
 _FASTEST_BLOCK_MS = 1e-5
 
@@ -36,31 +34,32 @@ def choose_span(
     peers: Iterable[Peer],
     num_blocks: int,
     max_blocks: int,
-    network: Network | None = None,
-    own_id: str | None = None,
     own_ms: float | None = None,
+    away_ms: Mapping[str, float] | None = None,
 ) -> tuple[int, int]:
     """The span [start, end) of `max_blocks` blocks (all, if the model has fewer) where a new peer helps most.
 
     1. Coverage: a span with as many blocks that nobody serves as can be.
     2. Throughput: a swarm is as fast as its weakest block. The weakest block of the span has the lowest throughput;
        between (nearly) equal ones the next weakest decides, and so on. (The rule of Petals, Borzunov et al., 2023.)
-    3. Latency: a span that fits those of the others, so that chains through it have the fewest hops. With `network`
-       and `own_id` also one whose neighbours in a chain are near. Then the lower start.
+    3. Latency: a span that fits those of the others, so that chains through it have the fewest hops. Then the lower
+       start.
 
-    The throughput of a block is summed over its peers, see `rates`. Peers that are slower than the new one count less:
-    no chain takes them where there is a faster one. So fast peers spread over the whole model among themselves, and
-    slow ones go where there is little.
+    The throughput of a block is summed over its peers, see `rates`. Peers that are slower than the new one, or far from
+    it, count less: no chain takes them where there is one that is faster, or nearer. So fast peers spread over the
+    whole model among themselves, slow ones go where there is little, and those of each region serve all of the model if
+    they can.
 
     own_ms: `block_ms` of the new peer; None: not known, so that all others count in full.
-    network: links or places of the peers and of `own_id`, the id of the new peer.
+    away_ms: one way from the new peer to others, by their ids; those that are not in it count as near.
 
     Raises ValueError if max_blocks or num_blocks is less than 1.
     """
     if num_blocks < 1 or max_blocks < 1:
         raise ValueError("a peer serves at least one block")
     spans = Spans.of(peers, num_blocks)
-    return best_span(spans, num_blocks, min(max_blocks, num_blocks), network, own_id, own_ms)
+    away = np.array([(away_ms or {}).get(peer, 0.0) for peer in spans.ids])
+    return best_span(spans, num_blocks, min(max_blocks, num_blocks), own_ms, away)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -140,31 +139,27 @@ def sum_per_block(start: Integers, end: Integers, values: Floats, num_blocks: in
 
 
 def best_span(
-    spans: Spans,
-    num_blocks: int,
-    length: int,
-    network: Network | None = None,
-    own_id: str | None = None,
-    own_ms: float | None = None,
+    spans: Spans, num_blocks: int, length: int, own_ms: float | None = None, away_ms: Floats | float = 0.0
 ) -> tuple[int, int]:
-    """`choose_span` for peers that are arrays already."""
+    """`choose_span` for peers that are arrays already. away_ms: `[peers]`."""
     flow = _Flow(spans.start, spans.end, spans.rate, num_blocks)
     counted = flow.throughput
     if own_ms is not None:
-        share = np.minimum(1.0, own_ms / spans.block_ms) ** SLOWER_POWER
+        hop_ms = spans.block_ms + away_ms / (spans.end - spans.start)
+        share = np.minimum(1.0, own_ms / hop_ms) ** SLOWER_POWER
         counted = sum_per_block(spans.start, spans.end, np.rint(spans.rate * share), num_blocks)
     levels = np.rint(np.log(np.maximum(counted, 1.0)) / math.log1p(NEAR_EQUAL))
     levels[flow.throughput == 0] = -1.0
     windows = np.sort(sliding_window_view(levels, length), axis=1)
     weakest = windows[np.lexsort(windows.T[::-1])[0]]
     starts = np.flatnonzero((windows == weakest).all(axis=1))
-    start = starts[0] if len(starts) == 1 else _shortest(starts, length, flow, spans, network, own_id)
+    start = starts[0] if len(starts) == 1 else _shortest(starts, length, flow)
     return int(start), int(start) + length
 
 
 def fewest_hops(starts: Integers, length: int, spans: Spans, num_blocks: int) -> int:
     """Of these starts of spans the one with which chains have the fewest hops."""
-    return _shortest(starts, length, _Flow(spans.start, spans.end, spans.rate, num_blocks), spans, None, None)
+    return _shortest(starts, length, _Flow(spans.start, spans.end, spans.rate, num_blocks))
 
 
 class _Flow:
@@ -204,33 +199,6 @@ class _Flow:
         return before, after
 
 
-def _shortest(
-    starts: Integers, length: int, flow: _Flow, spans: Spans, network: Network | None, own_id: str | None
-) -> int:
+def _shortest(starts: Integers, length: int, flow: _Flow) -> int:
     before, after = flow.hops(length)
-    cost = before[starts] + after[starts + length]
-    if network is not None and own_id is not None:
-        order = np.argsort(-spans.rate, kind="stable")
-        towards = _nearest(network, own_id, spans, order, starts - 1, inwards=True)
-        onwards = _nearest(network, own_id, spans, order, starts + length, inwards=False)
-        known = np.concatenate([towards, onwards])
-        known = known[np.isfinite(known)]
-        typical = float(known.mean()) if len(known) else 1.0
-        # Where the chain goes to a client, or to a peer that is still to come, a typical link stands for that one.
-        links = np.where(np.isfinite(towards), towards, typical) + np.where(np.isfinite(onwards), onwards, typical)
-        cost = cost * typical + links
-    return int(starts[np.round(cost, 6).argmin()])
-
-
-def _nearest(
-    network: Network, own_id: str, spans: Spans, order: Integers, blocks: Integers, *, inwards: bool
-) -> Floats:
-    """The least latency between the own peer and the peers of each of these blocks; infinite if there are none."""
-    start, end = spans.start[order], spans.end[order]
-    nearest = np.full(len(blocks), np.inf)
-    for position, block in enumerate(blocks):
-        for peer in order[np.flatnonzero((start <= block) & (block < end))[:NEIGHBOURS]]:
-            name = spans.ids[int(peer)]
-            link = network.link(name, own_id) if inwards else network.link(own_id, name)
-            nearest[position] = min(nearest[position], link.latency_ms)
-    return nearest
+    return int(starts[np.round(before[starts] + after[starts + length], 6).argmin()])

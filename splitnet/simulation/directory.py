@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scheduler.candidates import Crowd
-from scheduler.coordinates import DIMENSIONS
+from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.network import Link, Network, Place
 from scheduler.placement import Spans
 from scheduler.swarm import Peer
@@ -99,9 +99,7 @@ class View:
     @cached_property
     def coordinates(self) -> tuple[Floats, Floats]:
         """Vectors and heights of all peers."""
-        places = [record.place.coordinate for record in self.records.values()]
-        vectors = np.array([place.vector for place in places]).reshape(len(places), DIMENSIONS)
-        return vectors, np.array([place.height_ms for place in places])
+        return points_of([record.place.coordinate for record in self.records.values()])
 
     def links_behind(self, block: int) -> tuple[Integers, Integers, Floats]:
         """Senders, receivers and ms one way of all links that those told of who serve up to this block."""
@@ -156,3 +154,9 @@ class Directory:
             del self._arriving[name]
         arriving = [peer for peer, _ in self._arriving.values()]
         return View(list(self._records.values()), self._num_blocks, arriving, now_s)
+
+
+def points_of(places: Sequence[Coordinate]) -> tuple[Floats, Floats]:
+    """Their vectors `[places, DIMENSIONS]` and heights."""
+    vectors = np.array([place.vector for place in places]).reshape(len(places), DIMENSIONS)
+    return vectors, np.array([place.height_ms for place in places])

@@ -127,7 +127,7 @@ class Membership:
             theirs = self.view.records[self.view.peers[index].id].place.coordinate
             other = int(numbers[index])
             coordinate = measured_to(self._rng, self._world.geography, device.number, coordinate, other, theirs)
-        node = self._new_node(device, self._placing.join(device, self.view), coordinate)
+        node = self._new_node(device, self._placing.join(device, coordinate, self.view), coordinate)
         ready_ms = self._events.now + self._load_ms(node)
         if self._placing.announces_joining:
             self._announce(node, ready_ms)

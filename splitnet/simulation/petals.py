@@ -16,6 +16,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
+from scheduler.coordinates import Coordinate
 from scheduler.network import Link
 from scheduler.route import NoRoute
 from scheduler.swarm import Hop
@@ -200,7 +201,7 @@ class PetalsPlacing:
         self._summed = view, throughput, np.array(each)
         return throughput.copy(), self._summed[2]
 
-    def join(self, device: Device, view: View) -> tuple[int, int]:
+    def join(self, device: Device, place: Coordinate, view: View) -> tuple[int, int]:
         throughput, _ = self._of_view(view)
         start = _weakest(throughput, device.max_blocks)
         return start, start + device.max_blocks

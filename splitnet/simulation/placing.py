@@ -7,10 +7,11 @@ from typing import Protocol
 
 import numpy as np
 
+from scheduler.coordinates import Coordinate
 from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import Spans, best_span, block_ms, work_ms
 from scheduler.swarm import Peer
-from splitnet.simulation.directory import View
+from splitnet.simulation.directory import Floats, View, points_of
 from splitnet.simulation.node import Node
 from splitnet.simulation.world import Device, World
 
@@ -28,8 +29,8 @@ class Placing(Protocol):
         """Spans of the devices that are there from the start, who have joined one after the other."""
         ...
 
-    def join(self, device: Device, view: View) -> tuple[int, int]:
-        """The span of a device that joins those in view."""
+    def join(self, device: Device, place: Coordinate, view: View) -> tuple[int, int]:
+        """The span of a device that joins those in view. place: where it believes that it stands."""
         ...
 
     def move(self, node: Node, view: View) -> tuple[int, int] | None:
@@ -57,15 +58,19 @@ class OwnPlacing:
     def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
         whole = (Peer(device.id, 0, 1, device.speed, sending_ms=self._world.sending_ms(device)) for device in devices)
         spans = Spans.of(whole, self._settings.num_blocks)
+        places = [self._world.coordinates[device.number] for device in devices]
+        vectors, heights = points_of(places)
         for index, device in enumerate(devices):
             before = spans.of_some(np.arange(index))
+            away_ms = _one_way_ms(places[index], vectors[:index], heights[:index])
             spans.start[index], spans.end[index] = best_span(
-                before, self._settings.num_blocks, device.max_blocks, own_ms=self._block_ms(device)
+                before, self._settings.num_blocks, device.max_blocks, self._block_ms(device), away_ms
             )
         return list(zip(spans.start.tolist(), spans.end.tolist(), strict=True))
 
-    def join(self, device: Device, view: View) -> tuple[int, int]:
-        return best_span(view.spans, self._settings.num_blocks, device.max_blocks, own_ms=self._block_ms(device))
+    def join(self, device: Device, place: Coordinate, view: View) -> tuple[int, int]:
+        away_ms = _one_way_ms(place, *view.coordinates)
+        return best_span(view.spans, self._settings.num_blocks, device.max_blocks, self._block_ms(device), away_ms)
 
     def _block_ms(self, device: Device) -> float:
         return float(block_ms(work_ms(device.speed), device.max_blocks, self._world.sending_ms(device)))
@@ -98,3 +103,9 @@ class OwnPlacing:
             willingness=willingness,
             moving={peer.id: (peer.start, peer.end) for peer in view.arriving},
         )
+
+
+def _one_way_ms(place: Coordinate, vectors: Floats, heights: Floats) -> Floats:
+    """From one place to others, as predicted."""
+    apart = np.sqrt(((vectors - np.array(place.vector)) ** 2).sum(axis=1))
+    return (apart + heights + place.height_ms) / 2

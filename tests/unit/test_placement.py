@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peers.placing import ANY_SPAN, READ_BYTES, choose_blocks, expected_block_ms
+from peers.placing import ANY_SPAN, READ_BYTES, Present, choose_blocks, expected_block_ms
 from scheduler.placement import choose_span
 from scheduler.swarm import Peer, Speed, coverage, missing_blocks
 from splitnet.net.identity import Identity
@@ -79,6 +79,17 @@ def test_slow_peers_do_not_keep_a_fast_one_away() -> None:
     assert choose_span([peer(0, 10)], 20, 10, own_ms=0.01) == (10, 20), "a hole goes before all"
 
 
+def test_peers_far_away_do_not_keep_a_near_one_away() -> None:
+    """Each region serves all of the model, if it has enough peers: no chain crosses the sea where it need not."""
+    near, far = peer(0, 10), [Peer(f"far{number}", 10, 20, Speed.of(1.0, 1.0)) for number in range(3)]
+    swarm, away_ms = [near, *far], {each.id: 80.0 for each in far}
+    assert choose_span(swarm, 20, 10, own_ms=1.0, away_ms=away_ms) == (10, 20)
+    assert choose_span(swarm, 20, 10, own_ms=1.0, away_ms=dict.fromkeys(away_ms, 0.1)) == (0, 10), "in the same house"
+    assert choose_span(swarm, 20, 10, own_ms=1.0) == (0, 10), "where they are is not known"
+    assert choose_span(swarm, 20, 10, own_ms=500.0, away_ms=away_ms) == (0, 10), "to a slow peer all are near"
+    assert choose_span([near, peer(0, 10), far[0]], 30, 10, 1.0, away_ms) == (20, 30), "a hole goes before all"
+
+
 def test_empty_swarm_is_filled_from_the_front() -> None:
     assert choose_span([], 30, 12) == (0, 12)
     assert choose_span([peer(0, 12)], 30, 12) == (12, 24)
@@ -106,4 +117,4 @@ def test_a_new_peer_compares_itself_with_others_by_the_same_measure() -> None:
     present = [replace(own, key=Identity.generate().public, start=0, end=1) for _ in range(3)]
     present.append(replace(own, key=Identity.generate().public, start=1, end=2, block_ms=twice.block_ms))
     checkpoint: Any = SimpleNamespace(num_blocks=2, hidden_size=64, name="model")
-    assert choose_blocks(checkpoint, ANY_SPAN, 1, present, own_ms=12.0) == (1, 2)
+    assert choose_blocks(checkpoint, ANY_SPAN, 1, Present(present), own_ms=12.0) == (1, 2)
