@@ -2,16 +2,28 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peers.placing import ANY_SPAN, READ_BYTES, Present, choose_blocks, expected_block_ms
+from peers.placing import (
+    ANY_SPAN,
+    NOBODY,
+    READ_BYTES,
+    TRIED_AT_ONCE,
+    Present,
+    answering,
+    choose_blocks,
+    expected_block_ms,
+)
+from scheduler.network import Link
 from scheduler.placement import choose_span
 from scheduler.swarm import Peer, Speed, coverage, missing_blocks
+from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
+from splitnet.net.records import PeerRecord
 from tests.unit.test_client_swarm import RECORD
 
 
@@ -118,3 +130,59 @@ def test_a_new_peer_compares_itself_with_others_by_the_same_measure() -> None:
     present.append(replace(own, key=Identity.generate().public, start=1, end=2, block_ms=twice.block_ms))
     checkpoint: Any = SimpleNamespace(num_blocks=2, hidden_size=64, name="model")
     assert choose_blocks(checkpoint, ANY_SPAN, 1, Present(present), own_ms=12.0) == (1, 2)
+
+
+class FewLinks:
+    """Peers answer after as long as their places say; `silent` ones never."""
+
+    tried: ClassVar[list[set[Endpoint]]]
+    rtt_ms: ClassVar[dict[Endpoint, float]]
+
+    def __init__(self, _: Identity) -> None:
+        self.prober = SimpleNamespace(measure=lambda some: {each: Link(1.0, 500.0) for each in some})
+
+    def __enter__(self) -> FewLinks:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def try_out(self, endpoints: set[Endpoint]) -> dict[Endpoint, SimpleNamespace]:
+        self.tried.append(endpoints)
+        return {each: SimpleNamespace(rtt_ms=self.rtt_ms.get(each)) for each in endpoints}
+
+
+@pytest.fixture
+def links(monkeypatch: pytest.MonkeyPatch) -> type[FewLinks]:
+    monkeypatch.setattr("peers.placing.PeerLinks", FewLinks)
+    FewLinks.tried, FewLinks.rtt_ms = [], {}
+    return FewLinks
+
+
+def at(place_ms: float, error: float = 0.1) -> PeerRecord:
+    key = Identity.generate().public
+    return replace(RECORD, key=key, coordinate=(place_ms, 0.0, 0.0, 1.0), coordinate_error=error)
+
+
+def test_a_new_peer_asks_any_peers_and_then_those_near_it(links: type[FewLinks]) -> None:
+    near, far, lost = ([at(place_ms, error) for _ in range(50)] for place_ms, error in ((0, 0.1), (90, 0.1), (0, 1.0)))
+    links.rtt_ms = {each.endpoint: 2.0 if each in near else 92.0 for each in (*near, *far, *lost)}
+    found = answering([*near, *far, *lost], Identity.generate())
+    first, second = links.tried
+    assert len(first) == len(second) == TRIED_AT_ONCE and not first & second
+    assert second <= {each.endpoint for each in near}
+    assert {each.endpoint for each in found.records} == first | second
+    assert found.away_ms == {each.key.text: links.rtt_ms[each.endpoint] / 2 for each in found.records}
+    assert found.bytes_per_ms == 500.0
+
+
+def test_a_new_peer_counts_on_nobody_who_does_not_answer(links: type[FewLinks]) -> None:
+    there, gone = [at(0) for _ in range(3)], [at(0) for _ in range(TRIED_AT_ONCE - 2)]
+    links.rtt_ms = {each.endpoint: 2.0 for each in there}
+    assert {each.key for each in answering([*there, *gone], Identity.generate()).records} <= {
+        each.key for each in there
+    }
+    links.tried.clear()
+    assert answering(gone * 2, Identity.generate()) == Present([], {}, 0.0)
+    assert len(links.tried) == 1, "where nobody answers it is not known who is near"
+    assert answering([], Identity.generate()) == NOBODY
