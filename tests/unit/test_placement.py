@@ -186,3 +186,15 @@ def test_a_new_peer_counts_on_nobody_who_does_not_answer(links: type[FewLinks]) 
     assert answering(gone * 2, Identity.generate()) == Present([], {}, 0.0)
     assert len(links.tried) == 1, "where nobody answers it is not known who is near"
     assert answering([], Identity.generate()) == NOBODY
+
+
+def test_what_is_measured_before_joining_decides() -> None:
+    """A region of its own, in which nobody serves the second half."""
+    near, *far = (
+        replace(at(place_ms), start=start, end=start + 10, num_blocks=20, block_ms=(1.0,) * 5, bytes_per_ms=0.0)
+        for place_ms, start in ((0, 0), (90, 10), (90, 10))
+    )
+    away_ms = {near.key.text: 1.0, **{each.key.text: 46.0 for each in far}}
+    checkpoint: Any = SimpleNamespace(num_blocks=20, hidden_size=64, name="model")
+    for known, span in ((away_ms, (10, 20)), ({}, (0, 10))):
+        assert choose_blocks(checkpoint, ANY_SPAN, 10, Present([near, *far], known), own_ms=1.0) == span
