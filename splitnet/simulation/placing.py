@@ -43,11 +43,14 @@ class OwnPlacing:
 
     A move that `best_move` wants confirmed is done when two looks at different views name it; what was announced in
     between is part of the views.
+
+    by_distance: whether peers count less the farther they are from one that joins.
     """
 
     announces_joining = False
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, *, by_distance: bool = True) -> None:
+        self._by_distance = by_distance
         self.check_s = world.settings.look_s
         self._world = world
         self._settings = world.settings
@@ -62,15 +65,22 @@ class OwnPlacing:
         vectors, heights = points_of(places)
         for index, device in enumerate(devices):
             before = spans.of_some(np.arange(index))
-            away_ms = _one_way_ms(places[index], vectors[:index], heights[:index])
+            away_ms = self._away_ms(places[index], vectors[:index], heights[:index])
             spans.start[index], spans.end[index] = best_span(
                 before, self._settings.num_blocks, device.max_blocks, self._block_ms(device), away_ms
             )
         return list(zip(spans.start.tolist(), spans.end.tolist(), strict=True))
 
     def join(self, device: Device, place: Coordinate, view: View) -> tuple[int, int]:
-        away_ms = _one_way_ms(place, *view.coordinates)
+        away_ms = self._away_ms(place, *view.coordinates)
         return best_span(view.spans, self._settings.num_blocks, device.max_blocks, self._block_ms(device), away_ms)
+
+    def _away_ms(self, place: Coordinate, vectors: Floats, heights: Floats) -> Floats | float:
+        """One way from a place to others, as predicted."""
+        if not self._by_distance:
+            return 0.0
+        apart = np.sqrt(((vectors - np.array(place.vector)) ** 2).sum(axis=1))
+        return (apart + heights + place.height_ms) / 2
 
     def _block_ms(self, device: Device) -> float:
         return float(block_ms(work_ms(device.speed), device.max_blocks, self._world.sending_ms(device)))
@@ -103,9 +113,3 @@ class OwnPlacing:
             willingness=willingness,
             moving={peer.id: (peer.start, peer.end) for peer in view.arriving},
         )
-
-
-def _one_way_ms(place: Coordinate, vectors: Floats, heights: Floats) -> Floats:
-    """From one place to others, as predicted."""
-    apart = np.sqrt(((vectors - np.array(place.vector)) ** 2).sum(axis=1))
-    return (apart + heights + place.height_ms) / 2

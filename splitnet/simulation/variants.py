@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -38,7 +39,7 @@ BASELINES: Final = ("own", "no-prompt", "no-replan", "petals-push", "petals", "f
 AGAINST: Final = ("own", "no-load", "petals-push", "petals", "fewest-hops", "nearest", "random", "oracle")
 ABLATIONS: Final = (
     "own", "no-prompt", "few-probes", "own-checks", "no-doubt", "no-replan", "no-moves", "no-load", "stale",
-    "no-coordinates", "true-links", "petals-routing", "petals-placement",
+    "no-coordinates", "true-links", "no-distance", "petals-routing", "petals-placement",
 )  # fmt: skip
 
 POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
@@ -57,6 +58,7 @@ POLICIES: Final[Mapping[str, Policy]] = MappingProxyType(
         "no-replan": Policy("own, no re-planning", _best(replans=False)),
         "no-doubt": Policy("own, forecasts never doubted", _best(), rules={"doubts": False}),
         "no-moves": Policy("own, peers never move", _best(), rules={"moves": False}),
+        "no-distance": Policy("own, blocks chosen wherever peers are", _best(), partial(OwnPlacing, by_distance=False)),
         "no-load": Policy("own, load ignored", _best(load=False)),
         "stale": Policy(
             "own, facts four times as old",
