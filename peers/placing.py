@@ -110,7 +110,10 @@ def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
                 break
             measured = [(place_of(record).coordinate, rtt_ms) for record, rtt_ms in found]
             own = place_among(measured, tuple(random.gauss(0.0, 1.0) for _ in range(DIMENSIONS)))
-            others.sort(key=lambda record: (record.coordinate_error >= 1.0, own.rtt_ms(place_of(record).coordinate)))
+            places = {record.key: place_of(record).coordinate for record in others}
+            others.sort(
+                key=lambda each: (not each.is_proven, places[each.key].error >= 1.0, own.rtt_ms(places[each.key]))
+            )
         probed = links.prober.measure(record.endpoint for record, _ in found[:PROBED])
     slowest = PROBE_BYTES / (1000 * PING_TIMEOUT_S) if found else 0.0  # none has arrived in time
     return Present(

@@ -176,6 +176,16 @@ def test_a_new_peer_asks_any_peers_and_then_those_near_it(links: type[FewLinks])
     assert found.bytes_per_ms == 500.0
 
 
+def test_who_has_not_proved_its_key_is_asked_last(links: type[FewLinks], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else anybody could announce so many that seem near that others are not asked."""
+    proven, others = [at(90) for _ in range(2 * TRIED_AT_ONCE - 10)], [at(0) for _ in range(100)]
+    keys = {each.key for each in proven}
+    monkeypatch.setattr("splitnet.net.records.has_worked", lambda key, _: key in keys)
+    links.rtt_ms = {each.endpoint: 92.0 for each in proven}
+    found = answering([*proven, *others], Identity.generate())
+    assert {each.key for each in found.records} == keys
+
+
 def test_a_new_peer_counts_on_nobody_who_does_not_answer(links: type[FewLinks]) -> None:
     there, gone = [at(0) for _ in range(3)], [at(0) for _ in range(TRIED_AT_ONCE - 2)]
     links.rtt_ms = {each.endpoint: 2.0 for each in there}
