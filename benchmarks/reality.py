@@ -231,6 +231,7 @@ def settings_of(seconds: float, count: int, peers: int, seed: int) -> Settings:
         num_blocks=SHAPE.blocks,
         hidden=SHAPE.hidden,
         refresh_s=15.0,
+        look_s=15.0,
         record_ttl_s=60.0,
         view_s=10.0,
         own_use=False,

@@ -7,16 +7,19 @@ import random
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import median_low
 
 import torch
 
-from scheduler.coordinates import DIMENSIONS, place_among
+from scheduler.coordinates import Coordinate
+from scheduler.network import Link
 from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
 from splitnet.doctor.links import PeerLinks
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
 from splitnet.net.codecs import codec_by_name
+from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import expected_facts_of, place_of
 from splitnet.net.identity import Identity
 from splitnet.net.prober import PING_TIMEOUT_S, PROBE_BYTES
@@ -25,6 +28,8 @@ from splitnet.net.records import PeerRecord
 LINK_CODEC = "int8"
 
 TRIED_AT_ONCE = 32
+WITNESSES = 5
+"""Of those that answer first, the nearest: by what most of them say of their places, who else is near is judged."""
 PROBED = 4
 """Of those that answer: so many are sent 64 KiB, to know what this machine can send."""
 
@@ -95,32 +100,34 @@ NOBODY = Present()
 def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
     """Those of the peers that answer, of many a sample: anybody can announce peers that do not exist.
 
-    Half of the sample is any peers, which tell where this one stands; the other half is those that stand near.
+    First such whose keys have cost work; then those that stand near, by what the nearest that have answered say.
     """
     others = sorted(random.sample(records, len(records)), key=lambda record: not record.is_proven)
-    if not others:
-        return NOBODY
-    found: list[tuple[PeerRecord, float]] = []
+    found: list[tuple[float, PeerRecord]] = []
+    probed: Mapping[Endpoint, Link] = {}
     with PeerLinks(identity) as links:
-        for _ in range(2):
+        for _ in range(2 if others else 0):
             tried, others = others[:TRIED_AT_ONCE], others[TRIED_AT_ONCE:]
             answers = links.try_out({record.endpoint for record in tried})
-            found += [(record, rtt_ms) for record in tried if (rtt_ms := answers[record.endpoint].rtt_ms) is not None]
-            if not (others and found):
+            found += [(rtt_ms, record) for record in tried if (rtt_ms := answers[record.endpoint].rtt_ms) is not None]
+            if not others:
                 break
-            measured = [(place_of(record).coordinate, rtt_ms) for record, rtt_ms in found]
-            own = place_among(measured, tuple(random.gauss(0.0, 1.0) for _ in range(DIMENSIONS)))
-            places = {record.key: place_of(record).coordinate for record in others}
-            others.sort(
-                key=lambda each: (not each.is_proven, places[each.key].error >= 1.0, own.rtt_ms(places[each.key]))
-            )
-        probed = links.prober.measure(record.endpoint for record, _ in found[:PROBED])
+            if found:
+                nearest = sorted(found, key=lambda pair: pair[0])[:WITNESSES]
+                places = [place_of(record).coordinate for _, record in nearest]
+                others.sort(key=lambda record: _far_ms(place_of(record).coordinate, places))
+        probed = links.prober.measure(record.endpoint for _, record in found[:PROBED])
     slowest = PROBE_BYTES / (1000 * PING_TIMEOUT_S) if found else 0.0  # none has arrived in time
     return Present(
-        [record for record, _ in found],
-        {record.key.text: rtt_ms / 2 for record, rtt_ms in found},
+        [record for _, record in found],
+        {record.key.text: rtt_ms / 2 for rtt_ms, record in found},
         max((link.bytes_per_ms for link in probed.values()), default=slowest),
     )
+
+
+def _far_ms(place: Coordinate, witnesses: Sequence[Coordinate]) -> tuple[bool, float]:
+    """How far a place is from most of the others; whose place is not known comes last."""
+    return place.error >= 1.0, median_low(place.rtt_ms(each) for each in witnesses)
 
 
 def choose_blocks(

@@ -47,7 +47,7 @@ class Grounds(Protocol[Route]):
         ...
 
     def measure(self, ends: Collection[str], others: Collection[str]) -> bool:
-        """Measures links, as many as the client still may; whether it measured any."""
+        """Measures links, as many as the client still may; whether it measured any. Some may be in both."""
         ...
 
     def lost(self) -> Collection[str]:
@@ -97,8 +97,7 @@ def searched_route(grounds: Grounds[Route], alive: Collection[str]) -> Route:
     for _ in range(MAX_PROBED_ROUTES):
         ends = grounds.unmeasured(route)
         doubted = grounds.unheard(route) if len(grounds.lost()) >= MANY_SILENT else []
-        asked = [name for name in dict.fromkeys((*doubted, *others)) if name not in ends]
-        if not (ends or doubted) or not grounds.measure(ends, asked):
+        if not (ends or doubted) or not grounds.measure(ends, [*dict.fromkeys((*doubted, *others))]):
             break
         silent = grounds.silent()
         if beside or any(name in silent for name in (*ends, *doubted)):

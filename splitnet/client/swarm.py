@@ -323,7 +323,7 @@ class _Grounds:
         return _names(self._swarm.likely(self._records, self._of(among), count))
 
     def drawn(self, among: set[str], count: int) -> list[str]:
-        """Those that have proved their addresses come first."""
+        """Those whose keys have cost work come first."""
         drawn = random.sample(sorted(among), len(among))
         return sorted(drawn, key=lambda name: not self._by_name[name].is_proven)[:count]
 

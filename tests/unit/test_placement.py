@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from peers.placing import (
     ANY_SPAN,
-    NOBODY,
     READ_BYTES,
     TRIED_AT_ONCE,
     Present,
@@ -165,7 +164,7 @@ def at(place_ms: float, error: float = 0.1) -> PeerRecord:
 
 
 def test_a_new_peer_asks_any_peers_and_then_those_near_it(links: type[FewLinks]) -> None:
-    near, far, lost = ([at(place_ms, error) for _ in range(50)] for place_ms, error in ((0, 0.1), (90, 0.1), (0, 1.0)))
+    near, far, lost = ([at(place_ms, error) for _ in range(80)] for place_ms, error in ((0, 0.1), (90, 0.1), (0, 1.0)))
     links.rtt_ms = {each.endpoint: 2.0 if each in near else 92.0 for each in (*near, *far, *lost)}
     found = answering([*near, *far, *lost], Identity.generate())
     first, second = links.tried
@@ -176,26 +175,36 @@ def test_a_new_peer_asks_any_peers_and_then_those_near_it(links: type[FewLinks])
     assert found.bytes_per_ms == 500.0
 
 
-def test_who_has_not_proved_its_key_is_asked_last(links: type[FewLinks], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else anybody could announce so many that seem near that others are not asked."""
-    proven, others = [at(90) for _ in range(2 * TRIED_AT_ONCE - 10)], [at(0) for _ in range(100)]
-    keys = {each.key for each in proven}
-    monkeypatch.setattr("splitnet.net.records.has_worked", lambda key, _: key in keys)
-    links.rtt_ms = {each.endpoint: 92.0 for each in proven}
-    found = answering([*proven, *others], Identity.generate())
-    assert {each.key for each in found.records} == keys
+def test_who_lies_about_its_place_leads_nobody_astray(links: type[FewLinks]) -> None:
+    near, far = [at(0) for _ in range(80)], [at(90) for _ in range(80)]
+    liars = [at(place_ms, 0.0) for place_ms in (1e9, -1e9)]
+    links.rtt_ms = {each.endpoint: 92.0 if each in far else 2.0 for each in (*near, *far)}
+    links.rtt_ms |= {each.endpoint: 1.0 for each in liars}
+    with pytest.MonkeyPatch.context() as patch:
+        keys = {each.key for each in (*liars, *near[:20])}
+        patch.setattr("splitnet.net.records.has_worked", lambda key, _: key in keys)
+        found = answering([*near, *far, *liars], Identity.generate())
+    first, second = links.tried
+    assert first >= {each.endpoint for each in (*liars, *near[:20])}, "whose keys have cost work come first"
+    assert second <= {each.endpoint for each in near}
+    assert len(found.records) == 2 * TRIED_AT_ONCE
 
 
 def test_a_new_peer_counts_on_nobody_who_does_not_answer(links: type[FewLinks]) -> None:
     there, gone = [at(0) for _ in range(3)], [at(0) for _ in range(TRIED_AT_ONCE - 2)]
     links.rtt_ms = {each.endpoint: 2.0 for each in there}
-    assert {each.key for each in answering([*there, *gone], Identity.generate()).records} <= {
-        each.key for each in there
-    }
+    found = answering([*there, *gone], Identity.generate())
+    assert {each.endpoint for each in found.records} == links.rtt_ms.keys()
     links.tried.clear()
-    assert answering(gone * 2, Identity.generate()) == Present([], {}, 0.0)
-    assert len(links.tried) == 1, "where nobody answers it is not known who is near"
-    assert answering([], Identity.generate()) == NOBODY
+    for nobody in (gone * 2, []):
+        assert answering(nobody, Identity.generate()) == Present([], {}, 0.0)
+    keys = {each.key for each in gone}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("splitnet.net.records.has_worked", lambda key, _: key in keys)
+        found = answering([*there, *gone, *(at(0) for _ in range(2))], Identity.generate())
+    assert {each.endpoint for each in found.records} == links.rtt_ms.keys(), (
+        "where the first are silent others are asked"
+    )
 
 
 def test_what_is_measured_before_joining_decides() -> None:
