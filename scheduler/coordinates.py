@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Final
 
+import numpy as np
+
 DIMENSIONS: Final = 3
 TUNING: Final = 0.25
 """The constants c_e and c_c of the paper: how far one measurement moves the error and the place."""
@@ -22,6 +24,14 @@ PASSES: Final = 5
 
 MIN_HEIGHT_MS: Final = 0.01
 MAX_ERROR: Final = 1.5
+
+MOST_OFF_MS: Final = 1000.0
+"""By no more a prediction counts as wrong: no two devices on Earth are farther from each other."""
+
+CONTRADICTION: Final = 4.0
+CONTRADICTION_MS: Final = 100.0
+"""Of two devices that say that they are farther from each other than so many times the way by who has measured both,
+and by so many ms more, one is not where it says: places are not that wrong."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +63,7 @@ class Coordinate:
         error = min(MAX_ERROR, abs(predicted - rtt_ms) / rtt_ms * share + self.error * (1 - share))
         away = tuple(here - there for here, there in zip(self.vector, other.vector, strict=True))
         apart = math.hypot(*away)
-        force = share * (rtt_ms - predicted)
+        force = share * max(-MOST_OFF_MS, min(MOST_OFF_MS, rtt_ms - predicted))
         if apart < 1e-6:
             # Who stands at the same point can only be pushed away, in any direction.
             away, apart, push = direction, math.hypot(*direction) or 1.0, max(0.0, force)
@@ -70,13 +80,13 @@ def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[f
 
     It begins where the nearest stands, as from the middle of the space it may not come to a far corner of it, and goes
     through all of them several times. Its error is the median over them, and more if they are few. Others that do not
-    know their own places do not count, unless all are such.
+    know their own places do not count, unless all are such; nor do those whose places most of them contradict.
 
     direction: see `Coordinate.moved`.
     """
     if not measured:
         return Coordinate()
-    measured = [(other, rtt_ms) for other, rtt_ms in measured if other.error < 1.0] or measured
+    measured = _believable([(other, rtt_ms) for other, rtt_ms in measured if other.error < 1.0] or measured)
     nearest, _ = min(measured, key=lambda pair: pair[1])
     place = Coordinate(nearest.vector)
     for _ in range(PASSES):
@@ -84,3 +94,14 @@ def place_among(measured: Sequence[tuple[Coordinate, float]], direction: tuple[f
             place = place.moved(other, rtt_ms, direction)
     off = median(abs(place.rtt_ms(other) - rtt_ms) / max(rtt_ms, MIN_HEIGHT_MS) for other, rtt_ms in measured)
     return replace(place, error=min(MAX_ERROR, off + 1 / len(measured)))
+
+
+def _believable(measured: Sequence[tuple[Coordinate, float]]) -> Sequence[tuple[Coordinate, float]]:
+    """Without those that say that they stand where most of the others cannot be as near as they are."""
+    vectors = np.array([other.vector for other, _ in measured])
+    heights = np.array([other.height_ms for other, _ in measured])
+    rtt_ms = np.array([rtt_ms for _, rtt_ms in measured])
+    squares = ((vectors[:, None, :] - vectors[None, :, :]) ** 2).sum(axis=2)
+    said_ms = np.sqrt(squares) + np.add.outer(heights, heights)
+    contradicted = (said_ms > CONTRADICTION * np.add.outer(rtt_ms, rtt_ms) + CONTRADICTION_MS).sum(axis=1)
+    return [pair for pair, others in zip(measured, contradicted, strict=True) if 2 * others < len(measured)] or measured

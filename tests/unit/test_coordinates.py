@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
+from dataclasses import replace
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from scheduler.coordinates import DIMENSIONS, MAX_ERROR, MIN_HEIGHT_MS, Coordinate, place_among
+from scheduler.coordinates import DIMENSIONS, MAX_ERROR, MIN_HEIGHT_MS, MOST_OFF_MS, TUNING, Coordinate, place_among
 
 numbers = st.floats(-1e4, 1e4)
 coordinates = st.builds(
@@ -82,3 +84,25 @@ def test_a_newcomer_far_from_most_finds_those_that_are_near() -> None:
     place = place_among(measured, tuple(rng.gauss(0, 1) for _ in range(DIMENSIONS)))
     assert place.error < 0.3
     assert max(place.rtt_ms(other) for other in far[1:]) < min(place.rtt_ms(other) for other in crowd) / 2
+
+
+liars = st.builds(
+    Coordinate, st.tuples(*[st.sampled_from([-1e9, -1e3, 0.0, 400.0, 1e9])] * DIMENSIONS), st.sampled_from([0.01, 1e9])
+)
+
+
+@given(st.lists(st.tuples(liars, st.floats(0.5, 5.0)), max_size=15), st.integers(0, 100))
+def test_those_who_lie_about_their_places_lead_nobody_astray(lies: list[tuple[Coordinate, float]], seed: int) -> None:
+    """Near ones that are fewer than a third, and are as sure of what they say as nobody is."""
+    rng = random.Random(seed)
+    true = Coordinate((80.0, 40.0, 0.0), 2.0)
+    others = [Coordinate(tuple(rng.uniform(0, 100) for _ in range(DIMENSIONS)), 1.0, 0.2) for _ in range(32)]
+    measured = [(other, true.rtt_ms(other) * rng.uniform(0.9, 1.1)) for other in others]
+    place = place_among([*measured, *((replace(lie, error=0.0), rtt_ms) for lie, rtt_ms in lies)], (1.0, 0.0, 0.0))
+    assert statistics.median(abs(place.rtt_ms(other) - rtt_ms) / rtt_ms for other, rtt_ms in measured) < 0.5
+
+
+def test_one_lie_does_not_throw_a_place_across_the_world() -> None:
+    here = Coordinate((10.0, 20.0, 0.0), 1.0, 0.2)
+    moved = here.moved(Coordinate((1e9, 0.0, 0.0), 1.0, 0.0), 5.0, (1.0, 0.0, 0.0))
+    assert math.dist(moved.vector, here.vector) <= TUNING * MOST_OFF_MS
