@@ -28,8 +28,8 @@ MAX_ERROR: Final = 1.5
 MOST_OFF_MS: Final = 1000.0
 """By no more a prediction counts as wrong: no two devices on Earth are farther from each other."""
 
-CONTRADICTION: Final = 4.0
-CONTRADICTION_MS: Final = 100.0
+CONTRADICTION: Final = 2.0
+CONTRADICTION_MS: Final = 50.0
 """Of two devices that say that they are farther from each other than so many times the way by who has measured both,
 and by so many ms more, one is not where it says: places are not that wrong."""
 
