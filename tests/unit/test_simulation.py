@@ -123,7 +123,7 @@ class Fixed:
     def founders(self, devices: Sequence[Device]) -> list[tuple[int, int]]:
         return self._spans[: len(devices)]
 
-    def join(self, device: Device, view: object) -> tuple[int, int]:
+    def join(self, device: Device, place: object, view: object) -> tuple[int, int]:
         raise AssertionError("nobody joins")
 
     def move(self, node: object, view: object) -> None:
