@@ -12,14 +12,12 @@ from statistics import median_low
 import torch
 
 from scheduler.coordinates import Coordinate
-from scheduler.network import Link
 from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
 from splitnet.doctor.links import PeerLinks
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
 from splitnet.net.codecs import codec_by_name
-from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import expected_facts_of, place_of
 from splitnet.net.identity import Identity
 from splitnet.net.prober import PING_TIMEOUT_S, PROBE_BYTES
@@ -102,11 +100,12 @@ def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
 
     First such whose keys have cost work; then those that stand near, by what the nearest that have answered say.
     """
+    if not records:
+        return NOBODY
     others = sorted(random.sample(records, len(records)), key=lambda record: not record.is_proven)
     found: list[tuple[float, PeerRecord]] = []
-    probed: Mapping[Endpoint, Link] = {}
     with PeerLinks(identity) as links:
-        for _ in range(2 if others else 0):
+        for _ in range(2):
             tried, others = others[:TRIED_AT_ONCE], others[TRIED_AT_ONCE:]
             answers = links.try_out({record.endpoint for record in tried})
             found += [(rtt_ms, record) for record in tried if (rtt_ms := answers[record.endpoint].rtt_ms) is not None]

@@ -160,3 +160,9 @@ def points_of(places: Sequence[Coordinate]) -> tuple[Floats, Floats]:
     """Their vectors `[places, DIMENSIONS]` and heights."""
     vectors = np.array([place.vector for place in places]).reshape(len(places), DIMENSIONS)
     return vectors, np.array([place.height_ms for place in places])
+
+
+def one_way_ms(place: Coordinate, vectors: Floats, heights: Floats) -> Floats:
+    """From one place to those points, as predicted."""
+    apart = np.sqrt(((vectors - np.array(place.vector)) ** 2).sum(axis=1))
+    return (apart + heights + place.height_ms) / 2

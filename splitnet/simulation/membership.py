@@ -13,7 +13,7 @@ from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.neighbours import Floats, Integers, ms_per_block
 from scheduler.network import Link
 from scheduler.swarm import Peer
-from splitnet.simulation.directory import Directory, View
+from splitnet.simulation.directory import Directory, View, one_way_ms
 from splitnet.simulation.events import Events
 from splitnet.simulation.node import Held, Node
 from splitnet.simulation.placing import Placing
@@ -182,12 +182,11 @@ class Membership:
 
     def _useful(self, node: Node) -> Iterator[int]:
         """Where in the view those stand whose links it has not measured, those that seem the most useful first."""
-        view, place = self.view, node.coordinate
+        view = self.view
         beside = self._beside(node)
         serving = beside[~self._measured(node, beside)]
         vectors, heights = view.coordinates
-        apart = np.sqrt(((vectors[serving] - np.array(place.vector)) ** 2).sum(axis=1))
-        costs = self._ms_per_block(node, serving, (apart + heights[serving] + place.height_ms) / 2)
+        costs = self._ms_per_block(node, serving, one_way_ms(node.coordinate, vectors[serving], heights[serving]))
         return map(int, serving[costs.argsort(kind="stable")])
 
     def _measured(self, node: Node, indices: Integers) -> NDArray[np.bool_]:

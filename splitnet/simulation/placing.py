@@ -11,7 +11,7 @@ from scheduler.coordinates import Coordinate
 from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import Spans, best_span, block_ms, work_ms
 from scheduler.swarm import Peer
-from splitnet.simulation.directory import Floats, View, points_of
+from splitnet.simulation.directory import Floats, View, one_way_ms, points_of
 from splitnet.simulation.node import Node
 from splitnet.simulation.world import Device, World
 
@@ -76,11 +76,7 @@ class OwnPlacing:
         return best_span(view.spans, self._settings.num_blocks, device.max_blocks, self._block_ms(device), away_ms)
 
     def _away_ms(self, place: Coordinate, vectors: Floats, heights: Floats) -> Floats | float:
-        """One way from a place to others, as predicted."""
-        if not self._by_distance:
-            return 0.0
-        apart = np.sqrt(((vectors - np.array(place.vector)) ** 2).sum(axis=1))
-        return (apart + heights + place.height_ms) / 2
+        return one_way_ms(place, vectors, heights) if self._by_distance else 0.0
 
     def _block_ms(self, device: Device) -> float:
         return float(block_ms(work_ms(device.speed), device.max_blocks, self._world.sending_ms(device)))
