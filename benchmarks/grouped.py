@@ -122,8 +122,10 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, default=[4096, 4096], help="outputs and inputs of each matrix")
     parser.add_argument("--mib", type=int, default=128, help="of all matrices of a layout together, at least")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--paths", nargs="+", choices=kernels.paths_here(), default=[kernels.path_in_use()])
+    parser.add_argument("--paths", nargs="+", default=[kernels.path_in_use()])
     arguments = parser.parse_args()
+    if missing := [path for path in arguments.paths if path not in kernels.paths_here()]:
+        parser.error(f"--paths: no {', '.join(missing)} on this CPU: use of {', '.join(kernels.paths_here())}")
     cases = [Case(*each) for each in product(arguments.paths, arguments.rows, arguments.threads)]
     print(f"| layout | bits held | of the layout's | {' | '.join(f'{case}: GB/s (of bandwidth)' for case in cases)} |")
     print("|---|---|---|" + "---|" * len(cases))
