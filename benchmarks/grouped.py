@@ -20,6 +20,7 @@ from statistics import median
 import torch
 from gguf import GGMLQuantizationType
 
+from splitnet.errors import KernelsError
 from splitnet.model import kernels
 from splitnet.model.gguf_layouts import BLOCK_TYPES
 from splitnet.model.grouped_forms import GroupedForm, held_bytes, hold_stored
@@ -124,8 +125,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--paths", nargs="+", default=[kernels.path_in_use()])
     arguments = parser.parse_args()
-    if missing := [path for path in arguments.paths if path not in kernels.paths_here()]:
-        parser.error(f"--paths: no {', '.join(missing)} on this CPU: use of {', '.join(kernels.paths_here())}")
+    try:
+        for path in arguments.paths:
+            kernels.use_path(path)
+    except KernelsError as error:
+        parser.error(f"--paths: {error}")
     cases = [Case(*each) for each in product(arguments.paths, arguments.rows, arguments.threads)]
     print(f"| layout | bits held | of the layout's | {' | '.join(f'{case}: GB/s (of bandwidth)' for case in cases)} |")
     print("|---|---|---|" + "---|" * len(cases))

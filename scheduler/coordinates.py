@@ -56,20 +56,20 @@ class Coordinate:
         direction: where to go if both stand at the same point; any vector of `DIMENSIONS` numbers, best a random one.
         """
         rtt_ms = max(rtt_ms, 2 * MIN_HEIGHT_MS)
-        apart = math.dist(self.vector, other.vector)
-        predicted = apart + self.height_ms + other.height_ms
+        predicted = self.rtt_ms(other)
         own, theirs = max(self.error, 1e-3), max(other.error, 1e-3)
         weight = own / (own + theirs)
         share = TUNING * weight
         error = min(MAX_ERROR, abs(predicted - rtt_ms) / rtt_ms * share + self.error * (1 - share))
-        away = [here - there for here, there in zip(self.vector, other.vector, strict=True)]
+        away = tuple(here - there for here, there in zip(self.vector, other.vector, strict=True))
+        apart = math.hypot(*away)
         force = share * max(-MOST_OFF_MS, min(MOST_OFF_MS, rtt_ms - predicted))
         if apart < 1e-6:
             # Who stands at the same point can only be pushed away, in any direction.
-            away, apart, push = [*direction], math.hypot(*direction) or 1.0, max(0.0, force)
+            away, apart, push = direction, math.hypot(*direction) or 1.0, max(0.0, force)
         else:
             push = max(force, -apart)  # not past the other: beyond it, going on would lead away
-        vector = tuple([here + push * value / apart for here, value in zip(self.vector, away, strict=True)])
+        vector = tuple(here + push * value / apart for here, value in zip(self.vector, away, strict=True))
         # Heights add where vectors subtract, so both heights push the same way (section 5.4 of the paper).
         height = self.height_ms + force * (self.height_ms + other.height_ms) / max(predicted, 1e-6)
         return Coordinate(vector, max(height, MIN_HEIGHT_MS), error)

@@ -191,9 +191,7 @@ class Membership:
 
     def _measured(self, node: Node, indices: Integers) -> NDArray[np.bool_]:
         """To which of these in the view it has measured its link."""
-        measured = np.zeros(len(self._world.devices), dtype=np.bool_)
-        measured[list(node.latency_ms)] = True
-        return measured[self.view.numbers[indices]]
+        return np.isin(self.view.numbers[indices], list(node.latency_ms))
 
     def _useful_links(self, node: Node) -> dict[str, Link]:
         """Those of the links that it has measured that a record has room for, the most useful ones."""

@@ -103,14 +103,12 @@ def spans(found: list[PeerRecord]) -> list[tuple[int, int]]:
     return sorted((record.start, record.end) for record in found)
 
 
-def leave(swarm: LocalSwarm, peer: Peer) -> None:
-    """Waits until every peer misses it, as what one tells may be a moment old; sooner than its record expires."""
-    peer.close()
-    swarm.peers.remove(peer)
+def wait_until_missed(swarm: LocalSwarm, span: tuple[int, int]) -> None:
+    """By every peer, so that the next test does not see it: what a peer tells may be a moment old."""
     deadline = time.monotonic() + 20
-    for other in swarm.peers:
-        with connect(swarm, other) as client:
-            while spans([peer.record()])[0] in spans(client._directory.peers(client.facts.fingerprint)):
+    for peer in swarm.peers:
+        with connect(swarm, peer) as client:
+            while span in spans(client._directory.peers(client.facts.fingerprint)):
                 assert time.monotonic() < deadline
 
 
@@ -153,10 +151,12 @@ def test_a_peer_that_leaves_is_missed_at_once(swarm: LocalSwarm) -> None:
     with connect(swarm, swarm.peers[1]) as client:
         leaving = swarm.add(0, 6, join=[swarm.peers[2].join_address])
         assert (0, 6) in spans(client._directory.peers(client.facts.fingerprint))
-        leave(swarm, leaving)
+        leaving.close()
+        swarm.peers.remove(leaving)
         deadline = time.monotonic() + 20
         while (0, 6) in spans(client._directory.peers(client.facts.fingerprint)):
             assert time.monotonic() < deadline  # sooner than its record expires
+    wait_until_missed(swarm, (0, 6))
 
 
 @pytest.mark.parametrize("through_dht", [True, False])
@@ -180,9 +180,11 @@ def test_a_running_client_hears_of_who_comes_and_leaves_without_reading_all_agai
 
         newcomer = swarm.add(0, 6, join=swarm.node.addresses)
         assert sees_soon([(0, 2), (0, 6), (2, 4), (4, 6)])
-        leave(swarm, newcomer)
+        newcomer.close()
+        swarm.peers.remove(newcomer)
         assert sees_soon([(0, 2), (2, 4), (4, 6)]), "sooner than its record expires"
         assert not reads
+    wait_until_missed(swarm, (0, 6))
 
 
 def test_peers_that_ask_each_other_wait_for_no_circle(swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch) -> None:
