@@ -107,11 +107,14 @@ class Crowd:
         """The same crowd where other facts are known of these of its peers. They serve the blocks that they served."""
         crowd = copy(self)
         crowd._peers, crowd._load, crowd._speed = list(self._peers), self._load.copy(), self._speed.copy()
-        for peer in peers:
-            index = self._index[peer.id]
+        anew = {self._index[peer.id]: peer for peer in peers}
+        for index, peer in anew.items():
             if (peer.start, peer.end) != (self._peers[index].start, self._peers[index].end):
                 raise ValueError(f"{peer.id} serves other blocks than the crowd was made with")
-            crowd._peers[index], crowd._load[index], crowd._speed[index] = peer, _load_of(peer), peer.speed.block_ms
+            crowd._peers[index] = peer
+        if anew:
+            crowd._load[[*anew]] = [_load_of(peer) for peer in anew.values()]
+            crowd._speed[[*anew]] = [peer.speed.block_ms for peer in anew.values()]
         return crowd
 
     def near(
@@ -184,18 +187,18 @@ class Crowd:
         through = self._chain_through(present, starts, ends, block * (ends - starts) + fixed, outside, blocks)
 
         # The best few of each block come first, so that no part of the model is left with one peer that may have died.
-        rank = np.full(len(through), len(through))
+        others = np.ones(len(through), dtype=bool)
         few = max(1, limit // (2 * (end - first)))
         serving, begins = self._by_block(starts, ends, blocks)
+        costs = through[serving]
         for begin, behind in pairwise(begins.tolist()):
-            there = serving[begin:behind]
+            there, cost = serving[begin:behind], costs[begin:behind]
             if len(there) > few:
-                there = there[np.argpartition(through[there], few - 1)[:few]]
-            there = there[np.argsort(through[there], kind="stable")]
-            rank[there] = np.minimum(rank[there], np.arange(len(there)))
+                there = there[cost.argmin() if few == 1 else cost.argpartition(few - 1)[:few]]
+            others[there] = False
         order = np.flatnonzero(present)
         chosen = np.zeros(len(through), dtype=bool)
-        chosen[order[np.lexsort((through[order], rank[order]))[:limit]]] = True
+        chosen[order[np.lexsort((through[order], others[order]))[:limit]]] = True
         return chosen
 
     def _chain_through(
@@ -212,10 +215,8 @@ class Crowd:
         least = _LeastOfBlocks(starts, ends, blocks[1] - blocks[0])
         ends_of_chain = [np.array(place.coordinate.vector) for place in outside]
         best = np.full(len(compute), np.inf)
-        for anchor in _spread_out(self._vectors[:, self._known & present], ends_of_chain):
-            away = np.where(
-                self._known, (_distances(self._vectors, anchor) + self._heights) * self._raised, self._unknown_ms
-            )
+        for anchor, apart in _spread_out(self._vectors, self._known & present, ends_of_chain):
+            away = np.where(self._known, (apart + self._heights) * self._raised, self._unknown_ms)
             hop = compute + away
             cheapest = least.of(hop / of_block)
             cheapest[np.isinf(cheapest)] = 0.0
@@ -271,7 +272,7 @@ def _block_ms(speed: Floats, batch: Floats, positions: int, prompt: int) -> Floa
     if not prompt:
         return token_ms
     passes = ceil(prompt / PASS_POSITIONS)
-    return token_ms + PROMPT_SHARE * passes * _speed_at(speed, np.full(len(speed), prompt / passes))
+    return token_ms + PROMPT_SHARE * passes * _speed_at(speed, np.full(1, prompt / passes))
 
 
 def _speed_at(speed: Floats, positions: Floats) -> Floats:
@@ -293,21 +294,24 @@ def _sending_ms(rates: Floats, positions: int, encodings: Sequence[Encoding], pr
     return step_ms + PROMPT_SHARE * _sending_ms(rates, prompt, encodings, 0) if prompt else step_ms
 
 
-def _spread_out(vectors: Floats, first: Sequence[Floats]) -> list[Floats]:
-    """The points in `first`, then points far from all chosen before (Gonzalez, 1985: farthest-first traversal)."""
-    anchors = list(first) or [np.zeros(DIMENSIONS)]
-    if vectors.shape[1]:
-        apart = np.minimum.reduce([_distances(vectors, anchor) for anchor in anchors])
+def _spread_out(vectors: Floats, among: NDArray[np.bool_], first: Sequence[Floats]) -> list[tuple[Floats, Floats]]:
+    """The points in `first`, then those `among` all that are far from the ones before, each with its distances to all.
+
+    Source: Gonzalez, 1985 (farthest-first traversal).
+    """
+    anchors = [(point, _distances(vectors, point)) for point in first or [np.zeros(DIMENSIONS)]]
+    if among.any():
+        apart = np.where(among, np.minimum.reduce([distances for _, distances in anchors]), -1.0)
         while len(anchors) < ANCHORS:
             farthest = vectors[:, int(apart.argmax())]
-            anchors.append(farthest)
-            apart = np.minimum(apart, _distances(vectors, farthest))
+            anchors.append((farthest, _distances(vectors, farthest)))
+            np.minimum(apart, anchors[-1][1], out=apart)
     return anchors
 
 
 def _distances(vectors: Floats, point: Floats) -> Floats:
     """From the points `[DIMENSIONS, points]` to one."""
-    return np.sqrt(((vectors - point[:, None]) ** 2).sum(axis=0))
+    return np.sqrt(_squares(vectors, point[:, None])[:, 0])
 
 
 def _squares(vectors: Floats, others: Floats) -> Floats:

@@ -64,7 +64,7 @@ class LinkCosts:
 
     def between(self, senders: Integers, receivers: Integers) -> Floats:
         """`[senders, receivers]`, a copy."""
-        return self.table[np.ix_(self.members[senders], self.members[receivers])]
+        return self.table.take(self.members[senders], axis=0).take(self.members[receivers], axis=1)
 
     def along(self, path: Path) -> Floats:
         """The links of a path in order, from whoever begins to whoever ends."""
