@@ -19,7 +19,7 @@ from scheduler.packing import PASS_POSITIONS
 from scheduler.swarm import PASS_SIZES, Peer
 
 LIMIT: Final = 300
-"""Peers that a plan takes about 10 ms for on one CPU core; what the others would have added: docs/simulation.md."""
+"""Peers that the search takes some 5 ms for on one CPU core; what the others would have added: docs/simulation.md."""
 
 ANCHORS: Final = 8
 """Places around which a chain might run."""
@@ -107,14 +107,17 @@ class Crowd:
         """The same crowd where other facts are known of these of its peers. They serve the blocks that they served."""
         crowd = copy(self)
         crowd._peers, crowd._load, crowd._speed = list(self._peers), self._load.copy(), self._speed.copy()
-        anew = {self._index[peer.id]: peer for peer in peers}
-        for index, peer in anew.items():
+        indices: list[int] = []
+        for peer in peers:
+            index = self._index[peer.id]
             if (peer.start, peer.end) != (self._peers[index].start, self._peers[index].end):
                 raise ValueError(f"{peer.id} serves other blocks than the crowd was made with")
             crowd._peers[index] = peer
-        if anew:
-            crowd._load[[*anew]] = [_load_of(peer) for peer in anew.values()]
-            crowd._speed[[*anew]] = [peer.speed.block_ms for peer in anew.values()]
+            indices.append(index)
+        if indices:
+            anew = [crowd._peers[index] for index in indices]
+            crowd._load[indices] = [_load_of(peer) for peer in anew]
+            crowd._speed[indices] = [peer.speed.block_ms for peer in anew]
         return crowd
 
     def near(
@@ -186,7 +189,7 @@ class Crowd:
         starts, ends = self._start.clip(first, end) - first, self._end.clip(first, end) - first
         through = self._chain_through(present, starts, ends, block * (ends - starts) + fixed, outside, blocks)
 
-        # The best few of each block come first, so that no part of the model is left with one peer that may have died.
+        # The best of each block come first, half of all at most, so that no part of the model is left out.
         others = np.ones(len(through), dtype=bool)
         few = max(1, limit // (2 * (end - first)))
         serving, begins = self._by_block(starts, ends, blocks)
