@@ -11,7 +11,7 @@ from statistics import median_low
 
 import torch
 
-from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
+from scheduler.coordinates import Coordinate
 from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
 from splitnet.doctor.links import PeerLinks
 from splitnet.errors import OutOfMemory, SplitnetError
@@ -28,8 +28,6 @@ LINK_CODEC = "int8"
 TRIED_AT_ONCE = 32
 WITNESSES = 5
 """Of those that answer first, the nearest: by what most of them say of their places, who else is near is judged."""
-BELIEVED_SHARE = 0.9
-"""If so many of those that are tried answer, others need not: few are announced that do not exist."""
 PROBED = 4
 """Of those that answer: so many are sent 64 KiB, to know what this machine can send."""
 
@@ -87,8 +85,7 @@ def expected_block_ms(checkpoint: Checkpoint, *, device: str, dtype: str | None,
 
 @dataclass(frozen=True)
 class Present:
-    """Peers that are there. away_ms: one way to each, by name, measured or predicted; bytes_per_ms: that can be sent to
-    them; 0: not known."""
+    """Peers that are there. away_ms: one way to each, by name; bytes_per_ms: that can be sent to them; 0: not known."""
 
     records: Sequence[PeerRecord] = ()
     away_ms: Mapping[str, float] = field(default_factory=dict[str, float])
@@ -99,15 +96,14 @@ NOBODY = Present()
 
 
 def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
-    """Those of the peers that answer; of many a sample is tried, as anybody can announce peers that do not exist.
+    """Those of the peers that answer, of many a sample: anybody can announce peers that do not exist.
 
-    First such whose keys have cost work; then those that stand near, by what the nearest that have answered say. If
-    nearly all of these answer, others count as well whose keys have cost as much and that know where they stand.
+    First such whose keys have cost work; then those that stand near, by what the nearest that have answered say.
     """
+    records = [record for record in records if record.key != identity.public]  # of an earlier life of this peer
     if not records:
         return NOBODY
     others = sorted(random.sample(records, len(records)), key=lambda record: not record.is_proven)
-    must_be_proven = all(record.is_proven for record in others[:TRIED_AT_ONCE])
     found: list[tuple[float, PeerRecord]] = []
     with PeerLinks(identity) as links:
         for _ in range(2):
@@ -122,23 +118,11 @@ def answering(records: Sequence[PeerRecord], identity: Identity) -> Present:
                 others.sort(key=lambda record: _far_ms(place_of(record).coordinate, places))
         probed = links.prober.measure(record.endpoint for _, record in found[:PROBED])
     slowest = PROBE_BYTES / (1000 * PING_TIMEOUT_S) if found else 0.0  # none has arrived in time
-    present = [record for _, record in found]
-    away_ms = {record.key.text: rtt_ms / 2 for rtt_ms, record in found}
-    if len(found) >= BELIEVED_SHARE * (len(records) - len(others)):
-        predicted_ms = _predicted_ms(found, [each for each in others if each.is_proven or not must_be_proven])
-        present += [record for record in others if record.key.text in predicted_ms]
-        away_ms |= predicted_ms
-    return Present(present, away_ms, max((link.bytes_per_ms for link in probed.values()), default=slowest))
-
-
-def _predicted_ms(measured: Sequence[tuple[float, PeerRecord]], others: Sequence[PeerRecord]) -> dict[str, float]:
-    """One way to those of the others that know their places, by name, as far as this one is known from round trips."""
-    direction = tuple(random.gauss(0.0, 1.0) for _ in range(DIMENSIONS))
-    here = place_among([(place_of(record).coordinate, rtt_ms) for rtt_ms, record in measured], direction)
-    if here.error >= 1.0:
-        return {}
-    places = {record.key.text: place_of(record).coordinate for record in others}
-    return {name: here.rtt_ms(place) / 2 for name, place in places.items() if place.error < 1.0}
+    return Present(
+        [record for _, record in found],
+        {record.key.text: rtt_ms / 2 for rtt_ms, record in found},
+        max((link.bytes_per_ms for link in probed.values()), default=slowest),
+    )
 
 
 def _far_ms(place: Coordinate, witnesses: Sequence[Coordinate]) -> tuple[bool, float]:
