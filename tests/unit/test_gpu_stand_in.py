@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.swarm
+@pytest.mark.timeout(300)  # a suite of its own
 def test_the_tests_of_gpus_pass_on_the_stand_in() -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/gpu"]
     environment = {**os.environ, "GPU_TESTS_ON": "stand-in"}
