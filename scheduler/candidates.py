@@ -189,7 +189,7 @@ class Crowd:
         starts, ends = self._start.clip(first, end) - first, self._end.clip(first, end) - first
         through = self._chain_through(present, starts, ends, block * (ends - starts) + fixed, outside, blocks)
 
-        # The best of each block come first, half of all at most, so that no part of the model is left out.
+        # The best of each block come first, so that no part of the model is left out.
         others = np.ones(len(through), dtype=bool)
         few = max(1, limit // (2 * (end - first)))
         serving, begins = self._by_block(starts, ends, blocks)

@@ -42,8 +42,10 @@ from tests.unit.random_models import HYBRIDS, SPARSE, random_checkpoint, random_
 CUTS = ((0, 1), (1, 4), (4, 6))
 LENGTHS = (17, 25, 9)
 TOLERANCE = 1e-5
-STATES_TOLERANCE = 1e-4
-"""Recurrences sum in another order where a step has another length: so the whole model differs by up to 6e-5, too."""
+STATES_TOLERANCE = 3e-5
+"""Recurrences sum in another order where a step has another length."""
+OWN_DIFFERENCE = {"qwen3_5_moe_text": 6e-5}
+"""By which the whole model differs from itself when transformers cuts it into such steps, on some CPUs."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,8 @@ def test_packed_spans_equal_the_whole_model(case: Case, made: Callable[[Case], P
 
     for ids, output in zip(tokens, outputs, strict=True):
         tap.answer = output[None]
-        assert_close(shell(ids).logits, whole(ids).logits, STATES_TOLERANCE if case.family in STATES else TOLERANCE)
+        tolerance = OWN_DIFFERENCE.get(case.family, STATES_TOLERANCE) if case.family in STATES else TOLERANCE
+        assert_close(shell(ids).logits, whole(ids).logits, tolerance)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
