@@ -6,9 +6,8 @@ import statistics
 
 import torch
 
-from scheduler.local_share import best_share
 from splitnet.client.link_codecs import LinkCodecs
-from splitnet.client.planner import Needs
+from splitnet.client.planner import Needs, PlannedHop
 from splitnet.client.swarm import Swarm
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.model.checkpoint import Checkpoint
@@ -25,7 +24,7 @@ TIMED_STEPS = 5
 def choose_local_blocks(
     checkpoint: Checkpoint, swarm: Swarm, *, codec: str, device: str, weights: str | None
 ) -> str | None:
-    """The first blocks, as `LocalBlocks.load` takes them, with which tokens come soonest; None: none.
+    """The first blocks, as `LocalBlocks.load` takes them, with which tokens come soonest, the fewest of equal ones.
 
     Args:
         codec, device, weights: as for `splitnet.AutoModelForCausalLM`.
@@ -37,26 +36,22 @@ def choose_local_blocks(
     size = block_bytes(checkpoint, None, weights, device)
     most = min(blocks, int(MEMORY_SHARE * free_memory(torch.device(device)) / size))
     encodings = LinkCodecs(swarm, codec).encodings
-    problem: CoverageError | PeerBusy | None = None
-
-    def route_ms(first: int) -> float | None:
-        nonlocal problem
-        if first == blocks:
-            return 0.0
-        needs = Needs(1, encodings, (first, blocks))
-        try:
-            return swarm.planner.cost_ms(needs, swarm.plan(needs))
-        except (CoverageError, PeerBusy) as error:
-            problem = error
-            return None
-
     # Between the ends of spans every block more costs the same.
     edges = {edge for record in swarm.peers() for edge in (record.start, record.end) if edge <= most}
-    try:
-        share = best_share({0, most, *edges}, _block_ms(checkpoint, device, weights) if most else 0.0, route_ms)
-    except ValueError:
-        assert problem is not None
-        raise problem from None
+    routes: dict[int, tuple[Needs, list[PlannedHop]]] = {}
+    problem: CoverageError | PeerBusy | None = None
+    for first in {0, most, *edges}:
+        needs = Needs(1, encodings, (first, blocks))
+        try:
+            routes[first] = needs, swarm.plan(needs) if first < blocks else []
+        except (CoverageError, PeerBusy) as error:
+            problem = error
+    if problem and not routes:
+        raise problem
+    # Planning measures, too: routes are compared by what is known when all are planned.
+    costs = {first: swarm.planner.cost_ms(needs, hops) if hops else 0.0 for first, (needs, hops) in routes.items()}
+    block_ms = _block_ms(checkpoint, device, weights) if most else 0.0
+    share = min(costs, key=lambda first: (first * block_ms + costs[first], first))
     return f"0:{share}" if share else None
 
 

@@ -46,6 +46,8 @@ PLAIN, INT8 = CODECS["none"].code, CODECS["int8"].code
 ANSWER_S = 60.0
 ROUNDS = 100
 """Of requests for replays, in each epoch."""
+REPLAYS = 20
+"""Asked for at a time, and keys and values as often."""
 
 AT_ONCE = 500
 """Messages that are sent before the peer is waited for."""
@@ -340,7 +342,7 @@ def replays(
         blocks: not up to the last one.
 
     Returns:
-        Bytes that it has asked with, that it has uploaded before, and that came of it.
+        How often it has asked for its log, and bytes that it has uploaded before and that came of it.
     """
     came = 0
 
@@ -370,11 +372,11 @@ def replays(
             began()
             epoch = 1
             while time.monotonic() < until:
-                requests: list[Message] = [Replay(session, epoch, 1, facts.num_blocks)] * 20
-                requests += [FetchKV(session, epoch, 2, 1, length)] * 20
+                requests: list[Message] = [Replay(session, epoch, 1, facts.num_blocks)] * REPLAYS
+                requests += [FetchKV(session, epoch, 2, 1, length)] * REPLAYS
                 for _ in range(ROUNDS):
                     stranger.say(*requests)
-                    asked += sum(len(frame) for each in requests for frame in encode(each))
+                    asked += REPLAYS
                     stranger.settle()
                     came += sum(len(getattr(each, "payload", b"")) for each in stranger.answers)
                     stranger.answers.clear()

@@ -47,8 +47,13 @@ class Client:
         self._context.destroy(linger=0)
 
     def say(self, *messages: Message) -> None:
+        """Raises TimeoutError: the peer has refused the key."""
         for message in messages:
-            self.socket.send_multipart([bytes(frame) for frame in encode(message)])
+            try:
+                # It would wait without an end where the connection is gone; nothing else makes it wait.
+                self.socket.send_multipart([bytes(frame) for frame in encode(message)], zmq.NOBLOCK)
+            except zmq.Again:
+                raise TimeoutError("the peer accepts no connection of this key") from None
 
     def hear(self, kind: type[Message] | None = None, timeout_s: float = ANSWER_S) -> Any:
         """The next message, of this kind if one is given. Raises TimeoutError."""

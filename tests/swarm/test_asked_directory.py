@@ -263,10 +263,9 @@ def test_strangers_at_a_private_peer_learn_and_announce_nothing(folder: Path, no
         with pytest.raises(DirectoryError, match="does not accept this key"):
             connect(swarm, swarm.peers[0], identity=stranger)
         peer = swarm.peers[0]
-        with Client(peer.endpoint, stranger) as attacker:
+        with Client(peer.endpoint, stranger) as attacker, pytest.raises(TimeoutError):
             attacker.say(LookUp(1, peer.checkpoint.fingerprint, 2), Announce(2, 2, peer.record().pack(peer.identity)))
-            with pytest.raises(TimeoutError):
-                attacker.hear(timeout_s=1.0)
+            attacker.hear(timeout_s=1.0)
 
 
 def test_a_flood_of_questions_neither_floods_the_dht_nor_keeps_others_waiting(

@@ -206,8 +206,9 @@ def test_small_requests_have_little_sent(victims: Victims) -> None:
 
     with victims.attacked(attack):
         [(asked, uploaded, came)] = figures
-        assert asked > 50_000
-        assert 0 < came < 14 * uploaded
+        most = 14  # logs
+        assert asked > 10 * most
+        assert 0 < came < most * uploaded
 
 
 def test_adapters_that_do_not_fit_fill_no_log(victims: Victims, caplog: pytest.LogCaptureFixture) -> None:

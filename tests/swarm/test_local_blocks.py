@@ -13,6 +13,7 @@ from peft import LoraConfig, PrefixTuningConfig, TaskType, get_peft_model
 from splitnet.client import local_share
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.mixed_session import MixedSession
+from splitnet.client.planner import Planner
 from splitnet.client.session import Session
 from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
@@ -139,11 +140,18 @@ def test_what_is_no_range_of_blocks_is_refused(folder: Path, swarm: LocalSwarm, 
         visit.model(local_blocks=blocks)
 
 
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block takes 2 ms at peers and 1 ms here, whatever else this machine does."""
+    monkeypatch.setattr(Planner, "cost_ms", lambda _, __, hops: 2.0 * sum(hop.end - hop.start for hop in hops))
+    monkeypatch.setattr(local_share, "_block_ms", lambda *_: 1.0)
+
+
+@pytest.mark.usefixtures("costs")
 def test_auto_takes_what_makes_tokens_come_soonest(
     swarm: LocalSwarm, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All blocks where there is memory for them, as no link is faster than none; otherwise as many as fit."""
-    monkeypatch.setattr(local_share, "_block_ms", lambda *_: 1e-6)  # what else this machine does is no matter
+    """All blocks where there is memory for them, otherwise as many as fit; none where a peer is as fast."""
     with swarm.visit() as visit:
         whole = visit.model(local_blocks="auto")
         assert torch.equal(whole.generate(tokens(7), **options()), local.generate(tokens(7), **options()))
@@ -156,12 +164,29 @@ def test_auto_takes_what_makes_tokens_come_soonest(
         with part.session() as cache:
             part.generate(tokens(7), **options())
             assert cache.session is not None
-            assert cache.session.hops[0].blocks[0] in (1, 2)
+            assert cache.session.hops[0].blocks[0] == 2
+        monkeypatch.setattr(local_share, "_block_ms", lambda *_: 2.0)
+        slow = visit.model(local_blocks="auto")
+        with slow.session() as cache:
+            slow.generate(tokens(7), **options())
+            assert isinstance(cache.session, Session)
         monkeypatch.setattr(local_share, "free_memory", lambda _: 0)
         none = visit.model(local_blocks="auto")
         with none.session() as cache:
             none.generate(tokens(7), **options())
             assert isinstance(cache.session, Session)
+
+
+@pytest.mark.usefixtures("costs")
+def test_auto_takes_what_nobody_serves(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(local_share, "_block_ms", lambda *_: 3.0)
+    with local_swarm(folder, [(2, 6)]) as few:
+        model = few.model(local_blocks="auto")
+        assert torch.equal(model.generate(tokens(7), **options()), local.generate(tokens(7), **options()))
+        with model.session() as cache:
+            model.generate(tokens(7), **options())
+            assert cache.session is not None
+            assert [hop.blocks for hop in cache.session.hops] == [(2, 6)]
 
 
 def test_local_blocks_in_other_weights(tmp_path: Path, swarm: LocalSwarm, local: Any) -> None:
