@@ -447,7 +447,11 @@ def test_what_a_link_carries_is_told(node: Start) -> None:
         asleep.set()
     sleeper.wait(lambda: len(sleeper.received) == 101)
     deadline = time.monotonic() + WAIT_S
-    while (passed := sender.transport.traffic(sleeper.endpoint)) and passed.unsent and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
+        passed = sender.transport.traffic(sleeper.endpoint)
+        # What zmq has handed over may have come before it hands over the rest.
+        if passed is None or (not passed.unsent and passed.acked - before.acked > 100 << 20):
+            break
         sender.transport.tick_soon()
     assert not sender.transport.queues()
     assert passed is not None and passed.acked - before.acked > 100 << 20
