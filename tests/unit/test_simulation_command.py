@@ -11,6 +11,7 @@ from splitnet.errors import SplitnetError
 from splitnet.simulation.engine import Simulation
 
 WORLD = ["simulate", "--peers", "30", "--clients", "20", "--blocks", "12", "--hidden", "512"]
+FEW = [*WORLD, "--clients", "5"]
 SMALL = [*WORLD, "--policy", "own"]
 
 
@@ -47,15 +48,15 @@ def test_an_unknown_policy_is_an_error_that_names_the_known_ones() -> None:
 
 
 def test_against_all_is_one_table_with_intervals() -> None:
-    output = run("--against", "all", "--scenario", "burst", "--worlds", "2", given=WORLD, columns=250)
-    assert "30 peers, 2 x 20 sessions, all within a second" in output
+    output = run("--against", "all", "--scenario", "burst", "--worlds", "2", given=FEW, columns=250)
+    assert "30 peers, 2 x 5 sessions, all within a second" in output
     for policy in ("own", "Petals, pushing", "oracle"):
         assert policy in output
     assert "% to +" in output
 
 
 def test_one_world_has_no_intervals() -> None:
-    output = run("--against", "all", "--scenario", "burst", given=WORLD, columns=250)
+    output = run("--against", "all", "--scenario", "burst", given=FEW, columns=250)
     assert "of one world" in output and "nan" not in output
 
 
