@@ -197,8 +197,10 @@ class Peer:
             fitting = fitting_blocks(
                 checkpoint, options.wish, device=options.device, dtype=options.dtype, weights=options.weights
             )
-            present = answering(directory.peers(checkpoint.fingerprint), identity) if fitting else NOBODY
-            own_ms = None
+            present, own_ms = NOBODY, None
+            if fitting:
+                report("ask who answers", 0, 0)
+                present = answering(directory.peers(checkpoint.fingerprint), identity)
             if present.records:
                 own_ms = expected_block_ms(
                     checkpoint, device=options.device, dtype=options.dtype, weights=options.weights
