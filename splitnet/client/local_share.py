@@ -24,7 +24,9 @@ TIMED_STEPS = 5
 def choose_local_blocks(
     checkpoint: Checkpoint, swarm: Swarm, *, codec: str, device: str, weights: str | None
 ) -> str | None:
-    """The first blocks, as `LocalBlocks.load` takes them, with which tokens come soonest, the fewest of equal ones.
+    """The first blocks, as `LocalBlocks.load` takes them, with which tokens come soonest; None: none.
+
+    Of as good numbers of blocks the smallest.
 
     Args:
         codec, device, weights: as for `splitnet.AutoModelForCausalLM`.

@@ -174,7 +174,8 @@ class AuthorizedKeys:
     of a key lets strangers in, who come last.
 
     The file is read again when it changes (looked at once a second at most). If the new text has an error, the old
-    list stays in force and a warning is logged, so that an edit cannot open or close the swarm by accident.
+    list stays in force and a warning is logged, so that an edit cannot open or close the swarm by accident. For the
+    same reason an empty file, as it is while it is written anew, counts only if it still is so at the next look.
     """
 
     def __init__(self, path: Path | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -182,6 +183,7 @@ class AuthorizedKeys:
         self._clock = clock
         self._next_check = clock() + RELOAD_INTERVAL_S
         self._stamp = None if path is None else _file_stamp(path)
+        self._empty: tuple[int, int, int] | None = None
         self._listed: dict[bytes | None, KeyOptions] = (
             {ANYONE: KeyOptions()} if path is None else _read_authorized_keys(path)
         )
@@ -222,6 +224,9 @@ class AuthorizedKeys:
     def _reload_if_changed(self, path: Path) -> None:
         stamp = _file_stamp(path)
         if stamp == self._stamp:
+            return
+        if stamp is not None and stamp[1] == 0 and stamp != self._empty:
+            self._empty = stamp
             return
         self._stamp = stamp
         try:

@@ -423,7 +423,8 @@ def test_an_invitation_is_all_that_a_friend_needs_and_can_be_revoked(small: Path
             while (refused := here(*generate, "--invite", bob, "bees")).code == 0:
                 assert time.monotonic() < deadline
             assert re.search("does not accept this (client.s )?key", refused.error)
-            assert here(*own, str(swarm_key)).output == told.output
+            kept = here(*own, str(swarm_key))
+            assert kept.output == told.output, kept.error
 
 
 def test_status_in_json(address: str, demo_checkpoint: Path, here: Here) -> None:

@@ -270,3 +270,22 @@ def test_list_is_reloaded_and_a_broken_edit_keeps_the_old_one(tmp_path: Path, ca
     path.unlink()
     clock.now += 1.0
     assert keys.allows(second.curve_raw)
+
+
+def test_a_list_that_is_being_written_keeps_nobody_out(tmp_path: Path) -> None:
+    first, second = Identity.generate().public, Identity.generate().public
+    path, clock = tmp_path / "authorized_keys", _Clock()
+    path.write_text(first.text)
+    keys = AuthorizedKeys.from_file(path, clock=clock)
+    with path.open("w") as file:
+        clock.now += 1.0
+        assert keys.allows(first.curve_raw), "it is empty for a moment"
+        file.write(f"{second.text}\n")
+    clock.now += 1.0
+    assert keys.allows(second.curve_raw) and not keys.allows(first.curve_raw)
+
+    path.write_text("")
+    clock.now += 1.0
+    assert keys.allows(second.curve_raw)
+    clock.now += 1.0
+    assert not keys.allows(second.curve_raw), "it stays empty: nobody may use the peer"
