@@ -10,7 +10,7 @@ from typing import Any
 # Before torch is imported; peer daemons inherit it. Tests share few cores, and one thread keeps sums reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests start some hundred processes: all read what the first one has compiled.
+# Tests start many processes: all read what the first one has compiled.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import hypothesis

@@ -95,7 +95,7 @@ def _outside(value: Any) -> Any:
 
 
 def _each(change: Callable[[Any], Any], values: Any) -> Any:
-    """As torch's `tree_map` for what operations take and give, in a third of the time."""
+    """As torch's `tree_map` for what operations take and give; that took a third of the time of all these tests."""
     return type(values)(_each(change, value) for value in values) if type(values) in (list, tuple) else change(values)
 
 

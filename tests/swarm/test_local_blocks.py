@@ -15,7 +15,7 @@ from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.mixed_session import MixedSession
 from splitnet.client.planner import Planner
 from splitnet.client.session import Session
-from splitnet.errors import SplitnetError
+from splitnet.errors import CoverageError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes
 from tests.swarm.harness import LocalSwarm, local_swarm, repairs
@@ -178,6 +178,24 @@ def test_auto_takes_what_makes_tokens_come_soonest(
 
 
 @pytest.mark.usefixtures("costs")
+def test_auto_compares_routes_by_what_is_known_when_all_are_planned(
+    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plans: list[object] = []
+    plan, cost_ms = Planner.plan, Planner.cost_ms
+    monkeypatch.setattr(Planner, "plan", lambda *given, **options: plans.append(given) or plan(*given, **options))
+    monkeypatch.setattr(Planner, "cost_ms", lambda *given: cost_ms(*given) + 100.0 * len(plans))
+    size = block_bytes(Checkpoint.open(swarm.folder), None)
+    monkeypatch.setattr(local_share, "free_memory", lambda _: int(2.5 * size / local_share.MEMORY_SHARE))
+    with swarm.visit() as visit:
+        model = visit.model(local_blocks="auto")
+        with model.session() as cache:
+            model.generate(tokens(7), **options())
+            assert cache.session is not None
+            assert cache.session.hops[0].blocks[0] == 2, "the route that was planned first looked fastest then"
+
+
+@pytest.mark.usefixtures("costs")
 def test_auto_takes_what_nobody_serves(folder: Path, local: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local_share, "_block_ms", lambda *_: 3.0)
     with local_swarm(folder, [(2, 6)]) as few:
@@ -187,6 +205,9 @@ def test_auto_takes_what_nobody_serves(folder: Path, local: Any, monkeypatch: py
             model.generate(tokens(7), **options())
             assert cache.session is not None
             assert [hop.blocks for hop in cache.session.hops] == [(2, 6)]
+        monkeypatch.setattr(local_share, "free_memory", lambda _: 0)
+        with pytest.raises(CoverageError, match=r"0\.\.1"):
+            few.model(local_blocks="auto")
 
 
 def test_local_blocks_in_other_weights(tmp_path: Path, swarm: LocalSwarm, local: Any) -> None:
