@@ -292,7 +292,7 @@ class Peer:
             protocol=PROTOCOL_VERSION,
             codecs=tuple(CODECS),
             device=str(server.span.device),
-            dtype=server.span.weights.kind,
+            dtype=server.span.weights.text,
             block_ms=server.speed.block_ms,
             queue_ms=wait_ms,
             batch=batch,

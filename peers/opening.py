@@ -119,7 +119,7 @@ class NextHopOpening:
 
     def _say_opened(self, session: Session, *, next_reachable: bool) -> None:
         cached = sum(row.length for row in list(session.rows.values()))
-        self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached))
+        self._outbox.send(session.reply_to, Opened(session.id, session.epoch, next_reachable, cached, session.weights))
 
 
 def _is_known(state: LinkState, proven: bool) -> bool:

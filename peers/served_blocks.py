@@ -24,6 +24,8 @@ class ServedBlocks:
     num_blocks: int
     hidden_size: int
     max_positions: int | None
+    weights: str = ""
+    """What they are held as, see `Weights.text`."""
 
     def refusal(self, message: Open) -> tuple[FailureCode, str] | None:
         """Why an `Open` cannot be served by this peer at all."""

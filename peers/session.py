@@ -62,6 +62,8 @@ class Session:
     log: SentLog
     used_at: float
     """Seconds of the peer's clock."""
+    weights: str = ""
+    """What `Opened` says that they are held as."""
     opened_at: float = 0.0
     stepped_at: float = 0.0
     """When it was opened, and when its last step or pass came. Of the peer's clock."""

@@ -333,6 +333,7 @@ class SessionService:
         session.epoch = message.epoch
         session.previous = PublicKey(message.previous).curve_raw if message.previous else None
         session.used_at = now
+        session.weights = self.served.weights if message.asks_weights else ""
         self._opening.reach(session, next_hop_of(message), now, again=again)
 
     def _make_room(self, session: Session, budget: int, now: float) -> None:

@@ -106,6 +106,7 @@ class SpanServer:
             num_blocks=checkpoint.num_blocks,
             hidden_size=checkpoint.hidden_size,
             max_positions=checkpoint.max_positions,
+            weights=span.weights.text,
         )
         if training_memory is None:
             training_memory = span.free_memory() // 8

@@ -80,6 +80,10 @@ class CoverageError(SplitnetError):
     """Some blocks of the model are served by nobody."""
 
 
+class OtherWeights(CoverageError):
+    """Who serves some blocks holds their weights otherwise than a session had them, and that was not allowed."""
+
+
 class WrongSwarm(SplitnetError):
     """The swarm serves other weights than the ones the client holds."""
 

@@ -114,6 +114,15 @@ Wait = Annotated[
     float,
     typer.Option(min=0, metavar="SECONDS", help="Time to wait for blocks that suddenly nobody serves."),
 ]
+AnyWeights = Annotated[
+    bool | None,
+    typer.Option(
+        "--any-weights/--same-weights",
+        help="Whether a text may go on with weights held otherwise (int4 after float32) if nobody else is left; if not "
+        "given, it may with --codec auto.",
+        show_default=False,
+    ),
+]
 LocalBlocks = Annotated[
     str | None,
     typer.Option(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 from splitnet.cli.arguments import (
+    AnyWeights,
     CodecName,
     Device,
     EnergySlowdown,
@@ -41,6 +42,7 @@ class Connecting:
     lan: Lan = True
     codec: CodecName = "auto"
     wait: Wait = 30.0
+    any_weights: AnyWeights = None
     device: Device = "auto"
     local_blocks: LocalBlocks = None
     local_weights: LocalWeights = None
@@ -63,6 +65,7 @@ class Connecting:
             codec=self.codec,
             key_file=self.key_file,
             wait_s=self.wait,
+            any_weights=self.any_weights,
             local_blocks=self.local_blocks,
             local_weights=self.local_weights,
             lan=self.lan,

@@ -31,6 +31,7 @@ class Connection:
         model: hub id, checkpoint folder or GGUF file.
         join: addresses of the swarm; empty: it is looked for on the local network, if `lan`.
         wait_s: how long to wait for blocks that are suddenly served by nobody.
+        any_weights: whether such weights may be held otherwise, see `splitnet.AutoModelForCausalLM`.
         local_blocks, local_weights: what runs here, see `splitnet.AutoModelForCausalLM`.
         tokenizer: hub id or folder, in place of the checkpoint's own.
         device: that runs what is here; see `splitnet.model.device_choice`.
@@ -49,6 +50,7 @@ class Connection:
     codec: str = "auto"
     key_file: Path | None = None
     wait_s: float = 30.0
+    any_weights: bool | None = None
     local_blocks: str | None = None
     local_weights: str | None = None
     lan: bool = True
@@ -143,6 +145,7 @@ class Connection:
         return {
             "codec": self.codec,
             "recovery_timeout_s": self.wait_s,
+            "any_weights": self.any_weights,
             "device": self.computes_on,
             "local_blocks": self.local_blocks,
             "local_weights": self.local_weights,

@@ -80,6 +80,8 @@ class AutoModelForCausalLM:
             codec: how activations travel: "auto", or a name from `splitnet.net.codecs.CODECS`.
             dtype, device: of the local part; "auto": the best device that works, see `splitnet.model.device_choice`.
             recovery_timeout_s: how long to wait for other peers when blocks are suddenly served by nobody.
+            any_weights: whether to go on with weights held otherwise, such as int4 after float32, where nobody is left
+                who holds them as the session had them; else that raises OtherWeights. None: with the codec "auto" only.
             prefer: "latency": the next token soonest; "throughput": the most tokens per second, for batches; "energy":
                 the least energy per token, as far as peers tell (docs/energy.md).
             energy_slowdown: with "energy", how many times as long as on the fastest route a token may take; None: 1.5.
@@ -123,6 +125,7 @@ def _attached(checkpoint: Checkpoint, swarm: Swarm, options: CausalOptions) -> R
             prefer=options.prefer,
             energy_slowdown=options.energy_slowdown,
             recovery_timeout_s=options.recovery_timeout_s,
+            any_weights=options.any_weights,
         )
 
     def open_session(budget: int) -> ModelSession:

@@ -11,9 +11,12 @@ from typing import Literal
 
 KEPT_EVENTS = 256
 
-Kind = Literal["lost", "repaired", "rerouted", "failed", "refused", "joined", "gone", "back", "left", "moved"]
+Kind = Literal[
+    "lost", "repaired", "rerouted", "failed", "refused", "weights", "joined", "gone", "back", "left", "moved"
+]
 """Of routes: a hop was lost, the route is repaired, or changed for a better one; a repair failed; a peer did not take a
-session. Of peers: they joined, stopped answering, answer again, left, serve other blocks.
+session; weights are held otherwise. Of peers: they joined, stopped answering, answer again, left, serve other
+blocks.
 """
 
 

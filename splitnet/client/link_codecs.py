@@ -34,6 +34,11 @@ class LinkCodecs:
         self._exact_embeddings = exact_embeddings
 
     @property
+    def vary(self) -> bool:
+        """Whether another route may have other codecs, and so other tokens."""
+        return self._name == "auto"
+
+    @property
     def encodings(self) -> tuple[Encoding, ...]:
         """What a planner needs to know of the codecs that a link may use."""
         sizes = {name: codec.bytes_per_position(self._swarm.facts.hidden_size) for name, codec in CODECS.items()}

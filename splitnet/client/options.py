@@ -28,6 +28,7 @@ class ClientOptions:
     dtype: torch.dtype | str | None = None
     device: str = "auto"
     recovery_timeout_s: float = RECOVERY_TIMEOUT_S
+    any_weights: bool | None = None
     gradient_codec: str = "auto"
     local_blocks: str | None = None
     local_weights: str | None = None

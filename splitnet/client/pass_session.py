@@ -52,6 +52,7 @@ class PassSession(SessionDriver):
         codec: of the activations on every link, or "auto".
         gradient_codec: of the gradients on every link; "auto": exact where the activations are, else "bf16".
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
+        any_weights: see `SessionDriver`.
         blocks: what the peers run of the model, `[start, end)`; None: all of it.
     """
 
@@ -62,6 +63,7 @@ class PassSession(SessionDriver):
         codec: str = "auto",
         gradient_codec: str = "auto",
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
+        any_weights: bool | None = None,
         blocks: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(
@@ -72,6 +74,7 @@ class PassSession(SessionDriver):
             in_flight=MICRO_BATCHES_PER_HOP * 4,
             progress_timeout_s=PASS_PROGRESS_S,
             recovery_timeout_s=recovery_timeout_s,
+            any_weights=any_weights,
         )
         if gradient_codec != "auto":
             codec_by_name(gradient_codec)

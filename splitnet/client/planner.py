@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import NamedTuple
 
 from scheduler.candidates import LIMIT, Crowd
 from scheduler.cost import hop_joules, move_ms, route_ms
@@ -15,7 +16,7 @@ from scheduler.route import NoRoute, best_route
 from scheduler.swarm import Hop, Peer
 from splitnet.client.latest import Latest
 from splitnet.client.survey import Survey
-from splitnet.errors import CoverageError, PeerBusy, SplitnetError
+from splitnet.errors import CoverageError, OtherWeights, PeerBusy, SplitnetError
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import facts_of, places_of
 from splitnet.net.records import PeerRecord
@@ -25,6 +26,10 @@ EXACT_PEERS = LIMIT
 
 KEPT_CROWDS = 2
 """Of the records that were read last, and of those before, with which another thread may still plan."""
+
+
+ALIKE_AGAIN = "start a peer that holds them so (--weights, --dtype), or allow others, and other tokens (--any-weights)"
+"""What to do if nobody holds blocks as a session had them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +98,14 @@ def repaired_route(
         return with_kept_hops(plan(blocks, CLIENT_ENDS, excluded, {hop.name for hop in kept}), kept)
 
 
+class HeldBlocks(NamedTuple):
+    """Blocks `[start, end)` whose weights are held as `weights`, see `PeerRecord.dtype`."""
+
+    start: int
+    end: int
+    weights: str
+
+
 @dataclass(frozen=True, slots=True)
 class Needs:
     """What a session wants of a route.
@@ -100,7 +113,8 @@ class Needs:
     kv_positions: to be free on every hop. encodings: codecs that a link may use. blocks: what to cover, [start, end).
     positions: of a usual step. in_flight: steps under way at the same time; 1 asks for the least latency.
     energy_slowdown: asks for the least energy on routes that take at most so many times as long as the fastest; None:
-    asks for the fastest. prompt: positions that come before the first token.
+    asks for the fastest. prompt: positions that come before the first token. held: what the weights of blocks must be
+    held as; of blocks that it does not name, as anything.
     """
 
     kv_positions: int
@@ -110,6 +124,7 @@ class Needs:
     in_flight: int = 1
     energy_slowdown: float | None = None
     prompt: int = 0
+    held: tuple[HeldBlocks, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +182,12 @@ class Planner:
 
         Raises:
             CoverageError: blocks are served by nobody that may be used; names them.
+            OtherWeights: nobody holds them as they must be.
             PeerBusy: they are served, but no peer has memory for the session.
         """
         source, target = _names(ends)
+        everyone, alike = records, _held_alike(records, needs.held, blocks)
+        exclude = {*exclude, *(name for name, (start, end) in alike.items() if start == end)}
         if len(records) > EXACT_PEERS:
             peers, by_name = self._likely(records, needs, blocks, EXACT_PEERS, exclude, ends, holders)
             records = [by_name[peer.id] for peer in peers]
@@ -177,6 +195,8 @@ class Planner:
             by_name = {record.key.text: record for record in records if record.key.text not in exclude}
             records = list(by_name.values())
             peers = [_with_room(peer, needs, holders) for peer in self._survey.peers(records)]
+        if alike:
+            peers = [replace(peer, start=alike[peer.id][0], end=alike[peer.id][1]) for peer in peers]
         network = self._survey.network(_with_ends(records, ends))
         try:
             route = best_route(
@@ -194,7 +214,8 @@ class Planner:
                 rng=self._random,
             )
         except NoRoute as error:
-            raise no_route_error(error, self._model_name, restricted=restricted) from None
+            otherwise = _held_otherwise(error.missing, needs.held, everyone, self._model_name)
+            raise otherwise or no_route_error(error, self._model_name, restricted=restricted) from None
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
     def likely(
@@ -306,6 +327,37 @@ def _crowd_of(records: tuple[PeerRecord, ...]) -> tuple[Crowd, Mapping[str, Peer
     """What the records say of the peers, and the records by name."""
     crowd = Crowd([facts_of(record) for record in records], Network(places=places_of(records)))
     return crowd, {record.key.text: record for record in records}
+
+
+def _held_alike(
+    records: Sequence[PeerRecord], held: Sequence[HeldBlocks], blocks: tuple[int, int]
+) -> dict[str, tuple[int, int]]:
+    """Which of the blocks `[start, end)` each peer serves and holds as they must be: the longest range, by name.
+
+    Nothing if nothing is said of how they must be held.
+    """
+    alike: dict[str, tuple[int, int]] = {}
+    for record in records if held else ():
+        start, end = (min(max(edge, blocks[0]), blocks[1]) for edge in (record.start, record.end))
+        others = sorted((one.start, one.end) for one in held if one.weights != record.dtype)
+        edges = [start, *(min(max(edge, start), end) for other in others for edge in other), end]
+        alike[record.key.text] = max(zip(edges[::2], edges[1::2], strict=True), key=lambda each: each[1] - each[0])
+    return alike
+
+
+def _held_otherwise(
+    missing: Sequence[tuple[int, int]], held: Sequence[HeldBlocks], records: Sequence[PeerRecord], model_name: str
+) -> OtherWeights | None:
+    """Why blocks are missing that some serve, but hold otherwise; None: that is not why."""
+    for start, end in missing:
+        wanted = {one.weights for one in held if one.start < end and one.end > start}
+        there = {record.dtype for record in records if record.start < end and record.end > start} - wanted
+        if wanted and there:
+            return OtherWeights(
+                f"blocks {_ranges([(start, end)])} of {model_name} are held as {' or '.join(sorted(there))} by all who "
+                f"serve them, and were held as {' and '.join(sorted(wanted))} in this session: {ALIKE_AGAIN}"
+            )
+    return None
 
 
 def _with_room(peer: Peer, needs: Needs, holders: Collection[str]) -> Peer:

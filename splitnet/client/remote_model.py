@@ -240,6 +240,7 @@ def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, local: LocalBlocks, opti
             codec=options.codec,
             gradient_codec=options.gradient_codec,
             recovery_timeout_s=options.recovery_timeout_s,
+            any_weights=options.any_weights,
             blocks=blocks,
         )
 

@@ -27,6 +27,8 @@ class RouteHop:
     """What it held of the session when it was opened last."""
     filled: bool = False
     """It holds the KV cache that the session wants."""
+    weights: str = ""
+    """What its blocks are held as, as its record or itself has said last."""
     adapter_version: int = 0
     """Of the adapter that it has taken over; 0: none."""
     lost: bool = False
@@ -35,6 +37,7 @@ class RouteHop:
 
     def __post_init__(self) -> None:
         self.endpoint = self.planned.endpoint
+        self.weights = self.planned.record.dtype
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ from splitnet.client.planner import Needs, PlannedHop, repaired_route, with_kept
 from splitnet.client.session_events import AskRoute, Move, NoRoute, Planned
 from splitnet.client.survey import TRUST_S
 from splitnet.client.swarm import Swarm
-from splitnet.errors import SplitnetError
+from splitnet.errors import CoverageError, PeerBusy, SplitnetError
 from splitnet.net.codecs import Codec
 
 log = logging.getLogger(__name__)
@@ -31,16 +31,18 @@ class Routes:
         swarm: the peers.
         codecs: chooses the codec of each link.
         blocks: what to cover, `[start, end)`.
+        any_weights: whether blocks may be held otherwise than a session needs them where nobody holds them so.
 
     Attributes:
         watch: what steps take on the present route.
     """
 
-    def __init__(self, swarm: Swarm, codecs: LinkCodecs, blocks: tuple[int, int]) -> None:
+    def __init__(self, swarm: Swarm, codecs: LinkCodecs, blocks: tuple[int, int], *, any_weights: bool = False) -> None:
         self.watch = RouteWatch()
         self._swarm = swarm
         self._codecs = codecs
         self._blocks = blocks
+        self._any_weights = any_weights
         self._news = swarm.fresh_facts.news
         self._looked_at = 0.0
         self._stepped_at = 0.0
@@ -53,10 +55,9 @@ class Routes:
     def answer(self, asked: AskRoute, needs: Needs) -> Planned | NoRoute:
         """The route that was asked for, or why there is none."""
         swarm = self._swarm
-        try:
-            if asked.unban:
-                swarm.unban_living()
-            route = repaired_route(
+
+        def route_for(needs: Needs) -> list[PlannedHop]:
+            return repaired_route(
                 asked.kept,
                 asked.excluded,
                 self._blocks,
@@ -64,6 +65,16 @@ class Routes:
                     needs, blocks=blocks, ends=ends, exclude=exclude, holders=holders, fresh=asked.fresh
                 ),
             )
+
+        try:
+            if asked.unban:
+                swarm.unban_living()
+            try:
+                route = route_for(needs)
+            except (CoverageError, PeerBusy):
+                if not (needs.held and self._any_weights):
+                    raise
+                route = route_for(replace(needs, held=()))
         except SplitnetError as error:
             return NoRoute(asked.number, error, self._present(), swarm.was_covered)
         self._planned = route, swarm.planner.cost_ms(replace(needs, prompt=0), route)

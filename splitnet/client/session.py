@@ -78,6 +78,7 @@ class Session(SessionDriver):
         energy_slowdown: of "energy": how many times as long as on the fastest route a step may take; None: 1.5.
         progress_timeout_s: how long hops may work on a step without any progress.
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
+        any_weights: see `SessionDriver`.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Session(SessionDriver):
         energy_slowdown: float | None = None,
         progress_timeout_s: float = PROGRESS_TIMEOUT_S,
         recovery_timeout_s: float = RECOVERY_TIMEOUT_S,
+        any_weights: bool | None = None,
     ) -> None:
         check_preference(prefer, energy_slowdown)
         super().__init__(
@@ -102,6 +104,7 @@ class Session(SessionDriver):
             energy_slowdown=(energy_slowdown or ENERGY_SLOWDOWN) if prefer == "energy" else None,
             progress_timeout_s=progress_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
+            any_weights=any_weights,
         )
         self._asked_at = 0.0
 

@@ -102,6 +102,8 @@ class SessionDriver:
         energy_slowdown: see `splitnet.client.planner.Needs`.
         progress_timeout_s: how long hops may work on something without any progress.
         recovery_timeout_s: how long to wait for other peers when blocks of the route are served by nobody any more.
+        any_weights: whether it goes on with weights held otherwise where nobody is left who holds them as on the route
+            before; None: if codecs vary with the route, too.
     """
 
     def __init__(
@@ -115,9 +117,12 @@ class SessionDriver:
         progress_timeout_s: float,
         recovery_timeout_s: float,
         energy_slowdown: float | None = None,
+        any_weights: bool | None = None,
     ) -> None:
         self.id = secrets.token_bytes(SESSION_BYTES)
         self.traffic = Traffic()
+        if any_weights is None:
+            any_weights = codecs.vary
         self.state = SessionState(
             self.id,
             model=swarm.facts.fingerprint,
@@ -127,13 +132,14 @@ class SessionDriver:
             budget=budget,
             progress_timeout_s=progress_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
+            any_weights=any_weights,
         )
         self._swarm = swarm
         self._codecs = codecs
         self._in_flight = in_flight
         self._energy_slowdown = energy_slowdown
         self._prompt = 0
-        self._routes = Routes(swarm, codecs, self.state.blocks)
+        self._routes = Routes(swarm, codecs, self.state.blocks, any_weights=any_weights)
         self._events: deque[Event] = deque()
         self._asked: deque[AskRoute] = deque(maxlen=1)
         """The route to be planned, if there is one: filled by any thread, emptied by the one that waits."""
@@ -259,7 +265,7 @@ class SessionDriver:
                 swarm.unban(name)
             case Note(kind, text, peer):
                 log.log(
-                    logging.WARNING if kind in ("lost", "failed") else logging.INFO,
+                    logging.WARNING if kind in ("lost", "failed", "weights") else logging.INFO,
                     "%s",
                     text,
                     extra={"session": self.id.hex()} | ({"peer": peer} if peer else {}),
@@ -361,4 +367,5 @@ class SessionDriver:
             self._in_flight,
             self._energy_slowdown,
             prompt if one_step else 0,
+            self.state.held,
         )

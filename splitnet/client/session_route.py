@@ -24,7 +24,7 @@ from enum import StrEnum
 from splitnet.client.event_log import Kind
 from splitnet.client.liveness import Liveness
 from splitnet.client.overview import blocks_text, short_key
-from splitnet.client.planner import PlannedHop
+from splitnet.client.planner import ALIKE_AGAIN, HeldBlocks, PlannedHop
 from splitnet.client.requests import ReplayRequest, most_bytes, next_refill
 from splitnet.client.route_hop import RouteHop
 from splitnet.client.session_events import (
@@ -40,7 +40,16 @@ from splitnet.client.session_events import (
     Send,
     Unban,
 )
-from splitnet.errors import CoverageError, NotAuthorized, PeerBusy, PeerLeaving, PeerLost, SessionLost, SplitnetError
+from splitnet.errors import (
+    CoverageError,
+    NotAuthorized,
+    OtherWeights,
+    PeerBusy,
+    PeerLeaving,
+    PeerLost,
+    SessionLost,
+    SplitnetError,
+)
 from splitnet.model.adapters import Adapter, counted_down, write_groups
 from splitnet.net.codecs import Codec, codec_by_name
 from splitnet.net.endpoints import Endpoint, Relay
@@ -92,8 +101,8 @@ POLL_S = 0.5
 MAX_ATTEMPTS = 8
 """So many routes may fail before an answer comes on one."""
 
-_NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized)
-"""What a peer may say of one session without being at fault."""
+_NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights)
+"""Why a peer may not do for one session without being at fault."""
 
 
 @dataclass(slots=True)
@@ -126,8 +135,10 @@ class SessionRoute(ABC):
         budget: positions of KV cache to reserve on every hop, over all rows.
         progress_timeout_s: how long hops may work on what is under way without any progress.
         recovery_timeout_s: how long to wait for other peers when blocks are served by nobody any more.
+        any_weights: whether it goes on where weights are held otherwise than before, if nobody holds them so.
 
     Attributes:
+        held: what the weights of blocks are held as, on the last route that stood; empty: none has.
         phase, epoch, hops, adapter, adapter_version, budget: as they are now.
         log: what the client itself has sent; None before the first step.
         recoveries: repairs of the route so far.
@@ -146,6 +157,7 @@ class SessionRoute(ABC):
         budget: int,
         progress_timeout_s: float,
         recovery_timeout_s: float,
+        any_weights: bool,
     ) -> None:
         self.session = session
         self.blocks = blocks
@@ -154,6 +166,7 @@ class SessionRoute(ABC):
         self.phase = Phase.NEW
         self.epoch = 0
         self.hops: list[RouteHop] = []
+        self.held: tuple[HeldBlocks, ...] = ()
         self.first_codec: Codec = codec_by_name("none")
         """Codec of the client's own link to the first hop."""
         self.adapter: Adapter | None = None
@@ -166,6 +179,7 @@ class SessionRoute(ABC):
         self._model = model
         self._progress_timeout_s = progress_timeout_s
         self._recovery_timeout_s = recovery_timeout_s
+        self._any_weights = any_weights
         self._numbers = itertools.count(1)
         self._replays: dict[int, ReplayRequest] = {}
         self._filling: list[RouteHop] = []
@@ -395,6 +409,7 @@ class SessionRoute(ABC):
             next_key=following.planned.record.key.raw if following is not None else b"",
             next_address=following.planned.record.address if following is not None else "",
             next_relays=self._relays_to(hop, following),
+            asks_weights=hop.planned.record.version not in STRICT_VERSIONS,
         )
         self._members[hop.endpoint] = hop.blocks
         self._asked[hop.endpoint] = self._now + OPEN_TIMEOUT_S
@@ -410,6 +425,11 @@ class SessionRoute(ABC):
         if self.phase is Phase.OPENING and self._asked.pop(hop.endpoint, None) is not None:
             hop.relayed |= not message.next_reachable
             hop.cached_positions = message.cached_positions
+            hop.weights = message.weights or hop.weights
+            if not self._any_weights and (changes := self._changes_of_weights(hop)):
+                what = " and ".join(changes)
+                text = f"the peer at {hop.endpoint.address} holds {what} in this session: {ALIKE_AGAIN}"
+                self._failed[hop.endpoint] = OtherWeights(text)
             self._if_all_answered()
 
     def _if_all_answered(self) -> None:
@@ -439,6 +459,15 @@ class SessionRoute(ABC):
         for hop in self.hops:
             hop.opened(wants_cache=self._wants_cache)
         self._load_adapter()
+
+    def _changes_of_weights(self, hop: RouteHop) -> list[str]:
+        """Which blocks a hop holds otherwise than the session had them, for people."""
+        start, end = hop.blocks
+        return [
+            f"blocks {blocks_text(max(start, one.start), min(end, one.end))} as {hop.weights} that were {one.weights}"
+            for one in self.held
+            if one.start < end and one.end > start and one.weights != hop.weights
+        ]
 
     @property
     def _wants_cache(self) -> bool:
@@ -500,6 +529,8 @@ class SessionRoute(ABC):
         """The route is whole: what is under way is sent again."""
         making, self._making = self._making, None
         self._has_stood = True
+        changes = [change for hop in self.hops for change in self._changes_of_weights(hop)]
+        self.held = tuple(HeldBlocks(*hop.blocks, hop.weights) for hop in self.hops)
         self._enter(Phase.OPEN)
         if self.budget == self._opened_budget:
             self._former_budget = 0
@@ -511,6 +542,9 @@ class SessionRoute(ABC):
             moved = making.cause is Cause.BETTER_ROUTE
             what = "a session has moved to a better route" if moved else "a route is whole again"
             self._note("rerouted" if moved else "repaired", f"{what} after {total_ms:.0f} ms: {self.route_text}")
+        if changes:
+            what = " and ".join(changes)
+            self._note("weights", f"a session goes on with {what}, as nobody else holds them: it may get other tokens")
         if self.budget > self._opened_budget:
             self._go_on()
 

@@ -112,6 +112,7 @@ class SessionState(SessionRoute):
         max_positions: int | None = None,
         progress_timeout_s: float = 120.0,
         recovery_timeout_s: float = 30.0,
+        any_weights: bool = False,
     ) -> None:
         super().__init__(
             session,
@@ -121,6 +122,7 @@ class SessionState(SessionRoute):
             budget=budget,
             progress_timeout_s=progress_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
+            any_weights=any_weights,
         )
         self._max_positions = max_positions
         self.timings: tuple[Timing, ...] = ()

@@ -186,7 +186,8 @@ class Span:
                 )
             chosen = chosen.plain()
         if chosen.as_stored and any(size.coded for size in sizes):
-            chosen = replace(chosen, kind=STORED)
+            others = chosen.forms and any(size.converted for size in sizes)
+            chosen = replace(chosen, kind=f"{STORED}+{chosen.kind}" if others else STORED)
         largest = max(size.held for size in sizes)
         grouped = keeps_states(config) and getattr(model_class, "_supports_sdpa", False)
         attention = PACKED if packs else GROUPED if grouped else None

@@ -53,6 +53,12 @@ class Weights:
         """Whether layers that the checkpoint has in codes, and that none of `forms` takes, keep them."""
         return self.as_stored or bool(self.forms)
 
+    @property
+    def text(self) -> str:
+        """What is held, and behind a slash what blocks compute in if that is another type, as in `int8/float32`."""
+        computes = name_of(self.dtype)
+        return self.kind if self.kind == computes else f"{self.kind}/{computes}"
+
     def form_for(self, outputs: int, inputs: int) -> type[WeightForm] | None:
         """The form of a linear layer of these sizes; None: it stays as it is."""
         return next((form for form in self.forms if form.fits(outputs, inputs)), None)

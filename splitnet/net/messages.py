@@ -199,6 +199,8 @@ class Open:
     next_address: str = wire(text(256))
     next_relays: tuple[Relay, ...] = appended(several(row(Relay, text(64), blob(KEY_BYTES)), most=3), ())
     """Helpers through whom the next hop is reached; none: it is reached at its address."""
+    asks_weights: bool = appended(flag, default=False)
+    """Whether `Opened` shall say what the weights are held as."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +213,8 @@ class Opened:
     next_reachable: bool = wire(flag)
     cached_positions: int = wire(_NUMBER)
     """Over all rows; 0 tells the client that this hop begins with nothing."""
+    weights: str = appended(text(64), "")
+    """What they are held as, as in `PeerRecord.dtype`; empty: it was not asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,8 +119,9 @@ class PeerRecord:
     model: fingerprint of the weights, 8 to 128 hex digits. model_name: for people, one line.
     address: `tcp://IP:port` that clients and other peers connect to; an IPv6 address stands in brackets.
     start, end, num_blocks: serves blocks [start, end) of num_blocks; start == end says that the peer has left.
-    protocol: version of the wire protocol. codecs: names, at most 32. device, dtype (what weights are held
-    as, such as int8), version: for people and planners.
+    protocol: version of the wire protocol. codecs: names, at most 32. device, version: for people. dtype: what weights
+    are held as, and behind a slash what blocks compute in if that is another type, such as float16/float32; version
+    0.1.0 names the former alone.
     block_ms: ms per block of a pass with as many positions as `scheduler.swarm.PASS_SIZES` says, observed.
     queue_ms: wait of a decode step for its pass. batch: positions of others that share the pass of a decode step.
     kv_free_positions: positions that new sessions may still take. sessions: open sessions.

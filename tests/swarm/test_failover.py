@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-from splitnet.errors import CoverageError, SessionClosed
+from splitnet.errors import CoverageError, OtherWeights, SessionClosed
 from splitnet.net.identity import Identity
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs
@@ -200,6 +200,33 @@ def test_what_was_generated_before_an_error_is_kept_to_go_on_from(folder: Path, 
             # The prompt was not sent again: only the token that failed, and those after it.
             assert cache.session.traffic.positions - before == options["max_new_tokens"]
         assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+
+
+def test_who_holds_weights_otherwise_takes_a_place_only_if_that_is_allowed(folder: Path, local: Any) -> None:
+    with local_swarm(folder, SPANS) as swarm:
+        strict, lenient = swarm.model(recovery_timeout_s=0.5), swarm.model("auto")
+        with torch.no_grad():
+            exact = strict(**prompt()).logits
+        with lenient.session(), strict.session() as cache:
+            lenient.generate(**prompt(), **GREEDY | {"max_new_tokens": 2})
+            strict.generate(**prompt(), **GREEDY | {"max_new_tokens": 2})
+            swarm.add(2, 4, weights="int4")
+            with pytest.raises(OtherWeights, match=r"2\.\.3 of .* held as int4/float32 by .* as float32 in") as caught:
+                strict.generate(**prompt(), **GREEDY, streamer=After(12, kill_hops(swarm, cache, 1)))
+            with torch.no_grad(), pytest.raises(OtherWeights):
+                strict(**prompt())
+            assert not [event for event in strict.swarm.events.since(0) if event.kind == "weights"]
+            lenient.generate(**prompt(), **GREEDY)
+            told = [event.text for event in strict.swarm.events.since(0) if event.kind == "weights"]
+            assert len(told) == 1 and "blocks 2..3 as int4/float32 that were float32" in told[0]
+            swarm.add(2, 4)
+            generated = caught.value.generated
+            got = strict.generate(
+                generated, attention_mask=torch.ones_like(generated), **GREEDY | {"max_new_tokens": 30 - 12}
+            )
+        assert torch.equal(got, local.generate(**prompt(), **GREEDY))
+        with torch.no_grad():
+            assert torch.equal(strict(**prompt()).logits, exact)
 
 
 def test_hops_that_the_client_carries_between_are_replaced_too(folder: Path, local: Any, tmp_path: Path) -> None:

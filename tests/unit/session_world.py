@@ -33,6 +33,7 @@ from splitnet.client.session_events import (
     GoBack,
     LinkFailed,
     NoRoute,
+    Note,
     Planned,
     Received,
     Send,
@@ -212,7 +213,10 @@ class PeerModel:
         self.world = world
         self.span = SPANS[index]
         self.endpoint = Endpoint(f"tcp://127.0.0.1:{index + 1}", _KEYS[index])
-        self.record: Any = SimpleNamespace(address=self.endpoint.address, key=_KEYS[index], endpoint=self.endpoint)
+        self.record: Any = SimpleNamespace(
+            address=self.endpoint.address, key=_KEYS[index], endpoint=self.endpoint, version="new", dtype="float32"
+        )
+        self.weights = "float32"
         self.name = self.record.key.text
         self.sessions: dict[bytes, Held] = {}
         self.id = SID
@@ -311,7 +315,8 @@ class PeerModel:
             held.next = following.endpoint if following is not None and reachable else None
             held.previous = message.previous
             cached = sum(map(len, held.rows.values()))
-            self.to_client(Opened(self.id, held.epoch, reachable, cached))
+            weights = self.weights if message.asks_weights else ""
+            self.to_client(Opened(self.id, held.epoch, reachable, cached, weights))
 
     def _step(self, source: str, step: Step) -> None:
         held = self.held
@@ -501,7 +506,7 @@ class _Watched(SessionState):
 class World:
     """A session, its peers, and what is under way between them."""
 
-    def __init__(self, *, budget: int = 64, seed: int = 0, kind: Kind = Kind.ROUGH) -> None:
+    def __init__(self, *, budget: int = 64, seed: int = 0, kind: Kind = Kind.ROUGH, any_weights: bool = False) -> None:
         self.kind = kind
         self.now = 0.0
         self.peers = [PeerModel(self, index) for index in range(len(SPANS))]
@@ -524,7 +529,8 @@ class World:
         self._token = 0
         self._choose = random.Random(seed)
         self._events: deque[Event] = deque()
-        self.state = _Watched(SID, model="m", blocks=(0, BLOCKS), hidden_size=1, budget=budget)
+        self.told: list[Note] = []
+        self.state = _Watched(SID, model="m", blocks=(0, BLOCKS), hidden_size=1, budget=budget, any_weights=any_weights)
         self.state.seen = self.seen
 
     # The outside of the machine.
@@ -563,8 +569,8 @@ class World:
                 assert self.kind is not Kind.CALM or name in self.gone, "a peer without fault was banned"
             case Unban(name):
                 self.banned.pop(name, None)
-            case _:
-                pass
+            case Note():
+                self.told.append(effect)
 
     def post(self, source: str, target: str, message: Any) -> None:
         self.links.setdefault((source, target), deque()).append(message)

@@ -14,11 +14,11 @@ from scheduler.network import Link
 from scheduler.replan import DISAPPOINTING, RECENT_STEPS, Forecasts
 from splitnet.client import planner as planner_module
 from splitnet.client.options import CausalOptions
-from splitnet.client.planner import CLIENT_ENDS, Needs, PlannedHop, Planner
+from splitnet.client.planner import CLIENT_ENDS, HeldBlocks, Needs, PlannedHop, Planner
 from splitnet.client.routes import Routes
-from splitnet.client.session_events import AskRoute, Move
+from splitnet.client.session_events import AskRoute, Move, NoRoute, Planned
 from splitnet.client.survey import STEPS, Survey
-from splitnet.errors import SplitnetError
+from splitnet.errors import CoverageError, OtherWeights, SplitnetError
 from splitnet.net.identity import Identity
 from splitnet.net.records import PeerRecord
 from tests.unit.test_client_swarm import RECORD
@@ -47,6 +47,31 @@ def test_a_long_prompt_takes_the_route_that_is_good_at_prompts() -> None:
     assert plan([decodes, prefills], survey=survey) == [decodes]
     long = replace(NEEDS, prompt=500)
     assert plan([decodes, prefills], long, survey) == [prefills]
+
+
+def held(*blocks: tuple[int, int, str]) -> Needs:
+    return replace(NEEDS, held=tuple(HeldBlocks(*each) for each in blocks))
+
+
+@pytest.mark.parametrize("crowd", [planner_module.EXACT_PEERS, 1])
+def test_blocks_that_must_be_held_alike_are(monkeypatch: pytest.MonkeyPatch, crowd: int) -> None:
+    monkeypatch.setattr(planner_module, "EXACT_PEERS", crowd)
+    exact, fast, half = record(0, 6, block_ms=SLOW), record(0, 6, dtype="int4"), record(0, 2, dtype="float16/float32")
+    everybody = [exact, fast, half]
+    assert plan(everybody) == [fast]
+    assert plan(everybody, held((0, 6, "float32"))) == [exact]
+    assert plan(everybody, held((0, 2, "float32"), (2, 6, "int4"))) == [exact, fast], "as far as they hold them so"
+    assert plan(everybody, held((0, 2, "float16/float32"))) == [half, fast], "of the others nothing was said"
+
+
+def test_who_holds_blocks_otherwise_is_named_where_nobody_holds_them_so() -> None:
+    others = [record(0, 6, dtype="int4"), record(2, 6, dtype="int8/float32"), record(0, 2)]
+    with pytest.raises(OtherWeights) as raised:
+        plan(others, held((0, 6, "float32")))
+    assert "blocks 2..5 of a-model are held as int4 or int8/float32 by all who serve them" in str(raised.value)
+    assert "were held as float32 in this session" in str(raised.value) and "--any-weights" in str(raised.value)
+    with pytest.raises(CoverageError, match="served by nobody"):
+        plan(others[2:], held((0, 6, "float32")))
 
 
 def test_energy_of_a_route_is_that_of_its_hops_as_they_are_seen() -> None:
@@ -107,6 +132,11 @@ class Facts:
         self.costs: dict[str, float] = {}
         """Ms of a step by the first hop; 10 if not told."""
         self.planned = 0
+        self.holds = {"float32"}
+        """What peers hold blocks as."""
+        self.wished: list[tuple[HeldBlocks, ...]] = []
+        self.was_covered = True
+        self.peers = list[PeerRecord]
         self.probed: list[bool] = []
         self.fresh_facts = SimpleNamespace(news=0, look_again=lambda suspects, probe: self.probed.append(probe))
         self.survey = SimpleNamespace(prediction_error=1.0, forecast_came=lambda *_: None, silent=set)
@@ -116,17 +146,20 @@ class Facts:
 
     def plan(self, needs: Needs, **_: Any) -> list[PlannedHop]:
         self.planned += 1
+        self.wished.append(needs.held)
+        if any(blocks.weights not in self.holds for blocks in needs.held):
+            raise OtherWeights("others")
         return self.best
 
-    def routes(self) -> Routes:
+    def routes(self, *, any_weights: bool = False) -> Routes:
         codecs: Any = SimpleNamespace(to=lambda hop: None, after=lambda route, index: None)
-        return Routes(self, codecs, (0, 6))  # pyright: ignore[reportArgumentType]
+        return Routes(self, codecs, (0, 6), any_weights=any_weights)  # pyright: ignore[reportArgumentType]
 
-    def look(self, routes: Routes, hops: list[PlannedHop], news: int = 1) -> Move | None:
+    def look(self, routes: Routes, hops: list[PlannedHop], news: int = 1, needs: Needs = NEEDS) -> Move | None:
         """Whether to move, after a while with so many news."""
         self.fresh_facts.news += news
         routes._looked_at = 0.0
-        return routes.better(hops, lambda: NEEDS, 10, 100)
+        return routes.better(hops, lambda: needs, 10, 100)
 
 
 def steps(routes: Routes, step_ms: float) -> None:
@@ -147,6 +180,33 @@ def test_while_a_route_is_as_fast_as_predicted_no_other_is_planned() -> None:
     assert facts.look(routes, hops) is None and not facts.planned
     assert facts.probed == [True], "no fact says why the last steps are slow"
     assert facts.look(routes, hops) is None and facts.planned == 1
+
+
+@pytest.mark.parametrize("any_weights", [False, True])
+def test_other_weights_are_taken_if_nobody_has_the_same_and_that_is_allowed(any_weights: bool) -> None:
+    hops = [PlannedHop(record(0, 6), 0, 6)]
+    facts = Facts(hops)
+    routes = facts.routes(any_weights=any_weights)
+    asked = AskRoute(1, (), frozenset(), fresh=False, unban=False)
+    needs = held((0, 6, "float32"))
+    assert isinstance(routes.answer(asked, needs), Planned) and facts.wished == [needs.held]
+    facts.holds = {"int4"}
+    answer = routes.answer(asked, needs)
+    assert isinstance(answer, Planned) if any_weights else isinstance(answer, NoRoute)
+    assert not isinstance(answer, NoRoute) or isinstance(answer.error, OtherWeights)
+
+
+def test_a_move_never_changes_what_weights_are_held_as() -> None:
+    hops = [PlannedHop(record(0, 6), 0, 6)]
+    facts = Facts([PlannedHop(record(0, 6), 0, 6)])
+    facts.costs = {hops[0].name: 100.0}
+    routes = facts.routes()
+    needs = held((0, 6, "float32"))
+    facts.look(routes, hops, needs=needs)
+    steps(routes, 1000.0)
+    facts.look(routes, hops, needs=needs)
+    facts.look(routes, hops, needs=needs)
+    assert set(facts.wished) == {needs.held}
 
 
 def test_a_route_counts_as_slow_by_what_was_known_when_it_was_planned() -> None:

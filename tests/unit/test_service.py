@@ -150,7 +150,7 @@ class Peer:
     load: Load = field(default_factory=Load)
 
     def __post_init__(self) -> None:
-        served = ServedBlocks(MODEL, 2, self.end, 8, HIDDEN, self.max_positions)
+        served = ServedBlocks(MODEL, 2, self.end, 8, HIDDEN, self.max_positions, "int8/float32")
         self.table = SessionTable(self.capacity, idle_s=IDLE_S)
         self.service = SessionService(
             served,
@@ -359,6 +359,12 @@ class TestOpen:
             assert peer.passes(REACH_S / 100) == []
         assert is_opened(peer.passes(REACH_S / 10 + 0.01), reachable=False)
         assert peer.passes(REACH_S) == []
+
+    def test_what_weights_are_held_as_is_told_to_those_who_ask(self, peer: Peer) -> None:
+        """Version 0.1.0 could not read the answer."""
+        for asks, told in ((True, "int8/float32"), (False, "")):
+            [(_, message)] = peer.says(replace(to_client(), asks_weights=asks))
+            assert isinstance(message, Opened) and message.weights == told
 
     def test_again_is_harmless(self, opened: Peer) -> None:
         opened.compute(step())

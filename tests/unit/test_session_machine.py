@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from splitnet.client.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S
 from splitnet.client.session_events import Alive, Distrust, Received, Resize, Use, UseAdapter
 from splitnet.client.session_route import OPEN_TIMEOUT_S, TRANSITIONS, Phase
-from splitnet.errors import PeerBusy
+from splitnet.errors import OtherWeights, PeerBusy
 from splitnet.net.endpoints import Relay
 from splitnet.net.messages import Failure, FailureCode, Fork
 from tests.unit.session_world import CLIENT, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
@@ -482,6 +482,34 @@ def test_hops_that_restart_between_adapters_stay() -> None:
         world.feed(UseAdapter(adapter(tag)))
         world.settle()
     assert world.state.endpoints() == route
+
+
+@pytest.mark.parametrize(("any_weights", "has_twin"), [(False, True), (False, False), (True, True)])
+def test_a_hop_that_restarts_with_other_weights_is_another(any_weights: bool, has_twin: bool) -> None:
+    """Its record may not tell yet. Where that is allowed it stays, and the user is told."""
+    world = World(seed=1, any_weights=any_weights)
+    first, _, second, twin = world.peers[:4]
+    world.peers = [first, second]
+    world.feed(Use())
+    world.settle()
+    world.submit([(None, 0, 3, 1)])
+    world.settle()
+    if has_twin:
+        world.peers.append(twin)
+    second.forget()
+    second.weights = "int4"
+    world.submit([(None, 0, 2, 1)])
+    world.settle()
+    request, told = world.asked[-1].request, [note.text for note in world.told if note.kind == "weights"]
+    if any_weights:
+        assert request.done and world.state.endpoints() == [first.endpoint, second.endpoint]
+        assert len(told) == 1 and "blocks 2..3 as int4 that were float32" in told[0]
+    elif has_twin:
+        assert request.done and world.state.endpoints() == [first.endpoint, twin.endpoint] and not told
+    else:
+        assert isinstance(request.error, OtherWeights)
+        assert "blocks 2..3 as int4 that were float32" in str(request.error)
+    assert second.name not in world.banned, "it did nothing wrong"
 
 
 def test_what_is_relayed_of_a_new_row_alone_does_not_fill_the_next_hop() -> None:
