@@ -49,7 +49,7 @@ def exact(file: Path) -> Any:
 
 
 def test_they_give_what_its_numbers_give(swarm: LocalSwarm, exact: Any) -> None:
-    assert {peer.record().dtype for peer in swarm.peers} == {"stored"}
+    assert {peer.record().dtype for peer in swarm.peers} == {"stored/float32"}
     ids = torch.randint(3, 300, (1, 9), generator=torch.Generator().manual_seed(5))
     mask = torch.ones_like(ids)
     with swarm.visit() as visitor:
