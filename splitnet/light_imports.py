@@ -50,6 +50,7 @@ def import_models(*, signals_raise: bool = True) -> None:
             for name in ABSENT:
                 setattr(utils, name, _no)
         late_package("transformers.models")  # it reads the files of all families to know their names
+        _import_when_asked(torch.distributed, "tensor")
         _forget_dtensors(torch)
         with _without_compiler(torch):
             for module in ("transformers.modeling_utils", "transformers.masking_utils"):
@@ -127,6 +128,17 @@ def _forget_dtensors(torch: Any) -> None:
         torch.Tensor._make_wrapper_subclass(Asked, ()).detach()
     finally:
         del sys.modules[stand_in.__name__]
+
+
+def _import_when_asked(package: Any, child: str) -> None:
+    """Other libraries use what transformers would have imported without an import of their own."""
+
+    def find(name: str) -> Any:
+        if name != child:
+            raise AttributeError(f"module {package.__name__!r} has no attribute {name!r}")
+        return importlib.import_module(f"{package.__name__}.{child}")
+
+    package.__getattr__ = find
 
 
 def late_package(name: str) -> None:

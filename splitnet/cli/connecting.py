@@ -55,6 +55,21 @@ class Connecting:
     invite: InviteFile = None
     model_id: ModelId = None
 
+    def as_arguments(self) -> list[str]:
+        """What was given of them, as another command takes it."""
+        arguments: list[str] = []
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value == field.default or (self.invite and field.name in ("key_file", "swarm_key")):
+                continue
+            name = field.name.replace("_", "-")
+            if isinstance(value, bool):
+                arguments.append(f"--{name}" if value else f"--no-{name}")
+                continue
+            for each in value if isinstance(value, list | tuple) else [value]:
+                arguments += [f"--{name}", str(getattr(each, "value", each))]
+        return arguments
+
     def to(self, model: str) -> Connection:
         """The way to a model: hub id, checkpoint folder or GGUF file. Errors as of `Connection`."""
         from splitnet.cli.connection import Connection

@@ -158,5 +158,6 @@ def tune(
         save_every=save_every,
         output=output,
         resume=resume,
+        way=[*([model] if model else []), *connecting.as_arguments()],
     )
     tuning.run(connecting.to(checkpoint))

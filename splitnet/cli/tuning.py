@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -49,6 +50,8 @@ class Tuning:
     save_every: int
     output: Path
     resume: bool
+    way: Sequence[str]
+    """The arguments with which commands reach the model."""
 
     def run(self, connection: Connection) -> None:
         """Trains to the last step, or until the user stops it.
@@ -79,7 +82,7 @@ class Tuning:
             _Training(self, run, folder, held_out, words, pad).train()
         finally:
             swarm.close()
-        self._print_next(connection)
+        self._print_next()
 
     def _encoder(self, checkpoint: Checkpoint, tokenizer: Any) -> Encoder:
         virtual = self.options.virtual_tokens(self.method)
@@ -115,15 +118,15 @@ class Tuning:
             "labels": self.train.labels,
         }
 
-    def _print_next(self, connection: Connection) -> None:
-        joins = " ".join(f"--join {address}" for address in connection.join)
+    def _print_next(self) -> None:
         if self.head:
             typer.echo("Use it: splitnet.AutoModelForSequenceClassification and peft.PeftModel, see docs/tuning.md.")
-        elif self.train.form == "chat":
-            typer.echo(f"Use it: splitnet chat {connection.model} {joins} --adapter {self.output}")
-        else:
-            prompt = self.template.replace("{text}", "...") if self.train.form == "classification" else "..."
-            typer.echo(f'Use it: splitnet generate {connection.model} {joins} --adapter {self.output} --raw "{prompt}"')
+            return
+        command = ["splitnet", "chat" if self.train.form == "chat" else "generate", *self.way]
+        command += ["--adapter", str(self.output)]
+        if self.train.form != "chat":
+            command += ["--raw", self.template.replace("{text}", "...") if self.train.form == "classification" else "..."]
+        typer.echo(f"Use it: {shlex.join(command)}")
 
 
 class _Training:

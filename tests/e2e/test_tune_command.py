@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from splitnet.tuning.data import TEMPLATE, read_examples
 from splitnet.tuning.encoding import Encoder
 from splitnet.tuning.evaluation import evaluate
 from tests.e2e.conftest import Here
-from tests.e2e.daemons import Finished, background
+from tests.e2e.daemons import Finished, background, run
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
@@ -74,7 +75,8 @@ def test_what_is_trained_is_the_same_in_plain_peft(
     assert [line["step"] for line in evaluations] == [0, 6, 12]
     assert evaluations[-1]["eval_loss"] < evaluations[0]["eval_loss"] - 1
     assert re.search(r"Before: held-out loss 1\d\.\d+, accuracy \d+.*After 12 steps: held-out loss ", finished.output)
-    assert f"--adapter {output} --raw" in finished.output
+    told = re.search(r"Use it: splitnet (.*)", finished.output)
+    assert told
 
     base = AutoModelForCausalLM.from_pretrained(small, dtype=torch.float32)
     plain = PeftModel.from_pretrained(base, str(output))
@@ -83,6 +85,12 @@ def test_what_is_trained_is_the_same_in_plain_peft(
     result = evaluate(plain, encoder.encode(examples), batch_size=3, pad=tokenizer.pad_token_id, words=encoder.words())
     assert result.loss == pytest.approx(evaluations[-1]["eval_loss"], rel=1e-5)
     assert result.accuracy == evaluations[-1]["eval_accuracy"]
+
+    # A process of its own, which has imported nothing that it does not use.
+    generated = run(tmp_path, *shlex.split(told[1]), "--max-new-tokens", "8")
+    prompt = tokenizer(TEMPLATE.replace("{text}", "..."), return_tensors="pt")
+    tokens = plain.generate(**prompt, max_new_tokens=8, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert generated.output == tokenizer.decode(tokens, skip_special_tokens=True) + "\n", generated.errors
 
 
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Here, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, Never
 
@@ -10,6 +11,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from splitnet.cli import connection
+from splitnet.cli.arguments import Preferred
+from splitnet.cli.connecting import Connecting
 from splitnet.cli.main import app
 from splitnet.net.identity import Identity
 
@@ -63,3 +66,28 @@ def test_what_a_command_takes_reaches_its_connection(
     assert named["lan"] is False and named["invite"] is None
     has = {option for parameter in get_command(app).commands[command].params for option in parameter.opts}  # pyright: ignore[reportAttributeAccessIssue]
     assert has & GIVEN.keys() == taken.keys()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        Connecting(join=[ADDRESS, ADDRESS], lan=False, codec="int8", prefer=Preferred.energy, swarm_key=Path("a key")),
+        Connecting(invite=Path("invite"), key_file=Path("key"), wait=7.0, model_id="0" * 64),
+        Connecting(),
+    ],
+)
+def test_what_was_given_can_be_given_to_another_command(given: Connecting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "Connection", refuse)
+    for name in [name for name in os.environ if name.startswith("SPLITNET_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("SPLITNET_CONFIG", os.devnull)
+
+    def reached(*options: str) -> Any:
+        ran = CliRunner().invoke(app, ["generate", "m", "prompt", *options])
+        assert isinstance(ran.exception, Reached), ran.output
+        return ran.exception.args
+
+    with pytest.raises(Reached) as expected:
+        given.to("m")
+    addresses, named = expected.value.args
+    assert reached(*given.as_arguments()) == (addresses, named | ({"key_file": None} if given.invite else {}))

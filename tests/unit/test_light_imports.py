@@ -71,8 +71,9 @@ assert hivemind.__version__ and hivemind.DHT and hivemind.averaging.Decentralize
 assert torch._dynamo.allow_in_graph and torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
 assert transformers.models.llama.LlamaConfig is transformers.LlamaConfig
 assert transformers.masking_utils.TransformGetItemToIndex()
+assert torch.distributed.tensor.DTensor and not hasattr(torch.distributed, "tensors")
 """
-    assert "torch._dynamo" in imported(program)
+    assert imported(program) >= {"torch._dynamo", "torch.distributed.tensor"}
 
 
 @pytest.mark.parametrize("family", ["llama", "jamba"])  # a rotary embedding, and a weight made of a range
