@@ -185,7 +185,7 @@ class PassSession(SessionDriver):
     def _use(self, adapter: Adapter | None) -> None:
         """Has a route open whose blocks run with an adapter; nothing is sent if they do already."""
         if adapter is not None and adapter is not self.state.adapter:
-            self.feed(UseAdapter(adapter))
+            self.feed(UseAdapter(adapter, for_passes=True))
         self.open()
 
     def _wait_for_batch(self, batch: Passed) -> None:

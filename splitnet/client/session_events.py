@@ -58,6 +58,8 @@ class UseAdapter:
     """The caller wants the blocks to run with other parameters. Nothing may be cached or under way."""
 
     adapter: Adapter
+    for_passes: bool = False
+    """Hops without a part of it take over an empty one: passes name the version that every hop is to have."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -171,6 +171,7 @@ class SessionRoute(ABC):
         """Codec of the client's own link to the first hop."""
         self.adapter: Adapter | None = None
         self.adapter_version = 0
+        self._for_passes = False
         self.log: SentLog | None = None
         self.recoveries: list[Recovered] = []
         self.error: SplitnetError | None = None
@@ -266,9 +267,9 @@ class SessionRoute(ABC):
             if self.is_open:
                 self._go_on()
 
-    def _use_adapter(self, adapter: Adapter) -> None:
+    def _use_adapter(self, adapter: Adapter, for_passes: bool) -> None:
         if adapter is not self.adapter:
-            self.adapter = adapter
+            self.adapter, self._for_passes = adapter, for_passes
             self.adapter_version += 1
             if self.is_open:
                 self._load_adapter()
@@ -477,12 +478,12 @@ class SessionRoute(ABC):
     # Loading and replaying.
 
     def _load_adapter(self) -> None:
-        """Sends the hops that lack it their parts of the adapter."""
+        """Sends the hops that lack it their parts of the adapter, which are empty where passes alone need one."""
         self._enter(Phase.LOADING)
         self._liveness.heard(self._now)
         for hop in self.hops:
             tensors = self.adapter.within(*hop.blocks) if self.adapter is not None else {}
-            if tensors and hop.adapter_version != self.adapter_version:
+            if (tensors or self._for_passes) and hop.adapter_version != self.adapter_version:
                 self._asked[hop.endpoint] = self._now + self._progress_timeout_s
                 for remaining, payload in counted_down(write_groups(tensors)):
                     self.send(

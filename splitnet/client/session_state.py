@@ -208,7 +208,7 @@ class SessionState(SessionRoute):
             case Resize():
                 self._resize(event.budget)
             case UseAdapter():
-                self._use_adapter(event.adapter)
+                self._use_adapter(event.adapter, event.for_passes)
             case Move():
                 self._move(event)
             case Distrust():

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from splitnet.errors import AdapterError
 from splitnet.net.directory import Directory
 from splitnet.tuning.methods import begin_prefix
 from splitnet.tuning.zeroth_order import estimate_gradients
-from tests.swarm.adapters import CAUSAL, FAMILIES, METHODS, batch, flat, gradients, padded, wrapped
+from tests.swarm.adapters import CAUSAL, FAMILIES, METHODS, batch, flat, gradients, lora, padded, wrapped
 from tests.swarm.harness import LocalSwarm, shared_swarm
 from tests.unit.random_models import random_checkpoint
 
@@ -70,6 +70,32 @@ def test_gradients_are_those_of_local_training(
     assert found.keys() == expected.keys()
     assert loss == pytest.approx(expected_loss, rel=1e-5)
     assert float((flat(found) - flat(expected)).abs().max() / flat(expected).abs().max()) < 1e-4
+
+
+def test_hops_train_that_have_no_part_of_an_adapter(
+    swarm: LocalSwarm, local_model: Callable[[], Any], folder: Path
+) -> None:
+    """And others after them: each has a part of one of the two adapters, which take turns."""
+
+    def train(model: Any) -> torch.Tensor:
+        adapted = wrapped(model, lora_on(folder.name, [3]))
+        torch.manual_seed(4)
+        adapted.add_adapter("other", lora_on(folder.name, [0, 5]))
+        found = [gradients(adapted, batch())[1]]
+        adapted.set_adapter("other")
+        found.append(gradients(adapted, batch())[1])
+        return torch.cat([flat(each) for each in found])
+
+    expected = train(local_model())
+    with swarm.visit() as visit:
+        found = train(visit.model())
+    assert float((found - expected).abs().max() / expected.abs().max()) < 1e-4
+
+
+def lora_on(family: str, layers: list[int]) -> LoraConfig:
+    config = lora(family)
+    config.layers_to_transform = layers
+    return config
 
 
 @pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])

@@ -172,6 +172,7 @@ class Held:
     log: SentLog
     rows: dict[int, Values] = field(default_factory=dict)
     tags: Tags = (0,) * BLOCKS
+    version: int = 0
     done: int = 0
     last: int = 0
     kept: dict[int, tuple[Forward, str]] = field(default_factory=dict)
@@ -280,7 +281,7 @@ class PeerModel:
                 tags = list(held.tags)
                 for name, tensor in read_tensors(message.payload).items():
                     tags[int(name.split(".")[0])] = int(tensor)
-                held.tags = tuple(tags)
+                held.tags, held.version = tuple(tags), message.version
                 self.to_client(AdapterLoaded(self.id, held.epoch, message.version))
             case Replay() if held is not None and message.epoch == held.epoch:
                 self._replay(held, message)
@@ -416,6 +417,9 @@ class PeerModel:
             self.world.post(self.name, source, failure)
             return
         if message.epoch != held.epoch or (self.fault in Faulty.KINDS and self._misbehave(held, message)):
+            return
+        if message.adapter not in (0, held.version):
+            self.fail(message.epoch, message.number, FailureCode.OUT_OF_ORDER)
             return
         tags = held.tags if message.adapter else (0,) * BLOCKS
         outputs = b"".join(b"".join(run_blocks(held.start, held.end, tags, values)) for values in sequences_of(message))

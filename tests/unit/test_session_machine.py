@@ -43,7 +43,7 @@ class Trouble(RuleBasedStateMachine):
     def begin(self, kind: Kind, seed: int, opens: bool, which: Any) -> None:
         self.world = World(budget=64, seed=seed, kind=kind)
         if which is not None:
-            self.world.feed(UseAdapter(which))
+            self.world.feed(UseAdapter(which, for_passes=isinstance(self, Passes)))
             self.world.tags = tags_of(which)
         if opens:
             self.world.feed(Use())
@@ -301,7 +301,7 @@ class Passes(Trouble):
     @precondition(lambda self: self.world.ready and not self.world.state.under_way)
     @rule(which=st.sampled_from(ADAPTERS[1:]))
     def use_adapter(self, which: Any) -> None:
-        self.world.feed(UseAdapter(which))
+        self.world.feed(UseAdapter(which, for_passes=True))
 
     def check_that_it_works(self) -> None:
         self.world.submit_batch([[1, 2], [1]], self.adapter)
