@@ -48,6 +48,22 @@ def serve(
             "addresses. Can be given several times.",
         ),
     ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Site whose pages may use the server, such as https://chat.example.org, besides those of this "
+            "machine; * is any, with API keys only. Can be given several times.",
+        ),
+    ] = None,
+    served_name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Name of the model in requests and answers; that of its folder, file or hub id if not given. Can be "
+            "given several times; answers have the first.",
+        ),
+    ] = None,
     max_requests: Annotated[
         int, typer.Option(min=1, max=1024, help="Requests that run at a time.", rich_help_panel=_LIMITS)
     ] = 16,
@@ -103,6 +119,8 @@ def serve(
         drain_s=drain_s,
         speculate=drafts_of(speculate, connection),
         hosts=allow_host or (),
+        origins=allow_origin or (),
+        names=served_name or (),
         checkpoint_sampling=sampling_defaults is SamplingDefaults.checkpoint,
     )
     serve_until_told(

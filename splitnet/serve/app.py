@@ -6,12 +6,13 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from contextlib import aclosing, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse, Response
 
 from scheduler.swarm import missing_blocks
@@ -25,7 +26,7 @@ from splitnet.serve.completions import CompletionAnswer
 from splitnet.serve.dashboard import Dashboard, dashboard_router
 from splitnet.serve.events import EventStream, Numbered, events, unless_gone
 from splitnet.serve.failures import ApiError, ErrorReply, failure_of
-from splitnet.serve.gate import Gate, client_of
+from splitnet.serve.gate import ON_THIS_MACHINE, Gate, client_of
 from splitnet.serve.generation import Ask, Generations
 from splitnet.serve.grammars import Grammar, Grammars
 from splitnet.serve.keys import ApiKeys
@@ -59,7 +60,13 @@ STREAMED: dict[int | str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Gateway:
-    """What the paths use; `model`: the name that requests give; `defaults`: of what they leave out."""
+    """What the paths use.
+
+    Attributes:
+        model: the name that answers give.
+        defaults: of what requests leave out.
+        other_names: of the model, which requests may give, too.
+    """
 
     model: str
     generations: Generations
@@ -67,21 +74,29 @@ class Gateway:
     grammars: Grammars
     admission: Admission
     defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    other_names: Sequence[str] = ()
     metrics: GatewayMetrics = field(default_factory=GatewayMetrics)
     preparing: Preparing = field(default_factory=Preparing)
     unread: Shares = field(default_factory=lambda: Shares(UNREAD_BYTES))
 
+    @property
+    def names(self) -> list[str]:
+        """All that requests may give."""
+        return list(dict.fromkeys([self.model, *self.other_names]))
+
     def check_model(self, name: str) -> None:
         """Refuses other models."""
-        if name != self.model:
-            raise ApiError(
-                404, f"this server has no model {name!r}: use {self.model!r}", param="model", code="model_not_found"
-            )
+        if name not in self.names:
+            use = " or ".join(map(repr, self.names))
+            raise ApiError(404, f"this server has no model {name!r}: use {use}", param="model", code="model_not_found")
 
     def grammar_of(self, body: ChatRequest) -> Grammar | None:
         """What the answer to a chat must keep to, if to anything."""
         if body.tools_to_call:
-            return self.grammars.of_call(body.tools_to_call)
+            return self.grammars.of_calls(body.tools_to_call, required=True)
+        if body.offered_tools and body.binds_calls:
+            several = body.parallel_tool_calls is not False
+            return self.grammars.of_calls(body.offered_tools, required=False, several=several)
         return self.grammars.of_schema(body.schema_of_answer) if body.schema_of_answer is not None else None
 
     def run(self, client: Client, asks: Sequence[Ask], answer: str) -> AsyncGenerator[Numbered]:
@@ -89,13 +104,16 @@ class Gateway:
         return self.metrics.watch(events(self.generations, self.admission, client, asks, answer), asks)
 
 
-def make_app(gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[str] = ()) -> FastAPI:
+def make_app(
+    gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[str] = (), origins: Collection[str] = ()
+) -> FastAPI:
     """The app.
 
     Args:
         keys: that are accepted.
         created: seconds since 1970 that are told of the model.
         hosts: names by which it may be asked where there are no keys; see `splitnet.serve.gate.Gate`.
+        origins: whose pages may use it, as browsers write them, besides those of this machine; `*`: of any.
     """
 
     @asynccontextmanager
@@ -109,12 +127,24 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[st
     app = FastAPI(title="splitnet", lifespan=lifespan, docs_url=None, redoc_url=None, responses=ERRORS)
     app.router.route_class = ParsingRoute
     app.state.preparing = gateway.preparing
-    app.add_middleware(Gate, keys=keys, hosts=hosts)
+    app.add_middleware(Gate, keys=keys, hosts=hosts, origins=origins)
     instrument(app, gateway.metrics, gateway.model, gateway.generations, gateway.admission)
-    app.include_router(dashboard_router(Dashboard(gateway.generations, gateway.admission)))
+    # Around the gate, as browsers send no key with the question whether a page may ask.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=origins,
+        allow_origin_regex=ON_THIS_MACHINE,
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=["Retry-After"],
+    )
+    app.include_router(dashboard_router(Dashboard(gateway.generations, gateway.admission, gateway.model)))
+    app.state.names = gateway.names
     for kind in (SplitnetError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _told)
-    entry = {"id": gateway.model, "object": "model", "created": created, "owned_by": "splitnet"}
+
+    def entry(name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": created, "owned_by": "splitnet"}
 
     @app.get("/health")
     def health() -> dict[str, str]:
@@ -134,23 +164,22 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[st
 
     @app.get("/v1/models")
     def models() -> dict[str, Any]:
-        """The one model that is served."""
-        return {"object": "list", "data": [entry]}
+        """The model that is served, once for each of its names."""
+        return {"object": "list", "data": [entry(name) for name in gateway.names]}
 
     @app.get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
         """The model, if it has this name."""
         gateway.check_model(name)
-        return entry
+        return entry(name)
 
     @app.post("/v1/chat/completions", response_model=None, responses=STREAMED)
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The next message of a chat."""
         gateway.check_model(body.model)
-        tools = body.tools if body.tools and body.tool_choice != "none" else []
-        prompts = gateway.prompts
+        tools, prompts = body.offered_tools, gateway.prompts
         client, size = client_of(request), len(await request.body())
-        prompt = await gateway.preparing.run(size, prompts.of_chat, body.messages, tools)
+        prompt = await gateway.preparing.run(size, prompts.of_chat, body.messages, tools, body.template_variables)
         ask = Ask(
             prompt=prompt,
             max_tokens=prompts.room_for(prompt, body.max_completion_tokens or body.max_tokens),
@@ -166,6 +195,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[st
             len(prompt),
             choices=ask.choices,
             with_tools=bool(tools),
+            only_calls=bool(body.tools_to_call),
             with_logprobs=bool(body.logprobs),
             text_of=prompts.text_of,
         )
@@ -187,7 +217,7 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[st
             Ask(
                 prompt=prompt,
                 max_tokens=prompts.room_for(prompt, max_tokens),
-                sampling=sampling,
+                sampling=replace(sampling, prompt=number),
                 choices=body.n or 1,
                 stop_strings=body.stop_strings,
                 top_logprobs=body.logprobs,
@@ -195,13 +225,17 @@ def make_app(gateway: Gateway, keys: ApiKeys, created: int, hosts: Collection[st
                 goes_on=True,
                 owner=client.name,
             )
-            for prompt in tokenized
+            for number, prompt in enumerate(tokenized)
         ]
-        echoed = [text if isinstance(text, str) else prompts.decode_all(text) for text in texts]
+        echoed = [text if isinstance(text, str) else prompts.decode_all(text) for text in texts] if body.echo else []
+        begins: list[list[int]] = []
+        if body.echo and body.logprobs is not None:
+            begins = await gateway.preparing.run(size, lambda: [*map(prompts.begins, tokenized, echoed)])
         answer = CompletionAnswer(
             gateway.model,
             sum(map(len, tokenized)),
-            prompts=echoed if body.echo else [""] * len(texts),
+            prompts=echoed or [""] * len(texts),
+            begins=begins or [[]] * len(texts),
             choices=body.n or 1,
             with_logprobs=body.logprobs is not None,
             text_of=prompts.text_of,
@@ -245,9 +279,11 @@ def _sampling(gateway: Gateway, body: SamplingRequest) -> Sampling:
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,
         bias=tuple(bias.items()),
-        top_k=defaults.top_k,
-        min_p=defaults.min_p,
-        repetition_penalty=defaults.repetition_penalty,
+        top_k=defaults.top_k if body.top_k is None else max(body.top_k, 0),
+        min_p=defaults.min_p if body.min_p is None else body.min_p,
+        repetition_penalty=(
+            defaults.repetition_penalty if body.repetition_penalty is None else body.repetition_penalty
+        ),
     )
 
 
@@ -273,6 +309,12 @@ def _prompts_of(body: CompletionRequest) -> list[str] | list[list[int]]:
 
 async def _told(request: Request, error: Exception) -> Response:
     failure = failure_of(error)
+    if isinstance(error, HTTPException) and failure.status in (404, 405):
+        served = ", ".join(
+            f"{method.upper()} {path}" for path, methods in request.app.openapi()["paths"].items() for method in methods
+        )
+        names = " or ".join(map(repr, request.app.state.names))
+        failure = ApiError(failure.status, f"{error.detail}: this server has {served}, for the model {names}")
     return JSONResponse(failure.reply(), failure.status, failure.headers)
 
 

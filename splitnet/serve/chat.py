@@ -19,6 +19,7 @@ class ChatAnswer(Answer):
     Args:
         choices: how many.
         with_tools: whether calls of tools are looked for.
+        only_calls: what is not a whole call is not told.
         with_logprobs: whether tokens are scored.
         text_of: the text of a token, also of a special one.
     """
@@ -26,10 +27,18 @@ class ChatAnswer(Answer):
     id_prefix, whole_object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(
-        self, model: str, prompt_tokens: int, *, choices: int, with_tools: bool, with_logprobs: bool, text_of: TextOf
+        self,
+        model: str,
+        prompt_tokens: int,
+        *,
+        choices: int,
+        with_tools: bool,
+        only_calls: bool,
+        with_logprobs: bool,
+        text_of: TextOf,
     ) -> None:
         super().__init__(model, prompt_tokens)
-        self._choices = [_ChatChoice(index, with_tools, with_logprobs, text_of) for index in range(choices)]
+        self._choices = [_ChatChoice(index, with_tools, only_calls, with_logprobs, text_of) for index in range(choices)]
 
     def take(self, number: int, event: ScoredPrompt | Piece) -> dict[str, Any] | None:
         assert isinstance(event, Piece)
@@ -42,8 +51,9 @@ class ChatAnswer(Answer):
 class _ChatChoice:
     """One message as it grows."""
 
-    def __init__(self, index: int, with_tools: bool, with_logprobs: bool, text_of: TextOf) -> None:
+    def __init__(self, index: int, with_tools: bool, only_calls: bool, with_logprobs: bool, text_of: TextOf) -> None:
         self._index = index
+        self._only_calls = only_calls
         self._parser = ToolCallParser() if with_tools else None
         self._with_logprobs = with_logprobs
         self._text_of = text_of
@@ -78,8 +88,9 @@ class _ChatChoice:
 
     def whole(self) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": self._text, "refusal": None}
-        if self._calls:
+        if self._calls or self._only_calls:
             message["content"] = self._text or None
+        if self._calls:
             message["tool_calls"] = [_call(call) for call in self._calls]
         return {
             "index": self._index,
@@ -95,7 +106,7 @@ class _ChatChoice:
         if piece.finish:
             last_text, last_calls = self._parser.rest()
             text, calls = text + last_text, calls + last_calls
-        return text, calls
+        return "" if self._only_calls else text, calls
 
     def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
         if not self._with_logprobs:

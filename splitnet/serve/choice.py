@@ -21,6 +21,7 @@ class Piece:
         choice: which answer of the request.
         text: may be empty while a character or a stop string is not complete.
         scored: the new tokens, if they are scored; also one that ends the answer and is no text.
+        begins: characters of the answer before those tokens.
         finish: why the answer ends here; None: it goes on.
     """
 
@@ -28,6 +29,7 @@ class Piece:
     text: str
     scored: tuple[ScoredToken, ...]
     finish: Finish | None
+    begins: int = 0
 
 
 class Choice:
@@ -59,26 +61,30 @@ class Choice:
         self.finished = False
         self._max_tokens = max_tokens
         self._end_tokens = end_tokens
+        self._characters = 0
         self._detokenizer = Detokenizer(decode, prompt)
         self._stops = StopStrings(stop_strings)
 
     def push(self, token: int, scored: ScoredToken | None) -> Piece:
         """Takes the next token, with its score if it is wanted."""
         self.tokens += 1
+        begins = self._characters
+        text, finish = self._text_of(token)
+        self.finished = finish is not None
+        return Piece(self.index, text, (scored,) if scored is not None else (), finish, begins)
+
+    def _text_of(self, token: int) -> tuple[str, Finish | None]:
         if token in self._end_tokens:
             text, stopped = self._stops.push(self._detokenizer.rest())
-            text += "" if stopped else self._stops.rest()
-            return self._piece(text, scored, "stop")
-        text, stopped = self._stops.push(self._detokenizer.push(token))
+            return text + ("" if stopped else self._stops.rest()), "stop"
+        new = self._detokenizer.push(token)
+        self._characters += len(new)
+        text, stopped = self._stops.push(new)
         if stopped:
-            return self._piece(text, scored, "stop")
+            return text, "stop"
         if self.tokens < self._max_tokens:
-            return self._piece(text, scored, None)
+            return text, None
         last, stopped = self._stops.push(self._detokenizer.rest())
         if stopped:
-            return self._piece(text + last, scored, "stop")
-        return self._piece(text + last + self._stops.rest(), scored, "length")
-
-    def _piece(self, text: str, scored: ScoredToken | None, finish: Finish | None) -> Piece:
-        self.finished = finish is not None
-        return Piece(self.index, text, (scored,) if scored is not None else (), finish)
+            return text + last, "stop"
+        return text + last + self._stops.rest(), "length"

@@ -15,6 +15,7 @@ class CompletionAnswer(Answer):
 
     Args:
         prompts: the text of each prompt, which is told first; empty if it is not wanted.
+        begins: where in that text each of its tokens begins, if these are scored.
         choices: how many answers to each prompt.
         with_logprobs: whether tokens are scored.
         text_of: the text of a token, also of a special one.
@@ -28,6 +29,7 @@ class CompletionAnswer(Answer):
         prompt_tokens: int,
         *,
         prompts: Sequence[str],
+        begins: Sequence[Sequence[int]],
         choices: int,
         with_logprobs: bool,
         text_of: Callable[[int], str],
@@ -35,14 +37,15 @@ class CompletionAnswer(Answer):
         super().__init__(model, prompt_tokens)
         self._per_prompt = choices
         self._choices = [
-            _CompletionChoice(index, prompts[index // choices], with_logprobs, text_of)
-            for index in range(len(prompts) * choices)
+            _CompletionChoice(number * choices + choice, prompt, offsets, with_logprobs, text_of)
+            for number, (prompt, offsets) in enumerate(zip(prompts, begins, strict=True))
+            for choice in range(choices)
         ]
 
     def take(self, number: int, event: ScoredPrompt | Piece) -> dict[str, Any] | None:
         choices = self._choices[number * self._per_prompt : (number + 1) * self._per_prompt]
         if isinstance(event, Piece):
-            return choices[event.choice].take(event.text, event.scored, event.finish)
+            return choices[event.choice].take(event)
         for choice in choices:
             choice.scored_prompt = event.scored
         return None
@@ -54,7 +57,9 @@ class CompletionAnswer(Answer):
 class _CompletionChoice:
     """One text as it grows."""
 
-    def __init__(self, index: int, prompt: str, with_logprobs: bool, text_of: Callable[[int], str]) -> None:
+    def __init__(
+        self, index: int, prompt: str, begins: Sequence[int], with_logprobs: bool, text_of: Callable[[int], str]
+    ) -> None:
         self.scored_prompt: tuple[ScoredToken, ...] = ()
         self._index = index
         self._prompt = prompt
@@ -63,45 +68,42 @@ class _CompletionChoice:
         self._begun = False
         self._text = ""
         self._scored: list[ScoredToken] = []
-        self._offset = 0
+        self._begins = list(begins)
         self._finish: str | None = None
 
-    def take(self, text: str, scored: tuple[ScoredToken, ...], finish: str | None) -> dict[str, Any] | None:
+    def take(self, piece: Piece) -> dict[str, Any] | None:
+        told, text, scored = len(self._scored), piece.text, piece.scored
         if not self._begun:
             self._begun = True
             text, scored = self._prompt + text, self.scored_prompt + scored
         self._text += text
         self._scored += scored
-        self._finish = finish
-        if not text and not scored and not finish:
+        self._begins += [len(self._prompt) + piece.begins] * len(piece.scored)
+        self._finish = piece.finish
+        if not text and not scored and not piece.finish:
             return None
-        return self._told(text, scored)
+        return self._told(text, told)
 
     def whole(self) -> dict[str, Any]:
-        self._offset = 0
-        return self._told(self._text, self._scored)
+        return self._told(self._text, 0)
 
-    def _told(self, text: str, scored: Sequence[ScoredToken]) -> dict[str, Any]:
+    def _told(self, text: str, first: int) -> dict[str, Any]:
+        """A text, with the scores from the one with number `first` on."""
         return {
             "index": self._index,
             "text": text,
-            "logprobs": self._logprobs(scored),
+            "logprobs": self._logprobs(self._scored[first:], self._begins[first:]),
             "finish_reason": self._finish,
         }
 
-    def _logprobs(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
+    def _logprobs(self, scored: Sequence[ScoredToken], begins: list[int]) -> dict[str, Any] | None:
         if not self._with_logprobs:
             return None
-        texts = [self._text_of(each.token) for each in scored]
-        offsets: list[int] = []
-        for text in texts:
-            offsets.append(self._offset)
-            self._offset += len(text)
         return {
-            "tokens": texts,
+            "tokens": [self._text_of(each.token) for each in scored],
             "token_logprobs": [each.logprob for each in scored],
             "top_logprobs": [self._top(each) for each in scored],
-            "text_offset": offsets,
+            "text_offset": begins,
         }
 
     def _top(self, scored: ScoredToken) -> dict[str, float] | None:

@@ -48,9 +48,14 @@ HEADERS = {
 
 
 class Dashboard:
-    """Watches the swarm and the answers, only while somebody looks; all who look see the same."""
+    """Watches the swarm and the answers, only while somebody looks; all who look see the same.
 
-    def __init__(self, generations: Generations, admission: Admission) -> None:
+    Args:
+        name: by which the chat asks for the model.
+    """
+
+    def __init__(self, generations: Generations, admission: Admission, name: str) -> None:
+        self._name = name
         self._generations = generations
         self._admission = admission
         self._swarm = generations.model.swarm
@@ -121,7 +126,8 @@ class Dashboard:
 
     def _look(self) -> Any:
         valid = [record for record in self._records if record.expires_at > time.time()]
-        return snapshot(self._generations, self._admission, self._presence.look(valid), self._problem)
+        seen = self._presence.look(valid, self._generations.progress.working_peers())
+        return snapshot(self._name, self._generations, self._admission, seen, self._problem)
 
 
 def dashboard_router(dashboard: Dashboard) -> APIRouter:

@@ -112,7 +112,7 @@ def failure_of(error: BaseException) -> ApiError:
     if isinstance(error, HTTPException):
         if isinstance(error.__cause__, ApiError):  # FastAPI hides what the reading of a body has raised
             return error.__cause__
-        return ApiError(error.status_code, f"{error.detail}: docs/serve.md lists what is served")
+        return ApiError(error.status_code, error.detail)
     # Only where, and not the message: it may hold a part of a prompt.
     log.error("%s in\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
     return ApiError(500, "the server met an error that it did not expect: its log tells where")

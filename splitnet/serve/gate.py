@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Collection
 
 from starlette.datastructures import Headers
@@ -15,6 +16,9 @@ from splitnet.serve.failures import ApiError, failure_of
 from splitnet.serve.keys import ApiKeys
 from splitnet.serve.shares import Client, client_at
 
+ON_THIS_MACHINE = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d+)?"
+"""Origins whose pages may use the server, whatever else may."""
+
 PROTECTED = ("/v1", "/dashboard/", "/metrics")
 """Paths that need a key begin with one of these."""
 
@@ -23,13 +27,16 @@ class Gate:
     """ASGI middleware; the paths that are `PROTECTED` need a key, if there are keys.
 
     Without keys, a page of another site must not reach the server by giving its own name the address of this machine:
-    requests name an IP address, localhost, or one of `hosts`. What is let in has a `Client` in its state.
+    requests name an IP address, localhost, or one of `hosts`. Nor may it send requests of which it could not read the
+    answers: they come from the server's own page, from one of this machine, or from one of `origins`. What is let in
+    has a `Client` in its state.
     """
 
-    def __init__(self, app: ASGIApp, keys: ApiKeys, hosts: Collection[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, keys: ApiKeys, hosts: Collection[str] = (), origins: Collection[str] = ()) -> None:
         self._app = app
         self._keys = keys
         self._hosts = {"localhost", *(host.lower() for host in hosts)}
+        self._origins = origins
         self._bodies = Bodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,7 +52,9 @@ class Gate:
 
         try:
             headers = Headers(scope=scope)
-            self._check_host(headers)
+            if not self._keys.required:
+                self._check_host(headers)
+                self._check_origin(headers)
             client = self._client_of(scope, headers)
             scope.setdefault("state", {})["client"] = client
             async with self._bodies.read(receive, client) as received:
@@ -57,13 +66,24 @@ class Gate:
 
     def _check_host(self, headers: Headers) -> None:
         given = headers.get("host")
-        if self._keys.required or given is None:  # browsers always tell it
+        if given is None:  # browsers always tell it
             return
         host = given.lower()
         host = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
         if host.removesuffix(".") not in self._hosts and not _is_address(host):
             raise ApiError(
                 403, "the server does not know this host name: start it with --allow-host NAME", code="unknown_host"
+            )
+
+    def _check_origin(self, headers: Headers) -> None:
+        origin = headers.get("origin")
+        if origin is None or origin in self._origins or re.fullmatch(ON_THIS_MACHINE, origin):
+            return
+        if origin.partition("://")[2] != headers.get("host"):
+            raise ApiError(
+                403,
+                "pages of this site may not use the server: start it with --allow-origin ORIGIN",
+                code="unknown_origin",
             )
 
     def _client_of(self, scope: Scope, headers: Headers) -> Client:

@@ -54,27 +54,29 @@ class Grammars:
             raise _not_kept_to(error, "response_format") from None
         return self._checked(text, "response_format")
 
-    def of_call(self, tools: Sequence[Tool]) -> Grammar:
-        """The grammar of one call of one of some tools.
+    def of_calls(self, tools: Sequence[Tool], *, required: bool, several: bool = False) -> Grammar:
+        """The grammar of an answer that may call some tools, or of one call of one of them.
+
+        Args:
+            required: the answer is one call, which fits the parameters of its tool. Otherwise it is text, and calls in
+                it fit those of tools that are strict.
+            several: the answer may go on after a call.
 
         Raises:
-            ApiError: the parameters of a tool are no schema, or one that is not supported.
+            ApiError: the parameters of a tool are no schema of an object, or one that is not supported.
         """
-        calls = [
-            {
-                "type": "object",
-                "properties": {
-                    "name": {"const": tool.function.name},
-                    "arguments": tool.function.parameters or {"type": "object"},
-                },
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-            for tool in tools
-        ]
-        schema = json.dumps({"anyOf": calls, "x-guidance": ONE_LINE})
-        rule = f'start: "{OPENING}\\n" %json {schema} "\\n{CLOSING}"'
-        return self._checked(llguidance.LLMatcher.grammar_from_lark(rule), "tools")
+        rules = [f'call: "\\n" ({" | ".join(f"call_{number}" for number in range(len(tools)))}) "\\n{CLOSING}"']
+        # Each schema stands alone, as its references are to places in itself.
+        for number, tool in enumerate(tools):
+            begins = json.dumps(f'{{"name": "{tool.function.name}", "arguments": ')
+            schema = json.dumps(_of_arguments(tool, bound=required) | {"x-guidance": ONE_LINE})
+            rules.append(f'call_{number}: {begins} %json {schema} "}}"')
+        if required:
+            rules.append(f'start: "{OPENING}" call')
+        else:
+            rules.append("start: (opening call)* TEXT" if several else "start: opening call | TEXT")
+            rules += [f'opening[lazy]: TEXT "{OPENING}"', r"TEXT: /(.|\n)*/"]
+        return self._checked(llguidance.LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
 
     def _checked(self, text: str, param: str) -> Grammar:
         tokens = self._tokens
@@ -89,6 +91,16 @@ class Grammars:
             return llguidance.hf.from_tokenizer(self._tokenizer, self._vocabulary, eos_token=sorted(self._end_tokens))
         except ValueError as error:
             raise ApiError(400, f"this model's answers cannot be bound to JSON ({error}): ask for text") from None
+
+
+def _of_arguments(tool: Tool, *, bound: bool) -> dict[str, Any]:
+    """The schema that the arguments of a call fit; `bound`: the tool's own, strict or not."""
+    given = tool.function.parameters if bound or tool.function.strict else None
+    schema: dict[str, Any] = {"type": "object"} | (given or {})
+    if schema["type"] != "object":
+        name = tool.function.name
+        raise ApiError(400, f"the arguments of {name} are an object: give its parameters that type", param="tools")
+    return schema
 
 
 def _not_kept_to(why: object, param: str) -> ApiError:

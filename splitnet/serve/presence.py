@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
@@ -71,8 +71,13 @@ class Presence:
         self._seen: dict[str, Seen] = {}
         self._looked_at = float("-inf")
 
-    def look(self, records: Sequence[PeerRecord]) -> list[Seen]:
-        """What is known now of the peers of these records; asks them again, and does not wait for answers."""
+    def look(self, records: Sequence[PeerRecord], working: Collection[str] = ()) -> list[Seen]:
+        """What is known now of the peers of these records; asks them again, and does not wait for answers.
+
+        Args:
+            working: keys of peers on routes of answers that are under way. Their sessions watch them and replace them,
+                so none of them is gone because it answers late.
+        """
         now = self._clock()
         if now - self._looked_at > PAUSE_S:
             self._asked, self._seen = {}, {}
@@ -86,7 +91,9 @@ class Presence:
         for record in records:
             key = record.key.text
             endpoint = endpoints.get(key)
-            state, answer = self._ask(endpoint, now) if endpoint is not None else (State.UNKNOWN, None)
+            state, answer = State.UNKNOWN, None
+            if endpoint is not None:
+                state, answer = self._ask(endpoint, now, works=key in working)
             known = before.get(key)
             since = known.since if known is not None and known.state is state else now
             self._seen[key] = Seen(record, state, since, answer)
@@ -94,7 +101,7 @@ class Presence:
             self._note_changes(before)
         return list(self._seen.values())
 
-    def _ask(self, endpoint: Endpoint, now: float) -> tuple[State, Answer | None]:
+    def _ask(self, endpoint: Endpoint, now: float, *, works: bool) -> tuple[State, Answer | None]:
         """What is known of a peer; asks it again if it has answered, or has been silent."""
         asked = self._asked[endpoint]
         if asked.future is not None and asked.future.done():
@@ -109,7 +116,7 @@ class Presence:
                 asked.asked_at = now
             asked.future = None
             return State.GONE, asked.answer
-        if asked.future is None:
+        if asked.future is None or works:
             asked.first_unanswered_at = now
         silent = now - asked.first_unanswered_at >= SILENT_S
         if asked.future is None or is_due:

@@ -96,6 +96,13 @@ class ProgressLog:
         with self._lock:
             return [*self._ended, *self._running]
 
+    def working_peers(self) -> set[str]:
+        """Those that answers are going through now, as their sessions know."""
+        with self._lock:
+            running = list(self._running)
+        hops = (hop for each in running for route in each.routes() for hop in route.hops)
+        return {hop.peer for hop in hops if not hop.lost}
+
     def tokens_per_second(self) -> list[int]:
         """Tokens of each of the last seconds that are over; the latest is the last."""
         with self._lock:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
+from inspect import signature
+from types import MappingProxyType
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 
+from splitnet.serve.detokenizing import INCOMPLETE
 from splitnet.serve.failures import ApiError
 from splitnet.serve.requests import AssistantMessage, Content, Message, Tool, ToolMessage
 
@@ -19,8 +23,15 @@ KEPT_TEXTS = 2**16
 SLICE = 2**16
 """Characters of which tokens are made at a time to see whether a text is too long: that takes time and memory."""
 
+LONGEST_CHARACTER = 16
+"""Tokens that are looked at together for the characters that they are parts of."""
+
 CUT_TOKENS = 128
 """A text that is cut may have so many tokens more."""
+
+
+_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
+"""Transformers' own, around the answers in a template."""
 
 
 class Prompts:
@@ -53,8 +64,10 @@ class Prompts:
     def _text_of(self, token: int) -> str:
         return self.decode_all([*self._some_text, token])[len(self.decode_all(self._some_text)) :]
 
-    def of_chat(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[int]:
-        """The tokens of a conversation, ready for the next answer.
+    def of_chat(
+        self, messages: Sequence[Message], tools: Sequence[Tool], variables: Mapping[str, Any] = MappingProxyType({})
+    ) -> list[int]:
+        """The tokens of a conversation, ready for the next answer; `variables`: what the template is given besides.
 
         Special tokens come from the template alone: where messages or tools name one, that is text. So nobody who
         writes a part of a message can end it and begin one of another role.
@@ -64,24 +77,39 @@ class Prompts:
         """
         if not self._tokenizer.chat_template:
             raise ApiError(400, "this model has no chat template: use /v1/completions", param="messages")
-        described = [tool.model_dump(exclude_none=True) for tool in tools] or None
+        described = [tool.model_dump(exclude_none=True, exclude={"function": {"strict"}}) for tool in tools] or None
         if described and "tools" not in self._tokenizer.get_chat_template(tools=described):
             raise ApiError(400, "this model's chat template has no place for tools: leave them out", param="tools")
+        self._check_variables(variables, described)
         said = [_for_template(message) for message in messages]
         self._check_length([message["content"] for message in said])
-        text = json.dumps([said, described], ensure_ascii=False)
+        text = json.dumps([said, described, dict(variables)], ensure_ascii=False)
         self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
         if self._special.search(text) is None:
-            return self._templated(said, described, tokenize=True)["input_ids"]
+            return self._templated(said, described, variables, tokenize=True)["input_ids"]
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
-        said, described = self._as_text(said, mark), self._as_text(described, mark)
-        pieces = self._templated(said, described, tokenize=False).split(mark)
+        said, described, given = (self._as_text(each, mark) for each in (said, described, dict(variables)))
+        pieces = self._templated(said, described, given, tokenize=False).split(mark)
         return [id for piece in pieces for id in self._tokenizer(piece, add_special_tokens=False).input_ids]
 
-    def _templated(self, said: Any, tools: Any, *, tokenize: bool) -> Any:
+    def _check_variables(self, variables: Mapping[str, Any], tools: Any) -> None:
+        """Refuses those that the chat template does not use, or that others give it."""
+        if not variables:
+            return
+        template = self._tokenizer.get_chat_template(tools=tools)
+        syntax = Environment(extensions=["jinja2.ext.loopcontrols"])
+        used = find_undeclared_variables(syntax.parse(_GENERATION_TAG.sub("", template)))
+        used -= {*syntax.globals, "messages", "raise_exception", "strftime_now", *self._tokenizer.special_tokens_map}
+        used -= signature(self._tokenizer.apply_chat_template).parameters.keys()
+        for name in variables:
+            if name not in used:
+                param = "reasoning_effort" if name == "reasoning_effort" else "chat_template_kwargs"
+                raise ApiError(400, f"this model's chat template has no place for {name!r}: leave it out", param=param)
+
+    def _templated(self, said: Any, tools: Any, variables: Mapping[str, Any], *, tokenize: bool) -> Any:
         try:
             return self._tokenizer.apply_chat_template(
-                said, tools=tools, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize
+                said, tools=tools, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize, **variables
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise ApiError(
@@ -113,6 +141,19 @@ class Prompts:
             raise ApiError(400, "the prompt is empty: give some text", param="prompt")
         self.check_known(tokens, "prompt")
         return tokens
+
+    def begins(self, tokens: Sequence[int], text: str) -> list[int]:
+        """Where in its text each token of a bare prompt begins; those that the tokenizer adds before it, at 0."""
+        begins: list[int] = []
+        at, part = 0, [*self._some_text]
+        for token in tokens:
+            begins.append(at)
+            part.append(token)
+            alone = len(part) == len(self._some_text) + 1
+            new = self.text_of(token) if alone else self.decode_all(part)[len(self.decode_all(self._some_text)) :]
+            if not new.endswith(INCOMPLETE) or len(part) > LONGEST_CHARACTER:
+                at, part = at + len(new), [*self._some_text]
+        return [max(0, begin - max(0, at - len(text))) for begin in begins]
 
     def _check_length(self, texts: Sequence[str], times: int = 1) -> None:
         """Refuses texts that are longer than the context, or so many times that, as soon as it is certain."""

@@ -78,6 +78,9 @@ class SamplingRequest(_Strict):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     n: Annotated[int, Field(ge=1, le=CHOICES)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Text | Annotated[list[Text], Field(fail_fast=True, max_length=STOP_STRINGS)] | None = None
@@ -170,7 +173,7 @@ class FunctionDefinition(_Strict):
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = None
+    strict: bool | None = None
 
 
 class Tool(_Strict):
@@ -203,8 +206,17 @@ class ChatRequest(SamplingRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
     tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
-    parallel_tool_calls: Literal[True] | None = None
+    parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
+    reasoning_effort: str | None = None
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_few)] | None = None
+    # What clients send that changes no answer.
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    store: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium"] | None = None
 
     @model_validator(mode="after")
     def _top_needs_logprobs(self) -> ChatRequest:
@@ -223,6 +235,28 @@ class ChatRequest(SamplingRequest):
         if self.tool_choice not in (None, "none", "auto") and not self.tools_to_call:
             raise ValueError("tool_choice asks for a tool that is not there: give it in tools")
         return self
+
+    @model_validator(mode="after")
+    def _a_call_is_no_text(self) -> ChatRequest:
+        if self.stop_strings and self.tools_to_call:
+            raise ValueError("stop ends texts, and the answer is to be a call: leave out stop, or tool_choice")
+        return self
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """Those that the model may call."""
+        return self.tools if self.tools and self.tool_choice != "none" else []
+
+    @property
+    def binds_calls(self) -> bool:
+        """Whether calls, if the model makes some, must keep to anything."""
+        return self.parallel_tool_calls is False or any(tool.function.strict for tool in self.offered_tools)
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the chat template is given besides messages and tools."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return (self.chat_template_kwargs or {}) | effort
 
     @property
     def tools_to_call(self) -> list[Tool]:

@@ -15,11 +15,12 @@ from splitnet.client.swarm import Swarm
 
 @dataclass(frozen=True, slots=True)
 class HopView:
-    """The blocks `[start, end)` that a peer runs for a session."""
+    """The blocks `[start, end)` that a peer runs for a session; `lost`: until another is found for them."""
 
     peer: str
     start: int
     end: int
+    lost: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def routes_of(swarm: Swarm, session: ModelSession | None) -> tuple[RouteView, ..
         if hops and len(uses) == len(hops) + 1:
             ends = pairwise([None, *hops, None])
             links = [_link(swarm, use, *each) for use, each in zip(uses, ends, strict=True)]
-            routes.append(RouteView(tuple(HopView(hop.name, *hop.blocks) for hop in hops), tuple(links)))
+            routes.append(RouteView(tuple(HopView(hop.name, *hop.blocks, hop.lost) for hop in hops), tuple(links)))
     return tuple(routes)
 
 

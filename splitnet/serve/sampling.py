@@ -29,6 +29,7 @@ class Sampling:
 
     Attributes:
         seed: 64 bits.
+        prompt: which of the prompts that have this seed; each has choices of its own.
         frequency_penalty, presence_penalty: taken off the logit of a token for every time that it is in the answer, or
             once if it is.
         bias: added to the logits of some tokens.
@@ -44,6 +45,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    prompt: int = 0
 
     @property
     def changes_logits(self) -> bool:
@@ -63,8 +65,8 @@ class ScoredToken:
 class TokenChooser(LogitsProcessor):
     """Leaves one token for each row of a batch, with which `generate(do_sample=False)` goes on.
 
-    The noise of a choice is a function of the seed, the row and the position, not the state of a generator: neither
-    other requests nor how many positions are looked at in one step can change it.
+    The noise of a choice is a function of the seed, the prompt, the row and the position, not the state of a generator:
+    neither other requests nor how many positions are looked at in one step can change it.
 
     Args:
         sampling: how to choose.
@@ -135,7 +137,8 @@ class TokenChooser(LogitsProcessor):
 
     def _noise(self, row: int, position: int, vocabulary: int) -> np.ndarray:
         key = np.array([self._sampling.seed, row], np.uint64)
-        generator = np.random.Generator(np.random.Philox(key=key, counter=np.array([0, 0, 0, position], np.uint64)))
+        counter = np.array([0, 0, self._sampling.prompt, position], np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
         return generator.standard_exponential(vocabulary, dtype=np.float32).clip(min=np.finfo(np.float32).tiny)
 
 

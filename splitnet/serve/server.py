@@ -47,6 +47,8 @@ class ServeOptions:
     speculate: Any = None
     checkpoint_sampling: bool = False
     hosts: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    names: Sequence[str] = ()
 
 
 def serve(
@@ -70,6 +72,9 @@ def serve(
         SplitnetError: what else went wrong before requests were answered.
     """
     keys = ApiKeys.read(options.api_key_file)
+    if "*" in options.origins and not keys.required:
+        raise SplitnetError("--allow-origin * opens the server to the pages of all sites: give --api-key-file, too")
+    names = options.names or [checkpoint.name]
     with _listening(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         if not keys.required and not ipaddress.ip_address(host).is_loopback:
@@ -86,20 +91,21 @@ def serve(
             generations = Generations(remote, prompts.decode, options.max_requests, options.keep, options.speculate)
             try:
                 gateway = Gateway(
-                    checkpoint.name,
+                    names[0],
                     generations,
                     prompts,
                     Grammars(tokenizer, vocabulary, generations.end_tokens),
                     Admission(options.max_requests, options.max_waiting, spare=spare),
                     defaults,
+                    names[1:],
                 )
-                app = make_app(gateway, keys, int(time.time()), (options.host, *options.hosts))
+                app = make_app(gateway, keys, int(time.time()), (options.host, *options.hosts), options.origins)
                 server = _Server(app, generations, options.drain_s)
                 # uvicorn raises a signal again when it has ended; it must not find a handler that ends the process.
                 for number in (signal.SIGINT, signal.SIGTERM):
                     signal.signal(number, server.handle_exit)
                 shown = f"[{host}]" if ":" in host else host
-                say(f"serving {checkpoint.name} at http://{shown}:{port}/v1")
+                say(f"serving {' and '.join(names)} at http://{shown}:{port}/v1")
                 say(f"the swarm and a chat are shown at http://{shown}:{port}/")
                 for sentence in said:
                     say(sentence)

@@ -22,10 +22,13 @@ SHOWN_S = 60.0
 """For so long an answer that has ended is still told of."""
 
 
-def snapshot(generations: Generations, admission: Admission, seen: Sequence[Seen], problem: str | None) -> Any:
+def snapshot(
+    name: str, generations: Generations, admission: Admission, seen: Sequence[Seen], problem: str | None
+) -> Any:
     """The swarm and the answers as they are now.
 
     Args:
+        name: of the model, in requests.
         seen: the peers.
         problem: why they may not be known.
     """
@@ -38,7 +41,7 @@ def snapshot(generations: Generations, admission: Admission, seen: Sequence[Seen
     return {
         "at": time.time(),
         "version": splitnet.__version__,
-        "model": overview.facts.name,
+        "model": name,
         "num_blocks": overview.facts.num_blocks,
         "problem": problem,
         "holes": [

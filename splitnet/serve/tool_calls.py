@@ -25,6 +25,7 @@ class ToolCallParser:
     """Takes tool calls out of a text that comes in pieces. What looks like one and is none stays text."""
 
     def __init__(self) -> None:
+        self._space = ""  # before what may be a call
         self._held = ""
         self._inside = False
         self._found = False
@@ -39,14 +40,15 @@ class ToolCallParser:
                 before, opening, after = self._held.partition(OPENING)
                 if not opening:
                     break
-                text += before.rstrip()
-                self._held, self._inside = after, True
+                said = before.rstrip()
+                text += said
+                self._space, self._held, self._inside = before[len(said) :], after, True
             body, closing, after = self._held.partition(CLOSING)
             if not closing:
                 return text, calls
             call = _call_of(body)
             if call is None:
-                text += OPENING + body + CLOSING
+                text += self._space + OPENING + body + CLOSING
             else:
                 calls.append(call)
                 self._found = True
@@ -63,7 +65,7 @@ class ToolCallParser:
         held, self._held = self._held, ""
         if self._inside:
             call = _call_of(held)
-            return ("", [call]) if call is not None else (OPENING + held, [])
+            return ("", [call]) if call is not None else (self._space + OPENING + held, [])
         return ("" if self._found and not held.strip() else held), []
 
 

@@ -118,7 +118,7 @@ def test_the_page_is_free_and_its_data_needs_a_key(server: Server) -> None:
 
 def test_a_stream_that_is_open_ends_with_the_server(server: Server) -> None:
     async def does() -> None:
-        stream = Dashboard(server.generations, Admission(1, 1)).stream(ANYONE)
+        stream = Dashboard(server.generations, Admission(1, 1), MODEL).stream(ANYONE)
         assert json.loads((await anext(stream)).removeprefix("data: "))["type"] == "snapshot"
         server.generations.drain()
         async with asyncio.timeout(10):

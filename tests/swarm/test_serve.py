@@ -96,13 +96,17 @@ class Server:
         speculate: str | None = None,
         keys: Sequence[str] = (),
         defaults: SamplingDefaults | None = None,
+        names: Sequence[str] = (),
+        origins: Sequence[str] = (),
     ) -> None:
         prompts = Prompts(tokenizer, 49152, 256)
         self.generations = Generations(model, prompts.decode, at_a_time, KeepLimits(keep, 10_000, 300.0), speculate)
         grammars = Grammars(tokenizer, 49152, self.generations.end_tokens)
         self.admission = Admission(at_a_time, waiting)
-        gateway = Gateway(MODEL, self.generations, prompts, grammars, self.admission, defaults or SamplingDefaults())
-        self.app = make_app(gateway, ApiKeys({key: KeyOptions() for key in keys}), created=0)
+        gateway = Gateway(
+            MODEL, self.generations, prompts, grammars, self.admission, defaults or SamplingDefaults(), names
+        )
+        self.app = make_app(gateway, ApiKeys({key: KeyOptions() for key in keys}), created=0, origins=origins)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Server]:
@@ -226,6 +230,15 @@ def test_what_a_checkpoint_recommends_is_used_only_if_it_is_taken(
     taken = serve(does, on=recommending, defaults=SamplingDefaults(repetition_penalty=penalty))
     assert taken == tokenizer.decode(penalised[0, len(ids) :]) != tokenizer.decode(greedy(whole, ids, 12))
 
+    async def asks(server: Server) -> list[str]:
+        asked = ({"repetition_penalty": penalty}, {"temperature": 1, "top_k": 1}, {"temperature": 1, "min_p": 1})
+        replies = [await server.complete(prompt=ids, max_tokens=12, **each) for each in asked]
+        return [reply["choices"][0]["text"] for reply in replies]
+
+    assert serve(asks) == [taken, *[tokenizer.decode(greedy(whole, ids, 12))] * 2]
+    # What a request says goes before what the checkpoint recommends.
+    assert serve(asks, defaults=SamplingDefaults(repetition_penalty=3.0, top_k=7))[0] == taken
+
 
 def test_scores_of_a_prompt_are_those_of_the_model_in_one_piece(serve: Serve, whole: Any, tokenizer: Any) -> None:
     ids = tokenizer("One two three four five six").input_ids
@@ -268,6 +281,9 @@ def test_several_prompts_and_choices(serve: Serve, swarm: LocalSwarm) -> None:
         assert again["choices"] == sampled["choices"]
         one = await server.complete(prompt="Bees", max_tokens=6, temperature=1, seed=1)
         assert one["choices"][0] == sampled["choices"][0]
+        same = [await server.complete(prompt=["Bees"] * 3, max_tokens=6, temperature=1, seed=1) for _ in range(2)]
+        assert same[0]["choices"] == same[1]["choices"] and same[0]["choices"][0] == one["choices"][0]
+        assert len({choice["text"] for choice in same[0]["choices"]}) == 3
 
         await until(lambda: sessions(swarm) == [0, 0])
 
@@ -366,6 +382,15 @@ def test_a_model_that_knows_nothing_calls_the_tools_that_it_must(serve: Serve) -
             ("count", {"count", "colour"}),
             ("stop", set()),
         ]
+        half = {"tools": tools, "tool_choice": "required", "max_tokens": 12}
+        (cut,) = (await server.chat("Hi", **half))["choices"]
+        assert cut["finish_reason"] == "length"
+        assert cut["message"] == {"role": "assistant", "content": None, "refusal": None}
+        messages = [{"role": "user", "content": "Hi"}]
+        told = await server.http.post(
+            "/v1/chat/completions", json=GREEDY | half | {"messages": messages, "stream": True}
+        )
+        assert "tool_call" not in told.text and '"finish_reason":"length"' in told.text
         said = await server.chat("Hi", tools=tools, tool_choice="none", max_tokens=4)
         plain = await server.chat("Hi", max_tokens=4)
         assert said["choices"][0]["message"]["content"] == plain["choices"][0]["message"]["content"]
@@ -560,8 +585,8 @@ def test_blocks_that_nobody_serves(small: Path, serve: Serve) -> None:
             400,
             "cannot be kept to: Invalid type: rope",
         ),
-        ("/v1/embeddings", {}, 404, "docs/serve.md"),
-        ("/v1/models", {}, 405, "docs/serve.md"),
+        ("/v1/embeddings", {}, 404, "POST /v1/completions, for the model 'small'"),
+        ("/v1/models", {}, 405, "GET /v1/models, GET /v1/models/{name}, POST /v1/chat/completions"),
     ],
 )
 def test_errors(serve: Serve, path: str, body: Any, status: int, message: str) -> None:
@@ -613,6 +638,57 @@ def test_models_and_health(serve: Serve) -> None:
         assert (await server.http.get("/v1/models/other")).status_code == 404
 
     serve(does)
+
+
+def test_a_model_has_as_many_names_as_it_is_given(serve: Serve) -> None:
+    async def does(server: Server) -> None:
+        entries = (await server.http.get("/v1/models")).json()["data"]
+        assert [entry["id"] for entry in entries] == [MODEL, "gpt-4o"]
+        assert (await server.http.get("/v1/models/gpt-4o")).json() == entries[1]
+        reply = await server.complete(model="gpt-4o", prompt="Bees", max_tokens=1)
+        assert reply["model"] == MODEL
+        refused = await server.http.post("/v1/completions", json={"model": "gpt", "prompt": "a"})
+        assert refused.status_code == 404 and "use 'small' or 'gpt-4o'" in refused.json()["error"]["message"]
+
+    serve(does, names=["gpt-4o"])
+
+
+@pytest.mark.parametrize(
+    ("origin", "keys", "origins", "may_send", "may_read"),
+    [
+        (None, [], [], True, False),
+        ("http://10.0.0.5:8000", [], [], True, False),  # the server's own page
+        ("http://10.0.0.5:9000", [], [], False, False),
+        ("http://localhost:5173", [], [], True, True),
+        ("https://[::1]:5173", [], [], True, True),
+        ("https://evil.example", [], [], False, False),
+        ("http://localhost.evil.example", [], [], False, False),
+        ("null", [], [], False, False),
+        ("https://chat.example", [], ["https://chat.example"], True, True),
+        ("https://evil.example", [], ["https://chat.example"], False, False),
+        ("https://any.example", ["sk"], [], True, False),
+        ("https://any.example", ["sk"], ["*"], True, True),
+    ],
+)
+def test_pages_of_other_sites_use_the_server_only_if_they_may(
+    serve: Serve, origin: str | None, keys: list[str], origins: list[str], may_send: bool, may_read: bool
+) -> None:
+    async def does(server: Server) -> None:
+        headers = {"Host": "10.0.0.5:8000"} | ({} if origin is None else {"Origin": origin})
+        key = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
+        reply = await server.http.post(
+            "/v1/completions", json=GREEDY | {"prompt": "Bees", "max_tokens": 1}, headers=headers | key
+        )
+        assert reply.status_code == (200 if may_send else 403)
+        assert may_send or reply.json()["error"]["code"] == "unknown_origin"
+        assert (reply.headers.get("access-control-allow-origin", "") in (origin, "*")) == may_read
+        if origin is not None:  # what a browser asks before it sends JSON, and without a key
+            asked = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization,x-a"}
+            before = await server.http.options("/v1/completions", headers=headers | asked)
+            assert (before.headers.get("access-control-allow-origin") in (origin, "*")) == may_read
+            assert (before.status_code == 200) == may_read
+
+    serve(does, keys=keys, origins=origins)
 
 
 class Told:

@@ -66,8 +66,9 @@ def test_downloads_once_and_leaves_only_the_file(downloads: FakeDownload, cache:
     first = demo.demo_checkpoint()
     assert demo.demo_checkpoint() == first
     assert first.is_relative_to(cache) and first.read_bytes() == b"weights"
+    assert first.stem == "SmolLM2-135M-Instruct", "its name in requests"
     assert downloads.count == 1
-    assert beside(first) == {".Q4_1.gguf", ".LICENSE", ".lock"}
+    assert beside(first) == {".gguf", ".LICENSE", ".lock"}
 
 
 def test_a_failed_download_leaves_nothing_and_can_be_repeated(downloads: FakeDownload, cache: Path) -> None:

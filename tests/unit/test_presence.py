@@ -42,9 +42,9 @@ class FakeSwarm:
             future.set_result(Answer(rtt_ms=1.0, queue_ms=2.0, kv_free_positions=30))
         return future
 
-    def look(self, *records: PeerRecord, after: float = 1.0) -> list[State]:
+    def look(self, *records: PeerRecord, after: float = 1.0, working: Sequence[PeerRecord] = ()) -> list[State]:
         self.now += after
-        return [seen.state for seen in self.presence.look(records)]
+        return [seen.state for seen in self.presence.look(records, {record.key.text for record in working})]
 
     def told(self) -> list[str]:
         return [event.kind for event in self.events.since(0)]
@@ -79,6 +79,18 @@ def test_who_stops_answering_is_gone_and_may_come_back(swarm: FakeSwarm) -> None
     for _ in range(int(SILENT_S) + 1):
         states.append(swarm.look(RECORD, OTHER))
     assert states[-1] == [State.HERE, State.HERE] and swarm.told() == ["gone", "back"]
+
+
+def test_who_has_no_time_to_answer_for_an_answer_under_way_is_there(swarm: FakeSwarm) -> None:
+    swarm.look(RECORD)
+    swarm.look(RECORD)
+    swarm.silent.add(endpoint_of(RECORD))
+    states = [swarm.look(RECORD, working=[RECORD]) for _ in range(3 * int(SILENT_S))]
+    states += [swarm.look(RECORD) for _ in range(int(SILENT_S) - 1)]
+    assert set(map(tuple, states)) == {(State.HERE,)}
+    assert swarm.look(RECORD) == [State.GONE]
+    swarm.states[endpoint_of(RECORD)] = LinkState.DOWN
+    assert swarm.look(RECORD, working=[RECORD]) == [State.GONE]
 
 
 def test_a_link_that_is_down_needs_no_patience(swarm: FakeSwarm) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 import splitnet
 from splitnet.serve.failures import ApiError
-from splitnet.serve.grammars import AllowedTokens, Grammars
+from splitnet.serve.grammars import AllowedTokens, Grammar, Grammars
+from splitnet.serve.requests import Tool
 from splitnet.serve.sampling import Sampling, TokenChooser
 
 
@@ -56,6 +58,82 @@ def test_a_choice_is_one_that_is_possible(grammars: Grammars, tokenizer: Any) ->
 def test_schemas_that_cannot_be_kept_to(grammars: Grammars, schema: dict[str, Any]) -> None:
     with pytest.raises(ApiError, match="cannot be kept to"):
         grammars.of_schema(schema)
+
+
+TOWN = {"properties": {"name": {"enum": ["Paris", "Rome"]}}, "required": ["name"], "type": "object"}
+TRIP = {"$defs": {"Town": TOWN}, "properties": {"to": {"$ref": "#/$defs/Town"}}, "required": ["to"], "type": "object"}
+LIST = {"properties": {"next": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}}, "required": ["next"]}
+
+
+def tools(**parameters: Any) -> list[Tool]:
+    return [
+        Tool.model_validate(
+            {"type": "function", "function": {"name": name, "parameters": schema, "strict": name != "any"}}
+        )
+        for name, schema in parameters.items()
+    ]
+
+
+def call(name: str, arguments: Any) -> str:
+    return f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
+
+
+def is_kept_to(grammar: Grammar, tokenizer: Any, text: str) -> bool:
+    """Whether a text is a whole answer."""
+    answer = tokenizer(text, add_special_tokens=False).input_ids
+    allowed = AllowedTokens(grammar)
+    return all(token in possible(allowed, answer[:length]) for length, token in enumerate([*answer, 2]))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "fits"),
+    [
+        ("trip", {"to": {"name": "Rome"}}, True),
+        ("trip", {"to": {"name": "Oslo"}}, False),
+        ("chain", {"next": {"next": None}}, True),
+        ("chain", {"next": 1}, False),
+        ("any", {"to": 1}, False),
+        ("any", {"to": {"name": "Rome"}}, True),
+        ("none", {}, True),
+        ("none", 7, False),
+        ("other", {}, False),
+    ],
+)
+def test_references_in_parameters_are_to_places_in_themselves(
+    grammars: Grammars, tokenizer: Any, name: str, arguments: Any, fits: bool
+) -> None:
+    grammar = grammars.of_calls(tools(trip=TRIP, chain=LIST, any=TRIP, none=None), required=True)
+    assert is_kept_to(grammar, tokenizer, call(name, arguments)) == fits
+
+
+ROME, OSLO = (call("trip", {"to": {"name": name}}) for name in ("Rome", "Oslo"))
+
+
+@pytest.mark.parametrize(
+    ("text", "one", "several"),
+    [
+        ("Hello, 1 < 2.", True, True),
+        ("Let me look.\n" + ROME, True, True),
+        (OSLO, False, False),
+        (call("any", {"to": 1}), True, True),
+        (call("any", 1), False, False),
+        (call("other", {}), False, False),
+        (ROME + "\n" + ROME, False, True),
+        (ROME + " There.", False, True),
+        (ROME + OSLO, False, False),
+    ],
+)
+def test_calls_that_a_model_may_make_are_bound_as_far_as_they_are_asked_to_be(
+    grammars: Grammars, tokenizer: Any, text: str, one: bool, several: bool
+) -> None:
+    for allowed, fits in ((False, one), (True, several)):
+        grammar = grammars.of_calls(tools(trip=TRIP, any=TRIP), required=False, several=allowed)
+        assert is_kept_to(grammar, tokenizer, text) == fits
+
+
+def test_arguments_are_an_object(grammars: Grammars) -> None:
+    with pytest.raises(ApiError, match="the arguments of f are an object"):
+        grammars.of_calls(tools(f={"type": "integer"}), required=True)
 
 
 def test_a_tokenizer_that_does_not_fit() -> None:

@@ -52,11 +52,36 @@ def refusal(kind: type[BaseModel], document: dict[str, Any]) -> ApiError:
         {"temperature": 0, "top_p": 0.5, "seed": -1, "stop": ["a", "b"], "n": 2},
         {"stream": True, "stream_options": {"include_usage": True}},
         {"stop": None, "max_tokens": None, "stream": None},
+        {"top_k": -1, "min_p": 0.05, "repetition_penalty": 1.1},
     ],
 )
 def test_what_is_supported(more: dict[str, Any]) -> None:
     ChatRequest.model_validate(CHAT | more)
     CompletionRequest.model_validate(TEXT | more)
+
+
+TOOL = {"type": "function", "function": {"name": "f", "strict": True}}
+
+
+def test_what_clients_of_openai_send_by_themselves_is_accepted() -> None:
+    defaults = {"store": False, "service_tier": "auto", "modalities": ["text"], "verbosity": "medium"}
+    names = {"safety_identifier": "a", "prompt_cache_key": "b", "user": "c"}
+    ChatRequest.model_validate(CHAT | defaults | names | {"tools": [TOOL], "parallel_tool_calls": False})
+
+
+@pytest.mark.parametrize(
+    ("more", "binds"),
+    [
+        ({}, False),
+        ({"parallel_tool_calls": True}, False),
+        ({"parallel_tool_calls": False}, True),
+        ({"tools": [TOOL]}, True),
+        ({"tools": [TOOL], "tool_choice": "none"}, False),
+    ],
+)
+def test_calls_are_bound_where_a_request_asks_for_it(more: dict[str, Any], binds: bool) -> None:
+    tools = {"tools": [{"type": "function", "function": {"name": "g"}}]}
+    assert ChatRequest.model_validate(CHAT | tools | more).binds_calls == binds
 
 
 @pytest.mark.parametrize("prompt", ["", "a", ["a", "b"], [1, 2], [[1], [2, 3]]])
@@ -70,7 +95,15 @@ def test_prompts(prompt: Any) -> None:
         ({"foo": 1}, "foo", "foo is not supported: leave it out"),
         ({"frequency_penalty": 3}, "frequency_penalty", "less than or equal to 2"),
         ({"logit_bias": {"a": 1}}, "logit_bias", "pattern"),
-        ({"parallel_tool_calls": False}, "parallel_tool_calls", "only True is supported"),
+        ({"store": True}, "store", "only False is supported"),
+        ({"modalities": ["audio"]}, "modalities", "only 'text' is supported"),
+        ({"top_k": -2}, "top_k", "greater than or equal to -1"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "greater than or equal to 0.01"),
+        (
+            {"stop": "a", "tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f"}}]},
+            None,
+            "stop ends texts, and the answer is to be a call",
+        ),
         ({"response_format": {"type": "xml"}}, "response_format", "'json_schema'"),
         (
             {
@@ -338,6 +371,7 @@ class Tokenizer:
     """Tokens are code points; the template shows what it is given."""
 
     bos_token_id = None
+    special_tokens_map: Mapping[str, str] = {}
     added_tokens_decoder: Mapping[int, Any] = {}
 
     def __init__(self, template: str | None) -> None:
@@ -384,6 +418,69 @@ def test_messages_as_templates_expect_them() -> None:
     said[1]["tool_calls"][0]["function"]["arguments"] = "{"
     with pytest.raises(ApiError, match="not valid JSON"):
         prompts.of_chat(messages(said), [])
+
+
+class WithVariables(Tokenizer):
+    """Its template has two variables of its own."""
+
+    special_tokens_map: Mapping[str, str] = {"bos_token": "<s>"}
+
+    def __init__(self) -> None:
+        super().__init__(
+            "{{ bos_token }}{% if enable_thinking is not defined %}{% set enable_thinking = 1 %}{% endif %}"
+            "{{ enable_thinking }}{{ reasoning_effort }}{% generation %}{% set content = namespace(a=1) %}"
+            "{% for message in messages %}{{ message.role }}{{ message['content'] }}{% break %}{% endfor %}"
+            "{%- endgeneration -%}{{ content }}"
+        )
+        self.variables: dict[str, Any] = {}
+
+    def apply_chat_template(
+        self,
+        messages: Any,
+        tools: Any = None,
+        add_generation_prompt: bool = False,
+        tokenize: bool = True,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        self.variables = options
+        return {"input_ids": [1]}
+
+
+def test_a_template_is_given_the_variables_that_it_has() -> None:
+    tokenizer = WithVariables()
+    prompts = Prompts(tokenizer, 300, 256)
+    said = ChatRequest.model_validate(
+        CHAT | {"chat_template_kwargs": {"enable_thinking": False}, "reasoning_effort": "low"}
+    )
+    prompts.of_chat(said.messages, [], said.template_variables)
+    assert tokenizer.variables == {"enable_thinking": False, "reasoning_effort": "low"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "thinking",
+        "role",
+        "content",
+        "messages",
+        "bos_token",
+        "tokenize",
+        "add_generation_prompt",
+        "raise_exception",
+        "namespace",
+        "message",
+    ],
+)
+def test_a_template_is_not_given_what_it_does_not_use(name: str) -> None:
+    said = ChatRequest.model_validate(CHAT | {"chat_template_kwargs": {name: True}})
+    with pytest.raises(ApiError, match=f"no place for '{name}'") as refused:
+        Prompts(WithVariables(), 300, 256).of_chat(said.messages, [], said.template_variables)
+    assert refused.value.param == "chat_template_kwargs"
+    said = ChatRequest.model_validate(CHAT | {"reasoning_effort": "high"})
+    with pytest.raises(ApiError, match="no place for 'reasoning_effort'") as refused:
+        Prompts(Tokenizer("{{ messages }}"), 300, 256).of_chat(said.messages, [], said.template_variables)
+    assert refused.value.param == "reasoning_effort"
 
 
 def test_prompts_that_the_model_cannot_read() -> None:

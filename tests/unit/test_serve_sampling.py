@@ -53,6 +53,17 @@ def test_what_a_choice_depends_on() -> None:
     assert len({tuple(map(tuple, text(seed))) for seed in (0, 5, 5 + 2**32, 2**64 - 1)}) == 4
 
 
+def test_prompts_with_one_seed_have_choices_of_their_own() -> None:
+    flat = torch.zeros(1, 1000)
+    texts = [
+        [choose(Sampling(1.0, 1.0, 5, prompt=prompt), flat, position) for position in range(5)]
+        for prompt in (0, 1, 255, 1)
+    ]
+    assert texts[0] == [choose(Sampling(1.0, 1.0, 5), flat, position) for position in range(5)]
+    assert texts[1] == texts[3]
+    assert len(set(map(str, texts))) == 3
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_scores_are_the_models_own(temperature: float) -> None:
     chooser = TokenChooser(Sampling(temperature, 0.9, 7), 2)

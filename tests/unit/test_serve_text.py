@@ -125,6 +125,41 @@ def test_the_text_of_a_token_is_that_within_a_text(llama: Prompts) -> None:
     assert [llama.text_of(token) for token in (1, 6, 7, 8)] == ["<s>", " Paris", "ing", "\ufffd"]
 
 
+def test_tokens_begin_where_their_text_does(llama: Prompts) -> None:
+    """Special tokens of an answer are no text, and a character of three tokens is one."""
+    choice = Choice(0, llama.decode, 9, {2}, ())
+    pieces = [choice.push(token, None) for token in (3, 1, 8, 9, 10, 5, 2)]
+    assert [(piece.text, piece.begins) for piece in pieces] == [
+        ("The", 0),
+        ("", 3),
+        ("", 3),
+        ("", 3),
+        ("日", 3),
+        (" is", 4),
+        ("", 7),
+    ]
+    ids = [1, 3, 4, 8, 9, 10, 5]
+    assert llama.begins(ids, "The capital日 is") == [0, 0, 3, 11, 11, 11, 12], "the first was added by the tokenizer"
+    assert llama.begins(ids, llama.decode_all(ids)) == [0, 3, 7, 15, 15, 15, 16]
+
+
+def test_bytes_that_are_no_characters_take_a_time_that_grows_with_their_number_only(llama: Prompts) -> None:
+    made = 0
+    decode_all = llama.decode_all
+
+    def counting(tokens: list[int]) -> str:
+        nonlocal made
+        made += len(tokens)
+        return decode_all(tokens)
+
+    llama.decode_all = counting
+    try:
+        begins = llama.begins([8] * 2000, "\ufffd" * 2000)
+    finally:
+        del llama.decode_all
+    assert len(begins) == 2000 and made < 50 * 2000
+
+
 def answer(text: str, *, max_tokens: int = 100, stops: tuple[str, ...] = ()) -> tuple[str, list[str | None], int]:
     """What is said, how each piece ends, and how many tokens there were, all of which are scored."""
     choice = Choice(0, decode, max_tokens, {0}, stops)
@@ -170,6 +205,9 @@ def calls_in(pieces: list[str]) -> tuple[str, list[tuple[str, Any]]]:
         ('<tool_call>{"name": 1}</tool_call>', '<tool_call>{"name": 1}</tool_call>', []),
         ('<tool_call>{"name": "f", "arguments": 1}', '<tool_call>{"name": "f", "arguments": 1}', []),
         ("<tool_call>[", "<tool_call>[", []),
+        ("So:\n\n<tool_call>nothing</tool_call> then", "So:\n\n<tool_call>nothing</tool_call> then", []),
+        ("So:  \n<tool_call>open", "So:  \n<tool_call>open", []),
+        (f"{CLOCK} \n<tool_call>[]</tool_call>", " \n<tool_call>[]</tool_call>", [("clock", {})]),
         ("<tool_", "<tool_", []),
     ],
 )
