@@ -45,6 +45,8 @@ _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 10_000, 10_000
 _HANDSHAKE_MS = 10_000
 _CURVE_BYTES = 64
 """More than encryption adds to a frame (RFC 26: 33 bytes)."""
+_HELD_BYTES = 128
+"""What ZeroMQ allocates for a frame that waits, besides its content."""
 _SHORT_FRAME, _SHORT_EXTRA, _LONG_EXTRA = 222, 35, 42
 """What encryption and framing add to a frame of up to so many bytes, and to a longer one."""
 _TOO_SLOW = "its receiver is too slow"
@@ -341,7 +343,7 @@ class Transport:
         handle.copy_threshold = 0  # small messages can be tracked, too
         handle.maxmsgsize = MAX_PAYLOAD_BYTES + _CURVE_BYTES
         handle.rcvhwm = _QUEUED_MESSAGES
-        handle.sndhwm = _QUEUED_MESSAGES if self._bounded else 0
+        handle.sndhwm = 0  # bytes are counted: a number of messages would drop small ones of a busy key
         handle.heartbeat_ivl = _HEARTBEAT_MS
         handle.heartbeat_timeout = _HEARTBEAT_TIMEOUT_MS
         handle.handshake_ivl = _HANDSHAKE_MS
@@ -465,7 +467,7 @@ class Transport:
         if not self._bounded:
             _send(handle, frames, copy=len(frames[-1]) <= LARGE_BYTES)
             return
-        size = sum(map(len, frames))
+        size = sum(map(len, frames)) + _HELD_BYTES * len(frames)
         if self._backlog.untracked(destination, size):
             _send(handle, frames)
             return

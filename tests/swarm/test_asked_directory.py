@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -282,11 +281,10 @@ def test_a_flood_of_questions_neither_floods_the_dht_nor_keeps_others_waiting(
         attacker.say(*(Announce(number, 2, bytes(100)) for number in range(6000, 9000)))
         assert spans(client._directory.peers(client.facts.fingerprint)) == [(0, 2), (2, 4), (4, 6)]
         refused = 0
-        with suppress(TimeoutError):  # of the answers that it was too slow to read some were dropped
-            for _ in range(8999):
-                answer = attacker.hear(timeout_s=5.0)
-                assert isinstance(answer, Found | Announced | Failure)
-                refused += isinstance(answer, Failure)
+        for _ in range(8999):
+            answer = attacker.hear()
+            assert isinstance(answer, Found | Announced | Failure)
+            refused += isinstance(answer, Failure)
         attacker.ping()
         waited_s = time.monotonic() - began
     assert refused > 5000

@@ -468,7 +468,7 @@ def test_small_messages_to_a_receiver_that_does_not_read_are_counted(node: Start
     server.wait(lambda: bool(server.received))
     to_sleeper = server.received[0][0]
     try:
-        # As many as ZeroMQ takes for a connection, whatever they hold; the kernel has room for some of them.
+        # The kernel has room for some of them.
         for _ in range(1500):
             server.transport.send(to_sleeper, [b"header", bytes(LARGE_BYTES // 2)])
         server.wait(lambda: len(server.dropped) > 50)
@@ -477,6 +477,25 @@ def test_small_messages_to_a_receiver_that_does_not_read_are_counted(node: Start
     finally:
         asleep.set()
     sleeper.wait(lambda: len(sleeper.received) + len(server.dropped) == 1500)
+
+
+def test_small_messages_to_a_receiver_that_reads_late_all_arrive(node: Start) -> None:
+    """They are counted in bytes, so that no number of them makes a peer drop what answers a ping."""
+    server, sleeper = node(ANY_PORT), node()
+    asleep = threading.Event()
+    sleeper.answer = until(asleep)
+    sleeper.transport.send(server.endpoint, [b"hello"])
+    server.wait(lambda: bool(server.received))
+    count = 30_000  # more than both ends' buffers in the kernel hold
+    try:
+        for number in range(count):
+            server.transport.send(server.received[0][0], [b"%d" % number, bytes(200)])
+        server.wait(lambda: bool(server.dropped) or not server.transport._outbox.items)
+    finally:
+        asleep.set()
+    sleeper.wait(lambda: len(sleeper.received) + len(server.dropped) == count)
+    assert not server.dropped
+    assert [int(frames[0]) for frames in sleeper.frames()] == list(range(count))
 
 
 @pytest.mark.parametrize("to_the_client", [False, True])
