@@ -53,6 +53,8 @@ class SessionEnd(StrEnum):
     CLOSED = "closed"
     """By its client."""
     EXPIRED = "expired"
+    REVOKED = "revoked"
+    """The owner of the peer has taken its key out of the list."""
     HANDED_OVER = "handed_over"
     """By its client, which had been told that the peer leaves and has replaced it."""
     DROPPED = "dropped"

@@ -8,6 +8,9 @@ from splitnet.net.key_options import KeyOptions
 from splitnet.token_bucket import MINUTE_S, TokenBucket
 
 
+REVOKED = "the owner of this peer does not accept your key any more: use other peers"
+
+
 class KeyPolicy:
     """Keys are CURVE keys.
 
@@ -20,7 +23,12 @@ class KeyPolicy:
         self._spent: dict[bytes, TokenBucket] = {}
         """By key."""
 
+    def allows(self, key: bytes) -> bool:
+        """Whether the key is accepted still."""
+        return self._authorized.allows(key)
+
     def options_of(self, key: bytes) -> KeyOptions:
+        """What the key gets; one that is not accepted any more, as long as it is still here, what strangers do."""
         return self._authorized.options_of(key)
 
     def weight(self, key: bytes) -> float:
@@ -29,16 +37,16 @@ class KeyPolicy:
 
     def check_training(self, key: bytes) -> None:
         """Raises PeerBusy if the owner of this peer does not let the key train."""
-        if not self._authorized.options_of(key).train:
+        if not self._granted(key).train:
             raise PeerBusy("the owner of this peer does not let your key train (train=no): train through other peers")
 
     def spend(self, key: bytes, positions: int, now: float) -> None:
         """Takes off positions that are to be computed; what is left comes back evenly over a minute.
 
         Raises:
-            PeerBusy: those of the last minute are used up.
+            PeerBusy: those of the last minute are used up, or the key is not accepted any more.
         """
-        per_minute = self._authorized.options_of(key).tokens_per_minute
+        per_minute = self._granted(key).tokens_per_minute
         if per_minute is None:
             return
         bucket = self._spent.get(key) or TokenBucket()
@@ -52,3 +60,8 @@ class KeyPolicy:
             self._spent[key] = bucket
         if len(self._spent) > 1024:
             self._spent = {other: used for other, used in self._spent.items() if now - used.at < MINUTE_S}
+
+    def _granted(self, key: bytes) -> KeyOptions:
+        if not self.allows(key):
+            raise PeerBusy(REVOKED)
+        return self.options_of(key)

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from peers.admission import SessionTable
 from peers.counters import Counters, SessionEnd
-from peers.key_policy import KeyPolicy
+from peers.key_policy import REVOKED, KeyPolicy
 from peers.memory_account import MemoryAccount
 from peers.next_hops import NextHops
 from peers.opening import NextHopOpening
@@ -217,13 +217,16 @@ class SessionService:
                     session.used_at = min(session.used_at, now + LOST_GRACE_S - self.sessions.idle_s)
 
     def tick(self, now: float) -> None:
-        """Gives up on links, drops idle sessions, and finds out which clients have gone."""
+        """Gives up on links, drops sessions that are idle or whose keys were taken away, and finds out which clients
+        have gone."""
         with self._lock:
             self._opening.tick(now)
             for session in self.sessions.expire(now):
-                self._forget(session)
-                self._counters.ended[SessionEnd.EXPIRED] += 1
-                log.info("session %s expired", session.id.hex(), extra={"session": session.id.hex()})
+                self._ended(session, SessionEnd.EXPIRED)
+            # The hop before would send on steps of a key whose own connection has ended.
+            for session in [session for session in self.sessions if not self._policy.allows(session.owner)]:
+                self.sessions.remove(session)
+                self._ended(session, SessionEnd.REVOKED, REVOKED)
             if now >= self._probe_at:
                 self._probe_at = now + PROBE_S
                 for connection in {session.reply_to for session in self.sessions if now - session.used_at > PROBE_S}:
@@ -338,15 +341,19 @@ class SessionService:
 
     def _make_room(self, session: Session, budget: int, now: float) -> None:
         """Ends sessions of keys that have more than their share of the KV memory, if another key needs it."""
+        text = "your key had more than its share of this peer's KV memory, and others waited for it"
         for ended in self.sessions.make_room(session, budget, now):
-            work = next(iter((*ended.waiting, *ended.passes)), None)
-            if work is not None:
-                number = work.step.number if isinstance(work, Work) else number_of(work.message)
-                text = "your key had more than its share of this peer's KV memory, and others waited for it"
-                self._fail(ended.reply_to, ended.id, ended.epoch, number, FailureCode.BUSY, text)
-            self._forget(ended)
-            self._counters.ended[SessionEnd.EXPIRED] += 1
-            log.info("session %s made room", ended.id.hex(), extra={"session": ended.id.hex()})
+            self._ended(ended, SessionEnd.EXPIRED, text)
+
+    def _ended(self, session: Session, how: SessionEnd, text: str = "") -> None:
+        """A session has ended here; with a text its client is told, if something of it waits."""
+        work = next(iter((*session.waiting, *session.passes)), None)
+        if text and work is not None:
+            number = work.step.number if isinstance(work, Work) else number_of(work.message)
+            self._fail(session.reply_to, session.id, session.epoch, number, FailureCode.BUSY, text)
+        self._forget(session)
+        self._counters.ended[how] += 1
+        log.info("session %s ended: %s", session.id.hex(), text or how, extra={"session": session.id.hex()})
 
     def _forget(self, session: Session) -> None:
         """Lets go of what a session that has ended occupied."""

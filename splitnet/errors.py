@@ -60,6 +60,10 @@ class NotAuthorized(SplitnetError):
     """The peer does not accept this key, or the record of a peer is not signed by its key."""
 
 
+class WrongKey(NotAuthorized):
+    """What answers at the address of a peer has another key, as after a start with a new one."""
+
+
 class KeyFileError(SplitnetError):
     """A key file or list of keys cannot be read."""
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from splitnet.errors import NotAuthorized, PeerLost, ProtocolError, ProtocolVersionError, SplitnetError
+from splitnet.errors import NotAuthorized, PeerLost, ProtocolError, ProtocolVersionError, SplitnetError, WrongKey
 from splitnet.net.endpoints import Destination, Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.link_pool import KEEP_S, LinkPool
@@ -255,7 +255,7 @@ class Links:
 def refusal(endpoint: Endpoint, state: LinkState) -> NotAuthorized:
     """The error of a link whose keys do not fit."""
     if state is LinkState.WRONG_KEY:
-        return NotAuthorized(
+        return WrongKey(
             f"what answers at {endpoint.address} has another key than the record of the peer there: if the peer was "
             "started anew, wait a minute until its old record has expired; otherwise do not trust that address"
         )

@@ -49,6 +49,7 @@ from splitnet.errors import (
     PeerLost,
     SessionLost,
     SplitnetError,
+    WrongKey,
 )
 from splitnet.model.adapters import Adapter, counted_down, write_groups
 from splitnet.net.codecs import Codec, codec_by_name
@@ -122,6 +123,14 @@ class _Making:
     """Number of the route that is being planned; 0: none is."""
     retry_at: float = math.inf
     opened_at: float | None = None
+
+    @property
+    def is_forbidden(self) -> bool:
+        """Whether nothing is missing but peers that do not accept this client's key, or must not be used any more."""
+        refusals = self.refused.values()
+        return bool(refusals) and all(
+            isinstance(error, NotAuthorized) and not isinstance(error, WrongKey) for error in refusals
+        )
 
 
 class SessionRoute(ABC):
@@ -354,7 +363,7 @@ class SessionRoute(ABC):
         # Peers have died, and others will take their blocks; or the network is back in a moment.
         grows = self._former_budget and isinstance(event.error, PeerBusy)
         all_silent = silent == making.refused.keys() and bool(silent or event.was_covered)
-        may_come = all_silent or (making.repairs and not grows)
+        may_come = all_silent or (making.repairs and not grows and not making.is_forbidden)
         in_time = self._now < making.began + self._recovery_timeout_s
         if may_come and in_time and isinstance(event.error, CoverageError | PeerBusy):
             making.excluded -= making.refused.keys() if making.repairs else silent

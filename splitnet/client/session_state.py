@@ -42,6 +42,7 @@ from splitnet.client.session_events import (
 from splitnet.client.session_route import OPEN_TIMEOUT_S, Phase, SessionRoute, cause_of
 from splitnet.errors import (
     ContextTooLong,
+    NotAuthorized,
     PeerBusy,
     PeerFailed,
     PeerLeaving,
@@ -476,8 +477,12 @@ class SessionState(SessionRoute):
 
     def _link_failed(self, endpoint: Endpoint, error: SplitnetError) -> None:
         hop = self._hop_at(endpoint)
+        making = self._making
         if hop is not None:
             self._lose(hop, error)
+        elif making is not None and endpoint.key.text in making.refused and isinstance(error, NotAuthorized):
+            # A key that is taken away ends the connection first, and is refused when that is made anew.
+            making.refused[endpoint.key.text] = error
 
     def _relay(self, hop: RouteHop, result: Result) -> None:
         """The client stands between two hops that do not reach each other."""

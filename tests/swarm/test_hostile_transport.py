@@ -15,8 +15,11 @@ import psutil
 import pytest
 import torch
 import zmq
+from transformers.generation.streamers import BaseStreamer
 
+from peers.counters import SessionEnd
 from peers.daemon import Peer
+from splitnet.errors import NotAuthorized
 from splitnet.net.connections import MAX_MESSAGE_BYTES
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
@@ -128,6 +131,44 @@ def test_a_key_that_is_taken_away_is_served_no_longer(folder: Path, tmp_path: Pa
                 gone.ping(1.0)
             other.ping()
         assert swarm.peers[0].ended_connections == {"revoked": 1}
+
+
+class TakenAway(BaseStreamer):
+    """Takes the client's key out of a peer's list after some tokens, and waits until that is noticed."""
+
+    def __init__(self, keys: Path, left: str, peer: Peer, tokens: int = 3) -> None:
+        self.keys, self.left, self.peer, self.tokens = keys, left, peer, tokens
+
+    def put(self, value: Any) -> None:
+        self.tokens -= 1
+        if not self.tokens:
+            self.keys.write_text(self.left)
+            deadline = time.monotonic() + 20
+            while len(self.peer.sessions):
+                assert time.monotonic() < deadline, "its session is still there, for the hop before to send it steps"
+                time.sleep(0.01)
+
+    def end(self) -> None:
+        pass
+
+
+def test_a_session_whose_key_is_taken_away_ends_at_that_hop_and_says_so_at_once(folder: Path, tmp_path: Path) -> None:
+    client, keys = Identity.generate(), tmp_path / "authorized_keys"
+    with local_swarm(folder, [(0, 3)]) as swarm:
+        left = f"{swarm.peers[0].identity.public.text}\n"
+        keys.write_text(f"{left}{client.public.text} train=no,tokens-per-minute=1000\n")
+        peer = swarm.add(3, BLOCKS, authorized_keys=keys)
+        model = swarm.model(identity=client, recovery_timeout_s=180)
+        began = time.monotonic()
+        with pytest.raises(NotAuthorized, match="does not accept this client's key"):
+            model.generate(
+                input_ids=PROMPT,
+                attention_mask=torch.ones_like(PROMPT),
+                streamer=TakenAway(keys, left, peer),
+                **GREEDY | {"max_new_tokens": 40},
+            )
+        assert time.monotonic() - began < 90, "nothing is waited for"
+        assert peer.counters.ended[SessionEnd.REVOKED] == 1
 
 
 def test_next_hops_by_name_are_refused_and_stall_nobody(running: LocalSwarm, local: Any) -> None:

@@ -290,6 +290,23 @@ class TestPolicy:
         assert peer.says(replace(passes, kept=False)) == []
         assert peer.queue.pass_positions == 3
 
+    def test_a_key_that_is_taken_away_loses_its_sessions_and_what_waits(self, tmp_path: Path) -> None:
+        """Its own connection ends, but the hop before would send on what its session has sent to that."""
+        path, seconds = tmp_path / "authorized_keys", itertools.count(step=10)
+        path.write_text(f"{OWNER.text} train=no,tokens-per-minute=60\n{BEFORE.text}\n")
+        peer = Peer(policy=KeyPolicy(AuthorizedKeys.from_file(path, clock=lambda: next(seconds))))
+        peer.says(to_client())
+        assert peer.says(step(), PREVIOUS) == []
+        path.write_text(f"{BEFORE.text}\n")
+        [(client, failure)] = peer.passes(0.2)
+        assert client == CLIENT and isinstance(failure, Failure)
+        assert (failure.code, failure.number) == (FailureCode.BUSY, 7)
+        assert "does not accept your key any more" in failure.text
+        assert not len(peer.table) and not peer.queue.queued_positions
+        assert code_of(peer.says(step(), PREVIOUS), PREVIOUS) == FailureCode.UNKNOWN_SESSION
+        assert code_of(peer.says(to_client())) == FailureCode.BUSY, "it comes before the end of the connection"
+        assert not len(peer.table)
+
     def test_a_key_that_has_used_its_tokens_is_told_when_to_come_back(self, granted: Callable[[str], Peer]) -> None:
         peer = granted("tokens-per-minute=60")
         peer.says(to_client())

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from splitnet.client.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S
-from splitnet.client.session_events import Alive, Distrust, Received, Resize, Use, UseAdapter
-from splitnet.client.session_route import OPEN_TIMEOUT_S, TRANSITIONS, Phase
-from splitnet.errors import OtherWeights, PeerBusy
+from splitnet.client.session_events import Alive, Distrust, LinkFailed, Received, Resize, Use, UseAdapter
+from splitnet.client.session_route import OPEN_TIMEOUT_S, POLL_S, TRANSITIONS, Phase
+from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, SplitnetError, WrongKey
 from splitnet.net.endpoints import Relay
 from splitnet.net.messages import Failure, FailureCode, Fork
 from tests.unit.session_world import CLIENT, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
@@ -383,6 +383,26 @@ def test_a_hop_whose_link_is_busy_is_waited_for_but_not_for_ever() -> None:
     assert MAX_QUEUE_S <= world.now < MAX_QUEUE_S + OPEN_TIMEOUT_S
     world.settle()
     assert world.state.is_open
+
+
+@pytest.mark.parametrize("error", [NotAuthorized, WrongKey, PeerLost])
+def test_who_takes_the_clients_key_away_is_not_waited_for(error: type[SplitnetError]) -> None:
+    """Its connection ends, and is refused when it is made anew. With a new key it may be back under that."""
+    world = World(seed=1)
+    world.peers = [world.peers[0], world.peers[2]]
+    world.feed(Use())
+    world.settle()
+    world.submit([(None, 0, 2, 1)])
+    began, last = world.now, world.peers[1]
+    world.kill(last)
+    world.feed(LinkFailed(last.endpoint, error("what its link says then")))
+    world.settle()
+    failed = world.asked[0].request.error
+    assert failed is not None
+    if error is NotAuthorized:
+        assert isinstance(failed, NotAuthorized) and world.now - began <= POLL_S
+    else:
+        assert world.now - began >= 30.0
 
 
 @pytest.mark.parametrize("refills", [False, True])
