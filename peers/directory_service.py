@@ -7,13 +7,16 @@ questions does not become one of the DHT; and a key's answers have a size that i
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import partial
-from typing import Final
+from typing import Final, TypeVar
 
 from peers.outbox import Answering
 from splitnet.errors import NotAuthorized, ProtocolError, SplitnetError
@@ -37,6 +40,7 @@ takes a megabyte."""
 BYTES_PER_MINUTE: Final = 16 << 20
 """Of answers to one key: a full directory a few times, or some thousand small swarms."""
 BYTES_OF_ALL_PER_MINUTE: Final = 16 * BYTES_PER_MINUTE
+"""To all keys, of answers about this peer's own model; half as much of each other kind of question."""
 LOOK_UP_BYTES: Final = 4096
 """What a question costs besides its answer."""
 READ_BYTES: Final = 1 << 18
@@ -49,17 +53,34 @@ RECORDS_PER_ANNOUNCER: Final = 64
 """Keys whose records one key may announce, as a peer without a DHT does for those that ask it."""
 WAITING_PER_KEY: Final = 4
 MAX_WAITING: Final = 1024
+"""Of all keys: half of it for questions about this peer's own model, and announcements, the rest for other kinds."""
 MAX_MODELS: Final = 16
 """Answers that are kept, or being made."""
 MAX_KEYS: Final = 4096
 """Of which it is known what they have used."""
 
 
+class _About(StrEnum):
+    """What a question is about. Each kind has bytes and places of its own, so that none takes those of another."""
+
+    OWN = "own"
+    """This peer's model, or all models."""
+    KNOWN = "known"
+    """Another model of a closed swarm: only members can name it."""
+    OTHER = "other"
+    """Anything else, which anybody may name."""
+
+
+_Payer = tuple[_About, bytes]
+"""Whose bytes and places a question counts among. What a key asks about other models leaves it those of this peer's
+own, as it may be a peer that asks on behalf of strangers."""
+
+
 @dataclass
 class _Reading:
     """An answer that is being made, or was a moment ago."""
 
-    waiting: list[tuple[Connection, LookUp]] = field(default_factory=list[tuple[Connection, LookUp]])
+    waiting: list[tuple[Connection, LookUp, _Payer]] = field(default_factory=list[tuple[Connection, LookUp, _Payer]])
     parts: list[bytes] | None = None
     told: Told | None = None
     """None: nothing is known of this model, whoever asks."""
@@ -89,11 +110,14 @@ class DirectoryService:
         self._outbox = outbox
         self._readings: OrderedDict[tuple[str, int], _Reading] = OrderedDict()
         """By model and depth; the one that was begun last is the last."""
-        self._waiting: Counter[bytes] = Counter()
-        """Questions and announcements that are not answered yet, by key."""
-        self._bytes: OrderedDict[bytes, TokenBucket] = OrderedDict()
+        self._known: dict[int, tuple[float, dict[str, str]]] = {}
+        """Of a closed swarm, by depth: when its models were read, and they by how questions name them."""
+        self._waiting: Counter[_Payer] = Counter()
+        """Questions and announcements that are not answered yet."""
+        self._waiting_in: Counter[_About] = Counter()
+        self._bytes: OrderedDict[_Payer, TokenBucket] = OrderedDict()
         self._announcements: OrderedDict[bytes, TokenBucket] = OrderedDict()
-        self._of_all = TokenBucket()
+        self._of_all = {about: TokenBucket() for about in _About}
         self._passed_on = TokenBucket()
         self._announced: OrderedDict[bytes, dict[bytes, float]] = OrderedDict()
         """By announcer: keys of records, and when these expire."""
@@ -109,14 +133,16 @@ class DirectoryService:
         with self._lock:
             if self._closed:
                 return
-            if self._waiting[source.curve] >= WAITING_PER_KEY or self._waiting.total() >= MAX_WAITING:
+            payer = self._payer(source, message)
+            most = MAX_WAITING // (2 if payer[0] is _About.OWN else 4)
+            if self._waiting[payer] >= WAITING_PER_KEY or self._waiting_in[payer[0]] >= most:
                 self._refuse(source, message.number, "too many questions wait here: ask again later")
             elif isinstance(message, LookUp):
                 self._look_up(source, message, now)
             else:
                 self._announce(source, message, now)
-            if not self._waiting[source.curve]:
-                del self._waiting[source.curve]
+            if not self._waiting[payer]:
+                del self._waiting[payer]
 
     def close(self) -> None:
         """Answers nothing any more."""
@@ -127,9 +153,9 @@ class DirectoryService:
             thread.join()
 
     def _look_up(self, source: Connection, message: LookUp, now: float) -> None:
-        key = self._payer(source, message.model)
-        used = _bucket_of(self._bytes, key)
-        wait_s = max(used.wait_s(BYTES_PER_MINUTE, now), self._of_all.wait_s(BYTES_OF_ALL_PER_MINUTE, now))
+        payer = self._payer(source, message)
+        used, of_all = _bucket_of(self._bytes, payer), self._of_all[payer[0]]
+        wait_s = max(used.wait_s(BYTES_PER_MINUTE, now), of_all.wait_s(_bytes_of_all(payer[0]), now))
         if wait_s:
             self._refuse(source, message.number, f"this peer has told you much: ask again in {wait_s} s")
             return
@@ -142,26 +168,34 @@ class DirectoryService:
                 self._refuse(source, message.number, "this peer looks up too many other models: ask again later")
                 return
             if message.model not in self._home:
-                self._charge(key, READ_BYTES, now)
+                self._charge(payer, READ_BYTES, now)
             reading = self._readings[name] = _Reading()
             self._readings.move_to_end(name)
             self._do_later(self._kind(message), message.depth, partial(self._read, name, reading))
         if reading.parts is None:
-            reading.waiting.append((source, message))
-            self._waiting[source.curve] += 1
+            reading.waiting.append((source, message, payer))
+            self._waits(payer)
         elif message.most:
-            self._waiting[source.curve] += 1
-            self._do_later(self._kind(message), message.depth, partial(self._tell, source, message, reading, ""))
+            self._waits(payer)
+            self._do_later(self._kind(message), message.depth, partial(self._tell, source, message, payer, reading, ""))
         else:
-            self._answer(source, message, reading.parts, b"", now)
+            self._answer(source, message, payer, reading.parts, b"", now)
 
     def _kind(self, message: LookUp) -> str:
-        return "other" if message.model not in self._home else "home" if self._home[message.model] else "models"
+        about = self._about(message.model)
+        return "models" if self._home.get(message.model) == "" else about
 
-    def _payer(self, source: Connection, model: str) -> bytes:
-        """Whose bytes an answer counts among: what a key asks about other models leaves it those of this peer's own, as
-        it may be a peer that asks on behalf of strangers."""
-        return source.curve if model in self._home else b"others" + source.curve
+    def _about(self, place: str) -> _About:
+        if place in self._home:
+            return _About.OWN
+        return _About.KNOWN if any(place in known for _, known in list(self._known.values())) else _About.OTHER
+
+    def _payer(self, source: Connection, message: LookUp | Announce) -> _Payer:
+        return self._about(message.model) if isinstance(message, LookUp) else _About.OWN, source.curve
+
+    def _waits(self, payer: _Payer) -> None:
+        self._waiting[payer] += 1
+        self._waiting_in[payer[0]] += 1
 
     def _make_room(self, model: str, now: float) -> bool:
         """Whether one more answer may be made; forgets old ones."""
@@ -170,7 +204,7 @@ class DirectoryService:
                 len(self._readings) >= MAX_MODELS and reading.parts is not None
             ):
                 del self._readings[name]
-        return len(self._readings) < MAX_MODELS or model in self._home
+        return len(self._readings) < MAX_MODELS or self._about(model) is not _About.OTHER
 
     def _read(self, name: tuple[str, int], reading: _Reading) -> None:
         failure = ""
@@ -195,31 +229,40 @@ class DirectoryService:
             reading.parts, reading.read_at = parts, time.monotonic()
             if failure:
                 self._readings.pop(name, None)
-        for source, message in waiting:
-            self._tell(source, message, reading, failure)
+        for source, message, payer in waiting:
+            self._tell(source, message, payer, reading, failure)
 
-    def _tell(self, source: Connection, message: LookUp, reading: _Reading, failure: str) -> None:
+    def _tell(self, source: Connection, message: LookUp, payer: _Payer, reading: _Reading, failure: str) -> None:
         """Answers somebody who waits for it."""
         parts, present = reading.parts or [b""], b""
         if message.most and reading.told is not None and not failure:
             present, changed = reading.told.changes(message.known, message.since, message.most)
             parts = self._sealed(changed)
         with self._lock:
-            self._done(source.curve)
+            self._done(payer)
             if failure:
                 self._refuse(source, message.number, failure)
             else:
-                self._answer(source, message, parts, present, time.monotonic())
+                self._answer(source, message, payer, parts, present, time.monotonic())
 
     def _records(self, place: str, depth: int) -> list[PeerRecord] | None:
         """What is to be told of a model; None: nothing is known of it."""
         model = self._home.get(place, None if self._swarm.is_closed else place)
         if model is None:
-            known = {record.model for record in self._directory.records("", depth)}
-            model = next((model for model in known if self._swarm.place(model) == place), None)
+            model = self._model_at(place, depth)
         if model is None:
             return None
         return [record for record in self._directory.records(model, depth) if record.signed]
+
+    def _model_at(self, place: str, depth: int) -> str | None:
+        """Which model of a closed swarm a question names. All models are read for it once in a moment at most, as
+        outsiders ask, too, and those whom this peer asks count that among what it may ask."""
+        read_at, known = self._known.get(depth, (-math.inf, {}))
+        if place not in known and time.monotonic() - read_at > FRESH_S:
+            models = {record.model for record in self._directory.records("", depth)}
+            known = {self._swarm.place(model): model for model in models}
+            self._known[depth] = time.monotonic(), known
+        return known.get(place)
 
     def _sealed(self, records: Sequence[PeerRecord]) -> list[bytes]:
         """The payloads of an answer."""
@@ -231,18 +274,21 @@ class DirectoryService:
             self._refuse(source, message.number, f"your key has announced much here: come back in {wait_s} s")
             return
         used.spend(1, ANNOUNCEMENTS_PER_MINUTE, now)
-        if len(message.payload) > MAX_RECORD_BYTES + SEAL_BYTES:
+        packed: bytes | None = None
+        if len(message.payload) <= MAX_RECORD_BYTES + SEAL_BYTES:
+            with suppress(NotAuthorized):  # what outsiders announce takes no place
+                packed = self._swarm.unseal(message.payload)
+        if packed is None:
             self._outbox.send(source, Announced(message.number, False))
             return
-        self._waiting[source.curve] += 1
-        store = partial(self._store, source, message.number, bytes(message.payload), message.depth)
+        self._waits((_About.OWN, source.curve))
+        store = partial(self._store, source, message.number, packed, message.depth)
         self._do_later("announce", message.depth, store)
 
     def _store(self, source: Connection, number: int, packed: bytes, depth: int) -> None:
         record: PeerRecord | None = None
         taken, failure = False, ""
         try:
-            packed = self._swarm.unseal(packed)
             record = verified_record(packed)
             now = time.time()
             if record.is_valid_at(now) and self._has_place(source.curve, record, now):
@@ -255,7 +301,7 @@ class DirectoryService:
             log.exception("a record could not be announced")
             failure = "an error at this peer"
         with self._lock:
-            self._done(source.curve)
+            self._done((_About.OWN, source.curve))
             if record is not None and taken:  # who is told of it may ask at once
                 for name, reading in list(self._readings.items()):
                     if name[0] in map(self._swarm.place, ("", record.model)) and reading.parts is not None:
@@ -289,23 +335,25 @@ class DirectoryService:
             announced[record.key.raw] = record.expires_at
             return True
 
-    def _answer(self, source: Connection, message: LookUp, parts: list[bytes], present: bytes, now: float) -> None:
-        size = LOOK_UP_BYTES + ENTRY_BYTES * len(message.known) + sum(map(len, parts))
-        self._charge(self._payer(source, message.model), size, now)
+    def _answer(
+        self, source: Connection, message: LookUp, payer: _Payer, parts: list[bytes], present: bytes, now: float
+    ) -> None:
+        self._charge(payer, LOOK_UP_BYTES + ENTRY_BYTES * len(message.known) + sum(map(len, parts)), now)
         for index, part in enumerate(parts):
             self._outbox.send(source, Found(message.number, len(parts) - 1 - index, part, present))
 
-    def _charge(self, key: bytes, nbytes: int, now: float) -> None:
-        _bucket_of(self._bytes, key).spend(nbytes, BYTES_PER_MINUTE, now)
-        self._of_all.spend(nbytes, BYTES_OF_ALL_PER_MINUTE, now)
+    def _charge(self, payer: _Payer, nbytes: int, now: float) -> None:
+        _bucket_of(self._bytes, payer).spend(nbytes, BYTES_PER_MINUTE, now)
+        self._of_all[payer[0]].spend(nbytes, _bytes_of_all(payer[0]), now)
 
     def _refuse(self, source: Connection, number: int, text: str) -> None:
         self._outbox.send(source, Failure(b"", 0, number, FailureCode.BUSY, text[:500]))
 
-    def _done(self, key: bytes) -> None:
-        self._waiting[key] -= 1
-        if not self._waiting[key]:
-            del self._waiting[key]
+    def _done(self, payer: _Payer) -> None:
+        self._waiting_in[payer[0]] -= 1
+        self._waiting[payer] -= 1
+        if not self._waiting[payer]:
+            del self._waiting[payer]
 
     def _do_later(self, kind: str, depth: int, task: Callable[[], None]) -> None:
         tasks = self._tasks.setdefault((kind, depth), deque())
@@ -329,7 +377,14 @@ class DirectoryService:
                     return
 
 
-def _bucket_of(buckets: OrderedDict[bytes, TokenBucket], key: bytes) -> TokenBucket:
+def _bytes_of_all(about: _About) -> int:
+    return BYTES_OF_ALL_PER_MINUTE if about is _About.OWN else BYTES_OF_ALL_PER_MINUTE // 2
+
+
+K = TypeVar("K", bytes, _Payer)
+
+
+def _bucket_of(buckets: OrderedDict[K, TokenBucket], key: K) -> TokenBucket:
     bucket = buckets.setdefault(key, TokenBucket())
     buckets.move_to_end(key)
     while len(buckets) > MAX_KEYS:

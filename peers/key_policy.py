@@ -7,7 +7,6 @@ from splitnet.net.identity import AuthorizedKeys
 from splitnet.net.key_options import KeyOptions
 from splitnet.token_bucket import MINUTE_S, TokenBucket
 
-
 REVOKED = "the owner of this peer does not accept your key any more: use other peers"
 
 

@@ -19,7 +19,7 @@ from typing import Final, Protocol
 from splitnet.errors import DirectoryError, NotAuthorized, ProtocolError
 from splitnet.net.changes import RECORD_OVERHEAD, entry_of, still_there
 from splitnet.net.endpoints import Endpoint, LinkState
-from splitnet.net.fields import packb, unpack_array
+from splitnet.net.fields import Values, packb
 from splitnet.net.identity import PublicKey
 from splitnet.net.kept_records import KeptRecords
 from splitnet.net.messages import MAX_FOUND, Announce, Announced, Failure, Found, LookUp, Message, Payload
@@ -445,7 +445,8 @@ def _packed(payload: Payload) -> list[bytes]:
     if not payload:
         return []
     try:
-        items = unpack_array(payload, most_items=_RECORDS_PER_PART, most_text=0, most_bytes=MAX_RECORD_BYTES)
+        values = Values(payload, most_text=0, most_bytes=MAX_RECORD_BYTES)
+        items = [values.value() for _ in range(values.array(_RECORDS_PER_PART))]
     except ProtocolError:
         return []
     return [item for item in items if type(item) is bytes]

@@ -18,6 +18,7 @@ from splitnet.errors import NotAuthorized, ProtocolError
 from splitnet.light_imports import late_package
 from splitnet.net import children
 from splitnet.net.dht_places import Places
+from splitnet.net.fields import Values
 from splitnet.net.records import stored_record
 
 _OUTDATED = 64
@@ -150,29 +151,33 @@ def _few_keys(find: Callable[[Any, Any, Any], Coroutine[Any, Any, Any]]) -> Any:
 
 
 def _flat(serializer: Any, dictionary: Any) -> Any:
-    """hivemind's serializer goes as deep into extension types as a message says: 300 levels, 2 kB, end the process."""
+    """hivemind's serializer goes as deep into extension types as a message says: 300 levels, 2 kB, end the process.
+    And it makes lists of lists, which take 64 times their bytes; nothing that is kept here holds any."""
 
     msgpack: Any = importlib.import_module("msgpack")  # it has no type information
 
     class FlatSerializer(serializer):
         @classmethod
         def loads(cls, buf: bytes) -> Any:
-            return msgpack.loads(buf, ext_hook=read_dictionary, raw=False)
+            return msgpack.loads(buf, ext_hook=read_dictionary, raw=False, max_array_len=0, max_map_len=0)
 
     def read_dictionary(code: int, data: bytes) -> Any:
         if code != serializer._ext_types[dictionary]:
             raise ValueError(f"extension type {code} is not read")
-        _, _, items = msgpack.loads(data, ext_hook=refuse, raw=False)
         read = dictionary()
-        with read.freeze():  # what has expired is for others to refuse
-            for subkey, value, expiration_time in items:
-                if not (type(subkey) is str and type(value) is bytes and type(expiration_time) is float):
-                    raise ValueError("a dictionary has texts, bytes and times")
-                read.store(subkey, value, expiration_time)
+        try:
+            values = Values(data, most_text=len(data), most_bytes=len(data))
+            _ = values.array(3), values.value(), values.value()  # its size and its latest time
+            with read.freeze():  # what has expired is for others to refuse
+                for _ in range(values.array(len(data))):
+                    values.array(3)
+                    subkey, value, expiration_time = values.value(), values.value(), values.value()
+                    if not (type(subkey) is str and type(value) is bytes and type(expiration_time) is float):
+                        raise ProtocolError("a dictionary has texts, bytes and times")
+                    read.store(subkey, value, expiration_time)
+        except ProtocolError as error:
+            raise ValueError(f"a dictionary is not read: {error}") from None
         return read
-
-    def refuse(code: int, data: bytes) -> Any:
-        raise ValueError("an extension type within another is not read")
 
     return FlatSerializer
 

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import os
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -290,6 +291,19 @@ def test_a_client_keeps_nothing_and_its_links_are_its_own(links: ScriptedPeers) 
 def _of_mine() -> tuple[PeerRecord, Identity]:
     identity = Identity.generate()
     return record_of(identity, model=MODEL), identity
+
+
+def test_an_answer_of_lists_of_lists_takes_no_memory(links: ScriptedPeers) -> None:
+    lists = b"\xdc\x04\x00" + b"\x90" * 1024
+    bomb = b"\x93" + (b"\xdc\x04\x00" + lists * 1024) * 3
+    honest = signed()
+    asked = AskedPeers([links.add(lambda asked: [Found(asked.number, 0, bomb)]), links.add(tells(honest))], links)
+    tracemalloc.start()
+    try:
+        assert asked.peers(MODEL) == [honest]
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(bomb)
+    finally:
+        tracemalloc.stop()
 
 
 def test_records_travel_in_parts_of_bounded_size() -> None:

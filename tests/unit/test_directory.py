@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -288,6 +289,24 @@ assert dict(DHTProtocol.serializer.loads(DHTProtocol.serializer.dumps(held)).ite
     for kind in ("\x40", "\x50"):
         done = subprocess.run([sys.executable, "-c", code, kind], capture_output=True, text=True, check=False)
         assert done.returncode == 0 and "is not read" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("where", ["alone", "in a dictionary", "as an item"])
+def test_values_of_lists_of_lists_take_no_memory(where: str) -> None:
+    many = 1 << 20
+    import_hivemind()
+    from hivemind.dht.protocol import DHTProtocol
+
+    lists = b"\xdd" + many.to_bytes(4, "big") + b"\x90" * many
+    inner = {"alone": b"", "in a dictionary": b"\x93" + lists, "as an item": b"\x93\xc0\xc0\x91" + lists}[where]
+    value = b"\xc9" + len(inner).to_bytes(4, "big") + b"\x50" + inner if inner else lists
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError):
+            DHTProtocol.serializer.loads(value)
+        assert tracemalloc.get_traced_memory()[1] < 8 * many
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_node_remembers_few_nodes(bootstrap: Directory) -> None:

@@ -228,6 +228,38 @@ def test_an_outsider_of_a_closed_swarm_is_not_told_through_whom_a_peer_has_joine
         made.service.close()
 
 
+def test_outsiders_take_nothing_of_what_members_may_ask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They have as many keys as they like, and can name nothing that is there."""
+    made, other = Service(KEY), "ab" * 16
+    monkeypatch.setattr(directory_service.time, "monotonic", lambda: made.now)
+    monkeypatch.setattr(directory_service, "BYTES_OF_ALL_PER_MINUTE", 1 << 22)
+    made.directory.held = {MODEL: [signed()], other: [signed(model=other)], "": [signed(), signed(model=other)]}
+
+    def asks_all(number: int) -> None:
+        for place in (KEY.place(MODEL), KEY.place(""), KEY.place(other)):
+            answer = made.answer(client(number), LookUp(number, place, 0))
+            assert isinstance(answer, Found) and KEY.unseal(answer.payload)
+
+    try:
+        answers = [made.answer(client(number), LookUp(1, os.urandom(32).hex(), 0)) for number in range(200)]
+        assert isinstance(answers[-1], Failure) and "ask again in" in answers[-1].text
+        asks_all(201)
+        assert made.directory.reads[""] <= 3, "outsiders' questions are no questions of this peer to others"
+        made.now += 60.0
+        made.directory.waits_for[""] = threading.Event()
+        for number in range(250):
+            made.ask(client(number), LookUp(2, os.urandom(32).hex(), 0))
+            made.ask(client(number), Announce(3, 0, os.urandom(400)))
+        assert (client(7), Announced(3, False)) in made.answers
+        place = KEY.place(MODEL)
+        answer = made.answer(client(251), LookUp(1, place, 0))
+        assert isinstance(answer, Found) and KEY.unseal(answer.payload)
+    finally:
+        for event in made.directory.waits_for.values():
+            event.set()
+        made.service.close()
+
+
 def test_who_has_asked_much_about_other_models_may_still_ask_about_this_one(service: Service) -> None:
     # As a peer does that asks on behalf of strangers.
     others = [service.answer(client(), LookUp(number, os.urandom(16).hex(), 1)) for number in range(1, 100)]
