@@ -45,7 +45,7 @@ from splitnet.net.identity import PublicKey
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from tests.attacks import directory, fairness, frames, gateway, memory, transport  # noqa: E402
+from tests.attacks import directory, fairness, frames, gateway, memory, transport, weights  # noqa: E402
 
 CLIENTS = 1
 """Besides the gateway's: with the attacker there is enough to do for two cores."""
@@ -293,6 +293,8 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
     "streams that are not read": lambda at, seconds: gateway.stalled_readers(at.url, seconds=seconds, key=at.key),
     "200 dashboards": lambda at, seconds: gateway.many_dashboards(at.url, seconds=seconds, key=at.key),
     "64 requests at a time": lambda at, seconds: gateway.crowd(at.url, seconds=seconds, key=at.key),
+    "answers that nobody asked for": lambda at, seconds: weights.unasked_answers(seconds=seconds),
+    "one piece in many places": lambda at, seconds: weights.pieces_everywhere(seconds=seconds),
     # Last, as what they have announced outlives them.
     "records without end": lambda at, seconds: directory.flood_records(
         at.addresses, at.facts.fingerprint, seconds=seconds
@@ -444,7 +446,8 @@ def main() -> int:
         address = first.wait()
         second = stack.enter_context(LocalSwarm(folder, HALVES, options, address))
         second.wait()
-        keys = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "api-keys"
+        work = stack.enter_context(tempfile.TemporaryDirectory())
+        keys = Path(work) / "api-keys"
         keys.write_text("".join(f"{key}\n" for key in API_KEYS))
         gateway, url = stack.enter_context(serving(folder, address, keys))
         daemons = [*first.processes, *second.processes]
@@ -475,7 +478,12 @@ def main() -> int:
             command += ["--target", json.dumps(target | {"key": API_KEYS[1]})]
             began, computed_s = time.monotonic(), children_cpu_s()
             with subprocess.Popen(
-                command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                command,
+                cwd=ROOT,
+                env=os.environ | {"SPLITNET_CACHE": work},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             ) as one:
                 phases.append(pass_phase(Phase(name), seen, seconds))
                 try:
@@ -483,6 +491,8 @@ def main() -> int:
                 except subprocess.TimeoutExpired:
                     one.kill()
                     said = "ended, as it did not end by itself"
+            if one.returncode:
+                phases[-1].errors.append(said.strip().splitlines()[-1][:200] if said.strip() else "it ended early")
             phases[-1].attacker_cores = (children_cpu_s() - computed_s) / (time.monotonic() - began)
             report(phases[-1], calm)
             print(f"  {said.strip().splitlines()[-1][:200] if said.strip() else ''}", file=sys.stderr)

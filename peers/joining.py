@@ -13,6 +13,7 @@ from peers.lan_presence import LanPresence
 from peers.options import PeerOptions
 from splitnet.client.links import Links
 from splitnet.errors import DirectoryError, LanError, ModelNotFound, ProtocolError, UnsupportedModel, WrongSwarm
+from splitnet.model.block_sizes import check_file_bytes
 from splitnet.model.checkpoint import Checkpoint, open_store
 from splitnet.model.gguf_store import is_of_gguf
 from splitnet.net.addresses import dht_address
@@ -22,7 +23,7 @@ from splitnet.net.joining import join, node_of
 from splitnet.net.lan import LocalNetwork
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN
-from splitnet.weights.fetching import Asking, Fetcher, fetch_heads
+from splitnet.weights.fetching import Asking, Fetcher
 from splitnet.weights.held import HeldPieces, make_folder, model_file, read_manifest, weights_folder
 from splitnet.weights.hub import HubPieces
 from splitnet.weights.manifest import Manifest
@@ -83,6 +84,9 @@ def join_swarm(
         if checkpoint is None or not checkpoint.is_whole:
             _meet_local_network(options, directory, report)
             checkpoint, fetcher = _find_model(options, model, checkpoint, directory, identity, report)
+        elif options.invited and options.model_id is None:
+            with Asking(identity, options.swarm_key or OPEN) as asking:
+                _check_told(options, model, checkpoint, directory, asking, report)
         node = node_of(directory)
         lan = None
         if node is not None and options.lan:
@@ -150,21 +154,24 @@ def _find_model(
     def hashing(done: int, total: int) -> None:
         report("check the weights", done, total)
 
-    def accept(one: Manifest) -> str:
+    def has_no_folder(fingerprint: str) -> bool:
+        return read_manifest(weights_folder(fingerprint)) is None
+
+    def accept(one: Manifest, heads: Sequence[bytes]) -> str:
         """Compares it with what is here, and makes the folder; says why that cannot be."""
         if store is not None and (reason := differs(one, store, hashing)):
             return reason
-        if read_manifest(weights_folder(one.fingerprint)) is None:
+        if has_no_folder(one.fingerprint):
             try:
-                others = [record.endpoint for record in directory.peers(one.fingerprint)]
-                heads = fetch_heads(asking, others, one, report)
                 make_folder(one, heads, lambda path: _check_layout(one, path))
             except (ModelNotFound, UnsupportedModel, ProtocolError) as error:
                 return str(error)
         return ""
 
     with Asking(identity, swarm) as asking:
-        known = checkpoint.manifest(hashing) if checkpoint is not None and checkpoint.knows_manifest else None
+        known = None
+        if checkpoint is not None and checkpoint.knows_manifest and not options.invited:
+            known = checkpoint.manifest(hashing)
         if known is not None and options.model_id in (None, known.fingerprint):
             manifest, name = known, str(model)
         elif options.model_id is not None and (kept := read_manifest(weights_folder(options.model_id))) is not None:
@@ -177,16 +184,18 @@ def _find_model(
                     asking,
                     model,
                     expected=options.model_id,
+                    joined=options.initial_peers,
+                    wants_heads=has_no_folder,
                     accept=accept,
                     report=report,
                 )
             except ModelNotFound as error:
-                if checkpoint is None:
+                if checkpoint is None or options.invited:
                     raise
                 log.warning("%s: all of it is read through at the hub", error)
             if found is not None:
                 manifest, name = found
-            elif checkpoint is not None:  # nobody has it yet: this peer says what it is
+            elif checkpoint is not None and not options.invited:  # nobody has it yet: this peer says what it is
                 name = str(model)
                 manifest = checkpoint.manifest(lambda done, total: report("read the weights once", done, total))
                 _check_expected(checkpoint, options)
@@ -197,7 +206,7 @@ def _find_model(
                 )
     if checkpoint is not None:
         checkpoint.adopt(manifest)
-    if read_manifest(weights_folder(manifest.fingerprint)) is None:
+    if has_no_folder(manifest.fingerprint):
         make_folder(manifest, (), lambda path: _check_layout(manifest, path))
     files = open_store(model_file(weights_folder(manifest.fingerprint), manifest))
     folder = files.folder
@@ -215,6 +224,7 @@ def _find_model(
     fetcher = Fetcher(folder, peers, identity, swarm, hub, report)
     folder.fetch = fetcher.fetch
     filled = Checkpoint.of(files)  # of some files the config needs tensors, too
+    check_file_bytes(filled)
     filled.name = name
     return filled, fetcher
 
@@ -227,6 +237,27 @@ def _check_layout(manifest: Manifest, path: Path) -> None:
     if not manifest.heads and is_of_gguf(manifest.config):
         raise ModelNotFound("a peer leaves out what stands before the tensors in the files of this model")
     HeldPieces(manifest, store)  # raises if pieces do not fit each other
+
+
+def _check_told(
+    options: PeerOptions,
+    model: str | Path,
+    checkpoint: Checkpoint,
+    directory: SwarmDirectory,
+    asking: Asking,
+    report: Report,
+) -> None:
+    """Refuses to serve what others have named, and what is here by that name, to a swarm that does not know it."""
+    own = checkpoint.fingerprint
+
+    def accept(one: Manifest, heads: Sequence[bytes]) -> str:
+        return "" if one.fingerprint == own else f"{model} on this machine is another model"
+
+    if find_manifest(directory, asking, model, joined=options.initial_peers, accept=accept, report=report) is None:
+        raise ModelNotFound(
+            f"the invitation names {model}, which is on this machine and not in the swarm: give it as MODEL, beside "
+            "--invite, if you mean to serve it there"
+        )
 
 
 def _check_expected(checkpoint: Checkpoint, options: PeerOptions) -> None:

@@ -47,6 +47,8 @@ class PeerOptions:
         share_weights: whether it gives weights to others; None: where it knows who may connect.
         share_rate: bytes per second of that; None: as `peers.weight_service.DEFAULT_RATE` says.
         model_id: the fingerprint that the model must have; None: any.
+        invited: others have named the model: it counts if a peer of the swarm tells the same as what is here, or
+            `model_id` does, and what is here is given to nobody unless `share_weights` says so.
     """
 
     wish: SpanWish = ANY_SPAN
@@ -76,9 +78,12 @@ class PeerOptions:
     share_weights: bool | None = None
     share_rate: float | None = None
     model_id: str | None = None
+    invited: bool = False
 
     def shares_weights(self, authorized: AuthorizedKeys | None) -> bool:
         """Whether it gives weights to others; `authorized`: the list in `authorized_keys` as it is now."""
         if self.share_weights is not None:
             return self.share_weights
+        if self.invited:
+            return False
         return self.swarm_key is not None or (authorized is not None and not authorized.lets_in_strangers)

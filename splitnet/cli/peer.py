@@ -254,6 +254,7 @@ def peer(
         share_weights=share_weights,
         share_rate=wanted_share,
         model_id=model_id or (invitation.model_id if invitation else None),
+        invited=model is None,
         speeds_file=cache_folder() / "speeds.json",
     )
     metrics = MetricsServer(*wanted_metrics) if wanted_metrics else None

@@ -42,13 +42,20 @@ def learn_manifest(
     def allows(key: PublicKey) -> bool:
         return trusted is None or trusted.allows(key.curve_raw)
 
-    def why_not(manifest: Manifest) -> str:
+    def why_not(manifest: Manifest, heads: Sequence[bytes]) -> str:
         return differs(manifest, checkpoint.store, lambda done, total: report("check the weights", done, total))
 
     try:
         with join(addresses, lambda: links, swarm=swarm) as directory, Asking(identity, swarm) as asking:
             found = find_manifest(
-                directory, asking, checkpoint.name, expected=expected, allows=allows, accept=why_not, report=report
+                directory,
+                asking,
+                checkpoint.name,
+                expected=expected,
+                joined=addresses,
+                allows=allows,
+                accept=why_not,
+                report=report,
             )
     finally:
         links.close()

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from splitnet.errors import ModelNotFound
 from splitnet.model.backbone import backbone_class, find_container, loaded_as, on_meta
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.coded_experts import layout_of_experts
@@ -20,6 +21,9 @@ from splitnet.model.held_experts import weights_of_experts
 from splitnet.model.held_linear import holdable_layers
 from splitnet.model.tensor_store import TensorFacts
 from splitnet.model.weights import Weights, choose_weights
+
+_TABLE_BYTES = 16 << 20
+"""What old checkpoints hold in a block besides its weights, as masks of attention."""
 
 
 class BlockSize(NamedTuple):
@@ -54,6 +58,26 @@ def block_bytes(
     """
     chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
     return max(size.held for size in block_sizes(checkpoint, chosen, range(checkpoint.num_blocks)))
+
+
+def check_file_bytes(checkpoint: Checkpoint) -> None:
+    """Refuses blocks that take more in the files than those of the config can: strangers tell both.
+
+    Raises:
+        ModelNotFound: says which.
+        UnsupportedModel: there is no model of this config.
+    """
+    model_class = backbone_class(checkpoint.config)
+    backbone = on_meta(model_class, checkpoint.config)
+    modules = backbone.get_submodule(find_container(model_class, checkpoint.config)).children()
+    for index, (module, tensors) in enumerate(zip(modules, checkpoint.block_tensors, strict=True)):
+        told = checkpoint.store.file_bytes(tensor.name for tensor in tensors)
+        numbers = sum(tensor.numel() for tensor in module.state_dict().values())
+        if told > torch.float32.itemsize * numbers + _TABLE_BYTES:
+            raise ModelNotFound(
+                f"block {index} of {checkpoint.name} is said to take {told / 2**20:.0f} MiB for {numbers} numbers: "
+                "join another swarm, or give --model-id"
+            )
 
 
 def block_sizes(checkpoint: Checkpoint, weights: Weights, blocks: range) -> list[BlockSize]:

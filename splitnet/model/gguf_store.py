@@ -27,6 +27,8 @@ from splitnet.model.tensor_store import Place, Progress, ReadBytes, TensorFacts
 from splitnet.weights.held import WeightFolder
 
 _ARCHITECTURE = "general.architecture"
+_MAX_ROPE_BYTES = 1 << 20
+"""Of the factors of rotary embeddings, which are read with the config."""
 _BLOCK = re.compile(r"blk\.(\d+)\.(.+)$")
 
 
@@ -69,8 +71,13 @@ class GgufStore:
     @cached_property
     def _config(self) -> PreTrainedConfig:
         check_values({"layers": self._file.of_architecture.get("block_count")}, self.source)
+        ropes = ROPE_TENSORS & self._file.tensors.keys()
+        if sum(self._file.tensors[name].nbytes for name in ropes) > _MAX_ROPE_BYTES:
+            raise UnsupportedModel(
+                f"{self.source} has more than {_MAX_ROPE_BYTES} bytes of rotary factors: download it again"
+            )
         if self.folder is not None:
-            self.folder.supply(ROPE_TENSORS & self._file.tensors.keys())
+            self.folder.supply(ropes)
         try:
             return make_config(self._family.model_type, config_values(self._family, self._file), self._file)
         except (StrictDataclassError, *MALFORMED) as error:
@@ -92,6 +99,10 @@ class GgufStore:
     def facts(self, names: Iterable[str]) -> dict[str, TensorFacts]:
         """See `TensorStore.facts`."""
         return {name: self._facts(self._recipes[name]) for name in names}
+
+    def file_bytes(self, names: Iterable[str]) -> int:
+        """See `TensorStore.file_bytes`."""
+        return sum(part.nbytes for name in names for part in self._recipes[name].parts)
 
     @contextmanager
     def load_tensors(

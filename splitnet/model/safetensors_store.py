@@ -139,6 +139,13 @@ class SafetensorsStore:
                 facts[name] = TensorFacts(tuple(tensor.shape), tensor.dtype, layout, nbytes, across)
         return facts
 
+    def file_bytes(self, names: Iterable[str]) -> int:
+        """See `TensorStore.file_bytes`."""
+        stored = [part for name in names for part in self._weights.groups[name].values()]
+        infos = self._infos(self._shards.weight_map[part] for part in stored)
+        self._shards.check_hold(stored, infos)
+        return sum(infos[part].nbytes for part in stored)
+
     def load_tensors(self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None) -> LazyTensors:
         """See `TensorStore.load_tensors`; only the shards that hold these tensors are downloaded."""
         if self.folder is not None:

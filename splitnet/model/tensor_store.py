@@ -105,6 +105,10 @@ class TensorStore(Protocol):
         """Reads headers only."""
         ...
 
+    def file_bytes(self, names: Iterable[str]) -> int:
+        """What tensors take in the files together. Reads headers only, and nothing that describes codes."""
+        ...
+
     def load_tensors(
         self, names: Mapping[str, str], dtype: torch.dtype, progress: Progress | None
     ) -> AbstractContextManager[dict[str, Any]]:

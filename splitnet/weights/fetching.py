@@ -9,12 +9,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import count
 from typing import Final
 
+import numpy as np
+
 from splitnet.client.links import Links
-from splitnet.errors import DirectoryError, ModelNotFound, ProtocolError, WrongSwarm
+from splitnet.errors import DirectoryError, ModelNotFound, WrongSwarm
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.messages import (
@@ -28,17 +29,13 @@ from splitnet.net.messages import (
 )
 from splitnet.net.peer_addresses import peer_address
 from splitnet.net.swarm_key import OPEN, OpenSwarm
-from splitnet.weights.held import WeightFolder, check_room
+from splitnet.weights.held import WeightFolder
 from splitnet.weights.hub import HubPieces
-from splitnet.weights.manifest import MAX_MANIFEST_BYTES, Manifest, Pieces, digest
+from splitnet.weights.manifest import digest
 from splitnet.weights.plan import FetchPlan
 
 log = logging.getLogger(__name__)
 
-ANSWER_S: Final = 10.0
-"""In which a peer says what it has."""
-WHOLE_S: Final = 120.0
-"""In which it has told a manifest: who lets parts drip holds up whoever asks one peer after the other."""
 LOOK_S: Final = 5.0
 """How often others are looked for while pieces are missing."""
 PATIENCE_S: Final = 30.0
@@ -55,7 +52,7 @@ FindPeers = Callable[[], Sequence[Endpoint]]
 
 
 @dataclass(frozen=True)
-class _HubAnswer:
+class HubAnswer:
     """A piece from the hub, or why it did not come."""
 
     name: bytes
@@ -64,14 +61,20 @@ class _HubAnswer:
 
 
 class Asking:
-    """Questions to peers, and their answers. Close it when done."""
+    """Questions to peers, and their answers. Close it when done.
+
+    Attributes:
+        answers: those to questions that are open, one to each; what nobody asked for is dropped as it comes.
+    """
 
     def __init__(self, identity: Identity, swarm: OpenSwarm = OPEN) -> None:
         self.swarm = swarm
-        self.answers: queue.SimpleQueue[tuple[Endpoint | str, Message | _HubAnswer]] = queue.SimpleQueue()
+        self.answers: queue.SimpleQueue[tuple[Endpoint | str, Message | HubAnswer]] = queue.SimpleQueue()
         self._numbers = count(1)
+        self._open: dict[int, Endpoint] = {}
+        """Who was asked, by the number of the question."""
         self._links = Links(identity)
-        self._links.on_answer = lambda source, message: self.answers.put((source, message))
+        self._links.on_answer = self._answered
 
     def close(self) -> None:
         self._links.close()
@@ -85,98 +88,26 @@ class Asking:
     def ask(self, peer: Endpoint, kind: WeightsKind, name: bytes, offset: int = 0) -> int:
         """Sends a question; returns its number."""
         number = next(self._numbers)
+        self._open[number] = peer
         placed = bytes.fromhex(self.swarm.place(name.hex()))
         self._links.send(peer, AskWeights(number, kind, placed, offset, MAX_PART_BYTES))
         return number
+
+    def forget(self, number: int) -> None:
+        """Waits for the answer no longer."""
+        self._open.pop(number, None)
 
     def is_gone(self, peer: Endpoint) -> bool:
         """Whether no link to it comes up."""
         state = self._links.state(peer)
         return state is LinkState.DOWN or state.is_final
 
-    def all_of(self, peer: Endpoint, kind: WeightsKind, name: bytes, report: Callable[[int, int], None]) -> bytes:
-        """Asks for something and waits for it.
-
-        Raises:
-            ModelNotFound: the peer does not give it; says why.
-        """
-        data = bytearray()
-        until = time.monotonic() + WHOLE_S
-        while True:
-            if time.monotonic() > until:
-                raise ModelNotFound("it takes too long")
-            number = self.ask(peer, kind, name, len(data))
-            message = self._answer_to(number, peer, partial(report, len(data), 0))
-            if isinstance(message, Failure):
-                raise ModelNotFound(message.text)
-            if not isinstance(message, WeightsPart):
-                raise ModelNotFound("it answers what cannot be")
-            part = message.payload
-            left = message.total - len(data)
-            if message.total > MAX_MANIFEST_BYTES or len(part) != min(left, MAX_PART_BYTES):
-                raise ModelNotFound("it answers what cannot be")
-            data += part
-            report(len(data), message.total)
-            if len(part) == left:
-                return bytes(data)
-
-    def _answer_to(self, number: int, peer: Endpoint, waiting: Callable[[], None]) -> Message:
-        until = time.monotonic() + ANSWER_S
-        while time.monotonic() < until:
-            waiting()
-            try:
-                source, message = self.answers.get(timeout=TICK_S)
-            except queue.Empty:
-                if self.is_gone(peer):
-                    raise ModelNotFound("it is not reached, or does not accept this key") from None
-                continue
-            if source == peer and not isinstance(message, _HubAnswer) and getattr(message, "number", 0) == number:
-                return message
-        raise ModelNotFound("it does not answer about weights: it is older than version 0.3, or hangs")
-
-
-def fetch_manifest(asking: Asking, peer: Endpoint, fingerprint: str, report: Report) -> Manifest:
-    """The manifest of a model from a peer, checked.
-
-    Raises:
-        ModelNotFound: it does not give one, or another one; says why.
-    """
-    name = bytes.fromhex(fingerprint)
-    data = asking.all_of(peer, WeightsKind.MANIFEST, name, lambda done, total: report("ask peers", done, total))
-    try:
-        manifest = Manifest.unpack(data)
-    except ProtocolError as error:
-        raise ModelNotFound(f"what it gives is no manifest ({error})") from error
-    if manifest.fingerprint != fingerprint:
-        raise ModelNotFound("it gives the manifest of another model")
-    return manifest
-
-
-def fetch_heads(asking: Asking, peers: Sequence[Endpoint], manifest: Manifest, report: Report) -> list[bytes]:
-    """What stands before the tensors in the files of a GGUF model, from one of some peers.
-
-    Raises:
-        ModelNotFound: none gives that; says why.
-    """
-
-    def head(peer: Endpoint, pieces: Pieces) -> bytes:
-        data = bytearray()
-        for name, _, size in pieces.each():
-            piece = asking.all_of(peer, WeightsKind.PIECE, name, lambda *_: report("ask peers", 0, 0))
-            if len(piece) != size or digest(piece) != name:
-                raise ModelNotFound("it gives a corrupt piece")
-            data += piece
-        return bytes(data)
-
-    reasons: list[str] = []
-    for peer in peers if manifest.heads else ():
-        try:
-            return [head(peer, one.pieces) for one in manifest.heads]
-        except ModelNotFound as error:
-            reasons.append(f"{peer.address}: {error}")
-    if manifest.heads:
-        raise ModelNotFound(f"no peer gives the metadata of this model ({'; '.join(reasons)})")
-    return []
+    def _answered(self, source: Endpoint, message: Message) -> None:
+        """In the thread of the links."""
+        number = getattr(message, "number", 0)
+        if self._open.get(number) == source:
+            del self._open[number]
+            self.answers.put((source, message))
 
 
 @dataclass
@@ -234,7 +165,6 @@ class Fetcher:
             WrongSwarm: the hub has others.
             SplitnetError: they cannot be kept.
         """
-        check_room(self._folder.path, sum(missing.values()))
         pool = ThreadPoolExecutor(HubPieces.at_once)  # which has no threads before they are needed
         try:
             with Asking(self._identity, self._swarm) as asking:
@@ -264,7 +194,12 @@ class _Fetch:
         self._missing = missing
         self._total = sum(missing.values())
         self._plan: FetchPlan[Endpoint | str] = FetchPlan(missing)
-        self._slots = [name for pieces in self._folder.manifest.parts for name, _, _ in pieces.each()]
+        self._names = list(missing)
+        slots = [self._folder.slots_of(name) for name in missing]
+        self._slots = np.concatenate(slots)
+        """Where what is missing stands in the manifest."""
+        self._owners = np.repeat(np.arange(len(slots)), list(map(len, slots)))
+        """Which of `_names` it is."""
         self._asked: dict[int, tuple[Endpoint, bytes]] = {}
         """By number: whom, and what piece; empty: what it has."""
         self._known: set[Endpoint] = set()
@@ -323,9 +258,9 @@ class _Fetch:
 
     def _ask_hub(self, hub: HubPieces, name: bytes) -> None:
         try:
-            self._asking.answers.put((HUB, _HubAnswer(name, hub.read(name))))
+            self._asking.answers.put((HUB, HubAnswer(name, hub.read(name))))
         except Exception as error:  # of the HTTP library
-            self._asking.answers.put((HUB, _HubAnswer(name, b"", str(error) or type(error).__name__)))
+            self._asking.answers.put((HUB, HubAnswer(name, b"", str(error) or type(error).__name__)))
 
     def _take(self, wait_s: float) -> None:
         """Takes in what has come."""
@@ -337,9 +272,9 @@ class _Fetch:
         except queue.Empty:
             return
 
-    def _heard(self, source: Endpoint | str, message: Message | _HubAnswer) -> None:
+    def _heard(self, source: Endpoint | str, message: Message | HubAnswer) -> None:
         now = time.monotonic()
-        if isinstance(message, _HubAnswer):
+        if isinstance(message, HubAnswer):
             self._heard_of_hub(message, now)
             return
         asked = self._asked.get(getattr(message, "number", 0))
@@ -352,12 +287,11 @@ class _Fetch:
         elif isinstance(message, WeightsPart) and name:
             self._piece(peer, peer_address(peer), name, message.payload, now)
         elif isinstance(message, WeightsPart):
-            bits = message.payload
-            held = [
-                one
-                for slot, one in enumerate(self._slots)
-                if slot >> 3 < len(bits) and bits[slot >> 3] >> (slot & 7) & 1
-            ]
+            told = np.frombuffer(message.payload, np.uint8)
+            bits = np.zeros(-(-len(self._folder) // 8), np.uint8)
+            bits[: len(told)] = told[: len(bits)]
+            here = bits[self._slots >> 3] >> (self._slots & 7).astype(np.uint8) & 1
+            held = [self._names[owner] for owner in np.unique(self._owners[here != 0]).tolist()]
             self._plan.add(peer, held)
 
     def _refused(self, peer: Endpoint, name: bytes, message: Failure, now: float) -> None:
@@ -368,7 +302,7 @@ class _Fetch:
         else:
             self._plan.refused(peer, name, now)
 
-    def _heard_of_hub(self, answer: _HubAnswer, now: float) -> None:
+    def _heard_of_hub(self, answer: HubAnswer, now: float) -> None:
         if not answer.error:
             self._hub_errors = 0
             self._piece(HUB, HUB, answer.name, answer.data, now)

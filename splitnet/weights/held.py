@@ -13,7 +13,10 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -22,7 +25,8 @@ from numpy.typing import NDArray
 
 from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
 from splitnet.model.demo import cache_folder
-from splitnet.weights.manifest import Manifest, digest
+from splitnet.net.messages import DIGEST_BYTES
+from splitnet.weights.manifest import PIECE_BYTES, Manifest, digest, piece_count
 
 if TYPE_CHECKING:
     from splitnet.model.tensor_store import TensorStore
@@ -51,31 +55,54 @@ class HeldPieces:
         self.manifest = manifest
         self._store = store
         places = store.places()
-        parts = [(places[tensor.name].file, places[tensor.name].offset) for tensor in manifest.tensors]
-        parts += [(file, 0) for file in store.heads()]
-        self._where: list[tuple[str, int, int]] = []
-        """Of each piece, in the order of the manifest: file, offset and bytes."""
-        self._slots: dict[bytes, list[int]] = {}
-        """By digest; the same bytes may stand in several places."""
-        for (file, begin), pieces in zip(parts, manifest.parts, strict=True):
-            for name, offset, size in pieces.each():
-                slots = self._slots.setdefault(name, [])
-                if slots and self._where[slots[0]][2] != size:
-                    raise ProtocolError("a manifest has pieces of two sizes that are said to be the same")
-                slots.append(len(self._where))
-                self._where.append((file, begin + offset, size))
+        begins = [(places[tensor.name].file, places[tensor.name].offset) for tensor in manifest.tensors]
+        begins += [(file, 0) for file in store.heads()]
+        # A stranger says how many pieces there are, so none has an object of its own.
+        self._parts = [(file, at, pieces.nbytes) for (file, at), pieces in zip(begins, manifest.parts, strict=True)]
+        counts = [piece_count(nbytes) for _, _, nbytes in self._parts]
+        self._first = [0, *accumulate(counts)]
+        """The first slot of each part; then the number of slots, which are the pieces in the order of the manifest."""
+        digests = b"".join(pieces.digests for pieces in manifest.parts)
+        self._names = np.frombuffer(digests, f"S{DIGEST_BYTES}")
+        self._order = np.argsort(self._names, kind="stable")
+        """Slots by digest; the same bytes may stand in several places."""
+        self._sorted = self._names[self._order]
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        sizes = np.full(len(self), PIECE_BYTES, np.int64)
+        for first, (_, _, nbytes) in zip(self._first, self._parts, strict=False):
+            if nbytes:
+                last = piece_count(nbytes) - 1
+                sizes[first + last] = nbytes - last * PIECE_BYTES
+        sizes = sizes[self._order]
+        if ((self._sorted[1:] == self._sorted[:-1]) & (sizes[1:] != sizes[:-1])).any():
+            raise ProtocolError("a manifest has pieces of two sizes that are said to be the same")
 
     def __len__(self) -> int:
-        return len(self._where)
+        return self._first[-1]
 
     @property
-    def names(self) -> Iterable[bytes]:
-        """The digests of all pieces."""
-        return self._slots
+    def names(self) -> Iterator[bytes]:
+        """The digests of all pieces, each once."""
+        begins = np.append(True, self._sorted[1:] != self._sorted[:-1])[: len(self)]
+        return (self.name_of(slot) for slot in self._order[begins].tolist())
+
+    def name_of(self, slot: int) -> bytes:
+        """The digest of a piece."""
+        return self._names[slot : slot + 1].tobytes()
+
+    def slots_of(self, name: bytes) -> NDArray[np.int64]:
+        """Where a piece stands in the manifest; nowhere, if it is none of these."""
+        if len(name) != DIGEST_BYTES:
+            return self._order[:0]
+        key = np.frombuffer(name, self._names.dtype)
+        low, high = (int(np.searchsorted(self._sorted, key, side)[0]) for side in ("left", "right"))
+        return self._order[low:high]
 
     def has(self, slot: int) -> bool:
         """Whether the piece at this place of the manifest is here."""
-        return self._store.local_file(self._where[slot][0]) is not None
+        return self._store.local_file(self.where(slot)[0]) is not None
 
     def bits(self) -> bytes:
         """Which pieces are here, as `WeightsKind.HELD` says it."""
@@ -83,20 +110,30 @@ class HeldPieces:
 
     def _have(self) -> NDArray[np.uint8]:
         """1 for each piece that is here."""
-        here = {file: self._store.local_file(file) is not None for file in {file for file, _, _ in self._where}}
-        return np.fromiter((here[file] for file, _, _ in self._where), np.uint8, len(self))
+        here = {file: self._store.local_file(file) is not None for file in {file for file, _, _ in self._parts}}
+        return np.repeat([np.uint8(here[file]) for file, _, _ in self._parts], np.diff(self._first))
 
     def read(self, name: bytes) -> bytes | None:
         """A piece; None if it is not here, or is not what it was."""
-        for slot in self._slots.get(name, ()):
-            if self.has(slot):
-                data = self._read(slot)
-                if digest(data) == name:
-                    return data
+        for slot in self._held_of(self.slots_of(name)):
+            data = self._read(slot)
+            if digest(data) == name:
+                return data
         return None
 
+    def _held_of(self, slots: NDArray[np.int64]) -> Iterator[int]:
+        """Those of some slots whose pieces are here."""
+        return (slot for slot in slots.tolist() if self.has(slot))
+
+    def where(self, slot: int) -> tuple[str, int, int]:
+        """File, offset and bytes of a piece."""
+        part = bisect_right(self._first, slot) - 1
+        file, begin, nbytes = self._parts[part]
+        at = (slot - self._first[part]) * PIECE_BYTES
+        return file, begin + at, min(PIECE_BYTES, nbytes - at)
+
     def _read(self, slot: int) -> bytes:
-        file, offset, size = self._where[slot]
+        file, offset, size = self.where(slot)
         path = self._store.local_file(file)
         try:
             assert path is not None
@@ -126,6 +163,8 @@ class WeightFolder(HeldPieces):
         self.fetch: Fetch | None = None
         self.fetched = 0
         self._checked = bytearray(len(self))
+        self._wanted: dict[bytes, list[int]] = {}
+        """The slots of pieces that are being fetched; others of the same bytes stay holes."""
         try:
             written = (path / WRITTEN_FILE).read_bytes() if (path / WRITTEN_FILE).exists() else b""
             if len(written) != len(self):
@@ -133,44 +172,58 @@ class WeightFolder(HeldPieces):
                 (path / WRITTEN_FILE).write_bytes(written)
         except OSError as error:
             raise _cannot_write(path, error) from None
-        self._written = bytearray(written)
+        self._written = np.frombuffer(bytearray(written), np.uint8)
 
     def has(self, slot: int) -> bool:
         return bool(self._written[slot])
 
     def _have(self) -> NDArray[np.uint8]:
-        return np.frombuffer(bytes(self._written), np.uint8)
+        return self._written
+
+    def _held_of(self, slots: NDArray[np.int64]) -> Iterator[int]:
+        return iter(slots[self._written[slots] != 0].tolist())
 
     def supply(self, names: Iterable[str]) -> None:
-        """Makes sure that all bytes of these tensors are here, and right.
+        """Makes sure that all bytes of these tensors are here, and right, and nothing else is written.
 
         Raises:
-            SplitnetError: some are missing and cannot be had.
+            SplitnetError: some are missing and cannot be had, or there is no room for them.
         """
-        tensors = self.manifest.by_name
-        self.need({piece: size for name in names for piece, _, size in tensors[name].pieces.each()})
-
-    def need(self, pieces: Mapping[bytes, int]) -> None:
-        """The same for pieces: digest -> bytes."""
-        missing = {name: size for name, size in pieces.items() if not self._is_right(name)}
+        parts = [self._part_of[name] for name in names]
+        slots = [slot for part in parts for slot in range(self._first[part], self._first[part + 1])]
+        missing = [slot for slot in slots if not self._is_right(slot)]
         if not missing:
+            return
+        check_room(self.path, sum(self.where(slot)[2] for slot in missing))
+        wanted: dict[bytes, list[int]] = {}
+        for slot in missing:
+            wanted.setdefault(self.name_of(slot), []).append(slot)
+        for name in list(wanted):  # what stands elsewhere in the model, too
+            if (data := self.read(name)) is not None:
+                self._keep(wanted.pop(name), data)
+        if not wanted:
             return
         if self.fetch is None:
             raise ModelNotFound(
-                f"{len(missing)} pieces of the weights in {self.path} are missing: they come from peers, give the "
+                f"{len(wanted)} pieces of the weights in {self.path} are missing: they come from peers, give the "
                 "model and --join instead of this folder"
             )
-        self.fetch(missing)
+        self._wanted |= wanted
+        self.fetch({name: self.where(some[0])[2] for name, some in wanted.items()})
 
     def write(self, name: bytes, data: bytes | memoryview) -> None:
-        """Keeps a piece whose digest was checked.
+        """Keeps a piece whose digest was checked where it is needed.
 
         Raises:
             SplitnetError: the disk is full, or the like.
         """
+        self._keep(self._wanted.pop(name, []), data)
+        self.fetched += len(data)
+
+    def _keep(self, slots: Sequence[int], data: bytes | memoryview) -> None:
         try:
-            for slot in self._slots[name]:
-                file, offset, size = self._where[slot]
+            for slot in slots:
+                file, offset, size = self.where(slot)
                 assert size == len(data)
                 with (self.path / file).open("r+b") as opened:
                     opened.seek(offset)
@@ -181,15 +234,17 @@ class WeightFolder(HeldPieces):
                 self._written[slot] = self._checked[slot] = 1
         except OSError as error:
             raise _cannot_write(self.path, error) from None
-        self.fetched += len(data)
 
-    def _is_right(self, name: bytes) -> bool:
-        for slot in self._slots[name]:
-            if not self._checked[slot]:
-                if not (self._written[slot] and digest(self._read(slot)) == name):
-                    return False
-                self._checked[slot] = 1
+    def _is_right(self, slot: int) -> bool:
+        if not self._checked[slot]:
+            if not (self._written[slot] and digest(self._read(slot)) == self.name_of(slot)):
+                return False
+            self._checked[slot] = 1
         return True
+
+    @cached_property
+    def _part_of(self) -> dict[str, int]:
+        return {tensor.name: part for part, tensor in enumerate(self.manifest.tensors)}
 
 
 def weights_folder(fingerprint: str) -> Path:

@@ -10,6 +10,7 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from splitnet.errors import ModelNotFound
 from splitnet.model.tensor_store import TensorStore
 from splitnet.weights.hashing import forget_manifest
+from splitnet.weights.held import HeldPieces
 from splitnet.weights.manifest import Manifest
 
 TIMEOUT_S: Final = 30.0
@@ -33,12 +34,7 @@ class HubPieces:
         self._store = store
         self._repository = store.source
         self._revision = revision
-        self._where: dict[bytes, tuple[str, int, int]] = {}
-        places = store.places()
-        for tensor in manifest.tensors:
-            place = places[tensor.name]
-            for name, offset, size in tensor.pieces.each():
-                self._where[name] = place.file, place.offset + offset, size
+        self._pieces = HeldPieces(manifest, store)
 
     def differs(self) -> None:
         """Says that the repository has other weights than the manifest, which is not believed at the next start."""
@@ -50,7 +46,7 @@ class HubPieces:
         Raises:
             ModelNotFound: the hub does not give it. Exceptions of the HTTP library: it does not answer.
         """
-        file, offset, size = self._where[name]
+        file, offset, size = self._pieces.where(int(self._pieces.slots_of(name)[0]))
         if self._store.local_file(file) is not None:  # downloaded before
             with self._store.open_file(file) as opened:
                 opened.seek(offset)

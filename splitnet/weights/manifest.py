@@ -8,6 +8,7 @@ manifest each piece.
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,14 +20,14 @@ from splitnet.net.messages import DIGEST_BYTES, MAX_PART_BYTES, MAX_WEIGHTS_BYTE
 
 PIECE_BYTES: Final = MAX_PART_BYTES
 """Of a piece; the last one of a tensor has what is left."""
-MAX_MANIFEST_BYTES: Final = MAX_WEIGHTS_BYTES
-"""Enough for 8 TB of weights."""
+MAX_MANIFEST_BYTES: Final = MAX_WEIGHTS_BYTES // 2
+"""Enough for 4 TB of weights; reading it takes three times as much memory, and each tensor a little."""
 
 MAX_HEAD_BYTES: Final = 256 << 20
 """What stands before the tensors in all files: metadata and a vocabulary, which are fetched into memory."""
 
 _MARK: Final = "splitnet weights 1"
-_MAX_TENSORS: Final = 1 << 20
+_MAX_TENSORS: Final = 1 << 18
 _MAX_FILES: Final = 1 << 16
 _MAX_NAME: Final = 512
 _MAX_CONFIG: Final = 1 << 20
@@ -39,12 +40,12 @@ def digest(data: bytes | memoryview) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def piece_sizes(nbytes: int) -> list[int]:
-    """Bytes of the pieces of so many."""
-    return [min(PIECE_BYTES, nbytes - at) for at in range(0, nbytes, PIECE_BYTES)]
+def piece_count(nbytes: int) -> int:
+    """Of so many bytes."""
+    return -(-nbytes // PIECE_BYTES)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Pieces:
     """Bytes that are known by the digests of their pieces.
 
@@ -58,21 +59,21 @@ class Pieces:
 
     def each(self) -> Iterator[tuple[bytes, int, int]]:
         """Digest, offset and bytes of every piece."""
-        for index, size in enumerate(piece_sizes(self.nbytes)):
-            at = index * DIGEST_BYTES
-            yield self.digests[at : at + DIGEST_BYTES], index * PIECE_BYTES, size
+        for index, at in enumerate(range(0, self.nbytes, PIECE_BYTES)):
+            name = self.digests[index * DIGEST_BYTES : (index + 1) * DIGEST_BYTES]
+            yield name, at, min(PIECE_BYTES, self.nbytes - at)
 
     @classmethod
     def read(cls, nbytes: Any, digests: Any) -> Pieces:
         """Raises ProtocolError if they cannot be."""
         if type(nbytes) is not int or not 0 <= nbytes <= _MAX_BYTES or type(digests) is not bytes:
             raise ProtocolError("expected a number of bytes, and digests")
-        if len(digests) != DIGEST_BYTES * -(-nbytes // PIECE_BYTES):
+        if len(digests) != DIGEST_BYTES * piece_count(nbytes):
             raise ProtocolError("expected a digest for each piece")
         return cls(nbytes, digests)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tensor:
     """One tensor in the files.
 
@@ -138,10 +139,6 @@ class Manifest:
         yield from (tensor.pieces for tensor in self.tensors)
         yield from (head.pieces for head in self.heads)
 
-    @cached_property
-    def by_name(self) -> dict[str, Tensor]:
-        return {tensor.name: tensor for tensor in self.tensors}
-
     def pack(self) -> bytes:
         """As it travels, and as it is kept."""
         tensors: list[Any] = [
@@ -151,7 +148,7 @@ class Manifest:
         return packb([_MARK, self.config, tensors, heads])
 
     @classmethod
-    def unpack(cls, data: bytes) -> Manifest:
+    def unpack(cls, data: bytes | memoryview) -> Manifest:
         """Reads what `pack` wrote, from anybody.
 
         Raises:
@@ -189,7 +186,7 @@ def _tensor(values: Values) -> Tensor:
     shape = tuple(values.value() for _ in range(values.array(_MAX_DIMENSIONS)))
     if any(type(size) is not int or not 0 <= size <= _MAX_BYTES for size in shape):
         raise ProtocolError("expected a shape")
-    return Tensor(name, stored, shape, Pieces.read(values.value(), values.value()))
+    return Tensor(name, sys.intern(stored), shape, Pieces.read(values.value(), values.value()))
 
 
 def _head(values: Values) -> Head:

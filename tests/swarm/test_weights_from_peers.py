@@ -131,7 +131,7 @@ def test_what_was_fetched_is_not_fetched_again_and_what_is_damaged_is(
         fingerprint = swarm.peers[0].checkpoint.fingerprint
         checkpoint = Checkpoint.open(weights_folder(fingerprint))
         held = checkpoint.held()
-        file, offset, size = held._where[held._slots[written[0]][0]]
+        file, offset, size = held.where(int(held.slots_of(written[0])[0]))
         with (weights_folder(fingerprint) / file).open("r+b") as opened:
             opened.seek(offset)
             opened.write(bytes(size))
@@ -205,3 +205,19 @@ def test_two_models_of_one_name_are_told_apart_by_their_id(folder: Path, node: D
             swarm.add(0, 1, folder="shared-llama")
         peer = swarm.add(0, 1, folder="shared-llama", model_id=second.checkpoint.fingerprint)
         assert computes_as(peer.span, other)
+
+
+def test_an_invitation_gives_nothing_of_this_machine_away(folder: Path, tmp_path: Path) -> None:
+    """Its model may be a folder here that nobody else has: it is no model of that swarm, and stays here."""
+    private = random_checkpoint("llama", tmp_path / "private", hidden=128, seed=7)
+    key = SwarmKey.generate()
+    with local_swarm(folder, [(0, 6)], node=None, swarm_key=key) as swarm:
+        address = [swarm.peers[0].join_address]
+        with pytest.raises(ModelNotFound, match="give it as MODEL"):
+            swarm.add(0, 2, folder=private, join=address, swarm_key=key, invited=True)
+        guest = swarm.add(0, 2, join=address, swarm_key=key, invited=True)
+        assert not guest.weights._shares() and swarm.peers[0].weights._shares()
+        # A stranger may know what it is, of another swarm, and say so.
+        expected = Checkpoint.open(private).fingerprint
+        guest = swarm.add(0, 2, folder=private, join=address, swarm_key=key, invited=True, model_id=expected)
+        assert not guest.weights._shares()

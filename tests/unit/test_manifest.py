@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peers.joining import _check_layout
-from splitnet.errors import ModelNotFound, ProtocolError
+from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
+from splitnet.model.block_sizes import check_file_bytes
 from splitnet.model.checkpoint import Checkpoint, open_store
 from splitnet.model.span import Span
 from splitnet.net.fields import packb, unpack_array
@@ -266,6 +267,70 @@ def test_pieces_of_two_sizes_are_not_the_same(tmp_path: Path, cache: Path) -> No
     some = (Tensor("a", "I8", (8,), Pieces(8, same)), Tensor("b", "I8", (4,), Pieces(4, same)))
     with pytest.raises(ProtocolError, match="two sizes"):
         make_folder(manifest_of(some), (), lambda path: _check_layout(manifest_of(some), path))
+
+
+def test_a_piece_that_stands_in_many_places_is_kept_where_it_is_needed(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a stranger, who says how often it does, fills the disk with a megabyte; what is needed is counted first."""
+    data, times = bytes([7]) * PIECE_BYTES, 64
+    some = tuple(
+        Tensor(name, "U8", (count * PIECE_BYTES,), Pieces(count * PIECE_BYTES, digest(data) * count))
+        for name, count in (("filler", times), ("needed", 1))
+    )
+    path = make_folder(manifest_of(some), (), lambda path: None)
+    held = open_store(path).folder
+    assert held is not None
+    fetched: list[int] = []
+
+    def fetch(missing: Any) -> None:
+        fetched.append(sum(missing.values()))
+        held.write(digest(data), data)
+
+    def on_disk() -> int:
+        return sum(512 * file.stat().st_blocks for file in path.iterdir())
+
+    held.fetch = fetch
+    before = on_disk()
+    held.supply(["needed"])
+    assert on_disk() - before < 2 * PIECE_BYTES and fetched == [PIECE_BYTES]
+    assert sum(bits.bit_count() for bits in held.bits()) == 1 and held.read(digest(data)) == data
+    with monkeypatch.context() as patch:
+        free = PIECE_BYTES * (times - 1)
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2 * free, free, free))
+        with pytest.raises(SplitnetError, match=r"0\.1 GiB of weights are to be kept"):
+            held.supply(["filler"])
+    held.supply(["filler"])
+    assert fetched == [PIECE_BYTES], "it is here already"
+    assert open_store(path).folder.read(digest(data)) == data  # type: ignore[union-attr]
+
+
+def test_a_manifest_of_many_pieces_takes_little_more_than_its_bytes(tmp_path: Path, cache: Path) -> None:
+    count = 1 << 17
+    tensor = Tensor("a", "U8", (count * PIECE_BYTES,), Pieces(count * PIECE_BYTES, os.urandom(32 * count)))
+    packed = manifest_of((tensor,)).pack()
+    path = make_folder(manifest_of((tensor,)), (), lambda path: None)
+    del tensor
+    tracemalloc.start()
+    try:
+        manifest = Manifest.unpack(packed)
+        held = WeightFolder(path, manifest, open_store(path))
+        assert len(held) == count and held.slots_of(held.name_of(count - 1)).tolist() == [count - 1]
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(packed)
+    finally:
+        tracemalloc.stop()
+
+
+def test_blocks_take_no_more_in_files_than_the_config_says(folder: Path, tmp_path: Path, cache: Path) -> None:
+    """Strangers tell both, and what is kept on the disk is what the blocks take."""
+    whole = Checkpoint.open(folder)
+    check_file_bytes(whole)
+    manifest = whole.manifest()
+    size = 20 * PIECE_BYTES
+    large = Tensor("model.layers.1.mlp.more.weight", "U8", (size,), Pieces(size, bytes(32) * 20))
+    told = dataclasses.replace(manifest, tensors=tuple(sorted((*manifest.tensors, large), key=lambda one: one.name)))
+    with pytest.raises(ModelNotFound, match=r"block 1 of .* is said to take 20 MiB"):
+        check_file_bytes(Checkpoint.open(make_folder(told, (), lambda path: None)))
 
 
 def manifest_of(some: tuple[Tensor, ...]) -> Manifest:

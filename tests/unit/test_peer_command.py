@@ -59,6 +59,7 @@ def test_an_invited_peer_lets_in_whom_its_invitation_names(tmp_path: Path) -> No
     options, said = options_of("--invite", str(file))
     assert options.authorized_keys == tmp_path / "anna.invite.keys"
     assert "without its line `anyone` no other may" in said and "whoever knows" not in said
+    assert options.invited and not options_of("m", "--invite", str(file))[0].invited
     own = tmp_path / "own"
     assert options_of("--invite", str(file), "--authorized-keys", str(own))[0].authorized_keys == own
 
