@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -131,3 +133,20 @@ class AddressInUse(SplitnetError):
 def first_line(error: BaseException) -> str:
     """What an error says, for a sentence of ours: its first line, or else its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@contextmanager
+def stumbling(refusal: Callable[[str], SplitnetError]) -> Iterator[None]:
+    """Around a library that reads what others wrote, and raises what it stumbles over: panics of Rust among it.
+
+    Args:
+        refusal: called with what happened, gives the error to raise in its place.
+    """
+    try:
+        yield
+    except SplitnetError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise refusal(first_line(error)) from error

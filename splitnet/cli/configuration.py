@@ -138,7 +138,7 @@ def read_configuration(context: typer.Context, path: Path | None) -> Path | None
         content = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigurationError(f"{file} cannot be read ({error.strerror}): give another --config") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigurationError(f"{file} is not TOML: {error}") from None
     group: Any = context.command
     given = list(_given(file, content, group.settings))

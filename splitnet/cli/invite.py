@@ -65,7 +65,7 @@ class Invite:
             if type(model) is not str or not _are_texts(join) or not _are_texts(authorized):
                 raise ValueError
             swarm_key, identity = SwarmKey.parse(str(content["swarm-key"])), Identity.parse(str(content["key"]))
-        except (KeyError, ValueError):
+        except (KeyError, ValueError, RecursionError):
             raise KeyFileError(f"{path} is no invitation: ask for the file that `splitnet invite` wrote") from None
         except KeyFileError as error:
             raise KeyFileError(f"{path} is no invitation: {error}") from None

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -120,10 +121,11 @@ def _count_blocks(checkpoint: str) -> int:
     """Blocks of a checkpoint, without loading torch if the folder is local."""
     config = Path(checkpoint) / "config.json"
     if config.is_file():
-        values = json.loads(config.read_text(encoding="utf-8"))
-        for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
-            if isinstance(values.get(name), int):
-                return values[name]
+        with suppress(OSError, ValueError, AttributeError, RecursionError):  # what it is, a checkpoint says below
+            values = json.loads(config.read_text(encoding="utf-8"))
+            for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers"):
+                if isinstance(values.get(name), int):
+                    return values[name]
     from splitnet.model.checkpoint import Checkpoint
 
     return Checkpoint.open(checkpoint).num_blocks

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,19 +50,49 @@ class Zero(nn.Module):
         return self._zero
 
 
+_MOST_COMPUTED = 1 << 27
+"""Numbers that a family may compute while its model is made, such as frequencies and tables of positions."""
+
+
 class _LightMeta(TorchFunctionMode):
-    """Makes a model on the meta device without torch's compiler, which torch imports (1 s) to fill tensors or count."""
+    """Makes a model on the meta device without torch's compiler, which torch imports (1 s) to fill tensors or count.
+
+    Raises:
+        UnsupportedModel: the numbers of the config have it compute more than `_MOST_COMPUTED` numbers.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._left = _MOST_COMPUTED
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
         if func is torch.arange and str(options.get("device")) == "meta":
             # Rotary embeddings are computed of it, and computed again when the weights have been loaded.
+            start, end, step = (*((0,) if len(args) == 1 else ()), *args, 1)[:3] if args else (0, 0, 1)
+            count = (options.get("end", end) - options.get("start", start)) / options.get("step", step)
+            self._check(float(count))
             options = {**options, "device": "cpu"}
         elif func is torch.Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
             tensor = args[0] if args else options["tensor"]
             if tensor.is_meta:
                 return tensor
-        return func(*args, **options)
+        given = [one for one in args if isinstance(one, torch.Tensor) and not one.is_meta]
+        if math.prod(one.numel() for one in given) > _MOST_COMPUTED:  # what comes of them may be as large
+            made = func(*(one.to("meta") if isinstance(one, torch.Tensor) else one for one in args), **options)
+            self._check(made.numel() if isinstance(made, torch.Tensor) else 0)
+        made = func(*args, **options)
+        if isinstance(made, torch.Tensor) and not made.is_meta:
+            self._left -= made.numel()
+            self._check(0)
+        return made
+
+    def _check(self, count: float) -> None:
+        if not count <= self._left:
+            raise UnsupportedModel(
+                "the numbers of the config have its family compute tables that no model has: download it again, or "
+                "mend it"
+            )
 
 
 def _made_on_meta(make: Callable[[], _T]) -> _T:
@@ -116,6 +147,8 @@ def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> Pre
         model = _made_on_meta(lambda: model_class(copy.deepcopy(config)))
         nn.Module.to(model, "meta")
         return model
+    except UnsupportedModel:
+        raise
     except Exception as error:  # whatever it stumbles over
         where = config.name_or_path or f"a model of the family {config.model_type!r}"
         raise UnsupportedModel(

@@ -8,8 +8,17 @@ from collections.abc import Mapping
 import torch
 
 from splitnet.model.packed_codes import signed_codes, unpack_nibbles
-from splitnet.model.quantized_format import WEIGHT, Numbers, Part, QuantizedFormat, Suffix, misfit
-from splitnet.model.stored import TABLES, Codes, Kind, Layout, StoredMatrix, StoredTensor
+from splitnet.model.quantized_format import (
+    DESCRIPTION_BYTES,
+    WEIGHT,
+    Numbers,
+    Part,
+    QuantizedFormat,
+    Suffix,
+    misfit,
+    number_in,
+)
+from splitnet.model.stored import TABLES, Codes, Kind, Layout, StoredMatrix, StoredTensor, spread
 
 
 class Nf4(QuantizedFormat):
@@ -32,18 +41,22 @@ class Nf4(QuantizedFormat):
     def tensor(self, name: str, parts: Mapping[str, Part], dtype: torch.dtype) -> StoredTensor | Numbers:
         """See `QuantizedFormat.tensor`."""
         weight, maxima = parts[WEIGHT], parts["maxima"]
+        if parts["state"].nbytes > DESCRIPTION_BYTES:
+            raise misfit(parts["state"], "is longer than a description of a weight")
         state = json.loads(bytes(parts["state"].read(...).tolist()))
         if state.get("quant_type") != "nf4":
             raise misfit(weight, f"is of the 4-bit type {state.get('quant_type')!r}, of which only 'nf4' is known")
-        outputs, inputs = state["shape"]
-        block = state["blocksize"]
+        outputs, inputs = (number_in({"shape": size}, "shape") for size in state["shape"])
+        block = number_in(state, "blocksize")
         count = outputs * inputs
         if 2 * weight.nbytes != count or maxima.shape != (-(-count // block),):
             raise misfit(weight, f"does not hold {outputs} x {inputs} codes of 4 bits in blocks of {block}")
 
         nested = {"nested maxima", "nested table"} & parts.keys()
+        wide, offset = 0, 0.0
         if nested or maxima.dtype == torch.uint8:
-            many = -(-maxima.shape[0] // state["nested_blocksize"])
+            wide, offset = number_in(state, "nested_blocksize"), float(state["nested_offset"])
+            many = -(-maxima.shape[0] // wide)
             shapes = [parts[role].shape for role in ("nested maxima", "nested table")]
             if maxima.dtype != torch.uint8 or shapes != [(many,), (256,)]:
                 raise misfit(maxima, "does not fit what its own scales are made of ('nested')")
@@ -53,8 +66,8 @@ class Nf4(QuantizedFormat):
             if not nested:
                 return stored.float()
             values = parts["nested table"].read(...)[stored.long()]
-            of_block = parts["nested maxima"].read(...).repeat_interleave(state["nested_blocksize"])[: len(stored)]
-            return values * of_block + state["nested_offset"]
+            of_block = spread(parts["nested maxima"].read(...), wide, len(stored), dim=0)
+            return values * of_block + offset
 
         def codes() -> torch.Tensor:
             table = parts["table"].read(...).float()
@@ -72,8 +85,8 @@ class Nf4(QuantizedFormat):
             )
 
         def numbers() -> torch.Tensor:
-            spread = scales().repeat_interleave(block)[:count]
-            return (TABLES["nf4"][codes().long()] * spread).view(outputs, inputs).to(dtype)
+            of_each = spread(scales(), block, count, dim=0)
+            return (TABLES["nf4"][codes().long()] * of_each).view(outputs, inputs).to(dtype)
 
         return Numbers((outputs, inputs), dtype, numbers, "its blocks go beyond an output")
 

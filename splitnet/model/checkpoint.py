@@ -93,7 +93,11 @@ class Checkpoint:
         """The same with files that are open."""
         whole, config = read_config(store)
         checkpoint = cls(store, config, multimodal=config is not whole, tokenizer=tokenizer)
-        assert checkpoint.names  # raises if there are no tensors
+        if config.num_hidden_layers > len(checkpoint.names):  # raises if there are no tensors
+            raise UnsupportedModel(
+                f"{store.name} has {len(checkpoint.names)} tensors, and its config says {config.num_hidden_layers} "
+                "blocks: download it again"
+            )
         return checkpoint
 
     @property

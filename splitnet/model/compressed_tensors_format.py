@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +17,12 @@ from splitnet.model.quantized_format import (
     QuantizedFormat,
     Suffix,
     misfit,
+    number_in,
     one_or_stacked,
 )
 from splitnet.model.scaled_floats import FP8_TABLES, SCALE_KINDS, scaled_weight
 from splitnet.model.stored import Codes, Kind, Layout, StoredTensor
+from splitnet.patterns import Patterns
 
 _FORMATS = frozenset(
     {
@@ -55,6 +56,8 @@ class CompressedTensors(QuantizedFormat):
     def __init__(self, settings: Mapping[str, Any]) -> None:
         groups: Mapping[str, Mapping[str, Any]] = settings.get("config_groups") or {}
         self._groups = [group for group in groups.values() if isinstance(group, Mapping)]
+        patterns = Patterns("the config")
+        self._targets = [_Targets(group.get("targets") or (), patterns) for group in self._groups]
         given = (settings.get("format"), *(group.get("format") for group in self._groups))
         names = {str(name) for name in given if name}
         names -= {"dense"} if len(names) > 1 else set()
@@ -86,7 +89,7 @@ class CompressedTensors(QuantizedFormat):
             raise misfit(packed, "is in the checkpoint beside the weight that it packs")
         if packed.dtype == torch.int32:
             return _integers(parts, settings, dtype)
-        if packed.dtype != torch.uint8 or settings["num_bits"] != 4 or settings.get("type") != "float":
+        if packed.dtype != torch.uint8 or number_in(settings, "num_bits") != 4 or settings.get("type") != "float":
             raise misfit(packed, "is packed in a way that is not known")
         if "global scale" in parts:
             return nvfp4_weight(packed, parts["scale"], parts["global scale"], dtype, divide=True)
@@ -107,7 +110,7 @@ class CompressedTensors(QuantizedFormat):
             raise misfit(order, "permutes inputs ('actorder'), which is known of packed weights only")
         block = settings.get("block_structure")
         if settings.get("strategy") in ("group", "channel"):
-            block = (1, settings["group_size"] if settings["strategy"] == "group" else weight.shape[-1])
+            block = (1, number_in(settings, "group_size") if settings["strategy"] == "group" else weight.shape[-1])
         return scaled_weight(weight, parts["scale"], dtype, block=block, zero=zero)
 
     def _settings_of(self, module: str) -> Mapping[str, Any]:
@@ -122,35 +125,45 @@ class CompressedTensors(QuantizedFormat):
         return weights[0]
 
     def _groups_about(self, module: str) -> list[Mapping[str, Any]]:
-        found = [group for group in self._groups if any(_names(target, module) for target in group["targets"])]
-        if not found:  # the rest are classes of layers, such as "Linear", which names do not tell
-            found = [group for group in self._groups if any(_is_class(target) for target in group["targets"])]
-        return found
+        both = list(zip(self._groups, self._targets, strict=True))
+        # What names no layer is a class of layers, such as "Linear", which names do not tell.
+        named = [group for group, targets in both if targets.name(module)]
+        return named or [group for group, targets in both if targets.classes]
 
 
-def _names(target: str, module: str) -> bool:
-    """Whether a target names a layer, whatever stands before its name in a multimodal checkpoint."""
-    parts = module.split(".")
-    rests = [".".join(parts[begin:]) for begin in range(len(parts))]
-    if target.startswith("re:"):
-        return any(re.match(target.removeprefix("re:"), rest) for rest in rests)
-    return target in rests
+class _Targets:
+    """Which layers a group of the config is about.
 
+    Attributes:
+        classes: whether any target is a class of layers.
+    """
 
-def _is_class(target: str) -> bool:
-    return not target.startswith("re:") and "." not in target
+    def __init__(self, targets: Iterable[str], patterns: Patterns) -> None:
+        targets = list(targets)
+        self._names = {target for target in targets if not target.startswith("re:")}
+        self._patterns = [target.removeprefix("re:") for target in targets if target.startswith("re:")]
+        self._match = patterns.match
+        self.classes = any("." not in name for name in self._names)
+
+    def name(self, module: str) -> bool:
+        """Whether a target names a layer, whatever stands before its name in a multimodal checkpoint."""
+        parts = module.split(".")
+        rests = [".".join(parts[begin:]) for begin in range(len(parts))]
+        if not self._names.isdisjoint(rests):
+            return True
+        return any(self._match(pattern, rest) for pattern in self._patterns for rest in rests)
 
 
 def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: torch.dtype) -> StoredTensor | Numbers:
     """Weights of 1 to 8 bits in int32 words, with scales for groups, outputs or all."""
     packed, scale, zero = parts["packed"], parts["scale"], parts.get("zero")
-    bits = settings["num_bits"]
+    bits = number_in(settings, "num_bits")
     *experts, outputs, words = packed.shape
     if scale.dtype not in SCALE_KINDS or scale.dtype == torch.uint8 or bits not in range(1, 9):
         raise misfit(packed, f"and {scale.name} ({scale.dtype}) are not integers of {bits} bits with scales")
     grouped = settings.get("strategy") == "group"
     groups = scale.shape[-1] if grouped else 1
-    wide = settings["group_size"] if grouped else 0
+    wide = number_in(settings, "group_size") if grouped else 0
     inputs = groups * wide if grouped else 32 * words // bits
     one_scale = not grouped and scale.shape in ((), (1,), (1, 1))
     if -(-inputs * bits // 32) != words or not (one_scale or scale.shape == (*experts, outputs, groups)):

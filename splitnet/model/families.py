@@ -8,6 +8,7 @@ neutral: that is checked while a span loads, so a family that needs more than th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ MAX_LAYERS = 4096
 """As many as messages and records can number."""
 MAX_LABELS = 1 << 16
 """Of which transformers makes a name each."""
+_BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "swa_rope_theta")
 
 PACKS = frozenset(
     {
@@ -222,15 +224,20 @@ def sliding_windows(config: PreTrainedConfig) -> tuple[int | None, ...]:
 def check_values(values: Mapping[str, Any], file: object) -> None:
     """Refuses what no config of a model says, before transformers does what it says.
 
-    That is lists as long as there are layers or labels, and attention or experts that run code of a hub repository.
+    That is lists as long as there are layers, experts or labels, attention or experts that run code of a hub
+    repository, and a base of rotary embeddings that turns nothing.
 
     Raises:
         UnsupportedModel: names the value.
     """
     for part in _with_inner(values):
         for key, value in part.items():
-            counts = str(key).endswith(("layer", "layers")) and "per_layer" not in str(key)
+            counts = str(key).endswith(("layer", "layers", "experts")) and "per_layer" not in str(key)
             most = MAX_LAYERS if counts else MAX_LABELS if key == "num_labels" else None
+            if key in _BASES and isinstance(value, (int, float)) and not 0 < value < math.inf:
+                raise UnsupportedModel(
+                    f"{file} says {key}: {value}, which turns nothing: mend it, or download it again"
+                )
             many = most is not None and isinstance(value, int) and value > most
             foreign = str(key).endswith("_implementation") and "/" in str(value)
             if many or foreign:

@@ -139,20 +139,20 @@ LLAMA_ORDER = tuple(
 )
 
 
-def _grouped(config: Any, width: int) -> torch.Tensor:
-    """The order of rows or columns that groups value heads by their key head, which llama.cpp puts in turns."""
+def _grouped(config: Any, width: int, count: int) -> torch.Tensor:
+    """The order of so many rows or columns that groups value heads by their key head; llama.cpp puts them in turns."""
     keys, values = config.linear_num_key_heads, config.linear_num_value_heads
-    return torch.arange(values * width).view(values // keys, keys, width).transpose(0, 1).reshape(-1)
+    return torch.arange(count).view(values // keys, keys, width).transpose(0, 1).reshape(-1)
 
 
 def _value_rows(width: str, after_keys: bool = False, dim: int = 0) -> Callable[..., torch.Tensor]:
     """Undoes that order where heads have as many rows as the config's `width` says, after queries and keys or not."""
 
     def make(config: Any, rows: torch.Tensor) -> torch.Tensor:
-        order = _grouped(config, getattr(config, width) if width else 1)
+        before = 2 * config.linear_num_key_heads * config.linear_key_head_dim if after_keys else 0
+        order = before + _grouped(config, getattr(config, width) if width else 1, rows.shape[dim] - before)
         if after_keys:
-            before = 2 * config.linear_num_key_heads * config.linear_key_head_dim
-            order = torch.cat([torch.arange(before), before + order])
+            order = torch.cat([torch.arange(before), order])
         return rows.index_select(dim, order)
 
     return make
@@ -162,14 +162,10 @@ def _queries_to_gates(config: Any, rest: torch.Tensor, gates: torch.Tensor) -> t
     """Queries, keys, values and gates of all heads -> those of the first key head, of the second, and so on."""
     heads, key = config.linear_num_key_heads, config.linear_key_head_dim
     value = config.linear_num_value_heads // heads * config.linear_value_head_dim
-    widths = (key, key, value, value)
-    starts = [0, heads * key, 2 * heads * key, 2 * heads * key + heads * value]
-    order = [
-        torch.arange(start + head * width, start + (head + 1) * width)
-        for head in range(heads)
-        for start, width in zip(starts, widths, strict=True)
-    ]
-    return torch.cat([rest, gates]).index_select(0, torch.cat(order))
+    both = torch.cat([rest, gates])
+    parts = torch.arange(len(both)).split([heads * width for width in (key, key, value, value)])
+    order = torch.cat([part.view(heads, -1) for part in parts], dim=1).flatten()
+    return both.index_select(0, order)
 
 
 # What is joined, split or computed.

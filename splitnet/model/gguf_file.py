@@ -15,9 +15,10 @@ import numpy.typing as npt
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, ReaderField, ReaderTensor
 
-from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
 from splitnet.model.gguf_layouts import Bytes, layout_of, plain_dtype, read_codes
-from splitnet.model.stored import Codes, Layout, StoredMatrix, StoredTensor
+from splitnet.model.shards import MOST_OF_NAME
+from splitnet.model.stored import Codes, Experts, Layout, StoredMatrix, StoredTensor
 from splitnet.weights.manifest import MAX_HEAD_BYTES
 
 _LONG = 1024
@@ -25,6 +26,7 @@ _LONG = 1024
 _MAX_FIELDS = 1 << 12
 _MAX_TENSORS = 1 << 17
 _MAX_STRINGS = 1 << 22
+_MOST_IN_A_ROW = 1 << 24
 _SKIPPED: list[GGUFValueType] = []
 _AGAIN = "put the parts of one model, and no others, in a folder, or download them again"
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")
@@ -129,8 +131,11 @@ class GgufTensor:
         if len(self.shape) == 2:
             return StoredTensor.of(whole)
         outputs = self.shape[-2]
-        experts = [[whole.of_outputs(slice(at, at + outputs))] for at in range(0, len(rows), outputs)]
-        return StoredTensor.__new__(StoredTensor, experts, stacked=True)
+
+        def one(expert: int) -> tuple[StoredMatrix]:
+            return (whole.of_outputs(slice(expert * outputs, (expert + 1) * outputs)),)
+
+        return StoredTensor.__new__(StoredTensor, Experts(len(rows) // outputs, one), stacked=True)
 
 
 class _FileMatrix(StoredMatrix):
@@ -180,6 +185,11 @@ class GgufFile:
                 if tensor.name in self.tensors:
                     raise UnsupportedModel(f"{part} has {tensor.name}, which a part before it has too: {_AGAIN}")
                 shape = tuple(int(size) for size in reversed(tensor.shape))
+                if len(tensor.name) > MOST_OF_NAME or any(not 0 < size <= _MOST_IN_A_ROW for size in shape):
+                    raise UnsupportedModel(
+                        f"{part} has {tensor.name[:MOST_OF_NAME]} of {' x '.join(map(str, shape))} numbers, which is "
+                        "no tensor of a model: download it again"
+                    )
                 offset = int(tensor.data_offset)
                 self.tensors[tensor.name] = GgufTensor(
                     tensor.name, shape, tensor.tensor_type, tensor.data, part, offset
@@ -247,13 +257,14 @@ def _check_part(path: Path, metadata: Mapping[str, Any], number: int, count: int
 
 def _read(path: Path) -> tuple[dict[str, Any], list[ReaderTensor]]:
     """The metadata and the tensors of one file."""
-    try:
-        reader = _Reader(path)
-        return {key: _value(it) for key, it in reader.fields.items() if it.types != _SKIPPED}, reader.tensors
-    except OSError as error:
-        raise ModelNotFound(f"there is no file {path}: give the path of a GGUF file") from error
-    except Exception as error:  # the package raises what it stumbles over
-        raise UnsupportedModel(
+    with stumbling(
+        lambda why: UnsupportedModel(
             f"{path} is not a complete GGUF file that this version of the gguf package reads: download it again, or "
-            f"update gguf ({error})"
-        ) from error
+            f"update gguf ({why})"
+        )
+    ):
+        try:
+            reader = _Reader(path)
+        except OSError as error:
+            raise ModelNotFound(f"there is no file {path}: give the path of a GGUF file") from error
+        return {key: _value(it) for key, it in reader.fields.items() if it.types != _SKIPPED}, reader.tensors

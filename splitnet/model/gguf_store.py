@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig, PreTrainedConfig
 
-from splitnet.errors import ModelNotFound, UnsupportedModel
+from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
 from splitnet.model.families import check_values
 from splitnet.model.gguf_config import ROPE_TENSORS, make_config
 from splitnet.model.gguf_families import OUTSIDE, Family, config_values, family_of
@@ -79,7 +79,9 @@ class GgufStore:
         if self.folder is not None:
             self.folder.supply(ropes)
         try:
-            return make_config(self._family.model_type, config_values(self._family, self._file), self._file)
+            values = config_values(self._family, self._file)
+            check_values(values, self.source)
+            return make_config(self._family.model_type, values, self._file)
         except (StrictDataclassError, *MALFORMED) as error:
             raise UnsupportedModel(
                 f"the metadata of {self.source} describe no model of the family {self._family.model_type!r}: download "
@@ -121,9 +123,12 @@ class GgufStore:
 
     def read(self, recipe: _Recipe) -> torch.Tensor:
         """Makes a tensor."""
+        return self._made(recipe, [part.tensor() for part in recipe.parts])
+
+    def _made(self, recipe: _Recipe, parts: Iterable[torch.Tensor]) -> torch.Tensor:
         try:
-            return recipe.make(self._config, *(part.tensor() for part in recipe.parts))
-        except RuntimeError as error:
+            return recipe.make(self._config, *parts)
+        except (RuntimeError, *MALFORMED) as error:
             first = recipe.parts[0]
             raise UnsupportedModel(
                 f"{first.name} of {self.source} ({list(first.shape)}) is not what its metadata say ({error}): download "
@@ -168,13 +173,13 @@ class GgufStore:
     def tokenizer(self, **options: Any) -> Any:
         """See `TensorStore.tokenizer`."""
         says = self._file.metadata.get
-        try:
-            return read_tokenizer(self._file.path, says("tokenizer.ggml.model"), says("tokenizer.ggml.pre"), **options)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ModelNotFound(
+        with stumbling(
+            lambda why: ModelNotFound(
                 f"no tokenizer can be made of what {self.name} says of it: give --tokenizer with the folder or the "
-                f"Hugging Face id of the original model ({error})"
-            ) from error
+                f"Hugging Face id of the original model ({why})"
+            )
+        ):
+            return read_tokenizer(self._file.path, says("tokenizer.ggml.model"), says("tokenizer.ggml.pre"), **options)
 
     def generation_config(self) -> GenerationConfig | None:
         """See `TensorStore.generation_config`; a file has none but the tokens at which generation ends."""
@@ -191,7 +196,7 @@ class GgufStore:
                 return TensorFacts(tuple(tensor.shape), tensor.dtype, widest, nbytes, tensor.transposed)
         meta = [torch.empty(part.shape, device="meta") for part in recipe.parts]
         dtype = recipe.parts[0].dtype if layouts.count(None) == len(layouts) else torch.float32
-        return TensorFacts(tuple(recipe.make(self._config, *meta).shape), dtype, None, nbytes)
+        return TensorFacts(tuple(self._made(recipe, meta).shape), dtype, None, nbytes)
 
     @cached_property
     def _recipes(self) -> dict[str, _Recipe]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model.stored import Codes, Layout, StoredMatrix, StoredTensor
+from splitnet.model.stored import Codes, Experts, Layout, StoredMatrix, StoredTensor
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,13 @@ class Suffix:
     sure: bool = True
 
 
-MALFORMED = (KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError)
+MALFORMED = (
+    *(KeyError, TypeError, ValueError, AttributeError, IndexError, ZeroDivisionError, OverflowError, RecursionError),
+)
 """What comes of a description that is not what it should be."""
+DESCRIPTION_BYTES = 1 << 16
+"""Parts of quantized weights that are no larger may describe the rest."""
+_MOST_COUNTED = 1 << 31
 WEIGHT = "weight"
 """The role of the tensor whose name is that of the weight itself."""
 
@@ -162,6 +167,8 @@ class Weights:
                 raise misfit(plain, "is stored in small integers, and the config does not say what they stand for")
             return None
         parts = {role: part(stored) for role, stored in self.groups[name].items()}
+        if empty := next((one for one in parts.values() if 0 in one.shape), None):
+            raise misfit(empty, "holds nothing")
         if not self.is_plain(name):
             try:
                 return self._format.tensor(name, parts, self.dtype)
@@ -173,6 +180,20 @@ class Weights:
         if plain.dtype.itemsize == 1 and plain.dtype != torch.bool:
             raise misfit(plain, "is in the checkpoint without its scales")
         return None
+
+
+def number_in(settings: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A number of a description that counts or measures something.
+
+    It bounds nothing: before it is used, sizes of tensors are compared with it.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    value = settings.get(key, default)
+    if type(value) is not int or not 0 < value < _MOST_COUNTED:
+        raise ValueError(f"{key}: {value!r}")
+    return value
 
 
 def misfit(part: Part, why: str) -> UnsupportedModel:
@@ -198,10 +219,8 @@ def one_or_stacked(
     """
     *experts, outputs, inputs = shape
 
-    def matrix(index: Any) -> StoredMatrix:
-        return StoredMatrix(layout, (outputs, inputs), lambda: read(index))
+    def matrix(index: Any) -> tuple[StoredMatrix]:
+        return (StoredMatrix(layout, (outputs, inputs), lambda: read(index)),)
 
-    if not experts:
-        return StoredTensor.__new__(StoredTensor, [[matrix(...)]], transposed=transposed, dtype=dtype)
-    every = [[matrix(expert)] for expert in range(experts[0])]
-    return StoredTensor.__new__(StoredTensor, every, stacked=True, transposed=transposed, dtype=dtype)
+    every = Experts(experts[0], matrix) if experts else [matrix(...)]
+    return StoredTensor.__new__(StoredTensor, every, stacked=bool(experts), transposed=transposed, dtype=dtype)

@@ -78,7 +78,9 @@ class Turning:
             for way in product(Given, Order):
                 likely = cls(*way, sines_first)
                 halves = likely.halves(turns)
-                if 2 * halves[0].shape[-1] <= most and torch.allclose(likely._turned(given, *halves), found, atol=1e-4):
+                if 2 * halves[0].shape[-1] <= given.shape[-1] and torch.allclose(
+                    likely._turned(given, *halves), found, atol=1e-4
+                ):
                     return likely
         return None
 

@@ -12,19 +12,18 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig
 
-from splitnet.errors import ModelNotFound, UnsupportedModel, first_line
+from splitnet.errors import ModelNotFound, UnsupportedModel, stumbling
 from splitnet.model.dtypes import is_number_type
 from splitnet.model.families import SAME_AS, check_values
 from splitnet.model.lazy_tensors import LazyTensors
 from splitnet.model.quantization import quantization_settings, quantized_format
-from splitnet.model.quantized_format import Part, Weights
+from splitnet.model.quantized_format import DESCRIPTION_BYTES, Part, Weights
 from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
 from splitnet.model.stored import StoredTensor
 from splitnet.model.tensor_store import Place, Progress, TensorFacts
 from splitnet.weights.held import WeightFolder
 
-_DESCRIPTION_BYTES = 1 << 16
-"""Parts of quantized weights that are no larger may describe the rest."""
+_GENERATION = "generation_config.json"
 _NOTES = ("_name_or_path", "transformers_version", "use_cache")
 """Keys of a config that say nothing about the model."""
 
@@ -56,27 +55,27 @@ class SafetensorsStore:
 
     @cached_property
     def _config(self) -> PreTrainedConfig:
-        try:
-            values, _ = PreTrainedConfig.get_config_dict(self._config_file)
-            check_values(values, self._config_file)
-            if known := SAME_AS.get(values.get("model_type", "")):
-                config = AutoConfig.for_model(**(values | {"model_type": known}))
-            else:
-                config = AutoConfig.from_pretrained(self._config_file, trust_remote_code=False)
-        except OSError as error:
-            raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
-        except StrictDataclassError as error:
-            raise UnsupportedModel(
-                f"the config of {self.source} has values that its family cannot have: download it again, or mend it "
-                f"({' '.join(str(error).split())})"
-            ) from error
-        except UnsupportedModel:
-            raise
-        except Exception as error:  # transformers raises what it stumbles over
-            raise UnsupportedModel(
+        def refusal(why: str) -> UnsupportedModel:
+            return UnsupportedModel(
                 f"transformers cannot make a model of {self._config_file}: update transformers if it does not know the "
-                f"architecture, or download the file again if it is damaged ({first_line(error)})"
-            ) from error
+                f"architecture, or download the file again if it is damaged ({why})"
+            )
+
+        with stumbling(refusal):
+            try:
+                values, _ = PreTrainedConfig.get_config_dict(self._config_file)
+                check_values(values, self._config_file)
+                if known := SAME_AS.get(values.get("model_type", "")):
+                    config = AutoConfig.for_model(**(values | {"model_type": known}))
+                else:
+                    config = AutoConfig.from_pretrained(self._config_file, trust_remote_code=False)
+            except OSError as error:
+                raise ModelNotFound(f"the config of {self.source} cannot be read: download it again") from error
+            except StrictDataclassError as error:
+                raise UnsupportedModel(
+                    f"the config of {self.source} has values that its family cannot have: download it again, or mend "
+                    f"it ({' '.join(str(error).split())})"
+                ) from error
         # What is read here are weights of plain numbers to transformers, whatever they are made of.
         for part in (config, *vars(config).values()):
             if isinstance(part, PreTrainedConfig):
@@ -120,7 +119,7 @@ class SafetensorsStore:
         infos = self._infos(self._shards.weight_map[part] for part in stored)
         self._shards.check_hold(stored, infos)
         if self.folder is not None and self._quantization is not None:  # descriptions, all at once
-            self.folder.supply([part for part in stored if infos[part].nbytes <= _DESCRIPTION_BYTES])
+            self.folder.supply([part for part in stored if infos[part].nbytes <= DESCRIPTION_BYTES])
 
         def part(name: str) -> Part:
             info = infos[name]
@@ -187,19 +186,25 @@ class SafetensorsStore:
 
     def tokenizer(self) -> Any:
         """See `TensorStore.tokenizer`."""
-        try:
+        with stumbling(
+            lambda why: ModelNotFound(f"{self.name} has no usable tokenizer: add its tokenizer files ({why})")
+        ):
             return AutoTokenizer.from_pretrained(self._shards.source, trust_remote_code=False, **self._shards.options)
-        except (OSError, ValueError) as error:
-            raise ModelNotFound(
-                f"{self.name} has no usable tokenizer: add its tokenizer files ({first_line(error)})"
-            ) from error
 
     def generation_config(self) -> GenerationConfig | None:
         """See `TensorStore.generation_config`."""
-        try:
-            return GenerationConfig.from_pretrained(self._shards.source, **self._shards.options)
-        except OSError:
-            return None
+        with stumbling(
+            lambda why: UnsupportedModel(
+                f"{_GENERATION} of {self.name} is not what transformers reads: download it again, or remove it ({why})"
+            )
+        ):
+            try:
+                return GenerationConfig.from_pretrained(self._shards.source, **self._shards.options)
+            except OSError:
+                file = self._shards.local_file(_GENERATION)
+                if file is not None and file.is_file():
+                    raise
+                return None
 
     def _read(self, info: TensorInfo) -> torch.Tensor:
         """A small tensor."""

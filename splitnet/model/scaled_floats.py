@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from splitnet.model.packed_codes import signed_codes, unpack_nibbles
-from splitnet.model.quantized_format import Numbers, Part, misfit, one_or_stacked
-from splitnet.model.stored import Codes, Kind, Layout, StoredTensor
+from splitnet.model.quantized_format import Numbers, Part, misfit, number_in, one_or_stacked
+from splitnet.model.stored import Codes, Kind, Layout, StoredTensor, spread
 
 FP8_TABLES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 SCALE_KINDS = {
@@ -64,13 +64,13 @@ def scaled_weight(
     if zero is not None and (zero.dtype, zero.shape) != (torch.int8, scale.shape):
         raise misfit(zero, f"does not fit {scale.name} ({list(scale.shape)})")
 
-    def spread(part: Part, index: Any) -> torch.Tensor:
+    def of_outputs(part: Part, index: Any) -> torch.Tensor:
         """`[outputs, groups]`."""
         stored = part.read(index if _per_expert(part, weight) else ...)
         stored = stored.view(torch.uint8) if kind is Kind.E8M0 and part is scale else stored
         if stored.numel() == 1:
             return stored.reshape(1, 1).expand(outputs, groups)
-        return stored.reshape(-(-outputs // high), groups).repeat_interleave(high, dim=0)[:outputs]
+        return spread(stored.reshape(-(-outputs // high), groups), high, outputs, dim=0)
 
     def read(index: Any) -> Codes:
         stored = weight.read(index)
@@ -80,8 +80,8 @@ def scaled_weight(
             codes = signed_codes(stored, 8)
         else:
             codes = stored.view(torch.uint8).clone()
-        zeros = None if zero is None else signed_codes(spread(zero, index), 8)
-        return Codes(codes, spread(scale, index).contiguous(), zeros)
+        zeros = None if zero is None else signed_codes(of_outputs(zero, index), 8)
+        return Codes(codes, of_outputs(scale, index).contiguous(), zeros)
 
     shape = (*experts, outputs, inputs)
     if group % 16:
@@ -101,9 +101,10 @@ def _block(weight: Part, scale: Part, shape: Sequence[int], block: Sequence[int]
     if grid in ([outputs], [outputs, 1]):
         return 1, inputs
     if block is not None:
-        if [-(-outputs // block[0]), -(-inputs // block[1])] == grid:
-            return block[0], block[1]
-        raise misfit(scale, f"does not fit {weight.name} ({list(weight.shape)}) in blocks of {block[0]} x {block[1]}")
+        high, wide = (number_in({"block": size}, "block") for size in block)
+        if [-(-outputs // high), -(-inputs // wide)] == grid:
+            return high, wide
+        raise misfit(scale, f"does not fit {weight.name} ({list(weight.shape)}) in blocks of {high} x {wide}")
     if len(grid) == 2 and all(grid) and outputs % grid[0] == 0 and inputs % grid[1] == 0:
         return outputs // grid[0], inputs // grid[1]
     raise misfit(scale, f"does not fit {weight.name} ({list(weight.shape)})")

@@ -34,6 +34,10 @@ MERGED_BYTES = 2**16
 """Ranges of a shard that are no farther apart than this are read in one request."""
 REQUESTS_AT_ONCE = 16
 _MAX_HEADER_BYTES = 100_000_000
+MOST_OF_NAME = 512
+"""Characters in the name of a tensor: names are matched with patterns."""
+_MOST_DIMENSIONS = 8
+_MOST_BYTES = 1 << 60
 _FILE_NAME = re.compile(r"[^/\\\x00]+\.safetensors")
 """An index names files beside it, and nothing elsewhere on the machine."""
 _DTYPES = {
@@ -86,6 +90,8 @@ def read_tensor_infos(file: BinaryIO, shard: str) -> dict[str, TensorInfo]:
         if size > _MAX_HEADER_BYTES:
             raise ValueError("header too long")
         header = json.loads(file.read(size))
+        if any(len(name) > MOST_OF_NAME for name in header):
+            raise ValueError("names without end")
         return {
             name: _tensor_info(shard, 8 + size, **entry) for name, entry in header.items() if name != "__metadata__"
         }
@@ -96,6 +102,8 @@ def read_tensor_infos(file: BinaryIO, shard: str) -> dict[str, TensorInfo]:
 def _tensor_info(shard: str, begin: int, dtype: str, shape: list[int], data_offsets: tuple[int, int]) -> TensorInfo:
     """Raises ValueError for what no tensor can be; `begin`: of the data in the file."""
     start, end = data_offsets
+    if len(shape) > _MOST_DIMENSIONS or max((*shape, end), default=0) > _MOST_BYTES:
+        raise ValueError("sizes of nothing that there is")
     if any(type(number) is not int or number < 0 for number in (*shape, start, end - start)) or type(dtype) is not str:
         raise ValueError("numbers that are none")
     if dtype in _DTYPES and end - start != math.prod(shape) * _DTYPES[dtype].itemsize:
@@ -147,7 +155,8 @@ class Shards:
         if index is not None:
             try:
                 weight_map: Any = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                if all(isinstance(shard, str) and _FILE_NAME.fullmatch(shard) for shard in weight_map.values()):
+                known = all(isinstance(shard, str) and _FILE_NAME.fullmatch(shard) for shard in weight_map.values())
+                if known and all(len(name) <= MOST_OF_NAME for name in weight_map):
                     return weight_map
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 pass

@@ -7,12 +7,15 @@ of it, which is right but larger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import chain
 from typing import Any
 
 import torch
+
+from splitnet.errors import UnsupportedModel
 
 STEPS_GROUP = 256
 """Inputs that share the float16 number by which the steps of `Kind.STEPS` are multiplied."""
@@ -141,13 +144,13 @@ class Codes:
         else:
             values = self.codes.float() - layout.offset
         group = layout.group or inputs
-        scales = _spread(number_of(layout.scale, self.scales, self.scale_units, group), group, inputs)
+        scales = spread(number_of(layout.scale, self.scales, self.scale_units, group), group, inputs)
         if self.zeros is None:
             return values.mul_(scales)
         if layout.zero is Kind.CODES:
-            return values.sub_(_spread(self.zeros.float() - layout.offset, group, inputs)).mul_(scales)
+            return values.sub_(spread(self.zeros.float() - layout.offset, group, inputs)).mul_(scales)
         zeros = number_of(layout.zero, self.zeros, self.zero_units, group)
-        return values.mul_(scales).add_(_spread(zeros, group, inputs))
+        return values.mul_(scales).add_(spread(zeros, group, inputs))
 
 
 def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, group: int) -> torch.Tensor:
@@ -161,9 +164,24 @@ def number_of(kind: Kind, stored: torch.Tensor, units: torch.Tensor | None, grou
         return torch.ldexp(torch.ones_like(stored, dtype=torch.float32), stored.int() - 127)
     if kind is Kind.STEPS:
         assert units is not None
-        spread = units.float().repeat_interleave(STEPS_GROUP // group, dim=1)[:, : stored.shape[1]]
-        return stored.float() * spread
+        return stored.float() * spread(units.float(), STEPS_GROUP // group, stored.shape[1])
     return stored.float()
+
+
+def spread(values: torch.Tensor, length: int, count: int, dim: int = 1) -> torch.Tensor:
+    """Each value `length` times along a dimension, `count` in all; the last may stand fewer times.
+
+    A length comes from files. What it takes is bounded by `count`, which is that of numbers that are there.
+
+    Raises:
+        UnsupportedModel: that takes another number of values.
+    """
+    length = max(1, min(length, count))
+    if values.shape[dim] != -(-count // length):
+        raise UnsupportedModel(
+            f"{values.shape[dim]} scales are not those of {count} numbers, {length} to each: download the model again"
+        )
+    return values.repeat_interleave(length, dim).narrow(dim, 0, count)
 
 
 def _order_of_runs(index: torch.Tensor, length: int) -> torch.Tensor | None:
@@ -174,10 +192,6 @@ def _order_of_runs(index: torch.Tensor, length: int) -> torch.Tensor | None:
     first = runs[:, :1]
     whole = (first % length == 0).all() and torch.equal(runs, first + torch.arange(length))
     return first.flatten() // length if whole else None
-
-
-def _spread(per_group: torch.Tensor, group: int, inputs: int) -> torch.Tensor:
-    return per_group.repeat_interleave(group, dim=1)[:, :inputs]
 
 
 class StoredMatrix:
@@ -196,8 +210,8 @@ class StoredMatrix:
 
     def of_outputs(self, outputs: torch.Tensor | slice) -> StoredMatrix:
         """Some of its outputs, in the order given."""
-        index = torch.arange(self.shape[0])[outputs]
-        return StoredMatrix(self.layout, (len(index), self.shape[1]), lambda: self.read().of_outputs(index))
+        count = len(range(self.shape[0])[outputs]) if isinstance(outputs, slice) else len(outputs)
+        return StoredMatrix(self.layout, (count, self.shape[1]), lambda: self.read().of_outputs(outputs))
 
     def of_inputs(self, inputs: torch.Tensor) -> StoredMatrix | None:
         """Its inputs in another order; None if that would part inputs that share a scale.
@@ -238,6 +252,35 @@ class StoredMatrix:
         return self.read().floats(self.layout)
 
 
+class Experts(Sequence[tuple[StoredMatrix, ...]]):
+    """The matrices of each expert, made when they are asked for: a file may say that it has any number of them.
+
+    Args:
+        count: of experts.
+        make: called with the number of an expert.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Iterable[StoredMatrix]]) -> None:
+        self._range = range(count)
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._range)
+
+    def __iter__(self) -> Iterator[tuple[StoredMatrix, ...]]:
+        return (tuple(self._make(expert)) for expert in self._range)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            some = self._range[index]
+            return Experts(len(some), lambda expert: self._make(some[expert]))
+        return tuple(self._make(self._range[index]))
+
+    def each(self, change: Callable[[tuple[StoredMatrix, ...]], Iterable[StoredMatrix]]) -> Experts:
+        """Those that `change` makes of the matrices of each."""
+        return Experts(len(self), lambda expert: change(self[expert]))
+
+
 class StoredTensor(torch.Tensor):
     """A weight in few bits, as a tensor of floats to others: `[outputs, inputs]`, or one for each expert.
 
@@ -247,7 +290,7 @@ class StoredTensor(torch.Tensor):
         transposed: whether it is `[..., inputs, outputs]`.
     """
 
-    experts: tuple[tuple[StoredMatrix, ...], ...]
+    experts: Experts
     stacked: bool
     transposed: bool
 
@@ -260,12 +303,13 @@ class StoredTensor(torch.Tensor):
         transposed: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> StoredTensor:
-        inputs = experts[0][0].shape[1]
-        outputs = sum(matrix.shape[0] for matrix in experts[0])
+        first = experts[0]
+        inputs = first[0].shape[1]
+        outputs = sum(matrix.shape[0] for matrix in first)
         matrix_shape = (inputs, outputs) if transposed else (outputs, inputs)
         shape = (len(experts), *matrix_shape) if stacked else matrix_shape
         made: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=torch.device("cpu"))
-        made.experts = tuple(tuple(matrices) for matrices in experts)
+        made.experts = experts if isinstance(experts, Experts) else Experts(len(experts), experts.__getitem__)
         made.stacked, made.transposed = stacked, transposed
         return made
 
@@ -351,9 +395,11 @@ def _joined(tensors: Sequence[Any], dim: int = 0) -> StoredTensor | None:
     first = stored[0]
     dim %= first.ndim
     if dim == first._outputs_dim() and len({len(one.experts) for one in stored}) == 1:
-        return first._like([sum(parts, ()) for parts in zip(*(one.experts for one in stored), strict=True)])
+        return first._like(
+            Experts(len(first.experts), lambda expert: chain.from_iterable(one.experts[expert] for one in stored))
+        )
     if first.stacked and dim == 0:
-        return first._like(sum((one.experts for one in stored), ()))
+        return first._like([matrices for one in stored for matrices in one.experts])
     return None
 
 
@@ -375,7 +421,7 @@ def _sliced(
     wanted = range(tensor.shape[dim])[slice(start, end, step)]
     if not wanted:
         return None
-    return tensor._like([_outputs_of(matrices, wanted) for matrices in tensor.experts])
+    return tensor._like(tensor.experts.each(lambda matrices: _outputs_of(matrices, wanted)))
 
 
 def _outputs_of(matrices: Sequence[StoredMatrix], wanted: range) -> list[StoredMatrix]:
@@ -383,19 +429,21 @@ def _outputs_of(matrices: Sequence[StoredMatrix], wanted: range) -> list[StoredM
     found: list[StoredMatrix] = []
     begin = 0
     for matrix in matrices:
-        here = [index - begin for index in wanted if begin <= index < begin + matrix.shape[0]]
-        if len(here) == matrix.shape[0] and here == list(range(matrix.shape[0])):
+        end = begin + matrix.shape[0]
+        first, last = (max(0, -((wanted.start - at) // wanted.step)) for at in (begin, end))
+        here = wanted[first:last]
+        if len(here) == matrix.shape[0]:
             found.append(matrix)
         elif here:
-            found.append(matrix.of_outputs(torch.tensor(here)))
-        begin += matrix.shape[0]
+            found.append(matrix.of_outputs(slice(here.start - begin, here.stop - begin, here.step)))
+        begin = end
     return found
 
 
 def _chosen(tensor: StoredTensor, dim: int, index: torch.Tensor) -> StoredTensor | None:
     dim %= tensor.ndim
     if dim == tensor._outputs_dim():
-        return tensor._like([_chosen_outputs(matrices, index) for matrices in tensor.experts])
+        return tensor._like(tensor.experts.each(lambda matrices: _chosen_outputs(matrices, index)))
     if tensor.stacked and dim == 0:
         return tensor._like([tensor.experts[expert] for expert in index.tolist()])
     others = [[matrix.of_inputs(index) for matrix in matrices] for matrices in tensor.experts]

@@ -105,6 +105,7 @@ def test_the_file_on_the_command_line_is_taken_instead(tmp_path: Path) -> None:
         ('[common]\nto = "Rio"', r"to in \[common\]: expected an array"),
         ("[common]\nto = [1]", r"to in \[common\]: expected a text in quotes"),
         ("[sail", "is not TOML: "),
+        ("a = " + "[" * 100_000, "is not TOML: "),
     ],
 )
 def test_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, sentence: str) -> None:

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 import struct
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from splitnet.cli.generation import with_adapter
 from splitnet.client.tokenizers import AutoTokenizer
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.gguf_families import FAMILIES, _value_rows
+from splitnet.model.gguf_file import GgufFile
+from splitnet.model.gguf_store import GgufStore
 from splitnet.model.span import Span
+from splitnet.model.stored import StoredTensor
+from splitnet.patterns import Patterns
+from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 
 SOON_S = 5.0
@@ -126,6 +140,16 @@ HARMS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a list for a header": (in_header(lambda _: [1, 2]), SHARD),
     "10^7 layers": (in_config(num_hidden_layers=10**7), CONFIG),
     "10^9 layers in a part": (in_config(text_config={"num_hidden_layers": 10**9}), CONFIG),
+    "10^7 experts": (in_config(num_experts=10**7), CONFIG),
+    "more blocks than tensors": (in_config(num_hidden_layers=4096), CONFIG),
+    "a base of 0": (in_config(rope_parameters={"rope_type": "default", "rope_theta": 0}), CONFIG),
+    "a base of nothing": (in_config(rope_theta=float("nan")), CONFIG),
+    "a shape of 10^5 sizes": (one_tensor(shape=[10**9] * 10**5), SHARD),
+    "a name of 10^5 letters": (in_header(lambda header: {"a" * 10**5: header.popitem()[1]}), SHARD),
+    "a name of 10^5 letters in the index": (
+        in_index(lambda index: {"weight_map": {"a" * 10**5: "a.safetensors"}}),
+        INDEX,
+    ),
     "0 heads": (in_config(num_attention_heads=0), ""),
     "heads that do not divide": (in_config(num_key_value_heads=3), ""),
     "2^40 values per position": (in_config(hidden_size=2**40), ""),
@@ -220,6 +244,214 @@ def test_a_damaged_gguf_file_is_refused(data: st.DataObject, tmp_path: Path) -> 
     path.write_bytes(damaged(path.read_bytes(), data))
     with pytest.raises(SplitnetError):  # it lacks nearly all tensors
         use(path)
+
+
+class Largest(TorchDispatchMode):
+    """Knows the largest tensor that anything made, in bytes."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if type(made) is torch.Tensor and not made.is_meta:
+            self.most = max(self.most, made.untyped_storage().nbytes())
+        return made
+
+
+def nf4(key: str) -> Callable[[dict[str, torch.Tensor], dict[str, Any]], None]:
+    def change(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+        name = "model.layers.0.self_attn.q_proj.weight"
+        state = json.loads(bytes(tensors[f"{name}.quant_state.bitsandbytes__nf4"].tolist())) | {key: 3 * 10**7}
+        tensors[f"{name}.quant_state.bitsandbytes__nf4"] = torch.tensor(
+            list(json.dumps(state).encode()), dtype=torch.uint8
+        )
+        part = f"{name}.absmax" if key == "blocksize" else f"{name}.nested_absmax"
+        tensors[part] = tensors[part][:1].clone()
+
+    return change
+
+
+def fp8(tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> None:
+    config["quantization_config"]["weight_block_size"] = [3 * 10**7, 64]
+    tensors |= {name: one[:1].clone() for name, one in tensors.items() if name.endswith("_scale_inv")}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "change"), [("nf4", nf4("blocksize")), ("nf4-nested", nf4("nested_blocksize")), ("fp8", fp8)]
+)
+def test_what_a_description_says_to_repeat_takes_no_more_than_the_weight(
+    scheme: str, change: Callable[[dict[str, torch.Tensor], dict[str, Any]], None], tmp_path: Path
+) -> None:
+    source = random_checkpoint("llama", tmp_path / "source", blocks=1, hidden=128)
+    made, _ = quantized_pair(source, tmp_path, scheme)
+    tensors, config = tensors_of(made), json.loads((made / "config.json").read_text())
+    change(tensors, config)
+    checkpoint = Checkpoint.open(write_checkpoint(tmp_path / "it", made, tensors, config))
+    name = "model.layers.0.self_attn.q_proj.weight"
+    with Largest() as largest, checkpoint.load_tensors({name: name}, torch.float32) as read:
+        weight = read[name][...]
+        assert (weight.floats() if isinstance(weight, StoredTensor) else weight).shape == (128, 128)
+    assert largest.most <= 16 * 128 * 128
+
+
+@contextmanager
+def few_objects() -> Iterator[None]:
+    """Refuses that Python takes more than 4 MiB meanwhile."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+EXPERTS = 10**5
+
+
+def test_experts_without_number_take_nothing_before_they_are_asked_for(tmp_path: Path) -> None:
+    folder = random_checkpoint("llama", tmp_path / "it", blocks=1)
+    in_config(quantization_config={"quant_method": "mxfp4"})(folder)
+    name = "model.layers.0.mlp.up"
+    tensors = tensors_of(folder) | {
+        f"{name}_blocks": torch.zeros(EXPERTS, 1, 1, 16, dtype=torch.uint8),
+        f"{name}_scales": torch.zeros(EXPERTS, 1, 1, dtype=torch.uint8),
+    }
+    checkpoint = Checkpoint.open(
+        write_checkpoint(tmp_path / "all", folder, tensors, json.loads((folder / "config.json").read_text()))
+    )
+    with few_objects():
+        assert checkpoint.facts([name])[name].shape == (EXPERTS, 32, 1)
+        with checkpoint.load_tensors({name: name}, torch.float32) as read:
+            lazy = read[name][...]
+    assert [len(matrices) for matrices in lazy[EXPERTS - 1 :].experts] == [1]
+    with pytest.raises(SplitnetError, match=r"layers\.0\.mlp\.up"):
+        Span.load(checkpoint, 0, 1)
+
+
+def test_experts_without_number_in_a_gguf_file_take_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "it.gguf"
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    rows = np.zeros((EXPERTS, 2, 18), np.uint8)
+    for name in ("gate", "up"):
+        writer.add_tensor(f"blk.0.ffn_{name}_exps.weight", rows, raw_dtype=GGMLQuantizationType.Q4_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    tensors = list(GgufFile(path).tensors.values())
+    with few_objects():
+        gates, ups = (tensor.tensor() for tensor in tensors)
+        both: Any = torch.cat([gates, ups], dim=1)
+        some: Any = both[:, 1:3].transpose(1, 2)
+        assert both.shape == (EXPERTS, 4, 32)
+    assert [matrix.shape for matrix in some.experts[EXPERTS - 1]] == [(1, 32), (1, 32)]
+    assert some[-1].floats().shape == (32, 2)
+
+
+@pytest.mark.parametrize("family", ["gptj", "codegen"])
+def test_a_table_of_positions_without_end_is_refused(family: str, tmp_path: Path) -> None:
+    folder = random_checkpoint(family, tmp_path / "it", blocks=1)
+    in_config(n_positions=10**7)(folder)
+    with Largest() as largest, pytest.raises(SplitnetError, match="tables"):
+        use(folder)
+    assert largest.most <= 256 << 20
+
+
+def test_heads_without_number_in_a_gguf_file_are_an_error() -> None:
+    family: Any = FAMILIES["qwen3next"]
+    (change,) = (one for one in family.changes if one.name.endswith("in_proj_qkvz.weight"))
+    config = SimpleNamespace(linear_num_key_heads=1, linear_num_value_heads=10**7, linear_key_head_dim=8)
+    config.linear_value_head_dim = 8
+    with Largest() as largest, pytest.raises(RuntimeError):
+        change.make(config, torch.zeros(32, 8), torch.zeros(16, 8))
+        _value_rows("linear_value_head_dim")(config, torch.zeros(32, 8))
+    assert largest.most <= 1 << 20
+
+
+NAMES = ["model.layers.0.self_attn.q_proj", "layers.12.mlp.experts.3.down_proj", "lm_head", "a/b-c", ""]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *(".*self_attn.*", r".*\.mlp\.(gate|up|down)_proj$", r"^(?!.*experts).*layers\.\d+\..*proj$", "lm_head", ".*"),
+        *(r"model\.layers\.[0-9]+\..*", r"(?:model\.)?layers\.(0|1[0-5])\.mlp\.experts\.\d+\.(down|up)_proj", "a/b-c?"),
+    ],
+)
+def test_patterns_of_names_match_as_those_of_python(pattern: str) -> None:
+    assert [Patterns("it").match(pattern, name) for name in NAMES] == [bool(re.match(pattern, name)) for name in NAMES]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(?:\w|\w\w|\.)+!", "(?:(?:a{999}){999}){999}", r"(a)\1", "(", "(?R)", "a" * 10**5, "(?e)(?:abc){e<=9}"],
+)
+def test_a_pattern_that_may_run_without_end_is_refused(
+    pattern: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("splitnet.patterns.ONE_S", 0.05)
+    made, _ = quantized_pair(random_checkpoint("llama", tmp_path / "source", blocks=1), tmp_path, "int4-group")
+    config = json.loads((made / "config.json").read_text())["quantization_config"]
+    (group,) = config["config_groups"].values()
+    groups = {"a": group | {"targets": [f"re:{pattern}"]}, "b": group}
+    in_config(quantization_config=config | {"config_groups": groups})(made)
+    with pytest.raises(SplitnetError, match="pattern"):
+        use(made)
+
+
+TOKENIZER, ITS_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
+BESIDE: dict[str, tuple[str, Any]] = {
+    "no tokenizer": (TOKENIZER, {"model": None}),
+    "merges of nothing": (TOKENIZER, {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["x", "y"]]}}),
+    "a wrong expression": (TOKENIZER, {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("}}}),
+    "a token beyond": (TOKENIZER, {"added_tokens": [{"id": -1}]}),
+    "a list": (ITS_CONFIG, []),
+    "a class that is a number": (ITS_CONFIG, {"tokenizer_class": 7}),
+    "a template of nothing": (ITS_CONFIG, {"chat_template": [{"a": 1}]}),
+    "a token that is a number": (ITS_CONFIG, {"added_tokens_decoder": {"5": 1}}),
+    "itself": (ITS_CONFIG, {"self": 1}),
+    "a deep one": (ITS_CONFIG, '{"a":' * 100_000),
+    "a list of defaults": (GENERATION, []),
+    "no text": (GENERATION, "x"),
+    "deep defaults": (GENERATION, '{"a":' * 100_000),
+    "a length below 0": (GENERATION, {"max_new_tokens": -5}),
+    "defaults of themselves": (GENERATION, {"self": 1}),
+}
+
+
+@pytest.mark.parametrize("harm", BESIDE)
+def test_what_stands_beside_the_weights_is_read_or_refused_by_name(harm: str, folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "it"
+    shutil.copytree(folder, target)
+    Tokenizer(BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])).save(str(target / TOKENIZER))
+    (target / ITS_CONFIG).write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    assert Checkpoint.open(target).tokenizer() is not None
+    name, content = BESIDE[harm]
+    if isinstance(content, dict):
+        content = json.loads((target / name).read_text()) | content
+    (target / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    checkpoint = Checkpoint.open(target)
+    with pytest.raises(SplitnetError, match=GENERATION if name == GENERATION else "tokenizer"):
+        checkpoint.generation_config() if name == GENERATION else checkpoint.tokenizer()
+
+
+def test_a_vocabulary_at_which_rust_panics_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "it.gguf"
+    writer = GGUFWriter(str(path), "llama")
+    writer.add_block_count(1)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(["a", "b", "c"])
+    writer.add_token_types([1, 1, 1])
+    writer.add_token_merges(["a b"])
+    writer.add_tensor("token_embd.weight", torch.zeros(3, 32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(SplitnetError, match="tokenizer"):
+        GgufStore.open(path).tokenizer()
 
 
 class Touch:

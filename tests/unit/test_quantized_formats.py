@@ -150,6 +150,8 @@ def test_a_damaged_description_is_refused_by_name(sources: dict[str, Path], tmp_
 MISFITS = [
     ("fp8", "weight_scale_inv", lambda scale: scale.repeat(2, 1)),
     ("fp8", "weight_scale_inv", lambda scale: scale[:, :-1]),
+    ("fp8", "weight_scale_inv", lambda scale: scale[:0]),
+    ("gptq", "scales", lambda scales: scales[:, :0]),
     ("float-quantized-block", "weight_scale", lambda scale: scale[:1]),
     ("int-quantized", "weight_scale", lambda scale: scale[:8]),
     ("int-quantized-zeros", "weight_zero_point", lambda zero: None),

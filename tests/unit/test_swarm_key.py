@@ -102,6 +102,7 @@ def test_an_invitation_comes_back_from_its_file(tmp_path: Path) -> None:
         ("authorized = [", "authorized = [7, ", "is no invitation: ask for the file"),
         ("?key=", "?", "is no address of a peer"),
         ("# An", "An", "is no invitation: ask for the file"),
+        ("# An", "a = " + "[" * 100_000, "is no invitation: ask for the file"),
     ],
 )
 def test_what_is_no_invitation_is_refused(before: str, after: str, error: str, tmp_path: Path) -> None:

@@ -1,0 +1,58 @@
+"""Regular expressions that stand in files of others: some are made to be matched without end."""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any
+
+from splitnet.errors import UnsupportedModel
+
+ONE_S = 0.5
+"""For one match; those of names take microseconds."""
+ALL_S = 10.0
+"""For all matches of one `Patterns`."""
+_LONGEST = 1000
+_KNOWN = re.compile(r"(?:[\w/ ,:-]|\.|\\[.dDwWsS/_-]|\[\^?[\w./-]+\]|\((?:\?[:!=])?|[)|^$*+?])*")
+"""What patterns of names consist of: no counted repeats, for which an engine may take any memory, and no references."""
+
+
+class Patterns:
+    """Matches patterns of one file, for no longer than `ALL_S`.
+
+    Args:
+        source: what the patterns are in, for messages.
+    """
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._left = ALL_S
+        self._compiled: dict[str, Any] = {}
+
+    def match(self, pattern: str, text: str) -> bool:
+        """Whether a text begins with what a pattern describes, as `re.match` says it.
+
+        Raises:
+            UnsupportedModel: it is no pattern of names, or it takes too long.
+        """
+        import regex  # unlike `re` it can be told to stop
+
+        begin = time.monotonic()
+        try:
+            if pattern not in self._compiled:
+                if len(pattern) > _LONGEST or not _KNOWN.fullmatch(pattern):
+                    raise ValueError("it is longer than such patterns are, or has more in it")
+                self._compiled[pattern] = regex.compile(pattern)
+            return self._compiled[pattern].match(text, timeout=max(0.001, min(ONE_S, self._left))) is not None
+        except TimeoutError:
+            raise UnsupportedModel(
+                f"the pattern {pattern!r} in {self._source} takes too long to match: take another checkpoint of this "
+                "model"
+            ) from None
+        except (regex.error, ValueError, RecursionError) as error:
+            raise UnsupportedModel(
+                f"{pattern[:100]!r} in {self._source} is no pattern of names ({error}): take another checkpoint of "
+                "this model"
+            ) from None
+        finally:
+            self._left -= time.monotonic() - begin
