@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 
 from splitnet.errors import DirectoryError, SplitnetError
@@ -14,6 +16,9 @@ from splitnet.net.swarm_directory import SwarmDirectory
 log = logging.getLogger(__name__)
 
 REFRESH_S = 15.0
+
+SOON = 3
+"""Changes that are told at once within one `refresh_s`; more wait until the first is that old."""
 
 FIRST_TRIES = 3
 """Of the first record, before the peer gives up: where nodes of the DHT were lost a moment ago, it answers late."""
@@ -44,6 +49,11 @@ class Announcer:
         self._look_around = look_around
         self._refresh_s = refresh_s
         self._leaving = threading.Event()
+        self._soon = threading.Event()
+        self._soon_at: deque[float] = deque(maxlen=SOON)
+        """When changes were told that were not waited for."""
+        self._moved = False
+        self._publishing = threading.Lock()
         self._withdrawn = False
         self._thread = threading.Thread(target=self._run, name="splitnet-announce", daemon=True)
 
@@ -69,6 +79,7 @@ class Announcer:
             return
         self._withdrawn = True
         self._leaving.set()
+        self._soon.set()
         if self._thread.ident is not None:
             self._thread.join()
         record = self._describe()
@@ -78,18 +89,46 @@ class Announcer:
             log.warning("could not leave the DHT cleanly, the record expires by itself: %s", error)
 
     def _run(self) -> None:
-        pause_s = 0.0  # those who are there already are measured at once
-        while not self._leaving.wait(pause_s):
-            pause_s = self._refresh_s
+        look_at = time.monotonic()  # those who are there already are measured at once
+        while not self._leaving.is_set():
+            self._wait(look_at)
+            if self._leaving.is_set():
+                return
+            self._soon.clear()
             try:
-                self._look_around()
+                if self._moved:
+                    self._moved, look_at = False, 0.0
+                    self.publish()
+                if time.monotonic() >= look_at:
+                    look_at = time.monotonic() + self._refresh_s
+                    self._look_around()
+                else:
+                    self._soon_at.append(time.monotonic())
                 self.publish()
             except SplitnetError as error:
                 log.warning("announcement failed, next try in %.0f s: %s", self._refresh_s, error)
 
+    def _wait(self, look_at: float) -> None:
+        """Until then, or until something has changed, but no more often than others can stand to hear of."""
+        if len(self._soon_at) == SOON:
+            free_at = min(self._soon_at[0] + self._refresh_s, look_at)
+            self._leaving.wait(max(0.0, free_at - time.monotonic()))
+        self._soon.wait(max(0.0, look_at - time.monotonic()))
+
+    def publish_soon(self, *, moved: bool = False) -> None:
+        """The record has changed, and is published in the thread of this announcer. May be called from anywhere.
+
+        Args:
+            moved: what was found out about others is true no longer, either, and is looked at anew.
+        """
+        self._moved |= moved
+        self._soon.set()
+
     def publish(self) -> None:
         """Publishes the record as of now, beside the regular refreshes."""
-        if not self._directory.announce(self._describe(), self._identity):
+        with self._publishing:  # a record that was made before another and comes after it would be refused
+            taken = self._directory.announce(self._describe(), self._identity)
+        if not taken:
             log.warning(
                 "the DHT did not take this peer's record: check that the clock of this machine is right, and give "
                 "--key-file if others fill the directory"

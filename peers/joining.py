@@ -16,7 +16,7 @@ from splitnet.errors import DirectoryError, LanError, ModelNotFound, ProtocolErr
 from splitnet.model.block_sizes import check_file_bytes
 from splitnet.model.checkpoint import Checkpoint, open_store
 from splitnet.model.gguf_store import is_of_gguf
-from splitnet.net.addresses import dht_address
+from splitnet.net.addresses import dht_addresses
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
 from splitnet.net.joining import join, node_of
@@ -109,7 +109,7 @@ def _join(options: PeerOptions, identity: Identity, report: Report) -> SwarmDire
     waiting()
     if options.join_file is not None:
         initial_peers.append(_read_when_there(options.join_file, waiting))
-    listen = options.dht_listen if options.dht_listen is not None else (dht_address(options.listen),)
+    listen = options.dht_listen if options.dht_listen is not None else dht_addresses(options.listen)
     swarm = options.swarm_key or OPEN
     directory = join(initial_peers, lambda: Links(identity), listen=listen, swarm=swarm, waiting=waiting)
     try:

@@ -11,6 +11,8 @@ import sys
 import threading
 from enum import StrEnum
 
+import ifaddr
+
 from splitnet.errors import AddressInUse, SplitnetError
 
 RESOLVE_S = 5.0
@@ -39,6 +41,8 @@ def with_literal_host(text: str) -> str:
         address = ipaddress.ip_address(host)
     except ValueError:
         address = ipaddress.ip_address(_look_up(host))
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
     return (str(address) if address.version == 4 else f"[{address}]") + (match[2] or "")
 
 
@@ -80,26 +84,57 @@ def public_address(listen: str, port: int, public_host: str | None) -> str:
 
 
 def reachable_host(listen: str) -> str:
-    """The host of `listen`; for a wildcard, this machine's address on its default route."""
-    host = listen.removeprefix("tcp://").rpartition(":")[0]
-    if host not in ("0.0.0.0", "*", "[::]", ""):
-        return host
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # no packet is sent: this only asks the kernel for a route
+    """The host of `listen`; for a wildcard, this machine's address on its default route, or any if it has none.
+
+    IPv4 comes first, as more can connect to it; the address of loopback only if there is no other.
+    """
+    if not is_wildcard(listen):
+        return listen.removeprefix("tcp://").rpartition(":")[0]
+    families = [socket.AF_INET, socket.AF_INET6] if "[::]" in listen else [socket.AF_INET]
+    for look in (_on_default_route, _on_any_network):
+        for family in families:
+            if host := look(family):
+                return host if family == socket.AF_INET else f"[{host}]"
+    return "127.0.0.1"
+
+
+def is_wildcard(listen: str) -> bool:
+    """Whether `tcp://host:port` is all addresses of this machine, which may change."""
+    return listen.removeprefix("tcp://").rpartition(":")[0] in ("0.0.0.0", "*", "[::]", "")
+
+
+def _on_default_route(family: socket.AddressFamily) -> str:
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            # No packet is sent: this only asks the kernel for a route.
+            probe.connect(("192.0.2.1" if family == socket.AF_INET else "2001:db8::1", 9))
             return probe.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
+    except OSError:
+        return ""
 
 
-def dht_address(listen: str) -> str:
-    """The multiaddr for the DHT on the host of `listen`, any port."""
-    return f"/ip4/{_ip_of(listen)}/tcp/0"
+def _on_any_network(family: socket.AddressFamily) -> str:
+    try:
+        adapters = list(ifaddr.get_adapters())
+    except OSError:  # Android does not tell programs
+        return ""
+    for ip in (ip for adapter in adapters for ip in adapter.ips):
+        host = ipaddress.ip_address(ip.ip if isinstance(ip.ip, str) else ip.ip[0])
+        if ip.is_IPv4 == (family == socket.AF_INET) and not (host.is_loopback or host.is_link_local):
+            return str(host)
+    return ""
+
+
+def dht_addresses(listen: str) -> tuple[str, ...]:
+    """The multiaddrs for the DHT on the host of `listen`, any port."""
+    host = _ip_of(listen)
+    found = f"/ip{host.version}/{host}/tcp/0"
+    return (found,) if host != ipaddress.IPv6Address("::") else ("/ip4/0.0.0.0/tcp/0", found)
 
 
 def is_reachable(listen: str) -> bool:
     """Whether other machines can reach what listens there: anywhere but on loopback."""
-    return not ipaddress.ip_address(_ip_of(listen)).is_loopback
+    return not _ip_of(listen).is_loopback
 
 
 def inside_of(listen: str, port: int) -> str:
@@ -114,15 +149,14 @@ def is_global(address: str) -> bool:
     return ipaddress.ip_address(address.removeprefix("tcp://").rpartition(":")[0].strip("[]")).is_global
 
 
-def _ip_of(listen: str) -> str:
+def _ip_of(listen: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     host = listen.removeprefix("tcp://").rpartition(":")[0]
     if host in ("*", ""):
         host = "0.0.0.0"
     try:
-        found = with_literal_host(host)
+        return ipaddress.ip_address(with_literal_host(host).strip("[]"))
     except SplitnetError:
-        return "0.0.0.0"
-    return found if ":" not in found else "0.0.0.0"
+        return ipaddress.IPv4Address("0.0.0.0")
 
 
 def refuse_taken(listen: str) -> None:

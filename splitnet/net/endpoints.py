@@ -16,7 +16,8 @@ _ADDRESS = re.compile(r"tcp://(\[[0-9a-fA-F:.]{2,45}\]|[0-9.]{7,15}):([0-9]{1,5}
 def is_address(text: str) -> bool:
     """Whether `text` is `tcp://IP:port` with a port that can be connected to; an IPv6 address stands in brackets.
 
-    Host names are none: others give these texts, and ZeroMQ would have all links wait while it looks a name up.
+    Host names are none: others give these texts, and ZeroMQ would have all links wait while it looks a name up. Nor is
+    an IPv4 address within an IPv6 one: it would pass for another host than it is.
     """
     match = _ADDRESS.fullmatch(text)
     if match is None or not 1 <= int(match[2]) <= 65535:
@@ -24,7 +25,8 @@ def is_address(text: str) -> bool:
     host = match[1]
     try:
         if host.startswith("["):
-            return not ipaddress.IPv6Address(host[1:-1]).is_unspecified
+            ip = ipaddress.IPv6Address(host[1:-1])
+            return not ip.is_unspecified and ip.ipv4_mapped is None
         return not ipaddress.IPv4Address(host).is_unspecified
     except ValueError:
         return False

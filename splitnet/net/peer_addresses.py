@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 
-from splitnet.errors import DirectoryError, KeyFileError
+from splitnet.errors import DirectoryError, KeyFileError, SplitnetError
 from splitnet.net.addresses import with_literal_host
 from splitnet.net.endpoints import Endpoint, is_address
 from splitnet.net.identity import PublicKey
@@ -57,3 +58,15 @@ def endpoint_of(address: str) -> Endpoint:
     if not is_address(endpoint.address):
         raise DirectoryError(f"nobody can be reached at {endpoint.address}: give the host of the peer")
     return endpoint
+
+
+def hosts_of(addresses: Sequence[str]) -> frozenset[str]:
+    """The IP addresses of hosts that addresses to join with name, IPv6 ones in brackets; names are looked up."""
+    found: set[str] = set()
+    for address in addresses:
+        parts = address.split("/")  # /ip4/HOST/tcp/PORT/p2p/ID
+        host = address.removeprefix(_SCHEME).partition(_KEY)[0] if is_peer_address(address) else parts[2]
+        with suppress(SplitnetError):
+            literal = with_literal_host(f"[{host}]" if parts[1] == "ip6" else host)
+            found.add(literal if literal.endswith("]") else literal.rpartition(":")[0] or literal)
+    return frozenset(found)

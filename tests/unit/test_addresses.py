@@ -1,27 +1,36 @@
 from __future__ import annotations
 
+import socket
 import threading
 from typing import Any
 
+import ifaddr
 import pytest
 
 from splitnet.errors import SplitnetError
-from splitnet.net.addresses import dht_address, inside_of, is_global, is_reachable, public_address, with_literal_host
+from splitnet.net import addresses
+from splitnet.net.addresses import dht_addresses, inside_of, is_global, is_reachable, public_address, with_literal_host
+from splitnet.net.endpoints import is_address
+from splitnet.net.identity import Identity
+from splitnet.net.peer_addresses import hosts_of
 
 
 @pytest.mark.parametrize(
     ("listen", "dht", "reachable"),
     [
-        ("tcp://0.0.0.0:0", "/ip4/0.0.0.0/tcp/0", True),
-        ("tcp://*:31331", "/ip4/0.0.0.0/tcp/0", True),
-        ("tcp://192.168.1.3:31331", "/ip4/192.168.1.3/tcp/0", True),
-        ("tcp://127.0.0.1:0", "/ip4/127.0.0.1/tcp/0", False),
-        ("tcp://127.8.0.1:0", "/ip4/127.8.0.1/tcp/0", False),
-        ("tcp://localhost:0", "/ip4/127.0.0.1/tcp/0", False),
+        ("tcp://0.0.0.0:0", ("/ip4/0.0.0.0/tcp/0",), True),
+        ("tcp://*:31331", ("/ip4/0.0.0.0/tcp/0",), True),
+        ("tcp://192.168.1.3:31331", ("/ip4/192.168.1.3/tcp/0",), True),
+        ("tcp://127.0.0.1:0", ("/ip4/127.0.0.1/tcp/0",), False),
+        ("tcp://127.8.0.1:0", ("/ip4/127.8.0.1/tcp/0",), False),
+        ("tcp://localhost:0", ("/ip4/127.0.0.1/tcp/0",), False),
+        ("tcp://[::]:0", ("/ip4/0.0.0.0/tcp/0", "/ip6/::/tcp/0"), True),
+        ("tcp://[2001:db8::1]:0", ("/ip6/2001:db8::1/tcp/0",), True),
+        ("tcp://[::1]:0", ("/ip6/::1/tcp/0",), False),
     ],
 )
 def test_the_dht_listens_where_the_peer_does(listen: str, dht: str, reachable: bool) -> None:
-    assert dht_address(listen) == dht
+    assert dht_addresses(listen) == dht
     assert is_reachable(listen) is reachable
 
 
@@ -43,6 +52,44 @@ def test_the_address_to_announce_has_no_name() -> None:
     assert public_address("tcp://0.0.0.0:0", 7, "localhost") == "tcp://127.0.0.1:7"
     assert public_address("tcp://localhost:0", 7, None) == "tcp://127.0.0.1:7"
     assert public_address("tcp://0.0.0.0:0", 7, "[::1]:9") == "tcp://[::1]:9"
+
+
+V4, V6 = socket.AF_INET, socket.AF_INET6
+
+
+@pytest.mark.parametrize(
+    ("listen", "routes", "networks", "host"),
+    [
+        ("tcp://0.0.0.0:7", {V4: "192.0.2.7", V6: "2001:db8::7"}, {}, "192.0.2.7"),
+        ("tcp://[::]:7", {V4: "192.0.2.7", V6: "2001:db8::7"}, {}, "192.0.2.7"),
+        ("tcp://[::]:7", {V6: "2001:db8::7"}, {}, "[2001:db8::7]"),
+        ("tcp://[::]:7", {}, {V6: "fd00::7"}, "[fd00::7]"),
+        ("tcp://[::]:7", {V6: "2001:db8::7"}, {V4: "192.168.7.7"}, "[2001:db8::7]"),
+        ("tcp://*:7", {V6: "2001:db8::7"}, {V4: "192.168.7.7"}, "192.168.7.7"),
+        ("tcp://[::]:7", {}, {}, "127.0.0.1"),
+        ("tcp://[fd00::9]:7", {V4: "192.0.2.7"}, {}, "[fd00::9]"),
+    ],
+)
+def test_the_address_of_this_machine_is_one_at_which_it_listens(
+    listen: str, routes: dict[Any, str], networks: dict[Any, str], host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(addresses, "_on_default_route", lambda family: routes.get(family, ""))
+    monkeypatch.setattr(addresses, "_on_any_network", lambda family: networks.get(family, ""))
+    assert public_address(listen, 7, None) == f"tcp://{host}:7"
+
+
+def test_a_network_without_a_router_has_addresses_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    ips = [("127.0.0.1", 8), ("169.254.7.7", 16), ("10.7.0.7", 24), (("::1", 0, 0), 128), (("fe80::7", 0, 3), 64)]
+    ips += [(("fd00::7", 0, 0), 64)]
+    adapter = ifaddr.Adapter("eth0", "eth0", [ifaddr.IP(ip, prefix, "eth0") for ip, prefix in ips])
+    monkeypatch.setattr(ifaddr, "get_adapters", lambda: [adapter])
+    assert (addresses._on_any_network(V4), addresses._on_any_network(V6)) == ("10.7.0.7", "fd00::7")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "192.168.1.1", "8.8.8.8", "0.0.0.0"])
+def test_an_ipv4_address_has_one_form(host: str) -> None:
+    assert not is_address(f"tcp://[::ffff:{host}]:80")
+    assert with_literal_host(f"[::ffff:{host}]:80") == f"{host}:80"
 
 
 @pytest.mark.parametrize("given", ["no such host:80", "a:b:c", "", "nowhere.invalid"])
@@ -86,3 +133,15 @@ def test_addresses_of_the_internet() -> None:
     assert not any(
         map(is_global, ("tcp://192.168.1.2:80", "tcp://100.64.0.1:80", "tcp://127.0.0.1:80", "tcp://[::1]:8"))
     )
+
+
+def test_where_a_user_has_joined_is_known() -> None:
+    key = Identity.generate().public
+    joined = ["/ip4/192.0.2.7/tcp/31330/p2p/Qm", "/ip6/2001:db8::7/tcp/1/p2p/Qm", "/dns4/localhost/tcp/1/p2p/Qm"]
+    joined += [
+        f"tcp://192.0.2.8:31331?key={key}",
+        f"tcp://[2001:db8::8]:31331?key={key}",
+        "/dns4/nowhere.invalid/tcp/1",
+    ]
+    found = {"192.0.2.7", "[2001:db8::7]", "127.0.0.1", "192.0.2.8", "[2001:db8::8]"}
+    assert hosts_of(joined) == found

@@ -2,12 +2,92 @@
 
 from __future__ import annotations
 
+import itertools
+import queue
+import threading
+import time
 from typing import Any, cast
 
 import pytest
 
-from peers.announce import FIRST_TRIES, Announcer
+from peers.announce import FIRST_TRIES, SOON, Announcer
 from splitnet.errors import DirectoryError
+
+
+class Slow:
+    """A directory in which everything takes until it is let go on, and which refuses records that are late."""
+
+    def __init__(self) -> None:
+        self.begun: queue.SimpleQueue[float] = queue.SimpleQueue()
+        self.go_on = threading.Semaphore(0)
+        self.taken: list[float] = []
+
+    def announce(self, record: float, identity: Any) -> bool:
+        self.begun.put(record)
+        assert self.go_on.acquire(timeout=20)
+        is_later = record > max(self.taken, default=0.0)
+        self.taken.append(record)
+        return is_later
+
+    def withdraw(self, record: Any, identity: Any) -> None:
+        pass
+
+
+def slow_announcer(directory: Slow, refresh_s: float = 1000.0) -> tuple[Announcer, list[float]]:
+    looked: list[float] = []
+    count = itertools.count(1.0)
+    announcer = Announcer(
+        cast(Any, directory),
+        cast(Any, None),
+        lambda: cast(Any, next(count)),
+        lambda: looked.append(time.monotonic()),
+        refresh_s=refresh_s,
+    )
+    directory.go_on.release(2)  # the first record, and the one after the first look around
+    announcer.start()
+    assert [directory.begun.get(timeout=20) for _ in range(2)] == [1.0, 2.0]
+    return announcer, looked
+
+
+def test_two_that_publish_at_once_do_not_overtake_each_other(caplog: pytest.LogCaptureFixture) -> None:
+    """The record that was made first would come last, be refused, and the clock would be blamed."""
+    directory = Slow()
+    announcer, _ = slow_announcer(directory)
+    others = [threading.Thread(target=announcer.publish) for _ in range(3)]
+    for other in others:
+        other.start()
+    directory.begun.get(timeout=20)
+    with pytest.raises(queue.Empty):
+        directory.begun.get(timeout=0.05)
+    directory.go_on.release(3)
+    for other in others:
+        other.join()
+    announcer.close()
+    assert directory.taken == sorted(directory.taken) and not caplog.records
+
+
+def test_changes_are_told_at_once_but_not_without_end() -> None:
+    directory = Slow()
+    announcer, looked = slow_announcer(directory)
+    directory.go_on.release(1000)
+    for number in range(SOON):
+        announcer.publish_soon()
+        assert directory.begun.get(timeout=20) == 3.0 + number
+    announcer.publish_soon()
+    with pytest.raises(queue.Empty):
+        directory.begun.get(timeout=0.05)
+    announcer.close()
+    assert len(looked) == 1
+
+
+def test_who_has_moved_says_so_and_looks_around_again() -> None:
+    directory = Slow()
+    announcer, looked = slow_announcer(directory)
+    directory.go_on.release(1000)
+    announcer.publish_soon(moved=True)
+    assert directory.begun.get(timeout=20) == 3.0 and directory.begun.get(timeout=20) == 4.0
+    announcer.close()
+    assert len(looked) == 2
 
 
 class LateDirectory:
