@@ -43,10 +43,10 @@ from splitnet.model.weights import choose_weights
 from splitnet.net.addresses import Reach, public_address, reachable_host, with_literal_host
 from splitnet.net.budget import Budget
 from splitnet.net.codecs import CODECS
-from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState
-from splitnet.net.identity import AuthorizedKeys, Identity
+from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState, Relay
+from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.net.messages import PROTOCOL_VERSION, Announce, AskWeights, LookUp, Message, Payload, Pong, decode, encode
-from splitnet.net.peer_addresses import peer_address
+from splitnet.net.peer_addresses import hosts_of, peer_address
 from splitnet.net.prober import Prober
 from splitnet.net.proof_of_work import kept_proof
 from splitnet.net.records import PeerRecord
@@ -117,11 +117,13 @@ class Peer:
             listen=options.listen,
         )
         address = public_address(options.listen, self._transport.port, options.public_host)
-        self.endpoint = Endpoint(address, identity.public)
+        self._joined_at = hosts_of(options.initial_peers)
+        self._authorized = authorized
         self.ways = PeerWays(
             self._transport,
             identity,
-            self.endpoint,
+            Endpoint(address, identity.public),
+            fixed=options.public_host is not None,
             listen=options.listen,
             reach=options.reach,
             relay_port=options.relay_port,
@@ -130,7 +132,8 @@ class Peer:
             maps=options.port_mapping,
             others=self._others,
             directory=directory,
-            changed=self._ways_changed,
+            vouched=self._vouches,
+            changed=lambda: self._announcer.publish_soon(),
         )
         self._prober = Prober(self.send, self._transport.is_taken)
         self._neighbours = Neighbours(self._others, self._next_hops, self._prober, self.record)
@@ -179,9 +182,12 @@ class Peer:
         # Mistakes that can be seen before anything slow are told at once.
         if options.authorized_keys is not None:
             AuthorizedKeys.from_file(options.authorized_keys)
-        host = with_literal_host(options.public_host or reachable_host(options.listen))
-        reach = Reach.direct if options.public_host and options.reach is Reach.auto else options.reach
-        options = replace(options, public_host=host, reach=reach, device=find_device(options.device).device)
+        if options.public_host is not None:
+            reach = Reach.direct if options.reach is Reach.auto else options.reach
+            options = replace(options, public_host=with_literal_host(options.public_host), reach=reach)
+        else:
+            with_literal_host(reachable_host(options.listen))
+        options = replace(options, device=find_device(options.device).device)
         if checkpoint is not None:
             choose_weights(options.weights, options.dtype, checkpoint.dtype, torch.device(options.device))
         identity = options.identity or (
@@ -228,6 +234,11 @@ class Peer:
             peer.close()
             raise
         return peer
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Where the peer is reached if others can connect to it, as of now."""
+        return self.ways.endpoint
 
     @property
     def addresses(self) -> list[str]:
@@ -393,6 +404,8 @@ class Peer:
 
     def _tick(self) -> None:
         self.service.tick(time.monotonic())
+        if self.ways.moves(time.monotonic()):
+            self._announcer.publish_soon(moved=True)
         self._watchdog.alive()  # this thread runs, and nobody keeps the locks that it needs
 
     def _look_around(self) -> None:
@@ -417,12 +430,10 @@ class Peer:
         present = self._directory.peers(self.checkpoint.fingerprint)
         return [record for record in present if record.key != self.identity.public]
 
-    def _ways_changed(self) -> None:
-        if not self._leaving.is_set():
-            try:
-                self._announcer.publish()
-            except SplitnetError as error:  # it is told with the next refresh
-                log.info("the swarm is not told yet how this peer is reached: %s", error)
+    def _vouches(self, relay: Relay) -> bool:
+        """Whether a helper is a friend's, or runs where the user has joined."""
+        is_friend = self._authorized is not None and self._authorized.names(PublicKey(relay.key).curve_raw)
+        return is_friend or relay.address.removeprefix("tcp://").rpartition(":")[0] in self._joined_at
 
     def _move(self, span: tuple[int, int], urgent: bool = False) -> None:
         """Hands its sessions over, then serves other blocks under the same key and address.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import math
 import random
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 from splitnet.doctor.links import PeerLinks
 from splitnet.errors import SplitnetError
-from splitnet.net.addresses import Reach, inside_of, is_global, is_reachable
+from splitnet.net.addresses import Reach, inside_of, is_global, is_reachable, is_wildcard, reachable_host
 from splitnet.net.endpoints import Endpoint, LinkState, Relay
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.records import PeerRecord
@@ -24,7 +25,9 @@ from splitnet.net.ways.offer import find_helpers
 log = logging.getLogger(__name__)
 
 ASKED = 2
-"""Others that try to connect, each time."""
+"""Peers that try to connect, each time, and as many helpers."""
+MOVED_S = 2.0
+"""How often it is looked whether the machine has another address."""
 REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0
 """After which others are asked again, by what they said."""
 
@@ -36,6 +39,7 @@ class PeerWays:
         transport: of the peer.
         identity: of the peer.
         endpoint: as the peer would announce itself.
+        fixed: the user has said how others reach this machine, so that it is not found out anew.
         listen: `tcp://host:port`, what the peer was told.
         reach: how others are to reach it.
         relay_port: where it helps others, 0 for any; None: it does not.
@@ -44,7 +48,8 @@ class PeerWays:
         maps: may ask the router for a port.
         others: looks up the other peers of the model.
         directory: where helpers are found.
-        changed: called when the record of the peer has changed.
+        vouched: whether the user, or a friend, has named a helper.
+        changed: called when the record of the peer has changed; it must return at once.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class PeerWays:
         identity: Identity,
         endpoint: Endpoint,
         *,
+        fixed: bool,
         listen: str,
         reach: Reach,
         relay_port: int | None,
@@ -61,9 +67,15 @@ class PeerWays:
         maps: bool,
         others: Callable[[], Sequence[PeerRecord]],
         directory: SwarmDirectory,
+        vouched: Callable[[Relay], bool],
         changed: Callable[[], object],
     ) -> None:
+        self._transport = transport
         self._identity = identity
+        self._listen = listen
+        self._may_move = not fixed and is_wildcard(listen)
+        self._moved_at = 0.0
+        self._has_moved = False
         self._endpoint = endpoint
         self._reach = reach
         # On loopback are tests and demos: what others reach of them is no question.
@@ -75,7 +87,7 @@ class PeerWays:
         self._mapped: str | None = None
         """What the router has given, and others reach."""
         inside = inside_of(listen, transport.port)
-        self._hidden = Hidden(transport.loop, identity, inside, transport.behind, self._find, changed)
+        self._hidden = Hidden(transport.loop, identity, inside, transport.behind, self._find, changed, vouched)
         self.helper: Helper | None = None
         if relay_port is not None:
             self.helper = Helper(
@@ -90,6 +102,11 @@ class PeerWays:
     def address(self) -> str:
         """`tcp://IP:port` to announce: its own, or that of a port of the router."""
         return self._mapped or self._endpoint.address
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """The peer at its own address, as that is now."""
+        return self._endpoint
 
     @property
     def relays(self) -> tuple[Relay, ...]:
@@ -121,8 +138,34 @@ class PeerWays:
         if self.helper is not None:
             self.helper.close()
 
+    def moves(self, now: float) -> bool:
+        """Whether the machine has another address since the last look; that is what the peer announces from now on.
+
+        Args:
+            now: `time.monotonic()`.
+        """
+        if not self._may_move or now < self._moved_at:
+            return False
+        self._moved_at = now + MOVED_S
+        host = reachable_host(self._listen)
+        address = f"tcp://{host}:{self._transport.port}"
+        # Without a network for a moment it is still known by its last address.
+        if address == self._endpoint.address or not is_reachable(address):
+            return False
+        log.warning("this machine has another address: %s, before %s", address, self._endpoint.address)
+        self._endpoint = Endpoint(address, self._identity.public)
+        self._has_moved = True
+        return True
+
     def look(self) -> None:
         """Asks others now and then whether they reach this peer, and acts on that; may take seconds."""
+        if self._has_moved:  # nothing that was found out there holds here, and streams from there are dead
+            self._has_moved = False
+            if self._mapped is not None:
+                self._unmap("it is in another network")
+            self._ask_at = -math.inf
+            if self._hidden.stop() or self._reach is Reach.helpers:
+                self._hidden.start()
         if not self._asks:
             return
         if self._mapped is not None and self._mapping is not None:
@@ -171,19 +214,34 @@ class PeerWays:
             self._mapping.close()
 
     def _is_reached(self, address: str) -> bool | None:
-        """What others on the internet say; None: there are none, or they cannot tell."""
+        """Whether others on the internet reach this peer; None: there are none, or they do not try.
+
+        Some are asked to connect. What counts is who has come, not what they say: whoever lies that this peer is
+        reached would leave it without helpers, and whoever lies that it is not would have it choose theirs.
+        """
+        began = time.monotonic()
         try:
-            # Those of this network reach what others do not.
-            able = [record for record in self._others() if not record.relays and is_global(record.address)]
-            asked = random.sample(able, min(ASKED, len(able)))
-            if not asked:
-                return None
-            with PeerLinks(self._identity) as links:
-                answers = links.ask_back(asked, Endpoint(address, self._identity.public))
+            said = self._asked_peers(address) + self._asked_helpers(address)
         except SplitnetError as error:
             log.info("nobody could be asked whether this peer is reached: %s", error)
-            return None
-        return any(answers.values()) if answers else None
+            said = []
+        if any(_is_outside(host, address) for host in self._transport.hosts(began)):
+            return True
+        return False if said else None
+
+    def _asked_peers(self, address: str) -> list[bool]:
+        # Those of this network reach what others do not.
+        able = [record for record in self._others() if not record.relays and is_global(record.address)]
+        asked = random.sample(able, min(ASKED, len(able)))
+        if not asked:
+            return []
+        with PeerLinks(self._identity) as links:
+            return list(links.ask_back(asked, Endpoint(address, self._identity.public)).values())
+
+    def _asked_helpers(self, address: str) -> list[bool]:
+        able = [one for one in self._find() if one.key != self._identity.public.raw and is_global(one.address)]
+        asked = random.sample(able, min(ASKED, len(able)))
+        return self._hidden.reached_by(address, asked) if asked else []
 
     def _reaches_itself(self) -> bool:
         here = Endpoint(self.address, self._identity.public)
@@ -197,3 +255,13 @@ class PeerWays:
             return [*of_model, *find_helpers(self._directory)]
         except SplitnetError:
             return of_model
+
+
+def _is_outside(host: str, address: str) -> bool:
+    """Whether a host that has connected shows that others reach an address: it is on the internet, as that is meant."""
+    try:
+        ip = ipaddress.ip_address(host)
+    except ValueError:  # through a helper
+        return False
+    literal = str(ip) if ip.version == 4 else f"[{ip}]"
+    return is_global(f"tcp://{literal}:1") and ("[" in literal) == ("[" in address)

@@ -69,11 +69,13 @@ def dht(
     forget_address(address_file)
 
     stop = StopSignals()
+    from splitnet.net.connections import allow_open_files
     from splitnet.net.directory import Directory
     from splitnet.net.identity import AuthorizedKeys, Identity
     from splitnet.net.ways.offer import relaying
 
     stop.check()
+    allow_open_files()
     key = _prepared(key_file)
     with ExitStack() as stack:
         directory = stack.enter_context(

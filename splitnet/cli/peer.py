@@ -36,6 +36,7 @@ from splitnet.cli.stopping import StopSignals
 from splitnet.errors import SplitnetError
 from splitnet.light_imports import import_models
 from splitnet.net.addresses import Reach, is_reachable, refuse_taken
+from splitnet.net.connections import allow_open_files
 
 if TYPE_CHECKING:
     from peers.daemon import Peer
@@ -226,6 +227,7 @@ def peer(
     if wanted_share is not None and not share_weights and authorized_keys is None and closed is None:
         raise typer.BadParameter("--share-rate is for --share-weights: who may connect to this peer is not known")
     keep_freed_memory()
+    allow_open_files()
     computes_on = find_device(device)
     if threads is not None:
         torch.set_num_threads(threads)

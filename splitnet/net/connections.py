@@ -11,8 +11,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -47,6 +48,7 @@ _LOOK_S, _CLOSE_LOOK_S = 0.1, 0.02
 _WORTH_A_CLOSE_LOOK = 4 << 20
 _KEYS_S = 1.0
 _HANDSHAKE_BYTES = 2048
+_ARRIVALS = 256
 _SPARED = 16
 """Handshakes under way that are spared before one ends that is: looking for one that is silent takes bounded time."""
 _HEARTBEAT_BYTES_PER_S = 64.0
@@ -128,6 +130,7 @@ class Connections:
         self._keys_at = 0.0
         self._looked_at = time.monotonic()
         self._table = _Table()
+        self._arrived: deque[tuple[float, str]] = deque(maxlen=_ARRIVALS)
         self._lock = threading.RLock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="splitnet-connections", daemon=True)
@@ -158,6 +161,7 @@ class Connections:
             self.closed(descriptor)
             self._table.by_descriptor[descriptor] = made
             if owner is None:
+                self._arrived.append((now, host))
                 self._table.incoming += 1
                 others = self._table.nameless.setdefault(host, {})
                 others[made] = None
@@ -167,6 +171,12 @@ class Connections:
                 if self._table.incoming > most:
                     self._end_one()
         return made
+
+    def hosts(self, since: float) -> set[str]:
+        """Whose incoming connections are open, or were opened since then (`time.monotonic()`), of the last ones."""
+        with self._lock:
+            present = [known for known in self._table.by_descriptor.values() if not isinstance(known.owner, Endpoint)]
+            return {known.host for known in present} | {host for at, host in self._arrived if at >= since}
 
     def closed(self, descriptor: int, expected: TcpConnection | None = None) -> TcpConnection | None:
         """A connection has ended; returns what it was.
@@ -339,10 +349,23 @@ def _has_spoken(connection: TcpConnection) -> bool:
 
 
 def most_connections() -> int:
-    """How many incoming connections the open files of this process allow."""
+    """How many incoming connections the open files of this process allow; as many are left to streams of helpers."""
     if resource is None:
         return MOST_CONNECTIONS
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if files == resource.RLIM_INFINITY:
         return MOST_CONNECTIONS
     return min(max(_LEAST_CONNECTIONS, (files - _OTHER_DESCRIPTORS) // 2), MOST_CONNECTIONS)
+
+
+def allow_open_files() -> None:
+    """Raises this process' limit of open files to what connections may take, as far as the system lets it."""
+    if resource is None:
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _OTHER_DESCRIPTORS + 2 * MOST_CONNECTIONS
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -202,6 +202,10 @@ class AuthorizedKeys:
         """Whether the client whose CURVE public key is `curve_raw` (32 bytes, from the handshake) may connect."""
         return self._options(curve_raw) is not None
 
+    def names(self, curve_raw: bytes) -> bool:
+        """Whether this key stands in the list itself."""
+        return curve_raw in self._current()
+
     def options_of(self, curve_raw: bytes) -> KeyOptions:
         """What this client gets; one that may not connect any more gets what strangers do."""
         return self._options(curve_raw) or KeyOptions(weight=STRANGER_WEIGHT)

@@ -250,6 +250,10 @@ class Transport:
         link = self._links.get(endpoint)
         return link is not None and link.tcp is not None and not endpoint.hidden
 
+    def hosts(self, since: float) -> set[str]:
+        """Who has connected to this process: the hosts of connections that are open, or were opened since then."""
+        return self._connections.hosts(since)
+
     def traffic(self, endpoint: Endpoint) -> tcp.Traffic | None:
         """What has passed on a link so far; None: it is not up, or the system does not tell."""
         link = self._links.get(endpoint)

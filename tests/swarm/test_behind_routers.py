@@ -23,7 +23,7 @@ from splitnet.net.identity import Identity
 from splitnet.net.ways import hidden as hidden_module
 from splitnet.net.ways.helper import Helper
 from splitnet.net.ways.loop import WaysLoop
-from splitnet.net.ways.offer import HelperOffer
+from splitnet.net.ways.offer import HelperOffer, relaying
 from splitnet.net.ways.punching import Way
 from tests.swarm.generation import GREEDY, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm
@@ -122,6 +122,31 @@ def stack(monkeypatch: pytest.MonkeyPatch) -> Iterator[ExitStack]:
     monkeypatch.setattr(hidden_module, "LOOK_S", 0.5)
     with ExitStack() as stack:
         yield stack
+
+
+def test_peers_none_of_which_is_reached_learn_that_from_a_helper(stack: ExitStack, folder: Path, local: Any) -> None:
+    """As in docs/routers.md: nothing is said of routers, and no peer of the model could try to connect to another."""
+    kinds = dict.fromkeys(("a", "b"), netlab.NAMED["port-restricted"])
+    behind = {host: f"router of {host}" for host in kinds}
+    routers = {f"router of {host}": kind for host, kind in kinds.items()}
+    try:
+        lab = netlab.Lab(["helper", "client", *kinds], routers=routers, behind=behind, public="44.77.0")
+        stack.enter_context(lab)
+    except netlab.LabError as error:
+        pytest.skip(str(error))
+    with lab.inside("helper"):
+        node = stack.enter_context(Directory.start(listen=[f"/ip4/{lab.address('helper')}/tcp/0"]))
+        stack.enter_context(relaying(node, Identity.generate(), "0.0.0.0", 0, lab.address("helper")))
+    swarm = stack.enter_context(local_swarm(folder, []))
+    for host, span in (("a", (0, 3)), ("b", (3, 6))):
+        with lab.inside(host):
+            peer = swarm.add(*span, listen="tcp://0.0.0.0:0", join=node.addresses, port_mapping=False)
+            assert peer.endpoint.address.startswith(f"tcp://{lab.address(host)}:")
+    with lab.inside("client"):
+        client = stack.enter_context(Swarm(ModelFacts.of(swarm.peers[0].checkpoint), node.addresses))
+        wait_until(lambda: [len(record.relays) for record in client.peers(fresh=True)] == [1, 1])
+        model = attach(swarm.peers[0].checkpoint, client, codec="none")
+        assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 
 
 def test_all_go_on_without_the_helper_that_has_introduced_them(stack: ExitStack, folder: Path, local: Any) -> None:

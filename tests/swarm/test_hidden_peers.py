@@ -19,6 +19,7 @@ from splitnet.doctor.finding import Status
 from splitnet.doctor.links import PeerLinks
 from splitnet.doctor.peers import peer as finding_of
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.net import addresses
 from splitnet.net.addresses import Reach
 from splitnet.net.asked_peers import AskedPeers
 from splitnet.net.directory import Directory
@@ -158,16 +159,57 @@ def test_a_peer_asks_others_and_looks_for_helpers(
     reached = swarm.add(3, 6)
     reached.ways.look()
     assert not reached.ways.relays and reached.ways._ask_at > time.monotonic() + 500
-    lost = swarm.add(3, 6, port_mapping=False)
-    lost.ways._endpoint = Endpoint(f"tcp://{NOWHERE}", lost.identity.public)
+    with monkeypatch.context() as patch:
+        patch.setattr("peers.daemon.public_address", lambda *_: f"tcp://{NOWHERE}")
+        lost = swarm.add(3, 6, port_mapping=False)
     lost.ways._ask_at = 0.0
     lost.ways.look()
     wait_until(lambda: lost.ways.relays)
     record = next(record for record in node.peers(lost.checkpoint.fingerprint) if record.key == lost.identity.public)
     assert record.relays or wait_until(lambda: lost.record().relays) is None
-    lost.ways._endpoint, lost.ways._ask_at = lost.endpoint, 0.0
+    with monkeypatch.context() as patch:
+        patch.setattr(lost.ways, "_asked_helpers", lambda _: [])
+        patch.setattr(PeerLinks, "ask_back", lambda *_: {"one": True, "two": True})
+        assert lost.ways._is_reached(lost.ways.address) is False, "they say so, and nobody has come"
+        patch.setattr(PeerLinks, "ask_back", lambda *_: {"one": False, "two": False})
+        here = Endpoint(f"tcp://127.0.0.1:{lost._transport.port}", lost.identity.public)
+        with PeerLinks(Identity.generate()) as links:
+            assert links.try_out([here])[here].rtt_ms is not None
+            assert lost.ways._is_reached(here.address) is True, "they deny it, and somebody is here"
+    lost.ways._endpoint, lost.ways._ask_at = here, 0.0
     lost.ways.look()
     assert not lost.ways.relays
+
+
+def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_helpers_again(
+    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, node: Directory, local: Any
+) -> None:
+    hosts = ["127.0.0.2"]
+    found_out = addresses.reachable_host
+    for module in ("peers.ways", "splitnet.net.addresses"):
+        monkeypatch.setattr(
+            f"{module}.reachable_host", lambda listen: hosts[-1] if "0.0.0.0" in listen else found_out(listen)
+        )
+    monkeypatch.setattr("peers.ways.is_reachable", lambda address: "127.0.0.1" not in address)
+    monkeypatch.setattr("peers.ways.MOVED_S", 0.0)
+    swarm.add(0, 3, relay_port=0)
+    peer = swarm.add(3, 6, listen="tcp://0.0.0.0:0", reach=Reach.helpers)
+    wait_until(lambda: peer.ways.relays)
+    stopped = peer.ways._hidden._task
+
+    def announced() -> str:
+        records = node.peers(peer.checkpoint.fingerprint)
+        return next(record.address for record in records if record.key == peer.identity.public)
+
+    port = peer._transport.port
+    assert announced() == f"tcp://127.0.0.2:{port}"
+    assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+    hosts.append("127.0.0.1")  # for a moment there is no network
+    hosts.append("127.0.0.3")
+    wait_until(lambda: announced() == f"tcp://127.0.0.3:{port}")
+    wait_until(lambda: peer.ways._hidden._task is not stopped and peer.ways.relays)
+    assert peer.join_address.startswith(f"tcp://127.0.0.3:{port}?")
+    assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 
 
 @pytest.mark.usefixtures("no_holes")

@@ -118,8 +118,8 @@ def test_helpers_stay_where_routers_give_every_connection_any_port(
     monkeypatch.setitem(netlab.NAMED, "symmetric", dataclasses.replace(kind, random_ports=True))
     lab = Lab(stack, "symmetric", "symmetric")
     endpoint = lab.endpoint()
-    wait_until(lambda: ask(lab.caller, endpoint, b"x") or punching._free._value < punching.AT_ONCE)
-    wait_until(lambda: ask(lab.caller, endpoint, b"x") or punching._free._value == punching.AT_ONCE)
+    wait_until(lambda: ask(lab.caller, endpoint, b"x") or punching._places.taken)
+    wait_until(lambda: ask(lab.caller, endpoint, b"x") or not punching._places.taken)
     ask(lab.caller, endpoint, b"y")
     assert lab.caller.transport.way(endpoint) is Way.RELAYED
 

@@ -30,6 +30,8 @@ from splitnet.net.ways.messages import (
     Refused,
     Reserve,
     Reserved,
+    Tried,
+    Try,
     Welcome,
     pack,
     unpack,
@@ -53,6 +55,8 @@ MESSAGES = [
     Joined(TOKEN, SEEN, HERE, ""),
     Refused("no"),
     Moved(1 << 62),
+    Try(HERE),
+    Tried(True),
 ]
 
 

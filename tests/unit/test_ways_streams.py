@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from splitnet.net import connections
 from splitnet.net.connections import Connections, TcpConnection
 from splitnet.net.endpoints import Endpoint, LinkState, Relay
-from splitnet.net.identity import AuthorizedKeys, Identity
+from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.net.ways import helper as helper_module
 from splitnet.net.ways import hidden as hidden_module
 from splitnet.net.ways import punching, streams
@@ -23,7 +24,22 @@ from splitnet.net.ways.handshake import Dialing
 from splitnet.net.ways.helper import Helper, HelperBounds
 from splitnet.net.ways.hidden import Hidden
 from splitnet.net.ways.loop import WaysLoop
-from splitnet.net.ways.messages import Beat, Call, Join, Purpose, Refused, Reserve, Reserved, Welcome, pack, unpack
+from splitnet.net.ways.messages import (
+    Beat,
+    Call,
+    Called,
+    Join,
+    Joined,
+    Purpose,
+    Refused,
+    Reserve,
+    Reserved,
+    Tried,
+    Try,
+    Welcome,
+    pack,
+    unpack,
+)
 from splitnet.net.ways.punching import Way
 from tests.unit.test_transport import ANY_PORT, WAIT_S, Node, echo
 
@@ -44,14 +60,16 @@ class World:
     def __init__(self, stack: ExitStack) -> None:
         self.stack = stack
         self.helpers: list[Helper] = []
+        self.hosts: dict[Helper, str] = {}
 
-    def helper(self, **options: Any) -> Helper:
+    def helper(self, kind: type[Helper] = Helper, host: str = HOST, **options: Any) -> Helper:
         loop = WaysLoop()
         self.stack.callback(loop.close)
-        made = Helper(loop, Identity.generate(), f"tcp://{HOST}:0", **options)
+        made = kind(loop, Identity.generate(), f"tcp://{host}:0", **options)
         self.stack.callback(made.close)
         made.start()
         self.helpers.append(made)
+        self.hosts[made] = host
         return made
 
     def node(self, listen: str | None = None, **options: Any) -> Node:
@@ -61,9 +79,11 @@ class World:
         return node
 
     def relays(self) -> list[Relay]:
-        return [helper.relay_at(HOST) for helper in self.helpers]
+        return [helper.relay_at(self.hosts[helper]) for helper in self.helpers]
 
-    def hidden(self, *, helpers: int | None = None, **options: Any) -> tuple[Node, Hidden]:
+    def hidden(
+        self, *, helpers: int | None = None, vouched: Callable[[Relay], bool] = lambda _: False, **options: Any
+    ) -> tuple[Node, Hidden]:
         """A node that answers what comes through the helpers."""
         node = self.node(ANY_PORT, **options)
         node.answer = echo
@@ -74,10 +94,12 @@ class World:
             node.transport.behind,
             self.relays,
             lambda: None,
+            vouched,
         )
         hidden.start()
         self.stack.callback(hidden.stop)
         wait_until(lambda: len(hidden.relays) == (len(self.helpers) if helpers is None else helpers))
+        wait_until(lambda: not any(helper.streams for helper in self.helpers))  # calls of its own have ended
         return node, hidden
 
 
@@ -221,21 +243,196 @@ def test_who_comes_through_a_helper_does_not_count_as_this_machine(
     assert counted == [f"{HOST}, through a helper", HOST]
 
 
+class TakesNoCalls(Helper):
+    """Keeps whoever comes, gives signs of life, and lets nobody through."""
+
+    async def _call(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
+        await self._refuse(sock, "busy")
+
+
+class Floods(Helper):
+    """Says without end that somebody calls, as fast as it is heard."""
+
+    said = b"".join(pack(Called(bytes([index]) * 16, bytes([index]) * 32, "")) for index in range(200))
+
+    async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
+        await streams.send(sock, Reserved())
+        while True:
+            await asyncio.get_running_loop().sock_sendall(sock, self.said)
+            await asyncio.sleep(0)
+
+
+class Drops(Helper):
+    """Lets nobody stay."""
+
+    async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
+        self.events["reserved"] += 1
+        await streams.send(sock, Reserved())
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_helpers_that_bring_no_calls_are_left_for_those_that_do(world: World) -> None:
+    for _ in range(6):
+        world.helper(TakesNoCalls)
+    honest = [world.helper() for _ in range(2)]
+    node, hidden = world.hidden(helpers=2)
+    assert {relay.key for relay in hidden.relays} == {one._identity.public.raw for one in honest}
+    ask(world.node(), to(node, hidden.relays), b"x")
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_a_helper_that_floods_keeps_nobody_else_waiting(world: World) -> None:
+    world.helper(Floods)
+    world.helper()
+    node, hidden = world.hidden(helpers=1)
+    client = world.node()
+    for _ in range(20):
+        ask(client, to(node, hidden.relays), b"x")
+    loop, most = node.transport.loop, 2 * hidden_module.MESSAGES_AT_ONCE
+
+    async def answering() -> int:
+        return len(hidden._answering)
+
+    assert loop.run(answering()).result(WAIT_S) < most
+
+
+def test_a_helper_that_lets_nobody_stay_is_tried_ever_more_seldom(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_module, "RETRY_S", 0.01)
+    helper = world.helper(Drops)
+    _, hidden = world.hidden(helpers=0)
+    pauses: list[float] = []
+
+    def pause() -> float:
+        return hidden._pauses.get(world.relays()[0], (0.0, 0.0))[1]
+
+    while len(pauses) < 4:
+        wait_until(lambda: pause() not in (0.0, *pauses))
+        pauses.append(pause())
+    assert pauses == [0.1, 0.2, 0.4, 0.8] and helper.events["reserved"] >= 4
+    assert not hidden.relays, "nobody is told of a helper through which no call has come"
+
+
+def test_helpers_of_other_hosts_are_preferred_and_those_that_the_user_knows(world: World) -> None:
+    crowd = [world.helper(TakesNoCalls if index < 6 else Helper) for index in range(9)]
+    elsewhere = [world.helper(host=f"127.0.{index}.1") for index in (1, 2)]
+    known = crowd[-1]._identity.public.raw
+    _, hidden = world.hidden(helpers=3, vouched=lambda relay: relay.key == known)
+    assert {known, *(one._identity.public.raw for one in elsewhere)} == {relay.key for relay in hidden.relays}
+
+
+def test_a_helper_gives_way_to_one_of_another_host_and_if_it_brings_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        world.helper()
+    _, hidden = world.hidden()
+    monkeypatch.setattr(hidden_module, "LOOK_S", 0.01)
+    monkeypatch.setattr(hidden_module, "MOST_PAUSE_S", 0.0)
+    later = world.helper(host="127.0.1.1")
+    wait_until(lambda: later._identity.public.raw in {relay.key for relay in hidden.relays})
+    before = hidden.relays
+    wait_until(lambda: len(hidden.relays) == 3)
+    assert {hidden_module.network_of(relay) for relay in hidden.relays} != {hidden_module.network_of(before[0])}
+    seen = set(hidden.relays)
+    monkeypatch.setattr(hidden_module, "UNUSED_S", 0.05)
+    wait_until(lambda: seen.update(hidden.relays) or len(seen) == 4)
+
+
+def test_a_helper_connects_to_whoever_asks_and_to_nobody_else(world: World) -> None:
+    helper = world.helper()
+    node, hidden = world.hidden()
+    relays = world.relays()
+    began = time.monotonic()
+    assert hidden.reached_by(f"tcp://{HOST}:{node.transport.port}", relays) == [True]
+    assert HOST in node.transport.hosts(began)
+    with socket.create_server(("127.0.0.2", 0)) as other:
+        assert hidden.reached_by(f"tcp://127.0.0.2:{other.getsockname()[1]}", relays) == [False]
+        other.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            other.accept()
+    assert hidden.reached_by(f"tcp://[::1]:{node.transport.port}", relays) == [], "it is seen at an IPv4 address"
+    with socket.create_server((HOST, 0)) as silent:
+        port = silent.getsockname()[1]
+    assert hidden.reached_by(f"tcp://{HOST}:{port}", relays) == [False]
+    wait_until(lambda: not helper._trying.taken)
+
+
+def test_who_asks_too_often_to_be_tried_is_refused(world: World, stranger: Connect) -> None:
+    helper = world.helper(bounds=HelperBounds(tries_of_host=1))
+    node = world.node(ANY_PORT)
+    question = Try(f"tcp://{HOST}:{node.transport.port}")
+    first = stranger(helper)
+    assert first.ask(Purpose.TRY, question) == Tried(True)
+    assert isinstance(stranger(helper).ask(Purpose.TRY, question), Refused)
+    first.sock.close()
+    wait_until(lambda: not helper._trying.taken)
+    assert stranger(helper).ask(Purpose.TRY, question) == Tried(True)
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_who_is_taken_out_of_the_list_has_nothing_at_a_helper(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(helper_module, "KEYS_S", 0.01)
+    keys = tmp_path / "keys"
+    keys.write_text("anyone\n")
+    authorized = AuthorizedKeys.from_file(keys)
+    helper = world.helper(authorized=authorized)
+    node, hidden = world.hidden()
+    client, other = world.node(), world.node()
+    endpoint = to(node, hidden.relays)
+    ask(client, endpoint, b"one")
+    ask(other, endpoint, b"two")
+    keys.write_text(f"{node.identity.public}\n{other.identity.public}\n")
+    client.wait_for_state(endpoint, LinkState.DOWN)
+    wait_until(lambda: helper.streams == 1)
+    ask(other, endpoint, b"three")
+    keys.write_text(f"{other.identity.public}\n{client.identity.public}\n")
+    other.wait_for_state(endpoint, LinkState.DOWN)
+    wait_until(lambda: not helper.streams and not helper.reservations)
+
+
+def test_callers_have_proven_their_keys_before_ports_are_tried(world: World, stranger: Connect) -> None:
+    helper = world.helper()
+    node, _ = world.hidden()
+    call = Call(node.identity.public.raw, "tcp://127.0.0.3:9")
+    silent = [stranger(helper) for _ in range(punching.AT_ONCE)]
+    assert all(isinstance(each.ask(Purpose.CALL, call), Joined) for each in silent)
+    assert not punching._places.taken
+
+
+def test_streams_take_no_more_descriptors_than_a_process_has(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
+    resource = pytest.importorskip("resource")
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (1024, resource.RLIM_INFINITY))
+    bounds = world.helper()._bounds
+    used = 2 * bounds.streams + bounds.reservations + bounds.handshakes + 2 * bounds.tries
+    _, hidden = world.hidden()
+    used += hidden._places._most * hidden_module.DESCRIPTORS
+    assert used + connections.most_connections() <= 1024 - 256
+    assert hidden._places._most_of["relay"] * hidden_module.WANTED <= hidden._places._most
+    monkeypatch.setattr(connections.resource, "getrlimit", lambda _: (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert world.helper()._bounds == HelperBounds()
+
+
 def test_few_are_tried_at_once() -> None:
     async def check(sock: socket.socket, claim: Callable[[], bool]) -> None:
         raise AssertionError("nobody listens there")
 
-    async def many() -> list[Any]:
+    async def many(*hosts: int) -> list[Any]:
         tried = [
-            punching.punch((HOST, 0), [punching.Line((HOST, 0), f"tcp://{HOST}:9")], check, 0.2)
-            for _ in range(punching.AT_ONCE + 3)
+            punching.punch((HOST, 0), [punching.Line((HOST, 0), f"tcp://127.0.0.{host}:9")], check, 0.2)
+            for host in hosts
         ]
         tasks = [asyncio.ensure_future(each) for each in tried]
         await asyncio.sleep(0)
         done = sum(task.done() for task in tasks)
         return [done, *await asyncio.gather(*tasks)]
 
-    assert asyncio.run(many()) == [3, *[None] * (punching.AT_ONCE + 3)]
+    at_once, of_host = punching.AT_ONCE, punching.AT_ONCE_OF_HOST
+    assert asyncio.run(many(*range(1, at_once + 4))) == [3, *[None] * (at_once + 3)]
+    assert asyncio.run(many(*[1] * (of_host + 2), 2)) == [2, *[None] * (of_host + 3)]
 
 
 class Stranger:

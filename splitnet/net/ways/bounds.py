@@ -44,6 +44,10 @@ class Places:
         self._held.update(names.items())
         return True
 
+    def held(self, kind: str, name: Hashable) -> int:
+        """How many places of this name are taken."""
+        return self._held[kind, name]
+
     def leave(self, **names: Hashable) -> None:
         """Undoes one `take`."""
         self.taken -= 1

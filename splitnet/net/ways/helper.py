@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
 import logging
 import secrets
 import socket
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from splitnet.errors import AddressInUse, NotAuthorized, ProtocolError, SplitnetError
+from splitnet.net.connections import most_connections
 from splitnet.net.endpoints import Relay
 from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.net.ways.bounds import Places, Shares
@@ -33,11 +35,14 @@ from splitnet.net.ways.messages import (
     Refused,
     Reserve,
     Reserved,
+    Tried,
+    Try,
 )
 from splitnet.net.ways.streams import (
     STREAM_ERRORS,
     address_of,
     copy,
+    dial,
     end,
     host_and_port,
     listening,
@@ -50,6 +55,8 @@ log = logging.getLogger(__name__)
 
 BEAT_S = 10.0
 """How often who has reserved gives a sign of life."""
+KEYS_S = 1.0
+"""How often it is looked whether those who hold something may still do so."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +78,10 @@ class HelperBounds:
     handshake_s: float = 5.0
     join_s: float = 4.0
     """How long a hidden peer may take to join."""
+    tries: int = 16
+    """Connections at the same time to those who ask whether they can be connected to."""
+    tries_of_host: int = 4
+    try_s: float = 2.0
     silent_s: float = 3 * BEAT_S
     """After which a reservation ends."""
     idle_s: float = 60.0
@@ -82,20 +93,30 @@ class HelperBounds:
     beats: int = 5
     """Signs of life beyond one per second."""
 
+    def within(self, descriptors: int) -> HelperBounds:
+        """The same, or less in proportion, so that others make it open no more than so many descriptors."""
+        wanted = 2 * self.streams + self.reservations + self.handshakes + 2 * self.tries
+        if wanted <= descriptors:
+            return self
+        names = ("streams", "reservations", "handshakes", "tries")
+        return replace(self, **{name: max(1, getattr(self, name) * descriptors // wanted) for name in names})
+
 
 @dataclass(slots=True, eq=False)
 class _Reservation:
     sock: socket.socket
-    host: str
+    key: PublicKey
     task: asyncio.Task[None]
     writing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(slots=True, eq=False)
 class _Waiting:
-    """A caller that waits for the peer that it has called."""
+    """A caller that waits for the peer that it has called, or is joined to it."""
 
-    target: bytes
+    caller: PublicKey
+    task: asyncio.Task[None]
+    target: PublicKey
     joined: asyncio.Future[tuple[socket.socket, str, str]]
     """Its stream, and what `Joined` says of it."""
     over: asyncio.Event = field(default_factory=asyncio.Event)
@@ -114,7 +135,7 @@ class Helper:
     Attributes:
         port: where it listens.
         passed_bytes: copied so far.
-        events: how often what has happened: `reserved`, `joined`, `refused`, `failed`.
+        events: how often what has happened: `reserved`, `joined`, `refused`, `failed`, `revoked`.
 
     Raises:
         AddressInUse, SplitnetError: it cannot listen there.
@@ -132,7 +153,8 @@ class Helper:
         self._loop = loop
         self._identity = identity
         self._authorized = authorized
-        self._bounds = bounds = bounds or HelperBounds()
+        # A peer that helps may be hidden, too: half of the descriptors that are left to streams is for that.
+        self._bounds = bounds = (bounds or HelperBounds()).within(most_connections() // 2)
         self._reservations: dict[bytes, _Reservation] = {}
         self._waiting: dict[bytes, _Waiting] = {}
         self._greeted: dict[str, list[asyncio.Task[None]]] = {}
@@ -142,6 +164,7 @@ class Helper:
         self._streaming = Places(
             bounds.streams, key=bounds.streams_of_key, host=bounds.streams_of_host, target=bounds.streams_to_key
         )
+        self._trying = Places(bounds.tries, host=bounds.tries_of_host)
         self._shares = Shares(bounds.bytes_per_s)
         self.passed_bytes = 0
         self.events: Counter[str] = Counter()
@@ -180,6 +203,8 @@ class Helper:
 
     async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
+        if self._authorized is not None:
+            self._served.add(loop.create_task(self._end_unauthorized(self._authorized)))
         try:
             while True:
                 try:
@@ -246,6 +271,8 @@ class Helper:
                 self._has_greeted(host, asyncio.current_task())
             if isinstance(request, Reserve):
                 await self._reserve(sock, host, key)
+            elif isinstance(request, Try):
+                await self._try(sock, host, request.address)
             elif isinstance(request, Call):
                 await self._call(sock, host, seen, key, request)
             else:
@@ -258,6 +285,42 @@ class Helper:
         if self._authorized is not None and not self._authorized.allows(key.curve_raw):
             raise NotAuthorized(f"the key {key} is not authorised")
 
+    async def _end_unauthorized(self, authorized: AuthorizedKeys) -> None:
+        """Ends what those hold here that were taken out of the list."""
+        while True:
+            await asyncio.sleep(KEYS_S)
+            held = [(each.task, [each.key]) for each in self._reservations.values()]
+            held += [(each.task, [each.caller, each.target]) for each in self._waiting.values()]
+            for task, keys in held:
+                if not all(authorized.allows(key.curve_raw) for key in keys):
+                    self.events["revoked"] += 1
+                    task.cancel()
+
+    async def _try(self, sock: socket.socket, host: str, address: str) -> None:
+        """Connects to a port of whoever asks. Nobody can have others called so, or learn what listens there."""
+        asked = ipaddress.ip_address(host_and_port(address)[0]) if address else None
+        own = ipaddress.ip_address(host)
+        if asked is None or asked.version != own.version:
+            await self._refuse(sock, f"this helper sees you at {host}, and tries no other host")
+        elif asked != own:
+            await send(sock, Tried(False))
+        elif not self._trying.take(host=host):
+            await self._refuse(sock, "too many are tried at the moment")
+        else:
+            try:
+                await self._connect_back(sock, address)
+            finally:
+                self._trying.leave(host=host)
+
+    async def _connect_back(self, sock: socket.socket, address: str) -> None:
+        try:
+            with await dial(address, self._bounds.try_s), suppress(*STREAM_ERRORS):
+                await send(sock, Tried(True))
+                async with asyncio.timeout(self._bounds.try_s):
+                    await receive(sock)  # its end: until then the connection is there to be seen
+        except STREAM_ERRORS:
+            await send(sock, Tried(False))
+
     async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
         """Keeps the stream of a hidden peer until that falls silent."""
         before = self._reservations.pop(key.raw, None)
@@ -269,7 +332,7 @@ class Helper:
             return
         task = asyncio.current_task()
         assert task is not None
-        reservation = self._reservations[key.raw] = _Reservation(sock, host, task)
+        reservation = self._reservations[key.raw] = _Reservation(sock, key, task)
         try:
             self.events["reserved"] += 1
             await self._tell(reservation, Reserved())
@@ -305,8 +368,10 @@ class Helper:
         if not self._streaming.take(**names):
             await self._refuse(sock, "there is no room for another stream")
             return
-        token = secrets.token_bytes(TOKEN_BYTES)
-        waiting = self._waiting[token] = _Waiting(call.key, asyncio.get_running_loop().create_future())
+        token, task = secrets.token_bytes(TOKEN_BYTES), asyncio.current_task()
+        assert task is not None
+        joined: asyncio.Future[tuple[socket.socket, str, str]] = asyncio.get_running_loop().create_future()
+        waiting = self._waiting[token] = _Waiting(key, task, reservation.key, joined)
         try:
             await self._tell(reservation, Called(token, key.raw, seen))
             try:
@@ -326,7 +391,7 @@ class Helper:
 
     async def _join(self, sock: socket.socket, seen: str, key: PublicKey, join: Join) -> None:
         waiting = self._waiting.get(join.token)
-        if waiting is None or waiting.target != key.raw or waiting.joined.done():
+        if waiting is None or waiting.target != key or waiting.joined.done():
             await self._refuse(sock, "nobody waits for that any more")
             return
         waiting.joined.set_result((sock, seen, join.here))
@@ -374,14 +439,15 @@ class Helper:
                 await send(sock, Refused(text))
 
 
-_REQUESTS: dict[Purpose, type[Reserve | Call | Join]] = {
+_REQUESTS: dict[Purpose, type[Reserve | Call | Join | Try]] = {
     Purpose.RESERVE: Reserve,
     Purpose.CALL: Call,
     Purpose.JOIN: Join,
+    Purpose.TRY: Try,
 }
 
 
-async def _request(sock: socket.socket, purpose: Purpose) -> Reserve | Call | Join:
+async def _request(sock: socket.socket, purpose: Purpose) -> Reserve | Call | Join | Try:
     if purpose not in _REQUESTS:
         raise ProtocolError("a helper is not the end of a tunnel")
     return await receive(sock, _REQUESTS[purpose])

@@ -14,6 +14,7 @@ T = TypeVar("T")
 CARRYING = "carrying"
 """Tasks of this name pass bytes on until one side ends."""
 LINGER_S = 0.5
+END_S = 5.0
 
 
 class WaysLoop:
@@ -47,9 +48,9 @@ class WaysLoop:
         return None
 
     def end(self, task: asyncio.Task[Any]) -> None:
-        """Cancels a task, and waits for its end."""
-        with suppress(CancelledError):  # the loop has ended, and all with it
-            self.run(_ended(task)).result()
+        """Cancels a task, and waits for its end, but for some seconds only: others wait for who ends it."""
+        with suppress(CancelledError, TimeoutError):  # the loop has ended, and all with it
+            self.run(_ended(task)).result(END_S)
 
     def close(self) -> None:
         """Cancels what runs, and ends the thread. May be called more than once.

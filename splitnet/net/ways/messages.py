@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Final
 
 from splitnet.errors import ProtocolError
 from splitnet.net.endpoints import is_address
-from splitnet.net.fields import Layout, blob, packb, text, uint, unpack_array, wire
+from splitnet.net.fields import Layout, blob, flag, packb, text, uint, unpack_array, wire
 
 VERSION: Final = 1
 MAX_MESSAGE_BYTES: Final = 1024
@@ -36,6 +36,8 @@ class Purpose(IntEnum):
     """Caller and hidden peer, through whatever lies between."""
     MOVE = 5
     """The same two by a better way, which takes over from the first."""
+    TRY = 6
+    """Somebody asks whether it can be connected to."""
 
 
 def _address(value: Any) -> str:
@@ -156,7 +158,25 @@ class Moved:
     """Bytes that were sent by that one."""
 
 
-Message = Hello | Welcome | Proof | Reserve | Reserved | Beat | Call | Called | Join | Joined | Refused | Moved
+@dataclass(frozen=True, slots=True)
+class Try:
+    """The helper is to connect to an address: one of the host that asks, or it is not tried."""
+
+    TAG: ClassVar[int] = 13
+    address: str = wire(_address)
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """The helper could, or could not."""
+
+    TAG: ClassVar[int] = 14
+    reached: bool = wire(flag)
+
+
+Message = (
+    Hello | Welcome | Proof | Reserve | Reserved | Beat | Call | Called | Join | Joined | Refused | Moved | Try | Tried
+)
 KINDS: Final[tuple[type[Message], ...]] = Message.__args__  # pyright: ignore[reportAttributeAccessIssue]
 _BY_TAG = {kind.TAG: (kind, Layout(kind)) for kind in KINDS}
 

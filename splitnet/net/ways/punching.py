@@ -20,13 +20,14 @@ from contextlib import suppress
 from enum import StrEnum
 from typing import NamedTuple
 
+from splitnet.net.ways.bounds import Places
 from splitnet.net.ways.messages import Joined
 from splitnet.net.ways.streams import STREAM_ERRORS, address_of, dial, host_and_port, listening
 
 PUNCH_S = 3.0
 """How long two try to reach each other."""
 
-AT_ONCE = 8
+AT_ONCE, AT_ONCE_OF_HOST = 16, 8
 """Of this process: helpers name the addresses, and a false one must not make it a flood for somebody else."""
 
 GUESS_S = 0.5
@@ -34,7 +35,9 @@ GUESS_S = 0.5
 
 _TRY_S, _PAUSE_S = 1.0, 0.1
 _ACCEPTED_AT_ONCE = 4
-_free = threading.BoundedSemaphore(AT_ONCE)
+_places = Places(AT_ONCE, host=AT_ONCE_OF_HOST)
+_lock = threading.Lock()
+"""For `_places`: there may be several loops."""
 
 
 class Way(StrEnum):
@@ -100,7 +103,7 @@ def _keeps(address: str, port: int) -> bool:
 
 def _is_local(address: str) -> bool:
     """Only for this machine: others have no business to name it."""
-    return ipaddress.ip_address(host_and_port(address)[0]).is_loopback
+    return ipaddress.ip_address(host_and_port(address)[0]).is_loopback  # `is_address` lets no IPv4 pass within IPv6
 
 
 async def punch(
@@ -161,8 +164,12 @@ async def punch(
             await asyncio.gather(*running, return_exceptions=True)
 
     limit_s = PUNCH_S if seconds is None else seconds
-    if limit_s <= 0 or not tried or not _free.acquire(blocking=False):
+    if limit_s <= 0 or not tried:
         return None
+    host = host_and_port(tried[0].address)[0]
+    with _lock:
+        if not _places.take(host=host):
+            return None
     tasks = [asyncio.ensure_future(accept()), *(asyncio.ensure_future(connect(line)) for line in tried)]
     result: tuple[socket.socket, Way] | None = None
     try:
@@ -171,7 +178,8 @@ async def punch(
     except TimeoutError:
         pass
     finally:
-        _free.release()
+        with _lock:
+            _places.leave(host=host)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -123,6 +123,7 @@ async def receive(sock: socket.socket, *kinds: type[Kind]) -> Kind:
     if not 0 < size <= MAX_MESSAGE_BYTES:
         raise ProtocolError(f"a message about ways has at most {MAX_MESSAGE_BYTES} bytes, not {size}")
     message = unpack(await _exactly(sock, size))
+    await asyncio.sleep(0)  # what is there already is read without a pause: who floods would keep all others waiting
     if isinstance(message, kinds):
         return message
     if isinstance(message, Refused):
