@@ -231,7 +231,7 @@ class Engine:
                 if row is None:
                     room = work.session.new_room[part.row]
                     row = work.session.rows[part.row] = span.new_row(room, work.adapter)
-                parts.append(SpanPart(row, part.start, part.length, work.adapter))
+                parts.append(SpanPart(row, part.start, part.length, work.adapter, work.step.reach))
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         watch = Stopwatch(self._span.device)
         output = span.forward(hidden, parts)

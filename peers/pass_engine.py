@@ -97,11 +97,11 @@ class PassEngine:
         run = hidden, message.lengths, adapter, session.start, session.end
         nbytes = self._passes.bytes_to_keep(message.lengths, adapter, session.end - session.start)
         if message.kept and nbytes is not None and self._training.may_keep_way(work, nbytes):
-            output, way = self._passes.forward_kept(*run, nbytes)
+            output, way = self._passes.forward_kept(*run, nbytes, reach=message.reach)
             self._training.keep_way(work, way)
             del way
         else:
-            output = self._passes.forward(*run)
+            output = self._passes.forward(*run, reach=message.reach)
         payload = session.codec.encode(to_host(output))
         work.compute_ms = self._ms_since(began)
         session.done += message.positions
@@ -120,7 +120,7 @@ class PassEngine:
         else:
             hidden = self._decode(forward.codec, forward.payload, forward.positions)
             gradient, by_adapter = self._passes.backward(
-                hidden, forward.lengths, gradient, adapter, session.start, session.end
+                hidden, forward.lengths, gradient, adapter, session.start, session.end, reach=forward.reach
             )
         payload = codec_by_code(forward.gradient_codec).encode(to_host(gradient))
         by_adapter = self._added_up(session, message, by_adapter)

@@ -37,7 +37,7 @@ class StepOutput:
             session.last = max(session.last, 0 if step.replay_until else step.number)
             self._send(work, payload, result_payload)
         if session.end != self._num_blocks:
-            session.log.record(step.parts, step.forks, payload)
+            session.log.record(step.parts, step.forks, payload, step.reach)
 
     def replay(self, session: Session, source: Connection, message: Replay) -> None:
         """Sends the next hop all outputs that its rows were made of, or tells the `source` of the request of none."""
@@ -48,11 +48,11 @@ class StepOutput:
             self._outbox.send(source, Result(session.id, session.epoch, message.number, message.until, code, ()))
         codec, end = session.log.codec, session.end
         session.sent_on = True
-        for index, (parts, payload) in enumerate(steps):
+        for index, (parts, payload, reach) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
             self._outbox.send(
                 session.next,
-                Step(session.id, session.epoch, number, parts, None, message.until, codec, payload, end),
+                Step(session.id, session.epoch, number, parts, None, message.until, codec, payload, end, (), reach),
             )
 
     def is_under_way(self, session: Session) -> bool:
@@ -89,6 +89,7 @@ class StepOutput:
                     payload,
                     session.end,
                     timings,
+                    step.reach,
                 ),
             )
         elif not replayed or step.number:  # of a replay only the last step is answered

@@ -19,6 +19,7 @@ from splitnet.client.parameters import refuse
 from splitnet.client.session import Session
 from splitnet.errors import AdapterError, PeerBusy
 from splitnet.model.adapters import Adapter
+from splitnet.model.rotary import RopeLengths
 from splitnet.net.messages import Fork, Part
 
 ModelSession = Session | MixedSession
@@ -56,6 +57,11 @@ class RemoteLayer(CacheLayerMixin):
         self._reserved_columns = 0
         self._restart = True
         self.closed = False
+        self.changes = 0
+        """How often what is held has changed."""
+        self.reach = 0
+        self.alike = 0
+        """Of the first step of what is held (see `splitnet.net.messages.Step`), and how many columns have that."""
 
     @property
     def batch(self) -> int:
@@ -82,6 +88,7 @@ class RemoteLayer(CacheLayerMixin):
             PeerFailed: the adapter does not fit the blocks.
         """
         batch, columns = mask.shape
+        self.changes += 1
         if not self.columns:
             self.reset()
             self._use_adapter(adapter)
@@ -126,7 +133,7 @@ class RemoteLayer(CacheLayerMixin):
     @property
     def reserved(self) -> int:
         """Positions that the peers keep free for each row."""
-        return self._prefix_length + self._reserved_columns
+        return self.prefix_length + self._reserved_columns
 
     def fetch_kv(self, index: int) -> dict[str, torch.Tensor]:
         """Keys and values of a row of the batch, without its padding; see `Session.fetch_kv`.
@@ -155,6 +162,7 @@ class RemoteLayer(CacheLayerMixin):
 
         The caller knows that row by row the same positions come after the padding.
         """
+        self.changes += 1
         if columns <= 0:
             self.reset()
             return
@@ -174,6 +182,7 @@ class RemoteLayer(CacheLayerMixin):
         """Forgets the last `-tokens_to_remove` columns; the next step makes the peers forget them too."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes the negative number of tokens to remove, got {tokens_to_remove}")
+        self.changes += 1
         self.columns = max(0, self.columns + tokens_to_remove)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -190,6 +199,7 @@ class RemoteLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forgets all rows; the session and its reservation stay."""
+        self.changes += 1
         self.columns = 0
         self._rows, self._sources, self._padding, self._restart = [], None, [], True
 
@@ -203,6 +213,7 @@ class RemoteLayer(CacheLayerMixin):
         return self._rows if self._sources is None else self._sources
 
     def _select(self, chosen: Sequence[int]) -> None:
+        self.changes += 1
         if self._rows:
             current = self._current()
             self._sources = [current[index] for index in chosen]
@@ -221,7 +232,7 @@ class RemoteLayer(CacheLayerMixin):
         return forks
 
     @property
-    def _prefix_length(self) -> int:
+    def prefix_length(self) -> int:
         """Positions that stand before the first column of every row, from an adapter."""
         return self.adapter.prefix_length if self.adapter is not None else 0
 
@@ -282,14 +293,18 @@ class Conversation:
     Args:
         cache: it is closed by the caller.
         adapters: those of the model.
+        ropes: which lengths of a text its rotary frequencies tell apart.
     """
 
-    def __init__(self, cache: RemoteCache, adapters: LocalAdapters) -> None:
+    def __init__(self, cache: RemoteCache, adapters: LocalAdapters, ropes: RopeLengths) -> None:
         self.cache = cache
         self._adapters = adapters
+        self._ropes = ropes
         self._tokens: torch.Tensor | None = None
         self._padding: list[int] = []
         self._follows = False
+        self._changes = 0
+        """Of the cache, when the tokens were noted: the caller has it, too."""
 
     def resume(self, ids: torch.Tensor, mask: torch.Tensor | None, *, follows: bool) -> None:
         """Crops the cache to what it shares with the next prompt, less one token to go on from.
@@ -298,7 +313,8 @@ class Conversation:
             ids: `[rows, seq]`. mask: of the same shape; None: there is no padding.
             follows: whether rows of the cache will be those of the output, and all that they hold its tokens.
         """
-        held, layer, before = self._tokens, self.cache.remote, self._padding
+        layer, before = self.cache.remote, self._padding
+        held = self._tokens if layer.changes == self._changes else None
         padding = [0] * len(ids) if mask is None else [int(pad) for pad in (mask.cumsum(1) == 0).sum(1).tolist()]
         self._tokens, self._padding, self._follows = None, padding, follows
         columns = 0
@@ -311,18 +327,17 @@ class Conversation:
             rows = zip(held, before, ids, padding, strict=True)
             shared = [pad + _shared(old[pad_before : layer.columns], new[pad:]) for old, pad_before, new, pad in rows]
             columns = min(ids.shape[1] - 1, *shared)
-        layer.rewind(columns, padding)
+        length = ids.shape[1] - min(padding, default=0)
+        layer.rewind(min(columns, layer.alike) if self._ropes.shortest(length) == layer.reach else 0, padding)
 
     def remember(self, tokens: torch.Tensor | None) -> None:
         """Takes in what was generated since `resume`, `[rows, seq]`; None: it is not known."""
         follows, self._follows = self._follows, False
-        if tokens is None or not follows:
-            self.forget()
-        else:
-            self._tokens = tokens
+        self._changes = self.cache.remote.changes
+        self._tokens = tokens if follows else None
 
-    def forget(self) -> None:
-        """The next prompt begins anew."""
+    def begin_anew(self) -> None:
+        """For a loop that does not ask what is held."""
         self._tokens = None
         self.cache.remote.reset()
 

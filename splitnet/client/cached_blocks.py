@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from splitnet.client.cache import ModelSession, RemoteCache
+from splitnet.client.cache import ModelSession, RemoteCache, RemoteLayer
 from splitnet.client.local_adapters import LocalAdapters, Prefixes
-from splitnet.client.parameters import check_context, check_positions, mask_of
+from splitnet.client.parameters import check_context, check_positions, mask_of, reach_of
 from splitnet.model.adapters import Adapter
+from splitnet.model.rotary import RopeLengths
 from splitnet.net.messages import Part
 
 
@@ -79,14 +80,18 @@ class CachedBlocks:
     Args:
         adapters: what the blocks run with.
         max_positions: context length of the model, if it has one.
+        ropes: which lengths of a text its rotary frequencies tell apart.
     """
 
-    def __init__(self, adapters: LocalAdapters, max_positions: int | None) -> None:
+    def __init__(self, adapters: LocalAdapters, max_positions: int | None, ropes: RopeLengths) -> None:
         self.max_positions = max_positions
+        self.ropes = ropes
         self._adapters = adapters
 
     def begin(self, cache: RemoteCache, hidden: torch.Tensor) -> Exchange:
         """Sends new positions `[batch, seq, hidden]`, none of which is padding, behind what the cache holds.
+
+        They are computed as one by one: where rotary frequencies depend on the length, each has those of its own.
 
         Raises:
             ContextTooLong: the sequence is longer than the model's context.
@@ -94,7 +99,7 @@ class CachedBlocks:
         """
         layer = cache.remote
         mask = torch.ones(hidden.shape[0], layer.columns + hidden.shape[1], dtype=torch.bool)
-        return self._begin(cache, hidden, mask, 0, layer.adapter)
+        return self._begin(cache, hidden, mask, 0, layer.adapter, 0)
 
     def run(
         self, cache: RemoteCache, hidden: torch.Tensor, mask: Any, positions: Any, keep: int, prefix: Prefixes
@@ -115,11 +120,13 @@ class CachedBlocks:
         past = layer.columns
         check_context(past + new, self.max_positions)
         checked = mask_of(mask, batch, past + new)
-        check_positions(positions, checked, past, prefix[0][0].shape[1] if prefix else 0)
+        before = prefix[0][0].shape[1] if prefix else 0
+        check_positions(positions, checked, past, before)
+        reach = reach_of(positions, before + past + new, self.ropes)
         parameters = {} if past else self._adapters.parameters_for(prefix)
         adapter = self._adapters.recent(layer.adapter, prefix) if past else self._adapters.adapter_of(parameters)
         with torch.no_grad():
-            exchange = self._begin(cache, hidden, checked, keep, adapter)
+            exchange = self._begin(cache, hidden, checked, keep, adapter, reach)
             try:
                 output = exchange.finish()
             except BaseException:
@@ -131,24 +138,42 @@ class CachedBlocks:
         return output
 
     def _begin(
-        self, cache: RemoteCache, hidden: torch.Tensor, mask: torch.Tensor, keep: int, adapter: Adapter | None
+        self,
+        cache: RemoteCache,
+        hidden: torch.Tensor,
+        mask: torch.Tensor,
+        keep: int,
+        adapter: Adapter | None,
+        reach: int,
     ) -> Exchange:
         layer = cache.remote
         past = layer.columns
         check_context(mask.shape[1], self.max_positions)
         try:
             session, parts, forks = layer.begin_step(mask, keep, adapter)
+            self._note_reach(layer, past, reach)
             new_mask = mask[:, past:]
             if all(part.length == hidden.shape[1] for part in parts):
                 packed = hidden.reshape(-1, hidden.shape[-1])
             else:
                 packed = hidden[new_mask.to(hidden.device)]
                 parts = [part for part in parts if part.length]
-            under_way = session.begin(packed.detach(), parts, forks) if parts else None
+            if all(part.length == 1 and layer.prefix_length + part.start + 1 >= reach for part in parts):
+                reach = 0  # that is their own, so a replay may send many of them together
+            under_way = session.begin(packed.detach(), parts, forks, reach=reach) if parts else None
         except BaseException:
             layer.columns = past
             raise
         return Exchange(cache, session, under_way, parts, hidden, new_mask, past)
+
+    def _note_reach(self, layer: RemoteLayer, past: int, reach: int) -> None:
+        """How many columns are as those of a text that begins with all of them."""
+        if not past:
+            layer.reach, layer.alike = reach, layer.columns
+        elif layer.alike >= past and reach:
+            layer.alike = layer.columns if reach == layer.reach else past
+        elif layer.alike >= past:
+            layer.alike = min(layer.columns, self.ropes.last(max(layer.reach, 1)))
 
 
 class _NoBackward(torch.autograd.Function):

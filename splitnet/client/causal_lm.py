@@ -23,6 +23,7 @@ from splitnet.client.parameters import Request, refuse
 from splitnet.client.remote_model import RemoteModel, joined, local_part, made_remote, remote_blocks
 from splitnet.client.session import Session
 from splitnet.client.speculation.decoding import Decoding, Drafts, Text
+from splitnet.client.speculation.family_loop import FamilyLoop
 from splitnet.client.speculation.speculator import Speculator
 from splitnet.client.swarm import Swarm
 from splitnet.errors import SplitnetError, UnsupportedModel
@@ -156,6 +157,7 @@ class RemoteCausalLM(RemoteModel):
         """Sets what makes the session of a cache, for a budget of positions."""
         self._open_session = open_session
         self._local = _OfThread()
+        self._family_loop = FamilyLoop(self, self.transformers_class)
         self._speculator = Speculator(self.config.get_text_config().vocab_size)
 
     @property
@@ -166,8 +168,10 @@ class RemoteCausalLM(RemoteModel):
     def generate(self, *args: Any, speculate: Any = None, **kwargs: Any) -> Any:
         """transformers' `generate()`, with its arguments; without a `cache` of the caller, peers free their memory.
 
-        Within `session()`, positions that the peers hold from calls before are not computed again. What is given is
-        honoured or refused by name, see docs/parameters.md.
+        With `return_dict_in_generate` they keep it for the cache of the output, until that is closed or collected.
+        Within `session()`, positions that the peers hold from calls before are not computed again; a call within a
+        call, by a stopping criterion or a streamer, is as one outside of the session. What is given is honoured or
+        refused by name, see docs/parameters.md.
 
         Args:
             speculate: "prompt-lookup" drafts tokens from the text itself, a small causal LM of transformers with the
@@ -192,22 +196,23 @@ class RemoteCausalLM(RemoteModel):
         if not caches and given.get("cache") is not None:
             raise refuse("use_cache", "=False and a cache exclude each other: leave out one of them")
         if speculate is not None:
-            self._check_speculation(given, request, caches)
+            self._check_speculation(speculate, given, request, caches)
         drafts = self._speculator.drafts_by(speculate) if speculate is not None else None
-        outer, self._local.drafts = self._local.drafts, drafts
-        try:
-            own_cache = caches and given.get("cache") is None
-            return self._generate_with_own_cache(given) if own_cache else self._generate(given)
-        finally:
-            self._local.drafts = outer
-
-    def _generate_with_own_cache(self, given: dict[str, Any]) -> Any:
-        """`generate()` in the cache of the session, or in one that lives as long as this call."""
         conversation = self._local.conversation
+        if conversation is not None and given.get("cache") is conversation.cache:
+            del given["cache"]  # an output has it; the session knows how much of it fits
+        if not caches or given.get("cache") is not None:
+            conversation = None
+        with self._local.within(drafts=drafts, conversation=None, resumed=conversation, prefix=()):
+            own_cache = caches and given.get("cache") is None
+            return self._generate_with_own_cache(given, conversation) if own_cache else self._generate(given)
+
+    def _generate_with_own_cache(self, given: dict[str, Any], conversation: Conversation | None) -> Any:
+        """`generate()` in the cache of the session, or in one that lives as long as this call and its output."""
         cache = conversation.cache if conversation else self.new_cache()
         given["cache"] = cache
         if conversation and given.get("custom_generate") is not None:
-            conversation.forget()  # a loop of the caller's does not ask what is held
+            conversation.begin_anew()
         prompt = given["inputs"] if given.get("inputs") is not None else given.get("input_ids")
         new_tokens = given.get("max_new_tokens")
         if prompt is not None and isinstance(new_tokens, int):
@@ -215,9 +220,11 @@ class RemoteCausalLM(RemoteModel):
         progress = _Progress()
         given["stopping_criteria"] = [*(given.get("stopping_criteria") or ()), progress]
         tokens: torch.Tensor | None = None
+        handed_out = False
         try:
             output = self._generate(given)
             tokens = output if isinstance(output, torch.Tensor) else output.sequences
+            handed_out = isinstance(output, Mapping) and any(value is cache for value in output.values())
             return output
         except SplitnetError as error:
             if prompt is not None and progress.extends(prompt):
@@ -226,7 +233,7 @@ class RemoteCausalLM(RemoteModel):
         finally:
             if conversation:
                 conversation.remember(tokens)
-            else:
+            elif not handed_out:
                 cache.close()
 
     @contextmanager
@@ -239,11 +246,11 @@ class RemoteCausalLM(RemoteModel):
         cache = self.new_cache()
         if max_length is not None:
             cache.remote.reserve(max_length)
-        outer, self._local.conversation = self._local.conversation, Conversation(cache, self._blocks.adapters)
+        conversation = Conversation(cache, self._blocks.adapters, self._blocks.cached.ropes)
         try:
-            yield cache
+            with self._local.within(conversation=conversation):
+                yield cache
         finally:
-            self._local.conversation = outer
             cache.close()
 
     def new_cache(self) -> RemoteCache:
@@ -281,7 +288,8 @@ class RemoteCausalLM(RemoteModel):
         """The logits of `[1, seq]` new tokens: `[seq, vocabulary]`."""
         if self._only_ends is not None:
             return self.receive(self.send(input_ids, cache), input_ids, cache)
-        return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
+        with self._blocks.calling(run=lambda hidden: self._blocks.cached.begin(cache, hidden).finish()):
+            return self(input_ids=input_ids, cache=cache, use_cache=True).logits[0]
 
     def send(self, input_ids: torch.Tensor, cache: RemoteCache) -> Exchange:
         """Sends `[1, seq]` new tokens through the blocks; `receive` waits for them.
@@ -322,14 +330,26 @@ class RemoteCausalLM(RemoteModel):
         wrapper = prompt_wrapper(self)
         if wrapper is None:
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
-        given, self._local.prefix = with_trained_prompt(wrapper, given)
-        try:
+        given, prefix = with_trained_prompt(wrapper, given)
+        with self._local.within(prefix=prefix):
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
-        finally:
-            self._local.prefix = ()
 
-    def _check_speculation(self, given: Mapping[str, Any], request: Request, caches: bool) -> None:
-        """Raises UnsupportedParameter if something does not go together with drafts."""
+    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """What transformers' loops call the model with next, as its family has it."""
+        cache = kwargs.get("cache")
+        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
+            input_ids, *args, **kwargs
+        )
+        if isinstance(cache, RemoteCache) and inputs.get("cache") is None:
+            # The family has dropped it, and computes the whole text anew; the session on the peers stays.
+            cache.remote.reset()
+            inputs["cache"] = cache
+        return inputs
+
+    def _check_speculation(self, by: Any, given: Mapping[str, Any], request: Request, caches: bool) -> None:
+        """Raises UnsupportedParameter if `by` makes no drafts, or something does not go together with them."""
+        if isinstance(by, RemoteModel):
+            raise refuse("speculate", "is a model with remote blocks, and drafts are made here: use assistant_model=")
         excluded = [name for name in ("custom_generate", "assistant_model", "synced_gpus") if given.get(name)]
         excluded += [name for name in ("return_dict_in_generate", "prompt_lookup_num_tokens") if request.value(name)]
         excluded += [name for name in ("num_beams", "num_return_sequences") if (request.value(name) or 1) > 1]
@@ -362,6 +382,7 @@ class RemoteCausalLM(RemoteModel):
         others = sorted(model_kwargs.keys() - _PLAIN - {"tokenizer"})
         others += [] if len(input_ids) == 1 else ["a batch"]
         others += [] if mask is None or bool(mask.all()) else ["attention_mask with padding"]
+        others += self._family_loop.differs(input_ids.shape[1], generation_config.max_length)
         only_tokens = not synced_gpus and not generation_config.return_dict_in_generate
         unprompted = not self._local.prefix and prompt_wrapper(self) is None
         fits = isinstance(cache, RemoteCache) and cache.remote.columns < input_ids.shape[1]
@@ -390,7 +411,7 @@ class RemoteCausalLM(RemoteModel):
 
     def _resume(self, input_ids: torch.Tensor, prepared: dict[str, Any], *, follows: bool = True) -> None:
         """Within a session: keeps of its cache what fits the prompt, now that this is all prepared."""
-        conversation = self._local.conversation
+        conversation = self._local.resumed
         if conversation is not None and prepared.get("cache") is conversation.cache:
             plain = prepared.keys() <= _PLAIN - {"inputs_embeds"} | {"tokenizer"} and not self._local.prefix
             conversation.resume(input_ids, prepared.get("attention_mask"), follows=follows and plain)
@@ -474,10 +495,23 @@ class _OfThread(threading.local):
 
     def __init__(self) -> None:
         self.conversation: Conversation | None = None
+        """Of the session that a call of `generate()` would use."""
+        self.resumed: Conversation | None = None
+        """The one that is used by the call under way."""
         self.prefix: Prefixes = ()
         """Keys and values that a trained prompt puts before the text that is being generated."""
         self.drafts: Drafts | None = None
         """Where its drafts come from."""
+
+    @contextmanager
+    def within(self, **changes: Any) -> Iterator[None]:
+        """For the time of a call, some things are so; a call within it has its own."""
+        outer = {name: getattr(self, name) for name in changes}
+        vars(self).update(changes)
+        try:
+            yield
+        finally:
+            vars(self).update(outer)
 
 
 class _Progress(StoppingCriteria):

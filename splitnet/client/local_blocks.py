@@ -124,10 +124,12 @@ class LocalSpan:
             self._span.fit(own)
         return own
 
-    def sequences(self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None) -> torch.Tensor:
+    def sequences(
+        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None, reach: int = 0
+    ) -> torch.Tensor:
         """Whole sequences, with a graph where torch records one: see `Span.sequences`."""
         with self._lock:
-            return self._span.sequences(hidden, lengths, adapter).to(hidden.device, hidden.dtype)
+            return self._span.sequences(hidden, lengths, adapter, reach).to(hidden.device, hidden.dtype)
 
 
 class LocalRows:
@@ -142,12 +144,14 @@ class LocalRows:
         """Before the first step. Raises AdapterError if it does not fit the blocks."""
         self._adapter = self._span.fit(adapter)
 
-    def step(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None) -> torch.Tensor:
+    def step(
+        self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None, reach: int = 0
+    ) -> torch.Tensor:
         """Runs new positions; what the rows hold from a part's start on is forgotten before.
 
         Args:
             hidden: `[positions, hidden]`.
-            parts, forks: see `splitnet.net.messages.Step`; all positions are returned, whatever `keep` says.
+            parts, forks, reach: see `splitnet.net.messages.Step`; all positions are returned, whatever `keep` says.
 
         Returns:
             `[positions, hidden]` float32.
@@ -160,7 +164,7 @@ class LocalRows:
             if row is None:
                 row = self._rows[part.row] = self._span.new_row(self._adapter)
             row.crop(part.start)
-            span_parts.append(SpanPart(row, part.start, part.length, self._adapter))
+            span_parts.append(SpanPart(row, part.start, part.length, self._adapter, reach))
         return self._span.run(hidden, span_parts)
 
     def close(self) -> None:

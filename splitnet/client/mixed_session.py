@@ -27,6 +27,7 @@ class _Piece:
     parts: list[Part]
     forks: Sequence[Fork] | None
     hidden: torch.Tensor
+    reach: int
     stage: int = 0
     """Where they are: the first that they have not passed."""
     sent: SentThrough | None = None
@@ -113,14 +114,16 @@ class MixedSession:
         """As `Session.step`."""
         return self.finish(self.begin(hidden, parts, forks))
 
-    def begin(self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None) -> UnderWay:
+    def begin(
+        self, hidden: torch.Tensor, parts: Sequence[Part], forks: Sequence[Fork] | None = None, *, reach: int = 0
+    ) -> UnderWay:
         """As `Session.begin`; a long prefill goes in pieces, so that peers run one while the next is run here."""
         sent = UnderWay([])
         offset = 0
         size = min((session.step_positions(len(hidden)) for session in self.sessions), default=len(hidden))
         for step in cut_into_steps(parts, size):
             positions = sum(part.length for part in step)
-            piece = _Piece(step, forks, hidden[offset : offset + positions])
+            piece = _Piece(step, forks, hidden[offset : offset + positions], reach)
             offset += positions
             forks = None
             sent.pieces.append(piece)
@@ -190,9 +193,10 @@ class MixedSession:
             stage, last = self._stages[piece.stage], piece.stage + 1 == len(self._stages)
             if isinstance(stage, Session):
                 parts = piece.parts if last else _keeping_all(piece.parts)
-                piece.sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=len(piece.hidden))
+                size = len(piece.hidden)
+                piece.sent = stage.begin(piece.hidden, parts, piece.forks, step_positions=size, reach=piece.reach)
                 return
-            piece.hidden = stage.step(piece.hidden, piece.parts, piece.forks)
+            piece.hidden = stage.step(piece.hidden, piece.parts, piece.forks, piece.reach)
             if last:
                 piece.hidden = _kept_positions(piece.hidden, piece.parts)
             piece.stage += 1

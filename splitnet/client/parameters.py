@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from splitnet.errors import ContextTooLong, UnsupportedParameter
+from splitnet.model.rotary import RopeLengths
 
 HONOURED = "as in transformers"
 
@@ -170,8 +171,10 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
         past: columns that are cached. prefix: positions before the first column.
 
     Raises:
-        UnsupportedParameter: other positions, or a hole in the mask that they do not pass over.
+        UnsupportedParameter: other positions, a hole in the mask that they do not pass over, or no new position.
     """
+    if mask.shape[1] == past:
+        raise refuse("input_ids", "have no token: give one at least")
     if positions is not None:
         if positions.shape[-1] != mask.shape[1] - past:
             raise refuse("position_ids", f"must be [batch, {mask.shape[1] - past}], not {list(positions.shape)}")
@@ -195,6 +198,17 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
             "has padding between tokens, where peers know no gap: pad on the right, or give position_ids that do not "
             "count it",
         )
+
+
+def reach_of(positions: Any, columns: int, ropes: RopeLengths) -> int:
+    """What transformers takes for the length of a text in a call, for `splitnet.net.messages.Step.reach`.
+
+    Args:
+        positions: as in `check_positions`. columns: that the text then has, with padding and prefix.
+    """
+    if not ropes.matter:
+        return 0
+    return ropes.shortest(columns if positions is None else int(positions.max()) + 1)
 
 
 def _check(name: str, rule: Refused, value: Any) -> None:

@@ -10,10 +10,11 @@ import torch
 
 from splitnet.client.local_adapters import LocalAdapters, Prefixes
 from splitnet.client.local_blocks import Blocks, LocalSpan
-from splitnet.client.parameters import check_context, check_positions, mask_of
+from splitnet.client.parameters import check_context, check_positions, mask_of, reach_of
 from splitnet.client.pass_session import Passed, PassSession
 from splitnet.errors import SplitnetError
 from splitnet.model.adapters import Adapter, block_of
+from splitnet.model.rotary import RopeLengths
 
 
 class PassBlocks:
@@ -24,6 +25,7 @@ class PassBlocks:
         make_passes: makes the session for passes through such a range.
         adapters: what the blocks run with.
         max_positions: context length of the model, if it has one.
+        ropes: which lengths of a text its rotary frequencies tell apart.
     """
 
     def __init__(
@@ -32,11 +34,13 @@ class PassBlocks:
         make_passes: Callable[[Blocks], PassSession],
         adapters: LocalAdapters,
         max_positions: int | None,
+        ropes: RopeLengths,
     ) -> None:
         self._stages = stages
         self._make_passes = make_passes
         self._adapters = adapters
         self._max_positions = max_positions
+        self._ropes = ropes
         self._passes: dict[Blocks, PassSession] = {}
         self._passing = threading.RLock()
 
@@ -56,18 +60,22 @@ class PassBlocks:
         batch, new, _ = hidden.shape
         check_context(new, self._max_positions)
         checked = mask_of(mask, batch, new)
-        check_positions(positions, checked, 0, prefix[0][0].shape[1] if prefix else 0)
-        parameters = self._adapters.parameters_for(prefix)
+        before = prefix[0][0].shape[1] if prefix else 0
+        check_positions(positions, checked, 0, before)
         lengths = [int(length) for length in checked.sum(dim=1).tolist() if length]
+        if not lengths:
+            return torch.zeros_like(hidden)
+        reach = reach_of(positions, before + new, self._ropes)
+        parameters = self._adapters.parameters_for(prefix)
         where = checked.to(hidden.device)
         packed = hidden[where]
         for stage in self._stages:
             if isinstance(stage, LocalSpan):
                 adapter = stage.fit(Adapter(parameters)) if parameters else None
-                packed = stage.sequences(packed, lengths, adapter)
+                packed = stage.sequences(packed, lengths, adapter, reach)
             else:
                 own = {name: tensor for name, tensor in parameters.items() if block_of(name) in range(*stage)}
-                packed = _Pass.apply(self, stage, lengths, tuple(own), packed, *own.values())
+                packed = _Pass.apply(self, stage, lengths, reach, tuple(own), packed, *own.values())
                 assert isinstance(packed, torch.Tensor)
         output = torch.zeros_like(hidden)
         output[where] = packed.to(hidden.dtype)
@@ -94,12 +102,14 @@ class PassBlocks:
         parameters: dict[str, torch.Tensor],
         *,
         keep: bool,
+        reach: int,
     ) -> tuple[torch.Tensor, Passed]:
         """See `PassSession.forward`."""
         with self._passing:
             if blocks not in self._passes:
                 self._passes[blocks] = self._make_passes(blocks)
-            return self._passes[blocks].forward(packed, lengths, self._adapters.adapter_of(parameters), keep=keep)
+            adapter = self._adapters.adapter_of(parameters)
+            return self._passes[blocks].forward(packed, lengths, adapter, keep=keep, reach=reach)
 
     def go_back(
         self, blocks: Blocks, batch: Passed, gradient: torch.Tensor
@@ -125,13 +135,14 @@ class _Pass(torch.autograd.Function):
         blocks: PassBlocks,
         stage: Blocks,
         lengths: list[int],
+        reach: int,
         names: tuple[str, ...],
         packed: torch.Tensor,
         *parameters: torch.Tensor,
     ) -> torch.Tensor:
         keep = any(ctx.needs_input_grad)
         by_name = dict(zip(names, parameters, strict=True))
-        output, batch = blocks.go(stage, packed.detach(), lengths, by_name, keep=keep)
+        output, batch = blocks.go(stage, packed.detach(), lengths, by_name, keep=keep, reach=reach)
         ctx.blocks, ctx.stage, ctx.names = blocks, stage, names
         ctx.devices = [parameter.device for parameter in parameters]  # outlines are on the CPU, wherever the model is
         ctx.batch = _Kept(blocks, stage, batch) if keep else None
@@ -146,7 +157,7 @@ class _Pass(torch.autograd.Function):
         by_input, by_name = ctx.blocks.go_back(ctx.stage, ctx.batch.passed, gradient)
         by_input = by_input.to(gradient.device, gradient.dtype)
         by_parameter = (by_name[name].to(device) for name, device in zip(ctx.names, ctx.devices, strict=True))
-        return (None, None, None, None, by_input, *by_parameter)
+        return (None, None, None, None, None, by_input, *by_parameter)
 
 
 class _Kept:

@@ -83,7 +83,13 @@ class PassSession(SessionDriver):
         self._forgotten: deque[list[int]] = deque()
 
     def forward(
-        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None, *, keep: bool = False
+        self,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        adapter: Adapter | None = None,
+        *,
+        keep: bool = False,
+        reach: int = 0,
     ) -> tuple[torch.Tensor, Passed]:
         """Runs sequences through all blocks.
 
@@ -92,6 +98,7 @@ class PassSession(SessionDriver):
             lengths: positions of each.
             adapter: what the blocks run with.
             keep: `backward` may follow; call `forget` if it does not.
+            reach: see `splitnet.net.messages.Forward`.
 
         Returns:
             `[positions, hidden]` float32, and what `backward` needs.
@@ -125,6 +132,7 @@ class PassSession(SessionDriver):
                 self._codec_of_gradients().code,
                 codec.code,
                 payload,
+                reach=reach,
             )
             batch.passes.append(PassRequest(forward))
         self.traffic.steps += len(batch.passes)

@@ -27,8 +27,10 @@ from splitnet.client.pass_blocks import PassBlocks
 from splitnet.client.pass_session import PassSession
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.client.unknown_model import learn_manifest
+from splitnet.errors import UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.families import has_attention
+from splitnet.model.rotary import RopeLengths
 from splitnet.model.shell import backbone_of, outline_in
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.swarm_key import SwarmKey
@@ -60,6 +62,7 @@ class RemoteBlocks(nn.Module):
         stages: what runs the model, in order: spans that are here, and ranges `[start, end)` that peers run.
         make_passes: makes the session for passes without a cache through such a range.
         max_positions: context length of the model, if it has one.
+        ropes: which lengths of a text its rotary frequencies tell apart.
     """
 
     def __init__(
@@ -67,11 +70,12 @@ class RemoteBlocks(nn.Module):
         stages: Sequence[LocalSpan | Blocks],
         make_passes: Callable[[Blocks], PassSession],
         max_positions: int | None,
+        ropes: RopeLengths,
     ) -> None:
         super().__init__()
         self.adapters = LocalAdapters()
-        self.cached = CachedBlocks(self.adapters, max_positions)
-        self.passes = PassBlocks(stages, make_passes, self.adapters, max_positions)
+        self.cached = CachedBlocks(self.adapters, max_positions, ropes)
+        self.passes = PassBlocks(stages, make_passes, self.adapters, max_positions, ropes)
         self.local_spans = [(stage.start, stage.end) for stage in stages if isinstance(stage, LocalSpan)]
         self._local = threading.local()
 
@@ -129,6 +133,17 @@ class RemoteModel(PreTrainedModel):
         """Leaves the swarm."""
         self._blocks.passes.close()
         self.swarm.close()
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: there are no blocks here to write. PEFT's `save_pretrained` writes what was trained.
+
+        Raises:
+            UnsupportedModel: always.
+        """
+        raise UnsupportedModel(
+            f"the blocks of {self.name_or_path} are on peers, so a checkpoint from here would lack them: keep "
+            f"{self.name_or_path}, and save what was trained with peft_model.save_pretrained(FOLDER)"
+        )
 
     def _get_name(self) -> str:
         # transformers' Trainer looks it up among those it knows, to tell how labels belong to positions.
@@ -217,7 +232,7 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
     members = {"transformers_class": original}
     model.__class__ = type(f"Remote{original.__name__}", (remote_class, original), members)
     assert isinstance(model, remote_class)
-    model.name_or_path = source
+    model.name_or_path = model.config._name_or_path = source
     model.eval()
     return model
 
@@ -244,7 +259,7 @@ def remote_blocks(checkpoint: Checkpoint, swarm: Swarm, local: LocalBlocks, opti
             blocks=blocks,
         )
 
-    return RemoteBlocks(local.stages, open_passes, checkpoint.max_positions)
+    return RemoteBlocks(local.stages, open_passes, checkpoint.max_positions, RopeLengths(checkpoint.config))
 
 
 @contextmanager

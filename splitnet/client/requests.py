@@ -230,8 +230,10 @@ def _replay(
 ) -> list[ReplayRequest]:
     until = last.blocks[1]
     return [
-        ReplayRequest(Step(session, epoch, next_number(), parts, None, until, log.codec, payload), to, last.endpoint)
-        for parts, payload in log.replay()
+        ReplayRequest(
+            Step(session, epoch, next_number(), parts, None, until, log.codec, payload, reach=reach), to, last.endpoint
+        )
+        for parts, payload, reach in log.replay()
     ]
 
 

@@ -71,6 +71,6 @@ class RouteHop:
             self.relay_log = SentLog(result.codec, len(result.payload) // step.positions)
         if self.relay_log is not None:
             try:
-                self.relay_log.record(step.parts, step.forks, result.payload)
+                self.relay_log.record(step.parts, step.forks, result.payload, step.reach)
             except ProtocolError:  # its rows were filled by a replay that did not come this way
                 self.relay_log = None

@@ -162,6 +162,7 @@ class Session(SessionDriver):
         forks: Sequence[Fork] | None = None,
         *,
         step_positions: int | None = None,
+        reach: int = 0,
     ) -> UnderWay:
         """Sends new positions on their way; the arguments, and what may go wrong, are those of `step`.
 
@@ -170,6 +171,7 @@ class Session(SessionDriver):
 
         Args:
             step_positions: of the steps that they are cut into; None: chosen.
+            reach: see `splitnet.net.messages.Step`.
 
         Returns:
             What `finish` or `abandon` is to be called with.
@@ -199,6 +201,7 @@ class Session(SessionDriver):
                 0,
                 codec.code,
                 payload,
+                reach=reach,
             )
             forks = None
             requests.append(StepRequest(step, sum(part.keep for part in chunk), predicted_ms))

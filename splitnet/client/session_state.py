@@ -261,7 +261,7 @@ class SessionState(SessionRoute):
                 raise SplitnetError(
                     "a step was to undo some rows of one under way: wait for that, or undo all its rows"
                 )
-        self.log.record(step.parts, step.forks, step.payload)
+        self.log.record(step.parts, step.forks, step.payload, step.reach)
         self._end_what_is_undone(step)
 
     def _end_what_is_undone(self, step: Step) -> None:

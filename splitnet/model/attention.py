@@ -54,6 +54,8 @@ class Part:
     count: int
     adapter: Adapter | None = None
     """What its client adds to the blocks; its prefix is in the row."""
+    reach: int = 0
+    """Positions, with the prefix, whose rotary frequencies it has at least; see `splitnet.net.messages.Step.reach`."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.backbone import causal_class
 from splitnet.model.dtypes import is_number_type
 from splitnet.model.families import check_can_be_cut, text_config_of
+from splitnet.model.rotary import max_positions
 from splitnet.model.safetensors_store import SafetensorsStore
 from splitnet.model.tensor_store import Progress, TensorFacts, TensorStore
 from splitnet.model.unexpected import check_none, ignored
@@ -121,8 +122,8 @@ class Checkpoint:
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model was made for; None if its config does not say."""
-        return getattr(self.config, "max_position_embeddings", None)
+        """Positions that the model was made for; None: it has no bound, or none that is known."""
+        return max_positions(self.config)
 
     @cached_property
     def dtype(self) -> torch.dtype:

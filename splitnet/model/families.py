@@ -15,6 +15,7 @@ from typing import Any, cast
 from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config
 
 from splitnet.errors import UnsupportedModel
+from splitnet.model.rotary import RopeLengths
 
 MAX_LAYERS = 4096
 """As many as messages and records can number."""
@@ -122,9 +123,6 @@ TAKEN_WEIGHTS = frozenset({"dt_proj"})
 """Linear layers that are never called, as the family's code multiplies by their weight itself: adapters that add to
 their output would do nothing."""
 
-_OWN_ROPE_PER_SEQUENCE = {"dynamic", "longrope"}
-"""Kinds of rotary embedding whose frequencies depend on the length of the sequence: not shared by a pack."""
-
 _ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 
 _OTHER_ATTENTION: Mapping[str, set[str]] = {
@@ -175,7 +173,7 @@ def check_can_be_cut(config: PreTrainedConfig) -> None:
 
 def packs_sequences(config: PreTrainedConfig) -> bool:
     """Whether several sequences can share one pass through the backbone; if not they run one after the other."""
-    return config.model_type in PACKS and not _rope_types(config) & _OWN_ROPE_PER_SEQUENCE
+    return config.model_type in PACKS and not RopeLengths(config).matter
 
 
 def keeps_states(config: PreTrainedConfig) -> bool:
@@ -265,7 +263,8 @@ def _reason_against(config: PreTrainedConfig) -> str:
     if not isinstance(getattr(config, "num_hidden_layers", None), int):
         return "its config does not say how many blocks it has"
     if keeps_states(config):
-        return ""
+        # Its positions are run again after a rewind, with the frequencies of another length.
+        return "its rotary embedding depends on the length of a text" if RopeLengths(config).matter else ""
     if not has_attention(config):
         return "its blocks keep a recurrent state instead of a KV cache"
     if getattr(config, "hidden_size_per_layer_input", 0):
@@ -279,9 +278,3 @@ def _reason_against(config: PreTrainedConfig) -> str:
     if others:
         return f"it has blocks of the kind {others[0]!r}, whose states are not known here"
     return ""
-
-
-def _rope_types(config: PreTrainedConfig) -> set[str]:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
-    return {kind["rope_type"] for kind in kinds if "rope_type" in kind}

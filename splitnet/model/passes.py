@@ -43,11 +43,13 @@ class WayBack:
         start: the first block.
         pieces: of each block.
         traced: the adapter that the blocks ran with.
+        reach: see `splitnet.net.messages.Forward`.
     """
 
     start: int
     pieces: list[list[_Piece]]
     traced: Adapter | None
+    reach: int
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):
@@ -99,7 +101,14 @@ class SpanPasses:
         """Bytes in a block, by kind of pass: the most that was seen."""
 
     def forward(
-        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None, start: int, end: int
+        self,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        adapter: Adapter | None,
+        start: int,
+        end: int,
+        *,
+        reach: int = 0,
     ) -> torch.Tensor:
         """Runs whole sequences through blocks `[start, end)`.
 
@@ -107,6 +116,7 @@ class SpanPasses:
             hidden: `[positions, hidden]`: the sequences one after the other.
             lengths: positions of each.
             adapter: one that the span fits.
+            reach: see `splitnet.net.messages.Forward`.
 
         Returns:
             `[positions, hidden]`.
@@ -115,7 +125,7 @@ class SpanPasses:
             outputs: list[torch.Tensor] = []
             for given, group in self._pieces(hidden, lengths):
                 with torch.no_grad():
-                    outputs.append(self._view(block).sequences(given, group, adapter))
+                    outputs.append(self._view(block).sequences(given, group, adapter, reach))
                 self._between()
             hidden = _joined(outputs)
         return hidden
@@ -128,11 +138,13 @@ class SpanPasses:
         adapter: Adapter | None,
         start: int,
         end: int,
+        *,
+        reach: int = 0,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Gradients of a loss by what a forward pass was given.
 
         Args:
-            hidden, lengths, adapter, start, end: as in `forward`.
+            hidden, lengths, adapter, start, end, reach: as in `forward`.
             gradient: `[positions, hidden]`, of the loss by the output.
 
         Returns:
@@ -144,7 +156,7 @@ class SpanPasses:
         """
         if gradient.shape != hidden.shape:
             raise ValueError(f"expected a gradient of {list(hidden.shape)}, got {list(gradient.shape)}")
-        _, way = self.forward_kept(hidden, lengths, adapter, start, end, self._graph_bytes)
+        _, way = self.forward_kept(hidden, lengths, adapter, start, end, self._graph_bytes, reach=reach)
         return self.go_back(way, gradient)
 
     def bytes_to_keep(self, lengths: Sequence[int], adapter: Adapter | None, blocks: int) -> int | None:
@@ -153,7 +165,15 @@ class SpanPasses:
         return None if kept is None else ceil(kept * sum(lengths) * blocks)
 
     def forward_kept(
-        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None, start: int, end: int, most: int
+        self,
+        hidden: torch.Tensor,
+        lengths: Sequence[int],
+        adapter: Adapter | None,
+        start: int,
+        end: int,
+        most: int,
+        *,
+        reach: int = 0,
     ) -> tuple[torch.Tensor, WayBack]:
         """`forward`, and what `go_back` needs.
 
@@ -174,7 +194,7 @@ class SpanPasses:
                 given = part.detach().requires_grad_()
                 saved = self._saved()
                 with saved, torch.set_grad_enabled(kept <= most):
-                    output = self._view(block).sequences(given, group, traced)
+                    output = self._view(block).sequences(given, group, traced, reach)
                 kept += saved.nbytes
                 if output.requires_grad:
                     self._note(_kind(group, adapter), saved.nbytes / len(given))
@@ -184,7 +204,7 @@ class SpanPasses:
                 self._between()
             ways.append(pieces)
             hidden = _joined(outputs)
-        return hidden, WayBack(start, ways, traced)
+        return hidden, WayBack(start, ways, traced, reach)
 
     def go_back(self, way: WayBack, gradient: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """As `backward`, for a forward pass of which the way back is kept."""
@@ -200,7 +220,7 @@ class SpanPasses:
                 given, output, group = pieces.pop(0)
                 if output is None:
                     with self._saved(), torch.enable_grad():
-                        output = self._view(block).sequences(given, group, traced)
+                        output = self._view(block).sequences(given, group, traced, way.reach)
                 by_input, *by_adapter = torch.autograd.grad(output, [given, *leaves], part.to(output))
                 gradients.append(by_input)
                 for name, tensor in zip(names, by_adapter, strict=True):

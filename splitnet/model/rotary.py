@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 
 class Given(Enum):
@@ -131,33 +132,118 @@ def _turned_by(own: Any, heads: torch.Tensor, cosines: torch.Tensor, sines: torc
     return None
 
 
+class RopeLengths:
+    """Which lengths of a sequence give a model the same frequencies.
+
+    In transformers, all positions of a call get those of the length that the sequence then has, and keys that are
+    cached keep theirs.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        kinds = _kinds(config)
+        originals = [kind.get("original_max_position_embeddings") for kind in kinds if kind["rope_type"] == "longrope"]
+        self._long = [end for end in originals if isinstance(end, int)]
+        dynamic = any(kind["rope_type"] == "dynamic" for kind in kinds)
+        self._dynamic: int | None = getattr(config, "max_position_embeddings", None) if dynamic else None
+
+    @property
+    def matter(self) -> bool:
+        """Whether frequencies depend on the length."""
+        return self.grow or bool(self._long)
+
+    @property
+    def grow(self) -> bool:
+        """Whether they are made for sequences longer than the config says."""
+        return self._dynamic is not None
+
+    def last(self, length: int) -> int:
+        """The largest length with the frequencies of `length`."""
+        ends = [end for end in (*self._long, self._dynamic) if end is not None and end >= length]
+        return min(ends) if ends else length if self.grow else MAX_LENGTH
+
+    def shortest(self, length: int) -> int:
+        """The smallest length with the frequencies of `length`; 0 where the smallest of all has them."""
+        if self.grow and length > (self._dynamic or 0):
+            return length
+        return max((end + 1 for end in (*self._long, self._dynamic) if end is not None and end < length), default=0)
+
+
+MAX_LENGTH = 1 << 48
+"""Longer than all sequences."""
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Positions that a model was made for; None if its config does not say, or its rotary embedding grows with them."""
+    return None if RopeLengths(config).grow else getattr(config, "max_position_embeddings", None)
+
+
+def _kinds(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The rotary embeddings of a model: blocks of several kinds may have one each."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return [kind for kind in kinds if "rope_type" in kind]
+
+
 class LengthDependentRopes:
     """Those of a backbone. Their modules keep the frequencies, so one sequence passes at a time. Thread-safe."""
 
     def __init__(self, backbone: nn.Module) -> None:
-        self._dynamic: list[Any] = []
-        self._any = False
+        config: Any = backbone.config
+        self._lengths = RopeLengths(config)
+        self._ropes: list[Any] = []
+        self._length = 0
         self._lock = threading.Lock()
-        for module in backbone.modules():
-            kind: Any = getattr(module, "rope_type", None)
-            kinds = set(kind.values()) if isinstance(kind, dict) else {kind}
-            self._any |= bool(kinds & {"dynamic", "longrope"})
-            if kind == "dynamic":
-                self._dynamic.append(module)
+        if self.any:
+            self._ropes = [module for module in backbone.modules() if hasattr(module, "rope_type")]
+        for rope in self._ropes:
+            rope.register_forward_pre_hook(self._lengthen, with_kwargs=True)
+            rope.register_forward_hook(self._shorten)
 
     @property
     def any(self) -> bool:
         """Whether there are any."""
-        return self._any
+        return self._lengths.matter
+
+    def alike(self, position: int, reach: int) -> int:
+        """How many positions from `position` on have the same frequencies.
+
+        Each has those of a sequence that ends with it, or of `reach` positions if that is longer.
+        """
+        return self._lengths.last(max(reach, position + 1)) - position
 
     @contextmanager
-    def one_sequence(self) -> Iterator[None]:
-        """For the time of a pass of one sequence: the frequencies are its own, whatever has passed before."""
-        if not self._any:
+    def one_sequence(self, length: int) -> Iterator[None]:
+        """For the time of a pass of one sequence: the frequencies are those of `length` positions at least.
+
+        Whatever has passed before does not count.
+        """
+        if not self.any:
             yield
             return
         with self._lock:
-            for rope in self._dynamic:  # it remembers the longest sequence so far
-                rope.inv_freq = rope.original_inv_freq.to(rope.inv_freq.device)
-                rope.max_seq_len_cached = rope.original_max_seq_len
+            for rope in self._ropes:
+                _forget_length(rope)
+            self._length = length
             yield
+
+    def _lengthen(self, rope: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, Any]:
+        """Has a rope see a position more: from the last it takes the length."""
+        hidden, *others = given
+        positions = named.pop("position_ids") if "position_ids" in named else others.pop(0)
+        last = torch.full_like(positions[..., :1], self._length - 1)
+        return (hidden, torch.cat((positions, last), dim=-1), *others), named
+
+    def _shorten(self, rope: nn.Module, given: Any, turns: Any) -> Any:
+        """What the rope gives for the others."""
+        return turns[:, :-1] if isinstance(turns, torch.Tensor) else tuple(each[:, :-1] for each in turns)
+
+
+def _forget_length(rope: Any) -> None:
+    """A dynamic rope remembers the longest sequence so far."""
+    kinds = rope.rope_type if isinstance(rope.rope_type, dict) else {"": rope.rope_type}
+    for layers, kind in kinds.items():
+        prefix = f"{layers}_" if layers else ""
+        if kind == "dynamic":
+            frequencies = getattr(rope, f"{prefix}inv_freq")
+            setattr(rope, f"{prefix}inv_freq", getattr(rope, f"{prefix}original_inv_freq").to(frequencies.device))
+            setattr(rope, f"{prefix}max_seq_len_cached", rope.original_max_seq_len)

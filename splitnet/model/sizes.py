@@ -24,6 +24,7 @@ from splitnet.model.block_sizes import BlockSize, block_sizes, codes_bytes, code
 from splitnet.model.checkpoint import Checkpoint, open_store, read_config
 from splitnet.model.dtypes import as_dtype, is_number_type
 from splitnet.model.families import keeps_states, packs_sequences, sliding_windows
+from splitnet.model.rotary import max_positions
 from splitnet.model.shell import names_of_shell
 from splitnet.model.span import Span
 from splitnet.model.stored_layers import can_hold_codes
@@ -129,7 +130,7 @@ class ModelSizes:
             state_bytes=state_bytes,
             shell_bytes=_bytes_of(whole) - sum(_bytes_of(block) for block in blocks),
             head_bytes=_bytes_of(head) if head is not None else 0,
-            max_positions=getattr(config, "max_position_embeddings", None),
+            max_positions=max_positions(config),
             weights=weights.kind,
             saved_bytes=size.plain - size.held,
         )

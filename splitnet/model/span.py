@@ -268,13 +268,16 @@ class Span:
             done += part.count
         return done
 
-    def sequences(self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None) -> torch.Tensor:
+    def sequences(
+        self, hidden: torch.Tensor, lengths: Sequence[int], adapter: Adapter | None = None, reach: int = 0
+    ) -> torch.Tensor:
         """Runs whole sequences of which nothing is kept; with a graph for gradients if torch records one.
 
         Args:
             hidden: `[positions, hidden]`: the sequences one after the other.
             lengths: positions of each.
             adapter: one that `fit` has accepted.
+            reach: as in `splitnet.net.messages.Forward`.
 
         Returns:
             `[positions, hidden]`, on the span's device and in its dtype.
@@ -283,7 +286,11 @@ class Span:
             ValueError: the lengths do not fit `hidden`.
         """
         prefix = self._adapters.prefix_of(adapter, self.start, self.end)
-        parts = [Part(TracedRow(prefix=prefix), 0, length, adapter) for length in lengths]
+        rows = [TracedRow(prefix=prefix) for _ in lengths]
+        parts = [
+            Part(row, 0, length, adapter, max(reach, row.prefix_length + length))
+            for row, length in zip(rows, lengths, strict=True)
+        ]
         self._check(hidden, parts)
         if not self._packs and self._score_heads > 1:
             longest = max(lengths)
@@ -439,6 +446,8 @@ class Span:
             start = part.start + done
             most = positions_at_once(self._score_heads, part.row.prefix_length + part.start + part.count)
             count = 1 if self._one_by_one and start else min(part.count - done, most)
+            if self._ropes.any:
+                count = min(count, self._ropes.alike(part.row.prefix_length + start, part.reach))
             outputs.append(self._call(hidden[done : done + count], replace(part, start=start, count=count)))
             done += count
             if done < part.count:
@@ -448,10 +457,12 @@ class Span:
     def _call(self, hidden: torch.Tensor, part: Part) -> torch.Tensor:
         row = part.row
         cache = None if isinstance(row, TracedRow) and not row.prefix_length else OneRow(row)
-        with self._ropes.one_sequence(), applying([part.adapter], [part.count]):
+        positions = _positions(part)
+        length = max(part.reach, positions.stop)
+        with self._ropes.one_sequence(length), applying([part.adapter], [part.count]):
             output = self._backbone(
                 inputs_embeds=hidden[None],
-                position_ids=torch.tensor([list(_positions(part))], device=self.device),
+                position_ids=torch.tensor([list(positions)], device=self.device),
                 cache=cache,
                 use_cache=cache is not None,
             )

@@ -248,6 +248,9 @@ class Step:
     """The block that the payload stands before, as a hop that pushes names it: so that no chain can be a circle."""
     timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
     """Of the hops before, in order."""
+    reach: int = appended(uint(MAX_POSITIONS), 0)
+    """Where rotary frequencies depend on the length of a text, a position has those of a text that ends with it, or of
+    one of so many positions (with the prefix of an adapter) if that is longer. Version 0.1.0 refuses it."""
 
     @property
     def positions(self) -> int:
@@ -322,6 +325,8 @@ class Forward:
     """As in `Step`."""
     timings: tuple[Timing, ...] = wire(records(Timing, (_MAX_US,) * 3, most=_MAX_HOPS), default=())
     """Of the hops before, in order."""
+    reach: int = appended(uint(MAX_POSITIONS), 0)
+    """As in `Step`, but a sequence counts as a whole."""
 
     @property
     def positions(self) -> int:

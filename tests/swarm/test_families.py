@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from peers import engine
 from scheduler.speculation import Window
+from splitnet.client.session import Session
 from splitnet.client.speculation.experience import Experience
+from splitnet.errors import UnsupportedParameter
 from splitnet.model.families import STATES
 from splitnet.net.directory import Directory
 from tests.swarm.generation import After
@@ -125,3 +127,66 @@ def test_a_conversation_goes_back_far(
             assert cache.session.traffic.positions < 30 + 9 + 27 + 9, "the common beginning was kept"
     assert torch.equal(first, local.generate(ids, **options))
     assert torch.equal(again, local.generate(other, **options))
+
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32, "factor": 4.0}
+LONG |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+PHI = {"rope_parameters": LONG, "original_max_position_embeddings": 32, "sliding_window": None}
+GROWING = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("phi3", PHI),
+        ("llama", {"rope_parameters": LONG}),
+        ("llama", {"rope_parameters": GROWING, "max_position_embeddings": 32}),
+    ],
+    ids=["computed anew", "long", "growing"],
+)
+def test_texts_beyond_the_length_where_the_rotary_embedding_changes(
+    family: str, config: dict[str, Any], node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts under it and over it, in pieces and in batches, with drafts, and where a hop is lost."""
+    monkeypatch.setattr(Experience, "window", lambda *_: Window(2, 3))
+    monkeypatch.setattr(Session, "step_positions", lambda *_: 16)
+    folder = random_checkpoint(family, tmp_path, **config)
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    ids = torch.randint(3, 300, (3, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :19], mask[2, :1] = 0, 0
+
+    def local() -> Any:  # it remembers the longest text so far
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def plain(ids: torch.Tensor, mask: torch.Tensor | None = None, **more: Any) -> torch.Tensor:
+        return local().generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options, **more)
+
+    with local_swarm(folder, [(0, 2), (2, 4), (4, 6), (2, 4)], node=node) as swarm:
+        remote = swarm.model()
+        with torch.no_grad():
+            logits = remote(ids, attention_mask=mask).logits[mask.bool()]
+            torch.testing.assert_close(
+                logits, local()(ids, attention_mask=mask).logits[mask.bool()], atol=2e-5, rtol=1e-3
+            )
+        assert torch.equal(remote.generate(ids, attention_mask=mask, **options), plain(ids, mask))
+        assert torch.equal(remote.generate(ids[:1], num_beams=3, **options), plain(ids[:1], num_beams=3))
+        over = remote.generate(ids[:1], speculate="prompt-lookup", **options)
+        assert torch.equal(over, plain(ids[:1]))
+        across = plain(ids[:1, :26])
+        if family == "phi3":
+            with pytest.raises(UnsupportedParameter, match=r"a text of 33 tokens.*speculate"):
+                remote.generate(ids[:1, :26], speculate="prompt-lookup", **options)
+        else:
+            assert torch.equal(remote.generate(ids[:1, :26], speculate="prompt-lookup", **options), across)
+        with remote.session() as cache:
+            first = remote.generate(ids[:1, :17], **options)
+            assert torch.equal(first, plain(ids[:1, :17]))
+            assert torch.equal(remote.generate(first, **options), plain(first))
+            remote.generate(ids[:1, :26], prompt_lookup_num_tokens=4, **options)
+            assert torch.equal(remote.generate(across[:, :32], **options), plain(across[:, :32]))
+            mixed = swarm.model(local_blocks="0:1")
+            assert torch.equal(mixed.generate(ids[:1, :26], **options), across)
+            kill = After(9, kill_hop(swarm, cache))
+            assert torch.equal(remote.generate(ids[:1, :26], streamer=kill, **options), across)
+            assert cache.session is not None and len(repairs(cache.session)) == 1

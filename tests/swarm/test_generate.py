@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.session import Session
-from splitnet.errors import ContextTooLong
+from splitnet.errors import ContextTooLong, UnsupportedModel, UnsupportedParameter
 from tests.swarm.generation import Collector
 from tests.swarm.harness import local_swarm
 from tests.unit.random_models import random_checkpoint
@@ -185,6 +186,83 @@ def test_a_session_keeps_the_cache_between_calls(local: Any, remote: RemoteCausa
         same(local, remote, prompt(9, seed=2))
         same(local, remote, torch.cat([longer[:, :10], prompt(3, seed=3)], dim=1))
         same(local, remote, prompt(6, batch=3, seed=4))
+
+
+@pytest.mark.parametrize("how", [{}, {"speculate": "prompt-lookup"}, {"return_dict_in_generate": True}], ids=str)
+def test_a_call_within_a_call_of_a_session_is_outside_of_it(
+    local: Any, remote: RemoteCausalLM, how: dict[str, Any]
+) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    inner: list[torch.Tensor] = []
+
+    def call(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if ids.shape[1] in (9, 12):
+            inner.append(remote.generate(prompt(5, seed=7), **options))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    with remote.session() as cache:
+        output = remote.generate(prompt(), stopping_criteria=[call], **options, **how)
+        tokens = output if isinstance(output, torch.Tensor) else output.sequences
+        expected = local.generate(prompt(), **options)
+        assert torch.equal(tokens, expected)
+        assert cache.session is not None
+        moved = cache.session.traffic.positions
+        same(local, remote, tokens, max_new_tokens=1)
+        assert cache.session.traffic.positions == moved + 1, "the session goes on from what it held"
+    assert len(inner) == 2
+    assert all(torch.equal(one, local.generate(prompt(5, seed=7), **options)) for one in inner)
+
+
+@pytest.mark.parametrize("in_session", [False, True])
+def test_the_cache_of_an_output_can_be_used(local: Any, remote: RemoteCausalLM, in_session: bool) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    whole = local.generate(prompt(), **{**options, "max_new_tokens": 10})
+    with remote.session() if in_session else nullcontext():
+        output = remote.generate(prompt(), return_dict_in_generate=True, **options)
+        assert output.cache.get_seq_length() == prompt().shape[1] + 4
+        assert torch.equal(remote.generate(output.sequences, cache=output.cache, **options), whole)
+        output = remote.generate(prompt(), return_dict_in_generate=True, **options)
+        if in_session:  # which has another text in it by then
+            remote.generate(prompt(seed=3), **options)
+        assert torch.equal(remote.generate(output.sequences, past_key_values=output.cache, **options), whole)
+        beams = remote.generate(prompt(), return_dict_in_generate=True, num_beams=2, **options)
+        with torch.no_grad():
+            assert remote(beams.sequences[:, -1:].repeat(2, 1), cache=beams.cache).logits.shape[:2] == (2, 1)
+
+
+def test_a_session_knows_what_its_caller_did_with_the_cache(local: Any, remote: RemoteCausalLM) -> None:
+    with remote.session() as cache, torch.no_grad():
+        first = same(local, remote, prompt())
+        cache.crop(-4)
+        remote(prompt(4, seed=8), cache=cache)
+        same(local, remote, first)
+
+
+def test_remote_models_assist(local: Any, remote: RemoteCausalLM) -> None:
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = local.generate(prompt(), **options)
+    assert torch.equal(local.generate(prompt(), assistant_model=remote, **options), expected)
+    with remote.session():
+        assert torch.equal(remote.generate(prompt(), assistant_model=remote, **options), expected)
+    with pytest.raises(UnsupportedParameter, match="speculate is a model with remote blocks"):
+        remote.generate(prompt(), speculate=remote, **options)
+
+
+def test_what_a_remote_model_is_and_is_not(remote: RemoteCausalLM, folder: Path, tmp_path: Path) -> None:
+    assert remote.config._name_or_path == remote.name_or_path == str(folder)
+    with pytest.raises(UnsupportedModel, match=r"blocks of .* are on peers.*peft_model\.save_pretrained"):
+        remote.save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_token_is_refused(remote: RemoteCausalLM) -> None:
+    nothing = torch.zeros(1, 0, dtype=torch.long)
+    for call in (remote, remote.generate, lambda ids: remote(ids, use_cache=True)):
+        with pytest.raises(UnsupportedParameter, match="input_ids have no token"):
+            call(nothing)
+    with torch.no_grad():
+        padding = remote(prompt(), attention_mask=torch.zeros_like(prompt()))
+    assert padding.logits.shape[:2] == prompt().shape
 
 
 def test_a_forward_pass_with_a_cache(local: Any, remote: RemoteCausalLM) -> None:

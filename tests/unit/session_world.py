@@ -367,7 +367,7 @@ class PeerModel:
         held.done += step.positions
         held.last = max(held.last, 0 if step.replay_until else step.number)
         if held.end != BLOCKS:
-            held.log.record(step.parts, step.forks, b"".join(outputs))
+            held.log.record(step.parts, step.forks, b"".join(outputs), step.reach)
         self._send_on(held, step, outputs, kept)
 
     def _send_on(self, held: Held, step: Step, outputs: Sequence[bytes], kept: Sequence[bytes]) -> None:
@@ -455,9 +455,11 @@ class PeerModel:
             return
         if not steps:
             self.to_client(Result(self.id, held.epoch, message.number, message.until, held.codec, ()))
-        for index, (parts, payload) in enumerate(steps):
+        for index, (parts, payload, reach) in enumerate(steps):
             number = message.number if index == len(steps) - 1 else 0
-            step = Step(self.id, held.epoch, number, parts, None, message.until, held.log.codec, payload, held.end)
+            step = Step(
+                self.id, held.epoch, number, parts, None, message.until, held.log.codec, payload, held.end, (), reach
+            )
             self.world.post(self.name, self.world.at(held.next).name, step)
 
 

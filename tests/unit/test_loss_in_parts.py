@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import LlamaConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from splitnet.client.causal_lm import RemoteCausalLM
@@ -18,6 +19,7 @@ from splitnet.errors import UnsupportedParameter
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.head import HeldHead
 from splitnet.model.loss_in_parts import IGNORED, loss_in_parts
+from splitnet.model.rotary import RopeLengths
 from splitnet.model.shell import load_shell
 from splitnet.model.weights import choose_weights
 from tests.unit.random_models import random_checkpoint
@@ -171,7 +173,7 @@ def model_without_blocks(folder: Path) -> RemoteCausalLM:
     def none(blocks: Any) -> Any:
         raise AssertionError(blocks)
 
-    blocks = RemoteBlocks([], none, None)
+    blocks = RemoteBlocks([], none, None, RopeLengths(LlamaConfig()))
     shell = load_shell(Checkpoint.open(folder), blocks)
     model = made_remote(shell, RemoteCausalLM, str(folder))
     model.open_sessions_with(none)

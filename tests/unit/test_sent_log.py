@@ -24,37 +24,39 @@ class Sent:
     parts: tuple[Part, ...]
     forks: tuple[Fork, ...] | None
     payload: bytes
+    reach: int
 
 
 @dataclass
 class Model:
-    """What a log must hold: per row the list of its positions' bytes."""
+    """What a log must hold: per row the list of its positions' bytes, which end with the reach of their step."""
 
     rows: dict[int, list[bytes]] = field(default_factory=dict)
     next_row: int = 1
     written: int = 0
 
-    def fresh(self) -> bytes:
+    def fresh(self, reach: int) -> bytes:
         """Bytes that no other position has."""
         self.written += 1
-        return self.written.to_bytes(SIZE, "big")
+        return self.written.to_bytes(SIZE - 1, "big") + bytes([reach])
 
     def step(self, data: st.DataObject) -> Sent:
         """Draws a step that a client could send next, and takes it in."""
         forks = self._forks(data) if self.rows and data.draw(st.booleans(), "with forks") else None
         candidates = [*self.rows, self.next_row]
         chosen = data.draw(st.lists(st.sampled_from(candidates), min_size=1, max_size=3, unique=True), "rows")
+        reach = data.draw(st.integers(0, 2), "reach")
         parts: list[Part] = []
         payload = b""
         for row in chosen:
             positions = self.rows.setdefault(row, [])
             self.next_row = max(self.next_row, row + 1)
             start = data.draw(st.integers(0, len(positions)), "start")
-            new = [self.fresh() for _ in range(data.draw(st.integers(1, 4), "length"))]
+            new = [self.fresh(reach) for _ in range(data.draw(st.integers(1, 4), "length"))]
             positions[start:] = new
             parts.append(Part(row, start, len(new), 0))
             payload += b"".join(new)
-        return Sent(tuple(parts), forks, payload)
+        return Sent(tuple(parts), forks, payload, reach)
 
     def _forks(self, data: st.DataObject) -> tuple[Fork, ...]:
         sources = data.draw(st.lists(st.sampled_from(sorted(self.rows)), max_size=4), "sources")
@@ -70,7 +72,7 @@ class Model:
 def contents(log: SentLog, positions_per_step: int = 1000) -> dict[int, list[bytes]]:
     """The rows that a hop would hold after a replay into nothing."""
     receiver: dict[int, list[bytes]] = {}
-    for parts, payload in log.replay(positions_per_step):
+    for parts, payload, reach in log.replay(positions_per_step):
         assert 1 <= sum(part.length for part in parts) <= positions_per_step
         offset = 0
         for part in parts:
@@ -78,6 +80,7 @@ def contents(log: SentLog, positions_per_step: int = 1000) -> dict[int, list[byt
             assert part.start == len(row), "a replay leaves no gap and sends nothing twice"
             for _ in range(part.length):
                 row.append(payload[offset : offset + SIZE])
+                assert row[-1][-1] == reach, "the next hop computes the same keys as before"
                 offset += SIZE
         assert offset == len(payload)
     return receiver
@@ -88,7 +91,7 @@ def test_a_replay_gives_what_was_last_sent(data: st.DataObject) -> None:
     model, log = Model(), SentLog(codec=0, bytes_per_position=SIZE)
     for _ in range(data.draw(st.integers(1, 12), "steps")):
         sent = model.step(data)
-        log.record(sent.parts, sent.forks, sent.payload)
+        log.record(sent.parts, sent.forks, sent.payload, sent.reach)
         assert {row: log.length(row) for row in model.rows} == {row: len(held) for row, held in model.rows.items()}
     held = {row: positions for row, positions in model.rows.items() if positions}
     assert contents(log) == held
@@ -101,9 +104,9 @@ def test_a_step_that_is_logged_twice_changes_nothing(data: st.DataObject) -> Non
     model, log = Model(), SentLog(codec=0, bytes_per_position=SIZE)
     for _ in range(data.draw(st.integers(1, 8), "steps")):
         sent = model.step(data)
-        log.record(sent.parts, sent.forks, sent.payload)
+        log.record(sent.parts, sent.forks, sent.payload, sent.reach)
         once = contents(log)
-        log.record(sent.parts, sent.forks, sent.payload)
+        log.record(sent.parts, sent.forks, sent.payload, sent.reach)
         assert contents(log) == once
 
 
@@ -112,7 +115,7 @@ def test_a_fork_goes_its_own_way() -> None:
     log.record([Part(1, 0, 3, 0)], None, b"abc")
     log.record([Part(1, 3, 1, 0), Part(2, 3, 1, 0)], [Fork(1, 1), Fork(2, 1)], b"de")
     log.record([Part(2, 1, 1, 0)], None, b"x")
-    assert {parts[0].row: payload for parts, payload in log.replay(10)} == {1: b"abcd", 2: b"ax"}
+    assert {parts[0].row: payload for parts, payload, _ in log.replay(10)} == {1: b"abcd", 2: b"ax"}
 
 
 def test_no_forks_keep_the_rows_and_an_empty_list_drops_them() -> None:
@@ -140,7 +143,7 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(parts: list[Part], for
     log.record([Part(9, 0, 1, 0)], None, b"c")
     with pytest.raises(ProtocolError):
         log.record(parts, forks, b"xy")
-    assert {parts[0].row: payload for parts, payload in log.replay(10)} == {1: b"ab", 9: b"c"}
+    assert {parts[0].row: payload for parts, payload, _ in log.replay(10)} == {1: b"ab", 9: b"c"}
 
 
 def test_a_replayed_step_never_exceeds_a_payload() -> None:
@@ -148,7 +151,7 @@ def test_a_replayed_step_never_exceeds_a_payload() -> None:
     log = SentLog(codec=0, bytes_per_position=size)
     payload = bytearray(6 * size)  # pages that are never touched take no memory
     log.record([Part(1, 0, 6, 0)], None, memoryview(payload))
-    assert [parts[0].length for parts, _ in log.replay(512)] == [4, 2]
+    assert [parts[0].length for parts, _, _ in log.replay(512)] == [4, 2]
 
 
 forks_of = st.lists(st.builds(Fork, st.integers(1, 8), st.integers(1, 4)), max_size=6, unique_by=lambda fork: fork.row)

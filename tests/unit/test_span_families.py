@@ -311,6 +311,39 @@ def test_rope_that_depends_on_the_length_is_that_of_each_sequence(case: Case, ma
             done += len(output)
 
 
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 16, "factor": 4.0}
+LONG |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("llama", _dynamic_rope(rope_type="dynamic", factor=2.0)),
+        Case("phimoe", {"rope_parameters": LONG | {"short_mscale": 1.0, "long_mscale": 1.5}}),
+        Case("deepseek_v2", SIZES["deepseek_v3"] | {"first_k_dense_replace": 6, "rope_parameters": LONG}),
+        Case("gemma3_text", {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), LONG)}),
+    ],
+    ids=lambda case: case.family,
+)
+@torch.inference_mode()
+def test_positions_have_the_frequencies_that_they_are_told(case: Case, made: Callable[[Case], Path]) -> None:
+    span = Span.load(Checkpoint.open(made(case)), 0, 6)
+    hidden = torch.randn(40, 64)
+
+    def keys(steps: Sequence[tuple[int, int, int]]) -> list[torch.Tensor]:
+        """Of every block, after steps from a position to another, with such a reach."""
+        row = span.new_row()
+        for start, end, reach in steps:
+            span.forward(hidden[start:end], [Part(row, start, end - start, None, reach)])
+        return [keys for _, keys, _ in row.held(40)]
+
+    text = keys([(0, 24, 24), *((position, position + 1, 0) for position in range(24, 40))])
+    replayed = keys([(0, 9, 24), (9, 24, 24), (24, 40, 0)])
+    for one, other in zip(text, replayed, strict=True):
+        assert_close(one, other, 1e-4)
+    assert not torch.allclose(text[-1], keys([(0, 9, 0), (9, 24, 0), (24, 40, 0)])[-1], atol=1e-2), "it matters"
+
+
 TEXT = {"num_hidden_layers": 6, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
 TEXT |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300}
 LINEAR = HYBRIDS["qwen3_5_text"] | {f"linear_num_{which}_heads": 2 for which in ("key", "value")}

@@ -1,0 +1,70 @@
+"""What families do between two calls of their model, and whether splitnet's loop knows of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GenerationMixin
+
+from splitnet.client.causal_lm import RemoteCausalLM
+from splitnet.client.remote_model import RemoteBlocks, made_remote
+from splitnet.client.speculation.family_loop import FamilyLoop
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.rotary import RopeLengths
+from splitnet.model.shell import load_shell
+from tests.unit.random_models import HYBRIDS, random_checkpoint
+
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 40, "factor": 4.0}
+LONG |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "short_mscale": 1.0, "long_mscale": 1.5}
+PHI = {"rope_parameters": LONG, "original_max_position_embeddings": 40}
+
+
+def remote_without_peers(folder: Path) -> RemoteCausalLM:
+    def none(*_: Any) -> Any:
+        raise AssertionError
+
+    checkpoint = Checkpoint.open(folder)
+    blocks = RemoteBlocks([], none, None, RopeLengths(checkpoint.config))
+    model = made_remote(load_shell(checkpoint, blocks), RemoteCausalLM, str(folder))
+    model.open_sessions_with(none)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "expected"),
+    [
+        ("llama", {}, []),
+        *((family, HYBRIDS[family], []) for family in ("bamba", "falcon_h1", "falcon_mamba", "mamba", "mamba2")),
+        ("nemotron_h", HYBRIDS["nemotron_h"], []),
+        ("phi3", PHI, [41]),
+        ("phi3", {"original_max_position_embeddings": 2048, "max_position_embeddings": 2048}, []),
+        ("phimoe", PHI, [41]),
+    ],
+)
+def test_where_a_family_does_something_of_its_own(
+    family: str, config: dict[str, Any], expected: list[int], tmp_path: Path
+) -> None:
+    model = remote_without_peers(random_checkpoint(family, tmp_path, **config))
+    loop = FamilyLoop(model, model.transformers_class)
+    assert loop._lengths == expected
+    assert bool(loop.differs(30, 60)) == bool(expected)
+    assert not loop.differs(30, 40) and not loop.differs(41, 90)
+
+
+@pytest.mark.parametrize("name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample"])
+def test_methods_of_others_are_not_passed_over(name: str, tmp_path: Path) -> None:
+    """Of a family, or of a caller who sets one."""
+    model = remote_without_peers(random_checkpoint("llama", tmp_path, blocks=1))
+
+    def other(self: Any, *args: Any, **given: Any) -> Any:
+        found = getattr(GenerationMixin, name)(self, *args, **given)
+        return {**found, "token_type_ids": torch.zeros(1, 1)} if name.startswith("prepare") else found
+
+    family = type("Other", (model.transformers_class,), {name: other})
+    assert FamilyLoop(model, family).differs(5, 9)
+    assert not FamilyLoop(model, model.transformers_class).differs(5, 9)
+    setattr(model, name, other.__get__(model))
+    assert FamilyLoop(model, model.transformers_class).differs(5, 9)
