@@ -12,6 +12,7 @@ from gguf import GGML_QUANT_SIZES
 from splitnet.model.families import COMPILED, LEAN, PACKS, REFUSED, STATES
 from splitnet.model.gguf_layouts import BLOCK_TYPES
 from splitnet.model.grouped_forms import held_bytes
+from splitnet.model.mlx_format import FAMILIES as MLX_FAMILIES
 from splitnet.model.stored import Kind, Layout
 from tests.swarm.test_catalogue import CATALOGUE, NOT_CUT
 from tests.swarm.test_families import FAMILIES
@@ -26,10 +27,12 @@ IN_SAFETENSORS = {
         8, 0, Kind.FLOAT32, table="e4m3"
     ),
     "MXFP4 (gpt-oss)": Layout(4, 32, Kind.E8M0, table="e2m1"),
-    "AWQ, GPTQ: 4 bits, groups of 128": Layout(4, 128, Kind.FLOAT16, Kind.CODES),
+    "AWQ, GPTQ, AutoRound: 4 bits, groups of 128": Layout(4, 128, Kind.FLOAT16, Kind.CODES),
     "compressed-tensors: 4 bits, groups of 32 (Kimi K2 Thinking)": Layout(4, 32, Kind.BFLOAT16, offset=8),
     "compressed-tensors: 8 bits, an output to a scale": Layout(8, 0, Kind.BFLOAT16, offset=128),
     "bitsandbytes NF4, groups of 64": Layout(4, 64, Kind.FLOAT32, table="nf4"),
+    "MLX: 4 bits, groups of 64": Layout(4, 64, Kind.BFLOAT16, Kind.BFLOAT16),
+    "MLX: 8 bits, groups of 64": Layout(8, 64, Kind.BFLOAT16, Kind.BFLOAT16),
 }
 """How weights are published in safetensors, by the layout that most have."""
 
@@ -71,6 +74,13 @@ def sections() -> Iterator[str]:
     yield "## Formats"
     yield f"Bits per weight in the files and as held, of a weight of {SIDE} x {SIDE}."
     yield table(("in safetensors", "in the file", "held"), _layouts())
+    yield (
+        "MLX is read with 2 to 8 bits and in its modes `mxfp4`, `mxfp8` and `nvfp4`, single layers in other ones too, "
+        "of families in which mlx-lm changes no more than the names of experts: "
+        f"{', '.join(f'`{name}`' for name in sorted(MLX_FAMILIES))}. Of AWQ the packing `gemm` is read (and `exllama`, "
+        "which is the same in files), of AutoRound `auto_round:auto_gptq` and `auto_round:auto_awq`. What is not read "
+        "is refused by name: Quark, HQQ, AQLM and others."
+    )
     yield table(("in GGUF", "in the file", "held"), _gguf_types())
 
 

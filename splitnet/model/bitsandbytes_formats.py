@@ -86,7 +86,7 @@ class Nf4(QuantizedFormat):
 
         def numbers() -> torch.Tensor:
             of_each = spread(scales(), block, count, dim=0)
-            return (TABLES["nf4"][codes().long()] * of_each).view(outputs, inputs).to(dtype)
+            return (TABLES["nf4"][codes().long()] * of_each).view(outputs, inputs)
 
         return Numbers((outputs, inputs), dtype, numbers, "its blocks go beyond an output")
 

@@ -16,9 +16,9 @@ from splitnet.model.quantized_format import (
     Part,
     QuantizedFormat,
     Suffix,
+    codes_or_numbers,
     misfit,
     number_in,
-    one_or_stacked,
 )
 from splitnet.model.scaled_floats import FP8_TABLES, SCALE_KINDS, scaled_weight
 from splitnet.model.stored import Codes, Kind, Layout, StoredTensor
@@ -208,13 +208,10 @@ def _integers(parts: Mapping[str, Part], settings: Mapping[str, Any], dtype: tor
             of = order.read(...).long()
             values = made.codes.float()
             values -= offset if made.zeros is None else made.zeros.float()[:, of]
-            return (values * made.scales.float()[:, of]).to(dtype)
+            return values * made.scales.float()[:, of]
 
         return Numbers(shape, dtype, numbers, "its groups are of permuted inputs ('actorder')")
-    whole = one_or_stacked(layout, shape, read, dtype)
-    if layout.group % 16:
-        return Numbers(shape, dtype, whole.floats, f"{layout.group} inputs share a scale")
-    return whole
+    return codes_or_numbers(layout, shape, read, dtype)
 
 
 def _in_order(index: torch.Tensor, inputs: int, group: int | None) -> bool:

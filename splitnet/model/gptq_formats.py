@@ -9,9 +9,9 @@ import torch
 
 from splitnet.errors import UnsupportedModel
 from splitnet.model.packed_codes import in_order, layout_bits, unpack_words
-from splitnet.model.quantized_format import Numbers, Part, QuantizedFormat, Suffix, misfit
+from splitnet.model.quantized_format import Numbers, Part, QuantizedFormat, Suffix, codes_or_numbers, misfit
 from splitnet.model.scaled_floats import SCALE_KINDS
-from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
+from splitnet.model.stored import Codes, Kind, Layout, StoredTensor
 
 _WORD = 32
 _SUFFIXES = (
@@ -20,6 +20,8 @@ _SUFFIXES = (
     Suffix(".scales", ".weight", "scales"),
     Suffix(".g_idx", ".weight", "groups"),
 )
+_LIKE_GEMM = ("gemm", "exllama", "exllamav2")
+"""Kernels for what AutoAWQ packs in the same way (`awq/modules/linear/exllama.py`: it is unpacked at the start)."""
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The column of eight that each four bits of a word hold, lowest first."""
 
@@ -63,7 +65,7 @@ class Gptq(QuantizedFormat):
             found = (found + self._less_one) & ((1 << bits) - 1)
             return Codes(codes, scales.read(...).T.contiguous(), found.T.contiguous())
 
-        def read_symmetric() -> Codes:
+        def read_symmetric(every: Any) -> Codes:
             made = read_with_zeros()
             assert made.zeros is not None
             if not bool((made.zeros == middle).all()):
@@ -71,7 +73,7 @@ class Gptq(QuantizedFormat):
             check_order()
             return Codes(made.codes, made.scales)
 
-        def read_plain() -> Codes:
+        def read_plain(every: Any) -> Codes:
             check_order()
             return read_with_zeros()
 
@@ -93,7 +95,7 @@ class Gptq(QuantizedFormat):
                 if bool((of < 0).any() | (of >= groups).any()):
                     raise misfit(index, f"is of other groups than {groups}")
                 values = made.codes.float() - made.zeros.float()[:, of]
-                return (values * made.scales.float()[:, of]).to(dtype)
+                return values * made.scales.float()[:, of]
 
             return Numbers((outputs, inputs), dtype, numbers, "its groups are of permuted inputs ('desc_act')")
         wide = group if groups > 1 else 0
@@ -101,11 +103,7 @@ class Gptq(QuantizedFormat):
             layout, read = Layout(held, wide, kind, offset=middle), read_symmetric
         else:
             layout, read = Layout(held, wide, kind, Kind.CODES), read_plain
-        if wide % 16:
-            whole = StoredMatrix(layout, (outputs, inputs), read)
-            shape = (outputs, inputs)
-            return Numbers(shape, dtype, lambda: whole.floats().to(dtype), f"{wide} inputs share a scale")
-        return StoredTensor.of(StoredMatrix(layout, (outputs, inputs), read), dtype)
+        return codes_or_numbers(layout, (outputs, inputs), read, dtype)
 
 
 class Awq(QuantizedFormat):
@@ -120,7 +118,7 @@ class Awq(QuantizedFormat):
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         name = str(settings.get("version") or settings.get("format") or "gemm").lower()
-        if name != "gemm":
+        if name not in _LIKE_GEMM:
             raise UnsupportedModel(f"the AWQ packing {name!r} is not known: take a checkpoint in the packing 'gemm'")
         if settings.get("bits", settings.get("w_bit", 4)) != 4 or not settings.get("zero_point", True):
             raise UnsupportedModel(
@@ -143,12 +141,26 @@ class Awq(QuantizedFormat):
             stored = unpack_words(part.read(...), 4, outputs)
             return stored.view(len(stored), -1, 8)[:, :, order].reshape(len(stored), outputs).T.contiguous()
 
-        def read() -> Codes:
+        def read(index: Any) -> Codes:
             return Codes(columns(words), scales.read(...).T.contiguous(), columns(zeros))
 
         wide = inputs // groups if groups > 1 else 0
-        matrix = StoredMatrix(Layout(4, wide, SCALE_KINDS[scales.dtype], Kind.CODES), (outputs, inputs), read)
-        if wide % 16:
-            why = f"{wide} inputs share a scale"
-            return Numbers((outputs, inputs), dtype, lambda: matrix.floats().to(dtype), why)
-        return StoredTensor.of(matrix, dtype)
+        layout = Layout(4, wide, SCALE_KINDS[scales.dtype], Kind.CODES)
+        return codes_or_numbers(layout, (outputs, inputs), read, dtype)
+
+
+def auto_round(settings: Mapping[str, Any]) -> QuantizedFormat:
+    """`auto-round`, which packs as GPTQ or AWQ does (`packing_format`); single layers may be as `extra_config` says.
+
+    Source: vLLM's `AutoRoundConfig`. Bits and groups follow from the shapes.
+    """
+    packing = str(settings.get("packing_format") or "").removeprefix("auto_round:")
+    if packing not in ("auto_gptq", "auto_awq") or settings.get("data_type", "int") != "int":
+        raise UnsupportedModel(
+            f"AutoRound's packing {packing!r} of {settings.get('data_type', 'int')!r} is not known: take a checkpoint "
+            "in the packing 'auto_round:auto_gptq' or 'auto_round:auto_awq'"
+        )
+    if packing == "auto_awq":
+        return Awq({"bits": settings.get("bits", 4)})
+    single = (settings.get("extra_config") or {}).values()
+    return Gptq({"sym": settings.get("sym", False) and all(one.get("sym", True) for one in single)})

@@ -9,13 +9,16 @@ from splitnet.errors import UnsupportedModel
 from splitnet.model.bitsandbytes_formats import Int8, Nf4
 from splitnet.model.compressed_tensors_format import CompressedTensors
 from splitnet.model.fp8_formats import FbgemmFP8, FineGrainedFP8
-from splitnet.model.gptq_formats import Awq, Gptq
+from splitnet.model.gptq_formats import Awq, Gptq, auto_round
+from splitnet.model.mlx_format import Mlx
 from splitnet.model.mxfp4_format import Mxfp4
 from splitnet.model.nvfp4_formats import ModelOpt
 from splitnet.model.quantized_format import MALFORMED, QuantizedFormat
 
-_KEYS = ("quantization_config", "compression_config")
+_KEYS = ("quantization_config", "compression_config", "quantization")
+"""The last is MLX's."""
 _FORMATS: Mapping[str, Callable[[Mapping[str, Any]], QuantizedFormat]] = {
+    "auto-round": auto_round,
     "awq": Awq,
     "compressed-tensors": CompressedTensors,
     "compressed_tensors": CompressedTensors,
@@ -42,8 +45,11 @@ def quantization_settings(config: Mapping[str, Any]) -> Mapping[str, Any] | None
     return None
 
 
-def quantized_format(settings: Mapping[str, Any]) -> QuantizedFormat:
+def quantized_format(settings: Mapping[str, Any], family: str) -> QuantizedFormat:
     """The format that settings describe.
+
+    Args:
+        family: of the text model.
 
     Raises:
         UnsupportedModel: it is not known, or an option of it is not.
@@ -51,6 +57,8 @@ def quantized_format(settings: Mapping[str, Any]) -> QuantizedFormat:
     method = str(settings.get("quant_method") or "").lower()
     if method == "bitsandbytes" or (not method and settings.get("load_in_4bit")):
         return Nf4() if settings.get("load_in_4bit") else Int8()
+    if not method and {"bits", "group_size"} <= settings.keys():
+        return Mlx(settings, family)
     if method in _FORMATS:
         try:
             return _FORMATS[method](settings)
@@ -61,5 +69,5 @@ def quantized_format(settings: Mapping[str, Any]) -> QuantizedFormat:
     by = repr(method) if method else "a method that the config does not name"
     raise UnsupportedModel(
         f"weights quantized by {by} are not known: take a checkpoint with plain weights, in GGUF, or quantized by one "
-        f"of {', '.join(sorted(_FORMATS))}, bitsandbytes"
+        f"of {', '.join(sorted(_FORMATS))}, bitsandbytes, MLX"
     )

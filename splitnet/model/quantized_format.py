@@ -38,6 +38,8 @@ class Numbers:
     """A quantized weight that no `Layout` describes: it is read as plain numbers.
 
     Attributes:
+        dtype: what it says that it is of.
+        read: gives float32, which whoever loads it rounds once.
         why: the reason, for people.
     """
 
@@ -71,6 +73,8 @@ MALFORMED = (
 DESCRIPTION_BYTES = 1 << 16
 """Parts of quantized weights that are no larger may describe the rest."""
 _MOST_COUNTED = 1 << 31
+_SCALES = (".weight_scale_inv", ".weight_scale", ".scale", ".scales", ".qscale_weight", ".weight_scale_2")
+"""What stands in the place of `.weight` in the names of scales."""
 WEIGHT = "weight"
 """The role of the tensor whose name is that of the weight itself."""
 
@@ -163,8 +167,14 @@ class Weights:
         if self._format is None:
             plain = part(name)
             # Of four dimensions are masks of attention, which old checkpoints have.
-            if plain.dtype in (torch.int8, torch.uint8) and len(plain.shape) in (2, 3):
-                raise misfit(plain, "is stored in small integers, and the config does not say what they stand for")
+            if plain.dtype in (torch.int8, torch.uint8, torch.uint32) and len(plain.shape) in (2, 3):
+                raise misfit(plain, "is stored in integers, and the config does not say what they stand for")
+            stem = name.removesuffix(".weight")
+            if plain.dtype.itemsize == 1 and any(f"{stem}{scale}" in self.groups for scale in _SCALES):
+                raise UnsupportedModel(
+                    f"{name} is stored in {plain.dtype} with scales, and the config does not say how weights are "
+                    "quantized ('quantization_config'): take another config of this model, or another checkpoint"
+                )
             return None
         parts = {role: part(stored) for role, stored in self.groups[name].items()}
         if empty := next((one for one in parts.values() if 0 in one.shape), None):
@@ -201,6 +211,16 @@ def misfit(part: Part, why: str) -> UnsupportedModel:
     return UnsupportedModel(
         f"{part.name} ({list(part.shape)}, {part.dtype}) {why}: take another checkpoint of this model"
     )
+
+
+def codes_or_numbers(
+    layout: Layout, shape: Sequence[int], read: Callable[[Any], Codes], dtype: torch.dtype
+) -> StoredTensor | Numbers:
+    """As `one_or_stacked`, for groups of any length: numbers, where that is none that codes are held in."""
+    if layout.group % 16 == 0:
+        return one_or_stacked(layout, shape, read, dtype)
+    whole = one_or_stacked(layout, shape, read, torch.float32)
+    return Numbers(tuple(shape), dtype, whole.floats, f"{layout.group} inputs share a scale")
 
 
 def one_or_stacked(

@@ -93,8 +93,9 @@ class SafetensorsStore:
     @cached_property
     def _weights(self) -> Weights:
         settings = self._quantization
-        format = None if settings is None else quantized_format(settings)
-        told = self._config.get_text_config().dtype or self._config.dtype
+        text = self._config.get_text_config()
+        format = None if settings is None else quantized_format(settings, text.model_type)
+        told = text.dtype or self._config.dtype
         dtype = told if is_number_type(told) else torch.bfloat16
         return Weights(tuple(self._shards.weight_map), format, dtype)
 

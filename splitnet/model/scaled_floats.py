@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from splitnet.model.packed_codes import signed_codes, unpack_nibbles
-from splitnet.model.quantized_format import Numbers, Part, misfit, number_in, one_or_stacked
+from splitnet.model.quantized_format import Numbers, Part, codes_or_numbers, misfit, number_in
 from splitnet.model.stored import Codes, Kind, Layout, StoredTensor, spread
 
 FP8_TABLES = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
@@ -83,11 +83,7 @@ def scaled_weight(
         zeros = None if zero is None else signed_codes(of_outputs(zero, index), 8)
         return Codes(codes, of_outputs(scale, index).contiguous(), zeros)
 
-    shape = (*experts, outputs, inputs)
-    if group % 16:
-        whole = one_or_stacked(layout, shape, read, dtype)
-        return Numbers(shape, dtype, whole.floats, f"{group} inputs share a scale")
-    return one_or_stacked(layout, shape, read, dtype)
+    return codes_or_numbers(layout, (*experts, outputs, inputs), read, dtype)
 
 
 def _block(weight: Part, scale: Part, shape: Sequence[int], block: Sequence[int] | None) -> tuple[int, int]:

@@ -48,6 +48,7 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64,
+    "U32": torch.uint32,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,

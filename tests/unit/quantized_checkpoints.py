@@ -22,6 +22,7 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 Writer = Callable[[str, torch.Tensor], tuple[dict[str, torch.Tensor], torch.Tensor]]
@@ -207,6 +208,47 @@ def _awq(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torc
     return stored, ((codes - zeros[spread]) * scales.float()[spread]).T
 
 
+def mlx(bits: int, group: int, mode: str = "affine") -> Writer:
+    """MLX: codes in words of uint32; in other modes than "affine" they are numbers themselves, and scales are bytes."""
+
+    def write(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        codes = torch.randint(0, 2**bits, weight.shape)
+        groups = (*weight.shape[:-1], weight.shape[-1] // group)
+        stem = name.removesuffix("weight")
+        words = torch.stack([pack_words(one, bits) for one in codes.view(-1, *weight.shape[-2:])])
+        stored = {name: words.view(*weight.shape[:-1], -1).view(torch.uint32)}
+        if mode == "affine":
+            scales, biases = (torch.rand(groups).bfloat16() / 2**bits, torch.randn(groups).bfloat16() / 8)
+            stored |= {stem + "scales": scales, stem + "biases": biases}
+            spread = [one.float().repeat_interleave(group, -1) for one in (scales, biases)]
+            return stored, codes * spread[0] + spread[1]
+        values = E2M1 if bits == 4 else torch.arange(256, dtype=torch.uint8).view(FP8).float().nan_to_num(0)
+        if bits == 8:
+            codes = torch.where(codes & 127 == 127, 0, codes)  # NaN
+            words = torch.stack([pack_words(one, bits) for one in codes.view(-1, *weight.shape[-2:])])
+            stored = {name: words.view(*weight.shape[:-1], -1).view(torch.uint32)}
+        if mode == "nvfp4":
+            scales = (torch.rand(groups) / 16).to(FP8)
+            stored[stem + "scales"] = scales.view(torch.uint8)
+            numbers = scales.float()
+        else:
+            exponents = torch.randint(115, 119, groups)
+            stored[stem + "scales"] = exponents.to(torch.uint8)
+            numbers = torch.exp2(exponents.float() - 127)
+        return stored, values[codes] * numbers.repeat_interleave(group, -1)
+
+    return write
+
+
+def mlx_settings(bits: int, group: int, mode: str = "affine") -> dict[str, Any]:
+    """What MLX says of it in a config."""
+    return {"group_size": group, "bits": bits, "mode": mode}
+
+
+def _mlx(*format: Any) -> Scheme:
+    return Scheme(mlx_settings(*format), mlx(*format))
+
+
 def _nf4(*, nested: bool = False) -> Writer:
     # Dettmers et al., "QLoRA", appendix E.
     table = torch.tensor(
@@ -254,7 +296,6 @@ def _int8(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], tor
 
 
 def _modelopt_nvfp4(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     outputs, inputs = weight.shape
     codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
     scales = (torch.rand(outputs, inputs // 16) * 10).to(FP8)
@@ -265,9 +306,17 @@ def _modelopt_nvfp4(name: str, weight: torch.Tensor) -> tuple[dict[str, torch.Te
         stem + "weight_scale_2": torch.tensor(0.01),
         stem + "input_scale": torch.tensor(1.0),
     }
-    return stored, values[codes.long()] * (scales.float() * 0.01).repeat_interleave(16, 1)
+    return stored, E2M1[codes.long()] * (scales.float() * 0.01).repeat_interleave(16, 1)
 
 
+_AUTO_ROUND = {
+    "quant_method": "auto-round",
+    "bits": 4,
+    "group_size": 32,
+    "sym": True,
+    "autoround_version": "0.5",
+    "packing_format": "auto_round:auto_gptq",
+}
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32}
 SCHEMES: dict[str, Scheme] = {
     "fp8": Scheme({"quant_method": "fp8", "weight_block_size": [32, 64]}, _fp8(32, 64)),
@@ -306,6 +355,21 @@ SCHEMES: dict[str, Scheme] = {
     "gptq-8-bits": Scheme(_GPTQ | {"bits": 8, "sym": True}, _gptq(8, symmetric=True)),
     "gptq-desc_act": Scheme(_GPTQ | {"desc_act": True, "sym": True}, _gptq(4, symmetric=True, permuted=True)),
     "awq": Scheme({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, _awq),
+    "awq-exllama": Scheme({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "exllama"}, _awq),
+    "auto-round": Scheme(_AUTO_ROUND, _gptq(4, symmetric=True)),
+    "auto-round-awq": Scheme(_AUTO_ROUND | {"packing_format": "auto_round:auto_awq"}, _awq),
+    "auto-round-mixed": Scheme(
+        _AUTO_ROUND | {"extra_config": {"model.layers.0.self_attn.q_proj": {"sym": False}}}, _gptq(4)
+    ),
+    "mlx-2": _mlx(2, 32),
+    "mlx-3": _mlx(3, 64),
+    "mlx-4": _mlx(4, 64),
+    "mlx-5": _mlx(5, 32),
+    "mlx-6": _mlx(6, 64),
+    "mlx-8": _mlx(8, 64),
+    "mlx-mxfp4": _mlx(4, 32, "mxfp4"),
+    "mlx-nvfp4": _mlx(4, 16, "nvfp4"),
+    "mlx-mxfp8": _mlx(8, 32, "mxfp8"),
     "nf4": Scheme({"quant_method": "bitsandbytes", "load_in_4bit": True}, _nf4()),
     "nf4-nested": Scheme({"quant_method": "bitsandbytes", "load_in_4bit": True}, _nf4(nested=True)),
     "int8-bitsandbytes": Scheme({"quant_method": "bitsandbytes", "load_in_8bit": True}, _int8),

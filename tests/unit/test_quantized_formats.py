@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,24 @@ from transformers import AutoModelForCausalLM
 
 from splitnet.errors import UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.held_experts import HeldExperts
+from splitnet.model.mlx_format import Mlx
 from splitnet.model.packed_codes import unpack_words
+from splitnet.model.quantized_format import Part as FilePart
+from splitnet.model.shell import check_all_is_taken
 from splitnet.model.span import Part, Span, block_bytes
 from splitnet.model.stored import StoredTensor
 from splitnet.model.whole_model import load_whole
-from tests.unit.quantized_checkpoints import SCHEMES, Scheme, pack_words, quantized_pair, tensors_of, write_checkpoint
+from tests.unit.quantized_checkpoints import (
+    SCHEMES,
+    Scheme,
+    mlx,
+    mlx_settings,
+    pack_words,
+    quantized_pair,
+    tensors_of,
+    write_checkpoint,
+)
 from tests.unit.random_models import random_checkpoint
 
 BITS = {
@@ -29,6 +43,12 @@ BITS = {
     **dict.fromkeys(("float-quantized", "float-quantized-tensor", "float-quantized-block", "mxfp8-compressed"), 8),
     **dict.fromkeys(("gptq-8-bits", "int8-bitsandbytes"), 8),
     **dict.fromkeys(("int3-group", "gptq-3-bits"), 3),
+    "mlx-2": 2,
+    "mlx-3": 3,
+    "mlx-5": 5,
+    "mlx-6": 6,
+    "mlx-8": 8,
+    "mlx-mxfp8": 8,
 }
 """Of the layout, where it is not 4."""
 ROUNDED = ("int8-channel-bfloat16", "nvfp4")
@@ -106,6 +126,15 @@ def _with_config(folder: Path, **changes: Any) -> Path:
         ("awq", {"version": "gemv"}, "'gemv'"),
         ("awq", {"bits": 8}, "'bits'"),
         ("modelopt-nvfp4", {"quant_algo": "W4A8_AWQ"}, "'W4A8_AWQ'"),
+        ("gptq", {"quant_method": "quark"}, "'quark'"),
+        ("auto-round", {"packing_format": "auto_round:exllamav2"}, "'exllamav2'"),
+        ("auto-round", {"data_type": "mx_fp"}, "'mx_fp'"),
+        ("mlx-4", {"mode": "affine-2"}, "'affine-2'"),
+        ("mlx-4", {"bits": 8}, "8 bits in groups of 64"),
+        ("mlx-4", {"group_size": 32}, "groups of 32"),
+        ("mlx-4", {"group_size": 10**12}, "group_size"),
+        ("mlx-4", {"model.layers.0.mlp.up_proj": False}, r"layers\.0\.mlp\.up_proj"),
+        ("mlx-mxfp4", {"mode": "affine"}, "biases"),
         ("nf4", {"load_in_4bit": False}, "absmax|without its scales"),
         ("int4-group", {"config_groups": ["Linear"]}, "does not say clearly"),
         ("int4-group", {"config_groups": {"g": {"targets": ["Linear"], "weights": {"bits": 4}}}}, "num_bits"),
@@ -199,6 +228,108 @@ def test_a_whole_model_needs_none_of_the_packages_that_wrote_it(
         found = load_whole(Checkpoint.open(folder), "auto")(ids).logits
         expected = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(ids).logits
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_mlx_in_all_bits_and_groups(bits: int, group: int) -> None:
+    stored, expected = mlx(bits, group)("a.weight", torch.empty(6, 256))
+    parts = {
+        role: FilePart(f"a.{role}", tuple(one.shape), one.dtype, one.__getitem__)
+        for role, one in zip(("weight", "scales", "biases"), stored.values(), strict=True)
+    }
+    weight = Mlx(mlx_settings(bits, group), "llama").tensor("a.weight", parts, torch.float32)
+    torch.testing.assert_close(weight.floats(), expected)
+
+
+def test_mlx_may_quantize_layers_in_different_ways(sources: dict[str, Path], tmp_path: Path) -> None:
+    expected, stored = tensors_of(sources["llama"]), dict[str, torch.Tensor]()
+    own = {"model.layers.1.mlp.down_proj": mlx_settings(8, 32), "model.layers.0.self_attn.o_proj": False}
+    for name, value in expected.items():
+        settings = own.get(name.removesuffix(".weight"), value.ndim == 2)
+        if settings:
+            parts, expected[name] = (mlx(8, 32) if settings is not True else mlx(4, 64))(name, value)
+            stored |= parts
+        else:
+            stored[name] = value
+    config = json.loads((sources["llama"] / "config.json").read_text())
+    folder = write_checkpoint(
+        tmp_path / "it", sources["llama"], stored, config | {"quantization": mlx_settings(4, 64) | own}
+    )
+    plain = write_checkpoint(tmp_path / "plain", sources["llama"], expected, config)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        found = load_whole(Checkpoint.open(folder), "auto")(ids).logits
+        wanted = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)(ids).logits
+    torch.testing.assert_close(found, wanted)
+    check_all_is_taken(Checkpoint.open(folder))
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "glm4_moe", "minimax_m2"])
+def test_experts_of_mlx_are_stacked(family: str, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    source = random_checkpoint(family, tmp_path / "source", blocks=2, hidden=64)
+    expected, stored = tensors_of(source), dict[str, torch.Tensor]()
+    stacks: dict[str, dict[int, str]] = {}
+    for name in expected:
+        if match := re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", name):
+            path = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}.get(match[3], match[3])
+            stacks.setdefault(f"{match[1]}.switch_mlp.{path}.weight", {})[int(match[2])] = name
+    for name, members in stacks.items():
+        parts, values = mlx(4, 32)(name, torch.stack([expected[members[one]] for one in range(len(members))]))
+        stored |= parts
+        expected |= {members[one]: value.clone() for one, value in enumerate(values)}
+    assert stacks
+    alone = {
+        name: one for name, one in expected.items() if not any(name in members.values() for members in stacks.values())
+    }
+    config = json.loads((source / "config.json").read_text())
+    folder = write_checkpoint(tmp_path / "it", source, stored | alone, config | {"quantization": mlx_settings(4, 32)})
+    checkpoint = Checkpoint.open(folder)
+    check_all_is_taken(checkpoint)
+    plain = Checkpoint.open(write_checkpoint(tmp_path / "plain", source, expected, config))
+    span, whole = Span.load(checkpoint, 0, 2), Span.load(plain, 0, 2)
+    assert any(isinstance(one, HeldExperts) for one in span._backbone.modules())
+    hidden = torch.randn(5, 64)
+    found, wanted = (each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, whole))
+    assert float((found - wanted).norm() / wanted.norm()) < 2e-3
+
+
+def test_mlx_of_families_that_it_changes_is_refused(tmp_path: Path) -> None:
+    folder = random_checkpoint("qwen3_next", tmp_path / "it", blocks=3)
+    config = json.loads((folder / "config.json").read_text()) | {"quantization": mlx_settings(4, 64)}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"MLX.*'qwen3_next'"):
+        Checkpoint.open(folder)
+
+
+@pytest.mark.parametrize("scheme", ["fp8", "fp8-weight_scale", "modelopt-nvfp4", "mlx-4"])
+def test_scales_without_a_config_are_not_the_fault_of_the_tensors(
+    scheme: str, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """Without them they would be loaded as weights that stand for something else."""
+    folder, _ = quantized_pair(sources["llama"], tmp_path, scheme)
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="config does not say"):
+        check_all_is_taken(Checkpoint.open(folder))
+    with pytest.raises(UnsupportedModel, match="config does not say"):
+        Span.load(Checkpoint.open(folder), 0, 1)
+
+
+def test_numbers_of_codes_are_rounded_once(sources: dict[str, Path], tmp_path: Path) -> None:
+    folder, plain = quantized_pair(sources["llama"], tmp_path, "gptq-desc_act")
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"dtype": "bfloat16"})
+    )
+    name = "model.layers.1.mlp.down_proj.weight"
+    with Checkpoint.open(folder).load_tensors({name: name}, torch.float32) as read:
+        torch.testing.assert_close(read[name][...], tensors_of(plain)[name], rtol=1e-6, atol=1e-7)
+    span, whole = (Span.load(Checkpoint.open(one), 1, 2, dtype="float32") for one in (folder, plain))
+    hidden = torch.randn(5, 128)
+    found, wanted = (each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, whole))
+    torch.testing.assert_close(found, wanted)
 
 
 def test_zeros_that_the_config_denies_are_an_error(sources: dict[str, Path], tmp_path: Path) -> None:

@@ -118,23 +118,12 @@ def test_a_multimodal_checkpoint(llama: Path, tmp_path: Path) -> None:
         assert found.status is Status.failed and name in found.text
 
 
-def test_scales_that_no_config_tells_of(llama: Path, tmp_path: Path) -> None:
-    """An FP8 checkpoint whose config was lost would be loaded as weights without their scales."""
-    folder, _ = quantized_pair(llama, tmp_path, "fp8-tensor")
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    del config["quantization_config"]
-    path.write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModel, match=r"weight_scale_inv.*and \d+ more"):
-        Span.load(Checkpoint.open(folder), 0, 1)
-
-
 def test_integers_that_no_config_tells_of(llama: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     tensors = tensors_of(llama)
     tensors |= {name: (tensors[name] * 100).to(torch.int8), "model.layers.1.attn.bias": torch.ones(1, 1, 4, 4).byte()}
     folder = write_checkpoint(tmp_path / "integers", llama, tensors, json.loads((llama / "config.json").read_text()))
-    with pytest.raises(UnsupportedModel, match=f"{name}.* small integers"):
+    with pytest.raises(UnsupportedModel, match=f"{name}.* in integers"):
         _load_block(Checkpoint.open(folder))
 
 
