@@ -125,7 +125,10 @@ class Tuning:
         command = ["splitnet", "chat" if self.train.form == "chat" else "generate", *self.way]
         command += ["--adapter", str(self.output)]
         if self.train.form != "chat":
-            command += ["--raw", self.template.replace("{text}", "...") if self.train.form == "classification" else "..."]
+            command += [
+                "--raw",
+                self.template.replace("{text}", "...") if self.train.form == "classification" else "...",
+            ]
         typer.echo(f"Use it: {shlex.join(command)}")
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Never, TypeVar
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from splitnet.client.pass_blocks import PassBlocks
 from splitnet.client.pass_session import PassSession
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.client.unknown_model import learn_manifest
-from splitnet.errors import UnsupportedModel
+from splitnet.errors import AdapterError, UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.families import has_attention
 from splitnet.model.rotary import RopeLengths
@@ -85,6 +85,12 @@ class RemoteBlocks(nn.Module):
         assert run is not None, "the backbone calls the blocks"
         return run(hidden)
 
+    def __deepcopy__(self, memo: object) -> Never:
+        raise AdapterError(
+            "blocks that peers run cannot be copied, as copies of the model and LoRA's layer_replication do: load the "
+            "model a second time"
+        )
+
     @property
     def call(self) -> Call:
         """The one that the running thread is in."""
@@ -128,6 +134,26 @@ class RemoteModel(PreTrainedModel):
     def local_spans(self) -> list[Blocks]:
         """The blocks `[start, end)` that run here and not on peers."""
         return self._blocks.local_spans
+
+    @property
+    def peft_config(self) -> Mapping[str, Any]:
+        """Of adapters on layers, by name: PEFT sets it when it has put the first one there.
+
+        Raises:
+            AdapterError: when it is set, if peers cannot run the blocks so.
+        """
+        if self._blocks.adapters.configs is None:
+            raise AttributeError("there are no adapters on this model")
+        return self._blocks.adapters.configs
+
+    @peft_config.setter
+    def peft_config(self, configs: Mapping[str, Any]) -> None:
+        self._blocks.adapters.configs = configs
+        self._blocks.adapters.check()
+
+    @peft_config.deleter
+    def peft_config(self) -> None:  # pyright: ignore[reportIncompatibleVariableOverride]
+        self._blocks.adapters.configs = None
 
     def close(self) -> None:
         """Leaves the swarm."""

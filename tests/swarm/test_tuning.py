@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import CartridgeConfig, LoraConfig, MultitaskPromptTuningConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from transformers import AutoModelForCausalLM
 
+from splitnet.client.local_adapters import PROMPTS
 from splitnet.errors import AdapterError
 from splitnet.net.directory import Directory
 from splitnet.tuning.methods import begin_prefix
@@ -163,10 +167,10 @@ def test_an_adapter_gives_the_same_on_both_sides(
             assert torch.equal(tokens, greedy(local, prompt, 8))
 
 
-def greedy(model: Any, prompt: torch.Tensor, new_tokens: int) -> torch.Tensor:
+def greedy(model: Any, prompt: torch.Tensor, new_tokens: int, **more: Any) -> torch.Tensor:
     """Token by token without a cache, so that nothing depends on how PEFT generates."""
     for _ in range(new_tokens):
-        logits = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False).logits
+        logits = model(input_ids=prompt, attention_mask=torch.ones_like(prompt), use_cache=False, **more).logits
         prompt = torch.cat((prompt, logits[:, -1:].argmax(-1)), dim=1)
     return prompt
 
@@ -200,3 +204,152 @@ def test_training_by_forward_passes_alone(
 
 def trained(model: PeftModel) -> torch.Tensor:
     return torch.cat([tensor.detach().flatten() for tensor in model.parameters() if tensor.requires_grad])
+
+
+on_one_family = pytest.mark.parametrize("folder", ["llama"], indirect=True)
+
+
+def lora_with(**fields: Any) -> LoraConfig:
+    return LoraConfig(**{"task_type": CAUSAL, "r": 4, "target_modules": ["q_proj", "v_proj"], **fields})
+
+
+@on_one_family
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias=True"),
+        ({"bias": "lora_only"}, "bias='lora_only'"),
+        ({"target_parameters": ["lm_head.weight"]}, "target_parameters"),
+        ({"alora_invocation_tokens": [5, 6]}, r"alora_invocation_tokens=\[5, 6\]"),
+        ({"init_lora_weights": "pissa"}, "PiSSA"),
+        ({"init_lora_weights": "olora"}, "OLoRA"),
+        ({"layer_replication": [[0, 2], [0, 2]]}, "layer_replication"),
+        ({"modules_to_save": ["o_proj"]}, "0.self_attn.o_proj is a ModulesToSaveWrapper"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save"),
+        ({"modules_to_save": ["mlp"]}, "modules_to_save"),
+    ],
+)
+def test_what_peers_do_not_apply_is_refused_when_a_model_is_wrapped(
+    fields: dict[str, Any], named: str, swarm: LocalSwarm
+) -> None:
+    with swarm.visit() as visit, pytest.raises(AdapterError, match=named):
+        get_peft_model(visit.model(), lora_with(**fields))
+
+
+@on_one_family
+def test_other_methods_of_peft_are_refused_when_a_model_is_wrapped(swarm: LocalSwarm) -> None:
+    refused = {kind for kind in PEFT_TYPE_TO_CONFIG_MAPPING if kind not in {*PROMPTS, "LORA"}}
+    needs = {
+        "ADALORA": {"total_step": 10},
+        "XLORA": {"hidden_size": 64, "adapters": {}},
+        "C3A": {"block_size": 8},
+        "VBLORA": {"vector_length": 16, "num_vectors": 16},
+        "BOFT": {"boft_block_size": 8},
+        "OFT": {"oft_block_size": 8},
+        "FOURIERFT": {"n_frequency": 10},
+        "IA3": {"feedforward_modules": []},
+    }
+    own_targets = {"ADAPTION_PROMPT": {"adapter_len": 4, "adapter_layers": 2}, "XLORA": {}}
+    with swarm.visit() as visit:
+        for kind in refused:
+            made = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+            targets = own_targets.get(kind, {"target_modules": ["q_proj"]})
+            try:
+                config = made(task_type=CAUSAL, **targets, **needs.get(kind, {}))
+            except ImportError:  # it needs a package that is not here
+                continue
+            # One looks for the very class of torch, and says so.
+            with pytest.raises(ValueError if kind == "GLORA" else AdapterError, match=r"peers|plain torch\.nn\.Linear"):
+                get_peft_model(visit.model(), config)
+
+
+@on_one_family
+def test_what_changes_after_wrapping_is_applied_or_refused(
+    swarm: LocalSwarm, local_model: Callable[[], Any], folder: Path
+) -> None:
+    inputs = padded(2)
+    where = inputs["attention_mask"].bool()
+
+    def two(model: Any) -> Any:
+        adapted = wrapped(model, lora(folder.name))
+        torch.manual_seed(5)
+        adapted.add_adapter("other", lora_with(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False))
+        return adapted.eval()
+
+    def both(model: Any) -> Any:
+        model.base_model.set_adapter(["default", "other"])
+        return logits(model)
+
+    def scaled(model: Any) -> Any:
+        with rescale_adapter_scale(model, 0.3):
+            return logits(model)
+
+    def disabled(model: Any) -> Any:
+        with model.disable_adapter():
+            return logits(model)
+
+    def added_up(model: Any) -> Any:
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.7], "sum", combination_type="cat")
+        model.set_adapter("sum")
+        return logits(model)
+
+    def unloaded(model: Any) -> Any:
+        return logits(model.unload())
+
+    def logits(model: Any) -> Any:
+        return model(**inputs, use_cache=False).logits[where].detach()
+
+    with swarm.visit() as visit:
+        for change in (both, scaled, disabled, added_up, unloaded):
+            assert torch.allclose(change(two(visit.model())), change(two(local_model())), atol=2e-4), change.__name__
+        remote = two(visit.model())
+        for merge in ("merge_adapter", "merge_and_unload"):
+            with pytest.raises(AdapterError, match="merging"):
+                getattr(remote, merge)()
+        assert torch.allclose(logits(remote), logits(two(local_model())), atol=2e-4)
+        remote.add_adapter("third", lora_with(lora_bias=True))
+        with pytest.raises(AdapterError, match="'third' has lora_bias=True"):
+            logits(remote)
+        remote.delete_adapter("third")
+        logits(remote)
+        layer = remote.get_submodule("base_model.model.model.layers.1.self_attn.q_proj")
+        with pytest.raises(AdapterError, match="LoRA's two matrices"):
+            layer.lora_A["default"].register_forward_hook(lambda *_: None)
+            logits(remote)
+        for refused in (two(visit.model()), functools.partial(two(visit.model()).generate, max_new_tokens=2)):
+            with pytest.raises(AdapterError, match="adapter_names"):
+                refused(**inputs, adapter_names=["default", "other", "__base__", "other", "default"])
+
+
+@on_one_family
+@pytest.mark.parametrize("method", ["prefix", "lora", "multitask", "cartridge"])
+@pytest.mark.parametrize("loads", [False, True])
+def test_adapters_load_and_run_in_inference_mode(
+    method: str, loads: bool, swarm: LocalSwarm, local_model: Callable[[], Any], config: Config, tmp_path: Path
+) -> None:
+    more: dict[str, Any] = {"task_ids": torch.tensor([1])} if method == "multitask" else {}
+    made = {
+        "multitask": lambda: MultitaskPromptTuningConfig(task_type=CAUSAL, num_virtual_tokens=5, num_tasks=2),
+        "cartridge": lambda: CartridgeConfig(task_type=CAUSAL, num_virtual_tokens=5),
+    }.get(method, lambda: config(method))()
+    wrapped(local_model(), made).save_pretrained(str(tmp_path))
+    prompt = padded(3)["input_ids"][:1, :9]
+    local = PeftModel.from_pretrained(local_model(), tmp_path).eval()
+    with swarm.visit() as visit:
+        with torch.inference_mode(loads):
+            remote = PeftModel.from_pretrained(visit.model(), tmp_path).eval()
+        with torch.inference_mode():
+            tokens = remote.generate(
+                input_ids=prompt, **more, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+            )
+            assert torch.equal(tokens, greedy(local, prompt, 8, **more))
+            if method == "lora":
+                base: Any = remote.get_base_model()
+                cache: Any = base.new_cache()
+                remote(prompt, cache=cache)
+                # torch does not count changes in this mode.
+                remote.get_parameter("base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight").mul_(2)
+                with pytest.raises(AdapterError, match="another adapter"):
+                    remote(prompt[:, :1], cache=cache)
+                cache.close()
