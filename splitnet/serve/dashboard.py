@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
 from dataclasses import asdict
 from importlib import resources
@@ -121,12 +120,11 @@ class Dashboard:
         try:
             self._records = await run_in_threadpool(self._swarm.peers, fresh=True)
             self._problem = None
-        except SplitnetError as error:
-            self._problem = str(error)
+        except SplitnetError as error:  # none is left that counts, see `KnownPeers.look`
+            self._records, self._problem = [], str(error)
 
     def _look(self) -> Any:
-        valid = [record for record in self._records if record.expires_at > time.time()]
-        seen = self._presence.look(valid, self._generations.progress.working_peers())
+        seen = self._presence.look(self._records, self._generations.progress.working_peers())
         return snapshot(self._name, self._generations, self._admission, seen, self._problem)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +79,23 @@ def test_a_snapshot_tells_of_the_peers_and_of_answers_with_their_routes(server: 
         assert [hop["peer"] for hop in route["hops"]] == [peer["key"] for peer in peers]
         assert [link["codec"] for link in route["links"]] == ["none"] * 3
         assert all(link["bytes_per_token"] > 0 and link["delay_ms"] is not None for link in route["links"])
+
+    asyncio.run(does())
+
+
+def test_peers_are_shown_for_as_long_as_the_swarm_knows_them(
+    server: Server, model: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client asks what has changed, so it may hold a record that was renewed long ago."""
+    old = [dataclasses.replace(record, issued_at=record.issued_at - 3600) for record in model.swarm.peers()]
+    assert all(record.expires_at < time.time() for record in old)
+    monkeypatch.setattr(model.swarm, "peers", lambda fresh: old)
+
+    async def does() -> None:
+        async with server.running():
+            snapshot, _ = await shown(server)
+        assert [(peer["start"], peer["end"]) for peer in snapshot["peers"]] == [(0, 2), (2, 6)]
+        assert snapshot["holes"] == []
 
     asyncio.run(does())
 
