@@ -49,7 +49,7 @@ format: .venv/dev.stamp
 .venv/all.stamp: pyproject.toml $(wildcard splitnet/model/native/*) | .venv/bin/python
 	@echo "Installing splitnet into .venv (some minutes the first time)"
 	@rm -f splitnet/model/_kernels.cpython-*
-	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[all]"
+	@.venv/bin/python -m pip install --disable-pip-version-check --editable ".[all]"
 	@touch $@
 
 .venv/dev.stamp: pyproject.toml $(wildcard splitnet/model/native/*) | .venv/bin/python

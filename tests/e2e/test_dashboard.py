@@ -180,6 +180,17 @@ def test_a_phone_and_both_themes(visit: Visit) -> None:
     assert background_of(page) == dark != light
 
 
+@pytest.mark.parametrize("width", [800, 1280])
+def test_the_table_stays_in_its_place(visit: Visit, width: int) -> None:
+    page = visit(width=width).come()
+    expect(page.locator("#peers tr")).to_have_count(3)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    shown, table, chat = (page.locator(place).bounding_box() for place in (".peers", ".peers table", ".chat"))
+    assert shown and table and chat
+    assert shown["x"] + shown["width"] <= (chat["x"] if chat["x"] > shown["x"] else width)
+    assert width < 1240 or table["width"] <= shown["width"]
+
+
 def test_what_peers_say_is_never_read_as_html(visit: Visit) -> None:
     """More than a record allows: the page must not rely on what others have checked."""
     evil = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"

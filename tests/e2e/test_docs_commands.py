@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -32,6 +33,7 @@ EXECUTED = {"chat", "generate", "key", "plan", "status"}
 """Commands of splitnet that end by themselves within seconds."""
 NEEDS_SWARM = {"chat", "generate", "status"}
 """Without --join these look for one on the local network, where tests must not find any."""
+SERVED_NAMES = {name for command in COMMANDS for option, name in pairwise(command.words) if option == "--served-name"}
 NEEDS_MORE = {"--adapter", "--swarm-key", "simulate", "tune"}
 """What needs files of an earlier command, or minutes."""
 PLACEHOLDERS = {
@@ -224,7 +226,7 @@ def chat_server(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 @of_program("curl")
-def test_the_server_answers(command: Command, chat_server: str, small: Path) -> None:
+def test_the_server_answers(command: Command, chat_server: str, small: Path, demo_checkpoint: Path) -> None:
     _, url, *options = command.words
     given = dict(zip(options[::2], options[1::2], strict=True))
     assert given.keys() <= {"-H", "-d"}
@@ -233,7 +235,9 @@ def test_the_server_answers(command: Command, chat_server: str, small: Path) -> 
     if "-d" not in given:
         assert httpx.get(url, headers=headers, timeout=60).status_code == 200
         return
-    body = {**json.loads(given["-d"]), "model": small.name, "max_tokens": 4}
+    shown = json.loads(given["-d"])
+    assert shown["model"] in {demo_checkpoint.stem, *SERVED_NAMES}, "no server in the documents has this model"
+    body = {**shown, "model": small.name, "max_tokens": 4}
     reply = httpx.post(url, content=json.dumps(body), headers=headers, timeout=60)
     assert reply.status_code == 200, reply.text
     assert reply.json()["choices"][0]["message"]["role"] == "assistant"
