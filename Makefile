@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 
 export MODEL PROMPT
 
-.PHONY: demo chat test lint docs format soak attack
+.PHONY: demo chat test lint docs format bench-quick soak attack
 .DELETE_ON_ERROR:
 
 demo: .venv/all.stamp
@@ -26,6 +26,10 @@ lint: .venv/dev.stamp
 
 docs: .venv/dev.stamp
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+# How fast blocks decode on this processor, beside transformers and the memory; fails below its bounds. A minute.
+bench-quick: .venv/dev.stamp
+	@.venv/bin/python -W ignore -m benchmarks.quick
 
 # Needs root on Linux, see docs/netlab.md.
 soak: .venv/dev.stamp

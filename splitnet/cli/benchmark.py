@@ -20,7 +20,7 @@ from splitnet.bench.report import LOCAL, SWARM, Report
 from splitnet.cli.connection import Connection
 from splitnet.cli.progress import StageProgress
 from splitnet.client.causal_lm import attach
-from splitnet.model.kernels import path_in_use
+from splitnet.model.kernels import path_in_use, prefetch_in_use, processor
 
 
 @dataclass(frozen=True)
@@ -80,5 +80,7 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "processor": processor(),
         "kernels": path_in_use(),
+        "prefetch": str(prefetch_in_use()),
     }

@@ -83,7 +83,7 @@ def devices(asked: str = AUTO) -> Finding:
 def kernels() -> Finding:
     """Whether splitnet's own kernels are there, and for this CPU."""
     try:
-        from splitnet.model.kernels import Kernels, have_threads, kernels_here, path_in_use, why_none
+        from splitnet.model.kernels import Kernels, have_threads, kernels_here, path_in_use, prefetch_in_use, why_none
     except (ImportError, OSError) as error:
         return failed("kernels", f"torch cannot be loaded ({error}): install it again, see https://pytorch.org")
     except KernelsError as error:
@@ -98,7 +98,9 @@ def kernels() -> Finding:
             )
         return warned("kernels", f"{why_none}, so CPUs decode more slowly, with torch's kernels: {fix}")
     used = "plain loops are used, and torch's kernels where it has some"
-    text = f"compiled; {used if found is Kernels.PLAIN else f'{path_in_use()} is used'}"
+    if found is Kernels.FAST:
+        used = f"{path_in_use()} is used, with prefetch {prefetch_in_use()}"
+    text = f"compiled; {used}"
     if not have_threads():
         return warned(
             "kernels",

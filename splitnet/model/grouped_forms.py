@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Self
@@ -366,7 +366,7 @@ def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
         end = begin + len(shapes)
         found: tuple[Order, torch.Tensor] | None = None
         for index, matrices in enumerate(stored.experts):
-            order, tiles = _tiles_of(layout, [matrix.read() for matrix in matrices[begin:end]])
+            order, tiles = _tiles_of(layout, [matrix.read() for matrix in matrices[begin:end]], _passing_room)
             if found is None:
                 found = order, in_large_pages(len(stored.experts) * len(tiles), order.tile_bytes)
             elif order != found[0]:
@@ -378,7 +378,14 @@ def hold_experts(stored: StoredTensor, device: torch.device) -> ExpertForm:
     return ExpertForm(parts, len(stored.experts))
 
 
-def _tiles_of(layout: Layout, below: Sequence[Codes]) -> tuple[Order, torch.Tensor]:
+def _passing_room(rows: int, row_bytes: int) -> torch.Tensor:
+    """Memory for tiles that are copied and freed at once."""
+    return torch.empty(rows, row_bytes, dtype=torch.uint8)
+
+
+def _tiles_of(
+    layout: Layout, below: Sequence[Codes], room: Callable[[int, int], torch.Tensor] = in_large_pages
+) -> tuple[Order, torch.Tensor]:
     """The tiles of codes that stand one below the other."""
     codes = _below(below)
     inputs = codes.codes.shape[1]
@@ -387,7 +394,7 @@ def _tiles_of(layout: Layout, below: Sequence[Codes]) -> tuple[Order, torch.Tens
         order = replace(order, nibbles=False)
     if layout.table == "e4m3" and bool((codes.codes & 127 == 127).any()):
         order = replace(order, finite=False)
-    tiles = in_large_pages(-(-len(codes.codes) // TILE), order.tile_bytes)
+    tiles = room(-(-len(codes.codes) // TILE), order.tile_bytes)
     most = max(1, _PIECE // (TILE * inputs))
     for begin in range(0, len(tiles), most):
         some = codes.of_outputs(slice(begin * TILE, (begin + most) * TILE))

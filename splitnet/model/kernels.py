@@ -4,6 +4,9 @@ Wheels have them; from source pip compiles them when it finds a C compiler and P
 own kernels are used, which read integer weights at about half the speed. There is a path for each kind of instructions
 (`native/paths.h`); the best that this CPU has is used, or the one that the environment variable `SPLITNET_KERNELS`
 names. They run on torch's own threads (`docs/decisions/0023-wheels.md`).
+
+How weights are prefetched is measured once on each machine: a hint that is right for one maker's processors can halve
+the speed of another's.
 """
 
 from __future__ import annotations
@@ -11,17 +14,26 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import re
+import struct
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from splitnet.errors import KernelsError
+from splitnet.known_figures import KnownFigures
+from splitnet.model.demo import cache_folder
 from splitnet.model.openmp import linked_with_torch
 
 PATH_VARIABLE = "SPLITNET_KERNELS"
-"""Names the path that is to be used."""
+"""Names the path that is to be used, the prefetch, or both: `avx2`, `nta+4096`, `avx2,none`."""
 
 PLAIN_PATH = "plain"
 """Loops for any CPU."""
@@ -41,7 +53,7 @@ def _load() -> tuple[Any, str]:
         return None, "not compiled"
     except ImportError as error:
         return None, f"compiled, but not loaded ({error})"
-    if not hasattr(loaded, "use_threads"):
+    if not hasattr(loaded, "prefetch"):
         return None, f"compiled, but from older sources ({loaded.__file__})"
     try:
         torchs = linked_with_torch()
@@ -72,8 +84,116 @@ def use_path(name: str) -> None:
     _kernels.use(name)
 
 
-if os.environ.get(PATH_VARIABLE):
-    use_path(os.environ[PATH_VARIABLE])
+_HINTS = ("none", "t0", "t1", "nta")
+"""In the order of `enum hint` in `native/products.h`, named as on x86."""
+
+
+@dataclass(frozen=True)
+class Prefetch:
+    """How kernels ask for weights before they read them.
+
+    Attributes:
+        hint: one of "none", "t0" (into the first cache), "t1" (into the second), "nta" (into the first, not to stay).
+        ahead: bytes, where weights lie in the order in which they are read.
+    """
+
+    hint: str
+    ahead: int = 8192
+
+    def __str__(self) -> str:
+        return self.hint if self.hint == "none" else f"{self.hint}+{self.ahead}"
+
+
+PREFETCHES = (Prefetch("t1"), Prefetch("t0"), Prefetch("nta"), Prefetch("t1", 2048), Prefetch("none"))
+"""Are tried. The first is taken unless another is faster by more than chance."""
+
+_FASTER = 0.95
+_ROUNDS = 3
+_TRIED_BYTES = 48 * 2**20
+"""More than the second cache holds, and than most of the third."""
+
+_PIECE_BYTES = 3 * 2**20
+_TRIED_INPUTS = 2048
+_prefetch: Prefetch | None = None
+_choosing = threading.RLock()
+
+
+def use_prefetch(prefetch: Prefetch) -> None:
+    """Prefetches so from now on."""
+    global _prefetch
+    _prefetch = prefetch
+    _kernels.prefetch(_HINTS.index(prefetch.hint), prefetch.ahead)
+
+
+def prefetch_in_use() -> Prefetch | None:
+    """How weights are prefetched: as `SPLITNET_KERNELS` says, as was measured on this machine before, or as is measured
+    now, in some 0.2 s. None: the kernels were not compiled, or only plain loops are used.
+    """
+    if kernels_here() is not Kernels.FAST:
+        return None
+    with _choosing:
+        if _prefetch is None:
+            known = KnownFigures(cache_folder() / "speeds.json")
+            key = f"prefetch {platform.node()}/{processor()} kernels-{version()} threads-{torch.get_num_threads()}"
+            found = {str(each): each for each in PREFETCHES}.get(str(known.find(key)))
+            if found is None:
+                use_prefetch(PREFETCHES[0])  # so that products of the measurement do not ask again
+                found = fastest_prefetch()
+                known.keep(key, str(found))
+            use_prefetch(found)
+        return _prefetch
+
+
+def fastest_prefetch() -> Prefetch:
+    """The fastest of `PREFETCHES`, if it is twice seen to be faster than the first."""
+    seconds = time_prefetches(PREFETCHES)
+    best = min(seconds, key=lambda each: seconds[each])
+    if best != PREFETCHES[0]:
+        seconds = time_prefetches((PREFETCHES[0], best))
+    return best if seconds[best] < _FASTER * seconds[PREFETCHES[0]] else PREFETCHES[0]
+
+
+def time_prefetches(prefetches: Sequence[Prefetch]) -> dict[Prefetch, float]:
+    """Seconds that one row times weights takes, of 8 bits in tiles and of float16.
+
+    Prefetches take turns; of each piece of the weights the fastest product counts: other processes hardly matter.
+    """
+    weights = torch.full((_TRIED_BYTES,), 0x3C, dtype=torch.uint8)  # makes usual numbers, whatever it is read as
+    tile_bytes = 64 + 16 * _TRIED_INPUTS
+    outputs = _PIECE_BYTES // tile_bytes * 16
+    tiles = (0, 8, 0, _TRIED_INPUTS, _TRIED_INPUTS, outputs, 128, 2, 9, 64, 0, tile_bytes, 0)  # as `Grouped` has them
+    description = torch.frombuffer(bytearray(struct.pack("13qd3qd", *tiles, 1.0, 0, 0, 0, 1.0)), dtype=torch.int64)
+    rows = torch.ones(1, _TRIED_INPUTS, dtype=torch.float32)
+    products = torch.empty(1, outputs, dtype=torch.float32)
+    pieces = weights.split(_PIECE_BYTES)
+    taken = {each: [float("inf")] * len(pieces) for each in prefetches}
+    before = _prefetch
+    for _ in range(_ROUNDS):
+        for each in prefetches:
+            use_prefetch(each)
+            for index, piece in enumerate(pieces):
+                began = time.perf_counter()
+                multiply_grouped(rows, description, piece, products)
+                multiply_floats(rows, piece.view(torch.float16).view(-1, _TRIED_INPUTS))
+                taken[each][index] = min(taken[each][index], time.perf_counter() - began)
+    if before is not None:
+        use_prefetch(before)
+    return {each: sum(times) for each, times in taken.items()}
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def version() -> str:
+    """The path in use, and when these kernels were compiled."""
+    compiled_at = os.stat(_kernels.__file__).st_mtime_ns if _kernels is not None else 0
+    return f"{path_in_use()}@{compiled_at}"
 
 
 def paths_here() -> list[str]:
@@ -155,6 +275,8 @@ def multiply_grouped(
     Raises:
         IndexError: there is no such expert.
     """
+    if _prefetch is None:
+        prefetch_in_use()
     given = rows.contiguous()
     chosen = None if experts is None else experts.contiguous()
     _kernels.grouped(
@@ -211,6 +333,8 @@ def multiply_floats(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     A row gives the same whatever others are with it.
     """
+    if _prefetch is None:
+        prefetch_in_use()
     given = rows.float().contiguous()
     products = given.new_empty(len(given), len(weight))  # while another thread loads a model, the default is its type
     kernel = getattr(_kernels, _FLOATS[weight.dtype])
@@ -241,8 +365,30 @@ def step(
         order: of numbers that are turned together, as `splitnet.model.rotary.Order`.
         stored_bytes: of a number in the stores: 4, or 2 for bfloat16.
     """
+    if _prefetch is None:
+        prefetch_in_use()
     tensors = (hidden, stores, indices, cosines, sines)
     at, stores_at, indices_at, cosines_at, sines_at = (tensor.data_ptr() for tensor in tensors)
     threads = torch.get_num_threads()
     sizes = (cosines.shape[-1], order, stored_bytes, threads)
     _kernels.step(blocks.data_ptr(), count, at, len(hidden), stores_at, indices_at, cosines_at, sines_at, *sizes)
+
+
+def use_as_named(names: str) -> None:
+    """Uses a path, a prefetch or both from now on, as `SPLITNET_KERNELS` names them.
+
+    Raises:
+        KernelsError: as `use_path`; or there is no such prefetch.
+    """
+    for name in names.split(","):
+        found = re.fullmatch(rf"({'|'.join(_HINTS)})(?:\+([0-9]{{1,6}}))?", name.strip())
+        if found is None:
+            use_path(name.strip())
+        elif kernels_here() is Kernels.NONE:
+            raise KernelsError(f"{PATH_VARIABLE} names {name!r}, but splitnet's kernels are {why_none}: leave it out")
+        else:
+            use_prefetch(Prefetch(found[1], int(found[2])) if found[2] else Prefetch(found[1]))
+
+
+if os.environ.get(PATH_VARIABLE):
+    use_as_named(os.environ[PATH_VARIABLE])

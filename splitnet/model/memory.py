@@ -6,12 +6,14 @@ import ctypes
 import gc
 import mmap
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from splitnet.errors import OutOfMemory
 
@@ -34,23 +36,57 @@ def free_memory(device: str | torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
 
 
-def in_large_pages(rows: int, row_bytes: int) -> torch.Tensor:
-    """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them.
+_LARGE_PAGE = 2**21
+_ROOM = 32 * _LARGE_PAGE
+"""Bytes of address space that small weights share. The system gives memory for what is written."""
 
-    The processor remembers where some thousand pages are; of small ones all weights have many times more.
+_sharing = threading.Lock()
+_shared = torch.empty(0, dtype=torch.uint8)
+"""What is left of the room for small weights. It is freed when the last weight in it is."""
+
+
+def in_large_pages(rows: int, row_bytes: int) -> torch.Tensor:
+    """Memory `[rows, row_bytes]`, uint8, in large pages where the system has them; for weights, which stay.
+
+    The processor remembers where some thousand pages are; of small ones all weights have many times more. A large page
+    holds several small weights.
 
     Raises:
         MemoryError: the system has no more.
     """
+    size = rows * row_bytes
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(rows, row_bytes, dtype=torch.uint8)
+    if size > _ROOM // 4:
+        return _mapped(size)[:size].view(rows, row_bytes)
+    global _shared
+    with _sharing:
+        if size > len(_shared):
+            _shared = _mapped(_ROOM)
+        found, _shared = _shared[:size], _shared[-(-size // 64) * 64 :]
+    return found.view(rows, row_bytes)
+
+
+def move_to_large_pages(block: nn.Module) -> None:
+    """Moves the parameters of a block on a CPU there."""
+    for parameter in block.parameters():
+        if parameter.device.type == "cpu":
+            room = in_large_pages(1, parameter.nbytes)[0].view(parameter.dtype).view(parameter.shape)
+            parameter.data = room.copy_(parameter.data)
+    trim_memory()
+
+
+def _mapped(size: int) -> torch.Tensor:
+    """So many bytes and more, from the beginning of a large page on."""
     try:
-        memory = mmap.mmap(-1, max(1, rows * row_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise MemoryError(f"the system has no {rows * row_bytes} bytes") from error
+        memory = mmap.mmap(-1, size + 2 * _LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"the system has no {size} bytes") from error
     with suppress(OSError):  # a kernel without them
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)[: rows * row_bytes].view(rows, row_bytes)
+    mapped = torch.frombuffer(memory, dtype=torch.uint8)
+    begin = -mapped.data_ptr() % _LARGE_PAGE
+    return mapped[begin : begin + -(-size // _LARGE_PAGE) * _LARGE_PAGE]
 
 
 def give_back_memory() -> None:
@@ -59,6 +95,9 @@ def give_back_memory() -> None:
     Blocks are parts of cycles, so they wait for the collector, and not even it frees what was frozen; and the C library
     keeps what is freed for later, in pieces that the next blocks may not fit into.
     """
+    global _shared
+    with _sharing:
+        _shared = _shared[:0].clone()
     gc.unfreeze()
     gc.collect()
     for accelerator in (torch.cuda, torch.mps, torch.xpu):

@@ -55,7 +55,7 @@ from splitnet.model.fast_step import FastStep, find_fast_step, same_kind
 from splitnet.model.float_experts import prove_grouped_product
 from splitnet.model.held_linear import hold_weights
 from splitnet.model.kv_cache import OneRow, PassThrough, RowCache, TracedRow
-from splitnet.model.memory import free_memory, guarded
+from splitnet.model.memory import free_memory, guarded, move_to_large_pages
 from splitnet.model.rotary import LengthDependentRopes
 from splitnet.model.row_states import HELD_AT_ONCE, RowStates
 from splitnet.model.span_adapters import SpanAdapters
@@ -208,6 +208,8 @@ class Span:
                     codes_on=chosen.device if chosen.keeps_codes else None,
                 )
             nn.Module.to(backbone, device).requires_grad_(False)
+            for block in backbone.get_submodule(container).children():
+                move_to_large_pages(block)
             use_device_kernels(backbone, wanted)
             prove_grouped_product(backbone)
             check_neutral(backbone, container, wanted)

@@ -63,7 +63,7 @@ static int codes_differ(const Path *path, int code, int bits, int64_t group, int
                       .words = words, .unit = 1.0 / 8191};
     lay_out(&weight);
     int64_t tiles = parts_of(OUTPUTS, TILE);
-    uint8_t *at = calloc(tiles * weight.tile_bytes + AHEAD, 1);
+    uint8_t *at = calloc(tiles * weight.tile_bytes + 8192, 1);
     for (int64_t tile = 0; tile < tiles; tile++) {
         uint8_t *begin = at + tile * weight.tile_bytes;
         for (int64_t first = 0; first < inputs; first += weight.panel) {

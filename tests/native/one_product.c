@@ -14,7 +14,7 @@ int main(int count, char **given) {
                       .bytes = calloc(16, 1), .values = calloc(256, sizeof(float)),
                       .words = calloc(16, sizeof(int16_t)), .unit = 1};
     lay_out(&weight);
-    uint8_t *at = calloc(tiles * weight.tile_bytes + AHEAD, 1);
+    uint8_t *at = calloc(tiles * weight.tile_bytes + 8192, 1);
     float *rows = calloc(inputs, sizeof(float)), *products = calloc(tiles * TILE, sizeof(float));
     Quantised quantised;
     for (int i = 0; i < PATHS; i++) {

@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from splitnet.errors import KernelsError
 from splitnet.model import kernels
 from splitnet.model.int8_forms import Int8
 from splitnet.model.kernels import multiply_floats
@@ -202,3 +205,75 @@ def test_a_path_that_cannot_be_used_is_refused_by_name(name: str, reason: str, p
     assert ran.returncode and name in ran.stderr and "use one of" in ran.stderr
     ran = subprocess.run([sys.executable, "-c", program], env={**environment, kernels.PATH_VARIABLE: path})
     assert ran.returncode == 0
+
+
+@pytest.fixture
+def no_prefetch_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As on a machine that has measured nothing."""
+    before = kernels.prefetch_in_use()
+    monkeypatch.setattr(kernels, "_prefetch", None)
+    monkeypatch.setenv("SPLITNET_CACHE", str(tmp_path))
+    yield
+    kernels.use_prefetch(before or kernels.PREFETCHES[0])
+
+
+@needs_floats
+@pytest.mark.usefixtures("no_prefetch_yet")
+def test_the_fastest_prefetch_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    best = kernels.PREFETCHES[2]
+    times = Mock(return_value=best)
+    monkeypatch.setattr(kernels, "fastest_prefetch", times)
+    multiply_floats(torch.ones(1, 4), torch.ones(4, 4))
+    assert kernels.prefetch_in_use() == best and times.call_count == 1
+    monkeypatch.setattr(kernels, "_prefetch", None)
+    assert kernels.prefetch_in_use() == best and times.call_count == 1, "it is known from the file"
+    monkeypatch.setattr(kernels, "_prefetch", None)
+    monkeypatch.setattr(kernels, "processor", lambda: "another")
+    assert kernels.prefetch_in_use() == best and times.call_count == 2
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        ([{0: 1.0, 1: 0.97}, {0: 1.0, 1: 0.97}], 0),
+        ([{0: 1.0, 1: 0.9, 2: 0.95}, {0: 1.0, 1: 0.9}], 1),
+        ([{0: 1.0, 1: 0.5}, {0: 1.0, 1: 1.0}], 0),
+        ([{0: 1.0, 1: 1.5}], 0),
+    ],
+)
+def test_a_prefetch_must_be_faster_twice(
+    seen: list[dict[int, float]], expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = [{kernels.PREFETCHES[index]: seconds for index, seconds in each.items()} for each in seen]
+    monkeypatch.setattr(kernels, "time_prefetches", Mock(side_effect=times))
+    assert kernels.fastest_prefetch() == kernels.PREFETCHES[expected]
+
+
+@needs_floats
+def test_products_do_not_depend_on_the_prefetch() -> None:
+    before = kernels.prefetch_in_use()
+    rows, weight = rows_of(2, 300, 1), torch.randn(70, 300)
+    held = hold_stored([matrix_of(LAYOUTS["Q4_K"], 64, 512, 3)], torch.device("cpu"))
+    found: list[tuple[torch.Tensor, ...]] = []
+    for each in (*kernels.PREFETCHES, kernels.Prefetch("nta", 999999)):
+        kernels.use_prefetch(each)
+        found.append((multiply_floats(rows, weight), held.multiply(rows_of(2, 512, 1))))
+    kernels.use_prefetch(before or kernels.PREFETCHES[0])
+    assert all(torch.equal(one, first) for some in found for one, first in zip(some, found[0], strict=True))
+
+
+@needs_floats
+def test_all_prefetches_are_timed() -> None:
+    times = kernels.time_prefetches(kernels.PREFETCHES)
+    assert set(times) == set(kernels.PREFETCHES) and all(0 < seconds < float("inf") for seconds in times.values())
+
+
+@needs_floats
+def test_the_environment_names_path_and_prefetch(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = kernels.prefetch_in_use()
+    for names, expected in (("nta+4096", "nta+4096"), (f"{path},none", "none"), (f"t0,{path}", "t0+8192")):
+        kernels.use_as_named(names)
+        assert (kernels.path_in_use(), str(kernels.prefetch_in_use())) == (path, expected)
+    with pytest.raises(KernelsError, match=r"nta\+x"):
+        kernels.use_as_named("nta+x")
+    kernels.use_prefetch(before or kernels.PREFETCHES[0])

@@ -12,9 +12,10 @@ import torch
 from peers import known_speeds, span_server
 from peers.counters import Counters
 from peers.current_span import CurrentSpan
-from peers.known_speeds import MAX_KNOWN, KnownSpeeds
+from peers.known_speeds import KnownSpeeds
 from peers.options import PeerOptions
 from peers.speed import ObservedSpeed
+from splitnet.known_figures import MAX_KNOWN
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
 from tests.unit.random_models import random_checkpoint
@@ -47,7 +48,7 @@ def test_another_device_model_or_way_to_compute_has_its_own(
     for owner, name, value in (
         (known_speeds.kernels, "path_in_use", lambda: "other"),
         (known_speeds.splitnet, "__version__", "other"),
-        (known_speeds, "_cpu", lambda: "other"),
+        (known_speeds.kernels, "processor", lambda: "other"),
         (torch, "get_num_threads", lambda: 99),
         (torch, "__version__", "other"),
         (known_speeds.platform, "node", lambda: "other"),

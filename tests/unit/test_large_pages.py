@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from splitnet.errors import OutOfMemory
-from splitnet.model.memory import guarded, in_large_pages
+from splitnet.model.memory import guarded, in_large_pages, move_to_large_pages
 
 MAPS = Path("/proc/self/smaps")
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -39,6 +40,20 @@ def test_large_pages_are_asked_for_and_not_shared_ones_which_linux_gives_none() 
     room = in_large_pages(8, 2**21)
     flags = flags_at(room.data_ptr() + room.nbytes // 2)
     assert "hg" in flags and "sh" not in flags
+
+
+def test_small_weights_share_large_pages_and_do_not_overlap() -> None:
+    rooms = [in_large_pages(3, 1000 + index).fill_(index) for index in range(100)]
+    assert all(bool((room == index).all()) for index, room in enumerate(rooms))
+    assert all(room.data_ptr() % 64 == 0 for room in rooms)
+    assert len({room.data_ptr() // 2**21 for room in rooms}) <= 2
+
+
+def test_parameters_move_there_and_stay_the_same() -> None:
+    layer = nn.Linear(300, 200, dtype=torch.bfloat16).requires_grad_(False)
+    weight, before = layer.weight, layer.weight.clone()
+    move_to_large_pages(layer)
+    assert layer.weight is weight and torch.equal(weight, before) and weight.data_ptr() % 64 == 0
 
 
 def test_more_than_there_is_says_how_many_blocks_would_fit() -> None:

@@ -65,7 +65,8 @@ INLINE VNNI void convert_chunk(int bits, enum code code, const Grouped *weight, 
     if (bits == 5) values[1] = _mm512_loadu_ps(weight->values + 16);
     __m512i stored[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < bits; i++) stored[i] = _mm512_loadu_si512(at + i * VECTOR), fetch(at + i * VECTOR + AHEAD);
+    for (int i = 0; i < bits; i++) stored[i] = _mm512_loadu_si512(at + i * VECTOR);
+    fetch(at + ahead, bits, VECTOR);
 #pragma GCC unroll 8
     for (int vector = 0; vector < 8; vector++) {
         __m512i runs = codes_of(bits, stored, vector);

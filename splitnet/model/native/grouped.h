@@ -410,7 +410,7 @@ INLINE VNNI void all_numbers(const Grouped *weight, const Panel *panel, float *s
     const float base = base_of(weight);
     const float factor = (float)weight->factor;
     Numbers these = {panel->scales, panel->scale_units, weight->group ? UNITS / weight->group : 1, panel->groups, scales};
-    for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) fetch(line + AHEAD);
+    for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) fetch(line + ahead, 1, VECTOR);
     convert_scales(weight->scale, &these, factor);
     _mm512_storeu_ps(scales + panel->groups * TILE, _mm512_setzero_ps());
     if (zeros == NULL) return;
@@ -482,10 +482,8 @@ INLINE VNNI void integer_chunk(int bits, int table, int small, int sets, const u
                                Numbered from, int count, __m512i upper[4][2], __m512i lower[4][2]) {
     __m512i stored[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < bits; i++) {
-        stored[i] = _mm512_loadu_si512(codes + i * VECTOR);
-        fetch(codes + i * VECTOR + AHEAD);
-    }
+    for (int i = 0; i < bits; i++) stored[i] = _mm512_loadu_si512(codes + i * VECTOR);
+    fetch(codes + ahead, bits, VECTOR);
 #pragma GCC unroll 8
     for (int vector = 0; vector < 8; vector++) {
         __m512i code = codes_of(bits, stored, vector);
@@ -615,9 +613,8 @@ INLINE VNNI void code_float_block(enum code kind, const GroupedJob *job, const R
                 const uint8_t *codes = panel.codes + some / 8 * bytes;
                 const int later = some % 8 != 0;
                 const float *given = job->rows + row * job->stride + first + some * 4;
-#pragma GCC unroll 4
-                for (int i = 0; i < bytes / 2 / VECTOR; i++) fetch(codes + (later * bytes / 2) + i * VECTOR + AHEAD);
                 codes += later * (bytes / 2);
+                fetch(codes + ahead, bytes / 2 / VECTOR, VECTOR);
 #pragma GCC unroll 4
                 for (int vector = 0; vector < 4; vector++) {
                     __m512 values[4];
@@ -692,7 +689,7 @@ INLINE BFLOATS void bfloat_block(const GroupedJob *job, const Quantised *rows, c
                 for (int half = 0; half < 2; half++) pairs[r][half][0] = pairs[r][half][1] = _mm512_setzero_ps();
             for (; codes < stop; codes += VECTOR, high += 8, low += 8) {
                 __m512i code = _mm512_loadu_si512(codes);
-                fetch(codes + AHEAD);
+                fetch(codes + ahead, 1, VECTOR);
                 __m512i lower = _mm512_permutex2var_epi8(table[0][0], code, table[0][1]);
                 __m512i upper = _mm512_permutex2var_epi8(table[1][0], code, table[1][1]);
                 upper = _mm512_ternarylogic_epi32(code, sign, upper, 0xea); /* code & sign | upper */

@@ -106,16 +106,16 @@ INLINE TARGET Floats NAMED(weights_at)(enum kind kind, const void *at) {
     return (Floats)(V(from_uint16)(at) << 16);
 }
 
-/* `next`: what is to be read by then, NULL: nothing. */
+/* `foreseen`: whether the next block's outputs are asked for. */
 INLINE TARGET void NAMED(float_vectors)(enum kind kind, const char *weights, int64_t pitch, const float *rows, int64_t inputs,
-                                        int64_t outputs, int64_t count, Floats sums[BLOCK][4], const char *next) {
+                                        int64_t outputs, int64_t count, Floats sums[BLOCK][4], int foreseen) {
     Floats given[4];
+    if (foreseen) fetch(weights + BLOCK * pitch, outputs, pitch);
 #pragma GCC unroll 4
     for (int64_t r = 0; r < count; r++) given[r] = NAMED(load_floats)(rows + r * inputs);
 #pragma GCC unroll 4
     for (int64_t o = 0; o < outputs; o++) {
         Floats weight = NAMED(weights_at)(kind, weights + o * pitch);
-        if (next) __builtin_prefetch(next + o * VECTOR, 0, 0);
 #pragma GCC unroll 4
         for (int64_t r = 0; r < count; r++) sums[o][r] = V(fma)(weight, given[r], sums[o][r]);
     }
@@ -133,14 +133,14 @@ INLINE TARGET void NAMED(float_block)(enum kind kind, const Job *job, int64_t ou
     int64_t i = 0;
     for (; i + LANES <= job->inputs; i += LANES)
         NAMED(float_vectors)(kind, weights + i * width, pitch, rows + i, job->inputs, outputs, count, sums,
-                             i % lines ? NULL : weights + BLOCK * pitch + i * width * BLOCK);
+                             i % lines == 0);
     if (i < job->inputs) { /* copies, filled up with zeros */
         const int64_t left = job->inputs - i;
         char last[BLOCK][LANES * 4] = {{0}};
         float given[4][LANES] = {{0}};
         for (int64_t o = 0; o < outputs; o++) memcpy(last[o], weights + o * pitch + i * width, left * width);
         for (int64_t r = 0; r < count; r++) memcpy(given[r], rows + r * job->inputs + i, left * sizeof(float));
-        NAMED(float_vectors)(kind, last[0], LANES * 4, given[0], LANES, outputs, count, sums, NULL);
+        NAMED(float_vectors)(kind, last[0], LANES * 4, given[0], LANES, outputs, count, sums, 0);
     }
     for (int64_t r = 0; r < count; r++) {
         Floats of_row[BLOCK] = {sums[0][r], sums[1][r], sums[2][r], sums[3][r]};
@@ -255,7 +255,7 @@ TARGET static void NAMED(convert_zeros)(enum number kind, const Numbers *these, 
 which who calls multiplies in the end; and one more, that is 0, of each. */
 INLINE TARGET void NAMED(all_numbers)(const Grouped *weight, const Panel *panel, float base, float *scales, float *zeros) {
     Numbers these = {panel->scales, panel->scale_units, weight->group ? UNITS / weight->group : 1, panel->groups, scales};
-    for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) __builtin_prefetch(line + AHEAD, 0, 0);
+    for (const uint8_t *line = panel->scales; line < panel->codes; line += VECTOR) fetch(line + ahead, 1, VECTOR);
     NAMED(convert_scales)(weight->scale, &these);
     memset(scales + panel->groups * TILE, 0, TILE * sizeof(float));
     if (zeros == NULL) return;
@@ -300,8 +300,7 @@ groups of 16 inputs, one after the other; `merged`: all to `upper`, for which gr
 INLINE TARGET void NAMED(integer_chunk)(int bits, int table, int small, int sets, int merged, const uint8_t *codes,
                                         const Bytes values[2], const Numbered *from, int count, Ints upper[ROWS][2][PARTS],
                                         Ints lower[ROWS][2][PARTS]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < bits; i++) __builtin_prefetch(codes + i * VECTOR + AHEAD, 0, 0);
+    fetch(codes + ahead, bits, VECTOR);
     const int paired = IS_PAIRED(bits, table);
     const int many = bits == 6 ? 2 : bits == 5 || table || small ? 4 : 8; /* vectors whose products are summed in 16 bits */
     Words uppers[ROWS][PARTS], lowers[ROWS][PARTS];
@@ -493,8 +492,7 @@ INLINE TARGET void NAMED(word_block)(int fine, const Bytes tables[2], const Grou
                     for (int part = 0; part < PARTS; part++) both[r][part][0] = both[r][part][1] = V(splat_int)(0);
                 do {
                     const uint8_t *codes = panel.codes + some * 2 * VECTOR;
-                    __builtin_prefetch(codes + AHEAD, 0, 0);
-                    __builtin_prefetch(codes + VECTOR + AHEAD, 0, 0);
+                    fetch(codes + ahead, 2, VECTOR);
 #pragma GCC unroll 4
                     for (int vector = 0; vector < 4; vector++)
 #pragma GCC unroll 4
@@ -623,10 +621,8 @@ INLINE TARGET void NAMED(code_float_block)(enum code kind, const GroupedJob *job
                 const uint8_t *codes = panel.codes + some / 8 * bytes;
                 const int later = some % 8 != 0;
                 const float *given = from + first + some * 4;
-#pragma GCC unroll 4
-                for (int i = 0; i < bytes / 2 / VECTOR; i++)
-                    __builtin_prefetch(codes + (later * bytes / 2) + i * VECTOR + AHEAD, 0, 0);
                 codes += later * (bytes / 2);
+                fetch(codes + ahead, bytes / 2 / VECTOR, VECTOR);
 #pragma GCC unroll 4
                 for (int vector = 0; vector < 4; vector++) {
 #if SCALED

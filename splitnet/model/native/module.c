@@ -220,6 +220,14 @@ static PyObject *use(PyObject *self, PyObject *name) {
 
 static PyObject *in_use(PyObject *self, PyObject *unused) { return PyUnicode_FromString(path->name); }
 
+/* Takes an `enum hint` and the bytes ahead. */
+static PyObject *prefetch(PyObject *self, PyObject *const *given, Py_ssize_t count) {
+    long long numbers[2];
+    if (!read_numbers(given, count, numbers, 2)) return NULL;
+    hint = (int)numbers[0], ahead = (int64_t)numbers[1];
+    Py_RETURN_NONE;
+}
+
 static PyObject *has_steps(PyObject *self, PyObject *unused) { return PyBool_FromLong(is_avx512(path)); }
 
 static PyObject *has_bfloat16(PyObject *self, PyObject *unused) { return PyBool_FromLong(path->bfloats != NULL); }
@@ -247,6 +255,7 @@ static PyMethodDef methods[] = {
     {"paths", list_paths, METH_NOARGS, "Names of all paths, best first, and whether this CPU has each."},
     {"use", use, METH_O, "Chooses the path of this name."},
     {"in_use", in_use, METH_NOARGS, "The name of the path that is used."},
+    {"prefetch", (PyCFunction)(void (*)(void))prefetch, METH_FASTCALL, "Chooses how weights are asked for before they are read."},
     {"use_threads", (PyCFunction)(void (*)(void))use_threads, METH_FASTCALL, "Chooses what runs threads."},
     {"has_threads", has_threads, METH_NOARGS, "Whether there may be more than one thread."},
     {"has_steps", has_steps, METH_NOARGS, "Whether there are compiled steps for it."},

@@ -39,13 +39,33 @@ of the activations is 2^-15 of the largest one of the row: outliers cost nothing
 #define LARGEST (BASE * 127 + 127)
 #define SUMMED 16  /* numbers of a row whose sum is kept */
 #define BLOCK 4    /* outputs that are computed at a time, where each has a row of its own */
-#define AHEAD 8192 /* bytes, where weights stand in the order in which they are read */
 #define VECTOR 64  /* bytes, as a line of caches */
 #if defined(_MSC_VER) && !defined(__clang__) /* only plain loops */
 #define INLINE static __forceinline
 #else
 #define INLINE static inline __attribute__((always_inline))
 #endif
+
+/* How kernels ask for weights before they read them, as processors foresee reads within a page only: into which cache, and
+how many bytes ahead where weights lie in the order in which they are read. Processors differ: on Intel ONCE halves the speed.
+splitnet/model/kernels.py measures and sets both. */
+enum hint { NO_HINT, FIRST_CACHE, SECOND_CACHE, ONCE };
+static int hint = SECOND_CACHE;
+static int64_t ahead = 8192;
+
+/* Asks for some lines. Addresses past the end do no harm. */
+INLINE void fetch(const void *at, int64_t count, int64_t stride) {
+#if defined(__GNUC__)
+#define FETCH(kind, level)                                                                                              \
+    if (hint == kind) {                                                                                                 \
+        _Pragma("GCC unroll 8") for (int64_t i = 0; i < count; i++) __builtin_prefetch((const char *)at + i * stride, 0, level); \
+    }
+    FETCH(SECOND_CACHE, 2) else FETCH(ONCE, 0) else FETCH(FIRST_CACHE, 3)
+#undef FETCH
+#else
+    (void)at, (void)count, (void)stride;
+#endif
+}
 
 enum kind { FLOAT32, BFLOAT16, FLOAT16, GROUPED };
 
@@ -123,10 +143,6 @@ static void quantise_plainly(const Job *job, const Quantised *to) {
 
 #ifdef HAVE_VNNI
 
-/* Asks for what is read next: the processor foresees it only within a page. Addresses past the end do no harm. A weight is
-   read once per step, so it does not push out of the larger caches what the rest of a step needs. */
-INLINE VNNI void fetch(const void *at) { _mm_prefetch((const char *)at, _MM_HINT_NTA); }
-
 /* Which of 16 numbers there are, where `left` are left of a row. */
 INLINE VNNI __mmask16 some_of(int64_t left) { return left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1; }
 
@@ -181,7 +197,7 @@ INLINE VNNI __m512 sixteen(enum kind kind, const char *weights, int64_t at, __mm
 INLINE VNNI void float_block(enum kind kind, const Job *job, int64_t output, int64_t outputs, int64_t row, int64_t count) {
     const int64_t width = kind == FLOAT32 ? 4 : 2;
     const float *rows = job->rows + row * job->inputs;
-    const char *weights = job->weights, *next = weights + (output + BLOCK) * job->inputs * width;
+    const char *weights = job->weights;
     __m512 sums[BLOCK][4];
 #pragma GCC unroll 4
     for (int64_t o = 0; o < outputs; o++)
@@ -192,11 +208,11 @@ INLINE VNNI void float_block(enum kind kind, const Job *job, int64_t output, int
         __m512 given[4];
 #pragma GCC unroll 4
         for (int64_t r = 0; r < count; r++) given[r] = _mm512_maskz_loadu_ps(mask, rows + r * job->inputs + i);
+        if (width == 4 || i % 32 == 0)
+            fetch(weights + ((output + BLOCK) * job->inputs + i) * width, outputs, job->inputs * width);
 #pragma GCC unroll 4
         for (int64_t o = 0; o < outputs; o++) {
-            int64_t at = (output + o) * job->inputs + i;
-            __m512 weight = sixteen(kind, weights, at, mask);
-            if (width == 4 || i % 32 == 0) fetch(next + i * width * BLOCK + o * VECTOR);
+            __m512 weight = sixteen(kind, weights, (output + o) * job->inputs + i, mask);
 #pragma GCC unroll 4
             for (int64_t r = 0; r < count; r++) sums[o][r] = _mm512_fmadd_ps(weight, given[r], sums[o][r]);
         }

@@ -1,0 +1,133 @@
+"""Guards the speed of decoding on the processor at hand, in a minute: prints Markdown, and fails below its bounds.
+
+    python -m benchmarks.quick [--threads 1] [--rounds 24]
+
+All ways take turns in one process, so that neither the machine nor its load matters: blocks of a random model with
+their weights in each form, the same blocks in transformers' own code and float32, and sums over as many bytes as a form
+holds. Of each, the median counts. Bounds: no form is slower than transformers; where whole steps are compiled (AVX512),
+each reads at 75 % of the bandwidth of the sums or more, but int4, which is bound by arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.utils import logging
+
+from splitnet.model import kernels
+from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.memory import in_large_pages
+from splitnet.model.span import Part, Span
+from tests.unit.random_models import random_checkpoint
+
+FORMS = ("float32", "float16", "int8", "int4")
+SIZES: dict[str, int] = {
+    "blocks": 4,
+    "hidden": 1536,
+    "intermediate_size": 4096,
+    "vocab": 64,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+}
+CONTEXT = 32
+SLOWEST = 1.0
+"""Times as fast as transformers."""
+
+LEAST_BANDWIDTH = 0.75
+READ_PARTS = 16
+
+
+def held_bytes(span: Span) -> int:
+    """Bytes of the weights that a step reads."""
+    block_tensors = [*span._backbone.parameters(), *span._backbone.buffers()]
+    return sum(tensor.nbytes for tensor in block_tensors if tensor.dim() >= 2)
+
+
+def step_of(span: Span, hidden: torch.Tensor) -> Callable[[], object]:
+    """Decodes one position behind a context."""
+    row = span.new_row(len(hidden))
+    span.forward(hidden[:CONTEXT], [Part(row, 0, CONTEXT)])
+
+    def step() -> None:
+        span.forward(hidden[CONTEXT:], [Part(row, CONTEXT, 1)])
+        row.crop(CONTEXT)
+
+    return step
+
+
+def transformers_step(folder: Path, hidden: torch.Tensor) -> Callable[[], object]:
+    """The same in transformers' own code."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
+    cache = DynamicCache()
+    model(inputs_embeds=hidden[None, :CONTEXT], cache=cache, use_cache=True)
+
+    def step() -> None:
+        model(inputs_embeds=hidden[None, CONTEXT:], cache=cache, use_cache=True)
+        cache.crop(-1)
+
+    return step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=24)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    logging.disable_progress_bar()
+    prefetch = kernels.prefetch_in_use()
+    print(f"{kernels.processor()}, {arguments.threads} threads; {kernels.path_in_use() or 'no kernels'}, {prefetch}\n")
+
+    hidden = torch.randn(CONTEXT + 1, SIZES["hidden"], generator=torch.Generator().manual_seed(0))
+    ways: dict[str, Callable[[], object]] = {}
+    sizes: dict[str, int] = {}
+    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
+        folder = random_checkpoint("llama", Path(name), **SIZES)
+        checkpoint = Checkpoint.open(folder)
+        for form in FORMS:
+            span = Span.load(checkpoint, 0, checkpoint.num_blocks, dtype="float32", weights=form)
+            ways[form], sizes[form] = step_of(span, hidden), held_bytes(span)
+        ways["transformers"] = transformers_step(folder, hidden)
+        vector = in_large_pages(1, max(sizes.values()))[0].view(torch.float32).fill_(1)
+        for form, size in sizes.items():
+            parts = vector[: size // 4].chunk(READ_PARTS)
+            ways[f"read {form}"] = lambda parts=parts: [part.sum() for part in parts]
+        # A busy moment is no fault: only what is below a bound twice is.
+        faults = compare(ways, sizes, arguments.rounds)
+        faults = faults and faults & compare(ways, sizes, arguments.rounds)
+    if faults:
+        sys.exit("\n".join(["", *sorted(faults)]))
+
+
+def compare(ways: dict[str, Callable[[], object]], sizes: dict[str, int], rounds: int) -> set[str]:
+    """Prints the table; returns what is below its bound."""
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, step in ways.items():
+            began = time.perf_counter()
+            step()
+            taken[way].append(1000 * (time.perf_counter() - began))
+    ms = {way: median(times) for way, times in taken.items()}
+    faults: set[str] = set()
+    print("| weights | MiB | ms per step | times as fast as transformers | of bandwidth |\n|---|---|---|---|---|")
+    print(f"| transformers, float32 | {sizes['float32'] >> 20} | {ms['transformers']:.2f} | 1.00 | |")
+    for form, size in sizes.items():
+        fast, read = ms["transformers"] / ms[form], ms[f"read {form}"] / ms[form]
+        print(f"| {form} | {size >> 20} | {ms[form]:.2f} | {fast:.2f} | {read:.0%} |", flush=True)
+        if fast < SLOWEST:
+            faults.add(f"{form} is slower than transformers")
+        if form != "int4" and read < LEAST_BANDWIDTH and kernels.has_fast_kernels():
+            faults.add(f"{form} reads at less than {LEAST_BANDWIDTH:.0%} of the bandwidth")
+    return faults
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Figures that were measured on this machine before, so that a later start need not measure them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any, Final
+
+log = logging.getLogger(__name__)
+
+MAX_KNOWN: Final = 64
+"""The latest so many are kept."""
+
+
+class KnownFigures:
+    """A JSON file of figures by key. An unreadable file counts as empty; one that cannot be written is only logged."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def find(self, key: str) -> Any:
+        """The figure as JSON has it; None: it is not known."""
+        return self._read().get(key)
+
+    def keep(self, key: str, figure: Any) -> None:
+        """Remembers a figure, in place of the one before."""
+        known = self._read()
+        known.pop(key, None)
+        known[key] = figure
+        latest = dict(list(known.items())[-MAX_KNOWN:])
+        # Processes that write at the same time may lose what the others write, and never more than that.
+        partial = self._file.with_name(f".{self._file.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps(latest, indent=1), encoding="utf-8")
+            partial.replace(self._file)
+        except OSError as error:
+            log.info("figures of this device are not kept in %s: %s", self._file, error.strerror)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            known = json.loads(self._file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return known if isinstance(known, dict) else {}
