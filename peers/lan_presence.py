@@ -51,6 +51,14 @@ class LanPresence:
             on_failure.pop_all()
         return presence
 
+    def move(self) -> None:
+        """The machine has another address: announces that, on the network where it is now. May take seconds."""
+        try:
+            self._directory.renew_addresses()
+            self._network.begin_again(addresses=self._directory.addresses)
+        except (DirectoryError, LanError) as error:
+            log.warning("others find this peer by --join only: %s", error)
+
     def close(self) -> None:
         """Withdraws the announcement. May be called more than once."""
         self._network.close()

@@ -145,6 +145,10 @@ class Directory(SwarmDirectory):
         """
         return self._request(lambda _: self._meet(addresses))
 
+    def renew_addresses(self) -> None:
+        """Finds out where this node is reached now that the machine has another address. Raises DirectoryError."""
+        self.addresses = self._request(lambda _: self._visible_addresses(latest=True))
+
     def rest(self) -> None:
         """The node of a client ends until something is asked: it takes some 50 KB a minute."""
         with self._closing:
@@ -325,7 +329,10 @@ class Directory(SwarmDirectory):
         overhear(self._node.protocol)
         self._initial_peer_ids = {hivemind.PeerID.from_base58(peer.rpartition("/p2p/")[2]) for peer in initial_peers}
         if listen is not None:
-            self.addresses = [str(address) for address in await self._p2p.get_visible_maddrs()]
+            self.addresses = await self._visible_addresses()
+
+    async def _visible_addresses(self, *, latest: bool = False) -> list[str]:
+        return [str(address) for address in await self._p2p.get_visible_maddrs(latest=latest)]
 
     async def _shut_down(self) -> None:
         if self._opening is not None:  # it might start the child after all others have been ended

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import random
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -44,6 +46,13 @@ MAX_NODES: Final = 64
 MAX_WAITING: Final = 1024
 """Nodes that were not told of yet. Of more, any gives way: who floods the network crowds out mostly itself."""
 MAX_ADDRESSES: Final = 8
+MOST_RECORDS: Final = 4096
+"""Of multicast DNS, of all services: more are a flood, and what is kept is forgotten. What comes later would be, as a
+full cache drops what expires first, and records of a flood say that they hold for long."""
+LOOK_S: Final = 1.0
+"""How often they are counted."""
+FIRST_PAUSE_S, MOST_PAUSE_S = 1.0, 60.0
+"""How long nothing is heard after a flood; twice as long each time, until it was quiet for the longest."""
 
 _END_S = 1.0
 _MULTIADDR = re.compile(r"/(ip4|ip6)/([0-9A-Fa-f:.]{2,45})/tcp/([0-9]{1,5})/p2p/([1-9A-HJ-NP-Za-km-z]{40,60})")
@@ -112,16 +121,13 @@ class LocalNetwork:
     """
 
     def __init__(self, model: str, interfaces: Sequence[str] | None = None) -> None:
-        used = list(_own_addresses() if interfaces is None else interfaces)
-        if not used:
-            raise LanError("this machine has no address on a local network")
-        try:
-            self._mdns = Zeroconf(interfaces=used, ip_version=IPVersion.V4Only)
-        except (OSError, ZeroconfError) as error:
-            raise LanError(f"multicast DNS cannot be used here ({error})") from error
+        self._interfaces = interfaces
+        self._mdns = self._opened()
         self.foreign_protocols: set[int] = set()
         self._model = model
-        self._own_name = ""
+        self._own: ServiceInfo | None = None
+        self._is_lost = False
+        """It has ended to begin again, and could not."""
         self._waiting: dict[LanNode, None] = {}
         self._changing = threading.Condition()
         self._browser: ServiceBrowser | None = None
@@ -135,24 +141,8 @@ class LocalNetwork:
         Raises:
             LanError: no other machine could reach them, or they cannot be announced.
         """
-        reachable = tuple(filter(is_lan_address, addresses))[:MAX_ADDRESSES]
-        if not reachable:
-            raise LanError("this node listens at no address on a local network")
-        node = LanNode(self._model, PROTOCOL_VERSION, reachable)
-        self._own_name = f"{node.id}.{SERVICE_TYPE}"
-        parts = [address.split("/") for address in reachable]
-        info = ServiceInfo(
-            SERVICE_TYPE,
-            self._own_name,
-            port=int(parts[0][4]),
-            addresses=[socket.inet_aton(part[2]) for part in parts if part[1] == "ip4"],
-            properties=node.text(),
-        )
-        try:
-            # The id of a node is its own, so nobody is asked whether the name is free.
-            self._mdns.register_service(info, cooperating_responders=True)
-        except (OSError, ZeroconfError) as error:
-            raise LanError(f"multicast DNS cannot be used here ({error})") from error
+        self._own = self._service(addresses)
+        self._register(self._own)
 
     def search(self, seconds: float = SEARCH_S) -> list[LanNode]:
         """Other nodes of this model that speak this protocol; it takes `seconds` if there are none, else less."""
@@ -174,9 +164,7 @@ class LocalNetwork:
             if self._closed:
                 return
             self._closed = True
-        if self._browser is not None:
-            self._browser.cancel()
-        self._mdns.close()
+            self._end()
         with self._changing:
             self._changing.notify_all()
         if self._watcher is not None:
@@ -187,6 +175,69 @@ class LocalNetwork:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def begin_again(self, *, pause_s: float = 0.0, addresses: Iterable[str] = ()) -> None:
+        """Forgets what it has heard and listens anew, on the addresses that this machine has now.
+
+        Args:
+            pause_s: how long to hear nothing before.
+            addresses: what to announce, if not the same as before.
+
+        Raises:
+            LanError: see `announce`; after `watch` it is tried again.
+        """
+        with self._closing:
+            if self._closed:
+                return
+            self._is_lost = True
+            self._end()
+            self._own = self._service(addresses) if addresses else self._own
+        with self._changing:
+            self._changing.wait_for(lambda: self._closed, pause_s)
+        with self._closing:
+            if self._closed:
+                return
+            self._mdns = self._opened()
+            if self._own is not None:
+                self._register(self._own)
+            self._browse()
+            self._is_lost = False
+
+    def _service(self, addresses: Iterable[str]) -> ServiceInfo:
+        reachable = tuple(filter(is_lan_address, addresses))[:MAX_ADDRESSES]
+        if not reachable:
+            raise LanError("this node listens at no address on a local network")
+        node = LanNode(self._model, PROTOCOL_VERSION, reachable)
+        parts = [address.split("/") for address in reachable]
+        return ServiceInfo(
+            SERVICE_TYPE,
+            f"{node.id}.{SERVICE_TYPE}",
+            port=int(parts[0][4]),
+            addresses=[socket.inet_aton(part[2]) for part in parts if part[1] == "ip4"],
+            properties=node.text(),
+        )
+
+    def _opened(self) -> Zeroconf:
+        used = list(_own_addresses() if self._interfaces is None else self._interfaces)
+        if not used:
+            raise LanError("this machine has no address on a local network")
+        try:
+            return Zeroconf(interfaces=used, ip_version=IPVersion.V4Only)
+        except (OSError, ZeroconfError) as error:
+            raise LanError(f"multicast DNS cannot be used here ({error})") from error
+
+    def _register(self, info: ServiceInfo) -> None:
+        try:
+            # The id of a node is its own, so nobody is asked whether the name is free.
+            self._mdns.register_service(info, cooperating_responders=True)
+        except (OSError, ZeroconfError) as error:
+            raise LanError(f"multicast DNS cannot be used here ({error})") from error
+
+    def _end(self) -> None:
+        browser, self._browser = self._browser, None
+        if browser is not None:
+            browser.cancel()
+        self._mdns.close()
 
     def _browse(self) -> None:
         if self._browser is None:
@@ -199,7 +250,7 @@ class LocalNetwork:
             )
 
     def _changed(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-        if state_change is ServiceStateChange.Removed or name == self._own_name:
+        if state_change is ServiceStateChange.Removed or (self._own is not None and name == self._own.name):
             return
         try:
             info = ServiceInfo(service_type, name)
@@ -228,12 +279,28 @@ class LocalNetwork:
             return chosen
 
     def _tell(self, found: Callable[[Sequence[LanNode]], None]) -> None:
+        pause_s, flooded_at = FIRST_PAUSE_S, -math.inf
         while True:
             with self._changing:
-                self._changing.wait_for(lambda: self._waiting or self._closed)
+                self._changing.wait_for(lambda: self._waiting or self._closed, LOOK_S)
                 if self._closed:
                     return
-            found(self._take())
+            if self._waiting:
+                found(self._take())
+            if not self._is_lost and self._records() <= MOST_RECORDS:
+                continue
+            is_again = self._is_lost or time.monotonic() - flooded_at < MOST_PAUSE_S
+            pause_s = min(2 * pause_s, MOST_PAUSE_S) if is_again else FIRST_PAUSE_S
+            if not self._is_lost:
+                log.warning("the local network is flooded with multicast DNS: it is not heard for %.0f s", pause_s)
+            try:
+                self.begin_again(pause_s=pause_s)
+            except LanError as error:
+                log.info("peers of the local network are not found at the moment: %s", error)
+            flooded_at = time.monotonic()
+
+    def _records(self) -> int:
+        return sum(map(len, list(self._mdns.cache.cache.values())))
 
 
 def what_was_found(nodes: Sequence[LanNode]) -> str:

@@ -10,6 +10,7 @@ import dataclasses
 import os
 import random
 import socket
+import struct
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -27,6 +28,8 @@ from splitnet.net.records import MAX_TTL_S, MODELS_KEY, PeerRecord, SeenLink, pe
 
 NODE = ["/ip4/127.0.0.1/tcp/0"]
 _BATCH = 50
+_NODES_OF_PACKET = 15
+_FOR_EVER_S = 2**31 - 1
 _BASE58 = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
 
 
@@ -199,6 +202,30 @@ def flooded_lan(model: str, *, count: int = 70) -> Iterator[None]:
         yield
     finally:
         mdns.close()
+
+
+def hide_on_lan(model: str, nodes: int = 6000) -> None:
+    """Records of nodes that do not exist, by multicast on loopback; they say that they hold for 68 years."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sending:
+        sending.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton("127.0.0.1"))
+        for _ in range(0, nodes, _NODES_OF_PACKET):
+            answers = b"".join(_fake_records(model) for _ in range(_NODES_OF_PACKET))
+            head = struct.pack("!HHHHHH", 0, 0x8400, 0, 2 * _NODES_OF_PACKET, 0, 0)
+            sending.sendto(head + answers, ("224.0.0.251", 5353))
+            time.sleep(0.001)  # what nobody has read yet is dropped by the kernel
+
+
+def _fake_records(model: str) -> bytes:
+    name = "12D3KooW" + "".join(random.choice(_BASE58) for _ in range(44))
+    entries = (f"model={model}", f"protocol={PROTOCOL_VERSION}", f"dht0=/ip4/192.168.77.1/tcp/4000/p2p/{name}")
+    text = b"".join(bytes([len(entry)]) + entry.encode() for entry in entries)
+    full = _labels(f"{name}.{lan.SERVICE_TYPE}")
+    pointer = _labels(lan.SERVICE_TYPE) + struct.pack("!HHIH", 12, 1, _FOR_EVER_S, len(full)) + full
+    return pointer + full + struct.pack("!HHIH", 16, 0x8001, _FOR_EVER_S, len(text)) + text
+
+
+def _labels(name: str) -> bytes:
+    return b"".join(bytes([len(part)]) + part.encode() for part in name.rstrip(".").split(".")) + b"\0"
 
 
 def _store(node: Directory, entries: Sequence[tuple[str, str, PeerRecord, Identity]]) -> int:

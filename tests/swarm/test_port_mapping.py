@@ -21,7 +21,7 @@ from splitnet.doctor.reach import Reach
 from splitnet.net.endpoints import LinkState
 from splitnet.net.identity import Identity
 from splitnet.net.records import PeerRecord
-from splitnet.net.ways import mapping
+from splitnet.net.ways import mapping, upnp
 from splitnet.net.ways.mapping import MappingError, PortMapping, look_for_router
 from splitnet.net.ways.punching import Way
 from tests.swarm.harness import local_swarm
@@ -164,11 +164,42 @@ def test_a_router_that_lies_by_upnp_or_takes_for_ever(told: bytes | None, monkey
             raise subprocess.TimeoutExpired(command, options["timeout"])
         return subprocess.CompletedProcess(command, 0, told, b"")
 
-    monkeypatch.setattr(mapping, "default_gateway", refuse)
+    monkeypatch.setattr(mapping, "default_gateway", lambda: "192.0.2.1")
+    monkeypatch.setattr(mapping, "_nat_pmp", refuse)
     monkeypatch.setattr(mapping, "find_spec", lambda name: name)
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(MappingError, match="UPnP: "):
         PortMapping(PORT).open()
+
+
+def test_nothing_but_the_router_has_requests_sent_by_upnp(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who sent one to another address could reach what listens for this machine alone."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as router, ExitStack() as others:
+        router.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(upnp, "GROUP", "127.0.0.1")
+        monkeypatch.setattr(upnp, "PORT", router.getsockname()[1])
+        stranger = others.enter_context(closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)))
+        stranger.bind(("127.0.0.2", 0))
+
+        def answer() -> None:
+            _, asking = router.recvfrom(2048)
+            stranger.sendto(b"HTTP/1.1 200 OK\r\nLOCATION: http://127.0.0.1:80/secret\r\n\r\n", asking)
+            stranger.sendto(b"HTTP/1.1 200 OK\r\nLOCATION: http://127.0.0.2:80/secret\r\n\r\n", asking)
+            for text in (
+                "",
+                "http://127.0.0.2:80/x",
+                "http://127.0.0.1@127.0.0.2/x",
+                "file:///x",
+                "http://[",
+                "//127.0.0.1/x",
+            ):
+                router.sendto(f"HTTP/1.1 200 OK\r\nLOCATION: {text}\r\n\r\n".encode(), asking)
+            router.sendto(b"HTTP/1.1 200 OK\r\nlocation:http://127.0.0.1:49152/d.xml \r\n\r\n", asking)
+
+        answering = threading.Thread(target=answer)
+        answering.start()
+        assert upnp.find_description("127.0.0.1") == "http://127.0.0.1:49152/d.xml"
+        answering.join()
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from splitnet.errors import LanError, ProtocolError
 from splitnet.net import lan
 from splitnet.net.lan import MAX_ADDRESSES, LanNode, LocalNetwork, is_lan_address
 from splitnet.net.messages import PROTOCOL_VERSION
-from tests.attacks.directory import flooded_lan
+from tests.attacks.directory import flooded_lan, hide_on_lan
 from tests.multicast import LOOPBACK, use_network_of_its_own
 
 MODEL = "ab" * 16
@@ -150,4 +150,42 @@ def test_fakes_on_the_network_block_nobody_who_comes_later(monkeypatch: pytest.M
         victim.watch(seen.put)
         honest.announce(node_at(7).addresses)
         while node_at(7) not in seen.get(timeout=FOUND_S):
+            pass
+
+
+def test_a_flood_hides_nobody_who_comes_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_network_of_its_own(monkeypatch)
+    monkeypatch.setattr(lan, "LOOK_S", 0.05)
+    monkeypatch.setattr(lan, "FIRST_PAUSE_S", 0.05)
+    seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
+    with LocalNetwork(MODEL) as victim, LocalNetwork(MODEL) as honest:
+        victim.announce(node_at(6).addresses)
+        victim.watch(seen.put)
+        hide_on_lan(MODEL)
+        honest.announce(node_at(7).addresses)
+        while node_at(7) not in seen.get(timeout=FOUND_S):
+            pass
+        assert victim._records() <= lan.MOST_RECORDS
+        with LocalNetwork(MODEL) as newcomer:
+            newcomer.watch(seen.put)
+            while node_at(6) not in seen.get(timeout=FOUND_S):  # it goes on to announce itself
+                pass
+
+
+def test_who_has_another_address_is_found_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_network_of_its_own(monkeypatch)
+    monkeypatch.setattr(lan, "LOOK_S", 0.05)
+    monkeypatch.setattr(lan, "FIRST_PAUSE_S", 0.05)
+    moved = LanNode(MODEL, PROTOCOL_VERSION, (node_at(8).addresses[0].replace("192.168.7.8", "192.168.9.9"),))
+    seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
+    with LocalNetwork(MODEL) as network, LocalNetwork(MODEL) as other:
+        other.watch(seen.put)
+        network.watch(seen.put)
+        network.announce(node_at(8).addresses)
+        assert node_at(8) in seen.get(timeout=FOUND_S)
+        with monkeypatch.context() as patch:
+            patch.setattr(lan, "_own_addresses", list)
+            with pytest.raises(LanError, match="no address on a local network"):
+                network.begin_again(addresses=moved.addresses)
+        while moved not in seen.get(timeout=FOUND_S):  # once the network is there
             pass

@@ -178,7 +178,8 @@ def _upnp(what: str, *numbers: int) -> tuple[str, int]:
     """What `upnp.py` says of the router: its public address, and the port. Raises MappingError."""
     if find_spec("miniupnpc") is None:
         raise MappingError("the package miniupnpc is not installed")
-    command = [sys.executable, "-P", str(Path(__file__).with_name("upnp.py")), what, *map(str, numbers)]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("upnp.py")), default_gateway(), what]
+    command += map(str, numbers)
     try:
         done = subprocess.run(command, capture_output=True, timeout=_UPNP_S, stdin=subprocess.DEVNULL, check=False)
     except (OSError, subprocess.SubprocessError):

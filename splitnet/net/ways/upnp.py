@@ -1,26 +1,36 @@
 """Asks the router for a port by UPnP. A program of its own: what talks to routers is in C, and may take long.
 
-    python upnp.py look | open INSIDE OUTSIDE SECONDS | close OUTSIDE
+    python upnp.py GATEWAY look | open INSIDE OUTSIDE SECONDS | close OUTSIDE
 
-Prints a line of JSON: the router's public address and the port. It has to run without splitnet's modules.
+Only the gateway, by its IPv4 address, is asked, and only if it says that it is asked at that address: whatever else
+answers on the local network could have this machine send requests to anybody, itself included. Prints a line of JSON:
+the router's public address and the port. It has to run without splitnet's modules.
 """
 
 from __future__ import annotations
 
 import json
+import socket
 import sys
+import time
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
+from urllib.parse import urlsplit
 
-DISCOVER_MS = 1500
+DISCOVER_S = 1.5
+GROUP, PORT = "239.255.255.250", 1900
+_KINDS = tuple(
+    f"urn:schemas-upnp-org:{kind}"
+    for kind in ("device:InternetGatewayDevice:1", "device:InternetGatewayDevice:2", "service:WANIPConnection:1")
+)
 TRIES = 4
 """Ports that are asked for, if others have the first ones."""
 MOST_BYTES = 512 << 20
 """Of address space: what answers may send without end."""
 
 
-def main(what: str, *numbers: str) -> None:
+def main(gateway: str, what: str, *numbers: str) -> None:
     miniupnpc: Any = import_module("miniupnpc")
 
     with suppress(ImportError):  # Windows
@@ -28,15 +38,49 @@ def main(what: str, *numbers: str) -> None:
 
         resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     router = miniupnpc.UPnP()
-    router.discoverdelay = DISCOVER_MS
-    router.discover()
-    router.selectigd()
+    router.selectigd(find_description(gateway))
     port = 0
     if what == "open":
         port = _open(router, *map(int, numbers))
     elif what == "close":
         router.deleteportmapping(int(numbers[0]), "TCP")
     print(json.dumps([router.externalipaddress(), port]))
+
+
+def find_description(gateway: str) -> str:
+    """The URL at which the gateway describes itself. Ends the program if it does not."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        for kind in _KINDS:
+            head = f'M-SEARCH * HTTP/1.1\r\nHOST: {GROUP}:{PORT}\r\nMAN: "ssdp:discover"\r\n'
+            question = f"{head}MX: 1\r\nST: {kind}\r\n\r\n"
+            for address in (GROUP, gateway):  # some answer only the one, some only the other
+                with suppress(OSError):
+                    asking.sendto(question.encode(), (address, PORT))
+        until = time.monotonic() + DISCOVER_S
+        while (left_s := until - time.monotonic()) > 0:
+            asking.settimeout(left_s)
+            try:
+                answer, sender = asking.recvfrom(2048)
+            except TimeoutError:
+                break
+            except ConnectionError:  # of the gateway, which does not speak it: what it says to the group is heard yet
+                continue
+            if sender[0] == gateway and (found := location_of(answer, gateway)):
+                return found
+    raise SystemExit("the router does not answer")
+
+
+def location_of(answer: bytes, gateway: str) -> str:
+    """What an answer names as the place of the description; empty: none, or one elsewhere."""
+    for line in answer.decode("latin-1").split("\r\n"):
+        name, _, value = line.partition(":")
+        if name.strip().lower() == "location":
+            value = value.strip()
+            with suppress(ValueError):
+                parts = urlsplit(value)
+                if parts.scheme == "http" and parts.hostname == gateway and "@" not in parts.netloc:
+                    return value
+    return ""
 
 
 def _open(router: Any, inside: int, outside: int, seconds: int) -> int:
