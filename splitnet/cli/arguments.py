@@ -290,7 +290,10 @@ def quiet_libraries() -> None:
     """Keeps progress bars and advice of transformers and the hub client out of what the commands print, and has the
     client's log written once, as all others."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if not sys.stderr.isatty() else "0")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Where that is set, the client warns of transformers, which hides bars and shows them again.
+    warnings.filterwarnings("ignore", message="Cannot (en|dis)able progress bars", module="huggingface_hub")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     importlib.import_module("huggingface_hub.utils.logging")  # which adds a handler of its own

@@ -79,8 +79,8 @@ class Connection:
         return choice.device
 
     def checkpoint(self) -> Checkpoint:
-        """The model's; errors as `Checkpoint.open`, after those of `computes_on`."""
-        _ = self.computes_on
+        """The model's; errors as `Checkpoint.open`, after those of `computes_on` and of files with keys."""
+        _ = self.computes_on, self._way, self._trusted
         return Checkpoint.open(self.model, tokenizer=self.tokenizer)
 
     def swarm(self, checkpoint: Checkpoint) -> Swarm:
@@ -124,7 +124,11 @@ class Connection:
         """The same, of a model of which no more is known."""
         addresses, swarm_key, identity = self._way
         addresses = addresses or (() if swarm_key else find_swarm(facts, lan=self.lan))
-        return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=self._trusted)
+        way = None  # with the addresses
+        if self.invite or self.swarm_key:
+            way = [part for address in self.join for part in ("--join", address)]
+            way += ["--invite", str(self.invite)] if self.invite else ["--swarm-key", str(self.swarm_key)]
+        return Swarm(facts, addresses, identity=identity, swarm_key=swarm_key, trusted=self._trusted, way=way)
 
     @cached_property
     def _way(self) -> tuple[Sequence[str], SwarmKey | None, Identity]:

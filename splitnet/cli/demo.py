@@ -11,6 +11,7 @@ from splitnet.cli.extras import require
 from splitnet.cli.serve import serve as run_server
 from splitnet.light_imports import import_models
 from splitnet.model.demo import DEMO_NAME
+from splitnet.net.addresses import refuse_taken
 
 if TYPE_CHECKING:
     from splitnet.cli.local_swarm import LocalSwarm
@@ -35,6 +36,7 @@ def demo(
     """Start peers as separate processes, each with its own blocks only, and generate an answer through them."""
     if serve:
         require("serve", "--serve")
+        refuse_taken(f"tcp://127.0.0.1:{port}", "--port")
     checkpoint = resolve_model(model)
     typer.secho(f"starting {peers} peers ...", err=True)
 

@@ -10,16 +10,33 @@ import typer
 
 from splitnet.cli.arguments import ModelOrInvite, model_or_invited, resolve_model
 from splitnet.cli.connecting import Connecting, connects
-from splitnet.errors import SplitnetError
+from splitnet.cli.extras import require
+from splitnet.errors import AdapterError, SplitnetError
 from splitnet.light_imports import import_models
 
 MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+
+
+def _has_adapter(folder: Path | None) -> Path | None:
+    """Refuses a folder without an adapter before anything slow begins."""
+    if folder is not None:
+        require("tune", "--adapter")
+        if not (folder / "adapter_config.json").is_file():
+            raise AdapterError(f"there is no adapter in {folder}: give the folder that holds adapter_config.json")
+    return folder
+
+
 AdapterFolder = Annotated[
     Path | None,
-    typer.Option("--adapter", metavar="DIR", help="Folder of an adapter in PEFT's format, such as LoRA or a prompt."),
+    typer.Option(
+        "--adapter",
+        metavar="DIR",
+        callback=_has_adapter,
+        help="Folder of an adapter in PEFT's format, such as LoRA or a prompt.",
+    ),
 ]
 Speculate = Annotated[
     str | None,

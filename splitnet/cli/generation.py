@@ -16,7 +16,6 @@ from rich.table import Table
 from transformers import TextStreamer
 
 from splitnet.cli.connection import Connection
-from splitnet.cli.extras import require
 from splitnet.client.cache import ModelSession
 from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.speculation.speculator import PROMPT_LOOKUP
@@ -71,8 +70,6 @@ class Client:
             AdapterError: there is no adapter for this model in the folder.
             ModelNotFound: there is no such draft model.
         """
-        if adapter:
-            require("tune", "--adapter")
         checkpoint = connection.checkpoint()
         drafts = drafts_of(speculate, connection)
         swarm = connection.swarm(checkpoint)
@@ -156,8 +153,6 @@ def with_adapter(model: RemoteCausalLM, folder: Path) -> Any:
     """
     from peft import PeftModel
 
-    if not (folder / "adapter_config.json").is_file():
-        raise AdapterError(f"there is no adapter in {folder}: give the folder that holds adapter_config.json")
     try:
         return PeftModel.from_pretrained(model, str(folder)).eval()
     except Exception as error:  # PEFT and safetensors raise what they stumble over

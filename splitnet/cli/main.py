@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
+import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -91,14 +94,54 @@ def main() -> None:
             signal.signal(number, _exit_cleanly)
     try:
         app()
-    except SplitnetError as error:
-        text = str(error)
-        if isinstance(error, _DOCTOR_KNOWS):
-            text = f"{text.rstrip('.')}; `splitnet doctor --join ADDR` looks for the cause"
-        tell(logging.ERROR, text)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        text = of_this_machine(error)
+        if text is None and isinstance(error, SplitnetError):
+            text = str(error)
+            if isinstance(error, _DOCTOR_KNOWS):
+                text = f"{text.rstrip('.')}; `splitnet doctor --join ADDR` looks for the cause"
+        if text is None:
+            raise
+        tell(logging.ERROR, text)
+        sys.exit(1)
+
+
+_ROOM = "free some space, or name a folder elsewhere (SPLITNET_CACHE, HF_HUB_CACHE and TMPDIR move what is kept)"
+_FILES = "end others that have some open, or raise the limit (`ulimit -n 4096`)"
+_MEMORY = "end other programs, or give less to this one, as by --memory and --kv-memory"
+_OF_THE_MACHINE = {
+    errno.ENOSPC: ("the disk is full", _ROOM),
+    errno.EDQUOT: ("your share of the disk is used up", _ROOM),
+    errno.EFBIG: ("a file is larger than this system allows", "name a folder on another disk, or raise `ulimit -f`"),
+    errno.EROFS: ("nothing can be written there", "name a folder elsewhere"),
+    errno.EACCES: ("this user may not use it", "change its permissions, or name another"),
+    errno.EPERM: ("this user may not use it", "change its permissions, or name another"),
+    errno.EIO: ("the disk does not work", "see the log of the system, and take another"),
+    errno.EMFILE: ("too many files and connections are open in this process", _FILES),
+    errno.ENFILE: ("too many files are open on this machine", _FILES),
+    errno.ENOMEM: ("there is not enough memory", _MEMORY),
+}
+_SAID = re.compile(r"\((?:os error|errno) (\d+)\)", re.IGNORECASE)
+"""How libraries in other languages name an error of the system."""
+
+
+def of_this_machine(error: BaseException) -> str | None:
+    """What this machine lacks, if that is why a command ended, though an error may blame others; else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        number = errno.ENOMEM if isinstance(cause, MemoryError) else getattr(cause, "errno", None)
+        if number is None and not isinstance(cause, SplitnetError) and (said := _SAID.search(str(cause))):
+            number = int(said[1])
+        if number in _OF_THE_MACHINE:
+            what, fix = _OF_THE_MACHINE[number]
+            if isinstance(error, SplitnetError) and os.strerror(number) in str(error):
+                return None  # it says so, and what to do
+            file = getattr(cause, "filename", None)
+            return f"{f'{file}: ' if file else ''}{what} ({os.strerror(number)}): {fix}"
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def _exit_cleanly(number: int, frame: object) -> None:

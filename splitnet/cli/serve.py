@@ -15,6 +15,7 @@ from splitnet.cli.extras import require
 from splitnet.cli.generate import Speculate
 from splitnet.cli.logs import tell
 from splitnet.light_imports import import_models
+from splitnet.net.addresses import refuse_taken
 
 _LIMITS = "How much at a time"
 
@@ -99,6 +100,10 @@ def serve(
     chat.
     """
     require("serve", "splitnet serve")
+    refuse_taken(f"tcp://{host}:{port}", "--port")
+    from splitnet.serve.keys import ApiKeys
+
+    ApiKeys.read(api_key_file)
     source = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()

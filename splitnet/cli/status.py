@@ -36,7 +36,7 @@ def status(
     connection = connecting.to(checkpoint)
     facts = connection.facts_of(Checkpoint.open(checkpoint))
     with connection.swarm_of(facts) as swarm:
-        overview = Overview.of(facts, swarm.peers(fresh=True))
+        overview = Overview.of(swarm, swarm.peers(fresh=True))
     if as_json:
         typer.echo(json.dumps(overview.as_json()))
     else:

@@ -12,6 +12,7 @@ from splitnet.cli.connecting import Connecting, connects
 from splitnet.cli.extras import require
 from splitnet.errors import SplitnetError
 from splitnet.tuning.data import TEMPLATE
+from splitnet.tuning.folder import TuningFolder
 from splitnet.tuning.methods import AdapterOptions, Method, PromptNetwork
 from splitnet.tuning.settings import Schedule, Settings
 
@@ -112,6 +113,7 @@ def tune(
     classified texts {"text": "...", "label": "..."}, or plain {"text": "..."}; all of a file are of one form.
     """
     require("tune", "splitnet tune")
+    TuningFolder(output).check_place(resume=resume)
     if "{text}" not in template:
         raise SplitnetError("the template has no {text}: write it where the text goes, as in '{text} Topic:'")
     if learning_rate == 0:

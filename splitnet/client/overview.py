@@ -10,7 +10,8 @@ from typing import Any
 from scheduler.cost import hop_joules
 from scheduler.network import CLIENT
 from scheduler.swarm import Peer, Speed, missing_blocks
-from splitnet.client.swarm import ModelFacts
+from splitnet.client.planner import StartPeer
+from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.net.facts import facts_of
 from splitnet.net.identity import PublicKey
 from splitnet.net.peer_addresses import peer_address
@@ -26,26 +27,27 @@ class Overview:
 
     Attributes:
         missing: ranges of blocks `[start, end)` that nobody serves, nor whoever asks.
+        start_peer: the command that starts a peer for blocks.
     """
 
     facts: ModelFacts
     records: tuple[PeerRecord, ...]
     missing: tuple[tuple[int, int], ...]
+    start_peer: StartPeer
 
     @classmethod
-    def of(cls, facts: ModelFacts, records: Iterable[PeerRecord], local: Iterable[tuple[int, int]] = ()) -> Overview:
+    def of(cls, swarm: Swarm, records: Iterable[PeerRecord], local: Iterable[tuple[int, int]] = ()) -> Overview:
         """Of the peers that are there, for a client that runs the blocks `local` itself."""
         ordered = tuple(sorted(records, key=lambda record: (record.start, record.end, record.key.text)))
         serving = [facts_of(record) for record in ordered if record.serves]
         serving += [Peer(CLIENT, start, end, Speed.of(0.0, 0.0)) for start, end in local]
-        missing = missing_blocks(serving, facts.num_blocks)
-        return cls(facts, ordered, tuple(missing))
+        missing = missing_blocks(serving, swarm.facts.num_blocks)
+        return cls(swarm.facts, ordered, tuple(missing), swarm.start_peer)
 
     def advice(self) -> list[str]:
         """What to do about each range of blocks that nobody serves."""
         return [
-            f"blocks {blocks_text(start, end)} are served by nobody: start a peer with "
-            f"`splitnet peer {self.facts.name} --blocks {start}:{end} --join ADDR`"
+            f"blocks {blocks_text(start, end)} are served by nobody: start a peer with `{self.start_peer(start, end)}`"
             for start, end in self.missing
         ]
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import random
+import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 from scheduler.candidates import LIMIT, Crowd
@@ -27,6 +28,9 @@ EXACT_PEERS = LIMIT
 KEPT_CROWDS = 2
 """Of the records that were read last, and of those before, with which another thread may still plan."""
 
+
+StartPeer = Callable[[int, int], str]
+"""Gives the command that starts a peer for the blocks `[start, end)`."""
 
 ALIKE_AGAIN = "start a peer that holds them so (--weights, --dtype), or allow others, and other tokens (--any-weights)"
 """What to do if nobody holds blocks as a session had them."""
@@ -144,12 +148,18 @@ class Planner:
     Args:
         survey: what is known.
         model_name: for errors.
+        start_peer: the command that starts a peer for blocks, likewise.
         look: the records of all peers as they are now.
     """
 
     def __init__(
-        self, survey: Survey, model_name: str, look: Callable[[], Sequence[PeerRecord]] = tuple[PeerRecord, ...]
+        self,
+        survey: Survey,
+        model_name: str,
+        look: Callable[[], Sequence[PeerRecord]] = tuple[PeerRecord, ...],
+        start_peer: StartPeer | None = None,
     ) -> None:
+        self._start_peer = start_peer or partial(peer_command, model_name, ())
         self._look = look
         self._survey = survey
         self._model_name = model_name
@@ -215,7 +225,9 @@ class Planner:
             )
         except NoRoute as error:
             otherwise = _held_otherwise(error.missing, needs.held, everyone, self._model_name)
-            raise otherwise or no_route_error(error, self._model_name, restricted=restricted) from None
+            raise otherwise or no_route_error(
+                error, self._model_name, self._start_peer, restricted=restricted
+            ) from None
         return [PlannedHop(by_name[hop.peer], hop.start, hop.end) for hop in route.hops]
 
     def likely(
@@ -374,7 +386,19 @@ def _with_ends(records: Sequence[PeerRecord], ends: Ends) -> list[PeerRecord]:
     return [*records, *(end for end in ends if end is not None and end.key.text not in names)]
 
 
-def no_route_error(error: NoRoute, model_name: str, *, restricted: bool = False) -> CoverageError | PeerBusy:
+def peer_command(model: str, way: Sequence[str], start: int, end: int) -> str:
+    """The command that starts a peer for the blocks `[start, end)`, as a shell takes it.
+
+    Args:
+        model: hub id, folder or file.
+        way: the arguments that say how the swarm is joined.
+    """
+    return shlex.join(["splitnet", "peer", model, "--blocks", f"{start}:{end}", *way])
+
+
+def no_route_error(
+    error: NoRoute, model_name: str, start_peer: StartPeer, *, restricted: bool = False
+) -> CoverageError | PeerBusy:
     """What it means for a session; restricted: there are more peers, which may not be used."""
     if not error.missing:
         return PeerBusy(
@@ -385,7 +409,7 @@ def no_route_error(error: NoRoute, model_name: str, *, restricted: bool = False)
     who = "by no peer that can be used" if restricted else "by nobody"
     return CoverageError(
         f"blocks {_ranges(error.missing)} of {model_name} are served {who}: start a peer with "
-        f"`splitnet peer {model_name} --blocks {start}:{end} --join ADDR`"
+        f"`{start_peer(start, end)}`"
     )
 
 

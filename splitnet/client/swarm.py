@@ -16,7 +16,7 @@ from splitnet.client.event_log import EventLog
 from splitnet.client.fresh_facts import FreshFacts
 from splitnet.client.known_peers import KnownPeers
 from splitnet.client.links import Links
-from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner
+from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner, peer_command
 from splitnet.client.route_search import HEARD_S, searched_route
 from splitnet.client.survey import Survey
 from splitnet.errors import CoverageError, PeerBusy
@@ -34,6 +34,8 @@ from splitnet.net.swarm_key import OPEN, SwarmKey
 if TYPE_CHECKING:
     from splitnet.model.checkpoint import Checkpoint
 
+SHOWN_ADDRESSES = 2
+"""With which a command that people copy joins a swarm."""
 UNBAN_S = 0.5
 """In which a banned peer must answer if its ban is to be lifted, as nobody else serves its blocks."""
 
@@ -47,6 +49,8 @@ class ModelFacts:
     num_blocks: int
     hidden_size: int
     max_positions: int | None
+    source: str = ""
+    """Hub id, folder or file on this machine; empty: none is known."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> ModelFacts:
@@ -57,6 +61,7 @@ class ModelFacts:
             num_blocks=checkpoint.num_blocks,
             hidden_size=checkpoint.hidden_size,
             max_positions=checkpoint.max_positions,
+            source=checkpoint.source,
         )
 
 
@@ -69,8 +74,10 @@ class Swarm:
         identity: the client's key; None makes one that lives as long as this object.
         swarm_key: of a closed swarm.
         trusted: keys of the peers that may be used; None: any.
+        way: the arguments with which commands join the swarm; None: with these addresses.
 
     Attributes:
+        way: see above.
         survey: what is known of peers and links.
         links: the client's own.
         fresh_facts: keeps `survey` fresh.
@@ -90,14 +97,19 @@ class Swarm:
         identity: Identity | None = None,
         swarm_key: SwarmKey | None = None,
         trusted: AuthorizedKeys | None = None,
+        way: Sequence[str] | None = None,
     ) -> None:
         self.facts = facts
+        if way is None:
+            way = [part for address in initial_peers[:SHOWN_ADDRESSES] for part in ("--join", address)]
+            way += ["--swarm-key", "FILE"] if swarm_key else []
+        self.way = tuple(way)
         self.identity = identity or Identity.generate()
         self.survey = Survey()
         self.events = EventLog()
         self.was_covered = False
         self._bans = Bans()
-        self.planner = Planner(self.survey, facts.name, self.peers)
+        self.planner = Planner(self.survey, facts.name, self.peers, self.start_peer)
         self.links = Links(self.identity, keep_unused_s=BRIEF_S)
         try:
             self._directory = join(initial_peers, lambda: self.links, swarm=swarm_key or OPEN)
@@ -117,6 +129,10 @@ class Swarm:
             self.likely,
             is_busy=self.links.is_busy,
         )
+
+    def start_peer(self, start: int, end: int) -> str:
+        """The command that starts a peer of this swarm for the blocks `[start, end)`."""
+        return peer_command(self.facts.source or self.facts.name, self.way, start, end)
 
     def close(self) -> None:
         """Closes all sessions and leaves."""

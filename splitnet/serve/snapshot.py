@@ -34,7 +34,7 @@ def snapshot(
     """
     model, log = generations.model, generations.progress
     there = [each.record for each in seen if each.state not in (State.GONE, State.REFUSES)]
-    overview = Overview.of(model.swarm.facts, there, model.local_spans)
+    overview = Overview.of(model.swarm, there, model.local_spans)
     per_second = log.tokens_per_second()
     rates = [sum(per_second[end - RATE_S : end]) / RATE_S for end in range(len(per_second), RATE_S - 1, -RATE_S)][::-1]
     now = log.clock()

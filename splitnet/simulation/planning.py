@@ -196,7 +196,7 @@ class _Grounds:
             plan = replace(self._plan, exclude={*self._plan.exclude, *left_out})
             return self._routing.route(plan, self._view, self._choices)
         except routes.NoRoute as error:
-            raise no_route_error(error, "simulated") from None
+            raise no_route_error(error, "simulated", lambda start, end: f"blocks {start}:{end}") from None
 
     def unmeasured(self, route: Planned) -> list[str]:
         """Bandwidths are known."""

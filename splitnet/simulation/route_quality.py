@@ -106,7 +106,7 @@ def plan_qualities(world: World, clients: int, clock: Callable[[], float]) -> It
             try:
                 planned = routing.route(_plan(client, request, world), view, random.Random(request.number))
             except NoRoute as error:
-                raise no_route_error(error, "simulated") from None
+                raise no_route_error(error, "simulated", lambda start, end: f"blocks {start}:{end}") from None
             took_ms.append((clock() - began) * 1000)
             found.append(true_ms(planned.hops, client))
         return found, float(np.median(took_ms))

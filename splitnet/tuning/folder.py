@@ -8,13 +8,14 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from splitnet.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -33,17 +34,31 @@ class TuningFolder:
         self._metrics = path / "metrics.jsonl"
         self._checkpoint = path / "checkpoint.safetensors"
 
-    def check(self, settings: dict[str, Any], *, resume: bool) -> None:
-        """Finds out whether a run with these settings may begin here, or go on.
+    def check_place(self, *, resume: bool) -> None:
+        """Finds out whether a run may begin here, or go on, before it is known which.
 
         Raises:
-            DataError: the folder holds another run, or none that could go on.
+            DataError: the folder holds a run, or none that could go on, or cannot be written.
         """
         if resume:
-            self._refuse_other(json.loads(json.dumps(settings)))
+            if not self._settings.exists():
+                raise DataError(f"{self.path} holds no run to go on with: leave out --resume")
         elif self.path.is_dir() and any(path not in (self._settings, self._metrics) for path in self.path.iterdir()):
             found = "a run: --resume goes on with it, or" if self._settings.exists() else "files:"
             raise DataError(f"{self.path} already holds {found} give another --output")
+        there = next(folder for folder in (self.path.absolute(), *self.path.absolute().parents) if folder.exists())
+        if not (there.is_dir() and os.access(there, os.W_OK)):
+            raise DataError(f"cannot make {self.path} ({there} cannot be written): give another --output")
+
+    def check(self, settings: dict[str, Any], *, resume: bool) -> None:
+        """The same of a run with these settings.
+
+        Raises:
+            DataError: see `check_place`; or the folder holds another run.
+        """
+        self.check_place(resume=resume)
+        if resume:
+            self._refuse_other(json.loads(json.dumps(settings)))
 
     def begin(self, settings: dict[str, Any]) -> None:
         """Claims the folder for a run.
@@ -60,6 +75,8 @@ class TuningFolder:
 
     def save_checkpoint(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
         """Replaces the checkpoint."""
+        from safetensors.torch import save_file
+
         with self._replacing(self._checkpoint) as partial:
             # Without contiguous(), safetensors refuses views; metadata holds texts alone.
             whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -82,14 +99,14 @@ class TuningFolder:
 
     def save_adapter(self, model: Any) -> None:
         """Writes the adapter of a PEFT model."""
-        with tempfile.TemporaryDirectory(dir=self.path, prefix=".adapter.") as folder:
+        with self._writing(self.path), tempfile.TemporaryDirectory(dir=self.path, prefix=".adapter.") as folder:
             model.save_pretrained(folder)
             for name in ADAPTER:
                 (Path(folder) / name).replace(self.path / name)
 
     def add_metrics(self, line: dict[str, Any]) -> None:
         """Appends one line to the metrics."""
-        with self._metrics.open("a", encoding="utf-8") as file:
+        with self._writing(self._metrics), self._metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self, until: int | None = None) -> list[dict[str, Any]]:
@@ -116,8 +133,6 @@ class TuningFolder:
             draw(partial)
 
     def _refuse_other(self, settings: dict[str, Any]) -> None:
-        if not self._settings.exists():
-            raise DataError(f"{self.path} holds no run to go on with: leave out --resume")
         try:
             saved = json.loads(self._settings.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
@@ -134,11 +149,19 @@ class TuningFolder:
         """Gives a file to write, which takes the place of `path` once it is whole and on the disk."""
         partial = path.with_name(f".{os.getpid()}.{path.name}")
         try:
-            yield partial
-            with partial.open("rb") as file:
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as error:
-            raise DataError(f"cannot write {path} ({error.strerror}): make room, then go on with --resume") from error
+            with self._writing(path):
+                yield partial
+                with partial.open("rb") as file:
+                    os.fsync(file.fileno())
+                partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+    @staticmethod
+    @contextmanager
+    def _writing(path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"cannot write {path} ({reason}): make room, then go on with --resume") from error

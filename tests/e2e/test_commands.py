@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import socket
 import statistics
@@ -17,11 +18,13 @@ from typing import Any
 
 import psutil
 import pytest
+from typer.main import get_command
 
 import splitnet
 from peers.daemon import Peer
 from peers.options import PeerOptions
 from peers.placing import SpanWish
+from splitnet.cli.main import app
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
 from splitnet.net.identity import Identity
@@ -82,6 +85,10 @@ FAILURES: dict[str, tuple[str, str]] = {
     "no such folder": ("peer /no/such/folder", "there is no folder /no/such/folder: give"),
     "blocks that are not there": ("peer {small} --blocks 4:9", "has blocks 0..5: use --blocks"),
     "blocks written wrongly": ("peer {small} --blocks 4-9", "'4-9' is not a range of blocks: write START:END"),
+    "memory without a unit": (
+        "peer {small} --memory 4",
+        r"4 is an amount of 4 bytes: did you mean 4GiB\? Write the unit",
+    ),
     "memory written wrongly": ("peer {small} --memory lots", "'lots' is not an amount of memory: write it as 4GiB"),
     "too little memory": ("peer {small} --memory 1KiB", "one block of .* takes .*: use --memory with more"),
     "port taken": ("peer {small} --listen {taken}", "{taken} is taken: choose another port"),
@@ -289,7 +296,10 @@ def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: str, 
             assert not daemon.serves and not list(tmp_path.glob("*.address*"))
             assert daemon.log.splitlines()[-1].startswith("leaving the swarm")
     table = here("status", str(small), "--join", holed)
-    assert f"4..5 are served by nobody: start a peer with `splitnet peer {small.name} --blocks 4:6" in table.output
+    said = re.search(r"4..5 are served by nobody: start a peer with `splitnet peer (.*)`", table.output)
+    assert said is not None, "on one line, whatever the width of the terminal"
+    copied = get_command(app).commands["peer"].make_context("peer", shlex.split(said[1])).params  # type: ignore[attr-defined]
+    assert (copied["model"], copied["blocks"], copied["join"]) == (str(small), "4:6", [holed])
 
 
 def test_a_peer_that_holds_its_weights_as_float16(small: Path, here: Here, tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_killed_peers_are_seen_at_once_and_what_they_leave_is_told(visit: Visit,
     second.stop(signal.SIGKILL)
     expect(page.locator("#verdict")).to_have_text("15 of 30 blocks are served by nobody", timeout=5000)
     expect(page.locator(".hole")).to_contain_text("blocks 15..29 are served by nobody: start a peer with")
-    expect(page.locator(".hole code")).to_contain_text("--blocks 15:30 --join ADDR")
+    expect(page.locator(".hole code")).to_contain_text("--blocks 15:30 --join /ip4/")
     expect(page.locator("#map .hole-band")).to_have_count(1)
     expect(page.locator("#peer-count")).to_have_text("1")
     visitor.photograph("hole-light")

@@ -177,7 +177,7 @@ def test_a_hole_is_told_with_what_to_do(swarm: LocalSwarm) -> None:
                     "start": 4,
                     "end": 6,
                     "advice": "blocks 4..5 are served by nobody: start a peer with "
-                    f"`splitnet peer {MODEL} --blocks 4:6 --join ADDR`",
+                    f"`splitnet peer {swarm.folder} --blocks 4:6 --join {' --join '.join(holed.addresses[:2])}`",
                 }
             ]
 

@@ -63,7 +63,7 @@ def told(peer: Peer, name: str) -> float | None:
 
 
 def test_records_and_metrics_say_what_a_token_takes(client: Swarm, peers: list[Peer]) -> None:
-    status = Overview.of(client.facts, client.peers(fresh=True)).as_json()
+    status = Overview.of(client, client.peers(fresh=True)).as_json()
     by_key = {peer["key"]: peer for peer in status["peers"]}
     given, read, silent = (by_key[peer.identity.public.text] for peer in peers)
     assert (given["watts"], read["watts"], silent["watts"]) == (200.0, 5.0, None)

@@ -137,7 +137,7 @@ def test_a_node_of_the_dht_helps_and_people_are_told(
         wait_until(lambda: peer.ways.relays == (relay,))
         peer._announcer.publish()
         records = swarm.client.peers(fresh=True)
-        overview = Overview.of(swarm.client.facts, records)
+        overview = Overview.of(swarm.client, records)
         assert [reached(record) for record in overview.records] == ["1 helper"]
         told = overview.as_json()["peers"][0]["relays"]
         assert told == [{"address": relay.address, "key": identity.public.text}]

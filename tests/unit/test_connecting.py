@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 from typing import Any, Never
 
@@ -14,6 +15,7 @@ from splitnet.cli import connection
 from splitnet.cli.arguments import Preferred
 from splitnet.cli.connecting import Connecting
 from splitnet.cli.main import app
+from splitnet.errors import SplitnetError
 from splitnet.net.identity import Identity
 
 ADDRESS = f"tcp://192.0.2.7:31331?key={Identity.generate().public.text}"
@@ -38,6 +40,33 @@ LACKS = {
     "bench": {"--wait", "--tokenizer"},
     "status": GIVEN.keys() - {"--key-file", "--swarm-key"},
 }
+
+
+EARLY = {
+    "serve m --port {taken}": "127.0.0.1:{taken} is taken: choose another port with --port",
+    "demo --serve --port {taken}": "127.0.0.1:{taken} is taken: choose another port with --port",
+    "serve m --api-key-file {tmp}/none": "API keys in {tmp}/none cannot be read",
+    "generate m hi --adapter {tmp}": "there is no adapter in {tmp}: give the folder",
+    "chat m --adapter {tmp}": "there is no adapter in {tmp}: give the folder",
+    "tune m --data {tmp}/data.jsonl --output {tmp}": "{tmp} already holds files: give another --output",
+    "tune m --data {tmp}/data.jsonl --output {tmp}/data.jsonl/new": "cannot make {tmp}/data.jsonl/new",
+    "tune m --data {tmp}/data.jsonl --output {tmp}/new --resume": "{tmp}/new holds no run to go on with",
+}
+
+
+@pytest.mark.parametrize("command", EARLY)
+def test_wrong_options_are_told_before_anything_slow(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the model is looked for, and libraries are imported."""
+    for module in ("serve", "demo", "generate", "chat", "tune"):
+        monkeypatch.setattr(f"splitnet.cli.{module}.resolve_model", lambda _: pytest.fail("the model is looked for"))
+    (tmp_path / "data.jsonl").write_text('{"text": "a"}')
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = {"taken": taken.getsockname()[1], "tmp": tmp_path}
+        ran = CliRunner().invoke(app, command.format_map(words).split())
+    assert isinstance(ran.exception, SplitnetError), ran.output
+    assert EARLY[command].format_map(words) in str(ran.exception)
 
 
 class Reached(Exception):

@@ -206,6 +206,7 @@ def test_options_stand_before_the_key_or_after_it(tmp_path: Path) -> None:
         ("weight=-1", "weight=-1: a weight is a number from 0.001 to 1000"),
         ("weight=nan", "weight=nan: a weight"),
         ("kv=much", "kv=much: 'much' is not an amount of memory"),
+        ("kv=8", "kv=8: 8 is an amount of 8 bytes: did you mean 8GiB"),
         ("train=maybe", "train=maybe: write train=yes or train=no"),
         ("tokens-per-minute=0", "tokens-per-minute=0: write a whole number"),
         ("weight=4,", "'' is no option of a key"),

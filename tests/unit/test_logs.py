@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -108,3 +109,16 @@ def test_what_the_hub_client_logs_is_written_once() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ended.stderr.count("Retrying") == 1
+
+
+@pytest.mark.parametrize("bars", [None, "0", "1"])
+def test_nothing_is_warned_of_where_transformers_hides_a_bar(bars: str | None) -> None:
+    """The hub client warns if the environment says something else, and on terminals that stood above every answer."""
+    program = (
+        "from splitnet.cli.arguments import quiet_libraries; quiet_libraries()\n"
+        "from transformers.utils import logging; logging.disable_progress_bar(); logging.enable_progress_bar()"
+    )
+    own = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    own |= {"HF_HUB_DISABLE_PROGRESS_BARS": bars} if bars else {}
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=own)
+    assert ended.stderr == ""

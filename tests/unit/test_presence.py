@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import Future
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -12,6 +13,7 @@ import pytest
 
 from splitnet.client.event_log import EventLog
 from splitnet.client.overview import Overview
+from splitnet.client.planner import peer_command
 from splitnet.client.swarm import Swarm
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import Identity
@@ -133,8 +135,12 @@ def test_of_many_peers_some_are_asked_and_always_the_same() -> None:
 
 def test_an_overview_says_in_words_what_is_missing() -> None:
     starting = dataclasses.replace(OTHER, start=4, end=6, serves=False)
-    overview = Overview.of(FACTS, [starting, OTHER], local=[(0, 1)])
+    model, address = "/models/a b", "tcp://192.0.2.7:1?key=k"
+    swarm: Any = SimpleNamespace(
+        facts=dataclasses.replace(FACTS, source=model), start_peer=partial(peer_command, model, ["--join", address])
+    )
+    overview = Overview.of(swarm, [starting, OTHER], local=[(0, 1)])
     assert overview.records == (OTHER, starting) and overview.missing == ((1, 2), (4, 6))
     assert overview.advice()[1] == (
-        "blocks 4..5 are served by nobody: start a peer with `splitnet peer a-model --blocks 4:6 --join ADDR`"
+        f"blocks 4..5 are served by nobody: start a peer with `splitnet peer '{model}' --blocks 4:6 --join '{address}'`"
     )

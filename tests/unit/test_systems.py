@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import errno
 import io
 import os
 import socket
@@ -14,7 +15,8 @@ import pytest
 import zmq
 
 from splitnet.cli import main
-from splitnet.errors import LanError, ModelNotFound
+from splitnet.errors import LanError, ModelNotFound, SplitnetError
+from splitnet.model import demo
 from splitnet.model.shards import Shards
 from splitnet.net import lan, tcp
 from splitnet.net.wake import Wake
@@ -88,6 +90,63 @@ def test_pipes_of_windows_are_utf_8(monkeypatch: pytest.MonkeyPatch) -> None:
     main.main()
     sys.stdout.flush()
     assert written.getvalue().decode().strip() == "日本語"
+
+
+def full(path: str = "/cache/file") -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+
+
+def blamed(cause: BaseException, text: str = "the model cannot be read: check the network") -> SplitnetError:
+    error = SplitnetError(text)
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (full(), "/cache/file: the disk is full (No space left on device): free some space"),
+        (blamed(full()), "/cache/file: the disk is full (No space left on device): free some space"),
+        (blamed(full(), "cannot keep it (No space left on device): free 300 MB"), "cannot keep it (No space left on "),
+        (Exception("I/O error: No space left on device (os error 28)"), "the disk is full (No space left on device)"),
+        (OSError(errno.EDQUOT, "x"), "your share of the disk is used up"),
+        (OSError(errno.EROFS, "x", "/ro"), "/ro: nothing can be written there"),
+        (PermissionError(errno.EACCES, "x", "/root"), "/root: this user may not use it"),
+        (OSError(errno.EMFILE, "x"), "too many files and connections are open in this process"),
+        (blamed(blamed(OSError(errno.ENFILE, "x"))), "too many files are open on this machine"),
+        (MemoryError(), "there is not enough memory"),
+        (blamed(ConnectionRefusedError(errno.ECONNREFUSED, "x")), "the model cannot be read: check the network"),
+    ],
+)
+def test_what_this_machine_lacks_is_said_in_a_sentence(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever else the error may blame."""
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(main, "app", fail)
+    monkeypatch.setattr(main, "claim_process", lambda: None)
+    monkeypatch.setattr(main, "ENDING", ())
+    with pytest.raises(SystemExit) as end:
+        main.main()
+    assert end.value.code == 1 and said in capsys.readouterr().err
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "app", lambda: [].pop())
+    monkeypatch.setattr(main, "claim_process", lambda: None)
+    monkeypatch.setattr(main, "ENDING", ())
+    with pytest.raises(IndexError):
+        main.main()
+
+
+def test_a_full_disk_does_not_blame_the_index_of_packages() -> None:
+    with pytest.raises(OSError, match="No space left on device") as raised:
+        demo._download_error("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device")
+    assert raised.value.errno == errno.ENOSPC
+    assert "check the network" in str(demo._download_error("ERROR: No matching distribution"))
 
 
 def test_android_does_not_tell_addresses(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from torch import nn
 
 from splitnet.errors import DataError, SplitnetError
@@ -198,16 +199,30 @@ class TestFolder:
         folder = TuningFolder(tmp_path)
         folder.save_checkpoint({"a": torch.ones(2)}, {"step": 1})
 
-        def full(*arguments: Any, **options: Any) -> None:
-            Path(arguments[1]).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
+        for error in (OSError(28, "No space left on device"), SafetensorError("No space left on device (os error 28)")):
 
-        monkeypatch.setattr("splitnet.tuning.folder.save_file", full)
-        with pytest.raises(DataError, match=r"No space left on device.*--resume"):
-            folder.save_checkpoint({"a": torch.zeros(2)}, {"step": 2})
+            def full(*arguments: Any, error: Exception = error, **options: Any) -> None:
+                Path(arguments[1]).write_bytes(b"half")
+                raise error
+
+            monkeypatch.setattr("safetensors.torch.save_file", full)
+            with pytest.raises(DataError, match=r"No space left on device.*--resume"):
+                folder.save_checkpoint({"a": torch.zeros(2)}, {"step": 2})
         saved = folder.load_checkpoint()
         assert saved is not None and saved[1] == {"step": 1} and saved[0]["a"].tolist() == [1, 1]
         assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+    def test_an_adapter_and_metrics_that_cannot_be_written_are_told(self, tmp_path: Path) -> None:
+        class Full:
+            def save_pretrained(self, folder: str) -> None:
+                raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        folder = TuningFolder(tmp_path / "run")
+        (tmp_path / "run" / "metrics.jsonl").mkdir(parents=True)
+        for write in (lambda: folder.save_adapter(Full()), lambda: folder.add_metrics({"step": 1})):
+            with pytest.raises(DataError, match=r"cannot write .*--resume"):
+                write()
+        assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
 
     def test_a_damaged_checkpoint_is_told(self, tmp_path: Path) -> None:
         (tmp_path / "checkpoint.safetensors").write_bytes(b"x" * 40)
