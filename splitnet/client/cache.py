@@ -121,6 +121,10 @@ class RemoteLayer(CacheLayerMixin):
         self.columns = columns
         return session, parts, forks
 
+    def fitting(self, length: int, ropes: RopeLengths) -> int:
+        """How many columns have the rotary frequencies of a prompt of `length` positions."""
+        return min(self.columns, self.alike) if ropes.shortest(length) == self.reach else 0
+
     def mask(self, new: int) -> torch.Tensor:
         """`[batch, columns]` bool for the columns that are held and new ones without padding."""
         columns = torch.arange(self.columns + new)
@@ -327,8 +331,8 @@ class Conversation:
             rows = zip(held, before, ids, padding, strict=True)
             shared = [pad + _shared(old[pad_before : layer.columns], new[pad:]) for old, pad_before, new, pad in rows]
             columns = min(ids.shape[1] - 1, *shared)
-        length = ids.shape[1] - min(padding, default=0)
-        layer.rewind(min(columns, layer.alike) if self._ropes.shortest(length) == layer.reach else 0, padding)
+        fitting = layer.fitting(ids.shape[1] - min(padding, default=0), self._ropes)
+        layer.rewind(min(columns, fitting), padding)
 
     def remember(self, tokens: torch.Tensor | None) -> None:
         """Takes in what was generated since `resume`, `[rows, seq]`; None: it is not known."""

@@ -102,7 +102,14 @@ class CachedBlocks:
         return self._begin(cache, hidden, mask, 0, layer.adapter, 0)
 
     def run(
-        self, cache: RemoteCache, hidden: torch.Tensor, mask: Any, positions: Any, keep: int, prefix: Prefixes
+        self,
+        cache: RemoteCache,
+        hidden: torch.Tensor,
+        mask: Any,
+        positions: Any,
+        keep: int,
+        prefix: Prefixes,
+        length: int = 0,
     ) -> torch.Tensor:
         """The outputs of new positions, `[batch, seq, hidden]`; no gradient goes back through them.
 
@@ -110,6 +117,7 @@ class CachedBlocks:
             mask, positions: what the caller has given for `attention_mask` and `position_ids`.
             keep: how many last positions are wanted; 0: all.
             prefix: keys and values before the first position; empty: none.
+            length: of the text that they are a piece of, if there is more of it.
 
         Raises:
             UnsupportedParameter: the mask or the positions cannot be honoured.
@@ -122,7 +130,7 @@ class CachedBlocks:
         checked = mask_of(mask, batch, past + new)
         before = prefix[0][0].shape[1] if prefix else 0
         check_positions(positions, checked, past, before)
-        reach = reach_of(positions, before + past + new, self.ropes)
+        reach = reach_of(positions, before + past + new, self.ropes, before + length)
         parameters = {} if past else self._adapters.parameters_for(prefix)
         adapter = self._adapters.recent(layer.adapter, prefix) if past else self._adapters.adapter_of(parameters)
         with torch.no_grad():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,10 @@ class RemoteCausalLM(RemoteModel):
     ends: Ends | None = None
     """What stands before and after the blocks, if that is all there is."""
 
+    def __init_subclass__(cls) -> None:
+        family: Any = cls.transformers_class
+        cls.prepare_inputs_for_generation = _keeping_the_cache(family.prepare_inputs_for_generation)
+
     def open_sessions_with(self, open_session: Callable[[int], ModelSession]) -> None:
         """Sets what makes the session of a cache, for a budget of positions."""
         self._open_session = open_session
@@ -257,6 +262,17 @@ class RemoteCausalLM(RemoteModel):
         """An empty cache on the peers, for callers that pass `cache=` themselves."""
         return RemoteCache(self._open_session)
 
+    def fitting(self, cache: RemoteCache, length: int) -> int:
+        """How many positions per row a cache holds as a prompt of `length` tokens that begins with them has them.
+
+        Fewer than all where the rotary embedding depends on the length of a text.
+        """
+        return cache.remote.fitting(length, self._blocks.cached.ropes)
+
+    def pieces_of(self, length: int) -> AbstractContextManager[None]:
+        """Within, this thread calls the model with pieces of a text of `length` tokens, as if it were given at once."""
+        return self._blocks.calling(length=length)
+
     @torch.no_grad()
     def keys_and_values(self, input_ids: torch.Tensor) -> Prefixes:
         """Keys and values of a text in every block, as the peers compute them: what a trained prefix can begin as.
@@ -333,18 +349,6 @@ class RemoteCausalLM(RemoteModel):
         given, prefix = with_trained_prompt(wrapper, given)
         with self._local.within(prefix=prefix):
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def prepare_inputs_for_generation(self, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """What transformers' loops call the model with next, as its family has it."""
-        cache = kwargs.get("cache")
-        inputs = super().prepare_inputs_for_generation(  # pyright: ignore[reportAttributeAccessIssue]
-            input_ids, *args, **kwargs
-        )
-        if isinstance(cache, RemoteCache) and inputs.get("cache") is None:
-            # The family has dropped it, and computes the whole text anew; the session on the peers stays.
-            cache.remote.reset()
-            inputs["cache"] = cache
-        return inputs
 
     def _check_speculation(self, by: Any, given: Mapping[str, Any], request: Request, caches: bool) -> None:
         """Raises UnsupportedParameter if `by` makes no drafts, or something does not go together with them."""
@@ -481,6 +485,22 @@ class RemoteCausalLM(RemoteModel):
                 "leave out `cache`, or use model.new_cache()"
             )
         return given
+
+
+def _keeping_the_cache(prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
+    """A family's `prepare_inputs_for_generation`, whose signature transformers reads."""
+
+    @functools.wraps(prepare)
+    def prepared(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        cache = kwargs.get("cache")
+        inputs = prepare(*args, **kwargs)
+        if isinstance(cache, RemoteCache) and inputs.get("cache") is None:
+            # The family has dropped it, and computes the whole text anew; the session on the peers stays.
+            cache.remote.reset()
+            inputs["cache"] = cache
+        return inputs
+
+    return prepared
 
 
 def _with_hidden(output: Any, hidden: torch.Tensor) -> Any:

@@ -200,15 +200,16 @@ def check_positions(positions: Any, mask: torch.Tensor, past: int, prefix: int) 
         )
 
 
-def reach_of(positions: Any, columns: int, ropes: RopeLengths) -> int:
+def reach_of(positions: Any, columns: int, ropes: RopeLengths, least: int = 0) -> int:
     """What transformers takes for the length of a text in a call, for `splitnet.net.messages.Step.reach`.
 
     Args:
         positions: as in `check_positions`. columns: that the text then has, with padding and prefix.
+        least: what it has in any case.
     """
     if not ropes.matter:
         return 0
-    return ropes.shortest(columns if positions is None else int(positions.max()) + 1)
+    return ropes.shortest(max(least, columns if positions is None else int(positions.max()) + 1))
 
 
 def _check(name: str, rule: Refused, value: Any) -> None:

@@ -47,6 +47,8 @@ class Call:
     keep: int = 0
     """How many last positions the head looks at; 0: all."""
     prefix: Prefixes = ()
+    length: int = 0
+    """Of the text that its positions are a piece of, if that is longer than they are known to be."""
     run: Callable[[torch.Tensor], torch.Tensor] | None = None
     """What runs the blocks, `[batch, seq, hidden]` in and out."""
     backbone: Callable[[Callable[[], Any]], Any] | None = None
@@ -204,7 +206,7 @@ class RemoteModel(PreTrainedModel):
                 return self._blocks.passes.run(hidden, mask, positions, call.prefix)
             layer = cache.remote
             seen = layer.mask(hidden.shape[1]) if mask is None and layer.columns and no_masks_later else mask
-            return self._blocks.cached.run(cache, hidden, seen, positions, call.keep, call.prefix)
+            return self._blocks.cached.run(cache, hidden, seen, positions, call.keep, call.prefix, call.length)
 
         with self._blocks.calling(run=call.run or run):
             return forward(**given)

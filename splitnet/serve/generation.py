@@ -207,7 +207,7 @@ class Generation:
             self._watch = SessionWatch(cache, self._own.observer) if self._own.observer is not None else None
             prompt = torch.tensor([ask.prompt])
             # The model must see one token at least, to tell what comes after it.
-            cached = min(shared, len(ask.prompt) - 1)
+            cached = min(shared, len(ask.prompt) - 1, self._own.model.fitting(cache, len(ask.prompt)))
             cache.remote.crop(cached - cache.remote.columns)
             cache.remote.reserve(len(ask.prompt) + min(ask.max_tokens, RESERVED_ANSWER))
             if ask.score_prompt:
@@ -271,7 +271,8 @@ class Generation:
 
     def _forward(self, ids: torch.Tensor, cache: RemoteCache, **options: Any) -> Any:
         mask = torch.ones(1, cache.remote.columns + ids.shape[1], dtype=torch.long)
-        return self._own.model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **options)
+        with self._own.model.pieces_of(len(self._ask.prompt)):
+            return self._own.model(input_ids=ids, attention_mask=mask, cache=cache, use_cache=True, **options)
 
     def tell(self, piece: Piece) -> None:
         """Hands on what is new of an answer."""

@@ -169,6 +169,13 @@ def test_texts_beyond_the_length_where_the_rotary_embedding_changes(
             torch.testing.assert_close(
                 logits, local()(ids, attention_mask=mask).logits[mask.bool()], atol=2e-5, rtol=1e-3
             )
+            cache, pieces = remote.new_cache(), list[torch.Tensor]()
+            with remote.pieces_of(40):
+                for piece in ids[:1].split(22, dim=1):
+                    pieces.append(remote(piece, cache=cache, use_cache=True).logits)
+            torch.testing.assert_close(torch.cat(pieces, dim=1), local()(ids[:1]).logits, atol=2e-5, rtol=1e-3)
+            assert remote.fitting(cache, 20) == 0
+            assert remote.fitting(cache, 41) == (0 if config.get("rope_parameters") == GROWING else 40)
         assert torch.equal(remote.generate(ids, attention_mask=mask, **options), plain(ids, mask))
         assert torch.equal(remote.generate(ids[:1], num_beams=3, **options), plain(ids[:1], num_beams=3))
         over = remote.generate(ids[:1], speculate="prompt-lookup", **options)
