@@ -22,6 +22,13 @@ from splitnet.amounts import parse_bytes
 from splitnet.errors import SplitnetError
 from splitnet.model.device_choice import DEVICE_NAME
 
+# Boxes of options in `--help`, the same in all commands.
+SWARM = "Swarm"
+KEYS = "Keys"
+COMPUTING = "Computing here"
+ROUTE = "Route"
+NETWORK = "Network"
+
 
 def checked_addresses(addresses: list[str] | None) -> list[str] | None:
     """Refuses what is not even written as an address before anything slow begins."""
@@ -75,6 +82,7 @@ Join = Annotated[
         envvar="SPLITNET_JOIN",
         callback=checked_addresses,
         help="Address that a peer of the swarm prints, repeat for several; found on this network if not given.",
+        rich_help_panel=SWARM,
     ),
 ]
 JoinIfAny = Annotated[
@@ -85,11 +93,17 @@ JoinIfAny = Annotated[
         envvar="SPLITNET_JOIN",
         callback=checked_addresses,
         help="Address of a swarm to join; without it, one on this network is joined or a new one starts.",
+        rich_help_panel=SWARM,
     ),
 ]
 Lan = Annotated[
     bool,
-    typer.Option("--lan/--no-lan", envvar="SPLITNET_LAN", help="Look for the swarm on this network without --join."),
+    typer.Option(
+        "--lan/--no-lan",
+        envvar="SPLITNET_LAN",
+        help="Look for the swarm on this network without --join.",
+        rich_help_panel=SWARM,
+    ),
 ]
 JoinToExamine = Annotated[
     list[str] | None,
@@ -99,6 +113,7 @@ JoinToExamine = Annotated[
         envvar="SPLITNET_JOIN",
         callback=checked_addresses,
         help="Address of a swarm, to check the way to it; repeat for several of one swarm.",
+        rich_help_panel=SWARM,
     ),
 ]
 CodecName = Annotated[
@@ -108,11 +123,14 @@ CodecName = Annotated[
         envvar="SPLITNET_CODEC",
         callback=_checked_codec,
         help="How activations travel: auto, or a name from docs/codecs.md such as int8.",
+        rich_help_panel=ROUTE,
     ),
 ]
 Wait = Annotated[
     float,
-    typer.Option(min=0, metavar="SECONDS", help="Time to wait for blocks that suddenly nobody serves."),
+    typer.Option(
+        min=0, metavar="SECONDS", help="Time to wait for blocks that suddenly nobody serves.", rich_help_panel=ROUTE
+    ),
 ]
 AnyWeights = Annotated[
     bool | None,
@@ -121,6 +139,7 @@ AnyWeights = Annotated[
         help="Whether a text may go on with weights held otherwise (int4 after float32) if nobody else is left; if not "
         "given, it may with --codec auto.",
         show_default=False,
+        rich_help_panel=COMPUTING,
     ),
 ]
 LocalBlocks = Annotated[
@@ -130,6 +149,7 @@ LocalBlocks = Annotated[
         metavar="START:END",
         envvar="SPLITNET_LOCAL_BLOCKS",
         help="Blocks to run here, without peers; several as 0:2,28:30, or auto.",
+        rich_help_panel=COMPUTING,
     ),
 ]
 LocalWeights = Annotated[
@@ -139,6 +159,7 @@ LocalWeights = Annotated[
         metavar="KIND",
         envvar="SPLITNET_LOCAL_WEIGHTS",
         help="Hold those blocks and the head as auto, float16, int8 or int4.",
+        rich_help_panel=COMPUTING,
     ),
 ]
 Device = Annotated[
@@ -149,6 +170,7 @@ Device = Annotated[
         envvar="SPLITNET_DEVICE",
         callback=_checked_device,
         help="Where to compute: auto (CUDA or ROCm, else MPS, else XPU, else the CPU), cpu, cuda, cuda:1, mps or xpu.",
+        rich_help_panel=COMPUTING,
     ),
 ]
 Tokenizer = Annotated[
@@ -176,6 +198,7 @@ Prefer = Annotated[
         "--prefer",
         envvar="SPLITNET_PREFER",
         help="Routes with the next token soonest, the most tokens per second, or the least energy per token.",
+        rich_help_panel=ROUTE,
     ),
 ]
 EnergySlowdown = Annotated[
@@ -185,6 +208,7 @@ EnergySlowdown = Annotated[
         metavar="FACTOR",
         envvar="SPLITNET_ENERGY_SLOWDOWN",
         help="With --prefer energy: how many times as long as on the fastest route a token may take; 1.5 if not given.",
+        rich_help_panel=ROUTE,
     ),
 ]
 
@@ -214,6 +238,7 @@ SwarmKeyFile = Annotated[
         envvar="SPLITNET_SWARM_KEY",
         callback=one_identity,
         help="File with the key of a closed swarm, see `splitnet key --swarm-key`.",
+        rich_help_panel=KEYS,
     ),
 ]
 InviteFile = Annotated[
@@ -224,6 +249,7 @@ InviteFile = Annotated[
         envvar="SPLITNET_INVITE",
         callback=one_identity,
         help="File of `splitnet invite`: model, addresses, swarm key and key in place of those options.",
+        rich_help_panel=KEYS,
     ),
 ]
 TrustedPeers = Annotated[
@@ -233,6 +259,7 @@ TrustedPeers = Annotated[
         metavar="FILE",
         envvar="SPLITNET_TRUSTED_PEERS",
         help="File with the keys of the peers that may be used, as --authorized-keys; any peer if not given.",
+        rich_help_panel=KEYS,
     ),
 ]
 RelayPort = Annotated[
@@ -243,10 +270,14 @@ RelayPort = Annotated[
         min=0,
         max=65535,
         help="Let peers behind routers be reached through this machine, at a port of its own; 0 is any free one.",
+        rich_help_panel=NETWORK,
     ),
 ]
 RelayRate = Annotated[
-    str | None, typer.Option("--relay-rate", metavar="32MiB", help="Bytes per second to pass on for them, in all.")
+    str | None,
+    typer.Option(
+        "--relay-rate", metavar="32MiB", help="Bytes per second to pass on for them, in all.", rich_help_panel=NETWORK
+    ),
 ]
 
 
@@ -276,12 +307,17 @@ ModelId = Annotated[
         metavar="ID",
         callback=_checked_model_id,
         help="Fingerprint that the model must have, where not all of it is here; `splitnet status --json` shows it.",
+        rich_help_panel=SWARM,
     ),
 ]
 KeyFile = Annotated[
     Path | None,
     typer.Option(
-        "--key-file", envvar="SPLITNET_KEY_FILE", callback=one_identity, help="File with the key of this machine."
+        "--key-file",
+        envvar="SPLITNET_KEY_FILE",
+        callback=one_identity,
+        help="File with the key of this machine.",
+        rich_help_panel=KEYS,
     ),
 ]
 

@@ -14,10 +14,17 @@ from splitnet.cli.extras import require
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.light_imports import import_models
 
-MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")]
-TopP = Annotated[float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens of this total probability.")]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.")]
+ANSWER = "Answer"
+
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to generate at most.", rich_help_panel=ANSWER)]
+Temperature = Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.", rich_help_panel=ANSWER)]
+TopP = Annotated[
+    float,
+    typer.Option(
+        min=0, max=1, help="Sample from the likeliest tokens of this total probability.", rich_help_panel=ANSWER
+    ),
+]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", rich_help_panel=ANSWER)]
 
 
 def _has_adapter(folder: Path | None) -> Path | None:
@@ -44,6 +51,7 @@ Speculate = Annotated[
         "--speculate",
         metavar="HOW",
         help="Draft tokens, which peers verify together: prompt-lookup, or a small model with the same tokenizer.",
+        rich_help_panel=ANSWER,
     ),
 ]
 

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -43,8 +44,45 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-for command in (peer, generate, chat, serve, tune, status, doctor, bench, plan, dht, key, invite, demo, simulate):
-    app.command()(command)
+EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
+    peer: ("splitnet peer Qwen/Qwen3-8B --memory 8GiB", "splitnet peer ./llama.gguf --blocks 0:16 --join /ip4/..."),
+    generate: (
+        'splitnet generate Qwen/Qwen3-8B "Why is the sky blue?"',
+        'splitnet generate demo "Write a haiku." --join /ip4/... --temperature 0.8 --stats',
+    ),
+    chat: ("splitnet chat Qwen/Qwen3-8B", 'splitnet chat demo --join /ip4/... --system "Answer in one sentence."'),
+    serve: (
+        "splitnet serve Qwen/Qwen3-8B",
+        "splitnet serve demo --join /ip4/... --host 0.0.0.0 --api-key-file keys",
+    ),
+    tune: (
+        "splitnet tune Qwen/Qwen3-8B --data chats.jsonl --output my-adapter",
+        "splitnet tune Qwen/Qwen3-8B --data chats.jsonl --output my-adapter --steps 500 --rank 16 --resume",
+    ),
+    status: ("splitnet status Qwen/Qwen3-8B", "splitnet status demo --join /ip4/... --json"),
+    doctor: ("splitnet doctor", "splitnet doctor Qwen/Qwen3-8B --join /ip4/... --listen tcp://0.0.0.0:31331"),
+    bench: ("splitnet bench demo --local", "splitnet bench Qwen/Qwen3-8B --join /ip4/... --prefill 2048 --rounds 5"),
+    plan: (
+        "splitnet plan Qwen/Qwen3-8B --devices devices.yaml",
+        "splitnet plan Qwen/Qwen3-8B --devices devices.yaml --for throughput --json",
+    ),
+    dht: ("splitnet dht --listen /ip4/0.0.0.0/tcp/31330", "splitnet dht --join /ip4/... --relay-port 31331"),
+    key: ("splitnet key", "splitnet key --swarm-key swarm.key"),
+    invite: (
+        "splitnet invite MODEL --join tcp://... --swarm-key swarm.key --authorized-keys keys.txt --output anna.invite",
+        "splitnet invite MODEL --join tcp://... --swarm-key swarm.key --authorized-keys keys.txt --output b.invite "
+        "--name bob --options kv=8GiB",
+    ),
+    demo: ("splitnet demo", 'splitnet demo Qwen/Qwen3-0.6B --peers 2 --prompt "Tell a joke."'),
+    simulate: (
+        "splitnet simulate --peers 200 --clients 200",
+        "splitnet simulate --scenario heavy --against all",
+    ),
+}
+"""Of each command, as its `--help` shows them; /ip4/... and tcp://... stand for what a peer prints."""
+
+for command, shown in EXAMPLES.items():
+    app.command(epilog="\n\n".join(("[bold]Examples[/bold]", *shown)))(command)
 
 
 def _print_version(wanted: bool) -> None:

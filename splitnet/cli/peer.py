@@ -14,6 +14,10 @@ import typer
 from scheduler.swarm import MAX_WATTS
 from splitnet.amounts import parse_bytes
 from splitnet.cli.arguments import (
+    COMPUTING,
+    KEYS,
+    NETWORK,
+    SWARM,
     Device,
     InviteFile,
     JoinIfAny,
@@ -42,6 +46,10 @@ if TYPE_CHECKING:
     from peers.daemon import Peer
 
 
+MEMORY = "Blocks and memory"
+SHARING = "Weights for others"
+
+
 class Dtype(StrEnum):
     """Types that blocks compute in."""
 
@@ -65,13 +73,25 @@ def peer(
     model: ModelOrInvite = None,
     blocks: Annotated[
         str | None,
-        typer.Option(metavar="START:END", help="Blocks to serve; chosen by what the swarm lacks if not given."),
+        typer.Option(
+            metavar="START:END",
+            help="Blocks to serve; chosen by what the swarm lacks if not given.",
+            rich_help_panel=MEMORY,
+        ),
     ] = None,
-    memory: Annotated[str | None, typer.Option(metavar="4GiB", help="Memory for blocks; as many as fit.")] = None,
-    kv_memory: Annotated[str | None, typer.Option(metavar="1GiB", help="Memory for the KV caches of sessions.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="4GiB", help="Memory for blocks; as many as fit.", rich_help_panel=MEMORY)
+    ] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(metavar="1GiB", help="Memory for the KV caches of sessions.", rich_help_panel=MEMORY)
+    ] = None,
     training_memory: Annotated[
         str | None,
-        typer.Option(metavar="1GiB", help="Memory to keep for clients that train; one key gets half at most."),
+        typer.Option(
+            metavar="1GiB",
+            help="Memory to keep for clients that train; one key gets half at most.",
+            rich_help_panel=MEMORY,
+        ),
     ] = None,
     join: JoinIfAny = None,
     lan: Annotated[
@@ -81,51 +101,73 @@ def peer(
             envvar="SPLITNET_LAN",
             help="Find others on this network and be found; on without --join, unless --listen is on loopback.",
             show_default=False,
+            rich_help_panel=SWARM,
         ),
     ] = None,
     listen: Annotated[
-        str, typer.Option(metavar="tcp://HOST:PORT", help="Where to take activations; port 0 is any free one.")
+        str,
+        typer.Option(
+            metavar="tcp://HOST:PORT",
+            help="Where to take activations; port 0 is any free one.",
+            rich_help_panel=NETWORK,
+        ),
     ] = "tcp://0.0.0.0:0",
     dht_listen: Annotated[
-        str | None, typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Where to take part in the DHT.")
+        str | None,
+        typer.Option(metavar="/ip4/HOST/tcp/PORT", help="Where to take part in the DHT.", rich_help_panel=NETWORK),
     ] = None,
     public_host: Annotated[
         str | None,
         typer.Option(
-            metavar="HOST[:PORT]", help="How others reach this machine, if by another name or port (NAT, containers)."
+            metavar="HOST[:PORT]",
+            help="How others reach this machine, if by another name or port (NAT, containers).",
+            rich_help_panel=NETWORK,
         ),
     ] = None,
     reach: Annotated[
         Reach,
         typer.Option(
             help="How others reach this peer: at its address, through helpers, or (auto) as others find out; with "
-            "--public-host at its address."
+            "--public-host at its address.",
+            rich_help_panel=NETWORK,
         ),
     ] = Reach.auto,
     port_mapping: Annotated[
-        bool, typer.Option(help="Ask the router for a port (NAT-PMP, UPnP) if others find that they need one.")
+        bool,
+        typer.Option(
+            help="Ask the router for a port (NAT-PMP, UPnP) if others find that they need one.", rich_help_panel=NETWORK
+        ),
     ] = True,
     relay_port: RelayPort = None,
     relay_rate: RelayRate = None,
     device: Device = "auto",
     dtype: Annotated[
-        Dtype | None, typer.Option(help="What blocks compute in; the checkpoint's own if not given.")
+        Dtype | None,
+        typer.Option(help="What blocks compute in; the checkpoint's own if not given.", rich_help_panel=COMPUTING),
     ] = None,
     weights: Annotated[
         WeightKind | None,
-        typer.Option(help="What weights are held as; as stored if not given; auto: nearly as good, and fast here."),
+        typer.Option(
+            help="What weights are held as; as stored if not given; auto: nearly as good, and fast here.",
+            rich_help_panel=COMPUTING,
+        ),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads to compute with.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads to compute with.", rich_help_panel=COMPUTING)
+    ] = None,
     authorized_keys: Annotated[
         Path | None,
         typer.Option(
-            help="File with the keys (see `splitnet key`) that may connect, and what each gets; anyone if not given."
+            help="File with the keys (see `splitnet key`) that may connect, and what each gets; anyone if not given.",
+            rich_help_panel=KEYS,
         ),
     ] = None,
     key_file: Annotated[
         Path | None,
         typer.Option(
-            callback=one_identity, help="File with the key of this peer; a new key at each start if not given."
+            callback=one_identity,
+            help="File with the key of this peer; a new key at each start if not given.",
+            rich_help_panel=KEYS,
         ),
     ] = None,
     swarm_key: SwarmKeyFile = None,
@@ -137,16 +179,23 @@ def peer(
             "--share-weights/--no-share-weights",
             help="Give weights to who may connect; on with --authorized-keys without `anyone`, or in a closed swarm.",
             show_default=False,
+            rich_help_panel=SHARING,
         ),
     ] = None,
     share_rate: Annotated[
         str | None,
-        typer.Option(metavar="64MiB", help="Bytes per second of that, in all; a quarter while sessions are served."),
+        typer.Option(
+            metavar="64MiB",
+            help="Bytes per second of that, in all; a quarter while sessions are served.",
+            rich_help_panel=SHARING,
+        ),
     ] = None,
     metrics_port: Annotated[
         str | None,
         typer.Option(
-            metavar="[HOST:]PORT", help="Serve metrics for Prometheus there, at /metrics; 127.0.0.1 by default."
+            metavar="[HOST:]PORT",
+            help="Serve metrics for Prometheus there, at /metrics; 127.0.0.1 by default.",
+            rich_help_panel=NETWORK,
         ),
     ] = None,
     watts: Annotated[
@@ -154,6 +203,7 @@ def peer(
         typer.Option(
             metavar="WATTS",
             help="What the device draws while it computes; read from its counters if not given (docs/energy.md).",
+            rich_help_panel=COMPUTING,
         ),
     ] = None,
     drain_s: Annotated[
@@ -161,11 +211,14 @@ def peer(
         typer.Option("--drain", min=0, metavar="SECONDS", help="Time to hand sessions over when told to end."),
     ] = 15.0,
     address_file: Annotated[
-        Path | None, typer.Option(help="Write the address to join with here, once this peer serves.")
+        Path | None,
+        typer.Option(help="Write the address to join with here, once this peer serves.", rich_help_panel=SWARM),
     ] = None,
     join_file: Annotated[
         Path | None,
-        typer.Option(help="Join through the peer that writes this --address-file, and wait for it."),
+        typer.Option(
+            help="Join through the peer that writes this --address-file, and wait for it.", rich_help_panel=SWARM
+        ),
     ] = None,
 ) -> None:
     """Serve blocks of MODEL until interrupted (SIGINT or SIGTERM); then running sessions move to other peers."""

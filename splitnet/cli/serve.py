@@ -17,6 +17,7 @@ from splitnet.cli.logs import tell
 from splitnet.light_imports import import_models
 from splitnet.net.addresses import refuse_taken
 
+_HTTP = "HTTP"
 _LIMITS = "How much at a time"
 
 
@@ -32,13 +33,18 @@ def serve(
     model: ModelOrInvite = None,
     *,
     connecting: Connecting,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.")] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all of this machine.", rich_help_panel=_HTTP)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 is any free one.", rich_help_panel=_HTTP)
+    ] = 8000,
     api_key_file: Annotated[
         Path | None,
         typer.Option(
             help="File with the API keys that clients may use, one per line, before or after it options as in "
-            "`weight=4,tokens-per-minute=6000`; anyone if not given."
+            "`weight=4,tokens-per-minute=6000`; anyone if not given.",
+            rich_help_panel=_HTTP,
         ),
     ] = None,
     allow_host: Annotated[
@@ -47,6 +53,7 @@ def serve(
             metavar="NAME",
             help="Host name by which the server may be asked where there are no API keys, besides localhost and IP "
             "addresses. Can be given several times.",
+            rich_help_panel=_HTTP,
         ),
     ] = None,
     allow_origin: Annotated[
@@ -55,6 +62,7 @@ def serve(
             metavar="ORIGIN",
             help="Site whose pages may use the server, such as https://chat.example.org, besides those of this "
             "machine; * is any, with API keys only. Can be given several times.",
+            rich_help_panel=_HTTP,
         ),
     ] = None,
     served_name: Annotated[
@@ -63,6 +71,7 @@ def serve(
             metavar="NAME",
             help="Name of the model in requests and answers; that of its folder, file or hub id if not given. Can be "
             "given several times; answers have the first.",
+            rich_help_panel=_HTTP,
         ),
     ] = None,
     max_requests: Annotated[
@@ -86,7 +95,13 @@ def serve(
     ] = 300.0,
     drain_s: Annotated[
         float,
-        typer.Option("--drain", min=0, metavar="SECONDS", help="Time for running requests to finish when told to end."),
+        typer.Option(
+            "--drain",
+            min=0,
+            metavar="SECONDS",
+            help="Time for running requests to finish when told to end.",
+            rich_help_panel=_LIMITS,
+        ),
     ] = 10.0,
     sampling_defaults: Annotated[
         SamplingDefaults,

@@ -18,21 +18,30 @@ if TYPE_CHECKING:
     from splitnet.simulation.simulate import Outcome, Settings, World
 
 RESULTS = "results.json"
+_WORLD = "World"
 PLANNED_CLIENTS = 50
 """With --coordinates; each is planned for in every way."""
 
 
 def simulate(
-    peers: Annotated[int, typer.Option(min=1, help="Peers that are there at any time, on average.")] = 1000,
-    clients: Annotated[int, typer.Option(min=1, help="Clients that come one after the other.")] = 1000,
+    peers: Annotated[
+        int, typer.Option(min=1, help="Peers that are there at any time, on average.", rich_help_panel=_WORLD)
+    ] = 1000,
+    clients: Annotated[
+        int, typer.Option(min=1, help="Clients that come one after the other.", rich_help_panel=_WORLD)
+    ] = 1000,
     rate: Annotated[
-        float | None, typer.Option(min=0.01, max=1e6, help="Clients per peer and hour; 10, or the scenario's.")
+        float | None,
+        typer.Option(
+            min=0.01, max=1e6, help="Clients per peer and hour; 10, or the scenario's.", rich_help_panel=_WORLD
+        ),
     ] = None,
     scenario: Annotated[
         str | None,
         typer.Option(
             help="light (10 clients per peer and hour), heavy (30), burst (all within a second), or dark (all peers of "
-            "a continent vanish half way)."
+            "a continent vanish half way).",
+            rich_help_panel=_WORLD,
         ),
     ] = None,
     against: Annotated[
@@ -45,12 +54,17 @@ def simulate(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the first world.")] = 1,
     worlds: Annotated[int, typer.Option(min=1, help="How many worlds; their sessions are taken together.")] = 1,
-    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the model.")] = 80,
-    hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the model.")] = 8192,
-    uptime: Annotated[float, typer.Option(min=0.01, help="Factor to the time for which peers stay.")] = 1.0,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the model.", rich_help_panel=_WORLD)] = 80,
+    hidden: Annotated[int, typer.Option(min=1, help="Hidden size of the model.", rich_help_panel=_WORLD)] = 8192,
+    uptime: Annotated[
+        float, typer.Option(min=0.01, help="Factor to the time for which peers stay.", rich_help_panel=_WORLD)
+    ] = 1.0,
     latencies: Annotated[
         Path | None,
-        typer.Option(help="A file of round trips in ms, measured between the nodes of some network: a square table."),
+        typer.Option(
+            help="A file of round trips in ms, measured between the nodes of some network: a square table.",
+            rich_help_panel=_WORLD,
+        ),
     ] = None,
     coordinates: Annotated[
         bool, typer.Option("--coordinates", help="Say what network coordinates and candidates cost, instead.")

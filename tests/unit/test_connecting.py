@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any, Never
 
@@ -14,7 +16,7 @@ from typer.testing import CliRunner
 from splitnet.cli import connection
 from splitnet.cli.arguments import Preferred
 from splitnet.cli.connecting import Connecting
-from splitnet.cli.main import app
+from splitnet.cli.main import EXAMPLES, app
 from splitnet.errors import SplitnetError
 from splitnet.net.identity import Identity
 
@@ -40,6 +42,23 @@ LACKS = {
     "bench": {"--wait", "--tokenizer"},
     "status": GIVEN.keys() - {"--key-file", "--swarm-key"},
 }
+
+
+COMMANDS = {command.__name__: examples for command, examples in EXAMPLES.items()}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_boxes_of_options_and_two_examples_that_can_be_given(name: str) -> None:
+    command = get_command(app).commands[name]  # type: ignore[attr-defined]
+    boxes = Counter(getattr(option, "rich_help_panel", None) for option in command.params if option.opts[0][0] == "-")
+    assert max(boxes.values(), default=0) <= 13, boxes
+    shown = CliRunner(env={"COLUMNS": "300"}).invoke(app, [name, "--help"]).output
+    for example in COMMANDS[name]:
+        assert example in shown
+        given = example.replace("/ip4/...", "/ip4/192.0.2.7/tcp/1/p2p/Qm1").replace("tcp://...", ADDRESS)
+        words = shlex.split(given)
+        assert words[:2] == ["splitnet", name]
+        command.make_context(name, words[2:])  # raises where that is no use of it
 
 
 EARLY = {
