@@ -6,7 +6,10 @@ import http.client
 import json
 import re
 import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +24,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from peers import metrics_server
 from peers.counters import Counters, Histogram
 from peers.energy import EnergyMeter
 from peers.memory_account import Purpose
@@ -35,6 +39,7 @@ from splitnet.net.messages import Part, Ping, Step, Timing, encode
 from splitnet.serve.admission import Admission
 from splitnet.serve.metrics import GatewayMetrics, instrument
 from splitnet.serve.prefix_cache import KeepLimits, PrefixCache
+from tests.attacks import gateway
 
 ROOT = Path(__file__).resolve().parents[2]
 UNITS = {"seconds": "s", "bytes": "bytes", "watts": "W", "joules": "J"}
@@ -216,10 +221,10 @@ def port_of(server: MetricsServer) -> int:
     return int(server.url.removesuffix("/metrics").rpartition(":")[2])
 
 
-def asked(server: MetricsServer, path: str) -> tuple[int, str]:
+def asked(server: MetricsServer, path: str, host: str = "localhost") -> tuple[int, str]:
     connection = http.client.HTTPConnection("127.0.0.1", port_of(server), timeout=10)
     try:
-        connection.request("GET", path)
+        connection.request("GET", path, headers={"Host": host})
         response = connection.getresponse()
         return response.status, response.read().decode()
     finally:
@@ -254,6 +259,38 @@ def test_metrics_that_cannot_be_collected_do_not_end_the_server(server: MetricsS
     assert asked(server, "/metrics")[0] == 500
     failing.fails = False
     assert asked(server, "/metrics")[0] == 200
+
+
+def test_connections_to_the_metrics_are_few_and_leave_room_for_others(server: MetricsServer) -> None:
+    server.serve(peer_registry())
+    before = threading.active_count()
+    with ExitStack() as stack:
+        for _ in range(4 * metrics_server.MOST_CONNECTIONS):
+            silent = stack.enter_context(socket.create_connection(("127.0.0.1", port_of(server)), 10))
+            silent.sendall(b"GET /metrics HT")
+        assert asked(server, "/metrics")[0] == 200
+        assert threading.active_count() - before <= 2 * metrics_server.MOST_CONNECTIONS
+
+
+def test_a_request_for_metrics_that_trickles_ends(server: MetricsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_server, "REQUEST_S", 0.2)
+    server.serve(peer_registry())
+    deadline = time.monotonic() + 20
+    with socket.create_connection(("127.0.0.1", port_of(server)), 0.05) as slow, suppress(ConnectionError):
+        slow.sendall(b"GET /metrics HTTP/1.1\r\nX: ")
+        while True:
+            assert time.monotonic() < deadline, "a byte now and then keeps it open"
+            slow.sendall(b"a")
+            with suppress(TimeoutError):
+                assert slow.recv(100) == b""
+                break
+
+
+def test_pages_of_other_sites_do_not_read_metrics(server: MetricsServer) -> None:
+    server.serve(peer_registry())
+    assert set(gateway.rebound_names(server.url.removesuffix("/metrics"), seconds=0.1)) == {"403"}
+    for known in ("localhost", "127.0.0.1:80", "[::1]", "peer:9101", socket.gethostname()):
+        assert asked(server, "/metrics", known)[0] == 200
 
 
 def test_a_port_that_is_taken_is_named(server: MetricsServer) -> None:
