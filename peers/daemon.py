@@ -47,7 +47,7 @@ from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState,
 from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.net.messages import PROTOCOL_VERSION, Announce, AskWeights, LookUp, Message, Payload, Pong, decode, encode
 from splitnet.net.peer_addresses import hosts_of, peer_address
-from splitnet.net.prober import Prober
+from splitnet.net.prober import ANSWER_TRIPS, FIRST_TRIPS, Prober
 from splitnet.net.proof_of_work import kept_proof
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
@@ -394,6 +394,10 @@ class Peer:
     def rtt_ms(self, endpoint: Endpoint) -> float:
         """The round trip to a next hop as measured lately; 0: not measured."""
         return self._prober.rtt_ms(endpoint)
+
+    def patience_s(self, endpoint: Endpoint, *, connects: bool) -> float:
+        """See `Prober.patience_s`."""
+        return self._prober.patience_s(endpoint, trips=FIRST_TRIPS if connects else ANSWER_TRIPS)
 
     def _serve(self) -> None:
         self._current.start()

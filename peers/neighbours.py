@@ -8,7 +8,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import wait
 
 from peers.next_hops import NextHops
 from scheduler.coordinates import MIN_HEIGHT_MS
@@ -19,7 +18,7 @@ from splitnet.net.endpoints import Endpoint
 from splitnet.net.facts import facts_of, place_of
 from splitnet.net.identity import PublicKey
 from splitnet.net.network_coordinates import NetworkCoordinates
-from splitnet.net.prober import PING_TIMEOUT_S, Prober
+from splitnet.net.prober import Prober
 from splitnet.net.records import KEY_PREFIX_BYTES, MAX_SEEN_LINKS, PeerRecord, SeenLink
 
 log = logging.getLogger(__name__)
@@ -93,7 +92,7 @@ class Neighbours:
         due.sort(key=lambda record: (not record.is_proven, self._asked_at.get(record.endpoint, 0.0)))
         asked = [record.endpoint for record in due[:ASKED_AT_ONCE] if self._links.acquire(record.endpoint)]
         try:
-            wait([self._prober.ping(endpoint) for endpoint in asked], timeout=PING_TIMEOUT_S)
+            self._prober.answering(asked)
         finally:
             for endpoint in asked:
                 self._links.release(endpoint)

@@ -66,6 +66,8 @@ class NextHopOpening:
         proven = following in self._proven
         # A link that was lost may come back, if the next hop only restarted; a new one gets the full time.
         patience_s = self._reach_s / 3 if (proven and state is LinkState.DOWN) or wants_pong else self._reach_s
+        if following is not None:  # of one that has not shown its key only this peer's own way is known
+            patience_s = max(patience_s, self._outbox.patience_s(following, connects=not wants_pong))
         deadline = now + patience_s if pending is None else min(pending.deadline, now + patience_s)
         self._pending[session] = _PendingOpen(deadline, new_link, wants_pong)
         if _is_known(state, proven) and state is not LinkState.DOWN and not wants_pong:

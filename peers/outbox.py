@@ -45,6 +45,10 @@ class Outbox(Answering, Protocol):
         """The round trip as measured lately; 0: not measured."""
         ...
 
+    def patience_s(self, endpoint: Endpoint, *, connects: bool) -> float:
+        """How long to wait for a pong, or for a link to come up and one: more where round trips are long."""
+        ...
+
 
 def timing_of(work: Work | PassWork, outbox: Outbox) -> Timing:
     """What a step or pass met at this hop, for whoever comes after it."""

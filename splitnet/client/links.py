@@ -159,6 +159,10 @@ class Links:
         """State of the link to a peer; of a closed one that had failed, for a minute, how it had failed."""
         return self._pool.state(endpoint)
 
+    def is_connecting(self, endpoint: Endpoint) -> bool:
+        """Whether somebody has taken the connection, and the handshake is under way."""
+        return self.state(endpoint) is LinkState.CONNECTING and self._transport.is_taken(endpoint)
+
     def traffic(self, endpoint: Endpoint) -> Traffic | None:
         """What has passed on a link so far; None: it is not up, or the system does not tell."""
         return self._transport.traffic(endpoint)

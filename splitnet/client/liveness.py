@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -21,7 +21,7 @@ PATIENCE = 2.0
 """A long step is given so many times what it is predicted to take before anybody is asked."""
 
 ANSWER_S = 1.0
-"""A peer that does not answer a ping in this time counts as lost."""
+"""A peer that does not answer a ping in this time counts as lost, unless its round trips are long: see `Liveness`."""
 
 MAX_QUEUE_S = 120.0
 """How long a peer that says that its queue is long is waited for, and one whose link is busy."""
@@ -66,16 +66,22 @@ def silence_s(usual_ms: float, predicted_ms: float = 0.0) -> float:
 
 
 class Liveness:
-    """Rounds of pings, and what follows from their answers. All times in seconds of the caller's clock."""
+    """Rounds of pings, and what follows from their answers. All times in seconds of the caller's clock.
 
-    def __init__(self) -> None:
+    Args:
+        answer_s: in which time a hop that lives answers a ping.
+    """
+
+    def __init__(self, answer_s: Callable[[Endpoint], float] = lambda _: ANSWER_S) -> None:
+        self._answer_s = answer_s
         self._heard_at = 0.0
         self._progress_at = 0.0
         self._marks: dict[Endpoint, tuple[int, int]] = {}
         self._stragglers: dict[Endpoint, tuple[int, int]] = {}
         """What was answered after the round in which it was asked."""
         self._answers: dict[Endpoint, Alive | None] = {}
-        self._until = math.inf
+        self._until: dict[Endpoint, float] = {}
+        """By when each has to answer."""
         self._idle_checks = 0
         self._moves = 0
         self._rounds = 0
@@ -94,18 +100,18 @@ class Liveness:
 
     def stop(self) -> None:
         """A round that is under way counts no more."""
-        self._answers, self._until = {}, math.inf
+        self._answers, self._until = {}, {}
 
     def wake_at(self, silent_s: float) -> float:
         """When there is something to do."""
-        return self._until if self._answers else self._heard_at + silent_s
+        return self._due_at if self._answers else self._heard_at + silent_s
 
     def ask(self, hops: Sequence[Endpoint], now: float) -> None:
         """A round begins: these hops are pinged now. From the first one on they have to show progress."""
         self._progress_at = self._progress_at if self._rounds else now
         self._rounds += 1
         self._answers = dict.fromkeys(hops)
-        self._until = now + ANSWER_S
+        self._until = {hop: now + self._answer_s(hop) for hop in hops}
 
     def answered(self, answer: Alive) -> bool:
         """Takes an answer in; tells whether the round is over."""
@@ -118,7 +124,12 @@ class Liveness:
 
     def is_late(self, now: float) -> bool:
         """Whether a round is over, as its time is up."""
-        return now >= self._until
+        return now >= self._due_at
+
+    @property
+    def _due_at(self) -> float:
+        waiting = (self._until[hop] for hop, answer in self._answers.items() if answer is None)
+        return min(waiting, default=math.inf)
 
     def verdict(self, number: int, parts: int, progress_s: float, now: float) -> Verdict | None:
         """Ends a round; None: there is nothing to do but to wait.
@@ -129,10 +140,10 @@ class Liveness:
             progress_s: how long hops may work on something without any progress.
             now: the time.
         """
-        answers = self._answers
+        answers, until = self._answers, self._until
         self.stop()
         self._heard_at = now
-        silent = tuple(endpoint for endpoint, answer in answers.items() if answer is None)
+        silent = tuple(endpoint for endpoint, answer in answers.items() if answer is None and now >= until[endpoint])
         if silent:
             return Verdict(Finding.SILENT, silent)
         told = [answer for answer in answers.values() if answer is not None]

@@ -44,9 +44,9 @@ from splitnet.client.session_state import SessionState
 from splitnet.client.swarm import Swarm
 from splitnet.errors import NotAuthorized, SessionClosed, SplitnetError
 from splitnet.net import tcp
-from splitnet.net.endpoints import Endpoint
+from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.messages import SESSION_BYTES, Message, Open
-from splitnet.net.prober import Answer
+from splitnet.net.prober import ANSWER_TRIPS, FIRST_TRIPS, Answer
 from splitnet.net.sent_log import REPLAY_POSITIONS
 
 log = logging.getLogger(__name__)
@@ -133,6 +133,7 @@ class SessionDriver:
             progress_timeout_s=progress_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
             any_weights=any_weights,
+            answer_s=self._answer_s,
         )
         self._swarm = swarm
         self._codecs = codecs
@@ -319,14 +320,21 @@ class SessionDriver:
         links, now = self._swarm.links, time.perf_counter()
         late: list[Endpoint] = []
         for endpoint, asked in list(self._unanswered.items()):
-            passed = links.traffic(endpoint) if asked.passed is not None and now - asked.at < 2 * ANSWER_S else None
-            if asked.passed is None or passed is None:
+            if asked.passed is None or now - asked.at >= 2 * self._answer_s(endpoint):
+                continue
+            passed = links.traffic(endpoint)
+            if passed is None:
                 continue
             # A tunnel confirms at once what goes into it.
             carries = passed.has_received(asked.passed) or (not endpoint.hidden and passed.has_sent(asked.passed))
             if carries or self._stands_behind_others(endpoint, asked, passed):
                 late.append(endpoint)
         return late
+
+    def _answer_s(self, endpoint: Endpoint) -> float:
+        links = self._swarm.links
+        trips = ANSWER_TRIPS if links.state(endpoint) is LinkState.UP else FIRST_TRIPS
+        return links.prober.patience_s(endpoint, ANSWER_S, trips)
 
     def _stands_behind_others(self, endpoint: Endpoint, asked: _Asked, passed: tcp.Traffic) -> bool:
         links, now = self._swarm.links, time.perf_counter()

@@ -17,12 +17,12 @@ from __future__ import annotations
 import itertools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from splitnet.client.event_log import Kind
-from splitnet.client.liveness import Liveness
+from splitnet.client.liveness import ANSWER_S, Liveness
 from splitnet.client.overview import blocks_text, short_key
 from splitnet.client.planner import ALIKE_AGAIN, HeldBlocks, PlannedHop
 from splitnet.client.requests import ReplayRequest, most_bytes, next_refill
@@ -106,6 +106,10 @@ _NOT_BANNED = (SessionLost, PeerBusy, NotAuthorized, OtherWeights)
 """Why a peer may not do for one session without being at fault."""
 
 
+class PeerSilent(PeerLost):
+    """A hop has not answered in time; if it does later, it was only far away."""
+
+
 @dataclass(slots=True)
 class _Making:
     """A route that is being made."""
@@ -145,6 +149,7 @@ class SessionRoute(ABC):
         progress_timeout_s: how long hops may work on what is under way without any progress.
         recovery_timeout_s: how long to wait for other peers when blocks are served by nobody any more.
         any_weights: whether it goes on where weights are held otherwise than before, if nobody holds them so.
+        answer_s: in which time a hop that lives answers a ping.
 
     Attributes:
         held: what the weights of blocks are held as, on the last route that stood; empty: none has.
@@ -167,6 +172,7 @@ class SessionRoute(ABC):
         progress_timeout_s: float,
         recovery_timeout_s: float,
         any_weights: bool,
+        answer_s: Callable[[Endpoint], float],
     ) -> None:
         self.session = session
         self.blocks = blocks
@@ -209,7 +215,10 @@ class SessionRoute(ABC):
         """What the hops were asked to reserve when the route was opened."""
         self._former_budget = 0
         """Before a resize that no route stands with yet; 0: there is none."""
-        self._liveness = Liveness()
+        self._answer_s = answer_s
+        self._liveness = Liveness(answer_s)
+        self._silenced: dict[Endpoint, str] = {}
+        """The names of hops that were given up as they did not answer in time."""
         self._attempts = 0
         self._now = 0.0
         self._effects: list[Effect] = []
@@ -422,8 +431,12 @@ class SessionRoute(ABC):
             asks_weights=hop.planned.record.version not in STRICT_VERSIONS,
         )
         self._members[hop.endpoint] = hop.blocks
-        self._asked[hop.endpoint] = self._now + OPEN_TIMEOUT_S
+        self._asked[hop.endpoint] = self._now + self._open_timeout_s(hop.endpoint)
         self.send(hop.endpoint, message)
+
+    def _open_timeout_s(self, endpoint: Endpoint) -> float:
+        """Longer where round trips are: a link may have to be made, to the hop and from it to the next one."""
+        return OPEN_TIMEOUT_S + 2 * (self._answer_s(endpoint) - ANSWER_S)
 
     def _relays_to(self, hop: RouteHop, following: RouteHop | None) -> tuple[Relay, ...]:
         """Through whom a hop reaches the next one; nothing that it is too old to read."""
@@ -573,6 +586,8 @@ class SessionRoute(ABC):
         if hop is None:
             return
         hop.lost = True
+        if isinstance(error, PeerSilent):
+            self._silenced[endpoint] = hop.name
         making.refused.pop(hop.name, None)
         making.refused[hop.name] = error
         making.excluded.add(hop.name)

@@ -12,10 +12,10 @@ The model is the worker of Dask's distributed (`distributed/worker_state_machine
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from splitnet.client.liveness import MAX_QUEUE_S, Finding, Verdict, silence_s
+from splitnet.client.liveness import ANSWER_S, MAX_QUEUE_S, Finding, Verdict, silence_s
 from splitnet.client.requests import ReplayRequest, Request, StepRequest
 from splitnet.client.route_hop import RouteHop
 from splitnet.client.session_events import (
@@ -36,10 +36,11 @@ from splitnet.client.session_events import (
     Resize,
     Submit,
     Tick,
+    Unban,
     Use,
     UseAdapter,
 )
-from splitnet.client.session_route import OPEN_TIMEOUT_S, Phase, SessionRoute, cause_of
+from splitnet.client.session_route import PeerSilent, Phase, SessionRoute, cause_of
 from splitnet.errors import (
     ContextTooLong,
     NotAuthorized,
@@ -114,6 +115,7 @@ class SessionState(SessionRoute):
         progress_timeout_s: float = 120.0,
         recovery_timeout_s: float = 30.0,
         any_weights: bool = False,
+        answer_s: Callable[[Endpoint], float] = lambda _: ANSWER_S,
     ) -> None:
         super().__init__(
             session,
@@ -124,6 +126,7 @@ class SessionState(SessionRoute):
             progress_timeout_s=progress_timeout_s,
             recovery_timeout_s=recovery_timeout_s,
             any_weights=any_weights,
+            answer_s=answer_s,
         )
         self._max_positions = max_positions
         self.timings: tuple[Timing, ...] = ()
@@ -198,6 +201,8 @@ class SessionState(SessionRoute):
             case Alive():
                 if event.late:
                     self._wait_longer(event.endpoint)
+                elif (name := self._silenced.pop(event.endpoint, None)) is not None:
+                    self._effects.append(Unban(name))  # it was not dead, but far away
                 if self._liveness.answered(event):
                     self._judge()
             case LinkFailed():
@@ -569,14 +574,14 @@ class SessionState(SessionRoute):
         until, making = self._asked.get(endpoint), self._making
         if self.phase is Phase.OPENING and until is not None and making is not None:
             longest = making.began + MAX_QUEUE_S
-            self._asked[endpoint] = max(until, min(self._now + OPEN_TIMEOUT_S, longest))
+            self._asked[endpoint] = max(until, min(self._now + self._open_timeout_s(endpoint), longest))
 
     def _unanswered(self, hops: Sequence[Endpoint]) -> None:
         """Hops say nothing to what was asked of them before anything is sent along the route."""
         for endpoint in hops:
             if self._asked.pop(endpoint, None) is not None:
                 text = f"the peer at {endpoint.address} does not answer: check its network and firewall"
-                self._failed[endpoint] = PeerLost(text)
+                self._failed[endpoint] = PeerSilent(text)
         self._if_all_answered()
 
     def _judge(self) -> None:
@@ -597,7 +602,7 @@ class SessionState(SessionRoute):
 
     def _act_on(self, verdict: Verdict) -> None:
         if verdict.finding is Finding.SILENT:
-            errors = {each: PeerLost(f"the peer at {each.address} does not answer") for each in verdict.hops}
+            errors = {each: PeerSilent(f"the peer at {each.address} does not answer") for each in verdict.hops}
             self._reopen(dict(errors), Cause.LOST)
         elif verdict.finding is Finding.FORGOTTEN:
             hop = self._hop_at(verdict.hops[0])

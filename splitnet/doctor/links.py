@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -25,7 +24,7 @@ from splitnet.net.messages import (
     decode,
     encode,
 )
-from splitnet.net.prober import PING_TIMEOUT_S, Prober
+from splitnet.net.prober import FIRST_TRIPS, MOST_PATIENCE_S, Prober
 from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
 from splitnet.net.ways.punching import Way
@@ -85,10 +84,15 @@ class PeerLinks:
             state = self._transport.state(endpoint)
             return first[endpoint].done() or state is LinkState.DOWN or state.is_final
 
-        self._wait_until_all(endpoints, is_settled)
+        self._wait_until_all(endpoints, is_settled, ANSWER_TIMEOUT_S)
+        late = [each for each in endpoints if not is_settled(each) and self._transport.is_taken(each)]
+        if late:  # where round trips are long
+            least_s = 0.0 if any(ping.done() for ping in first.values()) else MOST_PATIENCE_S
+            longest_s = max(self.prober.patience_s(each, least_s, FIRST_TRIPS) for each in late)
+            self._wait_until_all(late, is_settled, longest_s - ANSWER_TIMEOUT_S)
         answering = [endpoint for endpoint in endpoints if first[endpoint].done()]
         # The first ping also paid for the handshake.
-        wait([self.prober.ping(endpoint) for endpoint in answering], timeout=PING_TIMEOUT_S)
+        self.prober.answering(answering)
         return {
             endpoint: PeerAnswer(
                 self._transport.state(endpoint),
@@ -125,7 +129,8 @@ class PeerLinks:
                     next_address=address.address,
                 ),
             )
-        self._wait_until_all(sessions.values(), lambda session: session in self._opened)
+        waits_s = [self.prober.patience_s(record.endpoint, ANSWER_TIMEOUT_S, FIRST_TRIPS) for record in records]
+        self._wait_until_all(sessions.values(), lambda session: session in self._opened, max(waits_s, default=0.0))
         for record in records:
             self._send(record.endpoint, Close(sessions[record.key.text]))
         answers = {key: self._opened.pop(session, None) for key, session in sessions.items()}
@@ -134,9 +139,9 @@ class PeerLinks:
     def _send(self, endpoint: Endpoint, message: Message) -> None:
         self._transport.send(endpoint, encode(message))
 
-    def _wait_until_all(self, things: Collection[Thing], condition: Callable[[Thing], bool]) -> None:
+    def _wait_until_all(self, things: Collection[Thing], condition: Callable[[Thing], bool], timeout_s: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: all(map(condition, things)), ANSWER_TIMEOUT_S)
+            self._changed.wait_for(lambda: all(map(condition, things)), timeout_s)
 
     def _receive(self, source: Destination, frames: Sequence[Payload]) -> None:
         try:

@@ -36,6 +36,9 @@ PATIENCE_S: Final = 1.0
 """When one has named peers, the others are waited for so long. What they say later counts from the next question on."""
 DOWN_S: Final = 0.5
 """A peer to which no link comes up in so long is not waited for if others answer."""
+CONNECT_TIMES: Final = 3.0
+"""While nobody has answered, peers that have taken the connection are waited for so many times as long, and then for
+their answers: a handshake takes some round trips, which may be of seconds."""
 LOOK_S: Final = 0.05
 """How often the states of links are looked at."""
 
@@ -60,6 +63,10 @@ class AskingLinks(Protocol):
     def send(self, endpoint: Endpoint, message: Message) -> object: ...
 
     def state(self, endpoint: Endpoint) -> LinkState: ...
+
+    def is_connecting(self, endpoint: Endpoint) -> bool:
+        """Whether somebody has taken the connection, and the handshake is under way."""
+        ...
 
     def close(self) -> None: ...
 
@@ -345,6 +352,9 @@ class AskedPeers(SwarmDirectory):
                     and not self._is_lost(endpoint, now - began)
                     and not (satisfied and endpoint in self._silent)
                 ]
+                connect = not satisfied and now < began + CONNECT_TIMES * limit_s
+                if connect and any(map(self._links.is_connecting, waiting)):
+                    until = max(until, now + limit_s)
                 if not waiting or now >= until:
                     return
                 self._heard.wait(min(LOOK_S, until - now))

@@ -15,10 +15,17 @@ from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Ping, Pong, Timing, ToldLoad
 
 PING_TIMEOUT_S = 1.0
+"""An answer is waited for at least so long, and longer where round trips are long: see `Prober.patience_s`."""
 FIRST_PING_S = 3.0
 """For so long the first ping of a link is waited for if somebody has taken the connection: it takes five to six round
-trips, of which TCP takes the first.
+trips, of which TCP takes the first. And for so long anybody is waited for who takes the first connection of all.
 """
+ANSWER_TRIPS, TAKEN_TRIPS, FIRST_TRIPS = 3, 2, 7
+"""So many of the latest round trips an answer is waited for over a link that is up; the taking of a connection; and the
+answer to the first ping of a link."""
+MOST_PATIENCE_S = 12.0
+"""And no longer, as peers decide how late they answer."""
+LOOK_S = 0.05
 QUICK_MS = 500.0
 """A ping that is answered in this time has met no long queue on the way up."""
 
@@ -89,6 +96,8 @@ class Prober:
         self._nonces = count(1)
         self._sent: dict[int, _Sent] = {}
         self._round_trips: dict[Endpoint, deque[float]] = {}
+        self._latest: deque[float] = deque(maxlen=KEPT_ROUND_TRIPS)
+        """Round trips of the latest answers of anybody, in ms: if all are long, so is the way from here."""
         self._answered: dict[Endpoint, int] = {}
         self._loads: dict[Endpoint, ToldLoad] = {}
         self._lock = threading.Lock()
@@ -138,6 +147,7 @@ class Prober:
             if len(self._loads) > KEPT_ENDPOINTS:
                 del self._loads[next(iter(self._loads))]
             if not sent.padding:
+                self._latest.append(rtt_ms)
                 self._round_trips.setdefault(source, deque(maxlen=KEPT_ROUND_TRIPS)).append(rtt_ms)
                 while len(self._round_trips) > KEPT_ENDPOINTS:
                     del self._round_trips[next(iter(self._round_trips))]
@@ -159,6 +169,18 @@ class Prober:
         """The round trip to a peer as measured lately; 0: not measured."""
         with self._lock:
             return min(self._round_trips.get(endpoint, (0.0,)))
+
+    def patience_s(
+        self, endpoint: Endpoint, least_s: float = PING_TIMEOUT_S, trips: float = ANSWER_TRIPS, taken_s: float = 0.0
+    ) -> float:
+        """How long to wait for a peer: so many of its latest round trips, or of what those to anybody are at least.
+
+        taken_s: in which a connection was taken, where nobody has answered yet.
+        """
+        with self._lock:
+            own_ms = self._round_trips.get(endpoint, (0.0,))[-1]
+            anybody_ms = min(self._latest, default=1000 * taken_s)
+        return max(least_s, min(trips * max(own_ms, anybody_ms) / 1000, MOST_PATIENCE_S))
 
     def answered(self, endpoint: Endpoint) -> int:
         """Number of the latest ping that a peer has answered: what was sent before that on its link has come."""
@@ -218,6 +240,10 @@ class Prober:
             for endpoint in answered
         }
 
+    def answering(self, endpoints: Iterable[Endpoint], timeout_s: float = PING_TIMEOUT_S) -> set[Endpoint]:
+        """Those that answer one small ping in time."""
+        return set(self._answers(endpoints, 0, timeout_s, FIRST_PING_S))
+
     def _answers(
         self,
         endpoints: Iterable[Endpoint],
@@ -226,11 +252,27 @@ class Prober:
         taken_s: float = 0.0,
         loads: Collection[Endpoint] = (),
     ) -> dict[Endpoint, Answer]:
-        """taken_s: for how long those are waited for whose connections somebody takes meanwhile."""
+        """taken_s: for how long those are waited for at least whose connections somebody takes meanwhile."""
         endpoints = list(endpoints)
         new = {endpoint for endpoint in endpoints if timeout_s < taken_s and not self._is_taken(endpoint)}
         pings = {endpoint: self.ping(endpoint, padding, load=endpoint in loads) for endpoint in endpoints}
-        wait(pings.values(), timeout=timeout_s)
-        late = [pings[endpoint] for endpoint in new if not pings[endpoint].done() and self._is_taken(endpoint)]
-        wait(late, timeout=max(0.0, taken_s - timeout_s))
+        began, taken = time.perf_counter(), dict[Endpoint, float]()
+        while waiting := [endpoint for endpoint, ping in pings.items() if not ping.done()]:
+            waited_s = time.perf_counter() - began
+            taken |= {endpoint: waited_s for endpoint in new - taken.keys() if self._is_taken(endpoint)}
+            soonest_s = min(taken.values(), default=0.0)
+            left_s = -waited_s
+            for endpoint in waiting:
+                if endpoint not in new:
+                    limit_s = self.patience_s(endpoint, timeout_s)
+                elif endpoint in taken:
+                    limit_s = self.patience_s(endpoint, taken_s, FIRST_TRIPS, soonest_s)
+                elif taken or self._latest:
+                    limit_s = self.patience_s(endpoint, timeout_s, TAKEN_TRIPS, soonest_s)
+                else:  # nobody knows yet how far all others are
+                    limit_s = taken_s
+                left_s = max(left_s, limit_s - waited_s)
+            if left_s <= 0:
+                break
+            wait([pings[endpoint] for endpoint in waiting], timeout=min(left_s, LOOK_S) if new else left_s)
         return {endpoint: future.result() for endpoint, future in pings.items() if future.done()}

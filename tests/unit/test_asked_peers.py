@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import os
+import threading
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator, Sequence
@@ -69,6 +70,7 @@ class ScriptedPeers:
         self.scripts: dict[Endpoint, Script] = {}
         self.states: dict[Endpoint, LinkState] = {}
         self.asked: list[tuple[Endpoint, Message]] = []
+        self.connecting: set[Endpoint] = set()
         self.closed = False
 
     def add(self, script: Script, state: LinkState = LinkState.UP) -> Endpoint:
@@ -89,6 +91,9 @@ class ScriptedPeers:
 
     def state(self, endpoint: Endpoint) -> LinkState:
         return self.states.get(endpoint, LinkState.CONNECTING)
+
+    def is_connecting(self, endpoint: Endpoint) -> bool:
+        return endpoint in self.connecting
 
     def close(self) -> None:
         self.closed = True
@@ -291,6 +296,26 @@ def test_a_client_keeps_nothing_and_its_links_are_its_own(links: ScriptedPeers) 
 def _of_mine() -> tuple[PeerRecord, Identity]:
     identity = Identity.generate()
     return record_of(identity, model=MODEL), identity
+
+
+def test_who_is_far_is_waited_for_while_its_handshake_is_under_way(links: ScriptedPeers) -> None:
+    honest = signed()
+    timers: list[threading.Timer] = []
+
+    def late(asked: LookUp | Announce) -> Sequence[Message]:
+        def come() -> None:
+            links.connecting.clear()
+            links.say(far, *tells(honest)(asked))
+
+        timers.append(threading.Timer(3 * asked_peers.ANSWER_S, come))
+        timers[-1].start()
+        return []
+
+    far = links.add(late, LinkState.CONNECTING)
+    links.connecting.add(far)
+    assert AskedPeers([far], links).peers(MODEL) == [honest]
+    for timer in timers:
+        timer.join()
 
 
 def test_an_answer_of_lists_of_lists_takes_no_memory(links: ScriptedPeers) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
@@ -12,9 +13,16 @@ from splitnet.net import prober as prober_module
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
 from splitnet.net.messages import Ping, Pong
-from splitnet.net.prober import PROBE_BYTES, PROBES_OF_QUICK_LINKS, Prober
+from splitnet.net.prober import (
+    ANSWER_TRIPS,
+    MOST_PATIENCE_S,
+    PING_TIMEOUT_S,
+    PROBE_BYTES,
+    PROBES_OF_QUICK_LINKS,
+    Prober,
+)
 
-PEER = Endpoint("tcp://127.0.0.1:1", Identity.generate().public)
+PEER, OTHER, THIRD = (Endpoint(f"tcp://127.0.0.1:{port}", Identity.generate().public) for port in (1, 2, 3))
 
 
 class Clock:
@@ -75,17 +83,68 @@ def test_a_far_peer_is_waited_for_once_it_has_taken_the_connection(
 ) -> None:
     """The first ping of a link pays for its handshake."""
     monkeypatch.setattr(prober_module, "PING_TIMEOUT_S", 0.2)
+    with answering([0.0, 0.3, 0.0], lambda asked: taken and asked > 1) as prober:
+        assert prober.answering([OTHER]) == {OTHER}, "who is near tells how long it takes here"
+        assert list(prober.round_trips([PEER], timeout_s=0.2)) == [PEER] * taken
+
+
+@contextmanager
+def answering(late_s: list[float], is_taken: Callable[[int], bool]) -> Iterator[Prober]:
+    """Pings are answered so late, one after the other. is_taken: whether a connection is, after so many were sent."""
     timers: list[threading.Timer] = []
 
     def answer(endpoint: Endpoint, ping: Ping) -> None:
-        late_s = 0.0 if timers else 0.3
-        timers.append(threading.Timer(late_s, prober.pong, (endpoint, Pong(ping.nonce, 0.0, 0))))
+        late = late_s[len(timers)]
+        timers.append(threading.Timer(late, prober.pong, (endpoint, Pong(ping.nonce, 0.0, 0))))
         timers[-1].start()
 
-    prober = Prober(answer, lambda _: taken and bool(timers))
-    assert list(prober.round_trips([PEER], timeout_s=0.2)) == [PEER] * taken
+    prober = Prober(answer, lambda _: is_taken(len(timers)))
+    yield prober
     for timer in timers:
         timer.join()
+
+
+@pytest.mark.parametrize("somebody_is_near", [False, True])
+def test_where_all_are_far_the_first_answers_are_waited_for_longer(
+    monkeypatch: pytest.MonkeyPatch, somebody_is_near: bool
+) -> None:
+    """Over satellites a connection alone takes more than a second: as long as it took, so long the rest may take."""
+    for name, value in {"PING_TIMEOUT_S": 0.1, "FIRST_PING_S": 0.4}.items():
+        monkeypatch.setattr(prober_module, name, value)
+    began = time.monotonic()
+    with answering([0.0] * somebody_is_near + [0.8, 0.2], lambda _: time.monotonic() - began > 0.2) as prober:
+        if somebody_is_near:
+            assert prober.answering([OTHER]) == {OTHER}
+        began = time.monotonic()
+        assert (PEER in prober.round_trips([PEER], timeout_s=0.1)) is not somebody_is_near
+
+
+def test_answers_are_waited_for_as_long_as_round_trips_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    pings: list[Ping] = []
+    prober = Prober(lambda _, ping: pings.append(ping))
+
+    def answers(endpoint: Endpoint, seconds: float) -> None:
+        nonlocal now
+        prober.ping(endpoint)
+        now += seconds
+        prober.pong(endpoint, Pong(pings[-1].nonce, 0.0, 0))
+
+    assert prober.patience_s(PEER) == PING_TIMEOUT_S
+    for _ in range(3):
+        answers(PEER, 0.1)
+    assert prober.patience_s(PEER) == prober.patience_s(OTHER) == PING_TIMEOUT_S
+    answers(PEER, 1.2)
+    assert prober.patience_s(PEER) == pytest.approx(ANSWER_TRIPS * 1.2), "the latest counts, as it came late"
+    assert prober.patience_s(OTHER) == PING_TIMEOUT_S, "one that is far says nothing of others"
+    answers(PEER, 1.3)
+    answers(THIRD, 1.1)
+    assert prober.patience_s(OTHER) == pytest.approx(ANSWER_TRIPS * 1.1), "if all are, the way from here is long"
+    answers(OTHER, 0.1)
+    assert prober.patience_s(OTHER) == PING_TIMEOUT_S
+    answers(PEER, 50.0)
+    assert prober.patience_s(PEER) == MOST_PATIENCE_S, "who answers as late as it likes is not waited for so long"
 
 
 def test_nobody_answers_for_another() -> None:

@@ -112,6 +112,9 @@ class FakeOutbox:
     def rtt_ms(self, endpoint: Endpoint) -> float:
         return 0.25
 
+    def patience_s(self, endpoint: Endpoint, *, connects: bool) -> float:
+        return 1.0
+
 
 class FakeRow:
     """A row without keys and values."""

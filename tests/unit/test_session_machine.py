@@ -17,7 +17,7 @@ from splitnet.client.liveness import ANSWER_S, MAX_QUEUE_S, MAX_SILENCE_S
 from splitnet.client.session_events import Alive, Distrust, LinkFailed, Received, Resize, Use, UseAdapter
 from splitnet.client.session_route import OPEN_TIMEOUT_S, POLL_S, TRANSITIONS, Phase
 from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, SplitnetError, WrongKey
-from splitnet.net.endpoints import Relay
+from splitnet.net.endpoints import Endpoint, Relay
 from splitnet.net.messages import Failure, FailureCode, Fork
 from tests.unit.session_world import CLIENT, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
 
@@ -383,6 +383,33 @@ def test_a_hop_whose_link_is_busy_is_waited_for_but_not_for_ever() -> None:
     assert MAX_QUEUE_S <= world.now < MAX_QUEUE_S + OPEN_TIMEOUT_S
     world.settle()
     assert world.state.is_open
+
+
+def test_a_hop_that_answers_late_was_not_dead_and_is_waited_for_from_then_on() -> None:
+    world = World(seed=1)
+    world.feed(Use())
+    world.settle()
+    patience = dict[Endpoint, float]()
+    world.state._liveness._answer_s = lambda endpoint: patience.get(endpoint, ANSWER_S)
+    world.submit([(None, 0, 2, 1)])
+    first = world.at(world.state.first)
+    world.links.clear()
+    while not world.questions:
+        assert world.tick()
+    assert world.now == pytest.approx(MAX_SILENCE_S + ANSWER_S)
+    assert first.name in world.banned
+    world.feed(Alive(first.endpoint, 0.0, holds=True, waiting=1))
+    assert first.name not in world.banned, "it has answered"
+    world.settle()
+    assert world.asked[-1].request.done
+    # The next time its round trips are known.
+    patience = dict.fromkeys(world.state.endpoints(), 4.5)
+    began = world.now
+    world.submit([(None, 0, 2, 1)])
+    world.links.clear()
+    while world.state.is_open:
+        assert world.tick()
+    assert world.now == pytest.approx(began + MAX_SILENCE_S + 4.5)
 
 
 @pytest.mark.parametrize("error", [NotAuthorized, WrongKey, PeerLost])
