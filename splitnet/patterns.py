@@ -22,10 +22,12 @@ class Patterns:
 
     Args:
         source: what the patterns are in, for messages.
+        fix: what to do if one cannot be used.
     """
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, fix: str = "take another checkpoint of this model") -> None:
         self._source = source
+        self._fix = fix
         self._left = ALL_S
         self._compiled: dict[str, Any] = {}
 
@@ -46,13 +48,11 @@ class Patterns:
             return self._compiled[pattern].match(text, timeout=max(0.001, min(ONE_S, self._left))) is not None
         except TimeoutError:
             raise UnsupportedModel(
-                f"the pattern {pattern!r} in {self._source} takes too long to match: take another checkpoint of this "
-                "model"
+                f"the pattern {pattern!r} in {self._source} takes too long to match: {self._fix}"
             ) from None
         except (regex.error, ValueError, RecursionError) as error:
             raise UnsupportedModel(
-                f"{pattern[:100]!r} in {self._source} is no pattern of names ({error}): take another checkpoint of "
-                "this model"
+                f"{pattern[:100]!r} in {self._source} is no pattern of names ({error}): {self._fix}"
             ) from None
         finally:
             self._left -= time.monotonic() - begin

@@ -18,8 +18,9 @@ from transformers import TextStreamer
 from splitnet.cli.connection import Connection
 from splitnet.client.cache import ModelSession
 from splitnet.client.causal_lm import RemoteCausalLM, attach
+from splitnet.client.saved_adapters import load_adapter
 from splitnet.client.speculation.speculator import PROMPT_LOOKUP
-from splitnet.errors import AdapterError, SplitnetError
+from splitnet.errors import SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.printable import printable
 
@@ -75,7 +76,7 @@ class Client:
         swarm = connection.swarm(checkpoint)
         try:
             remote = attach(checkpoint, swarm, **connection.options())
-            generator = with_adapter(remote, adapter) if adapter else remote
+            generator = load_adapter(remote, adapter) if adapter else remote
             return cls(remote, checkpoint.tokenizer(), generator, drafts)
         except BaseException:
             swarm.close()
@@ -143,21 +144,6 @@ def drafts_of(speculate: str | None, connection: Connection) -> Any:
     from splitnet.model.whole_model import load_whole
 
     return load_whole(Checkpoint.open(speculate), "auto").to(connection.computes_on)
-
-
-def with_adapter(model: RemoteCausalLM, folder: Path) -> Any:
-    """The model with an adapter that PEFT has saved.
-
-    Raises:
-        AdapterError: there is none for this model in the folder.
-    """
-    from peft import PeftModel
-
-    try:
-        return PeftModel.from_pretrained(model, str(folder)).eval()
-    except Exception as error:  # PEFT and safetensors raise what they stumble over
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-        raise AdapterError(f"the adapter in {folder} does not fit this model ({reason})") from error
 
 
 @dataclass(frozen=True)

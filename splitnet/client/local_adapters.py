@@ -124,7 +124,7 @@ class LocalAdapters:
         if self.outline is None or "peft" not in sys.modules:
             return
         for name, config in (self.configs or {}).items():
-            _check_config(name, config)
+            check_config(name, config)
         for path, layer in _lora_layers(self.outline, ""):
             if not layer.disable_adapters:
                 yield path, layer, [name for name in layer.active_adapters if name in layer.lora_A]
@@ -147,7 +147,7 @@ class LocalAdapters:
 _INSTEAD: Final = "use plain LoRA on linear layers, a prompt or a prefix, and load the model again"
 
 
-def _check_config(name: str, config: Any) -> None:
+def check_config(name: str, config: Any) -> None:
     """Raises AdapterError if layers do not show all that an adapter is to do to blocks."""
     from peft import LoraConfig, TrainableTokensConfig
 

@@ -29,6 +29,7 @@ from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.client.unknown_model import learn_manifest
 from splitnet.errors import AdapterError, UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.demo import public_name
 from splitnet.model.families import has_attention
 from splitnet.model.rotary import RopeLengths
 from splitnet.model.shell import backbone_of, outline_in
@@ -260,7 +261,7 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
     members = {"transformers_class": original}
     model.__class__ = type(f"Remote{original.__name__}", (remote_class, original), members)
     assert isinstance(model, remote_class)
-    model.name_or_path = model.config._name_or_path = source
+    model.name_or_path = model.config._name_or_path = public_name(source)
     model.eval()
     return model
 

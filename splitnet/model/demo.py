@@ -69,6 +69,12 @@ def cache_folder() -> Path:
     return Path(platformdirs.user_cache_dir("splitnet"))
 
 
+def public_name(source: str) -> str:
+    """What is written into files of a checkpoint's hub id or path: no path of a file that only this package knows."""
+    path = Path(source)
+    return path.name.removesuffix(".gguf") if cache_folder() in path.parents else source
+
+
 def _report_nothing(phase: str, done: int, total: int) -> None:
     pass
 

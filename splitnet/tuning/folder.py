@@ -100,7 +100,8 @@ class TuningFolder:
     def save_adapter(self, model: Any) -> None:
         """Writes the adapter of a PEFT model."""
         with self._writing(self.path), tempfile.TemporaryDirectory(dir=self.path, prefix=".adapter.") as folder:
-            model.save_pretrained(folder)
+            # "auto" asks the hub for the base model, whether embeddings were resized; here they never are.
+            model.save_pretrained(folder, save_embedding_layers=False)
             for name in ADAPTER:
                 (Path(folder) / name).replace(self.path / name)
 

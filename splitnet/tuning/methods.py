@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from splitnet.errors import AdapterError
+from splitnet.model.demo import public_name
 
 if TYPE_CHECKING:
     from splitnet.client.local_adapters import Prefixes
@@ -91,6 +92,8 @@ def with_new_adapter(
         if method is Method.LORA:
             raise AdapterError(f"LoRA does not fit this model ({error}): name its layers with --targets") from None
         raise AdapterError(f"{method} does not fit this model: {error}") from None
+    if method is Method.PROMPT and options.init_text:
+        wrapped.active_peft_config.tokenizer_name_or_path = public_name(tokenizer_source)
     return wrapped
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -353,3 +354,17 @@ def test_adapters_load_and_run_in_inference_mode(
                 with pytest.raises(AdapterError, match="another adapter"):
                     remote(prompt[:, :1], cache=cache)
                 cache.close()
+
+
+@on_one_family
+def test_an_adapter_names_its_model_without_a_path_of_the_cache(
+    swarm: LocalSwarm, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def named(model: Any) -> str:
+        wrapped(model, lora()).save_pretrained(str(tmp_path), save_embedding_layers=False)
+        return json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"]
+
+    with swarm.visit() as visit:
+        assert named(visit.model()) == str(folder)
+        monkeypatch.setenv("SPLITNET_CACHE", str(folder.parent))
+        assert named(visit.model()) == folder.name

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import pickle
 import re
 import shutil
@@ -21,12 +23,14 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from splitnet.cli.generation import with_adapter
+from splitnet.client.saved_adapters import load_adapter
 from splitnet.client.tokenizers import AutoTokenizer
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
@@ -485,8 +489,75 @@ def test_a_damaged_adapter_is_refused_and_none_is_unpickled(
     (tmp_path / name).write_bytes(pickle.dumps({"a": Touch(tmp_path / "ran")}) if content is None else content)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(AdapterError, match=str(tmp_path)):
-        with_adapter(model, tmp_path)
+        load_adapter(model, tmp_path)
     assert not (tmp_path / "ran").exists()
+
+
+ENDLESS = r"(([a-z._0-9]+)+)+!"
+PROMPT = {"peft_type": "PROMPT_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": 1, "token_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"rank_pattern": {ENDLESS: 2}}, "is no pattern of names"),
+        ({"alpha_pattern": {ENDLESS: 2}}, "is no pattern of names"),
+        ({"modules_to_save": [ENDLESS]}, "is no name"),
+        ({"target_modules": ENDLESS, "exclude_modules": ENDLESS, "use_dora": True}, "use_dora"),
+        ({"r": 10**9}, "rank 1000000000"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "rank 1000000000"),
+        ({"init_lora_weights": "pissa_niter_1000000000"}, "pissa"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "megatron_config"),
+        ({"layer_replication": [[0, 2]] * 3000}, "layer_replication"),
+        ({"trainable_token_indices": [0] * 100_000}, "100000 tokens"),
+        ({"lora_alpha": math.nan}, "NaN"),
+        ({"a_field_of_later": True}, "a_field_of_later"),
+        (PROMPT | {"num_virtual_tokens": 10**9}, "1000000000 x 64"),
+        (PROMPT | {"peft_type": "PREFIX_TUNING", "num_layers": 10**9}, "1 x 128000000000"),
+        (PROMPT | {"peft_type": "XLORA"}, "XLORA"),
+    ],
+)
+def test_an_adapter_made_to_do_harm_is_refused_soon(
+    config: dict[str, Any], named: str, folder: Path, tmp_path: Path
+) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    if "peft_type" in config:
+        save_file({"prompt_embeddings": torch.zeros(1, 64)}, tmp_path / "adapter_model.safetensors")
+    else:
+        get_peft_model(copy.deepcopy(model), LoraConfig(**ADAPTER)).save_pretrained(str(tmp_path))
+        config = ADAPTER | config
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    began = time.process_time()
+    with pytest.raises(AdapterError, match=named):
+        load_adapter(model, tmp_path)
+    assert time.process_time() - began < SOON_S
+
+
+def test_an_adapter_with_patterns_is_what_peft_makes_of_it(folder: Path, tmp_path: Path) -> None:
+    plain: Any = AutoModelForCausalLM.from_pretrained(folder)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=r"(?:.*?(?:self_attn|mlp).*?(?:q_proj|down_proj).*?)",
+        rank_pattern={r"layers\.[01]\.self_attn.*": 2, "q_proj": 6},
+        alpha_pattern={r"^model.*down_proj": 3, "q_proj": 5},
+        init_lora_weights=False,
+    )
+    get_peft_model(copy.deepcopy(plain), config).save_pretrained(str(tmp_path))
+    ids = torch.arange(3, 12)[None]
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(copy.deepcopy(plain), str(tmp_path)).eval()(ids).logits
+        found = load_adapter(copy.deepcopy(plain), tmp_path)(ids).logits
+        assert torch.equal(found, expected) and not torch.equal(found, plain(ids).logits)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    last = max(tensors)
+    for changed in (
+        {name: each for name, each in tensors.items() if name != last},
+        tensors | {"other": torch.zeros(1)},
+    ):
+        save_file(changed, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match="take an adapter for this model"):
+            load_adapter(copy.deepcopy(plain), tmp_path)
 
 
 CODE = """
