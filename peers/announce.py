@@ -98,6 +98,7 @@ class Announcer:
             try:
                 if self._moved:
                     self._moved, look_at = False, 0.0
+                    self._directory.moved()
                     self.publish()
                 if time.monotonic() >= look_at:
                     look_at = time.monotonic() + self._refresh_s

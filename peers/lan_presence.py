@@ -54,9 +54,8 @@ class LanPresence:
     def move(self) -> None:
         """The machine has another address: announces that, on the network where it is now. May take seconds."""
         try:
-            self._directory.renew_addresses()
             self._network.begin_again(addresses=self._directory.addresses)
-        except (DirectoryError, LanError) as error:
+        except LanError as error:
             log.warning("others find this peer by --join only: %s", error)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -47,6 +47,7 @@ _OTHER_DESCRIPTORS = 256
 _LOOK_S, _CLOSE_LOOK_S = 0.1, 0.02
 _WORTH_A_CLOSE_LOOK = 4 << 20
 _KEYS_S = 1.0
+_MOVED_S = 1.0
 _HANDSHAKE_BYTES = 2048
 _ARRIVALS = 256
 _SPARED = 16
@@ -78,6 +79,8 @@ class TcpConnection:
     acked: int = 0
     acked_at: float = 0.0
     too_long_since: int | None = None
+    own_host: str = ""
+    """The address of this machine that it goes from."""
     spared: bool = False
     """It was not ended though it was the oldest without a name, as its handshake had begun."""
 
@@ -127,7 +130,9 @@ class Connections:
         self._drain = drain
         self._authorized = authorized
         self._behind = dict[tuple[str, int], str]() if behind is None else behind
-        self._keys_at = 0.0
+        self._keys_at = self._moved_at = 0.0
+        self._missed: set[str] = set()
+        """Addresses of connections that were not there at the last look."""
         self._looked_at = time.monotonic()
         self._table = _Table()
         self._arrived: deque[tuple[float, str]] = deque(maxlen=_ARRIVALS)
@@ -151,12 +156,12 @@ class Connections:
         Returns None if it is gone already.
         """
         try:
-            cookie, other = tcp.cookie(descriptor), tcp.other_end(descriptor)
+            cookie, other, own_host = tcp.cookie(descriptor), tcp.other_end(descriptor), tcp.own_host(descriptor)
         except OSError:
             return None
         host = self._behind.get(other, other[0])
         now = time.monotonic()
-        made = TcpConnection(descriptor, cookie, host, now, owner, active_at=now, acked_at=now)
+        made = TcpConnection(descriptor, cookie, host, now, owner, active_at=now, acked_at=now, own_host=own_host)
         with self._lock:
             self.closed(descriptor)
             self._table.by_descriptor[descriptor] = made
@@ -233,6 +238,7 @@ class Connections:
                 known.acked_at = now
         self._looked_at = now
         self._end_unauthorized(now)
+        self._end_moved(present, now)
         close = False
         for known in present:
             close |= self._measure(known, now)
@@ -288,6 +294,20 @@ class Connections:
             gone = [key for key in self._table.of_keys if not self._authorized.allows(key)]
             for known in [known for key in gone for known in self._table.of_keys[key]]:
                 self.end(known, "revoked")
+
+    def _end_moved(self, present: Sequence[TcpConnection], now: float) -> None:
+        """Ends connections from addresses that this machine has no longer: nothing else would, for half a minute.
+
+        They are missed twice, as an address may be away for a moment.
+        """
+        if now < self._moved_at:
+            return
+        self._moved_at = now + _MOVED_S
+        missed = {host for host in {known.own_host for known in present} if not tcp.has_address(host)}
+        for known in present:
+            if known.own_host in missed & self._missed:
+                self.end(known, "moved")
+        self._missed = missed
 
     def _end_one(self) -> None:
         """Makes room for a new connection, at the cost of whoever has most."""

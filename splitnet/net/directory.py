@@ -145,9 +145,9 @@ class Directory(SwarmDirectory):
         """
         return self._request(lambda _: self._meet(addresses))
 
-    def renew_addresses(self) -> None:
-        """Finds out where this node is reached now that the machine has another address. Raises DirectoryError."""
-        self.addresses = self._request(lambda _: self._visible_addresses(latest=True))
+    def moved(self) -> None:
+        with suppress(DirectoryError):
+            self._request(lambda _: self._connect_anew())
 
     def rest(self) -> None:
         """The node of a client ends until something is asked: it takes some 50 KB a minute."""
@@ -330,6 +330,18 @@ class Directory(SwarmDirectory):
         self._initial_peer_ids = {hivemind.PeerID.from_base58(peer.rpartition("/p2p/")[2]) for peer in initial_peers}
         if listen is not None:
             self.addresses = await self._visible_addresses()
+
+    async def _connect_anew(self) -> None:
+        """libp2p would notice only after a minute that connections from an address are dead that is gone."""
+
+        async def connect(known: Any) -> None:
+            with suppress(Exception):  # it is gone, or is connected to when it is asked something
+                await self._p2p._client.disconnect(known.peer_id)
+                await asyncio.wait_for(self._p2p._client.connect(known.peer_id, known.addrs), RPC_TIMEOUT_S)
+
+        await asyncio.gather(*map(connect, await self._p2p.list_peers()))
+        if self._stores_for_others:
+            self.addresses = await self._visible_addresses(latest=True)
 
     async def _visible_addresses(self, *, latest: bool = False) -> list[str]:
         return [str(address) for address in await self._p2p.get_visible_maddrs(latest=latest)]

@@ -60,6 +60,9 @@ class SwarmDirectory(ABC):
     def rest(self) -> None:  # noqa: B027 (most have nothing to end)
         """Says that nothing will be asked for a while: what costs bytes meanwhile ends until something is."""
 
+    def moved(self) -> None:  # noqa: B027 (most notice by themselves)
+        """The machine has another address: what was opened from the former one is dead. May take seconds."""
+
     def announce(self, record: PeerRecord, identity: Identity) -> bool:
         """Signs and publishes `record` until it expires; call it again before that. See `store`."""
         return self.store(record, record.pack(identity))
@@ -117,6 +120,11 @@ class JoinedDirectories(SwarmDirectory):
     def rest(self) -> None:
         for directory in self.directories:
             directory.rest()
+
+    def moved(self) -> None:
+        for directory in self.directories:
+            directory.moved()
+        self.addresses = [address for directory in self.directories for address in directory.addresses]
 
     def close(self) -> None:
         for directory in self.directories:

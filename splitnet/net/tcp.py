@@ -84,6 +84,25 @@ def other_end(descriptor: int) -> tuple[str, int]:
         handle.detach()
 
 
+def own_host(descriptor: int) -> str:
+    """Host of this side. Raises OSError if it is gone."""
+    handle = socket.socket(fileno=descriptor)
+    try:
+        return handle.getsockname()[0]
+    finally:
+        handle.detach()
+
+
+def has_address(host: str) -> bool:
+    """Whether this machine has an address, as `own_host` tells it."""
+    try:
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.bind((host, 0))
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL
+    return True
+
+
 def traffic(descriptor: int) -> Traffic | None:
     """What has passed; None where the kernel does not tell. Raises OSError if it is no TCP socket any more."""
     if not _LINUX:

@@ -21,6 +21,10 @@ class Slow:
         self.begun: queue.SimpleQueue[float] = queue.SimpleQueue()
         self.go_on = threading.Semaphore(0)
         self.taken: list[float] = []
+        self.moves = 0
+
+    def moved(self) -> None:
+        self.moves += 1
 
     def announce(self, record: float, identity: Any) -> bool:
         self.begun.put(record)
@@ -87,7 +91,7 @@ def test_who_has_moved_says_so_and_looks_around_again() -> None:
     announcer.publish_soon(moved=True)
     assert directory.begun.get(timeout=20) == 3.0 and directory.begun.get(timeout=20) == 4.0
     announcer.close()
-    assert len(looked) == 2
+    assert len(looked) == 2 and directory.moves == 1
 
 
 class LateDirectory:

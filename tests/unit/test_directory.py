@@ -33,6 +33,7 @@ from splitnet.net.records import (
     shard_key,
     shard_keys,
 )
+from splitnet.net.swarm_directory import JoinedDirectories
 from tests.attacks.directory import withholding_node
 
 LOOPBACK = ["/ip4/127.0.0.1/tcp/0"]
@@ -128,6 +129,26 @@ def test_directories_that_meet_become_one(bootstrap: Directory, client: Director
         assert stranger.announce(dataclasses.replace(second, issued_at=second.issued_at + 1), bert)
         for directory in (bootstrap, client, stranger):
             assert {record.key for record in directory.peers(first.model)} == {anna.public, bert.public}
+
+
+def test_a_node_whose_machine_has_moved_goes_on_under_new_connections(member: Directory, client: Directory) -> None:
+    before = set(member.addresses)
+    asked: list[Any] = []
+    disconnect = member._p2p._client.disconnect
+
+    async def count(peer: Any) -> None:
+        asked.append(peer)
+        await disconnect(peer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(member._p2p._client, "disconnect", count)
+        member.moved()
+    assert asked and set(member.addresses) == before
+    JoinedDirectories([member]).moved()
+    anna = Identity.generate()
+    record = record_of(anna)
+    assert member.announce(record, anna)
+    assert client.peers(record.model) == [record]
 
 
 def test_newest_record_of_a_peer_wins(member: Directory, client: Directory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ import pytest
 import zmq
 
 from splitnet.errors import AddressInUse, SplitnetError
+from splitnet.net import tcp
 from splitnet.net.backlog import LARGE_BYTES, TRACKED_BYTES
 from splitnet.net.budget import Budget
 from splitnet.net.connections import Connections, TcpConnection
@@ -638,6 +640,40 @@ def test_a_key_that_is_taken_away_loses_its_connections(node: Start, tmp_path: P
     other.transport.send(server.endpoint, [b"still there?"])
     other.wait(lambda: len(other.received) == 2)
     assert (server.endpoint, LinkState.DOWN) not in other.states
+
+
+@pytest.mark.skipif(sys.platform not in ("linux", "android"), reason="connections are looked at on Linux")
+def test_links_from_an_address_that_is_gone_are_made_anew(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They would hang for half a minute: nobody tells that what is sent from there arrives nowhere."""
+    monkeypatch.setattr("splitnet.net.connections._MOVED_S", 0.05)
+    server, client = node(ANY_PORT), node()
+    server.answer = echo
+    client.transport.send(server.endpoint, [b"one"])
+    client.wait(lambda: bool(client.received))
+    with monkeypatch.context() as patch:
+        patch.setattr(tcp, "has_address", lambda host: False)
+        client.wait_for_state(server.endpoint, LinkState.DOWN)
+    client.transport.send(server.endpoint, [b"two"])
+    client.wait(lambda: client.frames() == [[b"one"], [b"two"]])
+
+
+def test_an_address_that_is_away_for_a_moment_costs_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended: list[str] = []
+    connections = Connections(Budget(1), drained=lambda: 0, drain=lambda: None)
+    monkeypatch.setattr(connections, "end", lambda known, reason: ended.append(f"{known.own_host} {reason}"))
+    present = [TcpConnection(-1, b"", "192.0.2.1", 0.0, None, own_host=own) for own in ("192.0.2.7", "192.0.2.8")]
+    gone: set[str] = set()
+    monkeypatch.setattr(tcp, "has_address", lambda host: host not in gone)
+    for now, away in enumerate((set[str](), {"192.0.2.7"}, {"192.0.2.8"}, set[str](), {"192.0.2.7"}, {"192.0.2.7"})):
+        gone = away
+        assert not ended
+        connections._end_moved(present, 10.0 * now)
+    assert ended == ["192.0.2.7 moved"]
+
+
+def test_addresses_of_this_machine_are_told_from_others() -> None:
+    assert tcp.has_address("127.0.0.1")
+    assert not tcp.has_address("192.0.2.7") and not tcp.has_address("2001:db8::7")
 
 
 def test_a_receiver_that_reads_nothing_for_long_is_cut_off(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
