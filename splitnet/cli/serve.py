@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from splitnet.cli.connecting import Connecting, connects
 from splitnet.cli.extras import require
 from splitnet.cli.generate import Speculate
 from splitnet.cli.logs import tell
+from splitnet.errors import SplitnetError
 from splitnet.light_imports import import_models
 from splitnet.net.addresses import refuse_taken
 
@@ -26,6 +28,19 @@ class SamplingDefaults(StrEnum):
 
     openai = "openai"
     checkpoint = "checkpoint"
+
+
+def _checked_origins(origins: list[str] | None) -> list[str] | None:
+    for origin in origins or ():
+        if not re.fullmatch(r"\*|[a-z][a-z0-9+.-]*://[^/\sA-Z]+", origin):
+            raise SplitnetError(f"{origin!r} is no site: write it as browsers do, https://HOST or https://HOST:PORT")
+    return origins
+
+
+def _checked_names(names: list[str] | None) -> list[str] | None:
+    if any(not name.strip() for name in names or ()):
+        raise SplitnetError("--served-name is empty: give a name, or leave it out")
+    return names
 
 
 @connects()
@@ -60,6 +75,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="ORIGIN",
+            callback=_checked_origins,
             help="Site whose pages may use the server, such as https://chat.example.org, besides those of this "
             "machine; * is any, with API keys only. Can be given several times.",
             rich_help_panel=_HTTP,
@@ -69,6 +85,7 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="NAME",
+            callback=_checked_names,
             help="Name of the model in requests and answers; that of its folder, file or hub id if not given. Can be "
             "given several times; answers have the first.",
             rich_help_panel=_HTTP,
@@ -119,6 +136,8 @@ def serve(
     from splitnet.serve.keys import ApiKeys
 
     ApiKeys.read(api_key_file)
+    if "*" in (allow_origin or ()) and api_key_file is None:
+        raise SplitnetError("--allow-origin * opens the server to the pages of all sites: give --api-key-file, too")
     source = resolve_model(model_or_invited(model, connecting.invite))
 
     import_models()

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 from pydantic import BaseModel, ValidationError
+from typer.testing import CliRunner
 
+from splitnet.cli.main import app
 from splitnet.errors import (
     ContextTooLong,
     CoverageError,
@@ -177,6 +179,20 @@ def test_keys(tmp_path: Path) -> None:
     assert keys.required and not ApiKeys.read(None).required
     owners = [keys.client_of(key) for key in (b"one", b"two", b"# mine", b"", b"on")]
     assert None not in owners[:2] and owners[0] != owners[1] and owners[2:] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--allow-origin", "*"], "opens the server to the pages of all sites: give --api-key-file"),
+        (["--allow-origin", "chat.example"], "'chat.example' is no site: write it as browsers do"),
+        (["--allow-origin", "https://chat.example/"], "is no site"),
+        (["--served-name", " "], "--served-name is empty"),
+    ],
+)
+def test_options_of_the_command_that_cannot_be_are_refused_at_once(options: list[str], message: str) -> None:
+    ran = CliRunner().invoke(app, ["serve", "no-such-model", "--port", "0", *options])
+    assert isinstance(ran.exception, SplitnetError) and message in str(ran.exception)
 
 
 def test_options_of_keys(tmp_path: Path) -> None:
