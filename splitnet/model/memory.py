@@ -57,14 +57,15 @@ def in_large_pages(rows: int, row_bytes: int) -> torch.Tensor:
     size = rows * row_bytes
     if not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(rows, row_bytes, dtype=torch.uint8)
-    if size > _ROOM // 4:
-        return _mapped(size)[:size].view(rows, row_bytes)
     global _shared
-    with _sharing:
+    # Weights that a caller loads in inference mode share it with others.
+    with torch.inference_mode(False), _sharing:
+        if size > _ROOM // 4:
+            return _mapped(size)[:size].view(rows, row_bytes)
         if size > len(_shared):
             _shared = _mapped(_ROOM)
-        found, _shared = _shared[:size], _shared[-(-size // 64) * 64 :]
-    return found.view(rows, row_bytes)
+        found, _shared = _shared[:size].view(rows, row_bytes), _shared[-(-size // 64) * 64 :]
+        return found
 
 
 def move_to_large_pages(block: nn.Module) -> None:

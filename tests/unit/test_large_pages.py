@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from splitnet.errors import OutOfMemory
-from splitnet.model.memory import guarded, in_large_pages, move_to_large_pages
+from splitnet.model.memory import give_back_memory, guarded, in_large_pages, move_to_large_pages
 
 MAPS = Path("/proc/self/smaps")
 SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -47,6 +47,13 @@ def test_small_weights_share_large_pages_and_do_not_overlap() -> None:
     assert all(bool((room == index).all()) for index, room in enumerate(rooms))
     assert all(room.data_ptr() % 64 == 0 for room in rooms)
     assert len({room.data_ptr() // 2**21 for room in rooms}) <= 2
+
+
+def test_weights_that_load_in_inference_mode_share_them_with_others() -> None:
+    give_back_memory()
+    with torch.inference_mode():
+        in_large_pages(1, 64).fill_(1)
+    in_large_pages(1, 64).fill_(2)
 
 
 def test_parameters_move_there_and_stay_the_same() -> None:
