@@ -13,8 +13,12 @@ GRACE_SECONDS = 5.0
 """How long what a test started may take to end after the test."""
 
 SHARED_THREADS = ("tqdm", "TMonitor", "Thread-auto_conversion", "GarbageCollectorThread")
-SHARED_CHILDREN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
-"""Helpers that libraries start once and keep for the life of the process."""
+SHARED_CHILDREN = (
+    "multiprocessing.resource_tracker",
+    "multiprocessing.forkserver",
+    "template_program.py",
+)
+"""Helpers that are started once and kept for the life of the process."""
 
 _owned_threads: set[threading.Thread] = set()
 _owned_children: set[psutil.Process] = set()

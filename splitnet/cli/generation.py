@@ -21,6 +21,7 @@ from splitnet.client.causal_lm import RemoteCausalLM, attach
 from splitnet.client.saved_adapters import load_adapter
 from splitnet.client.speculation.speculator import PROMPT_LOOKUP
 from splitnet.errors import SplitnetError
+from splitnet.model.chat_template import render
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.printable import printable
 
@@ -97,9 +98,15 @@ class Client:
         """Token ids `[1, seq]` of a conversation, ready for the next answer."""
         if not self.tokenizer.chat_template:
             raise SplitnetError("this model has no chat template: use `splitnet generate --raw`")
-        return self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )["input_ids"]
+        from jinja2 import TemplateError
+
+        try:
+            text = render(self.tokenizer, messages, answer=True)
+        except TemplateError as error:
+            raise SplitnetError(
+                f"the model's chat template refuses this ({error}): use `splitnet generate --raw`"
+            ) from None
+        return self.tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids
 
     def answer(self, ids: torch.Tensor, sampling: Sampling, *, stream: bool = True) -> Answer:
         """Generates after `ids`, printing text as it comes."""

@@ -10,9 +10,9 @@ from inspect import signature
 from types import MappingProxyType
 from typing import Any
 
-from jinja2 import Environment, TemplateError
-from jinja2.meta import find_undeclared_variables
+from jinja2 import TemplateError
 
+from splitnet.model.chat_template import begin, render, variables_of
 from splitnet.serve.detokenizing import INCOMPLETE
 from splitnet.serve.failures import ApiError
 from splitnet.serve.requests import AssistantMessage, Content, Message, Tool, ToolMessage
@@ -30,10 +30,6 @@ CUT_TOKENS = 128
 """A text that is cut may have so many tokens more."""
 
 
-_GENERATION_TAG = re.compile(r"\{%-?\s*(end)?generation\s*-?%\}")
-"""Transformers' own, around the answers in a template."""
-
-
 class Prompts:
     """Makes prompts with the model's tokenizer and chat template.
 
@@ -45,6 +41,8 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, vocabulary: int, max_positions: int | None) -> None:
         self._tokenizer = tokenizer
+        if tokenizer.chat_template:
+            begin()
         self._vocabulary = vocabulary
         self._max_positions = max_positions
         self._some_text: list[int] = tokenizer("a", add_special_tokens=False).input_ids
@@ -86,32 +84,33 @@ class Prompts:
         text = json.dumps([said, described, dict(variables)], ensure_ascii=False)
         self._check_length([text], times=2)  # a template may leave out some of it, and write it shorter
         if self._special.search(text) is None:
-            return self._templated(said, described, variables, tokenize=True)["input_ids"]
+            return self._ids(self._templated(said, described, variables))
         mark = next(mark for mark in map(chr, range(0xE000, 0x110000)) if mark not in text)
         said, described, given = (self._as_text(each, mark) for each in (said, described, dict(variables)))
-        pieces = self._templated(said, described, given, tokenize=False).split(mark)
-        return [id for piece in pieces for id in self._tokenizer(piece, add_special_tokens=False).input_ids]
+        return [id for piece in self._templated(said, described, given).split(mark) for id in self._ids(piece)]
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False).input_ids
 
     def _check_variables(self, variables: Mapping[str, Any], tools: Any) -> None:
         """Refuses those that the chat template does not use, or that others give it."""
         if not variables:
             return
-        template = self._tokenizer.get_chat_template(tools=tools)
-        syntax = Environment(extensions=["jinja2.ext.loopcontrols"])
-        used = find_undeclared_variables(syntax.parse(_GENERATION_TAG.sub("", template)))
-        used -= {*syntax.globals, "messages", "raise_exception", "strftime_now", *self._tokenizer.special_tokens_map}
+        try:
+            used = variables_of(self._tokenizer.get_chat_template(tools=tools))
+        except TemplateError as error:
+            raise ApiError(400, f"the model's chat template cannot be read ({error})", param="messages") from None
+        used -= self._tokenizer.special_tokens_map.keys()
         used -= signature(self._tokenizer.apply_chat_template).parameters.keys()
         for name in variables:
             if name not in used:
                 param = "reasoning_effort" if name == "reasoning_effort" else "chat_template_kwargs"
                 raise ApiError(400, f"this model's chat template has no place for {name!r}: leave it out", param=param)
 
-    def _templated(self, said: Any, tools: Any, variables: Mapping[str, Any], *, tokenize: bool) -> Any:
+    def _templated(self, said: Any, tools: Any, variables: Mapping[str, Any]) -> str:
         try:
-            return self._tokenizer.apply_chat_template(
-                said, tools=tools, add_generation_prompt=True, tokenize=tokenize, return_dict=tokenize, **variables
-            )
-        except (TemplateError, TypeError, ValueError) as error:
+            return render(self._tokenizer, said, answer=True, tools=tools, variables=variables)
+        except TemplateError as error:
             raise ApiError(
                 400, f"the model's chat template refuses these messages ({error}): change them", param="messages"
             ) from None

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from splitnet.errors import DataError
+from splitnet.model.chat_template import render
 from splitnet.model.loss_in_parts import IGNORED
 from splitnet.tuning.data import Example, Examples
 
@@ -154,7 +155,7 @@ class Encoder:
         from jinja2 import TemplateError
 
         try:
-            return self._tokenizer.apply_chat_template(messages, add_generation_prompt=answer, tokenize=False)
+            return render(self._tokenizer, messages, answer=answer)
         except TemplateError as error:
             examples.fail(example, f"the model's chat template refuses the messages ({error})")
 

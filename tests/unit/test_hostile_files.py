@@ -18,11 +18,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -33,6 +35,7 @@ from transformers import AutoModelForCausalLM
 from splitnet.client.saved_adapters import load_adapter
 from splitnet.client.tokenizers import AutoTokenizer
 from splitnet.errors import AdapterError, SplitnetError
+from splitnet.model import chat_template
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.gguf_families import FAMILIES, _value_rows
 from splitnet.model.gguf_file import GgufFile
@@ -40,6 +43,8 @@ from splitnet.model.gguf_store import GgufStore
 from splitnet.model.span import Span
 from splitnet.model.stored import StoredTensor
 from splitnet.patterns import Patterns
+from splitnet.serve.failures import ApiError
+from splitnet.serve.prompts import Prompts
 from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 
@@ -568,6 +573,66 @@ raise SystemExit
 
 
 @pytest.mark.parametrize("kind", ["AutoConfig", "AutoTokenizer"])
+def with_template(template: str) -> Any:
+    return SimpleNamespace(get_chat_template=lambda tools: template, special_tokens_map={"bos_token": "<s>"})
+
+
+SAID = [{"role": "user", "content": "Grüße \U0001f600", "name": None}, {"role": "assistant", "content": "ab"}]
+
+
+def test_a_chat_template_makes_what_transformers_makes_of_it() -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role }}:{{ m.content | upper }}{{ m.name is defined }}{% endfor %}"
+        "{{ tools | tojson }}{{ flag }}{% if add_generation_prompt %}>{% endif %}{% generation %}{% endgeneration %}"
+    )
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    made = chat_template.render(with_template(template), SAID, answer=True, tools=tools, variables={"flag": [1, None]})
+    assert made == (
+        "<s>user:GRÜSSE \U0001f600Falseassistant:ABFalse"
+        '[{"type": "function", "function": {"name": "f", "parameters": {}}}][1, None]>'
+    )
+    with pytest.raises(TemplateError, match=r"^no roles$"):
+        chat_template.render(with_template("{{ raise_exception('no roles') }}"), SAID, answer=False)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 'a' * 1500000000 }}",
+        "{{ '%1500000000d' % 1 }}",
+        "{% set ns = namespace(x='ab') %}{% for i in range(40) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n - 1) + f(n - 1) if n else '' }}{% endmacro %}{{ f(60) }}",
+        "{{ 'a' * 2000000 }}",
+    ],
+)
+def test_a_chat_template_without_end_is_ended(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its memory, its time and what it makes are bounded; the next one is rendered as ever."""
+    assert chat_template.render(with_template("ok"), SAID, answer=True) == "ok"
+    monkeypatch.setattr(chat_template, "RENDER_S", 1.0)
+    monkeypatch.setattr(chat_template, "MOST_BYTES", 1 << 20)
+    before = psutil.Process().memory_info().rss
+    with pytest.raises(TemplateError, match="it takes more than"):
+        chat_template.render(with_template(template), SAID, answer=True)
+    assert psutil.Process().memory_info().rss - before < 256 << 20
+    monkeypatch.undo()
+    assert chat_template.render(with_template("ok"), SAID, answer=True) == "ok"
+
+
+def test_a_chat_template_is_not_computed_here_to_know_its_variables() -> None:
+    tokenizer = with_template("{{ 'a' * 150000000 }}{{ mine }}")
+    tokenizer.apply_chat_template = lambda messages: None
+    prompts: Any = SimpleNamespace(_tokenizer=tokenizer)
+    tracemalloc.start()
+    try:
+        Prompts._check_variables(prompts, {"mine": 1}, None)
+        with pytest.raises(ApiError, match="no place for 'other'"):
+            Prompts._check_variables(prompts, {"other": 1}, None)
+        assert tracemalloc.get_traced_memory()[1] < 50 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_code_of_a_checkpoint_neither_runs_nor_is_offered(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -402,11 +402,22 @@ class Tokenizer:
     def get_chat_template(self, tools: Any) -> str:
         return self.chat_template or ""
 
-    def apply_chat_template(self, messages: Any, **options: Any) -> Any:
-        self.given = messages
+    def apply_chat_template(self, messages: Any, tools: Any, add_generation_prompt: bool, tokenize: bool) -> Any:
+        pytest.fail("the template is a stranger's program")
+
+
+@pytest.fixture(autouse=True)
+def templated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What templates are given, and nothing of what they would make of it."""
+
+    def render(tokenizer: Any, messages: Any, *, variables: Mapping[str, Any], **options: Any) -> str:
+        tokenizer.given, tokenizer.variables = messages, variables
         if not messages:
             raise TemplateError("nobody has said anything")
-        return {"input_ids": [1, 2, 3]}
+        return "\x01\x02\x03"
+
+    monkeypatch.setattr("splitnet.serve.prompts.render", render)
+    monkeypatch.setattr("splitnet.serve.prompts.begin", lambda: None)
 
 
 def test_messages_as_templates_expect_them() -> None:
@@ -449,18 +460,6 @@ class WithVariables(Tokenizer):
             "{%- endgeneration -%}{{ content }}"
         )
         self.variables: dict[str, Any] = {}
-
-    def apply_chat_template(
-        self,
-        messages: Any,
-        tools: Any = None,
-        add_generation_prompt: bool = False,
-        tokenize: bool = True,
-        return_dict: bool = True,
-        **options: Any,
-    ) -> Any:
-        self.variables = options
-        return {"input_ids": [1]}
 
 
 def test_a_template_is_given_the_variables_that_it_has() -> None:
