@@ -45,7 +45,7 @@ from splitnet.net.identity import PublicKey
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from tests.attacks import directory, fairness, frames, gateway, memory, transport, weights  # noqa: E402
+from tests.attacks import directory, fairness, frames, gateway, memory, relay, transport, weights  # noqa: E402
 
 CLIENTS = 1
 """Besides the gateway's: with the attacker there is enough to do for two cores."""
@@ -295,6 +295,9 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
     "64 requests at a time": lambda at, seconds: gateway.crowd(at.url, seconds=seconds, key=at.key),
     "answers that nobody asked for": lambda at, seconds: weights.unasked_answers(seconds=seconds),
     "one piece in many places": lambda at, seconds: weights.pieces_everywhere(seconds=seconds),
+    "helpers that flood": lambda at, seconds: relay.hostile_helpers("Floods", seconds),
+    "helpers that take no calls": lambda at, seconds: relay.hostile_helpers("TakesNoCalls", seconds),
+    "helpers that let nobody stay": lambda at, seconds: relay.hostile_helpers("Drops", seconds),
     # Last, as what they have announced outlives them.
     "records without end": lambda at, seconds: directory.flood_records(
         at.addresses, at.facts.fingerprint, seconds=seconds

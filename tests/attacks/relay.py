@@ -1,19 +1,31 @@
 """What strangers can try against a helper of hidden peers: each goes on for `seconds`, against a helper that is ours.
 
-They come from 127.0.0.2, or members on this machine would share the bounds of their host.
+They come from 127.0.0.2, or members on this machine would share the bounds of their host. And what helpers can try
+against hidden peers.
 """
 
 from __future__ import annotations
 
+import asyncio
+import math
+import multiprocessing
+import queue
 import select
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from multiprocessing.connection import Connection
 
-from splitnet.net.endpoints import Relay
+import psutil
+
+from splitnet.net.endpoints import Endpoint, Relay
 from splitnet.net.identity import Identity, PublicKey
+from splitnet.net.transport import Transport
 from splitnet.net.ways.handshake import Dialing
+from splitnet.net.ways.helper import Helper
+from splitnet.net.ways.hidden import Hidden
+from splitnet.net.ways.loop import WaysLoop
 from splitnet.net.ways.messages import (
     LENGTH_BYTES,
     Beat,
@@ -24,11 +36,13 @@ from splitnet.net.ways.messages import (
     Message,
     Purpose,
     Reserve,
+    Reserved,
     Welcome,
     pack,
     unpack,
 )
-from splitnet.net.ways.streams import host_and_port
+from splitnet.net.ways.streams import host_and_port, send
+from tests.attacks.transport import in_background
 
 SOURCE = "127.0.0.2"
 CROWD = 300
@@ -37,6 +51,9 @@ STREAMS = 40
 """More than a helper joins for one key, or one host."""
 CHUNK = bytes(1 << 16)
 WAIT_S = 2.0
+ANSWER_S = 60.0
+"""In which a caller is answered while the hidden peer finds the one helper that brings calls."""
+_ANY_PORT = "tcp://127.0.0.1:0"
 
 
 class Stream:
@@ -175,6 +192,87 @@ def _joined(relay: Relay, until: float) -> Iterator[list[socket.socket]]:
         except (OSError, EOFError, AssertionError):  # no more are to be had
             pass
         yield ends
+
+
+class TakesNoCalls(Helper):
+    """Keeps whoever comes, gives signs of life, and lets nobody through."""
+
+    async def _call(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
+        await self._refuse(sock, "busy")
+
+
+class Floods(Helper):
+    """Says without end that somebody calls, as fast as it is heard, and keeps callers waiting."""
+
+    said = b"".join(pack(Called(bytes([index]) * 16, bytes([index]) * 32, "")) for index in range(200))
+
+    async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
+        await send(sock, Reserved())
+        while True:
+            await asyncio.get_running_loop().sock_sendall(sock, self.said)
+            await asyncio.sleep(0)
+
+    async def _call(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
+        await asyncio.Event().wait()
+
+
+class Drops(Helper):
+    """Lets nobody stay."""
+
+    async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
+        self.events["reserved"] += 1
+        await send(sock, Reserved())
+
+
+HOSTILE = {kind.__name__: kind for kind in (TakesNoCalls, Floods, Drops)}
+HELPERS = 8
+MOST_MIB, MOST_DESCRIPTORS = 64, 64
+"""What a hidden peer, its caller and an honest helper may take more than before, in one process."""
+
+
+def hostile_helpers(kind: str, seconds: float) -> int:
+    """A hidden peer finds helpers that are all hostile but one; how often it has answered a caller meanwhile."""
+    heard: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    here, there = multiprocessing.get_context("spawn").Pipe()
+    with in_background(_be_hostile, there, kind), ExitStack() as stack:
+        found: list[Relay] = here.recv()
+        identity = Identity.generate()
+        peer = Transport(identity, on_message=lambda source, frames: peer.send(source, frames), listen=_ANY_PORT)
+        caller = Transport(Identity.generate(), on_message=lambda _, frames: heard.put(bytes(frames[0])))
+        for transport in (peer, caller):
+            stack.callback(transport.close)
+            transport.start()
+        helper = Helper(caller.loop, Identity.generate(), _ANY_PORT)
+        stack.callback(helper.close)
+        helper.start()
+        found.append(helper.relay_at("127.0.0.1"))
+        inside = f"tcp://127.0.0.1:{peer.port}"
+        hidden = Hidden(peer.loop, identity, inside, peer.behind, lambda: found, lambda: None)
+        stack.callback(hidden.stop)
+        process = psutil.Process()
+        before = process.memory_info().rss, process.num_fds()
+        hidden.start()
+        endpoint = Endpoint("tcp://127.0.0.1:9", identity.public, (found[-1],))
+        until, answered = math.inf, 0
+        while time.monotonic() < until:
+            caller.send(endpoint, [b"%d" % answered])
+            assert heard.get(timeout=ANSWER_S) == b"%d" % answered
+            answered += 1
+            until = min(until, time.monotonic() + seconds)
+            grown = process.memory_info().rss - before[0], process.num_fds() - before[1]
+            assert grown[0] < MOST_MIB << 20 and grown[1] < MOST_DESCRIPTORS, grown
+            time.sleep(0.02)
+        return answered
+
+
+def _be_hostile(pipe: Connection, kind: str) -> None:
+    loop = WaysLoop()
+    helpers = [HOSTILE[kind](loop, Identity.generate(), _ANY_PORT) for _ in range(HELPERS)]
+    for helper in helpers:
+        helper.start()
+    pipe.send([helper.relay_at("127.0.0.1") for helper in helpers])
+    with suppress(EOFError):
+        pipe.recv()
 
 
 ATTACKS = {attack.__name__: attack for attack in (silence, strangers, beats, flood, unread)}

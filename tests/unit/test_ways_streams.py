@@ -16,7 +16,7 @@ import pytest
 from splitnet.net import connections
 from splitnet.net.connections import Connections, TcpConnection
 from splitnet.net.endpoints import Endpoint, LinkState, Relay
-from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
+from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.ways import helper as helper_module
 from splitnet.net.ways import hidden as hidden_module
 from splitnet.net.ways import punching, streams
@@ -27,7 +27,6 @@ from splitnet.net.ways.loop import WaysLoop
 from splitnet.net.ways.messages import (
     Beat,
     Call,
-    Called,
     Join,
     Joined,
     Purpose,
@@ -41,6 +40,7 @@ from splitnet.net.ways.messages import (
     unpack,
 )
 from splitnet.net.ways.punching import Way
+from tests.attacks.relay import Drops, Floods, TakesNoCalls
 from tests.unit.test_transport import ANY_PORT, WAIT_S, Node, echo
 
 HOST = "127.0.0.1"
@@ -241,33 +241,6 @@ def test_who_comes_through_a_helper_does_not_count_as_this_machine(
     ask(world.node(), to(node, hidden.relays), b"relayed")
     ask(world.node(), node.endpoint, b"direct")
     assert counted == [f"{HOST}, through a helper", HOST]
-
-
-class TakesNoCalls(Helper):
-    """Keeps whoever comes, gives signs of life, and lets nobody through."""
-
-    async def _call(self, sock: socket.socket, host: str, seen: str, key: PublicKey, call: Call) -> None:
-        await self._refuse(sock, "busy")
-
-
-class Floods(Helper):
-    """Says without end that somebody calls, as fast as it is heard."""
-
-    said = b"".join(pack(Called(bytes([index]) * 16, bytes([index]) * 32, "")) for index in range(200))
-
-    async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
-        await streams.send(sock, Reserved())
-        while True:
-            await asyncio.get_running_loop().sock_sendall(sock, self.said)
-            await asyncio.sleep(0)
-
-
-class Drops(Helper):
-    """Lets nobody stay."""
-
-    async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
-        self.events["reserved"] += 1
-        await streams.send(sock, Reserved())
 
 
 @pytest.mark.usefixtures("no_holes")
