@@ -89,11 +89,13 @@ class RouteWatch:
     """What decode steps take on the present route, beside what was predicted. All times in ms.
 
     Attributes:
+        former_ms: of a step before a hop was lost, as it was to be expected, if that was less than now; 0: it was not.
         surprised: a step took far longer than usual, or the route has become slow, since this was set to False.
     """
 
     def __init__(self) -> None:
         self.surprised = False
+        self.former_ms = 0.0
         self._usual = MovingAverage(SHARE)
         self._predicted_ms = 0.0
         self._expected_ms = 0.0
@@ -113,8 +115,10 @@ class RouteWatch:
         """Of a step, over all routes; 0 before the first."""
         return self._usual.value
 
-    def begin(self, predicted_ms: float) -> None:
-        """Steps go along another route from now on."""
+    def begin(self, predicted_ms: float, *, lost: bool = False) -> None:
+        """Steps go along another route from now on. lost: not as that is better, but as hops of the former are gone."""
+        former_ms = self.former_ms or self._expected_ms
+        self.former_ms = former_ms if lost and former_ms < predicted_ms else 0.0
         self._predicted_ms = self._expected_ms = predicted_ms
         self._ratio, self._trial_ms = math.inf, []
         self._is_tried = self._is_slow = False
@@ -129,6 +133,16 @@ class RouteWatch:
         if len(self._recent_ms) == RECENT_STEPS:
             return median(self._recent_ms)
         return cost_ms if self._is_tried else 0.0
+
+    def is_slow(self, step_ms: float) -> bool:
+        """Whether the route may be left if a step takes so long: it has become slow, or is what a loss has left."""
+        return has_become_slow(step_ms, self._expected_ms) or has_become_slow(step_ms, self.former_ms or math.inf)
+
+    def move_pays(self, current_ms: float, new_ms: float, move_ms: float, steps_left: int) -> bool:
+        """See `move_pays`. What was left after a loss is left in turn for a route that is as good as the lost one."""
+        is_back = bool(self.former_ms) and not has_become_slow(new_ms, self.former_ms)
+        expected_ms = self.former_ms if is_back else self._expected_ms
+        return move_pays(current_ms, new_ms, move_ms, steps_left, expected_ms)
 
     def forget_recent(self) -> None:
         """What the last steps took was too long ago to say anything of now."""

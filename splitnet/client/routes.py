@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 
-from scheduler.replan import RouteWatch, changed_hops, has_become_slow, move_pays
+from scheduler.replan import RouteWatch, changed_hops
 from splitnet.client.known_peers import LOOK_S
 from splitnet.client.link_codecs import LinkCodecs
 from splitnet.client.planner import Needs, PlannedHop, repaired_route, with_kept_hops
@@ -49,6 +49,8 @@ class Routes:
         self._suspected_at = 0.0
         self._unexplained = False
         self._route: list[PlannedHop] = []
+        self._lost = False
+        """The latest plan takes the place of a route that was lost."""
         self._planned: tuple[list[PlannedHop], float] = [], 0.0
         """The latest plan, with what a step of it was predicted to take then, in ms."""
 
@@ -77,7 +79,7 @@ class Routes:
                 route = route_for(replace(needs, held=()))
         except SplitnetError as error:
             return NoRoute(asked.number, error, self._present(), swarm.was_covered)
-        self._planned = route, swarm.planner.cost_ms(replace(needs, prompt=0), route)
+        self._planned, self._lost = (route, swarm.planner.cost_ms(replace(needs, prompt=0), route)), True
         return Planned(asked.number, tuple(route), self._codecs_of(route))
 
     def step_took(self, elapsed_ms: float, positions: int) -> None:
@@ -106,7 +108,8 @@ class Routes:
             self._route = list(hops)
             # By what was known when it was planned: until the first step facts may say that it has become slow.
             route, predicted_ms = self._planned
-            self.watch.begin(predicted_ms if route == self._route else swarm.planner.cost_ms(needs_now(), hops))
+            known = route == self._route
+            self.watch.begin(predicted_ms if known else swarm.planner.cost_ms(needs_now(), hops), lost=self._lost)
         now = time.monotonic()
         surprised = self.watch.surprised
         news = self._news != swarm.fresh_facts.news or surprised
@@ -118,11 +121,11 @@ class Routes:
         needs = needs_now()
         known_ms = swarm.planner.cost_ms(needs, hops)
         current_ms = self.watch.present_ms(known_ms)
-        is_slow = has_become_slow(current_ms, self.watch.expected_ms)
+        is_slow = self.watch.is_slow(current_ms)
         # What a hop took is known from the step. If it was one of the own links, that is measured first; of the
         # others their hops tell after some seconds.
         silent = swarm.survey.silent() & {hops[0].name, hops[-1].name}
-        explained = bool(silent) or has_become_slow(known_ms, self.watch.expected_ms)
+        explained = bool(silent) or self.watch.is_slow(known_ms)
         self._unexplained = is_slow and not explained
         measures = self._unexplained and now - self._suspected_at >= LOOK_S
         if surprised or measures:
@@ -145,9 +148,9 @@ class Routes:
             new_ms += current_ms - known_ms
         before, changed = changed_hops(hops, route)
         move_ms = swarm.planner.move_ms(needs, before, changed, max(cached, 1))
-        if not move_pays(current_ms, new_ms, move_ms, steps_left, self.watch.expected_ms):
+        if not self.watch.move_pays(current_ms, new_ms, move_ms, steps_left):
             return None
-        self._planned = route, predicted_ms
+        self._planned, self._lost = (route, predicted_ms), False
         log.info(
             "a better route: %.0f ms per step instead of %.0f ms",
             new_ms,

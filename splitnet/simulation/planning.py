@@ -11,7 +11,6 @@ from scheduler import route as routes
 from scheduler.cost import route_ms
 from scheduler.network import CLIENT, Network
 from scheduler.prefill import SIZES, best_step
-from scheduler.replan import move_pays
 from scheduler.swarm import Hop
 from splitnet.client.planner import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
 from splitnet.client.route_search import HEARD_S, searched_route
@@ -118,7 +117,7 @@ class Planning:
         new_ms = planned.token_ms * (session.forecasts.error if self._settings.doubts else 1.0)
         left = session.request.output - session.tokens
         present_ms = session.watch.present_ms(planned.present_ms)
-        if not move_pays(present_ms, new_ms, planned.move_ms, left, session.watch.expected_ms):
+        if not session.watch.move_pays(present_ms, new_ms, planned.move_ms, left):
             return None
         route = with_kept_hops(self._hops(planned.hops), present)
         return Move(tuple(route), _codecs(route)), planned

@@ -98,6 +98,8 @@ class Session:
         self.last_ms = 0.0
         self.ended_ms = 0.0
         self.predicted_ms = 0.0
+        self._lost = False
+        """The route that was planned last is not better than the former, but takes its place."""
         self.forecasts = Forecasts()
         self.hops: Hops = []
         self.route: Route | None = None
@@ -233,6 +235,7 @@ class Session:
                 around.calls.send(self, around.nodes[device_at(endpoint)], effect)
             case AskRoute():
                 answer, planned = around.planning.answer(self, effect)
+                self._lost = True
                 if isinstance(answer, Planned):
                     self.predicted_ms = 0.0 if effect.kept else planned.token_ms
                 self._later(planned.asked_ms, answer)
@@ -261,7 +264,7 @@ class Session:
         stations = [own, *((node.id, node.number) for node, _, _ in self.hops), own]
         for (sender, here), (receiver, there) in pairwise(stations):
             self.latencies[sender, receiver] = around.world.geography.one_way_ms(here, there)
-        self.watch.begin(self.predicted_ms)
+        self.watch.begin(self.predicted_ms or around.planning.step_ms(self, 1), lost=self._lost)
 
     def _send(self, step: Step) -> None:
         route, (part,) = self.route, step.parts
@@ -337,7 +340,7 @@ class Session:
         if found is None:
             return False
         move, planned = found
-        self.predicted_ms = planned.token_ms
+        self.predicted_ms, self._lost = planned.token_ms, False
         self._later(planned.asked_ms, move)
         return True
 
