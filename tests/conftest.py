@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ import pytest
 
 from splitnet.errors import SplitnetError
 from splitnet.model import demo, device_choice
-from tests.leftovers import Running, end_leftovers
+from tests.leftovers import RUN_MARK, Running, end_leftovers, end_run
 from tests.sharing import FilesTogether, longest_first
 
 # A busy machine must not fail a property by its clock.
@@ -26,8 +28,11 @@ hypothesis.settings.register_profile("splitnet", deadline=None)
 hypothesis.settings.load_profile("splitnet")
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """How the user has set splitnet up, and who else runs it on this network, must not matter."""
+    if not hasattr(config, "workerinput"):
+        os.environ[RUN_MARK] = uuid.uuid4().hex
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends the run ends all of it
     for name in [name for name in os.environ if name.startswith("SPLITNET_") and name != "SPLITNET_CACHE"]:
         del os.environ[name]
     os.environ["SPLITNET_CONFIG"] = os.devnull
@@ -36,6 +41,12 @@ def pytest_configure() -> None:
     look = device_choice.find_present
     # Figures are compared with those of CPUs; tests of GPUs name their device.
     device_choice.find_present = lambda *, tried=True: device_choice.Present() if tried else look(tried=False)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Also after an interruption."""
+    if not hasattr(config, "workerinput"):
+        end_run(os.environ.pop(RUN_MARK))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

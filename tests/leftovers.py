@@ -1,7 +1,11 @@
-"""What a test leaves running: threads and child processes, but for those that fixtures of a wider scope own."""
+"""What a test leaves running: threads and child processes, but for those that fixtures of a wider scope own.
+
+And what a run of tests leaves that was interrupted: whatever has inherited its mark.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -9,6 +13,8 @@ from contextlib import contextmanager
 
 import psutil
 
+RUN_MARK = "TESTS_OF_SPLITNET"
+"""The variable that marks all processes of a run of tests."""
 GRACE_SECONDS = 5.0
 """How long what a test started may take to end after the test."""
 
@@ -56,6 +62,22 @@ def end_leftovers(before: Running) -> list[str]:
         left.append(f"process {child.pid}: {_command_line(child)}")
         child.kill()
     return left
+
+
+def end_run(mark: str) -> list[int]:
+    """Ends all processes with this mark but this one, as workers of an interrupted run are killed before their
+    fixtures end; returns their ids."""
+    left: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            if process.pid != os.getpid() and process.environ().get(RUN_MARK) == mark:
+                process.terminate()
+                left.append(process)
+        except psutil.Error:
+            continue  # of another user, or it has just ended
+    for process in psutil.wait_procs(left, timeout=GRACE_SECONDS)[1]:
+        process.kill()
+    return [process.pid for process in left]
 
 
 def _unexpected(expected: set[threading.Thread]) -> list[threading.Thread]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Iterator
 
 import psutil
@@ -13,6 +15,7 @@ import pytest
 
 from splitnet.cli.stopping import StopSignals
 from splitnet.light_imports import _signals_held
+from tests.leftovers import RUN_MARK, end_run
 
 TWO_SIGNALS = """
 import asyncio, signal
@@ -39,6 +42,18 @@ def handlers() -> Iterator[None]:
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_what_an_interrupted_run_of_tests_leaves_is_ended() -> None:
+    """A worker that is killed ends no fixture, and its daemons are nobody's children."""
+    mark = uuid.uuid4().hex
+    shell = ["sh", "-c", "sleep 600 >/dev/null & echo $!"]
+    started = subprocess.run(shell, env={**os.environ, RUN_MARK: mark}, stdout=subprocess.PIPE, text=True, check=True)
+    orphan = psutil.Process(int(started.stdout))
+    assert end_run(uuid.uuid4().hex) == []
+    assert orphan.is_running()
+    assert end_run(mark) == [orphan.pid]
+    assert not orphan.is_running() or orphan.status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_signal_before_the_first_step_ends_the_process_at_once() -> None:
