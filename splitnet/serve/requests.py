@@ -13,6 +13,7 @@ PROMPTS = 256
 BIASED_TOKENS = 1024
 MAX_TOKENS = 2**24
 MESSAGES = 2**14
+TOOLS = 256
 
 
 def _few(given: Any) -> Any:
@@ -204,7 +205,7 @@ class ChatRequest(SamplingRequest):
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(fail_fast=True, max_length=TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ChosenTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None

@@ -115,6 +115,7 @@ def test_prompts(prompt: Any) -> None:
             None,
             "cannot both be JSON and call tools",
         ),
+        ({"tools": [TOOL] * 257}, "tools", "at most 256 items"),
         ({"tool_choice": "required"}, None, "tool_choice asks for a tool that is not there"),
         (
             {
