@@ -9,7 +9,7 @@ from textwrap import fill
 
 from gguf import GGML_QUANT_SIZES
 
-from splitnet.model.families import COMPILED, LEAN, PACKS, REFUSED, STATES
+from splitnet.model.families import COMPILED, LEAN, PACKS, REFUSED, STATES, TEXT_ALONE
 from splitnet.model.gguf_layouts import BLOCK_TYPES
 from splitnet.model.grouped_forms import held_bytes
 from splitnet.model.mlx_format import FAMILIES as MLX_FAMILIES
@@ -69,6 +69,11 @@ def sections() -> Iterator[str]:
         "for CPUs with AVX512 and VNNI ([how](decisions/0012-lean-steps.md))."
     )
     yield ", ".join(f"`{name}`" for name in sorted(COMPILED)) + "."
+    yield (
+        "Of multimodal checkpoints the text model runs, where it is one of a family above. Some have text models that "
+        "transformers has nowhere else, and that do what others do: "
+        f"{', '.join(f'`{text}` as `{_family_of(text)}`' for text in TEXT_ALONE)}."
+    )
     yield "Refused, as their blocks cannot be cut apart:"
     yield table(("family", "why"), [(f"`{name}`", why) for name, why in sorted(REFUSED.items())])
     yield "## Formats"
@@ -82,6 +87,10 @@ def sections() -> Iterator[str]:
         "is refused by name: Quark, HQQ, AQLM and others."
     )
     yield table(("in GGUF", "in the file", "held"), _gguf_types())
+
+
+def _family_of(text: str) -> str:
+    return {"qwen3_vl_moe_text": "qwen3_moe"}.get(text) or TEXT_ALONE[text][0]
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -324,4 +324,15 @@ def read_config(store: TensorStore) -> tuple[PreTrainedConfig, PreTrainedConfig]
     whole = store.config()
     config = text_config_of(whole)
     check_can_be_cut(config)
+    tied = any(getattr(one, "tie_word_embeddings", False) for one in (whole, config))
+    if config is not whole and tied:
+        # Wrappers say it outside, some by a default that checkpoints with a head of their own leave as it is.
+        config.tie_word_embeddings = not _has_head(store)
     return whole, config
+
+
+def _has_head(store: TensorStore) -> bool:
+    try:
+        return any(name.endswith("lm_head.weight") for name in store.names)
+    except ModelNotFound:  # there is but the config
+        return False

@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from transformers import PreTrainedConfig, PreTrainedModel, Qwen3Config
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from splitnet.errors import UnsupportedModel
 from splitnet.model.rotary import RopeLengths
@@ -96,6 +96,19 @@ ONE_WINDOW = frozenset({"mistral", "mixtral", "olmoe", "phi3", "qwen3_moe", "sta
 SAME_AS: Mapping[str, str] = {"kimi_k2": "deepseek_v3"}
 """Names of families in published configs that transformers has under another name."""
 
+TEXT_ALONE: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "glm4v_moe_text": ("glm4_moe", {"use_qk_norm": False}),
+    "glm4v_text": ("glm4", {"attention_bias": True}),
+    "qwen2_5_vl_text": ("qwen2", {}),
+    "qwen2_vl_text": ("qwen2", {}),
+    "qwen3_vl_moe_text": ("qwen3_vl_moe_alone", {"norm_topk_prob": True}),
+    "qwen3_vl_text": ("qwen3", {}),
+}
+"""Text models that transformers has only inside of multimodal ones: the family whose blocks do the same, and values of
+its config."""
+_HEADS_SHARE_HIDDEN = ("glm4v_text", "qwen2_5_vl_text", "qwen2_vl_text")
+"""Those of them whose heads are as wide as hidden states by the number of heads, whatever their config says."""
+
 REFUSED: Mapping[str, str] = {
     "deepseek_v4": "between its blocks there are several hidden states, and some blocks choose experts by the token",
     "zamba2": "some of its blocks have the same weights",
@@ -140,18 +153,21 @@ def text_config_of(config: PreTrainedConfig) -> PreTrainedConfig:
     """
     text = config.get_text_config()
     make_known(text)
-    if text.model_type != "qwen3_vl_text":
+    if text.model_type not in TEXT_ALONE:
         return text
-    # Without images, the three positions of every token are equal, and so is the rotary embedding to that of Qwen3.
+    family, own = TEXT_ALONE[text.model_type]
     values = {key: value for key, value in text.to_dict().items() if key not in ("model_type", "architectures")}
-    rope = {key: value for key, value in (text.rope_parameters or {}).items() if not key.startswith("mrope")}
-    tied = config.tie_word_embeddings
-    return Qwen3Config(**(values | {"rope_parameters": rope or None, "tie_word_embeddings": tied}))
+    # Without images the three positions of every token are equal, and the rotary embedding is that of the family.
+    rope = {key: value for key, value in (text.rope_parameters or {}).items() if key[:5] not in ("mrope", "type")}
+    values |= {"rope_parameters": {"partial_rotary_factor": 1.0, "rope_type": "default"} | rope, **own}
+    if text.model_type in _HEADS_SHARE_HIDDEN:
+        values["head_dim"] = text.hidden_size // text.num_attention_heads
+    return CONFIG_MAPPING[family](**values)
 
 
 def make_known(config: PreTrainedConfig) -> None:
     """Before transformers' auto classes are asked: some text models are hidden in multimodal ones."""
-    if config.model_type == "step3p5":
+    if config.model_type in ("step3p5", "qwen3_vl_moe_text"):
         from splitnet.model import text_models  # slow to import, and rarely wanted
 
         text_models.make_known()

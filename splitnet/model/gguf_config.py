@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -84,9 +85,16 @@ def make_config(model_type: str, values: Mapping[str, Any], file: GgufFile) -> P
 
 
 def dtype_of(file: GgufFile) -> torch.dtype:
-    """The type of the matrices, if all are stored as numbers; float32 if any are codes."""
-    dtypes = {tensor.dtype for tensor in file.tensors.values() if len(tensor.shape) > 1}
-    return dtypes.pop() if len(dtypes) == 1 else torch.float32
+    """The type of the matrices, if all are stored as numbers; float32 if any are codes.
+
+    Routers of mixtures, and what is as small, are float32 in files of 16 bits too.
+    """
+    numbers: dict[torch.dtype, int] = {torch.float32: 0}
+    for tensor in file.tensors.values():
+        if len(tensor.shape) > 1:
+            numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    most = max(numbers, key=lambda dtype: numbers[dtype])
+    return most if len(numbers) == 2 and not any(tensor.layout for tensor in file.tensors.values()) else torch.float32
 
 
 def rope_parameters(metadata: Metadata, *, head_dim: int, partial: bool = False) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from splitnet.model.unexpected import check_none, ignored
 from splitnet.model.weights import choose_weights
 
 
+@torch.inference_mode(False)  # what is loaded is used outside of it, too
 def load_shell(
     checkpoint: Checkpoint,
     blocks: nn.Module,
@@ -65,6 +66,7 @@ def load_shell(
     return model
 
 
+@torch.inference_mode(False)
 def load_classifier_shell(
     checkpoint: Checkpoint,
     config: PreTrainedConfig,

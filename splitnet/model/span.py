@@ -130,6 +130,7 @@ class Span:
         self._lean = self._fast_step(list(blocks), getattr(parent, "rotary_emb", None))
 
     @classmethod
+    @torch.inference_mode(False)  # what is loaded is used outside of it, too
     def load(
         cls,
         checkpoint: Checkpoint,

@@ -13,6 +13,7 @@ from splitnet.model.backbone import causal_class, load_cut
 from splitnet.model.checkpoint import Checkpoint
 
 
+@torch.inference_mode(False)  # what is loaded is used outside of it, too
 def load_whole(checkpoint: Checkpoint, dtype: torch.dtype | str) -> Any:
     """Loads all of a checkpoint; what is in codes becomes numbers, without packages that transformers wants for it.
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import splitnet
 from splitnet.errors import ModelNotFound, UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.gguf_file import GgufFile
 from splitnet.model.gguf_store import GgufStore
 from splitnet.model.span import Span
 from splitnet.model.stored import StoredTensor
@@ -175,6 +176,20 @@ def test_k_quants(family: str, stored: Type, tmp_path: Path) -> None:
     assert (4 if stored is Type.Q4_K else 6) in bits
     expected = logits(load(GgufStore.open(dequantised(path))))
     torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [(Type.BF16, torch.bfloat16), (Type.F16, torch.float16), (Type.F32, torch.float32), (Type.Q8_0, torch.float32)],
+)
+def test_a_mixture_is_of_the_type_of_its_experts_whatever_its_routers_are(
+    stored: Type, expected: torch.dtype, tmp_path: Path
+) -> None:
+    folder = random_checkpoint("qwen3_moe", tmp_path / "model", blocks=2)
+    path = write_gguf(folder, tmp_path / "it.gguf", stored)
+    types = {tensor.stored for name, tensor in GgufFile(path).tensors.items() if "ffn_gate_inp" in name}
+    assert types == {Type.F32}, "as converters write routers"
+    assert Checkpoint.open(path).dtype == expected
 
 
 def test_a_split_file_is_one_checkpoint(tmp_path: Path) -> None:

@@ -349,6 +349,13 @@ TEXT |= {"num_key_value_heads": 2, "head_dim": 16, "vocab_size": 300}
 LINEAR = HYBRIDS["qwen3_5_text"] | {f"linear_num_{which}_heads": 2 for which in ("key", "value")}
 LINEAR |= {f"linear_{which}_head_dim": 16 for which in ("key", "value")}
 ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+GLM_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 0.5}
+GLM_MOE = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+GLM_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+OTHER_VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+KIMI_VISION = OTHER_VISION
+OTHER_VISION = KIMI_VISION | {"image_size": 28, "patch_size": 14}
 QWEN_VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
 MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": (
@@ -363,12 +370,28 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         },
         {"mm_tokens_per_image": 4, "image_token_index": 290, "boi_token_index": 291, "eoi_token_index": 292},
     ),
+    "glm4v": (TEXT | {"rope_parameters": GLM_ROPE}, GLM_VISION, {}),
+    "glm4v_moe": (TEXT | GLM_MOE | {"rope_parameters": GLM_ROPE}, GLM_VISION, {}),
+    "internvl": (TEXT | {"model_type": "qwen2"}, OTHER_VISION | {"image_size": [28, 28], "patch_size": [14, 14]}, {}),
+    "kimi_k25": (TEXT | SPARSE["deepseek_v32"] | {"model_type": "deepseek_v3"}, KIMI_VISION, {}),
+    "mistral3": (TEXT | {"model_type": "mistral"}, OTHER_VISION | {"model_type": "pixtral", "head_dim": 16}, {}),
+    "qwen2_5_vl": (TEXT | {"rope_parameters": MROPE}, QWEN_VISION | {"fullatt_block_indexes": [0]}, {}),
+    "qwen2_vl": (
+        TEXT | {"rope_parameters": MROPE},
+        {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2},
+        {},
+    ),
     "qwen3_vl": (TEXT | {"rope_parameters": ROPE}, QWEN_VISION | {"deepstack_visual_indexes": [0]}, {}),
     "step3p7": (
         TEXT
         | SPARSE["step3p5"]
         | {"sliding_window": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
         {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2},
+        {},
+    ),
+    "qwen3_vl_moe": (
+        TEXT | {"rope_parameters": ROPE, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+        QWEN_VISION | {"deepstack_visual_indexes": [0]},
         {},
     ),
     "qwen3_5": (TEXT | LINEAR, QWEN_VISION, {}),
@@ -398,6 +421,24 @@ def test_text_model_of_a_multimodal_checkpoint(family: str, tmp_path: Path) -> N
     ids = torch.randint(3, 280, (1, 20))
     assert_close(shell(ids).logits, whole(ids).logits, 3e-5)
     assert ModelSizes.of(tmp_path).block_bytes == block_bytes(checkpoint, None)
+
+
+@torch.inference_mode()
+def test_a_head_of_its_own_counts_more_than_what_a_wrapper_says_by_default(tmp_path: Path) -> None:
+    text, vision, _ = MULTIMODAL["mistral3"]
+    config_class: Any = CONFIG_MAPPING["mistral3"]
+    config = config_class(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    torch.manual_seed(0)
+    whole: Any = AutoModelForImageTextToText.from_config(config).eval()
+    whole.lm_head.weight.normal_()
+    whole.save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["tie_word_embeddings"]  # as it is published; true by default
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    checkpoint = Checkpoint.open(tmp_path)
+    shell = load_shell(checkpoint, LocalChain(load_spans(checkpoint)))
+    ids = torch.randint(3, 280, (1, 20))
+    assert_close(shell(ids).logits, whole(ids).logits, 3e-5)
 
 
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba", "nemotron_h"])

@@ -32,6 +32,7 @@ from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTenso
 from splitnet.model.stored_layers import HeldEmbedding
 from splitnet.model.tensor_store import Place, Progress, TensorFacts
 from splitnet.model.weights import choose_weights
+from splitnet.model.whole_model import load_whole
 from splitnet.weights.held import WeightFolder
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.quantized_checkpoints import quantized_pair
@@ -85,6 +86,9 @@ class CodedStore:
 
     def heads(self) -> Mapping[str, int]:
         return {}
+
+    def file_bytes(self, names: Iterable[str]) -> int:
+        return 0
 
     @property
     def commit(self) -> str:
@@ -402,3 +406,21 @@ def test_a_plain_checkpoint_is_held_as_before(tmp_path: Path) -> None:
     span = Span.load(checkpoint, 0, 1)
     assert span.weights.kind == "float32" and not held_layers(span)
     assert ModelSizes.of(tmp_path).held_as == "float32"
+
+
+@pytest.mark.parametrize("kind", ["gguf", "plain"])
+def test_what_is_loaded_in_inference_mode_is_used_outside_of_it(kind: str, tmp_path: Path) -> None:
+    path = random_checkpoint("qwen3_moe", tmp_path / "it", blocks=2, hidden=HIDDEN)
+    if kind == "gguf":
+        path = write_gguf(path, tmp_path / "it.gguf", GGMLQuantizationType.Q4_0)
+    hidden, ids = torch.randn(5, HIDDEN), torch.arange(1, 9)[None]
+    expected = Span.load(Checkpoint.open(path), 0, 2)
+    with torch.inference_mode():
+        span, shell = Span.load(Checkpoint.open(path), 0, 2), load_shell(Checkpoint.open(path), nn.Identity())
+        whole = load_whole(Checkpoint.open(path), "auto")
+    found, wanted = (each.forward(hidden, [Part(each.new_row(), 0, 5)]) for each in (span, expected))
+    torch.testing.assert_close(found, wanted)
+    for model in (shell, whole):
+        given = model.get_input_embeddings()(ids).detach().requires_grad_()
+        model(inputs_embeds=given, use_cache=False).logits.sum().backward()
+        assert given.grad is not None and bool(given.grad.any())
