@@ -113,8 +113,7 @@ def gateway(folder: Path, arguments: argparse.Namespace, address: str) -> Iterat
     """`splitnet serve`; gives its URL."""
     command = [sys.executable, "-m", "splitnet", "serve", arguments.checkpoint, "--join", address, "--port", "0"]
     command += ["--keep-sessions", "0", "--max-requests", str(arguments.streams), "--codec", "none"]
-    if arguments.weights != "float32":
-        command += ["--local-weights", arguments.weights]
+    command += ["--local-weights", arguments.weights]
     with (folder / "gateway").open("wb") as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors)
     try:

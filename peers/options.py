@@ -29,7 +29,8 @@ class PeerOptions:
             they reach it by another port than it listens on; None: found out.
         device: as torch names it; "auto": the best that works, see `splitnet.model.device_choice`.
         dtype: what blocks compute in; None: what goes with `weights`, else as the checkpoint stores them.
-        weights: what those of linear layers are held as, see `splitnet.model.weights`; None: as `dtype`.
+        weights: what those of linear layers are held as, see `splitnet.model.weights`; "auto": what decodes fast and is
+            nearly exact; None: as `dtype`.
         kv_memory: bytes for KV caches; None: a quarter of the free memory.
         training_memory: bytes to keep for clients that train; None: an eighth of the free memory.
         authorized_keys: file with the keys that may connect; None: anyone.
@@ -60,7 +61,7 @@ class PeerOptions:
     public_host: str | None = None
     device: str = "auto"
     dtype: str | None = None
-    weights: str | None = None
+    weights: str | None = "auto"
     kv_memory: int | None = None
     training_memory: int | None = None
     authorized_keys: Path | None = None

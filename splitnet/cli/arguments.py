@@ -158,7 +158,8 @@ LocalWeights = Annotated[
         "--local-weights",
         metavar="KIND",
         envvar="SPLITNET_LOCAL_WEIGHTS",
-        help="Hold those blocks and the head as auto, float16, int8 or int4.",
+        help="Hold those blocks and the head as auto, float32, float16, int8 or int4; auto if not given, but as stored "
+        "with --codec none.",
         rich_help_panel=COMPUTING,
     ),
 ]

@@ -146,12 +146,12 @@ def peer(
         typer.Option(help="What blocks compute in; the checkpoint's own if not given.", rich_help_panel=COMPUTING),
     ] = None,
     weights: Annotated[
-        WeightKind | None,
+        WeightKind,
         typer.Option(
-            help="What weights are held as; as stored if not given; auto: nearly as good, and fast here.",
+            help="What weights are held as; auto: as stored, or float16 where they are float32 on x86 CPUs.",
             rich_help_panel=COMPUTING,
         ),
-    ] = None,
+    ] = WeightKind.auto,
     threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads to compute with.", rich_help_panel=COMPUTING)
     ] = None,
@@ -294,7 +294,7 @@ def peer(
         public_host=public_host,
         device=computes_on.device,
         dtype=dtype.value if dtype else None,
-        weights=weights.value if weights else None,
+        weights=weights.value,
         kv_memory=wanted_kv_memory,
         training_memory=wanted_training_memory,
         authorized_keys=authorized_keys,
@@ -326,6 +326,8 @@ def peer(
         gc.freeze()
         typer.echo(f"computes on {computes_on}")
         typer.echo(_what_it_serves(serving))
+        if weights is WeightKind.auto and (other_weights := _other_weights(serving)):
+            typer.echo(other_weights)
         if serving.counters.energy.origin:
             typer.echo(f"power: {serving.counters.energy.origin}")
         if serving.ways.relay_port:
@@ -351,8 +353,22 @@ def _what_it_serves(peer: Peer) -> str:
     # In a function of its own: who keeps the span keeps its memory, also when the peer has moved to other blocks.
     span = peer.span
     computes = str(span.dtype).removeprefix("torch.")
-    held = "" if span.weights.kind == computes else f" with weights as {span.weights.kind}"
+    exactly = "exactly " if span.weights.exact else ""
+    held = "" if span.weights.kind == computes else f" with weights {exactly}as {span.weights.kind}"
     return (
         f"serving blocks {span.start}..{span.end - 1} of {peer.checkpoint.name} "
         f"({computes}{held} on {span.device}) at {peer.endpoint.address}"
     )
+
+
+def _other_weights(peer: Peer) -> str | None:
+    """What else the weights could be held as; None: nothing that is known to be better in some way."""
+    from splitnet.model.kernels import has_integer_kernels
+    from splitnet.model.weights import STORED
+
+    span = peer.span
+    held = span.weights
+    if span.device.type != "cpu" or not has_integer_kernels() or held.kind.startswith(STORED):
+        return None
+    exact = "exact and slower with --weights float32, " if "/" in held.text else ""
+    return f"weights were not chosen: {exact}faster and less exact with --weights int8 (docs/weights.md)"

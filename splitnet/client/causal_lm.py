@@ -90,7 +90,8 @@ class AutoModelForCausalLM:
             gradient_codec: how gradients travel; "auto": exact where the activations are, else "bf16".
             local_blocks: blocks that this process runs itself, such as "0:10" or "0:2,28:30"; "auto": as many of the
                 first as make tokens come soonest, in half of the free memory at most; None: none.
-            local_weights: what the weights of those and of the head are held as, such as "float16"; None: as stored.
+            local_weights: what the weights of those and of the head are held as, such as "float16"; None: "auto", or as
+                stored with the codec "none".
 
         Raises:
             ModelNotFound, UnsupportedModel: the model cannot be used.
@@ -136,7 +137,7 @@ def _attached(checkpoint: Checkpoint, swarm: Swarm, options: CausalOptions) -> R
         return MixedSession(local, open_part, budget)
 
     blocks = remote_blocks(checkpoint, swarm, local, options)
-    shell = load_shell(checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.local_weights)
+    shell = load_shell(checkpoint, blocks, dtype=options.dtype, device=options.device, weights=options.held_as)
     model = made_remote(shell, RemoteCausalLM, checkpoint.source)
     model.open_sessions_with(open_session)
     model.ends = ends_of(model)

@@ -13,6 +13,8 @@ import torch
 from splitnet.client.session import Preference, check_preference
 from splitnet.client.session_driver import RECOVERY_TIMEOUT_S
 from splitnet.model.device_choice import find_device
+from splitnet.model.weights import AUTO
+from splitnet.net.codecs import EXACT
 
 CONNECTION = ("initial_peers", "identity", "revision", "swarm_key", "trusted_peers")
 """What `from_pretrained` takes besides: which swarm, who asks, and which model."""
@@ -32,6 +34,11 @@ class ClientOptions:
     gradient_codec: str = "auto"
     local_blocks: str | None = None
     local_weights: str | None = None
+
+    @property
+    def held_as(self) -> str | None:
+        """What local blocks and the head hold their weights as; without a wish what suits, or exactly, as the codec."""
+        return self.local_weights or (None if self.codec == EXACT else AUTO)
 
     @classmethod
     def of(cls, keywords: dict[str, Any], *others: str) -> Self:

@@ -268,7 +268,7 @@ def made_remote(model: PreTrainedModel, remote_class: type[Model], source: str) 
 
 def local_part(checkpoint: Checkpoint, swarm: Swarm, options: ClientOptions) -> LocalBlocks:
     """The blocks that run here."""
-    blocks, device, weights = options.local_blocks, options.device, options.local_weights
+    blocks, device, weights = options.local_blocks, options.device, options.held_as
     if blocks == AUTO:
         blocks = choose_local_blocks(checkpoint, swarm, codec=options.codec, device=device, weights=weights)
         log.info("local blocks: %s", blocks or "none")

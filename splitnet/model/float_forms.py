@@ -93,10 +93,30 @@ class CompiledBfloat16(_Compiled, ConvertedBfloat16):
     """bfloat16 for splitnet's kernel."""
 
 
+class NarrowFloat(WeightForm):
+    """For float32 weights: what it makes is `CompiledBfloat16` or `CompiledFloat16`, exact if one of them can be."""
+
+    @classmethod
+    def bytes_for(cls, outputs: int, inputs: int) -> int:
+        return CompiledFloat16.bytes_for(outputs, inputs)
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> WeightForm | None:
+        for form in (CompiledBfloat16, CompiledFloat16):
+            # Most weights are told by their first row.
+            if all(torch.equal(part.to(form.stored).float(), part) for part in (weight[:1], weight)):
+                held = form.of(weight)
+                if held is not None:
+                    held.exact = True
+                return held
+        return CompiledFloat16.of(weight)
+
+
 class ConvertedFloat32(ConvertedFloat):
     """float32: for layers whose values are too large for the form that was wished."""
 
     stored = torch.float32
+    exact = True
 
 
 class PackedFloat16(WeightForm):

@@ -19,12 +19,15 @@ from transformers import PreTrainedModel
 
 from splitnet.gathering import Gathering
 from splitnet.model.device_clock import seconds_after_work
-from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16
+from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16, NarrowFloat
 from splitnet.model.grouped_forms import GroupedForm, JoinedForm
 from splitnet.model.held_linear import HeldLinear, sizes_of
 from splitnet.model.kernels import has_kernel_for, multiply_floats
 from splitnet.model.weight_form import WeightForm
 from splitnet.model.weights import Weights
+
+CHANGES_S = 1.0
+"""A weight that was not used for so long may have been changed meanwhile, in ways of which torch does not tell."""
 
 MOST_ROWS = 16
 """Of all threads together; with more, products of matrices are faster."""
@@ -117,13 +120,28 @@ class _Sharing(nn.Module):
         return {name: value for name, value in self.__dict__.items() if name != "_shared"}
 
 
-class Head(_Sharing, nn.Linear):
-    """A head in the type that the model computes in; its weight may be the embedding's, too."""
+@dataclass(slots=True)
+class _Copy:
+    """Of a weight: form, None if its values do not allow it; bits: the sum of all; place: its address."""
 
-    def __init__(self, weight: Any, bias: Any) -> None:
+    form: WeightForm | None
+    bits: int
+    place: int = 0
+    used_at: float = 0.0
+
+
+class Head(_Sharing, nn.Linear):
+    """A head in the type that the model computes in; its weight may be the embedding's, too, and it may be trained.
+
+    narrows: of a float32 weight there is a copy in `NarrowFloat`, which few rows are multiplied with.
+    """
+
+    def __init__(self, weight: Any, bias: Any, *, narrows: bool = False) -> None:
         outputs, inputs = weight.shape
         super().__init__(inputs, outputs, bias=False, device="meta")
         self.weight, self.bias = weight, bias
+        self._narrows = narrows
+        self._copy: _Copy | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1, self.in_features)
@@ -136,7 +154,22 @@ class Head(_Sharing, nn.Linear):
         return product.view(*input.shape[:-1], self.out_features)
 
     def _multiply(self, rows: torch.Tensor) -> torch.Tensor:
-        return multiply_floats(rows, self.weight)
+        narrow = self._narrowed() if self._narrows and self.weight.dtype == torch.float32 else None
+        return multiply_floats(rows, self.weight) if narrow is None else narrow.multiply(rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_copy": None}
+
+    def _narrowed(self) -> WeightForm | None:
+        """The copy, made anew if the weight is another than it was made of."""
+        weight, now = self.weight.detach(), time.monotonic()
+        if self._copy is None or weight.data_ptr() != self._copy.place or now - self._copy.used_at > CHANGES_S:
+            bits = int(weight.view(torch.int32).sum())
+            if self._copy is None or bits != self._copy.bits:
+                self._copy = _Copy(NarrowFloat.of(weight), bits)
+            self._copy.place = weight.data_ptr()
+        self._copy.used_at = now
+        return self._copy.form
 
 
 class HeldHead(_Sharing, HeldLinear):
@@ -160,7 +193,8 @@ def _alone_as_together(held: WeightForm) -> bool:
 def hold_head(model: PreTrainedModel, weights: Weights) -> None:
     """Gives a causal model a head for threads that generate, which holds its weight as is wished.
 
-    An embedding that shares the weight keeps its own, if that is another form.
+    With "auto" it keeps its weight as well, for gradients and many rows. Else an embedding that shares the weight keeps
+    its own, if that is another form.
     """
     head: Any = model.get_output_embeddings()
     if isinstance(head, HeldLinear):
@@ -173,14 +207,14 @@ def hold_head(model: PreTrainedModel, weights: Weights) -> None:
     if sizes is None:
         return
     form = weights.form_for(*sizes)
-    if form is not None:
+    if form is not None and not weights.as_stored:
         outputs, inputs = sizes
         held = HeldHead(inputs, outputs, form, transposed=False, bias=head.bias is not None, dtype=head.weight.dtype)
         held.bias = head.bias
         held.weight = head.weight
         model.set_output_embeddings(held)
     elif type(head) is nn.Linear and has_kernel_for(head.weight):
-        model.set_output_embeddings(Head(head.weight, head.bias))
+        model.set_output_embeddings(Head(head.weight, head.bias, narrows=form is NarrowFloat))
 
 
 def _of_floats(head: HeldLinear) -> nn.Linear:

@@ -187,8 +187,8 @@ class Span:
                 )
             chosen = chosen.plain()
         if chosen.as_stored and any(size.coded for size in sizes):
-            others = chosen.forms and any(size.converted for size in sizes)
-            chosen = replace(chosen, kind=f"{STORED}+{chosen.kind}" if others else STORED)
+            converts = chosen.forms and any(size.converted for size in sizes)
+            chosen = replace(chosen, kind=f"{STORED}+{chosen.kind}" if converts else STORED)
         largest = max(size.held for size in sizes)
         grouped = keeps_states(config) and getattr(model_class, "_supports_sdpa", False)
         attention = PACKED if packs else GROUPED if grouped else None
@@ -208,6 +208,7 @@ class Span:
                     one_by_one=bool(chosen.forms),
                     codes_on=chosen.device if chosen.keeps_codes else None,
                 )
+            chosen = chosen.as_loaded(getattr(module, "held", None) for module in backbone.modules())
             nn.Module.to(backbone, device).requires_grad_(False)
             for block in backbone.get_submodule(container).children():
                 move_to_large_pages(block)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Self
 
 import torch
 from torch import nn
@@ -14,6 +13,9 @@ class WeightForm(nn.Module):
 
     They are persistent ones: transformers fills others anew when it has loaded a model.
     """
+
+    exact: bool = False
+    """Whether it is known to stand for exactly the values that it was made of."""
 
     @classmethod
     def fits(cls, outputs: int, inputs: int) -> bool:
@@ -26,8 +28,8 @@ class WeightForm(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> Self | None:
-        """Brings a weight into this form, on its device; None if its values do not allow it.
+    def of(cls, weight: torch.Tensor) -> WeightForm | None:
+        """Brings a weight into this form (or one of as many bytes), on its device; None if its values do not allow it.
 
         Args:
             weight: `[outputs, inputs]`, float32; it is left alone and not kept.

@@ -37,6 +37,7 @@ from splitnet.net.block_integers import (
     unpack,
 )
 
+EXACT = "none"
 DEFAULT_INT8 = "int8"
 _LARGEST_HIDDEN = 2**20
 _BLOCKS_PER_CHUNK = 1024  # temporaries of 256 KiB stay in the cache of a core
@@ -86,7 +87,7 @@ class Codec(ABC):
 class _Float32(Codec):
     """Raw little-endian float32: bit-exact for models in float32, bfloat16 and float16, inf and NaN included."""
 
-    name, code = "none", 0
+    name, code = EXACT, 0
 
     def bytes_per_position(self, hidden: int) -> int:
         return 4 * hidden

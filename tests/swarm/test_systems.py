@@ -46,8 +46,8 @@ assert Identity.load_or_create(key_file).public == Identity.load_or_create(key_f
 
 # A swarm that never had a DHT.
 def peer(blocks, *join):
-    wish = SpanWish(blocks=blocks)
-    return Peer.start(folder, PeerOptions(wish=wish, listen="tcp://127.0.0.1:0", kv_memory=2**26, initial_peers=join))
+    where = {"listen": "tcp://127.0.0.1:0", "initial_peers": join}
+    return Peer.start(folder, PeerOptions(wish=SpanWish(blocks=blocks), kv_memory=2**26, weights=None, **where))
 
 ids = torch.arange(3, 12)[None]
 options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}

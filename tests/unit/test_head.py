@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from splitnet.model import head as head_module
 from splitnet.model.head import MOST_ROWS, Head, HeldHead, SharedProduct, hold_head
 from splitnet.model.kernels import has_fast_kernels
 from splitnet.model.weights import choose_weights
@@ -94,6 +95,36 @@ def test_a_head_as_it_is_stored_gives_the_same(dtype: torch.dtype) -> None:
     for count in (1, MOST_ROWS, MOST_ROWS + 1):
         hidden = torch.randn(1, count, 64).to(dtype)
         assert torch.allclose(model.lm_head(hidden), plain(hidden), atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@compiled
+@torch.no_grad()
+def test_a_head_of_float32_has_a_narrow_copy_of_its_weight_as_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_module, "CHANGES_S", -1.0)  # it was not used for long
+    model = model_with(torch.float32)
+    hold_head(model, choose_weights("auto", None, torch.float32, CPU))
+    head, hidden = model.lm_head, torch.randn(2, 64)
+
+    def narrow() -> bool:
+        """Whether float16 is multiplied with."""
+        weight = head.weight.detach()
+        exact, rounded = hidden @ weight.T, hidden @ weight.half().float().T
+        got = head(hidden)
+        assert torch.allclose(got, rounded, atol=1e-3)
+        return float((got - rounded).norm()) < 0.1 * float((got - exact).norm())
+
+    assert isinstance(head, nn.Linear) and narrow()
+    head.weight.data[7] += 1.0  # of which torch does not tell
+    assert narrow()
+    assert narrow() and copy.deepcopy(head)._copy is None
+    head.weight.data = torch.full_like(head.weight.data, 1e6)  # too large for float16
+    assert torch.allclose(head(hidden), hidden @ head.weight.T, rtol=1e-3)
+    for dtype in (torch.bfloat16, torch.float16):
+        head.weight.data = torch.randn(304, 64).to(dtype).float()
+        assert torch.allclose(head(hidden), hidden @ head.weight.T, atol=1e-5), "nothing is rounded"
+    many = torch.randn(MOST_ROWS + 1, 64)
+    head.weight.data = torch.randn(304, 64)
+    assert torch.allclose(head(many), many @ head.weight.T, atol=1e-5)
 
 
 @compiled

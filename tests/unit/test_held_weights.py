@@ -10,20 +10,22 @@ import pytest
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from peers.options import PeerOptions
 from peers.placing import SpanWish, fitting_blocks
 from splitnet.errors import OutOfMemory, WeightsError
 from splitnet.model import grouped_forms, many_rows, weights
 from splitnet.model.adapters import Adapter
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.float_forms import CompiledFloat16, ConvertedFloat16, ConvertedFloat32, PackedFloat16
+from splitnet.model.float_forms import CompiledFloat16, ConvertedFloat16, ConvertedFloat32, NarrowFloat, PackedFloat16
 from splitnet.model.grouped_forms import ExpertForm
 from splitnet.model.held_experts import HeldExperts
 from splitnet.model.held_linear import HeldLinear
 from splitnet.model.int4_forms import GROUP, Int4, KernelInt4, kernel_order
 from splitnet.model.int8_forms import DequantisedInt8, Int8, KernelInt8
-from splitnet.model.kernels import Kernels, has_fast_kernels, has_integer_kernels
+from splitnet.model.kernels import Kernels, has_fast_kernels, has_float_kernels, has_integer_kernels
 from splitnet.model.lazy_tensors import LazyTensors
 from splitnet.model.passes import SpanPasses
 from splitnet.model.sizes import ModelSizes
@@ -340,7 +342,10 @@ def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
     found = choose_weights("auto", None, float32, CPU)
     assert (found.kind, found.dtype) == ("float32" if kernels == "fallback" else "float16", float32)
     assert (PackedFloat16 in found.forms) == (kernels == "torch")
-    assert (CompiledFloat16 in found.forms) == (kernels == "compiled")
+    assert (NarrowFloat in found.forms) == (kernels == "compiled")
+    found = choose_weights("auto", None, float16, CPU)
+    assert (found.kind, found.dtype) == ("float16", float32 if kernels == "compiled" else float16)
+    assert choose_weights("auto", None, float16, cuda) == choose_weights(None, None, float16, cuda)
     for device, dtype in ((CPU, bfloat16), (cuda, bfloat16), (cuda, float32)):
         assert choose_weights("auto", None, dtype, device) == choose_weights(None, dtype, float32, device)
         assert not choose_weights("auto", dtype, dtype, device).forms
@@ -353,6 +358,31 @@ def test_the_form_is_chosen_by_the_device(kernels: str) -> None:
     forms = choose_weights("int8", None, float32, CPU).forms
     assert (Int8 in forms, KernelInt8 in forms) == (kernels == "compiled", kernels != "fallback")
     assert choose_weights("int4", None, float32, CPU).forms == ((KernelInt4, Int4) if kernels == "torch" else (Int4,))
+
+
+@pytest.mark.skipif(not has_float_kernels(), reason="the kernels were not compiled for this CPU")
+@needs_kernels
+@pytest.mark.parametrize(
+    ("values", "kind", "text"),
+    [(None, "float16", "float16/float32"), ("bfloat16", "bfloat16", "float32"), ("float16", "float16", "float32")],
+)
+def test_unless_told_float32_takes_half_the_bytes_exactly_if_its_values_allow_it(
+    values: str | None, kind: str, text: str, tmp_path: Path
+) -> None:
+    folder = random_checkpoint("llama", tmp_path / "random", blocks=2, hidden=64)
+    if values is not None:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, values))
+        folder = tmp_path / "rounded"
+        model.float().save_pretrained(folder)
+    checkpoint = Checkpoint.open(folder)
+    assert checkpoint.dtype == torch.float32 and PeerOptions().weights == "auto"
+    held = Span.load(checkpoint, 0, 2, weights=PeerOptions().weights)
+    plain = Span.load(checkpoint, 0, 2)
+    assert (held.weights.kind, held.weights.text, held.dtype) == (kind, text, torch.float32)
+    assert held.weight_bytes < 0.6 * plain.weight_bytes
+    hidden = torch.randn(3, 64)
+    distance = relative(outputs(held, hidden), outputs(plain, hidden))
+    assert distance < 1e-6 if values else 1e-5 < distance < 1e-3
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Never
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from peers.daemon import Peer
@@ -13,6 +15,8 @@ from peers.options import PeerOptions
 from splitnet.cli import peer as command
 from splitnet.cli.invite import Invite
 from splitnet.cli.main import app
+from splitnet.model.kernels import has_integer_kernels
+from splitnet.model.weights import Weights
 from splitnet.net import dht_node
 from splitnet.net.identity import Identity
 from splitnet.net.swarm_key import SwarmKey
@@ -84,3 +88,33 @@ def test_a_rate_of_what_is_not_given_is_refused(tmp_path: Path) -> None:
     assert ran.exit_code == 2 and "--share-rate is for --share-weights" in ran.output
     for also in (["--share-weights"], ["--authorized-keys", str(tmp_path / "keys")]):
         assert options_of("m", "--share-rate", "1MiB", *also)[0].share_rate == 1 << 20
+
+
+@pytest.mark.skipif(not has_integer_kernels(), reason="int8 may not be faster here")
+@pytest.mark.parametrize(
+    ("weights", "serves", "others"),
+    [
+        (
+            Weights("float16", torch.float32),
+            "(float32 with weights as float16 on cpu)",
+            "exact and slower with --weights",
+        ),
+        (
+            Weights("bfloat16", torch.float32, exact=True),
+            "(float32 with weights exactly as bfloat16 on",
+            "chosen: faster",
+        ),
+        (Weights("bfloat16", torch.bfloat16), "(bfloat16 on cpu)", "faster and less exact with --weights int8"),
+        (Weights("stored", torch.float32), "(float32 with weights as stored on cpu)", None),
+    ],
+)
+def test_a_start_says_what_weights_are_held_as_and_what_else_there_is(
+    weights: Weights, serves: str, others: str | None
+) -> None:
+    span = SimpleNamespace(start=0, end=2, dtype=weights.dtype, weights=weights, device=torch.device("cpu"))
+    peer: Any = SimpleNamespace(
+        span=span, checkpoint=SimpleNamespace(name="m"), endpoint=SimpleNamespace(address="tcp://127.0.0.1:1")
+    )
+    assert serves in command._what_it_serves(peer)
+    told = command._other_weights(peer)
+    assert told is None if others is None else told is not None and others in told
