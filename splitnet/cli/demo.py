@@ -11,7 +11,7 @@ from splitnet.cli.extras import require
 from splitnet.cli.serve import serve as run_server
 from splitnet.light_imports import import_models
 from splitnet.model.demo import DEMO_NAME
-from splitnet.net.addresses import refuse_taken
+from splitnet.net.addresses import listen_at
 
 if TYPE_CHECKING:
     from splitnet.cli.local_swarm import LocalSwarm
@@ -36,7 +36,7 @@ def demo(
     """Start peers as separate processes, each with its own blocks only, and generate an answer through them."""
     if serve:
         require("serve", "--serve")
-        refuse_taken(f"tcp://127.0.0.1:{port}", "--port")
+        listen_at("127.0.0.1", port).close()  # to tell it now
     checkpoint = resolve_model(model)
     typer.secho(f"starting {peers} peers ...", err=True)
 

@@ -17,7 +17,7 @@ from splitnet.cli.generate import Speculate
 from splitnet.cli.logs import tell
 from splitnet.errors import SplitnetError
 from splitnet.light_imports import import_models
-from splitnet.net.addresses import refuse_taken
+from splitnet.net.addresses import listen_at
 
 _HTTP = "HTTP"
 _LIMITS = "How much at a time"
@@ -132,7 +132,7 @@ def serve(
     chat.
     """
     require("serve", "splitnet serve")
-    refuse_taken(f"tcp://{host}:{port}", "--port")
+    listen_at(host, port).close()  # to tell it now
     from splitnet.serve.keys import ApiKeys
 
     ApiKeys.read(api_key_file)

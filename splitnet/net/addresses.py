@@ -159,7 +159,7 @@ def _ip_of(listen: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
         return ipaddress.IPv4Address("0.0.0.0")
 
 
-def refuse_taken(listen: str, option: str = "--listen") -> None:
+def refuse_taken(listen: str) -> None:
     """Checks an address such as `tcp://0.0.0.0:31331`, so that one that cannot be used is told before blocks load.
 
     Raises:
@@ -180,7 +180,25 @@ def refuse_taken(listen: str, option: str = "--listen") -> None:
             probe.bind(address)
     except OSError as error:
         if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"{listen} is taken: choose another port with {option}, or 0 for any free one") from None
+            raise AddressInUse(f"{listen} is taken: choose another port with --listen, or 0 for any free one") from None
         raise SplitnetError(
             f"cannot listen on {listen} ({error.strerror}): give an address of this machine, or tcp://0.0.0.0:0"
+        ) from None
+
+
+def listen_at(host: str, port: int) -> socket.socket:
+    """Listens for HTTP.
+
+    Raises:
+        AddressInUse: something listens there.
+        SplitnetError: it is not an address of this machine.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address[:2], family=family)  # pyright: ignore[reportArgumentType]
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"{host}:{port} is taken: choose another --port, or 0 for any free one") from None
+        raise SplitnetError(
+            f"cannot listen on {host}:{port} ({error.strerror}): give an address of this machine as --host"
         ) from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import errno
 import ipaddress
 import signal
 import socket
@@ -18,8 +17,8 @@ import uvicorn
 
 from splitnet.client.causal_lm import attach
 from splitnet.client.swarm import Swarm
-from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.net.addresses import listen_at
 from splitnet.serve.admission import Admission
 from splitnet.serve.app import Gateway, make_app
 from splitnet.serve.connections import IDLE_CONNECTIONS, Connection
@@ -73,7 +72,7 @@ def serve(
     """
     keys = ApiKeys.read(options.api_key_file)
     names = options.names or [checkpoint.name]
-    with _listening(options.host, options.port) as listener:
+    with listen_at(options.host, options.port) as listener:
         host, port = listener.getsockname()[:2]
         if not keys.required and not ipaddress.ip_address(host).is_loopback:
             warn(f"anyone who reaches {host}:{port} can use this server: give --api-key-file, or --host 127.0.0.1")
@@ -145,15 +144,3 @@ def _tell_alive() -> Callable[[], Awaitable[None]]:
         watchdog.alive()
 
     return tell
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        return socket.create_server(address[:2], family=family)  # pyright: ignore[reportArgumentType]
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"{host}:{port} is taken: choose another --port, or 0 for any free one") from None
-        raise SplitnetError(
-            f"cannot listen on {host}:{port} ({error.strerror}): give an address of this machine as --host"
-        ) from None

@@ -62,8 +62,8 @@ def test_help_has_boxes_of_options_and_two_examples_that_can_be_given(name: str)
 
 
 EARLY = {
-    "serve m --port {taken}": "127.0.0.1:{taken} is taken: choose another port with --port",
-    "demo --serve --port {taken}": "127.0.0.1:{taken} is taken: choose another port with --port",
+    "serve m --port {taken}": "127.0.0.1:{taken} is taken: choose another --port",
+    "demo --serve --port {taken}": "127.0.0.1:{taken} is taken: choose another --port",
     "serve m --api-key-file {tmp}/none": "API keys in {tmp}/none cannot be read",
     "generate m hi --adapter {tmp}": "there is no adapter in {tmp}: give the folder",
     "chat m --adapter {tmp}": "there is no adapter in {tmp}: give the folder",
