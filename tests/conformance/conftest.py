@@ -1,0 +1,13 @@
+"""Prints how many tests of others pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.conformance.counts import KEY, Outcome
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for family, counts in terminalreporter.config.stash.get(KEY, {}).items():
+        told = ", ".join(f"{counts[outcome]} {outcome.value}" for outcome in Outcome)
+        terminalreporter.write_line(f"transformers' tests of generate() on {family}: {told}")

@@ -1,0 +1,29 @@
+"""How many tests of others pass, by family."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from enum import Enum
+from functools import partial
+
+import pytest
+
+Counts = dict[str, Counter["Outcome"]]
+KEY = pytest.StashKey[Counts]()
+
+
+class Outcome(Enum):
+    PASSED = "passed"
+    REFUSED = "refused by name"
+    NOT_APPLICABLE = "not applicable"
+    FAILED = "failed"
+
+
+def counted(config: pytest.Config, family: str) -> Callable[[Outcome], None]:
+    """What counts an outcome of a family."""
+    return partial(_count, config.stash.setdefault(KEY, {}).setdefault(family, Counter()))
+
+
+def _count(counts: Counter[Outcome], outcome: Outcome) -> None:
+    counts[outcome] += 1
