@@ -344,7 +344,8 @@ class Directory(SwarmDirectory):
             self.addresses = await self._visible_addresses(latest=True)
 
     async def _visible_addresses(self, *, latest: bool = False) -> list[str]:
-        return [str(address) for address in await self._p2p.get_visible_maddrs(latest=latest)]
+        found = [str(address) for address in await self._p2p.get_visible_maddrs(latest=latest)]
+        return sorted(found, key=lambda address: address.startswith(("/ip4/127.", "/ip6/::1/")))  # of others' use first
 
     async def _shut_down(self) -> None:
         if self._opening is not None:  # it might start the child after all others have been ended

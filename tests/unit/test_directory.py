@@ -144,7 +144,17 @@ def test_a_node_whose_machine_has_moved_goes_on_under_new_connections(member: Di
         patch.setattr(member._p2p._client, "disconnect", count)
         member.moved()
     assert asked and set(member.addresses) == before
-    JoinedDirectories([member]).moved()
+    known = ["/ip6/::1/tcp/1", "/ip4/127.0.0.1/tcp/1", "/ip6/fd00::1/tcp/1", "/ip4/10.0.0.1/tcp/1"]
+
+    async def told(*, latest: bool) -> list[str]:
+        return known
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(member._p2p, "get_visible_maddrs", told)
+        joined = JoinedDirectories([member])
+        joined.moved()
+    assert joined.addresses == [*known[2:], *known[:2]], "what others can use comes first"
+    member.moved()
     anna = Identity.generate()
     record = record_of(anna)
     assert member.announce(record, anna)

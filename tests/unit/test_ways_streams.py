@@ -19,6 +19,7 @@ from splitnet.net.endpoints import Endpoint, LinkState, Relay
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.ways import helper as helper_module
 from splitnet.net.ways import hidden as hidden_module
+from splitnet.net.ways import loop as loop_module
 from splitnet.net.ways import punching, streams
 from splitnet.net.ways.handshake import Dialing
 from splitnet.net.ways.helper import Helper, HelperBounds
@@ -638,3 +639,21 @@ def test_who_sends_much_keeps_no_other_stream_waiting() -> None:
 
     asyncio.run(copies())
     assert len(order) > 4 and order != sorted(order)
+
+
+def test_who_ends_something_waits_for_no_loop_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer announces itself in the thread that does."""
+    monkeypatch.setattr(loop_module, "END_S", 0.05)
+    over, loop = threading.Event(), WaysLoop()
+
+    async def hang() -> None:
+        over.wait(WAIT_S)
+
+    task = loop.begin(asyncio.sleep(WAIT_S))
+    assert task is not None
+    loop.run(hang())
+    loop.end(task)
+    assert not over.is_set()
+    over.set()
+    loop.close()
+    assert task.cancelled()
