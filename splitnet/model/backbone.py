@@ -50,7 +50,7 @@ class Zero(nn.Module):
         return self._zero
 
 
-_MOST_COMPUTED = 1 << 27
+_MOST_COMPUTED = 1 << 25
 """Numbers that a family may compute while its model is made, such as frequencies and tables of positions."""
 
 

@@ -19,7 +19,7 @@ from splitnet.model.rotary import RopeLengths
 
 MAX_LAYERS = 4096
 """As many as messages and records can number."""
-MAX_LABELS = 1 << 16
+MAX_LABELS = 1 << 13
 """Of which transformers makes a name each."""
 _BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "swa_rope_theta")
 

@@ -157,12 +157,14 @@ def _scaled_frequencies(factors: torch.Tensor, theta: float, turned: int) -> dic
     """What gives frequencies that are divided by `factors`."""
     if bool((factors == 1).all()):
         return {}
+    if turned != 2 * len(factors):
+        raise ValueError(f"{turned} numbers of a head are turned by {len(factors)} frequencies")
     frequencies = 1 / theta ** (torch.arange(0, turned, 2, dtype=torch.float64) / turned)
     factor = float(factors.max())
     low, high = _LLAMA_3["low_freq_factor"], _LLAMA_3["high_freq_factor"]
     smooth = ((_LLAMA_3_POSITIONS * frequencies / (2 * torch.pi) - low) / (high - low)).clamp(0, 1)
     expected = 1 / ((1 - smooth) / factor + smooth)
-    if len(factors) == len(expected) and torch.allclose(factors.double(), expected, rtol=1e-4):
+    if torch.allclose(factors.double(), expected, rtol=1e-4):
         return _LLAMA_3 | {"factor": factor, "original_max_position_embeddings": _LLAMA_3_POSITIONS}
     both = dict.fromkeys(("long_factor", "short_factor"), factors.tolist())
     return {"rope_type": "longrope", "attention_factor": 1.0, "original_max_position_embeddings": 1, **both}

@@ -111,7 +111,10 @@ def _has(metadata: Metadata, tensor: str) -> bool:
 def _blocks_with(metadata: Metadata, count: int, kinds: Mapping[str, str]) -> list[str]:
     """The kind of each block: that of the first of these tensors that it has."""
     names = metadata.file.tensors
-    return [next(kind for tensor, kind in kinds.items() if f"blk.{i}.{tensor}" in names) for i in range(count)]
+    found = [next((kind for tensor, kind in kinds.items() if f"blk.{i}.{tensor}" in names), None) for i in range(count)]
+    if None in found:
+        raise ValueError(f"block {found.index(None)} has none of {', '.join(kinds)}")
+    return [kind for kind in found if kind is not None]
 
 
 # Rows and columns in another order.

@@ -177,9 +177,9 @@ class Weights:
                 )
             return None
         parts = {role: part(stored) for role, stored in self.groups[name].items()}
-        if empty := next((one for one in parts.values() if 0 in one.shape), None):
-            raise misfit(empty, "holds nothing")
         if not self.is_plain(name):
+            if empty := next((one for one in parts.values() if 0 in one.shape), None):
+                raise misfit(empty, "holds nothing")
             try:
                 return self._format.tensor(name, parts, self.dtype)
             except MALFORMED as error:

@@ -240,6 +240,13 @@ def test_metadata_that_do_not_fit_the_tensors(key: str, value: Any, said: str, t
         Span.load(Checkpoint.open(path), 0, 1)
 
 
+def test_more_blocks_than_tensors_where_these_tell_the_kinds_of_blocks(tmp_path: Path) -> None:
+    folder = random_checkpoint("qwen3_next", tmp_path / "checkpoint", **DELTA)
+    path = write_gguf(folder, tmp_path / "model.gguf", block_count=5)
+    with pytest.raises(UnsupportedModel, match=r"describe no model .*block 4 has none of"):
+        Checkpoint.open(path)
+
+
 def test_another_type_of_weights_is_another_checkpoint(tmp_path: Path) -> None:
     folder = random_checkpoint("qwen2", tmp_path / "checkpoint")
     paths = [write_gguf(folder, tmp_path / f"{stored.name}.gguf", stored) for stored in (Type.Q8_0, Type.Q4_0)]

@@ -37,6 +37,7 @@ from splitnet.client.tokenizers import AutoTokenizer
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.model import chat_template
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.gguf_config import _scaled_frequencies
 from splitnet.model.gguf_families import FAMILIES, _value_rows
 from splitnet.model.gguf_file import GgufFile
 from splitnet.model.gguf_store import GgufStore
@@ -375,6 +376,12 @@ def test_heads_without_number_in_a_gguf_file_are_an_error() -> None:
     with Largest() as largest, pytest.raises(RuntimeError):
         change.make(config, torch.zeros(32, 8), torch.zeros(16, 8))
         _value_rows("linear_value_head_dim")(config, torch.zeros(32, 8))
+    assert largest.most <= 1 << 20
+
+
+def test_heads_that_are_turned_without_end_are_an_error() -> None:
+    with Largest() as largest, pytest.raises(ValueError, match="8 frequencies"):
+        _scaled_frequencies(torch.full((8,), 2.0), 10_000.0, 10**7)
     assert largest.most <= 1 << 20
 
 
