@@ -298,6 +298,7 @@ ATTACKS: dict[str, Callable[[Target, float], object]] = {
     "helpers that flood": lambda at, seconds: relay.hostile_helpers("Floods", seconds),
     "helpers that take no calls": lambda at, seconds: relay.hostile_helpers("TakesNoCalls", seconds),
     "helpers that let nobody stay": lambda at, seconds: relay.hostile_helpers("Drops", seconds),
+    "questions about nothing": lambda at, seconds: directory.ask_of_nothing(at.peer, seconds=seconds),
     # Last, as what they have announced outlives them.
     "records without end": lambda at, seconds: directory.flood_records(
         at.addresses, at.facts.fingerprint, seconds=seconds

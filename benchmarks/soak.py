@@ -13,6 +13,7 @@ those whose likeliest tokens stand out, so that rounding in batches of different
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import itertools
 import random
@@ -293,11 +294,18 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Sample:
-    """What a process holds."""
+    """What a process holds, or the most that it has held for a while."""
 
     rss_mib: float
     threads: int
     descriptors: int
+
+    def most(self, other: Sample) -> Sample:
+        return Sample(
+            max(self.rss_mib, other.rss_mib),
+            max(self.threads, other.threads),
+            max(self.descriptors, other.descriptors),
+        )
 
     @classmethod
     def of(cls, pid: int | None = None) -> Sample:
@@ -354,15 +362,13 @@ def soak(
     clients.start()
     began = time.monotonic()
     ends = began + 60 * arguments.minutes
-    # By then every client has met every size of message, and the daemons have all that they need.
-    first_look, gone_at = began + (ends - began) * 0.25, began + (ends - began) * 0.4
-    before: dict[str, Sample] = {}
+    gone_at = began + (ends - began) * 0.4
+    seen: list[tuple[float, dict[str, Sample]]] = []
     restored_s: float | None = None
     while time.monotonic() < ends:
         time.sleep(choices.uniform(*PAUSE_S))
         trouble.one()
-        if not before and time.monotonic() > first_look:
-            before = samples(peers, lasting)
+        seen.append((time.monotonic(), samples(peers, lasting)))
         if restored_s is None and time.monotonic() > gone_at:
             restored_s = lose_blocks(lab, peers, directory, checkpoint, trouble, choices)
             ends = max(ends, time.monotonic() + 60)
@@ -376,7 +382,7 @@ def soak(
     gc.collect()
     tally = clients.tally
     kv_left = wait_for_free_kv(checkpoint, directory)
-    after = samples(peers, lasting)
+    before, after = compared(seen, began, time.monotonic(), samples(peers, lasting))
     minutes = (time.monotonic() - began) / 60
     print(f"{minutes:.1f} minutes, {PEERS} daemons, {CLIENTS} clients: {tally.answers} answers of {NEW_TOKENS} tokens")
     print(f"trouble: {dict(trouble.happened)}; repairs: {len(tally.repairs_ms)}, by cause {dict(tally.causes)}")
@@ -393,6 +399,12 @@ def soak(
         print(f"| {gap.began_s:.0f} | {gap.length_s:.1f} | {doing} |")
     print(f"wrong answers: {len(tally.wrong)}; answers lost by an error: {len(tally.errors)}")
     print(f"sessions left on daemons after the clients had gone: {kv_left}")
+    some = seen[:: max(1, len(seen) // 12)]
+    print("| MiB held after so many s |", *(f"{at - began:.0f} |" for at, _ in some))
+    print("|---" * (len(some) + 1) + "|")
+    for name in before:
+        print(f"| {name} |", *(f"{held[name].rss_mib:.0f} |" for _, held in some))
+    print("before: the most in the third quarter; after: at the end")
     print("| process | MiB before | after | threads before | after | descriptors before | after |")
     print("|---|---|---|---|---|---|---|")
     for name, sample in before.items():
@@ -457,6 +469,22 @@ def wait_for_free_kv(checkpoint: Checkpoint, directory: Directory) -> int:
         if not left or time.monotonic() > deadline:
             return left
         time.sleep(1.0)
+
+
+def compared(
+    seen: Sequence[tuple[float, dict[str, Sample]]], began: float, now: float, at_end: dict[str, Sample]
+) -> tuple[dict[str, Sample], dict[str, Sample]]:
+    """The most that processes held in the third quarter of the time, and what they hold at the end.
+
+    By then the daemons serve the blocks that they stay with and have met every size of message: what they took until
+    then says nothing of leaks, and takes the longer, the slower the machine.
+    """
+    half, last = (began + share * (now - began) for share in (0.5, 0.75))
+    before = dict(at_end)
+    third = [held for at, held in seen if half <= at < last] or [at_end]
+    for name in at_end:
+        before[name] = functools.reduce(Sample.most, (held[name] for held in third))
+    return before, at_end
 
 
 def samples(peers: LabPeers, hosts: Sequence[str]) -> dict[str, Sample]:

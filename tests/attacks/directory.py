@@ -21,10 +21,12 @@ from zeroconf import IPVersion, ServiceInfo, Zeroconf
 from splitnet.net import lan
 from splitnet.net.dht_node import import_hivemind
 from splitnet.net.directory import Directory
+from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
 from splitnet.net.lan import LanNode
-from splitnet.net.messages import PROTOCOL_VERSION
+from splitnet.net.messages import PROTOCOL_VERSION, Found, LookUp
 from splitnet.net.records import MAX_TTL_S, MODELS_KEY, PeerRecord, SeenLink, peers_key, shard_key
+from tests.attacks.transport import Client
 
 NODE = ["/ip4/127.0.0.1/tcp/0"]
 _BATCH = 50
@@ -179,6 +181,19 @@ def announce_fakes(
             if time.monotonic() >= ends:
                 return done
             time.sleep(min(1.0, max(ends - time.monotonic(), 0.01)))
+
+
+def ask_of_nothing(peer: Endpoint, *, seconds: float = 600.0, keys: int = 16) -> int:
+    """Asks a peer about ever new models that nobody serves, with many keys. Returns how often it was answered."""
+    answered, ends = 0, time.monotonic() + seconds
+    with ExitStack() as stack:
+        clients = [stack.enter_context(Client(peer)) for _ in range(keys)]
+        while time.monotonic() < ends:
+            for number, client in enumerate(clients, start=1):
+                client.say(LookUp(number, os.urandom(32).hex(), 0))
+            for client in clients:
+                answered += isinstance(client.hear(), Found)
+    return answered
 
 
 @contextmanager

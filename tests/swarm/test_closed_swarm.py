@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from peers import directory_service
 from peers.daemon import Peer
 from splitnet import AutoModelForCausalLM, AutoModelForSequenceClassification
 from splitnet.client.causal_lm import attach
@@ -22,6 +23,7 @@ from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.joining import node_of
 from splitnet.net.messages import Announce, Announced, Found, LookUp, Part
 from splitnet.net.swarm_key import SwarmKey, write_secret_file
+from tests.attacks.directory import ask_of_nothing
 from tests.attacks.transport import Client
 from tests.swarm.harness import LocalSwarm, local_swarm
 from tests.swarm.test_asked_directory import GREEDY, IDS, spans
@@ -139,6 +141,17 @@ def test_an_outsider_learns_and_announces_nothing(swarm: LocalSwarm) -> None:
         assert {record.key for record in client.peers()} == {peer.identity.public for peer in swarm.peers}
     for member in swarm.peers:
         assert outsider.public not in {record.key for record in member._directory.records(model)}
+
+
+def test_outsiders_that_ask_without_end_keep_no_member_from_joining(
+    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(directory_service, "BYTES_OF_ALL_PER_MINUTE", 1 << 22)
+    peer = swarm.peers[0]
+    answered = ask_of_nothing(peer.endpoint, seconds=0.5)
+    assert 0 < answered < 64, "they have had all that they may ask together"
+    with connect(peer) as client:
+        assert {record.key for record in client.peers()} == {peer.identity.public for peer in swarm.peers}
 
 
 def test_what_members_say_is_sealed(swarm: LocalSwarm) -> None:
