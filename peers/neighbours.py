@@ -81,7 +81,7 @@ class Neighbours:
             _note(self._heard_at, endpoint)
 
     def answering(self, records: Sequence[PeerRecord]) -> list[PeerRecord]:
-        """Those whose peers have answered a ping, which proves their key; takes 1 s while there are others.
+        """Those whose peers have answered a ping, which proves their key; takes a second while there are others.
 
         Anybody can announce peers that do not exist. At most `ASKED_AT_ONCE` are asked in one call: first those whose
         keys have cost work, then those that were asked longest ago. Who has answered counts until it is asked again,

@@ -16,6 +16,8 @@ from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.messages import Opened
 
 REMEMBERED_HOPS = 4096
+FAR_TIMES = 3.0
+"""Where round trips are long a next hop gets so many times as long at most: clients wait for what answers `Open`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,8 @@ class NextHopOpening:
         # A link that was lost may come back, if the next hop only restarted; a new one gets the full time.
         patience_s = self._reach_s / 3 if (proven and state is LinkState.DOWN) or wants_pong else self._reach_s
         if following is not None:  # of one that has not shown its key only this peer's own way is known
-            patience_s = max(patience_s, self._outbox.patience_s(following, connects=not wants_pong))
+            far_s = self._outbox.patience_s(following, connects=not wants_pong)
+            patience_s = max(patience_s, min(far_s, FAR_TIMES * self._reach_s))
         deadline = now + patience_s if pending is None else min(pending.deadline, now + patience_s)
         self._pending[session] = _PendingOpen(deadline, new_link, wants_pong)
         if _is_known(state, proven) and state is not LinkState.DOWN and not wants_pong:

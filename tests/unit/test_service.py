@@ -21,6 +21,7 @@ from peers.engine import Engine
 from peers.key_policy import KeyPolicy
 from peers.memory_account import MESSAGE_BYTES
 from peers.next_hops import KEEP_S, MAX_NEXT_HOPS, NextHops
+from peers.opening import FAR_TIMES
 from peers.row_memory import SessionTooLong, room_for
 from peers.served_blocks import ServedBlocks
 from peers.session import MOST_RESENT, RESEND_S, Session, Work
@@ -81,6 +82,7 @@ class FakeOutbox:
         self.open_links: set[Endpoint] = set()
         self.probed: list[Endpoint] = []
         self.answers = 0
+        self.far_s = 1.0
 
     def send(self, destination: Destination, message: Message) -> None:
         assert decode(encode(message)) == message, "only what the protocol allows is said"
@@ -113,7 +115,7 @@ class FakeOutbox:
         return 0.25
 
     def patience_s(self, endpoint: Endpoint, *, connects: bool) -> float:
-        return 1.0
+        return self.far_s
 
 
 class FakeRow:
@@ -340,6 +342,13 @@ class TestOpen:
         assert is_opened(peer.link(AFTER, LinkState.UP), reachable=True)
         assert peer.passes(REACH_S) == []
         assert peer.session().next == AFTER
+
+    @pytest.mark.parametrize(("far_s", "waits_s"), [(7.0, 7.0), (100.0, FAR_TIMES * REACH_S)])
+    def test_waits_longer_where_round_trips_are_long(self, peer: Peer, far_s: float, waits_s: float) -> None:
+        peer.outbox.far_s = far_s
+        assert peer.says(opening()) == []
+        assert peer.passes(waits_s - 0.1) == []
+        assert is_opened(peer.passes(0.1), reachable=False)
 
     def test_is_answered_when_the_next_hop_refuses(self, peer: Peer) -> None:
         assert peer.says(opening()) == []
