@@ -65,18 +65,26 @@ class Grammars:
         Raises:
             ApiError: the parameters of a tool are no schema of an object, or one that is not supported.
         """
-        rules = [f'call: "\\n" ({" | ".join(f"call_{number}" for number in range(len(tools)))}) "\\n{CLOSING}"']
+        opening, closing = self._tag(OPENING), self._tag(CLOSING)
+        rules = [f'call: "\\n" ({" | ".join(f"call_{number}" for number in range(len(tools)))}) "\\n" {closing}']
         # Each schema stands alone, as its references are to places in itself.
         for number, tool in enumerate(tools):
             begins = json.dumps(f'{{"name": "{tool.function.name}", "arguments": ')
             schema = json.dumps(_of_arguments(tool, bound=required) | {"x-guidance": ONE_LINE})
             rules.append(f'call_{number}: {begins} %json {schema} "}}"')
         if required:
-            rules.append(f'start: "{OPENING}" call')
+            rules.append(f"start: {opening} call")
         else:
-            rules.append("start: (opening call)* TEXT" if several else "start: opening call | TEXT")
-            rules += [f'opening[lazy]: TEXT "{OPENING}"', r"TEXT: /(.|\n)*/"]
+            rules.append("start: (begins call)* TEXT" if several else "start: begins call | TEXT")
+            # A model may spell the tag although it has a token for it.
+            rules += [f"begins: spelled | TEXT {opening}", f'spelled[lazy]: TEXT "{OPENING}"', r"TEXT: /(.|\n)*/"]
         return self._checked(llguidance.LLMatcher.grammar_from_lark("\n".join(rules)), "tools")
+
+    def _tag(self, text: str) -> str:
+        """A tag as a rule matches it: many tokenizers have a token for it, which llguidance takes for no text."""
+        held = self._tokens
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        return f"<[{ids[0]}]>" if len(ids) == 1 and held.is_special_token(ids[0]) else json.dumps(text)
 
     def _checked(self, text: str, param: str) -> Grammar:
         tokens = self._tokens
@@ -121,8 +129,13 @@ class AllowedTokens:
         while same < min(len(answer), len(self._taken)) and answer[same] == self._taken[same]:
             same += 1
         self._matcher.rollback(len(self._taken) - same)
-        self._matcher.consume_tokens(answer[same:])
-        self._taken = list(answer)
+        del self._taken[same:]
+        for token in answer[same:]:
+            if self._matcher.is_stopped():  # the answer has ended, others of its batch have not
+                break
+            if not self._matcher.consume_token(token):
+                raise RuntimeError("a token that was allowed is none of the grammar")
+            self._taken.append(token)
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         possible = torch.from_numpy(np.unpackbits(mask, count=len(scores), bitorder="little"))
         scores.masked_fill_(possible.to(scores.device) == 0, -torch.inf)

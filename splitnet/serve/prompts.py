@@ -16,6 +16,7 @@ from splitnet.model.chat_template import begin, render, variables_of
 from splitnet.serve.detokenizing import INCOMPLETE
 from splitnet.serve.failures import ApiError
 from splitnet.serve.requests import AssistantMessage, Content, Message, Tool, ToolMessage
+from splitnet.serve.tool_calls import CLOSING, OPENING
 
 KEPT_TEXTS = 2**16
 """Of tokens: requests can ask for those of 20 beside each token."""
@@ -49,11 +50,17 @@ class Prompts:
         self.text_of = lru_cache(KEPT_TEXTS)(self._text_of)
         """The text of one token within a text; at the start of one, some tokenizers drop its space."""
         special = [re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.special]
+        # Calls are found in the text of an answer, also where their tags are special tokens.
+        self._hidden = {
+            number
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special and token.content not in (OPENING, CLOSING)
+        }
         self._special = re.compile("|".join(sorted(special, key=len, reverse=True)) or r"(?!)")
 
     def decode(self, tokens: list[int]) -> str:
         """The text of an answer."""
-        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self.decode_all([token for token in tokens if token not in self._hidden])
 
     def decode_all(self, tokens: list[int]) -> str:
         """The text of tokens, special ones included."""

@@ -391,6 +391,10 @@ def test_a_model_that_knows_nothing_calls_the_tools_that_it_must(serve: Serve) -
             "/v1/chat/completions", json=GREEDY | half | {"messages": messages, "stream": True}
         )
         assert "tool_call" not in told.text and '"finish_reason":"length"' in told.text
+        bound = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in tools]
+        free = await server.chat("Hi", tools=tools, max_tokens=8)
+        kept = await server.chat("Hi", tools=bound, parallel_tool_calls=False, max_tokens=8, n=2)
+        assert [choice["message"] for choice in kept["choices"]] == [free["choices"][0]["message"]] * 2
         said = await server.chat("Hi", tools=tools, tool_choice="none", max_tokens=4)
         plain = await server.chat("Hi", max_tokens=4)
         assert said["choices"][0]["message"]["content"] == plain["choices"][0]["message"]["content"]

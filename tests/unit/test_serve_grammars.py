@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken
 
 import splitnet
 from splitnet.serve.failures import ApiError
 from splitnet.serve.grammars import AllowedTokens, Grammar, Grammars
+from splitnet.serve.prompts import Prompts
 from splitnet.serve.requests import Tool
 from splitnet.serve.sampling import Sampling, TokenChooser
+from splitnet.serve.tool_calls import CLOSING, OPENING
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +30,7 @@ def grammars(tokenizer: Any) -> Grammars:
 
 
 def possible(allowed: AllowedTokens, answer: list[int]) -> set[int]:
-    scores = torch.zeros(49152)
+    scores = torch.zeros(49154)
     allowed.forbid_others(answer, scores)
     return set(scores.isfinite().nonzero().flatten().tolist())
 
@@ -78,6 +81,17 @@ def call(name: str, arguments: Any) -> str:
     return f'<tool_call>\n{{"name": "{name}", "arguments": {json.dumps(arguments)}}}\n</tool_call>'
 
 
+@pytest.fixture(scope="module", params=[None, False, True], ids=["spelled", "token", "special"])
+def tags(request: pytest.FixtureRequest, demo_checkpoint: Path) -> tuple[Grammars, Any]:
+    """A tokenizer that has tokens for the tags of calls, as those of Qwen and Hermes, which may be special, or none."""
+    tokenizer = splitnet.AutoTokenizer.from_pretrained(demo_checkpoint)
+    if request.param is not None:
+        added = [AddedToken(tag, special=request.param, normalized=False) for tag in (OPENING, CLOSING)]
+        tokenizer.add_tokens(added, special_tokens=request.param)
+        assert len(tokenizer(OPENING).input_ids) == 1
+    return Grammars(tokenizer, 49154, {2}), tokenizer
+
+
 def is_kept_to(grammar: Grammar, tokenizer: Any, text: str) -> bool:
     """Whether a text is a whole answer."""
     answer = tokenizer(text, add_special_tokens=False).input_ids
@@ -100,8 +114,9 @@ def is_kept_to(grammar: Grammar, tokenizer: Any, text: str) -> bool:
     ],
 )
 def test_references_in_parameters_are_to_places_in_themselves(
-    grammars: Grammars, tokenizer: Any, name: str, arguments: Any, fits: bool
+    tags: tuple[Grammars, Any], name: str, arguments: Any, fits: bool
 ) -> None:
+    grammars, tokenizer = tags
     grammar = grammars.of_calls(tools(trip=TRIP, chain=LIST, any=TRIP, none=None), required=True)
     assert is_kept_to(grammar, tokenizer, call(name, arguments)) == fits
 
@@ -124,11 +139,37 @@ ROME, OSLO = (call("trip", {"to": {"name": name}}) for name in ("Rome", "Oslo"))
     ],
 )
 def test_calls_that_a_model_may_make_are_bound_as_far_as_they_are_asked_to_be(
-    grammars: Grammars, tokenizer: Any, text: str, one: bool, several: bool
+    tags: tuple[Grammars, Any], text: str, one: bool, several: bool
 ) -> None:
+    grammars, tokenizer = tags
     for allowed, fits in ((False, one), (True, several)):
         grammar = grammars.of_calls(tools(trip=TRIP, any=TRIP), required=False, several=allowed)
         assert is_kept_to(grammar, tokenizer, text) == fits
+
+
+def test_a_tag_that_is_spelled_begins_a_call_where_there_is_a_token_for_it(tags: tuple[Grammars, Any]) -> None:
+    grammars, tokenizer = tags
+    spelled = [
+        number
+        for part in ("<", "tool_call", ">", ROME.removeprefix(OPENING))
+        for number in tokenizer(part, add_special_tokens=False).input_ids
+    ]
+    assert tokenizer.decode(spelled) == ROME
+    allowed = AllowedTokens(grammars.of_calls(tools(trip=TRIP), required=False))
+    assert all(token in possible(allowed, spelled[:length]) for length, token in enumerate([*spelled, 2]))
+
+
+def test_a_token_that_no_answer_has_does_not_end_it_in_silence(tags: tuple[Grammars, Any]) -> None:
+    grammars, tokenizer = tags
+    allowed = AllowedTokens(grammars.of_calls(tools(trip=TRIP), required=True))
+    with pytest.raises(RuntimeError, match="none of the grammar"):
+        possible(allowed, tokenizer("x").input_ids)
+
+
+def test_calls_are_found_where_their_tags_are_special_tokens(tags: tuple[Grammars, Any]) -> None:
+    _, tokenizer = tags
+    text = ROME + "<|im_end|>"
+    assert Prompts(tokenizer, 49154, None).decode(tokenizer(text, add_special_tokens=False).input_ids) == ROME
 
 
 def test_arguments_are_an_object(grammars: Grammars) -> None:
