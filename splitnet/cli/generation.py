@@ -113,13 +113,14 @@ class Client:
         streamer = _TimedStreamer(self.tokenizer, silent=not stream)
         began = time.perf_counter()
         options = sampling.options()
+        drafts = self.speculate is not None and self.model.can_draft(ids.shape[1], sampling.max_new_tokens)
         try:
             output = self.generator.generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 streamer=streamer,
                 pad_token_id=self._pad(),
-                **({"speculate": self.speculate} if self.speculate is not None else {}),
+                **({"speculate": self.speculate} if drafts else {}),
                 **options,
             )
         except SplitnetError:

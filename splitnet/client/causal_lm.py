@@ -263,6 +263,10 @@ class RemoteCausalLM(RemoteModel):
         """An empty cache on the peers, for callers that pass `cache=` themselves."""
         return RemoteCache(self._open_session)
 
+    def can_draft(self, prompt: int, new: int) -> bool:
+        """Whether `speculate` goes together with so many tokens and so many new ones: some families' texts do not."""
+        return not self._family_loop.differs(prompt, prompt + new)
+
     def fitting(self, cache: RemoteCache, length: int) -> int:
         """How many positions per row a cache holds as a prompt of `length` tokens that begins with them has them.
 

@@ -144,7 +144,8 @@ class RopeLengths:
         originals = [kind.get("original_max_position_embeddings") for kind in kinds if kind["rope_type"] == "longrope"]
         self._long = [end for end in originals if isinstance(end, int)]
         dynamic = any(kind["rope_type"] == "dynamic" for kind in kinds)
-        self._dynamic: int | None = getattr(config, "max_position_embeddings", None) if dynamic else None
+        most = getattr(config, "max_position_embeddings", None) if dynamic else None
+        self._dynamic = most if isinstance(most, int) else None
 
     @property
     def matter(self) -> bool:
@@ -179,7 +180,9 @@ def max_positions(config: PreTrainedConfig) -> int | None:
 
 def _kinds(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """The rotary embeddings of a model: blocks of several kinds may have one each."""
-    parameters = getattr(config, "rope_parameters", None) or {}
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return []
     kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
     return [kind for kind in kinds if "rope_type" in kind]
 

@@ -254,11 +254,12 @@ class Generation:
             Choice(index, own.decode, ask.max_tokens, own.end_tokens, ask.stop_strings, before)
             for index in range(ask.choices)
         ]
+        drafts = ask.choices == 1 and own.model.can_draft(prompt.shape[1], ask.max_tokens)
         output = own.model.generate(
             input_ids=prompt,
             attention_mask=torch.ones_like(prompt),
             cache=cache,
-            speculate=own.speculate if ask.choices == 1 else None,
+            speculate=own.speculate if drafts else None,
             max_new_tokens=ask.max_tokens,
             do_sample=False,
             logits_processor=[chooser],

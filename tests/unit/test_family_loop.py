@@ -52,6 +52,7 @@ def test_where_a_family_does_something_of_its_own(
     assert loop._lengths == expected
     assert bool(loop.differs(30, 60)) == bool(expected)
     assert not loop.differs(30, 40) and not loop.differs(41, 90)
+    assert model.can_draft(30, 30) == (not expected) and model.can_draft(30, 10)
 
 
 @pytest.mark.parametrize("name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_sample"])
