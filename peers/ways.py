@@ -76,6 +76,12 @@ class PeerWays:
         self._may_move = not fixed and is_wildcard(listen)
         self._moved_at = 0.0
         self._has_moved = False
+        if self._may_move and not is_reachable(endpoint.address):
+            log.warning(
+                "this machine has no address at which others could connect to %s: where there is IPv6 alone, give "
+                "--listen tcp://[::]:PORT",
+                listen,
+            )
         self._endpoint = endpoint
         self._reach = reach
         # On loopback are tests and demos: what others reach of them is no question.

@@ -182,9 +182,13 @@ def test_a_peer_asks_others_and_looks_for_helpers(
 
 
 def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_helpers_again(
-    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch, node: Directory, local: Any
+    swarm: LocalSwarm,
+    monkeypatch: pytest.MonkeyPatch,
+    node: Directory,
+    local: Any,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    hosts = ["127.0.0.2"]
+    hosts = ["127.0.0.1"]
     found_out = addresses.reachable_host
     for module in ("peers.ways", "splitnet.net.addresses"):
         monkeypatch.setattr(
@@ -194,16 +198,19 @@ def test_a_peer_whose_machine_gets_another_address_announces_it_and_looks_for_he
     monkeypatch.setattr("peers.ways.MOVED_S", 0.0)
     swarm.add(0, 3, relay_port=0)
     peer = swarm.add(3, 6, listen="tcp://0.0.0.0:0", reach=Reach.helpers)
+    assert "no address at which others could connect to tcp://0.0.0.0:0" in caplog.text
+    hosts.append("127.0.0.2")
     wait_until(lambda: peer.ways.relays)
-    stopped = peer.ways._hidden._task
 
     def announced() -> str:
         records = node.peers(peer.checkpoint.fingerprint)
         return next(record.address for record in records if record.key == peer.identity.public)
 
     port = peer._transport.port
-    assert announced() == f"tcp://127.0.0.2:{port}"
+    wait_until(lambda: announced() == f"tcp://127.0.0.2:{port}")
     assert torch.equal(swarm.model().generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
+    wait_until(lambda: not peer.ways._has_moved and peer.ways.relays)
+    stopped = peer.ways._hidden._task
     hosts.append("127.0.0.1")  # for a moment there is no network
     hosts.append("127.0.0.3")
     wait_until(lambda: announced() == f"tcp://127.0.0.3:{port}")
