@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from splitnet.client.options import ClientOptions
 from splitnet.model import head as head_module
 from splitnet.model.head import MOST_ROWS, Head, HeldHead, SharedProduct, hold_head
 from splitnet.model.kernels import has_fast_kernels
@@ -95,6 +96,12 @@ def test_a_head_as_it_is_stored_gives_the_same(dtype: torch.dtype) -> None:
     for count in (1, MOST_ROWS, MOST_ROWS + 1):
         hidden = torch.randn(1, count, 64).to(dtype)
         assert torch.allclose(model.lm_head(hidden), plain(hidden), atol=1e-5 if dtype == torch.float32 else 2e-2)
+
+
+def test_who_asks_for_exact_links_gets_an_exact_head() -> None:
+    held = {codec: ClientOptions(codec=codec).held_as for codec in ("auto", "int8", "none")}
+    assert held == {"auto": "auto", "int8": "auto", "none": None}
+    assert ClientOptions(codec="none", local_weights="int8").held_as == "int8"
 
 
 @compiled
