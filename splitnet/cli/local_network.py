@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from contextlib import suppress
 
@@ -44,7 +45,8 @@ def find_swarm(facts: ModelFacts, *, lan: bool) -> list[str]:
                 f"the peers of {facts.name} on this network speak protocol {spoken}, this client speaks "
                 f"{PROTOCOL_VERSION}: upgrade {older}"
             )
-        raise DirectoryError(f"no swarm for {facts.name} on this network: start a peer with `splitnet peer`, or {_FIX}")
+        command = shlex.join(["splitnet", "peer", facts.source or facts.name])
+        raise DirectoryError(f"no swarm for {facts.name} on this network: start a peer with `{command}`, or {_FIX}")
     print(f"{what_was_found(nodes)}: joining ...", file=sys.stderr, flush=True)
     return [address for node in nodes for address in node.addresses]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
@@ -45,7 +46,7 @@ def local_network(checkpoint: Checkpoint) -> tuple[Finding, list[str]]:
         return warned(
             "lan",
             f"no swarm for {checkpoint.name} on this network, or multicast is filtered there: start a peer with "
-            "`splitnet peer`, or give --join",
+            f"`{shlex.join(['splitnet', 'peer', checkpoint.source])}`, or give --join",
         ), []
     return passed("lan", what_was_found(nodes)), [address for node in nodes for address in node.addresses]
 
