@@ -662,6 +662,7 @@ def test_a_model_has_as_many_names_as_it_is_given(serve: Serve) -> None:
     [
         (None, [], [], True, False),
         ("http://10.0.0.5:8000", [], [], True, False),  # the server's own page
+        ("https://own.example", [], [], True, False),  # the same through a proxy
         ("http://10.0.0.5:9000", [], [], False, False),
         ("http://localhost:5173", [], [], True, True),
         ("https://[::1]:5173", [], [], True, True),
@@ -678,7 +679,8 @@ def test_pages_of_other_sites_use_the_server_only_if_they_may(
     serve: Serve, origin: str | None, keys: list[str], origins: list[str], may_send: bool, may_read: bool
 ) -> None:
     async def does(server: Server) -> None:
-        headers = {"Host": "10.0.0.5:8000"} | ({} if origin is None else {"Origin": origin})
+        site = {"Sec-Fetch-Site": "same-origin" if origin == "https://own.example" else "cross-site"}
+        headers = {"Host": "10.0.0.5:8000"} | ({} if origin is None else {"Origin": origin, **site})
         key = {"Authorization": f"Bearer {keys[0]}"} if keys else {}
         reply = await server.http.post(
             "/v1/completions", json=GREEDY | {"prompt": "Bees", "max_tokens": 1}, headers=headers | key
