@@ -50,15 +50,17 @@ class Zero(nn.Module):
         return self._zero
 
 
-_MOST_COMPUTED = 1 << 25
+_MOST_COMPUTED = 1 << 26
 """Numbers that a family may compute while its model is made, such as frequencies and tables of positions."""
+_LONGEST_RANGE = 1 << 20
 
 
 class _LightMeta(TorchFunctionMode):
     """Makes a model on the meta device without torch's compiler, which torch imports (1 s) to fill tensors or count.
 
     Raises:
-        UnsupportedModel: the numbers of the config have it compute more than `_MOST_COMPUTED` numbers.
+        UnsupportedModel: the numbers of the config have it compute more than `_MOST_COMPUTED` numbers, or count on
+            beyond `_LONGEST_RANGE`.
     """
 
     def __init__(self) -> None:
@@ -71,7 +73,7 @@ class _LightMeta(TorchFunctionMode):
             # Rotary embeddings are computed of it, and computed again when the weights have been loaded.
             start, end, step = (*((0,) if len(args) == 1 else ()), *args, 1)[:3] if args else (0, 0, 1)
             count = (options.get("end", end) - options.get("start", start)) / options.get("step", step)
-            self._check(float(count))
+            self._check(count if count <= _LONGEST_RANGE else math.inf)
             options = {**options, "device": "cpu"}
         elif func is torch.Tensor.normal_ or getattr(func, "__module__", None) == nn.init.__name__:
             tensor = args[0] if args else options["tensor"]
@@ -83,7 +85,8 @@ class _LightMeta(TorchFunctionMode):
             self._check(made.numel() if isinstance(made, torch.Tensor) else 0)
         made = func(*args, **options)
         if isinstance(made, torch.Tensor) and not made.is_meta:
-            self._left -= made.numel()
+            views = made.untyped_storage().data_ptr() in [one.untyped_storage().data_ptr() for one in given]
+            self._left -= 0 if views else made.numel()
             self._check(0)
         return made
 

@@ -359,13 +359,15 @@ def test_experts_without_number_in_a_gguf_file_take_nothing(tmp_path: Path) -> N
     assert some[-1].floats().shape == (32, 2)
 
 
-@pytest.mark.parametrize("family", ["gptj", "codegen"])
-def test_a_table_of_positions_without_end_is_refused(family: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "key"), [("gptj", "n_positions"), ("codegen", "n_positions"), ("deepseek_v3", "head_dim")]
+)
+def test_a_table_without_end_is_refused(family: str, key: str, tmp_path: Path) -> None:
     folder = random_checkpoint(family, tmp_path / "it", blocks=1)
-    in_config(n_positions=10**7)(folder)
+    in_config(**{key: 10**7})(folder)
     with Largest() as largest, pytest.raises(SplitnetError, match="tables"):
         use(folder)
-    assert largest.most <= 256 << 20
+    assert largest.most <= 8 << 20
 
 
 def test_heads_without_number_in_a_gguf_file_are_an_error() -> None:
