@@ -8,6 +8,6 @@ from tests.conformance.counts import KEY, Outcome
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for family, counts in terminalreporter.config.stash.get(KEY, {}).items():
+    for tests, counts in terminalreporter.config.stash.get(KEY, {}).items():
         told = ", ".join(f"{counts[outcome]} {outcome.value}" for outcome in Outcome)
-        terminalreporter.write_line(f"transformers' tests of generate() on {family}: {told}")
+        terminalreporter.write_line(f"{tests}: {told}")

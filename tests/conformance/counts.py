@@ -1,4 +1,4 @@
-"""How many tests of others pass, by family."""
+"""How many tests of others pass."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Outcome(Enum):
     FAILED = "failed"
 
 
-def counted(config: pytest.Config, family: str) -> Callable[[Outcome], None]:
-    """What counts an outcome of a family."""
-    return partial(_count, config.stash.setdefault(KEY, {}).setdefault(family, Counter()))
+def counted(config: pytest.Config, tests: str) -> Callable[[Outcome], None]:
+    """What counts an outcome of some tests."""
+    return partial(_count, config.stash.setdefault(KEY, {}).setdefault(tests, Counter()))
 
 
 def _count(counts: Counter[Outcome], outcome: Outcome) -> None:

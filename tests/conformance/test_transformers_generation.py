@@ -187,7 +187,7 @@ def node() -> Iterator[Directory]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generation(family: str, name: str, node: Directory, tmp_path: Path, request: Any) -> None:
     mixin = transformers_tests().GenerationTesterMixin
-    count: Callable[[Outcome], None] = counted(request.config, family)
+    count: Callable[[Outcome], None] = counted(request.config, f"transformers' tests of generate() on {family}")
     if name in SENSELESS:
         count(Outcome.NOT_APPLICABLE)
         pytest.skip(SENSELESS[name])
