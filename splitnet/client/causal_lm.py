@@ -352,7 +352,7 @@ class RemoteCausalLM(RemoteModel):
         if wrapper is None:
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
         given, prefix = with_trained_prompt(wrapper, given)
-        with self._local.within(prefix=prefix):
+        with self._local.within(prefix=prefix, prefixed=given.get("cache")):
             return super().generate(**given)  # pyright: ignore[reportAttributeAccessIssue]
 
     def _check_speculation(self, by: Any, given: Mapping[str, Any], request: Request, caches: bool) -> None:
@@ -442,7 +442,7 @@ class RemoteCausalLM(RemoteModel):
         if given.get("labels") is not None and (isinstance(keep, torch.Tensor) or keep):
             return self._call_with_loss(forward, given)
         prefix = self._local.prefix
-        if not prefix:
+        if not prefix or given.get("cache") is not self._local.prefixed:  # none of the calls that generate
             return super()._call_model(forward, given)
         if given.get("position_ids") is not None:  # the prefix comes before the first
             given["position_ids"] = given["position_ids"] + prefix[0][0].shape[1]
@@ -525,6 +525,8 @@ class _OfThread(threading.local):
         """The one that is used by the call under way."""
         self.prefix: Prefixes = ()
         """Keys and values that a trained prompt puts before the text that is being generated."""
+        self.prefixed: Any = None
+        """The cache of that text; None: it has none."""
         self.drafts: Drafts | None = None
         """Where its drafts come from."""
 

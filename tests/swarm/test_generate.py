@@ -213,6 +213,25 @@ def test_a_call_within_a_call_of_a_session_is_outside_of_it(
     assert all(torch.equal(one, local.generate(prompt(5, seed=7), **options)) for one in inner)
 
 
+def test_a_call_within_a_call_has_no_trained_prefix(local: Any, remote: RemoteCausalLM) -> None:
+    from peft import PrefixTuningConfig, get_peft_model
+
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    torch.manual_seed(0)
+    tuned = get_peft_model(remote, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    within: list[torch.Tensor] = []
+
+    def call(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        within.extend((remote(prompt(5)).logits, remote.generate(prompt(5), **options)))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    expected = tuned.generate(input_ids=prompt(), **options)
+    assert torch.equal(tuned.generate(input_ids=prompt(), stopping_criteria=[call], **options), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(within[0], local(prompt(5)).logits, atol=1e-5, rtol=1e-4)
+    assert torch.equal(within[1], local.generate(prompt(5), **options))
+
+
 @pytest.mark.parametrize("in_session", [False, True])
 def test_the_cache_of_an_output_can_be_used(local: Any, remote: RemoteCausalLM, in_session: bool) -> None:
     options: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
