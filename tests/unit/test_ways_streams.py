@@ -16,7 +16,7 @@ import pytest
 from splitnet.net import connections
 from splitnet.net.connections import Connections, TcpConnection
 from splitnet.net.endpoints import Endpoint, LinkState, Relay
-from splitnet.net.identity import AuthorizedKeys, Identity
+from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.net.ways import helper as helper_module
 from splitnet.net.ways import hidden as hidden_module
 from splitnet.net.ways import loop as loop_module
@@ -294,6 +294,26 @@ def test_helpers_of_other_hosts_are_preferred_and_those_that_the_user_knows(worl
     known = crowd[-1]._identity.public.raw
     _, hidden = world.hidden(helpers=3, vouched=lambda relay: relay.key == known)
     assert {known, *(one._identity.public.raw for one in elsewhere)} == {relay.key for relay in hidden.relays}
+
+
+def test_every_helper_is_tried_before_one_that_has_failed_is_tried_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden_module, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(hidden_module, "RETRY_S", 0.01)
+    order: list[Helper] = []
+
+    class Noted(Drops):
+        async def _reserve(self, sock: socket.socket, host: str, key: PublicKey) -> None:
+            order.append(self)
+            await super()._reserve(sock, host, key)
+
+    for _ in range(12):
+        world.helper(Noted)
+    world.hidden(helpers=0)
+    wait_until(lambda: len(order) >= 12)
+    before = 12 - hidden_module.WANTED + 1  # the others may be on their way yet
+    assert len(set(order[:before])) == before
 
 
 def test_a_helper_gives_way_to_one_of_another_host_and_if_it_brings_nothing(

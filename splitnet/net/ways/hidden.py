@@ -188,9 +188,9 @@ class Hidden:
             if relay.key not in keys and now >= self._pauses.get(relay, (0.0, 0.0))[0]
         ]
 
-    def _rank(self, relay: Relay) -> tuple[bool, bool]:
-        """Lower is better: named by people whom the user trusts, or known to have worked."""
-        return not self._vouched(relay), relay not in self._worked
+    def _rank(self, relay: Relay) -> tuple[bool, bool, bool]:
+        """Lower is better: named by people whom the user trusts, not known to have failed, known to have worked."""
+        return not self._vouched(relay), relay in self._pauses, relay not in self._worked
 
     def _lacks(self) -> bool:
         """Whether there are fewer than wanted, several at one place, or some that bring nothing."""
