@@ -89,7 +89,8 @@ class RouteWatch:
     """What decode steps take on the present route, beside what was predicted. All times in ms.
 
     Attributes:
-        former_ms: of a step before a hop was lost, as it was to be expected, if that was less than now; 0: it was not.
+        former_ms: of a step before a hop was lost, as it was to be expected, or at its best, if that was less than now;
+            0: it was not.
         surprised: a step took far longer than usual, or the route has become slow, since this was set to False.
     """
 
@@ -117,7 +118,8 @@ class RouteWatch:
 
     def begin(self, predicted_ms: float, *, lost: bool = False) -> None:
         """Steps go along another route from now on. lost: not as that is better, but as hops of the former are gone."""
-        former_ms = self.former_ms or self._expected_ms
+        best_ms = self._ratio * self._predicted_ms if self._ratio < math.inf else 0.0
+        former_ms = self.former_ms or max(self._expected_ms, best_ms)
         self.former_ms = former_ms if lost and former_ms < predicted_ms else 0.0
         self._predicted_ms = self._expected_ms = predicted_ms
         self._ratio, self._trial_ms = math.inf, []

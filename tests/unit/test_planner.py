@@ -274,11 +274,12 @@ def test_a_session_comes_to_rest_though_it_leaves_routes_before_they_are_tried_o
 def test_what_was_left_after_a_loss_is_left_for_a_route_that_is_as_good_as_the_lost_one() -> None:
     good, slow, middling, again = ([PlannedHop(record(0, 6), 0, 6)] for _ in range(4))
     facts = Facts(good)
-    facts.costs = {slow[0].name: 40.0, middling[0].name: 20.0}
+    facts.costs = {slow[0].name: 40.0, middling[0].name: 22.0}
     routes = facts.routes()
     routes.answer(AskRoute(1, (), frozenset(), fresh=False, unban=False), NEEDS)
     facts.look(routes, good)
-    steps(routes, 10.0)
+    steps(routes, 14.0)  # of the lost route what it took counts, if that is more than was predicted
+    facts.costs[again[0].name] = 18.0
     facts.best = slow
     routes.answer(AskRoute(2, (), frozenset(), fresh=True, unban=False), NEEDS)
     facts.look(routes, slow)
@@ -289,6 +290,6 @@ def test_what_was_left_after_a_loss_is_left_for_a_route_that_is_as_good_as_the_l
         assert (move is not None) == moves, "a route that is as slow as it was to be expected is left for no other"
     assert list(move.route if move else ()) == again
     facts.look(routes, again)
-    steps(routes, 10.0)
-    before, facts.costs[again[0].name] = facts.planned, 12.0
+    steps(routes, 18.0)
+    before, facts.costs[again[0].name] = facts.planned, 20.0
     assert facts.look(routes, again) is None and facts.planned == before, "it has come to rest"
