@@ -581,7 +581,6 @@ raise SystemExit
 """
 
 
-@pytest.mark.parametrize("kind", ["AutoConfig", "AutoTokenizer"])
 def with_template(template: str) -> Any:
     return SimpleNamespace(get_chat_template=lambda tools: template, special_tokens_map={"bos_token": "<s>"})
 
@@ -642,6 +641,7 @@ def test_a_chat_template_is_not_computed_here_to_know_its_variables() -> None:
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("kind", ["AutoConfig", "AutoTokenizer"])
 def test_code_of_a_checkpoint_neither_runs_nor_is_offered(
     kind: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
