@@ -80,8 +80,11 @@ def parse(words: list[str]) -> Any:
 
 
 @of_program("splitnet")
-def test_splitnet_parses_it(command: Command) -> None:
-    assert parse(filled(command.words[1:])) == 0
+def test_splitnet_parses_it(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")  # the first thing that is looked at
+    words = filled(command.words[1:])
+    given = [str(tmp_path) if before == "--adapter" else word for before, word in pairwise(["", *words])]
+    assert parse(given) == 0
 
 
 @pytest.mark.parametrize(
