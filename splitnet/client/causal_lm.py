@@ -31,6 +31,7 @@ from splitnet.errors import SplitnetError, UnsupportedModel
 from splitnet.model.adapters import PREFIX_KEYS, PREFIX_VALUES
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.ends import Ends, ends_of
+from splitnet.model.head import Head
 from splitnet.model.loss_in_parts import loss_in_parts
 from splitnet.model.openmp import end_threads
 from splitnet.model.shell import backbone_of, load_shell
@@ -204,6 +205,10 @@ class RemoteCausalLM(RemoteModel):
         if speculate is not None:
             self._check_speculation(speculate, given, request, caches)
         drafts = self._speculator.drafts_by(speculate) if speculate is not None else None
+        head: Any = self.get_output_embeddings()
+        for module in () if head is None else head.modules():  # PEFT may have wrapped it
+            if isinstance(module, Head):
+                module.expect_changes()
         conversation = self._local.conversation
         if conversation is not None and given.get("cache") is conversation.cache:
             del given["cache"]  # an output has it; the session knows how much of it fits

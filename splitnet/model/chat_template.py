@@ -88,6 +88,8 @@ class _Process:
     def ask(self, question: bytes) -> bytes | None:
         """The answer; None: it took too much."""
         with self._lock:
+            if self._running is not None and self._running.poll() is not None:  # others, or the system, have ended it
+                self._end(self._running)
             process = self._running = self._running or self._start()
             if not self._is_ready:
                 if self._read(process, START_S) is None:
@@ -143,7 +145,7 @@ class _Process:
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         self._running, self._is_ready = None, False
         process.kill()
-        with process, suppress(OSError):  # closes its pipes, and waits for it
+        with suppress(OSError), process:  # closes its pipes, into which nothing can be written any more, and waits
             pass
 
 

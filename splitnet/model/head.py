@@ -6,6 +6,7 @@ generate at the same time read it together, as the peers read their blocks.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -27,7 +28,15 @@ from splitnet.model.weight_form import WeightForm
 from splitnet.model.weights import Weights
 
 CHANGES_S = 1.0
-"""A weight that was not used for so long may have been changed meanwhile, in ways of which torch does not tell."""
+"""A weight that was not used for so long is looked at as a whole: it may have been changed in ways of which torch does
+not tell, such as `weight.data`. If all of it is, that is seen at once; if some rows are, when a call begins.
+"""
+
+_SUMMED_ROWS = 256
+"""At a time: their sums take little memory."""
+
+_SAMPLE = 1024
+"""Numbers that are looked at for every product."""
 
 MOST_ROWS = 16
 """Of all threads together; with more, products of matrices are faster."""
@@ -122,11 +131,15 @@ class _Sharing(nn.Module):
 
 @dataclass(slots=True)
 class _Copy:
-    """Of a weight: form, None if its values do not allow it; bits: the sum of all; place: its address."""
+    """Of a weight: form, None if its values do not allow it; sums: of the bits of each row.
+
+    state, some: its address and its version, and the bits of a number of each row, when it was used last.
+    """
 
     form: WeightForm | None
-    bits: int
-    place: int = 0
+    sums: torch.Tensor
+    state: tuple[int, int]
+    some: torch.Tensor
     used_at: float = 0.0
 
 
@@ -142,6 +155,11 @@ class Head(_Sharing, nn.Linear):
         self.weight, self.bias = weight, bias
         self._narrows = narrows
         self._copy: _Copy | None = None
+        self._may_have_changed = False
+
+    def expect_changes(self) -> None:
+        """The next product looks at each row: before the caller's call some may have been changed."""
+        self._may_have_changed = True
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         rows = input.reshape(-1, self.in_features)
@@ -163,13 +181,19 @@ class Head(_Sharing, nn.Linear):
     def _narrowed(self) -> WeightForm | None:
         """The copy, made anew if the weight is another than it was made of."""
         weight, now = self.weight.detach(), time.monotonic()
-        if self._copy is None or weight.data_ptr() != self._copy.place or now - self._copy.used_at > CHANGES_S:
-            bits = int(weight.view(torch.int32).sum())
-            if self._copy is None or bits != self._copy.bits:
-                self._copy = _Copy(NarrowFloat.of(weight), bits)
-            self._copy.place = weight.data_ptr()
-        self._copy.used_at = now
-        return self._copy.form
+        copied, bits, looks = self._copy, weight.view(torch.int32), self._may_have_changed
+        self._may_have_changed = False
+        state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        some = bits.view(-1)[:: max(1, self.in_features - 1)]  # steps that are shorter than rows leave out none
+        every = 1 if looks else max(1, len(some) // _SAMPLE)
+        used_at = copied.used_at if copied is not None and copied.state == state else -math.inf
+        if copied is None or now - used_at > CHANGES_S or not torch.equal(some[::every], copied.some[::every]):
+            sums = torch.cat([rows.sum(-1) for rows in bits.split(_SUMMED_ROWS)])
+            same = copied is not None and torch.equal(sums, copied.sums)
+            form = copied.form if copied is not None and same else NarrowFloat.of(weight)
+            copied = self._copy = _Copy(form, sums, state, some.clone())
+        copied.used_at = now
+        return copied.form
 
 
 class HeldHead(_Sharing, HeldLinear):

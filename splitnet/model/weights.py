@@ -72,10 +72,13 @@ class Weights:
 
     def as_loaded(self, held: Iterable[Any]) -> Weights:
         """The same where the forms of all layers are known, among anything else in `held`."""
-        floats = [form for form in held if isinstance(form, ConvertedFloat | PackedFloat16)]
-        if not floats or not all(form.exact for form in floats):
+        is_stored = self.kind.startswith(STORED)
+        forms = [form for form in held if isinstance(form, WeightForm)]
+        floats = [form for form in forms if isinstance(form, ConvertedFloat | PackedFloat16)]
+        # Codes of the checkpoint lose nothing; others are made of numbers.
+        if not floats or not all(form.exact for form in (floats if is_stored else forms)):
             return self
-        if self.kind.startswith(STORED):
+        if is_stored:
             return replace(self, kind=STORED)
         narrowest = all(isinstance(form, CompiledBfloat16) for form in floats)
         return replace(self, kind="bfloat16" if narrowest else "float16", exact=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -15,6 +16,9 @@ from transformers import AutoModelForCausalLM, LogitsProcessor, LogitsProcessorL
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.session import Session
 from splitnet.errors import ContextTooLong, UnsupportedModel, UnsupportedParameter
+from splitnet.model import head as head_module
+from splitnet.model.head import Head
+from splitnet.model.kernels import has_float_kernels
 from tests.swarm.generation import Collector
 from tests.swarm.harness import local_swarm
 from tests.unit.random_models import random_checkpoint
@@ -74,6 +78,25 @@ def test_only_prompts_take_the_way_through_the_whole_model_unless_somebody_watch
         assert len(calls) == 1 + 24
     finally:
         hook.remove()
+
+
+@pytest.mark.skipif(not has_float_kernels(), reason="the kernels were not compiled for this CPU")
+def test_a_row_of_the_head_that_was_changed_between_two_calls_counts_at_once(
+    remote: RemoteCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head: Any = remote.get_output_embeddings()
+    assert isinstance(head, Head)
+    monkeypatch.setattr(head_module, "CHANGES_S", math.inf)
+    monkeypatch.setattr(head, "_narrows", True)
+    monkeypatch.setattr(head_module, "_SAMPLE", 8)
+    options = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    first = int(remote.generate(prompt(), **options)[0, -1])
+    other, before = (first + 1) % len(head.weight), head.weight.detach().clone()
+    try:
+        head.weight.data[other] = 2 * before[first]
+        assert int(remote.generate(prompt(), **options)[0, -1]) == other
+    finally:
+        head.weight.data.copy_(before)
 
 
 def test_threads_that_share_a_model_get_what_each_gets_alone(local: Any, remote: RemoteCausalLM) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -132,6 +133,27 @@ def test_a_head_of_float32_has_a_narrow_copy_of_its_weight_as_it_is_now(monkeypa
     many = torch.randn(MOST_ROWS + 1, 64)
     head.weight.data = torch.randn(304, 64)
     assert torch.allclose(head(many), many @ head.weight.T, atol=1e-5)
+
+
+@compiled
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["told", "untold", "permuted", "one row"])
+def test_a_weight_that_was_changed_since_the_last_product_is_seen_at_once(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "CHANGES_S", math.inf)
+    head, hidden = Head(nn.Parameter(torch.randn(3000, 64)), None, narrows=True), torch.randn(2, 64)
+    head(hidden)
+    if way == "told":
+        head.weight.mul_(2.0)  # as optimizers do
+    elif way == "untold":
+        head.weight.data += torch.randn(3000, 64)  # as PEFT merges
+    elif way == "permuted":
+        head.weight.data = head.weight.data.flip(0).clone()
+    else:
+        head.weight.data[7] *= 2.0
+        head.expect_changes()
+    assert torch.allclose(head(hidden), hidden @ head.weight.T, atol=2e-2)
 
 
 @compiled

@@ -385,6 +385,17 @@ def test_unless_told_float32_takes_half_the_bytes_exactly_if_its_values_allow_it
     assert distance < 1e-6 if values else 1e-5 < distance < 1e-3
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_integers_are_not_told_as_exact_where_one_layer_stays_as_it_is(kind: str) -> None:
+    chosen = choose_weights(kind, None, torch.float32, CPU)
+    as_it_is = HeldLinear(64, 32, chosen.forms[-1], transposed=False, bias=False, dtype=torch.float32)
+    as_it_is.weight = nn.Parameter(torch.full((32, 64), torch.inf))
+    integers = HeldLinear(64, 32, chosen.forms[-1], transposed=False, bias=False, dtype=torch.float32)
+    integers.weight = nn.Parameter(torch.randn(32, 64))
+    assert isinstance(as_it_is.held, ConvertedFloat32)
+    assert chosen.as_loaded([as_it_is.held, integers.held, None]).text == f"{kind}/float32"
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "advice"),
     [

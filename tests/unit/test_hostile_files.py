@@ -574,13 +574,6 @@ def test_an_adapter_with_patterns_is_what_peft_makes_of_it(folder: Path, tmp_pat
             load_adapter(copy.deepcopy(plain), tmp_path)
 
 
-CODE = """
-from pathlib import Path
-(Path(__file__).parent / "ran").touch()
-raise SystemExit
-"""
-
-
 def with_template(template: str) -> Any:
     return SimpleNamespace(get_chat_template=lambda tools: template, special_tokens_map={"bos_token": "<s>"})
 
@@ -627,6 +620,15 @@ def test_a_chat_template_without_end_is_ended(template: str, monkeypatch: pytest
     assert chat_template.render(with_template("ok"), SAID, answer=True) == "ok"
 
 
+def test_a_process_for_templates_that_was_ended_meanwhile_is_begun_again() -> None:
+    assert chat_template.render(with_template("ok"), SAID, answer=True) == "ok"
+    running = chat_template._process._running
+    assert running is not None
+    running.kill()
+    running.wait()
+    assert chat_template.render(with_template("ok"), SAID, answer=True) == "ok"
+
+
 def test_a_chat_template_is_not_computed_here_to_know_its_variables() -> None:
     tokenizer = with_template("{{ 'a' * 150000000 }}{{ mine }}")
     tokenizer.apply_chat_template = lambda messages: None
@@ -639,6 +641,13 @@ def test_a_chat_template_is_not_computed_here_to_know_its_variables() -> None:
         assert tracemalloc.get_traced_memory()[1] < 50 << 20
     finally:
         tracemalloc.stop()
+
+
+CODE = """
+from pathlib import Path
+(Path(__file__).parent / "ran").touch()
+raise SystemExit
+"""
 
 
 @pytest.mark.parametrize("kind", ["AutoConfig", "AutoTokenizer"])
