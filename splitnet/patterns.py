@@ -13,8 +13,12 @@ ONE_S = 0.5
 ALL_S = 10.0
 """For all matches of one `Patterns`."""
 _LONGEST = 1000
-_KNOWN = re.compile(r"(?:[\w/ ,:-]|\.|\\[.dDwWsS/_-]|\[\^?[\w./-]+\]|\((?:\?[:!=])?|[)|^$*+?])*")
-"""What patterns of names consist of: no counted repeats, for which an engine may take any memory, and no references."""
+_KNOWN = re.compile(
+    r"(?:[\w/ ,:-]|\.|\\[.bdDwWsS/_-]|\[\^?(?:[\w./-]|\\[.dDwWsS_-])+\]|\((?:\?[:!=]|(?!\?))|[)|^$*+?]"
+    r"|(?<=[\w.\]])\{\d{1,2}(?:,\d{0,2})?\})*"
+)
+"""What patterns of names consist of: no repeats of groups that are counted, for which an engine may take any memory,
+and no references. It has one way to read each text, so it takes no time itself."""
 
 
 class Patterns:

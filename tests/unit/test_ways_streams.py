@@ -88,6 +88,11 @@ class World:
         """A node that answers what comes through the helpers."""
         node = self.node(ANY_PORT, **options)
         node.answer = echo
+        return node, self.hidden_at(node, helpers=helpers, vouched=vouched)
+
+    def hidden_at(
+        self, node: Node, *, helpers: int | None = None, vouched: Callable[[Relay], bool] = lambda _: False
+    ) -> Hidden:
         hidden = Hidden(
             node.transport.loop,
             node.identity,
@@ -101,7 +106,7 @@ class World:
         self.stack.callback(hidden.stop)
         wait_until(lambda: len(hidden.relays) == (len(self.helpers) if helpers is None else helpers))
         wait_until(lambda: not any(helper.streams for helper in self.helpers))  # calls of its own have ended
-        return node, hidden
+        return hidden
 
 
 @pytest.fixture
@@ -220,6 +225,17 @@ def test_keys_are_checked_at_the_ends(world: World, tmp_path: Path) -> None:
     other = Endpoint(endpoint.address, Identity.generate().public, hidden.relays)
     client.transport.connect(other)
     client.wait_for_state(other, LinkState.DOWN)
+
+
+@pytest.mark.usefixtures("no_holes")
+def test_a_helper_that_knows_its_members_alone_lets_a_hidden_peer_try_it(world: World, tmp_path: Path) -> None:
+    node, client = world.node(ANY_PORT), world.node()
+    node.answer = echo
+    keys = tmp_path / "keys"
+    keys.write_text(f"{node.identity.public}\n{client.identity.public}\n")
+    for _ in range(2):
+        world.helper(authorized=AuthorizedKeys.from_file(keys))
+    ask(client, to(node, world.hidden_at(node).relays), b"one")
 
 
 @pytest.mark.usefixtures("no_holes")

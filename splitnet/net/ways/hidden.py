@@ -104,8 +104,8 @@ class Hidden:
         self._vouched = vouched
         streams = max(WANTED, min(STREAMS, most_connections() // 2 // DESCRIPTORS))
         self._places = Places(streams, key=STREAMS_OF_KEY, host=STREAMS_OF_HOST, relay=streams // WANTED)
-        self._tested: dict[bytes, asyncio.Future[None]] = {}
-        """Keys of calls that this peer makes to itself, and what is told when they have arrived."""
+        self._tested: dict[tuple[Relay, bytes], asyncio.Future[None]] = {}
+        """Helpers and keys of calls that this peer makes to itself, and what is told when they have arrived."""
         self._used_at: dict[Relay, float] = {}
         """When each helper began, or has brought a call of somebody else for the last time."""
         self._worked: dict[Relay, None] = {}
@@ -279,8 +279,13 @@ class Hidden:
 
     async def _call(self, relay: Relay) -> None:
         """Calls this peer through a helper, as anybody would, up to the proof of both keys."""
-        caller = Identity.generate()
-        arrived = self._tested[caller.public.raw] = asyncio.get_running_loop().create_future()
+        try:
+            await self._call_as(relay, Identity.generate())
+        except RefusedError:  # it may know its members alone
+            await self._call_as(relay, self._identity)
+
+    async def _call_as(self, relay: Relay, caller: Identity) -> None:
+        arrived = self._tested[relay, caller.public.raw] = asyncio.get_running_loop().create_future()
         try:
             with await dial(relay.address, DIAL_S) as sock:
                 async with asyncio.timeout(JOIN_S):
@@ -290,7 +295,7 @@ class Hidden:
                     await send(sock, await prove(sock, caller, self._identity.public, Purpose.TUNNEL, joined.token))
                     await arrived
         finally:
-            del self._tested[caller.public.raw]
+            del self._tested[relay, caller.public.raw]
 
     async def _ask(self, relay: Relay, address: str) -> bool | None:
         """Whether a helper connects to an address; None: it does not say."""
@@ -323,7 +328,7 @@ class Hidden:
                         await send(outer, proof, Join(called.token, address_of(own)))
                         joined = await receive(outer, Joined)
                         await meet(outer, self._identity, called.token, only=called.caller)
-                    if (arrived := self._tested.get(called.caller)) is not None:
+                    if (arrived := self._tested.get((relay, called.caller))) is not None:
                         if not arrived.done():
                             arrived.set_result(None)
                         return
