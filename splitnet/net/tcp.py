@@ -88,7 +88,7 @@ def own_host(descriptor: int) -> str:
     """Host of this side. Raises OSError if it is gone."""
     handle = socket.socket(fileno=descriptor)
     try:
-        return handle.getsockname()[0]
+        return handle.getsockname()[0].removeprefix("::ffff:")
     finally:
         handle.detach()
 
