@@ -97,11 +97,11 @@ def test_a_peer_that_dies_while_it_computes_changes_nothing(
             peer = used(twins, model, victim)
             passes: Any = peer.server._engine._pass_engine._passes
 
-            def dies(original: Any, *args: Any) -> Any:
+            def dies(original: Any, *args: Any, **others: Any) -> Any:
                 if not killed.is_set():
                     killed.set()
                     peer._transport.close()
-                return original(*args)
+                return original(*args, **others)
 
             for way in ways:
                 setattr(passes, way, partial(dies, getattr(passes, way)))
