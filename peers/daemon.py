@@ -97,8 +97,6 @@ class Peer:
         self._key_file = options.key_file
         self._proof = 0
         self._leaving = threading.Event()
-        self._has_moved = False
-        """The machine has another address since the peer looked around."""
         self._watchdog = Watchdog()
         self._next_hops = NextHops(self)
         self._watch = HolderWatch(self._next_hops, self.state)
@@ -411,7 +409,6 @@ class Peer:
     def _tick(self) -> None:
         self.service.tick(time.monotonic())
         if self.ways.moves(time.monotonic()):
-            self._has_moved = True
             self._announcer.publish_soon(moved=True)
         self._watchdog.alive()  # this thread runs, and nobody keeps the locks that it needs
 
@@ -419,9 +416,8 @@ class Peer:
         self.counters.energy.look()
         self._current.remeasure_if_idle()
         self.ways.look()
-        if self._has_moved and self._lan is not None:
-            self._lan.move()
-        self._has_moved = False
+        if self._lan is not None:
+            self._lan.look()
         self._neighbours.hear_used()
         self._neighbours.look_around()
         self._prove_work()

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from splitnet.errors import DirectoryError, LanError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.directory import Directory
-from splitnet.net.lan import LanNode, LocalNetwork, what_was_found
+from splitnet.net.lan import LanNode, LocalNetwork, is_lan_address, what_was_found
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ class LanPresence:
     def __init__(self, directory: Directory, checkpoint: Checkpoint) -> None:
         self._directory = directory
         self._network = LocalNetwork(checkpoint.fingerprint)
+        self._announced = frozenset[str]()
 
     @classmethod
     def start(
@@ -51,10 +52,15 @@ class LanPresence:
             on_failure.pop_all()
         return presence
 
-    def move(self) -> None:
-        """The machine has another address: announces that, on the network where it is now. May take seconds."""
+    def look(self) -> None:
+        """If the node has other addresses than before, announces those, where the machine is now; may take seconds."""
+        addresses = self._directory.addresses
+        now = frozenset(filter(is_lan_address, addresses))
+        if not now or now == self._announced:  # without a network for a moment it is still known by its last ones
+            return
+        self._announced = now
         try:
-            self._network.begin_again(addresses=self._directory.addresses)
+            self._network.begin_again(addresses=addresses)
         except LanError as error:
             log.warning("others find this peer by --join only: %s", error)
 
@@ -64,7 +70,9 @@ class LanPresence:
 
     def _announce_and_join(self, model: str, has_joined: bool, report: Callable[[str, int, int], None]) -> None:
         # Before the search, so that of two that start together at least one finds the other.
-        self._network.announce(self._directory.addresses)
+        addresses = self._directory.addresses
+        self._network.announce(addresses)
+        self._announced = frozenset(filter(is_lan_address, addresses))
         if not has_joined:
             nodes = self._network.search()
             if nodes:

@@ -195,7 +195,7 @@ class LocalNetwork:
         with self._changing:
             self._changing.wait_for(lambda: self._closed, pause_s)
         with self._closing:
-            if self._closed:
+            if self._closed or not self._is_lost:  # ended, or begun again by another thread
                 return
             self._mdns = self._opened()
             if self._own is not None:

@@ -95,6 +95,7 @@ def own_host(descriptor: int) -> str:
 
 def has_address(host: str) -> bool:
     """Whether this machine has an address, as `own_host` tells it."""
+    host = host.removeprefix("::ffff:")  # an IPv4 one, which not every system binds as an IPv6 one
     try:
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.bind((host, 0))

@@ -3,12 +3,15 @@ from __future__ import annotations
 import ipaddress
 import queue
 from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from zeroconf import IPVersion, ServiceInfo, Zeroconf
 
+from peers.lan_presence import LanPresence
 from splitnet.errors import LanError, ProtocolError
 from splitnet.net import lan
 from splitnet.net.lan import MAX_ADDRESSES, LanNode, LocalNetwork, is_lan_address
@@ -189,3 +192,49 @@ def test_who_has_another_address_is_found_there(monkeypatch: pytest.MonkeyPatch)
                 network.begin_again(addresses=moved.addresses)
         while moved not in seen.get(timeout=FOUND_S):  # once the network is there
             pass
+
+
+def test_a_node_is_announced_anew_once_its_addresses_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whenever the directory notices that: what has seen the move may look before, and again after."""
+    use_network_of_its_own(monkeypatch)
+    moved = LanNode(MODEL, PROTOCOL_VERSION, (node_at(8).addresses[0].replace("192.168.7.8", "192.168.9.9"),))
+    seen: queue.SimpleQueue[Sequence[LanNode]] = queue.SimpleQueue()
+    directory: Any = SimpleNamespace(addresses=list(node_at(8).addresses), meet=len)
+    checkpoint: Any = SimpleNamespace(fingerprint=MODEL, name="tiny")
+    with LocalNetwork(MODEL) as other:
+        other.watch(seen.put)
+        presence = LanPresence.start(directory, checkpoint, has_joined=True, report=lambda *_: None)
+        assert presence is not None
+        try:
+            assert node_at(8) in seen.get(timeout=FOUND_S)
+            begun = presence._network._mdns
+            presence.look()
+            directory.addresses = [f"/ip4/127.0.0.1/tcp/31330/p2p/{'8' * 46}"]
+            presence.look()
+            assert presence._network._mdns is begun
+            directory.addresses = list(moved.addresses)
+            presence.look()
+            while moved not in seen.get(timeout=FOUND_S):
+                pass
+        finally:
+            presence.close()
+
+
+def test_who_begins_again_twice_at_once_listens_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_network_of_its_own(monkeypatch)
+    with LocalNetwork(MODEL) as network:
+        opened = [network._mdns]
+
+        def open_one(made: Any = network._opened) -> Any:
+            opened.append(made())
+            return opened[-1]
+
+        def meanwhile(*_: object) -> None:
+            patch.undo()
+            network.begin_again()
+
+        with monkeypatch.context() as patch:
+            network._opened = open_one
+            patch.setattr(network._changing, "wait_for", meanwhile)
+            network.begin_again()
+        assert opened[1:] == [network._mdns]

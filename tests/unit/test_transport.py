@@ -672,7 +672,7 @@ def test_an_address_that_is_away_for_a_moment_costs_no_connection(monkeypatch: p
 
 
 def test_addresses_of_this_machine_are_told_from_others() -> None:
-    assert tcp.has_address("127.0.0.1")
+    assert tcp.has_address("127.0.0.1") and tcp.has_address("::ffff:127.0.0.1")
     assert not tcp.has_address("192.0.2.7") and not tcp.has_address("2001:db8::7")
 
 
