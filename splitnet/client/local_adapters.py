@@ -31,10 +31,10 @@ HARMLESS: Final = frozenset(
         *("inference_mode", "runtime_config", "trainable_token_indices", "ensure_weight_tying", "modules_to_save"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
         *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "lora_dropout"),
-        *("init_lora_weights", "eva_config"),
+        *("init_lora_weights", "eva_config", "megatron_core", "qalora_group_size"),
     }
 )
-"""Fields of a `LoraConfig` that say nothing of blocks, or nothing that their layers do not show."""
+"""Fields of a `LoraConfig` that say nothing of blocks by themselves, or nothing that their layers do not show."""
 
 
 PROMPTS: Final = frozenset(
@@ -157,8 +157,9 @@ def check_config(name: str, config: Any) -> None:
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise AdapterError(f"the adapter {name!r} is {kind}, which peers do not run: {_INSTEAD}")
     for field in fields(config):
-        value = getattr(config, field.name)
-        if field.name not in HARMLESS and value != _default(field):
+        value, usual = getattr(config, field.name), _default(field)
+        # What is empty is switched off to PEFT, whichever way it is so.
+        if field.name not in HARMLESS and value != usual and (value or usual):
             raise AdapterError(
                 f"the adapter {name!r} has {field.name}={value!r}, which peers do not apply: leave it out of its "
                 "LoraConfig, and load the model again"
