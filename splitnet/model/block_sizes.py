@@ -56,8 +56,19 @@ def block_bytes(
     Raises:
         WeightsError: weights cannot be held so.
     """
-    chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
+    chosen = weights_of(checkpoint, weights, dtype, device)
     return max(size.held for size in block_sizes(checkpoint, chosen, range(checkpoint.num_blocks)))
+
+
+def weights_of(
+    checkpoint: Checkpoint, kind: str | None, dtype: torch.dtype | str | None, device: str | torch.device
+) -> Weights:
+    """What the blocks of a checkpoint are held as, see `choose_weights`: the same for any of its spans."""
+
+    def held_bytes(weights: Weights) -> int:
+        return sum(size.held for size in block_sizes(checkpoint, weights, range(checkpoint.num_blocks)))
+
+    return choose_weights(kind, dtype, checkpoint.dtype, torch.device(device), held_bytes)
 
 
 def check_file_bytes(checkpoint: Checkpoint) -> None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig
 
 from splitnet.model.attention import PACKED
 from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, on_meta, parent_of
-from splitnet.model.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block
+from splitnet.model.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block, weights_of
 from splitnet.model.checkpoint import Checkpoint, open_store, read_config
 from splitnet.model.dtypes import as_dtype, is_number_type
 from splitnet.model.families import keeps_states, packs_sequences, sliding_windows
@@ -102,9 +102,14 @@ class ModelSizes:
         whole, config = read_config(store)
         if not store.quantized:
             stored = config.dtype if is_number_type(config.dtype) else torch.float32
-            return cls.of_config(store.name, config, choose_weights(weights, dtype, stored, torch.device("cpu")))
+
+            def held_bytes(weights: Weights) -> int:
+                return cls.of_config(store.name, config, weights).block_bytes
+
+            chosen = choose_weights(weights, dtype, stored, torch.device("cpu"), held_bytes)
+            return cls.of_config(store.name, config, chosen)
         checkpoint = Checkpoint(store, config, multimodal=config is not whole)
-        chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device("cpu"))
+        chosen = weights_of(checkpoint, weights, dtype, "cpu")
         return cls.of_config(store.name, config, chosen).in_codes_of(checkpoint, chosen)
 
     @classmethod

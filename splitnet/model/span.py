@@ -31,7 +31,7 @@ from splitnet.model.backbone import (
     parent_of,
     share_blocks,
 )
-from splitnet.model.block_sizes import block_bytes, block_sizes
+from splitnet.model.block_sizes import block_bytes, block_sizes, weights_of
 from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.captured_step import CapturedStep
 from splitnet.model.checkpoint import Checkpoint
@@ -60,7 +60,7 @@ from splitnet.model.rotary import LengthDependentRopes
 from splitnet.model.row_states import HELD_AT_ONCE, RowStates
 from splitnet.model.span_adapters import SpanAdapters
 from splitnet.model.weight_form import WeightForm
-from splitnet.model.weights import AUTO, STORED, Weights, choose_weights, name_of
+from splitnet.model.weights import AUTO, STORED, Weights, name_of
 
 __all__ = ["Part", "Span", "block_bytes", "free_memory"]
 
@@ -158,7 +158,7 @@ class Span:
         """
         if not 0 <= start < end <= checkpoint.num_blocks:
             raise ValueError(f"blocks {start}:{end} are not within 0:{checkpoint.num_blocks}")
-        chosen = choose_weights(weights, dtype, checkpoint.dtype, torch.device(device))
+        chosen = weights_of(checkpoint, weights, dtype, device)
         config = copy.deepcopy(checkpoint.config)
         for key, value in NEUTRAL_CONFIG.items():
             if hasattr(config, key):

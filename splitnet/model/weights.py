@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -88,8 +88,16 @@ class Weights:
         return replace(self, kind=name_of(self.dtype), forms=())
 
 
+_MOST_WIDENED = 1.25
+"""Times the bytes that "auto" takes to compute in a wider type than that of the checkpoint."""
+
+
 def choose_weights(
-    kind: str | None, dtype: torch.dtype | str | None, stored: torch.dtype, device: torch.device
+    kind: str | None,
+    dtype: torch.dtype | str | None,
+    stored: torch.dtype,
+    device: torch.device,
+    held_bytes: Callable[[Weights], int] | None = None,
 ) -> Weights:
     """What the weights of a checkpoint are held as.
 
@@ -98,6 +106,8 @@ def choose_weights(
             None: as `dtype`. With both of these, weights that the checkpoint has in codes keep them.
         dtype: what blocks shall compute in; None: what goes with `kind`, else as they are stored.
         stored: the type in the checkpoint; of codes, that of the numbers that they stand for.
+        held_bytes: what blocks take if they are held so. With it, "auto" computes in a wider type only where that takes
+            little more: experts, of which some models mostly consist, are held in what blocks compute in.
 
     Raises:
         WeightsError: there is no such kind, or it does not go with `dtype`.
@@ -112,7 +122,11 @@ def choose_weights(
             computes = torch.float32  # three times as fast, as no steps in halves are compiled, and no less exact
         fastest = _of_kind(_fastest(computes, device), computes, stored, device)
         forms = (NarrowFloat,) if CompiledFloat16 in fastest.forms else fastest.forms
-        return replace(fastest, forms=forms, as_stored=True, device=device)
+        chosen = replace(fastest, forms=forms, as_stored=True, device=device)
+        if computes.itemsize > (wished or stored).itemsize and held_bytes is not None:
+            narrow = choose_weights(None, stored, stored, device)
+            return chosen if held_bytes(chosen) <= _MOST_WIDENED * held_bytes(narrow) else narrow
+        return chosen
     return replace(_of_kind(kind, wished, stored, device), device=device)
 
 

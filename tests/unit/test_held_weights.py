@@ -385,6 +385,23 @@ def test_unless_told_float32_takes_half_the_bytes_exactly_if_its_values_allow_it
     assert distance < 1e-6 if values else 1e-5 < distance < 1e-3
 
 
+@pytest.mark.skipif(not has_float_kernels(), reason="the kernels were not compiled for this CPU")
+@needs_kernels
+@pytest.mark.parametrize(("family", "computes"), [("llama", torch.float32), ("mixtral", torch.float16)])
+def test_a_float16_checkpoint_computes_in_float32_only_where_that_takes_little_memory(
+    family: str, computes: torch.dtype, tmp_path: Path
+) -> None:
+    """Experts are held in what blocks compute in."""
+    model = AutoModelForCausalLM.from_pretrained(random_checkpoint(family, tmp_path / "random", blocks=2, hidden=64))
+    model.half().save_pretrained(tmp_path / "half")
+    checkpoint = Checkpoint.open(tmp_path / "half")
+    held, plain = (Span.load(checkpoint, 0, 1, weights=kind) for kind in ("auto", None))
+    assert held.dtype == computes and held.weight_bytes < 1.1 * plain.weight_bytes
+    sizes = ModelSizes.of(tmp_path / "half", weights="auto")
+    assert sizes.dtype == str(computes).removeprefix("torch.")
+    assert block_bytes(checkpoint, None, "auto") == pytest.approx(held.weight_bytes, rel=0.02)
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4"])
 def test_integers_are_not_told_as_exact_where_one_layer_stays_as_it_is(kind: str) -> None:
     chosen = choose_weights(kind, None, torch.float32, CPU)
