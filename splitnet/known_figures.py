@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,8 @@ class KnownFigures:
             partial.write_text(json.dumps(latest, indent=1), encoding="utf-8")
             partial.replace(self._file)
         except OSError as error:
+            with suppress(OSError):
+                partial.unlink(missing_ok=True)
             log.info("figures of this device are not kept in %s: %s", self._file, error.strerror)
 
     def _read(self) -> dict[str, Any]:

@@ -88,7 +88,7 @@ def own_host(descriptor: int) -> str:
     """Host of this side. Raises OSError if it is gone."""
     handle = socket.socket(fileno=descriptor)
     try:
-        return handle.getsockname()[0].removeprefix("::ffff:")
+        return handle.getsockname()[0]
     finally:
         handle.detach()
 

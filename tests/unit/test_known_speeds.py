@@ -15,7 +15,7 @@ from peers.current_span import CurrentSpan
 from peers.known_speeds import KnownSpeeds
 from peers.options import PeerOptions
 from peers.speed import ObservedSpeed
-from splitnet.known_figures import MAX_KNOWN
+from splitnet.known_figures import MAX_KNOWN, KnownFigures
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import Span
 from tests.unit.random_models import random_checkpoint
@@ -87,6 +87,13 @@ def test_a_folder_that_cannot_be_written_does_no_harm(checkpoint: Checkpoint, tm
     known, span = KnownSpeeds(tmp_path / "file" / "speeds.json"), Span.load(checkpoint, 0, 2)
     known.keep(span, "model", SPEED)
     assert known.find(span, "model") is None
+
+
+def test_what_cannot_be_put_in_its_place_is_not_left_beside_it(tmp_path: Path) -> None:
+    taken = tmp_path / "speeds.json"
+    taken.mkdir()
+    KnownFigures(taken).keep("a speed", 1.0)
+    assert list(tmp_path.iterdir()) == [taken]
 
 
 def test_a_peer_measures_at_its_first_start_and_keeps_what_it_measures_later(

@@ -676,17 +676,6 @@ def test_addresses_of_this_machine_are_told_from_others() -> None:
     assert not tcp.has_address("192.0.2.7") and not tcp.has_address("2001:db8::7")
 
 
-@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="there is no IPv6 here")
-def test_ipv4_over_a_socket_of_both_families_goes_from_an_address_of_ipv4() -> None:
-    """Systems that keep both apart may say of it as one of IPv6 that it is gone; then the connection would be ended."""
-    with (
-        socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server,
-        socket.create_connection(("127.0.0.1", server.getsockname()[1])),
-        server.accept()[0] as accepted,
-    ):
-        assert tcp.own_host(accepted.fileno()) == "127.0.0.1"
-
-
 def test_a_receiver_that_reads_nothing_for_long_is_cut_off(node: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("splitnet.net.connections.STALLED_S", 1.0)
     server = node(ANY_PORT)
