@@ -58,7 +58,7 @@ def test_generates_as_transformers_does(
     options = {"max_new_tokens": 14, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     one = {"attention_mask": mask[:1], **options}
     with local_swarm(stored, [(0, 1), (1, 4), (4, 6)], node=node, dtype="float32") as swarm:
-        assert {peer.record().dtype for peer in swarm.peers} == {"stored"}
+        assert {peer.record().dtype for peer in swarm.peers} == {"stored/float32"}
         remote = swarm.model(dtype="float32", gradient_codec="none")
         found = {
             "greedy": remote.generate(ids[:1], **one),
