@@ -103,6 +103,18 @@ def test_what_stands_before_tensors_is_bounded() -> None:
         Manifest.unpack(Manifest("{}", (), (head, head)).pack())
 
 
+def test_models_of_many_experts_have_manifests() -> None:
+    """Kimi K2: 60 blocks, 384 experts, 3 matrices, and in NVFP4 4 tensors of each."""
+    count = 60 * 384 * 3 * 4
+    packed = packb(["splitnet weights 1", "{}", [], []])
+    tensors = b"\xdd" + count.to_bytes(4, "big")  # of which none follows
+    with pytest.raises(ProtocolError) as told:
+        Manifest.unpack(packed[:-2] + tensors)
+    with pytest.raises(ProtocolError) as too_many:
+        Manifest.unpack(packed[:-2] + tensors.replace(count.to_bytes(4, "big"), (1 << 30).to_bytes(4, "big")))
+    assert str(told.value) != str(too_many.value)
+
+
 @pytest.mark.parametrize("where", ["name", "shape", "row", "tensors"])
 def test_lists_of_lists_from_a_stranger_take_no_memory(where: str) -> None:
     many = 1 << 20
