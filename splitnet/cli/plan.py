@@ -109,6 +109,8 @@ def plan(
         missing = {"missing_blocks": error.missing_blocks, "missing_bytes": error.missing_bytes}
         typer.echo(json.dumps({"fits": False, "message": str(error), **missing}))
         raise typer.Exit(1) from None
+    if weights is None and sizes.dtype == "float16":
+        dtype = Dtype.float16  # or CPUs would compute in float32, with caches of twice the size
     commands = [_command(model, stage, dtype, weights, joins=index > 0) for index, stage in enumerate(made.stages)]
     if as_json:
         typer.echo(json.dumps(_as_json(made, commands)))

@@ -98,7 +98,7 @@ def _room(model: str, checkpoint: Checkpoint | None) -> Iterator[Finding]:
     if checkpoint is not None:
         try:
             sizes = ModelSizes.of(model)
-            yield memory(sizes, free_memory("cpu"))
+            yield memory(ModelSizes.of(model, weights=AUTO), free_memory("cpu"))
         except SplitnetError as error:
             yield failed("memory", str(error))
     yield room_on_disk(model, sizes)

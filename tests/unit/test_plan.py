@@ -184,6 +184,14 @@ def test_json_holds_the_plan_and_commands_that_the_peer_command_understands(mode
         assert words[words.index("--dtype") + 1] == "float32"
 
 
+def test_peers_compute_in_the_type_whose_caches_were_planned(model: Path, tmp_path: Path) -> None:
+    config = json.loads((model / "config.json").read_text()) | {"dtype": "float16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    plan = json.loads(run(tmp_path, TWO, "--context", "64", "--json").output)
+    assert plan["dtype"] == "float16"
+    assert all("--dtype float16" in stage["command"] for stage in plan["devices"])
+
+
 def test_energy_is_told_where_it_is_known(model: Path) -> None:
     one = TWO.replace("decode: 1,", "decode: 1.0,").replace("name: desk,", "name: desk, watts: 100,")
     plan = json.loads(run(model, one, "--json").output)
