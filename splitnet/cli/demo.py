@@ -38,7 +38,7 @@ def demo(
         require("serve", "--serve")
         listen_at("127.0.0.1", port).close()  # to tell it now
     checkpoint = resolve_model(model)
-    typer.secho(f"starting {peers} peers ...", err=True)
+    typer.secho(f"starting {peers} peers, which load and measure their blocks ...", err=True)
 
     from splitnet.cli.local_swarm import ONE_THREAD, LocalSwarm
 
