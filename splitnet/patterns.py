@@ -11,7 +11,9 @@ from splitnet.errors import UnsupportedModel
 ONE_S = 0.5
 """For one match; those of names take microseconds."""
 ALL_S = 10.0
-"""For all matches of one `Patterns`."""
+"""For what all matches of one `Patterns` take beyond `FREE_S` each, of the time of a processor."""
+FREE_S = 0.001
+"""For one match in any case: a large model has a million, and other processes may run meanwhile."""
 _LONGEST = 1000
 _KNOWN = re.compile(
     r"(?:[\w/ ,:-]|\.|\\[.bdDwWsS/_-]|\[\^?(?:[\w./-]|\\[.dDwWsS_-])+\]|\((?:\?[:!=]|(?!\?))|[)|^$*+?]"
@@ -22,7 +24,7 @@ and no references. It has one way to read each text, so it takes no time itself.
 
 
 class Patterns:
-    """Matches patterns of one file, for no longer than `ALL_S`.
+    """Matches patterns of one file, for no longer than `ONE_S` each and `ALL_S` in all.
 
     Args:
         source: what the patterns are in, for messages.
@@ -43,13 +45,13 @@ class Patterns:
         """
         import regex  # unlike `re` it can be told to stop
 
-        begin = time.monotonic()
+        begin = time.thread_time()
         try:
             if pattern not in self._compiled:
                 if len(pattern) > _LONGEST or not _KNOWN.fullmatch(pattern):
                     raise ValueError("it is longer than such patterns are, or has more in it")
                 self._compiled[pattern] = regex.compile(pattern)
-            return self._compiled[pattern].match(text, timeout=max(0.001, min(ONE_S, self._left))) is not None
+            return self._compiled[pattern].match(text, timeout=max(FREE_S, min(ONE_S, self._left))) is not None
         except TimeoutError:
             raise UnsupportedModel(
                 f"the pattern {pattern!r} in {self._source} takes too long to match: {self._fix}"
@@ -59,4 +61,4 @@ class Patterns:
                 f"{pattern[:100]!r} in {self._source} is no pattern of names ({error}): {self._fix}"
             ) from None
         finally:
-            self._left -= time.monotonic() - begin
+            self._left -= max(0.0, time.thread_time() - begin - FREE_S)

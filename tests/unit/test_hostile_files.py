@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 import pickle
@@ -43,7 +44,7 @@ from splitnet.model.gguf_file import GgufFile
 from splitnet.model.gguf_store import GgufStore
 from splitnet.model.span import Span
 from splitnet.model.stored import StoredTensor
-from splitnet.patterns import Patterns
+from splitnet.patterns import ALL_S, Patterns
 from splitnet.serve.failures import ApiError
 from splitnet.serve.prompts import Prompts
 from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
@@ -400,6 +401,19 @@ NAMES = ["model.layers.0.self_attn.q_proj", "layers.12.mlp.experts.3.down_proj",
 )
 def test_patterns_of_names_match_as_those_of_python(pattern: str) -> None:
     assert [Patterns("it").match(pattern, name) for name in NAMES] == [bool(re.match(pattern, name)) for name in NAMES]
+
+
+@pytest.mark.parametrize(("took_s", "left"), [(2e-5, 1.0), (0.03, 0.42)])
+def test_only_matches_that_take_long_use_up_the_time_for_all(
+    took_s: float, left: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models of a thousand experts in a hundred blocks have a million short ones."""
+    ticks = itertools.count()
+    clock = SimpleNamespace(thread_time=lambda: took_s * next(ticks), monotonic=lambda: took_s * next(ticks))
+    monkeypatch.setattr("splitnet.patterns.time", clock)
+    patterns = Patterns("it")
+    assert all(patterns.match("lm_head", "lm_head") for _ in range(200))
+    assert patterns._left / ALL_S == pytest.approx(left, abs=1e-6)
 
 
 @pytest.mark.parametrize(
