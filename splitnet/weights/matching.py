@@ -30,7 +30,9 @@ MAX_ASKED: Final = 8
 MAX_MODELS: Final = 8
 """Of one name that are asked about, as names are what anybody claims."""
 NEXT_S: Final = 5.0
-"""After which another peer is asked, too, while one tells."""
+"""After which another peer is asked, too, while one tells slowly."""
+PATIENCE_S: Final = 40.0
+"""A peer tells slowly if it is not done by then, or will not be at its rate: peers share the link of this machine."""
 ANSWER_S: Final = 10.0
 """In which a peer answers."""
 WHOLE_S: Final = 120.0
@@ -89,7 +91,7 @@ def find_manifest(
     """The manifest of a model as its peers tell it, and the name of the model there.
 
     All models of its name are asked about at once, each of one peer and, while that is slow, of another one; so who
-    tells nothing, or slowly, holds this up for three minutes at most.
+    tells nothing, or slowly, holds this up for seven minutes at most.
 
     Args:
         directory: of the swarm.
@@ -214,6 +216,7 @@ class _Asked:
     Attributes:
         began, heard: in seconds: since when, and when it has last answered.
         nbytes: that it has told.
+        total: bytes of what it was asked for last.
     """
 
     model: str
@@ -222,6 +225,12 @@ class _Asked:
     began: float
     heard: float
     nbytes: int = 0
+    total: int = 0
+
+    def is_quick(self, now: float) -> bool:
+        """Whether no other peer needs to be asked yet."""
+        took = now - self.began
+        return took < NEXT_S or (self.nbytes > 0 and took * max(1, self.total / self.nbytes) < PATIENCE_S)
 
 
 class _Race:
@@ -272,11 +281,11 @@ class _Race:
             self._end_slow()
 
     def _begin(self) -> bool:
-        """Asks the next peer of each model of which nobody has begun to tell just now; whether some are left."""
+        """Asks the next peer of each model that nobody tells quickly; whether some are left."""
         now = time.monotonic()
         for fingerprint, left in self._left.items():
-            fresh = (one for one in self._asked.values() if one.model == fingerprint and now - one.began < NEXT_S)
-            if left and next(fresh, None) is None:
+            quick = any(one.model == fingerprint and one.is_quick(now) for one in self._asked.values())
+            if left and not quick:
                 peer = left.pop(0)
                 one = _Asked(fingerprint, peer, tell(fingerprint, self._wants_heads[fingerprint]), now, now)
                 self._ask(one, next(one.telling))
@@ -288,6 +297,7 @@ class _Race:
     def _answered(self, one: _Asked, message: Message) -> None:
         now = one.heard = time.monotonic()
         one.nbytes += len(getattr(message, "payload", b""))
+        one.total = getattr(message, "total", 0)
         try:
             self._ask(one, one.telling.send(message))
         except ModelNotFound as error:

@@ -17,7 +17,7 @@ from splitnet.net.peer_addresses import peer_address
 from splitnet.net.records import PeerRecord
 from splitnet.weights import matching
 from splitnet.weights.manifest import Manifest, Pieces, Tensor, digest
-from splitnet.weights.matching import ANSWER_S, MAX_ASKED, MAX_MODELS, NEXT_S, WHOLE_S, find_manifest, whole
+from splitnet.weights.matching import ANSWER_S, MAX_ASKED, MAX_MODELS, NEXT_S, PATIENCE_S, WHOLE_S, find_manifest, whole
 from tests.attacks.directory import fake_record
 from tests.attacks.weights import Known
 
@@ -50,7 +50,7 @@ class Asked:
         self.numbers += 1
         answer = self.peers[peer.address](self.numbers, kind, name, offset) if peer.address in self.peers else None
         if answer is not None:
-            wait = 9.0 if isinstance(answer, Slow) else 0.0
+            wait = 9.0 if isinstance(answer, Slow) else 1.0 if isinstance(answer, Steady) else 0.0
             self.late.append((self.now + wait, peer, answer))
         return self.numbers
 
@@ -63,6 +63,12 @@ class Asked:
 
 class Slow(WeightsPart):
     """A part for which a peer takes almost as long as it may."""
+
+    TAG = 0
+
+
+class Steady(WeightsPart):
+    """A part as a link has it that is not fast."""
 
     TAG = 0
 
@@ -133,7 +139,7 @@ def test_peers_that_tell_slowly_hold_nobody_up_for_long(asked: Any) -> None:
         records += some
     with pytest.raises(ModelNotFound, match="takes too long"):
         find_manifest(Known(*records), asked, "llama")
-    assert asked.now <= MAX_ASKED * (NEXT_S + 1) + WHOLE_S + ANSWER_S
+    assert asked.now <= MAX_ASKED * (PATIENCE_S + 1) + WHOLE_S + ANSWER_S
     began, manifest = asked.now, model_of(1)
     liars = [peer_of(manifest.fingerprint, 9000 + port)[0] for port in range(MAX_ASKED - 1)]
     asked.peers |= {record.address: dripping for record in liars}
@@ -141,6 +147,26 @@ def test_peers_that_tell_slowly_hold_nobody_up_for_long(asked: Any) -> None:
     asked.peers[address] = telling(manifest, Slow)
     found = find_manifest(Known(*liars, honest), asked, "llama", expected=manifest.fingerprint)
     assert found is not None and asked.now - began <= MAX_ASKED * (NEXT_S + 1) + ANSWER_S
+
+
+@pytest.mark.parametrize(("seconds", "also"), [(PATIENCE_S / 2, False), (PATIENCE_S * 1.5, True)])
+def test_peers_share_a_slow_link_only_where_one_would_take_long(asked: Any, seconds: float, also: bool) -> None:
+    """They would take all the longer, and none might end in time."""
+    total = int(seconds) * MAX_PART_BYTES
+    first, second = (peer_of("0" * 64, port)[0] for port in (1, 2))
+    others: list[float] = []
+
+    def steady(number: int, kind: WeightsKind, name: bytes, offset: int) -> Message:
+        return Steady(number, total, bytes(MAX_PART_BYTES))
+
+    def other(number: int, kind: WeightsKind, name: bytes, offset: int) -> Message:
+        others.append(asked.now)
+        return Failure(bytes(16), 0, number, 0, "")
+
+    asked.peers = {first.address: steady, second.address: other}
+    with pytest.raises(ModelNotFound, match="no manifest"):
+        find_manifest(Known(first, second), asked, "llama")
+    assert others and (others[0] < seconds) == also
 
 
 def test_what_all_tell_together_is_bounded(asked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
