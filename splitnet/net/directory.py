@@ -212,8 +212,7 @@ class Directory(SwarmDirectory):
         return any(stored[keys[at], subkeys[at]] or any(answer[at] for answer in answers) for at in (0, 1))
 
     def _request(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
-        if self._closed:
-            raise DirectoryError("The directory is closed; start it again.")
+        self._check_open()
         try:
             return self._call(self._answer(request), CALL_TIMEOUT_S + (START_TIMEOUT_S if self._reopen else 0.0))
         except DirectoryError:
@@ -221,6 +220,10 @@ class Directory(SwarmDirectory):
         except Exception as error:
             cause = str(error) or "no answer in time"
             raise DirectoryError(f"The DHT did not answer ({cause}); check the network and try again.") from error
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise DirectoryError("The directory is closed; start it again.")
 
     async def _rest(self) -> None:
         async with self._waking:
@@ -244,6 +247,7 @@ class Directory(SwarmDirectory):
 
     async def _answer(self, request: Callable[[Any], Coroutine[Any, Any, Any]]) -> Any:
         async with self._waking:
+            self._check_open()  # a node that begins now would not be ended
             if self._reopen is not None:
                 await self._reopen()
                 self._reopen = None
@@ -351,7 +355,8 @@ class Directory(SwarmDirectory):
         if self._opening is not None:  # it might start the child after all others have been ended
             self._opening.cancel()
             await asyncio.wait([self._opening])
-        await self._end_node()
+        async with self._waking:
+            await self._end_node()
 
     async def _end_node(self) -> None:
         parts, self._node, self._p2p = (self._node, self._p2p), None, None

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import psutil
 import pytest
@@ -475,6 +478,28 @@ def test_a_client_that_rests_has_no_child_and_is_there_again_when_asked(bootstra
         first.rest()
     other.rest()
     first.rest()
+    assert not children_since(before)
+
+
+def test_what_is_asked_while_a_client_is_closed_begins_no_node(member: Directory) -> None:
+    before = children_since(set())
+    client = Directory.start(initial_peers=member.addresses)
+    client.rest()
+    waiting = threading.Event()
+
+    async def late() -> None:
+        """Is asked just before it is closed, and comes to its turn after that."""
+        await client._waking.acquire()
+        waiting.set()
+        while not client._closed:
+            await asyncio.sleep(0)
+        client._waking.release()
+
+    held = client._submit(late(), CHILD_EXIT_TIMEOUT_S)
+    waiting.wait()
+    asked = client._submit(client._answer(AsyncMock()), CHILD_EXIT_TIMEOUT_S)
+    client.close()
+    assert held.done() and isinstance(asked.exception(), DirectoryError)
     assert not children_since(before)
 
 
