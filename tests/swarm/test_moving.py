@@ -70,6 +70,7 @@ def die(peer: Peer) -> None:
     peer._leaving.set()
     peer._announcer._withdrawn = True
     peer._announcer._leaving.set()
+    peer._announcer._soon.set()
     peer._transport.close()
 
 
