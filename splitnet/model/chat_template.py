@@ -5,6 +5,7 @@ That process is bounded in memory and time, and another one takes its place when
 
 from __future__ import annotations
 
+import atexit
 import json
 import subprocess
 import sys
@@ -142,6 +143,12 @@ class _Process:
             timer.cancel()
             timer.join()
 
+    def end(self) -> None:
+        """Ends the process, if it runs: one that is about to be ready would outlive this one for a moment."""
+        if self._running is not None:
+            self._running.kill()
+            self._running.wait()
+
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         self._running, self._is_ready = None, False
         process.kill()
@@ -150,5 +157,6 @@ class _Process:
 
 
 _process = _Process()
+atexit.register(_process.end)
 begin = _process.begin
 """Has the process ready when it is asked, which takes a second."""

@@ -361,7 +361,7 @@ class TestNeighbours:
     def test_peers_count_when_they_have_answered_and_few_are_asked_at_once(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("peers.neighbours.PING_TIMEOUT_S", 0.0)
+        monkeypatch.setattr(Prober, "patience_s", lambda *_, **__: 0.0)
         here, echo = record(address="tcp://192.0.2.1:1"), Echo()
         fakes = [record(address=f"tcp://192.0.2.9:{port}") for port in range(1, 2 * ASKED_AT_ONCE + 1)]
         echo.silent |= {fake.endpoint for fake in fakes}

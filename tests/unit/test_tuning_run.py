@@ -214,7 +214,7 @@ class TestFolder:
 
     def test_an_adapter_and_metrics_that_cannot_be_written_are_told(self, tmp_path: Path) -> None:
         class Full:
-            def save_pretrained(self, folder: str) -> None:
+            def save_pretrained(self, folder: str, **options: Any) -> None:
                 raise SafetensorError("I/O error: No space left on device (os error 28)")
 
         folder = TuningFolder(tmp_path / "run")
