@@ -263,8 +263,12 @@ def test_products_do_not_depend_on_the_prefetch() -> None:
 
 
 @needs_floats
-def test_all_prefetches_are_timed() -> None:
+def test_all_prefetches_are_timed_and_none_stays_in_use() -> None:
+    before = kernels.Prefetch("nta", 4096)
+    kernels.use_prefetch(before)
     times = kernels.time_prefetches(kernels.PREFETCHES)
+    assert kernels.prefetch_in_use() == before
+    kernels.use_prefetch(kernels.PREFETCHES[0])
     assert set(times) == set(kernels.PREFETCHES) and all(0 < seconds < float("inf") for seconds in times.values())
 
 
