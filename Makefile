@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 
 export MODEL PROMPT
 
-.PHONY: demo chat test lint docs format bench-quick soak attack
+.PHONY: demo chat test lint docs format size bench-quick soak attack
 .DELETE_ON_ERROR:
 
 demo: .venv/all.stamp
@@ -26,6 +26,10 @@ lint: .venv/dev.stamp
 
 docs: .venv/dev.stamp
 	@NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict
+
+# How large the product is, and what one decode token passes; for the figures before a change: `.venv/bin/python benchmarks/size.py ROOT`.
+size: .venv/dev.stamp
+	@.venv/bin/python benchmarks/size.py --trace
 
 # How fast blocks decode on this processor, beside transformers and the memory; fails below its bounds. A minute.
 bench-quick: .venv/dev.stamp
