@@ -11,7 +11,6 @@ from pathlib import Path
 
 from peers.lan_presence import LanPresence
 from peers.options import PeerOptions
-from splitnet.client.links import Links
 from splitnet.errors import DirectoryError, LanError, ModelNotFound, ProtocolError, UnsupportedModel, WrongSwarm
 from splitnet.model.block_sizes import check_file_bytes
 from splitnet.model.checkpoint import Checkpoint, open_store
@@ -21,6 +20,7 @@ from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
 from splitnet.net.joining import join, node_of
 from splitnet.net.lan import LocalNetwork
+from splitnet.net.links import Links
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN
 from splitnet.weights.fetching import Asking, Fetcher

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from splitnet.client.bans import BAN_S
 from splitnet.client.link_codecs import LinkCodecs
-from splitnet.client.links import refusal
 from splitnet.client.liveness import ANSWER_S
 from splitnet.client.planner import Forecast, Needs
 from splitnet.client.requests import Request
@@ -45,6 +44,7 @@ from splitnet.client.swarm import Swarm
 from splitnet.errors import NotAuthorized, SessionClosed, SplitnetError
 from splitnet.net import tcp
 from splitnet.net.endpoints import Endpoint, LinkState
+from splitnet.net.links import refusal
 from splitnet.net.messages import SESSION_BYTES, Message, Open
 from splitnet.net.prober import ANSWER_TRIPS, FIRST_TRIPS, Answer
 from splitnet.net.sent_log import REPLAY_POSITIONS

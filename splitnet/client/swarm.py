@@ -15,7 +15,6 @@ from splitnet.client.bans import Bans
 from splitnet.client.event_log import EventLog
 from splitnet.client.fresh_facts import FreshFacts
 from splitnet.client.known_peers import KnownPeers
-from splitnet.client.links import Links
 from splitnet.client.planner import CLIENT_ENDS, Ends, Needs, PlannedHop, Planner, peer_command
 from splitnet.client.route_search import HEARD_S, searched_route
 from splitnet.client.survey import Survey
@@ -27,6 +26,7 @@ from splitnet.net.fields import STRICT_VERSIONS
 from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.net.joining import asked_peers_of, join
 from splitnet.net.link_pool import BRIEF_S
+from splitnet.net.links import Links
 from splitnet.net.prober import Answer
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_key import OPEN, SwarmKey

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from splitnet.client.links import Links
 from splitnet.errors import ModelNotFound
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net.identity import AuthorizedKeys, Identity, PublicKey
 from splitnet.net.joining import join
+from splitnet.net.links import Links
 from splitnet.net.swarm_key import OPEN, SwarmKey
 from splitnet.weights.fetching import Asking, Report
 from splitnet.weights.manifest import Manifest

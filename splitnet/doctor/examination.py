@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from splitnet.client.links import Links
 from splitnet.doctor import machine, network
 from splitnet.doctor.finding import Finding, Status, failed, passed, warned
 from splitnet.doctor.links import PeerLinks
@@ -23,6 +22,7 @@ from splitnet.net.dht_answers import allowed_skew_s, ask_nodes
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
 from splitnet.net.joining import join as join_swarm
+from splitnet.net.links import Links
 from splitnet.net.peer_addresses import endpoint_of, split_addresses
 from splitnet.net.records import MAX_CLOCK_SKEW_S, PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory

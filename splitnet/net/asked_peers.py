@@ -56,7 +56,7 @@ _RECORDS_PER_PART = 1024
 
 
 class AskingLinks(Protocol):
-    """Links to peers: see `splitnet.client.links.Links`."""
+    """Links to peers: see `splitnet.net.links.Links`."""
 
     on_answer: Callable[[Endpoint, Message], None] | None
 

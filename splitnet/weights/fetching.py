@@ -14,10 +14,10 @@ from typing import Final
 
 import numpy as np
 
-from splitnet.client.links import Links
 from splitnet.errors import DirectoryError, ModelNotFound, WrongSwarm
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import Identity
+from splitnet.net.links import Links
 from splitnet.net.messages import (
     MAX_PART_BYTES,
     AskWeights,

@@ -15,7 +15,6 @@ import torch
 from peers.daemon import Peer
 from peers.directory_service import MAX_MODELS
 from splitnet.client.causal_lm import attach
-from splitnet.client.links import Links
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import DirectoryError, LanError
 from splitnet.model.checkpoint import Checkpoint
@@ -24,6 +23,7 @@ from splitnet.net.asked_peers import AskedPeers
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
+from splitnet.net.links import Links
 from splitnet.net.messages import Announce, Announced, Failure, Found, LookUp
 from splitnet.net.peer_addresses import peer_address
 from splitnet.net.records import PeerRecord

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from splitnet.client import known_peers
-from splitnet.client.links import MAX_LINKS
 from splitnet.client.session import Session
 from splitnet.errors import DirectoryError
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
+from splitnet.net.links import MAX_LINKS
 from tests.swarm.generation import GREEDY, After, prompt
 from tests.swarm.harness import SPANS, LocalSwarm, local_swarm, repairs
 

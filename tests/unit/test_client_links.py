@@ -9,11 +9,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from splitnet.client import links as links_module
-from splitnet.client.links import Links
 from splitnet.errors import PeerLost, SplitnetError
+from splitnet.net import links as links_module
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import Identity
+from splitnet.net.links import Links
 from splitnet.net.messages import Close, Message, Open, Ping
 
 MOST = 8

@@ -11,13 +11,13 @@ import pytest
 from scheduler.encoding import Encoding
 from scheduler.network import Link
 from splitnet.client import fresh_facts, known_peers
-from splitnet.client.links import Links
 from splitnet.client.planner import Needs
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.errors import CoverageError, PeerBusy, ProtocolVersionError, WrongSwarm
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.identity import Identity
+from splitnet.net.links import Links
 from splitnet.net.messages import PROTOCOL_VERSION, Message, Ping, Pong, decode, encode
 from splitnet.net.records import PeerRecord
 
