@@ -255,11 +255,11 @@ def peer(
     from peers.options import PeerOptions
     from peers.placing import SpanWish
     from splitnet.cli.progress import StageProgress
-    from splitnet.model.demo import cache_folder
     from splitnet.model.device_choice import find_device
     from splitnet.model.memory import keep_freed_memory
     from splitnet.net.dht_node import have_hivemind
     from splitnet.net.swarm_key import SwarmKey
+    from splitnet.paths import cache_folder
 
     closed = invitation.swarm_key if invitation else SwarmKey.load(swarm_key) if swarm_key else None
     if invitation and invite and authorized_keys is None:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from splitnet.errors import SplitnetError
+from splitnet.paths import cache_folder
 
 DEMO_NAME = "demo"
 """The model argument that stands for this checkpoint on the command line."""
@@ -57,22 +58,6 @@ def demo_checkpoint(*, progress: Progress | None = None) -> Path:
             "free about 300 MB there or set SPLITNET_CACHE to another folder."
         ) from error
     return target
-
-
-def cache_folder() -> Path:
-    """Where files of this package are kept for later: the demo model, speeds. `SPLITNET_CACHE` names another."""
-    override = os.environ.get("SPLITNET_CACHE")
-    if override:
-        return Path(override).expanduser().absolute()
-    import platformdirs
-
-    return Path(platformdirs.user_cache_dir("splitnet"))
-
-
-def public_name(source: str) -> str:
-    """What is written into files of a checkpoint's hub id or path: no path of a file that only this package knows."""
-    path = Path(source)
-    return path.name.removesuffix(".gguf") if cache_folder() in path.parents else source
 
 
 def _report_nothing(phase: str, done: int, total: int) -> None:

@@ -29,8 +29,8 @@ import torch
 
 from splitnet.errors import KernelsError
 from splitnet.known_figures import KnownFigures
-from splitnet.model.demo import cache_folder
 from splitnet.model.openmp import linked_with_torch
+from splitnet.paths import cache_folder
 
 PATH_VARIABLE = "SPLITNET_KERNELS"
 """Names the path that is to be used, the prefetch, or both: `avx2`, `nta+4096`, `avx2,none`."""

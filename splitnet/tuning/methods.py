@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from splitnet.errors import AdapterError
-from splitnet.model.demo import public_name
+from splitnet.paths import public_name
 
 if TYPE_CHECKING:
     from splitnet.client.local_adapters import Prefixes

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from splitnet.errors import ModelNotFound, ProtocolError
-from splitnet.model.demo import cache_folder
+from splitnet.paths import cache_folder
 from splitnet.weights.manifest import PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
 
 if TYPE_CHECKING:

@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from splitnet.errors import ModelNotFound, ProtocolError, SplitnetError
-from splitnet.model.demo import cache_folder
 from splitnet.net.messages import DIGEST_BYTES
+from splitnet.paths import cache_folder
 from splitnet.weights.manifest import PIECE_BYTES, Manifest, digest, piece_count
 
 if TYPE_CHECKING:

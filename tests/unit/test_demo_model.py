@@ -12,6 +12,7 @@ import pytest
 
 from splitnet.errors import SplitnetError
 from splitnet.model import demo
+from splitnet.paths import cache_folder
 
 
 @pytest.fixture
@@ -90,10 +91,9 @@ def test_what_a_killed_process_left_is_removed(downloads: FakeDownload, cache: P
 def test_callers_at_once_share_one_download(downloads: FakeDownload, monkeypatch: pytest.MonkeyPatch) -> None:
     callers = 3
     at_the_start = threading.Barrier(callers, timeout=30)
-    cache_folder = demo.cache_folder
 
     def look_together() -> Path:
-        at_the_start.wait()  # all are here before anyone looks for the file
+        at_the_start.wait()  # all are here before one of them looks for the file
         return cache_folder()
 
     monkeypatch.setattr(demo, "cache_folder", look_together)
