@@ -19,7 +19,7 @@ from splitnet.client.parameters import refuse
 from splitnet.client.session import Session
 from splitnet.errors import AdapterError, PeerBusy
 from splitnet.model.adapters import Adapter
-from splitnet.model.rotary import RopeLengths
+from splitnet.model.families import RopeLengths
 from splitnet.net.messages import Fork, Part
 
 ModelSession = Session | MixedSession

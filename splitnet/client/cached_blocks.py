@@ -14,7 +14,7 @@ from splitnet.client.cache import ModelSession, RemoteCache, RemoteLayer
 from splitnet.client.local_adapters import LocalAdapters, Prefixes
 from splitnet.client.parameters import check_context, check_positions, mask_of, reach_of
 from splitnet.model.adapters import Adapter
-from splitnet.model.rotary import RopeLengths
+from splitnet.model.families import RopeLengths
 from splitnet.net.messages import Part
 
 

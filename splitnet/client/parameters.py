@@ -14,7 +14,7 @@ import torch
 from transformers import GenerationConfig
 
 from splitnet.errors import ContextTooLong, UnsupportedParameter
-from splitnet.model.rotary import RopeLengths
+from splitnet.model.families import RopeLengths
 
 HONOURED = "as in transformers"
 

@@ -14,7 +14,7 @@ from splitnet.client.parameters import check_context, check_positions, mask_of, 
 from splitnet.client.pass_session import Passed, PassSession
 from splitnet.errors import SplitnetError
 from splitnet.model.adapters import Adapter, block_of
-from splitnet.model.rotary import RopeLengths
+from splitnet.model.families import RopeLengths
 
 
 class PassBlocks:

@@ -29,8 +29,7 @@ from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.client.unknown_model import learn_manifest
 from splitnet.errors import AdapterError, UnsupportedModel
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.families import has_attention
-from splitnet.model.rotary import RopeLengths
+from splitnet.model.families import RopeLengths, has_attention
 from splitnet.model.shell import backbone_of, outline_in
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.swarm_key import SwarmKey

@@ -14,18 +14,12 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import logging as transformers_logging
@@ -106,38 +100,6 @@ def _made_on_meta(make: Callable[[], _T]) -> _T:
     except RuntimeError:  # as when numbers meet what has none
         with torch.device("meta"):
             return make()
-
-
-def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the model without a head.
-
-    Raises:
-        UnsupportedModel: transformers has no causal language model of this family.
-    """
-    if type(config) not in AutoModelForCausalLM._model_mapping or type(config) not in AutoModel._model_mapping:
-        raise UnsupportedModel(f"models of the family {config.model_type!r} are not causal language models")
-    return cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])
-
-
-def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the model with its head; errors as `backbone_class`."""
-    backbone_class(config)
-    return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[type(config)])
-
-
-def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class of the model with a head that classifies whole sequences.
-
-    Raises:
-        UnsupportedModel: transformers has none of this family.
-    """
-    backbone_class(config)
-    if type(config) not in AutoModelForSequenceClassification._model_mapping:
-        raise UnsupportedModel(
-            f"transformers has no sequence classification for models of the family {config.model_type!r}: take a model "
-            "of another family, such as Llama, Qwen or Gemma"
-        )
-    return cast(type[PreTrainedModel], AutoModelForSequenceClassification._model_mapping[type(config)])
 
 
 def on_meta(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from splitnet.errors import ModelNotFound
-from splitnet.model.backbone import backbone_class, find_container, loaded_as, on_meta
+from splitnet.model.backbone import find_container, loaded_as, on_meta
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.coded_experts import layout_of_experts
+from splitnet.model.families import backbone_class
 from splitnet.model.grouped_forms import held_bytes
 from splitnet.model.held_experts import weights_of_experts
 from splitnet.model.held_linear import holdable_layers

@@ -14,10 +14,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.errors import ModelNotFound, UnsupportedModel
-from splitnet.model.backbone import causal_class
 from splitnet.model.dtypes import is_number_type
-from splitnet.model.families import check_can_be_cut, text_config_of
-from splitnet.model.rotary import max_positions
+from splitnet.model.families import causal_class, check_can_be_cut, max_positions, text_config_of
 from splitnet.model.safetensors_store import SafetensorsStore
 from splitnet.model.tensor_store import Progress, TensorFacts, TensorStore
 from splitnet.model.unexpected import check_none, ignored

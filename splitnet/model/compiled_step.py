@@ -21,10 +21,9 @@ from splitnet.model import kernels
 from splitnet.model.attention import Part
 from splitnet.model.block_description import Attention, BlockDescription, Turned
 from splitnet.model.block_parts import Norm, UnknownPart
-from splitnet.model.families import PLAIN_LINEAR
 from splitnet.model.float_forms import CompiledBfloat16, CompiledFloat16, ConvertedBfloat16, ConvertedFloat32
 from splitnet.model.grouped_forms import GroupedForm
-from splitnet.model.held_linear import HeldLinear
+from splitnet.model.held_linear import PLAIN_LINEAR, HeldLinear
 from splitnet.model.known_experts import KnownExperts
 from splitnet.model.rotary import Order, Turning
 from splitnet.model.tiles import CHUNK

@@ -1,4 +1,4 @@
-"""Which model families can be cut into spans, and what is special about some of them: data, no model code.
+"""Which model families can be cut into spans, what is special about some of them, and what their configs say.
 
 A family is transformers' `model_type` of the text model. A family that is not named here is tried if it is a
 decoder-only causal language model: it runs sequence by sequence with its own attention. Its blocks must stand in one
@@ -12,15 +12,23 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model.rotary import RopeLengths
 
 MAX_LAYERS = 4096
 """As many as messages and records can number."""
 MAX_LABELS = 1 << 13
 """Of which transformers makes a name each."""
+MAX_LENGTH = 1 << 48
+"""Longer than all sequences."""
 _BASES = ("rope_theta", "rope_local_base_freq", "rotary_emb_base", "swa_rope_theta")
 
 PACKS = frozenset(
@@ -124,14 +132,6 @@ in spans they give zero."""
 NEUTRAL_CONFIG: Mapping[str, Any] = {"embedding_multiplier": 1.0}
 """Config values with which a backbone hands its input to the first block unchanged."""
 
-PLAIN_LINEAR = frozenset({"FalconLinear"})
-"""Families' own classes of linear layers that compute what torch's does: their weights may be held in other forms."""
-
-ROUTERS = frozenset({"router", "gate", "dt_proj", "kv_b_proj"})
-"""Names of modules that keep their weights. Routers choose experts: they are small, and another choice changes more
-than a rounded weight. Of the time steps of Mamba, see `TAKEN_WEIGHTS`. What makes keys and values of latents is
-multiplied with by its columns, too, where latents are stored; it is small as well."""
-
 TAKEN_WEIGHTS = frozenset({"dt_proj"})
 """Linear layers that are never called, as the family's code multiplies by their weight itself: adapters that add to
 their output would do nothing."""
@@ -173,6 +173,38 @@ def make_known(config: PreTrainedConfig) -> None:
         text_models.make_known()
 
 
+def backbone_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model without a head.
+
+    Raises:
+        UnsupportedModel: transformers has no causal language model of this family.
+    """
+    if type(config) not in AutoModelForCausalLM._model_mapping or type(config) not in AutoModel._model_mapping:
+        raise UnsupportedModel(f"models of the family {config.model_type!r} are not causal language models")
+    return cast(type[PreTrainedModel], AutoModel._model_mapping[type(config)])
+
+
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model with its head; errors as `backbone_class`."""
+    backbone_class(config)
+    return cast(type[PreTrainedModel], AutoModelForCausalLM._model_mapping[type(config)])
+
+
+def classifier_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class of the model with a head that classifies whole sequences.
+
+    Raises:
+        UnsupportedModel: transformers has none of this family.
+    """
+    backbone_class(config)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise UnsupportedModel(
+            f"transformers has no sequence classification for models of the family {config.model_type!r}: take a model "
+            "of another family, such as Llama, Qwen or Gemma"
+        )
+    return cast(type[PreTrainedModel], AutoModelForSequenceClassification._model_mapping[type(config)])
+
+
 def check_can_be_cut(config: PreTrainedConfig) -> None:
     """Refuses a text model that cannot be cut into spans.
 
@@ -185,6 +217,48 @@ def check_can_be_cut(config: PreTrainedConfig) -> None:
             f"models of the family {config.model_type!r} cannot be cut into spans: {reason}. Use a decoder-only model "
             "such as Llama, Qwen or Gemma"
         )
+
+
+class RopeLengths:
+    """Which lengths of a sequence give a model the same frequencies.
+
+    In transformers, all positions of a call get those of the length that the sequence then has, and keys that are
+    cached keep theirs.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        kinds = _kinds(config)
+        originals = [kind.get("original_max_position_embeddings") for kind in kinds if kind["rope_type"] == "longrope"]
+        self._long = [end for end in originals if isinstance(end, int)]
+        dynamic = any(kind["rope_type"] == "dynamic" for kind in kinds)
+        most = getattr(config, "max_position_embeddings", None) if dynamic else None
+        self._dynamic = most if isinstance(most, int) else None
+
+    @property
+    def matter(self) -> bool:
+        """Whether frequencies depend on the length."""
+        return self.grow or bool(self._long)
+
+    @property
+    def grow(self) -> bool:
+        """Whether they are made for sequences longer than the config says."""
+        return self._dynamic is not None
+
+    def last(self, length: int) -> int:
+        """The largest length with the frequencies of `length`."""
+        ends = [end for end in (*self._long, self._dynamic) if end is not None and end >= length]
+        return min(ends) if ends else length if self.grow else MAX_LENGTH
+
+    def shortest(self, length: int) -> int:
+        """The smallest length with the frequencies of `length`; 0 where the smallest of all has them."""
+        if self.grow and length > (self._dynamic or 0):
+            return length
+        return max((end + 1 for end in (*self._long, self._dynamic) if end is not None and end < length), default=0)
+
+
+def max_positions(config: PreTrainedConfig) -> int | None:
+    """Positions that a model was made for; None if its config does not say, or its rotary embedding grows with them."""
+    return None if RopeLengths(config).grow else getattr(config, "max_position_embeddings", None)
 
 
 def packs_sequences(config: PreTrainedConfig) -> bool:
@@ -267,6 +341,15 @@ def _with_inner(values: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
     for value in values.values():
         if isinstance(value, Mapping):
             yield from _with_inner(cast("Mapping[str, Any]", value))
+
+
+def _kinds(config: PreTrainedConfig) -> list[dict[str, Any]]:
+    """The rotary embeddings of a model: blocks of several kinds may have one each."""
+    parameters = getattr(config, "rope_parameters", None)
+    if not isinstance(parameters, dict):
+        return []
+    kinds = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]
+    return [kind for kind in kinds if "rope_type" in kind]
 
 
 def _reason_against(config: PreTrainedConfig) -> str:

@@ -10,12 +10,19 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from splitnet.model.families import PLAIN_LINEAR, ROUTERS
 from splitnet.model.float_forms import ConvertedFloat32
 from splitnet.model.grouped_forms import hold_stored
 from splitnet.model.stored import StoredMatrix, StoredTensor
 from splitnet.model.weight_form import WeightForm
 from splitnet.model.weights import Weights
+
+PLAIN_LINEAR = frozenset({"FalconLinear"})
+"""Families' own classes of linear layers that compute what torch's does: their weights may be held in other forms."""
+
+ROUTERS = frozenset({"router", "gate", "dt_proj", "kv_b_proj"})
+"""Names of modules that keep their weights. Routers choose experts: they are small, and another choice changes more
+than a rounded weight. Of the time steps of Mamba, see `splitnet.model.families.TAKEN_WEIGHTS`. What makes keys and
+values of latents is multiplied with by its columns, too, where latents are stored; it is small as well."""
 
 
 class HeldLinear(nn.Module):

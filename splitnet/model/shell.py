@@ -10,22 +10,12 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from splitnet.model.attention import PACKED
-from splitnet.model.backbone import (
-    causal_class,
-    classifier_class,
-    find_container,
-    keep_configs,
-    load_cut,
-    loaded_as,
-    on_meta,
-    parent_of,
-    slice_config,
-)
+from splitnet.model.backbone import find_container, keep_configs, load_cut, loaded_as, on_meta, parent_of, slice_config
 from splitnet.model.block_stand_in import AllBlocks, BlockList, blocks_return_tuple
 from splitnet.model.checkpoint import OTHER_TOWERS, Checkpoint
 from splitnet.model.device_forms import use_device_kernels
 from splitnet.model.dtypes import as_dtype
-from splitnet.model.families import packs_sequences
+from splitnet.model.families import causal_class, classifier_class, packs_sequences
 from splitnet.model.head import hold_head
 from splitnet.model.outline import outline_of
 from splitnet.model.unexpected import check_none, ignored

@@ -19,12 +19,18 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from splitnet.model.attention import PACKED
-from splitnet.model.backbone import backbone_class, causal_class, cut_to_blocks, find_container, on_meta, parent_of
+from splitnet.model.backbone import cut_to_blocks, find_container, on_meta, parent_of
 from splitnet.model.block_sizes import BlockSize, block_sizes, codes_bytes, codes_within, size_of_block, weights_of
 from splitnet.model.checkpoint import Checkpoint, open_store, read_config
 from splitnet.model.dtypes import as_dtype, is_number_type
-from splitnet.model.families import keeps_states, packs_sequences, sliding_windows
-from splitnet.model.rotary import max_positions
+from splitnet.model.families import (
+    backbone_class,
+    causal_class,
+    keeps_states,
+    max_positions,
+    packs_sequences,
+    sliding_windows,
+)
 from splitnet.model.shell import names_of_shell
 from splitnet.model.span import Span
 from splitnet.model.stored_layers import can_hold_codes

@@ -23,14 +23,7 @@ from splitnet.model.adapters import (
     applying,
 )
 from splitnet.model.attention import GROUPED, PACKED, PackedPass, Part, positions_at_once, running
-from splitnet.model.backbone import (
-    backbone_class,
-    cut_to_blocks,
-    find_container,
-    load_cut,
-    parent_of,
-    share_blocks,
-)
+from splitnet.model.backbone import cut_to_blocks, find_container, load_cut, parent_of, share_blocks
 from splitnet.model.block_sizes import block_bytes, block_sizes, weights_of
 from splitnet.model.block_stand_in import check_neutral
 from splitnet.model.captured_step import CapturedStep
@@ -44,6 +37,7 @@ from splitnet.model.families import (
     NEUTRAL_CONFIG,
     ONE_BY_ONE,
     ONE_WINDOW,
+    backbone_class,
     keeps_states,
     packs_sequences,
     score_heads,

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from splitnet.errors import UnsupportedModel
-from splitnet.model.backbone import causal_class, load_cut
+from splitnet.model.backbone import load_cut
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.families import causal_class
 
 
 @torch.inference_mode(False)  # what is loaded is used outside of it, too

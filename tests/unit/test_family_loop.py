@@ -13,7 +13,7 @@ from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.remote_model import RemoteBlocks, made_remote
 from splitnet.client.speculation.family_loop import FamilyLoop
 from splitnet.model.checkpoint import Checkpoint
-from splitnet.model.rotary import RopeLengths
+from splitnet.model.families import RopeLengths
 from splitnet.model.shell import load_shell
 from tests.unit.random_models import HYBRIDS, random_checkpoint
 

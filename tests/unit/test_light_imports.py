@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from splitnet.model.backbone import _made_on_meta, causal_class, on_meta
+from splitnet.model.backbone import _made_on_meta, on_meta
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.families import causal_class
 from tests.unit.random_models import random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,9 +17,9 @@ from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.remote_model import RemoteBlocks, made_remote
 from splitnet.errors import UnsupportedParameter
 from splitnet.model.checkpoint import Checkpoint
+from splitnet.model.families import RopeLengths
 from splitnet.model.head import HeldHead
 from splitnet.model.loss_in_parts import IGNORED, loss_in_parts
-from splitnet.model.rotary import RopeLengths
 from splitnet.model.shell import load_shell
 from splitnet.model.weights import choose_weights
 from tests.unit.random_models import random_checkpoint

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from splitnet.model.rotary import max_positions
+from splitnet.model.families import max_positions
 
 _PREPARES = "prepare_inputs_for_generation"
 _OTHERS = ("_sample", "_update_model_kwargs_for_generation", "_prefill")
