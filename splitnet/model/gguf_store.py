@@ -23,8 +23,8 @@ from splitnet.model.gguf_file import GgufFile, GgufTensor
 from splitnet.model.gguf_tokenizer import read_tokenizer
 from splitnet.model.quantized_format import MALFORMED
 from splitnet.model.stored import StoredTensor
-from splitnet.model.tensor_store import Place, Progress, ReadBytes, TensorFacts
-from splitnet.weights.held import WeightFolder
+from splitnet.model.tensor_store import Progress, ReadBytes, TensorFacts
+from splitnet.weights.held import Place, WeightFolder
 
 _ARCHITECTURE = "general.architecture"
 _MAX_ROPE_BYTES = 1 << 20

@@ -20,8 +20,8 @@ from splitnet.model.quantization import quantization_settings, quantized_format
 from splitnet.model.quantized_format import DESCRIPTION_BYTES, Part, Weights
 from splitnet.model.shards import Shards, TensorInfo, read_tensor_infos
 from splitnet.model.stored import StoredTensor
-from splitnet.model.tensor_store import Place, Progress, TensorFacts
-from splitnet.weights.held import WeightFolder
+from splitnet.model.tensor_store import Progress, TensorFacts
+from splitnet.weights.held import Place, WeightFolder
 
 _GENERATION = "generation_config.json"
 _NOTES = ("_name_or_path", "transformers_version", "use_cache")

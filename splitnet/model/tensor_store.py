@@ -7,14 +7,13 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import torch
 from transformers import GenerationConfig, PreTrainedConfig
 
 from splitnet.model.stored import Layout
-from splitnet.weights.held import WeightFolder
+from splitnet.weights.held import TensorFiles, WeightFolder
 
 Progress = Callable[[int, int], None]
 """Called with (bytes done, bytes in all); from several threads, one at a time."""
@@ -44,24 +43,7 @@ class TensorFacts:
         return math.prod(self.shape) * dtype.itemsize
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where the bytes of a tensor stand in the files; it may be a part of a weight.
-
-    Attributes:
-        file: its name, for `TensorStore.open_file`.
-        offset: of its first byte in the file.
-        stored: its type, as the files name it.
-    """
-
-    file: str
-    offset: int
-    nbytes: int
-    stored: str
-    shape: tuple[int, ...]
-
-
-class TensorStore(Protocol):
+class TensorStore(TensorFiles, Protocol):
     """The files of one checkpoint.
 
     Names are logical: those that a checkpoint of the family with plain weights has. A quantized weight, which may be
@@ -128,25 +110,9 @@ class TensorStore(Protocol):
         """What of the config tells models apart, as JSON: it does not depend on the version of transformers."""
         ...
 
-    def places(self) -> Mapping[str, Place]:
-        """All tensors in the files by name, which may be parts of weights.
-
-        Raises:
-            ModelNotFound: a file is missing or not complete.
-        """
-        ...
-
-    def heads(self) -> Mapping[str, int]:
-        """Files of which more than their tensors is needed: name -> bytes before the first tensor."""
-        ...
-
     @property
     def commit(self) -> str:
         """Hub id and commit, which stand for the same files at any time; empty: not known, or not from the hub."""
-        ...
-
-    def local_file(self, file: str) -> Path | None:
-        """Where a file is on this machine; None: on the hub only."""
         ...
 
     def open_file(self, file: str) -> BinaryIO:

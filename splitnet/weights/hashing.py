@@ -11,14 +11,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 from splitnet.errors import ModelNotFound, ProtocolError
+from splitnet.model.tensor_store import TensorStore
 from splitnet.paths import cache_folder
 from splitnet.weights.manifest import PIECE_BYTES, Head, Manifest, Pieces, Tensor, digest
-
-if TYPE_CHECKING:
-    from splitnet.model.tensor_store import TensorStore
 
 log = logging.getLogger(__name__)
 

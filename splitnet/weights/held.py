@@ -15,10 +15,11 @@ import struct
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +29,47 @@ from splitnet.net.messages import DIGEST_BYTES
 from splitnet.paths import cache_folder
 from splitnet.weights.manifest import PIECE_BYTES, Manifest, digest, piece_count
 
-if TYPE_CHECKING:
-    from splitnet.model.tensor_store import TensorStore
-
 MANIFEST_FILE: Final = "splitnet.manifest"
 WRITTEN_FILE: Final = "splitnet.written"
 _FIX: Final = "free some space, or set SPLITNET_CACHE to another folder"
 _STORED: Final = re.compile(r"[A-Z0-9_]{1,16}")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the bytes of a tensor stand in the files; it may be a part of a weight.
+
+    Attributes:
+        file: its name, for `TensorFiles.local_file`.
+        offset: of its first byte in the file.
+        stored: its type, as the files name it.
+    """
+
+    file: str
+    offset: int
+    nbytes: int
+    stored: str
+    shape: tuple[int, ...]
+
+
+class TensorFiles(Protocol):
+    """Where the tensors of a checkpoint stand; what else its files hold: `splitnet.model.tensor_store.TensorStore`."""
+
+    def places(self) -> Mapping[str, Place]:
+        """All tensors in the files by name, which may be parts of weights.
+
+        Raises:
+            ModelNotFound: a file is missing or not complete.
+        """
+        ...
+
+    def heads(self) -> Mapping[str, int]:
+        """Files of which more than their tensors is needed: name -> bytes before the first tensor."""
+        ...
+
+    def local_file(self, file: str) -> Path | None:
+        """Where a file is on this machine; None: on the hub only."""
+        ...
 
 
 class HeldPieces:
@@ -51,7 +86,7 @@ class HeldPieces:
         ProtocolError: the manifest is of nothing that can be.
     """
 
-    def __init__(self, manifest: Manifest, store: TensorStore) -> None:
+    def __init__(self, manifest: Manifest, store: TensorFiles) -> None:
         self.manifest = manifest
         self._store = store
         places = store.places()
@@ -157,7 +192,7 @@ class WeightFolder(HeldPieces):
         fetched: bytes that were written by this process.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, store: TensorStore) -> None:
+    def __init__(self, path: Path, manifest: Manifest, store: TensorFiles) -> None:
         super().__init__(manifest, store)
         self.path = path
         self.fetch: Fetch | None = None

@@ -30,10 +30,10 @@ from splitnet.model.sizes import ModelSizes
 from splitnet.model.span import Part, Span
 from splitnet.model.stored import Codes, Kind, Layout, StoredMatrix, StoredTensor
 from splitnet.model.stored_layers import HeldEmbedding
-from splitnet.model.tensor_store import Place, Progress, TensorFacts
+from splitnet.model.tensor_store import Progress, TensorFacts
 from splitnet.model.weights import choose_weights
 from splitnet.model.whole_model import load_whole
-from splitnet.weights.held import WeightFolder
+from splitnet.weights.held import Place, WeightFolder
 from tests.unit.gguf_writing import write_gguf
 from tests.unit.quantized_checkpoints import quantized_pair
 from tests.unit.random_models import random_checkpoint
