@@ -43,13 +43,13 @@ from peers.neighbours import MEASURED_AT_ONCE
 from scheduler.coordinates import Coordinate
 from scheduler.placement import choose_span
 from scheduler.swarm import Peer, Speed
-from splitnet.simulation.directory import View
-from splitnet.simulation.engine import Simulation
-from splitnet.simulation.geography import GivenGeography
-from splitnet.simulation.node import Node
-from splitnet.simulation.session import FINISHED
-from splitnet.simulation.variants import POLICIES
-from splitnet.simulation.world import BYTES_PER_MS, KINDS, Device, Request, Settings, World, device_id, draw_requests
+from simulator.directory import View
+from simulator.engine import Simulation
+from simulator.geography import GivenGeography
+from simulator.node import Node
+from simulator.session import FINISHED
+from simulator.variants import POLICIES
+from simulator.world import BYTES_PER_MS, KINDS, Device, Request, Settings, World, device_id, draw_requests
 
 SHAPE = Shape(hidden=128, middle=256, blocks=24, heads=4, kv_heads=2, vocabulary=512)
 SPAN_BLOCKS = (5, 12)

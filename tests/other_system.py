@@ -115,7 +115,9 @@ def become(system: str) -> None:
 
 def modules() -> list[str]:
     """The names of all modules of splitnet."""
-    files = [file for folder in ("scheduler", "splitnet", "peers") for file in (ROOT / folder).rglob("*.py")]
+    files = [
+        file for folder in ("scheduler", "splitnet", "peers", "simulator") for file in (ROOT / folder).rglob("*.py")
+    ]
     names = [".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for file in files]
     return sorted(name for name in names if not name.endswith("__main__"))
 

@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -29,12 +30,37 @@ from splitnet.cli.logs import LogFormat, set_up, tell
 from splitnet.cli.peer import peer
 from splitnet.cli.plan import plan
 from splitnet.cli.serve import serve
-from splitnet.cli.simulate import simulate
 from splitnet.cli.status import status
 from splitnet.cli.tune import tune
 from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
 from splitnet.light_imports import claim_process
 from splitnet.signals import ENDING
+
+_ABSENT = "Not installed: says how to install it."
+
+
+def _leaf(entry: str) -> Callable[..., None]:
+    """The command `MODULE:FUNCTION` of a package that nothing else imports.
+
+    If that package is absent, or another of its name stands in its place: a command that says so.
+    """
+    module, _, name = entry.partition(":")
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        reason = str(error)
+
+    def absent(arguments: Annotated[list[str] | None, typer.Argument(hidden=True)] = None) -> None:
+        raise SplitnetError(
+            f"this command needs {module}, which cannot be imported ({reason}): install splitnet again, in an "
+            "environment of its own (`pip install splitnet`; in its repository `pip install -e .`)"
+        )
+
+    absent.__name__, absent.__doc__ = name, _ABSENT
+    return absent
+
+
+simulate = _leaf("simulator.command:simulate")
 
 app = typer.Typer(
     name="splitnet",
@@ -82,7 +108,10 @@ EXAMPLES: dict[Callable[..., None], tuple[str, str]] = {
 """Of each command, as its `--help` shows them; /ip4/... and tcp://... stand for what a peer prints."""
 
 for command, shown in EXAMPLES.items():
-    app.command(epilog="\n\n".join(("[bold]Examples[/bold]", *shown)))(command)
+    app.command(
+        epilog="\n\n".join(("[bold]Examples[/bold]", *shown)),
+        context_settings={"ignore_unknown_options": command.__doc__ == _ABSENT},
+    )(command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -40,7 +40,8 @@ from splitnet.cli.main import app
 assert importlib.util.find_spec("peft") is None
 for command in ([], ["peer"], ["generate"], ["serve"], ["tune"]):
     assert CliRunner().invoke(app, [*command, "--help"]).exit_code == 0
-files = [file for folder in ("scheduler", "splitnet", "peers") for file in pathlib.Path(folder).rglob("*.py")]
+folders = ("scheduler", "splitnet", "peers", "simulator")
+files = [file for folder in folders for file in pathlib.Path(folder).rglob("*.py")]
 for file in files:
     name = ".".join(file.with_suffix("").parts).removesuffix(".__init__")
     if not name.startswith("splitnet.serve.") and not name.endswith("__main__"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("scheduler", "splitnet", "peers")
+PACKAGES = ("scheduler", "splitnet", "peers", "simulator")
 MAY_IMPORT_PEERS = "splitnet.cli.peer"
 UNSAFE_SERIALIZERS = {"_pickle", "cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 
@@ -95,6 +95,15 @@ def test_the_scheduler_stands_alone() -> None:
 
 def test_one_file_of_splitnet_imports_the_peers() -> None:
     assert importers_of({"peers"}, within="splitnet") == {MAY_IMPORT_PEERS}
+
+
+def test_nothing_imports_the_simulator() -> None:
+    """`splitnet/cli/main.py` names its command, and does without it."""
+    for package in ("scheduler", "splitnet", "peers"):
+        assert importers_of({"simulator"}, within=package) == set()
+    assert importers_of({"peers"}, within="simulator") == set()
+    named = [file for file in source_files("scheduler", "splitnet", "peers") if "simulator." in file.read_text()]
+    assert [module_name(file) for file in named] == ["splitnet.cli.main"]
 
 
 def test_only_its_command_imports_the_server() -> None:

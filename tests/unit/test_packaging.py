@@ -16,7 +16,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NATIVE = "splitnet/model/native"
-PACKAGES = ("peers", "scheduler", "splitnet")
+PACKAGES = ("peers", "scheduler", "simulator", "splitnet")
 EXTENSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"][0]
 
 CLANG = next(filter(shutil.which, ("clang", "clang-19", "clang-14")), None)

@@ -19,21 +19,21 @@ from scheduler.network import CLIENT, Link
 from scheduler.packing import PASS_POSITIONS
 from scheduler.route import NoRoute, best_route
 from scheduler.swarm import Hop, Speed
+from simulator.chart import chart
+from simulator.engine import Simulation
+from simulator.events import Events
+from simulator.geography import Access, Geography, GivenGeography, TrueNetwork, read_latencies
+from simulator.outcome import Outcome, differences, outcome_of, pooled
+from simulator.placing import Placing
+from simulator.policies import Plan, Planned
+from simulator.route_quality import coordinate_error, plan_qualities
+from simulator.session import FAILED, FINISHED, RUNNING
+from simulator.simulate import ABLATIONS, AGAINST, BASELINES, POLICIES, Settings, World, simulate
+from simulator.traffic import Stream
+from simulator.world import KINDS, Device, Request, device_id, measured_to
 from splitnet.client.session_events import Cause
 from splitnet.client.session_route import Phase
 from splitnet.errors import SplitnetError
-from splitnet.simulation.chart import chart
-from splitnet.simulation.engine import Simulation
-from splitnet.simulation.events import Events
-from splitnet.simulation.geography import Access, Geography, GivenGeography, TrueNetwork, read_latencies
-from splitnet.simulation.outcome import Outcome, differences, outcome_of, pooled
-from splitnet.simulation.placing import Placing
-from splitnet.simulation.policies import Plan, Planned
-from splitnet.simulation.route_quality import coordinate_error, plan_qualities
-from splitnet.simulation.session import FAILED, FINISHED, RUNNING
-from splitnet.simulation.simulate import ABLATIONS, AGAINST, BASELINES, POLICIES, Settings, World, simulate
-from splitnet.simulation.traffic import Stream
-from splitnet.simulation.world import KINDS, Device, Request, device_id, measured_to
 
 SMALL = Settings(peers=40, clients=50, sessions_per_peer_hour=20.0, num_blocks=16, hidden=1024, uptime=0.03, load_s=0.1)
 """A world in which peers come and go all the time."""
@@ -272,7 +272,7 @@ def test_a_prompt_that_waits_for_a_way_up_is_not_taken_for_lost() -> None:
 
 
 def test_of_prompts_that_wait_for_a_way_up_the_shortest_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("splitnet.simulation.node.UNSENT_BYTES", 1000)
+    monkeypatch.setattr("simulator.node.UNSENT_BYTES", 1000)
     _, outcome = behind_a_slow_way(1500, 100)
     assert outcome.ttft_ms[1] < 15_000 < 30_000 < outcome.ttft_ms[0]
 

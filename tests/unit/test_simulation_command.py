@@ -1,15 +1,18 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from simulator.engine import Simulation
 from splitnet.cli.main import app
 from splitnet.errors import SplitnetError
-from splitnet.simulation.engine import Simulation
 
+ROOT = Path(__file__).resolve().parents[2]
 WORLD = ["simulate", "--peers", "30", "--clients", "20", "--blocks", "12", "--hidden", "512"]
 FEW = [*WORLD, "--clients", "5"]
 SMALL = [*WORLD, "--policy", "own"]
@@ -108,3 +111,17 @@ def test_too_few_peers_have_no_routes(peers: str, said: str) -> None:
 def test_what_goes_not_together_is_refused(options: tuple[str, ...], said: str) -> None:
     with pytest.raises(SplitnetError, match=said):
         run(*options)
+
+
+def test_where_the_simulator_is_absent_the_command_says_what_to_do() -> None:
+    program = """
+import sys
+sys.modules["simulator"] = None
+from splitnet.cli.main import main
+sys.argv = ["splitnet", "simulate", "--peers", "30"]
+main()
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert ran.returncode == 1
+    assert "needs simulator.command, which cannot be imported" in ran.stderr
+    assert "environment of its own" in ran.stderr and "Traceback" not in ran.stderr

@@ -159,7 +159,9 @@ def test_android_does_not_tell_addresses(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_text_is_read_and_written_in_one_encoding_everywhere() -> None:
-    files = [file for folder in ("peers", "scheduler", "splitnet") for file in (ROOT / folder).rglob("*.py")]
+    files = [
+        file for folder in ("peers", "scheduler", "simulator", "splitnet") for file in (ROOT / folder).rglob("*.py")
+    ]
     assert [place for file in files for place in _without_encoding(file)] == []
 
 

@@ -8,10 +8,10 @@ from functools import partial
 from types import MappingProxyType
 from typing import Any, Final
 
-from splitnet.simulation.petals import PetalsPlacing, PetalsRouting
-from splitnet.simulation.placing import OwnPlacing, Placing
-from splitnet.simulation.policies import Best, BestOptions, FewestHops, Nearest, RandomRoute, Routing
-from splitnet.simulation.world import World
+from simulator.petals import PetalsPlacing, PetalsRouting
+from simulator.placing import OwnPlacing, Placing
+from simulator.policies import Best, BestOptions, FewestHops, Nearest, RandomRoute, Routing
+from simulator.world import World
 
 EVERYBODY: Final = 1_000_000
 """As a limit of candidates: no limit."""

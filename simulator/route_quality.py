@@ -17,15 +17,15 @@ from scheduler.cost import route_ms
 from scheduler.network import CLIENT
 from scheduler.route import NoRoute
 from scheduler.swarm import Hop
+from simulator.clients import Client, new_client
+from simulator.engine import Simulation
+from simulator.geography import TrueNetwork
+from simulator.placing import OwnPlacing
+from simulator.policies import Best, BestOptions, Plan, RandomRoute, Routing
+from simulator.variants import EVERYBODY
+from simulator.world import Request, World
 from splitnet.client.planner import no_route_error
 from splitnet.errors import SplitnetError
-from splitnet.simulation.clients import Client, new_client
-from splitnet.simulation.engine import Simulation
-from splitnet.simulation.geography import TrueNetwork
-from splitnet.simulation.placing import OwnPlacing
-from splitnet.simulation.policies import Best, BestOptions, Plan, RandomRoute, Routing
-from splitnet.simulation.variants import EVERYBODY
-from splitnet.simulation.world import Request, World
 
 PAIRS: Final = 20_000
 

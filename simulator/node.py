@@ -12,14 +12,14 @@ from scheduler.load import Load
 from scheduler.network import Link, Place
 from scheduler.packing import DECODE_POSITIONS, PASS_POSITIONS, UNSENT_BYTES, next_pass
 from scheduler.swarm import Peer, Speed
+from simulator.directory import Record
+from simulator.world import Device
 from splitnet.gathering import Gathering
 from splitnet.net.messages import FailureCode
-from splitnet.simulation.directory import Record
-from splitnet.simulation.world import Device
 
 if TYPE_CHECKING:
-    from splitnet.simulation.route import Route
-    from splitnet.simulation.session import Session
+    from simulator.route import Route
+    from simulator.session import Session
 
 
 MIN_WAIT_MS: Final = 0.1

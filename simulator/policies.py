@@ -19,10 +19,10 @@ from scheduler.network import CLIENT, Link, Network, Place
 from scheduler.replan import changed_hops
 from scheduler.route import NoRoute, best_route
 from scheduler.swarm import Hop, Peer, Route, Speed
-from splitnet.simulation.clients import Client
-from splitnet.simulation.directory import View
-from splitnet.simulation.geography import TrueNetwork
-from splitnet.simulation.world import Request, World
+from simulator.clients import Client
+from simulator.directory import View
+from simulator.geography import TrueNetwork
+from simulator.world import Request, World
 
 SHARE: Final = 0.5
 """Weight of the latest token in the averages of what a session met."""

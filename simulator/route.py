@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from scheduler.encoding import Encoding, soonest
 from scheduler.network import Link
-from splitnet.simulation.geography import Geography
-from splitnet.simulation.node import Node
+from simulator.geography import Geography
+from simulator.node import Node
 
 if TYPE_CHECKING:
-    from splitnet.simulation.session import Session
+    from simulator.session import Session
 
 Hops = list[tuple[Node, int, int]]
 """Who runs which blocks [start, end)."""

@@ -11,9 +11,9 @@ from scheduler.coordinates import Coordinate
 from scheduler.moves import Move, Willingness, best_move
 from scheduler.placement import Spans, best_span, block_ms, work_ms
 from scheduler.swarm import Peer
-from splitnet.simulation.directory import Floats, View, one_way_ms, points_of
-from splitnet.simulation.node import Node
-from splitnet.simulation.world import Device, World
+from simulator.directory import Floats, View, one_way_ms, points_of
+from simulator.node import Node
+from simulator.world import Device, World
 
 
 class Placing(Protocol):

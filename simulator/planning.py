@@ -12,6 +12,12 @@ from scheduler.cost import route_ms
 from scheduler.network import CLIENT, Network
 from scheduler.prefill import SIZES, best_step
 from scheduler.swarm import Hop
+from simulator.directory import View
+from simulator.identities import Identities, device_at
+from simulator.node import Node
+from simulator.policies import Plan, Planned, Routing
+from simulator.session import Session
+from simulator.world import World
 from splitnet.client.planner import Ends, PlannedHop, no_route_error, repaired_route, with_kept_hops
 from splitnet.client.route_search import HEARD_S, searched_route
 from splitnet.client.session_events import AskRoute, Move, NoRoute
@@ -19,12 +25,6 @@ from splitnet.client.session_events import Planned as RoutePlanned
 from splitnet.client.survey import SILENT_S
 from splitnet.errors import CoverageError, PeerBusy
 from splitnet.net.codecs import Codec, codec_by_name
-from splitnet.simulation.directory import View
-from splitnet.simulation.identities import Identities, device_at
-from splitnet.simulation.node import Node
-from splitnet.simulation.policies import Plan, Planned, Routing
-from splitnet.simulation.session import Session
-from splitnet.simulation.world import World
 
 PLAIN = codec_by_name("none")
 

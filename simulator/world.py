@@ -16,7 +16,7 @@ from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.encoding import Encoding, encodings_of
 from scheduler.network import CLIENT
 from scheduler.swarm import Speed
-from splitnet.simulation.geography import Access, Geography, MeasuredGeography, read_latencies
+from simulator.geography import Access, Geography, MeasuredGeography, read_latencies
 
 
 @dataclass(frozen=True, slots=True)

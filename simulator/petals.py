@@ -20,10 +20,10 @@ from scheduler.coordinates import Coordinate
 from scheduler.network import Link
 from scheduler.route import NoRoute
 from scheduler.swarm import Hop
-from splitnet.simulation.directory import View
-from splitnet.simulation.node import Node
-from splitnet.simulation.policies import Plan, Planned
-from splitnet.simulation.world import Device, World
+from simulator.directory import View
+from simulator.node import Node
+from simulator.policies import Plan, Planned
+from simulator.world import Device, World
 
 OVERHEAD_MS: Final = 18.0
 UNKNOWN_MS: Final = 150.0

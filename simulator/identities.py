@@ -8,11 +8,11 @@ from ipaddress import IPv6Address
 from nacl.signing import SigningKey
 
 from scheduler.swarm import PASS_SIZES, Hop
+from simulator.directory import Record
 from splitnet.client.planner import PlannedHop
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import PublicKey
 from splitnet.net.records import PeerRecord
-from splitnet.simulation.directory import Record
 
 MODEL = "5eed" * 8
 

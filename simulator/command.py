@@ -15,7 +15,7 @@ from splitnet.errors import SplitnetError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from splitnet.simulation.simulate import Outcome, Settings, World
+    from simulator.simulate import Outcome, Settings, World
 
 RESULTS = "results.json"
 _WORLD = "World"
@@ -73,7 +73,7 @@ def simulate(
     plot: Annotated[Path | None, typer.Option(help="A file for a chart (SVG).")] = None,
 ) -> None:
     """Simulate a swarm of thousands of peers and compare ways to route and to place blocks."""
-    from splitnet.simulation.simulate import AGAINST, SCENARIOS, Settings, World, pooled
+    from simulator.simulate import AGAINST, SCENARIOS, Settings, World, pooled
 
     if coordinates:
         unused = {
@@ -87,7 +87,7 @@ def simulate(
     if scenario is not None and scenario not in SCENARIOS:
         raise SplitnetError(f"unknown scenario {scenario}: use {', '.join(SCENARIOS)}")
     names: list[str] = [*AGAINST] if against else _policies(policy or ["baselines"])
-    chosen: dict[str, Any] = dict(SCENARIOS[scenario]) if scenario else {}
+    chosen: dict[str, Any] = {"sessions_per_peer_hour": 10.0, **(SCENARIOS[scenario] if scenario else {})}
     if rate is not None:
         if chosen.get("burst"):
             raise SplitnetError("in a burst all clients come at once: --rate says nothing")
@@ -100,7 +100,7 @@ def simulate(
         hidden=hidden,
         uptime=uptime,
         latencies=latencies,
-        **{"sessions_per_peer_hour": 10.0, **chosen},
+        **chosen,
     )
     results = output / RESULTS if output else None
     if results and plot and results.resolve() == plot.resolve():
@@ -125,7 +125,7 @@ def simulate(
         text = json.dumps(_for_json(told), indent=1, default=str, allow_nan=False)  # a path is one
         results.write_text(text + "\n", encoding="utf-8")
     if plot:
-        from splitnet.simulation.chart import chart
+        from simulator.chart import chart
 
         plot.write_text(chart(figures, f"{peers:,} peers, {worlds * clients:,} sessions"), encoding="utf-8")
 
@@ -155,7 +155,7 @@ def _for_json(value: Any) -> Any:
 
 
 def _policies(wanted: list[str]) -> list[str]:
-    from splitnet.simulation.simulate import ABLATIONS, BASELINES, POLICIES
+    from simulator.simulate import ABLATIONS, BASELINES, POLICIES
 
     groups = {"baselines": BASELINES, "ablations": ABLATIONS}
     names = [name for word in wanted for name in groups.get(word, (word,))]
@@ -167,9 +167,9 @@ def _policies(wanted: list[str]) -> list[str]:
 
 def _run(all_settings: list[Settings], names: list[str]) -> dict[str, list[Outcome]]:
     """What became of each policy in each world. One world after the other, so that only one is in memory."""
+    from simulator.simulate import POLICIES, World
+    from simulator.simulate import simulate as simulate_policy
     from splitnet.cli.progress import StageProgress
-    from splitnet.simulation.simulate import POLICIES, World
-    from splitnet.simulation.simulate import simulate as simulate_policy
 
     parts: dict[str, list[Outcome]] = {name: [] for name in names}
     with StageProgress() as progress:
@@ -197,7 +197,7 @@ def _print_whole(table: Table) -> None:
 def _print_table(figures: dict[str, dict[str, float]], title: str) -> None:
     from rich.table import Table
 
-    from splitnet.simulation.simulate import POLICIES
+    from simulator.simulate import POLICIES
 
     table = Table(title=title)
     table.add_column("policy")
@@ -228,7 +228,7 @@ def _print_table(figures: dict[str, dict[str, float]], title: str) -> None:
 def _print_against(outcomes: dict[str, list[Outcome]], figures: dict[str, dict[str, float]], title: str) -> None:
     from rich.table import Table
 
-    from splitnet.simulation.simulate import POLICIES, differences
+    from simulator.simulate import POLICIES, differences
 
     columns = (
         ("TTFT s\np50", "ttft_p50_s", ".2f"), ("\np95", "ttft_p95_s", ".1f"), ("ms/token\np50", "token_p50_ms", ".0f"),
@@ -261,9 +261,9 @@ def _print_coordinates(world: World) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from simulator.outcome import percentile
+    from simulator.route_quality import coordinate_error, plan_qualities
     from splitnet.cli.progress import StageProgress
-    from splitnet.simulation.outcome import percentile
-    from splitnet.simulation.route_quality import coordinate_error, plan_qualities
 
     console = Console()
     error = coordinate_error(world)

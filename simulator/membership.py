@@ -13,11 +13,11 @@ from scheduler.coordinates import DIMENSIONS, Coordinate
 from scheduler.neighbours import Floats, Integers, ms_per_block
 from scheduler.network import Link
 from scheduler.swarm import Peer
-from splitnet.simulation.directory import Directory, View, one_way_ms
-from splitnet.simulation.events import Events
-from splitnet.simulation.node import Held, Node
-from splitnet.simulation.placing import Placing
-from splitnet.simulation.world import USED_SLOWER, Device, World, device_id, measured_to
+from simulator.directory import Directory, View, one_way_ms
+from simulator.events import Events
+from simulator.node import Held, Node
+from simulator.placing import Placing
+from simulator.world import USED_SLOWER, Device, World, device_id, measured_to
 
 MEASURED_LINKS: Final = 16
 """Links that a record holds at most."""

@@ -10,6 +10,13 @@ from typing import TYPE_CHECKING, Final
 
 from scheduler.network import CLIENT
 from scheduler.replan import Forecasts, RouteWatch
+from simulator.clients import Client
+from simulator.events import Events
+from simulator.identities import MODEL, Identities, device_at
+from simulator.node import Node, Parcel
+from simulator.policies import SeenHop
+from simulator.route import Hops, Route
+from simulator.world import Request, World
 from splitnet.client.bans import BAN_S, Bans
 from splitnet.client.requests import StepRequest
 from splitnet.client.session_events import (
@@ -35,18 +42,11 @@ from splitnet.net.endpoints import Endpoint
 from splitnet.net.messages import Close as CloseMessage
 from splitnet.net.messages import Failure, FailureCode, Open, Part, Replay, Result, Step
 from splitnet.net.sent_log import REPLAY_POSITIONS
-from splitnet.simulation.clients import Client
-from splitnet.simulation.events import Events
-from splitnet.simulation.identities import MODEL, Identities, device_at
-from splitnet.simulation.node import Node, Parcel
-from splitnet.simulation.policies import SeenHop
-from splitnet.simulation.route import Hops, Route
-from splitnet.simulation.world import Request, World
 
 if TYPE_CHECKING:
-    from splitnet.simulation.calls import Calls
-    from splitnet.simulation.planning import Planning
-    from splitnet.simulation.traffic import Traffic
+    from simulator.calls import Calls
+    from simulator.planning import Planning
+    from simulator.traffic import Traffic
 
 RUNNING: Final = "running"
 FINISHED: Final = "finished"

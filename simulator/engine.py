@@ -9,18 +9,18 @@ from typing import Final
 
 import numpy as np
 
-from splitnet.simulation.calls import Calls
-from splitnet.simulation.clients import new_client
-from splitnet.simulation.events import Events
-from splitnet.simulation.identities import Identities
-from splitnet.simulation.membership import Membership
-from splitnet.simulation.node import Held, Node
-from splitnet.simulation.placing import Placing
-from splitnet.simulation.planning import Planning
-from splitnet.simulation.policies import Routing
-from splitnet.simulation.session import FAILED, RUNNING, Session, Surroundings
-from splitnet.simulation.traffic import Traffic
-from splitnet.simulation.world import Request, World
+from simulator.calls import Calls
+from simulator.clients import new_client
+from simulator.events import Events
+from simulator.identities import Identities
+from simulator.membership import Membership
+from simulator.node import Held, Node
+from simulator.placing import Placing
+from simulator.planning import Planning
+from simulator.policies import Routing
+from simulator.session import FAILED, RUNNING, Session, Surroundings
+from simulator.traffic import Traffic
+from simulator.world import Request, World
 
 DRAIN_S: Final = 600.0
 """How long sessions may still run when no more clients come; those that still run then have failed."""

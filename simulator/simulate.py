@@ -1,13 +1,13 @@
-"""Simulates a swarm: the way in to `splitnet/simulation/`."""
+"""Simulates a swarm: the way in to `simulator/`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from splitnet.simulation.engine import Simulation
-from splitnet.simulation.outcome import Outcome, differences, outcome_of, pooled
-from splitnet.simulation.variants import ABLATIONS, AGAINST, BASELINES, POLICIES
-from splitnet.simulation.world import SCENARIOS, Settings, World
+from simulator.engine import Simulation
+from simulator.outcome import Outcome, differences, outcome_of, pooled
+from simulator.variants import ABLATIONS, AGAINST, BASELINES, POLICIES
+from simulator.world import SCENARIOS, Settings, World
 
 __all__ = [
     "ABLATIONS", "AGAINST", "BASELINES", "POLICIES", "SCENARIOS", "Outcome", "Settings", "World", "differences",

@@ -8,8 +8,8 @@ from typing import Final
 
 import numpy as np
 
-from splitnet.simulation.engine import Simulation
-from splitnet.simulation.session import FINISHED
+from simulator.engine import Simulation
+from simulator.session import FINISHED
 
 SETTLED_MS = 60_000.0
 """Peers that served for less time say nothing about the balance of load."""

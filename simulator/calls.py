@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterable
 from itertools import pairwise
 from typing import Any
 
+from simulator.clients import CONNECT_TRIPS
+from simulator.events import Events
+from simulator.node import Held, Node
+from simulator.session import RUNNING, Session
+from simulator.traffic import Traffic
+from simulator.world import World
 from splitnet.client.known_peers import LOOK_S
 from splitnet.client.session_events import Alive, AskAlive, Event, LinkFailed, Received
 from splitnet.errors import PeerLost
 from splitnet.net.link_pool import KEEP_S
 from splitnet.net.messages import Close, FailureCode, Open, Opened, Replay
-from splitnet.simulation.clients import CONNECT_TRIPS
-from splitnet.simulation.events import Events
-from splitnet.simulation.node import Held, Node
-from splitnet.simulation.session import RUNNING, Session
-from splitnet.simulation.traffic import Traffic
-from splitnet.simulation.world import World
 
 Call = Open | Close | Replay | AskAlive
 

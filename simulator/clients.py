@@ -12,11 +12,11 @@ from scheduler.candidates import measured_first
 from scheduler.coordinates import DIMENSIONS, Coordinate, place_among
 from scheduler.network import CLIENT, Link, Place
 from scheduler.swarm import Peer
+from simulator.directory import Record, View
+from simulator.world import World
 from splitnet.client.fresh_facts import PINGS_PER_MINUTE
 from splitnet.net.messages import ToldLoad
 from splitnet.net.prober import PING_TIMEOUT_S
-from splitnet.simulation.directory import Record, View
-from splitnet.simulation.world import World
 
 CONNECT_TRIPS: Final = 4
 """Round trips until a connection is up: one of TCP, one of ZeroMQ's greetings, two of CurveZMQ."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final
 
-from splitnet.simulation.variants import POLICIES
+from simulator.variants import POLICIES
 
 LABEL: Final = 230
 PANEL: Final = 250
