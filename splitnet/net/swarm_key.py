@@ -18,7 +18,6 @@ import nacl.bindings
 import nacl.exceptions
 
 from splitnet.errors import KeyFileError, NotAuthorized
-from splitnet.net.messages import Payload
 
 KEY_BYTES: Final = 32
 NONCE_BYTES: Final = nacl.bindings.crypto_aead_xchacha20poly1305_ietf_NPUBBYTES
@@ -42,7 +41,7 @@ class OpenSwarm:
         """What travels of records."""
         return data
 
-    def unseal(self, data: Payload) -> bytes:
+    def unseal(self, data: bytes | memoryview) -> bytes:
         """The records in what has come. Raises NotAuthorized if it was not written by a member."""
         return bytes(data)
 
@@ -103,7 +102,7 @@ class SwarmKey(OpenSwarm):
         nonce = secrets.token_bytes(NONCE_BYTES)
         return nonce + nacl.bindings.crypto_aead_xchacha20poly1305_ietf_encrypt(data, b"", nonce, self._records)
 
-    def unseal(self, data: Payload) -> bytes:
+    def unseal(self, data: bytes | memoryview) -> bytes:
         sealed = bytes(data)
         try:
             return nacl.bindings.crypto_aead_xchacha20poly1305_ietf_decrypt(
