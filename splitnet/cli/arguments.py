@@ -350,17 +350,6 @@ def resolve_model(model: str) -> str:
         return str(demo_checkpoint(progress=progress.update))
 
 
-def model_or_invited(model: str | None, invite: Path | None) -> str:
-    """The model argument, or the model of an invitation."""
-    if model is not None:
-        return model
-    if invite is None:
-        raise typer.BadParameter("give MODEL, or --invite")
-    from splitnet.cli.invite import Invite
-
-    return Invite.load(invite).model
-
-
 def parse_blocks(text: str) -> tuple[int, int]:
     """Start and end of a text such as `0:10`, blocks 0 to 9."""
     match = re.fullmatch(r"(\d+):(\d+)", text.strip())

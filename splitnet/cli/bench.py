@@ -8,8 +8,9 @@ from typing import Annotated
 import typer
 
 from splitnet.bench.cases import cases_of
-from splitnet.cli.arguments import ModelOrInvite, model_or_invited, resolve_model
+from splitnet.cli.arguments import ModelOrInvite, resolve_model
 from splitnet.cli.connecting import Connecting, connects
+from splitnet.cli.invite import model_or_invited
 from splitnet.errors import SplitnetError
 from splitnet.light_imports import import_models
 

@@ -8,9 +8,10 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, model_or_invited, resolve_model
+from splitnet.cli.arguments import ModelOrInvite, resolve_model
 from splitnet.cli.connecting import Connecting, connects
 from splitnet.cli.extras import require
+from splitnet.cli.invite import model_or_invited
 from splitnet.errors import AdapterError, SplitnetError
 from splitnet.light_imports import import_models
 

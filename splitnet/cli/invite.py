@@ -105,6 +105,15 @@ class Invite:
         return file
 
 
+def model_or_invited(model: str | None, invite: Path | None) -> str:
+    """The model argument, or the model of an invitation."""
+    if model is not None:
+        return model
+    if invite is None:
+        raise typer.BadParameter("give MODEL, or --invite")
+    return Invite.load(invite).model
+
+
 def invite(
     model: Annotated[str, typer.Argument(help="The model that the swarm serves, as for `splitnet peer`.")],
     output: Annotated[Path, typer.Option(help="The file to give to who is invited, over a safe channel.")],

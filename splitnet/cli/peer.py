@@ -26,14 +26,13 @@ from splitnet.cli.arguments import (
     RelayPort,
     RelayRate,
     SwarmKeyFile,
-    model_or_invited,
     one_identity,
     parse_blocks,
     parse_host_port,
     parse_relay_rate,
     resolve_model,
 )
-from splitnet.cli.invite import Invite
+from splitnet.cli.invite import Invite, model_or_invited
 from splitnet.cli.joining import forget_address, tell_addresses, write_address
 from splitnet.cli.logs import tell
 from splitnet.cli.stopping import StopSignals

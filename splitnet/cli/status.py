@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from splitnet.cli.arguments import ModelOrInvite, model_or_invited, resolve_model
+from splitnet.cli.arguments import ModelOrInvite, resolve_model
 from splitnet.cli.connecting import Connecting, connects
+from splitnet.cli.invite import model_or_invited
 from splitnet.cli.joining import tell_addresses
 from splitnet.light_imports import import_models
 
