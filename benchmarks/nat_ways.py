@@ -29,6 +29,7 @@ from splitnet.net.ways.helper import Helper
 from splitnet.net.ways.hidden import Hidden
 from splitnet.net.ways.loop import WaysLoop
 from splitnet.net.ways.punching import Way
+from splitnet.net.ways.tunnels import Tunnels
 
 from .nat_matrix import HELPER, PUBLIC
 from .netlab import NAMED, Lab, LabError
@@ -70,7 +71,9 @@ def reach(lab: Lab, first: str, second: str, helper: str, *, hidden: bool = True
             endpoint = replace(endpoint, relays=_relays(stack, lab, peer, second, helper))
         answers = queue.SimpleQueue[None]()
         with lab.inside(first):
-            caller = Transport(Identity.generate(), on_message=lambda *_: answers.put(None), max_backlog=None)
+            identity = Identity.generate()
+            tunnels = Tunnels(identity)
+            caller = Transport(identity, on_message=lambda *_: answers.put(None), max_backlog=None, tunnels=tunnels)
             stack.callback(caller.close)
             caller.start()
 
@@ -84,10 +87,10 @@ def reach(lab: Lab, first: str, second: str, helper: str, *, hidden: bool = True
 
         began = time.perf_counter()
         first_ms = best_ms = ask(SMALL)
-        while caller.way(endpoint) is Way.RELAYED and best_ms < first_ms + punching.PUNCH_S * 1000:
+        while tunnels.way(endpoint) is Way.RELAYED and best_ms < first_ms + punching.PUNCH_S * 1000:
             ask(SMALL)
             best_ms = (time.perf_counter() - began) * 1000
-        way = caller.way(endpoint)
+        way = tunnels.way(endpoint)
         round_trip_ms = statistics.median(ask(SMALL) for _ in range(SMALL_TIMES))
         ask(LARGE, LARGE_TIMES)  # TCP finds out what the links carry
         large_ms = ask(LARGE, LARGE_TIMES)
@@ -99,6 +102,7 @@ def reach(lab: Lab, first: str, second: str, helper: str, *, hidden: bool = True
 class _Peer:
     identity: Identity
     transport: Transport
+    tunnels: Tunnels
 
     @property
     def port(self) -> int:
@@ -113,10 +117,11 @@ def _peer(stack: ExitStack, lab: Lab, host: str) -> _Peer:
 
     identity = Identity.generate()
     with lab.inside(host):  # threads stay where they begin
-        transport = Transport(identity, on_message=answer, listen="tcp://0.0.0.0:0")
+        tunnels = Tunnels(identity)
+        transport = Transport(identity, on_message=answer, listen="tcp://0.0.0.0:0", tunnels=tunnels)
         stack.callback(transport.close)
         transport.start()
-    return _Peer(identity, transport)
+    return _Peer(identity, transport, tunnels)
 
 
 def _relays(stack: ExitStack, lab: Lab, peer: _Peer, host: str, helper: str) -> tuple:
@@ -128,11 +133,11 @@ def _relays(stack: ExitStack, lab: Lab, peer: _Peer, host: str, helper: str) -> 
         helping.start()
     relay = helping.relay_at(lab.address(helper))
     reserved = queue.SimpleQueue[None]()
-    transport = peer.transport
-    inside = f"tcp://127.0.0.1:{transport.port}"
+    tunnels = peer.tunnels
+    inside = f"tcp://127.0.0.1:{peer.port}"
     with lab.inside(host):
         hidden = Hidden(
-            transport.loop, peer.identity, inside, transport.behind, lambda: [relay], lambda: reserved.put(None)
+            tunnels.loop, peer.identity, inside, tunnels.behind, lambda: [relay], lambda: reserved.put(None)
         )
         stack.callback(hidden.stop)
         hidden.start()

@@ -24,6 +24,7 @@ from splitnet.net.ways.helper import Helper, HelperBounds
 from splitnet.net.ways.hidden import Hidden
 from splitnet.net.ways.loop import WaysLoop
 from splitnet.net.ways.punching import Way
+from splitnet.net.ways.tunnels import Tunnels
 
 SMALL, LARGE = 700, 1 << 20
 SMALL_TIMES, LARGE_TIMES = 200, 20
@@ -46,12 +47,13 @@ def hide(port: str, key: str, punches: str) -> None:
     def echo(source: Destination, frames: Sequence[Payload]) -> None:
         transport.send(source, frames)
 
-    transport = Transport(identity, on_message=echo, listen="tcp://127.0.0.1:0")
+    tunnels = Tunnels(identity)
+    transport = Transport(identity, on_message=echo, listen="tcp://127.0.0.1:0", tunnels=tunnels)
     transport.start()
     inside = f"tcp://127.0.0.1:{transport.port}"
     relay = Relay(f"tcp://127.0.0.1:{port}", PublicKey.parse(key).raw)
     reserved = queue.SimpleQueue[None]()
-    hidden = Hidden(transport.loop, identity, inside, transport.behind, lambda: [relay], lambda: reserved.put(None))
+    hidden = Hidden(tunnels.loop, identity, inside, tunnels.behind, lambda: [relay], lambda: reserved.put(None))
     hidden.start()
     reserved.get(timeout=10)
     print(transport.port, identity.public.text, flush=True)
@@ -63,7 +65,11 @@ class Caller:
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
         self._answers = queue.SimpleQueue[None]()
-        self.transport = Transport(Identity.generate(), on_message=lambda *_: self._answers.put(None), max_backlog=None)
+        identity = Identity.generate()
+        self.tunnels = Tunnels(identity)
+        self.transport = Transport(
+            identity, on_message=lambda *_: self._answers.put(None), max_backlog=None, tunnels=self.tunnels
+        )
         self.transport.start()
         self.first_ms = self.round_trip_ms(SMALL)
 
@@ -95,7 +101,7 @@ def measure(rounds: int) -> None:
         Way.PUNCHED: Caller(Endpoint(nowhere, PublicKey.parse(punched_key), relays)),
     }
     until = time.monotonic() + 10
-    while callers[Way.PUNCHED].transport.way(callers[Way.PUNCHED].endpoint) is Way.RELAYED:
+    while callers[Way.PUNCHED].tunnels.way(callers[Way.PUNCHED].endpoint) is Way.RELAYED:
         callers[Way.PUNCHED].round_trip_ms(SMALL)
         assert time.monotonic() < until, "no straight way was found"
     small: dict[Way, list[float]] = {way: [] for way in callers}

@@ -53,6 +53,7 @@ from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN
 from splitnet.net.transport import Transport
+from splitnet.net.ways.tunnels import Tunnels
 from splitnet.watchdog import Watchdog
 from splitnet.weights.fetching import Fetcher
 
@@ -105,6 +106,7 @@ class Peer:
         self._current = CurrentSpan(
             checkpoint, span, options, self, self._next_hops, self.counters, self._leaving, policy
         )
+        self._tunnels = Tunnels(identity)
         self._transport = Transport(
             identity,
             on_message=self._receive,
@@ -115,12 +117,14 @@ class Peer:
             on_received=self._current.run_here,
             authorized=authorized,
             listen=options.listen,
+            tunnels=self._tunnels,
         )
         address = public_address(options.listen, self._transport.port, options.public_host)
         self._joined_at = hosts_of(options.initial_peers)
         self._authorized = authorized
         self.ways = PeerWays(
             self._transport,
+            self._tunnels,
             identity,
             Endpoint(address, identity.public),
             fixed=options.public_host is not None,

@@ -21,6 +21,7 @@ from splitnet.net.ways.helper import Helper, HelperBounds
 from splitnet.net.ways.hidden import Hidden
 from splitnet.net.ways.mapping import MappingError, PortMapping
 from splitnet.net.ways.offer import find_helpers
+from splitnet.net.ways.tunnels import Tunnels
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +34,11 @@ REACHED_S, UNREACHED_S, UNKNOWN_S = 600.0, 180.0, 60.0
 
 
 class PeerWays:
-    """Of a running peer; close it after the transport, whose loop runs it.
+    """Of a running peer; close it after the transport.
 
     Args:
         transport: of the peer.
+        tunnels: of the transport; their loop runs this.
         identity: of the peer.
         endpoint: as the peer would announce itself.
         fixed: the user has said how others reach this machine, so that it is not found out anew.
@@ -55,6 +57,7 @@ class PeerWays:
     def __init__(
         self,
         transport: Transport,
+        tunnels: Tunnels,
         identity: Identity,
         endpoint: Endpoint,
         *,
@@ -93,11 +96,11 @@ class PeerWays:
         self._mapped: str | None = None
         """What the router has given, and others reach."""
         inside = inside_of(listen, transport.port)
-        self._hidden = Hidden(transport.loop, identity, inside, transport.behind, self._find, changed, vouched)
+        self._hidden = Hidden(tunnels.loop, identity, inside, tunnels.behind, self._find, changed, vouched)
         self.helper: Helper | None = None
         if relay_port is not None:
             self.helper = Helper(
-                transport.loop,
+                tunnels.loop,
                 identity,
                 f"{listen.rpartition(':')[0].replace('*', '0.0.0.0')}:{relay_port}",
                 authorized=authorized,

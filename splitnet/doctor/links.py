@@ -28,6 +28,7 @@ from splitnet.net.prober import FIRST_TRIPS, MOST_PATIENCE_S, Prober
 from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
 from splitnet.net.ways.punching import Way
+from splitnet.net.ways.tunnels import Tunnels
 
 Thing = TypeVar("Thing")
 
@@ -63,7 +64,10 @@ class PeerLinks:
     def __init__(self, identity: Identity) -> None:
         self._changed = threading.Condition()
         self._opened: dict[bytes, Opened | Failure] = {}
-        self._transport = Transport(identity, on_message=self._receive, on_link=lambda *_: self._notify())
+        self._tunnels = Tunnels(identity)
+        self._transport = Transport(
+            identity, on_message=self._receive, on_link=lambda *_: self._notify(), tunnels=self._tunnels
+        )
         self.prober = Prober(self._send)
         self._transport.start()
 
@@ -97,7 +101,7 @@ class PeerLinks:
             endpoint: PeerAnswer(
                 self._transport.state(endpoint),
                 self.prober.rtt_ms(endpoint) if endpoint in answering else None,
-                self._transport.way(endpoint),
+                self._tunnels.way(endpoint),
             )
             for endpoint in endpoints
         }

@@ -31,6 +31,7 @@ from splitnet.net.prober import PROBE_BYTES, Prober
 from splitnet.net.tcp import Traffic
 from splitnet.net.transport import Transport
 from splitnet.net.ways.punching import Way
+from splitnet.net.ways.tunnels import Tunnels
 from splitnet.seldom_warnings import SeldomWarnings
 
 log = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ class Links:
         self._complaints = SeldomWarnings(log)
         self.on_answer: Callable[[Endpoint, Message], None] | None = None
         self._queues: tuple[float, dict[Endpoint, Traffic]] = -math.inf, {}
+        self._tunnels = Tunnels(identity)
         self._transport = Transport(
             identity,
             on_message=self._receive,
@@ -92,6 +94,7 @@ class Links:
             on_dropped=self._dropped,
             on_tick=self._tick,
             max_backlog=None,
+            tunnels=self._tunnels,
         )
         self._pool = LinkPool(
             self._transport, most=most, keep_unreached_s=KEEP_UNREACHED_S, keep_unused_s=keep_unused_s
@@ -183,7 +186,7 @@ class Links:
 
     def way(self, endpoint: Endpoint) -> Way:
         """How a peer is reached, or would be."""
-        return self._transport.way(endpoint)
+        return self._tunnels.way(endpoint)
 
     def _keep_open(self, endpoint: Endpoint, message: Message) -> bool:
         """Keeps the link for a message open; False if there are too many others."""

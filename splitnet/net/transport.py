@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -30,9 +30,6 @@ from splitnet.net.gatekeeper import Gatekeeper, proven_key
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
 from splitnet.net.wake import Wake
-from splitnet.net.ways.loop import WaysLoop
-from splitnet.net.ways.punching import Way
-from splitnet.net.ways.tunnels import Tunnels
 from splitnet.seldom_warnings import SeldomWarnings
 
 log = logging.getLogger(__name__)
@@ -96,6 +93,20 @@ class _Outbox:
     """How many threads are within `Transport.together`."""
 
 
+class HiddenPeers(Protocol):
+    """Leads to peers that cannot be connected to, as `splitnet.net.ways.tunnels.Tunnels` does."""
+
+    behind: dict[tuple[str, int], str]
+
+    def open(self, endpoint: Endpoint) -> str: ...
+
+    def learn(self, endpoint: Endpoint) -> None: ...
+
+    def close(self, endpoint: Endpoint) -> None: ...
+
+    def stop(self) -> None: ...
+
+
 class Transport:
     """Sends and receives frames on CurveZMQ links.
 
@@ -116,11 +127,10 @@ class Transport:
         max_received: bytes that may wait to be read, over all connections; beyond, those who hold most are cut off.
         authorized: whose connections are accepted; None accepts any key.
         listen: `tcp://host:port` to bind (port 0: any free one); None for a process that only connects.
+        tunnels: lead to hidden peers, and are stopped when the transport ends; None: hidden peers are not reached.
 
     Attributes:
         sending, receiving: account for what ZeroMQ holds, by key (see `Backlog` and `Connections`).
-        loop: of tunnels to hidden peers; it ends with the transport.
-        behind: who is at the other end of a connection from this machine that a tunnel has made, by its host and port.
 
     Raises:
         AddressInUse: something else listens on `listen`.
@@ -141,6 +151,7 @@ class Transport:
         max_received: int = MAX_RECEIVED_BYTES,
         authorized: AuthorizedKeys | None = None,
         listen: str | None = None,
+        tunnels: HiddenPeers | None = None,
     ) -> None:
         self._identity = identity
         self._on_message = on_message
@@ -155,15 +166,13 @@ class Transport:
         self.receiving = Budget(max_received)
         self._backlog = Backlog(self.sending)
         self._drained = 0
-        self.loop = WaysLoop()
-        self.behind: dict[tuple[str, int], str] = {}
-        self._tunnels = Tunnels(self.loop, identity)
+        self._tunnels = tunnels
         self._connections = Connections(
             self.receiving,
             drained=lambda: self._drained,
             drain=self._look,
             authorized=authorized,
-            behind=self.behind,
+            behind=None if tunnels is None else tunnels.behind,
         )
         self._incoming: dict[bytes, tuple[Connection, TcpConnection]] = {}
         """By routing id."""
@@ -276,10 +285,6 @@ class Transport:
         """Bytes of large messages that wait for a link; 0 if it is not up, or nothing is counted (`max_backlog`)."""
         return self._backlog.held(endpoint) if self.state(endpoint) is LinkState.UP else 0
 
-    def way(self, endpoint: Endpoint) -> Way:
-        """How a peer is reached, or would be."""
-        return self._tunnels.way(endpoint)
-
     @property
     def refused_connections(self) -> int:
         """How many incoming connections were refused, as their keys are not authorised."""
@@ -366,17 +371,29 @@ class Transport:
                 dealer.curve_serverkey = endpoint.key.curve
                 dealer.reconnect_ivl_max = 5_000
                 monitor = dealer.get_monitor_socket(sum(_STATE_OF_EVENT) + zmq.Event.CONNECTED)
-                dealer.connect(self._tunnels.open(endpoint) if endpoint.hidden else endpoint.address)
+                dealer.connect(self._address(endpoint))
             except (zmq.ZMQError, OSError) as error:
                 _close_watched(dealer, monitor)
-                self._tunnels.close(endpoint)
+                self._close_tunnel(endpoint)
                 raise error if isinstance(error, zmq.ZMQError) else zmq.ZMQError(error.errno) from error
             link = self._links[endpoint] = _Link(endpoint, dealer, monitor)
             self._poller.register(dealer, zmq.POLLIN)
             self._poller.register(monitor, zmq.POLLIN)
-        elif endpoint.relays != link.endpoint.relays:
+        elif endpoint.relays != link.endpoint.relays and self._tunnels is not None:
             self._tunnels.learn(endpoint)
         return link
+
+    def _address(self, endpoint: Endpoint) -> str:
+        """What ZeroMQ connects to. Raises OSError."""
+        if not endpoint.hidden:
+            return endpoint.address
+        if self._tunnels is None:
+            raise zmq.ZMQError(zmq.EINVAL, f"{endpoint.address} is hidden, and this process has no tunnels")
+        return self._tunnels.open(endpoint)
+
+    def _close_tunnel(self, endpoint: Endpoint) -> None:
+        if self._tunnels is not None:
+            self._tunnels.close(endpoint)
 
     def _unlink(self, endpoint: Endpoint, *, at_end: bool = False) -> None:
         link = self._links.pop(endpoint, None)
@@ -389,7 +406,7 @@ class Transport:
             if link.state is not LinkState.UP and not (at_end and link.state is LinkState.CONNECTING):
                 link.socket.linger = 0  # a socket that waits for somebody to take what is queued keeps its descriptors
             _close_watched(link.socket, link.monitor)
-            self._tunnels.close(endpoint)
+            self._close_tunnel(endpoint)
 
     def _run(self) -> None:
         wake = self._wake.fileno()
@@ -593,7 +610,8 @@ class Transport:
         if self._router is not None:
             _close_watched(self._router, self._arrivals)
         self._context.term()
-        self.loop.close()
+        if self._tunnels is not None:
+            self._tunnels.stop()
         self._wake.close()
 
 

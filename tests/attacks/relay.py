@@ -42,6 +42,7 @@ from splitnet.net.ways.messages import (
     unpack,
 )
 from splitnet.net.ways.streams import host_and_port, send
+from splitnet.net.ways.tunnels import Tunnels
 from tests.attacks.transport import in_background
 
 SOURCE = "127.0.0.2"
@@ -236,18 +237,21 @@ def hostile_helpers(kind: str, seconds: float) -> int:
     here, there = multiprocessing.get_context("spawn").Pipe()
     with in_background(_be_hostile, there, kind), ExitStack() as stack:
         found: list[Relay] = here.recv()
-        identity = Identity.generate()
-        peer = Transport(identity, on_message=lambda source, frames: peer.send(source, frames), listen=_ANY_PORT)
-        caller = Transport(Identity.generate(), on_message=lambda _, frames: heard.put(bytes(frames[0])))
+        identity, own = Identity.generate(), Identity.generate()
+        ways, own_ways = Tunnels(identity), Tunnels(own)
+        peer = Transport(
+            identity, on_message=lambda source, frames: peer.send(source, frames), listen=_ANY_PORT, tunnels=ways
+        )
+        caller = Transport(own, on_message=lambda _, frames: heard.put(bytes(frames[0])), tunnels=own_ways)
         for transport in (peer, caller):
             stack.callback(transport.close)
             transport.start()
-        helper = Helper(caller.loop, Identity.generate(), _ANY_PORT)
+        helper = Helper(own_ways.loop, Identity.generate(), _ANY_PORT)
         stack.callback(helper.close)
         helper.start()
         found.append(helper.relay_at("127.0.0.1"))
         inside = f"tcp://127.0.0.1:{peer.port}"
-        hidden = Hidden(peer.loop, identity, inside, peer.behind, lambda: found, lambda: None)
+        hidden = Hidden(ways.loop, identity, inside, ways.behind, lambda: found, lambda: None)
         stack.callback(hidden.stop)
         process = psutil.Process()
         before = process.memory_info().rss, process.num_fds()

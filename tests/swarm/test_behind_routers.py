@@ -90,8 +90,8 @@ class Behind:
         records = {record.key: record.endpoint for record in self.node.peers(self.peers["a"].checkpoint.fingerprint)}
         ends = {host: records[peer.identity.public] for host, peer in self.peers.items()}
         found = {f"client-{host}": self.client.links.way(end) for host, end in ends.items()}
-        found["a-b"] = self.peers["a"]._transport.way(ends["b"])
-        found["b-c"] = self.peers["b"]._transport.way(ends["c"])
+        found["a-b"] = self.peers["a"]._tunnels.way(ends["b"])
+        found["b-c"] = self.peers["b"]._tunnels.way(ends["c"])
         return found
 
 

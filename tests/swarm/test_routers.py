@@ -50,12 +50,10 @@ class Lab:
             self.helper.start()
         self.node = self._node("peer", "tcp://0.0.0.0:0")
         self.node.answer = echo
-        transport, relays = self.node.transport, [self.helper.relay_at(self.net.address("helper"))]
+        tunnels, relays = self.node.tunnels, [self.helper.relay_at(self.net.address("helper"))]
         with self.net.inside("peer"):
-            inside = f"tcp://127.0.0.1:{transport.port}"
-            self.hidden = Hidden(
-                transport.loop, self.node.identity, inside, transport.behind, lambda: relays, lambda: None
-            )
+            inside = f"tcp://127.0.0.1:{self.node.transport.port}"
+            self.hidden = Hidden(tunnels.loop, self.node.identity, inside, tunnels.behind, lambda: relays, lambda: None)
             stack.callback(self.hidden.stop)
             self.hidden.start()
         wait_until(lambda: self.hidden.relays)
@@ -103,7 +101,7 @@ def test_a_peer_behind_a_router_is_reached_without_a_helper_in_the_end(
     lab = Lab(stack, peer, caller)
     endpoint = lab.endpoint()
     ask(lab.caller, endpoint, b"first")
-    wait_until(lambda: ask(lab.caller, endpoint, b"x") or lab.caller.transport.way(endpoint) is not Way.RELAYED)
+    wait_until(lambda: ask(lab.caller, endpoint, b"x") or lab.caller.tunnels.way(endpoint) is not Way.RELAYED)
     wait_until(lambda: ask(lab.caller, endpoint, b"y") or not lab.helper.streams)
     lab.net.down("helper")
     ask(lab.caller, endpoint, *(bytes(50_000 + index) for index in range(20)))
@@ -121,7 +119,7 @@ def test_helpers_stay_where_routers_give_every_connection_any_port(
     wait_until(lambda: ask(lab.caller, endpoint, b"x") or punching._places.taken)
     wait_until(lambda: ask(lab.caller, endpoint, b"x") or not punching._places.taken)
     ask(lab.caller, endpoint, b"y")
-    assert lab.caller.transport.way(endpoint) is Way.RELAYED
+    assert lab.caller.tunnels.way(endpoint) is Way.RELAYED
 
 
 def test_nothing_comes_through_a_router_unasked(stack: ExitStack) -> None:

@@ -24,6 +24,7 @@ from splitnet.net.endpoints import Connection, Destination, Endpoint, LinkState,
 from splitnet.net.identity import AuthorizedKeys, Identity
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Payload
 from splitnet.net.transport import Transport
+from splitnet.net.ways.tunnels import Tunnels
 
 ANY_PORT = "tcp://127.0.0.1:0"
 WAIT_S = 20.0
@@ -44,6 +45,7 @@ class Node:
         self.answer: Callable[[Destination, list[bytes]], Sequence[Payload] | None] = lambda source, frames: None
         self.on_tick: Callable[[], None] = lambda: None
         self._changed = threading.Condition()
+        self.tunnels = Tunnels(self.identity)
         self.transport = Transport(
             self.identity,
             on_message=self._message,
@@ -54,6 +56,7 @@ class Node:
             max_backlog=max_backlog,
             authorized=authorized,
             listen=listen,
+            tunnels=self.tunnels,
         )
 
     @property

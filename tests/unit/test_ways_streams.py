@@ -94,10 +94,10 @@ class World:
         self, node: Node, *, helpers: int | None = None, vouched: Callable[[Relay], bool] = lambda _: False
     ) -> Hidden:
         hidden = Hidden(
-            node.transport.loop,
+            node.tunnels.loop,
             node.identity,
             f"tcp://{HOST}:{node.transport.port}",
-            node.transport.behind,
+            node.tunnels.behind,
             self.relays,
             lambda: None,
             vouched,
@@ -144,11 +144,11 @@ def test_a_hidden_peer_answers_through_a_helper(world: World) -> None:
     client = world.node()
     endpoint = to(node, hidden.relays)
     ask(client, endpoint, b"small", bytes(3 << 20), b"last")
-    assert client.transport.way(endpoint) is Way.RELAYED and client.states == [(endpoint, LinkState.UP)]
+    assert client.tunnels.way(endpoint) is Way.RELAYED and client.states == [(endpoint, LinkState.UP)]
     assert helper.passed_bytes > 4 * (3 << 20) and helper.streams == hidden.streams == 1
     client.transport.disconnect(endpoint)
     wait_until(lambda: not helper.streams and not hidden.streams)
-    assert not node.transport.behind
+    assert not node.tunnels.behind
 
 
 @pytest.mark.usefixtures("no_holes")
@@ -187,7 +187,7 @@ def test_a_better_way_takes_over_without_a_gap(world: World) -> None:
     client = world.node()
     endpoint = to(node, hidden.relays)
     ask(client, endpoint, b"first")
-    wait_until(lambda: ask(client, endpoint, b"x", bytes(100_000)) or client.transport.way(endpoint) != Way.RELAYED)
+    wait_until(lambda: ask(client, endpoint, b"x", bytes(100_000)) or client.tunnels.way(endpoint) != Way.RELAYED)
     wait_until(lambda: ask(client, endpoint, b"y") or not helper.streams)
     before = helper.passed_bytes
     ask(client, endpoint, *(bytes(size) for size in range(0, 300_000, 20_000)))
@@ -278,7 +278,7 @@ def test_a_helper_that_floods_keeps_nobody_else_waiting(world: World) -> None:
     client = world.node()
     for _ in range(20):
         ask(client, to(node, hidden.relays), b"x")
-    loop, most = node.transport.loop, 2 * hidden_module.MESSAGES_AT_ONCE
+    loop, most = node.tunnels.loop, 2 * hidden_module.MESSAGES_AT_ONCE
 
     async def answering() -> int:
         return len(hidden._answering)

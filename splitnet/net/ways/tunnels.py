@@ -47,12 +47,16 @@ class Tunnels:
     """Thread-safe. Everything runs in the loop; nothing here waits for the network.
 
     Args:
-        loop: runs them.
         identity: of this process.
+
+    Attributes:
+        loop: runs them; it ends with `stop`.
+        behind: the other end of each connection that a tunnel has made to this machine, by its host and port.
     """
 
-    def __init__(self, loop: WaysLoop, identity: Identity) -> None:
-        self._loop = loop
+    def __init__(self, identity: Identity) -> None:
+        self.loop = WaysLoop()
+        self.behind: dict[tuple[str, int], str] = {}
         self._identity = identity
         self._tunnels: dict[Endpoint, _Tunnel] = {}
         self._lock = threading.Lock()
@@ -63,7 +67,7 @@ class Tunnels:
             tunnel = self._tunnels.get(endpoint)
             if tunnel is None:
                 tunnel = self._tunnels[endpoint] = _Tunnel(self._identity, endpoint)
-                self._loop.run(tunnel.serve())
+                self.loop.run(tunnel.serve())
             return tunnel.address
 
     def learn(self, endpoint: Endpoint) -> None:
@@ -77,10 +81,14 @@ class Tunnels:
         with self._lock:
             tunnel = self._tunnels.pop(endpoint, None)
         if tunnel is not None:
-            self._loop.run(tunnel.end())
+            self.loop.run(tunnel.end())
+
+    def stop(self) -> None:
+        """Ends all tunnels, and the loop."""
+        self.loop.close()
 
     def way(self, endpoint: Endpoint) -> Way:
-        """How a peer is reached."""
+        """How a peer is reached, or would be."""
         tunnel = self._tunnels.get(endpoint)
         if tunnel is not None:
             return tunnel.way
