@@ -13,13 +13,13 @@ import torch
 
 from scheduler.coordinates import Coordinate
 from scheduler.placement import BLOCKS_SHARE, block_ms, choose_span, work_ms
-from splitnet.doctor.links import PeerLinks
 from splitnet.errors import OutOfMemory, SplitnetError
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.model.span import block_bytes, free_memory
 from splitnet.net.codecs import codec_by_name
 from splitnet.net.facts import expected_facts_of, place_of
 from splitnet.net.identity import Identity
+from splitnet.net.peer_links import PeerLinks
 from splitnet.net.prober import PING_TIMEOUT_S, PROBE_BYTES
 from splitnet.net.records import PeerRecord
 

@@ -9,11 +9,11 @@ import random
 import time
 from collections.abc import Callable, Sequence
 
-from splitnet.doctor.links import PeerLinks
 from splitnet.errors import SplitnetError
 from splitnet.net.addresses import Reach, inside_of, is_global, is_reachable, is_wildcard, reachable_host
 from splitnet.net.endpoints import Endpoint, LinkState, Relay
 from splitnet.net.identity import AuthorizedKeys, Identity
+from splitnet.net.peer_links import PeerLinks
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.transport import Transport

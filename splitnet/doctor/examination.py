@@ -9,7 +9,6 @@ from pathlib import Path
 
 from splitnet.doctor import machine, network
 from splitnet.doctor.finding import Finding, Status, failed, passed, warned
-from splitnet.doctor.links import PeerLinks
 from splitnet.doctor.model import memory, open_model, room_on_disk
 from splitnet.doctor.peers import peer, peer_to_join
 from splitnet.doctor.reach import Reach
@@ -24,6 +23,7 @@ from splitnet.net.identity import Identity
 from splitnet.net.joining import join as join_swarm
 from splitnet.net.links import Links
 from splitnet.net.peer_addresses import endpoint_of, split_addresses
+from splitnet.net.peer_links import PeerLinks
 from splitnet.net.records import MAX_CLOCK_SKEW_S, PeerRecord
 from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN, OpenSwarm

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from splitnet.doctor.finding import Finding, failed, passed, warned
-from splitnet.doctor.links import PeerAnswer
 from splitnet.net.endpoints import Endpoint, LinkState
 from splitnet.net.links import refusal
 from splitnet.net.messages import PROTOCOL_VERSION
+from splitnet.net.peer_links import PeerAnswer
 from splitnet.net.records import PeerRecord
 from splitnet.net.ways.punching import Way
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from splitnet.doctor.finding import Finding, Status, failed, passed, warned
-from splitnet.doctor.links import PeerLinks
 from splitnet.errors import AddressInUse, SplitnetError
 from splitnet.net.addresses import is_reachable, public_address, refuse_taken
 from splitnet.net.endpoints import Endpoint, is_address
 from splitnet.net.identity import Identity
+from splitnet.net.peer_links import PeerLinks
 from splitnet.net.records import PeerRecord
 from splitnet.net.transport import Transport
 from splitnet.net.ways.mapping import MappingError, look_for_router

@@ -16,7 +16,6 @@ from splitnet.client.causal_lm import attach
 from splitnet.client.overview import Overview, reached
 from splitnet.client.swarm import ModelFacts, Swarm
 from splitnet.doctor.finding import Status
-from splitnet.doctor.links import PeerLinks
 from splitnet.doctor.peers import peer as finding_of
 from splitnet.model.checkpoint import Checkpoint
 from splitnet.net import addresses
@@ -25,6 +24,7 @@ from splitnet.net.asked_peers import AskedPeers
 from splitnet.net.directory import Directory
 from splitnet.net.endpoints import Endpoint
 from splitnet.net.identity import Identity
+from splitnet.net.peer_links import PeerLinks
 from splitnet.net.swarm_key import SwarmKey
 from splitnet.net.ways import hidden, punching
 from splitnet.net.ways.offer import find_helpers, relaying

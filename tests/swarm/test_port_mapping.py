@@ -16,10 +16,10 @@ import pytest
 from benchmarks import netlab
 from peers.daemon import Peer
 from splitnet.doctor.finding import Status, failed
-from splitnet.doctor.links import PeerLinks
 from splitnet.doctor.reach import Reach
 from splitnet.net.endpoints import LinkState
 from splitnet.net.identity import Identity
+from splitnet.net.peer_links import PeerLinks
 from splitnet.net.records import PeerRecord
 from splitnet.net.ways import mapping, upnp
 from splitnet.net.ways.mapping import MappingError, PortMapping, look_for_router

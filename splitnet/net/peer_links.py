@@ -66,7 +66,7 @@ class PeerLinks:
         self._opened: dict[bytes, Opened | Failure] = {}
         self._tunnels = Tunnels(identity)
         self._transport = Transport(
-            identity, on_message=self._receive, on_link=lambda *_: self._notify(), tunnels=self._tunnels
+            identity, on_message=self._receive, on_link=lambda endpoint, state: self._notify(), tunnels=self._tunnels
         )
         self.prober = Prober(self._send)
         self._transport.start()
