@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-import splitnet
 from peers.admission import SessionTable
 from peers.announce import Announcer
 from peers.counters import Counters
@@ -54,6 +53,7 @@ from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.swarm_key import OPEN
 from splitnet.net.transport import Transport
 from splitnet.net.ways.tunnels import Tunnels
+from splitnet.version import __version__
 from splitnet.watchdog import Watchdog
 from splitnet.weights.fetching import Fetcher
 
@@ -321,7 +321,7 @@ class Peer:
             coordinate_error=coordinate_error,
             bytes_per_ms=self._neighbours.network_coordinates.place.bytes_per_ms,
             links=self._neighbours.seen_links,
-            version=splitnet.__version__,
+            version=__version__,
             issued_at=time.time(),
             state_bytes=server.span.state_bytes,
             proof=self._proof,

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-import splitnet
 from peers.speed import ObservedSpeed
 from scheduler.swarm import PASS_SIZES
 from splitnet.known_figures import KnownFigures
 from splitnet.model import kernels
 from splitnet.model.span import Part, Span
+from splitnet.version import __version__
 
 
 class KnownSpeeds:
@@ -56,7 +56,7 @@ def _key(span: Span, model: str) -> str:
     device = torch.cuda.get_device_name(span.device) if span.device.type == "cuda" else kernels.processor()
     return " ".join(
         (
-            *(f"splitnet-{splitnet.__version__}", f"torch-{torch.__version__}", f"kernels-{kernels.version()}"),
+            *(f"splitnet-{__version__}", f"torch-{torch.__version__}", f"kernels-{kernels.version()}"),
             *(f"{platform.node()}/{span.device}/{device}", f"threads-{torch.get_num_threads()}"),
             *(model, f"{span.start}:{span.end}", span.weights.kind, str(span.dtype)),
         )

@@ -19,7 +19,6 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
-import splitnet
 from peers.counters import OTHER_CODEC, Counters, Histogram
 from peers.daemon import Peer
 from peers.memory_account import Purpose
@@ -29,6 +28,7 @@ from scheduler import swarm
 from scheduler.cost import hop_joules
 from splitnet.errors import SplitnetError
 from splitnet.net.codecs import CODECS
+from splitnet.version import __version__
 
 Label = TypeVar("Label", bound=str)
 
@@ -82,7 +82,7 @@ class Present:
                 "blocks": f"{server.span.start}:{server.span.end}" if server is not None else "",
                 "weights": server.span.weights.kind if server is not None else "",
                 "device": str(server.span.device) if server is not None else "",
-                "version": splitnet.__version__,
+                "version": __version__,
             },
             serves=server is not None and not service.leaving,
             blocks=server.span.end - server.span.start if server is not None else 0,

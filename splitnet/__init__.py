@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.2.0.dev0"
+from splitnet.version import __version__
+
 __all__ = ["AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoTokenizer", "__version__"]
 
 if TYPE_CHECKING:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 
-import splitnet
 from splitnet.bench.arms import LocalArm, SwarmArm
 from splitnet.bench.cases import Case, check_room
 from splitnet.bench.measuring import Arm, measure
@@ -21,6 +20,7 @@ from splitnet.cli.connection import Connection
 from splitnet.cli.progress import StageProgress
 from splitnet.client.causal_lm import attach
 from splitnet.model.kernels import path_in_use, prefetch_in_use, processor
+from splitnet.version import __version__
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Benchmark:
 def environment() -> dict[str, Any]:
     """Of this process; what peers run on is not known here."""
     return {
-        "splitnet": splitnet.__version__,
+        "splitnet": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),

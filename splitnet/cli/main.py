@@ -16,7 +16,6 @@ from typing import Annotated
 
 import typer
 
-import splitnet
 from splitnet.cli.bench import bench
 from splitnet.cli.chat import chat
 from splitnet.cli.configuration import CONFIG_VARIABLE, ConfigurableGroup, read_configuration
@@ -35,6 +34,7 @@ from splitnet.cli.tune import tune
 from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
 from splitnet.light_imports import claim_process
 from splitnet.signals import ENDING
+from splitnet.version import __version__
 
 _ABSENT = "Not installed: says how to install it."
 
@@ -116,7 +116,7 @@ for command, shown in EXAMPLES.items():
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"splitnet {splitnet.__version__}")
+        typer.echo(f"splitnet {__version__}")
         raise typer.Exit
 
 

@@ -22,7 +22,6 @@ from starlette.responses import Response
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-import splitnet
 from splitnet.client.causal_lm import RemoteCausalLM
 from splitnet.client.session_events import Cause, Recovered
 from splitnet.errors import SplitnetError
@@ -31,6 +30,7 @@ from splitnet.serve.admission import Admission
 from splitnet.serve.events import Numbered
 from splitnet.serve.failures import failure_of
 from splitnet.serve.generation import Ask, Ended, Generations, Piece, ScoredPrompt
+from splitnet.version import __version__
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 HOP_SECONDS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5)
@@ -186,7 +186,7 @@ class _PresentMetrics(Collector):
         model: RemoteCausalLM = self._generations.model
         drafted, accepted = model.drafts
         kept = self._generations.kept
-        info = {"model": self._name, "version": splitnet.__version__}
+        info = {"model": self._name, "version": __version__}
         yield InfoMetricFamily("splitnet_gateway", "What the gateway serves.", info)
         for metric, help, value in (
             ("requests_running", "Requests that the model is answering.", self._admission.running),

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import splitnet
 from splitnet.client.overview import Overview, short_key, token_joules, token_ms
 from splitnet.client.swarm import Swarm
 from splitnet.serve.admission import Admission
 from splitnet.serve.generation import Generations
 from splitnet.serve.presence import Seen, State
 from splitnet.serve.progress import Progress
+from splitnet.version import __version__
 
 RATE_S = 5
 """Rates are means of so many seconds."""
@@ -40,7 +40,7 @@ def snapshot(
     now = log.clock()
     return {
         "at": time.time(),
-        "version": splitnet.__version__,
+        "version": __version__,
         "model": name,
         "num_blocks": overview.facts.num_blocks,
         "problem": problem,

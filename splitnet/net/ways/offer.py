@@ -8,7 +8,6 @@ import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager
 
-import splitnet
 from splitnet.errors import SplitnetError
 from splitnet.net.addresses import reachable_host, with_literal_host
 from splitnet.net.endpoints import Relay
@@ -18,6 +17,7 @@ from splitnet.net.swarm_directory import SwarmDirectory
 from splitnet.net.ways.helper import Helper, HelperBounds
 from splitnet.net.ways.loop import WaysLoop
 from splitnet.net.ways.streams import host_and_port
+from splitnet.version import __version__
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class HelperOffer:
             model_name="helpers",
             address=self._relay.address,
             num_blocks=1,
-            version=splitnet.__version__,
+            version=__version__,
             issued_at=time.time(),
             relay_port=host_and_port(self._relay.address)[1],
         )
