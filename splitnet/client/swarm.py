@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Any
 
 from scheduler.encoding import CODING_MS, encodings_of
 from scheduler.network import CLIENT, Link
@@ -31,9 +31,6 @@ from splitnet.net.prober import Answer
 from splitnet.net.records import PeerRecord
 from splitnet.net.swarm_key import OPEN, SwarmKey
 
-if TYPE_CHECKING:
-    from splitnet.model.checkpoint import Checkpoint
-
 SHOWN_ADDRESSES = 2
 """With which a command that people copy joins a swarm."""
 UNBAN_S = 0.5
@@ -53,16 +50,9 @@ class ModelFacts:
     """Hub id, folder or file on this machine; empty: none is known."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> ModelFacts:
-        """The facts of a checkpoint."""
-        return cls(
-            fingerprint=checkpoint.fingerprint,
-            name=checkpoint.name,
-            num_blocks=checkpoint.num_blocks,
-            hidden_size=checkpoint.hidden_size,
-            max_positions=checkpoint.max_positions,
-            source=checkpoint.source,
-        )
+    def of(cls, checkpoint: Any) -> ModelFacts:
+        """The facts of a `Checkpoint`, which has attributes of these names."""
+        return cls(**{each.name: getattr(checkpoint, each.name) for each in fields(cls)})
 
 
 class Swarm:
