@@ -12,6 +12,7 @@ from scheduler.replan import (
     WORTHWHILE,
     Forecasts,
     RouteWatch,
+    changed_hops,
     move_pays,
 )
 
@@ -127,3 +128,19 @@ class TestForecasts:
         assert ratio is not None
         forecasts.came("slow", ratio)
         assert move_pays(watch.present_ms(10.0), 10.0 * forecasts.error, 0.0, 1000, watch.expected_ms)
+
+
+@pytest.mark.parametrize(
+    ("present", "route", "before", "changed"),
+    [
+        ("abc", "abc", "c", ""),
+        ("abc", "axc", "a", "x"),
+        ("abc", "xbc", None, "x"),
+        ("abc", "abx", "b", "x"),
+        ("abc", "axyc", "a", "xy"),
+        ("abcd", "axcy", "a", "xcy"),
+        ("", "ab", None, "ab"),
+    ],
+)
+def test_only_hops_between_those_that_stay_are_filled(present: str, route: str, before: str | None, changed: str) -> None:
+    assert changed_hops(present, route) == (before, list(changed))

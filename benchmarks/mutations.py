@@ -1,0 +1,799 @@
+"""Plants faults in the product, one at a time, and looks whether tests find each.
+
+    .venv/bin/python -m benchmarks.mutations [--only TEXT] [--all [ARGUMENTS]] [--limit-s 600] [--check]
+
+Each fault is a plausible one that tells nobody: a bound that is off by one, a missing check, a comparison turned round,
+a lost release, a wrong unit. It is planted in a copy of the checkout, where the tests that concern it run up to the
+first failure; with --all those of `make test`, or of pytest with other arguments. Prints a table: the fault, whether it
+was found, by which test, after how many seconds. Ends with 1 if one was not found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("scheduler", "splitnet", "peers")
+
+
+class Fault(NamedTuple):
+    """What is planted: `old` becomes `new` in a file; tests: the files of tests that concern it."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+SESSION = [
+    Fault(
+        "a hop that holds nothing counts as filled",
+        "splitnet/client/route_hop.py",
+        "            self.filled, self.adapter_version = False, 0",
+        "            pass",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "an adapter is not loaded again",
+        "splitnet/client/session_route.py",
+        "and hop.adapter_version != self.adapter_version:",
+        "and not hop.adapter_version and self.epoch == 1:",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "a relay log is kept while hops reach each other",
+        "splitnet/client/route_hop.py",
+        "            self.relay_log = None  # what the hop pushes itself would be missing in it",
+        "            pass",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "what is under way is not sent again",
+        "splitnet/client/session_state.py",
+        "self._in_flight[number].send(self)",
+        "pass",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "a step that overtakes a lost one is believed",
+        "splitnet/client/session_state.py",
+        "if isinstance(request, StepRequest) and hop.endpoint == self.tail and self._came_too_soon(request):",
+        "if False:",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "a step that a later one undid is sent again",
+        "splitnet/client/session_state.py",
+        "self._end_what_is_undone(step)\n",
+        "pass\n",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "the size of an answer is not checked",
+        "splitnet/client/requests.py",
+        "from splitnet.net.codecs import check_size",
+        "check_size = lambda *_: None",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "any hop may answer for the tail",
+        "splitnet/client/requests.py",
+        "if not isinstance(message, Result) or source != route.tail or message.end != route.blocks[1]:",
+        "if not isinstance(message, Result) or message.end != route.blocks[1]:",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "a hop is not told that the session has ended",
+        "splitnet/client/session_route.py",
+        "self._members[hop.endpoint] = hop.blocks",
+        "pass",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "silence is not noticed",
+        "splitnet/client/session_state.py",
+        "times.append(self._liveness.wake_at(self._silence_s))",
+        "pass",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "a peer that failed is asked again",
+        "splitnet/client/session_route.py",
+        "making.excluded.add(hop.name)",
+        "return",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "a batch is sent back before all its passes are repeated",
+        "splitnet/client/requests.py",
+        "            self.back.batch.rewind()",
+        "            pass",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "the sum of gradients is not waited for",
+        "splitnet/client/requests.py",
+        "for each in self.passes) and self.sums.whole",
+        "for each in self.passes)",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "a replay goes on past a relay",
+        "splitnet/client/requests.py",
+        "group = group[: direct + 1]",
+        "pass",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "requests are kept after the end",
+        "splitnet/client/session_state.py",
+        "self._in_flight, self._making = {}, None",
+        "self._making = None",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "a hop that was replaced is still listened to",
+        "splitnet/client/session_route.py",
+        "return next((hop for hop in self.hops if hop.endpoint == endpoint and not hop.lost), None)",
+        "return next((hop for hop in self.hops if hop.endpoint == endpoint), self.hops[0] if self.hops else None)",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "one complaint is believed",
+        "splitnet/client/session_state.py",
+        "if len(complaints) > 1:",
+        "if complaints:",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "what a hop pushes is never doubted",
+        "splitnet/client/session_state.py",
+        "if len(refusing) > 1:",
+        "if False:",
+        ("tests/unit/test_session_machine.py",),
+    ),
+    Fault(
+        "only the tail is doubted",
+        "splitnet/client/session_state.py",
+        "if not request.makers:",
+        "if True:",
+        ("tests/unit/test_session_machine.py",),
+    ),
+]
+SCHEDULER = [
+    Fault(
+        "a link's latency costs nothing",
+        "scheduler/cost.py",
+        "return link.latency_ms + occupied_ms(link, positions, encodings, prompt)",
+        "return occupied_ms(link, positions, encodings, prompt)",
+        (
+            "tests/unit/test_route.py",
+            "tests/unit/test_partition.py",
+        ),
+    ),
+    Fault(
+        "the first step waits for the slowest stage, too",
+        "scheduler/cost.py",
+        "return total + (in_flight - 1) * slowest",
+        "return total + in_flight * slowest",
+        (
+            "tests/unit/test_route.py",
+            "tests/unit/test_partition.py",
+        ),
+    ),
+    Fault(
+        "energy is in millijoules",
+        "scheduler/cost.py",
+        "prompt) - alone_ms) / 1000",
+        "prompt) - alone_ms)",
+        ("tests/unit/test_route.py",),
+    ),
+    Fault(
+        "a peer that is the lowest somewhere moves for throughput",
+        "scheduler/moves.py",
+        "movers = np.flatnonzero(~view.lowest & (view.length > 0) & settled)",
+        "movers = np.flatnonzero((view.length > 0) & settled)",
+        ("tests/unit/test_moves.py",),
+    ),
+    Fault(
+        "two peers move at the same time",
+        "scheduler/moves.py",
+        "    if moving:\n        return None\n",
+        "",
+        ("tests/unit/test_moves.py",),
+    ),
+    Fault(
+        "a peer moves again at once",
+        "scheduler/moves.py",
+        ">= SETTLE_S for peer",
+        "<= SETTLE_S for peer",
+        ("tests/unit/test_moves.py",),
+    ),
+    Fault(
+        "a greater weight costs more",
+        "scheduler/fair_shares.py",
+        "balance -= seconds * (BULK_COST if bulk else 1.0) / self._weight(key)",
+        "balance -= seconds * (BULK_COST if bulk else 1.0) * self._weight(key)",
+        (
+            "tests/unit/test_fair_shares.py",
+            "tests/unit/test_work_queue.py",
+        ),
+    ),
+    Fault(
+        "a key without work stays present",
+        "scheduler/fair_shares.py",
+        "            self._present.discard(key)\n",
+        "",
+        (
+            "tests/unit/test_fair_shares.py",
+            "tests/unit/test_work_queue.py",
+        ),
+    ),
+    Fault(
+        "what a move takes counts once",
+        "scheduler/replan.py",
+        "* steps_left > MOVE_COUNTS * move_ms",
+        "* steps_left > move_ms",
+        (
+            "tests/unit/test_replan.py",
+            "tests/unit/test_planner.py",
+        ),
+    ),
+    Fault(
+        "hops that stay are filled again",
+        "scheduler/replan.py",
+        "list(rest[: len(rest) - behind])",
+        "list(rest)",
+        (
+            "tests/unit/test_replan.py",
+            "tests/unit/test_planner.py",
+        ),
+    ),
+    Fault(
+        "a block without a peer counts as a weak one",
+        "scheduler/placement.py",
+        "    levels[flow.throughput == 0] = -1.0\n",
+        "",
+        (
+            "tests/unit/test_placement.py",
+            "tests/unit/test_moves.py",
+        ),
+    ),
+    Fault(
+        "a chain search forgets queues",
+        "scheduler/chain_search.py",
+        "switched += costs.queue[receivers] + run[receivers]",
+        "switched += run[receivers]",
+        ("tests/unit/test_route.py",),
+    ),
+    Fault(
+        "a chain visits a peer twice",
+        "scheduler/chain_search.py",
+        "            if peer in left_at:\n                return peer, left_at[peer]\n",
+        "",
+        ("tests/unit/test_route.py",),
+    ),
+    Fault(
+        "a prefill has a step too many",
+        "scheduler/prefill.py",
+        "(ceil(positions / size) - 1)",
+        "ceil(positions / size)",
+        ("tests/unit/test_prefill.py",),
+    ),
+    Fault(
+        "sessions that fill no group are left out",
+        "scheduler/partition.py",
+        "positions = -(-sessions // groups)",
+        "positions = sessions // groups",
+        (
+            "tests/unit/test_partition.py",
+            "tests/unit/test_plan.py",
+        ),
+    ),
+    Fault(
+        "the thriftiest chain may be too slow",
+        "scheduler/thrift.py",
+        "        if path_ms <= most_ms:",
+        "        if path_ms >= most_ms:",
+        ("tests/unit/test_route.py",),
+    ),
+]
+DIRECTORY = [
+    Fault(
+        "a record's signature is not checked",
+        "splitnet/net/records.py",
+        'if not fields["key"].verify(_SIGNED_PREFIX + payload, signature):',
+        "if not signature:",
+        (
+            "tests/unit/test_records.py",
+            "tests/unit/test_directory.py",
+        ),
+    ),
+    Fault(
+        "a record from the future is valid",
+        "splitnet/net/records.py",
+        "return self.expires_at > now and self.issued_at <= now + MAX_CLOCK_SKEW_S",
+        "return self.expires_at > now",
+        (
+            "tests/unit/test_records.py",
+            "tests/unit/test_directory.py",
+        ),
+    ),
+    Fault(
+        "a record is stored in the place of another key",
+        "splitnet/net/records.py",
+        "return subkey == peer.key.text and record.key in",
+        "return record.key in",
+        (
+            "tests/unit/test_records.py",
+            "tests/unit/test_directory.py",
+        ),
+    ),
+    Fault(
+        "an old record is kept in force",
+        "splitnet/net/records.py",
+        "if peer.expires_at != record.expiration_time or peer",
+        "if peer.expires_at > record.expiration_time or peer",
+        (
+            "tests/unit/test_records.py",
+            "tests/unit/test_directory.py",
+        ),
+    ),
+    Fault(
+        "an identity has a place too many",
+        "splitnet/net/dht_places.py",
+        "self._of[record.key] >= RECORDS_PER_IDENTITY",
+        "self._of[record.key] > RECORDS_PER_IDENTITY",
+        ("tests/unit/test_dht_places.py",),
+    ),
+    Fault(
+        "the places of an identity are not given back",
+        "splitnet/net/dht_places.py",
+        "        self._of[record.key] -= 1\n",
+        "",
+        ("tests/unit/test_dht_places.py",),
+    ),
+    Fault(
+        "a record without work takes the place of one with work",
+        "splitnet/net/dht_places.py",
+        "held.is_proven and not record.is_proven",
+        "not held.is_proven and record.is_proven",
+        ("tests/unit/test_dht_places.py",),
+    ),
+    Fault(
+        "a void record is kept",
+        "splitnet/net/kept_records.py",
+        "if not record.is_valid_at(now):",
+        "if record.expires_at < 0:",
+        (
+            "tests/unit/test_asked_peers.py",
+            "tests/unit/test_directory_service.py",
+        ),
+    ),
+    Fault(
+        "of two records the earlier counts",
+        "splitnet/net/swarm_directory.py",
+        "record.issued_at > kept[name].issued_at",
+        "record.issued_at < kept[name].issued_at",
+        (
+            "tests/unit/test_directory.py",
+            "tests/unit/test_asked_peers.py",
+        ),
+    ),
+    Fault(
+        "a void record is told",
+        "splitnet/net/swarm_directory.py",
+        "if not record.is_valid_at(now) or (",
+        "if (",
+        (
+            "tests/unit/test_directory.py",
+            "tests/unit/test_asked_peers.py",
+        ),
+    ),
+    Fault(
+        "a peer that has left is still there",
+        "splitnet/net/changes.py",
+        "                if not record.has_left:\n                    bits |= 1 << at",
+        "                bits |= 1 << at",
+        (
+            "tests/unit/test_changes.py",
+            "tests/unit/test_known_changes.py",
+        ),
+    ),
+    Fault(
+        "an older record counts as a change",
+        "splitnet/net/changes.py",
+        "if later > _TICKS // 2:",
+        "if later > _TICKS:",
+        (
+            "tests/unit/test_changes.py",
+            "tests/unit/test_known_changes.py",
+        ),
+    ),
+    Fault(
+        "a change of just as many steps as matter is not told",
+        "splitnet/net/changes.py",
+        "return most if most >= MATERIAL_STEPS else",
+        "return most if most > MATERIAL_STEPS else",
+        (
+            "tests/unit/test_changes.py",
+            "tests/unit/test_known_changes.py",
+        ),
+    ),
+    Fault(
+        "a peer answers for another",
+        "splitnet/net/asked_peers.py",
+        "answer = question.answers.get(source) if question is not None else None",
+        "answer = next(iter(question.answers.values()), None) if question is not None else None",
+        (
+            "tests/unit/test_asked_peers.py",
+            "tests/unit/test_known_changes.py",
+        ),
+    ),
+    Fault(
+        "a peer that is asked tells more than it may",
+        "splitnet/net/asked_peers.py",
+        "if record.key in keys or size <= most]",
+        "]",
+        (
+            "tests/unit/test_asked_peers.py",
+            "tests/unit/test_known_changes.py",
+        ),
+    ),
+    Fault(
+        "who asks for others waits as long as they do",
+        "splitnet/net/asked_peers.py",
+        "limit_s = ANSWER_S * depth / OWN_DEPTH",
+        "limit_s = ANSWER_S",
+        (
+            "tests/unit/test_asked_peers.py",
+            "tests/unit/test_directory_service.py",
+        ),
+    ),
+    Fault(
+        "of what nodes of the DHT hold the earliest counts",
+        "splitnet/net/dht_reading.py",
+        "record.issued_at > latest[subkey].issued_at",
+        "record.issued_at < latest[subkey].issued_at",
+        ("tests/unit/test_directory.py",),
+    ),
+]
+WEIGHTS = [
+    Fault(
+        "the fingerprint leaves out types",
+        "splitnet/weights/manifest.py",
+        "[tensor.name, tensor.stored, list(tensor.shape), tensor.pieces.nbytes, digest",
+        "[tensor.name, list(tensor.shape), tensor.pieces.nbytes, digest",
+        ("tests/unit/test_manifest.py",),
+    ),
+    Fault(
+        "a tensor that fills its pieces has another",
+        "splitnet/weights/manifest.py",
+        "return -(-nbytes // PIECE_BYTES)",
+        "return nbytes // PIECE_BYTES + 1",
+        ("tests/unit/test_manifest.py",),
+    ),
+    Fault(
+        "a manifest names a tensor twice",
+        "splitnet/weights/manifest.py",
+        "if names != sorted(set(names)):",
+        "if names != sorted(names):",
+        ("tests/unit/test_manifest.py",),
+    ),
+    Fault(
+        "a source is silent once too often",
+        "splitnet/weights/plan.py",
+        "if state.strikes >= MAX_STRIKES:",
+        "if state.strikes > MAX_STRIKES:",
+        ("tests/unit/test_fetch_plan.py",),
+    ),
+    Fault(
+        "strikes are not forgiven",
+        "splitnet/weights/plan.py",
+        "state.heard_at, state.strikes = now, 0",
+        "state.heard_at = now",
+        ("tests/unit/test_fetch_plan.py",),
+    ),
+    Fault(
+        "what has come counts as under way",
+        "splitnet/weights/plan.py",
+        "state.asked_bytes -= state.asked.pop(name)[1]",
+        "state.asked.pop(name)",
+        ("tests/unit/test_fetch_plan.py",),
+    ),
+    Fault(
+        "a busy source is asked again at once",
+        "splitnet/weights/plan.py",
+        "= now, now + BUSY_S",
+        "= now, now",
+        ("tests/unit/test_fetch_plan.py",),
+    ),
+    Fault(
+        "a file that has changed keeps its digests",
+        "splitnet/weights/hashing.py",
+        '"changed": status.st_mtime_ns',
+        '"changed": 0',
+        ("tests/unit/test_manifest.py",),
+    ),
+    Fault(
+        "a damaged piece is read",
+        "splitnet/weights/held.py",
+        "            if digest(data) == name:\n                return data",
+        "            return data",
+        (
+            "tests/unit/test_manifest.py",
+            "tests/unit/test_weight_service.py",
+            "tests/unit/test_stored_weights.py",
+        ),
+    ),
+    Fault(
+        "a damaged piece is not fetched again",
+        "splitnet/weights/held.py",
+        "if not (self._written[slot] and digest(self._read(slot)) == self.name_of(slot)):",
+        "if not self._written[slot]:",
+        (
+            "tests/unit/test_manifest.py",
+            "tests/unit/test_weight_service.py",
+            "tests/unit/test_stored_weights.py",
+        ),
+    ),
+    Fault(
+        "a corrupt piece is kept",
+        "splitnet/weights/fetching.py",
+        "if len(data) != self._missing[name] or digest(data) != name:",
+        "if len(data) != self._missing[name]:",
+        ("tests/swarm/test_weights_from_peers.py",),
+    ),
+    Fault(
+        "any peer answers a question about weights",
+        "splitnet/weights/fetching.py",
+        "if self._open.get(number) == source:",
+        "if number in self._open:",
+        ("tests/unit/test_asking.py",),
+    ),
+    Fault(
+        "weights that are not shared are given",
+        "peers/weight_service.py",
+        "data = self._piece(message.name) if self._shares() else None",
+        "data = self._piece(message.name)",
+        ("tests/unit/test_weight_service.py",),
+    ),
+    Fault(
+        "weights are given faster while sessions are served",
+        "peers/weight_service.py",
+        "SERVING_SHARE if self._serving() else 1.0",
+        "1.0 if self._serving() else SERVING_SHARE",
+        ("tests/unit/test_weight_service.py",),
+    ),
+    Fault(
+        "a key asks without bound",
+        "peers/weight_service.py",
+        "if len(own) >= WAITING_PER_KEY or sum",
+        "if sum",
+        ("tests/unit/test_weight_service.py",),
+    ),
+]
+SERVE = [
+    Fault(
+        "the beginning of an API key is enough",
+        "splitnet/serve/keys.py",
+        "if hmac.compare_digest(given, key)]",
+        "if key.startswith(given)]",
+        ("tests/unit/test_serve_requests.py",),
+    ),
+    Fault(
+        "a greater weight holds less",
+        "splitnet/serve/shares.py",
+        "totals[client] / client.weight",
+        "totals[client] * client.weight",
+        (
+            "tests/unit/test_serve_requests.py",
+            "tests/unit/test_serve_streams.py",
+        ),
+    ),
+    Fault(
+        "who holds just what it may lets go",
+        "splitnet/serve/shares.py",
+        "if totals.get(grown, 0) > self._each:",
+        "if totals.get(grown, 0) >= self._each:",
+        (
+            "tests/unit/test_serve_requests.py",
+            "tests/unit/test_serve_streams.py",
+        ),
+    ),
+    Fault(
+        "a request that ends while it is let in keeps its place",
+        "splitnet/serve/admission.py",
+        "turn.exception() is None:\n                self.running -= 1\n",
+        "turn.exception() is None:\n",
+        ("tests/unit/test_serve_requests.py",),
+    ),
+    Fault(
+        "one client takes the spare places",
+        "splitnet/serve/admission.py",
+        "self._places[waits.client] < self._most",
+        "self._places[waits.client] <= self._most",
+        ("tests/unit/test_serve_requests.py",),
+    ),
+    Fault(
+        "a session is found by another owner",
+        "splitnet/serve/prefix_cache.py",
+        "_shared(kept.tokens, wanted) if kept.owner == owner else 0",
+        "_shared(kept.tokens, wanted)",
+        ("tests/unit/test_serve_prefix_cache.py",),
+    ),
+    Fault(
+        "the token that differs counts as shared",
+        "splitnet/serve/prefix_cache.py",
+        "return int(differs.argmax()) if",
+        "return int(differs.argmax()) + 1 if",
+        ("tests/unit/test_serve_prefix_cache.py",),
+    ),
+    Fault(
+        "sessions are kept beyond their time",
+        "splitnet/serve/prefix_cache.py",
+        "if kept.since <= oldest or kept",
+        "if kept.since > oldest + limits.seconds or kept",
+        ("tests/unit/test_serve_prefix_cache.py",),
+    ),
+    Fault(
+        "all answers to a prompt are the same",
+        "splitnet/serve/sampling.py",
+        "np.array([self._sampling.seed, row], np.uint64)",
+        "np.array([self._sampling.seed, 0], np.uint64)",
+        (
+            "tests/unit/test_serve_sampling.py",
+            "tests/unit/test_serve_text.py",
+        ),
+    ),
+    Fault(
+        "the penalty for presence counts each time",
+        "splitnet/serve/sampling.py",
+        "self._sampling.presence_penalty * (counts > 0)",
+        "self._sampling.presence_penalty * counts",
+        (
+            "tests/unit/test_serve_sampling.py",
+            "tests/unit/test_serve_text.py",
+        ),
+    ),
+    Fault(
+        "the first character of a stop string is told",
+        "splitnet/serve/stop_strings.py",
+        "range(min(len(text), longest), 0, -1)",
+        "range(min(len(text), longest), 1, -1)",
+        ("tests/unit/test_serve_text.py",),
+    ),
+    Fault(
+        "half a character is told",
+        "splitnet/serve/detokenizing.py",
+        "if not text or text.endswith(INCOMPLETE):",
+        "if not text:",
+        ("tests/unit/test_serve_text.py",),
+    ),
+    Fault(
+        "a key's tokens come back in a second",
+        "splitnet/token_bucket.py",
+        "(now - self.at) * per_minute / MINUTE_S",
+        "(now - self.at) * per_minute",
+        (
+            "tests/unit/test_serve_requests.py",
+            "tests/unit/test_admission.py",
+            "tests/unit/test_weight_service.py",
+        ),
+    ),
+]
+FAULTS = [*SESSION, *SCHEDULER, *DIRECTORY, *WEIGHTS, *SERVE]
+
+
+def place_of(fault: Fault) -> Path | None:
+    """The file that holds the old text once: the named one, or the only other that does; None: there is none."""
+    named = ROOT / fault.file
+    if named.is_file() and named.read_text().count(fault.old) == 1:
+        return named
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py") if fault.old in file.read_text()]
+    return files[0] if len(files) == 1 and files[0].read_text().count(fault.old) == 1 else None
+
+
+def check(faults: Sequence[Fault]) -> dict[Fault, Path]:
+    """Where each fault belongs. Ends the process if the table is out of date."""
+    places = {fault: place_of(fault) for fault in faults}
+    wrong = [f"{fault.what}: what it replaces does not stand once in one file" for fault in faults if not places[fault]]
+    wrong += [f"{fault.what}: no {test}" for fault in faults for test in fault.tests if not (ROOT / test).is_file()]
+    if wrong:
+        raise SystemExit("mend the table of faults:\n" + "\n".join(wrong))
+    return {fault: place for fault, place in places.items() if place is not None}
+
+
+def copy_checkout(target: Path) -> None:
+    """All files that git does not ignore, and the kernels."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    kernels = [str(file.relative_to(ROOT)) for file in (ROOT / "splitnet").rglob("_kernels*.so")]
+    for name in {*listed.stdout.splitlines(), *kernels}:
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+
+
+@contextmanager
+def planted(fault: Fault, file: Path) -> Iterator[None]:
+    """A file of the copy has the fault meanwhile."""
+    sound = file.read_text()
+    file.write_text(sound.replace(fault.old, fault.new))
+    try:
+        yield
+    finally:
+        file.write_text(sound)
+
+
+def run_tests(folder: Path, arguments: Sequence[str], limit_s: float) -> tuple[str, str]:
+    """Whether tests fail in a copy: "yes", "no", or that they did not end in time; and the end of what they say."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=0", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        text=True,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        told, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate()
+        return "not in time", ""
+    if process.returncode not in (0, 1):
+        raise SystemExit(f"the tests do not run:\n{told}")
+    failed = [line for line in told.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return ("yes" if process.returncode else "no"), (failed[0].split(" - ")[0].split("::")[-1] if failed else "")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Plants faults and looks whether tests find them.")
+    parser.add_argument("--only", default="", help="faults whose description or file holds this")
+    parser.add_argument("--all", nargs="?", const="", metavar="ARGUMENTS", help="all of `make test`, or pytest so")
+    parser.add_argument("--limit-s", type=float, default=600.0, help="for the tests of one fault")
+    parser.add_argument("--check", action="store_true", help="only whether the table fits the sources")
+    arguments = parser.parse_args()
+    faults = [fault for fault in FAULTS if arguments.only in fault.what or arguments.only in fault.file]
+    places = check(faults)
+    if arguments.check or not faults:
+        return 0
+    missed = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        copy_checkout(folder)
+        print("| fault | found | by | after, s |\n|---|---|---|---|")
+        for fault in (None, *faults):
+            began = time.monotonic()
+            concerned = fault.tests if fault is not None else sorted({test for each in faults for test in each.tests})
+            given = [*concerned, "-n0"] if arguments.all is None else shlex.split(arguments.all)
+            with planted(fault, folder / places[fault].relative_to(ROOT)) if fault is not None else nullcontext():
+                found, by = run_tests(folder, given, arguments.limit_s * (1 if fault is not None else len(faults)))
+            if fault is None and found != "no":
+                raise SystemExit(f"tests fail, or do not end, without a fault: {by}")
+            missed += fault is not None and found != "yes"
+            what = fault.what if fault is not None else "none"
+            print(f"| {what} | {found} | {by} | {time.monotonic() - began:.0f} |", flush=True)
+    return int(missed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
