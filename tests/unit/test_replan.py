@@ -142,5 +142,7 @@ class TestForecasts:
         ("", "ab", None, "ab"),
     ],
 )
-def test_only_hops_between_those_that_stay_are_filled(present: str, route: str, before: str | None, changed: str) -> None:
+def test_only_hops_between_those_that_stay_are_filled(
+    present: str, route: str, before: str | None, changed: str
+) -> None:
     assert changed_hops(present, route) == (before, list(changed))
