@@ -7,7 +7,7 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13; do \
 
 export MODEL PROMPT
 
-.PHONY: demo chat test lint docs format size bench-quick soak attack
+.PHONY: demo chat test test-rest test-all test-quick lint docs format size bench-quick soak attack
 .DELETE_ON_ERROR:
 
 demo: .venv/all.stamp
@@ -16,8 +16,19 @@ demo: .venv/all.stamp
 chat: .venv/all.stamp
 	@.venv/bin/splitnet demo $${MODEL:+"$$MODEL"} --serve --port $(or $(PORT),8000)
 
+# Which tests these run, the tests say: see tests/tiers.py. `test-all` is `test` and `test-rest` in one.
 test: .venv/dev.stamp
 	@.venv/bin/python -m pytest -q
+
+test-rest: .venv/dev.stamp
+	@.venv/bin/python -m pytest -q --tier=rest
+
+test-all: .venv/dev.stamp
+	@.venv/bin/python -m pytest -q --tier=all
+
+# In one process: `make test-quick FILE=tests/unit/test_codecs.py` or `FILE="tests/unit -k codecs"`.
+test-quick: .venv/dev.stamp
+	@.venv/bin/python -m pytest -q -n0 --durations=0 --durations-min=1 $(FILE)
 
 lint: .venv/dev.stamp
 	.venv/bin/ruff check .

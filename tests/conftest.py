@@ -15,21 +15,22 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests start many processes: all read what the first one has compiled.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-import hypothesis
 import pytest
 
 from splitnet.errors import SplitnetError
 from splitnet.model import demo, device_choice
 from tests.leftovers import RUN_MARK, Running, end_leftovers, end_run
 from tests.sharing import FilesTogether, longest_first
+from tests.tiers import TIERS, load_profile, select
 
-# A busy machine must not fail a property by its clock.
-hypothesis.settings.register_profile("splitnet", deadline=None)
-hypothesis.settings.load_profile("splitnet")
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=TIERS, default="default", help="which tests run, see tests/tiers.py")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """How the user has set splitnet up, and who else runs it on this network, must not matter."""
+    """The user's settings of splitnet, and other peers on this network, must not matter."""
+    load_profile(config.option.tier)
     if not hasattr(config, "workerinput"):
         os.environ[RUN_MARK] = uuid.uuid4().hex
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends the run ends all of it
@@ -58,8 +59,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> FilesTogethe
     return FilesTogether(config, log) if config.getoption("dist") == "loadfile" else None
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=longest_first)
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # What the command line names by its id runs in any case.
+    named = any("::" in argument for argument in config.args)
+    chosen, others = select(items, "all" if named else config.option.tier)
+    config.hook.pytest_deselected(items=others)
+    items[:] = longest_first(chosen)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import json
 import re
 import runpy
@@ -64,6 +65,7 @@ def filled(words: tuple[str, ...], **others: str) -> list[str]:
     return [{**PLACEHOLDERS, **others}.get(word, word) for word in words]
 
 
+@functools.cache
 def commands() -> Any:
     """The group of all commands, none of which does anything."""
     group: Any = typer.main.get_command(app)

@@ -54,6 +54,7 @@ from splitnet.net.messages import (
     encode,
 )
 from tests.swarm.harness import LocalSwarm, local_swarm
+from tests.tiers import examples
 from tests.unit.random_models import random_checkpoint
 
 pytestmark = pytest.mark.swarm
@@ -192,7 +193,7 @@ def honest_clients_are_served(running: LocalSwarm, folder: Path, attacker: Attac
 
 # The peer keeps its state between examples, so a failing one can be neither repeated nor made smaller.
 many = settings(
-    max_examples=150,
+    max_examples=examples(150),
     derandomize=True,
     database=None,
     phases=[Phase.generate],

@@ -4,7 +4,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from splitnet.net import dht_places, proof_of_work
@@ -72,7 +72,6 @@ def test_places_are_free_again_when_records_expire() -> None:
     assert len(places) == 1
 
 
-@settings(deadline=None)
 @given(
     st.lists(
         st.tuples(

@@ -47,11 +47,12 @@ from splitnet.model.stored import StoredTensor
 from splitnet.patterns import ALL_S, Patterns
 from splitnet.serve.failures import ApiError
 from splitnet.serve.prompts import Prompts
+from tests.tiers import examples
 from tests.unit.quantized_checkpoints import quantized_pair, tensors_of, write_checkpoint
 from tests.unit.random_models import random_checkpoint
 
 SOON_S = 5.0
-FOR_FILES = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FOR_FILES = settings(max_examples=examples(60), suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ from splitnet.client.latest import Latest
 from splitnet.client.planner import CLIENT_ENDS, PlannedHop, Planner
 from splitnet.client.survey import Survey
 from splitnet.net.records import KEY_PREFIX_BYTES, PeerRecord, SeenLink
+from tests.tiers import examples
 from tests.unit.test_planner import NEEDS, record
 from tests.unit.test_survey import Clock
 
@@ -122,7 +123,7 @@ class World:
 CHANGES = tuple(World(0).changes())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(st.integers(0, 2**32), st.lists(st.sampled_from(CHANGES), min_size=3, max_size=10))
 def test_routes_are_those_of_a_client_that_keeps_nothing(seed: int, changes: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -169,7 +170,6 @@ def test_the_latest_are_kept_and_no_more() -> None:
     assert made == [{1: 2}, {1: 3}, [4], {1: 3}]
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(*[st.floats(0, 1e6)] * 5), min_size=1, max_size=4),
     st.floats(0, 2000),
@@ -188,7 +188,6 @@ def test_a_crowd_counts_as_routes_do(
     assert sending == pytest.approx(expected, rel=1e-9)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32), st.integers(0, 5))
 def test_a_corrected_crowd_is_one_of_the_corrected_peers(seed: int, count: int) -> None:
     choices = random.Random(seed)
@@ -228,7 +227,6 @@ def test_a_table_with_links_is_that_of_the_network_with_them() -> None:
     np.testing.assert_array_equal(network.table(ids).latency_ms, before)
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9), st.floats(0, 9)), max_size=12))
 def test_the_least_value_of_spans_over_each_block(spans: list[tuple[int, int, float]]) -> None:
     starts, ends = (np.array([span[side] for span in spans], dtype=np.int64) for side in (0, 1))
@@ -238,7 +236,6 @@ def test_the_least_value_of_spans_over_each_block(spans: list[tuple[int, int, fl
     assert _LeastOfBlocks(starts, ends, 9).of(values).tolist() == expected
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(*[st.integers(-9, 9)] * 3, st.sampled_from(["silent", "answered", "never asked", "no place"]))),
 )

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from splitnet.model.kv_cache import FIRST_CAPACITY, RowCache
+from tests.tiers import examples
 
 HEADS, KEY_SIZE, VALUE_SIZE, BLOCKS = 2, 4, 3, 2
 
@@ -27,7 +28,7 @@ def _new(count: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     )
 
 
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 @given(st.lists(actions, max_size=12), st.sampled_from([None, 0, 700]))
 def test_equals_concatenation(steps: list[tuple[str, float]], room: int | None) -> None:
     row = RowCache(room)

@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from splitnet.net.endpoints import Endpoint, LinkState, Relay
 from splitnet.net.identity import Identity
 from splitnet.net.link_pool import BRIEF_S, LinkPool
+from tests.tiers import examples
 
 MOST = 3
 KEEP_S = 60.0
@@ -200,7 +201,7 @@ class Machine(RuleBasedStateMachine):
         assert len(self.links.open) == len(self.links.pool) <= MOST
 
 
-Machine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+Machine.TestCase.settings = settings(max_examples=examples(60), stateful_step_count=40, deadline=None)
 TestMachine: Callable[..., object] = Machine.TestCase
 
 

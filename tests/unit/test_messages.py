@@ -62,6 +62,7 @@ from splitnet.net.messages import (
     encode,
 )
 from splitnet.printable import printable
+from tests.tiers import examples
 
 SESSION = bytes(range(SESSION_BYTES))
 LARGEST_NUMBER = (1 << 48) - 1
@@ -211,7 +212,7 @@ def test_a_message_comes_back_from_its_frames(message: Message) -> None:
 
 
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda message: type(message).__name__)
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 @given(data=st.data())
 def test_frames_that_were_changed_raise_nothing_but_protocol_errors(message: Message, data: st.DataObject) -> None:
     header, *payload = encode(message)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from scheduler.moves import MIN_GAIN, SETTLE_S, Move, Willingness, best_move
 from scheduler.placement import Spans, sum_per_block
 from scheduler.swarm import Peer, Speed, coverage, missing_blocks
+from tests.tiers import examples
 
 
 def peer(name: str, start: int, end: int, decode_ms: float = 1.0) -> Peer:
@@ -44,7 +45,6 @@ def swarms(draw: st.DrawFn, most_peers: int = 9) -> tuple[list[Peer], int, dict[
     return peers, num_blocks, max_blocks
 
 
-@settings(deadline=None)
 @given(swarms(), st.integers(0, 10), st.randoms(use_true_random=False))
 def test_repeated_moves_end_never_make_it_worse_and_do_not_depend_on_order(
     swarm: tuple[list[Peer], int, dict[str, int]], fixed: int, rng: random.Random
@@ -72,7 +72,6 @@ def test_repeated_moves_end_never_make_it_worse_and_do_not_depend_on_order(
     pytest.fail("the moves do not end")
 
 
-@settings(deadline=None)
 @given(swarms(), st.sets(st.sampled_from("abcdefghi")))
 def test_departures_are_made_up_for_if_there_is_memory(
     swarm: tuple[list[Peer], int, dict[str, int]], gone: set[str]
@@ -87,7 +86,7 @@ def test_departures_are_made_up_for_if_there_is_memory(
     assert not (enough and missing_blocks(peers, num_blocks))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100))
 @given(swarms(), st.randoms(use_true_random=False), st.integers(1, 8))
 def test_moves_at_once_uncover_nothing_however_stale_the_views(
     swarm: tuple[list[Peer], int, dict[str, int]], rng: random.Random, rounds: int
@@ -162,7 +161,7 @@ class Announcing:
             self.ready_at = now + load_rounds
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(swarms(), st.randoms(use_true_random=False), st.integers(0, 3))
 def test_announced_moves_uncover_nothing_while_views_are_not_older_than_they_are_held(
     swarm: tuple[list[Peer], int, dict[str, int]], rng: random.Random, late: int

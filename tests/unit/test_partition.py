@@ -22,6 +22,7 @@ from scheduler.partition import (
 )
 from scheduler.roofline import BlockWork, roofline
 from scheduler.swarm import PASS_SIZES, Hop, Peer, Route, Speed
+from tests.tiers import examples
 
 ENCODINGS = (Encoding("none", 2304.0), Encoding("int8", 612.0, 0.2, 0.003))
 
@@ -98,7 +99,7 @@ def check_feasible(home: Home, route: Route) -> None:
     assert all(1 <= hop.end - hop.start <= room[hop.peer] for hop in route.hops)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(homes())
 def test_the_fastest_partition_is_the_best_of_all(home: Home) -> None:
     chains = list(home.all_chains())
@@ -112,7 +113,7 @@ def test_the_fastest_partition_is_the_best_of_all(home: Home) -> None:
     assert route.cost_ms == pytest.approx(min(home.cost(hops) for hops in chains))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60))
 @given(homes(), st.sampled_from([1, 8]))
 def test_the_widest_partition_has_the_fastest_slowest_stage_and_then_the_least_time(home: Home, positions: int) -> None:
     chains = list(home.all_chains())
@@ -126,7 +127,7 @@ def test_the_widest_partition_has_the_fastest_slowest_stage_and_then_the_least_t
     assert route.cost_ms == pytest.approx(min(home.cost(hops, positions) for hops in equals))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=examples(40))
 @given(homes())
 def test_everyone_takes_part_if_told_to(home: Home) -> None:
     usable = [device for device in home.devices if device.max_blocks]

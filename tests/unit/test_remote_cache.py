@@ -16,6 +16,7 @@ from splitnet.errors import AdapterError
 from splitnet.model.adapters import Adapter
 from splitnet.net.messages import Fork, Part
 from splitnet.net.rows import fork_rows
+from tests.tiers import examples
 
 
 class FakeSession:
@@ -162,7 +163,7 @@ class CacheMachine(RuleBasedStateMachine):
 
 
 TestCacheMachine = CacheMachine.TestCase
-TestCacheMachine.settings = settings(max_examples=60, stateful_step_count=25)
+TestCacheMachine.settings = settings(max_examples=examples(60), stateful_step_count=25)
 
 
 def test_a_beam_that_stays_is_not_copied() -> None:

@@ -14,6 +14,7 @@ from splitnet.net.codecs import CODECS
 from splitnet.net.endpoints import Connection
 from splitnet.net.messages import Fork, Part, Step
 from splitnet.net.sent_log import SentLog
+from tests.tiers import examples
 
 BYTES_PER_POSITION = 8
 
@@ -89,7 +90,7 @@ def check(rows: Rows) -> None:
     assert rows.allocated <= room_for(rows.session.budget)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(st.data(), st.sampled_from([64, 200, 1000, 3000]))
 def test_every_step_within_the_budget_is_taken(data: st.DataObject, budget: int) -> None:
     rows = Rows(budget)

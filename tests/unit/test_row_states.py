@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from splitnet.model.kv_cache import OneRow, RowCache
 from splitnet.model.row_states import COPIES, REACH, RowStates
+from tests.tiers import examples
 
 SIZE = 3
 
@@ -47,7 +48,7 @@ class Accumulator:
         return sums[0][-len(hidden) :]
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80))
 @given(st.lists(actions, max_size=14), st.sampled_from([None, 16]))
 def test_a_row_goes_on_from_wherever_it_was_cut(steps: list[tuple[str, float]], room: int | None) -> None:
     span, generator = Accumulator(), torch.Generator().manual_seed(0)

@@ -12,6 +12,7 @@ from splitnet.errors import ProtocolError
 from splitnet.net.messages import MAX_PAYLOAD_BYTES, Fork, Part
 from splitnet.net.rows import fork_rows
 from splitnet.net.sent_log import SentLog
+from tests.tiers import examples
 
 SIZE = 3
 """Bytes per position."""
@@ -157,7 +158,7 @@ def test_a_replayed_step_never_exceeds_a_payload() -> None:
 forks_of = st.lists(st.builds(Fork, st.integers(1, 8), st.integers(1, 4)), max_size=6, unique_by=lambda fork: fork.row)
 
 
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 @given(st.dictionaries(st.integers(1, 4), st.lists(st.integers(), max_size=3), max_size=4), forks_of)
 def test_forks_made_twice_change_nothing(rows: dict[int, list[int]], forks: list[Fork]) -> None:
     before = {row: list(held) for row, held in rows.items()}

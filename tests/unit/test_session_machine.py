@@ -19,6 +19,7 @@ from splitnet.client.session_route import OPEN_TIMEOUT_S, POLL_S, TRANSITIONS, P
 from splitnet.errors import NotAuthorized, OtherWeights, PeerBusy, PeerLost, SplitnetError, WrongKey
 from splitnet.net.endpoints import Endpoint, Relay
 from splitnet.net.messages import Failure, FailureCode, Fork
+from tests.tiers import examples
 from tests.unit.session_world import CLIENT, SPANS, Faulty, Kind, PeerModel, World, adapter, tags_of
 
 index = st.integers(0, 1 << 16)
@@ -313,13 +314,13 @@ class Passes(Trouble):
 
 
 TestSteps = Steps.TestCase
-TestSteps.settings = settings(MANY, max_examples=400, stateful_step_count=40, derandomize=True)
+TestSteps.settings = settings(MANY, max_examples=examples(400), stateful_step_count=40, derandomize=True)
 TestPasses = Passes.TestCase
-TestPasses.settings = settings(MANY, max_examples=200, stateful_step_count=40, derandomize=True)
+TestPasses.settings = settings(MANY, max_examples=examples(200), stateful_step_count=40, derandomize=True)
 
 
 @pytest.mark.parametrize("fault", [*Faulty.KINDS, *Faulty.WITH_STEPS])
-@settings(MANY, max_examples=25)
+@settings(MANY, max_examples=examples(25))
 @given(at=peer, seed=st.integers(0, 1 << 16), losses=st.lists(st.integers(0, 40), max_size=2))
 def test_beside_honest_peers_one_that_lies_costs_no_request(fault: str, at: int, seed: int, losses: list[int]) -> None:
     """Nor do two messages that get lost meanwhile."""

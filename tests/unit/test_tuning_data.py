@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from splitnet.errors import DataError
 from splitnet.tuning.data import FIELDS, Form, read_examples
+from tests.tiers import examples
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hi"}]}
 SAMPLES: dict[Form, dict[str, Any]] = {
@@ -119,7 +120,7 @@ json_values = st.recursive(
 objects = st.dictionaries(st.sampled_from(["text", "label", "prompt", "completion", "messages"]), json_values)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(200), suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary() | st.lists(objects).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()))
 def test_whatever_a_file_holds_it_is_read_or_refused(file: Path, content: bytes) -> None:
     file.write_bytes(content)

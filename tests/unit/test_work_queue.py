@@ -22,6 +22,7 @@ from splitnet.net.endpoints import Connection, Endpoint
 from splitnet.net.identity import Identity
 from splitnet.net.messages import Fork, Forward, Part, Step
 from splitnet.net.sent_log import SentLog
+from tests.tiers import examples
 
 PASS = 64
 """Positions of a pass in these tests."""
@@ -459,7 +460,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 
 TestQueueMachine = QueueMachine.TestCase
-TestQueueMachine.settings = settings(max_examples=60, stateful_step_count=30)
+TestQueueMachine.settings = settings(max_examples=examples(60), stateful_step_count=30)
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 200)), min_size=1, max_size=30))

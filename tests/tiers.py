@@ -1,0 +1,78 @@
+"""Which tests run when: `make test` runs the default tier, `make test-all` everything, `make test-rest` the difference.
+
+A test itself says what it is:
+
+- `@pytest.mark.full`: the default tier leaves it out.
+- `@pytest.mark.default_cases(family=("llama", "gpt2"))`: of its cases, the default tier takes those whose parameters
+  have one of these values. Several such marks of a test add up. A file may have one, too; it says nothing about tests
+  without such parameters.
+- A property has as many examples as the profile of the tier says, or `settings(max_examples=examples(400))`.
+"""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+
+TIERS = ("default", "all", "rest")
+MOST_EXAMPLES, DEFAULT_EXAMPLES = 100, 25
+
+# A busy machine must not fail a property by its clock.
+hypothesis.settings.register_profile("all", deadline=None, max_examples=MOST_EXAMPLES)
+hypothesis.settings.register_profile("default", deadline=None, max_examples=DEFAULT_EXAMPLES)
+
+
+def load_profile(tier: str) -> None:
+    """Sets how many examples properties have; before files of tests are imported, which ask for `examples`."""
+    hypothesis.settings.load_profile("default" if tier == "default" else "all")
+
+
+def examples(most: int) -> int:
+    """How many examples of a property this tier takes if a full run takes `most`."""
+    profile = hypothesis.settings.get_profile(hypothesis.settings.get_current_profile_name())
+    return most * profile.max_examples // MOST_EXAMPLES
+
+
+def select(items: list[pytest.Item], tier: str) -> tuple[list[pytest.Item], list[pytest.Item]]:
+    """The tests of a tier, and the others.
+
+    Raises:
+        pytest.UsageError: marks that leave a test no case in the default tier, or that name a parameter that
+            it has not.
+    """
+    default = [item for item in items if in_default(item)]
+    lost = {_test_of(item) for item in items if not item.get_closest_marker("full")} - {_test_of(i) for i in default}
+    if lost:
+        raise pytest.UsageError(f"no case is in the default tier: {', '.join(sorted(lost))}")
+    if tier == "all":
+        return items, []
+    chosen = {*default} if tier == "default" else {*items} - {item for item in default if not _is_property(item)}
+    return [item for item in items if item in chosen], [item for item in items if item not in chosen]
+
+
+def in_default(item: pytest.Item) -> bool:
+    """Whether the default tier has this test."""
+    if item.get_closest_marker("full"):
+        return False
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    marks: dict[pytest.Item | pytest.Collector, list[pytest.Mark]] = {}
+    for node, mark in item.iter_markers_with_node("default_cases"):
+        unknown = mark.kwargs.keys() - parameters.keys()
+        if node is item and unknown:
+            raise pytest.UsageError(f"{item.nodeid}: default_cases names {', '.join(unknown)}, which are no parameters")
+        marks.setdefault(node, []).append(mark)  # pyright: ignore[reportArgumentType]
+    return all(any(_takes(mark, parameters) for mark in some) for some in marks.values())
+
+
+def _takes(mark: pytest.Mark, parameters: dict[str, object]) -> bool:
+    return all(parameters[name] in values for name, values in mark.kwargs.items() if name in parameters)
+
+
+def _test_of(item: pytest.Item) -> str:
+    """The name of a test without its case."""
+    return item.nodeid.partition("[")[0]
+
+
+def _is_property(item: pytest.Item) -> bool:
+    """Whether a full run has more examples of it."""
+    return isinstance(item, pytest.Function) and hypothesis.is_hypothesis_test(item.obj)
