@@ -143,11 +143,27 @@ def check_the_same(span: Span, atol: float) -> None:
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
 
 
+@pytest.mark.default_cases(
+    family=("bloom", "cohere", "exaone4", "falcon", "gemma2", "gpt2", "gptj", "llama", "opt", "stablelm", "youtu")
+)
 @pytest.mark.parametrize("family", sorted(COMPILED - WITH_EXPERTS))
 def test_a_family_gives_the_same(family: str, tmp_path: Path) -> None:
     check_the_same(load(family, tmp_path, SIZES.get(family, {}), dtype="float32"), 1e-4)
 
 
+@pytest.mark.default_cases(
+    case=(
+        "one norm, keys kept for every query",
+        "slopes of six heads",
+        "norms of heads that differ",
+        "a clip",
+        "a low cap",
+        "rotary embeddings that differ",
+        "quick GELU",
+        "latent attention",
+        "latents that are stored, of six heads",
+    )
+)
 @pytest.mark.parametrize("case", CASES)
 def test_what_a_config_changes(case: str, tmp_path: Path) -> None:
     family, sizes = CASES[case]
@@ -164,6 +180,8 @@ def test_blocks_of_another_structure_have_none(case: str, tmp_path: Path) -> Non
     assert load(family, tmp_path, sizes)._lean is None
 
 
+@pytest.mark.default_cases(family=("gpt2",), weights=("int8", "int4", "float16"))
+@pytest.mark.default_cases(family=("gemma2",), dtype=("bfloat16",))
 @pytest.mark.parametrize("family", ["cohere", "falcon", "gemma2", "gpt2", "gpt_neox", "olmo2", "phi3", "youtu"])
 @pytest.mark.parametrize(
     ("weights", "dtype", "tolerance"),

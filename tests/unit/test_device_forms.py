@@ -28,6 +28,7 @@ EXPECTED = {
 """By layout; other layouts are made anew."""
 
 
+@pytest.mark.default_cases(dtype=(torch.bfloat16,))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
 def test_layouts_that_a_kernel_takes_multiply_as_before(name: str, dtype: torch.dtype) -> None:

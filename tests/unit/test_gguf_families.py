@@ -138,6 +138,9 @@ def logits(model: PreTrainedModel) -> torch.Tensor:
     return model(IDS).logits
 
 
+@pytest.mark.default_cases(
+    case=("llama", "llama-3.1", "qwen3_moe", "qwen3_next", "gpt_oss", "gemma3", "deepseek_v3", "nemotron_h")
+)
 @pytest.mark.parametrize("case", CASES)
 def test_gives_what_the_checkpoint_gives_of_which_it_was_made(case: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]
@@ -148,6 +151,9 @@ def test_gives_what_the_checkpoint_gives_of_which_it_was_made(case: str, tmp_pat
     torch.testing.assert_close(logits(load(store)), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
+@pytest.mark.default_cases(
+    case=("llama", "llama-3.1", "qwen3_moe", "qwen3_next", "gpt_oss", "gemma3", "deepseek_v3", "nemotron_h")
+)
 @pytest.mark.parametrize("case", CASES)
 def test_codes_are_kept_and_stand_for_what_gguf_dequantises(case: str, tmp_path: Path) -> None:
     family, overrides = CASES[case]

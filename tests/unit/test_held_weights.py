@@ -124,6 +124,8 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).norm() / expected.norm())
 
 
+@pytest.mark.default_cases(family=("llama", "mixtral"), kernels=("compiled",))
+@pytest.mark.default_cases(family=("gpt2",), kind=("int8", "float16"))
 @pytest.mark.parametrize("kind", HELD)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_block_computes_almost_what_it_does_in_floats(
@@ -146,6 +148,8 @@ def test_a_block_computes_almost_what_it_does_in_floats(
     assert away < (KERNEL_DISTANCE if kernels != "fallback" and kind.startswith("int") else 1e-5)
 
 
+@pytest.mark.default_cases(family=("llama",))
+@pytest.mark.default_cases(kernels=("compiled",))
 @pytest.mark.parametrize("kind", HELD)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_a_block_takes_the_bytes_that_were_foretold(
@@ -167,6 +171,8 @@ def test_a_block_takes_the_bytes_that_were_foretold(
         fitting_blocks(checkpoint, SpanWish(memory=predicted - 1), device="cpu", dtype="float32", weights=kind)
 
 
+@pytest.mark.default_cases(kernels=("compiled",), kind=("int4", "bfloat16"))
+@pytest.mark.default_cases(family=("gpt2",), kind=("int8",))
 @pytest.mark.parametrize("kind", HELD)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_gradients_and_low_rank_additions_are_those_of_the_weights_that_are_stood_for(
@@ -307,6 +313,7 @@ def test_weights_out_of_range_stay_as_they_are(value: float) -> None:
         assert torch.equal(layer.held.dequantised(torch.float32).nan_to_num(), weight.nan_to_num())
 
 
+@pytest.mark.default_cases(kernels=("compiled",))
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("kind", [None, "float16", "int8", "int4"])
 def test_floats_are_let_go_while_loading(

@@ -22,7 +22,10 @@ from splitnet.model.stored import TABLES, StoredMatrix
 from tests.unit.random_codes import LAYOUTS, matrix_of
 from tests.unit.test_grouped_forms import far, hold_stored
 
-pytestmark = pytest.mark.skipif(not kernels.has_float_kernels(), reason="the kernels were not compiled for this CPU")
+pytestmark = [
+    pytest.mark.skipif(not kernels.has_float_kernels(), reason="the kernels were not compiled for this CPU"),
+    pytest.mark.default_cases(path=(kernels.PLAIN_PATH, kernels.path_in_use())),
+]
 
 LARGEST = 255 * 127 + 127
 """What the largest value of a row becomes."""
@@ -143,6 +146,7 @@ def test_threads_share_the_outputs(threads: int) -> None:
     assert all(torch.equal(one, other) for one, other in zip(alone, shared, strict=True))
 
 
+@pytest.mark.default_cases(outputs=(33, 5))
 @pytest.mark.parametrize("name", LAYOUTS)
 @pytest.mark.parametrize(
     ("outputs", "inputs", "count"), [(16, 64, 1), (33, 640, 2), (70, 1300, 9), (5, 96, 3), (20, 48, 4)]

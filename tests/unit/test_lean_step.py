@@ -97,6 +97,7 @@ def load(family: str, folder: Path, dtype: str | None = None, weights: str | Non
     return Span.load(Checkpoint.open(random_checkpoint(family, folder)), 1, 5, dtype=dtype, weights=weights)
 
 
+@pytest.mark.default_cases(family=("llama", "qwen3"))
 @pytest.mark.parametrize("family", USUAL)
 @pytest.mark.parametrize("lengths", [(5,), (5, 1, 9)], ids=["alone", "together"])
 def test_it_gives_the_same(family: str, tmp_path: Path, lengths: tuple[int, ...], step: type) -> None:
@@ -133,6 +134,11 @@ def test_experts_in_codes_run_as_their_family_runs_them(family: str, form: str, 
         torch.testing.assert_close(windows, windows_of_drafts(span, (3, 1, 9)), rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.default_cases(weights=("int8",), case=("sinks, biases and clamped gates", "latents stored"))
+@pytest.mark.default_cases(
+    weights=("int4",),
+    case=("groups of experts and halves of heads", "a gated shared expert", "numbers of heads within a clip"),
+)
 @pytest.mark.parametrize("case", EXPERTS_IN_CODES)
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("step", ["compiled"], indirect=True)
@@ -181,6 +187,7 @@ def test_experts_of_another_kind_run_as_their_family_does_it(
     assert not isinstance(span._lean, CompiledStep)
 
 
+@pytest.mark.default_cases(family=("llama", "qwen3"))
 @pytest.mark.parametrize("family", USUAL)
 @pytest.mark.parametrize("counts", [(7,), (3, 1, 9)], ids=["alone", "together"])
 def test_several_positions_of_a_sequence(family: str, counts: tuple[int, ...], tmp_path: Path) -> None:
@@ -190,6 +197,7 @@ def test_several_positions_of_a_sequence(family: str, counts: tuple[int, ...], t
     torch.testing.assert_close(lean, windows_of_drafts(span, counts), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.default_cases(name=("Q4_K", "Q8_0", "FP8 in blocks", "NF4", "GPTQ"))
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_weights_in_the_codes_of_a_checkpoint(name: str, tmp_path: Path, step: type) -> None:
     folder = random_checkpoint("qwen3", tmp_path, blocks=2, hidden=256)

@@ -82,6 +82,14 @@ CASES = [
 ]
 """Blocks of all kinds: what the project names, and where families differ within themselves."""
 
+STRUCTURES = (
+    *map(Case, ("llama", "gemma2", "mixtral", "gpt_oss", "gpt2", "bloom")),
+    Case("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    Case("opt", {"word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    *(Case(family, (HYBRIDS | SPARSE)[family]) for family in ("jamba", "qwen3_next", "lfm2", "deepseek_v32")),
+)
+"""Cases of which no two are built alike: of the others, each is much like one of them."""
+
 USUAL_ENDS = ("llama", "mistral", "qwen2", "qwen3", "mixtral")
 """Families that do nothing but embed, normalise and multiply around their blocks."""
 
@@ -189,6 +197,7 @@ def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float 
     assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.default_cases(case=STRUCTURES)
 @pytest.mark.parametrize("case", [*CASES, *OTHER_CASES], ids=str)
 @torch.inference_mode()
 def test_the_ends_alone_do_what_the_model_does_around_its_blocks(case: Case, made: Callable[[Case], Path]) -> None:
@@ -207,6 +216,7 @@ def test_the_ends_alone_do_what_the_model_does_around_its_blocks(case: Case, mad
     assert torch.equal(ends.logits(tap.answer), logits)
 
 
+@pytest.mark.default_cases(case=STRUCTURES)
 @pytest.mark.parametrize("case", [*CASES, *OTHER_CASES], ids=str)
 @torch.inference_mode()
 def test_packed_spans_equal_the_whole_model(case: Case, made: Callable[[Case], Path]) -> None:
@@ -253,6 +263,7 @@ def test_packed_spans_equal_the_whole_model(case: Case, made: Callable[[Case], P
         assert_close(shell(ids).logits, whole(ids).logits, tolerance)
 
 
+@pytest.mark.default_cases(case=STRUCTURES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @torch.inference_mode()
 def test_shell_over_local_spans_equals_the_whole_model(case: Case, made: Callable[[Case], Path]) -> None:
@@ -404,6 +415,7 @@ MULTIMODAL: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
 """Text, vision, and what belongs to neither, by `model_type` of the whole."""
 
 
+@pytest.mark.default_cases(family=("gemma3", "qwen3_vl", "kimi_k25"))
 @pytest.mark.parametrize("family", MULTIMODAL)
 @torch.inference_mode()
 def test_text_model_of_a_multimodal_checkpoint(family: str, tmp_path: Path) -> None:
@@ -494,6 +506,8 @@ def test_adapters_are_added_to_a_layer_or_refused(path: str, made: Callable[[Cas
     assert not torch.allclose(plain, adapted)
 
 
+@pytest.mark.default_cases(weights=("int8",), family=("jamba",))
+@pytest.mark.default_cases(weights=("int4",), family=("mamba",))
 @pytest.mark.parametrize("family", ["mamba", "falcon_mamba", "jamba"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_time_steps_keep_their_weights(family: str, weights: str, made: Callable[[Case], Path]) -> None:
@@ -522,6 +536,7 @@ def test_prefixes_that_cannot_stand_are_refused(family: str, reason: str, made: 
         span.keys_and_values(row, 3)
 
 
+@pytest.mark.default_cases(family=("llama", "mixtral"))
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "mixtral"])
 def test_a_span_reads_only_its_shards(family: str, made: Callable[[Case], Path], tmp_path: Path) -> None:
     folder = made(Case(family))
@@ -555,6 +570,7 @@ def test_dtype_of_a_span(llama: Checkpoint) -> None:
         Span.load(llama, 0, 1, dtype="int8")
 
 
+@pytest.mark.default_cases(family=("llama", "bloom"))
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "opt", "bloom"])
 def test_a_view_runs_some_blocks_of_a_span(family: str, made: Callable[[Case], Path]) -> None:
     checkpoint = Checkpoint.open(made(Case(family)))

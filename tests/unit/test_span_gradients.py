@@ -61,6 +61,7 @@ def whole_gradient(folder: Path, tokens: torch.Tensor, gradient: torch.Tensor) -
     return seen["input"][0].detach(), found[0]
 
 
+@pytest.mark.default_cases(family=("llama", "gpt2", "mixtral", "gemma3_text"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_of_packed_sequences_is_that_of_the_whole_model(family: str, checkpoint_of: Callable[[str], Path]) -> None:
     folder = checkpoint_of(family)
@@ -123,6 +124,8 @@ def test_more_urgent_work_may_run_between_two_blocks(checkpoint_of: Callable[[st
     assert len(decoded) == 6
 
 
+@pytest.mark.default_cases(share=(0.5,), family=("llama", "gpt_oss", "mixtral"))
+@pytest.mark.default_cases(family=("llama",))
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_way_back_that_is_kept_gives_the_same(
