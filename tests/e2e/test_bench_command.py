@@ -30,6 +30,7 @@ SIZES = ("--prefill", "8", "--prefill", "13", "--decode", "5", "--context", "0",
 MORE = ("--clients", "1", "--clients", "3", "--rounds", str(ROUNDS), "--threads", "1")
 
 
+@pytest.mark.full
 def test_a_swarm_and_plain_transformers_in_turns(small: Path, duo: str, home: Path) -> None:
     where = ("--join", duo, "--local", "--codec", "none")
     finished = run(home, "bench", str(small), *where, *SIZES, *MORE, "--json")

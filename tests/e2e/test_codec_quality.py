@@ -22,6 +22,7 @@ def comparison(demo_checkpoint: Path) -> Comparison:
     return Comparison(demo_checkpoint, VARIED_TEXT.read_text(encoding="utf-8"), TOKENS)
 
 
+@pytest.mark.default_cases(cuts=CUTS[:1])
 @pytest.mark.parametrize("cuts", CUTS)
 def test_default_int8_stays_below_5e_4(comparison: Comparison, cuts: tuple[int, int]) -> None:
     assert comparison.ids.shape == (1, TOKENS)

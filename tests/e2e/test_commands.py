@@ -245,6 +245,7 @@ def test_one_sentence_says_what_is_wrong_and_the_fix(words: dict[str, str], here
     assert not finished.output
 
 
+@pytest.mark.full
 def test_failures_as_processes(words: dict[str, str], home: Path) -> None:
     failing = [FAILURES[name] for name in ("client: a hole", "port taken")]
     # Only in a process of its own can the hub be made unreachable.
@@ -277,6 +278,7 @@ def test_wrong_use_is_exit_code_2(home: Path, arguments: str) -> None:
     assert "Usage: " in finished.errors and not finished.output
 
 
+@pytest.mark.default_cases(number=(signal.SIGTERM,))
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: str, here: Here, tmp_path: Path) -> None:
     fingerprint = Checkpoint.open(small).fingerprint
@@ -302,6 +304,7 @@ def test_a_peer_leaves_cleanly(number: signal.Signals, small: Path, holed: str, 
     assert (copied["model"], copied["blocks"], copied["join"]) == (str(small), "4:6", [holed])
 
 
+@pytest.mark.full
 def test_a_peer_that_holds_its_weights_as_float16(small: Path, here: Here, tmp_path: Path) -> None:
     with starting(tmp_path, small, *KV, "--blocks", "0:6", "--weights", "float16") as daemon:
         address = daemon.address()
@@ -317,6 +320,7 @@ def imports_torch(daemon: Daemon) -> bool:
     return any("libtorch_cpu" in region.path for region in psutil.Process(daemon.process.pid).memory_maps())
 
 
+@pytest.mark.default_cases(moment=("load blocks",))
 @pytest.mark.parametrize(
     "moment",
     [imports_torch, "open the checkpoint", "start a swarm", "load blocks", "measure the device"],
@@ -333,6 +337,7 @@ def test_a_peer_that_is_stopped_while_it_starts(
             assert not daemon.serves and "Traceback" not in daemon.log and "rror" not in daemon.log
 
 
+@pytest.mark.full
 def test_a_peer_that_is_stopped_while_it_waits_for_others(small: Path, tmp_path: Path) -> None:
     with starting(tmp_path, small, *KV, "--join-file", str(tmp_path / "never")) as daemon:
         daemon.wait_for(lambda: "join the swarm" in daemon.log)
@@ -355,6 +360,7 @@ def test_options_from_a_configuration_file(
     assert asked.output == here("--config", os.devnull, "generate", str(small), "bees", *arguments).output != ""
 
 
+@pytest.mark.full
 def test_a_node_of_the_dht_that_all_join_through(small: Path, here: Here, tmp_path: Path) -> None:
     at = ("--listen", "/ip4/127.0.0.1/tcp/0", "--key-file", str(tmp_path / "node-key"))
     with ExitStack() as at_end:

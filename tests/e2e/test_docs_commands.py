@@ -89,6 +89,7 @@ def test_splitnet_parses_it(command: Command, tmp_path: Path) -> None:
     assert parse(given) == 0
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "command",
     [
@@ -230,6 +231,7 @@ def chat_server(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     assert finished.errors.endswith("nothing is running any more\n")
 
 
+@pytest.mark.full
 @of_program("curl")
 def test_the_server_answers(command: Command, chat_server: str, small: Path, demo_checkpoint: Path) -> None:
     _, url, *options = command.words

@@ -15,6 +15,7 @@ from tests.swarm.harness import local_swarm
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
 
 
+@pytest.mark.full
 def test_status_and_bench_tell_the_energy_of_a_token(small: Path, tmp_path: Path, here: Here) -> None:
     chip = tmp_path / "sys/class/hwmon/hwmon0"
     chip.mkdir(parents=True)

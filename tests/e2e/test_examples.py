@@ -16,7 +16,7 @@ import pytest
 
 from tests.e2e.conftest import Here
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.e2e, pytest.mark.full, pytest.mark.timeout(240)]
 
 PROMPT = "The three primary colours are"
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -38,6 +38,7 @@ def test_candidates_are_what_the_model_computes(attacker: Attacker, small: Path,
         first.extend(token, position, cache)
 
 
+@pytest.mark.full
 @torch.no_grad()
 def test_the_search_reads_every_token(attacker: Attacker, tokenizer: Any) -> None:
     ids = tokenizer(TEXT, return_tensors="pt").input_ids[0]

@@ -60,21 +60,25 @@ def same(local: PreTrainedModel, remote: RemoteCausalLM, inputs: Any, **options:
     assert torch.equal(got, expected)
 
 
+@pytest.mark.default_cases(prompt=PROMPTS[:1])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_greedy(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any, prompt: str) -> None:
     same(local, remote, tokenizer(prompt, return_tensors="pt"))
 
 
+@pytest.mark.full
 def test_left_padded_batch(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any) -> None:
     inputs = tokenizer(PROMPTS, return_tensors="pt", padding=True)
     assert 0 in inputs["attention_mask"]
     same(local, remote, inputs)
 
 
+@pytest.mark.full
 def test_beam_search(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any) -> None:
     same(local, remote, tokenizer(PROMPTS[0], return_tensors="pt"), num_beams=3)
 
 
+@pytest.mark.full
 def test_sampling_with_a_seed(local: PreTrainedModel, remote: RemoteCausalLM, tokenizer: Any) -> None:
     inputs = tokenizer(PROMPTS[2], return_tensors="pt")
     same(local, remote, inputs, do_sample=True, temperature=0.9, top_p=0.95)
@@ -120,6 +124,7 @@ def test_the_client_holds_no_blocks(remote: RemoteCausalLM, demo_checkpoint: Pat
     assert facts.nbytes < sum(held.values()) < 1.1 * facts.nbytes < demo_checkpoint.stat().st_size / 2
 
 
+@pytest.mark.full
 def test_memory_of_a_daemon_grows_with_its_span(trio: list[Daemon], demo_checkpoint: Path, local: Any) -> None:
     # Spans of 7 and 12 blocks: what lies between is five blocks, and not a second copy of them.
     small, large = (psutil.Process(daemon.process.pid).memory_full_info().uss for daemon in trio[:2])

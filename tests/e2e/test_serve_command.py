@@ -177,6 +177,7 @@ def test_completions(client: OpenAI, local: Any, tokenizer: Any) -> None:
     )
 
 
+@pytest.mark.default_cases(stream=(True,))
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_tool_is_called(client: OpenAI, stream: bool) -> None:
     options: Any = {
@@ -199,6 +200,7 @@ def test_a_tool_is_called(client: OpenAI, stream: bool) -> None:
     assert json.loads(call.function.arguments) == {"city": "Paris"}
 
 
+@pytest.mark.full
 def test_many_streams_at_once_are_what_each_is_alone(url: str, local: Any, tokenizer: Any) -> None:
     def options(number: int) -> tuple[str, float]:
         return f"{number} is a number that", 0.9 if number % 2 else 0.0
@@ -267,6 +269,7 @@ def test_errors_are_those_that_the_client_knows(url: str, key: str, options: Any
         client.chat.completions.create(**({"model": MODEL, "messages": user("hi")} | options))
 
 
+@pytest.mark.full
 def test_running_requests_end_with_the_server(served: Path, address: str, tmp_path: Path) -> None:
     options = ("--codec", "none", "--port", "0", "--drain", "0.2")
     with background(
@@ -282,6 +285,7 @@ def test_running_requests_end_with_the_server(served: Path, address: str, tmp_pa
         assert server.process.stderr is not None and not server.process.stderr.read()
 
 
+@pytest.mark.default_cases(warned=(True,))
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True)])
 def test_a_server_that_is_open_to_others_says_so(served: Path, host: str, warned: bool) -> None:
     options = ServeOptions(

@@ -93,6 +93,7 @@ def test_what_is_trained_is_the_same_in_plain_peft(
     assert generated.output == tokenizer.decode(tokens, skip_special_tokens=True) + "\n", generated.errors
 
 
+@pytest.mark.full
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not(words: Words, here: Here, tmp_path: Path) -> None:
     """First by Ctrl-C, then by a kill, which leaves steps that no checkpoint has; in another process it ends."""
     folder, options = tmp_path / "stopped", ["--steps", str(STEPS), "--save-every", "10"]

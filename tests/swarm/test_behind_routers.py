@@ -149,6 +149,7 @@ def test_peers_none_of_which_is_reached_learn_that_from_a_helper(stack: ExitStac
         assert torch.equal(model.generate(**prompt(), **GREEDY), local.generate(**prompt(), **GREEDY))
 
 
+@pytest.mark.full
 def test_all_go_on_without_the_helper_that_has_introduced_them(stack: ExitStack, folder: Path, local: Any) -> None:
     behind = Behind(stack, folder, netlab.NAMED[KINDS["client"]], helpers=1)
     wanted = local.generate(**prompt(), **GREEDY)
@@ -171,6 +172,7 @@ def test_all_go_on_without_the_helper_that_has_introduced_them(stack: ExitStack,
         print(f"longest pause {watching.longest_s:.2f} s")
 
 
+@pytest.mark.full
 def test_an_answer_goes_on_through_another_helper(stack: ExitStack, folder: Path, local: Any) -> None:
     behind = Behind(stack, folder, ANY_PORT, helpers=2)
     wanted = local.generate(**prompt(), **GREEDY)

@@ -31,6 +31,7 @@ def kill_hops(swarm: LocalSwarm, cache: Any, *indexes: int) -> Callable[[], None
     return kill
 
 
+@pytest.mark.default_cases(indexes=((1,), (0, 1, 2)))
 @pytest.mark.parametrize("indexes", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 2), (0, 1, 2)], ids=str)
 def test_hops_that_die_are_replaced(twins: LocalSwarm, local: Any, indexes: tuple[int, ...]) -> None:
     model = twins.model()

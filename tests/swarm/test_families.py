@@ -45,6 +45,7 @@ FAMILIES = (
 )
 
 
+@pytest.mark.default_cases(family=("llama", "gemma2", "gpt2", "bloom", "gpt_oss", "jamba"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generates_as_transformers_does(
     family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -107,6 +108,7 @@ def embedding_gradient(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return embedded.grad
 
 
+@pytest.mark.default_cases(family=("jamba",))
 @pytest.mark.parametrize("family", ["qwen3_next", "jamba"])
 def test_a_conversation_goes_back_far(
     family: str, node: Directory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

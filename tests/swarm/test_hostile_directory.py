@@ -40,6 +40,7 @@ def memory_for(folder: Path, blocks: int) -> SpanWish:
     return SpanWish(memory=blocks * block_bytes(Checkpoint.open(folder), None))
 
 
+@pytest.mark.full
 def test_many_records_do_not_hide_the_peers(swarm: LocalSwarm, local: Any) -> None:
     model = swarm.peers[0].checkpoint.fingerprint
     flood_records(swarm.addresses, model, count=1700)

@@ -55,6 +55,7 @@ def announce(node: Directory, hop: HostileHop, facts: ModelFacts) -> None:
     assert node.announce(fake_record(hop.identity, facts.fingerprint, **claims), hop.identity)
 
 
+@pytest.mark.full
 def test_a_client_goes_on_and_keeps_its_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = random_checkpoint("llama", tmp_path, blocks=4, hidden=64)
     checkpoint = Checkpoint.open(folder)

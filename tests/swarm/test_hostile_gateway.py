@@ -136,12 +136,14 @@ def test_schemas_nested_too_deep(public: Gateway) -> None:
     assert outcomes == {"200": 1, "400": 4}, outcomes
 
 
+@pytest.mark.full
 def test_bodies_that_never_end(public: Gateway) -> None:
     with public.under(lambda: attacks.unfinished_bodies(public.url, seconds=4)) as beside:
         assert beside.outcomes["open"] <= 4, beside.outcomes
         assert max(beside.seconds) < 3 and beside.grown_mib < 200, (max(beside.seconds), beside.grown_mib)
 
 
+@pytest.mark.full
 def test_requests_that_never_end(public: Gateway) -> None:
     descriptors = public.process.num_fds()
     with public.under(lambda: attacks.half_requests(public.url, seconds=1, count=400)) as beside:
@@ -154,12 +156,14 @@ def test_requests_that_never_end(public: Gateway) -> None:
     assert public.process.num_fds() < descriptors + 20
 
 
+@pytest.mark.full
 def test_readers_that_stall_hold_no_places(public: Gateway) -> None:
     with public.under(lambda: attacks.stalled_readers(public.url, seconds=12, count=2, prompts=40)) as beside:
         assert len(beside.seconds) >= 5, "others were answered while nobody read"
         assert beside.grown_mib < 200, beside.grown_mib
 
 
+@pytest.mark.full
 def test_dashboards_without_end(public: Gateway) -> None:
     with public.under(lambda: attacks.many_dashboards(public.url, seconds=3)) as beside:
         assert beside.outcomes["open"] <= 32, beside.outcomes

@@ -20,12 +20,14 @@ MOST_MIB = 64
 """What a helper may grow by: a buffer of 128 KiB for each direction of 256 streams."""
 
 
+@pytest.mark.default_cases(kind=("Floods",))
 @pytest.mark.parametrize("kind", attacks.HOSTILE)
 def test_a_hidden_peer_is_reached_beside_hostile_helpers(kind: str) -> None:
     """Also asserts what of memory and descriptors they make it take."""
     assert attacks.hostile_helpers(kind, seconds=SECONDS) > 10
 
 
+@pytest.mark.default_cases(name=("strangers", "flood"))
 @pytest.mark.parametrize("name", attacks.ATTACKS)
 def test_members_are_served_beside_strangers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(punching, "PUNCH_S", 0.0)

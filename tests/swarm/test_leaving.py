@@ -25,6 +25,7 @@ def peer_at(swarm: LocalSwarm, cache: Any, index: int) -> Peer:
     return next(peer for peer in swarm.peers if peer.endpoint == cache.session.hops[index].endpoint)
 
 
+@pytest.mark.default_cases(index=(1,))
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_peer_that_leaves_hands_its_session_over(twins: LocalSwarm, local: Any, index: int) -> None:
     model = twins.model()

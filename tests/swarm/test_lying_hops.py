@@ -139,6 +139,9 @@ LIES: dict[str, Answer] = {
 }
 
 
+@pytest.mark.default_cases(index=(1,), lie=("internal", "no session", "short", "nan", "swallows"))
+@pytest.mark.default_cases(index=(0,), lie=("bad message", "codec"))
+@pytest.mark.default_cases(index=(2,), lie=("inf", "too long", "wrong model"))
 @pytest.mark.parametrize("index", range(3), ids=["head", "middle", "tail"])
 @pytest.mark.parametrize("lie", LIES)
 def test_a_liar_beside_honest_peers(

@@ -74,6 +74,7 @@ def die(peer: Peer) -> None:
     peer._transport.close()
 
 
+@pytest.mark.default_cases(fixed=([(0, 2), (2, 4), (4, 6)],))
 @pytest.mark.parametrize("fixed", [[(0, 2), (2, 4), (4, 6)], [(0, 2), (2, 4), (4, 6), (4, 6)]], ids=len)
 def test_blocks_whose_servers_die_without_a_word_are_soon_served_again(
     folder: Path, local: Any, fixed: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch

@@ -81,6 +81,7 @@ class Then:
         pass
 
 
+@pytest.mark.default_cases(index=(1,))
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any, index: int) -> None:
     held: list[Proxy] = []
@@ -104,6 +105,7 @@ def test_what_a_lost_hop_says_late_changes_nothing(network: Network, local: Any,
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
+@pytest.mark.default_cases(index=(0,))
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_network_that_stops_is_found_out_in_time(network: Network, local: Any, index: int) -> None:
     stopped: list[float] = []
@@ -160,6 +162,7 @@ def test_a_route_through_a_part_of_the_network_that_has_stopped_is_left_before_i
     assert torch.allclose(got, local(**prompt()).logits, atol=1e-4)
 
 
+@pytest.mark.default_cases(index=(2,))
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_connections_that_are_cut(network: Network, local: Any, index: int) -> None:
     model = network.swarm.model()
@@ -170,6 +173,7 @@ def test_connections_that_are_cut(network: Network, local: Any, index: int) -> N
     assert torch.equal(got, local.generate(**prompt(), **GREEDY))
 
 
+@pytest.mark.default_cases(index=(1,))
 @pytest.mark.parametrize("index", [0, 1, 2])
 def test_a_hop_that_is_lost_during_a_prefill(
     network: Network, local: Any, index: int, monkeypatch: pytest.MonkeyPatch

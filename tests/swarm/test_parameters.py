@@ -116,6 +116,20 @@ GIVEN: dict[str, dict[str, Any]] = {
 }
 """By parameter: what to generate with, that it is not as if it were not given. `None` for a model stands for one."""
 
+SOME = (
+    *("max_new_tokens", "min_new_tokens", "stop_strings", "num_beams", "use_cache", "top_p", "repetition_penalty"),
+    *(
+        "bad_words_ids",
+        "guidance_scale",
+        "num_return_sequences",
+        "output_hidden_states",
+        "output_scores",
+        "eos_token_id",
+    ),
+    *("bos_token_id", "prompt_lookup_num_tokens", "num_assistant_tokens", "penalty_alpha", "compile_config"),
+)
+"""One of each kind: what ends a text, what chooses tokens, what is told beside it, what drafts, what is refused."""
+
 FAILS_IN_TRANSFORMERS = {"token_healing"}
 """What plain transformers cannot do with these models either; nor does the remote model, with the same error."""
 
@@ -201,6 +215,7 @@ def compare(name: str, rule: str | Refused, expected: Any, got: Any) -> None:
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.default_cases(family=("llama",))
 def test_the_tables_know_every_parameter(folder: Path) -> None:
     of_config = vars(GenerationConfig()).keys() - {"_from_model_config"}
     assert of_config == GENERATION.keys() == GIVEN.keys()
@@ -211,6 +226,8 @@ def test_the_page_shows_the_tables() -> None:
     assert PAGE.read_text() == with_tables(PAGE.read_text()), "python -m tests.parameter_table docs/parameters.md"
 
 
+@pytest.mark.default_cases(family=("llama",), name=SOME)
+@pytest.mark.default_cases(family=("gpt2",), name=("num_beams",))
 @pytest.mark.parametrize("name", GIVEN)
 def test_of_generation(local: Any, remote: Any, assistant: Any, tokenizer: Any, name: str) -> None:
     ids = prompt()
@@ -264,6 +281,8 @@ def forward_values(local: Any) -> dict[str, dict[str, Any]]:
     }
 
 
+@pytest.mark.default_cases(family=("llama",))
+@pytest.mark.default_cases(family=("gpt2",), name=("position_ids", "inputs_embeds"))
 @pytest.mark.parametrize("name", FORWARD)
 def test_of_forward(folder: Path, local: Any, remote: Any, name: str) -> None:
     if name not in forward_parameters(folder) | {"return_dict"}:

@@ -255,6 +255,7 @@ class Home:
         return answer.way
 
 
+@pytest.mark.default_cases(hairpin=(True,))
 @pytest.mark.parametrize("hairpin", [True, False])
 def test_a_mapped_port_is_announced_once_others_reach_it(
     stack: ExitStack, folder: Path, hairpin: bool, monkeypatch: pytest.MonkeyPatch

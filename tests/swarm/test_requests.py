@@ -25,7 +25,7 @@ from splitnet.errors import AdapterError, SessionClosed, SplitnetError, Unsuppor
 from tests.swarm.adapters import lora, wrapped
 from tests.swarm.harness import LocalSwarm, shared_swarm
 
-pytestmark = pytest.mark.swarm
+pytestmark = [pytest.mark.swarm, pytest.mark.default_cases(remote=(None,))]
 
 
 @pytest.fixture(scope="module")

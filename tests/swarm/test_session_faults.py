@@ -80,6 +80,7 @@ def follows(local: Any, ids: torch.Tensor, logits: torch.Tensor) -> bool:
         return torch.allclose(logits, local(ids).logits[0, -1], atol=1e-4)
 
 
+@pytest.mark.default_cases(lost=((1,), (0, 1, 2)))
 @pytest.mark.parametrize("lost", [(0,), (1,), (2,), (1, 2), (0, 1, 2)], ids=str)
 def test_a_lora_stays_when_hops_lose_the_session(swarm: LocalSwarm, folder: Path, lost: tuple[int, ...]) -> None:
     ids = prompt(7)["input_ids"]
@@ -100,6 +101,7 @@ def test_a_lora_stays_when_hops_lose_the_session(swarm: LocalSwarm, folder: Path
     assert not model.swarm._bans.keys()
 
 
+@pytest.mark.default_cases(index=(1,))
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_lost_message_is_repaired_while_the_peers_are_busy_with_others(
     swarm: LocalSwarm, local: Any, index: int

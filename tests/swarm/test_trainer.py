@@ -95,6 +95,7 @@ def with_one_logit(rows: list[Example]) -> dict[str, Any]:
     return {**for_next_token(rows), "logits_to_keep": 1}
 
 
+@pytest.mark.default_cases(smoothing=(0.1,))
 @pytest.mark.parametrize(
     ("smoothing", "collate"), [(0.0, for_next_token), (0.1, for_next_token), (0.0, with_one_logit)]
 )

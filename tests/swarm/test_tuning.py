@@ -63,6 +63,8 @@ def train_locally(local_model: Callable[[], Any], config: Config) -> Callable[[s
     return cache(lambda method: gradients(wrapped(local_model(), config(method)), batch()))
 
 
+@pytest.mark.default_cases(folder=("llama",))
+@pytest.mark.default_cases(folder=("gpt2",), method=("lora",))
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_are_those_of_local_training(
     method: str, swarm: LocalSwarm, config: Config, train_locally: Callable[[str], Trained]
@@ -77,6 +79,7 @@ def test_gradients_are_those_of_local_training(
     assert float((flat(found) - flat(expected)).abs().max() / flat(expected).abs().max()) < 1e-4
 
 
+@pytest.mark.default_cases(folder=("llama",))
 def test_hops_train_that_have_no_part_of_an_adapter(
     swarm: LocalSwarm, local_model: Callable[[], Any], folder: Path
 ) -> None:
@@ -103,6 +106,8 @@ def lora_on(family: str, layers: list[int]) -> LoraConfig:
     return config
 
 
+@pytest.mark.default_cases(folder=("llama",), method=("lora",))
+@pytest.mark.default_cases(folder=("gemma3_text",), method=("prefix",))
 @pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])
 def test_gradients_are_the_same_where_few_logits_are_kept(
     method: str, swarm: LocalSwarm, config: Config, train_locally: Callable[[str], Trained]
@@ -118,6 +123,7 @@ def test_gradients_are_the_same_where_few_logits_are_kept(
     assert float((flat(found) - flat(expected)).abs().max() / flat(expected).abs().max()) < 1e-4
 
 
+@pytest.mark.default_cases(folder=("llama",), method=("lora", "prompt"))
 @pytest.mark.parametrize("method", METHODS)
 def test_gradients_over_compressed_links_point_the_same_way(
     method: str, swarm: LocalSwarm, config: Config, train_locally: Callable[[str], Trained]
@@ -129,6 +135,7 @@ def test_gradients_over_compressed_links_point_the_same_way(
     assert not torch.equal(flat(found), flat(expected))
 
 
+@pytest.mark.default_cases(folder=("gemma3_text",))
 def test_a_prefix_begins_as_a_text(swarm: LocalSwarm, local_model: Callable[[], Any], config: Config) -> None:
     """With the keys and values of a text as its prefix, a model answers as if the text were there."""
     text, rest = batch()["input_ids"][:1, :5], batch()["input_ids"][:1, 5:]
@@ -144,6 +151,8 @@ def test_a_prefix_begins_as_a_text(swarm: LocalSwarm, local_model: Callable[[], 
             begin_prefix(remote, model.keys_and_values(text)[:-1])
 
 
+@pytest.mark.default_cases(folder=("llama",))
+@pytest.mark.default_cases(folder=("gpt2",), method=("lora",))
 @pytest.mark.parametrize("method", METHODS)
 def test_an_adapter_gives_the_same_on_both_sides(
     method: str, swarm: LocalSwarm, local_model: Callable[[], Any], config: Config, tmp_path: Path
@@ -176,6 +185,8 @@ def greedy(model: Any, prompt: torch.Tensor, new_tokens: int, **more: Any) -> to
     return prompt
 
 
+@pytest.mark.default_cases(folder=("llama",), method=("lora",))
+@pytest.mark.default_cases(folder=("gemma3_text",), method=("prefix",))
 @pytest.mark.parametrize("method", ["prompt", "prefix", "lora"])
 def test_training_by_forward_passes_alone(
     method: str, swarm: LocalSwarm, local_model: Callable[[], Any], config: Config
@@ -323,6 +334,8 @@ def test_what_changes_after_wrapping_is_applied_or_refused(
                 refused(**inputs, adapter_names=["default", "other", "__base__", "other", "default"])
 
 
+@pytest.mark.default_cases(loads=(False,), method=("lora", "multitask"))
+@pytest.mark.default_cases(loads=(True,), method=("prefix", "cartridge"))
 @on_one_family
 @pytest.mark.parametrize("method", ["prefix", "lora", "multitask", "cartridge"])
 @pytest.mark.parametrize("loads", [False, True])

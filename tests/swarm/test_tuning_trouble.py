@@ -65,6 +65,8 @@ def used(swarm: LocalSwarm, model: Any, index: int) -> Peer:
     return next(peer for peer in swarm.peers if peer.endpoint == endpoint)
 
 
+@pytest.mark.default_cases(indexes=((1,),), method=("lora",))
+@pytest.mark.default_cases(indexes=((0, 2),), method=("prompt",))
 @pytest.mark.parametrize("indexes", [(0,), (1,), (2,), (0, 2)], ids=str)
 @pytest.mark.parametrize("method", ["lora", "prompt"])
 def test_peers_that_die_between_forward_and_backward_change_nothing(
@@ -83,6 +85,7 @@ def test_peers_that_die_between_forward_and_backward_change_nothing(
     assert session_of(model).recoveries
 
 
+@pytest.mark.default_cases(victim=(1,))
 @pytest.mark.parametrize("victim", [0, 1, 2])
 @pytest.mark.parametrize("ways", [("forward", "forward_kept"), ("backward", "go_back")], ids=["forward", "backward"])
 def test_a_peer_that_dies_while_it_computes_changes_nothing(
@@ -137,6 +140,7 @@ def test_a_lost_peer_without_another_ends_in_an_error_and_training_can_go_on(fol
         assert torch.equal(train(model, 2), undisturbed)
 
 
+@pytest.mark.default_cases(gradient_codec=("auto",))
 @pytest.mark.parametrize("gradient_codec", ["auto", "fp16", "none"])
 def test_gradients_over_lossy_links_point_the_same_way(gradient_codec: str, swarm: LocalSwarm) -> None:
     with swarm.visit() as visit:

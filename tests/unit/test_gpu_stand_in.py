@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.swarm
 @pytest.mark.timeout(300)  # a suite of its own
-def test_the_tests_of_gpus_pass_on_the_stand_in() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/gpu"]
+@pytest.mark.parametrize("tier", ["default", pytest.param("rest", marks=pytest.mark.full)])
+def test_the_tests_of_gpus_pass_on_the_stand_in(tier: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--tier={tier}", "tests/gpu"]
     environment = {**os.environ, "GPU_TESTS_ON": "stand-in"}
     finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout[-4000:]

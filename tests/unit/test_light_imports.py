@@ -50,6 +50,7 @@ peer.close()
 """
 
 
+@pytest.mark.default_cases(family=("llama",))
 @pytest.mark.swarm
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_a_peer_and_a_client_do_without_what_they_do_not_use(tmp_path: Path, family: str) -> None:
