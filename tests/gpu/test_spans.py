@@ -61,8 +61,9 @@ def session(span: Span) -> list[torch.Tensor]:
     return [*outputs, run((0, 2), (1, 1)), run((0, 1), (1, 1))]
 
 
-@pytest.mark.default_cases(family=("llama",))
-@pytest.mark.default_cases(family=("gpt2", "mixtral", "lfm2"), kind=("float32", "int8"), dtype=("float32",))
+@pytest.mark.default_cases(family=("llama", "lfm2"), kind=("float32",))
+@pytest.mark.default_cases(family=("gpt2", "mixtral"), kind=("int8",), dtype=("float32",))
+@pytest.mark.default_cases(family=("llama",), kind=("bfloat16", "int8"), dtype=("bfloat16",))
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_steps_are_those_of_the_cpu(
@@ -79,6 +80,8 @@ def test_steps_are_those_of_the_cpu(
         assert away <= KINDS[kind, dtype]
 
 
+@pytest.mark.default_cases(family=("llama",), kind=("int8",))
+@pytest.mark.default_cases(family=("mixtral",), kind=("bfloat16",))
 @pytest.mark.parametrize(
     ("family", "kind", "dtype"),
     [
@@ -176,7 +179,7 @@ def test_a_stopwatch_measures_what_the_clock_does(gpu: str) -> None:
     assert 0 < watch.seconds <= seconds_after_work(device) - began
 
 
-@pytest.mark.default_cases(count=(7,))
+@pytest.mark.default_cases(count=(7,), name=("int4", "Q4_K", "GPTQ", "FP8 in blocks", "NF4", "int8 by output"))
 @pytest.mark.parametrize("name", sorted(LAYOUTS))
 @pytest.mark.parametrize("count", [1, 7, 90])
 def test_codes_stand_for_the_same(name: str, count: int, device: str) -> None:

@@ -53,11 +53,13 @@ def tokens(length: int, batch: int = 1) -> torch.Tensor:
     return torch.randint(3, 300, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
+@pytest.mark.default_cases(remote=("the device", "the device, with local blocks"))
 def test_greedy(local: Any, remote: Any) -> None:
     found = remote.generate(tokens(7), **GREEDY)
     assert torch.equal(found.cpu(), local.generate(tokens(7), **GREEDY))
 
 
+@pytest.mark.default_cases(remote=("the device, with local blocks",))
 def test_a_padded_batch_and_beams(local: Any, remote: Any) -> None:
     ids = tokens(9, batch=2)
     mask = torch.ones_like(ids)
@@ -68,6 +70,7 @@ def test_a_padded_batch_and_beams(local: Any, remote: Any) -> None:
         assert torch.equal(found.cpu(), local.generate(**inputs, **GREEDY, **more))
 
 
+@pytest.mark.default_cases(remote=("the device, with local blocks",))
 def test_drafts_and_a_session(local: Any, remote: Any) -> None:
     ids = tokens(6).repeat(1, 3)
     with remote.session():
@@ -76,6 +79,7 @@ def test_drafts_and_a_session(local: Any, remote: Any) -> None:
             assert torch.equal(found.cpu(), local.generate(ids, **GREEDY))
 
 
+@pytest.mark.default_cases(remote=("the device, with local blocks",))
 def test_logits(local: Any, remote: Any) -> None:
     with torch.no_grad():
         found = remote(tokens(8).to(remote.device)).logits
@@ -83,6 +87,8 @@ def test_logits(local: Any, remote: Any) -> None:
     assert (found.cpu() - expected).norm() <= 1e-3 * expected.norm()
 
 
+@pytest.mark.default_cases(remote=("the device",), method=("lora",))
+@pytest.mark.default_cases(remote=("the device, with local blocks",), method=("prefix",))
 @pytest.mark.parametrize("method", ["lora", "prompt", "prefix"])
 def test_gradients(local: Any, remote: Any, folder: Path, method: str) -> None:
     if remote.device.type != "cpu":
