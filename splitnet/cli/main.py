@@ -16,21 +16,17 @@ from typing import Annotated
 
 import typer
 
-from splitnet.cli.bench import bench
 from splitnet.cli.chat import chat
 from splitnet.cli.configuration import CONFIG_VARIABLE, ConfigurableGroup, read_configuration
 from splitnet.cli.demo import demo
 from splitnet.cli.dht import dht
-from splitnet.cli.doctor import doctor
 from splitnet.cli.generate import generate
 from splitnet.cli.invite import invite
 from splitnet.cli.key import key
 from splitnet.cli.logs import LogFormat, set_up, tell
 from splitnet.cli.peer import peer
-from splitnet.cli.plan import plan
 from splitnet.cli.serve import serve
 from splitnet.cli.status import status
-from splitnet.cli.tune import tune
 from splitnet.errors import DirectoryError, NotAuthorized, PeerLost, SplitnetError
 from splitnet.light_imports import claim_process
 from splitnet.signals import ENDING
@@ -40,7 +36,7 @@ _ABSENT = "Not installed: says how to install it."
 
 
 def _leaf(entry: str) -> Callable[..., None]:
-    """The command `MODULE:FUNCTION` of a package that nothing else imports.
+    """The command `MODULE:FUNCTION` of a tool that nothing else imports.
 
     If that package is absent, or another of its name stands in its place: a command that says so.
     """
@@ -60,7 +56,11 @@ def _leaf(entry: str) -> Callable[..., None]:
     return absent
 
 
+bench = _leaf("splitnet.cli.bench:bench")
+doctor = _leaf("splitnet.cli.doctor:doctor")
+plan = _leaf("splitnet.cli.plan:plan")
 simulate = _leaf("simulator.command:simulate")
+tune = _leaf("splitnet.cli.tune:tune")
 
 app = typer.Typer(
     name="splitnet",
